@@ -1,0 +1,163 @@
+"""`Group`: a set of ranks and its collectives, the same on every backend."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from bagualu.comm.backend import Backend, ReduceOp, Transport, Work, backend_class
+from bagualu.comm.world import World
+
+
+class Done:
+    """The work of a communication that needed none."""
+
+    def wait(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks in a fixed order. Positions count places in the group; `rank` is this process's own position.
+
+    Collectives return `Work`; unless `asynchronous`, it is already done. Tensors must be contiguous and on the backend's
+    device. A group of one communicates nothing.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    rank: int
+    transport: Transport | None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", asynchronous: bool = False) -> Work:
+        """In place: the sum (or the maximum) over all members."""
+        self._check(tensor)
+        if self.transport is None:
+            return Done()
+        return _finish(self.transport.all_reduce(tensor, op), asynchronous)
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
+        """output [size * n, ...]: the members' inputs [n, ...] one after the other."""
+        self._check(output, input)
+        if output.numel() != input.numel() * self.size:
+            raise ValueError(f"all_gather in group {self.name}: output must hold {self.size} x {tuple(input.shape)}, "
+                             f"not {tuple(output.shape)}")  # fmt: skip
+        if self.transport is None:
+            output.view(-1).copy_(input.view(-1))
+            return Done()
+        return _finish(self.transport.all_gather(output, input), asynchronous)
+
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
+        """output [n, ...]: this member's slice of the sum of the inputs [size * n, ...]."""
+        self._check(output, input)
+        if input.numel() != output.numel() * self.size:
+            raise ValueError(f"reduce_scatter in group {self.name}: input must hold {self.size} x {tuple(output.shape)}, "
+                             f"not {tuple(input.shape)}")  # fmt: skip
+        if self.transport is None:
+            output.view(-1).copy_(input.view(-1))
+            return Done()
+        return _finish(self.transport.reduce_scatter(output, input), asynchronous)
+
+    def all_to_all(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_splits: list[int] | None = None,
+        input_splits: list[int] | None = None,
+        asynchronous: bool = False,
+    ) -> Work:
+        """Rows of dim 0: input_splits[i] of them go to position i, output_splits[i] come from it; even when left out."""
+        self._check(output, input)
+        output_splits = self._splits(output, output_splits)
+        input_splits = self._splits(input, input_splits)
+        if output.shape[1:] != input.shape[1:]:
+            raise ValueError(f"all_to_all in group {self.name}: rows {tuple(input.shape[1:])} cannot become "
+                             f"{tuple(output.shape[1:])}")  # fmt: skip
+        if self.transport is None:
+            output.copy_(input)
+            return Done()
+        return _finish(self.transport.all_to_all(output, input, output_splits, input_splits), asynchronous)
+
+    def broadcast(self, tensor: torch.Tensor, source: int = 0, asynchronous: bool = False) -> Work:
+        """In place: every member gets what position `source` holds."""
+        self._check(tensor)
+        if self.transport is None:
+            return Done()
+        return _finish(self.transport.broadcast(tensor, self._position(source)), asynchronous)
+
+    def send(self, tensor: torch.Tensor, destination: int, asynchronous: bool = False) -> Work:
+        """To position `destination`. Messages of one pair and direction arrive in order."""
+        self._check(tensor)
+        return _finish(self._peer(destination).send(tensor, destination), asynchronous)
+
+    def receive(self, tensor: torch.Tensor, source: int, asynchronous: bool = False) -> Work:
+        """In place, from position `source`."""
+        self._check(tensor)
+        return _finish(self._peer(source).receive(tensor, source), asynchronous)
+
+    def barrier(self) -> None:
+        """Return when every member has come here."""
+        if self.transport is not None:
+            self.transport.barrier().wait()
+
+    def _peer(self, position: int) -> Transport:
+        if self.transport is None or self._position(position) == self.rank:
+            raise ValueError(f"group {self.name}: position {position} is this rank itself; there is nobody to talk to")
+        return self.transport
+
+    def _position(self, position: int) -> int:
+        if not 0 <= position < self.size:
+            raise ValueError(f"group {self.name} has positions 0 to {self.size - 1}, not {position}")
+        return position
+
+    def _check(self, *tensors: torch.Tensor) -> None:
+        for tensor in tensors:
+            if not tensor.is_contiguous():
+                raise ValueError(f"group {self.name}: a tensor {tuple(tensor.shape)} is not contiguous; call .contiguous() first")
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            raise ValueError(f"group {self.name}: output and input differ in dtype: {[t.dtype for t in tensors]}")
+
+    def _splits(self, tensor: torch.Tensor, splits: list[int] | None) -> list[int]:
+        rows = tensor.shape[0]
+        if splits is None:
+            splits = [rows // self.size] * self.size
+        if len(splits) != self.size or sum(splits) != rows or min(splits) < 0:
+            raise ValueError(f"all_to_all in group {self.name}: splits {splits} must be {self.size} counts that add up to the "
+                             f"{rows} rows of {tuple(tensor.shape)} ({prod(tensor.shape)} elements)")  # fmt: skip
+        return splits
+
+
+class Communicator:
+    """One rank's way to all groups. Close it when done."""
+
+    def __init__(self, backend: Backend, world: World) -> None:
+        self.backend = backend
+        self.world_info = world
+        self.rank = world.rank
+        self.size = world.size
+        self.device = backend.device
+        self.world = self.group(tuple(range(world.size)), "world")
+
+    def group(self, ranks: tuple[int, ...], name: str) -> Group:
+        """The group of `ranks` (this rank among them). All of them call this, in the same order."""
+        position = ranks.index(self.rank)
+        transport = self.backend.transport(ranks, name) if len(ranks) > 1 else None
+        return Group(name, ranks, position, transport)
+
+    def close(self) -> None:
+        self.backend.close()
+
+
+def connect(backend: str, world: World, timeout_seconds: float = 600.0) -> Communicator:
+    """Join the world with the named backend. Raises RecipeError for an unknown one or one this machine cannot run."""
+    return Communicator(backend_class(backend)(world, timeout_seconds), world)
+
+
+def _finish(work: Work, asynchronous: bool) -> Work:
+    if not asynchronous:
+        work.wait()
+    return work

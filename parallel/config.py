@@ -1,0 +1,72 @@
+"""What a recipe says about the layout. Free of torch, so that a wrong layout is refused before anything starts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from bagualu.comm.errors import RecipeError
+from bagualu.parallel.layout import Layout
+
+SCHEDULES = ("gpipe", "1f1b")
+
+
+@dataclass
+class ParallelConfig:
+    """`parallel.*` of a recipe: the degree of every axis, and how each mechanism works."""
+
+    data: int | None = None
+    """Replicas of the model; left out, it is what the world size leaves over."""
+    tensor: int = 1
+    """Ranks that share every matrix multiplication."""
+    pipeline: int = 1
+    """Stages: ranks that each hold a contiguous slice of the layers."""
+    expert: int = 1
+    """Ranks that share the experts; drawn from the data x context ranks, so it divides their product."""
+    context: int = 1
+    """Ranks that share a sequence."""
+    sequence: bool = False
+    """Sequence parallel: between tensor-parallel blocks, split activations along the sequence over the tensor axis."""
+    schedule: str = "1f1b"
+    """Pipeline schedule: gpipe | 1f1b."""
+    balance: Any = "uniform"
+    """Split of the layers over the stages: uniform, or a list with the layers of each stage, e.g. [3,3,2]."""
+    zero: int = 1
+    """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it."""
+    bucket_bytes: int = 25 * 2**20
+    """Gradients are reduced in buckets of about this size, overlapped with the backward pass."""
+
+    def validate(self) -> None:
+        """Refuse what no world size can make right. Raises RecipeError."""
+        for axis in ("data", "tensor", "pipeline", "expert", "context"):
+            degree = getattr(self, axis)
+            if degree is not None and degree < 1:
+                raise RecipeError(f"parallel.{axis}={degree} must be at least 1; leave it out or give parallel.{axis}=1")
+        if self.context != 1:
+            raise RecipeError(f"parallel.context={self.context} is not supported yet; give parallel.context=1")
+        if self.schedule not in SCHEDULES:
+            raise RecipeError(f"parallel.schedule={self.schedule} is unknown; give one of {', '.join(SCHEDULES)}")
+        if self.zero not in (0, 1):
+            raise RecipeError(f"parallel.zero={self.zero} is not supported; give parallel.zero=0 or parallel.zero=1")
+        if self.bucket_bytes < 1:
+            raise RecipeError(f"parallel.bucket_bytes={self.bucket_bytes} must be positive, e.g. parallel.bucket_bytes=26214400")
+        if self.sequence and self.tensor == 1:
+            raise RecipeError("parallel.sequence=true needs parallel.tensor of at least 2; drop it or raise parallel.tensor")
+
+    def layout(self, world: int) -> Layout:
+        """The layout of `world` ranks, the data degree inferred where it was left out. Raises RecipeError."""
+        fixed = self.tensor * self.pipeline * self.context
+        spelled = f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"
+        if self.data is None and world % fixed:
+            near = max(fixed, world - world % fixed)
+            raise RecipeError(f"{world} ranks do not divide into {spelled} = {fixed}; use {near} ranks or change a degree")
+        data = world // fixed if self.data is None else self.data
+        if data * fixed != world:
+            raise RecipeError(
+                f"data {data} x {spelled} needs {data * fixed} ranks but the world has {world}; "
+                f"use {data * fixed} ranks or leave parallel.data out"
+            )
+        if (data * self.context) % self.expert:
+            raise RecipeError(
+                f"parallel.expert={self.expert} must divide data x context = {data * self.context}; "
+                f"give one of {[n for n in range(1, data * self.context + 1) if data * self.context % n == 0]}"
+            )
+        return Layout(self.pipeline, data, self.context, self.tensor, self.expert)

@@ -1,0 +1,193 @@
+"""The whole recipe as one tree of dataclasses. Free of torch: a wrong recipe is refused before torch is imported.
+
+Each component owns its part and validates it; this file adds the parts that belong to the trainer and to the job, and the
+checks that need several parts at once.
+"""
+
+from dataclasses import dataclass, field
+
+from bagualu.comm.config import CommConfig
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.config import CheckpointConfig
+from bagualu.parallel.config import ParallelConfig
+from bagualu.parallel.layout import Layout
+from bagualu.parallel.pipeline.split import split_layers
+from bagualu.trainer.data.config import DataConfig
+from bagualu.trainer.models.config import ModelConfig
+from bagualu.trainer.optim.config import OptimConfig
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class RunConfig:
+    """`run.*`: where the run lies and what makes it this run."""
+
+    name: str = "run"
+    dir: str = "runs/${run.name}"
+    seed: int = 0
+    """Weights and data order are functions of it, of nothing else and never of the rank."""
+
+
+@dataclass
+class TrainConfig:
+    """`train.*`: the loop."""
+
+    steps: int = 100
+    micro_batch: int = 1
+    """Sequences that pass through the model at once on one data rank."""
+    dtype: str = "float32"
+    """float64 | float32 | bfloat16 | float16; the 16-bit ones keep float32 master weights in the optimizer."""
+    recompute: str = "none"
+    """none | full: keep every activation for the backward pass, or only the input of each layer."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile."""
+    validate_every: int = 0
+    """Steps between validations; 0 validates only after the last step."""
+    validation_sequences: int = 64
+    """Sequences of the validation split used each time, the same ones; 0 turns validation off."""
+
+    def validate(self) -> None:
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"train.dtype={self.dtype} is unknown; give one of {', '.join(DTYPES)}")
+        if self.recompute not in ("none", "full"):
+            raise RecipeError(f"train.recompute={self.recompute} is unknown; give none or full")
+        if self.steps < 1 or self.micro_batch < 1:
+            raise RecipeError("train.steps and train.micro_batch must be at least 1")
+        if self.validate_every < 0 or self.validation_sequences < 0:
+            raise RecipeError("train.validate_every and train.validation_sequences must be 0 or more")
+
+
+@dataclass
+class SlurmConfig:
+    """`launch.slurm.*`: what `bagualu slurm` writes into the script's header."""
+
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    """Wall-time limit as SLURM spells it, e.g. 24:00:00."""
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    """CPU cores for the one agent of a node, shared by its workers."""
+    directives: list[str] = field(default_factory=list)
+    """Further #SBATCH lines, without the prefix, e.g. ["--exclusive"]."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines run on every node before the agent, e.g. ["module load cuda", "source env/bin/activate"]."""
+
+
+@dataclass
+class LaunchConfig:
+    """`launch.*`: how worker processes come up. Read by the launcher; torchrun replaces it."""
+
+    workers: int | None = None
+    """Worker processes on each node; left out, what the layout needs."""
+    nodes: int = 1
+    threads: int | None = None
+    """CPU threads of one worker; left out, the cores shared out evenly."""
+    affinity: bool = True
+    """Pin each worker to its share of the cores."""
+    allocator: str = "tuned"
+    """tuned: the C allocator keeps freed memory and asks for 2 MB pages; system: as the machine has it."""
+    port: int | None = None
+    """Rendezvous port; left out, a free one."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+    def validate(self) -> None:
+        if self.nodes < 1 or (self.workers is not None and self.workers < 1):
+            raise RecipeError("launch.nodes and launch.workers must be at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise RecipeError(f"launch.threads={self.threads} must be at least 1, or leave it out")
+        if self.allocator not in ("tuned", "system"):
+            raise RecipeError(f"launch.allocator={self.allocator} is unknown; give tuned or system")
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise RecipeError(f"launch.port={self.port} must lie between 1 and 65535, or leave it out")
+
+
+@dataclass
+class LogConfig:
+    """`log.*`: what is shown and recorded."""
+
+    wandb: str = "disabled"
+    """disabled | offline | online."""
+    wandb_project: str = "bagualu"
+    progress: str = "auto"
+    """auto: a bar on a terminal, lines elsewhere; bar | lines | off."""
+    every: int = 10
+    """Steps between progress lines."""
+
+    def validate(self) -> None:
+        if self.wandb not in ("disabled", "offline", "online"):
+            raise RecipeError(f"log.wandb={self.wandb} is unknown; give disabled, offline or online")
+        if self.progress not in ("auto", "bar", "lines", "off"):
+            raise RecipeError(f"log.progress={self.progress} is unknown; give auto, bar, lines or off")
+        if self.every < 1:
+            raise RecipeError(f"log.every={self.every} must be at least 1")
+
+
+@dataclass
+class Recipe:
+    """Everything a run is made from."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def world_size(self) -> int:
+        """Ranks this recipe asks for: launch.workers x launch.nodes, or else what the layout needs."""
+        if self.launch.workers is not None:
+            return self.launch.workers * self.launch.nodes
+        p = self.parallel
+        data = p.expert if p.data is None else p.data
+        return p.tensor * p.pipeline * p.context * data
+
+    def validate(self, world: int) -> Layout:
+        """Check every part and all of them together for `world` ranks. Raises RecipeError with the fix."""
+        for part in (self.model, self.data, self.train, self.optim, self.parallel, self.comm, self.checkpoint,
+                     self.launch, self.log):  # fmt: skip
+            part.validate()
+        layout = self.parallel.layout(world)
+        self._validate_batch(layout)
+        self._validate_model(layout)
+        return layout
+
+    def _validate_batch(self, layout: Layout) -> None:
+        per_rank, rest = divmod(self.data.global_batch, layout.data)
+        if rest:
+            raise RecipeError(f"data.global_batch={self.data.global_batch} does not divide over {layout.data} data ranks; "
+                              f"give data.global_batch={(per_rank + 1) * layout.data}")  # fmt: skip
+        if per_rank % self.train.micro_batch:
+            fits = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+            raise RecipeError(f"train.micro_batch={self.train.micro_batch} does not divide the {per_rank} sequences of a data "
+                              f"rank; give one of {fits}")  # fmt: skip
+        if self.parallel.sequence and self.data.sequence_length % layout.tensor:
+            raise RecipeError(f"data.sequence_length={self.data.sequence_length} does not divide over parallel.tensor="
+                              f"{layout.tensor} as parallel.sequence=true needs; change one of them")  # fmt: skip
+
+    def _validate_model(self, layout: Layout) -> None:
+        model, tensor = self.model, layout.tensor
+        split_layers(model.layers, layout.pipeline, self.parallel.balance)
+        named = {"model.heads": model.heads, "model.kv_heads": model.key_value_heads}
+        if not all(model.is_moe_layer(i) for i in range(model.layers)):
+            named["model.ffn"] = model.ffn
+        if model.moe.experts:
+            named["model.moe.ffn"] = model.moe.ffn
+        for name, value in named.items():
+            if value % tensor:
+                fits = [n for n in range(1, value + 1) if value % n == 0]
+                raise RecipeError(f"{name}={value} is not divisible by parallel.tensor={tensor}; "
+                                  f"give parallel.tensor one of {fits[:8]} or change {name}")  # fmt: skip
+        if model.padded_vocab % tensor:
+            raise RecipeError(f"model.vocab={model.padded_vocab} is not divisible by parallel.tensor={tensor}; "
+                              f"give model.vocab_multiple={tensor} to pad it to {-(-model.vocab // tensor) * tensor}")  # fmt: skip
+        if layout.expert > 1 and not model.moe.experts:
+            raise RecipeError(f"parallel.expert={layout.expert} needs a mixture of experts; give parallel.expert=1 or model.moe.experts")
+        if model.moe.experts % layout.expert:
+            raise RecipeError(f"model.moe.experts={model.moe.experts} is not divisible by parallel.expert={layout.expert}; "
+                              f"give model.moe.experts={-(-model.moe.experts // layout.expert) * layout.expert}")  # fmt: skip

@@ -1,0 +1,27 @@
+"""The data as a recipe describes it. Free of torch."""
+
+from dataclasses import dataclass
+
+from bagualu.comm.errors import RecipeError
+
+
+@dataclass
+class DataConfig:
+    """`data.*` of a recipe."""
+
+    source: str = "stdlib"
+    """stdlib: the sources of Python's own standard library; random: uniform random tokens; else a text file or a folder of them."""
+    sequence_length: int = 256
+    """Tokens a sequence predicts; one more is read."""
+    global_batch: int = 16
+    """Sequences per optimizer step, over all ranks."""
+    validation_fraction: float = 0.05
+    """Share of the files kept for validation, chosen by a hash of their path."""
+    cache: str | None = None
+    """Folder of prepared corpora; left out, $XDG_CACHE_HOME/bagualu or ~/.cache/bagualu."""
+
+    def validate(self) -> None:
+        if self.sequence_length < 1 or self.global_batch < 1:
+            raise RecipeError("data.sequence_length and data.global_batch must be at least 1")
+        if not 0 < self.validation_fraction < 1:
+            raise RecipeError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, e.g. 0.05")

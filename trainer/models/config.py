@@ -1,0 +1,88 @@
+"""The model as a recipe describes it. Free of torch."""
+
+from dataclasses import dataclass, field
+
+from bagualu.comm.errors import RecipeError
+
+
+@dataclass
+class MoEConfig:
+    """`model.moe.*`: a mixture of experts in place of the feed-forward of every `every`-th layer."""
+
+    experts: int = 0
+    """0: a dense model."""
+    top_k: int = 2
+    """Experts per token; dropless: every token reaches all of its experts."""
+    ffn: int = 704
+    """Hidden width of one expert."""
+    shared_experts: int = 0
+    """Experts that every token passes, each as wide as a routed one."""
+    every: int = 1
+    """Layer i (from 0) is a mixture when (i + 1) is divisible by this."""
+    router: str = "softmax"
+    """softmax: probabilities over all experts, those of the top k renormalised to sum to 1."""
+    balance_loss: float = 0.01
+    """Weight of the load-balancing loss, per sequence, averaged over the sequences of the global batch, summed over layers."""
+
+
+@dataclass
+class ModelConfig:
+    """`model.*`: a Llama-style decoder (RMSNorm, rotary positions, SwiGLU, grouped-query attention)."""
+
+    layers: int = 4
+    hidden: int = 256
+    heads: int = 4
+    kv_heads: int | None = None
+    """Key and value heads; left out, as many as heads."""
+    ffn: int = 688
+    vocab: int = 4096
+    vocab_multiple: int = 1
+    """Rows of the embedding and of the head are padded up to a multiple of this; padding takes no part in the softmax."""
+    tie_embeddings: bool = False
+    rope_theta: float = 10000.0
+    norm_epsilon: float = 1e-5
+    initial_std: float = 0.02
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return self.moe.experts > 0 and (layer + 1) % self.moe.every == 0
+
+    def validate(self) -> None:
+        """Raises RecipeError for a shape that no layout can make right."""
+        for name in ("layers", "hidden", "heads", "ffn", "vocab", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.hidden % self.heads:
+            raise RecipeError(f"model.hidden={self.hidden} is not divisible by model.heads={self.heads}; "
+                              f"give model.hidden={-(-self.hidden // self.heads) * self.heads}")  # fmt: skip
+        if self.head_dim % 2:
+            raise RecipeError(f"hidden / heads = {self.head_dim} must be even for rotary positions; change model.heads")
+        if self.key_value_heads < 1 or self.heads % self.key_value_heads:
+            fits = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            raise RecipeError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}; give one of {fits}")
+        if self.moe.experts:
+            self._validate_moe()
+
+    def _validate_moe(self) -> None:
+        moe = self.moe
+        if not 1 <= moe.top_k <= moe.experts:
+            raise RecipeError(f"model.moe.top_k={moe.top_k} must lie between 1 and model.moe.experts={moe.experts}")
+        if moe.ffn < 1 or moe.every < 1 or moe.shared_experts < 0 or moe.experts < 0:
+            raise RecipeError("model.moe.ffn and model.moe.every must be at least 1, shared_experts and experts at least 0")
+        if moe.every > self.layers:
+            raise RecipeError(f"model.moe.every={moe.every} leaves no mixture in {self.layers} layers; "
+                              f"give at most {self.layers}, or model.moe.experts=0 for a dense model")  # fmt: skip
+        if moe.router != "softmax":
+            raise RecipeError(f"model.moe.router={moe.router} is unknown; give model.moe.router=softmax")
