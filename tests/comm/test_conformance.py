@@ -167,7 +167,7 @@ def test_nccl_world_of_one(tmp_path: Path) -> None:
     """One GPU can still run every kernel: the group has a transport although it has one member."""
     c = connect("nccl", World(0, 1, rendezvous=(tmp_path / "meeting").as_uri()))
     try:
-        c.world = Group("world", (0,), 0, c.backend.transport((0,), "world"))
+        c.world = Group("world", (0,), 0, c.backend.transport((0,), "world"), c.device)
         for dtype in DTYPES:
             collectives(c, dtype)
         uneven_all_to_all(c)
