@@ -2,8 +2,8 @@
 
 MFU = model_flops_per_token x tokens per second / sum of the ranks' ceilings.
 
-Convention: that of PaLM (Chowdhery et al. 2022, appendix B: 6 FLOPs for each weight a token is multiplied with, plus attention;
-recomputation never counts) with three differences that all make the figure smaller or exact:
+Convention: that of PaLM (Chowdhery et al. 2022, appendix B: 6 FLOPs for each weight a token is multiplied with, plus
+attention; recomputation never counts), and where PaLM leaves it open or counts too much:
 - the embedding lookup multiplies nothing and is left out; the head counts, with the vocabulary without padding;
 - causal attention counts the half that is needed, (S + 1) / 2 keys for the average token, where PaLM counts all S;
 - of the experts only those a token passes count (top k and shared), and the router.
@@ -33,14 +33,14 @@ def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     mixture = swiglu * model.moe.ffn * (model.moe.top_k + model.moe.shared_experts) + 2 * hidden * model.moe.experts
     feed_forward = sum(mixture if model.is_moe_layer(i) else swiglu * model.ffn for i in range(model.layers))
     head = 2 * hidden * model.vocab
-    return (1 + _BACKWARD) * (model.layers * (projections + attention) + feed_forward + head)
+    return float((1 + _BACKWARD) * (model.layers * (projections + attention) + feed_forward + head))
 
 
 def matmul_ceiling(dtype: torch.dtype, device: torch.device, threads: int, budget_seconds: float = 0.2) -> float:
     """FLOP/s that square matrix products of `dtype` reach here, best of several within about `budget_seconds`.
 
-    `threads` is the number of CPU threads to use; it has no effect on accelerators. Call it on every rank at the same time
-    and add the results up: ranks that share a machine share its ceiling too.
+    `threads` is the number of CPU threads to use; it has no effect on accelerators. Call it on every rank at the same
+    time and add the results up: ranks that share a machine share its ceiling too.
 
     A CPU without instructions for a 16-bit type computes it through float32, and sometimes slower than a program that
     converted by itself would; so float32 is tried as well and the better one counts.
@@ -71,7 +71,7 @@ def _best_rate(dtype: torch.dtype, device: torch.device, budget_seconds: float) 
         size *= 2
     while time.perf_counter() - started < budget_seconds:
         seconds = min(seconds, _seconds(a, b, out))
-    return 2 * size**3 / seconds
+    return 2.0 * size * size * size / seconds
 
 
 def _operands(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""Which sequences make up a step, and their tokens. Shapes: S tokens a sequence predicts, N sequences of the training split.
+"""Which sequences make up a step, and their tokens. S: tokens a sequence predicts, N: sequences of the training split.
 
-Everything is a pure function of (seed, step, sample index): no cursor is stored, so a run resumes at step k by asking for
-step k, and any rank asks for whatever part of the global batch is its own. Steps and samples count from 0.
+Everything is a pure function of (seed, step, sample index): no cursor is stored, so a run resumes at step k by asking
+for step k, and any rank asks for whatever part of the global batch is its own. Steps and samples count from 0.
 """
 
 from functools import lru_cache
@@ -34,7 +34,7 @@ class Sequences(Protocol):
 
 
 class StoredSequences:
-    """Consecutive windows of a token array: every token but the first is predicted once, fewer than S are left at the end."""
+    """Consecutive windows of a token array: each token but the first is predicted once; less than S are left over."""
 
     def __init__(self, tokens: NDArray[Any], sequence_length: int) -> None:
         self._tokens, self._length = tokens, sequence_length
@@ -66,8 +66,8 @@ class Batches:
     Sequences come in a new random order each epoch, each exactly once; a global batch may run across the border of two
     epochs. Random tokens are never repeated: sample n of the run is random sequence n.
 
-    Inputs and labels are int64. A label of -100 means: do not predict here. None of the sources produces one, but whoever
-    computes a loss must skip it and count only the others.
+    Inputs and labels are int64. A label of -100 means: do not predict here. None of the sources produces one, but
+    whoever computes a loss must skip it and count only the others.
     """
 
     def __init__(self, corpus: Corpus, config: DataConfig, seed: int) -> None:
@@ -114,7 +114,7 @@ class Batches:
     def validation(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels [count, S] of validation sequences start .. start + count, in the order of the files."""
         if not 0 <= start <= start + count <= self.validation_count:
-            raise ValueError(f"sequences {start}..{start + count} lie outside the {self.validation_count} of validation")
+            raise ValueError(f"sequences {start}..{start + count} lie outside the {self.validation_count} there are")
         return self._read(self._validation, np.arange(start, start + count))
 
     def _read(self, sequences: Sequences, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

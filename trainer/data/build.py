@@ -21,7 +21,7 @@ from bagualu.trainer.data.sources import TextFile, documents, hash_fraction
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, Encoder, train_tokenizer
 
 SAMPLE_BYTES_PER_ENTRY = 1500
-"""Text that the tokenizer is trained on, for every entry of its vocabulary: more costs seconds and hardly changes it."""
+"""Text the tokenizer is trained on, for every entry of its vocabulary: more costs seconds and hardly changes it."""
 _DOCUMENTS_AT_ONCE = 256
 
 
@@ -51,7 +51,7 @@ def build(folder: Path, scratch: Path, config: DataConfig, vocab: int, files: Se
 def load_documents(config: DataConfig, files: Sequence[TextFile], scratch: Path) -> datasets.Dataset:
     """The documents as a dataset with columns name, text, validation; stored under `scratch`.
 
-    From a generator and not by `load_dataset("text")`: that one announces itself to the hub first, and rewrites line ends.
+    From a generator and not by `load_dataset("text")`, which announces itself to the hub first and rewrites line ends.
     """
 
     def rows() -> Iterator[dict[str, Any]]:

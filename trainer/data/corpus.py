@@ -1,10 +1,10 @@
 """A corpus as flat arrays of tokens, prepared once and cached.
 
-A cached corpus is a folder that appears by one rename when all of it is on disk, so a builder that is killed leaves nothing
-that anyone would load:
+A cached corpus is a folder that appears by one rename when all of it is on disk; a killed builder leaves nothing that
+anyone would load:
 
     CACHE/KEY/corpus.json tokenizer.json train.bin validation.bin
-    CACHE/KEY.lock                                                  held while building; the other processes wait and then load
+    CACHE/KEY.lock              held while building; the other processes wait, then load
 
 KEY is a hash of what the corpus is made from (names, sizes and modification times of the files, vocabulary, split).
 """
@@ -37,9 +37,9 @@ FORMAT = 1
 class Corpus:
     """Tokens to train on and to validate with.
 
-    Files are joined, each ended by the end-of-file token. That token stands for 0 bytes: a model pays for predicting it and
-    gets no bytes in return, so bits per byte is never flattered. For `data.source=random` the arrays are empty, there is no
-    tokenizer and no token stands for any bytes.
+    Files are joined, each ended by the end-of-file token. That token stands for 0 bytes: a model pays for predicting
+    it and gets no bytes in return, so bits per byte is never flattered. For `data.source=random` the arrays are
+    empty, there is no tokenizer and no token stands for any bytes.
     """
 
     vocab: int
@@ -55,7 +55,7 @@ class Corpus:
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float | None:
-    """Bits per byte of text, from the summed loss in nats and the summed `token_bytes` of the labels; None without bytes."""
+    """Bits per byte of text: summed loss in nats over the summed `token_bytes` of the labels. None for 0 bytes."""
     return nats / math.log(2) / text_bytes if text_bytes else None
 
 
@@ -66,7 +66,7 @@ def default_cache() -> Path:
 
 
 def prepare(config: DataConfig, vocab: int) -> Corpus:
-    """The corpus of `config`, tokenised with a vocabulary of exactly `vocab` entries. Safe from several processes at once.
+    """The corpus of `config`, tokenised with exactly `vocab` entries. Safe from several processes at once.
 
     Takes seconds the first time and milliseconds after that. Raises RecipeError when the source is missing, empty, not
     text, or too small for one sequence or for the vocabulary.
@@ -75,7 +75,8 @@ def prepare(config: DataConfig, vocab: int) -> Corpus:
         nothing = np.zeros(0, np.uint32)
         return Corpus(vocab, nothing, nothing, np.zeros(vocab, np.int64), f"random-{vocab}", None)
     if vocab < SMALLEST_VOCAB:
-        raise RecipeError(f"model.vocab={vocab} cannot hold every byte and the end of a file; give at least model.vocab={SMALLEST_VOCAB}")
+        problem = f"model.vocab={vocab} cannot hold every byte and the end of a file"
+        raise RecipeError(f"{problem}; give model.vocab={SMALLEST_VOCAB} or more")
     files = find_files(config.source)
     cache = Path(config.cache).expanduser() if config.cache else default_cache()
     folder = cache / _key(config, vocab, files)
@@ -86,7 +87,8 @@ def prepare(config: DataConfig, vocab: int) -> Corpus:
             with FileLock(f"{folder}.lock"):
                 corpus = _load(folder) or _build(folder, config, vocab, files)
         except OSError as error:
-            raise RecipeError(f"cannot prepare the corpus in {cache} ({error}); give data.cache=FOLDER with room to write") from error
+            problem = f"cannot prepare the corpus in {cache} ({error}); give data.cache=FOLDER with room to write"
+            raise RecipeError(problem) from error
     require_sequence(corpus, config)
     return corpus
 
@@ -97,7 +99,7 @@ def require_sequence(corpus: Corpus, config: DataConfig) -> None:
         if len(tokens) <= config.sequence_length:
             raise RecipeError(
                 f"the {split} split of data.source={config.source} has {len(tokens)} tokens but one sequence reads "
-                f"{config.sequence_length + 1}; give data.sequence_length={max(len(tokens) - 1, 1)} or less, or more text"
+                f"{config.sequence_length + 1}; give data.sequence_length={max(len(tokens) - 1, 1)} or more text"
             )
 
 
@@ -108,8 +110,9 @@ def _key(config: DataConfig, vocab: int, files: Sequence[TextFile]) -> str:
 
 
 def _build(folder: Path, config: DataConfig, vocab: int, files: Sequence[TextFile]) -> Corpus:
-    """Prepare beside `folder` and rename. The caller holds the lock, so whatever lies here is left from a killed builder."""
-    from bagualu.trainer.data.build import build  # `datasets` takes over a second to import: only when there is work for it
+    """Prepare beside `folder` and rename. The caller holds the lock: what lies here is left from a killed builder."""
+    # Here and not above: `datasets` takes over a second to import, and mostly there is nothing to prepare.
+    from bagualu.trainer.data.build import build
 
     for leftover in [folder, *folder.parent.glob(f"{folder.name}.tmp-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
@@ -128,7 +131,8 @@ def _load(folder: Path) -> Corpus | None:
     """The corpus in `folder`, or None when it is not there or not as long as it says."""
     try:
         about = json.loads((folder / "corpus.json").read_text())
-        train, validation = (_tokens(folder / f"{name}.bin", about[name], about["dtype"]) for name in ("train", "validation"))
+        train = _tokens(folder / "train.bin", about["train"], about["dtype"])
+        validation = _tokens(folder / "validation.bin", about["validation"], about["dtype"])
         tokenizer_path = folder / "tokenizer.json"
         sizes = token_bytes(load_tokenizer(tokenizer_path))
     except FileNotFoundError:

@@ -17,7 +17,11 @@ RANDOM = "random"
 # Test suites double the time of preparation, tables of code points and generated help are not text anyone wrote, and
 # installed packages differ from machine to machine.
 _STDLIB_SKIPPED = frozenset(
-    ("test", "tests", "idle_test", "encodings", "lib2to3", "pydoc_data", "site-packages", "dist-packages", "__pycache__")
+    {
+        *("test", "tests", "idle_test", "lib2to3"),
+        *("encodings", "pydoc_data"),
+        *("site-packages", "dist-packages", "__pycache__"),
+    }
 )
 
 
@@ -50,7 +54,7 @@ def find_files(source: str) -> list[TextFile]:
         root = Path(sysconfig.get_path("stdlib"))
         files = _walk(root, _STDLIB_SKIPPED, ".py")
         if not files:
-            raise RecipeError(f"this Python has no sources of its standard library under {root}; give data.source=FOLDER_OF_TEXT")
+            raise RecipeError(f"there are no sources of the standard library under {root}; give data.source=FOLDER")
         return files
     root = Path(source).expanduser()
     if root.is_file():
@@ -59,7 +63,7 @@ def find_files(source: str) -> list[TextFile]:
     elif root.is_dir():
         files = _walk(root)
     else:
-        raise RecipeError(f"data.source={source} does not exist; give an existing text file or folder, stdlib or random")
+        raise RecipeError(f"data.source={source} is not there; give a text file or folder that is, stdlib or random")
     if not files:
         raise RecipeError(f"data.source={source} holds no text; put UTF-8 text files there or give data.source=stdlib")
     return files
@@ -70,7 +74,7 @@ def _walk(root: Path, skipped: frozenset[str] = frozenset(), suffix: str = "") -
     files = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
-        for path in (os.path.join(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")):
+        for path in (os.path.join(folder, name) for name in names if name.endswith(suffix) and name[0] != "."):
             with contextlib.suppress(FileNotFoundError):  # a link to nothing
                 status = os.stat(path)
                 if stat.S_ISREG(status.st_mode) and status.st_size:
@@ -92,16 +96,16 @@ def validation_names(names: Sequence[str], fraction: float) -> set[str]:
 
 
 def documents(source: str, files: Sequence[TextFile], fraction: float) -> Iterator[Document]:
-    """Read `files`, decoded exactly (line ends as they are). A lone file is cut at a line: its last `fraction` validates.
+    """Read `files`, decoded exactly (line ends as they are). A lone file is cut at a line: its end validates.
 
     Raises RecipeError for a file that is not UTF-8, except in the standard library, where such a file is left out.
     """
     if len(files) == 1:
-        text = _read(source, files[0]) or ""
-        cut = int(len(text) * (1 - fraction))
-        cut = text.rfind("\n", 0, cut) + 1 or cut
-        yield Document(files[0].name, text[:cut], validation=False)
-        yield Document(files[0].name, text[cut:], validation=True)
+        whole = _read(source, files[0]) or ""
+        cut = int(len(whole) * (1 - fraction))
+        cut = whole.rfind("\n", 0, cut) + 1 or cut
+        yield Document(files[0].name, whole[:cut], validation=False)
+        yield Document(files[0].name, whole[cut:], validation=True)
         return
     kept = validation_names([file.name for file in files], fraction)
     for file in files:
@@ -116,4 +120,5 @@ def _read(source: str, file: TextFile) -> str | None:
     except UnicodeDecodeError as error:
         if source == STDLIB:
             return None
-        raise RecipeError(f"{file.path} is not UTF-8 text (byte {error.start}); convert it or take it out of data.source") from error
+        problem = f"{file.path} is not UTF-8 text (byte {error.start}); convert it or take it out of data.source"
+        raise RecipeError(problem) from error

@@ -14,7 +14,8 @@ END_OF_FILE_TOKEN = 0
 SMALLEST_VOCAB = 256 + 1
 """Every byte, and the end of a file."""
 
-# What pre_tokenizers.ByteLevel cuts ASCII text into; its own pattern has \p{L} for letters, \p{N} for digits and \s for space.
+# What pre_tokenizers.ByteLevel cuts ASCII text into; its pattern has \p{L} for letters, \p{N} for digits and \s for
+# space.
 _ASCII_WORDS = re.compile(
     r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
 )
@@ -55,8 +56,8 @@ def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
 class Encoder:
     """Texts to tokens, the same as `tokenizer.encode` gives and about three times as fast on ASCII text.
 
-    BPE never merges across words, and words repeat: each distinct word of ASCII text is encoded once and looked up after
-    that. Other text goes through the tokenizer as it is.
+    BPE never merges across words, and words repeat: each distinct word of ASCII text is encoded once, then looked up.
+    Other text goes through the tokenizer as it is.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -67,8 +68,8 @@ class Encoder:
         """One array of tokens for each text, without end-of-file tokens."""
         words = [_ASCII_WORDS.findall(text) if text.isascii() else None for text in texts]
         self._learn(chain.from_iterable(found for found in words if found is not None))
-        others = iter(self._tokenizer.encode_batch_fast(
-            [text for text, found in zip(texts, words, strict=True) if found is None], add_special_tokens=False))  # fmt: skip
+        rest = [text for text, found in zip(texts, words, strict=True) if found is None]
+        others = iter(self._tokenizer.encode_batch_fast(rest, add_special_tokens=False))
         return [np.array(next(others).ids, np.uint32) if found is None else self._look_up(found) for found in words]
 
     def _learn(self, words: Iterable[str]) -> None:
