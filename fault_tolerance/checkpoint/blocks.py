@@ -5,6 +5,7 @@ from io import FileIO
 from pathlib import Path
 
 import xxhash
+
 from bagualu.fault_tolerance.checkpoint.durable import write_all
 from bagualu.fault_tolerance.checkpoint.format import REMEDY, CheckpointError, Manifest, StoredBox, StoredFile, digest
 

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import torch
+
 from bagualu.comm.group import Group
 
 

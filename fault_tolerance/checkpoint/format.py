@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+
 from bagualu.parallel.boxes import Box, cover_problem
 
 FORMAT = 1

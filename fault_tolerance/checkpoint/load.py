@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from bagualu.fault_tolerance.checkpoint.blocks import open_shard, read_blocks
 from bagualu.fault_tolerance.checkpoint.format import REMEDY, CheckpointError, StoredBox, StoredTensor, read_manifest
 from bagualu.parallel.boxes import Box
@@ -91,7 +92,7 @@ class Checkpoint:
             with open_shard(self.path, manifest, stored.file, stored.file not in self._seen) as file:
                 self._seen.add(stored.file)
                 where = f"{self.path}: tensor {name} in {stored.file}"
-                read_blocks(file, where, stored, manifest.block_bytes, first, memoryview(held.buffer.numpy())[:size])
+                read_blocks(file, where, stored, manifest.block_bytes, first, held.buffer.numpy().data[:size])
             held.stored, held.first, held.stop = stored, first, stop
         skip = (first - held.first) * manifest.block_bytes
         return held.buffer[skip : skip + size]

@@ -14,13 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from bagualu.comm.group import Group
 from bagualu.fault_tolerance.checkpoint import format
 from bagualu.fault_tolerance.checkpoint.directory import clear_stale, discard, temporary_for
 from bagualu.fault_tolerance.checkpoint.durable import durable_file, fsync_directory, make_directory, write_all
 from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, gather_json
 from bagualu.fault_tolerance.checkpoint.format import (
-    MANIFEST, CheckpointError, Manifest, StoredBox, StoredFile, StoredTensor, step_name,
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    StoredBox,
+    StoredFile,
+    StoredTensor,
+    step_name,
 )  # fmt: skip
 from bagualu.fault_tolerance.checkpoint.retention import prune
 from bagualu.fault_tolerance.checkpoint.shard import Piece, write_shard

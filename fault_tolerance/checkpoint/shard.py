@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from bagualu.fault_tolerance.checkpoint import format
 from bagualu.fault_tolerance.checkpoint.blocks import write_hashed
 from bagualu.fault_tolerance.checkpoint.durable import durable_file, fsync_directory, write_all
@@ -92,4 +93,4 @@ def _header(pieces: list[Piece]) -> bytes:
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The elements of `tensor`, row-major, in host memory; no copy where they lie there like that already."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

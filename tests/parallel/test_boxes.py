@@ -1,12 +1,14 @@
 """Boxes against numpy, and against a search for the smallest number of them."""
 
+from itertools import pairwise
 from math import prod
 
 import numpy as np
 import pytest
-from bagualu.parallel.boxes import Box, cover_problem, flat_range_to_boxes
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bagualu.parallel.boxes import Box, cover_problem, flat_range_to_boxes
 
 shapes = st.lists(st.integers(1, 4), max_size=4).map(tuple)
 
@@ -76,7 +78,7 @@ def test_intersection_is_that_of_numpy(data, shape):
 @given(st.data(), shapes)
 def test_coverage_is_that_of_numpy(data, shape):
     cuts = sorted({0, prod(shape), *data.draw(st.lists(st.integers(0, prod(shape)), max_size=3))})
-    boxes = [box for a, b in zip(cuts, cuts[1:], strict=False) for _, box in flat_range_to_boxes(shape, a, b)]
+    boxes = [box for a, b in pairwise(cuts) for _, box in flat_range_to_boxes(shape, a, b)]
     boxes += data.draw(st.lists(boxes_of(shape), max_size=1))
     if data.draw(st.booleans()) and boxes:
         boxes.pop(data.draw(st.integers(0, len(boxes) - 1)))
