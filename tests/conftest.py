@@ -6,6 +6,10 @@ import pytest
 import torch
 
 
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = {
         "gpu": None if torch.cuda.is_available() else "needs an NVIDIA GPU",
