@@ -41,7 +41,7 @@ def linear_cross_entropy(
     `vocabulary` is the number of real rows over all ranks: rows beyond it are padding and take no part in the softmax.
     The gradient of x is this rank's part of a sum over the group.
     """
-    loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group)
     return loss
 
 
