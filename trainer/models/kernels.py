@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bagualu.parallel.precision import accurate_dtype, gradient_dtype, multiply_dtype
+from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 
 def linears(x: torch.Tensor, *weights: torch.Tensor, wide: bool = False) -> tuple[torch.Tensor, ...]:
@@ -40,7 +40,7 @@ class _Linears(torch.autograd.Function):
         grad_weights = []
         for grad, weight in zip(grads, weights, strict=True):
             columns = grad.reshape(-1, grad.shape[-1]).to(dtype)
-            grad_weights.append((columns.T @ rows).to(gradient_dtype(weight)))
+            grad_weights.append((columns.T @ rows).to(accurate_dtype(weight.dtype)))
             if ctx.needs_input_grad[1]:
                 widened = weight.to(dtype)
                 grad_x = columns @ widened if grad_x is None else grad_x.addmm_(columns, widened)
@@ -69,7 +69,7 @@ class _GroupedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dtype = multiply_dtype(x)
         grad_x = torch.empty_like(x, dtype=dtype)
-        grad_weight = torch.empty_like(weight, dtype=gradient_dtype(weight))
+        grad_weight = torch.empty_like(weight, dtype=accurate_dtype(weight.dtype))
         parts = zip(x.split(ctx.counts), grads[0].split(ctx.counts), grad_x.split(ctx.counts), weight, grad_weight, strict=True)
         for rows, grad, grad_rows, expert, grad_expert in parts:
             wide = grad.to(dtype)
@@ -102,7 +102,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         grad = grads[0].to(scale.dtype)
         normed = x.to(scale.dtype) * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(gradient_dtype(weight))
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(accurate_dtype(weight.dtype))
         grad_normed = grad * weight.to(scale.dtype)
         along = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1) / x.shape[-1]
         return grad_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
