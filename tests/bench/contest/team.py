@@ -22,7 +22,7 @@ class Sample:
     step_seconds: list[float]
     """One entry per timed step: the slowest process' time."""
     cpu_seconds: list[float]
-    """One entry per timed step: processor time over all processes; hardly disturbed by others on the machine. May be empty."""
+    """One per timed step: processor time of all processes, hardly disturbed by other work. Empty if not known."""
     peak_memory_bytes: int
     """Highest resident memory so far, summed over its processes."""
 

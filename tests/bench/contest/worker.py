@@ -69,9 +69,8 @@ def serve(options: argparse.Namespace, answers: IO[str]) -> None:
             losses.append(step(tokens[:, :-1], tokens[:, 1:]))
             seconds.append(time.perf_counter() - start)
             cpu_seconds.append(time.process_time() - cpu_start)
-        answer = {"step_seconds": seconds, "cpu_seconds": cpu_seconds, "losses": losses}
-        answer["peak_memory_bytes"] = peak_memory_bytes()
-        answers.write(json.dumps(answer) + "\n")
+        times = {"step_seconds": seconds, "cpu_seconds": cpu_seconds}
+        answers.write(json.dumps({**times, "losses": losses, "peak_memory_bytes": peak_memory_bytes()}) + "\n")
     if distributed:
         dist.destroy_process_group()
 
