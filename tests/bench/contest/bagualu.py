@@ -35,7 +35,8 @@ class Bagualu:
     def measure(self, steps: int) -> Sample:
         with tempfile.TemporaryDirectory(prefix="bagualu-bench-") as folder:
             run = Path(folder) / "run"
-            command = [sys.executable, "-m", "bagualu.launch.cli", "train", f"recipe={self.recipe}", f"run.dir={run}",
+            program = Path(sys.executable).with_name("bagualu")
+            command = [str(program), "train", f"recipe={self.recipe}", f"run.dir={run}",
                        f"train.steps={self.warmup + steps}", "train.validation_sequences=0", "checkpoint.every=0",
                        "log.progress=off", *overrides(self.entry, self.recipe), *self.extra, "--json"]  # fmt: skip
             with self.log.open("w", encoding="utf-8") as log:
