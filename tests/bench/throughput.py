@@ -55,7 +55,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def measured_ceiling(allocator: str, before: dict[str, float]) -> dict[str, float]:
-    """FLOP/s of the best square matmul on all cores, by dtype; the better of now and `before`, as others may disturb."""
+    """FLOP/s of the best square matmul on all cores, by dtype; never less than `before`, as others may disturb."""
     variables = environment(len(os.sched_getaffinity(0)), allocator) | {"PYTHONPATH": str(BENCH)}
     command = [sys.executable, "-m", "contest.ceiling"]
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, check=True)
