@@ -55,9 +55,7 @@ class TorchTransport:
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
         flat, part = output.view(-1), input.view(-1)
-        return self._start(
-            "all_gather", lambda: dist.all_gather_into_tensor(flat, part, self.group, async_op=True), flat, part
-        )
+        return self._start("all_gather", lambda: dist.all_gather_into_tensor(flat, part, self.group, async_op=True), flat, part)
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
         part, flat = output.view(-1), input.view(-1)
@@ -68,9 +66,7 @@ class TorchTransport:
             flat,
         )
 
-    def all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
-    ) -> TorchWork:
+    def all_to_all(self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]) -> TorchWork:
         return self._start(
             "all_to_all",
             lambda: dist.all_to_all_single(output, input, output_splits, input_splits, self.group, async_op=True),

@@ -41,7 +41,7 @@ def linear_cross_entropy(
     `vocabulary` is the number of real rows over all ranks: rows beyond it are padding and take no part in the softmax.
     The gradient of x is this rank's part of a sum over the group.
     """
-    loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group)
     return loss
 
 
@@ -71,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight[:valid] += grad_logits.T @ chunk
         if grad_x is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype))
+            ctx.save_for_backward(grad_x.to(x.dtype), grad_weight)
         return total
 
     @staticmethod

@@ -9,7 +9,7 @@ from torch import nn
 
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.models.config import ModelConfig
-from bagualu.trainer.models.kernels import causal_attention, linears, rms_norm, rotate
+from bagualu.trainer.models.kernels import causal_attention, linears, rms_norm, rotate, swiglu
 
 
 class Linear(nn.Module):
@@ -62,7 +62,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, H] -> [B, S, H]"""
         cos, sin = self.positions(x.shape[1], x.dtype, x.device)
-        projected = linears(x, self.query.weight, self.key.weight, self.value.weight)
+        projected = linears(x, self.query.weight, self.key.weight, self.value.weight, wide=True)
         query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)  # [B, S, A, D]
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         mixed = causal_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
@@ -81,4 +81,4 @@ class FeedForward(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., H] -> [..., H]"""
         gate, up = linears(x, self.gate.weight, self.up.weight)
-        return linears(nn.functional.silu(gate) * up, self.down.weight)[0]
+        return linears(swiglu(gate, up), self.down.weight)[0]
