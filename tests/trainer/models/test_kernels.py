@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from bagualu.parallel import vocabulary
 from bagualu.parallel.vocabulary import IGNORED, linear_cross_entropy
-from bagualu.trainer.models.kernels import causal_attention, grouped_linear, linears, rms_norm, rotate
+from bagualu.trainer.models.kernels import causal_attention, grouped_linear, linears, rms_norm, rotate, swiglu
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -35,6 +35,7 @@ KERNELS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]]]] = {
     "grouped_linear": (lambda x, w: grouped_linear(x, w, COUNTS), [(5, 4), (5, 3, 4)]),
     "grouped_linear_no_rows": (lambda x, w: grouped_linear(x, w, [0, 0]), [(0, 4), (2, 3, 4)]),
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-2), [(2, 3, 4), (4,)]),
+    "swiglu": (swiglu, [(2, 3, 4), (2, 3, 4)]),
     "rotate": (lambda x: rotate(x, COS, SIN), [(2, 3, 2, 4)]),
     "causal_attention": (causal_attention, [(2, 2, 3, 4)] * 3),
     "causal_attention_shared_heads": (causal_attention, [(1, 4, 3, 2), (1, 2, 3, 2), (1, 2, 3, 2)]),
@@ -65,6 +66,31 @@ def test_16_bit_values_and_gradients_are_the_exact_ones_rounded(name: str, dtype
         assert x.grad is not None
         assert x.grad.dtype == dtype
         assert_rounded(x.grad, reference.grad, several=name.startswith("causal"))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gradients_reach_weights_unrounded(dtype: torch.dtype) -> None:
+    """`grad_dtype` is how a gradient bucket asks for it."""
+    labels = torch.arange(30) % 5
+    kernels: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+        "linears": lambda x, w: linears(x, w)[0],
+        "wide": lambda x, w: linears(x, w, wide=True)[0],
+        "grouped": lambda x, w: grouped_linear(x, w, [30]),
+        "head": lambda x, w: linear_cross_entropy(x, w, labels, 5),
+    }
+    for name, kernel in kernels.items():
+        shape = (1, 5, 40) if name == "grouped" else (5, 40)
+        x, weight = (draw(*shape, seed=4).detach().to(dtype).requires_grad_() for shape in ((30, 40), shape))
+        exact_x, exact_weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+        weight.grad_dtype = torch.float32
+        kernel(x, weight).double().sum().backward()
+        kernel(exact_x, exact_weight).sum().backward()
+        assert weight.grad is not None
+        assert exact_weight.grad is not None
+        assert weight.grad.dtype == torch.float32
+        error = (weight.grad.double() - exact_weight.grad).abs().max() / exact_weight.grad.abs().max()
+        # The head's logits lose a little: their gradient is multiplied in 16 bits where the chip does that.
+        assert error < torch.finfo(dtype).eps / (4 if name == "head" else 1000), name
 
 
 def assert_rounded(actual: torch.Tensor, exact: torch.Tensor | None, several: bool = False) -> None:

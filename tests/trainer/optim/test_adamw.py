@@ -35,6 +35,8 @@ def plain(recipe: Recipe) -> tuple[list[float], list[float], dict[str, np.ndarra
     working.load_state_dict(parts.model.state_dict())
     wide = torch.float64 if recipe.train.dtype == "float64" else torch.float32
     masters = {name: p.detach().to(wide).requires_grad_() for name, p in working.named_parameters()}
+    for parameter in working.parameters():
+        parameter.grad_dtype = wide  # no gradient is rounded on its way to the optimizer
     matrices = [m for m in masters.values() if m.dim() > 1]
     norms = [m for m in masters.values() if m.dim() == 1]
     optim = recipe.optim
