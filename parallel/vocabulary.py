@@ -57,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x, dtype=rows.dtype) if backward else None
         grad_weight = torch.zeros_like(weight, dtype=accurate_dtype(weight.dtype)) if backward else None
         total = x.new_zeros((), dtype=accurate_dtype(x.dtype))
-        size = max(1, _CHUNK_ELEMENTS // max(1, valid))
+        size = max(1, _CHUNK_ELEMENTS // weight.shape[0])  # not of the real rows: every rank must make the same chunks
         for begin in range(0, x.shape[0], size):
             here = slice(begin, begin + size)
             chunk = x[here].to(rows.dtype)

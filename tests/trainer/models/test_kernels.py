@@ -111,7 +111,7 @@ LABELS = torch.tensor([0, IGNORED, 4, 2, IGNORED, 4, 1])
 
 @pytest.fixture(params=[1, 2, 3, 100], ids=lambda rows: f"{rows}_rows_a_chunk")
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "_CHUNK_ELEMENTS", request.param * REAL)
+    monkeypatch.setattr(vocabulary, "_CHUNK_ELEMENTS", request.param * PADDED)
 
 
 @pytest.mark.usefixtures("_chunks")
