@@ -1,5 +1,6 @@
 """Rank arithmetic: every rank has its own coordinates, and every axis parts the world into groups that agree."""
 
+import itertools
 from math import prod
 
 from hypothesis import given
@@ -56,7 +57,7 @@ def test_near_axes_have_near_ranks(layout: Layout) -> None:
         folds = [layout.coordinates(member)["fold"] for member in layout.peers("expert", rank)]
         assert folds == list(range(folds[0], folds[0] + layout.expert))
         stages = layout.peers("pipeline", rank)
-        assert all(b - a == layout.fold * layout.tensor for a, b in zip(stages, stages[1:], strict=False))
+        assert all(b - a == layout.fold * layout.tensor for a, b in itertools.pairwise(stages))
 
 
 def test_sixteen_ranks_by_hand() -> None:

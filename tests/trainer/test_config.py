@@ -32,10 +32,18 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"data__global_batch": 12},
     ),
     ({"train__micro_batch": 3, "parallel__data": 2}, "give one of [1, 2, 4]", {"train__micro_batch": 4}),
-    ({"data__sequence_length": 9, "parallel__tensor": 2, "parallel__sequence": True}, "change one of them", {"data__sequence_length": 10}),
+    (
+        {"data__sequence_length": 9, "parallel__tensor": 2, "parallel__sequence": True},
+        "change one of them",
+        {"data__sequence_length": 10},
+    ),
     # what the tensor axis has to divide
     ({"parallel__tensor": 3}, "give parallel.tensor one of [1, 2, 4]", {"parallel__tensor": 4}),
-    ({"model__heads": 8, "model__kv_heads": 2, "parallel__tensor": 4}, "give parallel.tensor one of [1, 2]", {"parallel__tensor": 2}),
+    (
+        {"model__heads": 8, "model__kv_heads": 2, "parallel__tensor": 4},
+        "give parallel.tensor one of [1, 2]",
+        {"parallel__tensor": 2},
+    ),
     ({"model__ffn": 27, "parallel__tensor": 2}, "give parallel.tensor one of [1]", {"parallel__tensor": 1}),
     ({**MOE, "model__moe__ffn": 6, "parallel__tensor": 4}, "or change model.moe.ffn", {"model__moe__ffn": 8}),
     ({"model__vocab": 61, "parallel__tensor": 4}, "give model.vocab_multiple=4 to pad it to 64", {"model__vocab_multiple": 4}),

@@ -10,7 +10,8 @@ import pytest
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.inspect import verify
-from bagualu.trainer import loop, run as whole_run
+from bagualu.trainer import loop
+from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.loop import DivergedError

@@ -95,7 +95,7 @@ def test_an_order_that_differs_between_neighbours_is_refused() -> None:
 def test_a_deadlock_names_every_stage_that_waits_and_for_what() -> None:
     impatient = [Action(Kind.FORWARD, 0), Action(Kind.BACKWARD, 0), Action(Kind.FORWARD, 1), Action(Kind.BACKWARD, 1)]
     patient = compute_schedule("gpipe", 2, 2)[1]
-    with pytest.raises(ScheduleError, match="^deadlock: stage 0 at RG0, stage 1 at RA1$"):
+    with pytest.raises(ScheduleError, match=r"^deadlock: stage 0 at RG0, stage 1 at RA1$"):
         check(with_messages([impatient, patient]), 2)
 
 

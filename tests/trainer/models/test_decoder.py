@@ -76,7 +76,7 @@ def test_padding_rows_of_the_vocabulary_get_no_gradient() -> None:
 def test_stages_one_after_the_other_are_the_whole() -> None:
     config = config_of("moe_every_2_shared")
     whole = filled(config, torch.float64)
-    stages = [Decoder(config, range(0, 1), True, False), Decoder(config, range(1, 3), False, True)]
+    stages = [Decoder(config, range(1), True, False), Decoder(config, range(1, 3), False, True)]
     inputs, labels = tokens(config)
     x, total = inputs, torch.zeros((), dtype=torch.float64)
     names = set()

@@ -88,7 +88,8 @@ def float16_curve(communicator: Communicator, recipe: Recipe) -> tuple[list[floa
 
 def test_the_scale_leaves_no_trace() -> None:
     """Loss, reported norm and update are those of the unscaled gradient, within float16's rounding."""
-    half, whole = (small_recipe(train__dtype=d, train__steps=8, parallel__data=2, optim__epsilon=1e-5) for d in ("float16", "float64"))
+    dtypes = ("float16", "float64")
+    half, whole = (small_recipe(train__dtype=d, train__steps=8, parallel__data=2, optim__epsilon=1e-5) for d in dtypes)
     found, expected = run("simulated", 2, float16_curve, half), run("simulated", 2, float16_curve, whole)
     np.testing.assert_allclose(found[0][0], expected[0][0], rtol=2e-3)
     np.testing.assert_allclose(found[0][1], expected[0][1], rtol=5e-3)

@@ -1,5 +1,6 @@
 """The learning rate, step by step."""
 
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ def test_cosine_falls_from_the_full_rate_to_the_last_steps_ratio() -> None:
     assert found[14] == pytest.approx(0.1 + 0.9 / 2)  # half way between step 4 and step 24
     assert found[9] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
     assert found[24] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(found[4:], found[5:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(found[4:]))
 
 
 def test_wsd_stays_and_then_falls_in_even_parts() -> None:
@@ -52,7 +53,7 @@ def test_without_a_decay_wsd_is_constant() -> None:
 
 def test_wsd_of_decay_alone_does_not_jump_after_the_warmup() -> None:
     found = rates(30, schedule="wsd", decay_fraction=1.0)
-    assert max(abs(a - b) for a, b in zip(found, found[1:], strict=False)) <= 0.25 + 1e-12
+    assert max(abs(a - b) for a, b in itertools.pairwise(found)) <= 0.25 + 1e-12
     assert found[-1] == pytest.approx(0.1)
 
 
