@@ -28,6 +28,8 @@ class Group:
     ranks: tuple[int, ...]
     rank: int
     transport: Transport | None
+    device: torch.device = torch.device("cpu")
+    """Where the tensors of its collectives live."""
 
     @property
     def size(self) -> int:
@@ -136,7 +138,6 @@ class Communicator:
 
     def __init__(self, backend: Backend, world: World) -> None:
         self.backend = backend
-        self.world_info = world
         self.rank = world.rank
         self.size = world.size
         self.device = backend.device
@@ -146,7 +147,7 @@ class Communicator:
         """The group of `ranks` (this rank among them). All of them call this, in the same order."""
         position = ranks.index(self.rank)
         transport = self.backend.transport(ranks, name) if len(ranks) > 1 else None
-        return Group(name, ranks, position, transport)
+        return Group(name, ranks, position, transport, self.device)
 
     def close(self) -> None:
         self.backend.close()

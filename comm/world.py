@@ -2,25 +2,29 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from bagualu.comm.errors import RecipeError
 
 
 @dataclass(frozen=True)
 class World:
-    """One rank's place. `rendezvous` is where the ranks of a process-based backend find each other."""
+    """One rank's place."""
 
     rank: int
     size: int
     local_rank: int = 0
-    rendezvous: str = "env://"
+    rendezvous: str = ""
+    """Where the processes find each other, as torch.distributed spells it; a world of one needs none."""
+    hub: Any = None
+    """Where the threads of `simulated` meet."""
 
     @staticmethod
     def from_environment() -> "World":
         """As torchrun and torch.distributed.elastic set it; without them, a world of one. Raises RecipeError."""
         if "RANK" not in os.environ:
-            return World(0, 1, rendezvous="")
+            return World(0, 1)
         missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise RecipeError(f"RANK is set but {', '.join(missing)} not; start with torchrun or `bagualu train`")
-        return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
+        return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)), "env://")

@@ -1,0 +1,122 @@
+"""Collectives that gradients pass through: each one's backward is the collective that transposes it.
+
+    copy_to          x on every member            backward: the members' gradients are summed
+    reduce_from      the sum of the members' x    backward: the gradient goes to every member
+    gather_from      the members' x, joined       backward: summed, each member keeps its slice
+    scatter_to       its slice of the sum of x    backward: the members' gradients, joined
+    all_to_all       rows change place            backward: they go back
+
+copy_to and reduce_from are the pair around a tensor-parallel block (Megatron-LM's f and g, arXiv 1909.08053, section 3);
+gather_from and scatter_to take their place under sequence parallelism (arXiv 2205.05198, section 4.2).
+"""
+
+from typing import Any
+
+import torch
+
+from bagualu.comm.group import Group
+
+
+def copy_to(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The same values, used differently by every member from here on."""
+    return x if group.size == 1 else _Copy.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def reduce_from(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The sum of the members' tensors, on every member."""
+    return x if group.size == 1 else _Reduce.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def gather_from(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    """The members' tensors joined along `dim`, on every member."""
+    return x if group.size == 1 else _Gather.apply(x, group, dim)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def scatter_to(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    """This member's slice along `dim` of the sum of the members' tensors."""
+    return x if group.size == 1 else _Scatter.apply(x, group, dim)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def all_to_all(x: torch.Tensor, group: Group, output_splits: list[int], input_splits: list[int]) -> torch.Tensor:
+    """Rows of x [sum(input_splits), ...] go to their members; returns those that came [sum(output_splits), ...]."""
+    return x if group.size == 1 else _AllToAll.apply(x, group, output_splits, input_splits)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _sum(x: torch.Tensor, group: Group) -> torch.Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    group.all_reduce(total)
+    return total
+
+
+def _join(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    parts = x.new_empty((group.size, *x.shape))
+    group.all_gather(parts, x.contiguous())
+    return parts.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _slice_of_sum(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    parts = x.unflatten(dim, (group.size, -1)).movedim(dim, 0).contiguous()
+    mine = torch.empty_like(parts[0])
+    group.reduce_scatter(mine, parts)
+    return mine
+
+
+def _exchange(x: torch.Tensor, group: Group, output_splits: list[int], input_splits: list[int]) -> torch.Tensor:
+    output = x.new_empty((sum(output_splits), *x.shape[1:]))
+    group.all_to_all(output, x.contiguous(), output_splits, input_splits)
+    return output
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return _sum(grads[0], ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0], None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _join(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return _slice_of_sum(grads[0], ctx.group, ctx.dim), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _slice_of_sum(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return _join(grads[0], ctx.group, ctx.dim), None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group, output_splits: list[int], input_splits: list[int]) -> torch.Tensor:
+        ctx.group, ctx.splits = group, (output_splits, input_splits)
+        return _exchange(x, group, output_splits, input_splits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        output_splits, input_splits = ctx.splits
+        return _exchange(grads[0], ctx.group, input_splits, output_splits), None, None, None

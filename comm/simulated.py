@@ -1,0 +1,269 @@
+"""All ranks as threads of one process: parallel code under one debugger, with real tensors.
+
+Reductions run in rank order, so results are reproducible to the bit. Because one object sees every rank, a mistake that
+hangs a cluster is reported here as what it is: ranks that call different things, and ranks that wait for each other, are
+named with what each of them waits for.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from bagualu.comm.backend import ReduceOp
+from bagualu.comm.errors import CommunicationError, RecipeError
+from bagualu.comm.group import Communicator
+from bagualu.comm.world import World
+
+T = TypeVar("T")
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Call:
+    """One communication on its way: who has come, with which tensors, and how to carry it out once all have."""
+
+    what: str
+    signature: tuple[Any, ...]
+    ranks: tuple[int, ...]
+    carry_out: Callable[[list[Tensors]], None]
+    arrived: dict[int, Tensors] = field(default_factory=dict)
+    done: bool = False
+
+    def missing(self) -> list[int]:
+        return [rank for rank in self.ranks if rank not in self.arrived]
+
+
+class Hub:
+    """Where the threads meet."""
+
+    def __init__(self, size: int, timeout_seconds: float) -> None:
+        self.size = size
+        self.timeout_seconds = timeout_seconds
+        self._changed = threading.Condition()
+        self._calls: dict[tuple[Any, ...], Call] = {}
+        self._waiting: dict[int, Call] = {}
+        self._running = set(range(size))
+        self._failure: str | None = None
+
+    def join(self, key: tuple[Any, ...], rank: int, call: Call, tensors: Tensors) -> Call:
+        """Add this rank's tensors to the call under `key`; the last one to come carries it out."""
+        with self._changed:
+            self._raise_failure()
+            first = self._calls.setdefault(key, call)
+            if first.signature != call.signature:
+                here = f"rank {rank} calls {call.what} {call.signature}"
+                self._fail(f"{here}, but rank {next(iter(first.arrived))} calls {first.what} {first.signature}")
+            first.arrived[rank] = tensors
+            last = not first.missing()
+            if last:
+                del self._calls[key]
+        if last:
+            with torch.no_grad():
+                first.carry_out([first.arrived[member] for member in first.ranks])
+            with self._changed:
+                first.done = True
+                self._changed.notify_all()
+        return first
+
+    def wait(self, rank: int, call: Call) -> None:
+        with self._changed:
+            self._waiting[rank] = call
+            try:
+                self._find_deadlock()
+                if not self._changed.wait_for(lambda: call.done or self._failure, self.timeout_seconds):
+                    self._fail(f"{call.what} has waited {self.timeout_seconds} s for ranks {call.missing()}")
+                if not call.done:
+                    self._raise_failure()
+            finally:
+                del self._waiting[rank]
+
+    def leave(self, rank: int, error: BaseException | None) -> None:
+        """The thread of `rank` has ended; those who wait for it are told."""
+        with self._changed:
+            self._running.discard(rank)
+            if error is not None and self._failure is None:
+                self._failure = f"rank {rank} failed: {type(error).__name__}: {error}"
+            try:
+                self._find_deadlock()
+            except CommunicationError:
+                pass  # recorded as the failure, which the waiting ranks raise
+            self._changed.notify_all()
+
+    def _find_deadlock(self) -> None:
+        stuck = all(rank in self._waiting and self._waiting[rank].missing() for rank in self._running)
+        if stuck and self._running and self._failure is None:
+            lines = [f"rank {rank} waits in {call.what} for ranks {call.missing()}" for rank, call in self._waiting.items()]
+            self._fail("nobody can go on: " + "; ".join(sorted(lines)))
+
+    def _fail(self, message: str) -> None:
+        self._failure = message
+        self._changed.notify_all()
+        raise CommunicationError(message)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise CommunicationError(self._failure)
+
+
+@dataclass(frozen=True)
+class SimulatedWork:
+    hub: Hub
+    rank: int
+    call: Call
+
+    def wait(self) -> None:
+        if not self.call.done:
+            self.hub.wait(self.rank, self.call)
+
+
+class SimulatedTransport:
+    """The collectives of one set of threads. Calls are matched by their order in the group, messages by their order in the pair."""
+
+    def __init__(self, hub: Hub, key: tuple[Any, ...], ranks: tuple[int, ...], rank: int) -> None:
+        self.hub = hub
+        self.key = key
+        self.ranks = ranks
+        self.rank = rank
+        self._sequence: dict[Any, int] = {}
+
+    def _join(
+        self, op: str, detail: tuple[Any, ...], carry_out: Callable[[list[Tensors]], None], pair: tuple[int, int] | None = None,
+        **tensors: torch.Tensor,
+    ) -> SimulatedWork:  # fmt: skip
+        count = self._sequence[pair] = self._sequence.get(pair, 0) + 1
+        ranks = self.ranks if pair is None else pair
+        where = f"group {self.key[0]}" if pair is None else f"{pair[0]} -> {pair[1]} of group {self.key[0]}"
+        call = Call(f"{op} number {count} in {where}", (op.split()[-1], *detail), ranks, carry_out)
+        return SimulatedWork(self.hub, self.rank, self.hub.join((*self.key, pair, count), self.rank, call, tensors))
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> SimulatedWork:
+        def carry_out(members: list[Tensors]) -> None:
+            total = members[0]["tensor"].clone()
+            for member in members[1:]:
+                total = total + member["tensor"] if op == "sum" else torch.maximum(total, member["tensor"])
+            for member in members:
+                member["tensor"].copy_(total)
+
+        return self._join("all_reduce", (op, tensor.numel(), tensor.dtype), carry_out, tensor=tensor)
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> SimulatedWork:
+        def carry_out(members: list[Tensors]) -> None:
+            whole = torch.cat([member["input"].reshape(-1) for member in members])
+            for member in members:
+                member["output"].view(-1).copy_(whole)
+
+        return self._join("all_gather", (input.numel(), input.dtype), carry_out, output=output, input=input)
+
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> SimulatedWork:
+        def carry_out(members: list[Tensors]) -> None:
+            total = members[0]["input"].reshape(-1).clone()
+            for member in members[1:]:
+                total += member["input"].reshape(-1)
+            for member, part in zip(members, total.chunk(len(members)), strict=True):
+                member["output"].view(-1).copy_(part)
+
+        return self._join("reduce_scatter", (output.numel(), output.dtype), carry_out, output=output, input=input)
+
+    def all_to_all(
+        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
+    ) -> SimulatedWork:
+        splits = torch.tensor([input_splits, output_splits])
+
+        def carry_out(members: list[Tensors]) -> None:
+            for position, receiver in enumerate(members):
+                parts = []
+                for source, sender in enumerate(members):
+                    sent, expected = int(sender["splits"][0, position]), int(receiver["splits"][1, source])
+                    if sent != expected:
+                        raise CommunicationError(
+                            f"all_to_all in group {self.key[0]}: rank {self.ranks[source]} sends {sent} rows to rank "
+                            f"{self.ranks[position]}, which expects {expected}"
+                        )
+                    parts.append(sender["input"].split(sender["splits"][0].tolist())[position])
+                receiver["output"].copy_(torch.cat(parts))
+
+        return self._join("all_to_all", (input.shape[1:], input.dtype), carry_out, output=output, input=input, splits=splits)
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> SimulatedWork:
+        def carry_out(members: list[Tensors]) -> None:
+            for member in members:
+                if member is not members[source]:
+                    member["tensor"].copy_(members[source]["tensor"])
+
+        return self._join("broadcast", (source, tensor.numel(), tensor.dtype), carry_out, tensor=tensor)
+
+    def send(self, tensor: torch.Tensor, destination: int) -> SimulatedWork:
+        return self._message("send", tensor, (self.rank, self.ranks[destination]))
+
+    def receive(self, tensor: torch.Tensor, source: int) -> SimulatedWork:
+        return self._message("receive", tensor, (self.ranks[source], self.rank))
+
+    def _message(self, op: str, tensor: torch.Tensor, pair: tuple[int, int]) -> SimulatedWork:
+        def carry_out(members: list[Tensors]) -> None:
+            sender, receiver = members
+            receiver["tensor"].copy_(sender["tensor"])
+
+        return self._join(f"{op} message", (tensor.numel(), tensor.dtype), carry_out, pair, tensor=tensor)
+
+    def barrier(self) -> SimulatedWork:
+        return self._join("barrier", (), lambda members: None)
+
+
+class SimulatedBackend:
+    """One thread's connection to its hub."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, world: World, timeout_seconds: float) -> None:
+        if world.size > 1 and not isinstance(world.hub, Hub):
+            raise RecipeError(
+                "comm.backend=simulated runs every rank in one process; start it with `bagualu train`, "
+                "or give comm.backend=gloo for torchrun"
+            )
+        self.world = world
+        self._made: dict[tuple[int, ...], int] = {}
+
+    def transport(self, ranks: tuple[int, ...], name: str) -> SimulatedTransport:
+        count = self._made[ranks] = self._made.get(ranks, 0) + 1
+        return SimulatedTransport(self.world.hub, (name, ranks, count), ranks, self.world.rank)
+
+    def close(self) -> None:
+        return None
+
+
+def run(size: int, function: Callable[[Communicator], T], timeout_seconds: float = 600.0, threads: int = 1) -> list[T]:
+    """Run `function(communicator)` on `size` ranks, each a thread, and return the results by rank.
+
+    `threads` is the number of compute threads of each rank. The first rank's error that is not a consequence of another
+    one's is raised, with a note that names the rank.
+    """
+    hub = Hub(size, timeout_seconds)
+    results: dict[int, T] = {}
+    errors: deque[tuple[int, BaseException]] = deque()
+
+    def rank_main(rank: int) -> None:
+        error: BaseException | None = None
+        torch.set_num_threads(threads)
+        try:
+            world = World(rank, size, rank, hub=hub)
+            communicator = Communicator(SimulatedBackend(world, timeout_seconds), world)
+            results[rank] = function(communicator)
+        except BaseException as caught:
+            error = caught
+            errors.append((rank, caught))
+        hub.leave(rank, error)
+
+    workers = [threading.Thread(target=rank_main, args=(rank,), name=f"rank-{rank}", daemon=True) for rank in range(size)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        rank, error = min(errors, key=lambda item: isinstance(item[1], CommunicationError))
+        error.add_note(f"on simulated rank {rank} of {size}")
+        raise error
+    return [results[rank] for rank in range(size)]

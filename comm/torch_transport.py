@@ -1,0 +1,131 @@
+"""What every backend built on torch.distributed shares; a chip with a torch process group needs only its few lines.
+
+Used by `gloo` and `nccl`. A vendor's backend (hccl, xccl, ...) subclasses `TorchBackend`, says its torch name and device,
+and registers under the entry point group `bagualu.backends`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from bagualu.comm.backend import ReduceOp
+from bagualu.comm.errors import CommunicationError
+from bagualu.comm.world import World
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+@dataclass(frozen=True)
+class TorchWork:
+    """A torch work handle that says what failed, and keeps the tensors alive until it is done."""
+
+    work: dist.Work | None
+    what: str
+    tensors: tuple[torch.Tensor, ...]
+
+    def wait(self) -> None:
+        if self.work is None:
+            return
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            raise CommunicationError(f"{self.what} failed: {_first_line(error)}") from error
+
+
+class TorchTransport:
+    """The collectives of one torch process group."""
+
+    def __init__(self, group: dist.ProcessGroup, ranks: tuple[int, ...], name: str) -> None:
+        self.group = group
+        self.ranks = ranks
+        self.name = name
+
+    def _start(self, op: str, call: Callable[[], dist.Work | None], *tensors: torch.Tensor) -> TorchWork:
+        what = f"{op} in group {self.name} of ranks {list(self.ranks)}"
+        try:
+            return TorchWork(call(), what, tensors)
+        except RuntimeError as error:
+            raise CommunicationError(f"{what} failed: {_first_line(error)}") from error
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> TorchWork:
+        return self._start("all_reduce", lambda: dist.all_reduce(tensor, _OPS[op], self.group, async_op=True), tensor)
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
+        flat, part = output.view(-1), input.view(-1)
+        return self._start(
+            "all_gather", lambda: dist.all_gather_into_tensor(flat, part, self.group, async_op=True), flat, part
+        )
+
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
+        part, flat = output.view(-1), input.view(-1)
+        return self._start(
+            "reduce_scatter",
+            lambda: dist.reduce_scatter_tensor(part, flat, group=self.group, async_op=True),
+            part,
+            flat,
+        )
+
+    def all_to_all(
+        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
+    ) -> TorchWork:
+        return self._start(
+            "all_to_all",
+            lambda: dist.all_to_all_single(output, input, output_splits, input_splits, self.group, async_op=True),
+            output,
+            input,
+        )
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> TorchWork:
+        rank = self.ranks[source]
+        return self._start("broadcast", lambda: dist.broadcast(tensor, rank, self.group, async_op=True), tensor)
+
+    def send(self, tensor: torch.Tensor, destination: int) -> TorchWork:
+        rank = self.ranks[destination]
+        return self._start(f"send to rank {rank}", lambda: dist.isend(tensor, rank, self.group), tensor)
+
+    def receive(self, tensor: torch.Tensor, source: int) -> TorchWork:
+        rank = self.ranks[source]
+        return self._start(f"receive from rank {rank}", lambda: dist.irecv(tensor, rank, self.group), tensor)
+
+    def barrier(self) -> TorchWork:
+        return self._start("barrier", lambda: dist.barrier(self.group, async_op=True))
+
+
+class TorchBackend:
+    """A rank's connection through torch's default process group, which it creates and destroys."""
+
+    torch_name: str
+    device: torch.device
+
+    def __init__(self, world: World, timeout_seconds: float) -> None:
+        self.world = world
+        self.timeout = timedelta(seconds=timeout_seconds)
+        if world.size > 1 or world.rendezvous:
+            try:
+                dist.init_process_group(
+                    self.torch_name,
+                    init_method=world.rendezvous,
+                    rank=world.rank,
+                    world_size=world.size,
+                    timeout=self.timeout,
+                )
+            except (RuntimeError, ValueError) as error:
+                raise CommunicationError(
+                    f"rank {world.rank} could not join {world.size} ranks at {world.rendezvous}: {_first_line(error)}"
+                ) from error
+
+    def transport(self, ranks: tuple[int, ...], name: str) -> TorchTransport:
+        # Only the members take part, so that making groups costs each rank its own few, not all of the world's.
+        group = dist.new_group(list(ranks), timeout=self.timeout, backend=self.torch_name, use_local_synchronization=True)
+        return TorchTransport(group, ranks, name)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,94 @@
+"""Hashing and reading in blocks: every block of a stored box is verified on its way into memory. Free of torch."""
+
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+import xxhash
+
+from bagualu.fault_tolerance.checkpoint.durable import write_all
+from bagualu.fault_tolerance.checkpoint.format import REMEDY, CheckpointError, Manifest, StoredBox, StoredFile, digest
+
+PORTION_BYTES = 2**18
+"""Data is hashed and moved this much at a time, so that it is still in the processor's cache for the second of the two."""
+
+
+def portions(data: memoryview, block_bytes: int) -> Iterator[tuple[memoryview, bool]]:
+    """`data` cut into portions, each with whether it is the last of its block."""
+    for block in range(0, len(data), block_bytes):
+        stop = min(block + block_bytes, len(data))
+        for begin in range(block, stop, PORTION_BYTES):
+            end = min(begin + PORTION_BYTES, stop)
+            yield data[begin:end], end == stop
+
+
+def write_hashed(descriptor: int, data: memoryview, block_bytes: int) -> list[str]:
+    """Write `data` and return the hash of every block, taken from memory before the bytes go out. Raises OSError."""
+    hashes, hasher = [], xxhash.xxh3_128()
+    for portion, last in portions(data, block_bytes):
+        hasher.update(portion)
+        write_all(descriptor, portion)
+        if last:
+            hashes.append(hasher.hexdigest())
+            hasher.reset()
+    return hashes
+
+
+def open_shard(path: Path, manifest: Manifest, name: str, check_header: bool = True) -> FileIO:
+    """The shard `name` of the checkpoint at `path`, its size and (if not done before) header verified. Raises CheckpointError."""
+    stored = manifest.files[name]
+    try:
+        file = FileIO(path / name)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {name} cannot be opened ({error.strerror}); {REMEDY}") from error
+    try:
+        size = file.seek(0, 2)
+        if size != stored.bytes:
+            raise CheckpointError(f"{path}: {name} has {size} bytes instead of {stored.bytes}; {REMEDY}")
+        if check_header:
+            _check_header(file, f"{path}: the header of {name}", stored)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_blocks(file: FileIO, where: str, stored: StoredBox, block_bytes: int, first: int, into: memoryview) -> None:
+    """Fill `into` with the bytes of `stored` from block `first` on, verified. `where` begins the error message.
+
+    `into` ends where a block does. Raises CheckpointError; then `into` holds bytes that must not be used.
+    """
+    hasher, block = xxhash.xxh3_128(), first
+    try:
+        file.seek(stored.start + first * block_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read ({error.strerror}); {REMEDY}") from error
+    for portion, last in portions(into, block_bytes):
+        _fill(file, portion, where)
+        hasher.update(portion)
+        if last:
+            if hasher.hexdigest() != stored.hashes[block]:
+                at = stored.start + block * block_bytes
+                raise CheckpointError(f"{where} does not match its hash in the block at byte {at}; {REMEDY}")
+            hasher.reset()
+            block += 1
+
+
+def _check_header(file: FileIO, where: str, stored: StoredFile) -> None:
+    header = bytearray(stored.header_bytes)
+    file.seek(0)
+    _fill(file, memoryview(header), where)
+    if digest(header) != stored.header_hash:
+        raise CheckpointError(f"{where} does not match its hash; {REMEDY}")
+
+
+def _fill(file: FileIO, into: memoryview, where: str) -> None:
+    filled = 0
+    while filled < len(into):
+        try:
+            count = file.readinto(into[filled:])
+        except OSError as error:
+            raise CheckpointError(f"{where} cannot be read ({error.strerror}); {REMEDY}") from error
+        if not count:
+            raise CheckpointError(f"{where} ends too early; {REMEDY}")
+        filled += count

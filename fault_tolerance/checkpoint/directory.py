@@ -1,0 +1,57 @@
+"""The directory that holds a run's checkpoints: what counts as one, and how one disappears. Free of torch.
+
+Committed is what is called `step-` and a number of at least eight digits; it got that name by one rename. Whatever else
+lies there is never loaded. Names that begin with `.saving-` or `.removing-` are left over from a dead save or removal.
+"""
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from bagualu.fault_tolerance.checkpoint.durable import fsync_directory
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_name, step_of
+
+_SAVING, _REMOVING = ".saving-", ".removing-"
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Committed checkpoints under `root`, oldest step first. Damaged ones are among them: opening one says so."""
+    if not root.is_dir():
+        return []
+    found = [(step_of(path), path) for path in root.iterdir() if step_of(path) is not None and path.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def latest(root: Path) -> Path | None:
+    """The committed checkpoint with the highest step; None when there is none."""
+    checkpoints = list_checkpoints(root)
+    return checkpoints[-1] if checkpoints else None
+
+
+def temporary_for(root: Path, step: int) -> Path:
+    """A new name under `root` for a save of `step` under way."""
+    return root / f"{_SAVING}{step_name(step)}-{secrets.token_hex(4)}"
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint. It stops being one at once, by a rename, however long the deletion takes. Raises CheckpointError."""
+    doomed = path.with_name(f"{_REMOVING}{path.name.lstrip('.')}-{secrets.token_hex(4)}")
+    try:
+        os.rename(path, doomed)
+        fsync_directory(path.parent)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be removed ({error}); check the permissions of {path.parent}") from error
+
+
+def clear_stale(root: Path) -> None:
+    """Remove what dead saves and removals left. Should such a save be alive after all, it fails: its directory is gone.
+
+    Raises CheckpointError.
+    """
+    for path in root.iterdir():
+        if path.name.startswith(_SAVING):
+            discard(path)
+        elif path.name.startswith(_REMOVING):
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,41 @@
+"""Small JSON documents between the ranks of a group, with nothing but collectives on small tensors."""
+
+import json
+from typing import Any
+
+import torch
+
+from bagualu.comm.group import Group
+
+
+def gather_json(value: Any, group: Group, device: torch.device) -> list[Any]:
+    """What every member gave, in order of position, on every member. Collective."""
+    data = _tensor(value)
+    length = torch.tensor([data.numel()], device=device)
+    lengths = torch.empty(group.size, dtype=length.dtype, device=device)
+    group.all_gather(lengths, length)
+    longest = int(lengths.max())
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: data.numel()] = data
+    gathered = torch.empty(group.size * longest, dtype=torch.uint8, device=device)
+    group.all_gather(gathered, padded.to(device))
+    rows = gathered.cpu().view(group.size, longest)
+    return [_value(row[:n]) for row, n in zip(rows, lengths.tolist(), strict=True)]
+
+
+def broadcast_json(value: Any, group: Group, device: torch.device) -> Any:
+    """What position 0 gave (the others' value is not looked at), on every member. Collective."""
+    data = _tensor(value if group.rank == 0 else None)
+    length = torch.tensor([data.numel()], device=device)
+    group.broadcast(length, 0)
+    buffer = data.to(device) if group.rank == 0 else torch.empty(int(length), dtype=torch.uint8, device=device)
+    group.broadcast(buffer, 0)
+    return _value(buffer.cpu())
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _value(data: torch.Tensor) -> Any:
+    return json.loads(data.numpy().tobytes())

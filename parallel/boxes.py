@@ -1,0 +1,108 @@
+"""Axis-aligned boxes of tensors: what part of a global tensor somebody holds. Free of torch.
+
+A `Box` is an offset and a shape. Flat shards (ZeRO) hold ranges of a flattened tensor; `flat_range_to_boxes` says which boxes
+of the tensor those are, so that a checkpoint knows only boxes and any layout can read what any other wrote.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Box:
+    """Elements offset[d] .. offset[d] + shape[d] of every dim d."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """One past the last index on every dim."""
+        return tuple(o + s for o, s in zip(self.offset, self.shape, strict=True))
+
+    def shift(self, by: tuple[int, ...]) -> "Box":
+        """The same box seen from further out: `by` is where the tensor it lies in starts in the larger one."""
+        return Box(tuple(o + b for o, b in zip(self.offset, by, strict=True)), self.shape)
+
+    def inside(self, shape: tuple[int, ...]) -> bool:
+        """Whether it lies within a tensor of `shape`."""
+        return len(self.offset) == len(self.shape) == len(shape) and all(
+            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(self.offset, self.shape, shape, strict=True)
+        )
+
+    def intersection(self, other: "Box") -> "Box | None":
+        """The elements in both; None when there are none."""
+        start = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
+        shape = tuple(min(a, b) - s for a, b, s in zip(self.stop, other.stop, start, strict=True))
+        return Box(start, shape) if all(n > 0 for n in shape) else None
+
+    def slices(self, origin: tuple[int, ...]) -> tuple[slice, ...]:
+        """Index of this box in a tensor whose first element lies at `origin`."""
+        return tuple(slice(o - b, o - b + s) for o, b, s in zip(self.offset, origin, self.shape, strict=True))
+
+
+def flat_range_to_boxes(shape: Sequence[int], start: int, stop: int) -> list[tuple[int, Box]]:
+    """Elements [start, stop) of the row-major flattened tensor of `shape`, as the fewest boxes that are contiguous in it.
+
+    Returns (flat start, box) in flat order: the elements of a box are flat start .. flat start + box.elements. In two dims
+    that is at most a part of the first row, whole rows and a part of the last row; in more dims those parts fall apart
+    in the same way. Raises ValueError for a range that does not lie in the tensor.
+    """
+    shape = tuple(shape)
+    if not 0 <= start <= stop <= prod(shape):
+        raise ValueError(f"range {start} to {stop} does not lie in the {prod(shape)} elements of a tensor {shape}")
+    if start == stop:
+        return []
+    if start == 0 and stop == prod(shape):
+        return [(0, Box((0,) * len(shape), shape))]
+    row = prod(shape[1:])
+    first, last = -(-start // row), stop // row  # whole rows are first .. last
+    if first > last:  # the range begins and ends within one row
+        return _in_row(shape, last, start, stop)
+    boxes = _in_row(shape, first - 1, start, first * row)
+    if first < last:
+        boxes.append((first * row, Box((first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:]))))
+    return boxes + _in_row(shape, last, last * row, stop)
+
+
+def cover_problem(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
+    """Why `boxes` do not hold every element of a tensor of `shape` exactly once; None when they do."""
+    for box in boxes:
+        if not box.inside(shape):
+            return f"the box at {box.offset} of shape {box.shape} does not lie in {shape}"
+    boxes = [box for box in boxes if box.elements]
+    pair = _overlap(boxes)
+    if pair:
+        return f"the boxes at {pair[0].offset} of shape {pair[0].shape} and at {pair[1].offset} of shape {pair[1].shape} overlap"
+    held = sum(box.elements for box in boxes)
+    return None if held == prod(shape) else f"only {held} of {prod(shape)} elements are held"
+
+
+def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list[tuple[int, Box]]:
+    """The boxes of [start, stop), all of it in `row` of dim 0."""
+    begin = row * prod(shape[1:])
+    inner = flat_range_to_boxes(shape[1:], start - begin, stop - begin)
+    return [(begin + flat, Box((row, *box.offset), (1, *box.shape))) for flat, box in inner]
+
+
+def _overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+    """Two boxes that share elements. A sweep along the dim that keeps most boxes apart; near linear for regular shards."""
+    if len(boxes) < 2:
+        return None
+    dims = range(len(boxes[0].offset))
+    if not dims:
+        return boxes[0], boxes[1]
+    dim = max(dims, key=lambda d: len({box.offset[d] for box in boxes}))
+    active: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box.offset[dim]):
+        active = [other for other in active if other.stop[dim] > box.offset[dim]]
+        for other in active:
+            if box.intersection(other):
+                return other, box
+        active.append(box)
+    return None

@@ -1,0 +1,217 @@
+"""Data parallel: flat gradient buckets, reduced while the backward pass is still running, and ZeRO-1's partition of them.
+
+Parameters that are alike in every way that matters to reduction, norm and update (`BucketKind`) share buckets. A bucket is one
+flat piece of working weights, one flat piece of gradients, and this rank's shard of both. So reduction, norm and optimizer
+work on a few large tensors, and a rank's part of the optimizer state is one contiguous piece (ZeRO, arXiv 1910.02054, stage 1;
+the flat layout is that of Megatron-LM's distributed optimizer).
+
+Gradients are kept in at least float32: sums over micro-batches and ranks do not lose what bfloat16 would round away.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from bagualu.comm.backend import Work
+from bagualu.comm.group import Group
+from bagualu.parallel.boxes import Box
+from bagualu.parallel.mesh import Mesh
+from bagualu.parallel.precision import accurate_dtype
+from bagualu.parallel.sharding import ShardingPlan
+
+
+@dataclass(frozen=True)
+class BucketKind:
+    """What the parameters of one bucket have in common."""
+
+    reduction_axis: str
+    partial_over: str | None
+    tied: bool
+    counted: bool
+    """Whether this rank's copy counts in the norm and in checkpoints, among the copies on other stages or tensor ranks."""
+    decayed: bool
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter in its bucket: elements start .. start + parameter.numel() of the flat tensors."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    global_shape: tuple[int, ...]
+    box: Box
+    start: int
+
+
+@dataclass
+class Bucket:
+    """Parameters that are reduced and updated together. `shard` is this rank's part, [begin, begin + shard_numel)."""
+
+    kind: BucketKind
+    group: Group
+    """Ranks that hold the same elements and saw different samples."""
+    entries: list[Entry]
+    partitioned: bool
+    weights: torch.Tensor
+    gradients: torch.Tensor
+    shard_gradients: torch.Tensor
+    pending: int = 0
+    work: list[Work] = field(default_factory=list)
+
+    @property
+    def begin(self) -> int:
+        return self.shard_gradients.numel() * self.group.rank if self.partitioned else 0
+
+    @property
+    def shard_weights(self) -> torch.Tensor:
+        return self.weights[self.begin : self.begin + self.shard_gradients.numel()]
+
+    @property
+    def owned(self) -> bool:
+        """Whether this rank's shard is the one that counts (norm) and is saved (checkpoint)."""
+        return self.kind.counted and (self.partitioned or self.group.rank == 0)
+
+    def shard_entries(self) -> Iterator[tuple[Entry, int, int, int]]:
+        """(entry, start in the shard, start in the parameter, elements) for every parameter that the shard touches."""
+        end = self.begin + self.shard_gradients.numel()
+        for entry in self.entries:
+            low, high = max(self.begin, entry.start), min(end, entry.start + entry.parameter.numel())
+            if low < high:
+                yield entry, low - self.begin, low - entry.start, high - low
+
+
+def build_buckets(model: torch.nn.Module, plan: ShardingPlan, mesh: Mesh, zero: int, bucket_bytes: int) -> list[Bucket]:
+    """Move the model's parameters into flat buckets and leave views of them behind.
+
+    Parameters carry `global_shape` and `box` (see apply.py). Walked last to first, which is about the order in which the
+    backward pass finishes them. The same on every rank of a group, because the plan and the order are.
+    """
+    open_buckets: dict[BucketKind, list[tuple[str, torch.nn.Parameter]]] = {}
+    buckets: list[Bucket] = []
+    for local_name, parameter in reversed(list(model.named_parameters())):
+        name = plan.global_name(local_name)
+        kind = _kind(name, local_name, parameter, plan, mesh)
+        members = open_buckets.setdefault(kind, [])
+        members.append((name, parameter))
+        if sum(p.numel() for _, p in members) * accurate_dtype(parameter.dtype).itemsize >= bucket_bytes:
+            buckets.append(_build(kind, open_buckets.pop(kind), mesh, zero))
+    buckets.extend(_build(kind, members, mesh, zero) for kind, members in open_buckets.items())
+    return buckets
+
+
+def _kind(name: str, local_name: str, parameter: torch.nn.Parameter, plan: ShardingPlan, mesh: Mesh) -> BucketKind:
+    placement = plan.placement(name)
+    tied = mesh.layout.pipeline > 1 and (name in plan.tied.values())
+    copy_elsewhere = tied and local_name != name
+    return BucketKind(
+        reduction_axis=placement.reduction_axis,
+        partial_over=placement.partial_over if placement.partial_over and mesh.group(placement.partial_over).size > 1 else None,
+        tied=tied,
+        counted=placement.counted(mesh.layout, mesh.coordinates) and not copy_elsewhere,
+        decayed=parameter.ndim >= 2,
+    )
+
+
+def _build(kind: BucketKind, members: list[tuple[str, torch.nn.Parameter]], mesh: Mesh, zero: int) -> Bucket:
+    group = mesh.group(kind.reduction_axis)
+    partitioned = zero >= 1 and group.size > 1
+    first = members[0][1]
+    numel = sum(parameter.numel() for _, parameter in members)
+    padded = -(-numel // group.size) * group.size
+    weights = torch.zeros(padded, dtype=first.dtype, device=first.device)
+    gradients = torch.zeros(padded, dtype=accurate_dtype(first.dtype), device=first.device)
+    entries, start = [], 0
+    for name, parameter in members:
+        view = weights[start : start + parameter.numel()].view_as(parameter)
+        view.copy_(parameter.detach())
+        parameter.data = view
+        entries.append(Entry(name, parameter, parameter.global_shape, parameter.box, start))  # type: ignore[attr-defined]
+        start += parameter.numel()
+    shard = torch.zeros(padded // group.size, dtype=gradients.dtype, device=first.device) if partitioned else gradients
+    return Bucket(kind, group, entries, partitioned, weights, gradients, shard)
+
+
+class GradientReducer:
+    """Collects gradients of a step's micro-batches into the buckets, and starts reducing a bucket when its last one is in."""
+
+    def __init__(self, buckets: list[Bucket], mesh: Mesh) -> None:
+        self.buckets = buckets
+        self.mesh = mesh
+        self._fresh: set[int] = set()
+        for bucket in buckets:
+            for entry in bucket.entries:
+                view = bucket.gradients[entry.start : entry.start + entry.parameter.numel()].view_as(entry.parameter)
+                entry.parameter.register_post_accumulate_grad_hook(self._collector(bucket, view))
+
+    def begin(self, micro_batches: int) -> None:
+        """Before the first backward of a step whose parameters each see `micro_batches` backward passes."""
+        self._fresh = {id(entry.parameter) for bucket in self.buckets for entry in bucket.entries}
+        for bucket in self.buckets:
+            bucket.pending = len(bucket.entries) * micro_batches
+
+    def finish(self) -> None:
+        """After the last backward: when it returns, every bucket's shard_gradients hold the reduced gradient."""
+        for bucket in self.buckets:
+            for entry in bucket.entries:
+                if id(entry.parameter) in self._fresh:  # took no part in this step's loss
+                    bucket.gradients[entry.start : entry.start + entry.parameter.numel()].zero_()
+            if bucket.pending or _waits_for_all(bucket):
+                self._reduce(bucket)
+        for bucket in self.buckets:
+            for work in bucket.work:
+                work.wait()
+            bucket.work.clear()
+
+    def _collector(self, bucket: Bucket, view: torch.Tensor) -> "_Collector":
+        return _Collector(self, bucket, view)
+
+    def collect(self, bucket: Bucket, view: torch.Tensor, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        if id(parameter) in self._fresh:
+            self._fresh.discard(id(parameter))
+            view.copy_(parameter.grad)
+        else:
+            view.add_(parameter.grad)
+        parameter.grad = None
+        bucket.pending -= 1
+        if bucket.pending == 0 and not _waits_for_all(bucket):
+            self._reduce(bucket)
+
+    def _reduce(self, bucket: Bucket) -> None:
+        if bucket.kind.tied:
+            self.mesh.group("ends").all_reduce(bucket.gradients)
+        if bucket.kind.partial_over:
+            self.mesh.group(bucket.kind.partial_over).all_reduce(bucket.gradients)
+        if bucket.partitioned:
+            bucket.work.append(bucket.group.reduce_scatter(bucket.shard_gradients, bucket.gradients, asynchronous=True))
+        elif bucket.group.size > 1:
+            bucket.work.append(bucket.group.all_reduce(bucket.gradients, asynchronous=True))
+
+
+@dataclass(frozen=True)
+class _Collector:
+    """The hook of one parameter; keeps its place in the bucket."""
+
+    reducer: GradientReducer
+    bucket: Bucket
+    view: torch.Tensor
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        self.reducer.collect(self.bucket, self.view, parameter)
+
+
+def _waits_for_all(bucket: Bucket) -> bool:
+    """Buckets whose reduction crosses a second group go last, in the same order on every rank, so that no two ranks wait
+    for each other in different groups."""
+    return bucket.kind.tied or bucket.kind.partial_over is not None
+
+
+def gather_weights(buckets: list[Bucket]) -> None:
+    """After the update of the shards: every rank's working weights are whole again."""
+    works = []
+    for bucket in buckets:
+        if bucket.partitioned:
+            works.append(bucket.group.all_gather(bucket.weights, bucket.shard_weights.clone(), asynchronous=True))
+    for work in works:
+        work.wait()

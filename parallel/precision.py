@@ -1,0 +1,32 @@
+"""Which dtype this chip multiplies matrices in, for tensors stored in a given dtype.
+
+Storing bfloat16 and multiplying in float32 is the same mathematics as a bfloat16 unit with float32 accumulation (products of
+bfloat16 numbers are exact in float32). A CPU without bfloat16 instructions runs the 16-bit path several times slower than
+float32 (docs/performance.md), so there the operands are widened for the multiplication and the result is rounded.
+"""
+
+import functools
+
+import torch
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    if dtype == torch.bfloat16:
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return bool(capabilities.get("amx_fp16") or capabilities.get("avx512_fp16"))
+
+
+def multiply_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype to cast operands like `tensor` to before a matrix multiplication; its own unless widening is faster."""
+    if tensor.dtype in _HALF and tensor.device.type == "cpu" and not _cpu_multiplies(tensor.dtype):
+        return torch.float32
+    return tensor.dtype
+
+
+def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """At least float32: for norms, softmax, losses, routers."""
+    return torch.float32 if dtype in _HALF else dtype

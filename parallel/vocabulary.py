@@ -1,0 +1,102 @@
+"""Embedding and loss when the rows of the vocabulary are split over the tensor axis.
+
+Shapes: N tokens, V this rank's rows of the vocabulary, H hidden.
+
+The loss and the projection to the vocabulary are one function that works through the tokens in chunks, computing the gradient
+of a chunk's logits right after the logits: no [N, V] tensor ever exists, and the softmax statistics cross ranks as two small
+all-reduces a chunk (Megatron-LM, arXiv 1909.08053, section 3, for the split softmax).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bagualu.comm.differentiable import reduce_from, scatter_to
+from bagualu.comm.group import Group
+from bagualu.parallel.precision import accurate_dtype, multiply_dtype
+
+IGNORED = -100
+"""The label of a position that takes no part in the loss."""
+_CHUNK_ELEMENTS = 2**21
+
+
+def sharded_embedding(tokens: torch.Tensor, weight: torch.Tensor, group: Group, sequence: bool) -> torch.Tensor:
+    """Rows of the whole vocabulary for tokens [B, S] from this rank's rows [V, H] -> [B, S, H].
+
+    With `sequence`, only this rank's slice of the sequence is returned: [B, S / group.size, H].
+    """
+    local = tokens - group.rank * weight.shape[0]
+    elsewhere = (local < 0) | (local >= weight.shape[0])
+    partial = F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0)
+    return scatter_to(partial, group, dim=1) if sequence else reduce_from(partial, group)
+
+
+def linear_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocabulary: int, group: Group | None = None
+) -> torch.Tensor:
+    """Sum over tokens of -log softmax(x @ weight.T)[label], a scalar in at least float32.
+
+    x [N, H] the same on every rank of `group`; weight [V, H] this rank's rows; labels [N], IGNORED where they do not count;
+    `vocabulary` is the number of real rows over all ranks: rows beyond it are padding and take no part in the softmax.
+    The gradient of x is this rank's part of a sum over the group.
+    """
+    loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocabulary: int, group: Group | None
+    ) -> torch.Tensor:
+        start = group.rank * weight.shape[0] if group else 0
+        valid = max(0, min(weight.shape[0], vocabulary - start))
+        rows = weight[:valid].to(multiply_dtype(weight))
+        backward = any(ctx.needs_input_grad[:2])
+        grad_x = torch.empty_like(x, dtype=rows.dtype) if backward else None
+        grad_weight = torch.zeros_like(weight, dtype=accurate_dtype(weight.dtype)) if backward else None
+        total = x.new_zeros((), dtype=accurate_dtype(x.dtype))
+        size = max(1, _CHUNK_ELEMENTS // max(1, valid))
+        for begin in range(0, x.shape[0], size):
+            here = slice(begin, begin + size)
+            chunk = x[here].to(rows.dtype)
+            logits = (chunk @ rows.T).to(total.dtype)
+            total += _loss_and_gradient(logits, labels[here] - start, labels[here] != IGNORED, group)
+            if grad_x is not None and grad_weight is not None:
+                grad_logits = logits.to(rows.dtype)
+                torch.mm(grad_logits, rows, out=grad_x[here])
+                if grad_logits.dtype == grad_weight.dtype:
+                    grad_weight[:valid].addmm_(grad_logits.T, chunk)
+                else:
+                    grad_weight[:valid] += grad_logits.T @ chunk
+        if grad_x is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grads[0].to(grad_x.dtype), grad_weight * grads[0].to(grad_weight.dtype), None, None, None
+
+
+def _loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None) -> torch.Tensor:
+    """The chunk's summed loss; `logits` [n, V] become their own gradient in place. `target` counts from this rank's first row."""
+    here = counts & (target >= 0) & (target < logits.shape[1])
+    row = torch.where(here, target, 0).unsqueeze(1)
+    high = logits.amax(1, keepdim=True) if logits.shape[1] else logits.new_full((logits.shape[0], 1), -torch.inf)
+    if group and group.size > 1:
+        group.all_reduce(high, "max")
+    logits -= high
+    sums = logits.new_zeros((2, logits.shape[0]))
+    if logits.shape[1]:
+        sums[0] = torch.where(here, logits.gather(1, row).squeeze(1), 0)
+        logits.exp_()
+        sums[1] = logits.sum(1)
+    if group and group.size > 1:
+        group.all_reduce(sums)
+    loss = torch.where(counts, sums[1].log() - sums[0], 0).sum()
+    logits *= torch.where(counts, sums[1].reciprocal(), 0).unsqueeze(1)
+    if logits.shape[1]:
+        logits.scatter_add_(1, row, -here.to(logits.dtype).unsqueeze(1))
+    return loss

@@ -1,0 +1,162 @@
+import hashlib
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bagualu.comm.errors import RecipeError
+from bagualu.trainer.data.config import DataConfig
+from bagualu.trainer.data.corpus import bits_per_byte, default_cache, prepare
+from bagualu.trainer.data.sources import documents, find_files
+from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer
+
+VOCAB = 300
+
+
+def config(folder: Path, cache: Path, **changes) -> DataConfig:
+    defaults = {"source": str(folder), "cache": str(cache), "sequence_length": 16, "validation_fraction": 0.25}
+    return DataConfig(**(defaults | changes))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("preparing a corpus must not touch the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_tokens_are_the_text(folder, tmp_path):
+    corpus = prepare(config(folder, tmp_path / "cache"), VOCAB)
+    tokenizer = load_tokenizer(corpus.tokenizer_path)
+    assert tokenizer.get_vocab_size() == corpus.vocab == len(corpus.token_bytes) == VOCAB
+    found = list(documents(str(folder), find_files(str(folder)), 0.25))
+    for tokens, validation in ((corpus.train, False), (corpus.validation, True)):
+        assert tokens[-1] == END_OF_FILE_TOKEN
+        files = np.split(tokens, np.flatnonzero(tokens == END_OF_FILE_TOKEN) + 1)[:-1]
+        texts = [document.text for document in found if document.validation == validation]
+        assert [tokenizer.decode(file[:-1].tolist()) for file in files] == texts
+        assert corpus.token_bytes[tokens].sum() == sum(len(text.encode()) for text in texts)
+
+
+_AGAIN = """
+import hashlib, sys
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.data.config import DataConfig
+c = prepare({config!r}, {vocab})
+digest = hashlib.sha256(c.train.tobytes() + c.validation.tobytes()).hexdigest()
+print(c.fingerprint, digest, "datasets" in sys.modules, "torch" in sys.modules)
+"""
+
+
+def test_the_second_time_is_the_first_and_needs_neither_datasets_nor_torch(folder, tmp_path):
+    first = prepare(config(folder, tmp_path / "cache"), VOCAB)
+    program = _AGAIN.format(config=config(folder, tmp_path / "cache"), vocab=VOCAB)
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    digest = hashlib.sha256(first.train.tobytes() + first.validation.tobytes()).hexdigest()
+    assert answer.stdout.split() == [first.fingerprint, digest, "False", "False"]
+
+
+def test_the_fingerprint_is_of_what_the_model_sees(folder, tmp_path):
+    first = prepare(config(folder, tmp_path / "cache"), VOCAB).fingerprint
+    shutil.copytree(folder, tmp_path / "moved")
+    assert prepare(config(tmp_path / "moved", tmp_path / "other"), VOCAB).fingerprint == first
+    assert prepare(config(folder, tmp_path / "cache"), VOCAB + 1).fingerprint != first
+    assert prepare(config(folder, tmp_path / "cache", validation_fraction=0.5), VOCAB).fingerprint != first
+    (folder / "part0" / "0.txt").write_text("something else")
+    assert prepare(config(folder, tmp_path / "cache"), VOCAB).fingerprint != first
+
+
+def _fingerprint(folder: Path, cache: Path) -> tuple[str, float]:
+    corpus = prepare(config(folder, cache), VOCAB)
+    return corpus.fingerprint, corpus.tokenizer_path.stat().st_mtime_ns
+
+
+def test_several_processes_prepare_once(folder, tmp_path):
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        results = pool.starmap(_fingerprint, [(folder, tmp_path / "cache")] * 4, chunksize=1)
+    assert len(set(results)) == 1
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+
+
+_KILLED = """
+import sys, time
+import bagualu.trainer.data.build as build
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.data.config import DataConfig
+build._make_durable = lambda path: (print("all files written", flush=True), time.sleep(600))
+prepare({config!r}, {vocab})
+"""
+
+
+def test_a_killed_builder_leaves_nothing_that_is_loaded(folder, tmp_path):
+    """Killed at the worst moment: everything is written and nothing renamed yet."""
+    cache = tmp_path / "cache"
+    program = _KILLED.format(config=config(folder, cache), vocab=VOCAB)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as builder:
+        assert builder.stdout.readline() == b"all files written\n"
+        builder.send_signal(signal.SIGKILL)
+    left = [path for path in cache.iterdir() if path.is_dir()]
+    assert [".tmp-" in path.name for path in left] == [True]
+    torn = next(left[0].rglob("train.bin"))
+    torn.write_bytes(b"\0" * torn.stat().st_size)
+    corpus = prepare(config(folder, cache), VOCAB)
+    assert corpus.fingerprint == prepare(config(folder, tmp_path / "other"), VOCAB).fingerprint
+    assert corpus.train.any()
+    assert [path for path in cache.iterdir() if path.is_dir()] == [corpus.tokenizer_path.parent]
+
+
+def test_a_shortened_file_is_prepared_again(folder, tmp_path):
+    first = prepare(config(folder, tmp_path / "cache"), VOCAB)
+    tokens = first.train.copy()
+    path = first.tokenizer_path.parent / "train.bin"
+    os.truncate(path, path.stat().st_size - 2)
+    assert np.array_equal(prepare(config(folder, tmp_path / "cache"), VOCAB).train, tokens)
+
+
+@pytest.mark.parametrize(
+    ("changes", "vocab", "message"),
+    [
+        ({"sequence_length": 10**6}, VOCAB, r"split of .* has \d+ tokens .* give data\.sequence_length=\d+"),
+        ({}, 100, r"model\.vocab=100 cannot hold every byte .* give model\.vocab=257"),
+        ({}, 10**6, r"yields only \d+ tokens; give model\.vocab=\d+"),
+        ({"cache": "/proc/none"}, VOCAB, r"give data\.cache=FOLDER"),
+    ],
+)
+def test_what_cannot_work_says_what_to_give(folder, tmp_path, changes, vocab, message):
+    with pytest.raises(RecipeError, match=message):
+        prepare(config(folder, **({"cache": tmp_path / "cache"} | changes)), vocab)
+
+
+def test_a_file_that_is_not_text_is_a_recipe_error(folder, tmp_path):
+    (folder / "image.png").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(RecipeError, match=r"image\.png is not UTF-8"):
+        prepare(config(folder, tmp_path / "cache"), VOCAB)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_random_needs_no_files(tmp_path):
+    corpus = prepare(DataConfig(source="random", cache=str(tmp_path / "cache")), 8192)
+    assert corpus.tokenizer_path is None
+    assert not (tmp_path / "cache").exists()
+    assert bits_per_byte(3.0, float(corpus.token_bytes.sum())) is None
+
+
+def test_bits_per_byte():
+    assert bits_per_byte(8 * np.log(2), 2) == pytest.approx(4)
+
+
+def test_the_cache_is_where_the_user_keeps_caches(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/some/where")
+    assert default_cache() == Path("/some/where/bagualu")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache() == Path.home() / ".cache" / "bagualu"

@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bagualu.comm.errors import RecipeError
+from bagualu.trainer.data.sources import documents, find_files, hash_fraction, validation_names
+
+
+def read(source: Path, fraction: float = 0.25) -> list[tuple[str, str, bool]]:
+    return [(d.name, d.text, d.validation) for d in documents(str(source), find_files(str(source)), fraction)]
+
+
+def test_the_standard_library_is_found_without_tests_and_packages():
+    names = [file.name for file in find_files("stdlib")]
+    assert len(names) > 300
+    assert names == sorted(names)
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    assert not [name for name in names if {"test", "tests", "site-packages", "__pycache__"} & set(name.split("/"))]
+
+
+def test_a_folder_is_split_by_the_names_of_its_files(folder):
+    before = {name: validation for name, _, validation in read(folder)}
+    assert before == {name: name in validation_names(list(before), 0.25) for name in before}
+    assert 0 < sum(before.values()) < len(before)
+    for path in folder.rglob("*.txt"):
+        path.write_text("other words")
+    assert {name: validation for name, _, validation in read(folder)} == before
+
+
+@given(st.sets(st.text(min_size=1), min_size=2, max_size=30), st.floats(0.01, 0.99))
+def test_neither_side_of_a_split_is_empty(names, fraction):
+    kept = validation_names(sorted(names), fraction)
+    assert kept < names
+    assert kept
+    if 1 < len(kept) < len(names) - 1:
+        assert kept == {name for name in names if hash_fraction(name) < fraction}
+
+
+def test_hidden_and_empty_files_are_left_out_and_line_ends_kept(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r")
+    (tmp_path / "b.txt").write_bytes(b"three\n")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / ".hidden").write_bytes(b"\xff")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "index").write_bytes(b"\xff")
+    assert [(name, text) for name, text, _ in read(tmp_path)] == [("a.txt", "one\r\ntwo\r"), ("b.txt", "three\n")]
+
+
+def test_a_lone_file_is_cut_at_a_line(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(100)))
+    (_, train, _), (_, validation, _) = read(path)
+    assert train + validation == path.read_text()
+    assert train.endswith("\n")
+    assert 20 <= validation.count("\n") <= 30
+
+
+def test_a_missing_source_says_what_to_give():
+    with pytest.raises(RecipeError, match=r"data\.source=/no/such is not there; give .* stdlib"):
+        find_files("/no/such")
+
+
+def test_an_empty_source_says_what_to_give(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    for source in (tmp_path, tmp_path / "empty.txt"):
+        with pytest.raises(RecipeError, match=r"holds no text; put UTF-8"):
+            find_files(str(source))
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / "b.bin").write_bytes(b"abc\xff")
+    with pytest.raises(RecipeError, match=r"b\.bin is not UTF-8 text \(byte 3\); convert"):
+        read(tmp_path)

@@ -1,0 +1,89 @@
+"""From a recipe to the parts of a run on one rank, in the order in which they are put on."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from bagualu.comm.group import Communicator
+from bagualu.parallel.apply import parallelize
+from bagualu.parallel.data import Bucket, GradientReducer, build_buckets
+from bagualu.parallel.mesh import Mesh
+from bagualu.parallel.pipeline.runtime import PipelineRunner
+from bagualu.parallel.pipeline.split import split_layers
+from bagualu.parallel.sharding import ShardingPlan
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.data.batches import Batches
+from bagualu.trainer.data.corpus import Corpus
+from bagualu.trainer.initialise import decoder_values
+from bagualu.trainer.models.decoder import Decoder
+from bagualu.trainer.optim.adamw import ShardedAdamW
+from bagualu.trainer.optim.scaler import LossScaler
+from bagualu.trainer.plans.decoder import decoder_plan
+
+
+@dataclass
+class Parts:
+    """What a step works with."""
+
+    recipe: Recipe
+    mesh: Mesh
+    model: Decoder
+    corpus: Corpus
+    batches: Batches
+    runner: PipelineRunner
+    buckets: list[Bucket]
+    reducer: GradientReducer
+    optimizer: ShardedAdamW
+    scaler: LossScaler
+    device: torch.device
+    updates: int = 0
+    """Optimizer updates so far: the steps whose gradients were finite."""
+
+
+def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Parts:
+    """Build this rank's part of everything. Collective. Raises RecipeError for what validation can only see here."""
+    layout = recipe.validate(communicator.size)
+    mesh = Mesh.build(layout, communicator)
+    dtype = getattr(torch, recipe.train.dtype)
+    model = build_model(recipe, mesh, dtype)
+    buckets = build_buckets(model, _plan(recipe), mesh, recipe.parallel.zero, recipe.parallel.bucket_bytes)
+    length = recipe.data.sequence_length // (layout.tensor if recipe.parallel.sequence else 1)
+    runner = PipelineRunner(
+        stage=model,
+        mesh=mesh,
+        activation_shape=(recipe.train.micro_batch, length, recipe.model.hidden),
+        activation_dtype=dtype,
+        device=communicator.device,
+    )
+    return Parts(
+        recipe=recipe,
+        mesh=mesh,
+        model=model,
+        corpus=corpus,
+        batches=Batches(corpus, recipe.data, recipe.run.seed),
+        runner=runner,
+        buckets=buckets,
+        reducer=GradientReducer(buckets, mesh),
+        optimizer=ShardedAdamW(buckets, recipe.optim),
+        scaler=LossScaler.for_dtype(recipe.train.dtype),
+        device=communicator.device,
+    )
+
+
+def build_model(recipe: Recipe, mesh: Mesh, dtype: torch.dtype) -> Decoder:
+    """This stage's layers, in this rank's slices, initialised."""
+    config = recipe.model
+    layers = split_layers(config.layers, mesh.layout.pipeline, recipe.parallel.balance)[mesh.at("pipeline")]
+    with torch.device("meta"):
+        model = Decoder(config, layers, mesh.first_stage, mesh.last_stage, recipe.train.recompute == "full")
+    fill = partial(decoder_values, recipe.run.seed, config.initial_std, config.layers)
+    parallelize(model, _plan(recipe), mesh, recipe.parallel.sequence, dtype, fill)
+    if recipe.train.compile:
+        for layer in model.layers.values():
+            layer.compile()
+    return model
+
+
+def _plan(recipe: Recipe) -> ShardingPlan:
+    return decoder_plan(recipe.model, recipe.parallel.sequence)

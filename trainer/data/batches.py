@@ -1,0 +1,140 @@
+"""Which sequences make up a step, and their tokens. S: tokens a sequence predicts, N: sequences of the training split.
+
+Everything is a pure function of (seed, step, sample index): no cursor is stored, so a run resumes at step k by asking
+for step k, and any rank asks for whatever part of the global batch is its own. Steps and samples count from 0.
+"""
+
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bagualu.trainer.data.config import DataConfig
+from bagualu.trainer.data.corpus import Corpus, require_sequence
+from bagualu.trainer.data.sources import RANDOM
+
+RANDOM_SEQUENCES = 2**31
+"""Random sequences never run out; this many are said to be there for validation."""
+
+# Separate streams of random numbers: the top word of the generator's 256-bit counter.
+_ORDER, _TRAINING_TOKENS, _VALIDATION_TOKENS = 0, 1, 2
+
+
+class Sequences(Protocol):
+    """A numbered set of token sequences."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> NDArray[Any]:
+        """Tokens of sequence `index`, [S + 1]: what is read and, shifted by one, what is predicted."""
+        ...
+
+
+class StoredSequences:
+    """Consecutive windows of a token array: each token but the first is predicted once; less than S are left over."""
+
+    def __init__(self, tokens: NDArray[Any], sequence_length: int) -> None:
+        self._tokens, self._length = tokens, sequence_length
+
+    def __len__(self) -> int:
+        return max(len(self._tokens) - 1, 0) // self._length
+
+    def read(self, index: int) -> NDArray[Any]:
+        start = index * self._length
+        return self._tokens[start : start + self._length + 1]
+
+
+class RandomSequences:
+    """Uniform random tokens, a function of (seed, sequence number)."""
+
+    def __init__(self, vocab: int, sequence_length: int, seed: int, stream: int) -> None:
+        self._vocab, self._length, self._seed, self._stream = vocab, sequence_length, seed, stream
+
+    def __len__(self) -> int:
+        return RANDOM_SEQUENCES
+
+    def read(self, index: int) -> NDArray[Any]:
+        return _random_words(self._seed, index, self._stream, self._length + 1) % np.uint64(self._vocab)
+
+
+class Batches:
+    """Global batches of `config.global_batch` sequences of a corpus.
+
+    Sequences come in a new random order each epoch, each exactly once; a global batch may run across the border of two
+    epochs. Random tokens are never repeated: sample n of the run is random sequence n.
+
+    Inputs and labels are int64. A label of -100 means: do not predict here. None of the sources produces one, but
+    whoever computes a loss must skip it and count only the others.
+    """
+
+    def __init__(self, corpus: Corpus, config: DataConfig, seed: int) -> None:
+        """Raises RecipeError when a split of the corpus is shorter than one sequence."""
+        self._seed, self._global_batch, self._length = seed, config.global_batch, config.sequence_length
+        self._shuffled = config.source != RANDOM
+        self._train: Sequences
+        self._validation: Sequences
+        if self._shuffled:
+            require_sequence(corpus, config)
+            self._train = StoredSequences(corpus.train, self._length)
+            self._validation = StoredSequences(corpus.validation, self._length)
+        else:
+            self._train = RandomSequences(corpus.vocab, self._length, seed, _TRAINING_TOKENS)
+            self._validation = RandomSequences(corpus.vocab, self._length, seed, _VALIDATION_TOKENS)
+
+    @property
+    def train_count(self) -> int:
+        """Sequences of one epoch, N."""
+        return len(self._train)
+
+    @property
+    def validation_count(self) -> int:
+        return len(self._validation)
+
+    def sample_ids(self, step: int) -> NDArray[np.int64]:
+        """The training sequences that step `step` consumes, in order, [global_batch]."""
+        places = np.arange(step * self._global_batch, (step + 1) * self._global_batch, dtype=np.int64)
+        if not self._shuffled:
+            return places
+        epochs, offsets = np.divmod(places, self.train_count)
+        ids = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            ids[here] = _epoch_order(self._seed, int(epoch), self.train_count)[offsets[here]]
+        return ids
+
+    def batch(self, step: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Inputs and labels [count, S] of samples start .. start + count of the global batch of step `step`."""
+        if not 0 <= start <= start + count <= self._global_batch:
+            raise ValueError(f"samples {start}..{start + count} lie outside the global batch of {self._global_batch}")
+        return self._read(self._train, self.sample_ids(step)[start : start + count])
+
+    def validation(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Inputs and labels [count, S] of validation sequences start .. start + count, in the order of the files."""
+        if not 0 <= start <= start + count <= self.validation_count:
+            raise ValueError(f"sequences {start}..{start + count} lie outside the {self.validation_count} there are")
+        return self._read(self._validation, np.arange(start, start + count))
+
+    def _read(self, sequences: Sequences, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        tokens = np.empty((len(ids), self._length + 1), np.int64)
+        for row, index in enumerate(ids):
+            tokens[row] = sequences.read(int(index))
+        both = torch.from_numpy(tokens)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """A permutation of `count` sequences: the order of their random numbers.
+
+    Not Generator.permutation: numpy keeps the numbers of a generator the same for ever, but not what it makes of them.
+    """
+    return np.argsort(_random_words(seed, epoch, _ORDER, count), kind="stable").astype(np.int64)
+
+
+def _random_words(seed: int, index: int, stream: int, count: int) -> NDArray[np.uint64]:
+    """`count` random 64-bit words, a function of the other three arguments."""
+    key = np.array([seed % 2**64, index], np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], np.uint64)).random_raw(count)

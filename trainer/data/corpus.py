@@ -1,0 +1,148 @@
+"""A corpus as flat arrays of tokens, prepared once and cached.
+
+A cached corpus is a folder that appears by one rename when all of it is on disk; a killed builder leaves nothing that
+anyone would load:
+
+    CACHE/KEY/corpus.json tokenizer.json train.bin validation.bin
+    CACHE/KEY.lock              held while building; the other processes wait, then load
+
+KEY is a hash of what the corpus is made from (names, sizes and modification times of the files, vocabulary, split).
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from bagualu.comm.errors import RecipeError
+from bagualu.trainer.data.config import DataConfig
+from bagualu.trainer.data.sources import RANDOM, TextFile, find_files
+from bagualu.trainer.data.tokenizer import SMALLEST_VOCAB, load_tokenizer, token_bytes
+
+FORMAT = 1
+"""Part of the key: raise it when what is stored changes."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens to train on and to validate with.
+
+    Files are joined, each ended by the end-of-file token. That token stands for 0 bytes: a model pays for predicting
+    it and gets no bytes in return, so bits per byte is never flattered. For `data.source=random` the arrays are
+    empty, there is no tokenizer and no token stands for any bytes.
+    """
+
+    vocab: int
+    train: NDArray[Any]
+    """Tokens of the training split, flat, uint16 or uint32, mapped from disk."""
+    validation: NDArray[Any]
+    token_bytes: NDArray[np.int64]
+    """[vocab]: bytes of text that each token stands for."""
+    fingerprint: str
+    """Hash of the tokenizer and of every token: equal on two machines when they train on the same data."""
+    tokenizer_path: Path | None
+    """For bagualu.trainer.data.tokenizer.load_tokenizer."""
+
+
+def bits_per_byte(nats: float, text_bytes: float) -> float | None:
+    """Bits per byte of text: summed loss in nats over the summed `token_bytes` of the labels. None for 0 bytes."""
+    return nats / math.log(2) / text_bytes if text_bytes else None
+
+
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/bagualu or ~/.cache/bagualu: the user's one setting for where caches lie, so it is read here."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "bagualu"
+
+
+def prepare(config: DataConfig, vocab: int) -> Corpus:
+    """The corpus of `config`, tokenised with exactly `vocab` entries. Safe from several processes at once.
+
+    Takes seconds the first time and milliseconds after that. Raises RecipeError when the source is missing, empty, not
+    text, or too small for one sequence or for the vocabulary.
+    """
+    if config.source == RANDOM:
+        nothing = np.zeros(0, np.uint32)
+        return Corpus(vocab, nothing, nothing, np.zeros(vocab, np.int64), f"random-{vocab}", None)
+    if vocab < SMALLEST_VOCAB:
+        problem = f"model.vocab={vocab} cannot hold every byte and the end of a file"
+        raise RecipeError(f"{problem}; give model.vocab={SMALLEST_VOCAB} or more")
+    files = find_files(config.source)
+    cache = Path(config.cache).expanduser() if config.cache else default_cache()
+    folder = cache / _key(config, vocab, files)
+    corpus = _load(folder)
+    if corpus is None:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                corpus = _load(folder) or _build(folder, config, vocab, files)
+        except OSError as error:
+            problem = f"cannot prepare the corpus in {cache} ({error}); give data.cache=FOLDER with room to write"
+            raise RecipeError(problem) from error
+    require_sequence(corpus, config)
+    return corpus
+
+
+def require_sequence(corpus: Corpus, config: DataConfig) -> None:
+    """Raise RecipeError unless both splits hold at least one sequence (`sequence_length` + 1 tokens)."""
+    for split, tokens in (("training", corpus.train), ("validation", corpus.validation)):
+        if len(tokens) <= config.sequence_length:
+            raise RecipeError(
+                f"the {split} split of data.source={config.source} has {len(tokens)} tokens but one sequence reads "
+                f"{config.sequence_length + 1}; give data.sequence_length={max(len(tokens) - 1, 1)} or more text"
+            )
+
+
+def _key(config: DataConfig, vocab: int, files: Sequence[TextFile]) -> str:
+    listing = [[os.path.abspath(file.path), file.size_bytes, file.modified_nanoseconds] for file in files]
+    made_from = json.dumps([FORMAT, config.source, vocab, config.validation_fraction, listing])
+    return hashlib.blake2b(made_from.encode(), digest_size=16).hexdigest()
+
+
+def _build(folder: Path, config: DataConfig, vocab: int, files: Sequence[TextFile]) -> Corpus:
+    """Prepare beside `folder` and rename. The caller holds the lock: what lies here is left from a killed builder."""
+    # Here and not above: `datasets` takes over a second to import, and mostly there is nothing to prepare.
+    from bagualu.trainer.data.build import build
+
+    for leftover in [folder, *folder.parent.glob(f"{folder.name}.tmp-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.tmp-") as temporary:
+        whole = Path(temporary, "corpus")
+        whole.mkdir()
+        build(whole, Path(temporary), config, vocab, files)
+        whole.rename(folder)
+    corpus = _load(folder)
+    if corpus is None:
+        raise OSError(f"{folder} cannot be read back")
+    return corpus
+
+
+def _load(folder: Path) -> Corpus | None:
+    """The corpus in `folder`, or None when it is not there or not as long as it says."""
+    try:
+        about = json.loads((folder / "corpus.json").read_text())
+        train = _tokens(folder / "train.bin", about["train"], about["dtype"])
+        validation = _tokens(folder / "validation.bin", about["validation"], about["dtype"])
+        tokenizer_path = folder / "tokenizer.json"
+        sizes = token_bytes(load_tokenizer(tokenizer_path))
+    except FileNotFoundError:
+        return None
+    if train is None or validation is None:
+        return None
+    return Corpus(about["vocab"], train, validation, sizes, about["fingerprint"], tokenizer_path)
+
+
+def _tokens(path: Path, count: int, dtype: str) -> NDArray[Any] | None:
+    if path.stat().st_size != count * np.dtype(dtype).itemsize:
+        return None
+    return np.memmap(path, dtype, mode="r") if count else np.zeros(0, dtype)

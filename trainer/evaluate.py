@@ -1,0 +1,54 @@
+"""Validation: the loss on held-out sequences, always the same ones, and bits per byte of their text."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from bagualu.parallel.pipeline.runtime import MicroBatch
+from bagualu.parallel.pipeline.schedule import forward_only, with_messages
+from bagualu.parallel.vocabulary import IGNORED
+from bagualu.trainer.assemble import Parts
+from bagualu.trainer.data.corpus import bits_per_byte
+
+
+@dataclass(frozen=True)
+class Validation:
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float | None
+    """None when the tokens stand for no text (random data)."""
+
+
+def validate(parts: Parts) -> Validation | None:
+    """Loss over the first `train.validation_sequences` sequences of the validation split; the same on every rank. None for 0."""
+    count = min(parts.recipe.train.validation_sequences, parts.batches.validation_count)
+    if count == 0:
+        return None
+    micro_batches = _share(parts, count)
+    stages, stage = parts.mesh.layout.pipeline, parts.mesh.at("pipeline")
+    totals = parts.runner.run(with_messages(forward_only(stages, len(micro_batches)))[stage], micro_batches, seeds=None)
+    labels = torch.stack([batch.labels for batch in micro_batches])
+    counted = labels[labels != IGNORED]
+    text_bytes = torch.as_tensor(parts.corpus.token_bytes, device=parts.device)[counted].sum()
+    # Every stage and tensor rank sees the labels, one of them reports: the one that holds the loss.
+    once = float(parts.mesh.last_stage and parts.mesh.at("tensor") == 0)
+    figures = torch.stack([totals.loss, text_bytes.double(), counted.new_tensor(counted.numel()).double()]) * once
+    parts.mesh.group("world").all_reduce(figures)
+    nats, total_bytes, tokens = figures.tolist()
+    return Validation(nats / max(1.0, tokens), bits_per_byte(nats, total_bytes))
+
+
+def _share(parts: Parts, count: int) -> list[MicroBatch]:
+    """This data rank's share of the sequences, in whole micro-batches; what is missing to fill the last ones is ignored."""
+    size, ranks, place = parts.recipe.train.micro_batch, parts.mesh.layout.data, parts.mesh.at("data")
+    rounds = -(-count // (size * ranks))
+    shares = []
+    for index in range(rounds):
+        start = (index * ranks + place) * size
+        here = max(0, min(size, count - start))
+        inputs, labels = parts.batches.validation(min(start, count - here), here)
+        padding = (0, 0, 0, size - here)
+        inputs, labels = F.pad(inputs, padding), F.pad(labels, padding, value=IGNORED)
+        shares.append(MicroBatch(inputs.to(parts.device), labels.to(parts.device)))
+    return shares

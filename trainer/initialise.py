@@ -1,0 +1,43 @@
+"""Initial weights as a function of (seed, parameter name, block): the same on every layout, whoever computes which part.
+
+A tensor is cut into blocks of at most 1,024 along its last two dims and 1 along any before; each block has its own random
+numbers, drawn on the CPU in float32. A rank draws only the blocks its box touches.
+"""
+
+import hashlib
+from itertools import product
+
+import torch
+
+from bagualu.parallel.boxes import Box
+
+BLOCK = 1024
+
+
+def normal_values(seed: int, name: str, shape: tuple[int, ...], box: Box, std: float) -> torch.Tensor:
+    """The elements `box` of the tensor `name` of `shape`: normal with mean 0 and deviation `std`, float32 on the CPU."""
+    extents = [1] * (len(shape) - 2) + [BLOCK] * min(2, len(shape))
+    values = torch.empty(box.shape)
+    touched = [range(o // e, -(-(o + s) // e)) for o, s, e in zip(box.offset, box.shape, extents, strict=True)]
+    for index in product(*touched):
+        offset = tuple(i * e for i, e in zip(index, extents, strict=True))
+        block = Box(offset, tuple(min(e, n - o) for o, e, n in zip(offset, extents, shape, strict=True)))
+        common = block.intersection(box)
+        if common:
+            drawn = torch.empty(block.shape).normal_(0.0, std, generator=_generator(seed, name, index))
+            values[common.slices(box.offset)] = drawn[common.slices(block.offset)]
+    return values
+
+
+def _generator(seed: int, name: str, index: tuple[int, ...]) -> torch.Generator:
+    key = f"{seed}/{name}/{','.join(map(str, index))}".encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+
+
+def decoder_values(seed: int, std: float, layers: int, name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
+    """The decoder's rule: norms start at 1; matrices normal, those that write into the residual stream smaller by
+    sqrt(2 * layers), so that its variance does not grow with depth (GPT-2)."""
+    if name.endswith("norm.weight"):
+        return torch.ones(box.shape)
+    writes_residual = name.endswith(("attention.output.weight", "down.weight", "experts.down"))
+    return normal_values(seed, name, shape, box, std / (2 * layers) ** 0.5 if writes_residual else std)

@@ -1,0 +1,90 @@
+"""The decoder, or a pipeline stage's slice of it: any run of its layers, with the embedding and the head where they belong.
+
+Shapes: B micro-batch, S sequence, H hidden, V vocabulary.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from bagualu.parallel.vocabulary import linear_cross_entropy
+from bagualu.trainer.models.config import ModelConfig
+from bagualu.trainer.models.layers import Attention, FeedForward, Linear, RMSNorm
+from bagualu.trainer.models.moe import MixtureOfExperts
+
+
+class Embedding(Linear):
+    """Weight [V, H]; `lookup` is replaced where the vocabulary is split."""
+
+    def __init__(self, vocabulary: int, hidden: int) -> None:
+        super().__init__(hidden, vocabulary)
+        self.lookup = F.embedding
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [B, S] -> [B, S, H]"""
+        return self.lookup(tokens, self.weight)
+
+
+class Head(Linear):
+    """Weight [V, H]: projection to the vocabulary and loss in one; `loss` is replaced where the vocabulary is split."""
+
+    def __init__(self, vocabulary: int, hidden: int, real: int) -> None:
+        super().__init__(hidden, vocabulary)
+        self.loss = partial(linear_cross_entropy, vocabulary=real)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """x [B, S, H], labels [B, S] -> the loss summed over tokens"""
+        return self.loss(x.flatten(0, 1), self.weight, labels.flatten())
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden, config.norm_epsilon)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.hidden, config.norm_epsilon)
+        mixture = config.is_moe_layer(index)
+        self.feed_forward = MixtureOfExperts(config) if mixture else FeedForward(config.hidden, config.ffn)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [B, S, H] -> the same, and the balance loss of a mixture"""
+        x = x + self.attention(self.attention_norm(x))
+        output = self.feed_forward(self.feed_forward_norm(x))
+        if isinstance(output, tuple):
+            return x + output[0], output[1]
+        return x + output, None
+
+
+class Decoder(nn.Module):
+    """Layers `layers` of the model; with `first` the embedding before them, with `last` the final norm and the head after.
+
+    Layers keep the number they have in the whole model, so a parameter's name is the same on every stage of every layout.
+    """
+
+    def __init__(self, config: ModelConfig, layers: range, first: bool = True, last: bool = True, recompute: bool = False) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.embedding = Embedding(config.padded_vocab, config.hidden) if first else None
+        self.layers = nn.ModuleDict({str(index): Layer(config, index) for index in layers})
+        self.norm = RMSNorm(config.hidden, config.norm_epsilon) if last else None
+        self.head = Head(config.padded_vocab, config.hidden, config.vocab) if last else None
+        if config.tie_embeddings and self.head is not None and self.embedding is not None:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [B, S] or hidden states [B, S, H] -> (hidden states, or with the head the summed loss; summed balance loss)."""
+        x = inputs if self.embedding is None else self.embedding(inputs)
+        balance = x.new_zeros((), dtype=torch.float32 if x.dtype != torch.float64 else torch.float64)
+        for layer in self.layers.values():
+            x, loss = checkpoint(layer, x, use_reentrant=False) if self.recompute and x.requires_grad else layer(x)
+            if loss is not None:
+                balance = balance + loss
+        if self.head is not None and self.norm is not None:
+            assert labels is not None, "the last stage needs labels"
+            x = self.head(self.norm(x), labels)
+        return x, balance

@@ -1,0 +1,113 @@
+"""The few operations that take the time, written so that one form is good on every chip.
+
+Shapes: N rows, I and O widths in and out, E experts; B batch, A heads, S sequence, D head width.
+
+Matrix multiplications run in `multiply_dtype`, sums of gradients in at least float32. Several linear layers that read the same
+input are one operation: the input is kept and widened once, and its gradient is accumulated in place.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bagualu.parallel.precision import accurate_dtype, multiply_dtype
+
+
+def linears(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """x [..., I] through each weight [O, I] -> one output [..., O] each."""
+    outputs: tuple[torch.Tensor, ...] = _Linears.apply(x, *weights)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        dtype = multiply_dtype(x)
+        wide = x.to(dtype)
+        return tuple(F.linear(wide, weight.to(dtype)).to(x.dtype) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        dtype = multiply_dtype(x)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        grad_x: torch.Tensor | None = None
+        grad_weights = []
+        for grad, weight in zip(grads, weights, strict=True):
+            wide = grad.reshape(-1, grad.shape[-1]).to(dtype)
+            grad_weights.append((wide.T @ rows).to(weight.dtype))
+            if ctx.needs_input_grad[0]:
+                grad_x = wide @ weight.to(dtype) if grad_x is None else grad_x.addmm_(wide, weight.to(dtype))
+        return None if grad_x is None else grad_x.to(x.dtype).view_as(x), *grad_weights
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Rows x [N, I], counts[e] of them in turn for expert e, through weight [E, O, I] -> [N, O]."""
+    output: torch.Tensor = _GroupedLinear.apply(x, weight, counts)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts
+        dtype = multiply_dtype(x)
+        output = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
+        for rows, out, expert in zip(x.split(counts), output.split(counts), weight, strict=True):
+            torch.mm(rows.to(dtype), expert.T.to(dtype), out=out)
+        return output.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        dtype = multiply_dtype(x)
+        grad_x = torch.empty_like(x, dtype=dtype)
+        grad_weight = torch.empty_like(weight)
+        parts = zip(x.split(ctx.counts), grads[0].split(ctx.counts), grad_x.split(ctx.counts), weight, grad_weight, strict=True)
+        for rows, grad, grad_rows, expert, grad_expert in parts:
+            wide = grad.to(dtype)
+            torch.mm(wide, expert.to(dtype), out=grad_rows)
+            grad_expert.copy_(wide.T @ rows.to(dtype))
+        return grad_x.to(x.dtype), grad_weight, None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last dim, in at least float32 (arXiv 1910.07467, equation 4)."""
+    dtype = accurate_dtype(x.dtype)
+    return F.rms_norm(x.to(dtype), (x.shape[-1],), weight.to(dtype), epsilon).to(x.dtype)
+
+
+def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """query [B, A, S, D], key and value [B, A / g, S, D] shared by g query heads each -> [B, A, S, D]."""
+    dtype = multiply_dtype(query)
+    shared = query.shape[1] // key.shape[1]
+    key, value = (t.to(dtype).repeat_interleave(shared, dim=1) if shared > 1 else t.to(dtype) for t in (key, value))
+    return F.scaled_dot_product_attention(query.to(dtype), key, value, is_causal=True).to(query.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions for x [B, S, A, D]; cos and sin [S, D / 2]. Pairs are (i, i + D / 2) (arXiv 2104.09864, section 3.2.2,
+    in the half-split order that published Llama weights in Hugging Face form use)."""
+    rotated: torch.Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, -sin), None, None  # a rotation's transpose turns the other way
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,27 @@
+"""Dynamic loss scaling for float16 (arXiv 1710.03740, section 3.2): grow while gradients stay finite, halve when they do not."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class LossScaler:
+    """`enabled` only for float16; otherwise the scale is 1 for ever."""
+
+    enabled: bool
+    scale: float = 1.0
+    good_steps: int = 0
+    growth_interval: int = 2000
+
+    @staticmethod
+    def for_dtype(dtype: str) -> "LossScaler":
+        return LossScaler(True, 2.0**16) if dtype == "float16" else LossScaler(False)
+
+    def update(self, finite: bool) -> None:
+        """After every step: whether its gradients were finite. A step whose gradients were not is discarded by the caller."""
+        if not self.enabled:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale = max(1.0, self.scale / 2)
+        elif self.good_steps % self.growth_interval == 0:
+            self.scale *= 2
