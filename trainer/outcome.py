@@ -57,27 +57,3 @@ def last_words(failure: Failure, advice: str) -> str:
         return f"bagualu: error: {failure.cause}"
     return f"bagualu: failed: rank {failure.rank}, {failure.phase}: {failure.cause}; {advice}"
 
-
-def summary_text(summary: dict[str, Any], again: str) -> str:
-    """What a run that ended well says last. `again` is the command that started it."""
-    names = {
-        "loss": ("loss", "{:.4f}"),
-        "validation_loss": ("validation loss", "{:.4f}"),
-        "validation_bits_per_byte": ("validation bits per byte", "{:.4f}"),
-        "tokens_per_second": ("tokens per second", "{:,.0f}"),
-        "mfu": ("model FLOPs utilisation", "{:.1%}"),
-        "wall_seconds": ("seconds", "{:,.1f}"),
-    }
-    lines = [f"{summary['status']} at step {summary['step']} of {summary['steps']}"]
-    for key, (label, form) in names.items():
-        if summary.get(key) is not None:
-            lines.append(f"  {label:<26}{form.format(summary[key])}")
-    lines.append(f"  {'run directory':<26}{summary['run_dir']}")
-    lines.append("next:")
-    if summary["status"] == "stopped":
-        lines.append(f"  go on             {again} checkpoint.resume=true")
-    else:
-        longer = 2 * int(summary["steps"])
-        lines.append(f"  train longer      {again} checkpoint.resume=true train.steps={longer}")
-        lines.append("  a bigger recipe   bagualu train --help lists them all")
-    return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""Being asked to stop: a signal sets a flag, the loop polls it at the end of a step. Free of torch."""
+"""Being asked to stop: a signal sets a flag, the loop polls it at the end of a step; a second Ctrl-C ends it at once.
+
+Free of torch.
+"""
 
 import signal
 from types import FrameType
@@ -11,6 +14,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self._interrupted = False
 
     def __call__(self) -> bool:
         return self.asked
@@ -23,4 +27,7 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
         self.asked = True

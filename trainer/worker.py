@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from bagualu.comm.group import Communicator, connect
 from bagualu.comm.world import World
 from bagualu.trainer.config import Recipe
@@ -15,36 +13,35 @@ from bagualu.trainer.outcome import Failure, failure
 TRAIN = "bagualu.trainer.run:train"
 """What a rank runs, as "module:function": (recipe, communicator, stop) -> summary."""
 
-
-class RankFailed(Exception):
-    """A rank could not go on; `failure` says why, the cause is the exception itself."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.cause)
-        self.failure = failure
+Report = Callable[[Failure], None]
+"""Told why a rank cannot go on, before the exception leaves it."""
 
 
-def work(recipe: Recipe, world: World, stop: Callable[[], bool], entrypoint: str = TRAIN) -> dict[str, Any]:
-    """Join the world and train; the run's summary. Raises RankFailed."""
+def work(
+    recipe: Recipe, world: World, stop: Callable[[], bool], report: Report, entrypoint: str = TRAIN
+) -> dict[str, Any]:
+    """Join the world and train; the run's summary.
+
+    A rank that fails does not close its connection: that could wait for the very peers that are gone, and the end of its
+    process tells them sooner.
+    """
     try:
         communicator = connect(recipe.comm.backend, world, recipe.comm.timeout_seconds)
     except Exception as error:
-        raise RankFailed(failure(world.rank, "connect", error, time.time())) from error
-    summary = train(recipe, communicator, stop, entrypoint)
+        report(failure(world.rank, "connect", error, time.time()))
+        raise
+    summary = train(recipe, communicator, stop, report, entrypoint)
     communicator.close()
     return summary
 
 
-def train(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], entrypoint: str = TRAIN) -> dict[str, Any]:
-    """Train on a rank that is connected. Raises RankFailed; the connection is then left to the process's end, because
-    closing it could wait for the very peers that are gone."""
+def train(
+    recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], report: Report, entrypoint: str = TRAIN
+) -> dict[str, Any]:
+    """Train on a rank that is connected; the run's summary."""
     try:
         summary: dict[str, Any] = pkgutil.resolve_name(entrypoint)(recipe, communicator, stop)
-        return summary
     except Exception as error:
-        raise RankFailed(failure(communicator.rank, "train", error, time.time())) from error
-
-
-def use_threads(count: int) -> None:
-    """CPU threads of this process, whatever the environment said when torch was imported."""
-    torch.set_num_threads(count)
+        report(failure(communicator.rank, "train", error, time.time()))
+        raise
+    return summary

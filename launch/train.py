@@ -1,0 +1,87 @@
+"""`bagualu train`: check the recipe, start the workers here, say how it ended. Free of torch until workers must start."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from bagualu.launch import forkserver, preflight
+from bagualu.launch.sweep import jobs
+from bagualu.launch.usage import Request
+from bagualu.trainer import environment
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.outcome import DONE, FAILED, REFUSED, STOPPED, Failure, last_words
+from bagualu.trainer.recipe import compose, save_recipe
+
+TRAIN = "bagualu.trainer.run:train"
+
+
+def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
+    """Train, or run every job of a sweep until one does not finish; exit code and the document for --json."""
+    todo = jobs(request.overrides) if request.multirun else [(request.overrides, compose(request.overrides))]
+    for _, recipe in todo:
+        preflight.check(recipe)
+        preflight.check_machine(recipe)
+    code, documents = DONE, []
+    for overrides, recipe in todo:
+        code, document = _run(recipe, overrides, entrypoint or TRAIN, request.json)
+        documents.append(document)
+        if code != DONE:
+            break
+    return code, documents if request.multirun else documents[0]
+
+
+def _run(recipe: Recipe, overrides: list[str], entrypoint: str, quiet_stdout: bool) -> tuple[int, dict[str, Any]]:
+    workers = preflight.workers_per_node(recipe)
+    save_recipe(recipe)
+    threaded = recipe.comm.backend == "simulated"
+    kind = "threads of this process" if threaded else "processes"
+    layout = recipe.validate(workers)
+    print(f"{recipe.run.name}: {layout} as {workers} {kind}, in {recipe.run.dir}", file=sys.stderr, flush=True)
+    with _environment(environment.variables(recipe.launch, workers)):
+        if not threaded:
+            forkserver.start(["bagualu.launch.member", "torch.distributed.elastic.multiprocessing", *_modules(entrypoint)])
+        from bagualu.launch import local  # imports torch: here, while the fork server does too
+
+        if threaded:
+            ended = local.run_threads(recipe, workers, entrypoint)
+        else:
+            ended = local.run_processes(recipe, workers, entrypoint, quiet_stdout)
+            forkserver.stop()
+    if ended.failure is not None:
+        return _failed(ended.failure, local.advice(recipe, ended.failure))
+    assert ended.summary is not None
+    if not quiet_stdout:
+        print(closing(ended.summary, overrides))
+    return STOPPED if ended.summary["status"] == "stopped" else DONE, ended.summary
+
+
+def closing(summary: dict[str, Any], overrides: list[str]) -> str:
+    """What a run that ended well says last, with what to type next."""
+    from bagualu.trainer.progress import next_commands, summary_text
+
+    told = {**summary, "ended": summary["status"], "seconds": summary.get("wall_seconds")}
+    return summary_text(told, next_commands(overrides, summary["step"], summary["steps"]))
+
+
+def _failed(failure: Failure, advice: str) -> tuple[int, dict[str, Any]]:
+    print(last_words(failure, advice), file=sys.stderr, flush=True)
+    refused = failure.kind == "recipe"
+    return REFUSED if refused else FAILED, {"status": "refused" if refused else "failed", **failure.as_dict()}
+
+
+def _modules(entrypoint: str) -> list[str]:
+    return [entrypoint.split(":")[0]]
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """The environment with `variables`, for the processes that start inside."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
