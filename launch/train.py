@@ -6,26 +6,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bagualu.launch import forkserver, preflight
+from bagualu.launch import forkserver
 from bagualu.launch.sweep import jobs
 from bagualu.launch.usage import Request
-from bagualu.trainer import environment
+from bagualu.trainer import environment, preflight
+from bagualu.trainer.closing import closing
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, FAILED, REFUSED, STOPPED, Failure, last_words
 from bagualu.trainer.recipe import compose, save_recipe
 
-TRAIN = "bagualu.trainer.run:train"
+_TRAIN = "bagualu.trainer.run:train"
+_ELASTIC = "torch.distributed.elastic.multiprocessing"
 
 
 def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
     """Train, or run every job of a sweep until one does not finish; exit code and the document for --json."""
     todo = jobs(request.overrides) if request.multirun else [(request.overrides, compose(request.overrides))]
     for _, recipe in todo:
-        preflight.check(recipe)
+        preflight.workers_per_node(recipe)
+        preflight.check(recipe, recipe.world_size())
         preflight.check_machine(recipe)
+        preflight.check_run_directory(recipe)
     code, documents = DONE, []
     for overrides, recipe in todo:
-        code, document = _run(recipe, overrides, entrypoint or TRAIN, request.json)
+        code, document = _run(recipe, overrides, entrypoint or _TRAIN, request.json)
         documents.append(document)
         if code != DONE:
             break
@@ -41,7 +45,7 @@ def _run(recipe: Recipe, overrides: list[str], entrypoint: str, quiet_stdout: bo
     print(f"{recipe.run.name}: {layout} as {workers} {kind}, in {recipe.run.dir}", file=sys.stderr, flush=True)
     with _environment(environment.variables(recipe.launch, workers)):
         if not threaded:
-            forkserver.start(["bagualu.launch.member", "torch.distributed.elastic.multiprocessing", *_modules(entrypoint)])
+            forkserver.start(["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0]])
         from bagualu.launch import local  # imports torch: here, while the fork server does too
 
         if threaded:
@@ -57,22 +61,12 @@ def _run(recipe: Recipe, overrides: list[str], entrypoint: str, quiet_stdout: bo
     return STOPPED if ended.summary["status"] == "stopped" else DONE, ended.summary
 
 
-def closing(summary: dict[str, Any], overrides: list[str]) -> str:
-    """What a run that ended well says last, with what to type next."""
-    from bagualu.trainer.progress import next_commands, summary_text
-
-    told = {**summary, "ended": summary["status"], "seconds": summary.get("wall_seconds")}
-    return summary_text(told, next_commands(overrides, summary["step"], summary["steps"]))
-
-
 def _failed(failure: Failure, advice: str) -> tuple[int, dict[str, Any]]:
+    if sys.stderr.isatty():
+        print("\x1b[?25h", file=sys.stderr)  # off the line of a bar that was cut short, with the cursor it had hidden
     print(last_words(failure, advice), file=sys.stderr, flush=True)
     refused = failure.kind == "recipe"
     return REFUSED if refused else FAILED, {"status": "refused" if refused else "failed", **failure.as_dict()}
-
-
-def _modules(entrypoint: str) -> list[str]:
-    return [entrypoint.split(":")[0]]
 
 
 @contextmanager

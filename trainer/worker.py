@@ -9,6 +9,7 @@ from bagualu.comm.group import Communicator, connect
 from bagualu.comm.world import World
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import Failure, failure
+from bagualu.trainer.stopping import StopRequest
 
 TRAIN = "bagualu.trainer.run:train"
 """What a rank runs, as "module:function": (recipe, communicator, stop) -> summary."""
@@ -18,10 +19,11 @@ Report = Callable[[Failure], None]
 
 
 def work(
-    recipe: Recipe, world: World, stop: Callable[[], bool], report: Report, entrypoint: str = TRAIN
+    recipe: Recipe, world: World, stop: StopRequest, report: Report, entrypoint: str = TRAIN
 ) -> dict[str, Any]:
     """Join the world and train; the run's summary.
 
+    Only a rank that has joined takes a signal for a request to stop; before, there is nothing to save.
     A rank that fails does not close its connection: that could wait for the very peers that are gone, and the end of its
     process tells them sooner.
     """
@@ -30,6 +32,7 @@ def work(
     except Exception as error:
         report(failure(world.rank, "connect", error, time.time()))
         raise
+    stop.install()
     summary = train(recipe, communicator, stop, report, entrypoint)
     communicator.close()
     return summary

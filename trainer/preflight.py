@@ -1,4 +1,4 @@
-"""What can be known to fail before a worker starts: checks of a valid recipe against this machine. Free of torch."""
+"""What can be known to fail before training starts: a recipe against the files and the machine. Free of torch."""
 
 import ctypes
 import socket
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.recipe import RESOLVED, load_recipe
 
@@ -21,24 +22,22 @@ def workers_per_node(recipe: Recipe) -> int:
     return world // nodes
 
 
-def check(recipe: Recipe) -> None:
-    """Everything about the recipe alone, and the files it names. Raises RecipeError."""
-    workers_per_node(recipe)
-    recipe.validate(recipe.world_size())
+def check(recipe: Recipe, world: int) -> None:
+    """The recipe for `world` ranks, and the files it names. Raises RecipeError."""
+    recipe.validate(world)
     known = sorted(entry.name for entry in entry_points(group="bagualu.backends"))
     if recipe.comm.backend not in known:
         raise RecipeError(f"comm.backend={recipe.comm.backend} is unknown; give one of {', '.join(known)}")
-    if recipe.comm.backend == "simulated" and recipe.launch.nodes > 1:
-        raise RecipeError(f"comm.backend=simulated runs in one process, not on launch.nodes={recipe.launch.nodes}; "
-                          f"give launch.nodes=1 or comm.backend=gloo")  # fmt: skip
     source = recipe.data.source
     if source not in ("stdlib", "random") and not Path(source).exists():
         raise RecipeError(f"data.source={source} does not exist; give a text file, a folder of them, stdlib or random")
-    check_run_directory(recipe)
 
 
 def check_machine(recipe: Recipe) -> None:
-    """What the recipe needs of this very machine. Raises RecipeError."""
+    """What workers started on this very machine need of it. Raises RecipeError."""
+    if recipe.comm.backend == "simulated" and recipe.launch.nodes > 1:
+        raise RecipeError(f"comm.backend=simulated runs in one process, not on launch.nodes={recipe.launch.nodes}; "
+                          f"give launch.nodes=1 or comm.backend=gloo")  # fmt: skip
     if recipe.launch.nodes > 1:
         raise RecipeError(f"launch.nodes={recipe.launch.nodes}: `bagualu train` starts workers on this machine only; use "
                           f"`bagualu slurm`, or torchrun -m bagualu.trainer on every node")  # fmt: skip
@@ -61,13 +60,14 @@ def check_run_directory(recipe: Recipe) -> None:
     directory = Path(recipe.run.dir)
     if directory.exists() and not directory.is_dir():
         raise RecipeError(f"run.dir={directory} is a file; give a folder")
-    before = directory / RESOLVED
-    if not before.exists():
-        return
+    metrics, before = directory / "metrics.jsonl", directory / RESOLVED
+    if not (metrics.exists() and metrics.stat().st_size) and latest(directory / "checkpoints") is None:
+        return  # nothing was done in it yet
     if not recipe.checkpoint.resume:
         raise RecipeError(f"{directory} already holds a run; go on with checkpoint.resume=true, or start anew with another "
                           f"folder, e.g. run.dir={_free(directory)}")  # fmt: skip
-    for key, (was, now) in _differences(load_recipe(before).model, recipe.model, "model").items():
+    model = load_recipe(before).model if before.exists() else recipe.model
+    for key, (was, now) in _differences(model, recipe.model, "model").items():
         raise RecipeError(f"{directory} holds a run of another model: {key}={_shown(was)} there, {key}={_shown(now)} here; "
                           f"give {key}={_shown(was)} or another run.dir")  # fmt: skip
 
