@@ -141,6 +141,8 @@ class Communicator:
         self.rank = world.rank
         self.size = world.size
         self.device = backend.device
+        self.one_process = world.hub is not None
+        """Whether all ranks are threads of this process."""
         self.world = self.group(tuple(range(world.size)), "world")
 
     def group(self, ranks: tuple[int, ...], name: str) -> Group:

@@ -1,7 +1,7 @@
 """Axis-aligned boxes of tensors: what part of a global tensor somebody holds. Free of torch.
 
-A `Box` is an offset and a shape. Flat shards (ZeRO) hold ranges of a flattened tensor; `flat_range_to_boxes` says which boxes
-of the tensor those are, so that a checkpoint knows only boxes and any layout can read what any other wrote.
+A `Box` is an offset and a shape. Flat shards (ZeRO) hold ranges of a flattened tensor; `flat_range_to_boxes` says which
+boxes of the tensor those are, so that a checkpoint knows only boxes and any layout can read what any other wrote.
 """
 
 from collections.abc import Sequence
@@ -47,11 +47,11 @@ class Box:
 
 
 def flat_range_to_boxes(shape: Sequence[int], start: int, stop: int) -> list[tuple[int, Box]]:
-    """Elements [start, stop) of the row-major flattened tensor of `shape`, as the fewest boxes that are contiguous in it.
+    """Elements [start, stop) of the row-major flattened tensor of `shape`, as the fewest boxes contiguous in it.
 
-    Returns (flat start, box) in flat order: the elements of a box are flat start .. flat start + box.elements. In two dims
-    that is at most a part of the first row, whole rows and a part of the last row; in more dims those parts fall apart
-    in the same way. Raises ValueError for a range that does not lie in the tensor.
+    Returns (flat start, box) in flat order: the elements of a box are flat start .. flat start + box.elements. In two
+    dims that is at most a part of the first row, whole rows and a part of the last row; in more dims those parts fall
+    apart in the same way. Raises ValueError for a range that does not lie in the tensor.
     """
     shape = tuple(shape)
     if not 0 <= start <= stop <= prod(shape):
@@ -78,7 +78,8 @@ def cover_problem(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
     boxes = [box for box in boxes if box.elements]
     pair = _overlap(boxes)
     if pair:
-        return f"the boxes at {pair[0].offset} of shape {pair[0].shape} and at {pair[1].offset} of shape {pair[1].shape} overlap"
+        one, other = pair
+        return f"the boxes at {one.offset} of shape {one.shape} and at {other.offset} of shape {other.shape} overlap"
     held = sum(box.elements for box in boxes)
     return None if held == prod(shape) else f"only {held} of {prod(shape)} elements are held"
 
@@ -91,7 +92,7 @@ def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list[tup
 
 
 def _overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
-    """Two boxes that share elements. A sweep along the dim that keeps most boxes apart; near linear for regular shards."""
+    """Two boxes that share elements. A sweep along the dim that keeps most boxes apart: near linear for real shards."""
     if len(boxes) < 2:
         return None
     dims = range(len(boxes[0].offset))

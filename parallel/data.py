@@ -126,6 +126,7 @@ def _build(kind: BucketKind, members: list[tuple[str, torch.nn.Parameter]], mesh
         view = weights[start : start + parameter.numel()].view_as(parameter)
         view.copy_(parameter.detach())
         parameter.data = view
+        parameter.grad_dtype = gradients.dtype  # so that what a kernel sums up in float32 is not rounded on its way here
         entries.append(Entry(name, parameter, parameter.global_shape, parameter.box, start))  # type: ignore[attr-defined]
         start += parameter.numel()
     shard = torch.zeros(padded // group.size, dtype=gradients.dtype, device=first.device) if partitioned else gradients

@@ -30,3 +30,8 @@ def multiply_dtype(tensor: torch.Tensor) -> torch.dtype:
 def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
     """At least float32: for norms, softmax, losses, routers."""
     return torch.float32 if dtype in _HALF else dtype
+
+
+def gradient_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The dtype in which `weight` takes its gradient: that of its gradient bucket where it lies in one (data.py)."""
+    return weight.grad_dtype or weight.dtype if weight.is_leaf else weight.dtype

@@ -10,7 +10,7 @@ from bagualu.fault_tolerance.checkpoint.durable import write_all
 from bagualu.fault_tolerance.checkpoint.format import REMEDY, CheckpointError, Manifest, StoredBox, StoredFile, digest
 
 PORTION_BYTES = 2**18
-"""Data is hashed and moved this much at a time, so that it is still in the processor's cache for the second of the two."""
+"""Data is hashed and moved this much at a time, so that the second of the two finds it in the processor's cache."""
 
 
 def portions(data: memoryview, block_bytes: int) -> Iterator[tuple[memoryview, bool]]:
@@ -35,7 +35,10 @@ def write_hashed(descriptor: int, data: memoryview, block_bytes: int) -> list[st
 
 
 def open_shard(path: Path, manifest: Manifest, name: str, check_header: bool = True) -> FileIO:
-    """The shard `name` of the checkpoint at `path`, its size and (if not done before) header verified. Raises CheckpointError."""
+    """The shard `name` of the checkpoint at `path`, its size and (unless told not to) header verified.
+
+    Raises CheckpointError.
+    """
     stored = manifest.files[name]
     try:
         file = FileIO(path / name)

@@ -35,12 +35,12 @@ def temporary_for(root: Path, step: int) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint. It stops being one at once, by a rename, however long the deletion takes. Raises CheckpointError."""
-    doomed = path.with_name(f"{_REMOVING}{path.name.lstrip('.')}-{secrets.token_hex(4)}")
+    """Remove a checkpoint. It stops being one at once, by a rename, however long the deletion takes.
+
+    Raises CheckpointError.
+    """
     try:
-        os.rename(path, doomed)
-        fsync_directory(path.parent)
-        shutil.rmtree(doomed)
+        shutil.rmtree(_set_aside(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be removed ({error}); check the permissions of {path.parent}") from error
 
@@ -48,10 +48,19 @@ def discard(path: Path) -> None:
 def clear_stale(root: Path) -> None:
     """Remove what dead saves and removals left. Should such a save be alive after all, it fails: its directory is gone.
 
-    Raises CheckpointError.
+    What cannot be deleted (a network file system keeps files that somebody has open) is left for another time.
+    Raises OSError.
     """
-    for path in root.iterdir():
+    for path in list(root.iterdir()):
         if path.name.startswith(_SAVING):
-            discard(path)
-        elif path.name.startswith(_REMOVING):
+            path = _set_aside(path)
+        if path.name.startswith(_REMOVING):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename `path` to what no one takes for a checkpoint or for a save under way; the new name."""
+    doomed = path.with_name(f"{_REMOVING}{path.name.removeprefix(_SAVING)}-{secrets.token_hex(4)}")
+    os.rename(path, doomed)
+    fsync_directory(path.parent)
+    return doomed

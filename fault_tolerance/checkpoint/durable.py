@@ -8,7 +8,10 @@ from pathlib import Path
 
 @contextmanager
 def durable_file(path: Path) -> Iterator[int]:
-    """Descriptor of the new file `path`, its data durable after the block; its name is once its directory is. Raises OSError."""
+    """Descriptor of the new file `path`. Its data is durable after the block, its name once the directory is too.
+
+    Raises OSError.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         yield descriptor

@@ -5,8 +5,8 @@
         rank-00000.safetensors      the boxes rank 0 held; readable by any safetensors reader, and never executed
 
 Every byte is under a hash taken in memory before it was written: the manifest by its own, the header of each shard by
-`StoredFile.header_hash`, each box by one hash for every `block_bytes` of it. Blocks let a reader that needs a few rows of
-a large tensor read and verify only those. Hashes are xxh3_128: they find damage, they are no proof against forgery.
+`StoredFile.header_hash`, each box by one hash for every `block_bytes` of it. Blocks let a reader that needs a few rows
+of a large tensor read and verify only those. Hashes are xxh3_128: they find damage, they do not stop a forger.
 """
 
 import json
@@ -49,7 +49,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class StoredBox:
-    """One box of a tensor: where it lies in the tensor, and from which byte of which file on it is stored, row-major."""
+    """One box of a tensor: where it lies in the tensor, and at which byte of which file it begins, row-major."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -120,7 +120,7 @@ def digest(data: bytes | bytearray) -> str:
 def encode(manifest: Manifest) -> bytes:
     """The bytes of manifest.json. Raises ValueError for metadata that JSON does not give back as it was."""
     if json.loads(json.dumps(manifest.metadata, allow_nan=False)) != manifest.metadata:
-        raise ValueError("metadata must be plain JSON: dicts with string keys, lists (no tuples), numbers, strings, None")
+        raise ValueError("metadata must be plain JSON: string keys, lists (no tuples), finite numbers, strings")
     content = json.dumps({"format": FORMAT, **asdict(manifest)}, allow_nan=False, separators=(",", ":")).encode()
     return _HEAD + digest(content).encode() + _MIDDLE + content + _TAIL
 
@@ -133,7 +133,7 @@ def decode(raw: bytes) -> Manifest:
         raise ValueError("does not match its own hash: it was damaged or edited")
     fields = json.loads(content)
     if fields.pop("format") != FORMAT:
-        raise ValueError(f"is in another format than {FORMAT}, the one this version reads; use the version that wrote it")
+        raise ValueError(f"is in another format than {FORMAT}, which this version reads; use the version that wrote it")
     fields["files"] = {name: StoredFile(**file) for name, file in fields["files"].items()}
     fields["tensors"] = {name: _tensor(tensor) for name, tensor in fields["tensors"].items()}
     return Manifest(**fields)
@@ -148,7 +148,7 @@ def read_manifest(path: Path) -> Manifest:
     except ValueError as error:
         raise CheckpointError(f"{path}: {MANIFEST} {error}; {REMEDY}") from error
     if step_of(path) not in (None, manifest.step):
-        raise CheckpointError(f"{path}: {MANIFEST} is that of step {manifest.step}, so this is a copy; remove it or rename it back")
+        raise CheckpointError(f"{path}: {MANIFEST} is that of step {manifest.step}; remove this copy or rename it back")
     if any(Path(name).name != name for name in manifest.files):
         raise CheckpointError(f"{path}: {MANIFEST} names files outside the checkpoint; {REMEDY}")
     return manifest

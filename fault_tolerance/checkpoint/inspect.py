@@ -11,10 +11,11 @@ from bagualu.fault_tolerance.checkpoint.format import CheckpointError, Manifest,
 
 
 def describe(root: Path) -> list[dict[str, Any]]:
-    """One plain dict for each checkpoint under `root`, oldest first: path, step, bytes, tensors, layout, metadata, problem.
+    """One plain dict for each checkpoint under `root`, oldest first.
 
-    `problem` is None, or what a quick look (manifest, and the size and header of every shard) finds wrong; the other fields are
-    None where the manifest is damaged. `verify` reads everything. `layout` is metadata["layout"], None without.
+    Its keys: path, step, bytes, tensors (how many), layout (metadata["layout"], if any), metadata, problem. `problem`
+    is None, or what a quick look (manifest, size and header of every shard) finds wrong; `verify` reads everything.
+    Where the manifest is damaged, only path, step and problem are not None.
     """
     rows = []
     for path in list_checkpoints(root):
@@ -32,7 +33,7 @@ def describe(root: Path) -> list[dict[str, Any]]:
 
 
 def verify(path: Path) -> list[str]:
-    """Read every byte of the checkpoint at `path` and return everything that is wrong, one line each; [] when it is whole."""
+    """Read every byte of the checkpoint at `path`; everything that is wrong, one line each, [] when it is whole."""
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:

@@ -26,7 +26,7 @@ class _Held:
 class Checkpoint:
     """A committed checkpoint, open for reading; its manifest is verified on opening. For one thread at a time.
 
-    Raises CheckpointError, here and from every method: one line with the path, the tensor, what is wrong and what to do.
+    Raises CheckpointError, here and from every method: one line with path, tensor, what is wrong and what to do.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,15 +51,16 @@ class Checkpoint:
     def read(self, name: str, offset: tuple[int, ...], out: torch.Tensor) -> None:
         """Fill `out` with the box of the global tensor `name` that begins at `offset` and has the shape of `out`.
 
-        `out` has the stored dtype, any strides, any device. Only the blocks that hold elements of the box are read, and every one of
-        them is verified before anything of it comes into `out`; on an error `out` may hold a part of the box, never damaged values.
+        `out` has the stored dtype, any strides, any device. Only the blocks that hold elements of the box are read, and
+        every one of them is verified before anything of it comes into `out`; on an error `out` may hold a part of the
+        box, never damaged values.
         """
         tensor, wanted = self._tensor(name), Box(tuple(offset), tuple(out.shape))
         if not wanted.inside(tensor.shape):
-            raise self._error(name, f"has shape {tensor.shape}, so there is no box of shape {wanted.shape} at {wanted.offset}; "
+            raise self._error(name, f"has shape {tensor.shape}: no box of shape {wanted.shape} at {wanted.offset}; "
                                     "load it into the model that wrote it")  # fmt: skip
         if str(out.dtype) != f"torch.{tensor.dtype}":
-            raise self._error(name, f"is stored as {tensor.dtype}, not {out.dtype}; read it into that dtype and convert")
+            raise self._error(name, f"is stored as {tensor.dtype}, not {out.dtype}; read it as that and convert")
         if not wanted.elements:
             return
         parts = [(stored, common) for stored in tensor.boxes if (common := stored.box.intersection(wanted))]
@@ -82,7 +83,7 @@ class Checkpoint:
         return data.as_strided(relative.shape, strides, data.storage_offset() + begin - first_block * per_block)
 
     def _blocks(self, name: str, tensor: StoredTensor, stored: StoredBox, first: int, stop: int) -> torch.Tensor:
-        """Blocks first .. stop of a stored box as bytes, from the buffer if they are there still. Valid until the next call."""
+        """Blocks first .. stop of a stored box, as bytes in the buffer that are valid until the next call."""
         manifest, held = self._manifest, self._held
         size = min(stop * manifest.block_bytes, prod(stored.shape) * tensor.item_bytes) - first * manifest.block_bytes
         if held.stored is not stored or not held.first <= first < stop <= held.stop:

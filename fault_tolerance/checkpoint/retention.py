@@ -9,7 +9,9 @@ from bagualu.fault_tolerance.checkpoint.inspect import is_whole
 def prune(root: Path, keep: int, just_saved: Path) -> None:
     """Leave the newest `keep` whole checkpoints and whatever is newer than the oldest of those; remove the rest.
 
-    A damaged one (by a quick look) does not count towards `keep`. `just_saved` is never removed. Raises CheckpointError.
+    A damaged one (by a quick look) does not count towards `keep`. `just_saved` is never removed.
+
+    Raises CheckpointError.
     """
     whole = 0
     for path in reversed(list_checkpoints(root)):

@@ -47,11 +47,12 @@ def save(
 ) -> Path:
     """Write a checkpoint of `step` under `root` and return its path. Collective over `group`.
 
-    The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON; that of position 0
-    is written. The newest `keep` whole checkpoints stay. `device` is where the group's collectives want their tensors.
+    The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON; that of
+    position 0 is written. The newest `keep` whole checkpoints stay. `device`: where the group's collectives want them.
 
-    A committed checkpoint is immutable: saving a step that is there already is refused (`discard` it first to go another way).
-    Raises CheckpointError on every rank when any rank failed; nothing new is there then and the earlier checkpoints are as before.
+    A committed checkpoint is immutable: saving a step that is there already is refused (`discard` it first to go
+    another way). Raises CheckpointError on every rank when any rank failed; then nothing new is there and the earlier
+    checkpoints are as they were.
     """
     if keep < 1 or step < 0:
         raise ValueError(f"save: keep={keep} must be at least 1 and step={step} at least 0")
@@ -78,7 +79,7 @@ def _begin(root: Path, step: int) -> str:
     """Clear away dead saves and create the temporary directory; its name."""
     final, temporary = root / step_name(step), temporary_for(root, step)
     if os.path.lexists(final):
-        raise CheckpointError(f"{final} is there already and checkpoints are never overwritten; resume from it or remove it first")
+        raise CheckpointError(f"{final} is there already and never overwritten; resume from it or remove it first")
     make_directory(root)
     clear_stale(root)
     temporary.mkdir()

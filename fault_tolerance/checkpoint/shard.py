@@ -48,8 +48,8 @@ class Piece:
 def write_shard(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
     """Write `pieces` to the new file `path`, durably, and say what went where, as plain JSON for the manifest.
 
-    {"file": fields of StoredFile, "boxes": [{"name", "global_shape", "dtype", "stored": fields of StoredBox}]}; file is None
-    and nothing is written when there are no elements at all. Raises OSError, ValueError.
+    {"file": fields of StoredFile, "boxes": [{"name", "global_shape", "dtype", "stored": fields of StoredBox}]}; file is
+    None and nothing is written when this rank has no elements at all. Raises OSError, ValueError.
     """
     checked = []
     for piece in pieces:
@@ -83,7 +83,8 @@ def _header(pieces: list[Piece]) -> bytes:
         if piece.key in entries:
             raise ValueError(f"tensor {piece.name}: this rank gave the piece at {tuple(piece.offset)} twice")
         end = at + piece.tensor.numel() * piece.tensor.element_size()
-        entries[piece.key] = {"dtype": DTYPES[piece.dtype][0], "shape": list(piece.tensor.shape), "data_offsets": [at, end]}
+        dtype, shape = DTYPES[piece.dtype][0], list(piece.tensor.shape)
+        entries[piece.key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

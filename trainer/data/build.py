@@ -20,7 +20,7 @@ from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.sources import TextFile, documents, hash_fraction
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, Encoder, train_tokenizer
 
-SAMPLE_BYTES_PER_ENTRY = 1500
+SAMPLE_BYTES_PER_ENTRY = 750
 """Text the tokenizer is trained on, for every entry of its vocabulary: more costs seconds and hardly changes it."""
 _DOCUMENTS_AT_ONCE = 256
 

@@ -11,36 +11,40 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bagualu.parallel.precision import accurate_dtype, multiply_dtype
+from bagualu.parallel.precision import accurate_dtype, gradient_dtype, multiply_dtype
 
 
-def linears(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """x [..., I] through each weight [O, I] -> one output [..., O] each."""
-    outputs: tuple[torch.Tensor, ...] = _Linears.apply(x, *weights)  # type: ignore[no-untyped-call]
+def linears(x: torch.Tensor, *weights: torch.Tensor, wide: bool = False) -> tuple[torch.Tensor, ...]:
+    """x [..., I] through each weight [O, I] -> one output [..., O] each, in the weights' dtype.
+
+    With `wide`, outputs stay in the dtype of the multiplication: for what is computed from them in that dtype anyway.
+    """
+    outputs: tuple[torch.Tensor, ...] = _Linears.apply(wide, x, *weights)  # type: ignore[no-untyped-call]
     return outputs
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, wide: bool, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(x, *weights)
-        dtype = multiply_dtype(x)
-        wide = x.to(dtype)
-        return tuple(F.linear(wide, weight.to(dtype)).to(x.dtype) for weight in weights)
+        dtype = multiply_dtype(weights[0])
+        rows = x.to(dtype)
+        return tuple(F.linear(rows, weight.to(dtype)).to(dtype if wide else weight.dtype) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, *weights = ctx.saved_tensors
-        dtype = multiply_dtype(x)
+        dtype = multiply_dtype(weights[0])
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         grad_x: torch.Tensor | None = None
         grad_weights = []
         for grad, weight in zip(grads, weights, strict=True):
-            wide = grad.reshape(-1, grad.shape[-1]).to(dtype)
-            grad_weights.append((wide.T @ rows).to(weight.dtype))
-            if ctx.needs_input_grad[0]:
-                grad_x = wide @ weight.to(dtype) if grad_x is None else grad_x.addmm_(wide, weight.to(dtype))
-        return None if grad_x is None else grad_x.to(x.dtype).view_as(x), *grad_weights
+            columns = grad.reshape(-1, grad.shape[-1]).to(dtype)
+            grad_weights.append((columns.T @ rows).to(gradient_dtype(weight)))
+            if ctx.needs_input_grad[1]:
+                widened = weight.to(dtype)
+                grad_x = columns @ widened if grad_x is None else grad_x.addmm_(columns, widened)
+        return None, None if grad_x is None else grad_x.to(x.dtype).view_as(x), *grad_weights
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -65,7 +69,7 @@ class _GroupedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dtype = multiply_dtype(x)
         grad_x = torch.empty_like(x, dtype=dtype)
-        grad_weight = torch.empty_like(weight)
+        grad_weight = torch.empty_like(weight, dtype=gradient_dtype(weight))
         parts = zip(x.split(ctx.counts), grads[0].split(ctx.counts), grad_x.split(ctx.counts), weight, grad_weight, strict=True)
         for rows, grad, grad_rows, expert, grad_expert in parts:
             wide = grad.to(dtype)

@@ -62,7 +62,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, H] -> [B, S, H]"""
         cos, sin = self.positions(x.shape[1], x.dtype, x.device)
-        projected = linears(x, self.query.weight, self.key.weight, self.value.weight)
+        projected = linears(x, self.query.weight, self.key.weight, self.value.weight, wide=True)
         query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)  # [B, S, A, D]
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         mixed = causal_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))

@@ -25,8 +25,12 @@ def run_ranks():
 
 def tensors(step):
     """A small model whose every element tells the step."""
-    return {"weight/a": torch.arange(24.0).view(6, 4) + 1000 * step, "moment/a": torch.full((6, 4), float(step)).double(),
-            "count": torch.tensor(step), "half/b": torch.full((5,), float(step), dtype=torch.bfloat16)}  # fmt: skip
+    return {
+        "weight/a": torch.arange(24.0).view(6, 4) + 1000 * step,
+        "moment/a": torch.full((6, 4), float(step), dtype=torch.float64),
+        "count": torch.tensor(step),
+        "half/b": torch.full((5,), float(step), dtype=torch.bfloat16),
+    }
 
 
 def rows_of(step, group):
@@ -54,6 +58,9 @@ def pieces():
 @pytest.fixture
 def save_step():
     """save_step(root, step, size=1, keep=2) -> what each rank returned or raised."""
-    return lambda root, step, size=1, keep=2: run(
-        size, lambda group: save(root, step, rows_of(step, group), {"layout": f"data {size}", "step": step}, group, keep)
-    )
+
+    def save_all(root, step, size=1, keep=2):
+        metadata = {"layout": f"data {size}"}
+        return run(size, lambda group: save(root, step, rows_of(step, group), metadata, group, keep))
+
+    return save_all

@@ -1,10 +1,10 @@
-"""Program: save with four ranks, killed at every operating-system call that changes or syncs a file; prints one JSON list.
+"""Program: save with four ranks, killed at every system call that changes or syncs a file; prints one JSON list.
 
     python killed_save.py ROOT
 
-ROOT holds step 10. For every n, a child on a copy of it saves step 20 with keep=1 and dies at its n-th call: before it, or in
-the midst of it for a write. Then: what `latest` gives, whether it is whole and read back as that step; and whether the next
-save works and leaves nothing behind.
+ROOT gets step 10. For every n, a child on a copy of it saves step 20 with keep=1 and dies at its n-th call: before it,
+or in the midst of it for a write. Then: what `latest` gives, whether it is whole and read back as that step; and
+whether the next save works and leaves nothing behind.
 """
 
 import json
@@ -79,7 +79,7 @@ def look(root: Path, report: Path) -> int:
 
 
 def in_child(function: Callable[[], int]) -> int:
-    """Exit code of a fork that calls `function`. torch is used in such children only: its threads do not survive a fork."""
+    """Exit code of a fork that calls `function`. Only they use torch: its threads do not survive a fork."""
     child = os.fork()
     if not child:
         try:

@@ -64,7 +64,7 @@ def test_a_committed_step_is_never_overwritten(tmp_path, save_step):
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     for error in save_step(tmp_path, 3, 2):
         assert isinstance(error, CheckpointError)
-        assert "is there already and checkpoints are never overwritten" in str(error)
+        assert "is there already and never overwritten" in str(error)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     discard(path)
     assert names(tmp_path) == []

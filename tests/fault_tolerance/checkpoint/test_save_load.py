@@ -64,7 +64,8 @@ def test_any_partition_over_four_ranks_reads_back_in_any_box(data, run_ranks):
     block = data.draw(st.sampled_from([8, 24, 64, 16 * 2**20]))
 
     def pieces(rank):
-        return [Piece("t", shape, box.offset, whole[box.slices(origin(shape))]) for box, owner in owned if owner == rank]
+        mine = [box for box, owner in owned if owner == rank]
+        return [Piece("t", shape, box.offset, whole[box.slices(origin(shape))]) for box in mine]
 
     with tempfile.TemporaryDirectory() as root, mock.patch.object(format, "BLOCK_BYTES", block):
         results = run_ranks(4, lambda group: save(Path(root), 3, pieces(group.rank), {}, group, 1))
@@ -109,7 +110,8 @@ def test_shards_are_plain_safetensors(tmp_path, model, save_step):
 )
 def test_what_is_not_held_exactly_once_is_not_saved(tmp_path, run_ranks, pieces, message):
     def work(group):
-        return save(tmp_path, 1, [Piece("w", (6,), (a,), torch.zeros(b - a)) for a, b in pieces[group.rank]], {}, group, 1)
+        mine = [Piece("w", (6,), (a,), torch.zeros(b - a)) for a, b in pieces[group.rank]]
+        return save(tmp_path, 1, mine, {}, group, 1)
 
     for result in run_ranks(2, work):
         with pytest.raises(CheckpointError, match=message):
@@ -119,7 +121,8 @@ def test_what_is_not_held_exactly_once_is_not_saved(tmp_path, run_ranks, pieces,
 
 def test_ranks_that_disagree_about_a_tensor_are_named(tmp_path, run_ranks):
     def work(group):
-        return save(tmp_path, 1, [Piece("w", (4,), (2 * group.rank,), torch.zeros(2, dtype=dtypes[group.rank]))], {}, group, 1)
+        half = torch.zeros(2, dtype=dtypes[group.rank])
+        return save(tmp_path, 1, [Piece("w", (4,), (2 * group.rank,), half)], {}, group, 1)
 
     dtypes = [torch.float32, torch.bfloat16]
     assert all("tensor w is" in str(error) and "on rank 1" in str(error) for error in run_ranks(2, work))
@@ -135,7 +138,7 @@ def test_metadata_that_json_would_change_is_refused(tmp_path, metadata):
     ("name", "offset", "out", "message"),
     [
         ("weight/b", (0, 0), torch.empty(6, 4), "tensor weight/b is not in it; the nearest is weight/a"),
-        ("weight/a", (0, 0), torch.empty(7, 4), r"has shape \(6, 4\), so there is no box of shape \(7, 4\)"),
+        ("weight/a", (0, 0), torch.empty(7, 4), r"has shape \(6, 4\): no box of shape \(7, 4\)"),
         ("weight/a", (0,), torch.empty(6), r"has shape \(6, 4\)"),
         ("weight/a", (-1, 0), torch.empty(1, 4), r"no box of shape \(1, 4\) at \(-1, 0\)"),
         ("weight/a", (0, 0), torch.empty(6, 4).double(), "is stored as float32, not torch.float64"),

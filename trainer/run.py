@@ -1,0 +1,111 @@
+"""A whole run on one rank: assemble, resume, train, summarise. Every rank calls `train` with the same recipe."""
+
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.flops import matmul_ceiling, model_flops_per_token
+from bagualu.trainer.loop import Loop
+from bagualu.trainer.progress import Progress
+from bagualu.trainer.sinks import JsonlSink, Sink, WandbSink
+from bagualu.trainer.state import CHECKPOINTS, load_state
+
+
+def train(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Train to `train.steps`, or until `stop()` is true on any rank; returns the summary, the same on every rank.
+
+    `stop` is asked once a step; a stopped run has saved a checkpoint. Rank 0 writes metrics.jsonl and summary.json.
+    Raises RecipeError, CheckpointError, CommunicationError, and DivergedError when loss or gradient stop being finite.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
+    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    first_step, resumed_from = _resume(parts)
+    ceiling = _ceiling(parts, communicator)
+    flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
+    sinks = _sinks(recipe, first_step) if communicator.rank == 0 else []
+    loop = Loop(parts, sinks, stop, flops_per_token / ceiling, resumed_from)
+    try:
+        ending = loop.run(first_step)
+    finally:
+        for sink in sinks:
+            sink.close()
+    summary = {
+        **ending,
+        "steps": recipe.train.steps,
+        "seconds": time.perf_counter() - started,
+        "layout": str(parts.mesh.layout),
+        "parameters": _parameters(parts),
+        "flops_per_token": flops_per_token,
+        "matmul_ceiling_flops": ceiling,
+        "peak_memory_bytes": _peak_memory_bytes(parts, communicator),
+        "run_dir": recipe.run.dir,
+    }
+    if communicator.rank == 0:
+        _write_summary(Path(recipe.run.dir), summary)
+    return summary
+
+
+def _resume(parts: Parts) -> tuple[int, Path | None]:
+    """Steps already done, and the checkpoint that says so: the newest one where the recipe asks to resume and there is one."""
+    newest = latest(Path(parts.recipe.run.dir) / CHECKPOINTS) if parts.recipe.checkpoint.resume else None
+    return (load_state(parts, newest), newest) if newest else (0, None)
+
+
+def _ceiling(parts: Parts, communicator: Communicator) -> float:
+    """FLOP/s that matrix multiplication reaches on all ranks together, measured while all of them do it."""
+    communicator.world.barrier()
+    dtype = getattr(torch, parts.recipe.train.dtype)
+    own = matmul_ceiling(dtype, parts.device, torch.get_num_threads())
+    total = torch.tensor(own, dtype=torch.float64, device=parts.device)
+    communicator.world.all_reduce(total)
+    return float(total)
+
+
+def _sinks(recipe: Recipe, first_step: int) -> list[Sink]:
+    run_dir = Path(recipe.run.dir)
+    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", first_step)]
+    if recipe.log.wandb != "disabled":
+        sinks.append(WandbSink(run_dir, recipe.log.wandb_project, recipe.run.name, recipe.log.wandb, asdict(recipe)))
+    if recipe.log.progress != "off":
+        sinks.append(Progress(recipe.train.steps, recipe.log.every, recipe.log.progress))
+    return sinks
+
+
+def _parameters(parts: Parts) -> int:
+    """Elements of the whole model, each counted once."""
+    own = sum(sum(n for *_, n in bucket.shard_entries()) for bucket in parts.buckets if bucket.owned)
+    total = torch.tensor(own, dtype=torch.int64, device=parts.device)
+    parts.mesh.group("world").all_reduce(total)
+    return int(total)
+
+
+def _peak_memory_bytes(parts: Parts, communicator: Communicator) -> int:
+    """Most memory held at once, summed over ranks: of the device where that is an accelerator, else of the processes."""
+    if parts.device.type == "cuda":
+        own = torch.cuda.max_memory_allocated(parts.device)
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if communicator.one_process and communicator.rank > 0:
+            own = 0
+    total = torch.tensor(own, dtype=torch.int64, device=parts.device)
+    communicator.world.all_reduce(total)
+    return int(total)
+
+
+def _write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    temporary = run_dir / "summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, run_dir / "summary.json")
