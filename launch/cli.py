@@ -16,10 +16,10 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
         code, document = _run(words, entrypoint)
     except RecipeError as error:
         print(f"bagualu: error: {error}", file=sys.stderr)
-        code, document = REFUSED, {"status": "refused", "error": str(error)}
+        code, document = REFUSED, {"ended": "refused", "error": str(error)}
     except KeyboardInterrupt:
         print("bagualu: failed: interrupted before the workers started; nothing was trained", file=sys.stderr)
-        code, document = FAILED, {"status": "failed", "cause": "interrupted before the workers started"}
+        code, document = FAILED, {"ended": "failed", "cause": "interrupted before the workers started"}
     if "--json" in words and document is not None:
         print(json.dumps(document, indent=2))
     return code

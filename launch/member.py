@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bagualu.comm.world import World
-from bagualu.launch.log import copy_to_log, redirect_to_log
+from bagualu.trainer.log import copy_to_log, redirect_to_log
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import FAILED, Failure

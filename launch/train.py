@@ -10,7 +10,6 @@ from bagualu.launch import forkserver
 from bagualu.launch.sweep import jobs
 from bagualu.launch.usage import Request
 from bagualu.trainer import environment, preflight
-from bagualu.trainer.closing import closing
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, FAILED, REFUSED, STOPPED, Failure, last_words
 from bagualu.trainer.recipe import compose, save_recipe
@@ -57,8 +56,11 @@ def _run(recipe: Recipe, overrides: list[str], entrypoint: str, quiet_stdout: bo
         return _failed(ended.failure, local.advice(recipe, ended.failure))
     assert ended.summary is not None
     if not quiet_stdout:
-        print(closing(ended.summary, overrides))
-    return STOPPED if ended.summary["status"] == "stopped" else DONE, ended.summary
+        from bagualu.trainer.progress import next_commands, summary_text
+
+        following = next_commands(overrides, ended.summary["step"], ended.summary["steps"])
+        print(summary_text(ended.summary, following))
+    return STOPPED if ended.summary["ended"] == "stopped" else DONE, ended.summary
 
 
 def _failed(failure: Failure, advice: str) -> tuple[int, dict[str, Any]]:
@@ -66,7 +68,7 @@ def _failed(failure: Failure, advice: str) -> tuple[int, dict[str, Any]]:
         print("\x1b[?25h", file=sys.stderr)  # off the line of a bar that was cut short, with the cursor it had hidden
     print(last_words(failure, advice), file=sys.stderr, flush=True)
     refused = failure.kind == "recipe"
-    return REFUSED if refused else FAILED, {"status": "refused" if refused else "failed", **failure.as_dict()}
+    return REFUSED if refused else FAILED, {"ended": "refused" if refused else "failed", **failure.as_dict()}
 
 
 @contextmanager

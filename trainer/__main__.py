@@ -7,13 +7,15 @@ says it; rank 0 alone looks at the run directory too, because it writes there wh
 import os
 import sys
 import traceback
+from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.world import World
 from bagualu.trainer import environment, preflight
-from bagualu.trainer.closing import closing
 from bagualu.trainer.config import Recipe
+from bagualu.trainer.log import copy_to_log
 from bagualu.trainer.outcome import DONE, FAILED, REFUSED, STOPPED, Failure, last_words
+from bagualu.trainer.progress import summary_text
 from bagualu.trainer.recipe import compose, save_recipe
 from bagualu.trainer.stopping import StopRequest
 
@@ -63,6 +65,7 @@ def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | N
     torch.set_num_threads(environment.threads(recipe.launch, local_workers))
     if world.rank == 0:
         save_recipe(recipe)
+    copy_to_log(Path(recipe.run.dir) / "logs" / f"rank-{world.rank}.log")
     failures: list[Failure] = []
     try:
         summary = work(recipe, world, StopRequest(), failures.append, entrypoint or TRAIN)
@@ -75,8 +78,8 @@ def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | N
             print(last_words(why, advice), file=sys.stderr, flush=True)
         os._exit(REFUSED if why.kind == "recipe" else FAILED)  # not by way of destructors that wait for lost peers
     if world.rank == 0:
-        print(closing(summary))
-    return STOPPED if summary["status"] == "stopped" else DONE
+        print(summary_text(summary))
+    return STOPPED if summary["ended"] == "stopped" else DONE
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any) -> dict[str, An
                 print(json.dumps({"step": step}), file=metrics)
             start, end = ("\r", "") if sys.stderr.isatty() else ("", "\n")
             print(f"{start}at step {step}", end=end, file=sys.stderr, flush=True)
-    status = "stopped" if stopping.item() else "finished"
-    return {"status": status, "step": step, "steps": recipe.train.steps, "loss": 1.5, "run_dir": recipe.run.dir}
+    ended = "stopped" if stopping.item() else "done"
+    return {"ended": ended, "step": step, "steps": recipe.train.steps, "loss": 1.5, "run_dir": recipe.run.dir}
 
 
 def _about() -> dict[str, Any]:

@@ -21,7 +21,7 @@ def test_workers_get_threads_memory_and_logs_and_the_run_says_how_it_ended(start
     run = start("train.steps=3", "launch.threads=1", "--json")
     code, out, err = run.end()
     assert code == 0, err
-    assert json.loads(out)["status"] == "finished"
+    assert json.loads(out)["ended"] == "done"
     ranks = [json.loads((run.folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
     assert [rank["threads"] for rank in ranks] == [1] * 4
     assert len({rank["parent"] for rank in ranks}) == 1  # one process imported torch for all

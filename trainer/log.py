@@ -18,7 +18,7 @@ def redirect_to_log(path: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
-def copy_to_log(path: Path, quiet_stdout: bool) -> None:
+def copy_to_log(path: Path, quiet_stdout: bool = False) -> None:
     """What Python prints goes where it went, terminal or not, and as finished lines into `path`.
 
     quiet_stdout sends stdout to stderr.
