@@ -37,9 +37,7 @@ class Transport(Protocol):
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> Work:
         """output: this member's slice along dim 0 of the sum of the inputs."""
 
-    def all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
-    ) -> Work:
+    def all_to_all(self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]) -> Work:
         """Rows input_splits[i] go to position i, output_splits[i] come from it; a split may be 0."""
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> Work: ...

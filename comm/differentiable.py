@@ -19,27 +19,27 @@ from bagualu.comm.group import Group
 
 def copy_to(x: torch.Tensor, group: Group) -> torch.Tensor:
     """The same values, used differently by every member from here on."""
-    return x if group.size == 1 else _Copy.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+    return x if group.size == 1 else _Copy.apply(x, group)
 
 
 def reduce_from(x: torch.Tensor, group: Group) -> torch.Tensor:
     """The sum of the members' tensors, on every member."""
-    return x if group.size == 1 else _Reduce.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+    return x if group.size == 1 else _Reduce.apply(x, group)
 
 
 def gather_from(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     """The members' tensors joined along `dim`, on every member."""
-    return x if group.size == 1 else _Gather.apply(x, group, dim)  # type: ignore[no-any-return, no-untyped-call]
+    return x if group.size == 1 else _Gather.apply(x, group, dim)
 
 
 def scatter_to(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     """This member's slice along `dim` of the sum of the members' tensors."""
-    return x if group.size == 1 else _Scatter.apply(x, group, dim)  # type: ignore[no-any-return, no-untyped-call]
+    return x if group.size == 1 else _Scatter.apply(x, group, dim)
 
 
 def all_to_all(x: torch.Tensor, group: Group, output_splits: list[int], input_splits: list[int]) -> torch.Tensor:
     """Rows of x [sum(input_splits), ...] go to their members; returns those that came [sum(output_splits), ...]."""
-    return x if group.size == 1 else _AllToAll.apply(x, group, output_splits, input_splits)  # type: ignore[no-any-return, no-untyped-call]
+    return x if group.size == 1 else _AllToAll.apply(x, group, output_splits, input_splits)
 
 
 def _sum(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -8,6 +8,8 @@ import torch
 from bagualu.comm.backend import Backend, ReduceOp, Transport, Work, backend_class
 from bagualu.comm.world import World
 
+_HOST = torch.device("cpu")
+
 
 class Done:
     """The work of a communication that needed none."""
@@ -28,7 +30,7 @@ class Group:
     ranks: tuple[int, ...]
     rank: int
     transport: Transport | None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _HOST
     """Where the tensors of its collectives live."""
 
     @property

@@ -5,6 +5,7 @@ hangs a cluster is reported here as what it is: ranks that call different things
 named with what each of them waits for.
 """
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -87,10 +88,8 @@ class Hub:
             self._running.discard(rank)
             if error is not None and self._failure is None:
                 self._failure = f"rank {rank} failed: {type(error).__name__}: {error}"
-            try:
+            with contextlib.suppress(CommunicationError):  # recorded as the failure, which the waiting ranks raise
                 self._find_deadlock()
-            except CommunicationError:
-                pass  # recorded as the failure, which the waiting ranks raise
             self._changed.notify_all()
 
     def _find_deadlock(self) -> None:

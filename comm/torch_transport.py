@@ -55,9 +55,7 @@ class TorchTransport:
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
         flat, part = output.view(-1), input.view(-1)
-        return self._start(
-            "all_gather", lambda: dist.all_gather_into_tensor(flat, part, self.group, async_op=True), flat, part
-        )
+        return self._start("all_gather", lambda: dist.all_gather_into_tensor(flat, part, self.group, async_op=True), flat, part)
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
         part, flat = output.view(-1), input.view(-1)
@@ -68,9 +66,7 @@ class TorchTransport:
             flat,
         )
 
-    def all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
-    ) -> TorchWork:
+    def all_to_all(self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]) -> TorchWork:
         return self._start(
             "all_to_all",
             lambda: dist.all_to_all_single(output, input, output_splits, input_splits, self.group, async_op=True),
@@ -83,12 +79,13 @@ class TorchTransport:
         return self._start("broadcast", lambda: dist.broadcast(tensor, rank, self.group, async_op=True), tensor)
 
     def send(self, tensor: torch.Tensor, destination: int) -> TorchWork:
-        rank = self.ranks[destination]
-        return self._start(f"send to rank {rank}", lambda: dist.isend(tensor, rank, self.group), tensor)
+        return self._message(f"send to rank {self.ranks[destination]}", dist.isend, tensor, destination)
 
     def receive(self, tensor: torch.Tensor, source: int) -> TorchWork:
-        rank = self.ranks[source]
-        return self._start(f"receive from rank {rank}", lambda: dist.irecv(tensor, rank, self.group), tensor)
+        return self._message(f"receive from rank {self.ranks[source]}", dist.irecv, tensor, source)
+
+    def _message(self, op: str, start: Callable[..., dist.Work | None], tensor: torch.Tensor, position: int) -> TorchWork:
+        return self._start(op, lambda: start(tensor, self.ranks[position], self.group), tensor)
 
     def barrier(self) -> TorchWork:
         return self._start("barrier", lambda: dist.barrier(self.group, async_op=True))
@@ -99,6 +96,7 @@ class TorchBackend:
 
     torch_name: str
     device: torch.device
+    transport_class: type[TorchTransport] = TorchTransport
 
     def __init__(self, world: World, timeout_seconds: float) -> None:
         self.world = world
@@ -120,7 +118,7 @@ class TorchBackend:
     def transport(self, ranks: tuple[int, ...], name: str) -> TorchTransport:
         # Only the members take part, so that making groups costs each rank its own few, not all of the world's.
         group = dist.new_group(list(ranks), timeout=self.timeout, backend=self.torch_name, use_local_synchronization=True)
-        return TorchTransport(group, ranks, name)
+        return self.transport_class(group, ranks, name)
 
     def close(self) -> None:
         if dist.is_initialized():

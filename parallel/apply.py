@@ -33,9 +33,7 @@ def parallelize(model: nn.Module, plan: ShardingPlan, mesh: Mesh, sequence: bool
                 _BOUNDARIES[kind](module, mesh, sequence)
 
 
-def _materialise(
-    model: nn.Module, plan: ShardingPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device, fill: Fill
-) -> None:
+def _materialise(model: nn.Module, plan: ShardingPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device, fill: Fill) -> None:
     made: dict[int, nn.Parameter] = {}  # a tied parameter is one parameter under two names
     for module_name, module in model.named_modules():
         for key, meta in list(module._parameters.items()):

@@ -5,24 +5,19 @@ bfloat16 numbers are exact in float32). A CPU without bfloat16 instructions runs
 float32 (docs/performance.md), so there the operands are widened for the multiplication and the result is rounded.
 """
 
-import functools
-
 import torch
 
 _HALF = (torch.bfloat16, torch.float16)
-
-
-@functools.cache
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    if dtype == torch.bfloat16:
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return bool(capabilities.get("amx_fp16") or capabilities.get("avx512_fp16"))
+_CPU = torch.cpu.get_capabilities()
+_CPU_MULTIPLIES = {
+    torch.bfloat16: bool(_CPU.get("amx_bf16") or _CPU.get("avx512_bf16")),
+    torch.float16: bool(_CPU.get("amx_fp16") or _CPU.get("avx512_fp16")),
+}
 
 
 def multiply_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype to cast operands like `tensor` to before a matrix multiplication; its own unless widening is faster."""
-    if tensor.dtype in _HALF and tensor.device.type == "cpu" and not _cpu_multiplies(tensor.dtype):
+    if tensor.device.type == "cpu" and not _CPU_MULTIPLIES.get(tensor.dtype, True):
         return torch.float32
     return tensor.dtype
 
@@ -30,8 +25,3 @@ def multiply_dtype(tensor: torch.Tensor) -> torch.dtype:
 def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
     """At least float32: for norms, softmax, losses, routers."""
     return torch.float32 if dtype in _HALF else dtype
-
-
-def gradient_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The dtype in which `weight` takes its gradient: that of its gradient bucket where it lies in one (data.py)."""
-    return weight.grad_dtype or weight.dtype if weight.is_leaf else weight.dtype

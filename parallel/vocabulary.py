@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from bagualu.comm.differentiable import reduce_from, scatter_to
 from bagualu.comm.group import Group
-from bagualu.parallel.precision import accurate_dtype, gradient_dtype, multiply_dtype
+from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 IGNORED = -100
 """The label of a position that takes no part in the loss."""
@@ -41,7 +41,7 @@ def linear_cross_entropy(
     `vocabulary` is the number of real rows over all ranks: rows beyond it are padding and take no part in the softmax.
     The gradient of x is this rank's part of a sum over the group.
     """
-    loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group)
     return loss
 
 
@@ -71,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight[:valid] += grad_logits.T @ chunk
         if grad_x is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(gradient_dtype(weight)))
+            ctx.save_for_backward(grad_x.to(x.dtype), grad_weight)
         return total
 
     @staticmethod

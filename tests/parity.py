@@ -31,7 +31,9 @@ def train(communicator: Communicator, recipe: Recipe, steps: int) -> Curve:
     initial = pieces_of(parts)
     results = [train_step(parts, step) for step in range(steps)]
     assert all(result.committed for result in results)
-    return Curve([r.loss for r in results], [r.balance_loss for r in results], [r.grad_norm for r in results], pieces_of(parts), initial)
+    return Curve(
+        [r.loss for r in results], [r.balance_loss for r in results], [r.grad_norm for r in results], pieces_of(parts), initial
+    )
 
 
 def gather(all_pieces: list[list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]]) -> dict[str, np.ndarray]:
@@ -81,5 +83,3 @@ def assert_same(actual: list[Curve], expected: list[Curve], relative: float = 1e
             assert np.array_equal(before[name], reference_before[name]), f"{name} does not begin the same"
         scale = np.abs(values).max()
         np.testing.assert_allclose(after[name], values, rtol=relative, atol=relative * scale, err_msg=name)
-
-

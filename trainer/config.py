@@ -187,7 +187,9 @@ class Recipe:
             raise RecipeError(f"model.vocab={model.padded_vocab} is not divisible by parallel.tensor={tensor}; "
                               f"give model.vocab_multiple={tensor} to pad it to {-(-model.vocab // tensor) * tensor}")  # fmt: skip
         if layout.expert > 1 and not model.moe.experts:
-            raise RecipeError(f"parallel.expert={layout.expert} needs a mixture of experts; give parallel.expert=1 or model.moe.experts")
+            raise RecipeError(
+                f"parallel.expert={layout.expert} needs a mixture of experts; give parallel.expert=1 or model.moe.experts"
+            )
         if model.moe.experts % layout.expert:
             raise RecipeError(f"model.moe.experts={model.moe.experts} is not divisible by parallel.expert={layout.expert}; "
                               f"give model.moe.experts={-(-model.moe.experts // layout.expert) * layout.expert}")  # fmt: skip

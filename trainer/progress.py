@@ -43,9 +43,7 @@ class Progress:
         if self._mode == "bar":
             figures = "  ".join(self._figures(record, step))
             self._bar.update(self._task, completed=step, figures=figures)
-        elif self._mode == "lines" and (
-            step % self._every == 0 or step in (1, self._steps) or "validation_loss" in record
-        ):
+        elif self._mode == "lines" and (step % self._every == 0 or step in (1, self._steps) or "validation_loss" in record):
             width = len(str(self._steps))
             print(f"step {step:>{width}}/{self._steps}", *self._figures(record, step), sep="  ", file=self._stream,
                   flush=True)  # fmt: skip

@@ -53,7 +53,11 @@ def identity(parts: Parts) -> dict[str, Any]:
     model = {f"model.{key}": value for key, value in asdict(recipe.model).items() if key != "moe"}
     model |= {f"model.moe.{key}": value for key, value in asdict(recipe.model.moe).items()}
     data = {"data.sequence_length": recipe.data.sequence_length, "data.global_batch": recipe.data.global_batch}
-    return model | data | {"run.seed": recipe.run.seed, "data.source": recipe.data.source, "data fingerprint": parts.corpus.fingerprint}
+    return (
+        model
+        | data
+        | {"run.seed": recipe.run.seed, "data.source": recipe.data.source, "data fingerprint": parts.corpus.fingerprint}
+    )
 
 
 def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:

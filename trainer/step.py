@@ -80,7 +80,7 @@ def _count_tokens(parts: Parts, micro_batches: list[MicroBatch]) -> float:
 def _seeds(parts: Parts, tokens: float) -> Seeds:
     """Derivatives of the objective: mean loss per token + coefficient * mean balance loss per sequence, times the loss scale.
 
-    The tensor ranks of a mixture all compute the same balance loss, and its gradients are summed over them, so each seeds its share.
+    Tensor ranks of a mixture all compute the same balance loss, and its gradients are summed over them: each seeds its share.
     """
     scale = parts.scaler.scale
     share = parts.recipe.data.global_batch * parts.mesh.layout.tensor

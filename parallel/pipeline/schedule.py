@@ -71,7 +71,9 @@ def forward_only(stages: int, micro_batches: int) -> Schedule:
 def with_messages(schedule: Schedule) -> Schedule:
     """The same schedule with a receive right before each pass that needs one and a send right after each that feeds another."""
     last = len(schedule) - 1
-    return [[message for action in actions for message in _surrounded(action, stage, last)] for stage, actions in enumerate(schedule)]
+    return [
+        [message for action in actions for message in _surrounded(action, stage, last)] for stage, actions in enumerate(schedule)
+    ]
 
 
 def _surrounded(action: Action, stage: int, last: int) -> list[Action]:

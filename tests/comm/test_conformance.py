@@ -71,7 +71,9 @@ def ordered_messages(c: Communicator) -> None:
     group, n = c.world, c.size
     after, before = (c.rank + 1) % n, (c.rank - 1) % n
     shapes = [(2,), (3, 3), (1,)]
-    sent = [group.send(value(10 * c.rank + i, s, torch.float32).to(c.device), after, asynchronous=True) for i, s in enumerate(shapes)]
+    sent = [
+        group.send(value(10 * c.rank + i, s, torch.float32).to(c.device), after, asynchronous=True) for i, s in enumerate(shapes)
+    ]
     for i, shape in enumerate(shapes):
         x = torch.empty(shape, device=c.device)
         group.receive(x, before)

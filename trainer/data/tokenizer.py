@@ -16,9 +16,7 @@ SMALLEST_VOCAB = 256 + 1
 
 # What pre_tokenizers.ByteLevel cuts ASCII text into; its pattern has \p{L} for letters, \p{N} for digits and \s for
 # space.
-_ASCII_WORDS = re.compile(
-    r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
-)
+_ASCII_WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+")
 _CACHED_WORDS = 1_000_000
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bagualu.parallel.precision import accurate_dtype, gradient_dtype, multiply_dtype
+from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 
 def linears(x: torch.Tensor, *weights: torch.Tensor, wide: bool = False) -> tuple[torch.Tensor, ...]:
@@ -19,7 +19,7 @@ def linears(x: torch.Tensor, *weights: torch.Tensor, wide: bool = False) -> tupl
 
     With `wide`, outputs stay in the dtype of the multiplication: for what is computed from them in that dtype anyway.
     """
-    outputs: tuple[torch.Tensor, ...] = _Linears.apply(wide, x, *weights)  # type: ignore[no-untyped-call]
+    outputs: tuple[torch.Tensor, ...] = _Linears.apply(wide, x, *weights)
     return outputs
 
 
@@ -40,7 +40,7 @@ class _Linears(torch.autograd.Function):
         grad_weights = []
         for grad, weight in zip(grads, weights, strict=True):
             columns = grad.reshape(-1, grad.shape[-1]).to(dtype)
-            grad_weights.append((columns.T @ rows).to(gradient_dtype(weight)))
+            grad_weights.append((columns.T @ rows).to(accurate_dtype(weight.dtype)))
             if ctx.needs_input_grad[1]:
                 widened = weight.to(dtype)
                 grad_x = columns @ widened if grad_x is None else grad_x.addmm_(columns, widened)
@@ -49,7 +49,7 @@ class _Linears(torch.autograd.Function):
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """Rows x [N, I], counts[e] of them in turn for expert e, through weight [E, O, I] -> [N, O]."""
-    output: torch.Tensor = _GroupedLinear.apply(x, weight, counts)  # type: ignore[no-untyped-call]
+    output: torch.Tensor = _GroupedLinear.apply(x, weight, counts)
     return output
 
 
@@ -69,7 +69,7 @@ class _GroupedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dtype = multiply_dtype(x)
         grad_x = torch.empty_like(x, dtype=dtype)
-        grad_weight = torch.empty_like(weight, dtype=gradient_dtype(weight))
+        grad_weight = torch.empty_like(weight, dtype=accurate_dtype(weight.dtype))
         parts = zip(x.split(ctx.counts), grads[0].split(ctx.counts), grad_x.split(ctx.counts), weight, grad_weight, strict=True)
         for rows, grad, grad_rows, expert, grad_expert in parts:
             wide = grad.to(dtype)
@@ -80,8 +80,51 @@ class _GroupedLinear(torch.autograd.Function):
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last dim, in at least float32 (arXiv 1910.07467, equation 4)."""
-    dtype = accurate_dtype(x.dtype)
-    return F.rms_norm(x.to(dtype), (x.shape[-1],), weight.to(dtype), epsilon).to(x.dtype)
+    if x.device.type == "cuda":  # torch has one fused kernel there, which accumulates in float32
+        return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+    normed: torch.Tensor = _RMSNorm.apply(x, weight, epsilon)
+    return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x as it is stored; torch's own, several operations on the CPU, keeps a float32 copy and takes twice the time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        dtype = accurate_dtype(x.dtype)
+        wide = x.to(dtype)
+        scale = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight.to(dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight, scale = ctx.saved_tensors
+        grad = grads[0].to(scale.dtype)
+        normed = x.to(scale.dtype) * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(accurate_dtype(weight.dtype))
+        grad_normed = grad * weight.to(scale.dtype)
+        along = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1) / x.shape[-1]
+        return grad_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up; keeps only its inputs for the backward pass."""
+    output: torch.Tensor = _SwiGLU.apply(gate, up)
+    return output
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
+        return grad_gate, F.silu(gate).mul_(grads[0])
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -95,7 +138,7 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary positions for x [B, S, A, D]; cos and sin [S, D / 2]. Pairs are (i, i + D / 2) (arXiv 2104.09864, section 3.2.2,
     in the half-split order that published Llama weights in Hugging Face form use)."""
-    rotated: torch.Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    rotated: torch.Tensor = _Rotate.apply(x, cos, sin)
     return rotated
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.models.config import ModelConfig
-from bagualu.trainer.models.kernels import causal_attention, linears, rms_norm, rotate
+from bagualu.trainer.models.kernels import causal_attention, linears, rms_norm, rotate, swiglu
 
 
 class Linear(nn.Module):
@@ -81,4 +81,4 @@ class FeedForward(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., H] -> [..., H]"""
         gate, up = linears(x, self.gate.weight, self.up.weight)
-        return linears(nn.functional.silu(gate) * up, self.down.weight)[0]
+        return linears(swiglu(gate, up), self.down.weight)[0]

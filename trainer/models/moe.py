@@ -13,7 +13,7 @@ from torch import nn
 from bagualu.parallel.expert import LocalExperts
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.models.config import ModelConfig, MoEConfig
-from bagualu.trainer.models.kernels import grouped_linear
+from bagualu.trainer.models.kernels import grouped_linear, swiglu
 from bagualu.trainer.models.layers import FeedForward, Linear
 
 
@@ -32,7 +32,7 @@ class Experts(nn.Module):
         routed = self.exchange.dispatch(rows, counts)
         gate = grouped_linear(routed.rows, self.gate, routed.counts)
         up = grouped_linear(routed.rows, self.up, routed.counts)
-        return self.exchange.combine(grouped_linear(F.silu(gate) * up, self.down, routed.counts), routed)
+        return self.exchange.combine(grouped_linear(swiglu(gate, up), self.down, routed.counts), routed)
 
 
 class MixtureOfExperts(nn.Module):

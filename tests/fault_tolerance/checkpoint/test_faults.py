@@ -34,9 +34,7 @@ def read_all(path, expected):
 
 
 def test_killed_at_every_call_of_a_save(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(HERE / "killed_save.py"), str(tmp_path / "root")], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(HERE / "killed_save.py"), str(tmp_path / "root")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert all(row["intact"] and row["saved"] and row["left"] == ["step-00000030"] for row in rows)

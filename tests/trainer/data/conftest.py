@@ -8,9 +8,7 @@ def words(count: int, seed: int) -> str:
     """Lines of made-up words: text that a tokenizer finds something to merge in."""
     draw = random.Random(seed)
     syllables = ["ba", "gua", "lu", "ten", "sor", "pipe", "line", "ex", "pert", "é", "炉"]
-    return "".join(
-        "".join(draw.choices(syllables, k=draw.randint(1, 3))) + draw.choice("      \n") for _ in range(count)
-    )
+    return "".join("".join(draw.choices(syllables, k=draw.randint(1, 3))) + draw.choice("      \n") for _ in range(count))
 
 
 @pytest.fixture

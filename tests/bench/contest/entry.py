@@ -1,0 +1,61 @@
+"""What a contestant is called, and what the name says. Free of torch."""
+
+import re
+from dataclasses import dataclass
+
+BASELINES = ("plain", "ddp", "fsdp", "deepspeed")
+AXES = ("data", "tensor", "pipeline", "expert")
+PRECISIONS = ("bf16", "bf16wide", "autocast", "f32")
+"""bf16: bfloat16 weights and arithmetic. bf16wide: bfloat16 weights, but matmul and attention in float32. autocast:
+float32 weights under torch.autocast. f32: float32 throughout. The first two keep float32 master weights."""
+GRAMMAR = "PROGRAM[-VARIANT][-compiled][@PROCESSESxTHREADS]"
+NAME = re.compile(
+    r"(?P<program>[a-z]+)(-(?P<variant>(?!compiled)[a-z0-9]+))?(?P<compiled>-compiled)?"
+    r"(@(?P<processes>[1-9]\d*)x(?P<threads>[1-9]\d*))?"
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contestant: a program, its variant, and the processes x threads that it gets."""
+
+    program: str
+    """plain | ddp | fsdp | deepspeed | bagualu."""
+    variant: str
+    """Baselines: the precision. Bagualu: the axis that more than one process is spent on."""
+    compiled: bool
+    processes: int
+    threads: int
+
+    @property
+    def name(self) -> str:
+        variant = f"-{self.variant}" if self.variant else ""
+        return f"{self.program}{variant}{'-compiled' if self.compiled else ''}@{self.processes}x{self.threads}"
+
+
+def parse(text: str, cores: int) -> Entry:
+    """An entry from its name (GRAMMAR), e.g. plain-bf16, plain-f32-compiled, ddp-bf16@2x1, bagualu-tensor.
+
+    Left out: precision bf16; one process for plain and for bagualu without an axis, two otherwise; threads that share
+    out `cores`. Raises ValueError with what is allowed.
+    """
+    match = NAME.fullmatch(text)
+    if not match:
+        raise ValueError(f"contestant {text!r} is not {GRAMMAR}, e.g. plain-bf16@1x2")
+    program, variant, compiled = match["program"], match["variant"] or "", bool(match["compiled"])
+    allowed: tuple[str, ...]
+    if program in BASELINES:
+        allowed, variant = PRECISIONS, variant or "bf16"
+    elif program == "bagualu":
+        allowed = ("", *AXES)
+    else:
+        raise ValueError(f"contestant {text!r}: no such program; give one of {', '.join((*BASELINES, 'bagualu'))}")
+    if variant not in allowed:
+        raise ValueError(f"contestant {text!r}: no variant {variant!r}; give one of {', '.join(filter(None, allowed))}")
+    if compiled and program not in ("plain", "bagualu"):
+        raise ValueError(f"contestant {text!r}: only plain and bagualu are measured compiled; drop -compiled")
+    alone = program == "plain" or (program == "bagualu" and not variant)
+    processes = int(match["processes"] or (1 if alone else 2))
+    if alone and processes != 1:
+        raise ValueError(f"contestant {text!r}: several processes must share the work, e.g. ddp or bagualu-data")
+    return Entry(program, variant, compiled, processes, int(match["threads"] or max(1, cores // processes)))

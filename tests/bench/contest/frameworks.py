@@ -1,0 +1,83 @@
+"""The plain model under torch's and DeepSpeed's own parallelism, used directly. Each builder makes one Step."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from contest.loop import CLIP_NORM, Step, adamw, build_model, optimizer_for, plain, stepper
+from contest.model import Attention, Linear
+from contest.shapes import Shape
+
+
+def ddp(shape: Shape, precision: str) -> Step:
+    """torch DistributedDataParallel; gradients are reduced in the weights' dtype, in views of its buckets."""
+    model = build_model(shape, precision)
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return stepper(wrapped, optimizer_for(model, precision), precision)
+
+
+def fsdp(shape: Shape, precision: str) -> Step:
+    """torch FSDP2: float32 shards are the master weights, gathered as bfloat16 layer by layer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = build_model(shape, "f32")
+    if precision.startswith("bf16"):
+        for module in model.modules():
+            if isinstance(module, Linear | Attention):
+                module.wide = precision == "bf16wide"
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    else:
+        policy = MixedPrecisionPolicy()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    optimizer = adamw(model.parameters())
+
+    def step(inputs: Tensor, labels: Tensor) -> float:
+        loss = model(inputs, labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def deepspeed_zero1(shape: Shape, precision: str) -> Step:
+    """DeepSpeed ZeRO-1 with its own bfloat16 engine around torch's AdamW."""
+    import deepspeed
+
+    model = build_model(shape, precision)
+    config: dict[str, Any] = {
+        "train_batch_size": shape.batch,
+        "train_micro_batch_size_per_gpu": shape.batch // dist.get_world_size(),
+        "gradient_clipping": CLIP_NORM,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": precision.startswith("bf16")},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    engine = deepspeed.initialize(model=model, optimizer=adamw(model.parameters()), config=config)[0]
+
+    def step(inputs: Tensor, labels: Tensor) -> float:
+        loss = engine(inputs, labels)
+        engine.backward(loss)
+        engine.step()
+        return float(loss.detach())
+
+    return step
+
+
+BUILDERS = {"ddp": ddp, "fsdp": fsdp, "deepspeed": deepspeed_zero1}
+
+
+def build(framework: str, shape: Shape, precision: str, compiled: bool) -> Step:
+    """The Step of a contestant in this process; torch.distributed is set up already where the framework needs it."""
+    if framework == "plain":
+        return plain(shape, precision, compiled)
+    return BUILDERS[framework](shape, precision)

@@ -1,0 +1,86 @@
+"""One process of a baseline contestant: builds its Step once, runs as many steps as it is told to, sleeps in between.
+
+Started as `python -m contest.worker`. Reads one JSON object per line on stdin, {"steps": n}; answers on stdout with
+{"step_seconds": [...], "cpu_seconds": [...], "losses": [...], "peak_memory_bytes": n}; end of input ends it. Libraries
+print to stderr.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+from contest.environment import cores_of
+from contest.shapes import SHAPES
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--framework", required=True)
+    parser.add_argument("--precision", required=True)
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--recipe", required=True, choices=SHAPES)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--processes", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    return parser.parse_args()
+
+
+def private_stdout() -> IO[str]:
+    """The real stdout for answers only; from here on fd 1 is stderr, so that no library can garble them."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process so far (VmHWM)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def serve(options: argparse.Namespace, answers: IO[str]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from contest.frameworks import build
+
+    torch.set_num_threads(options.threads)
+    distributed = options.framework != "plain"
+    if distributed:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(options.port), "RANK": str(options.rank),
+                       "WORLD_SIZE": str(options.processes), "LOCAL_RANK": str(options.rank)}  # fmt: skip
+        dist.init_process_group("gloo")
+    shape = SHAPES[options.recipe]
+    step = build(options.framework, shape, options.precision, options.compiled)
+    generator = torch.Generator().manual_seed(options.rank)
+    mine = shape.batch // options.processes
+    for line in sys.stdin:
+        seconds, cpu_seconds, losses = [], [], []
+        for _ in range(json.loads(line)["steps"]):
+            if distributed:
+                dist.barrier()
+            start, cpu_start = time.perf_counter(), time.process_time()
+            tokens = torch.randint(shape.vocab, (mine, shape.sequence + 1), generator=generator)
+            losses.append(step(tokens[:, :-1], tokens[:, 1:]))
+            seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - cpu_start)
+        times = {"step_seconds": seconds, "cpu_seconds": cpu_seconds}
+        answers.write(json.dumps({**times, "losses": losses, "peak_memory_bytes": peak_memory_bytes()}) + "\n")
+    if distributed:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    answers = private_stdout()
+    options = arguments()
+    os.sched_setaffinity(0, cores_of(options.rank, options.processes, options.threads))  # before torch counts the cores
+    serve(options, answers)
+
+
+if __name__ == "__main__":
+    main()
