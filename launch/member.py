@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from bagualu.comm.world import World
-from bagualu.trainer.log import copy_to_log, redirect_to_log
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
+from bagualu.trainer.log import copy_to_log, redirect_to_log
 from bagualu.trainer.outcome import FAILED, Failure
 from bagualu.trainer.stopping import StopRequest
 from bagualu.trainer.worker import work

@@ -57,7 +57,7 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("comm.backend=simulated runs in one process; use bagualu train, or comm.backend=nccl or gloo here")
     for line in [*recipe.launch.slurm.directives, *recipe.launch.slurm.setup, recipe.run.dir, recipe.run.name]:
         if "\n" in line:
-            raise RecipeError(f"{line!r} must be one line; give a list, e.g. launch.slurm.setup=[\"module load cuda\"]")
+            raise RecipeError(f'{line!r} must be one line; give a list, e.g. launch.slurm.setup=["module load cuda"]')
 
 
 def script(recipe: Recipe, overrides: list[str]) -> str:

@@ -56,4 +56,3 @@ def last_words(failure: Failure, advice: str) -> str:
     if failure.kind == "recipe":
         return f"bagualu: error: {failure.cause}"
     return f"bagualu: failed: rank {failure.rank}, {failure.phase}: {failure.cause}; {advice}"
-

@@ -45,7 +45,7 @@ def check_override(override: Override, own_recipes: bool = False) -> None:
     if key.startswith("hydra."):
         if key != "hydra.searchpath":
             raise RecipeError(f"{override.input_line}: the only key of Hydra itself that works here is hydra.searchpath")
-        return
+        return None
     if override.type == OverrideType.DEL:
         raise RecipeError(f"{override.input_line} cannot remove a key; give {key}=null or another value")
     value = override.value()

@@ -18,9 +18,7 @@ Report = Callable[[Failure], None]
 """Told why a rank cannot go on, before the exception leaves it."""
 
 
-def work(
-    recipe: Recipe, world: World, stop: StopRequest, report: Report, entrypoint: str = TRAIN
-) -> dict[str, Any]:
+def work(recipe: Recipe, world: World, stop: StopRequest, report: Report, entrypoint: str = TRAIN) -> dict[str, Any]:
     """Join the world and train; the run's summary.
 
     Only a rank that has joined takes a signal for a request to stop; before, there is nothing to save.

@@ -130,7 +130,7 @@ def test_a_saved_recipe_is_read_back_as_it_was(tmp_path):
 @pytest.mark.parametrize("text", ["model: {layers: many}", "unknown: 1", "{", "- 1"])
 def test_a_config_that_is_none_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(RecipeError, match="run.dir") as caught:
+    with pytest.raises(RecipeError, match=r"run\.dir") as caught:
         load_recipe(tmp_path / "config.yaml")
     assert "\n" not in str(caught.value)
 
