@@ -26,7 +26,7 @@ def test_help_comes_on_stdout(capsys, words):
     out, err = capsys.readouterr()
     assert err == ""
     assert len(out.splitlines()) < 45
-    assert max(map(len, out.splitlines())) <= 115
+    assert max(map(len, out.splitlines())) <= 118
     assert all(verb in out for verb in words[:1])
 
 
