@@ -1,11 +1,17 @@
 """The shape of the house: imports point down, help and checks need no torch, the environment is read in few places."""
 
 import ast
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from bagualu.launch import usage
+from bagualu.launch.sweep import jobs
+from bagualu.trainer import preflight
+from bagualu.trainer.recipe import compose
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ("comm", "parallel", "fault_tolerance", "trainer", "launch")
@@ -132,3 +138,23 @@ def test_the_readme_opens_with_the_two_commands():
     assert commands[0].endswith("bagualu train recipe=tiny")
     assert " -m pytest" in commands[1]
     assert all("pip install -c constraints.txt" in command for command in commands)
+
+
+def readme_commands(start):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    return [line.strip() for line in lines if line.startswith(f"    {start}")]
+
+
+@pytest.mark.parametrize("command", [*readme_commands("bagualu "), *readme_commands("torchrun ")])
+def test_the_commands_of_the_readme_are_valid(command):
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        world = int(words[words.index("--nproc-per-node") + 1])
+        return preflight.check(compose(words[words.index("bagualu.trainer") + 1 :]), world)
+    request = usage.read(words[1:])
+    if request.help:
+        return None
+    recipes = [recipe for _, recipe in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
+    for recipe in recipes:
+        preflight.check(recipe, recipe.world_size())
+    return None
