@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, MultiprocessContext
 
 from bagualu.trainer.stopping import STOP_SIGNALS
 
@@ -84,5 +84,7 @@ class Agent(LocalElasticAgent):
 
     def _failed(self) -> dict[int, int]:
         """Exit codes of the workers that have ended badly, by local rank."""
+        assert isinstance(self._pcontext, MultiprocessContext)
+        assert self._pcontext._pc is not None
         codes = [process.exitcode for process in self._pcontext._pc.processes]
         return {rank: code for rank, code in enumerate(codes) if code}

@@ -1,8 +1,10 @@
 """Run a recipe on this machine: as worker processes under torch.distributed.elastic, or as threads of this process."""
 
+import contextlib
 import logging
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -52,7 +54,7 @@ def run_processes(recipe: Recipe, workers: int, entrypoint: str, quiet_stdout: b
         return Ended(failure=first([*member.read_failures(failures), *_deaths(agent, recipe)]))
 
 
-def run_threads(recipe: Recipe, world: int, entrypoint: str) -> Ended:
+def run_threads(recipe: Recipe, world: int, entrypoint: str, quiet_stdout: bool) -> Ended:
     """Train with `world` threads of this process (comm.backend=simulated)."""
     stop, failures = StopRequest(), list[Failure]()
     stop.install()
@@ -62,7 +64,8 @@ def run_threads(recipe: Recipe, world: int, entrypoint: str) -> Ended:
 
     threads = environment.threads(recipe.launch, world)
     try:
-        return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads)[0])
+        with contextlib.redirect_stdout(sys.stderr if quiet_stdout else sys.stdout):
+            return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads)[0])
     except Exception as error:
         traceback.print_exception(error)
         return Ended(failure=first(failures))

@@ -48,7 +48,7 @@ def _run(recipe: Recipe, overrides: list[str], entrypoint: str, quiet_stdout: bo
         from bagualu.launch import local  # imports torch: here, while the fork server does too
 
         if threaded:
-            ended = local.run_threads(recipe, workers, entrypoint)
+            ended = local.run_threads(recipe, workers, entrypoint, quiet_stdout)
         else:
             ended = local.run_processes(recipe, workers, entrypoint, quiet_stdout)
             forkserver.stop()

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -26,8 +26,8 @@ def copy_to_log(path: Path, quiet_stdout: bool = False) -> None:
     log = _open(path)
     if quiet_stdout:
         os.dup2(2, 1)
-    sys.stdout = Copy(sys.stdout, log)  # type: ignore[assignment]
-    sys.stderr = Copy(sys.stderr, log)  # type: ignore[assignment]
+    sys.stdout = cast(TextIO, Copy(sys.stdout, log))
+    sys.stderr = cast(TextIO, Copy(sys.stderr, log))
 
 
 def _open(path: Path) -> TextIO:

@@ -95,6 +95,8 @@ def load_recipe(path: Path) -> Recipe:
 
 def _one_line(error: Exception) -> str:
     """What Hydra or OmegaConf said, without its stack of causes, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}; correct the YAML there"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip() and "object_type=" not in line]
     return f"{' '.join(lines[:2])}; `bagualu train --help` lists recipes, --cfg job prints one"

@@ -21,7 +21,8 @@ class Run:
 
     def __init__(self, folder: Path, *overrides: str, stderr: int = subprocess.PIPE) -> None:
         self.folder = folder / "run"
-        words = ["train", "recipe=tiny", f"run.dir={self.folder}", "train.steps=100000", *overrides]
+        steps = [] if any("train.steps=" in word for word in overrides) else ["train.steps=100000"]
+        words = ["train", "recipe=tiny", f"run.dir={self.folder}", *steps, *overrides]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _COMMAND, *words], text=True, stdout=subprocess.PIPE, stderr=stderr, cwd=folder,
             start_new_session=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},

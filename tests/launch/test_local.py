@@ -112,6 +112,16 @@ def test_simulated_ranks_are_threads_of_one_process_and_stop_as_workers_do(start
     assert code == 75, err
 
 
+def test_a_sweep_runs_its_jobs_one_after_the_other(start):
+    run = start("comm.backend=simulated", "-m", "--json", "train.steps=2,3")
+    code, out, err = run.end()
+    assert code == 0, err
+    assert [(one["step"], one["run_dir"]) for one in json.loads(out)] == [
+        (2, f"{run.folder}-train.steps=2"),
+        (3, f"{run.folder}-train.steps=3"),
+    ]
+
+
 def test_a_failing_thread_is_named(start):
     code, _, err = start("comm.backend=simulated", "run.name=raise3").end()
     assert code == 1
