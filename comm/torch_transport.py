@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from bagualu.comm.backend import ReduceOp
+from bagualu.comm.backend import ReduceOp, Work
 from bagualu.comm.errors import CommunicationError
 from bagualu.comm.world import World
 
@@ -53,11 +53,11 @@ class TorchTransport:
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> TorchWork:
         return self._start("all_reduce", lambda: dist.all_reduce(tensor, _OPS[op], self.group, async_op=True), tensor)
 
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Work:
         flat, part = output.view(-1), input.view(-1)
         return self._start("all_gather", lambda: dist.all_gather_into_tensor(flat, part, self.group, async_op=True), flat, part)
 
-    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> Work:
         part, flat = output.view(-1), input.view(-1)
         return self._start(
             "reduce_scatter",
