@@ -55,13 +55,13 @@ class TorchTransport:
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Work:
         flat, part = output.view(-1), input.view(-1)
-        return self._start("all_gather", lambda: dist.all_gather_into_tensor(flat, part, self.group, async_op=True), flat, part)
+        return self._start("all_gather", lambda: dist.all_gather_single(flat, part, self.group, async_op=True), flat, part)
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> Work:
         part, flat = output.view(-1), input.view(-1)
         return self._start(
             "reduce_scatter",
-            lambda: dist.reduce_scatter_tensor(part, flat, group=self.group, async_op=True),
+            lambda: dist.reduce_scatter_single(part, flat, group=self.group, async_op=True),
             part,
             flat,
         )
