@@ -57,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x, dtype=rows.dtype) if backward else None
         grad_weight = torch.zeros_like(weight, dtype=accurate_dtype(weight.dtype)) if backward else None
         total = x.new_zeros((), dtype=accurate_dtype(x.dtype))
-        size = max(1, _CHUNK_ELEMENTS // max(1, valid))
+        size = max(1, _CHUNK_ELEMENTS // weight.shape[0])  # not of the real rows: every rank must make the same chunks
         for begin in range(0, x.shape[0], size):
             here = slice(begin, begin + size)
             chunk = x[here].to(rows.dtype)
@@ -77,7 +77,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grads[0].to(grad_x.dtype), grad_weight * grads[0].to(grad_weight.dtype), None, None, None
+        scale = grads[0]  # a scalar: it does not widen the products, and rounded to 16 bits it would put one error on all of them
+        return grad_x * scale, grad_weight * scale, None, None, None
 
 
 def _loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None) -> torch.Tensor:

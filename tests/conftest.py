@@ -2,8 +2,15 @@
 
 import shutil
 
+import hypothesis
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+    hypothesis.settings.load_profile("untimed")
+    torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

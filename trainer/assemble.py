@@ -9,7 +9,9 @@ from bagualu.comm.group import Communicator
 from bagualu.parallel.apply import parallelize
 from bagualu.parallel.data import Bucket, GradientReducer, build_buckets
 from bagualu.parallel.mesh import Mesh
+from bagualu.parallel.pipeline.check import check
 from bagualu.parallel.pipeline.runtime import PipelineRunner
+from bagualu.parallel.pipeline.schedule import compute_schedule, with_messages
 from bagualu.parallel.pipeline.split import split_layers
 from bagualu.parallel.sharding import ShardingPlan
 from bagualu.trainer.config import Recipe
@@ -45,6 +47,8 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     """Build this rank's part of everything. Collective. Raises RecipeError for what validation can only see here."""
     layout = recipe.validate(communicator.size)
     mesh = Mesh.build(layout, communicator)
+    count = recipe.data.global_batch // (layout.data * recipe.train.micro_batch)
+    check(with_messages(compute_schedule(recipe.parallel.schedule, layout.pipeline, count)), count)
     dtype = getattr(torch, recipe.train.dtype)
     model = build_model(recipe, mesh, dtype)
     buckets = build_buckets(model, _plan(recipe), mesh, recipe.parallel.zero, recipe.parallel.bucket_bytes)

@@ -5,6 +5,7 @@ checks that need several parts at once.
 """
 
 from dataclasses import dataclass, field
+from math import gcd
 
 from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
@@ -165,8 +166,9 @@ class Recipe:
     def _validate_batch(self, layout: Layout) -> None:
         per_rank, rest = divmod(self.data.global_batch, layout.data)
         if rest:
+            whole = layout.data * self.train.micro_batch
             raise RecipeError(f"data.global_batch={self.data.global_batch} does not divide over {layout.data} data ranks; "
-                              f"give data.global_batch={(per_rank + 1) * layout.data}")  # fmt: skip
+                              f"give data.global_batch={-(-self.data.global_batch // whole) * whole}")  # fmt: skip
         if per_rank % self.train.micro_batch:
             fits = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
             raise RecipeError(f"train.micro_batch={self.train.micro_batch} does not divide the {per_rank} sequences of a data "
@@ -183,9 +185,10 @@ class Recipe:
             named["model.ffn"] = model.ffn
         if model.moe.experts:
             named["model.moe.ffn"] = model.moe.ffn
+        common = gcd(*named.values())
+        fits = [n for n in range(1, common + 1) if common % n == 0]
         for name, value in named.items():
             if value % tensor:
-                fits = [n for n in range(1, value + 1) if value % n == 0]
                 raise RecipeError(f"{name}={value} is not divisible by parallel.tensor={tensor}; "
                                   f"give parallel.tensor one of {fits[:8]} or change {name}")  # fmt: skip
         if model.padded_vocab % tensor:

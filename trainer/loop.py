@@ -45,7 +45,7 @@ class Loop:
             step += 1
             stopped = result.stop
             record = self._record(step, result, seconds)
-            validation = None if stopped else self._validation(step)
+            validation = None if stopped and step < steps else self._validation(step)
             if validation:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
             for sink in self.sinks:

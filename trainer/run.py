@@ -33,6 +33,10 @@ def train(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool] =
     torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     first_step, resumed_from = _resume(parts)
+    if finished := _finished(recipe, first_step):
+        if communicator.rank == 0:
+            _write_summary(Path(recipe.run.dir), finished)
+        return finished
     ceiling = _ceiling(parts, communicator)
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
     sinks = _sinks(recipe, first_step) if communicator.rank == 0 else []
@@ -62,6 +66,15 @@ def _resume(parts: Parts) -> tuple[int, Path | None]:
     """Steps already done, and the checkpoint that says so: the newest one where the recipe asks to resume and there is one."""
     newest = latest(Path(parts.recipe.run.dir) / CHECKPOINTS) if parts.recipe.checkpoint.resume else None
     return (load_state(parts, newest), newest) if newest else (0, None)
+
+
+def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:
+    """The summary of a run that has no step left to do, from when it did its last one; None when it has, or left none."""
+    path = Path(recipe.run.dir) / "summary.json"
+    if first_step < recipe.train.steps or not path.exists():
+        return None
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {**summary, "ended": "done", "steps": recipe.train.steps} if summary["step"] == first_step else None
 
 
 def _ceiling(parts: Parts, communicator: Communicator) -> float:

@@ -14,6 +14,7 @@ from bagualu.fault_tolerance.checkpoint.save import save
 from bagualu.trainer.assemble import Parts
 
 CHECKPOINTS = "checkpoints"
+_FINGERPRINT = "data fingerprint"
 
 
 def save_state(parts: Parts, step: int) -> Path:
@@ -39,9 +40,10 @@ def load_state(parts: Parts, path: Path) -> int:
     checkpoint = Checkpoint(path)
     metadata = checkpoint.metadata
     _check_identity(metadata["identity"], identity(parts), path)
+    _check_dtype(metadata["dtype"], parts.recipe.train.dtype, path)
     parts.updates = metadata["updates"]
     parts.optimizer.load(checkpoint, parts.updates)
-    if parts.scaler.enabled:
+    if parts.scaler.enabled and metadata["dtype"] == parts.recipe.train.dtype:
         parts.scaler.scale = metadata["scaler"]["scale"]
         parts.scaler.good_steps = metadata["scaler"]["good_steps"]
     return int(metadata["step"])
@@ -53,17 +55,24 @@ def identity(parts: Parts) -> dict[str, Any]:
     model = {f"model.{key}": value for key, value in asdict(recipe.model).items() if key != "moe"}
     model |= {f"model.moe.{key}": value for key, value in asdict(recipe.model.moe).items()}
     data = {"data.sequence_length": recipe.data.sequence_length, "data.global_batch": recipe.data.global_batch}
-    return (
-        model
-        | data
-        | {"run.seed": recipe.run.seed, "data.source": recipe.data.source, "data fingerprint": parts.corpus.fingerprint}
-    )
+    return model | data | {"run.seed": recipe.run.seed, "data.source": recipe.data.source, _FINGERPRINT: parts.corpus.fingerprint}
 
 
 def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
-    for key in sorted(saved.keys() | here.keys()):
+    # The fingerprint last: when the vocabulary differs, the tokens do too, and the vocabulary is what to say.
+    for key in sorted(saved.keys() | here.keys(), key=lambda key: (key == _FINGERPRINT, key)):
         if saved.get(key) != here.get(key):
+            fix = f"give {key}={saved.get(key)} to go on with it"
+            if key == _FINGERPRINT:
+                fix = f"put the text of data.source={here['data.source']} back as it was to go on with it"
             raise RecipeError(
                 f"{path} was saved with {key}={saved.get(key)} but the recipe has {here.get(key)}; "
-                f"give {key}={saved.get(key)} to go on with it, or another run.dir to start anew"
+                f"{fix}, or another run.dir to start anew"
             )
+
+
+def _check_dtype(saved: str, here: str, path: Path) -> None:
+    """The master weights of the other three are float32, so those may take over from each other."""
+    if (saved == "float64") != (here == "float64"):
+        raise RecipeError(f"{path} was saved with train.dtype={saved} but the recipe has {here}; "
+                          f"give train.dtype={saved} to go on with it, or another run.dir to start anew")  # fmt: skip

@@ -2,8 +2,9 @@
 
 from collections import Counter, deque
 from dataclasses import dataclass
+from itertools import pairwise
 
-from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule
+from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule, with_messages
 
 _PAIRS = {Kind.SEND_ACTIVATION: (Kind.RECEIVE_ACTIVATION, 1), Kind.SEND_GRADIENT: (Kind.RECEIVE_GRADIENT, -1)}
 
@@ -21,22 +22,28 @@ class Report:
 
 
 def check(schedule: Schedule, micro_batches: int) -> Report:
-    """Raises ScheduleError unless every stage does every micro-batch forward and backward exactly once, forward first, and
-    all stages reach their end when sends do not block and messages of one direction between two stages keep their order."""
+    """Raises ScheduleError unless every stage does every micro-batch forward and backward exactly once, forward first, each
+    pass after the message it needs and before the one it feeds, and all stages reach their end when sends do not block and
+    messages of one direction between two stages keep their order."""
+    # What every stage has to do for each micro-batch, in this order, whatever it does in between.
+    passes = [[Action(Kind.FORWARD, m), Action(Kind.BACKWARD, m)] for m in range(micro_batches)]
+    chains = [with_messages([pair] * len(schedule)) for pair in passes]
     for stage, actions in enumerate(schedule):
-        _check_passes(stage, actions, micro_batches)
+        _check_stage(stage, actions, [chain[stage] for chain in chains])
     _run_dry(schedule)
     return Report([_peak(actions) for actions in schedule])
 
 
-def _check_passes(stage: int, actions: list[Action], micro_batches: int) -> None:
-    counts = Counter(actions)
-    for m in range(micro_batches):
-        for kind in (Kind.FORWARD, Kind.BACKWARD):
-            if counts[Action(kind, m)] != 1:
-                raise ScheduleError(f"stage {stage} does {kind}{m} {counts[Action(kind, m)]} times instead of once")
-        if actions.index(Action(Kind.FORWARD, m)) > actions.index(Action(Kind.BACKWARD, m)):
-            raise ScheduleError(f"stage {stage} does B{m} before F{m}")
+def _check_stage(stage: int, actions: list[Action], expected: list[list[Action]]) -> None:
+    counts, place = Counter(actions), {action: index for index, action in enumerate(actions)}
+    wanted = Counter(action for chain in expected for action in chain)
+    for action in wanted | counts:
+        if counts[action] != wanted[action]:
+            raise ScheduleError(f"stage {stage} does {action} {counts[action]} times instead of {wanted[action]}")
+    for chain in expected:
+        for earlier, later in pairwise(chain):
+            if place[earlier] > place[later]:
+                raise ScheduleError(f"stage {stage} does {later} before {earlier}")
 
 
 def _run_dry(schedule: Schedule) -> None:

@@ -1,15 +1,20 @@
 """Pipeline schedules as data: for every stage, the list of actions it does, in order. Pure functions, free of torch.
 
-F3 is the forward pass of micro-batch 3, B3 its backward pass. Drawn with time going right, 4 stages and 4 micro-batches:
+F3 is the forward pass of micro-batch 3, B3 its backward pass. Time goes right, each pass takes one step, a dot is a stage that
+waits (draw.py draws this). 4 stages and 4 micro-batches, first gpipe, then 1f1b:
 
-    gpipe                             1f1b
-    F0 F1 F2 F3 .. .. .. B0 B1 ..     F0 F1 F2 F3 .. .. B0 .. B1 .. B2 .. B3
-       F0 F1 F2 F3 .. B0 B1 B2 ..        F0 F1 F2 .. B0 F3 B1 .. B2 .. B3
-          F0 F1 F2 F3 B0 B1 B2 ..           F0 F1 B0 F2 B1 F3 B2 .. B3
-             F0 B0 ...                         F0 B0 F1 B1 F2 B2 F3 B3
+    F0 F1 F2 F3 .  .  .  .  .  .  B0 B1 B2 B3
+       F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3
+          F0 F1 F2 F3 .  .  B0 B1 B2 B3
+             F0 F1 F2 F3 B0 B1 B2 B3
+
+    F0 F1 F2 F3 .  .  .  B0 .  B1 .  B2 .  B3
+       F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3
+          F0 F1 .  B0 F2 B1 F3 B2 .  B3
+             F0 B0 F1 B1 F2 B2 F3 B3
 
 `compute_schedule` gives these; `with_messages` puts in what has to be sent and received, and where. The same list is checked
-(check.py), executed (runtime.py) and drawn.
+(check.py), drawn (draw.py) and executed (runtime.py).
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """Which layers each pipeline stage holds: always every layer, each exactly once, in order. Free of torch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
@@ -27,7 +28,8 @@ def _uniform(layers: int, stages: int) -> list[int]:
 
 
 def _listed(layers: int, stages: int, balance: Any) -> list[int]:
-    if isinstance(balance, str) or not all(isinstance(count, int) for count in balance):
+    listed = isinstance(balance, Sequence) and not isinstance(balance, str)
+    if not listed or not all(type(count) is int for count in balance):
         raise RecipeError(f"parallel.balance={balance} is unknown; give uniform or a list of {stages} layer counts")
     counts = list(balance)
     if len(counts) != stages or sum(counts) != layers or min(counts) < 1:

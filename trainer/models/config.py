@@ -66,9 +66,10 @@ class ModelConfig:
                 raise RecipeError(f"model.{name}={getattr(self, name)} must be at least 1")
         if self.hidden % self.heads:
             raise RecipeError(f"model.hidden={self.hidden} is not divisible by model.heads={self.heads}; "
-                              f"give model.hidden={-(-self.hidden // self.heads) * self.heads}")  # fmt: skip
+                              f"give model.hidden={-(-self.hidden // (2 * self.heads)) * 2 * self.heads}")  # fmt: skip
         if self.head_dim % 2:
-            raise RecipeError(f"hidden / heads = {self.head_dim} must be even for rotary positions; change model.heads")
+            raise RecipeError(f"model.hidden={self.hidden} / model.heads={self.heads} = {self.head_dim} must be even for rotary "
+                              f"positions; give model.hidden={(self.head_dim + 1) * self.heads}")  # fmt: skip
         if self.key_value_heads < 1 or self.heads % self.key_value_heads:
             fits = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
             raise RecipeError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}; give one of {fits}")
@@ -77,10 +78,12 @@ class ModelConfig:
 
     def _validate_moe(self) -> None:
         moe = self.moe
+        if moe.ffn < 1 or moe.every < 1 or moe.shared_experts < 0 or moe.experts < 0 or moe.balance_loss < 0:
+            raise RecipeError("model.moe.ffn and model.moe.every must be at least 1; model.moe.experts, model.moe.shared_experts "
+                              "and model.moe.balance_loss at least 0")  # fmt: skip
         if not 1 <= moe.top_k <= moe.experts:
-            raise RecipeError(f"model.moe.top_k={moe.top_k} must lie between 1 and model.moe.experts={moe.experts}")
-        if moe.ffn < 1 or moe.every < 1 or moe.shared_experts < 0 or moe.experts < 0:
-            raise RecipeError("model.moe.ffn and model.moe.every must be at least 1, shared_experts and experts at least 0")
+            raise RecipeError(f"model.moe.top_k={moe.top_k} must lie between 1 and model.moe.experts={moe.experts}; "
+                              f"give model.moe.top_k={min(max(moe.top_k, 1), moe.experts)}")  # fmt: skip
         if moe.every > self.layers:
             raise RecipeError(f"model.moe.every={moe.every} leaves no mixture in {self.layers} layers; "
                               f"give at most {self.layers}, or model.moe.experts=0 for a dense model")  # fmt: skip

@@ -18,7 +18,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
         progress = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
         return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
     if config.schedule == "wsd":
-        decay_steps = max(1, round(config.decay_fraction * steps))
-        progress = min(1.0, max(0.0, (step - (steps - 1 - decay_steps)) / decay_steps))
+        decay_steps = round(config.decay_fraction * steps)
+        progress = min(1.0, max(0.0, (step - (steps - 1 - decay_steps)) / decay_steps)) if decay_steps else 0.0
         return config.lr * (1 - (1 - low) * progress)
     return config.lr

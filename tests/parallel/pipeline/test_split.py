@@ -1,0 +1,53 @@
+"""Every layer on exactly one stage, in order, as evenly as can be."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bagualu.comm.errors import RecipeError
+from bagualu.parallel.pipeline.split import split_layers
+
+
+@given(st.integers(1, 12), st.integers(0, 40))
+def test_every_layer_is_held_once_in_order_and_stages_differ_by_one_at_most(stages: int, more: int) -> None:
+    layers = stages + more
+    slices = split_layers(layers, stages)
+    assert [layer for held in slices for layer in held] == list(range(layers))
+    counts = [len(held) for held in slices]
+    assert max(counts) - min(counts) <= 1
+    fuller = [stage for stage, count in enumerate(counts) if count > min(counts)]
+    if fuller:  # together, and as far from the first stage as from the last
+        assert fuller == list(range(fuller[0], fuller[-1] + 1))
+        assert (stages - 1 - fuller[-1]) - fuller[0] in (0, 1)
+
+
+def test_thirty_layers_on_four_stages_are_thirty() -> None:
+    assert [len(held) for held in split_layers(30, 4)] == [7, 8, 8, 7]
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+def test_a_list_is_followed(counts: list[int]) -> None:
+    slices = split_layers(sum(counts), len(counts), counts)
+    assert [len(held) for held in slices] == counts
+    assert [layer for held in slices for layer in held] == list(range(sum(counts)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "balance", "message"),
+    [
+        (4, 5, "uniform", "parallel.pipeline=5 stages are more than model.layers=4; give parallel.pipeline=4 or less"),
+        (8, 3, [3, 3, 3], r"must hold 3 counts of at least 1 that add up to model.layers=8; e.g. parallel.balance=\[3,3,2\]"),
+        (8, 3, [4, 4], r"must hold 3 counts .* e.g. parallel.balance=\[3,3,2\]"),
+        (8, 3, [8, 0, 0], r"must hold 3 counts"),
+        (8, 3, [9, -2, 1], r"must hold 3 counts"),
+        (8, 3, [], r"must hold 3 counts"),
+        (8, 3, "even", "parallel.balance=even is unknown; give uniform or a list of 3 layer counts"),
+        (8, 3, 3, "parallel.balance=3 is unknown; give uniform or a list of 3 layer counts"),
+        (8, 3, None, "parallel.balance=None is unknown"),
+        (8, 2, [4.0, 4.0], "is unknown"),
+        (8, 2, [True, 7], "is unknown"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_one_that_can(layers: int, stages: int, balance: object, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        split_layers(layers, stages, balance)

@@ -1,0 +1,204 @@
+"""Gradient buckets: what lies where, when they are reduced, and how much of the optimizer each rank holds."""
+
+import threading
+from math import prod
+
+import pytest
+import torch
+from torch import nn
+
+from bagualu.comm.group import Communicator, Group
+from bagualu.parallel.apply import parallelize
+from bagualu.parallel.boxes import Box
+from bagualu.parallel.data import Bucket, GradientReducer, build_buckets, gather_weights
+from bagualu.parallel.layout import Layout
+from bagualu.parallel.mesh import Mesh
+from bagualu.parallel.sharding import Placement, ShardingPlan
+from bagualu.trainer.optim.adamw import ShardedAdamW
+from bagualu.trainer.optim.config import OptimConfig
+from tests.harness import BACKENDS, run
+
+WIDTH = 5
+PLAN = ShardingPlan((("*", Placement()),))
+
+
+class Chain(nn.Module):
+    """Linear layers of odd sizes; those in `skip` take no part."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.empty(WIDTH, WIDTH)) for _ in range(layers)])
+        self.scale = nn.Parameter(torch.empty(3))
+
+    def forward(self, x: torch.Tensor, skip: tuple[int, ...] = ()) -> torch.Tensor:
+        for index, weight in enumerate(self.weights):
+            if index not in skip:
+                x = torch.tanh(x @ weight.T)
+        return x.sum() * self.scale.sum()
+
+
+def values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return torch.randn(shape, generator=generator)[box.slices((0,) * len(shape))]
+
+
+def built(
+    communicator: Communicator, zero: int, bucket_bytes: int, layers: int = 6, dtype: torch.dtype = torch.float64
+) -> tuple[Chain, list[Bucket], GradientReducer]:
+    mesh = Mesh.build(Layout(data=communicator.size), communicator)
+    with torch.device("meta"):
+        model = Chain(layers)
+    parallelize(model, PLAN, mesh, False, dtype, values)
+    buckets = build_buckets(model, PLAN, mesh, zero, bucket_bytes)
+    return model, buckets, GradientReducer(buckets, mesh)
+
+
+def check_cover(communicator: Communicator, zero: int, bucket_bytes: int) -> list[tuple[str, int, int]]:
+    """(name, start in the parameter, elements) that this rank's shards hold; weights are views of the buckets."""
+    model, buckets, _ = built(communicator, zero, bucket_bytes)
+    sizes = [sum(e.parameter.numel() for e in bucket.entries) * 8 for bucket in buckets]
+    for bucket, size in zip(buckets, sizes, strict=True):
+        assert bucket.weights.numel() % communicator.size == 0
+        assert bucket.weights.numel() - size // 8 < communicator.size
+        assert size - bucket.entries[-1].parameter.numel() * 8 < bucket_bytes, "closed as soon as it is full"
+        assert len({entry.parameter.ndim >= 2 for entry in bucket.entries} | {bucket.kind.decayed}) == 1
+        for entry in bucket.entries:
+            place = bucket.weights[entry.start : entry.start + entry.parameter.numel()]
+            assert place.data_ptr() == entry.parameter.data_ptr()
+            assert torch.equal(place, values(entry.name, entry.global_shape, entry.box).double().flatten())
+    names = [entry.name for bucket in buckets for entry in bucket.entries]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    matrices = [name for name in names if name != "scale"]
+    assert matrices == sorted(matrices, reverse=True), "last to first, as the backward pass finishes them"
+    assert all(size >= bucket_bytes for size in sizes[:-2]), "only the last one of each kind may be left open"
+    held = []
+    for bucket in buckets:
+        for entry, in_shard, in_parameter, numel in bucket.shard_entries():
+            flat = entry.parameter.detach().flatten()[in_parameter : in_parameter + numel]
+            assert torch.equal(bucket.shard_weights[in_shard : in_shard + numel], flat)
+            held.append((entry.name, in_parameter, numel))
+    return held
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("bucket_bytes", [1, 200, 201, 450, 10**6])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_element_is_in_one_place(size: int, bucket_bytes: int, zero: int) -> None:
+    held = run("simulated", size, check_cover, zero, bucket_bytes)
+    ranks = held if zero else held[:1]
+    for name, numel in [*((f"weights.{i}", WIDTH * WIDTH) for i in range(6)), ("scale", 3)]:
+        pieces = sorted((start, count) for rank in ranks for own, start, count in rank if own == name)
+        assert [start for start, _ in pieces] == [sum(count for _, count in pieces[:i]) for i in range(len(pieces))]
+        assert sum(count for _, count in pieces) == numel
+    assert all(rank == held[0] for rank in held) or zero
+
+
+def reduced(communicator: Communicator, zero: int) -> None:
+    """Gradients over ranks, micro-batches and steps; a parameter that took part before does not when it is skipped."""
+    model, buckets, reducer = built(communicator, zero, 300)
+    for skips in [[(), ()], [(2,), (2,)], [(2, 5), (2, 3)], [(), (0,)]]:
+        reducer.begin(len(skips))
+        expected = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+        for micro_batch, skip in enumerate(skips):
+            for rank in range(communicator.size):
+                x = torch.randn(4, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * micro_batch + rank))
+                twin = Chain(6).double()
+                twin.load_state_dict(model.state_dict())
+                twin(x, skip).backward()
+                for name, parameter in twin.named_parameters():
+                    expected[name] += 0 if parameter.grad is None else parameter.grad
+                if rank == communicator.rank:
+                    model(x, skip).backward()
+        reducer.finish()
+        for bucket in buckets:
+            for entry, in_shard, in_parameter, numel in bucket.shard_entries():
+                found = bucket.shard_gradients[in_shard : in_shard + numel]
+                wanted = expected[entry.name].flatten()[in_parameter : in_parameter + numel]
+                torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12, msg=f"{entry.name} {skips}")
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("size", [1, 2])
+def test_gradients_are_summed_and_those_of_skipped_parameters_are_zero(backend: str, zero: int, size: int) -> None:
+    run(backend, size, reduced, zero)
+
+
+def events(communicator: Communicator, log: dict[int, list[str]], zero: int, micro_batches: int) -> None:
+    """A backward pass that notes when each layer's gradient is made."""
+    model, _, reducer = built(communicator, zero, WIDTH * WIDTH * 8, layers=4)
+    own = log[communicator.rank] = []
+    x = torch.randn(2, WIDTH, dtype=torch.float64)
+    reducer.begin(micro_batches)
+    for _ in range(micro_batches):
+        for index, weight in enumerate(model.weights):
+            weight.register_hook(lambda _, i=index: own.append(f"gradient {i}"))
+        own.append("backward")
+        model(x).backward()
+        own.append("end")
+        for weight in model.weights:
+            weight._backward_hooks.clear()
+    reducer.finish()
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_bucket_is_on_its_way_before_the_next_gradient_is_made(monkeypatch: pytest.MonkeyPatch, zero: int) -> None:
+    log: dict[int, list[str]] = {}
+    place = threading.current_thread  # a rank is a thread here
+    for name in ("reduce_scatter", "all_reduce"):
+        original = getattr(Group, name)
+
+        def note(group: Group, *args: torch.Tensor, original=original, **options: bool):  # type: ignore[no-untyped-def]
+            if options.get("asynchronous"):
+                log[int(place().name.removeprefix("rank-"))].append("reduce")
+            return original(group, *args, **options)
+
+        monkeypatch.setattr(Group, name, note)
+    run("simulated", 2, events, log, zero, 2)
+    first = ["backward", "gradient 3", "gradient 2", "gradient 1", "gradient 0", "end"]
+    last = ["backward", "gradient 3", "reduce", "gradient 2", "reduce", "gradient 1", "reduce", "gradient 0", "reduce", "end"]
+    for own in log.values():
+        # scale is the first of the backward pass and small: its bucket closes with its only member.
+        reductions = [event for event in own if event == "reduce"]
+        assert len(reductions) == 5
+        without_scale = [event for event in own if event != "reduce"]
+        assert without_scale == first + first
+        assert own[:6] == first, "nothing is reduced before the last micro-batch"
+        second = own[6:]
+        second.remove("reduce")  # that of scale, wherever it falls
+        assert second == last
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_zero_1_holds_a_share_of_masters_and_moments_and_zero_0_all(size: int) -> None:
+    total = 6 * WIDTH * WIDTH + 3
+
+    def elements(communicator: Communicator, zero: int) -> tuple[int, int, int]:
+        _, buckets, _ = built(communicator, zero, 500, dtype=torch.bfloat16)
+        optimizer = ShardedAdamW(buckets, OptimConfig())
+        state = [value for master in optimizer.masters for value in optimizer.adamw.state[master].values() if value.dim()]
+        assert all(value.dtype == torch.float32 for value in [*state, *optimizer.masters])
+        return sum(m.numel() for m in optimizer.masters), sum(value.numel() for value in state), len(buckets)
+
+    for masters, moments, buckets in run("simulated", size, elements, 1):
+        assert moments == 2 * masters
+        assert total / size <= masters < total / size + buckets  # less than one element of padding a bucket
+    for masters, _, _ in run("simulated", size, elements, 0):
+        assert total <= masters < total + size * 3
+
+
+def updated(communicator: Communicator) -> None:
+    model, buckets, _ = built(communicator, 1, 300)
+    for bucket in buckets:
+        bucket.shard_weights.fill_(float(communicator.rank))
+    gather_weights(buckets)
+    for bucket in buckets:
+        shard = bucket.shard_gradients.numel()
+        assert bucket.weights.tolist() == [float(rank) for rank in range(communicator.size) for _ in range(shard)]
+    assert sum(prod(p.shape) for p in model.parameters()) == 6 * WIDTH * WIDTH + 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gathering_gives_everybody_every_shard(backend: str) -> None:
+    run(backend, 3, updated)

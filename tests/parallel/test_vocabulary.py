@@ -1,0 +1,73 @@
+"""Embedding and loss with the vocabulary split over ranks, against the whole ones."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bagualu.comm.group import Communicator
+from bagualu.parallel import vocabulary
+from bagualu.parallel.vocabulary import IGNORED, linear_cross_entropy, sharded_embedding
+from tests.harness import BACKENDS, run
+
+BATCH, LENGTH, HIDDEN, REAL = 2, 4, 3, 5
+ROWS = 8
+"""Of them 5 real: with 4 ranks of 2 rows the third has a row of padding and the fourth nothing else."""
+
+
+def drawn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def own_rows(whole: torch.Tensor, communicator: Communicator) -> torch.Tensor:
+    return whole.chunk(communicator.size)[communicator.rank].clone().requires_grad_()
+
+
+def embedding(communicator: Communicator, sequence: bool) -> None:
+    tokens = torch.tensor([[0, 4, 3, 1], [2, 2, 4, 0]])
+    whole = drawn(ROWS, HIDDEN, seed=1).requires_grad_()
+    weight = own_rows(whole.detach(), communicator)
+    output = sharded_embedding(tokens, weight, communicator.world, sequence)
+    expected = F.embedding(tokens, whole)
+    seed = drawn(BATCH, LENGTH, HIDDEN, seed=2)
+    expected.backward(seed)
+    if sequence:
+        expected, seed = (t.chunk(communicator.size, dim=1)[communicator.rank] for t in (expected, seed))
+    torch.testing.assert_close(output, expected, rtol=1e-14, atol=0)
+    output.backward(seed)
+    torch.testing.assert_close(weight.grad, whole.grad.chunk(communicator.size)[communicator.rank], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_embedding_is_that_of_the_whole_table(backend: str, size: int, sequence: bool) -> None:
+    run(backend, size, embedding, sequence)
+
+
+def loss(communicator: Communicator, chunk: int) -> None:
+    vocabulary._CHUNK_ELEMENTS = chunk
+    try:
+        x = drawn(7, HIDDEN, seed=3).requires_grad_()
+        whole = drawn(ROWS, HIDDEN, seed=4).requires_grad_()
+        labels = torch.tensor([0, IGNORED, 4, 2, 3, 4, IGNORED])
+        logits = x @ whole[:REAL].T
+        expected = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        (expected * 0.3).backward()
+        own_x, weight = x.detach().clone().requires_grad_(), own_rows(whole.detach(), communicator)
+        found = linear_cross_entropy(own_x, weight, labels, REAL, communicator.world)
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+        (found * 0.3).backward()
+        torch.testing.assert_close(weight.grad, whole.grad.chunk(communicator.size)[communicator.rank], rtol=1e-12, atol=1e-14)
+        communicator.world.all_reduce(own_x.grad)  # each rank holds its part of the sum
+        torch.testing.assert_close(own_x.grad, x.grad, rtol=1e-12, atol=1e-14)
+    finally:
+        vocabulary._CHUNK_ELEMENTS = 2**21
+
+
+@pytest.mark.parametrize("chunk", [2, 4, 2**21])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loss_is_that_of_the_whole_softmax(backend: str, size: int, chunk: int) -> None:
+    run(backend, size, partial(loss, chunk=chunk))

@@ -1,0 +1,92 @@
+"""The decoder once more, as naively as it can be written: plain torch operations, one head, one token, one expert at a time.
+
+It shares no code with the decoder but the names of its parameters, and takes nothing from `bagualu` but the configuration.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from bagualu.trainer.models.config import ModelConfig
+
+Weights = dict[str, torch.Tensor]
+
+
+def losses(config: ModelConfig, weights: Weights, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cross-entropy over the labels that are not -100, and the balance loss summed over sequences and layers."""
+    x = weights["embedding.weight"][inputs]
+    balance = x.new_zeros(())
+    for layer in range(config.layers):
+        own = {name.removeprefix(f"layers.{layer}."): w for name, w in weights.items() if name.startswith(f"layers.{layer}.")}
+        x = x + torch.stack([attention(config, own, row) for row in normed(config, own["attention_norm.weight"], x)])
+        rows = normed(config, own["feed_forward_norm.weight"], x)
+        if "feed_forward.router.weight" in own:
+            mixed = [mixture(config, own, row) for row in rows]
+            x = x + torch.stack([output for output, _ in mixed])
+            balance = balance + torch.stack([loss for _, loss in mixed]).sum()
+        else:
+            x = x + swiglu(*(own[f"feed_forward.{part}.weight"] for part in ("gate", "up", "down")), rows)
+    x = normed(config, weights["norm.weight"], x)
+    head = weights["embedding.weight"] if config.tie_embeddings else weights["head.weight"]
+    logits = x @ head[: config.vocab].T
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100), balance
+
+
+def normed(config: ModelConfig, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x / ((x * x).mean(-1, keepdim=True) + config.norm_epsilon).sqrt() * weight
+
+
+def attention(config: ModelConfig, own: Weights, x: torch.Tensor) -> torch.Tensor:
+    """x [S, H], one sequence; head by head, softmax of masked scores written out."""
+    width, shared = config.head_dim, config.heads // config.key_value_heads
+    outputs = []
+    for head in range(config.heads):
+        own_rows = slice(head * width, (head + 1) * width)
+        key_rows = slice(head // shared * width, (head // shared + 1) * width)
+        query = turned(config, x @ own["attention.query.weight"][own_rows].T)
+        key = turned(config, x @ own["attention.key.weight"][key_rows].T)
+        value = x @ own["attention.value.weight"][key_rows].T
+        scores = query @ key.T / math.sqrt(width)
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        outputs.append(weights @ value)
+    return torch.cat(outputs, -1) @ own["attention.output.weight"].T
+
+
+def turned(config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
+    """x [S, D]: the pair (i, i + D / 2) as one complex number, turned by position * theta^(-2i / D)."""
+    half = config.head_dim // 2
+    pairs = torch.complex(x[:, :half].contiguous(), x[:, half:].contiguous())
+    speeds = torch.tensor([config.rope_theta ** (-2 * i / config.head_dim) for i in range(half)], dtype=torch.float64)
+    angles = torch.stack([position * speeds for position in range(len(x))])
+    pairs = pairs * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([pairs.real, pairs.imag], -1)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    gated = x @ gate.T
+    return (gated * torch.sigmoid(gated) * (x @ up.T)) @ down.T
+
+
+def mixture(config: ModelConfig, own: Weights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [S, H], one sequence, token by token; its balance loss by counting."""
+    moe = config.moe
+    outputs, all_probabilities, counts = [], [], [0] * moe.experts
+    for token in x:
+        scores = own["feed_forward.router.weight"] @ token
+        probabilities = scores.exp() / scores.exp().sum()
+        best = sorted(range(moe.experts), key=lambda e: -probabilities[e].item())[: moe.top_k]
+        total = sum(probabilities[e] for e in best)
+        output = torch.zeros_like(token)
+        for e in best:
+            parts = (own[f"feed_forward.experts.{part}"][e] for part in ("gate", "up", "down"))
+            output = output + probabilities[e] / total * swiglu(*parts, token)
+            counts[e] += 1
+        if moe.shared_experts:
+            output = output + swiglu(*(own[f"feed_forward.shared.{part}.weight"] for part in ("gate", "up", "down")), token)
+        outputs.append(output)
+        all_probabilities.append(probabilities)
+    mean = torch.stack(all_probabilities).mean(0)
+    balance = sum(counts[e] * mean[e] for e in range(moe.experts)) * moe.experts / (moe.top_k * len(x))
+    return torch.stack(outputs), balance

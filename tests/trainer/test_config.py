@@ -1,0 +1,140 @@
+"""What cannot work is refused in one line with the fix, and doing what the line says is then accepted."""
+
+from typing import Any
+
+import pytest
+
+from bagualu.comm.errors import RecipeError
+from bagualu.trainer.config import Recipe
+from tests.parity import small_recipe
+
+MOE: dict[str, Any] = {"model__moe__experts": 4, "model__moe__ffn": 8}
+
+# what is wrong, the fix as the message says it, what to change
+CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    # parallel
+    ({"parallel__tensor": 0}, "give parallel.tensor=1", {"parallel__tensor": 1}),
+    ({"parallel__data": -2}, "give parallel.data=1", {"parallel__data": 1}),
+    ({"parallel__context": 2}, "give parallel.context=1", {"parallel__context": 1}),
+    ({"parallel__schedule": "zigzag"}, "give one of gpipe, 1f1b", {"parallel__schedule": "gpipe"}),
+    ({"parallel__zero": 3}, "give parallel.zero=0 or parallel.zero=1", {"parallel__zero": 1}),
+    ({"parallel__bucket_bytes": 0}, "e.g. parallel.bucket_bytes=26214400", {"parallel__bucket_bytes": 26214400}),
+    ({"parallel__sequence": True}, "raise parallel.tensor", {"parallel__tensor": 2}),
+    ({"parallel__data": 4, "parallel__expert": 3, **MOE}, "give one of [1, 2, 4]", {"parallel__expert": 4}),
+    ({"parallel__pipeline": 5}, "give parallel.pipeline=4 or less", {"parallel__pipeline": 4}),
+    ({"parallel__pipeline": 3, "parallel__balance": [2, 2]}, "e.g. parallel.balance=[1,2,1]", {"parallel__balance": [1, 2, 1]}),
+    ({"parallel__pipeline": 2, "parallel__balance": "best"}, "give uniform", {"parallel__balance": "uniform"}),
+    # batch
+    ({"data__global_batch": 6, "parallel__data": 4}, "give data.global_batch=8", {"data__global_batch": 8}),
+    (
+        {"data__global_batch": 6, "parallel__data": 4, "train__micro_batch": 3},
+        "give data.global_batch=12",
+        {"data__global_batch": 12},
+    ),
+    ({"train__micro_batch": 3, "parallel__data": 2}, "give one of [1, 2, 4]", {"train__micro_batch": 4}),
+    (
+        {"data__sequence_length": 9, "parallel__tensor": 2, "parallel__sequence": True},
+        "change one of them",
+        {"data__sequence_length": 10},
+    ),
+    # what the tensor axis has to divide
+    ({"parallel__tensor": 3}, "give parallel.tensor one of [1, 2, 4]", {"parallel__tensor": 4}),
+    (
+        {"model__heads": 8, "model__kv_heads": 2, "parallel__tensor": 4},
+        "give parallel.tensor one of [1, 2]",
+        {"parallel__tensor": 2},
+    ),
+    ({"model__ffn": 27, "parallel__tensor": 2}, "give parallel.tensor one of [1]", {"parallel__tensor": 1}),
+    ({**MOE, "model__moe__ffn": 6, "parallel__tensor": 4}, "or change model.moe.ffn", {"model__moe__ffn": 8}),
+    ({"model__vocab": 61, "parallel__tensor": 4}, "give model.vocab_multiple=4 to pad it to 64", {"model__vocab_multiple": 4}),
+    # experts
+    ({"parallel__expert": 2}, "give parallel.expert=1", {"parallel__expert": 1}),
+    ({**MOE, "model__moe__experts": 5, "parallel__expert": 2}, "give model.moe.experts=6", {"model__moe__experts": 6}),
+    ({**MOE, "model__moe__top_k": 5}, "give model.moe.top_k=4", {"model__moe__top_k": 4}),
+    ({**MOE, "model__moe__top_k": 0}, "give model.moe.top_k=1", {"model__moe__top_k": 1}),
+    ({**MOE, "model__moe__every": 5}, "give at most 4", {"model__moe__every": 4}),
+    ({**MOE, "model__moe__every": 0}, "model.moe.every must be at least 1", {"model__moe__every": 1}),
+    ({**MOE, "model__moe__experts": -4}, "model.moe.experts, ", {"model__moe__experts": 4}),
+    ({**MOE, "model__moe__balance_loss": -0.1}, "model.moe.balance_loss at least 0", {"model__moe__balance_loss": 0.0}),
+    ({**MOE, "model__moe__router": "hash"}, "give model.moe.router=softmax", {"model__moe__router": "softmax"}),
+    # model
+    ({"model__hidden": 18}, "give model.hidden=24", {"model__hidden": 24}),
+    ({"model__hidden": 20}, "give model.hidden=24", {"model__hidden": 24}),
+    ({"model__kv_heads": 3}, "give one of [1, 2, 4]", {"model__kv_heads": 2}),
+    ({"model__layers": 0}, "model.layers=0 must be at least 1", {"model__layers": 1}),
+    ({"model__vocab_multiple": 0}, "must be at least 1", {"model__vocab_multiple": 1}),
+    # training
+    ({"train__dtype": "fp32"}, "give one of float64, float32, bfloat16, float16", {"train__dtype": "float32"}),
+    ({"train__recompute": "some"}, "give none or full", {"train__recompute": "full"}),
+    ({"train__steps": 0}, "must be at least 1", {"train__steps": 1}),
+    ({"train__micro_batch": 0}, "must be at least 1", {"train__micro_batch": 1}),
+    ({"train__validate_every": -1}, "must be 0 or more", {"train__validate_every": 0}),
+    ({"optim__name": "sgd"}, "give optim.name=adamw", {"optim__name": "adamw"}),
+    ({"optim__schedule": "linear"}, "give one of cosine, wsd, constant", {"optim__schedule": "wsd"}),
+    ({"optim__betas": [0.9, 1.0]}, "e.g. optim.betas=[0.9,0.95]", {"optim__betas": [0.9, 0.95]}),
+    ({"optim__betas": [0.9]}, "e.g. optim.betas=[0.9,0.95]", {"optim__betas": [0.9, 0.95]}),
+    ({"optim__lr": -1.0}, "must not be negative", {"optim__lr": 0.0}),
+    ({"optim__final_lr_ratio": 2.0}, "must lie between 0 and 1", {"optim__final_lr_ratio": 1.0}),
+    # the rest
+    ({"data__global_batch": 0}, "must be at least 1", {"data__global_batch": 1}),
+    ({"data__validation_fraction": 1.0}, "e.g. 0.05", {"data__validation_fraction": 0.05}),
+    ({"comm__timeout_seconds": 0.0}, "e.g. comm.timeout_seconds=600", {"comm__timeout_seconds": 600.0}),
+    ({"checkpoint__every": -1}, "e.g. checkpoint.every=100", {"checkpoint__every": 100}),
+    ({"checkpoint__keep": 0}, "must be at least 1", {"checkpoint__keep": 1}),
+    ({"launch__workers": 0}, "must be at least 1", {"launch__workers": 1}),
+    ({"launch__threads": 0}, "or leave it out", {"launch__threads": None}),
+    ({"launch__allocator": "jemalloc"}, "give tuned or system", {"launch__allocator": "system"}),
+    ({"launch__port": 70000}, "or leave it out", {"launch__port": None}),
+    ({"log__wandb": "on"}, "give disabled, offline or online", {"log__wandb": "offline"}),
+    ({"log__progress": "dots"}, "give auto, bar, lines or off", {"log__progress": "lines"}),
+    ({"log__every": 0}, "must be at least 1", {"log__every": 1}),
+]  # fmt: skip
+
+
+def ranks(recipe: Recipe) -> int:
+    return max(1, recipe.world_size())
+
+
+@pytest.mark.parametrize(("wrong", "said", "fix"), CASES, ids=[" ".join(f"{k}={v}" for k, v in w.items()) for w, *_ in CASES])
+def test_refused_with_a_fix_that_works(wrong: dict[str, Any], said: str, fix: dict[str, Any]) -> None:
+    recipe = small_recipe(**wrong)
+    with pytest.raises(RecipeError) as error:
+        recipe.validate(ranks(recipe))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert any(key.replace("__", ".") in str(error.value) for key in [*wrong, *fix])
+    repaired = small_recipe(**{**wrong, **fix})
+    repaired.validate(ranks(repaired))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "world", "said", "instead"),
+    [
+        ({"tensor": 2, "pipeline": 2}, 6, "6 ranks do not divide into tensor 2 x pipeline 2 x context 1 = 4; use 4 ranks", 4),
+        ({"tensor": 2, "pipeline": 2}, 3, "use 4 ranks", 4),
+        ({"tensor": 2, "data": 2}, 8, "needs 4 ranks but the world has 8; use 4 ranks or leave parallel.data out", 4),
+        ({"tensor": 4, "data": 2}, 4, "use 8 ranks", 8),
+    ],
+)
+def test_a_world_that_does_not_fit_the_layout(degrees: dict[str, int], world: int, said: str, instead: int) -> None:
+    recipe = small_recipe(**{f"parallel__{axis}": degree for axis, degree in degrees.items()})
+    with pytest.raises(RecipeError) as error:
+        recipe.validate(world)
+    assert said in str(error.value)
+    assert recipe.validate(instead).world == instead
+
+
+def test_the_data_degree_is_what_the_world_leaves_over() -> None:
+    recipe = small_recipe(parallel__tensor=2, parallel__pipeline=2)
+    assert [recipe.validate(world).data for world in (4, 8, 16)] == [1, 2, 4]
+    assert recipe.world_size() == 4
+    assert small_recipe(parallel__tensor=2, parallel__expert=4, **MOE).world_size() == 8
+    assert small_recipe(launch__workers=3, launch__nodes=2).world_size() == 6
+
+
+def test_a_dense_models_ffn_is_not_asked_for_where_every_layer_is_a_mixture() -> None:
+    small_recipe(**MOE, model__moe__every=1, model__ffn=27, parallel__tensor=2).validate(2)
+
+
+def test_a_balance_may_come_as_any_sequence() -> None:
+    small_recipe(parallel__pipeline=2, parallel__balance=(1, 3)).validate(2)

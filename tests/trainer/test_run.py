@@ -1,0 +1,230 @@
+"""Whole runs through `train`: stopping, going on, being killed, diverging, and having nothing left to do."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
+from bagualu.fault_tolerance.checkpoint.inspect import verify
+from bagualu.trainer import loop
+from bagualu.trainer import run as whole_run
+from bagualu.trainer.assemble import Parts
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.loop import DivergedError
+from bagualu.trainer.step import StepResult, train_step
+from tests.harness import BACKENDS, run
+from tests.parity import small_recipe
+
+STEPS = 6
+TIMINGS = {"step_seconds", "tokens_per_second", "mfu"}
+MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "parallel__expert": 2}
+
+
+@pytest.fixture(autouse=True)
+def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only threads of this process see it; measuring takes 0.2 s a run and says nothing here."""
+    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
+
+
+def recipe_in(folder: Path, **changes: object) -> Recipe:
+    defaults: dict[str, object] = {
+        "run__dir": str(folder), "train__steps": STEPS, "train__validate_every": 4, "train__validation_sequences": 3,
+        "log__progress": "off", "checkpoint__every": 2, "parallel__data": 2,
+    }  # fmt: skip
+    return small_recipe(**{**defaults, **changes})
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """The lines without what depends on the clock."""
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in metrics(folder)]
+
+
+def steps_saved(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(folder / "checkpoints")]
+
+
+def until(communicator: Communicator, recipe: Recipe, rank: int, stop_at: int) -> dict[str, Any]:
+    """A run; `rank` alone is asked to stop during step `stop_at` (from 1)."""
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return communicator.rank == rank and asked == stop_at
+
+    return whole_run.train(recipe, communicator, stop)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model", [{"parallel__pipeline": 2}, MOE], ids=["dense", "moe"])
+def test_a_stop_on_one_rank_stops_all_and_going_on_completes_the_same_run(
+    tmp_path: Path, backend: str, model: dict[str, object]
+) -> None:
+    straight, stopped = recipe_in(tmp_path / "straight", **model), recipe_in(tmp_path / "stopped", **model)
+    world = straight.world_size()
+    expected = run(backend, world, until, straight, -1, 0)
+    assert [summary["ended"] for summary in expected] == ["done"] * world
+    assert [line["step"] for line in metrics(tmp_path / "straight")] == list(range(1, STEPS + 1))
+
+    summaries = run(backend, world, until, stopped, world - 1, 3)
+    assert {(summary["ended"], summary["step"]) for summary in summaries} == {("stopped", 3)}
+    assert steps_saved(tmp_path / "stopped") == [2, 3]
+    assert json.loads((tmp_path / "stopped" / "summary.json").read_text()) == summaries[0]
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "straight")[:3]
+
+    stopped.checkpoint.resume = True
+    summaries = run(backend, world, until, stopped, -1, 0)
+    assert {(summary["ended"], summary["step"]) for summary in summaries} == {("done", STEPS)}
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "straight")
+    same = ("loss", "grad_norm", "lr", "tokens", "validation_loss", "parameters", "layout")
+    assert {key: summaries[0][key] for key in same} == {key: expected[0][key] for key in same}
+
+
+def test_the_numbers_are_there_and_right(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, **MOE)
+    summary = run("simulated", 2, until, recipe, -1, 0)[0]
+    lines = metrics(tmp_path)
+    tokens = recipe.data.global_batch * recipe.data.sequence_length
+    for line in lines:
+        assert {"step", "loss", "grad_norm", "lr", "tokens", "balance_loss", *TIMINGS} <= line.keys()
+        assert line["tokens"] == line["step"] * tokens
+        assert line["tokens_per_second"] == pytest.approx(tokens / line["step_seconds"])
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * summary["flops_per_token"] / 2e9)
+    assert [line["step"] for line in lines if "validation_loss" in line] == [4, 6]
+    assert 2 <= lines[0]["balance_loss"] < 4  # two mixtures, near even
+    assert summary["validation_loss"] == lines[-1]["validation_loss"]
+    assert summary["checkpoint"].endswith("step-00000006")
+
+
+def test_a_stop_during_the_last_step_is_a_run_that_is_done(tmp_path: Path) -> None:
+    summary = run("simulated", 2, until, recipe_in(tmp_path), 0, STEPS)[0]
+    assert summary["ended"] == "done"
+    assert "validation_loss" in summary
+
+
+def killed(communicator: Communicator, recipe: Recipe, at: int) -> str:
+    """A run whose process dies when it is to begin step `at` (from 1)."""
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == at:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        whole_run.train(recipe, communicator, stop)
+    return "killed"
+
+
+def test_steps_done_again_after_a_kill_are_recorded_once(tmp_path: Path) -> None:
+    run("simulated", 2, until, recipe_in(tmp_path / "straight"), -1, 0)
+    run("simulated", 2, killed, recipe_in(tmp_path / "killed"), 6)
+    assert [line["step"] for line in metrics(tmp_path / "killed")] == [1, 2, 3, 4, 5]
+    assert steps_saved(tmp_path / "killed") == [2, 4]
+    run("simulated", 2, until, recipe_in(tmp_path / "killed", checkpoint__resume=True), -1, 0)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "straight")
+
+
+def test_another_layout_goes_on_with_the_same_run(tmp_path: Path) -> None:
+    run("simulated", 2, until, recipe_in(tmp_path / "straight"), -1, 0)
+    folder = tmp_path / "moved"
+    run("simulated", 2, until, recipe_in(folder), 1, 3)
+    changes = {"parallel__data": 1, "parallel__tensor": 2, "parallel__pipeline": 2}
+    run("simulated", 4, until, recipe_in(folder, checkpoint__resume=True, **changes), -1, 0)
+    for found, expected in zip(metrics(folder), metrics(tmp_path / "straight"), strict=True):
+        assert found.keys() == expected.keys()
+        for key in expected.keys() - TIMINGS - {"validation_bits_per_byte"}:
+            assert found[key] == pytest.approx(expected[key], rel=1e-9)
+
+
+def test_resuming_where_nothing_is_begins_at_the_beginning(tmp_path: Path) -> None:
+    summary = run("simulated", 2, until, recipe_in(tmp_path, checkpoint__resume=True), -1, 0)[0]
+    assert (summary["ended"], summary["step"]) == ("done", STEPS)
+    assert len(metrics(tmp_path)) == STEPS
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_resuming_a_run_that_is_done_changes_nothing(tmp_path: Path) -> None:
+    summary = run("simulated", 2, until, recipe_in(tmp_path), -1, 0)[0]
+    before = contents(tmp_path)
+    assert run("simulated", 2, until, recipe_in(tmp_path, checkpoint__resume=True), -1, 0) == [summary, summary]
+    assert contents(tmp_path) == before
+
+
+def test_a_stopped_run_that_is_asked_for_no_more_steps_is_done(tmp_path: Path) -> None:
+    summary = run("simulated", 2, until, recipe_in(tmp_path), 0, 4)[0]
+    assert summary["ended"] == "stopped"
+    recipe = recipe_in(tmp_path, checkpoint__resume=True, train__steps=4)
+    assert run("simulated", 2, until, recipe, -1, 0)[1] == {**summary, "ended": "done", "steps": 4}
+    assert json.loads((tmp_path / "summary.json").read_text())["ended"] == "done"
+    assert len(metrics(tmp_path)) == 4
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_done_when_resumed(tmp_path: Path) -> None:
+    run("simulated", 2, until, recipe_in(tmp_path), 0, 3)
+    stopped = (tmp_path / "summary.json").read_bytes()
+    run("simulated", 2, until, recipe_in(tmp_path, checkpoint__resume=True), -1, 0)
+    (tmp_path / "summary.json").write_bytes(stopped)
+    summary = run("simulated", 2, until, recipe_in(tmp_path, checkpoint__resume=True), -1, 0)[0]
+    assert (summary["ended"], summary["step"]) == ("done", STEPS)
+    assert len(metrics(tmp_path)) == STEPS
+
+
+def test_a_run_that_is_done_goes_on_when_given_more_steps(tmp_path: Path) -> None:
+    run("simulated", 2, until, recipe_in(tmp_path), -1, 0)
+    recipe = recipe_in(tmp_path, checkpoint__resume=True, train__steps=STEPS + 2)
+    assert run("simulated", 2, until, recipe, -1, 0)[0]["step"] == STEPS + 2
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, STEPS + 3))
+
+
+def poisoned(at: int, rank: int) -> Callable[..., StepResult]:
+    """`train_step` with a NaN in one weight of one rank before step `at` (from 0)."""
+
+    def step(parts: Parts, number: int, stop: bool = False) -> StepResult:
+        if number == at and parts.mesh.at("world") == rank:
+            list(parts.model.parameters())[-1].data.view(-1)[3] = float("nan")
+        return train_step(parts, number, stop)
+
+    return step
+
+
+def diverging(communicator: Communicator, recipe: Recipe) -> str:
+    with pytest.raises(DivergedError) as error:
+        whole_run.train(recipe, communicator)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_nan_ends_the_run_on_all_ranks_and_the_checkpoint_is_from_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    run("simulated", 4, until, recipe_in(tmp_path / "straight", parallel__pipeline=2), -1, 0)
+    folder = tmp_path / "run"
+    recipe = recipe_in(folder, parallel__pipeline=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", poisoned(4, rank))
+        messages = run("simulated", 4, diverging, recipe)
+    assert len(set(messages)) == 1
+    assert "step 5: loss nan" in messages[0]
+    assert "checkpoint.resume=true" in messages[0]
+    assert steps_saved(folder) == [2, 4]
+    newest = latest(folder / "checkpoints")
+    assert newest is not None
+    assert verify(newest) == []
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
+    recipe.checkpoint.resume = True
+    run("simulated", 4, until, recipe, -1, 0)
+    assert numbers(folder) == numbers(tmp_path / "straight")
