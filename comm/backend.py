@@ -27,15 +27,16 @@ class Transport(Protocol):
     """The collectives of one set of ranks. Positions are places in the group, not global ranks.
 
     Every call returns at once and the tensors stay untouched by the caller until `wait`. All members make the same calls
-    in the same order. Tensors are contiguous; `output` and `input` never overlap.
+    in the same order. Tensors are contiguous; `output` and `input` do not overlap, but for the two cases named.
     """
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work: ...
     def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Work:
-        """output: the members' inputs one after the other along dim 0."""
+        """output: the members' inputs one after the other along dim 0. `input` may be this member's slice of `output`."""
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> Work:
-        """output: this member's slice along dim 0 of the sum of the inputs."""
+        """output: this member's slice along dim 0 of the sum of the inputs. It may be that slice of `input`, whose other slices
+        hold nothing of use afterwards."""
 
     def all_to_all(self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]) -> Work:
         """Rows input_splits[i] go to position i, output_splits[i] come from it; a split may be 0."""

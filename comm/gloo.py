@@ -1,10 +1,75 @@
-"""Gloo: CPU tensors over TCP; the backend that runs everywhere."""
+"""Gloo: CPU tensors over TCP; the backend that runs everywhere.
+
+reduce_scatter and all_gather are direct exchanges between every two members instead of Gloo's own: the bytes on the wire are
+those of a ring, but over loopback they take a third of the time and a quarter of the processor time (docs/performance.md), and sums
+run in rank order, so that a gradient is the same to the bit whichever member computes it.
+"""
+
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
-from bagualu.comm.torch_transport import TorchBackend
+from bagualu.comm.torch_transport import TorchBackend, TorchTransport, TorchWork
+
+_WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Messages under way to and from every other member."""
+
+    messages: tuple[TorchWork, ...]
+
+    def wait(self) -> None:
+        for message in self.messages:
+            message.wait()
+
+
+@dataclass(frozen=True)
+class ExchangeAndSum:
+    """An exchange whose result is the sum of `parts`, in rank order."""
+
+    exchange: Exchange
+    parts: list[torch.Tensor]
+    output: torch.Tensor
+
+    def wait(self) -> None:
+        self.exchange.wait()
+        total = self.parts[0].to(_WIDER.get(self.output.dtype, self.output.dtype))
+        for index, part in enumerate(self.parts[1:]):
+            total = total + part if index == 0 else total.add_(part)
+        self.output.copy_(total)
+
+
+class GlooTransport(TorchTransport):
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Exchange:
+        parts = list(output.view(len(self.ranks), -1))
+        mine = input.view(-1)
+        parts[self.position].copy_(mine)
+        return self._exchange("all_gather", [mine] * len(parts), parts)
+
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> ExchangeAndSum:
+        outgoing = list(input.view(len(self.ranks), -1))
+        incoming = [torch.empty_like(outgoing[0]) for _ in outgoing]
+        incoming[self.position] = outgoing[self.position]
+        return ExchangeAndSum(self._exchange("reduce_scatter", outgoing, incoming), incoming, output.view(-1))
+
+    @property
+    def position(self) -> int:
+        return self.ranks.index(dist.get_rank())
+
+    def _exchange(self, op: str, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]) -> Exchange:
+        """Send outgoing[i] to position i and fill incoming[i] from it, nearest positions first so that no member is flooded."""
+        size, here, messages = len(self.ranks), self.position, []
+        for distance in range(1, size):
+            to, source = (here + distance) % size, (here - distance) % size
+            messages.append(self._message(op, dist.isend, outgoing[to], to))
+            messages.append(self._message(op, dist.irecv, incoming[source], source))
+        return Exchange(tuple(messages))
 
 
 class GlooBackend(TorchBackend):
     torch_name = "gloo"
     device = torch.device("cpu")
+    transport_class = GlooTransport

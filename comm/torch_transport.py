@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from bagualu.comm.backend import ReduceOp
+from bagualu.comm.backend import ReduceOp, Work
 from bagualu.comm.errors import CommunicationError
 from bagualu.comm.world import World
 
@@ -53,15 +53,15 @@ class TorchTransport:
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> TorchWork:
         return self._start("all_reduce", lambda: dist.all_reduce(tensor, _OPS[op], self.group, async_op=True), tensor)
 
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Work:
         flat, part = output.view(-1), input.view(-1)
-        return self._start("all_gather", lambda: dist.all_gather_into_tensor(flat, part, self.group, async_op=True), flat, part)
+        return self._start("all_gather", lambda: dist.all_gather_single(flat, part, self.group, async_op=True), flat, part)
 
-    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> TorchWork:
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> Work:
         part, flat = output.view(-1), input.view(-1)
         return self._start(
             "reduce_scatter",
-            lambda: dist.reduce_scatter_tensor(part, flat, group=self.group, async_op=True),
+            lambda: dist.reduce_scatter_single(part, flat, group=self.group, async_op=True),
             part,
             flat,
         )
@@ -79,12 +79,13 @@ class TorchTransport:
         return self._start("broadcast", lambda: dist.broadcast(tensor, rank, self.group, async_op=True), tensor)
 
     def send(self, tensor: torch.Tensor, destination: int) -> TorchWork:
-        rank = self.ranks[destination]
-        return self._start(f"send to rank {rank}", lambda: dist.isend(tensor, rank, self.group), tensor)
+        return self._message(f"send to rank {self.ranks[destination]}", dist.isend, tensor, destination)
 
     def receive(self, tensor: torch.Tensor, source: int) -> TorchWork:
-        rank = self.ranks[source]
-        return self._start(f"receive from rank {rank}", lambda: dist.irecv(tensor, rank, self.group), tensor)
+        return self._message(f"receive from rank {self.ranks[source]}", dist.irecv, tensor, source)
+
+    def _message(self, op: str, start: Callable[..., dist.Work | None], tensor: torch.Tensor, position: int) -> TorchWork:
+        return self._start(op, lambda: start(tensor, self.ranks[position], self.group), tensor)
 
     def barrier(self) -> TorchWork:
         return self._start("barrier", lambda: dist.barrier(self.group, async_op=True))
@@ -95,6 +96,7 @@ class TorchBackend:
 
     torch_name: str
     device: torch.device
+    transport_class: type[TorchTransport] = TorchTransport
 
     def __init__(self, world: World, timeout_seconds: float) -> None:
         self.world = world
@@ -116,7 +118,7 @@ class TorchBackend:
     def transport(self, ranks: tuple[int, ...], name: str) -> TorchTransport:
         # Only the members take part, so that making groups costs each rank its own few, not all of the world's.
         group = dist.new_group(list(ranks), timeout=self.timeout, backend=self.torch_name, use_local_synchronization=True)
-        return TorchTransport(group, ranks, name)
+        return self.transport_class(group, ranks, name)
 
     def close(self) -> None:
         if dist.is_initialized():

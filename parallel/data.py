@@ -46,7 +46,7 @@ class Entry:
 
 @dataclass
 class Bucket:
-    """Parameters that are reduced and updated together. `shard` is this rank's part, [begin, begin + shard_numel)."""
+    """Parameters that are reduced and updated together. The shard is this rank's part: all of it unless partitioned."""
 
     kind: BucketKind
     group: Group
@@ -55,17 +55,24 @@ class Bucket:
     partitioned: bool
     weights: torch.Tensor
     gradients: torch.Tensor
-    shard_gradients: torch.Tensor
     pending: int = 0
     work: list[Work] = field(default_factory=list)
 
     @property
-    def begin(self) -> int:
-        return self.shard_gradients.numel() * self.group.rank if self.partitioned else 0
+    def shard(self) -> slice:
+        """Where this rank's part lies in the flat tensors."""
+        numel = self.weights.numel()
+        part = numel // self.group.size if self.partitioned else numel
+        begin = part * self.group.rank if self.partitioned else 0
+        return slice(begin, begin + part)
 
     @property
     def shard_weights(self) -> torch.Tensor:
-        return self.weights[self.begin : self.begin + self.shard_gradients.numel()]
+        return self.weights[self.shard]
+
+    @property
+    def shard_gradients(self) -> torch.Tensor:
+        return self.gradients[self.shard]
 
     @property
     def owned(self) -> bool:
@@ -74,11 +81,11 @@ class Bucket:
 
     def shard_entries(self) -> Iterator[tuple[Entry, int, int, int]]:
         """(entry, start in the shard, start in the parameter, elements) for every parameter that the shard touches."""
-        end = self.begin + self.shard_gradients.numel()
+        begin, end = self.shard.start, self.shard.stop
         for entry in self.entries:
-            low, high = max(self.begin, entry.start), min(end, entry.start + entry.parameter.numel())
+            low, high = max(begin, entry.start), min(end, entry.start + entry.parameter.numel())
             if low < high:
-                yield entry, low - self.begin, low - entry.start, high - low
+                yield entry, low - begin, low - entry.start, high - low
 
 
 def build_buckets(model: torch.nn.Module, plan: ShardingPlan, mesh: Mesh, zero: int, bucket_bytes: int) -> list[Bucket]:
@@ -129,8 +136,7 @@ def _build(kind: BucketKind, members: list[tuple[str, torch.nn.Parameter]], mesh
         parameter.grad_dtype = gradients.dtype  # so that what a kernel sums up in float32 is not rounded on its way here
         entries.append(Entry(name, parameter, parameter.global_shape, parameter.box, start))  # type: ignore[attr-defined]
         start += parameter.numel()
-    shard = torch.zeros(padded // group.size, dtype=gradients.dtype, device=first.device) if partitioned else gradients
-    return Bucket(kind, group, entries, partitioned, weights, gradients, shard)
+    return Bucket(kind, group, entries, partitioned, weights, gradients)
 
 
 class GradientReducer:
@@ -213,6 +219,6 @@ def gather_weights(buckets: list[Bucket]) -> None:
     works = []
     for bucket in buckets:
         if bucket.partitioned:
-            works.append(bucket.group.all_gather(bucket.weights, bucket.shard_weights.clone(), asynchronous=True))
+            works.append(bucket.group.all_gather(bucket.weights, bucket.shard_weights, asynchronous=True))
     for work in works:
         work.wait()

@@ -154,6 +154,11 @@ class Recipe:
                      self.launch, self.log):  # fmt: skip
             part.validate()
         layout = self.parallel.layout(world)
+        if self.train.compile and self.comm.backend == "simulated":
+            raise RecipeError(
+                "train.compile=true cannot run on comm.backend=simulated, whose ranks are threads of one process; "
+                "give train.compile=false or comm.backend=gloo"
+            )
         self._validate_batch(layout)
         self._validate_model(layout)
         return layout

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from bagualu.parallel.pipeline.runtime import MicroBatch
 from bagualu.parallel.pipeline.schedule import forward_only, with_messages
@@ -21,7 +20,7 @@ class Validation:
 
 
 def validate(parts: Parts) -> Validation | None:
-    """Loss over the first `train.validation_sequences` sequences of the validation split; the same on every rank. None for 0."""
+    """Loss over `train.validation_sequences` sequences of the validation split; the same on every rank. None for 0."""
     count = min(parts.recipe.train.validation_sequences, parts.batches.validation_count)
     if count == 0:
         return None
@@ -40,15 +39,18 @@ def validate(parts: Parts) -> Validation | None:
 
 
 def _share(parts: Parts, count: int) -> list[MicroBatch]:
-    """This data rank's share of the sequences, in whole micro-batches; what is missing to fill the last ones is ignored."""
+    """This data rank's share of `count` sequences spread evenly over the split, in whole micro-batches; what is missing to
+    fill the last ones is ignored."""
     size, ranks, place = parts.recipe.train.micro_batch, parts.mesh.layout.data, parts.mesh.at("data")
+    chosen = [index * parts.batches.validation_count // count for index in range(count)]
     rounds = -(-count // (size * ranks))
     shares = []
     for index in range(rounds):
         start = (index * ranks + place) * size
-        here = max(0, min(size, count - start))
-        inputs, labels = parts.batches.validation(min(start, count - here), here)
-        padding = (0, 0, 0, size - here)
-        inputs, labels = F.pad(inputs, padding), F.pad(labels, padding, value=IGNORED)
+        here = [parts.batches.validation(number, 1) for number in chosen[start : start + size]]
+        inputs = torch.zeros(size, parts.recipe.data.sequence_length, dtype=torch.int64)
+        labels = torch.full_like(inputs, IGNORED)
+        for row, (tokens, targets) in enumerate(here):
+            inputs[row], labels[row] = tokens[0], targets[0]
         shares.append(MicroBatch(inputs.to(parts.device), labels.to(parts.device)))
     return shares

@@ -55,6 +55,17 @@ def collectives(c: Communicator, dtype: torch.dtype) -> None:
         expect(x, value(source, (5,), dtype))
 
 
+def in_place(c: Communicator) -> None:
+    # A flat buffer of which each member owns a slice: reduced into the slice, then gathered from it.
+    n, whole = c.size, on_device(c, (3 * c.size,), torch.float64)
+    mine = whole[3 * c.rank : 3 * c.rank + 3]
+    c.world.reduce_scatter(mine, whole)
+    total = all_values(n, (3 * n,), torch.float64).sum(0)
+    expect(mine, total[3 * c.rank : 3 * c.rank + 3])
+    c.world.all_gather(whole, mine)
+    expect(whole, total)
+
+
 def uneven_all_to_all(c: Communicator) -> None:
     # Rank i sends (i + j) % 3 rows to rank j: uneven, and some of them none.
     n = c.size
@@ -109,6 +120,9 @@ class TestConformance:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_collectives(self, backend: str, size: int, dtype: torch.dtype) -> None:
         run(backend, size, collectives, dtype)
+
+    def test_in_place(self, backend: str, size: int) -> None:
+        run(backend, size, in_place)
 
     def test_uneven_all_to_all(self, backend: str, size: int) -> None:
         run(backend, size, uneven_all_to_all)
@@ -172,6 +186,7 @@ def test_nccl_world_of_one(tmp_path: Path) -> None:
         c.world = Group("world", (0,), 0, c.backend.transport((0,), "world"), c.device)
         for dtype in DTYPES:
             collectives(c, dtype)
+        in_place(c)
         uneven_all_to_all(c)
         many_at_once(c)
     finally:

@@ -24,6 +24,9 @@ _STDLIB_SKIPPED = frozenset(
     }
 )
 
+_BUILD_RECORD = "_sysconfigdata"
+"""A generated table of how this interpreter was built, full of this machine's paths."""
+
 
 @dataclass(frozen=True)
 class TextFile:
@@ -52,7 +55,7 @@ def find_files(source: str) -> list[TextFile]:
     """
     if source == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        files = _walk(root, _STDLIB_SKIPPED, ".py")
+        files = [file for file in _walk(root, _STDLIB_SKIPPED, ".py") if not file.name.startswith(_BUILD_RECORD)]
         if not files:
             raise RecipeError(f"there are no sources of the standard library under {root}; give data.source=FOLDER")
         return files

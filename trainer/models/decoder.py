@@ -81,7 +81,11 @@ class Decoder(nn.Module):
         x = inputs if self.embedding is None else self.embedding(inputs)
         balance = x.new_zeros((), dtype=torch.float32 if x.dtype != torch.float64 else torch.float64)
         for layer in self.layers.values():
-            x, loss = checkpoint(layer, x, use_reentrant=False) if self.recompute and x.requires_grad else layer(x)
+            x, loss = (
+                checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+                if self.recompute and x.requires_grad
+                else layer(x)
+            )
             if loss is not None:
                 balance = balance + loss
         if self.head is not None and self.norm is not None:

@@ -1,0 +1,17 @@
+"""`--cfg job`: the recipe with every key spelt out. Free of torch."""
+
+from typing import Any
+
+from bagualu.launch.sweep import jobs
+from bagualu.launch.usage import Request
+from bagualu.trainer.outcome import DONE
+from bagualu.trainer.recipe import as_dict, compose, resolved_yaml
+
+
+def show_recipe(request: Request) -> tuple[int, Any]:
+    """Print the recipe, or those of a sweep one after the other; the exit code and the document for --json."""
+    recipes = [recipe for _, recipe in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
+    if not request.json:
+        print("---\n".join(map(resolved_yaml, recipes)), end="")
+    documents = [as_dict(recipe) for recipe in recipes]
+    return DONE, documents if request.multirun else documents[0]

@@ -1,0 +1,147 @@
+"""`bagualu slurm`: a batch script that a person can read, and its submission. Free of torch."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bagualu.comm.errors import RecipeError
+from bagualu.launch.usage import Request
+from bagualu.trainer import preflight
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.outcome import DONE, FAILED
+from bagualu.trainer.recipe import compose
+
+STOP_SECONDS = 300
+"""How long before the end of the job the workers are asked to save and stop, and how long they may take."""
+_PORT = 29400
+
+
+def slurm(request: Request) -> tuple[int, Any]:
+    """Write the script of a recipe and submit it; exit code and the document for --json."""
+    recipe = compose(request.overrides)
+    _check(recipe)
+    text = script(recipe, request.overrides)
+    if request.print_script:
+        if not request.json:
+            print(text, end="")
+        return DONE, {"script": text}
+    folder = Path(recipe.run.dir)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    path = folder / "job.sbatch"
+    path.write_text(text, encoding="utf-8")
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        print(f"written {path}; there is no sbatch here, submit it where there is one: sbatch {shlex.quote(str(path))}",
+              file=sys.stderr)  # fmt: skip
+        return DONE, {"script": str(path), "job": None}
+    done = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        print(f"bagualu: failed: sbatch refused {path}: {reason}; correct launch.slurm.* and try again", file=sys.stderr)
+        return FAILED, {"script": str(path), "job": None, "cause": reason}
+    job = done.stdout.strip().split(";")[0]
+    if not request.json:
+        print(f"submitted {path} as job {job}; its output goes to {folder}/logs/slurm-{job}.log")
+    return DONE, {"script": str(path), "job": job}
+
+
+def _check(recipe: Recipe) -> None:
+    preflight.workers_per_node(recipe)
+    preflight.check(recipe, recipe.world_size())
+    preflight.check_run_directory(recipe)
+    if recipe.comm.backend == "simulated":
+        raise RecipeError("comm.backend=simulated runs in one process; use bagualu train, or comm.backend=nccl or gloo here")
+    for line in [*recipe.launch.slurm.directives, *recipe.launch.slurm.setup, recipe.run.dir, recipe.run.name]:
+        if "\n" in line:
+            raise RecipeError(f'{line!r} must be one line; give a list, e.g. launch.slurm.setup=["module load cuda"]')
+
+
+def script(recipe: Recipe, overrides: list[str]) -> str:
+    """The batch script. It resumes by itself: the first start finds nothing to resume and begins at the beginning."""
+    folder = Path(recipe.run.dir).absolute()
+    own = [text for text in overrides if not re.match(r"(checkpoint\.resume|run\.dir)=", text)]
+    words = [*own, f'run.dir="{folder}"', "checkpoint.resume=true"]
+    return _SCRIPT.format(
+        name=recipe.run.name,
+        command=shlex.join(["bagualu", "slurm", *overrides]).replace("\n", " "),
+        directives="\n".join(f"#SBATCH {directive}" for directive in _directives(recipe, folder)),
+        setup="".join(f"\n    {line}" for line in recipe.launch.slurm.setup),
+        run_dir=shlex.quote(str(folder)),
+        python=shlex.quote(sys.executable),
+        port=recipe.launch.port or f"$(({_PORT} + SLURM_JOB_ID % 10000))",
+        stop_seconds=STOP_SECONDS,
+        workers=preflight.workers_per_node(recipe),
+        overrides=" \\\n        ".join(map(shlex.quote, words)),
+    )
+
+
+def _directives(recipe: Recipe, folder: Path) -> list[str]:
+    slurm, log = recipe.launch.slurm, f"{folder}/logs/slurm-%j.log"
+    options = {
+        "partition": slurm.partition, "account": slurm.account, "time": slurm.time,
+        "gpus-per-node": slurm.gpus_per_node, "cpus-per-task": slurm.cpus_per_task,
+    }  # fmt: skip
+    return [
+        "--job-name=bagualu-" + re.sub(r"[^A-Za-z0-9._-]+", "_", recipe.run.name),
+        f"--nodes={recipe.launch.nodes}",
+        "--ntasks-per-node=1",
+        f'--output="{log}"',
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=B:USR1@{STOP_SECONDS}",
+        *(f"--{name}={value}" for name, value in options.items() if value is not None),
+        *slurm.directives,
+    ]
+
+
+_SCRIPT = """\
+#!/bin/bash
+# Bagualu run {name}, written by: {command}
+{directives}
+
+run_dir={run_dir}
+export workers={workers}
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export head=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
+export port={port}
+# An agent that is asked to stop gives its workers this many seconds to save a checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={stop_seconds}
+
+# One agent on every node starts the workers there; the agents meet on the first node.
+agent() {{{setup}
+    exec {python} -m torch.distributed.run \\
+        --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$workers" --max-restarts=0 \\
+        --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}" \\
+        -m bagualu.trainer \\
+        {overrides}
+}}
+export -f agent
+
+# SLURM warns this shell before the time limit (USR1), or takes the nodes away (TERM): ask the agents to
+# stop. Not by way of srun, which would take a SIGTERM as the order to kill them.
+requeue=no
+ask_to_stop() {{ scancel --signal=TERM "$SLURM_JOB_ID"; }}
+trap 'requeue=yes; ask_to_stop' USR1
+trap ask_to_stop TERM
+
+rm -f "$run_dir/summary.json"
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 bash -c agent &
+agents=$!
+wait "$agents"
+code=$?
+while kill -0 "$agents" 2>/dev/null; do  # a signal cuts `wait` short
+    wait "$agents"
+    code=$?
+done
+
+# Stopped with a checkpoint: exit code 75, and at the time limit straight back into the queue to go on.
+if grep -q '"ended": "stopped"' "$run_dir/summary.json" 2>/dev/null; then
+    if [ "$requeue" = yes ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+    exit 75
+fi
+exit "$code"
+"""

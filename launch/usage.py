@@ -1,0 +1,129 @@
+"""The help pages, and the command line without its overrides. Free of torch and of Hydra, so that help comes at once."""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib.resources import files
+
+from bagualu.comm.errors import RecipeError
+
+VERBS = {"train": "train on this machine", "slurm": "write a SLURM batch script and submit it"}
+
+_HELP = """\
+bagualu: train large models in parallel
+
+usage: bagualu VERB [key=value ...] [options]
+
+verbs:
+{verbs}
+
+`bagualu VERB --help` says more. Keys are those of a recipe: recipe=tiny train.steps=100
+exit codes: 0 done, 2 wrong usage or recipe, 75 stopped on request with a checkpoint saved, else a failure"""
+
+_TRAIN = """\
+usage: bagualu train [recipe=NAME] [key=value ...] [--cfg job] [--json] [-m]
+
+Starts the workers that the recipe's layout needs on this machine and trains.
+Ctrl-C saves a checkpoint and stops (exit code 75); a second one stops at once.
+
+recipes:
+{recipes}
+
+keys (all of them: --cfg job):
+  run.dir                 where the run lies, default runs/NAME
+  train.steps train.micro_batch train.dtype
+  data.source             stdlib, random, a text file or a folder of them
+  data.global_batch       sequences of one optimizer step, over all ranks
+  model.layers model.hidden model.heads model.moe.experts ...
+  parallel.data parallel.tensor parallel.pipeline parallel.expert
+  comm.backend            gloo, nccl, or simulated: all ranks as threads of one process
+  checkpoint.resume=true  go on from the newest checkpoint of run.dir
+
+options:
+  --cfg job   print the resolved recipe and do nothing
+  --json      print one JSON document on stdout, all else on stderr
+  -m          several values (optim.lr=1e-3,3e-4): one run after the other, each with its own run.dir
+  -h, --help  this page"""
+
+_SLURM = """\
+usage: bagualu slurm [recipe=NAME] launch.nodes=N [launch.workers=M] [key=value ...] [--print] [--cfg job] [--json]
+
+Writes a batch script into the run directory and submits it with sbatch, if there is one. The script runs one agent on
+each node; when SLURM takes the nodes away, the run saves a checkpoint, and goes on from it when it is started again.
+
+recipes:
+{recipes}
+
+keys (all of them: --cfg job):
+  launch.nodes launch.workers       nodes, and workers on each
+  launch.slurm.partition launch.slurm.account launch.slurm.time
+  launch.slurm.gpus_per_node launch.slurm.cpus_per_task
+  launch.slurm.directives=[--exclusive]             further #SBATCH lines
+  launch.slurm.setup=["source env/bin/activate"]    shell lines before the agent, on the first node
+
+options:
+  --print     print the script and do nothing
+  --cfg job   print the resolved recipe and do nothing
+  --json      print one JSON document on stdout, all else on stderr
+  -h, --help  this page"""
+
+
+@dataclass
+class Request:
+    """A command line, taken apart."""
+
+    verb: str
+    overrides: list[str] = field(default_factory=list)
+    help: bool = False
+    print_recipe: bool = False
+    json: bool = False
+    multirun: bool = False
+    print_script: bool = False
+
+
+def read(arguments: list[str]) -> Request:
+    """Take a command line apart. Raises RecipeError for what is neither verb, option nor override."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return Request("", help=True)
+    verb = arguments[0]
+    if verb not in VERBS:
+        near = get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean bagualu {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+        raise RecipeError(f"unknown verb {verb}; {hint} (bagualu --help)")
+    request, rest = Request(verb), arguments[1:]
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            request.help = True
+        elif word == "--json":
+            request.json = True
+        elif word in ("-m", "--multirun") and verb == "train":
+            request.multirun = True
+        elif word == "--print" and verb == "slurm":
+            request.print_script = True
+        elif word == "--cfg=job" or (word in ("-c", "--cfg") and rest[:1] == ["job"]):
+            request.print_recipe = True
+            del rest[: word != "--cfg=job"]
+        elif word in ("-c", "--cfg"):
+            raise RecipeError(f"{word} takes the word job: bagualu {verb} --cfg job")
+        elif word.startswith("-"):
+            raise RecipeError(f"unknown option {word}; see bagualu {verb} --help")
+        else:
+            request.overrides.append(word)
+    return request
+
+
+def page(verb: str) -> str:
+    """The help page of a verb, or of all of them for an empty one."""
+    if not verb:
+        return _HELP.format(verbs="\n".join(f"  {name:<8}{what}" for name, what in VERBS.items()))
+    return {"train": _TRAIN, "slurm": _SLURM}[verb].format(recipes="\n".join(_recipes()))
+
+
+def _recipes() -> list[str]:
+    """Name of every recipe, with what the first comment of its file says."""
+    lines = []
+    for entry in sorted((files("bagualu.recipes") / "recipe").iterdir(), key=lambda entry: entry.name):
+        comments = [line[2:] for line in entry.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+        about = next(line for line in comments if not line.startswith("@package"))
+        lines.append(f"  {entry.name.removesuffix('.yaml'):<18}{about}")
+    return lines

@@ -1,0 +1,90 @@
+"""Runs the command `bagualu` with a stand-in for the trainer (stand_in.py), and watches what becomes of its processes."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_COMMAND = "import sys; from bagualu.launch.cli import main; sys.exit(main(entrypoint='stand_in:train'))"
+
+
+class Run:
+    """A `bagualu train` under way, in a process group of its own as on a terminal."""
+
+    def __init__(self, folder: Path, *overrides: str, stderr: int = subprocess.PIPE) -> None:
+        self.folder = folder / "run"
+        steps = [] if any("train.steps=" in word for word in overrides) else ["train.steps=100000"]
+        words = ["train", "recipe=tiny", f"run.dir={self.folder}", *steps, *overrides]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _COMMAND, *words], text=True, stdout=subprocess.PIPE, stderr=stderr, cwd=folder,
+            start_new_session=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        )  # fmt: skip
+
+    def started(self, ranks: int = 4, step: int = 2) -> list[dict[str, Any]]:
+        """What each rank says of itself, once all have started and `step` steps are done."""
+        metrics = self.folder / "metrics.jsonl"
+        _wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= step, self.process)
+        return [json.loads((self.folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+
+    def interrupt(self) -> None:
+        """Ctrl-C: SIGINT to the whole process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr."""
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err or ""
+
+
+@pytest.fixture
+def gone() -> Callable[[list[int]], bool]:
+    """gone(pids) -> whether all of the processes end within some seconds."""
+    return _gone
+
+
+def _gone(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 20
+    while any(_alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _wait(condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    """start(*overrides) -> Run; whatever is left of its process group is killed after the test."""
+    runs: list[Run] = []
+
+    def begin(*overrides: str, **options: int) -> Run:
+        runs.append(Run(tmp_path, *overrides, **options))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()

@@ -1,0 +1,53 @@
+"""What the ranks run in the launcher's own tests, in place of the trainer: steps that only communicate and sleep.
+
+Not collected by pytest. `run.name` says how it misbehaves: raise2 raises on rank 2 in step 3; deaf never stops.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagualu.comm.group import Communicator
+from bagualu.trainer.config import Recipe
+
+
+def train(recipe: Recipe, communicator: Communicator, stop: Any) -> dict[str, Any]:
+    folder, rank, step = Path(recipe.run.dir), communicator.rank, 0
+    stopping = torch.zeros(1)
+    (folder / f"rank-{rank}.json").write_text(json.dumps(_about()))
+    print(f"rank {rank} says hello", flush=True)
+    while step < recipe.train.steps and not stopping.item():
+        step += 1
+        time.sleep(0.02)
+        if recipe.run.name == f"raise{rank}" and step == 3:
+            raise ValueError("no such thing\nand more")
+        stopping.fill_(float(stop() and recipe.run.name != "deaf"))
+        communicator.world.all_reduce(stopping, "max")
+        if rank == 0:
+            with (folder / "metrics.jsonl").open("a") as metrics:
+                print(json.dumps({"step": step}), file=metrics)
+            start, end = ("\r", "") if sys.stderr.isatty() else ("", "\n")
+            print(f"{start}at step {step}", end=end, file=sys.stderr, flush=True)
+    ended = "stopped" if stopping.item() else "done"
+    return {"ended": ended, "step": step, "steps": recipe.train.steps, "loss": 1.5, "run_dir": recipe.run.dir}
+
+
+def _about() -> dict[str, Any]:
+    memory = torch.zeros(16 * 2**20)  # 64 MB
+    pages = Path("/proc/self/smaps_rollup").read_text()
+    huge_kilobytes = re.search(r"AnonHugePages:\s+(\d+)", pages)
+    return {
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+        "threads": torch.get_num_threads(),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "huge_bytes": int(huge_kilobytes[1]) * 1024 if huge_kilobytes else 0,
+        "terminal": sys.stderr.isatty(),
+        "elements": memory.numel(),
+    }

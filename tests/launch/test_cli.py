@@ -1,0 +1,137 @@
+"""The command line: help, exit codes, one line for what is wrong, one JSON document for --json; no worker is started."""
+
+import json
+import socket
+
+import pytest
+
+from bagualu.launch import cli
+from bagualu.trainer import preflight
+from bagualu.trainer.recipe import compose, save_recipe
+
+
+def refused(capsys, *words):
+    """The one line on stderr with which these words are refused."""
+    assert cli.main([*words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("bagualu: error: ")
+    return err
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["slurm", "-h", "recipe=tiny"]])
+def test_help_comes_on_stdout(capsys, words):
+    assert cli.main(words) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert len(out.splitlines()) < 45
+    assert max(map(len, out.splitlines())) <= 118
+    assert all(verb in out for verb in words[:1])
+
+
+def test_help_lists_every_verb_and_every_recipe(capsys):
+    cli.main(["--help"])
+    assert "train" in (out := capsys.readouterr().out)
+    assert "slurm" in out
+    cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    for name in ("tiny", "tiny_dense", "moe_tiny", "bench_dense", "bench_dense_124m", "bench_moe", "llama3_8b"):
+        assert f"  {name} " in out
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["trian"], "did you mean bagualu train?"),
+        (["recipe=tiny"], "there are train, slurm"),
+        (["train", "--frobnicate"], "bagualu train --help"),
+        (["train", "--cfg"], "--cfg job"),
+        (["train", "--print"], "unknown option --print"),
+        (["slurm", "-m"], "unknown option -m"),
+        (["train", "train.stps=3"], "did you mean train.steps?"),
+        (["train", "recipe=bench_dense", "parallel.tensor=3"], "model.heads=8 is not divisible by parallel.tensor=3"),
+        (["train", "parallel.data=3"], "parallel.expert=2 must divide"),
+        (["train", "model.moe.experts=3"], "give model.moe.experts=4"),
+        (["train", "model.heads=5", "model.kv_heads=5"], "model.hidden=195"),
+        (["train", "train.micro_batch=3"], "train.micro_batch=3 does not divide"),
+        (["train", "data.global_batch=5"], "give data.global_batch=6"),
+        (["train", "parallel.pipeline=8"], "parallel.pipeline=4 or less"),
+        (["train", "launch.workers=3"], "needs 4 ranks but the world has 3"),
+        (["train", "launch.workers=8"], "needs 4 ranks but the world has 8"),
+        (["train", "launch.nodes=3"], "launch.nodes=3 do not divide the 4 ranks"),
+        (["train", "launch.nodes=2"], "bagualu slurm"),
+        (["train", "launch.nodes=2", "comm.backend=simulated"], "comm.backend=simulated runs in one process"),
+        (["slurm", "comm.backend=simulated"], "comm.backend=simulated runs in one process"),
+        (["train", "comm.backend=mpi"], "gloo, nccl, simulated"),
+        (["train", "data.source=/no/such/corpus"], "data.source=/no/such/corpus does not exist"),
+        (["train", "-m"], "optim.lr=1e-3,3e-4"),
+        (["train", "-m", "optim.lr=1e-3,x"], "optim.lr takes a number"),
+        (["train", "-m", "train.steps=1,2", "run.dir=x,x"], "leave run.dir out"),
+    ],
+)
+def test_wrong_input_is_one_line_with_the_fix_and_exit_code_2(capsys, tmp_path, monkeypatch, words, fix):
+    monkeypatch.chdir(tmp_path)
+    assert fix in refused(capsys, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_in_use(capsys, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert "leave it out for a free one" in refused(capsys, "train", f"launch.port={port}", f"run.dir={tmp_path}/run")
+
+
+def test_nccl_without_enough_gpus(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "gpu_count", lambda: 1)
+    line = refused(capsys, "train", "comm.backend=nccl", f"run.dir={tmp_path}/run")
+    assert "needs 4 GPUs here, one a worker, and finds 1; give comm.backend=gloo or launch.workers=1" in line
+
+
+def a_run(folder, *overrides):
+    save_recipe(compose([f"run.dir={folder}", *overrides]))
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    return f"run.dir={folder}"
+
+
+def test_a_run_is_not_overwritten(capsys, tmp_path):
+    line = refused(capsys, "train", a_run(tmp_path / "run"))
+    assert "checkpoint.resume=true" in line
+    assert f"run.dir={tmp_path}/run-2" in line
+
+
+def test_a_run_does_not_go_on_with_another_model(capsys, tmp_path):
+    words = ["train", a_run(tmp_path / "run"), "checkpoint.resume=true", "model.moe.experts=8"]
+    assert "model.moe.experts=4 there, model.moe.experts=8 here" in refused(capsys, *words)
+
+
+def test_a_directory_where_nothing_was_trained_yet_is_used(tmp_path):
+    folder = tmp_path / "run"
+    recipe = compose([f"run.dir={folder}"])
+    save_recipe(recipe)
+    preflight.check_run_directory(recipe)
+
+
+def test_cfg_job_prints_a_recipe_that_can_be_read_back(capsys, tmp_path):
+    assert cli.main(["train", "--cfg", "job", "train.steps=7"]) == 0
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    assert preflight.load_recipe(tmp_path / "config.yaml") == compose(["train.steps=7"])
+    assert cli.main(["train", "--cfg", "job", "train.steps=7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"]["steps"] == 7
+
+
+def test_every_job_of_a_sweep_has_a_directory_of_its_own(capsys):
+    assert cli.main(["train", "-m", "--cfg=job", "--json", "optim.lr=1e-3,3e-4", "train.steps=1,2"]) == 0
+    recipes = json.loads(capsys.readouterr().out)
+    assert len({recipe["run"]["dir"] for recipe in recipes}) == 4
+    assert sorted({recipe["optim"]["lr"] for recipe in recipes}) == [3e-4, 1e-3]
+    assert all(recipe["run"]["dir"].startswith("runs/tiny-optim.lr=") for recipe in recipes)
+
+
+def test_json_tells_of_a_refusal_too(capsys):
+    assert cli.main(["train", "nonsense=1", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["ended"] == "refused"
+    assert len(err.splitlines()) == 1

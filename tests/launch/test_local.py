@@ -1,0 +1,135 @@
+"""`bagualu train` with real worker processes: what they get, how they stop, how they fail, that none survives."""
+
+import json
+import os
+import pty
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [LINUX, pytest.mark.timeout(300)]
+
+
+def pids(ranks):
+    return [rank["pid"] for rank in ranks]
+
+
+def test_workers_get_threads_memory_and_logs_and_the_run_says_how_it_ended(start, gone):
+    run = start("train.steps=3", "launch.threads=1", "--json")
+    code, out, err = run.end()
+    assert code == 0, err
+    assert json.loads(out)["ended"] == "done"
+    ranks = [json.loads((run.folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    assert [rank["threads"] for rank in ranks] == [1] * 4
+    assert len({rank["parent"] for rank in ranks}) == 1  # one process imported torch for all
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if pages.exists() and "[never]" not in pages.read_text() and os.confstr("CS_GNU_LIBC_VERSION") >= "glibc 2.35":
+        assert all(rank["huge_bytes"] >= 32 * 2**20 for rank in ranks)
+    for rank in range(4):
+        assert f"rank {rank} says hello" in (run.folder / "logs" / f"rank-{rank}.log").read_text()
+    assert (run.folder / "config.yaml").exists()
+    assert gone([*pids(ranks), ranks[0]["parent"]])
+
+
+def test_the_first_failing_rank_is_named_not_its_peers(start, gone):
+    run = start("run.name=raise2")
+    code, _, err = run.end()
+    last = err.splitlines()[-1]
+    assert code == 1
+    assert last.startswith("bagualu: failed: rank 2, train")
+    assert "ValueError: no such thing;" in last
+    assert f"{run.folder}/logs/rank-2.log" in last
+    assert "and more" in (run.folder / "logs" / "rank-2.log").read_text()
+    assert gone([json.loads((run.folder / f"rank-{rank}.json").read_text())["pid"] for rank in range(4)])
+
+
+def test_a_killed_worker_is_named_and_takes_the_others_along(start, gone):
+    run = start()
+    ranks = run.started()
+    os.kill(ranks[1]["pid"], signal.SIGKILL)
+    code, _, err = run.end()
+    assert code == 1
+    assert "bagualu: failed: rank 1, train (after step" in err.splitlines()[-1]
+    assert "SIGKILL" in err.splitlines()[-1]
+    assert gone(pids(ranks))
+
+
+@pytest.mark.parametrize("way", ["ctrl-c", "sigterm"])
+def test_a_request_to_stop_ends_at_a_step_with_code_75(start, gone, way):
+    run = start()
+    ranks = run.started()
+    if way == "ctrl-c":
+        run.interrupt()
+    else:
+        run.process.send_signal(signal.SIGTERM)
+    code, out, err = run.end()
+    assert code == 75, err
+    assert "checkpoint.resume=true" in out
+    assert gone(pids(ranks))
+
+
+def test_a_second_ctrl_c_ends_a_run_that_will_not_stop(start, gone):
+    run = start("run.name=deaf")
+    ranks = run.started()
+    run.interrupt()
+    run.started(step=len((run.folder / "metrics.jsonl").read_text().splitlines()) + 5)  # it does not listen
+    run.interrupt()
+    code, _, err = run.end()
+    assert code == 1
+    assert err.splitlines()[-1].startswith("bagualu: failed: ")
+    assert gone(pids(ranks))
+
+
+def test_no_worker_outlives_a_killed_launcher(start, gone):
+    run = start()
+    ranks = run.started()
+    run.process.kill()
+    assert gone([*pids(ranks), ranks[0]["parent"]])
+
+
+def test_rank_0_has_the_terminal_and_its_log_the_lines(start):
+    ours, theirs = pty.openpty()
+    run = start("train.steps=3", stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while chunk := _read(ours):
+        shown += chunk
+    code, _, _ = run.end()
+    assert code == 0
+    assert b"\rat step 1\rat step 2\rat step 3" in shown
+    ranks = [json.loads((run.folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    assert [rank["terminal"] for rank in ranks] == [True, False, False, False]
+
+
+def test_simulated_ranks_are_threads_of_one_process_and_stop_as_workers_do(start):
+    run = start("comm.backend=simulated")
+    assert set(pids(run.started())) == {run.process.pid}
+    run.interrupt()
+    code, _, err = run.end()
+    assert code == 75, err
+
+
+def test_a_sweep_runs_its_jobs_one_after_the_other(start):
+    run = start("comm.backend=simulated", "-m", "--json", "train.steps=2,3")
+    code, out, err = run.end()
+    assert code == 0, err
+    assert [(one["step"], one["run_dir"]) for one in json.loads(out)] == [
+        (2, f"{run.folder}-train.steps=2"),
+        (3, f"{run.folder}-train.steps=3"),
+    ]
+
+
+def test_a_failing_thread_is_named(start):
+    code, _, err = start("comm.backend=simulated", "run.name=raise3").end()
+    assert code == 1
+    assert err.splitlines()[-1].startswith("bagualu: failed: rank 3, train")
+
+
+def _read(terminal):
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # the other end is closed
+        return b""

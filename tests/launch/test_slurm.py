@@ -1,0 +1,161 @@
+"""The batch script: readable, quoted, and what it does on a real SLURM of two nodes on this machine (marker slurm)."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+
+from bagualu.launch import cli
+from bagualu.launch.slurm import script
+from bagualu.trainer.recipe import compose
+
+BASH = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+def script_of(*overrides):
+    return script(compose(overrides), list(overrides))
+
+
+def test_the_header_says_what_the_recipe_says():
+    text = script_of("recipe=llama3_8b", "launch.nodes=16", "launch.slurm.partition=gpu",
+                     "launch.slurm.directives=[--exclusive]", "launch.slurm.setup=[\"module load cuda\"]")  # fmt: skip
+    for line in ("--nodes=16", "--ntasks-per-node=1", "--partition=gpu", "--gpus-per-node=8", "--time=24:00:00",
+                 "--requeue", "--exclusive", "--job-name=bagualu-llama3_8b"):  # fmt: skip
+        assert f"\n#SBATCH {line}\n" in text
+    assert "\n    module load cuda\n    exec " in text
+    assert "\nexport workers=8\n" in text
+
+
+@BASH
+def test_overrides_reach_the_trainer_as_they_were_typed():
+    odd = ["run.name=it", "data.source=\"/a b/$HOME/'x'\"", "parallel.balance=[3,1]", 'launch.slurm.setup=["true # a; b"]']
+    text = script_of(*odd)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    call = text[text.index("exec ") : text.index("\n}\nexport")].replace("\\\n", " ")
+    words = shlex.split(call)
+    words = words[words.index("bagualu.trainer") + 1 :]
+    assert words[:-2] == odd
+    assert words[-1] == "checkpoint.resume=true"
+    assert compose(words).data.source == "/a b/$HOME/'x'"
+
+
+@pytest.mark.parametrize("override", ['launch.slurm.setup=["a\nb"]', 'run.name="x\nrm -rf y"', 'run.dir="x\ny"'])
+def test_a_line_break_cannot_smuggle_a_command_in(capsys, override):
+    assert cli.main(["slurm", "--print", override]) == 2
+    assert "must be one line" in capsys.readouterr().err
+
+
+def test_print_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["slurm", "recipe=llama3_8b", "launch.nodes=16", "--print"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_sbatch_it_says_how_to_submit(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert cli.main(["slurm", f"run.dir={tmp_path}/run"]) == 0
+    assert f"sbatch {tmp_path}/run/job.sbatch" in capsys.readouterr().err
+
+
+def test_a_wrong_recipe_is_not_submitted(tmp_path):
+    assert cli.main(["slurm", "recipe=llama3_8b", "launch.nodes=16", "parallel.tensor=3", f"run.dir={tmp_path}/run"]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+CONFIG = """\
+ClusterName=test
+SlurmctldHost=localhost
+AuthType=auth/none
+CredType=cred/none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPort={ports[0]}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus}
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus}
+PartitionName=main Nodes=ALL Default=YES State=UP
+"""
+
+
+@pytest.fixture
+def two_nodes(tmp_path, monkeypatch):
+    """A SLURM of two nodes, both this machine; SLURM_CONF names it."""
+    sockets = [socket.create_server(("", 0)) for _ in range(3)]
+    ports = [taken.getsockname()[1] for taken in sockets]
+    for taken in sockets:
+        taken.close()
+    folder = tmp_path / "slurm"
+    (folder / "state").mkdir(parents=True)
+    user = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
+    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, ports=ports, user=user, cpus=os.cpu_count()))
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    commands = ["slurmctld -D", "slurmd -D -N n1", "slurmd -D -N n2"]
+    daemons = [subprocess.Popen(command.split()) for command in commands]
+    try:
+        until(lambda: "2 " in called("sinfo", "-h", "-t", "idle", "-o", "%D %T"))
+        yield
+    finally:
+        for job in called("squeue", "-h", "-o", "%A").split():
+            called("scancel", "--signal=KILL", "--full", job)
+            called("scancel", job)
+        time.sleep(1)
+        for daemon in reversed(daemons):
+            daemon.send_signal(signal.SIGTERM)
+            daemon.wait(30)
+
+
+def called(*words):
+    return subprocess.run(words, capture_output=True, text=True).stdout
+
+
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+
+
+def steps(folder):
+    path = folder / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_a_job_on_two_nodes_saves_requeues_goes_on_and_stops_with_75(two_nodes, tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["recipe=moe_tiny", "parallel.tensor=2", "launch.nodes=2", "launch.workers=2", "train.steps=100000",
+             "train.validation_sequences=0", "data.source=random", "model.layers=2", f"run.dir={folder}"]  # fmt: skip
+    assert cli.main(["slurm", *words, "--json"]) == 0
+    job = json.loads(capsys.readouterr().out)["job"]
+
+    until(lambda: len(steps(folder)) >= 3)
+    called("scancel", "--batch", "--signal=USR1", job)  # what SLURM sends before the time limit
+    until(lambda: "PENDING" in called("scontrol", "show", "job", job))
+    saved = [int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir()]
+    called("scontrol", "update", f"jobid={job}", "starttime=now")
+
+    until(lambda: steps(folder)[-1] >= max(saved) + 3)
+    assert steps(folder) == list(range(1, len(steps(folder)) + 1))  # every step once: it went on where it had stopped
+    called("scancel", "--batch", "--signal=TERM", job)  # what SLURM sends when it takes the nodes away
+    until(lambda: re.search("JobState=(FAILED|COMPLETED)", called("scontrol", "show", "job", job)))
+    assert "ExitCode=75:0" in called("scontrol", "show", "job", job)
+    assert max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir()) == steps(folder)[-1]

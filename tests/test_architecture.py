@@ -1,0 +1,160 @@
+"""The shape of the house: imports point down, help and checks need no torch, the environment is read in few places."""
+
+import ast
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bagualu.launch import usage
+from bagualu.launch.sweep import jobs
+from bagualu.trainer import preflight
+from bagualu.trainer.recipe import compose
+
+ROOT = Path(__file__).parents[1]
+HOUSE = ("comm", "parallel", "fault_tolerance", "trainer", "launch")
+"""From the bottom up: a folder imports itself and those before it."""
+SOURCES = [path for folder in (*HOUSE, "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
+READS_ENVIRONMENT = {
+    "comm/world.py",  # who this rank is
+    "trainer/environment.py",  # allocator settings a person has made
+    "trainer/__main__.py",  # starts itself again with its environment as it should be
+    "trainer/data/corpus.py",  # where caches lie
+    "launch/train.py",  # the environment that workers are started in
+    "launch/local.py",  # how elastic is told which signals are its own
+}
+DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
+    "launch/cli.py": {"bagualu.launch.show", "bagualu.launch.slurm", "bagualu.launch.train"},
+    "launch/train.py": {"bagualu.launch", "bagualu.trainer.progress"},
+    "trainer/__main__.py": {"torch", "bagualu.trainer.worker"},
+    "trainer/data/corpus.py": {"bagualu.trainer.data.build"},  # the library `datasets`, for a corpus that is not cached yet
+}
+
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def module(path):
+    return "bagualu." + name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+MODULES = {module(path): path for path in SOURCES}
+
+
+def imports(path, anywhere=True):
+    """Modules that a file imports; with anywhere=False only when it is itself imported."""
+    found = set()
+    tree = ast.parse(path.read_text())
+    inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+              for node in ast.walk(function)}  # fmt: skip
+    for node in ast.walk(tree):
+        if not anywhere and id(node) in inside:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name(path)}: import by the full name"
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {one if one in MODULES else str(node.module) for one in full}
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_imports_point_down(path):
+    folder = path.relative_to(ROOT).parts[0]
+    allowed = HOUSE[: HOUSE.index(folder) + 1] if folder in HOUSE else ()
+    for imported in imports(path):
+        assert imported.split(".")[0] not in (*HOUSE, "recipes"), f"write bagualu.{imported}"
+        if imported.startswith("bagualu."):
+            assert imported.split(".")[1] in allowed, f"{name(path)} imports {imported}, which lies above it"
+
+
+def test_no_cycles():
+    graph = {one: {other for other in imports(path) if other in MODULES} for one, path in MODULES.items()}
+    done, under_way = set(), []
+
+    def visit(one):
+        assert one not in under_way, " -> ".join([*under_way[under_way.index(one) :], one])
+        if one not in done:
+            under_way.append(one)
+            for other in sorted(graph[one]):
+                visit(other)
+            done.add(under_way.pop())
+
+    for one in graph:
+        visit(one)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_imports_are_at_the_top_where_they_can_be_seen(path):
+    inner = {one for one in imports(path) - imports(path, anywhere=False) if one.split(".")[0] in ("torch", "bagualu")}
+    allowed = DEFERRED.get(name(path), set())
+    assert all(one in allowed or one.rsplit(".", 1)[0] in allowed for one in inner), inner
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_environment_variables_are_read_in_few_places(path):
+    text = path.read_text()
+    if name(path) not in READS_ENVIRONMENT:
+        assert "os.environ" not in text
+        assert "getenv" not in text
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name == "__init__.py"], ids=name)
+def test_packages_say_nothing(path):
+    assert path.read_text().strip() == ""
+    assert (path.parent / "py.typed").exists()
+
+
+def loaded_after(statements):
+    """Names of the modules that a fresh Python has loaded after `statements`."""
+    code = f"{statements}\nimport sys\nprint('\\nMODULES', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_needs_neither_torch_nor_hydra():
+    loaded = loaded_after("from bagualu.launch.cli import main\nmain(['--help'])\nmain(['train', '--help'])")
+    assert not loaded & {"torch", "hydra", "omegaconf"}
+
+
+def test_a_recipe_is_composed_checked_and_refused_without_torch():
+    loaded = loaded_after(
+        "from bagualu.launch.cli import main\n"
+        "assert main(['train', 'parallel.tensor=5']) == 2\n"
+        "assert main(['slurm', 'recipe=llama3_8b', '--print']) == 0\n"
+        "assert main(['train', '--cfg', 'job']) == 0"
+    )
+    assert "hydra" in loaded
+    assert "torch" not in loaded
+
+
+def test_the_readme_opens_with_the_two_commands():
+    commands = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    python3 -m venv")]
+    assert len(commands) == 2
+    assert commands[0].endswith("bagualu train recipe=tiny")
+    assert " -m pytest" in commands[1]
+    assert all("pip install -c constraints.txt" in command for command in commands)
+
+
+def readme_commands(start):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    return [line.strip() for line in lines if line.startswith(f"    {start}")]
+
+
+@pytest.mark.parametrize("command", [*readme_commands("bagualu "), *readme_commands("torchrun ")])
+def test_the_commands_of_the_readme_are_valid(command):
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        world = int(words[words.index("--nproc-per-node") + 1])
+        return preflight.check(compose(words[words.index("bagualu.trainer") + 1 :]), world)
+    request = usage.read(words[1:])
+    if request.help:
+        return None
+    recipes = [recipe for _, recipe in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
+    for recipe in recipes:
+        preflight.check(recipe, recipe.world_size())
+    return None

@@ -1,0 +1,55 @@
+"""Threads, cores and allocator of a worker, worked out from the machine and the recipe."""
+
+import os
+
+import pytest
+
+from bagualu.trainer import environment
+from bagualu.trainer.config import LaunchConfig
+
+
+@pytest.fixture
+def four_cores(monkeypatch):
+    monkeypatch.setattr(environment, "cores", lambda: [2, 3, 4, 5])
+    pinned = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: pinned.append(cores), raising=False)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    return pinned
+
+
+def test_cores_are_shared_out_evenly_and_never_fewer_than_one_thread(four_cores):
+    assert [environment.threads(LaunchConfig(), workers) for workers in (1, 2, 3, 8)] == [4, 2, 1, 1]
+    assert environment.threads(LaunchConfig(threads=3), 8) == 3
+
+
+def test_each_worker_is_pinned_to_cores_of_its_own(four_cores):
+    for local_rank in range(2):
+        environment.pin(LaunchConfig(), local_rank, 2)
+    assert four_cores == [[2, 3], [4, 5]]
+
+
+def test_nobody_is_pinned_when_workers_outnumber_cores_or_it_is_off(four_cores):
+    environment.pin(LaunchConfig(), 0, 8)
+    environment.pin(LaunchConfig(affinity=False), 0, 2)
+    assert four_cores == []
+
+
+def test_the_allocator_keeps_what_a_person_has_set(four_cores, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=2")
+    tunables = environment.variables(LaunchConfig(), 2)["GLIBC_TUNABLES"].split(":")
+    assert "glibc.malloc.hugetlb=2" in tunables
+    assert "glibc.malloc.hugetlb=1" not in tunables
+    assert any(entry.startswith("glibc.malloc.trim_threshold=") for entry in tunables)
+
+
+def test_the_system_allocator_is_left_alone(four_cores):
+    assert environment.variables(LaunchConfig(allocator="system"), 2) == {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+
+
+def test_a_container_quota_limits_the_cores(tmp_path, monkeypatch):
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(environment, "QUOTA", quota)
+    allowed = len(environment.cores())  # no quota file: all that the kernel allows
+    for text, expected in (("100000 100000", 1), ("max 100000", allowed), ("50000 100000", 1)):
+        quota.write_text(text)
+        assert len(environment.cores()) == expected

@@ -1,0 +1,15 @@
+"""What reaches a log of a stream that also draws a progress bar."""
+
+import io
+
+from bagualu.trainer.log import Copy
+
+
+def test_the_log_gets_finished_lines_in_their_last_state():
+    stream, log = io.StringIO(), io.StringIO()
+    copy = Copy(stream, log)
+    for text in ("plain ", "line\n", "\rstep 1", "\rstep 2", "\x1b[2K\rstep 3\n", "a\r\nb"):
+        copy.write(text)
+    assert log.getvalue() == "plain line\nstep 3\na\n"
+    assert stream.getvalue() == "plain line\n\rstep 1\rstep 2\x1b[2K\rstep 3\na\r\nb"
+    assert copy.isatty() is False

@@ -1,0 +1,86 @@
+"""One worker under torchrun or SLURM, or a world of one: `torchrun --nproc-per-node 4 -m bagualu.trainer recipe=moe_tiny`.
+
+The recipe is composed and checked before torch is imported. What is wrong with it is wrong on every rank, so rank 0 alone
+says it; rank 0 alone looks at the run directory too, because it writes there while others may still be starting.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.world import World
+from bagualu.trainer import environment, preflight
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.log import copy_to_log
+from bagualu.trainer.outcome import DONE, FAILED, REFUSED, STOPPED, Failure, last_words
+from bagualu.trainer.progress import summary_text
+from bagualu.trainer.recipe import compose, save_recipe
+from bagualu.trainer.stopping import StopRequest
+
+_PREPARED = "BAGUALU_PREPARED"
+"""Set in a process that has been started again with its environment as it should be."""
+
+
+def main(overrides: list[str], entrypoint: str | None = None) -> int:
+    """Train as the rank that the environment says; the exit code."""
+    try:
+        world = World.from_environment()
+    except RecipeError as error:
+        print(f"bagualu: error: {error}", file=sys.stderr)
+        return REFUSED
+    local_workers = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    try:
+        recipe = compose(overrides)
+        preflight.check(recipe, world.size)
+        if recipe.comm.backend == "simulated":
+            raise RecipeError("comm.backend=simulated is for `bagualu train`; give comm.backend=gloo or nccl here")
+        if world.rank == 0 and _PREPARED not in os.environ:
+            preflight.check_run_directory(recipe)
+    except RecipeError as error:
+        if world.rank == 0:
+            print(f"bagualu: error: {error}", file=sys.stderr)
+        return REFUSED
+    _prepare(recipe, local_workers)
+    return _train(recipe, world, local_workers, entrypoint)
+
+
+def _prepare(recipe: Recipe, local_workers: int) -> None:
+    """Start this process again if its environment is not the one it should begin with (environment.py); at most once."""
+    wanted = environment.variables(recipe.launch, local_workers)
+    if _PREPARED not in os.environ and any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.environ.update(wanted, **{_PREPARED: "1"})
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | None) -> int:
+    import torch  # deferred: a wrong recipe is refused before
+
+    from bagualu.trainer.worker import TRAIN, work
+
+    environment.pin(recipe.launch, world.local_rank, local_workers)
+    torch.set_num_threads(environment.threads(recipe.launch, local_workers))
+    if world.rank == 0:
+        save_recipe(recipe)
+    copy_to_log(Path(recipe.run.dir) / "logs" / f"rank-{world.rank}.log")
+    failures: list[Failure] = []
+    try:
+        summary = work(recipe, world, StopRequest(), failures.append, entrypoint or TRAIN)
+    except BaseException:
+        why = failures[0] if failures else Failure(world.rank, "train", "interrupted twice", 0.0)
+        if why.kind != "recipe":
+            traceback.print_exc()
+        if why.kind != "recipe" or world.rank == 0:
+            advice = "the ranks that only lost a peer say so" if world.size > 1 else "go on with checkpoint.resume=true"
+            print(last_words(why, advice), file=sys.stderr, flush=True)
+        os._exit(REFUSED if why.kind == "recipe" else FAILED)  # not by way of destructors that wait for lost peers
+    if world.rank == 0:
+        print(summary_text(summary))
+    return STOPPED if summary["ended"] == "stopped" else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

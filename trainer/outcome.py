@@ -1,0 +1,58 @@
+"""How a run ends: its exit code and its last words. Free of torch."""
+
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bagualu.comm.errors import CommunicationError, RecipeError
+
+DONE = 0
+FAILED = 1
+REFUSED = 2
+"""Wrong usage or recipe."""
+STOPPED = 75
+"""Stopped on request with a checkpoint saved; the same command with checkpoint.resume=true goes on."""
+
+
+@dataclass
+class Failure:
+    """Why one rank could not go on. `time` orders failures: seconds since the epoch."""
+
+    rank: int
+    phase: str
+    cause: str
+    time: float
+    kind: str = "error"
+    """error: this rank's own; peer: it lost another one; recipe: refused, with the fix; killed: by a signal."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def failure(rank: int, phase: str, error: BaseException, time: float) -> Failure:
+    """What `error`, caught in `phase`, says in one line; the phase is told with the place in Bagualu's own code."""
+    kind = "recipe" if isinstance(error, RecipeError) else "peer" if isinstance(error, CommunicationError) else "error"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else ""
+    cause = text if kind == "recipe" else f"{type(error).__name__}: {text}".rstrip(": ")
+    root = Path(__file__).resolve().parents[1]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(root)]
+    place = f" ({Path(own[-1].filename).relative_to(root)}:{own[-1].lineno} in {own[-1].name})" if own else ""
+    return Failure(rank, phase + place, cause, time, kind)
+
+
+def first(failures: list[Failure]) -> Failure:
+    """The one that began it: a refusal, else a kill, else the earliest of a rank's own errors, else the earliest lost peer.
+
+    A killed process cannot write when it died, and its peers notice at once, so a kill goes before errors.
+    """
+    order = {"recipe": 0, "killed": 1, "error": 2, "peer": 3}
+    return min(failures, key=lambda one: (order[one.kind], one.time, one.rank))
+
+
+def last_words(failure: Failure, advice: str) -> str:
+    """The line a failed run ends with."""
+    if failure.kind == "recipe":
+        return f"bagualu: error: {failure.cause}"
+    return f"bagualu: failed: rank {failure.rank}, {failure.phase}: {failure.cause}; {advice}"

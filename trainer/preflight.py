@@ -1,0 +1,108 @@
+"""What can be known to fail before training starts: a recipe against the files and the machine. Free of torch."""
+
+import ctypes
+import socket
+from dataclasses import fields, is_dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.recipe import RESOLVED, load_recipe
+
+
+def workers_per_node(recipe: Recipe) -> int:
+    """Worker processes on each node. Raises RecipeError when the nodes do not divide the world."""
+    world, nodes = recipe.world_size(), recipe.launch.nodes
+    if world % nodes:
+        raise RecipeError(f"launch.nodes={nodes} do not divide the {world} ranks of the layout; give launch.workers, the "
+                          f"workers of one node, or another layout")  # fmt: skip
+    return world // nodes
+
+
+def check(recipe: Recipe, world: int) -> None:
+    """The recipe for `world` ranks, and the files it names. Raises RecipeError."""
+    recipe.validate(world)
+    known = sorted(entry.name for entry in entry_points(group="bagualu.backends"))
+    if recipe.comm.backend not in known:
+        raise RecipeError(f"comm.backend={recipe.comm.backend} is unknown; give one of {', '.join(known)}")
+    source = recipe.data.source
+    if source not in ("stdlib", "random") and not Path(source).exists():
+        raise RecipeError(f"data.source={source} does not exist; give a text file, a folder of them, stdlib or random")
+
+
+def check_machine(recipe: Recipe) -> None:
+    """What workers started on this very machine need of it. Raises RecipeError."""
+    if recipe.comm.backend == "simulated" and recipe.launch.nodes > 1:
+        raise RecipeError(f"comm.backend=simulated runs in one process, not on launch.nodes={recipe.launch.nodes}; "
+                          f"give launch.nodes=1 or comm.backend=gloo")  # fmt: skip
+    if recipe.launch.nodes > 1:
+        raise RecipeError(f"launch.nodes={recipe.launch.nodes}: `bagualu train` starts workers on this machine only; use "
+                          f"`bagualu slurm`, or torchrun -m bagualu.trainer on every node")  # fmt: skip
+    workers = workers_per_node(recipe)
+    if recipe.comm.backend == "nccl" and (gpus := gpu_count()) < workers:
+        raise RecipeError(f"comm.backend=nccl needs {workers} GPUs here, one a worker, and finds {gpus}; "
+                          f"give comm.backend=gloo" + (f" or launch.workers={gpus}" if gpus else ""))  # fmt: skip
+    if recipe.launch.port is not None:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", recipe.launch.port))
+            except OSError as error:
+                raise RecipeError(f"launch.port={recipe.launch.port} cannot be used ({error.strerror}); "
+                                  f"give another, or leave it out for a free one") from error  # fmt: skip
+
+
+def check_run_directory(recipe: Recipe) -> None:
+    """Neither overwrite a run nor go on with another model's. Raises RecipeError."""
+    directory = Path(recipe.run.dir)
+    if directory.exists() and not directory.is_dir():
+        raise RecipeError(f"run.dir={directory} is a file; give a folder")
+    metrics, before = directory / "metrics.jsonl", directory / RESOLVED
+    if not (metrics.exists() and metrics.stat().st_size) and latest(directory / "checkpoints") is None:
+        return  # nothing was done in it yet
+    if not recipe.checkpoint.resume:
+        raise RecipeError(f"{directory} already holds a run; go on with checkpoint.resume=true, or start anew with another "
+                          f"folder, e.g. run.dir={_free(directory)}")  # fmt: skip
+    model = load_recipe(before).model if before.exists() else recipe.model
+    for key, (was, now) in _differences(model, recipe.model, "model").items():
+        raise RecipeError(f"{directory} holds a run of another model: {key}={_shown(was)} there, {key}={_shown(now)} here; "
+                          f"give {key}={_shown(was)} or another run.dir")  # fmt: skip
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs this process may use, asked of the driver itself, which takes less time than importing torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
+
+
+def _free(directory: Path) -> Path:
+    """The first of directory-2, directory-3, ... that does not exist."""
+    number = 2
+    while (candidate := directory.with_name(f"{directory.name}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+def _differences(before: Any, now: Any, prefix: str) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ between two configs of the same type, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for field in fields(now):
+        key, pair = f"{prefix}.{field.name}", (getattr(before, field.name), getattr(now, field.name))
+        if is_dataclass(pair[1]):
+            found |= _differences(*pair, key)
+        elif pair[0] != pair[1]:
+            found[key] = pair
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,118 @@
+"""The keys a recipe has, read off the dataclasses, and what to say about an override that is none of them. Free of torch."""
+
+import math
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from typing import Any, get_type_hints
+
+from hydra.core.override_parser.types import Override, OverrideType
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bagualu.comm.errors import RecipeError
+from bagualu.trainer.config import Recipe
+
+GROUPS = ("recipe", "model", "data")
+"""Folders of recipes/ that can be chosen from as `group=option`."""
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+def options(group: str) -> list[str]:
+    """The choices of a group: the files in its folder."""
+    folder = files("bagualu.recipes") / group
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def keys(node: type[Any] = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Every leaf key with its type, e.g. {"model.moe.experts": int}."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(node)
+    for field in fields(node):
+        if is_dataclass(hints[field.name]):
+            found |= keys(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = hints[field.name]
+    return found
+
+
+def check_override(override: Override, own_recipes: bool = False) -> None:
+    """Raises RecipeError when the override names nothing, or gives a value that its key cannot take.
+
+    With own_recipes, a folder of the person's own is searched too, so that a group may hold more than is known here.
+    """
+    key, known = override.key_or_group, keys()
+    if key.startswith("hydra."):
+        if key != "hydra.searchpath":
+            raise RecipeError(f"{override.input_line}: the only key of Hydra itself that works here is hydra.searchpath")
+        return None
+    if override.type == OverrideType.DEL:
+        raise RecipeError(f"{override.input_line} cannot remove a key; give {key}=null or another value")
+    value = override.value()
+    if key in GROUPS and not isinstance(value, dict):
+        return None if own_recipes and isinstance(value, str) else _check_choice(override, key, value)
+    sections = {name.rsplit(".", count)[0] for name in known for count in range(1, name.count(".") + 1)}
+    if key in sections:
+        if isinstance(value, dict):
+            return _check_values(override, value)
+        inside = [name for name in known if name.startswith(key + ".")]
+        raise RecipeError(f"{override.input_line}: {key} is a section; give one of its keys, e.g. {', '.join(inside[:4])}")
+    if key not in known:
+        raise RecipeError(f"unknown key {key}; {_nearest(key, list(known))}")
+    return _check_values(override, value)
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """What to type in place of an unknown key."""
+    tail = key.rsplit(".", 1)[-1]
+    same_tail = [name for name in known if name.rsplit(".", 1)[-1] == tail]
+    near = get_close_matches(key, [*same_tail, *known], n=1, cutoff=0.75)
+    tails = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    near_tail = [tails[word] for word in get_close_matches(tail, list(tails), n=1, cutoff=0.75)]
+    holding = [name for name in known if len(tail) > 3 and tail in name.rsplit(".", 1)[-1]]
+    found = near or same_tail or near_tail or holding
+    return f"did you mean {' or '.join(found[:3])}?" if found else "see all keys with --cfg job"
+
+
+def _check_choice(override: Override, group: str, value: Any) -> None:
+    known = options(group)
+    if value not in known:
+        near = get_close_matches(str(value), known, n=1)
+        hint = f"did you mean {group}={near[0]}? " if near else ""
+        raise RecipeError(f"{override.input_line} is unknown; {hint}There are {', '.join(known)}")
+
+
+def _check_values(override: Override, value: Any) -> None:
+    """A value that its key cannot hold is refused with both; one to be interpolated is left to Hydra."""
+    if isinstance(value, str) and "${" in value:
+        return
+    key = override.key_or_group
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{override.input_line}: {key} must be a finite number")
+    if keys().get(key) is bool and not isinstance(value, bool | str):
+        raise RecipeError(f"{override.input_line}: {key} takes true or false, not {value!r}")
+    schema = OmegaConf.structured(Recipe)
+    try:
+        OmegaConf.update(schema, key, value, merge=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        if isinstance(value, dict):
+            raise RecipeError(f"{override.input_line}: {str(error).splitlines()[0]}; give the keys one by one") from error
+        default = OmegaConf.select(OmegaConf.structured(Recipe()), key)
+        example = f", e.g. {key}={_typed(default)}" if default is not None else ""
+        raise RecipeError(f"{override.input_line}: {key} takes {_expected(keys()[key])}, not {value!r}{example}") from error
+
+
+def _expected(hint: Any) -> str:
+    if hint in WORDS:
+        return WORDS[hint]
+    inner = [argument for argument in getattr(hint, "__args__", ()) if argument is not type(None)]
+    if getattr(hint, "__origin__", None) is list:
+        return f"a list like [a,b] ({WORDS[inner[0]]} each)"
+    return " or ".join([*(WORDS.get(argument, str(argument)) for argument in inner), "null"])
+
+
+def _typed(value: Any) -> str:
+    """A value as one would type it."""
+    if OmegaConf.is_list(value):
+        return "[" + ",".join(_typed(item) for item in value) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,48 @@
+"""One rank's life: connect, train, leave. The same under `bagualu train`, torchrun and SLURM, and as a thread."""
+
+import pkgutil
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bagualu.comm.group import Communicator, connect
+from bagualu.comm.world import World
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.outcome import Failure, failure
+from bagualu.trainer.stopping import StopRequest
+
+TRAIN = "bagualu.trainer.run:train"
+"""What a rank runs, as "module:function": (recipe, communicator, stop) -> summary."""
+
+Report = Callable[[Failure], None]
+"""Told why a rank cannot go on, before the exception leaves it."""
+
+
+def work(recipe: Recipe, world: World, stop: StopRequest, report: Report, entrypoint: str = TRAIN) -> dict[str, Any]:
+    """Join the world and train; the run's summary.
+
+    Only a rank that has joined takes a signal for a request to stop; before, there is nothing to save.
+    A rank that fails does not close its connection: that could wait for the very peers that are gone, and the end of its
+    process tells them sooner.
+    """
+    try:
+        communicator = connect(recipe.comm.backend, world, recipe.comm.timeout_seconds)
+    except Exception as error:
+        report(failure(world.rank, "connect", error, time.time()))
+        raise
+    stop.install()
+    summary = train(recipe, communicator, stop, report, entrypoint)
+    communicator.close()
+    return summary
+
+
+def train(
+    recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], report: Report, entrypoint: str = TRAIN
+) -> dict[str, Any]:
+    """Train on a rank that is connected; the run's summary."""
+    try:
+        summary: dict[str, Any] = pkgutil.resolve_name(entrypoint)(recipe, communicator, stop)
+    except Exception as error:
+        report(failure(communicator.rank, "train", error, time.time()))
+        raise
+    return summary
