@@ -26,9 +26,9 @@ class Exchange:
             message.wait()
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExchangeAndSum:
-    """An exchange whose result is the sum of `parts`, in rank order."""
+    """An exchange whose result is the sum of `parts`, in rank order; once summed there are none left."""
 
     exchange: Exchange
     parts: list[torch.Tensor]
@@ -36,32 +36,33 @@ class ExchangeAndSum:
 
     def wait(self) -> None:
         self.exchange.wait()
+        if not self.parts:
+            return
         total = self.parts[0].to(_WIDER.get(self.output.dtype, self.output.dtype))
         for index, part in enumerate(self.parts[1:]):
             total = total + part if index == 0 else total.add_(part)
         self.output.copy_(total)
+        self.parts = []
 
 
 class GlooTransport(TorchTransport):
     def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Exchange:
-        parts = list(output.view(len(self.ranks), -1))
+        parts = list(output.view(-1).chunk(len(self.ranks))) if output.numel() else []
         mine = input.view(-1)
-        parts[self.position].copy_(mine)
+        if parts:
+            parts[self.position].copy_(mine)
         return self._exchange("all_gather", [mine] * len(parts), parts)
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> ExchangeAndSum:
-        outgoing = list(input.view(len(self.ranks), -1))
-        incoming = [torch.empty_like(outgoing[0]) for _ in outgoing]
-        incoming[self.position] = outgoing[self.position]
+        outgoing = list(input.view(-1).chunk(len(self.ranks))) if input.numel() else []
+        incoming = [torch.empty_like(part) for part in outgoing]
+        if outgoing:
+            incoming[self.position] = outgoing[self.position]
         return ExchangeAndSum(self._exchange("reduce_scatter", outgoing, incoming), incoming, output.view(-1))
-
-    @property
-    def position(self) -> int:
-        return self.ranks.index(dist.get_rank())
 
     def _exchange(self, op: str, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]) -> Exchange:
         """Send outgoing[i] to position i and fill incoming[i] from it, nearest positions first so that no member is flooded."""
-        size, here, messages = len(self.ranks), self.position, []
+        size, here, messages = len(outgoing), self.position, []
         for distance in range(1, size):
             to, source = (here + distance) % size, (here - distance) % size
             messages.append(self._message(op, dist.isend, outgoing[to], to))

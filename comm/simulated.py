@@ -42,7 +42,6 @@ class Hub:
     """Where the threads meet."""
 
     def __init__(self, size: int, timeout_seconds: float) -> None:
-        self.size = size
         self.timeout_seconds = timeout_seconds
         self._changed = threading.Condition()
         self._calls: dict[tuple[Any, ...], Call] = {}
@@ -141,9 +140,9 @@ class SimulatedTransport:
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> SimulatedWork:
         def carry_out(members: list[Tensors]) -> None:
-            total = members[0]["tensor"].clone()
+            total = _wide(members[0]["tensor"])
             for member in members[1:]:
-                total = total + member["tensor"] if op == "sum" else torch.maximum(total, member["tensor"])
+                total = total + member["tensor"] if op == "sum" else torch.maximum(total, _wide(member["tensor"]))
             for member in members:
                 member["tensor"].copy_(total)
 
@@ -159,7 +158,7 @@ class SimulatedTransport:
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> SimulatedWork:
         def carry_out(members: list[Tensors]) -> None:
-            total = members[0]["input"].reshape(-1).clone()
+            total = _wide(members[0]["input"].reshape(-1))
             for member in members[1:]:
                 total += member["input"].reshape(-1)
             for member, part in zip(members, total.chunk(len(members)), strict=True):
@@ -210,6 +209,12 @@ class SimulatedTransport:
 
     def barrier(self) -> SimulatedWork:
         return self._join("barrier", (), lambda members: None)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in at least float32, so that a sum is rounded once, not after every member."""
+    dtype = torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.dtype
+    return tensor.to(dtype, copy=True)
 
 
 class SimulatedBackend:

@@ -18,12 +18,13 @@ from bagualu.comm.world import World
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
-@dataclass(frozen=True)
+@dataclass
 class TorchWork:
-    """A torch work handle that says what failed, and keeps the tensors alive until it is done."""
+    """A torch work handle that says what failed, keeps the tensors alive until it is done, and may be waited for again."""
 
     work: dist.Work | None
-    what: str
+    op: str
+    transport: "TorchTransport"
     tensors: tuple[torch.Tensor, ...]
 
     def wait(self) -> None:
@@ -32,7 +33,8 @@ class TorchWork:
         try:
             self.work.wait()
         except RuntimeError as error:
-            raise CommunicationError(f"{self.what} failed: {_first_line(error)}") from error
+            raise self.transport.error(self.op, error) from error
+        self.work, self.tensors = None, ()  # Gloo waits for ever for a message that has already been waited for
 
 
 class TorchTransport:
@@ -42,13 +44,17 @@ class TorchTransport:
         self.group = group
         self.ranks = ranks
         self.name = name
+        self.position = ranks.index(dist.get_rank())
+
+    def error(self, op: str, error: RuntimeError) -> CommunicationError:
+        """`error`, saying in which call of which group."""
+        return CommunicationError(f"{op} in group {self.name} of ranks {list(self.ranks)} failed: {_first_line(error)}")
 
     def _start(self, op: str, call: Callable[[], dist.Work | None], *tensors: torch.Tensor) -> TorchWork:
-        what = f"{op} in group {self.name} of ranks {list(self.ranks)}"
         try:
-            return TorchWork(call(), what, tensors)
+            return TorchWork(call(), op, self, tensors)
         except RuntimeError as error:
-            raise CommunicationError(f"{what} failed: {_first_line(error)}") from error
+            raise self.error(op, error) from error
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> TorchWork:
         return self._start("all_reduce", lambda: dist.all_reduce(tensor, _OPS[op], self.group, async_op=True), tensor)

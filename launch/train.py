@@ -4,8 +4,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.launch import forkserver
 from bagualu.launch.sweep import jobs
 from bagualu.launch.usage import Request
@@ -41,7 +43,7 @@ def _run(recipe: Recipe, overrides: list[str], entrypoint: str, quiet_stdout: bo
     threaded = recipe.comm.backend == "simulated"
     kind = "threads of this process" if threaded else "processes"
     layout = recipe.validate(workers)
-    print(f"{recipe.run.name}: {layout} as {workers} {kind}, in {recipe.run.dir}", file=sys.stderr, flush=True)
+    print(f"{recipe.run.name}: {layout} as {workers} {kind}, in {recipe.run.dir}{_from(recipe)}", file=sys.stderr, flush=True)
     with _environment(environment.variables(recipe.launch, workers)):
         if not threaded:
             forkserver.start(["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0]])
@@ -61,6 +63,14 @@ def _run(recipe: Recipe, overrides: list[str], entrypoint: str, quiet_stdout: bo
         following = next_commands(overrides, ended.summary["step"], ended.summary["steps"])
         print(summary_text(ended.summary, following))
     return STOPPED if ended.summary["ended"] == "stopped" else DONE, ended.summary
+
+
+def _from(recipe: Recipe) -> str:
+    """Where a run that was asked to resume begins."""
+    if not recipe.checkpoint.resume:
+        return ""
+    newest = latest(Path(recipe.run.dir) / "checkpoints")
+    return f", from {newest.name}" if newest else ", from the start: there is no checkpoint to resume from"
 
 
 def _failed(failure: Failure, advice: str) -> tuple[int, dict[str, Any]]:

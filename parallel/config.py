@@ -25,6 +25,10 @@ class ParallelConfig:
     """Ranks that share a sequence."""
     sequence: bool = False
     """Sequence parallel: between tensor-parallel blocks, split activations along the sequence over the tensor axis."""
+    virtual_stages: int = 1
+    """Stages of one rank; more than 1 needs a schedule that interleaves, and there is none yet."""
+    engine: str = "native"
+    """What holds weights and optimizer: native, Bagualu's own."""
     schedule: str = "1f1b"
     """Pipeline schedule: gpipe | 1f1b."""
     balance: Any = "uniform"
@@ -42,6 +46,10 @@ class ParallelConfig:
                 raise RecipeError(f"parallel.{axis}={degree} must be at least 1; leave it out or give parallel.{axis}=1")
         if self.context != 1:
             raise RecipeError(f"parallel.context={self.context} is not supported yet; give parallel.context=1")
+        if self.virtual_stages != 1:
+            raise RecipeError(f"parallel.virtual_stages={self.virtual_stages} is not supported yet; give parallel.virtual_stages=1")
+        if self.engine != "native":
+            raise RecipeError(f"parallel.engine={self.engine} is unknown; give parallel.engine=native")
         if self.schedule not in SCHEDULES:
             raise RecipeError(f"parallel.schedule={self.schedule} is unknown; give one of {', '.join(SCHEDULES)}")
         if self.zero not in (0, 1):

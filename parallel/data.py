@@ -5,7 +5,8 @@ flat piece of working weights, one flat piece of gradients, and this rank's shar
 work on a few large tensors, and a rank's part of the optimizer state is one contiguous piece (ZeRO, arXiv 1910.02054, stage 1;
 the flat layout is that of Megatron-LM's distributed optimizer).
 
-Gradients are kept in at least float32: sums over micro-batches and ranks do not lose what bfloat16 would round away.
+Gradients are kept in at least float32: sums over micro-batches and ranks do not lose what bfloat16 would round away. One
+micro-batch's own gradient is as accurate as the chip's matrix product; a compiled layer hands it over in the weight's dtype.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from bagualu.parallel.boxes import Box
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.sharding import ShardingPlan
+
+_NORM_PIECE = 2**10
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,15 @@ class Bucket:
     @property
     def shard_gradients(self) -> torch.Tensor:
         return self.gradients[self.shard]
+
+    def norm_squared(self) -> torch.Tensor:
+        """Squared norm of the shard's gradient, a float64 scalar: float32 sums over pieces short enough not to lose digits, so
+        that it depends neither on the size of buckets nor on the number of threads."""
+        whole = self.shard_gradients.numel() // _NORM_PIECE * _NORM_PIECE
+        pieces = torch.linalg.vector_norm(self.shard_gradients[:whole].view(-1, _NORM_PIECE), dim=1)
+        rest = torch.linalg.vector_norm(self.shard_gradients[whole:])
+        squared: torch.Tensor = pieces.double().square().sum() + rest.double().square()
+        return squared
 
     @property
     def owned(self) -> bool:

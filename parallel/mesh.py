@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from bagualu.comm.group import Communicator, Group
 from bagualu.parallel.layout import Layout
 
@@ -32,7 +34,9 @@ class Mesh:
         if at["pipeline"] in (0, layout.pipeline - 1):
             ends = stages if layout.pipeline == 1 else (stages[0], stages[-1])
             groups["ends"] = communicator.group(ends, "ends")
-        return Mesh(layout, at, groups)
+        mesh = Mesh(layout, at, groups)
+        _say_hello(mesh, communicator)
+        return mesh
 
     def group(self, axis: str) -> Group:
         return self.groups[axis]
@@ -42,9 +46,33 @@ class Mesh:
         return self.coordinates[axis]
 
     @property
+    def reports(self) -> bool:
+        """Whether this rank speaks for its tensor group, whose ranks compute the same figures."""
+        return self.at("tensor") == 0
+
+    def sum_over_world(self, *figures: torch.Tensor) -> list[float]:
+        """Scalars summed over all ranks in one reduction, in float64."""
+        together = torch.stack([figure.double() for figure in figures])
+        self.group("world").all_reduce(together)
+        return together.tolist()
+
+    @property
     def first_stage(self) -> bool:
         return self.at("pipeline") == 0
 
     @property
     def last_stage(self) -> bool:
         return self.at("pipeline") == self.layout.pipeline - 1
+
+
+def _say_hello(mesh: Mesh, communicator: Communicator) -> None:
+    """One element down the pipeline and one up. Some backends (NCCL) connect two ranks at their first message and make both wait
+    for it; a schedule's first messages come in an order in which stages would wait for each other."""
+    stage, last, hello = mesh.at("pipeline"), mesh.layout.pipeline - 1, torch.zeros(1, device=communicator.device)
+    if stage > 0:
+        mesh.group("pipeline").receive(hello, stage - 1)
+    if stage < last:
+        mesh.group("pipeline").send(hello, stage + 1)
+        mesh.group("pipeline_back").receive(hello, stage + 1)
+    if stage > 0:
+        mesh.group("pipeline_back").send(hello, stage - 1)

@@ -21,6 +21,29 @@ IGNORED = -100
 _CHUNK_ELEMENTS = 2**21
 
 
+def embedding(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows of weight [V, H] for tokens [B, S] -> [B, S, H].
+
+    A frequent token's gradient is a sum of thousands of rows: it is taken in at least float32 (torch's own stagnates in 16 bits).
+    """
+    rows: torch.Tensor = _Embedding.apply(tokens, weight)
+    return rows
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.shape, ctx.dtype = weight.shape, accurate_dtype(weight.dtype)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (tokens,) = ctx.saved_tensors
+        rows = grads[0].flatten(0, -2).to(ctx.dtype)
+        return None, rows.new_zeros(ctx.shape).index_add_(0, tokens.flatten(), rows)
+
+
 def sharded_embedding(tokens: torch.Tensor, weight: torch.Tensor, group: Group, sequence: bool) -> torch.Tensor:
     """Rows of the whole vocabulary for tokens [B, S] from this rank's rows [V, H] -> [B, S, H].
 
@@ -28,7 +51,7 @@ def sharded_embedding(tokens: torch.Tensor, weight: torch.Tensor, group: Group, 
     """
     local = tokens - group.rank * weight.shape[0]
     elsewhere = (local < 0) | (local >= weight.shape[0])
-    partial = F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0)
+    partial = embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0)
     return scatter_to(partial, group, dim=1) if sequence else reduce_from(partial, group)
 
 
@@ -41,19 +64,25 @@ def linear_cross_entropy(
     `vocabulary` is the number of real rows over all ranks: rows beyond it are padding and take no part in the softmax.
     The gradient of x is this rank's part of a sum over the group.
     """
-    loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group)
+    loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group, torch.is_grad_enabled())
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocabulary: int, group: Group | None
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        vocabulary: int,
+        group: Group | None,
+        differentiate: bool,
     ) -> torch.Tensor:
         start = group.rank * weight.shape[0] if group else 0
         valid = max(0, min(weight.shape[0], vocabulary - start))
         rows = weight[:valid].to(multiply_dtype(weight))
-        backward = any(ctx.needs_input_grad[:2])
+        backward = differentiate and any(ctx.needs_input_grad[:2])  # the latter holds under no_grad too
         grad_x = torch.empty_like(x, dtype=rows.dtype) if backward else None
         grad_weight = torch.zeros_like(weight, dtype=accurate_dtype(weight.dtype)) if backward else None
         total = x.new_zeros((), dtype=accurate_dtype(x.dtype))
@@ -78,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0]  # a scalar: it does not widen the products, and rounded to 16 bits it would put one error on all of them
-        return grad_x * scale, grad_weight * scale, None, None, None
+        return grad_x * scale, grad_weight * scale, None, None, None, None
 
 
 def _loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from bagualu.parallel.data import Bucket, GradientReducer, build_buckets
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.pipeline.check import check
 from bagualu.parallel.pipeline.runtime import PipelineRunner
-from bagualu.parallel.pipeline.schedule import compute_schedule, with_messages
+from bagualu.parallel.pipeline.schedule import Action, compute_schedule, with_messages
 from bagualu.parallel.pipeline.split import split_layers
 from bagualu.parallel.sharding import ShardingPlan
 from bagualu.trainer.config import Recipe
@@ -34,6 +34,8 @@ class Parts:
     corpus: Corpus
     batches: Batches
     runner: PipelineRunner
+    actions: list[Action]
+    """What this stage does in a step."""
     buckets: list[Bucket]
     reducer: GradientReducer
     optimizer: ShardedAdamW
@@ -48,7 +50,8 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     layout = recipe.validate(communicator.size)
     mesh = Mesh.build(layout, communicator)
     count = recipe.data.global_batch // (layout.data * recipe.train.micro_batch)
-    check(with_messages(compute_schedule(recipe.parallel.schedule, layout.pipeline, count)), count)
+    schedule = with_messages(compute_schedule(recipe.parallel.schedule, layout.pipeline, count))
+    check(schedule, count)
     dtype = getattr(torch, recipe.train.dtype)
     model = build_model(recipe, mesh, dtype)
     buckets = build_buckets(model, _plan(recipe), mesh, recipe.parallel.zero, recipe.parallel.bucket_bytes)
@@ -67,6 +70,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
         corpus=corpus,
         batches=Batches(corpus, recipe.data, recipe.run.seed),
         runner=runner,
+        actions=schedule[mesh.at("pipeline")],
         buckets=buckets,
         reducer=GradientReducer(buckets, mesh),
         optimizer=ShardedAdamW(buckets, recipe.optim),

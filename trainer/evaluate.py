@@ -31,10 +31,9 @@ def validate(parts: Parts) -> Validation | None:
     counted = labels[labels != IGNORED]
     text_bytes = torch.as_tensor(parts.corpus.token_bytes, device=parts.device)[counted].sum()
     # Every stage and tensor rank sees the labels, one of them reports: the one that holds the loss.
-    once = float(parts.mesh.last_stage and parts.mesh.at("tensor") == 0)
-    figures = torch.stack([totals.loss, text_bytes.double(), counted.new_tensor(counted.numel()).double()]) * once
-    parts.mesh.group("world").all_reduce(figures)
-    nats, total_bytes, tokens = figures.tolist()
+    once = float(parts.mesh.last_stage and parts.mesh.reports)
+    tokens_here = counted.new_tensor(counted.numel())
+    nats, total_bytes, tokens = parts.mesh.sum_over_world(totals.loss * once, text_bytes * once, tokens_here * once)
     return Validation(nats / max(1.0, tokens), bits_per_byte(nats, total_bytes))
 
 

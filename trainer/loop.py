@@ -59,7 +59,7 @@ class Loop:
 
     def _timed_step(self, step: int) -> tuple[StepResult, float]:
         started = time.perf_counter()
-        result = train_step(self.parts, step, self.stop())
+        result = train_step(self.parts, step, self.stop)
         seconds = time.perf_counter() - started
         self._give_up_if_diverged(step, result)
         if step > 0:  # the first step of all pays for warming up

@@ -15,6 +15,8 @@ from bagualu.trainer.recipe import RESOLVED, load_recipe
 
 def workers_per_node(recipe: Recipe) -> int:
     """Worker processes on each node. Raises RecipeError when the nodes do not divide the world."""
+    recipe.launch.validate()
+    recipe.parallel.validate()
     world, nodes = recipe.world_size(), recipe.launch.nodes
     if world % nodes:
         raise RecipeError(f"launch.nodes={nodes} do not divide the {world} ranks of the layout; give launch.workers, the "
@@ -66,9 +68,15 @@ def check_run_directory(recipe: Recipe) -> None:
     if not recipe.checkpoint.resume:
         raise RecipeError(f"{directory} already holds a run; go on with checkpoint.resume=true, or start anew with another "
                           f"folder, e.g. run.dir={_free(directory)}")  # fmt: skip
-    model = load_recipe(before).model if before.exists() else recipe.model
-    for key, (was, now) in _differences(model, recipe.model, "model").items():
-        raise RecipeError(f"{directory} holds a run of another model: {key}={_shown(was)} there, {key}={_shown(now)} here; "
+    then = load_recipe(before) if before.exists() else recipe
+    differences = _differences(then.model, recipe.model, "model")
+    for section, key in (("run", "seed"), ("data", "source"), ("data", "sequence_length"), ("data", "global_batch")):
+        was, now = getattr(getattr(then, section), key), getattr(getattr(recipe, section), key)
+        if was != now:
+            differences[f"{section}.{key}"] = (was, now)
+    for key, (was, now) in differences.items():
+        kind = "model" if key.startswith("model.") else "run"
+        raise RecipeError(f"{directory} holds a run of another {kind}: {key}={_shown(was)} there, {key}={_shown(now)} here; "
                           f"give {key}={_shown(was)} or another run.dir")  # fmt: skip
 
 

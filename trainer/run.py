@@ -1,5 +1,6 @@
 """A whole run on one rank: assemble, resume, train, summarise. Every rank calls `train` with the same recipe."""
 
+import hashlib
 import json
 import os
 import resource
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 
+from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
@@ -63,9 +66,25 @@ def train(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool] =
 
 
 def _resume(parts: Parts) -> tuple[int, Path | None]:
-    """Steps already done, and the checkpoint that says so: the newest one where the recipe asks to resume and there is one."""
+    """Steps already done, and the checkpoint that says so: the newest one where the recipe asks to resume and there is one.
+
+    Rank 0 chooses; a rank that reads another recipe, other data or another disk is refused by name rather than trained with.
+    """
     newest = latest(Path(parts.recipe.run.dir) / CHECKPOINTS) if parts.recipe.checkpoint.resume else None
+    own = {"recipe": _digest(parts.recipe), "data": parts.corpus.fingerprint, "checkpoint": newest.name if newest else None}
+    seen = gather_json(own, parts.mesh.group("world"), parts.device)
+    for rank, other in enumerate(seen):
+        for what, value in other.items():
+            if value != seen[0][what]:
+                raise RecipeError(
+                    f"rank {rank} has another {what} than rank 0 ({value} and {seen[0][what]}); give every rank the same "
+                    f"recipe, data.source, Python version and a run.dir on a disk that all nodes share"
+                )
     return (load_state(parts, newest), newest) if newest else (0, None)
+
+
+def _digest(recipe: Recipe) -> str:
+    return hashlib.blake2b(json.dumps(asdict(recipe), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:

@@ -3,13 +3,13 @@
 The step is a transaction: the update happens on every rank or on none, decided by figures that every rank holds alike.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from bagualu.comm.group import Group
 from bagualu.parallel.pipeline.runtime import MicroBatch, Seeds, StageTotals
-from bagualu.parallel.pipeline.schedule import Action, compute_schedule, with_messages
 from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.optim.schedule import learning_rate
@@ -32,7 +32,7 @@ class StepResult:
     """Whether any rank has been asked to stop."""
 
 
-def train_step(parts: Parts, step: int, stop: bool = False) -> StepResult:
+def train_step(parts: Parts, step: int, stop: Callable[[], bool] = lambda: False) -> StepResult:
     """Do step `step` (from 0). `stop` says whether this rank has been asked to stop; the ranks agree on it here."""
     recipe = parts.recipe
     micro_batches = local_micro_batches(parts, step)
@@ -40,12 +40,12 @@ def train_step(parts: Parts, step: int, stop: bool = False) -> StepResult:
     lr = learning_rate(recipe.optim, step, recipe.train.steps)
 
     parts.reducer.begin(len(micro_batches))
-    totals = parts.runner.run(actions(parts, len(micro_batches)), micro_batches, _seeds(parts, tokens))
+    totals = parts.runner.run(parts.actions, micro_batches, _seeds(parts, tokens))
     parts.reducer.finish()
 
     agreed = _agree(parts, totals, stop)
     norm = agreed.norm_squared**0.5 / parts.scaler.scale
-    committed = bool(torch.isfinite(torch.tensor([norm, agreed.loss])).all())
+    committed = math.isfinite(norm) and math.isfinite(agreed.loss)
     if committed:
         clip = recipe.optim.clip_norm
         factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
@@ -62,12 +62,6 @@ def local_micro_batches(parts: Parts, step: int) -> list[MicroBatch]:
     first = share * parts.mesh.at("data")
     pairs = (parts.batches.batch(step, start, size) for start in range(first, first + share, size))
     return [MicroBatch(inputs.to(parts.device), labels.to(parts.device)) for inputs, labels in pairs]
-
-
-def actions(parts: Parts, micro_batches: int) -> list[Action]:
-    """This stage's list of the recipe's schedule."""
-    stages = parts.mesh.layout.pipeline
-    return with_messages(compute_schedule(parts.recipe.parallel.schedule, stages, micro_batches))[parts.mesh.at("pipeline")]
 
 
 def _count_tokens(parts: Parts, micro_batches: list[MicroBatch]) -> float:
@@ -95,19 +89,15 @@ class _Agreed:
     stop: bool
 
 
-def _agree(parts: Parts, totals: StageTotals, stop: bool) -> _Agreed:
+def _agree(parts: Parts, totals: StageTotals, stop: Callable[[], bool]) -> _Agreed:
     """The one reduction over all ranks that a step needs: every figure counted where exactly one rank holds it."""
     norm_squared = torch.zeros((), dtype=torch.float64, device=parts.device)
     for bucket in parts.buckets:
         if bucket.owned:
-            norm_squared += torch.linalg.vector_norm(bucket.shard_gradients).double() ** 2
-    once = float(parts.mesh.at("tensor") == 0)
-    asked = torch.tensor(float(stop), dtype=torch.float64, device=parts.device)
-    figures = torch.stack([norm_squared, totals.loss * once, totals.auxiliary * once, asked])
-    return _Agreed(*_sum_over_world(figures, parts.mesh.group("world")))
-
-
-def _sum_over_world(figures: torch.Tensor, world: Group) -> tuple[float, float, float, bool]:
-    world.all_reduce(figures)
-    norm_squared, loss, balance, asked = figures.tolist()
-    return norm_squared, loss, balance, asked > 0
+            norm_squared += bucket.norm_squared()
+    asked = norm_squared.new_tensor(float(stop()))  # as late as can be: a signal during the step counts for it
+    once = float(parts.mesh.reports)
+    norm_squared_sum, loss, balance, stops = parts.mesh.sum_over_world(
+        norm_squared, totals.loss * once, totals.auxiliary * once, asked
+    )
+    return _Agreed(norm_squared_sum, loss, balance, stops > 0)

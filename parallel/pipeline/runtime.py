@@ -67,14 +67,15 @@ class PipelineRunner:
     _arrivals: dict[Action, tuple[torch.Tensor, Work]] = field(default_factory=dict)
     _ready: dict[Action, torch.Tensor] = field(default_factory=dict)
     _departures: dict[Action, torch.Tensor] = field(default_factory=dict)
-    _sends: deque[Work] = field(default_factory=deque)
+    _activation_sends: dict[int, Work] = field(default_factory=dict)
+    _gradient_sends: deque[Work] = field(default_factory=deque)
 
     def run(self, actions: list[Action], micro_batches: list[MicroBatch], seeds: Seeds | None) -> StageTotals:
         """Execute this rank's list over its micro-batches; without `seeds`, forward passes only and no gradients."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         totals = StageTotals(zero, zero.clone())
         receives: Iterator[Action] = (a for a in actions if a.kind in (Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT))
-        self._post(receives)
+        self._post_ahead(receives)
         do: dict[Kind, Callable[[Action], None]] = {
             Kind.FORWARD: lambda a: self._forward(a, micro_batches[a.micro_batch], seeds is not None, totals),
             Kind.BACKWARD: lambda a: self._backward(a, seeds),
@@ -85,8 +86,10 @@ class PipelineRunner:
         }
         for action in actions:
             do[action.kind](action)
-        while self._sends:
-            self._sends.popleft().wait()
+        for work in (*self._activation_sends.values(), *self._gradient_sends):
+            work.wait()
+        self._activation_sends.clear()
+        self._gradient_sends.clear()
         return totals
 
     def _forward(self, action: Action, batch: MicroBatch, differentiate: bool, totals: StageTotals) -> None:
@@ -122,9 +125,13 @@ class PipelineRunner:
             assert held.inputs.grad is not None
             self._departures[Action(Kind.SEND_GRADIENT, m)] = held.inputs.grad
 
-    def _post(self, receives: Iterator[Action]) -> None:
-        """Start the next receive of the list, one ahead of the pass that needs it, so that it runs beside the computation."""
-        action = next(receives, None)
+    def _post_ahead(self, receives: Iterator[Action]) -> None:
+        """On the CPU, start the next receive of the list ahead of the pass that needs it, so that it runs beside the computation.
+        On an accelerator a waiting receive would hold the stream or the cores that the computation before it needs."""
+        if self.device.type == "cpu":
+            self._post(next(receives, None))
+
+    def _post(self, action: Action | None) -> None:
         if action is None:
             return
         buffer = torch.empty(self.activation_shape, dtype=self.activation_dtype, device=self.device)
@@ -136,16 +143,22 @@ class PipelineRunner:
         self._arrivals[action] = (buffer, work)
 
     def _receive(self, action: Action, receives: Iterator[Action]) -> None:
+        if action not in self._arrivals:
+            self._post(next(receives))
         buffer, work = self._arrivals.pop(action)
         work.wait()
         self._ready[action] = buffer
-        self._post(receives)
+        if action.kind == Kind.RECEIVE_GRADIENT and action.micro_batch in self._activation_sends:
+            self._activation_sends.pop(action.micro_batch).wait()  # it must have arrived, or its gradient could not be here
+        self._post_ahead(receives)
 
     def _send(self, action: Action) -> None:
         tensor = self._departures.pop(action).contiguous()
         position = self.mesh.at("pipeline")
         if action.kind == Kind.SEND_ACTIVATION:
-            work = self.mesh.group("pipeline").send(tensor, position + 1, asynchronous=True)
-        else:
-            work = self.mesh.group("pipeline_back").send(tensor, position - 1, asynchronous=True)
-        self._sends.append(work)
+            self._activation_sends[action.micro_batch] = self.mesh.group("pipeline").send(tensor, position + 1, asynchronous=True)
+            return
+        # The stage before never waits for more than its own gradients to leave, so waiting for old ones here comes to an end.
+        while len(self._gradient_sends) > self.mesh.layout.pipeline:
+            self._gradient_sends.popleft().wait()
+        self._gradient_sends.append(self.mesh.group("pipeline_back").send(tensor, position - 1, asynchronous=True))

@@ -66,6 +66,27 @@ def in_place(c: Communicator) -> None:
     expect(whole, total)
 
 
+def waiting_again(c: Communicator) -> None:
+    # A finished work may be waited for again, and nothing of nothing is nothing.
+    whole = on_device(c, (2 * c.size,), torch.float32)
+    mine = whole[2 * c.rank : 2 * c.rank + 2]
+    work = c.world.reduce_scatter(mine, whole)
+    work.wait()
+    expect(mine, all_values(c.size, (2 * c.size,), torch.float32).sum(0)[2 * c.rank : 2 * c.rank + 2])
+    empty = torch.empty(0, device=c.device)
+    c.world.reduce_scatter(empty, empty.clone())
+    c.world.all_gather(empty, empty.clone())
+
+
+def sums_are_rounded_once(c: Communicator) -> None:
+    # 256 + 1 + 1 + ... in bfloat16: added one after the other, every 1 would be lost.
+    x = torch.full((4,), 256.0 if c.rank == 0 else 1.0, dtype=torch.bfloat16, device=c.device)
+    out = torch.empty(4 // 4, dtype=torch.bfloat16, device=c.device)
+    if c.size == 4:
+        c.world.reduce_scatter(out, x)
+        assert out.item() == torch.tensor(259.0).bfloat16().item()
+
+
 def uneven_all_to_all(c: Communicator) -> None:
     # Rank i sends (i + j) % 3 rows to rank j: uneven, and some of them none.
     n = c.size
@@ -123,6 +144,12 @@ class TestConformance:
 
     def test_in_place(self, backend: str, size: int) -> None:
         run(backend, size, in_place)
+
+    def test_waiting_again(self, backend: str, size: int) -> None:
+        run(backend, size, waiting_again)
+
+    def test_reduce_scatter_rounds_once(self, backend: str, size: int) -> None:
+        run(backend, size, sums_are_rounded_once)
 
     def test_uneven_all_to_all(self, backend: str, size: int) -> None:
         run(backend, size, uneven_all_to_all)

@@ -53,13 +53,20 @@ def test_help_lists_every_verb_and_every_recipe(capsys):
         (["train", "recipe=bench_dense", "parallel.tensor=3"], "model.heads=8 is not divisible by parallel.tensor=3"),
         (["train", "parallel.data=3"], "parallel.expert=2 must divide"),
         (["train", "model.moe.experts=3"], "give model.moe.experts=4"),
-        (["train", "model.heads=5", "model.kv_heads=5"], "model.hidden=195"),
+        (["train", "model.heads=5", "model.kv_heads=5"], "model.hidden=200"),
         (["train", "train.micro_batch=3"], "train.micro_batch=3 does not divide"),
-        (["train", "data.global_batch=5"], "give data.global_batch=6"),
+        (["train", "data.global_batch=5"], "give data.global_batch=8"),
         (["train", "parallel.pipeline=8"], "parallel.pipeline=4 or less"),
         (["train", "launch.workers=3"], "needs 4 ranks but the world has 3"),
         (["train", "launch.workers=8"], "needs 4 ranks but the world has 8"),
         (["train", "launch.nodes=3"], "launch.nodes=3 do not divide the 4 ranks"),
+        (["train", "launch.nodes=0"], "launch.nodes and launch.workers must be at least 1"),
+        (["train", "parallel.tensor=0"], "give parallel.tensor=1"),
+        (["train", "parallel.balance=3"], "give uniform or a list of 2 layer counts"),
+        (["train", "parallel.engine=fsdp"], "give parallel.engine=native"),
+        (["train", "parallel.virtual_stages=2"], "give parallel.virtual_stages=1"),
+        (["train", "model.initial_std=-1"], "e.g. model.initial_std=0.02"),
+        (["train", "train.compile=true", "comm.backend=simulated"], "give train.compile=false"),
         (["train", "launch.nodes=2"], "bagualu slurm"),
         (["train", "launch.nodes=2", "comm.backend=simulated"], "comm.backend=simulated runs in one process"),
         (["slurm", "comm.backend=simulated"], "comm.backend=simulated runs in one process"),
@@ -105,6 +112,14 @@ def test_a_run_is_not_overwritten(capsys, tmp_path):
 def test_a_run_does_not_go_on_with_another_model(capsys, tmp_path):
     words = ["train", a_run(tmp_path / "run"), "checkpoint.resume=true", "model.moe.experts=8"]
     assert "model.moe.experts=4 there, model.moe.experts=8 here" in refused(capsys, *words)
+
+
+def test_a_run_does_not_go_on_with_other_data_and_keeps_its_recipe(capsys, tmp_path):
+    words = ["train", a_run(tmp_path / "run"), "checkpoint.resume=true"]
+    before = (tmp_path / "run/config.yaml").read_text()
+    assert "data.global_batch=16 there, data.global_batch=32 here" in refused(capsys, *words, "data.global_batch=32")
+    assert "run.seed=0 there, run.seed=1 here" in refused(capsys, *words, "run.seed=1")
+    assert (tmp_path / "run/config.yaml").read_text() == before
 
 
 def test_a_directory_where_nothing_was_trained_yet_is_used(tmp_path):

@@ -71,3 +71,20 @@ def loss(communicator: Communicator, chunk: int) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_loss_is_that_of_the_whole_softmax(backend: str, size: int, chunk: int) -> None:
     run(backend, size, partial(loss, chunk=chunk))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_frequent_token_gets_its_whole_gradient_in_16_bits(dtype: torch.dtype) -> None:
+    """Added up in bfloat16, 2,048 ones stop at 256."""
+    weight = torch.zeros(3, HIDDEN, dtype=dtype, requires_grad=True)
+    weight.grad_dtype = torch.float32
+    vocabulary.embedding(torch.full((8, 256), 1), weight).backward(torch.ones(8, 256, HIDDEN, dtype=dtype))
+    assert torch.equal(weight.grad, torch.tensor([0.0, 2048.0, 0.0]).unsqueeze(1).expand(3, HIDDEN))
+
+
+def test_without_gradients_the_loss_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation must not pay for the head's gradients, which autograd reports as needed even under no_grad."""
+    x, weight = drawn(7, HIDDEN, seed=3), drawn(ROWS, HIDDEN, seed=4).requires_grad_()
+    monkeypatch.setattr(torch, "zeros_like", None)  # what the gradient of the weight would be made with
+    with torch.no_grad():
+        linear_cross_entropy(x, weight, torch.zeros(7, dtype=torch.int64), ROWS)

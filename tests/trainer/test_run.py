@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.inspect import verify
@@ -228,3 +230,13 @@ def test_a_nan_ends_the_run_on_all_ranks_and_the_checkpoint_is_from_before(
     recipe.checkpoint.resume = True
     run("simulated", 4, until, recipe, -1, 0)
     assert numbers(folder) == numbers(tmp_path / "straight")
+
+
+def with_own_seed(communicator: Communicator, recipe: Recipe) -> None:
+    mine = replace(recipe, run=replace(recipe.run, seed=communicator.rank))
+    whole_run.train(mine, communicator)
+
+
+def test_a_rank_with_another_recipe_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"rank 1 has another recipe than rank 0"):
+        run("simulated", 2, with_own_seed, recipe_in(tmp_path))

@@ -64,6 +64,11 @@ class ModelConfig:
         for name in ("layers", "hidden", "heads", "ffn", "vocab", "vocab_multiple"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in ("rope_theta", "norm_epsilon", "initial_std"):
+            if getattr(self, name) <= 0:
+                raise RecipeError(
+                    f"model.{name}={getattr(self, name)} must be positive, e.g. model.{name}={getattr(ModelConfig, name)}"
+                )
         if self.hidden % self.heads:
             raise RecipeError(f"model.hidden={self.hidden} is not divisible by model.heads={self.heads}; "
                               f"give model.hidden={-(-self.hidden // (2 * self.heads)) * 2 * self.heads}")  # fmt: skip

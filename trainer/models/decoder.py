@@ -6,11 +6,10 @@ Shapes: B micro-batch, S sequence, H hidden, V vocabulary.
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bagualu.parallel.vocabulary import linear_cross_entropy
+from bagualu.parallel.vocabulary import embedding, linear_cross_entropy
 from bagualu.trainer.models.config import ModelConfig
 from bagualu.trainer.models.layers import Attention, FeedForward, Linear, RMSNorm
 from bagualu.trainer.models.moe import MixtureOfExperts
@@ -21,7 +20,7 @@ class Embedding(Linear):
 
     def __init__(self, vocabulary: int, hidden: int) -> None:
         super().__init__(hidden, vocabulary)
-        self.lookup = F.embedding
+        self.lookup = embedding
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B, S] -> [B, S, H]"""
