@@ -36,6 +36,10 @@ def _run(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
         from bagualu.launch.show import show_recipe
 
         return show_recipe(request)
+    if request.verb == "checkpoint":
+        from bagualu.launch.checkpoint import checkpoint
+
+        return checkpoint(request)
     if request.verb == "slurm":
         from bagualu.launch.slurm import slurm
 

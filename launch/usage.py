@@ -6,7 +6,11 @@ from importlib.resources import files
 
 from bagualu.comm.errors import RecipeError
 
-VERBS = {"train": "train on this machine", "slurm": "write a SLURM batch script and submit it"}
+VERBS = {
+    "train": "train on this machine",
+    "slurm": "write a SLURM batch script and submit it",
+    "checkpoint": "list the checkpoints of a run, or read them through",
+}
 
 _HELP = """\
 bagualu: train large models in parallel
@@ -66,6 +70,12 @@ options:
   --json      print one JSON document on stdout, all else on stderr
   -h, --help  this page"""
 
+_CHECKPOINT = """\
+usage: bagualu checkpoint list|verify RUN_DIR [--json]
+
+list    steps, sizes, the layout that wrote them, and what a quick look at every file finds wrong
+verify  the same after reading and checking every byte; exit code 1 when anything is damaged"""
+
 
 @dataclass
 class Request:
@@ -115,7 +125,9 @@ def read(arguments: list[str]) -> Request:
 def page(verb: str) -> str:
     """The help page of a verb, or of all of them for an empty one."""
     if not verb:
-        return _HELP.format(verbs="\n".join(f"  {name:<8}{what}" for name, what in VERBS.items()))
+        return _HELP.format(verbs="\n".join(f"  {name:<12}{what}" for name, what in VERBS.items()))
+    if verb == "checkpoint":
+        return _CHECKPOINT
     return {"train": _TRAIN, "slurm": _SLURM}[verb].format(recipes="\n".join(_recipes()))
 
 

@@ -154,6 +154,9 @@ def test_the_commands_of_the_readme_are_valid(command):
     request = usage.read(words[1:])
     if request.help:
         return None
+    if request.verb == "checkpoint":
+        assert request.overrides[0] in ("list", "verify")
+        return None
     recipes = [recipe for _, recipe in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
     for recipe in recipes:
         preflight.check(recipe, recipe.world_size())
