@@ -6,6 +6,7 @@ from typing import Any
 
 from bagualu.comm.errors import RecipeError
 from bagualu.launch import usage
+from bagualu.launch.checkpoint import checkpoint
 from bagualu.trainer.outcome import DONE, FAILED, REFUSED
 
 
@@ -31,15 +32,13 @@ def _run(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
     if request.help:
         print(usage.page(request.verb))
         return DONE, None
+    if request.verb == "checkpoint":
+        return checkpoint(request)
     # Deferred, so that help needs neither Hydra nor, in the verbs, torch.
     if request.print_recipe:
         from bagualu.launch.show import show_recipe
 
         return show_recipe(request)
-    if request.verb == "checkpoint":
-        from bagualu.launch.checkpoint import checkpoint
-
-        return checkpoint(request)
     if request.verb == "slurm":
         from bagualu.launch.slurm import slurm
 
