@@ -6,10 +6,11 @@ work on a few large tensors, and a rank's part of the optimizer state is one con
 the flat layout is that of Megatron-LM's distributed optimizer).
 
 Gradients are kept in at least float32: sums over micro-batches and ranks do not lose what bfloat16 would round away. One
-micro-batch's own gradient is as accurate as the chip's matrix product; a compiled layer hands it over in the weight's dtype.
+micro-batch's own gradient is as accurate as the chip's matrix product, which kernels add straight into the bucket; a compiled layer
+hands it over in the weight's dtype.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -154,27 +155,33 @@ def _build(kind: BucketKind, members: list[tuple[str, torch.nn.Parameter]], mesh
 class GradientReducer:
     """Collects gradients of a step's micro-batches into the buckets, and starts reducing a bucket when its last one is in."""
 
-    def __init__(self, buckets: list[Bucket], mesh: Mesh) -> None:
+    def __init__(self, buckets: list[Bucket], mesh: Mesh, fused: bool = False) -> None:
+        """`fused`: kernels that know `gradient_sink` add their products straight into the bucket."""
         self.buckets = buckets
         self.mesh = mesh
-        self._fresh: set[int] = set()
+        self._sinks: list[GradientSink] = []
         for bucket in buckets:
             for entry in bucket.entries:
                 view = bucket.gradients[entry.start : entry.start + entry.parameter.numel()].view_as(entry.parameter)
-                entry.parameter.register_post_accumulate_grad_hook(self._collector(bucket, view))
+                sink = GradientSink(self, bucket, view)
+                entry.parameter.register_post_accumulate_grad_hook(sink.take)
+                if fused:
+                    entry.parameter.gradient_sink = sink  # type: ignore[attr-defined]
+                self._sinks.append(sink)
 
     def begin(self, micro_batches: int) -> None:
         """Before the first backward of a step whose parameters each see `micro_batches` backward passes."""
-        self._fresh = {id(entry.parameter) for bucket in self.buckets for entry in bucket.entries}
+        for sink in self._sinks:
+            sink.fresh = True
         for bucket in self.buckets:
             bucket.pending = len(bucket.entries) * micro_batches
 
     def finish(self) -> None:
         """After the last backward: when it returns, every bucket's shard_gradients hold the reduced gradient."""
+        for sink in self._sinks:
+            if sink.fresh:  # its parameter took no part in this step's loss
+                sink.view.zero_()
         for bucket in self.buckets:
-            for entry in bucket.entries:
-                if id(entry.parameter) in self._fresh:  # took no part in this step's loss
-                    bucket.gradients[entry.start : entry.start + entry.parameter.numel()].zero_()
             if bucket.pending or _waits_for_all(bucket):
                 self._reduce(bucket)
         for bucket in self.buckets:
@@ -182,17 +189,8 @@ class GradientReducer:
                 work.wait()
             bucket.work.clear()
 
-    def _collector(self, bucket: Bucket, view: torch.Tensor) -> "_Collector":
-        return _Collector(self, bucket, view)
-
-    def collect(self, bucket: Bucket, view: torch.Tensor, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        if id(parameter) in self._fresh:
-            self._fresh.discard(id(parameter))
-            view.copy_(parameter.grad)
-        else:
-            view.add_(parameter.grad)
-        parameter.grad = None
+    def count(self, bucket: Bucket) -> None:
+        """One parameter's gradient of one micro-batch is in."""
         bucket.pending -= 1
         if bucket.pending == 0 and not _waits_for_all(bucket):
             self._reduce(bucket)
@@ -208,16 +206,42 @@ class GradientReducer:
             bucket.work.append(bucket.group.all_reduce(bucket.gradients, asynchronous=True))
 
 
-@dataclass(frozen=True)
-class _Collector:
-    """The hook of one parameter; keeps its place in the bucket."""
+@dataclass
+class GradientSink:
+    """Where one parameter's gradient goes: its place in the bucket, `view`, in the parameter's shape."""
 
     reducer: GradientReducer
     bucket: Bucket
     view: torch.Tensor
+    fresh: bool = False
+    """Whether nothing of this step is in it yet."""
 
-    def __call__(self, parameter: torch.Tensor) -> None:
-        self.reducer.collect(self.bucket, self.view, parameter)
+    def take(self, parameter: torch.Tensor) -> None:
+        """The parameter's hook: move what autograd has accumulated; nothing where `add_products` has taken it."""
+        if parameter.grad is None:
+            return
+        if self.fresh:
+            self.view.copy_(parameter.grad)
+        else:
+            self.view.add_(parameter.grad)
+        parameter.grad = None
+        self._counted()
+
+    def add_products(self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
+        """Add the gradient of a matrix, left @ right, or of each of the matrices [E, O, I] in turn; no copy, nothing rounded."""
+        views = self.view.unsqueeze(0) if self.view.ndim == 2 else self.view
+        for view, left, right in zip(views, lefts, rights, strict=True):
+            if left.dtype == view.dtype:
+                torch.addmm(view, left, right, beta=0 if self.fresh else 1, out=view)
+            elif self.fresh:
+                view.copy_(left @ right)
+            else:
+                view.add_(left @ right)
+        self._counted()
+
+    def _counted(self) -> None:
+        self.fresh = False
+        self.reducer.count(self.bucket)
 
 
 def _waits_for_all(bucket: Bucket) -> bool:

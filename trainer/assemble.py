@@ -72,7 +72,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
         runner=runner,
         actions=schedule[mesh.at("pipeline")],
         buckets=buckets,
-        reducer=GradientReducer(buckets, mesh),
+        reducer=GradientReducer(buckets, mesh, fused=not recipe.train.compile),
         optimizer=ShardedAdamW(buckets, recipe.optim),
         scaler=LossScaler.for_dtype(recipe.train.dtype),
         device=communicator.device,

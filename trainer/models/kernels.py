@@ -6,11 +6,13 @@ Matrix multiplications run in `multiply_dtype`, sums of gradients in at least fl
 input are one operation: the input is kept and widened once, and its gradient is accumulated in place.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from bagualu.parallel.data import GradientSink
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 
@@ -27,6 +29,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, wide: bool, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(x, *weights)
+        ctx.sinks = [getattr(weight, "gradient_sink", None) for weight in weights]
         dtype = multiply_dtype(weights[0])
         rows = x.to(dtype)
         return tuple(F.linear(rows, weight.to(dtype)).to(dtype if wide else weight.dtype) for weight in weights)
@@ -38,9 +41,9 @@ class _Linears(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         grad_x: torch.Tensor | None = None
         grad_weights = []
-        for grad, weight in zip(grads, weights, strict=True):
+        for grad, weight, sink in zip(grads, weights, ctx.sinks, strict=True):
             columns = grad.reshape(-1, grad.shape[-1]).to(dtype)
-            grad_weights.append((columns.T @ rows).to(accurate_dtype(weight.dtype)))
+            grad_weights.append(_weight_gradient(sink, weight, [columns.T], [rows]))
             if ctx.needs_input_grad[1]:
                 widened = weight.to(dtype)
                 grad_x = columns @ widened if grad_x is None else grad_x.addmm_(columns, widened)
@@ -57,7 +60,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.counts = counts
+        ctx.counts, ctx.sink = counts, getattr(weight, "gradient_sink", None)
         dtype = multiply_dtype(x)
         output = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
         for rows, out, expert in zip(x.split(counts), output.split(counts), weight, strict=True):
@@ -69,13 +72,21 @@ class _GroupedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dtype = multiply_dtype(x)
         grad_x = torch.empty_like(x, dtype=dtype)
-        grad_weight = torch.empty_like(weight, dtype=accurate_dtype(weight.dtype))
-        parts = zip(x.split(ctx.counts), grads[0].split(ctx.counts), grad_x.split(ctx.counts), weight, grad_weight, strict=True)
-        for rows, grad, grad_rows, expert, grad_expert in parts:
-            wide = grad.to(dtype)
-            torch.mm(wide, expert.to(dtype), out=grad_rows)
-            grad_expert.copy_(wide.T @ rows.to(dtype))
-        return grad_x.to(x.dtype), grad_weight, None
+        rows, columns = x.to(dtype).split(ctx.counts), grads[0].to(dtype).split(ctx.counts)
+        for grad, grad_rows, expert in zip(columns, grad_x.split(ctx.counts), weight, strict=True):
+            torch.mm(grad, expert.to(dtype), out=grad_rows)
+        return grad_x.to(x.dtype), _weight_gradient(ctx.sink, weight, [grad.T for grad in columns], rows), None
+
+
+def _weight_gradient(
+    sink: GradientSink | None, weight: torch.Tensor, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]
+) -> torch.Tensor | None:
+    """left @ right, for each expert in turn where `weight` has several; None when the weight's bucket has taken it."""
+    if sink is not None:
+        sink.add_products(lefts, rights)
+        return None
+    products = [(left @ right).to(accurate_dtype(weight.dtype)) for left, right in zip(lefts, rights, strict=True)]
+    return torch.stack(products).view(weight.shape)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
