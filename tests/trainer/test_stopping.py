@@ -1,6 +1,5 @@
 """The flag that a signal sets."""
 
-import os
 import signal
 
 import pytest
@@ -10,7 +9,8 @@ from bagualu.trainer.stopping import STOP_SIGNALS, StopRequest
 
 @pytest.fixture
 def handlers():
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    """Signals as a plain shell leaves them, whatever started the tests (nohup ignores SIGHUP)."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -21,17 +21,17 @@ def test_a_signal_sets_the_flag_and_no_more(handlers, number):
     stop = StopRequest()
     stop.install()
     assert not stop()
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)
     assert stop()
 
 
 def test_a_second_ctrl_c_interrupts(handlers):
     stop = StopRequest()
     stop.install()
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_signal_that_came_while_blocked_counts(handlers):
@@ -46,5 +46,5 @@ def test_an_ignored_signal_stays_ignored(handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = StopRequest()
     stop.install()
-    os.kill(os.getpid(), signal.SIGHUP)
+    signal.raise_signal(signal.SIGHUP)
     assert not stop()
