@@ -5,8 +5,7 @@ from typing import Any
 
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.layout import Layout
-
-SCHEDULES = ("gpipe", "1f1b")
+from bagualu.parallel.pipeline.schedule import SCHEDULES
 
 
 @dataclass

@@ -60,6 +60,8 @@ _WARMUP = {
     "1f1b": lambda stages, stage, micro_batches: stages - 1 - stage,
 }
 
+SCHEDULES = tuple(_WARMUP)
+
 
 def _one_stage(warmup: int, micro_batches: int) -> list[Action]:
     actions = [Action(Kind.FORWARD, m) for m in range(warmup)]

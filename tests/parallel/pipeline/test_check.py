@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bagualu.parallel.config import SCHEDULES
 from bagualu.parallel.pipeline.check import ScheduleError, check
 from bagualu.parallel.pipeline.draw import start_times
-from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule, compute_schedule, with_messages
+from bagualu.parallel.pipeline.schedule import SCHEDULES, Action, Kind, Schedule, compute_schedule, with_messages
 
 GRID = [(stages, micro_batches) for stages in (1, 2, 3, 4, 8) for micro_batches in (1, 2, 3, 4, 7, 8, 16)]
 
