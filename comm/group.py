@@ -1,11 +1,12 @@
 """`Group`: a set of ranks and its collectives, the same on every backend."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
 
 from bagualu.comm.backend import Backend, ReduceOp, Transport, Work, backend_class
+from bagualu.comm.monitor import Monitor
 from bagualu.comm.world import World
 
 _HOST = torch.device("cpu")
@@ -16,6 +17,20 @@ class Done:
 
     def wait(self) -> None:
         return None
+
+
+@dataclass
+class _Watched:
+    """A communication under way whose waiting is seen."""
+
+    work: Work
+    what: str
+    monitor: Monitor
+
+    def wait(self) -> None:
+        self.monitor.waits(self.what)
+        self.work.wait()
+        self.monitor.waits(None)
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class Group:
     transport: Transport | None
     device: torch.device = _HOST
     """Where the tensors of its collectives live."""
+    monitor: Monitor = field(default_factory=Monitor, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -42,7 +58,7 @@ class Group:
         self._check(tensor)
         if self.transport is None:
             return Done()
-        return _finish(self.transport.all_reduce(tensor, op), asynchronous)
+        return self._finish(self.transport.all_reduce(tensor, op), "all_reduce", asynchronous)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
         """output [size * n, ...]: the members' inputs [n, ...] one after the other."""
@@ -53,7 +69,7 @@ class Group:
         if self.transport is None:
             output.view(-1).copy_(input.view(-1))
             return Done()
-        return _finish(self.transport.all_gather(output, input), asynchronous)
+        return self._finish(self.transport.all_gather(output, input), "all_gather", asynchronous)
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
         """output [n, ...]: this member's slice of the sum of the inputs [size * n, ...]."""
@@ -64,7 +80,7 @@ class Group:
         if self.transport is None:
             output.view(-1).copy_(input.view(-1))
             return Done()
-        return _finish(self.transport.reduce_scatter(output, input), asynchronous)
+        return self._finish(self.transport.reduce_scatter(output, input), "reduce_scatter", asynchronous)
 
     def all_to_all(
         self,
@@ -84,29 +100,35 @@ class Group:
         if self.transport is None:
             output.copy_(input)
             return Done()
-        return _finish(self.transport.all_to_all(output, input, output_splits, input_splits), asynchronous)
+        return self._finish(self.transport.all_to_all(output, input, output_splits, input_splits), "all_to_all", asynchronous)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0, asynchronous: bool = False) -> Work:
         """In place: every member gets what position `source` holds."""
         self._check(tensor)
         if self.transport is None:
             return Done()
-        return _finish(self.transport.broadcast(tensor, self._position(source)), asynchronous)
+        return self._finish(self.transport.broadcast(tensor, self._position(source)), "broadcast", asynchronous)
 
     def send(self, tensor: torch.Tensor, destination: int, asynchronous: bool = False) -> Work:
         """To position `destination`. Messages of one pair and direction arrive in order."""
         self._check(tensor)
-        return _finish(self._peer(destination).send(tensor, destination), asynchronous)
+        return self._finish(self._peer(destination).send(tensor, destination), "send", asynchronous)
 
     def receive(self, tensor: torch.Tensor, source: int, asynchronous: bool = False) -> Work:
         """In place, from position `source`."""
         self._check(tensor)
-        return _finish(self._peer(source).receive(tensor, source), asynchronous)
+        return self._finish(self._peer(source).receive(tensor, source), "receive", asynchronous)
 
     def barrier(self) -> None:
         """Return when every member has come here."""
         if self.transport is not None:
-            self.transport.barrier().wait()
+            self._finish(self.transport.barrier(), "barrier", asynchronous=False)
+
+    def _finish(self, work: Work, what: str, asynchronous: bool) -> Work:
+        watched = _Watched(work, f"{what} in {self.name}", self.monitor)
+        if not asynchronous:
+            watched.wait()
+        return watched
 
     def _peer(self, position: int) -> Transport:
         if self.transport is None or self._position(position) == self.rank:
@@ -138,11 +160,12 @@ class Group:
 class Communicator:
     """One rank's way to all groups. Close it when done."""
 
-    def __init__(self, backend: Backend, world: World) -> None:
+    def __init__(self, backend: Backend, world: World, monitor: Monitor | None = None) -> None:
         self.backend = backend
         self.rank = world.rank
         self.size = world.size
         self.device = backend.device
+        self.monitor = monitor or Monitor()
         self.one_process = world.hub is not None
         """Whether all ranks are threads of this process."""
         self.world = self.group(tuple(range(world.size)), "world")
@@ -151,18 +174,15 @@ class Communicator:
         """The group of `ranks` (this rank among them). All of them call this, in the same order."""
         position = ranks.index(self.rank)
         transport = self.backend.transport(ranks, name) if len(ranks) > 1 else None
-        return Group(name, ranks, position, transport, self.device)
+        return Group(name, ranks, position, transport, self.device, self.monitor)
 
     def close(self) -> None:
         self.backend.close()
 
 
-def connect(backend: str, world: World, timeout_seconds: float = 600.0) -> Communicator:
-    """Join the world with the named backend. Raises RecipeError for an unknown one or one this machine cannot run."""
-    return Communicator(backend_class(backend)(world, timeout_seconds), world)
+def connect(backend: str, world: World, timeout_seconds: float = 600.0, monitor: Monitor | None = None) -> Communicator:
+    """Join the world with the named backend, watched by `monitor`.
 
-
-def _finish(work: Work, asynchronous: bool) -> Work:
-    if not asynchronous:
-        work.wait()
-    return work
+    Raises RecipeError for a backend that is unknown or that this machine cannot run.
+    """
+    return Communicator(backend_class(backend)(world, timeout_seconds), world, monitor)

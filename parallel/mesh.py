@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from bagualu.comm.group import Communicator, Group
+from bagualu.comm.monitor import Monitor
 from bagualu.parallel.layout import Layout
 
 
@@ -40,6 +41,11 @@ class Mesh:
 
     def group(self, axis: str) -> Group:
         return self.groups[axis]
+
+    @property
+    def monitor(self) -> Monitor:
+        """What this rank is doing."""
+        return self.group("world").monitor
 
     def at(self, axis: str) -> int:
         """This rank's coordinate on `axis`."""

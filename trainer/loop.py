@@ -102,7 +102,10 @@ class Loop:
     def _validation(self, step: int) -> Validation | None:
         train = self.parts.recipe.train
         due = step == train.steps or (train.validate_every and step % train.validate_every == 0)
-        return validate(self.parts) if due else None
+        if not due:
+            return None
+        self.parts.mesh.monitor.at("validate")
+        return validate(self.parts)
 
     def _save(self, step: int) -> None:
         if self._saved_step != step:

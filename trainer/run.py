@@ -26,10 +26,13 @@ from bagualu.trainer.sinks import JsonlSink, Sink, WandbSink
 from bagualu.trainer.state import CHECKPOINTS, load_state
 
 
-def train(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def train(
+    recipe: Recipe, communicator: Communicator, stop: Callable[[], bool] = lambda: False, scratch: Path | None = None
+) -> dict[str, Any]:
     """Train to `train.steps`, or until `stop()` is true on any rank; returns the summary, the same on every rank.
 
     `stop` is asked once a step; a stopped run has saved a checkpoint. Rank 0 writes metrics.jsonl and summary.json.
+    `scratch`: a folder in memory that this node's ranks share and that outlives them, not the launcher; None: there is none.
     Raises RecipeError, CheckpointError, CommunicationError, and DivergedError when loss or gradient stop being finite.
     """
     started = time.perf_counter()
@@ -80,6 +83,7 @@ def _resume(parts: Parts) -> tuple[int, Path | None]:
                     f"rank {rank} has another {what} than rank 0 ({value} and {seen[0][what]}); give every rank the same "
                     f"recipe, data.source, Python version and a run.dir on a disk that all nodes share"
                 )
+    parts.mesh.monitor.at("load")
     return (load_state(parts, newest), newest) if newest else (0, None)
 
 

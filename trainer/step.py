@@ -34,21 +34,26 @@ class StepResult:
 
 def train_step(parts: Parts, step: int, stop: Callable[[], bool] = lambda: False) -> StepResult:
     """Do step `step` (from 0). `stop` says whether this rank has been asked to stop; the ranks agree on it here."""
-    recipe = parts.recipe
+    recipe, monitor = parts.recipe, parts.mesh.monitor
+    monitor.step = step + 1
+    monitor.at("data")
     micro_batches = local_micro_batches(parts, step)
     tokens = _count_tokens(parts, micro_batches)
     lr = learning_rate(recipe.optim, step, recipe.train.steps)
 
     parts.reducer.begin(len(micro_batches))
     totals = parts.runner.run(parts.actions, micro_batches, _seeds(parts, tokens))
+    monitor.at("reduce")
     parts.reducer.finish()
 
+    monitor.at("agree")
     agreed = _agree(parts, totals, stop)
     norm = agreed.norm_squared**0.5 / parts.scaler.scale
     committed = math.isfinite(norm) and math.isfinite(agreed.loss)
     if committed:
         clip = recipe.optim.clip_norm
         factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+        monitor.at("optimizer")
         parts.optimizer.step(lr, factor / parts.scaler.scale)
         parts.updates += 1
     parts.scaler.update(committed)

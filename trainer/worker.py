@@ -3,6 +3,7 @@
 import pkgutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from bagualu.comm.group import Communicator, connect
@@ -12,14 +13,16 @@ from bagualu.trainer.outcome import Failure, failure
 from bagualu.trainer.stopping import StopRequest
 
 TRAIN = "bagualu.trainer.run:train"
-"""What a rank runs, as "module:function": (recipe, communicator, stop) -> summary."""
+"""What a rank runs, as "module:function": (recipe, communicator, stop, scratch) -> summary."""
 
 Report = Callable[[Failure], None]
 """Told why a rank cannot go on, before the exception leaves it."""
 
 
-def work(recipe: Recipe, world: World, stop: StopRequest, report: Report, entrypoint: str = TRAIN) -> dict[str, Any]:
-    """Join the world and train; the run's summary.
+def work(
+    recipe: Recipe, world: World, stop: StopRequest, report: Report, entrypoint: str = TRAIN, scratch: Path | None = None
+) -> dict[str, Any]:
+    """Join the world and train; the run's summary. `scratch` as in `trainer.run.train`.
 
     Only a rank that has joined takes a signal for a request to stop; before, there is nothing to save.
     A rank that fails does not close its connection: that could wait for the very peers that are gone, and the end of its
@@ -31,17 +34,22 @@ def work(recipe: Recipe, world: World, stop: StopRequest, report: Report, entryp
         report(failure(world.rank, "connect", error, time.time()))
         raise
     stop.install()
-    summary = train(recipe, communicator, stop, report, entrypoint)
+    summary = train(recipe, communicator, stop, report, entrypoint, scratch)
     communicator.close()
     return summary
 
 
 def train(
-    recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], report: Report, entrypoint: str = TRAIN
+    recipe: Recipe,
+    communicator: Communicator,
+    stop: Callable[[], bool],
+    report: Report,
+    entrypoint: str = TRAIN,
+    scratch: Path | None = None,
 ) -> dict[str, Any]:
     """Train on a rank that is connected; the run's summary."""
     try:
-        summary: dict[str, Any] = pkgutil.resolve_name(entrypoint)(recipe, communicator, stop)
+        summary: dict[str, Any] = pkgutil.resolve_name(entrypoint)(recipe, communicator, stop, scratch)
     except Exception as error:
         report(failure(communicator.rank, "train", error, time.time()))
         raise

@@ -59,10 +59,12 @@ def save(
     begun = broadcast_json(_attempt(_begin, root, step) if group.rank == 0 else None, group, device)
     _raise_first(step, [begun], group)
     temporary = root / begun["done"]
+    group.monitor.at("write")
     shard = temporary / f"rank-{group.ranks[group.rank]:05d}.safetensors"
     reports = gather_json(_attempt(write_shard, shard, pieces), group, device)
     failed = any("error" in report for report in reports)
     outcome = None
+    group.monitor.at("commit")
     if group.rank == 0 and not failed:
         outcome = _attempt(_commit, temporary, step, metadata, group, [report["done"] for report in reports])
     if group.rank == 0 and (failed or "error" in (outcome or {})):
@@ -70,6 +72,7 @@ def save(
     outcome = broadcast_json(outcome, group, device)
     _raise_first(step, reports if failed else [outcome], group)
     final = root / step_name(step)
+    group.monitor.at("prune")
     if group.rank == 0:
         _prune_or_warn(root, keep, final)
     return final

@@ -94,6 +94,7 @@ class PipelineRunner:
 
     def _forward(self, action: Action, batch: MicroBatch, differentiate: bool, totals: StageTotals) -> None:
         m = action.micro_batch
+        self.mesh.monitor.at("forward")
         if self.mesh.first_stage:
             inputs = batch.inputs
         else:
@@ -111,6 +112,7 @@ class PipelineRunner:
     def _backward(self, action: Action, seeds: Seeds | None) -> None:
         assert seeds is not None, "a schedule with backward passes needs seeds"
         m = action.micro_batch
+        self.mesh.monitor.at("backward")
         held = self._held.pop(m)
         if self.mesh.last_stage:
             gradient = torch.full_like(held.output, seeds.loss)

@@ -17,7 +17,7 @@ from bagualu.comm.group import Communicator
 from bagualu.trainer.config import Recipe
 
 
-def train(recipe: Recipe, communicator: Communicator, stop: Any) -> dict[str, Any]:
+def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None) -> dict[str, Any]:
     folder, rank, step = Path(recipe.run.dir), communicator.rank, 0
     stopping = torch.zeros(1)
     (folder / f"rank-{rank}.json").write_text(json.dumps(_about()))
