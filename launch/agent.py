@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch._C._distributed_c10d import Store
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, MultiprocessContext
@@ -157,7 +158,7 @@ class Agent(LocalElasticAgent):
             self._end_spares(worker_group)
         if result.state == WorkerState.SUCCEEDED:
             self.summary = result.return_values[min(result.return_values)]
-            if not self.stop_asked and board.regrouping(worker_group.store):
+            if not self.stop_asked and board.regrouping(self._round_store):
                 self._remaining_restarts = 1
                 return RunResult(WorkerState.UNHEALTHY)
         return result
@@ -216,8 +217,8 @@ class Agent(LocalElasticAgent):
         assert isinstance(self._pcontext, MultiprocessContext)
         done = self._pcontext._return_values
         if training and all(worker.local_rank in done for worker in training):
-            board.say_trained(worker_group.store, done[training[0].local_rank])
-        if (summary := board.trained(worker_group.store)) is not None:
+            board.say_trained(self._round_store, done[training[0].local_rank])
+        if (summary := board.trained(self._round_store)) is not None:
             member.release(self.told.scratch, summary)
 
     # Ending it
@@ -227,7 +228,7 @@ class Agent(LocalElasticAgent):
             if self.stop_asked:
                 return
             assert self._pcontext is not None
-            board.ask_to_regroup(worker_group.store)
+            board.ask_to_regroup(self._round_store)
             self._signal_workers(signal.SIGTERM)
             self._pcontext.wait(REGROUP_SECONDS, period=0.05)
         self.generation += 1
@@ -235,6 +236,13 @@ class Agent(LocalElasticAgent):
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
         super()._shutdown(signal.SIGKILL, timeout)  # whoever lives still has had the chance to save
+
+    @property
+    def _round_store(self) -> Store:
+        """Shared with the agents of this generation."""
+        store: Any = self._worker_group.store
+        assert isinstance(store, Store)
+        return store
 
     def _processes(self) -> list[Any]:
         assert isinstance(self._pcontext, MultiprocessContext)

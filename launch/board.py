@@ -5,7 +5,7 @@ import json
 import time
 from typing import Any
 
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 
 _ENDING, _READ = "ending", "ending/read"
 _REGROUP, _TRAINED = "bagualu/regroup", "bagualu/trained"
