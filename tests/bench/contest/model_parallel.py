@@ -94,7 +94,10 @@ class _SplitAdamW:
         squares = torch.zeros(2)  # of the parameters every process holds, and of the split ones
         for parameter, master, split in zip(self.parameters, self.masters, self.split, strict=True):
             assert parameter.grad is not None
-            master.grad = _local(parameter.grad).float()
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor):  # it may still be a partial sum
+                gradient = gradient.redistribute(placements=parameter.placements)
+            master.grad = _local(gradient).float()
             squares[int(split)] += master.grad.square().sum()
             parameter.grad = None
         dist.all_reduce(squares[1:])
