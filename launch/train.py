@@ -1,6 +1,7 @@
 """`bagualu train`: check the recipe, start the workers here, say how it ended. Free of torch until workers must start."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ def _run(recipe: Recipe, overrides: list[str], entrypoint: str, quiet_stdout: bo
     if not quiet_stdout:
         from bagualu.trainer.progress import next_commands, summary_text
 
-        following = next_commands(overrides, ended.summary["step"], ended.summary["steps"])
+        typed = "bagualu" if shutil.which("bagualu") else sys.argv[0]  # an environment that is not activated is not on the PATH
+        following = next_commands(overrides, ended.summary["step"], ended.summary["steps"], typed)
         print(summary_text(ended.summary, following))
     return STOPPED if ended.summary["ended"] == "stopped" else DONE, ended.summary
 
