@@ -1,6 +1,7 @@
 """One run on this machine, from a recipe that has been checked to its exit code. Free of torch until workers must start."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,8 @@ def run(
     if ended.speaks and not quiet_stdout:
         from bagualu.trainer.progress import next_commands, summary_text
 
-        following = next_commands(overrides, ended.summary["step"], ended.summary["steps"])
+        typed = "bagualu" if shutil.which("bagualu") else sys.argv[0]  # an environment that is not activated is not on the PATH
+        following = [] if meeting else next_commands(overrides, ended.summary["step"], ended.summary["steps"], typed)
         print(summary_text(ended.summary, following))
     return STOPPED if ended.summary["ended"] == "stopped" else DONE, ended.summary
 
