@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from bagualu.comm.checks import refuse_unused, require_at_least
 from bagualu.comm.errors import RecipeError
 
 
@@ -42,16 +43,7 @@ class RestartConfig:
     (restart.elastic=true) or fails."""
 
     def validate(self) -> None:
-        if self.limit < 0:
-            raise RecipeError(f"restart.limit={self.limit} must be 0 or more, e.g. restart.limit=3")
-        if self.backoff_seconds < 0:
-            raise RecipeError(f"restart.backoff_seconds={self.backoff_seconds} must be 0 or more, e.g. restart.backoff_seconds=1")
-        if self.same_step_limit < 1:
-            raise RecipeError(f"restart.same_step_limit={self.same_step_limit} must be at least 1, e.g. restart.same_step_limit=2")
-        if self.min_workers < 1:
-            raise RecipeError(f"restart.min_workers={self.min_workers} must be at least 1, e.g. restart.min_workers=1")
-        if self.min_workers > 1 and not self.elastic:
-            raise RecipeError(f"restart.min_workers={self.min_workers} says how few ranks an elastic run may go on with; "
-                              f"give restart.elastic=true too, or leave it out")  # fmt: skip
-        if self.wait_seconds < 1:
-            raise RecipeError(f"restart.wait_seconds={self.wait_seconds} must be at least 1, e.g. restart.wait_seconds=300")
+        require_at_least(0, "restart", self, "limit", "backoff_seconds")
+        require_at_least(1, "restart", self, "same_step_limit", "min_workers", "wait_seconds")
+        if not self.elastic:
+            refuse_unused("restart", self, ["min_workers"], "restart.elastic=false")
