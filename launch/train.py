@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.launch import forkserver
 from bagualu.launch.sweep import jobs
@@ -27,10 +28,12 @@ def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
         preflight.workers_per_node(recipe)
         preflight.check(recipe, recipe.world_size())
         preflight.check_machine(recipe)
+        run_lock.refuse_if_held(Path(recipe.run.dir))
         preflight.check_run_directory(recipe)
     code, documents = DONE, []
     for overrides, recipe in todo:
-        code, document = _run(recipe, overrides, entrypoint or _TRAIN, request.json)
+        with run_lock.hold(Path(recipe.run.dir)):
+            code, document = _run(recipe, overrides, entrypoint or _TRAIN, request.json)
         documents.append(document)
         if code != DONE:
             break
