@@ -17,6 +17,7 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.flops import matmul_ceiling, model_flops_per_token
@@ -38,6 +39,7 @@ def train(
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    fence = take_checkpoints(parts)
     first_step, resumed_from = _resume(parts)
     if finished := _finished(recipe, first_step):
         if communicator.rank == 0:
@@ -46,10 +48,12 @@ def train(
     ceiling = _ceiling(parts, communicator)
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
     sinks = _sinks(recipe, first_step) if communicator.rank == 0 else []
-    loop = Loop(parts, sinks, stop, flops_per_token / ceiling, resumed_from)
+    checkpoints = Checkpoints(parts, fence, resumed_from)
     try:
-        ending = loop.run(first_step)
+        ending = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints).run(first_step)
+        checkpoints.close()
     finally:
+        checkpoints.close(wait=False)
         for sink in sinks:
             sink.close()
     summary = {
