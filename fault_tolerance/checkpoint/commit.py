@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.fault_tolerance.checkpoint import format
-from bagualu.fault_tolerance.checkpoint.directory import delete, discard, set_aside
+from bagualu.fault_tolerance.checkpoint.directory import discard
 from bagualu.fault_tolerance.checkpoint.durable import durable_file, fsync_directory, write_all
 from bagualu.fault_tolerance.checkpoint.fence import Fence
 from bagualu.fault_tolerance.checkpoint.format import MANIFEST, CheckpointError, Manifest, StoredBox, StoredFile, StoredTensor
+from bagualu.fault_tolerance.checkpoint.manifest import encode
 
 
 def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest) -> None:
@@ -19,18 +20,15 @@ def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest) -> No
             raise CheckpointError(f"rank 0's node does not see {name} as it was written; "
                                   "put run.dir on storage that all nodes share")  # fmt: skip
     with durable_file(temporary / MANIFEST) as descriptor:
-        write_all(descriptor, format.encode(manifest))
+        write_all(descriptor, encode(manifest))
     fsync_directory(temporary)
     fence.check()
-    damaged = set_aside(final) if os.path.lexists(final) else None  # as was seen when the save began
     os.rename(temporary, final)
     try:
         fsync_directory(final.parent)
     except OSError:  # visible but perhaps not durable: take it back, so that "not saved" is true
         discard(final)
         raise
-    if damaged:
-        delete(damaged)
 
 
 def manifest_of(step: int, metadata: dict[str, Any], ranks: Sequence[int], reports: list[dict[str, Any]]) -> Manifest:

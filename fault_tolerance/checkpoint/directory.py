@@ -40,7 +40,7 @@ def discard(path: Path) -> None:
     Raises CheckpointError.
     """
     try:
-        doomed = set_aside(path)
+        doomed = doom(path)
         fsync_directory(path.parent)
         delete(doomed, ignore_errors=False)
     except OSError as error:
@@ -55,13 +55,13 @@ def clear_stale(root: Path) -> None:
     """
     for path in list(root.iterdir()):
         if path.name.startswith(SAVING):
-            path = set_aside(path)
+            path = doom(path)
         if path.name.startswith(_REMOVING):
             delete(path)
     fsync_directory(root)
 
 
-def set_aside(path: Path) -> Path:
+def doom(path: Path) -> Path:
     """Rename `path` to what no one takes for a checkpoint or for a save under way; the new name. Raises OSError."""
     doomed = path.with_name(f"{_REMOVING}{path.name.removeprefix(SAVING)}-{secrets.token_hex(4)}")
     os.rename(path, doomed)
@@ -69,7 +69,7 @@ def set_aside(path: Path) -> Path:
 
 
 def delete(path: Path, ignore_errors: bool = True) -> None:
-    """Delete what has been set aside: a directory, a file or a link. Raises OSError unless told to ignore it."""
+    """Delete what `doom` has renamed: a directory, a file or a link. Raises OSError unless told to ignore it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors)
     else:

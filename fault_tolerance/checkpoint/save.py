@@ -20,11 +20,10 @@ import torch
 
 from bagualu.comm.group import Group
 from bagualu.fault_tolerance.checkpoint.commit import commit, manifest_of
-from bagualu.fault_tolerance.checkpoint.directory import SAVING, delete, set_aside, temporary_for
+from bagualu.fault_tolerance.checkpoint.directory import SAVING, delete, doom, temporary_for
 from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, collect_json
 from bagualu.fault_tolerance.checkpoint.fence import Fence
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_name
-from bagualu.fault_tolerance.checkpoint.inspect import verify
 from bagualu.fault_tolerance.checkpoint.retention import prune
 from bagualu.fault_tolerance.checkpoint.shard import Piece, write_shard
 from bagualu.fault_tolerance.checkpoint.writer import Job, Outcome, Writer
@@ -86,7 +85,7 @@ class Saver:
         """Begin to save `step`; returns at once. The tensors must not change before `conclude` (or be a Snapshot's).
 
         The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON; that of
-        position 0 is written. A whole checkpoint of that step is refused, a damaged one gives way.
+        position 0 is written. A committed checkpoint is immutable: a step that is there already is refused.
         """
         if self._under_way is not None:
             raise ValueError(f"step {self._under_way.step} is still being saved; conclude it first")
@@ -148,7 +147,7 @@ class Saver:
         self.fence.check()
         if self.group.rank == 0:
             _clear_failed(temporary, self.fence)
-            if os.path.lexists(final) and not verify(final):
+            if os.path.lexists(final):
                 raise CheckpointError(f"{final} is there already and never overwritten; resume from it or remove it first")
         return write_shard(temporary / f"rank-{self.group.ranks[self.group.rank]:05d}.safetensors", pieces)
 
@@ -204,12 +203,12 @@ def _clear_failed(temporary: Path, fence: Fence) -> None:
     """Remove what failed saves of this start have left, but not `temporary`. Raises OSError."""
     for path in list(fence.root.glob(f"{SAVING}*-{fence.token}-*")):
         if path != temporary:
-            delete(set_aside(path))
+            delete(doom(path))
 
 
 def _remove_quietly(temporary: Path) -> None:
     """What is left of a failed save; what cannot be removed now is removed by the next one."""
     doomed = temporary
     with contextlib.suppress(OSError):
-        doomed = set_aside(temporary)
+        doomed = doom(temporary)
     delete(doomed)

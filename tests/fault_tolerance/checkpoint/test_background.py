@@ -196,22 +196,3 @@ def test_one_save_at_a_time(tmp_path):
         saver.start(2, rows_of(2, ALONE), {})
     saver.conclude()
     saver.close()
-
-
-def test_a_damaged_checkpoint_gives_way_to_a_whole_one_of_its_step_and_only_then(tmp_path, monkeypatch, save_step, left):
-    path = save_step(tmp_path, 20)[0]
-    shard = path / "rank-00000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    failing_once(monkeypatch, "write", 0, OSError(errno.EIO, "Input/output error"))
-    fence = Fence.take(tmp_path)
-    saver = Saver(fence, ALONE, keep=2)
-    saver.start(20, rows_of(20, ALONE), {"step": 20})
-    with pytest.raises(CheckpointError, match="Input/output error"):
-        saver.conclude()
-    assert latest(tmp_path) == path
-    assert content_problems(path) != []
-    saver.start(20, rows_of(20, ALONE), {"step": 20})
-    assert saver.conclude() == path
-    saver.close()
-    assert content_problems(path) == []
-    assert left(tmp_path) == [step_name(20)]
