@@ -18,7 +18,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.launch import member, rendezvous
 from bagualu.launch.agent import Agent, Killed, Left
-from bagualu.launch.board import Ending
+from bagualu.launch.board import LEAVE_SECONDS, Ending
 from bagualu.launch.meeting import Meeting
 from bagualu.launch.restart import Restarts, announcement, resuming
 from bagualu.launch.scratch import scratch
@@ -90,6 +90,9 @@ def _supervise(agent: Agent, ending: Ending) -> Ended:
         return Ended(failure=failure(0, "restart", error, time.time()))
     if result is None:
         return _said(ending.heard())
+    if agent.failure and agent.failure.kind == "peer" and result.is_failed() and agent.nodes > 1:
+        cause = ending.heard(LEAVE_SECONDS)  # here ranks only lost peers: the node that knows why says it
+        return _said(cause) if cause else Ended(failure=agent.failure)
     return Ended(failure=agent.failure) if result.is_failed() else Ended(agent.summary, speaks=agent.has_rank_0)
 
 
