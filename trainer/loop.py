@@ -8,6 +8,7 @@ from typing import Any
 
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.evaluate import Validation, validate
+from bagualu.trainer.replication import Replication
 from bagualu.trainer.sinks import Sink
 from bagualu.trainer.state import save_state
 from bagualu.trainer.step import StepResult, train_step
@@ -28,6 +29,7 @@ class Loop:
     sinks: Sequence[Sink]
     stop: Callable[[], bool]
     seconds_per_token_at_ceiling: float
+    replication: Replication | None = None
     checkpoint: Path | None = None
     """The newest checkpoint of this run; at first the one it was resumed from."""
     _saved_step: int = -1
@@ -50,6 +52,8 @@ class Loop:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
             for sink in self.sinks:
                 sink.write(record)
+            if self.replication:
+                self.replication.after_step(step)
             if every and step % every == 0:
                 self._save(step)
         if step > first_step:

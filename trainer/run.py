@@ -16,12 +16,14 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.flops import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.loop import Loop
 from bagualu.trainer.progress import Progress
+from bagualu.trainer.replication import Replication, open_replication
 from bagualu.trainer.sinks import JsonlSink, Sink, WandbSink
 from bagualu.trainer.state import CHECKPOINTS, load_state
 
@@ -38,7 +40,8 @@ def train(
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    first_step, resumed_from = _resume(parts)
+    replication = open_replication(parts, scratch)
+    first_step, resumed_from = _resume(parts, replication)
     if finished := _finished(recipe, first_step):
         if communicator.rank == 0:
             _write_summary(Path(recipe.run.dir), finished)
@@ -46,12 +49,14 @@ def train(
     ceiling = _ceiling(parts, communicator)
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
     sinks = _sinks(recipe, first_step) if communicator.rank == 0 else []
-    loop = Loop(parts, sinks, stop, flops_per_token / ceiling, resumed_from)
+    loop = Loop(parts, sinks, stop, flops_per_token / ceiling, replication, resumed_from)
     try:
         ending = loop.run(first_step)
     finally:
         for sink in sinks:
             sink.close()
+    if replication:
+        replication.replicas.remove()
     summary = {
         **ending,
         "steps": recipe.train.steps,
@@ -68,7 +73,7 @@ def train(
     return summary
 
 
-def _resume(parts: Parts) -> tuple[int, Path | None]:
+def _resume(parts: Parts, replication: Replication | None) -> tuple[int, Path | None]:
     """Steps already done, and the checkpoint that says so: the newest one where the recipe asks to resume and there is one.
 
     Rank 0 chooses; a rank that reads another recipe, other data or another disk is refused by name rather than trained with.
@@ -83,7 +88,13 @@ def _resume(parts: Parts) -> tuple[int, Path | None]:
                     f"rank {rank} has another {what} than rank 0 ({value} and {seen[0][what]}); give every rank the same "
                     f"recipe, data.source, Python version and a run.dir on a disk that all nodes share"
                 )
+    stored = step_of(newest) or 0 if newest else 0
+    replica = replication.newer_than(stored) if replication and parts.recipe.checkpoint.resume else None
+    if replication:
+        replication.replicas.start(replica[0] if replica else None)
     parts.mesh.monitor.at("load")
+    if replica:
+        return load_state(parts, replica[1]), newest
     return (load_state(parts, newest), newest) if newest else (0, None)
 
 

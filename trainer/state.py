@@ -19,17 +19,21 @@ _FINGERPRINT = "data fingerprint"
 
 def save_state(parts: Parts, step: int) -> Path:
     """Save the state after `step` steps under the run directory. Collective. Raises CheckpointError."""
-    recipe = parts.recipe
-    metadata = {
+    root, keep = Path(parts.recipe.run.dir) / CHECKPOINTS, parts.recipe.checkpoint.keep
+    about = metadata_of(parts, step)
+    return save(root, step, parts.optimizer.pieces(), about, parts.mesh.group("world"), keep, parts.device)
+
+
+def metadata_of(parts: Parts, step: int) -> dict[str, Any]:
+    """All of the state after `step` steps that is not in tensors, as plain JSON; the same on every rank."""
+    return {
         "step": step,
         "updates": parts.updates,
         "scaler": {"scale": parts.scaler.scale, "good_steps": parts.scaler.good_steps},
         "layout": {axis: parts.mesh.layout.size(axis) for axis in ("data", "tensor", "pipeline", "expert", "context")},
-        "dtype": recipe.train.dtype,
+        "dtype": parts.recipe.train.dtype,
         "identity": identity(parts),
     }
-    root = Path(recipe.run.dir) / CHECKPOINTS
-    return save(root, step, parts.optimizer.pieces(), metadata, parts.mesh.group("world"), recipe.checkpoint.keep, parts.device)
 
 
 def load_state(parts: Parts, path: Path) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint
 from bagualu.fault_tolerance.checkpoint.shard import Piece
-from bagualu.parallel.boxes import flat_range_to_boxes
+from bagualu.parallel.boxes import Box, flat_range_to_boxes
 from bagualu.parallel.data import Bucket, gather_weights
 from bagualu.trainer.optim.config import OptimConfig
 
@@ -53,6 +53,13 @@ class ShardedAdamW:
                 for kind, tensor in self._state(master):
                     for name, shape, offset, view in _boxes(bucket, tensor):
                         yield Piece(f"{kind}/{name}", shape, offset, view)
+
+    def reads(self) -> Iterator[tuple[str, Box]]:
+        """What `load` reads: names of global tensors and boxes of them."""
+        for bucket, master in zip(self.buckets, self.masters, strict=True):
+            for kind, tensor in self._state(master):
+                for name, _, offset, view in _boxes(bucket, tensor):
+                    yield f"{kind}/{name}", Box(offset, tuple(view.shape))
 
     def load(self, checkpoint: Checkpoint, updates: int) -> None:
         """Take this rank's part out of a checkpoint that any layout wrote, after `updates` updates."""
