@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.fault_tolerance.checkpoint import format
-from bagualu.fault_tolerance.checkpoint.directory import discard, list_checkpoints
+from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.fault_tolerance.checkpoint.format import MANIFEST, CheckpointError, Manifest, step_name
 from bagualu.fault_tolerance.replica.part import (
@@ -45,7 +45,7 @@ def _held(root: Path) -> list[dict[str, Any]]:
             try:
                 ranks.setdefault(origin_of(read_table(path, part)), []).append(part)
             except CheckpointError as error:
-                log.warning("replica: this copy is damaged and not used: %s", error)
+                log.warning("replica: this copy is not used: %s", error)
         found += [{"origin": asdict(origin), "ranks": held} for origin, held in ranks.items()]
     return found
 
@@ -73,7 +73,7 @@ class Replica:
         site = self.site
         site.group.monitor.at("replica-fetch")
         folder = site.root / step_name(self.step)
-        together(site.group, site.device, self._prepare, folder)
+        together(site.group, site.device, folder.mkdir, exist_ok=True)
         held = self._verified(folder)
         holders = self._holders(list(held))
         tables = self._tables({part: table for part, table in held.items() if holders[part][0] == site.group.rank})
@@ -84,13 +84,6 @@ class Replica:
         together(site.group, site.device, self._publish, manifest, folder, arriving)
         return folder
 
-    def _prepare(self, folder: Path) -> None:
-        """The leader: a folder that holds nothing but parts of this very save. Raises OSError, CheckpointError."""
-        if self.site.leads:
-            if any(_origin(folder, part) not in (None, self.origin) for part in parts_in(folder)):
-                discard(folder)
-            folder.mkdir(exist_ok=True)
-
     def _verified(self, folder: Path) -> dict[int, Manifest]:
         """Tables of the undamaged parts in `folder`, of those that are this rank's to look at: a node's ranks share them out."""
         beside, found = self.site.beside, {}
@@ -98,7 +91,7 @@ class Replica:
             try:
                 found[part] = verify_part(folder, part, self.origin)
             except CheckpointError as error:
-                log.warning("%s: this copy is damaged and not used: %s", self.name, error)
+                log.warning("%s: this copy is not used: %s", self.name, error)
         return found
 
     def _holders(self, own: list[int]) -> dict[int, list[int]]:
@@ -186,11 +179,3 @@ def shards_of(manifest: Manifest, wanted: Wanted) -> set[str]:
         for stored in manifest.tensors[name].boxes
         if stored.box.intersection(box)
     }
-
-
-def _origin(folder: Path, part: int) -> Origin | None:
-    """None for a part that is damaged."""
-    try:
-        return origin_of(read_table(folder, part))
-    except CheckpointError:
-        return None

@@ -41,13 +41,13 @@ def open_replicas(communicator: Communicator, folder: Path, per_node: int, run: 
     return Replicas(scratch, run, communicator.world, communicator.device)
 
 
-def keep(communicator: Communicator, folder: Path, per_node: int, *steps: int, run: str = "run") -> bool:
-    """A start of the run that begins anew and keeps these steps; whether replicas are still on."""
+def keep(communicator: Communicator, folder: Path, per_node: int, *steps: int, run: str = "run", way: int = 0) -> bool:
+    """A start of the run that begins anew and keeps these steps; whether replicas are still on. Each `way` has other values."""
     replicas = open_replicas(communicator, folder, per_node, run)
     replicas.start(None)
     for step in steps:
         communicator.monitor.step = step
-        replicas.keep(step, pieces(step, communicator.rank, communicator.size), {"step": step})
+        replicas.keep(step, pieces(step + way, communicator.rank, communicator.size), {"step": step, "way": way})
     return not replicas.off
 
 
@@ -71,12 +71,13 @@ def resume(communicator: Communicator, folder: Path, per_node: int, run: str = "
 
 
 def check(replica: Replica, communicator: Communicator) -> None:
-    mine = list(pieces(replica.step, communicator.rank, communicator.size))
-    path = replica.fetch([(piece.name, Box(piece.offset, tuple(piece.tensor.shape))) for piece in mine])
+    shapes = list(pieces(0, communicator.rank, communicator.size))
+    path = replica.fetch([(piece.name, Box(piece.offset, tuple(piece.tensor.shape))) for piece in shapes])
     checkpoint = Checkpoint(path)
     assert checkpoint.step == replica.step
     assert checkpoint.metadata["step"] == replica.step
-    for piece in mine:
+    way = checkpoint.metadata.get("way", 0)
+    for piece in pieces(replica.step + way, communicator.rank, communicator.size):
         out = torch.empty_like(piece.tensor)
         checkpoint.read(piece.name, piece.offset, out)
         assert torch.equal(out, piece.tensor)

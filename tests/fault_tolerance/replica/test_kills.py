@@ -73,6 +73,7 @@ def test_killed_at_every_call(tmp_path: Path, size: int, per_node: int, victim: 
             shutil.rmtree(folder / f"node-{lost}")
         (answer,) = set(map(repr, run("simulated", size, resume, folder, per_node)))
         assert answer in (("(30, [])",) if finished else ("(20, [])", "(30, [])")), (at, lost)
+        assert not list(folder.glob("node-*/replicas/.[rs]*ing-*"))  # nothing that the dead could still commit
         steps.add(answer)
         shutil.rmtree(folder)
         at += 1

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.replica import site
+from bagualu.fault_tolerance.replica import site, transfer
 from tests.fault_tolerance.replica.cluster import keep, open_replicas, pieces, resume
 from tests.harness import BACKENDS, run
 
@@ -100,7 +101,7 @@ def test_one_damaged_copy_is_not_used_and_is_replaced(tmp_path: Path, caplog: py
     ranks(4, keep, tmp_path, 2, 10, 20)
     flip(tmp_path / "node-0" / "replicas" / "step-00000020" / name, at)
     assert ranks(4, resume, tmp_path, 2) == [(20, [])] * 4
-    assert "this copy is damaged and not used" in caplog.text
+    assert "this copy is not used" in caplog.text
     lose_node(tmp_path, 1)
     assert ranks(4, resume, tmp_path, 2) == [(20, [])] * 4  # node 0 has been given a good one
 
@@ -141,6 +142,16 @@ def test_a_node_that_missed_a_start_brings_nothing_of_its_own(tmp_path: Path) ->
     shutil.rmtree(tmp_path / "node-0")
     shutil.move(tmp_path / "away", tmp_path / "node-0")
     assert ranks(2, resume, tmp_path, 1) == [(10, [])] * 2
+
+
+def test_the_same_step_of_another_way_is_not_mixed_in(tmp_path: Path) -> None:
+    """Both nodes hold step 20, node 0 that of an earlier start."""
+    ranks(2, keep, tmp_path, 1, 20)
+    shutil.move(tmp_path / "node-0", tmp_path / "away")
+    ranks(2, partial(keep, way=1), tmp_path, 1, 20)
+    shutil.rmtree(tmp_path / "node-0")
+    shutil.move(tmp_path / "away", tmp_path / "node-0")
+    assert ranks(2, resume, tmp_path, 1) == [(20, [])] * 2
 
 
 def test_parts_of_different_starts_do_not_make_a_replica(tmp_path: Path) -> None:
@@ -215,3 +226,36 @@ def test_a_run_that_ends_leaves_nothing(tmp_path: Path) -> None:
     ranks(4, keep, tmp_path, 2, 10)
     ranks(4, end, tmp_path)
     assert [list(path.iterdir()) for path in sorted(tmp_path.iterdir())] == [[], []]
+
+
+def damaged_on_the_way(original: Callable[..., None]) -> Callable[..., None]:
+    """What arrives on rank 2 has one bit less or more."""
+
+    def write(path: Path, at: int, data: memoryview) -> None:
+        if threading.current_thread().name == "rank-2" and path.suffix == ".safetensors":
+            data = memoryview(bytes(data[:-1]) + bytes([data[-1] ^ 1]))
+        original(path, at, data)
+
+    return write
+
+
+def test_what_is_damaged_on_its_way_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "_write", damaged_on_the_way(transfer._write))
+        assert ranks(4, keep, tmp_path, 2, 10) == [False] * 4
+    assert "step 10: no replica: rank 2: " in caplog.text
+    assert "does not match its hash" in caplog.text
+    assert ranks(4, resume, tmp_path, 2) == [(None, [])] * 4
+
+
+def test_what_is_damaged_on_its_way_back_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks(4, keep, tmp_path, 2, 10)
+    lose_node(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "_write", damaged_on_the_way(transfer._write))
+        for step, complaints in ranks(4, resume, tmp_path, 2):
+            assert step is None
+            assert "rank 2: " in complaints[0]
+            assert "does not match its hash" in complaints[0]
