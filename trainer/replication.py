@@ -2,17 +2,38 @@
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError
+from bagualu.fault_tolerance.checkpoint.load import Checkpoint
+from bagualu.fault_tolerance.replica.recover import Replica, replica_name
 from bagualu.fault_tolerance.replica.replicas import Replicas
+from bagualu.parallel.boxes import Box
 from bagualu.trainer.assemble import Parts
+from bagualu.trainer.resume import Resumed
 from bagualu.trainer.state import identity, metadata_of
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Kept:
+    """A replica as a candidate for resuming (`trainer.resume.Candidate`)."""
+
+    parts: Parts
+    replica: Replica
+
+    @property
+    def step(self) -> int:
+        return self.replica.step
+
+    @property
+    def name(self) -> str:
+        return self.replica.name
+
+    def open(self) -> Checkpoint:
+        """Collective. Raises CheckpointError."""
+        requests = self.parts.optimizer.incoming().requests()
+        return Checkpoint(self.replica.fetch((one.name, Box(one.offset, tuple(one.out.shape))) for _, one in requests))
 
 
 @dataclass
@@ -22,19 +43,15 @@ class Replication:
     parts: Parts
     replicas: Replicas
 
-    def newer_than(self, step: int) -> tuple[int, Path] | None:
-        """The newest replica that is whole and not older than `step`: steps done, and where this rank can read it.
+    def candidates(self) -> list["Kept"]:
+        """What the run may go on from, where the recipe asks it to go on."""
+        found = self.replicas.candidates() if self.parts.recipe.checkpoint.resume else []
+        return [Kept(self.parts, replica) for replica in found]
 
-        Those that are not are told of and passed over.
-        """
-        for replica in self.replicas.candidates():
-            if replica.step >= step:
-                try:
-                    return replica.step, replica.fetch(self.parts.optimizer.reads())
-                except CheckpointError as error:
-                    if self.parts.mesh.at("world") == 0:
-                        log.warning("%s; taking the one before", error)
-        return None
+    def start(self, resumed: Resumed) -> None:
+        """The run goes on from there; replicas that it has left behind are removed."""
+        from_memory = resumed.source == replica_name(resumed.step)
+        self.replicas.start(resumed.step if from_memory else None)
 
     def after_step(self, step: int) -> None:
         """Keep the state after `step` steps, if it is time to."""

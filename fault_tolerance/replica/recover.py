@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bagualu.fault_tolerance.checkpoint import format
 from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.fault_tolerance.checkpoint.format import MANIFEST, CheckpointError, Manifest, step_name
+from bagualu.fault_tolerance.checkpoint.manifest import encode
 from bagualu.fault_tolerance.replica.part import (
     Origin,
-    origin_of,
+    Table,
     part_of,
     parts_in,
     read_table,
@@ -27,7 +27,6 @@ from bagualu.fault_tolerance.replica.part import (
 )
 from bagualu.fault_tolerance.replica.site import Site
 from bagualu.fault_tolerance.replica.transfer import Transfer, deliver
-from bagualu.fault_tolerance.replica.vote import together
 from bagualu.parallel.boxes import Box
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ def _held(root: Path) -> list[dict[str, Any]]:
         ranks: dict[Origin, list[int]] = {}
         for part in parts_in(path):
             try:
-                ranks.setdefault(origin_of(read_table(path, part)), []).append(part)
+                ranks.setdefault(read_table(path, part).origin, []).append(part)
             except CheckpointError as error:
                 log.warning("replica: this copy is not used: %s", error)
         found += [{"origin": asdict(origin), "ranks": held} for origin, held in ranks.items()]
@@ -63,7 +62,7 @@ class Replica:
 
     @property
     def name(self) -> str:
-        return f"the replica of step {self.step} in memory"
+        return replica_name(self.step)
 
     def fetch(self, wanted: Wanted) -> Path:
         """Make the boxes of `wanted` readable here: the path of a checkpoint directory in this node's memory.
@@ -73,18 +72,18 @@ class Replica:
         site = self.site
         site.group.monitor.at("replica-fetch")
         folder = site.root / step_name(self.step)
-        together(site.group, site.device, folder.mkdir, exist_ok=True)
+        site.on_all(lambda: folder.mkdir(exist_ok=True))
         held = self._verified(folder)
         holders = self._holders(list(held))
         tables = self._tables({part: table for part, table in held.items() if holders[part][0] == site.group.rank})
-        manifest = whole(tables.values())
+        manifest = whole(tables)
         transfers = self._transfers(manifest, holders, wanted)
         arriving = site.root / f".saving-{folder.name}-{site.session}-fetched"
-        together(site.group, site.device, self._receive, transfers, folder, arriving, tables)
-        together(site.group, site.device, self._publish, manifest, folder, arriving)
+        site.on_all(lambda: self._receive(transfers, folder, arriving, tables))
+        site.on_all(lambda: self._publish(manifest, folder, arriving))
         return folder
 
-    def _verified(self, folder: Path) -> dict[int, Manifest]:
+    def _verified(self, folder: Path) -> dict[int, Table]:
         """Tables of the undamaged parts in `folder`, of those that are this rank's to look at: a node's ranks share them out."""
         beside, found = self.site.beside, {}
         for part in parts_in(folder)[beside.index(self.site.group.rank) :: len(beside)]:
@@ -105,11 +104,11 @@ class Replica:
             raise CheckpointError(f"{self.name}: there is no undamaged copy of the state of ranks {lost[:8]}")
         return holders
 
-    def _tables(self, own: dict[int, Manifest]) -> dict[int, Manifest]:
+    def _tables(self, own: dict[int, Table]) -> dict[int, Table]:
         """The tables of all parts, from the ranks that each speak for some."""
-        texts = {part: format.encode(table).decode() for part, table in own.items()}
+        texts = {part: table.encode().decode() for part, table in own.items()}
         told = gather_json(texts, self.site.group, self.site.device)
-        return {int(part): format.decode(text.encode()) for answer in told for part, text in answer.items()}
+        return {int(part): Table.decode(text.encode()) for answer in told for part, text in answer.items()}
 
     def _transfers(self, manifest: Manifest, holders: dict[int, list[int]], wanted: Wanted) -> list[Transfer]:
         """What goes from where to where so that every node holds the shards that its ranks want to read."""
@@ -124,7 +123,7 @@ class Replica:
                 found.append(Transfer(able[destination % len(able)], destination, name, manifest.files[name].bytes))
         return found
 
-    def _receive(self, transfers: list[Transfer], folder: Path, arriving: Path, tables: dict[int, Manifest]) -> None:
+    def _receive(self, transfers: list[Transfer], folder: Path, arriving: Path, tables: dict[int, Table]) -> None:
         """Take part in the transfers, and verify what has come before it gets its place. Raises OSError, CheckpointError."""
         arriving.mkdir(exist_ok=True)
         deliver(transfers, folder, arriving, self.site.group, self.site.device)
@@ -139,7 +138,7 @@ class Replica:
     def _publish(self, manifest: Manifest, folder: Path, arriving: Path) -> None:
         """The leader: what makes a checkpoint of the folder. Raises OSError."""
         if self.site.leads:
-            (arriving / MANIFEST).write_bytes(format.encode(manifest))
+            (arriving / MANIFEST).write_bytes(encode(manifest))
             (arriving / MANIFEST).replace(folder / MANIFEST)
             arriving.rmdir()
 
@@ -168,6 +167,11 @@ def survey(site: Site) -> list[Replica]:
         if not missing and origin in current and origin.run == site.run:
             found.append(Replica(site, origin))
     return found
+
+
+def replica_name(step: int) -> str:
+    """For people."""
+    return f"the replica of step {step} in memory"
 
 
 def shards_of(manifest: Manifest, wanted: Wanted) -> set[str]:

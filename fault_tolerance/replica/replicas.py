@@ -26,7 +26,6 @@ from bagualu.fault_tolerance.replica.part import Origin, shard_name, table_name,
 from bagualu.fault_tolerance.replica.recover import Replica, survey
 from bagualu.fault_tolerance.replica.site import open_site
 from bagualu.fault_tolerance.replica.transfer import Transfer, deliver
-from bagualu.fault_tolerance.replica.vote import together
 
 GENERATIONS = 2
 _MARGIN = 1.05
@@ -73,7 +72,7 @@ class Replicas:
             self.site.forget(GENERATIONS if step is not None else 0, -1 if step is None else step)
             self.site.begin()
 
-        together(self.site.group, self.site.device, settle)
+        self.site.on_all(settle)
 
     def keep(self, step: int, pieces: Iterable[Piece], metadata: dict[str, Any]) -> None:
         """Keep the state after `step` steps. What fails is said once, and ends replicas, not the run.
@@ -96,19 +95,19 @@ class Replicas:
     def _make(self, step: int, temporary: Path, pieces: Iterable[Piece], metadata: dict[str, Any]) -> None:
         site, group = self.site, self.site.group
         group.monitor.at("replicate")
-        together(group, site.device, site.forget, keep=1)
+        site.on_all(lambda: site.forget(keep=1))
         origin = Origin(step, site.session, site.run, group.size)
 
         def write() -> None:
             temporary.mkdir(exist_ok=True)
             write_part(temporary, group.rank, pieces, metadata, origin)
 
-        together(group, site.device, write)
+        site.on_all(write)
         if site.nodes.count > 1:
             group.monitor.at("replica-send")
             self._copy(temporary, origin)
         group.monitor.at("replica-commit")
-        together(group, site.device, self._commit, temporary, step)
+        site.on_all(lambda: self._commit(temporary, step))
 
     def _copy(self, temporary: Path, origin: Origin) -> None:
         """Send this rank's part to its partner; verify those that came."""
@@ -129,7 +128,7 @@ class Replicas:
             for position in site.nodes.kept_for[group.rank]:
                 verify_part(temporary, position, origin)
 
-        together(group, site.device, send_and_verify)
+        site.on_all(send_and_verify)
 
     def _commit(self, temporary: Path, step: int) -> None:
         if self.site.leads:
@@ -140,7 +139,7 @@ class Replicas:
 
     def forget_after(self, step: int) -> None:
         """The run goes back to `step`: what came after is of no use any more. Raises CheckpointError."""
-        together(self.site.group, self.site.device, self.site.forget, GENERATIONS, step)
+        self.site.on_all(lambda: self.site.forget(GENERATIONS, step))
 
     def remove(self) -> None:
         """The run has ended: give the memory back."""

@@ -9,18 +9,22 @@ scratch/replicas/.node              which node this is
 import json
 import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 
 from bagualu.comm.group import Group
+from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.directory import clear_stale, discard, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.fault_tolerance.replica.nodes import Nodes, node_token
 
+T = TypeVar("T")
 _SESSION = ".session"
 
 
@@ -48,6 +52,10 @@ class Site:
     def beside(self) -> tuple[int, ...]:
         """Positions on this node."""
         return self.nodes.beside(self.group.rank)
+
+    def on_all(self, function: Callable[[], T]) -> T:
+        """`function()`, once it has worked on all ranks. Collective. Raises CheckpointError on every rank when it failed on any."""
+        return on_all(function, self.group, self.device)
 
     def begin(self) -> None:
         """This node takes part in the session from now on. Raises OSError."""
