@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,8 @@ class Replication:
         """The run goes on from there; replicas that it has left behind are removed."""
         from_memory = resumed.source == replica_name(resumed.step)
         self.replicas.start(resumed.step if from_memory else None)
+        if from_memory and self.parts.mesh.at("world") == 0:
+            print(f"going on from {resumed.source}", file=sys.stderr, flush=True)
 
     def after_step(self, step: int) -> None:
         """Keep the state after `step` steps, if it is time to."""

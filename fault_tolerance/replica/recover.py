@@ -70,7 +70,7 @@ class Replica:
         Collective. Raises CheckpointError on every rank when a part is damaged everywhere it lies, or memory runs out.
         """
         site = self.site
-        site.group.monitor.at("replica-fetch")
+        site.group.monitor.at("fetch")
         folder = site.root / step_name(self.step)
         site.on_all(lambda: folder.mkdir(exist_ok=True))
         held = self._verified(folder)

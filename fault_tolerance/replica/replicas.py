@@ -104,9 +104,9 @@ class Replicas:
 
         site.on_all(write)
         if site.nodes.count > 1:
-            group.monitor.at("replica-send")
+            group.monitor.at("mirror")
             self._copy(temporary, origin)
-        group.monitor.at("replica-commit")
+        group.monitor.at("publish")
         site.on_all(lambda: self._commit(temporary, step))
 
     def _copy(self, temporary: Path, origin: Origin) -> None:

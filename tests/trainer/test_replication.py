@@ -117,7 +117,7 @@ def test_a_lost_node(tmp_path: Path, straight: Recipe, backend: str) -> None:
     assert final_bytes(recipe) == final_bytes(straight)
 
 
-@pytest.mark.parametrize("point", ["replicate", "replica-send", "replica-commit"])
+@pytest.mark.parametrize("point", ["replicate", "mirror", "publish"])
 @pytest.mark.parametrize("victim", [0, 3])
 def test_lost_while_replicas_are_made(tmp_path: Path, straight: Recipe, point: str, victim: int) -> None:
     recipe = recipe_in(tmp_path)
@@ -132,7 +132,7 @@ def test_lost_while_going_on(tmp_path: Path, straight: Recipe) -> None:
     lose("simulated", recipe, tmp_path, 1, 4, "forward")
     shutil.rmtree(tmp_path / "node-0")
     recipe.checkpoint.resume = True
-    lose("simulated", recipe, tmp_path, 2, 0, "replica-fetch")
+    lose("simulated", recipe, tmp_path, 2, 0, "fetch")
     lose("simulated", recipe, tmp_path, 2, 0, "load")
     lose("simulated", recipe, tmp_path, 1, 4, "forward")
     go_on("simulated", recipe, tmp_path)
