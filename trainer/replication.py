@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.fence import Fence
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint
 from bagualu.fault_tolerance.replica.recover import Replica, replica_name
 from bagualu.fault_tolerance.replica.replicas import Replicas
@@ -62,14 +63,14 @@ class Replication:
             self.replicas.keep(step, self.parts.optimizer.pieces(), metadata_of(self.parts, step))
 
 
-def open_replication(parts: Parts, scratch: Path | None) -> Replication | None:
+def open_replication(parts: Parts, scratch: Path | None, fence: Fence) -> Replication | None:
     """What keeps replicas of this run in `scratch`; None where the recipe asks for none. Collective. Raises RecipeError."""
     if not parts.recipe.checkpoint.replica_every:
         return None
     if scratch is None:
         raise RecipeError("checkpoint.replica_every needs memory that outlives a worker, which torchrun does not offer; start with "
                           "`bagualu train` or `bagualu slurm`, or give checkpoint.replica_every=0")  # fmt: skip
-    replicas = Replicas(scratch, _run(parts), parts.mesh.group("world"), parts.device)
+    replicas = Replicas(scratch, _run(parts), f"{fence.epoch:08d}-{fence.token}", parts.mesh.group("world"), parts.device)
     replicas.check_room(sum(piece.tensor.nbytes for piece in parts.optimizer.pieces()))
     return Replication(parts, replicas)
 

@@ -26,20 +26,28 @@ _FINGERPRINT = "data fingerprint"
 
 
 def save_state(parts: Parts, step: int) -> Path:
-    """Save the state after `step` steps under the run directory. Collective. Raises CheckpointError."""
-    root, keep = Path(parts.recipe.run.dir) / CHECKPOINTS, parts.recipe.checkpoint.keep
-    about = metadata_of(parts, step)
-    return save(root, step, parts.optimizer.pieces(), about, parts.mesh.group("world"), keep, parts.device)
+    """Save the state after `step` steps under the run directory, by itself. Collective. Raises CheckpointError.
+
+    A run saves through `trainer.checkpoints`, which keeps one fence and one writer.
+    """
+    root, keep = checkpoints_of(parts), parts.recipe.checkpoint.keep
+    return save(root, step, parts.optimizer.pieces(), metadata_of(parts, step), parts.mesh.group("world"), keep, parts.device)
+
+
+def checkpoints_of(parts: Parts) -> Path:
+    """The directory of the run's checkpoints."""
+    return Path(parts.recipe.run.dir) / CHECKPOINTS
 
 
 def metadata_of(parts: Parts, step: int) -> dict[str, Any]:
-    """All of the state after `step` steps that is not in tensors, as plain JSON; the same on every rank."""
+    """What is saved after `step` steps besides the optimizer's tensors."""
+    recipe = parts.recipe
     return {
         "step": step,
         "updates": parts.updates,
         "scaler": {"scale": parts.scaler.scale, "good_steps": parts.scaler.good_steps},
         "layout": {axis: parts.mesh.layout.size(axis) for axis in ("data", "tensor", "pipeline", "expert", "context")},
-        "dtype": parts.recipe.train.dtype,
+        "dtype": recipe.train.dtype,
         "identity": identity(parts),
     }
 

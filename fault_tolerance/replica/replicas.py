@@ -36,12 +36,13 @@ log = logging.getLogger(__name__)
 class Replicas:
     """Of one run, for the ranks of `group`. Every method is collective over it."""
 
-    def __init__(self, scratch: Path, run: str, group: Group, device: torch.device) -> None:
+    def __init__(self, scratch: Path, run: str, session: str, group: Group, device: torch.device) -> None:
         """`scratch`: a folder in memory that this node's ranks share. `run`: the same for all starts of one run, no other's.
+        `session`: tells this start from all others, the same on every rank, and sorts after those before.
 
         Raises OSError.
         """
-        self.site = open_site(scratch, run, group, device)
+        self.site = open_site(scratch, run, session, group, device)
         self.off = False
         """Memory ran out, or something else failed: no more replicas are made by this process."""
 

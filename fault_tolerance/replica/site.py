@@ -7,7 +7,6 @@ scratch/replicas/.node              which node this is
 """
 
 import json
-import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,10 +37,8 @@ class Site:
     device: torch.device
     run: str
     session: str
-    newest_session: str
-    """The newest that any node here has taken part in before; empty: none."""
     stale: bool
-    """This node has missed the newest session: of what it holds, only what the others hold too still counts."""
+    """This node has missed the newest session of any node here: of what it holds, only what the others hold too still counts."""
 
     @property
     def leads(self) -> bool:
@@ -79,23 +76,20 @@ class Site:
         return min(shutil.disk_usage(self.root).free, psutil.virtual_memory().available) + taken
 
 
-def open_site(scratch: Path, run: str, group: Group, device: torch.device) -> Site:
+def open_site(scratch: Path, run: str, session: str, group: Group, device: torch.device) -> Site:
     """Find out who shares a node with whom, and clear away what is of no use. Collective. Raises OSError."""
     root = scratch / "replicas"
     root.mkdir(parents=True, exist_ok=True)
-    told = gather_json({"node": node_token(root), "session": _session(root, run), "new": secrets.token_hex(4)}, group, device)
+    told = gather_json({"node": node_token(root), "session": _session(root, run)}, group, device)
     nodes = Nodes.by_token([one["node"] for one in told])
     sessions = [one["session"] for one in told]
-    newest = max(sessions)
-    number = int(newest.split("-")[0]) + 1 if newest else 1
     if nodes.leads(group.rank):
         clear_stale(root)
         if not sessions[group.rank]:  # another run's, or a new folder
             for path in list_checkpoints(root):
                 discard(path)
     group.barrier()
-    session = f"{number:08d}-{told[0]['new']}"
-    return Site(root, nodes, group, device, run, session, newest, sessions[group.rank] != newest)
+    return Site(root, nodes, group, device, run, session, sessions[group.rank] != max(sessions))
 
 
 def _session(root: Path, run: str) -> str:

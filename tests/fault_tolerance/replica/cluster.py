@@ -8,6 +8,7 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.save import take_fence
 from bagualu.fault_tolerance.checkpoint.shard import Piece
 from bagualu.fault_tolerance.replica.recover import Replica
 from bagualu.fault_tolerance.replica.replicas import Replicas
@@ -38,7 +39,8 @@ def open_replicas(communicator: Communicator, folder: Path, per_node: int, run: 
     """As a process does that has just come up; node n has the folder node-n."""
     scratch = folder / f"node-{communicator.rank // per_node}"
     scratch.mkdir(parents=True, exist_ok=True)
-    return Replicas(scratch, run, communicator.world, communicator.device)
+    fence = take_fence(folder / "storage", communicator.world)
+    return Replicas(scratch, run, f"{fence.epoch:08d}-{fence.token}", communicator.world, communicator.device)
 
 
 def keep(communicator: Communicator, folder: Path, per_node: int, *steps: int, run: str = "run", way: int = 0) -> bool:
