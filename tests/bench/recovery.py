@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from bagualu.comm.group import Communicator
 from bagualu.comm.monitor import Monitor
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import assemble
+from bagualu.trainer.checkpoints import take_checkpoints
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe import compose
@@ -127,7 +127,7 @@ def replication(communicator: Communicator, recipe: Recipe, folder: Path, per_no
     scratch = folder / f"node-{communicator.rank // per_node}"
     scratch.mkdir(exist_ok=True)
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    kept = open_replication(parts, scratch)
+    kept = open_replication(parts, scratch, take_checkpoints(parts))
     assert kept is not None
     kept.replicas.start(None)
     steps, copies = [], []
@@ -154,7 +154,8 @@ def replications(ranks: int, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for nodes in (1, 2):
         with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
-            answers = run("gloo", ranks, replication, replace(recipe), Path(name), ranks // nodes, rounds)
+            recipe.run.dir = f"{name}/run"
+            answers = run("gloo", ranks, replication, recipe, Path(name), ranks // nodes, rounds)
         total = sum(answer["state bytes"] for answer in answers)
         step, seconds = (max(answer[key] for answer in answers) for key in ("step", "replica"))
         rows.append({

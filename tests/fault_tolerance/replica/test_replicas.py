@@ -228,6 +228,16 @@ def test_a_run_that_ends_leaves_nothing(tmp_path: Path) -> None:
     assert [list(path.iterdir()) for path in sorted(tmp_path.glob("node-*"))] == [[], []]
 
 
+def go_back(communicator: Communicator, folder: Path) -> None:
+    open_replicas(communicator, folder, 2).forget_after(10)
+
+
+def test_a_run_that_goes_back_leaves_its_later_replicas_behind(tmp_path: Path) -> None:
+    ranks(4, keep, tmp_path, 2, 10, 20)
+    ranks(4, go_back, tmp_path)
+    assert ranks(4, resume, tmp_path, 2) == [(10, [])] * 4
+
+
 def damaged_on_the_way(original: Callable[..., None]) -> Callable[..., None]:
     """What arrives on rank 2 has one bit less or more."""
 
