@@ -39,6 +39,7 @@ def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
 
 def _run(recipe: Recipe, overrides: list[str], entrypoint: str, quiet_stdout: bool) -> tuple[int, dict[str, Any]]:
     workers = preflight.workers_per_node(recipe)
+    recipe.faults = [str(fault) for fault in recipe.planned_faults(workers)]
     save_recipe(recipe)
     threaded = recipe.comm.backend == "simulated"
     kind = "threads of this process" if threaded else "processes"

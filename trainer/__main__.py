@@ -63,6 +63,7 @@ def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | N
 
     environment.pin(recipe.launch, world.local_rank, local_workers)
     torch.set_num_threads(environment.threads(recipe.launch, local_workers))
+    recipe.faults = [str(fault) for fault in recipe.planned_faults(world.size)]
     if world.rank == 0:
         save_recipe(recipe)
     copy_to_log(Path(recipe.run.dir) / "logs" / f"rank-{world.rank}.log")
