@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
 
+from bagualu.comm.checks import require_at_least
 from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance.config import CheckpointConfig
+from bagualu.fault_tolerance.config import CheckpointConfig, RestartConfig
 from bagualu.fault_tolerance.injection.fault import Fault
-from bagualu.fault_tolerance.injection.plan import Setting, resolve
+from bagualu.fault_tolerance.injection.plan import Setting, expand, resolve
 from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.split import split_layers
@@ -56,10 +57,8 @@ class TrainConfig:
             raise RecipeError(f"train.dtype={self.dtype} is unknown; give one of {', '.join(DTYPES)}")
         if self.recompute not in ("none", "full"):
             raise RecipeError(f"train.recompute={self.recompute} is unknown; give none or full")
-        if self.steps < 1 or self.micro_batch < 1:
-            raise RecipeError("train.steps and train.micro_batch must be at least 1")
-        if self.validate_every < 0 or self.validation_sequences < 0:
-            raise RecipeError("train.validate_every and train.validation_sequences must be 0 or more")
+        require_at_least(1, "train", self, "steps", "micro_batch")
+        require_at_least(0, "train", self, "validate_every", "validation_sequences")
 
 
 @dataclass
@@ -97,10 +96,7 @@ class LaunchConfig:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def validate(self) -> None:
-        if self.nodes < 1 or (self.workers is not None and self.workers < 1):
-            raise RecipeError("launch.nodes and launch.workers must be at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise RecipeError(f"launch.threads={self.threads} must be at least 1, or leave it out")
+        require_at_least(1, "launch", self, "nodes", "workers", "threads")
         if self.allocator not in ("tuned", "system"):
             raise RecipeError(f"launch.allocator={self.allocator} is unknown; give tuned or system")
         if self.port is not None and not 1 <= self.port <= 65535:
@@ -124,8 +120,7 @@ class LogConfig:
             raise RecipeError(f"log.wandb={self.wandb} is unknown; give disabled, offline or online")
         if self.progress not in ("auto", "bar", "lines", "off"):
             raise RecipeError(f"log.progress={self.progress} is unknown; give auto, bar, lines or off")
-        if self.every < 1:
-            raise RecipeError(f"log.every={self.every} must be at least 1")
+        require_at_least(1, "log", self, "every")
 
 
 @dataclass
@@ -140,6 +135,7 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    restart: RestartConfig = field(default_factory=RestartConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     log: LogConfig = field(default_factory=LogConfig)
     faults: Any = field(default_factory=list)
@@ -156,7 +152,7 @@ class Recipe:
     def validate(self, world: int) -> Layout:
         """Check every part and all of them together for `world` ranks. Raises RecipeError with the fix."""
         for part in (self.model, self.data, self.train, self.optim, self.parallel, self.comm, self.checkpoint,
-                     self.launch, self.log):  # fmt: skip
+                     self.restart, self.launch, self.log):  # fmt: skip
             part.validate()
         layout = self.parallel.layout(world)
         if self.train.compile and self.comm.backend == "simulated":
@@ -171,7 +167,14 @@ class Recipe:
 
     def planned_faults(self, world: int) -> list[Fault]:
         """The faults that `faults` stands for, on `world` ranks. Raises RecipeError."""
-        return resolve(self.faults, Setting(self.run.seed, self.train.steps, world, self.checkpoint.every))
+        return resolve(self.faults, self._setting(world))
+
+    def expanded_faults(self) -> list[str]:
+        """`faults` with the random ones drawn, so that the plan stays the same on fewer ranks. Raises RecipeError."""
+        return expand(self.faults, self._setting(max(1, self.world_size())))
+
+    def _setting(self, world: int) -> Setting:
+        return Setting(self.run.seed, self.train.steps, world, self.checkpoint.every)
 
     def _validate_batch(self, layout: Layout) -> None:
         per_rank, rest = divmod(self.data.global_batch, layout.data)

@@ -1,5 +1,6 @@
 """The loop over steps: train, record, validate, save, and stop where asked."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.evaluate import Validation, validate
+from bagualu.trainer.outcome import FinalError
 from bagualu.trainer.sinks import Sink
 from bagualu.trainer.state import save_state
 from bagualu.trainer.step import StepResult, train_step
@@ -16,7 +18,7 @@ _MOST_DISCARDED = 50
 """float16: steps discarded in a row before the run gives up; the loss scale has then fallen from any value to 1."""
 
 
-class DivergedError(RuntimeError):
+class DivergedError(FinalError):
     """Loss or gradient is no longer finite."""
 
 
@@ -44,6 +46,8 @@ class Loop:
             result, seconds = self._timed_step(step)
             step += 1
             stopped = result.stop
+            if stopped and self.sinks:  # on the rank that speaks, which may not be the one that was asked
+                print(f"asked to stop: saving step {step}; not saved yet", file=sys.stderr, flush=True)
             record = self._record(step, result, seconds)
             validation = None if stopped and step < steps else self._validation(step)
             if validation:
@@ -54,6 +58,8 @@ class Loop:
                 self._save(step)
         if step > first_step:
             self._save(step)
+        if stopped and self.sinks:
+            print(f"saved step {step}", file=sys.stderr, flush=True)
         ended = "done" if step >= steps else "stopped"
         return {**record, **self._average(), "ended": ended, "step": step, "checkpoint": str(self.checkpoint)}
 

@@ -5,6 +5,7 @@ overrides are looked at one by one before Hydra sees them, because only then is 
 """
 
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def compose(overrides: Sequence[str]) -> Recipe:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(_one_line(error)) from error
     assert isinstance(recipe, Recipe)
+    recipe.faults = recipe.expanded_faults()
     return recipe
 
 
@@ -87,7 +89,7 @@ def save_recipe(recipe: Recipe) -> Path:
     """Write config.yaml, the resolved recipe, into the run directory, which is made if need be."""
     path = Path(recipe.run.dir) / RESOLVED
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".yaml.new")
+    unfinished = path.with_suffix(f".yaml.{secrets.token_hex(4)}")  # every node of a run writes it
     unfinished.write_text(resolved_yaml(recipe), encoding="utf-8")
     unfinished.replace(path)
     return path

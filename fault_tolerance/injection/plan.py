@@ -16,7 +16,7 @@ from bagualu.fault_tolerance.injection.kinds import KINDS
 from bagualu.fault_tolerance.points import POINTS
 
 EXAMPLE = "faults=[kill@step=5:rank=2:at=backward]"
-DRAWN = ("kill", "exception", "slow", "corrupt", "full_disk", "drop_link")
+DRAWN = ("kill", "exception", "slow", "full_disk", "drop_link")
 """Kinds that any recipe survives to the bit, and quickly."""
 _IN_EVERY_STEP = ("data", "forward", "backward", "reduce", "agree", "optimizer")
 _WORDS = {int: "an integer", float: "a number", str: "a word"}
@@ -34,18 +34,22 @@ class Setting:
 
 def resolve(faults: Any, setting: Setting) -> list[Fault]:
     """The plan that `faults` of a recipe (one text or a list of them) asks for. Raises RecipeError with the fix."""
-    texts = [faults] if isinstance(faults, str) else faults
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise RecipeError(f"faults={faults!r} is not a list of faults; give e.g. {EXAMPLE}, or faults=random:20")
-    plan: list[Fault] = []
-    for text in texts:
-        plan += _random(text, setting) if text.startswith("random") else [parse(text)]
+    plan = [parse(text) for text in expand(faults, setting)]
     for fault in plan:
         if not 0 <= fault.rank < setting.ranks:
             raise RecipeError(f"faults: {fault} strikes rank {fault.rank}; give rank=0 to rank={setting.ranks - 1}")
         if fault.step > setting.steps:
             raise RecipeError(f"faults: {fault} strikes after train.steps={setting.steps}; give a smaller step")
     return plan
+
+
+def expand(faults: Any, setting: Setting) -> list[str]:
+    """The same with every random:COUNT drawn, one text for each fault. Raises RecipeError."""
+    texts = [faults] if isinstance(faults, str) else faults
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise RecipeError(f"faults={faults!r} is not a list of faults; give e.g. {EXAMPLE}, or faults=random:20")
+    drawn = [[str(one) for one in _random(text, setting)] if text.startswith("random") else [text] for text in texts]
+    return [text for some in drawn for text in some]
 
 
 def parse(text: str) -> Fault:

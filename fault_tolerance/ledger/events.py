@@ -14,6 +14,20 @@ LEDGER = "ledger.jsonl"
 
 
 @dataclass(frozen=True)
+class Moment:
+    """A time, by two clocks."""
+
+    wall: float
+    """Seconds since the epoch."""
+    monotonic: float
+    """Seconds; never set back."""
+
+    @staticmethod
+    def now() -> "Moment":
+        return Moment(time.time(), time.monotonic())
+
+
+@dataclass(frozen=True)
 class Event:
     """From `wall` on (seconds since the epoch) the run was doing something else.
 
@@ -54,9 +68,18 @@ class Ledger:
         if size and os.pread(self._file, 1, size - 1) != b"\n":  # a crash cut the last line short
             os.write(self._file, b"\n")
 
-    def add(self, what: str, step: int = 0, since: float | None = None, rank: int | None = None, cause: str = "") -> None:
-        """It happens now. Fields as in Event."""
-        event = Event(what, time.time(), time.monotonic(), self._clock, self._writer, step, since, rank, cause)
+    def add(
+        self,
+        what: str,
+        step: int = 0,
+        since: float | None = None,
+        rank: int | None = None,
+        cause: str = "",
+        moment: Moment | None = None,
+    ) -> None:
+        """It happens now, or has at `moment`. The others as in Event."""
+        when = moment or Moment.now()
+        event = Event(what, when.wall, when.monotonic, self._clock, self._writer, step, since, rank, cause)
         fields = {name: value for name, value in asdict(event).items() if value not in ("", None)}
         os.write(self._file, json.dumps(fields).encode() + b"\n")
 
