@@ -2,6 +2,8 @@
 
 POINTS = {
     "load": "start",
+    "verify": "start",
+    "restore": "start",
     "data": "train",
     "forward": "train",
     "backward": "train",

@@ -38,7 +38,8 @@ def assert_same_run(run_dir: Path, reference: Path) -> None:
     assert ends[0] is not None
     assert ends[1] is not None
     assert ends[0].name == ends[1].name
-    assert differences(ends[0], ends[1]) == []
+    differing = differences(ends[0], ends[1])
+    assert differing == [], differing
 
 
 class _Noting:
@@ -164,13 +165,14 @@ class Leftovers:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and self._all():
             time.sleep(0.05)
-        assert self._all() == []
+        left = self._all()
+        assert left == [], left
 
     def _all(self) -> list[str]:
-        return [*self.processes(), *self._new_threads(), *self._memory(), *(path.name for path in self.temporary.iterdir())]
+        return [*self.processes(), *self._new_threads(), *self._memory(), *map(str, self.temporary.iterdir())]
 
     def _new_threads(self) -> list[str]:
-        return [thread.name for thread in threading.enumerate() if thread not in self._threads]
+        return ["thread " + thread.name for thread in threading.enumerate() if thread not in self._threads]
 
     def _memory(self) -> list[str]:
         """Scratch folders that no launcher holds the lock of."""

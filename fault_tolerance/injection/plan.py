@@ -16,8 +16,9 @@ from bagualu.fault_tolerance.injection.kinds import KINDS
 from bagualu.fault_tolerance.points import POINTS
 
 EXAMPLE = "faults=[kill@step=5:rank=2:at=backward]"
-DRAWN = ("kill", "exception", "slow", "full_disk", "drop_link")
+DRAWN = ("kill", "exception", "slow", "corrupt", "full_disk", "drop_link")
 """Kinds that any recipe survives to the bit, and quickly."""
+_AGAINST_CHECKPOINTS = ("corrupt", "full_disk")
 _IN_EVERY_STEP = ("data", "forward", "backward", "reduce", "agree", "optimizer")
 _WORDS = {int: "an integer", float: "a number", str: "a word"}
 
@@ -85,7 +86,7 @@ def _checked(text: str, fault: Fault) -> Fault:
         raise RecipeError(f"faults: {text!r} strikes at an unknown point; give at= one of {', '.join(points)}")
     for field in fields(fault):
         value = getattr(fault, field.name)
-        least = {"step": 0 if fault.at == "load" else 1, "rank": 0}.get(field.name, 1 if isinstance(value, int) else 0)
+        least = {"step": 0 if POINTS[fault.at] == "start" else 1, "rank": 0}.get(field.name, 1 if isinstance(value, int) else 0)
         if not isinstance(value, str) and (math.isnan(value) or value < least):
             raise RecipeError(f"faults: {text!r}: {field.name} must be at least {least}")
     return fault
@@ -110,13 +111,17 @@ def draw(count: int, setting: Setting, kinds: tuple[str, ...] = DRAWN) -> list[F
     generator = random.Random(f"{setting.seed}/{count}/{setting.steps}/{setting.ranks}/{setting.checkpoint_every}/{kinds}")
     if count >= setting.steps:
         raise RecipeError(f"faults=random:{count} needs more steps than faults; give train.steps={count + 1} or more")
+    every = setting.checkpoint_every
+    steps = sorted(generator.sample(range(2, setting.steps + 1), count))
     plan: list[Fault] = []
-    spared_until = 2 * setting.checkpoint_every
-    for step in sorted(generator.sample(range(2, setting.steps + 1), count)):
-        allowed = kinds if step > spared_until else tuple(kind for kind in kinds if kind not in ("corrupt", "full_disk"))
+    spared_until = 2 * every
+    for step in steps:
+        save = -(-step // max(1, every)) * every  # the next one; if it fails, nothing else shall fail in that step
+        spared = step <= spared_until or (save != step and save in steps)
+        allowed = tuple(kind for kind in kinds if not (spared and kind in _AGAINST_CHECKPOINTS))
         kind = generator.choice(allowed or kinds)
-        if kind in ("corrupt", "full_disk"):
-            spared_until = step + 2 * setting.checkpoint_every
+        if kind in _AGAINST_CHECKPOINTS:
+            spared_until = step + 2 * every
         rank = generator.randrange(setting.ranks)
         point = generator.choice(_IN_EVERY_STEP) if KINDS[kind].ends_process else KINDS[kind].at
         plan.append(KINDS[kind](step=step, rank=rank, at=point))

@@ -12,7 +12,7 @@ class LedgerObserver:
         self._noted = ("", 0)
 
     def at(self, point: str, step: int) -> None:
-        now = (POINTS[point], step)
+        now = (POINTS.get(point, self._noted[0]), step)
         if now != self._noted:
             self._noted = now
             self.ledger.add(*now)

@@ -91,7 +91,7 @@ def test_200_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.Cap
 def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers) -> None:
     words = [
         *RECIPE, "comm.backend=gloo", f"run.dir={tmp_path}/run", "train.steps=16", "launch.threads=1", "--json",
-        "faults=[kill@step=3:rank=2:at=reduce, slow@step=5:rank=0:steps=2, exception@step=7:rank=0:at=optimizer,"
+        "faults=[kill@step=3:rank=2:at=reduce, slow@step=5:rank=0:steps=2, corrupt@step=6, exception@step=7:rank=0:at=optimizer,"
         "stop@step=10:rank=3:seconds=0.5, kill@step=14:rank=0:at=backward]",
     ]  # fmt: skip
     command = f"import sys; from bagualu.launch.cli import main; sys.exit(main(entrypoint='{ENTRYPOINT}'))"
@@ -101,4 +101,4 @@ def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers
         timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    assert_stood(tmp_path / "run-rehearsal", json.loads(done.stdout), 5, time.monotonic() - started)
+    assert_stood(tmp_path / "run-rehearsal", json.loads(done.stdout), 6, time.monotonic() - started)
