@@ -114,14 +114,14 @@ def draw(count: int, setting: Setting, kinds: tuple[str, ...] = DRAWN) -> list[F
     every = setting.checkpoint_every
     steps = sorted(generator.sample(range(2, setting.steps + 1), count))
     plan: list[Fault] = []
-    spared_until = 2 * every
+    spared_until = 3 * every  # by then two are committed, even if they are written in the background
     for step in steps:
         save = -(-step // max(1, every)) * every  # the next one; if it fails, nothing else shall fail in that step
         spared = step <= spared_until or (save != step and save in steps)
         allowed = tuple(kind for kind in kinds if not (spared and kind in _AGAINST_CHECKPOINTS))
         kind = generator.choice(allowed or kinds)
         if kind in _AGAINST_CHECKPOINTS:
-            spared_until = step + 2 * every
+            spared_until = step + 3 * every
         rank = generator.randrange(setting.ranks)
         point = generator.choice(_IN_EVERY_STEP) if KINDS[kind].ends_process else KINDS[kind].at
         plan.append(KINDS[kind](step=step, rank=rank, at=point))

@@ -50,7 +50,7 @@ def assert_stood(folder: Path, document: dict[str, Any], count: int, seconds: fl
     assert_same_run(rehearsed, reference)
     assert_every_sample_once(rehearsed, recipe)
     assert_ledger_adds_up(rehearsed, seconds)
-    assert_lost_at_most(rehearsed, 2 * EVERY)  # a damaged checkpoint costs the steps since the one before
+    assert_lost_at_most(rehearsed, 3 * EVERY)  # the newest may be damaged, the next one still on its way to the disk
     assert document["ledger"]["restarts"] == sum(row["recovery_seconds"] is not None for row in document["faults"])
 
 
