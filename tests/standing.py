@@ -26,6 +26,8 @@ _OF_SAVES = "checkpoint"
 """Figures of checkpoints, whose writing goes on beside the steps: their names begin like this."""
 _OF_TROUBLE = ("cause", "ranks", "attempts")
 """What a step says that went well only when it was done again."""
+_CACHES = ("torchinductor_",)
+"""Of torch, meant to stay."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -177,10 +179,13 @@ class Leftovers:
         assert left == [], left
 
     def _all(self) -> list[str]:
-        return [*self.processes(), *self._new_threads(), *self._memory(), *map(str, self.temporary.iterdir())]
+        return [*self.processes(), *self._new_threads(), *self._memory(), *self._files()]
 
     def _new_threads(self) -> list[str]:
         return ["thread " + thread.name for thread in threading.enumerate() if thread not in self._threads]
+
+    def _files(self) -> list[str]:
+        return [str(path) for path in self.temporary.iterdir() if not path.name.startswith(_CACHES)]
 
     def _memory(self) -> list[str]:
         """Scratch folders that no launcher holds the lock of."""

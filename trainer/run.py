@@ -13,6 +13,7 @@ import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.flops import matmul_ceiling, model_flops_per_token
@@ -37,6 +38,7 @@ def train(
     ledger = open_ledger(recipe, communicator)
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     plan_faults(parts, communicator, scratch)
+    fence = take_checkpoints(parts)
     resumed = resume(parts)
     if finished := _finished(recipe, resumed.step):
         close_ledger(ledger, recipe, communicator, "done")
@@ -46,10 +48,12 @@ def train(
     ceiling = _ceiling(parts, communicator)
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
-    loop = Loop(parts, sinks, stop, flops_per_token / ceiling, resumed.checkpoint)
+    checkpoints = Checkpoints(parts, fence, resumed.checkpoint)
     try:
-        ending = loop.run(resumed.step)
+        ending = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints).run(resumed.step)
+        checkpoints.close()
     finally:
+        checkpoints.close(wait=False)
         for sink in sinks:
             sink.close()
     summary = {
