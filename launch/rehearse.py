@@ -68,7 +68,7 @@ def _budget(restart: RestartConfig, faults: list[str], overrides: list[str]) -> 
     """Restarts for as many faults, without growing pauses, where nothing else was asked for: no run fails as often as this."""
     typed = {text.split("=")[0] for text in overrides}
     restarts = sum(parse(fault).ends_process for fault in faults)
-    fitting = {"limit": restart.limit + restarts, "backoff_seconds": 0.0}
+    fitting: dict[str, Any] = {"limit": restart.limit + restarts, "backoff_seconds": 0.0}
     return replace(restart, **{key: value for key, value in fitting.items() if f"restart.{key}" not in typed})
 
 

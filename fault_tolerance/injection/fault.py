@@ -14,10 +14,16 @@ class ProcessKilled(BaseException):
 class Scene(Protocol):
     """What a fault can get at on the rank it strikes."""
 
-    rank: int
-    monitor: Monitor
-    one_process: bool
-    """Whether the ranks are threads, so that a signal would hit all of them."""
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def monitor(self) -> Monitor: ...
+
+    @property
+    def one_process(self) -> bool:
+        """Whether the ranks are threads, so that a signal would hit all of them."""
+        ...
 
     def folder(self, what: str) -> Path | None:
         """Where checkpoints lie: "checkpoint" on storage, "replica" in memory; None where there are none."""

@@ -56,10 +56,12 @@ class RankScene:
                 flip_bit(spoilt.view(-1)[:1])
             return spoilt
 
-        handle = parameter.register_hook(spoil)  # type: ignore[no-untyped-call]
+        handle = parameter.register_hook(spoil)
         return f"element 0 of the gradient of {name}"
 
     def flip(self, what: str) -> str:
+        name: str
+        tensor: torch.Tensor
         if what == "weight":
             name, tensor = self._vector()
         else:
