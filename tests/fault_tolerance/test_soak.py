@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bagualu.fault_tolerance.injection.plan import DRAWN
 from bagualu.launch.cli import main
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.recipe import load_recipe
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 EVERY = 4
 RECIPE = [
     "recipe=tiny_dense", "data.source=random", "data.sequence_length=8", "data.global_batch=8", "train.micro_batch=1",
-    "model.layers=4", "model.hidden=16", "model.heads=4", "model.kv_heads=4", "model.ffn=24", "model.vocab=64",
+    "model.layers=2", "model.hidden=8", "model.heads=2", "model.kv_heads=2", "model.ffn=16", "model.vocab=64",
     "train.dtype=float64", "train.validate_every=10", "train.validation_sequences=3", "log.progress=off",
     f"checkpoint.every={EVERY}", "parallel.data=2", "parallel.pipeline=2",
 ]  # fmt: skip
@@ -54,18 +55,19 @@ def assert_stood(folder: Path, document: dict[str, Any], count: int, seconds: fl
     assert document["ledger"]["restarts"] == sum(row["recovery_seconds"] is not None for row in document["faults"])
 
 
-def soak_as_threads(folder: Path, count: int, seed: int, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def soak_as_threads(folder: Path, steps: int, seed: int, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """20 faults in `steps` steps; their kinds."""
     words = [
-        *RECIPE, "comm.backend=simulated", f"run.dir={folder}/run", f"run.seed={seed}", f"train.steps={count * 3}",
-        f"faults=random:{count}", "--json",
+        *RECIPE, "comm.backend=simulated", f"run.dir={folder}/run", f"run.seed={seed}", f"train.steps={steps}",
+        "faults=random:20", "--json",
     ]  # fmt: skip
     started = time.monotonic()
     code = main(["rehearse", *words], ENTRYPOINT)
     out, err = capsys.readouterr()
     assert code == 0, err[-4000:]
     document: dict[str, Any] = json.loads(out)
-    assert_stood(folder / "run-rehearsal", document, count, time.monotonic() - started)
-    return document
+    assert_stood(folder / "run-rehearsal", document, 20, time.monotonic() - started)
+    return {row["fault"].split("@")[0] for row in document["faults"]}
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_known_ceiling")
 def test_20_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str], leftovers: Leftovers) -> None:
-    soak_as_threads(tmp_path, 20, 3, capsys)
+    assert soak_as_threads(tmp_path, 44, 11, capsys) == set(DRAWN)
 
 
 @pytest.mark.slow
@@ -85,7 +87,7 @@ def test_20_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.timeout(1800)
 def test_200_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str], leftovers: Leftovers) -> None:
     for seed in range(10):
-        soak_as_threads(tmp_path / str(seed), 20, seed, capsys)
+        soak_as_threads(tmp_path / str(seed), 60, seed, capsys)
 
 
 def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers) -> None:
