@@ -1,13 +1,10 @@
 """Loading the state of a run: Bagualu, every byte verified, against torch.load and torch.distributed.checkpoint.load.
 
-All read the same values.
-
     python tests/bench/checkpoint_load.py --recipe bench_dense_124m --json out.json
 
-One process on all cores, files in the page cache, all contestants in turn in every round (A B C A B C ...). The state is weights
-and
-moments in float32. `bagualu` and `torch.load` fill fresh tensors; `bagualu-run` also puts them into a live model and optimizer
-(`trainer.state.load_state`), as dcp.load does with the tensors that it is given.
+One process on all cores, the same values in files in the page cache, all contestants in turn in every round (A B C A B C ...).
+The state is weights and moments in float32. `bagualu` and `torch.load` fill fresh tensors; `bagualu-run` also puts them into a
+live model and optimizer (`trainer.state.load_state`), as dcp.load does with the tensors that it is given.
 """
 
 import argparse
