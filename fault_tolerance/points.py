@@ -2,6 +2,7 @@
 
 POINTS = {
     "load": "start",
+    "fetch": "start",
     "verify": "start",
     "restore": "start",
     "data": "train",
@@ -14,5 +15,8 @@ POINTS = {
     "write": "checkpoint",
     "commit": "checkpoint",
     "prune": "checkpoint",
+    "replicate": "checkpoint",
+    "mirror": "checkpoint",
+    "publish": "checkpoint",
 }
 """Point -> phase."""
