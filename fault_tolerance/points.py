@@ -1,6 +1,7 @@
 """The points that a rank passes (`Monitor.at`), and what the time from each of them on is spent on. Free of torch."""
 
 POINTS = {
+    "fetch": "start",
     "load": "start",
     "fetch": "start",
     "verify": "start",
