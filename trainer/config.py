@@ -9,7 +9,7 @@ from math import gcd
 
 from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance.config import CheckpointConfig
+from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig
 from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.split import split_layers
@@ -137,6 +137,7 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -153,6 +154,7 @@ class Recipe:
         for part in (self.model, self.data, self.train, self.optim, self.parallel, self.comm, self.checkpoint,
                      self.launch, self.log):  # fmt: skip
             part.validate()
+        self.guard.validate(saves=self.checkpoint.every > 0)
         layout = self.parallel.layout(world)
         if self.train.compile and self.comm.backend == "simulated":
             raise RecipeError(

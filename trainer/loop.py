@@ -1,23 +1,21 @@
 """The loop over steps: train, record, validate, save, and stop where asked."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bagualu.fault_tolerance.guard.verdict import Action, GuardError
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.evaluate import Validation, validate
+from bagualu.trainer.rollback import roll_back
 from bagualu.trainer.sinks import Sink
 from bagualu.trainer.state import save_state
 from bagualu.trainer.step import StepResult, train_step
 
-_MOST_DISCARDED = 50
-"""float16: steps discarded in a row before the run gives up; the loss scale has then fallen from any value to 1."""
-
-
-class DivergedError(RuntimeError):
-    """Loss or gradient is no longer finite."""
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,7 +29,8 @@ class Loop:
     checkpoint: Path | None = None
     """The newest checkpoint of this run; at first the one it was resumed from."""
     _saved_step: int = -1
-    _discarded: int = 0
+    _due: bool = False
+    """A checkpoint waits for a step that goes well."""
     _busy_seconds: float = 0.0
     _steps_done: int = 0
 
@@ -42,6 +41,9 @@ class Loop:
         record: dict[str, Any] = {}
         while step < steps and not stopped:
             result, seconds = self._timed_step(step)
+            if result.verdict.action is Action.ROLLBACK:
+                step = self._go_back(step, result)
+                continue
             step += 1
             stopped = result.stop
             record = self._record(step, result, seconds)
@@ -50,18 +52,23 @@ class Loop:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
             for sink in self.sinks:
                 sink.write(record)
-            if every and step % every == 0:
+            self._due |= bool(every) and step % every == 0
+            if self._due and result.committed:  # else the state itself may be what is wrong
                 self._save(step)
         if step > first_step:
             self._save(step)
         ended = "done" if step >= steps else "stopped"
-        return {**record, **self._average(), "ended": ended, "step": step, "checkpoint": str(self.checkpoint)}
+        ending = {"ended": ended, "step": step, "checkpoint": str(self.checkpoint), "guard": self.parts.guard.memory.summary()}
+        return {**record, **self._average(), **ending}
 
     def _timed_step(self, step: int) -> tuple[StepResult, float]:
         started = time.perf_counter()
         result = train_step(self.parts, step, self.stop)
         seconds = time.perf_counter() - started
-        self._give_up_if_diverged(step, result)
+        if result.verdict.text and self.parts.mesh.at("world") == 0:
+            log.warning("%s", result.verdict.text)
+        if result.verdict.action is Action.STOP:
+            raise GuardError(result.verdict.text)
         if step > 0:  # the first step of all pays for warming up
             self._busy_seconds += seconds
             self._steps_done += 1
@@ -82,8 +89,26 @@ class Loop:
         if self.parts.recipe.model.moe.experts:
             record["balance_loss"] = result.balance_loss
         if self.parts.scaler.enabled:
-            record |= {"loss_scale": self.parts.scaler.scale, "discarded": not result.committed}
-        return record
+            record["loss_scale"] = self.parts.scaler.scale
+        return record | self._trouble(step, result)
+
+    def _trouble(self, step: int, result: StepResult) -> dict[str, Any]:
+        """What a record says of a step that did not go well at once."""
+        verdict, left_out = result.verdict, self.parts.guard.leaves_out(step)
+        record: dict[str, Any] = {} if result.committed else {"discarded": True}
+        if cause := verdict.cause or left_out:
+            record["cause"] = str(cause)
+        if verdict.ranks:
+            record["ranks"] = list(verdict.ranks)
+        return record if verdict.attempts == 1 else record | {"attempts": verdict.attempts}
+
+    def _go_back(self, step: int, result: StepResult) -> int:
+        """Take back step `step` (from 0) and those since a checkpoint; the steps done."""
+        done, self.checkpoint = roll_back(self.parts, step + 1, result.verdict)
+        self._saved_step, self._due = done, False
+        for sink in self.sinks:
+            sink.rewind(done)
+        return done
 
     @property
     def _tokens_per_step(self) -> int:
@@ -110,12 +135,4 @@ class Loop:
     def _save(self, step: int) -> None:
         if self._saved_step != step:
             self.checkpoint, self._saved_step = save_state(self.parts, step), step
-
-    def _give_up_if_diverged(self, step: int, result: StepResult) -> None:
-        self._discarded = 0 if result.committed else self._discarded + 1
-        allowed = _MOST_DISCARDED if self.parts.scaler.enabled else 0
-        if self._discarded > allowed:
-            raise DivergedError(
-                f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; the step was discarded. Lower optim.lr "
-                f"or raise optim.warmup_steps, and go on from the last checkpoint with checkpoint.resume=true"
-            )
+        self._due = False

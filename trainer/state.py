@@ -24,6 +24,7 @@ def save_state(parts: Parts, step: int) -> Path:
         "step": step,
         "updates": parts.updates,
         "scaler": {"scale": parts.scaler.scale, "good_steps": parts.scaler.good_steps},
+        "guard": parts.guard.memory.as_json(),
         "layout": {axis: parts.mesh.layout.size(axis) for axis in ("data", "tensor", "pipeline", "expert", "context")},
         "dtype": recipe.train.dtype,
         "identity": identity(parts),
@@ -46,7 +47,9 @@ def load_state(parts: Parts, path: Path) -> int:
     if parts.scaler.enabled and metadata["dtype"] == parts.recipe.train.dtype:
         parts.scaler.scale = metadata["scaler"]["scale"]
         parts.scaler.good_steps = metadata["scaler"]["good_steps"]
-    return int(metadata["step"])
+    step = int(metadata["step"])
+    parts.guard.load(metadata["guard"], step)
+    return step
 
 
 def identity(parts: Parts) -> dict[str, Any]:
