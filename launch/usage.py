@@ -21,7 +21,8 @@ verbs:
 {verbs}
 
 `bagualu VERB --help` says more. Keys are those of a recipe: recipe=tiny train.steps=100
-exit codes: 0 done, 2 wrong usage or recipe, 75 stopped on request with a checkpoint saved, else a failure"""
+exit codes: 0 done, 2 wrong usage or recipe, 75 stopped on request with a checkpoint saved, 76 the same step fails again and
+again, else a failure"""
 
 _TRAIN = """\
 usage: bagualu train [recipe=NAME] [key=value ...] [--cfg job] [--json] [-m]
@@ -40,7 +41,10 @@ keys (all of them: --cfg job):
   model.layers model.hidden model.heads model.moe.experts ...
   parallel.data parallel.tensor parallel.pipeline parallel.expert
   comm.backend            gloo, nccl, or simulated: all ranks as threads of one process
+  checkpoint.every checkpoint.keep checkpoint.async
   checkpoint.resume=true  go on from the newest checkpoint of run.dir
+  restart.limit           how often workers that failed are started again
+  restart.elastic=true    go on with a smaller layout when workers are lost for good
 
 options:
   --cfg job   print the resolved recipe and do nothing
@@ -71,10 +75,12 @@ options:
   -h, --help  this page"""
 
 _CHECKPOINT = """\
-usage: bagualu checkpoint list|verify RUN_DIR [--json]
+usage: bagualu checkpoint list|verify RUN_DIR|CHECKPOINT [--json]
 
 list    steps, sizes, the layout that wrote them, and what a quick look at every file finds wrong
-verify  the same after reading and checking every byte; exit code 1 when anything is damaged"""
+verify  the same after reading and checking every byte on all cores; names every damaged block, exit code 1 if there is any
+
+Give a run directory, or one checkpoint in it (runs/tiny/checkpoints/step-00000010)."""
 
 
 @dataclass

@@ -7,10 +7,12 @@ says it; rank 0 alone looks at the run directory too, because it writes there wh
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.world import World
+from bagualu.fault_tolerance import run_lock
 from bagualu.trainer import environment, preflight
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.log import copy_to_log
@@ -37,13 +39,19 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
         if recipe.comm.backend == "simulated":
             raise RecipeError("comm.backend=simulated is for `bagualu train`; give comm.backend=gloo or nccl here")
         if world.rank == 0 and _PREPARED not in os.environ:
+            run_lock.refuse_if_held(Path(recipe.run.dir))
             preflight.check_run_directory(recipe)
     except RecipeError as error:
         if world.rank == 0:
             print(f"bagualu: error: {error}", file=sys.stderr)
         return REFUSED
     _prepare(recipe, local_workers)
-    return _train(recipe, world, local_workers, entrypoint)
+    try:
+        with run_lock.hold(Path(recipe.run.dir)) if world.rank == 0 else nullcontext():
+            return _train(recipe, world, local_workers, entrypoint)
+    except RecipeError as error:  # another job was quicker
+        print(f"bagualu: error: {error}", file=sys.stderr)
+        return REFUSED
 
 
 def _prepare(recipe: Recipe, local_workers: int) -> None:
@@ -59,16 +67,17 @@ def _prepare(recipe: Recipe, local_workers: int) -> None:
 def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | None) -> int:
     import torch  # deferred: a wrong recipe is refused before
 
-    from bagualu.trainer.worker import TRAIN, work
+    from bagualu.trainer.worker import work
 
     environment.pin(recipe.launch, world.local_rank, local_workers)
     torch.set_num_threads(environment.threads(recipe.launch, local_workers))
     if world.rank == 0:
         save_recipe(recipe)
-    copy_to_log(Path(recipe.run.dir) / "logs" / f"rank-{world.rank}.log")
+    stop = StopRequest()
+    stop.tell.append(copy_to_log(Path(recipe.run.dir) / "logs" / f"rank-{world.rank}.log"))
     failures: list[Failure] = []
     try:
-        summary = work(recipe, world, StopRequest(), failures.append, entrypoint or TRAIN)
+        summary = work(recipe, world, stop, failures.append, entrypoint or environment.TRAIN)
     except BaseException:
         why = failures[0] if failures else Failure(world.rank, "train", "interrupted twice", 0.0)
         if why.kind != "recipe":

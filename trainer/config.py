@@ -7,9 +7,10 @@ checks that need several parts at once.
 from dataclasses import dataclass, field
 from math import gcd
 
+from bagualu.comm.checks import require_at_least
 from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig
+from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig
 from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.split import split_layers
@@ -53,10 +54,8 @@ class TrainConfig:
             raise RecipeError(f"train.dtype={self.dtype} is unknown; give one of {', '.join(DTYPES)}")
         if self.recompute not in ("none", "full"):
             raise RecipeError(f"train.recompute={self.recompute} is unknown; give none or full")
-        if self.steps < 1 or self.micro_batch < 1:
-            raise RecipeError("train.steps and train.micro_batch must be at least 1")
-        if self.validate_every < 0 or self.validation_sequences < 0:
-            raise RecipeError("train.validate_every and train.validation_sequences must be 0 or more")
+        require_at_least(1, "train", self, "steps", "micro_batch")
+        require_at_least(0, "train", self, "validate_every", "validation_sequences")
 
 
 @dataclass
@@ -94,10 +93,7 @@ class LaunchConfig:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def validate(self) -> None:
-        if self.nodes < 1 or (self.workers is not None and self.workers < 1):
-            raise RecipeError("launch.nodes and launch.workers must be at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise RecipeError(f"launch.threads={self.threads} must be at least 1, or leave it out")
+        require_at_least(1, "launch", self, "nodes", "workers", "threads")
         if self.allocator not in ("tuned", "system"):
             raise RecipeError(f"launch.allocator={self.allocator} is unknown; give tuned or system")
         if self.port is not None and not 1 <= self.port <= 65535:
@@ -121,8 +117,7 @@ class LogConfig:
             raise RecipeError(f"log.wandb={self.wandb} is unknown; give disabled, offline or online")
         if self.progress not in ("auto", "bar", "lines", "off"):
             raise RecipeError(f"log.progress={self.progress} is unknown; give auto, bar, lines or off")
-        if self.every < 1:
-            raise RecipeError(f"log.every={self.every} must be at least 1")
+        require_at_least(1, "log", self, "every")
 
 
 @dataclass
@@ -138,6 +133,7 @@ class Recipe:
     comm: CommConfig = field(default_factory=CommConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    restart: RestartConfig = field(default_factory=RestartConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -152,7 +148,7 @@ class Recipe:
     def validate(self, world: int) -> Layout:
         """Check every part and all of them together for `world` ranks. Raises RecipeError with the fix."""
         for part in (self.model, self.data, self.train, self.optim, self.parallel, self.comm, self.checkpoint,
-                     self.launch, self.log):  # fmt: skip
+                     self.restart, self.launch, self.log):  # fmt: skip
             part.validate()
         self.guard.validate(saves=self.checkpoint.every > 0)
         layout = self.parallel.layout(world)
@@ -161,6 +157,11 @@ class Recipe:
                 "train.compile=true cannot run on comm.backend=simulated, whose ranks are threads of one process; "
                 "give train.compile=false or comm.backend=gloo"
             )
+        patience = self.comm.timeout_seconds / 2
+        if (self.checkpoint.timeout_seconds or 0) > patience:
+            raise RecipeError(f"checkpoint.timeout_seconds={self.checkpoint.timeout_seconds} must be at most half of "
+                              f"comm.timeout_seconds={self.comm.timeout_seconds}, in which the other ranks wait; "
+                              f"give {patience:g} or less")  # fmt: skip
         self._validate_batch(layout)
         self._validate_model(layout)
         return layout

@@ -1,18 +1,19 @@
 """The loop over steps: train, record, validate, save, and stop where asked."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from bagualu.fault_tolerance.guard.verdict import Action, GuardError
+from bagualu.fault_tolerance.guard.verdict import Action
 from bagualu.trainer.assemble import Parts
+from bagualu.trainer.checkpoints import Checkpoints
 from bagualu.trainer.evaluate import Validation, validate
+from bagualu.trainer.outcome import GuardError
 from bagualu.trainer.rollback import roll_back
 from bagualu.trainer.sinks import Sink
-from bagualu.trainer.state import save_state
 from bagualu.trainer.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
@@ -26,9 +27,7 @@ class Loop:
     sinks: Sequence[Sink]
     stop: Callable[[], bool]
     seconds_per_token_at_ceiling: float
-    checkpoint: Path | None = None
-    """The newest checkpoint of this run; at first the one it was resumed from."""
-    _saved_step: int = -1
+    checkpoints: Checkpoints
     _due: bool = False
     """A checkpoint waits for a step that goes well."""
     _busy_seconds: float = 0.0
@@ -46,6 +45,8 @@ class Loop:
                 continue
             step += 1
             stopped = result.stop
+            if stopped and self.sinks:  # on the rank that speaks, which may not be the one that was asked
+                print(f"asked to stop: saving step {step}; not saved yet", file=sys.stderr, flush=True)
             record = self._record(step, result, seconds)
             validation = None if stopped and step < steps else self._validation(step)
             if validation:
@@ -53,21 +54,30 @@ class Loop:
             for sink in self.sinks:
                 sink.write(record)
             self._due |= bool(every) and step % every == 0
-            if self._due and result.committed:  # else the state itself may be what is wrong
-                self._save(step)
+            if self._due and result.committed and step < steps and not stopped:  # not committed: the state may be what is wrong
+                self.checkpoints.save(step)
+                self._due = False
         if step > first_step:
-            self._save(step)
+            self.checkpoints.save_last(step)
+        if stopped and self.sinks:
+            print(f"saved step {step}", file=sys.stderr, flush=True)
         ended = "done" if step >= steps else "stopped"
-        ending = {"ended": ended, "step": step, "checkpoint": str(self.checkpoint), "guard": self.parts.guard.memory.summary()}
-        return {**record, **self._average(), **ending}
+        guarded = {"guard": self.parts.guard.memory.summary()}
+        return {**record, **self._average(), "ended": ended, "step": step, **self._saved(), **guarded}
+
+    def _saved(self) -> dict[str, Any]:
+        saves = self.checkpoints
+        return {"checkpoint": str(saves.newest), "checkpoint_seconds": saves.seconds, "checkpoints_failed": saves.failed}
 
     def _timed_step(self, step: int) -> tuple[StepResult, float]:
         started = time.perf_counter()
-        result = train_step(self.parts, step, self.stop)
+        result = train_step(self.parts, step, self.stop, self.checkpoints.status)
         seconds = time.perf_counter() - started
+        self.checkpoints.settle(result.saving)
         if result.verdict.text and self.parts.mesh.at("world") == 0:
             log.warning("%s", result.verdict.text)
         if result.verdict.action is Action.STOP:
+            self.checkpoints.finish()
             raise GuardError(result.verdict.text)
         if step > 0:  # the first step of all pays for warming up
             self._busy_seconds += seconds
@@ -85,6 +95,7 @@ class Loop:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "mfu": tokens * self.seconds_per_token_at_ceiling / seconds,
+            **self.checkpoints.record(),
         }
         if self.parts.recipe.model.moe.experts:
             record["balance_loss"] = result.balance_loss
@@ -104,8 +115,9 @@ class Loop:
 
     def _go_back(self, step: int, result: StepResult) -> int:
         """Take back step `step` (from 0) and those since a checkpoint; the steps done."""
-        done, self.checkpoint = roll_back(self.parts, step + 1, result.verdict)
-        self._saved_step, self._due = done, False
+        self.checkpoints.finish()
+        done, self.checkpoints.newest = roll_back(self.parts, step + 1, result.verdict)
+        self._due = False
         for sink in self.sinks:
             sink.rewind(done)
         return done
@@ -131,8 +143,3 @@ class Loop:
             return None
         self.parts.mesh.monitor.at("validate")
         return validate(self.parts)
-
-    def _save(self, step: int) -> None:
-        if self._saved_step != step:
-            self.checkpoint, self._saved_step = save_state(self.parts, step), step
-        self._due = False

@@ -17,6 +17,9 @@ from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.optim.schedule import learning_rate
 
+Tell = Callable[[], list[float]]
+"""What a rank has to tell the others in a step beside its figures: asked to stop, still writing, failed to write; 1 or 0 each."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -33,6 +36,8 @@ class StepResult:
     """Whether the update happened, and what was wrong."""
     stop: bool
     """Whether any rank has been asked to stop."""
+    saving: tuple[float, float] = (0.0, 0.0)
+    """How many ranks still write their part of the checkpoint under way, and how many have failed to."""
 
     @property
     def committed(self) -> bool:
@@ -40,16 +45,26 @@ class StepResult:
         return self.verdict.action is Action.COMMIT
 
 
-def train_step(parts: Parts, step: int, stop: Callable[[], bool] = lambda: False) -> StepResult:
-    """Do step `step` (from 0). `stop` says whether this rank has been asked to stop; the ranks agree on it here."""
+def train_step(
+    parts: Parts,
+    step: int,
+    stop: Callable[[], bool] = lambda: False,
+    saving: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
+) -> StepResult:
+    """Do step `step` (from 0). `stop` says whether this rank has been asked to stop, `saving` how far its part of a checkpoint is
+    (`Saver.status`); the ranks tell each other here."""
     number, guard = step + 1, parts.guard
+
+    def tell() -> list[float]:
+        return [float(stop()), *saving()]
+
     parts.mesh.monitor.step = number
     lr = learning_rate(parts.recipe.optim, step, parts.recipe.train.steps)
     if why := guard.leaves_out(number):
-        return _leave_out(parts, number, lr, why, stop)
+        return _leave_out(parts, number, lr, why, tell)
     guard.begin(number)
     while True:
-        agreed = _attempt(parts, step, stop)
+        agreed = _attempt(parts, step, tell)
         verdict = guard.judge(number, Figures(agreed.loss, agreed.norm, agreed.found, parts.scaler.can_fall))
         if verdict.action is not Action.RETRY:
             break
@@ -58,19 +73,19 @@ def train_step(parts: Parts, step: int, stop: Callable[[], bool] = lambda: False
     if verdict.action is Action.COMMIT or verdict.cause is Cause.OVERFLOW:
         parts.scaler.update(verdict.action is Action.COMMIT)
     guard.finish(number, agreed.loss, agreed.norm, verdict)
-    return StepResult(agreed.loss, agreed.balance, agreed.norm, lr, verdict, agreed.stop)
+    return StepResult(agreed.loss, agreed.balance, agreed.norm, lr, verdict, agreed.stop, agreed.saving)
 
 
-def _leave_out(parts: Parts, number: int, lr: float, why: str, stop: Callable[[], bool]) -> StepResult:
+def _leave_out(parts: Parts, number: int, lr: float, why: str, tell: Tell) -> StepResult:
     """A step whose samples are not to be learnt from."""
     parts.mesh.monitor.at("agree")
-    (stops,) = parts.mesh.sum_over_world(_scalar(parts, stop()))
+    stops, writing, failed = parts.mesh.sum_over_world(*(_scalar(parts, one) for one in tell()))
     parts.guard.expect(number + 1)
     verdict = Verdict(Action.SKIP, attempts=0, text=f"step {number} is left out: {why}")
-    return StepResult(math.nan, math.nan, math.nan, lr, verdict, stops > 0)
+    return StepResult(math.nan, math.nan, math.nan, lr, verdict, stops > 0, (writing, failed))
 
 
-def _attempt(parts: Parts, step: int, stop: Callable[[], bool]) -> "_Agreed":
+def _attempt(parts: Parts, step: int, tell: Tell) -> "_Agreed":
     """Compute the gradient, reduce it, and agree on the figures. Changes nothing but gradients."""
     monitor = parts.mesh.monitor
     monitor.at("data")
@@ -82,7 +97,7 @@ def _attempt(parts: Parts, step: int, stop: Callable[[], bool]) -> "_Agreed":
     parts.reducer.finish()
     monitor.at("agree")
     found = parts.guard.inspect(step + 1)
-    return _agree(parts, totals, tokens, found, stop)
+    return _agree(parts, totals, tokens, found, tell)
 
 
 def _update(parts: Parts, lr: float, norm: float) -> None:
@@ -128,9 +143,10 @@ class _Agreed:
     norm: float
     found: list[float]
     stop: bool
+    saving: tuple[float, float]
 
 
-def _agree(parts: Parts, totals: StageTotals, tokens: float, found: list[torch.Tensor], stop: Callable[[], bool]) -> _Agreed:
+def _agree(parts: Parts, totals: StageTotals, tokens: float, found: list[torch.Tensor], tell: Tell) -> _Agreed:
     """The one reduction over all ranks that a step needs: every figure counted where exactly one rank holds it."""
     norm_squared, copies = _scalar(parts, 0.0), _scalar(parts, 0.0)
     for bucket in parts.buckets:
@@ -140,13 +156,13 @@ def _agree(parts: Parts, totals: StageTotals, tokens: float, found: list[torch.T
             copies += bucket.norm_squared()
     # A copy does not count in the norm, but a rank would update with it: one that is not finite makes the sum so.
     norm_squared += copies * 0.0
-    asked = _scalar(parts, stop())  # as late as can be: a signal during the step counts for it
+    told = [_scalar(parts, one) for one in tell()]  # as late as can be: a signal during the step counts for it
     once = float(parts.mesh.reports)
-    squared, loss, balance, stops, *findings = parts.mesh.sum_over_world(
-        norm_squared, totals.loss * once, totals.auxiliary * once, asked, *found
+    squared, loss, balance, stops, writing, failed, *findings = parts.mesh.sum_over_world(
+        norm_squared, totals.loss * once, totals.auxiliary * once, *told, *found
     )
     norm = squared**0.5 / parts.scaler.scale
-    return _Agreed(loss / tokens, balance / parts.recipe.data.global_batch, norm, findings, stops > 0)
+    return _Agreed(loss / tokens, balance / parts.recipe.data.global_batch, norm, findings, stops > 0, (writing, failed))
 
 
 def _scalar(parts: Parts, value: float) -> torch.Tensor:

@@ -80,6 +80,16 @@ class Memory:
         """What a person wants to know at the end of a run."""
         return {**asdict(self.counts), "skipped_steps": sorted(self.left_out)}
 
+    @staticmethod
+    def is_one(saved: Any) -> bool:
+        """Whether `saved` is what `as_json` gives."""
+        try:
+            Memory.empty(GuardConfig()).load(saved)
+            figures = [*saved["losses"], *saved["norms"]]
+            return all(type(one) is float and one > 0 for one in figures) and type(saved["setbacks"]) is int
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return False
+
     def load(self, saved: dict[str, Any]) -> None:
         """Go on from what a checkpoint holds. What the recipe leaves out stays left out."""
         self.losses.load(saved["losses"])

@@ -44,7 +44,3 @@ class Verdict:
     """How often the step was computed."""
     text: str = ""
     """In words: what was wrong, who, and what it means."""
-
-
-class GuardError(RuntimeError):
-    """A step could not be done rightly and the run ends; nothing of it was applied on any rank."""

@@ -1,7 +1,6 @@
 """Faults for tests: a bit flipped in one rank's memory at a point of a step, and runs that meet them."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +8,15 @@ import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
-from bagualu.fault_tolerance.guard.verdict import GuardError
 from bagualu.parallel.data import Bucket
 from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.loop import Loop
-from bagualu.trainer.state import CHECKPOINTS, load_state
+from bagualu.trainer.outcome import GuardError
+from bagualu.trainer.resume import resume
+from bagualu.trainer.state import checkpoints_of
 
 Bits = dict[str, np.ndarray]
 
@@ -105,7 +106,7 @@ class Records:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, record: Any) -> None:
-        timings = ("step_seconds", "tokens_per_second", "mfu")
+        timings = ("step_seconds", "tokens_per_second", "mfu", "checkpoint_seconds")
         self.lines.append({key: value for key, value in record.items() if key not in timings})
 
     def rewind(self, step: int) -> None:
@@ -147,14 +148,13 @@ def train(communicator: Communicator, recipe: Recipe, fault: Fault | None = None
         parts.batches = batches(parts.batches)
     if fault is not None:
         parts.mesh.monitor.observers.append(Injection(parts, fault))
-    root, records = Path(recipe.run.dir) / CHECKPOINTS, Records()
-    first = load_state(parts, list_checkpoints(root)[-1]) if recipe.checkpoint.resume else 0
-    error = ""
+    checkpoints, records, error = Checkpoints(parts, take_checkpoints(parts)), Records(), ""
     try:
-        Loop(parts, [records], lambda: False, 1e-9).run(first)
+        Loop(parts, [records], lambda: False, 1e-9, checkpoints).run(resume(parts).step)
     except GuardError as caught:
         error = str(caught)
-    saved = [path.name for path in list_checkpoints(root)]
+    checkpoints.close()
+    saved = [path.name for path in list_checkpoints(checkpoints_of(parts))]
     return Ending(bits_of(parts), records.lines, error, parts.guard.memory.summary(), saved)
 
 

@@ -200,7 +200,7 @@ def test_a_run_that_was_stopped_remembers_what_is_usual_and_what_is_left_out(tmp
 
 def test_damage_goes_back_past_checkpoints_that_may_hold_it(tmp_path: Path) -> None:
     """The flip comes before the checkpoint of the step before is written: that one is whole by its hashes, and wrong."""
-    recipe = recipe_in(tmp_path, "data", checkpoint__every=1, checkpoint__keep=9)
+    recipe = recipe_in(tmp_path, "data", checkpoint__every=1, checkpoint__keep=9, checkpoint__asynchronous=False)
     found = runs("simulated", recipe, Fault("exp_avg", step=BAD - 1, point="write"))
     assert_same_bits(found, straight("simulated", "data", STEPS))
     assert found[0].guard["rolled_back"] == 1

@@ -4,7 +4,6 @@ Everything is a pure function of (seed, step, sample index): no cursor is stored
 for step k, and any rank asks for whatever part of the global batch is its own. Steps and samples count from 0.
 """
 
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import Corpus, require_sequence
 from bagualu.trainer.data.sources import RANDOM
@@ -21,6 +21,9 @@ RANDOM_SEQUENCES = 2**31
 
 # Separate streams of random numbers: the top word of the generator's 256-bit counter.
 _ORDER, _TRAINING_TOKENS, _VALIDATION_TOKENS = 0, 1, 2
+
+_ROUNDS = 8
+"""Of the permutation; four make a Feistel network as good as random on large domains, small ones need more."""
 
 
 class Sequences(Protocol):
@@ -73,6 +76,7 @@ class Batches:
     def __init__(self, corpus: Corpus, config: DataConfig, seed: int) -> None:
         """Raises RecipeError when a split of the corpus is shorter than one sequence."""
         self._seed, self._global_batch, self._length = seed, config.global_batch, config.sequence_length
+        self._vocab, self._source = corpus.vocab, config.source
         self._shuffled = config.source != RANDOM
         self._train: Sequences
         self._validation: Sequences
@@ -102,7 +106,7 @@ class Batches:
         ids = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            ids[here] = _epoch_order(self._seed, int(epoch), self.train_count)[offsets[here]]
+            ids[here] = _shuffle(offsets[here], self.train_count, self._seed, int(epoch))
         return ids
 
     def batch(self, step: int, start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -121,17 +125,39 @@ class Batches:
         tokens = np.empty((len(ids), self._length + 1), np.int64)
         for row, index in enumerate(ids):
             tokens[row] = sequences.read(int(index))
+        if tokens.size and tokens.max() >= self._vocab:  # the loss would be wrong without a word: no rank holds such a row
+            index = int(ids[tokens.max(axis=1).argmax()])
+            raise RecipeError(f"sequence {index} of data.source={self._source} has token {tokens.max()}, but model.vocab="
+                              f"{self._vocab}; give the data.cache that belongs to it, or another")  # fmt: skip
         both = torch.from_numpy(tokens)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """A permutation of `count` sequences: the order of their random numbers.
+def _shuffle(places: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Where each of `places`, all below `count`, lies in the order of an epoch: a permutation, computed point by point.
 
-    Not Generator.permutation: numpy keeps the numbers of a generator the same for ever, but not what it makes of them.
+    A Feistel network permutes the smallest 4 ** n >= count numbers; what falls outside `count` goes through it again until it
+    does not (cycle walking; Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). Nothing as long as the corpus is kept.
     """
-    return np.argsort(_random_words(seed, epoch, _ORDER, count), kind="stable").astype(np.int64)
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    keys = _random_words(seed, epoch, _ORDER, _ROUNDS)
+    found = places.astype(np.uint64)
+    outside = np.ones(len(found), bool)
+    while outside.any():
+        left, right = found[outside] >> half, found[outside] & low
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & low)
+        found[outside] = left << half | right
+        outside = found >= count
+    return found.astype(np.int64)
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Every bit of the result depends on every bit of a word (the finaliser of SplitMix64)."""
+    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return words ^ words >> np.uint64(31)
 
 
 def _random_words(seed: int, index: int, stream: int, count: int) -> NDArray[np.uint64]:
