@@ -9,7 +9,7 @@ from math import gcd
 
 from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance.config import CheckpointConfig
+from bagualu.fault_tolerance.config import CheckpointConfig, RestartConfig, StragglerConfig
 from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.split import split_layers
@@ -137,6 +137,8 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    restart: RestartConfig = field(default_factory=RestartConfig)
+    straggler: StragglerConfig = field(default_factory=StragglerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -151,7 +153,7 @@ class Recipe:
     def validate(self, world: int) -> Layout:
         """Check every part and all of them together for `world` ranks. Raises RecipeError with the fix."""
         for part in (self.model, self.data, self.train, self.optim, self.parallel, self.comm, self.checkpoint,
-                     self.launch, self.log):  # fmt: skip
+                     self.restart, self.straggler, self.launch, self.log):  # fmt: skip
             part.validate()
         layout = self.parallel.layout(world)
         if self.train.compile and self.comm.backend == "simulated":
