@@ -1,11 +1,13 @@
 """The loop over steps: train, record, validate, save, and stop where asked."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.evaluate import Validation, validate
 from bagualu.trainer.sinks import Sink
@@ -30,10 +32,15 @@ class Loop:
     seconds_per_token_at_ceiling: float
     checkpoint: Path | None = None
     """The newest checkpoint of this run; at first the one it was resumed from."""
+    stragglers: Stragglers = field(init=False)
     _saved_step: int = -1
     _discarded: int = 0
     _busy_seconds: float = 0.0
     _steps_done: int = 0
+
+    def __post_init__(self) -> None:
+        mesh = self.parts.mesh
+        self.stragglers = Stragglers(self.parts.recipe.straggler, mesh.layout, mesh.group("world"))
 
     def run(self, first_step: int) -> dict[str, Any]:
         """Steps first_step .. train.steps; returns how it ended and the last figures."""
@@ -44,7 +51,7 @@ class Loop:
             result, seconds = self._timed_step(step)
             step += 1
             stopped = result.stop
-            record = self._record(step, result, seconds)
+            record = self._record(step, result, seconds) | self._slow_ranks(step, seconds)
             validation = None if stopped and step < steps else self._validation(step)
             if validation:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
@@ -55,6 +62,7 @@ class Loop:
         if step > first_step:
             self._save(step)
         ended = "done" if step >= steps else "stopped"
+        record["stragglers"] = self.stragglers.ever()
         return {**record, **self._average(), "ended": ended, "step": step, "checkpoint": str(self.checkpoint)}
 
     def _timed_step(self, step: int) -> tuple[StepResult, float]:
@@ -84,6 +92,12 @@ class Loop:
         if self.parts.scaler.enabled:
             record |= {"loss_scale": self.parts.scaler.scale, "discarded": not result.committed}
         return record
+
+    def _slow_ranks(self, step: int, seconds: float) -> dict[str, Any]:
+        for change in self.stragglers.after_step(step, seconds):
+            if self.parts.mesh.at("world") == 0:
+                print(f"step {step}: {change}", file=sys.stderr, flush=True)
+        return {"stragglers": slow} if (slow := self.stragglers.now()) else {}
 
     @property
     def _tokens_per_step(self) -> int:

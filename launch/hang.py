@@ -1,0 +1,64 @@
+"""Ends workers that stand still: between the watchdog, which judges, and the launcher, which has the workers. Free of torch."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from bagualu.fault_tolerance.watchdog import stacks
+from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, read
+from bagualu.fault_tolerance.watchdog.links import LostLink, cut_off, lost_links
+from bagualu.fault_tolerance.watchdog.report import write_report
+from bagualu.fault_tolerance.watchdog.verdict import Patience, Verdict
+from bagualu.fault_tolerance.watchdog.watch import Watchdog
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.outcome import Failure
+
+
+class HangCheck:
+    """Watches one generation of workers on this machine. Call it in a loop; it costs next to nothing.
+
+    When the run stands still it writes a report, ends every worker, and returns the failure.
+    """
+
+    def __init__(self, recipe: Recipe, scratch: Path, processes: Mapping[int, int]) -> None:
+        """`processes`: the process of every rank here, by rank; this one itself for ranks that are its threads."""
+        self._folder = scratch / HEARTBEATS
+        self._logs = Path(recipe.run.dir) / "logs"
+        self._processes = dict(processes)
+        config = recipe.restart
+        self._watchdog = Watchdog(self._folder, processes, Patience(config.hang_seconds, config.long_hang_seconds))
+        self._look: Callable[[], Verdict | None] = self._watchdog.look if config.hang_seconds else lambda: None
+
+    def __call__(self) -> Failure | None:
+        """The failure, once; None while the run goes on."""
+        verdict = self._look()
+        if verdict is None:
+            return None
+        seen, links = self._watchdog.seen(), lost_links(self._processes)
+        verdict = _with_links(verdict, links)
+        report = write_report(self._logs, verdict, seen, self._end(), links)
+        rank = verdict.culprits[0] if verdict.culprits else -1
+        step = seen[rank].step if rank >= 0 else max(one.step for one in seen.values())
+        phase = f"train (step {step})" if step else "start"
+        return Failure(rank, phase, f"the run stood still: {verdict.why}; report: {report}", time.time(), "hung")
+
+    def _end(self) -> dict[int, str]:
+        """The stacks of all ranks; processes are ended by it."""
+        if set(self._processes.values()) == {os.getpid()}:
+            beats = {rank: read(self._folder, rank) for rank in self._processes}
+            return stacks.of_threads({rank: beat.thread for rank, beat in beats.items() if beat})
+        return stacks.end_all(self._folder, self._processes)
+
+
+def _with_links(verdict: Verdict, links: list[LostLink]) -> Verdict:
+    """The verdict with what the connections tell: perhaps the culprit, where it was left open."""
+    if not links:
+        return verdict
+    shown = "; ".join(map(str, links[:2])) + (f"; and {len(links) - 2} more" if len(links) > 2 else "")
+    why = f"{verdict.why}: {shown}"
+    rank = cut_off(links)
+    if verdict.culprits or rank is None:
+        return replace(verdict, why=why)
+    return replace(verdict, why=f"every connection of rank {rank} is dead: {why}", culprits=(rank,))
