@@ -56,7 +56,7 @@ class TorchTransport:
         except RuntimeError as error:
             raise self.error(op, error) from error
 
-    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> TorchWork:
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work:
         return self._start("all_reduce", lambda: dist.all_reduce(tensor, _OPS[op], self.group, async_op=True), tensor)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Work:

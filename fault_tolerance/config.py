@@ -1,7 +1,8 @@
-"""What a recipe says about faults. Free of torch."""
+"""What a recipe says about faults: checkpoints, going on after a failure, slow ranks. Free of torch."""
 
 from dataclasses import dataclass
 
+from bagualu.comm.checks import refuse_unused, require_at_least
 from bagualu.comm.errors import RecipeError
 
 
@@ -25,19 +26,35 @@ class CheckpointConfig:
 
 @dataclass
 class RestartConfig:
-    """`restart.*` of a recipe."""
+    """`restart.*` of a recipe: what the launcher does when a rank is lost."""
 
+    limit: int = 3
+    """How often workers are started again after a failure, over the whole launch; 0: never."""
+    backoff_seconds: float = 1.0
+    """Pause before the first restart; every further one waits twice as long, at most a minute."""
+    same_step_limit: int = 2
+    """A step that has failed this often, with nothing gained in between, ends the run (exit code 76)."""
+    elastic: bool = False
+    """Go on with fewer ranks and a smaller layout when some are lost for good; grow back when they return."""
+    min_workers: int = 1
+    """With restart.elastic=true: the fewest ranks worth going on with."""
+    wait_seconds: int = 300
+    """How long nodes wait for one another, at the start and after a loss; then the run goes on without those that are missing
+    (restart.elastic=true) or fails."""
     hang_seconds: float = 300.0
     """A rank that shows no progress for so long, or waits so long for one that shows none, ends the run's processes; 0: never."""
     long_hang_seconds: float = 1800.0
     """The same where nothing can be seen for long: start, first step (compilation), validation, checkpoints read and written."""
 
     def validate(self) -> None:
-        if self.hang_seconds < 0:
-            raise RecipeError(f"restart.hang_seconds={self.hang_seconds} must be 0 (never) or more, e.g. restart.hang_seconds=300")
-        if self.long_hang_seconds < self.hang_seconds:
-            raise RecipeError(f"restart.long_hang_seconds={self.long_hang_seconds} must be at least restart.hang_seconds="
-                              f"{self.hang_seconds}; give restart.long_hang_seconds={self.hang_seconds}")  # fmt: skip
+        require_at_least(0, "restart", self, "limit", "backoff_seconds")
+        require_at_least(1, "restart", self, "same_step_limit", "min_workers", "wait_seconds")
+        require_at_least(0, "restart", self, "hang_seconds")
+        require_at_least(self.hang_seconds, "restart", self, "long_hang_seconds")
+        if not self.hang_seconds:
+            refuse_unused("restart", self, ["long_hang_seconds"], "restart.hang_seconds=0")
+        if not self.elastic:
+            refuse_unused("restart", self, ["min_workers"], "restart.elastic=false")
 
 
 @dataclass
@@ -54,3 +71,5 @@ class StragglerConfig:
             raise RecipeError(f"straggler.ratio={self.ratio} must be above 1, or 0 to turn it off, e.g. straggler.ratio=1.5")
         if self.window_seconds <= 0:
             raise RecipeError(f"straggler.window_seconds={self.window_seconds} must be positive, e.g. straggler.window_seconds=10")
+        if not self.ratio:
+            refuse_unused("straggler", self, ["window_seconds"], "straggler.ratio=0")

@@ -1,33 +1,54 @@
-"""The elastic agent of one machine, with our own ways to stop and to fail.
+"""The elastic agent of one machine, with our own ways to stop, to fail and to start again.
 
 Elastic answers a signal by killing the workers; ours are asked, save a checkpoint and return. Elastic answers a worker's
 death with SIGTERM to the others and up to 30 s of patience; ours cannot go on without it, so they get a moment to tell what
-they saw and are killed.
+they saw and are killed. Elastic counts restarts; ours are judged one by one (restart.py), go on from the newest checkpoint,
+and take the layout that fits the workers there are (fit.py).
 """
 
 import contextlib
 import os
 import signal
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch._C._distributed_c10d import Store
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, MultiprocessContext
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
+from bagualu.comm.errors import RecipeError
+from bagualu.launch import board, member
+from bagualu.launch.deaths import clear_failures, failures
+from bagualu.launch.fit import fitted
+from bagualu.launch.rendezvous import REGROUP_SECONDS
+from bagualu.launch.restart import Restarts, Verdict, announcement, resuming
+from bagualu.launch.watcher import Watcher
+from bagualu.trainer.outcome import Failure, first
 from bagualu.trainer.stopping import STOP_SIGNALS
 
-_GRACE_SECONDS = 3.0
+_GRACE_SECONDS = 1.0
 """For the peers of a dead worker, to notice and to write down what they saw."""
+_EXIT_SECONDS = 30
+"""For the agents of other nodes, when a run is done."""
 
 
 class Killed(BaseException):
     """A second Ctrl-C: everything ends at once."""
 
 
+class Left(BaseException):
+    """Asked to stop while waiting for other nodes: there is no worker to ask."""
+
+
 class NoLogs(LogsSpecs):
-    """Elastic redirects nothing: workers see to their own output (log.py) and failures (member.py)."""
+    """Elastic redirects nothing: workers see to their own output (log.py) and failures (deaths.py)."""
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         nothing = dict.fromkeys(envs, "")
@@ -39,18 +60,45 @@ class NoLogs(LogsSpecs):
 
 
 class Agent(LocalElasticAgent):
-    """Starts the workers of one machine, forwards requests to stop, sees to it that none survives."""
+    """Starts the workers of one machine, starts them again after failures, forwards requests to stop, lets none survive."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        super().__init__(spec, NoLogs(), start_method="forkserver")
-        self.exit_codes: dict[int, int] = {}
-        """Of the workers that failed by themselves, by rank."""
+    def __init__(self, told: member.Member, rendezvous: DynamicRendezvousHandler, watchers: Sequence[Watcher] = ()) -> None:
+        spec = WorkerSpec(
+            role="worker",
+            local_world_size=len(told.slots),
+            rdzv_handler=rendezvous,
+            entrypoint=member.main,
+            args=(told,),
+            max_restarts=0,  # elastic's own
+            monitor_interval=0.1,
+        )
+        super().__init__(spec, NoLogs(), start_method="forkserver", exit_barrier_timeout=_EXIT_SECONDS)
+        self.told = told
+        self.watchers = watchers
+        self.restarts = Restarts(told.recipe.restart)
+        self.generation = 0
+        self.failure: Failure | None = None
+        """What the last generation that failed has failed of."""
+        self.summary: dict[str, Any] | None = None
+        """Of the last generation that did not."""
         self.stop_asked = False
+        self._waits_for_nodes = False
         self._interrupts = 0
         self._pids: list[int] = []
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of this generation."""
+        return self._worker_group.group_world_size or 1
+
+    @property
+    def has_rank_0(self) -> bool:
+        return self._worker_group.group_rank == 0
+
+    # Being asked to stop
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
@@ -59,32 +107,152 @@ class Agent(LocalElasticAgent):
             raise Killed
         self.stop_asked = True
         self._signal_workers(signal.SIGTERM)
+        if self._waits_for_nodes:
+            raise Left
 
     def _signal_workers(self, number: signal.Signals) -> None:
         for pid in self._pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    # A generation of workers: meeting the other nodes, starting
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        handler = worker_group.spec.rdzv_handler
+        assert isinstance(handler, DynamicRendezvousHandler)
+        # The workers' store is new in every generation: keys of the last one are not in it, its stragglers cannot reach it.
+        handler._shared_tcp_store_server = handler._bootstrap_store_info = None
+        self._waits_for_nodes = handler.settings.max_nodes > 1
+        try:
+            super()._rendezvous(worker_group)
+        finally:
+            self._waits_for_nodes = False
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        world = worker_group.workers[0].world_size
+        recipe, training = fitted(self.told.recipe, world)
+        if self.generation:
+            recipe = resuming(recipe)
+        if training != self.told.training and worker_group.group_rank == 0:
+            _say(f"going on with {training} ranks of {world} workers: {recipe.validate(training)}")
+        self.told = replace(self.told, training=training)
+        worker_group.spec.args = (replace(self.told, recipe=recipe),)
+        clear_failures(self.told.scratch)
+        member.hold(self.told.scratch)
         pids: dict[int, Any] = super()._start_workers(worker_group)
         self._pids = list(pids.values())
         if self.stop_asked:  # before there was anyone to tell
             self._signal_workers(signal.SIGTERM)
+        for watcher in self.watchers:
+            watcher.started(self.generation, {worker_group.workers[local].global_rank: pid for local, pid in pids.items()})
         return pids
 
+    # Looking after it
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        if self._failed():
-            deadline = time.monotonic() + _GRACE_SECONDS
-            while len(self._failed()) < len(self._pids) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            self.exit_codes = {worker_group.workers[rank].global_rank: code for rank, code in self._failed().items()}
-            self._signal_workers(signal.SIGKILL)
+        seen = next(filter(None, (watcher.look() for watcher in self.watchers)), None)
+        if seen or self._exit_codes():
+            self._fail(worker_group, seen)
         result: RunResult = super()._monitor_workers(worker_group)
+        if not result.is_failed():
+            self._end_spares(worker_group)
+        if result.state == WorkerState.SUCCEEDED:
+            self.summary = result.return_values[min(result.return_values)]
+            if not self.stop_asked and board.regrouping(self._round_store):
+                self._remaining_restarts = 1
+                return RunResult(WorkerState.UNHEALTHY)
         return result
 
-    def _failed(self) -> dict[int, int]:
-        """Exit codes of the workers that have ended badly, by local rank."""
+    def _fail(self, worker_group: WorkerGroup, seen: Failure | None) -> None:
+        """End the generation, of a death or of what a watcher has seen, and decide what follows."""
+        deadline = time.monotonic() + (0 if seen else _GRACE_SECONDS)
+        while len(self._exit_codes()) < len(self._pids) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        codes = {worker_group.workers[local].global_rank: code for local, code in self._exit_codes().items()}
+        self._signal_workers(signal.SIGKILL)
+        for process in self._processes():
+            process.join(_EXIT_SECONDS)
+        metrics = Path(self.told.recipe.run.dir) / "metrics.jsonl"
+        self.failure = seen or first(failures(self.told.scratch, codes, metrics))
+        verdict = self._judge(worker_group, self.failure)
+        self._remaining_restarts = int(verdict.again)
+        self.failure = verdict.failure
+        for watcher in self.watchers:
+            watcher.failed(self.generation, verdict.failure, verdict.again)
+        if verdict.again:
+            _say(announcement(verdict, self.restarts, self.told.recipe))
+            self._pause(verdict.pause_seconds)
+
+    def _judge(self, worker_group: WorkerGroup, failure: Failure) -> Verdict:
+        if self.stop_asked:
+            return Verdict(failure, again=False)
+        local = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
+        slots = [slot for position, slot in enumerate(self.told.slots) if position != local.get(failure.rank)]
+        elsewhere = failure.kind == "peer" and self.nodes > 1
+        verdict = self.restarts.decide(failure, elsewhere, may_drop=self._can_do_without_one(worker_group, slots))
+        if verdict.without_rank:
+            self.told = replace(self.told, slots=tuple(slots))
+            worker_group.spec.local_world_size = len(slots)
+        return verdict
+
+    def _can_do_without_one(self, worker_group: WorkerGroup, slots: list[int]) -> bool:
+        """Whether the run can go on when this machine has `slots` only."""
+        if not slots or not self.told.recipe.restart.elastic:
+            return False
+        with contextlib.suppress(RecipeError):
+            fitted(self.told.recipe, worker_group.workers[0].world_size - 1)
+            return True
+        return False
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.stop_asked:
+            time.sleep(0.05)
+
+    def _end_spares(self, worker_group: WorkerGroup) -> None:
+        """Workers that the layout has no use for wait for those that train, and end when they do."""
+        if worker_group.workers[0].world_size == self.told.training:
+            return
+        training = [worker for worker in worker_group.workers if worker.global_rank < self.told.training]
+        assert isinstance(self._pcontext, MultiprocessContext)
+        done = self._pcontext._return_values
+        if training and all(worker.local_rank in done for worker in training):
+            board.say_trained(self._round_store, done[training[0].local_rank])
+        if (summary := board.trained(self._round_store)) is not None:
+            member.release(self.told.scratch, summary)
+
+    # Ending it
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if worker_group.state == WorkerState.HEALTHY:  # elastic wants to let in a node that waits
+            if self.stop_asked:
+                return
+            assert self._pcontext is not None
+            board.ask_to_regroup(self._round_store)
+            self._signal_workers(signal.SIGTERM)
+            self._pcontext.wait(REGROUP_SECONDS, period=0.05)
+        self.generation += 1
+        super()._restart_workers(worker_group)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
+        super()._shutdown(signal.SIGKILL, timeout)  # whoever lives still has had the chance to save
+
+    @property
+    def _round_store(self) -> Store:
+        """Shared with the agents of this generation."""
+        store: Any = self._worker_group.store
+        assert isinstance(store, Store)
+        return store
+
+    def _processes(self) -> list[Any]:
         assert isinstance(self._pcontext, MultiprocessContext)
         assert self._pcontext._pc is not None
-        codes = [process.exitcode for process in self._pcontext._pc.processes]
-        return {rank: code for rank, code in enumerate(codes) if code}
+        return list(self._pcontext._pc.processes)
+
+    def _exit_codes(self) -> dict[int, int]:
+        """Of the workers that have ended badly, by local rank."""
+        return {local: process.exitcode for local, process in enumerate(self._processes()) if process.exitcode}
+
+
+def _say(line: str) -> None:
+    print(f"bagualu: {line}", file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,40 +12,44 @@ from bagualu.fault_tolerance.watchdog.links import LostLink, cut_off, lost_links
 from bagualu.fault_tolerance.watchdog.report import write_report
 from bagualu.fault_tolerance.watchdog.verdict import Patience, Verdict
 from bagualu.fault_tolerance.watchdog.watch import Watchdog
+from bagualu.launch.watcher import Watcher
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import Failure
 
 
-class HangCheck:
-    """Watches one generation of workers on this machine. Call it in a loop; it costs next to nothing.
+class HangCheck(Watcher):
+    """When the workers of this machine stand still it writes a report, ends those that are processes, and says who was at fault."""
 
-    When the run stands still it writes a report, ends every worker, and returns the failure.
-    """
-
-    def __init__(self, recipe: Recipe, scratch: Path, processes: Mapping[int, int]) -> None:
-        """`processes`: the process of every rank here, by rank; this one itself for ranks that are its threads."""
+    def __init__(self, recipe: Recipe, scratch: Path) -> None:
+        config = recipe.restart
         self._folder = scratch / HEARTBEATS
         self._logs = Path(recipe.run.dir) / "logs"
-        self._processes = dict(processes)
-        config = recipe.restart
-        self._watchdog = Watchdog(self._folder, processes, Patience(config.hang_seconds, config.long_hang_seconds))
-        self._look: Callable[[], Verdict | None] = self._watchdog.look if config.hang_seconds else lambda: None
+        self._patience = Patience(config.hang_seconds, config.long_hang_seconds)
+        self._processes: dict[int, int] = {}
+        self._watchdog: Watchdog | None = None
 
-    def __call__(self) -> Failure | None:
-        """The failure, once; None while the run goes on."""
-        verdict = self._look()
-        if verdict is None:
+    def started(self, generation: int, pids: Mapping[int, int]) -> None:
+        """As `Watcher.started`."""
+        self._processes = dict(pids)
+        if self._patience.hang_seconds:
+            self._watchdog = Watchdog(self._folder, pids, self._patience)
+
+    def look(self) -> Failure | None:
+        """As `Watcher.look`. Quick, but when it has found something."""
+        verdict = self._watchdog.look() if self._watchdog else None
+        if self._watchdog is None or verdict is None:
             return None
         seen, links = self._watchdog.seen(), lost_links(self._processes)
+        self._watchdog = None  # this generation is over
         verdict = _with_links(verdict, links)
         report = write_report(self._logs, verdict, seen, self._end(), links)
         rank = verdict.culprits[0] if verdict.culprits else -1
         step = seen[rank].step if rank >= 0 else max(one.step for one in seen.values())
-        phase = f"train (step {step})" if step else "start"
-        return Failure(rank, phase, f"the run stood still: {verdict.why}; report: {report}", time.time(), "hung")
+        phase = f"step {step}" if step else "start"
+        return Failure(rank, phase, f"the run stood still: {verdict.why}; report: {report}", time.time(), "hung", step)
 
     def _end(self) -> dict[int, str]:
-        """The stacks of all ranks; processes are ended by it."""
+        """The stacks of all ranks."""
         if set(self._processes.values()) == {os.getpid()}:
             beats = {rank: read(self._folder, rank) for rank in self._processes}
             return stacks.of_threads({rank: beat.thread for rank, beat in beats.items() if beat})

@@ -3,110 +3,154 @@
 import contextlib
 import logging
 import os
-import signal
 import sys
-import tempfile
 import time
 import traceback
-import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous import registry as rendezvous_registry
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 
 from bagualu.comm import simulated
+from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.directory import latest
-from bagualu.launch import member
-from bagualu.launch.agent import Agent, Killed
+from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
+from bagualu.launch import member, rendezvous
+from bagualu.launch.agent import Agent, Killed, Left
+from bagualu.launch.board import Ending
+from bagualu.launch.meeting import Meeting
+from bagualu.launch.restart import Restarts, announcement, resuming
+from bagualu.launch.scratch import scratch
+from bagualu.launch.watcher import Watcher
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
-from bagualu.trainer.outcome import Failure, first
+from bagualu.trainer.outcome import Failure, failure, first
 from bagualu.trainer.stopping import StopRequest
 from bagualu.trainer.worker import train
+
+Watch = Callable[[Path], Sequence[Watcher]]
+"""Makes the watchers of a launch, given its scratch folder."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A run's end on this machine: its summary, or the failure that began its end."""
+    """A run's end on this machine: its summary, or the failure after which it was not started again."""
 
     summary: dict[str, Any] | None = None
     failure: Failure | None = None
+    speaks: bool = True
+    """Whether rank 0 was here; of several nodes one shows the summary."""
 
 
-def run_processes(recipe: Recipe, workers: int, entrypoint: str, quiet_stdout: bool) -> Ended:
-    """Train with `workers` processes here. The fork server is already on its way (forkserver.py)."""
+def nobody(scratch: Path) -> Sequence[Watcher]:
+    """No watchers."""
+    return ()
+
+
+def run_processes(
+    recipe: Recipe, workers: int, entrypoint: str, quiet_stdout: bool, meeting: Meeting | None = None, watch: Watch = nobody
+) -> Ended:
+    """Train with `workers` processes here, and with those of the other nodes of `meeting`.
+
+    The fork server is already on its way (forkserver.py).
+    """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the last words are ours
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are the agent's
-    with tempfile.TemporaryDirectory(prefix="bagualu-") as failures:
-        told = member.Member(recipe, workers, entrypoint, failures, quiet_stdout)
-        agent = Agent(_spec(recipe, workers, told))
+    with scratch() as folder:
+        told = member.Member(recipe, tuple(range(workers)), recipe.world_size(), entrypoint, folder, quiet_stdout)
         try:
-            result = agent.run()
-        except Killed:
-            return Ended(failure=Failure(0, "train", "killed by a second Ctrl-C, nothing saved since the last checkpoint",
-                                         time.time(), "killed"))  # fmt: skip
-        if not result.is_failed():
-            return Ended(summary=result.return_values[0])
-        return Ended(failure=first([*member.read_failures(failures), *_deaths(agent, recipe)]))
+            place = rendezvous.among(meeting, recipe.restart) if meeting else rendezvous.here(recipe.launch.port)
+        except RendezvousError as error:
+            return Ended(failure=_lost_meeting(error, recipe))
+        agent, ending = Agent(told, place.handler, watch(folder)), Ending(place.store)
+        ended = _supervise(agent, ending)
+        if ended.failure is None or ended.failure.kind != "stopped":  # a node that leaves ends nothing for the others
+            ending.say({"summary": ended.summary, "failure": ended.failure and ended.failure.as_dict()})
+            place.handler.shutdown()
+            ending.wait_for(agent.nodes - 1)
+        return ended
 
 
-def run_threads(recipe: Recipe, world: int, entrypoint: str, quiet_stdout: bool) -> Ended:
+def _supervise(agent: Agent, ending: Ending) -> Ended:
+    """The end of the run; where another node has ended it, what that one said."""
+    recipe = agent.told.recipe
+    try:
+        result = agent.run()
+    except Killed:
+        return Ended(failure=Failure(0, "train", "killed by a second Ctrl-C, nothing saved since the last checkpoint",
+                                     time.time(), "killed"))  # fmt: skip
+    except Left:
+        return Ended(failure=Failure(0, "start", "asked to stop while waiting for other nodes", time.time(), "stopped"))
+    except RendezvousClosedError:
+        result = None
+    except RendezvousError as error:
+        return Ended(failure=_lost_meeting(error, recipe))
+    except RecipeError as error:
+        return Ended(failure=failure(0, "restart", error, time.time()))
+    if result is None:
+        return _said(ending.heard())
+    return Ended(failure=agent.failure) if result.is_failed() else Ended(agent.summary, speaks=agent.has_rank_0)
+
+
+def _said(document: dict[str, Any] | None) -> Ended:
+    if document is None:
+        return Ended(failure=Failure(0, "restart", "another node has ended the run, and is gone", time.time(), "peer"))
+    return Ended(document["summary"], Failure(**document["failure"]) if document["failure"] else None, False)
+
+
+def _lost_meeting(error: RendezvousError, recipe: Recipe) -> Failure:
+    if isinstance(error, RendezvousTimeoutError):
+        cause = (
+            f"waited restart.wait_seconds={recipe.restart.wait_seconds} s for {recipe.launch.nodes} nodes, and they did not come"
+        )
+    else:
+        cause = "the node that holds the rendezvous store cannot be reached"
+    return Failure(0, "meeting the other nodes", cause, time.time(), "peer")
+
+
+def run_threads(recipe: Recipe, world: int, entrypoint: str, quiet_stdout: bool, watch: Watch = nobody) -> Ended:
     """Train with `world` threads of this process (comm.backend=simulated)."""
-    stop, failures = StopRequest(), list[Failure]()
+    stop, restarts, generation = StopRequest(), Restarts(recipe.restart), 0
     stop.install()
+    with scratch() as folder, contextlib.redirect_stdout(sys.stderr if quiet_stdout else sys.stdout):
+        watchers = watch(folder)
+        while True:
+            for watcher in watchers:
+                watcher.started(generation, dict.fromkeys(range(world), os.getpid()))
+            ended = _run_threads_once(resuming(recipe) if generation else recipe, world, entrypoint, stop, folder, watchers)
+            if ended.failure is None:
+                return ended
+            verdict = restarts.decide(ended.failure)
+            again = verdict.again and not stop()
+            for watcher in watchers:
+                watcher.failed(generation, verdict.failure, again)
+            if not again:
+                return Ended(failure=verdict.failure)
+            print(f"bagualu: {announcement(verdict, restarts, recipe)}", file=sys.stderr, flush=True)
+            time.sleep(verdict.pause_seconds)
+            generation += 1
+
+
+def _run_threads_once(
+    recipe: Recipe, world: int, entrypoint: str, stop: StopRequest, folder: Path, watchers: Sequence[Watcher]
+) -> Ended:
+    failures: list[Failure] = []
 
     def rank_main(communicator: Communicator) -> dict[str, Any]:
-        return train(recipe, communicator, stop, failures.append, entrypoint)
+        Heartbeat(folder / HEARTBEATS, communicator.rank, communicator.monitor)
+        return train(recipe, communicator, stop, failures.append, entrypoint, folder)
+
+    seen: list[Failure] = []
+
+    def hung() -> str | None:
+        seen.extend(failure for watcher in watchers if (failure := watcher.look()))
+        return seen[0].cause if seen else None
 
     threads = environment.threads(recipe.launch, world)
     try:
-        with contextlib.redirect_stdout(sys.stderr if quiet_stdout else sys.stdout):
-            return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads)[0])
+        return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads, hung)[0])
     except Exception as error:
         traceback.print_exception(error)
-        return Ended(failure=first(failures))
-
-
-def advice(recipe: Recipe, failure: Failure) -> str:
-    """What to do after a failure: where to look, how to go on."""
-    log = Path(recipe.run.dir) / "logs" / f"rank-{failure.rank}.log"
-    parts = [f"see {log}"] if log.exists() else []
-    if latest(Path(recipe.run.dir) / "checkpoints"):
-        parts.append("go on with checkpoint.resume=true")
-    return ", ".join(parts) or f"give another run.dir or remove {recipe.run.dir}, and start again"
-
-
-def _spec(recipe: Recipe, workers: int, told: member.Member) -> WorkerSpec:
-    rendezvous = RendezvousParameters(
-        backend="c10d",
-        endpoint=f"127.0.0.1:{recipe.launch.port or 0}",
-        run_id=uuid.uuid4().hex,
-        min_nodes=1,
-        max_nodes=1,
-        local_addr="127.0.0.1",
-        is_host=True,
-    )
-    return WorkerSpec(
-        role="worker",
-        local_world_size=workers,
-        rdzv_handler=rendezvous_registry.get_rendezvous_handler(rendezvous),
-        entrypoint=member.main,
-        args=(told,),
-        max_restarts=0,
-        monitor_interval=0.1,
-        local_addr="127.0.0.1",
-    )
-
-
-def _deaths(agent: Agent, recipe: Recipe) -> list[Failure]:
-    """The workers that a signal ended."""
-    metrics = Path(recipe.run.dir) / "metrics.jsonl"
-    steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-    phase = f"train (after step {steps})" if steps else "start"
-    dead = [(rank, signal.Signals(-code).name) for rank, code in agent.exit_codes.items() if code < 0]
-    hint = {"SIGKILL": " (out of memory, or by hand)"}
-    return [Failure(rank, phase, f"killed by {name}{hint.get(name, '')}", time.time(), "killed") for rank, name in dead]
+        return Ended(failure=seen[0] if seen else first(failures))

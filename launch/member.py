@@ -6,23 +6,30 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bagualu.comm.monitor import Monitor
 from bagualu.comm.world import World
+from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
+from bagualu.fault_tolerance.watchdog.verdict import SPARE
+from bagualu.launch.deaths import write_failure
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.log import copy_to_log, redirect_to_log
-from bagualu.trainer.outcome import FAILED, Failure
+from bagualu.trainer.outcome import FAILED
 from bagualu.trainer.stopping import StopRequest
 from bagualu.trainer.worker import work
 
 _PR_SET_PDEATHSIG = 1
+_RELEASED = "released"
+"""File of the scratch folder: spare workers may end."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,20 @@ class Member:
     """What every local worker is told, besides who it is."""
 
     recipe: Recipe
-    workers: int
+    slots: tuple[int, ...]
+    """Places for workers on this machine, one each: a GPU, or just a number."""
+    training: int
+    """Ranks that train; those from there on are spare."""
     entrypoint: str
-    failures: str
-    """Folder for failures, one file for each rank that has one."""
+    scratch: Path
+    """The launch's folder in memory, shared by the workers of this machine; see scratch.py."""
     quiet_stdout: bool
     """Rank 0 writes to stderr only, because stdout is for one JSON document."""
 
 
 def main(member: Member) -> dict[str, Any]:
     """Run one worker; its summary. A failure is written down and ends the process at once, with code 1."""
+    workers = len(member.slots)
     stop = StopRequest()
     stop.install()
     _die_with_launcher()
@@ -48,12 +59,17 @@ def main(member: Member) -> dict[str, Any]:
     if world.rank:
         redirect_to_log(log)
     else:
-        copy_to_log(log, member.quiet_stdout)
+        stop.tell.append(copy_to_log(log, member.quiet_stdout))
     config = member.recipe.launch
-    environment.pin(config, world.local_rank, member.workers)
-    torch.set_num_threads(environment.threads(config, member.workers))
+    if world.rank >= member.training:
+        return _spare(member.scratch, world.rank)
+    environment.pin(config, world.local_rank, workers)
+    torch.set_num_threads(environment.threads(config, workers))
+    world = replace(world, size=member.training, local_rank=member.slots[world.local_rank])
     try:
-        return work(member.recipe, world, stop, lambda failure: write_failure(member.failures, failure), member.entrypoint)
+        return work(
+            member.recipe, world, stop, lambda failure: write_failure(member.scratch, failure), member.entrypoint, member.scratch
+        )
     except BaseException:
         if world.rank:
             traceback.print_exc()
@@ -64,14 +80,28 @@ def main(member: Member) -> dict[str, Any]:
         os._exit(FAILED)
 
 
-def write_failure(folder: str, failure: Failure) -> None:
-    path = Path(folder) / f"{failure.rank}.json"
-    path.with_suffix(".new").write_text(json.dumps(failure.as_dict()))
-    path.with_suffix(".new").replace(path)
+def _spare(scratch: Path, rank: int) -> dict[str, Any]:
+    """A worker that the layout has no use for waits for those that train, and returns their summary."""
+    monitor = Monitor()
+    Heartbeat(scratch / HEARTBEATS, rank, monitor)
+    monitor.at(SPARE)
+    print("spare: the layout takes fewer ranks than there are workers", flush=True)
+    while not (scratch / _RELEASED).exists():
+        time.sleep(0.1)
+    summary: dict[str, Any] = json.loads((scratch / _RELEASED).read_text())
+    return summary
 
 
-def read_failures(folder: str) -> list[Failure]:
-    return [Failure(**json.loads(path.read_text())) for path in sorted(Path(folder).glob("*.json"))]
+def release(scratch: Path, summary: dict[str, Any]) -> None:
+    """End the spare workers of this machine."""
+    unfinished = scratch / f"{_RELEASED}.new"
+    unfinished.write_text(json.dumps(summary))
+    unfinished.replace(scratch / _RELEASED)
+
+
+def hold(scratch: Path) -> None:
+    """From now on spare workers wait."""
+    (scratch / _RELEASED).unlink(missing_ok=True)
 
 
 def _die_with_launcher() -> None:

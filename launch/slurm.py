@@ -16,7 +16,7 @@ from bagualu.trainer.outcome import DONE, FAILED
 from bagualu.trainer.recipe import compose
 
 STOP_SECONDS = 300
-"""How long before the end of the job the workers are asked to save and stop, and how long they may take."""
+"""How long before the end of the job the workers are asked to save and stop."""
 _PORT = 29400
 
 
@@ -70,11 +70,8 @@ def script(recipe: Recipe, overrides: list[str]) -> str:
         command=shlex.join(["bagualu", "slurm", *overrides]).replace("\n", " "),
         directives="\n".join(f"#SBATCH {directive}" for directive in _directives(recipe, folder)),
         setup="".join(f"\n    {line}" for line in recipe.launch.slurm.setup),
-        run_dir=shlex.quote(str(folder)),
         python=shlex.quote(sys.executable),
         port=recipe.launch.port or f"$(({_PORT} + SLURM_JOB_ID % 10000))",
-        stop_seconds=STOP_SECONDS,
-        workers=preflight.workers_per_node(recipe),
         overrides=" \\\n        ".join(map(shlex.quote, words)),
     )
 
@@ -103,20 +100,14 @@ _SCRIPT = """\
 # Bagualu run {name}, written by: {command}
 {directives}
 
-run_dir={run_dir}
-export workers={workers}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export head=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
 export port={port}
-# An agent that is asked to stop gives its workers this many seconds to save a checkpoint.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={stop_seconds}
 
 # One agent on every node starts the workers there; the agents meet on the first node.
 agent() {{{setup}
-    exec {python} -m torch.distributed.run \\
-        --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$workers" --max-restarts=0 \\
-        --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}" \\
-        -m bagualu.trainer \\
+    exec {python} -m bagualu.launch.node \\
+        --meet "$head:$port" --id "$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}" \\
         {overrides}
 }}
 export -f agent
@@ -128,7 +119,6 @@ ask_to_stop() {{ scancel --signal=TERM "$SLURM_JOB_ID"; }}
 trap 'requeue=yes; ask_to_stop' USR1
 trap ask_to_stop TERM
 
-rm -f "$run_dir/summary.json"
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 bash -c agent &
 agents=$!
 wait "$agents"
@@ -139,9 +129,6 @@ while kill -0 "$agents" 2>/dev/null; do  # a signal cuts `wait` short
 done
 
 # Stopped with a checkpoint: exit code 75, and at the time limit straight back into the queue to go on.
-if grep -q '"ended": "stopped"' "$run_dir/summary.json" 2>/dev/null; then
-    if [ "$requeue" = yes ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-    exit 75
-fi
+if [ "$code" = 75 ] && [ "$requeue" = yes ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
 """

@@ -21,7 +21,8 @@ verbs:
 {verbs}
 
 `bagualu VERB --help` says more. Keys are those of a recipe: recipe=tiny train.steps=100
-exit codes: 0 done, 2 wrong usage or recipe, 75 stopped on request with a checkpoint saved, else a failure"""
+exit codes: 0 done, 2 wrong usage or recipe, 75 stopped on request with a checkpoint saved, 76 the same step fails again and
+again, else a failure"""
 
 _TRAIN = """\
 usage: bagualu train [recipe=NAME] [key=value ...] [--cfg job] [--json] [-m]
@@ -41,6 +42,8 @@ keys (all of them: --cfg job):
   parallel.data parallel.tensor parallel.pipeline parallel.expert
   comm.backend            gloo, nccl, or simulated: all ranks as threads of one process
   checkpoint.resume=true  go on from the newest checkpoint of run.dir
+  restart.limit           how often workers that failed are started again
+  restart.elastic=true    go on with a smaller layout when workers are lost for good
 
 options:
   --cfg job   print the resolved recipe and do nothing

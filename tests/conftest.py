@@ -1,13 +1,23 @@
-"""Skips what this machine cannot run, and only that: gpu without a GPU, slurm without SLURM."""
+"""Skips what this machine cannot run, and only that: gpu without a GPU, slurm without SLURM. Temporary files lie in memory."""
 
+import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+MEMORY = Path("/dev/shm")
+ENOUGH_BYTES = 2 * 2**30
 
-def pytest_configure() -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.option.basetemp and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ENOUGH_BYTES:
+        # Every save waits for the disk several times over, and a rented disk answers when it likes.
+        config.option.basetemp = tempfile.mkdtemp(prefix="bagualu-tests-", dir=MEMORY)
+        config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
     hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("untimed")
     torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other

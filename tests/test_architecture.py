@@ -22,12 +22,12 @@ READS_ENVIRONMENT = {
     "trainer/environment.py",  # allocator settings a person has made
     "trainer/__main__.py",  # starts itself again with its environment as it should be
     "trainer/data/corpus.py",  # where caches lie
-    "launch/train.py",  # the environment that workers are started in
+    "launch/run.py",  # the environment that workers are started in
     "launch/local.py",  # how elastic is told which signals are its own
 }
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
     "launch/cli.py": {"bagualu.launch.show", "bagualu.launch.slurm", "bagualu.launch.train"},
-    "launch/train.py": {"bagualu.launch", "bagualu.trainer.progress"},
+    "launch/run.py": {"bagualu.launch", "bagualu.trainer.progress"},
     "trainer/__main__.py": {"torch", "bagualu.trainer.worker"},
     "trainer/data/corpus.py": {"bagualu.trainer.data.build"},  # the library `datasets`, for a corpus that is not cached yet
 }
@@ -145,12 +145,17 @@ def readme_commands(start):
     return [line.strip() for line in lines if line.startswith(f"    {start}")]
 
 
-@pytest.mark.parametrize("command", [*readme_commands("bagualu "), *readme_commands("torchrun ")])
+@pytest.mark.parametrize(
+    "command", [*readme_commands("bagualu "), *readme_commands("torchrun "), *readme_commands("python -m bagualu")]
+)
 def test_the_commands_of_the_readme_are_valid(command):
     words = shlex.split(command)
     if words[0] == "torchrun":
         world = int(words[words.index("--nproc-per-node") + 1])
         return preflight.check(compose(words[words.index("bagualu.trainer") + 1 :]), world)
+    if words[0] == "python":
+        recipe = compose(words[words.index("--id") + 2 :])
+        return preflight.check(recipe, recipe.world_size())
     request = usage.read(words[1:])
     if request.help:
         return None

@@ -59,16 +59,17 @@ def _prepare(recipe: Recipe, local_workers: int) -> None:
 def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | None) -> int:
     import torch  # deferred: a wrong recipe is refused before
 
-    from bagualu.trainer.worker import TRAIN, work
+    from bagualu.trainer.worker import work
 
     environment.pin(recipe.launch, world.local_rank, local_workers)
     torch.set_num_threads(environment.threads(recipe.launch, local_workers))
     if world.rank == 0:
         save_recipe(recipe)
-    copy_to_log(Path(recipe.run.dir) / "logs" / f"rank-{world.rank}.log")
+    stop = StopRequest()
+    stop.tell.append(copy_to_log(Path(recipe.run.dir) / "logs" / f"rank-{world.rank}.log"))
     failures: list[Failure] = []
     try:
-        summary = work(recipe, world, StopRequest(), failures.append, entrypoint or TRAIN)
+        summary = work(recipe, world, stop, failures.append, entrypoint or environment.TRAIN)
     except BaseException:
         why = failures[0] if failures else Failure(world.rank, "train", "interrupted twice", 0.0)
         if why.kind != "recipe":

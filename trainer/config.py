@@ -7,6 +7,7 @@ checks that need several parts at once.
 from dataclasses import dataclass, field
 from math import gcd
 
+from bagualu.comm.checks import require_at_least
 from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.config import CheckpointConfig, RestartConfig, StragglerConfig
@@ -53,10 +54,8 @@ class TrainConfig:
             raise RecipeError(f"train.dtype={self.dtype} is unknown; give one of {', '.join(DTYPES)}")
         if self.recompute not in ("none", "full"):
             raise RecipeError(f"train.recompute={self.recompute} is unknown; give none or full")
-        if self.steps < 1 or self.micro_batch < 1:
-            raise RecipeError("train.steps and train.micro_batch must be at least 1")
-        if self.validate_every < 0 or self.validation_sequences < 0:
-            raise RecipeError("train.validate_every and train.validation_sequences must be 0 or more")
+        require_at_least(1, "train", self, "steps", "micro_batch")
+        require_at_least(0, "train", self, "validate_every", "validation_sequences")
 
 
 @dataclass
@@ -94,10 +93,7 @@ class LaunchConfig:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def validate(self) -> None:
-        if self.nodes < 1 or (self.workers is not None and self.workers < 1):
-            raise RecipeError("launch.nodes and launch.workers must be at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise RecipeError(f"launch.threads={self.threads} must be at least 1, or leave it out")
+        require_at_least(1, "launch", self, "nodes", "workers", "threads")
         if self.allocator not in ("tuned", "system"):
             raise RecipeError(f"launch.allocator={self.allocator} is unknown; give tuned or system")
         if self.port is not None and not 1 <= self.port <= 65535:
@@ -121,8 +117,7 @@ class LogConfig:
             raise RecipeError(f"log.wandb={self.wandb} is unknown; give disabled, offline or online")
         if self.progress not in ("auto", "bar", "lines", "off"):
             raise RecipeError(f"log.progress={self.progress} is unknown; give auto, bar, lines or off")
-        if self.every < 1:
-            raise RecipeError(f"log.every={self.every} must be at least 1")
+        require_at_least(1, "log", self, "every")
 
 
 @dataclass

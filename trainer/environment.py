@@ -18,6 +18,8 @@ KEEP_FREED = (
     "glibc.malloc.top_pad=67108864",  # bytes by which the heap grows at a time
 )
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
+TRAIN = "bagualu.trainer.run:train"
+"""What a worker runs, as "module:function": (recipe, communicator, stop, scratch) -> summary."""
 
 
 def cores() -> list[int]:

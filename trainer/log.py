@@ -18,8 +18,8 @@ def redirect_to_log(path: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
-def copy_to_log(path: Path, quiet_stdout: bool = False) -> None:
-    """What Python prints goes where it went, terminal or not, and as finished lines into `path`.
+def copy_to_log(path: Path, quiet_stdout: bool = False) -> int:
+    """What Python prints goes where it went, terminal or not, and as finished lines into `path`; the log's descriptor.
 
     quiet_stdout sends stdout to stderr.
     """
@@ -28,6 +28,7 @@ def copy_to_log(path: Path, quiet_stdout: bool = False) -> None:
         os.dup2(2, 1)
     sys.stdout = cast(TextIO, Copy(sys.stdout, log))
     sys.stderr = cast(TextIO, Copy(sys.stderr, log))
+    return log.fileno()
 
 
 def _open(path: Path) -> TextIO:

@@ -10,6 +10,7 @@ from typing import Any
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.evaluate import Validation, validate
+from bagualu.trainer.outcome import FinalError
 from bagualu.trainer.sinks import Sink
 from bagualu.trainer.state import save_state
 from bagualu.trainer.step import StepResult, train_step
@@ -18,7 +19,7 @@ _MOST_DISCARDED = 50
 """float16: steps discarded in a row before the run gives up; the loss scale has then fallen from any value to 1."""
 
 
-class DivergedError(RuntimeError):
+class DivergedError(FinalError):
     """Loss or gradient is no longer finite."""
 
 
@@ -51,6 +52,8 @@ class Loop:
             result, seconds = self._timed_step(step)
             step += 1
             stopped = result.stop
+            if stopped and self.sinks:  # on the rank that speaks, which may not be the one that was asked
+                print(f"asked to stop: saving step {step}; not saved yet", file=sys.stderr, flush=True)
             record = self._record(step, result, seconds) | self._slow_ranks(step, seconds)
             validation = None if stopped and step < steps else self._validation(step)
             if validation:
@@ -61,6 +64,8 @@ class Loop:
                 self._save(step)
         if step > first_step:
             self._save(step)
+        if stopped and self.sinks:
+            print(f"saved step {step}", file=sys.stderr, flush=True)
         ended = "done" if step >= steps else "stopped"
         record["stragglers"] = self.stragglers.ever()
         return {**record, **self._average(), "ended": ended, "step": step, "checkpoint": str(self.checkpoint)}

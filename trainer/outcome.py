@@ -13,6 +13,12 @@ REFUSED = 2
 """Wrong usage or recipe."""
 STOPPED = 75
 """Stopped on request with a checkpoint saved; the same command with checkpoint.resume=true goes on."""
+LOOPED = 76
+"""A crash loop: the same step failed again and again; starting the same command again will not help."""
+
+
+class FinalError(RuntimeError):
+    """A failure that would only happen again: workers are not started anew after it."""
 
 
 @dataclass
@@ -24,22 +30,38 @@ class Failure:
     cause: str
     time: float
     kind: str = "error"
-    """error: this rank's own; peer: it lost another one; recipe: refused, with the fix; killed: by a signal."""
+    """error: this rank's own; peer: it lost another one; recipe: refused, with the fix; killed: by a signal;
+    final: its own, and it would only happen again; loop: the launcher's verdict on one that did happen again;
+    hung: ended by a watcher (rank -1: nobody alone is at fault, or it cannot be told); stopped: none at all, it was asked to stop before there was anything to save."""
+    step: int = 0
+    """The step under way; 0 before the first."""
+
+    @property
+    def who(self) -> str:
+        return f"rank {self.rank}" if self.rank >= 0 else "no single rank"
+
+    @property
+    def exit_code(self) -> int:
+        """What a run ends with that could not go on after this."""
+        return {"recipe": REFUSED, "loop": LOOPED, "stopped": STOPPED}.get(self.kind, FAILED)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def failure(rank: int, phase: str, error: BaseException, time: float) -> Failure:
+_KINDS = {"recipe": RecipeError, "peer": CommunicationError, "final": FinalError}
+
+
+def failure(rank: int, phase: str, error: BaseException, time: float, step: int = 0) -> Failure:
     """What `error`, caught in `phase`, says in one line; the phase is told with the place in Bagualu's own code."""
-    kind = "recipe" if isinstance(error, RecipeError) else "peer" if isinstance(error, CommunicationError) else "error"
+    kind = next((kind for kind, known in _KINDS.items() if isinstance(error, known)), "error")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else ""
     cause = text if kind == "recipe" else f"{type(error).__name__}: {text}".rstrip(": ")
     root = Path(__file__).resolve().parents[1]
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(root)]
     place = f" ({Path(own[-1].filename).relative_to(root)}:{own[-1].lineno} in {own[-1].name})" if own else ""
-    return Failure(rank, phase + place, cause, time, kind)
+    return Failure(rank, phase + place, cause, time, kind, step)
 
 
 def first(failures: list[Failure]) -> Failure:
@@ -47,12 +69,14 @@ def first(failures: list[Failure]) -> Failure:
 
     A killed process cannot write when it died, and its peers notice at once, so a kill goes before errors.
     """
-    order = {"recipe": 0, "killed": 1, "error": 2, "peer": 3}
-    return min(failures, key=lambda one: (order[one.kind], one.time, one.rank))
+    order = {"recipe": 0, "killed": 1, "peer": 3}
+    return min(failures, key=lambda one: (order.get(one.kind, 2), one.time, one.rank))
 
 
 def last_words(failure: Failure, advice: str) -> str:
     """The line a failed run ends with."""
     if failure.kind == "recipe":
         return f"bagualu: error: {failure.cause}"
-    return f"bagualu: failed: rank {failure.rank}, {failure.phase}: {failure.cause}; {advice}"
+    if failure.kind == "stopped":
+        return f"bagualu: stopped: {failure.cause}; {advice}"
+    return f"bagualu: failed: {failure.who}, {failure.phase}: {failure.cause}; {advice}"

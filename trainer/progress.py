@@ -107,17 +107,17 @@ def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, 
     return "\n".join(lines)
 
 
-def next_commands(overrides: Sequence[str], step: int, steps: int) -> list[tuple[str, str]]:
-    """What to type after a run of `bagualu train OVERRIDES` that has done `step` of `steps` steps."""
+def next_commands(overrides: Sequence[str], step: int, steps: int, program: str = "bagualu") -> list[tuple[str, str]]:
+    """What to type after a run of `PROGRAM train OVERRIDES` that has done `step` of `steps` steps."""
+
+    def command(words: Sequence[str]) -> str:
+        return shlex.join([program, "train", *words])
+
     own = [o for o in overrides if not o.startswith("checkpoint.resume=")]
     if step < steps:
-        return [("go on", _command([*own, "checkpoint.resume=true"]))]
+        return [("go on", command([*own, "checkpoint.resume=true"]))]
     longer = [o for o in own if not o.startswith("train.steps=")]
     return [
-        ("train on", _command([*longer, f"train.steps={2 * steps}", "checkpoint.resume=true"])),
-        ("larger", _command(["recipe=bench_dense", "data.source=stdlib", "train.steps=1000"])),
+        ("train on", command([*longer, f"train.steps={2 * steps}", "checkpoint.resume=true"])),
+        ("larger", command(["recipe=bench_dense", "data.source=stdlib", "train.steps=1000"])),
     ]
-
-
-def _command(overrides: Sequence[str]) -> str:
-    return "bagualu train " + shlex.join(overrides)

@@ -4,6 +4,7 @@ The schema is the dataclass `Recipe` itself, so a key that is not a field and a 
 overrides are looked at one by one before Hydra sees them, because only then is it known which of them is at fault.
 """
 
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def save_recipe(recipe: Recipe) -> Path:
     """Write config.yaml, the resolved recipe, into the run directory, which is made if need be."""
     path = Path(recipe.run.dir) / RESOLVED
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".yaml.new")
+    unfinished = path.with_suffix(f".yaml.{secrets.token_hex(4)}")  # every node of a run writes it
     unfinished.write_text(resolved_yaml(recipe), encoding="utf-8")
     unfinished.replace(path)
     return path

@@ -12,11 +12,9 @@ from bagualu.comm.world import World
 from bagualu.fault_tolerance.watchdog import stacks
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
 from bagualu.trainer.config import Recipe
+from bagualu.trainer.environment import TRAIN
 from bagualu.trainer.outcome import Failure, failure
 from bagualu.trainer.stopping import StopRequest
-
-TRAIN = "bagualu.trainer.run:train"
-"""What a rank runs, as "module:function": (recipe, communicator, stop, scratch) -> summary."""
 
 Report = Callable[[Failure], None]
 """Told why a rank cannot go on, before the exception leaves it."""
@@ -59,6 +57,8 @@ def train(
     try:
         summary: dict[str, Any] = pkgutil.resolve_name(entrypoint)(recipe, communicator, stop, scratch)
     except Exception as error:
-        report(failure(communicator.rank, "train", error, time.time()))
+        monitor = communicator.monitor
+        phase = f"step {monitor.step}, {monitor.point}" if monitor.step else monitor.point
+        report(failure(communicator.rank, phase, error, time.time(), monitor.step))
         raise
     return summary

@@ -19,6 +19,8 @@ STOPPED = ("stopped", "tracing-stop")
 GONE = ("zombie", "dead", "gone")
 LONG_POINTS = frozenset({"start", "connect", "validate", "load", "write", "commit", "prune"})
 """Points that may take long without anything to be seen."""
+SPARE = "spare"
+"""The point of a rank that has nothing to do."""
 _SILENT = "it computes, or is stuck in native code, and does not come on"
 
 
@@ -85,6 +87,7 @@ class Verdict:
 
 def judge(seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
     """The verdict over `seen`, by rank; None as long as somebody may still go on by himself."""
+    seen = {rank: one for rank, one in seen.items() if one.point != SPARE}
     if stopped := _stopped(seen, patience):
         return stopped
     alive = [one for one in seen.values() if one.process not in GONE]

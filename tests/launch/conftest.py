@@ -13,19 +13,20 @@ from typing import Any
 
 import pytest
 
-_COMMAND = "import sys; from bagualu.launch.cli import main; sys.exit(main(entrypoint='stand_in:train'))"
+_COMMAND = "import sys; from bagualu.launch.cli import main; sys.exit(main(entrypoint='{}'))"
 
 
 class Run:
     """A `bagualu train` under way, in a process group of its own as on a terminal."""
 
-    def __init__(self, folder: Path, *overrides: str, stderr: int = subprocess.PIPE) -> None:
+    def __init__(self, folder: Path, *overrides: str, stderr: int = subprocess.PIPE, entrypoint: str = "stand_in:train") -> None:
         self.folder = folder / "run"
         steps = [] if any("train.steps=" in word for word in overrides) else ["train.steps=100000"]
         words = ["train", "recipe=tiny", f"run.dir={self.folder}", *steps, *overrides]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, *words], text=True, stdout=subprocess.PIPE, stderr=stderr, cwd=folder,
-            start_new_session=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            [sys.executable, "-c", _COMMAND.format(entrypoint), *words],
+            text=True, stdout=subprocess.PIPE, stderr=stderr, cwd=folder, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
         )  # fmt: skip
 
     def started(self, ranks: int = 4, step: int = 2) -> list[dict[str, Any]]:
@@ -33,6 +34,10 @@ class Run:
         metrics = self.folder / "metrics.jsonl"
         _wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= step, self.process)
         return [json.loads((self.folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something while the launcher lives."""
+        _wait(condition, self.process)
 
     def interrupt(self) -> None:
         """Ctrl-C: SIGINT to the whole process group."""
@@ -79,7 +84,7 @@ def start(tmp_path: Path) -> Iterator[Any]:
     """start(*overrides) -> Run; whatever is left of its process group is killed after the test."""
     runs: list[Run] = []
 
-    def begin(*overrides: str, **options: int) -> Run:
+    def begin(*overrides: str, **options: Any) -> Run:
         runs.append(Run(tmp_path, *overrides, **options))
         return runs[-1]
 

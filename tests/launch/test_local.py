@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import sys
 from pathlib import Path
@@ -35,11 +36,11 @@ def test_workers_get_threads_memory_and_logs_and_the_run_says_how_it_ended(start
 
 
 def test_the_first_failing_rank_is_named_not_its_peers(start, gone):
-    run = start("run.name=raise2")
+    run = start("run.name=raise2", "restart.limit=0")
     code, _, err = run.end()
     last = err.splitlines()[-1]
     assert code == 1
-    assert last.startswith("bagualu: failed: rank 2, train")
+    assert last.startswith("bagualu: failed: rank 2, step 3, work")
     assert "ValueError: no such thing;" in last
     assert f"{run.folder}/logs/rank-2.log" in last
     assert "and more" in (run.folder / "logs" / "rank-2.log").read_text()
@@ -47,12 +48,12 @@ def test_the_first_failing_rank_is_named_not_its_peers(start, gone):
 
 
 def test_a_killed_worker_is_named_and_takes_the_others_along(start, gone):
-    run = start()
+    run = start("restart.limit=0")
     ranks = run.started()
     os.kill(ranks[1]["pid"], signal.SIGKILL)
     code, _, err = run.end()
     assert code == 1
-    assert "bagualu: failed: rank 1, train (after step" in err.splitlines()[-1]
+    assert "bagualu: failed: rank 1, step " in err.splitlines()[-1]
     assert "SIGKILL" in err.splitlines()[-1]
     assert gone(pids(ranks))
 
@@ -123,9 +124,9 @@ def test_a_sweep_runs_its_jobs_one_after_the_other(start):
 
 
 def test_a_failing_thread_is_named(start):
-    code, _, err = start("comm.backend=simulated", "run.name=raise3").end()
+    code, _, err = start("comm.backend=simulated", "run.name=raise3", "restart.limit=0").end()
     assert code == 1
-    assert err.splitlines()[-1].startswith("bagualu: failed: rank 3, train")
+    assert err.splitlines()[-1].startswith("bagualu: failed: rank 3, step 3, work")
 
 
 def _read(terminal):
@@ -133,3 +134,52 @@ def _read(terminal):
         return os.read(terminal, 4096)
     except OSError:  # the other end is closed
         return b""
+
+
+def test_a_killed_worker_is_started_again_with_all_others(start, gone):
+    run = start("restart.backoff_seconds=0.1")
+    before = run.started()
+    os.kill(before[1]["pid"], signal.SIGKILL)
+    assert gone(pids(before))
+    after = run.started(step=len((run.folder / "metrics.jsonl").read_text().splitlines()) + 3)
+    assert not set(pids(before)) & set(pids(after))
+    run.interrupt()
+    code, _, err = run.end()
+    assert code == 75, err
+    assert len(re.findall(r"^bagualu: rank 1 failed, step \d+: killed by SIGKILL .*; restart 1 of 3 in 0.1 s", err, re.M)) == 1
+    assert gone(pids(after))
+
+
+def test_a_crash_loop_ends_with_a_code_of_its_own(start):
+    code, _, err = start("run.name=raise2", "restart.backoff_seconds=0.1").end()
+    assert code == 76
+    assert err.splitlines()[-1].startswith("bagualu: failed: rank 2, step 3, work")
+    assert "ValueError: no such thing (failed at this step 2 times" in err.splitlines()[-1]
+
+
+def test_a_peer_that_does_not_notice_ends_soon_too(start, gone):
+    run = start("run.name=busy2", "restart.limit=0")
+    ranks = run.started(step=2)
+    os.kill(ranks[1]["pid"], signal.SIGKILL)
+    assert gone(pids(ranks))
+    assert run.end()[0] == 1
+
+
+def test_a_worker_that_ends_without_a_word_is_named(start):
+    code, _, err = start("run.name=leave2", "restart.limit=0").end()
+    assert code == 1
+    assert "rank 2, step 3: ended with exit code 9" in err.splitlines()[-1]
+
+
+def test_a_rank_that_fails_again_and_again_is_left_out_of_an_elastic_run(start):
+    run = start("run.name=raise3", "restart.elastic=true", "restart.backoff_seconds=0.1", "train.steps=5")
+    code, _, err = run.end()
+    assert code == 0, err
+    assert "restart 2 of 3 without rank 3" in err
+    assert "going on with 2 ranks of 3 workers: pipeline 2" in err
+
+
+def test_a_failing_thread_is_started_again_too(start):
+    code, _, err = start("comm.backend=simulated", "run.name=raise3", "restart.backoff_seconds=0").end()
+    assert code == 76
+    assert "restart 1 of 3" in err

@@ -30,7 +30,6 @@ def test_the_header_says_what_the_recipe_says():
                  "--requeue", "--exclusive", "--job-name=bagualu-llama3_8b"):  # fmt: skip
         assert f"\n#SBATCH {line}\n" in text
     assert "\n    module load cuda\n    exec " in text
-    assert "\nexport workers=8\n" in text
 
 
 @BASH
@@ -40,7 +39,7 @@ def test_overrides_reach_the_trainer_as_they_were_typed():
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     call = text[text.index("exec ") : text.index("\n}\nexport")].replace("\\\n", " ")
     words = shlex.split(call)
-    words = words[words.index("bagualu.trainer") + 1 :]
+    words = words[words.index("--id") + 2 :]
     assert words[:-2] == odd
     assert words[-1] == "checkpoint.resume=true"
     assert compose(words).data.source == "/a b/$HOME/'x'"

@@ -84,6 +84,7 @@ def test_the_summary_says_how_it_went_and_what_to_type():
 
 def test_a_run_that_was_stopped_is_told_to_go_on_with_its_own_settings():
     overrides = ["recipe=tiny", "parallel.balance=[3, 3]", "checkpoint.resume=false"]
+    assert next_commands([], 10, 30, ".venv/bin/bagualu") == [("go on", ".venv/bin/bagualu train checkpoint.resume=true")]
     assert next_commands(overrides, 10, 30) == [
         ("go on", "bagualu train recipe=tiny 'parallel.balance=[3, 3]' checkpoint.resume=true")
     ]

@@ -4,7 +4,6 @@ Everything is a pure function of (seed, step, sample index): no cursor is stored
 for step k, and any rank asks for whatever part of the global batch is its own. Steps and samples count from 0.
 """
 
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +20,9 @@ RANDOM_SEQUENCES = 2**31
 
 # Separate streams of random numbers: the top word of the generator's 256-bit counter.
 _ORDER, _TRAINING_TOKENS, _VALIDATION_TOKENS = 0, 1, 2
+
+_ROUNDS = 8
+"""Of the permutation; four make a Feistel network as good as random on large domains, small ones need more."""
 
 
 class Sequences(Protocol):
@@ -102,7 +104,7 @@ class Batches:
         ids = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            ids[here] = _epoch_order(self._seed, int(epoch), self.train_count)[offsets[here]]
+            ids[here] = _shuffle(offsets[here], self.train_count, self._seed, int(epoch))
         return ids
 
     def batch(self, step: int, start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -125,13 +127,31 @@ class Batches:
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """A permutation of `count` sequences: the order of their random numbers.
+def _shuffle(places: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Where each of `places`, all below `count`, lies in the order of an epoch: a permutation, computed point by point.
 
-    Not Generator.permutation: numpy keeps the numbers of a generator the same for ever, but not what it makes of them.
+    A Feistel network permutes the smallest 4 ** n >= count numbers; what falls outside `count` goes through it again until it
+    does not (cycle walking; Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). Nothing as long as the corpus is kept.
     """
-    return np.argsort(_random_words(seed, epoch, _ORDER, count), kind="stable").astype(np.int64)
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    keys = _random_words(seed, epoch, _ORDER, _ROUNDS)
+    found = places.astype(np.uint64)
+    outside = np.ones(len(found), bool)
+    while outside.any():
+        left, right = found[outside] >> half, found[outside] & low
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & low)
+        found[outside] = left << half | right
+        outside = found >= count
+    return found.astype(np.int64)
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Every bit of the result depends on every bit of a word (the finaliser of SplitMix64)."""
+    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return words ^ words >> np.uint64(31)
 
 
 def _random_words(seed: int, index: int, stream: int, count: int) -> NDArray[np.uint64]:

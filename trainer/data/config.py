@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from bagualu.comm.checks import require_at_least
 from bagualu.comm.errors import RecipeError
 
 
@@ -21,7 +22,6 @@ class DataConfig:
     """Folder of prepared corpora; left out, $XDG_CACHE_HOME/bagualu or ~/.cache/bagualu."""
 
     def validate(self) -> None:
-        if self.sequence_length < 1 or self.global_batch < 1:
-            raise RecipeError("data.sequence_length and data.global_batch must be at least 1")
+        require_at_least(1, "data", self, "sequence_length", "global_batch")
         if not 0 < self.validation_fraction < 1:
             raise RecipeError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, e.g. 0.05")

@@ -1,7 +1,8 @@
 """The model as a recipe describes it. Free of torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from bagualu.comm.checks import refuse_unused, require_at_least
 from bagualu.comm.errors import RecipeError
 
 
@@ -61,9 +62,8 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raises RecipeError for a shape that no layout can make right."""
-        for name in ("layers", "hidden", "heads", "ffn", "vocab", "vocab_multiple"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"model.{name}={getattr(self, name)} must be at least 1")
+        require_at_least(1, "model", self, "layers", "hidden", "heads", "ffn", "vocab", "vocab_multiple")
+        require_at_least(0, "model.moe", self.moe, "experts")
         for name in ("rope_theta", "norm_epsilon", "initial_std"):
             if getattr(self, name) <= 0:
                 raise RecipeError(
@@ -80,12 +80,14 @@ class ModelConfig:
             raise RecipeError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}; give one of {fits}")
         if self.moe.experts:
             self._validate_moe()
+        else:
+            others = [key.name for key in fields(MoEConfig) if key.name != "experts"]
+            refuse_unused("model.moe", self.moe, others, "model.moe.experts=0")
 
     def _validate_moe(self) -> None:
         moe = self.moe
-        if moe.ffn < 1 or moe.every < 1 or moe.shared_experts < 0 or moe.experts < 0 or moe.balance_loss < 0:
-            raise RecipeError("model.moe.ffn and model.moe.every must be at least 1; model.moe.experts, model.moe.shared_experts "
-                              "and model.moe.balance_loss at least 0")  # fmt: skip
+        require_at_least(1, "model.moe", moe, "ffn", "every")
+        require_at_least(0, "model.moe", moe, "shared_experts", "balance_loss")
         if not 1 <= moe.top_k <= moe.experts:
             raise RecipeError(f"model.moe.top_k={moe.top_k} must lie between 1 and model.moe.experts={moe.experts}; "
                               f"give model.moe.top_k={min(max(moe.top_k, 1), moe.experts)}")  # fmt: skip

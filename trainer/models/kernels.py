@@ -50,32 +50,38 @@ class _Linears(torch.autograd.Function):
         return None, None if grad_x is None else grad_x.to(x.dtype).view_as(x), *grad_weights
 
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Rows x [N, I], counts[e] of them in turn for expert e, through weight [E, O, I] -> [N, O]."""
-    output: torch.Tensor = _GroupedLinear.apply(x, weight, counts)
-    return output
+def grouped_linears(x: torch.Tensor, counts: list[int], *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows x [N, I], counts[e] of them in turn for expert e, through each weight [E, O, I] -> one [N, O] each, in x's dtype."""
+    outputs: tuple[torch.Tensor, ...] = _GroupedLinears.apply(x, counts, *weights)
+    return outputs
 
 
-class _GroupedLinear(torch.autograd.Function):
+class _GroupedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts, ctx.sink = counts, getattr(weight, "gradient_sink", None)
+    def forward(ctx: Any, x: torch.Tensor, counts: list[int], *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.counts, ctx.sinks = counts, [getattr(weight, "gradient_sink", None) for weight in weights]
         dtype = multiply_dtype(x)
-        output = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
-        for rows, out, expert in zip(x.split(counts), output.split(counts), weight, strict=True):
-            torch.mm(rows.to(dtype), expert.T.to(dtype), out=out)
-        return output.to(x.dtype)
+        rows = x.to(dtype).split(counts)
+        outputs = [x.new_empty(x.shape[0], weight.shape[1], dtype=dtype) for weight in weights]
+        for output, weight in zip(outputs, weights, strict=True):
+            for part, out, expert in zip(rows, output.split(counts), weight, strict=True):
+                torch.mm(part, expert.T.to(dtype), out=out)
+        return tuple(output.to(x.dtype) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
+        x, *weights = ctx.saved_tensors
         dtype = multiply_dtype(x)
-        grad_x = torch.empty_like(x, dtype=dtype)
-        rows, columns = x.to(dtype).split(ctx.counts), grads[0].to(dtype).split(ctx.counts)
-        for grad, grad_rows, expert in zip(columns, grad_x.split(ctx.counts), weight, strict=True):
-            torch.mm(grad, expert.to(dtype), out=grad_rows)
-        return grad_x.to(x.dtype), _weight_gradient(ctx.sink, weight, [grad.T for grad in columns], rows), None
+        grad_x = torch.zeros_like(x, dtype=dtype)
+        rows, into = x.to(dtype).split(ctx.counts), grad_x.split(ctx.counts)
+        grad_weights = []
+        for grad, weight, sink in zip(grads, weights, ctx.sinks, strict=True):
+            columns = grad.to(dtype).split(ctx.counts)
+            for grad_rows, column, expert in zip(into, columns, weight, strict=True):
+                grad_rows.addmm_(column, expert.to(dtype))
+            grad_weights.append(_weight_gradient(sink, weight, [column.T for column in columns], rows))
+        return grad_x.to(x.dtype), None, *grad_weights
 
 
 def _weight_gradient(

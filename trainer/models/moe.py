@@ -13,7 +13,7 @@ from torch import nn
 from bagualu.parallel.expert import LocalExperts
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.models.config import ModelConfig, MoEConfig
-from bagualu.trainer.models.kernels import grouped_linear, swiglu
+from bagualu.trainer.models.kernels import grouped_linears, swiglu
 from bagualu.trainer.models.layers import FeedForward, Linear
 
 
@@ -30,9 +30,9 @@ class Experts(nn.Module):
     def forward(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """rows [N, H] sorted by expert, counts [E] over all experts -> results [N, H] in the same order."""
         routed = self.exchange.dispatch(rows, counts)
-        gate = grouped_linear(routed.rows, self.gate, routed.counts)
-        up = grouped_linear(routed.rows, self.up, routed.counts)
-        return self.exchange.combine(grouped_linear(swiglu(gate, up), self.down, routed.counts), routed)
+        gate, up = grouped_linears(routed.rows, routed.counts, self.gate, self.up)
+        (results,) = grouped_linears(swiglu(gate, up), routed.counts, self.down)
+        return self.exchange.combine(results, routed)
 
 
 class MixtureOfExperts(nn.Module):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from bagualu.comm.checks import refuse_unused, require_at_least
 from bagualu.comm.errors import RecipeError
 
 SCHEDULES = ("cosine", "wsd", "constant")
@@ -34,8 +35,10 @@ class OptimConfig:
             raise RecipeError(f"optim.schedule={self.schedule} is unknown; give one of {', '.join(SCHEDULES)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"optim.betas={self.betas} must be two numbers in [0, 1), e.g. optim.betas=[0.9,0.95]")
-        for name in ("lr", "epsilon", "weight_decay", "clip_norm", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"optim.{name}={getattr(self, name)} must not be negative")
-        if not 0 <= self.final_lr_ratio <= 1 or not 0 <= self.decay_fraction <= 1:
-            raise RecipeError("optim.final_lr_ratio and optim.decay_fraction must lie between 0 and 1")
+        require_at_least(0, "optim", self, "lr", "epsilon", "weight_decay", "clip_norm", "warmup_steps")
+        for name in ("final_lr_ratio", "decay_fraction"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise RecipeError(f"optim.{name}={value} must lie between 0 and 1, e.g. optim.{name}={getattr(OptimConfig, name)}")
+        unused = {"cosine": ["decay_fraction"], "wsd": [], "constant": ["decay_fraction", "final_lr_ratio"]}[self.schedule]
+        refuse_unused("optim", self, unused, f"optim.schedule={self.schedule}")

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-BASELINES = ("plain", "ddp", "fsdp", "deepspeed")
+BASELINES = ("plain", "ddp", "fsdp", "deepspeed", "torchtp", "torchpp")
 AXES = ("data", "tensor", "pipeline", "expert")
 PRECISIONS = ("bf16", "bf16wide", "autocast", "f32")
 """bf16: bfloat16 weights and arithmetic. bf16wide: bfloat16 weights, but matmul and attention in float32. autocast:
@@ -20,7 +20,7 @@ class Entry:
     """One contestant: a program, its variant, and the processes x threads that it gets."""
 
     program: str
-    """plain | ddp | fsdp | deepspeed | bagualu."""
+    """plain | ddp | fsdp | deepspeed | torchtp | torchpp | bagualu."""
     variant: str
     """Baselines: the precision. Bagualu: the axis that more than one process is spent on."""
     compiled: bool

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from contest.loop import CLIP_NORM, Step, adamw, build_model, optimizer_for, plain, stepper
 from contest.model import Attention, Linear
+from contest.model_parallel import pipeline_parallel, tensor_parallel
 from contest.shapes import Shape
 
 
@@ -73,7 +74,11 @@ def deepspeed_zero1(shape: Shape, precision: str) -> Step:
     return step
 
 
-BUILDERS = {"ddp": ddp, "fsdp": fsdp, "deepspeed": deepspeed_zero1}
+BUILDERS = {
+    "ddp": ddp, "fsdp": fsdp, "deepspeed": deepspeed_zero1, "torchtp": tensor_parallel, "torchpp": pipeline_parallel,
+}  # fmt: skip
+SHARE_THE_MODEL = ("torchtp", "torchpp")
+"""Every process sees the whole batch; under the others each has its part of it."""
 
 
 def build(framework: str, shape: Shape, precision: str, compiled: bool) -> Step:

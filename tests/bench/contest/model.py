@@ -29,12 +29,12 @@ class WideLinear(torch.autograd.Function):
         return (gradient @ weight.float()).to(x.dtype), grad_weight.to(weight.dtype)
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """Matrix multiplication without bias; weight [out, in]."""
 
     def __init__(self, inputs: int, outputs: int, wide: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs) * 0.02)
+        super().__init__(inputs, outputs, bias=False)
+        nn.init.normal_(self.weight, std=0.02)
         self.wide = wide
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,6 +143,11 @@ class Layer(nn.Module):
         return x + output, balance
 
 
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits [B, S, V], labels [B, S] -> mean cross-entropy in float32."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
 class Decoder(nn.Module):
     """The whole model, returning its own loss."""
 
@@ -166,6 +171,5 @@ class Decoder(nn.Module):
             x, balance = layer(x, self.cos, self.sin)
             if balance is not None:
                 penalties.append(balance)
-        logits = self.head(self.norm(x))
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss = token_loss(self.head(self.norm(x)), labels)
         return loss + self.balance_loss * torch.stack(penalties).sum() if penalties else loss

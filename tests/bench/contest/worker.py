@@ -47,7 +47,7 @@ def serve(options: argparse.Namespace, answers: IO[str]) -> None:
     import torch
     import torch.distributed as dist
 
-    from contest.frameworks import build
+    from contest.frameworks import SHARE_THE_MODEL, build
 
     torch.set_num_threads(options.threads)
     distributed = options.framework != "plain"
@@ -57,8 +57,9 @@ def serve(options: argparse.Namespace, answers: IO[str]) -> None:
         dist.init_process_group("gloo")
     shape = SHAPES[options.recipe]
     step = build(options.framework, shape, options.precision, options.compiled)
-    generator = torch.Generator().manual_seed(options.rank)
-    mine = shape.batch // options.processes
+    together = options.framework in SHARE_THE_MODEL
+    generator = torch.Generator().manual_seed(0 if together else options.rank)
+    mine = shape.batch if together else shape.batch // options.processes
     for line in sys.stdin:
         seconds, cpu_seconds, losses = [], [], []
         for _ in range(json.loads(line)["steps"]):

@@ -39,14 +39,14 @@ def main(folder: Path, how: str) -> None:
             workers.append(_start(folder, rank, there.pid))
         _wait_for_steps(folder, 5)
         recipe = compose([f"run.dir={folder}", "restart.hang_seconds=4", "restart.long_hang_seconds=60"])
-        check = HangCheck(recipe, folder, {rank: worker.pid for rank, worker in enumerate(workers)})
-        check()
+        check = HangCheck(recipe, folder)
+        check.started(0, {rank: worker.pid for rank, worker in enumerate(workers)})
         if how == "both":
             _do("ip link set left down")
         else:  # what goes there is sent to a machine that does not exist; what comes from there still arrives
             _do("ip neigh replace 10.77.0.2 lladdr 02:00:00:00:00:99 dev left nud permanent")
         deadline = time.monotonic() + 90
-        while not (failure := check()):
+        while not (failure := check.look()):
             assert time.monotonic() < deadline, "not found"
             time.sleep(0.1)
         print(json.dumps(asdict(failure)))

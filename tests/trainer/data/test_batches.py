@@ -39,9 +39,31 @@ def test_epochs_and_seeds_differ_in_order():
     assert len({tuple(order) for order in orders}) == len(orders)
 
 
+def test_every_order_of_a_few_is_as_likely_as_any_other():
+    orders = [tuple(batches(4, 4, seed).sample_ids(0)) for seed in range(2400)]
+    counts = np.unique(orders, axis=0, return_counts=True)[1]
+    assert len(counts) == 24
+    assert ((counts - 100) ** 2 / 100).sum() < 49.7  # chi squared of 23 degrees of freedom, 1 in 1,000
+
+
+def test_every_sequence_may_come_at_every_place():
+    counts = np.zeros((50, 50))
+    for seed in range(1000):
+        counts[np.arange(50), batches(50, 50, seed).sample_ids(0)] += 1
+    assert ((counts - 20) ** 2 / 20).sum() < 2622  # chi squared of 49 * 49 degrees of freedom, 1 in 1,000
+
+
+def test_a_corpus_of_any_size_is_shuffled_without_listing_it():
+    data = batches(1, 64, seed=1)
+    data._train = range(10**15)
+    ids = data.sample_ids(10**9)
+    assert len(set(ids)) == 64
+    assert 0 <= ids.min() < ids.max() < 10**15
+
+
 def test_the_order_is_fixed_for_good():
     """A change here breaks the resume of every run there is."""
-    assert batches(8, 8, seed=0).sample_ids(0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert batches(8, 8, seed=0).sample_ids(0).tolist() == [1, 4, 7, 5, 3, 0, 2, 6]
     assert batches(3, 3, seed=7, source="random", vocab=100).batch(0, 0, 1)[0].tolist() == [[83, 13, 45, 44]]
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from bagualu.parallel import vocabulary
 from bagualu.parallel.vocabulary import IGNORED, linear_cross_entropy
-from bagualu.trainer.models.kernels import causal_attention, grouped_linear, linears, rms_norm, rotate, swiglu
+from bagualu.trainer.models.kernels import causal_attention, grouped_linears, linears, rms_norm, rotate, swiglu
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -32,8 +32,8 @@ COS, SIN = angles(3, 2)
 KERNELS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]]]] = {
     "linears": (lambda x, a, b, c: linears(x, a, b, c), [(2, 3, 4), (5, 4), (1, 4), (3, 4)]),
     "one_linear": (lambda x, a: linears(x, a)[0], [(3, 4), (5, 4)]),
-    "grouped_linear": (lambda x, w: grouped_linear(x, w, COUNTS), [(5, 4), (5, 3, 4)]),
-    "grouped_linear_no_rows": (lambda x, w: grouped_linear(x, w, [0, 0]), [(0, 4), (2, 3, 4)]),
+    "grouped_linears": (lambda x, v, w: torch.cat(grouped_linears(x, COUNTS, v, w), 1), [(5, 4), (5, 3, 4), (5, 2, 4)]),
+    "grouped_linears_no_rows": (lambda x, w: grouped_linears(x, [0, 0], w)[0], [(0, 4), (2, 3, 4)]),
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-2), [(2, 3, 4), (4,)]),
     "swiglu": (swiglu, [(2, 3, 4), (2, 3, 4)]),
     "rotate": (lambda x: rotate(x, COS, SIN), [(2, 3, 2, 4)]),
@@ -75,7 +75,7 @@ def test_gradients_reach_weights_unrounded(dtype: torch.dtype) -> None:
     kernels: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
         "linears": lambda x, w: linears(x, w)[0],
         "wide": lambda x, w: linears(x, w, wide=True)[0],
-        "grouped": lambda x, w: grouped_linear(x, w, [30]),
+        "grouped": lambda x, w: grouped_linears(x, [30], w)[0],
         "head": lambda x, w: linear_cross_entropy(x, w, labels, 5),
     }
     for name, kernel in kernels.items():

@@ -1,0 +1,18 @@
+"""Where and with how many other nodes a node's agent meets. Free of torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The same for every node of a run."""
+
+    host: str
+    """The node whose agent holds the rendezvous store, as the others can reach it."""
+    port: int
+    id: str
+    """Tells this run from others at the same place."""
+    nodes: int
+    """As many as there may be."""
+    fewest: int
+    """As few as may go on."""

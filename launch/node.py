@@ -1,0 +1,62 @@
+"""One node's part of a run on several: `python -m bagualu.launch.node --meet HEAD:PORT --id NAME recipe=... launch.nodes=N`.
+
+Started alike on every node, by hand or by the script of `bagualu slurm`. The agent that runs on HEAD holds the store where all
+meet. A node whose agent died is started again with the same words, and joins where the run is. Free of torch until workers start.
+"""
+
+import argparse
+import sys
+
+from bagualu.comm.errors import RecipeError
+from bagualu.launch.meeting import Meeting
+from bagualu.launch.run import run
+from bagualu.trainer import preflight
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.outcome import REFUSED
+from bagualu.trainer.recipe import compose, save_recipe
+
+
+def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> int:
+    """Run this node's workers to the end of the training; the exit code, the same on every node."""
+    parser = argparse.ArgumentParser(prog="python -m bagualu.launch.node", description="One node's part of a run on several.")
+    parser.add_argument("--meet", required=True, metavar="HOST:PORT", help="where the nodes meet: one of them, and a free port")
+    parser.add_argument("--id", required=True, metavar="NAME", help="tells this run from others that meet there")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the recipe, as for bagualu train; the same everywhere")
+    given = parser.parse_args(arguments)
+    try:
+        recipe = compose(given.overrides)
+        workers = _check(recipe)
+        meeting = _meeting(recipe, given.meet, given.id, workers)
+    except RecipeError as error:
+        print(f"bagualu: error: {error}", file=sys.stderr)
+        return REFUSED
+    save_recipe(recipe)
+    code, _ = run(recipe, workers, given.overrides, entrypoint, False, meeting)
+    return code
+
+
+def _check(recipe: Recipe) -> int:
+    """The workers of this node. Raises RecipeError."""
+    if recipe.comm.backend == "simulated":
+        raise RecipeError("comm.backend=simulated runs in one process; use bagualu train, or comm.backend=nccl or gloo here")
+    if not recipe.checkpoint.resume:
+        raise RecipeError("a node joins a run wherever that is; give checkpoint.resume=true, which begins at the beginning "
+                          "where there is no checkpoint")  # fmt: skip
+    workers = preflight.workers_per_node(recipe)
+    preflight.check(recipe, recipe.world_size())
+    preflight.check_run_directory(recipe)
+    return workers
+
+
+def _meeting(recipe: Recipe, place: str, id: str, workers: int) -> Meeting:
+    host, colon, port = place.rpartition(":")
+    if not (host and colon and port.isdigit()):
+        raise RecipeError(f"--meet {place}: give a host and a port, e.g. --meet node1:29400")
+    nodes, fewest = recipe.launch.nodes, recipe.launch.nodes
+    if recipe.restart.elastic:
+        fewest = -(-recipe.restart.min_workers // workers)
+    return Meeting(host, int(port), id, nodes, fewest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

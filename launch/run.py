@@ -1,0 +1,84 @@
+"""One run on this machine, from a recipe that has been checked to its exit code. Free of torch until workers must start."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.launch import forkserver
+from bagualu.launch.hang import HangCheck
+from bagualu.launch.meeting import Meeting
+from bagualu.launch.watcher import Watcher
+from bagualu.trainer import environment
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.outcome import DONE, STOPPED, Failure, last_words
+
+_ELASTIC = "torch.distributed.elastic.multiprocessing"
+
+
+def run(
+    recipe: Recipe, workers: int, overrides: list[str], entrypoint: str | None, quiet_stdout: bool, meeting: Meeting | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Train with `workers` workers here, alone or with the other nodes of `meeting`; exit code and the document for --json.
+
+    `overrides` are shown again in what to type next. `quiet_stdout` keeps stdout for one JSON document.
+    """
+    entrypoint = entrypoint or environment.TRAIN
+    threaded = recipe.comm.backend == "simulated"
+
+    def watch(scratch: Path) -> Sequence[Watcher]:
+        return [HangCheck(recipe, scratch)]
+
+    with _environment(environment.variables(recipe.launch, workers)):
+        if not threaded:
+            forkserver.start(["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0]])
+        from bagualu.launch import local  # imports torch: here, while the fork server does too
+
+        if threaded:
+            ended = local.run_threads(recipe, workers, entrypoint, quiet_stdout, watch)
+        else:
+            ended = local.run_processes(recipe, workers, entrypoint, quiet_stdout, meeting, watch)
+            forkserver.stop()
+    if ended.failure is not None:
+        return _failed(ended.failure, recipe)
+    assert ended.summary is not None
+    if ended.speaks and not quiet_stdout:
+        from bagualu.trainer.progress import next_commands, summary_text
+
+        typed = "bagualu" if shutil.which("bagualu") else sys.argv[0]  # an environment that is not activated is not on the PATH
+        following = [] if meeting else next_commands(overrides, ended.summary["step"], ended.summary["steps"], typed)
+        print(summary_text(ended.summary, following))
+    return STOPPED if ended.summary["ended"] == "stopped" else DONE, ended.summary
+
+
+def _failed(failure: Failure, recipe: Recipe) -> tuple[int, dict[str, Any]]:
+    if sys.stderr.isatty():
+        print("\x1b[?25h", file=sys.stderr)  # off the line of a bar that was cut short, with the cursor it had hidden
+    print(last_words(failure, _advice(recipe, failure)), file=sys.stderr, flush=True)
+    ended = {"recipe": "refused", "stopped": "stopped"}.get(failure.kind, "failed")
+    return failure.exit_code, {"ended": ended, **failure.as_dict()}
+
+
+def _advice(recipe: Recipe, failure: Failure) -> str:
+    """What to do after a failure: where to look, how to go on."""
+    log = Path(recipe.run.dir) / "logs" / f"rank-{failure.rank}.log"
+    parts = [f"see {log}"] if log.exists() else []
+    if latest(Path(recipe.run.dir) / "checkpoints"):
+        parts.append("go on with checkpoint.resume=true")
+    return ", ".join(parts) or f"give another run.dir or remove {recipe.run.dir}, and start again"
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """The environment with `variables`, for the processes that start inside."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

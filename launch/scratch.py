@@ -1,0 +1,75 @@
+"""A folder in memory that the processes of one launch share, and that is gone when the launch is over, however it ends.
+
+Its remover is a process of its own, there before the folder is, that waits for the launcher's end of a pipe to close: the
+kernel closes it after a kill -9 too. What kills the remover along with the launcher (a batch system that ends a whole job)
+leaves the folder behind; nobody holds its lock then, and the next launch on the machine removes it.
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+MEMORY = Path("/dev/shm")
+_PREFIX = "bagualu-"
+_LOCK = "launcher"
+_REMOVE = """\
+trap '' HUP INT QUIT TERM USR1 USR2
+cat >/dev/null
+for pause in 0 0.2 0.5 1 2 4; do  # a worker that is about to die may still add a file
+    sleep $pause
+    rm -rf "$0"
+    [ -e "$0" ] || exit 0
+done
+"""
+
+
+@contextlib.contextmanager
+def scratch(root: Path | None = None) -> Iterator[Path]:
+    """An empty folder below `root` (None: memory where there is some, else the temporary directory). Raises OSError."""
+    root = root or (MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir()))
+    _remove_abandoned(root)
+    path = root / f"{_PREFIX}{secrets.token_hex(8)}"
+    remover = subprocess.Popen(
+        ["sh", "-c", _REMOVE, str(path)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd="/", start_new_session=True,
+    )  # fmt: skip
+    assert remover.stdin is not None
+    lock = _make(path)
+    try:
+        yield path
+    finally:
+        remover.stdin.close()
+        remover.wait()
+        os.close(lock)
+
+
+def _make(path: Path) -> int:
+    """Make the folder, readable by this user alone; the descriptor of its lock, held until it is closed."""
+    unlocked = path.with_name(f".{path.name}")  # a folder gets its name once it is locked
+    unlocked.mkdir(mode=0o700)
+    lock = os.open(unlocked / _LOCK, os.O_CREAT | os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    unlocked.rename(path)
+    return lock
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove this user's folders whose launcher is dead. What cannot be looked into is somebody else's."""
+    for path in root.glob(f"{_PREFIX}*/{_LOCK}"):
+        try:
+            lock = os.open(path, os.O_RDWR)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its launcher lives
+        finally:
+            os.close(lock)

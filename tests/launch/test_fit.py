@@ -1,0 +1,44 @@
+"""The recipe for fewer workers."""
+
+import pytest
+
+from bagualu.comm.errors import RecipeError
+from bagualu.launch.fit import fitted
+from bagualu.trainer.recipe import compose
+
+
+def fit(ranks, *overrides):
+    recipe, used = fitted(compose(["recipe=tiny", "restart.elastic=true", *overrides]), ranks)
+    layout = recipe.validate(used)
+    return layout.data, layout.tensor, layout.pipeline, used
+
+
+def test_enough_workers_leave_the_recipe_as_it_is():
+    recipe = compose(["recipe=tiny"])
+    assert fitted(recipe, recipe.world_size()) == (recipe, recipe.world_size())
+    assert fitted(recipe, recipe.world_size() + 1) == (recipe, recipe.world_size())
+
+
+def test_replicas_go_first_and_the_global_batch_stays():
+    base = ["launch.workers=4", "parallel.data=2", "parallel.tensor=2", "parallel.pipeline=1", "data.global_batch=8"]
+    assert fit(3, *base) == (1, 2, 1, 2)
+    assert fit(1, *base) == (1, 1, 1, 1)
+    recipe, _ = fitted(compose(["recipe=tiny", "restart.elastic=true", *base]), 2)
+    assert recipe.data.global_batch == 8
+
+
+def test_a_batch_that_does_not_divide_over_three_takes_two():
+    base = ["launch.workers=4", "parallel.data=4", "parallel.tensor=1", "parallel.pipeline=1", "data.global_batch=8"]
+    assert fit(3, *base) == (2, 1, 1, 2)
+
+
+def test_sequence_parallel_goes_with_the_last_tensor_rank():
+    base = ["launch.workers=2", "parallel.data=1", "parallel.tensor=2", "parallel.pipeline=1", "parallel.expert=1",
+            "parallel.sequence=true"]  # fmt: skip
+    recipe, used = fitted(compose(["recipe=tiny", "restart.elastic=true", *base]), 1)
+    assert (used, recipe.parallel.sequence) == (1, False)
+
+
+def test_too_few_are_refused_with_the_fix():
+    with pytest.raises(RecipeError, match=r"1 workers are left of 4.*restart.min_workers=1"):
+        fit(1, "launch.workers=4", "parallel.data=4", "parallel.pipeline=1", "restart.min_workers=2")

@@ -1,0 +1,148 @@
+"""Several nodes, each with an agent: here all on this machine, two workers each."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.launch.node import main
+from tests.harness import run as run_ranks
+from tests.launch.survival import SMALL, figures, state, undisturbed
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [LINUX, pytest.mark.timeout(300)]
+WORDS = ["parallel.data=4", "checkpoint.every=5"]
+COMMAND = "import sys; from bagualu.launch.node import main; sys.exit(main(entrypoint='faulty:train'))"
+
+
+class Nodes:
+    """Agents of one run."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            self.place = taken.getsockname()
+        self.folder = folder / "run"
+        self.words = ["--meet", "{}:{}".format(*self.place), "--id", "test", *SMALL, *WORDS, "launch.nodes=2", "launch.workers=2",
+                      "checkpoint.resume=true", f"run.dir={self.folder}", *words]  # fmt: skip
+        self.agents: list[subprocess.Popen[str]] = []
+
+    def start(self) -> subprocess.Popen[str]:
+        path = self.folder.parent / f"agent-{len(self.agents)}.err"
+        self.agents.append(subprocess.Popen(
+            [sys.executable, "-c", COMMAND, *self.words], text=True, stdout=subprocess.DEVNULL, stderr=path.open("w"),
+            start_new_session=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        ))  # fmt: skip
+        return self.agents[-1]
+
+    def listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(self.place) == 0
+
+    def said(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self.folder.parent.glob("agent-*.err")))
+
+    def steps(self) -> int:
+        metrics = self.folder / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def until(self, condition) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    made = []
+
+    def make(*words):
+        made.append(Nodes(tmp_path, *words))
+        made[-1].folder.mkdir()
+        return made[-1]
+
+    yield make
+    for agent in (agent for one in made for agent in one.agents):
+        if agent.poll() is None:
+            os.killpg(agent.pid, signal.SIGKILL)
+        agent.wait()
+
+
+def test_an_elastic_run_goes_on_without_a_node_and_grows_back(nodes, tmp_path):
+    run_ranks("gloo", 4, undisturbed, str(tmp_path / "undisturbed"), [*WORDS, "train.steps=80"])
+    run = nodes("run.name=slow", "train.steps=80", "restart.elastic=true", "restart.wait_seconds=2", "restart.backoff_seconds=0.1")
+    (run.folder / "slow").touch()
+    stays = run.start()
+    run.until(run.listens)  # the node that holds the store is the one that stays
+    goes = run.start()
+    run.until(lambda: run.steps() >= 7)
+    goes.kill()
+    run.until(lambda: "going on with 2 ranks of 2 workers: data 2" in run.said())
+    before = run.steps()
+    run.until(lambda: run.steps() >= before + 2)
+    (run.folder / "started-4").unlink()
+    back = run.start()
+    run.until((run.folder / "started-4").exists)
+    (run.folder / "slow").unlink()
+    assert stays.wait(120) == 0, run.said()
+    assert back.wait(60) == 0, run.said()
+    ours, theirs = np.array(figures(run.folder)), np.array(figures(tmp_path / "undisturbed"))
+    assert ours[:, 0].tolist() == list(range(1, 81))  # every step once
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9)  # with the samples it was to have
+    final = state(tmp_path / "undisturbed")
+    for name, tensor in state(run.folder).items():
+        torch.testing.assert_close(tensor, final[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_when_the_store_goes_with_its_node_the_others_end_and_say_so(nodes):
+    run = nodes("run.name=slow", "train.steps=1000", "train.micro_batch=1")
+    (run.folder / "slow").touch()
+    head = run.start()
+    run.until(run.listens)
+    other = run.start()
+    run.until(lambda: run.steps() >= 2)
+    head.kill()
+    assert other.wait(60) == 1
+    last = (run.folder.parent / "agent-1.err").read_text().splitlines()[-1]
+    assert last.startswith("bagualu: failed: rank ")
+    assert "the node that holds the rendezvous store cannot be reached" in last
+
+
+def test_what_ends_the_run_on_one_node_ends_it_on_all_with_the_same_words(nodes):
+    run = nodes("run.name=kill-3-4-backward", "train.steps=1000", "restart.limit=0")
+    agents = [run.start(), run.start()]
+    assert [agent.wait(120) for agent in agents] == [1, 1], run.said()
+    for number in (0, 1):
+        last = (run.folder.parent / f"agent-{number}.err").read_text().splitlines()[-1]
+        assert last.startswith("bagualu: failed: rank 3, step 4: killed by SIGKILL"), run.said()
+
+
+def test_a_stop_on_one_node_saves_and_stops_all(nodes):
+    run = nodes("run.name=slow", "train.steps=1000")
+    (run.folder / "slow").touch()
+    agents = [run.start(), run.start()]
+    run.until(lambda: run.steps() >= 2)
+    agents[1].send_signal(signal.SIGUSR1)
+    assert [agent.wait(60) for agent in agents] == [75, 75], run.said()
+    assert latest(run.folder / "checkpoints").name == f"step-{run.steps():08}"
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["--meet", "here", "--id", "x", "checkpoint.resume=true"], "--meet node1:29400"),
+        (["--meet", "here:1", "--id", "x"], "checkpoint.resume=true"),
+        (["--meet", "here:1", "--id", "x", "comm.backend=simulated"], "bagualu train"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_fix(capsys, words, fix):
+    assert main(words) == 2
+    assert fix in capsys.readouterr().err

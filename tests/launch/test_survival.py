@@ -1,0 +1,54 @@
+"""The trainer itself, killed and started again: nothing is lost, nothing is done twice."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+from tests.harness import run as run_ranks
+from tests.launch.survival import SMALL, figures, state, undisturbed
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [LINUX, pytest.mark.timeout(300)]
+WORDS = ["parallel.data=2", "parallel.tensor=2", "train.steps=9", "checkpoint.every=2"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_ranks("gloo", 4, undisturbed, str(folder), WORDS)
+    return folder
+
+
+def test_a_rank_killed_in_each_part_of_a_step_leaves_the_run_as_it_would_have_been(start, gone, reference):
+    kills = [(1, 3, "forward"), (0, 4, "backward"), (3, 6, "reduce"), (2, 8, "optimizer")]
+    name = ".".join(f"kill-{rank}-{step}-{point}" for rank, step, point in kills)
+    run = start(*SMALL, *WORDS, f"run.name={name}", "restart.limit=4", "restart.backoff_seconds=0.1", entrypoint="faulty:train")
+    code, _, err = run.end()
+    assert code == 0, err
+    restarts = re.findall(r"bagualu: rank (\d) failed, step (\d).*SIGKILL.*; restart (\d) of 4 .*, from (.*)", err)
+    assert [(int(rank), int(step), int(count)) for rank, step, count, _ in restarts] == [
+        (rank, step, count) for count, (rank, step, _) in enumerate(kills, 1)
+    ]
+    assert [newest for *_, newest in restarts] == ["step-00000002", "step-00000002", "step-00000004", "step-00000006"]
+    assert figures(run.folder) == figures(reference)  # every step once, each to the bit
+    ours, theirs = state(run.folder), state(reference)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    assert json.loads((run.folder / "summary.json").read_text())["ended"] == "done"
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_second_one_breaks_no_save(start, reference):
+    """To rank 2 in the middle of step 4, and to rank 1 once more while it saves."""
+    run = start(*SMALL, *WORDS, "run.name=usr1-2-4-backward.stop-1-4-write", entrypoint="faulty:train")
+    code, _, err = run.end()
+    assert code == 75, err
+    assert [step for step, *_ in figures(run.folder)] == [1, 2, 3, 4]
+    assert "saved step 4" in err
+    assert "not saved yet" in (run.folder / "logs" / "rank-2.log").read_text()
+    again = start(*SMALL, *WORDS, "checkpoint.resume=true", entrypoint="faulty:train")
+    assert again.end()[0] == 0
+    assert figures(run.folder) == figures(reference)
+    assert all(torch.equal(state(run.folder)[key], value) for key, value in state(reference).items())
