@@ -74,10 +74,12 @@ options:
   -h, --help  this page"""
 
 _CHECKPOINT = """\
-usage: bagualu checkpoint list|verify RUN_DIR [--json]
+usage: bagualu checkpoint list|verify RUN_DIR|CHECKPOINT [--json]
 
 list    steps, sizes, the layout that wrote them, and what a quick look at every file finds wrong
-verify  the same after reading and checking every byte; exit code 1 when anything is damaged"""
+verify  the same after reading and checking every byte on all cores; names every damaged block, exit code 1 if there is any
+
+Give a run directory, or one checkpoint in it (runs/tiny/checkpoints/step-00000010)."""
 
 
 @dataclass

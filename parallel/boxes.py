@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Box:
@@ -92,18 +94,23 @@ def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list[tup
 
 
 def _overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
-    """Two boxes that share elements. A sweep along the dim that keeps most boxes apart: near linear for real shards."""
+    """Two boxes that share elements. Sorted along the dim that keeps most of them apart, a box can only meet the few that begin
+    before it ends; all boxes are compared with their first neighbour at once, then with their second, and so on."""
     if len(boxes) < 2:
         return None
-    dims = range(len(boxes[0].offset))
-    if not dims:
+    if not boxes[0].offset:
         return boxes[0], boxes[1]
-    dim = max(dims, key=lambda d: len({box.offset[d] for box in boxes}))
-    active: list[Box] = []
-    for box in sorted(boxes, key=lambda box: box.offset[dim]):
-        active = [other for other in active if other.stop[dim] > box.offset[dim]]
-        for other in active:
-            if box.intersection(other):
-                return other, box
-        active.append(box)
+    starts = np.array([box.offset for box in boxes], np.int64)  # [boxes, dims]
+    dim = max(range(starts.shape[1]), key=lambda d: len(np.unique(starts[:, d])))
+    order = np.argsort(starts[:, dim], kind="stable")
+    starts = starts[order]
+    stops = starts + np.array([box.shape for box in boxes], np.int64)[order]
+    neighbours = np.searchsorted(starts[:, dim], stops[:, dim]) - np.arange(len(boxes))
+    for distance in range(1, int(neighbours.max())):
+        one = np.flatnonzero(neighbours > distance)
+        other = one + distance
+        meet = ((starts[one] < stops[other]) & (starts[other] < stops[one])).all(axis=1)
+        if meet.any():
+            first = int(meet.argmax())
+            return boxes[order[one[first]]], boxes[order[other[first]]]
     return None

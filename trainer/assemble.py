@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.parallel.apply import parallelize
 from bagualu.parallel.data import Bucket, GradientReducer, build_buckets
@@ -48,6 +49,8 @@ class Parts:
 def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Parts:
     """Build this rank's part of everything. Collective. Raises RecipeError for what validation can only see here."""
     layout = recipe.validate(communicator.size)
+    if corpus.vocab != recipe.model.vocab:
+        raise RecipeError(f"the data have {corpus.vocab} tokens, not {recipe.model.vocab}; give model.vocab={corpus.vocab}")
     mesh = Mesh.build(layout, communicator)
     count = recipe.data.global_batch // (layout.data * recipe.train.micro_batch)
     schedule = with_messages(compute_schedule(recipe.parallel.schedule, layout.pipeline, count))

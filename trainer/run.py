@@ -1,6 +1,5 @@
 """A whole run on one rank: assemble, resume, train, summarise. Every rank calls `train` with the same recipe."""
 
-import hashlib
 import json
 import os
 import resource
@@ -12,18 +11,15 @@ from typing import Any
 
 import torch
 
-from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.directory import latest
-from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.flops import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.loop import Loop
 from bagualu.trainer.progress import Progress
+from bagualu.trainer.resume import resume
 from bagualu.trainer.sinks import JsonlSink, Sink, WandbSink
-from bagualu.trainer.state import CHECKPOINTS, load_state
 
 
 def train(
@@ -38,23 +34,24 @@ def train(
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    first_step, resumed_from = _resume(parts)
-    if finished := _finished(recipe, first_step):
+    resumed = resume(parts)
+    if finished := _finished(recipe, resumed.step):
         if communicator.rank == 0:
             _write_summary(Path(recipe.run.dir), finished)
         return finished
     ceiling = _ceiling(parts, communicator)
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
-    sinks = _sinks(recipe, first_step) if communicator.rank == 0 else []
-    loop = Loop(parts, sinks, stop, flops_per_token / ceiling, resumed_from)
+    sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
+    loop = Loop(parts, sinks, stop, flops_per_token / ceiling, resumed.checkpoint)
     try:
-        ending = loop.run(first_step)
+        ending = loop.run(resumed.step)
     finally:
         for sink in sinks:
             sink.close()
     summary = {
         **ending,
         "steps": recipe.train.steps,
+        "damaged": resumed.damaged,
         "seconds": time.perf_counter() - started,
         "layout": str(parts.mesh.layout),
         "parameters": _parameters(parts),
@@ -66,29 +63,6 @@ def train(
     if communicator.rank == 0:
         _write_summary(Path(recipe.run.dir), summary)
     return summary
-
-
-def _resume(parts: Parts) -> tuple[int, Path | None]:
-    """Steps already done, and the checkpoint that says so: the newest one where the recipe asks to resume and there is one.
-
-    Rank 0 chooses; a rank that reads another recipe, other data or another disk is refused by name rather than trained with.
-    """
-    newest = latest(Path(parts.recipe.run.dir) / CHECKPOINTS) if parts.recipe.checkpoint.resume else None
-    own = {"recipe": _digest(parts.recipe), "data": parts.corpus.fingerprint, "checkpoint": newest.name if newest else None}
-    seen = gather_json(own, parts.mesh.group("world"), parts.device)
-    for rank, other in enumerate(seen):
-        for what, value in other.items():
-            if value != seen[0][what]:
-                raise RecipeError(
-                    f"rank {rank} has another {what} than rank 0 ({value} and {seen[0][what]}); give every rank the same "
-                    f"recipe, data.source, Python version and a run.dir on a disk that all nodes share"
-                )
-    parts.mesh.monitor.at("load")
-    return (load_state(parts, newest), newest) if newest else (0, None)
-
-
-def _digest(recipe: Recipe) -> str:
-    return hashlib.blake2b(json.dumps(asdict(recipe), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:

@@ -4,14 +4,22 @@ The learning rate, the order of the data and every random number are functions o
 the fingerprint of the data are their whole state; there is no generator whose position could be lost.
 """
 
-from dataclasses import asdict
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance.checkpoint.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.agree import on_all
+from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.fault_tolerance.checkpoint.format import REMEDY, CheckpointError
+from bagualu.fault_tolerance.checkpoint.load import Checkpoint, Request
 from bagualu.fault_tolerance.checkpoint.save import save
 from bagualu.trainer.assemble import Parts
+from bagualu.trainer.config import DTYPES
 
 CHECKPOINTS = "checkpoints"
 _FINGERPRINT = "data fingerprint"
@@ -32,21 +40,102 @@ def save_state(parts: Parts, step: int) -> Path:
     return save(root, step, parts.optimizer.pieces(), metadata, parts.mesh.group("world"), recipe.checkpoint.keep, parts.device)
 
 
-def load_state(parts: Parts, path: Path) -> int:
-    """Take the state from a checkpoint that any layout wrote; returns the steps done.
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint says of the run besides its tensors."""
 
-    Raises RecipeError when it belongs to another model or other data, before anything is changed; CheckpointError when damaged.
+    step: int
+    updates: int
+    scale: float
+    good_steps: int
+    dtype: str
+    identity: dict[str, Any]
+
+    @staticmethod
+    def of(checkpoint: Checkpoint) -> "Saved":
+        """Raises CheckpointError when a field is not there or is not what it should be."""
+        metadata = checkpoint.metadata
+        scaler = metadata.get("scaler")
+        fields: dict[str, Any] = {name: metadata.get(name) for name in ("step", "updates", "dtype", "identity")}
+        fields |= {name: scaler.get(name) if type(scaler) is dict else None for name in ("scale", "good_steps")}
+        counts = {name: fields[name] for name in ("step", "updates", "good_steps")}
+        wrong = {name: value for name, value in counts.items() if type(value) is not int or value < 0}
+        if type(fields["identity"]) is not dict:
+            wrong["identity"] = fields["identity"]
+        if type(fields["dtype"]) is not str or fields["dtype"] not in DTYPES:
+            wrong["dtype"] = fields["dtype"]
+        if type(fields["scale"]) not in (int, float) or not 0 < fields["scale"] < math.inf:
+            wrong["scale"] = fields["scale"]
+        if fields["step"] != checkpoint.step:
+            wrong["step"] = fields["step"]
+        if wrong:
+            name, value = next(iter(wrong.items()))
+            raise CheckpointError(f"{checkpoint.path}: metadata says {name}={str(value)[:40]}, which no run saves; {REMEDY}")
+        return Saved(**fields)
+
+
+def load_state(parts: Parts, path: Path) -> int:
+    """`take_state` from the checkpoint at `path`."""
+    return take_state(parts, lambda: Checkpoint(path))
+
+
+def take_state(parts: Parts, open_checkpoint: Callable[[], Checkpoint]) -> int:
+    """Take the state from a checkpoint that any layout wrote; returns the steps done. Collective.
+
+    Every rank reads and verifies all it needs into memory of its own; only when all have done so, model and optimizer change.
+    Raises on every rank, with everything as it was: RecipeError when it belongs to another model or other data, CheckpointError
+    when it is damaged or does not hold exactly the tensors of the model.
     """
-    checkpoint = Checkpoint(path)
-    metadata = checkpoint.metadata
-    _check_identity(metadata["identity"], identity(parts), path)
-    _check_dtype(metadata["dtype"], parts.recipe.train.dtype, path)
-    parts.updates = metadata["updates"]
-    parts.optimizer.load(checkpoint, parts.updates)
-    if parts.scaler.enabled and metadata["dtype"] == parts.recipe.train.dtype:
-        parts.scaler.scale = metadata["scaler"]["scale"]
-        parts.scaler.good_steps = metadata["scaler"]["good_steps"]
-    return int(metadata["step"])
+    group, device, monitor = parts.mesh.group("world"), parts.device, parts.mesh.monitor
+    monitor.at("load")
+    checkpoint = on_all(open_checkpoint, group, device)
+    if len(set(gather_json(checkpoint.digest, group, device))) > 1:
+        raise RecipeError(f"the ranks see different checkpoints at {checkpoint.path}; put run.dir on a disk that all nodes share")
+    saved = on_all(lambda: _check(parts, checkpoint), group, device)
+    incoming = parts.optimizer.incoming()
+    wanted = list(incoming.requests())
+    on_all(lambda: _check_tensors(checkpoint, wanted), group, device)
+    _check_none_is_left(parts, checkpoint, {request.name for _, request in wanted})
+    monitor.at("verify")
+    threads = torch.get_num_threads()
+    on_all(lambda: checkpoint.read_all((request for _, request in wanted), threads), group, device)
+    monitor.at("restore")
+    incoming.apply(saved.updates)
+    parts.updates = saved.updates
+    if parts.scaler.enabled and saved.dtype == parts.recipe.train.dtype:
+        parts.scaler.scale, parts.scaler.good_steps = saved.scale, saved.good_steps
+    return saved.step
+
+
+def _check(parts: Parts, checkpoint: Checkpoint) -> Saved:
+    saved = Saved.of(checkpoint)
+    _check_identity(saved.identity, identity(parts), checkpoint.path)
+    _check_dtype(saved.dtype, parts.recipe.train.dtype, checkpoint.path)
+    return saved
+
+
+def _check_tensors(checkpoint: Checkpoint, wanted: list[tuple[tuple[int, ...], Request]]) -> None:
+    """What this rank wants is there, in the same global shape and dtype. Raises CheckpointError."""
+    stored = checkpoint.tensors
+    for shape, request in wanted:
+        expected = (shape, request.out.dtype)
+        if stored.get(request.name) != expected:
+            has = "{} {}".format(*stored[request.name]) if request.name in stored else "not in it"
+            raise CheckpointError(f"{checkpoint.path}: tensor {request.name} is {has}; the model has {shape} {request.out.dtype}; "
+                                  "load it into the model that wrote it")  # fmt: skip
+
+
+def _check_none_is_left(parts: Parts, checkpoint: Checkpoint, own: set[str]) -> None:
+    """Every tensor of the checkpoint is wanted by some rank. Collective. Raises CheckpointError on every rank."""
+    names = list(checkpoint.tensors)
+    known = torch.tensor([name in own for name in names], dtype=torch.int64, device=parts.device)
+    if names:
+        parts.mesh.group("world").all_reduce(known)
+    left = [name for name, count in zip(names, known.tolist(), strict=True) if not count]
+    if left:
+        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        raise CheckpointError(f"{checkpoint.path}: tensor {left[0]}{more} is unknown to the model; load it into the model that "
+                              "wrote it")  # fmt: skip
 
 
 def identity(parts: Parts) -> dict[str, Any]:

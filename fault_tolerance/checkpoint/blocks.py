@@ -1,5 +1,8 @@
 """Hashing and reading in blocks: every block of a stored box is verified on its way into memory. Free of torch."""
 
+import errno
+import os
+import stat
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -34,6 +37,18 @@ def write_hashed(descriptor: int, data: memoryview, block_bytes: int) -> list[st
     return hashes
 
 
+def open_file(path: Path) -> FileIO:
+    """The regular file `path`, open for reading. Raises OSError for anything else: a link, a device, a pipe nobody writes to."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise OSError(error.errno, "it is a symbolic link") if error.errno == errno.ELOOP else error from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return FileIO(descriptor)
+
+
 def open_shard(path: Path, manifest: Manifest, name: str, check_header: bool = True) -> FileIO:
     """The shard `name` of the checkpoint at `path`, its size and (unless told not to) header verified.
 
@@ -41,7 +56,7 @@ def open_shard(path: Path, manifest: Manifest, name: str, check_header: bool = T
     """
     stored = manifest.files[name]
     try:
-        file = FileIO(path / name)
+        file = open_file(path / name)
     except OSError as error:
         raise CheckpointError(f"{path}: {name} cannot be opened ({error.strerror}); {REMEDY}") from error
     try:

@@ -1,7 +1,7 @@
-"""What lies in a checkpoint directory. Free of torch, so that it can be listed and verified without it.
+"""What a checkpoint is made of. Free of torch, so that it can be listed and verified without it.
 
     step-00000010/
-        manifest.json               one JSON document, see `Manifest`; its first field is the hash of all the rest
+        manifest.json               the table of contents, see `Manifest`; what its bytes are is in manifest.py
         rank-00000.safetensors      the boxes rank 0 held; readable by any safetensors reader, and never executed
 
 Every byte is under a hash taken in memory before it was written: the manifest by its own, the header of each shard by
@@ -9,9 +9,10 @@ Every byte is under a hash taken in memory before it was written: the manifest b
 of a large tensor read and verify only those. Hashes are xxh3_128: they find damage, they do not stop a forger.
 """
 
-import json
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import xxhash
 
 from bagualu.parallel.boxes import Box, cover_problem
 
-FORMAT = 1
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 16 * 2**20
 """A multiple of every item size, so that a block begins with a whole element."""
@@ -31,7 +31,6 @@ DTYPES = {
 """Dtype in torch -> its name in safetensors, bytes of one element."""
 
 REMEDY = "restore it from a copy or use an earlier checkpoint"
-_HEAD, _MIDDLE, _TAIL = b'{"hash":"', b'","content":', b"}\n"
 
 
 class CheckpointError(RuntimeError):
@@ -54,8 +53,6 @@ class StoredBox:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     file: str
-    key: str
-    """Name of it in the safetensors header."""
     start: int
     hashes: tuple[str, ...]
 
@@ -70,11 +67,15 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: str
-    boxes: tuple[StoredBox, ...]
+    boxes: Sequence[StoredBox]
 
     @property
     def item_bytes(self) -> int:
         return DTYPES[self.dtype][1]
+
+    def bytes_of(self, stored: StoredBox) -> int:
+        """Bytes that one of its boxes takes."""
+        return prod(stored.shape) * self.item_bytes
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class Manifest:
     block_bytes: int = BLOCK_BYTES
     files: dict[str, StoredFile] = field(default_factory=dict)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    digest: str = ""
+    """Hash of all the rest, of a manifest that was read; two ranks with the same one see the same checkpoint."""
 
     @property
     def bytes(self) -> int:
@@ -115,48 +118,3 @@ def step_of(path: Path) -> int | None:
 def digest(data: bytes | bytearray) -> str:
     """The hash used everywhere in a checkpoint: xxh3_128 in 32 hexadecimal digits."""
     return str(xxhash.xxh3_128_hexdigest(data))
-
-
-def encode(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json. Raises ValueError for metadata that JSON does not give back as it was."""
-    if json.loads(json.dumps(manifest.metadata, allow_nan=False)) != manifest.metadata:
-        raise ValueError("metadata must be plain JSON: string keys, lists (no tuples), finite numbers, strings")
-    content = json.dumps({"format": FORMAT, **asdict(manifest)}, allow_nan=False, separators=(",", ":")).encode()
-    return _HEAD + digest(content).encode() + _MIDDLE + content + _TAIL
-
-
-def decode(raw: bytes) -> Manifest:
-    """The manifest in `raw`. Raises ValueError, in a few words, when a byte differs from what was written."""
-    begin = len(_HEAD) + 32 + len(_MIDDLE)
-    hashed, content = raw[len(_HEAD) : len(_HEAD) + 32], raw[begin : -len(_TAIL)]
-    if raw != _HEAD + hashed + _MIDDLE + content + _TAIL or digest(content).encode() != hashed:
-        raise ValueError("does not match its own hash: it was damaged or edited")
-    fields = json.loads(content)
-    if fields.pop("format") != FORMAT:
-        raise ValueError(f"is in another format than {FORMAT}, which this version reads; use the version that wrote it")
-    fields["files"] = {name: StoredFile(**file) for name, file in fields["files"].items()}
-    fields["tensors"] = {name: _tensor(tensor) for name, tensor in fields["tensors"].items()}
-    return Manifest(**fields)
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint at `path`, verified. Raises CheckpointError."""
-    try:
-        manifest = decode((path / MANIFEST).read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error.strerror}); {REMEDY}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {MANIFEST} {error}; {REMEDY}") from error
-    if step_of(path) not in (None, manifest.step):
-        raise CheckpointError(f"{path}: {MANIFEST} is that of step {manifest.step}; remove this copy or rename it back")
-    if any(Path(name).name != name for name in manifest.files):
-        raise CheckpointError(f"{path}: {MANIFEST} names files outside the checkpoint; {REMEDY}")
-    return manifest
-
-
-def _tensor(fields: dict[str, Any]) -> StoredTensor:
-    boxes = tuple(
-        StoredBox(tuple(b["offset"]), tuple(b["shape"]), b["file"], b["key"], b["start"], tuple(b["hashes"]))
-        for b in fields["boxes"]
-    )
-    return StoredTensor(tuple(fields["shape"]), fields["dtype"], boxes)

@@ -1,58 +1,60 @@
 """What is in a run's checkpoints and whether they are whole, for `bagualu checkpoint list|verify`. Free of torch."""
 
-from io import FileIO
-from math import prod
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bagualu.fault_tolerance.checkpoint.blocks import open_shard, read_blocks
 from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError, Manifest, StoredBox, read_manifest, step_of
+from bagualu.fault_tolerance.checkpoint.format import MANIFEST, CheckpointError, Manifest, StoredBox, step_of
+from bagualu.fault_tolerance.checkpoint.manifest import read_manifest
 
 
 def describe(root: Path) -> list[dict[str, Any]]:
-    """One plain dict for each checkpoint under `root`, oldest first.
+    """`describe_one` of every checkpoint under `root`, oldest first."""
+    return [describe_one(path) for path in list_checkpoints(root)]
 
-    Its keys: path, step, bytes, tensors (how many), layout (metadata["layout"], if any), metadata, problem. `problem`
-    is None, or what a quick look (manifest, size and header of every shard) finds wrong; `verify` reads everything.
-    Where the manifest is damaged, only path, step and problem are not None.
+
+def describe_one(path: Path) -> dict[str, Any]:
+    """What is known of the checkpoint at `path` without reading its data, as plain JSON.
+
+    Its keys: path, step, saved (seconds since the epoch), bytes, tensors (how many), shards (how many), layout
+    (metadata["layout"], if any), metadata, problem. `problem` is None, or what a quick look (manifest, size and header of every
+    shard) finds wrong; `verify` reads everything. Where the manifest is damaged, only path, step and problem are not None.
     """
-    rows = []
-    for path in list_checkpoints(root):
-        row: dict[str, Any] = dict.fromkeys(("path", "step", "bytes", "tensors", "layout", "metadata", "problem"))
-        row.update(path=str(path), step=step_of(path))
-        try:
-            manifest = read_manifest(path)
-            row.update(bytes=manifest.bytes, tensors=len(manifest.tensors), metadata=manifest.metadata)
-            row.update(layout=manifest.metadata.get("layout"))
-            check_files(path, manifest)
-        except CheckpointError as error:
-            row["problem"] = str(error)
-        rows.append(row)
-    return rows
+    row: dict[str, Any] = dict.fromkeys(("path", "step", "saved", "bytes", "tensors", "shards", "layout", "metadata", "problem"))
+    row.update(path=str(path), step=step_of(path))
+    try:
+        manifest = read_manifest(path)
+        row.update(step=manifest.step, bytes=manifest.bytes, tensors=len(manifest.tensors), shards=len(manifest.files))
+        row.update(metadata=manifest.metadata, layout=manifest.metadata.get("layout"))
+        row.update(saved=(path / MANIFEST).stat().st_mtime)
+        check_files(path, manifest)
+    except CheckpointError as error:
+        row["problem"] = str(error)
+    return row
 
 
-def verify(path: Path) -> list[str]:
+def verify(path: Path, threads: int = 1) -> list[str]:
     """Read every byte of the checkpoint at `path`; everything that is wrong, one line each, [] when it is whole."""
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
         return [str(error)]
-    problems = []
-    wrong = manifest.problem()
-    if wrong:
-        problems.append(f"{path}: {wrong}")
     stored: dict[str, list[tuple[str, int, StoredBox]]] = {file: [] for file in manifest.files}
+    problems = []
     for name, tensor in manifest.tensors.items():
-        for box in tensor.boxes:
-            stored[box.file].append((name, prod(box.shape) * tensor.item_bytes, box))
-    for file, boxes in stored.items():
         try:
-            with open_shard(path, manifest, file) as shard:
-                for name, size, box in boxes:
-                    problems += _damage(shard, f"{path}: tensor {name} in {file}", size, box, manifest.block_bytes)
+            for box in tensor.boxes:
+                stored[box.file].append((name, tensor.bytes_of(box), box))
         except CheckpointError as error:
             problems.append(str(error))
+    with ThreadPoolExecutor(threads) as pool:
+        for found in pool.map(partial(_damage, path, manifest), stored, stored.values()):
+            problems += found
     return problems
 
 
@@ -71,13 +73,29 @@ def check_files(path: Path, manifest: Manifest) -> None:
         open_shard(path, manifest, name).close()
 
 
-def _damage(shard: FileIO, where: str, size: int, box: StoredBox, block_bytes: int) -> list[str]:
-    """The damaged blocks of one box of `size` bytes."""
-    problems, buffer = [], bytearray(min(size, block_bytes))
-    for block in range(len(box.hashes)):
-        into = memoryview(buffer)[: size - block * block_bytes]
-        try:
-            read_blocks(shard, where, box, block_bytes, block, into)
-        except CheckpointError as error:
-            problems.append(str(error))
+def _damage(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int, StoredBox]]) -> list[str]:
+    """What is wrong with one shard: every damaged block of it is named."""
+    problems = list(_gaps(path, manifest, name, boxes))
+    try:
+        with open_shard(path, manifest, name) as shard:
+            buffer = bytearray(min(manifest.block_bytes, max((size for _, size, _ in boxes), default=0)))
+            for tensor, size, box in boxes:
+                for block in range(len(box.hashes)):
+                    into = memoryview(buffer)[: size - block * manifest.block_bytes]
+                    try:
+                        read_blocks(shard, f"{path}: tensor {tensor} in {name}", box, manifest.block_bytes, block, into)
+                    except CheckpointError as error:
+                        problems.append(str(error))
+    except CheckpointError as error:
+        problems.append(str(error))
     return problems
+
+
+def _gaps(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int, StoredBox]]) -> Iterable[str]:
+    """Bytes of a shard that belong to no box or to two: they would be under no hash, or two tensors would be one."""
+    spans = sorted((box.start, box.start + size) for _, size, box in boxes if size)
+    about = manifest.files[name]
+    for (_, end), (begin, _) in pairwise([(0, about.header_bytes), *spans, (about.bytes, about.bytes)]):
+        if end != begin:
+            what = "belong to no tensor" if end < begin else "belong to two tensors"
+            yield f"{path}: bytes {min(begin, end)} to {max(begin, end)} of {name} {what}; save it again with this version"

@@ -29,6 +29,7 @@ from bagualu.fault_tolerance.checkpoint.format import (
     StoredTensor,
     step_name,
 )  # fmt: skip
+from bagualu.fault_tolerance.checkpoint.manifest import encode
 from bagualu.fault_tolerance.checkpoint.retention import prune
 from bagualu.fault_tolerance.checkpoint.shard import Piece, write_shard
 
@@ -96,7 +97,7 @@ def _commit(temporary: Path, step: int, metadata: dict[str, Any], group: Group, 
         if not (temporary / name).exists() or (temporary / name).stat().st_size != file.bytes:
             raise CheckpointError(f"rank {group.ranks[0]} does not see {name} as it was written; "
                                   "put run.dir on storage that all nodes share")  # fmt: skip
-    raw = format.encode(manifest)
+    raw = encode(manifest)
     with durable_file(temporary / MANIFEST) as descriptor:
         write_all(descriptor, raw)
     fsync_directory(temporary)

@@ -67,7 +67,7 @@ def write_shard(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
         for piece in checked:
             data = _bytes(piece.tensor)
             hashes = write_hashed(file, data, format.BLOCK_BYTES)
-            stored = StoredBox(tuple(piece.offset), tuple(piece.tensor.shape), path.name, piece.key, at, tuple(hashes))
+            stored = StoredBox(tuple(piece.offset), tuple(piece.tensor.shape), path.name, at, tuple(hashes))
             boxes.append({"name": piece.name, "global_shape": list(piece.global_shape), "dtype": piece.dtype,
                           "stored": asdict(stored)})  # fmt: skip
             at += len(data)

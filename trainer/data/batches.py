@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import Corpus, require_sequence
 from bagualu.trainer.data.sources import RANDOM
@@ -75,6 +76,7 @@ class Batches:
     def __init__(self, corpus: Corpus, config: DataConfig, seed: int) -> None:
         """Raises RecipeError when a split of the corpus is shorter than one sequence."""
         self._seed, self._global_batch, self._length = seed, config.global_batch, config.sequence_length
+        self._vocab, self._source = corpus.vocab, config.source
         self._shuffled = config.source != RANDOM
         self._train: Sequences
         self._validation: Sequences
@@ -123,6 +125,10 @@ class Batches:
         tokens = np.empty((len(ids), self._length + 1), np.int64)
         for row, index in enumerate(ids):
             tokens[row] = sequences.read(int(index))
+        if tokens.size and tokens.max() >= self._vocab:  # the loss would be wrong without a word: no rank holds such a row
+            index = int(ids[tokens.max(axis=1).argmax()])
+            raise RecipeError(f"sequence {index} of data.source={self._source} has token {tokens.max()}, but model.vocab="
+                              f"{self._vocab}; give the data.cache that belongs to it, or another")  # fmt: skip
         both = torch.from_numpy(tokens)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 

@@ -3,7 +3,6 @@
 Slow to import; `corpus` does so only when there is something to prepare.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.config import DataConfig
+from bagualu.trainer.data.prepared import fingerprint, token_dtype
 from bagualu.trainer.data.sources import TextFile, documents, hash_fraction
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, Encoder, train_tokenizer
 
@@ -36,14 +36,9 @@ def build(folder: Path, scratch: Path, config: DataConfig, vocab: int, files: Se
         raise RecipeError(f"the text of data.source={config.source} yields only {tokenizer.get_vocab_size()} tokens; "
                           f"give model.vocab={tokenizer.get_vocab_size()} or more text")  # fmt: skip
     tokenizer.save(str(folder / "tokenizer.json"))
-    dtype = "uint16" if vocab <= 2**16 else "uint32"
-    counts = {name: _write_tokens(folder / f"{name}.bin", split, tokenizer, dtype) for name, split in splits.items()}
-    digest = hashlib.sha256()
-    for name in ("tokenizer.json", "train.bin", "validation.bin"):
-        with open(folder / name, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    about = {"vocab": vocab, "dtype": dtype, **counts, "fingerprint": digest.hexdigest()[:32]}
-    (folder / "corpus.json").write_text(json.dumps(about, indent=1))
+    for name, split in splits.items():
+        _write_tokens(folder / f"{name}.bin", split, tokenizer, token_dtype(vocab))
+    (folder / "corpus.json").write_text(json.dumps({"fingerprint": fingerprint(folder)}))
     for path in [*folder.iterdir(), folder]:
         _make_durable(path)
 
@@ -87,15 +82,13 @@ def _sample(split: datasets.Dataset, most_bytes: int) -> Iterator[str]:
         yield text
 
 
-def _write_tokens(path: Path, split: datasets.Dataset, tokenizer: Tokenizer, dtype: str) -> int:
-    """Tokens of every document, each followed by the end of a file, to `path`. Returns how many."""
-    encoder, count = Encoder(tokenizer), 0
+def _write_tokens(path: Path, split: datasets.Dataset, tokenizer: Tokenizer, dtype: str) -> None:
+    """Tokens of every document, each followed by the end of a file, to `path`."""
+    encoder = Encoder(tokenizer)
     with open(path, "wb") as stream:
         for batch in split.iter(batch_size=_DOCUMENTS_AT_ONCE):
             for tokens in encoder.encode(batch["text"]):
                 stream.write(np.append(tokens, np.uint32(END_OF_FILE_TOKEN)).astype(dtype).tobytes())
-                count += len(tokens) + 1
-    return count
 
 
 def _make_durable(path: Path) -> None:

@@ -6,11 +6,13 @@ anyone would load:
     CACHE/KEY/corpus.json tokenizer.json train.bin validation.bin
     CACHE/KEY.lock              held while building; the other processes wait, then load
 
-KEY is a hash of what the corpus is made from (names, sizes and modification times of the files, vocabulary, split).
+KEY is a hash of what the corpus is made from (names, sizes and modification times of the files, vocabulary, split). Whoever loads
+it reads all of it once and compares it with its fingerprint: a cached corpus that is damaged in any way is prepared again.
 """
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -26,11 +28,14 @@ from numpy.typing import NDArray
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.config import DataConfig
+from bagualu.trainer.data.prepared import fingerprint, read_tokens
 from bagualu.trainer.data.sources import RANDOM, TextFile, find_files
 from bagualu.trainer.data.tokenizer import SMALLEST_VOCAB, load_tokenizer, token_bytes
 
-FORMAT = 1
+FORMAT = 2
 """Part of the key: raise it when what is stored changes."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,12 @@ def prepare(config: DataConfig, vocab: int) -> Corpus:
     files = find_files(config.source)
     cache = Path(config.cache).expanduser() if config.cache else default_cache()
     folder = cache / _key(config, vocab, files)
-    corpus = _load(folder)
+    corpus = _load(folder, vocab)
     if corpus is None:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{folder}.lock"):
-                corpus = _load(folder) or _build(folder, config, vocab, files)
+                corpus = _load(folder, vocab) or _build(folder, config, vocab, files)
         except OSError as error:
             problem = f"cannot prepare the corpus in {cache} ({error}); give data.cache=FOLDER with room to write"
             raise RecipeError(problem) from error
@@ -121,28 +126,23 @@ def _build(folder: Path, config: DataConfig, vocab: int, files: Sequence[TextFil
         whole.mkdir()
         build(whole, Path(temporary), config, vocab, files)
         whole.rename(folder)
-    corpus = _load(folder)
+    corpus = _load(folder, vocab)
     if corpus is None:
         raise OSError(f"{folder} cannot be read back")
     return corpus
 
 
-def _load(folder: Path) -> Corpus | None:
-    """The corpus in `folder`, or None when it is not there or not as long as it says."""
+def _load(folder: Path, vocab: int) -> Corpus | None:
+    """The corpus in `folder`; None when it is not there, or is not to the byte what was prepared, which is said."""
+    if not folder.exists():
+        return None
     try:
         about = json.loads((folder / "corpus.json").read_text())
-        train = _tokens(folder / "train.bin", about["train"], about["dtype"])
-        validation = _tokens(folder / "validation.bin", about["validation"], about["dtype"])
+        if fingerprint(folder) != about["fingerprint"]:
+            raise ValueError("its contents do not match its fingerprint")
+        train, validation = (read_tokens(folder / f"{split}.bin", vocab) for split in ("train", "validation"))
         tokenizer_path = folder / "tokenizer.json"
-        sizes = token_bytes(load_tokenizer(tokenizer_path))
-    except FileNotFoundError:
+        return Corpus(vocab, train, validation, token_bytes(load_tokenizer(tokenizer_path)), about["fingerprint"], tokenizer_path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("the cached corpus %s is damaged (%s) and is prepared again", folder, error)
         return None
-    if train is None or validation is None:
-        return None
-    return Corpus(about["vocab"], train, validation, sizes, about["fingerprint"], tokenizer_path)
-
-
-def _tokens(path: Path, count: int, dtype: str) -> NDArray[Any] | None:
-    if path.stat().st_size != count * np.dtype(dtype).itemsize:
-        return None
-    return np.memmap(path, dtype, mode="r") if count else np.zeros(0, dtype)

@@ -101,7 +101,8 @@ def validation_names(names: Sequence[str], fraction: float) -> set[str]:
 def documents(source: str, files: Sequence[TextFile], fraction: float) -> Iterator[Document]:
     """Read `files`, decoded exactly (line ends as they are). A lone file is cut at a line: its end validates.
 
-    Raises RecipeError for a file that is not UTF-8, except in the standard library, where such a file is left out.
+    Raises RecipeError for a file that has changed since `find_files`, and for one that is not UTF-8, except in the standard
+    library, where such a file is left out.
     """
     if len(files) == 1:
         whole = _read(source, files[0]) or ""
@@ -119,7 +120,14 @@ def documents(source: str, files: Sequence[TextFile], fraction: float) -> Iterat
 
 def _read(source: str, file: TextFile) -> str | None:
     try:
-        return file.path.read_bytes().decode("utf-8")
+        data = file.path.read_bytes()
+        status = file.path.stat()
+    except OSError as error:
+        raise RecipeError(f"{file.path} cannot be read ({error.strerror}); put it right or take it out of data.source") from error
+    if (len(data), status.st_mtime_ns) != (file.size_bytes, file.modified_nanoseconds):
+        raise RecipeError(f"{file.path} has changed while it was read; start again when data.source={source} is left alone")
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         if source == STDLIB:
             return None

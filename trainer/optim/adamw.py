@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bagualu.fault_tolerance.checkpoint.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.load import Request
 from bagualu.fault_tolerance.checkpoint.shard import Piece
 from bagualu.parallel.boxes import flat_range_to_boxes
 from bagualu.parallel.data import Bucket, gather_weights
@@ -54,14 +54,16 @@ class ShardedAdamW:
                     for name, shape, offset, view in _boxes(bucket, tensor):
                         yield Piece(f"{kind}/{name}", shape, offset, view)
 
-    def load(self, checkpoint: Checkpoint, updates: int) -> None:
-        """Take this rank's part out of a checkpoint that any layout wrote, after `updates` updates."""
-        for bucket, master in zip(self.buckets, self.masters, strict=True):
-            for kind, tensor in self._state(master):
-                for name, _, offset, view in _boxes(bucket, tensor):
-                    checkpoint.read(f"{kind}/{name}", offset, view)
-            self.adamw.state[master]["step"].fill_(updates)
-        self._publish()
+    def incoming(self) -> "Incoming":
+        """Fresh memory to read a state into."""
+        return Incoming(self)
+
+    def _put(self, master: torch.Tensor, fresh: dict[str, torch.Tensor], updates: int) -> None:
+        """Make `fresh` (host memory) the state of `master`, after `updates` updates."""
+        master.copy_(fresh["weight"])
+        for moment in MOMENTS:
+            self.adamw.state[master][moment] = fresh[moment].to(master.device)
+        self.adamw.state[master]["step"].fill_(updates)
 
     def _state(self, master: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         return [("weight", master), *((moment, self.adamw.state[master][moment]) for moment in MOMENTS)]
@@ -71,6 +73,39 @@ class ShardedAdamW:
             if master.data_ptr() != bucket.shard_weights.data_ptr():
                 bucket.shard_weights.copy_(master)
         gather_weights(self.buckets)
+
+
+class Incoming:
+    """A state on its way in, in host memory of its own: the optimizer and the model stay as they are until `apply`."""
+
+    def __init__(self, optimizer: ShardedAdamW) -> None:
+        self._optimizer = optimizer
+        self._fresh = [
+            _fresh(bucket, dict(optimizer._state(master)))
+            for bucket, master in zip(optimizer.buckets, optimizer.masters, strict=True)
+        ]
+
+    def requests(self) -> Iterator[tuple[tuple[int, ...], Request]]:
+        """What to read: (global shape, request) for every box of weights and moments that this rank holds."""
+        for bucket, fresh in zip(self._optimizer.buckets, self._fresh, strict=True):
+            for kind, tensor in fresh.items():
+                for name, shape, offset, view in _boxes(bucket, tensor):
+                    yield shape, Request(f"{kind}/{name}", offset, view)
+
+    def apply(self, updates: int) -> None:
+        """The state of the optimizer, and of the model, is now what was read. Collective."""
+        for master, fresh in zip(self._optimizer.masters, self._fresh, strict=True):
+            self._optimizer._put(master, fresh, updates)
+        self._optimizer._publish()
+
+
+def _fresh(bucket: Bucket, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Host memory in the form of a shard's `state`; what pads the shard, which no checkpoint holds, is zero as it always is."""
+    used = sum(numel for *_, numel in bucket.shard_entries())
+    fresh = {kind: torch.empty(tensor.shape, dtype=tensor.dtype) for kind, tensor in state.items()}
+    for tensor in fresh.values():
+        tensor[used:].zero_()
+    return fresh
 
 
 def _master(bucket: Bucket) -> torch.Tensor:

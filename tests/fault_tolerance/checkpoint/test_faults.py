@@ -23,14 +23,12 @@ HERE = Path(__file__).parent
 
 
 def read_all(path, expected):
-    """Raises CheckpointError, and never lets a damaged value through."""
+    """Raises CheckpointError, or gives what was saved."""
     checkpoint = Checkpoint(path)
     for name, tensor in expected.items():
         out = torch.full_like(tensor, -1)
-        try:
-            checkpoint.read(name, (0,) * out.dim(), out)
-        finally:
-            assert ((out == tensor) | (out == -1)).all()
+        checkpoint.read(name, (0,) * out.dim(), out)
+        assert torch.equal(out, tensor)
 
 
 def test_killed_at_every_call_of_a_save(tmp_path):

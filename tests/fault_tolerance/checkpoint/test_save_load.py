@@ -1,6 +1,5 @@
 """What is saved in any boxes is read back in any others, bit for bit; what is not whole is not saved."""
 
-import os
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -12,10 +11,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from bagualu.comm.group import Group
-from bagualu.fault_tolerance.checkpoint import format
+from bagualu.fault_tolerance.checkpoint import blocks as blocks_module
+from bagualu.fault_tolerance.checkpoint import format, load
 from bagualu.fault_tolerance.checkpoint.format import DTYPES, CheckpointError
 from bagualu.fault_tolerance.checkpoint.inspect import verify
-from bagualu.fault_tolerance.checkpoint.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.load import Checkpoint, Request
+from bagualu.fault_tolerance.checkpoint.manifest import encode, read_manifest
 from bagualu.fault_tolerance.checkpoint.save import save
 from bagualu.fault_tolerance.checkpoint.shard import Piece
 from bagualu.parallel.boxes import Box
@@ -154,13 +155,13 @@ def test_reading_what_is_not_there_says_so(tmp_path, save_step, name, offset, ou
 
 def test_a_region_nobody_holds_is_refused_before_anything_is_read(tmp_path, save_step):
     path = save_step(tmp_path, 4, 2)[0]
-    manifest = format.read_manifest(path)
+    manifest = read_manifest(path)
     tensor = manifest.tensors["weight/a"]
     manifest.tensors["weight/a"] = format.StoredTensor(tensor.shape, tensor.dtype, tensor.boxes[:1])
-    (path / "manifest.json").write_bytes(format.encode(manifest))
+    (path / "manifest.json").write_bytes(encode(manifest))
     assert "only 12 of 24" in verify(path)[0]
     out = torch.zeros(6, 4)
-    with pytest.raises(CheckpointError, match="tensor weight/a has only 12 of the 24 elements"):
+    with pytest.raises(CheckpointError, match="tensor weight/a is not held exactly once: only 12 of 24"):
         Checkpoint(path).read("weight/a", (0, 0), out)
     assert not out.any()
 
@@ -176,8 +177,40 @@ def test_a_few_rows_of_a_large_tensor_read_few_bytes(tmp_path):
     checkpoint, rows = Checkpoint(path), torch.zeros(2, 16)
     checkpoint.read("w", (5, 0), rows)
     assert same_bits(rows, whole[5:7])
-    shard.write_bytes(b"\0" * os.path.getsize(shard))
-    checkpoint.read("w", (6, 0), rows[:1])  # the same block again comes from memory, as verified
-    assert same_bits(rows[:1], whole[6:7])
-    with pytest.raises(CheckpointError, match="does not match its hash"):
+    with pytest.raises(CheckpointError, match="does not match its hash in the block at byte"):
         checkpoint.read("w", (62, 0), rows)
+
+
+def test_a_block_that_several_ask_for_is_read_once(tmp_path, monkeypatch):
+    """The columns of a tensor, one by one: every block holds a part of each."""
+    whole = torch.randn(64, 16)
+    with mock.patch.object(format, "BLOCK_BYTES", 256):
+        path = save(tmp_path, 1, [Piece("w", (64, 16), (0, 0), whole)], {}, ALONE, 1)
+    blocks = []
+
+    def counted(*args):
+        blocks.append(args[4])
+        return blocks_module.read_blocks(*args)
+
+    monkeypatch.setattr(load, "read_blocks", counted)
+    columns = [torch.empty(64, 1) for _ in range(16)]
+    Checkpoint(path).read_all([Request("w", (0, column), out) for column, out in enumerate(columns)])
+    assert same_bits(torch.cat(columns, 1), whole)
+    assert sorted(blocks) == list(range(16))
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_many_requests_in_many_threads(tmp_path, save_step, model, monkeypatch, threads):
+    monkeypatch.setattr(load, "_RUN_BYTES", 1)  # every block is a piece of work of its own
+    path = save_step(tmp_path, 10, 4)[0]
+    outs = {name: torch.full_like(tensor, -1) for name, tensor in model(10).items()}
+    rows = [Request(name, (row, *origin(out.shape[1:])), out[row : row + 1])
+            for name, out in outs.items() if out.dim() for row in range(len(out))]  # fmt: skip
+    Checkpoint(path).read_all([*rows, Request("count", (), outs["count"])], threads)
+    assert all(torch.equal(outs[name], tensor) for name, tensor in model(10).items())
+    shard = path / "rank-00002.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"rank-00002\.safetensors does not match its hash"):
+        Checkpoint(path).read_all(rows, threads)

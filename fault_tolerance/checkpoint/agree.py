@@ -1,0 +1,40 @@
+"""One verdict on all ranks: what one of them cannot do, none of them does."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from bagualu.comm.errors import CommunicationError, RecipeError
+from bagualu.comm.group import Group
+from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError
+
+T = TypeVar("T")
+
+
+def on_all(function: Callable[[], T], group: Group, device: torch.device) -> T:
+    """`function()`, if it raises nothing on any rank. Collective; `function` itself may be too.
+
+    Else the same error on every rank, in one line: RecipeError if any rank raised one (without the rank: it would be refused
+    everywhere), else CheckpointError that names the first rank and how many more.
+    """
+    result: list[T] = []
+    own: list[str] | None = None
+    try:
+        result.append(function())
+    except CommunicationError:  # there is nobody left to agree with
+        raise
+    except Exception as error:
+        text = str(error).replace("\n", " ")
+        known = isinstance(error, RecipeError | CheckpointError)
+        own = ["recipe" if isinstance(error, RecipeError) else "other", text if known else f"{type(error).__name__}: {text}"]
+    problems = [(rank, said) for rank, said in zip(group.ranks, gather_json(own, group, device), strict=True) if said]
+    for _, (kind, text) in problems:
+        if kind == "recipe":
+            raise RecipeError(text)
+    if problems:
+        rank, (_, text) = problems[0]
+        more = f" (and {len(problems) - 1} more ranks)" if len(problems) > 1 else ""
+        raise CheckpointError(f"rank {rank}{more}: {text}")
+    return result[0]
