@@ -32,7 +32,8 @@ class Failure:
     kind: str = "error"
     """error: this rank's own; peer: it lost another one; recipe: refused, with the fix; killed: by a signal;
     final: its own, and it would only happen again; loop: the launcher's verdict on one that did happen again;
-    hung: ended by a watcher (rank -1: nobody alone is at fault, or it cannot be told); stopped: none at all, it was asked to stop before there was anything to save."""
+    hung: ended by a watcher (rank -1: nobody alone is at fault, or it cannot be told);
+    stopped: none at all, it was asked to stop before there was anything to save."""
     step: int = 0
     """The step under way; 0 before the first."""
 
