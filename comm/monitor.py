@@ -3,11 +3,11 @@
 The one place that knows. Whoever wants to know too (a watchdog, a ledger, a planned fault) observes it. Free of torch.
 """
 
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
-Counts = MutableSequence[int]
+Counts: TypeAlias = "list[int] | memoryview[int]"
 
 
 class Observer(Protocol):

@@ -42,7 +42,8 @@ class RestartConfig:
     """How long nodes wait for one another, at the start and after a loss; then the run goes on without those that are missing
     (restart.elastic=true) or fails."""
     hang_seconds: float = 300.0
-    """A rank that shows no progress for so long, or waits so long for one that shows none, ends the run's processes; 0: never."""
+    """A rank that shows no progress for so long, or waits so long for one that shows none, ends the run's processes; 0: never.
+    At most three quarters of comm.timeout_seconds, whatever it says."""
     long_hang_seconds: float = 1800.0
     """The same where nothing can be seen for long: start, first step (compilation), validation, checkpoints read and written."""
 

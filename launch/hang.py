@@ -16,6 +16,9 @@ from bagualu.launch.watcher import Watcher
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import Failure
 
+_BEFORE_TIMEOUT = 0.75
+"""Share of comm.timeout_seconds: after the whole of it the victims give up, and nobody knows any more whom they waited for."""
+
 
 class HangCheck(Watcher):
     """When the workers of this machine stand still it writes a report, ends those that are processes, and says who was at fault."""
@@ -24,7 +27,8 @@ class HangCheck(Watcher):
         config = recipe.restart
         self._folder = scratch / HEARTBEATS
         self._logs = Path(recipe.run.dir) / "logs"
-        self._patience = Patience(config.hang_seconds, config.long_hang_seconds)
+        sooner = min(config.hang_seconds, _BEFORE_TIMEOUT * recipe.comm.timeout_seconds)
+        self._patience = Patience(sooner, config.long_hang_seconds)
         self._processes: dict[int, int] = {}
         self._watchdog: Watchdog | None = None
 

@@ -101,12 +101,6 @@ def judge(seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
     return _first_end(alive, seen, patience)
 
 
-def accuse(seen: Mapping[int, Seen]) -> Verdict | None:
-    """Whom the others wait for at this moment, without patience: for when ranks gave up waiting by themselves."""
-    now = Patience(0.0, 0.0)
-    return _stopped(seen, now) or _first_end(list(seen.values()), seen, now)
-
-
 def _stopped(seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
     stopped = [one for one in seen.values() if one.stopped and one.overdue(patience)]
     return _culprits(stopped, "its process is stopped (SIGSTOP, or a debugger)") if stopped else None

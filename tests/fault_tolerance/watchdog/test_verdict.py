@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bagualu.comm.monitor import Line
-from bagualu.fault_tolerance.watchdog.verdict import Patience, Seen, accuse, judge
+from bagualu.fault_tolerance.watchdog.verdict import SPARE, Patience, Seen, judge
 
 PATIENCE = Patience(hang_seconds=300, long_seconds=1800)
 WORLD = Line("world", (0, 1, 2, 3))
@@ -171,9 +171,7 @@ def test_on_an_accelerator_whose_host_waits_for_nobody_the_one_that_is_behind_is
     assert level.culprits == ()
 
 
-def test_ranks_that_gave_up_waiting_know_whom_they_waited_for() -> None:
-    seen = {rank: replace(one, silent_seconds=0) for rank, one in stand_still(4, [WORLD], Halt(2, 0, joined=False)).items()}
-    verdict = accuse(seen)
-    assert verdict is not None
-    assert verdict.culprits == (2,)
-    assert accuse({rank: Seen(rank) for rank in range(4)}) is None  # nobody waits: nobody is accused
+def test_a_rank_that_has_nothing_to_do_is_not_looked_at() -> None:
+    seen = {rank: Seen(rank, steps_begun=3, point="forward", silent_seconds=1) for rank in range(3)}
+    seen[3] = Seen(3, point=SPARE, silent_seconds=10_000)
+    assert judge(seen, PATIENCE) is None
