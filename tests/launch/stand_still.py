@@ -25,7 +25,7 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
     tensor = communicator.group((rank // 2 * 2, rank // 2 * 2 + 1), "tensor")
     if rank == 1 and recipe.run.name == "slow":
         monitor.at("load")
-        time.sleep(5)
+        time.sleep(4)
     while step < recipe.train.steps and not stopping.item():
         step += 1
         monitor.step = step
@@ -46,10 +46,10 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
 
 def misbehave(how: str, step: int, at: Any) -> None:
     if how == "slow" and step == 1:  # compilation
-        time.sleep(5)
+        time.sleep(4)
     if how == "slow" and step == 3:
         at("validate")
-        time.sleep(5)
+        time.sleep(4)
     if step == 5 and how == "spin":
         computes_for_ever()
     if step == 5 and how == "lock":
