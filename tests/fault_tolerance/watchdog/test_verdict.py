@@ -175,3 +175,9 @@ def test_a_rank_that_has_nothing_to_do_is_not_looked_at() -> None:
     seen = {rank: Seen(rank, steps_begun=3, point="forward", silent_seconds=1) for rank in range(3)}
     seen[3] = Seen(3, point=SPARE, silent_seconds=10_000)
     assert judge(seen, PATIENCE) is None
+
+
+def test_one_that_comes_back_late_from_what_all_have_joined_is_left_alone_while_others_come_on() -> None:
+    seen = {rank: Seen(rank, steps_begun=3, point="forward", counts={WORLD: 5}, silent_seconds=1) for rank in range(1, 4)}
+    seen[0] = Seen(0, steps_begun=3, operation="all_reduce", line=WORLD, number=5, counts={WORLD: 5}, silent_seconds=301)
+    assert judge(seen, PATIENCE) is None
