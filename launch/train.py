@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.launch.run import run
 from bagualu.launch.sweep import jobs
@@ -21,13 +22,15 @@ def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
         preflight.workers_per_node(recipe)
         preflight.check(recipe, recipe.world_size())
         preflight.check_machine(recipe)
+        run_lock.refuse_if_held(Path(recipe.run.dir))
         preflight.check_run_directory(recipe)
     code, documents = DONE, []
     for overrides, recipe in todo:
-        workers = preflight.workers_per_node(recipe)
-        save_recipe(recipe)
-        print(_beginning(recipe, workers), file=sys.stderr, flush=True)
-        code, document = run(recipe, workers, overrides, entrypoint, request.json)
+        with run_lock.hold(Path(recipe.run.dir)):
+            workers = preflight.workers_per_node(recipe)
+            save_recipe(recipe)
+            print(_beginning(recipe, workers), file=sys.stderr, flush=True)
+            code, document = run(recipe, workers, overrides, entrypoint, request.json)
         documents.append(document)
         if code != DONE:
             break

@@ -41,6 +41,7 @@ keys (all of them: --cfg job):
   model.layers model.hidden model.heads model.moe.experts ...
   parallel.data parallel.tensor parallel.pipeline parallel.expert
   comm.backend            gloo, nccl, or simulated: all ranks as threads of one process
+  checkpoint.every checkpoint.keep checkpoint.async
   checkpoint.resume=true  go on from the newest checkpoint of run.dir
   restart.limit           how often workers that failed are started again
   restart.elastic=true    go on with a smaller layout when workers are lost for good

@@ -61,6 +61,7 @@ def small_recipe(**changes: object) -> Recipe:
     recipe.train = replace(recipe.train, steps=3, dtype="float64")
     recipe.optim = replace(recipe.optim, lr=1e-2, warmup_steps=1, clip_norm=0.05)
     recipe.parallel = replace(recipe.parallel, bucket_bytes=4096)
+    recipe.checkpoint = replace(recipe.checkpoint, asynchronous=False)  # so that it is certain what is saved when
     for key, value in changes.items():
         *path, last = key.split("__")
         target: object = recipe

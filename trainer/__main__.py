@@ -7,10 +7,12 @@ says it; rank 0 alone looks at the run directory too, because it writes there wh
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.world import World
+from bagualu.fault_tolerance import run_lock
 from bagualu.trainer import environment, preflight
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.log import copy_to_log
@@ -37,13 +39,19 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
         if recipe.comm.backend == "simulated":
             raise RecipeError("comm.backend=simulated is for `bagualu train`; give comm.backend=gloo or nccl here")
         if world.rank == 0 and _PREPARED not in os.environ:
+            run_lock.refuse_if_held(Path(recipe.run.dir))
             preflight.check_run_directory(recipe)
     except RecipeError as error:
         if world.rank == 0:
             print(f"bagualu: error: {error}", file=sys.stderr)
         return REFUSED
     _prepare(recipe, local_workers)
-    return _train(recipe, world, local_workers, entrypoint)
+    try:
+        with run_lock.hold(Path(recipe.run.dir)) if world.rank == 0 else nullcontext():
+            return _train(recipe, world, local_workers, entrypoint)
+    except RecipeError as error:  # another job was quicker
+        print(f"bagualu: error: {error}", file=sys.stderr)
+        return REFUSED
 
 
 def _prepare(recipe: Recipe, local_workers: int) -> None:

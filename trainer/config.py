@@ -156,6 +156,11 @@ class Recipe:
                 "train.compile=true cannot run on comm.backend=simulated, whose ranks are threads of one process; "
                 "give train.compile=false or comm.backend=gloo"
             )
+        patience = self.comm.timeout_seconds / 2
+        if (self.checkpoint.timeout_seconds or 0) > patience:
+            raise RecipeError(f"checkpoint.timeout_seconds={self.checkpoint.timeout_seconds} must be at most half of "
+                              f"comm.timeout_seconds={self.comm.timeout_seconds}, in which the other ranks wait; "
+                              f"give {patience:g} or less")  # fmt: skip
         self._validate_batch(layout)
         self._validate_model(layout)
         return layout

@@ -3,16 +3,15 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import Parts
+from bagualu.trainer.checkpoints import Checkpoints
 from bagualu.trainer.evaluate import Validation, validate
 from bagualu.trainer.outcome import FinalError
 from bagualu.trainer.sinks import Sink
-from bagualu.trainer.state import save_state
 from bagualu.trainer.step import StepResult, train_step
 
 _MOST_DISCARDED = 50
@@ -31,17 +30,11 @@ class Loop:
     sinks: Sequence[Sink]
     stop: Callable[[], bool]
     seconds_per_token_at_ceiling: float
-    checkpoint: Path | None = None
-    """The newest checkpoint of this run; at first the one it was resumed from."""
-    stragglers: Stragglers = field(init=False)
-    _saved_step: int = -1
+    checkpoints: Checkpoints
+    stragglers: Stragglers
     _discarded: int = 0
     _busy_seconds: float = 0.0
     _steps_done: int = 0
-
-    def __post_init__(self) -> None:
-        mesh = self.parts.mesh
-        self.stragglers = Stragglers(self.parts.recipe.straggler, mesh.layout, mesh.group("world"))
 
     def run(self, first_step: int) -> dict[str, Any]:
         """Steps first_step .. train.steps; returns how it ended and the last figures."""
@@ -60,20 +53,24 @@ class Loop:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
             for sink in self.sinks:
                 sink.write(record)
-            if every and step % every == 0:
-                self._save(step)
+            if every and step % every == 0 and step < steps and not stopped:
+                self.checkpoints.save(step)
         if step > first_step:
-            self._save(step)
+            self.checkpoints.save_last(step)
         if stopped and self.sinks:
             print(f"saved step {step}", file=sys.stderr, flush=True)
-        ended = "done" if step >= steps else "stopped"
-        record["stragglers"] = self.stragglers.ever()
-        return {**record, **self._average(), "ended": ended, "step": step, "checkpoint": str(self.checkpoint)}
+        ended = {"ended": "done" if step >= steps else "stopped", "step": step}
+        return {**record, **self._average(), **ended, **self._saved(), "stragglers": self.stragglers.ever()}
+
+    def _saved(self) -> dict[str, Any]:
+        saves = self.checkpoints
+        return {"checkpoint": str(saves.newest), "checkpoint_seconds": saves.seconds, "checkpoints_failed": saves.failed}
 
     def _timed_step(self, step: int) -> tuple[StepResult, float]:
         started = time.perf_counter()
-        result = train_step(self.parts, step, self.stop)
+        result = train_step(self.parts, step, self.stop, self.checkpoints.status)
         seconds = time.perf_counter() - started
+        self.checkpoints.settle(result.saving)
         self._give_up_if_diverged(step, result)
         if step > 0:  # the first step of all pays for warming up
             self._busy_seconds += seconds
@@ -91,6 +88,7 @@ class Loop:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "mfu": tokens * self.seconds_per_token_at_ceiling / seconds,
+            **self.checkpoints.record(),
         }
         if self.parts.recipe.model.moe.experts:
             record["balance_loss"] = result.balance_loss
@@ -126,14 +124,11 @@ class Loop:
         self.parts.mesh.monitor.at("validate")
         return validate(self.parts)
 
-    def _save(self, step: int) -> None:
-        if self._saved_step != step:
-            self.checkpoint, self._saved_step = save_state(self.parts, step), step
-
     def _give_up_if_diverged(self, step: int, result: StepResult) -> None:
         self._discarded = 0 if result.committed else self._discarded + 1
         allowed = _MOST_DISCARDED if self.parts.scaler.enabled else 0
         if self._discarded > allowed:
+            self.checkpoints.finish()
             raise DivergedError(
                 f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; the step was discarded. Lower optim.lr "
                 f"or raise optim.warmup_steps, and go on from the last checkpoint with checkpoint.resume=true"

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.recipe_keys import check_override
+from bagualu.trainer.schema import schema, to_recipe
 
 RECIPES = "bagualu.recipes"
 RESOLVED = "config.yaml"
@@ -37,15 +38,12 @@ def compose(overrides: Sequence[str]) -> Recipe:
             raise RecipeError(f"{override.input_line} gives several values; add -m to run them one after the other, "
                               f"or quote a value that holds a comma: '{override.key_or_group}=\"...\"'")  # fmt: skip
         check_override(override, own_recipes)
-    ConfigStore.instance().store(name="schema", node=Recipe)
+    ConfigStore.instance().store(name="schema", node=schema())
     try:
         with initialize_config_module(RECIPES, version_base="1.3"):
-            config = hydra_compose("config", overrides=list(overrides))
-        recipe = OmegaConf.to_object(config)
+            return to_recipe(hydra_compose("config", overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(_one_line(error)) from error
-    assert isinstance(recipe, Recipe)
-    return recipe
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -63,12 +61,12 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 
 def resolved_yaml(recipe: Recipe) -> str:
     """The recipe with every key spelt out, as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe), resolve=True)
+    return OmegaConf.to_yaml(schema(recipe), resolve=True)
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested dictionaries of plain values, for JSON."""
-    plain = OmegaConf.to_container(OmegaConf.structured(recipe), resolve=True)
+    plain = OmegaConf.to_container(schema(recipe), resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -86,12 +84,10 @@ def save_recipe(recipe: Recipe) -> Path:
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a run's config.yaml. Raises RecipeError when it is none, or one of another version."""
     try:
-        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(path)))
+        return to_recipe(OmegaConf.merge(schema(), OmegaConf.load(path)))
     except Exception as error:  # a YAML error, an unknown key, a wrong type, an unreadable file
         first = str(error).strip().splitlines()[0]
         raise RecipeError(f"{path} is not a recipe this version can read ({first}); give another run.dir") from error
-    assert isinstance(recipe, Recipe)
-    return recipe
 
 
 def _one_line(error: Exception) -> str:

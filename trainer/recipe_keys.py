@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.config import Recipe
+from bagualu.trainer.schema import key_of, schema
 
 GROUPS = ("recipe", "model", "data")
 """Folders of recipes/ that can be chosen from as `group=option`."""
@@ -30,9 +31,9 @@ def keys(node: type[Any] = Recipe, prefix: str = "") -> dict[str, Any]:
     hints = get_type_hints(node)
     for field in fields(node):
         if is_dataclass(hints[field.name]):
-            found |= keys(hints[field.name], f"{prefix}{field.name}.")
+            found |= keys(hints[field.name], f"{prefix}{key_of(field)}.")
         else:
-            found[prefix + field.name] = hints[field.name]
+            found[prefix + key_of(field)] = hints[field.name]
     return found
 
 
@@ -91,13 +92,12 @@ def _check_values(override: Override, value: Any) -> None:
         raise RecipeError(f"{override.input_line}: {key} must be a finite number")
     if keys().get(key) is bool and not isinstance(value, bool | str):
         raise RecipeError(f"{override.input_line}: {key} takes true or false, not {value!r}")
-    schema = OmegaConf.structured(Recipe)
     try:
-        OmegaConf.update(schema, key, value, merge=True)
+        OmegaConf.update(schema(), key, value, merge=True)
     except (OmegaConfBaseException, ValueError) as error:
         if isinstance(value, dict):
             raise RecipeError(f"{override.input_line}: {str(error).splitlines()[0]}; give the keys one by one") from error
-        default = OmegaConf.select(OmegaConf.structured(Recipe()), key)
+        default = OmegaConf.select(schema(), key)
         example = f", e.g. {key}={_typed(default)}" if default is not None else ""
         raise RecipeError(f"{override.input_line}: {key} takes {_expected(keys()[key])}, not {value!r}{example}") from error
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.flops import matmul_ceiling, model_flops_per_token
@@ -34,6 +36,7 @@ def train(
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    fence = take_checkpoints(parts)
     resumed = resume(parts)
     if finished := _finished(recipe, resumed.step):
         if communicator.rank == 0:
@@ -42,10 +45,13 @@ def train(
     ceiling = _ceiling(parts, communicator)
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
-    loop = Loop(parts, sinks, stop, flops_per_token / ceiling, resumed.checkpoint)
+    checkpoints = Checkpoints(parts, fence, resumed.checkpoint)
+    stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)
     try:
-        ending = loop.run(resumed.step)
+        ending = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers).run(resumed.step)
+        checkpoints.close()
     finally:
+        checkpoints.close(wait=False)
         for sink in sinks:
             sink.close()
     summary = {

@@ -26,9 +26,23 @@ _FINGERPRINT = "data fingerprint"
 
 
 def save_state(parts: Parts, step: int) -> Path:
-    """Save the state after `step` steps under the run directory. Collective. Raises CheckpointError."""
+    """Save the state after `step` steps under the run directory, by itself. Collective. Raises CheckpointError.
+
+    A run saves through `trainer.checkpoints`, which keeps one fence and one writer.
+    """
+    root, keep = checkpoints_of(parts), parts.recipe.checkpoint.keep
+    return save(root, step, parts.optimizer.pieces(), metadata_of(parts, step), parts.mesh.group("world"), keep, parts.device)
+
+
+def checkpoints_of(parts: Parts) -> Path:
+    """The directory of the run's checkpoints."""
+    return Path(parts.recipe.run.dir) / CHECKPOINTS
+
+
+def metadata_of(parts: Parts, step: int) -> dict[str, Any]:
+    """What is saved after `step` steps besides the optimizer's tensors."""
     recipe = parts.recipe
-    metadata = {
+    return {
         "step": step,
         "updates": parts.updates,
         "scaler": {"scale": parts.scaler.scale, "good_steps": parts.scaler.good_steps},
@@ -36,8 +50,6 @@ def save_state(parts: Parts, step: int) -> Path:
         "dtype": recipe.train.dtype,
         "identity": identity(parts),
     }
-    root = Path(recipe.run.dir) / CHECKPOINTS
-    return save(root, step, parts.optimizer.pieces(), metadata, parts.mesh.group("world"), recipe.checkpoint.keep, parts.device)
 
 
 @dataclass(frozen=True)

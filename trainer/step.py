@@ -30,10 +30,18 @@ class StepResult:
     """False: the gradient was not finite and nothing was changed."""
     stop: bool
     """Whether any rank has been asked to stop."""
+    saving: tuple[float, float] = (0.0, 0.0)
+    """How many ranks still write their part of the checkpoint under way, and how many have failed to."""
 
 
-def train_step(parts: Parts, step: int, stop: Callable[[], bool] = lambda: False) -> StepResult:
-    """Do step `step` (from 0). `stop` says whether this rank has been asked to stop; the ranks agree on it here."""
+def train_step(
+    parts: Parts,
+    step: int,
+    stop: Callable[[], bool] = lambda: False,
+    saving: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
+) -> StepResult:
+    """Do step `step` (from 0). `stop` says whether this rank has been asked to stop, `saving` how far its part of a checkpoint is
+    (`Saver.status`); the ranks tell each other here."""
     recipe, monitor = parts.recipe, parts.mesh.monitor
     monitor.step = step + 1
     monitor.at("data")
@@ -47,7 +55,7 @@ def train_step(parts: Parts, step: int, stop: Callable[[], bool] = lambda: False
     parts.reducer.finish()
 
     monitor.at("agree")
-    agreed = _agree(parts, totals, stop)
+    agreed = _agree(parts, totals, stop, saving)
     norm = agreed.norm_squared**0.5 / parts.scaler.scale
     committed = math.isfinite(norm) and math.isfinite(agreed.loss)
     if committed:
@@ -57,7 +65,8 @@ def train_step(parts: Parts, step: int, stop: Callable[[], bool] = lambda: False
         parts.optimizer.step(lr, factor / parts.scaler.scale)
         parts.updates += 1
     parts.scaler.update(committed)
-    return StepResult(agreed.loss / tokens, agreed.balance / recipe.data.global_batch, norm, lr, committed, agreed.stop)
+    balance = agreed.balance / recipe.data.global_batch
+    return StepResult(agreed.loss / tokens, balance, norm, lr, committed, agreed.stop, agreed.saving)
 
 
 def local_micro_batches(parts: Parts, step: int) -> list[MicroBatch]:
@@ -92,17 +101,18 @@ class _Agreed:
     loss: float
     balance: float
     stop: bool
+    saving: tuple[float, float]
 
 
-def _agree(parts: Parts, totals: StageTotals, stop: Callable[[], bool]) -> _Agreed:
+def _agree(parts: Parts, totals: StageTotals, stop: Callable[[], bool], saving: Callable[[], tuple[float, float]]) -> _Agreed:
     """The one reduction over all ranks that a step needs: every figure counted where exactly one rank holds it."""
     norm_squared = torch.zeros((), dtype=torch.float64, device=parts.device)
     for bucket in parts.buckets:
         if bucket.owned:
             norm_squared += bucket.norm_squared()
-    asked = norm_squared.new_tensor(float(stop()))  # as late as can be: a signal during the step counts for it
+    told = norm_squared.new_tensor([float(stop()), *saving()])  # as late as can be: a signal during the step counts for it
     once = float(parts.mesh.reports)
-    norm_squared_sum, loss, balance, stops = parts.mesh.sum_over_world(
-        norm_squared, totals.loss * once, totals.auxiliary * once, asked
+    norm_squared_sum, loss, balance, stops, writing, failed = parts.mesh.sum_over_world(
+        norm_squared, totals.loss * once, totals.auxiliary * once, *told
     )
-    return _Agreed(norm_squared_sum, loss, balance, stops > 0)
+    return _Agreed(norm_squared_sum, loss, balance, stops > 0, (writing, failed))

@@ -12,7 +12,7 @@ from pathlib import Path
 from bagualu.fault_tolerance.checkpoint.durable import fsync_directory
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_name, step_of
 
-_SAVING, _REMOVING = ".saving-", ".removing-"
+SAVING, _REMOVING = ".saving-", ".removing-"
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -29,9 +29,9 @@ def latest(root: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def temporary_for(root: Path, step: int) -> Path:
-    """A new name under `root` for a save of `step` under way."""
-    return root / f"{_SAVING}{step_name(step)}-{secrets.token_hex(4)}"
+def temporary_for(root: Path, step: int, owner: str) -> Path:
+    """The name under `root` for a save of `step` under way; `owner` tells it from every other attempt."""
+    return root / f"{SAVING}{step_name(step)}-{owner}"
 
 
 def discard(path: Path) -> None:
@@ -40,7 +40,9 @@ def discard(path: Path) -> None:
     Raises CheckpointError.
     """
     try:
-        shutil.rmtree(_set_aside(path))
+        doomed = doom(path)
+        fsync_directory(path.parent)
+        delete(doomed, ignore_errors=False)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be removed ({error}); check the permissions of {path.parent}") from error
 
@@ -52,15 +54,23 @@ def clear_stale(root: Path) -> None:
     Raises OSError.
     """
     for path in list(root.iterdir()):
-        if path.name.startswith(_SAVING):
-            path = _set_aside(path)
+        if path.name.startswith(SAVING):
+            path = doom(path)
         if path.name.startswith(_REMOVING):
-            shutil.rmtree(path, ignore_errors=True)
+            delete(path)
+    fsync_directory(root)
 
 
-def _set_aside(path: Path) -> Path:
-    """Rename `path` to what no one takes for a checkpoint or for a save under way; the new name."""
-    doomed = path.with_name(f"{_REMOVING}{path.name.removeprefix(_SAVING)}-{secrets.token_hex(4)}")
+def doom(path: Path) -> Path:
+    """Rename `path` to what no one takes for a checkpoint or for a save under way; the new name. Raises OSError."""
+    doomed = path.with_name(f"{_REMOVING}{path.name.removeprefix(SAVING)}-{secrets.token_hex(4)}")
     os.rename(path, doomed)
-    fsync_directory(path.parent)
     return doomed
+
+
+def delete(path: Path, ignore_errors: bool = True) -> None:
+    """Delete what `doom` has renamed: a directory, a file or a link. Raises OSError unless told to ignore it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors)
+    else:
+        path.unlink(missing_ok=ignore_errors)

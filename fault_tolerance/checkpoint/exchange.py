@@ -23,6 +23,28 @@ def gather_json(value: Any, group: Group, device: torch.device) -> list[Any]:
     return [_value(row[:n]) for row, n in zip(rows, lengths.tolist(), strict=True)]
 
 
+def collect_json(value: Any, group: Group, device: torch.device) -> list[Any] | None:
+    """What every member gave, in order of position, on position 0; None on the others. Collective.
+
+    Up a binomial tree: position 0 gets log2(size) messages, and nobody else holds more than its own branch.
+    """
+    branch, distance = [value], 1
+    while distance < group.size:
+        if group.rank & distance:
+            data = _tensor(branch)
+            group.send(torch.tensor([data.numel()], device=device), group.rank - distance)
+            group.send(data.to(device), group.rank - distance)
+            return None
+        if group.rank + distance < group.size:
+            length = torch.empty(1, dtype=torch.int64, device=device)
+            group.receive(length, group.rank + distance)
+            buffer = torch.empty(int(length), dtype=torch.uint8, device=device)
+            group.receive(buffer, group.rank + distance)
+            branch += _value(buffer.cpu())
+        distance *= 2
+    return branch
+
+
 def broadcast_json(value: Any, group: Group, device: torch.device) -> Any:
     """What position 0 gave (the others' value is not looked at), on every member. Collective."""
     data = _tensor(value if group.rank == 0 else None)

@@ -159,7 +159,8 @@ def _tensor(name: str, about: Any) -> tuple[StoredTensor, int, str]:
     table.whole_numbers([prod(tensor.shape) * tensor.item_bytes])
     if not 0 < length <= _MOST_LINE_BYTES:
         raise ValueError(f"has {length} bytes for the table of tensor {name}")
-    return tensor, length, *table.hashes(about[3], 1)
+    (hashed,) = table.hashes(about[3], 1)
+    return tensor, length, hashed
 
 
 def _table(

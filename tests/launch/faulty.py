@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ _SENT = {"stop": signal.SIGTERM, "usr1": signal.SIGUSR1}
 class Fault:
     """Observes a rank's monitor."""
 
-    def __init__(self, recipe: Recipe, rank: int) -> None:
-        self.folder = Path(recipe.run.dir)
+    def __init__(self, recipe: Recipe, rank: int, stop: Callable[[], bool]) -> None:
+        self.stop, self.folder = stop, Path(recipe.run.dir)
         words = [word.split("-") for word in recipe.run.name.split(".")]
         self.due = {(int(step), point): kind for kind, at, step, point in (w for w in words if len(w) == 4) if int(at) == rank}
         self.slow = ["slow"] in words
@@ -39,6 +40,8 @@ class Fault:
         kind = self.due.pop((step, point), None)
         if kind in _SENT:
             os.kill(os.getpid(), _SENT[kind])
+            while not self.stop():  # where ranks are threads, the main thread takes the signal, when it comes to it
+                time.sleep(0.001)
         if kind == "soon":
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         if kind == "hold":
@@ -54,5 +57,5 @@ class Fault:
 
 def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None) -> dict[str, Any]:
     (Path(recipe.run.dir) / f"started-{communicator.size}").touch()
-    communicator.monitor.observers.append(Fault(recipe, communicator.rank))
+    communicator.monitor.observers.append(Fault(recipe, communicator.rank, stop))
     return run.train(recipe, communicator, stop, scratch)

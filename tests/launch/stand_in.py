@@ -21,7 +21,7 @@ from bagualu.trainer.config import Recipe
 def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None) -> dict[str, Any]:
     folder, rank, step = Path(recipe.run.dir), communicator.rank, 0
     stopping = torch.zeros(1)
-    (folder / f"rank-{rank}.json").write_text(json.dumps(_about()))
+    (folder / f"rank-{rank}.json").write_text(json.dumps({**_about(), "scratch": str(scratch)}))
     print(f"rank {rank} says hello", flush=True)
     while step < recipe.train.steps and not stopping.item():
         step += 1

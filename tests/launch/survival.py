@@ -9,6 +9,7 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint
+from bagualu.trainer.config import Recipe
 from bagualu.trainer.recipe import compose
 from bagualu.trainer.run import train
 
@@ -20,9 +21,14 @@ SMALL = [
 ]  # fmt: skip
 
 
-def undisturbed(communicator: Communicator, folder: str, words: list[str]) -> dict[str, Any]:
-    """The same run, with nothing happening to it."""
-    return train(compose([*SMALL, *words, f"run.dir={folder}"]), communicator)
+def small(folder: Path, *words: str) -> Recipe:
+    """The recipe of a small run in `folder`."""
+    return compose([*SMALL, *words, f"run.dir={folder}"])
+
+
+def undisturbed(communicator: Communicator, recipe: Recipe) -> dict[str, Any]:
+    """A run with nothing happening to it."""
+    return train(recipe, communicator)
 
 
 def figures(folder: Path) -> list[tuple[int, float, float]]:

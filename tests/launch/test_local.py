@@ -6,6 +6,7 @@ import pty
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,10 @@ def test_no_worker_outlives_a_killed_launcher(start, gone):
     ranks = run.started()
     run.process.kill()
     assert gone([*pids(ranks), ranks[0]["parent"]])
+    folder, deadline = Path(ranks[0]["scratch"]), time.monotonic() + 20
+    while folder.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_rank_0_has_the_terminal_and_its_log_the_lines(start):

@@ -15,7 +15,7 @@ import torch
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.launch.node import main
 from tests.harness import run as run_ranks
-from tests.launch.survival import SMALL, figures, state, undisturbed
+from tests.launch.survival import SMALL, figures, small, state, undisturbed
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 pytestmark = [LINUX, pytest.mark.timeout(300)]
@@ -77,7 +77,7 @@ def nodes(tmp_path):
 
 
 def test_an_elastic_run_goes_on_without_a_node_and_grows_back(nodes, tmp_path):
-    run_ranks("gloo", 4, undisturbed, str(tmp_path / "undisturbed"), [*WORDS, "train.steps=80"])
+    run_ranks("gloo", 4, undisturbed, small(tmp_path / "undisturbed", *WORDS, "train.steps=80"))
     run = nodes("run.name=slow", "train.steps=80", "restart.elastic=true", "restart.wait_seconds=2", "restart.backoff_seconds=0.1")
     (run.folder / "slow").touch()
     stays = run.start()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.harness import run as run_ranks
-from tests.launch.survival import SMALL, figures, state, undisturbed
+from tests.launch.survival import SMALL, figures, small, state, undisturbed
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 pytestmark = [LINUX, pytest.mark.timeout(300)]
@@ -18,7 +18,7 @@ WORDS = ["parallel.data=2", "parallel.tensor=2", "train.steps=9", "checkpoint.ev
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    run_ranks("gloo", 4, undisturbed, str(folder), WORDS)
+    run_ranks("gloo", 4, undisturbed, small(folder, *WORDS))
     return folder
 
 

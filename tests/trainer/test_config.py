@@ -84,6 +84,8 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"data__validation_fraction": 1.0}, "e.g. 0.05", {"data__validation_fraction": 0.05}),
     ({"comm__timeout_seconds": 0.0}, "e.g. comm.timeout_seconds=600", {"comm__timeout_seconds": 600.0}),
     ({"checkpoint__every": -1}, "e.g. checkpoint.every=100", {"checkpoint__every": 100}),
+    ({"checkpoint__timeout_seconds": 0.0}, "or leave it out", {"checkpoint__timeout_seconds": None}),
+    ({"checkpoint__timeout_seconds": 301.0}, "give 300 or less", {"checkpoint__timeout_seconds": 300.0}),
     ({"checkpoint__keep": 0}, "must be at least 1", {"checkpoint__keep": 1}),
     ({"launch__workers": 0}, "must be at least 1", {"launch__workers": 1}),
     ({"launch__threads": 0}, "or leave it out", {"launch__threads": None}),

@@ -16,6 +16,7 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint import load as load_module
 from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
+from bagualu.fault_tolerance.checkpoint.fence import EPOCH
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError
 from bagualu.fault_tolerance.checkpoint.inspect import verify
 from bagualu.fault_tolerance.checkpoint.save import save
@@ -265,7 +266,9 @@ def spoil(path: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """All that the run has written, but for who was there last."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != EPOCH]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_the_run_goes_on_from_the_one_before_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

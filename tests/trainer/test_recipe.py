@@ -83,6 +83,9 @@ WRONG = [
     ("optim.betas=0.9", "optim.betas=[0.9,0.95]"),
     ("checkpoint.resume=maybe", "true or false"),
     ("launch.affinity=2", "true or false"),
+    ("checkpoint.async=2", "checkpoint.async takes true or false"),
+    ("checkpoint.asynchronous=true", "did you mean checkpoint.async?"),
+    ("checkpoint.asnyc=true", "did you mean checkpoint.async?"),
     ("optim=3", "optim.name, optim.lr"),
     ("model.moe={expert:3}", "expert"),
     ("recipe=tinny", "did you mean recipe=tiny?"),
@@ -133,6 +136,21 @@ def test_a_config_that_is_none_is_refused_in_one_line(tmp_path, text):
     with pytest.raises(RecipeError, match=r"run\.dir") as caught:
         load_recipe(tmp_path / "config.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_no_name_in_python_is_the_same_everywhere(tmp_path):
+    """checkpoint.async: typed, in a recipe of one's own, in config.yaml and with --json."""
+    recipe = compose(["checkpoint.async=false", f"run.dir={tmp_path}"])
+    assert recipe.checkpoint.asynchronous is False
+    assert compose(["checkpoint={async:false}"]).checkpoint.asynchronous is False
+    assert compose([]).checkpoint.asynchronous is True
+    assert as_dict(recipe)["checkpoint"]["async"] is False
+    assert "  async: false\n" in save_recipe(recipe).read_text()
+    assert load_recipe(tmp_path / "config.yaml") == recipe
+    (tmp_path / "recipe").mkdir()
+    start = "# @package _global_\ndefaults:\n  - tiny\n  - _self_\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(start + "checkpoint:\n  async: false\n")
+    assert compose([f"hydra.searchpath=[file://{tmp_path}]", "recipe=mine"]).checkpoint.asynchronous is False
 
 
 def test_keys_are_those_of_the_dataclasses():

@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from bagualu.fault_tolerance.checkpoint.fence import EPOCH
 from bagualu.fault_tolerance.checkpoint.save import save
-from bagualu.fault_tolerance.checkpoint.shard import Piece
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from ranks import run
+from ranks import rows_of, run, save_fenced, tensors
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,28 +21,6 @@ def _one_thread():
 def run_ranks():
     """run_ranks(size, function(group)) -> what each rank returned or raised."""
     return run
-
-
-def tensors(step):
-    """A small model whose every element tells the step."""
-    return {
-        "weight/a": torch.arange(24.0).view(6, 4) + 1000 * step,
-        "moment/a": torch.full((6, 4), float(step), dtype=torch.float64),
-        "count": torch.tensor(step),
-        "half/b": torch.full((5,), float(step), dtype=torch.bfloat16),
-    }
-
-
-def rows_of(step, group):
-    """This rank's share of it: some rows of each; scalars on the last rank."""
-    for name, tensor in tensors(step).items():
-        if not tensor.dim():
-            if group.rank == group.size - 1:
-                yield Piece(name, (), (), tensor)
-            continue
-        rows = len(tensor)
-        begin, end = rows * group.rank // group.size, rows * (group.rank + 1) // group.size
-        yield Piece(name, tuple(tensor.shape), (begin, *(0,) * (tensor.dim() - 1)), tensor[begin:end])
 
 
 @pytest.fixture
@@ -64,3 +42,15 @@ def save_step():
         return run(size, lambda group: save(root, step, rows_of(step, group), metadata, group, keep))
 
     return save_all
+
+
+@pytest.fixture
+def save_with():
+    """save_with(fence, step, size=1, keep=2) -> what each rank returned or raised."""
+    return save_fenced
+
+
+@pytest.fixture
+def left():
+    """left(root) -> names of what lies there, sorted, but for the fence's."""
+    return lambda root: sorted(path.name for path in root.iterdir() if path.name != EPOCH)

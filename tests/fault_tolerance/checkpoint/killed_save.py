@@ -1,4 +1,4 @@
-"""Program: save with four ranks, killed at every system call that changes or syncs a file; prints one JSON list.
+"""Program: save in the background with two ranks, killed at every system call that changes or syncs a file; prints one JSON list.
 
     python killed_save.py ROOT
 
@@ -17,19 +17,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from conftest import rows_of, tensors
-from ranks import run
+from ranks import run, save_while_training, tensors
 
+from bagualu.comm.group import Group
 from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.fault_tolerance.checkpoint.fence import EPOCH
 from bagualu.fault_tolerance.checkpoint.inspect import verify
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint
-from bagualu.fault_tolerance.checkpoint.save import save
+from bagualu.fault_tolerance.checkpoint.save import Saver, take_fence
+from bagualu.fault_tolerance.checkpoint.snapshot import Snapshot
 
 CALLS = ("open", "write", "fsync", "close", "rename", "mkdir", "unlink", "rmdir")
 
 
 def save_step(root: Path, step: int) -> list[object]:
-    return run(4, lambda group: save(root, step, rows_of(step, group), {"step": step}, group, keep=1))
+    def one(group: Group) -> object:
+        saver = Saver(take_fence(root, group), group, keep=1)
+        try:
+            return save_while_training(saver, step, Snapshot())[0]
+        finally:
+            saver.close()
+
+    return run(2, one)
 
 
 def die_at(n: int) -> None:
@@ -73,7 +82,7 @@ def look(root: Path, report: Path) -> int:
         checkpoint.read(name, (0,) * out.dim(), out)
         intact &= torch.equal(out, expected)
     saved = succeeded(save_step(root, 30))
-    left = sorted(path.name for path in root.iterdir())
+    left = sorted(path.name for path in root.iterdir() if path.name != EPOCH)
     report.write_text(json.dumps({"step": checkpoint.step, "intact": intact, "saved": saved, "left": left}))
     return 0
 

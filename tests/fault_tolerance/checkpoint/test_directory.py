@@ -10,28 +10,24 @@ from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_name
 from bagualu.fault_tolerance.checkpoint.inspect import describe, verify
 
 
-def names(root):
-    return sorted(path.name for path in root.iterdir())
-
-
-def test_the_newest_stay(tmp_path, save_step):
+def test_the_newest_stay(tmp_path, save_step, left):
     for step in (1, 2, 3, 4):
         save_step(tmp_path, step, 2, keep=2)
-    assert names(tmp_path) == ["step-00000003", "step-00000004"]
+    assert left(tmp_path) == ["step-00000003", "step-00000004"]
     assert latest(tmp_path) == tmp_path / "step-00000004"
 
 
-def test_a_damaged_one_does_not_count_and_the_one_just_saved_stays(tmp_path, save_step):
+def test_a_damaged_one_does_not_count_and_the_one_just_saved_stays(tmp_path, save_step, left):
     for step in (1, 2, 3):
         save_step(tmp_path, step, keep=3)
     (tmp_path / "step-00000003" / "manifest.json").write_bytes(b"{}")
     save_step(tmp_path, 4, keep=2)
-    assert names(tmp_path) == [step_name(2), step_name(3), step_name(4)]
+    assert left(tmp_path) == [step_name(2), step_name(3), step_name(4)]
     save_step(tmp_path, 1, keep=1)  # gone back to an earlier step
-    assert names(tmp_path) == [step_name(1), step_name(4)]
+    assert left(tmp_path) == [step_name(1), step_name(4)]
 
 
-def test_whatever_else_lies_there_is_ignored(tmp_path, save_step):
+def test_whatever_else_lies_there_is_ignored(tmp_path, save_step, left):
     assert latest(tmp_path / "absent") is None
     (tmp_path / "latest").write_text("step-99999999")
     (tmp_path / "step-00000099").write_text("a file")
@@ -44,22 +40,22 @@ def test_whatever_else_lies_there_is_ignored(tmp_path, save_step):
     assert list_checkpoints(tmp_path) == [tmp_path / "step-00000010"]
 
 
-def test_steps_beyond_eight_digits_sort_by_number(tmp_path, save_step):
+def test_steps_beyond_eight_digits_sort_by_number(tmp_path, save_step, left):
     save_step(tmp_path, 123_456_789)
     save_step(tmp_path, 99_999_999)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-99999999", "step-123456789"]
 
 
-def test_what_dead_saves_left_is_removed_by_the_next(tmp_path, save_step):
+def test_what_dead_saves_left_is_removed_by_the_next(tmp_path, save_step, left):
     for name in (".saving-step-00000001-aa", ".removing-step-00000002-bb"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank-00000.safetensors").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("mine")
     save_step(tmp_path, 3, 2)
-    assert names(tmp_path) == ["notes.txt", "step-00000003"]
+    assert left(tmp_path) == ["notes.txt", "step-00000003"]
 
 
-def test_a_committed_step_is_never_overwritten(tmp_path, save_step):
+def test_a_committed_step_is_never_overwritten(tmp_path, save_step, left):
     path = save_step(tmp_path, 3, 2)[0]
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     for error in save_step(tmp_path, 3, 2):
@@ -67,7 +63,7 @@ def test_a_committed_step_is_never_overwritten(tmp_path, save_step):
         assert "is there already and never overwritten" in str(error)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     discard(path)
-    assert names(tmp_path) == []
+    assert left(tmp_path) == []
     assert save_step(tmp_path, 3, 2) == [path] * 2
 
 

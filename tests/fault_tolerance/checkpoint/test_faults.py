@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
+from bagualu.fault_tolerance.checkpoint.fence import Fence
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError
 from bagualu.fault_tolerance.checkpoint.inspect import describe, verify
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint
@@ -48,7 +49,7 @@ def failing(call, on_rank, when=lambda *args: True):
     original = getattr(os, call)
 
     def fail(*args, **kwargs):
-        if threading.current_thread().name == f"rank-{on_rank}" and when(*args):
+        if threading.current_thread().name == f"checkpoint-writer-{on_rank}" and when(*args):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(*args, **kwargs)
 
@@ -58,29 +59,33 @@ def failing(call, on_rank, when=lambda *args: True):
 @pytest.mark.parametrize(
     ("call", "rank"), [("write", 2), ("fsync", 3), ("open", 1), ("write", 0), ("rename", 0), ("mkdir", 0), ("fsync", 0)]
 )
-def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_the_old(tmp_path, monkeypatch, save_step, model, call, rank):
+def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_the_old(
+    tmp_path, monkeypatch, save_step, save_with, model, left, call, rank
+):
     old = save_step(tmp_path, 10, 4)[0]
+    fence = Fence.take(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing(call, rank))
-        errors = save_step(tmp_path, 20, 4)
+        errors = save_with(fence, 20, 4)
     assert {type(error) for error in errors} == {CheckpointError}
     assert len({str(error) for error in errors}) == 1
     assert f"step 20 was not saved: rank {rank}: OSError: [Errno 28] No space left on device" in str(errors[0])
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+    assert left(tmp_path) == ["step-00000010"]
     read_all(old, model(10))
-    assert save_step(tmp_path, 20, 4) == [tmp_path / "step-00000020"] * 4  # and goes on once there is space
+    assert save_with(fence, 20, 4) == [tmp_path / "step-00000020"] * 4  # and goes on once there is space
 
 
-def test_a_failed_fsync_after_the_rename_takes_the_step_back(tmp_path, monkeypatch, save_step):
+def test_a_failed_fsync_after_the_rename_takes_the_step_back(tmp_path, monkeypatch, save_step, save_with, left):
     save_step(tmp_path, 10, 2)
+    fence = Fence.take(tmp_path)
     root = os.stat(tmp_path).st_ino
     armed = itertools.count()
     monkeypatch.setattr(os, "fsync", failing("fsync", 0, lambda fd: os.fstat(fd).st_ino == root and next(armed) == 0))
-    assert all("step 20 was not saved" in str(error) for error in save_step(tmp_path, 20, 2))
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+    assert all("step 20 was not saved" in str(error) for error in save_with(fence, 20, 2))
+    assert left(tmp_path) == ["step-00000010"]
 
 
-def test_an_error_while_the_pieces_are_made_is_raised_on_all(tmp_path, run_ranks, pieces):
+def test_an_error_while_the_pieces_are_made_is_raised_on_all(tmp_path, run_ranks, pieces, left):
     def broken(group):
         yield from pieces(20, group)
         if group.rank == 2:
@@ -88,7 +93,7 @@ def test_an_error_while_the_pieces_are_made_is_raised_on_all(tmp_path, run_ranks
 
     errors = run_ranks(4, lambda group: save(tmp_path, 20, broken(group), {}, group, 1))
     assert all("rank 2: RuntimeError: out of memory in two lines;" in str(error) for error in errors)
-    assert list(tmp_path.iterdir()) == []
+    assert left(tmp_path) == []
 
 
 def test_several_failed_ranks_are_counted(tmp_path, run_ranks):
@@ -106,7 +111,7 @@ def test_a_root_that_is_a_file_is_an_error_on_all(tmp_path, save_step):
     assert all(isinstance(error, CheckpointError) and "Error" in str(error) for error in errors)
 
 
-def test_everything_is_durable_before_the_rename_and_the_rename_after_it(tmp_path, monkeypatch, save_step):
+def test_everything_is_durable_before_the_rename_and_the_rename_after_it(tmp_path, monkeypatch, save_with):
     log = []
 
     def spy(call, tell):
@@ -114,11 +119,12 @@ def test_everything_is_durable_before_the_rename_and_the_rename_after_it(tmp_pat
         monkeypatch.setattr(os, call, lambda *args: (log.append(tell(*args)), original(*args))[1])
 
     name = lambda fd: os.path.basename(os.readlink(f"/proc/self/fd/{fd}")).split("-")[0]  # noqa: E731
+    (tmp_path / "root").mkdir()
+    fence = Fence.take(tmp_path / "root")
     spy("write", lambda fd, data: f"write {name(fd)}")
     spy("fsync", lambda fd: f"fsync {name(fd)}")
     spy("rename", lambda a, b: "rename")
-    (tmp_path / "root").mkdir()
-    save_step(tmp_path / "root", 10)
+    save_with(fence, 10)
     calls = [call for call, _ in itertools.groupby(log)]
     assert calls == ["write rank", "fsync rank", "fsync .saving", "write manifest.json", "fsync manifest.json",
                      "fsync .saving", "rename", "fsync root"]  # fmt: skip

@@ -1,0 +1,109 @@
+"""The saves of a run: begun at one step boundary, written while training goes on, committed at a later one.
+
+Every rank calls these methods alike, at step boundaries: what a rank knows of the others' writers it has from the step's reduction.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.fence import Fence
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError
+from bagualu.fault_tolerance.checkpoint.save import Saver, take_fence
+from bagualu.fault_tolerance.checkpoint.snapshot import Snapshot
+from bagualu.trainer.assemble import Parts
+from bagualu.trainer.state import checkpoints_of, metadata_of
+
+log = logging.getLogger(__name__)
+
+
+def take_checkpoints(parts: Parts) -> Fence:
+    """Make the run's checkpoints this start's own. Collective; before anything is read there. Raises RecipeError on every rank."""
+    try:
+        return take_fence(checkpoints_of(parts), parts.mesh.group("world"), parts.device, _patience(parts))
+    except CheckpointError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _patience(parts: Parts) -> float:
+    """Seconds after which storage has failed. Others wait for one rank's part and then for the commit, in one communication."""
+    return parts.recipe.checkpoint.timeout_seconds or parts.recipe.comm.timeout_seconds / 2
+
+
+class Checkpoints:
+    """At most one save is under way. One that fails in the background costs a warning, the last one fails the run."""
+
+    def __init__(self, parts: Parts, fence: Fence, newest: Path | None = None) -> None:
+        config = parts.recipe.checkpoint
+        self.parts, self.asynchronous, self.newest = parts, config.asynchronous, newest
+        """`newest`: the newest checkpoint of this run; at first the one it was resumed from."""
+        self.seconds = 0.0
+        """Time that step boundaries have taken for checkpoints so far."""
+        self.failed = 0
+        self._reported_seconds = 0.0
+        self._error: str | None = None
+        self._snapshot = Snapshot()
+        self._saver = Saver(fence, parts.mesh.group("world"), config.keep, parts.device, _patience(parts))
+
+    def status(self) -> tuple[float, float]:
+        """For the step's reduction: as `Saver.status`."""
+        return self._saver.status()
+
+    def settle(self, saving: tuple[float, float]) -> None:
+        """After a step, with `status` summed over all ranks: commit what is durable, report what has failed."""
+        writing, failed = saving
+        if self._saver.under_way and (failed or not writing):
+            with self._timed():
+                self._conclude(wait=not failed)
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` steps, if possible in the background; one that is still under way is waited for."""
+        with self._timed():
+            self.finish()
+            if self.asynchronous:
+                self._saver.start(step, self._snapshot.take(self.parts.optimizer.pieces()), metadata_of(self.parts, step))
+            else:
+                self._saver.start(step, self.parts.optimizer.pieces(), metadata_of(self.parts, step))
+                self._conclude()
+
+    def save_last(self, step: int) -> None:
+        """Save the state after `step` steps, the run's last. Raises CheckpointError on every rank when any rank failed."""
+        with self._timed():
+            self.finish()
+            self._saver.start(step, self.parts.optimizer.pieces(), metadata_of(self.parts, step))
+            self.newest = self._saver.conclude()
+
+    def finish(self) -> None:
+        """Wait for the save under way, if any: afterwards `newest` is as new as it gets."""
+        if self._saver.under_way:
+            self._conclude()
+
+    def close(self, wait: bool = True) -> None:
+        """Nothing is saved after it. `wait`: for the writer to remove old checkpoints; a rank that has failed does not."""
+        self._saver.close(wait)
+
+    def record(self) -> dict[str, Any]:
+        """What happened since the last record, for metrics.jsonl."""
+        seconds, error = self.seconds - self._reported_seconds, self._error
+        self._reported_seconds, self._error = self.seconds, None
+        return {"checkpoint_seconds": seconds, **({"checkpoint_error": error} if error else {})}
+
+    def _conclude(self, wait: bool = True) -> None:
+        try:
+            self.newest = self._saver.conclude(wait)
+        except CheckpointError as error:
+            self.failed, self._error = self.failed + 1, str(error)
+            if self.parts.mesh.at("world") == 0:
+                log.warning("%s; training goes on", error)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
