@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlparse
 
 import torch.distributed as dist
 
@@ -104,8 +105,10 @@ class ProxiedStore(dist.Store):  # type: ignore[misc]
         return getattr(self.store, name)
 
 
-def _rendezvous(url: str, rank: int = -1, world_size: int = -1, **_: Any) -> Iterator[tuple[Any, int, int]]:
-    folder = Path(url.removeprefix("proxied://").split("?")[0])
+def _rendezvous(url: str, **_: Any) -> Iterator[tuple[Any, int, int]]:
+    parsed = urlparse(url)
+    folder, query = Path(parsed.path), parse_qs(parsed.query)
+    rank, world_size = int(query["rank"][0]), int(query["world_size"][0])
     folder.mkdir(parents=True, exist_ok=True)
     store = dist.FileStore(os.fspath(folder / "store"), world_size)
     yield ProxiedStore(store, folder), rank, world_size
