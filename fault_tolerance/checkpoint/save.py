@@ -106,6 +106,7 @@ class Saver:
         save = self._under_way
         assert save is not None
         self._under_way = None
+        self.group.monitor.at("durable")
         own = save.part.wait(save.deadline - time.monotonic()) if wait else self._outcome(save)
         self.group.monitor.at("commit")
         outcomes = collect_json(own, self.group, self.device)

@@ -17,7 +17,7 @@ from bagualu.comm.monitor import Line
 
 STOPPED = ("stopped", "tracing-stop")
 GONE = ("zombie", "dead", "gone")
-LONG_POINTS = frozenset({"start", "connect", "validate", "load", "verify", "restore", "write", "commit", "prune"})
+LONG_POINTS = frozenset({"start", "connect", "validate", "load", "verify", "restore", "write", "durable", "commit", "prune"})
 """Points that may take long without anything to be seen."""
 SPARE = "spare"
 """The point of a rank that has nothing to do."""

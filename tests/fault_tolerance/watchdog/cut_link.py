@@ -12,8 +12,13 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from bagualu.comm.group import Communicator
 from bagualu.launch.hang import HangCheck
+from bagualu.trainer.config import Recipe
 from bagualu.trainer.recipe import compose
 
 _WORKER = """
@@ -21,13 +26,13 @@ import sys
 from pathlib import Path
 from bagualu.comm.world import World
 from bagualu.trainer.recipe import compose
+from bagualu.trainer.stopping import StopRequest
 from bagualu.trainer.worker import work
 folder = Path(sys.argv[1])
 recipe = compose([f"run.dir={folder}", "train.steps=100000"])
-work(recipe, World.from_environment(), lambda: False, print, "stand_still:train", folder)
+work(recipe, World.from_environment(), StopRequest(), print, "cut_link:train", folder)
 """
 _RANKS, _PORT = 4, 29511
-_LAUNCH_TESTS = Path(__file__).parents[2] / "launch"
 
 
 def main(folder: Path, how: str) -> None:
@@ -37,7 +42,7 @@ def main(folder: Path, how: str) -> None:
         _connect(there.pid)
         for rank in range(_RANKS):
             workers.append(_start(folder, rank, there.pid))
-        _wait_for_steps(folder, 5)
+        _wait_for_steps(folder, workers, 5)
         recipe = compose([f"run.dir={folder}", "restart.hang_seconds=4", "restart.long_hang_seconds=60"])
         check = HangCheck(recipe, folder)
         check.started(0, {rank: worker.pid for rank, worker in enumerate(workers)})
@@ -72,13 +77,24 @@ def _start(folder: Path, rank: int, there: int) -> subprocess.Popen[bytes]:
     far = rank == _RANKS - 1
     command = [*(["nsenter", "-t", str(there), "-n"] if far else []), sys.executable, "-c", _WORKER, str(folder)]
     world = {"RANK": rank, "WORLD_SIZE": _RANKS, "LOCAL_RANK": rank, "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": _PORT}
-    network = {"GLOO_SOCKET_IFNAME": "right" if far else "left", "PYTHONPATH": str(_LAUNCH_TESTS)}
+    network = {"GLOO_SOCKET_IFNAME": "right" if far else "left", "PYTHONPATH": str(Path(__file__).parent)}
     return subprocess.Popen(command, env={**os.environ, **{name: str(value) for name, value in world.items()}, **network})
 
 
-def _wait_for_steps(folder: Path, steps: int) -> None:
-    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
+def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None) -> dict[str, Any]:
+    """What the ranks run: steps of one collective of all."""
+    while True:
+        communicator.monitor.step += 1
+        communicator.monitor.at("data")
+        time.sleep(0.02)
+        communicator.world.all_reduce(torch.ones(1000))
+        (Path(recipe.run.dir) / f"step-{communicator.rank}").write_text(str(communicator.monitor.step))
+
+
+def _wait_for_steps(folder: Path, workers: list[subprocess.Popen[bytes]], steps: int) -> None:
+    done, deadline = folder / "step-0", time.monotonic() + 120
+    while not done.exists() or int(done.read_text() or 0) < steps:
+        assert all(worker.poll() is None for worker in workers), "a rank has died"
         assert time.monotonic() < deadline, "the ranks did not come up"
         time.sleep(0.05)
 
