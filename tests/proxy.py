@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ class Proxy:
 
     def __init__(self, port: int, folder: Path) -> None:
         self.target, self.file = port, folder / "network"
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = _listen_beside(port)
         self.port: int = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -80,6 +81,16 @@ class Proxy:
                 view = view[sink.send(view) :]
 
 
+def _listen_beside(port: int) -> socket.socket:
+    """Which of two ranks connects to the other Gloo decides by comparing their ports as they stand on the wire, read as a number of
+    this machine: the proxy's port has to compare as the real one does, so it differs in what counts least there."""
+    step = 256 if sys.byteorder == "little" else 1
+    for other in range(port + step, 65536, step):
+        with contextlib.suppress(OSError):
+            return socket.create_server(("127.0.0.1", other))
+    raise OSError(f"no port free beside {port}")
+
+
 class ProxiedStore(dist.Store):  # type: ignore[misc]
     """`store`, but that addresses which this rank publishes are those of proxies."""
 
@@ -101,8 +112,35 @@ class ProxiedStore(dist.Store):  # type: ignore[misc]
         found: bytes = self.store.get(key)
         return found
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.store, name)
+    def multi_set(self, keys: list[str], values: list[Any]) -> None:
+        for key, value in zip(keys, values, strict=True):
+            self.set(key, value)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self.get(key) for key in keys]
+
+    def has_extended_api(self) -> bool:
+        return True
+
+    # torch looks for each of these in the class itself
+
+    def wait(self, *arguments: Any) -> None:
+        self.store.wait(*arguments)
+
+    def add(self, key: str, amount: int) -> Any:
+        return self.store.add(key, amount)
+
+    def check(self, keys: list[str]) -> Any:
+        return self.store.check(keys)
+
+    def delete_key(self, key: str) -> Any:
+        return self.store.delete_key(key)
+
+    def compare_set(self, key: str, expected: Any, desired: Any) -> Any:
+        return self.store.compare_set(key, expected, desired)
+
+    def num_keys(self) -> Any:
+        return self.store.num_keys()
 
 
 def _rendezvous(url: str, **_: Any) -> Iterator[tuple[Any, int, int]]:
