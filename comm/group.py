@@ -187,6 +187,7 @@ class Communicator:
         self.monitor = monitor or Monitor()
         self.one_process = world.hub is not None
         """Whether all ranks are threads of this process."""
+        self._hub = world.hub
         self.world = self.group(tuple(range(world.size)), "world")
 
     def group(self, ranks: tuple[int, ...], name: str) -> Group:
@@ -199,6 +200,10 @@ class Communicator:
         transport = self.backend.transport(ranks, name)
         self.monitor.goes_on()
         return Group(name, ranks, position, transport, self.device, self.monitor)
+
+    def given_up(self) -> bool:
+        """Whether the other ranks, threads of this process, have given up waiting for this one."""
+        return self._hub is not None and self._hub.failed
 
     def close(self) -> None:
         self.backend.close()

@@ -11,6 +11,7 @@ from typing import Any
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.launch import forkserver
 from bagualu.launch.hang import HangCheck
+from bagualu.launch.ledger import LedgerWatcher
 from bagualu.launch.meeting import Meeting
 from bagualu.launch.watcher import Watcher
 from bagualu.trainer import environment
@@ -29,9 +30,10 @@ def run(
     """
     entrypoint = entrypoint or environment.TRAIN
     threaded = recipe.comm.backend == "simulated"
+    ledger = LedgerWatcher(Path(recipe.run.dir))
 
     def watch(scratch: Path) -> Sequence[Watcher]:
-        return [HangCheck(recipe, scratch)]
+        return [ledger, HangCheck(recipe, scratch)]
 
     with _environment(environment.variables(recipe.launch, workers)):
         if not threaded:

@@ -11,6 +11,7 @@ from bagualu.trainer.assemble import Parts
 from bagualu.trainer.checkpoints import Checkpoints
 from bagualu.trainer.evaluate import Validation, validate
 from bagualu.trainer.outcome import FinalError
+from bagualu.trainer.replication import Replication
 from bagualu.trainer.sinks import Sink
 from bagualu.trainer.step import StepResult, train_step
 
@@ -32,6 +33,7 @@ class Loop:
     seconds_per_token_at_ceiling: float
     checkpoints: Checkpoints
     stragglers: Stragglers
+    replication: Replication | None = None
     _discarded: int = 0
     _busy_seconds: float = 0.0
     _steps_done: int = 0
@@ -53,6 +55,8 @@ class Loop:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
             for sink in self.sinks:
                 sink.write(record)
+            if self.replication:
+                self.replication.after_step(step)
             if every and step % every == 0 and step < steps and not stopped:
                 self.checkpoints.save(step)
         if step > first_step:

@@ -1,0 +1,18 @@
+"""The points that a rank passes (`Monitor.at`), and what the time from each of them on is spent on. Free of torch."""
+
+POINTS = {
+    "load": "start",
+    "verify": "start",
+    "restore": "start",
+    "data": "train",
+    "forward": "train",
+    "backward": "train",
+    "reduce": "train",
+    "agree": "train",
+    "optimizer": "train",
+    "validate": "validation",
+    "write": "checkpoint",
+    "commit": "checkpoint",
+    "prune": "checkpoint",
+}
+"""Point -> phase."""
