@@ -12,13 +12,16 @@ from typing import Any
 import torch
 
 from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.flops import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.loop import Loop
+from bagualu.trainer.observe import close_ledger, open_ledger, plan_faults
 from bagualu.trainer.progress import Progress
+from bagualu.trainer.replication import open_replication
 from bagualu.trainer.resume import resume
 from bagualu.trainer.sinks import JsonlSink, Sink, WandbSink
 
@@ -30,14 +33,20 @@ def train(
 
     `stop` is asked once a step; a stopped run has saved a checkpoint. Rank 0 writes metrics.jsonl and summary.json.
     `scratch`: a folder in memory that this node's ranks share and that outlives them, not the launcher; None: there is none.
-    Raises RecipeError, CheckpointError, CommunicationError, and DivergedError when loss or gradient stop being finite.
+    Raises RecipeError, CheckpointError, CommunicationError, and GuardError when a step cannot be done rightly (`guard.*`).
     """
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
+    ledger = open_ledger(recipe, communicator)
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    plan_faults(parts, communicator, scratch)
     fence = take_checkpoints(parts)
-    resumed = resume(parts)
+    replication = open_replication(parts, scratch, fence)
+    resumed = resume(parts, replication.candidates() if replication else [])
+    if replication:
+        replication.start(resumed)
     if finished := _finished(recipe, resumed.step):
+        close_ledger(ledger, recipe, communicator, "done")
         if communicator.rank == 0:
             _write_summary(Path(recipe.run.dir), finished)
         return finished
@@ -45,13 +54,16 @@ def train(
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
     checkpoints = Checkpoints(parts, fence, resumed.checkpoint)
+    stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)
     try:
-        ending = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints).run(resumed.step)
+        ending = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication).run(resumed.step)
         checkpoints.close()
     finally:
         checkpoints.close(wait=False)
         for sink in sinks:
             sink.close()
+    if replication:
+        replication.replicas.remove()
     summary = {
         **ending,
         "steps": recipe.train.steps,
@@ -62,6 +74,7 @@ def train(
         "flops_per_token": flops_per_token,
         "matmul_ceiling_flops": ceiling,
         "peak_memory_bytes": _peak_memory_bytes(parts, communicator),
+        **close_ledger(ledger, recipe, communicator, ending["ended"]),
         "run_dir": recipe.run.dir,
     }
     if communicator.rank == 0:
