@@ -19,6 +19,7 @@ class Ending:
     def __init__(self, store: Store) -> None:
         """`store`: the one that all rounds of the rendezvous share."""
         self._store = store
+        self._counted = False
 
     def say(self, document: dict[str, Any]) -> None:
         with contextlib.suppress(RuntimeError):
@@ -32,15 +33,17 @@ class Ending:
                 time.sleep(0.05)
             if said:
                 document: dict[str, Any] = json.loads(self._store.get(_ENDING))
-                self._store.add(_READ, 1)
+                if not self._counted:
+                    self._store.add(_READ, 1)
+                self._counted = True
                 return document
         return None
 
-    def wait_for(self, others: int) -> None:
+    def wait_for(self, nodes: int) -> None:
         """Until so many nodes have heard it, but not for long: the store may go when this process does."""
         deadline = time.monotonic() + LEAVE_SECONDS
         with contextlib.suppress(RuntimeError):
-            while self._store.add(_READ, 0) < others and time.monotonic() < deadline:
+            while self._store.add(_READ, 0) < nodes and time.monotonic() < deadline:
                 time.sleep(0.05)
 
 

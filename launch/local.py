@@ -70,7 +70,8 @@ def run_processes(
         if ended.failure is None or ended.failure.kind != "stopped":  # a node that leaves ends nothing for the others
             ending.say({"summary": ended.summary, "failure": ended.failure and ended.failure.as_dict()})
             place.handler.shutdown()
-            ending.wait_for(agent.nodes - 1)
+            ending.heard()
+            ending.wait_for(agent.nodes)
         return ended
 
 
