@@ -1,6 +1,7 @@
 """The points that a rank passes (`Monitor.at`), and what the time from each of them on is spent on. Free of torch."""
 
 POINTS = {
+    "fetch": "start",
     "load": "start",
     "verify": "start",
     "restore": "start",
@@ -14,5 +15,8 @@ POINTS = {
     "write": "checkpoint",
     "commit": "checkpoint",
     "prune": "checkpoint",
+    "replicate": "checkpoint",
+    "mirror": "checkpoint",
+    "publish": "checkpoint",
 }
 """Point -> phase."""
