@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.checkpoints import Checkpoints
 from bagualu.trainer.evaluate import Validation, validate
 from bagualu.trainer.outcome import FinalError
+from bagualu.trainer.replication import Replication
 from bagualu.trainer.sinks import Sink
 from bagualu.trainer.step import StepResult, train_step
 
@@ -30,6 +32,7 @@ class Loop:
     stop: Callable[[], bool]
     seconds_per_token_at_ceiling: float
     checkpoints: Checkpoints
+    replication: Replication | None = None
     _discarded: int = 0
     _busy_seconds: float = 0.0
     _steps_done: int = 0
@@ -51,13 +54,20 @@ class Loop:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
             for sink in self.sinks:
                 sink.write(record)
+            if self.replication:
+                self.replication.after_step(step)
             if every and step % every == 0 and step < steps and not stopped:
                 self.checkpoints.save(step)
-        if step > first_step:
+        if not self._is_stored(step):
             self.checkpoints.save_last(step)
         if stopped and self.sinks:
             print(f"saved step {step}", file=sys.stderr, flush=True)
         return {**record, **self._average(), "ended": "done" if step >= steps else "stopped", "step": step, **self._saved()}
+
+    def _is_stored(self, step: int) -> bool:
+        """Whether a checkpoint holds the state after `step` steps; a run that goes on from memory may begin at its last step."""
+        newest = self.checkpoints.newest
+        return newest is not None and step_of(newest) == step
 
     def _saved(self) -> dict[str, Any]:
         saves = self.checkpoints

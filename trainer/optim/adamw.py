@@ -44,7 +44,7 @@ class ShardedAdamW:
                 bucket.shard_gradients.mul_(gradient_factor)
             master.grad = bucket.shard_gradients
         self.adamw.step()
-        self._publish()
+        self.publish()
 
     def pieces(self) -> Iterator[Piece]:
         """Master weights and moments of the elements that this rank owns, as boxes of the global tensors."""
@@ -96,7 +96,7 @@ class Incoming:
         """The state of the optimizer, and of the model, is now what was read. Collective."""
         for master, fresh in zip(self._optimizer.masters, self._fresh, strict=True):
             self._optimizer._put(master, fresh, updates)
-        self._optimizer._publish()
+        self._optimizer.publish()
 
 
 def _fresh(bucket: Bucket, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
