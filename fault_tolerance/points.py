@@ -3,7 +3,6 @@
 POINTS = {
     "fetch": "start",
     "load": "start",
-    "fetch": "start",
     "verify": "start",
     "restore": "start",
     "data": "train",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
 from bagualu.trainer.config import Recipe
@@ -32,7 +33,7 @@ def train(
 
     `stop` is asked once a step; a stopped run has saved a checkpoint. Rank 0 writes metrics.jsonl and summary.json.
     `scratch`: a folder in memory that this node's ranks share and that outlives them, not the launcher; None: there is none.
-    Raises RecipeError, CheckpointError, CommunicationError, and DivergedError when loss or gradient stop being finite.
+    Raises RecipeError, CheckpointError, CommunicationError, and GuardError when a step cannot be done rightly (`guard.*`).
     """
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
@@ -53,8 +54,9 @@ def train(
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
     checkpoints = Checkpoints(parts, fence, resumed.checkpoint)
+    stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)
     try:
-        ending = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints, replication).run(resumed.step)
+        ending = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication).run(resumed.step)
         checkpoints.close()
     finally:
         checkpoints.close(wait=False)

@@ -46,6 +46,17 @@ class ShardedAdamW:
         self.adamw.step()
         self.publish()
 
+    def shards(self) -> list[dict[str, torch.Tensor]]:
+        """For every bucket this rank's shard of the state, by kind."""
+        return [{**dict(self._state(master)), "step": self.adamw.state[master]["step"]} for master in self.masters]
+
+    def publish(self) -> None:
+        """Make the working weights of all ranks from the master weights. Collective."""
+        for bucket, master in zip(self.buckets, self.masters, strict=True):
+            if master.data_ptr() != bucket.shard_weights.data_ptr():
+                bucket.shard_weights.copy_(master)
+        gather_weights(self.buckets)
+
     def pieces(self) -> Iterator[Piece]:
         """Master weights and moments of the elements that this rank owns, as boxes of the global tensors."""
         for bucket, master in zip(self.buckets, self.masters, strict=True):
@@ -67,12 +78,6 @@ class ShardedAdamW:
 
     def _state(self, master: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         return [("weight", master), *((moment, self.adamw.state[master][moment]) for moment in MOMENTS)]
-
-    def _publish(self) -> None:
-        for bucket, master in zip(self.buckets, self.masters, strict=True):
-            if master.data_ptr() != bucket.shard_weights.data_ptr():
-                bucket.shard_weights.copy_(master)
-        gather_weights(self.buckets)
 
 
 class Incoming:
