@@ -83,8 +83,8 @@ def main(member: Member) -> dict[str, Any]:
 def _spare(scratch: Path, rank: int) -> dict[str, Any]:
     """A worker that the layout has no use for waits for those that train, and returns their summary."""
     monitor = Monitor()
+    monitor.point = SPARE
     Heartbeat(scratch / HEARTBEATS, rank, monitor)
-    monitor.at(SPARE)
     print("spare: the layout takes fewer ranks than there are workers", flush=True)
     while not (scratch / _RELEASED).exists():
         time.sleep(0.1)

@@ -34,7 +34,6 @@ def work(
     if scratch is not None:
         Heartbeat(scratch / HEARTBEATS, world.rank, monitor)
         stacks.show_on_signal(scratch / HEARTBEATS, world.rank)
-    monitor.at("connect")
     try:
         communicator = connect(recipe.comm.backend, world, recipe.comm.timeout_seconds, monitor)
     except Exception as error:

@@ -46,7 +46,8 @@ class Heartbeat:
         self._monitor = monitor
         self._path = folder / f"rank-{rank:05d}.beat"
         self._beats = self._step = self._steps_begun = self._described = 0
-        self._point, self._words = b"start", _Words()
+        self._words = _Words()
+        self._point = self._words[monitor.point]
         who = {"rank": rank, "pid": os.getpid(), "thread": threading.get_ident(), "started": time.monotonic()}
         self._lines = self._path.with_suffix(".lines")
         self._lines.write_text(json.dumps(who) + "\n")

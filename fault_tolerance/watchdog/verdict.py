@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bagualu.comm.monitor import Line
+from bagualu.fault_tolerance.points import POINTS
 
 STOPPED = ("stopped", "tracing-stop")
 GONE = ("zombie", "dead", "gone")
-LONG_POINTS = frozenset({"start", "connect", "validate", "load", "verify", "restore", "write", "durable", "commit", "prune"})
+LONG_POINTS = frozenset({"start", *(point for point, phase in POINTS.items() if phase != "train")})
 """Points that may take long without anything to be seen."""
 SPARE = "spare"
 """The point of a rank that has nothing to do."""

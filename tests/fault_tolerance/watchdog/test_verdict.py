@@ -105,7 +105,7 @@ def test_nobody_is_named_in_a_run_that_goes_on(world: tuple[int, list[Line], Hal
     assert judge(stand_still(*world[:2], None), PATIENCE) is None
 
 
-@pytest.mark.parametrize("point", ["start", "connect", "validate", "load", "verify", "write", "durable", "commit", "prune"])
+@pytest.mark.parametrize("point", ["start", "validate", "load", "verify", "write", "commit", "prune"])
 def test_a_point_that_takes_long_has_patience_of_its_own_but_a_stopped_process_none(point: str) -> None:
     seen = stand_still(4, [WORLD], Halt(2, 0, joined=False))
     seen[2] = replace(seen[2], point=point, silent_seconds=1700)
