@@ -9,6 +9,7 @@ from typing import Any
 
 from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.fault_tolerance.guard.verdict import Action
+from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.checkpoints import Checkpoints
 from bagualu.trainer.evaluate import Validation, validate
@@ -30,6 +31,7 @@ class Loop:
     stop: Callable[[], bool]
     seconds_per_token_at_ceiling: float
     checkpoints: Checkpoints
+    stragglers: Stragglers
     replication: Replication | None = None
     _due: bool = False
     """A checkpoint waits for a step that goes well."""
@@ -50,7 +52,7 @@ class Loop:
             stopped = result.stop
             if stopped and self.sinks:  # on the rank that speaks, which may not be the one that was asked
                 print(f"asked to stop: saving step {step}; not saved yet", file=sys.stderr, flush=True)
-            record = self._record(step, result, seconds)
+            record = self._record(step, result, seconds) | self._slow_ranks(step, seconds)
             validation = None if stopped and step < steps else self._validation(step)
             if validation:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
@@ -66,9 +68,9 @@ class Loop:
             self.checkpoints.save_last(step)
         if stopped and self.sinks:
             print(f"saved step {step}", file=sys.stderr, flush=True)
-        ended = "done" if step >= steps else "stopped"
-        guarded = {"guard": self.parts.guard.memory.summary()}
-        return {**record, **self._average(), "ended": ended, "step": step, **self._saved(), **guarded}
+        ended = {"ended": "done" if step >= steps else "stopped", "step": step}
+        watched = {"guard": self.parts.guard.memory.summary(), "stragglers": self.stragglers.ever()}
+        return {**record, **self._average(), **ended, **self._saved(), **watched}
 
     def _is_stored(self, step: int) -> bool:
         """Whether a checkpoint holds the state after `step` steps; a run that goes on from memory may begin at its last step."""
@@ -133,6 +135,12 @@ class Loop:
         for sink in self.sinks:
             sink.rewind(done)
         return done
+
+    def _slow_ranks(self, step: int, seconds: float) -> dict[str, Any]:
+        for change in self.stragglers.after_step(step, seconds):
+            if self.parts.mesh.at("world") == 0:
+                print(f"step {step}: {change}", file=sys.stderr, flush=True)
+        return {"stragglers": slow} if (slow := self.stragglers.now()) else {}
 
     @property
     def _tokens_per_step(self) -> int:

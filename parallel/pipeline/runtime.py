@@ -94,7 +94,7 @@ class PipelineRunner:
 
     def _forward(self, action: Action, batch: MicroBatch, differentiate: bool, totals: StageTotals) -> None:
         m = action.micro_batch
-        self.mesh.monitor.at("forward")
+        self.mesh.monitor.at("forward" if differentiate else "validate")
         if self.mesh.first_stage:
             inputs = batch.inputs
         else:
