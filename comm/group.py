@@ -168,6 +168,7 @@ class Communicator:
         self.monitor = monitor or Monitor()
         self.one_process = world.hub is not None
         """Whether all ranks are threads of this process."""
+        self._hub = world.hub
         self.world = self.group(tuple(range(world.size)), "world")
 
     def group(self, ranks: tuple[int, ...], name: str) -> Group:
@@ -175,6 +176,10 @@ class Communicator:
         position = ranks.index(self.rank)
         transport = self.backend.transport(ranks, name) if len(ranks) > 1 else None
         return Group(name, ranks, position, transport, self.device, self.monitor)
+
+    def given_up(self) -> bool:
+        """Whether the other ranks, threads of this process, have given up waiting for this one."""
+        return self._hub is not None and self._hub.failed
 
     def close(self) -> None:
         self.backend.close()

@@ -49,6 +49,11 @@ class Hub:
         self._running = set(range(size))
         self._failure: str | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether a communication has failed, and so every later one will."""
+        return self._failure is not None
+
     def join(self, key: tuple[Any, ...], rank: int, call: Call, tensors: Tensors) -> Call:
         """Add this rank's tensors to the call under `key`; the last one to come carries it out."""
         with self._changed:

@@ -14,6 +14,8 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only at the end or when asked to stop."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+    replica_every: int = 0
+    """Steps between copies of every rank's state in the memory of its node and, where there are several, another one; 0: none."""
     resume: bool = False
     """Go on from the newest checkpoint of the run directory; with none there, start from the beginning and say so."""
     asynchronous: bool = field(default=True, metadata={"key": "async"})
@@ -24,6 +26,7 @@ class CheckpointConfig:
     def validate(self) -> None:
         if self.every < 0:
             raise RecipeError(f"checkpoint.every={self.every} must be 0 or more, e.g. checkpoint.every=100")
+        require_at_least(0, "checkpoint", self, "replica_every")
         if self.keep < 1:
             raise RecipeError(f"checkpoint.keep={self.keep} must be at least 1, so that a run can be resumed")
         if self.timeout_seconds is not None and self.timeout_seconds <= 0:

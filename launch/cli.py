@@ -43,6 +43,10 @@ def _run(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
         from bagualu.launch.slurm import slurm
 
         return slurm(request)
+    if request.verb == "rehearse":
+        from bagualu.launch.rehearse import rehearse
+
+        return rehearse(request, entrypoint)
     from bagualu.launch.train import train
 
     return train(request, entrypoint)

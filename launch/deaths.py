@@ -33,16 +33,17 @@ def failures(scratch: Path, exit_codes: Mapping[int, int], metrics: Path) -> lis
     told = {one.rank for one in written}
     step = max((one.step for one in written), default=0) or _steps_done(metrics) + 1
     phase = f"step {step}" if step > 1 or metrics.exists() else "start"
+    noticed = min((one.time for one in written), default=time.time())  # a killed process could not write when it died
     silent = {rank: code for rank, code in exit_codes.items() if code and (code < 0 or rank not in told)}
-    return [*written, *(_silent(rank, code, phase, step) for rank, code in silent.items())]
+    return [*written, *(_silent(rank, code, phase, step, noticed) for rank, code in silent.items())]
 
 
-def _silent(rank: int, code: int, phase: str, step: int) -> Failure:
+def _silent(rank: int, code: int, phase: str, step: int, noticed: float) -> Failure:
     """The end of a worker that could not say why."""
     if code > 0:
-        return Failure(rank, phase, f"ended with exit code {code} and without a word", time.time(), "killed", step)
+        return Failure(rank, phase, f"ended with exit code {code} and without a word", noticed, "killed", step)
     name = signal.Signals(-code).name
-    return Failure(rank, phase, f"killed by {name}{_HINTS.get(name, '')}", time.time(), "killed", step)
+    return Failure(rank, phase, f"killed by {name}{_HINTS.get(name, '')}", noticed, "killed", step)
 
 
 def _steps_done(metrics: Path) -> int:

@@ -16,6 +16,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 from bagualu.comm import simulated
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.injection.fault import ProcessKilled
 from bagualu.launch import member, rendezvous
 from bagualu.launch.agent import Agent, Killed, Left
 from bagualu.launch.board import Ending
@@ -141,6 +142,6 @@ def _run_threads_once(recipe: Recipe, world: int, entrypoint: str, stop: StopReq
     threads = environment.threads(recipe.launch, world)
     try:
         return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads)[0])
-    except Exception as error:
+    except (Exception, ProcessKilled) as error:
         traceback.print_exception(error)
         return Ended(failure=first(failures))

@@ -10,6 +10,7 @@ from typing import Any
 
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.launch import forkserver
+from bagualu.launch.ledger import LedgerWatcher
 from bagualu.launch.meeting import Meeting
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
@@ -27,15 +28,16 @@ def run(
     """
     entrypoint = entrypoint or environment.TRAIN
     threaded = recipe.comm.backend == "simulated"
+    ledger = LedgerWatcher(Path(recipe.run.dir))
     with _environment(environment.variables(recipe.launch, workers)):
         if not threaded:
             forkserver.start(["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0]])
         from bagualu.launch import local  # imports torch: here, while the fork server does too
 
         if threaded:
-            ended = local.run_threads(recipe, workers, entrypoint, quiet_stdout)
+            ended = local.run_threads(recipe, workers, entrypoint, quiet_stdout, lambda scratch: [ledger])
         else:
-            ended = local.run_processes(recipe, workers, entrypoint, quiet_stdout, meeting)
+            ended = local.run_processes(recipe, workers, entrypoint, quiet_stdout, meeting, lambda scratch: [ledger])
             forkserver.stop()
     if ended.failure is not None:
         return _failed(ended.failure, recipe)

@@ -1,14 +1,17 @@
 """The help pages, and the command line without its overrides. Free of torch and of Hydra, so that help comes at once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib.resources import files
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.injection.kinds import KINDS
+from bagualu.fault_tolerance.points import POINTS
 
 VERBS = {
     "train": "train on this machine",
     "slurm": "write a SLURM batch script and submit it",
+    "rehearse": "train under planned faults, and say what was survived",
     "checkpoint": "list the checkpoints of a run, or read them through",
 }
 
@@ -74,6 +77,27 @@ options:
   --json      print one JSON document on stdout, all else on stderr
   -h, --help  this page"""
 
+_REHEARSE = """\
+usage: bagualu rehearse [recipe=NAME] faults=... [key=value ...] [--no-compare] [--json]
+
+Runs the recipe twice on this machine, without faults and under the planned ones, each in a folder of RUN_DIR-rehearsal. Says
+of every fault how it was noticed and answered and what it cost, and whether both runs end with the same state to the bit.
+Exit code 0 only if every fault struck and was survived, and the states are equal.
+
+faults=[kill@step=5:rank=2:at=backward, corrupt@step=9]     these; at every point once, whatever is started again
+faults=random:20                                            20, drawn with run.seed
+faults=random:20:kill+slow                                  of these kinds
+
+kinds (all take step= and rank=, most take at=):
+{kinds}
+
+points: {points}
+
+options:
+  --no-compare  leave out the run without faults
+  --json        print one JSON document on stdout, all else on stderr
+  -h, --help    this page"""
+
 _CHECKPOINT = """\
 usage: bagualu checkpoint list|verify RUN_DIR|CHECKPOINT [--json]
 
@@ -94,6 +118,7 @@ class Request:
     json: bool = False
     multirun: bool = False
     print_script: bool = False
+    compare: bool = True
 
 
 def read(arguments: list[str]) -> Request:
@@ -116,6 +141,8 @@ def read(arguments: list[str]) -> Request:
             request.multirun = True
         elif word == "--print" and verb == "slurm":
             request.print_script = True
+        elif word == "--no-compare" and verb == "rehearse":
+            request.compare = False
         elif word == "--cfg=job" or (word in ("-c", "--cfg") and rest[:1] == ["job"]):
             request.print_recipe = True
             del rest[: word != "--cfg=job"]
@@ -134,7 +161,18 @@ def page(verb: str) -> str:
         return _HELP.format(verbs="\n".join(f"  {name:<12}{what}" for name, what in VERBS.items()))
     if verb == "checkpoint":
         return _CHECKPOINT
+    if verb == "rehearse":
+        return _REHEARSE.format(kinds="\n".join(_kinds()), points=" ".join(POINTS))
     return {"train": _TRAIN, "slurm": _SLURM}[verb].format(recipes="\n".join(_recipes()))
+
+
+def _kinds() -> list[str]:
+    """Every kind of fault with its own options, and what it does."""
+    lines = []
+    for name, kind in KINDS.items():
+        own = [one.name for one in fields(kind) if one.name not in ("step", "rank", "at")]
+        lines.append(f"  {' '.join([name, *(f'{one}=' for one in own)]):<24}{(kind.__doc__ or '').strip()}")
+    return lines
 
 
 def _recipes() -> list[str]:

@@ -26,7 +26,8 @@ READS_ENVIRONMENT = {
     "launch/local.py",  # how elastic is told which signals are its own
 }
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
-    "launch/cli.py": {"bagualu.launch.show", "bagualu.launch.slurm", "bagualu.launch.train"},
+    "launch/cli.py": {"bagualu.launch.rehearse", "bagualu.launch.show", "bagualu.launch.slurm", "bagualu.launch.train"},
+    "launch/rehearse.py": {"bagualu.fault_tolerance.checkpoint.compare"},
     "launch/run.py": {"bagualu.launch", "bagualu.trainer.progress"},
     "trainer/__main__.py": {"torch", "bagualu.trainer.worker"},
     "trainer/data/corpus.py": {"bagualu.trainer.data.build"},  # the library `datasets`, for a corpus that is not cached yet

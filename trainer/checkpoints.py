@@ -5,7 +5,7 @@ Every rank calls these methods alike, at step boundaries: what a rank knows of t
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Checkpoints:
         writing, failed = saving
         if self._saver.under_way and (failed or not writing):
             with self._timed():
-                self._conclude(wait=not failed)
+                self._attempt(lambda: self._saver.advance(wait=not failed))
 
     def save(self, step: int) -> None:
         """Save the state after `step` steps, if possible in the background; one that is still under way is waited for."""
@@ -68,7 +68,7 @@ class Checkpoints:
                 self._saver.start(step, self._snapshot.take(self.parts.optimizer.pieces()), metadata_of(self.parts, step))
             else:
                 self._saver.start(step, self.parts.optimizer.pieces(), metadata_of(self.parts, step))
-                self._conclude()
+                self.finish()
 
     def save_last(self, step: int) -> None:
         """Save the state after `step` steps, the run's last. Raises CheckpointError on every rank when any rank failed."""
@@ -80,7 +80,7 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait for the save under way, if any: afterwards `newest` is as new as it gets."""
         if self._saver.under_way:
-            self._conclude()
+            self._attempt(self._saver.conclude)
 
     def close(self, wait: bool = True) -> None:
         """Nothing is saved after it. `wait`: for the writer to remove old checkpoints; a rank that has failed does not."""
@@ -92,9 +92,10 @@ class Checkpoints:
         self._reported_seconds, self._error = self.seconds, None
         return {"checkpoint_seconds": seconds, **({"checkpoint_error": error} if error else {})}
 
-    def _conclude(self, wait: bool = True) -> None:
+    def _attempt(self, further: Callable[[], Path | None]) -> None:
+        """Bring the save under way further; should it fail, say so and go on without it."""
         try:
-            self.newest = self._saver.conclude(wait)
+            self.newest = further() or self.newest
         except CheckpointError as error:
             self.failed, self._error = self.failed + 1, str(error)
             if self.parts.mesh.at("world") == 0:

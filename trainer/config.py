@@ -6,11 +6,14 @@ checks that need several parts at once.
 
 from dataclasses import dataclass, field
 from math import gcd
+from typing import Any
 
 from bagualu.comm.checks import require_at_least
 from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig
+from bagualu.fault_tolerance.injection.fault import Fault
+from bagualu.fault_tolerance.injection.plan import Setting, expand, resolve
 from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.split import split_layers
@@ -136,6 +139,8 @@ class Recipe:
     restart: RestartConfig = field(default_factory=RestartConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    faults: Any = field(default_factory=list)
+    """What shall go wrong, to see whether the run survives it: faults (injection/kinds.py), or random:COUNT."""
 
     def world_size(self) -> int:
         """Ranks this recipe asks for: launch.workers x launch.nodes, or else what the layout needs."""
@@ -164,7 +169,19 @@ class Recipe:
                               f"give {patience:g} or less")  # fmt: skip
         self._validate_batch(layout)
         self._validate_model(layout)
+        self.planned_faults(max(world, self.world_size()))  # a run that goes on with fewer ranks keeps its plan
         return layout
+
+    def planned_faults(self, world: int) -> list[Fault]:
+        """The faults that `faults` stands for, on `world` ranks. Raises RecipeError."""
+        return resolve(self.faults, self._setting(world))
+
+    def expanded_faults(self) -> list[str]:
+        """`faults` with the random ones drawn, so that the plan stays the same on fewer ranks. Raises RecipeError."""
+        return expand(self.faults, self._setting(max(1, self.world_size())))
+
+    def _setting(self, world: int) -> Setting:
+        return Setting(self.run.seed, self.train.steps, world, self.checkpoint.every)
 
     def _validate_batch(self, layout: Layout) -> None:
         per_rank, rest = divmod(self.data.global_batch, layout.data)

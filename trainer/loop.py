@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.fault_tolerance.guard.verdict import Action
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.checkpoints import Checkpoints
 from bagualu.trainer.evaluate import Validation, validate
 from bagualu.trainer.outcome import GuardError
+from bagualu.trainer.replication import Replication
 from bagualu.trainer.rollback import roll_back
 from bagualu.trainer.sinks import Sink
 from bagualu.trainer.step import StepResult, train_step
@@ -28,6 +30,7 @@ class Loop:
     stop: Callable[[], bool]
     seconds_per_token_at_ceiling: float
     checkpoints: Checkpoints
+    replication: Replication | None = None
     _due: bool = False
     """A checkpoint waits for a step that goes well."""
     _busy_seconds: float = 0.0
@@ -53,17 +56,24 @@ class Loop:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
             for sink in self.sinks:
                 sink.write(record)
+            if self.replication and result.committed:  # else the state itself may be what is wrong
+                self.replication.after_step(step)
             self._due |= bool(every) and step % every == 0
-            if self._due and result.committed and step < steps and not stopped:  # not committed: the state may be what is wrong
+            if self._due and result.committed and step < steps and not stopped:
                 self.checkpoints.save(step)
                 self._due = False
-        if step > first_step:
+        if not self._is_stored(step):
             self.checkpoints.save_last(step)
         if stopped and self.sinks:
             print(f"saved step {step}", file=sys.stderr, flush=True)
         ended = "done" if step >= steps else "stopped"
         guarded = {"guard": self.parts.guard.memory.summary()}
         return {**record, **self._average(), "ended": ended, "step": step, **self._saved(), **guarded}
+
+    def _is_stored(self, step: int) -> bool:
+        """Whether a checkpoint holds the state after `step` steps; a run that goes on from memory may begin at its last step."""
+        newest = self.checkpoints.newest
+        return newest is not None and step_of(newest) == step
 
     def _saved(self) -> dict[str, Any]:
         saves = self.checkpoints
@@ -118,6 +128,8 @@ class Loop:
         self.checkpoints.finish()
         done, self.checkpoints.newest = roll_back(self.parts, step + 1, result.verdict)
         self._due = False
+        if self.replication:
+            self.replication.go_back()
         for sink in self.sinks:
             sink.rewind(done)
         return done

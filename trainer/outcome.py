@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import CommunicationError, RecipeError
+from bagualu.fault_tolerance.injection.fault import ProcessKilled
 
 DONE = 0
 FAILED = 1
@@ -49,7 +50,7 @@ class Failure:
         return asdict(self)
 
 
-_KINDS = {"recipe": RecipeError, "peer": CommunicationError, "final": FinalError}
+_KINDS = {"recipe": RecipeError, "peer": CommunicationError, "final": FinalError, "killed": ProcessKilled}
 
 
 def failure(rank: int, phase: str, error: BaseException, time: float, step: int = 0) -> Failure:

@@ -42,7 +42,7 @@ def check_machine(recipe: Recipe) -> None:
                           f"give launch.nodes=1 or comm.backend=gloo")  # fmt: skip
     if recipe.launch.nodes > 1:
         raise RecipeError(f"launch.nodes={recipe.launch.nodes}: `bagualu train` starts workers on this machine only; use "
-                          f"`bagualu slurm`, or torchrun -m bagualu.trainer on every node")  # fmt: skip
+                          f"`bagualu slurm`, or python -m bagualu.launch.node on every node")  # fmt: skip
     workers = workers_per_node(recipe)
     if recipe.comm.backend == "nccl" and (gpus := gpu_count()) < workers:
         raise RecipeError(f"comm.backend=nccl needs {workers} GPUs here, one a worker, and finds {gpus}; "
@@ -67,7 +67,7 @@ def check_run_directory(recipe: Recipe) -> None:
         return  # nothing was done in it yet
     if not recipe.checkpoint.resume:
         raise RecipeError(f"{directory} already holds a run; go on with checkpoint.resume=true, or start anew with another "
-                          f"folder, e.g. run.dir={_free(directory)}")  # fmt: skip
+                          f"folder, e.g. run.dir={free(directory)}")  # fmt: skip
     then = load_recipe(before) if before.exists() else recipe
     differences = _differences(then.model, recipe.model, "model")
     for section, key in (("run", "seed"), ("data", "source"), ("data", "sequence_length"), ("data", "global_batch")):
@@ -92,11 +92,12 @@ def gpu_count() -> int:
     return count.value
 
 
-def _free(directory: Path) -> Path:
-    """The first of directory-2, directory-3, ... that does not exist."""
-    number = 2
-    while (candidate := directory.with_name(f"{directory.name}-{number}")).exists():
+def free(directory: Path) -> Path:
+    """It, if it does not exist; else the first of directory-2, directory-3, ... that does not exist."""
+    candidate, number = directory, 1
+    while candidate.exists():
         number += 1
+        candidate = directory.with_name(f"{directory.name}-{number}")
     return candidate
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from bagualu.fault_tolerance.ledger.totals import CATEGORIES
 from bagualu.trainer.sinks import Record
 
 _SMOOTHING = 0.1
@@ -88,6 +89,7 @@ _ROWS = (
     ("tokens_per_second", "speed", "{:,.0f} tokens/s"),
     ("mfu", "MFU", "{:.1%} of this machine's matmul ceiling"),
     ("tokens", "tokens", "{:,}"),
+    ("effective_training_time_ratio", "productive", "{:.1%} of the wall time"),
     ("run_dir", "run", "{}"),
     ("checkpoint", "checkpoint", "{}"),
 )
@@ -97,18 +99,26 @@ def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, 
     """The closing summary. Figures that `summary` lacks are left out.
 
     Reads `ended` (done | stopped | ...), `step`, `steps`, `seconds`, `loss`, `validation_loss`,
-    `validation_bits_per_byte`, `tokens_per_second`, `mfu`, `tokens`, `run_dir`, `checkpoint`.
+    `validation_bits_per_byte`, `tokens_per_second`, `mfu`, `tokens`, `effective_training_time_ratio`, `ledger`, `run_dir`,
+    `checkpoint`.
     `next_commands`: (what for, command) pairs.
     """
     head = f"{summary.get('ended', 'done')}: step {summary['step']}/{summary['steps']}"
     if summary.get("seconds") is not None:
         head += f" in {duration(summary['seconds'])}"
     rows = [(name, form.format(summary[key])) for key, name, form in _ROWS if summary.get(key) is not None]
+    rows += [("rest of it", spent)] if (spent := _spent(summary.get("ledger", {}))) else []
     width = max((len(name) for name, _ in [*rows, *next_commands]), default=0)
     lines = [head, "─" * len(head), *(f"{name:<{width}}  {value}" for name, value in rows)]
     if next_commands:
         lines += ["", "next", *(f"{name:<{width}}  {command}" for name, command in next_commands)]
     return "\n".join(lines)
+
+
+def _spent(ledger: Mapping[str, float]) -> str:
+    """Where the time went that was not productive, largest first, what is below a thousandth left out."""
+    others = {name: ledger[name] for name in CATEGORIES if name != "productive" and ledger.get(name, 0) > ledger["wall"] / 1000}
+    return ", ".join(f"{name} {seconds / ledger['wall']:.1%}" for name, seconds in sorted(others.items(), key=lambda one: -one[1]))
 
 
 def next_commands(overrides: Sequence[str], step: int, steps: int, program: str = "bagualu") -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ The schema is the dataclass `Recipe` itself, so a key that is not a field and a 
 overrides are looked at one by one before Hydra sees them, because only then is it known which of them is at fault.
 """
 
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,9 +42,11 @@ def compose(overrides: Sequence[str]) -> Recipe:
     ConfigStore.instance().store(name="schema", node=schema())
     try:
         with initialize_config_module(RECIPES, version_base="1.3"):
-            return to_recipe(hydra_compose("config", overrides=list(overrides)))
+            recipe = to_recipe(hydra_compose("config", overrides=[_quoted(text) for text in overrides]))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(_one_line(error)) from error
+    recipe.faults = recipe.expanded_faults()
+    return recipe
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -52,11 +55,21 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     parsed: list[Override] = []
     for text in overrides:
         try:
-            parsed.append(parser.parse_override(text))
+            parsed.append(parser.parse_override(_quoted(text)))
         except HydraException as error:
             raise RecipeError(f"cannot read {text!r}; give key=value, e.g. train.steps=100, and quote a value with "
                               f"commas, brackets or spaces: 'key=\"a, b\"'") from error  # fmt: skip
     return parsed
+
+
+_QUOTED_OR_CALL = r"""("(?:\\.|[^"])*"|'(?:\\.|[^'])*'|\w+\([^)]*\))"""
+_WORD_WITH_EQUALS = r"""([^\s\[\]{},"'()=]*=[^\s\[\]{},"'()]*)"""
+
+
+def _quoted(text: str) -> str:
+    """An override with the words of its value that hold a = in quotes, which Hydra's grammar wants: key=[kill@step=5, --mem=4G]."""
+    key, equals, value = text.partition("=")
+    return key + equals + re.sub(f"{_QUOTED_OR_CALL}|{_WORD_WITH_EQUALS}", lambda m: m[1] or f'"{m[2]}"', value)
 
 
 def resolved_yaml(recipe: Recipe) -> str:

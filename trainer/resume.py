@@ -71,6 +71,8 @@ class Resumed:
     """Steps already done."""
     checkpoint: Path | None = None
     """The newest checkpoint of the run directory that is not known to be damaged."""
+    source: str | None = None
+    """The candidate that was taken, by name."""
     damaged: list[dict[str, Any]] = field(default_factory=list)
     """What was tried in vain, newest first: {"checkpoint", "problem" (rank, file, byte), "used" instead, "set_aside" as}."""
 
@@ -88,7 +90,8 @@ def resume(parts: Parts, others: Sequence[Candidate] = ()) -> Resumed:
         return Resumed()
     chosen, problems = choose(parts, candidates)
     whole = [path for path in stored if path.name not in problems]
-    return Resumed(chosen.step, whole[-1] if whole else None, _tell(parts, candidates, problems, chosen.name))
+    newest = whole[-1] if whole else None
+    return Resumed(chosen.step, newest, chosen.name, _tell(parts, candidates, problems, chosen.name))
 
 
 def choose(parts: Parts, candidates: Sequence[Candidate]) -> tuple[Candidate, dict[str, str]]:
@@ -132,7 +135,9 @@ def _tell(parts: Parts, candidates: Sequence[Candidate], problems: dict[str, str
         for candidate in candidates[: len(problems)]:
             moved = _set_aside(candidate.path) if isinstance(candidate, Stored) else None
             problem = problems[candidate.name]
-            log.warning("%s cannot be used: %s. Going on from %s; the other is now %s", candidate.name, problem, used, moved)
+            log.warning("%s cannot be used: %s. Going on from %s", candidate.name, problem, used)
+            if moved:
+                log.warning("%s is now called %s", candidate.name, moved)
             entries.append({"checkpoint": candidate.name, "problem": problem, "used": used, "set_aside": moved})
     told: list[dict[str, Any]] = broadcast_json(entries, parts.mesh.group("world"), parts.device)
     return told

@@ -18,7 +18,9 @@ from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.flops import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.loop import Loop
+from bagualu.trainer.observe import close_ledger, open_ledger, plan_faults
 from bagualu.trainer.progress import Progress
+from bagualu.trainer.replication import open_replication
 from bagualu.trainer.resume import resume
 from bagualu.trainer.sinks import JsonlSink, Sink, WandbSink
 
@@ -34,10 +36,16 @@ def train(
     """
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
+    ledger = open_ledger(recipe, communicator)
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    plan_faults(parts, communicator, scratch)
     fence = take_checkpoints(parts)
-    resumed = resume(parts)
+    replication = open_replication(parts, scratch, fence)
+    resumed = resume(parts, replication.candidates() if replication else [])
+    if replication:
+        replication.start(resumed)
     if finished := _finished(recipe, resumed.step):
+        close_ledger(ledger, recipe, communicator, "done")
         if communicator.rank == 0:
             _write_summary(Path(recipe.run.dir), finished)
         return finished
@@ -46,12 +54,14 @@ def train(
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
     checkpoints = Checkpoints(parts, fence, resumed.checkpoint)
     try:
-        ending = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints).run(resumed.step)
+        ending = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints, replication).run(resumed.step)
         checkpoints.close()
     finally:
         checkpoints.close(wait=False)
         for sink in sinks:
             sink.close()
+    if replication:
+        replication.replicas.remove()
     summary = {
         **ending,
         "steps": recipe.train.steps,
@@ -62,6 +72,7 @@ def train(
         "flops_per_token": flops_per_token,
         "matmul_ceiling_flops": ceiling,
         "peak_memory_bytes": _peak_memory_bytes(parts, communicator),
+        **close_ledger(ledger, recipe, communicator, ending["ended"]),
         "run_dir": recipe.run.dir,
     }
     if communicator.rank == 0:

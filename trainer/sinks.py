@@ -1,7 +1,8 @@
 """Where the figures of a run go: metrics.jsonl and Weights & Biases. What a person sees is in `progress`.
 
 A record is one flat dict for one optimizer step: `step` (steps done, from 1), `loss`, `grad_norm`, `lr`, `tokens`,
-`tokens_per_second`, `step_seconds`, `mfu`, and what else applies, e.g. `validation_loss`, `validation_bits_per_byte`.
+`tokens_per_second`, `step_seconds`, `mfu`, `checkpoint_seconds` (time that checkpoints have taken from training since the line
+before), and what else applies, e.g. `validation_loss`, `validation_bits_per_byte`, `checkpoint_error`.
 """
 
 import json

@@ -8,6 +8,7 @@ from typing import Any
 
 from bagualu.comm.group import Communicator, connect
 from bagualu.comm.world import World
+from bagualu.fault_tolerance.injection.fault import ProcessKilled
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.environment import TRAIN
 from bagualu.trainer.outcome import Failure, failure
@@ -48,7 +49,7 @@ def train(
     """Train on a rank that is connected; the run's summary."""
     try:
         summary: dict[str, Any] = pkgutil.resolve_name(entrypoint)(recipe, communicator, stop, scratch)
-    except Exception as error:
+    except (Exception, ProcessKilled) as error:
         monitor = communicator.monitor
         phase = f"step {monitor.step}, {monitor.point}" if monitor.step else monitor.point
         report(failure(communicator.rank, phase, error, time.time(), monitor.step))

@@ -29,12 +29,14 @@ def on_all(function: Callable[[], T], group: Group, device: torch.device) -> T:
         text = str(error).replace("\n", " ")
         known = isinstance(error, RecipeError | CheckpointError)
         own = ["recipe" if isinstance(error, RecipeError) else "other", text if known else f"{type(error).__name__}: {text}"]
+    failed = torch.tensor(int(own is not None), device=device)
+    group.all_reduce(failed, "max")
+    if not failed.item():
+        return result[0]
     problems = [(rank, said) for rank, said in zip(group.ranks, gather_json(own, group, device), strict=True) if said]
     for _, (kind, text) in problems:
         if kind == "recipe":
             raise RecipeError(text)
-    if problems:
-        rank, (_, text) = problems[0]
-        more = f" (and {len(problems) - 1} more ranks)" if len(problems) > 1 else ""
-        raise CheckpointError(f"rank {rank}{more}: {text}")
-    return result[0]
+    rank, (_, text) = problems[0]
+    more = f" (and {len(problems) - 1} more ranks)" if len(problems) > 1 else ""
+    raise CheckpointError(f"rank {rank}{more}: {text}")

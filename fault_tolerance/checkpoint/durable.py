@@ -1,9 +1,31 @@
 """Files and directories that are there after a power cut as well. Free of torch."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+class Disk:
+    """The storage that this process writes checkpoints to. A planned fault can fill it (fault_tolerance/injection)."""
+
+    def __init__(self) -> None:
+        self._refused = 0
+
+    def refuse(self, writes: int) -> None:
+        """The next `writes` writes find no space."""
+        self._refused += writes
+
+    def check(self) -> None:
+        """Before every write. Raises OSError."""
+        if self._refused:
+            self._refused -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+DISK = Disk()
+"""One for the process, as a full disk is full for all of it."""
 
 
 @contextmanager
@@ -22,6 +44,7 @@ def durable_file(path: Path) -> Iterator[int]:
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
     """Write all of `data`: one call may take only a part of it. Raises OSError."""
+    DISK.check()
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]

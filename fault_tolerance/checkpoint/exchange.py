@@ -26,23 +26,24 @@ def gather_json(value: Any, group: Group, device: torch.device) -> list[Any]:
 def collect_json(value: Any, group: Group, device: torch.device) -> list[Any] | None:
     """What every member gave, in order of position, on position 0; None on the others. Collective.
 
-    Up a binomial tree: position 0 gets log2(size) messages, and nobody else holds more than its own branch.
+    Up a binomial tree: position 0 gets log2(size) messages, nobody else holds more than its own branch, and only position 0
+    takes them apart.
     """
-    branch, distance = [value], 1
+    branch, distance = json.dumps(value).encode(), 1
     while distance < group.size:
         if group.rank & distance:
-            data = _tensor(branch)
-            group.send(torch.tensor([data.numel()], device=device), group.rank - distance)
-            group.send(data.to(device), group.rank - distance)
+            group.send(torch.tensor([len(branch)], device=device), group.rank - distance)
+            group.send(torch.frombuffer(bytearray(branch), dtype=torch.uint8).to(device), group.rank - distance)
             return None
         if group.rank + distance < group.size:
             length = torch.empty(1, dtype=torch.int64, device=device)
             group.receive(length, group.rank + distance)
             buffer = torch.empty(int(length), dtype=torch.uint8, device=device)
             group.receive(buffer, group.rank + distance)
-            branch += _value(buffer.cpu())
+            branch += b"," + buffer.cpu().numpy().tobytes()
         distance *= 2
-    return branch
+    values: list[Any] = json.loads(b"[" + branch + b"]")
+    return values
 
 
 def broadcast_json(value: Any, group: Group, device: torch.device) -> Any:

@@ -1,10 +1,10 @@
 """Saving: every rank makes its part durable, all tell rank 0 how it went, rank 0 commits by one rename.
 
-    main thread    start: snapshot .... training goes on ....  conclude: reports -> rank 0,      outcome <- rank 0
-    writer thread        mkdir, fence, shard, fsync                      rank 0: manifest, rename        prune
+    main thread    start: snapshot ... training ...  advance: reports -> rank 0 ... training ...  advance: outcome <- rank 0
+    writer thread        mkdir, fence, shard, fsync                    rank 0: manifest, rename           prune
 
 Until the rename nothing is there to load; after it everything is. A failure anywhere is raised on every rank. The collectives are
-all on the main thread; whatever touches the storage is in the writer thread, so that waiting for it has a limit.
+all on the main thread; whatever touches the storage is in the writer thread, so that no step waits for it.
 """
 
 import contextlib
@@ -34,18 +34,23 @@ _REMEDY = "earlier checkpoints are as they were; repair this and save again"
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _UnderWay:
     step: int
     metadata: dict[str, Any]
     temporary: Path
-    part: Job
+    job: Job | None
+    """What this rank has to do before the next `advance`: its part, then on rank 0 the commit."""
     deadline: float
-    """Monotonic time by which this rank's part must be durable."""
+    """Monotonic time by which it must be done."""
+    committing: bool = False
+    """Every part is durable; the same on every rank."""
+    failed: Outcome | None = None
+    """What was told of its failure stays true, though the job may have ended well since."""
 
 
 class Saver:
-    """One rank's saves, one at a time. Every rank calls `start` and `conclude` alike, on its main thread.
+    """One rank's saves, one at a time. Every rank calls `start`, `advance` and `conclude` alike, on its main thread.
 
     `device`: where the group's collectives want their tensors. `timeout_seconds`: storage that has not answered for so long has
     failed; it must be well below the timeout of the group, in which the other ranks wait.
@@ -72,9 +77,8 @@ class Saver:
         return self._under_way is not None
 
     def status(self) -> tuple[float, float]:
-        """(1.0 while this rank's part of the save under way is not finished, 1.0 when it has failed): add them up over the ranks.
-
-        When the first sum is 0 or the second is not, `conclude` does not have to wait.
+        """(1.0 while this rank's writer has something to do for the save under way, 1.0 when that has failed): to be added up over
+        the ranks. When the first sum is 0 or the second is not, `advance` does not have to wait.
         """
         if self._under_way is None:
             return 0.0, 0.0
@@ -94,25 +98,32 @@ class Saver:
         temporary = temporary_for(root, step, f"{self.fence.token}-{self._attempts}")
         self.group.monitor.at("write")
         part = self._writer.submit(self._write_part, temporary, root / step_name(step), pieces)
-        self._under_way = _UnderWay(step, metadata, temporary, part, time.monotonic() + self.timeout_seconds)
+        self._under_way = _UnderWay(step, metadata, temporary, part, self._deadline())
 
-    def conclude(self, wait: bool = True) -> Path:
-        """Commit the save under way, or give it up; its path. Collective.
+    def conclude(self) -> Path:
+        """Wait for the save under way and commit it; its path. Collective. Raises as `advance`."""
+        while (path := self.advance()) is None:
+            pass
+        return path
+
+    def advance(self, wait: bool = True) -> Path | None:
+        """Bring the save under way one stage further: None when rank 0 now commits it, its path when that is done. Collective.
 
         wait=False, after `status` has said that some rank failed, does not wait for parts that are still being written.
-        Raises CheckpointError on every rank when any rank failed; then nothing new is there and the earlier checkpoints are as
-        they were.
+        Raises CheckpointError on every rank when any rank failed; then the save is given up, nothing new is there and the earlier
+        checkpoints are as they were.
         """
         save = self._under_way
         assert save is not None
         self._under_way = None
-        own = save.part.wait(save.deadline - time.monotonic()) if wait else self._outcome(save)
-        self.group.monitor.at("commit")
-        outcomes = collect_json(own, self.group, self.device)
-        verdict = self._decide(save, outcomes) if outcomes is not None else None
-        verdict = broadcast_json(verdict, self.group, self.device)
+        verdict = self._committed(save) if save.committing else self._all_durable(save, wait)
         if "error" in verdict:
+            if self.group.rank == 0:
+                self._writer.submit(_remove_quietly, save.temporary)
             raise CheckpointError(f"step {save.step} was not saved: {verdict['error']}; {_REMEDY}")
+        if not save.committing:
+            save.committing, self._under_way = True, save
+            return None
         final = self.fence.root / step_name(save.step)
         self.group.monitor.at("prune")
         if self.group.rank == 0:
@@ -123,23 +134,44 @@ class Saver:
         """Nothing is saved after it. `wait`: for the writer to finish what it does; old checkpoints are removed after a commit."""
         self._writer.close(self.timeout_seconds if wait else 0)
 
-    def _outcome(self, save: _UnderWay) -> Outcome | None:
-        late = time.monotonic() > save.deadline
-        return save.part.wait(0) if late else save.part.outcome
+    def _deadline(self) -> float:
+        return time.monotonic() + self.timeout_seconds
 
-    def _decide(self, save: _UnderWay, outcomes: list[Outcome | None]) -> Outcome:
-        """Rank 0: commit if every part is durable; what became of it, for all ranks."""
-        errors = [(rank, o["error"]) for rank, o in zip(self.group.ranks, outcomes, strict=True) if o and "error" in o]
-        if errors:
-            self._writer.submit(_remove_quietly, save.temporary)
-            more = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
-            return {"error": f"rank {errors[0][0]}{more}: {errors[0][1]}"}
-        reports = [outcome["done"] for outcome in outcomes if outcome]
-        verdict = self._writer.submit(self._commit, save, reports).wait(self.timeout_seconds)
-        if "error" in verdict:
-            self._writer.submit(_remove_quietly, save.temporary)
-            return {"error": f"rank {self.group.ranks[0]}: {verdict['error']}"}
-        return verdict
+    def _outcome(self, save: _UnderWay, wait: bool = False) -> Outcome | None:
+        """What has become of this rank's job; None while it has time left, unless told to wait."""
+        if save.job is None:
+            return {"done": None}
+        left = save.deadline - time.monotonic()
+        outcome = save.failed or (save.job.wait(left) if wait or left < 0 else save.job.outcome)
+        if outcome and "error" in outcome:
+            save.failed = outcome
+        return outcome
+
+    def _all_durable(self, save: _UnderWay, wait: bool) -> Outcome:
+        """Tell rank 0 of this rank's part; its verdict. If all are durable, it begins to commit."""
+        own = self._outcome(save, wait)
+        self.group.monitor.at("commit")
+        outcomes = collect_json(own, self.group, self.device)
+        verdict: Outcome = {"done": None}
+        save.job = None
+        if outcomes is not None:
+            errors = [(rank, o["error"]) for rank, o in zip(self.group.ranks, outcomes, strict=True) if o and "error" in o]
+            if errors:
+                more = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
+                verdict = {"error": f"rank {errors[0][0]}{more}: {errors[0][1]}"}
+            else:
+                save.job = self._writer.submit(self._commit, save, [o["done"] for o in outcomes if o])
+                save.deadline = self._deadline()
+        told: Outcome = broadcast_json(verdict, self.group, self.device)
+        return told
+
+    def _committed(self, save: _UnderWay) -> Outcome:
+        """Rank 0's verdict on its commit."""
+        own = self._outcome(save, wait=True)
+        if own and "error" in own:
+            own = {"error": f"rank {self.group.ranks[0]}: {own['error']}"}
+        told: Outcome = broadcast_json(own, self.group, self.device)
+        return told
 
     def _write_part(self, temporary: Path, final: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
         """In the writer thread: this rank's shard, durable; its report. The order of the first two lines is the fence."""

@@ -8,14 +8,16 @@
 import json
 import re
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from bagualu.fault_tolerance.checkpoint.format import Manifest, StoredBox, StoredTensor
-from bagualu.parallel.boxes import cover_problem
+from bagualu.parallel.boxes import Box, cover_problem
 
 HASH_LENGTH = 32
 _COLUMNS = ("files", "offsets", "shapes", "starts", "hashes")
 _LARGEST = 2**63
+_HEXADECIMAL = re.compile("[0-9a-f]*")
 
 
 def encode(name: str, boxes: Sequence[StoredBox], files: dict[str, int]) -> bytes:
@@ -41,37 +43,44 @@ def decode(line: bytes, name: str, tensor: StoredTensor, manifest: Manifest, fil
     columns = [fields[column] for column in _COLUMNS]
     if any(type(column) is not list or len(column) != len(columns[0]) for column in columns):
         raise ValueError("has columns that are no lists of one length")
-    boxes = tuple(_box(tensor, manifest, files, *row) for row in zip(*columns, strict=True))
-    wrong = cover_problem(tensor.shape, [stored.box for stored in boxes])
+    numbers, starts = whole_numbers(columns[0]), whole_numbers(columns[3])
+    if max(numbers, default=0) >= len(files):
+        raise ValueError(f"names file number {max(numbers)} of {len(files)}")
+    offsets, shapes = (_indices(column, len(tensor.shape)) for column in columns[1:3])
+    wrong = cover_problem(tensor.shape, [Box(*pair) for pair in zip(offsets, shapes, strict=True)])
     if wrong:
         raise ValueError(f"is not held exactly once: {wrong}")
-    return boxes
+    rows = zip(offsets, shapes, [files[number] for number in numbers], starts, columns[4], strict=True)
+    return tuple(_box(tensor, manifest, *row) for row in rows)
+
+
+def _indices(column: list[Any], dims: int) -> list[tuple[int, ...]]:
+    """Offsets or shapes, each of `dims` whole numbers. Raises ValueError."""
+    if any(type(index) is not list or len(index) != dims for index in column):
+        raise ValueError(f"has offsets or shapes that are not {dims} numbers")
+    whole_numbers([n for index in column for n in index])
+    return [tuple(index) for index in column]
+
+
+def _box(
+    tensor: StoredTensor, manifest: Manifest, offset: tuple[int, ...], shape: tuple[int, ...], file: str, start: int, hashed: Any
+) -> StoredBox:
+    size, about = prod(shape) * tensor.item_bytes, manifest.files[file]
+    if not about.header_bytes <= start <= start + size <= about.bytes:
+        raise ValueError(f"has bytes {start} to {start + size} of {file}, which holds {about.header_bytes} to {about.bytes}")
+    return StoredBox(offset, shape, file, start, hashes(hashed, -(-size // manifest.block_bytes)))
 
 
 def whole_numbers(value: Any) -> tuple[int, ...]:
     """A list of integers that are not negative and fit in 64 bits. Raises ValueError."""
-    if type(value) is not list or any(type(n) is not int or not 0 <= n < _LARGEST for n in value):
-        raise ValueError(f"has {str(value)[:40]} where a list of whole numbers must be")
+    whole = type(value) is list and set(map(type, value)) <= {int}
+    if not whole or not 0 <= min(value, default=0) <= max(value, default=0) < _LARGEST:
+        raise ValueError(f"has {str(value)[:40]} where whole numbers must be")
     return tuple(value)
 
 
 def hashes(value: Any, count: int) -> tuple[str, ...]:
     """`count` hashes that stand in one string. Raises ValueError."""
-    if type(value) is not str or len(value) != count * HASH_LENGTH or re.fullmatch("[0-9a-f]*", value) is None:
+    if type(value) is not str or len(value) != count * HASH_LENGTH or not _HEXADECIMAL.fullmatch(value):
         raise ValueError(f"has {str(value)[:40]} where {count} hashes must be")
-    return tuple(value[at : at + HASH_LENGTH] for at in range(0, len(value), HASH_LENGTH))
-
-
-def _box(tensor: StoredTensor, manifest: Manifest, files: list[str], *row: Any) -> StoredBox:
-    file, offset, shape, start, hashed = row
-    number, begin = whole_numbers([file, start])
-    if number >= len(files):
-        raise ValueError(f"names file number {number} of {len(files)}")
-    stored = StoredBox(whole_numbers(offset), whole_numbers(shape), files[number], begin, ())
-    if not stored.box.inside(tensor.shape):
-        raise ValueError(f"has the box at {stored.offset} of shape {stored.shape}, which does not lie in {tensor.shape}")
-    size, about = tensor.bytes_of(stored), manifest.files[stored.file]
-    if not about.header_bytes <= begin <= begin + size <= about.bytes:
-        raise ValueError(f"has bytes {begin} to {begin + size} of {stored.file}, which holds {about.header_bytes} to {about.bytes}")
-    blocks = -(-size // manifest.block_bytes)
-    return StoredBox(stored.offset, stored.shape, stored.file, begin, hashes(hashed, blocks))
+    return (value,) if count == 1 else tuple(value[at : at + HASH_LENGTH] for at in range(0, len(value), HASH_LENGTH))

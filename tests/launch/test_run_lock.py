@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from bagualu.fault_tolerance import run_lock
+from bagualu.trainer.__main__ import main
+
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.timeout(300)]
 
 
@@ -21,5 +24,11 @@ def test_a_second_job_in_the_same_directory_is_refused_until_the_first_is_gone(s
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.wait()
     assert gone(pids)
-    third = start("checkpoint.resume=true", "train.steps=3")
-    assert third.end()[0] == 0
+    run_lock.refuse_if_held(first.folder)
+
+
+def test_rank_0_of_torchrun_is_refused_too(tmp_path, capsys):
+    words = ["recipe=tiny", "parallel.data=1", "parallel.pipeline=1", "parallel.expert=1", f"run.dir={tmp_path}"]
+    with run_lock.hold(tmp_path):
+        assert main(words) == 2
+    assert f"run.dir={tmp_path} is in use by process {os.getpid()} on " in capsys.readouterr().err

@@ -32,7 +32,9 @@ def test_a_rank_killed_in_each_part_of_a_step_leaves_the_run_as_it_would_have_be
     assert [(int(rank), int(step), int(count)) for rank, step, count, _ in restarts] == [
         (rank, step, count) for count, (rank, step, _) in enumerate(kills, 1)
     ]
-    assert [newest for *_, newest in restarts] == ["step-00000002", "step-00000002", "step-00000004", "step-00000006"]
+    for _, step, _, newest in restarts:
+        saved = 0 if newest == "the beginning" else int(newest.removeprefix("step-"))
+        assert int(step) - 5 < saved < int(step)  # at most the save under way is lost, with the steps since
     assert figures(run.folder) == figures(reference)  # every step once, each to the bit
     ours, theirs = state(run.folder), state(reference)
     assert ours.keys() == theirs.keys()

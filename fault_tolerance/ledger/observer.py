@@ -1,0 +1,21 @@
+"""Rank 0's entries in the ledger: what it is doing, as its monitor tells. Free of torch."""
+
+from bagualu.fault_tolerance.ledger.events import Ledger
+from bagualu.fault_tolerance.points import POINTS
+
+
+class LedgerObserver:
+    """Notes every change of step or phase: a line of some 150 bytes, about once a step."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._noted = ("", 0)
+
+    def at(self, point: str, step: int) -> None:
+        now = (POINTS.get(point, self._noted[0]), step)
+        if now != self._noted:
+            self._noted = now
+            self.ledger.add(*now)
+
+    def waits(self, what: str | None) -> None:
+        return None

@@ -1,0 +1,118 @@
+"""From a run's events to where its time went: every microsecond in exactly one category. Pure functions, free of torch.
+
+productive   steps whose result survived
+checkpoint   training stood still for a save
+validation
+lost         steps that were done again, thrown away or cut off by a failure
+start        from a launch or a restart to its first step
+detection    from a failure to the moment that the launcher saw it
+waiting      back-off before a restart; between a launch that ended early and the next one
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bagualu.fault_tolerance.ledger.events import Event
+
+CATEGORIES = ("productive", "checkpoint", "validation", "lost", "start", "detection", "waiting")
+PHASES = {
+    "launched": "start", "started": "start", "joined": "start", "start": "start", "train": "train",
+    "checkpoint": "checkpoint", "validation": "validation", "failed": "waiting", "ended": "waiting",
+}  # fmt: skip
+"""Event -> what goes on after it."""
+_OF_RANK_0 = ("train", "start", "validation", "checkpoint", "discarded", "ended")
+
+
+@dataclass
+class _Stretch:
+    """Some microseconds of one category; in "productive" ones, spent on `step`."""
+
+    microseconds: int
+    category: str
+    step: int = 0
+
+
+def attribute(events: Sequence[Event]) -> dict[str, Any]:
+    """Seconds by category, their sum `wall`, `effective_training_time_ratio` = productive / wall, `restarts`; {} for no events.
+
+    The time between a run that was done and a later launch that trains on is no part of it.
+    """
+    if not events:
+        return {}
+    stretches = _stretches(_current(events))
+    totals = {name: sum(one.microseconds for one in stretches if one.category == name) for name in CATEGORIES}
+    wall = sum(totals.values())
+    return {
+        **{name: microseconds / 1e6 for name, microseconds in totals.items()},
+        "wall": wall / 1e6,
+        "effective_training_time_ratio": totals["productive"] / wall if wall else 0.0,
+        "restarts": sum(event.what == "failed" for event in events),
+    }
+
+
+def _current(events: Sequence[Event]) -> list[Event]:
+    """Without what a rank 0 wrote after a newer one had joined."""
+    kept, writer = [], ""
+    for event in events:
+        if event.what == "joined":
+            writer = event.writer
+        if event.what not in _OF_RANK_0 or event.writer in ("", writer):
+            kept.append(event)
+    return kept
+
+
+def _stretches(events: list[Event]) -> list[_Stretch]:
+    found: list[_Stretch] = []
+    times = _axis(events)
+    phase, step, reached = "waiting", 0, 0
+    for index, event in enumerate(events):
+        if index:
+            _close(found, times[index] - times[index - 1], phase, step, event)
+        if event.what == "train":
+            if event.step <= reached:
+                _lose(found, event.step)
+            reached = event.step
+        if event.what == "discarded":
+            _lose(found, event.step, event.step)
+            phase = "lost"
+        else:
+            phase, step = PHASES.get(event.what, phase), event.step
+        if event.what == "ended" and event.cause == "done":
+            phase = "over"
+    return [one for one in found if one.category != "over"]
+
+
+def _close(found: list[_Stretch], microseconds: int, phase: str, step: int, event: Event) -> None:
+    """Add the stretch, until now in `phase`, that `event` ends."""
+    if event.what == "failed":
+        since = event.wall if event.since is None else event.since
+        unseen = min(microseconds, max(0, round((event.wall - since) * 1e6)))
+        found.append(_Stretch(unseen, "detection"))
+        found.append(_Stretch(microseconds - unseen, "lost" if phase == "train" else phase))
+    elif event.what in ("launched", "started", "joined") and phase != "over":  # nobody has told of an end before
+        ran = phase not in ("start", "waiting")
+        category = "waiting" if event.what == "launched" else "start" if ran else phase
+        found.append(_Stretch(microseconds, category))
+    else:
+        found.append(_Stretch(microseconds, "productive" if phase == "train" else phase, step))
+
+
+def _lose(found: list[_Stretch], first: int, last: int | None = None) -> None:
+    """What was done in steps `first` to `last` (None: all later ones) is gone."""
+    for one in found:
+        if one.category == "productive" and first <= one.step and (last is None or one.step <= last):
+            one.category = "lost"
+
+
+def _axis(events: list[Event]) -> list[int]:
+    """When each event happened, in microseconds; never before the one ahead of it. Across machines the wall clocks decide."""
+    times: list[int] = []
+    offset, before = 0, None
+    for event in events:
+        own = round(event.monotonic * 1e6)
+        if before is not None and event.clock != before.clock:
+            offset = times[-1] + max(0, round(event.wall * 1e6) - round(before.wall * 1e6)) - own
+        times.append(max(own + offset, times[-1] if times else own + offset))
+        before = event
+    return times

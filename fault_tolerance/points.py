@@ -1,0 +1,23 @@
+"""The points that a rank passes (`Monitor.at`), and what the time from each of them on is spent on. Free of torch."""
+
+POINTS = {
+    "fetch": "start",
+    "load": "start",
+    "verify": "start",
+    "restore": "start",
+    "data": "train",
+    "forward": "train",
+    "backward": "train",
+    "bucket": "train",
+    "reduce": "train",
+    "agree": "train",
+    "optimizer": "train",
+    "validate": "validation",
+    "write": "checkpoint",
+    "commit": "checkpoint",
+    "prune": "checkpoint",
+    "replicate": "checkpoint",
+    "mirror": "checkpoint",
+    "publish": "checkpoint",
+}
+"""Point -> phase."""

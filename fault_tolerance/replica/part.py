@@ -1,0 +1,148 @@
+"""One rank's part of a replica: its shard, as in a checkpoint, and a table of what is in it, under a hash of its own.
+
+So a part can be verified wherever it lies, and parts of one save make up a checkpoint wherever they meet. Their `Origin` says
+which save that is.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bagualu.fault_tolerance.checkpoint import format
+from bagualu.fault_tolerance.checkpoint.blocks import open_shard, read_blocks
+from bagualu.fault_tolerance.checkpoint.durable import durable_file, write_all
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError, Manifest, StoredBox, StoredFile, StoredTensor, digest
+from bagualu.fault_tolerance.checkpoint.shard import Piece, write_shard
+
+_HASH_LENGTH = 32
+
+
+@dataclass(frozen=True, order=True)
+class Origin:
+    """The save that a part comes from: parts of different ones are never mixed."""
+
+    step: int
+    session: str
+    """The start of the run during which it was made."""
+    run: str
+    ranks: int
+    """How many parts there are in all."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a part is and holds, as plain JSON but for its origin."""
+
+    origin: Origin
+    metadata: dict[str, Any]
+    report: dict[str, Any]
+    """What `write_shard` said of the shard."""
+
+    def encode(self) -> bytes:
+        content = json.dumps(asdict(self), allow_nan=False, separators=(",", ":")).encode()
+        return digest(content).encode() + content
+
+    @staticmethod
+    def decode(raw: bytes) -> "Table":
+        """Raises ValueError when a byte differs from what was written."""
+        hashed, content = raw[:_HASH_LENGTH], raw[_HASH_LENGTH:]
+        if digest(content).encode() != hashed:
+            raise ValueError("does not match its own hash")
+        fields = json.loads(content)
+        return Table(Origin(**fields["origin"]), fields["metadata"], fields["report"])
+
+    def manifest(self, rank: int) -> Manifest:
+        """Of the shard of `rank` alone."""
+        about, boxes = self.report["file"], dict[str, list[StoredBox]]()
+        for entry in self.report["boxes"]:
+            stored = {**entry["stored"], **{key: tuple(entry["stored"][key]) for key in ("offset", "shape", "hashes")}}
+            boxes.setdefault(entry["name"], []).append(StoredBox(**stored))
+        kinds = {entry["name"]: (tuple(entry["global_shape"]), entry["dtype"]) for entry in self.report["boxes"]}
+        tensors = {name: StoredTensor(*kind, tuple(boxes[name])) for name, kind in kinds.items()}
+        files = {shard_name(rank): StoredFile(**about)} if about else {}
+        return Manifest(self.origin.step, self.metadata, format.BLOCK_BYTES, files, tensors)
+
+
+def shard_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def table_name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def part_of(name: str) -> int:
+    """The rank whose shard or table is called `name`."""
+    return int(name.removeprefix("rank-").split(".")[0])
+
+
+def parts_in(folder: Path) -> list[int]:
+    """Ranks whose tables lie in `folder`."""
+    return sorted(part_of(path.name) for path in folder.glob("rank-*.json"))
+
+
+def write_part(folder: Path, rank: int, pieces: Iterable[Piece], metadata: dict[str, Any], origin: Origin) -> None:
+    """Write shard and table of `rank`; no shard when it holds nothing. Raises OSError, ValueError."""
+    write_table(folder, rank, Table(origin, metadata, write_shard(folder / shard_name(rank), pieces)))
+
+
+def write_table(folder: Path, rank: int, table: Table) -> None:
+    """Raises OSError, ValueError."""
+    with durable_file(folder / table_name(rank)) as descriptor:
+        write_all(descriptor, table.encode())
+
+
+def read_table(folder: Path, rank: int) -> Table:
+    """The table of `rank`'s part in `folder`, and a look at the size of the shard. Raises CheckpointError."""
+    path = folder / table_name(rank)
+    try:
+        table = Table.decode(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    manifest = table.manifest(rank)
+    for name in manifest.files:
+        open_shard(folder, manifest, name, check_header=False).close()
+    return table
+
+
+def verify_part(folder: Path, rank: int, origin: Origin) -> Table:
+    """The table of `rank`'s part, every byte of whose shard has been read and verified. Raises CheckpointError."""
+    table = read_table(folder, rank)
+    if table.origin != origin:
+        raise CheckpointError(f"{folder / table_name(rank)} is of another save")
+    manifest = table.manifest(rank)
+    buffer = bytearray(manifest.block_bytes if manifest.files else 0)
+    for name in manifest.files:
+        with open_shard(folder, manifest, name) as shard:
+            for tensor_name, tensor in manifest.tensors.items():
+                where = f"{folder}: tensor {tensor_name} in {name}"
+                for box in tensor.boxes:
+                    for block in range(len(box.hashes)):
+                        into = memoryview(buffer)[: tensor.bytes_of(box) - block * manifest.block_bytes]
+                        read_blocks(shard, where, box, manifest.block_bytes, block, into)
+    return table
+
+
+def whole(tables: dict[int, Table]) -> Manifest:
+    """The manifest of all parts together, by rank. Raises CheckpointError when they do not make up whole tensors."""
+    merged = replace(tables[0].manifest(0), files={}, tensors={})
+    boxes: dict[str, list[StoredBox]] = {}
+    for rank, table in sorted(tables.items()):
+        manifest = table.manifest(rank)
+        merged.files.update(manifest.files)
+        for name, tensor in manifest.tensors.items():
+            before = merged.tensors.setdefault(name, tensor)
+            if (before.shape, before.dtype) != (tensor.shape, tensor.dtype):
+                raise CheckpointError(f"tensor {name} is {before.shape} {before.dtype} on an earlier rank, "
+                                      f"{tensor.shape} {tensor.dtype} on rank {rank}")  # fmt: skip
+            boxes.setdefault(name, []).extend(tensor.boxes)
+    for name, tensor in merged.tensors.items():
+        merged.tensors[name] = replace(tensor, boxes=tuple(boxes[name]))
+    wrong = merged.problem()
+    if wrong:
+        raise CheckpointError(wrong)
+    return merged

@@ -1,0 +1,158 @@
+"""Each rank's state kept in memory: on its own node and, where there are several nodes, on a partner's.
+
+    every rank    write own part | send it to the partner, verify what came | wait | the node's leader renames | wait
+    until then the replica before is the newest; from the second wait on, every node has the new one
+
+A process that dies leaves its node's memory as it was, a node that dies leaves its copies with the partners. Two generations are
+there between saves; the older one goes when the next save begins, so that memory never holds three.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.group import Group
+from bagualu.fault_tolerance.checkpoint.directory import discard
+from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_name
+from bagualu.fault_tolerance.checkpoint.shard import Piece
+from bagualu.fault_tolerance.replica.part import Origin, shard_name, table_name, verify_part, write_part
+from bagualu.fault_tolerance.replica.recover import Replica, survey
+from bagualu.fault_tolerance.replica.site import open_site
+from bagualu.fault_tolerance.replica.transfer import Transfer, deliver
+
+GENERATIONS = 2
+_MARGIN = 1.05
+"""Headers, tables and whole pages."""
+log = logging.getLogger(__name__)
+
+
+class Replicas:
+    """Of one run, for the ranks of `group`. Every method is collective over it."""
+
+    def __init__(self, scratch: Path, run: str, session: str, group: Group, device: torch.device) -> None:
+        """`scratch`: a folder in memory that this node's ranks share. `run`: the same for all starts of one run, no other's.
+        `session`: tells this start from all others, the same on every rank, and sorts after those before.
+
+        Raises OSError.
+        """
+        self.site = open_site(scratch, run, session, group, device)
+        self.off = False
+        """Memory ran out, or something else failed: no more replicas are made by this process."""
+
+    def check_room(self, own_bytes: int) -> None:
+        """Raises RecipeError on every rank when any node has too little memory for replicas of which this rank's part takes
+        `own_bytes`."""
+        site, nodes = self.site, self.site.nodes
+        room = {"free": site.free_bytes(), "folder": str(site.root.parent)} if site.leads else {}
+        told = gather_json({"bytes": own_bytes, **room}, site.group, site.device)
+        for node, members in enumerate(nodes.members):
+            here, leader = [*members, *(other for member in members for other in nodes.kept_for[member])], told[members[0]]
+            needs = GENERATIONS * int(_MARGIN * sum(told[one]["bytes"] for one in here))
+            if leader["free"] < needs:
+                raise RecipeError(
+                    f"checkpoint.replica_every needs {_gigabytes(needs)} of memory in {leader['folder']} on node {node} (rank "
+                    f"{site.group.ranks[members[0]]}), {GENERATIONS} generations of {len(here)} ranks' state, and has "
+                    f"{_gigabytes(leader['free'])}; give it more (a bigger /dev/shm, more nodes) or checkpoint.replica_every=0"
+                )
+
+    def candidates(self) -> list[Replica]:
+        """What can be gone on from, newest first: replicas whose parts are all there, as far as a quick look shows."""
+        return survey(self.site)
+
+    def start(self, step: int | None) -> None:
+        """The run goes on from the replica of `step`, or not from a replica: those that it leaves behind are removed."""
+
+        def settle() -> None:
+            self.site.forget(GENERATIONS if step is not None else 0, -1 if step is None else step)
+            self.site.begin()
+
+        self.site.on_all(settle)
+
+    def keep(self, step: int, pieces: Iterable[Piece], metadata: dict[str, Any]) -> None:
+        """Keep the state after `step` steps. What fails is said once, and ends replicas, not the run.
+
+        The pieces of all ranks together hold every element of every tensor exactly once; `metadata` is plain JSON, the same on
+        all ranks.
+        """
+        if self.off:
+            return
+        site = self.site
+        temporary = site.root / f".saving-{step_name(step)}-{site.session}"
+        try:
+            self._make(step, temporary, pieces, metadata)
+        except CheckpointError as error:
+            self.off = True
+            shutil.rmtree(temporary, ignore_errors=True)
+            if site.group.rank == 0:
+                log.warning("step %d: no replica: %s; there will be no more, training goes on with checkpoints alone", step, error)
+
+    def _make(self, step: int, temporary: Path, pieces: Iterable[Piece], metadata: dict[str, Any]) -> None:
+        site, group = self.site, self.site.group
+        group.monitor.at("replicate")
+        site.on_all(lambda: site.forget(keep=1))
+        origin = Origin(step, site.session, site.run, group.size)
+
+        def write() -> None:
+            temporary.mkdir(exist_ok=True)
+            write_part(temporary, group.rank, pieces, metadata, origin)
+
+        site.on_all(write)
+        if site.nodes.count > 1:
+            group.monitor.at("mirror")
+            self._copy(temporary, origin)
+        group.monitor.at("publish")
+        site.on_all(lambda: self._commit(temporary, step))
+
+    def _copy(self, temporary: Path, origin: Origin) -> None:
+        """Send this rank's part to its partner; verify those that came."""
+        site, group = self.site, self.site.group
+        names = (shard_name, table_name)
+        own = torch.tensor([_size(temporary / name(group.rank)) for name in names], device=site.device)
+        sizes = own.new_empty((group.size, len(names)))
+        group.all_gather(sizes, own)
+        transfers = [
+            Transfer(position, partner, name(position), size)
+            for position, (partner, row) in enumerate(zip(site.nodes.partners, sizes.tolist(), strict=True))
+            for name, size in zip(names, row, strict=True)
+            if partner is not None
+        ]
+
+        def send_and_verify() -> None:
+            deliver(transfers, temporary, temporary, group, site.device)
+            for position in site.nodes.kept_for[group.rank]:
+                verify_part(temporary, position, origin)
+
+        site.on_all(send_and_verify)
+
+    def _commit(self, temporary: Path, step: int) -> None:
+        if self.site.leads:
+            final = temporary.with_name(step_name(step))
+            if final.exists():  # of another way, that the run has left
+                discard(final)
+            os.rename(temporary, final)
+
+    def forget_after(self, step: int) -> None:
+        """The run goes back to `step`: what came after is of no use any more. Raises CheckpointError."""
+        self.site.on_all(lambda: self.site.forget(GENERATIONS, step))
+
+    def remove(self) -> None:
+        """The run has ended: give the memory back."""
+        site = self.site
+        site.group.barrier()
+        if site.leads:
+            shutil.rmtree(site.root, ignore_errors=True)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"

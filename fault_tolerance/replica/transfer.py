@@ -1,0 +1,107 @@
+"""Files from the memory of one node to that of another, through the collectives that the backend has.
+
+All pairs take part in rounds of all_to_all: no order of sends and receives to get wrong, so none that could lock up.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bagualu.comm.group import Group
+
+CHUNK_BYTES = 16 * 2**20
+"""What one rank sends another in a round, at most."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A file for another rank, which gets it under the same name. Positions in the group."""
+
+    source: int
+    destination: int
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    name: str
+    at: int
+    bytes: int
+
+
+def deliver(transfers: Sequence[Transfer], outbox: Path, inbox: Path, group: Group, device: torch.device) -> None:
+    """Carry files of the sources' `outbox` into the destinations' `inbox`. Collective: all give the same transfers.
+
+    What arrives is to be verified: a rank that cannot read or write goes through all rounds all the same, so that nobody waits for
+    it, and raises OSError afterwards.
+    """
+    pairs: dict[tuple[int, int], list[_Chunk]] = {}
+    for transfer in transfers:
+        pairs.setdefault((transfer.source, transfer.destination), []).extend(_chunks(transfer))
+    going = {there: chunks for (source, there), chunks in pairs.items() if source == group.rank}
+    coming = {source: chunks for (source, there), chunks in pairs.items() if there == group.rank}
+    problem: OSError | None = None
+    for turn in range(max(map(len, pairs.values()), default=0)):
+        sent = [_at(going.get(position), turn) for position in range(group.size)]
+        got = [_at(coming.get(position), turn) for position in range(group.size)]
+        sizes = [chunk.bytes if chunk else 0 for chunk in sent]
+        expected = [chunk.bytes if chunk else 0 for chunk in got]
+        outgoing, incoming = torch.empty(sum(sizes), dtype=torch.uint8), torch.empty(sum(expected), dtype=torch.uint8)
+        try:
+            for chunk, data in zip(sent, _cut(outgoing, sizes), strict=True):
+                if chunk:
+                    _read(outbox / chunk.name, chunk.at, data)
+        except OSError as error:
+            problem = problem or error
+        arrived = incoming.to(device)
+        group.all_to_all(arrived, outgoing.to(device), expected, sizes)
+        try:
+            for chunk, data in zip(got, _cut(arrived.cpu(), expected), strict=True):
+                if chunk and problem is None:
+                    _write(inbox / chunk.name, chunk.at, data)
+        except OSError as error:
+            problem = problem or error
+    if problem is not None:
+        raise problem
+
+
+def _chunks(transfer: Transfer) -> Iterator[_Chunk]:
+    for at in range(0, transfer.bytes, CHUNK_BYTES):
+        yield _Chunk(transfer.name, at, min(CHUNK_BYTES, transfer.bytes - at))
+
+
+def _at(chunks: list[_Chunk] | None, turn: int) -> _Chunk | None:
+    return chunks[turn] if chunks and turn < len(chunks) else None
+
+
+def _cut(data: torch.Tensor, sizes: list[int]) -> list[memoryview]:
+    return [part.numpy().data for part in data.split(sizes)]
+
+
+def _read(path: Path, at: int, into: memoryview) -> None:
+    """Fill `into` from byte `at` of the file. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        filled = 0
+        while filled < len(into):
+            count = os.preadv(descriptor, [into[filled:]], at + filled)
+            if not count:
+                raise OSError(f"{path} ends too early")
+            filled += count
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, at: int, data: memoryview) -> None:
+    """Write `data` at byte `at` of the file, which is made if need be. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(descriptor, data[done:], at + done)
+    finally:
+        os.close(descriptor)

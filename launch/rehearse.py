@@ -1,0 +1,133 @@
+"""`bagualu rehearse`: run a recipe under planned faults, say what was survived and what it cost. Free of torch until it runs."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.damaged import list_set_aside
+from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.fault_tolerance.config import RestartConfig
+from bagualu.fault_tolerance.injection.plan import EXAMPLE, parse
+from bagualu.fault_tolerance.injection.record import FAULTS, Record
+from bagualu.fault_tolerance.injection.report import Trace, outcomes
+from bagualu.fault_tolerance.ledger.events import read
+from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute
+from bagualu.launch.run import run
+from bagualu.launch.usage import Request
+from bagualu.trainer import preflight
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.outcome import DONE, FAILED
+from bagualu.trainer.recipe import compose, save_recipe
+
+_WIDTH = 120
+"""Columns that the table takes at least."""
+_NUMBERS = ("recovery", "steps lost")
+
+
+def rehearse(request: Request, entrypoint: str | None) -> tuple[int, Any]:
+    """Rehearse; exit code (0 only when everything was survived as promised) and the document for --json."""
+    recipe = compose(request.overrides)
+    workers = preflight.workers_per_node(recipe)
+    faults = [str(fault) for fault in recipe.planned_faults(workers)]
+    if not faults:
+        raise RecipeError(f"bagualu rehearse needs faults; give e.g. {EXAMPLE}, or faults=random:5")
+    folder = preflight.free(Path(f"{recipe.run.dir}-rehearsal"))
+    restart = _budget(recipe.restart, faults, request.overrides)
+    rehearsed = _in(folder / "rehearsed", replace(recipe, faults=faults, restart=restart))
+    reference = _in(folder / "uninterrupted", replace(recipe, faults=[])) if request.compare else None
+    runs = [one for one in (reference, rehearsed) if one]
+    for one in runs:
+        preflight.check(one, one.world_size())
+        preflight.check_machine(one)
+    for one in runs:
+        save_recipe(one)
+        print(f"bagualu: {one.run.dir}, {len(one.faults)} faults planned", file=sys.stderr, flush=True)
+        code, summary = run(one, workers, request.overrides, entrypoint, quiet_stdout=True)
+        if one is reference and code != DONE:
+            return code, summary
+    document = _document(rehearsed, summary, reference)
+    if not request.json:
+        _show(document)
+    return DONE if document["as_promised"] else FAILED, document
+
+
+def _in(folder: Path, recipe: Recipe) -> Recipe:
+    """The same run in `folder`, from its start."""
+    return replace(
+        recipe, run=replace(recipe.run, dir=str(folder)), checkpoint=replace(recipe.checkpoint, resume=False)
+    )  # fmt: skip
+
+
+def _budget(restart: RestartConfig, faults: list[str], overrides: list[str]) -> RestartConfig:
+    """Restarts for as many faults, without growing pauses, where nothing else was asked for: no run fails as often as this."""
+    typed = {text.split("=")[0] for text in overrides}
+    restarts = sum(parse(fault).ends_process for fault in faults)
+    fitting: dict[str, Any] = {"limit": restart.limit + restarts, "backoff_seconds": 0.0}
+    return replace(restart, **{key: value for key, value in fitting.items() if f"restart.{key}" not in typed})
+
+
+def _document(rehearsed: Recipe, summary: dict[str, Any], reference: Recipe | None) -> dict[str, Any]:
+    folder = Path(rehearsed.run.dir)
+    events = read(folder)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    damaged = [path.name for path in list_set_aside(folder / "checkpoints")]
+    rows = outcomes(rehearsed.faults, Trace(Record(folder / FAULTS).strikes(), events, metrics, damaged))
+    done = summary["ended"] == "done"
+    document = {
+        "ended": summary["ended"],
+        "run_dir": str(folder),
+        "faults": [asdict(row) for row in rows],
+        "survived": sum(row.survived for row in rows),
+        "planned": len(rows),
+        "ledger": attribute(events),
+    }
+    if not done:
+        document["cause"] = summary.get("cause")
+    differing = _differences(rehearsed, reference) if reference and done else None
+    if differing is not None:
+        document |= {"equal": not differing, "differences": differing, "reference": reference.run.dir if reference else None}
+    document["as_promised"] = done and not differing and all(row.survived for row in rows)
+    return document
+
+
+def _differences(one: Recipe, other: Recipe) -> list[str]:
+    """Between their final states."""
+    from bagualu.fault_tolerance.checkpoint.compare import differences  # imports torch: the runs have too
+
+    ends = [latest(Path(recipe.run.dir) / "checkpoints") for recipe in (one, other)]
+    assert ends[0] is not None
+    assert ends[1] is not None
+    return differences(ends[0], ends[1])
+
+
+def _show(document: dict[str, Any]) -> None:
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("fault", "struck", "noticed", "answered", "recovery", "steps lost"):
+        table.add_column(name, no_wrap=name == "fault", overflow="fold", justify="right" if name in _NUMBERS else "left")
+    for row in document["faults"]:
+        struck = "never" if row["struck_at"] is None else f"step {row['struck_at']}" + (row["did"] and f", {row['did']}")
+        recovery = "" if row["recovery_seconds"] is None else f"{row['recovery_seconds']:.1f} s"
+        lost = "" if row["steps_lost"] is None else str(row["steps_lost"])
+        table.add_row(row["fault"], struck, row["noticed"], row["answered"], recovery, lost)
+    console = Console()
+    console.width = max(console.width, _WIDTH)
+    console.print(table)
+    counts = f"survived {document['survived']} of {document['planned']} faults"
+    print(f"{document['run_dir']}: {counts}; the run ended: {document['ended']}")
+    if "equal" in document:
+        differing = document["differences"]
+        print("final state equal to the uninterrupted run, bit for bit" if not differing
+              else f"final state differs from the uninterrupted run: {differing[0]} and {len(differing) - 1} more")  # fmt: skip
+    ledger = document["ledger"]
+    print(
+        "wall time",
+        f"{ledger['wall']:.1f} s:",
+        ", ".join(f"{name} {ledger[name]:.1f} s" for name in CATEGORIES if ledger[name] >= 0.05),
+    )

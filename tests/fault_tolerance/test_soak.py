@@ -1,0 +1,106 @@
+"""Many faults, one after the other, drawn from a seed: the run ends as if nothing had happened, and leaves nothing behind."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bagualu.fault_tolerance.injection.plan import DRAWN
+from bagualu.launch.cli import main
+from bagualu.trainer import run as whole_run
+from bagualu.trainer.recipe import load_recipe
+from tests.standing import (
+    Leftovers,
+    assert_every_sample_once,
+    assert_ledger_adds_up,
+    assert_lost_at_most,
+    assert_same_run,
+)
+
+ROOT = Path(__file__).parents[2]
+EVERY = 4
+RECIPE = [
+    "recipe=tiny_dense", "data.source=random", "data.sequence_length=8", "data.global_batch=8", "train.micro_batch=1",
+    "model.layers=2", "model.hidden=8", "model.heads=2", "model.kv_heads=2", "model.ffn=16", "model.vocab=64",
+    "train.dtype=float64", "train.validate_every=10", "train.validation_sequences=3", "log.progress=off",
+    f"checkpoint.every={EVERY}", "parallel.data=2", "parallel.pipeline=2",
+]  # fmt: skip
+ENTRYPOINT = "tests.standing:train_noting_samples"
+
+
+@pytest.fixture
+def leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leftovers]:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    watch = Leftovers(temporary)
+    yield watch
+    watch.assert_none()
+
+
+def assert_stood(folder: Path, document: dict[str, Any], count: int, seconds: float) -> None:
+    rehearsed, reference = folder / "rehearsed", folder / "uninterrupted"
+    recipe = load_recipe(rehearsed / "config.yaml")
+    assert (document["planned"], document["survived"]) == (count, count), document["faults"]
+    assert document["as_promised"]
+    assert_same_run(rehearsed, reference)
+    assert_every_sample_once(rehearsed, recipe)
+    assert_ledger_adds_up(rehearsed, seconds)
+    assert_lost_at_most(rehearsed, 3 * EVERY)  # the newest may be damaged, the next one still on its way to the disk
+    assert document["ledger"]["restarts"] == sum(row["recovery_seconds"] is not None for row in document["faults"])
+
+
+def soak_as_threads(folder: Path, steps: int, seed: int, capsys: pytest.CaptureFixture[str], *more: str) -> set[str]:
+    """20 faults in `steps` steps; their kinds."""
+    words = [
+        *RECIPE, "comm.backend=simulated", f"run.dir={folder}/run", f"run.seed={seed}", f"train.steps={steps}",
+        "faults=random:20", "--json", *more,
+    ]  # fmt: skip
+    started = time.monotonic()
+    code = main(["rehearse", *words], ENTRYPOINT)
+    out, err = capsys.readouterr()
+    assert code == 0, err[-4000:]
+    document: dict[str, Any] = json.loads(out)
+    assert_stood(folder / "run-rehearsal", document, 20, time.monotonic() - started)
+    return {row["fault"].split("@")[0] for row in document["faults"]}
+
+
+@pytest.fixture
+def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring takes 0.2 s a start."""
+    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
+    monkeypatch.setattr(whole_run, "assemble", whole_run.assemble)  # put back after the entrypoint
+
+
+@pytest.mark.usefixtures("_known_ceiling")
+def test_20_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str], leftovers: Leftovers) -> None:
+    assert soak_as_threads(tmp_path, 44, 11, capsys) == set(DRAWN)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_known_ceiling")
+@pytest.mark.timeout(1800)
+def test_200_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str], leftovers: Leftovers) -> None:
+    for seed in range(10):
+        soak_as_threads(tmp_path / str(seed), 60, seed, capsys, f"checkpoint.replica_every={seed % 3}")
+
+
+def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers) -> None:
+    words = [
+        *RECIPE, "comm.backend=gloo", f"run.dir={tmp_path}/run", "train.steps=16", "launch.threads=1", "--json",
+        "faults=[kill@step=3:rank=2:at=reduce, slow@step=5:rank=0:steps=2, corrupt@step=6, exception@step=7:rank=0:at=optimizer,"
+        "stop@step=10:rank=3:seconds=0.5, kill@step=14:rank=0:at=backward]",
+    ]  # fmt: skip
+    command = f"import sys; from bagualu.launch.cli import main; sys.exit(main(entrypoint='{ENTRYPOINT}'))"
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", command, "rehearse", *words], cwd=ROOT, env=leftovers.environment, capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_stood(tmp_path / "run-rehearsal", json.loads(done.stdout), 6, time.monotonic() - started)
