@@ -8,6 +8,7 @@ POINTS = {
     "data": "train",
     "forward": "train",
     "backward": "train",
+    "bucket": "train",
     "reduce": "train",
     "bucket": "train",
     "agree": "train",

@@ -24,8 +24,8 @@ verbs:
 {verbs}
 
 `bagualu VERB --help` says more. Keys are those of a recipe: recipe=tiny train.steps=100
-exit codes: 0 done, 2 wrong usage or recipe, 75 stopped on request with a checkpoint saved, 76 the same step fails again and
-again, else a failure"""
+exit codes: 0 done, 2 wrong usage or recipe, 75 stopped on request with a checkpoint saved,
+76 the same step fails again and again, else a failure"""
 
 _TRAIN = """\
 usage: bagualu train [recipe=NAME] [key=value ...] [--cfg job] [--json] [-m]

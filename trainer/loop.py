@@ -130,7 +130,7 @@ class Loop:
         self.checkpoints.finish()
         done, self.checkpoints.newest = roll_back(self.parts, step + 1, result.verdict)
         if self.replication:
-            self.replication.replicas.forget_after(done)
+            self.replication.go_back(done)
         self._due = False
         for sink in self.sinks:
             sink.rewind(done)

@@ -57,6 +57,10 @@ class Replication:
         if from_memory and self.parts.mesh.at("world") == 0:
             print(f"going on from {resumed.source}", file=sys.stderr, flush=True)
 
+    def go_back(self, step: int) -> None:
+        """The run has gone back to `step`: what memory holds of later steps is of the way it has left."""
+        self.replicas.forget_after(step)
+
     def after_step(self, step: int) -> None:
         """Keep the state after `step` steps, if it is time to."""
         if step % self.parts.recipe.checkpoint.replica_every == 0:

@@ -44,7 +44,7 @@ def test_help_lists_every_verb_and_every_recipe(capsys):
     ("words", "fix"),
     [
         (["trian"], "did you mean bagualu train?"),
-        (["recipe=tiny"], "there are train, slurm, checkpoint"),
+        (["recipe=tiny"], "there are train, slurm, rehearse, checkpoint"),
         (["checkpoint"], "bagualu checkpoint list runs/tiny"),
         (["checkpoint", "list", "/no/such/run"], "/no/such/run/checkpoints does not exist"),
         (["train", "--frobnicate"], "bagualu train --help"),
@@ -62,7 +62,7 @@ def test_help_lists_every_verb_and_every_recipe(capsys):
         (["train", "launch.workers=3"], "needs 4 ranks but the world has 3"),
         (["train", "launch.workers=8"], "needs 4 ranks but the world has 8"),
         (["train", "launch.nodes=3"], "launch.nodes=3 do not divide the 4 ranks"),
-        (["train", "launch.nodes=0"], "launch.nodes and launch.workers must be at least 1"),
+        (["train", "launch.nodes=0"], "launch.nodes=0 must be at least 1"),
         (["train", "parallel.tensor=0"], "give parallel.tensor=1"),
         (["train", "parallel.balance=3"], "give uniform or a list of 2 layer counts"),
         (["train", "parallel.engine=fsdp"], "give parallel.engine=native"),
