@@ -1,4 +1,4 @@
-"""What a recipe says about faults: checkpoints, going on after a failure, slow ranks. Free of torch."""
+"""What a recipe says about checkpoints, steps that go wrong, going on after a failure, and slow ranks. Free of torch."""
 
 from dataclasses import dataclass, field
 
@@ -65,6 +65,68 @@ class RestartConfig:
             refuse_unused("restart", self, ["long_hang_seconds"], "restart.hang_seconds=0")
         if not self.elastic:
             refuse_unused("restart", self, ["min_workers"], "restart.elastic=false")
+
+
+POLICIES = ("retry", "skip", "rollback", "stop")
+
+
+@dataclass
+class GuardConfig:
+    """`guard.*` of a recipe: what becomes of a step whose figures are wrong, or of hardware that computes wrongly.
+
+    retry: compute it again from the same weights and samples. Fine this time: it was the hardware. The same again: skip.
+    skip: no update, the samples count as used. rollback: back to a checkpoint, and the samples that led here are left out.
+    stop: the run ends.
+    """
+
+    on_nonfinite: str = "retry"
+    """retry | skip | rollback | stop: a loss or gradient that is not finite. (float16's overflows lower the loss scale instead.)"""
+    on_spike: str = "retry"
+    """retry | skip | rollback | stop: a loss or gradient norm far above those of the steps before."""
+    on_disagreement: str = "retry"
+    """retry | rollback | stop: ranks that should hold or compute the same do not. retry repairs what it can from another rank
+    and rolls back where nobody holds the same; nothing is left out."""
+    spike_factor: float = 10.0
+    """How many times the median a gradient norm must be to count as a spike, beyond the usual scatter; 0 looks for none."""
+    loss_spike_factor: float = 2.0
+    """The same for the loss."""
+    spike_window: int = 64
+    """Steps before this one that say what is usual."""
+    rollback_window: int = 1
+    """Steps, up to the bad one, whose samples are left out after a rollback."""
+    limit: int = 5
+    """Steps skipped or taken back in a row before the run stops."""
+    check_every: int = 10
+    """Steps between checks of weights and optimizer state for damage; 0 never checks."""
+    audit_every: int = 0
+    """Steps between audits, whose gradients are computed twice and compared: an N-th more time for every N-th step; 0 never."""
+    leave_out: list[int] = field(default_factory=list)
+    """Steps, from 1, whose samples are not to be learnt from."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether attempts at a step are compared bit by bit."""
+        return self.audit_every > 0 or "retry" in (self.on_nonfinite, self.on_spike)
+
+    def validate(self, saves: bool) -> None:
+        """`saves`: whether the run makes checkpoints as it goes."""
+        for name in ("on_nonfinite", "on_spike", "on_disagreement"):
+            policies = [one for one in POLICIES if (name, one) != ("on_disagreement", "skip")]
+            policy = getattr(self, name)
+            if policy not in policies:
+                why = ": to skip a step does not repair what is damaged" if policy == "skip" else " is unknown"
+                raise RecipeError(f"guard.{name}={policy}{why}; give one of {', '.join(policies)}")
+            if policy == "rollback" and not saves:
+                raise RecipeError(f"guard.{name}=rollback needs checkpoints to go back to; give checkpoint.every, "
+                                  f"or guard.{name}={'skip' if 'skip' in policies else 'stop'}")  # fmt: skip
+        for name in ("spike_factor", "loss_spike_factor"):
+            if getattr(self, name) != 0 and getattr(self, name) <= 1:
+                raise RecipeError(f"guard.{name}={getattr(self, name)} must be above 1, or 0 to look for no spikes")
+        for name, least in (("spike_window", 4), ("rollback_window", 1), ("limit", 0), ("check_every", 0), ("audit_every", 0)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"guard.{name}={getattr(self, name)} must be at least {least}")
+        if any(step < 1 for step in self.leave_out):
+            raise RecipeError(f"guard.leave_out={self.leave_out} counts steps from 1, as metrics.jsonl does; e.g. [7,8]")
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The points that a rank passes (`Monitor.at`), and what the time from each of them on is spent on. Free of torch."""
 
 POINTS = {
+    "fetch": "start",
     "load": "start",
     "verify": "start",
     "restore": "start",
@@ -8,11 +9,16 @@ POINTS = {
     "forward": "train",
     "backward": "train",
     "reduce": "train",
+    "bucket": "train",
     "agree": "train",
     "optimizer": "train",
+    "discard": "discarded",
     "validate": "validation",
     "write": "checkpoint",
     "commit": "checkpoint",
     "prune": "checkpoint",
+    "replicate": "checkpoint",
+    "mirror": "checkpoint",
+    "publish": "checkpoint",
 }
 """Point -> phase."""

@@ -20,7 +20,7 @@ from bagualu.fault_tolerance.injection.fault import ProcessKilled
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
 from bagualu.launch import member, rendezvous
 from bagualu.launch.agent import Agent, Killed, Left
-from bagualu.launch.board import Ending
+from bagualu.launch.board import LEAVE_SECONDS, Ending
 from bagualu.launch.meeting import Meeting
 from bagualu.launch.restart import Restarts, announcement, resuming
 from bagualu.launch.scratch import scratch
@@ -70,7 +70,8 @@ def run_processes(
         if ended.failure is None or ended.failure.kind != "stopped":  # a node that leaves ends nothing for the others
             ending.say({"summary": ended.summary, "failure": ended.failure and ended.failure.as_dict()})
             place.handler.shutdown()
-            ending.wait_for(agent.nodes - 1)
+            ending.heard()
+            ending.wait_for(agent.nodes)
         return ended
 
 
@@ -92,6 +93,9 @@ def _supervise(agent: Agent, ending: Ending) -> Ended:
         return Ended(failure=failure(0, "restart", error, time.time()))
     if result is None:
         return _said(ending.heard())
+    if agent.failure and agent.failure.kind == "peer" and result.is_failed() and agent.nodes > 1:
+        cause = ending.heard(LEAVE_SECONDS)  # here ranks only lost peers: the node that knows why says it
+        return _said(cause) if cause else Ended(failure=agent.failure)
     return Ended(failure=agent.failure) if result.is_failed() else Ended(agent.summary, speaks=agent.has_rank_0)
 
 

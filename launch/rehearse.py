@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.damaged import list_set_aside
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.config import RestartConfig
 from bagualu.fault_tolerance.injection.plan import EXAMPLE, parse
 from bagualu.fault_tolerance.injection.record import FAULTS, Record
-from bagualu.fault_tolerance.injection.report import outcomes
+from bagualu.fault_tolerance.injection.report import Trace, outcomes
 from bagualu.fault_tolerance.ledger.events import read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute
 from bagualu.launch.run import run
@@ -76,7 +77,8 @@ def _document(rehearsed: Recipe, summary: dict[str, Any], reference: Recipe | No
     folder = Path(rehearsed.run.dir)
     events = read(folder)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = outcomes(rehearsed.faults, Record(folder / FAULTS).strikes(), events, metrics)
+    damaged = [path.name for path in list_set_aside(folder / "checkpoints")]
+    rows = outcomes(rehearsed.faults, Trace(Record(folder / FAULTS).strikes(), events, metrics, damaged))
     done = summary["ended"] == "done"
     document = {
         "ended": summary["ended"],

@@ -10,7 +10,7 @@ micro-batch's own gradient is as accurate as the chip's matrix product, which ke
 hands it over in the weight's dtype.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,8 @@ from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.sharding import ShardingPlan
 
 _NORM_PIECE = 2**10
+_SHARD_MULTIPLE = 8
+"""Elements. Every shard begins and ends at a whole number of 64-bit words, whatever its dtype, and can be read as such."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class BucketKind:
     reduction_axis: str
     partial_over: str | None
     tied: bool
+    copied_over: str | None
+    """The axis along which other ranks hold the same elements and compute the same gradient, beside the reduction axis."""
     counted: bool
     """Whether this rank's copy counts in the norm and in checkpoints, among the copies on other stages or tensor ranks."""
     decayed: bool
@@ -128,6 +132,7 @@ def _kind(name: str, local_name: str, parameter: torch.nn.Parameter, plan: Shard
         reduction_axis=placement.reduction_axis,
         partial_over=placement.partial_over if placement.partial_over and mesh.group(placement.partial_over).size > 1 else None,
         tied=tied,
+        copied_over="tensor" if "tensor" not in placement.axes and mesh.group("tensor").size > 1 else None,
         counted=placement.counted(mesh.layout, mesh.coordinates) and not copy_elsewhere,
         decayed=parameter.ndim >= 2,
     )
@@ -138,7 +143,8 @@ def _build(kind: BucketKind, members: list[tuple[str, torch.nn.Parameter]], mesh
     partitioned = zero >= 1 and group.size > 1
     first = members[0][1]
     numel = sum(parameter.numel() for _, parameter in members)
-    padded = -(-numel // group.size) * group.size
+    whole = group.size * _SHARD_MULTIPLE
+    padded = -(-numel // whole) * whole
     weights = torch.zeros(padded, dtype=first.dtype, device=first.device)
     gradients = torch.zeros(padded, dtype=accurate_dtype(first.dtype), device=first.device)
     entries, start = [], 0
@@ -159,6 +165,8 @@ class GradientReducer:
         """`fused`: kernels that know `gradient_sink` add their products straight into the bucket."""
         self.buckets = buckets
         self.mesh = mesh
+        self.before_reduction: Callable[[Bucket], None] | None = None
+        """Told of every bucket when this rank's own gradient is complete in it and nobody else's has been added."""
         self._sinks: list[GradientSink] = []
         for bucket in buckets:
             for entry in bucket.entries:
@@ -196,6 +204,9 @@ class GradientReducer:
             self._reduce(bucket)
 
     def _reduce(self, bucket: Bucket) -> None:
+        self.mesh.monitor.at("bucket")
+        if self.before_reduction is not None:
+            self.before_reduction(bucket)
         if bucket.kind.tied:
             self.mesh.group("ends").all_reduce(bucket.gradients)
         if bucket.kind.partial_over:

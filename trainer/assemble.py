@@ -7,6 +7,7 @@ import torch
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.guard.guard import Guard
 from bagualu.parallel.apply import parallelize
 from bagualu.parallel.data import Bucket, GradientReducer, build_buckets
 from bagualu.parallel.mesh import Mesh
@@ -41,6 +42,7 @@ class Parts:
     reducer: GradientReducer
     optimizer: ShardedAdamW
     scaler: LossScaler
+    guard: Guard
     device: torch.device
     updates: int = 0
     """Optimizer updates so far: the steps whose gradients were finite."""
@@ -66,6 +68,8 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
         activation_dtype=dtype,
         device=communicator.device,
     )
+    reducer = GradientReducer(buckets, mesh, fused=not recipe.train.compile)
+    optimizer = ShardedAdamW(buckets, recipe.optim)
     return Parts(
         recipe=recipe,
         mesh=mesh,
@@ -75,9 +79,10 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
         runner=runner,
         actions=schedule[mesh.at("pipeline")],
         buckets=buckets,
-        reducer=GradientReducer(buckets, mesh, fused=not recipe.train.compile),
-        optimizer=ShardedAdamW(buckets, recipe.optim),
+        reducer=reducer,
+        optimizer=optimizer,
         scaler=LossScaler.for_dtype(recipe.train.dtype),
+        guard=Guard(recipe.guard, mesh, reducer, optimizer),
         device=communicator.device,
     )
 

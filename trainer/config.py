@@ -11,7 +11,7 @@ from typing import Any
 from bagualu.comm.checks import require_at_least
 from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance.config import CheckpointConfig, RestartConfig, StragglerConfig
+from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig, StragglerConfig
 from bagualu.fault_tolerance.injection.fault import Fault
 from bagualu.fault_tolerance.injection.plan import Setting, expand, resolve
 from bagualu.parallel.config import ParallelConfig
@@ -135,6 +135,7 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     restart: RestartConfig = field(default_factory=RestartConfig)
     straggler: StragglerConfig = field(default_factory=StragglerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -155,6 +156,7 @@ class Recipe:
         for part in (self.model, self.data, self.train, self.optim, self.parallel, self.comm, self.checkpoint,
                      self.restart, self.straggler, self.launch, self.log):  # fmt: skip
             part.validate()
+        self.guard.validate(saves=self.checkpoint.every > 0)
         layout = self.parallel.layout(world)
         if self.train.compile and self.comm.backend == "simulated":
             raise RecipeError(

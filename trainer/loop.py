@@ -1,26 +1,25 @@
 """The loop over steps: train, record, validate, save, and stop where asked."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bagualu.fault_tolerance.checkpoint.format import step_of
+from bagualu.fault_tolerance.guard.verdict import Action
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.checkpoints import Checkpoints
 from bagualu.trainer.evaluate import Validation, validate
-from bagualu.trainer.outcome import FinalError
+from bagualu.trainer.outcome import GuardError
 from bagualu.trainer.replication import Replication
+from bagualu.trainer.rollback import roll_back
 from bagualu.trainer.sinks import Sink
 from bagualu.trainer.step import StepResult, train_step
 
-_MOST_DISCARDED = 50
-"""float16: steps discarded in a row before the run gives up; the loss scale has then fallen from any value to 1."""
-
-
-class DivergedError(FinalError):
-    """Loss or gradient is no longer finite."""
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -34,7 +33,8 @@ class Loop:
     checkpoints: Checkpoints
     stragglers: Stragglers
     replication: Replication | None = None
-    _discarded: int = 0
+    _due: bool = False
+    """A checkpoint waits for a step that goes well."""
     _busy_seconds: float = 0.0
     _steps_done: int = 0
 
@@ -45,6 +45,9 @@ class Loop:
         record: dict[str, Any] = {}
         while step < steps and not stopped:
             result, seconds = self._timed_step(step)
+            if result.verdict.action is Action.ROLLBACK:
+                step = self._go_back(step, result)
+                continue
             step += 1
             stopped = result.stop
             if stopped and self.sinks:  # on the rank that speaks, which may not be the one that was asked
@@ -55,16 +58,24 @@ class Loop:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
             for sink in self.sinks:
                 sink.write(record)
-            if self.replication:
+            if self.replication and result.committed:  # not committed: the state may be what is wrong
                 self.replication.after_step(step)
-            if every and step % every == 0 and step < steps and not stopped:
+            self._due |= bool(every) and step % every == 0
+            if self._due and result.committed and step < steps and not stopped:
                 self.checkpoints.save(step)
-        if step > first_step:
+                self._due = False
+        if not self._is_stored(step):
             self.checkpoints.save_last(step)
         if stopped and self.sinks:
             print(f"saved step {step}", file=sys.stderr, flush=True)
         ended = {"ended": "done" if step >= steps else "stopped", "step": step}
-        return {**record, **self._average(), **ended, **self._saved(), "stragglers": self.stragglers.ever()}
+        watched = {"guard": self.parts.guard.memory.summary(), "stragglers": self.stragglers.ever()}
+        return {**record, **self._average(), **ended, **self._saved(), **watched}
+
+    def _is_stored(self, step: int) -> bool:
+        """Whether a checkpoint holds the state after `step` steps; a run that goes on from memory may begin at its last step."""
+        newest = self.checkpoints.newest
+        return newest is not None and step_of(newest) == step
 
     def _saved(self) -> dict[str, Any]:
         saves = self.checkpoints
@@ -75,7 +86,11 @@ class Loop:
         result = train_step(self.parts, step, self.stop, self.checkpoints.status)
         seconds = time.perf_counter() - started
         self.checkpoints.settle(result.saving)
-        self._give_up_if_diverged(step, result)
+        if result.verdict.text and self.parts.mesh.at("world") == 0:
+            log.warning("%s", result.verdict.text)
+        if result.verdict.action is Action.STOP:
+            self.checkpoints.finish()
+            raise GuardError(result.verdict.text)
         if step > 0:  # the first step of all pays for warming up
             self._busy_seconds += seconds
             self._steps_done += 1
@@ -97,8 +112,29 @@ class Loop:
         if self.parts.recipe.model.moe.experts:
             record["balance_loss"] = result.balance_loss
         if self.parts.scaler.enabled:
-            record |= {"loss_scale": self.parts.scaler.scale, "discarded": not result.committed}
-        return record
+            record["loss_scale"] = self.parts.scaler.scale
+        return record | self._trouble(step, result)
+
+    def _trouble(self, step: int, result: StepResult) -> dict[str, Any]:
+        """What a record says of a step that did not go well at once."""
+        verdict, left_out = result.verdict, self.parts.guard.leaves_out(step)
+        record: dict[str, Any] = {} if result.committed else {"discarded": True}
+        if cause := verdict.cause or left_out:
+            record["cause"] = str(cause)
+        if verdict.ranks:
+            record["ranks"] = list(verdict.ranks)
+        return record if verdict.attempts == 1 else record | {"attempts": verdict.attempts}
+
+    def _go_back(self, step: int, result: StepResult) -> int:
+        """Take back step `step` (from 0) and those since a checkpoint; the steps done."""
+        self.checkpoints.finish()
+        done, self.checkpoints.newest = roll_back(self.parts, step + 1, result.verdict)
+        if self.replication:
+            self.replication.replicas.forget_after(done)
+        self._due = False
+        for sink in self.sinks:
+            sink.rewind(done)
+        return done
 
     def _slow_ranks(self, step: int, seconds: float) -> dict[str, Any]:
         for change in self.stragglers.after_step(step, seconds):
@@ -127,13 +163,3 @@ class Loop:
             return None
         self.parts.mesh.monitor.at("validate")
         return validate(self.parts)
-
-    def _give_up_if_diverged(self, step: int, result: StepResult) -> None:
-        self._discarded = 0 if result.committed else self._discarded + 1
-        allowed = _MOST_DISCARDED if self.parts.scaler.enabled else 0
-        if self._discarded > allowed:
-            self.checkpoints.finish()
-            raise DivergedError(
-                f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; the step was discarded. Lower optim.lr "
-                f"or raise optim.warmup_steps, and go on from the last checkpoint with checkpoint.resume=true"
-            )

@@ -22,6 +22,10 @@ class FinalError(RuntimeError):
     """A failure that would only happen again: workers are not started anew after it."""
 
 
+class GuardError(FinalError):
+    """A step could not be done rightly (`guard.*`) and the run ends; nothing of it was applied on any rank."""
+
+
 @dataclass
 class Failure:
     """Why one rank could not go on. `time` orders failures: seconds since the epoch."""

@@ -42,7 +42,7 @@ def check_machine(recipe: Recipe) -> None:
                           f"give launch.nodes=1 or comm.backend=gloo")  # fmt: skip
     if recipe.launch.nodes > 1:
         raise RecipeError(f"launch.nodes={recipe.launch.nodes}: `bagualu train` starts workers on this machine only; use "
-                          f"`bagualu slurm`, or torchrun -m bagualu.trainer on every node")  # fmt: skip
+                          f"`bagualu slurm`, or python -m bagualu.launch.node on every node")  # fmt: skip
     workers = workers_per_node(recipe)
     if recipe.comm.backend == "nccl" and (gpus := gpu_count()) < workers:
         raise RecipeError(f"comm.backend=nccl needs {workers} GPUs here, one a worker, and finds {gpus}; "

@@ -49,12 +49,16 @@ class Progress:
             print(f"step {step:>{width}}/{self._steps}", *self._figures(record, step), sep="  ", file=self._stream,
                   flush=True)  # fmt: skip
 
+    def rewind(self, step: int) -> None:
+        if self._mode == "bar":
+            self._bar.update(self._task, completed=step)
+
     def close(self) -> None:
         if self._mode == "bar":
             self._bar.stop()
 
     def _figures(self, record: Record, step: int) -> Iterable[str]:
-        yield f"loss {record['loss']:.3f}"
+        yield f"loss {record['loss']:.3f}" + (f" ({record['cause']})" if "cause" in record else "")
         if (bits := record.get("validation_bits_per_byte")) is not None:
             self._shown_validation = f"val {bits:.3f} bits/B"
         elif (loss := record.get("validation_loss")) is not None:

@@ -33,7 +33,7 @@ def train(
 
     `stop` is asked once a step; a stopped run has saved a checkpoint. Rank 0 writes metrics.jsonl and summary.json.
     `scratch`: a folder in memory that this node's ranks share and that outlives them, not the launcher; None: there is none.
-    Raises RecipeError, CheckpointError, CommunicationError, and DivergedError when loss or gradient stop being finite.
+    Raises RecipeError, CheckpointError, CommunicationError, and GuardError when a step cannot be done rightly (`guard.*`).
     """
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident

@@ -23,6 +23,10 @@ class Sink(Protocol):
         """Take the record of one optimizer step."""
         ...
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to `step`: what was written about later steps does not count, they come again."""
+        ...
+
     def close(self) -> None:
         """Finish what has been written. Nothing is written after it."""
         ...
@@ -34,21 +38,29 @@ class JsonlSink:
     def __init__(self, path: Path, after_step: int = 0) -> None:
         """Go on after step `after_step` (0: from the start): the lines of later steps are removed, in one rename."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= after_step]
-            fresh = path.with_name(path.name + ".tmp")
-            with open(fresh, "w", encoding="utf-8") as stream:
-                stream.writelines(line + "\n" for line in kept)
-                stream.flush()
-                os.fsync(stream.fileno())
-            fresh.replace(path)
-        self._stream = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._path = path
+        self._open(after_step)
 
     def write(self, record: Record) -> None:
         self._stream.write(to_json(record) + "\n")
 
+    def rewind(self, step: int) -> None:
+        self._stream.close()
+        self._open(step)
+
     def close(self) -> None:
         self._stream.close()
+
+    def _open(self, after_step: int) -> None:
+        if self._path.exists():
+            kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step(line) <= after_step]
+            fresh = self._path.with_name(self._path.name + ".tmp")
+            with open(fresh, "w", encoding="utf-8") as stream:
+                stream.writelines(line + "\n" for line in kept)
+                stream.flush()
+                os.fsync(stream.fileno())
+            fresh.replace(self._path)
+        self._stream = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
 
 def to_json(record: Record) -> str:
@@ -90,6 +102,9 @@ class WandbSink:
 
     def write(self, record: Record) -> None:
         self._run.log({key: value for key, value in record.items() if key != "step"}, step=int(record["step"]))
+
+    def rewind(self, step: int) -> None:
+        return None  # W&B has no way back: see above
 
     def close(self) -> None:
         self._run.finish()

@@ -18,6 +18,7 @@ from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.fault_tolerance.checkpoint.format import REMEDY, CheckpointError
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint, Request
 from bagualu.fault_tolerance.checkpoint.save import save
+from bagualu.fault_tolerance.guard.memory import Memory
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.config import DTYPES
 
@@ -46,6 +47,7 @@ def metadata_of(parts: Parts, step: int) -> dict[str, Any]:
         "step": step,
         "updates": parts.updates,
         "scaler": {"scale": parts.scaler.scale, "good_steps": parts.scaler.good_steps},
+        "guard": parts.guard.memory.as_json(),
         "layout": {axis: parts.mesh.layout.size(axis) for axis in ("data", "tensor", "pipeline", "expert", "context")},
         "dtype": recipe.train.dtype,
         "identity": identity(parts),
@@ -62,13 +64,14 @@ class Saved:
     good_steps: int
     dtype: str
     identity: dict[str, Any]
+    guard: dict[str, Any]
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> "Saved":
         """Raises CheckpointError when a field is not there or is not what it should be."""
         metadata = checkpoint.metadata
         scaler = metadata.get("scaler")
-        fields: dict[str, Any] = {name: metadata.get(name) for name in ("step", "updates", "dtype", "identity")}
+        fields: dict[str, Any] = {name: metadata.get(name) for name in ("step", "updates", "dtype", "identity", "guard")}
         fields |= {name: scaler.get(name) if type(scaler) is dict else None for name in ("scale", "good_steps")}
         counts = {name: fields[name] for name in ("step", "updates", "good_steps")}
         wrong = {name: value for name, value in counts.items() if type(value) is not int or value < 0}
@@ -78,6 +81,8 @@ class Saved:
             wrong["dtype"] = fields["dtype"]
         if type(fields["scale"]) not in (int, float) or not 0 < fields["scale"] < math.inf:
             wrong["scale"] = fields["scale"]
+        if not Memory.is_one(fields["guard"]):
+            wrong["guard"] = fields["guard"]
         if fields["step"] != checkpoint.step:
             wrong["step"] = fields["step"]
         if wrong:
@@ -116,6 +121,7 @@ def take_state(parts: Parts, open_checkpoint: Callable[[], Checkpoint]) -> int:
     parts.updates = saved.updates
     if parts.scaler.enabled and saved.dtype == parts.recipe.train.dtype:
         parts.scaler.scale, parts.scaler.good_steps = saved.scale, saved.good_steps
+    parts.guard.load(saved.guard, saved.step)
     return saved.step
 
 

@@ -1,6 +1,7 @@
-"""One optimizer step: forward and backward of every micro-batch, reduce, agree, clip, update.
+"""One optimizer step: forward and backward of every micro-batch, reduce, agree, decide, and only then clip and update.
 
-The step is a transaction: the update happens on every rank or on none, decided by figures that every rank holds alike.
+The step is a transaction: the update happens on every rank or on none, decided by figures that every rank holds alike
+(fault_tolerance/guard). A step that is computed again begins from the same weights and samples, because nothing has changed them.
 """
 
 import math
@@ -9,15 +10,20 @@ from dataclasses import dataclass
 
 import torch
 
+from bagualu.fault_tolerance.guard.guard import Figures
+from bagualu.fault_tolerance.guard.verdict import Action, Cause, Verdict
 from bagualu.parallel.pipeline.runtime import MicroBatch, Seeds, StageTotals
 from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.optim.schedule import learning_rate
 
+Tell = Callable[[], list[float]]
+"""What a rank has to tell the others in a step beside its figures: asked to stop, still writing, failed to write; 1 or 0 each."""
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; the same on every rank."""
+    """What a step did; the same on every rank. A step that was left out unseen has figures of NaN."""
 
     loss: float
     """Cross-entropy per token over the global batch, in nats."""
@@ -26,12 +32,17 @@ class StepResult:
     grad_norm: float
     """Norm of the whole model's gradient before clipping, each element counted once."""
     lr: float
-    committed: bool
-    """False: the gradient was not finite and nothing was changed."""
+    verdict: Verdict
+    """Whether the update happened, and what was wrong."""
     stop: bool
     """Whether any rank has been asked to stop."""
     saving: tuple[float, float] = (0.0, 0.0)
     """How many ranks still write their part of the checkpoint under way, and how many have failed to."""
+
+    @property
+    def committed(self) -> bool:
+        """False: nothing was changed."""
+        return self.verdict.action is Action.COMMIT
 
 
 def train_step(
@@ -42,31 +53,61 @@ def train_step(
 ) -> StepResult:
     """Do step `step` (from 0). `stop` says whether this rank has been asked to stop, `saving` how far its part of a checkpoint is
     (`Saver.status`); the ranks tell each other here."""
-    recipe, monitor = parts.recipe, parts.mesh.monitor
-    monitor.step = step + 1
+    number, guard = step + 1, parts.guard
+
+    def tell() -> list[float]:
+        return [float(stop()), *saving()]
+
+    parts.mesh.monitor.step = number
+    lr = learning_rate(parts.recipe.optim, step, parts.recipe.train.steps)
+    if why := guard.leaves_out(number):
+        return _leave_out(parts, number, lr, why, tell)
+    guard.begin(number)
+    while True:
+        agreed = _attempt(parts, step, tell)
+        verdict = guard.judge(number, Figures(agreed.loss, agreed.norm, agreed.found, parts.scaler.can_fall))
+        if verdict.action is not Action.COMMIT:
+            parts.mesh.monitor.at("discard")
+        if verdict.action is not Action.RETRY:
+            break
+    if verdict.action is Action.COMMIT:
+        _update(parts, lr, agreed.norm)
+    if verdict.action is Action.COMMIT or verdict.cause is Cause.OVERFLOW:
+        parts.scaler.update(verdict.action is Action.COMMIT)
+    guard.finish(number, agreed.loss, agreed.norm, verdict)
+    return StepResult(agreed.loss, agreed.balance, agreed.norm, lr, verdict, agreed.stop, agreed.saving)
+
+
+def _leave_out(parts: Parts, number: int, lr: float, why: str, tell: Tell) -> StepResult:
+    """A step whose samples are not to be learnt from."""
+    parts.mesh.monitor.at("agree")
+    stops, writing, failed = parts.mesh.sum_over_world(*(_scalar(parts, one) for one in tell()))
+    parts.guard.expect(number + 1)
+    verdict = Verdict(Action.SKIP, attempts=0, text=f"step {number} is left out: {why}")
+    return StepResult(math.nan, math.nan, math.nan, lr, verdict, stops > 0, (writing, failed))
+
+
+def _attempt(parts: Parts, step: int, tell: Tell) -> "_Agreed":
+    """Compute the gradient, reduce it, and agree on the figures. Changes nothing but gradients."""
+    monitor = parts.mesh.monitor
     monitor.at("data")
     micro_batches = local_micro_batches(parts, step)
     tokens = _count_tokens(parts, micro_batches)
-    lr = learning_rate(recipe.optim, step, recipe.train.steps)
-
     parts.reducer.begin(len(micro_batches))
     totals = parts.runner.run(parts.actions, micro_batches, _seeds(parts, tokens))
     monitor.at("reduce")
     parts.reducer.finish()
-
     monitor.at("agree")
-    agreed = _agree(parts, totals, stop, saving)
-    norm = agreed.norm_squared**0.5 / parts.scaler.scale
-    committed = math.isfinite(norm) and math.isfinite(agreed.loss)
-    if committed:
-        clip = recipe.optim.clip_norm
-        factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
-        monitor.at("optimizer")
-        parts.optimizer.step(lr, factor / parts.scaler.scale)
-        parts.updates += 1
-    parts.scaler.update(committed)
-    balance = agreed.balance / recipe.data.global_batch
-    return StepResult(agreed.loss / tokens, balance, norm, lr, committed, agreed.stop, agreed.saving)
+    found = parts.guard.inspect(step + 1)
+    return _agree(parts, totals, tokens, found, tell)
+
+
+def _update(parts: Parts, lr: float, norm: float) -> None:
+    clip = parts.recipe.optim.clip_norm
+    factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+    parts.mesh.monitor.at("optimizer")
+    parts.optimizer.step(lr, factor / parts.scaler.scale)
+    parts.updates += 1
 
 
 def local_micro_batches(parts: Parts, step: int) -> list[MicroBatch]:
@@ -97,22 +138,34 @@ def _seeds(parts: Parts, tokens: float) -> Seeds:
 
 @dataclass(frozen=True)
 class _Agreed:
-    norm_squared: float
+    """Figures of an attempt, as in StepResult, and what the guards found."""
+
     loss: float
     balance: float
+    norm: float
+    found: list[float]
     stop: bool
     saving: tuple[float, float]
 
 
-def _agree(parts: Parts, totals: StageTotals, stop: Callable[[], bool], saving: Callable[[], tuple[float, float]]) -> _Agreed:
+def _agree(parts: Parts, totals: StageTotals, tokens: float, found: list[torch.Tensor], tell: Tell) -> _Agreed:
     """The one reduction over all ranks that a step needs: every figure counted where exactly one rank holds it."""
-    norm_squared = torch.zeros((), dtype=torch.float64, device=parts.device)
+    norm_squared, copies = _scalar(parts, 0.0), _scalar(parts, 0.0)
     for bucket in parts.buckets:
         if bucket.owned:
             norm_squared += bucket.norm_squared()
-    told = norm_squared.new_tensor([float(stop()), *saving()])  # as late as can be: a signal during the step counts for it
+        else:
+            copies += bucket.norm_squared()
+    # A copy does not count in the norm, but a rank would update with it: one that is not finite makes the sum so.
+    norm_squared += copies * 0.0
+    told = [_scalar(parts, one) for one in tell()]  # as late as can be: a signal during the step counts for it
     once = float(parts.mesh.reports)
-    norm_squared_sum, loss, balance, stops, writing, failed = parts.mesh.sum_over_world(
-        norm_squared, totals.loss * once, totals.auxiliary * once, *told
+    squared, loss, balance, stops, writing, failed, *findings = parts.mesh.sum_over_world(
+        norm_squared, totals.loss * once, totals.auxiliary * once, *told, *found
     )
-    return _Agreed(norm_squared_sum, loss, balance, stops > 0, (writing, failed))
+    norm = squared**0.5 / parts.scaler.scale
+    return _Agreed(loss / tokens, balance / parts.recipe.data.global_batch, norm, findings, stops > 0, (writing, failed))
+
+
+def _scalar(parts: Parts, value: float) -> torch.Tensor:
+    return torch.tensor(float(value), dtype=torch.float64, device=parts.device)

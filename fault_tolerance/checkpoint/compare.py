@@ -1,21 +1,25 @@
 """Whether two checkpoints hold the same state, bit for bit, whatever layouts wrote them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint
 
 _MAY_DIFFER = ("layout",)
+_OF_TROUBLE = ("counts", "furthest", "setbacks")
+"""What the guard has counted on the way, in metadata["guard"]: no part of where the run is."""
 
 
 def differences(one: Path, other: Path) -> list[str]:
     """What differs, one line each; [] when nothing does. Holds one tensor of each in memory. Raises CheckpointError."""
     first, second = Checkpoint(one), Checkpoint(other)
+    here, there = _said(first), _said(second)
     found = [
-        f"metadata {key}: {first.metadata.get(key)} and {second.metadata.get(key)}"
-        for key in sorted(first.metadata.keys() | second.metadata.keys())
-        if key not in _MAY_DIFFER and first.metadata.get(key) != second.metadata.get(key)
+        f"metadata {key}: {here.get(key)} and {there.get(key)}"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key)
     ]
     for name in sorted(first.tensors.keys() | second.tensors.keys()):
         if first.tensors.get(name) != second.tensors.get(name):
@@ -32,3 +36,11 @@ def _bytes(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     whole = torch.empty(shape, dtype=dtype)
     checkpoint.read(name, (0,) * len(shape), whole)
     return whole.reshape(-1).view(torch.uint8)
+
+
+def _said(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Its metadata, as far as it tells where the run is."""
+    said = {key: value for key, value in checkpoint.metadata.items() if key not in _MAY_DIFFER}
+    if isinstance(guard := said.get("guard"), dict):
+        said["guard"] = {key: value for key, value in guard.items() if key not in _OF_TROUBLE}
+    return said

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bagualu.fault_tolerance.injection.fault import Fault
+from bagualu.fault_tolerance.injection.kinds import Corrupt, FullDisk
 from bagualu.fault_tolerance.injection.plan import parse
 from bagualu.fault_tolerance.ledger.events import Event
 
+UNNOTICED = "-"
 _PROGRESS = ("train", "checkpoint", "validation", "ended")
 
 
@@ -27,39 +30,59 @@ class Outcome:
     survived: bool
 
 
-def outcomes(
-    plan: Sequence[str], strikes: Sequence[dict[str, Any]], events: Sequence[Event], metrics: Sequence[dict[str, Any]]
-) -> list[Outcome]:
-    """One for each fault of `plan`, in the order in which they struck, those that did not last.
+@dataclass(frozen=True)
+class Trace:
+    """What a run has left behind."""
 
-    `strikes`: as Record.strikes gives them. `metrics`: the lines of metrics.jsonl.
-    """
-    found, ahead = [], list(plan)
+    strikes: Sequence[dict[str, Any]]
+    """As Record.strikes gives them."""
+    events: Sequence[Event]
+    metrics: Sequence[dict[str, Any]]
+    """The lines of metrics.jsonl."""
+    damaged: Sequence[str]
+    """Names of the checkpoints that were found damaged and set aside."""
+
+
+def outcomes(plan: Sequence[str], trace: Trace) -> list[Outcome]:
+    """One for each fault of `plan`, in the order in which they struck, those that did not last."""
+    found, ahead, strikes = [], list(plan), trace.strikes
     for index, strike in enumerate(strikes):
         if strike["fault"] not in ahead:  # of an earlier plan
             continue
         ahead.remove(strike["fault"])
         later = [one["wall"] for one in strikes[index + 1 :] if parse(one["fault"]).ends_process]
-        found.append(_outcome(strike, min(later, default=float("inf")), events, metrics))
+        found.append(_outcome(strike, min(later, default=float("inf")), trace))
     return found + [Outcome(fault, None, "", "did not strike", "", None, None, survived=False) for fault in ahead]
 
 
-def _outcome(strike: dict[str, Any], until: float, events: Sequence[Event], metrics: Sequence[dict[str, Any]]) -> Outcome:
+def _outcome(strike: dict[str, Any], until: float, trace: Trace) -> Outcome:
+    events, fault = trace.events, parse(strike["fault"])
     went_on = any(event.wall > strike["wall"] and event.what in _PROGRESS and event.cause != "failed" for event in events)
     failure = next((event for event in events if event.what == "failed" and strike["wall"] <= event.wall < until), None)
-    noticed, answered, seconds, lost = _within(strike, metrics), "went on", None, None
-    if failure is not None:
-        noticed = f"rank {failure.rank}: {failure.cause}"
+    noticed, answered = _within(fault, strike, trace)
+    seconds = lost = None
+    if failure is not None and (fault.ends_process or noticed == UNNOTICED):
+        noticed = f"rank {failure.rank}: {failure.cause}".replace(f": planned: {fault}", " as planned")
         answered, seconds, lost = _restart(strike, failure, events)
-    return Outcome(
-        strike["fault"], strike["step"], strike.get("did", ""), noticed, answered, seconds, lost, survived=went_on
-    )  # fmt: skip
+    return Outcome(str(fault), strike["step"], strike.get("did", ""), noticed, answered, seconds, lost, survived=went_on)
 
 
-def _within(strike: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> str:
-    """What the ranks themselves saw of it, without a restart."""
-    line = next((line for line in metrics if line["step"] == strike["step"]), {})
-    return str(line.get("cause", "")) or "-"
+def _within(fault: Fault, strike: dict[str, Any], trace: Trace) -> tuple[str, str]:
+    """What the ranks themselves saw of it, without a restart, and what they did."""
+    if isinstance(fault, Corrupt) and fault.what == "checkpoint":
+        name = strike.get("did", "").rpartition(" ")[2].partition("/")[0]
+        found = any(f"{name}-" in one for one in trace.damaged)
+        return ("its hashes, while resuming", "the checkpoint before was taken") if found else (UNNOTICED, "never read")
+    if isinstance(fault, FullDisk):
+        errors = (line["checkpoint_error"] for line in trace.metrics if line["step"] >= fault.step and "checkpoint_error" in line)
+        error = next(errors, None)
+        return (error.partition(";")[0], "that save was given up") if error else (UNNOTICED, "went on")
+    line = next((line for line in trace.metrics if line["step"] == strike["step"]), {})
+    return (str(line["cause"]), _answer(line)) if "cause" in line else (UNNOTICED, "went on")
+
+
+def _answer(line: dict[str, Any]) -> str:
+    return "the step was left out" if line.get("discarded") else f"computed {line.get('attempts', 1)} times"
 
 
 def _restart(strike: dict[str, Any], failure: Event, events: Sequence[Event]) -> tuple[str, float | None, int | None]:

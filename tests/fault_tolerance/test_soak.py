@@ -55,11 +55,11 @@ def assert_stood(folder: Path, document: dict[str, Any], count: int, seconds: fl
     assert document["ledger"]["restarts"] == sum(row["recovery_seconds"] is not None for row in document["faults"])
 
 
-def soak_as_threads(folder: Path, steps: int, seed: int, capsys: pytest.CaptureFixture[str]) -> set[str]:
+def soak_as_threads(folder: Path, steps: int, seed: int, capsys: pytest.CaptureFixture[str], *more: str) -> set[str]:
     """20 faults in `steps` steps; their kinds."""
     words = [
         *RECIPE, "comm.backend=simulated", f"run.dir={folder}/run", f"run.seed={seed}", f"train.steps={steps}",
-        "faults=random:20", "--json",
+        "faults=random:20", "--json", *more,
     ]  # fmt: skip
     started = time.monotonic()
     code = main(["rehearse", *words], ENTRYPOINT)
@@ -87,7 +87,7 @@ def test_20_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.timeout(1800)
 def test_200_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str], leftovers: Leftovers) -> None:
     for seed in range(10):
-        soak_as_threads(tmp_path / str(seed), 60, seed, capsys)
+        soak_as_threads(tmp_path / str(seed), 60, seed, capsys, f"checkpoint.replica_every={seed % 3}")
 
 
 def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers) -> None:

@@ -127,6 +127,16 @@ def test_lost_while_replicas_are_made(tmp_path: Path, straight: Recipe, point: s
     assert final_bytes(recipe) == final_bytes(straight)
 
 
+@pytest.mark.parametrize("point", ["write", "commit"])
+def test_lost_during_the_last_save(tmp_path: Path, straight: Recipe, point: str) -> None:
+    """The last step is in memory, but a run is not done before it is on storage."""
+    recipe = recipe_in(tmp_path)
+    lose("simulated", recipe, tmp_path, 0, STEPS, point)
+    go_on("simulated", recipe, tmp_path)
+    assert metrics(recipe) == metrics(straight)
+    assert final_bytes(recipe) == final_bytes(straight)
+
+
 def test_lost_while_going_on(tmp_path: Path, straight: Recipe) -> None:
     recipe = recipe_in(tmp_path)
     lose("simulated", recipe, tmp_path, 1, 4, "forward")

@@ -17,7 +17,7 @@ from bagualu.trainer import loop
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.config import Recipe
-from bagualu.trainer.loop import DivergedError
+from bagualu.trainer.outcome import GuardError
 from bagualu.trainer.step import StepResult, train_step
 from tests.harness import BACKENDS, run
 from tests.parity import small_recipe
@@ -206,7 +206,7 @@ def poisoned(at: int, rank: int) -> Callable[..., StepResult]:
 
 
 def diverging(communicator: Communicator, recipe: Recipe) -> str:
-    with pytest.raises(DivergedError) as error:
+    with pytest.raises(GuardError) as error:
         whole_run.train(recipe, communicator)
     return str(error.value)
 
@@ -217,12 +217,12 @@ def test_a_nan_ends_the_run_on_all_ranks_and_the_checkpoint_is_from_before(
 ) -> None:
     run("simulated", 4, until, recipe_in(tmp_path / "straight", parallel__pipeline=2), -1, 0)
     folder = tmp_path / "run"
-    recipe = recipe_in(folder, parallel__pipeline=2)
+    recipe = recipe_in(folder, parallel__pipeline=2, guard__on_nonfinite="stop")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", poisoned(4, rank))
         messages = run("simulated", 4, diverging, recipe)
     assert len(set(messages)) == 1
-    assert "step 5: loss nan" in messages[0]
+    assert "step 5: loss or gradient not finite: loss nan" in messages[0]
     assert "checkpoint.resume=true" in messages[0]
     assert steps_saved(folder) == [2, 4]
     newest = latest(folder / "checkpoints")

@@ -44,7 +44,18 @@ class ShardedAdamW:
                 bucket.shard_gradients.mul_(gradient_factor)
             master.grad = bucket.shard_gradients
         self.adamw.step()
-        self._publish()
+        self.publish()
+
+    def shards(self) -> list[dict[str, torch.Tensor]]:
+        """For every bucket this rank's shard of the state, by kind."""
+        return [{**dict(self._state(master)), "step": self.adamw.state[master]["step"]} for master in self.masters]
+
+    def publish(self) -> None:
+        """Make the working weights of all ranks from the master weights. Collective."""
+        for bucket, master in zip(self.buckets, self.masters, strict=True):
+            if master.data_ptr() != bucket.shard_weights.data_ptr():
+                bucket.shard_weights.copy_(master)
+        gather_weights(self.buckets)
 
     def pieces(self) -> Iterator[Piece]:
         """Master weights and moments of the elements that this rank owns, as boxes of the global tensors."""
@@ -68,12 +79,6 @@ class ShardedAdamW:
     def _state(self, master: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         return [("weight", master), *((moment, self.adamw.state[master][moment]) for moment in MOMENTS)]
 
-    def _publish(self) -> None:
-        for bucket, master in zip(self.buckets, self.masters, strict=True):
-            if master.data_ptr() != bucket.shard_weights.data_ptr():
-                bucket.shard_weights.copy_(master)
-        gather_weights(self.buckets)
-
 
 class Incoming:
     """A state on its way in, in host memory of its own: the optimizer and the model stay as they are until `apply`."""
@@ -96,7 +101,7 @@ class Incoming:
         """The state of the optimizer, and of the model, is now what was read. Collective."""
         for master, fresh in zip(self._optimizer.masters, self._fresh, strict=True):
             self._optimizer._put(master, fresh, updates)
-        self._optimizer._publish()
+        self._optimizer.publish()
 
 
 def _fresh(bucket: Bucket, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

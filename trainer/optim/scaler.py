@@ -16,6 +16,11 @@ class LossScaler:
     def for_dtype(dtype: str) -> "LossScaler":
         return LossScaler(True, 2.0**16) if dtype == "float16" else LossScaler(False)
 
+    @property
+    def can_fall(self) -> bool:
+        """Whether gradients that are not finite could be so with a smaller scale."""
+        return self.enabled and self.scale > 1.0
+
     def update(self, finite: bool) -> None:
         """After every step: whether its gradients were finite. A step whose gradients were not is discarded by the caller."""
         if not self.enabled:

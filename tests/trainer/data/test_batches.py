@@ -131,3 +131,21 @@ def test_a_corpus_shorter_than_a_sequence_is_refused():
     corpus = Corpus(300, np.arange(100, dtype=np.uint16), short, np.ones(300, np.int64), "fingerprint", None)
     with pytest.raises(RecipeError, match=r"validation split .* has 4 tokens .* give data\.sequence_length=3 or"):
         Batches(corpus, DataConfig(source="text", sequence_length=S), seed=0)
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_a_token_beyond_the_vocabulary_is_refused_whoever_reads_it(split):
+    """A label that no row of the head stands for would add to the loss as if it were right."""
+    tokens = np.zeros(8 * S + 1, np.uint16)
+    tokens[5 * S + 2] = 300
+    corpus = Corpus(300, tokens, tokens, np.ones(300, np.int64), "fingerprint", None)
+    for count in (1, 2, 4):  # over 8, 4 and 2 ranks
+        data = Batches(corpus, DataConfig(source="text", sequence_length=S, global_batch=8), seed=0)
+        errors = set()
+        for start in range(0, 8, count):
+            try:
+                data.batch(0, start, count) if split == "training" else data.validation(start, count)
+            except RecipeError as error:
+                errors.add(str(error))
+        assert len(errors) == 1
+        assert "sequence 5 of data.source=text has token 300, but model.vocab=300" in errors.pop()

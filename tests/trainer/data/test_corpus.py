@@ -1,4 +1,5 @@
 import hashlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import bits_per_byte, default_cache, prepare
+from bagualu.trainer.data.prepared import fingerprint
 from bagualu.trainer.data.sources import documents, find_files
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer
 
@@ -160,3 +162,55 @@ def test_the_cache_is_where_the_user_keeps_caches(monkeypatch):
     assert default_cache() == Path("/some/where/bagualu")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache() == Path.home() / ".cache" / "bagualu"
+
+
+def damaged_at(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << at % 8
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "tokenizer.json", "corpus.json"])
+def test_a_damaged_cache_is_prepared_again_and_said_to_be(folder, tmp_path, caplog, name):
+    """Every file: a byte at its ends and in the middle, cut to nothing, one byte and half, gone."""
+    first = prepare(config(folder, tmp_path / "cache"), VOCAB)
+    path = first.tokenizer_path.parent / name
+    good = path.read_bytes()
+    damages = [lambda at=at: damaged_at(path, at) for at in (0, len(good) // 2, len(good) - 1)]
+    damages += [lambda n=n: os.truncate(path, n) for n in (0, 1, len(good) // 2)] + [path.unlink]
+    for damage in damages:
+        damage()
+        caplog.clear()
+        again = prepare(config(folder, tmp_path / "cache"), VOCAB)
+        assert again.fingerprint == first.fingerprint
+        assert path.read_bytes() == good
+        assert "is damaged" in caplog.text
+        caplog.clear()
+        prepare(config(folder, tmp_path / "cache"), VOCAB)
+        assert not caplog.text
+
+
+def test_a_token_the_vocabulary_does_not_have_is_not_trained_on(folder, tmp_path, caplog):
+    """Even where the fingerprint was made to fit."""
+    first = prepare(config(folder, tmp_path / "cache"), VOCAB)
+    cached = first.tokenizer_path.parent
+    tokens = np.array(first.train)
+    wrong = tokens.copy()
+    wrong[7] = VOCAB
+    (cached / "train.bin").write_bytes(wrong.tobytes())
+    (cached / "corpus.json").write_text(json.dumps({"fingerprint": fingerprint(cached)}))
+    assert np.array_equal(prepare(config(folder, tmp_path / "cache"), VOCAB).train, tokens)
+    assert f"train.bin has token {VOCAB}" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["longer", "same size", "gone"])
+def test_a_file_that_changes_while_it_is_read_is_refused(folder, what):
+    files = find_files(str(folder))
+    path = folder / "part0" / "0.txt"
+    if what == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[::-1] if what == "same size" else path.read_bytes() + b"more")
+        os.utime(path, ns=(1, 1))
+    with pytest.raises(RecipeError, match=r"0\.txt (has changed while it was read|cannot be read)"):
+        list(documents(str(folder), files, 0.25))

@@ -1,0 +1,65 @@
+"""The attempts at one step: what each computed, bit for bit, before and after the reduction.
+
+The same weights and samples give the same bits. So a second attempt that differs is a fault of the hardware, on the rank whose
+own gradient (not yet mixed with anybody else's) differs; one that does not differ clears the hardware.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from bagualu.fault_tolerance.guard.checksum import checksum, combine
+from bagualu.fault_tolerance.guard.decide import MOST_ATTEMPTS
+from bagualu.parallel.data import Bucket
+
+
+class Attempts:
+    """This rank's checksums of the gradient, by attempt."""
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self._buckets = buckets
+        self._own: dict[int, torch.Tensor] = {}
+        self._made: list[torch.Tensor] = []
+
+    def begin(self) -> None:
+        """Forget: a new step."""
+        self._own.clear()
+        self._made.clear()
+
+    def before_reduction(self, bucket: Bucket) -> None:
+        """This rank's own gradient is complete in `bucket` and nothing has been added to it yet."""
+        self._own[id(bucket)] = checksum(bucket.gradients)
+
+    def end(self) -> None:
+        """After the reduction of an attempt."""
+        own = combine(torch.stack([self._own.pop(id(bucket)) for bucket in self._buckets]))
+        reduced = combine(torch.stack([checksum(bucket.shard_gradients) for bucket in self._buckets]))
+        self._made.append(torch.stack([own, reduced]))
+
+    @property
+    def earlier(self) -> int:
+        """Attempts before the newest."""
+        return max(0, len(self._made) - 1)
+
+    def differing(self, zero: torch.Tensor) -> list[torch.Tensor]:
+        """For each attempt that can come before another: 1 where the newest differs from it, else 0; as scalars like `zero`."""
+        before = [(self._made[-1] != one).any().to(zero.dtype) for one in self._made[:-1]]
+        return [*before, *[torch.zeros_like(zero)] * (MOST_ATTEMPTS - 1 - len(before))]
+
+    def as_json(self) -> list[list[int]]:
+        """[own gradient, reduced gradient] by attempt."""
+        return [one.tolist() for one in self._made]
+
+
+def culprits(table: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """The ranks whose attempts differ, from what all ranks gave as "attempts".
+
+    Their own gradients count first: a fault in one rank's own makes the reduced ones differ on others. Where layers or stages are
+    shared, a fault in an activation spreads to all ranks that compute with it, and all of those are named.
+    """
+    for which in (0, 1):
+        ranks = tuple(rank for rank, row in enumerate(table) if len({attempt[which] for attempt in row["attempts"]}) > 1)
+        if ranks:
+            return ranks
+    return ()

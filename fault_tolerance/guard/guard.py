@@ -1,0 +1,170 @@
+"""The guard of one rank's steps: whether a step is applied, computed again, left out, taken back, or ends the run.
+
+    compute and reduce -> inspect -> agree (one reduction over all ranks) -> judge -> apply on every rank, or on none
+
+What `judge` decides depends on figures that every rank holds alike, so every rank decides the same without asking again. Only
+when one of them says that something is wrong do ranks tell each other the details.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.fault_tolerance.config import GuardConfig
+from bagualu.fault_tolerance.guard import damage
+from bagualu.fault_tolerance.guard.attempts import Attempts, culprits
+from bagualu.fault_tolerance.guard.damage import Damage, DamageCheck
+from bagualu.fault_tolerance.guard.decide import Situation, decide
+from bagualu.fault_tolerance.guard.memory import Memory
+from bagualu.fault_tolerance.guard.verdict import Action, Cause, Verdict
+from bagualu.fault_tolerance.guard.words import by_rank, diagnosis, ending, finding
+from bagualu.parallel.data import GradientReducer
+from bagualu.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One attempt at a step, as all ranks hold it."""
+
+    loss: float
+    """Nats per token."""
+    norm: float
+    """Of the whole gradient, the loss scale taken out; not finite when any part of it on any rank is not."""
+    found: Sequence[float]
+    """What `Guard.inspect` gave, summed over all ranks."""
+    scale_can_fall: bool = False
+    """Whether a smaller loss scale could make the gradient finite."""
+
+
+class Guard:
+    """One rank's. `memory` is its part of the run's state."""
+
+    def __init__(self, config: GuardConfig, mesh: Mesh, reducer: GradientReducer, optimizer: damage.Optimizer) -> None:
+        """Raises RecipeError for what this device cannot do."""
+        repeatable = mesh.group("world").device.type == "cpu"
+        if config.audit_every and not repeatable:
+            raise RecipeError(
+                f"guard.audit_every={config.audit_every} compares two computations bit by bit, which only a CPU repeats "
+                f"exactly; give guard.audit_every=0"
+            )
+        self.config = config
+        self.memory = Memory.empty(config)
+        self._mesh = mesh
+        self._damage = DamageCheck(reducer.buckets, optimizer, mesh)
+        self._attempts = Attempts(reducer.buckets)
+        self._compares = repeatable and config.compares
+        self._count = 0
+        self.clean = 0
+        """Steps after which the state is known to have been whole: checkpoints of later steps may hold damage."""
+        self._first: tuple[Cause, tuple[int, ...], str] | None = None
+        """The first thing that was wrong with the step: what, on which ranks, in words."""
+        if self._compares:
+            reducer.before_reduction = self._attempts.before_reduction
+
+    def leaves_out(self, step: int) -> str | None:
+        """Why `step` (from 1) is not to be learnt from; None: it is."""
+        return self.memory.left_out.get(step)
+
+    def begin(self, step: int) -> None:
+        """Before the first attempt at `step` (from 1)."""
+        self._attempts.begin()
+        self._damage.found = []
+        self._count, self._first = 0, None
+        if self._checks(step) and not self._damage.sealed:
+            self._damage.seal()
+
+    def inspect(self, step: int) -> list[torch.Tensor]:
+        """Look at this rank after the reduction of an attempt: float64 scalars for `Figures.found`.
+
+        Collective in the steps that `guard.check_every` names, and after an attempt that something was wrong with.
+        """
+        self._count += 1
+        # Once something is wrong everything is looked at: a damaged weight gives the same bad bits every time.
+        damaged = (self._checks(step) or self._first is not None) and self._damage.inspect()
+        if self._compares:
+            self._attempts.end()
+        found = torch.tensor(float(damaged), dtype=torch.float64, device=self._mesh.group("world").device)
+        return [found, *self._attempts.differing(found)]
+
+    def judge(self, step: int, figures: Figures) -> Verdict:
+        """What becomes of `step`; the same on every rank. After RETRY it is to be computed again, from where it was.
+
+        Collective where something is wrong.
+        """
+        damaged, *differing = figures.found
+        differing = differing[: self._attempts.earlier]
+        table = self._tell() if damaged or any(differing) else []
+        damages = damage.blame([damage.from_json(row["damage"]) for row in table])
+        same = 0.0 in differing if self._compares else None
+        cause = self._cause(step, figures, damages, same)
+        if self._checks(step) and not any(damages):
+            self.clean = step - 1
+        ranks = tuple(rank for rank, own in enumerate(damages) if own) or culprits(table)
+        if cause and not self._first:
+            self._first = cause, ranks, finding(cause, figures.loss, figures.norm, _named(damages))
+        if cause is None and self._audits(step) and not self._attempts.earlier:
+            return Verdict(Action.RETRY, attempts=self._count)
+        now = Situation(cause, self._count, same, damage.repairable(damages), self.memory.setbacks)
+        action = decide(self.config, now)
+        if action is Action.RETRY and any(damages):
+            self._damage.repair(damages)
+            self._attempts.begin()  # what was computed with damaged weights is nothing to compare with
+        return self._verdict(step, action, ranks, same)
+
+    def finish(self, step: int, loss: float, norm: float, verdict: Verdict) -> None:
+        """`step` has ended so, and the update has happened if it was to."""
+        self.memory.learn(step, loss, norm, verdict)
+        self.expect(step + 1)
+
+    def load(self, saved: dict[str, Any], step: int) -> None:
+        """Go on after `step` steps with what a checkpoint holds of `memory`."""
+        self.memory.load(saved)
+        self.clean = step
+        self.expect(step + 1)
+
+    def expect(self, step: int) -> None:
+        """The state has changed lawfully, and the next step is `step`."""
+        self._damage.break_seal()
+        if self._checks(step):
+            self._damage.seal()
+
+    def _cause(self, step: int, figures: Figures, damages: Sequence[Sequence[Damage]], same: bool | None) -> Cause | None:
+        if any(damages):
+            return Cause.STATE if any(one.kind != "copy" for own in damages for one in own) else Cause.WEIGHTS
+        if not math.isfinite(figures.loss):
+            return Cause.NONFINITE
+        if not math.isfinite(figures.norm):
+            return Cause.OVERFLOW if figures.scale_can_fall else Cause.NONFINITE
+        if spike := self.memory.spike(figures.loss, figures.norm, self.config):
+            return spike
+        unconfirmed = self._audits(step) and self._attempts.earlier and not same
+        return Cause.GRADIENTS if unconfirmed else None
+
+    def _tell(self) -> list[dict[str, Any]]:
+        """What every rank has found on itself. Collective."""
+        world = self._mesh.group("world")
+        own = {"attempts": self._attempts.as_json(), "damage": damage.as_json(self._damage.found)}
+        return gather_json(own, world, world.device)
+
+    def _verdict(self, step: int, action: Action, ranks: tuple[int, ...], same: bool | None) -> Verdict:
+        if self._first is None:
+            return Verdict(action, attempts=self._count)
+        cause, before, what = self._first
+        ranks = before or ranks
+        said = [what, diagnosis(cause, ranks, same), ending(cause, action, ranks, self.memory.setbacks)]
+        return Verdict(action, cause, ranks, self._count, f"step {step}: " + "; ".join(filter(None, said)))
+
+    def _checks(self, step: int) -> bool:
+        return bool(self.config.check_every) and step % self.config.check_every == 0
+
+    def _audits(self, step: int) -> bool:
+        return bool(self.config.audit_every) and step % self.config.audit_every == 0
+
+
+def _named(damages: Sequence[Sequence[Damage]]) -> list[str]:
+    return [by_rank(rank, [one.what for one in own]) for rank, own in enumerate(damages) if own]

@@ -1,0 +1,46 @@
+"""What can be wrong with a step, and what is done about it. Free of torch."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Action(StrEnum):
+    COMMIT = "commit"
+    """The update happens, on every rank."""
+    SKIP = "skip"
+    """No update; the step's samples count as used."""
+    RETRY = "retry"
+    """The step once more, from the same weights and samples."""
+    ROLLBACK = "rollback"
+    """Back to a checkpoint."""
+    STOP = "stop"
+    """The run ends."""
+
+
+class Cause(StrEnum):
+    OVERFLOW = "float16 overflow"
+    NONFINITE = "loss or gradient not finite"
+    NORM = "gradient norm spike"
+    LOSS = "loss spike"
+    GRADIENTS = "gradients differ when computed again"
+    WEIGHTS = "weights of a replica damaged"
+    STATE = "optimizer state damaged"
+
+
+SPIKES = (Cause.NORM, Cause.LOSS)
+DISAGREEMENTS = (Cause.GRADIENTS, Cause.WEIGHTS, Cause.STATE)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """About one step, the same on every rank."""
+
+    action: Action
+    cause: Cause | None = None
+    """What was wrong, also where the step was committed in the end."""
+    ranks: tuple[int, ...] = ()
+    """Those at fault, where that could be told."""
+    attempts: int = 1
+    """How often the step was computed."""
+    text: str = ""
+    """In words: what was wrong, who, and what it means."""

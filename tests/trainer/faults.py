@@ -1,0 +1,166 @@
+"""Faults for tests: a bit flipped in one rank's memory at a point of a step, and runs that meet them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
+from bagualu.parallel.data import Bucket
+from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.loop import Loop
+from bagualu.trainer.outcome import GuardError
+from bagualu.trainer.resume import resume
+from bagualu.trainer.state import checkpoints_of
+
+Bits = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """At `point` of `step` (from 1) rank `rank` finds `how` in `where`; only the first time, unless `always`."""
+
+    where: str
+    """gradient: its own, before the reduction; reduced: its shard of the reduced one; copy: its working copy of a shard that
+    another rank owns; weight | exp_avg | exp_avg_sq: its shard of the optimizer state."""
+    how: str = "bit"
+    """bit: one mantissa bit, the value stays finite and of its size; huge: times 1e6; nan."""
+    rank: int = 1
+    step: int = 5
+    point: str = "forward"
+    always: bool = False
+    steps: int = 1
+    """In this many steps on."""
+
+
+def gradient(how: str = "bit", **changes: Any) -> Fault:
+    return Fault("gradient", how, point="bucket", **changes)
+
+
+def reduced(how: str = "bit", **changes: Any) -> Fault:
+    return Fault("reduced", how, point="agree", **changes)
+
+
+@dataclass
+class Injection:
+    """Watches a rank's monitor and does what the fault says."""
+
+    parts: Parts
+    fault: Fault
+    done: int = 0
+
+    def at(self, point: str, step: int) -> None:
+        fault = self.fault
+        here = point == fault.point and self.parts.mesh.at("world") == fault.rank
+        if not here or not fault.step <= step < fault.step + fault.steps:
+            return
+        first_bucket = point != "bucket" or not any(b.work for b in self.parts.buckets)
+        if first_bucket and (fault.always or not self.done):
+            self.done += 1
+            spoil(self._tensor(), fault.how, self.done)
+
+    def waits(self, what: str | None) -> None:
+        return None
+
+    def _tensor(self) -> torch.Tensor:
+        buckets, where = self.parts.buckets, self.fault.where
+        if where == "gradient":
+            return complete(buckets).gradients
+        if where == "reduced":
+            return buckets[0].shard_gradients
+        if where == "copy":
+            bucket = next(bucket for bucket in buckets if bucket.partitioned)
+            parts = bucket.weights.chunk(bucket.group.size)
+            return parts[(bucket.group.rank + 1) % bucket.group.size]
+        return self.parts.optimizer.shards()[0][where]
+
+
+def complete(buckets: list[Bucket]) -> Bucket:
+    """The bucket that is about to be reduced, when it is the first of its step."""
+    ready = [bucket for bucket in buckets if bucket.pending == 0]
+    at_once = [bucket for bucket in ready if not bucket.kind.tied and not bucket.kind.partial_over]
+    return (at_once or ready)[0]
+
+
+def spoil(tensor: torch.Tensor, how: str, time: int) -> None:
+    """One element, the largest, so that it matters. "random": another value every time."""
+    place = tensor.abs().argmax()
+    if how == "bit":
+        kind, bit = {8: (torch.int64, 50), 4: (torch.int32, 21), 2: (torch.int16, 5)}[tensor.element_size()]
+        tensor.view(kind)[place] ^= 1 << bit
+    elif how == "random":
+        tensor[place] = time
+    else:
+        tensor[place] = float("nan") if how == "nan" else 1e6 * (1 + tensor[place].abs())
+
+
+@dataclass
+class Records:
+    """A sink that keeps the lines without what depends on the clock."""
+
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, record: Any) -> None:
+        timings = ("step_seconds", "tokens_per_second", "mfu", "checkpoint_seconds")
+        self.lines.append({key: value for key, value in record.items() if key not in timings})
+
+    def rewind(self, step: int) -> None:
+        self.lines = [line for line in self.lines if line["step"] <= step]
+
+    def close(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended on one rank."""
+
+    bits: Bits
+    """Everything that the next step would depend on."""
+    lines: list[dict[str, Any]]
+    error: str
+    guard: dict[str, Any]
+    saved: list[str]
+
+    def line(self, step: int) -> dict[str, Any]:
+        (found,) = [line for line in self.lines if line["step"] == step]
+        return found
+
+
+def bits_of(parts: Parts) -> Bits:
+    bits = {name: p.detach().clone().view(torch.uint8).numpy() for name, p in parts.model.named_parameters()}
+    for index, shard in enumerate(parts.optimizer.shards()):
+        bits |= {f"{index}/{kind}": tensor.detach().clone().numpy() for kind, tensor in shard.items()}
+    memory = parts.guard.memory
+    figures = [parts.updates, parts.scaler.scale, parts.scaler.good_steps, *memory.losses.values, *memory.norms.values]
+    return bits | {"figures": np.array(figures)}
+
+
+def train(communicator: Communicator, recipe: Recipe, fault: Fault | None = None, batches: Any = None) -> Ending:
+    """A run from its first step, or its last checkpoint. `batches(parts.batches)` may take the place of the data."""
+    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    if batches is not None:
+        parts.batches = batches(parts.batches)
+    if fault is not None:
+        parts.mesh.monitor.observers.append(Injection(parts, fault))
+    checkpoints, records, error = Checkpoints(parts, take_checkpoints(parts)), Records(), ""
+    try:
+        Loop(parts, [records], lambda: False, 1e-9, checkpoints).run(resume(parts).step)
+    except GuardError as caught:
+        error = str(caught)
+    checkpoints.close()
+    saved = [path.name for path in list_checkpoints(checkpoints_of(parts))]
+    return Ending(bits_of(parts), records.lines, error, parts.guard.memory.summary(), saved)
+
+
+def assert_same_bits(found: list[Ending], expected: list[Ending]) -> None:
+    """On every rank."""
+    for rank, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert one.bits.keys() == other.bits.keys()
+        different = [name for name in other.bits if one.bits[name].tobytes() != other.bits[name].tobytes()]
+        assert not different, f"rank {rank}: {different}"
