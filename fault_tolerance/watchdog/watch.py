@@ -38,7 +38,7 @@ class Watchdog:
         self._folder = folder
         self._patience = patience
         self._clock = clock
-        self._begun = self._last = clock()
+        self._last = clock()
         self._pulses = {rank: _Pulse() for rank in processes}
 
     def look(self) -> Verdict | None:
@@ -71,7 +71,7 @@ class Watchdog:
         state, cpu = _process(self.processes[rank])
         used = max(0.0, cpu - pulse.cpu_seconds)
         beat = read(self._folder, rank)
-        if beat is None or beat.started < self._begun:  # not there yet; or left by the generation before
+        if beat is None or beat.pid != self.processes[rank]:  # not there yet; or left by the generation before
             return Seen(rank, silent_seconds=pulse.silent_seconds, cpu_seconds=used, process=state)
         return Seen(
             rank=rank, step=beat.step, steps_begun=beat.steps_begun, point=beat.point, operation=beat.operation, line=beat.line,

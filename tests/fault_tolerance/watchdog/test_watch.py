@@ -79,7 +79,7 @@ def test_the_heartbeats_of_the_generation_before_say_nothing(tmp_path: Path) -> 
     before = World(tmp_path)
     before.come_on(0, 1)
     now = World.__new__(World)
-    now.time, now.monitors = 1e12, before.monitors  # it begins long after those heartbeats did
-    now.watchdog = Watchdog(tmp_path, dict.fromkeys(range(2), os.getpid()), Patience(10, 60), lambda: now.time)
+    now.time, now.monitors = 0.0, before.monitors
+    now.watchdog = Watchdog(tmp_path, dict.fromkeys(range(2), os.getppid()), Patience(10, 60), lambda: now.time)
     assert now.pass_time(30) is None
     assert {one.point for one in now.watchdog.seen().values()} == {"start"}
