@@ -10,7 +10,6 @@ POINTS = {
     "backward": "train",
     "bucket": "train",
     "reduce": "train",
-    "bucket": "train",
     "agree": "train",
     "optimizer": "train",
     "discard": "discarded",

@@ -82,6 +82,11 @@ class Checkpoints:
         if self._saver.under_way:
             self._attempt(self._saver.conclude)
 
+    def rest(self) -> None:
+        """Wait until nothing changes in the run's checkpoints any more, by `finish` and by the removal of old ones."""
+        self.finish()
+        self._saver.rest()
+
     def close(self, wait: bool = True) -> None:
         """Nothing is saved after it. `wait`: for the writer to remove old checkpoints; a rank that has failed does not."""
         self._saver.close(wait)

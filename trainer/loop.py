@@ -127,7 +127,7 @@ class Loop:
 
     def _go_back(self, step: int, result: StepResult) -> int:
         """Take back step `step` (from 0) and those since a checkpoint; the steps done."""
-        self.checkpoints.finish()
+        self.checkpoints.rest()
         done, self.checkpoints.newest = roll_back(self.parts, step + 1, result.verdict)
         if self.replication:
             self.replication.go_back(done)

@@ -131,6 +131,10 @@ class Saver:
             self._writer.submit(self._prune, final)
         return final
 
+    def rest(self) -> None:
+        """Wait until no old checkpoint is being removed any more by this rank."""
+        self._writer.rest(self.timeout_seconds)
+
     def close(self, wait: bool = True) -> None:
         """Nothing is saved after it. `wait`: for the writer to finish what it does; old checkpoints are removed after a commit."""
         self._writer.close(self.timeout_seconds if wait else 0)

@@ -54,6 +54,10 @@ class Writer:
         self._jobs.put(job)
         return job
 
+    def rest(self, seconds: float) -> None:
+        """Wait until everything submitted is done, for at most `seconds`."""
+        self.submit(_nothing).wait(seconds)
+
     def close(self, seconds: float) -> None:
         """Let everything submitted finish, for at most `seconds`; nothing is submitted after it."""
         if self._thread is not None:
