@@ -1,12 +1,14 @@
 """`Group`: a set of ranks and its collectives, the same on every backend."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 import torch
 
 from bagualu.comm.backend import Backend, ReduceOp, Transport, Work, backend_class
-from bagualu.comm.monitor import Monitor
+from bagualu.comm.monitor import Line, Monitor
 from bagualu.comm.world import World
 
 _HOST = torch.device("cpu")
@@ -21,16 +23,18 @@ class Done:
 
 @dataclass
 class _Watched:
-    """A communication under way whose waiting is seen."""
+    """A communication under way whose waiting is seen: operation `number` of the monitor's line at `line`."""
 
     work: Work
     what: str
+    line: int
+    number: int
     monitor: Monitor
 
     def wait(self) -> None:
-        self.monitor.waits(self.what)
+        self.monitor.waits(self.what, self.line, self.number)
         self.work.wait()
-        self.monitor.waits(None)
+        self.monitor.goes_on()
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ class Group:
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", asynchronous: bool = False) -> Work:
         """In place: the sum (or the maximum) over all members."""
         self._check(tensor)
-        if self.transport is None:
+        if (transport := self.transport) is None:
             return Done()
-        return self._finish(self.transport.all_reduce(tensor, op), "all_reduce", asynchronous)
+        return self._join("all_reduce", lambda: transport.all_reduce(tensor, op), asynchronous)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
         """output [size * n, ...]: the members' inputs [n, ...] one after the other."""
@@ -66,10 +70,10 @@ class Group:
         if output.numel() != input.numel() * self.size:
             raise ValueError(f"all_gather in group {self.name}: output must hold {self.size} x {tuple(input.shape)}, "
                              f"not {tuple(output.shape)}")  # fmt: skip
-        if self.transport is None:
+        if (transport := self.transport) is None:
             output.view(-1).copy_(input.view(-1))
             return Done()
-        return self._finish(self.transport.all_gather(output, input), "all_gather", asynchronous)
+        return self._join("all_gather", lambda: transport.all_gather(output, input), asynchronous)
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
         """output [n, ...]: this member's slice of the sum of the inputs [size * n, ...]."""
@@ -77,10 +81,10 @@ class Group:
         if input.numel() != output.numel() * self.size:
             raise ValueError(f"reduce_scatter in group {self.name}: input must hold {self.size} x {tuple(output.shape)}, "
                              f"not {tuple(input.shape)}")  # fmt: skip
-        if self.transport is None:
+        if (transport := self.transport) is None:
             output.view(-1).copy_(input.view(-1))
             return Done()
-        return self._finish(self.transport.reduce_scatter(output, input), "reduce_scatter", asynchronous)
+        return self._join("reduce_scatter", lambda: transport.reduce_scatter(output, input), asynchronous)
 
     def all_to_all(
         self,
@@ -97,38 +101,53 @@ class Group:
         if output.shape[1:] != input.shape[1:]:
             raise ValueError(f"all_to_all in group {self.name}: rows {tuple(input.shape[1:])} cannot become "
                              f"{tuple(output.shape[1:])}")  # fmt: skip
-        if self.transport is None:
+        if (transport := self.transport) is None:
             output.copy_(input)
             return Done()
-        return self._finish(self.transport.all_to_all(output, input, output_splits, input_splits), "all_to_all", asynchronous)
+        return self._join("all_to_all", lambda: transport.all_to_all(output, input, output_splits, input_splits), asynchronous)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0, asynchronous: bool = False) -> Work:
         """In place: every member gets what position `source` holds."""
         self._check(tensor)
-        if self.transport is None:
+        if (transport := self.transport) is None:
             return Done()
-        return self._finish(self.transport.broadcast(tensor, self._position(source)), "broadcast", asynchronous)
+        position = self._position(source)
+        return self._join("broadcast", lambda: transport.broadcast(tensor, position), asynchronous)
 
     def send(self, tensor: torch.Tensor, destination: int, asynchronous: bool = False) -> Work:
         """To position `destination`. Messages of one pair and direction arrive in order."""
         self._check(tensor)
-        return self._finish(self._peer(destination).send(tensor, destination), "send", asynchronous)
+        transport = self._peer(destination)
+        line = Line(self.name, (self.ranks[self.rank], self.ranks[destination]), messages=True)
+        return self._join("send", lambda: transport.send(tensor, destination), asynchronous, line)
 
     def receive(self, tensor: torch.Tensor, source: int, asynchronous: bool = False) -> Work:
         """In place, from position `source`."""
         self._check(tensor)
-        return self._finish(self._peer(source).receive(tensor, source), "receive", asynchronous)
+        transport = self._peer(source)
+        line = Line(self.name, (self.ranks[source], self.ranks[self.rank]), messages=True)
+        return self._join("receive", lambda: transport.receive(tensor, source), asynchronous, line)
 
     def barrier(self) -> None:
         """Return when every member has come here."""
-        if self.transport is not None:
-            self._finish(self.transport.barrier(), "barrier", asynchronous=False)
+        if (transport := self.transport) is not None:
+            self._join("barrier", transport.barrier, asynchronous=False)
 
-    def _finish(self, work: Work, what: str, asynchronous: bool) -> Work:
-        watched = _Watched(work, f"{what} in {self.name}", self.monitor)
-        if not asynchronous:
-            watched.wait()
-        return watched
+    def _join(self, what: str, start: Callable[[], Work], asynchronous: bool, messages: Line | None = None) -> Work:
+        line = self._collectives if messages is None else self.monitor.line(messages)
+        number = self.monitor.joins(line)
+        if asynchronous:
+            return _Watched(start(), what, line, number, self.monitor)
+        self.monitor.waits(what, line, number)  # before the start, which may have to wait too
+        work = start()
+        work.wait()
+        self.monitor.goes_on()
+        return work
+
+    @cached_property
+    def _collectives(self) -> int:
+        """Where the monitor counts them."""
+        return self.monitor.line(Line(self.name, self.ranks))
 
     def _peer(self, position: int) -> Transport:
         if self.transport is None or self._position(position) == self.rank:
@@ -174,7 +193,12 @@ class Communicator:
     def group(self, ranks: tuple[int, ...], name: str) -> Group:
         """The group of `ranks` (this rank among them). All of them call this, in the same order."""
         position = ranks.index(self.rank)
-        transport = self.backend.transport(ranks, name) if len(ranks) > 1 else None
+        if len(ranks) == 1:
+            return Group(name, ranks, position, None, self.device, self.monitor)
+        line = self.monitor.line(Line(name, ranks))
+        self.monitor.waits("connect", line, self.monitor.joins(line))
+        transport = self.backend.transport(ranks, name)
+        self.monitor.goes_on()
         return Group(name, ranks, position, transport, self.device, self.monitor)
 
     def given_up(self) -> bool:

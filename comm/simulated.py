@@ -7,6 +7,7 @@ named with what each of them waits for.
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from bagualu.comm.group import Communicator
 from bagualu.comm.world import World
 
 T = TypeVar("T")
+_GRACE_SECONDS = 1.0
+"""For ranks that wait, to fail, before those that do not are left behind."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -94,6 +97,12 @@ class Hub:
                 self._failure = f"rank {rank} failed: {type(error).__name__}: {error}"
             with contextlib.suppress(CommunicationError):  # recorded as the failure, which the waiting ranks raise
                 self._find_deadlock()
+            self._changed.notify_all()
+
+    def give_up(self, why: str) -> None:
+        """Whoever waits, or comes to wait, fails with `why`."""
+        with self._changed:
+            self._failure = self._failure or why
             self._changed.notify_all()
 
     def _find_deadlock(self) -> None:
@@ -244,11 +253,18 @@ class SimulatedBackend:
         return None
 
 
-def run(size: int, function: Callable[[Communicator], T], timeout_seconds: float = 600.0, threads: int = 1) -> list[T]:
+def run(
+    size: int,
+    function: Callable[[Communicator], T],
+    timeout_seconds: float = 600.0,
+    threads: int = 1,
+    hung: Callable[[], str | None] = lambda: None,
+) -> list[T]:
     """Run `function(communicator)` on `size` ranks, each a thread, and return the results by rank.
 
     `threads` is the number of compute threads of each rank. The first rank's error that is not a consequence of another
-    one's is raised, with a note that names the rank.
+    one's is raised, with a note that names the rank. `hung` is asked again and again; once it says why the ranks stand still
+    those that wait fail, and the others, which nothing can end but the process, are left behind: a CommunicationError.
     """
     hub = Hub(size, timeout_seconds)
     results: dict[int, T] = {}
@@ -269,10 +285,22 @@ def run(size: int, function: Callable[[Communicator], T], timeout_seconds: float
     workers = [threading.Thread(target=rank_main, args=(rank,), name=f"rank-{rank}", daemon=True) for rank in range(size)]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
+    _join(workers, hub, hung)
     if errors:
         rank, error = min(errors, key=lambda item: isinstance(item[1], CommunicationError))
         error.add_note(f"on simulated rank {rank} of {size}")
         raise error
     return [results[rank] for rank in range(size)]
+
+
+def _join(workers: list[threading.Thread], hub: Hub, hung: Callable[[], str | None]) -> None:
+    """Wait for the ranks to end. Raises CommunicationError when they will not."""
+    while any(worker.is_alive() for worker in workers):
+        for worker in workers:
+            worker.join(0.05)
+        if why := hung():
+            hub.give_up(why)
+            deadline = time.monotonic() + _GRACE_SECONDS
+            for worker in workers:
+                worker.join(max(0.0, deadline - time.monotonic()))
+            raise CommunicationError(why)

@@ -1,4 +1,4 @@
-"""What a recipe says about checkpoints, about steps that go wrong, and about going on after a failure. Free of torch."""
+"""What a recipe says about checkpoints, steps that go wrong, going on after a failure, and slow ranks. Free of torch."""
 
 from dataclasses import dataclass, field
 
@@ -50,10 +50,19 @@ class RestartConfig:
     wait_seconds: int = 300
     """How long nodes wait for one another, at the start and after a loss; then the run goes on without those that are missing
     (restart.elastic=true) or fails."""
+    hang_seconds: float = 300.0
+    """A rank that shows no progress for so long, or waits so long for one that shows none, ends the run's processes; 0: never.
+    At most three quarters of comm.timeout_seconds, whatever it says."""
+    long_hang_seconds: float = 1800.0
+    """The same where nothing can be seen for long: start, first step (compilation), validation, checkpoints read and written."""
 
     def validate(self) -> None:
         require_at_least(0, "restart", self, "limit", "backoff_seconds")
         require_at_least(1, "restart", self, "same_step_limit", "min_workers", "wait_seconds")
+        require_at_least(0, "restart", self, "hang_seconds")
+        require_at_least(self.hang_seconds, "restart", self, "long_hang_seconds")
+        if not self.hang_seconds:
+            refuse_unused("restart", self, ["long_hang_seconds"], "restart.hang_seconds=0")
         if not self.elastic:
             refuse_unused("restart", self, ["min_workers"], "restart.elastic=false")
 
@@ -118,3 +127,21 @@ class GuardConfig:
                 raise RecipeError(f"guard.{name}={getattr(self, name)} must be at least {least}")
         if any(step < 1 for step in self.leave_out):
             raise RecipeError(f"guard.leave_out={self.leave_out} counts steps from 1, as metrics.jsonl does; e.g. [7,8]")
+
+
+@dataclass
+class StragglerConfig:
+    """`straggler.*` of a recipe."""
+
+    ratio: float = 1.5
+    """A rank is slow when its own work takes this many times as long as its peers'; 0: nobody looks."""
+    window_seconds: float = 10.0
+    """Time over which work is summed up (5 to 1000 steps); 3 slow windows of the last 5 flag a rank."""
+
+    def validate(self) -> None:
+        if self.ratio and self.ratio <= 1:
+            raise RecipeError(f"straggler.ratio={self.ratio} must be above 1, or 0 to turn it off, e.g. straggler.ratio=1.5")
+        if self.window_seconds <= 0:
+            raise RecipeError(f"straggler.window_seconds={self.window_seconds} must be positive, e.g. straggler.window_seconds=10")
+        if not self.ratio:
+            refuse_unused("straggler", self, ["window_seconds"], "straggler.ratio=0")

@@ -12,6 +12,7 @@ POINTS = {
     "reduce": "train",
     "agree": "train",
     "optimizer": "train",
+    "discard": "discarded",
     "validate": "validation",
     "write": "checkpoint",
     "commit": "checkpoint",

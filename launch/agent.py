@@ -188,7 +188,7 @@ class Agent(LocalElasticAgent):
             return Verdict(failure, again=False)
         local = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
         slots = [slot for position, slot in enumerate(self.told.slots) if position != local.get(failure.rank)]
-        elsewhere = failure.kind == "peer" and self.nodes > 1
+        elsewhere = (failure.kind == "peer" or failure.rank < 0) and self.nodes > 1
         verdict = self.restarts.decide(failure, elsewhere, may_drop=self._can_do_without_one(worker_group, slots))
         if verdict.without_rank:
             self.told = replace(self.told, slots=tuple(slots))

@@ -9,7 +9,8 @@ from torch._C._distributed_c10d import Store
 
 _ENDING, _READ = "ending", "ending/read"
 _REGROUP, _TRAINED = "bagualu/regroup", "bagualu/trained"
-_LEAVE_SECONDS = 5.0
+LEAVE_SECONDS = 5.0
+"""For the others to say or to hear it."""
 
 
 class Ending:
@@ -18,25 +19,31 @@ class Ending:
     def __init__(self, store: Store) -> None:
         """`store`: the one that all rounds of the rendezvous share."""
         self._store = store
+        self._counted = False
 
     def say(self, document: dict[str, Any]) -> None:
         with contextlib.suppress(RuntimeError):
             self._store.compare_set(_ENDING, "", json.dumps(document))
 
-    def heard(self) -> dict[str, Any] | None:
-        """What a node has said."""
+    def heard(self, patience_seconds: float = 0.0) -> dict[str, Any] | None:
+        """What a node has said, or says within so many seconds."""
+        deadline = time.monotonic() + patience_seconds
         with contextlib.suppress(RuntimeError):
-            if self._store.check([_ENDING]):
+            while not (said := self._store.check([_ENDING])) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if said:
                 document: dict[str, Any] = json.loads(self._store.get(_ENDING))
-                self._store.add(_READ, 1)
+                if not self._counted:
+                    self._store.add(_READ, 1)
+                self._counted = True
                 return document
         return None
 
-    def wait_for(self, others: int) -> None:
+    def wait_for(self, nodes: int) -> None:
         """Until so many nodes have heard it, but not for long: the store may go when this process does."""
-        deadline = time.monotonic() + _LEAVE_SECONDS
+        deadline = time.monotonic() + LEAVE_SECONDS
         with contextlib.suppress(RuntimeError):
-            while self._store.add(_READ, 0) < others and time.monotonic() < deadline:
+            while self._store.add(_READ, 0) < nodes and time.monotonic() < deadline:
                 time.sleep(0.05)
 
 

@@ -17,9 +17,10 @@ from bagualu.comm import simulated
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.injection.fault import ProcessKilled
+from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
 from bagualu.launch import member, rendezvous
 from bagualu.launch.agent import Agent, Killed, Left
-from bagualu.launch.board import Ending
+from bagualu.launch.board import LEAVE_SECONDS, Ending
 from bagualu.launch.meeting import Meeting
 from bagualu.launch.restart import Restarts, announcement, resuming
 from bagualu.launch.scratch import scratch
@@ -69,7 +70,8 @@ def run_processes(
         if ended.failure is None or ended.failure.kind != "stopped":  # a node that leaves ends nothing for the others
             ending.say({"summary": ended.summary, "failure": ended.failure and ended.failure.as_dict()})
             place.handler.shutdown()
-            ending.wait_for(agent.nodes - 1)
+            ending.heard()
+            ending.wait_for(agent.nodes)
         return ended
 
 
@@ -91,6 +93,9 @@ def _supervise(agent: Agent, ending: Ending) -> Ended:
         return Ended(failure=failure(0, "restart", error, time.time()))
     if result is None:
         return _said(ending.heard())
+    if agent.failure and agent.failure.kind == "peer" and result.is_failed() and agent.nodes > 1:
+        cause = ending.heard(LEAVE_SECONDS)  # here ranks only lost peers: the node that knows why says it
+        return _said(cause) if cause else Ended(failure=agent.failure)
     return Ended(failure=agent.failure) if result.is_failed() else Ended(agent.summary, speaks=agent.has_rank_0)
 
 
@@ -119,7 +124,7 @@ def run_threads(recipe: Recipe, world: int, entrypoint: str, quiet_stdout: bool,
         while True:
             for watcher in watchers:
                 watcher.started(generation, dict.fromkeys(range(world), os.getpid()))
-            ended = _run_threads_once(resuming(recipe) if generation else recipe, world, entrypoint, stop, folder)
+            ended = _run_threads_once(resuming(recipe) if generation else recipe, world, entrypoint, stop, folder, watchers)
             if ended.failure is None:
                 return ended
             verdict = restarts.decide(ended.failure)
@@ -133,15 +138,24 @@ def run_threads(recipe: Recipe, world: int, entrypoint: str, quiet_stdout: bool,
             generation += 1
 
 
-def _run_threads_once(recipe: Recipe, world: int, entrypoint: str, stop: StopRequest, folder: Path) -> Ended:
+def _run_threads_once(
+    recipe: Recipe, world: int, entrypoint: str, stop: StopRequest, folder: Path, watchers: Sequence[Watcher]
+) -> Ended:
     failures: list[Failure] = []
 
     def rank_main(communicator: Communicator) -> dict[str, Any]:
+        Heartbeat(folder / HEARTBEATS, communicator.rank, communicator.monitor)
         return train(recipe, communicator, stop, failures.append, entrypoint, folder)
+
+    seen: list[Failure] = []
+
+    def hung() -> str | None:
+        seen.extend(failure for watcher in watchers if (failure := watcher.look()))
+        return seen[0].cause if seen else None
 
     threads = environment.threads(recipe.launch, world)
     try:
-        return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads)[0])
+        return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads, hung)[0])
     except (Exception, ProcessKilled) as error:
         traceback.print_exception(error)
-        return Ended(failure=first(failures))
+        return Ended(failure=seen[0] if seen else first(failures))

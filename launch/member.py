@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
+from bagualu.comm.monitor import Monitor
 from bagualu.comm.world import World
+from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
+from bagualu.fault_tolerance.watchdog.verdict import SPARE
 from bagualu.launch.deaths import write_failure
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
@@ -59,7 +62,7 @@ def main(member: Member) -> dict[str, Any]:
         stop.tell.append(copy_to_log(log, member.quiet_stdout))
     config = member.recipe.launch
     if world.rank >= member.training:
-        return _spare(member.scratch)
+        return _spare(member.scratch, world.rank)
     environment.pin(config, world.local_rank, workers)
     torch.set_num_threads(environment.threads(config, workers))
     world = replace(world, size=member.training, local_rank=member.slots[world.local_rank])
@@ -77,8 +80,11 @@ def main(member: Member) -> dict[str, Any]:
         os._exit(FAILED)
 
 
-def _spare(scratch: Path) -> dict[str, Any]:
+def _spare(scratch: Path, rank: int) -> dict[str, Any]:
     """A worker that the layout has no use for waits for those that train, and returns their summary."""
+    monitor = Monitor()
+    monitor.point = SPARE
+    Heartbeat(scratch / HEARTBEATS, rank, monitor)
     print("spare: the layout takes fewer ranks than there are workers", flush=True)
     while not (scratch / _RELEASED).exists():
         time.sleep(0.1)

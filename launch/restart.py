@@ -75,7 +75,7 @@ def announcement(verdict: Verdict, restarts: Restarts, recipe: Recipe) -> str:
     start = f"from {newest.name}" if newest else "from the beginning"
     start += " or a later replica in memory" if recipe.checkpoint.replica_every else ""
     left_out = f" without rank {failure.rank}" if verdict.without_rank else ""
-    return (f"rank {failure.rank} failed, {failure.phase}: {failure.cause}; restart {restarts.count} of "
+    return (f"{failure.who} failed, {failure.phase}: {failure.cause}; restart {restarts.count} of "
             f"{restarts.config.limit}{left_out} in {verdict.pause_seconds:g} s, {start}")  # fmt: skip
 
 

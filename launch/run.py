@@ -3,15 +3,17 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.launch import forkserver
+from bagualu.launch.hang import HangCheck
 from bagualu.launch.ledger import LedgerWatcher
 from bagualu.launch.meeting import Meeting
+from bagualu.launch.watcher import Watcher
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, STOPPED, Failure, last_words
@@ -29,15 +31,19 @@ def run(
     entrypoint = entrypoint or environment.TRAIN
     threaded = recipe.comm.backend == "simulated"
     ledger = LedgerWatcher(Path(recipe.run.dir))
+
+    def watch(scratch: Path) -> Sequence[Watcher]:
+        return [ledger, HangCheck(recipe, scratch)]
+
     with _environment(environment.variables(recipe.launch, workers)):
         if not threaded:
             forkserver.start(["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0]])
         from bagualu.launch import local  # imports torch: here, while the fork server does too
 
         if threaded:
-            ended = local.run_threads(recipe, workers, entrypoint, quiet_stdout, lambda scratch: [ledger])
+            ended = local.run_threads(recipe, workers, entrypoint, quiet_stdout, watch)
         else:
-            ended = local.run_processes(recipe, workers, entrypoint, quiet_stdout, meeting, lambda scratch: [ledger])
+            ended = local.run_processes(recipe, workers, entrypoint, quiet_stdout, meeting, watch)
             forkserver.stop()
     if ended.failure is not None:
         return _failed(ended.failure, recipe)

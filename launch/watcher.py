@@ -18,8 +18,9 @@ class Watcher:
         """
 
     def look(self) -> Failure | None:
-        """Asked ten times a second while workers run as processes. A failure it returns ends their generation like a death:
-        they are killed, and started again if the budget allows. It must name the rank at fault, phase, cause and step."""
+        """Asked about ten times a second while workers run. A failure it returns ends their generation like a death: they are
+        killed (threads that wait fail, others are left behind), and started again if the budget allows. It must name the rank at
+        fault (-1: nobody alone), phase, cause and step."""
         return None
 
     def failed(self, generation: int, failure: Failure, again: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from bagualu.comm.checks import require_at_least
 from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig
+from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig, StragglerConfig
 from bagualu.fault_tolerance.injection.fault import Fault
 from bagualu.fault_tolerance.injection.plan import Setting, expand, resolve
 from bagualu.parallel.config import ParallelConfig
@@ -137,6 +137,7 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     restart: RestartConfig = field(default_factory=RestartConfig)
+    straggler: StragglerConfig = field(default_factory=StragglerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     log: LogConfig = field(default_factory=LogConfig)
     faults: Any = field(default_factory=list)
@@ -153,7 +154,7 @@ class Recipe:
     def validate(self, world: int) -> Layout:
         """Check every part and all of them together for `world` ranks. Raises RecipeError with the fix."""
         for part in (self.model, self.data, self.train, self.optim, self.parallel, self.comm, self.checkpoint,
-                     self.restart, self.launch, self.log):  # fmt: skip
+                     self.restart, self.straggler, self.launch, self.log):  # fmt: skip
             part.validate()
         self.guard.validate(saves=self.checkpoint.every > 0)
         layout = self.parallel.layout(world)

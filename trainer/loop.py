@@ -9,6 +9,7 @@ from typing import Any
 
 from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.fault_tolerance.guard.verdict import Action
+from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.checkpoints import Checkpoints
 from bagualu.trainer.evaluate import Validation, validate
@@ -30,6 +31,7 @@ class Loop:
     stop: Callable[[], bool]
     seconds_per_token_at_ceiling: float
     checkpoints: Checkpoints
+    stragglers: Stragglers
     replication: Replication | None = None
     _due: bool = False
     """A checkpoint waits for a step that goes well."""
@@ -50,13 +52,13 @@ class Loop:
             stopped = result.stop
             if stopped and self.sinks:  # on the rank that speaks, which may not be the one that was asked
                 print(f"asked to stop: saving step {step}; not saved yet", file=sys.stderr, flush=True)
-            record = self._record(step, result, seconds)
+            record = self._record(step, result, seconds) | self._slow_ranks(step, seconds)
             validation = None if stopped and step < steps else self._validation(step)
             if validation:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
             for sink in self.sinks:
                 sink.write(record)
-            if self.replication and result.committed:  # else the state itself may be what is wrong
+            if self.replication and result.committed:  # not committed: the state may be what is wrong
                 self.replication.after_step(step)
             self._due |= bool(every) and step % every == 0
             if self._due and result.committed and step < steps and not stopped:
@@ -66,9 +68,9 @@ class Loop:
             self.checkpoints.save_last(step)
         if stopped and self.sinks:
             print(f"saved step {step}", file=sys.stderr, flush=True)
-        ended = "done" if step >= steps else "stopped"
-        guarded = {"guard": self.parts.guard.memory.summary()}
-        return {**record, **self._average(), "ended": ended, "step": step, **self._saved(), **guarded}
+        ended = {"ended": "done" if step >= steps else "stopped", "step": step}
+        watched = {"guard": self.parts.guard.memory.summary(), "stragglers": self.stragglers.ever()}
+        return {**record, **self._average(), **ended, **self._saved(), **watched}
 
     def _is_stored(self, step: int) -> bool:
         """Whether a checkpoint holds the state after `step` steps; a run that goes on from memory may begin at its last step."""
@@ -127,12 +129,18 @@ class Loop:
         """Take back step `step` (from 0) and those since a checkpoint; the steps done."""
         self.checkpoints.finish()
         done, self.checkpoints.newest = roll_back(self.parts, step + 1, result.verdict)
-        self._due = False
         if self.replication:
-            self.replication.go_back()
+            self.replication.replicas.forget_after(done)
+        self._due = False
         for sink in self.sinks:
             sink.rewind(done)
         return done
+
+    def _slow_ranks(self, step: int, seconds: float) -> dict[str, Any]:
+        for change in self.stragglers.after_step(step, seconds):
+            if self.parts.mesh.at("world") == 0:
+                print(f"step {step}: {change}", file=sys.stderr, flush=True)
+        return {"stragglers": slow} if (slow := self.stragglers.now()) else {}
 
     @property
     def _tokens_per_step(self) -> int:

@@ -37,9 +37,14 @@ class Failure:
     kind: str = "error"
     """error: this rank's own; peer: it lost another one; recipe: refused, with the fix; killed: by a signal;
     final: its own, and it would only happen again; loop: the launcher's verdict on one that did happen again;
-    hung: ended by a watcher; stopped: none at all, it was asked to stop before there was anything to save."""
+    hung: ended by a watcher (rank -1: nobody alone is at fault, or it cannot be told);
+    stopped: none at all, it was asked to stop before there was anything to save."""
     step: int = 0
     """The step under way; 0 before the first."""
+
+    @property
+    def who(self) -> str:
+        return f"rank {self.rank}" if self.rank >= 0 else "no single rank"
 
     @property
     def exit_code(self) -> int:
@@ -80,4 +85,4 @@ def last_words(failure: Failure, advice: str) -> str:
         return f"bagualu: error: {failure.cause}"
     if failure.kind == "stopped":
         return f"bagualu: stopped: {failure.cause}; {advice}"
-    return f"bagualu: failed: rank {failure.rank}, {failure.phase}: {failure.cause}; {advice}"
+    return f"bagualu: failed: {failure.who}, {failure.phase}: {failure.cause}; {advice}"

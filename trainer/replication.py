@@ -57,10 +57,6 @@ class Replication:
         if from_memory and self.parts.mesh.at("world") == 0:
             print(f"going on from {resumed.source}", file=sys.stderr, flush=True)
 
-    def go_back(self) -> None:
-        """The run has gone back to a checkpoint: what memory holds is of the way it has left."""
-        self.replicas.start(None)
-
     def after_step(self, step: int) -> None:
         """Keep the state after `step` steps, if it is time to."""
         if step % self.parts.recipe.checkpoint.replica_every == 0:

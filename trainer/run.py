@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
 from bagualu.trainer.config import Recipe
@@ -53,8 +54,9 @@ def train(
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
     checkpoints = Checkpoints(parts, fence, resumed.checkpoint)
+    stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)
     try:
-        ending = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints, replication).run(resumed.step)
+        ending = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication).run(resumed.step)
         checkpoints.close()
     finally:
         checkpoints.close(wait=False)

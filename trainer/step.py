@@ -66,6 +66,8 @@ def train_step(
     while True:
         agreed = _attempt(parts, step, tell)
         verdict = guard.judge(number, Figures(agreed.loss, agreed.norm, agreed.found, parts.scaler.can_fall))
+        if verdict.action is not Action.COMMIT:
+            parts.mesh.monitor.at("discard")
         if verdict.action is not Action.RETRY:
             break
     if verdict.action is Action.COMMIT:

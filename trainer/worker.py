@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.group import Communicator, connect
+from bagualu.comm.monitor import Monitor
 from bagualu.comm.world import World
 from bagualu.fault_tolerance.injection.fault import ProcessKilled
+from bagualu.fault_tolerance.watchdog import stacks
+from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.environment import TRAIN
 from bagualu.trainer.outcome import Failure, failure
@@ -27,8 +30,12 @@ def work(
     A rank that fails does not close its connection: that could wait for the very peers that are gone, and the end of its
     process tells them sooner.
     """
+    monitor = Monitor()
+    if scratch is not None:
+        Heartbeat(scratch / HEARTBEATS, world.rank, monitor)
+        stacks.show_on_signal(scratch / HEARTBEATS, world.rank)
     try:
-        communicator = connect(recipe.comm.backend, world, recipe.comm.timeout_seconds)
+        communicator = connect(recipe.comm.backend, world, recipe.comm.timeout_seconds, monitor)
     except Exception as error:
         report(failure(world.rank, "connect", error, time.time()))
         raise

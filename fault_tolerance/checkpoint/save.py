@@ -116,6 +116,7 @@ class Saver:
         save = self._under_way
         assert save is not None
         self._under_way = None
+        self.group.monitor.at("write")
         verdict = self._committed(save) if save.committing else self._all_durable(save, wait)
         if "error" in verdict:
             if self.group.rank == 0:

@@ -94,7 +94,10 @@ class PipelineRunner:
 
     def _forward(self, action: Action, batch: MicroBatch, differentiate: bool, totals: StageTotals) -> None:
         m = action.micro_batch
-        self.mesh.monitor.at("forward")
+        if differentiate:
+            self.mesh.monitor.at("forward")
+        else:
+            self.mesh.monitor.at("validate")
         if self.mesh.first_stage:
             inputs = batch.inputs
         else:

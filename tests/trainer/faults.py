@@ -8,6 +8,7 @@ import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
+from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.parallel.data import Bucket
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
@@ -149,8 +150,9 @@ def train(communicator: Communicator, recipe: Recipe, fault: Fault | None = None
     if fault is not None:
         parts.mesh.monitor.observers.append(Injection(parts, fault))
     checkpoints, records, error = Checkpoints(parts, take_checkpoints(parts)), Records(), ""
+    stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)
     try:
-        Loop(parts, [records], lambda: False, 1e-9, checkpoints).run(resume(parts).step)
+        Loop(parts, [records], lambda: False, 1e-9, checkpoints, stragglers).run(resume(parts).step)
     except GuardError as caught:
         error = str(caught)
     checkpoints.close()

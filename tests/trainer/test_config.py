@@ -93,6 +93,20 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"launch__port": 70000}, "or leave it out", {"launch__port": None}),
     ({"log__wandb": "on"}, "give disabled, offline or online", {"log__wandb": "offline"}),
     ({"log__progress": "dots"}, "give auto, bar, lines or off", {"log__progress": "lines"}),
+    ({"restart__hang_seconds": -1}, "e.g. restart.hang_seconds=300", {"restart__hang_seconds": 300}),
+    ({"restart__hang_seconds": 3600}, "e.g. restart.long_hang_seconds=3600", {"restart__long_hang_seconds": 3600}),
+    (
+        {"restart__hang_seconds": 0, "restart__long_hang_seconds": 60},
+        "give restart.long_hang_seconds=1800",
+        {"restart__long_hang_seconds": 1800},
+    ),
+    ({"straggler__ratio": 0.5}, "or 0 to turn it off, e.g. straggler.ratio=1.5", {"straggler__ratio": 0}),
+    ({"straggler__window_seconds": 0}, "e.g. straggler.window_seconds=10", {"straggler__window_seconds": 10}),
+    (
+        {"straggler__ratio": 0, "straggler__window_seconds": 60},
+        "give straggler.window_seconds=10",
+        {"straggler__window_seconds": 10},
+    ),
     ({"log__every": 0}, "must be at least 1", {"log__every": 1}),
 ]  # fmt: skip
 

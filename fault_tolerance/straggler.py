@@ -1,0 +1,214 @@
+"""Ranks that are slower than those that do the same work.
+
+A rank's own time of a step is what it does not spend waiting for others: in a synchronous run everybody's step takes as long as the
+slowest rank's, only own times tell who that is. They are summed over a window of steps, exchanged by one small collective,
+and every rank comes to the same conclusion from the same figures. Peers are the ranks of one pipeline stage with the same
+experts: uneven stages and experts with more tokens are work, not slowness. A rank without peers is not judged.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+
+from bagualu.comm.group import Group
+from bagualu.fault_tolerance.config import StragglerConfig
+from bagualu.parallel.layout import Layout
+
+_WINDOWS = 5
+"""Windows that count."""
+_ENOUGH = 3
+"""So many of them must be slow for a rank to be flagged, and so many in a row must not for it to be cleared."""
+_MATTERS = 0.05
+"""Share of the run's time that the slowness must cost."""
+_FEWEST_STEPS, _MOST_STEPS = 5, 1000
+"""Steps of a window."""
+
+
+class WorkClock:
+    """Observes a monitor and measures the rank's own time: from the begin of a step to `lap`, without the waiting."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter, cpu: Callable[[], float] = time.process_time) -> None:
+        self._now, self._cpu = now, cpu
+        self._own = self._used = 0.0
+        self._since: tuple[float, float] | None = None
+        self._in_step = False
+
+    def at(self, point: str, step: int) -> None:
+        """As `Observer.at`."""
+        if point == "data" and not self._in_step:
+            self._in_step = True
+            self._go()
+
+    def waits(self, what: str | None) -> None:
+        """As `Observer.waits`."""
+        if what is not None:
+            self._halt()
+        elif self._in_step:
+            self._go()
+
+    def lap(self) -> tuple[float, float]:
+        """The step is over: (seconds of its own work, processor seconds that the process used in them)."""
+        self._halt()
+        figures = self._own, self._used
+        self._own = self._used = 0.0
+        self._in_step = False
+        return figures
+
+    def _go(self) -> None:
+        self._since = self._now(), self._cpu()
+
+    def _halt(self) -> None:
+        if self._since is not None:
+            self._own += self._now() - self._since[0]
+            self._used += self._cpu() - self._since[1]
+            self._since = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """One rank's figures over the steps of a window, in seconds."""
+
+    own: float
+    """Its own work."""
+    cpu: float
+    """Processor time it used meanwhile; less than `own`: it was stopped, or had to share its cores."""
+    wall: float
+    """The whole window, waiting and all."""
+
+
+@dataclass
+class Straggler:
+    """A rank that is, or was, slower than its peers. Per-step figures of the last window in which it was slow."""
+
+    rank: int
+    since_step: int
+    """When it was flagged."""
+    until_step: int | None = None
+    """When it had recovered; None: not yet."""
+    ratio: float = 0.0
+    """Own seconds over the median of its peers'."""
+    own_seconds: float = 0.0
+    peer_seconds: float = 0.0
+    cpu_share: float = 0.0
+    """Processor seconds per second of its own work."""
+    peer_cpu_share: float = 0.0
+
+    def __str__(self) -> str:
+        if self.until_step is not None:
+            return f"rank {self.rank} keeps up with its peers again (it was slow from step {self.since_step} on)"
+        return (f"rank {self.rank} is slow: {self.own_seconds:.3g} s of its own work a step, its peers "
+                f"{self.peer_seconds:.3g} s ({self.ratio:.1f}x), on a processor {self.cpu_share:.0%} of that "
+                f"time, its peers {self.peer_cpu_share:.0%}")  # fmt: skip
+
+
+@dataclass
+class Judge:
+    """Decides over windows of figures; a pure function of their sequence. `peers` are disjoint groups of ranks."""
+
+    peers: Sequence[Sequence[int]]
+    ratio: float
+    history: list[Straggler] = field(default_factory=list)
+    """Everyone ever flagged, in order."""
+    _slow: dict[int, deque[bool]] = field(default_factory=dict)
+    _quiet: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def flagged(self) -> list[Straggler]:
+        """Those that are slow now."""
+        return [one for one in self.history if one.until_step is None]
+
+    def add(self, step: int, steps: int, windows: Sequence[Window]) -> list[Straggler]:
+        """Take the window of `steps` steps that ended with `step`, by rank; who was flagged or cleared by it."""
+        changed = []
+        for group in self.peers:
+            for rank in group:
+                others = [windows[peer] for peer in group if peer != rank]
+                if others and self._judge(step, steps, rank, windows[rank], others):
+                    changed.append(next(one for one in reversed(self.history) if one.rank == rank))
+        return changed
+
+    def _judge(self, step: int, steps: int, rank: int, own: Window, others: list[Window]) -> bool:
+        typical = median(other.own for other in others)
+        ratio = own.own / max(typical, 1e-9)
+        matters = own.own - typical > _MATTERS * own.wall
+        slow = self._slow.setdefault(rank, deque(maxlen=_WINDOWS))
+        slow.append(ratio > self.ratio and matters)
+        recovered = ratio < 1 + (self.ratio - 1) / 2 or not matters
+        self._quiet[rank] = self._quiet.get(rank, 0) + 1 if recovered else 0
+        current = next((one for one in self.flagged if one.rank == rank), None)
+        if current is not None and self._quiet[rank] >= _ENOUGH:
+            current.until_step = step
+            slow.clear()
+            return True
+        if not slow or not slow[-1]:
+            return False
+        fresh = current is None and sum(slow) >= _ENOUGH
+        if fresh:
+            current = Straggler(rank, step)
+            self.history.append(current)
+        if current is not None:
+            current.ratio, current.own_seconds, current.peer_seconds = ratio, own.own / steps, typical / steps
+            current.cpu_share = own.cpu / max(own.own, 1e-9)
+            current.peer_cpu_share = median(other.cpu / max(other.own, 1e-9) for other in others)
+        return fresh
+
+
+def same_work(layout: Layout) -> list[list[int]]:
+    """The ranks in groups that do the same work: of one pipeline stage, with the same experts."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for rank in range(layout.world):
+        at = layout.coordinates(rank)
+        groups.setdefault((at["pipeline"], at["expert"]), []).append(rank)
+    return list(groups.values())
+
+
+class Stragglers:
+    """One rank's part: measures, exchanges, judges. Its monitor is that of the group."""
+
+    def __init__(self, config: StragglerConfig, layout: Layout, world: Group) -> None:
+        self._config, self._world = config, world
+        self._judge = Judge(same_work(layout), config.ratio)
+        self._judges = bool(config.ratio) and any(len(group) > 1 for group in self._judge.peers)
+        self._clock = WorkClock()
+        self._own = self._cpu = self._wall = 0.0
+        self._steps, self._due, self._warm = 0, _FEWEST_STEPS, False
+        if self._judges:
+            world.monitor.observers.append(self._clock)
+
+    def after_step(self, step: int, seconds: float) -> list[Straggler]:
+        """Step `step` (from 1) took `seconds`: who was flagged or cleared, the same on every rank. Collective after a window."""
+        if not self._judges:
+            return []
+        own, cpu = self._clock.lap()
+        self._own, self._cpu, self._wall, self._steps = self._own + own, self._cpu + cpu, self._wall + seconds, self._steps + 1
+        if self._steps < self._due:
+            return []
+        windows, steps = self._exchange(), self._steps
+        self._own = self._cpu = self._wall = 0.0
+        self._steps = 0
+        step_seconds = max(window.wall for window in windows) / steps
+        self._due = min(_MOST_STEPS, max(_FEWEST_STEPS, math.ceil(self._config.window_seconds / max(step_seconds, 1e-6))))
+        if not self._warm:  # the first window pays for warming up; from it only the length of the next one is taken
+            self._warm = True
+            return []
+        return self._judge.add(step, steps, windows)
+
+    def now(self) -> list[dict[str, Any]]:
+        """Those that are slow now, with the evidence."""
+        return [asdict(one) for one in self._judge.flagged]
+
+    def ever(self) -> list[dict[str, Any]]:
+        """All that were slow at some time."""
+        return [asdict(one) for one in self._judge.history]
+
+    def _exchange(self) -> list[Window]:
+        own = torch.tensor([[self._own, self._cpu, self._wall]], dtype=torch.float64, device=self._world.device)
+        everyone = own.new_empty(self._world.size, 3)
+        self._world.all_gather(everyone, own)
+        return [Window(*figures) for figures in everyone.tolist()]

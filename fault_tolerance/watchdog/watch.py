@@ -1,0 +1,91 @@
+"""Watches the ranks of one machine from outside. Free of torch."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from bagualu.fault_tolerance.watchdog.heartbeat import read, read_beats
+from bagualu.fault_tolerance.watchdog.verdict import Patience, Seen, Verdict, judge
+
+
+@dataclass
+class _Pulse:
+    """What is known of a rank's heartbeat from one look to the next."""
+
+    beats: int = 0
+    silent_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Processor time of the process when it was last seen to change."""
+
+
+class Watchdog:
+    """One generation of workers. Call `look` as often as you like; it works at most every `interval` seconds.
+
+    Silence is counted over the watchdog's own looks, not on a clock: when the launcher was stopped, or the whole machine, that
+    time counts for nobody.
+    """
+
+    def __init__(
+        self, folder: Path, processes: Mapping[int, int], patience: Patience, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`folder`: where the heartbeats are. `processes`: the process of every rank here, by rank."""
+        self.processes = dict(processes)
+        self.interval = min(1.0, patience.hang_seconds / 10)
+        """Seconds between two looks."""
+        self._folder = folder
+        self._patience = patience
+        self._clock = clock
+        self._begun = self._last = clock()
+        self._pulses = {rank: _Pulse() for rank in processes}
+
+    def look(self) -> Verdict | None:
+        """Whether the run stands still and why; None while it may go on."""
+        now = self._clock()
+        if now - self._last < self.interval:
+            return None
+        passed = min(now - self._last, 2 * self.interval)
+        self._last = now
+        for rank, pulse in self._pulses.items():
+            self._feel(rank, pulse, passed)
+        if max(pulse.silent_seconds for pulse in self._pulses.values()) < self._patience.hang_seconds:
+            return None
+        return judge(self.seen(), self._patience)
+
+    def seen(self) -> dict[int, Seen]:
+        """Every rank, as it is now."""
+        return {rank: self._see(rank, pulse) for rank, pulse in self._pulses.items()}
+
+    def _feel(self, rank: int, pulse: _Pulse, passed: float) -> None:
+        beats = read_beats(self._folder, rank)
+        if beats != pulse.beats:
+            pulse.beats, pulse.silent_seconds = beats, 0.0
+            return
+        if not pulse.silent_seconds:
+            pulse.cpu_seconds = _process(self.processes[rank])[1]
+        pulse.silent_seconds += passed
+
+    def _see(self, rank: int, pulse: _Pulse) -> Seen:
+        state, cpu = _process(self.processes[rank])
+        used = max(0.0, cpu - pulse.cpu_seconds)
+        beat = read(self._folder, rank)
+        if beat is None or beat.started < self._begun:  # not there yet; or left by the generation before
+            return Seen(rank, silent_seconds=pulse.silent_seconds, cpu_seconds=used, process=state)
+        return Seen(
+            rank=rank, step=beat.step, steps_begun=beat.steps_begun, point=beat.point, operation=beat.operation, line=beat.line,
+            number=beat.number, counts=beat.counts, silent_seconds=pulse.silent_seconds if beat.beats == pulse.beats else 0.0,
+            cpu_seconds=used, process=state,
+        )  # fmt: skip
+
+
+def _process(pid: int) -> tuple[str, float]:
+    """State of a process, and the processor seconds it has used."""
+    try:
+        process = psutil.Process(pid)
+        with process.oneshot():
+            times = process.cpu_times()
+            return process.status(), times.user + times.system
+    except psutil.NoSuchProcess:
+        return "gone", 0.0

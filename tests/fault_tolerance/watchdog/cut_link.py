@@ -1,0 +1,107 @@
+"""Four ranks on two machines (network namespaces), three here and rank 3 there; then the link between them is cut. Run as a script.
+
+    unshare -rn python cut_link.py FOLDER both|one_way
+
+Not collected by pytest. Prints the failure that the watchdog found, as JSON. Everything is gone with its processes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagualu.comm.group import Communicator
+from bagualu.launch.hang import HangCheck
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.recipe import compose
+
+_WORKER = """
+import sys
+from pathlib import Path
+from bagualu.comm.world import World
+from bagualu.trainer.recipe import compose
+from bagualu.trainer.stopping import StopRequest
+from bagualu.trainer.worker import work
+folder = Path(sys.argv[1])
+recipe = compose([f"run.dir={folder}", "train.steps=100000"])
+work(recipe, World.from_environment(), StopRequest(), print, "cut_link:train", folder)
+"""
+_RANKS, _PORT = 4, 29511
+
+
+def main(folder: Path, how: str) -> None:
+    there = subprocess.Popen(["unshare", "-n", "sleep", "1000"])
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        _connect(there.pid)
+        for rank in range(_RANKS):
+            workers.append(_start(folder, rank, there.pid))
+        _wait_for_steps(folder, workers, 5)
+        recipe = compose([f"run.dir={folder}", "restart.hang_seconds=4", "restart.long_hang_seconds=60"])
+        check = HangCheck(recipe, folder)
+        check.started(0, {rank: worker.pid for rank, worker in enumerate(workers)})
+        if how == "both":
+            _do("ip link set left down")
+        else:  # what goes there is sent to a machine that does not exist; what comes from there still arrives
+            _do("ip neigh replace 10.77.0.2 lladdr 02:00:00:00:00:99 dev left nud permanent")
+        deadline = time.monotonic() + 90
+        while not (failure := check.look()):
+            assert time.monotonic() < deadline, "not found"
+            time.sleep(0.1)
+        print(json.dumps(asdict(failure)))
+    finally:
+        for process in [*workers, there]:
+            process.kill()
+            process.wait()
+
+
+def _connect(there: int) -> None:
+    while os.readlink(f"/proc/{there}/ns/net") == os.readlink("/proc/self/ns/net"):
+        time.sleep(0.01)
+    _do("ip link set lo up")
+    _do("ip link add left type veth peer name right")
+    _do(f"ip link set right netns {there}")
+    _do("ip addr add 10.77.0.1/24 dev left")
+    _do("ip link set left up")
+    for command in ("ip link set lo up", "ip addr add 10.77.0.2/24 dev right", "ip link set right up"):
+        _do(f"nsenter -t {there} -n {command}")
+
+
+def _start(folder: Path, rank: int, there: int) -> subprocess.Popen[bytes]:
+    far = rank == _RANKS - 1
+    command = [*(["nsenter", "-t", str(there), "-n"] if far else []), sys.executable, "-c", _WORKER, str(folder)]
+    world = {"RANK": rank, "WORLD_SIZE": _RANKS, "LOCAL_RANK": rank, "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": _PORT}
+    network = {"GLOO_SOCKET_IFNAME": "right" if far else "left", "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen(command, env={**os.environ, **{name: str(value) for name, value in world.items()}, **network})
+
+
+def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None) -> dict[str, Any]:
+    """What the ranks run: steps of one collective of all."""
+    while True:
+        communicator.monitor.step += 1
+        communicator.monitor.at("data")
+        time.sleep(0.02)
+        communicator.world.all_reduce(torch.ones(1000))
+        (Path(recipe.run.dir) / f"step-{communicator.rank}").write_text(str(communicator.monitor.step))
+
+
+def _wait_for_steps(folder: Path, workers: list[subprocess.Popen[bytes]], steps: int) -> None:
+    done, deadline = folder / "step-0", time.monotonic() + 120
+    while not done.exists() or int(done.read_text() or 0) < steps:
+        assert all(worker.poll() is None for worker in workers), "a rank has died"
+        assert time.monotonic() < deadline, "the ranks did not come up"
+        time.sleep(0.05)
+
+
+def _do(command: str) -> None:
+    subprocess.run(command.split(), check=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

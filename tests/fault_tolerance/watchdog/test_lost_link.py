@@ -1,0 +1,35 @@
+"""A link between two machines is lost: found long before the collective's own timeout, and the rank that is cut off is named."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def _namespaces() -> str:
+    """Why there can be no network namespaces here; empty when there can."""
+    try:
+        command = ["unshare", "-rn", "ip", "link", "add", "left", "type", "veth", "peer", "name", "right"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stderr.strip()
+    except FileNotFoundError as error:
+        return str(error)
+
+
+NONE = _namespaces()
+pytestmark = [pytest.mark.skipif(bool(NONE), reason=f"no network namespaces here: {NONE}"), pytest.mark.timeout(300)]
+
+
+@pytest.mark.parametrize("how", ["both", "one_way"])
+def test_the_rank_behind_the_lost_link_is_named(tmp_path: Path, how: str) -> None:
+    script = Path(__file__).parent / "cut_link.py"
+    done = subprocess.run(["unshare", "-rn", sys.executable, str(script), str(tmp_path), how], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    failure = json.loads(done.stdout.splitlines()[-1])
+    report = Path(failure["cause"].rsplit("report: ", 1)[1]).read_text()
+    assert failure["rank"] == 3, report
+    assert "not acknowledged" in failure["cause"]
+    assert "10.77.0.2" in report
+    assert "not acknowledged" in report
