@@ -150,8 +150,8 @@ def train(communicator: Communicator, recipe: Recipe, fault: Fault | None = None
     if fault is not None:
         parts.mesh.monitor.observers.append(Injection(parts, fault))
     checkpoints, records, error = Checkpoints(parts, take_checkpoints(parts)), Records(), ""
+    stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)
     try:
-        stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)
         Loop(parts, [records], lambda: False, 1e-9, checkpoints, stragglers).run(resume(parts).step)
     except GuardError as caught:
         error = str(caught)
