@@ -15,6 +15,7 @@ POINTS = {
     "discard": "discarded",
     "validate": "validation",
     "write": "checkpoint",
+    "durable": "checkpoint",
     "commit": "checkpoint",
     "prune": "checkpoint",
     "replicate": "checkpoint",
