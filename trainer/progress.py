@@ -117,7 +117,9 @@ def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, 
 
 def _spent(ledger: Mapping[str, float]) -> str:
     """Where the time went that was not productive, largest first, what is below a thousandth left out."""
-    others = {name: ledger[name] for name in CATEGORIES if name != "productive" and ledger.get(name, 0) > ledger["wall"] / 1000}
+    others = {
+        name: ledger[name] for name in CATEGORIES if name != "productive" and ledger.get(name, 0) > ledger.get("wall", 0) / 1000
+    }
     return ", ".join(f"{name} {seconds / ledger['wall']:.1%}" for name, seconds in sorted(others.items(), key=lambda one: -one[1]))
 
 
