@@ -15,7 +15,6 @@ POINTS = {
     "discard": "discarded",
     "validate": "validation",
     "write": "checkpoint",
-    "durable": "checkpoint",
     "commit": "checkpoint",
     "prune": "checkpoint",
     "replicate": "checkpoint",

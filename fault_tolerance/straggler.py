@@ -20,10 +20,10 @@ from bagualu.comm.group import Group
 from bagualu.fault_tolerance.config import StragglerConfig
 from bagualu.parallel.layout import Layout
 
-_WINDOWS = 5
-"""Windows that count."""
-_ENOUGH = 3
-"""So many of them must be slow for a rank to be flagged, and so many in a row must not for it to be cleared."""
+_SLOW = 5
+"""Slow windows in a row that flag a rank: a step in a hundred that takes very long makes some windows slow, not five in a row."""
+_QUIET = 3
+"""Windows in a row without slowness that clear it."""
 _MATTERS = 0.05
 """Share of the run's time that the slowness must cost."""
 _FEWEST_STEPS, _MOST_STEPS = 5, 1000
@@ -137,18 +137,18 @@ class Judge:
         typical = median(other.own for other in others)
         ratio = own.own / max(typical, 1e-9)
         matters = own.own - typical > _MATTERS * own.wall
-        slow = self._slow.setdefault(rank, deque(maxlen=_WINDOWS))
+        slow = self._slow.setdefault(rank, deque(maxlen=_SLOW))
         slow.append(ratio > self.ratio and matters)
         recovered = ratio < 1 + (self.ratio - 1) / 2 or not matters
         self._quiet[rank] = self._quiet.get(rank, 0) + 1 if recovered else 0
         current = next((one for one in self.flagged if one.rank == rank), None)
-        if current is not None and self._quiet[rank] >= _ENOUGH:
+        if current is not None and self._quiet[rank] >= _QUIET:
             current.until_step = step
             slow.clear()
             return True
         if not slow or not slow[-1]:
             return False
-        fresh = current is None and sum(slow) >= _ENOUGH
+        fresh = current is None and sum(slow) == _SLOW
         if fresh:
             current = Straggler(rank, step)
             self.history.append(current)

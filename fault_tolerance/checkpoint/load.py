@@ -215,4 +215,5 @@ def _flat(shape: tuple[int, ...], index: tuple[int, ...]) -> int:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a flat, contiguous tensor on the host."""
-    return tensor.view(torch.uint8).numpy().data
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # one element may have any stride
+    return flat.view(torch.uint8).numpy().data

@@ -87,7 +87,7 @@ def test_slowness_that_costs_next_to_nothing_is_none() -> None:
 
 def test_the_evidence_tells_a_stopped_process_from_one_with_more_to_do() -> None:
     judge = Judge([[0, 1, 2]], 1.5)
-    for window in range(3):
+    for window in range(5):
         changed = judge.add(window, 10, [Window(1, 1, 3), Window(3, 1, 3), Window(1, 1, 3)])
     assert [one.rank for one in changed] == [1]
     assert str(changed[0]) == ("rank 1 is slow: 0.3 s of its own work a step, its peers 0.1 s (3.0x), on a processor 33% of that "

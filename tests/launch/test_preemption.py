@@ -58,7 +58,7 @@ def test_wherever_it_comes_there_is_one_commit_and_the_run_goes_on_from_it(tmp_p
 
 
 def test_a_grace_too_short_leaves_the_checkpoint_before_and_says_not_saved(start, gone, capsys):
-    words = [*SMALL, *WORDS, "comm.backend=gloo", "run.name=stop-1-5-backward.hold-0-5-write"]
+    words = [*SMALL, *WORDS, "comm.backend=gloo", "checkpoint.async=false", "run.name=stop-1-5-backward.hold-0-5-write"]
     run = start(*words, entrypoint="faulty:train")
     run.until((run.folder / "holding").exists)
     run.process.kill()

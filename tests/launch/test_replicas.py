@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.harness import run as run_ranks
-from tests.launch.survival import SMALL, figures, state, undisturbed
+from tests.launch.survival import SMALL, figures, small, state, undisturbed
 from tests.launch.test_node import nodes  # noqa: F401  (a fixture)
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -19,7 +19,7 @@ WORDS = ["parallel.data=4", "train.steps=30", "checkpoint.every=0"]
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    run_ranks("gloo", 4, undisturbed, str(folder), WORDS)
+    run_ranks("gloo", 4, undisturbed, small(folder, *WORDS))
     return folder
 
 
