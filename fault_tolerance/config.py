@@ -136,7 +136,7 @@ class StragglerConfig:
     ratio: float = 1.5
     """A rank is slow when its own work takes this many times as long as its peers'; 0: nobody looks."""
     window_seconds: float = 10.0
-    """Time over which work is summed up (5 to 1000 steps); 5 slow windows in a row flag a rank."""
+    """Time over which work is summed up (5 to 1000 steps); 4 slow windows of the last 5 flag a rank."""
 
     def validate(self) -> None:
         if self.ratio and self.ratio <= 1:

@@ -20,8 +20,8 @@ from bagualu.comm.group import Group
 from bagualu.fault_tolerance.config import StragglerConfig
 from bagualu.parallel.layout import Layout
 
-_SLOW = 5
-"""Slow windows in a row that flag a rank: a step in a hundred that takes very long makes some windows slow, not five in a row."""
+_WINDOWS, _SLOW = 5, 4
+"""A rank is flagged when so many of the last windows were slow: now and then one step takes very long and makes a window slow."""
 _QUIET = 3
 """Windows in a row without slowness that clear it."""
 _MATTERS = 0.05
@@ -137,7 +137,7 @@ class Judge:
         typical = median(other.own for other in others)
         ratio = own.own / max(typical, 1e-9)
         matters = own.own - typical > _MATTERS * own.wall
-        slow = self._slow.setdefault(rank, deque(maxlen=_SLOW))
+        slow = self._slow.setdefault(rank, deque(maxlen=_WINDOWS))
         slow.append(ratio > self.ratio and matters)
         recovered = ratio < 1 + (self.ratio - 1) / 2 or not matters
         self._quiet[rank] = self._quiet.get(rank, 0) + 1 if recovered else 0
@@ -148,7 +148,7 @@ class Judge:
             return True
         if not slow or not slow[-1]:
             return False
-        fresh = current is None and sum(slow) == _SLOW
+        fresh = current is None and sum(slow) >= _SLOW
         if fresh:
             current = Straggler(rank, step)
             self.history.append(current)
