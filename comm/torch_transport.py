@@ -107,6 +107,7 @@ class TorchBackend:
     def __init__(self, world: World, timeout_seconds: float) -> None:
         self.world = world
         self.timeout = timedelta(seconds=timeout_seconds)
+        self._transports: list[TorchTransport] = []
         if world.size > 1 or world.rendezvous:
             try:
                 dist.init_process_group(
@@ -124,11 +125,15 @@ class TorchBackend:
     def transport(self, ranks: tuple[int, ...], name: str) -> TorchTransport:
         # Only the members take part, so that making groups costs each rank its own few, not all of the world's.
         group = dist.new_group(list(ranks), timeout=self.timeout, backend=self.torch_name, use_local_synchronization=True)
-        return self.transport_class(group, ranks, name)
+        self._transports.append(self.transport_class(group, ranks, name))
+        return self._transports[-1]
 
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+        for transport in self._transports:
+            del transport.group  # a model's hooks refer to it in cycles that Python cannot see, and it holds threads
+        self._transports.clear()
 
 
 def _first_line(error: Exception) -> str:

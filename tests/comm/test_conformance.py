@@ -246,3 +246,18 @@ def test_simulated_names_who_waits_for_whom() -> None:
 def test_simulated_sees_that_a_rank_has_left() -> None:
     with pytest.raises(CommunicationError, match=r"rank 0 waits in barrier number 1 in group world for ranks \[1\]"):
         run("simulated", 2, early_return)
+
+
+def threads_after(communicator):
+    """Groups that something still refers to when their communicator is closed."""
+    KEPT.append([communicator.group(communicator.world.ranks, f"kept {number}") for number in range(3)])
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+KEPT = []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_a_closed_communicator_leaves_no_threads():
+    first, *_, last = [run("gloo", 2, threads_after)[0] for _ in range(4)]
+    assert last == first
