@@ -12,6 +12,8 @@ import time
 
 import pytest
 
+from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.launch import cli
 from bagualu.launch.slurm import script
 from bagualu.trainer.recipe import compose
@@ -149,12 +151,12 @@ def test_a_job_on_two_nodes_saves_requeues_goes_on_and_stops_with_75(two_nodes, 
     until(lambda: len(steps(folder)) >= 3)
     called("scancel", "--batch", "--signal=USR1", job)  # what SLURM sends before the time limit
     until(lambda: "PENDING" in called("scontrol", "show", "job", job))
-    saved = [int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir()]
+    saved = step_of(latest(folder / "checkpoints"))
     called("scontrol", "update", f"jobid={job}", "starttime=now+5")  # slurmd refuses a job it killed within the same second
 
-    until(lambda: steps(folder)[-1] >= max(saved) + 3)
+    until(lambda: steps(folder)[-1] >= saved + 3)
     assert steps(folder) == list(range(1, len(steps(folder)) + 1))  # every step once: it went on where it had stopped
     called("scancel", "--batch", "--signal=TERM", job)  # what SLURM sends when it takes the nodes away
     until(lambda: re.search("JobState=(FAILED|COMPLETED)", called("scontrol", "show", "job", job)))
     assert "ExitCode=75:0" in called("scontrol", "show", "job", job)
-    assert max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir()) == steps(folder)[-1]
+    assert step_of(latest(folder / "checkpoints")) == steps(folder)[-1]
