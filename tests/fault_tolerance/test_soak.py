@@ -92,7 +92,8 @@ def test_200_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.Cap
 
 def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers) -> None:
     words = [
-        *RECIPE, "comm.backend=gloo", f"run.dir={tmp_path}/run", "train.steps=16", "launch.threads=1", "--json",
+        *RECIPE, "comm.backend=gloo", "checkpoint.every=2", f"run.dir={tmp_path}/run",
+        "checkpoint.async=false", "train.steps=16", "launch.threads=1", "--json",
         "faults=[kill@step=3:rank=2:at=reduce, slow@step=5:rank=0:steps=2, corrupt@step=6, exception@step=7:rank=0:at=optimizer,"
         "stop@step=10:rank=3:seconds=0.5, kill@step=14:rank=0:at=backward]",
     ]  # fmt: skip
