@@ -20,6 +20,8 @@ _PREFIX = "bagualu-"
 _LOCK = "launcher"
 _REMOVE = """\
 trap '' HUP INT QUIT TERM USR1 USR2
+echo
+exec >/dev/null
 cat >/dev/null
 for pause in 0 0.2 0.5 1 2 4; do  # a worker that is about to die may still add a file
     sleep $pause
@@ -36,10 +38,13 @@ def scratch(root: Path | None = None) -> Iterator[Path]:
     _remove_abandoned(root)
     path = root / f"{_PREFIX}{secrets.token_hex(8)}"
     remover = subprocess.Popen(
-        ["sh", "-c", _REMOVE, str(path)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ["sh", "-c", _REMOVE, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         cwd="/", start_new_session=True,
     )  # fmt: skip
     assert remover.stdin is not None
+    assert remover.stdout is not None
+    remover.stdout.readline()  # from here on no signal ends it
+    remover.stdout.close()
     lock = _make(path)
     try:
         yield path

@@ -184,8 +184,8 @@ def test_zero_1_holds_a_share_of_masters_and_moments_and_zero_0_all(size: int) -
     for masters, moments, buckets in run("simulated", size, elements, 1):
         assert moments == 2 * masters
         assert total / size <= masters < total / size + 8 * buckets  # less than eight elements of padding a bucket
-    for masters, _, _ in run("simulated", size, elements, 0):
-        assert total <= masters < total + size * 3
+    for masters, _, buckets in run("simulated", size, elements, 0):
+        assert total <= masters < total + 8 * size * buckets
 
 
 def updated(communicator: Communicator) -> None:
