@@ -5,7 +5,7 @@ from typing import Any
 
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.layout import Layout
-from bagualu.parallel.pipeline.schedule import SCHEDULES
+from bagualu.parallel.pipeline.generate import place
 
 
 @dataclass
@@ -24,8 +24,8 @@ class ParallelConfig:
     """Ranks that share a sequence."""
     sequence: bool = False
     """Sequence parallel: between tensor-parallel blocks, split activations along the sequence over the tensor axis."""
-    virtual_stages: int = 1
-    """Stages of one rank; more than 1 needs a schedule that interleaves, and there is none yet."""
+    virtual_stages: int | None = None
+    """Stages of one rank; left out, as many as the schedule needs: 1, or 2 where it interleaves."""
     engine: str = "native"
     """What holds weights and optimizer: native, Bagualu's own."""
     schedule: str = "1f1b"
@@ -45,12 +45,9 @@ class ParallelConfig:
                 raise RecipeError(f"parallel.{axis}={degree} must be at least 1; leave it out or give parallel.{axis}=1")
         if self.context != 1:
             raise RecipeError(f"parallel.context={self.context} is not supported yet; give parallel.context=1")
-        if self.virtual_stages != 1:
-            raise RecipeError(f"parallel.virtual_stages={self.virtual_stages} is not supported yet; give parallel.virtual_stages=1")
         if self.engine != "native":
             raise RecipeError(f"parallel.engine={self.engine} is unknown; give parallel.engine=native")
-        if self.schedule not in SCHEDULES:
-            raise RecipeError(f"parallel.schedule={self.schedule} is unknown; give one of {', '.join(SCHEDULES)}")
+        place(self.schedule, self.pipeline, self.virtual_stages)
         if self.zero not in (0, 1):
             raise RecipeError(f"parallel.zero={self.zero} is not supported; give parallel.zero=0 or parallel.zero=1")
         if self.bucket_bytes < 1:

@@ -11,7 +11,9 @@ hands it over in the weight's dtype.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -50,6 +52,8 @@ class Entry:
     global_shape: tuple[int, ...]
     box: Box
     start: int
+    uses: int
+    """Gradients that a micro-batch gives it: 2 where the embedding and the head of this rank are one tensor."""
 
 
 @dataclass
@@ -105,11 +109,18 @@ class Bucket:
                 yield entry, low - begin, low - entry.start, high - low
 
 
-def build_buckets(model: torch.nn.Module, plan: ShardingPlan, mesh: Mesh, zero: int, bucket_bytes: int) -> list[Bucket]:
+def build_buckets(
+    model: torch.nn.Module,
+    plan: ShardingPlan,
+    mesh: Mesh,
+    zero: int,
+    bucket_bytes: int,
+    uses: Callable[[torch.nn.Parameter], int] = lambda _: 1,
+) -> list[Bucket]:
     """Move the model's parameters into flat buckets and leave views of them behind.
 
     Parameters carry `global_shape` and `box` (see apply.py). Walked last to first, which is about the order in which the
-    backward pass finishes them. The same on every rank of a group, because the plan and the order are.
+    backward pass finishes them. The same on every rank of a group, because the plan and the order are. `uses`: see `Entry`.
     """
     open_buckets: dict[BucketKind, list[tuple[str, torch.nn.Parameter]]] = {}
     buckets: list[Bucket] = []
@@ -119,14 +130,14 @@ def build_buckets(model: torch.nn.Module, plan: ShardingPlan, mesh: Mesh, zero: 
         members = open_buckets.setdefault(kind, [])
         members.append((name, parameter))
         if sum(p.numel() for _, p in members) * accurate_dtype(parameter.dtype).itemsize >= bucket_bytes:
-            buckets.append(_build(kind, open_buckets.pop(kind), mesh, zero))
-    buckets.extend(_build(kind, members, mesh, zero) for kind, members in open_buckets.items())
+            buckets.append(_build(kind, open_buckets.pop(kind), mesh, zero, uses))
+    buckets.extend(_build(kind, members, mesh, zero, uses) for kind, members in open_buckets.items())
     return buckets
 
 
 def _kind(name: str, local_name: str, parameter: torch.nn.Parameter, plan: ShardingPlan, mesh: Mesh) -> BucketKind:
     placement = plan.placement(name)
-    tied = mesh.layout.pipeline > 1 and (name in plan.tied.values())
+    tied = name in plan.tied.values() and "ends" in mesh.groups and mesh.group("ends").size > 1
     copy_elsewhere = tied and local_name != name
     return BucketKind(
         reduction_axis=placement.reduction_axis,
@@ -138,7 +149,13 @@ def _kind(name: str, local_name: str, parameter: torch.nn.Parameter, plan: Shard
     )
 
 
-def _build(kind: BucketKind, members: list[tuple[str, torch.nn.Parameter]], mesh: Mesh, zero: int) -> Bucket:
+def _build(
+    kind: BucketKind,
+    members: list[tuple[str, torch.nn.Parameter]],
+    mesh: Mesh,
+    zero: int,
+    uses: Callable[[torch.nn.Parameter], int],
+) -> Bucket:
     group = mesh.group(kind.reduction_axis)
     partitioned = zero >= 1 and group.size > 1
     first = members[0][1]
@@ -153,7 +170,8 @@ def _build(kind: BucketKind, members: list[tuple[str, torch.nn.Parameter]], mesh
         view.copy_(parameter.detach())
         parameter.data = view
         parameter.grad_dtype = gradients.dtype  # so that what a kernel sums up in float32 is not rounded on its way here
-        entries.append(Entry(name, parameter, parameter.global_shape, parameter.box, start))  # type: ignore[attr-defined]
+        shape, box = parameter.global_shape, parameter.box  # type: ignore[attr-defined]
+        entries.append(Entry(name, parameter, shape, box, start, uses(parameter)))
         start += parameter.numel()
     return Bucket(kind, group, entries, partitioned, weights, gradients)
 
@@ -161,10 +179,12 @@ def _build(kind: BucketKind, members: list[tuple[str, torch.nn.Parameter]], mesh
 class GradientReducer:
     """Collects gradients of a step's micro-batches into the buckets, and starts reducing a bucket when its last one is in."""
 
-    def __init__(self, buckets: list[Bucket], mesh: Mesh, fused: bool = False) -> None:
-        """`fused`: kernels that know `gradient_sink` add their products straight into the bucket."""
+    def __init__(self, buckets: list[Bucket], mesh: Mesh, fused: Callable[[str], bool] = lambda _: False) -> None:
+        """`fused`: of which parameters, by name, kernels that know `gradient_sink` put the gradient straight into the bucket."""
         self.buckets = buckets
         self.mesh = mesh
+        self.put_off: list[Callable[[], None]] | None = None
+        """Where sinks leave what they would have computed, while it is put off."""
         self.before_reduction: Callable[[Bucket], None] | None = None
         """Told of every bucket when this rank's own gradient is complete in it and nobody else's has been added."""
         self._sinks: list[GradientSink] = []
@@ -173,7 +193,7 @@ class GradientReducer:
                 view = bucket.gradients[entry.start : entry.start + entry.parameter.numel()].view_as(entry.parameter)
                 sink = GradientSink(self, bucket, view)
                 entry.parameter.register_post_accumulate_grad_hook(sink.take)
-                if fused:
+                if fused(entry.name):
                     entry.parameter.gradient_sink = sink  # type: ignore[attr-defined]
                 self._sinks.append(sink)
 
@@ -182,7 +202,7 @@ class GradientReducer:
         for sink in self._sinks:
             sink.fresh = True
         for bucket in self.buckets:
-            bucket.pending = len(bucket.entries) * micro_batches
+            bucket.pending = sum(entry.uses for entry in bucket.entries) * micro_batches
 
     def finish(self) -> None:
         """After the last backward: when it returns, every bucket's shard_gradients hold the reduced gradient."""
@@ -196,6 +216,15 @@ class GradientReducer:
             for work in bucket.work:
                 work.wait()
             bucket.work.clear()
+
+    @contextmanager
+    def putting_off(self) -> Iterator[list[Callable[[], None]]]:
+        """Inside, gradients of weights that go through a sink are not computed; the list gets what does it, to be called later."""
+        self.put_off = []
+        try:
+            yield self.put_off
+        finally:
+            self.put_off = None
 
     def count(self, bucket: Bucket) -> None:
         """One parameter's gradient of one micro-batch is in."""
@@ -228,18 +257,42 @@ class GradientSink:
     """Whether nothing of this step is in it yet."""
 
     def take(self, parameter: torch.Tensor) -> None:
-        """The parameter's hook: move what autograd has accumulated; nothing where `add_products` has taken it."""
+        """The parameter's hook: move what autograd has accumulated; nothing where the other methods have taken it."""
         if parameter.grad is None:
             return
-        if self.fresh:
-            self.view.copy_(parameter.grad)
-        else:
-            self.view.add_(parameter.grad)
+        self.add(parameter.grad)
         parameter.grad = None
-        self._counted()
 
     def add_products(self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
         """Add the gradient of a matrix, left @ right, or of each of the matrices [E, O, I] in turn; no copy, nothing rounded."""
+        self._now_or_later(partial(self._add_products, lefts, rights))
+
+    def add_rows(self, rows: torch.Tensor, indices: torch.Tensor) -> None:
+        """Add rows [N, H] to those that `indices` [N] names of a matrix [V, H]."""
+        self._now_or_later(partial(self._add_rows, rows, indices))
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add a gradient that is there already, in the parameter's shape; never put off."""
+        self._add(gradient)
+        self._counted()
+
+    def _now_or_later(self, work: Callable[[], None]) -> None:
+        def do() -> None:
+            work()
+            self._counted()
+
+        if self.reducer.put_off is None:
+            do()
+        else:
+            self.reducer.put_off.append(do)
+
+    def _add(self, gradient: torch.Tensor) -> None:
+        if self.fresh:
+            self.view.copy_(gradient)
+        else:
+            self.view.add_(gradient)
+
+    def _add_products(self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
         views = self.view.unsqueeze(0) if self.view.ndim == 2 else self.view
         for view, left, right in zip(views, lefts, rights, strict=True):
             if left.dtype == view.dtype:
@@ -248,11 +301,20 @@ class GradientSink:
                 view.copy_(left @ right)
             else:
                 view.add_(left @ right)
-        self._counted()
+
+    def _add_rows(self, rows: torch.Tensor, indices: torch.Tensor) -> None:
+        if self.fresh:
+            self.view.zero_()
+        self.view.index_add_(0, indices, rows.to(self.view.dtype))
 
     def _counted(self) -> None:
         self.fresh = False
         self.reducer.count(self.bucket)
+
+
+def gradient_sink(parameter: torch.Tensor) -> GradientSink | None:
+    """Where the gradient of `parameter` is to go; None: to autograd."""
+    return getattr(parameter, "gradient_sink", None)
 
 
 def _waits_for_all(bucket: Bucket) -> bool:

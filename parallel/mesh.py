@@ -7,35 +7,39 @@ import torch
 from bagualu.comm.group import Communicator, Group
 from bagualu.comm.monitor import Monitor
 from bagualu.parallel.layout import Layout
+from bagualu.parallel.pipeline.schedule import Placement
 
 
 @dataclass(frozen=True)
 class Mesh:
     """One rank's view of the layout.
 
-    Groups: tensor, pipeline (activations go down it), pipeline_back (gradients come up it, so that neither direction waits
-    for the other), fold (holders of the same dense parameters), expert (holders of the other experts), replica (holders of
-    the same experts), ends (the first and the last stage, for tied embeddings; absent in between) and world.
+    Groups: tensor, pipeline (activations travel in it), pipeline_back (gradients, so that neither waits for the other), fold
+    (holders of the same dense parameters), expert (holders of the other experts), replica (holders of the same experts), ends
+    (the ranks of the first and the last stage, for tied embeddings; absent elsewhere) and world.
     """
 
     layout: Layout
+    placement: Placement
+    """Which stages lie where along the pipeline axis."""
     coordinates: dict[str, int]
     groups: dict[str, Group]
 
     @staticmethod
-    def build(layout: Layout, communicator: Communicator) -> "Mesh":
-        """Called by every rank; `layout.world` ranks in all."""
+    def build(layout: Layout, communicator: Communicator, placement: Placement | None = None) -> "Mesh":
+        """Called by every rank; `layout.world` ranks in all. Without a placement every rank of the pipeline holds one stage."""
         rank = communicator.rank
+        placement = placement or Placement(layout.pipeline)
         at = layout.coordinates(rank)
         groups = {"world": communicator.world}
         for axis in ("tensor", "fold", "expert", "replica", "pipeline"):
             groups[axis] = communicator.group(layout.peers(axis, rank), axis)
-        stages = layout.peers("pipeline", rank)
-        groups["pipeline_back"] = communicator.group(stages, "pipeline_back")
-        if at["pipeline"] in (0, layout.pipeline - 1):
-            ends = stages if layout.pipeline == 1 else (stages[0], stages[-1])
-            groups["ends"] = communicator.group(ends, "ends")
-        mesh = Mesh(layout, at, groups)
+        pipeline = layout.peers("pipeline", rank)
+        groups["pipeline_back"] = communicator.group(pipeline, "pipeline_back")
+        ends = sorted({placement.rank_of(0), placement.rank_of(placement.stages - 1)})
+        if at["pipeline"] in ends:
+            groups["ends"] = communicator.group(tuple(pipeline[place] for place in ends), "ends")
+        mesh = Mesh(layout, placement, at, groups)
         _say_hello(mesh, communicator)
         return mesh
 
@@ -63,22 +67,38 @@ class Mesh:
         return together.tolist()
 
     @property
+    def stages(self) -> list[int]:
+        """The stages that this rank holds, in the order of the model."""
+        return self.placement.stages_of(self.at("pipeline"))
+
+    @property
     def first_stage(self) -> bool:
-        return self.at("pipeline") == 0
+        """Whether this rank holds it."""
+        return self.stages[0] == 0
 
     @property
     def last_stage(self) -> bool:
-        return self.at("pipeline") == self.layout.pipeline - 1
+        """Whether this rank holds it."""
+        return self.stages[-1] == self.placement.stages - 1
 
 
 def _say_hello(mesh: Mesh, communicator: Communicator) -> None:
-    """One element down the pipeline and one up. Some backends (NCCL) connect two ranks at their first message and make both wait
-    for it; a schedule's first messages come in an order in which stages would wait for each other."""
-    stage, last, hello = mesh.at("pipeline"), mesh.layout.pipeline - 1, torch.zeros(1, device=communicator.device)
-    if stage > 0:
-        mesh.group("pipeline").receive(hello, stage - 1)
-    if stage < last:
-        mesh.group("pipeline").send(hello, stage + 1)
-        mesh.group("pipeline_back").receive(hello, stage + 1)
-    if stage > 0:
-        mesh.group("pipeline_back").send(hello, stage - 1)
+    """One element over every connection of the pipeline, one after the other. Some backends (NCCL) connect two ranks at their first
+    message and make both wait for it; a schedule's first messages come in an order in which ranks would wait for each other."""
+    here, hello = mesh.at("pipeline"), torch.zeros(1, device=communicator.device)
+    for axis, source, destination in _connections(mesh.placement):
+        if source == here:
+            mesh.group(axis).send(hello, destination)
+        elif destination == here:
+            mesh.group(axis).receive(hello, source)
+
+
+def _connections(placement: Placement) -> list[tuple[str, int, int]]:
+    """(axis, from, to) of every pair of ranks that send each other activations or gradients."""
+    found: dict[tuple[str, int, int], None] = {}
+    for stage in range(placement.stages):
+        for axis, step in (("pipeline", 1), ("pipeline_back", -1)):
+            destination = placement.neighbour(stage, step)
+            if destination is not None:
+                found[axis, placement.rank_of(stage), destination] = None
+    return list(found)

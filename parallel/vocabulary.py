@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from bagualu.comm.differentiable import reduce_from, scatter_to
 from bagualu.comm.group import Group
+from bagualu.parallel.data import gradient_sink
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 IGNORED = -100
@@ -34,13 +35,17 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(tokens)
-        ctx.shape, ctx.dtype = weight.shape, accurate_dtype(weight.dtype)
+        ctx.shape, ctx.dtype, ctx.sink = weight.shape, accurate_dtype(weight.dtype), gradient_sink(weight)
         return F.embedding(tokens, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (tokens,) = ctx.saved_tensors
-        rows = grads[0].flatten(0, -2).to(ctx.dtype)
+        rows = grads[0].flatten(0, -2)
+        if ctx.sink is not None:
+            ctx.sink.add_rows(rows, tokens.flatten())
+            return None, None
+        rows = rows.to(ctx.dtype)
         return None, rows.new_zeros(ctx.shape).index_add_(0, tokens.flatten(), rows)
 
 
@@ -101,13 +106,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight[:valid] += grad_logits.T @ chunk
         if grad_x is not None and grad_weight is not None:
             ctx.save_for_backward(grad_x.to(x.dtype), grad_weight)
+            ctx.sink = gradient_sink(weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0]  # a scalar: it does not widen the products, and rounded to 16 bits it would put one error on all of them
-        return grad_x * scale, grad_weight * scale, None, None, None, None
+        rest: tuple[torch.Tensor | None, ...] = (None,) * 4
+        if ctx.sink is not None:
+            ctx.sink.add(grad_weight * scale)
+            return grad_x * scale, None, *rest
+        return grad_x * scale, grad_weight * scale, *rest
 
 
 def _loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None) -> torch.Tensor:

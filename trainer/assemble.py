@@ -12,8 +12,10 @@ from bagualu.parallel.apply import parallelize
 from bagualu.parallel.data import Bucket, GradientReducer, build_buckets
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.pipeline.check import check
+from bagualu.parallel.pipeline.generate import compute_schedule
+from bagualu.parallel.pipeline.program import Program, program
 from bagualu.parallel.pipeline.runtime import PipelineRunner
-from bagualu.parallel.pipeline.schedule import Action, compute_schedule, with_messages
+from bagualu.parallel.pipeline.schedule import Schedule, with_messages
 from bagualu.parallel.pipeline.split import split_layers
 from bagualu.parallel.sharding import ShardingPlan
 from bagualu.trainer.config import Recipe
@@ -36,8 +38,10 @@ class Parts:
     corpus: Corpus
     batches: Batches
     runner: PipelineRunner
-    actions: list[Action]
-    """What this stage does in a step."""
+    schedule: Schedule
+    """What the ranks of the pipeline do in a step, messages included."""
+    program: Program
+    """This rank's part of it."""
     buckets: list[Bucket]
     reducer: GradientReducer
     optimizer: ShardedAdamW
@@ -53,22 +57,25 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     layout = recipe.validate(communicator.size)
     if corpus.vocab != recipe.model.vocab:
         raise RecipeError(f"the data have {corpus.vocab} tokens, not {recipe.model.vocab}; give model.vocab={corpus.vocab}")
-    mesh = Mesh.build(layout, communicator)
-    count = recipe.data.global_batch // (layout.data * recipe.train.micro_batch)
-    schedule = with_messages(compute_schedule(recipe.parallel.schedule, layout.pipeline, count))
-    check(schedule, count)
+    parallel = recipe.parallel
+    count = recipe.micro_batches(layout)
+    schedule = with_messages(compute_schedule(parallel.schedule, layout.pipeline, count, parallel.virtual_stages))
+    check(schedule)
+    mesh = Mesh.build(layout, communicator, schedule.placement)
     dtype = getattr(torch, recipe.train.dtype)
     model = build_model(recipe, mesh, dtype)
-    buckets = build_buckets(model, _plan(recipe), mesh, recipe.parallel.zero, recipe.parallel.bucket_bytes)
+    buckets = build_buckets(model, _plan(recipe), mesh, parallel.zero, parallel.bucket_bytes, model.uses)
+    # Inside a compiled layer a gradient must go to autograd.
+    reducer = GradientReducer(buckets, mesh, fused=lambda name: not (recipe.train.compile and name.startswith("layers.")))
     length = recipe.data.sequence_length // (layout.tensor if recipe.parallel.sequence else 1)
     runner = PipelineRunner(
-        stage=model,
+        model=model,
         mesh=mesh,
+        weight_gradients=reducer,
         activation_shape=(recipe.train.micro_batch, length, recipe.model.hidden),
         activation_dtype=dtype,
         device=communicator.device,
     )
-    reducer = GradientReducer(buckets, mesh, fused=not recipe.train.compile)
     optimizer = ShardedAdamW(buckets, recipe.optim)
     return Parts(
         recipe=recipe,
@@ -77,7 +84,8 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
         corpus=corpus,
         batches=Batches(corpus, recipe.data, recipe.run.seed),
         runner=runner,
-        actions=schedule[mesh.at("pipeline")],
+        schedule=schedule,
+        program=program(schedule, mesh.at("pipeline")),
         buckets=buckets,
         reducer=reducer,
         optimizer=optimizer,
@@ -88,11 +96,13 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
 
 
 def build_model(recipe: Recipe, mesh: Mesh, dtype: torch.dtype) -> Decoder:
-    """This stage's layers, in this rank's slices, initialised."""
+    """The layers of this rank's stages, its boxes of their weights, initialised."""
     config = recipe.model
-    layers = split_layers(config.layers, mesh.layout.pipeline, recipe.parallel.balance)[mesh.at("pipeline")]
+    split = split_layers(config.layers, mesh.placement.ranks, recipe.parallel.balance, mesh.placement.chunks)
     with torch.device("meta"):
-        model = Decoder(config, layers, mesh.first_stage, mesh.last_stage, recipe.train.recompute == "full")
+        model = Decoder(
+            config, [split[stage] for stage in mesh.stages], mesh.first_stage, mesh.last_stage, recipe.train.recompute == "full"
+        )
     fill = partial(decoder_values, recipe.run.seed, config.initial_std, config.layers)
     parallelize(model, _plan(recipe), mesh, recipe.parallel.sequence, dtype, fill)
     if recipe.train.compile:

@@ -16,6 +16,7 @@ from bagualu.fault_tolerance.injection.fault import Fault
 from bagualu.fault_tolerance.injection.plan import Setting, expand, resolve
 from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.layout import Layout
+from bagualu.parallel.pipeline.generate import compute_schedule, splits_backward
 from bagualu.parallel.pipeline.split import split_layers
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.models.config import ModelConfig
@@ -170,8 +171,13 @@ class Recipe:
                               f"give {patience:g} or less")  # fmt: skip
         self._validate_batch(layout)
         self._validate_model(layout)
+        self._validate_pipeline(layout)
         self.planned_faults(max(world, self.world_size()))  # a run that goes on with fewer ranks keeps its plan
         return layout
+
+    def micro_batches(self, layout: Layout) -> int:
+        """Micro-batches that a data rank passes through the model in a step."""
+        return self.data.global_batch // (layout.data * self.train.micro_batch)
 
     def planned_faults(self, world: int) -> list[Fault]:
         """The faults that `faults` stands for, on `world` ranks. Raises RecipeError."""
@@ -200,7 +206,6 @@ class Recipe:
 
     def _validate_model(self, layout: Layout) -> None:
         model, tensor = self.model, layout.tensor
-        split_layers(model.layers, layout.pipeline, self.parallel.balance)
         named = {"model.heads": model.heads, "model.kv_heads": model.key_value_heads}
         if not all(model.is_moe_layer(i) for i in range(model.layers)):
             named["model.ffn"] = model.ffn
@@ -222,3 +227,11 @@ class Recipe:
         if model.moe.experts % layout.expert:
             raise RecipeError(f"model.moe.experts={model.moe.experts} is not divisible by parallel.expert={layout.expert}; "
                               f"give model.moe.experts={-(-model.moe.experts // layout.expert) * layout.expert}")  # fmt: skip
+
+    def _validate_pipeline(self, layout: Layout) -> None:
+        parallel = self.parallel
+        schedule = compute_schedule(parallel.schedule, layout.pipeline, self.micro_batches(layout), parallel.virtual_stages)
+        split_layers(self.model.layers, layout.pipeline, parallel.balance, schedule.placement.chunks)
+        if self.train.compile and splits_backward(parallel.schedule):
+            raise RecipeError(f"parallel.schedule={parallel.schedule} takes the backward pass in two parts, which compiled layers "
+                              "cannot; give train.compile=false or parallel.schedule=1f1b")  # fmt: skip

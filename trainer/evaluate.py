@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bagualu.parallel.pipeline.program import program
 from bagualu.parallel.pipeline.runtime import MicroBatch
 from bagualu.parallel.pipeline.schedule import forward_only, with_messages
 from bagualu.parallel.vocabulary import IGNORED
@@ -25,8 +26,8 @@ def validate(parts: Parts) -> Validation | None:
     if count == 0:
         return None
     micro_batches = _share(parts, count)
-    stages, stage = parts.mesh.layout.pipeline, parts.mesh.at("pipeline")
-    totals = parts.runner.run(with_messages(forward_only(stages, len(micro_batches)))[stage], micro_batches, seeds=None)
+    schedule = with_messages(forward_only(parts.mesh.placement, len(micro_batches)))
+    totals = parts.runner.run(program(schedule, parts.mesh.at("pipeline")), micro_batches, seeds=None)
     labels = torch.stack([batch.labels for batch in micro_batches])
     counted = labels[labels != IGNORED]
     text_bytes = torch.as_tensor(parts.corpus.token_bytes, device=parts.device)[counted].sum()

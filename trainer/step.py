@@ -94,7 +94,7 @@ def _attempt(parts: Parts, step: int, tell: Tell) -> "_Agreed":
     micro_batches = local_micro_batches(parts, step)
     tokens = _count_tokens(parts, micro_batches)
     parts.reducer.begin(len(micro_batches))
-    totals = parts.runner.run(parts.actions, micro_batches, _seeds(parts, tokens))
+    totals = parts.runner.run(parts.program, micro_batches, _seeds(parts, tokens))
     monitor.at("reduce")
     parts.reducer.finish()
     monitor.at("agree")

@@ -6,16 +6,18 @@ from typing import Any
 from bagualu.comm.errors import RecipeError
 
 
-def split_layers(layers: int, stages: int, balance: Any = "uniform") -> list[range]:
-    """Contiguous slices of `layers` layers over `stages` stages.
+def split_layers(layers: int, ranks: int, balance: Any = "uniform", chunks: int = 1) -> list[range]:
+    """Contiguous slices of `layers` layers over `chunks` stages on each of `ranks` ranks, in the order of the model.
 
     uniform gives every stage layers // stages, and one more to the middle stages where a rest is left: the first stage
     also carries the embedding, the last one the head and the loss. A list gives the number of layers of each stage.
     Raises RecipeError when it cannot be done; no layer is ever dropped.
     """
+    stages = ranks * chunks
     if stages > layers:
-        raise RecipeError(f"parallel.pipeline={stages} stages are more than model.layers={layers}; "
-                          f"give parallel.pipeline={layers} or less")  # fmt: skip
+        several = f" x {chunks} stages of a rank = {stages}" if chunks > 1 else ""
+        near = f"parallel.pipeline={layers // chunks} or less" if layers >= chunks else f"model.layers={stages}"
+        raise RecipeError(f"parallel.pipeline={ranks}{several} stages are more than model.layers={layers}; give {near}")
     counts = _uniform(layers, stages) if balance == "uniform" else _listed(layers, stages, balance)
     starts = [sum(counts[:stage]) for stage in range(stages)]
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]

@@ -221,3 +221,34 @@ def one_parameter(communicator: Communicator, rows: int, bucket_bytes: int) -> f
 def test_the_norm_of_a_large_float32_bucket_loses_no_digits() -> None:
     """One float32 sum over these 8 million equal squares is wrong in the fourth digit on one thread."""
     assert run("simulated", 1, one_parameter, 1_600_000, 2**40)[0] < 1e-6
+
+
+def put_off_and_done(communicator: Communicator) -> None:
+    """Products that are put off are counted, and their bucket reduced, when they are done, in whatever order."""
+    mesh = Mesh.build(Layout(), communicator)
+    with torch.device("meta"):
+        model = Chain(2)
+    parallelize(model, PLAN, mesh, False, torch.float64, values)
+    buckets = build_buckets(model, PLAN, mesh, zero=1, bucket_bytes=1)
+    reducer = GradientReducer(buckets, mesh, fused=lambda name: name.startswith("weights"))
+    assert not hasattr(model.scale, "gradient_sink")
+    left, right, sink = torch.randn(2, WIDTH, 3).double(), torch.randn(2, 3, WIDTH).double(), model.weights[0].gradient_sink
+    reducer.begin(2)
+    bucket = sink.bucket
+    later = []
+    for m in range(2):
+        sink.view.fill_(7.0)
+        with reducer.putting_off() as put_off:
+            sink.add_products([left[m]], [right[m]])
+        assert (sink.view == 7.0).all()
+        assert bucket.pending == 2
+        later.append(put_off)
+    for put_off in reversed(later):
+        for do in put_off:
+            do()
+    assert bucket.pending == 0
+    torch.testing.assert_close(sink.view, left[0] @ right[0] + left[1] @ right[1])
+
+
+def test_gradients_of_weights_can_be_put_off() -> None:
+    run("simulated", 1, put_off_and_done)

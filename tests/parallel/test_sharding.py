@@ -36,7 +36,7 @@ SPLIT = {  # what each kind of parameter has to look like on tensor 2 x expert 4
 
 def model_of(config: ModelConfig) -> Decoder:
     with torch.device("meta"):
-        return Decoder(config, range(config.layers))
+        return Decoder(config, [range(config.layers)])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,8 +1,9 @@
-"""The decoder, or a pipeline stage's slice of it: any run of its layers, with the embedding and the head where they belong.
+"""The decoder, or any slices of it: runs of its layers, with the embedding and the head where they belong.
 
 Shapes: B micro-batch, S sequence, H hidden, V vocabulary.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -60,26 +61,39 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Layers `layers` of the model; with `first` the embedding before them, with `last` the final norm and the head after.
+    """Slices of the model's layers, in order; with `first` the embedding before the first slice, with `last` the final norm and the
+    head after the last one.
 
-    Layers keep the number they have in the whole model, so a parameter's name is the same on every stage of every layout.
+    Layers keep the number they have in the whole model, so a parameter's name is the same wherever it lies.
     """
 
-    def __init__(self, config: ModelConfig, layers: range, first: bool = True, last: bool = True, recompute: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, slices: Sequence[range], first: bool = True, last: bool = True, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.recompute = recompute
+        self.slices = list(slices)
         self.embedding = Embedding(config.padded_vocab, config.hidden) if first else None
-        self.layers = nn.ModuleDict({str(index): Layer(config, index) for index in layers})
+        self.layers = nn.ModuleDict({str(index): Layer(config, index) for layers in slices for index in layers})
         self.norm = RMSNorm(config.hidden, config.norm_epsilon) if last else None
         self.head = Head(config.padded_vocab, config.hidden, config.vocab) if last else None
         if config.tie_embeddings and self.head is not None and self.embedding is not None:
             self.head.weight = self.embedding.weight
 
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [B, S] or hidden states [B, S, H] -> (hidden states, or with the head the summed loss; summed balance loss)."""
-        x = inputs if self.embedding is None else self.embedding(inputs)
+    def uses(self, parameter: nn.Parameter) -> int:
+        """How many gradients one sequence of slices gives it: 2 for an embedding that is the head as well."""
+        ends = (self.embedding, self.head)
+        return max(1, sum(end is not None and end.weight is parameter for end in ends))
+
+    def forward(
+        self, inputs: torch.Tensor, labels: torch.Tensor | None = None, place: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Through the slice at `place`: tokens [B, S] or hidden states [B, S, H] -> (hidden states, or with the head the summed
+        loss; summed balance loss)."""
+        x = self.embedding(inputs) if self.embedding is not None and place == 0 else inputs
         balance = x.new_zeros((), dtype=torch.float32 if x.dtype != torch.float64 else torch.float64)
-        for layer in self.layers.values():
+        for index in self.slices[place]:
+            layer = self.layers[str(index)]
             x, loss = (
                 checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
                 if self.recompute and x.requires_grad
@@ -87,7 +101,7 @@ class Decoder(nn.Module):
             )
             if loss is not None:
                 balance = balance + loss
-        if self.head is not None and self.norm is not None:
+        if self.head is not None and self.norm is not None and place == len(self.slices) - 1:
             assert labels is not None, "the last stage needs labels"
             x = self.head(self.norm(x), labels)
         return x, balance

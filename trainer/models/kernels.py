@@ -12,42 +12,44 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bagualu.parallel.data import GradientSink
+from bagualu.parallel.data import GradientSink, gradient_sink
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 
-def linears(x: torch.Tensor, *weights: torch.Tensor, wide: bool = False) -> tuple[torch.Tensor, ...]:
+def linears(
+    x: torch.Tensor, *weights: torch.Tensor, wide: bool = False, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, ...]:
     """x [..., I] through each weight [O, I] -> one output [..., O] each, in the weights' dtype.
 
-    With `wide`, outputs stay in the dtype of the multiplication: for what is computed from them in that dtype anyway.
+    With `wide`, outputs stay in the dtype of the multiplication, `dtype` where it is given: for what is computed from them in that
+    dtype anyway.
     """
-    outputs: tuple[torch.Tensor, ...] = _Linears.apply(wide, x, *weights)
+    outputs: tuple[torch.Tensor, ...] = _Linears.apply(wide, dtype or multiply_dtype(weights[0]), x, *weights)
     return outputs
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, wide: bool, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, wide: bool, dtype: torch.dtype, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(x, *weights)
-        ctx.sinks = [getattr(weight, "gradient_sink", None) for weight in weights]
-        dtype = multiply_dtype(weights[0])
+        ctx.dtype, ctx.sinks = dtype, [gradient_sink(weight) for weight in weights]
         rows = x.to(dtype)
         return tuple(F.linear(rows, weight.to(dtype)).to(dtype if wide else weight.dtype) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, *weights = ctx.saved_tensors
-        dtype = multiply_dtype(weights[0])
+        dtype = ctx.dtype
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         grad_x: torch.Tensor | None = None
         grad_weights = []
         for grad, weight, sink in zip(grads, weights, ctx.sinks, strict=True):
             columns = grad.reshape(-1, grad.shape[-1]).to(dtype)
             grad_weights.append(_weight_gradient(sink, weight, [columns.T], [rows]))
-            if ctx.needs_input_grad[1]:
+            if ctx.needs_input_grad[2]:
                 widened = weight.to(dtype)
                 grad_x = columns @ widened if grad_x is None else grad_x.addmm_(columns, widened)
-        return None, None if grad_x is None else grad_x.to(x.dtype).view_as(x), *grad_weights
+        return None, None, None if grad_x is None else grad_x.to(x.dtype).view_as(x), *grad_weights
 
 
 def grouped_linears(x: torch.Tensor, counts: list[int], *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -60,7 +62,7 @@ class _GroupedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, counts: list[int], *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(x, *weights)
-        ctx.counts, ctx.sinks = counts, [getattr(weight, "gradient_sink", None) for weight in weights]
+        ctx.counts, ctx.sinks = counts, [gradient_sink(weight) for weight in weights]
         dtype = multiply_dtype(x)
         rows = x.to(dtype).split(counts)
         outputs = [x.new_empty(x.shape[0], weight.shape[1], dtype=dtype) for weight in weights]

@@ -7,13 +7,12 @@ takes rows sorted by expert to where they belong and brings results back (parall
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from bagualu.parallel.expert import LocalExperts
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.models.config import ModelConfig, MoEConfig
-from bagualu.trainer.models.kernels import grouped_linears, swiglu
+from bagualu.trainer.models.kernels import grouped_linears, linears, swiglu
 from bagualu.trainer.models.layers import FeedForward, Linear
 
 
@@ -62,8 +61,8 @@ class MixtureOfExperts(nn.Module):
         return mixed, balance_loss(probabilities, chosen)
 
     def _route(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = accurate_dtype(x.dtype)
-        return F.linear(x.to(dtype), self.router.weight.to(dtype)).softmax(-1)
+        (scores,) = linears(x, self.router.weight, wide=True, dtype=accurate_dtype(x.dtype))
+        return scores.softmax(-1)
 
 
 def balance_loss(probabilities: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -51,3 +51,13 @@ def test_a_list_is_followed(counts: list[int]) -> None:
 def test_what_cannot_be_is_refused_with_one_that_can(layers: int, stages: int, balance: object, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         split_layers(layers, stages, balance)
+
+
+def test_several_stages_of_a_rank_are_counted_together() -> None:
+    assert [len(held) for held in split_layers(10, 2, chunks=2)] == [2, 3, 3, 2]
+    assert [len(held) for held in split_layers(10, 2, [1, 2, 3, 4], chunks=2)] == [1, 2, 3, 4]
+    message = "parallel.pipeline=4 x 2 stages of a rank = 8 stages are more than model.layers=7; give parallel.pipeline=3 or less"
+    with pytest.raises(RecipeError, match=message):
+        split_layers(7, 4, chunks=2)
+    with pytest.raises(RecipeError, match=r"give model\.layers=4"):
+        split_layers(1, 2, chunks=2)

@@ -29,7 +29,7 @@ def config_of(variant: str) -> ModelConfig:
 
 def filled(config: ModelConfig, dtype: torch.dtype, recompute: bool = False) -> Decoder:
     """Weights large enough that every nonlinearity is felt; norms off 1."""
-    model = Decoder(config, range(config.layers), recompute=recompute).to(dtype)
+    model = Decoder(config, [range(config.layers)], recompute=recompute).to(dtype)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4
@@ -76,7 +76,7 @@ def test_padding_rows_of_the_vocabulary_get_no_gradient() -> None:
 def test_stages_one_after_the_other_are_the_whole() -> None:
     config = config_of("moe_every_2_shared")
     whole = filled(config, torch.float64)
-    stages = [Decoder(config, range(1), True, False), Decoder(config, range(1, 3), False, True)]
+    stages = [Decoder(config, [range(1)], True, False), Decoder(config, [range(1, 3)], False, True)]
     inputs, labels = tokens(config)
     x, total = inputs, torch.zeros((), dtype=torch.float64)
     names = set()

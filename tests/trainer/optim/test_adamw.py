@@ -32,7 +32,7 @@ def trained(communicator: Communicator, recipe: Recipe) -> tuple[list[float], li
 def plain(recipe: Recipe) -> tuple[list[float], list[float], dict[str, np.ndarray]]:
     """The same in the way everybody writes it: one model, one batch, torch's optimizer."""
     parts: Parts = run("simulated", 1, lambda c: assemble(recipe, c, prepare(recipe.data, recipe.model.vocab)))[0]
-    working = Decoder(recipe.model, range(recipe.model.layers)).to(getattr(torch, recipe.train.dtype))
+    working = Decoder(recipe.model, [range(recipe.model.layers)]).to(getattr(torch, recipe.train.dtype))
     working.load_state_dict(parts.model.state_dict())
     wide = torch.float64 if recipe.train.dtype == "float64" else torch.float32
     masters = {name: p.detach().to(wide).requires_grad_() for name, p in working.named_parameters()}

@@ -1,0 +1,59 @@
+"""When this rank's passes were done: what the balancer and the picture of a run are made from."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from bagualu.parallel.pipeline.schedule import Action
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A pass, in seconds from the begin of the run."""
+
+    action: Action
+    start: float
+    end: float
+
+
+class Stopwatch:
+    """Of the device: on an accelerator the times at which it did a pass, which cost the host no waiting until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._accelerated = device.type != "cpu"
+        self._begin = self._now()
+        self._marks: list[tuple[Action, float | torch.Event, float | torch.Event]] = []
+
+    def begin(self) -> None:
+        """A run begins."""
+        self._marks = []
+        self._begin = self._now()
+
+    @contextmanager
+    def timing(self, action: Action) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._marks.append((action, start, self._now()))
+
+    def passes(self) -> list[Timed]:
+        """Those of the last run, in order."""
+        if self._accelerated:
+            torch.accelerator.synchronize()
+        return [Timed(action, self._since_begin(start), self._since_begin(end)) for action, start, end in self._marks]
+
+    def _now(self) -> float | torch.Event:
+        if not self._accelerated:
+            return time.perf_counter()
+        event = torch.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _since_begin(self, mark: float | torch.Event) -> float:
+        if isinstance(mark, float):
+            assert isinstance(self._begin, float)
+            return mark - self._begin
+        assert isinstance(self._begin, torch.Event)
+        return self._begin.elapsed_time(mark) / 1000.0

@@ -1,0 +1,91 @@
+"""When each pass of a schedule runs. Free of torch.
+
+Every pass begins as soon as its rank is free and what it needs is there. With whole numbers or fractions for costs, times are exact.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from bagualu.parallel.pipeline.schedule import PASSES, Action, Kind, Schedule
+
+Time = float | int | Fraction
+Cost = Callable[[Action], Time]
+"""What a pass takes."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One pass, from `start` to `end`."""
+
+    action: Action
+    start: Time
+    end: Time
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The passes of each rank in order."""
+
+    ranks: list[list[Span]]
+
+    @property
+    def end(self) -> Time:
+        return max(span.end for spans in self.ranks for span in spans)
+
+    def busy(self, rank: int) -> Time:
+        return sum(span.end - span.start for span in self.ranks[rank])
+
+    @property
+    def bubble(self) -> Time:
+        """Share of the ranks' time, until the last pass ends, in which they wait."""
+        whole = self.end * len(self.ranks)
+        return 1 - sum(self.busy(rank) for rank in range(len(self.ranks))) / whole
+
+
+def per_kind(forward: Time = 1, input_gradient: Time = 1, weight_gradient: Time = 0) -> Cost:
+    """The same costs at every stage; a whole backward pass costs both its parts."""
+    table = {
+        Kind.FORWARD: forward,
+        Kind.BACKWARD: input_gradient + weight_gradient,
+        Kind.INPUT_GRADIENT: input_gradient,
+        Kind.WEIGHT_GRADIENT: weight_gradient,
+    }
+    return lambda action: table[action.kind]
+
+
+def simulate(schedule: Schedule, cost: Cost, message: Time = 0) -> Timeline:
+    """`message`: what a message between two ranks takes; it holds up nobody but who waits for it. Raises ValueError for passes that
+    wait for each other."""
+    passes = [[action for action in actions if action.kind in PASSES] for actions in schedule.actions]
+    spans: list[list[Span]] = [[] for _ in passes]
+    ends: dict[tuple[bool, int, int], Time] = {}
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(passes):
+            for action in actions[len(spans[rank]) :]:
+                there = _arrival(schedule, action, ends, message)
+                if there is None:
+                    break
+                start = max(spans[rank][-1].end if spans[rank] else 0, there)
+                end = start + cost(action)
+                spans[rank].append(Span(action, start, end))
+                if action.kind != Kind.WEIGHT_GRADIENT:
+                    ends[action.kind == Kind.FORWARD, action.micro_batch, action.stage] = end
+                moved = True
+    if any(len(done) < len(actions) for done, actions in zip(spans, passes, strict=True)):
+        raise ValueError("the passes of this schedule wait for each other; check() says which")
+    return Timeline(spans)
+
+
+def _arrival(schedule: Schedule, action: Action, ends: dict[tuple[bool, int, int], Time], message: Time) -> Time | None:
+    """When what a pass of another stage has to give is there; None: nobody knows yet."""
+    placement, forward = schedule.placement, action.kind == Kind.FORWARD
+    source = action.stage + (-1 if forward else 1)
+    if action.kind == Kind.WEIGHT_GRADIENT or not 0 <= source < placement.stages:
+        return 0
+    end = ends.get((forward, action.micro_batch, source))
+    if end is None or placement.rank_of(source) == placement.rank_of(action.stage):
+        return end
+    return end + message
