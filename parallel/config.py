@@ -29,7 +29,7 @@ class ParallelConfig:
     engine: str = "native"
     """What holds weights and optimizer: native, Bagualu's own."""
     schedule: str = "1f1b"
-    """Pipeline schedule: gpipe | 1f1b."""
+    """Pipeline schedule: gpipe | 1f1b | interleaved_1f1b | zb_h1 | zb_v | v_half | dualpipe_v."""
     balance: Any = "uniform"
     """Split of the layers over the stages: uniform, or a list with the layers of each stage, e.g. [3,3,2]."""
     zero: int = 1

@@ -100,9 +100,8 @@ def build_model(recipe: Recipe, mesh: Mesh, dtype: torch.dtype) -> Decoder:
     config = recipe.model
     split = split_layers(config.layers, mesh.placement.ranks, recipe.parallel.balance, mesh.placement.chunks)
     with torch.device("meta"):
-        model = Decoder(
-            config, [split[stage] for stage in mesh.stages], mesh.first_stage, mesh.last_stage, recipe.train.recompute == "full"
-        )
+        slices = [split[stage] for stage in mesh.stages]
+        model = Decoder(config, slices, mesh.first_stage, mesh.last_stage, recipe.train.recompute == "full")
     fill = partial(decoder_values, recipe.run.seed, config.initial_std, config.layers)
     parallelize(model, _plan(recipe), mesh, recipe.parallel.sequence, dtype, fill)
     if recipe.train.compile:

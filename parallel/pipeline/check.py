@@ -48,7 +48,7 @@ def _check_rank(rank: int, actions: list[Action], schedule: Schedule) -> None:
     for action in wanted | counts:
         if counts[action] != wanted[action]:
             raise ScheduleError(f"rank {rank} does {action} {counts[action]} times instead of {wanted[action]}")
-    for chain in chains:
+    for chain in (*chains, *_handed_on(rank, place, schedule)):
         for earlier, later in pairwise(chain):
             if place[earlier] > place[later]:
                 raise ScheduleError(f"rank {rank} does {later} before {earlier}")
@@ -59,6 +59,25 @@ def _chain(stage: int, micro_batch: int, place: dict[Action, int], placement: Pl
     split = Action(Kind.INPUT_GRADIENT, micro_batch, stage) in place
     kinds = (Kind.FORWARD, *(_SPLIT if split else (Kind.BACKWARD,)))
     return [one for kind in kinds for one in surrounded(Action(kind, micro_batch, stage), placement)]
+
+
+def _handed_on(rank: int, place: dict[Action, int], schedule: Schedule) -> list[list[Action]]:
+    """The passes of a rank that need, without a message, what it did itself at the stage before or after."""
+    placement = schedule.placement
+    chains = []
+    for stage in placement.stages_of(rank):
+        if stage + 1 == placement.stages or placement.rank_of(stage + 1) != rank:
+            continue
+        for m in range(schedule.micro_batches):
+            chains.append([Action(Kind.FORWARD, m, stage), Action(Kind.FORWARD, m, stage + 1)])
+            chains.append([_gradient(m, stage + 1, place), _gradient(m, stage, place)])
+    return chains
+
+
+def _gradient(micro_batch: int, stage: int, place: dict[Action, int]) -> Action:
+    """The pass that gives the gradient of the stage's input."""
+    split = Action(Kind.INPUT_GRADIENT, micro_batch, stage)
+    return split if split in place else Action(Kind.BACKWARD, micro_batch, stage)
 
 
 Channel = tuple[Kind, int, int]

@@ -1,24 +1,16 @@
-"""The schedules by name: pure functions from a placement and a number of micro-batches to the passes of each rank. Free of torch.
-
-Time goes right, each pass takes one step, a dot is a rank that waits (draw.py draws this). 4 ranks and 4 micro-batches, first
-gpipe, then 1f1b:
-
-    F0 F1 F2 F3 .  .  .  .  .  .  B0 B1 B2 B3
-       F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3
-          F0 F1 F2 F3 .  .  B0 B1 B2 B3
-             F0 F1 F2 F3 B0 B1 B2 B3
-
-    F0 F1 F2 F3 .  .  .  B0 .  B1 .  B2 .  B3
-       F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3
-          F0 F1 .  B0 F2 B1 F3 B2 .  B3
-             F0 B0 F1 B1 F2 B2 F3 B3
-"""
+"""The schedules by name. Free of torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.pipeline.schedule import Action, Kind, Placement, Schedule
+from bagualu.parallel.pipeline.formula import Formula
+from bagualu.parallel.pipeline.schedule import Action, Placement, Schedule
+from bagualu.parallel.pipeline.schedules.dualpipe_v import DUALPIPE_V, dualpipe_v
+from bagualu.parallel.pipeline.schedules.interleaved import INTERLEAVED_1F1B, interleaved_1f1b
+from bagualu.parallel.pipeline.schedules.one_stage import GPIPE, ONE_F_ONE_B, ZB_H1, gpipe, one_f_one_b, zb_h1
+from bagualu.parallel.pipeline.schedules.v_half import V_HALF, v_half
+from bagualu.parallel.pipeline.schedules.zb_v import ZB_V, zb_v
 
 Generate = Callable[[Placement, int], list[list[Action]]]
 """(placement, micro-batches) -> the passes of each rank in order."""
@@ -29,6 +21,7 @@ class Family:
     """A schedule by name."""
 
     generate: Generate
+    formula: Formula
     chunks: tuple[int, ...] | None = (1,)
     """Stages of one rank that it can take, the first unless told otherwise; None: any number from 2."""
     v_shaped: bool = False
@@ -63,33 +56,13 @@ def compute_schedule(name: str, ranks: int, micro_batches: int, chunks: int | No
     return Schedule(placement, micro_batches, FAMILIES[name].generate(placement, micro_batches))
 
 
-def _gpipe(placement: Placement, micro_batches: int) -> list[list[Action]]:
-    """All forward passes, then all backward passes (Huang et al., arXiv 1811.06965)."""
-    return [_one_stage(stage, micro_batches, micro_batches) for stage in range(placement.ranks)]
-
-
-def _1f1b(placement: Placement, micro_batches: int) -> list[list[Action]]:
-    """As many forward passes first as there are stages after, then one backward, one forward, so that a stage's activations stay
-    bounded by that number (PipeDream-flush, arXiv 2006.09503, section 3)."""
-    last = placement.ranks - 1
-    return [_one_stage(stage, min(last - stage, micro_batches), micro_batches) for stage in range(placement.ranks)]
-
-
-def _one_stage(stage: int, warmup: int, micro_batches: int) -> list[Action]:
-    def forward(m: int) -> Action:
-        return Action(Kind.FORWARD, m, stage)
-
-    def backward(m: int) -> Action:
-        return Action(Kind.BACKWARD, m, stage)
-
-    actions = [forward(m) for m in range(warmup)]
-    for m in range(micro_batches - warmup):
-        actions += [forward(warmup + m), backward(m)]
-    return actions + [backward(m) for m in range(micro_batches - warmup, micro_batches)]
-
-
 FAMILIES: dict[str, Family] = {
-    "gpipe": Family(_gpipe),
-    "1f1b": Family(_1f1b),
+    "gpipe": Family(gpipe, GPIPE),
+    "1f1b": Family(one_f_one_b, ONE_F_ONE_B),
+    "interleaved_1f1b": Family(interleaved_1f1b, INTERLEAVED_1F1B, chunks=None),
+    "zb_h1": Family(zb_h1, ZB_H1, splits_backward=True),
+    "zb_v": Family(zb_v, ZB_V, chunks=(2,), v_shaped=True, splits_backward=True),
+    "v_half": Family(v_half, V_HALF, chunks=(2,), v_shaped=True, splits_backward=True),
+    "dualpipe_v": Family(dualpipe_v, DUALPIPE_V, chunks=(2,), v_shaped=True, splits_backward=True),
 }
 SCHEDULES = tuple(FAMILIES)

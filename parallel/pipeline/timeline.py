@@ -1,6 +1,11 @@
 """When each pass of a schedule runs. Free of torch.
 
-Every pass begins as soon as its rank is free and what it needs is there. With whole numbers or fractions for costs, times are exact.
+<<<<<<< HEAD
+Every pass begins as soon as its rank is free and what it needs is there. With whole or fractional costs times are exact.
+=======
+Every pass begins as soon as its rank is free and what it needs is there. With whole numbers or fractions for costs the times are
+exact.
+>>>>>>> d1d910c (Interleaved 1F1B, ZB-H1, ZB-V, V-Half and DualPipeV as lists, with the published cost of each)
 """
 
 from collections.abc import Callable
@@ -37,10 +42,28 @@ class Timeline:
         return sum(span.end - span.start for span in self.ranks[rank])
 
     @property
+    def longest(self) -> Time:
+        """What the rank takes that is at it the longest, from its own first pass to its own last."""
+        return max(spans[-1].end - spans[0].start for spans in self.ranks)
+
+    @property
     def bubble(self) -> Time:
         """Share of the ranks' time, until the last pass ends, in which they wait."""
-        whole = self.end * len(self.ranks)
-        return 1 - sum(self.busy(rank) for rank in range(len(self.ranks))) / whole
+        return self._waiting(self.end)
+
+    @property
+    def own_bubble(self) -> Time:
+        """The same within the longest rank's own time, so that ranks which start and end one after the other do not count as
+        waiting: the bubble of formula.py. A step costs no more than that only where nothing joins the ranks between two steps."""
+        return self._waiting(self.longest)
+
+    def _waiting(self, time: Time) -> Time:
+        return 1 - share(sum(self.busy(rank) for rank in range(len(self.ranks))), time * len(self.ranks))
+
+
+def share(part: Time, whole: Time) -> Time:
+    """`part` of `whole`, exact unless one of them is a float."""
+    return part / whole if isinstance(part, float) or isinstance(whole, float) else Fraction(part) / Fraction(whole)
 
 
 def per_kind(forward: Time = 1, input_gradient: Time = 1, weight_gradient: Time = 0) -> Cost:

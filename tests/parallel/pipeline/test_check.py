@@ -1,4 +1,5 @@
-"""The checker accepts every schedule there is, knows its cost, and refuses broken ones with the place at fault."""
+"""The checker accepts every schedule there is, its costs are those of the formulas, and broken schedules are refused with the place
+at fault."""
 
 from fractions import Fraction
 
@@ -6,74 +7,148 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bagualu.parallel.pipeline.check import ScheduleError, check
-from bagualu.parallel.pipeline.draw import start_times
-from bagualu.parallel.pipeline.schedule import SCHEDULES, Action, Kind, Schedule, compute_schedule, with_messages
+from bagualu.parallel.pipeline.check import Report, ScheduleError, check
+from bagualu.parallel.pipeline.formula import Size
+from bagualu.parallel.pipeline.generate import FAMILIES, SCHEDULES, compute_schedule
+from bagualu.parallel.pipeline.schedule import PASSES, Action, Kind, Placement, Schedule, forward_only, with_messages
+from bagualu.parallel.pipeline.timeline import per_kind, simulate
 
-GRID = [(stages, micro_batches) for stages in (1, 2, 3, 4, 8) for micro_batches in (1, 2, 3, 4, 7, 8, 16)]
-
-
-def bubble(schedule: Schedule, forward: int, backward: int) -> Fraction:
-    """Share of the stages' time, until the last pass ends, in which they wait."""
-    cost = {Kind.FORWARD: forward, Kind.BACKWARD: backward}
-    starts = start_times(schedule, cost)
-    end = max(time + cost[action.kind] for times in starts for action, time in times.items())
-    busy = sum(cost[action.kind] for times in starts for action in times)
-    return 1 - Fraction(busy, end * len(schedule))
+EVEN = (1, 1, 1)
+COSTS = [EVEN, (2, 2, 1), (1, 2, 1), (2, 3, 1), (1, 2, 2), (10, 11, 9), (1, 1, 2)]
 
 
-@pytest.mark.parametrize("cost", [(1, 1), (1, 2), (2, 3)])
+def grid(name: str) -> list[tuple[int, int, int]]:
+    """Ranks, chunks and micro-batches: one, fewer than ranks, as many, odd numbers, many."""
+    chunks = FAMILIES[name].chunks or (2, 3, 4)
+    return [(p, v, m) for v in chunks for p in (1, 2, 3, 4, 8) for m in {1, 2, 3, p, p + 1, 2 * p - 1, 2 * p, 2 * p + 3, 4 * p}]
+
+
+def reported(name: str, p: int, v: int, m: int) -> Report:
+    return check(with_messages(compute_schedule(name, p, m, v)))
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_bubble_is_that_of_the_formula(name: str, cost: tuple[int, int]) -> None:
-    for p, m in GRID:
-        assert bubble(compute_schedule(name, p, m), *cost) == Fraction(p - 1, m + p - 1), (p, m)
+def test_every_size_is_right_and_holds_what_the_formula_says(name: str) -> None:
+    formula = FAMILIES[name].formula
+    for p, v, m in grid(name):
+        peak, published = max(reported(name, p, v, m).peak_in_flight), formula.peak(Size(p, v, m))
+        assert peak == published if m >= formula.least(p) else peak <= published, (p, v, m)
 
 
-def test_activations_in_flight_are_those_of_the_formula() -> None:
-    for p, m in GRID:
-        assert check(with_messages(compute_schedule("gpipe", p, m)), m).peak_in_flight == [m] * p
-        assert check(with_messages(compute_schedule("1f1b", p, m)), m).peak_in_flight == [min(p - i, m) for i in range(p)]
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_bubble_is_that_of_the_formula(name: str) -> None:
+    formula, compared = FAMILIES[name].formula, 0
+    for p, v, m in grid(name):
+        schedule = compute_schedule(name, p, m, v)
+        for cost in COSTS:
+            published = formula.share(Size(p, v, m, *cost))
+            if published is not None:
+                bubble = simulate(schedule, per_kind(*cost)).own_bubble
+                assert bubble <= published if formula.bound else bubble == published, (p, v, m, cost)
+                compared += 1
+    assert compared >= 20
+
+
+def by_hand(name: str, p: int, v: int, m: int) -> tuple[Fraction | float, list[int]]:
+    timeline = simulate(compute_schedule(name, p, m, v), per_kind(*EVEN))
+    return timeline.own_bubble, reported(name, p, v, m).peak_in_flight
+
+
+@pytest.mark.parametrize(
+    ("name", "p", "v", "m", "bubble", "peaks"),
+    [
+        ("gpipe", 4, 1, 8, Fraction(3, 11), [8, 8, 8, 8]),
+        ("1f1b", 4, 1, 8, Fraction(3, 11), [4, 3, 2, 1]),
+        ("interleaved_1f1b", 4, 2, 8, Fraction(3, 19), [11, 9, 7, 5]),  # of half stages: rank 0 holds 4 + 3/2 of whole ones
+        ("interleaved_1f1b", 4, 3, 8, Fraction(3, 27), [15, 13, 11, 9]),
+        ("zb_h1", 4, 1, 8, Fraction(3, 27), [4, 4, 4, 4]),
+        ("zb_v", 4, 2, 8, Fraction(0), [8, 8, 8, 8]),
+        ("v_half", 4, 2, 8, Fraction(9, 57), [6, 6, 6, 6]),
+        ("dualpipe_v", 4, 2, 8, Fraction(3, 51), [9, 9, 9, 9]),
+    ],
+)
+def test_bubbles_and_peaks_written_out(name: str, p: int, v: int, m: int, bubble: Fraction, peaks: list[int]) -> None:
+    assert by_hand(name, p, v, m) == (bubble, peaks)
+
+
+def test_the_bubble_of_a_step_counts_what_ranks_wait_for_the_last_one() -> None:
+    timeline = simulate(compute_schedule("zb_v", 4, 8), per_kind(*EVEN))
+    assert (timeline.longest, timeline.end) == (48, 51)
+    assert (timeline.own_bubble, timeline.bubble) == (0, Fraction(3, 51))
+
+
+def test_dualpipe_v_waits_less_than_published_because_pairs_hand_on_early() -> None:
+    for p in (2, 3, 4, 8):
+        size = Size(p, 2, 2 * p)
+        own_bubble = simulate(compute_schedule("dualpipe_v", p, 2 * p), per_kind(*EVEN)).own_bubble
+        assert own_bubble == Fraction(p - 1, p - 1 + size.work)
+
+
+def test_v_half_keeps_up_when_costs_are_uneven() -> None:
+    """More micro-batches do not make it wait longer: only the start and the end cost."""
+    for cost in ((10, 11, 9), (2, 2, 1), (1, 2, 2)):
+        waits = [
+            timeline.longest - timeline.busy(0)
+            for timeline in (simulate(compute_schedule("v_half", 4, m), per_kind(*cost)) for m in (8, 16, 32))
+        ]
+        assert len(set(waits)) == 1, (cost, waits)
+
+
+def test_a_stages_own_part_of_the_peak() -> None:
+    report = reported("interleaved_1f1b", 2, 2, 4)
+    assert report.peak_in_flight == [5, 3]
+    assert report.peak_by_stage == [4, 3, 2, 1]
 
 
 def good() -> Schedule:
     return with_messages(compute_schedule("1f1b", 3, 4))
 
 
-def position(schedule: Schedule, stage: int, spelled: str) -> int:
-    return [str(action) for action in schedule[stage]].index(spelled)
+def split() -> Schedule:
+    return with_messages(compute_schedule("zb_v", 2, 3))
 
 
-def without(stage: int, spelled: str) -> Schedule:
-    schedule = good()
-    del schedule[stage][position(schedule, stage, spelled)]
+def action(spelled: str) -> Action:
+    """F1 on 2: the forward pass of micro-batch 1 at stage 2."""
+    what, stage = spelled.split(" on ")
+    kind = what.rstrip("0123456789")
+    return Action(Kind(kind), int(what[len(kind) :]), int(stage))
+
+
+def without(schedule: Schedule, rank: int, spelled: str) -> Schedule:
+    schedule.actions[rank].remove(action(spelled))
     return schedule
 
 
-def swapped(stage: int, one: str, other: str) -> Schedule:
-    schedule = good()
-    i, j = position(schedule, stage, one), position(schedule, stage, other)
-    schedule[stage][i], schedule[stage][j] = schedule[stage][j], schedule[stage][i]
+def swapped(schedule: Schedule, rank: int, one: str, other: str) -> Schedule:
+    actions = schedule.actions[rank]
+    i, j = actions.index(action(one)), actions.index(action(other))
+    actions[i], actions[j] = actions[j], actions[i]
     return schedule
 
 
-def with_extra(stage: int, action: Action) -> Schedule:
-    schedule = good()
-    schedule[stage].append(action)
+def with_extra(schedule: Schedule, rank: int, spelled: str) -> Schedule:
+    schedule.actions[rank].append(action(spelled))
     return schedule
 
 
 BROKEN = {
-    "missing forward": (without(1, "F2"), "stage 1 does F2 0 times instead of 1"),
-    "missing backward": (without(0, "B3"), "stage 0 does B3 0 times instead of 1"),
-    "missing send": (without(0, "SA1"), "stage 0 does SA1 0 times instead of 1"),
-    "missing receive": (without(2, "RA1"), "stage 2 does RA1 0 times instead of 1"),
-    "a pass twice": (with_extra(2, Action(Kind.BACKWARD, 0)), "stage 2 does B0 2 times instead of 1"),
-    "a micro-batch too many": (with_extra(0, Action(Kind.FORWARD, 4)), "stage 0 does F4 1 times instead of 0"),
-    "a message to nobody": (with_extra(2, Action(Kind.SEND_ACTIVATION, 0)), "stage 2 does SA0 1 times instead of 0"),
-    "backward first": (swapped(2, "F1", "B1"), "stage 2 does B1 before F1"),
-    "sent before it is there": (swapped(0, "F1", "SA1"), "stage 0 does SA1 before F1"),
-    "used before it came": (swapped(1, "RA2", "F2"), "stage 1 does F2 before RA2"),
-    "messages that overtake": (swapped(0, "SA0", "SA1"), "stage 0 does SA1 before F1"),
+    "missing forward": (without(good(), 1, "F2 on 1"), "rank 1 does F2 of stage 1 0 times instead of 1"),
+    "missing backward": (without(good(), 0, "B3 on 0"), "rank 0 does B3 of stage 0 0 times instead of 1"),
+    "missing send": (without(good(), 0, "SA1 on 0"), "rank 0 does SA1 of stage 0 0 times instead of 1"),
+    "missing receive": (without(good(), 2, "RA1 on 2"), "rank 2 does RA1 of stage 2 0 times instead of 1"),
+    "a pass twice": (with_extra(good(), 2, "B0 on 2"), "rank 2 does B0 of stage 2 2 times instead of 1"),
+    "a micro-batch too many": (with_extra(good(), 0, "F4 on 0"), "rank 0 does F4 of stage 0 1 times instead of 0"),
+    "a stage of another rank": (with_extra(good(), 0, "F0 on 1"), "rank 0 does F0 of stage 1 1 times instead of 0"),
+    "a message to nobody": (with_extra(good(), 2, "SA0 on 2"), "rank 2 does SA0 of stage 2 1 times instead of 0"),
+    "backward first": (swapped(good(), 2, "F1 on 2", "B1 on 2"), "rank 2 does B1 of stage 2 before F1 of stage 2"),
+    "sent before it is there": (swapped(good(), 0, "F1 on 0", "SA1 on 0"), "rank 0 does SA1 of stage 0 before F1 of stage 0"),
+    "used before it came": (swapped(good(), 1, "RA2 on 1", "F2 on 1"), "rank 1 does F2 of stage 1 before RA2 of stage 1"),
+    "messages that overtake": (swapped(good(), 0, "SA0 on 0", "SA1 on 0"), "rank 0 does SA1 of stage 0 before F1 of stage 0"),
+    "missing weight gradient": (without(split(), 1, "W1 on 2"), "rank 1 does W1 of stage 2 0 times instead of 1"),
+    "weight gradient first": (swapped(split(), 0, "I1 on 0", "W1 on 0"), "rank 0 does W1 of stage 0 before I1 of stage 0"),
+    "backward both whole and split": (with_extra(split(), 1, "B1 on 2"), "rank 1 does B1 of stage 2 1 times instead of 0"),
+    "a message within a rank": (with_extra(split(), 1, "SA0 on 1"), "rank 1 does SA0 of stage 1 1 times instead of 0"),
 }
 
 
@@ -81,39 +156,70 @@ BROKEN = {
 def test_a_broken_schedule_is_refused(name: str) -> None:
     schedule, message = BROKEN[name]
     with pytest.raises(ScheduleError, match=f"^{message}$"):
-        check(schedule, 4)
+        check(schedule)
 
 
 def test_an_order_that_differs_between_neighbours_is_refused() -> None:
-    first = [Action(kind, m) for m in (1, 0) for kind in (Kind.FORWARD,)] + [Action(Kind.BACKWARD, m) for m in (0, 1)]
-    last = compute_schedule("gpipe", 2, 2)[1]
-    with pytest.raises(ScheduleError, match="stage 1 wants RA0 but the next message is of micro-batch 1"):
-        check(with_messages([first, last]), 2)
+    schedule = compute_schedule("gpipe", 2, 2)
+    first = schedule.actions[0]
+    first[0], first[1] = first[1], first[0]
+    with pytest.raises(ScheduleError, match="rank 1 wants RA0 of stage 1 but the next message is RA1 of stage 1"):
+        check(with_messages(schedule))
 
 
-def test_a_deadlock_names_every_stage_that_waits_and_for_what() -> None:
-    impatient = [Action(Kind.FORWARD, 0), Action(Kind.BACKWARD, 0), Action(Kind.FORWARD, 1), Action(Kind.BACKWARD, 1)]
-    patient = compute_schedule("gpipe", 2, 2)[1]
-    with pytest.raises(ScheduleError, match=r"^deadlock: stage 0 at RG0, stage 1 at RA1$"):
-        check(with_messages([impatient, patient]), 2)
+def test_an_order_that_differs_between_chunks_is_refused() -> None:
+    """Both chunks of rank 1 receive from rank 0."""
+    schedule = compute_schedule("interleaved_1f1b", 2, 2)
+    second = schedule.actions[1]
+    i, j = second.index(action("F1 on 1")), second.index(action("F0 on 3"))
+    second[i], second[j] = second[j], second[i]
+    with pytest.raises(ScheduleError, match="rank 1 wants RA0 of stage 3 but the next message is RA1 of stage 1"):
+        check(with_messages(schedule))
+
+
+def test_a_deadlock_names_every_rank_that_waits_and_for_what() -> None:
+    schedule = compute_schedule("gpipe", 2, 2)
+    schedule.actions[0] = [action(f"{one} on 0") for one in ("F0", "B0", "F1", "B1")]
+    with pytest.raises(ScheduleError, match=r"^deadlock: rank 0 at RG0 of stage 0, rank 1 at RA1 of stage 1$"):
+        check(with_messages(schedule))
+
+
+@pytest.mark.parametrize(("one", "other"), [("F0 on 1", "F0 on 2"), ("I0 on 2", "I0 on 1")])
+def test_a_chunk_that_needs_what_its_own_rank_does_later_is_found(one: str, other: str) -> None:
+    schedule = compute_schedule("zb_v", 2, 1)
+    mine = schedule.actions[1]
+    mine.remove(action(other))
+    mine.insert(mine.index(action(one)), action(other))
+    with pytest.raises(
+        ScheduleError, match=f"rank 1 does {other.replace('on', 'of stage')} before {one.replace('on', 'of stage')}"
+    ):
+        check(with_messages(schedule))
 
 
 def test_a_schedule_for_another_number_of_micro_batches_is_refused() -> None:
-    with pytest.raises(ScheduleError, match="F4 0 times instead of 1"):
-        check(good(), 5)
+    actions = good().actions
+    with pytest.raises(ScheduleError, match="F4 of stage 0 0 times instead of 1"):
+        check(Schedule(Placement(3), 5, actions))
     with pytest.raises(ScheduleError, match="1 times instead of 0"):
-        check(good(), 3)
+        check(Schedule(Placement(3), 3, actions))
 
 
-@given(st.sampled_from(SCHEDULES), st.integers(1, 5), st.integers(1, 6), st.data())
-def test_any_single_change_is_found_or_harmless(name: str, stages: int, micro_batches: int, data: st.DataObject) -> None:
+@given(st.sampled_from(SCHEDULES), st.integers(1, 4), st.integers(1, 5), st.data())
+def test_any_single_change_is_found_or_harmless(name: str, ranks: int, micro_batches: int, data: st.DataObject) -> None:
     """Move one action elsewhere in its list: what the checker lets pass has times, so nobody waits for ever."""
-    schedule = with_messages(compute_schedule(name, stages, micro_batches))
-    actions = schedule[data.draw(st.integers(0, stages - 1))]
+    schedule = with_messages(compute_schedule(name, ranks, micro_batches))
+    actions = schedule.actions[data.draw(st.integers(0, ranks - 1))]
     moved = actions.pop(data.draw(st.integers(0, len(actions) - 1)))
     actions.insert(data.draw(st.integers(0, len(actions))), moved)
     try:
-        check(schedule, micro_batches)
+        check(schedule)
     except ScheduleError:
         return
-    assert all(len(times) == 2 * micro_batches for times in start_times(schedule))
+    timeline = simulate(schedule, per_kind(*EVEN))
+    assert [len(spans) for spans in timeline.ranks] == [sum(a.kind in PASSES for a in mine) for mine in schedule.actions]
+
+
+def test_validation_goes_forward_over_every_placement_without_a_deadlock() -> None:
+    for placement in (Placement(1), Placement(3), Placement(2, 3), Placement(3, 2, v_shaped=True)):
+        timeline = simulate(with_messages(forward_only(placement, 4)), per_kind(*EVEN))
+        assert sum(map(len, timeline.ranks)) == 4 * placement.stages

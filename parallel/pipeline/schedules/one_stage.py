@@ -1,0 +1,102 @@
+"""Schedules of ranks with one stage each. Free of torch.
+
+Time goes right, each pass takes one step, a dot is a rank that waits. 4 ranks and 4 micro-batches, first gpipe, then 1f1b:
+
+    F0 F1 F2 F3 .  .  .  .  .  .  B0 B1 B2 B3
+       F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3
+          F0 F1 F2 F3 .  .  B0 B1 B2 B3
+             F0 F1 F2 F3 B0 B1 B2 B3
+
+    F0 F1 F2 F3 .  .  .  B0 .  B1 .  B2 .  B3
+       F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3
+          F0 F1 .  B0 F2 B1 F3 B2 .  B3
+             F0 B0 F1 B1 F2 B2 F3 B3
+
+Of zb_h1, the same with 6 micro-batches:
+
+    F0 F1 F2 F3 .  .  .  I0 W0 F4 I1 W1 F5 I2 W2 I3 W3 I4 W4 I5 W5
+       F0 F1 F2 .  .  I0 F3 I1 W0 F4 I2 W1 F5 I3 W2 I4 W3 I5 W4 W5
+          F0 F1 .  I0 F2 I1 F3 I2 W0 F4 I3 W1 F5 I4 W2 I5 W3 W4 W5
+             F0 I0 F1 I1 F2 I2 F3 I3 W0 F4 I4 W1 F5 I5 W2 W3 W4 W5
+"""
+
+from collections.abc import Iterator
+
+from bagualu.parallel.pipeline.formula import Formula
+from bagualu.parallel.pipeline.schedule import Action, Kind, Placement
+
+
+def gpipe(placement: Placement, micro_batches: int) -> list[list[Action]]:
+    """All forward passes, then all backward passes (Huang et al., arXiv 1811.06965).
+
+    Bubble (p-1)(F+B), which is the share (p-1)/(m+p-1) (section 2.3 there); m activations in flight.
+    """
+    every = range(micro_batches)
+    return [[*_passes("F", every, stage), *_passes("B", every, stage)] for stage in range(placement.ranks)]
+
+
+def one_f_one_b(placement: Placement, micro_batches: int) -> list[list[Action]]:
+    """As many forward passes first as there are stages after, then one backward, one forward in turn (PipeDream-flush,
+    arXiv 2006.09503, section 3).
+
+    Bubble (p-1)(F+B) as of gpipe; p-i activations in flight on rank i, or m where that is less.
+    """
+    actions = []
+    for stage in range(placement.ranks):
+        forward, backward = _passes("F", range(micro_batches), stage), _passes("B", range(micro_batches), stage)
+        actions.append([*_take(forward, placement.ranks - 1 - stage), *_in_turn(forward, backward)])
+    return actions
+
+
+def zb_h1(placement: Placement, micro_batches: int) -> list[list[Action]]:
+    """1f1b, whose backward passes are taken apart: the W of a micro-batch waits on rank i until i more have had their I, and fills
+    the wait at the end (ZB-H1, also ZB1P: Qi et al., arXiv 2401.10241, section 2.2).
+
+    Bubble (p-1)(F+I-W) (section 2.3, table 1) for W no longer than F and at least p micro-batches; p activations in flight on every
+    rank, or m where that is less, for what an early rank holds less of forward passes a late one holds more of waiting W.
+    """
+    actions = []
+    for stage in range(placement.ranks):
+        forward, backward, weight = (_passes(kind, range(micro_batches), stage) for kind in "FIW")
+        mine = [*_take(forward, placement.ranks - 1 - stage)]
+        for _ in range(min(stage, micro_batches)):
+            mine += [*_take(forward, 1), *_take(backward, 1)]
+        actions.append([*mine, *_in_turn(forward, backward, weight)])
+    return actions
+
+
+def _passes(kind: str, micro_batches: range, stage: int) -> Iterator[Action]:
+    return iter([Action(Kind(kind), m, stage) for m in micro_batches])
+
+
+def _take(passes: Iterator[Action], count: int) -> Iterator[Action]:
+    """The next `count` of them, or as many as there are."""
+    return (action for _, action in zip(range(count), passes, strict=False))
+
+
+def _in_turn(*several: Iterator[Action]) -> Iterator[Action]:
+    """One of each in turn, until all have come to their end."""
+    left = list(several)
+    while left:
+        for passes in list(left):
+            action = next(passes, None)
+            if action is None:
+                left.remove(passes)
+            else:
+                yield action
+
+
+GPIPE = Formula(
+    "(p-1)(F+B)", lambda size: (size.ranks - 1) * (size.forward + size.backward),
+    "m", lambda size: size.micro_batches,
+)  # fmt: skip
+ONE_F_ONE_B = Formula(
+    "(p-1)(F+B)", GPIPE.bubble,
+    "p", lambda size: min(size.ranks, size.micro_batches),
+)  # fmt: skip
+ZB_H1 = Formula(
+    "(p-1)(F+I-W) for W <= F",
+    lambda size: (size.ranks - 1) * (size.forward + size.input_gradient - size.weight_gradient)
+    if size.weight_gradient <= size.forward else None,
+    "p", ONE_F_ONE_B.peak, least=lambda ranks: ranks,
+)  # fmt: skip

@@ -1,0 +1,68 @@
+"""Draws the passes of a schedule together. Free of torch."""
+
+from collections.abc import Iterator
+
+from bagualu.parallel.pipeline.schedule import Action, Kind, Placement
+
+
+def squeeze(schedule: list[list[Action]], placement: Placement) -> list[list[Action]]:
+    """The same passes with fewer waits: at each step, all passes taking one, every rank does the first of its list that has what it
+    needs. A rank never holds more activations for it than its own list makes it hold; passes of one kind at one stage keep their
+    order. (The squeezing and reordering of arXiv 2405.15362, in one sweep.)"""
+    ranks = [_Rank(list(actions)) for actions in schedule]
+    done: set[Action] = set()
+    while any(rank.left for rank in ranks):
+        step = [rank.take(done, placement) for rank in ranks]
+        done.update(action for action in step if action is not None)
+    return [rank.done for rank in ranks]
+
+
+class _Rank:
+    def __init__(self, actions: list[Action]) -> None:
+        self.left = actions
+        self.done: list[Action] = []
+        self._held = 0
+        self._most = max(_held_after_each(actions, 0))
+
+    def take(self, done: set[Action], placement: Placement) -> Action | None:
+        """The first pass that can be done now."""
+        seen: set[tuple[Kind, int]] = set()
+        kinds = 3 * placement.chunks
+        peak = self._held
+        for index, (action, held) in enumerate(zip(self.left, _held_after_each(self.left, self._held), strict=False)):
+            fits = action.kind != Kind.FORWARD or peak < self._most
+            if (action.kind, action.stage) not in seen and fits and _needs(action, placement) <= done:
+                return self._do(index)
+            seen.add((action.kind, action.stage))
+            if len(seen) == kinds:
+                return None
+            peak = max(peak, held)
+        return None
+
+    def _do(self, index: int) -> Action:
+        action = self.left.pop(index)
+        self.done.append(action)
+        self._held += _change(action)
+        return action
+
+
+def _change(action: Action) -> int:
+    return (action.kind == Kind.FORWARD) - (action.kind == Kind.WEIGHT_GRADIENT)
+
+
+def _held_after_each(actions: list[Action], held: int) -> Iterator[int]:
+    """How many forward passes are held after each of `actions`, done one after the other."""
+    for action in actions:
+        held += _change(action)
+        yield held
+
+
+def _needs(action: Action, placement: Placement) -> set[Action]:
+    """What has to be done before, on this rank or the one that holds the neighbouring stage."""
+    m, stage = action.micro_batch, action.stage
+    if action.kind == Kind.WEIGHT_GRADIENT:
+        return {Action(Kind.INPUT_GRADIENT, m, stage)}
+    if action.kind == Kind.FORWARD:
+        return {Action(Kind.FORWARD, m, stage - 1)} if stage else set()
+    after = {Action(Kind.INPUT_GRADIENT, m, stage + 1)} if stage + 1 < placement.stages else set()
+    return {Action(Kind.FORWARD, m, stage), *after}
