@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from bagualu.comm.errors import RecipeError
+from bagualu.parallel.pipeline.generate import SCHEDULES, splits_backward
 from bagualu.trainer.config import Recipe
 from tests.harness import BACKENDS, run
 from tests.parity import Curve, assert_same, small_recipe, train
@@ -22,6 +23,7 @@ MODELS = {
     "moe": MOE,
     "moe_tied": {**MOE, "tie_embeddings": True},
     "moe_everywhere_5_layers": {**MOE, "moe__every": 1, "moe__shared_experts": 0, "layers": 5, "moe__top_k": 3},
+    "moe_tied_9_layers": {**MOE, "tie_embeddings": True, "layers": 9},
 }
 
 # data, tensor, pipeline, expert, then what differs from the defaults
@@ -81,6 +83,22 @@ LAYOUTS: list[tuple[str, dict[str, object]]] = [
 ]
 
 
+# Every other schedule: with data parallel ranks, and then with all axes, tied embeddings and stages that differ in length.
+SCHEDULED: list[tuple[str, dict[str, object]]] = [
+    *(("dense_tied", {"data": 2, "pipeline": 2, "schedule": name}) for name in SCHEDULES if name not in ("gpipe", "1f1b")),
+    *(
+        ("moe_tied_9_layers", {"data": 2, "expert": 2, "tensor": 2, "sequence": True, "pipeline": 2, "schedule": name})
+        for name in SCHEDULES
+    ),
+    *(("moe_tied_9_layers", {"pipeline": 4, "schedule": name, "data": 2, "zero": 0}) for name in SCHEDULES),
+    ("moe_tied_9_layers", {"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 4}),
+    ("moe_tied_9_layers", {"pipeline": 3, "schedule": "zb_v", "balance": [2, 1, 1, 3, 1, 1]}),
+    ("dense_tied", {"pipeline": 1, "schedule": "zb_v"}),
+    ("dense_tied", {"pipeline": 1, "schedule": "interleaved_1f1b", "virtual_stages": 3}),
+    ("dense_tied", {"pipeline": 1, "schedule": "zb_h1"}),
+]
+
+
 def recipe_for(model: str, layout: dict[str, object], **changes: object) -> Recipe:
     return small_recipe(
         **{f"model__{key}": value for key, value in MODELS[model].items()},
@@ -106,6 +124,19 @@ def test_layout_trains_the_same_curve(backend: str, model: str, layout: dict[str
     assert_same(run(backend, recipe.world_size(), train, recipe, STEPS), [alone(model)])
 
 
+@pytest.mark.parametrize(("model", "layout"), SCHEDULED, ids=[f"{m}-{name_of(x)}" for m, x in SCHEDULED])
+def test_schedule_trains_the_same_curve(model: str, layout: dict[str, object]) -> None:
+    over_processes = model == "dense_tied" and layout["pipeline"] == 2
+    recipe = recipe_for(model, layout)
+    assert_same(run("gloo" if over_processes else "simulated", recipe.world_size(), train, recipe, STEPS), [alone(model)])
+
+
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if splits_backward(name)])
+def test_recompute_does_not_matter_to_a_backward_pass_in_two_parts(schedule: str) -> None:
+    recipe = recipe_for("moe_tied", {"pipeline": 2, "data": 2, "schedule": schedule}, train__recompute="full")
+    assert_same(run("simulated", 4, train, recipe, STEPS), [alone("moe_tied")])
+
+
 @pytest.mark.parametrize("micro_batch", [2, 4])
 @pytest.mark.parametrize("model", ["dense", "moe"])
 def test_micro_batch_does_not_matter(model: str, micro_batch: int) -> None:
@@ -126,7 +157,7 @@ def recipes(draw: st.DrawFn) -> tuple[str, Recipe]:
     degree = st.sampled_from([1, 2, 4])
     layout = {
         "data": draw(degree), "tensor": draw(degree), "pipeline": draw(st.integers(1, 4)), "expert": draw(degree),
-        "sequence": draw(st.booleans()), "schedule": draw(st.sampled_from(["gpipe", "1f1b"])),
+        "sequence": draw(st.booleans()), "schedule": draw(st.sampled_from(SCHEDULES)),
         "zero": draw(st.sampled_from([0, 1])), "bucket_bytes": draw(st.sampled_from([1, 4096, 2**20])),
     }  # fmt: skip
     return model, recipe_for(model, layout, train__micro_batch=draw(st.sampled_from([1, 2])))
