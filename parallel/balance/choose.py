@@ -1,0 +1,118 @@
+"""Choose a split: the one function that a trainer calls, and what it says when there is none. Free of torch."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from bagualu.comm.errors import RecipeError
+from bagualu.parallel.balance.cost import CostTable
+from bagualu.parallel.balance.forecast import Split, by_rank, forecast_split
+from bagualu.parallel.balance.partition import solve
+from bagualu.parallel.balance.problem import Piece, Problem
+from bagualu.parallel.balance.refine import refine
+from bagualu.parallel.pipeline.schedule import Schedule
+
+_DIAGNOSIS_WORK = 50_000
+_DIAGNOSIS_STEPS = 8
+
+
+def choose_split(
+    table: CostTable,
+    schedule: Schedule,
+    speeds: Sequence[float] | None = None,
+    caps: Sequence[int] | None = None,
+    recompute: str = "none",
+    message_seconds: float = 0.0,
+) -> Split:
+    """The best split of the table's layers over the stages of `schedule`: of least bottleneck, and among those near it of least
+    predicted step time (refine.py). A pure function: equal arguments, equal answer.
+
+    By rank of the pipeline: `speeds`, relative to the device of the table; `caps`, bytes of memory. `recompute`: none | full |
+    auto, the last one only where a cap demands it. Raises RecipeError when the layers are too few or no split fits the caps.
+    """
+    ranks, layers, stages = schedule.placement.ranks, len(table.layers), schedule.placement.stages
+    require_layers(layers, ranks, schedule.placement.chunks)
+    problem = Problem(table, schedule, speeds or [1.0] * ranks, caps, recompute)
+    solution = solve(problem)
+    if solution is None:
+        raise _no_split_fits(problem)
+    assert len(solution.pieces) == stages
+    return forecast_split(problem, refine(problem, solution.pieces, message_seconds), message_seconds)
+
+
+def take_split(
+    slices: list[range], table: CostTable, schedule: Schedule, caps: Sequence[int] | None = None, recompute: str = "none"
+) -> Split:
+    """The split that somebody has chosen, held against the caps. Raises RecipeError when it does not fit them."""
+    problem = Problem(table, schedule, [1.0] * schedule.placement.ranks, caps, recompute)
+    pieces = [(piece.start, piece.stop) for piece in slices]
+    if any(problem.cost(rank, mine) is None for rank, mine in enumerate(by_rank(problem, pieces))):
+        counts = ",".join(str(len(piece)) for piece in slices)
+        others = ["parallel.balance=analytic"]
+        if recompute == "none" and _fits(_with_recompute(problem), pieces):
+            others.insert(0, "train.recompute=auto")
+        raise _does_not_fit(problem, pieces, f"parallel.balance=[{counts}]: ", others)
+    return forecast_split(problem, pieces)
+
+
+def require_layers(layers: int, ranks: int, chunks: int) -> None:
+    """Every stage holds at least one layer. Raises RecipeError."""
+    if ranks * chunks > layers:
+        each = f" of parallel.virtual_stages={chunks} stages each" if chunks > 1 else " stages"
+        fits = f"parallel.pipeline={layers // chunks} or less" if layers >= chunks else f"model.layers={ranks * chunks}"
+        raise RecipeError(f"parallel.pipeline={ranks}{each} are more than model.layers={layers}; give {fits}")
+
+
+def _with_recompute(problem: Problem) -> Problem:
+    return Problem(problem.table, problem.schedule, problem.speeds, problem.caps, "auto")
+
+
+def _fits(problem: Problem, pieces: list[Piece]) -> bool:
+    return all(problem.cost(rank, mine) is not None for rank, mine in enumerate(by_rank(problem, pieces)))
+
+
+def _no_split_fits(problem: Problem) -> RecipeError:
+    others = []
+    if problem.recompute == "none" and solve(_with_recompute(problem), _DIAGNOSIS_WORK) is not None:
+        others.append("train.recompute=auto")
+    return _does_not_fit(problem, _least_demanding(problem), "", others)
+
+
+def _does_not_fit(problem: Problem, pieces: list[Piece], prefix: str, others: list[str]) -> RecipeError:
+    """`pieces` in words: the rank that lacks most, and caps with which they work."""
+    assert problem.caps is not None
+    needs = _needs(problem, pieces)
+    rank = max(range(len(needs)), key=lambda r: needs[r] / max(1, problem.caps[r]))
+    if len(set(problem.caps)) == 1:
+        works = f"parallel.memory_bytes={max(needs)}"
+    else:
+        works = "parallel.memory_bytes=[" + ",".join(map(str, map(max, zip(needs, problem.caps, strict=True)))) + "]"
+    return RecipeError(f"{prefix}rank {rank} of the pipeline needs {needs[rank]} bytes and parallel.memory_bytes gives it "
+                       f"{problem.caps[rank]}; give {' or '.join([*others, works])}")  # fmt: skip
+
+
+def _needs(problem: Problem, pieces: list[Piece]) -> list[int]:
+    """By rank: the bytes that it needs, with as much computed again as the recipe allows."""
+    ways = problem.ways(problem.placement.chunks)
+    return [min(problem.memory(rank, mine, way) for way in ways) for rank, mine in enumerate(by_rank(problem, pieces))]
+
+
+def _least_demanding(problem: Problem) -> list[Piece]:
+    """A split that exceeds the caps by nearly as small a factor as any does."""
+    assert problem.caps is not None
+    layers, stages = problem.layers, problem.placement.stages
+    borders = [layers * stage // stages for stage in range(stages + 1)]
+    best = list(pairwise(borders))
+
+    def factor(pieces: list[Piece]) -> float:
+        return max(need / max(1, cap) for need, cap in zip(_needs(problem, pieces), problem.caps or (), strict=True))
+
+    low, high = 1.0, factor(best)
+    for _ in range(_DIAGNOSIS_STEPS):
+        middle = (low + high) / 2
+        caps = [int(max(1, cap) * middle) for cap in problem.caps]
+        solution = solve(Problem(problem.table, problem.schedule, problem.speeds, caps, problem.recompute), _DIAGNOSIS_WORK)
+        if solution is None:
+            low = middle
+        else:
+            best, high = solution.pieces, factor(solution.pieces)
+    return best

@@ -1,0 +1,275 @@
+"""The split whose slowest rank is the quickest: exact, for any placement of stages on ranks. Free of torch.
+
+Ranks are gone through in order; each takes a piece for every one of its stages. What is left then is one run of layers for every
+chunk, or in a V one for every two chunks, which eat it from both ends:
+
+    one chunk        rank 0 takes [0, a), rank 1 [a, b), ...                     left: one run
+    V                rank 0 takes [0, a) and [z, L), rank 1 [a, b) and [y, z)    left: one run between
+    interleaved      rank 0 takes [0, a) and [m, n), rank 1 [a, b) and [n, o)    left: two runs; m, where the second chunk begins,
+                                                                                 is tried near the middle first
+
+The best that the ranks r, r + 1, ... can do with what is left does not depend on how it came to that, so it is computed once
+(dynamic programming). For one chunk that is O(ranks x layers^2) (Bellman's min-max partition). With more chunks there are more
+states, and bounds keep them few: a rank never takes more than the bottleneck `bound` allows, nor so little that the later ranks,
+all full to the bound (`_Room`), could not hold the rest. The search begins with the least bound that this leaves possible, which
+mostly has a split, and raises it until one has: the first split found that way is the optimum, or a search below its bottleneck
+finds that.
+
+Placements of more than two chunks can have too many states. Then `WORK` ends the proof, not the search: the first split found under
+the least bound that yields one is taken, and the `Solution` says how far from the optimum it can be.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, product
+from math import inf
+from operator import add
+
+from bagualu.parallel.balance.problem import Piece, Problem
+
+WORK = 400_000
+"""Choices looked at in one search before it is given up: about 2 seconds."""
+_STEPS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, inf)
+"""Bounds to try, as shares by which they lie above the least possible one."""
+_ROUNDING = 1e-9
+_SUMS = 200_000
+
+Gaps = tuple[Piece, ...]
+"""The runs of layers that no rank has taken yet."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    pieces: list[Piece]
+    """By stage."""
+    bottleneck_seconds: float
+    least_possible_seconds: float
+    """No split has a lower bottleneck than this; equal to the bottleneck where the split is proven to be the optimum."""
+
+    @property
+    def proven(self) -> bool:
+        return self.least_possible_seconds >= self.bottleneck_seconds * (1 - 2 * _ROUNDING)
+
+
+def solve(problem: Problem, work: int = WORK) -> Solution | None:
+    """The split of least bottleneck; None when no split fits the caps, or none was found within `work`."""
+    least = _least_bound(problem)
+    if least is None:
+        return None
+    floor, proves = least, True
+    for step in _STEPS:
+        bound = max(least, 1e-300) * (1 + step)  # everything may cost nothing
+        try:
+            found = _Search(problem, bound, floor if proves else inf, work).run() if proves else None
+        except _TooMuchWork:
+            proves, found = False, None
+        if not proves:
+            found = _first(problem, bound, work)
+        if found is not None:
+            value, pieces = found
+            return Solution(pieces, value, value if proves else floor)
+        if proves:
+            floor = bound
+    return None
+
+
+def _first(problem: Problem, bound: float, work: int) -> tuple[float, list[Piece]] | None:
+    try:
+        return _Search(problem, bound, bound, work).run()
+    except _TooMuchWork:
+        return None
+
+
+class _TooMuchWork(Exception):
+    pass
+
+
+class _Room:
+    """How many seconds of layers, at speed 1.0, each rank can take at the most under a bottleneck."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        seconds = problem.least_seconds()
+        self.total = sum(seconds)
+        self.most_layers = [_most_layers(problem, rank) for rank in range(problem.placement.ranks)]
+        longest = list(accumulate(sorted(seconds, reverse=True), initial=0.0))
+        self._most_seconds = [longest[most] for most in self.most_layers]
+        self._edges = [problem.edge_seconds(rank) for rank in range(problem.placement.ranks)]
+        self._sums = _sums_of_runs(seconds, problem.placement.chunks)
+
+    def limit(self, rank: int, bound: float) -> float:
+        return bound * (1 + _ROUNDING) * self.problem.speeds[rank] - self._edges[rank]
+
+    def at_most(self, rank: int, bound: float) -> float:
+        """Negative where not even no layers fit."""
+        limit = self.limit(rank, bound)
+        if self._sums is not None and limit >= 0:
+            limit = self._sums[bisect_right(self._sums, limit) - 1]
+        return min(limit, self._most_seconds[rank])
+
+    def suffices(self, bound: float) -> bool:
+        rooms = [self.at_most(rank, bound) for rank in range(self.problem.placement.ranks)]
+        return min(rooms) >= 0 and sum(rooms) >= self.total * (1 - _ROUNDING)
+
+
+def _most_layers(problem: Problem, rank: int) -> int:
+    """How many layers fit into a rank's memory, were they the smallest ones."""
+    if problem.caps is None:
+        return problem.layers
+    sizes = accumulate(sorted(problem.least_memory(rank)))
+    return sum(size <= problem.caps[rank] for size in sizes)
+
+
+def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:
+    """Every sum that `runs` runs of layers can have, in order; None where they are too many. Layers of one kind are counted, not
+    added, so that equal sums are one."""
+    kinds = sorted(set(seconds))
+    one_run = {(0,) * len(kinds)}
+    for first in range(len(seconds)):
+        counts = [0] * len(kinds)
+        for taken in seconds[first:]:
+            counts[kinds.index(taken)] += 1
+            one_run.add(tuple(counts))
+    found = {(0,) * len(kinds)}
+    for _ in range(runs):
+        if len(found) * len(one_run) > _SUMS:
+            return None
+        found = {tuple(map(add, a, b)) for a in found for b in one_run}
+    sums = sorted(sum(n * kind for n, kind in zip(counts, kinds, strict=True)) for counts in found)
+    return [one * (1 + _ROUNDING / 2) for one in sums]  # as they come out differently in another order
+
+
+def _least_bound(problem: Problem) -> float | None:
+    """The least bottleneck under which all layers have room, wherever they lie; None: under none."""
+    room = _Room(problem)
+    low, high = 0.0, (room.total + sum(room._edges)) / min(problem.speeds)
+    if sum(room.most_layers) < problem.layers or not room.suffices(high):
+        return None
+    while high - low > high * _ROUNDING / 4:
+        middle = (low + high) / 2
+        low, high = (low, middle) if room.suffices(middle) else (middle, high)
+    return high
+
+
+class _Search:
+    """The best split of a bottleneck of at most `bound`. One of at most `enough` is as good as any."""
+
+    def __init__(self, problem: Problem, bound: float, enough: float, work: int) -> None:
+        self.problem, self.placement, self.bound, self.enough, self.work = problem, problem.placement, bound, enough, work
+        self.left_seconds = list(accumulate(problem.least_seconds(), initial=0.0))
+        room = _Room(problem)
+        ranks = range(self.placement.ranks)
+        self.limits = [room.limit(rank, bound) for rank in ranks]
+        self.later = [sum(room.at_most(r, bound) for r in ranks[rank + 1 :]) for rank in ranks]
+        self.most_layers = room.most_layers
+        self.later_layers = [sum(room.most_layers[r] for r in ranks[rank + 1 :]) for rank in ranks]
+        self.possible = room.suffices(bound)
+        pairs, chunks = self.placement.v_shaped, self.placement.chunks
+        self.gap_of = [chunk // 2 if pairs else chunk for chunk in range(chunks)]
+        self.eaters = [self.gap_of.count(gap) for gap in range(self.gap_of[-1] + 1)]
+        self.known: dict[tuple[int, Gaps], tuple[float, tuple[Piece, ...], Gaps]] = {}
+
+    def run(self) -> tuple[float, list[Piece]] | None:
+        """(bottleneck, pieces by stage), or None. Raises _TooMuchWork."""
+        best, start = inf, None
+        for gaps in self._starts() if self.possible else ():
+            value = self._best(0, gaps)
+            if value < best:
+                best, start = value, gaps
+            if best <= self.enough * (1 + _ROUNDING):
+                break
+        return None if start is None else (best, self._pieces(start))
+
+    def _starts(self) -> Iterator[Gaps]:
+        """Where the runs may begin and end, the even ones first."""
+        ranks, layers = self.placement.ranks, self.problem.layers
+        needs = [eaters * ranks for eaters in self.eaters]
+        even = [layers * need // sum(needs) for need in accumulate(needs)][:-1]
+        for distance in range(layers):
+            around = range(-distance, distance + 1)
+            for moves in product(around, repeat=len(even)):
+                borders = [0, *(e + m for e, m in zip(even, moves, strict=True)), layers]
+                self._work()
+                if max(map(abs, moves), default=0) == distance and all(
+                    b - a >= need for a, b, need in zip(borders, borders[1:], needs, strict=False)
+                ):
+                    yield tuple(pairwise(borders))
+            if not even:
+                return
+
+    def _best(self, rank: int, gaps: Gaps) -> float:
+        """The least bottleneck of the ranks from `rank` on that share `gaps`; inf: above the bound."""
+        if rank == self.placement.ranks:
+            return 0.0
+        if (rank, gaps) in self.known:
+            return self.known[rank, gaps][0]
+        best: tuple[float, tuple[Piece, ...], Gaps] = (inf, (), ())
+        for pieces, rest in self._choices(rank, gaps):
+            cost = self.problem.cost(rank, pieces)
+            if cost is None or cost.seconds > self.bound * (1 + _ROUNDING) or cost.seconds >= best[0]:
+                continue
+            value = max(cost.seconds, self._best(rank + 1, rest))
+            if value < best[0]:
+                best = (value, pieces, rest)
+            if best[0] <= self.enough * (1 + _ROUNDING):
+                break
+        self.known[rank, gaps] = best
+        return best[0]
+
+    def _choices(self, rank: int, gaps: Gaps) -> list[tuple[tuple[Piece, ...], Gaps]]:
+        """What `rank` may take: those choices first that leave the later ranks their even share, and of these those of even
+        stages."""
+        left = sum(self.left_seconds[b] - self.left_seconds[a] for a, b in gaps)
+        if sum(b - a for a, b in gaps) > self.most_layers[rank] + self.later_layers[rank]:
+            return []
+        speeds = self.problem.speeds[rank:]
+        aim = left * speeds[0] / sum(speeds)
+        found = list(self._take(rank, gaps, 0, 0.0, left - self.later[rank] - left * _ROUNDING))
+        found.sort(key=lambda one: (abs(one[0] - aim), sum((b - a) ** 2 for a, b in one[1])))
+        return [(pieces, rest) for _, pieces, rest in found]
+
+    def _take(
+        self, rank: int, gaps: Gaps, chunk: int, taken: float, least: float
+    ) -> Iterator[tuple[float, tuple[Piece, ...], Gaps]]:
+        """(seconds at speed 1.0, pieces, gaps after) of every way to take pieces for the chunks from `chunk` on."""
+        self._work()
+        if chunk == self.placement.chunks:
+            yield taken, (), gaps
+            return
+        gap = self.gap_of[chunk]
+        for piece, rest in self._cuts(rank, gaps[gap], chunk, self.limits[rank] - taken, least - taken):
+            after = (*gaps[:gap], rest, *gaps[gap + 1 :])
+            seconds = taken + self.left_seconds[piece[1]] - self.left_seconds[piece[0]]
+            for total, pieces, end in self._take(rank, after, chunk + 1, seconds, least):
+                yield total, (piece, *pieces), end
+
+    def _cuts(self, rank: int, gap: Piece, chunk: int, most: float, least: float) -> Iterator[tuple[Piece, Piece]]:
+        """(piece, rest of the gap) for a chunk that takes at most `most` seconds, and as the last one at least `least`."""
+        low, high = gap
+        sums, last = self.left_seconds, chunk + 1 == self.placement.chunks
+        down = self.placement.v_shaped and chunk % 2 == 1
+        shared = chunk + 1 < self.placement.chunks and self.gap_of[chunk + 1] == self.gap_of[chunk]
+        keep = shared + self.eaters[self.gap_of[chunk]] * (self.placement.ranks - 1 - rank)
+        if down:
+            first, final = max(low + keep, bisect_left(sums, sums[high] - most * (1 + _ROUNDING))), high - 1
+            final = min(final, bisect_right(sums, sums[high] - least) - 1) if last else final
+        else:
+            first, final = low + 1, min(high - keep, bisect_right(sums, sums[low] + most * (1 + _ROUNDING)) - 1)
+            first = max(first, bisect_left(sums, sums[low] + least)) if last else first
+        if keep == 0:  # nobody comes after: all of it
+            first, final = (max(first, low), min(final, low)) if down else (max(first, high), final)
+        for cut in range(first, final + 1):
+            yield ((cut, high), (low, cut)) if down else ((low, cut), (cut, high))
+
+    def _pieces(self, gaps: Gaps) -> list[Piece]:
+        by_stage: dict[int, Piece] = {}
+        for rank in range(self.placement.ranks):
+            _, pieces, gaps = self.known[rank, gaps]
+            by_stage |= zip(self.problem.stages_of[rank], pieces, strict=True)
+        return [by_stage[stage] for stage in range(self.placement.stages)]
+
+    def _work(self) -> None:
+        self.work -= 1
+        if self.work < 0:
+            raise _TooMuchWork

@@ -1,0 +1,141 @@
+"""A model to be cut into stages: what any rank pays for any layers. Free of torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, product
+from operator import attrgetter
+
+from bagualu.parallel.balance.cost import CostTable
+from bagualu.parallel.balance.memory import worst_moments
+from bagualu.parallel.pipeline.schedule import Schedule
+
+RECOMPUTE = ("none", "full", "auto")
+Piece = tuple[int, int]
+"""Layers first .. last + 1 of one stage."""
+
+
+@dataclass(frozen=True)
+class RankCost:
+    """What the stages of one rank cost it together for one micro-batch."""
+
+    stage_seconds: tuple[float, ...]
+    """At the rank's own speed."""
+    recompute: tuple[bool, ...]
+    """For each of its stages: whether it computes activations again."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stage_seconds)
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """One stage at the speed of its rank, in seconds for one micro-batch."""
+
+    forward: float
+    input_gradient: float
+    """With the forward pass again where activations are."""
+    weight_gradient: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.input_gradient + self.weight_gradient
+
+
+class Problem:
+    """`speeds` by rank, 1.0 the device of the cost table; `caps` in bytes by rank, None: no limit.
+
+    `recompute`: none | full | auto. auto computes activations again at those stages of a rank where its cap demands it, and of the
+    ways to fit takes the quickest.
+    """
+
+    def __init__(
+        self, table: CostTable, schedule: Schedule, speeds: Sequence[float], caps: Sequence[int] | None, recompute: str = "none"
+    ) -> None:
+        self.table, self.schedule, self.placement = table, schedule, schedule.placement
+        self.layers = len(table.layers)
+        self.speeds, self.caps, self.recompute = list(speeds), None if caps is None else list(caps), recompute
+        self.moments = worst_moments(schedule)
+        self.stages_of = [self.placement.stages_of(rank) for rank in range(self.placement.ranks)]
+        self._sums = {
+            name: list(accumulate(map(attrgetter(name), table.layers), initial=0))
+            for name in ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds",
+                         "state_bytes", "activation_bytes", "input_bytes", "operand_bytes")
+        }  # fmt: skip
+        self._known: dict[tuple[int, tuple[Piece, ...]], RankCost | None] = {}
+
+    def least_seconds(self) -> list[float]:
+        """For each layer what it takes at speed 1.0 at the least."""
+        again = self.recompute == "full"
+        return [(1 + again) * one.forward_seconds + one.input_gradient_seconds + one.weight_gradient_seconds
+                for one in self.table.layers]  # fmt: skip
+
+    def edge_seconds(self, rank: int) -> float:
+        """What a rank takes at speed 1.0 for the embedding and the head, where it has them."""
+        edges = [self.table.embedding] * (0 in self.stages_of[rank])
+        edges += [self.table.head] * (self.placement.stages - 1 in self.stages_of[rank])
+        return sum(one.forward_seconds + one.input_gradient_seconds + one.weight_gradient_seconds for one in edges)
+
+    def stage_times(self, stage: int, piece: Piece, again: bool) -> StageTimes:
+        forward = self._sum("forward_seconds", stage, piece)
+        gradient = self._sum("input_gradient_seconds", stage, piece) + again * self._layers("forward_seconds", piece)
+        speed = self.speeds[self.placement.rank_of(stage)]
+        return StageTimes(forward / speed, gradient / speed, self._sum("weight_gradient_seconds", stage, piece) / speed)
+
+    def cost(self, rank: int, pieces: tuple[Piece, ...]) -> RankCost | None:
+        """What `pieces`, one for each of its stages in order, cost `rank`; None when they do not fit its cap."""
+        key = (rank, pieces)
+        if key not in self._known:
+            ways = [way for way in self.ways(len(pieces)) if self.caps is None or self.memory(rank, pieces, way) <= self.caps[rank]]
+            costs = [RankCost(self._seconds(rank, pieces, way), way) for way in ways]
+            self._known[key] = min(costs, key=lambda cost: (cost.seconds, sum(cost.recompute)), default=None)
+        return self._known[key]
+
+    def memory(self, rank: int, pieces: tuple[Piece, ...], recompute: tuple[bool, ...]) -> int:
+        """Bytes that `rank` holds at its worst moment: state, activations and operands in flight, and where activations are
+        computed again those of one layer while they are used."""
+        stages = self.stages_of[rank]
+        total = sum(self._sum("state_bytes", stage, piece) for stage, piece in zip(stages, pieces, strict=True))
+        if {0, self.placement.stages - 1} <= set(stages):
+            total -= self.table.tied_bytes
+        held = [self._held(stage, piece, again) for stage, piece, again in zip(stages, pieces, recompute, strict=True)]
+        peak = max(
+            sum(a * activations + o * operands for (a, o), (activations, operands) in zip(moment, held, strict=True))
+            for moment in self.moments[rank]
+        )
+        again = [self.table.layers[i] for piece, yes in zip(pieces, recompute, strict=True) if yes for i in range(*piece)]
+        return int(total + peak + max((layer.activation_bytes - layer.input_bytes for layer in again), default=0))
+
+    def least_memory(self, rank: int) -> list[float]:
+        """For each layer what it adds to the memory of `rank` at the least, whichever of the rank's stages holds it."""
+        fullest = max(self.moments[rank], key=lambda moment: sum(activations for activations, _ in moment))
+        held = min(activations for activations, _ in fullest)
+        kept = attrgetter("activation_bytes" if self.recompute == "none" else "input_bytes")
+        return [one.state_bytes + held * min(kept(one), one.activation_bytes) for one in self.table.layers]
+
+    def ways(self, stages: int) -> list[tuple[bool, ...]]:
+        """What may be computed again at the stages of a rank: for each stage yes or no."""
+        if self.recompute == "auto" and self.caps is not None:
+            return list(product((False, True), repeat=stages))
+        return [(self.recompute == "full",) * stages]
+
+    def _seconds(self, rank: int, pieces: tuple[Piece, ...], recompute: tuple[bool, ...]) -> tuple[float, ...]:
+        return tuple(self.stage_times(*one).total for one in zip(self.stages_of[rank], pieces, recompute, strict=True))
+
+    def _held(self, stage: int, piece: Piece, again: bool) -> tuple[int, int]:
+        """Bytes of one micro-batch at a stage: activations, operands."""
+        edges = self._sum("activation_bytes", stage, piece) - self._layers("activation_bytes", piece)
+        kept = self._layers("input_bytes" if again else "activation_bytes", piece)
+        return int(edges + kept), int(self._sum("operand_bytes", stage, piece))
+
+    def _layers(self, name: str, piece: Piece) -> float:
+        sums: list[float] = self._sums[name]
+        return sums[piece[1]] - sums[piece[0]]
+
+    def _sum(self, name: str, stage: int, piece: Piece) -> float:
+        total = self._layers(name, piece)
+        if stage == 0:
+            total += getattr(self.table.embedding, name)
+        if stage == self.placement.stages - 1:
+            total += getattr(self.table.head, name)
+        return total

@@ -1,0 +1,47 @@
+"""Small random models and schedules to balance, and every split there is."""
+
+import random
+from collections.abc import Iterator
+from itertools import combinations
+
+from bagualu.parallel.balance.cost import CostTable, LayerCost
+from bagualu.parallel.balance.forecast import by_rank
+from bagualu.parallel.balance.problem import Piece, Problem
+from bagualu.parallel.pipeline.schedule import Action, Kind, Placement, Schedule
+
+
+def all_forward_then_backward(placement: Placement, micro_batches: int, split: bool = False) -> Schedule:
+    """GPipe for any placement; with `split`, all input gradients before all weight gradients."""
+    kinds = (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT) if split else (Kind.BACKWARD,)
+    ranks = []
+    for rank in range(placement.ranks):
+        stages = placement.stages_of(rank)
+        forward = [Action(Kind.FORWARD, m, stage) for stage in stages for m in range(micro_batches)]
+        ranks.append(forward + [Action(k, m, stage) for k in kinds for stage in reversed(stages) for m in range(micro_batches)])
+    return Schedule(placement, micro_batches, ranks)
+
+
+def random_layer(rng: random.Random, name: str, kinds: int | None = None) -> LayerCost:
+    """`kinds`: draw from so few different layers, so that many splits are equal."""
+    if kinds is not None:
+        rng = random.Random(rng.randrange(kinds))
+    forward, gradient, weight = (rng.uniform(0.1, 2.0) for _ in range(3))
+    sizes = [rng.randint(1, 9) for _ in range(4)]
+    return LayerCost(name, forward, gradient, weight, sizes[0], sizes[1] + sizes[2], sizes[2], sizes[3])
+
+
+def random_table(rng: random.Random, layers: int, kinds: int | None = None) -> CostTable:
+    embedding, head = random_layer(rng, "embedding"), random_layer(rng, "head")
+    return CostTable(embedding, [random_layer(rng, f"layer {i}", kinds) for i in range(layers)], head, "drawn", rng.randint(0, 1))
+
+
+def every_split(problem: Problem) -> Iterator[list[Piece]]:
+    for cuts in combinations(range(1, problem.layers), problem.placement.stages - 1):
+        borders = [0, *cuts, problem.layers]
+        yield list(zip(borders, borders[1:], strict=False))
+
+
+def bottleneck(problem: Problem, pieces: list[Piece]) -> float | None:
+    """None where the pieces do not fit the caps."""
+    costs = [problem.cost(rank, mine) for rank, mine in enumerate(by_rank(problem, pieces))]
+    return None if None in costs else max(cost.seconds for cost in costs if cost is not None)
