@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from bagualu.parallel.balance.cost import CostTable, LayerCost
 from bagualu.parallel.balance.forecast import by_rank
@@ -38,7 +38,7 @@ def random_table(rng: random.Random, layers: int, kinds: int | None = None) -> C
 def every_split(problem: Problem) -> Iterator[list[Piece]]:
     for cuts in combinations(range(1, problem.layers), problem.placement.stages - 1):
         borders = [0, *cuts, problem.layers]
-        yield list(zip(borders, borders[1:], strict=False))
+        yield list(pairwise(borders))
 
 
 def bottleneck(problem: Problem, pieces: list[Piece]) -> float | None:
