@@ -14,6 +14,8 @@ POINTS = {
     "optimizer": "train",
     "discard": "discarded",
     "validate": "validation",
+    "move": "balance",
+    "moved": "balance",
     "write": "checkpoint",
     "commit": "checkpoint",
     "prune": "checkpoint",

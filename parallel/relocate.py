@@ -69,12 +69,14 @@ class Relocation:
             for high in range(low + 1, group.size):
                 for source, destination in ((low, high), (high, low)):
                     if source == here and self._outgoing[destination]:
-                        packed = torch.cat([tensor.reshape(-1) for tensor in self._outgoing[destination]])
+                        packed = torch.cat([tensor.reshape(-1) for tensor in self._outgoing[destination]]).to(group.device)
                         works.append(group.send(packed, destination, asynchronous=True))
                     elif destination == here and self._incoming[source]:
-                        packed = torch.cat([tensor.reshape(-1) for tensor in self._incoming[source]])  # in its dtype and size
+                        targets = self._incoming[source]
+                        elements = sum(tensor.numel() for tensor in targets)
+                        packed = torch.empty(elements, dtype=targets[0].dtype, device=group.device)
                         works.append(group.receive(packed, source, asynchronous=True))
-                        arriving.append((packed, self._incoming[source]))
+                        arriving.append((packed, targets))
         for work in works:
             work.wait()
         for packed, targets in arriving:

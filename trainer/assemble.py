@@ -1,15 +1,14 @@
 """From a recipe to the parts of a run on one rank, in the order in which they are put on."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.guard.guard import Guard
-from bagualu.parallel.apply import parallelize
-from bagualu.parallel.data import Bucket, GradientReducer, build_buckets
+from bagualu.parallel.balance.forecast import Split
+from bagualu.parallel.data import Bucket, GradientReducer
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.pipeline.check import check
 from bagualu.parallel.pipeline.generate import compute_schedule
@@ -17,15 +16,13 @@ from bagualu.parallel.pipeline.program import Program, program
 from bagualu.parallel.pipeline.runtime import PipelineRunner
 from bagualu.parallel.pipeline.schedule import Schedule, with_messages
 from bagualu.parallel.pipeline.split import split_layers
-from bagualu.parallel.sharding import ShardingPlan
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.corpus import Corpus
-from bagualu.trainer.initialise import decoder_values
 from bagualu.trainer.models.decoder import Decoder
 from bagualu.trainer.optim.adamw import ShardedAdamW
 from bagualu.trainer.optim.scaler import LossScaler
-from bagualu.trainer.plans.decoder import decoder_plan
+from bagualu.trainer.stages import Stages, hold, initial_values
 
 
 @dataclass
@@ -34,7 +31,10 @@ class Parts:
 
     recipe: Recipe
     mesh: Mesh
-    model: Decoder
+    split: Split
+    """Which layers each stage holds."""
+    stages: Stages
+    """This rank's."""
     corpus: Corpus
     batches: Batches
     runner: PipelineRunner
@@ -42,14 +42,35 @@ class Parts:
     """What the ranks of the pipeline do in a step, messages included."""
     program: Program
     """This rank's part of it."""
-    buckets: list[Bucket]
-    reducer: GradientReducer
-    optimizer: ShardedAdamW
     scaler: LossScaler
     guard: Guard
     device: torch.device
     updates: int = 0
     """Optimizer updates so far: the steps whose gradients were finite."""
+
+    @property
+    def model(self) -> Decoder:
+        return self.stages.model
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        return self.stages.buckets
+
+    @property
+    def reducer(self) -> GradientReducer:
+        return self.stages.reducer
+
+    @property
+    def optimizer(self) -> ShardedAdamW:
+        return self.stages.optimizer
+
+    def take(self, split: Split, stages: Stages, step: int) -> None:
+        """After `step` steps: from now on this rank holds `stages`, its part of `split`."""
+        self.split, self.stages = split, stages
+        self.runner.model, self.runner.weight_gradients = stages.model, stages.reducer
+        before, self.guard = self.guard, Guard(self.recipe.guard, self.mesh, stages.reducer, stages.optimizer)
+        self.guard.load(before.memory.as_json(), step)
+        self.guard.clean = before.clean
 
 
 def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Parts:
@@ -62,53 +83,29 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     schedule = with_messages(compute_schedule(parallel.schedule, layout.pipeline, count, parallel.virtual_stages))
     check(schedule)
     mesh = Mesh.build(layout, communicator, schedule.placement)
-    dtype = getattr(torch, recipe.train.dtype)
-    model = build_model(recipe, mesh, dtype)
-    buckets = build_buckets(model, _plan(recipe), mesh, parallel.zero, parallel.bucket_bytes, model.uses)
-    # Inside a compiled layer a gradient must go to autograd.
-    reducer = GradientReducer(buckets, mesh, fused=lambda name: not (recipe.train.compile and name.startswith("layers.")))
-    length = recipe.data.sequence_length // (layout.tensor if recipe.parallel.sequence else 1)
+    slices = split_layers(recipe.model.layers, layout.pipeline, parallel.balance, schedule.placement.chunks)
+    split = Split(slices, [recipe.train.recompute == "full"] * len(slices))
+    stages = hold(recipe, mesh, split, initial_values(recipe))
+    length = recipe.data.sequence_length // (layout.tensor if parallel.sequence else 1)
     runner = PipelineRunner(
-        model=model,
+        model=stages.model,
         mesh=mesh,
-        weight_gradients=reducer,
+        weight_gradients=stages.reducer,
         activation_shape=(recipe.train.micro_batch, length, recipe.model.hidden),
-        activation_dtype=dtype,
+        activation_dtype=getattr(torch, recipe.train.dtype),
         device=communicator.device,
     )
-    optimizer = ShardedAdamW(buckets, recipe.optim)
     return Parts(
         recipe=recipe,
         mesh=mesh,
-        model=model,
+        split=split,
+        stages=stages,
         corpus=corpus,
         batches=Batches(corpus, recipe.data, recipe.run.seed),
         runner=runner,
         schedule=schedule,
         program=program(schedule, mesh.at("pipeline")),
-        buckets=buckets,
-        reducer=reducer,
-        optimizer=optimizer,
         scaler=LossScaler.for_dtype(recipe.train.dtype),
-        guard=Guard(recipe.guard, mesh, reducer, optimizer),
+        guard=Guard(recipe.guard, mesh, stages.reducer, stages.optimizer),
         device=communicator.device,
     )
-
-
-def build_model(recipe: Recipe, mesh: Mesh, dtype: torch.dtype) -> Decoder:
-    """The layers of this rank's stages, its boxes of their weights, initialised."""
-    config = recipe.model
-    split = split_layers(config.layers, mesh.placement.ranks, recipe.parallel.balance, mesh.placement.chunks)
-    with torch.device("meta"):
-        slices = [split[stage] for stage in mesh.stages]
-        model = Decoder(config, slices, mesh.first_stage, mesh.last_stage, recipe.train.recompute == "full")
-    fill = partial(decoder_values, recipe.run.seed, config.initial_std, config.layers)
-    parallelize(model, _plan(recipe), mesh, recipe.parallel.sequence, dtype, fill)
-    if recipe.train.compile:
-        for layer in model.layers.values():
-            layer.compile()
-    return model
-
-
-def _plan(recipe: Recipe) -> ShardingPlan:
-    return decoder_plan(recipe.model, recipe.parallel.sequence)

@@ -18,10 +18,10 @@ _KINDS = {"master": "weight/", "moment": "exp_avg/"}
 
 @dataclass
 class RankScene:
-    """`state`: this rank's pieces of the optimizer's state, as views of it."""
+    """`model` and `state` give what the rank holds now; of the optimizer's state its pieces, as views of it."""
 
     communicator: Communicator
-    model: torch.nn.Module
+    model: Callable[[], torch.nn.Module]
     state: Callable[[], Iterable[Piece]]
     checkpoints: Path
     replicas: Path | None
@@ -71,7 +71,7 @@ class RankScene:
 
     def _vector(self) -> tuple[str, torch.nn.Parameter]:
         """A norm's weight: every step uses it, and its gradient does not go past autograd, straight into a bucket."""
-        return next((name, parameter) for name, parameter in self.model.named_parameters() if parameter.ndim == 1)
+        return next((name, parameter) for name, parameter in self.model().named_parameters() if parameter.ndim == 1)
 
 
 def flip_bit(cell: torch.Tensor) -> None:

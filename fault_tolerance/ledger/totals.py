@@ -3,6 +3,7 @@
 productive   steps whose result survived
 checkpoint   training stood still for a save
 validation
+balance      training stood still while layers moved between ranks
 lost         steps that were done again, thrown away or cut off by a failure
 start        from a launch or a restart to its first step
 detection    from a failure to the moment that the launcher saw it
@@ -15,13 +16,13 @@ from typing import Any
 
 from bagualu.fault_tolerance.ledger.events import Event
 
-CATEGORIES = ("productive", "checkpoint", "validation", "lost", "start", "detection", "waiting")
+CATEGORIES = ("productive", "checkpoint", "validation", "balance", "lost", "start", "detection", "waiting")
 PHASES = {
     "launched": "start", "started": "start", "joined": "start", "start": "start", "train": "train",
-    "checkpoint": "checkpoint", "validation": "validation", "failed": "waiting", "ended": "waiting",
+    "checkpoint": "checkpoint", "validation": "validation", "balance": "balance", "failed": "waiting", "ended": "waiting",
 }  # fmt: skip
 """Event -> what goes on after it."""
-_OF_RANK_0 = ("train", "start", "validation", "checkpoint", "discarded", "ended")
+_OF_RANK_0 = ("train", "start", "validation", "checkpoint", "balance", "discarded", "ended")
 
 
 @dataclass

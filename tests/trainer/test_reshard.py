@@ -102,7 +102,7 @@ def test_a_layout_that_cannot_hold_it_is_refused_before_anything_is_allocated(
     def allocated(*_: object) -> None:
         raise AssertionError("the model was built")
 
-    monkeypatch.setattr(assembling, "build_model", allocated)
+    monkeypatch.setattr(assembling, "hold", allocated)
     recipe = recipe_for(tmp_path, MIXTURE, layout)
     with pytest.raises(RecipeError, match=message) as error:
         run("simulated", recipe.world_size(), loaded, recipe)

@@ -68,11 +68,12 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, slices: Sequence[range], first: bool = True, last: bool = True, recompute: bool = False
+        self, config: ModelConfig, slices: Sequence[range], first: bool = True, last: bool = True, recompute: Sequence[bool] = ()
     ) -> None:
+        """`recompute`: for each slice, whether its backward pass computes its layers again from their inputs."""
         super().__init__()
-        self.recompute = recompute
         self.slices = list(slices)
+        self.recompute = list(recompute) or [False] * len(self.slices)
         self.embedding = Embedding(config.padded_vocab, config.hidden) if first else None
         self.layers = nn.ModuleDict({str(index): Layer(config, index) for layers in slices for index in layers})
         self.norm = RMSNorm(config.hidden, config.norm_epsilon) if last else None
@@ -96,7 +97,7 @@ class Decoder(nn.Module):
             layer = self.layers[str(index)]
             x, loss = (
                 checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
-                if self.recompute and x.requires_grad
+                if self.recompute[place] and x.requires_grad
                 else layer(x)
             )
             if loss is not None:

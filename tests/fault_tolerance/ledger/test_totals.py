@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bagualu.fault_tolerance.ledger.events import LEDGER, Event, Ledger, read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute
 
-WHATS = ("launched", "started", "joined", "train", "start", "validation", "checkpoint", "discarded", "failed", "ended")
+WHATS = ("launched", "started", "joined", "train", "start", "validation", "checkpoint", "balance", "discarded", "failed", "ended")
 
 
 def history(*entries):

@@ -29,7 +29,7 @@ def config_of(variant: str) -> ModelConfig:
 
 def filled(config: ModelConfig, dtype: torch.dtype, recompute: bool = False) -> Decoder:
     """Weights large enough that every nonlinearity is felt; norms off 1."""
-    model = Decoder(config, [range(config.layers)], recompute=recompute).to(dtype)
+    model = Decoder(config, [range(config.layers)], recompute=[recompute]).to(dtype)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4

@@ -1,0 +1,136 @@
+"""Layers that move while a run goes on: the curve is that of one process, a failure half-way leaves the old split."""
+
+from itertools import pairwise
+
+import pytest
+
+from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError
+from bagualu.parallel.balance.forecast import Split
+from bagualu.parallel.boxes import Box
+from bagualu.trainer import rebalance
+from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.rebalance import move
+from bagualu.trainer.step import train_step
+from tests.harness import BACKENDS, run
+from tests.parity import Curve, assert_same, pieces_of, small_recipe, train
+
+MOE = {
+    "model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "model__tie_embeddings": True, "model__layers": 7,
+}  # fmt: skip
+
+
+def recipe_for(**layout: object) -> Recipe:
+    return small_recipe(**MOE, **{f"parallel__{axis}": degree for axis, degree in layout.items()})
+
+
+def split_of(*counts: int) -> Split:
+    borders = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
+    return Split([range(*pair) for pair in pairwise(borders)], [False] * len(counts))
+
+
+def train_moving(communicator: Communicator, recipe: Recipe, splits: list[Split]) -> Curve:
+    """One step on each of `splits`, the first one that of the recipe."""
+    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    initial, results = pieces_of(parts), []
+    for step, split in enumerate(splits):
+        if step:
+            move(parts, split, step)
+            assert list(parts.model.layers) == [str(i) for stage in parts.mesh.stages for i in split.slices[stage]]
+        results.append(train_step(parts, step))
+    assert all(result.committed for result in results)
+    figures = [[r.loss for r in results], [r.balance_loss for r in results], [r.grad_norm for r in results]]
+    return Curve(*figures, pieces_of(parts), initial)
+
+
+CASES: list[tuple[dict[str, object], list[tuple[int, ...]]]] = [
+    ({"pipeline": 2}, [(3, 4), (6, 1), (1, 6)]),
+    ({"pipeline": 4, "data": 2, "schedule": "zb_h1"}, [(2, 2, 2, 1), (1, 1, 4, 1), (3, 1, 1, 2)]),
+    ({"pipeline": 2, "data": 2, "zero": 0}, [(3, 4), (5, 2), (4, 3)]),
+    ({"pipeline": 2, "data": 2, "expert": 2, "tensor": 2, "sequence": True}, [(3, 4), (5, 2), (2, 5)]),
+    ({"pipeline": 2, "data": 2, "schedule": "zb_v"}, [(2, 2, 2, 1), (1, 3, 1, 2), (1, 1, 1, 4)]),
+    ({"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, [(2, 2, 2, 1), (4, 1, 1, 1), (1, 1, 1, 4)]),
+]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[Curve]:
+    return run("simulated", 1, train, recipe_for(), 3)
+
+
+@pytest.mark.parametrize(("layout", "splits"), CASES, ids=lambda case: "-".join(map(str, case)).replace(" ", ""))
+def test_the_curve_is_that_of_one_process(alone: list[Curve], layout: dict[str, object], splits: list[tuple[int, ...]]) -> None:
+    recipe = recipe_for(**layout, balance=list(splits[0]))
+    moving = [split_of(*counts) for counts in splits]
+    assert_same(run("simulated", recipe.world_size(), train_moving, recipe, moving), alone)
+
+
+def test_over_processes(alone: list[Curve]) -> None:
+    recipe = recipe_for(pipeline=2, data=2, balance=[3, 4])
+    assert_same(run("gloo", 4, train_moving, recipe, [split_of(3, 4), split_of(5, 2), split_of(1, 6)]), alone)
+
+
+def bits(parts: Parts) -> dict[str, bytes]:
+    return {f"{name}@{offset}": values.tobytes() for name, _, offset, values in pieces_of(parts)}
+
+
+def test_state_and_weights_are_the_same_bits_after_moving_there_and_back() -> None:
+    def there_and_back(communicator: Communicator, recipe: Recipe) -> None:
+        parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+        train_step(parts, 0)
+        weights = {name: parameter.detach().clone() for name, parameter in parts.model.named_parameters()}
+        before, home = bits(parts), parts.split
+        move(parts, split_of(5, 2), 1)
+        move(parts, home, 1)
+        assert bits(parts) == before
+        for name, parameter in parts.model.named_parameters():
+            assert (parameter == weights[name]).all(), name
+
+    recipe = recipe_for(pipeline=2, data=2, balance=[3, 4])
+    recipe.train.dtype = "bfloat16"
+    run("simulated", 4, there_and_back, recipe)
+
+
+def failing(communicator: Communicator, recipe: Recipe, where: str) -> Curve:
+    """As `train`, but before step 2 layers should move, and rank 1 cannot."""
+    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    initial, results = pieces_of(parts), [train_step(parts, 0)]
+    stages, model, before = parts.stages, parts.runner.model, bits(parts)
+    if communicator.rank == 1:
+        parts.mesh.monitor.observers.append(_Failing(where))
+    with pytest.raises(CheckpointError, match="rank 1: MemoryError: no room"):
+        move(parts, split_of(5, 2), 1)
+    parts.mesh.monitor.observers.clear()
+    assert parts.stages is stages
+    assert parts.runner.model is model
+    assert bits(parts) == before
+    results += [train_step(parts, step) for step in (1, 2)]
+    figures = [[r.loss for r in results], [r.balance_loss for r in results], [r.grad_norm for r in results]]
+    return Curve(*figures, pieces_of(parts), initial)
+
+
+class _Failing:
+    """Fails this rank in the middle of a move: where it makes room, or where it has received what is on its way."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def at(self, point: str, step: int) -> None:
+        if point == self.where:
+            raise MemoryError("no room")
+
+    def waits(self, what: str | None) -> None:
+        return None
+
+
+@pytest.mark.parametrize("where", ["move", "moved"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_fails_half_way_leaves_everything_as_it_was(alone: list[Curve], backend: str, where: str) -> None:
+    recipe = recipe_for(pipeline=2, data=2, balance=[3, 4])
+    assert_same(run(backend, 4, failing, recipe, where), alone)
+
+
+def test_weights_that_are_to_come_are_not_drawn() -> None:
+    assert not rebalance.no_values("layers.0.attention.query.weight", (4, 4), Box((0, 0), (4, 4))).any()

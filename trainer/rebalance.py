@@ -1,0 +1,150 @@
+"""Layers that move between the ranks of the pipeline while a run goes on, when that makes its steps shorter.
+
+At the end of a window of steps every rank says how long its passes took it; one rank decides (parallel/balance/watch.py) and tells
+the others. A move is a transaction: every rank makes room for its new stages and their state, boxes of master weights and moments
+go from memory to memory, all agree that they have come, and only then is the old state let go. What fails before leaves everything
+as it was. For that moment a rank holds both, the new optimizer state in host memory.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+
+from bagualu.fault_tolerance.checkpoint.agree import on_all
+from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, gather_json
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError
+from bagualu.parallel.balance.forecast import Split
+from bagualu.parallel.balance.watch import Proposal, Watch
+from bagualu.parallel.boxes import Box
+from bagualu.parallel.relocate import Part, Relocation, table
+from bagualu.trainer.assemble import Parts
+from bagualu.trainer.optim.adamw import Incoming
+from bagualu.trainer.stages import Stages, hold, no_values
+
+_BYTES_PER_SECOND = 5e8
+"""Of a move, before one has been made: little, so that the first one has to be worth it."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """Layers that have moved, or have not."""
+
+    before: list[int]
+    """Layers of each stage."""
+    after: list[int]
+    speeds: list[float]
+    now_seconds: float
+    then_seconds: float
+    seconds: float
+    failed: str | None = None
+
+    def __str__(self) -> str:
+        ranks = ", ".join(f"{speed:.2f}" for speed in self.speeds)
+        why = (f"ranks of the pipeline run at {ranks} of their speed; "
+               f"passes of a step: {self.now_seconds:.3g} s, then {self.then_seconds:.3g} s")  # fmt: skip
+        if self.failed:
+            return f"layers stay {self.before}, not {self.after}: {self.failed}"
+        return f"layers move from {self.before} to {self.after} in {self.seconds:.2g} s: {why}"
+
+
+@dataclass
+class Rebalancer:
+    """One rank's. `watch` is there on rank 0, which decides; `every` steps are a window."""
+
+    parts: Parts
+    watch: Watch | None
+    every: int
+    moves: list[Move] = field(default_factory=list)
+    _busy: list[float] = field(default_factory=list)
+    _bytes_per_second: float = _BYTES_PER_SECOND
+
+    def after_step(self, step: int) -> Move | None:
+        """After `step` steps. Collective at the end of a window; the same answer on every rank."""
+        self._busy.append(sum(timed.end - timed.start for timed in self.parts.runner.stopwatch.passes()))
+        if len(self._busy) < self.every:
+            return None
+        busy, self._busy = median(self._busy), []
+        proposal = self._decide(self._by_pipeline_rank(busy), self.parts.recipe.train.steps - step)
+        return self._move(proposal, step) if proposal else None
+
+    def go_back(self) -> None:
+        """The run has gone back to a checkpoint: what was measured of the steps that do not count is forgotten."""
+        self._busy = []
+
+    def _by_pipeline_rank(self, busy: float) -> list[float]:
+        """What the slowest rank at each place of the pipeline was busy for in a step. Collective."""
+        layout, group = self.parts.mesh.layout, self.parts.mesh.group("world")
+        own = torch.tensor([busy], dtype=torch.float64, device=self.parts.device)
+        everybody = torch.empty(group.size, dtype=torch.float64, device=self.parts.device)
+        group.all_gather(everybody, own)
+        return everybody.view(layout.pipeline, -1).amax(1).tolist()
+
+    def _decide(self, busy: list[float], steps_left: int) -> Proposal | None:
+        """What rank 0 finds, on every rank. Collective."""
+        found = self.watch.after_window(busy, steps_left, self._move_seconds) if self.watch else None
+        told = [found.split.to_json(), found.speeds, found.now_seconds, found.then_seconds] if found else None
+        told = broadcast_json(told, self.parts.mesh.group("world"), self.parts.device)
+        return Proposal(Split.from_json(told[0]), *told[1:]) if told else None
+
+    def _move_seconds(self, split: Split) -> float:
+        """What moving to `split` will take, about: the state of the layers that change ranks, as fast as the last move went."""
+        place = self.parts.mesh.placement
+        before, after = (_rank_of_layers(one, place.rank_of) for one in (self.parts.split, split))
+        moved = sum(one != other for one, other in zip(before, after, strict=True))
+        return moved * self._bytes_of_a_layer() / self._bytes_per_second
+
+    def _bytes_of_a_layer(self) -> float:
+        state = sum(piece.tensor.nbytes for piece in self.parts.optimizer.pieces()) * self.parts.mesh.layout.fold
+        return state / max(1, sum(len(self.parts.split.slices[stage]) for stage in self.parts.mesh.stages))
+
+    def _move(self, proposal: Proposal, step: int) -> Move:
+        before, started = [len(piece) for piece in self.parts.split.slices], time.perf_counter()
+        failed, moved = None, 0
+        try:
+            moved = move(self.parts, proposal.split, step)
+        except CheckpointError as error:
+            failed = str(error)
+        seconds = time.perf_counter() - started
+        if self.watch and failed is None:
+            self.watch.moved(proposal.split)
+            self._bytes_per_second = max(1.0, moved) / seconds
+        after = [len(piece) for piece in proposal.split.slices]
+        self.moves.append(Move(before, after, proposal.speeds, proposal.now_seconds, proposal.then_seconds, seconds, failed))
+        return self.moves[-1]
+
+
+def move(parts: Parts, split: Split, step: int) -> int:
+    """Make `split` the one that the ranks hold, after `step` steps. Collective. Bytes that this rank got from others.
+
+    Until all have the state of their new stages in memory the old ones stay as they are. Raises CheckpointError, on every rank,
+    when one could not make room or has not got what it needs; then nothing has changed.
+    """
+    world, device, monitor = parts.mesh.group("world"), parts.device, parts.mesh.monitor
+
+    def make_room() -> tuple[Stages, Incoming]:
+        monitor.at("move")
+        stages = hold(parts.recipe, parts.mesh, split, no_values)
+        return stages, stages.optimizer.incoming()
+
+    stages, incoming = on_all(make_room, world, device)
+    held = [Part(one.name, Box(one.offset, tuple(one.tensor.shape)), one.tensor) for one in parts.optimizer.pieces()]
+    wanted = [Part(one.name, Box(one.offset, tuple(one.out.shape)), one.out) for _, one in incoming.requests()]
+    tables = gather_json(table(held, wanted), world, device)
+    relocation = on_all(lambda: Relocation(held, wanted, tables, world), world, device)
+
+    def bring() -> None:
+        relocation.run()
+        monitor.at("moved")
+
+    on_all(bring, world, device)
+    parts.take(split, stages, step)
+    incoming.apply(parts.updates)
+    return relocation.bytes_from_others
+
+
+def _rank_of_layers(split: Split, rank_of: Callable[[int], int]) -> list[int]:
+    """For each layer of the model the rank of the pipeline that holds it."""
+    return [rank_of(stage) for stage, piece in enumerate(split.slices) for _ in piece]
