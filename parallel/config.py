@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
+from bagualu.parallel.balance.keys import memory_caps, validate_speeds
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.generate import place
 
@@ -31,7 +32,14 @@ class ParallelConfig:
     schedule: str = "1f1b"
     """Pipeline schedule: gpipe | 1f1b | interleaved_1f1b | zb_h1 | zb_v | v_half | dualpipe_v."""
     balance: Any = "uniform"
-    """Split of the layers over the stages: uniform, or a list with the layers of each stage, e.g. [3,3,2]."""
+    """Split of the layers over the stages: uniform; measured or analytic, so that the slowest rank is as quick as can be by what
+    layers take on this device or by their FLOPs; or a list with the layers of each stage, e.g. [3,3,2]."""
+    speeds: Any = None
+    """Speed of each pipeline rank, for balance=measured or analytic: left out, all alike; measured; or a list, 1.0 for the device
+    that the costs are measured on, e.g. [1.0,0.5]."""
+    memory_bytes: Any = None
+    """What a rank may hold of weights, gradients, optimizer state and activations: one number, or one for each pipeline rank; left
+    out, no limit."""
     zero: int = 1
     """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it."""
     bucket_bytes: int = 25 * 2**20
@@ -52,6 +60,8 @@ class ParallelConfig:
             raise RecipeError(f"parallel.zero={self.zero} is not supported; give parallel.zero=0 or parallel.zero=1")
         if self.bucket_bytes < 1:
             raise RecipeError(f"parallel.bucket_bytes={self.bucket_bytes} must be positive, e.g. parallel.bucket_bytes=26214400")
+        validate_speeds(self.speeds, self.pipeline, self.balance)
+        memory_caps(self.memory_bytes, self.pipeline)
         if self.sequence and self.tensor == 1:
             raise RecipeError("parallel.sequence=true needs parallel.tensor of at least 2; drop it or raise parallel.tensor")
 

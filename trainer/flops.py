@@ -2,12 +2,7 @@
 
 MFU = model_flops_per_token x tokens per second / sum of the ranks' ceilings.
 
-Convention: that of PaLM (Chowdhery et al. 2022, appendix B: 6 FLOPs for each weight a token is multiplied with, plus
-attention; recomputation never counts), and where PaLM leaves it open or counts too much:
-- the embedding lookup multiplies nothing and is left out; the head counts, with the vocabulary without padding;
-- causal attention counts the half that is needed, (S + 1) / 2 keys for the average token, where PaLM counts all S;
-- of the experts only those a token passes count (top k and shared), and the router.
-Norms, activations, rotary positions and softmax are left out.
+The convention is that of models/flops.py; recomputation never counts.
 """
 
 import time
@@ -16,24 +11,16 @@ import torch
 from torch import Tensor
 
 from bagualu.trainer.models.config import ModelConfig
+from bagualu.trainer.models.flops import head_flops, layer_flops
 
-_BACKWARD = 2  # gradients of the input and of the weight cost one product each
 _SMALLEST, _LARGEST = 256, 8192
 _LONG_ENOUGH_SECONDS = 0.01
 
 
 def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """FLOPs of forward and backward for one token of a sequence of `sequence_length`."""
-    hidden, head_width = model.hidden, model.heads * model.head_dim
-    key_value_width = model.key_value_heads * model.head_dim
-    projections = 2 * hidden * (2 * head_width + 2 * key_value_width)
-    keys = (sequence_length + 1) / 2
-    attention = 2 * (2 * head_width * keys)  # scores, and their product with the values
-    swiglu = 3 * 2 * hidden  # for each unit of a feed-forward's width
-    mixture = swiglu * model.moe.ffn * (model.moe.top_k + model.moe.shared_experts) + 2 * hidden * model.moe.experts
-    feed_forward = sum(mixture if model.is_moe_layer(i) else swiglu * model.ffn for i in range(model.layers))
-    head = 2 * hidden * model.vocab
-    return float((1 + _BACKWARD) * (model.layers * (projections + attention) + feed_forward + head))
+    layers = sum(layer_flops(model, layer, sequence_length).total for layer in range(model.layers))
+    return layers + head_flops(model).total
 
 
 def matmul_ceiling(dtype: torch.dtype, device: torch.device, threads: int, budget_seconds: float = 0.2) -> float:
@@ -81,13 +68,14 @@ def _operands(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
 
 
 def _seconds(a: Tensor, b: Tensor, out: Tensor) -> float:
-    _synchronize(a.device)
+    synchronize(a.device)
     started = time.perf_counter()
     torch.mm(a, b, out=out)
-    _synchronize(a.device)
+    synchronize(a.device)
     return time.perf_counter() - started
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -12,8 +12,8 @@ The best that the ranks r, r + 1, ... can do with what is left does not depend o
 (dynamic programming). For one chunk that is O(ranks x layers^2) (Bellman's min-max partition). With more chunks there are more
 states, and bounds keep them few: a rank never takes more than the bottleneck `bound` allows, nor so little that the later ranks,
 all full to the bound (`_Room`), could not hold the rest. The search begins with the least bound that this leaves possible, which
-mostly has a split, and raises it until one has: the first split found that way is the optimum, or a search below its bottleneck
-finds that.
+mostly has a split, and raises it until one has; then a second search, below the bottleneck of that split, finds the optimum or that
+there is nothing better.
 
 Placements of more than two chunks can have too many states. Then `WORK` ends the proof, not the search: the first split found under
 the least bound that yields one is taken, and the `Solution` says how far from the optimum it can be.
@@ -30,7 +30,7 @@ from bagualu.parallel.balance.problem import Piece, Problem
 
 WORK = 400_000
 """Choices looked at in one search before it is given up: about 2 seconds."""
-_STEPS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, inf)
+_STEPS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, inf)
 """Bounds to try, as shares by which they lie above the least possible one."""
 _ROUNDING = 1e-9
 _SUMS = 200_000
@@ -54,31 +54,35 @@ class Solution:
 
 def solve(problem: Problem, work: int = WORK) -> Solution | None:
     """The split of least bottleneck; None when no split fits the caps, or none was found within `work`."""
-    least = _least_bound(problem)
+    room = _Room(problem)
+    least = _least_bound(room)
     if least is None:
         return None
     floor, proves = least, True
     for step in _STEPS:
         bound = max(least, 1e-300) * (1 + step)  # everything may cost nothing
         try:
-            found = _Search(problem, bound, floor if proves else inf, work).run() if proves else None
+            found = _Search(room, bound, bound, work).run()
         except _TooMuchWork:
-            proves, found = False, None
-        if not proves:
-            found = _first(problem, bound, work)
+            proves = False
+            continue
         if found is not None:
-            value, pieces = found
-            return Solution(pieces, value, value if proves else floor)
-        if proves:
-            floor = bound
+            return _improved(room, found, floor, proves, work)
+        floor = bound if proves else floor
     return None
 
 
-def _first(problem: Problem, bound: float, work: int) -> tuple[float, list[Piece]] | None:
-    try:
-        return _Search(problem, bound, bound, work).run()
-    except _TooMuchWork:
-        return None
+def _improved(room: "_Room", found: tuple[float, list[Piece]], floor: float, proves: bool, work: int) -> Solution:
+    """The best split, given one and that none is below `floor`, which `proves` to be worth an effort."""
+    value, pieces = found
+    if value > floor * (1 + _ROUNDING) and proves:
+        try:
+            better = _Search(room, value * (1 - 2 * _ROUNDING), floor, work).run()
+        except _TooMuchWork:
+            return Solution(pieces, value, floor)
+        value, pieces = better or (value, pieces)
+        floor = value
+    return Solution(pieces, value, min(floor, value))
 
 
 class _TooMuchWork(Exception):
@@ -95,11 +99,11 @@ class _Room:
         self.most_layers = [_most_layers(problem, rank) for rank in range(problem.placement.ranks)]
         longest = list(accumulate(sorted(seconds, reverse=True), initial=0.0))
         self._most_seconds = [longest[most] for most in self.most_layers]
-        self._edges = [problem.edge_seconds(rank) for rank in range(problem.placement.ranks)]
+        self.edges = [problem.edge_seconds(rank) for rank in range(problem.placement.ranks)]
         self._sums = _sums_of_runs(seconds, problem.placement.chunks)
 
     def limit(self, rank: int, bound: float) -> float:
-        return bound * (1 + _ROUNDING) * self.problem.speeds[rank] - self._edges[rank]
+        return bound * (1 + _ROUNDING) * self.problem.speeds[rank] - self.edges[rank]
 
     def at_most(self, rank: int, bound: float) -> float:
         """Negative where not even no layers fit."""
@@ -140,11 +144,10 @@ def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:
     return [one * (1 + _ROUNDING / 2) for one in sums]  # as they come out differently in another order
 
 
-def _least_bound(problem: Problem) -> float | None:
+def _least_bound(room: _Room) -> float | None:
     """The least bottleneck under which all layers have room, wherever they lie; None: under none."""
-    room = _Room(problem)
-    low, high = 0.0, (room.total + sum(room._edges)) / min(problem.speeds)
-    if sum(room.most_layers) < problem.layers or not room.suffices(high):
+    low, high = 0.0, (room.total + sum(room.edges)) / min(room.problem.speeds)
+    if sum(room.most_layers) < room.problem.layers or not room.suffices(high):
         return None
     while high - low > high * _ROUNDING / 4:
         middle = (low + high) / 2
@@ -155,16 +158,11 @@ def _least_bound(problem: Problem) -> float | None:
 class _Search:
     """The best split of a bottleneck of at most `bound`. One of at most `enough` is as good as any."""
 
-    def __init__(self, problem: Problem, bound: float, enough: float, work: int) -> None:
-        self.problem, self.placement, self.bound, self.enough, self.work = problem, problem.placement, bound, enough, work
-        self.left_seconds = list(accumulate(problem.least_seconds(), initial=0.0))
-        room = _Room(problem)
-        ranks = range(self.placement.ranks)
-        self.limits = [room.limit(rank, bound) for rank in ranks]
-        self.later = [sum(room.at_most(r, bound) for r in ranks[rank + 1 :]) for rank in ranks]
-        self.most_layers = room.most_layers
-        self.later_layers = [sum(room.most_layers[r] for r in ranks[rank + 1 :]) for rank in ranks]
-        self.possible = room.suffices(bound)
+    def __init__(self, room: _Room, bound: float, enough: float, work: int) -> None:
+        self.room, self.problem, self.placement = room, room.problem, room.problem.placement
+        self.enough, self.work = enough, work
+        self.left_seconds = list(accumulate(self.problem.least_seconds(), initial=0.0))
+        self._bound_by(bound)
         pairs, chunks = self.placement.v_shaped, self.placement.chunks
         self.gap_of = [chunk // 2 if pairs else chunk for chunk in range(chunks)]
         self.eaters = [self.gap_of.count(gap) for gap in range(self.gap_of[-1] + 1)]
@@ -173,13 +171,26 @@ class _Search:
     def run(self) -> tuple[float, list[Piece]] | None:
         """(bottleneck, pieces by stage), or None. Raises _TooMuchWork."""
         best, start = inf, None
-        for gaps in self._starts() if self.possible else ():
-            value = self._best(0, gaps)
+        for gaps in self._starts():
+            value = self._best(0, gaps) if self.possible else inf
             if value < best:
                 best, start = value, gaps
-            if best <= self.enough * (1 + _ROUNDING):
+                self._bound_by(best * (1 - 2 * _ROUNDING))
+            if best <= self.enough * (1 + _ROUNDING) or not self.possible:
                 break
         return None if start is None else (best, self._pieces(start))
+
+    def _bound_by(self, bound: float) -> None:
+        """From here on only splits of at most this bottleneck; what is known to be above an earlier bound is above this one too."""
+        ranks = range(self.placement.ranks)
+        self.bound, self.possible = bound, self.room.suffices(bound)
+        self.limits = [self.room.limit(rank, bound) for rank in ranks]
+        self.most_layers = self.room.most_layers
+        room, layers = ([0.0] * len(ranks), [0] * len(ranks))
+        for rank in reversed(ranks[:-1]):
+            room[rank] = room[rank + 1] + self.room.at_most(rank + 1, bound)
+            layers[rank] = layers[rank + 1] + self.most_layers[rank + 1]
+        self.later, self.later_layers = room, layers
 
     def _starts(self) -> Iterator[Gaps]:
         """Where the runs may begin and end, the even ones first."""

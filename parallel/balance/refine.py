@@ -4,12 +4,13 @@ The bottleneck alone says nothing of the time in which the pipeline fills and dr
 it. So splits near the optimum are timed on the schedule itself. The rule: of the splits timed whose bottleneck is at most
 `TOLERANCE` above the optimum, the one of least predicted step time; among equals the one found first, which is the evener one.
 
-Splits are found by moving one layer at a time from any stage to any other, first to make ranks and stages even, then to lower the
-time.
+Splits are found by moving a layer from any stage to any other or two borders by a layer, first to make ranks and stages even, then
+to lower the time; where there are few splits, all of them are looked at.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import combinations, combinations_with_replacement, pairwise, product
+from math import comb
 
 from bagualu.parallel.balance.forecast import by_rank, forecast_split
 from bagualu.parallel.balance.problem import Piece, Problem, RankCost
@@ -19,6 +20,7 @@ PASSES = 60_000
 """Passes of the schedule that may be timed in all, about a second."""
 _LEAST_TIMED = 6
 _EVENING = 20_000
+_FEW = 2_000
 _ROUNDING = 1e-9
 
 
@@ -46,8 +48,10 @@ def refine(problem: Problem, pieces: list[Piece], message_seconds: float = 0.0) 
 
 
 def _near(problem: Problem, pieces: list[Piece], bottleneck: float) -> Iterator[tuple[float, list[Piece]]]:
-    """(spread, pieces) of the splits one move away that stay below the bottleneck."""
-    for other in _neighbours(pieces):
+    """(spread, pieces) of the splits one move away, or of all where there are few, that stay below the bottleneck."""
+    layers, stages = problem.layers, len(pieces)
+    few = comb(layers - 1, stages - 1) <= _FEW
+    for other in _every(layers, stages) if few else _neighbours(pieces):
         loads = _loads(problem, other)
         if loads and _bottleneck(loads) <= bottleneck:
             yield _spread(loads), other
@@ -89,19 +93,23 @@ def _spread(loads: list[RankCost]) -> float:
     return sum(cost.seconds**2 + sum(seconds**2 for seconds in cost.stage_seconds) for cost in loads)
 
 
+def _every(layers: int, stages: int) -> Iterator[list[Piece]]:
+    for cuts in combinations(range(1, layers), stages - 1):
+        yield list(pairwise((0, *cuts, layers)))
+
+
 def _neighbours(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """One layer less at one stage, one more at another, those between moved along; near ones first."""
-    stages = len(pieces)
-    for distance in range(1, stages):
-        for low in range(stages - distance):
-            high = low + distance
-            if pieces[low][1] - pieces[low][0] > 1:
-                yield _shifted(pieces, low, high, -1)
-            if pieces[high][1] - pieces[high][0] > 1:
-                yield _shifted(pieces, low, high, 1)
-
-
-def _shifted(pieces: list[Piece], low: int, high: int, by: int) -> list[Piece]:
+    """One layer less at one stage, one more at another, those between moved along, near ones first; then two borders that move by
+    one layer each, the same or another way."""
     borders = [pieces[0][0], *(end for _, end in pieces)]
-    borders[low + 1 : high + 1] = [border + by for border in borders[low + 1 : high + 1]]
-    return list(pairwise(borders))
+    inner = range(1, len(pieces))
+    moves = [
+        (range(low, low + length), (by,) * length) for length in inner for low in inner[: len(inner) - length + 1] for by in (-1, 1)
+    ]
+    moves += [(pair, ways) for pair in combinations_with_replacement(inner, 2) for ways in product((-1, 1), repeat=2)]
+    for moved, ways in moves:
+        after = borders.copy()
+        for border, by in zip(moved, ways, strict=True):
+            after[border] += by
+        if after != borders and all(a < b for a, b in pairwise(after)):
+            yield list(pairwise(after))

@@ -32,7 +32,9 @@ def _uniform(layers: int, stages: int) -> list[int]:
 def _listed(layers: int, stages: int, balance: Any) -> list[int]:
     listed = isinstance(balance, Sequence) and not isinstance(balance, str)
     if not listed or not all(type(count) is int for count in balance):
-        raise RecipeError(f"parallel.balance={balance} is unknown; give uniform or a list of {stages} layer counts")
+        raise RecipeError(
+            f"parallel.balance={balance} is unknown; give uniform, analytic, measured or a list of {stages} layer counts"
+        )
     counts = list(balance)
     if len(counts) != stages or sum(counts) != layers or min(counts) < 1:
         near = "[" + ",".join(map(str, _uniform(layers, stages))) + "]"

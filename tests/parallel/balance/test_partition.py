@@ -10,13 +10,13 @@ from bagualu.parallel.pipeline.schedule import Placement
 from tests.parallel.balance.examples import all_forward_then_backward, bottleneck, every_split, random_table
 
 PLACEMENTS = [Placement(ranks, chunks, v) for ranks in (1, 2, 3, 4) for chunks in (1, 2, 3) for v in (False, True)
-              if ranks * chunks <= 8 and not (v and chunks == 1)]  # fmt: skip
+              if ranks * chunks <= 6 and not (v and chunks == 1)]  # fmt: skip
 CASES = 2000
 
 
 def random_problem(rng: random.Random) -> Problem:
     placement = rng.choice(PLACEMENTS)
-    layers = placement.stages + rng.randint(0, 9 - placement.stages)
+    layers = placement.stages + rng.randint(0, max(0, 8 - placement.stages))
     schedule = all_forward_then_backward(placement, rng.randint(1, 3), rng.random() < 0.3)
     speeds = [1.0] * placement.ranks if rng.random() < 0.4 else [rng.uniform(0.3, 1.5) for _ in range(placement.ranks)]
     table = random_table(rng, layers, rng.choice([1, 2, None]))
@@ -42,7 +42,9 @@ def test_it_equals_brute_force() -> None:
             refused += 1
             continue
         assert found is not None, case
-        assert found.pieces in every_split(problem), case
+        assert [layer for piece in found.pieces for layer in range(*piece)] == list(range(problem.layers)), case
+        assert len(found.pieces) == problem.placement.stages, case
+        assert all(a < b for a, b in found.pieces), case
         assert found.bottleneck_seconds == pytest.approx(bottleneck(problem, found.pieces), rel=1e-12), case
         assert found.bottleneck_seconds == pytest.approx(min(values), rel=1e-8), (case, problem.placement)
         assert found.proven, case

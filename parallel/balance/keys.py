@@ -1,0 +1,56 @@
+"""What the keys parallel.balance, speeds and memory_bytes may say. Free of torch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bagualu.comm.errors import RecipeError
+from bagualu.parallel.balance.choose import require_layers
+from bagualu.parallel.pipeline.schedule import Placement
+from bagualu.parallel.pipeline.split import split_layers
+
+COMPUTED = ("measured", "analytic")
+"""Values of parallel.balance for which the split is computed from costs."""
+
+
+def validate_split(balance: Any, layers: int, placement: Placement, memory_bytes: Any, recompute: str) -> None:
+    """Refuse what no costs can make right: more stages than layers, a list that does not add up, recompute=auto without a cap to
+    obey. Raises RecipeError."""
+    require_layers(layers, placement.ranks, placement.chunks)
+    if balance not in COMPUTED:
+        split_layers(layers, placement.stages, balance)
+    if recompute == "auto" and memory_bytes is None:
+        raise RecipeError("train.recompute=auto computes again what does not fit parallel.memory_bytes, which is left out; give "
+                          "parallel.memory_bytes=BYTES, or train.recompute=none or full")  # fmt: skip
+
+
+def validate_speeds(speeds: Any, ranks: int, balance: Any) -> None:
+    """Raises RecipeError for speeds that are not null, measured or a positive number for each of `ranks`, or that nobody asks
+    for."""
+    if speeds is None:
+        return
+    if balance not in COMPUTED:
+        raise RecipeError(f"parallel.speeds={speeds} has no effect with parallel.balance={balance}; "
+                          f"give parallel.balance=measured or leave parallel.speeds out")  # fmt: skip
+    if speeds == "measured":
+        return
+    numbers = _numbers(speeds, (int, float))
+    if numbers is None or len(numbers) != ranks or not all(0 < speed < float("inf") for speed in numbers):
+        near = "[" + ",".join(["1.0"] * ranks) + "]"
+        raise RecipeError(f"parallel.speeds={speeds} must be measured or hold a positive number for each of the "
+                          f"parallel.pipeline={ranks} ranks, e.g. parallel.speeds={near}")  # fmt: skip
+
+
+def memory_caps(memory_bytes: Any, ranks: int) -> list[int] | None:
+    """Caps by pipeline rank, or None. Raises RecipeError."""
+    if memory_bytes is None:
+        return None
+    caps = [memory_bytes] * ranks if type(memory_bytes) is int else _numbers(memory_bytes, (int,))
+    if caps is None or len(caps) != ranks or min(caps) < 1:
+        raise RecipeError(f"parallel.memory_bytes={memory_bytes} must be a positive number of bytes or a list of {ranks}, one for "
+                          f"each pipeline rank; e.g. parallel.memory_bytes={8 * 2**30}, or leave it out")  # fmt: skip
+    return caps
+
+
+def _numbers(value: Any, types: tuple[type, ...]) -> list[Any] | None:
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    return list(value) if listed and all(type(one) in types for one in value) else None
