@@ -83,7 +83,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     schedule = with_messages(compute_schedule(parallel.schedule, layout.pipeline, count, parallel.virtual_stages))
     check(schedule)
     mesh = Mesh.build(layout, communicator, schedule.placement)
-    slices = split_layers(recipe.model.layers, layout.pipeline, parallel.balance, schedule.placement.chunks)
+    slices = split_layers(recipe.model.layers, schedule.placement, parallel.balance)
     split = Split(slices, [recipe.train.recompute == "full"] * len(slices))
     stages = hold(recipe, mesh, split, initial_values(recipe))
     length = recipe.data.sequence_length // (layout.tensor if parallel.sequence else 1)

@@ -14,10 +14,11 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig, StragglerConfig
 from bagualu.fault_tolerance.injection.fault import Fault
 from bagualu.fault_tolerance.injection.plan import Setting, expand, resolve
+from bagualu.parallel.balance.keys import validate_split
+from bagualu.parallel.balance.problem import RECOMPUTE
 from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.generate import compute_schedule, splits_backward
-from bagualu.parallel.pipeline.split import split_layers
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.models.config import ModelConfig
 from bagualu.trainer.optim.config import OptimConfig
@@ -45,7 +46,8 @@ class TrainConfig:
     dtype: str = "float32"
     """float64 | float32 | bfloat16 | float16; the 16-bit ones keep float32 master weights in the optimizer."""
     recompute: str = "none"
-    """none | full: keep every activation for the backward pass, or only the input of each layer."""
+    """none | full | auto: keep every activation for the backward pass, or only the input of each layer; auto does the latter on
+    those stages of a pipeline whose memory demands it (parallel.memory_bytes)."""
     compile: bool = False
     """Compile each decoder layer with torch.compile."""
     validate_every: int = 0
@@ -56,8 +58,8 @@ class TrainConfig:
     def validate(self) -> None:
         if self.dtype not in DTYPES:
             raise RecipeError(f"train.dtype={self.dtype} is unknown; give one of {', '.join(DTYPES)}")
-        if self.recompute not in ("none", "full"):
-            raise RecipeError(f"train.recompute={self.recompute} is unknown; give none or full")
+        if self.recompute not in RECOMPUTE:
+            raise RecipeError(f"train.recompute={self.recompute} is unknown; give one of {', '.join(RECOMPUTE)}")
         require_at_least(1, "train", self, "steps", "micro_batch")
         require_at_least(0, "train", self, "validate_every", "validation_sequences")
 
@@ -231,7 +233,7 @@ class Recipe:
     def _validate_pipeline(self, layout: Layout) -> None:
         parallel = self.parallel
         schedule = compute_schedule(parallel.schedule, layout.pipeline, self.micro_batches(layout), parallel.virtual_stages)
-        split_layers(self.model.layers, layout.pipeline, parallel.balance, schedule.placement.chunks)
+        validate_split(parallel.balance, self.model.layers, schedule.placement, parallel.memory_bytes, self.train.recompute)
         if self.train.compile and splits_backward(parallel.schedule):
             raise RecipeError(f"parallel.schedule={parallel.schedule} takes the backward pass in two parts, which compiled layers "
                               "cannot; give train.compile=false or parallel.schedule=1f1b")  # fmt: skip

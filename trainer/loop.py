@@ -14,10 +14,12 @@ from bagualu.trainer.assemble import Parts
 from bagualu.trainer.checkpoints import Checkpoints
 from bagualu.trainer.evaluate import Validation, validate
 from bagualu.trainer.outcome import GuardError
+from bagualu.trainer.rebalance import Rebalancer
 from bagualu.trainer.replication import Replication
 from bagualu.trainer.rollback import roll_back
 from bagualu.trainer.sinks import Sink
 from bagualu.trainer.step import StepResult, train_step
+from bagualu.trainer.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class Loop:
     checkpoints: Checkpoints
     stragglers: Stragglers
     replication: Replication | None = None
+    rebalancer: Rebalancer | None = None
     _due: bool = False
     """A checkpoint waits for a step that goes well."""
     _busy_seconds: float = 0.0
@@ -43,8 +46,11 @@ class Loop:
         steps, every = self.parts.recipe.train.steps, self.parts.recipe.checkpoint.every
         step, stopped = first_step, False
         record: dict[str, Any] = {}
+        timeline = Timeline(self.parts, first_step)
         while step < steps and not stopped:
+            timeline.before_step(step)
             result, seconds = self._timed_step(step)
+            timeline.after_step(step)
             if result.verdict.action is Action.ROLLBACK:
                 step = self._go_back(step, result)
                 continue
@@ -52,7 +58,7 @@ class Loop:
             stopped = result.stop
             if stopped and self.sinks:  # on the rank that speaks, which may not be the one that was asked
                 print(f"asked to stop: saving step {step}; not saved yet", file=sys.stderr, flush=True)
-            record = self._record(step, result, seconds) | self._slow_ranks(step, seconds)
+            record = self._record(step, result, seconds) | self._slow_ranks(step, seconds) | self._rebalance(step)
             validation = None if stopped and step < steps else self._validation(step)
             if validation:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
@@ -131,6 +137,8 @@ class Loop:
         done, self.checkpoints.newest = roll_back(self.parts, step + 1, result.verdict)
         if self.replication:
             self.replication.go_back(done)
+        if self.rebalancer:
+            self.rebalancer.go_back()
         self._due = False
         for sink in self.sinks:
             sink.rewind(done)
@@ -141,6 +149,15 @@ class Loop:
             if self.parts.mesh.at("world") == 0:
                 print(f"step {step}: {change}", file=sys.stderr, flush=True)
         return {"stragglers": slow} if (slow := self.stragglers.now()) else {}
+
+    def _rebalance(self, step: int) -> dict[str, Any]:
+        """Let layers move where that makes steps shorter; what a record says of it."""
+        moved = self.rebalancer.after_step(step) if self.rebalancer and step < self.parts.recipe.train.steps else None
+        if moved is None:
+            return {}
+        if self.parts.mesh.at("world") == 0:
+            print(f"step {step}: {moved}", file=sys.stderr, flush=True)
+        return {"layers_of_stages": moved.before if moved.failed else moved.after}
 
     @property
     def _tokens_per_step(self) -> int:

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.balance.choose import require_layers
 from bagualu.parallel.pipeline.schedule import Placement
-from bagualu.parallel.pipeline.split import split_layers
+from bagualu.parallel.pipeline.split import require_layers, split_layers
 
 COMPUTED = ("measured", "analytic")
 """Values of parallel.balance for which the split is computed from costs."""
@@ -15,9 +14,9 @@ COMPUTED = ("measured", "analytic")
 def validate_split(balance: Any, layers: int, placement: Placement, memory_bytes: Any, recompute: str) -> None:
     """Refuse what no costs can make right: more stages than layers, a list that does not add up, recompute=auto without a cap to
     obey. Raises RecipeError."""
-    require_layers(layers, placement.ranks, placement.chunks)
+    require_layers(layers, placement)
     if balance not in COMPUTED:
-        split_layers(layers, placement.stages, balance)
+        split_layers(layers, placement, balance)
     if recompute == "auto" and memory_bytes is None:
         raise RecipeError("train.recompute=auto computes again what does not fit parallel.memory_bytes, which is left out; give "
                           "parallel.memory_bytes=BYTES, or train.recompute=none or full")  # fmt: skip

@@ -4,20 +4,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
+from bagualu.parallel.pipeline.schedule import Placement
 
 
-def split_layers(layers: int, ranks: int, balance: Any = "uniform", chunks: int = 1) -> list[range]:
-    """Contiguous slices of `layers` layers over `chunks` stages on each of `ranks` ranks, in the order of the model.
+def require_layers(layers: int, placement: Placement) -> None:
+    """Every stage holds at least one layer. Raises RecipeError."""
+    ranks, chunks = placement.ranks, placement.chunks
+    if ranks * chunks > layers:
+        each = f" of parallel.virtual_stages={chunks} stages each" if chunks > 1 else " stages"
+        fits = f"parallel.pipeline={layers // chunks} or less" if layers >= chunks else f"model.layers={ranks * chunks}"
+        raise RecipeError(f"parallel.pipeline={ranks}{each} are more than model.layers={layers}; give {fits}")
+
+
+def split_layers(layers: int, placement: Placement, balance: Any = "uniform") -> list[range]:
+    """Contiguous slices of `layers` layers, one for each stage, in the order of the model.
 
     uniform gives every stage layers // stages, and one more to the middle stages where a rest is left: the first stage
     also carries the embedding, the last one the head and the loss. A list gives the number of layers of each stage.
     Raises RecipeError when it cannot be done; no layer is ever dropped.
     """
-    stages = ranks * chunks
-    if stages > layers:
-        several = f" x {chunks} stages of a rank = {stages}" if chunks > 1 else ""
-        near = f"parallel.pipeline={layers // chunks} or less" if layers >= chunks else f"model.layers={stages}"
-        raise RecipeError(f"parallel.pipeline={ranks}{several} stages are more than model.layers={layers}; give {near}")
+    require_layers(layers, placement)
+    stages = placement.stages
     counts = _uniform(layers, stages) if balance == "uniform" else _listed(layers, stages, balance)
     starts = [sum(counts[:stage]) for stage in range(stages)]
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]

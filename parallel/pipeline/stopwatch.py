@@ -25,12 +25,14 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._accelerated = device.type != "cpu"
         self._begin = self._now()
+        self.began = 0.0
+        """When the last run began, by the host's clock (`time.perf_counter`)."""
         self._marks: list[tuple[Action, float | torch.Event, float | torch.Event]] = []
 
     def begin(self) -> None:
         """A run begins."""
         self._marks = []
-        self._begin = self._now()
+        self.began, self._begin = time.perf_counter(), self._now()
 
     @contextmanager
     def timing(self, action: Action) -> Iterator[None]:

@@ -69,7 +69,7 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"model__vocab_multiple": 0}, "must be at least 1", {"model__vocab_multiple": 1}),
     # training
     ({"train__dtype": "fp32"}, "give one of float64, float32, bfloat16, float16", {"train__dtype": "float32"}),
-    ({"train__recompute": "some"}, "give none or full", {"train__recompute": "full"}),
+    ({"train__recompute": "some"}, "give one of none, full, auto", {"train__recompute": "full"}),
     ({"train__steps": 0}, "must be at least 1", {"train__steps": 1}),
     ({"train__micro_batch": 0}, "must be at least 1", {"train__micro_batch": 1}),
     ({"train__validate_every": -1}, "must be at least 0", {"train__validate_every": 0}),

@@ -1,0 +1,62 @@
+"""pipeline.jsonl: when the ranks of the pipeline did the passes of one step. What `bagualu schedule RUN_DIR` draws.
+
+One object a line: rank (place in the pipeline), step, kind, micro_batch, stage, start and end in seconds. Of the ranks at a place
+the first one counts. Clocks of different machines differ, so ranks meet before the step and count from there.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.trainer.assemble import Parts
+
+log = logging.getLogger(__name__)
+
+TIMELINE = "pipeline.jsonl"
+_AFTER_STEPS = 2
+"""Steps of a process until the one that is recorded: the first ones pay for warming up."""
+
+
+class Timeline:
+    """Records one step of a run; nothing where there is no pipeline."""
+
+    def __init__(self, parts: Parts, first_step: int) -> None:
+        """`first_step`: steps done before this process."""
+        self._parts = parts
+        self._due = min(first_step + _AFTER_STEPS, parts.recipe.train.steps - 1) if parts.mesh.layout.pipeline > 1 else -1
+        self._met = 0.0
+
+    def before_step(self, step: int) -> None:
+        """Step `step` (from 0) begins. Collective where it is the one."""
+        if step == self._due:
+            self._parts.mesh.group("pipeline").barrier()
+            self._met = time.perf_counter()
+
+    def after_step(self, step: int) -> None:
+        """Collective where it is the one."""
+        if step != self._due:
+            return
+        self._due = -1
+        stopwatch, mesh = self._parts.runner.stopwatch, self._parts.mesh
+        shift = stopwatch.began - self._met
+        rows = [
+            {
+                "rank": mesh.at("pipeline"),
+                "step": step + 1,
+                "kind": str(timed.action.kind),
+                "micro_batch": timed.action.micro_batch,
+                "stage": timed.action.stage,
+                "start": timed.start + shift,
+                "end": timed.end + shift,
+            }
+            for timed in stopwatch.passes()
+        ]
+        ranks = gather_json(rows, mesh.group("pipeline"), self._parts.device)
+        if mesh.at("world") == 0:
+            text = "".join(json.dumps(row) + "\n" for rank in ranks for row in rank)
+            try:
+                (Path(self._parts.recipe.run.dir) / TIMELINE).write_text(text, encoding="utf-8")
+            except OSError as error:  # nothing that a run should end for
+                log.warning("%s was not written: %s", TIMELINE, error)
