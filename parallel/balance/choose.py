@@ -10,6 +10,7 @@ from bagualu.parallel.balance.partition import solve
 from bagualu.parallel.balance.problem import Piece, Problem
 from bagualu.parallel.balance.refine import refine
 from bagualu.parallel.pipeline.schedule import Schedule
+from bagualu.parallel.pipeline.split import split_layers
 
 _DIAGNOSIS_WORK = 50_000
 _DIAGNOSIS_STEPS = 8
@@ -30,7 +31,7 @@ def choose_split(
     auto, the last one only where a cap demands it. Raises RecipeError when the layers are too few or no split fits the caps.
     """
     ranks, layers, stages = schedule.placement.ranks, len(table.layers), schedule.placement.stages
-    require_layers(layers, ranks, schedule.placement.chunks)
+    split_layers(layers, ranks, chunks=schedule.placement.chunks)  # refuses too few layers
     problem = Problem(table, schedule, speeds or [1.0] * ranks, caps, recompute)
     solution = solve(problem)
     if solution is None:
@@ -52,14 +53,6 @@ def take_split(
             others.insert(0, "train.recompute=auto")
         raise _does_not_fit(problem, pieces, f"parallel.balance=[{counts}]: ", others)
     return forecast_split(problem, pieces)
-
-
-def require_layers(layers: int, ranks: int, chunks: int) -> None:
-    """Every stage holds at least one layer. Raises RecipeError."""
-    if ranks * chunks > layers:
-        each = f" of parallel.virtual_stages={chunks} stages each" if chunks > 1 else " stages"
-        fits = f"parallel.pipeline={layers // chunks} or less" if layers >= chunks else f"model.layers={ranks * chunks}"
-        raise RecipeError(f"parallel.pipeline={ranks}{each} are more than model.layers={layers}; give {fits}")
 
 
 def _with_recompute(problem: Problem) -> Problem:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.balance.choose import require_layers
 from bagualu.parallel.pipeline.schedule import Placement
 from bagualu.parallel.pipeline.split import split_layers
 
@@ -15,9 +14,7 @@ COMPUTED = ("measured", "analytic")
 def validate_split(balance: Any, layers: int, placement: Placement, memory_bytes: Any, recompute: str) -> None:
     """Refuse what no costs can make right: more stages than layers, a list that does not add up, recompute=auto without a cap to
     obey. Raises RecipeError."""
-    require_layers(layers, placement.ranks, placement.chunks)
-    if balance not in COMPUTED:
-        split_layers(layers, placement.stages, balance)
+    split_layers(layers, placement.ranks, "uniform" if balance in COMPUTED else balance, placement.chunks)
     if recompute == "auto" and memory_bytes is None:
         raise RecipeError("train.recompute=auto computes again what does not fit parallel.memory_bytes, which is left out; give "
                           "parallel.memory_bytes=BYTES, or train.recompute=none or full")  # fmt: skip
