@@ -132,17 +132,18 @@ def _state_bytes(work: Work, name: str, shape: tuple[int, ...]) -> int:
 
 
 def embedding_held(work: Work) -> Held:
-    """Token ids."""
-    return Held(8 * work.tokens, 8 * work.tokens, 0)
+    """Token ids, and for the gradient's rows both."""
+    ids, between = 8 * work.tokens, work.tokens // (work.layout.tensor if work.sequence else 1)
+    return Held(ids, ids, ids + between * work.model.hidden * work.item_bytes)
 
 
 def head_held(work: Work) -> Held:
     """Input and scale of the norm, and both gradients."""
     model, tensor = work.model, work.layout.tensor
     between = work.tokens // (tensor if work.sequence else 1)
-    norm = between * (model.hidden * work.item_bytes + work.accurate_bytes)
+    inputs, scales = between * model.hidden * work.item_bytes, between * work.accurate_bytes
     gradients = work.tokens * model.hidden * work.item_bytes + model.padded_vocab // tensor * model.hidden * work.accurate_bytes
-    return Held(norm + gradients, norm, 0)
+    return Held(inputs + scales + gradients, inputs, 0)
 
 
 def layer_held(work: Work, index: int) -> Held:
