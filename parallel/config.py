@@ -1,12 +1,33 @@
 """What a recipe says about the layout. Free of torch, so that a wrong layout is refused before anything starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from bagualu.comm.checks import require_at_least
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.balance.keys import memory_caps, validate_speeds
+from bagualu.parallel.balance.keys import COMPUTED, memory_caps, validate_speeds
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.generate import place
+
+
+@dataclass
+class RebalanceConfig:
+    """`parallel.rebalance.*`: layers that move between pipeline ranks while a run goes on."""
+
+    every: int | None = None
+    """Steps between looks at what the ranks' passes take; 0: layers stay where they are; left out, 10 with balance=measured or
+    analytic and 0 else."""
+    threshold: float = 0.05
+    """Share of a step that a move has to gain."""
+    windows: int = 3
+    """Looks in a row that have to find the same. After a move it is twice as many for a while, so that layers do not swing."""
+
+    def validate(self) -> None:
+        require_at_least(0, "parallel.rebalance", self, "every")
+        require_at_least(1, "parallel.rebalance", self, "windows")
+        if not 0 < self.threshold < 1:
+            raise RecipeError(f"parallel.rebalance.threshold={self.threshold} must lie between 0 and 1, "
+                              "e.g. parallel.rebalance.threshold=0.05")  # fmt: skip
 
 
 @dataclass
@@ -40,6 +61,7 @@ class ParallelConfig:
     memory_bytes: Any = None
     """What a rank may hold of weights, gradients, optimizer state and activations: one number, or one for each pipeline rank; left
     out, no limit."""
+    rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
     zero: int = 1
     """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it."""
     bucket_bytes: int = 25 * 2**20
@@ -62,8 +84,21 @@ class ParallelConfig:
             raise RecipeError(f"parallel.bucket_bytes={self.bucket_bytes} must be positive, e.g. parallel.bucket_bytes=26214400")
         validate_speeds(self.speeds, self.pipeline, self.balance)
         memory_caps(self.memory_bytes, self.pipeline)
+        self.rebalance.validate()
+        if self.rebalance.every and self.pipeline == 1:
+            raise RecipeError(f"parallel.rebalance.every={self.rebalance.every} has no effect with parallel.pipeline=1; "
+                              "leave it out or give parallel.pipeline=2")  # fmt: skip
         if self.sequence and self.tensor == 1:
             raise RecipeError("parallel.sequence=true needs parallel.tensor of at least 2; drop it or raise parallel.tensor")
+
+    @property
+    def rebalance_every(self) -> int:
+        """Steps between looks at whether layers should move; 0: they stay."""
+        if self.pipeline == 1:
+            return 0
+        if self.rebalance.every is None:
+            return 10 if self.balance in COMPUTED else 0
+        return self.rebalance.every
 
     def layout(self, world: int) -> Layout:
         """The layout of `world` ranks, the data degree inferred where it was left out. Raises RecipeError."""

@@ -7,6 +7,7 @@ import torch
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.guard.guard import Guard
+from bagualu.parallel.balance.cost import CostTable
 from bagualu.parallel.balance.forecast import Split
 from bagualu.parallel.data import Bucket, GradientReducer
 from bagualu.parallel.mesh import Mesh
@@ -15,7 +16,7 @@ from bagualu.parallel.pipeline.generate import compute_schedule
 from bagualu.parallel.pipeline.program import Program, program
 from bagualu.parallel.pipeline.runtime import PipelineRunner
 from bagualu.parallel.pipeline.schedule import Schedule, with_messages
-from bagualu.parallel.pipeline.split import split_layers
+from bagualu.trainer.balance import agree_on_split
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.corpus import Corpus
@@ -33,6 +34,8 @@ class Parts:
     mesh: Mesh
     split: Split
     """Which layers each stage holds."""
+    costs: CostTable | None
+    """What it was computed from; None where nobody asked for costs."""
     stages: Stages
     """This rank's."""
     corpus: Corpus
@@ -83,8 +86,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     schedule = with_messages(compute_schedule(parallel.schedule, layout.pipeline, count, parallel.virtual_stages))
     check(schedule)
     mesh = Mesh.build(layout, communicator, schedule.placement)
-    slices = split_layers(recipe.model.layers, schedule.placement, parallel.balance)
-    split = Split(slices, [recipe.train.recompute == "full"] * len(slices))
+    split, costs = agree_on_split(recipe, layout, schedule, communicator)
     stages = hold(recipe, mesh, split, initial_values(recipe))
     length = recipe.data.sequence_length // (layout.tensor if parallel.sequence else 1)
     runner = PipelineRunner(
@@ -99,6 +101,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
         recipe=recipe,
         mesh=mesh,
         split=split,
+        costs=costs,
         stages=stages,
         corpus=corpus,
         batches=Batches(corpus, recipe.data, recipe.run.seed),

@@ -17,10 +17,13 @@ from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, gather_json
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError
 from bagualu.parallel.balance.forecast import Split
+from bagualu.parallel.balance.keys import memory_caps
 from bagualu.parallel.balance.watch import Proposal, Watch
 from bagualu.parallel.boxes import Box
 from bagualu.parallel.relocate import Part, Relocation, table
+from bagualu.trainer.analytic_cost import analytic_table
 from bagualu.trainer.assemble import Parts
+from bagualu.trainer.balance import work_of
 from bagualu.trainer.optim.adamw import Incoming
 from bagualu.trainer.stages import Stages, hold, no_values
 
@@ -48,6 +51,22 @@ class Move:
         if self.failed:
             return f"layers stay {self.before}, not {self.after}: {self.failed}"
         return f"layers move from {self.before} to {self.after} in {self.seconds:.2g} s: {why}"
+
+
+def open_rebalancer(parts: Parts) -> "Rebalancer | None":
+    """None where layers stay where they are."""
+    parallel = parts.recipe.parallel
+    if not parallel.rebalance_every:
+        return None
+    watch = None
+    if parts.mesh.at("world") == 0:
+        table = parts.costs or analytic_table(work_of(parts.recipe, parts.mesh.layout))
+        caps = memory_caps(parallel.memory_bytes, parallel.pipeline)
+        watch = Watch(
+            table, parts.schedule, parts.split, parallel.rebalance.threshold, parallel.rebalance.windows, caps,
+            parts.recipe.train.recompute,
+        )  # fmt: skip
+    return Rebalancer(parts, watch, parallel.rebalance_every)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.straggler import Stragglers
+from bagualu.parallel.balance.show import show_split
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
 from bagualu.trainer.config import Recipe
@@ -21,6 +23,7 @@ from bagualu.trainer.flops import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.loop import Loop
 from bagualu.trainer.observe import close_ledger, open_ledger, plan_faults
 from bagualu.trainer.progress import Progress
+from bagualu.trainer.rebalance import open_rebalancer
 from bagualu.trainer.replication import open_replication
 from bagualu.trainer.resume import resume
 from bagualu.trainer.sinks import JsonlSink, Sink, WandbSink
@@ -40,6 +43,8 @@ def train(
     ledger = open_ledger(recipe, communicator)
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     plan_faults(parts, communicator, scratch)
+    if parts.costs and communicator.rank == 0:
+        print(show_split(parts.split, parts.mesh.placement), file=sys.stderr, flush=True)
     fence = take_checkpoints(parts)
     replication = open_replication(parts, scratch, fence)
     resumed = resume(parts, replication.candidates() if replication else [])
@@ -56,7 +61,8 @@ def train(
     checkpoints = Checkpoints(parts, fence, resumed.checkpoint)
     stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)
     try:
-        ending = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication).run(resumed.step)
+        loop = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication, open_rebalancer(parts))
+        ending = loop.run(resumed.step)
         checkpoints.close()
     finally:
         checkpoints.close(wait=False)
@@ -70,6 +76,7 @@ def train(
         "damaged": resumed.damaged,
         "seconds": time.perf_counter() - started,
         "layout": str(parts.mesh.layout),
+        "layers_of_stages": [len(layers) for layers in parts.split.slices],
         "parameters": _parameters(parts),
         "flops_per_token": flops_per_token,
         "matmul_ceiling_flops": ceiling,

@@ -6,10 +6,15 @@ the first one counts. Clocks of different machines differ, so ranks meet before 
 
 import json
 import logging
+import sys
 import time
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.parallel.balance.show import show_split
+from bagualu.parallel.pipeline.schedule import Kind
 from bagualu.trainer.assemble import Parts
 
 log = logging.getLogger(__name__)
@@ -55,8 +60,25 @@ class Timeline:
         ]
         ranks = gather_json(rows, mesh.group("pipeline"), self._parts.device)
         if mesh.at("world") == 0:
+            if self._parts.costs:
+                measured = _measured([row for rank in ranks for row in rank], mesh.placement.stages)
+                print(show_split(self._parts.split, mesh.placement, measured), file=sys.stderr, flush=True)
             text = "".join(json.dumps(row) + "\n" for rank in ranks for row in rank)
             try:
                 (Path(self._parts.recipe.run.dir) / TIMELINE).write_text(text, encoding="utf-8")
             except OSError as error:  # nothing that a run should end for
                 log.warning("%s was not written: %s", TIMELINE, error)
+
+
+def _measured(rows: list[dict[str, Any]], stages: int) -> list[tuple[float, float]]:
+    """Seconds of a forward and of a whole backward pass of one micro-batch, by stage: medians over the micro-batches."""
+    found = []
+    for stage in range(stages):
+        forward: dict[int, float] = {}
+        backward: dict[int, float] = {}
+        for row in rows:
+            if row["stage"] == stage:
+                side = forward if row["kind"] == Kind.FORWARD else backward
+                side[row["micro_batch"]] = side.get(row["micro_batch"], 0.0) + row["end"] - row["start"]
+        found.append((median(forward.values()), median(backward.values())))
+    return found
