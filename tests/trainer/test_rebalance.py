@@ -1,21 +1,31 @@
 """Layers that move while a run goes on: the curve is that of one process, a failure half-way leaves the old split."""
 
+import json
+import threading
+import time
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError
 from bagualu.parallel.balance.forecast import Split
 from bagualu.parallel.boxes import Box
 from bagualu.trainer import rebalance
+from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.models.decoder import Layer
 from bagualu.trainer.rebalance import move
+from bagualu.trainer.state import load_state, save_state
 from bagualu.trainer.step import train_step
 from tests.harness import BACKENDS, run
-from tests.parity import Curve, assert_same, pieces_of, small_recipe, train
+from tests.parity import Curve, assert_same, gather, pieces_of, small_recipe, train
 
 MOE = {
     "model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "model__tie_embeddings": True, "model__layers": 7,
@@ -134,3 +144,78 @@ def test_what_fails_half_way_leaves_everything_as_it_was(alone: list[Curve], bac
 
 def test_weights_that_are_to_come_are_not_drawn() -> None:
     assert not rebalance.no_values("layers.0.attention.query.weight", (4, 4), Box((0, 0), (4, 4))).any()
+
+
+def slow_recipe(folder: Path, **changes: object) -> Recipe:
+    defaults: dict[str, object] = {
+        "run__dir": str(folder), "train__steps": 16, "train__validation_sequences": 0, "log__progress": "off",
+        "checkpoint__every": 0, "parallel__pipeline": 2, "parallel__balance": "analytic", "parallel__rebalance__every": 2,
+        "parallel__rebalance__windows": 2, "model__layers": 8,
+    }  # fmt: skip
+    return small_recipe(**{**defaults, **changes})
+
+
+def train_all(communicator: Communicator, recipe: Recipe) -> dict[str, Any]:
+    return whole_run.train(recipe, communicator)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_moves_layers_away_from_a_rank_that_has_become_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Layers on rank 1 take 2 ms more from step 5 on."""
+    seen = []
+
+    def slowed(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if threading.current_thread().name == "rank-1":
+            seen.append(None)
+            if len(seen) > 4 * 8 * 4:  # steps, micro-batches, layers
+                time.sleep(0.002)
+        return forward(layer, x)
+
+    forward = Layer.forward
+    summaries = {}
+    for name, every in (("still", 0), ("moving", 2)):
+        recipe = slow_recipe(tmp_path / name, parallel__rebalance__every=every)
+        monkeypatch.setattr(Layer, "forward", slowed if every else forward)
+        summaries[name] = run("simulated", 2, train_all, recipe)[0]
+    first, second = summaries["moving"]["layers_of_stages"]
+    assert summaries["still"]["layers_of_stages"] == [4, 4]
+    assert first > 4
+    assert first + second == 8
+    np.testing.assert_allclose(losses(tmp_path / "moving"), losses(tmp_path / "still"), rtol=1e-9)
+    assert "layers move from [4, 4] to " in capfd.readouterr().err
+    moved = [json.loads(line) for line in (tmp_path / "moving" / "metrics.jsonl").read_text().splitlines()]
+    assert [first, second] in [line.get("layers_of_stages") for line in moved]
+    ledger = summaries["moving"]["ledger"]
+    assert ledger["balance"] > 0
+
+
+def test_what_was_saved_after_a_move_is_taken_by_any_other_split(tmp_path: Path) -> None:
+    recipe = recipe_for(pipeline=2, data=2, balance=[3, 4])
+    recipe.run.dir = str(tmp_path)
+
+    def save(communicator: Communicator) -> dict[str, bytes]:
+        parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+        train_step(parts, 0)
+        move(parts, split_of(6, 1), 1)
+        save_state(parts, 1)
+        return bits(parts)
+
+    def load(communicator: Communicator, other: Recipe) -> dict[str, np.ndarray]:
+        parts = assemble(other, communicator, prepare(other.data, other.model.vocab))
+        load_state(parts, tmp_path / "checkpoints" / "step-00000001")
+        return pieces_of(parts)
+
+    run("simulated", 4, save)
+    whole = None
+    for layout in ({"pipeline": 1}, {"pipeline": 2, "schedule": "zb_v", "balance": [1, 4, 1, 1]}, {"pipeline": 3, "data": 2}):
+        other = recipe_for(**layout)
+        other.run.dir = str(tmp_path)
+        found = gather(run("simulated", other.world_size(), load, other))
+        whole = whole or found
+        assert found.keys() == whole.keys()
+        assert all(np.array_equal(found[name], values) for name, values in whole.items())
