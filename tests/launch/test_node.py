@@ -123,7 +123,7 @@ def test_what_ends_the_run_on_one_node_ends_it_on_all_with_the_same_words(nodes)
     assert [agent.wait(120) for agent in agents] == [1, 1], run.said()
     for number in (0, 1):
         last = (run.folder.parent / f"agent-{number}.err").read_text().splitlines()[-1]
-        assert last.startswith("bagualu: failed: rank 3, step 4: killed by SIGKILL"), run.said()
+        assert last.startswith("bagualu: failed: rank 3, step 4, backward: killed by SIGKILL"), run.said()
 
 
 def test_a_stop_on_one_node_saves_and_stops_all_and_until_then_another_job_is_refused(nodes, capsys):
