@@ -172,8 +172,9 @@ class Agent(LocalElasticAgent):
         self._signal_workers(signal.SIGKILL)
         for process in self._processes():
             process.join(_EXIT_SECONDS)
+        processes = {worker_group.workers[local].global_rank: pid for local, pid in enumerate(self._pids)}
         metrics = Path(self.told.recipe.run.dir) / "metrics.jsonl"
-        self.failure = seen or first(failures(self.told.scratch, codes, metrics))
+        self.failure = seen or first(failures(self.told.scratch, codes, processes, metrics))
         verdict = self._judge(worker_group, self.failure)
         self._remaining_restarts = int(verdict.again)
         self.failure = verdict.failure

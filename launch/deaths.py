@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Beat, read
 from bagualu.trainer.outcome import Failure
 
 _FAILURES = "failures"
@@ -27,15 +28,30 @@ def clear_failures(scratch: Path) -> None:
     shutil.rmtree(scratch / _FAILURES, ignore_errors=True)
 
 
-def failures(scratch: Path, exit_codes: Mapping[int, int], metrics: Path) -> list[Failure]:
-    """Why each of the ranks in `exit_codes` has ended. `metrics` (metrics.jsonl) tells the step where no rank could."""
+def failures(scratch: Path, exit_codes: Mapping[int, int], processes: Mapping[int, int], metrics: Path) -> list[Failure]:
+    """Why each of the ranks in `exit_codes` has ended.
+
+    `processes`: the process of every rank here. A rank that could not write why it ended has left its heartbeat, which knows where
+    it was; where there is none yet, the others or `metrics` (metrics.jsonl) tell the step.
+    """
     written = [Failure(**json.loads(path.read_text())) for path in sorted((scratch / _FAILURES).glob("*.json"))]
     told = {one.rank for one in written}
     step = max((one.step for one in written), default=0) or _steps_done(metrics) + 1
     phase = f"step {step}" if step > 1 or metrics.exists() else "start"
     noticed = min((one.time for one in written), default=time.time())  # a killed process could not write when it died
-    silent = {rank: code for rank, code in exit_codes.items() if code and (code < 0 or rank not in told)}
-    return [*written, *(_silent(rank, code, phase, step, noticed) for rank, code in silent.items())]
+    found = list(written)
+    for rank, code in exit_codes.items():
+        if code and (code < 0 or rank not in told):
+            beat = read(scratch / HEARTBEATS, rank)
+            mine = beat is not None and beat.pid == processes.get(rank)  # and not of the generation before
+            found.append(_silent(rank, code, *((_phase(beat), beat.step) if beat and mine else (phase, step)), noticed))
+    return found
+
+
+def _phase(beat: Beat) -> str:
+    """Where a rank was, as `failure` of a rank that can still speak says it; and for whom it waited."""
+    where = f"step {beat.step}, {beat.point}" if beat.step else beat.point
+    return f"{where}, waiting for {beat.operation} in {beat.line}" if beat.line else where
 
 
 def _silent(rank: int, code: int, phase: str, step: int, noticed: float) -> Failure:

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 from bagualu.comm import simulated
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.injection.fault import ProcessKilled
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
 from bagualu.launch import member, rendezvous
@@ -63,16 +65,29 @@ def run_processes(
         told = member.Member(recipe, tuple(range(workers)), recipe.world_size(), entrypoint, folder, quiet_stdout)
         try:
             place = rendezvous.among(meeting, recipe.restart) if meeting else rendezvous.here(recipe.launch.port)
+            with _lock(recipe, meeting, place):
+                return _together(Agent(told, place.handler, watch(folder)), place)
         except RendezvousError as error:
             return Ended(failure=_lost_meeting(error, recipe))
-        agent, ending = Agent(told, place.handler, watch(folder)), Ending(place.store)
-        ended = _supervise(agent, ending)
-        if ended.failure is None or ended.failure.kind != "stopped":  # a node that leaves ends nothing for the others
-            ending.say({"summary": ended.summary, "failure": ended.failure and ended.failure.as_dict()})
-            place.handler.shutdown()
-            ending.heard()
-            ending.wait_for(agent.nodes)
-        return ended
+        except RecipeError as error:  # another job was quicker
+            return Ended(failure=failure(0, "start", error, time.time()))
+
+
+def _lock(recipe: Recipe, meeting: Meeting | None, place: rendezvous.Place) -> AbstractContextManager[None]:
+    """Of several nodes the one with the store keeps other jobs out of the run directory; of a single one, whoever called."""
+    return run_lock.hold(Path(recipe.run.dir), meeting.job) if meeting and place.hosts else nullcontext()
+
+
+def _together(agent: Agent, place: rendezvous.Place) -> Ended:
+    """The end of the run, told to the agents of the other nodes and heard from them."""
+    ending = Ending(place.store)
+    ended = _supervise(agent, ending)
+    if ended.failure is None or ended.failure.kind != "stopped":  # a node that leaves ends nothing for the others
+        ending.say({"summary": ended.summary, "failure": ended.failure and ended.failure.as_dict()})
+        place.handler.shutdown()
+        ending.heard()
+        ending.wait_for(agent.nodes)
+    return ended
 
 
 def _supervise(agent: Agent, ending: Ending) -> Ended:

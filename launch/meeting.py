@@ -12,6 +12,8 @@ class Meeting:
     port: int
     id: str
     """Tells this run from others at the same place."""
+    job: str
+    """Tells the run's job from others in its directory; the same when it is put back into the queue."""
     nodes: int
     """As many as there may be."""
     fewest: int

@@ -6,8 +6,10 @@ meet. A node whose agent died is started again with the same words, and joins wh
 
 import argparse
 import sys
+from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance import run_lock
 from bagualu.launch.meeting import Meeting
 from bagualu.launch.run import run
 from bagualu.trainer import preflight
@@ -21,12 +23,14 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
     parser = argparse.ArgumentParser(prog="python -m bagualu.launch.node", description="One node's part of a run on several.")
     parser.add_argument("--meet", required=True, metavar="HOST:PORT", help="where the nodes meet: one of them, and a free port")
     parser.add_argument("--id", required=True, metavar="NAME", help="tells this run from others that meet there")
+    parser.add_argument("--job", metavar="NAME", help="the batch job, the same when it is put back into the queue; else as --id")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the recipe, as for bagualu train; the same everywhere")
     given = parser.parse_args(arguments)
     try:
         recipe = compose(given.overrides)
-        workers = _check(recipe)
-        meeting = _meeting(recipe, given.meet, given.id, workers)
+        job = given.job or given.id
+        workers = _check(recipe, job)
+        meeting = _meeting(recipe, given.meet, given.id, job, workers)
     except RecipeError as error:
         print(f"bagualu: error: {error}", file=sys.stderr)
         return REFUSED
@@ -35,7 +39,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
     return code
 
 
-def _check(recipe: Recipe) -> int:
+def _check(recipe: Recipe, job: str) -> int:
     """The workers of this node. Raises RecipeError."""
     if recipe.comm.backend == "simulated":
         raise RecipeError("comm.backend=simulated runs in one process; use bagualu train, or comm.backend=nccl or gloo here")
@@ -44,18 +48,19 @@ def _check(recipe: Recipe) -> int:
                           "where there is no checkpoint")  # fmt: skip
     workers = preflight.workers_per_node(recipe)
     preflight.check(recipe, recipe.world_size())
+    run_lock.refuse_if_held(Path(recipe.run.dir), job)
     preflight.check_run_directory(recipe)
     return workers
 
 
-def _meeting(recipe: Recipe, place: str, id: str, workers: int) -> Meeting:
+def _meeting(recipe: Recipe, place: str, id: str, job: str, workers: int) -> Meeting:
     host, colon, port = place.rpartition(":")
     if not (host and colon and port.isdigit()):
         raise RecipeError(f"--meet {place}: give a host and a port, e.g. --meet node1:29400")
     nodes, fewest = recipe.launch.nodes, recipe.launch.nodes
     if recipe.restart.elastic:
         fewest = -(-recipe.restart.min_workers // workers)
-    return Meeting(host, int(port), id, nodes, fewest)
+    return Meeting(host, int(port), id, job, nodes, fewest)
 
 
 if __name__ == "__main__":

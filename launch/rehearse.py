@@ -41,21 +41,27 @@ def rehearse(request: Request, entrypoint: str | None) -> tuple[int, Any]:
     folder = preflight.free(Path(f"{recipe.run.dir}-rehearsal"))
     restart = _budget(recipe.restart, faults, request.overrides)
     rehearsed = _in(folder / "rehearsed", replace(recipe, faults=faults, restart=restart))
-    reference = _in(folder / "uninterrupted", replace(recipe, faults=[])) if request.compare else None
-    runs = [one for one in (reference, rehearsed) if one]
-    for one in runs:
-        preflight.check(one, one.world_size())
-        preflight.check_machine(one)
-    for one in runs:
-        save_recipe(one)
-        print(f"bagualu: {one.run.dir}, {len(one.faults)} faults planned", file=sys.stderr, flush=True)
-        code, summary = run(one, workers, request.overrides, entrypoint, quiet_stdout=True)
-        if one is reference and code != DONE:
-            return code, summary
-    document = _document(rehearsed, summary, reference)
+    preflight.check(rehearsed, rehearsed.world_size())
+    preflight.check_machine(rehearsed)
+    code, summary = _run(rehearsed, workers, request, entrypoint)
+    reference, left_out = None, []
+    if request.compare and code == DONE:
+        left_out = sorted(set(summary["guard"]["skipped_steps"]) - set(recipe.guard.leave_out))
+        guard = replace(recipe.guard, leave_out=[*recipe.guard.leave_out, *left_out])
+        reference = _in(folder / "uninterrupted", replace(recipe, faults=[], guard=guard))
+        code, ended = _run(reference, workers, request, entrypoint)
+        if code != DONE:
+            return code, ended
+    document = _document(rehearsed, summary, reference) | {"left_out": left_out}
     if not request.json:
         _show(document)
     return DONE if document["as_promised"] else FAILED, document
+
+
+def _run(recipe: Recipe, workers: int, request: Request, entrypoint: str | None) -> tuple[int, Any]:
+    save_recipe(recipe)
+    print(f"bagualu: {recipe.run.dir}, {len(recipe.faults)} faults planned", file=sys.stderr, flush=True)
+    return run(recipe, workers, request.overrides, entrypoint, quiet_stdout=True)
 
 
 def _in(folder: Path, recipe: Recipe) -> Recipe:
@@ -123,8 +129,15 @@ def _show(document: dict[str, Any]) -> None:
     print(f"{document['run_dir']}: {counts}; the run ended: {document['ended']}")
     if "equal" in document:
         differing = document["differences"]
-        print("final state equal to the uninterrupted run, bit for bit" if not differing
-              else f"final state differs from the uninterrupted run: {differing[0]} and {len(differing) - 1} more")  # fmt: skip
+        other = "the uninterrupted run"
+        if left_out := document["left_out"]:
+            steps = ",".join(map(str, left_out))
+            typed = f"guard.leave_out=[{steps}]"
+            print(f"the guard left out the samples of steps {steps}, as its policy says, so this is not the state of the recipe "
+                  f"undisturbed; compared with {typed}:")  # fmt: skip
+            other += f" of {typed}"
+        print(f"final state equal to {other}, bit for bit" if not differing
+              else f"final state differs from {other}: {differing[0]} and {len(differing) - 1} more")  # fmt: skip
     ledger = document["ledger"]
     print(
         "wall time",

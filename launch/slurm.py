@@ -107,7 +107,7 @@ export port={port}
 # One agent on every node starts the workers there; the agents meet on the first node.
 agent() {{{setup}
     exec {python} -m bagualu.launch.node \\
-        --meet "$head:$port" --id "$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}" \\
+        --meet "$head:$port" --id "$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}" --job "$SLURM_JOB_ID" \\
         {overrides}
 }}
 export -f agent

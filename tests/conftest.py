@@ -1,8 +1,10 @@
-"""Skips what this machine cannot run, and only that: gpu without a GPU, slurm without SLURM. Temporary files lie in memory."""
+"""Skips what this machine cannot run, and only that: gpu without a GPU, slurm without SLURM. Temporary files lie in memory, and a
+test that writes into the folder that it was started in is an error."""
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -32,3 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_beside_the_sources() -> Iterator[None]:
+    """A path that was meant as a URL, or the other way round, becomes a folder right here, and is committed one day."""
+    here, before = Path.cwd(), set(os.listdir())
+    yield
+    left = set(os.listdir(here)) - before
+    left = {name for name in left if not name.startswith(".")}
+    assert not left, f"left behind in {here}: {sorted(left)}; write into tmp_path"

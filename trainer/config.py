@@ -190,7 +190,7 @@ class Recipe:
         return expand(self.faults, self._setting(max(1, self.world_size())))
 
     def _setting(self, world: int) -> Setting:
-        return Setting(self.run.seed, self.train.steps, world, self.checkpoint.every)
+        return Setting(self.run.seed, self.train.steps, world, self.checkpoint.every, self.guard.on_nonfinite == "retry")
 
     def _validate_batch(self, layout: Layout) -> None:
         per_rank, rest = divmod(self.data.global_batch, layout.data)

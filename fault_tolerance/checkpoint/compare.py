@@ -43,4 +43,5 @@ def _said(checkpoint: Checkpoint) -> dict[str, Any]:
     said = {key: value for key, value in checkpoint.metadata.items() if key not in _MAY_DIFFER}
     if isinstance(guard := said.get("guard"), dict):
         said["guard"] = {key: value for key, value in guard.items() if key not in _OF_TROUBLE}
+        said["guard"]["skipped_steps"] = sorted(guard.get("skipped_steps", ()))  # whatever the reason
     return said

@@ -16,8 +16,10 @@ from bagualu.fault_tolerance.injection.kinds import KINDS
 from bagualu.fault_tolerance.points import POINTS
 
 EXAMPLE = "faults=[kill@step=5:rank=2:at=backward]"
-DRAWN = ("kill", "exception", "slow", "corrupt", "full_disk", "drop_link")
-"""Kinds that any recipe survives to the bit, and quickly."""
+DRAWN = ("kill", "exception", "stop", "slow", "corrupt", "full_disk", "nan", "drop_link")
+"""Kinds that any recipe survives to the bit, and quickly. Not flip: what becomes of it depends on when the guard looks next."""
+_STOPPED_SECONDS = 0.5
+"""So long a drawn stop lasts: nobody takes it for a hang."""
 _AGAINST_CHECKPOINTS = ("corrupt", "full_disk")
 _IN_EVERY_STEP = ("data", "forward", "backward", "reduce", "agree", "optimizer")
 _WORDS = {int: "an integer", float: "a number", str: "a word"}
@@ -31,6 +33,8 @@ class Setting:
     steps: int
     ranks: int
     checkpoint_every: int
+    retries: bool = True
+    """A step that is not finite is computed again; otherwise its samples would be lost, or the run."""
 
 
 def resolve(faults: Any, setting: Setting) -> list[Fault]:
@@ -94,7 +98,7 @@ def _checked(text: str, fault: Fault) -> Fault:
 
 def _random(text: str, setting: Setting) -> list[Fault]:
     found = text.split(":")
-    kinds = tuple(found[2].split("+")) if len(found) > 2 else DRAWN
+    kinds = tuple(found[2].split("+")) if len(found) > 2 else tuple(one for one in DRAWN if setting.retries or one != "nan")
     unknown = [kind for kind in kinds if kind not in KINDS]
     if found[0] != "random" or not 2 <= len(found) <= 3 or not found[1].isdecimal() or unknown:
         raise RecipeError(f"faults={text}: give e.g. faults=random:20, or faults=random:20:kill+slow with kinds out of "
@@ -124,5 +128,6 @@ def draw(count: int, setting: Setting, kinds: tuple[str, ...] = DRAWN) -> list[F
             spared_until = step + 3 * every
         rank = generator.randrange(setting.ranks)
         point = generator.choice(_IN_EVERY_STEP) if KINDS[kind].ends_process else KINDS[kind].at
-        plan.append(KINDS[kind](step=step, rank=rank, at=point))
+        more = {"seconds": _STOPPED_SECONDS} if kind == "stop" else {}
+        plan.append(KINDS[kind](step=step, rank=rank, at=point, **more))
     return plan

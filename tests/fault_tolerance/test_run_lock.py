@@ -41,6 +41,21 @@ def test_a_second_job_is_refused_with_who_holds_it_and_a_kill_gives_it_back(tmp_
         pass
 
 
+def test_a_job_on_several_nodes_is_told_apart_by_its_name(tmp_path):
+    with run_lock.hold(tmp_path, "7"):
+        run_lock.refuse_if_held(tmp_path, "7")  # a node that joins, or comes back
+        for refused in (lambda: run_lock.refuse_if_held(tmp_path, "8"), lambda: run_lock.refuse_if_held(tmp_path)):
+            with pytest.raises(RecipeError, match=f"in use by job 7, process {os.getpid()} on "):
+                refused()
+        with pytest.raises(RecipeError, match="in use by job 7"), run_lock.hold(tmp_path, "8"):
+            pass
+        with run_lock.hold(tmp_path, "7"):  # put back into the queue; its crashed node's lock is still there
+            pass
+    with run_lock.hold(tmp_path), pytest.raises(RecipeError, match="in use by process"):
+        run_lock.refuse_if_held(tmp_path, "7")
+    run_lock.refuse_if_held(tmp_path, "8")
+
+
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match=r"cannot be written \(Not a directory\)"), run_lock.hold(tmp_path / "file" / "run"):

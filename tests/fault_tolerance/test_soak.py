@@ -82,6 +82,20 @@ def test_20_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.Capt
     assert soak_as_threads(tmp_path, 44, 11, capsys) == set(DRAWN)
 
 
+@pytest.mark.usefixtures("_known_ceiling", "leftovers")
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_samples_that_the_guard_leaves_out_are_told_and_the_rest_is_equal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str
+) -> None:
+    words = [*RECIPE, "comm.backend=simulated", f"run.dir={tmp_path}/run", "train.steps=12", f"guard.on_nonfinite={policy}"]
+    assert main(["rehearse", *words, "faults=[nan@step=7:rank=1, kill@step=10:rank=2]"]) == 0
+    out = capsys.readouterr().out
+    assert "the guard left out the samples of steps 7, as its policy says" in out
+    assert "final state equal to the uninterrupted run of guard.leave_out=[7], bit for bit" in out
+    assert load_recipe(tmp_path / "run-rehearsal" / "uninterrupted" / "config.yaml").guard.leave_out == [7]
+    assert load_recipe(tmp_path / "run-rehearsal" / "rehearsed" / "config.yaml").guard.leave_out == []
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_known_ceiling")
 @pytest.mark.timeout(1800)

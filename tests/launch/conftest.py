@@ -43,9 +43,9 @@ class Run:
         """Ctrl-C: SIGINT to the whole process group."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def end(self) -> tuple[int, str, str]:
+    def end(self, at_most_seconds: float = 60) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=at_most_seconds)
         return self.process.returncode, out, err or ""
 
 

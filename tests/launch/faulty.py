@@ -8,6 +8,8 @@ Not collected by pytest. A file `started-N` appears when N ranks start. `run.nam
     soon-RANK-STEP-POINT   it is sent SIGTERM half a second later
     hold-RANK-STEP-POINT   it waits there for ever; a file `holding` appears
     slow                   every step takes a third of a second, as long as the file `slow` is in the run directory
+
+Beside the points of a step there is `compile`: torch begins to compile something (train.compile=true).
 """
 
 import os
@@ -17,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch._dynamo.callback import callback_handler
 
 from bagualu.comm.group import Communicator
 from bagualu.trainer import run
@@ -57,5 +61,8 @@ class Fault:
 
 def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None) -> dict[str, Any]:
     (Path(recipe.run.dir) / f"started-{communicator.size}").touch()
-    communicator.monitor.observers.append(Fault(recipe, communicator.rank, stop))
+    fault, monitor = Fault(recipe, communicator.rank, stop), communicator.monitor
+    monitor.observers.append(fault)
+    if recipe.train.compile:
+        callback_handler.register_start_callback(lambda _: fault.at("compile", monitor.step))
     return run.train(recipe, communicator, stop, scratch)

@@ -151,7 +151,9 @@ def test_a_killed_worker_is_started_again_with_all_others(start, gone):
     run.interrupt()
     code, _, err = run.end()
     assert code == 75, err
-    assert len(re.findall(r"^bagualu: rank 1 failed, step \d+: killed by SIGKILL .*; restart 1 of 3 in 0.1 s", err, re.M)) == 1
+    assert (
+        len(re.findall(r"^bagualu: rank 1 failed, step \d+, work.*: killed by SIGKILL .*; restart 1 of 3 in 0.1 s", err, re.M)) == 1
+    )
     assert gone(pids(after))
 
 
@@ -173,7 +175,7 @@ def test_a_peer_that_does_not_notice_ends_soon_too(start, gone):
 def test_a_worker_that_ends_without_a_word_is_named(start):
     code, _, err = start("run.name=leave2", "restart.limit=0").end()
     assert code == 1
-    assert "rank 2, step 3: ended with exit code 9" in err.splitlines()[-1]
+    assert "rank 2, step 3, work: ended with exit code 9" in err.splitlines()[-1]
 
 
 def test_a_rank_that_fails_again_and_again_is_left_out_of_an_elastic_run(start):

@@ -1,14 +1,20 @@
 """Signals at every moment: all ranks save at one step, once, and the run goes on from there as if nothing had been."""
 
+import os
+import shutil
 import signal
+import threading
+import time
 
 import pytest
 import torch
+from filelock import FileLock
 
 from bagualu.comm import simulated
 from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
 from bagualu.launch import local
 from bagualu.launch.cli import main
+from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.stopping import STOP_SIGNALS
 from tests.launch.survival import SMALL, figures, small, state, undisturbed
 
@@ -68,3 +74,57 @@ def test_a_grace_too_short_leaves_the_checkpoint_before_and_says_not_saved(start
     assert "not saved yet" in (run.folder / "logs" / "rank-1.log").read_text()
     assert latest(run.folder / "checkpoints").name == "step-00000004"
     assert main(["checkpoint", "verify", str(run.folder)]) == 0
+
+
+def test_asked_while_another_process_still_prepares_the_data(tmp_path):
+    """Nobody loads data beside the ranks, so this is the one time that a rank waits for data."""
+    words = [f"data.source={tmp_path}/text", f"data.cache={tmp_path}/cache", "model.vocab=257"]
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} bottles of beer on the wall\n" * 20)
+    recipe = small(tmp_path / "undisturbed", *WORDS, *words)
+    prepared = prepare(recipe.data, recipe.model.vocab).tokenizer_path.parent
+    simulated.run(2, lambda communicator: undisturbed(communicator, recipe))
+    folder, aside = tmp_path / "run", prepared.with_name("aside")
+    prepared.rename(aside)
+    lock = FileLock(f"{prepared}.lock", thread_local=False)
+    lock.acquire()
+
+    def ask():
+        while not (folder / "started-2").exists():
+            time.sleep(0.01)
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        aside.rename(prepared)
+        lock.release()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    ended = train(folder, *words)
+    asking.join()
+    assert (ended.summary["ended"], ended.summary["step"]) == ("stopped", 1)
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-00000001"]
+    assert train(folder, *words, "checkpoint.resume=true").summary["ended"] == "done"
+    assert figures(folder) == figures(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler (g++ on PATH)")
+def test_asked_while_a_layer_is_compiled(start, tmp_path, monkeypatch):
+    """SIGUSR1 to one rank and SIGTERM to the other, the second one with the compiler at work; then SIGTERM in the save."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    words = [*SMALL, *WORDS, "comm.backend=gloo", "train.compile=true"]
+    run = start(*words, "run.name=usr1-1-1-compile.soon-0-1-compile.stop-0-1-write", entrypoint="faulty:train")
+    code, _, err = run.end(200)
+    assert code == 75, err
+    assert "saved step 1" in err
+    assert [path.name for path in list_checkpoints(run.folder / "checkpoints")] == ["step-00000001"]
+    assert [line[0] for line in figures(run.folder)] == [1]
+    again = start(*words, "checkpoint.resume=true", entrypoint="faulty:train")
+    assert again.end(200)[0] == 0
+    other = start(*words, f"run.dir={tmp_path}/undisturbed", entrypoint="faulty:train")
+    assert other.end(200)[0] == 0
+    assert figures(run.folder) == figures(tmp_path / "undisturbed")
+    ends = [state(folder) for folder in (run.folder, tmp_path / "undisturbed")]
+    assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())

@@ -41,7 +41,7 @@ def test_overrides_reach_the_trainer_as_they_were_typed():
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     call = text[text.index("exec ") : text.index("\n}\nexport")].replace("\\\n", " ")
     words = shlex.split(call)
-    words = words[words.index("--id") + 2 :]
+    words = words[words.index("--job") + 2 :]
     assert words[:-2] == odd
     assert words[-1] == "checkpoint.resume=true"
     assert compose(words).data.source == "/a b/$HOME/'x'"

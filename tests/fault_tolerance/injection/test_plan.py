@@ -102,3 +102,12 @@ def test_a_drawn_plan_has_all_kinds_and_ranks_and_depends_on_the_seed():
     assert set(Counter(fault.rank for fault in drawn)) == {0, 1, 2, 3}
     assert draw(20, Setting(0, 60, 4, 4)) != draw(20, Setting(1, 60, 4, 4))
     assert {fault.kind for fault in resolve("random:20:kill+slow", SETTING)} == {"kill", "slow"}
+    assert all(fault.seconds == 0.5 for fault in drawn if fault.kind == "stop"), "a hang would take minutes"
+
+
+def test_a_gradient_that_is_not_finite_is_drawn_only_where_its_step_is_computed_again():
+    kinds = [{fault.kind for fault in compose(words).planned_faults(4)} for words in (
+        ["faults=random:60"], ["faults=random:60", "guard.on_nonfinite=skip"],
+    )]  # fmt: skip
+    assert "nan" in kinds[0]
+    assert "nan" not in kinds[1]

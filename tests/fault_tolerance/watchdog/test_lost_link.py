@@ -7,18 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.wire import why_not
 
-def _namespaces() -> str:
-    """Why there can be no network namespaces here; empty when there can."""
-    try:
-        command = ["unshare", "-rn", "ip", "link", "add", "left", "type", "veth", "peer", "name", "right"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.stderr.strip()
-    except FileNotFoundError as error:
-        return str(error)
-
-
-NONE = _namespaces()
+NONE = why_not()
 pytestmark = [pytest.mark.skipif(bool(NONE), reason=f"no network namespaces here: {NONE}"), pytest.mark.timeout(300)]
 
 

@@ -1,0 +1,57 @@
+"""The link between two nodes is lost, both of which see the storage: one side goes on, and it alone commits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.inspect import verify
+from tests.harness import run as run_ranks
+from tests.launch.survival import figures, small, state, undisturbed
+from tests.wire import why_not
+
+NONE = why_not()
+pytestmark = [
+    pytest.mark.skipif(bool(NONE), reason=f"needs network namespaces, as root or unprivileged: {NONE}"),
+    pytest.mark.timeout(300),
+]
+ROOT = Path(__file__).parents[2]
+LAYOUT = ["parallel.data=4", "train.steps=18", "checkpoint.every=3", "checkpoint.keep=10"]
+PATIENCE = ["restart.elastic=true", "restart.wait_seconds=2", "restart.backoff_seconds=0.1", "restart.hang_seconds=0",
+            "comm.timeout_seconds=6"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param("both", marks=pytest.mark.slow), pytest.param("from_1", marks=pytest.mark.slow), "from_0"]
+)
+def test_one_side_at_most_commits(tmp_path: Path, how: str) -> None:
+    run_ranks("simulated", 4, undisturbed, small(tmp_path / "undisturbed", *LAYOUT))
+    command = ["unshare", "-rn", sys.executable, "-m", "tests.launch.cut_off", str(tmp_path), how, *LAYOUT, *PATIENCE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = [(tmp_path / f"agent-{machine}").read_text() for machine in (0, 1)]
+    assert done.returncode == 0, (done.stderr, said)
+    told = json.loads(done.stdout.splitlines()[-1])
+
+    committed = [(line["step"], line["machine"]) for line in told["commits"] if not line["error"]]
+    (refused,) = [(line["step"], line["machine"]) for line in told["commits"] if line["error"]]
+    assert refused[1] == 0, "the side that is left behind tries, when it is let go"
+    assert (refused[0], 1) in committed, "the side that goes on commits that step itself"
+    steps = [step for step, _ in committed]
+    assert steps == sorted(set(steps)), "no step by both"
+    assert steps[-1] == 18
+    assert [machine for step, machine in committed if step > refused[0]] == [1] * steps[::-1].index(refused[0])
+    assert told["codes"][1] == 0, said
+    if told["codes"][0]:  # else the link was there again in time for it to hear how the run had ended
+        assert said[0].splitlines()[-1].startswith("bagualu: failed: rank "), said
+
+    run, reference = tmp_path / "run", tmp_path / "undisturbed"
+    assert [problem for path in list_checkpoints(run / "checkpoints") for problem in verify(path)] == []
+    np.testing.assert_allclose(figures(run), figures(reference), rtol=1e-9)  # every step once, with its samples
+    final = state(reference)
+    for name, tensor in state(run).items():
+        torch.testing.assert_close(tensor, final[name], rtol=1e-9, atol=1e-12, msg=name)
