@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Multi
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 from bagualu.comm.errors import RecipeError
-from bagualu.launch import board, member
+from bagualu.launch import board, forkserver, member
 from bagualu.launch.deaths import clear_failures, failures
 from bagualu.launch.fit import fitted
 from bagualu.launch.rendezvous import REGROUP_SECONDS
@@ -136,7 +136,7 @@ class Agent(LocalElasticAgent):
         if training != self.told.training and worker_group.group_rank == 0:
             _say(f"going on with {training} ranks of {world} workers: {recipe.validate(training)}")
         self.told = replace(self.told, training=training)
-        worker_group.spec.args = (replace(self.told, recipe=recipe),)
+        worker_group.spec.args = (replace(self.told, recipe=recipe, server=forkserver.running()),)
         clear_failures(self.told.scratch)
         member.hold(self.told.scratch)
         pids: dict[int, Any] = super()._start_workers(worker_group)

@@ -1,25 +1,39 @@
 """The process that workers are forked from: it imports torch once, for all of them, while the launcher does other things.
 
 Free of torch. Signals that ask to stop are blocked in it, and so in every worker until the worker has said what they mean
-to it: a Ctrl-C during start-up is kept, not lost, and kills nobody half-way.
+to it: a Ctrl-C during start-up is kept, not lost, and kills nobody half-way. It dies with the launcher (lifeline.py).
 """
 
 import multiprocessing
+import os
 import signal
 from multiprocessing import forkserver, resource_tracker
 
+from bagualu.launch import lifeline
 from bagualu.trainer.stopping import STOP_SIGNALS
 
 
 def start(modules: list[str]) -> None:
-    """Begin importing `modules` in the server; returns at once. Environment variables must be set before."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
+    """Begin importing `modules` in the server; returns at once. Environment variables must be set before.
+
+    To be called on the main thread, as `running` is: the server dies with the thread that starts it.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([lifeline.__name__, *modules])
+    running()
+
+
+def running() -> int:
+    """The server's process id. It is started where it is not there, or not any more."""
     resource_tracker.ensure_running()  # by itself, because it ends with these signals unblocked
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    os.environ[lifeline.LAUNCHER] = str(os.getpid())
     try:
         forkserver.ensure_running()
     finally:
+        del os.environ[lifeline.LAUNCHER]
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    pid: int = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    return pid
 
 
 def stop() -> None:

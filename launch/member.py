@@ -1,15 +1,11 @@
 """A local worker process, from its fork to its end: whom it dies with, where its output goes, what it tells of a failure."""
 
-import ctypes
 import json
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from dataclasses import dataclass, replace
-from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +20,10 @@ from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.log import copy_to_log, redirect_to_log
 from bagualu.trainer.outcome import FAILED
+from bagualu.trainer.parent import die_with
 from bagualu.trainer.stopping import StopRequest
 from bagualu.trainer.worker import work
 
-_PR_SET_PDEATHSIG = 1
 _RELEASED = "released"
 """File of the scratch folder: spare workers may end."""
 
@@ -46,6 +42,8 @@ class Member:
     """The launch's folder in memory, shared by the workers of this machine; see scratch.py."""
     quiet_stdout: bool
     """Rank 0 writes to stderr only, because stdout is for one JSON document."""
+    server: int = 0
+    """The process that workers are forked from."""
 
 
 def main(member: Member) -> dict[str, Any]:
@@ -53,7 +51,7 @@ def main(member: Member) -> dict[str, Any]:
     workers = len(member.slots)
     stop = StopRequest()
     stop.install()
-    _die_with_launcher()
+    die_with(member.server)
     world = World.from_environment()
     log = Path(member.recipe.run.dir) / "logs" / f"rank-{world.rank}.log"
     if world.rank:
@@ -102,17 +100,3 @@ def release(scratch: Path, summary: dict[str, Any]) -> None:
 def hold(scratch: Path) -> None:
     """From now on spare workers wait."""
     (scratch / _RELEASED).unlink(missing_ok=True)
-
-
-def _die_with_launcher() -> None:
-    """Never outlive the launcher, however it ends; nor the fork server, through which the launcher sees this process."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="watch-launcher", daemon=True).start()

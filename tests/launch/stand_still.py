@@ -33,7 +33,7 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
         tensor.all_reduce(torch.zeros(1))
         monitor.at("forward")
         if rank == 2:
-            misbehave(recipe.run.name, step, monitor.at)
+            misbehave(recipe.run.name, step, monitor.at, folder)
         time.sleep(0.02)
         stopping.fill_(float(stop()))
         communicator.world.all_reduce(stopping, "max")
@@ -44,7 +44,7 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
     return {"ended": ended, "step": step, "steps": recipe.train.steps, "loss": 1.5, "run_dir": recipe.run.dir}
 
 
-def misbehave(how: str, step: int, at: Any) -> None:
+def misbehave(how: str, step: int, at: Any, folder: Path) -> None:
     if how == "slow" and step == 1:  # compilation
         time.sleep(4)
     if how == "slow" and step == 3:
@@ -55,7 +55,7 @@ def misbehave(how: str, step: int, at: Any) -> None:
     if step == 5 and how == "lock":
         native_deadlock()
     if step == 5 and how == "gil":  # the main thread comes to its communication or not, as it happens
-        threading.Thread(target=keeps_the_lock, daemon=True).start()
+        threading.Thread(target=keeps_the_lock, args=(folder / "keeps-the-lock",), daemon=True).start()
         time.sleep(0.01)
 
 
@@ -68,8 +68,9 @@ def native_deadlock() -> None:
     lock_twice(ctypes.CDLL(None))
 
 
-def keeps_the_lock() -> None:
+def keeps_the_lock(sign: Path) -> None:
     """A native dead lock in code that does not give Python's lock back."""
+    sign.touch()
     lock_twice(ctypes.PyDLL(None))
 
 

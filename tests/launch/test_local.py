@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -17,6 +18,12 @@ pytestmark = [LINUX, pytest.mark.timeout(300)]
 
 def pids(ranks):
     return [rank["pid"] for rank in ranks]
+
+
+def descendants(pid):
+    """Every process that `pid` has started, itself or by way of others, but the remover of its folder (scratch.py)."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [child.pid for child in children if child.name() not in ("sh", "cat", "sleep")]
 
 
 def test_workers_get_threads_memory_and_logs_and_the_run_says_how_it_ended(start, gone):
@@ -85,11 +92,22 @@ def test_a_second_ctrl_c_ends_a_run_that_will_not_stop(start, gone):
     assert gone(pids(ranks))
 
 
-def test_no_worker_outlives_a_killed_launcher(start, gone):
+def test_no_process_outlives_a_killed_launcher_by_2_seconds(start, gone):
+    """Not even a rank that is stopped (1), nor one in which no Python runs because a thread keeps the lock (2)."""
+    run = start("run.name=gil", entrypoint="stand_still:train")
+    ranks = run.started(step=3)
+    run.until((run.folder / "keeps-the-lock").exists)
+    os.kill(ranks[1]["pid"], signal.SIGSTOP)
+    family = descendants(run.process.pid)  # with the fork server and its resource tracker
+    assert {*pids(ranks)} < {*family}
+    run.process.kill()
+    assert gone(family, within=2)
+
+
+def test_the_folder_in_memory_is_gone_with_a_killed_launcher(start, gone):
     run = start()
     ranks = run.started()
     run.process.kill()
-    assert gone([*pids(ranks), ranks[0]["parent"]])
     folder, deadline = Path(ranks[0]["scratch"]), time.monotonic() + 20
     while folder.exists():
         assert time.monotonic() < deadline
