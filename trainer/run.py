@@ -67,7 +67,7 @@ def train(
     summary = {
         **ending,
         "steps": recipe.train.steps,
-        "damaged": resumed.damaged,
+        "damaged": resumed.damaged + ending["damaged"],
         "seconds": time.perf_counter() - started,
         "layout": str(parts.mesh.layout),
         "parameters": _parameters(parts),
