@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bagualu.fault_tolerance.checkpoint.format import step_of
@@ -38,6 +38,8 @@ class Loop:
     rebalancer: Rebalancer | None = None
     _due: bool = False
     """A checkpoint waits for a step that goes well."""
+    _damaged: list[dict[str, Any]] = field(default_factory=list)
+    """Checkpoints that were found damaged on the way back, as `Resumed.damaged`."""
     _busy_seconds: float = 0.0
     _steps_done: int = 0
 
@@ -76,7 +78,7 @@ class Loop:
             print(f"saved step {step}", file=sys.stderr, flush=True)
         ended = {"ended": "done" if step >= steps else "stopped", "step": step}
         watched = {"guard": self.parts.guard.memory.summary(), "stragglers": self.stragglers.ever()}
-        return {**record, **self._average(), **ended, **self._saved(), **watched}
+        return {**record, **self._average(), **ended, **self._saved(), **watched, "damaged": self._damaged}
 
     def _is_stored(self, step: int) -> bool:
         """Whether a checkpoint holds the state after `step` steps; a run that goes on from memory may begin at its last step."""
@@ -134,7 +136,9 @@ class Loop:
     def _go_back(self, step: int, result: StepResult) -> int:
         """Take back step `step` (from 0) and those since a checkpoint; the steps done."""
         self.checkpoints.rest()
-        done, self.checkpoints.newest = roll_back(self.parts, step + 1, result.verdict)
+        resumed = roll_back(self.parts, step + 1, result.verdict)
+        done, self.checkpoints.newest = resumed.step, resumed.checkpoint
+        self._damaged += resumed.damaged
         if self.replication:
             self.replication.go_back(done)
         if self.rebalancer:

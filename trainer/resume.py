@@ -91,7 +91,7 @@ def resume(parts: Parts, others: Sequence[Candidate] = ()) -> Resumed:
     chosen, problems = choose(parts, candidates)
     whole = [path for path in stored if path.name not in problems]
     newest = whole[-1] if whole else None
-    return Resumed(chosen.step, newest, chosen.name, _tell(parts, candidates, problems, chosen.name))
+    return Resumed(chosen.step, newest, chosen.name, tell(parts, candidates, problems, chosen.name))
 
 
 def choose(parts: Parts, candidates: Sequence[Candidate]) -> tuple[Candidate, dict[str, str]]:
@@ -126,8 +126,8 @@ def _require_same(parts: Parts, candidates: Sequence[Candidate]) -> None:
                 )
 
 
-def _tell(parts: Parts, candidates: Sequence[Candidate], problems: dict[str, str], used: str) -> list[dict[str, Any]]:
-    """Rename the damaged ones and say so, once. Collective; the same on every rank."""
+def tell(parts: Parts, candidates: Sequence[Candidate], problems: dict[str, str], used: str) -> list[dict[str, Any]]:
+    """Rename the damaged ones and say so, once: `Resumed.damaged`. Collective; the same on every rank."""
     if not problems:
         return []
     entries = []

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from bagualu.fault_tolerance.checkpoint.directory import discard, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json
@@ -9,41 +10,54 @@ from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.fault_tolerance.guard.verdict import DISAGREEMENTS, Verdict
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.outcome import GuardError
-from bagualu.trainer.resume import Stored, choose
+from bagualu.trainer.resume import Resumed, Stored, choose, tell
 from bagualu.trainer.state import checkpoints_of
 
 
-def roll_back(parts: Parts, step: int, verdict: Verdict) -> tuple[int, Path]:
-    """Load a checkpoint from before step `step` (from 1), which `verdict` takes back. Steps done now, and the checkpoint.
+def roll_back(parts: Parts, step: int, verdict: Verdict) -> Resumed:
+    """Load a checkpoint from before step `step` (from 1), which `verdict` takes back; where the run goes on.
 
     Where the samples are to blame, those of the last `guard.rollback_window` steps are left out from now on. Checkpoints of later
-    steps are removed: the run will come there by another way. Collective. Raises GuardError when there is nothing to go back to,
-    CheckpointError when nothing of it is whole.
+    steps are removed: the run will come there by another way. One that is damaged itself is set aside, as at a start. Collective.
+    Raises GuardError when there is nothing to go back to, CheckpointError when nothing of it is whole.
     """
     world = parts.mesh.group("world")
     root = checkpoints_of(parts)
     by_data = verdict.cause not in DISAGREEMENTS
     window = parts.recipe.guard.rollback_window
     at_most = step - window if by_data else parts.guard.clean
-    names: list[str] = broadcast_json(_candidates(root, at_most) if world.rank == 0 else None, world, parts.device)
-    if not names:
-        raise GuardError(f"{verdict.text}; there is no checkpoint to go back to; give a smaller checkpoint.every")
+    found: Any = broadcast_json(_candidates(root, at_most, by_data) if world.rank == 0 else None, world, parts.device)
+    candidates = [Stored(root / name) for name in found["names"]]
+    if not candidates:
+        raise GuardError(f"{verdict.text}; {_nothing_to_go_back_to(found['later'], at_most)}")
     memory = deepcopy(parts.guard.memory)
-    chosen, _ = choose(parts, [Stored(root / name) for name in names])
-    done = chosen.step
+    chosen, problems = choose(parts, candidates)
+    done, damaged = chosen.step, tell(parts, candidates, problems, chosen.name)
     parts.guard.memory.keep(memory)
     if by_data:
         parts.guard.memory.leave_out(max(done + 1, step - window + 1), step, str(verdict.cause))
     if world.rank == 0:
         for later in list_checkpoints(root):
-            if (step_of(later) or 0) > done:
+            if (step_of(later) or 0) > done and later.name not in problems:
                 discard(later)
     world.barrier()
-    return done, root / chosen.name
+    return Resumed(done, root / chosen.name, chosen.name, damaged)
 
 
-def _candidates(root: Path, at_most: int) -> list[str]:
-    """Checkpoints of at most `at_most` steps, newest first; if there is none so old, the oldest."""
+def _candidates(root: Path, at_most: int, by_data: bool) -> dict[str, Any]:
+    """`names`: checkpoints of at most `at_most` steps, newest first; `later`: whether there are others.
+
+    If there is none so old, the oldest will do where the samples are to blame; but not where memory is: it may hold the damage.
+    """
     checkpoints = list_checkpoints(root)
     old_enough = [path for path in checkpoints if (step_of(path) or 0) <= at_most]
-    return [path.name for path in reversed(old_enough or checkpoints[:1])]
+    if by_data and not old_enough:
+        old_enough = checkpoints[:1]
+    return {"names": [path.name for path in reversed(old_enough)], "later": len(old_enough) < len(checkpoints)}
+
+
+def _nothing_to_go_back_to(later: bool, clean: int) -> str:
+    if not later:
+        return "there is no checkpoint to go back to; give a smaller checkpoint.every"
+    return (f"every checkpoint is of later than step {clean}, up to which the state is known to have been whole, and may hold the "
+            "damage; raise checkpoint.keep or lower guard.check_every, and start anew")  # fmt: skip

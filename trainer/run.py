@@ -73,7 +73,7 @@ def train(
     summary = {
         **ending,
         "steps": recipe.train.steps,
-        "damaged": resumed.damaged,
+        "damaged": resumed.damaged + ending["damaged"],
         "seconds": time.perf_counter() - started,
         "layout": str(parts.mesh.layout),
         "layers_of_stages": [len(layers) for layers in parts.split.slices],

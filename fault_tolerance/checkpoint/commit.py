@@ -1,20 +1,51 @@
 """Rank 0's part of a save: the manifest from what all ranks report, and the rename that makes it a checkpoint."""
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bagualu.fault_tolerance.checkpoint import format
-from bagualu.fault_tolerance.checkpoint.directory import discard
+from bagualu.fault_tolerance.checkpoint.directory import delete, doom
 from bagualu.fault_tolerance.checkpoint.durable import durable_file, fsync_directory, write_all
 from bagualu.fault_tolerance.checkpoint.fence import Fence
 from bagualu.fault_tolerance.checkpoint.format import MANIFEST, CheckpointError, Manifest, StoredBox, StoredFile, StoredTensor
 from bagualu.fault_tolerance.checkpoint.manifest import encode
 
+_TOO_LATE = "the storage answered after the save had been given up"
 
-def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest) -> None:
-    """Write the manifest and rename: from then on it is a checkpoint. Raises OSError, ValueError, CheckpointError."""
+
+class Claim:
+    """Who has the last word on a save: the thread that commits it, or the one that has waited long enough. One of them gets it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken_by: str | None = None
+
+    def commit(self) -> bool:
+        """The save is a checkpoint; False: it has been given up."""
+        return self._take("commit")
+
+    def give_up(self) -> bool:
+        """The save is none, nor will it be; False: it is committed."""
+        return self._take("give up")
+
+    @property
+    def given_up(self) -> bool:
+        return self._taken_by == "give up"
+
+    def _take(self, who: str) -> bool:
+        with self._lock:
+            self._taken_by = self._taken_by or who
+            return self._taken_by == who
+
+
+def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest, claim: Claim) -> None:
+    """Write the manifest and rename: from then on it is a checkpoint, unless it has been given up meanwhile.
+
+    A rename that itself comes too late is taken back. Raises OSError, ValueError, CheckpointError.
+    """
     for name, file in manifest.files.items():
         if not (temporary / name).exists() or (temporary / name).stat().st_size != file.bytes:
             raise CheckpointError(f"rank 0's node does not see {name} as it was written; "
@@ -23,12 +54,26 @@ def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest) -> No
         write_all(descriptor, encode(manifest))
     fsync_directory(temporary)
     fence.check()
+    if claim.given_up:
+        raise CheckpointError(_TOO_LATE)
     os.rename(temporary, final)
     try:
         fsync_directory(final.parent)
-    except OSError:  # visible but perhaps not durable: take it back, so that "not saved" is true
-        discard(final)
+    except OSError as error:  # visible but perhaps not durable: take it back, so that "not saved" is true
+        _take_back(final, str(error))
         raise
+    if not claim.commit():
+        _take_back(final, _TOO_LATE)
+        raise CheckpointError(_TOO_LATE)
+
+
+def _take_back(final: Path, why: str) -> None:
+    """The checkpoint `final` is none any more. Raises CheckpointError, which says `why`, when it cannot be renamed."""
+    try:
+        doomed = doom(final)
+    except OSError as error:
+        raise CheckpointError(f"{why}; {final} is there all the same and cannot be renamed ({error}): remove it") from error
+    delete(doomed)
 
 
 def manifest_of(step: int, metadata: dict[str, Any], ranks: Sequence[int], reports: list[dict[str, Any]]) -> Manifest:

@@ -12,14 +12,14 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bagualu.comm.group import Group
-from bagualu.fault_tolerance.checkpoint.commit import commit, manifest_of
+from bagualu.fault_tolerance.checkpoint.commit import Claim, commit, manifest_of
 from bagualu.fault_tolerance.checkpoint.directory import SAVING, delete, doom, temporary_for
 from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, collect_json
 from bagualu.fault_tolerance.checkpoint.fence import Fence
@@ -45,8 +45,10 @@ class _UnderWay:
     """Monotonic time by which it must be done."""
     committing: bool = False
     """Every part is durable; the same on every rank."""
+    claim: Claim = field(default_factory=Claim)
+    """What was told of a failed save stays true: a commit that ends well after that takes itself back."""
     failed: Outcome | None = None
-    """What was told of its failure stays true, though the job may have ended well since."""
+    """Why this rank has given it up."""
 
 
 class Saver:
@@ -149,6 +151,8 @@ class Saver:
         left = save.deadline - time.monotonic()
         outcome = save.failed or (save.job.wait(left) if wait or left < 0 else save.job.outcome)
         if outcome and "error" in outcome:
+            if not save.claim.give_up():  # at the last moment after all
+                return {"done": None}
             save.failed = outcome
         return outcome
 
@@ -190,7 +194,7 @@ class Saver:
 
     def _commit(self, save: _UnderWay, reports: list[dict[str, Any]]) -> None:
         manifest = manifest_of(save.step, save.metadata, self.group.ranks, reports)
-        commit(self.fence, save.temporary, self.fence.root / step_name(save.step), manifest)
+        commit(self.fence, save.temporary, self.fence.root / step_name(save.step), manifest, save.claim)
 
     def _prune(self, just_saved: Path) -> None:
         """The checkpoint is committed: that an old one cannot be removed is no reason to call the save failed."""

@@ -127,6 +127,8 @@ class Ending:
     error: str
     guard: dict[str, Any]
     saved: list[str]
+    damaged: list[dict[str, Any]]
+    """Checkpoints that were set aside on the way back."""
 
     def line(self, step: int) -> dict[str, Any]:
         (found,) = [line for line in self.lines if line["step"] == step]
@@ -150,14 +152,15 @@ def train(communicator: Communicator, recipe: Recipe, fault: Fault | None = None
     if fault is not None:
         parts.mesh.monitor.observers.append(Injection(parts, fault))
     checkpoints, records, error = Checkpoints(parts, take_checkpoints(parts)), Records(), ""
+    ending: dict[str, Any] = {"damaged": []}
     stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)
     try:
-        Loop(parts, [records], lambda: False, 1e-9, checkpoints, stragglers).run(resume(parts).step)
+        ending = Loop(parts, [records], lambda: False, 1e-9, checkpoints, stragglers).run(resume(parts).step)
     except GuardError as caught:
         error = str(caught)
     checkpoints.close()
     saved = [path.name for path in list_checkpoints(checkpoints_of(parts))]
-    return Ending(bits_of(parts), records.lines, error, parts.guard.memory.summary(), saved)
+    return Ending(bits_of(parts), records.lines, error, parts.guard.memory.summary(), saved, ending["damaged"])
 
 
 def assert_same_bits(found: list[Ending], expected: list[Ending]) -> None:

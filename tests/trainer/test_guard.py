@@ -1,6 +1,7 @@
 """Test 30 of the survey: NaN, spikes and flipped bits. No rank applies the step, the culprit is named, the policy is followed,
 and afterwards every bit is that of the run that never had the fault, or of the run that leaves those samples out."""
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.checkpoint.inspect import verify
 from bagualu.trainer.config import Recipe
+from bagualu.trainer.state import CHECKPOINTS
 from tests.harness import run
 from tests.parity import small_recipe
 from tests.trainer.faults import Ending, Fault, assert_same_bits, gradient, reduced, train
@@ -205,6 +209,51 @@ def test_damage_goes_back_past_checkpoints_that_may_hold_it(tmp_path: Path) -> N
     assert_same_bits(found, straight("simulated", "data", STEPS))
     assert found[0].guard["rolled_back"] == 1
     assert found[0].saved == [f"step-{step:08}" for step in range(1, STEPS + 1)]
+
+
+def test_damage_does_not_go_back_to_a_checkpoint_that_may_hold_it(tmp_path: Path) -> None:
+    """The same flip where the older checkpoints are gone: to load the damage would be worse than to end."""
+    recipe = recipe_in(tmp_path, "data", checkpoint__every=1, checkpoint__keep=1)
+    found = runs("simulated", recipe, Fault("exp_avg", step=BAD - 1, point="write"))
+    assert f"step {BAD}: optimizer state damaged: rank 1: exp_avg of " in found[0].error
+    assert f"every checkpoint is of later than step {BAD - 2}, " in found[0].error
+    assert "raise checkpoint.keep or lower guard.check_every" in found[0].error
+
+
+@dataclass
+class SpoilFile:
+    """An observer that damages a file of a checkpoint at the beginning of step `BAD`."""
+
+    path: Path
+
+    def at(self, point: str, step: int) -> None:
+        if (point, step) == ("data", BAD):
+            raw = bytearray(self.path.read_bytes())
+            raw[-1] ^= 1
+            self.path.write_bytes(raw)
+
+    def waits(self, what: str | None) -> None:
+        return None
+
+
+def train_spoiling(communicator: Communicator, recipe: Recipe, fault: Fault, path: Path) -> Ending:
+    if communicator.rank == 0:
+        communicator.monitor.observers.append(SpoilFile(path))
+    return train(communicator, recipe, fault)
+
+
+def test_a_checkpoint_found_damaged_on_the_way_back_is_told_and_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = recipe_in(tmp_path, "data", checkpoint__every=1, checkpoint__keep=9)
+    file = tmp_path / CHECKPOINTS / "step-00000003" / "rank-00001.safetensors"
+    found = run("simulated", 2, train_spoiling, recipe, Fault("exp_avg"), file)
+    assert_same_bits(found, straight("simulated", "data", STEPS))
+    (entry,) = found[0].damaged
+    assert found[1].damaged == [entry]
+    assert (entry["checkpoint"], entry["used"]) == ("step-00000003", "step-00000002")
+    assert "rank-00001.safetensors does not match its hash" in entry["problem"]
+    assert verify(tmp_path / CHECKPOINTS / entry["set_aside"]) != []
+    assert sum("step-00000003 cannot be used" in record.getMessage() for record in caplog.records) == 1
+    assert found[0].saved == [f"step-{step:08}" for step in range(1, STEPS + 1)]  # step 3 is there again, whole
 
 
 def test_nothing_to_go_back_to_is_said(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import errno
 import os
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from checks import content_problems
 from ranks import rows_of, run, save_while_training, steps_until_known
 
 from bagualu.comm.group import Group
+from bagualu.fault_tolerance.checkpoint.commit import Claim
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.checkpoint.fence import Fence
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_name
@@ -171,22 +174,86 @@ def test_storage_that_does_not_answer_fails_the_save_and_not_the_run(tmp_path, m
     assert latest(root) == root / step_name(40)
 
 
-def test_a_commit_that_hangs_is_given_up_and_stalls_no_step(tmp_path, monkeypatch):
-    release, original = threading.Event(), os.rename
+def opened(descriptor: int) -> str:
+    return os.readlink(f"/proc/self/fd/{descriptor}")
 
-    def hang(source: Any, destination: Any) -> None:
-        if str(destination).endswith(step_name(20)):
+
+def hanging_once(patch: pytest.MonkeyPatch, call: str, here: Callable[..., bool], release: threading.Event) -> None:
+    """The first os.<call> whose arguments are `here` waits for `release`, and is then done as it should be."""
+    original, armed = getattr(os, call), [True]
+
+    def hang(*args: Any) -> Any:
+        if armed and here(*args):
+            armed.clear()
             release.wait(60)
-        original(source, destination)
+        return original(*args)
 
-    def train(saver: Saver) -> tuple[Any, int]:
-        return save_while_training(saver, 20, Snapshot())
+    patch.setattr(os, call, hang)
 
-    monkeypatch.setattr(os, "rename", hang)
-    for failed, steps in with_savers(tmp_path, 2, train, timeout_seconds=0.5):
+
+@pytest.mark.parametrize(
+    ("call", "here"),
+    [
+        ("fsync", lambda descriptor: opened(descriptor).endswith("manifest.json")),
+        ("rename", lambda source, destination: str(destination).endswith(step_name(20))),
+        ("fsync", lambda descriptor: (Path(opened(descriptor)) / step_name(20)).exists()),
+    ],
+    ids=["manifest", "rename", "directory"],
+)
+def test_a_commit_that_hangs_is_given_up_stalls_no_step_and_is_none_when_the_storage_answers(tmp_path, monkeypatch, call, here):
+    release = threading.Event()
+
+    def train(saver: Saver) -> tuple[Any, int, bool, Any]:
+        hung = save_while_training(saver, 20, Snapshot())
+        saver.group.barrier()
+        release.set()
+        saver.rest()
+        saver.group.barrier()
+        return *hung, (tmp_path / step_name(20)).exists(), save_while_training(saver, 20, Snapshot())[0]
+
+    hanging_once(monkeypatch, call, here, release)
+    for failed, steps, late, again in with_savers(tmp_path, 2, train, timeout_seconds=1.0):
         assert "step 20 was not saved: rank 0: the storage has not answered" in str(failed)
         assert steps > 10
-    release.set()
+        assert not late
+        assert again == tmp_path / step_name(20)
+    assert content_problems(tmp_path / step_name(20)) == []
+
+
+def test_of_a_commit_and_whoever_gives_it_up_one_has_the_last_word():
+    for first, second in ((Claim.commit, Claim.give_up), (Claim.give_up, Claim.commit)):
+        claim = Claim()
+        assert first(claim)
+        assert not second(claim)
+        assert first(claim)
+        assert claim.given_up == (first is Claim.give_up)
+
+
+def test_a_commit_that_is_not_durable_and_cannot_be_taken_back_says_both(tmp_path, monkeypatch):
+    """The sync of the directory after the rename fails, and so does the rename that would take it back."""
+    original_sync, original_rename, final = os.fsync, os.rename, tmp_path / step_name(20)
+
+    def sync(descriptor: int) -> None:
+        if Path(opened(descriptor)) == tmp_path and final.exists():
+            raise OSError(errno.EIO, "Input/output error")
+        original_sync(descriptor)
+
+    def rename(source: Any, destination: Any) -> None:
+        if Path(source) == final:
+            raise OSError(errno.EROFS, "Read-only file system")
+        original_rename(source, destination)
+
+    saver = Saver(Fence.take(tmp_path), ALONE, keep=2)
+    monkeypatch.setattr(os, "fsync", sync)
+    saver.start(20, rows_of(20, ALONE), {})
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        saver.conclude()
+    assert not final.exists()
+    monkeypatch.setattr(os, "rename", rename)
+    saver.start(20, rows_of(20, ALONE), {})
+    with pytest.raises(CheckpointError, match=r"Input/output error.*step-00000020 is there all the same.*Read-only.*: remove it"):
+        saver.conclude()
+    saver.close()
 
 
 def test_one_save_at_a_time(tmp_path):
