@@ -58,6 +58,9 @@ class ParallelConfig:
     speeds: Any = None
     """Speed of each pipeline rank, for balance=measured or analytic: left out, all alike; measured; or a list, 1.0 for the device
     that the costs are measured on, e.g. [1.0,0.5]."""
+    shares: Any = None
+    """Micro-batches of a step for each data rank, so that replicas of unequal speed are done together: left out, as many for all;
+    measured, by their speeds at the start; or a list, e.g. [5,3]."""
     memory_bytes: Any = None
     """What a rank may hold of weights, gradients, optimizer state and activations: one number, or one for each pipeline rank; left
     out, no limit."""

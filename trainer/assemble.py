@@ -16,7 +16,7 @@ from bagualu.parallel.pipeline.generate import compute_schedule
 from bagualu.parallel.pipeline.program import Program, program
 from bagualu.parallel.pipeline.runtime import PipelineRunner
 from bagualu.parallel.pipeline.schedule import Schedule, with_messages
-from bagualu.trainer.balance import agree_on_split
+from bagualu.trainer.balance import agree_on_shares, agree_on_split
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.corpus import Corpus
@@ -32,6 +32,8 @@ class Parts:
 
     recipe: Recipe
     mesh: Mesh
+    shares: list[int]
+    """Micro-batches of a step for each data rank."""
     split: Split
     """Which layers each stage holds."""
     costs: CostTable | None
@@ -82,8 +84,9 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     if corpus.vocab != recipe.model.vocab:
         raise RecipeError(f"the data have {corpus.vocab} tokens, not {recipe.model.vocab}; give model.vocab={corpus.vocab}")
     parallel = recipe.parallel
-    count = recipe.micro_batches(layout)
-    schedule = with_messages(compute_schedule(parallel.schedule, layout.pipeline, count, parallel.virtual_stages))
+    shares = agree_on_shares(recipe, layout, communicator)
+    own = shares[layout.coordinates(communicator.rank)["data"]]
+    schedule = with_messages(compute_schedule(parallel.schedule, layout.pipeline, own, parallel.virtual_stages))
     check(schedule)
     mesh = Mesh.build(layout, communicator, schedule.placement)
     split, costs = agree_on_split(recipe, layout, schedule, communicator)
@@ -100,6 +103,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     return Parts(
         recipe=recipe,
         mesh=mesh,
+        shares=shares,
         split=split,
         costs=costs,
         stages=stages,

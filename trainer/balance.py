@@ -17,6 +17,7 @@ from bagualu.parallel.balance.choose import choose_split, take_split
 from bagualu.parallel.balance.cost import CostTable
 from bagualu.parallel.balance.forecast import Split
 from bagualu.parallel.balance.keys import COMPUTED, memory_caps
+from bagualu.parallel.balance.shares import shares
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.schedule import Schedule
 from bagualu.parallel.pipeline.split import split_layers
@@ -85,28 +86,53 @@ def _table(recipe: Recipe, work: Work, device: torch.device) -> CostTable:
     return measured_table(work, found, f"measured on {device_name(device)}")
 
 
+def agree_on_shares(recipe: Recipe, layout: Layout, communicator: Communicator) -> list[int]:
+    """Micro-batches of a step for each data rank, the same on all ranks. Collective where they are measured."""
+    declared = recipe.declared_shares(layout)
+    if declared is not None:
+        return declared
+    rates = _rates(recipe, layout, communicator)
+    return shares(recipe.micro_batches(), replica_speeds(rates, layout))
+
+
+def replica_speeds(rates: list[float], layout: Layout) -> list[float]:
+    """Speeds by data rank from the rates of all ranks: of the slowest of each replica. Those within `ALIKE` of the one in the
+    middle are equal to it."""
+    slowest = _slowest(rates, layout, "data")
+    middle = statistics.median_low(slowest)
+    return [1.0 if abs(rate / middle - 1) < ALIKE else rate / middle for rate in slowest]
+
+
 def _speeds(recipe: Recipe, layout: Layout, communicator: Communicator) -> list[float]:
-    """By pipeline rank. Measured on all ranks at once, as they share memory and power in the run too."""
+    """By pipeline rank."""
     declared = recipe.parallel.speeds
     if declared is None:
         return [1.0] * layout.pipeline
     if declared != "measured":
         return [float(speed) for speed in declared]
+    return relative_speeds(_rates(recipe, layout, communicator), layout)
+
+
+def _rates(recipe: Recipe, layout: Layout, communicator: Communicator) -> list[float]:
+    """FLOP/s of every rank, measured on all at once, as they share memory and power in the run too. Collective."""
     communicator.world.barrier()
     dtype, device = getattr(torch, recipe.train.dtype), communicator.device
     own = torch.tensor([matmul_ceiling(dtype, device, torch.get_num_threads(), _PROBE_SECONDS)], dtype=torch.float64, device=device)
     rates = torch.empty(layout.world, dtype=torch.float64, device=device)
     communicator.world.all_gather(rates, own)
-    return relative_speeds(rates.tolist(), layout)
+    return rates.tolist()
 
 
 def relative_speeds(rates: list[float], layout: Layout) -> list[float]:
     """Speeds by pipeline rank from the rates of all ranks: of the slowest that share its stages, relative to rank 0, which measures
     the costs. Those within `ALIKE` of the one in the middle are equal to it."""
-    shared = [
-        [rates[rank] for rank in range(layout.world) if layout.coordinates(rank)["pipeline"] == at] for at in range(layout.pipeline)
-    ]
-    slowest = [min(peers) for peers in shared]
+    slowest = _slowest(rates, layout, "pipeline")
     middle = statistics.median_low([*slowest, rates[0]])
     alike = [middle if abs(rate / middle - 1) < ALIKE else rate for rate in [rates[0], *slowest]]
     return [rate / alike[0] for rate in alike[1:]]
+
+
+def _slowest(rates: list[float], layout: Layout, axis: str) -> list[float]:
+    """By coordinate on `axis`, of the ranks that have it."""
+    at = [layout.coordinates(rank)[axis] for rank in range(layout.world)]
+    return [min(rate for rate, place in zip(rates, at, strict=True) if place == here) for here in range(layout.size(axis))]

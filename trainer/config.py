@@ -14,7 +14,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig, StragglerConfig
 from bagualu.fault_tolerance.injection.fault import Fault
 from bagualu.fault_tolerance.injection.plan import Setting, expand, resolve
-from bagualu.parallel.balance.keys import validate_split
+from bagualu.parallel.balance.keys import validate_shares, validate_split
 from bagualu.parallel.balance.problem import RECOMPUTE
 from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.layout import Layout
@@ -177,9 +177,15 @@ class Recipe:
         self.planned_faults(max(world, self.world_size()))  # a run that goes on with fewer ranks keeps its plan
         return layout
 
-    def micro_batches(self, layout: Layout) -> int:
-        """Micro-batches that a data rank passes through the model in a step."""
-        return self.data.global_batch // (layout.data * self.train.micro_batch)
+    def micro_batches(self) -> int:
+        """Micro-batches of a step, over all data ranks."""
+        return self.data.global_batch // self.train.micro_batch
+
+    def declared_shares(self, layout: Layout) -> list[int] | None:
+        """Micro-batches of a step for each data rank; None where that is left to measurement."""
+        if self.parallel.shares == "measured":
+            return None
+        return list(self.parallel.shares or [self.micro_batches() // layout.data] * layout.data)
 
     def planned_faults(self, world: int) -> list[Fault]:
         """The faults that `faults` stands for, on `world` ranks. Raises RecipeError."""
@@ -193,6 +199,9 @@ class Recipe:
         return Setting(self.run.seed, self.train.steps, world, self.checkpoint.every, self.guard.on_nonfinite == "retry")
 
     def _validate_batch(self, layout: Layout) -> None:
+        if self.parallel.shares is not None:
+            self._validate_shares(layout)
+            return
         per_rank, rest = divmod(self.data.global_batch, layout.data)
         if rest:
             whole = layout.data * self.train.micro_batch
@@ -202,11 +211,18 @@ class Recipe:
             fits = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
             raise RecipeError(f"train.micro_batch={self.train.micro_batch} does not divide the {per_rank} sequences of a data "
                               f"rank; give one of {fits}")  # fmt: skip
+
+    def _validate_shares(self, layout: Layout) -> None:
+        if self.data.global_batch % self.train.micro_batch:
+            fits = [n for n in range(1, self.data.global_batch + 1) if self.data.global_batch % n == 0]
+            raise RecipeError(f"train.micro_batch={self.train.micro_batch} does not divide data.global_batch="
+                              f"{self.data.global_batch}; give one of {fits}")  # fmt: skip
+        validate_shares(self.parallel.shares, self.micro_batches(), layout.data, layout.expert)
+
+    def _validate_model(self, layout: Layout) -> None:
         if self.parallel.sequence and self.data.sequence_length % layout.tensor:
             raise RecipeError(f"data.sequence_length={self.data.sequence_length} does not divide over parallel.tensor="
                               f"{layout.tensor} as parallel.sequence=true needs; change one of them")  # fmt: skip
-
-    def _validate_model(self, layout: Layout) -> None:
         model, tensor = self.model, layout.tensor
         named = {"model.heads": model.heads, "model.kv_heads": model.key_value_heads}
         if not all(model.is_moe_layer(i) for i in range(model.layers)):
@@ -232,7 +248,8 @@ class Recipe:
 
     def _validate_pipeline(self, layout: Layout) -> None:
         parallel = self.parallel
-        schedule = compute_schedule(parallel.schedule, layout.pipeline, self.micro_batches(layout), parallel.virtual_stages)
+        for count in set(self.declared_shares(layout) or [max(1, self.micro_batches() // layout.data)]):
+            schedule = compute_schedule(parallel.schedule, layout.pipeline, count, parallel.virtual_stages)
         validate_split(parallel.balance, self.model.layers, schedule.placement, parallel.memory_bytes, self.train.recompute)
         if self.train.compile and splits_backward(parallel.schedule):
             raise RecipeError(f"parallel.schedule={parallel.schedule} takes the backward pass in two parts, which compiled layers "

@@ -82,7 +82,8 @@ class Rebalancer:
 
     def after_step(self, step: int) -> Move | None:
         """After `step` steps. Collective at the end of a window; the same answer on every rank."""
-        self._busy.append(sum(timed.end - timed.start for timed in self.parts.runner.stopwatch.passes()))
+        seconds = sum(timed.end - timed.start for timed in self.parts.runner.stopwatch.passes())
+        self._busy.append(seconds / self.parts.schedule.micro_batches)
         if len(self._busy) < self.every:
             return None
         busy, self._busy = median(self._busy), []
@@ -94,7 +95,7 @@ class Rebalancer:
         self._busy = []
 
     def _by_pipeline_rank(self, busy: float) -> list[float]:
-        """What the slowest rank at each place of the pipeline was busy for in a step. Collective."""
+        """What the slowest rank at each place of the pipeline was busy for with a micro-batch. Collective."""
         layout, group = self.parts.mesh.layout, self.parts.mesh.group("world")
         own = torch.tensor([busy], dtype=torch.float64, device=self.parts.device)
         everybody = torch.empty(group.size, dtype=torch.float64, device=self.parts.device)

@@ -76,6 +76,7 @@ def train(
         "damaged": resumed.damaged + ending["damaged"],
         "seconds": time.perf_counter() - started,
         "layout": str(parts.mesh.layout),
+        "micro_batches_of_data_ranks": parts.shares,
         "layers_of_stages": [len(layers) for layers in parts.split.slices],
         "parameters": _parameters(parts),
         "flops_per_token": flops_per_token,

@@ -112,9 +112,8 @@ def _update(parts: Parts, lr: float, norm: float) -> None:
 
 def local_micro_batches(parts: Parts, step: int) -> list[MicroBatch]:
     """This data rank's share of the step's global batch."""
-    recipe, size = parts.recipe, parts.recipe.train.micro_batch
-    share = recipe.data.global_batch // parts.mesh.layout.data
-    first = share * parts.mesh.at("data")
+    size, place = parts.recipe.train.micro_batch, parts.mesh.at("data")
+    first, share = sum(parts.shares[:place]) * size, parts.shares[place] * size
     pairs = (parts.batches.batch(step, start, size) for start in range(first, first + share, size))
     return [MicroBatch(inputs.to(parts.device), labels.to(parts.device)) for inputs, labels in pairs]
 

@@ -1,4 +1,4 @@
-"""What the keys parallel.balance, speeds and memory_bytes may say. Free of torch."""
+"""What the keys parallel.balance, speeds, shares and memory_bytes may say. Free of torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +48,26 @@ def memory_caps(memory_bytes: Any, ranks: int) -> list[int] | None:
         raise RecipeError(f"parallel.memory_bytes={memory_bytes} must be a positive number of bytes or a list of {ranks}, one for "
                           f"each pipeline rank; e.g. parallel.memory_bytes={8 * 2**30}, or leave it out")  # fmt: skip
     return caps
+
+
+def validate_shares(shares: Any, micro_batches: int, data: int, expert: int) -> None:
+    """`micro_batches` of a step are to be shared out over `data` ranks. Raises RecipeError."""
+    if shares is None:
+        return
+    if expert > 1:
+        raise RecipeError(f"parallel.shares={shares} does not go with parallel.expert={expert}, whose ranks go through their "
+                          "experts together; leave parallel.shares out or give parallel.expert=1")  # fmt: skip
+    even = [micro_batches // data + (rank < micro_batches % data) for rank in range(data)]
+    if min(even) < 1:
+        raise RecipeError(f"parallel.shares={shares} has {micro_batches} micro-batches for {data} data ranks; give a smaller "
+                          f"train.micro_batch, or parallel.data={micro_batches} or less")  # fmt: skip
+    if shares == "measured":
+        return
+    counts = _numbers(shares, (int,))
+    if counts is None or len(counts) != data or sum(counts) != micro_batches or min(counts) < 1:
+        near = "[" + ",".join(map(str, even)) + "]"
+        raise RecipeError(f"parallel.shares={shares} must be measured or hold {data} counts of at least 1 that add up to the "
+                          f"{micro_batches} micro-batches of a step, e.g. parallel.shares={near}")  # fmt: skip
 
 
 def _numbers(value: Any, types: tuple[type, ...]) -> list[Any] | None:

@@ -1,8 +1,8 @@
 """Whether layers should move to other ranks while a run goes on: a pure function of what was measured. Free of torch.
 
-What a rank was busy for in a step, against what the cost table says its layers take, is its speed now. With these speeds the best
-split is chosen anew, as at the start. Layers move when that makes a step shorter by a share that matters, in each of several
-windows in a row, and the steps that are left gain more than the move costs.
+What a rank was busy for with a micro-batch, against what the cost table says its layers take, is its speed now. With these speeds
+the best split is chosen anew, as at the start. Layers move when that makes a step shorter by a share that matters, in each of
+several windows in a row, and the steps that are left gain more than the move costs.
 
 Against swinging to and fro: after every move it takes twice as many windows in a row until the next. That is forgotten again after
 many windows with nothing to gain, so slowness that comes and goes moves layers only if it stays for long.
@@ -66,7 +66,7 @@ class Watch:
     def after_window(
         self, busy_seconds: Sequence[float], steps_left: int, move_seconds: Callable[[Split], float]
     ) -> Proposal | None:
-        """`busy_seconds`: what each rank of the pipeline was busy for in a step; `move_seconds`: what moving to a split costs."""
+        """`busy_seconds`: what each rank of the pipeline was busy for with one micro-batch; `move_seconds`: what a move costs."""
         self._seen.append(self._speeds(busy_seconds))
         if self._best(self._seen[-1]) is None:
             self._calm()
@@ -99,8 +99,7 @@ class Watch:
         expected = [
             sum(even.stage_times(stage, pieces[stage], again[stage]).total for stage in stages) for stages in even.stages_of
         ]
-        steps = self._schedule.micro_batches
-        return [one * steps / busy for one, busy in zip(expected, busy_seconds, strict=True)]
+        return [one / busy for one, busy in zip(expected, busy_seconds, strict=True)]
 
     def _best(self, speeds: list[float]) -> Proposal | None:
         """The best split for these speeds, where it is enough of a gain over the one there is."""

@@ -1,5 +1,6 @@
 """From a recipe to one split on all ranks."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from bagualu.comm.group import Communicator
 from bagualu.parallel.balance.forecast import Split
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.generate import compute_schedule
-from bagualu.trainer.balance import agree_on_split, relative_speeds
+from bagualu.trainer import balance as balancing
+from bagualu.trainer.balance import agree_on_shares, agree_on_split, relative_speeds
 from bagualu.trainer.config import Recipe
 from tests.harness import run
 from tests.parity import small_recipe
@@ -64,6 +66,25 @@ def test_caps_that_do_not_fit_are_refused_on_every_rank(balance: object) -> None
 def test_uniform_and_lists_need_no_costs() -> None:
     assert run("simulated", 4, agreed, recipe(train__recompute="full"))[3] == Split([range(2), range(2, 4)], [True, True])
     assert run("simulated", 4, agreed, recipe(parallel__balance=[1, 3]))[0] == Split([range(1), range(1, 4)], [False, False])
+
+
+def agreed_shares(communicator: Communicator, recipe: Recipe) -> list[int]:
+    return agree_on_shares(recipe, recipe.validate(communicator.size), communicator)
+
+
+def test_replicas_of_unequal_speed_share_a_step_by_their_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 2, half of the second replica, reaches half the FLOP/s of the others."""
+
+    def ceiling(*_: object) -> float:
+        return 1e9 if threading.current_thread().name == "rank-2" else 2.03e9
+
+    monkeypatch.setattr(balancing, "matmul_ceiling", ceiling)
+    small = small_recipe(parallel__data=2, parallel__tensor=2, parallel__shares="measured", data__global_batch=12)
+    assert run("simulated", 4, agreed_shares, small) == [[8, 4]] * 4
+    small.parallel.shares = [7, 5]
+    assert run("simulated", 4, agreed_shares, small) == [[7, 5]] * 4
+    small.parallel.shares = None
+    assert run("simulated", 4, agreed_shares, small) == [[6, 6]] * 4
 
 
 def test_the_slowest_replica_counts_and_noise_does_not() -> None:

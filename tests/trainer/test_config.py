@@ -79,6 +79,31 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"optim__betas": [0.9]}, "e.g. optim.betas=[0.9,0.95]", {"optim__betas": [0.9, 0.95]}),
     ({"optim__lr": -1.0}, "e.g. optim.lr=0.001", {"optim__lr": 0.001}),
     ({"optim__final_lr_ratio": 2.0}, "must lie between 0 and 1", {"optim__final_lr_ratio": 1.0}),
+    # pipelines and balance
+    (
+        {"parallel__pipeline": 2, "parallel__virtual_stages": 2},
+        "does not go with parallel.schedule=1f1b; give parallel.virtual_stages=1",
+        {"parallel__virtual_stages": 1},
+    ),
+    (
+        {"parallel__pipeline": 2, "parallel__schedule": "zb_v", "model__layers": 3},
+        "parallel.virtual_stages=2 stages each are more than model.layers=3; give parallel.pipeline=1 or less",
+        {"parallel__pipeline": 1},
+    ),
+    ({"parallel__pipeline": 2, "parallel__balance": "even"}, "give uniform, analytic, measured or a list of 2 layer counts",
+     {"parallel__balance": "analytic"}),
+    ({"parallel__speeds": "measured"}, "no effect with parallel.balance=uniform", {"parallel__balance": "measured"}),
+    ({"parallel__memory_bytes": 0}, "must be a positive number of bytes", {"parallel__memory_bytes": 2**30}),
+    ({"train__recompute": "auto"}, "give parallel.memory_bytes=BYTES", {"parallel__memory_bytes": 2**30}),
+    ({"parallel__rebalance__every": 5}, "has no effect with parallel.pipeline=1", {"parallel__pipeline": 2}),
+    ({"parallel__rebalance__threshold": 0.0}, "e.g. parallel.rebalance.threshold=0.05", {"parallel__rebalance__threshold": 0.05}),
+    ({"parallel__data": 2, "parallel__shares": [5, 4]}, "e.g. parallel.shares=[4,4]", {"parallel__shares": [4, 4]}),
+    ({"parallel__data": 2, "parallel__shares": "even"}, "must be measured or hold 2 counts", {"parallel__shares": "measured"}),
+    (
+        {"parallel__data": 8, "parallel__shares": "measured", "train__micro_batch": 2},
+        "give a smaller train.micro_batch, or parallel.data=4 or less",
+        {"parallel__data": 4},
+    ),
     # the rest
     ({"data__global_batch": 0}, "must be at least 1", {"data__global_batch": 1}),
     ({"data__validation_fraction": 1.0}, "e.g. 0.05", {"data__validation_fraction": 0.05}),

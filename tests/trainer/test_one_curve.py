@@ -93,6 +93,8 @@ SCHEDULED: list[tuple[str, dict[str, object]]] = [
     *(("moe_tied_9_layers", {"pipeline": 4, "schedule": name, "data": 2, "zero": 0}) for name in SCHEDULES),
     ("moe_tied_9_layers", {"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 4}),
     ("moe_tied_9_layers", {"pipeline": 3, "schedule": "zb_v", "balance": [2, 1, 1, 3, 1, 1]}),
+    ("dense_tied", {"data": 2, "shares": [5, 3]}),
+    ("moe_tied_9_layers", {"data": 3, "pipeline": 2, "schedule": "zb_h1", "shares": [4, 1, 3], "zero": 0}),
     ("dense_tied", {"pipeline": 1, "schedule": "zb_v"}),
     ("dense_tied", {"pipeline": 1, "schedule": "interleaved_1f1b", "virtual_stages": 3}),
     ("dense_tied", {"pipeline": 1, "schedule": "zb_h1"}),
@@ -126,7 +128,7 @@ def test_layout_trains_the_same_curve(backend: str, model: str, layout: dict[str
 
 @pytest.mark.parametrize(("model", "layout"), SCHEDULED, ids=[f"{m}-{name_of(x)}" for m, x in SCHEDULED])
 def test_schedule_trains_the_same_curve(model: str, layout: dict[str, object]) -> None:
-    over_processes = model == "dense_tied" and layout["pipeline"] == 2
+    over_processes = model == "dense_tied" and layout.get("pipeline") == 2
     recipe = recipe_for(model, layout)
     assert_same(run("gloo" if over_processes else "simulated", recipe.world_size(), train, recipe, STEPS), [alone(model)])
 

@@ -37,7 +37,7 @@ class Cluster:
             problem.stage_times(stage, (piece.start, piece.stop), False).total for stage, piece in enumerate(self.split.slices)
         ]
         busy = [
-            MICRO_BATCHES * sum(times[stage] for stage in stages) * (1 + self.random.uniform(-self.noise, self.noise))
+            sum(times[stage] for stage in stages) * (1 + self.random.uniform(-self.noise, self.noise))
             for stages in problem.stages_of
         ]
         proposal = self.watch.after_window(busy, steps_left, lambda _: move_seconds)
