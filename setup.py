@@ -36,6 +36,7 @@ setup(
         "filelock>=3.12",
         "psutil>=5.9",
         "rich>=13.0",
+        "matplotlib>=3.8",
         "wandb>=0.17",
     ],
     extras_require={

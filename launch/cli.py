@@ -7,6 +7,7 @@ from typing import Any
 from bagualu.comm.errors import RecipeError
 from bagualu.launch import usage
 from bagualu.launch.checkpoint import checkpoint
+from bagualu.launch.schedule import schedule
 from bagualu.trainer.outcome import DONE, FAILED, REFUSED
 
 
@@ -34,6 +35,8 @@ def _run(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
         return DONE, None
     if request.verb == "checkpoint":
         return checkpoint(request)
+    if request.verb == "schedule":
+        return schedule(request)
     # Deferred, so that help needs neither Hydra nor, in the verbs, torch.
     if request.print_recipe:
         from bagualu.launch.show import show_recipe

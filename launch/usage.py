@@ -7,12 +7,14 @@ from importlib.resources import files
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.injection.kinds import KINDS
 from bagualu.fault_tolerance.points import POINTS
+from bagualu.parallel.pipeline.generate import FAMILIES
 
 VERBS = {
     "train": "train on this machine",
     "slurm": "write a SLURM batch script and submit it",
     "rehearse": "train under planned faults, and say what was survived",
     "checkpoint": "list the checkpoints of a run, or read them through",
+    "schedule": "draw a pipeline schedule, and what a run made of it",
 }
 
 _HELP = """\
@@ -106,6 +108,28 @@ verify  the same after reading and checking every byte on all cores; names every
 
 Give a run directory, or one checkpoint in it (runs/tiny/checkpoints/step-00000010)."""
 
+_SCHEDULE = """\
+usage: bagualu schedule name=NAME stages=N micro_batches=M [chunks=V] [key=value ...] [--json]
+       bagualu schedule RUN_DIR [out=FILE] [--json]
+
+Draws the schedule in letters where it is narrow enough: F forward, B backward, I and W its two parts (the gradients
+of input and weights), one line a rank, ' for a pass of a rank's second chunk; -- is the second half of a pass that
+takes two steps. Says its bubble, and the activations in flight on every rank. With the directory of a run: what the
+schedule would take with the run's own times, and below what was measured in a step.
+
+keys:
+  name            {names}
+  stages          ranks of the pipeline: the stages that each chunk of the model is cut into
+  micro_batches   of one step, on every rank
+  chunks          stages of one rank, in a recipe parallel.virtual_stages; left out, what the schedule needs
+  forward=1 input=1 weight=1    what F, I and W take in a stage, e.g. forward=1 input=1.2 weight=0.8
+  message=0       what a message between two ranks takes, in the same unit
+  out             FILE.svg or FILE.png: draw it there
+
+options:
+  --json      print one JSON document on stdout, with every pass and its times
+  -h, --help  this page"""
+
 
 @dataclass
 class Request:
@@ -143,10 +167,10 @@ def read(arguments: list[str]) -> Request:
             request.print_script = True
         elif word == "--no-compare" and verb == "rehearse":
             request.compare = False
-        elif word == "--cfg=job" or (word in ("-c", "--cfg") and rest[:1] == ["job"]):
+        elif verb != "schedule" and (word == "--cfg=job" or (word in ("-c", "--cfg") and rest[:1] == ["job"])):
             request.print_recipe = True
             del rest[: word != "--cfg=job"]
-        elif word in ("-c", "--cfg"):
+        elif verb != "schedule" and word in ("-c", "--cfg"):
             raise RecipeError(f"{word} takes the word job: bagualu {verb} --cfg job")
         elif word.startswith("-"):
             raise RecipeError(f"unknown option {word}; see bagualu {verb} --help")
@@ -161,6 +185,8 @@ def page(verb: str) -> str:
         return _HELP.format(verbs="\n".join(f"  {name:<12}{what}" for name, what in VERBS.items()))
     if verb == "checkpoint":
         return _CHECKPOINT
+    if verb == "schedule":
+        return _SCHEDULE.format(names=" ".join(FAMILIES))
     if verb == "rehearse":
         return _REHEARSE.format(kinds="\n".join(_kinds()), points=" ".join(POINTS))
     return {"train": _TRAIN, "slurm": _SLURM}[verb].format(recipes="\n".join(_recipes()))

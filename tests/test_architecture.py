@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bagualu.launch import usage
+from bagualu.launch.schedule import schedule
 from bagualu.launch.sweep import jobs
 from bagualu.trainer import preflight
 from bagualu.trainer.recipe import compose
@@ -28,6 +29,7 @@ READS_ENVIRONMENT = {
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
     "launch/cli.py": {"bagualu.launch.rehearse", "bagualu.launch.show", "bagualu.launch.slurm", "bagualu.launch.train"},
     "launch/rehearse.py": {"bagualu.fault_tolerance.checkpoint.compare"},
+    "launch/schedule.py": {"bagualu.parallel.pipeline.picture", "bagualu.trainer.recipe"},  # matplotlib; Hydra
     "launch/run.py": {"bagualu.launch", "bagualu.trainer.progress"},
     "trainer/__main__.py": {"torch", "bagualu.trainer.worker"},
     "trainer/data/corpus.py": {"bagualu.trainer.data.build"},  # the library `datasets`, for a corpus that is not cached yet
@@ -133,6 +135,15 @@ def test_a_recipe_is_composed_checked_and_refused_without_torch():
     assert "torch" not in loaded
 
 
+def test_a_schedule_is_drawn_without_torch_and_hydra(tmp_path):
+    words = ["schedule", "name=zb_v", "stages=2", "micro_batches=3"]
+    loaded = loaded_after(f"from bagualu.launch.cli import main\nassert main({words}) == 0")
+    assert not loaded & {"torch", "hydra", "omegaconf", "matplotlib"}
+    loaded = loaded_after(f"from bagualu.launch.cli import main\nassert main({[*words, f'out={tmp_path}/picture.svg']}) == 0")
+    assert "matplotlib" in loaded
+    assert not loaded & {"torch", "hydra", "omegaconf"}
+
+
 def test_the_readme_opens_with_the_two_commands():
     commands = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    python3 -m venv")]
     assert len(commands) == 2
@@ -162,6 +173,9 @@ def test_the_commands_of_the_readme_are_valid(command):
         return None
     if request.verb == "checkpoint":
         assert request.overrides[0] in ("list", "verify")
+        return None
+    if request.verb == "schedule":
+        assert schedule(request)[0] == 0
         return None
     recipes = [recipe for _, recipe in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
     for recipe in recipes:

@@ -1,4 +1,4 @@
-"""The schedules by name. Free of torch."""
+"""The schedules by name; each is a function in schedules/, whose docstring shows it and says what it costs. Free of torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

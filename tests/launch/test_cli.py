@@ -20,7 +20,7 @@ def refused(capsys, *words):
     return err
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["slurm", "-h", "recipe=tiny"]])
+@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["slurm", "-h", "recipe=tiny"], ["schedule", "-h"]])
 def test_help_comes_on_stdout(capsys, words):
     assert cli.main(words) == 0
     out, err = capsys.readouterr()
@@ -44,7 +44,7 @@ def test_help_lists_every_verb_and_every_recipe(capsys):
     ("words", "fix"),
     [
         (["trian"], "did you mean bagualu train?"),
-        (["recipe=tiny"], "there are train, slurm, rehearse, checkpoint"),
+        (["recipe=tiny"], "there are train, slurm, rehearse, checkpoint, schedule"),
         (["checkpoint"], "bagualu checkpoint list runs/tiny"),
         (["checkpoint", "list", "/no/such/run"], "/no/such/run/checkpoints does not exist"),
         (["train", "--frobnicate"], "bagualu train --help"),

@@ -8,12 +8,15 @@ from bagualu.parallel.pipeline.schedule import Action, Kind, Placement
 def squeeze(schedule: list[list[Action]], placement: Placement) -> list[list[Action]]:
     """The same passes with fewer waits: at each step, all passes taking one, every rank does the first of its list that has what it
     needs. A rank never holds more activations for it than its own list makes it hold; passes of one kind at one stage keep their
-    order. (The squeezing and reordering of arXiv 2405.15362, in one sweep.)"""
+    order. Raises ValueError for passes that wait for each other. (The squeezing and reordering of arXiv 2405.15362, in one sweep.)
+    """
     ranks = [_Rank(list(actions)) for actions in schedule]
     done: set[Action] = set()
     while any(rank.left for rank in ranks):
-        step = [rank.take(done, placement) for rank in ranks]
-        done.update(action for action in step if action is not None)
+        step = [action for rank in ranks if (action := rank.take(done, placement)) is not None]
+        if not step:
+            raise ValueError("the passes of this schedule wait for each other")
+        done.update(step)
     return [rank.done for rank in ranks]
 
 

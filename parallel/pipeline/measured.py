@@ -1,0 +1,86 @@
+"""What a run measured of its own pipeline: when each pass of one step began and ended. Free of torch."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from bagualu.comm.errors import RecipeError
+from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule
+from bagualu.parallel.pipeline.timeline import Cost, Span, Timeline
+
+FILE = "pipeline.jsonl"
+"""In a run directory: a line a pass, {"rank", "step", "kind", "micro_batch", "stage", "start", "end"}, with the rank's place in the
+pipeline, F, B, I or W, and seconds from an origin that all ranks share."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One step of a run; times in seconds from its first pass."""
+
+    step: int
+    timeline: Timeline
+
+    @property
+    def micro_batches(self) -> int:
+        return 1 + max(span.action.micro_batch for spans in self.timeline.ranks for span in spans)
+
+    @property
+    def stages(self) -> int:
+        return 1 + max(span.action.stage for spans in self.timeline.ranks for span in spans)
+
+
+def read_measured(path: Path) -> Measured:
+    """The last step in `path`. Raises RecipeError for a file that is missing or holds something else."""
+    if not path.exists():
+        raise RecipeError(f"{path} does not exist; give the directory of a run that has trained with parallel.pipeline=2 or more")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise RecipeError(f"{path} is empty; give the directory of a run that has trained a step")
+    last = max(step for step, _, _ in rows)
+    origin = min(span.start for step, _, span in rows if step == last)
+    ranks: list[list[Span]] = [[] for _ in range(1 + max(rank for _, rank, _ in rows))]
+    for step, rank, span in rows:
+        if step == last:
+            ranks[rank].append(Span(span.action, span.start - origin, span.end - origin))
+    if not all(ranks):
+        raise RecipeError(f"{path} tells nothing of rank {ranks.index([])} in step {last}; let the run write it again")
+    return Measured(last, Timeline([sorted(spans, key=lambda span: span.start) for spans in ranks]))
+
+
+def _row(path: Path, number: int, line: str) -> tuple[int, int, Span]:
+    """Step, rank and the pass."""
+    try:
+        row = json.loads(line)
+        action = Action(Kind(row["kind"]), int(row["micro_batch"]), int(row["stage"]))
+        step, rank, span = int(row["step"]), int(row["rank"]), Span(action, float(row["start"]), float(row["end"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{path}, line {number}: no pass of a pipeline ({error}); let the run write it again") from error
+    if min(action.micro_batch, action.stage, rank) < 0 or span.end < span.start:
+        raise RecipeError(f"{path}, line {number}: ends before it starts, or counts below 0; let the run write it again")
+    return step, rank, span
+
+
+def check_against(measured: Measured, schedule: Schedule) -> None:
+    """Raises RecipeError unless exactly the passes of `schedule` were measured."""
+    for rank, planned in enumerate(schedule.actions):
+        done = Counter(span.action for span in measured.timeline.ranks[rank])
+        for action in Counter(planned) | done:
+            if done[action] != planned.count(action):
+                raise RecipeError(
+                    f"{FILE} tells {done[action]} times of {action} on rank {rank} and the run's schedule does it "
+                    f"{planned.count(action)} times; let the run write it again"
+                )
+
+
+def mean_costs(measured: Measured) -> Cost:
+    """What a pass of this kind took on average at this stage."""
+    count: Counter[tuple[Kind, int]] = Counter()
+    seconds: dict[tuple[Kind, int], float] = {}
+    for spans in measured.timeline.ranks:
+        for span in spans:
+            key = (span.action.kind, span.action.stage)
+            seconds[key] = seconds.get(key, 0.0) + float(span.end - span.start)
+            count[key] += 1
+    return lambda action: seconds[action.kind, action.stage] / count[action.kind, action.stage]
