@@ -20,7 +20,8 @@ class Report:
     """What a correct schedule costs."""
 
     peak_in_flight: list[int]
-    """By rank: the most forward passes, of all its stages, whose activations are held at once."""
+    """By rank: the most forward passes, of all its stages, whose activations are held at once. One is what a stage holds of one
+    micro-batch, so with v chunks 1/v of what the rank would hold of it."""
     peak_by_stage: list[int]
     """By stage: its own part of that at its own worst moment."""
 

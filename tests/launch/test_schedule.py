@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
@@ -119,6 +120,15 @@ def test_a_run_beside_its_plan(capsys, tmp_path):
     assert (tmp_path / "both.svg").stat().st_size > 10000
     with_messages = json.loads(printed(capsys, "schedule", str(tmp_path), "message=0.125", "--json"))
     assert with_messages["end"] == pytest.approx(measured["end"])
+
+
+def test_the_commands_of_the_page_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs/design/pipeline.md"
+    commands = [line.split() for line in page.read_text().splitlines() if line.startswith("    bagualu schedule")]
+    assert len(commands) == 2
+    for command in commands:
+        printed(capsys, *command[1:])
 
 
 def test_what_is_printed_of_a_run(capsys, tmp_path):

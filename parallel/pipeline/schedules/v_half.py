@@ -23,8 +23,9 @@ def v_half(placement: Placement, micro_batches: int) -> list[list[Action]]:
     2405.15362).
 
     With F = I = W and m of at least p the bubble is at most p(F+I+W) in passes of one stage. That is the authors' rate of about
-    p/2m, half of 1F1B's, whose stages are twice as long. At most 2 floor((p+2)/2) activations of a stage in flight on any rank, as
-    much as floor((p+2)/2) of a rank's whole share, the authors' figure; 1F1B holds p.
+    p/2m, half of 1F1B's, whose stages are twice as long. As long as 2F <= W+2I and 2I <= W+2F (the authors' condition) only the
+    start and the end wait, however many micro-batches there are. At most 2 floor((p+2)/2) activations of a stage in flight on any
+    rank, as much as floor((p+2)/2) of a rank's whole share, the authors' figure; 1F1B holds p.
     """
     block = [_with_weight_gradients(_repeated(placement, rank, micro_batches)) for rank in range(placement.ranks)]
     return squeeze(block, placement)
