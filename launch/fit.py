@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from bagualu.comm.errors import RecipeError
+from bagualu.parallel.config import RebalanceConfig
 from bagualu.parallel.elastic import largest_layout
 from bagualu.parallel.layout import Layout
 from bagualu.trainer.config import Recipe
@@ -25,15 +26,25 @@ def fitted(recipe: Recipe, ranks: int) -> tuple[Recipe, int]:
 
 
 def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
-    """The recipe with the degrees of `layout`; what has no meaning with them is left out."""
+    """The recipe with the degrees of `layout`; what has no meaning with them is left out.
+
+    Lists by rank or stage are of other ranks then: layers are split evenly, and every rank has the least of the memory caps.
+    """
+    given = recipe.parallel
+    pipeline_stays, data_stays = layout.pipeline == given.pipeline, layout.data == given.data
     parallel = replace(
-        recipe.parallel,
+        given,
+        balance=given.balance if pipeline_stays or isinstance(given.balance, str) else "uniform",
+        speeds=given.speeds if pipeline_stays or given.speeds == "measured" else None,
+        memory_bytes=given.memory_bytes if pipeline_stays or not isinstance(given.memory_bytes, list) else min(given.memory_bytes),
+        shares=given.shares if data_stays or given.shares == "measured" else None,
+        rebalance=given.rebalance if layout.pipeline > 1 else RebalanceConfig(),
         data=layout.data,
         tensor=layout.tensor,
         pipeline=layout.pipeline,
         expert=layout.expert,
         context=layout.context,
-        sequence=recipe.parallel.sequence and layout.tensor > 1,
+        sequence=given.sequence and layout.tensor > 1,
     )
     return replace(recipe, parallel=parallel)
 

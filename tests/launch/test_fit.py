@@ -39,6 +39,16 @@ def test_sequence_parallel_goes_with_the_last_tensor_rank():
     assert (used, recipe.parallel.sequence) == (1, False)
 
 
+def test_lists_by_rank_do_not_outlive_their_ranks():
+    base = ["launch.workers=4", "model.layers=6", "model.moe.every=2", "parallel.data=1", "parallel.pipeline=4",
+            "parallel.expert=1", "parallel.balance=[1,2,2,1]", "parallel.rebalance.every=5",
+            "parallel.memory_bytes=[5000000000,6000000000,6000000000,6000000000]"]  # fmt: skip
+    recipe, used = fitted(compose(["recipe=tiny", "restart.elastic=true", *base]), 3)
+    assert (used, recipe.parallel.balance, recipe.parallel.memory_bytes) == (3, "uniform", 5000000000)
+    recipe, used = fitted(compose(["recipe=tiny", "restart.elastic=true", *base]), 1)
+    assert (used, recipe.parallel.rebalance.every) == (1, None)
+
+
 def test_too_few_are_refused_with_the_fix():
     with pytest.raises(RecipeError, match=r"1 workers are left of 4.*restart.min_workers=1"):
         fit(1, "launch.workers=4", "parallel.data=4", "parallel.pipeline=1", "restart.min_workers=2")
