@@ -62,8 +62,8 @@ class Relocation:
     def run(self) -> None:
         """Move everything. Collective. One message each way between two members; pairs take turns in one order on all of them."""
         here, group = self._group.rank, self._group
-        for target, source in zip(self._incoming[here], self._outgoing[here], strict=True):
-            target.copy_(source)
+        for target, held in zip(self._incoming[here], self._outgoing[here], strict=True):
+            target.copy_(held)
         arriving, works = [], []
         for low in range(group.size):
             for high in range(low + 1, group.size):

@@ -61,7 +61,7 @@ class Watch:
     @property
     def patience(self) -> int:
         """Windows in a row that it takes."""
-        return self._windows * 2**self._caution
+        return self._windows << self._caution
 
     def after_window(
         self, busy_seconds: Sequence[float], steps_left: int, move_seconds: Callable[[Split], float]
