@@ -1,7 +1,7 @@
 """pipeline.jsonl: when the ranks of the pipeline did the passes of one step. What `bagualu schedule RUN_DIR` draws.
 
 One object a line: rank (place in the pipeline), step, kind, micro_batch, stage, start and end in seconds. Of the ranks at a place
-the first one counts. Clocks of different machines differ, so ranks meet before the step and count from there.
+the first one counts.
 """
 
 import json
@@ -13,13 +13,14 @@ from statistics import median
 from typing import Any
 
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.fault_tolerance.ledger.events import clock
 from bagualu.parallel.balance.show import show_split
+from bagualu.parallel.pipeline.measured import FILE
 from bagualu.parallel.pipeline.schedule import Kind
 from bagualu.trainer.assemble import Parts
 
 log = logging.getLogger(__name__)
 
-TIMELINE = "pipeline.jsonl"
 _AFTER_STEPS = 2
 """Steps of a process until the one that is recorded: the first ones pay for warming up."""
 
@@ -44,30 +45,44 @@ class Timeline:
         if step != self._due:
             return
         self._due = -1
-        stopwatch, mesh = self._parts.runner.stopwatch, self._parts.mesh
-        shift = stopwatch.began - self._met
-        rows = [
+        mesh, stopwatch = self._parts.mesh, self._parts.runner.stopwatch
+        passes = [
             {
                 "rank": mesh.at("pipeline"),
                 "step": step + 1,
                 "kind": str(timed.action.kind),
                 "micro_batch": timed.action.micro_batch,
                 "stage": timed.action.stage,
-                "start": timed.start + shift,
-                "end": timed.end + shift,
+                "start": timed.start,
+                "end": timed.end,
             }
             for timed in stopwatch.passes()
         ]
-        ranks = gather_json(rows, mesh.group("pipeline"), self._parts.device)
+        told = {"clock": clock(), "met": self._met, "began": stopwatch.began, "passes": passes}
+        ranks = gather_json(told, mesh.group("pipeline"), self._parts.device)
         if mesh.at("world") == 0:
-            if self._parts.costs:
-                measured = _measured([row for rank in ranks for row in rank], mesh.placement.stages)
-                print(show_split(self._parts.split, mesh.placement, measured), file=sys.stderr, flush=True)
-            text = "".join(json.dumps(row) + "\n" for rank in ranks for row in rank)
-            try:
-                (Path(self._parts.recipe.run.dir) / TIMELINE).write_text(text, encoding="utf-8")
-            except OSError as error:  # nothing that a run should end for
-                log.warning("%s was not written: %s", TIMELINE, error)
+            self._write(_aligned(ranks))
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        placement = self._parts.mesh.placement
+        if self._parts.costs:
+            print(show_split(self._parts.split, placement, _measured(rows, placement.stages)), file=sys.stderr, flush=True)
+        try:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (Path(self._parts.recipe.run.dir) / FILE).write_text(text, encoding="utf-8")
+        except OSError as error:  # nothing that a run should end for
+            log.warning("%s was not written: %s", FILE, error)
+
+
+def _aligned(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All passes, from one origin: when the first rank left the place where all had met. Ranks whose clock is another machine's
+    are taken to have left it at that moment too."""
+    rows = []
+    for told in ranks:
+        met = ranks[0]["met"] if told["clock"] == ranks[0]["clock"] else told["met"]
+        shift = told["began"] - met
+        rows += [{**row, "start": row["start"] + shift, "end": row["end"] + shift} for row in told["passes"]]
+    return rows
 
 
 def _measured(rows: list[dict[str, Any]], stages: int) -> list[tuple[float, float]]:

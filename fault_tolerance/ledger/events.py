@@ -61,7 +61,7 @@ class Ledger:
     def __init__(self, run_dir: Path, writer: str = "") -> None:
         self.path = run_dir / LEDGER
         self._writer = writer
-        self._clock = _clock()
+        self._clock = clock()
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         size = os.fstat(self._file).st_size
@@ -99,7 +99,7 @@ def read(run_dir: Path) -> list[Event]:
     return events
 
 
-def _clock() -> str:
+def clock() -> str:
     """Names this machine since it was started."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.exists() else f"process {os.getpid()}"
