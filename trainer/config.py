@@ -196,7 +196,8 @@ class Recipe:
         return expand(self.faults, self._setting(max(1, self.world_size())))
 
     def _setting(self, world: int) -> Setting:
-        return Setting(self.run.seed, self.train.steps, world, self.checkpoint.every, self.guard.on_nonfinite == "retry")
+        retries = self.guard.on_nonfinite == "retry" and self.train.dtype != "float16"  # whose overflows are skipped
+        return Setting(self.run.seed, self.train.steps, world, self.checkpoint.every, retries)
 
     def _validate_batch(self, layout: Layout) -> None:
         if self.parallel.shares is not None:

@@ -53,7 +53,7 @@ def verify(path: Path, threads: int = 1) -> list[str]:
         except CheckpointError as error:
             problems.append(str(error))
     with ThreadPoolExecutor(threads) as pool:
-        for found in pool.map(partial(_damage, path, manifest), stored, stored.values()):
+        for found in pool.map(partial(damage, path, manifest), stored, stored.values()):
             problems += found
     return problems
 
@@ -73,7 +73,7 @@ def check_files(path: Path, manifest: Manifest) -> None:
         open_shard(path, manifest, name).close()
 
 
-def _damage(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int, StoredBox]]) -> list[str]:
+def damage(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int, StoredBox]]) -> list[str]:
     """What is wrong with one shard: every damaged block of it is named."""
     problems = list(_gaps(path, manifest, name, boxes))
     try:

@@ -1,7 +1,7 @@
 """Saving: every rank makes its part durable, all tell rank 0 how it went, rank 0 commits by one rename.
 
     main thread    start: snapshot ... training ...  advance: reports -> rank 0 ... training ...  advance: outcome <- rank 0
-    writer thread        mkdir, fence, shard, fsync                    rank 0: manifest, rename           prune
+    writer thread        mkdir, fence, shard, fsync                    rank 0: manifest, rename           prune, look back
 
 Until the rename nothing is there to load; after it everything is. A failure anywhere is raised on every rank. The collectives are
 all on the main thread; whatever touches the storage is in the writer thread, so that no step waits for it.
@@ -24,6 +24,7 @@ from bagualu.fault_tolerance.checkpoint.directory import SAVING, delete, doom, t
 from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, collect_json
 from bagualu.fault_tolerance.checkpoint.fence import Fence
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_name
+from bagualu.fault_tolerance.checkpoint.lookback import LookBack
 from bagualu.fault_tolerance.checkpoint.retention import prune
 from bagualu.fault_tolerance.checkpoint.shard import Piece, write_shard
 from bagualu.fault_tolerance.checkpoint.writer import Job, Outcome, Writer
@@ -47,6 +48,8 @@ class _UnderWay:
     """Every part is durable; the same on every rank."""
     claim: Claim = field(default_factory=Claim)
     """What was told of a failed save stays true: a commit that ends well after that takes itself back."""
+    report: dict[str, Any] | None = None
+    """Of this rank's part, once it is durable."""
     failed: Outcome | None = None
     """Why this rank has given it up."""
 
@@ -72,6 +75,11 @@ class Saver:
         self._writer = Writer(group.ranks[group.rank])
         self._under_way: _UnderWay | None = None
         self._attempts = 0
+        self._look_back = LookBack(keep)
+        self._looks_back = False
+        """It has something to read, once training goes on; after the last save nobody waits for it."""
+        self._damaged: set[str] = set()
+        """On rank 0: names of checkpoints that some rank has found damaged."""
 
     @property
     def under_way(self) -> bool:
@@ -83,6 +91,9 @@ class Saver:
         the ranks. When the first sum is 0 or the second is not, `advance` does not have to wait.
         """
         if self._under_way is None:
+            if self._looks_back:
+                self._looks_back = False
+                self._writer.submit(self._look_back.check)
             return 0.0, 0.0
         outcome = self._outcome(self._under_way)
         return float(outcome is None), float(outcome is not None and "error" in outcome)
@@ -131,6 +142,9 @@ class Saver:
         self.group.monitor.at("prune")
         if self.group.rank == 0:
             self._writer.submit(self._prune, final)
+        assert save.report is not None
+        self._look_back.wrote(final, save.report)
+        self._looks_back = True
         return final
 
     def rest(self) -> None:
@@ -159,6 +173,7 @@ class Saver:
     def _all_durable(self, save: _UnderWay, wait: bool) -> Outcome:
         """Tell rank 0 of this rank's part; its verdict. If all are durable, it begins to commit."""
         own = self._outcome(save, wait)
+        save.report = own.get("done") if own else None
         self.group.monitor.at("commit")
         outcomes = collect_json(own, self.group, self.device)
         verdict: Outcome = {"done": None}
@@ -190,17 +205,29 @@ class Saver:
             _clear_failed(temporary, self.fence)
             if os.path.lexists(final):
                 raise CheckpointError(f"{final} is there already and never overwritten; resume from it or remove it first")
-        return write_shard(temporary / f"rank-{self.group.ranks[self.group.rank]:05d}.safetensors", pieces)
+        report = write_shard(temporary / f"rank-{self.group.ranks[self.group.rank]:05d}.safetensors", pieces)
+        return {**report, "damaged": dict(self._look_back.damaged)}
 
     def _commit(self, save: _UnderWay, reports: list[dict[str, Any]]) -> None:
         manifest = manifest_of(save.step, save.metadata, self.group.ranks, reports)
+        self._note_damage(reports)
         commit(self.fence, save.temporary, self.fence.root / step_name(save.step), manifest, save.claim)
+
+    def _note_damage(self, reports: list[dict[str, Any]]) -> None:
+        """What the ranks found when they read again what they had written."""
+        found: set[str] = set()
+        for rank, report in zip(self.group.ranks, reports, strict=True):
+            for name, why in report["damaged"].items():
+                if name not in self._damaged | found:
+                    log.warning("rank %d: %s; it does not count towards checkpoint.keep=%d", rank, why, self.keep)
+                found.add(name)
+        self._damaged = found
 
     def _prune(self, just_saved: Path) -> None:
         """The checkpoint is committed: that an old one cannot be removed is no reason to call the save failed."""
         try:
             self.fence.check()
-            prune(self.fence.root, self.keep, just_saved)
+            prune(self.fence.root, self.keep, just_saved, self._damaged)
         except CheckpointError as error:
             log.warning("checkpoint.keep=%d: %s", self.keep, error)
 

@@ -91,6 +91,7 @@ def test_whatever_ends_one_writer_is_known_on_every_rank_one_step_later_and_trai
     def train(saver: Saver) -> list[Any]:
         snapshot = Snapshot()
         saved = [save_while_training(saver, 10, snapshot)[0]]
+        saver.rest()  # it reads again what it has written
         if begun.wait() == 0:
             failing_once(monkeypatch, call, rank, error)
         begun.wait()

@@ -5,9 +5,11 @@ import sys
 
 import pytest
 
+from bagualu.fault_tolerance.checkpoint.commit import commit
 from bagualu.fault_tolerance.checkpoint.directory import discard, latest, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_name
 from bagualu.fault_tolerance.checkpoint.inspect import describe, verify
+from bagualu.fault_tolerance.checkpoint.save import Saver, take_fence
 
 
 def test_the_newest_stay(tmp_path, save_step, left):
@@ -25,6 +27,36 @@ def test_a_damaged_one_does_not_count_and_the_one_just_saved_stays(tmp_path, sav
     assert left(tmp_path) == [step_name(2), step_name(3), step_name(4)]
     save_step(tmp_path, 1, keep=1)  # gone back to an earlier step
     assert left(tmp_path) == [step_name(1), step_name(4)]
+
+
+def test_the_last_whole_one_stays_when_newer_ones_rot_in_silence(tmp_path, run_ranks, pieces, left, monkeypatch, caplog):
+    """A flipped byte that no quick look sees is found by the rank that wrote it, before what is older goes."""
+
+    def rotting(fence, temporary, final, manifest):
+        commit(fence, temporary, final, manifest)
+        if manifest.step in (3, 4):
+            shard = final / "rank-00001.safetensors"
+            shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+
+    monkeypatch.setattr("bagualu.fault_tolerance.checkpoint.save.commit", rotting)
+    stays = {}
+
+    def train(group):
+        saver = Saver(take_fence(tmp_path, group), group, keep=2)
+        for step in range(1, 7):
+            saver.start(step, pieces(step, group), {"step": step})
+            saver.conclude()
+            saver.status()  # training goes on
+            saver.rest()
+            group.barrier()
+            stays[step] = [int(name[-1]) for name in left(tmp_path)]
+            group.barrier()
+        saver.close()
+
+    assert run_ranks(2, train) == [None, None]
+    assert stays == {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 3, 4, 5], 6: [5, 6]}
+    assert caplog.text.count("does not count towards checkpoint.keep=2") == 2
+    assert all(f"rank 1: {tmp_path / step_name(step)}: " in caplog.text for step in (3, 4))
 
 
 def test_whatever_else_lies_there_is_ignored(tmp_path, save_step, left):
