@@ -54,7 +54,8 @@ class RestartConfig:
     """A rank that shows no progress for so long, or waits so long for one that shows none, ends the run's processes; 0: never.
     At most three quarters of comm.timeout_seconds, whatever it says."""
     long_hang_seconds: float = 1800.0
-    """The same where nothing can be seen for long: start, first step (compilation), validation, checkpoints read and written."""
+    """The same where nothing can be seen for long: start, first step (compilation), validation, checkpoints read and written.
+    No longer than restart.hang_seconds for a rank that another has waited for three quarters of comm.timeout_seconds."""
 
     def validate(self) -> None:
         require_at_least(0, "restart", self, "limit", "backoff_seconds")

@@ -31,7 +31,7 @@ from bagualu.launch.rendezvous import REGROUP_SECONDS
 from bagualu.launch.restart import Restarts, Verdict, announcement, resuming
 from bagualu.launch.watcher import Watcher
 from bagualu.trainer.outcome import Failure, first
-from bagualu.trainer.stopping import STOP_SIGNALS
+from bagualu.trainer.stopping import STOP_SIGNALS, StopRequest
 
 _GRACE_SECONDS = 1.0
 """For the peers of a dead worker, to notice and to write down what they saw."""
@@ -62,7 +62,10 @@ class NoLogs(LogsSpecs):
 class Agent(LocalElasticAgent):
     """Starts the workers of one machine, starts them again after failures, forwards requests to stop, lets none survive."""
 
-    def __init__(self, told: member.Member, rendezvous: DynamicRendezvousHandler, watchers: Sequence[Watcher] = ()) -> None:
+    def __init__(
+        self, told: member.Member, rendezvous: DynamicRendezvousHandler, stop: StopRequest, watchers: Sequence[Watcher] = ()
+    ) -> None:
+        """From here on signals are the agent's; `stop` has taken them so far."""
         spec = WorkerSpec(
             role="worker",
             local_world_size=len(told.slots),
@@ -88,6 +91,7 @@ class Agent(LocalElasticAgent):
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
+        self.stop_asked |= stop()
 
     @property
     def nodes(self) -> int:

@@ -27,8 +27,8 @@ class HangCheck(Watcher):
         config = recipe.restart
         self._folder = scratch / HEARTBEATS
         self._logs = Path(recipe.run.dir) / "logs"
-        sooner = min(config.hang_seconds, _BEFORE_TIMEOUT * recipe.comm.timeout_seconds)
-        self._patience = Patience(sooner, config.long_hang_seconds)
+        last_chance = _BEFORE_TIMEOUT * recipe.comm.timeout_seconds
+        self._patience = Patience(min(config.hang_seconds, last_chance), config.long_hang_seconds, last_chance)
         self._processes: dict[int, int] = {}
         self._watchdog: Watchdog | None = None
 

@@ -53,20 +53,28 @@ def nobody(scratch: Path) -> Sequence[Watcher]:
 
 
 def run_processes(
-    recipe: Recipe, workers: int, entrypoint: str, quiet_stdout: bool, meeting: Meeting | None = None, watch: Watch = nobody
+    recipe: Recipe,
+    workers: int,
+    entrypoint: str,
+    quiet_stdout: bool,
+    stop: StopRequest,
+    meeting: Meeting | None = None,
+    watch: Watch = nobody,
 ) -> Ended:
-    """Train with `workers` processes here, and with those of the other nodes of `meeting`.
+    """Train with `workers` processes here, and with those of the other nodes of `meeting`. `stop` is installed.
 
     The fork server is already on its way (forkserver.py).
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the last words are ours
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are the agent's
+    if stop():
+        return _not_begun()
     with scratch() as folder:
         told = member.Member(recipe, tuple(range(workers)), recipe.world_size(), entrypoint, folder, quiet_stdout)
         try:
             place = rendezvous.among(meeting, recipe.restart) if meeting else rendezvous.here(recipe.launch.port)
             with _lock(recipe, meeting, place):
-                return _together(Agent(told, place.handler, watch(folder)), place)
+                return _together(Agent(told, place.handler, stop, watch(folder)), place)
         except RendezvousError as error:
             return Ended(failure=_lost_meeting(error, recipe))
         except RecipeError as error:  # another job was quicker
@@ -93,19 +101,21 @@ def _together(agent: Agent, place: rendezvous.Place) -> Ended:
 def _supervise(agent: Agent, ending: Ending) -> Ended:
     """The end of the run; where another node has ended it, what that one said."""
     recipe = agent.told.recipe
+    if agent.stop_asked:
+        return _not_begun()
     try:
         result = agent.run()
     except Killed:
-        return Ended(failure=Failure(0, "train", "killed by a second Ctrl-C, nothing saved since the last checkpoint",
+        return Ended(failure=Failure(-1, "train", "killed by a second Ctrl-C, nothing saved since the last checkpoint",
                                      time.time(), "killed"))  # fmt: skip
     except Left:
-        return Ended(failure=Failure(0, "start", "asked to stop while waiting for other nodes", time.time(), "stopped"))
+        return Ended(failure=Failure(-1, "start", "asked to stop while waiting for other nodes", time.time(), "stopped"))
     except RendezvousClosedError:
         result = None
     except RendezvousError as error:
         return Ended(failure=_lost_meeting(error, recipe))
     except RecipeError as error:
-        return Ended(failure=failure(0, "restart", error, time.time()))
+        return Ended(failure=failure(-1, "restart", error, time.time()))
     if result is None:
         return _said(ending.heard())
     if agent.failure and agent.failure.kind == "peer" and result.is_failed() and agent.nodes > 1:
@@ -114,9 +124,13 @@ def _supervise(agent: Agent, ending: Ending) -> Ended:
     return Ended(failure=agent.failure) if result.is_failed() else Ended(agent.summary, speaks=agent.has_rank_0)
 
 
+def _not_begun() -> Ended:
+    return Ended(failure=Failure(-1, "start", "asked to stop before anything was trained", time.time(), "stopped"))
+
+
 def _said(document: dict[str, Any] | None) -> Ended:
     if document is None:
-        return Ended(failure=Failure(0, "restart", "another node has ended the run, and is gone", time.time(), "peer"))
+        return Ended(failure=Failure(-1, "restart", "another node has ended the run, and is gone", time.time(), "peer"))
     return Ended(document["summary"], Failure(**document["failure"]) if document["failure"] else None, False)
 
 
@@ -127,13 +141,14 @@ def _lost_meeting(error: RendezvousError, recipe: Recipe) -> Failure:
         )
     else:
         cause = "the node that holds the rendezvous store cannot be reached"
-    return Failure(0, "meeting the other nodes", cause, time.time(), "peer")
+    return Failure(-1, "meeting the other nodes", cause, time.time(), "peer")
 
 
-def run_threads(recipe: Recipe, world: int, entrypoint: str, quiet_stdout: bool, watch: Watch = nobody) -> Ended:
-    """Train with `world` threads of this process (comm.backend=simulated)."""
-    stop, restarts, generation = StopRequest(), Restarts(recipe.restart), 0
-    stop.install()
+def run_threads(recipe: Recipe, world: int, entrypoint: str, quiet_stdout: bool, stop: StopRequest, watch: Watch = nobody) -> Ended:
+    """Train with `world` threads of this process (comm.backend=simulated). `stop` is installed."""
+    restarts, generation = Restarts(recipe.restart), 0
+    if stop():
+        return _not_begun()
     with scratch() as folder, contextlib.redirect_stdout(sys.stderr if quiet_stdout else sys.stdout):
         watchers = watch(folder)
         while True:

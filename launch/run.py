@@ -17,6 +17,7 @@ from bagualu.launch.watcher import Watcher
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, STOPPED, Failure, last_words
+from bagualu.trainer.stopping import StopRequest
 
 _ELASTIC = "torch.distributed.elastic.multiprocessing"
 
@@ -31,6 +32,10 @@ def run(
     entrypoint = entrypoint or environment.TRAIN
     threaded = recipe.comm.backend == "simulated"
     ledger = LedgerWatcher(Path(recipe.run.dir))
+    stop = StopRequest()
+    if not threaded:
+        stop.tell.clear()  # no step is under way here: who ends this run says how
+    stop.install()
 
     def watch(scratch: Path) -> Sequence[Watcher]:
         return [ledger, HangCheck(recipe, scratch)]
@@ -41,9 +46,9 @@ def run(
         from bagualu.launch import local  # imports torch: here, while the fork server does too
 
         if threaded:
-            ended = local.run_threads(recipe, workers, entrypoint, quiet_stdout, watch)
+            ended = local.run_threads(recipe, workers, entrypoint, quiet_stdout, stop, watch)
         else:
-            ended = local.run_processes(recipe, workers, entrypoint, quiet_stdout, meeting, watch)
+            ended = local.run_processes(recipe, workers, entrypoint, quiet_stdout, stop, meeting, watch)
             forkserver.stop()
     if ended.failure is not None:
         return _failed(ended.failure, recipe)

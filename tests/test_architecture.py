@@ -24,6 +24,8 @@ READS_ENVIRONMENT = {
     "trainer/__main__.py",  # starts itself again with its environment as it should be
     "trainer/data/corpus.py",  # where caches lie
     "launch/run.py",  # the environment that workers are started in
+    "launch/forkserver.py",  # tells the fork server whose it is
+    "launch/lifeline.py",  # where the fork server reads it
     "launch/local.py",  # how elastic is told which signals are its own
 }
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it

@@ -17,16 +17,21 @@ from bagualu.trainer import environment, preflight
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.log import copy_to_log
 from bagualu.trainer.outcome import DONE, FAILED, REFUSED, STOPPED, Failure, last_words
+from bagualu.trainer.parent import die_with
 from bagualu.trainer.progress import summary_text
 from bagualu.trainer.recipe import compose, save_recipe
 from bagualu.trainer.stopping import StopRequest
 
 _PREPARED = "BAGUALU_PREPARED"
 """Set in a process that has been started again with its environment as it should be."""
+_TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun, which leaves its workers behind when it is killed."""
 
 
 def main(overrides: list[str], entrypoint: str | None = None) -> int:
     """Train as the rank that the environment says; the exit code."""
+    if _TORCHRUN in os.environ:  # started by hand, it may outlive its shell
+        die_with(os.getppid())
     try:
         world = World.from_environment()
     except RecipeError as error:

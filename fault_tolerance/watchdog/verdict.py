@@ -10,8 +10,9 @@ perhaps for others, until the chain ends:
     at a rank on another node                it is not to be seen from here
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bagualu.comm.monitor import Line
 from bagualu.fault_tolerance.points import POINTS
@@ -32,6 +33,8 @@ class Patience:
     hang_seconds: float
     long_seconds: float
     """The same at a point that may take long, and until the process has come through its first step (compilation)."""
+    wait_seconds: float = math.inf
+    """Who has waited so long will soon give up; whom it waits for is then given `hang_seconds` everywhere."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ def _is_late(one: Seen, others: list[Seen]) -> bool:
 
 def _follow(one: Seen, seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
     """From a rank that waits too long along those that it waits for."""
+    if one.silent_seconds >= patience.wait_seconds:
+        patience = replace(patience, long_seconds=patience.hang_seconds)
     path = [one]
     while True:
         behind = _behind(one, seen)

@@ -1,7 +1,7 @@
 """What the ranks run in the tests of the watchdog, in place of the trainer: short steps, until one of them stands still.
 
-Not collected by pytest. `run.name` says how, on rank 2 in step 5 (counted from 1): spin, lock, gil; slow: nobody stands still, but
-a first step, a validation and a load take longer than restart.hang_seconds.
+Not collected by pytest. `run.name` says how, on rank 2 in step 5 (counted from 1): spin, lock, gil; first: spin, in
+step 1; slow: nobody stands still, but a first step, a validation and a load take longer than restart.hang_seconds.
 """
 
 import ctypes
@@ -50,7 +50,7 @@ def misbehave(how: str, step: int, at: Any, folder: Path) -> None:
     if how == "slow" and step == 3:
         at("validate")
         time.sleep(4)
-    if step == 5 and how == "spin":
+    if (step, how) in ((1, "first"), (5, "spin")):
         computes_for_ever()
     if step == 5 and how == "lock":
         native_deadlock()

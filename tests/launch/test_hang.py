@@ -59,6 +59,15 @@ def test_a_rank_that_does_not_come_on_is_named_with_its_stack(start, gone, how, 
     assert gone([one["pid"] for one in ranks])
 
 
+def test_a_rank_that_stands_still_where_much_is_allowed_is_named_before_the_others_give_up(start):
+    run = stand_still(start, "run.name=first", "comm.backend=simulated", "comm.timeout_seconds=6")
+    code, _, err = run.end()
+    rank, _, report = named(err.splitlines()[-1], "bagualu: failed: ")
+    assert code == 1
+    assert rank == 2
+    assert "computes_for_ever" in stack_of(report, 2)
+
+
 def test_what_may_take_long_is_no_hang(start):
     code, _, err = stand_still(start, "run.name=slow", "train.steps=10").end()
     assert code == 0, err

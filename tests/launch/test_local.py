@@ -26,6 +26,12 @@ def descendants(pid):
     return [child.pid for child in children if child.name() not in ("sh", "cat", "sleep")]
 
 
+def catches(pid, number):
+    """Whether a process has a handler for a signal."""
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 def test_workers_get_threads_memory_and_logs_and_the_run_says_how_it_ended(start, gone):
     run = start("train.steps=3", "launch.threads=1", "--json")
     code, out, err = run.end()
@@ -80,6 +86,17 @@ def test_a_request_to_stop_ends_at_a_step_with_code_75(start, gone, way):
     assert gone(pids(ranks))
 
 
+@pytest.mark.parametrize("backend", ["gloo", "simulated"])
+def test_a_request_to_stop_that_comes_while_it_starts_ends_it_with_code_75(start, backend):
+    run = start(f"comm.backend={backend}")
+    run.until(lambda: catches(run.process.pid, signal.SIGTERM))  # from there on it imports torch
+    run.process.send_signal(signal.SIGTERM)
+    code, _, err = run.end()
+    assert code == 75, err
+    assert err.splitlines()[-1].startswith("bagualu: stopped: asked to stop before anything was trained; ")
+    assert not (run.folder / "metrics.jsonl").exists()
+
+
 def test_a_second_ctrl_c_ends_a_run_that_will_not_stop(start, gone):
     run = start("run.name=deaf")
     ranks = run.started()
@@ -88,7 +105,7 @@ def test_a_second_ctrl_c_ends_a_run_that_will_not_stop(start, gone):
     run.interrupt()
     code, _, err = run.end()
     assert code == 1
-    assert err.splitlines()[-1].startswith("bagualu: failed: ")
+    assert err.splitlines()[-1].startswith("bagualu: failed: no single rank, train: killed by a second Ctrl-C")
     assert gone(pids(ranks))
 
 

@@ -15,7 +15,7 @@ from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoint
 from bagualu.launch import local
 from bagualu.launch.cli import main
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.stopping import STOP_SIGNALS
+from bagualu.trainer.stopping import STOP_SIGNALS, StopRequest
 from tests.launch.survival import SMALL, figures, small, state, undisturbed
 
 WORDS = ["parallel.data=2", "parallel.tensor=1", "train.steps=6", "checkpoint.every=2", "train.validate_every=2",
@@ -41,7 +41,9 @@ def reference(tmp_path_factory):
 
 def train(folder, *words):
     folder.mkdir(exist_ok=True)
-    return local.run_threads(small(folder, *WORDS, *words), 2, "tests.launch.faulty:train", False)
+    stop = StopRequest()
+    stop.install()
+    return local.run_threads(small(folder, *WORDS, *words), 2, "tests.launch.faulty:train", False, stop)
 
 
 @pytest.mark.parametrize("point", ["data", "backward", "agree", "validate", "write", "commit"])

@@ -123,6 +123,20 @@ def test_the_first_step_of_a_process_may_take_long() -> None:
     assert judge({**seen, 2: replace(seen[2], steps_begun=2)}, PATIENCE) is not None
 
 
+@pytest.mark.parametrize("point", ["backward", "start", "validate", "load", "commit"])
+def test_before_those_that_wait_give_up_the_one_they_wait_for_is_named_wherever_it_is(point: str) -> None:
+    """Also in its first step (backward)."""
+    patience = replace(PATIENCE, wait_seconds=450)
+    seen = stand_still(4, [WORLD], Halt(2, 0, joined=False))
+    seen[2] = replace(seen[2], point=point, steps_begun=1, silent_seconds=1700)
+    waiting = {rank: replace(one, silent_seconds=451) for rank, one in seen.items() if one.waits}
+    assert judge(seen, patience) is None
+    verdict = judge({**seen, **waiting}, patience)
+    assert verdict is not None
+    assert verdict.culprits == (2,)
+    assert judge({**seen, **waiting, 2: replace(seen[2], silent_seconds=299)}, patience) is None  # it does come on
+
+
 def test_when_all_have_joined_and_nobody_comes_back_it_is_the_link_or_whoever_is_stopped() -> None:
     one = Seen(0, steps_begun=3, operation="all_reduce", line=WORLD, number=5, counts={WORLD: 5}, silent_seconds=301)
     seen = {rank: replace(one, rank=rank) for rank in range(4)}
