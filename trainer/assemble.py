@@ -82,7 +82,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
         reducer=reducer,
         optimizer=optimizer,
         scaler=LossScaler.for_dtype(recipe.train.dtype),
-        guard=Guard(recipe.guard, mesh, reducer, optimizer),
+        guard=Guard(recipe.guard, mesh, reducer, optimizer, recipe.checkpoint.every),
         device=communicator.device,
     )
 
