@@ -46,7 +46,9 @@ def leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lefto
 def assert_stood(folder: Path, document: dict[str, Any], count: int, seconds: float) -> None:
     rehearsed, reference = folder / "rehearsed", folder / "uninterrupted"
     recipe = load_recipe(rehearsed / "config.yaml")
-    assert (document["planned"], document["survived"]) == (count, count), document["faults"]
+    assert document["planned"] == count
+    assert document["survived"] + document["without_effect"] == count, document["faults"]
+    assert document["without_effect"] <= count // 4  # most of what is rehearsed shows something
     assert document["as_promised"]
     assert_same_run(rehearsed, reference)
     assert_every_sample_once(rehearsed, recipe)

@@ -189,7 +189,7 @@ def test_a_flipped_bit_gives_another_finite_number(dtype: torch.dtype) -> None:
 
 
 def test_a_disk_is_full_for_as_many_writes_as_planned(tmp_path: Path) -> None:
-    DISK.refuse(2)
+    DISK.refuse(2, "planned: this")
     for _ in range(2):
         with pytest.raises(OSError, match="No space left"):
             DISK.check()
