@@ -98,7 +98,8 @@ class GuardConfig:
     limit: int = 5
     """Steps skipped or taken back in a row before the run stops."""
     check_every: int = 10
-    """Steps between checks of weights and optimizer state for damage; 0 never checks."""
+    """Steps between checks of weights and optimizer state for damage, besides that after every checkpoint; 0 never checks.
+    Optimizer state that no other rank holds is watched from the end of the step before to the check: in 1 of so many steps."""
     audit_every: int = 0
     """Steps between audits, whose gradients are computed twice and compared: an N-th more time for every N-th step; 0 never."""
     leave_out: list[int] = field(default_factory=list)

@@ -19,6 +19,10 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
     except RecipeError as error:
         print(f"bagualu: error: {error}", file=sys.stderr)
         code, document = REFUSED, {"ended": "refused", "error": str(error)}
+    except OSError as error:
+        what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        print(f"bagualu: failed: {what}; see whether there is room and whether it can be written", file=sys.stderr)
+        code, document = FAILED, {"ended": "failed", "cause": what}
     except KeyboardInterrupt:
         print("bagualu: failed: interrupted before the workers started; nothing was trained", file=sys.stderr)
         code, document = FAILED, {"ended": "failed", "cause": "interrupted before the workers started"}

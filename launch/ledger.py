@@ -26,6 +26,10 @@ class LedgerWatcher(Watcher):
         self._began = None
         self._ledger.add("started")
 
+    def look(self) -> None:
+        if self._ledger is not None:
+            self._ledger.write()
+
     def failed(self, generation: int, failure: Failure, again: bool) -> None:
         if self._ledger is None:
             return

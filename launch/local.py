@@ -78,7 +78,7 @@ def run_processes(
         except RendezvousError as error:
             return Ended(failure=_lost_meeting(error, recipe))
         except RecipeError as error:  # another job was quicker
-            return Ended(failure=failure(0, "start", error, time.time()))
+            return Ended(failure=failure(-1, "start", error, time.time()))
 
 
 def _lock(recipe: Recipe, meeting: Meeting | None, place: rendezvous.Place) -> AbstractContextManager[None]:

@@ -1,5 +1,6 @@
 """A local worker process, from its fork to its end: whom it dies with, where its output goes, what it tells of a failure."""
 
+import contextlib
 import json
 import os
 import sys
@@ -72,7 +73,8 @@ def main(member: Member) -> dict[str, Any]:
         if world.rank:
             traceback.print_exc()
         else:
-            log.open("a").write(traceback.format_exc())
+            with contextlib.suppress(OSError), log.open("a") as file:
+                file.write(traceback.format_exc())
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(FAILED)

@@ -16,7 +16,7 @@ from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.config import RestartConfig
 from bagualu.fault_tolerance.injection.plan import EXAMPLE, parse
 from bagualu.fault_tolerance.injection.record import FAULTS, Record
-from bagualu.fault_tolerance.injection.report import Trace, outcomes
+from bagualu.fault_tolerance.injection.report import NO_EFFECT, SURVIVED, UNNOTICED, Trace, outcomes
 from bagualu.fault_tolerance.ledger.events import read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute
 from bagualu.launch.run import run
@@ -28,7 +28,7 @@ from bagualu.trainer.recipe import compose, save_recipe
 
 _WIDTH = 120
 """Columns that the table takes at least."""
-_NUMBERS = ("recovery", "steps lost")
+_NUMBERS = ("step", "recovery", "steps lost")
 
 
 def rehearse(request: Request, entrypoint: str | None) -> tuple[int, Any]:
@@ -90,7 +90,8 @@ def _document(rehearsed: Recipe, summary: dict[str, Any], reference: Recipe | No
         "ended": summary["ended"],
         "run_dir": str(folder),
         "faults": [asdict(row) for row in rows],
-        "survived": sum(row.survived for row in rows),
+        "survived": sum(row.state == SURVIVED for row in rows),
+        "without_effect": sum(row.state == NO_EFFECT for row in rows),
         "planned": len(rows),
         "ledger": attribute(events),
     }
@@ -99,7 +100,7 @@ def _document(rehearsed: Recipe, summary: dict[str, Any], reference: Recipe | No
     differing = _differences(rehearsed, reference) if reference and done else None
     if differing is not None:
         document |= {"equal": not differing, "differences": differing, "reference": reference.run.dir if reference else None}
-    document["as_promised"] = done and not differing and all(row.survived for row in rows)
+    document["as_promised"] = done and not differing and all(row.state in (SURVIVED, NO_EFFECT) for row in rows)
     return document
 
 
@@ -115,17 +116,22 @@ def _differences(one: Recipe, other: Recipe) -> list[str]:
 
 def _show(document: dict[str, Any]) -> None:
     table = Table(box=SIMPLE_HEAD)
-    for name in ("fault", "struck", "noticed", "answered", "recovery", "steps lost"):
+    for name in ("fault", "step", "what became of it", "recovery", "steps lost"):
         table.add_column(name, no_wrap=name == "fault", overflow="fold", justify="right" if name in _NUMBERS else "left")
     for row in document["faults"]:
-        struck = "never" if row["struck_at"] is None else f"step {row['struck_at']}" + (row["did"] and f", {row['did']}")
+        struck = "never" if row["struck_at"] is None else str(row["struck_at"])
+        noticed = "" if row["noticed"] == UNNOTICED else row["noticed"]
+        state = "" if row["state"] == SURVIVED else row["state"].upper()
+        lines = "\n".join(filter(None, (row["did"], noticed, row["answered"], state)))
         recovery = "" if row["recovery_seconds"] is None else f"{row['recovery_seconds']:.1f} s"
         lost = "" if row["steps_lost"] is None else str(row["steps_lost"])
-        table.add_row(row["fault"], struck, row["noticed"], row["answered"], recovery, lost)
+        table.add_row(row["fault"], struck, lines, recovery, lost)
     console = Console()
     console.width = max(console.width, _WIDTH)
     console.print(table)
     counts = f"survived {document['survived']} of {document['planned']} faults"
+    if document["without_effect"]:
+        counts += f", {document['without_effect']} took no effect"
     print(f"{document['run_dir']}: {counts}; the run ended: {document['ended']}")
     if "equal" in document:
         differing = document["differences"]

@@ -84,7 +84,7 @@ usage: bagualu rehearse [recipe=NAME] faults=... [key=value ...] [--no-compare] 
 
 Runs the recipe twice on this machine, without faults and under the planned ones, each in a folder of RUN_DIR-rehearsal. Says
 of every fault how it was noticed and answered and what it cost, and whether both runs end with the same state to the bit.
-Exit code 0 only if every fault struck and was survived, and the states are equal.
+Exit code 0 only if every fault struck, was survived or took no effect, and the states are equal.
 
 faults=[kill@step=5:rank=2:at=backward, corrupt@step=9]     these; at every point once, whatever is started again
 faults=random:20                                            20, drawn with run.seed

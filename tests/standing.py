@@ -98,7 +98,8 @@ def assert_every_sample_once(run_dir: Path, recipe: Recipe) -> None:
 
 
 def assert_ledger_adds_up(run_dir: Path, seconds: float | None = None) -> None:
-    """Every second in exactly one category; together no more than `seconds`, the wall time seen from outside, and most of it."""
+    """Every second in exactly one category; together no more than `seconds`, the wall time seen from outside, and at least three
+    quarters of what lies between the files that a launch begins and ends with."""
     totals = json.loads((run_dir / "summary.json").read_text())["ledger"]
     events = read(run_dir)
     assert totals == {name: value for name, value in attribute(events).items() if name in totals}
@@ -107,6 +108,8 @@ def assert_ledger_adds_up(run_dir: Path, seconds: float | None = None) -> None:
     assert totals["productive"] > 0
     if seconds is not None:
         assert totals["wall"] <= seconds
+    if (recipe := run_dir / "config.yaml").exists():  # written by a launcher; there was one
+        assert totals["wall"] >= 0.75 * ((run_dir / "summary.json").stat().st_mtime - recipe.stat().st_mtime)
 
 
 def steps_lost(run_dir: Path) -> list[int]:

@@ -73,7 +73,7 @@ class Parts:
         """After `step` steps: from now on this rank holds `stages`, its part of `split`."""
         self.split, self.stages = split, stages
         self.runner.model, self.runner.weight_gradients = stages.model, stages.reducer
-        before, self.guard = self.guard, Guard(self.recipe.guard, self.mesh, stages.reducer, stages.optimizer)
+        before, self.guard = self.guard, _guard(self.recipe, self.mesh, stages)
         self.guard.load(before.memory.as_json(), step)
         self.guard.clean = before.clean
 
@@ -113,6 +113,10 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
         schedule=schedule,
         program=program(schedule, mesh.at("pipeline")),
         scaler=LossScaler.for_dtype(recipe.train.dtype),
-        guard=Guard(recipe.guard, mesh, stages.reducer, stages.optimizer),
+        guard=_guard(recipe, mesh, stages),
         device=communicator.device,
     )
+
+
+def _guard(recipe: Recipe, mesh: Mesh, stages: Stages) -> Guard:
+    return Guard(recipe.guard, mesh, stages.reducer, stages.optimizer, recipe.checkpoint.every)

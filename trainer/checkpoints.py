@@ -22,10 +22,16 @@ log = logging.getLogger(__name__)
 
 
 def take_checkpoints(parts: Parts) -> Fence:
-    """Make the run's checkpoints this start's own. Collective; before anything is read there. Raises RecipeError on every rank."""
+    """Make the run's checkpoints this start's own. Collective; before anything is read there.
+
+    Raises on every rank: RecipeError where a run begins, which would only be refused again; CheckpointError where it goes on, since
+    it could write there before, and can when there is room again.
+    """
     try:
         return take_fence(checkpoints_of(parts), parts.mesh.group("world"), parts.device, _patience(parts))
     except CheckpointError as error:
+        if parts.recipe.checkpoint.resume:
+            raise
         raise RecipeError(str(error)) from error
 
 

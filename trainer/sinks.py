@@ -7,11 +7,12 @@ before), and what else applies, e.g. `validation_loss`, `validation_bits_per_byt
 
 import json
 import math
-import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from bagualu.fault_tolerance.lines import Lines
 
 Record = Mapping[str, Any]
 
@@ -36,31 +37,25 @@ class JsonlSink:
     """One JSON object a line, each in the file as soon as it is written, so a killed run keeps its lines."""
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
-        """Go on after step `after_step` (0: from the start): the lines of later steps are removed, in one rename."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        self._open(after_step)
+        """Go on after step `after_step` (0: from the start): the lines from that of the first later step on are removed."""
+        self._lines = Lines(path)
+        self.rewind(after_step)
 
     def write(self, record: Record) -> None:
-        self._stream.write(to_json(record) + "\n")
+        """Never raises: a line that finds no room on the disk waits for the next one."""
+        self._lines.add(to_json(record))
 
     def rewind(self, step: int) -> None:
-        self._stream.close()
-        self._open(step)
+        """To shorten a file takes no room, and leaves no moment without the lines that stay."""
+        path, size = self._lines.path, 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            if not line.endswith(b"\n") or _step(line) > step:
+                break
+            size += len(line)
+        self._lines.truncate(size)
 
     def close(self) -> None:
-        self._stream.close()
-
-    def _open(self, after_step: int) -> None:
-        if self._path.exists():
-            kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step(line) <= after_step]
-            fresh = self._path.with_name(self._path.name + ".tmp")
-            with open(fresh, "w", encoding="utf-8") as stream:
-                stream.writelines(line + "\n" for line in kept)
-                stream.flush()
-                os.fsync(stream.fileno())
-            fresh.replace(self._path)
-        self._stream = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._lines.close()
 
 
 def to_json(record: Record) -> str:
@@ -69,8 +64,8 @@ def to_json(record: Record) -> str:
     return json.dumps(finite, allow_nan=False)
 
 
-def _step(line: str) -> float:
-    """The step of a line; infinite for one that a kill left unfinished."""
+def _step(line: bytes) -> float:
+    """The step of a line; infinite for what is none."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -11,13 +11,16 @@ _MAY_DIFFER = ("layout",)
 _OF_TROUBLE = ("counts", "furthest", "setbacks")
 """What the guard has counted on the way, in metadata["guard"]: no part of where the run is."""
 
+_MOST_SHOWN = 60
+"""Characters of a value that differs."""
+
 
 def differences(one: Path, other: Path) -> list[str]:
     """What differs, one line each; [] when nothing does. Holds one tensor of each in memory. Raises CheckpointError."""
     first, second = Checkpoint(one), Checkpoint(other)
     here, there = _said(first), _said(second)
     found = [
-        f"metadata {key}: {here.get(key)} and {there.get(key)}"
+        "metadata " + _first_difference(key, here.get(key), there.get(key))
         for key in sorted(here.keys() | there.keys())
         if here.get(key) != there.get(key)
     ]
@@ -29,6 +32,17 @@ def differences(one: Path, other: Path) -> list[str]:
         if count:
             found.append(f"tensor {name}: {count} bytes differ")
     return found
+
+
+def _first_difference(key: str, one: Any, other: Any) -> str:
+    """Of two unequal JSON values, with the way to it."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        inner = min(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+        return _first_difference(f"{key}.{inner}", one.get(inner), other.get(inner))
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        place = next(place for place, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
+        return _first_difference(f"{key}[{place}]", one[place], other[place])
+    return f"{key}: {str(one)[:_MOST_SHOWN]} and {str(other)[:_MOST_SHOWN]}"
 
 
 def _bytes(checkpoint: Checkpoint, name: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +12,16 @@ class Disk:
     """The storage that this process writes checkpoints to. A planned fault can fill it (fault_tolerance/injection)."""
 
     def __init__(self) -> None:
-        self._refused = 0
+        self._refused: deque[str] = deque()
 
-    def refuse(self, writes: int) -> None:
-        """The next `writes` writes find no space."""
-        self._refused += writes
+    def refuse(self, writes: int, why: str) -> None:
+        """The next `writes` writes find no space, and say `why`."""
+        self._refused.extend([why] * writes)
 
     def check(self) -> None:
         """Before every write. Raises OSError."""
         if self._refused:
-            self._refused -= 1
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {self._refused.popleft()}")
 
 
 DISK = Disk()

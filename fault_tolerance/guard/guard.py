@@ -42,9 +42,11 @@ class Figures:
 
 
 class Guard:
-    """One rank's. `memory` is its part of the run's state."""
+    """One rank's. `memory` is its part of the run's state. `saves_every`: steps between checkpoints, 0 for none."""
 
-    def __init__(self, config: GuardConfig, mesh: Mesh, reducer: GradientReducer, optimizer: damage.Optimizer) -> None:
+    def __init__(
+        self, config: GuardConfig, mesh: Mesh, reducer: GradientReducer, optimizer: damage.Optimizer, saves_every: int = 0
+    ) -> None:
         """Raises RecipeError for what this device cannot do."""
         repeatable = mesh.group("world").device.type == "cpu"
         if config.audit_every and not repeatable:
@@ -52,7 +54,7 @@ class Guard:
                 f"guard.audit_every={config.audit_every} compares two computations bit by bit, which only a CPU repeats "
                 f"exactly; give guard.audit_every=0"
             )
-        self.config = config
+        self.config, self._saves_every = config, saves_every
         self.memory = Memory.empty(config)
         self._mesh = mesh
         self._damage = DamageCheck(reducer.buckets, optimizer, mesh)
@@ -160,7 +162,9 @@ class Guard:
         return Verdict(action, cause, ranks, self._count, f"step {step}: " + "; ".join(filter(None, said)))
 
     def _checks(self, step: int) -> bool:
-        return bool(self.config.check_every) and step % self.config.check_every == 0
+        """The step after a checkpoint is one too: it shows that nothing had changed while that was written."""
+        after_save = self._saves_every > 0 and step > 1 and (step - 1) % self._saves_every == 0
+        return self.config.check_every > 0 and (after_save or step % self.config.check_every == 0)
 
     def _audits(self, step: int) -> bool:
         return bool(self.config.audit_every) and step % self.config.audit_every == 0

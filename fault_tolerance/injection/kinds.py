@@ -115,7 +115,7 @@ class FullDisk(Fault):
     writes: int = 1
 
     def strike(self, scene: Scene) -> str | None:
-        DISK.refuse(self.writes)
+        DISK.refuse(self.writes, f"planned: {self}")
         return None
 
 

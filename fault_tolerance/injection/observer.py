@@ -21,8 +21,9 @@ class PlannedFaults:
 
     def at(self, point: str, step: int) -> None:
         for fault in [one for one in self.ahead if one.at == point and one.step <= step]:
+            if not self.record.add(fault, step):
+                continue  # it would strike again after every restart; later, when there is room
             self.ahead.remove(fault)
-            self.record.add(fault, step)
             did = fault.strike(self.scene)
             if did is not None:
                 self.record.add(fault, step, did)

@@ -1,13 +1,13 @@
 """Which planned faults have struck, so that none strikes again after a restart. Free of torch."""
 
 import json
-import os
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from bagualu.fault_tolerance.injection.fault import Fault
+from bagualu.fault_tolerance.lines import Lines
 
 FAULTS = "faults.jsonl"
 """Its name in a run directory."""
@@ -18,29 +18,32 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lines = Lines(path, shared=True, durable=True)
 
-    def add(self, fault: Fault, step: int, did: str | None = None) -> None:
-        """`fault` strikes now, in `step`; or has struck and done `did`."""
+    def add(self, fault: Fault, step: int, did: str | None = None) -> bool:
+        """`fault` strikes now, in `step`; or has struck and done `did`. False: that could not be written, and is forgotten."""
         line: dict[str, Any] = {"fault": str(fault), "step": step, "wall": time.time()}
         if did is not None:
             line["did"] = did
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, json.dumps(line).encode() + b"\n")
-            os.fsync(descriptor)
+            return self._lines.add(json.dumps(line))
         finally:
-            os.close(descriptor)
+            self._lines.drop()
+            self._lines.close()
 
     def strikes(self) -> list[dict[str, Any]]:
-        """What has struck, in order: fault, step, wall and, where there was more to say, did."""
+        """What has struck, in order: fault, step, wall and, where there was more to say, did. Lines cut short do not count:
+        what they were about did not come to strike, or did nothing more."""
         found: list[dict[str, Any]] = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
-            entry = json.loads(line)
-            if "did" in entry:
-                last = next(one for one in reversed(found) if one["fault"] == entry["fault"])
-                last["did"] = entry["did"]
-            else:
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if "did" not in entry:
                 found.append(entry)
+            elif same := [one for one in found if one["fault"] == entry["fault"]]:
+                same[-1]["did"] = entry["did"]
         return found
 
     def struck(self) -> Counter[str]:

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from bagualu.fault_tolerance.injection.fault import Fault
-from bagualu.fault_tolerance.injection.kinds import Corrupt, FullDisk
+from bagualu.fault_tolerance.injection.kinds import Corrupt, Flip, FullDisk, Nan
 from bagualu.fault_tolerance.injection.plan import parse
 from bagualu.fault_tolerance.ledger.events import Event
 
 UNNOTICED = "-"
+SURVIVED, NO_EFFECT, NOT_FOUND, NEVER, ENDED = "survived", "took no effect", "not found", "did not strike", "ended the run"
+"""What can have become of a fault. One that took no effect has shown nothing, good or bad; one that was not found may be in the
+weights."""
 _PROGRESS = ("train", "checkpoint", "validation", "ended")
 
 
@@ -27,7 +31,8 @@ class Outcome:
     recovery_seconds: float | None
     """From the strike to the next step finished by workers that were started again."""
     steps_lost: int | None
-    survived: bool
+    state: str
+    """SURVIVED ... ENDED."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +57,35 @@ def outcomes(plan: Sequence[str], trace: Trace) -> list[Outcome]:
         ahead.remove(strike["fault"])
         later = [one["wall"] for one in strikes[index + 1 :] if parse(one["fault"]).ends_process]
         found.append(_outcome(strike, min(later, default=float("inf")), trace))
-    return found + [Outcome(fault, None, "", "did not strike", "", None, None, survived=False) for fault in ahead]
+    return found + [Outcome(fault, None, "", UNNOTICED, "", None, None, NEVER) for fault in ahead]
 
 
 def _outcome(strike: dict[str, Any], until: float, trace: Trace) -> Outcome:
     events, fault = trace.events, parse(strike["fault"])
     went_on = any(event.wall > strike["wall"] and event.what in _PROGRESS and event.cause != "failed" for event in events)
-    failure = next((event for event in events if event.what == "failed" and strike["wall"] <= event.wall < until), None)
+    failure = next((event for event in events if strike["wall"] <= event.wall < until and _is_of(event, fault)), None)
     noticed, answered = _within(fault, strike, trace)
     seconds = lost = None
     if failure is not None and (fault.ends_process or noticed == UNNOTICED):
-        noticed = f"rank {failure.rank}: {failure.cause}".replace(f": planned: {fault}", " as planned")
+        noticed = _as_planned(f"rank {failure.rank}: {failure.cause}", fault)
         answered, seconds, lost = _restart(strike, failure, events)
-    return Outcome(str(fault), strike["step"], strike.get("did", ""), noticed, answered, seconds, lost, survived=went_on)
+    state = SURVIVED if went_on else ENDED
+    if noticed == UNNOTICED and went_on:
+        state = NO_EFFECT if isinstance(fault, Corrupt | FullDisk | Nan) else NOT_FOUND if isinstance(fault, Flip) else SURVIVED
+    return Outcome(str(fault), strike["step"], strike.get("did", ""), noticed, answered, seconds, lost, state)
+
+
+def _is_of(event: Event, fault: Fault) -> bool:
+    """Whether the event may be the end of a generation by `fault`. One that does not end its process is no other's scapegoat."""
+    if event.what != "failed":
+        return False
+    return fault.ends_process or f"planned: {fault}" in event.cause or (event.rank == fault.rank and "planned: " not in event.cause)
+
+
+def _as_planned(text: str, fault: Fault) -> str:
+    for before in (": ", ", "):
+        text = text.replace(f"{before}planned: {fault}", " as planned")
+    return text
 
 
 def _within(fault: Fault, strike: dict[str, Any], trace: Trace) -> tuple[str, str]:
@@ -73,12 +94,32 @@ def _within(fault: Fault, strike: dict[str, Any], trace: Trace) -> tuple[str, st
         name = strike.get("did", "").rpartition(" ")[2].partition("/")[0]
         found = any(f"{name}-" in one for one in trace.damaged)
         return ("its hashes, while resuming", "the checkpoint before was taken") if found else (UNNOTICED, "never read")
+    if isinstance(fault, Corrupt):
+        return UNNOTICED, "not known to have been read"
     if isinstance(fault, FullDisk):
-        errors = (line["checkpoint_error"] for line in trace.metrics if line["step"] >= fault.step and "checkpoint_error" in line)
-        error = next(errors, None)
-        return (error.partition(";")[0], "that save was given up") if error else (UNNOTICED, "went on")
+        errors = (line["checkpoint_error"].partition(";")[0] for line in trace.metrics if "checkpoint_error" in line)
+        error = next((error for error in errors if error.endswith(f"planned: {fault}")), None)
+        return (_as_planned(error, fault), "that save was given up") if error else (UNNOTICED, "no write was refused")
     line = next((line for line in trace.metrics if line["step"] == strike["step"]), {})
-    return (str(line["cause"]), _answer(line)) if "cause" in line else (UNNOTICED, "went on")
+    if "cause" in line:
+        return str(line["cause"]), _answer(line)
+    if isinstance(fault, Nan | Flip) and _taken_back(strike, trace.events):
+        return "the guard", "back to a checkpoint"  # whose steps, done again, say nothing of it
+    if isinstance(fault, Flip):
+        key = "guard.audit_every" if fault.what == "gradient" else "guard.check_every"
+        return UNNOTICED, f"nobody looked in that step: {key}=1 looks in every one"
+    return UNNOTICED, "went on"
+
+
+def _taken_back(strike: dict[str, Any], events: Sequence[Event]) -> bool:
+    """Whether a step was thrown away after the strike, in the same start, and those since before the strike done again."""
+    later = [event for event in events if event.wall >= strike["wall"] and event.what in ("discarded", "train", "failed", "ended")]
+    for event, after in pairwise(later):
+        if event.what == "failed":
+            return False
+        if event.what == "discarded" and after.what == "train" and after.step <= strike["step"] and after.step < event.step:
+            return True
+    return False
 
 
 def _answer(line: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """What happened to a run and when: `ledger.jsonl` in its directory, written by rank 0 and by the launcher. Free of torch.
 
-One JSON object a line, appended by one write. A line that a crash cut short is passed over by readers.
+One JSON object a line, appended by one write. A line that a crash or a full disk cut short is passed over by readers.
 """
 
 import json
@@ -8,6 +8,8 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from bagualu.fault_tolerance.lines import Lines
 
 LEDGER = "ledger.jsonl"
 """Its name in a run directory."""
@@ -56,17 +58,13 @@ class Event:
 
 
 class Ledger:
-    """Appends events. `writer` as in Event."""
+    """Appends events. `writer` as in Event. Never raises: an event that finds no room waits for the next one."""
 
     def __init__(self, run_dir: Path, writer: str = "") -> None:
         self.path = run_dir / LEDGER
         self._writer = writer
         self._clock = clock()
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":  # a crash cut the last line short
-            os.write(self._file, b"\n")
+        self._lines = Lines(self.path, shared=True)
 
     def add(
         self,
@@ -81,14 +79,18 @@ class Ledger:
         when = moment or Moment.now()
         event = Event(what, when.wall, when.monotonic, self._clock, self._writer, step, since, rank, cause)
         fields = {name: value for name, value in asdict(event).items() if value not in ("", None)}
-        os.write(self._file, json.dumps(fields).encode() + b"\n")
+        self._lines.add(json.dumps(fields))
+
+    def write(self) -> None:
+        """Try again what found no room."""
+        self._lines.write()
 
     def close(self) -> None:
-        os.close(self._file)
+        self._lines.close()
 
 
 def read(run_dir: Path) -> list[Event]:
-    """Every whole line, in order; [] when there are none."""
+    """Every whole line; [] when there are none. In the order of the clock, where it is one: a line may have waited for room."""
     path = run_dir / LEDGER
     events = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
@@ -96,6 +98,8 @@ def read(run_dir: Path) -> list[Event]:
             events.append(Event(**json.loads(line)))
         except (ValueError, TypeError):  # cut short
             continue
+    if len({event.clock for event in events}) == 1:
+        events.sort(key=lambda event: event.monotonic)
     return events
 
 

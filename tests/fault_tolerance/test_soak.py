@@ -46,7 +46,9 @@ def leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lefto
 def assert_stood(folder: Path, document: dict[str, Any], count: int, seconds: float) -> None:
     rehearsed, reference = folder / "rehearsed", folder / "uninterrupted"
     recipe = load_recipe(rehearsed / "config.yaml")
-    assert (document["planned"], document["survived"]) == (count, count), document["faults"]
+    assert document["planned"] == count
+    assert document["survived"] + document["without_effect"] == count, document["faults"]
+    assert document["without_effect"] <= count // 2  # what is rehearsed shows something
     assert document["as_promised"]
     assert_same_run(rehearsed, reference)
     assert_every_sample_once(rehearsed, recipe)
@@ -104,13 +106,9 @@ def test_200_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.Cap
         soak_as_threads(tmp_path / str(seed), 60, seed, capsys, f"checkpoint.replica_every={seed % 3}")
 
 
-def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers) -> None:
-    words = [
-        *RECIPE, "comm.backend=gloo", "checkpoint.every=2", f"run.dir={tmp_path}/run",
-        "checkpoint.async=false", "train.steps=16", "launch.threads=1", "--json",
-        "faults=[kill@step=3:rank=2:at=reduce, slow@step=5:rank=0:steps=2, corrupt@step=6, exception@step=7:rank=0:at=optimizer,"
-        "stop@step=10:rank=3:seconds=0.5, kill@step=14:rank=0:at=backward]",
-    ]  # fmt: skip
+def soak_as_processes(folder: Path, leftovers: Leftovers, count: int, *more: str) -> set[str]:
+    """`count` faults, whose kinds are returned."""
+    words = [*RECIPE, "comm.backend=gloo", f"run.dir={folder}/run", "launch.threads=1", "--json", *more]
     command = f"import sys; from bagualu.launch.cli import main; sys.exit(main(entrypoint='{ENTRYPOINT}'))"
     started = time.monotonic()
     done = subprocess.run(
@@ -118,4 +116,26 @@ def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers
         timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    assert_stood(tmp_path / "run-rehearsal", json.loads(done.stdout), 6, time.monotonic() - started)
+    document: dict[str, Any] = json.loads(done.stdout)
+    assert_stood(folder / "run-rehearsal", document, count, time.monotonic() - started)
+    return {row["fault"].split("@")[0] for row in document["faults"]}
+
+
+def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers) -> None:
+    planned = (
+        "faults=[kill@step=3:rank=2:at=reduce, slow@step=5:rank=0:steps=2, corrupt@step=6, exception@step=7:rank=0:at=optimizer, "
+        "stop@step=10:rank=3:seconds=0.5, kill@step=14:rank=0:at=backward]"
+    )
+    soak_as_processes(tmp_path, leftovers, 6, "checkpoint.every=2", "checkpoint.async=false", "train.steps=16", planned)
+
+
+def test_random_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers) -> None:
+    """Two ranks, since each of the two restarts takes seconds here, with saves in the background."""
+    drawn = [
+        "parallel.pipeline=1",
+        "checkpoint.every=2",
+        "train.steps=24",
+        "run.seed=15",
+        "faults=random:4:kill+drop_link+corrupt+full_disk",
+    ]
+    assert len(soak_as_processes(tmp_path, leftovers, 4, *drawn)) == 4

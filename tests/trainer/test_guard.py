@@ -220,6 +220,14 @@ def test_damage_does_not_go_back_to_a_checkpoint_that_may_hold_it(tmp_path: Path
     assert "raise checkpoint.keep or lower guard.check_every" in found[0].error
 
 
+def test_a_checkpoint_is_vouched_for_by_the_step_after_it(tmp_path: Path) -> None:
+    """Checks of steps 3 and 6 alone could not tell whether what was saved after step 3 was still whole when it was saved."""
+    recipe = recipe_in(tmp_path, "data", checkpoint__every=3, checkpoint__keep=1, guard__check_every=3)
+    found = runs("simulated", recipe, Fault("exp_avg", step=6))
+    assert (found[0].error, found[0].guard["rolled_back"]) == ("", 1)
+    assert_same_bits(found, straight("simulated", "data", STEPS))
+
+
 @dataclass
 class SpoilFile:
     """An observer that damages a file of a checkpoint at the beginning of step `BAD`."""

@@ -43,3 +43,11 @@ def test_metadata_shapes_and_missing_tensors_are_named(tmp_path: Path) -> None:
     found = differences(one, saved(tmp_path / "other", 1, torch.zeros(4, 2), updates=2))
     assert found[0] == "metadata updates: 3 and 2"
     assert found[1].startswith("tensor weight/a: ((2, 4), ")
+
+
+def test_of_long_metadata_the_place_is_named_and_not_the_whole(tmp_path: Path) -> None:
+    losses = [float(step) for step in range(1000)]
+    weight = torch.zeros(2, 4)
+    one = saved(tmp_path / "one", 1, weight, guard={"losses": losses}, note="a" * 500)
+    other = saved(tmp_path / "other", 1, weight, guard={"losses": [*losses[:700], 0.5, *losses[701:]]}, note="b" * 500)
+    assert differences(one, other) == ["metadata guard.losses[700]: 700.0 and 0.5", f"metadata note: {'a' * 60} and {'b' * 60}"]

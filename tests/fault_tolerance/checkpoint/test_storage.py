@@ -7,15 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.mounts import can_mount
+
 HERE = Path(__file__).parent
-
-
-def can_mount() -> bool:
-    try:
-        done = subprocess.run(["unshare", "-rm", "sh", "-c", "mount -t tmpfs none /mnt"], capture_output=True)
-    except FileNotFoundError:
-        return False
-    return done.returncode == 0
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs `unshare -rm` with mounts (root, or user namespaces)")

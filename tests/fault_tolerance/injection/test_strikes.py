@@ -189,7 +189,7 @@ def test_a_flipped_bit_gives_another_finite_number(dtype: torch.dtype) -> None:
 
 
 def test_a_disk_is_full_for_as_many_writes_as_planned(tmp_path: Path) -> None:
-    DISK.refuse(2)
+    DISK.refuse(2, "planned: this")
     for _ in range(2):
         with pytest.raises(OSError, match="No space left"):
             DISK.check()
@@ -226,7 +226,7 @@ def test_a_flipped_bit_changes_the_run_unless_somebody_looks(tmp_path: Path, ref
 
 @pytest.mark.parametrize("what", ["weight", "master", "moment", "gradient"])
 def test_a_flipped_bit_is_found_where_somebody_looks(tmp_path: Path, reference: Path, what: str) -> None:
-    recipe = recipe_in(tmp_path, f"flip@step=3:rank=1:what={what}", guard__check_every=1, guard__audit_every=1)
+    recipe = recipe_in(tmp_path, f"flip@step=4:rank=1:what={what}", guard__check_every=1, guard__audit_every=1)
     start(recipe)
     assert_same_run(tmp_path, reference)
 
