@@ -71,9 +71,14 @@ def analytic_table(work: Work) -> CostTable:
 
 
 def _layer(work: Work, index: int, flops: Flops) -> LayerCost:
-    passes = (flops.forward, flops.input_gradient, flops.weight_gradient)
-    seconds = [_seconds(work, one) / work.layout.tensor for one in passes]
-    return LayerCost(f"layer {index}", *seconds, layer_bytes(work, index), *_in_order(layer_held(work, index)))
+    return LayerCost(
+        f"layer {index}",
+        _seconds(work, flops.forward) / work.layout.tensor,
+        _seconds(work, flops.input_gradient) / work.layout.tensor,
+        _seconds(work, flops.weight_gradient) / work.layout.tensor,
+        layer_bytes(work, index),
+        *_in_order(layer_held(work, index)),
+    )
 
 
 def _seconds(work: Work, flops_per_token: float) -> float:

@@ -27,6 +27,7 @@ from bagualu.trainer.analytic_cost import Work, end_bytes, layer_bytes
 from bagualu.trainer.flops import synchronize
 from bagualu.trainer.models.decoder import Embedding, Head, Layer
 from bagualu.trainer.models.layers import RMSNorm
+from bagualu.trainer.models.moe import MixtureOfExperts
 from bagualu.trainer.plans.decoder import decoder_plan
 
 BUDGET_SECONDS = 1.0
@@ -58,8 +59,12 @@ def measure(work: Work, device: torch.device, compiled: bool, budget_seconds: fl
             break
         for name, sample in samples.items():
             times[name].append(sample.times())
-    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in times.items()}
-    return {name: Figures(*medians[name], *bytes_of[name]) for name in samples}
+    return {name: Figures(*_medians(times[name]), *bytes_of[name]) for name in samples}
+
+
+def _medians(rows: list[tuple[float, float, float]]) -> tuple[float, float, float]:
+    first, second, third = (statistics.median(column) for column in zip(*rows, strict=True))
+    return first, second, third
 
 
 def measured_table(work: Work, figures: dict[str, Figures], source: str) -> CostTable:
@@ -214,7 +219,7 @@ def _samples(work: Work, device: torch.device, compiled: bool) -> dict[str, _Sam
     found = {"embedding": sample(embedding, "embedding.", lambda: tokens(embedding.weight.shape[0]), lambda x: (embedding(x),))}
     for mixture, index in firsts.items():
         layer = layers[index]
-        if mixture:
+        if isinstance(layer.feed_forward, MixtureOfExperts):
             layer.feed_forward.experts.exchange = _Folded(work.layout.expert)
         found["mixture" if mixture else "dense"] = sample(layer, f"layers.{index}.", hidden, _outputs_of(layer), compiled)
     labels = tokens(min(model.vocab, model.padded_vocab // work.layout.tensor))

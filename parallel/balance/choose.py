@@ -72,15 +72,14 @@ def _no_split_fits(problem: Problem) -> RecipeError:
 
 def _does_not_fit(problem: Problem, pieces: list[Piece], prefix: str, others: list[str]) -> RecipeError:
     """`pieces` in words: the rank that lacks most, and caps with which they work."""
-    assert problem.caps is not None
-    needs = _needs(problem, pieces)
-    rank = max(range(len(needs)), key=lambda r: needs[r] / max(1, problem.caps[r]))
-    if len(set(problem.caps)) == 1:
+    caps, needs = problem.caps or [], _needs(problem, pieces)
+    rank = max(range(len(caps)), key=lambda r: needs[r] / max(1, caps[r]))
+    if len(set(caps)) == 1:
         works = f"parallel.memory_bytes={max(needs)}"
     else:
-        works = "parallel.memory_bytes=[" + ",".join(map(str, map(max, zip(needs, problem.caps, strict=True)))) + "]"
+        works = "parallel.memory_bytes=[" + ",".join(map(str, map(max, zip(needs, caps, strict=True)))) + "]"
     return RecipeError(f"{prefix}rank {rank} of the pipeline needs {needs[rank]} bytes and parallel.memory_bytes gives it "
-                       f"{problem.caps[rank]}; give {' or '.join([*others, works])}")  # fmt: skip
+                       f"{caps[rank]}; give {' or '.join([*others, works])}")  # fmt: skip
 
 
 def _needs(problem: Problem, pieces: list[Piece]) -> list[int]:

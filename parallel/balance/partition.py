@@ -28,8 +28,8 @@ from operator import add
 
 from bagualu.parallel.balance.problem import Piece, Problem
 
-WORK = 400_000
-"""Choices looked at in one search before it is given up: about 2 seconds."""
+WORK = 200_000
+"""Choices looked at in one search before it is given up: about a second, and a few where memory is counted."""
 _STEPS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, inf)
 """Bounds to try, as shares by which they lie above the least possible one."""
 _ROUNDING = 1e-9

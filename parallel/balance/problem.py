@@ -86,9 +86,9 @@ class Problem:
         """What `pieces`, one for each of its stages in order, cost `rank`; None when they do not fit its cap."""
         key = (rank, pieces)
         if key not in self._known:
-            ways = [way for way in self.ways(len(pieces)) if self.caps is None or self.memory(rank, pieces, way) <= self.caps[rank]]
-            costs = [RankCost(self._seconds(rank, pieces, way), way) for way in ways]
-            self._known[key] = min(costs, key=lambda cost: (cost.seconds, sum(cost.recompute)), default=None)
+            costs = [RankCost(self._seconds(rank, pieces, way), way) for way in self.ways(len(pieces))]
+            costs.sort(key=lambda cost: (cost.seconds, sum(cost.recompute)))
+            self._known[key] = next((cost for cost in costs if self._fits(rank, pieces, cost.recompute)), None)
         return self._known[key]
 
     def memory(self, rank: int, pieces: tuple[Piece, ...], recompute: tuple[bool, ...]) -> int:
@@ -118,6 +118,9 @@ class Problem:
         if self.recompute == "auto" and self.caps is not None:
             return list(product((False, True), repeat=stages))
         return [(self.recompute == "full",) * stages]
+
+    def _fits(self, rank: int, pieces: tuple[Piece, ...], recompute: tuple[bool, ...]) -> bool:
+        return self.caps is None or self.memory(rank, pieces, recompute) <= self.caps[rank]
 
     def _seconds(self, rank: int, pieces: tuple[Piece, ...], recompute: tuple[bool, ...]) -> tuple[float, ...]:
         return tuple(self.stage_times(*one).total for one in zip(self.stages_of[rank], pieces, recompute, strict=True))

@@ -8,7 +8,7 @@ Splits are found by moving a layer from any stage to any other or two borders by
 to lower the time; where there are few splits, all of them are looked at.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations, combinations_with_replacement, pairwise, product
 from math import comb
 
@@ -103,10 +103,12 @@ def _neighbours(pieces: list[Piece]) -> Iterator[list[Piece]]:
     one layer each, the same or another way."""
     borders = [pieces[0][0], *(end for _, end in pieces)]
     inner = range(1, len(pieces))
-    moves = [
-        (range(low, low + length), (by,) * length) for length in inner for low in inner[: len(inner) - length + 1] for by in (-1, 1)
-    ]
-    moves += [(pair, ways) for pair in combinations_with_replacement(inner, 2) for ways in product((-1, 1), repeat=2)]
+    moves: list[tuple[Sequence[int], tuple[int, ...]]] = []
+    for length in inner:
+        starts = inner[: len(inner) - length + 1]
+        moves += [(range(start, start + length), (by,) * length) for start in starts for by in (-1, 1)]
+    for pair in combinations_with_replacement(inner, 2):
+        moves += [(pair, ways) for ways in product((-1, 1), repeat=2)]
     for moved, ways in moves:
         after = borders.copy()
         for border, by in zip(moved, ways, strict=True):
