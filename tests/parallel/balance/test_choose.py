@@ -151,7 +151,7 @@ def test_a_list_that_does_not_fit_is_refused_and_one_that_does_is_taken() -> Non
         (
             Placement(3, 2),
             5,
-            r"x 2 stages of a rank = 6 stages are more than model.layers=5; give parallel.pipeline=2 or less",
+            r"parallel.virtual_stages=2 stages each are more than model.layers=5; give parallel.pipeline=2 or less",
         ),
         (Placement(2, 3), 2, "are more than model.layers=2; give model.layers=6"),
     ],
