@@ -6,7 +6,7 @@ from itertools import pairwise
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.balance.cost import CostTable
 from bagualu.parallel.balance.forecast import Split, by_rank, forecast_split
-from bagualu.parallel.balance.partition import solve
+from bagualu.parallel.balance.partition import GaveUp, Solution, solve
 from bagualu.parallel.balance.problem import Piece, Problem
 from bagualu.parallel.balance.refine import refine
 from bagualu.parallel.pipeline.schedule import Schedule
@@ -33,7 +33,10 @@ def choose_split(
     ranks, layers, stages = schedule.placement.ranks, len(table.layers), schedule.placement.stages
     require_layers(layers, schedule.placement)
     problem = Problem(table, schedule, speeds or [1.0] * ranks, caps, recompute)
-    solution = solve(problem)
+    try:
+        solution = solve(problem)
+    except GaveUp:
+        raise _not_found_out(problem) from None
     if solution is None:
         raise _no_split_fits(problem)
     assert len(solution.pieces) == stages
@@ -63,9 +66,26 @@ def _fits(problem: Problem, pieces: list[Piece]) -> bool:
     return all(problem.cost(rank, mine) is not None for rank, mine in enumerate(by_rank(problem, pieces)))
 
 
+def _found(problem: Problem) -> Solution | None:
+    try:
+        return solve(problem, _DIAGNOSIS_WORK)
+    except GaveUp:
+        return None
+
+
+def _not_found_out(problem: Problem) -> RecipeError:
+    """Whether some split fits."""
+    assert problem.caps is not None
+    pieces = _least_demanding(problem)
+    works = ",".join(map(str, map(max, zip(_needs(problem, pieces), problem.caps, strict=True))))
+    counts = ",".join(str(stop - start) for start, stop in pieces)
+    return RecipeError(f"no split was found that fits parallel.memory_bytes={problem.caps}, and the search was too long to go through "
+                       f"all; parallel.balance=[{counts}] is near and fits parallel.memory_bytes=[{works}]")  # fmt: skip
+
+
 def _no_split_fits(problem: Problem) -> RecipeError:
     others = []
-    if problem.recompute == "none" and solve(_with_recompute(problem), _DIAGNOSIS_WORK) is not None:
+    if problem.recompute == "none" and _found(_with_recompute(problem)) is not None:
         others.append("train.recompute=auto")
     return _does_not_fit(problem, _least_demanding(problem), "", others)
 
@@ -102,7 +122,7 @@ def _least_demanding(problem: Problem) -> list[Piece]:
     for _ in range(_DIAGNOSIS_STEPS):
         middle = (low + high) / 2
         caps = [int(max(1, cap) * middle) for cap in problem.caps]
-        solution = solve(Problem(problem.table, problem.schedule, problem.speeds, caps, problem.recompute), _DIAGNOSIS_WORK)
+        solution = _found(Problem(problem.table, problem.schedule, problem.speeds, caps, problem.recompute))
         if solution is None:
             low = middle
         else:

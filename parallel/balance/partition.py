@@ -52,8 +52,12 @@ class Solution:
         return self.least_possible_seconds >= self.bottleneck_seconds * (1 - 2 * _ROUNDING)
 
 
+class GaveUp(Exception):
+    """No split was found, but not everything was looked at either."""
+
+
 def solve(problem: Problem, work: int = WORK) -> Solution | None:
-    """The split of least bottleneck; None when no split fits the caps, or none was found within `work`."""
+    """The split of least bottleneck; None when no split fits the caps. Raises GaveUp when `work` did not suffice to tell."""
     room = _Room(problem)
     least = _least_bound(room)
     if least is None:
@@ -69,6 +73,8 @@ def solve(problem: Problem, work: int = WORK) -> Solution | None:
         if found is not None:
             return _improved(room, found, floor, proves, work)
         floor = bound if proves else floor
+    if not proves:
+        raise GaveUp
     return None
 
 

@@ -2,11 +2,12 @@
 
 import random
 import re
+from itertools import pairwise
 
 import pytest
 
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.balance import refine
+from bagualu.parallel.balance import choose, refine
 from bagualu.parallel.balance.choose import choose_split, take_split
 from bagualu.parallel.balance.cost import CostTable, LayerCost
 from bagualu.parallel.balance.forecast import Split, by_rank, forecast_split
@@ -177,3 +178,18 @@ def test_ranks_that_hold_both_ends_count_tied_weights_once() -> None:
         problem = Problem(table, all_forward_then_backward(placement, 1), [1.0, 1.0], None)
         pieces = next(every_split(problem))
         assert [problem.memory(r, mine, (False,) * len(mine)) for r, mine in enumerate(by_rank(problem, pieces))] == expected
+
+
+def test_a_search_that_was_given_up_is_no_proof_that_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, schedule = uniform_table(8, state=10, activation=1), compute_schedule("1f1b", 4, 4)
+    tight = choose_split(table, schedule, caps=[30, 30, 30, 30])
+    assert counts(tight) == [2, 2, 2, 2]
+    monkeypatch.setattr(choose, "solve", lambda problem, work=1: solve(problem, 1))
+    said = refusal(table, schedule, [30, 30, 30, 30])
+    assert "no split was found that fits" in said
+    listed = re.search(r"parallel\.balance=\[([\d,]+)\] is near and fits parallel\.memory_bytes=\[([\d,]+)\]", said)
+    assert listed
+    wanted, caps = ([int(one) for one in group.split(",")] for group in listed.groups())
+    edges = [sum(wanted[:stage]) for stage in range(5)]
+    slices = [range(start, stop) for start, stop in pairwise(edges)]
+    assert take_split(slices, table, schedule, caps=caps).slices == slices
