@@ -79,7 +79,7 @@ def _not_found_out(problem: Problem) -> RecipeError:
     pieces = _least_demanding(problem)
     works = ",".join(map(str, map(max, zip(_needs(problem, pieces), problem.caps, strict=True))))
     counts = ",".join(str(stop - start) for start, stop in pieces)
-    return RecipeError(f"no split was found that fits parallel.memory_bytes={problem.caps}, and the search was too long to go through "
+    return RecipeError(f"no split was found to fit parallel.memory_bytes={problem.caps}, and the search is too long to go through "
                        f"all; parallel.balance=[{counts}] is near and fits parallel.memory_bytes=[{works}]")  # fmt: skip
 
 

@@ -186,7 +186,7 @@ def test_a_search_that_was_given_up_is_no_proof_that_nothing_fits(monkeypatch: p
     assert counts(tight) == [2, 2, 2, 2]
     monkeypatch.setattr(choose, "solve", lambda problem, work=1: solve(problem, 1))
     said = refusal(table, schedule, [30, 30, 30, 30])
-    assert "no split was found that fits" in said
+    assert "no split was found to fit" in said
     listed = re.search(r"parallel\.balance=\[([\d,]+)\] is near and fits parallel\.memory_bytes=\[([\d,]+)\]", said)
     assert listed
     wanted, caps = ([int(one) for one in group.split(",")] for group in listed.groups())
