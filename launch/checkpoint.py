@@ -19,6 +19,7 @@ from bagualu.trainer.environment import cores
 from bagualu.trainer.outcome import DONE, FAILED
 
 _FOLDER = "checkpoints"
+_HISTORY = ("losses", "norms")
 
 
 def checkpoint(request: Request) -> tuple[int, Any]:
@@ -56,6 +57,8 @@ def _find(given: Path) -> tuple[list[Path], list[Path]]:
 
 def _row(path: Path, everything: bool) -> dict[str, Any]:
     row = describe_one(path)
+    if isinstance(guard := (row["metadata"] or {}).get("guard"), dict):  # its history is for the run alone
+        row["metadata"] = {**row["metadata"], "guard": {key: value for key, value in guard.items() if key not in _HISTORY}}
     quick = row.pop("problem")
     return {**row, "problems": verify(path, len(cores())) if everything else [quick] if quick else []}
 

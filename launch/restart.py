@@ -43,7 +43,8 @@ class Restarts:
         config = self.config
         if failure.kind in ("recipe", "final"):
             return Verdict(failure, again=False)
-        times = 0 if elsewhere else self._times(failure)
+        no_step = elsewhere or failure.kind == "storage"  # a full disk is waited for, by pauses that grow
+        times = 0 if no_step else self._times(failure)
         loop = times >= config.same_step_limit * (1 + self._dropped)
         drop = loop and may_drop and not self._dropped and len({one.rank for one in self._at(failure.step)}) == 1
         if loop and not drop:

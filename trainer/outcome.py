@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import CommunicationError, RecipeError
+from bagualu.fault_tolerance.checkpoint.format import StorageError
 from bagualu.fault_tolerance.injection.fault import ProcessKilled
 
 DONE = 0
@@ -36,6 +37,7 @@ class Failure:
     time: float
     kind: str = "error"
     """error: this rank's own; peer: it lost another one; recipe: refused, with the fix; killed: by a signal;
+    storage: it cannot be written now, and may be again;
     final: its own, and it would only happen again; loop: the launcher's verdict on one that did happen again;
     hung: ended by a watcher (rank -1: nobody alone is at fault, or it cannot be told);
     stopped: none at all, it was asked to stop before there was anything to save."""
@@ -55,7 +57,7 @@ class Failure:
         return asdict(self)
 
 
-_KINDS = {"recipe": RecipeError, "peer": CommunicationError, "final": FinalError, "killed": ProcessKilled}
+_KINDS = {"recipe": RecipeError, "peer": CommunicationError, "final": FinalError, "storage": StorageError, "killed": ProcessKilled}
 
 
 def failure(rank: int, phase: str, error: BaseException, time: float, step: int = 0) -> Failure:

@@ -17,22 +17,12 @@ from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.fault_tolerance.checkpoint.format import REMEDY, CheckpointError
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint, Request
-from bagualu.fault_tolerance.checkpoint.save import save
 from bagualu.fault_tolerance.guard.memory import Memory
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.config import DTYPES
 
 CHECKPOINTS = "checkpoints"
 _FINGERPRINT = "data fingerprint"
-
-
-def save_state(parts: Parts, step: int) -> Path:
-    """Save the state after `step` steps under the run directory, by itself. Collective. Raises CheckpointError.
-
-    A run saves through `trainer.checkpoints`, which keeps one fence and one writer.
-    """
-    root, keep = checkpoints_of(parts), parts.recipe.checkpoint.keep
-    return save(root, step, parts.optimizer.pieces(), metadata_of(parts, step), parts.mesh.group("world"), keep, parts.device)
 
 
 def checkpoints_of(parts: Parts) -> Path:
@@ -89,11 +79,6 @@ class Saved:
             name, value = next(iter(wrong.items()))
             raise CheckpointError(f"{checkpoint.path}: metadata says {name}={str(value)[:40]}, which no run saves; {REMEDY}")
         return Saved(**fields)
-
-
-def load_state(parts: Parts, path: Path) -> int:
-    """`take_state` from the checkpoint at `path`."""
-    return take_state(parts, lambda: Checkpoint(path))
 
 
 def take_state(parts: Parts, open_checkpoint: Callable[[], Checkpoint]) -> int:

@@ -92,6 +92,15 @@ def read_blocks(file: FileIO, where: str, stored: StoredBox, block_bytes: int, f
             block += 1
 
 
+def damaged_blocks(file: FileIO, where: str, stored: StoredBox, size: int, block_bytes: int, buffer: bytearray) -> Iterator[str]:
+    """What is wrong with each block of `stored`, which has `size` bytes. `buffer` has room for its largest block."""
+    for block in range(len(stored.hashes)):
+        try:
+            read_blocks(file, where, stored, block_bytes, block, memoryview(buffer)[: size - block * block_bytes])
+        except CheckpointError as error:
+            yield str(error)
+
+
 def _check_header(file: FileIO, where: str, stored: StoredFile) -> None:
     header = bytearray(stored.header_bytes)
     file.seek(0)

@@ -76,8 +76,17 @@ def _take_back(final: Path, why: str) -> None:
     delete(doomed)
 
 
-def manifest_of(step: int, metadata: dict[str, Any], ranks: Sequence[int], reports: list[dict[str, Any]]) -> Manifest:
+def manifest_of(step: int, metadata: dict[str, Any], ranks: Sequence[int], reports: Sequence[dict[str, Any]]) -> Manifest:
     """All ranks' reports in one. Raises CheckpointError when they do not make up whole tensors."""
+    manifest = gathered(step, metadata, ranks, reports)
+    wrong = manifest.problem()
+    if wrong:
+        raise CheckpointError(wrong)
+    return manifest
+
+
+def gathered(step: int, metadata: dict[str, Any], ranks: Sequence[int], reports: Sequence[dict[str, Any]]) -> Manifest:
+    """The reports of some ranks (`write_shard`) in one. Raises CheckpointError when they are not of the same tensors."""
     manifest = Manifest(step, metadata, format.BLOCK_BYTES)
     boxes: dict[str, list[StoredBox]] = {}
     kinds: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -92,7 +101,4 @@ def manifest_of(step: int, metadata: dict[str, Any], ranks: Sequence[int], repor
             manifest.files[stored["file"]] = StoredFile(**report["file"])
     for name, (shape, dtype) in kinds.items():
         manifest.tensors[name] = StoredTensor(shape, dtype, tuple(boxes[name]))
-    wrong = manifest.problem()
-    if wrong:
-        raise CheckpointError(wrong)
     return manifest

@@ -37,6 +37,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read. One line: where, which tensor, what is wrong, what to do."""
 
 
+class StorageError(CheckpointError):
+    """The storage of a run that has written there before cannot be written now; it may be again."""
+
+
 @dataclass(frozen=True)
 class StoredFile:
     """A shard: its size, and how many bytes its safetensors header (length word included) takes."""

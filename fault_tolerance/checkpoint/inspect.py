@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bagualu.fault_tolerance.checkpoint.blocks import open_shard, read_blocks
+from bagualu.fault_tolerance.checkpoint.blocks import damaged_blocks, open_shard
 from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.format import MANIFEST, CheckpointError, Manifest, StoredBox, step_of
 from bagualu.fault_tolerance.checkpoint.manifest import read_manifest
@@ -80,12 +80,7 @@ def damage(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int
         with open_shard(path, manifest, name) as shard:
             buffer = bytearray(min(manifest.block_bytes, max((size for _, size, _ in boxes), default=0)))
             for tensor, size, box in boxes:
-                for block in range(len(box.hashes)):
-                    into = memoryview(buffer)[: size - block * manifest.block_bytes]
-                    try:
-                        read_blocks(shard, f"{path}: tensor {tensor} in {name}", box, manifest.block_bytes, block, into)
-                    except CheckpointError as error:
-                        problems.append(str(error))
+                problems += damaged_blocks(shard, f"{path}: tensor {tensor} in {name}", box, size, manifest.block_bytes, buffer)
     except CheckpointError as error:
         problems.append(str(error))
     return problems

@@ -6,14 +6,14 @@ which save that is.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bagualu.fault_tolerance.checkpoint import format
-from bagualu.fault_tolerance.checkpoint.blocks import open_shard, read_blocks
+from bagualu.fault_tolerance.checkpoint.blocks import damaged_blocks, open_shard
+from bagualu.fault_tolerance.checkpoint.commit import gathered, manifest_of
 from bagualu.fault_tolerance.checkpoint.durable import durable_file, write_all
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError, Manifest, StoredBox, StoredFile, StoredTensor, digest
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError, Manifest, digest
 from bagualu.fault_tolerance.checkpoint.shard import Piece, write_shard
 
 _HASH_LENGTH = 32
@@ -55,14 +55,7 @@ class Table:
 
     def manifest(self, rank: int) -> Manifest:
         """Of the shard of `rank` alone."""
-        about, boxes = self.report["file"], dict[str, list[StoredBox]]()
-        for entry in self.report["boxes"]:
-            stored = {**entry["stored"], **{key: tuple(entry["stored"][key]) for key in ("offset", "shape", "hashes")}}
-            boxes.setdefault(entry["name"], []).append(StoredBox(**stored))
-        kinds = {entry["name"]: (tuple(entry["global_shape"]), entry["dtype"]) for entry in self.report["boxes"]}
-        tensors = {name: StoredTensor(*kind, tuple(boxes[name])) for name, kind in kinds.items()}
-        files = {shard_name(rank): StoredFile(**about)} if about else {}
-        return Manifest(self.origin.step, self.metadata, format.BLOCK_BYTES, files, tensors)
+        return gathered(self.origin.step, self.metadata, [rank], [self.report])
 
 
 def shard_name(rank: int) -> str:
@@ -121,28 +114,12 @@ def verify_part(folder: Path, rank: int, origin: Origin) -> Table:
             for tensor_name, tensor in manifest.tensors.items():
                 where = f"{folder}: tensor {tensor_name} in {name}"
                 for box in tensor.boxes:
-                    for block in range(len(box.hashes)):
-                        into = memoryview(buffer)[: tensor.bytes_of(box) - block * manifest.block_bytes]
-                        read_blocks(shard, where, box, manifest.block_bytes, block, into)
+                    for problem in damaged_blocks(shard, where, box, tensor.bytes_of(box), manifest.block_bytes, buffer):
+                        raise CheckpointError(problem)
     return table
 
 
 def whole(tables: dict[int, Table]) -> Manifest:
     """The manifest of all parts together, by rank. Raises CheckpointError when they do not make up whole tensors."""
-    merged = replace(tables[0].manifest(0), files={}, tensors={})
-    boxes: dict[str, list[StoredBox]] = {}
-    for rank, table in sorted(tables.items()):
-        manifest = table.manifest(rank)
-        merged.files.update(manifest.files)
-        for name, tensor in manifest.tensors.items():
-            before = merged.tensors.setdefault(name, tensor)
-            if (before.shape, before.dtype) != (tensor.shape, tensor.dtype):
-                raise CheckpointError(f"tensor {name} is {before.shape} {before.dtype} on an earlier rank, "
-                                      f"{tensor.shape} {tensor.dtype} on rank {rank}")  # fmt: skip
-            boxes.setdefault(name, []).extend(tensor.boxes)
-    for name, tensor in merged.tensors.items():
-        merged.tensors[name] = replace(tensor, boxes=tuple(boxes[name]))
-    wrong = merged.problem()
-    if wrong:
-        raise CheckpointError(wrong)
-    return merged
+    ranks = sorted(tables)
+    return manifest_of(tables[0].origin.step, tables[0].metadata, ranks, [tables[rank].report for rank in ranks])

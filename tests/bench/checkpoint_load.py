@@ -4,7 +4,7 @@
 
 One process on all cores, the same values in files in the page cache, all contestants in turn in every round (A B C A B C ...).
 The state is weights and moments in float32. `bagualu` and `torch.load` fill fresh tensors; `bagualu-run` also puts them into a
-live model and optimizer (`trainer.state.load_state`), as dcp.load does with the tensors that it is given.
+live model and optimizer (`trainer.state.take_state`), as dcp.load does with the tensors that it is given.
 """
 
 import argparse
@@ -26,10 +26,11 @@ from contest.environment import ALLOCATORS, environment, machine, versions
 from bagualu.comm import simulated
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint, Request
+from bagualu.fault_tolerance.checkpoint.save import save
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe import compose
-from bagualu.trainer.state import load_state, save_state
+from bagualu.trainer.state import checkpoints_of, metadata_of, take_state
 
 _READY = "BENCH_CHECKPOINT_LOAD_READY"
 
@@ -54,7 +55,8 @@ def read_fresh(path: Path, threads: int) -> None:
 def contestants(parts: Parts, folder: Path) -> dict[str, Callable[[], object]]:
     """Write the state in every form, and what reads it back."""
     cores = torch.get_num_threads()
-    path = save_state(parts, 1)
+    world = parts.mesh.group("world")
+    path = save(checkpoints_of(parts), 1, parts.optimizer.pieces(), metadata_of(parts, 1), world, keep=1)
     state = {piece.key: piece.tensor.detach().clone() for piece in parts.optimizer.pieces()}
     torch.save(state, folder / "state.pt")
     dcp.save(state, checkpoint_id=folder / "dcp")
@@ -63,7 +65,7 @@ def contestants(parts: Parts, folder: Path) -> dict[str, Callable[[], object]]:
         "dcp.load": lambda: dcp.load(state, checkpoint_id=folder / "dcp"),
         "bagualu": lambda: read_fresh(path, cores),
         "bagualu-1-thread": lambda: read_fresh(path, 1),
-        "bagualu-run": lambda: load_state(parts, path),
+        "bagualu-run": lambda: take_state(parts, lambda: Checkpoint(path)),
     }
 
 

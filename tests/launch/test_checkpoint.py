@@ -20,7 +20,8 @@ def run_dir(tmp_path: Path) -> Path:
     tensor = torch.arange(1000, dtype=torch.float32)
     for step in (3, 6):
         pieces = [Piece("weight/a", (1000,), (0,), tensor)]
-        save(tmp_path / "checkpoints", step, pieces, {"layout": {"data": 2, "tensor": 1}}, Group("world", (0,), 0, None), keep=2)
+        metadata = {"layout": {"data": 2, "tensor": 1}, "guard": {"losses": [1.0] * 64, "norms": [2.0] * 64, "setbacks": 0}}
+        save(tmp_path / "checkpoints", step, pieces, metadata, Group("world", (0,), 0, None), keep=2)
     return tmp_path
 
 
@@ -37,6 +38,7 @@ def test_one_checkpoint_alone(run_dir: Path, capsys: pytest.CaptureFixture[str])
     assert cli.main(["checkpoint", "verify", str(path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["path"], row["step"], row["tensors"], row["shards"], row["problems"]) == (str(path), 3, 1, 1, [])
+    assert row["metadata"] == {"layout": {"data": 2, "tensor": 1}, "guard": {"setbacks": 0}}
     aside = set_aside(path)
     assert cli.main(["checkpoint", "list", str(path)]) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -52,6 +52,14 @@ def test_a_step_that_fails_again_with_nothing_gained_is_a_crash_loop():
     assert "2 times" in verdict.failure.cause
 
 
+def test_storage_that_cannot_be_written_is_waited_for_and_is_no_crash_loop():
+    three = restarts(same_step_limit=2, limit=3)
+    verdicts = [three.decide(lost(0, kind="storage")) for _ in range(4)]
+    assert [verdict.pause_seconds for verdict in verdicts[:3]] == [1, 2, 4]
+    assert not verdicts[3].again
+    assert verdicts[3].failure.exit_code == FAILED
+
+
 def test_a_failure_on_the_way_back_to_the_step_gains_nothing():
     twice = restarts(same_step_limit=2)
     assert [twice.decide(lost(step)).again for step in (7, 5, 7)] == [True, True, False]

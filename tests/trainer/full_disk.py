@@ -1,6 +1,6 @@
 """Program for a mount namespace of its own: `unshare -rm python full_disk.py FOLDER BACKEND`; writes FOLDER/found.json.
 
-Trains on a small disk of its own, which another job fills in step 6 and makes room on when the run has been started for the third
+Trains on a small disk of its own, which another job fills in step 6 and makes room on when the run has been started for the fourth
 time. Meanwhile a rank fails, so that the run is started again on a disk without room.
 """
 
@@ -25,7 +25,7 @@ RECIPE = [
     "recipe=tiny_dense", "data.source=random", "data.sequence_length=8", "data.global_batch=8", "train.micro_batch=1",
     "model.layers=2", "model.hidden=8", "model.heads=2", "model.kv_heads=2", "model.ffn=16", "model.vocab=64", "train.steps=30",
     "train.validation_sequences=0", "train.validate_every=0", "parallel.data=2", "checkpoint.every=2", "launch.threads=1",
-    "restart.backoff_seconds=0", "restart.same_step_limit=5", "log.progress=off", "checkpoint.async=false",
+    "restart.backoff_seconds=0", "log.progress=off", "checkpoint.async=false",
 ]  # fmt: skip
 FULL_FROM, FAILS_IN = 6, 26
 """Long enough for metrics and ledger to come to the end of the pages that they have: 230 and 330 bytes a step."""
@@ -61,7 +61,7 @@ def train(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], 
     starts = disk.parent / f"starts-{communicator.rank}"
     start = starts.stat().st_size + 1 if starts.exists() else 1
     starts.write_bytes(bytes(start))
-    if start == 3 and communicator.rank == 0:
+    if start == 4 and communicator.rank == 0:
         (disk / "of-another-job").unlink()
     communicator.world.barrier()
     communicator.monitor.observers.append(OtherJob(communicator.rank, disk, start))

@@ -26,10 +26,11 @@ from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.state import CHECKPOINTS, load_state, save_state
+from bagualu.trainer.state import CHECKPOINTS
 from bagualu.trainer.step import train_step
 from tests.harness import WorkerFailed, run
 from tests.parity import small_recipe
+from tests.trainer.states import load_state, save_state
 from tests.trainer.test_run import numbers, recipe_in, steps_saved, until
 
 LAYOUT = {"parallel__data": 2, "parallel__pipeline": 2}

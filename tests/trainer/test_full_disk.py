@@ -21,17 +21,17 @@ def test_a_run_outlives_a_full_disk_even_when_it_is_started_again_there(tmp_path
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["code"] == 0, done.stderr
-    assert found["starts"] == [3, 3]
+    assert found["starts"] == [4, 4]
     for said in (
         "ledger.jsonl cannot be written (No space left on device); its lines wait",
         "metrics.jsonl cannot be written (No space left on device); its lines wait",
         "step 6 was not saved: rank ",
         "RuntimeError: while the disk was full; restart 1 of 3",
-        "restart 2 of 3 in 0 s, from step-00000004",
+        "restart 3 of 3 in 0 s, from step-00000004",
     ):
         assert said in done.stderr, done.stderr
     assert found["steps"] == list(range(1, 31))
-    assert found["failures"] == [26, 0]
+    assert found["failures"] == [26, 0, 0]
     assert found["checkpoints"] == ["step-00000028", "step-00000030"]
     assert found["problems"] == [[], []]
     # Another run, that finds the disk full when it begins.

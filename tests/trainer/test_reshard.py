@@ -12,10 +12,11 @@ from bagualu.trainer import assemble as assembling
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.state import CHECKPOINTS, load_state, save_state
+from bagualu.trainer.state import CHECKPOINTS
 from bagualu.trainer.step import train_step
 from tests.harness import run
 from tests.parity import gather, pieces_of, small_recipe
+from tests.trainer.states import load_state, save_state
 
 STEPS = 2
 DENSE = {"heads": 12, "kv_heads": 12, "hidden": 24, "ffn": 24, "vocab": 70, "vocab_multiple": 12, "layers": 6}

@@ -15,10 +15,11 @@ from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import Corpus, prepare
-from bagualu.trainer.state import CHECKPOINTS, load_state, save_state
+from bagualu.trainer.state import CHECKPOINTS
 from bagualu.trainer.step import StepResult, train_step
 from tests.harness import run
 from tests.parity import gather, pieces_of, small_recipe
+from tests.trainer.states import load_state, save_state
 
 HALF, WHOLE = 3, 6
 MOE = {"moe__experts": 4, "moe__ffn": 8, "moe__every": 2, "moe__shared_experts": 1}

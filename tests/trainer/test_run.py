@@ -218,7 +218,7 @@ def test_a_nan_ends_the_run_on_all_ranks_and_the_checkpoint_is_from_before(
 ) -> None:
     run("simulated", 4, until, recipe_in(tmp_path / "straight", parallel__pipeline=2), -1, 0)
     folder = tmp_path / "run"
-    recipe = recipe_in(folder, parallel__pipeline=2, guard__on_nonfinite="stop")
+    recipe = recipe_in(folder, parallel__pipeline=2, guard__on_nonfinite="stop", guard__check_every=0)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", poisoned(4, rank))
         messages = run("simulated", 4, diverging, recipe)
