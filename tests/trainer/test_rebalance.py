@@ -22,10 +22,10 @@ from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.decoder import Layer
 from bagualu.trainer.rebalance import move
-from bagualu.trainer.state import load_state, save_state
 from bagualu.trainer.step import train_step
 from tests.harness import BACKENDS, run
 from tests.parity import Curve, assert_same, gather, pieces_of, small_recipe, train
+from tests.trainer.states import load_state, save_state
 
 MOE = {
     "model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "model__tie_embeddings": True, "model__layers": 7,
