@@ -140,7 +140,7 @@ class Agent(LocalElasticAgent):
         if training != self.told.training and worker_group.group_rank == 0:
             _say(f"going on with {training} ranks of {world} workers: {recipe.validate(training)}")
         self.told = replace(self.told, training=training)
-        worker_group.spec.args = (replace(self.told, recipe=recipe, server=forkserver.running()),)
+        worker_group.spec.args = (replace(self.told, recipe=recipe, server=forkserver.running(self.told.scratch)),)
         clear_failures(self.told.scratch)
         member.hold(self.told.scratch)
         pids: dict[int, Any] = super()._start_workers(worker_group)

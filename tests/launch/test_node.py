@@ -26,10 +26,10 @@ COMMAND = "import sys; from bagualu.launch.node import main; sys.exit(main(entry
 class Nodes:
     """Agents of one run."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], *words: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             self.place = taken.getsockname()
-        self.folder = folder / "run"
+        self.folder, self.environment = folder / "run", environment
         self.words = ["--meet", "{}:{}".format(*self.place), "--id", "test", *SMALL, *WORDS, "launch.nodes=2", "launch.workers=2",
                       "checkpoint.resume=true", f"run.dir={self.folder}", *words]  # fmt: skip
         self.agents: list[subprocess.Popen[str]] = []
@@ -38,7 +38,7 @@ class Nodes:
         path = self.folder.parent / f"agent-{len(self.agents)}.err"
         self.agents.append(subprocess.Popen(
             [sys.executable, "-c", COMMAND, *self.words], text=True, stdout=subprocess.DEVNULL, stderr=path.open("w"),
-            start_new_session=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            start_new_session=True, env={**self.environment, "PYTHONPATH": str(Path(__file__).parent)},
         ))  # fmt: skip
         return self.agents[-1]
 
@@ -61,11 +61,11 @@ class Nodes:
 
 
 @pytest.fixture
-def nodes(tmp_path):
+def nodes(tmp_path, leftovers):
     made = []
 
     def make(*words):
-        made.append(Nodes(tmp_path, *words))
+        made.append(Nodes(tmp_path, leftovers.environment, *words))
         made[-1].folder.mkdir()
         return made[-1]
 
