@@ -33,7 +33,7 @@ from bagualu.launch.watcher import Watcher
 from bagualu.trainer.outcome import Failure, first
 from bagualu.trainer.stopping import STOP_SIGNALS, StopRequest
 
-_GRACE_SECONDS = 1.0
+_GRACE_SECONDS = 0.5
 """For the peers of a dead worker, to notice and to write down what they saw."""
 _EXIT_SECONDS = 30
 """For the agents of other nodes, when a run is done."""

@@ -16,6 +16,7 @@ from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.launch.node import main
 from tests.harness import run as run_ranks
 from tests.launch.survival import SMALL, figures, small, state, undisturbed
+from tests.standing import assert_names_rank_phase_and_cause
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 pytestmark = [LINUX, pytest.mark.timeout(300)]
@@ -112,6 +113,7 @@ def test_when_the_store_goes_with_its_node_the_others_end_and_say_so(nodes):
     head.kill()
     assert other.wait(60) == 1
     last = (run.folder.parent / "agent-1.err").read_text().splitlines()[-1]
+    assert_names_rank_phase_and_cause(last)
     assert last.startswith("bagualu: failed: no single rank, meeting the other nodes: the node that holds the rendezvous store "
                            "cannot be reached; ")  # fmt: skip
 
@@ -122,6 +124,7 @@ def test_what_ends_the_run_on_one_node_ends_it_on_all_with_the_same_words(nodes)
     assert [agent.wait(120) for agent in agents] == [1, 1], run.said()
     for number in (0, 1):
         last = (run.folder.parent / f"agent-{number}.err").read_text().splitlines()[-1]
+        assert_names_rank_phase_and_cause(last)
         assert last.startswith("bagualu: failed: rank 3, step 4: killed by SIGKILL"), run.said()
 
 
