@@ -33,7 +33,7 @@ from bagualu.launch.watcher import Watcher
 from bagualu.trainer.outcome import Failure, first
 from bagualu.trainer.stopping import STOP_SIGNALS, StopRequest
 
-_GRACE_SECONDS = 1.0
+_GRACE_SECONDS = 0.5
 """For the peers of a dead worker, to notice and to write down what they saw."""
 _EXIT_SECONDS = 30
 """For the agents of other nodes, when a run is done."""
@@ -140,7 +140,7 @@ class Agent(LocalElasticAgent):
         if training != self.told.training and worker_group.group_rank == 0:
             _say(f"going on with {training} ranks of {world} workers: {recipe.validate(training)}")
         self.told = replace(self.told, training=training)
-        worker_group.spec.args = (replace(self.told, recipe=recipe, server=forkserver.running()),)
+        worker_group.spec.args = (replace(self.told, recipe=recipe, server=forkserver.running(self.told.scratch)),)
         clear_failures(self.told.scratch)
         member.hold(self.told.scratch)
         pids: dict[int, Any] = super()._start_workers(worker_group)

@@ -7,31 +7,35 @@ to it: a Ctrl-C during start-up is kept, not lost, and kills nobody half-way. It
 import multiprocessing
 import os
 import signal
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, process, resource_tracker
+from pathlib import Path
 
 from bagualu.launch import lifeline
 from bagualu.trainer.stopping import STOP_SIGNALS
 
 
-def start(modules: list[str]) -> None:
+def start(modules: list[str], folder: Path) -> None:
     """Begin importing `modules` in the server; returns at once. Environment variables must be set before.
 
     To be called on the main thread, as `running` is: the server dies with the thread that starts it.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload([lifeline.__name__, *modules])
-    running()
+    running(folder)
 
 
-def running() -> int:
-    """The server's process id. It is started where it is not there, or not any more."""
+def running(folder: Path) -> int:
+    """The server's process id. It is started where it is not there, or not any more; `folder` is where its socket lies."""
+    config: dict[str, str] = process.current_process()._config  # type: ignore[attr-defined]
     resource_tracker.ensure_running()  # by itself, because it ends with these signals unblocked
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     os.environ[lifeline.LAUNCHER] = str(os.getpid())
+    before, config["tempdir"] = config.get("tempdir"), str(folder)  # else a folder in /tmp that stays after a kill -9
     try:
         forkserver.ensure_running()
     finally:
+        config.pop("tempdir") if before is None else config.update(tempdir=before)
         del os.environ[lifeline.LAUNCHER]
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
     pid: int = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     return pid
 

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +25,12 @@ from bagualu.launch.agent import Agent, Killed, Left
 from bagualu.launch.board import LEAVE_SECONDS, Ending
 from bagualu.launch.meeting import Meeting
 from bagualu.launch.restart import Restarts, announcement, resuming
-from bagualu.launch.scratch import scratch
 from bagualu.launch.watcher import Watcher
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import Failure, failure, first
 from bagualu.trainer.stopping import StopRequest
 from bagualu.trainer.worker import train
-
-Watch = Callable[[Path], Sequence[Watcher]]
-"""Makes the watchers of a launch, given its scratch folder."""
 
 
 @dataclass(frozen=True)
@@ -47,38 +43,33 @@ class Ended:
     """Whether rank 0 was here; of several nodes one shows the summary."""
 
 
-def nobody(scratch: Path) -> Sequence[Watcher]:
-    """No watchers."""
-    return ()
-
-
 def run_processes(
     recipe: Recipe,
     workers: int,
     entrypoint: str,
     quiet_stdout: bool,
+    folder: Path,
     stop: StopRequest,
     meeting: Meeting | None = None,
-    watch: Watch = nobody,
+    watchers: Sequence[Watcher] = (),
 ) -> Ended:
-    """Train with `workers` processes here, and with those of the other nodes of `meeting`. `stop` is installed.
+    """Train with `workers` processes here, and with those of the other nodes of `meeting`.
 
-    The fork server is already on its way (forkserver.py).
+    `folder` is that of the launch (scratch.py), `stop` is installed, and the fork server is already on its way (forkserver.py).
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the last words are ours
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are the agent's
     if stop():
         return _not_begun()
-    with scratch() as folder:
-        told = member.Member(recipe, tuple(range(workers)), recipe.world_size(), entrypoint, folder, quiet_stdout)
-        try:
-            place = rendezvous.among(meeting, recipe.restart) if meeting else rendezvous.here(recipe.launch.port)
-            with _lock(recipe, meeting, place):
-                return _together(Agent(told, place.handler, stop, watch(folder)), place)
-        except RendezvousError as error:
-            return Ended(failure=_lost_meeting(error, recipe))
-        except RecipeError as error:  # another job was quicker
-            return Ended(failure=failure(-1, "start", error, time.time()))
+    told = member.Member(recipe, tuple(range(workers)), recipe.world_size(), entrypoint, folder, quiet_stdout)
+    try:
+        place = rendezvous.among(meeting, recipe.restart) if meeting else rendezvous.here(recipe.launch.port)
+        with _lock(recipe, meeting, place):
+            return _together(Agent(told, place.handler, stop, watchers), place)
+    except RendezvousError as error:
+        return Ended(failure=_lost_meeting(error, recipe))
+    except RecipeError as error:  # another job was quicker
+        return Ended(failure=failure(-1, "start", error, time.time()))
 
 
 def _lock(recipe: Recipe, meeting: Meeting | None, place: rendezvous.Place) -> AbstractContextManager[None]:
@@ -144,13 +135,20 @@ def _lost_meeting(error: RendezvousError, recipe: Recipe) -> Failure:
     return Failure(-1, "meeting the other nodes", cause, time.time(), "peer")
 
 
-def run_threads(recipe: Recipe, world: int, entrypoint: str, quiet_stdout: bool, stop: StopRequest, watch: Watch = nobody) -> Ended:
-    """Train with `world` threads of this process (comm.backend=simulated). `stop` is installed."""
+def run_threads(
+    recipe: Recipe,
+    world: int,
+    entrypoint: str,
+    quiet_stdout: bool,
+    folder: Path,
+    stop: StopRequest,
+    watchers: Sequence[Watcher] = (),
+) -> Ended:
+    """Train with `world` threads of this process (comm.backend=simulated). `folder` and `stop` as in `run_processes`."""
     restarts, generation = Restarts(recipe.restart), 0
     if stop():
         return _not_begun()
-    with scratch() as folder, contextlib.redirect_stdout(sys.stderr if quiet_stdout else sys.stdout):
-        watchers = watch(folder)
+    with contextlib.redirect_stdout(sys.stderr if quiet_stdout else sys.stdout):
         while True:
             for watcher in watchers:
                 watcher.started(generation, dict.fromkeys(range(world), os.getpid()))

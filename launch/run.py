@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from bagualu.launch import forkserver
 from bagualu.launch.hang import HangCheck
 from bagualu.launch.ledger import LedgerWatcher
 from bagualu.launch.meeting import Meeting
-from bagualu.launch.watcher import Watcher
+from bagualu.launch.scratch import scratch
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, STOPPED, Failure, last_words
@@ -37,18 +37,16 @@ def run(
         stop.tell.clear()  # no step is under way here: who ends this run says how
     stop.install()
 
-    def watch(scratch: Path) -> Sequence[Watcher]:
-        return [ledger, HangCheck(recipe, scratch)]
-
-    with _environment(environment.variables(recipe.launch, workers)):
+    with scratch() as folder, _environment(environment.variables(recipe.launch, workers)):
         if not threaded:
-            forkserver.start(["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0]])
+            forkserver.start(["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0]], folder)
         from bagualu.launch import local  # imports torch: here, while the fork server does too
 
+        watchers = [ledger, HangCheck(recipe, folder)]
         if threaded:
-            ended = local.run_threads(recipe, workers, entrypoint, quiet_stdout, stop, watch)
+            ended = local.run_threads(recipe, workers, entrypoint, quiet_stdout, folder, stop, watchers)
         else:
-            ended = local.run_processes(recipe, workers, entrypoint, quiet_stdout, stop, meeting, watch)
+            ended = local.run_processes(recipe, workers, entrypoint, quiet_stdout, folder, stop, meeting, watchers)
             forkserver.stop()
     if ended.failure is not None:
         return _failed(ended.failure, recipe)

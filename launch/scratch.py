@@ -25,7 +25,7 @@ exec >/dev/null
 cat >/dev/null
 for pause in 0 0.2 0.5 1 2 4; do  # a worker that is about to die may still add a file
     sleep $pause
-    rm -rf "$0"
+    rm -rf "$0" "$1"
     [ -e "$0" ] || exit 0
 done
 """
@@ -37,30 +37,33 @@ def scratch(root: Path | None = None) -> Iterator[Path]:
     root = root or (MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir()))
     _remove_abandoned(root)
     path = root / f"{_PREFIX}{secrets.token_hex(8)}"
+    unlocked = path.with_name(f".{path.name}")  # a folder gets its name once it is locked
     remover = subprocess.Popen(
-        ["sh", "-c", _REMOVE, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        ["sh", "-c", _REMOVE, path, unlocked], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         cwd="/", start_new_session=True,
     )  # fmt: skip
     assert remover.stdin is not None
     assert remover.stdout is not None
     remover.stdout.readline()  # from here on no signal ends it
     remover.stdout.close()
-    lock = _make(path)
     try:
-        yield path
+        lock = _make(unlocked)
+        unlocked.rename(path)
+        try:
+            yield path
+        finally:
+            os.close(lock)
     finally:
         remover.stdin.close()
         remover.wait()
-        os.close(lock)
+        shutil.rmtree(path, ignore_errors=True)  # should the remover have been killed
 
 
-def _make(path: Path) -> int:
+def _make(folder: Path) -> int:
     """Make the folder, readable by this user alone; the descriptor of its lock, held until it is closed."""
-    unlocked = path.with_name(f".{path.name}")  # a folder gets its name once it is locked
-    unlocked.mkdir(mode=0o700)
-    lock = os.open(unlocked / _LOCK, os.O_CREAT | os.O_RDWR)
+    folder.mkdir(mode=0o700)
+    lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    unlocked.rename(path)
     return lock
 
 

@@ -22,6 +22,7 @@ from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_of
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.config import Recipe
+from bagualu.trainer.outcome import FinalError
 from bagualu.trainer.state import CHECKPOINTS, take_state
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,10 @@ class Stored:
         return Checkpoint(self.path)
 
 
+class NothingWholeError(CheckpointError, FinalError):
+    """There are states and none can be used. It would be so at every start, so there is none."""
+
+
 @dataclass(frozen=True)
 class Resumed:
     """Where the run goes on."""
@@ -81,7 +86,7 @@ def resume(parts: Parts, others: Sequence[Candidate] = ()) -> Resumed:
     """Take the newest whole state where the recipe asks to resume and there is one. Collective.
 
     `others` are candidates beside the checkpoints of the run directory; of two of the same step they are tried first.
-    Raises RecipeError for a rank with another recipe, other data or another disk, CheckpointError when nothing is whole.
+    Raises RecipeError for a rank with another recipe, other data or another disk, NothingWholeError when none is.
     """
     stored = list_checkpoints(Path(parts.recipe.run.dir) / CHECKPOINTS) if parts.recipe.checkpoint.resume else []
     candidates = sorted([*others, *map(Stored, stored)], key=lambda candidate: -candidate.step)
@@ -97,7 +102,7 @@ def resume(parts: Parts, others: Sequence[Candidate] = ()) -> Resumed:
 def choose(parts: Parts, candidates: Sequence[Candidate]) -> tuple[Candidate, dict[str, str]]:
     """Take the state of the first candidate that is whole for every rank; which one, and by name what is wrong with those before.
 
-    Collective. Raises CheckpointError, with nothing changed, when none is whole.
+    Collective. Raises NothingWholeError, with nothing changed, when none is whole.
     """
     problems: dict[str, str] = {}
     for candidate in candidates:
@@ -107,9 +112,17 @@ def choose(parts: Parts, candidates: Sequence[Candidate]) -> tuple[Candidate, di
             problems[candidate.name] = str(error)
         else:
             return candidate, problems
-    told = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
-    raise CheckpointError(f"none of the {len(problems)} states of {parts.recipe.run.dir} can be used: {told}; restore one of them "
-                          "from a copy, or start anew with another run.dir")  # fmt: skip
+    root = Path(parts.recipe.run.dir) / CHECKPOINTS
+    told = "; ".join(f"{name}: {_short(problem, root / name)}" for name, problem in problems.items())
+    raise NothingWholeError(
+        f"none of the {len(problems)} states of {parts.recipe.run.dir} can be used ({told}); restore one of them from a copy, "
+        "or start anew with another run.dir"
+    )
+
+
+def _short(problem: str, checkpoint: Path) -> str:
+    """What is wrong with it, without its place and without the remedy."""
+    return problem.replace(f"{checkpoint}: ", "").replace(f"{checkpoint}/", "").split("; ")[0]
 
 
 def _require_same(parts: Parts, candidates: Sequence[Candidate]) -> None:

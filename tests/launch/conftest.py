@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.standing import Leftovers
 
 _COMMAND = "import sys; from bagualu.launch.cli import main; sys.exit(main(entrypoint='{}'))"
 
@@ -19,14 +21,21 @@ _COMMAND = "import sys; from bagualu.launch.cli import main; sys.exit(main(entry
 class Run:
     """A `bagualu train` under way, in a process group of its own as on a terminal."""
 
-    def __init__(self, folder: Path, *overrides: str, stderr: int = subprocess.PIPE, entrypoint: str = "stand_in:train") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        *overrides: str,
+        stderr: int = subprocess.PIPE,
+        entrypoint: str = "stand_in:train",
+    ) -> None:
         self.folder = folder / "run"
         steps = [] if any("train.steps=" in word for word in overrides) else ["train.steps=100000"]
         words = ["train", "recipe=tiny", f"run.dir={self.folder}", *steps, *overrides]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _COMMAND.format(entrypoint), *words],
             text=True, stdout=subprocess.PIPE, stderr=stderr, cwd=folder, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            env={**environment, "PYTHONPATH": str(Path(__file__).parent)},
         )  # fmt: skip
 
     def started(self, ranks: int = 4, step: int = 2) -> list[dict[str, Any]]:
@@ -81,12 +90,22 @@ def _wait(condition: Any, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Any]:
-    """start(*overrides) -> Run; whatever is left of its process group is killed after the test."""
+def leftovers(tmp_path: Path) -> Iterator[Leftovers]:
+    """Asserts that what the test starts, with `leftovers.environment`, leaves nothing behind; other fixtures end it first."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    watch = Leftovers(temporary)
+    yield watch
+    watch.assert_none()
+
+
+@pytest.fixture
+def start(tmp_path: Path, leftovers: Leftovers) -> Iterator[Any]:
+    """start(*overrides) -> Run; whatever is left of its process group is killed after the test, and then nothing may be left."""
     runs: list[Run] = []
 
     def begin(*overrides: str, **options: Any) -> Run:
-        runs.append(Run(tmp_path, *overrides, **options))
+        runs.append(Run(tmp_path, leftovers.environment, *overrides, **options))
         return runs[-1]
 
     yield begin

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.standing import assert_names_rank_phase_and_cause
+
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.timeout(300)]
+LAST = "bagualu: failed: "
 HANG = ("restart.hang_seconds=3", "restart.long_hang_seconds=60", "restart.backoff_seconds=0")
 
 
@@ -18,6 +21,8 @@ def stand_still(start, *overrides, limit=0):
 
 def named(line, beginning):
     """The rank that a line names, why, and the report it points to."""
+    if beginning == LAST:
+        assert_names_rank_phase_and_cause(line)
     found = re.match(beginning + r"rank (\d+)(?: failed)?, step \d+: the run stood still: (.*); report: (\S+);", line)
     assert found, line
     return int(found[1]), found[2], Path(found[3]).read_text()
@@ -52,7 +57,7 @@ def test_a_rank_that_does_not_come_on_is_named_with_its_stack(start, gone, how, 
     run = stand_still(start, f"run.name={how}")
     ranks = run.started(step=3)
     code, _, err = run.end()
-    rank, _, report = named(err.splitlines()[-1], "bagualu: failed: ")
+    rank, _, report = named(err.splitlines()[-1], LAST)
     assert code == 1
     assert rank == 2
     assert where in stack_of(report, 2)
@@ -62,7 +67,7 @@ def test_a_rank_that_does_not_come_on_is_named_with_its_stack(start, gone, how, 
 def test_a_rank_that_stands_still_where_much_is_allowed_is_named_before_the_others_give_up(start):
     run = stand_still(start, "run.name=first", "comm.backend=simulated", "comm.timeout_seconds=6")
     code, _, err = run.end()
-    rank, _, report = named(err.splitlines()[-1], "bagualu: failed: ")
+    rank, _, report = named(err.splitlines()[-1], LAST)
     assert code == 1
     assert rank == 2
     assert "computes_for_ever" in stack_of(report, 2)
@@ -75,7 +80,7 @@ def test_what_may_take_long_is_no_hang(start):
 
 def test_a_rank_that_runs_as_a_thread_is_found_in_the_same_way(start):
     code, _, err = stand_still(start, "run.name=spin", "comm.backend=simulated").end()
-    rank, _, report = named(err.splitlines()[-1], "bagualu: failed: ")
+    rank, _, report = named(err.splitlines()[-1], LAST)
     assert code == 1
     assert rank == 2
     assert "computes_for_ever" in stack_of(report, 2)

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.standing import assert_names_rank_phase_and_cause
+
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 pytestmark = [LINUX, pytest.mark.timeout(300)]
 
@@ -32,12 +34,19 @@ def catches(pid, number):
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
-def test_workers_get_threads_memory_and_logs_and_the_run_says_how_it_ended(start, gone):
-    run = start("train.steps=3", "launch.threads=1", "--json")
-    code, out, err = run.end()
-    assert code == 0, err
+def test_workers_get_threads_memory_logs_and_one_of_them_the_terminal_and_the_run_says_how_it_ended(start, gone):
+    ours, theirs = pty.openpty()
+    run = start("train.steps=3", "launch.threads=1", "--json", stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while chunk := _read(ours):
+        shown += chunk
+    code, out, _ = run.end()
+    assert code == 0, shown
+    assert b"\rat step 1\rat step 2\rat step 3" in shown
     assert json.loads(out)["ended"] == "done"
     ranks = [json.loads((run.folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    assert [rank["terminal"] for rank in ranks] == [True, False, False, False]  # its log has the lines too
     assert [rank["threads"] for rank in ranks] == [1] * 4
     assert len({rank["parent"] for rank in ranks}) == 1  # one process imported torch for all
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -49,41 +58,45 @@ def test_workers_get_threads_memory_and_logs_and_the_run_says_how_it_ended(start
     assert gone([*pids(ranks), ranks[0]["parent"]])
 
 
-def test_the_first_failing_rank_is_named_not_its_peers(start, gone):
-    run = start("run.name=raise2", "restart.limit=0")
+def test_the_first_failing_rank_is_named_not_its_peers_and_a_crash_loop_has_a_code_of_its_own(start, gone):
+    run = start("run.name=raise2", "restart.backoff_seconds=0.1")
     code, _, err = run.end()
     last = err.splitlines()[-1]
-    assert code == 1
+    assert code == 76
+    assert_names_rank_phase_and_cause(last)
     assert last.startswith("bagualu: failed: rank 2, step 3, work")
-    assert "ValueError: no such thing;" in last
+    assert "ValueError: no such thing (failed at this step 2 times" in last
     assert f"{run.folder}/logs/rank-2.log" in last
     assert "and more" in (run.folder / "logs" / "rank-2.log").read_text()
     assert gone([json.loads((run.folder / f"rank-{rank}.json").read_text())["pid"] for rank in range(4)])
 
 
-def test_a_killed_worker_is_named_and_takes_the_others_along(start, gone):
-    run = start("restart.limit=0")
-    ranks = run.started()
+def test_a_killed_worker_is_named_and_takes_the_others_along_within_2_seconds(start, gone):
+    """Also a rank (2) that does not communicate, and so does not notice."""
+    run = start("run.name=busy2", "restart.limit=0")
+    ranks = run.started(step=2)
     os.kill(ranks[1]["pid"], signal.SIGKILL)
+    assert gone(pids(ranks), within=2)
     code, _, err = run.end()
     assert code == 1
+    assert_names_rank_phase_and_cause(err.splitlines()[-1])
     assert "bagualu: failed: rank 1, step " in err.splitlines()[-1]
     assert "SIGKILL" in err.splitlines()[-1]
-    assert gone(pids(ranks))
 
 
-@pytest.mark.parametrize("way", ["ctrl-c", "sigterm"])
+@pytest.mark.parametrize("way", ["ctrl-c", "sigusr1"])
 def test_a_request_to_stop_ends_at_a_step_with_code_75(start, gone, way):
+    """Within 2 seconds, where a step is short and there is nothing to save."""
     run = start()
     ranks = run.started()
     if way == "ctrl-c":
         run.interrupt()
     else:
-        run.process.send_signal(signal.SIGTERM)
+        run.process.send_signal(signal.SIGUSR1)
+    assert gone(pids(ranks), within=2)
     code, out, err = run.end()
     assert code == 75, err
     assert "checkpoint.resume=true" in out
-    assert gone(pids(ranks))
 
 
 @pytest.mark.parametrize("backend", ["gloo", "simulated"])
@@ -129,20 +142,6 @@ def test_the_folder_in_memory_is_gone_with_a_killed_launcher(start, gone):
     while folder.exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_rank_0_has_the_terminal_and_its_log_the_lines(start):
-    ours, theirs = pty.openpty()
-    run = start("train.steps=3", stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    while chunk := _read(ours):
-        shown += chunk
-    code, _, _ = run.end()
-    assert code == 0
-    assert b"\rat step 1\rat step 2\rat step 3" in shown
-    ranks = [json.loads((run.folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
-    assert [rank["terminal"] for rank in ranks] == [True, False, False, False]
 
 
 def test_simulated_ranks_are_threads_of_one_process_and_stop_as_workers_do(start):
@@ -192,24 +191,10 @@ def test_a_killed_worker_is_started_again_with_all_others(start, gone):
     assert gone(pids(after))
 
 
-def test_a_crash_loop_ends_with_a_code_of_its_own(start):
-    code, _, err = start("run.name=raise2", "restart.backoff_seconds=0.1").end()
-    assert code == 76
-    assert err.splitlines()[-1].startswith("bagualu: failed: rank 2, step 3, work")
-    assert "ValueError: no such thing (failed at this step 2 times" in err.splitlines()[-1]
-
-
-def test_a_peer_that_does_not_notice_ends_soon_too(start, gone):
-    run = start("run.name=busy2", "restart.limit=0")
-    ranks = run.started(step=2)
-    os.kill(ranks[1]["pid"], signal.SIGKILL)
-    assert gone(pids(ranks))
-    assert run.end()[0] == 1
-
-
 def test_a_worker_that_ends_without_a_word_is_named(start):
     code, _, err = start("run.name=leave2", "restart.limit=0").end()
     assert code == 1
+    assert_names_rank_phase_and_cause(err.splitlines()[-1])
     assert "rank 2, step 3, work: ended with exit code 9" in err.splitlines()[-1]
 
 

@@ -16,6 +16,7 @@ from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.launch.node import main
 from tests.harness import run as run_ranks
 from tests.launch.survival import SMALL, figures, small, state, undisturbed
+from tests.standing import assert_names_rank_phase_and_cause
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 pytestmark = [LINUX, pytest.mark.timeout(300)]
@@ -26,10 +27,10 @@ COMMAND = "import sys; from bagualu.launch.node import main; sys.exit(main(entry
 class Nodes:
     """Agents of one run."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], *words: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             self.place = taken.getsockname()
-        self.folder = folder / "run"
+        self.folder, self.environment = folder / "run", environment
         self.words = ["--meet", "{}:{}".format(*self.place), "--id", "test", *SMALL, *WORDS, "launch.nodes=2", "launch.workers=2",
                       "checkpoint.resume=true", f"run.dir={self.folder}", *words]  # fmt: skip
         self.agents: list[subprocess.Popen[str]] = []
@@ -38,7 +39,7 @@ class Nodes:
         path = self.folder.parent / f"agent-{len(self.agents)}.err"
         self.agents.append(subprocess.Popen(
             [sys.executable, "-c", COMMAND, *self.words], text=True, stdout=subprocess.DEVNULL, stderr=path.open("w"),
-            start_new_session=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            start_new_session=True, env={**self.environment, "PYTHONPATH": str(Path(__file__).parent)},
         ))  # fmt: skip
         return self.agents[-1]
 
@@ -61,11 +62,11 @@ class Nodes:
 
 
 @pytest.fixture
-def nodes(tmp_path):
+def nodes(tmp_path, leftovers):
     made = []
 
     def make(*words):
-        made.append(Nodes(tmp_path, *words))
+        made.append(Nodes(tmp_path, leftovers.environment, *words))
         made[-1].folder.mkdir()
         return made[-1]
 
@@ -115,6 +116,7 @@ def test_when_the_store_goes_with_its_node_the_others_end_and_say_so(nodes):
     head.kill()
     assert other.wait(60) == 1
     last = (run.folder.parent / "agent-1.err").read_text().splitlines()[-1]
+    assert_names_rank_phase_and_cause(last)
     assert last.startswith("bagualu: failed: no single rank, meeting the other nodes: the node that holds the rendezvous store "
                            "cannot be reached; ")  # fmt: skip
 
@@ -125,6 +127,7 @@ def test_what_ends_the_run_on_one_node_ends_it_on_all_with_the_same_words(nodes)
     assert [agent.wait(120) for agent in agents] == [1, 1], run.said()
     for number in (0, 1):
         last = (run.folder.parent / f"agent-{number}.err").read_text().splitlines()[-1]
+        assert_names_rank_phase_and_cause(last)
         assert last.startswith("bagualu: failed: rank 3, step 4, backward: killed by SIGKILL"), run.said()
 
 

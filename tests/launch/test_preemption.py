@@ -14,6 +14,7 @@ from bagualu.comm import simulated
 from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
 from bagualu.launch import local
 from bagualu.launch.cli import main
+from bagualu.launch.scratch import scratch
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.stopping import STOP_SIGNALS, StopRequest
 from tests.launch.survival import SMALL, figures, small, state, undisturbed
@@ -43,7 +44,8 @@ def train(folder, *words):
     folder.mkdir(exist_ok=True)
     stop = StopRequest()
     stop.install()
-    return local.run_threads(small(folder, *WORDS, *words), 2, "tests.launch.faulty:train", False, stop)
+    with scratch() as memory:
+        return local.run_threads(small(folder, *WORDS, *words), 2, "tests.launch.faulty:train", False, memory, stop)
 
 
 @pytest.mark.parametrize("point", ["data", "backward", "agree", "validate", "write", "commit"])

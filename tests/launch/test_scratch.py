@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from bagualu.launch.scratch import scratch
@@ -66,6 +67,21 @@ def test_an_error_removes_it_too(tmp_path):
     with pytest.raises(ValueError, match="mine"), scratch(tmp_path):
         raise ValueError("mine")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_gone_after_the_block_when_its_remover_was_killed(tmp_path):
+    with scratch(tmp_path) as folder:
+        (folder / "file").write_text("x")
+        remover = next(child for child in psutil.Process().children() if str(folder) in child.cmdline())
+        os.killpg(remover.pid, signal.SIGKILL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_launcher_killed_while_it_makes_the_folder_leaves_none(tmp_path):
+    killed = "import fcntl, os\nfcntl.flock = lambda *_: os.kill(os.getpid(), 9)\n" + LAUNCHER
+    process = subprocess.run([sys.executable, "-c", killed, str(tmp_path)], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert empty(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])

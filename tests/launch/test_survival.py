@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from bagualu.fault_tolerance.ledger.events import read
 from tests.harness import run as run_ranks
 from tests.launch.survival import SMALL, figures, small, state, undisturbed
 
@@ -32,6 +33,9 @@ def test_a_rank_killed_in_each_part_of_a_step_leaves_the_run_as_it_would_have_be
     assert [(int(rank), int(step), int(count)) for rank, step, count, _ in restarts] == [
         (rank, step, count) for count, (rank, step, _) in enumerate(kills, 1)
     ]
+    seen = [event.wall for event in read(run.folder) if event.what == "failed"]  # when all its peers were dead
+    struck = [(run.folder / f"killed-{step}-{point}").stat().st_mtime for _, step, point in kills]
+    assert all(dead - killed < 2 for dead, killed in zip(seen, struck, strict=True))
     for _, step, _, newest in restarts:
         saved = 0 if newest == "the beginning" else int(newest.removeprefix("step-"))
         assert int(step) - 5 < saved < int(step)  # at most the save under way is lost, with the steps since

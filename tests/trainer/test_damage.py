@@ -26,6 +26,7 @@ from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.outcome import FinalError
 from bagualu.trainer.state import CHECKPOINTS
 from bagualu.trainer.step import train_step
 from tests.harness import WorkerFailed, run
@@ -324,8 +325,10 @@ def test_with_none_whole_the_run_ends_naming_all_and_changes_nothing(tmp_path: P
         spoil(path)
     before = checkpoints_in(tmp_path)
     recipe.checkpoint.resume = True
-    with pytest.raises(CheckpointError, match=r"none of the 2 .*: step-00000004: rank .*; step-00000002: rank ") as error:
+    with pytest.raises(FinalError, match=r"none of the 2 .* \(step-00000004: rank .*; step-00000002: rank .*\); restore") as error:
         run("simulated", 4, until, recipe, -1, 0)
+    assert str(error.value).count(str(tmp_path)) == 1
+    assert len(str(error.value).split("; ")) == 3  # one clause for each, and once what to do
     assert "\n" not in str(error.value)
     assert checkpoints_in(tmp_path) == before
     assert len(list_checkpoints(tmp_path / CHECKPOINTS)) == 2
