@@ -59,7 +59,7 @@ def test_workers_get_threads_memory_logs_and_one_of_them_the_terminal_and_the_ru
 
 
 def test_the_first_failing_rank_is_named_not_its_peers_and_a_crash_loop_has_a_code_of_its_own(start, gone):
-    run = start("run.name=raise2", "restart.backoff_seconds=0.1")
+    run = start("run.name=raise2", "restart.backoff_seconds=0")
     code, _, err = run.end()
     last = err.splitlines()[-1]
     assert code == 76
@@ -199,7 +199,7 @@ def test_a_worker_that_ends_without_a_word_is_named(start):
 
 
 def test_a_rank_that_fails_again_and_again_is_left_out_of_an_elastic_run(start):
-    run = start("run.name=raise3", "restart.elastic=true", "restart.backoff_seconds=0.1", "train.steps=5")
+    run = start("run.name=raise3", "restart.elastic=true", "restart.backoff_seconds=0", "train.steps=5")
     code, _, err = run.end()
     assert code == 0, err
     assert "restart 2 of 3 without rank 3" in err

@@ -79,7 +79,7 @@ def nodes(tmp_path, leftovers):
 
 def test_an_elastic_run_goes_on_without_a_node_and_grows_back(nodes, tmp_path):
     run_ranks("gloo", 4, undisturbed, small(tmp_path / "undisturbed", *WORDS, "train.steps=80"))
-    run = nodes("run.name=slow", "train.steps=80", "restart.elastic=true", "restart.wait_seconds=2", "restart.backoff_seconds=0.1")
+    run = nodes("run.name=slow", "train.steps=80", "restart.elastic=true", "restart.wait_seconds=2", "restart.backoff_seconds=0")
     (run.folder / "slow").touch()
     stays = run.start()
     run.until(run.listens)  # the node that holds the store is the one that stays

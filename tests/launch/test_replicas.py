@@ -33,7 +33,7 @@ def assert_as_undisturbed(folder, reference):
 
 def test_killed_ranks_cost_at_most_the_steps_since_the_last_replica(start, reference):
     name = "kill-3-6-forward.kill-0-10-publish.kill-1-12-backward"
-    run = start(*SMALL, *WORDS, f"run.name={name}", "checkpoint.replica_every=2", "restart.limit=3", "restart.backoff_seconds=0.1",
+    run = start(*SMALL, *WORDS, f"run.name={name}", "checkpoint.replica_every=2", "restart.limit=3", "restart.backoff_seconds=0",
                 entrypoint="faulty:train")  # fmt: skip
     code, _, err = run.end()
     assert code == 0, err
@@ -43,7 +43,7 @@ def test_killed_ranks_cost_at_most_the_steps_since_the_last_replica(start, refer
 
 
 def test_a_node_that_is_lost_and_replaced_gets_its_state_from_the_other(nodes, reference):  # noqa: F811
-    run = nodes(*WORDS, "run.name=slow", "checkpoint.replica_every=1", "restart.backoff_seconds=0.1")
+    run = nodes(*WORDS, "run.name=slow", "checkpoint.replica_every=1", "restart.backoff_seconds=0")
     (run.folder / "slow").touch()
     stays = run.start()
     run.until(run.listens)

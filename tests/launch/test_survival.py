@@ -26,7 +26,7 @@ def reference(tmp_path_factory):
 def test_a_rank_killed_in_each_part_of_a_step_leaves_the_run_as_it_would_have_been(start, gone, reference):
     kills = [(1, 3, "forward"), (0, 4, "backward"), (3, 6, "reduce"), (2, 8, "optimizer")]
     name = ".".join(f"kill-{rank}-{step}-{point}" for rank, step, point in kills)
-    run = start(*SMALL, *WORDS, f"run.name={name}", "restart.limit=4", "restart.backoff_seconds=0.1", entrypoint="faulty:train")
+    run = start(*SMALL, *WORDS, f"run.name={name}", "restart.limit=4", "restart.backoff_seconds=0", entrypoint="faulty:train")
     code, _, err = run.end()
     assert code == 0, err
     restarts = re.findall(r"bagualu: rank (\d) failed, step (\d).*SIGKILL.*; restart (\d) of 4 .*, from (.*)", err)
@@ -54,7 +54,6 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_second_one_breaks_no_s
     assert [step for step, *_ in figures(run.folder)] == [1, 2, 3, 4]
     assert "saved step 4" in err
     assert "not saved yet" in (run.folder / "logs" / "rank-2.log").read_text()
-    again = start(*SMALL, *WORDS, "checkpoint.resume=true", entrypoint="faulty:train")
-    assert again.end()[0] == 0
+    run_ranks("gloo", 4, undisturbed, small(run.folder, *WORDS, "checkpoint.resume=true"))
     assert figures(run.folder) == figures(reference)
     assert all(torch.equal(state(run.folder)[key], value) for key, value in state(reference).items())
