@@ -49,7 +49,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         one.add_argument("--rounds", type=int, default=1 if name == "slowed" else 2, help="turns of everybody")
         one.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and every sample here")
         one.add_argument("--folder", type=Path, help="keep run directories and logs here (default: a new folder in /tmp)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.command == "slowed" and not 0 < options.speed < 1:
+        parser.error(f"--speed {options.speed} must lie between 0 and 1, e.g. --speed 0.5")
+    return options
 
 
 def measure(options: argparse.Namespace, folder: Path) -> Tables:

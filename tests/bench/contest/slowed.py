@@ -56,9 +56,10 @@ def compare(plan: Plan, rounds: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def near(counts: list[int]) -> list[list[int]]:
-    """Splits over two stages: one layer less on the first, these, and one more."""
+    """Splits over two stages: one layer less on the first, these, one and two more, for a process that is stopped also keeps the
+    other one waiting for its messages."""
     first, second = counts
-    return [[first + more, second - more] for more in (-1, 0, 1) if first + more > 0 and second - more > 0]
+    return [[first + more, second - more] for more in (-1, 0, 1, 2) if first + more > 0 and second - more > 0]
 
 
 def phases(run: Ended, counts: list[int], warmup: int, slow_from: int) -> list[dict[str, Any]]:
