@@ -161,7 +161,7 @@ class Loop:
             return {}
         if self.parts.mesh.at("world") == 0:
             print(f"step {step}: {moved}", file=sys.stderr, flush=True)
-        return {"layers_of_stages": moved.before if moved.failed else moved.after}
+        return {"layers_of_stages": moved.before if moved.failed else moved.after, "move_seconds": moved.seconds}
 
     @property
     def _tokens_per_step(self) -> int:

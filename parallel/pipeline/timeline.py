@@ -1,11 +1,7 @@
 """When each pass of a schedule runs. Free of torch.
 
-<<<<<<< HEAD
-Every pass begins as soon as its rank is free and what it needs is there. With whole or fractional costs times are exact.
-=======
 Every pass begins as soon as its rank is free and what it needs is there. With whole numbers or fractions for costs the times are
 exact.
->>>>>>> d1d910c (Interleaved 1F1B, ZB-H1, ZB-V, V-Half and DualPipeV as lists, with the published cost of each)
 """
 
 from collections.abc import Callable

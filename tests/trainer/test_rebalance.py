@@ -190,6 +190,7 @@ def test_a_run_moves_layers_away_from_a_rank_that_has_become_slow(
     assert "layers move from [4, 4] to " in capfd.readouterr().err
     moved = [json.loads(line) for line in (tmp_path / "moving" / "metrics.jsonl").read_text().splitlines()]
     assert [first, second] in [line.get("layers_of_stages") for line in moved]
+    assert all(line["move_seconds"] > 0 for line in moved if "layers_of_stages" in line)
     ledger = summaries["moving"]["ledger"]
     assert ledger["balance"] > 0
 

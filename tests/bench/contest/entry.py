@@ -3,14 +3,17 @@
 import re
 from dataclasses import dataclass
 
+from bagualu.parallel.pipeline.generate import SCHEDULES
+
 BASELINES = ("plain", "ddp", "fsdp", "deepspeed", "torchtp", "torchpp")
 AXES = ("data", "tensor", "pipeline", "expert")
+"""pipeline: with the recipe's own schedule."""
 PRECISIONS = ("bf16", "bf16wide", "autocast", "f32")
 """bf16: bfloat16 weights and arithmetic. bf16wide: bfloat16 weights, but matmul and attention in float32. autocast:
 float32 weights under torch.autocast. f32: float32 throughout. The first two keep float32 master weights."""
 GRAMMAR = "PROGRAM[-VARIANT][-compiled][@PROCESSESxTHREADS]"
 NAME = re.compile(
-    r"(?P<program>[a-z]+)(-(?P<variant>(?!compiled)[a-z0-9]+))?(?P<compiled>-compiled)?"
+    r"(?P<program>[a-z]+)(-(?P<variant>(?!compiled)[a-z0-9_]+))?(?P<compiled>-compiled)?"
     r"(@(?P<processes>[1-9]\d*)x(?P<threads>[1-9]\d*))?"
 )
 
@@ -22,10 +25,15 @@ class Entry:
     program: str
     """plain | ddp | fsdp | deepspeed | torchtp | torchpp | bagualu."""
     variant: str
-    """Baselines: the precision. Bagualu: the axis that more than one process is spent on."""
+    """Baselines: the precision. Bagualu: the axis that more than one process is spent on, or the schedule of a pipeline."""
     compiled: bool
     processes: int
     threads: int
+
+    @property
+    def axis(self) -> str:
+        """What Bagualu spends more than one process on."""
+        return "pipeline" if self.variant in SCHEDULES else self.variant
 
     @property
     def name(self) -> str:
@@ -34,7 +42,7 @@ class Entry:
 
 
 def parse(text: str, cores: int) -> Entry:
-    """An entry from its name (GRAMMAR), e.g. plain-bf16, plain-f32-compiled, ddp-bf16@2x1, bagualu-tensor.
+    """An entry from its name (GRAMMAR), e.g. plain-bf16, plain-f32-compiled, ddp-bf16@2x1, bagualu-tensor, bagualu-zb_h1.
 
     Left out: precision bf16; one process for plain and for bagualu without an axis, two otherwise; threads that share
     out `cores`. Raises ValueError with what is allowed.
@@ -47,7 +55,7 @@ def parse(text: str, cores: int) -> Entry:
     if program in BASELINES:
         allowed, variant = PRECISIONS, variant or "bf16"
     elif program == "bagualu":
-        allowed = ("", *AXES)
+        allowed = ("", *AXES, *SCHEDULES)
     else:
         raise ValueError(f"contestant {text!r}: no such program; give one of {', '.join((*BASELINES, 'bagualu'))}")
     if variant not in allowed:

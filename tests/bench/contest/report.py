@@ -1,6 +1,7 @@
 """From samples to a table and a JSON document. Free of torch."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -63,10 +64,33 @@ def table(recipe: str, shape: Shape, results: list[dict[str, Any]]) -> str:
             f"{row['ratio']:.2f}" if "ratio" in row else "-",
             f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else "-",
         ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    title = f"{recipe}: {shape.parameters / 1e6:.1f}M parameters, {shape.tokens} tokens a step"
+    return "\n".join((title, *aligned(rows)))
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Plain text of rows with the same keys; lists and what is nested in a row are for the JSON document, not for here."""
+    shown = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
+    return "\n".join(aligned([tuple(shown), *(tuple(_cell(row[key]) for key in shown) for row in rows)]))
+
+
+def spread(seconds: list[float]) -> str:
+    return f"{min(seconds):.3g}..{max(seconds):.3g}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with columns: the first one begins at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join((first.ljust(widths[0]), *cells)))
-    title = f"{recipe}: {shape.parameters / 1e6:.1f}M parameters, {shape.tokens} tokens a step"
-    return "\n".join((title, *lines))
+    return lines
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)

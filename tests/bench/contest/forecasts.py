@@ -1,0 +1,67 @@
+"""What the cost table that a run measured says of the splits it could have had."""
+
+from pathlib import Path
+
+import torch
+
+from bagualu.parallel.balance.choose import choose_split
+from bagualu.parallel.balance.cost import CostTable
+from bagualu.parallel.balance.forecast import Split, forecast_split
+from bagualu.parallel.balance.problem import Problem
+from bagualu.parallel.pipeline.generate import compute_schedule
+from bagualu.parallel.pipeline.schedule import Schedule
+from bagualu.parallel.pipeline.split import split_layers
+from bagualu.trainer.balance import work_of
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.cost_cache import device_name, figures
+from bagualu.trainer.measured_cost import measured_table
+
+
+class Forecasts:
+    """Of one model on one schedule."""
+
+    def __init__(self, table: CostTable, schedule: Schedule) -> None:
+        self.table, self.schedule = table, schedule
+
+    def of(self, counts: list[int], speeds: list[float] | None = None) -> float:
+        """Seconds of the passes of a step with `counts` layers on the stages, on ranks of these speeds."""
+        placement = self.schedule.placement
+        problem = Problem(self.table, self.schedule, speeds or [1.0] * placement.ranks, None)
+        slices = split_layers(len(self.table.layers), placement, counts)
+        forecast = forecast_split(problem, [(piece.start, piece.stop) for piece in slices]).forecast
+        assert forecast is not None
+        return forecast.step_seconds
+
+    def best(self, speeds: list[float]) -> list[int]:
+        """Layers of the stages in the best split for ranks of these speeds."""
+        return counts_of(choose_split(self.table, self.schedule, speeds))
+
+
+def forecasts(recipe: Recipe, cache: Path, threads: int = 1) -> Forecasts:
+    """After a run of `recipe` with parallel.balance=measured that kept its costs in `cache`. Raises RuntimeError without one."""
+    torch.set_num_threads(threads)  # part of what the costs are kept under
+    return Forecasts(kept_table(recipe, cache), schedule_of(recipe))
+
+
+def schedule_of(recipe: Recipe) -> Schedule:
+    layout, parallel = recipe.validate(recipe.world_size()), recipe.parallel
+    return compute_schedule(parallel.schedule, layout.pipeline, recipe.micro_batches(layout), parallel.virtual_stages)
+
+
+def kept_table(recipe: Recipe, cache: Path) -> CostTable:
+    """The costs that a run of `recipe` has measured and kept. Raises RuntimeError when none has."""
+    work, device = work_of(recipe, recipe.validate(recipe.world_size())), torch.device("cpu")
+    before = set((cache / "costs").glob("*.json"))
+    found = figures(cache, work, device, recipe.train.compile)
+    if set((cache / "costs").glob("*.json")) != before:
+        raise RuntimeError(f"no run has kept the costs of this recipe in {cache}; run it with parallel.balance=measured first")
+    return measured_table(work, found, f"measured on {device_name(device)}")
+
+
+def uniform(recipe: Recipe) -> list[int]:
+    """Layers of the stages by count."""
+    return [len(piece) for piece in split_layers(recipe.model.layers, schedule_of(recipe).placement)]
+
+
+def counts_of(split: Split) -> list[int]:
+    return [len(piece) for piece in split.slices]
