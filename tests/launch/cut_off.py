@@ -35,14 +35,14 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
     """What the ranks run: the trainer, which notes what was committed by whom, and dawdles as long as `slow` is there."""
     machine, commit, folder = int(os.environ["MACHINE"]), save.commit, Path(recipe.run.dir)
 
-    def noting(fence: Any, temporary: Path, final: Path, manifest: Any) -> None:
+    def noting(fence: Any, temporary: Path, final: Path, manifest: Any, claim: Any) -> None:
         line = {"step": manifest.step, "machine": machine, "error": None}
         if machine == 0 and _tries(folder) == 2:
             (folder / "holding").touch()
             while not (folder / "let_go").exists():
                 time.sleep(0.01)
         try:
-            commit(fence, temporary, final, manifest)
+            commit(fence, temporary, final, manifest, claim)
         except Exception as error:
             line["error"] = repr(error)
             raise
