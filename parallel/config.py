@@ -16,7 +16,7 @@ class RebalanceConfig:
 
     every: int | None = None
     """Steps between looks at what the ranks' passes take; 0: layers stay where they are; left out, 10 with balance=measured or
-    analytic and 0 else."""
+    analytic, but 0 with train.compile, where a move compiles anew, and 0 else."""
     threshold: float = 0.05
     """Share of a step that a move has to gain."""
     windows: int = 3

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from bagualu.comm.backend import Work
 from bagualu.comm.group import Group
@@ -188,11 +189,15 @@ class GradientReducer:
         self.before_reduction: Callable[[Bucket], None] | None = None
         """Told of every bucket when this rank's own gradient is complete in it and nobody else's has been added."""
         self._sinks: list[GradientSink] = []
+        self._handles: list[RemovableHandle] = []
+        self._at_once = [bucket for bucket in buckets if not _waits_for_all(bucket)]
+        self._begun = 0
+        """How many of these are being reduced."""
         for bucket in buckets:
             for entry in bucket.entries:
                 view = bucket.gradients[entry.start : entry.start + entry.parameter.numel()].view_as(entry.parameter)
                 sink = GradientSink(self, bucket, view)
-                entry.parameter.register_post_accumulate_grad_hook(sink.take)
+                self._handles.append(entry.parameter.register_post_accumulate_grad_hook(sink.take))
                 if fused(entry.name):
                     entry.parameter.gradient_sink = sink  # type: ignore[attr-defined]
                 self._sinks.append(sink)
@@ -201,6 +206,7 @@ class GradientReducer:
         """Before the first backward of a step whose parameters each see `micro_batches` backward passes."""
         for sink in self._sinks:
             sink.fresh = True
+        self._begun = 0
         for bucket in self.buckets:
             bucket.pending = sum(entry.uses for entry in bucket.entries) * micro_batches
 
@@ -209,8 +215,10 @@ class GradientReducer:
         for sink in self._sinks:
             if sink.fresh:  # its parameter took no part in this step's loss
                 sink.view.zero_()
+        for bucket in self._at_once[self._begun :]:
+            self._reduce(bucket)
         for bucket in self.buckets:
-            if bucket.pending or _waits_for_all(bucket):
+            if _waits_for_all(bucket):
                 self._reduce(bucket)
         for bucket in self.buckets:
             for work in bucket.work:
@@ -227,10 +235,23 @@ class GradientReducer:
             self.put_off = None
 
     def count(self, bucket: Bucket) -> None:
-        """One parameter's gradient of one micro-batch is in."""
+        """One parameter's gradient of one micro-batch is in. Reductions begin in the order of the buckets, whichever is complete
+        first: ranks with another number of micro-batches complete them in another order."""
         bucket.pending -= 1
-        if bucket.pending == 0 and not _waits_for_all(bucket):
-            self._reduce(bucket)
+        while self._begun < len(self._at_once) and self._at_once[self._begun].pending == 0:
+            self._begun += 1
+            self._reduce(self._at_once[self._begun - 1])
+
+    def close(self) -> None:
+        """Let the parameters go: they refer to the buckets, and those to them, by way of hooks that Python's collector cannot see
+        through."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for bucket in self.buckets:
+            for entry in bucket.entries:
+                if gradient_sink(entry.parameter) is not None:
+                    del entry.parameter.gradient_sink  # type: ignore[attr-defined]
 
     def _reduce(self, bucket: Bucket) -> None:
         self.mesh.monitor.at("bucket")

@@ -14,9 +14,9 @@ from bagualu.parallel.pipeline.schedule import Placement
 class Mesh:
     """One rank's view of the layout.
 
-    Groups: tensor, pipeline (activations travel in it), pipeline_back (gradients, so that neither waits for the other), fold
-    (holders of the same dense parameters), expert (holders of the other experts), replica (holders of the same experts), ends
-    (the ranks of the first and the last stage, for tied embeddings; absent elsewhere) and world.
+    Groups: tensor, pipeline and its relatives (see `messages`), fold (holders of the same dense parameters), expert (holders of the
+    other experts), replica (holders of the same experts), ends (the ranks of the first and the last stage, for tied embeddings;
+    absent elsewhere) and world.
     """
 
     layout: Layout
@@ -35,7 +35,8 @@ class Mesh:
         for axis in ("tensor", "fold", "expert", "replica", "pipeline"):
             groups[axis] = communicator.group(layout.peers(axis, rank), axis)
         pipeline = layout.peers("pipeline", rank)
-        groups["pipeline_back"] = communicator.group(pipeline, "pipeline_back")
+        for name in ("pipeline_back", *_RETURNING) if placement.chunks > 1 else ("pipeline_back",):
+            groups[name] = communicator.group(pipeline, name)
         ends = sorted({placement.rank_of(0), placement.rank_of(placement.stages - 1)})
         if at["pipeline"] in ends:
             groups["ends"] = communicator.group(tuple(pipeline[place] for place in ends), "ends")
@@ -66,6 +67,14 @@ class Mesh:
         self.group("world").all_reduce(together)
         return together.tolist()
 
+    def messages(self, gradients: bool, source: int, destination: int) -> Group:
+        """The group in which a rank of the pipeline sends another activations, or gradients: one for each kind and direction.
+
+        Some backends (NCCL) do what two ranks send each other in one group one after the other, and a send is not over before it
+        is received: with both directions in one group, each would wait with a send for the other's receive behind it.
+        """
+        return self.group(_message_group(gradients, source, destination))
+
     @property
     def stages(self) -> list[int]:
         """The stages that this rank holds, in the order of the model."""
@@ -86,19 +95,28 @@ def _say_hello(mesh: Mesh, communicator: Communicator) -> None:
     """One element over every connection of the pipeline, one after the other. Some backends (NCCL) connect two ranks at their first
     message and make both wait for it; a schedule's first messages come in an order in which ranks would wait for each other."""
     here, hello = mesh.at("pipeline"), torch.zeros(1, device=communicator.device)
-    for axis, source, destination in _connections(mesh.placement):
+    for gradients, source, destination in _connections(mesh.placement):
         if source == here:
-            mesh.group(axis).send(hello, destination)
+            mesh.messages(gradients, source, destination).send(hello, destination)
         elif destination == here:
-            mesh.group(axis).receive(hello, source)
+            mesh.messages(gradients, source, destination).receive(hello, source)
 
 
-def _connections(placement: Placement) -> list[tuple[str, int, int]]:
-    """(axis, from, to) of every pair of ranks that send each other activations or gradients."""
-    found: dict[tuple[str, int, int], None] = {}
+def _connections(placement: Placement) -> list[tuple[bool, int, int]]:
+    """(gradients or activations, from, to) of every pair of ranks that send each other any."""
+    found: dict[tuple[bool, int, int], None] = {}
     for stage in range(placement.stages):
-        for axis, step in (("pipeline", 1), ("pipeline_back", -1)):
+        for gradients, step in ((False, 1), (True, -1)):
             destination = placement.neighbour(stage, step)
             if destination is not None:
-                found[axis, placement.rank_of(stage), destination] = None
+                found[gradients, placement.rank_of(stage), destination] = None
     return list(found)
+
+
+_RETURNING = ("pipeline_return", "pipeline_back_return")
+
+
+def _message_group(gradients: bool, source: int, destination: int) -> str:
+    """Activations go to a later rank and gradients to an earlier one, except where stages go round or there and back again."""
+    returning = (destination > source) if gradients else (destination < source)
+    return ("pipeline_back" if gradients else "pipeline") + ("_return" if returning else "")

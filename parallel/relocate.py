@@ -54,34 +54,45 @@ class Relocation:
         missing = _first_missing(seekers[here], holders)
         if missing is not None:
             raise ValueError(f"a part of {missing} is held by no rank")
-
-    @property
-    def bytes_from_others(self) -> int:
-        return sum(tensor.nbytes for there, tensors in enumerate(self._incoming) if there != self._group.rank for tensor in tensors)
+        self._leaving = [_room(tensors, group.device) if there != here else None for there, tensors in enumerate(self._outgoing)]
+        self._arriving = [_room(tensors, group.device) if there != here else None for there, tensors in enumerate(self._incoming)]
 
     def run(self) -> None:
-        """Move everything. Collective. One message each way between two members; pairs take turns in one order on all of them."""
-        here, group = self._group.rank, self._group
+        """Move everything; all memory it takes is there already. Collective. One message each way between two members; pairs take
+        turns in one order on all of them."""
+        here, group, works = self._group.rank, self._group, []
         for target, held in zip(self._incoming[here], self._outgoing[here], strict=True):
             target.copy_(held)
-        arriving, works = [], []
         for low in range(group.size):
             for high in range(low + 1, group.size):
                 for source, destination in ((low, high), (high, low)):
-                    if source == here and self._outgoing[destination]:
-                        packed = torch.cat([tensor.reshape(-1) for tensor in self._outgoing[destination]]).to(group.device)
-                        works.append(group.send(packed, destination, asynchronous=True))
-                    elif destination == here and self._incoming[source]:
-                        targets = self._incoming[source]
-                        elements = sum(tensor.numel() for tensor in targets)
-                        packed = torch.empty(elements, dtype=targets[0].dtype, device=group.device)
-                        works.append(group.receive(packed, source, asynchronous=True))
-                        arriving.append((packed, targets))
+                    leaving = self._leaving[destination] if source == here else None
+                    arriving = self._arriving[source] if destination == here else None
+                    if leaving is not None:
+                        tensors = self._outgoing[destination]
+                        for room, tensor in zip(_cut(leaving, tensors), tensors, strict=True):
+                            room.copy_(tensor)
+                        works.append(group.send(leaving, destination, asynchronous=True))
+                    elif arriving is not None:
+                        works.append(group.receive(arriving, source, asynchronous=True))
         for work in works:
             work.wait()
-        for packed, targets in arriving:
-            for part, target in zip(packed.split([tensor.numel() for tensor in targets]), targets, strict=True):
-                target.copy_(part.view(target.shape))
+        for arrived, targets in zip(self._arriving, self._incoming, strict=True):
+            if arrived is not None:
+                for part, target in zip(_cut(arrived, targets), targets, strict=True):
+                    target.copy_(part)
+
+
+def _room(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor | None:
+    """For all of them, one after the other; None where there are none."""
+    elements = sum(tensor.numel() for tensor in tensors)
+    return torch.empty(elements, dtype=tensors[0].dtype, device=device) if tensors else None
+
+
+def _cut(room: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The places in `room`, in the shapes of `tensors`."""
+    parts = room.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 Boxes = list[tuple[str, Box]]

@@ -118,6 +118,12 @@ def layer_bytes(work: Work, index: int) -> int:
     return sum(_state_bytes(work, f"layers.{index}.{name}", shape) for name, shape in layer_shapes(work.model, index).items())
 
 
+def optimizer_bytes(work: Work, index: int) -> int:
+    """Master weights and moments of a decoder layer, over all ranks that hold a part of it."""
+    elements = sum(prod(shape) for shape in layer_shapes(work.model, index).values())
+    return elements * work.accurate_bytes * (1 + _MOMENTS)
+
+
 def end_bytes(work: Work) -> tuple[int, int, int]:
     """State of the embedding, of the final norm and the head, and how much of it is the same where one rank holds both."""
     vocabulary = (work.model.padded_vocab, work.model.hidden)

@@ -45,6 +45,8 @@ class Parts:
     runner: PipelineRunner
     schedule: Schedule
     """What the ranks of the pipeline do in a step, messages included."""
+    heaviest: Schedule
+    """The same of the data ranks that have the most micro-batches: what costs are counted on."""
     program: Program
     """This rank's part of it."""
     scaler: LossScaler
@@ -86,10 +88,13 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     parallel = recipe.parallel
     shares = agree_on_shares(recipe, layout, communicator)
     own = shares[layout.coordinates(communicator.rank)["data"]]
-    schedule = with_messages(compute_schedule(parallel.schedule, layout.pipeline, own, parallel.virtual_stages))
+    schedule, heaviest = (
+        with_messages(compute_schedule(parallel.schedule, layout.pipeline, count, parallel.virtual_stages))
+        for count in (own, max(shares))
+    )
     check(schedule)
     mesh = Mesh.build(layout, communicator, schedule.placement)
-    split, costs = agree_on_split(recipe, layout, schedule, communicator)
+    split, costs = agree_on_split(recipe, layout, heaviest, communicator)
     stages = hold(recipe, mesh, split, initial_values(recipe))
     length = recipe.data.sequence_length // (layout.tensor if parallel.sequence else 1)
     runner = PipelineRunner(
@@ -111,6 +116,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
         batches=Batches(corpus, recipe.data, recipe.run.seed),
         runner=runner,
         schedule=schedule,
+        heaviest=heaviest,
         program=program(schedule, mesh.at("pipeline")),
         scaler=LossScaler.for_dtype(recipe.train.dtype),
         guard=_guard(recipe, mesh, stages),

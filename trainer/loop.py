@@ -52,7 +52,7 @@ class Loop:
         while step < steps and not stopped:
             timeline.before_step(step)
             result, seconds = self._timed_step(step)
-            timeline.after_step(step)
+            timeline.after_step(step, computed=result.verdict.attempts > 0)
             if result.verdict.action is Action.ROLLBACK:
                 step = self._go_back(step, result)
                 continue
@@ -60,7 +60,7 @@ class Loop:
             stopped = result.stop
             if stopped and self.sinks:  # on the rank that speaks, which may not be the one that was asked
                 print(f"asked to stop: saving step {step}; not saved yet", file=sys.stderr, flush=True)
-            record = self._record(step, result, seconds) | self._slow_ranks(step, seconds) | self._rebalance(step)
+            record = self._record(step, result, seconds) | self._slow_ranks(step, seconds) | self._rebalance(step, result)
             validation = None if stopped and step < steps else self._validation(step)
             if validation:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
@@ -154,9 +154,10 @@ class Loop:
                 print(f"step {step}: {change}", file=sys.stderr, flush=True)
         return {"stragglers": slow} if (slow := self.stragglers.now()) else {}
 
-    def _rebalance(self, step: int) -> dict[str, Any]:
+    def _rebalance(self, step: int, result: StepResult) -> dict[str, Any]:
         """Let layers move where that makes steps shorter; what a record says of it."""
-        moved = self.rebalancer.after_step(step) if self.rebalancer and step < self.parts.recipe.train.steps else None
+        useful = result.verdict.attempts > 0 and step < self.parts.recipe.train.steps
+        moved = self.rebalancer.after_step(step) if self.rebalancer and useful else None
         if moved is None:
             return {}
         if self.parts.mesh.at("world") == 0:

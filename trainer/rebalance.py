@@ -21,7 +21,7 @@ from bagualu.parallel.balance.keys import memory_caps
 from bagualu.parallel.balance.watch import Proposal, Watch
 from bagualu.parallel.boxes import Box
 from bagualu.parallel.relocate import Part, Relocation, table
-from bagualu.trainer.analytic_cost import analytic_table
+from bagualu.trainer.analytic_cost import analytic_table, optimizer_bytes
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.balance import work_of
 from bagualu.trainer.optim.adamw import Incoming
@@ -56,14 +56,14 @@ class Move:
 def open_rebalancer(parts: Parts) -> "Rebalancer | None":
     """None where layers stay where they are."""
     parallel = parts.recipe.parallel
-    if not parallel.rebalance_every:
+    if not parallel.rebalance_every or (parts.recipe.train.compile and parallel.rebalance.every is None):
         return None
     watch = None
     if parts.mesh.at("world") == 0:
         table = parts.costs or analytic_table(work_of(parts.recipe, parts.mesh.layout))
         caps = memory_caps(parallel.memory_bytes, parallel.pipeline)
         watch = Watch(
-            table, parts.schedule, parts.split, parallel.rebalance.threshold, parallel.rebalance.windows, caps,
+            table, parts.heaviest, parts.split, parallel.rebalance.threshold, parallel.rebalance.windows, caps,
             parts.recipe.train.recompute,
         )  # fmt: skip
     return Rebalancer(parts, watch, parallel.rebalance_every)
@@ -81,7 +81,7 @@ class Rebalancer:
     _bytes_per_second: float = _BYTES_PER_SECOND
 
     def after_step(self, step: int) -> Move | None:
-        """After `step` steps. Collective at the end of a window; the same answer on every rank."""
+        """After `step` steps, whose last one was computed. Collective at the end of a window; the same answer on every rank."""
         seconds = sum(timed.end - timed.start for timed in self.parts.runner.stopwatch.passes())
         self._busy.append(seconds / self.parts.schedule.micro_batches)
         if len(self._busy) < self.every:
@@ -110,59 +110,65 @@ class Rebalancer:
         return Proposal(Split.from_json(told[0]), *told[1:]) if told else None
 
     def _move_seconds(self, split: Split) -> float:
-        """What moving to `split` will take, about: the state of the layers that change ranks, as fast as the last move went."""
-        place = self.parts.mesh.placement
-        before, after = (_rank_of_layers(one, place.rank_of) for one in (self.parts.split, split))
-        moved = sum(one != other for one, other in zip(before, after, strict=True))
-        return moved * self._bytes_of_a_layer() / self._bytes_per_second
+        """What moving to `split` will take, about, if it goes as fast as the last move."""
+        return self._bytes_to_move(split) / self._bytes_per_second
 
-    def _bytes_of_a_layer(self) -> float:
-        state = sum(piece.tensor.nbytes for piece in self.parts.optimizer.pieces()) * self.parts.mesh.layout.fold
-        return state / max(1, sum(len(self.parts.split.slices[stage]) for stage in self.parts.mesh.stages))
+    def _bytes_to_move(self, split: Split) -> int:
+        """Master weights and moments of the layers that change ranks."""
+        place, work = self.parts.mesh.placement, work_of(self.parts.recipe, self.parts.mesh.layout)
+        before, after = (_rank_of_layers(one, place.rank_of) for one in (self.parts.split, split))
+        return sum(optimizer_bytes(work, i) for i, (one, other) in enumerate(zip(before, after, strict=True)) if one != other)
 
     def _move(self, proposal: Proposal, step: int) -> Move:
         before, started = [len(piece) for piece in self.parts.split.slices], time.perf_counter()
-        failed, moved = None, 0
+        failed, bytes_to_move = None, self._bytes_to_move(proposal.split)
         try:
-            moved = move(self.parts, proposal.split, step)
+            move(self.parts, proposal.split, step)
         except CheckpointError as error:
             failed = str(error)
         seconds = time.perf_counter() - started
-        if self.watch and failed is None:
+        if failed is None:
+            self._bytes_per_second = bytes_to_move / seconds
+        if self.watch and failed:
+            self.watch.failed()
+        elif self.watch:
             self.watch.moved(proposal.split)
-            self._bytes_per_second = max(1.0, moved) / seconds
         after = [len(piece) for piece in proposal.split.slices]
         self.moves.append(Move(before, after, proposal.speeds, proposal.now_seconds, proposal.then_seconds, seconds, failed))
         return self.moves[-1]
 
 
-def move(parts: Parts, split: Split, step: int) -> int:
-    """Make `split` the one that the ranks hold, after `step` steps. Collective. Bytes that this rank got from others.
+def move(parts: Parts, split: Split, step: int) -> None:
+    """Make `split` the one that the ranks hold, after `step` steps. Collective.
 
     Until all have the state of their new stages in memory the old ones stay as they are. Raises CheckpointError, on every rank,
-    when one could not make room or has not got what it needs; then nothing has changed.
+    when one has no room for what is to come, or cannot go on with it; then nothing has changed. A rank that fails while boxes
+    travel has failed as in any other communication.
     """
     world, device, monitor = parts.mesh.group("world"), parts.device, parts.mesh.monitor
+    made: list[Stages] = []
 
-    def make_room() -> tuple[Stages, Incoming]:
+    def make_room() -> Incoming:
         monitor.at("move")
-        stages = hold(parts.recipe, parts.mesh, split, no_values)
-        return stages, stages.optimizer.incoming()
+        made.append(hold(parts.recipe, parts.mesh, split, no_values))
+        return made[0].optimizer.incoming()
 
-    stages, incoming = on_all(make_room, world, device)
-    held = [Part(one.name, Box(one.offset, tuple(one.tensor.shape)), one.tensor) for one in parts.optimizer.pieces()]
-    wanted = [Part(one.name, Box(one.offset, tuple(one.out.shape)), one.out) for _, one in incoming.requests()]
-    tables = gather_json(table(held, wanted), world, device)
-    relocation = on_all(lambda: Relocation(held, wanted, tables, world), world, device)
-
-    def bring() -> None:
+    before = parts.stages
+    try:
+        incoming = on_all(make_room, world, device)
+        held = [Part(one.name, Box(one.offset, tuple(one.tensor.shape)), one.tensor) for one in before.optimizer.pieces()]
+        wanted = [Part(one.name, Box(one.offset, tuple(one.out.shape)), one.out) for _, one in incoming.requests()]
+        tables = gather_json(table(held, wanted), world, device)
+        relocation = on_all(lambda: Relocation(held, wanted, tables, world), world, device)
         relocation.run()
-        monitor.at("moved")
-
-    on_all(bring, world, device)
-    parts.take(split, stages, step)
+        on_all(lambda: monitor.at("moved"), world, device)
+    except CheckpointError:
+        for stages in made:
+            stages.reducer.close()
+        raise
     incoming.apply(parts.updates)
-    return relocation.bytes_from_others
+    parts.take(split, made[0], step)
+    before.reducer.close()
 
 
 def _rank_of_layers(split: Split, rank_of: Callable[[int], int]) -> list[int]:

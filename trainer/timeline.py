@@ -40,11 +40,13 @@ class Timeline:
             self._parts.mesh.group("pipeline").barrier()
             self._met = time.perf_counter()
 
-    def after_step(self, step: int) -> None:
-        """Collective where it is the one."""
+    def after_step(self, step: int, computed: bool) -> None:
+        """Collective where it is the one. A step that was left out (not `computed`) has no passes: then it is the next one."""
         if step != self._due:
             return
-        self._due = -1
+        self._due = -1 if computed else step + 1
+        if not computed:
+            return
         mesh, stopwatch = self._parts.mesh, self._parts.runner.stopwatch
         passes = [
             {

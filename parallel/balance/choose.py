@@ -22,7 +22,6 @@ def choose_split(
     speeds: Sequence[float] | None = None,
     caps: Sequence[int] | None = None,
     recompute: str = "none",
-    message_seconds: float = 0.0,
 ) -> Split:
     """The best split of the table's layers over the stages of `schedule`: of least bottleneck, and among those near it of least
     predicted step time (refine.py). A pure function: equal arguments, equal answer.
@@ -40,7 +39,7 @@ def choose_split(
     if solution is None:
         raise _no_split_fits(problem)
     assert len(solution.pieces) == stages
-    return forecast_split(problem, refine(problem, solution.pieces, message_seconds), message_seconds)
+    return forecast_split(problem, refine(problem, solution.pieces))
 
 
 def take_split(

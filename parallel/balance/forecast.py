@@ -51,7 +51,7 @@ def by_rank(problem: Problem, pieces: list[Piece]) -> list[tuple[Piece, ...]]:
     return [tuple(pieces[stage] for stage in stages) for stages in problem.stages_of]
 
 
-def forecast_split(problem: Problem, pieces: list[Piece], message_seconds: float = 0.0) -> Split:
+def forecast_split(problem: Problem, pieces: list[Piece]) -> Split:
     """The split into `pieces`, by stage, which fit the caps. Raises ValueError where they do not."""
     recompute = [False] * len(pieces)
     seconds, memory = [], []
@@ -64,13 +64,13 @@ def forecast_split(problem: Problem, pieces: list[Piece], message_seconds: float
         for stage, again in zip(problem.stages_of[rank], cost.recompute, strict=True):
             recompute[stage] = again
     times = [problem.stage_times(stage, piece, recompute[stage]) for stage, piece in enumerate(pieces)]
-    step = step_seconds(problem, times, message_seconds)
+    step = step_seconds(problem, times)
     forecast = Forecast(times, problem.speeds, memory, max(seconds), step, problem.table.source)
     return Split([range(*piece) for piece in pieces], recompute, forecast)
 
 
-def step_seconds(problem: Problem, times: list[StageTimes], message_seconds: float) -> float:
-    """When the last pass of the schedule ends. `message_seconds`: what a message between two ranks takes."""
+def step_seconds(problem: Problem, times: list[StageTimes]) -> float:
+    """When the last pass of the schedule ends; messages take no time, as there are as many of them whatever the split."""
     table = {}
     for stage, one in enumerate(times):
         table[Kind.FORWARD, stage] = one.forward
@@ -81,4 +81,4 @@ def step_seconds(problem: Problem, times: list[StageTimes], message_seconds: flo
     def cost(action: Action) -> float:
         return table[action.kind, action.stage]
 
-    return float(simulate(problem.schedule, cost, message_seconds).end)
+    return float(simulate(problem.schedule, cost).end)

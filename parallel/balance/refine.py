@@ -24,13 +24,13 @@ _FEW = 2_000
 _ROUNDING = 1e-9
 
 
-def refine(problem: Problem, pieces: list[Piece], message_seconds: float = 0.0) -> list[Piece]:
+def refine(problem: Problem, pieces: list[Piece]) -> list[Piece]:
     """`pieces`, by stage, is a split of least bottleneck; the answer follows the rule above."""
     loads = _loads(problem, pieces)
     assert loads is not None
     optimum = _bottleneck(loads)
     current = _even(problem, pieces, optimum * (1 + _ROUNDING), _spread(loads))
-    best = _timed(problem, current, message_seconds)
+    best = _timed(problem, current)
     budget = max(_LEAST_TIMED, PASSES // max(1, sum(map(len, problem.schedule.actions))))
     seen = {tuple(current)}
     moved = True
@@ -40,7 +40,7 @@ def refine(problem: Problem, pieces: list[Piece], message_seconds: float = 0.0) 
         for _, other in sorted(near)[:budget]:
             budget -= 1
             seen.add(tuple(other))
-            seconds = _timed(problem, other, message_seconds)
+            seconds = _timed(problem, other)
             if seconds < best * (1 - _ROUNDING):
                 current, best, moved = other, seconds, True
                 break
@@ -57,8 +57,8 @@ def _near(problem: Problem, pieces: list[Piece], bottleneck: float) -> Iterator[
             yield _spread(loads), other
 
 
-def _timed(problem: Problem, pieces: list[Piece], message_seconds: float) -> float:
-    forecast = forecast_split(problem, pieces, message_seconds).forecast
+def _timed(problem: Problem, pieces: list[Piece]) -> float:
+    forecast = forecast_split(problem, pieces).forecast
     assert forecast is not None
     return forecast.step_seconds
 

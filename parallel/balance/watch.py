@@ -20,6 +20,7 @@ from bagualu.parallel.pipeline.schedule import Schedule
 
 _FORGETS_AFTER = 8
 """Times the patience."""
+_NEARLY = 0.02
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Watch:
         """Moves not yet forgotten."""
         self._quiet = 0
         """Windows in a row with nothing to gain."""
+        self._chosen: tuple[list[float], Split] | None = None
+        """The last speeds that a split was chosen for, and that split."""
 
     @property
     def patience(self) -> int:
@@ -86,6 +89,11 @@ class Watch:
         self._split, self._seen, self._quiet = split, [], 0
         self._caution += 1
 
+    def failed(self) -> None:
+        """The layers were to move and could not: it takes as long until the next try as after a move."""
+        self._seen, self._quiet = [], 0
+        self._caution += 1
+
     def _calm(self) -> None:
         self._seen = []
         self._quiet += 1
@@ -109,9 +117,17 @@ class Watch:
         seconds = [cost.seconds for cost in costs if cost is not None]
         if len(seconds) == len(costs) and max(seconds) * (1 - self._threshold) * len(seconds) < sum(seconds):
             return None  # not even ranks that are all alike would gain enough
-        split = choose_split(self._table, self._schedule, speeds, self._caps, self._recompute)
+        split = self._choice(speeds)
         now, then = self._step_seconds(self._split, problem), self._step_seconds(split, problem)
         return Proposal(split, speeds, now, then) if then <= now * (1 - self._threshold) else None
+
+    def _choice(self, speeds: list[float]) -> Split:
+        """The best split; for nearly the same speeds as last time that of last time, as choosing takes long."""
+        last = self._chosen
+        if last is None or any(abs(one / other - 1) > _NEARLY for one, other in zip(speeds, last[0], strict=True)):
+            last = speeds, choose_split(self._table, self._schedule, speeds, self._caps, self._recompute)
+            self._chosen = last
+        return last[1]
 
     def _gains(self, split: Split, speeds: list[float]) -> bool:
         """Whether `split` would have been enough of a gain at these speeds."""
@@ -123,7 +139,7 @@ class Watch:
             problem.stage_times(stage, (piece.start, piece.stop), again)
             for stage, (piece, again) in enumerate(zip(split.slices, split.recompute, strict=True))
         ]
-        return step_seconds(problem, times, 0.0)
+        return step_seconds(problem, times)
 
     def _problem(self, speeds: list[float]) -> Problem:
         return Problem(self._table, self._schedule, speeds, self._caps, self._recompute)

@@ -182,9 +182,10 @@ class PipelineRunner:
         if action is None:
             return
         buffer = torch.empty(self.activation_shape, dtype=self.activation_dtype, device=self.device)
-        axis, step = ("pipeline", -1) if action.kind == Kind.RECEIVE_ACTIVATION else ("pipeline_back", 1)
-        source = self.mesh.placement.rank_of(action.stage + step)
-        self._arrivals[action] = (buffer, self.mesh.group(axis).receive(buffer, source, asynchronous=True))
+        gradients = action.kind == Kind.RECEIVE_GRADIENT
+        source = self.mesh.placement.rank_of(action.stage + (1 if gradients else -1))
+        group = self.mesh.messages(gradients, source, self.mesh.at("pipeline"))
+        self._arrivals[action] = (buffer, group.receive(buffer, source, asynchronous=True))
 
     def _receive(self, action: Action, receives: Iterator[Action]) -> None:
         if action not in self._arrivals:
@@ -197,6 +198,7 @@ class PipelineRunner:
 
     def _send(self, action: Action) -> None:
         tensor = self._departures.pop(action).contiguous()
-        axis, step = ("pipeline", 1) if action.kind == Kind.SEND_ACTIVATION else ("pipeline_back", -1)
-        destination = self.mesh.placement.rank_of(action.stage + step)
-        self._sends[action] = self.mesh.group(axis).send(tensor, destination, asynchronous=True)
+        gradients = action.kind == Kind.SEND_GRADIENT
+        destination = self.mesh.placement.rank_of(action.stage + (-1 if gradients else 1))
+        group = self.mesh.messages(gradients, self.mesh.at("pipeline"), destination)
+        self._sends[action] = group.send(tensor, destination, asynchronous=True)

@@ -42,8 +42,8 @@ class Stopwatch:
 
     def passes(self) -> list[Timed]:
         """Those of the last run, in order."""
-        if self._accelerated:
-            torch.accelerator.synchronize()
+        if self._marks and isinstance(self._marks[-1][2], torch.Event):
+            self._marks[-1][2].synchronize()
         return [Timed(action, self._since_begin(start), self._since_begin(end)) for action, start, end in self._marks]
 
     def _now(self) -> float | torch.Event:

@@ -43,11 +43,10 @@ def move(communicator: Communicator, seed: int) -> int:
         return [Part(name, box, torch.empty(0)) for name, box in boxes]
 
     tables = [table(empty(h), empty(w)) for h, w in zip(before, after, strict=True)]
-    relocation = Relocation(held, wanted, tables, communicator.world)
-    relocation.run()
+    Relocation(held, wanted, tables, communicator.world).run()
     for part in wanted:
         assert torch.equal(part.tensor, whole(part.name)[part.box.slices((0,) * len(part.box.shape))]), part
-    return relocation.bytes_from_others
+    return len(wanted)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])

@@ -23,6 +23,8 @@ MODELS = {
     "moe": MOE,
     "moe_tied": {**MOE, "tie_embeddings": True},
     "moe_everywhere_5_layers": {**MOE, "moe__every": 1, "moe__shared_experts": 0, "layers": 5, "moe__top_k": 3},
+    "dense_8_layers": {"layers": 8},
+    "dense_30_layers": {"layers": 30},
     "moe_tied_9_layers": {**MOE, "tie_embeddings": True, "layers": 9},
 }
 
@@ -94,7 +96,13 @@ SCHEDULED: list[tuple[str, dict[str, object]]] = [
     ("moe_tied_9_layers", {"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 4}),
     ("moe_tied_9_layers", {"pipeline": 3, "schedule": "zb_v", "balance": [2, 1, 1, 3, 1, 1]}),
     ("dense_tied", {"data": 2, "shares": [5, 3]}),
+    # replicas whose buckets are complete in different orders
+    *(
+        ("dense_8_layers", {"data": 2, "pipeline": 2, "schedule": name, "shares": [2, 6], "bucket_bytes": size})
+        for name, size in (("dualpipe_v", 4096), ("zb_v", 512), ("interleaved_1f1b", 512))
+    ),
     ("moe_tied_9_layers", {"data": 3, "pipeline": 2, "schedule": "zb_h1", "shares": [4, 1, 3], "zero": 0}),
+    ("dense_30_layers", {"pipeline": 4}),
     ("dense_tied", {"pipeline": 1, "schedule": "zb_v"}),
     ("dense_tied", {"pipeline": 1, "schedule": "interleaved_1f1b", "virtual_stages": 3}),
     ("dense_tied", {"pipeline": 1, "schedule": "zb_h1"}),
@@ -131,6 +139,11 @@ def test_schedule_trains_the_same_curve(model: str, layout: dict[str, object]) -
     over_processes = model == "dense_tied" and layout.get("pipeline") == 2
     recipe = recipe_for(model, layout)
     assert_same(run("gloo" if over_processes else "simulated", recipe.world_size(), train, recipe, STEPS), [alone(model)])
+
+
+def test_thirty_layers_on_four_stages_are_thirty() -> None:
+    weights = {name for name, *_ in alone("dense_30_layers").pieces}
+    assert {f"weight/layers.{i}.attention.query.weight" for i in range(30)} <= weights
 
 
 @pytest.mark.parametrize("schedule", [name for name in SCHEDULES if splits_backward(name)])

@@ -1,8 +1,10 @@
 """Layers that move while a run goes on: the curve is that of one process, a failure half-way leaves the old split."""
 
+import gc
 import json
 import threading
 import time
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError
+from bagualu.parallel import relocate
 from bagualu.parallel.balance.forecast import Split
-from bagualu.parallel.boxes import Box
-from bagualu.trainer import rebalance
+from bagualu.parallel.balance.watch import Proposal
+from bagualu.parallel.pipeline.measured import FILE, read_measured
+from bagualu.trainer import initialise, rebalance
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.config import Recipe
@@ -33,7 +37,8 @@ MOE = {
 
 
 def recipe_for(**layout: object) -> Recipe:
-    return small_recipe(**MOE, **{f"parallel__{axis}": degree for axis, degree in layout.items()})
+    """The guard looks at every step: state that a move leaves under a wrong seal is damage to it."""
+    return small_recipe(**MOE, guard__check_every=1, **{f"parallel__{axis}": degree for axis, degree in layout.items()})
 
 
 def split_of(*counts: int) -> Split:
@@ -142,8 +147,98 @@ def test_what_fails_half_way_leaves_everything_as_it_was(alone: list[Curve], bac
     assert_same(run(backend, 4, failing, recipe, where), alone)
 
 
-def test_weights_that_are_to_come_are_not_drawn() -> None:
-    assert not rebalance.no_values("layers.0.attention.query.weight", (4, 4), Box((0, 0), (4, 4))).any()
+def test_a_rank_without_room_for_what_is_to_come_leaves_everything_as_it_was(
+    alone: list[Curve], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first message: nobody waits for the others."""
+
+    def room(*given: Any) -> Any:
+        if threading.current_thread().name == "rank-1":
+            raise MemoryError("no room")
+        return make_room(*given)
+
+    make_room = relocate._room
+    monkeypatch.setattr(relocate, "_room", room)
+    assert_same(run("simulated", 4, failing, recipe_for(pipeline=2, data=2, balance=[3, 4]), "never"), alone)
+
+
+def leaking(communicator: Communicator, recipe: Recipe) -> int:
+    """How many of the tensors that lay in buckets before moves are still there after them."""
+    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    before = []
+    for step, counts in enumerate(((5, 2), (2, 5), (3, 4))):
+        before += [weakref.ref(one) for bucket in parts.buckets for one in (bucket.weights, bucket.gradients)]
+        train_step(parts, step)
+        move(parts, split_of(*counts), step + 1)
+    if communicator.rank == 1:
+        parts.mesh.monitor.observers.append(_Failing("moved"))
+    with pytest.raises(CheckpointError):
+        move(parts, split_of(5, 2), 3)
+    parts.mesh.monitor.observers.clear()
+    gc.collect()
+    return sum(ref() is not None for ref in before)
+
+
+def test_nothing_is_kept_of_what_was_there_before() -> None:
+    assert run("gloo", 2, leaking, recipe_for(pipeline=2, balance=[3, 4])) == [0, 0]
+
+
+def priced(communicator: Communicator, recipe: Recipe) -> tuple[float, float]:
+    """What rank 0, which gets nothing of it, takes a move between the other ranks to have moved, in bytes; and its price again."""
+    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    rebalancer = rebalance.Rebalancer(parts, None, 1)
+    there, back = split_of(3, 3, 1), split_of(3, 2, 2)
+    moved = rebalancer._move(Proposal(there, [1.0] * 3, 2.0, 1.0), 1)
+    return rebalancer._bytes_per_second * moved.seconds, rebalancer._move_seconds(back) / moved.seconds
+
+
+def test_a_move_is_priced_by_what_has_moved_wherever_that_was() -> None:
+    recipe = recipe_for(pipeline=3, balance=[3, 2, 2])
+    elements = sum(values.size for name, _, _, values in run("simulated", 1, train, recipe_for(), 1)[0].pieces if ".5." in name)
+    for moved_bytes, again in run("simulated", 3, priced, recipe):
+        assert moved_bytes == pytest.approx(8 * elements)
+        assert again == pytest.approx(1.0)
+
+
+def test_weights_that_are_to_come_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def move_without_drawing(communicator: Communicator, recipe: Recipe) -> None:
+        parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+        parts.mesh.group("world").barrier()
+        monkeypatch.setattr(initialise, "normal_values", None)
+        move(parts, split_of(5, 2), 0)
+
+    run("simulated", 2, move_without_drawing, recipe_for(pipeline=2, balance=[3, 4]))
+
+
+@pytest.mark.parametrize("balance", ["uniform", "analytic"])
+def test_steps_that_are_left_out_measure_nothing(tmp_path: Path, balance: str) -> None:
+    recipe = slow_recipe(
+        tmp_path, parallel__balance=balance, parallel__rebalance__every=1, guard__leave_out=[1, 2, 3], train__steps=6
+    )
+    assert run("simulated", 2, train_all, recipe)[0]["ended"] == "done"
+    assert read_measured(tmp_path / FILE).step == 4
+
+
+def test_moves_go_together_with_saves_replicas_and_a_guard_that_looks_at_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers move at every second step, there and back; a save in the background and a replica are under way."""
+
+    def every_second(rebalancer: rebalance.Rebalancer, step: int) -> Any:
+        counts = (5, 3) if step % 4 == 2 else (4, 4)
+        return rebalancer._move(Proposal(split_of(*counts), [1.0, 1.0], 2.0, 1.0), step) if step % 2 == 0 else None
+
+    straight = slow_recipe(tmp_path / "straight", parallel__rebalance__every=0, train__steps=9)
+    run("simulated", 2, train_all, straight)
+    monkeypatch.setattr(rebalance.Rebalancer, "after_step", every_second)
+    moving = slow_recipe(
+        tmp_path / "moving", train__steps=9, guard__check_every=1, checkpoint__every=2, checkpoint__asynchronous=True,
+        checkpoint__replica_every=1,
+    )  # fmt: skip
+    (tmp_path / "scratch").mkdir()
+    summary = run("simulated", 2, train_all, moving, tmp_path / "scratch")[0]
+    assert (summary["ended"], summary["guard"]["rolled_back"], summary["checkpoints_failed"]) == ("done", 0, 0)
+    np.testing.assert_allclose(losses(tmp_path / "moving"), losses(tmp_path / "straight"), rtol=1e-9)
 
 
 def slow_recipe(folder: Path, **changes: object) -> Recipe:
@@ -155,8 +250,8 @@ def slow_recipe(folder: Path, **changes: object) -> Recipe:
     return small_recipe(**{**defaults, **changes})
 
 
-def train_all(communicator: Communicator, recipe: Recipe) -> dict[str, Any]:
-    return whole_run.train(recipe, communicator)
+def train_all(communicator: Communicator, recipe: Recipe, scratch: Path | None = None) -> dict[str, Any]:
+    return whole_run.train(recipe, communicator, scratch=scratch)
 
 
 def losses(folder: Path) -> list[float]:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from bagualu.parallel.balance import watch
 from bagualu.parallel.balance.choose import choose_split
 from bagualu.parallel.balance.cost import CostTable, LayerCost
 from bagualu.parallel.balance.forecast import Split, forecast_split
@@ -113,3 +114,31 @@ def test_caution_is_forgotten() -> None:
     for _ in range(8 * 12 + 8 * 6):
         cluster.window([1.0] * 4)
     assert cluster.watch.patience == 3
+
+
+def test_a_move_that_failed_is_not_tried_again_at_once() -> None:
+    cluster = Cluster(4)
+    slow = [1.0, 1.0, 0.5, 1.0]
+    tries = 0
+    for _ in range(60):
+        pieces = [(piece.start, piece.stop) for piece in cluster.split.slices]
+        problem = Problem(TABLE, cluster.schedule, slow, None)
+        busy = [sum(problem.stage_times(stage, pieces[stage], False).total for stage in mine) for mine in problem.stages_of]
+        if cluster.watch.after_window(busy, 1000, lambda _: 1.0):
+            tries += 1
+            cluster.watch.failed()
+    assert tries == 4  # after 3, 6, 12, 24 looks
+
+
+def test_nearly_the_same_speeds_are_not_chosen_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+
+    def choose(*given: object) -> Split:
+        chosen.append(given)
+        return choose_split(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(watch, "choose_split", choose)
+    cluster = Cluster(4, noise=0.004)
+    for _ in range(30):
+        cluster.window([1.0, 1.0, 0.5, 1.0], move_seconds=1e9)
+    assert 1 <= len(chosen) <= 5
