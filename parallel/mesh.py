@@ -73,7 +73,7 @@ class Mesh:
         Some backends (NCCL) do what two ranks send each other in one group one after the other, and a send is not over before it
         is received: with both directions in one group, each would wait with a send for the other's receive behind it.
         """
-        return self.group(_message_group(gradients, source, destination))
+        return self.group(message_group(gradients, source, destination))
 
     @property
     def stages(self) -> list[int]:
@@ -116,7 +116,7 @@ def _connections(placement: Placement) -> list[tuple[bool, int, int]]:
 _RETURNING = ("pipeline_return", "pipeline_back_return")
 
 
-def _message_group(gradients: bool, source: int, destination: int) -> str:
+def message_group(gradients: bool, source: int, destination: int) -> str:
     """Activations go to a later rank and gradients to an earlier one, except where stages go round or there and back again."""
     returning = (destination > source) if gradients else (destination < source)
     return ("pipeline_back" if gradients else "pipeline") + ("_return" if returning else "")
