@@ -15,11 +15,17 @@ import pytest
 
 from tests.standing import Leftovers
 
-_COMMAND = "import sys; from bagualu.launch.cli import main; sys.exit(main(entrypoint='{}'))"
+# Whatever started the tests: a shell that runs them beside something else (`&`) has them, and what they start, ignore Ctrl-C.
+_COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from bagualu.launch.cli import main
+sys.exit(main(entrypoint='{}'))
+"""
 
 
 class Run:
-    """A `bagualu train` under way, in a process group of its own as on a terminal."""
+    """A `bagualu train` under way, in a process group of its own and with Ctrl-C heard, as on a terminal."""
 
     def __init__(
         self,
