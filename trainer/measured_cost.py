@@ -2,7 +2,7 @@
 run with the recipe's micro-batch and dtype.
 
 What a backward pass in two parts leaves for its second part is timed apart: parameters have sinks as in a run (parallel/data.py),
-which put it off. What they cannot put off (norms, routers, the head, all weights of a compiled layer) counts as input gradient, as
+which put it off. What they do not put off (norms, the head, all weights of a compiled layer) counts as input gradient, as
 it does in a run.
 
 With tensor or expert parallel, a rank's slices are run without the communication around them, and norms on the whole sequence under
