@@ -1,6 +1,7 @@
 """Choose a split: the one function that a trainer calls, and what it says when there is none. Free of torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from bagualu.comm.errors import RecipeError
@@ -39,7 +40,9 @@ def choose_split(
     if solution is None:
         raise _no_split_fits(problem)
     assert len(solution.pieces) == stages
-    return forecast_split(problem, refine(problem, solution.pieces))
+    split = forecast_split(problem, refine(problem, solution.pieces))
+    assert split.forecast is not None
+    return replace(split, forecast=replace(split.forecast, least_seconds=solution.least_possible_seconds))
 
 
 def take_split(

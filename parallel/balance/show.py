@@ -34,8 +34,9 @@ def show_split(split: Split, placement: Placement, measured: Sequence[tuple[floa
         rows.append(row)
     lines = _aligned(rows)
     if forecast is not None:
-        lines.append(f"predicted ({forecast.source}): slowest rank {_milliseconds(forecast.bottleneck_seconds)} ms a micro-batch, "
-                     f"{_milliseconds(forecast.step_seconds)} ms a step's passes")  # fmt: skip
+        least = f" (no split: below {_milliseconds(forecast.least_seconds)})" if forecast.least_seconds else ""
+        lines.append(f"predicted ({forecast.source}): slowest rank {_milliseconds(forecast.bottleneck_seconds)} ms a micro-batch"
+                     f"{least}, {_milliseconds(forecast.step_seconds)} ms a step's passes")  # fmt: skip
     return "\n".join(lines)
 
 
