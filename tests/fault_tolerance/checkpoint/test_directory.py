@@ -32,8 +32,8 @@ def test_a_damaged_one_does_not_count_and_the_one_just_saved_stays(tmp_path, sav
 def test_the_last_whole_one_stays_when_newer_ones_rot_in_silence(tmp_path, run_ranks, pieces, left, monkeypatch, caplog):
     """A flipped byte that no quick look sees is found by the rank that wrote it, before what is older goes."""
 
-    def rotting(fence, temporary, final, manifest):
-        commit(fence, temporary, final, manifest)
+    def rotting(fence, temporary, final, manifest, claim):
+        commit(fence, temporary, final, manifest, claim)
         if manifest.step in (3, 4):
             shard = final / "rank-00001.safetensors"
             shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
