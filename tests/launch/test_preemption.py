@@ -45,7 +45,9 @@ def train(folder, *words):
     stop = StopRequest()
     stop.install()
     with scratch() as memory:
-        return local.run_threads(small(folder, *WORDS, *words), 2, "tests.launch.faulty:train", False, memory, stop)
+        ended = local.run_threads(small(folder, *WORDS, *words), 2, "tests.launch.faulty:train", False, memory, stop)
+    assert ended.summary, ended.failure
+    return ended
 
 
 @pytest.mark.parametrize("point", ["data", "backward", "agree", "validate", "write", "commit"])
