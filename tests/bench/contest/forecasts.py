@@ -45,7 +45,9 @@ def forecasts(recipe: Recipe, cache: Path, threads: int = 1) -> Forecasts:
 
 def schedule_of(recipe: Recipe) -> Schedule:
     layout, parallel = recipe.validate(recipe.world_size()), recipe.parallel
-    return compute_schedule(parallel.schedule, layout.pipeline, recipe.micro_batches(layout), parallel.virtual_stages)
+    shares = recipe.declared_shares(layout)
+    assert shares is not None, "the benchmark's recipes share a step evenly"
+    return compute_schedule(parallel.schedule, layout.pipeline, max(shares), parallel.virtual_stages)
 
 
 def kept_table(recipe: Recipe, cache: Path) -> CostTable:
