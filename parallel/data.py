@@ -292,9 +292,14 @@ class GradientSink:
         """Add rows [N, H] to those that `indices` [N] names of a matrix [V, H]."""
         self._now_or_later(partial(self._add_rows, rows, indices))
 
-    def add(self, gradient: torch.Tensor) -> None:
-        """Add a gradient that is there already, in the parameter's shape; never put off."""
-        self._add(gradient)
+    def add(self, gradient: torch.Tensor, factor: torch.Tensor | None = None) -> None:
+        """Add a gradient that is there already, in the parameter's shape, times a scalar; never put off."""
+        if not self.fresh:
+            self.view.add_(gradient) if factor is None else self.view.addcmul_(gradient, factor)
+        elif factor is None:
+            self.view.copy_(gradient)
+        else:
+            self.view.copy_(gradient).mul_(factor)
         self._counted()
 
     def _now_or_later(self, work: Callable[[], None]) -> None:
@@ -306,12 +311,6 @@ class GradientSink:
             do()
         else:
             self.reducer.put_off.append(do)
-
-    def _add(self, gradient: torch.Tensor) -> None:
-        if self.fresh:
-            self.view.copy_(gradient)
-        else:
-            self.view.add_(gradient)
 
     def _add_products(self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
         views = self.view.unsqueeze(0) if self.view.ndim == 2 else self.view

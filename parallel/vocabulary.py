@@ -19,7 +19,9 @@ from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 IGNORED = -100
 """The label of a position that takes no part in the loss."""
-_CHUNK_ELEMENTS = 2**21
+_CHUNK_ELEMENTS, _CHUNK_ROWS = 2**21, 2**10
+"""A chunk has at least so many logits, as small products waste time, and at least so many tokens, as every chunk goes through the
+whole weight and its gradient."""
 
 
 def embedding(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -89,23 +91,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = weight[:valid].to(multiply_dtype(weight))
         backward = differentiate and any(ctx.needs_input_grad[:2])  # the latter holds under no_grad too
         grad_x = torch.empty_like(x, dtype=rows.dtype) if backward else None
-        grad_weight = torch.zeros_like(weight, dtype=accurate_dtype(weight.dtype)) if backward else None
+        grad_rows: torch.Tensor | None = None
         total = x.new_zeros((), dtype=accurate_dtype(x.dtype))
-        size = max(1, _CHUNK_ELEMENTS // weight.shape[0])  # not of the real rows: every rank must make the same chunks
-        for begin in range(0, x.shape[0], size):
+        size = max(_CHUNK_ROWS, _CHUNK_ELEMENTS // weight.shape[0])  # not of the real rows: every rank must make the same chunks
+        for begin in range(0, max(1, x.shape[0]), size):
             here = slice(begin, begin + size)
             chunk = x[here].to(rows.dtype)
             logits = (chunk @ rows.T).to(total.dtype)
             total += _loss_and_gradient(logits, labels[here] - start, labels[here] != IGNORED, group)
-            if grad_x is not None and grad_weight is not None:
+            if grad_x is not None:
                 grad_logits = logits.to(rows.dtype)
                 torch.mm(grad_logits, rows, out=grad_x[here])
-                if grad_logits.dtype == grad_weight.dtype:
-                    grad_weight[:valid].addmm_(grad_logits.T, chunk)
-                else:
-                    grad_weight[:valid] += grad_logits.T @ chunk
-        if grad_x is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_x.to(x.dtype), grad_weight)
+                grad_rows = _plus_product(grad_rows, grad_logits.T, chunk)
+        if grad_x is not None and grad_rows is not None:
+            ctx.save_for_backward(grad_x.to(x.dtype), F.pad(grad_rows, (0, 0, 0, weight.shape[0] - valid)))
             ctx.sink = gradient_sink(weight)
         return total
 
@@ -115,9 +114,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = grads[0]  # a scalar: it does not widen the products, and rounded to 16 bits it would put one error on all of them
         rest: tuple[torch.Tensor | None, ...] = (None,) * 4
         if ctx.sink is not None:
-            ctx.sink.add(grad_weight * scale)
+            ctx.sink.add(grad_weight, scale)
             return grad_x * scale, None, *rest
-        return grad_x * scale, grad_weight * scale, *rest
+        return grad_x * scale, grad_weight.to(scale.dtype) * scale, *rest
+
+
+def _plus_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """total + left @ right, in place where it can be: one product in its own dtype, a sum of several in at least float32."""
+    if total is None:
+        return left @ right
+    total = total.to(accurate_dtype(total.dtype))
+    return total.addmm_(left, right) if total.dtype == left.dtype else total.add_(left @ right)
 
 
 def _loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None) -> torch.Tensor:

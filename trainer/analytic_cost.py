@@ -171,7 +171,7 @@ def layer_held(work: Work, index: int) -> Held:
 
 
 def _swiglu_held(work: Work, rows: int, ffn: int) -> tuple[int, int]:
-    """(activations, operands) in bytes: the input, gate, up and their product; for the products these inputs and outputs'
+    """(activations, operands) in bytes: the input, gate, its silu and up; for the products their inputs and outputs'
     gradients."""
     return rows * (work.model.hidden + 3 * ffn) * work.item_bytes, rows * (2 * work.model.hidden + 3 * ffn) * work.item_bytes
 

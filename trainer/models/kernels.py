@@ -17,54 +17,78 @@ from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 
 def linears(
-    x: torch.Tensor, *weights: torch.Tensor, wide: bool = False, dtype: torch.dtype | None = None
+    x: torch.Tensor,
+    *weights: torch.Tensor,
+    factor: torch.Tensor | None = None,
+    wide: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """x [..., I] through each weight [O, I] -> one output [..., O] each, in the weights' dtype.
 
-    With `wide`, outputs stay in the dtype of the multiplication, `dtype` where it is given: for what is computed from them in that
+    With `factor`, of x's shape, x * factor goes in: a product that is computed again for the backward pass, not kept. With
+    `wide`, outputs stay in the dtype of the multiplication, `dtype` where it is given: for what is computed from them in that
     dtype anyway.
     """
-    outputs: tuple[torch.Tensor, ...] = _Linears.apply(wide, dtype or multiply_dtype(weights[0]), x, *weights)
+    outputs: tuple[torch.Tensor, ...] = _Linears.apply(wide, dtype or multiply_dtype(weights[0]), x, factor, *weights)
     return outputs
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, wide: bool, dtype: torch.dtype, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(x, *weights)
+    def forward(
+        ctx: Any, wide: bool, dtype: torch.dtype, x: torch.Tensor, factor: torch.Tensor | None, *weights: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, factor, *weights)
         ctx.dtype, ctx.sinks = dtype, [gradient_sink(weight) for weight in weights]
-        rows = x.to(dtype)
+        rows = _times(x, factor).to(dtype)
         return tuple(F.linear(rows, weight.to(dtype)).to(dtype if wide else weight.dtype) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, *weights = ctx.saved_tensors
+        x, factor, *weights = ctx.saved_tensors
         dtype = ctx.dtype
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        grad_x: torch.Tensor | None = None
+        rows = _times(x, factor).reshape(-1, x.shape[-1]).to(dtype)
+        grad_rows: torch.Tensor | None = None
         grad_weights = []
         for grad, weight, sink in zip(grads, weights, ctx.sinks, strict=True):
             columns = grad.reshape(-1, grad.shape[-1]).to(dtype)
             grad_weights.append(_weight_gradient(sink, weight, [columns.T], [rows]))
             if ctx.needs_input_grad[2]:
                 widened = weight.to(dtype)
-                grad_x = columns @ widened if grad_x is None else grad_x.addmm_(columns, widened)
-        return None, None, None if grad_x is None else grad_x.to(x.dtype).view_as(x), *grad_weights
+                grad_rows = columns @ widened if grad_rows is None else grad_rows.addmm_(columns, widened)
+        grad_input = None if grad_rows is None else grad_rows.to(x.dtype).view_as(x)
+        return None, None, *_of_factors(grad_input, x, factor), *grad_weights
 
 
-def grouped_linears(x: torch.Tensor, counts: list[int], *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Rows x [N, I], counts[e] of them in turn for expert e, through each weight [E, O, I] -> one [N, O] each, in x's dtype."""
-    outputs: tuple[torch.Tensor, ...] = _GroupedLinears.apply(x, counts, *weights)
+def _times(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    return x if factor is None else x * factor
+
+
+def _of_factors(
+    grad: torch.Tensor | None, x: torch.Tensor, factor: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of x and of `factor` from that of what `_times` makes of them."""
+    return (grad, None) if factor is None or grad is None else (grad * factor, grad * x)
+
+
+def grouped_linears(
+    x: torch.Tensor, counts: list[int], *weights: torch.Tensor, factor: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Rows x [N, I], counts[e] of them in turn for expert e, through each weight [E, O, I] -> one [N, O] each, in x's dtype.
+    `factor` as in `linears`."""
+    outputs: tuple[torch.Tensor, ...] = _GroupedLinears.apply(x, factor, counts, *weights)
     return outputs
 
 
 class _GroupedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, counts: list[int], *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(x, *weights)
+    def forward(
+        ctx: Any, x: torch.Tensor, factor: torch.Tensor | None, counts: list[int], *weights: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, factor, *weights)
         ctx.counts, ctx.sinks = counts, [gradient_sink(weight) for weight in weights]
         dtype = multiply_dtype(x)
-        rows = x.to(dtype).split(counts)
+        rows = _times(x, factor).to(dtype).split(counts)
         outputs = [x.new_empty(x.shape[0], weight.shape[1], dtype=dtype) for weight in weights]
         for output, weight in zip(outputs, weights, strict=True):
             for part, out, expert in zip(rows, output.split(counts), weight, strict=True):
@@ -73,17 +97,17 @@ class _GroupedLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, *weights = ctx.saved_tensors
+        x, factor, *weights = ctx.saved_tensors
         dtype = multiply_dtype(x)
-        grad_x = torch.zeros_like(x, dtype=dtype)
-        rows, into = x.to(dtype).split(ctx.counts), grad_x.split(ctx.counts)
+        grad_input = torch.zeros_like(x, dtype=dtype)
+        rows, into = _times(x, factor).to(dtype).split(ctx.counts), grad_input.split(ctx.counts)
         grad_weights = []
         for grad, weight, sink in zip(grads, weights, ctx.sinks, strict=True):
             columns = grad.to(dtype).split(ctx.counts)
             for grad_rows, column, expert in zip(into, columns, weight, strict=True):
                 grad_rows.addmm_(column, expert.to(dtype))
             grad_weights.append(_weight_gradient(sink, weight, [column.T for column in columns], rows))
-        return grad_x.to(x.dtype), None, *grad_weights
+        return *_of_factors(grad_input.to(x.dtype), x, factor), None, *grad_weights
 
 
 def _weight_gradient(
@@ -112,38 +136,20 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         dtype = accurate_dtype(x.dtype)
         wide = x.to(dtype)
-        scale = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt_()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (wide * scale).mul_(weight.to(dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, weight, scale = ctx.saved_tensors
-        grad = grads[0].to(scale.dtype)
-        normed = x.to(scale.dtype) * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(accurate_dtype(weight.dtype))
-        grad_normed = grad * weight.to(scale.dtype)
-        along = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1) / x.shape[-1]
-        return grad_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
-
-
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up; keeps only its inputs for the backward pass."""
-    output: torch.Tensor = _SwiGLU.apply(gate, up)
-    return output
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
-        return grad_gate, F.silu(gate).mul_(grads[0])
+        dtype, scale = scale.dtype, scale.flatten(0, -2)  # rows from here on
+        wide, grad, factors = x.flatten(0, -2).to(dtype), grads[0].flatten(0, -2).to(dtype), weight.to(dtype)
+        products = wide * grad
+        grad_weight = scale.squeeze(1) @ products
+        along = torch.mv(products, factors).unsqueeze(1).mul_(scale).div_(x.shape[-1]).mul_(scale).mul_(scale)
+        grad_x = (grad * factors).mul_(scale).addcmul_(wide, along, value=-1)
+        return grad_x.to(x.dtype).view_as(x), grad_weight, None
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -155,8 +161,8 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions for x [B, S, A, D]; cos and sin [S, D / 2]. Pairs are (i, i + D / 2) (arXiv 2104.09864, section 3.2.2,
-    in the half-split order that published Llama weights in Hugging Face form use)."""
+    """Rotary positions for x [B, S, A, D]. Pairs are (i, i + D / 2) (arXiv 2104.09864, section 3.2.2, in the half-split order that
+    published Llama weights in Hugging Face form use); cos and sin [S, D] hold each angle twice, the first sine with a minus."""
     rotated: torch.Tensor = _Rotate.apply(x, cos, sin)
     return rotated
 
@@ -165,15 +171,14 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return _rotated(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        return _rotated(grads[0], cos, -sin), None, None  # a rotation's transpose turns the other way
+        return _rotated(grads[0], cos, sin, -1), None, None  # a rotation's transpose turns the other way
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
+    other = x.roll(x.shape[-1] // 2, -1).to(cos.dtype)
+    return (x.to(cos.dtype) * cos.unsqueeze(1)).addcmul_(other, sin.unsqueeze(1), value=direction).to(x.dtype)

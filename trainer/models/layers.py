@@ -5,11 +5,12 @@ its heads or columns from its weights, so it works the same on a whole matrix an
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.models.config import ModelConfig
-from bagualu.trainer.models.kernels import causal_attention, linears, rms_norm, rotate, swiglu
+from bagualu.trainer.models.kernels import causal_attention, linears, rms_norm, rotate
 
 
 class Linear(nn.Module):
@@ -31,7 +32,8 @@ class RMSNorm(nn.Module):
 
 
 class RotaryPositions:
-    """cos and sin [S, D / 2] of the angles position * theta^(-2i / D), computed in float64 and kept for the last shape asked."""
+    """cos and sin [S, D] of the angles position * theta^(-2i / D), as `rotate` takes them, computed in float64 and kept for the
+    last shape asked."""
 
     def __init__(self, head_dim: int, theta: float) -> None:
         self.head_dim = head_dim
@@ -43,7 +45,8 @@ class RotaryPositions:
         if key not in self._kept:
             steps = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
             angles = torch.arange(length, dtype=torch.float64, device=device).outer(self.theta ** (-steps / self.head_dim))
-            self._kept = {key: (angles.cos().to(accurate_dtype(dtype)), angles.sin().to(accurate_dtype(dtype)))}
+            both = torch.cat((-angles, angles), -1)
+            self._kept = {key: (both.cos().to(accurate_dtype(dtype)), both.sin().to(accurate_dtype(dtype)))}
         return self._kept[key]
 
 
@@ -81,4 +84,4 @@ class FeedForward(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., H] -> [..., H]"""
         gate, up = linears(x, self.gate.weight, self.up.weight)
-        return linears(swiglu(gate, up), self.down.weight)[0]
+        return linears(F.silu(gate), self.down.weight, factor=up)[0]

@@ -7,12 +7,13 @@ takes rows sorted by expert to where they belong and brings results back (parall
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from bagualu.parallel.expert import LocalExperts
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.models.config import ModelConfig, MoEConfig
-from bagualu.trainer.models.kernels import grouped_linears, linears, swiglu
+from bagualu.trainer.models.kernels import grouped_linears, linears
 from bagualu.trainer.models.layers import FeedForward, Linear
 
 
@@ -30,7 +31,7 @@ class Experts(nn.Module):
         """rows [N, H] sorted by expert, counts [E] over all experts -> results [N, H] in the same order."""
         routed = self.exchange.dispatch(rows, counts)
         gate, up = grouped_linears(routed.rows, routed.counts, self.gate, self.up)
-        (results,) = grouped_linears(swiglu(gate, up), routed.counts, self.down)
+        (results,) = grouped_linears(F.silu(gate), routed.counts, self.down, factor=up)
         return self.exchange.combine(results, routed)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from bagualu.parallel import precision, vocabulary
 from bagualu.parallel.vocabulary import IGNORED, linear_cross_entropy
-from bagualu.trainer.models.kernels import causal_attention, grouped_linears, linears, rms_norm, rotate, swiglu
+from bagualu.trainer.models.kernels import causal_attention, grouped_linears, linears, rms_norm, rotate
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -32,7 +32,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def angles(length: int, half: int) -> tuple[torch.Tensor, torch.Tensor]:
     turns = torch.arange(length * half, dtype=torch.float64).view(length, half)
-    return turns.cos(), turns.sin()
+    return torch.cat((turns.cos(), turns.cos()), -1), torch.cat((-turns.sin(), turns.sin()), -1)
 
 
 COUNTS = [0, 3, 0, 2, 0]
@@ -43,9 +43,10 @@ KERNELS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]]]] = {
     "linears": (lambda x, a, b, c: linears(x, a, b, c), [(2, 3, 4), (5, 4), (1, 4), (3, 4)]),
     "one_linear": (lambda x, a: linears(x, a)[0], [(3, 4), (5, 4)]),
     "grouped_linears": (lambda x, v, w: torch.cat(grouped_linears(x, COUNTS, v, w), 1), [(5, 4), (5, 3, 4), (5, 2, 4)]),
+    "linears_of_a_product": (lambda x, y, a, b: linears(x, a, b, factor=y), [(2, 3, 4), (2, 3, 4), (5, 4), (1, 4)]),
+    "grouped_linears_of_a_product": (lambda x, y, w: grouped_linears(x, COUNTS, w, factor=y)[0], [(5, 4), (5, 4), (5, 3, 4)]),
     "grouped_linears_no_rows": (lambda x, w: grouped_linears(x, [0, 0], w)[0], [(0, 4), (2, 3, 4)]),
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-2), [(2, 3, 4), (4,)]),
-    "swiglu": (swiglu, [(2, 3, 4), (2, 3, 4)]),
     "rotate": (lambda x: rotate(x, COS, SIN), [(2, 3, 2, 4)]),
     "causal_attention": (causal_attention, [(2, 2, 3, 4)] * 3),
     "causal_attention_shared_heads": (causal_attention, [(1, 4, 3, 2), (1, 2, 3, 2), (1, 2, 3, 2)]),
@@ -134,7 +135,8 @@ LABELS = torch.tensor([0, IGNORED, 4, 2, IGNORED, 4, 1])
 
 @pytest.fixture(params=[1, 2, 3, 100], ids=lambda rows: f"{rows}_rows_a_chunk")
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "_CHUNK_ELEMENTS", request.param * PADDED)
+    monkeypatch.setattr(vocabulary, "_CHUNK_ELEMENTS", 0)
+    monkeypatch.setattr(vocabulary, "_CHUNK_ROWS", request.param)
 
 
 @pytest.mark.usefixtures("_chunks")
