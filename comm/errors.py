@@ -7,3 +7,7 @@ class RecipeError(ValueError):
 
 class CommunicationError(RuntimeError):
     """A collective that could not finish: a peer was lost, timed out, or called something else."""
+
+
+class StorageError(RuntimeError):
+    """Storage that cannot be written or read now, and may be again. Nothing on it was found wrong."""

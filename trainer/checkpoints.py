@@ -12,7 +12,7 @@ from typing import Any
 
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.fence import Fence
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError, StorageError
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError
 from bagualu.fault_tolerance.checkpoint.save import Saver, take_fence
 from bagualu.fault_tolerance.checkpoint.snapshot import Snapshot
 from bagualu.trainer.assemble import Parts
@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 def take_checkpoints(parts: Parts) -> Fence:
     """Make the run's checkpoints this start's own. Collective; before anything is read there.
 
-    Raises on every rank: RecipeError where a run begins, which would only be refused again; StorageError where it goes on, since it
-    could write there before, and can when there is room again.
+    Raises on every rank: RecipeError where a run begins, which would only be refused again; CheckpointStorageError where it goes
+    on, since it could write there before, and can when there is room again.
     """
     try:
         return take_fence(checkpoints_of(parts), parts.mesh.group("world"), parts.device, _patience(parts))
     except CheckpointError as error:
         if parts.recipe.checkpoint.resume:
-            raise StorageError(str(error)) from error
+            raise CheckpointStorageError(str(error)) from error
         raise RecipeError(str(error)) from error
 
 

@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bagualu.comm.errors import CommunicationError, RecipeError
-from bagualu.fault_tolerance.checkpoint.format import StorageError
+from bagualu.comm.errors import CommunicationError, RecipeError, StorageError
 from bagualu.fault_tolerance.injection.fault import ProcessKilled
 
 DONE = 0
@@ -37,7 +36,7 @@ class Failure:
     time: float
     kind: str = "error"
     """error: this rank's own; peer: it lost another one; recipe: refused, with the fix; killed: by a signal;
-    storage: it cannot be written now, and may be again;
+    storage: it cannot be written or read now, and may be again;
     final: its own, and it would only happen again; loop: the launcher's verdict on one that did happen again;
     hung: ended by a watcher (rank -1: nobody alone is at fault, or it cannot be told);
     stopped: none at all, it was asked to stop before there was anything to save."""

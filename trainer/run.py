@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from bagualu.comm.errors import StorageError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.parallel.balance.show import show_split
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
 from bagualu.trainer.config import Recipe
-from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.data.corpus import Corpus, prepare
 from bagualu.trainer.flops import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.loop import Loop
 from bagualu.trainer.observe import close_ledger, open_ledger, plan_faults
@@ -41,7 +42,7 @@ def train(
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
     ledger = open_ledger(recipe, communicator)
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    parts = assemble(recipe, communicator, _corpus(recipe))
     plan_faults(parts, communicator, scratch)
     if parts.costs and communicator.rank == 0:
         print(show_split(parts.split, parts.mesh.placement), file=sys.stderr, flush=True)
@@ -88,6 +89,16 @@ def train(
     if communicator.rank == 0:
         _write_summary(Path(recipe.run.dir), summary)
     return summary
+
+
+def _corpus(recipe: Recipe) -> Corpus:
+    """As `prepare`; but a run that goes on had its data before, so what is away may come back: StorageError, not RecipeError."""
+    try:
+        return prepare(recipe.data, recipe.model.vocab)
+    except StorageError as error:
+        if recipe.checkpoint.resume:
+            raise StorageError(str(error)) from error
+        raise
 
 
 def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:

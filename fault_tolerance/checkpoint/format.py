@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+from bagualu.comm.errors import StorageError
 from bagualu.parallel.boxes import Box, cover_problem
 
 MANIFEST = "manifest.json"
@@ -37,8 +38,8 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read. One line: where, which tensor, what is wrong, what to do."""
 
 
-class StorageError(CheckpointError):
-    """The storage of a run that has written there before cannot be written now; it may be again."""
+class CheckpointStorageError(CheckpointError, StorageError):
+    """The storage of a checkpoint cannot be written or read now."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import Corpus, require_sequence
+from bagualu.trainer.data.prepared import AnyTokens, DataError
 from bagualu.trainer.data.sources import RANDOM
 
 RANDOM_SEQUENCES = 2**31
@@ -39,7 +40,7 @@ class Sequences(Protocol):
 class StoredSequences:
     """Consecutive windows of a token array: each token but the first is predicted once; less than S are left over."""
 
-    def __init__(self, tokens: NDArray[Any], sequence_length: int) -> None:
+    def __init__(self, tokens: AnyTokens, sequence_length: int) -> None:
         self._tokens, self._length = tokens, sequence_length
 
     def __len__(self) -> int:
@@ -124,7 +125,11 @@ class Batches:
     def _read(self, sequences: Sequences, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         tokens = np.empty((len(ids), self._length + 1), np.int64)
         for row, index in enumerate(ids):
-            tokens[row] = sequences.read(int(index))
+            try:
+                tokens[row] = sequences.read(int(index))
+            except DataError as error:
+                raise DataError(f"sequence {index} of data.source={self._source} is lost: {error}; start again, which prepares the "
+                                "corpus anew") from error  # fmt: skip
         if tokens.size and tokens.max() >= self._vocab:  # the loss would be wrong without a word: no rank holds such a row
             index = int(ids[tokens.max(axis=1).argmax()])
             raise RecipeError(f"sequence {index} of data.source={self._source} has token {tokens.max()}, but model.vocab="

@@ -7,7 +7,8 @@ anyone would load:
     CACHE/KEY.lock              held while building; the other processes wait, then load
 
 KEY is a hash of what the corpus is made from (names, sizes and modification times of the files, vocabulary, split). Whoever loads
-it reads all of it once and compares it with its fingerprint: a cached corpus that is damaged in any way is prepared again.
+it reads all of it once and compares it with its fingerprint: a cached corpus that is damaged in any way is prepared again. What
+happens to it later is seen by whoever reads the place (prepared.py).
 """
 
 import hashlib
@@ -20,7 +21,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.config import DataConfig
-from bagualu.trainer.data.prepared import fingerprint, read_tokens
-from bagualu.trainer.data.sources import RANDOM, TextFile, find_files
+from bagualu.trainer.data.prepared import AnyTokens, open_splits
+from bagualu.trainer.data.sources import RANDOM, SourceError, TextFile, find_files
 from bagualu.trainer.data.tokenizer import SMALLEST_VOCAB, load_tokenizer, token_bytes
 
 FORMAT = 2
@@ -48,9 +48,9 @@ class Corpus:
     """
 
     vocab: int
-    train: NDArray[Any]
-    """Tokens of the training split, flat, uint16 or uint32, mapped from disk."""
-    validation: NDArray[Any]
+    train: AnyTokens
+    """Tokens of the training split, flat, uint16 or uint32."""
+    validation: AnyTokens
     token_bytes: NDArray[np.int64]
     """[vocab]: bytes of text that each token stands for."""
     fingerprint: str
@@ -73,8 +73,8 @@ def default_cache() -> Path:
 def prepare(config: DataConfig, vocab: int) -> Corpus:
     """The corpus of `config`, tokenised with exactly `vocab` entries. Safe from several processes at once.
 
-    Takes seconds the first time and milliseconds after that. Raises RecipeError when the source is missing, empty, not
-    text, or too small for one sequence or for the vocabulary.
+    Takes seconds the first time and milliseconds after that. Raises RecipeError when the source is not text, or too small for one
+    sequence or for the vocabulary, SourceError when it is missing or empty, or the cache does not answer.
     """
     if config.source == RANDOM:
         nothing = np.zeros(0, np.uint32)
@@ -85,15 +85,15 @@ def prepare(config: DataConfig, vocab: int) -> Corpus:
     files = find_files(config.source)
     cache = Path(config.cache).expanduser() if config.cache else default_cache()
     folder = cache / _key(config, vocab, files)
-    corpus = _load(folder, vocab)
-    if corpus is None:
-        try:
+    try:
+        corpus = _load(folder, vocab)
+        if corpus is None:
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{folder}.lock"):
                 corpus = _load(folder, vocab) or _build(folder, config, vocab, files)
-        except OSError as error:
-            problem = f"cannot prepare the corpus in {cache} ({error}); give data.cache=FOLDER with room to write"
-            raise RecipeError(problem) from error
+    except OSError as error:
+        problem = f"cannot prepare the corpus in {cache} ({error}); give data.cache=FOLDER that answers, with room to write"
+        raise SourceError(problem) from error
     require_sequence(corpus, config)
     return corpus
 
@@ -133,16 +133,19 @@ def _build(folder: Path, config: DataConfig, vocab: int, files: Sequence[TextFil
 
 
 def _load(folder: Path, vocab: int) -> Corpus | None:
-    """The corpus in `folder`; None when it is not there, or is not to the byte what was prepared, which is said."""
+    """The corpus in `folder`; None when it is not there, or is not to the byte what was prepared, which is said.
+
+    Raises OSError when that cannot be told: what cannot be read now is not prepared again.
+    """
     if not folder.exists():
         return None
     try:
         about = json.loads((folder / "corpus.json").read_text())
-        if fingerprint(folder) != about["fingerprint"]:
+        train, validation, fingerprint = open_splits(folder, vocab)
+        if fingerprint != about["fingerprint"]:
             raise ValueError("its contents do not match its fingerprint")
-        train, validation = (read_tokens(folder / f"{split}.bin", vocab) for split in ("train", "validation"))
         tokenizer_path = folder / "tokenizer.json"
-        return Corpus(vocab, train, validation, token_bytes(load_tokenizer(tokenizer_path)), about["fingerprint"], tokenizer_path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Corpus(vocab, train, validation, token_bytes(load_tokenizer(tokenizer_path)), fingerprint, tokenizer_path)
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         log.warning("the cached corpus %s is damaged (%s) and is prepared again", folder, error)
         return None

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagualu.comm.errors import RecipeError
+from bagualu.comm.errors import RecipeError, StorageError
 
 STDLIB = "stdlib"
 RANDOM = "random"
@@ -26,6 +26,10 @@ _STDLIB_SKIPPED = frozenset(
 
 _BUILD_RECORD = "_sysconfigdata"
 """A generated table of how this interpreter was built, full of this machine's paths."""
+
+
+class SourceError(RecipeError, StorageError):
+    """A source or cache that is not there: where a run begins a mistake in the recipe, where it goes on storage that is away."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Document:
 
 
 def find_files(source: str) -> list[TextFile]:
-    """Files of `source` that are not empty, ordered by name. Raises RecipeError when there are none.
+    """Files of `source` that are not empty, ordered by name. Raises SourceError when there are none, or they cannot be listed.
 
     `stdlib` takes the .py files of the running interpreter's standard library; a folder takes every file below it whose
     name and folders do not start with a dot.
@@ -66,16 +70,16 @@ def find_files(source: str) -> list[TextFile]:
     elif root.is_dir():
         files = _walk(root)
     else:
-        raise RecipeError(f"data.source={source} is not there; give a text file or folder that is, stdlib or random")
+        raise SourceError(f"data.source={source} is not there; give a text file or folder that is, stdlib or random")
     if not files:
-        raise RecipeError(f"data.source={source} holds no text; put UTF-8 text files there or give data.source=stdlib")
+        raise SourceError(f"data.source={source} holds no text; put UTF-8 text files there or give data.source=stdlib")
     return files
 
 
 def _walk(root: Path, skipped: frozenset[str] = frozenset(), suffix: str = "") -> list[TextFile]:
     """Strings rather than paths: this is most of the time that a cached corpus takes to find."""
     files = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_cannot_list):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
         for path in (os.path.join(folder, name) for name in names if name.endswith(suffix) and name[0] != "."):
             with contextlib.suppress(FileNotFoundError):  # a link to nothing
@@ -84,6 +88,12 @@ def _walk(root: Path, skipped: frozenset[str] = frozenset(), suffix: str = "") -
                     name = os.path.relpath(path, root).replace(os.sep, "/")
                     files.append(TextFile(Path(path), name, status.st_size, status.st_mtime_ns))
     return sorted(files, key=lambda file: file.name)
+
+
+def _cannot_list(error: OSError) -> None:
+    """A folder left out without a word would make another corpus."""
+    problem = f"{error.filename} cannot be listed ({error.strerror}); put it right or take it out of data.source"
+    raise SourceError(problem) from error
 
 
 def hash_fraction(name: str) -> float:

@@ -42,7 +42,7 @@ def test_the_tokens_are_the_text(folder, tmp_path):
     tokenizer = load_tokenizer(corpus.tokenizer_path)
     assert tokenizer.get_vocab_size() == corpus.vocab == len(corpus.token_bytes) == VOCAB
     found = list(documents(str(folder), find_files(str(folder)), 0.25))
-    for tokens, validation in ((corpus.train, False), (corpus.validation, True)):
+    for tokens, validation in ((corpus.train[:], False), (corpus.validation[:], True)):
         assert tokens[-1] == END_OF_FILE_TOKEN
         files = np.split(tokens, np.flatnonzero(tokens == END_OF_FILE_TOKEN) + 1)[:-1]
         texts = [document.text for document in found if document.validation == validation]
@@ -55,7 +55,7 @@ import hashlib, sys
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.data.config import DataConfig
 c = prepare({config!r}, {vocab})
-digest = hashlib.sha256(c.train.tobytes() + c.validation.tobytes()).hexdigest()
+digest = hashlib.sha256(c.train[:].tobytes() + c.validation[:].tobytes()).hexdigest()
 print(c.fingerprint, digest, "datasets" in sys.modules, "torch" in sys.modules)
 """
 
@@ -64,7 +64,7 @@ def test_the_second_time_is_the_first_and_needs_neither_datasets_nor_torch(folde
     first = prepare(config(folder, tmp_path / "cache"), VOCAB)
     program = _AGAIN.format(config=config(folder, tmp_path / "cache"), vocab=VOCAB)
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    digest = hashlib.sha256(first.train.tobytes() + first.validation.tobytes()).hexdigest()
+    digest = hashlib.sha256(first.train[:].tobytes() + first.validation[:].tobytes()).hexdigest()
     assert answer.stdout.split() == [first.fingerprint, digest, "False", "False"]
 
 
@@ -113,16 +113,16 @@ def test_a_killed_builder_leaves_nothing_that_is_loaded(folder, tmp_path):
     torn.write_bytes(b"\0" * torn.stat().st_size)
     corpus = prepare(config(folder, cache), VOCAB)
     assert corpus.fingerprint == prepare(config(folder, tmp_path / "other"), VOCAB).fingerprint
-    assert corpus.train.any()
+    assert corpus.train[:].any()
     assert [path for path in cache.iterdir() if path.is_dir()] == [corpus.tokenizer_path.parent]
 
 
 def test_a_shortened_file_is_prepared_again(folder, tmp_path):
     first = prepare(config(folder, tmp_path / "cache"), VOCAB)
-    tokens = first.train.copy()
+    tokens = first.train[:]
     path = first.tokenizer_path.parent / "train.bin"
     os.truncate(path, path.stat().st_size - 2)
-    assert np.array_equal(prepare(config(folder, tmp_path / "cache"), VOCAB).train, tokens)
+    assert np.array_equal(prepare(config(folder, tmp_path / "cache"), VOCAB).train[:], tokens)
 
 
 @pytest.mark.parametrize(
@@ -194,12 +194,12 @@ def test_a_token_the_vocabulary_does_not_have_is_not_trained_on(folder, tmp_path
     """Even where the fingerprint was made to fit."""
     first = prepare(config(folder, tmp_path / "cache"), VOCAB)
     cached = first.tokenizer_path.parent
-    tokens = np.array(first.train)
+    tokens = first.train[:]
     wrong = tokens.copy()
     wrong[7] = VOCAB
     (cached / "train.bin").write_bytes(wrong.tobytes())
     (cached / "corpus.json").write_text(json.dumps({"fingerprint": fingerprint(cached)}))
-    assert np.array_equal(prepare(config(folder, tmp_path / "cache"), VOCAB).train, tokens)
+    assert np.array_equal(prepare(config(folder, tmp_path / "cache"), VOCAB).train[:], tokens)
     assert f"train.bin has token {VOCAB}" in caplog.text
 
 

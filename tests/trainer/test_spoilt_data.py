@@ -1,0 +1,182 @@
+"""Test 29 under a running job: its corpus is cut short, overwritten or replaced while it reads. No wrong sample is learnt."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bagualu.comm.errors import RecipeError, StorageError
+from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.inspect import verify
+from bagualu.trainer import run as whole_run
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.data import prepared
+from bagualu.trainer.data.prepared import DataError
+from bagualu.trainer.outcome import failure
+from tests.harness import run
+from tests.standing import assert_same_run
+from tests.trainer.test_run import STEPS, numbers, recipe_in
+
+STEP = 4
+
+
+@pytest.fixture(autouse=True)
+def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 70,000 tokens: the file that they make has several blocks."""
+    folder = tmp_path_factory.mktemp("text")
+    generator = np.random.default_rng(0)
+    for number in range(4):
+        letters = generator.integers(97, 123, 50_000)
+        letters[generator.random(50_000) < 0.2] = 32
+        (folder / f"{number}.txt").write_bytes(letters.astype(np.uint8).tobytes())
+    return folder
+
+
+def recipe_on(folder: Path, text: Path, **changes: object) -> Recipe:
+    defaults: dict[str, object] = {
+        "data__source": str(text), "data__cache": str(text.parent / "cache"), "model__vocab": 400, "data__sequence_length": 16,
+        "checkpoint__every": 2, "checkpoint__asynchronous": False,
+    }  # fmt: skip
+    return recipe_in(folder, **{**defaults, **changes})
+
+
+def tokens_of(recipe: Recipe) -> Path:
+    (path,) = Path(recipe.data.cache or "").glob("*/train.bin")
+    return path
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def other(path: Path) -> bytes:
+    """Its tokens in another order: each is one, and there are as many."""
+    return np.frombuffer(path.read_bytes(), np.uint16)[::-1].tobytes()
+
+
+def overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(other(path))
+
+
+def replace(path: Path) -> None:
+    (path.parent / "new").write_bytes(other(path))
+    (path.parent / "new").replace(path)
+
+
+class Spoiler:
+    """An observer that spoils the data as the step begins, before any rank reads its samples."""
+
+    def __init__(self, communicator: Communicator, path: Path, how: Any) -> None:
+        self.communicator, self.path, self.how = communicator, path, how
+
+    def at(self, point: str, step: int) -> None:
+        if self.how and (point, step) == ("data", STEP):
+            if self.communicator.rank == 0:
+                self.how(self.path)
+            self.how = None
+            self.communicator.world.barrier()
+
+    def waits(self, what: str | None) -> None:
+        return None
+
+
+def train(communicator: Communicator, recipe: Recipe, how: Any = None, stop_at: int = 0) -> dict[str, Any]:
+    """A run, stopped in step `stop_at`; the error it ends with says the step."""
+    if how:
+        communicator.monitor.observers.append(Spoiler(communicator, tokens_of(recipe), how))
+    try:
+        return whole_run.train(recipe, communicator, lambda: communicator.monitor.step == stop_at)
+    except DataError as error:
+        error.add_note(f"step {communicator.monitor.step}")
+        raise
+
+
+@pytest.mark.parametrize(("how", "said"), [(cut, "was cut short while"), (overwrite, "was changed while")])
+def test_a_shard_spoilt_under_a_run_ends_it_at_one_step_whatever_the_layout(
+    tmp_path: Path, text: Path, how: Any, said: str
+) -> None:
+    for world in (1, 2, 4):
+        run("simulated", world, train, recipe_on(tmp_path / f"straight-{world}", text, parallel__data=world))
+    path = tokens_of(recipe_on(tmp_path, text))
+    good = path.read_bytes()
+    for world in (1, 2, 4):
+        recipe = recipe_on(tmp_path / str(world), text, parallel__data=world)
+        expected = rf"^sequence \d+ of data\.source={text} is lost: {path} {said} it was in use.*; start again, which prepares"
+        with pytest.raises(DataError, match=expected) as error:
+            run("simulated", world, train, recipe, how)
+        assert error.value.__notes__[0] == f"step {STEP}"
+        assert len(numbers(tmp_path / str(world))) == STEP - 1
+        (checkpoint,) = list_checkpoints(tmp_path / str(world) / "checkpoints")
+        assert (checkpoint.name, verify(checkpoint)) == ("step-00000002", [])
+        if world > 1:  # put back by hand; else the start prepares it anew
+            path.write_bytes(good)
+        run("simulated", world, train, recipe_on(tmp_path / str(world), text, parallel__data=world, checkpoint__resume=True))
+        assert path.read_bytes() == good
+        assert_same_run(tmp_path / str(world), tmp_path / f"straight-{world}")
+
+
+def test_another_shard_in_its_place_is_not_read_by_the_run_and_noticed_by_the_next(
+    tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("simulated", 2, train, recipe_on(tmp_path / "straight", text))
+    path = tokens_of(recipe_on(tmp_path, text))
+    good = path.read_bytes()
+    run("simulated", 2, train, recipe_on(tmp_path / "run", text), replace)
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    assert path.read_bytes() != good
+    assert not caplog.text
+    run("simulated", 2, train, recipe_on(tmp_path / "run", text, train__steps=STEPS + 2, checkpoint__resume=True))
+    assert path.read_bytes() == good
+    assert "do not match its fingerprint" in caplog.text
+
+
+def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Which they are, and what is in them."""
+    return {path: (path.stat().st_ino, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("lost", ["source", "cache"])
+def test_data_that_is_away_is_waited_for_by_a_run_that_goes_on_and_refused_at_its_beginning(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Away: a source that is not mounted, a cache that gives input/output errors. What is in the cache is not touched."""
+    source, cache = tmp_path / "text", tmp_path / "cache"
+    shutil.copytree(text, source)
+    words: dict[str, object] = {"data__source": str(source), "data__cache": str(cache)}
+    run("simulated", 2, train, recipe_on(tmp_path / "straight", text, **words))
+    run("simulated", 2, train, recipe_on(tmp_path / "run", text, **words), None, STEP - 1)
+    if lost == "source":
+        source.rename(tmp_path / "away")
+    else:
+        original = prepared.Tokens.__init__
+
+        def fail(self: Any, path: Path, vocab: int) -> None:
+            original(self, path, vocab)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+        monkeypatch.setattr(prepared.Tokens, "__init__", fail)
+    before = files(cache)
+    with pytest.raises(StorageError) as error:
+        run("simulated", 2, train, recipe_on(tmp_path / "run", text, checkpoint__resume=True, **words))
+    assert failure(0, "start", error.value, 0.0).kind == "storage"
+    with pytest.raises(RecipeError) as refused:
+        run("simulated", 2, train, recipe_on(tmp_path / "other", text, **words))
+    assert failure(0, "start", refused.value, 0.0).kind == "recipe"
+    assert files(cache) == before
+    monkeypatch.undo()
+    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
+    if lost == "source":
+        (tmp_path / "away").rename(source)
+    run("simulated", 2, train, recipe_on(tmp_path / "run", text, checkpoint__resume=True, **words))
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
