@@ -1,10 +1,9 @@
 """Whether a run is started again after a failure: a budget, a pause that grows, an end to crash loops. Free of torch."""
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.config import RestartConfig
+from bagualu.launch.newest import newest
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import Failure
 
@@ -72,8 +71,7 @@ class Restarts:
 def announcement(verdict: Verdict, restarts: Restarts, recipe: Recipe) -> str:
     """The line that a restart begins with: what was lost where, which restart this is, where it goes on."""
     failure = verdict.failure
-    newest = latest(Path(recipe.run.dir) / "checkpoints")
-    start = f"from {newest.name}" if newest else "from the beginning"
+    start = f"from {newest(recipe) or 'the beginning'}"
     start += " or a later replica in memory" if recipe.checkpoint.replica_every else ""
     left_out = f" without rank {failure.rank}" if verdict.without_rank else ""
     return (f"{failure.who} failed, {failure.phase}: {failure.cause}; restart {restarts.count} of "

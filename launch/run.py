@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.launch import forkserver
 from bagualu.launch.hang import HangCheck
 from bagualu.launch.ledger import LedgerWatcher
 from bagualu.launch.meeting import Meeting
+from bagualu.launch.newest import newest
 from bagualu.launch.scratch import scratch
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
@@ -72,7 +72,7 @@ def _advice(recipe: Recipe, failure: Failure) -> str:
     """What to do after a failure: where to look, how to go on."""
     log = Path(recipe.run.dir) / "logs" / f"rank-{failure.rank}.log"
     parts = [f"see {log}"] if log.exists() else []
-    if latest(Path(recipe.run.dir) / "checkpoints"):
+    if newest(recipe):
         parts.append("go on with checkpoint.resume=true")
     return ", ".join(parts) or f"give another run.dir or remove {recipe.run.dir}, and start again"
 

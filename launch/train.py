@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.fault_tolerance import run_lock
-from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.launch.newest import newest
 from bagualu.launch.run import run
 from bagualu.launch.sweep import jobs
 from bagualu.launch.usage import Request
@@ -42,6 +42,6 @@ def _beginning(recipe: Recipe, workers: int) -> str:
     kind = "threads of this process" if recipe.comm.backend == "simulated" else "processes"
     start = ""
     if recipe.checkpoint.resume:
-        newest = latest(Path(recipe.run.dir) / "checkpoints")
-        start = f", from {newest.name}" if newest else ", from the start: there is no checkpoint to resume from"
+        found = newest(recipe)
+        start = f", from {found}" if found else ", from the start: there is no checkpoint to resume from"
     return f"{recipe.run.name}: {recipe.validate(workers)} as {workers} {kind}, in {recipe.run.dir}{start}"

@@ -10,29 +10,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.fence import Fence
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError
 from bagualu.fault_tolerance.checkpoint.save import Saver, take_fence
 from bagualu.fault_tolerance.checkpoint.snapshot import Snapshot
 from bagualu.trainer.assemble import Parts
+from bagualu.trainer.preflight import has_begun
 from bagualu.trainer.state import checkpoints_of, metadata_of
 
+_BEGUN = "begun"
+"""File of the scratch folder: an earlier start of this launch has had the run's checkpoints, so they are somewhere."""
 log = logging.getLogger(__name__)
 
 
-def take_checkpoints(parts: Parts) -> Fence:
-    """Make the run's checkpoints this start's own. Collective; before anything is read there.
+def take_checkpoints(parts: Parts, scratch: Path | None = None) -> Fence:
+    """Make the run's checkpoints this start's own. Collective; before anything is read there. `scratch` as in `trainer.run.train`.
 
     Raises on every rank: RecipeError where a run begins, which would only be refused again; CheckpointStorageError where it goes
     on, since it could write there before, and can when there is room again.
     """
+    group, mark = parts.mesh.group("world"), scratch / _BEGUN if scratch else None
+    begun = torch.tensor(int(has_begun(Path(parts.recipe.run.dir)) or (mark is not None and mark.exists())), device=parts.device)
+    group.all_reduce(begun, "max")
     try:
-        return take_fence(checkpoints_of(parts), parts.mesh.group("world"), parts.device, _patience(parts))
+        fence = take_fence(checkpoints_of(parts), group, parts.device, _patience(parts), bool(begun))
     except CheckpointError as error:
         if parts.recipe.checkpoint.resume:
             raise CheckpointStorageError(str(error)) from error
         raise RecipeError(str(error)) from error
+    if mark:
+        mark.touch()
+    return fence
 
 
 def _patience(parts: Parts) -> float:

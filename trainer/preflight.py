@@ -9,6 +9,7 @@ from typing import Any
 
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.fault_tolerance.checkpoint.fence import EPOCH
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.recipe import RESOLVED, load_recipe
 
@@ -62,8 +63,8 @@ def check_run_directory(recipe: Recipe) -> None:
     directory = Path(recipe.run.dir)
     if directory.exists() and not directory.is_dir():
         raise RecipeError(f"run.dir={directory} is a file; give a folder")
-    metrics, before = directory / "metrics.jsonl", directory / RESOLVED
-    if not (metrics.exists() and metrics.stat().st_size) and latest(directory / "checkpoints") is None:
+    before = directory / RESOLVED
+    if not has_begun(directory) and latest(directory / "checkpoints") is None:
         return  # nothing was done in it yet
     if not recipe.checkpoint.resume:
         raise RecipeError(f"{directory} already holds a run; go on with checkpoint.resume=true, or start anew with another "
@@ -78,6 +79,15 @@ def check_run_directory(recipe: Recipe) -> None:
         kind = "model" if key.startswith("model.") else "run"
         raise RecipeError(f"{directory} holds a run of another {kind}: {key}={_shown(was)} there, {key}={_shown(now)} here; "
                           f"give {key}={_shown(was)} or another run.dir")  # fmt: skip
+    if not (directory / "checkpoints" / EPOCH).exists():
+        raise RecipeError(f"{directory} holds a run, but its checkpoints are not there; see whether the storage of "
+                          f"{directory / 'checkpoints'} is mounted, or start anew with another run.dir")  # fmt: skip
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether steps were done in the run directory, by what a run makes after it has taken its checkpoints. Raises OSError."""
+    metrics = directory / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def gpu_count() -> int:

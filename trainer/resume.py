@@ -1,30 +1,38 @@
 """What a run goes on from: the newest state that is whole for every rank, and what is said of those that are not.
 
 Candidates are tried newest first. Each is read and verified by all ranks before anything of the run changes (state.py); if one
-rank finds damage, all take the next. A damaged checkpoint that the run has gone back behind is renamed, never deleted: under its
-old name it would stand in the way of the same step when the run comes to it again (a committed step is never overwritten), it
-would be tried first, and read in vain, at every restart, and retention would have to know of it. `mv` undoes it.
+rank finds damage, all take the next. What cannot be read *now* is not damaged: it is tried again after growing pauses, and when
+nothing can be read the run fails as it does on a full disk, with nothing changed, and is started again. A damaged checkpoint that
+the run has gone back behind is renamed, never deleted: under its old name it would stand in the way of the same step when the run
+comes to it again (a committed step is never overwritten), it would be tried first, and read in vain, at every restart, and
+retention would have to know of it. `mv` undoes it.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.damaged import set_aside
 from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, gather_json
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_of
+from bagualu.fault_tolerance.checkpoint.fence import EPOCH
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError, step_of
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import FinalError
-from bagualu.trainer.state import CHECKPOINTS, take_state
+from bagualu.trainer.state import checkpoints_of, take_state
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -88,7 +96,7 @@ def resume(parts: Parts, others: Sequence[Candidate] = ()) -> Resumed:
     `others` are candidates beside the checkpoints of the run directory; of two of the same step they are tried first.
     Raises RecipeError for a rank with another recipe, other data or another disk, NothingWholeError when none is.
     """
-    stored = list_checkpoints(Path(parts.recipe.run.dir) / CHECKPOINTS) if parts.recipe.checkpoint.resume else []
+    stored = list_stored(parts, _Patience(parts)) if parts.recipe.checkpoint.resume else []
     candidates = sorted([*others, *map(Stored, stored)], key=lambda candidate: -candidate.step)
     _require_same(parts, candidates)
     if not candidates:
@@ -96,28 +104,82 @@ def resume(parts: Parts, others: Sequence[Candidate] = ()) -> Resumed:
     chosen, problems = choose(parts, candidates)
     whole = [path for path in stored if path.name not in problems]
     newest = whole[-1] if whole else None
-    return Resumed(chosen.step, newest, chosen.name, tell(parts, candidates, problems, chosen.name))
+    return Resumed(chosen.step, newest, chosen.name, tell(parts, candidates, problems, chosen))
 
 
-def choose(parts: Parts, candidates: Sequence[Candidate]) -> tuple[Candidate, dict[str, str]]:
+class _Patience:
+    """With storage that cannot be read: five tries in all, after pauses as before restarts. All ranks wait alike."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._speaks = parts.mesh.at("world") == 0
+        self._pauses = [parts.recipe.restart.backoff_seconds * 2**number for number in range(4)]
+
+    def __call__(self, attempt: Callable[[], T]) -> T:
+        """`attempt()`, which ends alike on all ranks. Raises what it raises, CheckpointStorageError when patience is at its end."""
+        while self._pauses:
+            try:
+                return attempt()
+            except CheckpointStorageError as error:
+                pause = self._pauses.pop(0)
+                if self._speaks:
+                    log.warning("%s. Trying again in %g s", error, pause)
+                time.sleep(pause)
+        return attempt()
+
+
+def list_stored(parts: Parts, patience: _Patience | None = None) -> list[Path]:
+    """The checkpoints of the run directory, oldest first. Collective. Raises CheckpointStorageError on every rank."""
+    attempt = partial(on_all, partial(_list_here, checkpoints_of(parts)), parts.mesh.group("world"), parts.device)
+    return (patience or _Patience(parts))(attempt)
+
+
+def _list_here(root: Path) -> list[Path]:
+    try:
+        (root / EPOCH).stat()  # else there is nothing to list because nothing is mounted
+        return list_checkpoints(root)
+    except OSError as error:
+        raise CheckpointStorageError(f"{root} cannot be read now ({error.strerror}); see whether its storage is mounted") from error
+
+
+def choose(parts: Parts, candidates: Sequence[Candidate]) -> tuple[Candidate, dict[str, CheckpointError]]:
     """Take the state of the first candidate that is whole for every rank; which one, and by name what is wrong with those before.
 
-    Collective. Raises NothingWholeError, with nothing changed, when none is whole.
+    Collective. Raises, with nothing changed, CheckpointStorageError when none can be read but one may be again, and
+    NothingWholeError when all are damaged.
     """
-    problems: dict[str, str] = {}
-    for candidate in candidates:
+    patience = _Patience(parts)
+    problems: dict[str, CheckpointError] = {}
+    for at, candidate in enumerate(candidates):
         try:
-            take_state(parts, candidate.open)
+            patience(partial(take_state, parts, candidate.open))
         except CheckpointError as error:
-            problems[candidate.name] = str(error)
+            problems[candidate.name] = error
         else:
-            return candidate, problems
-    root = Path(parts.recipe.run.dir) / CHECKPOINTS
-    told = "; ".join(f"{name}: {_short(problem, root / name)}" for name, problem in problems.items())
+            return _newest_after_all(parts, candidates[: at + 1], problems)
+    root = checkpoints_of(parts)
+    told = "; ".join(f"{name}: {_short(str(problem), root / name)}" for name, problem in problems.items())
+    list_stored(parts, patience)  # they are not damaged if they are gone altogether
+    if any(isinstance(problem, CheckpointStorageError) for problem in problems.values()):
+        raise CheckpointStorageError(
+            f"none of the {len(problems)} states of {parts.recipe.run.dir} can be read now ({told}); nothing was changed, see "
+            "whether its storage is mounted and answers"
+        )
     raise NothingWholeError(
         f"none of the {len(problems)} states of {parts.recipe.run.dir} can be used ({told}); restore one of them from a copy, "
         "or start anew with another run.dir"
     )
+
+
+def _newest_after_all(
+    parts: Parts, candidates: Sequence[Candidate], problems: dict[str, CheckpointError]
+) -> tuple[Candidate, dict[str, CheckpointError]]:
+    """The last of `candidates` was whole, so storage answers, perhaps again: those that it did not give are tried once more."""
+    for at, candidate in enumerate(candidates[:-1]):
+        if isinstance(problems[candidate.name], CheckpointStorageError):
+            with contextlib.suppress(CheckpointError):
+                take_state(parts, candidate.open)
+                return candidate, {earlier.name: problems[earlier.name] for earlier in candidates[:at]}
+    return candidates[-1], problems
 
 
 def _short(problem: str, checkpoint: Path) -> str:
@@ -139,19 +201,25 @@ def _require_same(parts: Parts, candidates: Sequence[Candidate]) -> None:
                 )
 
 
-def tell(parts: Parts, candidates: Sequence[Candidate], problems: dict[str, str], used: str) -> list[dict[str, Any]]:
-    """Rename the damaged ones and say so, once: `Resumed.damaged`. Collective; the same on every rank."""
+def tell(
+    parts: Parts, candidates: Sequence[Candidate], problems: dict[str, CheckpointError], used: Candidate
+) -> list[dict[str, Any]]:
+    """Rename the damaged ones and say so, once: `Resumed.damaged`. Collective; the same on every rank.
+
+    One that could not be read counts as damaged when another of the same storage could.
+    """
     if not problems:
         return []
     entries = []
     if parts.mesh.at("world") == 0:
         for candidate in candidates[: len(problems)]:
-            moved = _set_aside(candidate.path) if isinstance(candidate, Stored) else None
             problem = problems[candidate.name]
-            log.warning("%s cannot be used: %s. Going on from %s", candidate.name, problem, used)
+            damaged = isinstance(used, Stored) or not isinstance(problem, CheckpointStorageError)
+            moved = _set_aside(candidate.path) if isinstance(candidate, Stored) and damaged else None
+            log.warning("%s cannot be used: %s. Going on from %s", candidate.name, problem, used.name)
             if moved:
                 log.warning("%s is now called %s", candidate.name, moved)
-            entries.append({"checkpoint": candidate.name, "problem": problem, "used": used, "set_aside": moved})
+            entries.append({"checkpoint": candidate.name, "problem": str(problem), "used": used.name, "set_aside": moved})
     told: list[dict[str, Any]] = broadcast_json(entries, parts.mesh.group("world"), parts.device)
     return told
 

@@ -10,7 +10,7 @@ from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.fault_tolerance.guard.verdict import DISAGREEMENTS, Verdict
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.outcome import GuardError
-from bagualu.trainer.resume import Resumed, Stored, choose, tell
+from bagualu.trainer.resume import Resumed, Stored, choose, list_stored, tell
 from bagualu.trainer.state import checkpoints_of
 
 
@@ -19,20 +19,21 @@ def roll_back(parts: Parts, step: int, verdict: Verdict) -> Resumed:
 
     Where the samples are to blame, those of the last `guard.rollback_window` steps are left out from now on. Checkpoints of later
     steps are removed: the run will come there by another way. One that is damaged itself is set aside, as at a start. Collective.
-    Raises GuardError when there is nothing to go back to, CheckpointError when nothing of it is whole.
+    Raises GuardError when there is nothing to go back to, CheckpointError when nothing of it is whole, or can be read now.
     """
     world = parts.mesh.group("world")
     root = checkpoints_of(parts)
     by_data = verdict.cause not in DISAGREEMENTS
     window = parts.recipe.guard.rollback_window
     at_most = step - window if by_data else parts.guard.clean
-    found: Any = broadcast_json(_candidates(root, at_most, by_data) if world.rank == 0 else None, world, parts.device)
+    stored = list_stored(parts)
+    found: Any = broadcast_json(_candidates(stored, at_most, by_data), world, parts.device)
     candidates = [Stored(root / name) for name in found["names"]]
     if not candidates:
         raise GuardError(f"{verdict.text}; {_nothing_to_go_back_to(found['later'], at_most)}")
     memory = deepcopy(parts.guard.memory)
     chosen, problems = choose(parts, candidates)
-    done, damaged = chosen.step, tell(parts, candidates, problems, chosen.name)
+    done, damaged = chosen.step, tell(parts, candidates, problems, chosen)
     parts.guard.memory.keep(memory)
     if by_data:
         parts.guard.memory.leave_out(max(done + 1, step - window + 1), step, str(verdict.cause))
@@ -44,12 +45,11 @@ def roll_back(parts: Parts, step: int, verdict: Verdict) -> Resumed:
     return Resumed(done, root / chosen.name, chosen.name, damaged)
 
 
-def _candidates(root: Path, at_most: int, by_data: bool) -> dict[str, Any]:
-    """`names`: checkpoints of at most `at_most` steps, newest first; `later`: whether there are others.
+def _candidates(checkpoints: list[Path], at_most: int, by_data: bool) -> dict[str, Any]:
+    """`names`: those of at most `at_most` steps, newest first; `later`: whether there are others.
 
     If there is none so old, the oldest will do where the samples are to blame; but not where memory is: it may hold the damage.
     """
-    checkpoints = list_checkpoints(root)
     old_enough = [path for path in checkpoints if (step_of(path) or 0) <= at_most]
     if by_data and not old_enough:
         old_enough = checkpoints[:1]

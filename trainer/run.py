@@ -46,7 +46,7 @@ def train(
     plan_faults(parts, communicator, scratch)
     if parts.costs and communicator.rank == 0:
         print(show_split(parts.split, parts.mesh.placement), file=sys.stderr, flush=True)
-    fence = take_checkpoints(parts)
+    fence = take_checkpoints(parts, scratch)
     replication = open_replication(parts, scratch, fence)
     resumed = resume(parts, replication.candidates() if replication else [])
     if replication:

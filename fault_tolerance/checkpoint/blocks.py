@@ -10,10 +10,29 @@ from pathlib import Path
 import xxhash
 
 from bagualu.fault_tolerance.checkpoint.durable import write_all
-from bagualu.fault_tolerance.checkpoint.format import REMEDY, CheckpointError, Manifest, StoredBox, StoredFile, digest
+from bagualu.fault_tolerance.checkpoint.format import (
+    REMEDY,
+    CheckpointError,
+    CheckpointStorageError,
+    Manifest,
+    StoredBox,
+    StoredFile,
+    digest,
+)
 
 PORTION_BYTES = 2**18
 """Data is hashed and moved this much at a time, so that the second of the two finds it in the processor's cache."""
+
+
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP)
+"""What the system says of something that is not there, or is no file, on storage that answers."""
+
+
+def unreadable(what: str, error: OSError) -> CheckpointError:
+    """What to raise for `what`, e.g. "PATH: NAME cannot be read": it is damaged, or its storage does not give it now."""
+    if error.errno in _NO_FILE:
+        return CheckpointError(f"{what} ({error.strerror}); {REMEDY}")
+    return CheckpointStorageError(f"{what} now ({error.strerror}); see whether its storage answers")
 
 
 def portions(data: memoryview, block_bytes: int) -> Iterator[tuple[memoryview, bool]]:
@@ -58,7 +77,7 @@ def open_shard(path: Path, manifest: Manifest, name: str, check_header: bool = T
     try:
         file = open_file(path / name)
     except OSError as error:
-        raise CheckpointError(f"{path}: {name} cannot be opened ({error.strerror}); {REMEDY}") from error
+        raise unreadable(f"{path}: {name} cannot be opened", error) from error
     try:
         size = file.seek(0, 2)
         if size != stored.bytes:
@@ -80,7 +99,7 @@ def read_blocks(file: FileIO, where: str, stored: StoredBox, block_bytes: int, f
     try:
         file.seek(stored.start + first * block_bytes)
     except OSError as error:
-        raise CheckpointError(f"{where} cannot be read ({error.strerror}); {REMEDY}") from error
+        raise unreadable(f"{where} cannot be read", error) from error
     for portion, last in portions(into, block_bytes):
         _fill(file, portion, where)
         hasher.update(portion)
@@ -115,7 +134,7 @@ def _fill(file: FileIO, into: memoryview, where: str) -> None:
         try:
             count = file.readinto(into[filled:])
         except OSError as error:
-            raise CheckpointError(f"{where} cannot be read ({error.strerror}); {REMEDY}") from error
+            raise unreadable(f"{where} cannot be read", error) from error
         if not count:
             raise CheckpointError(f"{where} ends too early; {REMEDY}")
         filled += count

@@ -28,11 +28,13 @@ class Fence:
     """Tells two starts at the same instant, which read the same number, apart: the last rename decides."""
 
     @staticmethod
-    def take(root: Path) -> "Fence":
-        """From now on nobody else commits under `root`, which is made if need be. Raises OSError.
+    def take(root: Path, begun: bool = False) -> "Fence":
+        """From now on nobody else commits under `root`, which is made unless the run has `begun`. Raises OSError, CheckpointError.
 
         Choose what to resume from after this: an older start may have committed until now, and cannot any more.
         """
+        if begun and not (root / EPOCH).exists():  # an empty folder in its place would be a run without checkpoints
+            raise CheckpointError(f"the run has begun there and {EPOCH} is gone, see whether its storage is mounted")
         make_directory(root)
         fence = Fence(root, _epoch(root) + 1, secrets.token_hex(4))
         unfinished = root / f"{SAVING}epoch-{fence.token}"

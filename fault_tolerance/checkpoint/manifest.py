@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from bagualu.fault_tolerance.checkpoint import table
-from bagualu.fault_tolerance.checkpoint.blocks import open_file
+from bagualu.fault_tolerance.checkpoint.blocks import open_file, unreadable
 from bagualu.fault_tolerance.checkpoint.format import (
     DTYPES,
     MANIFEST,
@@ -82,7 +82,7 @@ def read_manifest(path: Path) -> Manifest:
             if file.read() != _CLOSE:
                 raise ValueError("does not end as it was written: it was damaged or edited")
     except OSError as error:
-        raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error.strerror}); {REMEDY}") from error
+        raise unreadable(f"{path}: {MANIFEST} cannot be read", error) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {MANIFEST} {error}; {REMEDY}") from error
     if step_of(path) not in (None, manifest.step):
@@ -175,6 +175,6 @@ def _table(
             raise ValueError(f"does not match its hash (bytes {at} to {at + length})")
         return table.decode(line.rstrip(b",\n"), name, tensor, manifest, files)
     except OSError as error:
-        raise CheckpointError(f"{where} cannot be read ({error.strerror}); {REMEDY}") from error
+        raise unreadable(f"{where} cannot be read", error) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} {error}; {REMEDY}") from error

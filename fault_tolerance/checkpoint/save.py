@@ -232,12 +232,17 @@ class Saver:
             log.warning("checkpoint.keep=%d: %s", self.keep, error)
 
 
-def take_fence(root: Path, group: Group, device: torch.device = _HOST, timeout_seconds: float = _TIMEOUT_SECONDS) -> Fence:
-    """The fence of `root` for all ranks of `group`, taken by position 0. Collective. Raises CheckpointError on every rank."""
+def take_fence(
+    root: Path, group: Group, device: torch.device = _HOST, timeout_seconds: float = _TIMEOUT_SECONDS, begun: bool = False
+) -> Fence:
+    """The fence of `root` for all ranks of `group`, taken by position 0; `begun`, as it sees it: the run has been there before.
+
+    Collective. Raises CheckpointError on every rank.
+    """
     verdict = None
     if group.rank == 0:
         writer = Writer(group.ranks[0])
-        taken = writer.submit(Fence.take, root).wait(timeout_seconds)
+        taken = writer.submit(Fence.take, root, begun).wait(timeout_seconds)
         writer.close(0)
         verdict = {"done": [taken["done"].epoch, taken["done"].token]} if "done" in taken else taken
     verdict = broadcast_json(verdict, group, device)
