@@ -40,7 +40,8 @@ class RestartConfig:
     limit: int = 3
     """How often workers are started again after a failure, over the whole launch; 0: never."""
     backoff_seconds: float = 1.0
-    """Pause before the first restart; every further one waits twice as long, at most a minute."""
+    """Pause before the first restart; every further one waits twice as long, at most a minute. In the same way before new tries to
+    read checkpoints that cannot be read: four pauses."""
     same_step_limit: int = 2
     """A step that has failed this often, with nothing gained in between, ends the run (exit code 76)."""
     elastic: bool = False

@@ -6,10 +6,9 @@ meet. A node whose agent died is started again with the same words, and joins wh
 
 import argparse
 import sys
-from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance import run_lock
+from bagualu.launch import storage
 from bagualu.launch.meeting import Meeting
 from bagualu.launch.run import run
 from bagualu.trainer import preflight
@@ -48,8 +47,7 @@ def _check(recipe: Recipe, job: str) -> int:
                           "where there is no checkpoint")  # fmt: skip
     workers = preflight.workers_per_node(recipe)
     preflight.check(recipe, recipe.world_size())
-    run_lock.refuse_if_held(Path(recipe.run.dir), job)
-    preflight.check_run_directory(recipe)
+    storage.check(recipe, job)
     return workers
 
 

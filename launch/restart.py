@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from bagualu.fault_tolerance.config import RestartConfig
-from bagualu.launch.newest import newest
+from bagualu.launch.storage import newest
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import Failure
 

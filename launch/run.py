@@ -12,8 +12,8 @@ from bagualu.launch import forkserver
 from bagualu.launch.hang import HangCheck
 from bagualu.launch.ledger import LedgerWatcher
 from bagualu.launch.meeting import Meeting
-from bagualu.launch.newest import newest
 from bagualu.launch.scratch import scratch
+from bagualu.launch.storage import newest
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, STOPPED, Failure, last_words

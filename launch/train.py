@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.fault_tolerance import run_lock
-from bagualu.launch.newest import newest
+from bagualu.launch import storage
 from bagualu.launch.run import run
 from bagualu.launch.sweep import jobs
 from bagualu.launch.usage import Request
@@ -22,8 +22,7 @@ def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
         preflight.workers_per_node(recipe)
         preflight.check(recipe, recipe.world_size())
         preflight.check_machine(recipe)
-        run_lock.refuse_if_held(Path(recipe.run.dir))
-        preflight.check_run_directory(recipe)
+        storage.check(recipe)
     code, documents = DONE, []
     for overrides, recipe in todo:
         with run_lock.hold(Path(recipe.run.dir)):
@@ -42,6 +41,6 @@ def _beginning(recipe: Recipe, workers: int) -> str:
     kind = "threads of this process" if recipe.comm.backend == "simulated" else "processes"
     start = ""
     if recipe.checkpoint.resume:
-        found = newest(recipe)
+        found = storage.newest(recipe)
         start = f", from {found}" if found else ", from the start: there is no checkpoint to resume from"
     return f"{recipe.run.name}: {recipe.validate(workers)} as {workers} {kind}, in {recipe.run.dir}{start}"

@@ -88,11 +88,16 @@ class Checkpoints:
                 self.finish()
 
     def save_last(self, step: int) -> None:
-        """Save the state after `step` steps, the run's last. Raises CheckpointError on every rank when any rank failed."""
+        """Save the state after `step` steps, the run's last. Raises CheckpointStorageError on every rank when any rank failed: that
+        is tried again as long as there are restarts, and no crash loop of the step.
+        """
         with self._timed():
             self.finish()
             self._saver.start(step, self.parts.optimizer.pieces(), metadata_of(self.parts, step))
-            self.newest = self._saver.conclude()
+            try:
+                self.newest = self._saver.conclude()
+            except CheckpointError as error:
+                raise CheckpointStorageError(str(error)) from error
 
     def finish(self) -> None:
         """Wait for the save under way, if any: afterwards `newest` is as new as it gets."""

@@ -1,6 +1,7 @@
 """What can be known to fail before training starts: a recipe against the files and the machine. Free of torch."""
 
 import ctypes
+import os
 import socket
 from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
@@ -59,10 +60,11 @@ def check_machine(recipe: Recipe) -> None:
 
 
 def check_run_directory(recipe: Recipe) -> None:
-    """Neither overwrite a run nor go on with another model's. Raises RecipeError."""
+    """Neither overwrite a run nor go on with another model's, nor begin where it could not write. Raises RecipeError, OSError."""
     directory = Path(recipe.run.dir)
     if directory.exists() and not directory.is_dir():
         raise RecipeError(f"run.dir={directory} is a file; give a folder")
+    _check_storage(directory)
     before = directory / RESOLVED
     if not has_begun(directory) and latest(directory / "checkpoints") is None:
         return  # nothing was done in it yet
@@ -82,6 +84,21 @@ def check_run_directory(recipe: Recipe) -> None:
     if not (directory / "checkpoints" / EPOCH).exists():
         raise RecipeError(f"{directory} holds a run, but its checkpoints are not there; see whether the storage of "
                           f"{directory / 'checkpoints'} is mounted, or start anew with another run.dir")  # fmt: skip
+
+
+def _check_storage(directory: Path) -> None:
+    """What is there already can be written and does not wait for a reader. Changes nothing. Raises RecipeError, OSError."""
+    written = [directory / "checkpoints" / EPOCH]
+    for folder in (directory, directory / "logs", directory / "checkpoints"):
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise RecipeError(f"{folder} cannot be written (its file system is read-only, or not yours); make it writable or "
+                              "give another run.dir")  # fmt: skip
+        if folder.name != "checkpoints" and folder.is_dir():
+            written += folder.iterdir()
+    for path in written:
+        if path.is_fifo() or path.is_socket():
+            raise RecipeError(f"{path} is a pipe or a socket, which whoever writes there would wait for; remove it or give another "
+                              "run.dir")  # fmt: skip
 
 
 def has_begun(directory: Path) -> bool:

@@ -20,7 +20,7 @@ from bagualu.fault_tolerance.checkpoint.fence import EPOCH
 from bagualu.fault_tolerance.checkpoint.format import CheckpointStorageError, step_name
 from bagualu.fault_tolerance.guard.verdict import Action, Cause, Verdict
 from bagualu.fault_tolerance.ledger.events import LEDGER
-from bagualu.launch.newest import newest
+from bagualu.launch.storage import newest
 from bagualu.trainer import loop, preflight
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.config import Recipe

@@ -1,0 +1,68 @@
+"""The launcher's looks at a run's storage. They end, even where the storage does not answer. Free of torch."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from bagualu.comm.errors import RecipeError, StorageError
+from bagualu.fault_tolerance import run_lock
+from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.fault_tolerance.checkpoint.fence import EPOCH
+from bagualu.trainer import preflight
+from bagualu.trainer.config import Recipe
+
+_CHECK_SECONDS = 30.0
+_LOOK_SECONDS = 5.0
+_UNKNOWN = "its newest checkpoint, when its storage answers"
+T = TypeVar("T")
+
+
+def check(recipe: Recipe, job: str = "") -> None:
+    """Whether the run directory is free, fits the recipe and can be written. Raises RecipeError."""
+    directory = Path(recipe.run.dir)
+
+    def look() -> None:
+        run_lock.refuse_if_held(directory, job)
+        preflight.check_run_directory(recipe)
+
+    try:
+        _within(_CHECK_SECONDS, look)
+    except StorageError as error:
+        raise RecipeError(f"run.dir={directory} {error}; see whether its storage hangs, or give another") from error
+
+
+def newest(recipe: Recipe) -> str | None:
+    """The checkpoint that the run would go on from, for people; None when there is none."""
+    directory = Path(recipe.run.dir)
+
+    def look() -> str | None:
+        if found := latest(directory / "checkpoints"):
+            return found.name
+        return _UNKNOWN if preflight.has_begun(directory) and not (directory / "checkpoints" / EPOCH).exists() else None
+
+    try:
+        return _within(_LOOK_SECONDS, look)
+    except (OSError, StorageError):
+        return _UNKNOWN
+
+
+def _within(seconds: float, look: Callable[[], T]) -> T:
+    """What `look` returns or raises; StorageError when it does neither in time."""
+    returned: list[T] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            returned.append(look())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="storage", daemon=True)  # a process that ends does not wait for it
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    if not returned:
+        raise StorageError(f"has not answered for {seconds:g} s")
+    return returned[0]
