@@ -7,8 +7,8 @@ import threading
 import time
 from pathlib import Path
 
-_CACHES = ("torchinductor_",)
-"""Of torch, meant to stay."""
+_CACHES = ("torchinductor_", "torchelastic_")
+"""Of torch: of its compiler, meant to stay; of a torchrun that was killed."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
