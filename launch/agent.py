@@ -30,7 +30,7 @@ from bagualu.launch.fit import fitted
 from bagualu.launch.rendezvous import REGROUP_SECONDS
 from bagualu.launch.restart import Restarts, Verdict, announcement, resuming
 from bagualu.launch.watcher import Watcher
-from bagualu.trainer.outcome import Failure, first
+from bagualu.trainer.outcome import Failure, at_fault, first
 from bagualu.trainer.stopping import STOP_SIGNALS, StopRequest
 
 _GRACE_SECONDS = 0.5
@@ -65,7 +65,7 @@ class Agent(LocalElasticAgent):
     def __init__(
         self, told: member.Member, rendezvous: DynamicRendezvousHandler, stop: StopRequest, watchers: Sequence[Watcher] = ()
     ) -> None:
-        """From here on signals are the agent's; `stop` has taken them so far."""
+        """From here on signals are the agent's, which notes in `stop` that it was asked; `stop` has taken them so far."""
         spec = WorkerSpec(
             role="worker",
             local_world_size=len(told.slots),
@@ -84,14 +84,13 @@ class Agent(LocalElasticAgent):
         """What the last generation that failed has failed of."""
         self.summary: dict[str, Any] | None = None
         """Of the last generation that did not."""
-        self.stop_asked = False
+        self._stop = stop
         self._waits_for_nodes = False
         self._interrupts = 0
         self._pids: list[int] = []
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
-        self.stop_asked |= stop()
 
     @property
     def nodes(self) -> int:
@@ -104,12 +103,16 @@ class Agent(LocalElasticAgent):
 
     # Being asked to stop
 
+    @property
+    def stop_asked(self) -> bool:
+        return self._stop()
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             self._signal_workers(signal.SIGKILL)
             raise Killed
-        self.stop_asked = True
+        self._stop.asked = True
         self._signal_workers(signal.SIGTERM)
         if self._waits_for_nodes:
             raise Left
@@ -178,7 +181,8 @@ class Agent(LocalElasticAgent):
             process.join(_EXIT_SECONDS)
         processes = {worker_group.workers[local].global_rank: pid for local, pid in enumerate(self._pids)}
         metrics = Path(self.told.recipe.run.dir) / "metrics.jsonl"
-        self.failure = seen or first(failures(self.told.scratch, codes, processes, metrics))
+        unwatched = not self.told.recipe.restart.hang_seconds
+        self.failure = seen or at_fault(first(failures(self.told.scratch, codes, processes, metrics)), unwatched)
         verdict = self._judge(worker_group, self.failure)
         self._remaining_restarts = int(verdict.again)
         self.failure = verdict.failure

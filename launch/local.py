@@ -28,7 +28,7 @@ from bagualu.launch.restart import Restarts, announcement, resuming
 from bagualu.launch.watcher import Watcher
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
-from bagualu.trainer.outcome import Failure, failure, first
+from bagualu.trainer.outcome import Failure, at_fault, failure, first
 from bagualu.trainer.stopping import StopRequest
 from bagualu.trainer.worker import train
 
@@ -186,4 +186,4 @@ def _run_threads_once(
         return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads, hung)[0])
     except (Exception, ProcessKilled) as error:
         traceback.print_exception(error)
-        return Ended(failure=seen[0] if seen else first(failures))
+        return Ended(failure=seen[0] if seen else at_fault(first(failures), not recipe.restart.hang_seconds))

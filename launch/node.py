@@ -15,6 +15,7 @@ from bagualu.trainer import preflight
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import REFUSED
 from bagualu.trainer.recipe import compose, save_recipe
+from bagualu.trainer.stopping import StopRequest
 
 
 def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> int:
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
         print(f"bagualu: error: {error}", file=sys.stderr)
         return REFUSED
     save_recipe(recipe)
-    code, _ = run(recipe, workers, given.overrides, entrypoint, False, meeting)
+    code, _ = run(recipe, workers, given.overrides, entrypoint, False, StopRequest(), meeting)
     return code
 
 

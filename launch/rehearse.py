@@ -23,8 +23,9 @@ from bagualu.launch.run import run
 from bagualu.launch.usage import Request
 from bagualu.trainer import preflight
 from bagualu.trainer.config import Recipe
-from bagualu.trainer.outcome import DONE, FAILED
+from bagualu.trainer.outcome import DONE, FAILED, STOPPED
 from bagualu.trainer.recipe import compose, save_recipe
+from bagualu.trainer.stopping import StopRequest
 
 _WIDTH = 120
 """Columns that the table takes at least."""
@@ -43,25 +44,28 @@ def rehearse(request: Request, entrypoint: str | None) -> tuple[int, Any]:
     rehearsed = _in(folder / "rehearsed", replace(recipe, faults=faults, restart=restart))
     preflight.check(rehearsed, rehearsed.world_size())
     preflight.check_machine(rehearsed)
-    code, summary = _run(rehearsed, workers, request, entrypoint)
+    stop = StopRequest()
+    code, summary = _run(rehearsed, workers, request, entrypoint, stop)
     reference, left_out = None, []
     if request.compare and code == DONE:
         left_out = sorted(set(summary["guard"]["skipped_steps"]) - set(recipe.guard.leave_out))
         guard = replace(recipe.guard, leave_out=[*recipe.guard.leave_out, *left_out])
         reference = _in(folder / "uninterrupted", replace(recipe, faults=[], guard=guard))
-        code, ended = _run(reference, workers, request, entrypoint)
+        code, ended = _run(reference, workers, request, entrypoint, stop)
         if code != DONE:
             return code, ended
     document = _document(rehearsed, summary, reference) | {"left_out": left_out}
     if not request.json:
         _show(document)
+    if code == STOPPED:
+        return STOPPED, document
     return DONE if document["as_promised"] else FAILED, document
 
 
-def _run(recipe: Recipe, workers: int, request: Request, entrypoint: str | None) -> tuple[int, Any]:
+def _run(recipe: Recipe, workers: int, request: Request, entrypoint: str | None, stop: StopRequest) -> tuple[int, Any]:
     save_recipe(recipe)
     print(f"bagualu: {recipe.run.dir}, {len(recipe.faults)} faults planned", file=sys.stderr, flush=True)
-    return run(recipe, workers, request.overrides, entrypoint, quiet_stdout=True)
+    return run(recipe, workers, request.overrides, entrypoint, quiet_stdout=True, stop=stop)
 
 
 def _in(folder: Path, recipe: Recipe) -> Recipe:
@@ -82,7 +86,8 @@ def _budget(restart: RestartConfig, faults: list[str], overrides: list[str]) -> 
 def _document(rehearsed: Recipe, summary: dict[str, Any], reference: Recipe | None) -> dict[str, Any]:
     folder = Path(rehearsed.run.dir)
     events = read(folder)
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = folder / "metrics.jsonl"
+    metrics = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []  # none: stopped before
     damaged = [path.name for path in list_set_aside(folder / "checkpoints")]
     rows = outcomes(rehearsed.faults, Trace(Record(folder / FAULTS).strikes(), events, metrics, damaged))
     done = summary["ended"] == "done"

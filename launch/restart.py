@@ -45,7 +45,8 @@ class Restarts:
         no_step = elsewhere or failure.kind == "storage"  # a full disk is waited for, by pauses that grow
         times = 0 if no_step else self._times(failure)
         loop = times >= config.same_step_limit * (1 + self._dropped)
-        drop = loop and may_drop and not self._dropped and len({one.rank for one in self._at(failure.step)}) == 1
+        known = failure.rank >= 0 and len({one.rank for one in self._at(failure.step)}) == 1
+        drop = loop and may_drop and not self._dropped and known
         if loop and not drop:
             why = f"{failure.cause} (failed at this step {times} times with nothing gained in between; restart.same_step_limit)"
             return Verdict(replace(failure, kind="loop", cause=why), again=False)

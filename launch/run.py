@@ -16,25 +16,30 @@ from bagualu.launch.scratch import scratch
 from bagualu.launch.storage import newest
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
-from bagualu.trainer.outcome import DONE, STOPPED, Failure, last_words
+from bagualu.trainer.outcome import DONE, STOPPED, Failure, last_words, what_next
 from bagualu.trainer.stopping import StopRequest
 
 _ELASTIC = "torch.distributed.elastic.multiprocessing"
 
 
 def run(
-    recipe: Recipe, workers: int, overrides: list[str], entrypoint: str | None, quiet_stdout: bool, meeting: Meeting | None = None
+    recipe: Recipe,
+    workers: int,
+    overrides: list[str],
+    entrypoint: str | None,
+    quiet_stdout: bool,
+    stop: StopRequest,
+    meeting: Meeting | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Train with `workers` workers here, alone or with the other nodes of `meeting`; exit code and the document for --json.
 
-    `overrides` are shown again in what to type next. `quiet_stdout` keeps stdout for one JSON document.
+    `overrides` are shown again in what to type next. `quiet_stdout` keeps stdout for one JSON document. `stop` takes the signals
+    from here on, afterwards too: whoever has another run to do gives it to that one, which does not begin once it was asked.
     """
     entrypoint = entrypoint or environment.TRAIN
     threaded = recipe.comm.backend == "simulated"
     ledger = LedgerWatcher(Path(recipe.run.dir))
-    stop = StopRequest()
-    if not threaded:
-        stop.tell.clear()  # no step is under way here: who ends this run says how
+    stop.tell = [2] if threaded else []  # else no step is under way here: who ends this run says how
     stop.install()
 
     with scratch() as folder, _environment(environment.variables(recipe.launch, workers)):
@@ -47,7 +52,9 @@ def run(
             ended = local.run_threads(recipe, workers, entrypoint, quiet_stdout, folder, stop, watchers)
         else:
             ended = local.run_processes(recipe, workers, entrypoint, quiet_stdout, folder, stop, meeting, watchers)
+            stop.install()  # the agent had them
             forkserver.stop()
+    stop.tell = []
     if ended.failure is not None:
         return _failed(ended.failure, recipe)
     assert ended.summary is not None
@@ -73,7 +80,7 @@ def _advice(recipe: Recipe, failure: Failure) -> str:
     log = Path(recipe.run.dir) / "logs" / f"rank-{failure.rank}.log"
     parts = [f"see {log}"] if log.exists() else []
     if newest(recipe):
-        parts.append("go on with checkpoint.resume=true")
+        parts.append(what_next(failure))
     return ", ".join(parts) or f"give another run.dir or remove {recipe.run.dir}, and start again"
 
 

@@ -13,6 +13,7 @@ from bagualu.trainer import preflight
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE
 from bagualu.trainer.recipe import compose, save_recipe
+from bagualu.trainer.stopping import StopRequest
 
 
 def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
@@ -23,13 +24,13 @@ def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
         preflight.check(recipe, recipe.world_size())
         preflight.check_machine(recipe)
         storage.check(recipe)
-    code, documents = DONE, []
+    code, documents, stop = DONE, [], StopRequest()
     for overrides, recipe in todo:
         with run_lock.hold(Path(recipe.run.dir)):
             workers = preflight.workers_per_node(recipe)
             save_recipe(recipe)
             print(_beginning(recipe, workers), file=sys.stderr, flush=True)
-            code, document = run(recipe, workers, overrides, entrypoint, request.json)
+            code, document = run(recipe, workers, overrides, entrypoint, request.json, stop)
         documents.append(document)
         if code != DONE:
             break

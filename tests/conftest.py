@@ -4,12 +4,20 @@ test that writes into the folder that it was started in is an error."""
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+from bagualu.fault_tolerance.config import CheckpointConfig, RestartConfig
+from bagualu.trainer import run as whole_run
+from bagualu.trainer.config import Recipe
+from tests import harness
+from tests.leftovers import Leftovers
+from tests.standing import go_on
 
 MEMORY = Path("/dev/shm")
 ENOUGH_BYTES = 2 * 2**30
@@ -34,6 +42,49 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leftovers]:
+    """Asserts that what the test does, and what it starts with `leftovers.environment`, leaves nothing behind; fixtures that start
+    something end it first."""
+    harness.prepare()
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    watch = Leftovers(temporary)
+    yield watch
+    watch.assert_none()
+
+
+Undisturbed = Callable[[Recipe, str], Path]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """undisturbed(recipe, backend) -> the directory of the same run with nothing happening to it, for `assert_stood`.
+
+    Trained once a session, whoever asks: where it lies, what it saves when and what it would do after a failure is left out.
+    """
+    folders: dict[str, Path] = {}
+
+    def of(recipe: Recipe, backend: str) -> Path:
+        alone = replace(
+            recipe, run=replace(recipe.run, dir="", name=""), faults=[], restart=RestartConfig(), launch=Recipe().launch,
+            checkpoint=CheckpointConfig(every=0), comm=replace(recipe.comm, timeout_seconds=harness.TIMEOUT_SECONDS),
+            log=replace(recipe.log, progress="off", every=1000),
+        )  # fmt: skip
+        known = f"{backend} {alone}"
+        if known not in folders:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            alone.run.dir = str(folder)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
+                harness.run(backend, alone.world_size(), go_on, alone)
+            folders[known] = folder
+        return folders[known]
+
+    return of
 
 
 @pytest.fixture(autouse=True)

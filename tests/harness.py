@@ -8,6 +8,7 @@ import atexit
 import functools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -91,6 +92,12 @@ class _Pool:
             process.kill()
             process.join()
         self.pipes, self.processes = [], []
+
+
+def prepare() -> None:
+    """Make the pool's temporary folders now, so that a test that looks for left files does not find them."""
+    multiprocessing.util.get_temp_dir()
+    _pool()
 
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:

@@ -1,19 +1,25 @@
-"""What must hold after every fault, as functions: the standing assertions of the fault-tolerance tests."""
+"""What must hold after every fault: the standing assertions of the fault-tolerance tests.
 
-import contextlib
-import fcntl
+`assert_stood` makes all of them of a run that is done, wherever it was started, killed and resumed. What processes, threads and
+temporary files may be left is `Leftovers`, and the last words of a run that ends badly `assert_names_rank_phase_and_cause`: the
+fixtures that start runs see to both.
+"""
+
 import json
-import os
 import re
-import threading
-import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pytest
+import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.compare import differences
 from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.fault_tolerance.checkpoint.load import Checkpoint
 from bagualu.fault_tolerance.ledger.events import Event, read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute
 from bagualu.trainer import run as whole_run
@@ -25,32 +31,91 @@ _MEASURED = ("seconds", "per_second", "mfu")
 """Figures of the clock: their names end like this."""
 _OF_SAVES = "checkpoint"
 """Figures of checkpoints, whose writing goes on beside the steps: their names begin like this."""
-_OF_TROUBLE = ("cause", "ranks", "attempts")
-"""What a step says that went well only when it was done again."""
-_CACHES = ("torchinductor_",)
-"""Of torch, meant to stay."""
-_SHARED_MEMORY = Path("/dev/shm")
+_OF_VALIDATION = "validation"
+"""Looked at by themselves (`assert_same_validations`)."""
+_OF_TROUBLE = ("cause", "ranks", "attempts", "layers_of_stages")
+"""What a step says that went well only when it was done again, or after which layers could not move."""
+
+
+def assert_stood(run_dir: Path, reference: Path, lost_at_most: int, seconds: float | None = None, exact: bool = True) -> None:
+    """Of a run that met faults and is done, against the one that nothing happened to; both trained by `train_noting_samples`.
+
+    `lost_at_most`: finished steps that one failure may have cost. `seconds`: the wall time of the run, seen from outside. `exact`:
+    to the bit; else up to the order of sums, since another layout has done some of it.
+    """
+    assert json.loads((run_dir / "summary.json").read_text())["ended"] == "done"
+    (assert_same_run if exact else assert_same_curve)(run_dir, reference)
+    assert_same_samples(run_dir, reference)
+    assert_ledger_adds_up(run_dir, seconds)
+    assert_lost_at_most(run_dir, lost_at_most)
+    assert_nothing_half_written(run_dir)
 
 
 def figures(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl: what was computed, not when, nor what it took to get there."""
+    """The lines of metrics.jsonl of the steps that count: what was computed, not when, nor what it took to get there."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not _may_vary(key)} for line in lines]
+    return [{key: value for key, value in line.items() if not _may_vary(key)} for line in lines if "discarded" not in line]
 
 
 def _may_vary(key: str) -> bool:
-    return key.endswith(_MEASURED) or key.startswith(_OF_SAVES) or key in _OF_TROUBLE
+    return key.endswith(_MEASURED) or key.startswith((_OF_SAVES, _OF_VALIDATION)) or key in _OF_TROUBLE
+
+
+def validations(run_dir: Path) -> dict[int, Any]:
+    """The loss on the validation samples, by step."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+
+
+def assert_same_validations(run_dir: Path, reference: Path, relative: float = 0.0) -> None:
+    """All of them but for one that was due in the very step at whose end the run was asked to stop: a save does not wait for it."""
+    ours, theirs = validations(run_dir), validations(reference)
+    stops = sum(event.what == "ended" and event.cause == "stopped" for event in read(run_dir))
+    assert ours.keys() <= theirs.keys()
+    assert len(theirs) - len(ours) <= stops
+    for step, loss in ours.items():
+        assert loss == pytest.approx(theirs[step], rel=relative, abs=0), step
 
 
 def assert_same_run(run_dir: Path, reference: Path) -> None:
     """Every step once with the same figures, and the same final weights, moments and counters, all to the bit."""
     assert figures(run_dir) == figures(reference)
+    assert_same_validations(run_dir, reference)
+    assert_same_state(run_dir, reference)
+
+
+def assert_same_state(run_dir: Path, reference: Path) -> None:
+    """The same final weights, moments and counters, all to the bit."""
     ends = [latest(folder / "checkpoints") for folder in (run_dir, reference)]
     assert ends[0] is not None
     assert ends[1] is not None
     assert ends[0].name == ends[1].name
     differing = differences(ends[0], ends[1])
     assert differing == [], differing
+
+
+def assert_same_curve(run_dir: Path, reference: Path) -> None:
+    """Every step once, with the figures, final weights and moments that differ at most by the order of sums."""
+    ours, theirs = figures(run_dir), figures(reference)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for key in ("loss", "grad_norm", "lr", "tokens"):
+        np.testing.assert_allclose([line[key] for line in ours], [line[key] for line in theirs], rtol=1e-9, err_msg=key)
+    assert_same_validations(run_dir, reference, 1e-9)
+    ends = [_whole(folder) for folder in (run_dir, reference)]
+    assert ends[0].keys() == ends[1].keys()
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def _whole(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Weights and moments of the newest checkpoint."""
+    newest = latest(run_dir / "checkpoints")
+    assert newest is not None
+    checkpoint, whole = Checkpoint(newest), {}
+    for name, (shape, dtype) in checkpoint.tensors.items():
+        whole[name] = torch.empty(shape, dtype=dtype)
+        checkpoint.read(name, (0,) * len(shape), whole[name])
+    return whole
 
 
 class _Noting:
@@ -69,20 +134,34 @@ class _Noting:
         return self.batches.batch(step, start, count)
 
 
-def _assemble_noting(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Parts:
-    parts = assemble(recipe, communicator, corpus)
-    parts.batches = _Noting(parts.batches, Path(recipe.run.dir) / f"samples-{communicator.rank}.jsonl")  # type: ignore[assignment]
-    return parts
+def train_noting_samples(
+    recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None, notes: Path | None = None
+) -> dict[str, Any]:
+    """An entrypoint: the trainer, with a note of every sample that a rank takes, in `notes` or the run directory.
+
+    What it notes is for `assert_stood`.
+    """
+
+    def assemble_noting(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Parts:
+        parts = assemble(recipe, communicator, corpus)
+        path = (notes or Path(recipe.run.dir)) / f"samples-{communicator.rank}.jsonl"
+        parts.batches = _Noting(parts.batches, path)  # type: ignore[assignment]
+        return parts
+
+    whole_run.assemble = assemble_noting
+    try:
+        return whole_run.train(recipe, communicator, stop, scratch)
+    finally:  # of ranks that are threads the others are past it, or fail
+        whole_run.assemble = assemble
 
 
-def train_noting_samples(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None) -> dict[str, Any]:
-    """An entrypoint: the trainer, with a note of every sample that a rank takes. For `assert_every_sample_once`."""
-    whole_run.assemble = _assemble_noting
-    return whole_run.train(recipe, communicator, stop, scratch)
+def go_on(communicator: Communicator, recipe: Recipe) -> dict[str, Any]:
+    """For tests/harness.py: a rank of such a run, from its beginning or, with checkpoint.resume=true, from where it was."""
+    return train_noting_samples(recipe, communicator, lambda: False)
 
 
-def assert_every_sample_once(run_dir: Path, recipe: Recipe) -> None:
-    """Each step used its whole global batch, the same one whenever it was done again, and no sample twice in an epoch."""
+def samples(run_dir: Path) -> dict[tuple[int, int], int]:
+    """Sample by step (from 1) and position in the global batch. Whenever a step was done again it had the same ones."""
     used: dict[tuple[int, int], int] = {}
     for path in run_dir.glob("samples-*.jsonl"):
         for line in path.read_text().splitlines():
@@ -92,10 +171,24 @@ def assert_every_sample_once(run_dir: Path, recipe: Recipe) -> None:
                 continue
             for position, sample in enumerate(entry["ids"], entry["start"]):
                 assert used.setdefault((entry["step"], position), sample) == sample
-    batch = recipe.data.global_batch
-    assert used.keys() == {(step, position) for step in range(1, recipe.train.steps + 1) for position in range(batch)}
+    return used
+
+
+def assert_same_samples(run_dir: Path, reference: Path) -> None:
+    """Each step that counts used its whole global batch, the one of the undisturbed run, and no sample twice in an epoch."""
+    steps = {line["step"] for line in figures(reference)}
+    used, expected = ({at: one for at, one in samples(folder).items() if at[0] in steps} for folder in (run_dir, reference))
+    assert used == expected
+    batch = 1 + max(position for _, position in used)
+    assert len(used) == len(steps) * batch
     times = Counter(used.values()).values()
     assert max(times) - min(times) <= 1
+
+
+def assert_nothing_half_written(run_dir: Path) -> None:
+    """What the next start would have to clear away."""
+    left = [path.name for path in run_dir.rglob("*") if path.name.startswith((".saving-", ".removing-")) or ".tmp" in path.name]
+    assert left == []
 
 
 def assert_ledger_adds_up(run_dir: Path, seconds: float | None = None) -> None:
@@ -105,11 +198,13 @@ def assert_ledger_adds_up(run_dir: Path, seconds: float | None = None) -> None:
     events = read(run_dir)
     assert totals == {name: value for name, value in attribute(events).items() if name in totals}
     assert abs(sum(totals[name] for name in CATEGORIES) - totals["wall"]) < 1e-6
-    assert abs(totals["wall"] - (events[-1].monotonic - events[0].monotonic)) < 1e-5
+    done = sum(after.monotonic - event.monotonic for event, after in pairwise(events) if event.cause == "done")
+    assert abs(totals["wall"] - (events[-1].monotonic - events[0].monotonic - done)) < 1e-5
     assert totals["productive"] > 0
     if seconds is not None:
         assert totals["wall"] <= seconds
-    if (recipe := run_dir / "config.yaml").exists():  # written by a launcher; there was one
+    if any(event.what == "launched" for event in events):  # what torchrun does before rank 0 is there, nobody enters
+        recipe = run_dir / "config.yaml"
         assert totals["wall"] >= 0.75 * ((run_dir / "summary.json").stat().st_mtime - recipe.stat().st_mtime)
 
 
@@ -141,62 +236,3 @@ def assert_names_rank_phase_and_cause(last_words: str) -> None:
     """Of a run that ended badly; where no rank is at fault they say so."""
     found = re.match(r"bagualu: failed: (rank \d+|no single rank), ([^:]+(?::\d+ in \w+\))?): (.+); \S", last_words)
     assert found, last_words
-
-
-class Leftovers:
-    """What a run must not leave behind: processes, threads, shared memory, files in the temporary directory.
-
-    Processes are known by a mark in their environment, so that others on the machine do not matter; nor does shared memory
-    whose owner lives.
-    """
-
-    def __init__(self, temporary: Path) -> None:
-        self.temporary = temporary
-        self.mark = f"BAGUALU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
-        self._threads = set(threading.enumerate())
-        self._memory_before = set(_SHARED_MEMORY.glob("bagualu-*/launcher"))
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """For the processes that a test starts."""
-        name, value = self.mark.split("=")
-        return {**os.environ, name: value, "TMPDIR": str(self.temporary)}
-
-    def processes(self) -> list[str]:
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if self.mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append((folder / "cmdline").read_text().replace("\0", " "))
-            except OSError:  # gone meanwhile, or not ours
-                continue
-        return found
-
-    def assert_none(self) -> None:
-        """Whatever is on its way out gets a moment."""
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and self._all():
-            time.sleep(0.05)
-        left = self._all()
-        assert left == [], left
-
-    def _all(self) -> list[str]:
-        return [*self.processes(), *self._new_threads(), *self._memory(), *self._files()]
-
-    def _new_threads(self) -> list[str]:
-        return ["thread " + thread.name for thread in threading.enumerate() if thread not in self._threads]
-
-    def _files(self) -> list[str]:
-        return [str(path) for path in self.temporary.iterdir() if not path.name.startswith(_CACHES)]
-
-    def _memory(self) -> list[str]:
-        """Scratch folders that no launcher holds the lock of."""
-        found = []
-        for path in set(_SHARED_MEMORY.glob("bagualu-*/launcher")) - self._memory_before:
-            with contextlib.suppress(FileNotFoundError), path.open() as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    found.append(str(path.parent))
-                except BlockingIOError:
-                    continue
-        return found

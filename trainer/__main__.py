@@ -16,7 +16,7 @@ from bagualu.fault_tolerance import run_lock
 from bagualu.trainer import environment, preflight
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.log import copy_to_log
-from bagualu.trainer.outcome import DONE, FAILED, REFUSED, STOPPED, Failure, last_words
+from bagualu.trainer.outcome import DONE, FAILED, REFUSED, STOPPED, Failure, last_words, what_next
 from bagualu.trainer.parent import die_with
 from bagualu.trainer.progress import summary_text
 from bagualu.trainer.recipe import compose, save_recipe
@@ -88,7 +88,7 @@ def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | N
         if why.kind != "recipe":
             traceback.print_exc()
         if why.kind != "recipe" or world.rank == 0:
-            advice = "the ranks that only lost a peer say so" if world.size > 1 else "go on with checkpoint.resume=true"
+            advice = "the ranks that only lost a peer say so" if world.size > 1 else what_next(why)
             print(last_words(why, advice), file=sys.stderr, flush=True)
         os._exit(REFUSED if why.kind == "recipe" else FAILED)  # not by way of destructors that wait for lost peers
     if world.rank == 0:

@@ -1,7 +1,7 @@
 """How a run ends: its exit code and its last words. Free of torch."""
 
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,12 @@ class Failure:
     """error: this rank's own; peer: it lost another one; recipe: refused, with the fix; killed: by a signal;
     storage: it cannot be written or read now, and may be again;
     final: its own, and it would only happen again; loop: the launcher's verdict on one that did happen again;
-    hung: ended by a watcher (rank -1: nobody alone is at fault, or it cannot be told);
+    hung: it stood still while others waited, as they or a watcher have seen (rank -1: nobody alone, or it cannot be told);
     stopped: none at all, it was asked to stop before there was anything to save."""
     step: int = 0
     """The step under way; 0 before the first."""
+    missing: dict[str, Any] | None = None
+    """Of a peer that was lost, where the rank could tell: its "rank", "step" and "phase", and "why"."""
 
     @property
     def who(self) -> str:
@@ -74,10 +76,37 @@ def failure(rank: int, phase: str, error: BaseException, time: float, step: int 
 def first(failures: list[Failure]) -> Failure:
     """The one that began it: a refusal, else a kill, else the earliest of a rank's own errors, else the earliest lost peer.
 
-    A killed process cannot write when it died, and its peers notice at once, so a kill goes before errors.
+    A killed process cannot write when it died, and its peers notice at once, so a kill goes before errors. Of ranks that lost a
+    peer those go first that can tell which.
     """
     order = {"recipe": 0, "killed": 1, "peer": 3}
-    return min(failures, key=lambda one: (order.get(one.kind, 2), one.time, one.rank))
+    return min(failures, key=lambda one: (order.get(one.kind, 2), one.missing is None, one.time, one.rank))
+
+
+def at_fault(failure: Failure, unwatched: bool) -> Failure:
+    """`failure` as it is to be told: a rank that lost a peer has noticed that, and is not the one to name.
+
+    `unwatched`: nobody looks for ranks that stand still (restart.hang_seconds=0).
+    """
+    if failure.kind != "peer" or failure.rank < 0:
+        return failure
+    noticed = f"noticed by rank {failure.rank}: {failure.cause}"
+    if failure.missing is None:
+        who = "who is missing is unknown" + (": set restart.hang_seconds" if unwatched else "")
+        return replace(failure, rank=-1, cause=f"{noticed}; {who}")
+    found = failure.missing
+    return Failure(found["rank"], found["phase"], f"{found['why']}; {noticed}", failure.time, "hung", found["step"])
+
+
+_WHAT_NEXT = {
+    "final": "with nothing changed it would only happen again",  # the cause says what to change
+    "loop": "put that right, then go on with checkpoint.resume=true",
+}
+
+
+def what_next(failure: Failure) -> str:
+    """What to do after a failure where there is a checkpoint to go on from."""
+    return _WHAT_NEXT.get(failure.kind, "go on with checkpoint.resume=true")
 
 
 def last_words(failure: Failure, advice: str) -> str:

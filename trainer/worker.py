@@ -3,6 +3,7 @@
 import pkgutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ from bagualu.comm.world import World
 from bagualu.fault_tolerance.injection.fault import ProcessKilled
 from bagualu.fault_tolerance.watchdog import stacks
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
+from bagualu.fault_tolerance.watchdog.verdict import Patience, missed_by
+from bagualu.fault_tolerance.watchdog.watch import seen_now
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.environment import TRAIN
 from bagualu.trainer.outcome import Failure, failure
 from bagualu.trainer.stopping import StopRequest
 
+_LONG = 0.5
+"""Share of comm.timeout_seconds for which a rank must have shown no change to be the one that another has waited for."""
 Report = Callable[[Failure], None]
 """Told why a rank cannot go on, before the exception leaves it."""
 
@@ -59,6 +64,23 @@ def train(
     except (Exception, ProcessKilled) as error:
         monitor = communicator.monitor
         phase = f"step {monitor.step}, {monitor.point}" if monitor.step else monitor.point
-        report(failure(communicator.rank, phase, error, time.time(), monitor.step))
+        what = failure(communicator.rank, phase, error, time.time(), monitor.step)
+        report(_with_missing(what, scratch, recipe.comm.timeout_seconds))
         raise
     return summary
+
+
+def _with_missing(what: Failure, scratch: Path | None, timeout_seconds: float) -> Failure:
+    """With which peer it was that was lost, where the heartbeats of this machine's ranks tell; they do so now, and not much later:
+    all who wait are about to give up."""
+    if what.kind != "peer" or scratch is None:
+        return what
+    patience = Patience(_LONG * timeout_seconds, _LONG * timeout_seconds)
+    seen = seen_now(scratch / HEARTBEATS)
+    found = missed_by(what.rank, seen, patience)
+    if found is None:
+        return what
+    rank = found.culprits[0]
+    one = seen[rank]
+    phase = f"step {one.step}, {one.point}" if one.step else one.point
+    return replace(what, missing={"rank": rank, "step": one.step, "phase": phase, "why": found.why})

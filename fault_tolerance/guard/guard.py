@@ -158,7 +158,7 @@ class Guard:
             return Verdict(action, attempts=self._count)
         cause, before, what = self._first
         ranks = before or ranks
-        said = [what, diagnosis(cause, ranks, same), ending(cause, action, ranks, self.memory.setbacks)]
+        said = [what, diagnosis(cause, ranks, same), ending(cause, action, ranks, self.memory.setbacks, step)]
         return Verdict(action, cause, ranks, self._count, f"step {step}: " + "; ".join(filter(None, said)))
 
     def _checks(self, step: int) -> bool:

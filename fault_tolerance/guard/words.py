@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from bagualu.fault_tolerance.guard.verdict import Action, Cause
 
 _ADVICE = {
-    Cause.NONFINITE: "lower optim.lr or raise optim.warmup_steps, or leave steps out with guard.leave_out",
-    Cause.NORM: "lower optim.lr, leave steps out with guard.leave_out, or raise guard.spike_factor",
-    Cause.LOSS: "look at the data of these steps, leave them out with guard.leave_out, or raise guard.loss_spike_factor",
+    Cause.NONFINITE: "lower optim.lr or raise optim.warmup_steps",
+    Cause.NORM: "lower optim.lr or raise guard.spike_factor",
+    Cause.LOSS: "look at the data, or raise guard.loss_spike_factor",
 }
 _REPLACE = "replace that hardware"
 
@@ -28,14 +28,16 @@ def diagnosis(cause: Cause, ranks: Sequence[int], same: bool | None) -> str:
     return "computed again it gave the same bits: the data or the code, not the hardware" if same else ""
 
 
-def ending(cause: Cause, action: Action, ranks: Sequence[int], setbacks: int) -> str:
-    """What is done about it; for the end of a run with what a person can do."""
+def ending(cause: Cause, action: Action, ranks: Sequence[int], setbacks: int, step: int) -> str:
+    """What is done about `step` (from 1); for the end of a run with what a person can do."""
     if action is not Action.STOP:
         return {Action.COMMIT: "the step was applied", Action.SKIP: "the step was left out",
                 Action.ROLLBACK: "back to a checkpoint"}.get(action, "once more")  # fmt: skip
     advice = _REPLACE if ranks else _ADVICE.get(cause, _REPLACE)
     if setbacks and not ranks:
         advice = f"with {setbacks} steps before it likewise, so it is not single samples; {advice}"
+    elif advice is not _REPLACE:
+        advice += f", or leave its samples out with guard.leave_out=[{step}]"
     return f"the step was discarded on every rank; {advice}, and go on from the last checkpoint with checkpoint.resume=true"
 
 

@@ -67,7 +67,8 @@ def _outcome(strike: dict[str, Any], until: float, trace: Trace) -> Outcome:
     noticed, answered = _within(fault, strike, trace)
     seconds = lost = None
     if failure is not None and (fault.ends_process or noticed == UNNOTICED):
-        noticed = _as_planned(f"rank {failure.rank}: {failure.cause}", fault)
+        named = failure.rank is not None and failure.rank >= 0
+        noticed = _as_planned(f"rank {failure.rank}: {failure.cause}" if named else failure.cause, fault)
         answered, seconds, lost = _restart(strike, failure, events)
     state = SURVIVED if went_on else ENDED
     if noticed == UNNOTICED and went_on:
@@ -105,6 +106,8 @@ def _within(fault: Fault, strike: dict[str, Any], trace: Trace) -> tuple[str, st
         return str(line["cause"]), _answer(line)
     if isinstance(fault, Nan | Flip) and _taken_back(strike, trace.events):
         return "the guard", "back to a checkpoint"  # whose steps, done again, say nothing of it
+    if isinstance(fault, Nan) and _thrown_away(strike, trace.events):
+        return "the guard", "that attempt at the step was thrown away"  # then a restart has rewritten its line
     if isinstance(fault, Flip):
         key = "guard.audit_every" if fault.what == "gradient" else "guard.check_every"
         return UNNOTICED, f"nobody looked in that step: {key}=1 looks in every one"
@@ -120,6 +123,13 @@ def _taken_back(strike: dict[str, Any], events: Sequence[Event]) -> bool:
         if event.what == "discarded" and after.what == "train" and after.step <= strike["step"] and after.step < event.step:
             return True
     return False
+
+
+def _thrown_away(strike: dict[str, Any], events: Sequence[Event]) -> bool:
+    """Whether the step that was struck was thrown away, in the same start."""
+    later = (event for event in events if event.wall >= strike["wall"] and event.what in ("discarded", "failed", "ended"))
+    first = next(later, None)
+    return first is not None and (first.what, first.step) == ("discarded", strike["step"])
 
 
 def _answer(line: dict[str, Any]) -> str:

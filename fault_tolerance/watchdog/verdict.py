@@ -105,6 +105,18 @@ def judge(seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
     return _first_end(alive, seen, patience)
 
 
+def missed_by(rank: int, seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
+    """Whom `rank` has waited for, which has just given up waiting; None where that cannot be told from `seen`.
+
+    Only who has been silent for as long as `patience` counts: others may have been kept waiting themselves until a moment ago.
+    """
+    one = seen.get(rank)
+    if one is None or not one.waits or not one.overdue(patience):
+        return None
+    found = _stopped(seen, patience) or _follow(one, seen, patience)
+    return found if found and found.culprits and rank not in found.culprits else None
+
+
 def _stopped(seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
     stopped = [one for one in seen.values() if one.stopped and one.overdue(patience)]
     return _culprits(stopped, "its process is stopped (SIGSTOP, or a debugger)") if stopped else None

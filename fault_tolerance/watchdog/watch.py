@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from bagualu.fault_tolerance.watchdog.heartbeat import read, read_beats
-from bagualu.fault_tolerance.watchdog.verdict import Patience, Seen, Verdict, judge
+from bagualu.fault_tolerance.watchdog.verdict import GONE, Patience, Seen, Verdict, judge
 
 
 @dataclass
@@ -78,6 +78,20 @@ class Watchdog:
             number=beat.number, counts=beat.counts, silent_seconds=pulse.silent_seconds if beat.beats == pulse.beats else 0.0,
             cpu_seconds=used, process=state,
         )  # fmt: skip
+
+
+def seen_now(folder: Path) -> dict[int, Seen]:
+    """Every rank whose heartbeat lies in `folder` and whose process lives; how long it has been silent is told by its last beat."""
+    found = {}
+    for path in folder.glob("rank-*.beat"):
+        beat = read(folder, int(path.stem.removeprefix("rank-")))
+        if beat is None or (state := _process(beat.pid)[0]) in GONE:
+            continue
+        found[beat.rank] = Seen(
+            rank=beat.rank, step=beat.step, steps_begun=beat.steps_begun, point=beat.point, operation=beat.operation,
+            line=beat.line, number=beat.number, counts=beat.counts, silent_seconds=time.monotonic() - beat.since, process=state,
+        )  # fmt: skip
+    return found
 
 
 def _process(pid: int) -> tuple[str, float]:

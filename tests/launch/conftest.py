@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.standing import Leftovers
+from bagualu.trainer.outcome import FAILED, LOOPED
+from tests.leftovers import Leftovers
+from tests.standing import assert_names_rank_phase_and_cause
 
 # Whatever started the tests: a shell that runs them beside something else (`&`) has them, and what they start, ignore Ctrl-C.
 _COMMAND = """
@@ -22,6 +24,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from bagualu.launch.cli import main
 sys.exit(main(entrypoint='{}'))
 """
+
+
+PATHS = f"{Path(__file__).parent}:{Path(__file__).parents[2]}"
+"""Where entrypoints and what they share with the tests are found, by processes that start somewhere else."""
 
 
 class Run:
@@ -41,7 +47,7 @@ class Run:
         self.process = subprocess.Popen(
             [sys.executable, "-c", _COMMAND.format(entrypoint), *words],
             text=True, stdout=subprocess.PIPE, stderr=stderr, cwd=folder, start_new_session=True,
-            env={**environment, "PYTHONPATH": str(Path(__file__).parent)},
+            env={**environment, "PYTHONPATH": PATHS},
         )  # fmt: skip
 
     def started(self, ranks: int = 4, step: int = 2) -> list[dict[str, Any]]:
@@ -59,8 +65,10 @@ class Run:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def end(self, at_most_seconds: float = 60) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr."""
+        """Exit code, stdout and stderr. Whatever the test is about, after a failure the last line names rank, phase and cause."""
         out, err = self.process.communicate(timeout=at_most_seconds)
+        if self.process.returncode in (FAILED, LOOPED):
+            assert_names_rank_phase_and_cause(err.splitlines()[-1])
         return self.process.returncode, out, err or ""
 
 
@@ -93,16 +101,6 @@ def _wait(condition: Any, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-@pytest.fixture
-def leftovers(tmp_path: Path) -> Iterator[Leftovers]:
-    """Asserts that what the test starts, with `leftovers.environment`, leaves nothing behind; other fixtures end it first."""
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    watch = Leftovers(temporary)
-    yield watch
-    watch.assert_none()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What the ranks run in the launcher's own tests, in place of the trainer: steps that only communicate and sleep.
 
-Not collected by pytest. `run.name` says how it misbehaves: raise2 raises on rank 2 in step 3; deaf never stops; busy2 never
-ends step 3 on rank 2, without communicating; leave2 ends its process there with exit code 9.
+Not collected by pytest. `run.name` says how it misbehaves: raise2 raises on rank 2 in step 3; deaf never stops; leave2
+ends the process of rank 2 there with exit code 9.
 """
 
 import json
@@ -30,8 +30,6 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
         time.sleep(0.02)
         if recipe.run.name == f"raise{rank}" and step == 3:
             raise ValueError("no such thing\nand more")
-        if recipe.run.name == f"busy{rank}" and step == 3:
-            time.sleep(1000)
         if recipe.run.name == f"leave{rank}" and step == 3:
             os._exit(9)
         stopping.fill_(float(stop() and recipe.run.name != "deaf"))

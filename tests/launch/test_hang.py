@@ -1,22 +1,28 @@
-"""A run of real workers in which one stands still: it ends by itself, and the last words name that one and nobody else."""
+"""A run in which one rank stands still: the words name that one and nobody else, and the run goes on as if nothing had been."""
 
-import os
 import re
-import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.standing import assert_names_rank_phase_and_cause
+from tests.launch.survival import FOUR, MOST_LOST, SMALL, finish, small
+from tests.standing import assert_names_rank_phase_and_cause, assert_stood
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.timeout(300)]
 LAST = "bagualu: failed: "
-HANG = ("restart.hang_seconds=3", "restart.long_hang_seconds=60", "restart.backoff_seconds=0")
+HANG = ("restart.hang_seconds=3", "restart.long_hang_seconds=60")
 
 
-def stand_still(start, *overrides, limit=0):
-    return start(*HANG, f"restart.limit={limit}", *overrides, entrypoint="stand_still:train")
+@pytest.fixture(scope="module")
+def reference(undisturbed, tmp_path_factory):
+    """By backend: sums over four ranks have another order on each."""
+    return lambda backend: undisturbed(small(tmp_path_factory.mktemp("unused"), *FOUR), backend)
+
+
+def stand_still(start, name, *words, limit=0, hang=HANG):
+    own = [f"run.name={name}", f"restart.limit={limit}", "restart.backoff_seconds=0"]
+    return start(*SMALL, *FOUR, *own, *hang, *words, entrypoint="faulty:train")
 
 
 def named(line, beginning):
@@ -32,56 +38,54 @@ def stack_of(report, rank):
     return report.split(f"stack of rank {rank}\n")[1].split("stack of rank")[0]
 
 
-def test_a_stopped_rank_is_named_with_its_stack_and_the_run_goes_on_without_that_process(start, gone):
-    run = stand_still(start, "train.steps=100", limit=1)
-    ranks = run.started(step=5)
-    os.kill(ranks[1]["pid"], signal.SIGSTOP)
-    code, _, err = run.end()
+def test_each_rank_that_stands_still_is_named_with_its_stack_and_the_run_goes_on(start, reference):
+    """One after the other: stopped; in a native dead lock; one that keeps Python's lock too."""
+    run = stand_still(start, "freeze-1-3-forward.lock-2-5-backward.gil-3-7-forward", limit=3)
+    code, _, err = run.end(120)
     assert code == 0, err
-    line = next(line for line in err.splitlines() if "restart 1 of 1" in line)
-    rank, why, report = named(line, "bagualu: ")
-    assert rank == 1
+    lines = [line for line in err.splitlines() if re.search("restart [123] of 3", line)]
+    found = [named(line, "bagualu: ") for line in lines]
+    assert [rank for rank, *_ in found] == [1, 2, 3], err
+    _, why, report = found[0]
     assert "stopped" in why
-    assert "rank 0" not in why
-    assert "rank 2" not in why
+    assert not re.search("rank [023]", why)
     assert "culprit: rank 1\n" in report
-    assert "in train" in stack_of(report, 1)
-    for other in (0, 2, 3):
-        assert re.search(f"rank {other}: waits for all_reduce number", report)
-        assert "in train" in stack_of(report, other)
-    assert gone([one["pid"] for one in ranks])
+    for rank in (0, 2, 3):
+        assert re.search(f"rank {rank}: waits for ", report)
+        assert "in train" in stack_of(report, rank)
+    where = ["freeze", "native_deadlock", "keeps_the_lock"]
+    assert [where[index] in stack_of(report, rank) for index, (rank, _, report) in enumerate(found)] == [True] * 3
+    assert_stood(run.folder, reference("gloo"), MOST_LOST)
 
 
-@pytest.mark.parametrize(("how", "where"), [("lock", "native_deadlock"), ("gil", "keeps_the_lock")])
-def test_a_rank_that_does_not_come_on_is_named_with_its_stack(start, gone, how, where):
-    run = stand_still(start, f"run.name={how}")
-    ranks = run.started(step=3)
+@pytest.mark.parametrize(("name", "words"), [("hold-2-1-forward", ["comm.timeout_seconds=6"]), ("hold-2-5-forward", [])])
+def test_a_rank_that_runs_as_a_thread_is_found_in_the_same_way(start, reference, name, words):
+    """Also in its first step, where much is allowed, before the others give up."""
+    run = stand_still(start, name, "comm.backend=simulated", *words)
     code, _, err = run.end()
     rank, _, report = named(err.splitlines()[-1], LAST)
     assert code == 1
     assert rank == 2
-    assert where in stack_of(report, 2)
-    assert gone([one["pid"] for one in ranks])
-
-
-def test_a_rank_that_stands_still_where_much_is_allowed_is_named_before_the_others_give_up(start):
-    run = stand_still(start, "run.name=first", "comm.backend=simulated", "comm.timeout_seconds=6")
-    code, _, err = run.end()
-    rank, _, report = named(err.splitlines()[-1], LAST)
-    assert code == 1
-    assert rank == 2
-    assert "computes_for_ever" in stack_of(report, 2)
-
-
-def test_what_may_take_long_is_no_hang(start):
-    code, _, err = stand_still(start, "run.name=slow", "train.steps=10").end()
-    assert code == 0, err
-
-
-def test_a_rank_that_runs_as_a_thread_is_found_in_the_same_way(start):
-    code, _, err = stand_still(start, "run.name=spin", "comm.backend=simulated").end()
-    rank, _, report = named(err.splitlines()[-1], LAST)
-    assert code == 1
-    assert rank == 2
-    assert "computes_for_ever" in stack_of(report, 2)
+    assert "hold_for_ever" in stack_of(report, 2)
     assert "in train" in stack_of(report, 0)
+    finish(run.folder, *FOUR, backend="simulated")
+    assert_stood(run.folder, reference("simulated"), MOST_LOST)
+
+
+def test_without_a_watchdog_who_is_waited_for_is_named_and_not_who_gave_up(start, reference):
+    run = stand_still(start, "hold-2-5-forward", "comm.timeout_seconds=8", hang=["restart.hang_seconds=0"])
+    code, _, err = run.end()
+    last = err.splitlines()[-1]
+    assert code == 1, err
+    noticed = r"; noticed by rank [013]: CommunicationError: "
+    assert re.match(LAST + r"rank 2, step 5, forward: rank 2 at forward of step 5, \d+ s without a change .*" + noticed, last), last
+    finish(run.folder, *FOUR)
+    assert_stood(run.folder, reference("gloo"), MOST_LOST)
+
+
+def test_what_may_take_long_is_no_hang(start, reference):
+    """A first step and a validation."""
+    run = stand_still(start, "nap-2-1-forward.nap-2-4-validate")
+    code, _, err = run.end()
+    assert code == 0, err
+    assert_stood(run.folder, reference("gloo"), 0)

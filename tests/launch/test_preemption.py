@@ -1,30 +1,28 @@
 """Signals at every moment: all ranks save at one step, once, and the run goes on from there as if nothing had been."""
 
-import os
 import shutil
 import signal
 import threading
 import time
 
 import pytest
-import torch
 from filelock import FileLock
 
-from bagualu.comm import simulated
 from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
 from bagualu.launch import local
 from bagualu.launch.cli import main
 from bagualu.launch.scratch import scratch
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.stopping import STOP_SIGNALS, StopRequest
-from tests.launch.survival import SMALL, figures, small, state, undisturbed
+from tests.launch.survival import SMALL, finish, small
+from tests.standing import assert_stood, figures
 
 WORDS = ["parallel.data=2", "parallel.tensor=1", "train.steps=6", "checkpoint.every=2", "train.validate_every=2",
          "comm.backend=simulated", "log.progress=off"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def handlers():
+def _handlers():
     """Signals as a plain shell leaves them, and again after the test."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     yield
@@ -33,11 +31,8 @@ def handlers():
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    recipe = small(folder, *WORDS)
-    simulated.run(2, lambda communicator: undisturbed(communicator, recipe))
-    return folder
+def reference(undisturbed, tmp_path_factory):
+    return undisturbed(small(tmp_path_factory.mktemp("unused"), *WORDS), "simulated")
 
 
 def train(folder, *words):
@@ -60,16 +55,15 @@ def test_wherever_it_comes_there_is_one_commit_and_the_run_goes_on_from_it(tmp_p
     assert stopped == (
         4 if point in ("data", "forward", "backward", "reduce", "agree") else 5
     )  # asked after the vote: the next one
-    assert [line[0] for line in figures(folder)] == list(range(1, stopped + 1))
+    assert [line["step"] for line in figures(folder)] == list(range(1, stopped + 1))
     assert latest(folder / "checkpoints").name == f"step-{stopped:08}"
     assert len(list_checkpoints(folder / "checkpoints")) == 2
     assert f"saved step {stopped}" in capfd.readouterr().err
     assert train(folder, "checkpoint.resume=true", "run.name=undisturbed").summary["ended"] == "done"
-    assert figures(folder) == figures(reference)
-    assert all(torch.equal(state(folder)[name], tensor) for name, tensor in state(reference).items())
+    assert_stood(folder, reference, 0)
 
 
-def test_a_grace_too_short_leaves_the_checkpoint_before_and_says_not_saved(start, gone, capsys):
+def test_a_grace_too_short_leaves_the_checkpoint_before_and_says_not_saved(start, reference, capsys):
     words = [*SMALL, *WORDS, "comm.backend=gloo", "checkpoint.async=false", "run.name=stop-1-5-backward.hold-0-5-write"]
     run = start(*words, entrypoint="faulty:train")
     run.until((run.folder / "holding").exists)
@@ -80,17 +74,19 @@ def test_a_grace_too_short_leaves_the_checkpoint_before_and_says_not_saved(start
     assert "not saved yet" in (run.folder / "logs" / "rank-1.log").read_text()
     assert latest(run.folder / "checkpoints").name == "step-00000004"
     assert main(["checkpoint", "verify", str(run.folder)]) == 0
+    finish(run.folder, *WORDS, backend="simulated")
+    assert_stood(run.folder, reference, 2)
 
 
-def test_asked_while_another_process_still_prepares_the_data(tmp_path):
+def test_asked_while_another_process_still_prepares_the_data(tmp_path, undisturbed):
     """Nobody loads data beside the ranks, so this is the one time that a rank waits for data."""
     words = [f"data.source={tmp_path}/text", f"data.cache={tmp_path}/cache", "model.vocab=257"]
     (tmp_path / "text").mkdir()
     for number in range(40):
         (tmp_path / "text" / f"{number}.txt").write_text(f"{number} bottles of beer on the wall\n" * 20)
-    recipe = small(tmp_path / "undisturbed", *WORDS, *words)
+    recipe = small(tmp_path / "unused", *WORDS, *words)
     prepared = prepare(recipe.data, recipe.model.vocab).tokenizer_path.parent
-    simulated.run(2, lambda communicator: undisturbed(communicator, recipe))
+    reference = undisturbed(recipe, "simulated")
     folder, aside = tmp_path / "run", prepared.with_name("aside")
     prepared.rename(aside)
     lock = FileLock(f"{prepared}.lock", thread_local=False)
@@ -100,7 +96,7 @@ def test_asked_while_another_process_still_prepares_the_data(tmp_path):
         while not (folder / "started-2").exists():
             time.sleep(0.01)
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
-            os.kill(os.getpid(), number)
+            signal.pthread_kill(threading.main_thread().ident, number)  # as faulty.py does
             time.sleep(0.1)
         aside.rename(prepared)
         lock.release()
@@ -112,7 +108,7 @@ def test_asked_while_another_process_still_prepares_the_data(tmp_path):
     assert (ended.summary["ended"], ended.summary["step"]) == ("stopped", 1)
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-00000001"]
     assert train(folder, *words, "checkpoint.resume=true").summary["ended"] == "done"
-    assert figures(folder) == figures(tmp_path / "undisturbed")
+    assert_stood(folder, reference, 0)
 
 
 @pytest.mark.slow
@@ -126,11 +122,9 @@ def test_asked_while_a_layer_is_compiled(start, tmp_path, monkeypatch):
     assert code == 75, err
     assert "saved step 1" in err
     assert [path.name for path in list_checkpoints(run.folder / "checkpoints")] == ["step-00000001"]
-    assert [line[0] for line in figures(run.folder)] == [1]
+    assert [line["step"] for line in figures(run.folder)] == [1]
     again = start(*words, "checkpoint.resume=true", entrypoint="faulty:train")
     assert again.end(200)[0] == 0
     other = start(*words, f"run.dir={tmp_path}/undisturbed", entrypoint="faulty:train")
     assert other.end(200)[0] == 0
-    assert figures(run.folder) == figures(tmp_path / "undisturbed")
-    ends = [state(folder) for folder in (run.folder, tmp_path / "undisturbed")]
-    assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
+    assert_stood(run.folder, tmp_path / "undisturbed", 0)

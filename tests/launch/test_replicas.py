@@ -1,34 +1,23 @@
 """Ranks and nodes lost under `bagualu train` and under node agents, with nothing on storage to go on from."""
 
-import json
 import re
 import sys
 
 import pytest
-import torch
 
-from tests.harness import run as run_ranks
-from tests.launch.survival import SMALL, figures, small, state, undisturbed
+from tests.launch.survival import SMALL, small
+from tests.launch.test_node import WORDS as NODES
 from tests.launch.test_node import nodes  # noqa: F401  (a fixture)
+from tests.standing import assert_stood
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 pytestmark = [LINUX, pytest.mark.timeout(300)]
-WORDS = ["parallel.data=4", "train.steps=30", "checkpoint.every=0"]
+WORDS = [*NODES, "checkpoint.every=0"]
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run_ranks("gloo", 4, undisturbed, small(folder, *WORDS))
-    return folder
-
-
-def assert_as_undisturbed(folder, reference):
-    assert figures(folder) == figures(reference)  # every step once, each to the bit
-    ours, theirs = state(folder), state(reference)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-    assert json.loads((folder / "summary.json").read_text())["ended"] == "done"
+def reference(undisturbed, tmp_path_factory):
+    return undisturbed(small(tmp_path_factory.mktemp("unused"), *WORDS), "gloo")
 
 
 def test_killed_ranks_cost_at_most_the_steps_since_the_last_replica(start, reference):
@@ -38,7 +27,7 @@ def test_killed_ranks_cost_at_most_the_steps_since_the_last_replica(start, refer
     code, _, err = run.end()
     assert code == 0, err
     assert re.findall(r"going on from the replica of step (\d+) in memory", err) == ["4", "8", "10"], err
-    assert_as_undisturbed(run.folder, reference)
+    assert_stood(run.folder, reference, 2)
     assert [path.name for path in (run.folder / "checkpoints").glob("step-*")] == ["step-00000030"]
 
 
@@ -55,4 +44,4 @@ def test_a_node_that_is_lost_and_replaced_gets_its_state_from_the_other(nodes, r
     (run.folder / "slow").unlink()
     assert stays.wait(120) == 0, run.said()
     assert back.wait(60) == 0, run.said()
-    assert_as_undisturbed(run.folder, reference)
+    assert_stood(run.folder, reference, 2)

@@ -95,6 +95,12 @@ def test_a_step_that_fails_on_any_rank_is_no_ranks_fault():
     assert not elastic.decide(lost(7, rank=1), may_drop=True).again
 
 
+def test_where_no_single_rank_is_at_fault_none_is_left_out():
+    elastic = restarts(same_step_limit=2, elastic=True)
+    assert elastic.decide(lost(7, rank=-1, kind="hung"), may_drop=True).again
+    assert not elastic.decide(lost(7, rank=-1, kind="hung"), may_drop=True).again
+
+
 def test_the_announcement_says_what_where_which_and_whence(tmp_path):
     recipe = compose([f"run.dir={tmp_path}"])
     one = restarts(limit=5, backoff_seconds=2)

@@ -1,4 +1,5 @@
-"""Program for a mount namespace of its own: `unshare -rm python full_disk.py FOLDER BACKEND`; writes FOLDER/found.json.
+"""Program for a mount namespace of its own: `unshare -rm python full_disk.py FOLDER BACKEND`; writes FOLDER/found.json, and leaves
+a copy of the run in FOLDER/run.
 
 Trains on a small disk of its own, which another job fills in step 6 and makes room on when the run has been started for the fourth
 time. Meanwhile a rank fails, so that the run is started again on a disk without room.
@@ -7,6 +8,7 @@ time. Meanwhile a rank fails, so that the run is started again on a disk without
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +20,8 @@ from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.inspect import verify
 from bagualu.fault_tolerance.ledger.events import read
 from bagualu.launch.cli import main
-from bagualu.trainer import run
 from bagualu.trainer.config import Recipe
+from tests.standing import train_noting_samples
 
 RECIPE = [
     "recipe=tiny_dense", "data.source=random", "data.sequence_length=8", "data.global_batch=8", "train.micro_batch=1",
@@ -65,7 +67,7 @@ def train(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], 
         (disk / "of-another-job").unlink()
     communicator.world.barrier()
     communicator.monitor.observers.append(OtherJob(communicator.rank, disk, start))
-    return run.train(recipe, communicator, stop, scratch)
+    return train_noting_samples(recipe, communicator, stop, scratch, disk.parent)
 
 
 def on_small_disk(folder: Path, backend: str) -> dict[str, Any]:
@@ -73,6 +75,9 @@ def on_small_disk(folder: Path, backend: str) -> dict[str, Any]:
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)], check=True)
     code = main(["train", *RECIPE, f"comm.backend={backend}", f"run.dir={disk}/run"], "full_disk:train")
+    shutil.copytree(disk / "run", folder / "run")
+    for notes in folder.glob("samples-*.jsonl"):
+        notes.rename(folder / "run" / notes.name)
     full = folder / "full"
     full.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(full)], check=True)
@@ -81,7 +86,6 @@ def on_small_disk(folder: Path, backend: str) -> dict[str, Any]:
     checkpoints = list_checkpoints(disk / "run" / "checkpoints")
     return {
         "code": code, "refused": refused, "starts": [(folder / f"starts-{rank}").stat().st_size for rank in (0, 1)],
-        "steps": [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()],
         "failures": [event.step for event in read(disk / "run") if event.what == "failed"],
         "checkpoints": [path.name for path in checkpoints], "problems": [verify(path) for path in checkpoints],
     }  # fmt: skip

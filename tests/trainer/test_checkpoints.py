@@ -18,8 +18,10 @@ from bagualu.fault_tolerance.checkpoint.format import CheckpointError
 from bagualu.fault_tolerance.checkpoint.inspect import verify
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.config import Recipe
+from tests.conftest import Undisturbed
 from tests.harness import BACKENDS, WorkerFailed, run
 from tests.parity import small_recipe
+from tests.standing import assert_same_samples, assert_same_state, assert_stood, go_on, train_noting_samples
 
 STEPS = 8
 SAME = ("step", "loss", "grad_norm", "lr", "tokens")
@@ -52,8 +54,9 @@ def stored(path: Path | None) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.glob("rank-*")}
 
 
-def whole(communicator: Communicator, recipe: Recipe) -> dict[str, Any]:
-    return whole_run.train(recipe, communicator)
+@pytest.fixture
+def straight(tmp_path: Path, undisturbed: Undisturbed) -> Path:
+    return undisturbed(recipe_in(tmp_path), "simulated")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -61,7 +64,7 @@ def test_in_the_background_or_not_it_is_the_same_run(tmp_path: Path, backend: st
     found = {}
     for name, asynchronous in (("background", True), ("waiting", False)):
         recipe = recipe_in(tmp_path / name, checkpoint__asynchronous=asynchronous)
-        summary = run(backend, 2, whole, recipe)[0]
+        summary = run(backend, 2, go_on, recipe)[0]
         assert summary["checkpoints_failed"] == 0
         assert summary["checkpoint_seconds"] > 0
         assert summary["checkpoint"].endswith(f"step-{STEPS:08d}")
@@ -73,18 +76,16 @@ def test_in_the_background_or_not_it_is_the_same_run(tmp_path: Path, backend: st
     assert found["background"] == found["waiting"]
 
 
-def test_going_on_from_what_was_saved_in_the_background_is_exact(tmp_path: Path) -> None:
-    run("simulated", 2, whole, recipe_in(tmp_path / "straight"))
+def test_going_on_from_what_was_saved_in_the_background_is_exact(tmp_path: Path, straight: Path) -> None:
     folder = tmp_path / "resumed"
-    run("simulated", 2, whole, recipe_in(folder, checkpoint__keep=9))
+    run("simulated", 2, go_on, recipe_in(folder, checkpoint__keep=9))
     for path in list_checkpoints(folder / "checkpoints")[2:]:
         path.rename(path.with_name("away-" + path.name))
     newest = latest(folder / "checkpoints")
     assert newest is not None
     assert newest.name == "step-00000004"
-    run("simulated", 2, whole, recipe_in(folder, checkpoint__resume=True))
-    assert curve(folder) == curve(tmp_path / "straight")
-    assert stored(latest(folder / "checkpoints")) == stored(latest(tmp_path / "straight" / "checkpoints"))
+    run("simulated", 2, go_on, recipe_in(folder, checkpoint__resume=True))
+    assert_stood(folder, straight, 0)
 
 
 def failing_writes(patch: pytest.MonkeyPatch, rank: int, step: int) -> None:
@@ -102,12 +103,11 @@ def failing_writes(patch: pytest.MonkeyPatch, rank: int, step: int) -> None:
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_save_that_fails_on_the_way_is_told_and_costs_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, asynchronous: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, straight: Path, asynchronous: bool
 ) -> None:
-    run("simulated", 2, whole, recipe_in(tmp_path / "straight"))
     failing_writes(monkeypatch, 1, 4)
     folder = tmp_path / "run"
-    summaries = run("simulated", 2, whole, recipe_in(folder, checkpoint__keep=9, checkpoint__asynchronous=asynchronous))
+    summaries = run("simulated", 2, go_on, recipe_in(folder, checkpoint__keep=9, checkpoint__asynchronous=asynchronous))
     assert [summary["checkpoints_failed"] for summary in summaries] == [1, 1]
     assert [path.name[-1] for path in list_checkpoints(folder / "checkpoints")] == ["2", "6", "8"]
     told = [line["checkpoint_error"] for line in metrics(folder) if "checkpoint_error" in line]
@@ -115,25 +115,27 @@ def test_a_save_that_fails_on_the_way_is_told_and_costs_nothing_else(
     assert told[0].startswith("step 4 was not saved: rank 1: OSError: [Errno 5] Input/output error")
     warnings = [record.getMessage() for record in caplog.records if "not saved" in record.getMessage()]
     assert warnings == [f"{told[0]}; training goes on"]
-    assert curve(folder) == curve(tmp_path / "straight")
-    assert stored(latest(folder / "checkpoints")) == stored(latest(tmp_path / "straight" / "checkpoints"))
+    assert_stood(folder, straight, 0)
 
 
-def test_the_last_save_is_owed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing_writes(monkeypatch, 1, STEPS)
+def test_the_last_save_is_owed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, straight: Path) -> None:
 
     def attempt(communicator: Communicator, recipe: Recipe) -> str:
         with pytest.raises(CheckpointError) as error:
-            whole(communicator, recipe)
+            go_on(communicator, recipe)
         return str(error.value)
 
-    (message,) = set(run("simulated", 2, attempt, recipe_in(tmp_path)))
+    with monkeypatch.context() as patch:
+        failing_writes(patch, 1, STEPS)
+        (message,) = set(run("simulated", 2, attempt, recipe_in(tmp_path)))
     assert message.startswith(f"step {STEPS} was not saved: rank 1: OSError: [Errno 5]")
     assert not (tmp_path / "summary.json").exists()
     newest = latest(tmp_path / "checkpoints")
     assert newest is not None
     assert newest.name == f"step-{STEPS - 2:08d}"
     assert len(metrics(tmp_path)) == STEPS
+    run("simulated", 2, go_on, recipe_in(tmp_path, checkpoint__resume=True))
+    assert_stood(tmp_path, straight, 2)
 
 
 def test_a_run_directory_that_cannot_be_written_is_refused_on_every_rank(tmp_path: Path) -> None:
@@ -141,13 +143,13 @@ def test_a_run_directory_that_cannot_be_written_is_refused_on_every_rank(tmp_pat
 
     def attempt(communicator: Communicator, recipe: Recipe) -> str:
         with pytest.raises(RecipeError, match=r"checkpoints cannot be written: .*; make it writable or give"):
-            whole(communicator, recipe)
+            go_on(communicator, recipe)
         return "refused"
 
     assert run("simulated", 2, attempt, recipe_in(tmp_path)) == ["refused"] * 2
 
 
-def test_a_run_that_lost_its_directory_to_a_later_start_does_not_commit(tmp_path: Path) -> None:
+def test_a_run_that_lost_its_directory_to_a_later_start_does_not_commit(tmp_path: Path, undisturbed: Undisturbed) -> None:
     """Where the lock does not reach: a second start, while the first trains on."""
     begun, recipe = threading.Event(), recipe_in(tmp_path, train__steps=4, checkpoint__every=1, parallel__data=1)
 
@@ -163,13 +165,13 @@ def test_a_run_that_lost_its_directory_to_a_later_start_does_not_commit(tmp_path
             return False
 
         with pytest.raises(CheckpointError) as error:
-            whole_run.train(recipe, communicator, stop)
+            train_noting_samples(recipe, communicator, stop)
         return str(error.value)
 
     def second() -> None:
         begun.wait()
         resumed = replace(recipe, checkpoint=replace(recipe.checkpoint, resume=True))
-        outcome.extend(run("simulated", 1, whole, resumed))
+        outcome.extend(run("simulated", 1, go_on, resumed))
 
     outcome: list[dict[str, Any]] = []
     other = threading.Thread(target=second)
@@ -179,6 +181,8 @@ def test_a_run_that_lost_its_directory_to_a_later_start_does_not_commit(tmp_path
     assert "belongs to a later start of this run (number 2, this one is 1)" in message
     assert (outcome[0]["ended"], outcome[0]["step"]) == ("done", 4)
     assert verify(tmp_path / "checkpoints" / "step-00000004") == []
+    assert_same_state(tmp_path, undisturbed(recipe, "simulated"))  # the first one, which has lost, still writes its metrics
+    assert_same_samples(tmp_path, undisturbed(recipe, "simulated"))
 
 
 class DieAtSecond:
@@ -199,19 +203,17 @@ class DieAtSecond:
 def dying(communicator: Communicator, recipe: Recipe, point: str) -> None:
     if communicator.rank == 0:
         communicator.monitor.observers.append(DieAtSecond(point))
-    whole(communicator, recipe)
+    go_on(communicator, recipe)
 
 
 @pytest.mark.parametrize(("point", "newest"), [("commit", 2), ("prune", 4)])
-def test_rank_0_killed_before_the_commit_and_right_after_it(tmp_path: Path, point: str, newest: int) -> None:
+def test_rank_0_killed_before_the_commit_and_right_after_it(tmp_path: Path, straight: Path, point: str, newest: int) -> None:
     """Tests 3 and 4: between durability and commit the step stays invisible; right after the commit it loads."""
     recipe = recipe_in(tmp_path / "run")
-    run("simulated", 2, whole, recipe_in(tmp_path / "straight"))
     with pytest.raises(WorkerFailed):
         run("gloo", 2, dying, recipe, point)
     found = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert found[-1].name == f"step-{newest:08d}"
     assert verify(found[-1]) == []
-    run("simulated", 2, whole, recipe_in(tmp_path / "run", checkpoint__resume=True))
-    assert curve(tmp_path / "run") == curve(tmp_path / "straight")
-    assert stored(latest(tmp_path / "run" / "checkpoints")) == stored(latest(tmp_path / "straight" / "checkpoints"))
+    run("simulated", 2, go_on, recipe_in(tmp_path / "run", checkpoint__resume=True))
+    assert_stood(tmp_path / "run", straight, 4)

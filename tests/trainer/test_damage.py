@@ -29,10 +29,12 @@ from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.outcome import FinalError
 from bagualu.trainer.state import CHECKPOINTS
 from bagualu.trainer.step import train_step
+from tests.conftest import Undisturbed
 from tests.harness import WorkerFailed, run
 from tests.parity import small_recipe
+from tests.standing import assert_stood, go_on
 from tests.trainer.states import load_state, save_state
-from tests.trainer.test_run import numbers, recipe_in, steps_saved, until
+from tests.trainer.test_run import recipe_in, steps_saved, until
 
 LAYOUT = {"parallel__data": 2, "parallel__pipeline": 2}
 OLD, NEW = 2, 4
@@ -274,15 +276,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_the_run_goes_on_from_the_one_before_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run("simulated", 4, until, recipe_in(tmp_path / "straight", **LAYOUT), -1, 0)
+def test_the_run_goes_on_from_the_one_before_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, undisturbed: Undisturbed
+) -> None:
     folder = tmp_path / "run"
     run("simulated", 4, until, recipe_in(folder, **LAYOUT), 0, NEW)
     spoil(folder / CHECKPOINTS / "step-00000004")
     damaged = contents(folder / CHECKPOINTS / "step-00000004")
     with caplog.at_level(logging.WARNING):
         summaries = run("simulated", 4, until, recipe_in(folder, checkpoint__resume=True, checkpoint__keep=9, **LAYOUT), -1, 0)
-    assert numbers(folder) == numbers(tmp_path / "straight")
+    assert_stood(folder, undisturbed(recipe_in(folder, **LAYOUT), "simulated"), 2)
     assert steps_saved(folder) == [2, 4, 6]  # step 4 is there again, whole
     assert all(verify(path) == [] for path in list_checkpoints(folder / CHECKPOINTS))
     (entry,) = summaries[0]["damaged"]
@@ -298,7 +301,7 @@ def test_the_run_goes_on_from_the_one_before_and_says_so_once(tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_with_several_damaged_the_newest_whole_one_is_taken(tmp_path: Path, world: int) -> None:
+def test_with_several_damaged_the_newest_whole_one_is_taken(tmp_path: Path, undisturbed: Undisturbed, world: int) -> None:
     recipe = recipe_in(tmp_path, checkpoint__every=1, checkpoint__keep=9, parallel__data=world)
     run("simulated", world, until, recipe, 0, 4)
     for step in (2, 4):
@@ -309,6 +312,7 @@ def test_with_several_damaged_the_newest_whole_one_is_taken(tmp_path: Path, worl
     assert [entry["checkpoint"] for entry in summary["damaged"]] == ["step-00000004", "step-00000003", "step-00000002"]
     assert {entry["used"] for entry in summary["damaged"]} == {"step-00000001"}
     assert steps_saved(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert_stood(tmp_path, undisturbed(recipe, "simulated"), 3)
     recipe.train.steps = 7
     assert run("simulated", world, until, recipe, -1, 0)[0]["damaged"] == []
 
@@ -356,15 +360,18 @@ def killed_while_loading(communicator: Communicator, recipe: Recipe, rank: int, 
 
 
 @pytest.mark.parametrize("after", [{}, {"parallel__data": 1, "parallel__tensor": 2}], ids=["same", "reshard"])
-def test_killed_while_loading_the_checkpoint_is_as_it_was(tmp_path: Path, after: dict[str, object]) -> None:
-    recipe = small_recipe(run__dir=str(tmp_path), **LAYOUT)
-    run("simulated", 4, train_and_save, recipe, (OLD, NEW))
+def test_killed_while_loading_the_checkpoint_is_as_it_was(
+    tmp_path: Path, undisturbed: Undisturbed, after: dict[str, object]
+) -> None:
+    recipe = recipe_in(tmp_path, **LAYOUT)
+    run("simulated", 4, until, recipe, 0, NEW)
     before = contents(tmp_path)
-    other = small_recipe(run__dir=str(tmp_path), **{**LAYOUT, **after})
+    other = recipe_in(tmp_path, checkpoint__resume=True, **{**LAYOUT, **after})
     with pytest.raises(WorkerFailed):
         run("gloo", 4, killed_while_loading, other, 1, 3)
     assert contents(tmp_path) == before
-    run("gloo", 4, killed_while_loading, other, -1, 0)  # nobody dies
+    run("simulated", 4, go_on, other)
+    assert_stood(tmp_path, undisturbed(recipe, "simulated"), 0, exact=not after)
 
 
 # Damaged data
@@ -378,7 +385,7 @@ def words(folder: Path, changed: str = "") -> Path:
     return folder
 
 
-def test_data_that_changed_under_a_run_is_refused_alike_by_every_number_of_ranks(tmp_path: Path) -> None:
+def test_data_that_changed_under_a_run_is_refused_alike_by_every_number_of_ranks(tmp_path: Path, undisturbed: Undisturbed) -> None:
     text: dict[str, object] = {"data__source": str(words(tmp_path / "text")), "data__cache": str(tmp_path / "cache"),
                                "model__vocab": 300, "data__sequence_length": 16}  # fmt: skip
     run("simulated", 2, until, recipe_in(tmp_path / "run", **text), 0, 2)
@@ -393,7 +400,9 @@ def test_data_that_changed_under_a_run_is_refused_alike_by_every_number_of_ranks
     assert len(said) == 1
     assert {name: raw for name, raw in contents(tmp_path / "run" / CHECKPOINTS).items() if name in before} == before
     words(tmp_path / "text")
-    run("simulated", 2, until, recipe_in(tmp_path / "run", checkpoint__resume=True, **text), -1, 0)
+    recipe = recipe_in(tmp_path / "run", checkpoint__resume=True, **text)
+    run("simulated", 2, until, recipe, -1, 0)
+    assert_stood(tmp_path / "run", undisturbed(recipe, "simulated"), 0)
 
 
 def test_a_row_that_is_no_text_is_refused_alike_by_every_number_of_ranks(tmp_path: Path) -> None:

@@ -1,23 +1,33 @@
 """A disk that is full for a while costs a run its saves and some steps, whatever else writes there; then it goes on."""
 
 import json
-import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from bagualu.trainer.recipe import load_recipe
+from tests.conftest import Undisturbed
+from tests.leftovers import Leftovers
 from tests.mounts import can_mount
+from tests.standing import assert_stood
+from tests.trainer.full_disk import FAILS_IN
 
 HERE = Path(__file__).parent
+PATHS = f"{HERE}:{HERE.parents[1]}"
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs `unshare -rm` with mounts (root, or user namespaces)")
 @pytest.mark.parametrize("backend", ["simulated", pytest.param("gloo", marks=pytest.mark.slow)])
-def test_a_run_outlives_a_full_disk_even_when_it_is_started_again_there(tmp_path: Path, backend: str) -> None:
+def test_a_run_outlives_a_full_disk_even_when_it_is_started_again_there(
+    tmp_path: Path, undisturbed: Undisturbed, leftovers: Leftovers, backend: str
+) -> None:
+    started = time.monotonic()
     command = ["unshare", "-rm", sys.executable, str(HERE / "full_disk.py"), str(tmp_path), backend]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    done = subprocess.run(command, capture_output=True, text=True, env={**leftovers.environment, "PYTHONPATH": PATHS})
+    seconds = time.monotonic() - started
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["code"] == 0, done.stderr
@@ -30,10 +40,11 @@ def test_a_run_outlives_a_full_disk_even_when_it_is_started_again_there(tmp_path
         "restart 3 of 3 in 0 s, from step-00000004",
     ):
         assert said in done.stderr, done.stderr
-    assert found["steps"] == list(range(1, 31))
     assert found["failures"] == [26, 0, 0]
     assert found["checkpoints"] == ["step-00000028", "step-00000030"]
     assert found["problems"] == [[], []]
+    reference = undisturbed(load_recipe(tmp_path / "run" / "config.yaml"), backend)
+    assert_stood(tmp_path / "run", reference, FAILS_IN - 4, seconds)  # nothing was saved since step 4
     # Another run, that finds the disk full when it begins.
     assert found["refused"] == 1
     assert done.stderr.splitlines()[-1].startswith("bagualu: failed: No space left on device")

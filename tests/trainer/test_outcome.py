@@ -5,7 +5,7 @@ import re
 import pytest
 
 from bagualu.comm.errors import CommunicationError, RecipeError
-from bagualu.trainer.outcome import Failure, failure, first, last_words
+from bagualu.trainer.outcome import Failure, at_fault, failure, first, last_words, what_next
 from bagualu.trainer.recipe import compose
 
 
@@ -43,3 +43,37 @@ def test_the_phase_tells_the_place_in_our_own_code():
 def test_a_refusal_is_told_as_one():
     words = last_words(failure(1, "train", caught(RecipeError("give x=1")), 0.0), "unused")
     assert words == "bagualu: error: give x=1"
+
+
+MISSING = {"rank": 2, "step": 5, "phase": "step 5, forward", "why": "rank 2 is at forward of step 5, 600 s without a change"}
+
+
+def gave_up(rank, time, missing=None):
+    return Failure(rank, "step 5, reduce", "CommunicationError: all_reduce timed out", time, "peer", 5, missing)
+
+
+def test_who_lost_a_peer_is_not_named_but_who_was_missing():
+    told = at_fault(first([gave_up(0, 1.0), gave_up(1, 2.0, MISSING)]), unwatched=True)
+    assert (told.rank, told.phase, told.step, told.kind) == (2, "step 5, forward", 5, "hung")
+    assert told.cause == f"{MISSING['why']}; noticed by rank 1: CommunicationError: all_reduce timed out"
+
+
+@pytest.mark.parametrize(("unwatched", "fix"), [(True, ": set restart.hang_seconds"), (False, "")])
+def test_who_lost_a_peer_is_not_named_where_it_is_not_known_who_was_missing(unwatched, fix):
+    told = at_fault(first([gave_up(0, 1.0), gave_up(1, 2.0)]), unwatched)
+    line = last_words(told, "see the log")
+    assert line == ("bagualu: failed: no single rank, step 5, reduce: noticed by rank 0: CommunicationError: all_reduce timed out; "
+                    f"who is missing is unknown{fix}; see the log")  # fmt: skip
+    assert (told.kind, told.step) == ("peer", 5)
+
+
+def test_what_is_not_about_a_peer_is_told_as_it_is():
+    own = Failure(1, "step 5, reduce", "ValueError", 1.0, step=5)
+    assert at_fault(own, unwatched=True) is own
+
+
+def test_to_resume_is_the_advice_only_where_it_helps():
+    lines = {kind: what_next(Failure(0, "step 5", "it", 0.0, kind)) for kind in ("killed", "loop", "final")}
+    assert lines["killed"] == "go on with checkpoint.resume=true"
+    assert lines["loop"] == "put that right, then go on with checkpoint.resume=true"
+    assert "checkpoint.resume" not in lines["final"]

@@ -27,8 +27,10 @@ from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.decoder import Layer
 from bagualu.trainer.rebalance import move
 from bagualu.trainer.step import train_step
+from tests.conftest import Undisturbed
 from tests.harness import BACKENDS, run
 from tests.parity import Curve, assert_same, gather, pieces_of, small_recipe, train
+from tests.standing import assert_stood, train_noting_samples
 from tests.trainer.states import load_state, save_state
 
 MOE = {
@@ -239,6 +241,32 @@ def test_moves_go_together_with_saves_replicas_and_a_guard_that_looks_at_every_s
     summary = run("simulated", 2, train_all, moving, tmp_path / "scratch")[0]
     assert (summary["ended"], summary["guard"]["rolled_back"], summary["checkpoints_failed"]) == ("done", 0, 0)
     np.testing.assert_allclose(losses(tmp_path / "moving"), losses(tmp_path / "straight"), rtol=1e-9)
+
+
+@pytest.mark.parametrize("where", ["move", "moved"])
+def test_a_run_in_which_layers_could_not_move_is_the_one_in_which_they_stayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Undisturbed, where: str
+) -> None:
+    """Tried after every second step, while saves and replicas are under way."""
+    recipe = slow_recipe(
+        tmp_path / "run", train__steps=9, checkpoint__every=2, checkpoint__asynchronous=True, checkpoint__replica_every=1
+    )
+    reference = undisturbed(slow_recipe(tmp_path, train__steps=9, parallel__rebalance__every=0), "simulated")
+
+    def every_second(rebalancer: rebalance.Rebalancer, step: int) -> Any:
+        return rebalancer._move(Proposal(split_of(5, 3), [1.0, 1.0], 2.0, 1.0), step) if step % 2 == 0 else None
+
+    def failing_in_vain(communicator: Communicator) -> dict[str, Any]:
+        if communicator.rank == 1:
+            communicator.monitor.observers.append(_Failing(where))
+        return train_noting_samples(recipe, communicator, lambda: False, tmp_path / "scratch")
+
+    monkeypatch.setattr(rebalance.Rebalancer, "after_step", every_second)
+    (tmp_path / "scratch").mkdir()
+    assert run("simulated", 2, failing_in_vain)[0]["layers_of_stages"] == [4, 4]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "layers_of_stages" in line] == [2, 4, 6, 8]
+    assert_stood(tmp_path / "run", reference, 0)
 
 
 def slow_recipe(folder: Path, **changes: object) -> Recipe:

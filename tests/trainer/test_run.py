@@ -20,8 +20,10 @@ from bagualu.trainer.assemble import Parts
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import GuardError
 from bagualu.trainer.step import StepResult, train_step
+from tests.conftest import Undisturbed
 from tests.harness import BACKENDS, run
 from tests.parity import small_recipe
+from tests.standing import assert_stood, figures, go_on, train_noting_samples
 
 STEPS = 6
 TIMINGS = {"step_seconds", "tokens_per_second", "mfu", "checkpoint_seconds"}
@@ -46,11 +48,6 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    """The lines without what depends on the clock."""
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in metrics(folder)]
-
-
 def steps_saved(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in list_checkpoints(folder / "checkpoints")]
 
@@ -64,32 +61,32 @@ def until(communicator: Communicator, recipe: Recipe, rank: int, stop_at: int) -
         asked += 1
         return communicator.rank == rank and asked == stop_at
 
-    return whole_run.train(recipe, communicator, stop)
+    return train_noting_samples(recipe, communicator, stop)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("model", [{"parallel__pipeline": 2}, MOE], ids=["dense", "moe"])
 def test_a_stop_on_one_rank_stops_all_and_going_on_completes_the_same_run(
-    tmp_path: Path, backend: str, model: dict[str, object]
+    tmp_path: Path, undisturbed: Undisturbed, backend: str, model: dict[str, object]
 ) -> None:
-    straight, stopped = recipe_in(tmp_path / "straight", **model), recipe_in(tmp_path / "stopped", **model)
-    world = straight.world_size()
-    expected = run(backend, world, until, straight, -1, 0)
-    assert [summary["ended"] for summary in expected] == ["done"] * world
-    assert [line["step"] for line in metrics(tmp_path / "straight")] == list(range(1, STEPS + 1))
+    stopped = recipe_in(tmp_path / "stopped", **model)
+    straight, world = undisturbed(stopped, backend), stopped.world_size()
+    expected = json.loads((straight / "summary.json").read_text())
+    assert expected["ended"] == "done"
+    assert [line["step"] for line in metrics(straight)] == list(range(1, STEPS + 1))
 
     summaries = run(backend, world, until, stopped, world - 1, 3)
     assert {(summary["ended"], summary["step"]) for summary in summaries} == {("stopped", 3)}
     assert steps_saved(tmp_path / "stopped") == [2, 3]
     assert json.loads((tmp_path / "stopped" / "summary.json").read_text()) == summaries[0]
-    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "straight")[:3]
+    assert figures(tmp_path / "stopped") == figures(straight)[:3]
 
     stopped.checkpoint.resume = True
     summaries = run(backend, world, until, stopped, -1, 0)
     assert {(summary["ended"], summary["step"]) for summary in summaries} == {("done", STEPS)}
-    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "straight")
+    assert_stood(tmp_path / "stopped", straight, 0)
     same = ("loss", "grad_norm", "lr", "tokens", "validation_loss", "parameters", "layout")
-    assert {key: summaries[0][key] for key in same} == {key: expected[0][key] for key in same}
+    assert {key: summaries[0][key] for key in same} == {key: expected[key] for key in same}
 
 
 def test_the_numbers_are_there_and_right(tmp_path: Path) -> None:
@@ -126,26 +123,26 @@ def killed(communicator: Communicator, recipe: Recipe, at: int) -> str:
         return False
 
     with pytest.raises(KeyboardInterrupt):
-        whole_run.train(recipe, communicator, stop)
+        train_noting_samples(recipe, communicator, stop)
     return "killed"
 
 
-def test_steps_done_again_after_a_kill_are_recorded_once(tmp_path: Path) -> None:
-    run("simulated", 2, until, recipe_in(tmp_path / "straight"), -1, 0)
+def test_steps_done_again_after_a_kill_are_recorded_once(tmp_path: Path, undisturbed: Undisturbed) -> None:
     run("simulated", 2, killed, recipe_in(tmp_path / "killed"), 6)
     assert [line["step"] for line in metrics(tmp_path / "killed")] == [1, 2, 3, 4, 5]
     assert steps_saved(tmp_path / "killed") == [2, 4]
     run("simulated", 2, until, recipe_in(tmp_path / "killed", checkpoint__resume=True), -1, 0)
-    assert numbers(tmp_path / "killed") == numbers(tmp_path / "straight")
+    assert_stood(tmp_path / "killed", undisturbed(recipe_in(tmp_path), "simulated"), 2)
 
 
-def test_another_layout_goes_on_with_the_same_run(tmp_path: Path) -> None:
-    run("simulated", 2, until, recipe_in(tmp_path / "straight"), -1, 0)
+def test_another_layout_goes_on_with_the_same_run(tmp_path: Path, undisturbed: Undisturbed) -> None:
+    straight = undisturbed(recipe_in(tmp_path), "simulated")
     folder = tmp_path / "moved"
     run("simulated", 2, until, recipe_in(folder), 1, 3)
     changes = {"parallel__data": 1, "parallel__tensor": 2, "parallel__pipeline": 2}
     run("simulated", 4, until, recipe_in(folder, checkpoint__resume=True, **changes), -1, 0)
-    for found, expected in zip(metrics(folder), metrics(tmp_path / "straight"), strict=True):
+    assert_stood(folder, straight, 0, exact=False)
+    for found, expected in zip(metrics(folder), metrics(straight), strict=True):
         assert found.keys() == expected.keys()
         for key in expected.keys() - TIMINGS - {"validation_bits_per_byte"}:
             assert found[key] == pytest.approx(expected[key], rel=1e-9)
@@ -208,15 +205,14 @@ def poisoned(at: int, rank: int) -> Callable[..., StepResult]:
 
 def diverging(communicator: Communicator, recipe: Recipe) -> str:
     with pytest.raises(GuardError) as error:
-        whole_run.train(recipe, communicator)
+        go_on(communicator, recipe)
     return str(error.value)
 
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_nan_ends_the_run_on_all_ranks_and_the_checkpoint_is_from_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Undisturbed, rank: int
 ) -> None:
-    run("simulated", 4, until, recipe_in(tmp_path / "straight", parallel__pipeline=2), -1, 0)
     folder = tmp_path / "run"
     recipe = recipe_in(folder, parallel__pipeline=2, guard__on_nonfinite="stop", guard__check_every=0)
     with monkeypatch.context() as patch:
@@ -232,7 +228,7 @@ def test_a_nan_ends_the_run_on_all_ranks_and_the_checkpoint_is_from_before(
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
     recipe.checkpoint.resume = True
     run("simulated", 4, until, recipe, -1, 0)
-    assert numbers(folder) == numbers(tmp_path / "straight")
+    assert_stood(folder, undisturbed(recipe_in(folder, parallel__pipeline=2), "simulated"), 2)
 
 
 def with_own_seed(communicator: Communicator, recipe: Recipe) -> None:

@@ -102,3 +102,16 @@ def test_a_flip_that_nobody_has_seen_was_not_survived_but_not_found(what, key):
     seen = [*KILLED[:5], *history((4.8, "discarded", {"step": 4}), train(5, 3))]
     (row,) = outcomes([fault], Trace([strike(fault, 4.5, 4)], seen, [], []))
     assert (row.noticed, row.answered, row.state) == ("the guard", "back to a checkpoint", SURVIVED)
+
+
+def test_a_nan_whose_line_was_written_anew_after_a_restart_is_told_from_the_ledger():
+    """Steps 3 to 5 are done again after the kill, and their lines say nothing of what befell them the first time."""
+    strikes = [strike("nan@step=4:rank=1", 4.5, 4), strike("kill@step=5:rank=2", 5.5, 5)]
+    plan, lines = [one["fault"] for one in strikes], [{"step": step} for step in range(1, 7)]
+    events = [*KILLED[:5], *history((4.8, "discarded", {"step": 4}), train(4.9, 4)), *KILLED[5:]]
+    nan, kill = outcomes(plan, Trace(strikes, events, lines, []))
+    assert (nan.noticed, nan.answered, nan.state) == ("the guard", "that attempt at the step was thrown away", SURVIVED)
+    assert (nan.recovery_seconds, kill.answered) == (None, "restart from step 2")
+    for other in (history((4.8, "discarded", {"step": 5})), history((7.5, "discarded", {"step": 4})), []):  # of another step, start
+        nan, _ = outcomes(plan, Trace(strikes, sorted([*KILLED, *other], key=lambda event: event.wall), lines, []))
+        assert (nan.noticed, nan.state) == ("-", NO_EFFECT)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bagualu.comm.monitor import Line
-from bagualu.fault_tolerance.watchdog.verdict import SPARE, Patience, Seen, judge
+from bagualu.fault_tolerance.watchdog.verdict import SPARE, Patience, Seen, judge, missed_by
 
 PATIENCE = Patience(hang_seconds=300, long_seconds=1800)
 WORLD = Line("world", (0, 1, 2, 3))
@@ -195,3 +195,29 @@ def test_one_that_comes_back_late_from_what_all_have_joined_is_left_alone_while_
     seen = {rank: Seen(rank, steps_begun=3, point="forward", counts={WORLD: 5}, silent_seconds=1) for rank in range(1, 4)}
     seen[0] = Seen(0, steps_begun=3, operation="all_reduce", line=WORLD, number=5, counts={WORLD: 5}, silent_seconds=301)
     assert judge(seen, PATIENCE) is None
+
+
+@given(worlds(), st.floats(0, 400))
+@settings(max_examples=200)
+def test_who_gives_up_names_whom_it_waited_for_or_nobody(world: tuple[int, list[Line], Halt], silent: float) -> None:
+    """`silent` below 150: the one that was missing may only just have got there, and not be the one who kept the others."""
+    ranks, program, halt = world
+    patience = Patience(150, 150)
+    seen = stand_still(ranks, program, replace(halt, joined=False))
+    seen[halt.rank] = replace(seen[halt.rank], silent_seconds=silent)
+    waiting = [rank for rank, one in seen.items() if one.waits]
+    found = {rank: missed_by(rank, seen, patience) for rank in seen}
+    for verdict in found.values():
+        assert verdict is None or (silent >= 150 and verdict.culprits == (halt.rank,))
+    if silent >= 150:
+        assert [rank for rank, verdict in found.items() if verdict] == waiting
+    healthy = stand_still(ranks, program, None)
+    assert not any(missed_by(rank, healthy, patience) for rank in healthy)
+
+
+def test_who_was_not_waiting_for_long_names_nobody() -> None:
+    """A connection that was closed: who has not come yet is not who is gone."""
+    seen = stand_still(4, [WORLD], Halt(2, 0, joined=False))
+    seen[0] = replace(seen[0], silent_seconds=1)
+    assert missed_by(0, seen, Patience(150, 150)) is None
+    assert missed_by(1, seen, Patience(150, 150)) is not None

@@ -1,0 +1,40 @@
+"""What the last line of a failed run tells to do helps, and does not only lead back to the failure."""
+
+import re
+
+import pytest
+
+from bagualu.launch.cli import main
+from bagualu.trainer import run as whole_run
+from bagualu.trainer.assemble import assemble
+from tests.launch.survival import SMALL
+from tests.trainer.faults import Injection, gradient
+
+WORDS = ["comm.backend=simulated", "parallel.data=2", "train.steps=7", "checkpoint.every=2", "checkpoint.async=false",
+         "log.progress=off", "guard.on_nonfinite=stop", "restart.backoff_seconds=0"]  # fmt: skip
+
+
+@pytest.fixture
+def bad_step(monkeypatch):
+    """Step 5 gives a NaN whenever it is computed."""
+
+    def assemble_faulty(*given):
+        parts = assemble(*given)
+        parts.mesh.monitor.observers.append(Injection(parts, gradient("nan", always=True)))
+        return parts
+
+    monkeypatch.setattr(whole_run, "assemble", assemble_faulty)
+    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
+
+
+@pytest.mark.usefixtures("bad_step")
+def test_after_a_step_that_fails_whenever_it_is_done_not_to_resume_alone_is_the_advice(tmp_path, capsys):
+    words = ["train", *SMALL, *WORDS, f"run.dir={tmp_path}/run"]
+    assert main(words) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("bagualu: failed: rank ")
+    assert last.endswith("; with nothing changed it would only happen again")
+    assert main([*words, "checkpoint.resume=true"]) == 1, "it does happen again"
+    typed = re.search(r"leave its samples out with (guard\.leave_out=\[5\]), and go on .* with (checkpoint\.resume=true)", last)
+    assert typed, last
+    assert main([*words, *typed.groups()]) == 0, capsys.readouterr().err
