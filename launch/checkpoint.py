@@ -60,7 +60,7 @@ def _row(path: Path, everything: bool) -> dict[str, Any]:
     if isinstance(guard := (row["metadata"] or {}).get("guard"), dict):  # its history is for the run alone
         row["metadata"] = {**row["metadata"], "guard": {key: value for key, value in guard.items() if key not in _HISTORY}}
     quick = row.pop("problem")
-    return {**row, "problems": verify(path, len(cores())) if everything else [quick] if quick else []}
+    return {**row, "problems": verify(path, cores()) if everything else [quick] if quick else []}
 
 
 def _print(rows: list[dict[str, Any]], good: str) -> None:

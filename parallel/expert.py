@@ -45,14 +45,15 @@ class ExpertParallel(LocalExperts):
     def dispatch(self, rows: torch.Tensor, counts: torch.Tensor) -> Routed:
         arriving = torch.empty_like(counts)
         self.group.all_to_all(arriving, counts)
-        per_source = arriving.view(self.group.size, -1)
-        sent = counts.view(self.group.size, -1).sum(1).tolist()
-        received = per_source.sum(1).tolist()
+        size, per_source = self.group.size, arriving.view(self.group.size, -1)
+        # One transfer to the host, as each makes an accelerator wait.
+        sums = torch.cat((counts.view(size, -1).sum(1), per_source.sum(1), per_source.sum(0))).tolist()
+        sent, received, per_expert = sums[:size], sums[size : 2 * size], sums[2 * size :]
         arrived = all_to_all(rows, self.group, received, sent)
         # Rows came sorted by source, then by expert; the experts want them by expert.
-        experts = torch.arange(per_source.shape[1], device=rows.device).repeat(self.group.size)
-        order = torch.repeat_interleave(experts, arriving).argsort(stable=True)
-        return Routed(arrived[order], per_source.sum(0).tolist(), order, tuple(sent), tuple(received))
+        experts = torch.arange(per_source.shape[1], device=rows.device).repeat(size)
+        order = torch.repeat_interleave(experts, arriving, output_size=sum(received)).argsort(stable=True)
+        return Routed(arrived[order], per_expert, order, tuple(sent), tuple(received))
 
     def combine(self, results: torch.Tensor, routed: Routed) -> torch.Tensor:
         assert routed.order is not None

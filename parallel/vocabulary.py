@@ -19,9 +19,9 @@ from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 IGNORED = -100
 """The label of a position that takes no part in the loss."""
-_CHUNK_ELEMENTS, _CHUNK_ROWS = 2**21, 2**10
-"""A chunk has at least so many logits, as small products waste time, and at least so many tokens, as every chunk goes through the
-whole weight and its gradient."""
+_CHUNK_ROWS = 2**10
+"""Tokens. Every chunk goes through the whole weight and its gradient, so few would waste time; more could sum to what float16 does not
+hold, before any loss scale can help."""
 
 
 def embedding(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -93,9 +93,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x, dtype=rows.dtype) if backward else None
         grad_rows: torch.Tensor | None = None
         total = x.new_zeros((), dtype=accurate_dtype(x.dtype))
-        size = max(_CHUNK_ROWS, _CHUNK_ELEMENTS // weight.shape[0])  # not of the real rows: every rank must make the same chunks
-        for begin in range(0, max(1, x.shape[0]), size):
-            here = slice(begin, begin + size)
+        for begin in range(0, max(1, x.shape[0]), _CHUNK_ROWS):
+            here = slice(begin, begin + _CHUNK_ROWS)
             chunk = x[here].to(rows.dtype)
             logits = (chunk @ rows.T).to(total.dtype)
             total += _loss_and_gradient(logits, labels[here] - start, labels[here] != IGNORED, group)
@@ -104,7 +103,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, rows, out=grad_x[here])
                 grad_rows = _plus_product(grad_rows, grad_logits.T, chunk)
         if grad_x is not None and grad_rows is not None:
-            ctx.save_for_backward(grad_x.to(x.dtype), F.pad(grad_rows, (0, 0, 0, weight.shape[0] - valid)))
+            padding = weight.shape[0] - valid
+            ctx.save_for_backward(grad_x.to(x.dtype), F.pad(grad_rows, (0, 0, 0, padding)) if padding else grad_rows)
             ctx.sink = gradient_sink(weight)
         return total
 

@@ -6,6 +6,7 @@ Free of torch. docs/design/launch.md has the measurements behind the allocator's
 """
 
 import os
+import sys
 from pathlib import Path
 
 from bagualu.trainer.config import LaunchConfig
@@ -22,19 +23,27 @@ TRAIN = "bagualu.trainer.run:train"
 """What a worker runs, as "module:function": (recipe, communicator, stop, scratch) -> summary."""
 
 
-def cores() -> list[int]:
-    """The cores this process may run on, no more of them than a container's CPU quota allows."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+def cores() -> int:
+    """How many cores this process may keep busy: those it may run on, no more of them than a container's CPU quota allows."""
+    return min(len(_allowed()), _quota() or sys.maxsize)
+
+
+def _allowed() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _quota() -> int | None:
+    """Of this container, in cores; None: it has none."""
     try:
         quota, period = QUOTA.read_text().split()
-        return allowed if quota == "max" else allowed[: max(1, int(quota) // int(period))]
+        return None if quota == "max" else max(1, int(quota) // int(period))
     except (OSError, ValueError):
-        return allowed
+        return None
 
 
 def threads(config: LaunchConfig, workers: int) -> int:
     """CPU threads of each of `workers` processes on this machine."""
-    return config.threads or max(1, len(cores()) // workers)
+    return config.threads or max(1, cores() // workers)
 
 
 def variables(config: LaunchConfig, workers: int) -> dict[str, str]:
@@ -50,8 +59,9 @@ def variables(config: LaunchConfig, workers: int) -> dict[str, str]:
 
 
 def pin(config: LaunchConfig, local_rank: int, workers: int) -> None:
-    """Keep this process on its share of the cores. With more workers than cores the kernel shares them out better."""
-    usable = cores()
+    """Keep this process on its share of the cores. With more workers than cores the kernel shares them out better, and under a
+    quota too: it says how much may be used, not where, and other containers would choose the same cores."""
+    usable = _allowed()
     share = len(usable) // workers
-    if config.affinity and share and hasattr(os, "sched_setaffinity"):
+    if config.affinity and share and cores() == len(usable) and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, usable[local_rank * share : (local_rank + 1) * share])

@@ -71,6 +71,9 @@ def train(
             sink.close()
     if replication:
         replication.replicas.remove()
+    if ending["ended"] == "done" and "mfu" in ending:  # at the start other programs, or ranks, may have had the machine
+        before, ceiling = ceiling, max(ceiling, _ceiling(parts, communicator))
+        ending["mfu"] *= before / ceiling
     summary = {
         **ending,
         "steps": recipe.train.steps,

@@ -10,7 +10,8 @@ from bagualu.trainer.config import LaunchConfig
 
 @pytest.fixture
 def four_cores(monkeypatch):
-    monkeypatch.setattr(environment, "cores", lambda: [2, 3, 4, 5])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 4, 3, 2}, raising=False)
+    monkeypatch.setattr(environment, "QUOTA", environment.QUOTA / "none")
     pinned = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: pinned.append(cores), raising=False)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
@@ -46,10 +47,12 @@ def test_the_system_allocator_is_left_alone(four_cores):
     assert environment.variables(LaunchConfig(allocator="system"), 2) == {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
 
 
-def test_a_container_quota_limits_the_cores(tmp_path, monkeypatch):
+def test_a_container_quota_limits_the_cores_and_nobody_is_pinned_then(four_cores, tmp_path, monkeypatch):
     quota = tmp_path / "cpu.max"
     monkeypatch.setattr(environment, "QUOTA", quota)
-    allowed = len(environment.cores())  # no quota file: all that the kernel allows
-    for text, expected in (("100000 100000", 1), ("max 100000", allowed), ("50000 100000", 1)):
+    for text, expected in (("200000 100000", 2), ("max 100000", 4), ("50000 100000", 1), ("800000 100000", 4)):
         quota.write_text(text)
-        assert len(environment.cores()) == expected
+        assert environment.cores() == expected
+        environment.pin(LaunchConfig(), 0, 1)
+        assert (four_cores == [[2, 3, 4, 5]]) == (expected == 4)
+        four_cores.clear()

@@ -135,7 +135,6 @@ LABELS = torch.tensor([0, IGNORED, 4, 2, IGNORED, 4, 1])
 
 @pytest.fixture(params=[1, 2, 3, 100], ids=lambda rows: f"{rows}_rows_a_chunk")
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "_CHUNK_ELEMENTS", 0)
     monkeypatch.setattr(vocabulary, "_CHUNK_ROWS", request.param)
 
 
