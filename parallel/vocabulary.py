@@ -20,8 +20,8 @@ from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 IGNORED = -100
 """The label of a position that takes no part in the loss."""
 _CHUNK_ROWS = 2**10
-"""Tokens. Every chunk goes through the whole weight and its gradient, so few would waste time; more could sum to what float16 does not
-hold, before any loss scale can help."""
+"""Tokens. Every chunk goes through the whole weight and its gradient, so few would waste time; more could sum to what float16 does
+not hold, before any loss scale can help."""
 
 
 def embedding(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
