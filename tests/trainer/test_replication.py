@@ -90,7 +90,8 @@ def go_on(backend: str, recipe: Recipe, folder: Path, world: int = 4) -> None:
     recipe.checkpoint.resume = True
     summaries = run(backend, world, life, recipe, folder, 2, -1, 0, "")
     assert {summary["ended"] for summary in summaries} == {"done"}
-    assert not [path for node in folder.glob("node-*") for path in node.iterdir()]  # a run that ends leaves nothing
+    left = {path.name for node in folder.glob("node-*") for path in node.iterdir()}
+    assert left <= {"begun"}  # of memory a run that ends leaves nothing; the mark goes with the launch's folder
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
