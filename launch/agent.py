@@ -18,16 +18,18 @@ from types import FrameType
 from typing import Any
 
 from torch._C._distributed_c10d import Store
+from torch.distributed import DistStoreError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, MultiprocessContext
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS
 from bagualu.launch import board, forkserver, member
 from bagualu.launch.deaths import clear_failures, failures
 from bagualu.launch.fit import fitted
-from bagualu.launch.rendezvous import REGROUP_SECONDS
+from bagualu.launch.lost_node import LostNode, beats_of, gone, has_begun, where
+from bagualu.launch.rendezvous import REGROUP_SECONDS, Nodes
 from bagualu.launch.restart import Restarts, Verdict, announcement, resuming
 from bagualu.launch.watcher import Watcher
 from bagualu.trainer.outcome import Failure, at_fault, first
@@ -47,6 +49,14 @@ class Left(BaseException):
     """Asked to stop while waiting for other nodes: there is no worker to ask."""
 
 
+class LostPeer(Exception):
+    """Another node has gone before workers started, and the run is not started again."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.cause)
+        self.failure = failure
+
+
 class NoLogs(LogsSpecs):
     """Elastic redirects nothing: workers see to their own output (log.py) and failures (deaths.py)."""
 
@@ -62,9 +72,7 @@ class NoLogs(LogsSpecs):
 class Agent(LocalElasticAgent):
     """Starts the workers of one machine, starts them again after failures, forwards requests to stop, lets none survive."""
 
-    def __init__(
-        self, told: member.Member, rendezvous: DynamicRendezvousHandler, stop: StopRequest, watchers: Sequence[Watcher] = ()
-    ) -> None:
+    def __init__(self, told: member.Member, rendezvous: Nodes, stop: StopRequest, watchers: Sequence[Watcher] = ()) -> None:
         """From here on signals are the agent's, which notes in `stop` that it was asked; `stop` has taken them so far."""
         spec = WorkerSpec(
             role="worker",
@@ -88,6 +96,7 @@ class Agent(LocalElasticAgent):
         self._waits_for_nodes = False
         self._interrupts = 0
         self._pids: list[int] = []
+        self._lost_node = LostNode(rendezvous, told.scratch)
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
@@ -100,6 +109,14 @@ class Agent(LocalElasticAgent):
     @property
     def has_rank_0(self) -> bool:
         return self._worker_group.group_rank == 0
+
+    @property
+    def phase(self) -> str:
+        """What is under way here."""
+        if self._worker_group.state != WorkerState.HEALTHY:
+            return "meeting the other nodes"
+        beats = beats_of(self._beats, self._ranks())
+        return where(max(beat.step if beat else 0 for beat in beats.values()))
 
     # Being asked to stop
 
@@ -126,14 +143,28 @@ class Agent(LocalElasticAgent):
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         handler = worker_group.spec.rdzv_handler
-        assert isinstance(handler, DynamicRendezvousHandler)
-        # The workers' store is new in every generation: keys of the last one are not in it, its stragglers cannot reach it.
-        handler._shared_tcp_store_server = handler._bootstrap_store_info = None
+        assert isinstance(handler, Nodes)
         self._waits_for_nodes = handler.settings.max_nodes > 1
         try:
-            super()._rendezvous(worker_group)
+            while not self._met(worker_group, handler):
+                pass
         finally:
             self._waits_for_nodes = False
+
+    def _met(self, worker_group: WorkerGroup, handler: Nodes) -> bool:
+        """Meet the other nodes; False: one has died before it told the others of its workers, and they are to meet again."""
+        # The workers' store is new in every generation: keys of the last one are not in it, its stragglers cannot reach it.
+        handler._shared_tcp_store_server = handler._bootstrap_store_info = None
+        try:
+            super()._rendezvous(worker_group)
+        except DistStoreError as error:
+            verdict = self.restarts.decide(gone([], self.phase), elsewhere=True)
+            if not verdict.again:
+                raise LostPeer(verdict.failure) from error
+            _say(announcement(verdict, self.restarts, self.told.recipe))
+            self._pause(verdict.pause_seconds)
+            return False
+        return True
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         world = worker_group.workers[0].world_size
@@ -157,7 +188,7 @@ class Agent(LocalElasticAgent):
     # Looking after it
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        seen = next(filter(None, (watcher.look() for watcher in self.watchers)), None)
+        seen = next(filter(None, (watcher.look() for watcher in self.watchers)), None) or self._lost_node.look(self._ranks())
         if seen or self._exit_codes():
             self._fail(worker_group, seen)
         result: RunResult = super()._monitor_workers(worker_group)
@@ -179,10 +210,12 @@ class Agent(LocalElasticAgent):
         self._signal_workers(signal.SIGKILL)
         for process in self._processes():
             process.join(_EXIT_SECONDS)
-        processes = {worker_group.workers[local].global_rank: pid for local, pid in enumerate(self._pids)}
         metrics = Path(self.told.recipe.run.dir) / "metrics.jsonl"
-        unwatched = not self.told.recipe.restart.hang_seconds
-        self.failure = seen or at_fault(first(failures(self.told.scratch, codes, processes, metrics)), unwatched)
+        found = seen or first(failures(self.told.scratch, codes, self._ranks(), metrics))
+        if found.kind == "peer" and not self.stop_asked and board.regrouping(self._round_store):
+            self._remaining_restarts = 1  # the peer made room for a node that waits
+            return
+        self.failure = at_fault(found, unwatched=not self.told.recipe.restart.hang_seconds)
         verdict = self._judge(worker_group, self.failure)
         self._remaining_restarts = int(verdict.again)
         self.failure = verdict.failure
@@ -238,13 +271,23 @@ class Agent(LocalElasticAgent):
                 return
             assert self._pcontext is not None
             board.ask_to_regroup(self._round_store)
-            self._signal_workers(signal.SIGTERM)
+            # Before all have begun a step there is nothing to save, and some may wait for a node that is not there any more.
+            begun = all(has_begun(self._beats, rank, pid) for rank, pid in self._ranks().items())
+            self._signal_workers(signal.SIGTERM if begun else signal.SIGKILL)
             self._pcontext.wait(REGROUP_SECONDS, period=0.05)
         self.generation += 1
         super()._restart_workers(worker_group)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
         super()._shutdown(signal.SIGKILL, timeout)  # whoever lives still has had the chance to save
+
+    @property
+    def _beats(self) -> Path:
+        return self.told.scratch / HEARTBEATS
+
+    def _ranks(self) -> dict[int, int]:
+        """The processes of the workers here, by rank."""
+        return {worker.global_rank: pid for worker, pid in zip(self._worker_group.workers, self._pids, strict=False)}
 
     @property
     def _round_store(self) -> Store:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 
 from bagualu.comm import simulated
@@ -21,7 +22,7 @@ from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.injection.fault import ProcessKilled
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
 from bagualu.launch import member, rendezvous
-from bagualu.launch.agent import Agent, Killed, Left
+from bagualu.launch.agent import Agent, Killed, Left, LostPeer
 from bagualu.launch.board import LEAVE_SECONDS, Ending
 from bagualu.launch.meeting import Meeting
 from bagualu.launch.restart import Restarts, announcement, resuming
@@ -63,11 +64,11 @@ def run_processes(
         return _not_begun()
     told = member.Member(recipe, tuple(range(workers)), recipe.world_size(), entrypoint, folder, quiet_stdout)
     try:
-        place = rendezvous.among(meeting, recipe.restart) if meeting else rendezvous.here(recipe.launch.port)
+        place = rendezvous.among(meeting, recipe.restart, stop) if meeting else rendezvous.here(recipe.launch.port)
         with _lock(recipe, meeting, place):
-            return _together(Agent(told, place.handler, stop, watchers), place)
-    except RendezvousError as error:
-        return Ended(failure=_lost_meeting(error, recipe))
+            return _together(Agent(told, place.handler, stop, watchers), place, meeting)
+    except RendezvousError:
+        return _not_begun() if stop() else Ended(failure=_no_store(meeting, "meeting the other nodes"))
     except RecipeError as error:  # another job was quicker
         return Ended(failure=failure(-1, "start", error, time.time()))
 
@@ -77,10 +78,15 @@ def _lock(recipe: Recipe, meeting: Meeting | None, place: rendezvous.Place) -> A
     return run_lock.hold(Path(recipe.run.dir), meeting.job) if meeting and place.hosts else nullcontext()
 
 
-def _together(agent: Agent, place: rendezvous.Place) -> Ended:
+def _together(agent: Agent, place: rendezvous.Place, meeting: Meeting | None) -> Ended:
     """The end of the run, told to the agents of the other nodes and heard from them."""
     ending = Ending(place.store)
-    ended = _supervise(agent, ending)
+    try:
+        ended = _supervise(agent, ending)
+    except RendezvousTimeoutError:
+        ended = Ended(failure=_nobody_came(agent.told.recipe, place.handler.missing()))
+    except (RendezvousError, DistNetworkError):
+        ended = Ended(failure=_no_store(meeting, agent.phase))
     if ended.failure is None or ended.failure.kind != "stopped":  # a node that leaves ends nothing for the others
         ending.say({"summary": ended.summary, "failure": ended.failure and ended.failure.as_dict()})
         place.handler.shutdown()
@@ -91,7 +97,6 @@ def _together(agent: Agent, place: rendezvous.Place) -> Ended:
 
 def _supervise(agent: Agent, ending: Ending) -> Ended:
     """The end of the run; where another node has ended it, what that one said."""
-    recipe = agent.told.recipe
     if agent.stop_asked:
         return _not_begun()
     try:
@@ -103,8 +108,8 @@ def _supervise(agent: Agent, ending: Ending) -> Ended:
         return Ended(failure=Failure(-1, "start", "asked to stop while waiting for other nodes", time.time(), "stopped"))
     except RendezvousClosedError:
         result = None
-    except RendezvousError as error:
-        return Ended(failure=_lost_meeting(error, recipe))
+    except LostPeer as lost:
+        return Ended(failure=lost.failure)
     except RecipeError as error:
         return Ended(failure=failure(-1, "restart", error, time.time()))
     if result is None:
@@ -125,14 +130,17 @@ def _said(document: dict[str, Any] | None) -> Ended:
     return Ended(document["summary"], Failure(**document["failure"]) if document["failure"] else None, False)
 
 
-def _lost_meeting(error: RendezvousError, recipe: Recipe) -> Failure:
-    if isinstance(error, RendezvousTimeoutError):
-        cause = (
-            f"waited restart.wait_seconds={recipe.restart.wait_seconds} s for {recipe.launch.nodes} nodes, and they did not come"
-        )
-    else:
-        cause = "the node that holds the rendezvous store cannot be reached"
+def _nobody_came(recipe: Recipe, missing: list[str]) -> Failure:
+    cause = f"waited restart.wait_seconds={recipe.restart.wait_seconds} s for {recipe.launch.nodes} nodes, and they did not come"
+    if missing:
+        cause += f"; gone since they last met: {', '.join(missing)}"
     return Failure(-1, "meeting the other nodes", cause, time.time(), "peer")
+
+
+def _no_store(meeting: Meeting | None, phase: str) -> Failure:
+    place = f", {meeting.host} at port {meeting.port}," if meeting else ""
+    cause = f"the node that holds the rendezvous store{place} cannot be reached"
+    return Failure(-1, phase, cause, time.time(), "peer")
 
 
 def run_threads(

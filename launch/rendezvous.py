@@ -1,15 +1,19 @@
 """Where the agents of a run meet: elastic's rendezvous over a TCP store, on one machine or on many."""
 
 import contextlib
+import os
 import socket
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, create_handler
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, _NodeDesc
 
 from bagualu.fault_tolerance.config import RestartConfig
 from bagualu.launch.meeting import Meeting
@@ -17,15 +21,35 @@ from bagualu.launch.meeting import Meeting
 REGROUP_SECONDS = 300
 """For the workers to save and stop, so that a node that has come can join."""
 _HEARTBEAT_SECONDS, _MISSED_HEARTBEATS = 1, 8
-"""An agent that has been silent for the product of them is dead."""
+SILENT_SECONDS = _HEARTBEAT_SECONDS * _MISSED_HEARTBEATS
+"""An agent that has been silent for so long is dead."""
+_STORE_SECONDS = 30
+"""The same for the machine with the store, without which nobody goes on; and for a word that an agent owes the others at once."""
+_ANSWER_SECONDS = 10
+"""For a store that listens to answer for the first time."""
 _FOREVER_SECONDS = 10**8
+
+
+class Nodes(DynamicRendezvousHandler):
+    """Elastic's rendezvous, which also knows who of the last round is missing now."""
+
+    _met: frozenset[_NodeDesc] = frozenset()
+
+    def _get_world(self) -> tuple[int, int]:
+        self._met = frozenset(self._state_holder.state.participants)  # before one of them can fall silent
+        return super()._get_world()
+
+    def missing(self) -> list[str]:
+        """Addresses of other nodes of the last round whose agents are silent or have left, and have not come to the next one."""
+        state = self._state_holder.state  # read anew every second, to tell the others that this node lives
+        return sorted(node.addr for node in self._met - state.participants.keys() - state.wait_list - {self._this_node})
 
 
 @dataclass(frozen=True)
 class Place:
     """A rendezvous, and a store that all its rounds share."""
 
-    handler: DynamicRendezvousHandler
+    handler: Nodes
     store: Store
     hosts: bool
     """Whether the store is this process's."""
@@ -36,8 +60,8 @@ def here(port: int | None) -> Place:
     return _place("127.0.0.1", port or 0, uuid.uuid4().hex, 1, 1, "127.0.0.1", True, _FOREVER_SECONDS, 1)
 
 
-def among(meeting: Meeting, config: RestartConfig) -> Place:
-    """The rendezvous of `meeting`. Raises RendezvousError when its host cannot be reached."""
+def among(meeting: Meeting, config: RestartConfig, stop: Callable[[], bool]) -> Place:
+    """The rendezvous of `meeting`. Raises RendezvousError when its host is not reached in time, or before, when asked to stop."""
     join, last_call = config.wait_seconds, 1
     if config.elastic:
         join, last_call = config.wait_seconds + REGROUP_SECONDS, config.wait_seconds
@@ -50,7 +74,20 @@ def among(meeting: Meeting, config: RestartConfig) -> Place:
     if own_address == its_address:  # elastic compares names, which may stand for another address of this machine
         with contextlib.suppress(RendezvousConnectionError):
             return place(is_host=True)
-    return place(is_host=False)  # another agent of this machine may be there already
+    deadline = time.monotonic() + config.wait_seconds
+    while True:
+        _await_host(host, port, deadline, stop)
+        with contextlib.suppress(RendezvousConnectionError):  # it went again that very moment
+            return place(is_host=False)  # another agent of this machine may be there already
+
+
+def _await_host(host: str, port: int, deadline: float, stop: Callable[[], bool]) -> None:
+    """Until somebody listens there: the machine with the store may be the last to come up. Torch would wait deaf to signals."""
+    while not stop() and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+            return
+        time.sleep(0.2)
+    raise RendezvousConnectionError(f"nobody listens at {host}:{port}")
 
 
 def _place(
@@ -62,15 +99,40 @@ def _place(
         run_id=run_id,
         min_nodes=fewest,
         max_nodes=most,
-        local_addr=own_address,
-        join_timeout=join,
-        last_call_timeout=last_call,
-        keep_alive_interval=_HEARTBEAT_SECONDS,
-        keep_alive_max_attempt=_MISSED_HEARTBEATS,
         is_host=is_host,
+        read_timeout=_ANSWER_SECONDS,
     )
     backend, store = create_backend(parameters)
-    return Place(create_handler(store, backend, parameters), PrefixStore(f"bagualu/{run_id}", store), is_host)
+    store.set_timeout(timedelta(seconds=_STORE_SECONDS))
+    _notice_silence(port)
+    timeout = RendezvousTimeout(join=timedelta(seconds=join), last_call=timedelta(seconds=last_call))
+    beats = _HEARTBEAT_SECONDS, _MISSED_HEARTBEATS
+    handler = Nodes.from_backend(run_id, store, backend, fewest, most, own_address, timeout, *beats)
+    return Place(handler, PrefixStore(f"bagualu/{run_id}", store), is_host)
+
+
+def _notice_silence(port: int) -> None:
+    """End this process's connections to `port` when the other machine has not acknowledged anything for a while.
+
+    A machine without power says nothing. Without this its store is waited for as long as the kernel likes: a quarter of an hour.
+    """
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        return
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # no socket, or one without a peer
+            one = socket.socket(fileno=descriptor)
+            try:
+                if one.type == socket.SOCK_STREAM and one.getpeername()[1:2] == (port,):
+                    _limit_silence(one)
+            finally:
+                one.detach()  # it is torch's
+
+
+def _limit_silence(one: socket.socket) -> None:
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # also while this side only listens
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _HEARTBEAT_SECONDS)
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _HEARTBEAT_SECONDS)
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _STORE_SECONDS)
 
 
 def _addresses_towards(host: str, port: int) -> tuple[str, str]:

@@ -67,6 +67,12 @@ def own_network() -> None:
     _system("unshare", _NEW_NETWORK)
 
 
+def join_network(pid: int) -> None:
+    """This process, or thread, goes over to the network of process `pid`."""
+    with open(f"/proc/{pid}/ns/net") as network:
+        _system("setns", network.fileno(), _NEW_NETWORK)
+
+
 class Wire:
     """Carries what the machines send each other."""
 
@@ -164,8 +170,7 @@ def _inside(pid: int, function: Callable[[], None]) -> None:
 
     def work() -> None:
         try:
-            with open(f"/proc/{pid}/ns/net") as network:
-                _system("setns", network.fileno(), _NEW_NETWORK)
+            join_network(pid)
             function()
         except BaseException as error:
             errors.append(error)

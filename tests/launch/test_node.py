@@ -115,8 +115,8 @@ def test_when_the_store_goes_with_its_node_the_others_end_and_say_so(nodes, refe
     assert other.wait(60) == 1
     last = (run.folder.parent / "agent-1.err").read_text().splitlines()[-1]
     assert_names_rank_phase_and_cause(last)
-    assert last.startswith("bagualu: failed: no single rank, meeting the other nodes: the node that holds the rendezvous store "
-                           "cannot be reached; ")  # fmt: skip
+    place = "{} at port {}".format(*run.place)
+    assert f": the node that holds the rendezvous store, {place}, cannot be reached; " in last
     finish(run.folder, *WORDS)
     assert_stood(run.folder, reference(), MOST_LOST)
 

@@ -1,5 +1,6 @@
 """The batch script: readable, quoted, and what it does on a real SLURM of two nodes on this machine (marker slurm)."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import time
 
+import psutil
 import pytest
 
 from bagualu.fault_tolerance.checkpoint.directory import latest
@@ -17,6 +19,7 @@ from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.launch import cli
 from bagualu.launch.slurm import script
 from bagualu.trainer.recipe import compose
+from tests.standing import assert_names_rank_phase_and_cause
 
 BASH = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -139,15 +142,49 @@ def steps(folder):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def submitted(capsys, *words):
+    """The number of the job."""
+    assert cli.main(["slurm", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["job"]
+
+
+def agent_of(job, node):
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            mine = process.environ().get("SLURM_JOB_ID") == job and process.environ().get("SLURMD_NODENAME") == node
+            if mine and "bagualu.launch.node" in process.cmdline():
+                return process
+    raise AssertionError(f"job {job} has no agent on {node}")
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_a_job_that_loses_an_agent_ends_with_the_cause_and_goes_on_when_it_is_submitted_again(two_nodes, tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["recipe=tiny_dense", "parallel.data=2", "parallel.pipeline=1", "launch.nodes=2", "launch.workers=1", "model.layers=2",
+             "data.source=random", "train.validation_sequences=0", "checkpoint.every=2", "restart.wait_seconds=5",
+             f"run.dir={folder}"]  # fmt: skip
+    job = submitted(capsys, *words, "train.steps=100000")
+    until(lambda: len(steps(folder)) >= 5)
+    agent_of(job, "n2").kill()
+    until(lambda: "JobState=FAILED" in called("scontrol", "show", "job", job))
+    said = (folder / "logs" / f"slurm-{job}.log").read_text().splitlines()
+    last = next(line for line in reversed(said) if line.startswith("bagualu: "))
+    assert_names_rank_phase_and_cause(last)
+    assert "restart.wait_seconds=5" in last or "the node that holds the rendezvous store" in last  # either may have it: one machine
+    end = len(steps(folder)) + 10
+    job = submitted(capsys, *words, f"train.steps={end}", "checkpoint.resume=true")
+    until(lambda: "JobState=COMPLETED" in called("scontrol", "show", "job", job))
+    assert steps(folder) == list(range(1, end + 1))  # every step once
+
+
 @pytest.mark.slurm
 @pytest.mark.timeout(600)
 def test_a_job_on_two_nodes_saves_requeues_goes_on_and_stops_with_75(two_nodes, tmp_path, capsys):
     folder = tmp_path / "run"
     words = ["recipe=moe_tiny", "parallel.tensor=2", "launch.nodes=2", "launch.workers=2", "train.steps=100000",
              "train.validation_sequences=0", "data.source=random", "model.layers=2", f"run.dir={folder}"]  # fmt: skip
-    assert cli.main(["slurm", *words, "--json"]) == 0
-    job = json.loads(capsys.readouterr().out)["job"]
-
+    job = submitted(capsys, *words)
     until(lambda: len(steps(folder)) >= 3)
     called("scancel", "--batch", "--signal=USR1", job)  # what SLURM sends before the time limit
     until(lambda: "PENDING" in called("scontrol", "show", "job", job))
