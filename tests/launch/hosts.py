@@ -40,7 +40,6 @@ from bagualu.trainer import worker
 from bagualu.trainer.config import Recipe
 from tests.launch import faulty
 from tests.launch.survival import SMALL
-from tests.standing import train_noting_samples
 from tests.wire import Weather, Wire, address, join_network, own_network
 
 MACHINES = 3
@@ -53,9 +52,8 @@ _ESTABLISHED = "01"
 
 
 def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None) -> dict[str, Any]:
-    """What the ranks run: the trainer, which notes its samples, and dawdles as long as `slow` is there."""
-    communicator.monitor.observers.append(faulty.Fault(recipe, communicator.rank, stop))
-    return train_noting_samples(recipe, communicator, stop, scratch)
+    """What the ranks run."""
+    return faulty.train(recipe, communicator, stop, scratch)
 
 
 def agent(arguments: list[str]) -> int:

@@ -12,16 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.harness import run as run_ranks
-from tests.launch.hosts import MACHINES
-from tests.launch.survival import small, undisturbed
-from tests.standing import (
-    Leftovers,
-    assert_every_sample_once,
-    assert_ledger_adds_up,
-    assert_names_rank_phase_and_cause,
-    assert_same_run,
-)
+from tests.conftest import Undisturbed
+from tests.launch.survival import MOST_LOST, small
+from tests.leftovers import Leftovers
+from tests.standing import assert_names_rank_phase_and_cause, assert_stood
 from tests.wire import why_not
 
 NONE = why_not()
@@ -30,33 +24,25 @@ pytestmark = [
     pytest.mark.timeout(400),
 ]
 ROOT = Path(__file__).parents[2]
-WORDS = ["parallel.data=3", "data.global_batch=6", "train.steps=12", "checkpoint.every=2", "restart.wait_seconds=10",
-         "restart.backoff_seconds=0.1"]  # fmt: skip
+WORDS = ["parallel.data=3", "data.global_batch=6", "train.steps=12", "checkpoint.every=2", "restart.backoff_seconds=0.1"]
+SHORT, LONG = "restart.wait_seconds=10", "restart.wait_seconds=60"
 STORE = "the node that holds the rendezvous store, 10.77.0.1 at port 29500, cannot be reached"
 NOBODY = "waited restart.wait_seconds=10 s for 3 nodes, and they did not come; gone since they last met: 10.77.0.3"
 SLOW = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run_ranks("gloo", MACHINES, undisturbed, small(folder, *WORDS))
-    return folder
+@pytest.fixture
+def reference(undisturbed: Undisturbed, tmp_path: Path) -> Path:
+    return undisturbed(small(tmp_path / "unused", *WORDS), "gloo")
 
 
-def die(case: str, folder: Path, leftovers: Leftovers) -> tuple[dict[str, Any], list[list[str]]]:
+def die(case: str, folder: Path, leftovers: Leftovers, patience: str) -> tuple[dict[str, Any], list[list[str]]]:
     """What became of the machines, and what the agents of each said."""
-    command = ["unshare", "-rn", sys.executable, "-m", "tests.launch.hosts", str(folder), case, *WORDS]
+    command = ["unshare", "-rn", sys.executable, "-m", "tests.launch.hosts", str(folder), case, *WORDS, patience]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=leftovers.environment)
-    said = [path.read_text().splitlines() if (path := folder / f"agent-{machine}").exists() else [] for machine in range(MACHINES)]
+    said = [path.read_text().splitlines() if (path := folder / f"agent-{machine}").exists() else [] for machine in range(3)]
     assert done.returncode == 0, (done.stderr, said)
     return json.loads(done.stdout.splitlines()[-1]), said
-
-
-def assert_as_undisturbed(folder: Path, reference: Path) -> None:
-    assert_same_run(folder / "run", reference)
-    assert_every_sample_once(folder / "run", small(folder / "run", *WORDS))
-    assert_ledger_adds_up(folder / "run")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +65,7 @@ def assert_as_undisturbed(folder: Path, reference: Path) -> None:
 def test_the_others_end_soon_with_the_cause_and_one_of_them_resumes_to_the_same_bits(
     tmp_path: Path, leftovers: Leftovers, reference: Path, case: str, cause: str
 ) -> None:
-    told, said = die(case, tmp_path, leftovers)
+    told, said = die(case, tmp_path, leftovers, SHORT)
     assert set(told["codes"]) == {1}
     for machine in {0, 1, 2} - {int(case[0])}:
         last = next((line for line in reversed(said[machine]) if line.startswith("bagualu: failed: ")), None)
@@ -89,7 +75,7 @@ def test_the_others_end_soon_with_the_cause_and_one_of_them_resumes_to_the_same_
         assert_names_rank_phase_and_cause(last)
         assert re.search(rf"(start|step \d+|meeting the other nodes): {re.escape(cause)}; ", last), said
     assert told["resumed"][min(1, len(told["resumed"]) - 1)] == 0, said
-    assert_as_undisturbed(tmp_path, reference)
+    assert_stood(tmp_path / "run", reference, MOST_LOST)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +92,8 @@ def test_the_others_end_soon_with_the_cause_and_one_of_them_resumes_to_the_same_
 def test_where_it_comes_back_in_time_the_run_goes_on_by_itself_to_the_same_bits(
     tmp_path: Path, leftovers: Leftovers, reference: Path, case: str
 ) -> None:
-    told, said = die(case, tmp_path, leftovers)
+    told, said = die(case, tmp_path, leftovers, LONG)
     assert told["resumed"] == [0, 0, 0], said
     if case == "2-connecting-late":
         assert "restart" not in " ".join(line for lines in said for line in lines if line.startswith("bagualu: ")), said
-    assert_as_undisturbed(tmp_path, reference)
+    assert_stood(tmp_path / "run", reference, MOST_LOST)
