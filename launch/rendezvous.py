@@ -7,10 +7,10 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, _NodeDesc
@@ -41,8 +41,19 @@ class Nodes(DynamicRendezvousHandler):
 
     def missing(self) -> list[str]:
         """Addresses of other nodes of the last round whose agents are silent or have left, and have not come to the next one."""
-        state = self._state_holder.state  # read anew every second, to tell the others that this node lives
-        return sorted(node.addr for node in self._met - state.participants.keys() - state.wait_list - {self._this_node})
+        heard = self._state_holder.state.last_heartbeats.keys()  # read anew every second, to tell the others that this node lives
+        return sorted(node.addr for node in self._met - heard - {self._this_node})
+
+    def _keep_alive(self) -> None:
+        """Elastic strikes a node off whose heartbeats it has missed, and that one would never beat again: no blip may do that."""
+        super()._keep_alive()
+        with self._heartbeat_lock:
+            holder = self._state_holder
+            if self._this_node in self._met and self._this_node not in holder.state.last_heartbeats:
+                holder.state.last_heartbeats[self._this_node] = datetime.now(UTC)
+                holder.mark_dirty()
+                with contextlib.suppress(RendezvousError):
+                    holder.sync()
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
 """When the silence of another node's agent ends a generation: when every rank here waits and has been silent as long."""
 
 import os
+import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from bagualu.comm.monitor import Line, Monitor
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
+from bagualu.launch import rendezvous
 from bagualu.launch.lost_node import LostNode, has_begun
 from bagualu.launch.rendezvous import SILENT_SECONDS
 
@@ -88,3 +92,34 @@ def test_nothing_is_to_be_saved_until_a_rank_has_begun_a_step(here: Here) -> Non
     here.step(1)
     assert has_begun(here.folder, 0, os.getpid())
     assert not has_begun(here.folder, 0, os.getppid())  # left by another process
+
+
+def test_an_agent_that_was_held_up_is_heard_again(monkeypatch) -> None:
+    monkeypatch.setattr(rendezvous, "_MISSED_HEARTBEATS", 2)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    places = [
+        rendezvous._place("127.0.0.1", port, "blip", 2, 2, f"127.0.0.{number + 1}", number == 0, join=60, last_call=1)
+        for number in range(2)
+    ]
+    here, there = (place.handler for place in places)
+    meeting = [threading.Thread(target=handler.next_rendezvous) for handler in (here, there)]
+    for thread in meeting:
+        thread.start()
+    for thread in meeting:
+        thread.join(60)
+    assert here.missing() == []
+    with there._heartbeat_lock:
+        _until(lambda: here.missing() == ["127.0.0.2"])
+    _until(lambda: here.missing() == [])
+    time.sleep(3)  # and it goes on beating
+    assert here.missing() == []
+    for handler in (here, there):
+        handler.shutdown()
+
+
+def _until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
