@@ -15,6 +15,21 @@ def require_at_least(least: float, section: str, part: Any, *names: str) -> None
             raise RecipeError(f"{section}.{name}={value} must be at least {least}, {works}")
 
 
+def require_at_most(most: float, section: str, part: Any, *names: str) -> None:
+    """Refuse `section`.name above `most` for any of `names`; None passes, as left out. Raises RecipeError."""
+    for name in names:
+        value = getattr(part, name)
+        if value is not None and value > most:
+            raise RecipeError(f"{section}.{name}={value} must be at most {most}; give {section}.{name}={most} or less")
+
+
+def require_text(section: str, part: Any, **examples: str) -> None:
+    """Refuse an empty `section`.name for any name of `examples`. Raises RecipeError."""
+    for name, example in examples.items():
+        if not getattr(part, name).strip():
+            raise RecipeError(f"{section}.{name} is empty; give one, e.g. {section}.{name}={example}")
+
+
 def refuse_unused(section: str, part: Any, names: list[str], reason: str) -> None:
     """Refuse keys that were changed although `reason` (e.g. "model.moe.experts=0") leaves them without effect.
 

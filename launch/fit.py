@@ -32,10 +32,11 @@ def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
     """
     given = recipe.parallel
     pipeline_stays, data_stays = layout.pipeline == given.pipeline, layout.data == given.data
+    balance_stays = pipeline_stays or (isinstance(given.balance, str) and layout.pipeline > 1)
     parallel = replace(
         given,
-        balance=given.balance if pipeline_stays or isinstance(given.balance, str) else "uniform",
-        speeds=given.speeds if pipeline_stays or given.speeds == "measured" else None,
+        balance=given.balance if balance_stays else "uniform",
+        speeds=given.speeds if balance_stays and (pipeline_stays or given.speeds == "measured") else None,
         memory_bytes=given.memory_bytes if pipeline_stays or not isinstance(given.memory_bytes, list) else min(given.memory_bytes),
         shares=given.shares if data_stays or given.shares == "measured" else None,
         rebalance=given.rebalance if layout.pipeline > 1 else RebalanceConfig(),

@@ -193,5 +193,6 @@ def _run_threads_once(
     try:
         return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads, hung)[0])
     except (Exception, ProcessKilled) as error:
-        traceback.print_exception(error)
+        if not isinstance(error, RecipeError):  # which is all there is to say
+            traceback.print_exception(error)
         return Ended(failure=seen[0] if seen else at_fault(first(failures), not recipe.restart.hang_seconds))

@@ -35,6 +35,7 @@ _NUMBERS = ("step", "recovery", "steps lost")
 def rehearse(request: Request, entrypoint: str | None) -> tuple[int, Any]:
     """Rehearse; exit code (0 only when everything was survived as promised) and the document for --json."""
     recipe = compose(request.overrides)
+    recipe.run.validate()  # before its folder is made up
     workers = preflight.workers_per_node(recipe)
     faults = [str(fault) for fault in recipe.planned_faults(workers)]
     if not faults:

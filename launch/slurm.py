@@ -50,7 +50,10 @@ def slurm(request: Request) -> tuple[int, Any]:
 
 
 def _check(recipe: Recipe) -> None:
-    preflight.workers_per_node(recipe)
+    workers, gpus = preflight.workers_per_node(recipe), recipe.launch.slurm.gpus_per_node
+    if recipe.comm.backend == "nccl" and gpus is not None and gpus < workers:
+        raise RecipeError(f"launch.slurm.gpus_per_node={gpus} are fewer than the {workers} workers of a node, and "
+                          f"comm.backend=nccl needs one each; give launch.slurm.gpus_per_node={workers}")  # fmt: skip
     preflight.check(recipe, recipe.world_size())
     preflight.check_run_directory(recipe)
     if recipe.comm.backend == "simulated":

@@ -80,7 +80,7 @@ class ParallelConfig:
             raise RecipeError(f"parallel.context={self.context} is not supported yet; give parallel.context=1")
         if self.engine != "native":
             raise RecipeError(f"parallel.engine={self.engine} is unknown; give parallel.engine=native")
-        place(self.schedule, self.pipeline, self.virtual_stages)
+        placement = place(self.schedule, self.pipeline, self.virtual_stages)
         if self.zero not in (0, 1):
             raise RecipeError(f"parallel.zero={self.zero} is not supported; give parallel.zero=0 or parallel.zero=1")
         if self.bucket_bytes < 1:
@@ -91,6 +91,9 @@ class ParallelConfig:
         if self.rebalance.every and self.pipeline == 1:
             raise RecipeError(f"parallel.rebalance.every={self.rebalance.every} has no effect with parallel.pipeline=1; "
                               "leave it out or give parallel.pipeline=2")  # fmt: skip
+        if self.balance in COMPUTED and placement.stages == 1 and self.memory_bytes is None:
+            raise RecipeError(f"parallel.balance={self.balance} has no effect with parallel.pipeline=1, whose one stage holds all "
+                              "layers; give parallel.balance=uniform or parallel.pipeline=2")  # fmt: skip
         if self.sequence and self.tensor == 1:
             raise RecipeError("parallel.sequence=true needs parallel.tensor of at least 2; drop it or raise parallel.tensor")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
 
-from bagualu.comm.checks import require_at_least
+from bagualu.comm.checks import require_at_least, require_text
 from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig, StragglerConfig
@@ -18,11 +18,15 @@ from bagualu.parallel.balance.keys import validate_shares, validate_split
 from bagualu.parallel.balance.problem import RECOMPUTE
 from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.layout import Layout
-from bagualu.parallel.pipeline.generate import compute_schedule, splits_backward
+from bagualu.parallel.pipeline.generate import place, splits_backward
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.models.config import ModelConfig
 from bagualu.trainer.optim.config import OptimConfig
 
+MOST_MICRO_BATCHES = 2**16
+"""Of one data rank in a step: each is planned for, pass by pass, before the first one."""
+SEEDS = range(-(2**63), 2**64)
+"""What torch takes."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -34,6 +38,11 @@ class RunConfig:
     dir: str = "runs/${run.name}"
     seed: int = 0
     """Weights and data order are functions of it, of nothing else and never of the rank."""
+
+    def validate(self) -> None:
+        require_text("run", self, name="tiny", dir="runs/tiny")
+        if self.seed not in SEEDS:
+            raise RecipeError(f"run.seed={self.seed} must lie between -2**63 and 2**64 - 1, e.g. run.seed={self.seed % 2**32}")
 
 
 @dataclass
@@ -80,6 +89,9 @@ class SlurmConfig:
     setup: list[str] = field(default_factory=list)
     """Shell lines run on every node before the agent, e.g. ["module load cuda", "source env/bin/activate"]."""
 
+    def validate(self) -> None:
+        require_at_least(1, "launch.slurm", self, "gpus_per_node", "cpus_per_task")
+
 
 @dataclass
 class LaunchConfig:
@@ -104,6 +116,7 @@ class LaunchConfig:
             raise RecipeError(f"launch.allocator={self.allocator} is unknown; give tuned or system")
         if self.port is not None and not 1 <= self.port <= 65535:
             raise RecipeError(f"launch.port={self.port} must lie between 1 and 65535, or leave it out")
+        self.slurm.validate()
 
 
 @dataclass
@@ -156,7 +169,7 @@ class Recipe:
 
     def validate(self, world: int) -> Layout:
         """Check every part and all of them together for `world` ranks. Raises RecipeError with the fix."""
-        for part in (self.model, self.data, self.train, self.optim, self.parallel, self.comm, self.checkpoint,
+        for part in (self.run, self.model, self.data, self.train, self.optim, self.parallel, self.comm, self.checkpoint,
                      self.restart, self.straggler, self.launch, self.log):  # fmt: skip
             part.validate()
         self.guard.validate(saves=self.checkpoint.every > 0)
@@ -172,6 +185,7 @@ class Recipe:
                               f"comm.timeout_seconds={self.comm.timeout_seconds}, in which the other ranks wait; "
                               f"give {patience:g} or less")  # fmt: skip
         self._validate_batch(layout)
+        self._validate_micro_batches(layout)
         self._validate_model(layout)
         self._validate_pipeline(layout)
         self.planned_faults(max(world, self.world_size()))  # a run that goes on with fewer ranks keeps its plan
@@ -220,20 +234,27 @@ class Recipe:
                               f"{self.data.global_batch}; give one of {fits}")  # fmt: skip
         validate_shares(self.parallel.shares, self.micro_batches(), layout.data, layout.expert)
 
+    def _validate_micro_batches(self, layout: Layout) -> None:
+        most = max(self.declared_shares(layout) or [self.micro_batches() // layout.data])
+        if most > MOST_MICRO_BATCHES:
+            raise RecipeError(f"data.global_batch={self.data.global_batch} is {most} micro-batches of train.micro_batch="
+                              f"{self.train.micro_batch} for a data rank, more than {MOST_MICRO_BATCHES}; "
+                              f"give data.global_batch={self.data.global_batch * MOST_MICRO_BATCHES // most} or less")  # fmt: skip
+
     def _validate_model(self, layout: Layout) -> None:
         if self.parallel.sequence and self.data.sequence_length % layout.tensor:
             raise RecipeError(f"data.sequence_length={self.data.sequence_length} does not divide over parallel.tensor="
                               f"{layout.tensor} as parallel.sequence=true needs; change one of them")  # fmt: skip
         model, tensor = self.model, layout.tensor
         named = {"model.heads": model.heads, "model.kv_heads": model.key_value_heads}
-        if not all(model.is_moe_layer(i) for i in range(model.layers)):
+        if not (model.moe.experts and model.moe.every == 1):
             named["model.ffn"] = model.ffn
         if model.moe.experts:
             named["model.moe.ffn"] = model.moe.ffn
         common = gcd(*named.values())
-        fits = [n for n in range(1, common + 1) if common % n == 0]
         for name, value in named.items():
             if value % tensor:
+                fits = [n for n in range(1, common + 1) if common % n == 0]
                 raise RecipeError(f"{name}={value} is not divisible by parallel.tensor={tensor}; "
                                   f"give parallel.tensor one of {fits[:8]} or change {name}")  # fmt: skip
         if model.padded_vocab % tensor:
@@ -249,9 +270,8 @@ class Recipe:
 
     def _validate_pipeline(self, layout: Layout) -> None:
         parallel = self.parallel
-        for count in set(self.declared_shares(layout) or [max(1, self.micro_batches() // layout.data)]):
-            schedule = compute_schedule(parallel.schedule, layout.pipeline, count, parallel.virtual_stages)
-        validate_split(parallel.balance, self.model.layers, schedule.placement, parallel.memory_bytes, self.train.recompute)
+        placement = place(parallel.schedule, layout.pipeline, parallel.virtual_stages)
+        validate_split(parallel.balance, self.model.layers, placement, parallel.memory_bytes, self.train.recompute)
         if self.train.compile and splits_backward(parallel.schedule):
             raise RecipeError(f"parallel.schedule={parallel.schedule} takes the backward pass in two parts, which compiled layers "
                               "cannot; give train.compile=false or parallel.schedule=1f1b")  # fmt: skip

@@ -11,8 +11,15 @@ from typing import Any
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.checkpoint.fence import EPOCH
+from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.trainer.config import Recipe
+from bagualu.trainer.data.sources import RANDOM, STDLIB, require_files
 from bagualu.trainer.recipe import RESOLVED, load_recipe
+
+_KEPT = (
+    ("run", "seed"), ("data", "source"), ("data", "validation_fraction"), ("data", "sequence_length"), ("data", "global_batch")
+)  # fmt: skip
+"""Keys that make a run this run, besides its model."""
 
 
 def workers_per_node(recipe: Recipe) -> int:
@@ -32,9 +39,8 @@ def check(recipe: Recipe, world: int) -> None:
     known = sorted(entry.name for entry in entry_points(group="bagualu.backends"))
     if recipe.comm.backend not in known:
         raise RecipeError(f"comm.backend={recipe.comm.backend} is unknown; give one of {', '.join(known)}")
-    source = recipe.data.source
-    if source not in ("stdlib", "random") and not Path(source).exists():
-        raise RecipeError(f"data.source={source} does not exist; give a text file, a folder of them, stdlib or random")
+    if recipe.data.source not in (STDLIB, RANDOM):
+        require_files(recipe.data.source)
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -65,15 +71,15 @@ def check_run_directory(recipe: Recipe) -> None:
     if directory.exists() and not directory.is_dir():
         raise RecipeError(f"run.dir={directory} is a file; give a folder")
     _check_storage(directory)
-    before = directory / RESOLVED
-    if not has_begun(directory) and latest(directory / "checkpoints") is None:
+    before, newest = directory / RESOLVED, latest(directory / "checkpoints")
+    if not has_begun(directory) and newest is None:
         return  # nothing was done in it yet
     if not recipe.checkpoint.resume:
         raise RecipeError(f"{directory} already holds a run; go on with checkpoint.resume=true, or start anew with another "
                           f"folder, e.g. run.dir={free(directory)}")  # fmt: skip
     then = load_recipe(before) if before.exists() else recipe
     differences = _differences(then.model, recipe.model, "model")
-    for section, key in (("run", "seed"), ("data", "source"), ("data", "sequence_length"), ("data", "global_batch")):
+    for section, key in _KEPT:
         was, now = getattr(getattr(then, section), key), getattr(getattr(recipe, section), key)
         if was != now:
             differences[f"{section}.{key}"] = (was, now)
@@ -81,6 +87,10 @@ def check_run_directory(recipe: Recipe) -> None:
         kind = "model" if key.startswith("model.") else "run"
         raise RecipeError(f"{directory} holds a run of another {kind}: {key}={_shown(was)} there, {key}={_shown(now)} here; "
                           f"give {key}={_shown(was)} or another run.dir")  # fmt: skip
+    done = (step_of(newest) if newest else None) or 0
+    if recipe.train.steps < done:
+        raise RecipeError(f"train.steps={recipe.train.steps}, but the run in {directory} has done {done} steps; give more, e.g. "
+                          f"train.steps={2 * done}, or another run.dir")  # fmt: skip
     if not (directory / "checkpoints" / EPOCH).exists():
         raise RecipeError(f"{directory} holds a run, but its checkpoints are not there; see whether the storage of "
                           f"{directory / 'checkpoints'} is mounted, or start anew with another run.dir")  # fmt: skip
@@ -121,10 +131,12 @@ def gpu_count() -> int:
 
 def free(directory: Path) -> Path:
     """It, if it does not exist; else the first of directory-2, directory-3, ... that does not exist."""
+    if directory.name in ("", ".."):
+        directory = directory.resolve()  # to something with a name
     candidate, number = directory, 1
     while candidate.exists():
         number += 1
-        candidate = directory.with_name(f"{directory.name}-{number}")
+        candidate = directory.parent / f"{directory.name}-{number}"
     return candidate
 
 

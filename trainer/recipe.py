@@ -63,13 +63,13 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 
 
 _QUOTED_OR_CALL = r"""("(?:\\.|[^"])*"|'(?:\\.|[^'])*'|\w+\([^)]*\))"""
-_WORD_WITH_EQUALS = r"""([^\s\[\]{},"'()=]*=[^\s\[\]{},"'()]*)"""
+_ODD_WORD = r"""([^\s\[\]{},"'()=~]*[=~][^\s\[\]{},"'()]*)"""
 
 
 def _quoted(text: str) -> str:
-    """An override with the words of its value that hold a = in quotes, which Hydra's grammar wants: key=[kill@step=5, --mem=4G]."""
+    """An override with the words of its value that hold a = or ~ in quotes, which Hydra's grammar wants: key=[--mem=4G, ~/text]."""
     key, equals, value = text.partition("=")
-    return key + equals + re.sub(f"{_QUOTED_OR_CALL}|{_WORD_WITH_EQUALS}", lambda m: m[1] or f'"{m[2]}"', value)
+    return key + equals + re.sub(f"{_QUOTED_OR_CALL}|{_ODD_WORD}", lambda m: m[1] or f'"{m[2]}"', value)
 
 
 def resolved_yaml(recipe: Recipe) -> str:

@@ -1,10 +1,12 @@
 """The command line: help, exit codes, one line for what is wrong, one JSON document for --json; no worker is started."""
 
 import json
+import re
 import socket
 
 import pytest
 
+from bagualu.fault_tolerance.checkpoint.fence import EPOCH
 from bagualu.launch import cli
 from bagualu.trainer import preflight
 from bagualu.trainer.recipe import compose, save_recipe
@@ -73,7 +75,15 @@ def test_help_lists_every_verb_and_every_recipe(capsys):
         (["train", "launch.nodes=2", "comm.backend=simulated"], "comm.backend=simulated runs in one process"),
         (["slurm", "comm.backend=simulated"], "comm.backend=simulated runs in one process"),
         (["train", "comm.backend=mpi"], "gloo, nccl, simulated"),
-        (["train", "data.source=/no/such/corpus"], "data.source=/no/such/corpus does not exist"),
+        (["train", "data.source=/no/such/corpus"], "data.source=/no/such/corpus is not there"),
+        (["train", "data.source=~/no/such/corpus"], "data.source=~/no/such/corpus is not there"),
+        (["train", "data.source="], "e.g. data.source=stdlib"),
+        (["train", "run.dir="], "e.g. run.dir=runs/tiny"),
+        (["train", "run.name="], "e.g. run.name=tiny"),
+        (["rehearse", "run.dir=", "faults=[kill@step=5]"], "e.g. run.dir=runs/tiny"),
+        (["train", "run.seed=99999999999999999999999"], "run.seed=99999999999999999999999 must lie between"),
+        (["train", "data.global_batch=2097152"], "give data.global_batch=262144 or less"),
+        (["slurm", "comm.backend=nccl", "launch.slurm.gpus_per_node=2"], "give launch.slurm.gpus_per_node=4"),
         (["train", "-m"], "optim.lr=1e-3,3e-4"),
         (["train", "-m", "optim.lr=1e-3,x"], "optim.lr takes a number"),
         (["train", "-m", "train.steps=1,2", "run.dir=x,x"], "leave run.dir out"),
@@ -121,7 +131,40 @@ def test_a_run_does_not_go_on_with_other_data_and_keeps_its_recipe(capsys, tmp_p
     before = (tmp_path / "run/config.yaml").read_text()
     assert "data.global_batch=16 there, data.global_batch=32 here" in refused(capsys, *words, "data.global_batch=32")
     assert "run.seed=0 there, run.seed=1 here" in refused(capsys, *words, "run.seed=1")
+    split = "data.validation_fraction=0.1"
+    assert f"data.validation_fraction=0.05 there, {split} here" in refused(capsys, *words, split)
     assert (tmp_path / "run/config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("name", [".", "..", "../run", "sub/.."])
+def test_a_run_in_a_folder_however_it_is_named_is_not_overwritten(capsys, tmp_path, monkeypatch, name):
+    folder = tmp_path / "run"
+    a_run(folder)
+    (folder / "sub").mkdir()
+    monkeypatch.chdir(folder / "sub" if name == ".." else folder)
+    free = re.search(r"start anew with another folder, e.g. run.dir=(.*)", refused(capsys, "train", f"run.dir={name}"))
+    assert free
+    assert (folder / free[1]).resolve() == tmp_path / "run-2"
+
+
+def test_a_run_does_not_go_on_to_fewer_steps_than_it_has_done(capsys, tmp_path):
+    words = ["train", a_run(tmp_path / "run", "train.steps=3"), "checkpoint.resume=true"]
+    (tmp_path / "run/checkpoints/step-00000003").mkdir(parents=True)
+    (tmp_path / "run/checkpoints" / EPOCH).touch()
+    assert "has done 3 steps; give more, e.g. train.steps=6, or another run.dir" in refused(capsys, *words, "train.steps=1")
+    for enough in (3, 6):
+        preflight.check_run_directory(compose([*words[1:], f"train.steps={enough}"]))
+
+
+def test_a_source_is_looked_into_before_anything_starts(capsys, tmp_path, monkeypatch):
+    corpus, run = tmp_path / "corpus", f"run.dir={tmp_path}/run"
+    (corpus / "sub").mkdir(parents=True)
+    (corpus / "empty.txt").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "~/corpus holds no text; put UTF-8 text files there" in refused(capsys, "train", run, "data.source=~/corpus")
+    (corpus / "sub/text.txt").write_text("text")
+    recipe = compose([run, "data.source=~/corpus"])
+    preflight.check(recipe, recipe.world_size())
 
 
 def test_a_directory_where_nothing_was_trained_yet_is_used(tmp_path):

@@ -49,6 +49,13 @@ def test_lists_by_rank_do_not_outlive_their_ranks():
     assert (used, recipe.parallel.rebalance.every) == (1, None)
 
 
+def test_layers_that_all_lie_on_one_rank_are_not_balanced():
+    base = ["launch.workers=2", "parallel.data=1", "parallel.pipeline=2", "parallel.expert=1", "parallel.balance=measured",
+            "parallel.speeds=measured"]  # fmt: skip
+    recipe, used = fitted(compose(["recipe=tiny", "restart.elastic=true", *base]), 1)
+    assert (used, recipe.parallel.balance, recipe.parallel.speeds) == (1, "uniform", None)
+
+
 def test_too_few_are_refused_with_the_fix():
     with pytest.raises(RecipeError, match=r"1 workers are left of 4.*restart.min_workers=1"):
         fit(1, "launch.workers=4", "parallel.data=4", "parallel.pipeline=1", "restart.min_workers=2")

@@ -1,6 +1,8 @@
 """What the last line of a failed run tells to do helps, and does not only lead back to the failure."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +40,16 @@ def test_after_a_step_that_fails_whenever_it_is_done_not_to_resume_alone_is_the_
     typed = re.search(r"leave its samples out with (guard\.leave_out=\[5\]), and go on .* with (checkpoint\.resume=true)", last)
     assert typed, last
     assert main([*words, *typed.groups()]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["gloo", "simulated"])
+def test_a_refusal_by_the_workers_is_one_line_too_and_the_last(tmp_path, leftovers, backend):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/small.txt").write_text("abc")
+    words = ["train", "recipe=tiny_dense", f"comm.backend={backend}", f"data.source={tmp_path}/corpus", f"run.dir={tmp_path}/run",
+             f"data.cache={tmp_path}/cache", "log.progress=off"]  # fmt: skip
+    ended = subprocess.run([sys.executable, "-m", "bagualu.launch.cli", *words], capture_output=True, text=True, cwd=tmp_path,
+                           env=leftovers.environment)  # fmt: skip
+    begun, refused = ended.stderr.splitlines()
+    assert (ended.returncode, begun.split(":")[0]) == (2, "tiny_dense")
+    assert refused.startswith("bagualu: error: the text of data.source=")

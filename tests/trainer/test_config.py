@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from bagualu.comm.errors import RecipeError
+from bagualu.parallel.pipeline.generate import SCHEDULES
 from bagualu.trainer.config import Recipe
 from tests.parity import small_recipe
 
@@ -92,7 +93,13 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     ({"parallel__pipeline": 2, "parallel__balance": "even"}, "give uniform, analytic, measured or a list of 2 layer counts",
      {"parallel__balance": "analytic"}),
-    ({"parallel__speeds": "measured"}, "no effect with parallel.balance=uniform", {"parallel__balance": "measured"}),
+    (
+        {"parallel__pipeline": 2, "parallel__speeds": "measured"},
+        "no effect with parallel.balance=uniform",
+        {"parallel__balance": "measured"},
+    ),
+    ({"parallel__balance": "measured"}, "no effect with parallel.pipeline=1", {"parallel__pipeline": 2}),
+    ({"parallel__balance": "analytic"}, "give parallel.balance=uniform", {"parallel__balance": "uniform"}),
     ({"parallel__memory_bytes": 0}, "must be a positive number of bytes", {"parallel__memory_bytes": 2**30}),
     ({"train__recompute": "auto"}, "give parallel.memory_bytes=BYTES", {"parallel__memory_bytes": 2**30}),
     ({"parallel__rebalance__every": 5}, "has no effect with parallel.pipeline=1", {"parallel__pipeline": 2}),
@@ -104,6 +111,19 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "give a smaller train.micro_batch, or parallel.data=4 or less",
         {"parallel__data": 4},
     ),
+    # nothing given
+    ({"run__name": ""}, "run.name is empty; give one, e.g. run.name=tiny", {"run__name": "tiny"}),
+    ({"run__dir": " "}, "e.g. run.dir=runs/tiny", {"run__dir": "runs/tiny"}),
+    ({"data__source": ""}, "e.g. data.source=stdlib", {"data__source": "stdlib"}),
+    # far too large
+    ({"run__seed": 99999999999999999999999}, "e.g. run.seed=4135583743", {"run__seed": 4135583743}),
+    ({"run__seed": 2**64}, "must lie between -2**63 and 2**64 - 1", {"run__seed": 2**64 - 1}),
+    ({"run__seed": -(2**63) - 1}, "must lie between -2**63 and 2**64 - 1", {"run__seed": -(2**63)}),
+    ({"data__global_batch": 10**12}, "must be at most 16777216", {"data__global_batch": 2**16}),
+    ({"data__sequence_length": 10**12}, "give data.sequence_length=16777216 or less", {"data__sequence_length": 2**24}),
+    ({"model__layers": 10**9}, "give model.layers=16384 or less", {"model__layers": 2**14}),
+    ({"model__ffn": 10**12}, "give model.ffn=16777216 or less", {"model__ffn": 2**24}),
+    ({**MOE, "model__moe__experts": 10**9}, "give model.moe.experts=16777216 or less", {"model__moe__experts": 4}),
     # the rest
     ({"data__global_batch": 0}, "must be at least 1", {"data__global_batch": 1}),
     ({"data__validation_fraction": 1.0}, "e.g. 0.05", {"data__validation_fraction": 0.05}),
@@ -115,6 +135,8 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"launch__workers": 0}, "must be at least 1", {"launch__workers": 1}),
     ({"launch__threads": 0}, "or leave it out", {"launch__threads": None}),
     ({"launch__allocator": "jemalloc"}, "give tuned or system", {"launch__allocator": "system"}),
+    ({"launch__slurm__cpus_per_task": -8}, "or leave it out", {"launch__slurm__cpus_per_task": None}),
+    ({"launch__slurm__gpus_per_node": 0}, "must be at least 1", {"launch__slurm__gpus_per_node": 1}),
     ({"launch__port": 70000}, "or leave it out", {"launch__port": None}),
     ({"log__wandb": "on"}, "give disabled, offline or online", {"log__wandb": "offline"}),
     ({"log__progress": "dots"}, "give auto, bar, lines or off", {"log__progress": "lines"}),
@@ -150,6 +172,20 @@ def test_refused_with_a_fix_that_works(wrong: dict[str, Any], said: str, fix: di
     assert any(key.replace("__", ".") in str(error.value) for key in [*wrong, *fix])
     repaired = small_recipe(**{**wrong, **fix})
     repaired.validate(ranks(repaired))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "given", [{}, {"train__micro_batch": 2}, {"parallel__data": 2}, {"parallel__data": 2, "parallel__shares": "measured"}]
+)
+def test_only_so_many_micro_batches_are_planned_for(schedule: str, given: dict[str, Any]) -> None:
+    pipeline = {"parallel__pipeline": 2, "parallel__schedule": schedule, **given}
+    recipe = small_recipe(data__global_batch=2**18, **pipeline)
+    with pytest.raises(RecipeError, match=r"more than 65536; give data.global_batch=(\d+) or less") as error:
+        recipe.validate(ranks(recipe))
+    most = int(str(error.value).split("data.global_batch=")[-1].split()[0])
+    assert most == 2**16 * given.get("train__micro_batch", 1) * given.get("parallel__data", 1)
+    small_recipe(data__global_batch=most, **pipeline).validate(ranks(recipe))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Slow to import; `corpus` does so only when there is something to prepare.
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets.utils import tqdm
 from tokenizers import Tokenizer
 
 from bagualu.comm.errors import RecipeError
@@ -62,6 +64,7 @@ def load_documents(config: DataConfig, files: Sequence[TextFile], scratch: Path)
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Three bars for one second of work would bury the run's own."""
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore too, which a worker that fails or is killed would leave behind
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
-from bagualu.comm.checks import require_at_least
+from bagualu.comm.checks import require_at_least, require_at_most, require_text
 from bagualu.comm.errors import RecipeError
+
+LARGEST = 2**24
+"""Sequences of a step, and tokens of a sequence; every rank knows the numbers of all of the former."""
 
 
 @dataclass
@@ -22,6 +25,8 @@ class DataConfig:
     """Folder of prepared corpora; left out, $XDG_CACHE_HOME/bagualu or ~/.cache/bagualu."""
 
     def validate(self) -> None:
+        require_text("data", self, source="stdlib")
         require_at_least(1, "data", self, "sequence_length", "global_batch")
+        require_at_most(LARGEST, "data", self, "sequence_length", "global_batch")
         if not 0 < self.validation_fraction < 1:
             raise RecipeError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, e.g. 0.05")

@@ -62,23 +62,32 @@ def find_files(source: str) -> list[TextFile]:
         files = [file for file in _walk(root, _STDLIB_SKIPPED, ".py") if not file.name.startswith(_BUILD_RECORD)]
         if not files:
             raise RecipeError(f"there are no sources of the standard library under {root}; give data.source=FOLDER")
-        return files
-    root = Path(source).expanduser()
+    else:
+        require_files(source)
+        files = list(_given(source))
+    return sorted(files, key=lambda file: file.name)
+
+
+def require_files(source: str) -> None:
+    """A file or folder given as `source` is there and not empty; stops at the first text. Raises SourceError."""
+    if next(_given(source), None) is None:
+        raise SourceError(f"data.source={source} holds no text; put UTF-8 text files there or give data.source=stdlib")
+
+
+def _given(source: str) -> Iterator[TextFile]:
+    root = Path(os.path.expanduser(source))
     if root.is_file():
         status = root.stat()
-        files = [TextFile(root, root.name, status.st_size, status.st_mtime_ns)] if status.st_size else []
+        if status.st_size:
+            yield TextFile(root, root.name, status.st_size, status.st_mtime_ns)
     elif root.is_dir():
-        files = _walk(root)
+        yield from _walk(root)
     else:
         raise SourceError(f"data.source={source} is not there; give a text file or folder that is, stdlib or random")
-    if not files:
-        raise SourceError(f"data.source={source} holds no text; put UTF-8 text files there or give data.source=stdlib")
-    return files
 
 
-def _walk(root: Path, skipped: frozenset[str] = frozenset(), suffix: str = "") -> list[TextFile]:
+def _walk(root: Path, skipped: frozenset[str] = frozenset(), suffix: str = "") -> Iterator[TextFile]:
     """Strings rather than paths: this is most of the time that a cached corpus takes to find."""
-    files = []
     for folder, folders, names in os.walk(root, onerror=_cannot_list):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
         for path in (os.path.join(folder, name) for name in names if name.endswith(suffix) and name[0] != "."):
@@ -86,8 +95,7 @@ def _walk(root: Path, skipped: frozenset[str] = frozenset(), suffix: str = "") -
                 status = os.stat(path)
                 if stat.S_ISREG(status.st_mode) and status.st_size:
                     name = os.path.relpath(path, root).replace(os.sep, "/")
-                    files.append(TextFile(Path(path), name, status.st_size, status.st_mtime_ns))
-    return sorted(files, key=lambda file: file.name)
+                    yield TextFile(Path(path), name, status.st_size, status.st_mtime_ns)
 
 
 def _cannot_list(error: OSError) -> None:

@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass, field, fields
 
-from bagualu.comm.checks import refuse_unused, require_at_least
+from bagualu.comm.checks import refuse_unused, require_at_least, require_at_most
 from bagualu.comm.errors import RecipeError
+
+LARGEST = 2**24
+"""Of any width. What is beyond is a slip of the keyboard that would only show when memory is full."""
+MOST_LAYERS = 2**14
 
 
 @dataclass
@@ -63,7 +67,10 @@ class ModelConfig:
     def validate(self) -> None:
         """Raises RecipeError for a shape that no layout can make right."""
         require_at_least(1, "model", self, "layers", "hidden", "heads", "ffn", "vocab", "vocab_multiple")
+        require_at_most(MOST_LAYERS, "model", self, "layers")
+        require_at_most(LARGEST, "model", self, "hidden", "heads", "ffn", "vocab", "vocab_multiple")
         require_at_least(0, "model.moe", self.moe, "experts")
+        require_at_most(LARGEST, "model.moe", self.moe, "experts", "ffn")
         for name in ("rope_theta", "norm_epsilon", "initial_std"):
             if getattr(self, name) <= 0:
                 raise RecipeError(
