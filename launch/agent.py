@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -133,6 +133,23 @@ class Agent(LocalElasticAgent):
         self._signal_workers(signal.SIGTERM)
         if self._waits_for_nodes:
             raise Left
+
+    @contextlib.contextmanager
+    def suspending(self) -> Iterator[None]:
+        """Inside, Ctrl-Z suspends the workers too."""
+        before = signal.getsignal(signal.SIGTSTP)
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGTSTP, self._on_suspend)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTSTP, before)
+
+    def _on_suspend(self, number: int, frame: FrameType | None) -> None:
+        """The workers are not of the terminal's process group: they are stopped, and go on, with the launcher."""
+        self._signal_workers(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._signal_workers(signal.SIGCONT)
 
     def _signal_workers(self, number: signal.Signals) -> None:
         for pid in self._pids:

@@ -4,42 +4,57 @@ import json
 import sys
 from typing import Any
 
-from bagualu.comm.errors import RecipeError
-from bagualu.launch import usage
-from bagualu.launch.checkpoint import checkpoint
-from bagualu.launch.schedule import schedule
-from bagualu.trainer.outcome import DONE, FAILED, REFUSED
+_INTERRUPTED = 130
+"""What a shell makes of a command that Ctrl-C has ended."""
 
 
 def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> int:
     """Run a command line; the exit code. `entrypoint` is what a rank runs in place of the trainer, as "module:function"."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        code, document = _run(words, entrypoint)
-    except RecipeError as error:
-        print(f"bagualu: error: {error}", file=sys.stderr)
-        code, document = REFUSED, {"ended": "refused", "error": str(error)}
-    except OSError as error:
-        what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        print(f"bagualu: failed: {what}; see whether there is room and whether it can be written", file=sys.stderr)
-        code, document = FAILED, {"ended": "failed", "cause": what}
+        code, document = _answered(words, entrypoint)
     except KeyboardInterrupt:
-        print("bagualu: failed: interrupted before the workers started; nothing was trained", file=sys.stderr)
-        code, document = FAILED, {"ended": "failed", "cause": "interrupted before the workers started"}
+        print("bagualu: interrupted by Ctrl-C", file=sys.stderr)
+        code, document = _INTERRUPTED, {"ended": "interrupted"}
     if "--json" in words and document is not None:
         print(json.dumps(document, indent=2))
     return code
 
 
+def _answered(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
+    """Exit code, and the document for --json, whatever is wrong with the words or the storage."""
+    # All that is Bagualu's is imported in here, so that a Ctrl-C before it is there has its line too.
+    from bagualu.comm.errors import RecipeError
+    from bagualu.trainer.outcome import FAILED, REFUSED
+
+    try:
+        return _run(words, entrypoint)
+    except RecipeError as error:
+        print(f"bagualu: error: {error}", file=sys.stderr)
+        return REFUSED, {"ended": "refused", "error": str(error)}
+    except OSError as error:
+        what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        print(f"bagualu: failed: {what}; see whether there is room and whether it can be written", file=sys.stderr)
+        return FAILED, {"ended": "failed", "cause": what}
+
+
 def _run(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
     """Exit code, and the document for --json."""
+    from bagualu.launch import usage
+
     request = usage.read(words)
     if request.help:
+        from bagualu.trainer.outcome import DONE
+
         print(usage.page(request.verb))
         return DONE, None
     if request.verb == "checkpoint":
+        from bagualu.launch.checkpoint import checkpoint
+
         return checkpoint(request)
     if request.verb == "schedule":
+        from bagualu.launch.schedule import schedule
+
         return schedule(request)
     # Deferred, so that help needs neither Hydra nor, in the verbs, torch.
     if request.print_recipe:

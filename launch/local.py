@@ -82,7 +82,8 @@ def _together(agent: Agent, place: rendezvous.Place, meeting: Meeting | None) ->
     """The end of the run, told to the agents of the other nodes and heard from them."""
     ending = Ending(place.store)
     try:
-        ended = _supervise(agent, ending)
+        with agent.suspending():
+            ended = _supervise(agent, ending)
     except RendezvousTimeoutError:
         ended = Ended(failure=_nobody_came(agent.told.recipe, place.handler.missing()))
     except (RendezvousError, DistNetworkError):
@@ -102,8 +103,7 @@ def _supervise(agent: Agent, ending: Ending) -> Ended:
     try:
         result = agent.run()
     except Killed:
-        return Ended(failure=Failure(-1, "train", "killed by a second Ctrl-C, nothing saved since the last checkpoint",
-                                     time.time(), "killed"))  # fmt: skip
+        return _killed()
     except Left:
         return Ended(failure=Failure(-1, "start", "asked to stop while waiting for other nodes", time.time(), "stopped"))
     except RendezvousClosedError:
@@ -118,6 +118,11 @@ def _supervise(agent: Agent, ending: Ending) -> Ended:
         cause = ending.heard(LEAVE_SECONDS)  # here ranks only lost peers: the node that knows why says it
         return _said(cause) if cause else Ended(failure=agent.failure)
     return Ended(failure=agent.failure) if result.is_failed() else Ended(agent.summary, speaks=agent.has_rank_0)
+
+
+def _killed() -> Ended:
+    cause = "killed by a second Ctrl-C, nothing saved since the last checkpoint"
+    return Ended(failure=Failure(-1, "train", cause, time.time(), "killed"))
 
 
 def _not_begun() -> Ended:
@@ -160,7 +165,10 @@ def run_threads(
         while True:
             for watcher in watchers:
                 watcher.started(generation, dict.fromkeys(range(world), os.getpid()))
-            ended = _run_threads_once(resuming(recipe) if generation else recipe, world, entrypoint, stop, folder, watchers)
+            try:
+                ended = _run_threads_once(resuming(recipe) if generation else recipe, world, entrypoint, stop, folder, watchers)
+            except KeyboardInterrupt:
+                return _killed()
             if ended.failure is None:
                 return ended
             verdict = restarts.decide(ended.failure)

@@ -81,6 +81,8 @@ def _advice(recipe: Recipe, failure: Failure) -> str:
     parts = [f"see {log}"] if log.exists() else []
     if newest(recipe):
         parts.append(what_next(failure))
+    elif failure.kind == "stopped":
+        return "nothing was done yet, so nothing is lost: start again with checkpoint.resume=true"
     return ", ".join(parts) or f"give another run.dir or remove {recipe.run.dir}, and start again"
 
 

@@ -131,7 +131,7 @@ while kill -0 "$agents" 2>/dev/null; do  # a signal cuts `wait` short
     code=$?
 done
 
-# Stopped with a checkpoint: exit code 75, and at the time limit straight back into the queue to go on.
+# Stopped with nothing lost: exit code 75, and at the time limit straight back into the queue to go on.
 if [ "$code" = 75 ] && [ "$requeue" = yes ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
 """

@@ -26,14 +26,15 @@ verbs:
 {verbs}
 
 `bagualu VERB --help` says more. Keys are those of a recipe: recipe=tiny train.steps=100
-exit codes: 0 done, 2 wrong usage or recipe, 75 stopped on request with a checkpoint saved,
-76 the same step fails again and again, else a failure"""
+exit codes: 0 done, 2 wrong usage or recipe, 75 stopped on request with nothing lost (a checkpoint is saved,
+or nothing was done yet), 76 the same step fails again and again, 130 Ctrl-C at the very start, else a failure"""
 
 _TRAIN = """\
 usage: bagualu train [recipe=NAME] [key=value ...] [--cfg job] [--json] [-m]
 
 Starts the workers that the recipe's layout needs on this machine and trains.
-Ctrl-C saves a checkpoint and stops (exit code 75); a second one stops at once.
+Ctrl-C saves a checkpoint and stops, or just stops where nothing was done yet (exit code 75: start again with
+checkpoint.resume=true); a second one stops at once.
 
 recipes:
 {recipes}

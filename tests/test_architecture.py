@@ -29,7 +29,11 @@ READS_ENVIRONMENT = {
     "launch/local.py",  # how elastic is told which signals are its own
 }
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
-    "launch/cli.py": {"bagualu.launch.rehearse", "bagualu.launch.show", "bagualu.launch.slurm", "bagualu.launch.train"},
+    "launch/cli.py": {  # errors, outcome and usage too: a Ctrl-C while they are imported is answered
+        *(f"bagualu.launch.{verb}" for verb in ("checkpoint", "rehearse", "schedule", "show", "slurm", "train", "usage")),
+        "bagualu.comm.errors",
+        "bagualu.trainer.outcome",
+    },
     "launch/rehearse.py": {"bagualu.fault_tolerance.checkpoint.compare"},
     "launch/schedule.py": {"bagualu.parallel.pipeline.picture", "bagualu.trainer.recipe"},  # matplotlib; Hydra
     "launch/run.py": {"bagualu.launch", "bagualu.trainer.progress"},

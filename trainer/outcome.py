@@ -13,7 +13,8 @@ FAILED = 1
 REFUSED = 2
 """Wrong usage or recipe."""
 STOPPED = 75
-"""Stopped on request with a checkpoint saved; the same command with checkpoint.resume=true goes on."""
+"""Stopped on request, with a checkpoint saved or before anything was done: nothing is lost, and the same command with
+checkpoint.resume=true goes on, or begins."""
 LOOPED = 76
 """A crash loop: the same step failed again and again; starting the same command again will not help."""
 

@@ -1,12 +1,13 @@
 """What the ranks run in the launcher's own tests, in place of the trainer: steps that only communicate and sleep.
 
 Not collected by pytest. `run.name` says how it misbehaves: raise2 raises on rank 2 in step 3; deaf never stops; leave2
-ends the process of rank 2 there with exit code 9.
+ends the process of rank 2 there with exit code 9; child has a child process and says at the end whether that still runs.
 """
 
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
     stopping = torch.zeros(1)
     (folder / f"rank-{rank}.json").write_text(json.dumps({**_about(), "scratch": str(scratch)}))
     print(f"rank {rank} says hello", flush=True)
+    child = subprocess.Popen(["sleep", "600"]) if recipe.run.name == "child" else None
     while step < recipe.train.steps and not stopping.item():
         step += 1
         communicator.monitor.step = step
@@ -39,6 +41,10 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
                 print(json.dumps({"step": step}), file=metrics)
             start, end = ("\r", "") if sys.stderr.isatty() else ("", "\n")
             print(f"{start}at step {step}", end=end, file=sys.stderr, flush=True)
+    if child:
+        (folder / f"child-{rank}").write_text(str(child.poll()))
+        child.kill()
+        child.wait()
     ended = "stopped" if stopping.item() else "done"
     return {"ended": ended, "step": step, "steps": recipe.train.steps, "loss": 1.5, "run_dir": recipe.run.dir}
 

@@ -114,12 +114,50 @@ def test_a_request_to_stop_that_comes_while_it_starts_ends_it_with_code_75(start
     run.process.send_signal(signal.SIGTERM)
     code, _, err = run.end()
     assert code == 75, err
-    assert err.splitlines()[-1].startswith("bagualu: stopped: asked to stop before anything was trained; ")
+    last = err.splitlines()[-1]
+    assert last.startswith("bagualu: stopped: asked to stop before anything was trained; nothing was done yet, ")
     assert not (run.folder / "metrics.jsonl").exists()
+    typed = last.split("start again with ")[1]
+    code, _, err = start(f"comm.backend={backend}", "train.steps=3", typed).end()
+    assert code == 0, err
+    assert "at step 3" in err
 
 
-def test_a_second_ctrl_c_ends_a_run_that_will_not_stop(start, gone):
-    run = start("run.name=deaf")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_sent_to_the_whole_process_group_stops_workers_at_a_step_and_spares_their_children(start, number):
+    """As Ctrl-C and `timeout` do. A compiler must not die under a worker that is to finish its step."""
+    run = start("run.name=child")
+    run.started()
+    os.killpg(run.process.pid, number)
+    code, _, err = run.end()
+    assert code == 75, err
+    assert [(run.folder / f"child-{rank}").read_text() for rank in range(4)] == ["None"] * 4
+
+
+def test_ctrl_z_suspends_the_workers_too(start, gone):
+    run = start()
+    ranks = run.started()
+    everybody = [run.process.pid, *pids(ranks)]
+    os.killpg(run.process.pid, signal.SIGTSTP)
+    _until_all(everybody, lambda status: status == psutil.STATUS_STOPPED)
+    os.killpg(run.process.pid, signal.SIGCONT)
+    _until_all(everybody, lambda status: status != psutil.STATUS_STOPPED)
+    run.interrupt()
+    code, _, err = run.end()
+    assert code == 75, err
+    assert gone(everybody)
+
+
+def _until_all(processes, condition):
+    deadline = time.monotonic() + 20
+    while not all(condition(psutil.Process(pid).status()) for pid in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("backend", ["gloo", "simulated"])
+def test_a_second_ctrl_c_ends_a_run_that_will_not_stop(start, gone, backend):
+    run = start("run.name=deaf", f"comm.backend={backend}")
     ranks = run.started()
     run.interrupt()
     run.started(step=len((run.folder / "metrics.jsonl").read_text().splitlines()) + 5)  # it does not listen
