@@ -16,10 +16,9 @@ from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.inspect import verify
 from bagualu.launch import storage
 from bagualu.launch.cli import main
-from tests.harness import run as run_ranks
-from tests.launch.survival import SMALL, small, undisturbed
+from tests.launch.survival import MOST_LOST, SMALL, finish, small
 from tests.mounts import can_mount
-from tests.standing import assert_ledger_adds_up, assert_names_rank_phase_and_cause, assert_same_run
+from tests.standing import assert_names_rank_phase_and_cause, assert_stood
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 pytestmark = [LINUX, pytest.mark.timeout(300)]
@@ -27,13 +26,13 @@ WORDS = ["parallel.data=2", "parallel.tensor=2", "train.steps=9", "checkpoint.ev
 SILENT = "the storage has not answered for checkpoint.timeout_seconds"
 STALLS = [*WORDS, "checkpoint.timeout_seconds=1", "restart.backoff_seconds=0"]
 SYNC = "checkpoint.async=false"
+OWED = 7
+"""Steps from the last save that storage took, of step 2 at the earliest, to the end, where the last one is owed."""
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run_ranks("gloo", 4, undisturbed, small(folder, *WORDS))
-    return folder
+def reference(undisturbed, tmp_path_factory):
+    return undisturbed(small(tmp_path_factory.mktemp("unused"), *WORDS), "gloo")
 
 
 def saved(folder: Path) -> list[int]:
@@ -45,10 +44,6 @@ def saved(folder: Path) -> list[int]:
 
 def last_line(err: str) -> str:
     return err.strip().splitlines()[-1]
-
-
-def go_on(folder: Path) -> None:
-    run_ranks("gloo", 4, undisturbed, small(folder, *WORDS, "checkpoint.resume=true"))
 
 
 @pytest.mark.parametrize(("calls", "background"), [("write-all", "false"), pytest.param("fsync-2", "true", marks=pytest.mark.slow)])
@@ -66,8 +61,8 @@ def test_storage_that_never_answers_costs_the_saves_and_the_run_ends_by_itself(
     assert "(after 1 restarts; restart.limit=1)" in last_line(err)
     assert saved(run.folder) in ([2], [2, 4])  # in the background step 4 may be under way
     (run.folder.parent / "stalled").unlink()
-    go_on(run.folder)
-    assert_same_run(run.folder, reference)
+    finish(run.folder, *WORDS)
+    assert_stood(run.folder, reference, OWED)
 
 
 def test_storage_that_answers_again_gets_the_run(start, reference) -> None:
@@ -76,8 +71,7 @@ def test_storage_that_answers_again_gets_the_run(start, reference) -> None:
     code, _, err = run.end(at_most_seconds=120)
     assert code == 0, err
     assert err.count("; restart ") == 2, err
-    assert_same_run(run.folder, reference)
-    assert_ledger_adds_up(run.folder)
+    assert_stood(run.folder, reference, OWED)
     assert saved(run.folder)[-1] == 9
 
 
@@ -104,8 +98,8 @@ def test_a_rank_that_gets_no_answer_from_storage_when_a_run_goes_on_is_named(sta
     assert "stood still" in last_line(err)
     assert saved(run.folder) == [2, 4]
     (run.folder.parent / "stalled").unlink()
-    go_on(run.folder)
-    assert_same_run(run.folder, reference)
+    finish(run.folder, *WORDS)
+    assert_stood(run.folder, reference, MOST_LOST)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "logs/rank-1.log", "checkpoints/.epoch"])
@@ -170,8 +164,7 @@ def test_checkpoints_whose_mount_goes_and_comes_back_cost_the_saves_between(tmp_
     assert "see whether its storage is mounted; make it writable or give another run.dir; restart 2 of 3" in err
     run = place_of(tmp_path)
     assert saved(run) == [2, 4, 6, 8, 9]
-    assert_same_run(run, reference)
-    assert_ledger_adds_up(run)
+    assert_stood(run, reference, MOST_LOST)
 
 
 @MOUNTS
@@ -187,7 +180,7 @@ def test_a_run_whose_checkpoints_stay_away_ends_and_never_begins_anew(tmp_path: 
     assert found["metrics"] == 9
     run = place_of(tmp_path)
     assert saved(run) == [2, 4, 6, 8, 9]
-    assert_same_run(run, reference)
+    assert_stood(run, reference, OWED)
 
 
 @MOUNTS

@@ -18,9 +18,10 @@ from bagualu.trainer.config import Recipe
 from bagualu.trainer.data import prepared
 from bagualu.trainer.data.prepared import DataError
 from bagualu.trainer.outcome import failure
+from tests.conftest import Undisturbed
 from tests.harness import run
-from tests.standing import assert_same_run
-from tests.trainer.test_run import STEPS, numbers, recipe_in
+from tests.standing import assert_stood, figures, train_noting_samples
+from tests.trainer.test_run import STEPS, recipe_in
 
 STEP = 4
 
@@ -96,7 +97,7 @@ def train(communicator: Communicator, recipe: Recipe, how: Any = None, stop_at: 
     if how:
         communicator.monitor.observers.append(Spoiler(communicator, tokens_of(recipe), how))
     try:
-        return whole_run.train(recipe, communicator, lambda: communicator.monitor.step == stop_at)
+        return train_noting_samples(recipe, communicator, lambda: communicator.monitor.step == stop_at)
     except DataError as error:
         error.add_note(f"step {communicator.monitor.step}")
         raise
@@ -104,10 +105,9 @@ def train(communicator: Communicator, recipe: Recipe, how: Any = None, stop_at: 
 
 @pytest.mark.parametrize(("how", "said"), [(cut, "was cut short while"), (overwrite, "was changed while")])
 def test_a_shard_spoilt_under_a_run_ends_it_at_one_step_whatever_the_layout(
-    tmp_path: Path, text: Path, how: Any, said: str
+    tmp_path: Path, text: Path, undisturbed: Undisturbed, how: Any, said: str
 ) -> None:
-    for world in (1, 2, 4):
-        run("simulated", world, train, recipe_on(tmp_path / f"straight-{world}", text, parallel__data=world))
+    straight = {world: undisturbed(recipe_on(tmp_path, text, parallel__data=world), "simulated") for world in (1, 2, 4)}
     path = tokens_of(recipe_on(tmp_path, text))
     good = path.read_bytes()
     for world in (1, 2, 4):
@@ -116,24 +116,24 @@ def test_a_shard_spoilt_under_a_run_ends_it_at_one_step_whatever_the_layout(
         with pytest.raises(DataError, match=expected) as error:
             run("simulated", world, train, recipe, how)
         assert error.value.__notes__[0] == f"step {STEP}"
-        assert len(numbers(tmp_path / str(world))) == STEP - 1
+        assert len(figures(tmp_path / str(world))) == STEP - 1
         (checkpoint,) = list_checkpoints(tmp_path / str(world) / "checkpoints")
         assert (checkpoint.name, verify(checkpoint)) == ("step-00000002", [])
         if world > 1:  # put back by hand; else the start prepares it anew
             path.write_bytes(good)
         run("simulated", world, train, recipe_on(tmp_path / str(world), text, parallel__data=world, checkpoint__resume=True))
         assert path.read_bytes() == good
-        assert_same_run(tmp_path / str(world), tmp_path / f"straight-{world}")
+        assert_stood(tmp_path / str(world), straight[world], 1)
 
 
 def test_another_shard_in_its_place_is_not_read_by_the_run_and_noticed_by_the_next(
-    tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, text: Path, undisturbed: Undisturbed, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run("simulated", 2, train, recipe_on(tmp_path / "straight", text))
+    straight = undisturbed(recipe_on(tmp_path, text), "simulated")
     path = tokens_of(recipe_on(tmp_path, text))
     good = path.read_bytes()
     run("simulated", 2, train, recipe_on(tmp_path / "run", text), replace)
-    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    assert_stood(tmp_path / "run", straight, 0)
     assert path.read_bytes() != good
     assert not caplog.text
     run("simulated", 2, train, recipe_on(tmp_path / "run", text, train__steps=STEPS + 2, checkpoint__resume=True))
@@ -148,13 +148,13 @@ def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
 
 @pytest.mark.parametrize("lost", ["source", "cache"])
 def test_data_that_is_away_is_waited_for_by_a_run_that_goes_on_and_refused_at_its_beginning(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+    tmp_path: Path, text: Path, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     """Away: a source that is not mounted, a cache that gives input/output errors. What is in the cache is not touched."""
     source, cache = tmp_path / "text", tmp_path / "cache"
     shutil.copytree(text, source)
     words: dict[str, object] = {"data__source": str(source), "data__cache": str(cache)}
-    run("simulated", 2, train, recipe_on(tmp_path / "straight", text, **words))
+    straight = undisturbed(recipe_on(tmp_path, text, **words), "simulated")
     run("simulated", 2, train, recipe_on(tmp_path / "run", text, **words), None, STEP - 1)
     if lost == "source":
         source.rename(tmp_path / "away")
@@ -179,4 +179,4 @@ def test_data_that_is_away_is_waited_for_by_a_run_that_goes_on_and_refused_at_it
     if lost == "source":
         (tmp_path / "away").rename(source)
     run("simulated", 2, train, recipe_on(tmp_path / "run", text, checkpoint__resume=True, **words))
-    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    assert_stood(tmp_path / "run", straight, 0)
