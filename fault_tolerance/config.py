@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from bagualu.comm.checks import refuse_unused, require_at_least
 from bagualu.comm.errors import RecipeError
 
+_LONGEST_PAUSE_SECONDS = 60.0
+
 
 @dataclass
 class CheckpointConfig:
@@ -57,6 +59,10 @@ class RestartConfig:
     long_hang_seconds: float = 1800.0
     """The same where nothing can be seen for long: start, first step (compilation), validation, checkpoints read and written.
     No longer than restart.hang_seconds for a rank that another has waited for three quarters of comm.timeout_seconds."""
+
+    def pause_seconds(self, number: int) -> float:
+        """The pause before try `number` after the first (from 1)."""
+        return min(_LONGEST_PAUSE_SECONDS, self.backoff_seconds * 2 ** min(number - 1, 30))
 
     def validate(self) -> None:
         require_at_least(0, "restart", self, "limit", "backoff_seconds")

@@ -31,6 +31,7 @@ from bagualu.launch.fit import fitted
 from bagualu.launch.lost_node import LostNode, beats_of, gone, has_begun, where
 from bagualu.launch.rendezvous import REGROUP_SECONDS, Nodes
 from bagualu.launch.restart import Restarts, Verdict, announcement, resuming
+from bagualu.launch.storage import begun
 from bagualu.launch.watcher import Watcher
 from bagualu.trainer.outcome import Failure, at_fault, first
 from bagualu.trainer.stopping import STOP_SIGNALS, StopRequest
@@ -178,7 +179,7 @@ class Agent(LocalElasticAgent):
             verdict = self.restarts.decide(gone([], self.phase), elsewhere=True)
             if not verdict.again:
                 raise LostPeer(verdict.failure) from error
-            _say(announcement(verdict, self.restarts, self.told.recipe))
+            _say(announcement(verdict, self.restarts, self.told.recipe, begun(self.told.scratch)))
             self._pause(verdict.pause_seconds)
             return False
         return True
@@ -239,7 +240,7 @@ class Agent(LocalElasticAgent):
         for watcher in self.watchers:
             watcher.failed(self.generation, verdict.failure, verdict.again)
         if verdict.again:
-            _say(announcement(verdict, self.restarts, self.told.recipe))
+            _say(announcement(verdict, self.restarts, self.told.recipe, begun(self.told.scratch)))
             self._pause(verdict.pause_seconds)
 
     def _judge(self, worker_group: WorkerGroup, failure: Failure) -> Verdict:

@@ -26,6 +26,7 @@ from bagualu.launch.agent import Agent, Killed, Left, LostPeer
 from bagualu.launch.board import LEAVE_SECONDS, Ending
 from bagualu.launch.meeting import Meeting
 from bagualu.launch.restart import Restarts, announcement, resuming
+from bagualu.launch.storage import begun
 from bagualu.launch.watcher import Watcher
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
@@ -177,7 +178,7 @@ def run_threads(
                 watcher.failed(generation, verdict.failure, again)
             if not again:
                 return Ended(failure=verdict.failure)
-            print(f"bagualu: {announcement(verdict, restarts, recipe)}", file=sys.stderr, flush=True)
+            print(f"bagualu: {announcement(verdict, restarts, recipe, begun(folder))}", file=sys.stderr, flush=True)
             time.sleep(verdict.pause_seconds)
             generation += 1
 

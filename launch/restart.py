@@ -7,8 +7,6 @@ from bagualu.launch.storage import newest
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import Failure
 
-_LONGEST_PAUSE_SECONDS = 60.0
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -55,8 +53,7 @@ class Restarts:
             return Verdict(replace(failure, cause=failure.cause + spent), again=False)
         self._dropped += drop
         self.count += 1
-        pause = min(_LONGEST_PAUSE_SECONDS, config.backoff_seconds * 2 ** min(self.count - 1, 30))
-        return Verdict(failure, again=True, pause_seconds=pause, without_rank=drop)
+        return Verdict(failure, again=True, pause_seconds=config.pause_seconds(self.count), without_rank=drop)
 
     def _times(self, failure: Failure) -> int:
         """How often the step of `failure` has failed by now, with nothing gained in between."""
@@ -69,10 +66,10 @@ class Restarts:
         return [one for one in self._failed if one.step == step]
 
 
-def announcement(verdict: Verdict, restarts: Restarts, recipe: Recipe) -> str:
+def announcement(verdict: Verdict, restarts: Restarts, recipe: Recipe, begun: bool = False) -> str:
     """The line that a restart begins with: what was lost where, which restart this is, where it goes on."""
     failure = verdict.failure
-    start = f"from {newest(recipe) or 'the beginning'}"
+    start = f"from {newest(recipe, begun) or 'the beginning'}"
     start += " or a later replica in memory" if recipe.checkpoint.replica_every else ""
     left_out = f" without rank {failure.rank}" if verdict.without_rank else ""
     return (f"{failure.who} failed, {failure.phase}: {failure.cause}; restart {restarts.count} of "

@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bagualu.launch import forkserver
+from bagualu.launch import forkserver, storage
 from bagualu.launch.hang import HangCheck
 from bagualu.launch.ledger import LedgerWatcher
 from bagualu.launch.meeting import Meeting
 from bagualu.launch.scratch import scratch
-from bagualu.launch.storage import newest
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, STOPPED, Failure, last_words, what_next
@@ -54,9 +53,10 @@ def run(
             ended = local.run_processes(recipe, workers, entrypoint, quiet_stdout, folder, stop, meeting, watchers)
             stop.install()  # the agent had them
             forkserver.stop()
+        begun = storage.begun(folder)
     stop.tell = []
     if ended.failure is not None:
-        return _failed(ended.failure, recipe)
+        return _failed(ended.failure, recipe, begun)
     assert ended.summary is not None
     if ended.speaks and not quiet_stdout:
         from bagualu.trainer.progress import next_commands, summary_text
@@ -67,22 +67,24 @@ def run(
     return STOPPED if ended.summary["ended"] == "stopped" else DONE, ended.summary
 
 
-def _failed(failure: Failure, recipe: Recipe) -> tuple[int, dict[str, Any]]:
+def _failed(failure: Failure, recipe: Recipe, begun: bool) -> tuple[int, dict[str, Any]]:
     if sys.stderr.isatty():
         print("\x1b[?25h", file=sys.stderr)  # off the line of a bar that was cut short, with the cursor it had hidden
-    print(last_words(failure, _advice(recipe, failure)), file=sys.stderr, flush=True)
+    print(last_words(failure, _advice(recipe, failure, begun)), file=sys.stderr, flush=True)
     ended = {"recipe": "refused", "stopped": "stopped"}.get(failure.kind, "failed")
     return failure.exit_code, {"ended": ended, **failure.as_dict()}
 
 
-def _advice(recipe: Recipe, failure: Failure) -> str:
-    """What to do after a failure: where to look, how to go on."""
+def _advice(recipe: Recipe, failure: Failure, begun: bool) -> str:
+    """What to do after a failure: where to look, how to go on. `begun`: a start of this launch has had the run's checkpoints."""
     log = Path(recipe.run.dir) / "logs" / f"rank-{failure.rank}.log"
     parts = [f"see {log}"] if log.exists() else []
-    if newest(recipe):
+    if storage.newest(recipe, begun):
         parts.append(what_next(failure))
     elif failure.kind == "stopped":
         return "nothing was done yet, so nothing is lost: start again with checkpoint.resume=true"
+    elif failure.kind == "storage":  # nothing is seen there now: that says little of what there is
+        parts.append("go on with checkpoint.resume=true when its storage answers")
     return ", ".join(parts) or f"give another run.dir or remove {recipe.run.dir}, and start again"
 
 

@@ -30,16 +30,25 @@ def check(recipe: Recipe, job: str = "") -> None:
         _within(_CHECK_SECONDS, look)
     except StorageError as error:
         raise RecipeError(f"run.dir={directory} {error}; see whether its storage hangs, or give another") from error
+    except OSError as error:
+        what = f"{error.strerror}: {error.filename or directory}"
+        raise RecipeError(f"run.dir={directory} cannot be read ({what}); see whether its storage answers") from error
 
 
-def newest(recipe: Recipe) -> str | None:
-    """The checkpoint that the run would go on from, for people; None when there is none."""
+def begun(scratch: Path) -> bool:
+    """Whether a start of the launch has had the run's checkpoints, wherever they are now."""
+    return (scratch / preflight.BEGUN).exists()
+
+
+def newest(recipe: Recipe, begun: bool = False) -> str | None:
+    """The checkpoint that the run would go on from, for people; None when there is none. `begun`: of this launch."""
     directory = Path(recipe.run.dir)
 
     def look() -> str | None:
         if found := latest(directory / "checkpoints"):
             return found.name
-        return _UNKNOWN if preflight.has_begun(directory) and not (directory / "checkpoints" / EPOCH).exists() else None
+        known = begun or preflight.has_begun(directory)
+        return _UNKNOWN if known and not (directory / "checkpoints" / EPOCH).exists() else None
 
     try:
         return _within(_LOOK_SECONDS, look)

@@ -13,17 +13,21 @@ from typing import Any
 import torch
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.fence import Fence
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError, SupersededError
 from bagualu.fault_tolerance.checkpoint.save import Saver, take_fence
 from bagualu.fault_tolerance.checkpoint.snapshot import Snapshot
 from bagualu.trainer.assemble import Parts
-from bagualu.trainer.preflight import has_begun
+from bagualu.trainer.outcome import FinalError
+from bagualu.trainer.preflight import BEGUN, has_begun
 from bagualu.trainer.state import checkpoints_of, metadata_of
 
-_BEGUN = "begun"
-"""File of the scratch folder: an earlier start of this launch has had the run's checkpoints, so they are somewhere."""
 log = logging.getLogger(__name__)
+
+
+class LostRunError(CheckpointError, FinalError):
+    """A later start has the run, and goes on with it."""
 
 
 def take_checkpoints(parts: Parts, scratch: Path | None = None) -> Fence:
@@ -32,8 +36,9 @@ def take_checkpoints(parts: Parts, scratch: Path | None = None) -> Fence:
     Raises on every rank: RecipeError where a run begins, which would only be refused again; CheckpointStorageError where it goes
     on, since it could write there before, and can when there is room again.
     """
-    group, mark = parts.mesh.group("world"), scratch / _BEGUN if scratch else None
-    begun = torch.tensor(int(has_begun(Path(parts.recipe.run.dir)) or (mark is not None and mark.exists())), device=parts.device)
+    group, mark = parts.mesh.group("world"), scratch / BEGUN if scratch else None
+    here = on_all(lambda: (mark is not None and mark.exists()) or _has_begun(Path(parts.recipe.run.dir)), group, parts.device)
+    begun = torch.tensor(int(here), device=parts.device)
     group.all_reduce(begun, "max")
     try:
         fence = take_fence(checkpoints_of(parts), group, parts.device, _patience(parts), bool(begun))
@@ -44,6 +49,15 @@ def take_checkpoints(parts: Parts, scratch: Path | None = None) -> Fence:
     if mark:
         mark.touch()
     return fence
+
+
+def _has_begun(directory: Path) -> bool:
+    try:
+        return has_begun(directory)
+    except OSError as error:
+        raise CheckpointStorageError(
+            f"{directory} cannot be read now ({error.strerror}); see whether its storage is mounted and answers"
+        ) from error
 
 
 def _patience(parts: Parts) -> float:
@@ -88,16 +102,18 @@ class Checkpoints:
                 self.finish()
 
     def save_last(self, step: int) -> None:
-        """Save the state after `step` steps, the run's last. Raises CheckpointStorageError on every rank when any rank failed: that
-        is tried again as long as there are restarts, and no crash loop of the step.
+        """Save the state after `step` steps, the run's last. Raises on every rank when any rank failed.
+
+        CheckpointStorageError is tried again as long as there are restarts, and no crash loop of the step. After LostRunError there
+        is no restart, which would take the run from whoever has it now. All else is a CheckpointError.
         """
         with self._timed():
             self.finish()
             self._saver.start(step, self.parts.optimizer.pieces(), metadata_of(self.parts, step))
             try:
                 self.newest = self._saver.conclude()
-            except CheckpointError as error:
-                raise CheckpointStorageError(str(error)) from error
+            except SupersededError as error:
+                raise LostRunError(str(error)) from error
 
     def finish(self) -> None:
         """Wait for the save under way, if any: afterwards `newest` is as new as it gets."""

@@ -136,7 +136,7 @@ class Loop:
     def _go_back(self, step: int, result: StepResult) -> int:
         """Take back step `step` (from 0) and those since a checkpoint; the steps done."""
         self.checkpoints.rest()
-        resumed = roll_back(self.parts, step + 1, result.verdict)
+        resumed = roll_back(self.parts, step + 1, result.verdict, self.stop)
         done, self.checkpoints.newest = resumed.step, resumed.checkpoint
         self._damaged += resumed.damaged
         if self.replication:

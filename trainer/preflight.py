@@ -20,6 +20,8 @@ _KEPT = (
     ("run", "seed"), ("data", "source"), ("data", "validation_fraction"), ("data", "sequence_length"), ("data", "global_batch")
 )  # fmt: skip
 """Keys that make a run this run, besides its model."""
+BEGUN = "begun"
+"""File of a launch's scratch folder: a start of it has had the run's checkpoints, so they are somewhere."""
 
 
 def workers_per_node(recipe: Recipe) -> int:

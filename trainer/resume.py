@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.damaged import set_aside
@@ -33,6 +35,7 @@ from bagualu.trainer.outcome import FinalError
 from bagualu.trainer.state import checkpoints_of, take_state
 
 T = TypeVar("T")
+_POLL_SECONDS = 1.0
 log = logging.getLogger(__name__)
 
 
@@ -90,18 +93,18 @@ class Resumed:
     """What was tried in vain, newest first: {"checkpoint", "problem" (rank, file, byte), "used" instead, "set_aside" as}."""
 
 
-def resume(parts: Parts, others: Sequence[Candidate] = ()) -> Resumed:
+def resume(parts: Parts, others: Sequence[Candidate] = (), stop: Callable[[], bool] = lambda: False) -> Resumed:
     """Take the newest whole state where the recipe asks to resume and there is one. Collective.
 
     `others` are candidates beside the checkpoints of the run directory; of two of the same step they are tried first.
     Raises RecipeError for a rank with another recipe, other data or another disk, NothingWholeError when none is.
     """
-    stored = list_stored(parts, _Patience(parts)) if parts.recipe.checkpoint.resume else []
+    stored = list_stored(parts, stop) if parts.recipe.checkpoint.resume else []
     candidates = sorted([*others, *map(Stored, stored)], key=lambda candidate: -candidate.step)
     _require_same(parts, candidates)
     if not candidates:
         return Resumed()
-    chosen, problems = choose(parts, candidates)
+    chosen, problems = choose(parts, candidates, stop)
     whole = [path for path in stored if path.name not in problems]
     newest = whole[-1] if whole else None
     return Resumed(chosen.step, newest, chosen.name, tell(parts, candidates, problems, chosen))
@@ -110,9 +113,10 @@ def resume(parts: Parts, others: Sequence[Candidate] = ()) -> Resumed:
 class _Patience:
     """With storage that cannot be read: five tries in all, after pauses as before restarts. All ranks wait alike."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, stop: Callable[[], bool]) -> None:
+        self._group, self._device, self._stop = parts.mesh.group("world"), parts.device, stop
         self._speaks = parts.mesh.at("world") == 0
-        self._pauses = [parts.recipe.restart.backoff_seconds * 2**number for number in range(4)]
+        self._pauses = [parts.recipe.restart.pause_seconds(number) for number in range(1, 5)]
 
     def __call__(self, attempt: Callable[[], T]) -> T:
         """`attempt()`, which ends alike on all ranks. Raises what it raises, CheckpointStorageError when patience is at its end."""
@@ -123,14 +127,37 @@ class _Patience:
                 pause = self._pauses.pop(0)
                 if self._speaks:
                     log.warning("%s. Trying again in %g s", error, pause)
-                time.sleep(pause)
+                if self._stopped_in(pause):
+                    raise
         return attempt()
 
+    def _stopped_in(self, pause: float) -> bool:
+        """Wait; True at once when any rank is asked to stop meanwhile: there is nothing that it could save."""
+        while pause > 0:
+            portion = min(pause, _POLL_SECONDS)
+            time.sleep(portion)
+            pause -= portion
+            asked = torch.tensor(int(self._stop()), device=self._device)
+            self._group.all_reduce(asked, "max")
+            if asked.item():
+                return True
+        return False
 
-def list_stored(parts: Parts, patience: _Patience | None = None) -> list[Path]:
-    """The checkpoints of the run directory, oldest first. Collective. Raises CheckpointStorageError on every rank."""
-    attempt = partial(on_all, partial(_list_here, checkpoints_of(parts)), parts.mesh.group("world"), parts.device)
-    return (patience or _Patience(parts))(attempt)
+
+def list_stored(parts: Parts, stop: Callable[[], bool], patience: _Patience | None = None) -> list[Path]:
+    """The checkpoints of the run directory, oldest first. Collective. Raises CheckpointStorageError on every rank.
+
+    Position 0 looks, since it has made the folder if it is new: of a node that looked too early, what it believes may be stale.
+    """
+    root, group = checkpoints_of(parts), parts.mesh.group("world")
+
+    def attempt() -> list[Path]:
+        listed = on_all(lambda: _list_here(root) if group.rank == 0 else [], group, parts.device)
+        named = [root / name for name in broadcast_json([path.name for path in listed], group, parts.device)]
+        on_all(lambda: _require_seen(named), group, parts.device)
+        return named
+
+    return (patience or _Patience(parts, stop))(attempt)
 
 
 def _list_here(root: Path) -> list[Path]:
@@ -141,13 +168,19 @@ def _list_here(root: Path) -> list[Path]:
         raise CheckpointStorageError(f"{root} cannot be read now ({error.strerror}); see whether its storage is mounted") from error
 
 
-def choose(parts: Parts, candidates: Sequence[Candidate]) -> tuple[Candidate, dict[str, CheckpointError]]:
+def _require_seen(named: list[Path]) -> None:
+    for path in named:
+        if not path.is_dir():
+            raise CheckpointStorageError(f"{path} is not seen here; see whether run.dir is mounted, on a disk that all nodes share")
+
+
+def choose(parts: Parts, candidates: Sequence[Candidate], stop: Callable[[], bool]) -> tuple[Candidate, dict[str, CheckpointError]]:
     """Take the state of the first candidate that is whole for every rank; which one, and by name what is wrong with those before.
 
     Collective. Raises, with nothing changed, CheckpointStorageError when none can be read but one may be again, and
     NothingWholeError when all are damaged.
     """
-    patience = _Patience(parts)
+    patience = _Patience(parts, stop)
     problems: dict[str, CheckpointError] = {}
     for at, candidate in enumerate(candidates):
         try:
@@ -158,7 +191,7 @@ def choose(parts: Parts, candidates: Sequence[Candidate]) -> tuple[Candidate, di
             return _newest_after_all(parts, candidates[: at + 1], problems)
     root = checkpoints_of(parts)
     told = "; ".join(f"{name}: {_short(str(problem), root / name)}" for name, problem in problems.items())
-    list_stored(parts, patience)  # they are not damaged if they are gone altogether
+    list_stored(parts, stop, patience)  # they are not damaged if they are gone altogether
     if any(isinstance(problem, CheckpointStorageError) for problem in problems.values()):
         raise CheckpointStorageError(
             f"none of the {len(problems)} states of {parts.recipe.run.dir} can be read now ({told}); nothing was changed, see "

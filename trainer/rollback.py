@@ -1,5 +1,6 @@
 """Going back to a checkpoint within the running processes, and leaving out the samples that led away from it."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from bagualu.trainer.resume import Resumed, Stored, choose, list_stored, tell
 from bagualu.trainer.state import checkpoints_of
 
 
-def roll_back(parts: Parts, step: int, verdict: Verdict) -> Resumed:
+def roll_back(parts: Parts, step: int, verdict: Verdict, stop: Callable[[], bool]) -> Resumed:
     """Load a checkpoint from before step `step` (from 1), which `verdict` takes back; where the run goes on.
 
     Where the samples are to blame, those of the last `guard.rollback_window` steps are left out from now on. Checkpoints of later
@@ -26,13 +27,13 @@ def roll_back(parts: Parts, step: int, verdict: Verdict) -> Resumed:
     by_data = verdict.cause not in DISAGREEMENTS
     window = parts.recipe.guard.rollback_window
     at_most = step - window if by_data else parts.guard.clean
-    stored = list_stored(parts)
+    stored = list_stored(parts, stop)
     found: Any = broadcast_json(_candidates(stored, at_most, by_data), world, parts.device)
     candidates = [Stored(root / name) for name in found["names"]]
     if not candidates:
         raise GuardError(f"{verdict.text}; {_nothing_to_go_back_to(found['later'], at_most)}")
     memory = deepcopy(parts.guard.memory)
-    chosen, problems = choose(parts, candidates)
+    chosen, problems = choose(parts, candidates, stop)
     done, damaged = chosen.step, tell(parts, candidates, problems, chosen)
     parts.guard.memory.keep(memory)
     if by_data:

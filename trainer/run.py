@@ -48,7 +48,7 @@ def train(
         print(show_split(parts.split, parts.mesh.placement), file=sys.stderr, flush=True)
     fence = take_checkpoints(parts, scratch)
     replication = open_replication(parts, scratch, fence)
-    resumed = resume(parts, replication.candidates() if replication else [])
+    resumed = resume(parts, replication.candidates() if replication else [], stop)
     if replication:
         replication.start(resumed)
     if finished := _finished(recipe, resumed.step):

@@ -10,7 +10,15 @@ from bagualu.fault_tolerance.checkpoint import format
 from bagualu.fault_tolerance.checkpoint.directory import delete, doom
 from bagualu.fault_tolerance.checkpoint.durable import durable_file, fsync_directory, write_all
 from bagualu.fault_tolerance.checkpoint.fence import Fence
-from bagualu.fault_tolerance.checkpoint.format import MANIFEST, CheckpointError, Manifest, StoredBox, StoredFile, StoredTensor
+from bagualu.fault_tolerance.checkpoint.format import (
+    MANIFEST,
+    CheckpointError,
+    CheckpointStorageError,
+    Manifest,
+    StoredBox,
+    StoredFile,
+    StoredTensor,
+)
 from bagualu.fault_tolerance.checkpoint.manifest import encode
 
 _TOO_LATE = "the storage answered after the save had been given up"
@@ -55,7 +63,7 @@ def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest, claim
     fsync_directory(temporary)
     fence.check()
     if claim.given_up:
-        raise CheckpointError(_TOO_LATE)
+        raise CheckpointStorageError(_TOO_LATE)
     os.rename(temporary, final)
     try:
         fsync_directory(final.parent)
@@ -64,7 +72,7 @@ def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest, claim
         raise
     if not claim.commit():
         _take_back(final, _TOO_LATE)
-        raise CheckpointError(_TOO_LATE)
+        raise CheckpointStorageError(_TOO_LATE)
 
 
 def _take_back(final: Path, why: str) -> None:

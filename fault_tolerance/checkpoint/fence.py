@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bagualu.fault_tolerance.checkpoint.directory import SAVING, clear_stale
 from bagualu.fault_tolerance.checkpoint.durable import durable_file, fsync_directory, make_directory, write_all
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError, SupersededError
 
 EPOCH = ".epoch"
 
@@ -46,14 +46,14 @@ class Fence:
         return fence
 
     def check(self) -> None:
-        """Raises CheckpointError when a later start has taken the directory, or it is not there any more."""
+        """Raises SupersededError when a later start has taken the directory, CheckpointStorageError when that cannot be told."""
         try:
             line = (self.root / EPOCH).read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{self.root / EPOCH} cannot be read ({error.strerror}); "
-                                  "see whether its storage is still mounted") from error  # fmt: skip
+            raise CheckpointStorageError(f"{self.root / EPOCH} cannot be read ({error.strerror}); "
+                                         "see whether its storage is still mounted") from error  # fmt: skip
         if line != self._line:
-            raise CheckpointError(
+            raise SupersededError(
                 f"{self.root} belongs to a later start of this run (number {_epoch(self.root)}, this one is {self.epoch}); "
                 "end this process, that one goes on"
             )

@@ -42,6 +42,10 @@ class CheckpointStorageError(CheckpointError, StorageError):
     """The storage of a checkpoint cannot be written or read now."""
 
 
+class SupersededError(CheckpointError):
+    """A later start of the run has its checkpoints: this one saves nothing any more."""
+
+
 @dataclass(frozen=True)
 class StoredFile:
     """A shard: its size, and how many bytes its safetensors header (length word included) takes."""

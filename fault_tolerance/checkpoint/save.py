@@ -11,10 +11,10 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,11 +27,12 @@ from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_name
 from bagualu.fault_tolerance.checkpoint.lookback import LookBack
 from bagualu.fault_tolerance.checkpoint.retention import prune
 from bagualu.fault_tolerance.checkpoint.shard import Piece, write_shard
-from bagualu.fault_tolerance.checkpoint.writer import Job, Outcome, Writer
+from bagualu.fault_tolerance.checkpoint.writer import KINDS, Job, Outcome, Writer
 
 _HOST = torch.device("cpu")
 _TIMEOUT_SECONDS = 300.0
 _REMEDY = "earlier checkpoints are as they were; repair this and save again"
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -110,7 +111,7 @@ class Saver:
         root = self.fence.root
         temporary = temporary_for(root, step, f"{self.fence.token}-{self._attempts}")
         self.group.monitor.at("write")
-        part = self._writer.submit(self._write_part, temporary, root / step_name(step), pieces)
+        part = self._writer.submit(self._fenced, self._write_part, temporary, root / step_name(step), pieces)
         self._under_way = _UnderWay(step, metadata, temporary, part, self._deadline())
 
     def conclude(self) -> Path:
@@ -123,7 +124,8 @@ class Saver:
         """Bring the save under way one stage further: None when rank 0 now commits it, its path when that is done. Collective.
 
         wait=False, after `status` has said that some rank failed, does not wait for parts that are still being written.
-        Raises CheckpointError on every rank when any rank failed; then the save is given up, nothing new is there and the earlier
+        Raises on every rank when any rank failed: SupersededError, CheckpointStorageError where the storage is all that is wrong,
+        else CheckpointError; then the save is given up, nothing new is there and the earlier
         checkpoints are as they were.
         """
         save = self._under_way
@@ -134,7 +136,7 @@ class Saver:
         if "error" in verdict:
             if self.group.rank == 0:
                 self._writer.submit(_remove_quietly, save.temporary)
-            raise CheckpointError(f"step {save.step} was not saved: {verdict['error']}; {_REMEDY}")
+            raise KINDS[verdict["kind"]](f"step {save.step} was not saved: {verdict['error']}; {_REMEDY}")
         if not save.committing:
             save.committing, self._under_way = True, save
             return None
@@ -179,12 +181,13 @@ class Saver:
         verdict: Outcome = {"done": None}
         save.job = None
         if outcomes is not None:
-            errors = [(rank, o["error"]) for rank, o in zip(self.group.ranks, outcomes, strict=True) if o and "error" in o]
+            errors = [(rank, o) for rank, o in zip(self.group.ranks, outcomes, strict=True) if o and "error" in o]
             if errors:
+                rank, worst = min(errors, key=lambda one: list(KINDS).index(one[1]["kind"]))
                 more = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
-                verdict = {"error": f"rank {errors[0][0]}{more}: {errors[0][1]}"}
+                verdict = {**worst, "error": f"rank {rank}{more}: {worst['error']}"}
             else:
-                save.job = self._writer.submit(self._commit, save, [o["done"] for o in outcomes if o])
+                save.job = self._writer.submit(self._fenced, self._commit, save, [o["done"] for o in outcomes if o])
                 save.deadline = self._deadline()
         told: Outcome = broadcast_json(verdict, self.group, self.device)
         return told
@@ -193,9 +196,17 @@ class Saver:
         """Rank 0's verdict on its commit."""
         own = self._outcome(save, wait=True)
         if own and "error" in own:
-            own = {"error": f"rank {self.group.ranks[0]}: {own['error']}"}
+            own = {**own, "error": f"rank {self.group.ranks[0]}: {own['error']}"}
         told: Outcome = broadcast_json(own, self.group, self.device)
         return told
+
+    def _fenced(self, job: Callable[..., T], *args: Any) -> T:
+        """In the writer thread. A later start sets aside what this one writes: such an error is not the storage's."""
+        try:
+            return job(*args)
+        except OSError:
+            self.fence.check()
+            raise
 
     def _write_part(self, temporary: Path, final: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
         """In the writer thread: this rank's shard, durable; its report. The order of the first two lines is the fence."""

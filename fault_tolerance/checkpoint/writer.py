@@ -5,10 +5,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError, SupersededError
 
 Outcome = dict[str, Any]
-"""{"done": what a job returned} or {"error": in one line why not}: it can be sent to other ranks as JSON."""
+"""{"done": what a job returned} or {"error": in one line why not, "kind": one of KINDS}: it can be sent to other ranks as JSON."""
+KINDS: dict[str, type[CheckpointError]] = {
+    "superseded": SupersededError, "other": CheckpointError, "storage": CheckpointStorageError,
+}  # fmt: skip
+"""What an error means; of several the first of these is told, since nothing but storage is worth trying again."""
 
 
 class Job:
@@ -25,15 +29,17 @@ class Job:
         try:
             self.outcome = {"done": self._function(*self._args)}
         except BaseException as error:
-            kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
-            self.outcome = {"error": f"{kind}{error}".replace("\n", " ")}
+            name = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
+            self.outcome = {"error": f"{name}{error}".replace("\n", " "), "kind": _kind(error)}
         self._function, self._args = _nothing, ()  # the tensors may go
         self._finished.set()
 
     def wait(self, seconds: float) -> Outcome:
         """Its outcome; an error once it has not been finished for `seconds`."""
         self._finished.wait(max(0.0, seconds))
-        return self.outcome or {"error": "the storage has not answered for checkpoint.timeout_seconds; see whether it hangs"}
+        return self.outcome or {
+            "error": "the storage has not answered for checkpoint.timeout_seconds; see whether it hangs", "kind": "storage",
+        }  # fmt: skip
 
 
 class Writer:
@@ -67,6 +73,12 @@ class Writer:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             job.run()
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, OSError | CheckpointStorageError):
+        return "storage"
+    return "superseded" if isinstance(error, SupersededError) else "other"
 
 
 def _nothing() -> None:

@@ -18,6 +18,7 @@ from bagualu.fault_tolerance.checkpoint.format import CheckpointError
 from bagualu.fault_tolerance.checkpoint.inspect import verify
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.config import Recipe
+from bagualu.trainer.outcome import failure
 from tests.conftest import Undisturbed
 from tests.harness import BACKENDS, WorkerFailed, run
 from tests.parity import small_recipe
@@ -166,6 +167,7 @@ def test_a_run_that_lost_its_directory_to_a_later_start_does_not_commit(tmp_path
 
         with pytest.raises(CheckpointError) as error:
             train_noting_samples(recipe, communicator, stop)
+        assert failure(0, "write", error.value, 0.0).kind == "final"  # a restart would take the run from the second
         return str(error.value)
 
     def second() -> None:

@@ -21,7 +21,7 @@ from bagualu.fault_tolerance.checkpoint.format import CheckpointStorageError, st
 from bagualu.fault_tolerance.guard.verdict import Action, Cause, Verdict
 from bagualu.fault_tolerance.ledger.events import LEDGER
 from bagualu.launch.storage import newest
-from bagualu.trainer import loop, preflight
+from bagualu.trainer import checkpoints, loop, preflight, resume
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import failure
@@ -243,6 +243,53 @@ def test_a_launch_remembers_that_its_run_had_begun_when_the_whole_run_directory_
         run("simulated", 2, with_scratch, recipe, tmp_path / "scratch")
     assert not (stopped / "metrics.jsonl").exists()
     assert away.exists()
+
+
+def test_a_run_directory_that_gives_errors_is_an_outage_on_every_rank(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(directory: Path) -> bool:
+        if current_thread().name == "rank-1":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(directory))
+        return True
+
+    monkeypatch.setattr(checkpoints, "has_begun", fail)
+    with pytest.raises(CheckpointStorageError, match=r"rank 1: .* cannot be read now \(Stale file handle\)") as error:
+        go_on(stopped)
+    assert failure(0, "start", error.value, 0.0).kind == "storage"
+
+
+def test_only_rank_0_decides_what_there_is_and_the_others_wait_to_see_it(
+    stopped: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another node whose file system still believes what it saw before: no `.epoch`, and the newest one not yet."""
+    stat, looks = Path.stat, Counter[str]()
+
+    def stale(path: Path, **options: Any) -> Any:
+        if current_thread().name == "rank-1" and path.name in (EPOCH, step_name(STOPPED)):
+            looks[path.name] += 1
+            if looks[path.name] < TRIES:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stale)
+    assert go_on(stopped)["damaged"] == []
+    assert looks == {step_name(STOPPED): looks[step_name(STOPPED)]}
+    assert looks[step_name(STOPPED)] >= TRIES
+    assert_same_run(stopped, straight)
+
+
+def test_a_stop_ends_the_pauses(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(Outage(monkeypatch, 10**9, ALL, errno.EIO), MANIFESTS)
+    slept: list[float] = []
+    monkeypatch.setattr(resume.time, "sleep", slept.append)
+    recipe = recipe_on(stopped, checkpoint__resume=True, restart__backoff_seconds=3600.0)
+
+    def asked(communicator: Communicator, recipe: Recipe) -> None:
+        whole_run.train(recipe, communicator, lambda: communicator.rank == 1)
+
+    with pytest.raises(CheckpointStorageError, match="can be read now"):
+        run("simulated", 2, asked, recipe)
+    assert max(slept) <= 1
+    assert sum(slept) < 60
 
 
 def test_the_way_back_in_a_run_waits_for_its_checkpoints_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
