@@ -1,5 +1,6 @@
 """Test 24: a whole run of 4 ranks on storage that is read-only, is taken away, or never answers."""
 
+import errno
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,13 @@ import pytest
 
 from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.inspect import verify
-from bagualu.launch import storage
+from bagualu.fault_tolerance.config import RestartConfig
+from bagualu.launch import node, storage
+from bagualu.launch import run as launch_run
 from bagualu.launch.cli import main
+from bagualu.launch.restart import Restarts, announcement
+from bagualu.trainer import preflight
+from bagualu.trainer.outcome import Failure
 from tests.launch.survival import MOST_LOST, SMALL, finish, small
 from tests.mounts import can_mount
 from tests.standing import assert_names_rank_phase_and_cause, assert_stood
@@ -195,3 +202,37 @@ def test_a_read_only_run_directory_is_refused_in_one_line_before_anything_starts
             assert re.match(rf"bagualu: error: .*{place}.*(cannot be written|already holds a run)", line), err
         assert len(text.splitlines()) == (3 if place == "run" else 2)
         assert "cannot be written" in text
+
+
+def test_a_run_directory_that_is_away_is_never_advised_to_be_removed(tmp_path: Path) -> None:
+    """The launch knows that its run had begun; and an outage says little of what there is."""
+    recipe, loss = small(tmp_path / "run", *WORDS), Failure(0, "start", "StorageError: away", 0.0)
+    assert "remove" in launch_run._advice(recipe, loss, begun=False)
+    assert not storage.begun(tmp_path)
+    (tmp_path / preflight.BEGUN).touch()
+    assert storage.begun(tmp_path)
+    for failure, begun in ((loss, True), (replace(loss, kind="storage"), True), (replace(loss, kind="storage"), False)):
+        advice = launch_run._advice(recipe, failure, begun)
+        assert "go on with checkpoint.resume=true" in advice
+        assert "remove" not in advice
+    restarts = Restarts(RestartConfig())
+    line = announcement(restarts.decide(loss), restarts, recipe, begun=True)
+    assert line.endswith("from its newest checkpoint, when its storage answers")
+
+
+@pytest.mark.parametrize("command", ["train", "node"])
+def test_a_run_directory_that_gives_errors_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(tmp_path))
+
+    monkeypatch.setattr(storage.preflight, "has_begun", fail)
+    words = [*SMALL, *WORDS, f"run.dir={tmp_path}"]
+    if command == "train":
+        code = main(["train", *words])
+    else:
+        code = node.main(["--meet", "127.0.0.1:29400", "--id", "x", "checkpoint.resume=true", *words])
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"bagualu: error: run.dir={tmp_path} cannot be read (Stale file handle: ")
