@@ -62,7 +62,7 @@ class RestartConfig:
 
     def pause_seconds(self, number: int) -> float:
         """The pause before try `number` after the first (from 1)."""
-        return min(_LONGEST_PAUSE_SECONDS, self.backoff_seconds * 2 ** min(number - 1, 30))
+        return min(_LONGEST_PAUSE_SECONDS, self.backoff_seconds * 2.0 ** min(number - 1, 30))
 
     def validate(self) -> None:
         require_at_least(0, "restart", self, "limit", "backoff_seconds")
