@@ -112,7 +112,6 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"parallel__data": 4},
     ),
     # nothing given
-    ({"run__name": ""}, "run.name is empty; give one, e.g. run.name=tiny", {"run__name": "tiny"}),
     ({"run__dir": " "}, "e.g. run.dir=runs/tiny", {"run__dir": "runs/tiny"}),
     ({"data__source": ""}, "e.g. data.source=stdlib", {"data__source": "stdlib"}),
     # far too large

@@ -15,7 +15,7 @@ import torch
 
 from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.fence import Fence
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError
 from bagualu.fault_tolerance.checkpoint.inspect import describe, verify
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint
 from bagualu.fault_tolerance.checkpoint.save import save
@@ -67,7 +67,7 @@ def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_the_old(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing(call, rank))
         errors = save_with(fence, 20, 4)
-    assert {type(error) for error in errors} == {CheckpointError}
+    assert {type(error) for error in errors} == {CheckpointStorageError}
     assert len({str(error) for error in errors}) == 1
     more = " (and 3 more ranks)" if call == "mkdir" else ""
     assert f"step 20 was not saved: rank {rank}{more}: OSError: [Errno 28] No space left on device" in str(errors[0])
