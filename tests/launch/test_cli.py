@@ -79,7 +79,6 @@ def test_help_lists_every_verb_and_every_recipe(capsys):
         (["train", "data.source=~/no/such/corpus"], "data.source=~/no/such/corpus is not there"),
         (["train", "data.source="], "e.g. data.source=stdlib"),
         (["train", "run.dir="], "e.g. run.dir=runs/tiny"),
-        (["train", "run.name="], "e.g. run.name=tiny"),
         (["rehearse", "run.dir=", "faults=[kill@step=5]"], "e.g. run.dir=runs/tiny"),
         (["train", "run.seed=99999999999999999999999"], "run.seed=99999999999999999999999 must lie between"),
         (["train", "data.global_batch=2097152"], "give data.global_batch=262144 or less"),
