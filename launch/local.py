@@ -1,5 +1,6 @@
 """Run a recipe on this machine: as worker processes under torch.distributed.elastic, or as threads of this process."""
 
+import atexit
 import contextlib
 import logging
 import os
@@ -30,7 +31,7 @@ from bagualu.launch.storage import begun
 from bagualu.launch.watcher import Watcher
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
-from bagualu.trainer.outcome import Failure, at_fault, failure, first
+from bagualu.trainer.outcome import FAILED, Failure, at_fault, failure, first
 from bagualu.trainer.stopping import StopRequest
 from bagualu.trainer.worker import train
 
@@ -169,6 +170,7 @@ def run_threads(
             try:
                 ended = _run_threads_once(resuming(recipe) if generation else recipe, world, entrypoint, stop, folder, watchers)
             except KeyboardInterrupt:
+                atexit.register(_leave_threads)
                 return _killed()
             if ended.failure is None:
                 return ended
@@ -181,6 +183,13 @@ def run_threads(
             print(f"bagualu: {announcement(verdict, restarts, recipe, begun(folder))}", file=sys.stderr, flush=True)
             time.sleep(verdict.pause_seconds)
             generation += 1
+
+
+def _leave_threads() -> None:
+    """End the process with ranks at work in it: the interpreter would abort when it takes itself from under them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(FAILED)
 
 
 def _run_threads_once(
