@@ -9,6 +9,10 @@ from bagualu.parallel.balance.keys import COMPUTED, memory_caps, validate_speeds
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.generate import place
 
+HEAD_CHUNK_TOKENS = 2**10
+"""For head and loss (vocabulary.py). Every chunk goes through the whole weight and its gradient, so few tokens would waste time;
+more could sum to what float16 does not hold, before any loss scale can help."""
+
 
 @dataclass
 class RebalanceConfig:

@@ -14,14 +14,12 @@ import torch.nn.functional as F
 
 from bagualu.comm.differentiable import reduce_from, scatter_to
 from bagualu.comm.group import Group
+from bagualu.parallel.config import HEAD_CHUNK_TOKENS
 from bagualu.parallel.data import gradient_sink
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 IGNORED = -100
 """The label of a position that takes no part in the loss."""
-_CHUNK_ROWS = 2**10
-"""Tokens. Every chunk goes through the whole weight and its gradient, so few would waste time; more could sum to what float16 does
-not hold, before any loss scale can help."""
 
 
 def embedding(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -93,8 +91,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x, dtype=rows.dtype) if backward else None
         grad_rows: torch.Tensor | None = None
         total = x.new_zeros((), dtype=accurate_dtype(x.dtype))
-        for begin in range(0, max(1, x.shape[0]), _CHUNK_ROWS):
-            here = slice(begin, begin + _CHUNK_ROWS)
+        for begin in range(0, max(1, x.shape[0]), HEAD_CHUNK_TOKENS):
+            here = slice(begin, begin + HEAD_CHUNK_TOKENS)
             chunk = x[here].to(rows.dtype)
             logits = (chunk @ rows.T).to(total.dtype)
             total += _loss_and_gradient(logits, labels[here] - start, labels[here] != IGNORED, group)

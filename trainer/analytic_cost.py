@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 from bagualu.parallel.balance.cost import CostTable, LayerCost
+from bagualu.parallel.config import HEAD_CHUNK_TOKENS
 from bagualu.parallel.layout import Layout
 from bagualu.trainer.models.config import ModelConfig
 from bagualu.trainer.models.flops import Flops, head_flops, layer_flops
@@ -149,11 +150,12 @@ def embedding_held(work: Work) -> Held:
 
 
 def head_held(work: Work) -> Held:
-    """Input and scale of the norm, and both gradients."""
+    """Input and scale of the norm, and both gradients; that of the weight in at least float32 where it is a sum of chunks."""
     model, tensor = work.model, work.layout.tensor
     between = work.tokens // (tensor if work.sequence else 1)
     inputs, scales = between * model.hidden * work.item_bytes, between * work.accurate_bytes
-    gradients = work.tokens * model.hidden * work.item_bytes + model.padded_vocab // tensor * model.hidden * work.accurate_bytes
+    weight_bytes = work.accurate_bytes if work.tokens > HEAD_CHUNK_TOKENS else work.item_bytes
+    gradients = work.tokens * model.hidden * work.item_bytes + model.padded_vocab // tensor * model.hidden * weight_bytes
     return Held(inputs + scales + gradients, inputs, 0)
 
 

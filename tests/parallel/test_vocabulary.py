@@ -48,7 +48,7 @@ def test_embedding_is_that_of_the_whole_table(backend: str, size: int, sequence:
 
 def loss(communicator: Communicator, rows: int) -> None:
     """In chunks of `rows` tokens."""
-    kept, vocabulary._CHUNK_ROWS = vocabulary._CHUNK_ROWS, rows
+    kept, vocabulary.HEAD_CHUNK_TOKENS = vocabulary.HEAD_CHUNK_TOKENS, rows
     try:
         x = drawn(7, HIDDEN, seed=3).requires_grad_()
         whole = drawn(ROWS, HIDDEN, seed=4).requires_grad_()
@@ -64,7 +64,7 @@ def loss(communicator: Communicator, rows: int) -> None:
         communicator.world.all_reduce(own_x.grad)  # each rank holds its part of the sum
         torch.testing.assert_close(own_x.grad, x.grad, rtol=1e-12, atol=1e-14)
     finally:
-        vocabulary._CHUNK_ROWS = kept
+        vocabulary.HEAD_CHUNK_TOKENS = kept
 
 
 @pytest.mark.parametrize("rows", [1, 2, 2**10])

@@ -153,14 +153,6 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype).view_as(x), grad_weight, None
 
 
-def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """query [B, A, S, D], key and value [B, A / g, S, D] shared by g query heads each -> [B, A, S, D]."""
-    dtype = multiply_dtype(query)
-    shared = query.shape[1] // key.shape[1]
-    key, value = (t.to(dtype).repeat_interleave(shared, dim=1) if shared > 1 else t.to(dtype) for t in (key, value))
-    return F.scaled_dot_product_attention(query.to(dtype), key, value, is_causal=True).to(query.dtype)
-
-
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary positions for x [B, S, A, D]. Pairs are (i, i + D / 2) (arXiv 2104.09864, section 3.2.2, in the half-split order that
     published Llama weights in Hugging Face form use); cos and sin [S, D] hold each angle twice, the first sine with a minus."""

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bagualu.parallel.precision import accurate_dtype
+from bagualu.trainer.models.attention import causal_attention
 from bagualu.trainer.models.config import ModelConfig
-from bagualu.trainer.models.kernels import causal_attention, linears, rms_norm, rotate
+from bagualu.trainer.models.kernels import linears, rms_norm, rotate
 
 
 class Linear(nn.Module):

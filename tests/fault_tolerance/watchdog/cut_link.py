@@ -43,6 +43,9 @@ def main(folder: Path, how: str) -> None:
         for rank in range(_RANKS):
             workers.append(_start(folder, rank, there.pid))
         _wait_for_steps(folder, workers, 5)
+        (folder / "pause").touch()  # nothing is under way when the link goes: every rank then sends into the cut, none alone
+        time.sleep(0.5)
+        _wait_for_steps(folder, workers, max(_steps(folder)))
         recipe = compose([f"run.dir={folder}", "restart.hang_seconds=4", "restart.long_hang_seconds=60"])
         check = HangCheck(recipe, folder)
         check.started(0, {rank: worker.pid for rank, worker in enumerate(workers)})
@@ -50,6 +53,7 @@ def main(folder: Path, how: str) -> None:
             _do("ip link set left down")
         else:  # what goes there is sent to a machine that does not exist; what comes from there still arrives
             _do("ip neigh replace 10.77.0.2 lladdr 02:00:00:00:00:99 dev left nud permanent")
+        (folder / "pause").unlink()
         deadline = time.monotonic() + 90
         while not (failure := check.look()):
             assert time.monotonic() < deadline, "not found"
@@ -86,17 +90,25 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
     while True:
         communicator.monitor.step += 1
         communicator.monitor.at("data")
+        while (Path(recipe.run.dir) / "pause").exists():
+            time.sleep(0.01)
         time.sleep(0.02)
         communicator.world.all_reduce(torch.ones(1000))
         (Path(recipe.run.dir) / f"step-{communicator.rank}").write_text(str(communicator.monitor.step))
 
 
 def _wait_for_steps(folder: Path, workers: list[subprocess.Popen[bytes]], steps: int) -> None:
-    done, deadline = folder / "step-0", time.monotonic() + 120
-    while not done.exists() or int(done.read_text() or 0) < steps:
+    deadline = time.monotonic() + 120
+    while min(_steps(folder)) < steps:
         assert all(worker.poll() is None for worker in workers), "a rank has died"
         assert time.monotonic() < deadline, "the ranks did not come up"
         time.sleep(0.05)
+
+
+def _steps(folder: Path) -> list[int]:
+    """How many each rank has done."""
+    files = [folder / f"step-{rank}" for rank in range(_RANKS)]
+    return [int(file.read_text() or 0) if file.exists() else 0 for file in files]
 
 
 def _do(command: str) -> None:

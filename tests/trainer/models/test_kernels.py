@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 from bagualu.parallel import precision, vocabulary
 from bagualu.parallel.vocabulary import IGNORED, linear_cross_entropy
-from bagualu.trainer.models.kernels import causal_attention, grouped_linears, linears, rms_norm, rotate
+from bagualu.trainer.models import attention
+from bagualu.trainer.models.attention import attention_in_blocks, causal_attention
+from bagualu.trainer.models.kernels import grouped_linears, linears, rms_norm, rotate
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -49,6 +51,7 @@ KERNELS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]]]] = {
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-2), [(2, 3, 4), (4,)]),
     "rotate": (lambda x: rotate(x, COS, SIN), [(2, 3, 2, 4)]),
     "causal_attention": (causal_attention, [(2, 2, 3, 4)] * 3),
+    "causal_attention_in_blocks": (attention_in_blocks, [(2, 2, 3, 4)] * 3),
     "causal_attention_shared_heads": (causal_attention, [(1, 4, 3, 2), (1, 2, 3, 2), (1, 2, 3, 2)]),
 }
 
@@ -77,6 +80,20 @@ def test_16_bit_values_and_gradients_are_the_exact_ones_rounded(name: str, dtype
         assert x.grad is not None
         assert x.grad.dtype == dtype
         assert_rounded(x.grad, reference.grad, several=name.startswith("causal"))
+
+
+@pytest.mark.parametrize(("rows", "elements"), [(64, 2**18), (1, 1), (3, 50), (7, 200), (100, 10)])
+def test_attention_does_not_depend_on_its_blocks(rows: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block, blocks that leave a rest of rows or of heads, blocks of one row: all are torch's attention."""
+    monkeypatch.setattr(attention, "_BLOCK_ROWS", rows)
+    monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", elements)
+    inputs = [draw(2, 9, 3, 4, seed=i).transpose(1, 2) for i in range(3)]  # heads of a projection, as a layer hands them over
+    seed = draw(2, 3, 9, 4, seed=3).detach()
+    expected = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    result = attention_in_blocks(*inputs)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-13)
+    for own, reference in zip(*(torch.autograd.grad(t, inputs, seed) for t in (result, expected)), strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.usefixtures("_widened")
@@ -135,7 +152,7 @@ LABELS = torch.tensor([0, IGNORED, 4, 2, IGNORED, 4, 1])
 
 @pytest.fixture(params=[1, 2, 3, 100], ids=lambda rows: f"{rows}_rows_a_chunk")
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "_CHUNK_ROWS", request.param)
+    monkeypatch.setattr(vocabulary, "HEAD_CHUNK_TOKENS", request.param)
 
 
 @pytest.mark.usefixtures("_chunks")

@@ -23,14 +23,25 @@ STEPS = 4
 MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "model__moe__shared_experts": 1}
 
 
-def trained(communicator: Communicator, recipe: Recipe) -> tuple[list[float], list[float], list[object]]:
+Weights = dict[str, torch.Tensor]
+
+
+def trained(communicator: Communicator, recipe: Recipe) -> tuple[list[float], list[float], list[object], list[Weights]]:
+    """Losses, norms, the state at the end, and the working weights after every step."""
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    results = [train_step(parts, step) for step in range(STEPS)]
-    return [r.loss for r in results], [r.grad_norm for r in results], pieces_of(parts)
+    results, weights = [], []
+    for step in range(STEPS):
+        results.append(train_step(parts, step))
+        weights.append({name: p.detach().clone() for name, p in parts.model.named_parameters()})
+    return [r.loss for r in results], [r.grad_norm for r in results], pieces_of(parts), weights
 
 
-def plain(recipe: Recipe) -> tuple[list[float], list[float], dict[str, np.ndarray]]:
-    """The same in the way everybody writes it: one model, one batch, torch's optimizer."""
+def plain(recipe: Recipe, follow: list[Weights] | None = None) -> tuple[list[float], list[float], dict[str, np.ndarray]]:
+    """The same in the way everybody writes it: one model, one batch, torch's optimizer.
+
+    `follow`: working weights to go on from after every step. A master that lies between two 16-bit numbers is rounded one way or
+    the other by its last digits, and all gradients after that depend on it.
+    """
     parts: Parts = run("simulated", 1, lambda c: assemble(recipe, c, prepare(recipe.data, recipe.model.vocab)))[0]
     working = Decoder(recipe.model, [range(recipe.model.layers)]).to(getattr(torch, recipe.train.dtype))
     working.load_state_dict(parts.model.state_dict())
@@ -65,21 +76,27 @@ def plain(recipe: Recipe) -> tuple[list[float], list[float], dict[str, np.ndarra
         with torch.no_grad():
             for name, parameter in working.named_parameters():
                 parameter.copy_(masters[name])
+                if follow:
+                    torch.testing.assert_close(parameter, follow[step][name], rtol=torch.finfo(parameter.dtype).eps, atol=0)
+                    parameter.copy_(follow[step][name])
     state = {f"weight/{name}": master.detach().numpy() for name, master in masters.items()}
     for moment in ("exp_avg", "exp_avg_sq"):
         state |= {f"{moment}/{name}": adamw.state[master][moment].numpy() for name, master in masters.items()}
     return losses, grad_norms, state
 
 
+def alone(dtype: str, model: dict[str, object]) -> Recipe:
+    return small_recipe(train__dtype=dtype, train__steps=8, optim__epsilon=1e-5, **model)
+
+
 @functools.cache
 def plain_model(dtype: str, model: tuple[tuple[str, object], ...]) -> tuple[list[float], list[float], dict[str, np.ndarray]]:
-    return plain(small_recipe(train__dtype=dtype, train__steps=8, optim__epsilon=1e-5, **dict(model)))
+    return plain(alone(dtype, dict(model)))
 
 
-# In bfloat16 a mixture has no bound to hold: another order of rounding moves a token to another expert.
-RELATIVE = {"float64": 1e-10, "float32": 2e-4, "bfloat16": 5e-3}
+RELATIVE = {"float64": 1e-10, "float32": 2e-4, "bfloat16": 2e-4}
 MODELS: dict[str, dict[str, object]] = {"dense": {}, "tied": {"model__tie_embeddings": True}, "moe": MOE}
-CASES = [(model, dtype) for model in MODELS for dtype in RELATIVE if (model, dtype) != ("moe", "bfloat16")]
+CASES = [(model, dtype) for model in MODELS for dtype in RELATIVE]
 
 
 @pytest.fixture
@@ -93,14 +110,14 @@ def _widened(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_updates_are_those_of_torch(name: str, dtype: str, layout: dict[str, int]) -> None:
     model, relative = MODELS[name], RELATIVE[dtype]
-    changes = {**model, **{f"parallel__{key}": value for key, value in layout.items()}}
-    recipe = small_recipe(train__dtype=dtype, train__steps=8, optim__epsilon=1e-5, **changes)
+    recipe = alone(dtype, {**model, **{f"parallel__{key}": value for key, value in layout.items()}})
     ranks = run("simulated", recipe.world_size(), trained, recipe)
-    losses, norms, state = plain_model(dtype, tuple(model.items()))
-    for own_losses, own_norms, _ in ranks:
+    follow = ranks[0][3] if dtype == "bfloat16" else None
+    losses, norms, state = plain(alone(dtype, model), follow) if follow else plain_model(dtype, tuple(model.items()))
+    for own_losses, own_norms, *_ in ranks:
         np.testing.assert_allclose(own_losses, losses, rtol=relative)
         np.testing.assert_allclose(own_norms, norms, rtol=relative)
-    found = gather([pieces for *_, pieces in ranks])
+    found = gather([pieces for _, _, pieces, _ in ranks])
     assert found.keys() == state.keys()
     for name, expected in state.items():
         assert found[name].dtype == (np.float64 if dtype == "float64" else np.float32), name
@@ -120,7 +137,7 @@ def test_the_bound_is_tight_enough_to_see_the_clip() -> None:
 
 def test_no_clipping_is_no_factor() -> None:
     recipe = small_recipe(train__steps=8, optim__clip_norm=0.0)
-    ((_, _, pieces),) = run("simulated", 1, trained, recipe)
+    ((_, _, pieces, _),) = run("simulated", 1, trained, recipe)
     *_, state = plain(recipe)
     for name, values in gather([pieces]).items():
         np.testing.assert_allclose(values, state[name], rtol=1e-9, atol=1e-11, err_msg=name)

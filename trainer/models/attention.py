@@ -1,0 +1,101 @@
+"""Causal attention: torch's fused kernel, or on a CPU that multiplies 16-bit matrices blocks of plain matrix products.
+
+Shapes: B micro-batch, A query heads, S sequence, D head width; H = B * A, all heads.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bagualu.parallel.precision import accurate_dtype, multiply_dtype
+
+_LONGEST = 2**10
+"""Tokens. Of longer sequences torch's kernel is the quicker one."""
+_BLOCK_ROWS = 64
+_BLOCK_ELEMENTS = 2**18
+"""Weights in float32 that a core's cache holds while they are worked on."""
+
+
+def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """query [B, A, S, D], key and value [B, A / g, S, D] shared by g query heads each -> [B, A, S, D]."""
+    dtype = multiply_dtype(query)
+    shared = query.shape[1] // key.shape[1]
+    key, value = (t.to(dtype).repeat_interleave(shared, dim=1) if shared > 1 else t.to(dtype) for t in (key, value))
+    narrow = query.device.type == "cpu" and dtype.itemsize == 2
+    if narrow and query.shape[2] <= _LONGEST and not torch.compiler.is_compiling():
+        return attention_in_blocks(query, key, value)
+    return F.scaled_dot_product_attention(query.to(dtype), key, value, is_causal=True).to(query.dtype)
+
+
+def attention_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """query, key, value [B, A, S, D] -> [B, A, S, D].
+
+    Torch's kernel spends two thirds of its time beside 16-bit products (docs/performance.md). Here some rows of some heads at a
+    time go through whole matrix products, against the keys that they may see. Scores and their softmax are in at least float32,
+    and are computed again for the backward pass.
+    """
+    mixed: torch.Tensor = _InBlocks.apply(query, key, value)
+    return mixed
+
+
+class _InBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        queries, keys, values = _scaled(query), _wide(key), _heads(value)
+        mixed = torch.empty_like(values)
+        for heads, rows in _blocks(values):
+            seen = slice(rows.stop)
+            weights = _weights(queries[heads, rows], keys[heads, seen]).to(values.dtype)
+            mixed[heads, rows] = torch.bmm(weights, values[heads, seen])
+        return mixed.view(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        query, key, value = ctx.saved_tensors
+        wide_queries, wide_keys, values, grad = _scaled(query), _wide(key), _heads(value), _heads(grads[0])
+        queries, keys = wide_queries.to(values.dtype), wide_keys.to(values.dtype)
+        grad_queries = torch.empty_like(wide_queries)
+        grad_keys, grad_values = torch.zeros_like(wide_keys), torch.zeros_like(wide_keys)
+        for heads, rows in _blocks(values):
+            seen = slice(rows.stop)
+            weights = _weights(wide_queries[heads, rows], wide_keys[heads, seen])
+            grad_weights = torch.bmm(grad[heads, rows], values[heads, seen].mT).to(weights.dtype)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).to(values.dtype)
+            grad_queries[heads, rows] = torch.bmm(grad_scores, keys[heads, seen])
+            grad_keys[heads, seen].add_(torch.bmm(grad_scores.mT, queries[heads, rows]))
+            grad_values[heads, seen].add_(torch.bmm(weights.to(values.dtype).mT, grad[heads, rows]))
+        grad_queries *= wide_queries.shape[-1] ** -0.5
+        return tuple(t.to(values.dtype).view(grads[0].shape) for t in (grad_queries, grad_keys, grad_values))
+
+
+def _heads(x: torch.Tensor) -> torch.Tensor:
+    """[B, A, S, D] -> [H, S, D], contiguous."""
+    return x.reshape(-1, *x.shape[2:]).contiguous()
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return _heads(x.to(accurate_dtype(x.dtype)))
+
+
+def _scaled(query: torch.Tensor) -> torch.Tensor:
+    return _wide(query) * query.shape[-1] ** -0.5
+
+
+def _blocks(heads: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """(heads, rows) of every block of work on [H, S, D]."""
+    count, length, _ = heads.shape
+    at_once = max(1, _BLOCK_ELEMENTS // (min(length, _BLOCK_ROWS) * length))
+    for head in range(0, count, at_once):
+        for row in range(0, length, _BLOCK_ROWS):
+            yield slice(head, head + at_once), slice(row, min(length, row + _BLOCK_ROWS))
+
+
+def _weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Softmax of queries [h, r, D] with keys [h, s, D] -> [h, r, s]; the r rows are the last of s and see none after themselves."""
+    scores = torch.bmm(queries, keys.mT)
+    rows = queries.shape[1]
+    scores[..., -rows:].add_(scores.new_full((rows, rows), -torch.inf).triu_(1))
+    return torch.softmax(scores, -1)
