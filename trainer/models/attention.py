@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
-_LONGEST = 2**10
-"""Tokens. Of longer sequences torch's kernel is the quicker one."""
+_LONGEST = 2**9
+"""Tokens. With longer sequences torch's kernel is as quick."""
 _BLOCK_ROWS = 64
-_BLOCK_ELEMENTS = 2**18
-"""Weights in float32 that a core's cache holds while they are worked on."""
+_BLOCK_ELEMENTS = 2**20
+"""Attention weights at a time: few enough for the caches, many enough for several threads."""
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -32,9 +32,9 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 def attention_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """query, key, value [B, A, S, D] -> [B, A, S, D].
 
-    Torch's kernel spends two thirds of its time beside 16-bit products (docs/performance.md). Here some rows of some heads at a
-    time go through whole matrix products, against the keys that they may see. Scores and their softmax are in at least float32,
-    and are computed again for the backward pass.
+    Some rows of many heads at a time go through whole matrix products, with the keys that they may see: where torch's kernel takes
+    one head after the other, with products too small for what the processor can do (docs/performance.md). Scores and their
+    softmax are in at least float32, and are computed again for the backward pass.
     """
     mixed: torch.Tensor = _InBlocks.apply(query, key, value)
     return mixed
