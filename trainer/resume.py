@@ -170,7 +170,11 @@ def _list_here(root: Path) -> list[Path]:
 
 def _require_seen(named: list[Path]) -> None:
     for path in named:
-        if not path.is_dir():
+        try:
+            seen = path.is_dir()
+        except OSError:  # a mount that is stale, say
+            seen = False
+        if not seen:
             raise CheckpointStorageError(f"{path} is not seen here; see whether run.dir is mounted, on a disk that all nodes share")
 
 

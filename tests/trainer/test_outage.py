@@ -308,3 +308,21 @@ def test_the_way_back_in_a_run_waits_for_its_checkpoints_too(tmp_path: Path, mon
     with pytest.raises(CheckpointStorageError, match="see whether its storage is mounted") as error:
         run("simulated", 2, train, recipe_on(tmp_path / "run"))
     assert failure(0, "data", error.value, 0.0).kind == "storage"
+
+
+def test_a_mount_that_is_stale_on_one_rank_when_checkpoints_are_looked_for_is_waited_for(
+    stopped: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outage = Outage(monkeypatch, 2, (), errno.ESTALE, rank=1)
+    outage.names = ["checkpoints"]
+    original = Path.is_dir
+
+    def is_dir(path: Path) -> bool:
+        if path.parent.name == "checkpoints":
+            outage.strike(path)
+        return original(path)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    assert go_on(stopped)["damaged"] == []
+    assert outage.seen
+    assert_same_run(stopped, straight)
