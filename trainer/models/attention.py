@@ -3,6 +3,7 @@
 Shapes: B micro-batch, A query heads, S sequence, D head width; H = B * A, all heads.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,7 +68,7 @@ class _InBlocks(torch.autograd.Function):
             grad_queries[heads, rows] = torch.bmm(grad_scores, keys[heads, seen])
             grad_keys[heads, seen].add_(torch.bmm(grad_scores.mT, queries[heads, rows]))
             grad_values[heads, seen].add_(torch.bmm(weights.to(values.dtype).mT, grad[heads, rows]))
-        grad_queries *= wide_queries.shape[-1] ** -0.5
+        grad_queries /= math.sqrt(query.shape[-1])
         return tuple(t.to(values.dtype).view(grads[0].shape) for t in (grad_queries, grad_keys, grad_values))
 
 
@@ -81,7 +82,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _scaled(query: torch.Tensor) -> torch.Tensor:
-    return _wide(query) * query.shape[-1] ** -0.5
+    return _wide(query) / math.sqrt(query.shape[-1])
 
 
 def _blocks(heads: torch.Tensor) -> Iterator[tuple[slice, slice]]:
