@@ -150,7 +150,8 @@ def embedding_held(work: Work) -> Held:
 
 
 def head_held(work: Work) -> Held:
-    """Input and scale of the norm, and both gradients; that of the weight in at least float32 where it is a sum of chunks."""
+    """Input and scale of the norm, and both gradients; that of the weight in at least float32 where it is a sum of chunks, or where
+    the chip does not multiply 16 bits (not counted)."""
     model, tensor = work.model, work.layout.tensor
     between = work.tokens // (tensor if work.sequence else 1)
     inputs, scales = between * model.hidden * work.item_bytes, between * work.accurate_bytes
@@ -165,7 +166,7 @@ def layer_held(work: Work, index: int) -> Held:
     heads, narrow = model.heads * model.head_dim // tensor, model.key_value_heads * model.head_dim // tensor
     between = work.tokens // (tensor if work.sequence else 1)
     norms = 2 * between * (model.hidden * item + work.accurate_bytes)  # inputs and scales
-    # Into the projections; query, key and value as every head sees them; the result, and the statistics of its softmax.
+    # Into the projections; query, key and value as every head sees them; the result; the statistics of its softmax, if kept.
     attention = work.tokens * ((model.hidden + 4 * heads) * item + model.heads // tensor * work.accurate_bytes)
     attention_operands = work.tokens * (2 * model.hidden + 2 * heads + 2 * narrow) * item
     mixed = _mixture_held(work) if model.is_moe_layer(index) else _swiglu_held(work, work.tokens, model.ffn // tensor)

@@ -171,11 +171,11 @@ def _list_here(root: Path) -> list[Path]:
 def _require_seen(named: list[Path]) -> None:
     for path in named:
         try:
-            seen = path.is_dir()
-        except OSError:  # a mount that is stale, say
-            seen = False
+            seen, why = path.is_dir(), "is not seen here"
+        except OSError as error:
+            seen, why = False, f"cannot be read now ({error.strerror})"
         if not seen:
-            raise CheckpointStorageError(f"{path} is not seen here; see whether run.dir is mounted, on a disk that all nodes share")
+            raise CheckpointStorageError(f"{path} {why}; see whether run.dir is mounted, on a disk that all nodes share")
 
 
 def choose(parts: Parts, candidates: Sequence[Candidate], stop: Callable[[], bool]) -> tuple[Candidate, dict[str, CheckpointError]]:

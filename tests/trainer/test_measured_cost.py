@@ -11,15 +11,16 @@ from bagualu.trainer.models.config import ModelConfig, MoEConfig
 CPU = torch.device("cpu")
 
 
-def work(dtype: str = "float32", layout: Layout | None = None) -> Work:
+def work(dtype: str = "float32", layout: Layout | None = None, micro_batch: int = 2) -> Work:
     model = ModelConfig(4, 64, 4, 2, 96, 512, vocab_multiple=64, moe=MoEConfig(4, 2, 32, shared_experts=1, every=2))
-    return Work(model, layout or Layout(), sequence_length=32, micro_batch=2, dtype=dtype)
+    return Work(model, layout or Layout(), sequence_length=32, micro_batch=micro_batch, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(data=2, tensor=2, expert=2)], ids=str)
-def test_bytes_held_are_those_that_shapes_give(dtype: str, layout: Layout) -> None:
-    here = work(dtype, layout)
+@pytest.mark.parametrize("micro_batch", [2, 40])  # one chunk of the head's, or more
+def test_bytes_held_are_those_that_shapes_give(dtype: str, layout: Layout, micro_batch: int) -> None:
+    here = work(dtype, layout, micro_batch)
     measured, analytic = measured_table(here, measure(here, CPU, compiled=False, budget_seconds=0), ""), analytic_table(here)
     pairs = [
         (measured.embedding, analytic.embedding),

@@ -314,12 +314,11 @@ def test_a_mount_that_is_stale_on_one_rank_when_checkpoints_are_looked_for_is_wa
     stopped: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outage = Outage(monkeypatch, 2, (), errno.ESTALE, rank=1)
-    outage.names = ["checkpoints"]
+    outage.names = ["checkpoints"]  # the folder of what is looked for
     original = Path.is_dir
 
     def is_dir(path: Path) -> bool:
-        if path.parent.name == "checkpoints":
-            outage.strike(path)
+        outage.strike(path)
         return original(path)
 
     monkeypatch.setattr(Path, "is_dir", is_dir)

@@ -1,4 +1,4 @@
-"""Causal attention: torch's fused kernel, or on a CPU that multiplies 16-bit matrices blocks of plain matrix products.
+"""Causal attention: torch's fused kernel, or on a CPU that multiplies bfloat16 matrices blocks of plain matrix products.
 
 Shapes: B micro-batch, A query heads, S sequence, D head width; H = B * A, all heads.
 """
@@ -24,8 +24,8 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     dtype = multiply_dtype(query)
     shared = query.shape[1] // key.shape[1]
     key, value = (t.to(dtype).repeat_interleave(shared, dim=1) if shared > 1 else t.to(dtype) for t in (key, value))
-    narrow = query.device.type == "cpu" and dtype.itemsize == 2
-    if narrow and query.shape[2] <= _LONGEST and not torch.compiler.is_compiling():
+    short = query.shape[2] <= _LONGEST and not torch.compiler.is_compiling()
+    if query.device.type == "cpu" and dtype == torch.bfloat16 and short:
         return attention_in_blocks(query, key, value)
     return F.scaled_dot_product_attention(query.to(dtype), key, value, is_causal=True).to(query.dtype)
 
@@ -56,8 +56,8 @@ class _InBlocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         query, key, value = ctx.saved_tensors
-        wide_queries, wide_keys, values, grad = _scaled(query), _wide(key), _heads(value), _heads(grads[0])
-        queries, keys = wide_queries.to(values.dtype), wide_keys.to(values.dtype)
+        wide_queries, wide_keys = _scaled(query), _wide(key)
+        queries, keys, values, grad = _heads(query), _heads(key), _heads(value), _heads(grads[0])
         grad_queries = torch.empty_like(wide_queries)
         grad_keys, grad_values = torch.zeros_like(wide_keys), torch.zeros_like(wide_keys)
         for heads, rows in _blocks(values):
@@ -69,16 +69,17 @@ class _InBlocks(torch.autograd.Function):
             grad_keys[heads, seen].add_(torch.bmm(grad_scores.mT, queries[heads, rows]))
             grad_values[heads, seen].add_(torch.bmm(weights.to(values.dtype).mT, grad[heads, rows]))
         grad_queries /= math.sqrt(query.shape[-1])
+        grad_keys /= math.sqrt(query.shape[-1])
         return tuple(t.to(values.dtype).view(grads[0].shape) for t in (grad_queries, grad_keys, grad_values))
 
 
 def _heads(x: torch.Tensor) -> torch.Tensor:
     """[B, A, S, D] -> [H, S, D], contiguous."""
-    return x.reshape(-1, *x.shape[2:]).contiguous()
+    return x.flatten(0, 1).contiguous()
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    return _heads(x.to(accurate_dtype(x.dtype)))
+    return _heads(x).to(accurate_dtype(x.dtype))
 
 
 def _scaled(query: torch.Tensor) -> torch.Tensor:

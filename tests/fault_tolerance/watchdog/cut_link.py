@@ -43,9 +43,10 @@ def main(folder: Path, how: str) -> None:
         for rank in range(_RANKS):
             workers.append(_start(folder, rank, there.pid))
         _wait_for_steps(folder, workers, 5)
-        (folder / "pause").touch()  # nothing is under way when the link goes: every rank then sends into the cut, none alone
-        time.sleep(0.5)
-        _wait_for_steps(folder, workers, max(_steps(folder)))
+        last = max(_steps(folder)) + 50  # a second ahead: all see it in time
+        (folder / "new").write_text(str(last))
+        (folder / "new").rename(folder / "last")
+        _wait_for_steps(folder, workers, last)  # nothing is under way when the link goes: then all send into the cut
         recipe = compose([f"run.dir={folder}", "restart.hang_seconds=4", "restart.long_hang_seconds=60"])
         check = HangCheck(recipe, folder)
         check.started(0, {rank: worker.pid for rank, worker in enumerate(workers)})
@@ -53,7 +54,7 @@ def main(folder: Path, how: str) -> None:
             _do("ip link set left down")
         else:  # what goes there is sent to a machine that does not exist; what comes from there still arrives
             _do("ip neigh replace 10.77.0.2 lladdr 02:00:00:00:00:99 dev left nud permanent")
-        (folder / "pause").unlink()
+        (folder / "last").unlink()
         deadline = time.monotonic() + 90
         while not (failure := check.look()):
             assert time.monotonic() < deadline, "not found"
@@ -87,11 +88,12 @@ def _start(folder: Path, rank: int, there: int) -> subprocess.Popen[bytes]:
 
 def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None) -> dict[str, Any]:
     """What the ranks run: steps of one collective of all."""
+    last = Path(recipe.run.dir) / "last"
     while True:
+        while _reads(last) == str(communicator.monitor.step):
+            time.sleep(0.01)
         communicator.monitor.step += 1
         communicator.monitor.at("data")
-        while (Path(recipe.run.dir) / "pause").exists():
-            time.sleep(0.01)
         time.sleep(0.02)
         communicator.world.all_reduce(torch.ones(1000))
         (Path(recipe.run.dir) / f"step-{communicator.rank}").write_text(str(communicator.monitor.step))
@@ -103,6 +105,13 @@ def _wait_for_steps(folder: Path, workers: list[subprocess.Popen[bytes]], steps:
         assert all(worker.poll() is None for worker in workers), "a rank has died"
         assert time.monotonic() < deadline, "the ranks did not come up"
         time.sleep(0.05)
+
+
+def _reads(file: Path) -> str:
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def _steps(folder: Path) -> list[int]:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from bagualu.parallel import precision, vocabulary
 from bagualu.parallel.vocabulary import IGNORED, linear_cross_entropy
-from bagualu.trainer.models import attention
 from bagualu.trainer.models.attention import attention_in_blocks, causal_attention
 from bagualu.trainer.models.kernels import grouped_linears, linears, rms_norm, rotate
 
@@ -80,20 +79,6 @@ def test_16_bit_values_and_gradients_are_the_exact_ones_rounded(name: str, dtype
         assert x.grad is not None
         assert x.grad.dtype == dtype
         assert_rounded(x.grad, reference.grad, several=name.startswith("causal"))
-
-
-@pytest.mark.parametrize(("rows", "elements"), [(64, 2**20), (1, 1), (3, 50), (7, 200), (100, 10)])
-def test_attention_does_not_depend_on_its_blocks(rows: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One block, blocks that leave a rest of rows or of heads, blocks of one row: all are torch's attention."""
-    monkeypatch.setattr(attention, "_BLOCK_ROWS", rows)
-    monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", elements)
-    inputs = [draw(2, 9, 3, 4, seed=i).transpose(1, 2) for i in range(3)]  # heads of a projection, as a layer hands them over
-    seed = draw(2, 3, 9, 4, seed=3).detach()
-    expected = F.scaled_dot_product_attention(*inputs, is_causal=True)
-    result = attention_in_blocks(*inputs)
-    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-13)
-    for own, reference in zip(*(torch.autograd.grad(t, inputs, seed) for t in (result, expected)), strict=True):
-        torch.testing.assert_close(own, reference, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.usefixtures("_widened")
