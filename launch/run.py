@@ -19,6 +19,8 @@ from bagualu.trainer.outcome import DONE, STOPPED, Failure, last_words, what_nex
 from bagualu.trainer.stopping import StopRequest
 
 _ELASTIC = "torch.distributed.elastic.multiprocessing"
+_LAZY = "torch._dynamo"
+"""What torch's optimizers import when the first one is made: a second of every worker's, and they share the cores then."""
 
 
 def run(
@@ -43,7 +45,7 @@ def run(
 
     with scratch() as folder, _environment(environment.variables(recipe.launch, workers)):
         if not threaded:
-            forkserver.start(["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0]], folder)
+            forkserver.start(["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0], _LAZY], folder)
         from bagualu.launch import local  # imports torch: here, while the fork server does too
 
         watchers = [ledger, HangCheck(recipe, folder)]

@@ -37,7 +37,7 @@ class WorkerFailed(AssertionError):
 class _Pool:
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bagualu.comm.group", "bagualu.comm.gloo"])
+        context.set_forkserver_preload(["bagualu.trainer.run", "bagualu.trainer.worker", "torch._dynamo"])
         self.context = context
         self.pipes: list[multiprocessing.connection.Connection] = []
         self.processes: list[Any] = []

@@ -49,7 +49,7 @@ def die(case: str, folder: Path, leftovers: Leftovers, patience: str) -> tuple[d
     ("case", "cause"),
     [
         ("0-connecting-all", STORE),
-        ("2-connecting-all", NOBODY),
+        pytest.param("2-connecting-all", NOBODY, marks=SLOW),
         pytest.param("0-connecting-agent", STORE, marks=SLOW),
         pytest.param("0-training-all", STORE, marks=SLOW),
         pytest.param("0-training-agent", STORE, marks=SLOW),

@@ -72,6 +72,7 @@ def test_storage_that_never_answers_costs_the_saves_and_the_run_ends_by_itself(
     assert_stood(run.folder, reference, OWED)
 
 
+@pytest.mark.slow
 def test_storage_that_answers_again_gets_the_run(start, reference) -> None:
     """While it is being started anew, because its last save was not taken."""
     run = start(*SMALL, *STALLS, SYNC, "run.name=write-all-5.again-3", "restart.limit=2", entrypoint="lost_storage:train")
