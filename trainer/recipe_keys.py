@@ -1,5 +1,6 @@
 """The keys a recipe has, read off the dataclasses, and what to say about an override that is none of them. Free of torch."""
 
+import functools
 import math
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -7,7 +8,7 @@ from importlib.resources import files
 from typing import Any, get_type_hints
 
 from hydra.core.override_parser.types import Override, OverrideType
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bagualu.comm.errors import RecipeError
@@ -93,13 +94,19 @@ def _check_values(override: Override, value: Any) -> None:
     if keys().get(key) is bool and not isinstance(value, bool | str):
         raise RecipeError(f"{override.input_line}: {key} takes true or false, not {value!r}")
     try:
-        OmegaConf.update(schema(), key, value, merge=True)
+        OmegaConf.update(_tried(), key, value, merge=True)
     except (OmegaConfBaseException, ValueError) as error:
         if isinstance(value, dict):
             raise RecipeError(f"{override.input_line}: {str(error).splitlines()[0]}; give the keys one by one") from error
         default = OmegaConf.select(schema(), key)
         example = f", e.g. {key}={_typed(default)}" if default is not None else ""
         raise RecipeError(f"{override.input_line}: {key} takes {_expected(keys()[key])}, not {value!r}{example}") from error
+
+
+@functools.cache
+def _tried() -> DictConfig:
+    """Where values are tried. What has been put there before is nothing to the next one: types do not depend on values."""
+    return schema()
 
 
 def _expected(hint: Any) -> str:
