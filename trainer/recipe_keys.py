@@ -94,7 +94,7 @@ def _check_values(override: Override, value: Any) -> None:
     if keys().get(key) is bool and not isinstance(value, bool | str):
         raise RecipeError(f"{override.input_line}: {key} takes true or false, not {value!r}")
     try:
-        OmegaConf.update(_tried(), key, value, merge=True)
+        OmegaConf.update(_copy(key.split(".")[0]), key, value, merge=True)
     except (OmegaConfBaseException, ValueError) as error:
         if isinstance(value, dict):
             raise RecipeError(f"{override.input_line}: {str(error).splitlines()[0]}; give the keys one by one") from error
@@ -103,9 +103,13 @@ def _check_values(override: Override, value: Any) -> None:
         raise RecipeError(f"{override.input_line}: {key} takes {_expected(keys()[key])}, not {value!r}{example}") from error
 
 
+def _copy(section: str) -> DictConfig:
+    """The schema of one section, to try a value on: what one value has left there may be in the way of the next."""
+    return OmegaConf.masked_copy(_schema(), section)
+
+
 @functools.cache
-def _tried() -> DictConfig:
-    """Where values are tried. What has been put there before is nothing to the next one: types do not depend on values."""
+def _schema() -> DictConfig:
     return schema()
 
 

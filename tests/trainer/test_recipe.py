@@ -4,8 +4,8 @@ import pytest
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.config import Recipe
-from bagualu.trainer.recipe import as_dict, compose, load_recipe, resolved_yaml, save_recipe
-from bagualu.trainer.recipe_keys import keys, options
+from bagualu.trainer.recipe import as_dict, compose, load_recipe, parse, resolved_yaml, save_recipe
+from bagualu.trainer.recipe_keys import check_override, keys, options
 
 
 @pytest.mark.parametrize("name", options("recipe"))
@@ -156,3 +156,9 @@ def test_a_key_that_is_no_name_in_python_is_the_same_everywhere(tmp_path):
 def test_keys_are_those_of_the_dataclasses():
     assert keys()["model.moe.experts"] is int
     assert set(as_dict(Recipe())) == {key.split(".")[0] for key in keys()}
+
+
+def test_a_value_is_not_judged_by_what_was_given_before():
+    """As in a sweep, or where one process composes several recipes."""
+    for override in parse([f"parallel.balance={value}" for value in ("[3,5]", "{a:1}", "[3,5]", "measured")]):
+        check_override(override)
