@@ -1,5 +1,7 @@
 """Imported by the fork server before all else, and by nobody else: ties it to the launcher, but not to its terminal. Free of torch.
 
+What the server imports after this is for its workers, which turn the garbage collector on again (trainer/uncollected.py).
+
 What a terminal or `timeout` sends to the launcher's process group is for the launcher, which tells the workers. Their own
 children (a compiler) know nothing of requests to stop and would die of one, and the worker with them: so the server, and all
 that comes of it, is a session of its own.
@@ -8,6 +10,7 @@ The server has no code of ours but what it imports. Tying the workers to the ser
 whose end the server knows that it is of no more use.
 """
 
+import gc
 import os
 
 from bagualu.trainer.parent import die_with
@@ -18,3 +21,4 @@ LAUNCHER = "BAGUALU_LAUNCHER"
 if LAUNCHER in os.environ:
     os.setsid()
     die_with(int(os.environ.pop(LAUNCHER)))
+    gc.disable()

@@ -17,6 +17,7 @@ from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, STOPPED, Failure, last_words, what_next
 from bagualu.trainer.stopping import StopRequest
+from bagualu.trainer.uncollected import uncollected
 
 _ELASTIC = "torch.distributed.elastic.multiprocessing"
 _LAZY = "torch._dynamo"
@@ -46,7 +47,8 @@ def run(
     with scratch() as folder, _environment(environment.variables(recipe.launch, workers)):
         if not threaded:
             forkserver.start(["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0], _LAZY], folder)
-        from bagualu.launch import local  # imports torch: here, while the fork server does too
+        with uncollected():
+            from bagualu.launch import local  # imports torch: here, while the fork server does too
 
         watchers = [ledger, HangCheck(recipe, folder)]
         if threaded:

@@ -21,6 +21,7 @@ from bagualu.trainer.parent import die_with
 from bagualu.trainer.progress import summary_text
 from bagualu.trainer.recipe import compose, save_recipe
 from bagualu.trainer.stopping import StopRequest
+from bagualu.trainer.uncollected import uncollected
 
 _PREPARED = "BAGUALU_PREPARED"
 """Set in a process that has been started again with its environment as it should be."""
@@ -70,9 +71,10 @@ def _prepare(recipe: Recipe, local_workers: int) -> None:
 
 
 def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | None) -> int:
-    import torch  # deferred: a wrong recipe is refused before
+    with uncollected():
+        import torch  # deferred: a wrong recipe is refused before
 
-    from bagualu.trainer.worker import work
+        from bagualu.trainer.worker import work
 
     environment.pin(recipe.launch, world.local_rank, local_workers)
     torch.set_num_threads(environment.threads(recipe.launch, local_workers))

@@ -4,6 +4,7 @@ Not collected by pytest. `run.name` says how it misbehaves: raise2 raises on ran
 ends the process of rank 2 there with exit code 9; child has a child process and says at the end whether that still runs.
 """
 
+import gc
 import json
 import os
 import re
@@ -61,4 +62,5 @@ def _about() -> dict[str, Any]:
         "huge_bytes": int(huge_kilobytes[1]) * 1024 if huge_kilobytes else 0,
         "terminal": sys.stderr.isatty(),
         "elements": memory.numel(),
+        "collector": (gc.isenabled(), gc.get_freeze_count()),
     }

@@ -49,6 +49,7 @@ def test_workers_get_threads_memory_logs_and_one_of_them_the_terminal_and_the_ru
     assert [rank["terminal"] for rank in ranks] == [True, False, False, False]  # its log has the lines too
     assert [rank["threads"] for rank in ranks] == [1] * 4
     assert len({rank["parent"] for rank in ranks}) == 1  # one process imported torch for all
+    assert all(on and left_out > 100_000 for on, left_out in (rank["collector"] for rank in ranks))  # torch's objects
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if pages.exists() and "[never]" not in pages.read_text() and os.confstr("CS_GNU_LIBC_VERSION") >= "glibc 2.35":
         assert all(rank["huge_bytes"] >= 32 * 2**20 for rank in ranks)
