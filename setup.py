@@ -40,7 +40,7 @@ setup(
         "wandb>=0.17",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"],
         "lint": ["ruff>=0.5", "mypy>=1.10", "types-psutil", "types-PyYAML"],
         "bench": ["deepspeed>=0.16"],
     },

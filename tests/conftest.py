@@ -1,5 +1,5 @@
 """Skips what this machine cannot run, and only that: gpu without a GPU, slurm without SLURM. Temporary files lie in memory, and a
-test that writes into the folder that it was started in is an error."""
+test that writes into the folder that it was started in is an error. What must not run beside each other under `-n` is said here."""
 
 import os
 import shutil
@@ -7,10 +7,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from bagualu.fault_tolerance.config import CheckpointConfig, RestartConfig
 from bagualu.trainer import run as whole_run
@@ -31,6 +33,21 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("untimed")
     torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other
+
+
+_START_LAUNCHERS = ("tests/launch/", "tests/fault_tolerance/test_soak.py", "tests/trainer/test_tiny_run.py")
+
+
+class _Lanes(LoadScopeScheduling):
+    """A module's tests follow each other in one process; so do all that start launchers, whose deadlines are meant for one at a
+    time, and of which each tidies up what another has left on this machine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "launchers" if nodeid.startswith(_START_LAUNCHERS) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Lanes:
+    return _Lanes(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

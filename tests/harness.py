@@ -36,9 +36,10 @@ def run(backend: str, size: int, function: Callable[..., Any], *args: Any) -> li
 @contextmanager
 def _on_one_core() -> Iterator[None]:
     """Threads with tiny tensors on several cores fight for the interpreter lock at every operation: it takes twice the time."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if cores:
-        os.sched_setaffinity(0, {max(cores)})  # of this thread and those that it starts
+        lane = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+        os.sched_setaffinity(0, {cores[lane % len(cores)]})  # of this thread and those that it starts
     try:
         yield
     finally:
