@@ -20,8 +20,8 @@ from bagualu.trainer.stopping import StopRequest
 from bagualu.trainer.uncollected import uncollected
 
 _ELASTIC = "torch.distributed.elastic.multiprocessing"
-_LAZY = "torch._dynamo"
-"""What torch's optimizers import when the first one is made: a second of every worker's, and they share the cores then."""
+_COMPILER = "torch._dynamo"
+"""A second of every worker's if each imports it, and they share the cores then."""
 
 
 def run(
@@ -46,7 +46,8 @@ def run(
 
     with scratch() as folder, _environment(environment.variables(recipe.launch, workers)):
         if not threaded:
-            forkserver.start(["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0], _LAZY], folder)
+            needed = ["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0]]
+            forkserver.start([*needed, _COMPILER] if recipe.train.compile else needed, folder)
         with uncollected():
             from bagualu.launch import local  # imports torch: here, while the fork server does too
 

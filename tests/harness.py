@@ -54,7 +54,7 @@ class WorkerFailed(AssertionError):
 class _Pool:
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bagualu.trainer.run", "bagualu.trainer.worker", "torch._dynamo"])
+        context.set_forkserver_preload(["bagualu.trainer.run", "bagualu.trainer.worker"])
         self.context = context
         self.pipes: list[multiprocessing.connection.Connection] = []
         self.processes: list[Any] = []

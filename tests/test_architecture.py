@@ -141,6 +141,15 @@ def test_a_recipe_is_composed_checked_and_refused_without_torch():
     assert "torch" not in loaded
 
 
+def test_a_run_loads_neither_the_compiler_nor_what_that_needs(tmp_path):
+    """Seconds of every worker's start, and 70 MB of its memory; torch loads them on the way to things we do without."""
+    words = ["train", "recipe=tiny_dense", "comm.backend=simulated", "data.source=random", "parallel.data=2", "parallel.pipeline=1",
+             "train.steps=2", "train.validate_every=1", "checkpoint.every=1", f"run.dir={tmp_path}/run"]  # fmt: skip
+    loaded = loaded_after(f"from bagualu.launch.cli import main\nassert main({words}) == 0")
+    assert "torch.optim" in loaded
+    assert not loaded & {"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy"}
+
+
 def test_a_schedule_is_drawn_without_torch_and_hydra(tmp_path):
     words = ["schedule", "name=zb_v", "stages=2", "micro_batches=3"]
     loaded = loaded_after(f"from bagualu.launch.cli import main\nassert main({words}) == 0")

@@ -22,6 +22,7 @@ from torch import nn
 from bagualu.parallel.balance.cost import CostTable, LayerCost
 from bagualu.parallel.data import GradientSink
 from bagualu.parallel.expert import LocalExperts, Routed
+from bagualu.parallel.pipeline.backward import backward
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.analytic_cost import Work, end_bytes, layer_bytes
 from bagualu.trainer.flops import synchronize
@@ -174,8 +175,8 @@ class _Sample:
         return _Saved(inputs, outputs, _storages(tensors))
 
     def _backward(self, outputs: tuple[torch.Tensor, ...]) -> None:
-        gradients = [torch.ones_like(outputs[0]), *(torch.ones_like(one) for one in outputs[1:])]
-        torch.autograd.backward(outputs, gradients)
+        gradients = [torch.ones_like(output) for output in outputs]
+        backward(outputs, gradients)
 
     def _now(self) -> float:
         synchronize(self.device)

@@ -12,6 +12,7 @@ import torch
 
 from bagualu.comm.backend import Work
 from bagualu.parallel.mesh import Mesh
+from bagualu.parallel.pipeline.backward import backward
 from bagualu.parallel.pipeline.program import Program
 from bagualu.parallel.pipeline.schedule import PASSES, RECEIVES, Action, Kind
 from bagualu.parallel.pipeline.stopwatch import Stopwatch
@@ -148,7 +149,7 @@ class PipelineRunner:
         if held.auxiliary.requires_grad:
             outputs.append(held.auxiliary)
             gradients.append(torch.full_like(held.auxiliary, seeds.auxiliary))
-        torch.autograd.backward(outputs, gradients)
+        backward(outputs, gradients)
         if action.stage > 0:
             assert held.inputs.grad is not None
             self._hand_on(action, held.inputs.grad, Kind.SEND_GRADIENT, -1)

@@ -28,8 +28,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch._dynamo.callback import callback_handler
-
 from bagualu.comm.group import Communicator
 from bagualu.trainer.config import Recipe
 from tests.standing import train_noting_samples
@@ -116,5 +114,7 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
     fault, monitor = Fault(recipe, communicator.rank, stop), communicator.monitor
     monitor.observers.append(fault)
     if recipe.train.compile:
+        from torch._dynamo.callback import callback_handler  # a second of every worker's
+
         callback_handler.register_start_callback(lambda _: fault.at("compile", monitor.step))
     return train_noting_samples(recipe, communicator, stop, scratch)

@@ -174,9 +174,9 @@ def test_zero_1_holds_a_share_of_masters_and_moments_and_zero_0_all(size: int) -
     def elements(communicator: Communicator, zero: int) -> tuple[int, int, int]:
         _, buckets, _ = built(communicator, zero, 500, dtype=torch.bfloat16)
         optimizer = ShardedAdamW(buckets, OptimConfig())
-        state = [value for master in optimizer.masters for value in optimizer.adamw.state[master].values() if value.dim()]
-        assert all(value.dtype == torch.float32 for value in [*state, *optimizer.masters])
-        return sum(m.numel() for m in optimizer.masters), sum(value.numel() for value in state), len(buckets)
+        assert all(value.dtype == torch.float32 for shard in optimizer.shards() for value in shard.values())
+        numel = {kind: sum(shard[kind].numel() for shard in optimizer.shards()) for kind in optimizer.shards()[0]}
+        return numel["weight"], numel["exp_avg"] + numel["exp_avg_sq"], len(buckets)
 
     for masters, moments, buckets in run("simulated", size, elements, 1):
         assert moments == 2 * masters

@@ -50,9 +50,9 @@ def state_held(communicator: Communicator, recipe: Recipe) -> tuple[int, int, in
     """Bytes of weights, gradients and optimizer that this rank has; what pads them at the most; what the table says."""
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     held = pads = 0
-    for bucket, master, shard in zip(parts.buckets, parts.optimizer.masters, parts.optimizer.shards(), strict=True):
+    for bucket, shard in zip(parts.buckets, parts.optimizer.shards(), strict=True):
         tensors = [bucket.weights, bucket.gradients, shard["exp_avg"], shard["exp_avg_sq"]]
-        tensors += [master] if master.data_ptr() != bucket.shard_weights.data_ptr() else []
+        tensors += [shard["weight"]] if shard["weight"].data_ptr() != bucket.shard_weights.data_ptr() else []
         held += sum(tensor.nbytes for tensor in tensors)
         pads += (bucket.group.size * 8 + 8) * sum(tensor.element_size() for tensor in tensors)
     table = analytic_table(work_of(recipe, parts.mesh.layout))

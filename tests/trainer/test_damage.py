@@ -51,8 +51,8 @@ def fresh(communicator: Communicator, recipe: Recipe) -> Parts:
 
 def bits(parts: Parts) -> bytes:
     """All that the next step depends on, on this rank."""
-    state = [p.detach().clone() for p in parts.model.parameters()] + [m.detach().clone() for m in parts.optimizer.masters]
-    state += [value for master in parts.optimizer.masters for _, value in sorted(parts.optimizer.adamw.state[master].items())]
+    state = [p.detach().clone() for p in parts.model.parameters()]
+    state += [value for shard in parts.optimizer.shards() for value in shard.values()]
     counters = repr((parts.updates, parts.scaler.scale, parts.scaler.good_steps)).encode()
     return b"".join(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in state) + counters
 

@@ -1,12 +1,14 @@
 """AdamW over the shards of the gradient buckets: master weights and moments exist only for this rank's part.
 
-The arithmetic is torch.optim.AdamW's fused kernel. For 16-bit models the shards have float32 master weights of their own and
-the working weights are those, rounded; otherwise the working weights are the master weights.
+The arithmetic is the fused kernel of torch.optim.AdamW, called by itself: making an optimizer of torch's imports its compiler, a
+second of a core and 70 MB in every process. For 16-bit models the shards have float32 master weights of their own and the
+working weights are those, rounded; otherwise the working weights are the master weights.
 """
 
 from collections.abc import Iterator
 
 import torch
+from torch.optim.adamw import adamw
 
 from bagualu.fault_tolerance.checkpoint.load import Request
 from bagualu.fault_tolerance.checkpoint.shard import Piece
@@ -22,46 +24,45 @@ class ShardedAdamW:
 
     def __init__(self, buckets: list[Bucket], config: OptimConfig) -> None:
         self.buckets = buckets
-        self.masters = [_master(bucket) for bucket in buckets]
-        groups = [
-            {"params": [m for b, m in zip(buckets, self.masters, strict=True) if b.kind.decayed == decayed], "weight_decay": decay}
-            for decayed, decay in ((True, config.weight_decay), (False, 0.0))
-        ]
-        betas = (config.betas[0], config.betas[1])
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=config.epsilon, fused=True)
-        for master in self.masters:
-            self.adamw.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                **{moment: torch.zeros_like(master) for moment in MOMENTS},
-            }
+        self.config = config
+        self._shards = [_shard(_master(bucket)) for bucket in buckets]
 
     def step(self, lr: float, gradient_factor: float) -> None:
         """Update with the reduced gradients times `gradient_factor` (clipping, loss scale)."""
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        for bucket, master in zip(self.buckets, self.masters, strict=True):
-            if gradient_factor != 1.0:
+        if gradient_factor != 1.0:
+            for bucket in self.buckets:
                 bucket.shard_gradients.mul_(gradient_factor)
-            master.grad = bucket.shard_gradients
-        self.adamw.step()
+        for decayed, decay in ((True, self.config.weight_decay), (False, 0.0)):
+            self._update([i for i, bucket in enumerate(self.buckets) if bucket.kind.decayed == decayed], lr, decay)
         self.publish()
 
+    def _update(self, places: list[int], lr: float, decay: float) -> None:
+        """Update the shards of the buckets at `places`."""
+        state = {kind: [self._shards[place][kind] for place in places] for kind in ("weight", *MOMENTS, "step")}
+        beta1, beta2 = self.config.betas
+        with torch.no_grad():
+            adamw(
+                state["weight"], [self.buckets[place].shard_gradients for place in places], *(state[moment] for moment in MOMENTS),
+                [], state["step"], fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=lr,
+                weight_decay=decay, eps=self.config.epsilon,
+            )  # fmt: skip
+
     def shards(self) -> list[dict[str, torch.Tensor]]:
-        """For every bucket this rank's shard of the state, by kind."""
-        return [{**dict(self._state(master)), "step": self.adamw.state[master]["step"]} for master in self.masters]
+        """For every bucket this rank's shard of the state, by kind: weight (the master), the moments, step (how many updates)."""
+        return self._shards
 
     def publish(self) -> None:
         """Make the working weights of all ranks from the master weights. Collective."""
-        for bucket, master in zip(self.buckets, self.masters, strict=True):
-            if master.data_ptr() != bucket.shard_weights.data_ptr():
-                bucket.shard_weights.copy_(master)
+        for bucket, shard in zip(self.buckets, self._shards, strict=True):
+            if shard["weight"].data_ptr() != bucket.shard_weights.data_ptr():
+                bucket.shard_weights.copy_(shard["weight"])
         gather_weights(self.buckets)
 
     def pieces(self) -> Iterator[Piece]:
         """Master weights and moments of the elements that this rank owns, as boxes of the global tensors."""
-        for bucket, master in zip(self.buckets, self.masters, strict=True):
+        for bucket, shard in zip(self.buckets, self._shards, strict=True):
             if bucket.owned:
-                for kind, tensor in self._state(master):
+                for kind, tensor in _saved(shard).items():
                     for name, shape, offset, view in _boxes(bucket, tensor):
                         yield Piece(f"{kind}/{name}", shape, offset, view)
 
@@ -69,26 +70,13 @@ class ShardedAdamW:
         """Fresh memory to read a state into."""
         return Incoming(self)
 
-    def _put(self, master: torch.Tensor, fresh: dict[str, torch.Tensor], updates: int) -> None:
-        """Make `fresh` (host memory) the state of `master`, after `updates` updates."""
-        master.copy_(fresh["weight"])
-        for moment in MOMENTS:
-            self.adamw.state[master][moment] = fresh[moment].to(master.device)
-        self.adamw.state[master]["step"].fill_(updates)
-
-    def _state(self, master: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-        return [("weight", master), *((moment, self.adamw.state[master][moment]) for moment in MOMENTS)]
-
 
 class Incoming:
     """A state on its way in, in host memory of its own: the optimizer and the model stay as they are until `apply`."""
 
     def __init__(self, optimizer: ShardedAdamW) -> None:
         self._optimizer = optimizer
-        self._fresh = [
-            _fresh(bucket, dict(optimizer._state(master)))
-            for bucket, master in zip(optimizer.buckets, optimizer.masters, strict=True)
-        ]
+        self._fresh = [_fresh(bucket, shard) for bucket, shard in zip(optimizer.buckets, optimizer.shards(), strict=True)]
 
     def requests(self) -> Iterator[tuple[tuple[int, ...], Request]]:
         """What to read: (global shape, request) for every box of weights and moments that this rank holds."""
@@ -99,15 +87,29 @@ class Incoming:
 
     def apply(self, updates: int) -> None:
         """The state of the optimizer, and of the model, is now what was read. Collective."""
-        for master, fresh in zip(self._optimizer.masters, self._fresh, strict=True):
-            self._optimizer._put(master, fresh, updates)
+        for shard, fresh in zip(self._optimizer.shards(), self._fresh, strict=True):
+            shard["weight"].copy_(fresh["weight"])
+            for moment in MOMENTS:
+                shard[moment] = fresh[moment].to(shard["weight"].device)
+            shard["step"].fill_(updates)
         self._optimizer.publish()
 
 
-def _fresh(bucket: Bucket, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Host memory in the form of a shard's `state`; what pads the shard, which no checkpoint holds, is zero as it always is."""
+def _shard(master: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state before the first update."""
+    moments = {moment: torch.zeros_like(master) for moment in MOMENTS}
+    return {"weight": master, **moments, "step": torch.zeros((), dtype=torch.float32, device=master.device)}
+
+
+def _saved(shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of it a checkpoint holds by element."""
+    return {kind: tensor for kind, tensor in shard.items() if kind != "step"}
+
+
+def _fresh(bucket: Bucket, shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Host memory in the form of `shard`; what pads it, which no checkpoint holds, is zero as it always is."""
     used = sum(numel for *_, numel in bucket.shard_entries())
-    fresh = {kind: torch.empty(tensor.shape, dtype=tensor.dtype) for kind, tensor in state.items()}
+    fresh = {kind: torch.empty(tensor.shape, dtype=tensor.dtype) for kind, tensor in _saved(shard).items()}
     for tensor in fresh.values():
         tensor[used:].zero_()
     return fresh

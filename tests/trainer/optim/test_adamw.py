@@ -146,9 +146,10 @@ def working_weights(communicator: Communicator, recipe: Recipe) -> list[bool]:
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     for step in range(3):
         train_step(parts, step)
-    pairs = zip(parts.buckets, parts.optimizer.masters, strict=True)
+    masters = [shard["weight"] for shard in parts.optimizer.shards()]
+    pairs = zip(parts.buckets, masters, strict=True)
     rounded = [torch.equal(bucket.shard_weights, master.to(torch.bfloat16)) for bucket, master in pairs]
-    finer = any((m != m.to(torch.bfloat16).float()).any() for m in parts.optimizer.masters)
+    finer = any((m != m.to(torch.bfloat16).float()).any() for m in masters)
     return [*rounded, bool(finer), all(p.dtype == torch.bfloat16 for p in parts.model.parameters())]
 
 

@@ -42,8 +42,8 @@ def test_never_falls_below_one() -> None:
 def everything(parts: Parts) -> list[torch.Tensor]:
     """Every tensor that an update would change, on this rank."""
     own = [p.detach().clone() for p in parts.model.parameters()]
-    for master in parts.optimizer.masters:
-        own += [master.clone(), *(value.clone() for value in parts.optimizer.adamw.state[master].values())]
+    for shard in parts.optimizer.shards():
+        own += [value.clone() for value in shard.values()]
     return own
 
 

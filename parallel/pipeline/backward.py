@@ -1,0 +1,29 @@
+"""A backward pass from given gradients, as torch.autograd.backward does it, without what that imports.
+
+To compare the sizes of given gradients torch imports its symbolic shapes, and they sympy: two thirds of a second and 34 MB in the
+first step of every process. A scalar that starts from itself needs no comparison.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def backward(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
+    """Accumulate into every leaf the derivative of `sum((output * gradient).sum())`; shapes and dtypes are the same in pairs."""
+    torch.autograd.backward([_Start.apply(output, gradient) for output, gradient in zip(outputs, gradients, strict=True)])
+
+
+class _Start(torch.autograd.Function):
+    """A scalar from which a backward pass goes on to `output` with `gradient`."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return gradient.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient, None
