@@ -23,7 +23,7 @@ from bagualu.trainer.log import copy_to_log, redirect_to_log
 from bagualu.trainer.outcome import FAILED
 from bagualu.trainer.parent import die_with
 from bagualu.trainer.stopping import StopRequest
-from bagualu.trainer.uncollected import settled
+from bagualu.trainer.uncollected import leave_out_what_is_there
 from bagualu.trainer.worker import work
 
 _RELEASED = "released"
@@ -50,7 +50,7 @@ class Member:
 
 def main(member: Member) -> dict[str, Any]:
     """Run one worker; its summary. A failure is written down and ends the process at once, with code 1."""
-    settled()  # it had all its modules from the fork server
+    leave_out_what_is_there()  # it had all its modules from the fork server
     workers = len(member.slots)
     stop = StopRequest()
     stop.install()

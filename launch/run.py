@@ -21,7 +21,7 @@ from bagualu.trainer.uncollected import uncollected
 
 _ELASTIC = "torch.distributed.elastic.multiprocessing"
 _COMPILER = "torch._dynamo"
-"""A second of every worker's if each imports it, and they share the cores then."""
+"""What torch.compile and torch's recomputation import: a second of every worker's if each does, and they share the cores then."""
 
 
 def run(
@@ -47,7 +47,8 @@ def run(
     with scratch() as folder, _environment(environment.variables(recipe.launch, workers)):
         if not threaded:
             needed = ["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0]]
-            forkserver.start([*needed, _COMPILER] if recipe.train.compile else needed, folder)
+            compiler = recipe.train.compile or recipe.train.recompute != "none"
+            forkserver.start([*needed, _COMPILER] if compiler else needed, folder)
         with uncollected():
             from bagualu.launch import local  # imports torch: here, while the fork server does too
 

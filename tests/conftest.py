@@ -23,6 +23,12 @@ from tests.standing import go_on
 
 MEMORY = Path("/dev/shm")
 ENOUGH_BYTES = 2 * 2**30
+_START_LAUNCHERS = (
+    "tests/launch/",
+    "tests/fault_tolerance/test_soak.py",
+    "tests/trainer/test_full_disk.py",
+    "tests/trainer/test_tiny_run.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,17 +41,15 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other
 
 
-_START_LAUNCHERS = ("tests/launch/", "tests/fault_tolerance/test_soak.py", "tests/trainer/test_tiny_run.py")
-
-
 class _Lanes(LoadScopeScheduling):
-    """A module's tests follow each other in one process; so do all that start launchers, whose deadlines are meant for one at a
-    time, and of which each tidies up what another has left on this machine."""
+    """A module's tests follow each other in one process; so do all that start launchers with workers, whose deadlines are meant for
+    one at a time, and of which each tidies up what another has left on this machine."""
 
     def _split_scope(self, nodeid: str) -> str:
         return "launchers" if nodeid.startswith(_START_LAUNCHERS) else nodeid.partition("::")[0]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Lanes:
     return _Lanes(config, log)
 
@@ -111,4 +115,4 @@ def _nothing_beside_the_sources() -> Iterator[None]:
     yield
     left = set(os.listdir(here)) - before
     left = {name for name in left if not name.startswith(".")}
-    assert not left, f"left behind in {here}: {sorted(left)}; write into tmp_path"
+    assert not left, f"left behind in {here}: {sorted(left)}; write into tmp_path (with -n also by a test beside this one)"

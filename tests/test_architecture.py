@@ -141,11 +141,20 @@ def test_a_recipe_is_composed_checked_and_refused_without_torch():
     assert "torch" not in loaded
 
 
-def test_a_run_loads_neither_the_compiler_nor_what_that_needs(tmp_path):
-    """Seconds of every worker's start, and 70 MB of its memory; torch loads them on the way to things we do without."""
-    words = ["train", "recipe=tiny_dense", "comm.backend=simulated", "data.source=random", "parallel.data=2", "parallel.pipeline=1",
-             "train.steps=2", "train.validate_every=1", "checkpoint.every=1", f"run.dir={tmp_path}/run"]  # fmt: skip
-    loaded = loaded_after(f"from bagualu.launch.cli import main\nassert main({words}) == 0")
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("bagualu.launch.cli", ["train", "comm.backend=simulated", "parallel.data=2", "parallel.pipeline=2"]),
+        ("bagualu.trainer.__main__", ["comm.backend=gloo", "parallel.data=1", "parallel.pipeline=1"]),
+    ],
+)
+def test_a_run_does_without_torchs_compiler_and_without_collecting_what_torch_is(tmp_path, module, words):
+    """Seconds of a run's start, and 70 MB; torch loads them on the way to things we do without."""
+    small = ["recipe=tiny_dense", "data.source=random", "train.steps=2", "train.validate_every=1", "checkpoint.every=1"]
+    done = f"assert main({[*words, *small, f'run.dir={tmp_path}/run']}) == 0"
+    loaded = loaded_after(
+        f"from {module} import main\n{done}\nimport gc\nassert gc.isenabled() and gc.get_freeze_count() > 100_000"
+    )
     assert "torch.optim" in loaded
     assert not loaded & {"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy"}
 

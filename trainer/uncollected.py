@@ -1,7 +1,7 @@
 """The first import of torch without Python's garbage collector. Free of torch.
 
 It makes a quarter of a million objects that all stay. The collector goes through them again and again meanwhile, and once more when
-the process ends: together a quarter of the import's time, and of the time that the exit takes.
+the process ends: a quarter of the processor time of a process that only imports torch and ends.
 """
 
 import gc
@@ -12,7 +12,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Imports inside are not interrupted, and what they make is not looked at afterwards. Does nothing where torch is there."""
+    """The collector waits while there are imports inside, and never looks at what the process has by their end.
+
+    Does nothing where torch is imported already, or the collector is off.
+    """
     if "torch" in sys.modules or not gc.isenabled():
         yield
         return
@@ -20,10 +23,10 @@ def uncollected() -> Iterator[None]:
     try:
         yield
     finally:
-        settled()
+        leave_out_what_is_there()
 
 
-def settled() -> None:
-    """All that there is now stays: the collector, running again, leaves it out."""
+def leave_out_what_is_there() -> None:
+    """Turn the collector on, for what is made from now on."""
     gc.freeze()
     gc.enable()

@@ -1,7 +1,7 @@
 """A backward pass from given gradients, as torch.autograd.backward does it, without what that imports.
 
 To compare the sizes of given gradients torch imports its symbolic shapes, and they sympy: two thirds of a second and 34 MB in the
-first step of every process. A scalar that starts from itself needs no comparison.
+first step of every process. A scalar that starts from itself needs no comparison, and what is compared here are plain numbers.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,16 @@ import torch
 
 
 def backward(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
-    """Accumulate into every leaf the derivative of `sum((output * gradient).sum())`; shapes and dtypes are the same in pairs."""
-    torch.autograd.backward([_Start.apply(output, gradient) for output, gradient in zip(outputs, gradients, strict=True)])
+    """Accumulate into every leaf the derivative of the sum of all `(output * gradient).sum()`.
+
+    Raises ValueError where a gradient has another shape than its output.
+    """
+    for output, gradient in zip(outputs, gradients, strict=True):
+        if output.shape != gradient.shape:
+            raise ValueError(f"an output of shape {list(output.shape)} has no gradient of shape {list(gradient.shape)}")
+    with torch.enable_grad():
+        starts = [_Start.apply(output, gradient) for output, gradient in zip(outputs, gradients, strict=True)]
+    torch.autograd.backward(starts)
 
 
 class _Start(torch.autograd.Function):

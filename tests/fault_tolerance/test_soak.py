@@ -46,7 +46,7 @@ def soak_as_threads(folder: Path, steps: int, seed: int, capsys: pytest.CaptureF
     started = time.monotonic()
     code = main(["rehearse", *words], ENTRYPOINT)
     out, err = capsys.readouterr()
-    assert code == 0, err[-4000:]
+    assert code == 0, f"{out}\n{err[-4000:]}"
     document: dict[str, Any] = json.loads(out)
     assert_all_stood(folder / "run-rehearsal", document, 20, time.monotonic() - started)
     return {row["fault"].split("@")[0] for row in document["faults"]}
@@ -96,7 +96,7 @@ def soak_as_processes(folder: Path, leftovers: Leftovers, count: int, *more: str
         [sys.executable, "-c", command, "rehearse", *words], cwd=ROOT, env=leftovers.environment, capture_output=True, text=True,
         timeout=240,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
     document: dict[str, Any] = json.loads(done.stdout)
     assert_all_stood(folder / "run-rehearsal", document, count, time.monotonic() - started)
     return {row["fault"].split("@")[0] for row in document["faults"]}

@@ -22,6 +22,7 @@ import ctypes
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -117,4 +118,12 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
         from torch._dynamo.callback import callback_handler  # a second of every worker's
 
         callback_handler.register_start_callback(lambda _: fault.at("compile", monitor.step))
-    return train_noting_samples(recipe, communicator, stop, scratch)
+    before = heavy()
+    summary = train_noting_samples(recipe, communicator, stop, scratch)
+    (folder / f"heavy-{communicator.rank}.json").write_text(json.dumps([before, heavy()]))
+    return summary
+
+
+def heavy() -> list[str]:
+    """What is loaded of the modules that take long."""
+    return sorted({"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy"} & set(sys.modules))

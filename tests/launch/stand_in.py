@@ -62,5 +62,5 @@ def _about() -> dict[str, Any]:
         "huge_bytes": int(huge_kilobytes[1]) * 1024 if huge_kilobytes else 0,
         "terminal": sys.stderr.isatty(),
         "elements": memory.numel(),
-        "collector": (gc.isenabled(), gc.get_freeze_count()),
+        "collector": (gc.isenabled(), gc.get_freeze_count(), gc.get_stats()[1]["collections"]),
     }

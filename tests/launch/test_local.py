@@ -49,7 +49,10 @@ def test_workers_get_threads_memory_logs_and_one_of_them_the_terminal_and_the_ru
     assert [rank["terminal"] for rank in ranks] == [True, False, False, False]  # its log has the lines too
     assert [rank["threads"] for rank in ranks] == [1] * 4
     assert len({rank["parent"] for rank in ranks}) == 1  # one process imported torch for all
-    assert all(on and left_out > 100_000 for on, left_out in (rank["collector"] for rank in ranks))  # torch's objects
+    for on, left_out, runs in (rank["collector"] for rank in ranks):
+        assert on
+        assert left_out > 100_000  # objects: torch's
+        assert runs < 10  # importing torch, it would have run thirty times, and a worker inherits that number
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if pages.exists() and "[never]" not in pages.read_text() and os.confstr("CS_GNU_LIBC_VERSION") >= "glibc 2.35":
         assert all(rank["huge_bytes"] >= 32 * 2**20 for rank in ranks)
@@ -57,6 +60,19 @@ def test_workers_get_threads_memory_logs_and_one_of_them_the_terminal_and_the_ru
         assert f"rank {rank} says hello" in (run.folder / "logs" / f"rank-{rank}.log").read_text()
     assert (run.folder / "config.yaml").exists()
     assert gone([*pids(ranks), ranks[0]["parent"]])
+
+
+@pytest.mark.parametrize(("words", "needed"), [((), False), (("train.recompute=full",), True)])
+def test_workers_load_torchs_compiler_only_where_it_is_needed_and_then_once_for_all(start, words, needed):
+    layout = ["parallel.data=2", "parallel.pipeline=2", "model.moe.experts=2", "model.moe.ffn=8", "train.steps=2"]
+    run = start(*SMALL, *layout, "checkpoint.every=1", "checkpoint.replica_every=1", *words, entrypoint="faulty:train")
+    code, _, err = run.end()
+    assert code == 0, err
+    for rank in range(4):
+        before, after = json.loads((run.folder / f"heavy-{rank}.json").read_text())
+        assert before == after
+        assert ("torch._dynamo" in after) == needed
+        assert ("sympy" in after) == needed
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def everything(parts: Parts) -> dict[str, np.ndarray]:
     """All that the next step depends on, on this rank, as bytes."""
     state = {name: p.detach().clone().view(torch.uint8).numpy() for name, p in parts.model.named_parameters()}
     for index, shard in enumerate(parts.optimizer.shards()):
-        state |= {f"{index}/{key}": value.detach().numpy().copy() for key, value in shard.items()}
+        state |= {f"{index}/{key}": value.numpy().copy() for key, value in shard.items()}
     scaler = parts.scaler
     return state | {"counters": np.array([parts.updates, scaler.scale, scaler.good_steps])}
 

@@ -1,7 +1,7 @@
 """AdamW over the shards of the gradient buckets: master weights and moments exist only for this rank's part.
 
 The arithmetic is the fused kernel of torch.optim.AdamW, called by itself: making an optimizer of torch's imports its compiler, a
-second of a core and 70 MB in every process. For 16-bit models the shards have float32 master weights of their own and the
+second and 70 MB. For 16-bit models the shards have float32 master weights of their own and the
 working weights are those, rounded; otherwise the working weights are the master weights.
 """
 
@@ -40,15 +40,17 @@ class ShardedAdamW:
         """Update the shards of the buckets at `places`."""
         state = {kind: [self._shards[place][kind] for place in places] for kind in ("weight", *MOMENTS, "step")}
         beta1, beta2 = self.config.betas
-        with torch.no_grad():
-            adamw(
-                state["weight"], [self.buckets[place].shard_gradients for place in places], *(state[moment] for moment in MOMENTS),
-                [], state["step"], fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=lr,
-                weight_decay=decay, eps=self.config.epsilon,
-            )  # fmt: skip
+        adamw(
+            state["weight"], [self.buckets[place].shard_gradients for place in places], *(state[moment] for moment in MOMENTS),
+            [], state["step"], fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=lr,
+            weight_decay=decay, eps=self.config.epsilon,
+        )  # fmt: skip
 
     def shards(self) -> list[dict[str, torch.Tensor]]:
-        """For every bucket this rank's shard of the state, by kind: weight (the master), the moments, step (how many updates)."""
+        """For every bucket this rank's shard of the state, by kind: weight (the master), the moments, step (how many updates).
+
+        The state itself, no copy.
+        """
         return self._shards
 
     def publish(self) -> None:
@@ -88,9 +90,8 @@ class Incoming:
     def apply(self, updates: int) -> None:
         """The state of the optimizer, and of the model, is now what was read. Collective."""
         for shard, fresh in zip(self._optimizer.shards(), self._fresh, strict=True):
-            shard["weight"].copy_(fresh["weight"])
-            for moment in MOMENTS:
-                shard[moment] = fresh[moment].to(shard["weight"].device)
+            for kind, tensor in fresh.items():
+                shard[kind].copy_(tensor)
             shard["step"].fill_(updates)
         self._optimizer.publish()
 
