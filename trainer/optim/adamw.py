@@ -39,11 +39,11 @@ class ShardedAdamW:
     def _update(self, places: list[int], lr: float, decay: float) -> None:
         """Update the shards of the buckets at `places`."""
         state = {kind: [self._shards[place][kind] for place in places] for kind in ("weight", *MOMENTS, "step")}
+        gradients = [self.buckets[place].shard_gradients for place in places]
         beta1, beta2 = self.config.betas
         adamw(
-            state["weight"], [self.buckets[place].shard_gradients for place in places], *(state[moment] for moment in MOMENTS),
-            [], state["step"], fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=lr,
-            weight_decay=decay, eps=self.config.epsilon,
+            state["weight"], gradients, state["exp_avg"], state["exp_avg_sq"], [], state["step"], fused=True, amsgrad=False,
+            maximize=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=self.config.epsilon,
         )  # fmt: skip
 
     def shards(self) -> list[dict[str, torch.Tensor]]:
