@@ -211,7 +211,12 @@ class Saver:
     def _write_part(self, temporary: Path, final: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
         """In the writer thread: this rank's shard, durable; its report. The order of the first two lines is the fence."""
         temporary.mkdir(exist_ok=True)
-        self.fence.check()
+        try:
+            self.fence.check()
+        except CheckpointError:
+            with contextlib.suppress(OSError):  # another rank has failed before, and rank 0 may already have removed it once
+                temporary.rmdir()
+            raise
         if self.group.rank == 0:
             _clear_failed(temporary, self.fence)
             if os.path.lexists(final):

@@ -14,9 +14,10 @@ from checks import content_problems
 from ranks import rows_of, run, save_while_training, steps_until_known
 
 from bagualu.comm.group import Group
+from bagualu.fault_tolerance.checkpoint import save
 from bagualu.fault_tolerance.checkpoint.commit import Claim
 from bagualu.fault_tolerance.checkpoint.directory import latest
-from bagualu.fault_tolerance.checkpoint.fence import Fence
+from bagualu.fault_tolerance.checkpoint.fence import EPOCH, Fence
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_name
 from bagualu.fault_tolerance.checkpoint.save import Saver
 from bagualu.fault_tolerance.checkpoint.shard import Piece
@@ -264,3 +265,32 @@ def test_one_save_at_a_time(tmp_path):
         saver.start(2, rows_of(2, ALONE), {})
     saver.conclude()
     saver.close()
+
+
+def test_a_rank_that_finds_the_storage_gone_after_the_others_leaves_nothing_there(tmp_path, monkeypatch):
+    """The other's part has failed, and rank 0 has removed what there was, before this rank's writer begins."""
+    removed = threading.Event()
+    remove, write = save._remove_quietly, Saver._write_part
+
+    def removing(temporary: Path) -> None:
+        remove(temporary)
+        removed.set()
+
+    def write_part(saver: Saver, *args: Any) -> dict[str, Any]:
+        if saver.group.rank == 1:
+            assert removed.wait(30)
+        return write(saver, *args)
+
+    def train(saver: Saver) -> None:
+        if saver.group.rank == 0:
+            (tmp_path / EPOCH).unlink()
+        saver.start(10, rows_of(10, saver.group), {})
+        while not saver.status()[1] and saver.group.rank == 0:
+            time.sleep(0.001)
+        with pytest.raises(CheckpointError, match="still mounted"):
+            saver.advance(wait=False)
+
+    monkeypatch.setattr(save, "_remove_quietly", removing)
+    monkeypatch.setattr(Saver, "_write_part", write_part)
+    with_savers(tmp_path, 2, train)
+    assert os.listdir(tmp_path) == []
