@@ -214,7 +214,7 @@ class Saver:
         try:
             self.fence.check()
         except CheckpointError:
-            with contextlib.suppress(OSError):  # another rank has failed before, and rank 0 may already have removed it once
+            with contextlib.suppress(OSError):  # rank 0 removes it once, for whoever failed first: that may have been before
                 temporary.rmdir()
             raise
         if self.group.rank == 0:

@@ -1,8 +1,8 @@
 """AdamW over the shards of the gradient buckets: master weights and moments exist only for this rank's part.
 
 The arithmetic is the fused kernel of torch.optim.AdamW, called by itself: making an optimizer of torch's imports its compiler, a
-second and 70 MB. For 16-bit models the shards have float32 master weights of their own and the
-working weights are those, rounded; otherwise the working weights are the master weights.
+second and 70 MB. For 16-bit models the shards have float32 master weights of their own and the working weights are those, rounded;
+otherwise the working weights are the master weights.
 """
 
 from collections.abc import Iterator
@@ -72,6 +72,14 @@ class ShardedAdamW:
         """Fresh memory to read a state into."""
         return Incoming(self)
 
+    def _put(self, place: int, fresh: dict[str, torch.Tensor], updates: int) -> None:
+        """Make `fresh` (host memory, kept where it can be) the state of the bucket at `place`, after `updates` updates."""
+        shard = self._shards[place]
+        shard["weight"].copy_(fresh["weight"])  # in place: it may be the working weights themselves
+        for moment in MOMENTS:
+            shard[moment] = fresh[moment].to(shard["weight"].device)
+        shard["step"].fill_(updates)
+
 
 class Incoming:
     """A state on its way in, in host memory of its own: the optimizer and the model stay as they are until `apply`."""
@@ -89,10 +97,8 @@ class Incoming:
 
     def apply(self, updates: int) -> None:
         """The state of the optimizer, and of the model, is now what was read. Collective."""
-        for shard, fresh in zip(self._optimizer.shards(), self._fresh, strict=True):
-            for kind, tensor in fresh.items():
-                shard[kind].copy_(tensor)
-            shard["step"].fill_(updates)
+        for place, fresh in enumerate(self._fresh):
+            self._optimizer._put(place, fresh, updates)
         self._optimizer.publish()
 
 
