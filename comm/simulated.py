@@ -1,4 +1,4 @@
-"""All ranks as threads of one process: parallel code under one debugger, with real tensors.
+"""All ranks as threads of one process: parallel code under one debugger, with real tensors, on the CPU or all on one GPU.
 
 Reductions run in rank order, so results are reproducible to the bit. Because one object sees every rank, a mistake that
 hangs a cluster is reported here as what it is: ranks that call different things, and ranks that wait for each other, are
@@ -44,8 +44,9 @@ class Call:
 class Hub:
     """Where the threads meet."""
 
-    def __init__(self, size: int, timeout_seconds: float) -> None:
+    def __init__(self, size: int, timeout_seconds: float, device: torch.device) -> None:
         self.timeout_seconds = timeout_seconds
+        self.device = device
         self._changed = threading.Condition()
         self._calls: dict[tuple[Any, ...], Call] = {}
         self._waiting: dict[int, Call] = {}
@@ -234,8 +235,6 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 class SimulatedBackend:
     """One thread's connection to its hub."""
 
-    device = torch.device("cpu")
-
     def __init__(self, world: World, timeout_seconds: float) -> None:
         if world.size > 1 and not isinstance(world.hub, Hub):
             raise RecipeError(
@@ -243,6 +242,7 @@ class SimulatedBackend:
                 "or give comm.backend=gloo for torchrun"
             )
         self.world = world
+        self.device = world.hub.device if world.hub else torch.device("cpu")
         self._made: dict[tuple[int, ...], int] = {}
 
     def transport(self, ranks: tuple[int, ...], name: str) -> SimulatedTransport:
@@ -259,20 +259,24 @@ def run(
     timeout_seconds: float = 600.0,
     threads: int = 1,
     hung: Callable[[], str | None] = lambda: None,
+    device: str = "cpu",
 ) -> list[T]:
     """Run `function(communicator)` on `size` ranks, each a thread, and return the results by rank.
 
     `threads` is the number of compute threads of each rank. The first rank's error that is not a consequence of another
     one's is raised, with a note that names the rank. `hung` is asked again and again; once it says why the ranks stand still
     those that wait fail, and the others, which nothing can end but the process, are left behind: a CommunicationError.
+    All ranks share `device`. On a GPU they share its stream too, so what one has been given is done before what the next one is.
     """
-    hub = Hub(size, timeout_seconds)
+    hub = Hub(size, timeout_seconds, torch.device(device))
     results: dict[int, T] = {}
     errors: deque[tuple[int, BaseException]] = deque()
 
     def rank_main(rank: int) -> None:
         error: BaseException | None = None
         torch.set_num_threads(threads)
+        # A backward pass stays on its rank's thread: torch has one for each GPU, where ranks would wait for those behind them.
+        torch.autograd.set_multithreading_enabled(False)
         try:
             world = World(rank, size, rank, hub=hub)
             communicator = Communicator(SimulatedBackend(world, timeout_seconds), world)

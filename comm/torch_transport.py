@@ -15,6 +15,9 @@ from bagualu.comm.backend import ReduceOp, Work
 from bagualu.comm.errors import CommunicationError
 from bagualu.comm.world import World
 
+# Before torch 2.13 they had other names, which are deprecated since.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -61,13 +64,13 @@ class TorchTransport:
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Work:
         flat, part = output.view(-1), input.view(-1)
-        return self._start("all_gather", lambda: dist.all_gather_single(flat, part, self.group, async_op=True), flat, part)
+        return self._start("all_gather", lambda: _all_gather(flat, part, self.group, async_op=True), flat, part)
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> Work:
         part, flat = output.view(-1), input.view(-1)
         return self._start(
             "reduce_scatter",
-            lambda: dist.reduce_scatter_single(part, flat, group=self.group, async_op=True),
+            lambda: _reduce_scatter(part, flat, group=self.group, async_op=True),
             part,
             flat,
         )

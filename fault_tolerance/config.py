@@ -117,8 +117,11 @@ class GuardConfig:
         """Whether attempts at a step are compared bit by bit."""
         return self.audit_every > 0 or "retry" in (self.on_nonfinite, self.on_spike)
 
-    def validate(self, saves: bool) -> None:
-        """`saves`: whether the run makes checkpoints as it goes."""
+    def validate(self, saves: bool, repeatable: bool) -> None:
+        """`saves`: whether the run makes checkpoints as it goes. `repeatable`: whether it computes the same bits twice."""
+        if self.audit_every and not repeatable:
+            raise RecipeError(f"guard.audit_every={self.audit_every} compares two computations bit by bit, and with "
+                              f"train.deterministic=false they differ; give guard.audit_every=0 or leave that out")  # fmt: skip
         for name in ("on_nonfinite", "on_spike", "on_disagreement"):
             policies = [one for one in POLICIES if (name, one) != ("on_disagreement", "skip")]
             policy = getattr(self, name)

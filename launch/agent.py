@@ -296,8 +296,9 @@ class Agent(LocalElasticAgent):
         self.generation += 1
         super()._restart_workers(worker_group)
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
-        super()._shutdown(signal.SIGKILL, timeout)  # whoever lives still has had the chance to save
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, *patience: int, **named: int) -> None:
+        # Whoever lives still has had the chance to save. Some versions of torch have no timeout here.
+        super()._shutdown(signal.SIGKILL, *patience, **named)
 
     @property
     def _beats(self) -> Path:

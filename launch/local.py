@@ -209,7 +209,7 @@ def _run_threads_once(
 
     threads = environment.threads(recipe.launch, world)
     try:
-        return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads, hung)[0])
+        return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads, hung, recipe.comm.device)[0])
     except (Exception, ProcessKilled) as error:
         if not isinstance(error, RecipeError):  # which is all there is to say
             traceback.print_exception(error)

@@ -47,6 +47,7 @@ keys (all of them: --cfg job):
   model.layers model.hidden model.heads model.moe.experts ...
   parallel.data parallel.tensor parallel.pipeline parallel.expert
   comm.backend            gloo, nccl, or simulated: all ranks as threads of one process
+  comm.device=cuda        for simulated: on one GPU, which all ranks share
   checkpoint.every checkpoint.keep checkpoint.async
   checkpoint.resume=true  go on from the newest checkpoint of run.dir
   restart.limit           how often workers that failed are started again

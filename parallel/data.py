@@ -292,15 +292,22 @@ class GradientSink:
         """Add rows [N, H] to those that `indices` [N] names of a matrix [V, H]."""
         self._now_or_later(partial(self._add_rows, rows, indices))
 
+    def add_computed(self, compute: Callable[[], torch.Tensor]) -> None:
+        """Add the gradient that `compute` gives, in the parameter's shape."""
+        self._now_or_later(lambda: self._add(compute()))
+
     def add(self, gradient: torch.Tensor, factor: torch.Tensor | None = None) -> None:
         """Add a gradient that is there already, in the parameter's shape, times a scalar; never put off."""
-        if not self.fresh:
-            self.view.add_(gradient) if factor is None else self.view.addcmul_(gradient, factor)
-        elif factor is None:
-            self.view.copy_(gradient)
-        else:
+        if factor is None:
+            self._add(gradient)
+        elif self.fresh:
             self.view.copy_(gradient).mul_(factor)
+        else:
+            self.view.addcmul_(gradient, factor)
         self._counted()
+
+    def _add(self, gradient: torch.Tensor) -> None:
+        self.view.copy_(gradient) if self.fresh else self.view.add_(gradient)
 
     def _now_or_later(self, work: Callable[[], None]) -> None:
         def do() -> None:
@@ -317,6 +324,8 @@ class GradientSink:
         for view, left, right in zip(views, lefts, rights, strict=True):
             if left.dtype == view.dtype:
                 torch.addmm(view, left, right, beta=0 if self.fresh else 1, out=view)
+            elif view.is_cuda:  # whose matrix product gives its sums away before they are rounded
+                torch.addmm(view, left, right, out_dtype=view.dtype, beta=0 if self.fresh else 1, out=view)
             elif self.fresh:
                 view.copy_(left @ right)
             else:

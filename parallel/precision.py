@@ -7,7 +7,7 @@ float32 (docs/performance.md), so there the operands are widened for the multipl
 
 import torch
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 _CPU = torch.cpu.get_capabilities()
 _CPU_MULTIPLIES = {
     torch.bfloat16: bool(_CPU.get("amx_bf16") or _CPU.get("avx512_bf16")),
@@ -24,4 +24,4 @@ def multiply_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
     """At least float32: for norms, softmax, losses, routers."""
-    return torch.float32 if dtype in _HALF else dtype
+    return torch.float32 if dtype in HALF else dtype

@@ -15,6 +15,7 @@ import torch
 from xdist.scheduler import LoadScopeScheduling
 
 from bagualu.fault_tolerance.config import CheckpointConfig, RestartConfig
+from bagualu.trainer import environment
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.config import Recipe
 from tests import harness
@@ -38,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
     hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("untimed")
+    os.environ.update(environment.CUBLAS)  # as a worker's launcher does
     torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other
 
 

@@ -17,19 +17,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bagualu.comm import simulated
 from bagualu.comm.group import Communicator, connect
 from bagualu.comm.world import World
 
 BACKENDS = ("gloo", "simulated")
+ON_GPU = pytest.param("simulated-cuda", marks=pytest.mark.gpu)
+"""The ranks as threads that share one GPU, for `run`."""
 TIMEOUT_SECONDS = 120.0
 
 
 def run(backend: str, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call function(communicator, *args) on `size` ranks of `backend`; the first root-cause error is raised here."""
-    if backend == "simulated":
+    if backend in ("simulated", "simulated-cuda"):
+        device = "cuda" if backend == "simulated-cuda" else "cpu"
         with _on_one_core():
-            return simulated.run(size, lambda communicator: function(communicator, *args), TIMEOUT_SECONDS)
+            return simulated.run(size, lambda communicator: function(communicator, *args), TIMEOUT_SECONDS, device=device)
     return _pool().run(backend, size, function, args)
 
 

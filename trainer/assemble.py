@@ -83,6 +83,8 @@ class Parts:
 def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Parts:
     """Build this rank's part of everything. Collective. Raises RecipeError for what validation can only see here."""
     layout = recipe.validate(communicator.size)
+    if communicator.device.type != "cpu":
+        _choose_kernels(recipe.train.deterministic)
     if corpus.vocab != recipe.model.vocab:
         raise RecipeError(f"the data have {corpus.vocab} tokens, not {recipe.model.vocab}; give model.vocab={corpus.vocab}")
     parallel = recipe.parallel
@@ -124,5 +126,14 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     )
 
 
+def _choose_kernels(deterministic: bool) -> None:
+    """On an accelerator: those that give the same bits every time, as a CPU's do, and sums in at least float32."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def _guard(recipe: Recipe, mesh: Mesh, stages: Stages) -> Guard:
-    return Guard(recipe.guard, mesh, stages.reducer, stages.optimizer, recipe.checkpoint.every)
+    saves_every, repeatable = recipe.checkpoint.every, recipe.train.deterministic
+    return Guard(recipe.guard, mesh, stages.reducer, stages.optimizer, saves_every, repeatable)

@@ -59,6 +59,9 @@ class TrainConfig:
     those stages of a pipeline whose memory demands it (parallel.memory_bytes)."""
     compile: bool = False
     """Compile each decoder layer with torch.compile."""
+    deterministic: bool = True
+    """Only kernels that give the same bits every time, as those of a CPU do. false lets a GPU take quicker ones for attention; then
+    a resumed run is the same only up to rounding, and hardware that computes wrongly is not found by computing again."""
     validate_every: int = 0
     """Steps between validations; 0 validates only after the last step."""
     validation_sequences: int = 64
@@ -172,7 +175,10 @@ class Recipe:
         for part in (self.run, self.model, self.data, self.train, self.optim, self.parallel, self.comm, self.checkpoint,
                      self.restart, self.straggler, self.launch, self.log):  # fmt: skip
             part.validate()
-        self.guard.validate(saves=self.checkpoint.every > 0)
+        if self.comm.on_cpu and not self.train.deterministic:
+            raise RecipeError("train.deterministic=false is for GPUs: a CPU computes the same bits anyway; leave it out, or "
+                              "give comm.backend=nccl")  # fmt: skip
+        self.guard.validate(saves=self.checkpoint.every > 0, repeatable=self.train.deterministic)
         layout = self.parallel.layout(world)
         if self.train.compile and self.comm.backend == "simulated":
             raise RecipeError(

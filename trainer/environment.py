@@ -18,6 +18,8 @@ KEEP_FREED = (
     "glibc.malloc.trim_threshold=17179869184",  # bytes of free heap that are kept rather than given back
     "glibc.malloc.top_pad=67108864",  # bytes by which the heap grows at a time
 )
+CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""The workspace with which NVIDIA's matrix products are the same every time (cuBLAS, "Results Reproducibility")."""
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 TRAIN = "bagualu.trainer.run:train"
 """What a worker runs, as "module:function": (recipe, communicator, stop, scratch) -> summary."""
@@ -49,7 +51,7 @@ def threads(config: LaunchConfig, workers: int) -> int:
 def variables(config: LaunchConfig, workers: int) -> dict[str, str]:
     """Environment variables to start each of `workers` processes with; those a person has set for the allocator stay."""
     count = str(threads(config, workers))
-    wanted = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    wanted = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, **CUBLAS}
     if config.allocator == "tuned":
         given = os.environ.get("GLIBC_TUNABLES", "")
         named = {entry.split("=")[0] for entry in given.split(":")}

@@ -57,6 +57,8 @@ def check_machine(recipe: Recipe) -> None:
     if recipe.comm.backend == "nccl" and (gpus := gpu_count()) < workers:
         raise RecipeError(f"comm.backend=nccl needs {workers} GPUs here, one a worker, and finds {gpus}; "
                           f"give comm.backend=gloo" + (f" or launch.workers={gpus}" if gpus else ""))  # fmt: skip
+    if recipe.comm.device == "cuda" and not gpu_count():
+        raise RecipeError("comm.device=cuda needs an NVIDIA GPU, and finds none here; give comm.device=cpu")
     if recipe.launch.port is not None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.fault_tolerance.config import GuardConfig
 from bagualu.fault_tolerance.guard import damage
@@ -42,18 +41,18 @@ class Figures:
 
 
 class Guard:
-    """One rank's. `memory` is its part of the run's state. `saves_every`: steps between checkpoints, 0 for none."""
+    """One rank's. `memory` is its part of the run's state. `saves_every`: steps between checkpoints, 0 for none. `repeatable`:
+    whether a step that is computed again gives the same bits."""
 
     def __init__(
-        self, config: GuardConfig, mesh: Mesh, reducer: GradientReducer, optimizer: damage.Optimizer, saves_every: int = 0
+        self,
+        config: GuardConfig,
+        mesh: Mesh,
+        reducer: GradientReducer,
+        optimizer: damage.Optimizer,
+        saves_every: int = 0,
+        repeatable: bool = True,
     ) -> None:
-        """Raises RecipeError for what this device cannot do."""
-        repeatable = mesh.group("world").device.type == "cpu"
-        if config.audit_every and not repeatable:
-            raise RecipeError(
-                f"guard.audit_every={config.audit_every} compares two computations bit by bit, which only a CPU repeats "
-                f"exactly; give guard.audit_every=0"
-            )
         self.config, self._saves_every = config, saves_every
         self.memory = Memory.empty(config)
         self._mesh = mesh

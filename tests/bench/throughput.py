@@ -35,6 +35,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="timed steps per turn (default 3)")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of the first turn (default 2)")
     parser.add_argument("--baseline", metavar="NAME", help="compare with this one (default: the fastest plain loop)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: plain and bagualu on a GPU")
     parser.add_argument("--allocator", choices=ALLOCATORS, default="tuned", help="C allocator settings of all")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="for bagualu train")
     parser.add_argument("--logs", type=Path, help="folder for the contestants' logs (default: a new one in /tmp)")
@@ -44,6 +45,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     try:
         options.entries = [parse(name, cores) for name in options.contestants]
         for entry in options.entries:
+            if options.device == "cuda" and (entry.program not in ("plain", "bagualu") or entry.processes > 1):
+                raise ValueError(f"{entry.name} is not measured on a GPU; give plain and bagualu in one process")
             cores_of(0, entry.processes, entry.threads)
         if options.baseline:
             options.baseline = parse(options.baseline, cores).name
@@ -54,10 +57,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def measured_ceiling(allocator: str, before: dict[str, float]) -> dict[str, float]:
-    """FLOP/s of the best square matmul on all cores, by dtype; never less than `before`, as others may disturb."""
+def measured_ceiling(device: str, allocator: str, before: dict[str, float]) -> dict[str, float]:
+    """FLOP/s of the best square matmul on all cores or the GPU, by dtype; never less than `before`, as others may disturb."""
     variables = environment(len(os.sched_getaffinity(0)), allocator) | {"PYTHONPATH": str(BENCH)}
-    command = [sys.executable, "-m", "contest.ceiling"]
+    command = [sys.executable, "-m", "contest.ceiling", device]
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, check=True)
     figures: dict[str, float] = json.loads(done.stdout)
     return {dtype: max(figure, before.get(dtype, 0.0)) for dtype, figure in figures.items()}
@@ -65,8 +68,8 @@ def measured_ceiling(allocator: str, before: dict[str, float]) -> dict[str, floa
 
 def start(entry: Entry, recipe: str, options: argparse.Namespace) -> Contestant:
     if entry.program == "bagualu":
-        return Bagualu(entry, recipe, options.allocator, options.warmup, options.logs, options.override)
-    return Team(entry, recipe, options.allocator, options.warmup, options.logs)
+        return Bagualu(entry, recipe, options.allocator, options.warmup, options.logs, options.device, options.override)
+    return Team(entry, recipe, options.allocator, options.warmup, options.logs, options.device)
 
 
 def alternate(recipe: str, options: argparse.Namespace) -> tuple[dict[Entry, list[Sample]], list[str]]:
@@ -97,9 +100,9 @@ def main(argv: list[str]) -> int:
     options = arguments(argv)
     options.logs = options.logs or Path(tempfile.mkdtemp(prefix="bench-logs-"))
     options.logs.mkdir(parents=True, exist_ok=True)
-    ceiling = measured_ceiling(options.allocator, {})
+    ceiling = measured_ceiling(options.device, options.allocator, {})
     document: dict[str, Any] = {
-        "machine": machine(),
+        "machine": machine(options.device),
         "versions": versions(),
         "matmul_flops_per_second": ceiling,
         "allocator": options.allocator,
@@ -110,7 +113,7 @@ def main(argv: list[str]) -> int:
     }
     for recipe in options.recipes:
         samples, failures = alternate(recipe, options)
-        ceiling.update(measured_ceiling(options.allocator, ceiling))
+        ceiling.update(measured_ceiling(options.device, options.allocator, ceiling))
         results = [result(entry, SHAPES[recipe], taken, max(ceiling.values())) for entry, taken in samples.items()]
         add_ratios(results, options.baseline)
         document["recipes"][recipe] = results

@@ -11,7 +11,7 @@ import torch
 from bagualu.comm.errors import CommunicationError
 from bagualu.comm.group import Communicator, Group, connect
 from bagualu.comm.world import World
-from tests.harness import BACKENDS, WorkerFailed, run
+from tests.harness import BACKENDS, ON_GPU, WorkerFailed, run
 
 SIZES = (2, 3, 4)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
@@ -136,7 +136,7 @@ def subgroups(c: Communicator) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
 class TestConformance:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_collectives(self, backend: str, size: int, dtype: torch.dtype) -> None:

@@ -108,6 +108,12 @@ def test_nccl_without_enough_gpus(capsys, tmp_path, monkeypatch):
     assert "needs 4 GPUs here, one a worker, and finds 1; give comm.backend=gloo or launch.workers=1" in line
 
 
+def test_threads_on_a_gpu_that_is_not_there(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "gpu_count", lambda: 0)
+    line = refused(capsys, "train", "comm.backend=simulated", "comm.device=cuda", f"run.dir={tmp_path}/run")
+    assert "comm.device=cuda needs an NVIDIA GPU, and finds none here; give comm.device=cpu" in line
+
+
 def a_run(folder, *overrides):
     save_recipe(compose([f"run.dir={folder}", *overrides]))
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')

@@ -136,9 +136,9 @@ class Ending:
 
 
 def bits_of(parts: Parts) -> Bits:
-    bits = {name: p.detach().clone().view(torch.uint8).numpy() for name, p in parts.model.named_parameters()}
+    bits = {name: p.detach().clone().view(torch.uint8).cpu().numpy() for name, p in parts.model.named_parameters()}
     for index, shard in enumerate(parts.optimizer.shards()):
-        bits |= {f"{index}/{kind}": tensor.detach().clone().numpy() for kind, tensor in shard.items()}
+        bits |= {f"{index}/{kind}": tensor.detach().clone().cpu().numpy() for kind, tensor in shard.items()}
     memory = parts.guard.memory
     figures = [parts.updates, parts.scaler.scale, parts.scaler.good_steps, *memory.losses.values, *memory.norms.values]
     return bits | {"figures": np.array(figures)}

@@ -20,7 +20,7 @@ from bagualu.trainer import run as whole_run
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import failure
 from tests.conftest import Undisturbed
-from tests.harness import BACKENDS, WorkerFailed, run
+from tests.harness import BACKENDS, ON_GPU, WorkerFailed, run
 from tests.parity import small_recipe
 from tests.standing import assert_same_samples, assert_same_state, assert_stood, go_on, train_noting_samples
 
@@ -60,7 +60,7 @@ def straight(tmp_path: Path, undisturbed: Undisturbed) -> Path:
     return undisturbed(recipe_in(tmp_path), "simulated")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
 def test_in_the_background_or_not_it_is_the_same_run(tmp_path: Path, backend: str) -> None:
     found = {}
     for name, asynchronous in (("background", True), ("waiting", False)):

@@ -126,6 +126,14 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     # the rest
     ({"data__global_batch": 0}, "must be at least 1", {"data__global_batch": 1}),
     ({"data__validation_fraction": 1.0}, "e.g. 0.05", {"data__validation_fraction": 0.05}),
+    ({"comm__device": "gpu"}, "give cpu or cuda", {"comm__device": "cpu"}),
+    ({"comm__device": "cuda"}, "leave comm.device out, or give comm.backend=nccl", {"comm__device": "cpu", "comm__backend": "nccl"}),
+    ({"train__deterministic": False}, "leave it out, or give comm.backend=nccl", {"comm__backend": "nccl"}),
+    (
+        {"train__deterministic": False, "comm__backend": "nccl", "guard__audit_every": 5},
+        "give guard.audit_every=0",
+        {"guard__audit_every": 0},
+    ),
     ({"comm__timeout_seconds": 0.0}, "e.g. comm.timeout_seconds=600", {"comm__timeout_seconds": 600.0}),
     ({"checkpoint__every": -1}, "e.g. checkpoint.every=100", {"checkpoint__every": 100}),
     ({"checkpoint__timeout_seconds": 0.0}, "or leave it out", {"checkpoint__timeout_seconds": None}),

@@ -44,7 +44,9 @@ def test_the_allocator_keeps_what_a_person_has_set(four_cores, monkeypatch):
 
 
 def test_the_system_allocator_is_left_alone(four_cores):
-    assert environment.variables(LaunchConfig(allocator="system"), 2) == {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    assert environment.variables(LaunchConfig(allocator="system"), 2) == {
+        "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", **environment.CUBLAS,
+    }  # fmt: skip
 
 
 def test_a_container_quota_limits_the_cores_and_nobody_is_pinned_then(four_cores, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.inspect import verify
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.state import CHECKPOINTS
-from tests.harness import run
+from tests.harness import ON_GPU, run
 from tests.parity import small_recipe
 from tests.trainer.faults import Ending, Fault, assert_same_bits, gradient, reduced, train
 
@@ -59,7 +59,12 @@ def cases() -> list[Any]:
         found += [("gloo", layout, fault) for fault in faults[1::2] if layout in GLOO]
     more = [gradient("huge"), reduced("nan"), reduced(), Fault("weight", rank=0), Fault("exp_avg_sq", "nan"), Fault("copy", "nan")]
     found += [("simulated", "data", fault) for fault in more]
-    return [pytest.param(*case, id=f"{case[0]}-{case[1]}-{case[2].where}-{case[2].how}") for case in found]
+    on_gpu = [(str(ON_GPU.values[0]), layout, fault) for backend, layout, fault in found if backend == "simulated"]
+    return [
+        pytest.param(backend, layout, fault, id=f"{backend}-{layout}-{fault.where}-{fault.how}", marks=marks)
+        for cases, marks in ((found, ()), (on_gpu, ON_GPU.marks))
+        for backend, layout, fault in cases
+    ]
 
 
 def followed(policy: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.pipeline.generate import SCHEDULES, splits_backward
 from bagualu.trainer.config import Recipe
-from tests.harness import BACKENDS, run
+from tests.harness import BACKENDS, ON_GPU, run
 from tests.parity import Curve, assert_same, small_recipe, train
 
 STEPS = 3
@@ -127,7 +127,7 @@ def name_of(layout: dict[str, object]) -> str:
     return "-".join(f"{key}{value}".replace(" ", "") for key, value in layout.items())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
 @pytest.mark.parametrize(("model", "layout"), LAYOUTS, ids=[f"{m}-{name_of(x)}" for m, x in LAYOUTS])
 def test_layout_trains_the_same_curve(backend: str, model: str, layout: dict[str, object]) -> None:
     recipe = recipe_for(model, layout)

@@ -14,7 +14,7 @@ from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.config import Recipe
 from tests.conftest import Undisturbed
-from tests.harness import BACKENDS, run
+from tests.harness import BACKENDS, ON_GPU, run
 from tests.parity import small_recipe
 from tests.standing import assert_stood, figures, train_noting_samples
 
@@ -94,7 +94,7 @@ def go_on(backend: str, recipe: Recipe, folder: Path, world: int = 4) -> None:
     assert left <= {"begun"}  # of memory a run that ends leaves nothing; the mark goes with the launch's folder
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
 def test_a_lost_process(tmp_path: Path, straight_on: Callable[[str], Path], backend: str) -> None:
     recipe = recipe_in(tmp_path)
     lose(backend, recipe, tmp_path, 3, 4, "backward")
@@ -103,7 +103,7 @@ def test_a_lost_process(tmp_path: Path, straight_on: Callable[[str], Path], back
     assert_as_straight(recipe, straight_on(backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
 def test_a_lost_node(tmp_path: Path, straight_on: Callable[[str], Path], backend: str) -> None:
     recipe = recipe_in(tmp_path)
     lose(backend, recipe, tmp_path, 2, 4, "optimizer")

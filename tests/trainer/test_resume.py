@@ -17,7 +17,7 @@ from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import Corpus, prepare
 from bagualu.trainer.state import CHECKPOINTS
 from bagualu.trainer.step import StepResult, train_step
-from tests.harness import run
+from tests.harness import ON_GPU, run
 from tests.parity import gather, pieces_of, small_recipe
 from tests.trainer.states import load_state, save_state
 
@@ -62,9 +62,9 @@ def resumed(communicator: Communicator, recipe: Recipe) -> Parts:
 
 def everything(parts: Parts) -> dict[str, np.ndarray]:
     """All that the next step depends on, on this rank, as bytes."""
-    state = {name: p.detach().clone().view(torch.uint8).numpy() for name, p in parts.model.named_parameters()}
+    state = {name: p.detach().clone().view(torch.uint8).cpu().numpy() for name, p in parts.model.named_parameters()}
     for index, shard in enumerate(parts.optimizer.shards()):
-        state |= {f"{index}/{key}": value.numpy().copy() for key, value in shard.items()}
+        state |= {f"{index}/{key}": value.cpu().numpy().copy() for key, value in shard.items()}
     scaler = parts.scaler
     return state | {"counters": np.array([parts.updates, scaler.scale, scaler.good_steps])}
 
@@ -100,10 +100,14 @@ LAYOUTS: list[tuple[str, dict[str, object], tuple[str, ...]]] = [
 CASES = [(model, layout, dtype) for model, layout, dtypes in LAYOUTS for dtype in dtypes]
 
 
+@pytest.mark.parametrize("backend", ["cpu", ON_GPU])
 @pytest.mark.parametrize(("model", "layout", "dtype"), CASES, ids=[f"{m}-{x}-{d}" for m, x, d in CASES])
-def test_the_same_layout_goes_on_to_the_bit(tmp_path: Path, model: str, layout: dict[str, object], dtype: str) -> None:
+def test_the_same_layout_goes_on_to_the_bit(
+    tmp_path: Path, model: str, layout: dict[str, object], dtype: str, backend: str
+) -> None:
     recipe = recipe_for(tmp_path, model, layout, train__dtype=dtype)
-    backend = "gloo" if dtype == "float32" else "simulated"
+    if backend == "cpu":
+        backend = "gloo" if dtype == "float32" else "simulated"
     for straight, at_end, at_stop, after_loading, results, end in run(backend, recipe.world_size(), in_two_halves, recipe):
         assert repr(results) == repr(straight)  # a norm may be nan, where float16 overflows
         assert_equal_bits(after_loading, at_stop)

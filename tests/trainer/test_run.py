@@ -21,7 +21,7 @@ from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import GuardError
 from bagualu.trainer.step import StepResult, train_step
 from tests.conftest import Undisturbed
-from tests.harness import BACKENDS, run
+from tests.harness import BACKENDS, ON_GPU, run
 from tests.parity import small_recipe
 from tests.standing import assert_stood, figures, go_on, train_noting_samples
 
@@ -64,7 +64,7 @@ def until(communicator: Communicator, recipe: Recipe, rank: int, stop_at: int) -
     return train_noting_samples(recipe, communicator, stop)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
 @pytest.mark.parametrize("model", [{"parallel__pipeline": 2}, MOE], ids=["dense", "moe"])
 def test_a_stop_on_one_rank_stops_all_and_going_on_completes_the_same_run(
     tmp_path: Path, undisturbed: Undisturbed, backend: str, model: dict[str, object]

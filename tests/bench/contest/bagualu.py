@@ -31,8 +31,9 @@ def overrides(entry: Entry, recipe: str) -> list[str]:
 class Bagualu:
     """Runs warm-up and timed steps in one run, since a run is what a user starts."""
 
-    def __init__(self, entry: Entry, recipe: str, allocator: str, warmup: int, logs: Path, extra: list[str]) -> None:
-        self.entry, self.recipe, self.allocator, self.warmup, self.extra = entry, recipe, allocator, warmup, extra
+    def __init__(self, entry: Entry, recipe: str, allocator: str, warmup: int, logs: Path, device: str, extra: list[str]) -> None:
+        self.entry, self.recipe, self.allocator, self.warmup = entry, recipe, allocator, warmup
+        self.extra = [f"comm.backend={'nccl' if device == 'cuda' else 'gloo'}", *extra]
         self.log = logs / f"{recipe}-{entry.name}.log"
 
     def measure(self, steps: int) -> Sample:

@@ -1,7 +1,8 @@
-"""The machine's matmul ceiling on all cores, by dtype. A program: `python -m contest.ceiling`."""
+"""The matmul ceiling by dtype, on all cores or on the GPU. A program: `python -m contest.ceiling cpu|cuda`."""
 
 import json
 import os
+import sys
 
 SECONDS = 2.0
 
@@ -13,7 +14,8 @@ def main() -> None:
 
     threads = len(os.sched_getaffinity(0))
     rates = {
-        dtype: matmul_ceiling(getattr(torch, dtype), torch.device("cpu"), threads, SECONDS) for dtype in ("float32", "bfloat16")
+        dtype: matmul_ceiling(getattr(torch, dtype), torch.device(sys.argv[1]), threads, SECONDS)
+        for dtype in ("float32", "bfloat16")
     }
     print(json.dumps(rates))
 

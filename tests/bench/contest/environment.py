@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def environment(threads: int, allocator: str) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "DS_ACCELERATOR": "cpu",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
 
@@ -36,14 +38,17 @@ def cores_of(process: int, processes: int, threads: int) -> list[int]:
     return available[process * threads : (process + 1) * threads]
 
 
-def machine() -> dict[str, Any]:
-    """CPU model, cores, the instructions that decide the speed of bfloat16, memory and the load when asked."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """The GPU if that is the device; CPU model, cores, the instructions for bfloat16, memory and the load when asked."""
     fields: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
     flags = fields.get("flags", "").split()
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip() if device == "cuda" else None
     return {
+        "gpu": gpu,
         "cpu": fields.get("model name", platform.processor()),
         "model": f"{fields.get('cpu family', '?')}-{fields.get('model', '?')}",
         "cores": len(os.sched_getaffinity(0)),

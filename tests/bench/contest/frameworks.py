@@ -81,8 +81,8 @@ SHARE_THE_MODEL = ("torchtp", "torchpp")
 """Every process sees the whole batch; under the others each has its part of it."""
 
 
-def build(framework: str, shape: Shape, precision: str, compiled: bool) -> Step:
+def build(framework: str, shape: Shape, precision: str, compiled: bool, device: str) -> Step:
     """The Step of a contestant in this process; torch.distributed is set up already where the framework needs it."""
     if framework == "plain":
-        return plain(shape, precision, compiled)
+        return plain(shape, precision, compiled, device)
     return BUILDERS[framework](shape, precision)

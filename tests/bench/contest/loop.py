@@ -15,12 +15,12 @@ Step = Callable[[Tensor, Tensor], float]
 CLIP_NORM = 1.0
 
 
-def build_model(shape: Shape, precision: str, seed: int = 0) -> Decoder:
+def build_model(shape: Shape, precision: str, seed: int = 0, device: str = "cpu") -> Decoder:
     """The plain decoder with the weights of `seed`, stored as `precision` (one of PRECISIONS) says."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision} is unknown; give one of {', '.join(PRECISIONS)}")
     torch.manual_seed(seed)
-    model = Decoder(shape, wide=precision == "bf16wide")
+    model = Decoder(shape, wide=precision == "bf16wide").to(device)
     return cast_weights(model, torch.bfloat16) if precision.startswith("bf16") else model
 
 
@@ -87,7 +87,7 @@ def stepper(model: Callable[[Tensor, Tensor], Tensor], optimizer: MasterAdamW | 
     """The loop's body. `model` may be wrapped (compiled, DistributedDataParallel)."""
 
     def step(inputs: Tensor, labels: Tensor) -> float:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=precision == "autocast"):
             loss = model(inputs, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -96,8 +96,8 @@ def stepper(model: Callable[[Tensor, Tensor], Tensor], optimizer: MasterAdamW | 
     return step
 
 
-def plain(shape: Shape, precision: str, compiled: bool) -> Step:
+def plain(shape: Shape, precision: str, compiled: bool, device: str = "cpu") -> Step:
     """The plain loop in one process, eager or with the whole model compiled."""
-    model = build_model(shape, precision)
+    model = build_model(shape, precision, device=device)
     optimizer = optimizer_for(model, precision)
     return stepper(torch.compile(model) if compiled else model, optimizer, precision)

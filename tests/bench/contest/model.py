@@ -119,7 +119,7 @@ class Mixture(nn.Module):
         sizes = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         parts = x.flatten(0, 1).index_select(0, order // self.top_k).split(sizes)  # type: ignore[no-untyped-call]
         result = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         picked = result.index_select(0, back).view(-1, self.top_k, x.shape[-1])  # [T, K, H]
         output = (picked * weight.flatten(0, 1).unsqueeze(-1).to(picked.dtype)).sum(1).view_as(x)
 

@@ -52,5 +52,7 @@ class Shape:
 SHAPES = {
     "bench_dense": Shape(layers=8, hidden=512, heads=8, ffn=1344, vocab=8192, sequence=256, batch=8),
     "bench_dense_124m": Shape(layers=12, hidden=768, heads=12, ffn=2048, vocab=32000, sequence=512, batch=4),
+    "bench_dense_1b": Shape(layers=16, hidden=2048, heads=16, ffn=5632, vocab=32000, sequence=4096, batch=4),
     "bench_moe": Shape(layers=6, hidden=512, heads=8, ffn=704, vocab=8192, sequence=256, batch=8, experts=8),
+    "bench_moe_2b": Shape(layers=4, hidden=2048, heads=16, ffn=1024, vocab=32000, sequence=4096, batch=4, experts=64, top_k=8),
 }

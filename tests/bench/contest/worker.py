@@ -27,6 +27,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--device", required=True)
     return parser.parse_args()
 
 
@@ -37,8 +38,12 @@ def private_stdout() -> IO[str]:
     return answers
 
 
-def peak_memory_bytes() -> int:
-    """Highest resident memory of this process so far (VmHWM)."""
+def peak_memory_bytes(device: str) -> int:
+    """Most memory of the GPU held at once so far, or the highest resident memory of this process (VmHWM)."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
@@ -56,7 +61,7 @@ def serve(options: argparse.Namespace, answers: IO[str]) -> None:
                        "WORLD_SIZE": str(options.processes), "LOCAL_RANK": str(options.rank)}  # fmt: skip
         dist.init_process_group("gloo")
     shape = SHAPES[options.recipe]
-    step = build(options.framework, shape, options.precision, options.compiled)
+    step = build(options.framework, shape, options.precision, options.compiled, options.device)
     together = options.framework in SHARE_THE_MODEL
     generator = torch.Generator().manual_seed(0 if together else options.rank)
     mine = shape.batch if together else shape.batch // options.processes
@@ -67,11 +72,12 @@ def serve(options: argparse.Namespace, answers: IO[str]) -> None:
                 dist.barrier()
             start, cpu_start = time.perf_counter(), time.process_time()
             tokens = torch.randint(shape.vocab, (mine, shape.sequence + 1), generator=generator)
-            losses.append(step(tokens[:, :-1], tokens[:, 1:]))
+            tokens = tokens.to(options.device)
+            losses.append(step(tokens[:, :-1], tokens[:, 1:]))  # a number: whatever a GPU was given is done
             seconds.append(time.perf_counter() - start)
             cpu_seconds.append(time.process_time() - cpu_start)
         times = {"step_seconds": seconds, "cpu_seconds": cpu_seconds}
-        answers.write(json.dumps({**times, "losses": losses, "peak_memory_bytes": peak_memory_bytes()}) + "\n")
+        answers.write(json.dumps({**times, "losses": losses, "peak_memory_bytes": peak_memory_bytes(options.device)}) + "\n")
     if distributed:
         dist.destroy_process_group()
 

@@ -96,12 +96,12 @@ def test_memory_survives_a_checkpoint() -> None:
 def test_a_wrong_value_is_refused_with_the_fix(key: str, value: object, fix: str) -> None:
     wrong = GuardConfig(**{key: value})  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=rf"guard\.{key}=.*{fix}"):
-        wrong.validate(saves=True)
+        wrong.validate(saves=True, repeatable=True)
 
 
 def test_a_rollback_needs_checkpoints() -> None:
     for name in ("on_nonfinite", "on_spike", "on_disagreement"):
         with pytest.raises(RecipeError, match=rf"guard\.{name}=rollback needs checkpoints.*checkpoint\.every"):
-            GuardConfig(**{name: "rollback"}).validate(saves=False)
-    GuardConfig(on_spike="rollback").validate(saves=True)
-    GuardConfig().validate(saves=False)
+            GuardConfig(**{name: "rollback"}).validate(saves=False, repeatable=True)
+    GuardConfig(on_spike="rollback").validate(saves=True, repeatable=True)
+    GuardConfig().validate(saves=False, repeatable=True)

@@ -48,7 +48,7 @@ KERNELS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]]]] = {
     "grouped_linears_of_a_product": (lambda x, y, w: grouped_linears(x, COUNTS, w, factor=y)[0], [(5, 4), (5, 4), (5, 3, 4)]),
     "grouped_linears_no_rows": (lambda x, w: grouped_linears(x, [0, 0], w)[0], [(0, 4), (2, 3, 4)]),
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-2), [(2, 3, 4), (4,)]),
-    "rotate": (lambda x: rotate(x, COS, SIN), [(2, 3, 2, 4)]),
+    "rotate": (lambda x: rotate(x, COS.to(x.device), SIN.to(x.device)), [(2, 3, 2, 4)]),
     "causal_attention": (causal_attention, [(2, 2, 3, 4)] * 3),
     "causal_attention_in_blocks": (attention_in_blocks, [(2, 2, 3, 4)] * 3),
     "causal_attention_shared_heads": (causal_attention, [(1, 4, 3, 2), (1, 2, 3, 2), (1, 2, 3, 2)]),
@@ -79,6 +79,39 @@ def test_16_bit_values_and_gradients_are_the_exact_ones_rounded(name: str, dtype
         assert x.grad is not None
         assert x.grad.dtype == dtype
         assert_rounded(x.grad, reference.grad, several=name.startswith("causal"))
+
+
+ON_GPU: dict[str, list[tuple[int, ...]]] = {
+    "linears": [(2, 64, 128), (256, 128), (64, 128), (64, 128)],
+    "grouped_linears": [(5, 128), (5, 256, 128), (5, 64, 128)],
+    "linears_of_a_product": [(2, 64, 128), (2, 64, 128), (256, 128), (64, 128)],
+    "grouped_linears_of_a_product": [(5, 128), (5, 128), (5, 256, 128)],
+    "grouped_linears_no_rows": [(0, 64), (2, 128, 64)],
+    "rms_norm": [(2, 64, 256), (256,)],
+    "rotate": [(2, 3, 2, 4)],
+    "causal_attention": [(2, 4, 128, 64)] * 3,
+    "causal_attention_shared_heads": [(2, 4, 128, 64), (2, 2, 128, 64), (2, 2, 128, 64)],
+}
+"""Shapes that the fused kernels of a GPU take."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str)
+@pytest.mark.parametrize("name", ON_GPU)
+def test_values_and_gradients_on_a_gpu(name: str, dtype: torch.dtype, error: float) -> None:
+    """Against the same kernel in float64 on the CPU; `error` is relative, in the Euclidean norm."""
+    kernel = KERNELS[name][0]
+    here = [draw(*shape, seed=i).detach().to(dtype) for i, shape in enumerate(ON_GPU[name])]
+    there, exact = [x.cuda().requires_grad_() for x in here], [x.double().requires_grad_() for x in here]
+    outputs, expected = _as_tuple(kernel(*there)), _as_tuple(kernel(*exact))
+    seeds = [torch.randn(o.shape, generator=torch.Generator().manual_seed(9)).to(dtype) for o in outputs]
+    torch.autograd.backward(outputs, [seed.cuda() for seed in seeds])
+    torch.autograd.backward(expected, [seed.double() for seed in seeds])
+    for found, value in zip((*outputs, *(x.grad for x in there)), (*expected, *(x.grad for x in exact)), strict=True):
+        assert found is not None
+        assert value is not None
+        assert found.dtype == dtype
+        assert (found.detach().cpu().double() - value).norm() <= error * value.norm()
 
 
 @pytest.mark.usefixtures("_widened")

@@ -10,7 +10,7 @@ from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.optim.scaler import LossScaler
 from bagualu.trainer.step import StepResult, train_step
-from tests.harness import BACKENDS, run
+from tests.harness import BACKENDS, ON_GPU, run
 from tests.parity import gather, pieces_of, small_recipe
 
 
@@ -62,7 +62,7 @@ def overflowing(communicator: Communicator, recipe: Recipe, scale: float, steps:
 LAYOUTS = [{}, {"data": 2}, {"data": 2, "zero": 0, "pipeline": 2}, {"tensor": 2, "data": 2}]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_step_that_overflows_is_discarded_on_all_ranks_and_the_next_ones_recover(backend: str, layout: dict[str, int]) -> None:
     recipe = small_recipe(train__dtype="float16", train__steps=40, **{f"parallel__{k}": v for k, v in layout.items()})
