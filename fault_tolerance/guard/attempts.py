@@ -20,7 +20,8 @@ class Attempts:
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self._buckets = buckets
         self._own: dict[int, torch.Tensor] = {}
-        self._made: list[torch.Tensor] = []
+        self._made: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        """Of each attempt: own gradient, and the reduced one if that has been asked for; mostly there is nothing to compare it with."""
 
     def begin(self) -> None:
         """Forget: a new step."""
@@ -34,8 +35,16 @@ class Attempts:
     def end(self) -> None:
         """After the reduction of an attempt."""
         own = combine(torch.stack([self._own.pop(id(bucket)) for bucket in self._buckets]))
-        reduced = combine(torch.stack([checksum(bucket.shard_gradients) for bucket in self._buckets]))
-        self._made.append(torch.stack([own, reduced]))
+        self._made.append((own, None))
+        if self.earlier:
+            self.keep()
+
+    def keep(self) -> None:
+        """Before the gradient of the newest attempt is overwritten by another one that it is compared with."""
+        own, reduced = self._made[-1]
+        if reduced is None:
+            reduced = combine(torch.stack([checksum(bucket.shard_gradients) for bucket in self._buckets]))
+            self._made[-1] = own, reduced
 
     @property
     def earlier(self) -> int:
@@ -44,12 +53,20 @@ class Attempts:
 
     def differing(self, zero: torch.Tensor) -> list[torch.Tensor]:
         """For each attempt that can come before another: 1 where the newest differs from it, else 0; as scalars like `zero`."""
-        before = [(self._made[-1] != one).any().to(zero.dtype) for one in self._made[:-1]]
+        before = [(_both(self._made[-1]) != _both(one)).any().to(zero.dtype) for one in self._made[:-1]]
         return [*before, *[torch.zeros_like(zero)] * (MOST_ATTEMPTS - 1 - len(before))]
 
     def as_json(self) -> list[list[int]]:
         """[own gradient, reduced gradient] by attempt."""
-        return [one.tolist() for one in self._made]
+        if self._made:
+            self.keep()
+        return [_both(one).tolist() for one in self._made]
+
+
+def _both(attempt: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+    own, reduced = attempt
+    assert reduced is not None
+    return torch.stack([own, reduced])
 
 
 def culprits(table: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:

@@ -109,12 +109,15 @@ class Guard:
         if cause and not self._first:
             self._first = cause, ranks, finding(cause, figures.loss, figures.norm, _named(damages))
         if cause is None and self._audits(step) and not self._attempts.earlier:
+            self._attempts.keep()
             return Verdict(Action.RETRY, attempts=self._count)
         now = Situation(cause, self._count, same, damage.repairable(damages), self.memory.setbacks)
         action = decide(self.config, now)
         if action is Action.RETRY and any(damages):
             self._damage.repair(damages)
             self._attempts.begin()  # what was computed with damaged weights is nothing to compare with
+        elif action is Action.RETRY and self._compares:
+            self._attempts.keep()
         return self._verdict(step, action, ranks, same)
 
     def finish(self, step: int, loss: float, norm: float, verdict: Verdict) -> None:
