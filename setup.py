@@ -25,7 +25,7 @@ setup(
     package_dir={f"bagualu.{folder}": folder for folder in FOLDERS},
     package_data={"": ["py.typed", "*.yaml", "*/*.yaml"]},
     install_requires=[
-        "torch>=2.13",
+        "torch>=2.11",
         "numpy>=1.26",
         "hydra-core>=1.3",
         "omegaconf>=2.3",

@@ -128,7 +128,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
 
 def _choose_kernels(deterministic: bool) -> None:
     """On an accelerator: those that give the same bits every time, as a CPU's do, and sums in at least float32."""
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # none is read here
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

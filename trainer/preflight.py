@@ -4,7 +4,7 @@ import ctypes
 import os
 import socket
 from dataclasses import fields, is_dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ _KEPT = (
     ("run", "seed"), ("data", "source"), ("data", "validation_fraction"), ("data", "sequence_length"), ("data", "global_batch")
 )  # fmt: skip
 """Keys that make a run this run, besides its model."""
+_COMPILES = (2, 13)
+"""The first torch whose compiler gives gradients to parameters that are views of one tensor, as those of a bucket are."""
 BEGUN = "begun"
 """File of a launch's scratch folder: a start of it has had the run's checkpoints, so they are somewhere."""
 
@@ -41,8 +43,18 @@ def check(recipe: Recipe, world: int) -> None:
     known = sorted(entry.name for entry in entry_points(group="bagualu.backends"))
     if recipe.comm.backend not in known:
         raise RecipeError(f"comm.backend={recipe.comm.backend} is unknown; give one of {', '.join(known)}")
+    if recipe.train.compile and _torch() < _COMPILES:
+        least, found = ".".join(map(str, _COMPILES)), version("torch")
+        raise RecipeError(f"train.compile=true needs torch {least} or newer: torch {found} loses gradients of compiled layers; "
+                          f"give train.compile=false")  # fmt: skip
     if recipe.data.source not in (STDLIB, RANDOM):
         require_files(recipe.data.source)
+
+
+def _torch() -> tuple[int, int]:
+    """Major and minor version of the one installed."""
+    major, minor = version("torch").split(".")[:2]
+    return int(major), int(minor)
 
 
 def check_machine(recipe: Recipe) -> None:

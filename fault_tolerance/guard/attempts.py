@@ -21,7 +21,7 @@ class Attempts:
         self._buckets = buckets
         self._own: dict[int, torch.Tensor] = {}
         self._made: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        """Of each attempt: own gradient, and the reduced one if that has been asked for; mostly there is nothing to compare it with."""
+        """Of each attempt: own gradient, and the reduced one if asked for; mostly there is nothing to compare it with."""
 
     def begin(self) -> None:
         """Forget: a new step."""

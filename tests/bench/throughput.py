@@ -59,7 +59,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def measured_ceiling(device: str, allocator: str, before: dict[str, float]) -> dict[str, float]:
     """FLOP/s of the best square matmul on all cores or the GPU, by dtype; never less than `before`, as others may disturb."""
-    variables = environment(len(os.sched_getaffinity(0)), allocator) | {"PYTHONPATH": str(BENCH)}
+    variables = environment(len(os.sched_getaffinity(0)), allocator)
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BENCH), variables.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "contest.ceiling", device]
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, check=True)
     figures: dict[str, float] = json.loads(done.stdout)

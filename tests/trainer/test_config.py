@@ -127,7 +127,11 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"data__global_batch": 0}, "must be at least 1", {"data__global_batch": 1}),
     ({"data__validation_fraction": 1.0}, "e.g. 0.05", {"data__validation_fraction": 0.05}),
     ({"comm__device": "gpu"}, "give cpu or cuda", {"comm__device": "cpu"}),
-    ({"comm__device": "cuda"}, "leave comm.device out, or give comm.backend=nccl", {"comm__device": "cpu", "comm__backend": "nccl"}),
+    (
+        {"comm__device": "cuda"},
+        "leave comm.device out, or give comm.backend=nccl",
+        {"comm__device": "cpu", "comm__backend": "nccl"},
+    ),
     ({"train__deterministic": False}, "leave it out, or give comm.backend=nccl", {"comm__backend": "nccl"}),
     (
         {"train__deterministic": False, "comm__backend": "nccl", "guard__audit_every": 5},

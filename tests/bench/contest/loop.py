@@ -20,7 +20,8 @@ def build_model(shape: Shape, precision: str, seed: int = 0, device: str = "cpu"
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision} is unknown; give one of {', '.join(PRECISIONS)}")
     torch.manual_seed(seed)
-    model = Decoder(shape, wide=precision == "bf16wide").to(device)
+    with torch.device(device):
+        model = Decoder(shape, wide=precision == "bf16wide")
     return cast_weights(model, torch.bfloat16) if precision.startswith("bf16") else model
 
 
