@@ -91,7 +91,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     shares = agree_on_shares(recipe, layout, communicator)
     own = shares[layout.coordinates(communicator.rank)["data"]]
     schedule, heaviest = (
-        with_messages(compute_schedule(parallel.schedule, layout.pipeline, count, parallel.virtual_stages))
+        with_messages(compute_schedule(recipe.schedule(layout), layout.pipeline, count, parallel.virtual_stages))
         for count in (own, max(shares))
     )
     check(schedule)

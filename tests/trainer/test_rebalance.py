@@ -249,9 +249,11 @@ def test_a_run_in_which_layers_could_not_move_is_the_one_in_which_they_stayed(
 ) -> None:
     """Tried after every second step, while saves and replicas are under way."""
     recipe = slow_recipe(
-        tmp_path / "run", train__steps=9, checkpoint__every=2, checkpoint__asynchronous=True, checkpoint__replica_every=1
-    )
-    reference = undisturbed(slow_recipe(tmp_path, train__steps=9, parallel__rebalance__every=0), "simulated")
+        tmp_path / "run", train__steps=9, checkpoint__every=2, checkpoint__asynchronous=True, checkpoint__replica_every=1,
+        parallel__schedule="1f1b",
+    )  # fmt: skip
+    still = slow_recipe(tmp_path, train__steps=9, parallel__rebalance__every=0, parallel__schedule="1f1b")
+    reference = undisturbed(still, "simulated")
 
     def every_second(rebalancer: rebalance.Rebalancer, step: int) -> Any:
         return rebalancer._move(Proposal(split_of(5, 3), [1.0, 1.0], 2.0, 1.0), step) if step % 2 == 0 else None
@@ -286,8 +288,9 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(("schedule", "even"), [("1f1b", [4, 4]), ("zb_v", [2, 2, 2, 2])])
 def test_a_run_moves_layers_away_from_a_rank_that_has_become_slow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], schedule: str, even: list[int]
 ) -> None:
     """Layers on rank 1 take 2 ms more from step 5 on."""
     seen = []
@@ -302,17 +305,17 @@ def test_a_run_moves_layers_away_from_a_rank_that_has_become_slow(
     forward = Layer.forward
     summaries = {}
     for name, every in (("still", 0), ("moving", 2)):
-        recipe = slow_recipe(tmp_path / name, parallel__rebalance__every=every)
+        recipe = slow_recipe(tmp_path / name, parallel__rebalance__every=every, parallel__schedule=schedule)
         monkeypatch.setattr(Layer, "forward", slowed if every else forward)
         summaries[name] = run("simulated", 2, train_all, recipe)[0]
-    first, second = summaries["moving"]["layers_of_stages"]
-    assert summaries["still"]["layers_of_stages"] == [4, 4]
-    assert first > 4
-    assert first + second == 8
+    counts = summaries["moving"]["layers_of_stages"]
+    assert summaries["still"]["layers_of_stages"] == even
+    assert sum(counts) == 8
+    assert sum(counts[:1] + counts[3:]) > 4  # those of rank 0: the first stage, and in the V the last one too
     np.testing.assert_allclose(losses(tmp_path / "moving"), losses(tmp_path / "still"), rtol=1e-9)
-    assert "layers move from [4, 4] to " in capfd.readouterr().err
+    assert f"layers move from {even} to " in capfd.readouterr().err
     moved = [json.loads(line) for line in (tmp_path / "moving" / "metrics.jsonl").read_text().splitlines()]
-    assert [first, second] in [line.get("layers_of_stages") for line in moved]
+    assert counts in [line.get("layers_of_stages") for line in moved]
     assert all(line["move_seconds"] > 0 for line in moved if "layers_of_stages" in line)
     ledger = summaries["moving"]["ledger"]
     assert ledger["balance"] > 0
