@@ -24,6 +24,8 @@ from bagualu.trainer.preflight import BEGUN, has_begun
 from bagualu.trainer.state import checkpoints_of, metadata_of
 
 log = logging.getLogger(__name__)
+_AWAY_SECONDS = 2.0
+"""Whoever has been declared dead was silent for longer."""
 
 
 class LostRunError(CheckpointError, FinalError):
@@ -78,11 +80,24 @@ class Checkpoints:
         self._reported_seconds = 0.0
         self._error: str | None = None
         self._snapshot = Snapshot()
+        self._fence, self._seen = fence, time.monotonic()
         self._saver = Saver(fence, parts.mesh.group("world"), config.keep, parts.device, _patience(parts))
 
     def status(self) -> tuple[float, float]:
         """For the step's reduction: as `Saver.status`."""
         return self._saver.status()
+
+    def still_ours(self) -> None:
+        """To be asked before the run's files are written. Raises LostRunError when this process was away, stopped or cut off, and
+        meanwhile another start has taken the run. Costs nothing while steps are quick."""
+        away, self._seen = time.monotonic() - self._seen, time.monotonic()
+        if away > _AWAY_SECONDS:
+            try:
+                self._fence.check()
+            except SupersededError as error:
+                raise LostRunError(str(error)) from error
+            except CheckpointStorageError as error:  # nobody can take the run while its storage is away
+                log.debug("%s", error)
 
     def settle(self, saving: tuple[float, float]) -> None:
         """After a step, with `status` summed over all ranks: commit what is durable, report what has failed."""

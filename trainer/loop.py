@@ -64,6 +64,7 @@ class Loop:
             validation = None if stopped and step < steps else self._validation(step)
             if validation:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
+            self.checkpoints.still_ours()
             for sink in self.sinks:
                 sink.write(record)
             if self.replication and result.committed:  # not committed: the state may be what is wrong

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError
 from bagualu.fault_tolerance.checkpoint.inspect import verify
+from bagualu.trainer import checkpoints
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import failure
@@ -150,8 +152,12 @@ def test_a_run_directory_that_cannot_be_written_is_refused_on_every_rank(tmp_pat
     assert run("simulated", 2, attempt, recipe_in(tmp_path)) == ["refused"] * 2
 
 
-def test_a_run_that_lost_its_directory_to_a_later_start_does_not_commit(tmp_path: Path, undisturbed: Undisturbed) -> None:
-    """Where the lock does not reach: a second start, while the first trains on."""
+@pytest.mark.parametrize("notices", [False, True])
+def test_a_run_that_lost_its_directory_to_a_later_start_does_not_commit(
+    tmp_path: Path, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch, notices: bool
+) -> None:
+    """Where the lock does not reach: a second start, while the first trains on. Who was away for long looks before it writes."""
+    monkeypatch.setattr(checkpoints, "_AWAY_SECONDS", 0.0 if notices else math.inf)
     begun, recipe = threading.Event(), recipe_in(tmp_path, train__steps=4, checkpoint__every=1, parallel__data=1)
 
     def first(communicator: Communicator, recipe: Recipe) -> str:
@@ -179,12 +185,14 @@ def test_a_run_that_lost_its_directory_to_a_later_start_does_not_commit(tmp_path
     other = threading.Thread(target=second)
     other.start()
     (message,) = run("simulated", 1, first, recipe)
-    assert "step 4 was not saved: rank 0: " in message
+    assert ("step 4 was not saved: rank 0: " in message) != notices
     assert "belongs to a later start of this run (number 2, this one is 1)" in message
     assert (outcome[0]["ended"], outcome[0]["step"]) == ("done", 4)
     assert verify(tmp_path / "checkpoints" / "step-00000004") == []
-    assert_same_state(tmp_path, undisturbed(recipe, "simulated"))  # the first one, which has lost, still writes its metrics
+    assert_same_state(tmp_path, undisturbed(recipe, "simulated"))
     assert_same_samples(tmp_path, undisturbed(recipe, "simulated"))
+    lines = [line["step"] for line in metrics(tmp_path)]
+    assert lines == [1, 2, 3, 4] if notices else lines[:4] == [1, 2, 3, 4]  # the first one, which has lost, still writes its own
 
 
 class DieAtSecond:
