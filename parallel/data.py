@@ -22,7 +22,7 @@ from bagualu.comm.backend import Work
 from bagualu.comm.group import Group
 from bagualu.parallel.boxes import Box
 from bagualu.parallel.mesh import Mesh
-from bagualu.parallel.precision import accurate_dtype
+from bagualu.parallel.precision import accurate_dtype, on_nvidia
 from bagualu.parallel.sharding import ShardingPlan
 
 _NORM_PIECE = 2**10
@@ -324,7 +324,7 @@ class GradientSink:
         for view, left, right in zip(views, lefts, rights, strict=True):
             if left.dtype == view.dtype:
                 torch.addmm(view, left, right, beta=0 if self.fresh else 1, out=view)
-            elif view.is_cuda:  # whose matrix product gives its sums away before they are rounded
+            elif on_nvidia(view):  # whose matrix product gives its sums away before they are rounded
                 torch.addmm(view, left, right, out_dtype=view.dtype, beta=0 if self.fresh else 1, out=view)
             elif self.fresh:
                 view.copy_(left @ right)

@@ -25,3 +25,8 @@ def multiply_dtype(tensor: torch.Tensor) -> torch.dtype:
 def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
     """At least float32: for norms, softmax, losses, routers."""
     return torch.float32 if dtype in HALF else dtype
+
+
+def on_nvidia(tensor: torch.Tensor) -> bool:
+    """Whether it lies on a GPU of NVIDIA's that multiplies bfloat16 (Ampere or later); torch says "cuda" for AMD's too."""
+    return tensor.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) >= (8, 0)

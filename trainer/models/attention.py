@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bagualu.parallel.precision import HALF, accurate_dtype, multiply_dtype
+from bagualu.parallel.precision import HALF, accurate_dtype, multiply_dtype, on_nvidia
 
 _LONGEST = 2**9
 """Tokens. With longer sequences torch's kernel is as quick."""
@@ -23,7 +23,7 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     """query [B, A, S, D], key and value [B, A / g, S, D] shared by g query heads each -> [B, A, S, D]."""
     dtype = multiply_dtype(query)
     shared = query.shape[1] // key.shape[1]
-    if query.is_cuda and dtype in HALF:  # whose kernel reads shared heads where they are
+    if dtype in HALF and on_nvidia(query):  # whose kernel reads shared heads where they are
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared > 1)
     key, value = (t.to(dtype).repeat_interleave(shared, dim=1) if shared > 1 else t.to(dtype) for t in (key, value))
     short = query.shape[2] <= _LONGEST and not torch.compiler.is_compiling()

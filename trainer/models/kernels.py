@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from bagualu.parallel.data import GradientSink, gradient_sink
-from bagualu.parallel.precision import accurate_dtype, multiply_dtype
+from bagualu.parallel.precision import accurate_dtype, multiply_dtype, on_nvidia
 
 _GROUPED_MULTIPLE = 8
 """Elements of a row that the kernel for several experts takes a multiple of: 16 bytes of bfloat16."""
@@ -123,7 +123,7 @@ class _GroupedLinears(torch.autograd.Function):
 def _in_one_kernel(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Whether the device has a kernel for the products of all experts together, and it takes these."""
     whole = all(size % _GROUPED_MULTIPLE == 0 for weight in weights for size in weight.shape[1:])
-    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0 and whole
+    return on_nvidia(x) and x.dtype == torch.bfloat16 and x.shape[0] > 0 and whole
 
 
 def _ends(counts: list[int], device: torch.device) -> torch.Tensor:
