@@ -268,6 +268,8 @@ def run(
     those that wait fail, and the others, which nothing can end but the process, are left behind: a CommunicationError.
     All ranks share `device`. On a GPU they share its stream too, so what one has been given is done before what the next one is.
     """
+    if device == "cuda" and not torch.cuda.device_count():
+        raise RecipeError("comm.device=cuda needs a GPU that torch can use, and this torch finds none; give comm.device=cpu")
     hub = Hub(size, timeout_seconds, torch.device(device))
     results: dict[int, T] = {}
     errors: deque[tuple[int, BaseException]] = deque()

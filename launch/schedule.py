@@ -146,12 +146,11 @@ def _of_run(folder: Path, given: dict[str, str]) -> tuple[_Plan, Measured]:
     if ranks != recipe.parallel.pipeline:
         planned = f"parallel.pipeline={recipe.parallel.pipeline}"
         raise RecipeError(f"{folder / FILE} tells of {ranks} ranks, the recipe has {planned}; let the run write it again")
-    name = recipe.schedule(recipe.parallel.layout(recipe.world_size()))
-    built = _build(name, ranks, measured.micro_batches, -(-measured.stages // ranks))
+    built = _build(recipe.parallel.schedule, ranks, measured.micro_batches, -(-measured.stages // ranks))
     check_against(measured, built)
     times = mean_costs(measured)
     size = Size(ranks, built.placement.chunks, measured.micro_batches, 1, 1, 1)
-    return _Plan(name, built, size, simulate(built, times, float(_time(given, "message", 0)))), measured
+    return _Plan(recipe.parallel.schedule, built, size, simulate(built, times, float(_time(given, "message", 0)))), measured
 
 
 def _print(plan: _Plan, measured: Measured | None) -> None:

@@ -1,6 +1,5 @@
 """What a recipe says about the layout. Free of torch, so that a wrong layout is refused before anything starts."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +12,6 @@ from bagualu.parallel.pipeline.generate import place
 HEAD_CHUNK_TOKENS = 2**10
 """For head and loss (vocabulary.py). Every chunk goes through the whole weight and its gradient, so few tokens would waste time;
 more could sum to what float16 does not hold, before any loss scale can help."""
-
-AUTO = "auto"
-"""Left to `schedule_for`."""
 
 
 @dataclass
@@ -58,9 +54,8 @@ class ParallelConfig:
     """Stages of one rank; left out, as many as the schedule needs: 1, or 2 where it interleaves."""
     engine: str = "native"
     """What holds weights and optimizer: native, Bagualu's own."""
-    schedule: str = AUTO
-    """Pipeline schedule: gpipe | 1f1b | interleaved_1f1b | zb_h1 | zb_v | v_half | dualpipe_v; or auto: zb_v, which waits least,
-    where layers, micro-batches and the split allow it, else 1f1b."""
+    schedule: str = "1f1b"
+    """Pipeline schedule: gpipe | 1f1b | interleaved_1f1b | zb_h1 | zb_v | v_half | dualpipe_v."""
     balance: Any = "uniform"
     """Split of the layers over the stages: uniform; measured or analytic, so that the slowest rank is as quick as can be by what
     layers take on this device or by their FLOPs; or a list with the layers of each stage, e.g. [3,3,2]."""
@@ -89,10 +84,7 @@ class ParallelConfig:
             raise RecipeError(f"parallel.context={self.context} is not supported yet; give parallel.context=1")
         if self.engine != "native":
             raise RecipeError(f"parallel.engine={self.engine} is unknown; give parallel.engine=native")
-        if self.schedule == AUTO and self.virtual_stages not in (None, 1):
-            raise RecipeError(f"parallel.virtual_stages={self.virtual_stages} is for a schedule with a name; leave it out, or give "
-                              "parallel.schedule=interleaved_1f1b")  # fmt: skip
-        chunks = 1 if self.schedule == AUTO else place(self.schedule, self.pipeline, self.virtual_stages).chunks
+        placement = place(self.schedule, self.pipeline, self.virtual_stages)
         if self.zero not in (0, 1):
             raise RecipeError(f"parallel.zero={self.zero} is not supported; give parallel.zero=0 or parallel.zero=1")
         if self.bucket_bytes < 1:
@@ -103,23 +95,11 @@ class ParallelConfig:
         if self.rebalance.every and self.pipeline == 1:
             raise RecipeError(f"parallel.rebalance.every={self.rebalance.every} has no effect with parallel.pipeline=1; "
                               "leave it out or give parallel.pipeline=2")  # fmt: skip
-        if self.balance in COMPUTED and chunks * self.pipeline == 1 and self.memory_bytes is None:
+        if self.balance in COMPUTED and placement.stages == 1 and self.memory_bytes is None:
             raise RecipeError(f"parallel.balance={self.balance} has no effect with parallel.pipeline=1, whose one stage holds all "
                               "layers; give parallel.balance=uniform or parallel.pipeline=2")  # fmt: skip
         if self.sequence and self.tensor == 1:
             raise RecipeError("parallel.sequence=true needs parallel.tensor of at least 2; drop it or raise parallel.tensor")
-
-    def schedule_for(self, layers: int, micro_batches: int, splits_backward: bool) -> str:
-        """The schedule of a model of `layers` whose data ranks have `micro_batches` each. `splits_backward`: whether gradients of
-        weights can be put off."""
-        if self.schedule != AUTO:
-            return self.schedule
-        wanted = self.pipeline > 1 and self.virtual_stages is None and self.memory_bytes is None  # embedding and head share a rank
-        by_hand = (
-            isinstance(self.balance, Sequence) and not isinstance(self.balance, str) and len(self.balance) != 2 * self.pipeline
-        )
-        enough = layers >= 2 * self.pipeline and micro_batches >= 2 * self.pipeline - 1
-        return "zb_v" if wanted and enough and splits_backward and not by_hand else "1f1b"
 
     @property
     def rebalance_every(self) -> int:

@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
     hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("untimed")
-    os.environ.update(environment.CUBLAS)  # as a worker's launcher does
+    os.environ.setdefault(environment.CUBLAS, environment.REPEATABLE[0])  # as a worker's launcher does
     torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bagualu.comm import simulated
 from bagualu.comm.group import Communicator, connect
@@ -33,8 +34,12 @@ def run(backend: str, size: int, function: Callable[..., Any], *args: Any) -> li
     """Call function(communicator, *args) on `size` ranks of `backend`; the first root-cause error is raised here."""
     if backend in ("simulated", "simulated-cuda"):
         device = "cuda" if backend == "simulated-cuda" else "cpu"
-        with _on_one_core():
-            return simulated.run(size, lambda communicator: function(communicator, *args), TIMEOUT_SECONDS, device=device)
+        try:
+            with _on_one_core():
+                return simulated.run(size, lambda communicator: function(communicator, *args), TIMEOUT_SECONDS, device=device)
+        finally:
+            if torch.are_deterministic_algorithms_enabled():  # a run on a GPU turns that on for its process
+                torch.use_deterministic_algorithms(False)
     return _pool().run(backend, size, function, args)
 
 
@@ -123,8 +128,6 @@ def prepare() -> None:
 
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
-    import torch
-
     torch.set_num_threads(1)
     while True:
         try:

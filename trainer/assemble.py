@@ -91,7 +91,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     shares = agree_on_shares(recipe, layout, communicator)
     own = shares[layout.coordinates(communicator.rank)["data"]]
     schedule, heaviest = (
-        with_messages(compute_schedule(recipe.schedule(layout), layout.pipeline, count, parallel.virtual_stages))
+        with_messages(compute_schedule(parallel.schedule, layout.pipeline, count, parallel.virtual_stages))
         for count in (own, max(shares))
     )
     check(schedule)
@@ -135,5 +135,9 @@ def _choose_kernels(deterministic: bool) -> None:
 
 
 def _guard(recipe: Recipe, mesh: Mesh, stages: Stages) -> Guard:
-    saves_every, repeatable = recipe.checkpoint.every, recipe.train.deterministic
-    return Guard(recipe.guard, mesh, stages.reducer, stages.optimizer, saves_every, repeatable)
+    device = mesh.group("world").device
+    repeatable = recipe.train.deterministic and device.type in ("cpu", "cuda")
+    if recipe.guard.audit_every and not repeatable:
+        raise RecipeError(f"guard.audit_every={recipe.guard.audit_every} compares two computations bit by bit, which {device.type} "
+                          "devices are not known to repeat; give guard.audit_every=0")  # fmt: skip
+    return Guard(recipe.guard, mesh, stages.reducer, stages.optimizer, recipe.checkpoint.every, repeatable)

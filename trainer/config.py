@@ -201,10 +201,6 @@ class Recipe:
         """Micro-batches of a step, over all data ranks."""
         return self.data.global_batch // self.train.micro_batch
 
-    def schedule(self, layout: Layout) -> str:
-        """The pipeline schedule by name. The same for all data ranks, whatever share of the micro-batches each has."""
-        return self.parallel.schedule_for(self.model.layers, self.micro_batches() // layout.data, not self.train.compile)
-
     def declared_shares(self, layout: Layout) -> list[int] | None:
         """Micro-batches of a step for each data rank; None where that is left to measurement."""
         if self.parallel.shares == "measured":
@@ -280,8 +276,8 @@ class Recipe:
 
     def _validate_pipeline(self, layout: Layout) -> None:
         parallel = self.parallel
-        placement = place(self.schedule(layout), layout.pipeline, parallel.virtual_stages)
+        placement = place(parallel.schedule, layout.pipeline, parallel.virtual_stages)
         validate_split(parallel.balance, self.model.layers, placement, parallel.memory_bytes, self.train.recompute)
-        if self.train.compile and splits_backward(self.schedule(layout)):
+        if self.train.compile and splits_backward(parallel.schedule):
             raise RecipeError(f"parallel.schedule={parallel.schedule} takes the backward pass in two parts, which compiled layers "
                               "cannot; give train.compile=false or parallel.schedule=1f1b")  # fmt: skip

@@ -59,6 +59,7 @@ def _depends_on(work: Work, device: torch.device, compiled: bool) -> dict[str, A
         "format": FORMAT, "model": asdict(work.model), "tensor": work.layout.tensor, "expert": work.layout.expert,
         "sequence_length": work.sequence_length, "micro_batch": work.micro_batch, "dtype": work.dtype, "compiled": compiled,
         "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
     }  # fmt: skip
 
 

@@ -18,8 +18,8 @@ KEEP_FREED = (
     "glibc.malloc.trim_threshold=17179869184",  # bytes of free heap that are kept rather than given back
     "glibc.malloc.top_pad=67108864",  # bytes by which the heap grows at a time
 )
-CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""The workspace with which NVIDIA's matrix products are the same every time (cuBLAS, "Results Reproducibility")."""
+CUBLAS, REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+"""The workspaces with which NVIDIA's matrix products are the same every time (cuBLAS, "Results Reproducibility")."""
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 TRAIN = "bagualu.trainer.run:train"
 """What a worker runs, as "module:function": (recipe, communicator, stop, scratch) -> summary."""
@@ -49,9 +49,11 @@ def threads(config: LaunchConfig, workers: int) -> int:
 
 
 def variables(config: LaunchConfig, workers: int) -> dict[str, str]:
-    """Environment variables to start each of `workers` processes with; those a person has set for the allocator stay."""
+    """Environment variables to start each of `workers` processes with; what a person has set stays where it serves."""
     count = str(threads(config, workers))
-    wanted = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, **CUBLAS}
+    wanted = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    if os.environ.get(CUBLAS) not in REPEATABLE:
+        wanted[CUBLAS] = REPEATABLE[0]
     if config.allocator == "tuned":
         given = os.environ.get("GLIBC_TUNABLES", "")
         named = {entry.split("=")[0] for entry in given.split(":")}

@@ -147,8 +147,8 @@ def _peak_memory_bytes(parts: Parts, communicator: Communicator) -> int:
         own = torch.cuda.max_memory_allocated(parts.device)
     else:
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if communicator.one_process and communicator.rank > 0:
-            own = 0
+    if communicator.one_process and communicator.rank > 0:
+        own = 0  # rank 0 tells of the process that they share
     total = torch.tensor(own, dtype=torch.int64, device=parts.device)
     communicator.world.all_reduce(total)
     return int(total)

@@ -19,24 +19,37 @@ def require_layers(layers: int, placement: Placement) -> None:
 def split_layers(layers: int, placement: Placement, balance: Any = "uniform") -> list[range]:
     """Contiguous slices of `layers` layers, one for each stage, in the order of the model.
 
-    uniform gives every stage layers // stages, and one more to the middle stages where a rest is left: the first stage
-    also carries the embedding, the last one the head and the loss. A list gives the number of layers of each stage.
+    uniform gives every rank as many as any other, and one more to some where a rest is left: to the middle stages, or where they
+    lie in a V to the last ranks, since the ends carry the embedding, the head and the loss as well. A list gives the number of
+    layers of each stage.
     Raises RecipeError when it cannot be done; no layer is ever dropped.
     """
     require_layers(layers, placement)
     stages = placement.stages
-    counts = _uniform(layers, stages) if balance == "uniform" else _listed(layers, stages, balance)
+    counts = _uniform(layers, placement) if balance == "uniform" else _listed(layers, placement, balance)
     starts = [sum(counts[:stage]) for stage in range(stages)]
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
 
 
-def _uniform(layers: int, stages: int) -> list[int]:
-    base, rest = divmod(layers, stages)
-    first = (stages - rest) // 2
-    return [base + (first <= stage < first + rest) for stage in range(stages)]
+def _uniform(layers: int, placement: Placement) -> list[int]:
+    if not placement.v_shaped:
+        return _evenly(layers, placement.stages)
+    counts = [0] * placement.stages
+    for rank, share in enumerate(sorted(_evenly(layers, placement.ranks))):
+        for stage, count in zip(placement.stages_of(rank), _evenly(share, placement.chunks), strict=True):
+            counts[stage] = count
+    return counts
 
 
-def _listed(layers: int, stages: int, balance: Any) -> list[int]:
+def _evenly(layers: int, parts: int) -> list[int]:
+    """The rest goes to the middle ones."""
+    base, rest = divmod(layers, parts)
+    first = (parts - rest) // 2
+    return [base + (first <= part < first + rest) for part in range(parts)]
+
+
+def _listed(layers: int, placement: Placement, balance: Any) -> list[int]:
+    stages = placement.stages
     listed = isinstance(balance, Sequence) and not isinstance(balance, str)
     if not listed or not all(type(count) is int for count in balance):
         raise RecipeError(
@@ -44,7 +57,7 @@ def _listed(layers: int, stages: int, balance: Any) -> list[int]:
         )
     counts = list(balance)
     if len(counts) != stages or sum(counts) != layers or min(counts) < 1:
-        near = "[" + ",".join(map(str, _uniform(layers, stages))) + "]"
+        near = "[" + ",".join(map(str, _uniform(layers, placement))) + "]"
         raise RecipeError(f"parallel.balance={counts} must hold {stages} counts of at least 1 that add up to "
                           f"model.layers={layers}; e.g. parallel.balance={near}")  # fmt: skip
     return counts

@@ -26,11 +26,13 @@ from contest.team import BENCH, Contestant, Sample, Team
 DEFAULT = ("plain-bf16", "plain-bf16wide", "plain-autocast", "plain-f32", "bagualu", "bagualu-data", "bagualu-tensor",
            "bagualu-pipeline", "ddp-bf16", "ddp-bf16wide", "deepspeed-bf16", "deepspeed-bf16wide")  # fmt: skip
 
+ON_GPU = ("plain-bf16", "plain-bf16-compiled", "bagualu", "bagualu-compiled")
+
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=["bench_dense"], choices=SHAPES, metavar="RECIPE")
-    parser.add_argument("--contestants", nargs="+", default=list(DEFAULT), metavar="NAME")
+    parser.add_argument("--contestants", nargs="+", metavar="NAME")
     parser.add_argument("--rounds", type=int, default=2, help="times every contestant gets its turn (default 2)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps per turn (default 3)")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of the first turn (default 2)")
@@ -42,6 +44,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and every sample here")
     options = parser.parse_args(argv)
     cores = len(os.sched_getaffinity(0))
+    options.contestants = options.contestants or (ON_GPU if options.device == "cuda" else DEFAULT)
     try:
         options.entries = [parse(name, cores) for name in options.contestants]
         for entry in options.entries:

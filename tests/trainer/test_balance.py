@@ -31,7 +31,7 @@ def agreed(communicator: Communicator, recipe: Recipe) -> Split | str:
 
 
 def recipe(**changes: object) -> Recipe:
-    return small_recipe(**{"parallel__pipeline": 2, "parallel__data": 2, "parallel__schedule": "1f1b", **changes})
+    return small_recipe(**{"parallel__pipeline": 2, "parallel__data": 2, **changes})
 
 
 @pytest.mark.parametrize("balance", ["measured", "analytic"])

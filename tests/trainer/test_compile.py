@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 
 from bagualu.trainer.run import train
 from tests.harness import run
@@ -15,6 +16,7 @@ def trained(communicator, folder, *words):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch before 2.13 loses gradients of compiled layers")
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler (g++ on PATH)")
 @pytest.mark.parametrize(
     "words", [["parallel.data=2"], ["parallel.data=1", "parallel.tensor=2", "parallel.sequence=true"], ["parallel.pipeline=2"]]

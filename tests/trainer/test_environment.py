@@ -14,7 +14,8 @@ def four_cores(monkeypatch):
     monkeypatch.setattr(environment, "QUOTA", environment.QUOTA / "none")
     pinned = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: pinned.append(cores), raising=False)
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for name in ("GLIBC_TUNABLES", environment.CUBLAS):
+        monkeypatch.delenv(name, raising=False)
     return pinned
 
 
@@ -45,8 +46,14 @@ def test_the_allocator_keeps_what_a_person_has_set(four_cores, monkeypatch):
 
 def test_the_system_allocator_is_left_alone(four_cores):
     assert environment.variables(LaunchConfig(allocator="system"), 2) == {
-        "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", **environment.CUBLAS,
+        "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(":16:8", None), (":4096:8", None), (":4096:2:16:8", ":4096:8"), ("", ":4096:8")])
+def test_matrix_products_of_a_gpu_get_a_workspace_with_which_they_repeat(four_cores, monkeypatch, given, wanted):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given)
+    assert environment.variables(LaunchConfig(), 2).get("CUBLAS_WORKSPACE_CONFIG") == wanted
 
 
 def test_a_container_quota_limits_the_cores_and_nobody_is_pinned_then(four_cores, tmp_path, monkeypatch):

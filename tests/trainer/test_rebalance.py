@@ -249,11 +249,9 @@ def test_a_run_in_which_layers_could_not_move_is_the_one_in_which_they_stayed(
 ) -> None:
     """Tried after every second step, while saves and replicas are under way."""
     recipe = slow_recipe(
-        tmp_path / "run", train__steps=9, checkpoint__every=2, checkpoint__asynchronous=True, checkpoint__replica_every=1,
-        parallel__schedule="1f1b",
-    )  # fmt: skip
-    still = slow_recipe(tmp_path, train__steps=9, parallel__rebalance__every=0, parallel__schedule="1f1b")
-    reference = undisturbed(still, "simulated")
+        tmp_path / "run", train__steps=9, checkpoint__every=2, checkpoint__asynchronous=True, checkpoint__replica_every=1
+    )
+    reference = undisturbed(slow_recipe(tmp_path, train__steps=9, parallel__rebalance__every=0), "simulated")
 
     def every_second(rebalancer: rebalance.Rebalancer, step: int) -> Any:
         return rebalancer._move(Proposal(split_of(5, 3), [1.0, 1.0], 2.0, 1.0), step) if step % 2 == 0 else None

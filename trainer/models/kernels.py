@@ -93,7 +93,8 @@ class _GroupedLinears(torch.autograd.Function):
         ctx.save_for_backward(x, factor, *weights)
         ctx.counts, ctx.sinks = counts, [gradient_sink(weight) for weight in weights]
         if _in_one_kernel(x, *weights):
-            rows, ends = _times(x, factor), _ends(counts, x.device)
+            rows = _times(x, factor)
+            ends = ctx.ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x.device)
             return tuple(F.grouped_mm(rows, weight.mT, offs=ends) for weight in weights)
         dtype = multiply_dtype(x)
         parts = _times(x, factor).to(dtype).split(counts)
@@ -126,15 +127,10 @@ def _in_one_kernel(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     return on_nvidia(x) and x.dtype == torch.bfloat16 and x.shape[0] > 0 and whole
 
 
-def _ends(counts: list[int], device: torch.device) -> torch.Tensor:
-    """Where each expert's rows end."""
-    return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
-
-
 def _grouped_backward(
     ctx: Any, x: torch.Tensor, factor: torch.Tensor | None, weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
 ) -> Any:
-    rows, ends = _times(x, factor), _ends(ctx.counts, x.device)
+    rows, ends = _times(x, factor), ctx.ends
     grad_input: torch.Tensor | None = None
     grad_weights: list[torch.Tensor | None] = []
     for grad, weight, sink in zip(grads, weights, ctx.sinks, strict=True):

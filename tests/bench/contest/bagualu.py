@@ -33,7 +33,8 @@ class Bagualu:
 
     def __init__(self, entry: Entry, recipe: str, allocator: str, warmup: int, logs: Path, device: str, extra: list[str]) -> None:
         self.entry, self.recipe, self.allocator, self.warmup = entry, recipe, allocator, warmup
-        self.extra = [f"comm.backend={'nccl' if device == 'cuda' else 'gloo'}", *extra]
+        on_gpu = ["comm.backend=nccl", "train.deterministic=false"]  # as the plain loop, which takes any kernel
+        self.extra = [*(on_gpu if device == "cuda" else ["comm.backend=gloo"]), *extra]
         self.log = logs / f"{recipe}-{entry.name}.log"
 
     def measure(self, steps: int) -> Sample:

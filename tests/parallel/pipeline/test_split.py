@@ -54,9 +54,23 @@ def test_what_cannot_be_is_refused_with_one_that_can(layers: int, stages: int, b
         split_layers(layers, Placement(stages), balance)
 
 
+@pytest.mark.parametrize("v_shaped", [False, True])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_uniform_is_even_by_rank(ranks: int, chunks: int, v_shaped: bool) -> None:
+    placement = Placement(ranks, chunks, v_shaped and chunks == 2)
+    for layers in range(placement.stages, 3 * placement.stages + 1):
+        slices = split_layers(layers, placement)
+        assert [layer for held in slices for layer in held] == list(range(layers))
+        totals = [sum(len(slices[stage]) for stage in placement.stages_of(rank)) for rank in range(ranks)]
+        assert max(totals) - min(totals) <= 1
+        assert not placement.v_shaped or totals[0] == min(totals), "embedding and head are there"
+
+
 def test_several_stages_of_a_rank_are_counted_together() -> None:
     assert [len(held) for held in split_layers(10, Placement(2, 2))] == [2, 3, 3, 2]
     assert [len(held) for held in split_layers(10, Placement(2, 2), [1, 2, 3, 4])] == [1, 2, 3, 4]
+    assert [len(held) for held in split_layers(10, Placement(4, 2, v_shaped=True))] == [1, 1, 2, 2, 1, 1, 1, 1]
     message = "parallel.virtual_stages=2 stages each are more than model.layers=7; give parallel.pipeline=3 or less"
     with pytest.raises(RecipeError, match=message):
         split_layers(7, Placement(4, 2))
