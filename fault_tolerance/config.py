@@ -120,8 +120,8 @@ class GuardConfig:
     def validate(self, saves: bool, repeatable: bool) -> None:
         """`saves`: whether the run makes checkpoints as it goes. `repeatable`: whether it computes the same bits twice."""
         if self.audit_every and not repeatable:
-            raise RecipeError(f"guard.audit_every={self.audit_every} compares two computations bit by bit, and with "
-                              f"train.deterministic=false they differ; give guard.audit_every=0 or leave that out")  # fmt: skip
+            raise RecipeError(f"guard.audit_every={self.audit_every} compares two computations bit by bit, which differ with "
+                              "train.deterministic=false; give guard.audit_every=0 or train.deterministic=true")  # fmt: skip
         for name in ("on_nonfinite", "on_spike", "on_disagreement"):
             policies = [one for one in POLICIES if (name, one) != ("on_disagreement", "skip")]
             policy = getattr(self, name)

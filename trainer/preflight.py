@@ -21,7 +21,7 @@ _KEPT = (
 )  # fmt: skip
 """Keys that make a run this run, besides its model."""
 _COMPILES = (2, 13)
-"""The first torch whose compiler gives gradients to parameters that are views of one tensor, as those of a bucket are."""
+"""The first torch whose compiler was seen to give gradients to parameters that are views of one tensor, as a bucket's are."""
 BEGUN = "begun"
 """File of a launch's scratch folder: a start of it has had the run's checkpoints, so they are somewhere."""
 

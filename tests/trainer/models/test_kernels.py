@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from bagualu.parallel import precision, vocabulary
+from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.vocabulary import IGNORED, linear_cross_entropy
+from bagualu.trainer.models import kernels
 from bagualu.trainer.models.attention import attention_in_blocks, causal_attention
 from bagualu.trainer.models.kernels import grouped_linears, linears, rms_norm, rotate
 
@@ -79,6 +81,14 @@ def test_16_bit_values_and_gradients_are_the_exact_ones_rounded(name: str, dtype
         assert x.grad is not None
         assert x.grad.dtype == dtype
         assert_rounded(x.grad, reference.grad, several=name.startswith("causal"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("direction", [1, -1])
+def test_rotating_by_halves_gives_the_same_bits(direction: int, dtype: torch.dtype) -> None:
+    wide = accurate_dtype(dtype)
+    x, (cos, sin) = draw(2, 7, 3, 8).detach().to(dtype), (one.to(wide) for one in angles(7, 4))
+    assert torch.equal(kernels._rotated_by_halves(x, cos, sin, direction), kernels._rotated(x, cos, sin, direction))
 
 
 ON_GPU: dict[str, list[tuple[int, ...]]] = {
