@@ -1,5 +1,6 @@
 """One planned fault: when it strikes whom, and what it can get at there. Free of torch."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
@@ -39,7 +40,7 @@ class Scene(Protocol):
 
 
 @dataclass(frozen=True)
-class Fault:
+class Fault(ABC):
     """Strikes `rank` once, the first time that it comes to point `at` in step `step` (from 1) or later."""
 
     kind: ClassVar[str]
@@ -52,9 +53,9 @@ class Fault:
     rank: int = 0
     at: str = "data"
 
+    @abstractmethod
     def strike(self, scene: Scene) -> str | None:
         """Do it; what was done, where the fault itself does not say so."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         """As it is typed."""

@@ -8,6 +8,7 @@ Both settings take turns in one process, on one model. Words without dashes are 
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -104,7 +105,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    import os
-
     os.environ.update(environment.variables(LaunchConfig(), 1))
     sys.exit(main())

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bagualu.trainer import environment
+from tests.harness import COMPILES
 from tests.launch.survival import SMALL
 from tests.standing import assert_same_curve
 
@@ -38,10 +38,8 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("words", [[], ["train.recompute=full"], ["train.compile=true"]], ids=str)
+@pytest.mark.parametrize("words", [[], ["train.recompute=full"], pytest.param(["train.compile=true"], marks=COMPILES)], ids=str)
 def test_it_is_the_curve_of_the_cpu(tmp_path: Path, on_cpu: Path, words: list[str]) -> None:
-    if words == ["train.compile=true"] and torch.__version__ < "2.13":
-        pytest.skip("torch before 2.13 loses gradients of compiled layers")
     bagualu("train", tmp_path / "run", *MOE, "comm.backend=nccl", *words)
     assert_same_curve(tmp_path / "run", on_cpu)
 

@@ -3,10 +3,9 @@
 import shutil
 
 import pytest
-import torch
 
 from bagualu.trainer.run import train
-from tests.harness import run
+from tests.harness import COMPILES, run
 from tests.launch.survival import small
 from tests.standing import assert_same_curve
 
@@ -16,7 +15,7 @@ def trained(communicator, folder, *words):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch before 2.13 loses gradients of compiled layers")
+@COMPILES
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler (g++ on PATH)")
 @pytest.mark.parametrize(
     "words", [["parallel.data=2"], ["parallel.data=1", "parallel.tensor=2", "parallel.sequence=true"], ["parallel.pipeline=2"]]

@@ -92,10 +92,11 @@ class _GroupedLinears(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(x, factor, *weights)
         ctx.counts, ctx.sinks = counts, [gradient_sink(weight) for weight in weights]
+        ctx.ends = None
         if _in_one_kernel(x, *weights):
             rows = _times(x, factor)
-            ends = ctx.ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x.device)
-            return tuple(F.grouped_mm(rows, weight.mT, offs=ends) for weight in weights)
+            ctx.ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x.device)
+            return tuple(F.grouped_mm(rows, weight.mT, offs=ctx.ends) for weight in weights)
         dtype = multiply_dtype(x)
         parts = _times(x, factor).to(dtype).split(counts)
         outputs = [x.new_empty(x.shape[0], weight.shape[1], dtype=dtype) for weight in weights]
@@ -107,7 +108,7 @@ class _GroupedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, factor, *weights = ctx.saved_tensors
-        if _in_one_kernel(x, *weights):
+        if ctx.ends is not None:
             return _grouped_backward(ctx, x, factor, weights, grads)
         dtype = multiply_dtype(x)
         grad_input = torch.zeros_like(x, dtype=dtype)
@@ -215,7 +216,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: i
 
 
 def _rotated_by_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
-    """The same bits with a third of the memory traffic, where a kernel widens what it reads and rounds what it writes by itself."""
+    """The same bits with less memory traffic, where a kernel widens what it reads and rounds what it writes by itself."""
     rotated, half = torch.empty_like(x), x.shape[-1] // 2
     low, high = slice(half), slice(half, None)
     for here, there in ((low, high), (high, low)):

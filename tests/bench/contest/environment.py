@@ -24,7 +24,6 @@ def environment(threads: int, allocator: str) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "DS_ACCELERATOR": "cpu",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
 
