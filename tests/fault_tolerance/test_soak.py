@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from bagualu.fault_tolerance.injection.plan import DRAWN
 from bagualu.launch.cli import main
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.recipe import load_recipe
+from tests.launch.warm import Launcher
 from tests.leftovers import Leftovers
 from tests.standing import assert_stood
 
@@ -90,14 +90,16 @@ def test_200_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.Cap
 def soak_as_processes(folder: Path, leftovers: Leftovers, count: int, *more: str) -> set[str]:
     """`count` faults, whose kinds are returned."""
     words = [*RECIPE, "comm.backend=gloo", f"run.dir={folder}/run", "launch.threads=1", "--json", *more]
-    command = f"import sys; from bagualu.launch.cli import main; sys.exit(main(entrypoint='{ENTRYPOINT}'))"
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", command, "rehearse", *words], cwd=ROOT, env=leftovers.environment, capture_output=True, text=True,
-        timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
-    document: dict[str, Any] = json.loads(done.stdout)
+    environment = {**leftovers.environment, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with Launcher(["rehearse", *words], ENTRYPOINT, cwd=ROOT, env=environment, **pipes) as launcher:
+        try:
+            out, err = launcher.communicate(timeout=240)
+        finally:
+            launcher.kill()
+    assert launcher.returncode == 0, f"{out}\n{err[-4000:]}"
+    document: dict[str, Any] = json.loads(out)
     assert_all_stood(folder / "run-rehearsal", document, count, time.monotonic() - started)
     return {row["fault"].split("@")[0] for row in document["faults"]}
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from bagualu.trainer.outcome import FAILED, LOOPED
+from tests.launch.warm import Launcher
 from tests.leftovers import Leftovers
 from tests.standing import assert_names_rank_phase_and_cause
 
@@ -40,14 +41,17 @@ class Run:
         *overrides: str,
         stderr: int = subprocess.PIPE,
         entrypoint: str = "stand_in:train",
+        cold: bool = False,
     ) -> None:
+        """`cold`: with nothing imported yet, as people start it."""
         self.folder = folder / "run"
         steps = [] if any("train.steps=" in word for word in overrides) else ["train.steps=100000"]
         words = ["train", "recipe=tiny", f"run.dir={self.folder}", *steps, *overrides]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND.format(entrypoint), *words],
-            text=True, stdout=subprocess.PIPE, stderr=stderr, cwd=folder, start_new_session=True,
-            env={**environment, "PYTHONPATH": PATHS},
+        options: dict[str, Any] = {
+            "stdout": subprocess.PIPE, "stderr": stderr, "cwd": folder, "env": {**environment, "PYTHONPATH": PATHS},
+        }  # fmt: skip
+        self.process: subprocess.Popen[str] = Launcher(words, entrypoint, **options) if not cold else subprocess.Popen(
+            [sys.executable, "-c", _COMMAND.format(entrypoint), *words], text=True, start_new_session=True, **options
         )  # fmt: skip
 
     def started(self, ranks: int = 4, step: int = 2) -> list[dict[str, Any]]:

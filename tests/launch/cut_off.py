@@ -21,14 +21,21 @@ from bagualu.comm.errors import CommunicationError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint import save
 from bagualu.fault_tolerance.checkpoint.fence import EPOCH
+from bagualu.launch import node
 from bagualu.trainer.config import Recipe
 from tests.launch import faulty
-from tests.launch.survival import SMALL
+from tests.launch.survival import SMALL, come_together, have_come, tell_them_to_meet
 from tests.wire import Weather, Wire, address, own_network
 
 CUTS = {"both": {(0, 1), (1, 0)}, "from_0": {(0, 1)}, "from_1": {(1, 0)}}
-_AGENT = "import sys; from bagualu.launch.node import main; sys.exit(main(entrypoint='tests.launch.cut_off:train'))"
+_AGENT = "import sys; from tests.launch.cut_off import agent; sys.exit(agent(sys.argv[1:]))"
 _NOTES = "commits.jsonl"
+
+
+def agent(arguments: list[str]) -> int:
+    """What runs on a machine. Both begin to meet at the same time: one that has waited too long for the other begins alone."""
+    come_together(Path(os.environ["FOLDER"]), int(os.environ["MACHINE"]))
+    return node.main(arguments, entrypoint="tests.launch.cut_off:train")
 
 
 def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None) -> dict[str, Any]:
@@ -81,10 +88,8 @@ def main(folder: Path, how: str, words: list[str]) -> None:
 
     try:
         with Wire([agent.pid for agent in agents]) as wire:
-            for agent in agents:
-                assert agent.stdin is not None
-                agent.stdin.write(b"\n")
-                agent.stdin.flush()
+            wire.carry(lambda: ended() or have_come(folder, 2))
+            tell_them_to_meet(folder)
             wire.carry(lambda: ended() or (run / "holding").exists())
             first = epoch.read_text()
             wire.weather = Weather(cut=CUTS[how])
@@ -104,9 +109,9 @@ def _agent(machine: int, folder: Path, words: list[str]) -> subprocess.Popen[byt
     command = [sys.executable, "-c", _AGENT, "--meet", f"{address(1)}:29500", "--id", "test", *SMALL, "launch.nodes=2"]
     command += ["launch.workers=2", "checkpoint.resume=true", "run.name=slow", f"run.dir={folder}/run"]
     return subprocess.Popen(
-        ["sh", "-c", 'read go; exec "$@"', "sh", *command, *words], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        [*command, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, preexec_fn=own_network,
         stderr=(folder / f"agent-{machine}").open("w"),
-        preexec_fn=own_network, env={**os.environ, "MACHINE": str(machine), "GLOO_SOCKET_IFNAME": "eth0"},
+        env={**os.environ, "MACHINE": str(machine), "FOLDER": str(folder), "GLOO_SOCKET_IFNAME": "eth0"},
     )  # fmt: skip
 
 

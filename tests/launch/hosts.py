@@ -39,7 +39,7 @@ from bagualu.launch.rendezvous import SILENT_SECONDS
 from bagualu.trainer import worker
 from bagualu.trainer.config import Recipe
 from tests.launch import faulty
-from tests.launch.survival import SMALL
+from tests.launch.survival import SMALL, come_together, have_come, tell_them_to_meet
 from tests.wire import Weather, Wire, address, join_network, own_network
 
 MACHINES = 3
@@ -58,10 +58,7 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
 
 def agent(arguments: list[str]) -> int:
     """What runs on a machine. All begin to meet at the same time, however long one of them has taken to come so far."""
-    folder = Path(os.environ[_FOLDER])
-    (folder / f"ready-{os.environ[_MACHINE]}").touch()
-    while not (folder / "go").exists():
-        time.sleep(0.05)
+    come_together(Path(os.environ[_FOLDER]), int(os.environ[_MACHINE]))
     return node.main(arguments, entrypoint="tests.launch.hosts:train")
 
 
@@ -182,8 +179,8 @@ def _die(wire: Wire, machines: list[Machine], victim: Machine, when: str, how: s
     first = machines[:2] if when == "joining" else machines
     for machine in first:
         machine.start()
-    wire.carry(lambda: all((folder / f"ready-{machine.number}").exists() for machine in first))
-    (folder / "go").touch()
+    wire.carry(lambda: have_come(folder, len(first)))
+    tell_them_to_meet(folder)
     if when == "training":
         wire.carry(lambda: _steps(run) >= 4 or not all(machine.alive() for machine in machines))
     elif when == "joining":

@@ -126,7 +126,7 @@ def test_a_request_to_stop_ends_at_a_step_with_code_75(start, gone, way):
 
 @pytest.mark.parametrize("backend", ["gloo", "simulated"])
 def test_a_request_to_stop_that_comes_while_it_starts_ends_it_with_code_75(start, backend):
-    run = start(f"comm.backend={backend}")
+    run = start(f"comm.backend={backend}", cold=True)
     run.until(lambda: catches(run.process.pid, signal.SIGTERM))  # from there on it imports torch
     run.process.send_signal(signal.SIGTERM)
     code, _, err = run.end()

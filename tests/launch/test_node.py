@@ -14,13 +14,13 @@ from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.launch.node import main
 from tests.launch.conftest import PATHS
 from tests.launch.survival import SMALL, finish, small
+from tests.launch.warm import Launcher
 from tests.standing import assert_names_rank_phase_and_cause, assert_stood
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 pytestmark = [LINUX, pytest.mark.timeout(300)]
 WORDS = ["parallel.data=4", "train.steps=30", "checkpoint.every=5"]
 MOST_LOST = 10
-COMMAND = "import sys; from bagualu.launch.node import main; sys.exit(main(entrypoint='faulty:train'))"
 
 
 class Nodes:
@@ -36,9 +36,9 @@ class Nodes:
 
     def start(self) -> subprocess.Popen[str]:
         path = self.folder.parent / f"agent-{len(self.agents)}.err"
-        self.agents.append(subprocess.Popen(
-            [sys.executable, "-c", COMMAND, *self.words], text=True, stdout=subprocess.DEVNULL, stderr=path.open("w"),
-            start_new_session=True, env={**self.environment, "PYTHONPATH": PATHS},
+        self.agents.append(Launcher(
+            self.words, "faulty:train", "bagualu.launch.node", stdout=subprocess.DEVNULL, stderr=path.open("w"),
+            env={**self.environment, "PYTHONPATH": PATHS},
         ))  # fmt: skip
         return self.agents[-1]
 
