@@ -1,5 +1,6 @@
 """The launcher's entries in a run's ledger: when it began, when workers start, when it has seen them fail. Free of torch."""
 
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ class LedgerWatcher(Watcher):
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
+        self._writer = secrets.token_hex(4)
         self._began: Moment | None = Moment.now()
         self._ledger: Ledger | None = None
 
@@ -20,7 +22,7 @@ class LedgerWatcher(Watcher):
         if 0 not in pids:
             self._ledger = None
             return
-        self._ledger = self._ledger or Ledger(self._run_dir)
+        self._ledger = self._ledger or Ledger(self._run_dir, writer=self._writer)
         if self._began is not None and generation == 0:
             self._ledger.add("launched", moment=self._began)
         self._began = None

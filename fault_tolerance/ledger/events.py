@@ -50,7 +50,7 @@ class Event:
     clock: str
     """What `monotonic` was read from: two readings can be compared when this is the same."""
     writer: str = ""
-    """Of rank 0: one start of it. What an older start still writes after a newer has joined does not count."""
+    """One start of rank 0, or one launcher. What an older one still writes after a newer has begun does not count."""
     step: int = 0
     since: float | None = None
     rank: int | None = None

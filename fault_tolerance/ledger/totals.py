@@ -22,7 +22,9 @@ PHASES = {
     "checkpoint": "checkpoint", "validation": "validation", "balance": "balance", "failed": "waiting", "ended": "waiting",
 }  # fmt: skip
 """Event -> what goes on after it."""
-_OF_RANK_0 = ("train", "start", "validation", "checkpoint", "balance", "discarded", "ended")
+_BEGINS = ("joined", "started")
+"""The first words of a start of rank 0, and of a launcher whose workers have rank 0."""
+_ALWAYS = ("launched", *_BEGINS)
 
 
 @dataclass
@@ -41,7 +43,8 @@ def attribute(events: Sequence[Event]) -> dict[str, Any]:
     """
     if not events:
         return {}
-    stretches = _stretches(_current(events))
+    events = counting(events)
+    stretches = _stretches(events)
     totals = {name: sum(one.microseconds for one in stretches if one.category == name) for name in CATEGORIES}
     wall = sum(totals.values())
     return {
@@ -52,13 +55,13 @@ def attribute(events: Sequence[Event]) -> dict[str, Any]:
     }
 
 
-def _current(events: Sequence[Event]) -> list[Event]:
-    """Without what a rank 0 wrote after a newer one had joined."""
-    kept, writer = [], ""
+def counting(events: Sequence[Event]) -> list[Event]:
+    """Those that count: without what a rank 0, or its launcher, wrote after a newer one had begun."""
+    kept, newest = [], dict.fromkeys(_BEGINS, "")
     for event in events:
-        if event.what == "joined":
-            writer = event.writer
-        if event.what not in _OF_RANK_0 or event.writer in ("", writer):
+        if event.what in _BEGINS:
+            newest[event.what] = event.writer
+        if event.what in _ALWAYS or event.writer in ("", *newest.values()):
             kept.append(event)
     return kept
 

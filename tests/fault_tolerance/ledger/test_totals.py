@@ -80,6 +80,20 @@ def test_what_a_rank_0_that_was_replaced_still_writes_does_not_count():
     ) == {"productive": 2, "start": 1}  # fmt: skip
 
 
+def test_what_a_launcher_that_was_left_behind_still_writes_does_not_count():
+    """The run went on on another machine, and was done before the first one knew."""
+    left, other = {"writer": "left"}, {"writer": "other"}
+    went_on = attribute(history(
+        (0, "launched", left), (1, "started", left), (2, "train", step(1)), (3, "started", other), (4, "train", step(1)),
+        (5, "ended", {"cause": "done"}),
+    ))  # fmt: skip
+    told_late = attribute(history(
+        (0, "launched", left), (1, "started", left), (2, "train", step(1)), (3, "started", other), (4, "train", step(1)),
+        (4.5, "failed", {**left, "step": 1}), (5, "ended", {"cause": "done"}), (6, "failed", left), (7, "ended", left),
+    ))  # fmt: skip
+    assert told_late == went_on
+
+
 def test_machines_with_other_clocks_are_compared_by_the_wall():
     one = Event("train", wall=1000.0, monotonic=5.0, clock="one", step=1)
     two = Event("train", wall=1002.0, monotonic=70.0, clock="two", step=2)
