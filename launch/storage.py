@@ -10,6 +10,7 @@ from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.checkpoint.fence import EPOCH
 from bagualu.trainer import preflight
+from bagualu.trainer.begun import BEGUN, has_begun
 from bagualu.trainer.config import Recipe
 
 _CHECK_SECONDS = 30.0
@@ -37,7 +38,7 @@ def check(recipe: Recipe, job: str = "") -> None:
 
 def begun(scratch: Path) -> bool:
     """Whether a start of the launch has had the run's checkpoints, wherever they are now."""
-    return (scratch / preflight.BEGUN).exists()
+    return (scratch / BEGUN).exists()
 
 
 def newest(recipe: Recipe, begun: bool = False) -> str | None:
@@ -47,7 +48,7 @@ def newest(recipe: Recipe, begun: bool = False) -> str | None:
     def look() -> str | None:
         if found := latest(directory / "checkpoints"):
             return found.name
-        known = begun or preflight.has_begun(directory)
+        known = begun or has_begun(directory)
         return _UNKNOWN if known and not (directory / "checkpoints" / EPOCH).exists() else None
 
     try:

@@ -159,6 +159,11 @@ def test_a_run_does_without_torchs_compiler_and_without_collecting_what_torch_is
     assert not loaded & {"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy"}
 
 
+def test_a_worker_does_without_hydra():
+    """Its recipe has been composed."""
+    assert not loaded_after("import bagualu.launch.member, bagualu.trainer.run") & {"hydra", "omegaconf"}
+
+
 def test_a_schedule_is_drawn_without_torch_and_hydra(tmp_path):
     words = ["schedule", "name=zb_v", "stages=2", "micro_batches=3"]
     loaded = loaded_after(f"from bagualu.launch.cli import main\nassert main({words}) == 0")

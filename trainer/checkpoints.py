@@ -19,8 +19,8 @@ from bagualu.fault_tolerance.checkpoint.format import CheckpointError, Checkpoin
 from bagualu.fault_tolerance.checkpoint.save import Saver, take_fence
 from bagualu.fault_tolerance.checkpoint.snapshot import Snapshot
 from bagualu.trainer.assemble import Parts
+from bagualu.trainer.begun import BEGUN, has_begun
 from bagualu.trainer.outcome import FinalError
-from bagualu.trainer.preflight import BEGUN, has_begun
 from bagualu.trainer.state import checkpoints_of, metadata_of
 
 log = logging.getLogger(__name__)

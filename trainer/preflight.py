@@ -12,6 +12,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.checkpoint.fence import EPOCH
 from bagualu.fault_tolerance.checkpoint.format import step_of
+from bagualu.trainer.begun import has_begun
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.sources import RANDOM, STDLIB, require_files
 from bagualu.trainer.recipe import RESOLVED, load_recipe
@@ -22,8 +23,6 @@ _KEPT = (
 """Keys that make a run this run, besides its model."""
 _COMPILES = (2, 13)
 """The first torch whose compiler was seen to give gradients to parameters that are views of one tensor, as a bucket's are."""
-BEGUN = "begun"
-"""File of a launch's scratch folder: a start of it has had the run's checkpoints, so they are somewhere."""
 
 
 def workers_per_node(recipe: Recipe) -> int:
@@ -125,12 +124,6 @@ def _check_storage(directory: Path) -> None:
         if path.is_fifo() or path.is_socket():
             raise RecipeError(f"{path} is a pipe or a socket, which whoever writes there would wait for; remove it or give another "
                               "run.dir")  # fmt: skip
-
-
-def has_begun(directory: Path) -> bool:
-    """Whether steps were done in the run directory, by what a run makes after it has taken its checkpoints. Raises OSError."""
-    metrics = directory / "metrics.jsonl"
-    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def gpu_count() -> int:

@@ -22,6 +22,7 @@ from bagualu.launch import run as launch_run
 from bagualu.launch.cli import main
 from bagualu.launch.restart import Restarts, announcement
 from bagualu.trainer import preflight
+from bagualu.trainer.begun import BEGUN
 from bagualu.trainer.outcome import Failure
 from tests.launch.survival import MOST_LOST, SMALL, finish, small
 from tests.mounts import can_mount
@@ -129,9 +130,8 @@ def test_the_launcher_does_not_wait_for_ever_for_a_run_directory(
     answers = threading.Event()
     monkeypatch.setattr(storage, "_CHECK_SECONDS", 0.2)
     monkeypatch.setattr(storage, "_LOOK_SECONDS", 0.2)
-    for name in ("latest", "has_begun"):
-        where = storage if name == "latest" else storage.preflight
-        monkeypatch.setattr(where, name, lambda *_: answers.wait() and None)
+    for module, name in ((storage, "latest"), (storage, "has_begun"), (preflight, "has_begun")):
+        monkeypatch.setattr(module, name, lambda *_: answers.wait() and None)
     assert main(["train", *SMALL, *WORDS, f"run.dir={tmp_path}"], "lost_storage:train") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
@@ -210,7 +210,7 @@ def test_a_run_directory_that_is_away_is_never_advised_to_be_removed(tmp_path: P
     recipe, loss = small(tmp_path / "run", *WORDS), Failure(0, "start", "StorageError: away", 0.0)
     assert "remove" in launch_run._advice(recipe, loss, begun=False)
     assert not storage.begun(tmp_path)
-    (tmp_path / preflight.BEGUN).touch()
+    (tmp_path / BEGUN).touch()
     assert storage.begun(tmp_path)
     for failure, begun in ((loss, True), (replace(loss, kind="storage"), True), (replace(loss, kind="storage"), False)):
         advice = launch_run._advice(recipe, failure, begun)
@@ -228,7 +228,7 @@ def test_a_run_directory_that_gives_errors_is_refused_in_one_line(
     def fail(*_: object) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(tmp_path))
 
-    monkeypatch.setattr(storage.preflight, "has_begun", fail)
+    monkeypatch.setattr(preflight, "has_begun", fail)
     words = [*SMALL, *WORDS, f"run.dir={tmp_path}"]
     if command == "train":
         code = main(["train", *words])
