@@ -30,6 +30,7 @@ _START_LAUNCHERS = (
     "tests/trainer/test_full_disk.py",
     "tests/trainer/test_tiny_run.py",
 )
+_START_NONE = tuple(f"tests/launch/test_{name}.py" for name in ("checkpoint", "cli", "deaths", "fit", "restart", "schedule"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,7 +49,8 @@ class _Lanes(LoadScopeScheduling):
     one at a time, and of which each tidies up what another has left on this machine."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "launchers" if nodeid.startswith(_START_LAUNCHERS) else nodeid.partition("::")[0]
+        alone = nodeid.startswith(_START_LAUNCHERS) and not nodeid.startswith(_START_NONE)
+        return "launchers" if alone else nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)
