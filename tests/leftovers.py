@@ -5,23 +5,30 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 _CACHES = ("torchinductor_", "torchelastic_")
 """Of torch: of its compiler, meant to stay; of a torchrun that was killed."""
 _SHARED_MEMORY = Path("/dev/shm")
+_MARK = "BAGUALU_TEST_MARK"
+
+
+def hold_mark(environment: Mapping[str, str]) -> int:
+    """For a process whose environment, as the kernel shows it, is not the one that it has: it holds the mark open as a file."""
+    return os.memfd_create(f"{_MARK}={environment[_MARK]}")
 
 
 class Leftovers:
     """What a run must not leave behind: processes, threads, shared memory, files in the temporary directory.
 
-    Processes are known by a mark in their environment, so that others on the machine do not matter; nor does shared memory
-    whose owner lives.
+    Processes are known by a mark, in their environment or held open, so that others on the machine do not matter; nor does
+    shared memory whose owner lives.
     """
 
     def __init__(self, temporary: Path) -> None:
         self.temporary = temporary
-        self.mark = f"BAGUALU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
+        self.mark = f"{_MARK}={os.getpid()}-{time.monotonic_ns()}"
         self._threads = set(threading.enumerate())
         self._memory_before = set(_SHARED_MEMORY.glob("bagualu-*/launcher"))
 
@@ -36,9 +43,12 @@ class Leftovers:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # gone meanwhile, or not ours
-                if self.mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                if self.mark.encode() in (folder / "environ").read_bytes().split(b"\0") or self._held_by(folder):
                     found.append(int(folder.name))
         return found
+
+    def _held_by(self, folder: Path) -> bool:
+        return any(os.readlink(file).startswith(f"/memfd:{self.mark} ") for file in (folder / "fd").iterdir())
 
     def processes(self) -> list[str]:
         found = []

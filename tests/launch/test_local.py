@@ -36,7 +36,7 @@ def catches(pid, number):
 
 def test_workers_get_threads_memory_logs_and_one_of_them_the_terminal_and_the_run_says_how_it_ended(start, gone):
     ours, theirs = pty.openpty()
-    run = start("train.steps=3", "launch.threads=1", "--json", stderr=theirs)
+    run = start("train.steps=3", "launch.threads=1", "--json", stderr=theirs, cold=True)
     os.close(theirs)
     shown = b""
     while chunk := _read(ours):
@@ -187,7 +187,7 @@ def test_a_second_ctrl_c_ends_a_run_that_will_not_stop(start, gone, backend):
 
 def test_no_process_outlives_a_killed_launcher_by_2_seconds(start, gone, reference):
     """Not even a rank that is stopped (1), nor one in which no Python runs because a thread keeps the lock (2)."""
-    run = start(*SMALL, *FOUR, "run.name=gil-2-5-forward", entrypoint="faulty:train")
+    run = start(*SMALL, *FOUR, "run.name=gil-2-5-forward", entrypoint="faulty:train", cold=True)
     ranks = run.started(step=4)
     run.until((run.folder / "keeps-the-lock").exists)
     os.kill(ranks[1]["pid"], signal.SIGSTOP)

@@ -1,10 +1,14 @@
-"""Launchers forked from a process that has imported what they import: to import torch takes most of a launcher's processor time.
+"""Launchers, and the fork servers of their workers, forked from one process that has imported what they import: torch takes each of
+them some seconds.
 
-Where starting is the subject, a launcher is started as people start it. The process that is forked has no threads, and the
-launcher's own fork server, from which workers come, starts as always.
+Where starting and dying are the subject, a launcher is started as people start it. What is forked is as a fresh process is, but
+for what only `exec` sets (settings of the C allocator, `/proc/PID/environ`), and has the parent that it would have. A launcher is
+forked from a process without threads, its fork server from the launcher.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import inspect
 import json
@@ -14,13 +18,26 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from importlib import import_module
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
+from bagualu.trainer.parent import die_with
+from tests.leftovers import hold_mark
+
+_IMPORTED = (
+    "bagualu.launch.cli", "bagualu.launch.train", "bagualu.launch.rehearse", "bagualu.launch.node", "bagualu.launch.local",
+    "bagualu.launch.member", "bagualu.trainer.run", "tests.standing",
+)  # fmt: skip
+_ONLY_IN_SERVERS = "bagualu.launch.lifeline"
 _SET_CHILD_SUBREAPER = 36
 _LONGEST = 2**17
-"""Bytes of a request: words and environment."""
+"""Bytes of a request: a program, words and an environment."""
+_HIGH = 500
+"""Files are moved out of the way of each other to numbers from here on."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -28,22 +45,33 @@ class Launcher(subprocess.Popen[str]):
     """`main(words, entrypoint)` of `module` as a process and a session of its own; `options` are those of Popen."""
 
     def __init__(self, words: list[str], entrypoint: str, module: str = "bagualu.launch.cli", **options: Any) -> None:
-        super().__init__([module, entrypoint, *words], text=True, **options)
+        program = f"import os, sys; os.setsid(); from {module} import main; sys.exit(main(entrypoint={entrypoint!r}))"
+        super().__init__([program, *words], text=True, **options)
 
     def _execute_child(self, *given: Any) -> None:  # the one part of Popen that starts a process
         own = inspect.signature(super()._execute_child).bind(*given).arguments  # type: ignore[misc]
-        files = [own[name] if own[name] >= 0 else number for number, name in enumerate(("p2cread", "c2pwrite", "errwrite"))]
-        request = {"call": own["args"], "folder": str(own["cwd"] or Path.cwd()), "environment": dict(own["env"] or os.environ)}
-        server = _server()
-        _adopt(True)  # whose parent has ended becomes a child of this process, to be waited for as any other
-        try:
-            socket.send_fds(server, [json.dumps(request).encode()], files)
-            self.pid, adopted = int(server.recv(_LONGEST)), server.recv(_LONGEST)
-            assert adopted
-        finally:
-            _adopt(False)
+        pipes = [own[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        files = {number: pipe if pipe >= 0 else number for number, pipe in enumerate(pipes)}
+        program, *words = own["args"]
+        self.pid = _fork(program, words, own["cwd"] or Path.cwd(), own["env"] or os.environ, files)
         self._child_created = True
         self._close_pipe_fds(*(own[name] for name in inspect.signature(self._close_pipe_fds).parameters))  # type: ignore[attr-defined]
+
+
+def _fork(program: str, words: Sequence[str], folder: Path, environment: Mapping[str, str], files: Mapping[int, int]) -> int:
+    """A child of this process that runs `program`, with open files by their number there; its process id."""
+    request = {
+        "program": program, "words": list(words), "folder": str(folder), "environment": dict(environment), "numbers": list(files),
+        "parent": os.getpid(), "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+    }  # fmt: skip
+    _adopt(True)  # a process whose parent has ended, which is what the server makes of it
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+            server.connect(_address())
+            socket.send_fds(server, [json.dumps(request).encode()], list(files.values()))
+            return int(server.recv(_LONGEST))
+    finally:
+        _adopt(False)
 
 
 def _adopt(wanted: bool) -> None:
@@ -52,47 +80,91 @@ def _adopt(wanted: bool) -> None:
 
 
 @functools.cache
-def _server() -> socket.socket:
-    """The process that launchers are forked from; it ends with this one."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.launch.warm import serve; serve({theirs.fileno()})"
-    subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()], start_new_session=True)
-    theirs.close()
-    return ours
+def _address() -> str:
+    """Where the process is asked that launchers are forked from; it ends with this one."""
+    address = f"\0bagualu-tests-{os.getpid()}"
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.launch.warm import serve; serve({address!r}, {os.getpid()})"
+    )
+    server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
+    assert server.stdout is not None
+    assert server.stdout.readline()
+    return address
 
 
-def serve(descriptor: int) -> None:
-    """Fork a launcher for each request, until nobody is there to ask."""
-    for module in ("cli", "train", "rehearse", "node", "local"):
-        import_module(f"bagualu.launch.{module}")
-    with socket.socket(fileno=descriptor) as asked:
+def serve(address: str, parent: int) -> None:
+    """Fork whoever is asked for, until the process `parent` is gone."""
+    die_with(parent)
+    for module in _IMPORTED:
+        import_module(module)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.bind(address)
+        server.listen()
+        print("listens", flush=True)
         while True:
-            request, files, _, _ = socket.recv_fds(asked, _LONGEST, 3)
-            if not request:
-                return
-            if (between := os.fork()) == 0:
-                if pid := os.fork():
-                    asked.send(str(pid).encode())
-                    os._exit(0)
-                asked.close()
-                _launch(files, **json.loads(request))
-            for file in files:
-                os.close(file)
-            os.waitpid(between, 0)
-            asked.send(b"adopted")
+            asked, _ = server.accept()
+            with asked:
+                request, files, _, _ = socket.recv_fds(asked, _LONGEST, 16)
+                told, tells = os.pipe()
+                if (between := os.fork()) == 0:
+                    if pid := os.fork():
+                        os.write(tells, str(pid).encode())
+                        os._exit(0)
+                    os.close(told)
+                    os.close(tells)
+                    break
+                os.waitpid(between, 0)
+                asked.send(os.read(told, 32))
+                for file in (told, tells, *files):
+                    os.close(file)
+    _begin(files, **json.loads(request))
 
 
-def _launch(files: list[int], call: list[str], folder: str, environment: dict[str, str]) -> None:
-    module, entrypoint, *words = call
-    os.setsid()
+def _begin(
+    files: list[int],
+    program: str,
+    words: list[str],
+    folder: str,
+    environment: dict[str, str],
+    numbers: list[int],
+    parent: int,
+    blocked: list[int],
+) -> None:
+    """Become what was asked for."""
+    while os.getppid() != parent:
+        time.sleep(0.001)
+    high = [fcntl.fcntl(file, fcntl.F_DUPFD, _HIGH) for file in files]
+    for file in files:
+        os.close(file)
+    for number, file in zip(numbers, high, strict=True):
+        os.dup2(file, number)
+        os.close(file)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    for number, file in enumerate(files):
-        os.dup2(file, number)
-        os.close(file)
+    mark = hold_mark(environment)
     tempfile.tempdir = None  # by the environment
     sys.path[:1] = environment.get("PYTHONPATH", "").split(":")
     sys.argv = ["-c", *words]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have the tests, and what they start, ignore it
-    sys.exit(import_module(module).main(entrypoint=entrypoint))
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    util.spawnv_passfds = functools.partial(_spawn, util.spawnv_passfds, mark)
+    exec(program, {"__name__": "__main__"})
+
+
+def _spawn(spawn: Any, mark: int, path: str, arguments: list[str], files: Sequence[int]) -> int:
+    """As multiprocessing.util.spawnv_passfds; a fork server is a fork of its launcher."""
+    program = arguments[-1]
+    if "multiprocessing.forkserver" not in program:
+        return int(spawn(path, arguments, files))
+    if pid := os.fork():
+        return pid
+    for file in map(int, os.listdir("/proc/self/fd")):
+        if file > 2 and file not in (*files, mark):
+            with contextlib.suppress(OSError):
+                os.close(file)
+    try:
+        sys.modules.pop(_ONLY_IN_SERVERS)
+        exec(program, {"__name__": "__main__"})
+    finally:
+        os._exit(0)
