@@ -1,6 +1,7 @@
 """The shape of the house: imports point down, help and checks need no torch, the environment is read in few places."""
 
 import ast
+import functools
 import shlex
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def module(path):
 MODULES = {module(path): path for path in SOURCES}
 
 
+@functools.cache
 def imports(path, anywhere=True):
     """Modules that a file imports; with anywhere=False only when it is itself imported."""
     found = set()
@@ -151,6 +153,8 @@ def test_a_recipe_is_composed_checked_and_refused_without_torch():
 def test_a_run_does_without_torchs_compiler_and_without_collecting_what_torch_is(tmp_path, module, words):
     """Seconds of a run's start, and 70 MB; torch loads them on the way to things we do without."""
     small = ["recipe=tiny_dense", "data.source=random", "train.steps=2", "train.validate_every=1", "checkpoint.every=1"]
+    small += ["model.layers=2", "model.hidden=24", "model.heads=2", "model.kv_heads=2", "model.ffn=24", "model.vocab=64"]
+    small += ["data.sequence_length=8", "train.validation_sequences=4"]
     done = f"assert main({[*words, *small, f'run.dir={tmp_path}/run']}) == 0"
     loaded = loaded_after(
         f"from {module} import main\n{done}\nimport gc\nassert gc.isenabled() and gc.get_freeze_count() > 100_000"

@@ -38,7 +38,7 @@ def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
 def recipe_in(folder: Path, **changes: object) -> Recipe:
     defaults: dict[str, object] = {
         "run__dir": str(folder), "train__steps": STEPS, "train__validation_sequences": 0, "log__progress": "off",
-        "checkpoint__every": 2, "checkpoint__asynchronous": True, "parallel__data": 2,
+        "checkpoint__every": 2, "checkpoint__asynchronous": True, "parallel__data": 2, "data__global_batch": 4, "model__layers": 2,
     }  # fmt: skip
     return small_recipe(**{**defaults, **changes})
 

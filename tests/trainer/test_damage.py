@@ -160,16 +160,19 @@ def attempts(communicator: Communicator, recipe: Recipe, kind: str, every: int) 
 
 
 @pytest.mark.parametrize(
-    ("backend", "kind", "every", "least"),
-    [("simulated", "truncations", 1, 20), ("simulated", "flips", 1, 150), ("simulated", "rearrangements", 1, 20),
-     ("gloo", "truncations", 5, 4), ("gloo", "flips", 25, 6), ("gloo", "rearrangements", 5, 4)],
+    ("backend", "kind", "every", "least", "layout"),
+    [("simulated", "truncations", 1, 20, LAYOUT), ("simulated", "flips", 1, 150, {"parallel__data": 2}),
+     ("simulated", "rearrangements", 1, 20, LAYOUT),
+     ("gloo", "truncations", 5, 4, LAYOUT), ("gloo", "flips", 25, 6, LAYOUT), ("gloo", "rearrangements", 5, 4, LAYOUT)],
+    ids=["truncations", "flips", "rearrangements", "truncations-gloo", "flips-gloo", "rearrangements-gloo"],
 )  # fmt: skip
 def test_all_damage_is_found_by_all_ranks_before_anything_changes(
-    tmp_path: Path, backend: str, kind: str, every: int, least: int
+    tmp_path: Path, backend: str, kind: str, every: int, least: int, layout: dict[str, Any]
 ) -> None:
-    recipe = small_recipe(run__dir=str(tmp_path), train__dtype="float32", model__layers=2, **LAYOUT)
-    run("simulated", 4, train_and_save, recipe, (OLD, NEW))
-    ranks = run(backend, 4, attempts, recipe, kind, every)
+    layers = layout.get("parallel__pipeline", 1)
+    recipe = small_recipe(run__dir=str(tmp_path), train__dtype="float32", model__layers=layers, **layout)
+    run("simulated", recipe.world_size(), train_and_save, recipe, (OLD, NEW))
+    ranks = run(backend, recipe.world_size(), attempts, recipe, kind, every)
     assert len(ranks[0]) >= least
     for cases in zip(*ranks, strict=True):
         what, said, unchanged = cases[0]

@@ -23,8 +23,8 @@ MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {"parallel__data": 2},
     "replicated": {"parallel__data": 4, "parallel__zero": 0, "train__dtype": "float32"},
-    "tensor": {"parallel__data": 2, "parallel__tensor": 2, "train__dtype": "bfloat16"},
-    "sequence": {"parallel__data": 2, "parallel__tensor": 2, "parallel__sequence": True},
+    "tensor": {"parallel__data": 2, "parallel__tensor": 2, "train__dtype": "bfloat16", "train__micro_batch": 2},
+    "sequence": {"parallel__data": 2, "parallel__tensor": 2, "parallel__sequence": True, "train__micro_batch": 2},
     "pipeline": {"parallel__data": 2, "parallel__pipeline": 2, "model__tie_embeddings": True, "train__dtype": "float32"},
     "expert": {"parallel__data": 4, "parallel__expert": 2, "train__dtype": "bfloat16", **MOE},
 }
@@ -35,7 +35,7 @@ def recipe_in(folder: Path, layout: str, **changes: Any) -> Recipe:
     defaults: dict[str, Any] = {
         "run__dir": str(folder), "train__steps": STEPS, "train__validation_sequences": 0, "optim__schedule": "constant",
         "checkpoint__every": 0, "guard__check_every": 1, "guard__audit_every": BAD, "guard__spike_window": 4,
-        "guard__spike_factor": 20.0, "model__layers": 2, **LAYOUTS[layout],
+        "guard__spike_factor": 20.0, "model__layers": 2, "data__global_batch": 4, **LAYOUTS[layout],
     }  # fmt: skip
     return small_recipe(**{**defaults, **changes})
 
@@ -276,7 +276,8 @@ def test_nothing_to_go_back_to_is_said(tmp_path: Path) -> None:
 
 
 def test_memory_that_fails_again_and_again_ends_the_run(tmp_path: Path) -> None:
-    recipe = recipe_in(tmp_path, "data", checkpoint__every=2, checkpoint__keep=9, guard__limit=2)
+    """One forward pass a step: a second flip of the bit would undo the first."""
+    recipe = recipe_in(tmp_path, "data", checkpoint__every=2, checkpoint__keep=9, guard__limit=2, train__micro_batch=2)
     found = runs("simulated", recipe, Fault("exp_avg", always=True))
     assert found[0].guard["rolled_back"] == 2
     assert "replace that hardware" in found[0].error

@@ -40,7 +40,12 @@ MOE = {
 
 def recipe_for(**layout: object) -> Recipe:
     """The guard looks at every step: state that a move leaves under a wrong seal is damage to it."""
-    return small_recipe(**MOE, guard__check_every=1, **{f"parallel__{axis}": degree for axis, degree in layout.items()})
+    return small_recipe(
+        **MOE,
+        guard__check_every=1,
+        train__micro_batch=1 if layout.get("pipeline") == 4 else 2,
+        **{f"parallel__{axis}": degree for axis, degree in layout.items()},
+    )
 
 
 def split_of(*counts: int) -> Split:
@@ -273,7 +278,7 @@ def slow_recipe(folder: Path, **changes: object) -> Recipe:
     defaults: dict[str, object] = {
         "run__dir": str(folder), "train__steps": 16, "train__validation_sequences": 0, "log__progress": "off",
         "checkpoint__every": 0, "parallel__pipeline": 2, "parallel__balance": "analytic", "parallel__rebalance__every": 2,
-        "parallel__rebalance__windows": 2, "model__layers": 8,
+        "parallel__rebalance__windows": 2, "model__layers": 8, "train__micro_batch": 2,
     }  # fmt: skip
     return small_recipe(**{**defaults, **changes})
 
@@ -299,7 +304,7 @@ def test_a_run_moves_layers_away_from_a_rank_that_has_become_slow(
         rank = threading.current_thread().name
         if rank == "rank-1":
             seen.append(None)
-        clocks[rank] += 0.003 if rank == "rank-1" and len(seen) > 4 * 8 * 4 else 0.001  # steps, micro-batches, layers
+        clocks[rank] += 0.003 if rank == "rank-1" and len(seen) > 4 * 4 * 4 else 0.001  # steps, micro-batches, layers
         return forward(layer, x)
 
     forward = Layer.forward

@@ -31,6 +31,7 @@ def recipe_in(folder: Path, **changes: object) -> Recipe:
     defaults: dict[str, object] = {
         "run__dir": str(folder / "run"), "train__steps": STEPS, "train__validation_sequences": 0, "log__progress": "off",
         "checkpoint__every": 0, "checkpoint__replica_every": 1, "parallel__data": 2, "parallel__pipeline": 2,
+        "data__global_batch": 4, "model__layers": 2,
     }  # fmt: skip
     return small_recipe(**{**defaults, **changes})
 

@@ -34,10 +34,11 @@ AFTER: dict[str, list[Layout]] = {
 }  # fmt: skip
 
 
-def recipe_for(folder: Path, model: dict[str, object], layout: Layout) -> Recipe:
+def recipe_for(folder: Path, model: dict[str, object], layout: Layout, micro_batch: int = 1) -> Recipe:
     return small_recipe(
         run__dir=str(folder),
         data__global_batch=24,
+        train__micro_batch=micro_batch,
         **{f"model__{key}": value for key, value in model.items()},
         **{f"parallel__{key}": value for key, value in layout.items()},
     )
@@ -67,7 +68,7 @@ def loaded(communicator: Communicator, recipe: Recipe) -> tuple[list, int]:  # t
 
 @pytest.mark.parametrize(("name", "model", "before"), BEFORE, ids=[name for name, *_ in BEFORE])
 def test_eight_ranks_are_read_by_one_to_six(tmp_path: Path, name: str, model: dict[str, object], before: Layout) -> None:
-    recipe = recipe_for(tmp_path, model, before)
+    recipe = recipe_for(tmp_path, model, before, micro_batch=6)
     assert recipe.world_size() == 8
     expected = hashes(run("simulated", 8, train_and_save, recipe))
     assert {key.split("/")[0] for key in expected} == {"weight", "exp_avg", "exp_avg_sq"}
@@ -83,7 +84,7 @@ def test_eight_ranks_are_read_by_one_to_six(tmp_path: Path, name: str, model: di
 
 def test_the_same_over_processes(tmp_path: Path) -> None:
     _, model, before = BEFORE[1]
-    expected = hashes(run("simulated", 8, train_and_save, recipe_for(tmp_path, model, before)))
+    expected = hashes(run("simulated", 8, train_and_save, recipe_for(tmp_path, model, before, micro_batch=6)))
     recipe = recipe_for(tmp_path, model, {"data": 3, "expert": 3})
     assert hashes([pieces for pieces, _ in run("gloo", 3, loaded, recipe)]) == expected
 

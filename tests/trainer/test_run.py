@@ -27,7 +27,7 @@ from tests.standing import assert_stood, figures, go_on, train_noting_samples
 
 STEPS = 6
 TIMINGS = {"step_seconds", "tokens_per_second", "mfu", "checkpoint_seconds"}
-MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "parallel__expert": 2}
+MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "model__layers": 4, "parallel__expert": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
 def recipe_in(folder: Path, **changes: object) -> Recipe:
     defaults: dict[str, object] = {
         "run__dir": str(folder), "train__steps": STEPS, "train__validate_every": 4, "train__validation_sequences": 3,
-        "log__progress": "off", "checkpoint__every": 2, "parallel__data": 2,
+        "log__progress": "off", "checkpoint__every": 2, "parallel__data": 2, "data__global_batch": 4, "model__layers": 2,
     }  # fmt: skip
     return small_recipe(**{**defaults, **changes})
 

@@ -41,6 +41,7 @@ def recipe_in(folder: Path, *faults: str, **changes: object) -> Recipe:
     defaults: dict[str, object] = {
         "run__dir": str(folder), "train__steps": STEPS, "log__progress": "off", "checkpoint__every": 2, "parallel__data": 2,
         "parallel__pipeline": 2, "faults": list(faults), "train__validation_sequences": 0,
+        "data__global_batch": 4, "model__layers": 2,
     }  # fmt: skip
     return small_recipe(**{**defaults, **changes})
 

@@ -78,7 +78,7 @@ def worlds(draw: st.DrawFn) -> tuple[int, list[Line], Halt]:
 
 
 @given(worlds(), st.sampled_from(["running", "stopped"]))
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_the_culprit_is_named_and_nobody_else(world: tuple[int, list[Line], Halt], process: str) -> None:
     ranks, program, halt = world
     seen = stand_still(ranks, program, halt)
@@ -90,7 +90,7 @@ def test_the_culprit_is_named_and_nobody_else(world: tuple[int, list[Line], Halt
 
 
 @given(worlds(), st.floats(0, 299))
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_nobody_is_named_while_the_one_that_others_wait_for_may_still_come(
     world: tuple[int, list[Line], Halt], silent: float
 ) -> None:
@@ -198,7 +198,7 @@ def test_one_that_comes_back_late_from_what_all_have_joined_is_left_alone_while_
 
 
 @given(worlds(), st.floats(0, 400))
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_who_gives_up_names_whom_it_waited_for_or_nobody(world: tuple[int, list[Line], Halt], silent: float) -> None:
     """`silent` below 150: the one that was missing may only just have got there, and not be the one who kept the others."""
     ranks, program, halt = world

@@ -85,7 +85,7 @@ def plain(recipe: Recipe, follow: list[Weights] | None = None) -> tuple[list[flo
 
 
 def alone(dtype: str, model: dict[str, object]) -> Recipe:
-    return small_recipe(train__dtype=dtype, train__steps=8, optim__epsilon=1e-5, **model)
+    return small_recipe(train__dtype=dtype, train__steps=8, train__micro_batch=2, model__layers=2, optim__epsilon=1e-5, **model)
 
 
 @functools.cache
@@ -126,7 +126,7 @@ def test_updates_are_those_of_torch(name: str, dtype: str, layout: dict[str, int
 
 def test_the_bound_is_tight_enough_to_see_the_clip() -> None:
     """Clipping binds in these runs, and its factor is what is compared above."""
-    recipe = small_recipe(train__steps=8)
+    recipe = small_recipe(train__steps=8, train__micro_batch=2, model__layers=2)
     _, norms, _ = plain(recipe)
     assert min(norms) > 2 * recipe.optim.clip_norm
     *_, clipped = plain(recipe)
@@ -135,7 +135,7 @@ def test_the_bound_is_tight_enough_to_see_the_clip() -> None:
 
 
 def test_no_clipping_is_no_factor() -> None:
-    recipe = small_recipe(train__steps=8, optim__clip_norm=0.0)
+    recipe = small_recipe(train__steps=8, train__micro_batch=2, model__layers=2, optim__clip_norm=0.0)
     ((_, _, pieces, _),) = run("simulated", 1, trained, recipe)
     *_, state = plain(recipe)
     for name, values in gather([pieces]).items():
