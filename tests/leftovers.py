@@ -14,9 +14,9 @@ _SHARED_MEMORY = Path("/dev/shm")
 _MARK = "BAGUALU_TEST_MARK"
 
 
-def hold_mark(environment: Mapping[str, str]) -> int:
+def hold_mark(environment: Mapping[str, str]) -> None:
     """For a process whose environment, as the kernel shows it, is not the one that it has: it holds the mark open as a file."""
-    return os.memfd_create(f"{_MARK}={environment[_MARK]}")
+    os.memfd_create(f"{_MARK}={environment[_MARK]}")
 
 
 class Leftovers:

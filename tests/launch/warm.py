@@ -6,7 +6,6 @@ for what only `exec` sets (settings of the C allocator, `/proc/PID/environ`), an
 forked from a process without threads, its fork server from the launcher.
 """
 
-import contextlib
 import ctypes
 import fcntl
 import functools
@@ -142,27 +141,23 @@ def _begin(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    mark = hold_mark(environment)
+    hold_mark(environment)
     tempfile.tempdir = None  # by the environment
     sys.path[:1] = environment.get("PYTHONPATH", "").split(":")
     sys.argv = ["-c", *words]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have the tests, and what they start, ignore it
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    util.spawnv_passfds = functools.partial(_spawn, util.spawnv_passfds, mark)
+    util.spawnv_passfds = functools.partial(_spawn, util.spawnv_passfds)
     exec(program, {"__name__": "__main__"})
 
 
-def _spawn(spawn: Any, mark: int, path: str, arguments: list[str], files: Sequence[int]) -> int:
-    """As multiprocessing.util.spawnv_passfds; a fork server is a fork of its launcher."""
+def _spawn(spawn: Any, path: str, arguments: list[str], files: Sequence[int]) -> int:
+    """As multiprocessing.util.spawnv_passfds; a fork server is a fork of its launcher, with all its files."""
     program = arguments[-1]
     if "multiprocessing.forkserver" not in program:
         return int(spawn(path, arguments, files))
     if pid := os.fork():
         return pid
-    for file in map(int, os.listdir("/proc/self/fd")):
-        if file > 2 and file not in (*files, mark):
-            with contextlib.suppress(OSError):
-                os.close(file)
     try:
         sys.modules.pop(_ONLY_IN_SERVERS)
         exec(program, {"__name__": "__main__"})
