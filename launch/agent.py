@@ -207,9 +207,12 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         seen = next(filter(None, (watcher.look() for watcher in self.watchers)), None) or self._lost_node.look(self._ranks())
-        if seen or self._exit_codes():
+        failed = seen is not None or bool(self._exit_codes())
+        if failed:
             self._fail(worker_group, seen)
         result: RunResult = super()._monitor_workers(worker_group)
+        if result.is_failed() and not failed:  # a worker has died between that look and this one
+            self._fail(worker_group, None)
         if not result.is_failed():
             self._end_spares(worker_group)
         if result.state == WorkerState.SUCCEEDED:

@@ -18,7 +18,7 @@ from bagualu.fault_tolerance.injection.plan import EXAMPLE, parse
 from bagualu.fault_tolerance.injection.record import FAULTS, Record
 from bagualu.fault_tolerance.injection.report import NO_EFFECT, SURVIVED, UNNOTICED, Trace, outcomes
 from bagualu.fault_tolerance.ledger.events import read
-from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute
+from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute, current
 from bagualu.launch.run import run
 from bagualu.launch.usage import Request
 from bagualu.trainer import preflight
@@ -86,7 +86,7 @@ def _budget(restart: RestartConfig, faults: list[str], overrides: list[str]) -> 
 
 def _document(rehearsed: Recipe, summary: dict[str, Any], reference: Recipe | None) -> dict[str, Any]:
     folder = Path(rehearsed.run.dir)
-    events = read(folder)
+    events = current(read(folder))
     lines = folder / "metrics.jsonl"
     metrics = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []  # none: stopped before
     damaged = [path.name for path in list_set_aside(folder / "checkpoints")]

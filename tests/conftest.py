@@ -30,6 +30,7 @@ _START_LAUNCHERS = (
     "tests/trainer/test_full_disk.py",
     "tests/trainer/test_tiny_run.py",
 )
+# Of these folders, but nothing of theirs starts a launcher.
 _START_NONE = tuple(f"tests/launch/test_{name}.py" for name in ("checkpoint", "cli", "deaths", "fit", "restart", "schedule"))
 
 

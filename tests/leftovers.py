@@ -14,9 +14,10 @@ _SHARED_MEMORY = Path("/dev/shm")
 _MARK = "BAGUALU_TEST_MARK"
 
 
-def hold_mark(environment: Mapping[str, str]) -> None:
-    """For a process whose environment, as the kernel shows it, is not the one that it has: it holds the mark open as a file."""
-    os.memfd_create(f"{_MARK}={environment[_MARK]}")
+def hold_mark(environment: Mapping[str, str]) -> int:
+    """For a process whose environment, as the kernel shows it, is not the one that it has: it holds the mark open as a file, whose
+    number this is."""
+    return os.memfd_create(f"{_MARK}={environment[_MARK]}")
 
 
 class Leftovers:
@@ -48,7 +49,11 @@ class Leftovers:
         return found
 
     def _held_by(self, folder: Path) -> bool:
-        return any(os.readlink(file).startswith(f"/memfd:{self.mark} ") for file in (folder / "fd").iterdir())
+        for file in (folder / "fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                if os.readlink(file).startswith(f"/memfd:{self.mark} "):
+                    return True
+        return False
 
     def processes(self) -> list[str]:
         found = []
@@ -60,9 +65,8 @@ class Leftovers:
     def assert_none(self) -> None:
         """Whatever is on its way out gets a moment."""
         deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and self._all():
+        while (left := self._all()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        left = self._all()
         assert left == [], left
 
     def _all(self) -> list[str]:

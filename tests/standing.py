@@ -21,7 +21,7 @@ from bagualu.fault_tolerance.checkpoint.compare import differences
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint
 from bagualu.fault_tolerance.ledger.events import Event, read
-from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute, counting
+from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute, current
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.config import Recipe
@@ -195,7 +195,7 @@ def assert_ledger_adds_up(run_dir: Path, seconds: float | None = None) -> None:
     """Every second in exactly one category; together no more than `seconds`, the wall time seen from outside, and at least three
     quarters of what lies between the files that a launch begins and ends with."""
     totals = json.loads((run_dir / "summary.json").read_text())["ledger"]
-    events = counting(read(run_dir))
+    events = current(read(run_dir))
     assert totals == {name: value for name, value in attribute(events).items() if name in totals}
     assert abs(sum(totals[name] for name in CATEGORIES) - totals["wall"]) < 1e-6
     done = sum(after.monotonic - event.monotonic for event, after in pairwise(events) if event.cause == "done")

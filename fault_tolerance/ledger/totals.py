@@ -25,6 +25,7 @@ PHASES = {
 _BEGINS = ("joined", "started")
 """The first words of a start of rank 0, and of a launcher whose workers have rank 0."""
 _ALWAYS = ("launched", *_BEGINS)
+"""These count whoever is the newest."""
 
 
 @dataclass
@@ -43,7 +44,7 @@ def attribute(events: Sequence[Event]) -> dict[str, Any]:
     """
     if not events:
         return {}
-    events = counting(events)
+    events = current(events)
     stretches = _stretches(events)
     totals = {name: sum(one.microseconds for one in stretches if one.category == name) for name in CATEGORIES}
     wall = sum(totals.values())
@@ -55,7 +56,7 @@ def attribute(events: Sequence[Event]) -> dict[str, Any]:
     }
 
 
-def counting(events: Sequence[Event]) -> list[Event]:
+def current(events: Sequence[Event]) -> list[Event]:
     """Those that count: without what a rank 0, or its launcher, wrote after a newer one had begun."""
     kept, newest = [], dict.fromkeys(_BEGINS, "")
     for event in events:

@@ -1,7 +1,7 @@
 """Many faults, one after the other, drawn from a seed: the run ends as if nothing had happened, and leaves nothing behind."""
 
 import json
-import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tests.standing import assert_stood
 
 ROOT = Path(__file__).parents[2]
 EVERY = 4
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="forks launchers with what only Linux has")
 RECIPE = [
     "recipe=tiny_dense", "data.source=random", "data.sequence_length=8", "data.global_batch=8", "train.micro_batch=1",
     "model.layers=2", "model.hidden=8", "model.heads=2", "model.kv_heads=2", "model.ffn=16", "model.vocab=64",
@@ -92,8 +93,7 @@ def soak_as_processes(folder: Path, leftovers: Leftovers, count: int, *more: str
     words = [*RECIPE, "comm.backend=gloo", f"run.dir={folder}/run", "launch.threads=1", "--json", *more]
     started = time.monotonic()
     environment = {**leftovers.environment, "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with Launcher(["rehearse", *words], ENTRYPOINT, cwd=ROOT, env=environment, **pipes) as launcher:
+    with Launcher(["rehearse", *words], ENTRYPOINT, cwd=ROOT, env=environment) as launcher:
         try:
             out, err = launcher.communicate(timeout=240)
         finally:
@@ -104,6 +104,7 @@ def soak_as_processes(folder: Path, leftovers: Leftovers, count: int, *more: str
     return {row["fault"].split("@")[0] for row in document["faults"]}
 
 
+@LINUX
 def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers) -> None:
     planned = (
         "faults=[kill@step=3:rank=2:at=reduce, slow@step=5:rank=0:steps=2, corrupt@step=6, exception@step=7:rank=0:at=optimizer, "
@@ -112,6 +113,7 @@ def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers
     soak_as_processes(tmp_path, leftovers, 6, "checkpoint.every=2", "checkpoint.async=false", "train.steps=16", planned)
 
 
+@LINUX
 def test_random_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers) -> None:
     """Two ranks, since each of the two restarts takes seconds here, with saves in the background."""
     drawn = [

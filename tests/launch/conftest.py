@@ -42,17 +42,21 @@ class Run:
         stderr: int = subprocess.PIPE,
         entrypoint: str = "stand_in:train",
         cold: bool = False,
+        module: str = "bagualu.launch.cli",
     ) -> None:
-        """`cold`: with nothing imported yet, as people start it."""
+        """`cold`: with nothing imported yet, as people start it; `module`: whose `main` is run, where it is not."""
         self.folder = folder / "run"
         steps = [] if any("train.steps=" in word for word in overrides) else ["train.steps=100000"]
         words = ["train", "recipe=tiny", f"run.dir={self.folder}", *steps, *overrides]
-        options: dict[str, Any] = {
-            "stdout": subprocess.PIPE, "stderr": stderr, "cwd": folder, "env": {**environment, "PYTHONPATH": PATHS},
-        }  # fmt: skip
-        self.process: subprocess.Popen[str] = Launcher(words, entrypoint, **options) if not cold else subprocess.Popen(
-            [sys.executable, "-c", _COMMAND.format(entrypoint), *words], text=True, start_new_session=True, **options
-        )  # fmt: skip
+        own = {**environment, "PYTHONPATH": PATHS}
+        self.process: subprocess.Popen[str]
+        if cold or sys.platform != "linux":
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _COMMAND.format(entrypoint), *words], text=True, stdout=subprocess.PIPE, stderr=stderr,
+                cwd=folder, start_new_session=True, env=own,
+            )  # fmt: skip
+        else:
+            self.process = Launcher(words, entrypoint, module, stderr=stderr, cwd=folder, env=own)
 
     def started(self, ranks: int = 4, step: int = 2) -> list[dict[str, Any]]:
         """What each rank says of itself, once all have started and `step` steps are done."""

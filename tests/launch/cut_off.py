@@ -21,26 +21,20 @@ from bagualu.comm.errors import CommunicationError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint import save
 from bagualu.fault_tolerance.checkpoint.fence import EPOCH
-from bagualu.launch import node
 from bagualu.trainer.config import Recipe
 from tests.launch import faulty
-from tests.launch.survival import SMALL, come_together, have_come, tell_them_to_meet
+from tests.launch.survival import SMALL
+from tests.launch.together import FOLDER, MACHINE, have_come, tell_them_to_meet
 from tests.wire import Weather, Wire, address, own_network
 
 CUTS = {"both": {(0, 1), (1, 0)}, "from_0": {(0, 1)}, "from_1": {(1, 0)}}
-_AGENT = "import sys; from tests.launch.cut_off import agent; sys.exit(agent(sys.argv[1:]))"
+_AGENT = "import sys; from tests.launch.together import agent; sys.exit(agent(sys.argv[1:], 'tests.launch.cut_off:train'))"
 _NOTES = "commits.jsonl"
-
-
-def agent(arguments: list[str]) -> int:
-    """What runs on a machine. Both begin to meet at the same time: one that has waited too long for the other begins alone."""
-    come_together(Path(os.environ["FOLDER"]), int(os.environ["MACHINE"]))
-    return node.main(arguments, entrypoint="tests.launch.cut_off:train")
 
 
 def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None) -> dict[str, Any]:
     """What the ranks run: the trainer, which notes what was committed by whom, and dawdles as long as `slow` is there."""
-    machine, commit, folder = int(os.environ["MACHINE"]), save.commit, Path(recipe.run.dir)
+    machine, commit, folder = int(os.environ[MACHINE]), save.commit, Path(recipe.run.dir)
 
     def noting(fence: Any, temporary: Path, final: Path, manifest: Any, claim: Any) -> None:
         line = {"step": manifest.step, "machine": machine, "error": None}
@@ -111,7 +105,7 @@ def _agent(machine: int, folder: Path, words: list[str]) -> subprocess.Popen[byt
     return subprocess.Popen(
         [*command, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, preexec_fn=own_network,
         stderr=(folder / f"agent-{machine}").open("w"),
-        env={**os.environ, "MACHINE": str(machine), "FOLDER": str(folder), "GLOO_SOCKET_IFNAME": "eth0"},
+        env={**os.environ, MACHINE: str(machine), FOLDER: str(folder), "GLOO_SOCKET_IFNAME": "eth0"},
     )  # fmt: skip
 
 

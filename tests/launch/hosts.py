@@ -34,20 +34,19 @@ from typing import Any
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 from bagualu.comm.group import Communicator
-from bagualu.launch import node
 from bagualu.launch.rendezvous import SILENT_SECONDS
 from bagualu.trainer import worker
 from bagualu.trainer.config import Recipe
 from tests.launch import faulty
-from tests.launch.survival import SMALL, come_together, have_come, tell_them_to_meet
+from tests.launch.survival import SMALL
+from tests.launch.together import FOLDER, MACHINE, have_come, tell_them_to_meet
 from tests.wire import Weather, Wire, address, join_network, own_network
 
 MACHINES = 3
 GO_ON = ("back", "worker", "late")
 """After these the run needs no help."""
 _PORT = 29500
-_AGENT = "import sys; from tests.launch.hosts import agent; sys.exit(agent(sys.argv[1:]))"
-_FOLDER, _MACHINE = "HOSTS_FOLDER", "HOSTS_MACHINE"
+_AGENT = "import sys; from tests.launch import hosts, together; sys.exit(together.agent(sys.argv[1:], 'tests.launch.hosts:train'))"
 _ESTABLISHED = "01"
 
 
@@ -56,17 +55,11 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
     return faulty.train(recipe, communicator, stop, scratch)
 
 
-def agent(arguments: list[str]) -> int:
-    """What runs on a machine. All begin to meet at the same time, however long one of them has taken to come so far."""
-    come_together(Path(os.environ[_FOLDER]), int(os.environ[_MACHINE]))
-    return node.main(arguments, entrypoint="tests.launch.hosts:train")
-
-
 def _held(when: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, before which a process waits for its end on the machine that a file FOLDER/WHEN-MACHINE names."""
 
     def held(*arguments: Any, **options: Any) -> Any:
-        place = Path(os.environ[_FOLDER]) / f"{when}-{os.environ[_MACHINE]}"
+        place = Path(os.environ[FOLDER]) / f"{when}-{os.environ[MACHINE]}"
         if place.exists():
             place.with_name(f"{place.name}-held").touch()
             while place.exists():
@@ -76,7 +69,7 @@ def _held(when: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return held
 
 
-if _MACHINE in os.environ:  # an agent, or the server that workers are forked from
+if MACHINE in os.environ:  # an agent, or the server that workers are forked from
     worker.connect = _held("connecting", worker.connect)
     build = _held("meeting", dynamic_rendezvous.RendezvousStoreInfo.build)
     dynamic_rendezvous.RendezvousStoreInfo.build = staticmethod(build)  # type: ignore[method-assign]
@@ -94,7 +87,7 @@ class Machine:
     def start(self, nodes: int = MACHINES, store: int = 0) -> None:
         command = [sys.executable, "-c", _AGENT, "--meet", f"{address(store)}:{_PORT}", "--id", "test", *SMALL, *self.words,
                    f"launch.nodes={nodes}", f"launch.workers={MACHINES // nodes}"]  # fmt: skip
-        environment = {**os.environ, _MACHINE: str(self.number), _FOLDER: str(self.folder), "GLOO_SOCKET_IFNAME": "eth0"}
+        environment = {**os.environ, MACHINE: str(self.number), FOLDER: str(self.folder), "GLOO_SOCKET_IFNAME": "eth0"}
         self.agents.append(subprocess.Popen(
             command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=(self.folder / f"agent-{self.number}").open("a"), env=environment,
@@ -104,7 +97,7 @@ class Machine:
 
     def processes(self) -> list[int]:
         """All that an agent has started here, itself too."""
-        mark, found = f"{_MACHINE}={self.number}".encode(), []
+        mark, found = f"{MACHINE}={self.number}".encode(), []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if mark in (path / "environ").read_bytes().split(b"\0"):

@@ -1,6 +1,5 @@
 """A small run of the trainer, as started by the launcher and as resumed without it. Not collected by pytest."""
 
-import time
 from pathlib import Path
 
 from bagualu.trainer.config import Recipe
@@ -28,19 +27,3 @@ def finish(folder: Path, *words: str, backend: str = "gloo") -> None:
     """Resume a small run that has ended early, and train it to its end."""
     recipe = small(folder, *words, "checkpoint.resume=true")
     harness.run(backend, recipe.world_size(), go_on, recipe)
-
-
-def come_together(folder: Path, machine: int) -> None:
-    """Called by the agent of a machine: says that it is there, and returns once it has been told to meet the others."""
-    (folder / f"ready-{machine}").touch()
-    while not (folder / "go").exists():
-        time.sleep(0.05)
-
-
-def have_come(folder: Path, machines: int) -> bool:
-    """Whether the agents of so many machines are there."""
-    return len(list(folder.glob("ready-*"))) >= machines
-
-
-def tell_them_to_meet(folder: Path) -> None:
-    (folder / "go").touch()

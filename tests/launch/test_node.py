@@ -21,6 +21,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 pytestmark = [LINUX, pytest.mark.timeout(300)]
 WORDS = ["parallel.data=4", "train.steps=30", "checkpoint.every=5"]
 MOST_LOST = 10
+COMMAND = "import sys; from bagualu.launch.node import main; sys.exit(main(entrypoint='faulty:train'))"
 
 
 class Nodes:
@@ -34,12 +35,21 @@ class Nodes:
                       "checkpoint.resume=true", f"run.dir={self.folder}", *words]  # fmt: skip
         self.agents: list[subprocess.Popen[str]] = []
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, cold: bool = False) -> subprocess.Popen[str]:
+        """`cold`: with nothing imported yet, as people start it."""
         path = self.folder.parent / f"agent-{len(self.agents)}.err"
-        self.agents.append(Launcher(
-            self.words, "faulty:train", "bagualu.launch.node", stdout=subprocess.DEVNULL, stderr=path.open("w"),
-            env={**self.environment, "PYTHONPATH": PATHS},
-        ))  # fmt: skip
+        own = {**self.environment, "PYTHONPATH": PATHS}
+        if cold:
+            agent = subprocess.Popen(
+                [sys.executable, "-c", COMMAND, *self.words], text=True, stdout=subprocess.DEVNULL, stderr=path.open("w"),
+                cwd=self.folder.parent, start_new_session=True, env=own,
+            )  # fmt: skip
+        else:
+            agent = Launcher(
+                self.words, "faulty:train", "bagualu.launch.node", stdout=subprocess.DEVNULL, stderr=path.open("w"),
+                cwd=self.folder.parent, env=own,
+            )  # fmt: skip
+        self.agents.append(agent)
         return self.agents[-1]
 
     def listens(self) -> bool:
@@ -123,7 +133,7 @@ def test_when_the_store_goes_with_its_node_the_others_end_and_say_so(nodes, refe
 
 def test_what_ends_the_run_on_one_node_ends_it_on_all_with_the_same_words(nodes, reference):
     run = nodes("run.name=kill-3-7-backward", "restart.limit=0")
-    agents = [run.start(), run.start()]
+    agents = [run.start(cold=True), run.start()]
     assert [agent.wait(120) for agent in agents] == [1, 1], run.said()
     for number in (0, 1):
         last = (run.folder.parent / f"agent-{number}.err").read_text().splitlines()[-1]

@@ -34,6 +34,18 @@ def test_a_rank_killed_in_each_part_of_a_step_leaves_the_run_as_it_would_have_be
     assert_stood(run.folder, reference, MOST_LOST)
 
 
+def test_a_death_that_the_launcher_has_just_not_seen_is_a_failure_like_any_other(start, reference):
+    """Once with a restart before it, whose failure is not the one that is told."""
+    name, late = "kill-1-3-forward.kill-0-6-backward", "tests.launch.late_look"
+    words = [f"run.name={name}", "restart.limit=2", "restart.backoff_seconds=0"]
+    run = start(*SMALL, *FOUR, *words, entrypoint="faulty:train", module=late)
+    code, _, err = run.end()
+    assert code == 0, err
+    restarts = re.findall(r"bagualu: rank (\d) failed, step (\d).*SIGKILL.*; restart (\d) of 2", err)
+    assert restarts == [("1", "3", "1"), ("0", "6", "2")], err
+    assert_stood(run.folder, reference, MOST_LOST)
+
+
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_second_one_breaks_no_save(start, reference):
     """To rank 2 in the middle of step 4, and to rank 1 once more while it saves."""
     run = start(*SMALL, *FOUR, "run.name=usr1-2-4-backward.stop-1-4-write", entrypoint="faulty:train")

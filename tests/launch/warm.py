@@ -1,28 +1,32 @@
 """Launchers, and the fork servers of their workers, forked from one process that has imported what they import: torch takes each of
 them some seconds.
 
-Where starting and dying are the subject, a launcher is started as people start it. What is forked is as a fresh process is, but
-for what only `exec` sets (settings of the C allocator, `/proc/PID/environ`), and has the parent that it would have. A launcher is
-forked from a process without threads, its fork server from the launcher.
+Where starting and dying are the subject, a launcher is started as people start it. What is forked has the parent, the session, the
+environment and the open files that it would have. What only a new program takes from its environment it does not have: settings of
+the C allocator, and what libraries read when they are loaded, so nothing that uses a GPU can be started so.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import functools
 import inspect
 import json
 import os
+import secrets
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from multiprocessing import util
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bagualu.trainer.parent import die_with
 from tests.leftovers import hold_mark
@@ -41,18 +45,28 @@ ROOT = Path(__file__).parents[2]
 
 
 class Launcher(subprocess.Popen[str]):
-    """`main(words, entrypoint)` of `module` as a process and a session of its own; `options` are those of Popen."""
+    """`main(words, entrypoint)` of `module` as a process and a session of its own. `env` is marked (tests/leftovers.py)."""
 
-    def __init__(self, words: list[str], entrypoint: str, module: str = "bagualu.launch.cli", **options: Any) -> None:
-        program = f"import os, sys; os.setsid(); from {module} import main; sys.exit(main(entrypoint={entrypoint!r}))"
-        super().__init__([program, *words], text=True, **options)
+    def __init__(
+        self,
+        words: list[str],
+        entrypoint: str,
+        module: str = "bagualu.launch.cli",
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        stdout: int = subprocess.PIPE,
+        stderr: int | IO[str] = subprocess.PIPE,
+    ) -> None:
+        program = f"import sys; from {module} import main; sys.exit(main(entrypoint={entrypoint!r}))"
+        super().__init__([program, *words], text=True, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
 
     def _execute_child(self, *given: Any) -> None:  # the one part of Popen that starts a process
         own = inspect.signature(super()._execute_child).bind(*given).arguments  # type: ignore[misc]
         pipes = [own[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         files = {number: pipe if pipe >= 0 else number for number, pipe in enumerate(pipes)}
         program, *words = own["args"]
-        self.pid = _fork(program, words, own["cwd"] or Path.cwd(), own["env"] or os.environ, files)
+        self.pid = _fork(program, words, own["cwd"], own["env"], files)
         self._child_created = True
         self._close_pipe_fds(*(own[name] for name in inspect.signature(self._close_pipe_fds).parameters))  # type: ignore[attr-defined]
 
@@ -61,12 +75,13 @@ def _fork(program: str, words: Sequence[str], folder: Path, environment: Mapping
     """A child of this process that runs `program`, with open files by their number there; its process id."""
     request = {
         "program": program, "words": list(words), "folder": str(folder), "environment": dict(environment), "numbers": list(files),
-        "parent": os.getpid(), "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+        "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
     }  # fmt: skip
+    address, _ = _server()
     _adopt(True)  # a process whose parent has ended, which is what the server makes of it
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-            server.connect(_address())
+            server.connect(address)
             socket.send_fds(server, [json.dumps(request).encode()], list(files.values()))
             return int(server.recv(_LONGEST))
     finally:
@@ -79,20 +94,21 @@ def _adopt(wanted: bool) -> None:
 
 
 @functools.cache
-def _address() -> str:
-    """Where the process is asked that launchers are forked from; it ends with this one."""
-    address = f"\0bagualu-tests-{os.getpid()}"
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.launch.warm import serve; serve({address!r}, {os.getpid()})"
-    )
-    server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
+def _server() -> tuple[str, subprocess.Popen[bytes]]:
+    """Where the process is asked that launchers are forked from, and that one; it ends with this process."""
+    address = f"\0bagualu-tests-{secrets.token_hex(8)}"
+    program = f"from tests.launch.warm import serve; serve({address!r}, {os.getpid()})"
+    server = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     assert server.stdout is not None
     assert server.stdout.readline()
-    return address
+    return address, server
 
 
 def serve(address: str, parent: int) -> None:
-    """Fork whoever is asked for, until the process `parent` is gone."""
+    """Fork what the process `parent` asks for, until it is gone."""
     die_with(parent)
     for module in _IMPORTED:
         import_module(module)
@@ -103,20 +119,36 @@ def serve(address: str, parent: int) -> None:
         while True:
             asked, _ = server.accept()
             with asked:
-                request, files, _, _ = socket.recv_fds(asked, _LONGEST, 16)
+                if _who(asked) != parent:
+                    continue
+                request, files, _, _ = socket.recv_fds(asked, _LONGEST, 3)
                 told, tells = os.pipe()
                 if (between := os.fork()) == 0:
-                    if pid := os.fork():
-                        os.write(tells, str(pid).encode())
+                    between = os.getpid()
+                    if os.fork():
                         os._exit(0)
-                    os.close(told)
+                    os.setsid()
+                    os.write(tells, str(os.getpid()).encode())
                     os.close(tells)
+                    os.close(told)
                     break
+                os.close(tells)
                 os.waitpid(between, 0)
-                asked.send(os.read(told, 32))
-                for file in (told, tells, *files):
+                with contextlib.suppress(OSError):  # whoever asked has given up
+                    asked.send(os.read(told, 32))
+                for file in (told, *files):
                     os.close(file)
+    while (now := os.getppid()) != parent:
+        if now != between:
+            os._exit(1)
+        time.sleep(0.001)
     _begin(files, **json.loads(request))
+
+
+def _who(connected: socket.socket) -> int:
+    """The process at the other end."""
+    pid, _, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(pid)
 
 
 def _begin(
@@ -126,12 +158,9 @@ def _begin(
     folder: str,
     environment: dict[str, str],
     numbers: list[int],
-    parent: int,
     blocked: list[int],
 ) -> None:
     """Become what was asked for."""
-    while os.getppid() != parent:
-        time.sleep(0.001)
     high = [fcntl.fcntl(file, fcntl.F_DUPFD, _HIGH) for file in files]
     for file in files:
         os.close(file)
@@ -141,25 +170,38 @@ def _begin(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    hold_mark(environment)
+    mark = hold_mark(environment)
     tempfile.tempdir = None  # by the environment
     sys.path[:1] = environment.get("PYTHONPATH", "").split(":")
     sys.argv = ["-c", *words]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have the tests, and what they start, ignore it
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    util.spawnv_passfds = functools.partial(_spawn, util.spawnv_passfds)
+    util.spawnv_passfds = functools.partial(_spawn, util.spawnv_passfds, mark)
     exec(program, {"__name__": "__main__"})
 
 
-def _spawn(spawn: Any, path: str, arguments: list[str], files: Sequence[int]) -> int:
-    """As multiprocessing.util.spawnv_passfds; a fork server is a fork of its launcher, with all its files."""
+def _spawn(spawn: Any, mark: int, path: str, arguments: list[str], files: Sequence[int]) -> int:
+    """As multiprocessing.util.spawnv_passfds; a fork server is a fork of its launcher."""
     program = arguments[-1]
     if "multiprocessing.forkserver" not in program:
         return int(spawn(path, arguments, files))
     if pid := os.fork():
         return pid
     try:
+        _let_go_of_files([*files, mark])
         sys.modules.pop(_ONLY_IN_SERVERS)
         exec(program, {"__name__": "__main__"})
-    finally:
+    except SystemExit:
         os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+def _let_go_of_files(kept: Sequence[int]) -> None:
+    """What a new program would not have is closed. Its number stays taken: whatever still owns it here may close it at any time."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for file in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # the list itself
+            if file not in (*kept, nothing) and not os.get_inheritable(file):
+                os.dup2(nothing, file, inheritable=False)

@@ -94,6 +94,17 @@ def test_what_a_launcher_that_was_left_behind_still_writes_does_not_count():
     assert told_late == went_on
 
 
+def test_all_that_the_newest_launcher_tells_counts():
+    launcher, one, two = {"writer": "launcher"}, {"writer": "one"}, {"writer": "two"}
+    totals = attribute(history(
+        (0, "launched", launcher), (1, "started", launcher), (2, "joined", one), (3, "train", {**one, **step(1)}),
+        (4, "failed", launcher), (5, "started", launcher), (6, "joined", two), (7, "train", {**two, **step(1)}),
+        (8, "failed", launcher), (9, "ended", {**launcher, "cause": "failed"}),
+    ))  # fmt: skip
+    assert totals["restarts"] == 2
+    assert totals["lost"] + totals["detection"] == 2
+
+
 def test_machines_with_other_clocks_are_compared_by_the_wall():
     one = Event("train", wall=1000.0, monotonic=5.0, clock="one", step=1)
     two = Event("train", wall=1002.0, monotonic=70.0, clock="two", step=2)

@@ -101,7 +101,7 @@ def test_a_gain_smaller_than_the_move_costs_is_not_worth_it() -> None:
 
 @pytest.fixture
 def _choices_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal arguments, equal split: the same few speeds come again and again."""
+    """Equal speeds, equal split: the same few come again and again, for the same pipeline."""
     known: dict[tuple[float, ...], Split] = {}
 
     def choose(table: CostTable, schedule: Schedule, speeds: Sequence[float], *given: Any) -> Split:
