@@ -48,8 +48,10 @@ def test_embedding_is_that_of_the_whole_table(backend: str, size: int, sequence:
 
 def loss(communicator: Communicator, rows: int) -> None:
     """In chunks of `rows` tokens."""
-    kept, vocabulary.HEAD_CHUNK_TOKENS = vocabulary.HEAD_CHUNK_TOKENS, rows
+    kept = vocabulary.HEAD_CHUNK_TOKENS
+    communicator.world.barrier()  # of ranks that are threads all have read it before one changes it
     try:
+        vocabulary.HEAD_CHUNK_TOKENS = rows
         x = drawn(7, HIDDEN, seed=3).requires_grad_()
         whole = drawn(ROWS, HIDDEN, seed=4).requires_grad_()
         labels = torch.tensor([0, IGNORED, 4, 2, 3, 4, IGNORED])
@@ -63,6 +65,7 @@ def loss(communicator: Communicator, rows: int) -> None:
         torch.testing.assert_close(weight.grad, whole.grad.chunk(communicator.size)[communicator.rank], rtol=1e-12, atol=1e-14)
         communicator.world.all_reduce(own_x.grad)  # each rank holds its part of the sum
         torch.testing.assert_close(own_x.grad, x.grad, rtol=1e-12, atol=1e-14)
+        communicator.world.barrier()  # and are done with it
     finally:
         vocabulary.HEAD_CHUNK_TOKENS = kept
 
