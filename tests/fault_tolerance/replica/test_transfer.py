@@ -48,7 +48,8 @@ def test_everything_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bac
             assert arrived.read_bytes() == (tmp_path / f"out-{one.source}" / one.name).read_bytes()
 
 
-def test_nothing_to_deliver(tmp_path: Path) -> None:
+def test_nothing_to_deliver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 1000)
     assert run("simulated", 2, exchange, tmp_path, [], 1000) == ["delivered"] * 2
 
 

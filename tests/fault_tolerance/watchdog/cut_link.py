@@ -1,43 +1,38 @@
 """Four ranks on two machines (network namespaces), three here and rank 3 there; then the link between them is cut. Run as a script.
 
-    unshare -rn python cut_link.py FOLDER both|one_way
+    unshare -rn python -m tests.fault_tolerance.watchdog.cut_link FOLDER both|one_way
 
 Not collected by pytest. Prints the failure that the watchdog found, as JSON. Everything is gone with its processes.
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from dataclasses import asdict
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bagualu.comm.group import Communicator
+from bagualu.comm.world import World
 from bagualu.launch.hang import HangCheck
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.recipe import compose
-
-_WORKER = """
-import sys
-from pathlib import Path
-from bagualu.comm.world import World
-from bagualu.trainer.recipe import compose
 from bagualu.trainer.stopping import StopRequest
 from bagualu.trainer.worker import work
-folder = Path(sys.argv[1])
-recipe = compose([f"run.dir={folder}", "train.steps=100000"])
-work(recipe, World.from_environment(), StopRequest(), print, "cut_link:train", folder)
-"""
+from tests.wire import join_network
+
 _RANKS, _PORT = 4, 29511
 
 
 def main(folder: Path, how: str) -> None:
     there = subprocess.Popen(["unshare", "-n", "sleep", "1000"])
-    workers: list[subprocess.Popen[bytes]] = []
+    workers: list[ForkProcess] = []
     try:
         _connect(there.pid)
         for rank in range(_RANKS):
@@ -49,7 +44,7 @@ def main(folder: Path, how: str) -> None:
         _wait_for_steps(folder, workers, last)  # nothing is under way when the link goes: then all send into the cut
         recipe = compose([f"run.dir={folder}", "restart.hang_seconds=4", "restart.long_hang_seconds=60"])
         check = HangCheck(recipe, folder)
-        check.started(0, {rank: worker.pid for rank, worker in enumerate(workers)})
+        check.started(0, {rank: worker.pid or 0 for rank, worker in enumerate(workers)})
         if how == "both":
             _do("ip link set left down")
         else:  # what goes there is sent to a machine that does not exist; what comes from there still arrives
@@ -63,7 +58,9 @@ def main(folder: Path, how: str) -> None:
     finally:
         for process in [*workers, there]:
             process.kill()
-            process.wait()
+        for worker in workers:
+            worker.join()
+        there.wait()
 
 
 def _connect(there: int) -> None:
@@ -78,12 +75,21 @@ def _connect(there: int) -> None:
         _do(f"nsenter -t {there} -n {command}")
 
 
-def _start(folder: Path, rank: int, there: int) -> subprocess.Popen[bytes]:
+def _start(folder: Path, rank: int, there: int) -> ForkProcess:
+    """A process that has imported torch already."""
+    worker = multiprocessing.get_context("fork").Process(target=_work, args=(folder, rank, there))
+    worker.start()
+    return worker
+
+
+def _work(folder: Path, rank: int, there: int) -> None:
     far = rank == _RANKS - 1
-    command = [*(["nsenter", "-t", str(there), "-n"] if far else []), sys.executable, "-c", _WORKER, str(folder)]
+    if far:
+        join_network(there)
     world = {"RANK": rank, "WORLD_SIZE": _RANKS, "LOCAL_RANK": rank, "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": _PORT}
-    network = {"GLOO_SOCKET_IFNAME": "right" if far else "left", "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.Popen(command, env={**os.environ, **{name: str(value) for name, value in world.items()}, **network})
+    os.environ.update({name: str(value) for name, value in world.items()}, GLOO_SOCKET_IFNAME="right" if far else "left")
+    recipe = compose([f"run.dir={folder}", "train.steps=100000"])
+    work(recipe, World.from_environment(), StopRequest(), print, "tests.fault_tolerance.watchdog.cut_link:train", folder)
 
 
 def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None) -> dict[str, Any]:
@@ -99,10 +105,10 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
         (Path(recipe.run.dir) / f"step-{communicator.rank}").write_text(str(communicator.monitor.step))
 
 
-def _wait_for_steps(folder: Path, workers: list[subprocess.Popen[bytes]], steps: int) -> None:
+def _wait_for_steps(folder: Path, workers: list[ForkProcess], steps: int) -> None:
     deadline = time.monotonic() + 120
     while min(_steps(folder)) < steps:
-        assert all(worker.poll() is None for worker in workers), "a rank has died"
+        assert all(worker.is_alive() for worker in workers), "a rank has died"
         assert time.monotonic() < deadline, "the ranks did not come up"
         time.sleep(0.05)
 

@@ -10,13 +10,14 @@ import pytest
 from tests.wire import why_not
 
 NONE = why_not()
+ROOT = Path(__file__).parents[3]
 pytestmark = [pytest.mark.skipif(bool(NONE), reason=f"no network namespaces here: {NONE}"), pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize("how", ["both", "one_way"])
 def test_the_rank_behind_the_lost_link_is_named(tmp_path: Path, how: str) -> None:
-    script = Path(__file__).parent / "cut_link.py"
-    done = subprocess.run(["unshare", "-rn", sys.executable, str(script), str(tmp_path), how], capture_output=True, text=True)
+    command = ["unshare", "-rn", sys.executable, "-m", "tests.fault_tolerance.watchdog.cut_link", str(tmp_path), how]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     failure = json.loads(done.stdout.splitlines()[-1])
     report = Path(failure["cause"].rsplit("report: ", 1)[1]).read_text()
