@@ -21,6 +21,8 @@ from bagualu.fault_tolerance.watchdog.verdict import GONE, STOPPED
 SIGNAL = signal.SIGUSR2
 _PATIENCE_SECONDS = 2.0
 """For a stack to be written."""
+_QUIET_SECONDS = 0.3
+"""A stack that has not grown for so long is whole: on a busy machine who writes it is made to wait in the middle."""
 
 
 def show_on_signal(folder: Path, rank: int) -> None:
@@ -59,14 +61,18 @@ def _ask(folder: Path, processes: Mapping[int, int], let_go: bool = False) -> di
             _send(pid, signal.SIGCONT)
     deadline = time.monotonic() + _PATIENCE_SECONDS
     stacks: dict[int, str] = {}
-    before = dict(begin)
-    while len(stacks) < len(asked) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    size, grown = dict(begin), dict.fromkeys(asked, time.monotonic())
+    while len(stacks) < len(asked):
+        time.sleep(0.02)
+        now = time.monotonic()
         for rank in asked.keys() - stacks.keys():
             text = _file(folder, rank).read_bytes()
-            if begin[rank] < len(text) == before[rank]:  # it does not grow any more
+            if len(text) > size[rank]:
+                size[rank], grown[rank] = len(text), now
+            if len(text) > begin[rank] and (now - grown[rank] > _QUIET_SECONDS or now > deadline):
                 stacks[rank] = text[begin[rank] :].decode(errors="replace")
-            before[rank] = len(text)
+        if now > deadline:
+            break
     return stacks
 
 

@@ -67,3 +67,27 @@ def test_a_process_that_never_learnt_to_tell_is_ended_all_the_same(tmp_path: Pat
     finally:
         worker.kill()
         worker.wait()
+
+
+def test_a_stack_whose_writer_has_to_wait_is_read_whole(tmp_path: Path) -> None:
+    program = """
+import signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+def tell(*_):
+    with (folder / "rank-00000.stack").open("a") as file:
+        for part in ("first ", "second"):
+            print(part, file=file, end="", flush=True)
+            time.sleep(0.15)
+signal.signal(signal.SIGUSR2, tell)
+(folder / "rank-00000.stack").touch()
+while True: time.sleep(1)
+"""
+    worker = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    try:
+        while not (tmp_path / "rank-00000.stack").exists():
+            time.sleep(0.02)
+        assert end_all(tmp_path, {0: worker.pid}) == {0: "first second"}
+    finally:
+        worker.kill()
+        worker.wait()
