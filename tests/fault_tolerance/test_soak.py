@@ -124,3 +124,16 @@ def test_random_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Le
         "faults=random:4:kill+drop_link+corrupt+full_disk",
     ]
     assert len(soak_as_processes(tmp_path, leftovers, 4, *drawn)) == 4
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_200_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers) -> None:
+    """On four ranks with a pipeline and on two without, with replicas and without."""
+    for seed in range(20):
+        drawn = [
+            f"run.seed={seed}", "train.steps=40", "checkpoint.every=2", f"checkpoint.replica_every={seed // 2 % 2}",
+            f"parallel.pipeline={1 + seed % 2}", "faults=random:10:kill+exception+drop_link+corrupt+full_disk+nan",
+        ]  # fmt: skip
+        soak_as_processes(tmp_path / str(seed), leftovers, 10, *drawn)
