@@ -136,13 +136,12 @@ class Group:
     def _join(self, what: str, start: Callable[[], Work], asynchronous: bool, messages: Line | None = None) -> Work:
         line = self._collectives if messages is None else self.monitor.line(messages)
         number = self.monitor.joins(line)
-        if asynchronous:
-            return _Watched(start(), what, line, number, self.monitor)
         self.monitor.waits(what, line, number)  # before the start, which may have to wait too
         work = start()
-        work.wait()
+        if not asynchronous:
+            work.wait()
         self.monitor.goes_on()
-        return work
+        return _Watched(work, what, line, number, self.monitor) if asynchronous else work
 
     @cached_property
     def _collectives(self) -> int:

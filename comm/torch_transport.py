@@ -99,6 +99,10 @@ class TorchTransport:
     def barrier(self) -> TorchWork:
         return self._start("barrier", lambda: dist.barrier(self.group, async_op=True))
 
+    def close(self) -> None:
+        """Let go of the group: a model's hooks refer to this in cycles that Python cannot see, and the group holds threads."""
+        del self.group
+
 
 class TorchBackend:
     """A rank's connection through torch's default process group, which it creates and destroys."""
@@ -135,7 +139,7 @@ class TorchBackend:
         if dist.is_initialized():
             dist.destroy_process_group()
         for transport in self._transports:
-            del transport.group  # a model's hooks refer to it in cycles that Python cannot see, and it holds threads
+            transport.close()
         self._transports.clear()
 
 
