@@ -26,15 +26,18 @@ class Work(Protocol):
 class Transport(Protocol):
     """The collectives of one set of ranks. Positions are places in the group, not global ranks.
 
-    Every call returns at once and the tensors stay untouched by the caller until `wait`. All members make the same calls
-    in the same order. Tensors are contiguous; `output` and `input` do not overlap, but for the two cases named.
+    The tensors stay untouched by the caller until `wait`. All members make the same calls in the same order. Tensors are
+    contiguous; `output` and `input` do not overlap, but for the two cases named.
+
+    Every call returns at once, but that a collective which is not `asynchronous`, on any member, may return when it is done: its
+    caller waits for nothing else.
     """
 
-    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work: ...
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Work:
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp, asynchronous: bool) -> Work: ...
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> Work:
         """output: the members' inputs one after the other along dim 0. `input` may be this member's slice of `output`."""
 
-    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> Work:
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> Work:
         """output: this member's slice along dim 0 of the sum of the inputs. It may be that slice of `input`, whose other slices
         hold nothing of use afterwards."""
 

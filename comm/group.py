@@ -41,8 +41,8 @@ class _Watched:
 class Group:
     """Some ranks in a fixed order. Positions count places in the group; `rank` is this process's own position.
 
-    Collectives return `Work`; unless `asynchronous`, it is already done. Tensors must be contiguous and on the backend's
-    device. A group of one communicates nothing.
+    Collectives return `Work`; unless `asynchronous`, the same on every member, it is already done. Tensors must be contiguous
+    and on the backend's device. A group of one communicates nothing.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Group:
         self._check(tensor)
         if (transport := self.transport) is None:
             return Done()
-        return self._join("all_reduce", lambda: transport.all_reduce(tensor, op), asynchronous)
+        return self._join("all_reduce", lambda: transport.all_reduce(tensor, op, asynchronous), asynchronous)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
         """output [size * n, ...]: the members' inputs [n, ...] one after the other."""
@@ -73,7 +73,7 @@ class Group:
         if (transport := self.transport) is None:
             output.view(-1).copy_(input.view(-1))
             return Done()
-        return self._join("all_gather", lambda: transport.all_gather(output, input), asynchronous)
+        return self._join("all_gather", lambda: transport.all_gather(output, input, asynchronous), asynchronous)
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
         """output [n, ...]: this member's slice of the sum of the inputs [size * n, ...]."""
@@ -84,7 +84,7 @@ class Group:
         if (transport := self.transport) is None:
             output.view(-1).copy_(input.view(-1))
             return Done()
-        return self._join("reduce_scatter", lambda: transport.reduce_scatter(output, input), asynchronous)
+        return self._join("reduce_scatter", lambda: transport.reduce_scatter(output, input, asynchronous), asynchronous)
 
     def all_to_all(
         self,
@@ -136,12 +136,13 @@ class Group:
     def _join(self, what: str, start: Callable[[], Work], asynchronous: bool, messages: Line | None = None) -> Work:
         line = self._collectives if messages is None else self.monitor.line(messages)
         number = self.monitor.joins(line)
+        if asynchronous:
+            return _Watched(start(), what, line, number, self.monitor)
         self.monitor.waits(what, line, number)  # before the start, which may have to wait too
         work = start()
-        if not asynchronous:
-            work.wait()
+        work.wait()
         self.monitor.goes_on()
-        return _Watched(work, what, line, number, self.monitor) if asynchronous else work
+        return work
 
     @cached_property
     def _collectives(self) -> int:

@@ -1,26 +1,23 @@
 """Memory that the ranks of one machine share, for what they exchange in a group.
 
-Every member has a few slots. It puts what it gives into its next one and tells the others so by a message of one byte; who has
-heard from all of them reads from their slots. The messages go over the network like any other, so a lost or hung member is noticed
-just as without the memory.
+Every member has two slots. It puts what it gives into the next one and tells the others so by a message of one byte; who has heard
+from all of them reads from their slots. The messages go over the network like any other, so a lost or hung member is noticed just
+as without the memory.
 
-With S slots, a member finishes its exchange n - S / 2 before it begins exchange n. So whoever has heard of exchange n - S / 2 from
-all the others, and finishing it takes that, knows that they have read all that lay in exchange n - S: its slot is free again.
+A member ends one exchange before it begins the next. So whoever has ended exchange n - 1 has heard that the others had begun it,
+and before that ended exchange n - 2: what lay in the slot that exchange n takes has been read.
 """
 
 import os
 import sys
-from collections import deque
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 
-from bagualu.comm.backend import Work
-
-SLOT_BYTES = 2**22
-SLOTS = 4
-_Ends = TypeVar("_Ends", bound=Work)
+SLOT_BYTES = 2**23
+SLOTS = 2
+_NAME = "bagualu-exchange"
+"""Seen in /proc only: it is in no file system, and gone when the last process that sees it is."""
 
 
 class Slots:
@@ -31,57 +28,65 @@ class Slots:
         self._memories = memories
         self._position = position
         self._exchanges = 0
-        self._under_way: deque[Work] = deque()
 
-    def put(self, contents: torch.Tensor) -> list[torch.Tensor]:
-        """Begin an exchange: `contents` [n], of the same n and dtype on every member and at most SLOT_BYTES, goes into this
-        member's slot. Returns for every position what it gives: of others to be read when they have said so, of this one
-        `contents`."""
-        while len(self._under_way) >= SLOTS // 2:
-            self._under_way.popleft().wait()
+    def exchange(self, contents: torch.Tensor, tell: Callable[[], None]) -> list[torch.Tensor]:
+        """What every position gives, to be read before the next exchange. `contents` is what this one gives: of the same shape and
+        dtype everywhere, SLOT_BYTES at most. `tell` tells the others that it is there, and returns when all have said so."""
         start = self._exchanges % SLOTS * SLOT_BYTES
         self._exchanges += 1
         given = [memory[start : start + contents.nbytes].view(contents.dtype) for memory in self._memories]
         given[self._position].copy_(contents)
-        given[self._position] = contents
-        return given
-
-    def begun(self, work: _Ends) -> _Ends:
-        """`work` ends the exchange that `put` has begun: when it has been waited for, the others' slots have been read."""
-        self._under_way.append(work)
-        return work
+        tell()
+        return [*given[: self._position], contents, *given[self._position + 1 :]]
 
 
 def share(gather: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor] | None:
     """Memory of every position, for `Slots`; None on every member where one of them cannot see that of another.
 
-    `gather` returns the members' rows of int64 as a matrix. The memory has no name, and goes when the last of them is gone.
+    `gather` returns the members' rows of int64 as a matrix. Pages are taken when they are first written, as those of any tensor.
     """
-    token = int.from_bytes(os.urandom(7), "little")
+    token = int.from_bytes(os.urandom(7), sys.byteorder)
     descriptor = _create(token)
-    places = gather(torch.tensor([os.getpid(), descriptor, token])).tolist()
-    found = [_attach(*place) for place in places]
-    seen_by_all = gather(torch.tensor([None not in found])).bool().all().item()
-    if descriptor >= 0:
-        os.close(descriptor)
+    try:
+        places = gather(torch.tensor([os.getpid(), descriptor, token])).tolist()
+        found = [_attach(*place) for place in places]
+        seen_by_all = gather(torch.tensor([None not in found])).bool().all().item()
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
     return [memory for memory in found if memory is not None] if seen_by_all else None
 
 
 def _create(token: int) -> int:
     """A descriptor of new memory that begins with `token`, or -1."""
     try:
-        descriptor = os.memfd_create("bagualu-exchange")
+        descriptor = os.memfd_create(_NAME)
     except (AttributeError, OSError):
         return -1
-    os.truncate(descriptor, SLOTS * SLOT_BYTES)
-    os.pwrite(descriptor, token.to_bytes(8, sys.byteorder), 0)
+    try:
+        os.truncate(descriptor, SLOTS * SLOT_BYTES)
+        os.pwrite(descriptor, token.to_bytes(8, sys.byteorder), 0)
+    except OSError:
+        os.close(descriptor)
+        return -1
     return descriptor
 
 
 def _attach(process: int, descriptor: int, token: int) -> torch.Tensor | None:
-    """The bytes of another process' memory, or of this one's, if it can be seen from here and is the one that is meant."""
+    """The bytes of another process' memory, or of this one's, where it can be seen from here. Elsewhere (another machine, another
+    namespace) the same numbers name something else, which is looked at and left alone."""
+    place = f"/proc/{process}/fd/{descriptor}"
     try:
-        memory = torch.from_file(f"/proc/{process}/fd/{descriptor}", shared=True, size=SLOTS * SLOT_BYTES, dtype=torch.uint8)
-    except RuntimeError:
+        if not os.readlink(place).startswith(f"/memfd:{_NAME}"):
+            return None
+        opened = os.open(place, os.O_RDWR)
+    except OSError:
         return None
-    return memory if memory[:8].view(torch.int64).item() == token else None
+    try:
+        if os.pread(opened, 8, 0) != token.to_bytes(8, sys.byteorder):
+            return None
+        return torch.from_file(f"/proc/self/fd/{opened}", shared=True, size=SLOTS * SLOT_BYTES, dtype=torch.uint8)
+    except (OSError, RuntimeError):
+        return None
+    finally:
+        os.close(opened)

@@ -153,7 +153,7 @@ class SimulatedTransport:
         call = Call(f"{op} number {count} in {where}", (op.split()[-1], *detail), ranks, carry_out)
         return SimulatedWork(self.hub, self.rank, self.hub.join((*self.key, pair, count), self.rank, call, tensors))
 
-    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> SimulatedWork:
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp, asynchronous: bool) -> SimulatedWork:
         def carry_out(members: list[Tensors]) -> None:
             total = _wide(members[0]["tensor"])
             for member in members[1:]:
@@ -161,17 +161,17 @@ class SimulatedTransport:
             for member in members:
                 member["tensor"].copy_(total)
 
-        return self._join("all_reduce", (op, tensor.numel(), tensor.dtype), carry_out, tensor=tensor)
+        return self._join("all_reduce", (op, tensor.numel(), tensor.dtype, _way(asynchronous)), carry_out, tensor=tensor)
 
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> SimulatedWork:
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> SimulatedWork:
         def carry_out(members: list[Tensors]) -> None:
             whole = torch.cat([member["input"].reshape(-1) for member in members])
             for member in members:
                 member["output"].view(-1).copy_(whole)
 
-        return self._join("all_gather", (input.numel(), input.dtype), carry_out, output=output, input=input)
+        return self._join("all_gather", (input.numel(), input.dtype, _way(asynchronous)), carry_out, output=output, input=input)
 
-    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> SimulatedWork:
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> SimulatedWork:
         def carry_out(members: list[Tensors]) -> None:
             total = _wide(members[0]["input"].reshape(-1))
             for member in members[1:]:
@@ -179,7 +179,9 @@ class SimulatedTransport:
             for member, part in zip(members, total.chunk(len(members)), strict=True):
                 member["output"].view(-1).copy_(part)
 
-        return self._join("reduce_scatter", (output.numel(), output.dtype), carry_out, output=output, input=input)
+        return self._join(
+            "reduce_scatter", (output.numel(), output.dtype, _way(asynchronous)), carry_out, output=output, input=input
+        )
 
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
@@ -224,6 +226,10 @@ class SimulatedTransport:
 
     def barrier(self) -> SimulatedWork:
         return self._join("barrier", (), lambda members: None)
+
+
+def _way(asynchronous: bool) -> str:
+    return "asynchronous" if asynchronous else "waited for at once"
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ class TorchWork:
 
 
 class TorchTransport:
-    """The collectives of one torch process group."""
+    """The collectives of one torch process group. All of them return at once."""
 
     def __init__(self, group: dist.ProcessGroup, ranks: tuple[int, ...], name: str) -> None:
         self.group = group
@@ -59,14 +59,14 @@ class TorchTransport:
         except RuntimeError as error:
             raise self.error(op, error) from error
 
-    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work:
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp, asynchronous: bool) -> Work:
         return self._start("all_reduce", lambda: dist.all_reduce(tensor, _OPS[op], self.group, async_op=True), tensor)
 
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Work:
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> Work:
         flat, part = output.view(-1), input.view(-1)
         return self._start("all_gather", lambda: _all_gather(flat, part, self.group, async_op=True), flat, part)
 
-    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor) -> Work:
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> Work:
         part, flat = output.view(-1), input.view(-1)
         return self._start(
             "reduce_scatter",

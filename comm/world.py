@@ -18,8 +18,6 @@ class World:
     """Where the processes find each other, as torch.distributed spells it; a world of one needs none."""
     hub: Any = None
     """Where the threads of `simulated` meet."""
-    neighbours: range = range(0)
-    """The ranks that are known to run on this machine."""
 
     @staticmethod
     def from_environment() -> "World":
@@ -29,7 +27,4 @@ class World:
         missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise RecipeError(f"RANK is set but {', '.join(missing)} not; start with torchrun or `bagualu train`")
-        rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) if "LOCAL_RANK" in os.environ else 0
-        neighbours = range(rank - local_rank, rank - local_rank + here)
-        return World(rank, int(os.environ["WORLD_SIZE"]), local_rank, "env://", neighbours=neighbours)
+        return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)), "env://")

@@ -87,7 +87,7 @@ class _Pool:
         self.runs += 1
         meeting = (Path(self.folder.name) / f"run-{self.runs}").as_uri()
         for rank, pipe in enumerate(self.pipes[:size]):
-            pipe.send((backend, World(rank, size, rank, meeting, neighbours=range(size)), function, args))
+            pipe.send((backend, World(rank, size, rank, meeting), function, args))
         answers = self._collect(size)
         failures = {rank: answer for rank, answer in answers.items() if not answer[0]}
         if failures:

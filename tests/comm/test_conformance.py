@@ -124,6 +124,30 @@ def many_at_once(c: Communicator) -> None:
     c.world.barrier()
 
 
+def starts_do_not_wait(c: Communicator) -> None:
+    # Rank 1 begins nothing before it has heard from rank 0, which has begun everything; at every size, whatever way it goes.
+    talk = c.group(tuple(range(c.size)), "talk")
+    for elements in (8, 2**19):
+        whole, parts = torch.ones(elements, device=c.device), torch.empty(c.size * elements, device=c.device)
+        mine = torch.empty(elements // c.size, device=c.device)
+        message = torch.zeros(1, device=c.device)
+        if c.rank == 1:
+            talk.receive(message, 0)
+        works = [
+            work
+            for _ in range(3)
+            for work in (
+                c.world.all_reduce(whole, asynchronous=True),
+                c.world.all_gather(parts, torch.ones(elements, device=c.device), asynchronous=True),
+                c.world.reduce_scatter(mine, torch.ones(c.size * mine.numel(), device=c.device), asynchronous=True),
+            )
+        ]
+        if c.rank == 0:
+            talk.send(message, 1)
+        for work in works:
+            work.wait()
+
+
 def subgroups(c: Communicator) -> None:
     # Two partitions of the same world live side by side, and groups of the same ranks do not mix.
     parity = c.group(tuple(range(c.rank % 2, c.size, 2)), "parity")
@@ -160,8 +184,20 @@ class TestConformance:
     def test_many_at_once(self, backend: str, size: int) -> None:
         run(backend, size, many_at_once)
 
+    def test_starts_do_not_wait(self, backend: str, size: int) -> None:
+        run(backend, size, starts_do_not_wait)
+
     def test_subgroups(self, backend: str, size: int) -> None:
         run(backend, size, subgroups)
+
+
+def one_does_not_wait(c: Communicator) -> None:
+    c.world.all_reduce(torch.zeros(3), asynchronous=c.rank == 1).wait()
+
+
+def test_whether_it_is_asynchronous_is_the_same_everywhere() -> None:
+    with pytest.raises(CommunicationError, match=r"'asynchronous'\), but rank . calls|'waited for at once'\), but rank . calls"):
+        run("simulated", 2, one_does_not_wait)
 
 
 def lose_a_rank(c: Communicator) -> None:

@@ -1,182 +1,227 @@
 """What members on one machine exchange through memory is what they would have exchanged over the network, and nothing is left."""
 
 import gc
+import hashlib
 import os
+import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from bagualu.comm import gloo, shared_memory
-from bagualu.comm.backend import Work
 from bagualu.comm.errors import CommunicationError
 from bagualu.comm.gloo import GlooTransport
-from bagualu.comm.group import Communicator
+from bagualu.comm.group import Communicator, Group
 from tests.comm import test_conformance as conformance
 from tests.harness import WorkerFailed, run
 
-
-def slots_of(c: Communicator) -> shared_memory.Slots | None:
-    assert isinstance(c.world.transport, GlooTransport)
-    return c.world.transport.slots
+ELIGIBLE = gloo.LEAST_SHARED_BYTES // 4
+"""Elements of float32."""
 
 
-def all_sizes(c: Communicator, function: Callable[..., None], *args: object) -> None:
-    """`function` with even the smallest contents in memory."""
-    usual, gloo.LEAST_SHARED_BYTES = gloo.LEAST_SHARED_BYTES, 1
+def transport(group: Group) -> GlooTransport:
+    assert isinstance(group.transport, GlooTransport)
+    return group.transport
+
+
+def exchanges(group: Group) -> int:
+    """How many have gone through memory."""
+    slots = transport(group).slots
+    return slots._exchanges if slots else 0
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    usual = getattr(owner, name)
+    setattr(owner, name, value)
     try:
-        function(c, *args)
-        assert slots_of(c) is not None
+        yield
     finally:
-        gloo.LEAST_SHARED_BYTES = usual
+        setattr(owner, name, usual)
+
+
+def of_all_sizes(c: Communicator, function: Callable[..., None], *args: object) -> None:
+    """`function` with even the smallest contents in memory."""
+    with replaced(gloo, "LEAST_SHARED_BYTES", 1):
+        function(c, *args)
+    assert exchanges(c.world)
 
 
 @pytest.mark.parametrize("size", conformance.SIZES)
 class TestConformance:
     @pytest.mark.parametrize("dtype", conformance.DTYPES, ids=str)
     def test_collectives(self, size: int, dtype: torch.dtype) -> None:
-        run("gloo", size, all_sizes, conformance.collectives, dtype)
+        run("gloo", size, of_all_sizes, conformance.collectives, dtype)
 
     def test_in_place(self, size: int) -> None:
-        run("gloo", size, all_sizes, conformance.in_place)
+        run("gloo", size, of_all_sizes, conformance.in_place)
 
     def test_waiting_again(self, size: int) -> None:
-        run("gloo", size, all_sizes, conformance.waiting_again)
+        run("gloo", size, of_all_sizes, conformance.waiting_again)
 
 
 def test_reduce_scatter_rounds_once() -> None:
-    run("gloo", 4, all_sizes, conformance.sums_are_rounded_once)
+    run("gloo", 4, of_all_sizes, conformance.sums_are_rounded_once)
 
 
 def subgroups(c: Communicator) -> None:
-    conformance.subgroups(c)
-    assert slots_of(c) is None  # only the groups that exchange something have memory
+    # Groups of the same ranks do not mix, and members of one go on while the other still reads.
+    parity = c.group(tuple(range(c.rank % 2, c.size, 2)), "parity")
+    again = c.group(parity.ranks, "again")
+    for number in range(5):
+        for place, group in enumerate((parity, again, c.world)):
+            x = torch.full((ELIGIBLE,), float(100 * number + 10 * place + c.rank))
+            if c.rank == number % c.size:
+                time.sleep(0.005)
+            whole = torch.empty(group.size * ELIGIBLE)
+            group.all_gather(whole, x)
+            conformance.expect(whole[::ELIGIBLE], torch.tensor([100.0 * number + 10 * place + rank for rank in group.ranks]))
+    assert [exchanges(group) for group in (parity, again, c.world)] == [5, 5, 5]
 
 
 def test_subgroups() -> None:
-    run("gloo", 4, _with_memory_for_all_sizes, subgroups)
+    run("gloo", 4, subgroups)
 
 
-def _with_memory_for_all_sizes(c: Communicator, function: Callable[[Communicator], None]) -> None:
-    usual, gloo.LEAST_SHARED_BYTES = gloo.LEAST_SHARED_BYTES, 1
-    try:
-        function(c)
-    finally:
-        gloo.LEAST_SHARED_BYTES = usual
-
-
-def exchanges(c: Communicator, through_memory: bool) -> list[torch.Tensor]:
-    """Many at once, in more sizes than fit, waited for in an order of each member's own and with delays of its own."""
-    assert isinstance(c.world.transport, GlooTransport)
-    c.world.transport.on_one_machine = through_memory
+def draw(c: Communicator, through_memory: bool) -> list[str]:
+    """Digests of results of random collectives, one after the other, with delays of every member's own."""
     values, own = torch.Generator().manual_seed(c.rank), torch.Generator().manual_seed(c.rank + 100)
     drawn = torch.Generator().manual_seed(7)  # the same on every member
-    results, works = [], list[Work]()
-    for number in range(40):
-        kind, elements = (int(torch.randint(3, (), generator=drawn)), 2 ** int(torch.randint(12, 22, (), generator=drawn)))
-        dtype = (torch.float32, torch.bfloat16)[number % 2]
-        x = torch.randn(elements, generator=values).to(dtype)
-        if kind == 0:
-            results.append(x)
-            works.append(c.world.all_reduce(x, asynchronous=True))
-        elif kind == 1:
-            results.append(x.new_empty(c.size * elements))
-            works.append(c.world.all_gather(results[-1], x, asynchronous=True))
-        else:
-            results.append(x.new_empty(elements // c.size))
-            works.append(c.world.reduce_scatter(results[-1], x, asynchronous=True))
-        while len(works) > int(torch.randint(8, (), generator=own)):
-            works.pop(int(torch.randint(len(works), (), generator=own))).wait()
-        if torch.randint(4, (), generator=own) == 0:
-            time.sleep(0.002)
-    for work in works:
-        work.wait()
-    assert (slots_of(c) is not None) == through_memory
-    return [result.double().sum(dtype=torch.float64) if result.numel() > 2**16 else result for result in results]
+    digests = []
+    with replaced(transport(c.world), "slots", transport(c.world).slots if through_memory else None):
+        for number in range(60):
+            kind, elements = (int(torch.randint(3, (), generator=drawn)), 2 ** int(torch.randint(12, 21, (), generator=drawn)))
+            x = torch.randn(elements, generator=values).to((torch.float32, torch.bfloat16, torch.float64)[number % 3])
+            if torch.randint(3, (), generator=own) == 0:
+                time.sleep(0.002)
+            result = x if kind == 0 else x.new_empty(c.size * elements if kind == 1 else elements // c.size)
+            if kind == 0:
+                c.world.all_reduce(x)
+            elif kind == 1:
+                c.world.all_gather(result, x)
+            else:
+                c.world.reduce_scatter(result, x)
+            digests.append(hashlib.sha256(result.view(torch.uint8).numpy()).hexdigest())
+        assert (exchanges(c.world) > 10) == through_memory
+    return digests
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_same_bits_as_over_the_network(size: int) -> None:
-    through_memory, over_network = run("gloo", size, exchanges, True), run("gloo", size, exchanges, False)
-    for here, there in zip(through_memory, over_network, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+    assert run("gloo", size, draw, True) == run("gloo", size, draw, False)
 
 
-def unalike_waits(c: Communicator) -> None:
-    # Member 0 goes on as far as it can while member 1 has not waited for anything; what 1 then reads is what it was given.
-    n, tensors = 9, [torch.full((2**17,), float(10 * i + c.rank)) for i in range(9)]
-    works = []
-    for i in range(n):
-        works.append(c.world.all_reduce(tensors[i], asynchronous=True))
-        if c.rank == 0:
-            works[-1].wait()
-            tensors[i] = tensors[i].clone()
-    time.sleep(0.05 * c.rank)
-    for work in works:
-        work.wait()
-    for i, tensor in enumerate(tensors):
-        conformance.expect(tensor, torch.full_like(tensor, 20.0 * i + 1))
+def one_reads_late(c: Communicator) -> None:
+    # Member 0 goes on as far as it can while member 1 has not read; what 1 then reads is what it was given.
+    slots = transport(c.world).slots
+    assert slots is not None
+    read: list[float] = []
+
+    def late(group: GlooTransport, op: str) -> None:
+        tell(group, op)
+        if c.rank == 1:
+            time.sleep(0.02)
+
+    tell = GlooTransport._tell
+    with replaced(GlooTransport, "_tell", late):
+        for number in range(8):
+            x = torch.full((ELIGIBLE,), float(10 * number + c.rank))
+            c.world.all_reduce(x)
+            conformance.expect(x, torch.full_like(x, 20.0 * number + 1))
+            read.append(x[0].item())
+    assert len(read) == slots._exchanges == 8
 
 
 def test_a_slow_reader_finds_what_it_was_given() -> None:
-    run("gloo", 2, unalike_waits)
+    run("gloo", 2, one_reads_late)
+
+
+def requires_gradients(c: Communicator) -> None:
+    for size in (4, ELIGIBLE):
+        x = torch.ones(size, requires_grad=True)
+        c.world.all_reduce(x)
+        conformance.expect(x.detach(), torch.full((size,), 2.0))
+
+
+def test_a_tensor_that_requires_gradients_is_summed_like_any_other() -> None:
+    run("gloo", 2, requires_gradients)
 
 
 def without(c: Communicator, broken: str) -> None:
-    """Member 1 cannot make or see memory."""
-    usual = getattr(shared_memory, broken)
-    if c.rank == 1:
-        setattr(shared_memory, broken, lambda *_: {"_create": -1, "_attach": None}[broken])
-    try:
-        x = torch.full((2**17,), float(c.rank))
-        c.world.all_reduce(x)
-        conformance.expect(x, torch.full_like(x, 1.0))
-        assert slots_of(c) is None
-    finally:
-        setattr(shared_memory, broken, usual)
+    """Member 1 cannot make or see memory, or not enough of it."""
+    ranks = tuple(range(c.size))
+    if broken == "limit":
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20 if c.rank == 1 else soft, hard))
+        group = c.group(ranks, "limited")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    elif c.rank == 1:
+        with replaced(shared_memory, broken, lambda *_: {"_create": -1, "_attach": None}[broken]):
+            group = c.group(ranks, "without")
+    else:
+        group = c.group(ranks, "without")
+    assert transport(group).slots is None
+    assert open_descriptors() == 0
+    x = torch.full((ELIGIBLE,), float(c.rank))
+    group.all_reduce(x)
+    conformance.expect(x, torch.full_like(x, 1.0))
 
 
-@pytest.mark.parametrize("broken", ["_create", "_attach"])
-def test_where_one_cannot_see_it_all_use_the_network(broken: str) -> None:
+@pytest.mark.parametrize("broken", ["_create", "_attach", "limit"])
+def test_where_one_has_none_all_use_the_network(broken: str) -> None:
     run("gloo", 2, without, broken)
 
 
-def test_memory_of_another_than_the_one_that_is_meant_is_not_taken() -> None:
-    descriptor = shared_memory._create(1)
-    try:
-        assert shared_memory._attach(os.getpid(), descriptor, 1) is not None
-        assert shared_memory._attach(os.getpid(), descriptor, 2) is None
+def test_what_is_not_the_memory_that_is_meant_is_left_alone(tmp_path: Path) -> None:
+    file, token = tmp_path / "short", int.from_bytes(b"somebody", sys.byteorder)
+    file.write_bytes(b"somebody's data")
+    ours = shared_memory._create(1)
+    empty = os.memfd_create(shared_memory._NAME)
+    with file.open("rb") as data:
+        assert shared_memory._attach(os.getpid(), ours, 1) is not None
+        assert shared_memory._attach(os.getpid(), ours, 2) is None
+        assert shared_memory._attach(os.getpid(), empty, 0) is None
+        assert shared_memory._attach(os.getpid(), data.fileno(), token) is None
         assert shared_memory._attach(os.getpid(), 2**20, 1) is None
-    finally:
-        os.close(descriptor)
+    assert file.read_bytes() == b"somebody's data"
+    assert os.fstat(empty).st_size == 0
+    os.close(ours)
+    os.close(empty)
 
 
-def open_memories() -> int:
+def open_descriptors() -> int:
     gc.collect()
-    mapped = Path("/proc/self/maps").read_text(encoding="utf-8").count("bagualu-exchange")
-    descriptors = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    return mapped + sum("bagualu-exchange" in target for target in descriptors)
+    return sum(
+        f"/memfd:{shared_memory._NAME}" in os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()
+    )
 
 
-def use_and_close(c: Communicator) -> tuple[int, int]:
-    c.world.all_reduce(torch.zeros(2**17))
-    used = open_memories()
+def mappings() -> int:
+    gc.collect()
+    return Path("/proc/self/maps").read_text(encoding="utf-8").count(shared_memory._NAME)
+
+
+def use_and_close(c: Communicator) -> tuple[int, int, int]:
+    used, descriptors = mappings(), open_descriptors()
     c.close()
-    return used, open_memories()
+    return used, descriptors, mappings()
 
 
 def test_nothing_is_left_when_it_is_closed() -> None:
-    assert run("gloo", 2, use_and_close) == [(2, 0), (2, 0)]
+    assert run("gloo", 2, use_and_close) == [(2, 0, 0), (2, 0, 0)]
 
 
 def lose_a_rank(c: Communicator) -> None:
-    c.world.all_reduce(torch.zeros(2**17))
+    c.world.all_reduce(torch.zeros(ELIGIBLE))
     if c.rank == 1:
         raise KeyError("gone")
-    with pytest.raises(CommunicationError):
-        c.world.all_reduce(torch.zeros(2**17))
+    with pytest.raises(CommunicationError, match="all_reduce in group world of ranks"):
+        c.world.all_reduce(torch.zeros(ELIGIBLE))
     raise CommunicationError("noticed")
 
 
@@ -186,9 +231,12 @@ def test_a_member_that_is_gone_is_noticed() -> None:
 
 
 def nobody_shares(c: Communicator) -> None:
-    c.world.all_reduce(torch.zeros(2**15))  # too small
-    c.world.all_reduce(torch.zeros(2**20 + 1))  # too large
-    assert slots_of(c) is None
+    c.world.all_reduce(torch.zeros(ELIGIBLE - 1))
+    c.world.all_reduce(torch.zeros(shared_memory.SLOT_BYTES // 4 + 1))
+    c.world.all_reduce(torch.zeros(ELIGIBLE), asynchronous=True).wait()
+    assert exchanges(c.world) == 0
+    c.world.all_reduce(torch.zeros(ELIGIBLE))
+    assert exchanges(c.world) == 1
 
 
 def test_only_what_gains_by_it_goes_through_memory() -> None:
