@@ -50,6 +50,8 @@ class Transport(Protocol):
         """Messages of one pair and direction arrive in the order sent."""
 
     def barrier(self) -> Work: ...
+    def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """See `Group.lend`; None, on all members, where there is nothing to gain by it."""
 
 
 class Backend(Protocol):

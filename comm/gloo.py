@@ -6,13 +6,14 @@ gradient is the same to the bit whichever member computes it. What the members o
 neither small nor large, through memory that they share (shared_memory.py), with the same sums.
 """
 
+import weakref
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from bagualu.comm.backend import ReduceOp, Work
-from bagualu.comm.shared_memory import SLOT_BYTES, Slots, share
+from bagualu.comm.shared_memory import SLOT_BYTES, SLOTS, Slots, share
 from bagualu.comm.torch_transport import TorchBackend, TorchTransport, TorchWork
 
 _MANY = 2**21
@@ -68,9 +69,11 @@ def _sum(parts: list[torch.Tensor], output: torch.Tensor) -> None:
 class GlooTransport(TorchTransport):
     def __init__(self, group: dist.ProcessGroup, ranks: tuple[int, ...], name: str) -> None:
         super().__init__(group, ranks, name)
-        memories = share(self._gather_words) if 1 < len(ranks) <= _MOST_SHARING else None
+        memories = share(SLOTS * SLOT_BYTES, self._gather_words) if 1 < len(ranks) <= _MOST_SHARING else None
         self.slots = Slots(memories, self.position) if memories else None
         """Where all members see each other's memory."""
+        self._lent: list[tuple[weakref.ref[torch.Tensor], list[torch.Tensor]]] = []
+        """Tensors that others read, as long as there are such, with those of all positions."""
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp, asynchronous: bool) -> Work:
         if op != "sum" or len(self.ranks) != 2 or tensor.numel() > _MANY:
@@ -95,6 +98,9 @@ class GlooTransport(TorchTransport):
         return self._exchange("all_gather", [mine] * len(parts), parts)
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> Work:
+        if lent := self._lent_by_all(input):
+            parts = [whole.chunk(len(self.ranks))[self.position] for whole in lent]
+            return Summing(self._words("reduce_scatter"), parts, output.view(-1))
         outgoing = list(input.view(-1).chunk(len(self.ranks))) if input.numel() else []
         if given := self._through_memory("reduce_scatter", input.view(-1), asynchronous):
             _sum([whole.chunk(len(self.ranks))[self.position] for whole in given], output.view(-1))
@@ -104,8 +110,16 @@ class GlooTransport(TorchTransport):
             incoming[self.position] = outgoing[self.position]
         return Summing(self._exchange("reduce_scatter", outgoing, incoming), incoming, output.view(-1))
 
+    def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
+        memories = share(numel * dtype.itemsize, self._gather_words) if self.slots is not None else None
+        if memories is None:
+            return None
+        lent = [memory.view(dtype) for memory in memories]
+        self._lent.append((weakref.ref(lent[self.position]), lent[: self.position] + lent[self.position + 1 :]))
+        return lent[self.position]
+
     def close(self) -> None:
-        self.slots = None
+        self.slots, self._lent = None, []
         super().close()
 
     def _through_memory(self, op: str, contents: torch.Tensor, asynchronous: bool) -> list[torch.Tensor] | None:
@@ -115,9 +129,20 @@ class GlooTransport(TorchTransport):
         return self.slots.exchange(contents, lambda: self._tell(op))
 
     def _tell(self, op: str) -> None:
+        self._words(op).wait()
+
+    def _words(self, op: str) -> Exchange:
         """Say one word to every other member, and hear one from each."""
         heard = torch.empty(len(self.ranks), 1, dtype=torch.uint8)
-        self._exchange(op, [_WORD] * len(heard), list(heard)).wait()
+        return self._exchange(op, [_WORD] * len(heard), list(heard))
+
+    def _lent_by_all(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """What every member has lent together with `tensor`, by position."""
+        self._lent = [(known, others) for known, others in self._lent if known() is not None]
+        for known, others in self._lent:
+            if known() is tensor:
+                return [*others[: self.position], tensor, *others[self.position :]]
+        return None
 
     def _gather_words(self, words: torch.Tensor) -> torch.Tensor:
         rows = words.expand(len(self.ranks), -1).clone()

@@ -133,6 +133,17 @@ class Group:
         if (transport := self.transport) is not None:
             self._join("barrier", transport.barrier, asynchronous=False)
 
+    def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Zeros [numel], called by all members alike, that the others read where they lie when they are given to `reduce_scatter`
+        whole; None where a tensor of one's own serves as well. What has been given may be written again when all members have
+        waited for it (a barrier says so); not, as usual, when this one has."""
+        if (transport := self.transport) is None:
+            return None
+        self.monitor.waits("lend", self._collectives, self.monitor.joins(self._collectives))
+        lent = transport.lend(numel, dtype)
+        self.monitor.goes_on()
+        return lent
+
     def _join(self, what: str, start: Callable[[], Work], asynchronous: bool, messages: Line | None = None) -> Work:
         line = self._collectives if messages is None else self.monitor.line(messages)
         number = self.monitor.joins(line)

@@ -1,4 +1,4 @@
-"""Memory that the ranks of one machine share, for what they exchange in a group.
+"""Memory that the ranks of one machine share, for what they exchange in a group: slots, and tensors that lie there for good.
 
 Every member has two slots. It puts what it gives into the next one and tells the others so by a message of one byte; who has heard
 from all of them reads from their slots. The messages go over the network like any other, so a lost or hung member is noticed just
@@ -40,31 +40,33 @@ class Slots:
         return [*given[: self._position], contents, *given[self._position + 1 :]]
 
 
-def share(gather: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor] | None:
-    """Memory of every position, for `Slots`; None on every member where one of them cannot see that of another.
+def share(nbytes: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor] | None:
+    """`nbytes` zeros of every position, which all members see; None on every member where one of them cannot see another's.
 
     `gather` returns the members' rows of int64 as a matrix. Pages are taken when they are first written, as those of any tensor.
     """
     token = int.from_bytes(os.urandom(7), sys.byteorder)
-    descriptor = _create(token)
+    descriptor = _create(nbytes, token)
     try:
         places = gather(torch.tensor([os.getpid(), descriptor, token])).tolist()
-        found = [_attach(*place) for place in places]
+        found = [_attach(nbytes, *place) for place in places]
         seen_by_all = gather(torch.tensor([None not in found])).bool().all().item()
+        if descriptor >= 0:
+            os.pwrite(descriptor, bytes(8), 0)
     finally:
         if descriptor >= 0:
             os.close(descriptor)
     return [memory for memory in found if memory is not None] if seen_by_all else None
 
 
-def _create(token: int) -> int:
+def _create(nbytes: int, token: int) -> int:
     """A descriptor of new memory that begins with `token`, or -1."""
     try:
         descriptor = os.memfd_create(_NAME)
     except (AttributeError, OSError):
         return -1
     try:
-        os.truncate(descriptor, SLOTS * SLOT_BYTES)
+        os.truncate(descriptor, nbytes)
         os.pwrite(descriptor, token.to_bytes(8, sys.byteorder), 0)
     except OSError:
         os.close(descriptor)
@@ -72,7 +74,7 @@ def _create(token: int) -> int:
     return descriptor
 
 
-def _attach(process: int, descriptor: int, token: int) -> torch.Tensor | None:
+def _attach(nbytes: int, process: int, descriptor: int, token: int) -> torch.Tensor | None:
     """The bytes of another process' memory, or of this one's, where it can be seen from here. Elsewhere (another machine, another
     namespace) the same numbers name something else, which is looked at and left alone."""
     place = f"/proc/{process}/fd/{descriptor}"
@@ -85,7 +87,7 @@ def _attach(process: int, descriptor: int, token: int) -> torch.Tensor | None:
     try:
         if os.pread(opened, 8, 0) != token.to_bytes(8, sys.byteorder):
             return None
-        return torch.from_file(f"/proc/self/fd/{opened}", shared=True, size=SLOTS * SLOT_BYTES, dtype=torch.uint8)
+        return torch.from_file(f"/proc/self/fd/{opened}", shared=True, size=nbytes, dtype=torch.uint8)
     except (OSError, RuntimeError):
         return None
     finally:

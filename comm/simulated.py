@@ -227,6 +227,9 @@ class SimulatedTransport:
     def barrier(self) -> SimulatedWork:
         return self._join("barrier", (), lambda members: None)
 
+    def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
+        return None
+
 
 def _way(asynchronous: bool) -> str:
     return "asynchronous" if asynchronous else "waited for at once"

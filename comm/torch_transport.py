@@ -99,6 +99,9 @@ class TorchTransport:
     def barrier(self) -> TorchWork:
         return self._start("barrier", lambda: dist.barrier(self.group, async_op=True))
 
+    def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
+        return None
+
     def close(self) -> None:
         """Let go of the group: a model's hooks refer to this in cycles that Python cannot see, and the group holds threads."""
         del self.group

@@ -68,6 +68,8 @@ class Bucket:
     partitioned: bool
     weights: torch.Tensor
     gradients: torch.Tensor
+    lent: bool = False
+    """Whether the others read the gradients where they lie."""
     pending: int = 0
     work: list[Work] = field(default_factory=list)
 
@@ -164,7 +166,9 @@ def _build(
     whole = group.size * _SHARD_MULTIPLE
     padded = -(-numel // whole) * whole
     weights = torch.zeros(padded, dtype=first.dtype, device=first.device)
-    gradients = torch.zeros(padded, dtype=accurate_dtype(first.dtype), device=first.device)
+    accurate = accurate_dtype(first.dtype)
+    lent = group.lend(padded, accurate) if partitioned else None
+    gradients = torch.zeros(padded, dtype=accurate, device=first.device) if lent is None else lent
     entries, start = [], 0
     for name, parameter in members:
         view = weights[start : start + parameter.numel()].view_as(parameter)
@@ -174,7 +178,7 @@ def _build(
         shape, box = parameter.global_shape, parameter.box  # type: ignore[attr-defined]
         entries.append(Entry(name, parameter, shape, box, start, uses(parameter)))
         start += parameter.numel()
-    return Bucket(kind, group, entries, partitioned, weights, gradients)
+    return Bucket(kind, group, entries, partitioned, weights, gradients, lent is not None)
 
 
 class GradientReducer:
@@ -224,6 +228,8 @@ class GradientReducer:
             for work in bucket.work:
                 work.wait()
             bucket.work.clear()
+        for group in {id(bucket.group): bucket.group for bucket in self.buckets if bucket.lent}.values():
+            group.barrier()  # the gradients may be written again
 
     @contextmanager
     def putting_off(self) -> Iterator[list[Callable[[], None]]]:

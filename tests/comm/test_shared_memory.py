@@ -141,6 +141,41 @@ def test_a_slow_reader_finds_what_it_was_given() -> None:
     run("gloo", 2, one_reads_late)
 
 
+def lent(c: Communicator) -> None:
+    sizes, dtypes = (c.size, 5 * c.size, 3 * 2**18), (torch.float32, torch.float64, torch.float32)
+    own = torch.Generator().manual_seed(c.rank)
+    buffers = [c.world.lend(size, dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+    for turn in range(3):
+        works, outputs = [], []
+        for place, buffer in enumerate(buffers):
+            assert buffer is not None
+            assert turn or not buffer.any()
+            buffer.copy_(conformance.value(10 * turn + c.rank, (buffer.numel(),), buffer.dtype))
+            outputs.append(buffer.chunk(c.size)[c.rank] if place else torch.empty(1))  # in place, and elsewhere
+            works.append(c.world.reduce_scatter(outputs[-1], buffer, asynchronous=place != 1))
+        for place in torch.randperm(3, generator=own).tolist():
+            works[place].wait()
+        for buffer, output in zip(buffers, outputs, strict=True):
+            assert buffer is not None
+            given = torch.stack([conformance.value(10 * turn + rank, (buffer.numel(),), buffer.dtype) for rank in range(c.size)])
+            conformance.expect(output, given.sum(0).chunk(c.size)[c.rank])
+        c.world.barrier()
+    assert exchanges(c.world) == 0
+    mapped = mappings()
+    del buffers, buffer, outputs, output, works
+    again = c.world.lend(c.size, torch.float32)
+    assert again is not None
+    part = torch.empty(1)
+    c.world.reduce_scatter(part, again[:].fill_(c.rank))  # a view goes as anything does
+    assert part.item() == sum(range(c.size))
+    assert mappings() == mapped - 2 * c.size  # and what nobody holds any more has been let go
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_lent_is_read_where_it_lies(size: int) -> None:
+    run("gloo", size, lent)
+
+
 def requires_gradients(c: Communicator) -> None:
     for size in (4, ELIGIBLE):
         x = torch.ones(size, requires_grad=True)
@@ -180,14 +215,14 @@ def test_where_one_has_none_all_use_the_network(broken: str) -> None:
 def test_what_is_not_the_memory_that_is_meant_is_left_alone(tmp_path: Path) -> None:
     file, token = tmp_path / "short", int.from_bytes(b"somebody", sys.byteorder)
     file.write_bytes(b"somebody's data")
-    ours = shared_memory._create(1)
+    ours = shared_memory._create(2**12, 1)
     empty = os.memfd_create(shared_memory._NAME)
     with file.open("rb") as data:
-        assert shared_memory._attach(os.getpid(), ours, 1) is not None
-        assert shared_memory._attach(os.getpid(), ours, 2) is None
-        assert shared_memory._attach(os.getpid(), empty, 0) is None
-        assert shared_memory._attach(os.getpid(), data.fileno(), token) is None
-        assert shared_memory._attach(os.getpid(), 2**20, 1) is None
+        assert shared_memory._attach(2**12, os.getpid(), ours, 1) is not None
+        assert shared_memory._attach(2**12, os.getpid(), ours, 2) is None
+        assert shared_memory._attach(2**12, os.getpid(), empty, 0) is None
+        assert shared_memory._attach(2**12, os.getpid(), data.fileno(), token) is None
+        assert shared_memory._attach(2**12, os.getpid(), 2**20, 1) is None
     assert file.read_bytes() == b"somebody's data"
     assert os.fstat(empty).st_size == 0
     os.close(ours)

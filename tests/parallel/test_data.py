@@ -1,12 +1,15 @@
 """Gradient buckets: what lies where, when they are reduced, and how much of the optimizer each rank holds."""
 
 import threading
+import time
+from collections.abc import Callable
 from math import prod
 
 import pytest
 import torch
 from torch import nn
 
+from bagualu.comm import gloo
 from bagualu.comm.group import Communicator, Group
 from bagualu.parallel.apply import parallelize
 from bagualu.parallel.boxes import Box
@@ -123,6 +126,38 @@ def reduced(communicator: Communicator, zero: int) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_gradients_are_summed_and_those_of_skipped_parameters_are_zero(backend: str, zero: int, size: int) -> None:
     run(backend, size, reduced, zero)
+
+
+def steps_of_one_who_reads_late(communicator: Communicator) -> None:
+    model, buckets, reducer = built(communicator, 1, 2**20)
+    assert all(bucket.lent for bucket in buckets)
+    for step in range(1, 4):
+        reducer.begin(1)
+        loss = sum(((communicator.rank + 1) * step * parameter).sum() for parameter in model.parameters())
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        reducer.finish()
+        for bucket in buckets:
+            used = [bucket.shard_gradients[start : start + numel] for _, start, _, numel in bucket.shard_entries()]
+            assert all((part == 3 * step).all() for part in used), f"step {step}: {used}"
+
+
+def test_gradients_are_not_written_again_while_somebody_reads_them() -> None:
+    run("gloo", 2, reading_late, steps_of_one_who_reads_late)
+
+
+def reading_late(communicator: Communicator, function: Callable[[Communicator], None]) -> None:
+    summed = gloo._sum
+
+    def late(parts: list[torch.Tensor], output: torch.Tensor) -> None:
+        time.sleep(0.05 * communicator.rank)
+        summed(parts, output)
+
+    gloo._sum = late
+    try:
+        function(communicator)
+    finally:
+        gloo._sum = summed
 
 
 def events(communicator: Communicator, log: dict[int, list[str]], zero: int, micro_batches: int) -> None:
