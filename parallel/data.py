@@ -166,9 +166,7 @@ def _build(
     whole = group.size * _SHARD_MULTIPLE
     padded = -(-numel // whole) * whole
     weights = torch.zeros(padded, dtype=first.dtype, device=first.device)
-    accurate = accurate_dtype(first.dtype)
-    lent = group.lend(padded, accurate) if partitioned else None
-    gradients = torch.zeros(padded, dtype=accurate, device=first.device) if lent is None else lent
+    gradients = torch.zeros(padded, dtype=accurate_dtype(first.dtype), device=first.device)
     entries, start = [], 0
     for name, parameter in members:
         view = weights[start : start + parameter.numel()].view_as(parameter)
@@ -178,7 +176,7 @@ def _build(
         shape, box = parameter.global_shape, parameter.box  # type: ignore[attr-defined]
         entries.append(Entry(name, parameter, shape, box, start, uses(parameter)))
         start += parameter.numel()
-    return Bucket(kind, group, entries, partitioned, weights, gradients, lent is not None)
+    return Bucket(kind, group, entries, partitioned, weights, gradients)
 
 
 class GradientReducer:
@@ -199,12 +197,22 @@ class GradientReducer:
         """How many of these are being reduced."""
         for bucket in buckets:
             for entry in bucket.entries:
-                view = bucket.gradients[entry.start : entry.start + entry.parameter.numel()].view_as(entry.parameter)
-                sink = GradientSink(self, bucket, view)
+                sink = GradientSink(self, bucket, _gradient_of(entry, bucket))
                 self._handles.append(entry.parameter.register_post_accumulate_grad_hook(sink.take))
                 if fused(entry.name):
                     entry.parameter.gradient_sink = sink  # type: ignore[attr-defined]
                 self._sinks.append(sink)
+
+    def lend(self) -> None:
+        """Let the other ranks of a partitioned bucket read its gradients where they lie, if they can: then nothing of them is sent.
+        Collective, and between steps."""
+        for bucket in self.buckets:
+            lent = bucket.group.lend(bucket.gradients.numel(), bucket.gradients.dtype) if bucket.partitioned else None
+            if lent is not None:
+                bucket.gradients, bucket.lent = lent, True
+        places = ((entry, bucket) for bucket in self.buckets for entry in bucket.entries)
+        for sink, (entry, bucket) in zip(self._sinks, places, strict=True):
+            sink.view = _gradient_of(entry, bucket)
 
     def begin(self, micro_batches: int) -> None:
         """Before the first backward of a step whose parameters each see `micro_batches` backward passes."""
@@ -271,6 +279,10 @@ class GradientReducer:
             bucket.work.append(bucket.group.reduce_scatter(bucket.shard_gradients, bucket.gradients, asynchronous=True))
         elif bucket.group.size > 1:
             bucket.work.append(bucket.group.all_reduce(bucket.gradients, asynchronous=True))
+
+
+def _gradient_of(entry: Entry, bucket: Bucket) -> torch.Tensor:
+    return bucket.gradients[entry.start : entry.start + entry.parameter.numel()].view_as(entry.parameter)
 
 
 @dataclass

@@ -98,6 +98,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     mesh = Mesh.build(layout, communicator, schedule.placement)
     split, costs = agree_on_split(recipe, layout, heaviest, communicator)
     stages = hold(recipe, mesh, split, initial_values(recipe))
+    stages.reducer.lend()
     length = recipe.data.sequence_length // (layout.tensor if parallel.sequence else 1)
     runner = PipelineRunner(
         model=stages.model,

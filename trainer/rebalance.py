@@ -166,6 +166,7 @@ def move(parts: Parts, split: Split, step: int) -> None:
         for stages in made:
             stages.reducer.close()
         raise
+    made[0].reducer.lend()
     incoming.apply(parts.updates)
     parts.take(split, made[0], step)
     before.reducer.close()

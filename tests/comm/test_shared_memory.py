@@ -241,14 +241,16 @@ def mappings() -> int:
     return Path("/proc/self/maps").read_text(encoding="utf-8").count(shared_memory._NAME)
 
 
-def use_and_close(c: Communicator) -> tuple[int, int, int]:
-    used, descriptors = mappings(), open_descriptors()
+def use_and_close(c: Communicator) -> tuple[int, int]:
+    lent = c.world.lend(8, torch.float32)
+    mapped = mappings()
     c.close()
-    return used, descriptors, mappings()
+    del lent
+    return mapped - mappings(), open_descriptors()
 
 
 def test_nothing_is_left_when_it_is_closed() -> None:
-    assert run("gloo", 2, use_and_close) == [(2, 0, 0), (2, 0, 0)]
+    assert run("gloo", 2, use_and_close) == [(4, 0), (4, 0)]  # slots and tensors of two members
 
 
 def lose_a_rank(c: Communicator) -> None:

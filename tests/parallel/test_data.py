@@ -53,7 +53,9 @@ def built(
         model = Chain(layers)
     parallelize(model, PLAN, mesh, False, dtype, values)
     buckets = build_buckets(model, PLAN, mesh, zero, bucket_bytes)
-    return model, buckets, GradientReducer(buckets, mesh)
+    reducer = GradientReducer(buckets, mesh)
+    reducer.lend()
+    return model, buckets, reducer
 
 
 def check_cover(communicator: Communicator, zero: int, bucket_bytes: int) -> list[tuple[str, int, int]]:
