@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from bagualu.comm.backend import ReduceOp, Work
+from bagualu.comm.errors import CommunicationError
 from bagualu.comm.shared_memory import SLOT_BYTES, SLOTS, Slots, share
 from bagualu.comm.torch_transport import TorchBackend, TorchTransport, TorchWork
 
@@ -22,7 +23,7 @@ LEAST_SHARED_BYTES = 2**19
 """Below this the contents themselves are as quick on the wire as word of where they lie (tests/bench/exchange.py)."""
 _MOST_SHARING = 16
 """Members; of more it is not asked whether they can see each other's memory."""
-_WORD = torch.zeros(1, dtype=torch.uint8)
+_OPS = ("lend", "all_reduce", "all_gather", "reduce_scatter")
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
@@ -37,11 +38,32 @@ class Exchange:
             message.wait()
 
 
+@dataclass(frozen=True)
+class Words:
+    """One word to every other member and one from each, which must all be the same: of what call this is a part."""
+
+    exchange: Exchange
+    said: torch.Tensor
+    heard: list[torch.Tensor]
+    where: str
+
+    def wait(self) -> None:
+        self.exchange.wait()
+        for word in self.heard:
+            if not torch.equal(word, self.said):
+                raise CommunicationError(f"{self.where}: a member has called {_call(word)}, this one {_call(self.said)}")
+
+
+def _call(word: torch.Tensor) -> str:
+    op, nbytes, item_bytes, number = word.tolist()
+    return f"{_OPS[op]} of {nbytes} bytes in elements of {item_bytes}, number {number} in memory"
+
+
 @dataclass
 class Summing:
     """An exchange whose result is the sum of `parts`, in rank order; once summed there are none left."""
 
-    exchange: Exchange
+    exchange: Work
     parts: list[torch.Tensor]
     output: torch.Tensor
 
@@ -72,16 +94,18 @@ class GlooTransport(TorchTransport):
         memories = share(SLOTS * SLOT_BYTES, self._gather_words) if 1 < len(ranks) <= _MOST_SHARING else None
         self.slots = Slots(memories, self.position) if memories else None
         """Where all members see each other's memory."""
-        self._lent: list[tuple[weakref.ref[torch.Tensor], list[torch.Tensor]]] = []
-        """Tensors that others read, as long as there are such, with those of all positions."""
+        self._lent: dict[int, list[torch.Tensor]] = {}
+        """By the identity of a tensor that others read, as long as it lives: those of the other positions."""
+        self._said = 0
+        """Words to all other members."""
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp, asynchronous: bool) -> Work:
-        if op != "sum" or len(self.ranks) != 2 or tensor.numel() > _MANY:
-            return super().all_reduce(tensor, op, asynchronous)
-        own = tensor.view(-1)
-        if given := self._through_memory("all_reduce", own, asynchronous):
+        own, two = tensor.view(-1), op == "sum" and len(self.ranks) == 2
+        if two and (given := self._through_memory("all_reduce", own, asynchronous)):
             _sum(given, own)
             return _DONE
+        if not two or tensor.numel() > _MANY:
+            return super().all_reduce(tensor, op, asynchronous)
         other = torch.empty_like(own)
         parts = [own, other] if self.position == 0 else [other, own]
         return Summing(self._exchange("all_reduce", [own, own], [other, other]), parts, own)
@@ -100,7 +124,7 @@ class GlooTransport(TorchTransport):
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> Work:
         if lent := self._lent_by_all(input):
             parts = [whole.chunk(len(self.ranks))[self.position] for whole in lent]
-            return Summing(self._words("reduce_scatter"), parts, output.view(-1))
+            return Summing(self._words("reduce_scatter", input), parts, output.view(-1))
         outgoing = list(input.view(-1).chunk(len(self.ranks))) if input.numel() else []
         if given := self._through_memory("reduce_scatter", input.view(-1), asynchronous):
             _sum([whole.chunk(len(self.ranks))[self.position] for whole in given], output.view(-1))
@@ -111,42 +135,45 @@ class GlooTransport(TorchTransport):
         return Summing(self._exchange("reduce_scatter", outgoing, incoming), incoming, output.view(-1))
 
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
-        memories = share(numel * dtype.itemsize, self._gather_words) if self.slots is not None else None
+        if self.slots is None:
+            return None
+        self._words("lend", torch.empty(numel, dtype=dtype, device="meta")).wait()
+        memories = share(numel * dtype.itemsize, self._gather_words)
         if memories is None:
             return None
-        lent = [memory.view(dtype) for memory in memories]
-        self._lent.append((weakref.ref(lent[self.position]), lent[: self.position] + lent[self.position + 1 :]))
-        return lent[self.position]
+        mine, *others = (memory.view(dtype) for memory in (memories.pop(self.position), *memories))
+        self._lent[id(mine)] = others
+        weakref.finalize(mine, self._lent.pop, id(mine), None)
+        return mine
 
     def close(self) -> None:
-        self.slots, self._lent = None, []
+        self.slots = None
+        self._lent.clear()
         super().close()
 
     def _through_memory(self, op: str, contents: torch.Tensor, asynchronous: bool) -> list[torch.Tensor] | None:
         """What every member gives; None on all of them where it is to go over the network."""
         if self.slots is None or asynchronous or not LEAST_SHARED_BYTES <= contents.nbytes <= SLOT_BYTES:
             return None
-        return self.slots.exchange(contents, lambda: self._tell(op))
+        return self.slots.exchange(contents, lambda: self._words(op, contents).wait())
 
-    def _tell(self, op: str) -> None:
-        self._words(op).wait()
-
-    def _words(self, op: str) -> Exchange:
-        """Say one word to every other member, and hear one from each."""
-        heard = torch.empty(len(self.ranks), 1, dtype=torch.uint8)
-        return self._exchange(op, [_WORD] * len(heard), list(heard))
+    def _words(self, op: str, contents: torch.Tensor) -> Words:
+        """Say to every other member, and hear from each, that `contents` are there to be read."""
+        self._said += 1
+        said = torch.tensor([_OPS.index(op), contents.nbytes, contents.itemsize, self._said])
+        heard = [torch.empty_like(said) for _ in self.ranks]
+        heard[self.position] = said
+        where = f"{op} in group {self.name} of ranks {list(self.ranks)}"
+        return Words(self._exchange(op, [said] * len(heard), heard), said, heard, where)
 
     def _lent_by_all(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
         """What every member has lent together with `tensor`, by position."""
-        self._lent = [(known, others) for known, others in self._lent if known() is not None]
-        for known, others in self._lent:
-            if known() is tensor:
-                return [*others[: self.position], tensor, *others[self.position :]]
-        return None
+        others = self._lent.get(id(tensor))
+        return None if others is None else [*others[: self.position], tensor, *others[self.position :]]
 
     def _gather_words(self, words: torch.Tensor) -> torch.Tensor:
         rows = words.expand(len(self.ranks), -1).clone()
-        self._exchange("connect", [words] * len(rows), list(rows)).wait()
+        self._exchange("share memory", [words] * len(rows), list(rows)).wait()
         return rows
 
     def _exchange(self, op: str, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]) -> Exchange:

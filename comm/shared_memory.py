@@ -43,7 +43,7 @@ class Slots:
 def share(nbytes: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor] | None:
     """`nbytes` zeros of every position, which all members see; None on every member where one of them cannot see another's.
 
-    `gather` returns the members' rows of int64 as a matrix. Pages are taken when they are first written, as those of any tensor.
+    `gather` returns the members' rows of int64 as a matrix. Pages are taken when they are first touched.
     """
     token = int.from_bytes(os.urandom(7), sys.byteorder)
     descriptor = _create(nbytes, token)

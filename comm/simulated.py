@@ -228,6 +228,7 @@ class SimulatedTransport:
         return self._join("barrier", (), lambda members: None)
 
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
+        self._join("lend", (numel, dtype), lambda members: None).wait()
         return None
 
 

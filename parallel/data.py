@@ -205,7 +205,7 @@ class GradientReducer:
 
     def lend(self) -> None:
         """Let the other ranks of a partitioned bucket read its gradients where they lie, if they can: then nothing of them is sent.
-        Collective, and between steps."""
+        Collective, in the order of the buckets, which the members of a group have alike; between steps."""
         for bucket in self.buckets:
             lent = bucket.group.lend(bucket.gradients.numel(), bucket.gradients.dtype) if bucket.partitioned else None
             if lent is not None:

@@ -143,7 +143,7 @@ def move(parts: Parts, split: Split, step: int) -> None:
 
     Until all have the state of their new stages in memory the old ones stay as they are. Raises CheckpointError, on every rank,
     when one has no room for what is to come, or cannot go on with it; then nothing has changed. A rank that fails while boxes
-    travel has failed as in any other communication.
+    travel, or lends gradients when all is agreed, has failed as in any other communication.
     """
     world, device, monitor = parts.mesh.group("world"), parts.device, parts.mesh.monitor
     made: list[Stages] = []

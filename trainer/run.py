@@ -142,7 +142,8 @@ def _parameters(parts: Parts) -> int:
 
 
 def _peak_memory_bytes(parts: Parts, communicator: Communicator) -> int:
-    """Most memory held at once, summed over ranks: of the device where that is an accelerator, else of the processes."""
+    """Most memory held at once, summed over ranks: of the device where that is an accelerator, else of the processes, in each of
+    which what they share counts."""
     if parts.device.type == "cuda":
         own = torch.cuda.max_memory_allocated(parts.device)
     else:

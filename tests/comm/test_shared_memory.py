@@ -122,13 +122,12 @@ def one_reads_late(c: Communicator) -> None:
     assert slots is not None
     read: list[float] = []
 
-    def late(group: GlooTransport, op: str) -> None:
-        tell(group, op)
-        if c.rank == 1:
-            time.sleep(0.02)
+    def late(parts: list[torch.Tensor], output: torch.Tensor) -> None:
+        time.sleep(0.02 * c.rank)
+        summed(parts, output)
 
-    tell = GlooTransport._tell
-    with replaced(GlooTransport, "_tell", late):
+    summed = gloo._sum
+    with replaced(gloo, "_sum", late):
         for number in range(8):
             x = torch.full((ELIGIBLE,), float(10 * number + c.rank))
             c.world.all_reduce(x)
@@ -163,12 +162,12 @@ def lent(c: Communicator) -> None:
     assert exchanges(c.world) == 0
     mapped = mappings()
     del buffers, buffer, outputs, output, works
+    assert mappings() == mapped - 3 * c.size
     again = c.world.lend(c.size, torch.float32)
     assert again is not None
     part = torch.empty(1)
     c.world.reduce_scatter(part, again[:].fill_(c.rank))  # a view goes as anything does
     assert part.item() == sum(range(c.size))
-    assert mappings() == mapped - 2 * c.size  # and what nobody holds any more has been let go
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -265,6 +264,29 @@ def lose_a_rank(c: Communicator) -> None:
 def test_a_member_that_is_gone_is_noticed() -> None:
     with pytest.raises(WorkerFailed, match=r"gone[\s\S]*then .*noticed"):
         run("gloo", 2, lose_a_rank)
+
+
+def unalike(c: Communicator, what: str) -> None:
+    x = torch.zeros(ELIGIBLE * (2 if what == "size" and c.rank else 1))
+    if what == "op" and c.rank:
+        c.world.all_gather(torch.empty(2 * ELIGIBLE), x)
+    elif what == "lend":
+        c.world.lend(8 + c.rank, torch.float32)
+    elif what == "order":
+        first, second = c.world.lend(8, torch.float32), c.world.lend(16, torch.float32)
+        assert first is not None
+        assert second is not None
+        given = (second, first) if c.rank else (first, second)
+        for one in given:
+            c.world.reduce_scatter(torch.empty(one.numel() // 2), one)
+    else:
+        c.world.all_reduce(x)
+
+
+@pytest.mark.parametrize("what", ["size", "op", "lend", "order"])
+def test_members_that_call_different_things_are_told_so(what: str) -> None:
+    with pytest.raises(WorkerFailed, match=r"CommunicationError: .* a member has called .*, this one"):
+        run("gloo", 2, unalike, what)
 
 
 def nobody_shares(c: Communicator) -> None:
