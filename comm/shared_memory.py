@@ -1,8 +1,8 @@
 """Memory that the ranks of one machine share, for what they exchange in a group: slots, and tensors that lie there for good.
 
-Every member has two slots. It puts what it gives into the next one and tells the others so by a message of one byte; who has heard
-from all of them reads from their slots. The messages go over the network like any other, so a lost or hung member is noticed just
-as without the memory.
+Every member has two slots. It puts what it gives into the next one and tells the others so by a message of a few bytes; who has
+heard from all of them reads from their slots. The messages go over the network like any other, so a lost or hung member is
+noticed just as without the memory.
 
 A member ends one exchange before it begins the next. So whoever has ended exchange n - 1 has heard that the others had begun it,
 and before that ended exchange n - 2: what lay in the slot that exchange n takes has been read.
