@@ -30,6 +30,15 @@ def require_text(section: str, part: Any, **examples: str) -> None:
             raise RecipeError(f"{section}.{name} is empty; give one, e.g. {section}.{name}={example}")
 
 
+def require_known_home(section: str, part: Any, *names: str) -> None:
+    """Refuse a path `section`.name that begins with the home directory of nobody on this machine. Raises RecipeError."""
+    for name in names:
+        value = getattr(part, name)
+        if value is not None and value.startswith("~"):  # the home directory of a known user is spelt out by now
+            raise RecipeError(f"{section}.{name}={value}: {value.split('/')[0]} is no user's home directory here; give a path, "
+                              f"e.g. {section}.{name}=./{value} for a folder of that name")  # fmt: skip
+
+
 def refuse_unused(section: str, part: Any, names: list[str], reason: str) -> None:
     """Refuse keys that were changed although `reason` (e.g. "model.moe.experts=0") leaves them without effect.
 

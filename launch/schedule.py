@@ -3,6 +3,7 @@
 Free of torch, and of Hydra and matplotlib where they are not needed.
 """
 
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def _read(words: list[str]) -> dict[str, str]:
     given: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals:
+        if not equals or (key not in _KEYS and ("/" in key or Path(word).is_dir())):  # a run of a sweep has = in its name
             key, value = "run", word
         elif key not in _KEYS:
             near = get_close_matches(key, _KEYS, n=1)
@@ -85,7 +86,7 @@ def _read(words: list[str]) -> dict[str, str]:
 def _picture_path(out: str | None) -> Path | None:
     if out is None:
         return None
-    path = Path(out)
+    path = Path(os.path.expanduser(out))
     if path.suffix not in _PICTURES:
         raise RecipeError(f"out={out} must end in .svg or .png; give out={path.with_suffix('.svg')}")
     if not path.parent.is_dir():

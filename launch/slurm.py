@@ -13,7 +13,9 @@ from bagualu.launch.usage import Request
 from bagualu.trainer import preflight
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, FAILED
-from bagualu.trainer.recipe import compose
+from bagualu.trainer.override_text import quoted, typed
+from bagualu.trainer.recipe import as_dict, compose
+from bagualu.trainer.recipe_keys import keys
 
 STOP_SECONDS = 300
 """How long before the end of the job the workers are asked to save and stop."""
@@ -58,8 +60,13 @@ def _check(recipe: Recipe) -> None:
     preflight.check_run_directory(recipe)
     if recipe.comm.backend == "simulated":
         raise RecipeError("comm.backend=simulated runs in one process; use bagualu train, or comm.backend=nccl or gloo here")
-    for line in [*recipe.launch.slurm.directives, *recipe.launch.slurm.setup, recipe.run.dir, recipe.run.name]:
-        if "\n" in line:
+    slurm = recipe.launch.slurm
+    if "\\" in str(Path(recipe.run.dir).absolute()):
+        raise RecipeError(f"run.dir={recipe.run.dir} holds a backslash, with which SLURM no longer puts the number of a job into "
+                          "the name of its log; give another run.dir")  # fmt: skip
+    header = [slurm.partition, slurm.account, slurm.time, *slurm.directives]
+    for line in [*header, *slurm.setup, recipe.run.dir, recipe.run.name]:
+        if line is not None and "\n" in line:
             raise RecipeError(f'{line!r} must be one line; give a list, e.g. launch.slurm.setup=["module load cuda"]')
 
 
@@ -67,7 +74,7 @@ def script(recipe: Recipe, overrides: list[str]) -> str:
     """The batch script. It resumes by itself: the first start finds nothing to resume and begins at the beginning."""
     folder = Path(recipe.run.dir).absolute()
     own = [text for text in overrides if not re.match(r"(checkpoint\.resume|run\.dir)=", text)]
-    words = [*own, f'run.dir="{folder}"', "checkpoint.resume=true"]
+    words = [*(_settled(text, recipe) for text in own), f"run.dir={quoted(str(folder))}", "checkpoint.resume=true"]
     return _SCRIPT.format(
         name=recipe.run.name,
         command=shlex.join(["bagualu", "slurm", *overrides]).replace("\n", " "),
@@ -79,8 +86,26 @@ def script(recipe: Recipe, overrides: list[str]) -> str:
     )
 
 
+def _settled(override: str, recipe: Recipe) -> str:
+    """An override as typed, but with what is put in for ${...} now: not on every node and at every start anew."""
+    key, _, value = override.partition("=")
+    if "${" not in value or key.lstrip("+") not in keys():
+        return override
+    section: Any = as_dict(recipe)
+    for name in key.lstrip("+").split("."):
+        section = section[name]
+    return f"{key}={typed(section)}"
+
+
+def _header_value(text: str) -> str:
+    """A value in the header of a batch script."""
+    escaped = re.sub(r'(["\\])', r"\\\1", text)
+    return text if re.fullmatch(r"[A-Za-z0-9_./:,@+=-]*", text) else f'"{escaped}"'
+
+
 def _directives(recipe: Recipe, folder: Path) -> list[str]:
-    slurm, log = recipe.launch.slurm, f"{folder}/logs/slurm-%j.log"
+    slurm = recipe.launch.slurm
+    log = _header_value(str(folder).replace("%", "%%") + "/logs/slurm-%j.log")  # a % in the folder is none of SLURM's patterns
     options = {
         "partition": slurm.partition, "account": slurm.account, "time": slurm.time,
         "gpus-per-node": slurm.gpus_per_node, "cpus-per-task": slurm.cpus_per_task,
@@ -89,11 +114,11 @@ def _directives(recipe: Recipe, folder: Path) -> list[str]:
         "--job-name=bagualu-" + re.sub(r"[^A-Za-z0-9._-]+", "_", recipe.run.name),
         f"--nodes={recipe.launch.nodes}",
         "--ntasks-per-node=1",
-        f'--output="{log}"',
+        f"--output={log}",
         "--open-mode=append",
         "--requeue",
         f"--signal=B:USR1@{STOP_SECONDS}",
-        *(f"--{name}={value}" for name, value in options.items() if value is not None),
+        *(f"--{name}={_header_value(str(value))}" for name, value in options.items() if value is not None),
         *slurm.directives,
     ]
 

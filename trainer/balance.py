@@ -81,7 +81,7 @@ def work_of(recipe: Recipe, layout: Layout) -> Work:
 def _table(recipe: Recipe, work: Work, device: torch.device) -> CostTable:
     if recipe.parallel.balance == "analytic":
         return analytic_table(work)
-    cache = Path(recipe.data.cache).expanduser() if recipe.data.cache else default_cache()
+    cache = Path(recipe.data.cache) if recipe.data.cache else default_cache()
     found = figures(cache, work, device, recipe.train.compile)
     return measured_table(work, found, f"measured on {device_name(device)}")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
 
-from bagualu.comm.checks import require_at_least, require_text
+from bagualu.comm.checks import require_at_least, require_known_home, require_text
 from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig, StragglerConfig
@@ -35,12 +35,13 @@ class RunConfig:
     """`run.*`: where the run lies and what makes it this run."""
 
     name: str = "run"
-    dir: str = "runs/${run.name}"
+    dir: str = field(default="runs/${run.name}", metadata={"path": True})
     seed: int = 0
     """Weights and data order are functions of it, of nothing else and never of the rank."""
 
     def validate(self) -> None:
         require_text("run", self, dir="runs/tiny")
+        require_known_home("run", self, "dir")
         if self.seed not in SEEDS:
             raise RecipeError(f"run.seed={self.seed} must lie between -2**63 and 2**64 - 1, e.g. run.seed={self.seed % 2**32}")
 

@@ -4,9 +4,10 @@ The schema is the dataclass `Recipe` itself, so a key that is not a field and a 
 overrides are looked at one by one before Hydra sees them, because only then is it known which of them is at fault.
 """
 
-import re
+import os
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +19,41 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.config import Recipe
-from bagualu.trainer.recipe_keys import check_override
-from bagualu.trainer.schema import schema, to_recipe
+from bagualu.trainer.override_text import Kind, escaped, quoted, spelled
+from bagualu.trainer.recipe_keys import SEARCHPATH, check_key, check_override, kind_of
+from bagualu.trainer.schema import plain, schema, to_recipe
+from bagualu.trainer.yaml_text import keep_text_in_recipe_files, read_yaml, write_yaml
 
 RECIPES = "bagualu.recipes"
 RESOLVED = "config.yaml"
 """Name of the resolved recipe in a run directory."""
 
+ONE_VALUE = "one run takes one value of each key; `bagualu train -m` runs several one after the other"
 
-def compose(overrides: Sequence[str]) -> Recipe:
-    """The recipe that `overrides` (Hydra's override grammar) select and change. Raises RecipeError."""
+
+def compose(overrides: Sequence[str], several: str = ONE_VALUE) -> Recipe:
+    """The recipe that `overrides` (Hydra's override grammar) select and change. Raises RecipeError.
+
+    `several` says what to do about several values of a key, which a single recipe cannot have.
+    """
     parsed = parse(overrides)
-    own_recipes = any(override.key_or_group == "hydra.searchpath" for override in parsed)
+    own_recipes = any(override.key_or_group == SEARCHPATH for override in parsed)
     for override in parsed:
         if override.is_sweep_override():
-            raise RecipeError(f"{override.input_line} gives several values; add -m to run them one after the other, "
-                              f"or quote a value that holds a comma: '{override.key_or_group}=\"...\"'")  # fmt: skip
+            check_key(override)
+            key = override.key_or_group
+            comma = "" if kind_of(key) is Kind.OTHER else f", or quote a value that holds a comma: '{key}=\"a, b\"'"
+            raise RecipeError(f"{override.input_line} gives several values; {several}{comma}")
         check_override(override, own_recipes)
     ConfigStore.instance().store(name="schema", node=schema())
+    keep_text_in_recipe_files()
     try:
         with initialize_config_module(RECIPES, version_base="1.3"):
-            recipe = to_recipe(hydra_compose("config", overrides=[_quoted(text) for text in overrides]))
+            recipe = to_recipe(hydra_compose("config", overrides=list(map(_for_hydra, parsed))))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(_one_line(error)) from error
     recipe.faults = recipe.expanded_faults()
@@ -50,38 +61,59 @@ def compose(overrides: Sequence[str]) -> Recipe:
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Every override as Hydra reads it. Raises RecipeError for one that it cannot read."""
+    """Every override as Hydra reads it, with text values as typed. Raises RecipeError for one that it cannot read."""
     parser = OverridesParser.create()
     parsed: list[Override] = []
     for text in overrides:
         try:
-            parsed.append(parser.parse_override(_quoted(text)))
+            parsed.append(replace(parser.parse_override(_spelled(text)), input_line=text))
         except HydraException as error:
-            raise RecipeError(f"cannot read {text!r}; give key=value, e.g. train.steps=100, and quote a value with "
-                              f"commas, brackets or spaces: 'key=\"a, b\"'") from error  # fmt: skip
+            raise _unreadable(text) from error
     return parsed
 
 
-_QUOTED_OR_CALL = r"""("(?:\\.|[^"])*"|'(?:\\.|[^'])*'|\w+\([^)]*\))"""
-_ODD_WORD = r"""([^\s\[\]{},"'()=~]*[=~][^\s\[\]{},"'()]*)"""
+def _for_hydra(override: Override) -> str:
+    """What Hydra composes with: the text values in quotes, and a folder of recipes with its home directory spelt out."""
+    assert override.input_line is not None
+    folders = override.value()
+    if override.key_or_group != SEARCHPATH or not isinstance(folders, list):
+        return _spelled(override.input_line)
+    found = [os.path.expanduser(str(folder).removeprefix("file://")) for folder in folders]
+    return f"{SEARCHPATH}=[{','.join(map(quoted, found))}]"
 
 
-def _quoted(text: str) -> str:
-    """An override with the words of its value that hold a = or ~ in quotes, which Hydra's grammar wants: key=[--mem=4G, ~/text]."""
-    key, equals, value = text.partition("=")
-    return key + equals + re.sub(f"{_QUOTED_OR_CALL}|{_ODD_WORD}", lambda m: m[1] or f'"{m[2]}"', value)
+def _spelled(override: str) -> str:
+    """An override as Hydra's grammar takes it, with its text as typed. Raises RecipeError for one that cannot be read."""
+    if not override.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in override):
+        raise RecipeError(f"{override!r} is not UTF-8 text; give it in UTF-8")
+    try:
+        return spelled(override, kind_of)
+    except ValueError as error:
+        raise _unreadable(override) from error
+
+
+def _unreadable(override: str) -> RecipeError:
+    return RecipeError(f"cannot read {override!r}; give key=value, e.g. train.steps=100, and quote a value with commas, brackets "
+                       f"or quotes in it: 'key=\"a, b\"'")  # fmt: skip
 
 
 def resolved_yaml(recipe: Recipe) -> str:
-    """The recipe with every key spelt out, as YAML."""
-    return OmegaConf.to_yaml(schema(recipe), resolve=True)
+    """The recipe with every key spelt out, as YAML that reads back as this very recipe."""
+    return write_yaml(_escaped(plain(recipe)))
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested dictionaries of plain values, for JSON."""
-    plain = OmegaConf.to_container(schema(recipe), resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return plain(recipe)
+
+
+def _escaped(value: Any) -> Any:
+    """A tree of plain values in which OmegaConf sees no interpolation."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return escaped(value) if isinstance(value, str) else value
 
 
 def save_recipe(recipe: Recipe) -> Path:
@@ -97,7 +129,8 @@ def save_recipe(recipe: Recipe) -> Path:
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a run's config.yaml. Raises RecipeError when it is none, or one of another version."""
     try:
-        return to_recipe(OmegaConf.merge(schema(), OmegaConf.load(path)))
+        with path.open(encoding="utf-8") as file:
+            return to_recipe(OmegaConf.merge(schema(), OmegaConf.create(read_yaml(file))))
     except Exception as error:  # a YAML error, an unknown key, a wrong type, an unreadable file
         first = str(error).strip().splitlines()[0]
         raise RecipeError(f"{path} is not a recipe this version can read ({first}); give another run.dir") from error
@@ -109,4 +142,12 @@ def _one_line(error: Exception) -> str:
         return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}; correct the YAML there"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip() and "object_type=" not in line]
-    return f"{' '.join(lines[:2])}; `bagualu train --help` lists recipes, --cfg job prints one"
+    return f"{' '.join(lines[:2])}; {_fix(cause)}"
+
+
+def _fix(cause: Exception) -> str:
+    if isinstance(cause, GrammarParseError | InterpolationResolutionError):
+        return r"correct it, or write \${ in a text that is to hold ${"
+    if isinstance(cause, MissingMandatoryValue):
+        return "??? stands for a value that is missing; give another"
+    return "`bagualu train --help` lists recipes, --cfg job prints one"

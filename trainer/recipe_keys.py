@@ -13,10 +13,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.config import Recipe
+from bagualu.trainer.override_text import Kind
 from bagualu.trainer.schema import key_of, schema
 
 GROUPS = ("recipe", "model", "data")
 """Folders of recipes/ that can be chosen from as `group=option`."""
+SEARCHPATH = "hydra.searchpath"
+"""The only key of Hydra itself that works here: folders with recipes of the person's own."""
+_TEXT_OR_LIST = ("faults",)
+"""Keys whose values are text or a list of it, which their type cannot say."""
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -38,30 +43,53 @@ def keys(node: type[Any] = Recipe, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def kind_of(key: str) -> Kind:
+    """The kind of values that a key takes: text where nothing is known of the key, so that the text can be shown."""
+    hint = _hints().get(key)
+    if key == SEARCHPATH or hint in (str, list[str]):
+        return Kind.TEXT
+    if key in GROUPS or hint == str | None:
+        return Kind.OPTIONAL_TEXT
+    inside = any(key.startswith(f"{known}.") for known in _hints())
+    return Kind.OTHER if hint is not None or inside or key.startswith("hydra.") else Kind.TEXT
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    """As `keys`, but with the type of text where a key takes text or a list of it."""
+    return keys() | dict.fromkeys(_TEXT_OR_LIST, str)
+
+
+def check_key(override: Override) -> None:
+    """Raises RecipeError when the override names no key, or would remove its key."""
+    key, known = override.key_or_group, keys()
+    if key.startswith("hydra.") and key != SEARCHPATH:
+        raise RecipeError(f"{override.input_line}: the only key of Hydra itself that works here is {SEARCHPATH}")
+    if override.type == OverrideType.DEL:
+        raise RecipeError(f"{override.input_line} cannot remove a key; give {key}=null or another value")
+    if key not in known and key not in _sections() and key not in (SEARCHPATH, *GROUPS):
+        raise RecipeError(f"unknown key {key}; {_nearest(key, list(known))}")
+
+
 def check_override(override: Override, own_recipes: bool = False) -> None:
     """Raises RecipeError when the override names nothing, or gives a value that its key cannot take.
 
     With own_recipes, a folder of the person's own is searched too, so that a group may hold more than is known here.
     """
-    key, known = override.key_or_group, keys()
-    if key.startswith("hydra."):
-        if key != "hydra.searchpath":
-            raise RecipeError(f"{override.input_line}: the only key of Hydra itself that works here is hydra.searchpath")
+    check_key(override)
+    key, value = override.key_or_group, override.value()
+    if key == SEARCHPATH:
         return None
-    if override.type == OverrideType.DEL:
-        raise RecipeError(f"{override.input_line} cannot remove a key; give {key}=null or another value")
-    value = override.value()
-    if key in GROUPS and not isinstance(value, dict):
+    if key in GROUPS and not (isinstance(value, dict) and key in _sections()):
         return None if own_recipes and isinstance(value, str) else _check_choice(override, key, value)
-    sections = {name.rsplit(".", count)[0] for name in known for count in range(1, name.count(".") + 1)}
-    if key in sections:
-        if isinstance(value, dict):
-            return _check_values(override, value)
-        inside = [name for name in known if name.startswith(key + ".")]
+    if key in _sections() and not isinstance(value, dict):
+        inside = [name for name in keys() if name.startswith(key + ".")]
         raise RecipeError(f"{override.input_line}: {key} is a section; give one of its keys, e.g. {', '.join(inside[:4])}")
-    if key not in known:
-        raise RecipeError(f"unknown key {key}; {_nearest(key, list(known))}")
     return _check_values(override, value)
+
+
+def _sections() -> set[str]:
+    return {name.rsplit(".", count)[0] for name in keys() for count in range(1, name.count(".") + 1)}
 
 
 def _nearest(key: str, known: list[str]) -> str:

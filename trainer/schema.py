@@ -1,8 +1,10 @@
 """The recipe as Hydra and YAML see it: the dataclasses' keys, types and defaults, with every key as people type it. Free of torch.
 
-A field whose key is no name in Python (checkpoint.async) gives the key in its metadata; nobody else has to know.
+A field whose key is no name in Python (checkpoint.async) gives the key in its metadata; nobody else has to know. A field that
+holds a path says so there too, and ~ and ~user at its start become that home directory, here and nowhere else.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import Field, fields, is_dataclass
 from typing import Any, get_type_hints
@@ -17,17 +19,25 @@ def key_of(field: Field[Any]) -> str:
     return str(field.metadata.get("key", field.name))
 
 
-def schema(recipe: Recipe | type[Recipe] = Recipe) -> DictConfig:
-    """A recipe, or the defaults, as a tree that takes no other keys and no values of another type."""
-    return _spelled(OmegaConf.structured(recipe), Recipe)
+def schema() -> DictConfig:
+    """The defaults as a tree that takes no other keys and no values of another type."""
+    return _spelled(OmegaConf.structured(Recipe), Recipe)
 
 
 def to_recipe(config: Any) -> Recipe:
-    """The recipe in a tree made from `schema`. Raises OmegaConfBaseException for values that it cannot have."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), _named(plain, Recipe)))
-    assert isinstance(recipe, Recipe)
+    """The recipe in a tree made from `schema`, paths from the home directory spelt out.
+
+    Raises OmegaConfBaseException for values that it cannot have.
+    """
+    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    recipe: Recipe = _built(Recipe, values)
     return recipe
+
+
+def plain(section: Any) -> dict[str, Any]:
+    """A recipe, or a section of it, as nested dictionaries of plain values by key."""
+    values = ((field, getattr(section, field.name)) for field in fields(section))
+    return {key_of(field): plain(value) if is_dataclass(value) else value for field, value in values}
 
 
 def _spelled(node: Any, section: type[Any]) -> DictConfig:
@@ -39,10 +49,14 @@ def _spelled(node: Any, section: type[Any]) -> DictConfig:
     return DictConfig(content, flags={"struct": True})
 
 
-def _named(values: Any, section: type[Any]) -> Any:
-    """Plain values of a section by the names of its fields."""
-    if not isinstance(values, Mapping):
-        return values
-    hints, by_key = get_type_hints(section), {key_of(field): field.name for field in fields(section)}
-    named = {by_key.get(str(key), str(key)): value for key, value in values.items()}
-    return {name: _named(value, hints[name]) if is_dataclass(hints.get(name)) else value for name, value in named.items()}
+def _built(section: type[Any], values: Mapping[Any, Any]) -> Any:
+    """A section from its plain values by key."""
+    hints, content = get_type_hints(section), {}
+    for field in fields(section):
+        value = values[key_of(field)]
+        if is_dataclass(hints[field.name]):
+            value = _built(hints[field.name], value)
+        elif field.metadata.get("path") and value is not None:
+            value = os.path.expanduser(value)
+        content[field.name] = value
+    return section(**content)

@@ -122,6 +122,15 @@ def test_a_run_beside_its_plan(capsys, tmp_path):
     assert with_messages["end"] == pytest.approx(measured["end"])
 
 
+def test_a_run_of_a_sweep_has_an_equals_sign_in_its_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    a_run(tmp_path / "tiny-optim.lr=1")
+    for given in ("tiny-optim.lr=1", f"{tmp_path}/tiny-optim.lr=1"):
+        assert json.loads(printed(capsys, "schedule", given, "out=~/drawn.png", "--json"))["name"] == "1f1b"
+    assert (tmp_path / "drawn.png").exists()
+
+
 def test_the_commands_of_the_page_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = Path(__file__).parents[2] / "docs/design/pipeline.md"

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -42,15 +43,64 @@ def test_overrides_reach_the_trainer_as_they_were_typed():
     odd = ["run.name=it", "data.source=\"/a b/$HOME/'x'\"", "parallel.balance=[3,1]", 'launch.slurm.setup=["true # a; b"]']
     text = script_of(*odd)
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
-    call = text[text.index("exec ") : text.index("\n}\nexport")].replace("\\\n", " ")
-    words = shlex.split(call)
-    words = words[words.index("--job") + 2 :]
+    words = words_of(text)
     assert words[:-2] == odd
     assert words[-1] == "checkpoint.resume=true"
     assert compose(words).data.source == "/a b/$HOME/'x'"
 
 
-@pytest.mark.parametrize("override", ['launch.slurm.setup=["a\nb"]', 'run.name="x\nrm -rf y"', 'run.dir="x\ny"'])
+def words_of(text):
+    """The overrides that a script gives to the agents."""
+    call = text[text.index("exec ") : text.index("\n}\nexport")].replace("\\\n", " ")
+    words = shlex.split(call)
+    return words[words.index("--job") + 2 :]
+
+
+def test_text_reaches_the_trainer_whatever_else_it_looks_like():
+    odd = ["run.name=2024_01_01", "data.source=八卦炉/1e3", 'launch.slurm.setup=[true, 007, it\'s, "a, b"]', "data.cache=null"]
+    recipe = compose(words_of(script_of(*odd)))
+    assert (recipe.run.name, recipe.data.source, recipe.data.cache) == ("2024_01_01", "八卦炉/1e3", None)
+    assert recipe.launch.slurm.setup == ["true", "007", "it's", "a, b"]
+
+
+def test_a_time_in_a_value_is_that_of_the_submission_on_every_node(monkeypatch):
+    monkeypatch.setenv("WHERE", "here, or there")
+    typed = [
+        "run.name=${oc.env:WHERE}",
+        "run.seed=${train.steps}",
+        "data.cache=/${run.name}",
+        'launch.slurm.setup=["echo \\${HOME}"]',
+    ]
+    words = words_of(script_of(*typed, "run.dir=runs/${run.name}"))
+    monkeypatch.delenv("WHERE")
+    recipe = compose(words)
+    assert (recipe.run.name, recipe.run.seed, recipe.data.cache) == ("here, or there", 300, "/here, or there")
+    assert recipe.run.dir == str(Path.cwd() / "runs/here, or there")
+    assert recipe.launch.slurm.setup == ["echo ${HOME}"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "spelled"), [("50%", "50%%"), ("a%j", "a%%j"), ("%%", "%%%%"), ('a"b', 'a\\"b'), ("a b", "a b"), ("é#x", "é#x")]
+)
+def test_the_folder_of_the_log_is_no_pattern_of_slurms(tmp_path, folder, spelled):
+    """As a SLURM of version 22.05 reads it: it was seen to write each of these where it belongs."""
+    text = script_of(f"run.dir='{tmp_path}/{folder}'")
+    assert f'#SBATCH --output="{tmp_path}/{spelled}/logs/slurm-%j.log"\n' in text
+    assert compose(words_of(text)).run.dir == f"{tmp_path}/{folder}"
+
+
+def test_a_folder_that_slurm_cannot_name_a_log_in_is_refused(capsys):
+    assert cli.main(["slurm", "--print", "run.dir=a\\b"]) == 2
+    assert "holds a backslash" in capsys.readouterr().err
+
+
+def test_a_value_in_the_header_is_kept_together():
+    assert '\n#SBATCH --account="a b"\n' in script_of("launch.slurm.account=a b")
+
+
+@pytest.mark.parametrize(
+    "override", ['launch.slurm.setup=["a\nb"]', 'run.name="x\nrm -rf y"', 'run.dir="x\ny"', 'launch.slurm.account="x\ny"']
+)
 def test_a_line_break_cannot_smuggle_a_command_in(capsys, override):
     assert cli.main(["slurm", "--print", override]) == 2
     assert "must be one line" in capsys.readouterr().err

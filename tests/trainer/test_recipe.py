@@ -1,5 +1,7 @@
 """Composition: what the recipes say, and that whatever cannot be composed is refused in one line with the fix."""
 
+import pwd
+
 import pytest
 
 from bagualu.comm.errors import RecipeError
@@ -91,9 +93,11 @@ WRONG = [
     ("recipe=tinny", "did you mean recipe=tiny?"),
     ("recipe=gpt9", "bench_dense, bench_dense_124m"),
     ("model=nothing", "tiny_moe"),
-    ("optim.lr=1e-3,3e-4", "add -m"),
+    ("optim.lr=1e-3,3e-4", "optim.lr=1e-3,3e-4 gives several values; one run takes one value of each key; `bagualu train -m`"),
     ("train.steps", "give key=value"),
-    ("a=b=c,(", "give key=value"),
+    ("a=b=c,(", "unknown key a"),
+    ("optim.betas=[0.8,(", "give key=value"),
+    ("~model", "cannot remove"),
     ("run.name=${oops}", "oops"),
     ("train.steps=${run.name}", "Integer"),
     ("hydra.run.dir=x", "hydra.searchpath"),
@@ -162,3 +166,35 @@ def test_a_value_is_not_judged_by_what_was_given_before():
     """As in a sweep, or where one process composes several recipes."""
     for override in parse([f"parallel.balance={value}" for value in ("[3,5]", "{a:1}", "[3,5]", "measured")]):
         check_override(override)
+
+
+def test_the_home_directory_is_spelt_out_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = compose(["run.dir=~/run", "data.source='~/text'", "data.cache=~"])
+    assert (recipe.run.dir, recipe.data.source, recipe.data.cache) == (f"{tmp_path}/run", f"{tmp_path}/text", str(tmp_path))
+    assert load_recipe(save_recipe(recipe)) == recipe
+    assert compose(["run.name=~/x", "run.dir=runs/~/x"]).run.name == "~/x"
+    assert compose(["run.dir=runs/~/x"]).run.dir == "runs/~/x"
+    assert compose(["run.name=it", "run.dir=~/${run.name}"]).run.dir == f"{tmp_path}/it"
+    someone = pwd.getpwuid(0)
+    assert compose([f"run.dir=~{someone.pw_name}/run"]).run.dir == f"{someone.pw_dir}/run"
+    (tmp_path / "recipe").mkdir()
+    start = "# @package _global_\ndefaults:\n  - tiny\n  - _self_\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(start + "data: {cache: ~/cache}\n")
+    for searched in ("~", "file://~"):
+        assert compose([f"hydra.searchpath=[{searched}]", "recipe=mine"]).data.cache == f"{tmp_path}/cache"
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.source", "data.cache"])
+def test_a_home_directory_of_nobody_is_refused(key):
+    recipe = compose([f"{key}=~nobody_of_this_name/x"])
+    with pytest.raises(RecipeError, match=rf"{key}=./~nobody_of_this_name/x for a folder of that name"):
+        recipe.validate(4)
+
+
+def test_a_run_whose_recipe_names_its_home_directory_by_a_tilde_is_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = save_recipe(compose(["run.dir=~/run", "data.source=~/text"]))
+    path.write_text(path.read_text().replace(f"source: {tmp_path}", "source: ~"))
+    assert "source: ~/text" in path.read_text()
+    assert load_recipe(path).data.source == f"{tmp_path}/text"

@@ -1,8 +1,8 @@
 """The data as a recipe describes it. Free of torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from bagualu.comm.checks import require_at_least, require_at_most, require_text
+from bagualu.comm.checks import require_at_least, require_at_most, require_known_home, require_text
 from bagualu.comm.errors import RecipeError
 
 LARGEST = 2**24
@@ -13,7 +13,7 @@ LARGEST = 2**24
 class DataConfig:
     """`data.*` of a recipe."""
 
-    source: str = "stdlib"
+    source: str = field(default="stdlib", metadata={"path": True})
     """stdlib: the sources of Python's own standard library; random: uniform random tokens; else a text file or a folder of them."""
     sequence_length: int = 256
     """Tokens a sequence predicts; one more is read."""
@@ -21,11 +21,12 @@ class DataConfig:
     """Sequences per optimizer step, over all ranks."""
     validation_fraction: float = 0.05
     """Share of the files kept for validation, chosen by a hash of their path."""
-    cache: str | None = None
+    cache: str | None = field(default=None, metadata={"path": True})
     """Folder of prepared corpora; left out, $XDG_CACHE_HOME/bagualu or ~/.cache/bagualu."""
 
     def validate(self) -> None:
         require_text("data", self, source="stdlib")
+        require_known_home("data", self, "source", "cache")
         require_at_least(1, "data", self, "sequence_length", "global_batch")
         require_at_most(LARGEST, "data", self, "sequence_length", "global_batch")
         if not 0 < self.validation_fraction < 1:

@@ -83,7 +83,7 @@ def prepare(config: DataConfig, vocab: int) -> Corpus:
         problem = f"model.vocab={vocab} cannot hold every byte and the end of a file"
         raise RecipeError(f"{problem}; give model.vocab={SMALLEST_VOCAB} or more")
     files = find_files(config.source)
-    cache = Path(config.cache).expanduser() if config.cache else default_cache()
+    cache = Path(config.cache) if config.cache else default_cache()
     folder = cache / _key(config, vocab, files)
     try:
         corpus = _load(folder, vocab)

@@ -75,7 +75,7 @@ def require_files(source: str) -> None:
 
 
 def _given(source: str) -> Iterator[TextFile]:
-    root = Path(os.path.expanduser(source))
+    root = Path(source)
     if root.is_file():
         status = root.stat()
         if status.st_size:

@@ -1,0 +1,203 @@
+"""The text of an override made ready for Hydra's grammar, which reads 2024_01 as a number and no letters outside ASCII.
+
+A value of a text key goes into quotes, so that it stays as typed. Lists, dictionaries, several values and Hydra's functions keep
+their meaning: `[` or `{` opens a list or a dictionary where a value begins, a comma ends a value, quotes hold one together. Free of
+torch.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+
+class Kind(Enum):
+    """What a key takes, as far as the way matters in which its values are typed."""
+
+    TEXT = "text"
+    OPTIONAL_TEXT = "text or null"
+    OTHER = "numbers, switches and whatever else looks like what it is"
+
+
+KindOf = Callable[[str], Kind]
+"""From a key, e.g. "run.name", to the kind of its values, or of its items where it takes a list."""
+
+_CALL = re.compile(r"(int|float|str|bool|json_str|choice|range|interval|glob|sort|shuffle|tag)\s*\(")
+_HOLDS_VALUES = ("choice", "sort", "shuffle", "str")
+"""Functions whose arguments are values of the key."""
+_NAMED = re.compile(r"[A-Za-z_]\w*=")
+_QUOTED = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')""", re.DOTALL)
+_ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
+_READABLE = re.compile(r"[A-Za-z0-9_+.\-/\\$%*@?|: \t]*")
+"""What Hydra's grammar takes without quotes."""
+_KEY = re.compile(r"\s*([^\s:,{}\[\]\"']+)\s*:")
+_OPENING = {"]": "[", "}": "{", ")": "("}
+
+
+def quoted(text: str) -> str:
+    """`text` as a value in Hydra's grammar that is read back as this very text, interpolations in it included."""
+    return _in_quotes(escaped(text))
+
+
+def typed(value: Any) -> str:
+    """Any plain value as one may type it, and as it is read back."""
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, list):
+        return "[" + ",".join(map(typed, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {typed(inner)}" for key, inner in value.items()) + "}"
+    return "null" if value is None else str(value).lower()
+
+
+def _in_quotes(text: str) -> str:
+    return str(QuotedString(text, Quote.double).with_quotes())
+
+
+def escaped(text: str) -> str:
+    """`text` such that OmegaConf reads it as this very text, and ${...} in it as no interpolation."""
+    if "${" not in text:
+        return text
+    doubled = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
+    return re.sub(r"(\\+)$", lambda found: found[1] * 2, doubled)
+
+
+def spelled(override: str, kind_of: KindOf) -> str:
+    """`override` with its text values in quotes. Raises ValueError where its value has no end, or goes on after it."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return override
+    reader = _Reader(value, kind_of)
+    return key + equals + reader.values(key.lstrip("+"), "")
+
+
+@dataclass
+class _Reader:
+    """Goes through a value once, from left to right."""
+
+    text: str
+    kind_of: KindOf
+    at: int = 0
+
+    def values(self, key: str, closing: str) -> str:
+        """Values between commas up to `closing`, or to the end where that is empty; what closes them is read too."""
+        found: list[str] = []
+        while not self._at(closing):
+            found.append(self._value(key, closing))
+            self._go_on_after_value(closing)
+        if self.text[: self.at].rstrip(" \t").endswith(","):
+            raise ValueError(f"{self.text[: self.at]} ends in a comma")
+        self.at += 1
+        return ",".join(found) + closing
+
+    def _at(self, closing: str) -> bool:
+        """Whether `closing` follows, or the end where that is empty."""
+        self._skip_space()
+        return self.text[self.at : self.at + 1] == closing
+
+    def _go_on_after_value(self, closing: str) -> None:
+        """To the next value, or to `closing`."""
+        self._skip_space()
+        following = self.text[self.at : self.at + 1]
+        if following == ",":
+            self.at += 1
+        elif following != closing:
+            raise ValueError(f"{self.text[: self.at]} does not end here")
+
+    def _skip_space(self) -> None:
+        while self.text[self.at : self.at + 1] in (" ", "\t"):
+            self.at += 1
+
+    def _value(self, key: str, closing: str) -> str:
+        self._skip_space()
+        rest = self.text[self.at : self.at + 1]
+        if rest and rest in "\"'":
+            return self._quoted()
+        if rest == "[":
+            self.at += 1
+            return "[" + self.values(key, "]")
+        if rest == "{":
+            self.at += 1
+            return "{" + self._entries(key)
+        if (call := _CALL.match(self.text, self.at)) and self._closes(call.end()):
+            return self._call(key, call)
+        return self._plain(key, closing)
+
+    def _quoted(self) -> str:
+        found = _QUOTED.match(self.text, self.at)
+        if found is None:
+            raise ValueError(f"{self.text[self.at :]} has no closing quote")
+        self.at = found.end()
+        return found[1]
+
+    def _entries(self, key: str) -> str:
+        """Those of a dictionary, with the brace that closes it."""
+        entries: list[str] = []
+        self._skip_space()
+        while self.text[self.at : self.at + 1] != "}":
+            found = _KEY.match(self.text, self.at)
+            if found is None:
+                raise ValueError(f"{self.text[self.at :]} is no entry of a dictionary")
+            self.at = found.end()
+            entries.append(f"{found[1]}: " + self._value(f"{key}.{found[1]}", "}"))
+            self._go_on_after_value("}")
+            self._skip_space()
+        self.at += 1
+        return ", ".join(entries) + "}"
+
+    def _closes(self, at: int) -> bool:
+        """Whether the parenthesis before `at` is closed, and ends a value."""
+        depth = 1
+        while at < len(self.text) and depth:
+            if found := _QUOTED.match(self.text, at):
+                at = found.end()
+                continue
+            depth += {"(": 1, ")": -1}.get(self.text[at], 0)
+            at += 1
+        return not depth and re.match(r"\s*($|[,\])}])", self.text[at:]) is not None
+
+    def _call(self, key: str, call: re.Match[str]) -> str:
+        self.at = call.end()
+        inside = key if call[1] in _HOLDS_VALUES else ""
+        arguments: list[str] = []
+        while True:
+            self._skip_space()
+            if self.text[self.at : self.at + 1] == ")":
+                break
+            name = _NAMED.match(self.text, self.at)
+            if name:
+                self.at = name.end()
+            argument = self._value("" if name and name[0] not in ("list=", "sweep=") else inside, ")")
+            arguments.append((name[0] if name else "") + argument)
+            self._go_on_after_value(")")
+        self.at += 1
+        return f"{call[1]}({','.join(arguments)})"
+
+    def _plain(self, key: str, closing: str) -> str:
+        """A value without quotes, up to a comma or to what closes the list it is in; a pair of brackets in it is part of it."""
+        start, depth = self.at, 0
+        while self.at < len(self.text) and (depth or self.text[self.at] not in ("," + closing)):
+            if self.text.startswith("${", self.at):
+                self._skip_interpolation()
+                continue
+            if closing:
+                depth += {_OPENING[closing]: 1, closing: -1}.get(self.text[self.at], 0)
+            self.at += 2 if _ESCAPED.match(self.text, self.at) else 1
+        typed = self.text[start : self.at].rstrip(" \t")
+        kind = self.kind_of(key) if key else Kind.OTHER
+        if not typed or (kind is Kind.OPTIONAL_TEXT and typed.lower() == "null"):
+            return typed
+        if kind is Kind.OTHER and ("${" in typed or _READABLE.fullmatch(typed)):
+            return typed
+        return _in_quotes(_ESCAPED.sub(r"\1", typed))
+
+    def _skip_interpolation(self) -> None:
+        depth = 0
+        while self.at < len(self.text):
+            depth += {"{": 1, "}": -1}.get(self.text[self.at], 0)
+            self.at += 1
+            if self.text[self.at - 1] == "}" and not depth:
+                return
