@@ -25,7 +25,7 @@ def _answered(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
     """Exit code, and the document for --json, whatever is wrong with the words or the storage."""
     # All that is Bagualu's is imported in here, so that a Ctrl-C before it is there has its line too.
     from bagualu.comm.errors import RecipeError
-    from bagualu.trainer.outcome import FAILED, REFUSED
+    from bagualu.trainer.outcome import FAILED, REFUSED, os_error
 
     try:
         return _run(words, entrypoint)
@@ -33,9 +33,8 @@ def _answered(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
         print(f"bagualu: error: {error}", file=sys.stderr)
         return REFUSED, {"ended": "refused", "error": str(error)}
     except OSError as error:
-        what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        print(f"bagualu: failed: {what}; see whether there is room and whether it can be written", file=sys.stderr)
-        return FAILED, {"ended": "failed", "cause": what}
+        print(f"bagualu: failed: {os_error(error)}", file=sys.stderr)
+        return FAILED, {"ended": "failed", "cause": os_error(error)}
 
 
 def _run(words: list[str], entrypoint: str | None) -> tuple[int, Any]:

@@ -78,7 +78,8 @@ def _failed(failure: Failure, recipe: Recipe, begun: bool) -> tuple[int, dict[st
         print("\x1b[?25h", file=sys.stderr)  # off the line of a bar that was cut short, with the cursor it had hidden
     print(last_words(failure, _advice(recipe, failure, begun)), file=sys.stderr, flush=True)
     ended = {"recipe": "refused", "stopped": "stopped"}.get(failure.kind, "failed")
-    return failure.exit_code, {"ended": ended, **failure.as_dict()}
+    refusal = {"error": failure.cause} if ended == "refused" else {}
+    return failure.exit_code, {"ended": ended, **failure.as_dict(), **refusal}
 
 
 def _advice(recipe: Recipe, failure: Failure, begun: bool) -> str:

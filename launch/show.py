@@ -10,7 +10,7 @@ from bagualu.trainer.recipe import as_dict, compose, resolved_yaml
 
 def show_recipe(request: Request) -> tuple[int, Any]:
     """Print the recipe, or those of a sweep one after the other; the exit code and the document for --json."""
-    recipes = [recipe for _, recipe in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
+    recipes = [job.recipe for job in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
     if not request.json:
         print("---\n".join(map(resolved_yaml, recipes)), end="")
     documents = [as_dict(recipe) for recipe in recipes]

@@ -1,36 +1,89 @@
 """`-m`: one recipe for every combination of the values given, each with a run directory of its own. Free of torch."""
 
+import hashlib
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.config import Recipe
+from bagualu.trainer.override_text import quoted
 from bagualu.trainer.recipe import compose, parse
 
+_LONGEST_NAME = 200
+"""Bytes of what a folder's name gets from the values of its job; a file system takes 255 in all."""
 
-def jobs(overrides: Sequence[str]) -> list[tuple[list[str], Recipe]]:
-    """Overrides and recipe of every job, in Hydra's order. Raises RecipeError before the first one runs."""
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    overrides: list[str]
+    """Those that make its recipe, run.dir included."""
+    recipe: Recipe
+
+
+def jobs(overrides: Sequence[str]) -> list[Job]:
+    """The jobs of a sweep; of the keys with several values the last one changes fastest. Raises RecipeError before any runs."""
     parsed = parse(overrides)
-    swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
+    values = {override.get_key_element(): _values(override) for override in parsed}
+    swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
     if not swept:
         raise RecipeError("-m was given but no key has several values; give e.g. optim.lr=1e-3,3e-4")
-    (batch,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    found: dict[str, tuple[list[str], Recipe]] = {}
-    for job in batch:
-        recipe = compose(job)
-        values = [text for text in job if text.lstrip("+").split("=", 1)[0] in swept]
-        if "run.dir" not in swept:
-            recipe.run.dir += "-" + ",".join(re.sub(r"[^A-Za-z0-9._=-]+", "_", value) for value in values)
+    named = not swept & {"run.dir", "++run.dir"}
+    found: dict[str, Job] = {}
+    for combination in itertools.product(*map(_distinct, values.values())):
+        own = [text for key, text in zip(values, combination, strict=True) if key in swept]
+        recipe = compose(combination)
+        if named:
+            recipe.run.dir = _free(recipe.run.dir, own, found)
         if recipe.run.dir in found:
-            raise RecipeError(f"two jobs of the sweep, {' '.join(values)} and another, share {recipe.run.dir}; "
-                              f"leave run.dir out of the sweep")  # fmt: skip
-        found[recipe.run.dir] = ([*(text for text in job if not text.startswith("run.dir=")),
-                                  f"run.dir={_quoted(recipe.run.dir)}"], recipe)  # fmt: skip
+            raise RecipeError(f"two jobs of the sweep share {recipe.run.dir}; leave run.dir out of the sweep")
+        others = [text for text in combination if not text.startswith("run.dir=")]
+        found[recipe.run.dir] = Job([*others, f"run.dir={_spelt(recipe.run.dir)}"], recipe)
     return list(found.values())
 
 
-def _quoted(text: str) -> str:
+def _values(override: Override) -> list[str]:
+    """The overrides that one stands for. Raises RecipeError."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if override.value_type in (ValueType.GLOB_CHOICE_SWEEP, ValueType.INTERVAL_SWEEP):
+        raise RecipeError(f"{override.input_line} does not list its values; give them, e.g. optim.lr=1e-3,3e-4")
+    try:
+        values = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    except (HydraException, ValueError) as error:
+        raise RecipeError(f"{override.input_line} cannot be listed ({error}); give the values, e.g. optim.lr=1e-3,3e-4") from error
+    if not values:
+        raise RecipeError(f"{override.input_line} stands for no value; give at least one, e.g. train.steps=range(100,300,100)")
+    return values
+
+
+def _distinct(values: list[str]) -> list[str]:
+    for value in values:
+        if values.count(value) > 1 and not value.startswith("run.dir="):
+            raise RecipeError(f"the sweep has {value} twice; give each value once")
+    return values
+
+
+def _free(folder: str, own: list[str], taken: Container[str]) -> str:
+    """`folder` with a name made from the values of a job, one that is not taken if its values are its own."""
+    plain = ",".join(re.sub(r"[^\w.=-]+", "_", _without_quotes(text)) for text in own)
+    short = plain.encode()[: _LONGEST_NAME // 2].decode(errors="ignore")
+    distinct = f"{folder}-{short}-{hashlib.blake2b(repr(own).encode(), digest_size=4).hexdigest()}"
+    return distinct if len(plain.encode()) > _LONGEST_NAME or f"{folder}-{plain}" in taken else f"{folder}-{plain}"
+
+
+def _without_quotes(text: str) -> str:
+    (override,) = parse([text])
+    value = override.value()
+    return f"{override.get_key_element()}={value}" if isinstance(value, str) else text
+
+
+def _spelt(text: str) -> str:
     """A value as Hydra's grammar takes it."""
-    return text if re.fullmatch(r"[A-Za-z0-9._/-]+", text) else f'"{text}"'
+    return text if re.fullmatch(r"[\w./=@:+%-]+", text) else quoted(text)

@@ -7,34 +7,41 @@ from typing import Any
 from bagualu.fault_tolerance import run_lock
 from bagualu.launch import storage
 from bagualu.launch.run import run
+from bagualu.launch.series import Series
 from bagualu.launch.sweep import jobs
 from bagualu.launch.usage import Request
 from bagualu.trainer import preflight
 from bagualu.trainer.config import Recipe
-from bagualu.trainer.outcome import DONE
 from bagualu.trainer.recipe import compose, save_recipe
 from bagualu.trainer.stopping import StopRequest
 
 
 def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
-    """Train, or run every job of a sweep until one does not finish; exit code and the document for --json."""
-    todo = jobs(request.overrides) if request.multirun else [(request.overrides, compose(request.overrides))]
-    for _, recipe in todo:
-        preflight.workers_per_node(recipe)
-        preflight.check(recipe, recipe.world_size())
-        preflight.check_machine(recipe)
-        storage.check(recipe)
-    code, documents, stop = DONE, [], StopRequest()
-    for overrides, recipe in todo:
+    """Train, or run every job of a sweep; exit code and the document for --json."""
+    stop = StopRequest()
+
+    def one(recipe: Recipe, overrides: list[str]) -> tuple[int, dict[str, Any]]:
         with run_lock.hold(Path(recipe.run.dir)):
             workers = preflight.workers_per_node(recipe)
             save_recipe(recipe)
             print(_beginning(recipe, workers), file=sys.stderr, flush=True)
-            code, document = run(recipe, workers, overrides, entrypoint, request.json, stop)
-        documents.append(document)
-        if code != DONE:
-            break
-    return code, documents if request.multirun else documents[0]
+            return run(recipe, workers, overrides, entrypoint, request.json, stop)
+
+    if not request.multirun:
+        recipe = compose(request.overrides, "add -m to run them one after the other")
+        _check(recipe)
+        storage.check(recipe)
+        return one(recipe, request.overrides)
+    series = Series(jobs(request.overrides), stop)
+    for job in series.jobs:  # what is wrong with a recipe is wrong before the first one runs
+        _check(job.recipe)
+    return series.run(one)
+
+
+def _check(recipe: Recipe) -> None:
+    preflight.workers_per_node(recipe)
+    preflight.check(recipe, recipe.world_size())
+    preflight.check_machine(recipe)
 
 
 def _beginning(recipe: Recipe, workers: int) -> str:

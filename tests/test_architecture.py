@@ -212,7 +212,7 @@ def test_the_commands_of_the_readme_are_valid(command, tmp_path, monkeypatch):
         of_a_run = request.overrides[0].startswith("runs/")  # tests/launch/test_schedule.py draws one
         assert of_a_run or schedule(request)[0] == 0
         return None
-    recipes = [recipe for _, recipe in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
+    recipes = [job.recipe for job in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
     for recipe in recipes:
         preflight.check(recipe, recipe.world_size())
     return None

@@ -19,6 +19,10 @@ LOOPED = 76
 """A crash loop: the same step failed again and again; starting the same command again will not help."""
 
 
+INTERRUPTED = 130
+"""What a shell makes of a command that Ctrl-C has ended before anything was begun."""
+
+
 class FinalError(RuntimeError):
     """A failure that would only happen again: workers are not started anew after it."""
 
@@ -97,6 +101,12 @@ def at_fault(failure: Failure, unwatched: bool) -> Failure:
         return replace(failure, rank=-1, cause=f"{noticed}; {who}")
     found = failure.missing
     return Failure(found["rank"], found["phase"], f"{found['why']}; {noticed}", failure.time, "hung", found["step"])
+
+
+def os_error(error: OSError) -> str:
+    """What the operating system refused and of which file, with what to look at."""
+    file = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{file}; see whether there is room and whether it can be written"
 
 
 _WHAT_NEXT = {

@@ -217,14 +217,28 @@ def test_simulated_ranks_are_threads_of_one_process_and_stop_as_workers_do(start
     assert code == 75, err
 
 
-def test_a_sweep_runs_its_jobs_one_after_the_other(start):
-    run = start("comm.backend=simulated", "-m", "--json", "train.steps=2,3")
+def test_a_sweep_runs_its_jobs_one_after_the_other_whatever_fails(start):
+    run = start("comm.backend=simulated", "-m", "--json", "train.steps=2,4", "run.name=raise3,it", "restart.limit=0")
     code, out, err = run.end()
-    assert code == 0, err
-    assert [(one["step"], one["run_dir"]) for one in json.loads(out)] == [
-        (2, f"{run.folder}-train.steps=2"),
-        (3, f"{run.folder}-train.steps=3"),
+    assert code == 1, err
+    documents = json.loads(out)
+    assert [document["run_dir"] for document in documents] == [
+        f"{run.folder}-train.steps={steps},run.name={name}" for steps in (2, 4) for name in ("raise3", "it")
     ]
+    assert [document["ended"] for document in documents] == ["done", "done", "failed", "done"]
+    assert (documents[2]["rank"], documents[2]["step"], documents[3]["step"]) == (3, 3, 4)
+    assert "bagualu: sweep: 3 of 4 jobs done; the same command with checkpoint.resume=true repeats only what is not done" in err
+
+
+def test_a_sweep_that_is_asked_to_stop_begins_no_other_job(start):
+    run = start("-m", "--json", "run.seed=1,2", "launch.workers=2", "parallel.pipeline=1")
+    first = run.folder.parent / "run-run.seed=1"
+    run.until(lambda: (first / "metrics.jsonl").exists())
+    run.interrupt()
+    code, out, err = run.end()
+    assert code == 75, err
+    assert [document["ended"] for document in json.loads(out)] == ["stopped", "not begun"]
+    assert err.splitlines()[-1] == f"  not begun: {run.folder}-run.seed=2"
 
 
 def test_a_failing_thread_is_named(start):
