@@ -34,6 +34,8 @@ def checkpoint(request: Request) -> tuple[int, Any]:
             "e.g. bagualu checkpoint list runs/tiny"
         )
     what, given = request.overrides
+    if given.startswith("run.dir=") and not Path(given).exists():
+        given = given.removeprefix("run.dir=")
     paths, aside = _find(Path(given))
     rows = [_row(path, everything=what == "verify") for path in paths]
     if not request.json:

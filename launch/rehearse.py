@@ -20,7 +20,7 @@ from bagualu.fault_tolerance.injection.report import NO_EFFECT, SURVIVED, UNNOTI
 from bagualu.fault_tolerance.ledger.events import read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute, current
 from bagualu.launch.run import run
-from bagualu.launch.usage import Request
+from bagualu.launch.usage import SEVERAL, Request
 from bagualu.trainer import preflight
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, FAILED, STOPPED
@@ -34,8 +34,10 @@ _NUMBERS = ("step", "recovery", "steps lost")
 
 def rehearse(request: Request, entrypoint: str | None) -> tuple[int, Any]:
     """Rehearse; exit code (0 only when everything was survived as promised) and the document for --json."""
-    recipe = compose(request.overrides)
+    recipe = compose(request.overrides, SEVERAL[request.verb])
     recipe.run.validate()  # before its folder is made up
+    if recipe.launch.nodes > 1:
+        raise RecipeError(f"launch.nodes={recipe.launch.nodes}: a rehearsal runs on this machine only; give launch.nodes=1")
     workers = preflight.workers_per_node(recipe)
     faults = [str(fault) for fault in recipe.planned_faults(workers)]
     if not faults:

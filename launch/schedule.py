@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
-from bagualu.launch.usage import Request
+from bagualu.launch.usage import SCHEDULE_KEYS, SEVERAL, Request
 from bagualu.parallel.pipeline.check import check
 from bagualu.parallel.pipeline.draw import draw
 from bagualu.parallel.pipeline.formula import Size
@@ -24,7 +24,7 @@ from bagualu.parallel.pipeline.timeline import Time, Timeline, per_kind, simulat
 from bagualu.trainer.outcome import DONE
 
 _EXAMPLE = "e.g. bagualu schedule name=zb_v stages=4 micro_batches=8"
-_KEYS = ("name", "stages", "micro_batches", "chunks", "forward", "input", "weight", "message", "out")
+_IN_A_RECIPE = {"parallel.schedule": "name", "parallel.pipeline": "stages", "parallel.virtual_stages": "chunks"}
 _PICTURES = (".svg", ".png")
 _COLUMNS = 240
 """The widest picture in letters where the output is no terminal."""
@@ -68,11 +68,11 @@ def _read(words: list[str]) -> dict[str, str]:
     given: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or (key not in _KEYS and ("/" in key or Path(word).is_dir())):  # a run of a sweep has = in its name
+        if not equals or (key not in SCHEDULE_KEYS and ("/" in key or Path(word).is_dir())):  # a run of a sweep has = in its name
             key, value = "run", word
-        elif key not in _KEYS:
-            near = get_close_matches(key, _KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_KEYS)}"
+        elif key not in SCHEDULE_KEYS:
+            near = [_IN_A_RECIPE[key]] if key in _IN_A_RECIPE else get_close_matches(key, SCHEDULE_KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SCHEDULE_KEYS)}"
             raise RecipeError(f"schedule has no key {key}; {hint}")
         if key in given:
             raise RecipeError(f"{word} is the second {key}; give one")
@@ -119,6 +119,8 @@ def _build(name: str, ranks: int, micro_batches: int, chunks: int | None) -> Sch
 
 
 def _count(given: dict[str, str], key: str) -> int:
+    if "," in given[key]:
+        raise RecipeError(f"{key}={given[key]} gives several values; {SEVERAL['schedule']}, e.g. {key}={given[key].split(',')[0]}")
     if not given[key].isdecimal() or int(given[key]) < 1:
         raise RecipeError(f"{key}={given[key]} must be a whole number of at least 1, e.g. {key}=4")
     return int(given[key])

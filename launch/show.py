@@ -3,14 +3,15 @@
 from typing import Any
 
 from bagualu.launch.sweep import jobs
-from bagualu.launch.usage import Request
+from bagualu.launch.usage import SEVERAL, Request
 from bagualu.trainer.outcome import DONE
 from bagualu.trainer.recipe import as_dict, compose, resolved_yaml
 
 
 def show_recipe(request: Request) -> tuple[int, Any]:
     """Print the recipe, or those of a sweep one after the other; the exit code and the document for --json."""
-    recipes = [job.recipe for job in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
+    several = SEVERAL[request.verb]
+    recipes = [job.recipe for job in jobs(request.overrides)] if request.multirun else [compose(request.overrides, several)]
     if not request.json:
         print("---\n".join(map(resolved_yaml, recipes)), end="")
     documents = [as_dict(recipe) for recipe in recipes]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
-from bagualu.launch.usage import Request
+from bagualu.launch.usage import SEVERAL, Request
 from bagualu.trainer import preflight
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, FAILED
@@ -24,7 +24,7 @@ _PORT = 29400
 
 def slurm(request: Request) -> tuple[int, Any]:
     """Write the script of a recipe and submit it; exit code and the document for --json."""
-    recipe = compose(request.overrides)
+    recipe = compose(request.overrides, SEVERAL[request.verb])
     _check(recipe)
     text = script(recipe, request.overrides)
     if request.print_script:

@@ -9,7 +9,7 @@ from bagualu.launch import storage
 from bagualu.launch.run import run
 from bagualu.launch.series import Series
 from bagualu.launch.sweep import jobs
-from bagualu.launch.usage import Request
+from bagualu.launch.usage import SEVERAL, Request
 from bagualu.trainer import preflight
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.recipe import compose, save_recipe
@@ -28,7 +28,7 @@ def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
             return run(recipe, workers, overrides, entrypoint, request.json, stop)
 
     if not request.multirun:
-        recipe = compose(request.overrides, "add -m to run them one after the other")
+        recipe = compose(request.overrides, SEVERAL[request.verb])
         _check(recipe)
         storage.check(recipe)
         return one(recipe, request.overrides)

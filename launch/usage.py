@@ -1,5 +1,6 @@
 """The help pages, and the command line without its overrides. Free of torch and of Hydra, so that help comes at once."""
 
+import shlex
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib.resources import files
@@ -56,7 +57,8 @@ keys (all of them: --cfg job):
 options:
   --cfg job   print the resolved recipe and do nothing
   --json      print one JSON document on stdout, all else on stderr
-  -m          several values (optim.lr=1e-3,3e-4): one run after the other, each with its own run.dir
+  -m          several values (optim.lr=1e-3,3e-4): one run after the other, each with its own run.dir, whatever fails;
+              with checkpoint.resume=true only what is not done
   -h, --help  this page"""
 
 _SLURM = """\
@@ -133,6 +135,17 @@ options:
   -h, --help  this page"""
 
 
+SCHEDULE_KEYS = ("name", "stages", "micro_batches", "chunks", "forward", "input", "weight", "message", "out")
+SEVERAL = {
+    "train": "add -m to run them one after the other",
+    "slurm": "one job takes one value of each key; submit a job for each, or run one after the other here with `bagualu train -m`",
+    "rehearse": "one rehearsal takes one value of each key; rehearse each value by itself",
+    "checkpoint": "`bagualu checkpoint` looks at one run; give each by itself",
+    "schedule": "one schedule takes one value of each key; draw each by itself",
+}
+"""What to do about several values of a key."""
+
+
 @dataclass
 class Request:
     """A command line, taken apart."""
@@ -147,38 +160,84 @@ class Request:
     compare: bool = True
 
 
+_LONG = {"-h": "--help", "-m": "--multirun", "-c": "--cfg"}
+_OPTIONS = {
+    "--help": tuple(VERBS),
+    "--json": tuple(VERBS),
+    "--multirun": ("train",),
+    "--print": ("slurm",),
+    "--no-compare": ("rehearse",),
+    "--cfg": ("train", "slurm", "rehearse"),
+}
+"""Every option, and the verbs that have it."""
+_SETS = {
+    "--help": ("help", True), "--json": ("json", True), "--multirun": ("multirun", True), "--print": ("print_script", True),
+    "--no-compare": ("compare", False), "--cfg": ("print_recipe", True),
+}  # fmt: skip
+"""What each sets in a request."""
+
+
 def read(arguments: list[str]) -> Request:
     """Take a command line apart. Raises RecipeError for what is neither verb, option nor override."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return Request("", help=True)
     verb = arguments[0]
     if verb not in VERBS:
-        near = get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean bagualu {near[0]}?" if near else f"there are {', '.join(VERBS)}"
-        raise RecipeError(f"unknown verb {verb}; {hint} (bagualu --help)")
+        raise RecipeError(f"unknown verb {verb}; {_instead_of_verb(arguments)} (bagualu --help)")
     request, rest = Request(verb), arguments[1:]
     while rest:
-        word = rest.pop(0)
-        if word in ("-h", "--help"):
-            request.help = True
-        elif word == "--json":
-            request.json = True
-        elif word in ("-m", "--multirun") and verb == "train":
-            request.multirun = True
-        elif word == "--print" and verb == "slurm":
-            request.print_script = True
-        elif word == "--no-compare" and verb == "rehearse":
-            request.compare = False
-        elif verb != "schedule" and (word == "--cfg=job" or (word in ("-c", "--cfg") and rest[:1] == ["job"])):
-            request.print_recipe = True
-            del rest[: word != "--cfg=job"]
-        elif verb != "schedule" and word in ("-c", "--cfg"):
-            raise RecipeError(f"{word} takes the word job: bagualu {verb} --cfg job")
-        elif word.startswith("-"):
-            raise RecipeError(f"unknown option {word}; see bagualu {verb} --help")
-        else:
-            request.overrides.append(word)
+        argument = rest.pop(0)
+        option = argument.removesuffix("=job") if argument.startswith("--cfg=") else argument
+        if not option.startswith("-"):
+            request.overrides.append(option)
+            continue
+        name = _LONG.get(option, option)
+        if verb not in _OPTIONS.get(name, ()):
+            raise RecipeError(unknown_option(option, verb))
+        if name == "--cfg" and option == argument and rest[:1] != ["job"]:
+            raise RecipeError(f"{option} takes the word job: bagualu {verb} --cfg job")
+        if name == "--cfg" and option == argument:
+            rest.pop(0)
+        setattr(request, *_SETS[name])
     return request
+
+
+def _instead_of_verb(arguments: list[str]) -> str:
+    verb, known = arguments[0], f"there are {', '.join(VERBS)}"
+    if near := get_close_matches(verb, VERBS, n=1):
+        return f"did you mean bagualu {near[0]}?"
+    if verb.startswith("-") or "=" in verb:
+        return f"a verb comes first, e.g. bagualu train {shlex.join(arguments)}; {known}"
+    return known
+
+
+def unknown_option(option: str, verb: str) -> str:
+    """What is wrong with an option that `bagualu VERB` does not take so, and what to type."""
+    given, equals, value = option.partition("=")
+    name, unknown, see = _LONG.get(given, given), f"unknown option {option}", f"see bagualu {verb} --help"
+    if verb in _OPTIONS.get(name, ()):
+        return f"{option}: give --cfg job" if name == "--cfg" else f"{given} takes no value; give {given}"
+    if name == "--multirun":
+        return f"{unknown}: {SEVERAL[verb]}"
+    if name in _OPTIONS:
+        return f"{unknown}: it is an option of {', '.join(f'bagualu {other}' for other in _OPTIONS[name])}; {see}"
+    if key := _meant_key(given.lstrip("-"), verb):
+        return f"{unknown}: keys have no dashes, give {key}={value if equals else 'VALUE'}; {see}"
+    own = [known for known in _OPTIONS if verb in _OPTIONS[known]]
+    near = get_close_matches(given, own, n=1, cutoff=0.75)
+    return f"{unknown}; did you mean {near[0]}?" if near else f"{unknown}; {see}"
+
+
+def _meant_key(name: str, verb: str) -> str | None:
+    """The key that somebody has given as an option."""
+    if verb == "schedule":
+        return name if name in SCHEDULE_KEYS else None
+    if verb == "checkpoint":
+        return None
+    from bagualu.trainer.recipe_keys import keys  # Hydra's library
+
+    known = list(keys())
+    return name if name in known else next((key for key in known if key.rsplit(".", 1)[-1] == name.replace("-", "_")), None)
 
 
 def page(verb: str) -> str:

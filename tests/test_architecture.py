@@ -37,6 +37,7 @@ DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from
     },
     "launch/rehearse.py": {"bagualu.fault_tolerance.checkpoint.compare"},
     "launch/schedule.py": {"bagualu.parallel.pipeline.picture", "bagualu.trainer.recipe"},  # matplotlib; Hydra
+    "launch/usage.py": {"bagualu.trainer.recipe_keys"},  # Hydra
     "launch/run.py": {"bagualu.launch", "bagualu.trainer.progress"},
     "trainer/__main__.py": {"torch", "bagualu.trainer.worker"},
     "trainer/data/corpus.py": {"bagualu.trainer.data.build"},  # the library `datasets`, for a corpus that is not cached yet

@@ -40,6 +40,8 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
         return REFUSED
     local_workers = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     try:
+        if options := [text for text in overrides if text.startswith("-")]:
+            raise RecipeError(f"unknown option {options[0]}: a worker takes key=value only; see bagualu train --help")
         recipe = compose(overrides)
         preflight.check(recipe, world.size)
         if recipe.comm.backend == "simulated":

@@ -174,7 +174,7 @@ def test_the_last_step_counts(capsys, tmp_path):
         ([*ZB_V[1:], "out=/no/such/folder/a.svg"], "/no/such/folder does not exist; make it, or give out=a.svg"),
         (["/no/such/run"], "/no/such/run/config.yaml does not exist; give the directory of a run"),
         (["runs/tiny", "name=zb_v"], "name=zb_v does not go with a run directory"),
-        ([*ZB_V[1:], "--cfg", "job"], "unknown option --cfg; see bagualu schedule --help"),
+        ([*ZB_V[1:], "--cfg", "job"], "unknown option --cfg: it is an option of bagualu train, bagualu slurm, bagualu rehearse"),
     ],
 )
 def test_wrong_input_is_one_line_with_the_fix_and_exit_code_2(capsys, words, fix):
