@@ -13,7 +13,7 @@ from bagualu.launch.usage import SEVERAL, Request
 from bagualu.trainer import preflight
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, FAILED
-from bagualu.trainer.override_text import quoted, typed
+from bagualu.trainer.override_text import typed
 from bagualu.trainer.recipe import as_dict, compose
 from bagualu.trainer.recipe_keys import keys
 
@@ -74,7 +74,7 @@ def script(recipe: Recipe, overrides: list[str]) -> str:
     """The batch script. It resumes by itself: the first start finds nothing to resume and begins at the beginning."""
     folder = Path(recipe.run.dir).absolute()
     own = [text for text in overrides if not re.match(r"(checkpoint\.resume|run\.dir)=", text)]
-    words = [*(_settled(text, recipe) for text in own), f"run.dir={quoted(str(folder))}", "checkpoint.resume=true"]
+    words = [*(_settled(text, recipe) for text in own), f"run.dir={typed(str(folder))}", "checkpoint.resume=true"]
     return _SCRIPT.format(
         name=recipe.run.name,
         command=shlex.join(["bagualu", "slurm", *overrides]).replace("\n", " "),

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.config import Recipe
-from bagualu.trainer.override_text import quoted
+from bagualu.trainer.override_text import typed
 from bagualu.trainer.recipe import compose, parse
 
 _LONGEST_NAME = 200
@@ -44,7 +44,7 @@ def jobs(overrides: Sequence[str]) -> list[Job]:
         if recipe.run.dir in found:
             raise RecipeError(f"two jobs of the sweep share {recipe.run.dir}; leave run.dir out of the sweep")
         others = [text for text in combination if not text.startswith("run.dir=")]
-        found[recipe.run.dir] = Job([*others, f"run.dir={_spelt(recipe.run.dir)}"], recipe)
+        found[recipe.run.dir] = Job([*others, f"run.dir={typed(recipe.run.dir)}"], recipe)
     return list(found.values())
 
 
@@ -82,8 +82,3 @@ def _without_quotes(text: str) -> str:
     (override,) = parse([text])
     value = override.value()
     return f"{override.get_key_element()}={value}" if isinstance(value, str) else text
-
-
-def _spelt(text: str) -> str:
-    """A value as Hydra's grammar takes it."""
-    return text if re.fullmatch(r"[\w./=@:+%-]+", text) else quoted(text)

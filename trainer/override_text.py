@@ -33,6 +33,8 @@ _QUOTED = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')""", re.DOTALL)
 _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 _READABLE = re.compile(r"[A-Za-z0-9_+.\-/\\$%*@?|: \t]*")
 """What Hydra's grammar takes without quotes."""
+_SAFE = re.compile(r"[\w./=@:+%-]+")
+"""Text that is the same with quotes and without."""
 _KEY = re.compile(r"\s*([^\s:,{}\[\]\"']+)\s*:")
 _OPENING = {"]": "[", "}": "{", ")": "("}
 
@@ -43,9 +45,9 @@ def quoted(text: str) -> str:
 
 
 def typed(value: Any) -> str:
-    """Any plain value as one may type it, and as it is read back."""
+    """Any plain value as one may type it, and as it is read back; text in quotes only where it needs them."""
     if isinstance(value, str):
-        return quoted(value)
+        return value if _SAFE.fullmatch(value) and value.lower() != "null" else quoted(value)
     if isinstance(value, list):
         return "[" + ",".join(map(typed, value)) + "]"
     if isinstance(value, dict):

@@ -15,6 +15,7 @@ from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.trainer.begun import has_begun
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.sources import RANDOM, STDLIB, require_files
+from bagualu.trainer.override_text import typed
 from bagualu.trainer.recipe import RESOLVED, load_recipe
 
 _KEPT = (
@@ -91,7 +92,7 @@ def check_run_directory(recipe: Recipe) -> None:
         return  # nothing was done in it yet
     if not recipe.checkpoint.resume:
         raise RecipeError(f"{directory} already holds a run; go on with checkpoint.resume=true, or start anew with another "
-                          f"folder, e.g. run.dir={free(directory)}")  # fmt: skip
+                          f"folder, e.g. run.dir={typed(str(free(directory)))}")  # fmt: skip
     then = load_recipe(before) if before.exists() else recipe
     differences = _differences(then.model, recipe.model, "model")
     for section, key in _KEPT:
@@ -100,8 +101,8 @@ def check_run_directory(recipe: Recipe) -> None:
             differences[f"{section}.{key}"] = (was, now)
     for key, (was, now) in differences.items():
         kind = "model" if key.startswith("model.") else "run"
-        raise RecipeError(f"{directory} holds a run of another {kind}: {key}={_shown(was)} there, {key}={_shown(now)} here; "
-                          f"give {key}={_shown(was)} or another run.dir")  # fmt: skip
+        raise RecipeError(f"{directory} holds a run of another {kind}: {key}={typed(was)} there, {key}={typed(now)} here; "
+                          f"give {key}={typed(was)} or another run.dir")  # fmt: skip
     done = (step_of(newest) if newest else None) or 0
     if recipe.train.steps < done:
         raise RecipeError(f"train.steps={recipe.train.steps}, but the run in {directory} has done {done} steps; give more, e.g. "
@@ -159,7 +160,3 @@ def _differences(before: Any, now: Any, prefix: str) -> dict[str, tuple[Any, Any
         elif pair[0] != pair[1]:
             found[key] = pair
     return found
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

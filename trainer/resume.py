@@ -9,12 +9,10 @@ retention would have to know of it. `mv` undoes it.
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -30,7 +28,6 @@ from bagualu.fault_tolerance.checkpoint.fence import EPOCH
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError, step_of
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint
 from bagualu.trainer.assemble import Parts
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import FinalError
 from bagualu.trainer.state import checkpoints_of, take_state
 
@@ -97,7 +94,7 @@ def resume(parts: Parts, others: Sequence[Candidate] = (), stop: Callable[[], bo
     """Take the newest whole state where the recipe asks to resume and there is one. Collective.
 
     `others` are candidates beside the checkpoints of the run directory; of two of the same step they are tried first.
-    Raises RecipeError for a rank with another recipe, other data or another disk, NothingWholeError when none is.
+    Raises RecipeError for a rank with other data or another disk, NothingWholeError when none is.
     """
     stored = list_stored(parts, stop) if parts.recipe.checkpoint.resume else []
     candidates = sorted([*others, *map(Stored, stored)], key=lambda candidate: -candidate.step)
@@ -225,15 +222,15 @@ def _short(problem: str, checkpoint: Path) -> str:
 
 
 def _require_same(parts: Parts, candidates: Sequence[Candidate]) -> None:
-    """A rank that reads another recipe, other data or another disk is refused by name rather than trained with."""
+    """A rank that reads other data or another disk is refused by name rather than trained with."""
     names = ", ".join(candidate.name for candidate in candidates) or "none"
-    own = {"another recipe": _digest(parts.recipe), "other data": parts.corpus.fingerprint, "other checkpoints": names}
+    own = {"other data": parts.corpus.fingerprint, "other checkpoints": names}
     seen = gather_json(own, parts.mesh.group("world"), parts.device)
     for rank, other in enumerate(seen):
         for what, value in other.items():
             if value != seen[0][what]:
                 raise RecipeError(
-                    f"rank {rank} has {what} than rank 0 ({value} and {seen[0][what]}); give every rank the same recipe, "
+                    f"rank {rank} has {what} than rank 0 ({value} and {seen[0][what]}); give every rank the same "
                     f"data.source, Python version and a run.dir on a disk that all nodes share"
                 )
 
@@ -267,7 +264,3 @@ def _set_aside(path: Path) -> str | None:
     except OSError as error:  # what is whole can be read; saving this step again will say what is in the way
         log.warning("%s cannot be renamed (%s)", path, error.strerror)
         return None
-
-
-def _digest(recipe: Recipe) -> str:
-    return hashlib.blake2b(json.dumps(asdict(recipe), sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -27,6 +27,7 @@ from bagualu.trainer.progress import Progress
 from bagualu.trainer.rebalance import open_rebalancer
 from bagualu.trainer.replication import open_replication
 from bagualu.trainer.resume import resume
+from bagualu.trainer.same_recipe import require_same_recipe
 from bagualu.trainer.sinks import JsonlSink, Sink, WandbSink
 
 
@@ -41,6 +42,7 @@ def train(
     """
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
+    require_same_recipe(recipe, communicator)
     ledger = open_ledger(recipe, communicator)
     parts = assemble(recipe, communicator, _corpus(recipe))
     plan_faults(parts, communicator, scratch)

@@ -1,6 +1,7 @@
 """Whole runs through `train`: stopping, going on, being killed, diverging, and having nothing left to do."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -237,5 +238,22 @@ def with_own_seed(communicator: Communicator, recipe: Recipe) -> None:
 
 
 def test_a_rank_with_another_recipe_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"rank 1 has another recipe than rank 0"):
+    with pytest.raises(RecipeError, match=r"^rank 1 has run\.seed=1 and rank 0 has run\.seed=0; give every rank the same"):
         run("simulated", 2, with_own_seed, recipe_in(tmp_path))
+
+
+def with_own_folder(communicator: Communicator, recipe: Recipe) -> None:
+    mine = replace(recipe.run, dir=f"{recipe.run.dir}-{min(communicator.rank, 1)}", name=f"it {communicator.rank}")
+    cache = str(recipe.data.cache or "") + str(communicator.rank)
+    whole_run.train(replace(recipe, run=mine, data=replace(recipe.data, cache=cache)), communicator)
+
+
+def test_a_rank_with_another_run_directory_is_refused_before_it_makes_one(tmp_path: Path) -> None:
+    """As ${now:} makes them under torchrun; before anything else, where the ranks would not meet. data.cache may differ."""
+    said = (
+        f'rank 1 has run.name="it 1", run.dir={tmp_path}/run-1 and rank 0 has run.name="it 0", run.dir={tmp_path}/run-0; '
+        "give every rank the same run.name, with the time or the name written out where ${now:...} or ${oc.env:...} makes it"
+    )
+    with pytest.raises(RecipeError, match=f"^{re.escape(said)}"):
+        run("simulated", 4, with_own_folder, recipe_in(tmp_path / "run", model__layers=4))
+    assert list(tmp_path.iterdir()) == []
