@@ -1,6 +1,8 @@
 """A value of a text key stays as typed: on the command line, in recipe files, in config.yaml, whatever else it looks like."""
 
+import shlex
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import yaml
@@ -195,6 +197,22 @@ def test_a_config_edited_by_hand_keeps_its_text(tmp_path):
     )
     recipe = load_recipe(tmp_path / "config.yaml")
     assert (recipe.run.name, recipe.launch.slurm.time) == ("2024_01_01", "12:30:00")
+
+
+def test_the_recipes_of_the_page_are_composed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    page = (Path(__file__).parents[2] / "docs/recipes.md").read_text(encoding="utf-8")
+    file = page[page.index("    # @package") : page.index("## Sweeps")]
+    (tmp_path / "recipes/recipe").mkdir(parents=True)
+    (tmp_path / "recipes/recipe/mine.yaml").write_text("".join(line[4:] for line in file.splitlines(keepends=True)))
+    commands = [shlex.split(line)[2:] for line in page.splitlines() if line.startswith("    bagualu train ")]
+    dated, quoted_source, own, swept = commands
+    assert compose(dated).run.name == "2024_01_01"
+    assert compose(dated).launch.slurm.setup == ["module load cuda", "echo 007"]
+    assert (compose(quoted_source).data.source, compose(quoted_source).run.name) == ("texts/a, b", "八卦炉")
+    assert (compose(own).run.name, compose(own).train.steps) == ("2024_01_01", 50)
+    assert swept[0] == "-m"
+    assert [override.is_sweep_override() for override in parse(swept[1:])] == [False, True, True]
 
 
 def test_a_recipe_file_that_is_not_utf_8_is_named(tmp_path):
