@@ -5,7 +5,8 @@ import math
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib.resources import files
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
@@ -45,19 +46,23 @@ def keys(node: type[Any] = Recipe, prefix: str = "") -> dict[str, Any]:
 
 def kind_of(key: str) -> Kind:
     """The kind of values that a key takes: text where nothing is known of the key, so that the text can be shown."""
-    hint = _hints().get(key)
-    if key == SEARCHPATH or hint in (str, list[str]):
-        return Kind.TEXT
-    if key in GROUPS or hint == str | None:
-        return Kind.OPTIONAL_TEXT
-    inside = any(key.startswith(f"{known}.") for known in _hints())
-    return Kind.OTHER if hint is not None or inside or key.startswith("hydra.") else Kind.TEXT
+    if key in _kinds():
+        return _kinds()[key]
+    inside = any(key.startswith(f"{known}.") for known in ("hydra", *_kinds()))
+    return Kind.OTHER if inside else Kind.TEXT
 
 
 @functools.cache
-def _hints() -> dict[str, Any]:
-    """As `keys`, but with the type of text where a key takes text or a list of it."""
-    return keys() | dict.fromkeys(_TEXT_OR_LIST, str)
+def _kinds() -> dict[str, Kind]:
+    kinds = {key: _kind(hint) for key, hint in keys().items()}
+    return kinds | dict.fromkeys((SEARCHPATH, *_TEXT_OR_LIST), Kind.TEXT) | dict.fromkeys(GROUPS, Kind.OPTIONAL_TEXT)
+
+
+def _kind(hint: Any) -> Kind:
+    """Of a key with this type: text, text or null, a list of text, and whatever these make together."""
+    parts = set(get_args(hint)) if isinstance(hint, UnionType) else {hint}
+    items = {get_args(part)[0] if get_origin(part) is list else part for part in parts - {NoneType}}
+    return Kind.OTHER if items != {str} else Kind.OPTIONAL_TEXT if NoneType in parts else Kind.TEXT
 
 
 def check_key(override: Override) -> None:

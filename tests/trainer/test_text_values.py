@@ -59,7 +59,7 @@ LOOKS_LIKE_SOMETHING_ELSE = [
         "a/b.txt",
     ),
 ]
-ONLY_IN_QUOTES = [" x ", "a,b", "a, b", "[a]", "{a: 1}", "'x'", '"x"', "", "choice(a,b)", "int(3)", "\\,", "a\nb", "x\\", "\u2028"]
+ONLY_IN_QUOTES = [" x ", "a,b", "a, b", "[a]", "{a: 1}", "'x'", '"x"', "", "choice(a,b)", "int(3)", "\\,", "a\nb", "x\\", "a\x85b"]
 
 
 @pytest.mark.parametrize("text", ["2024_01_01", "1e3", "true", "null", "007", "12:30:00", "八卦炉", "a'b", "a(b)", "f(a[1])"])
