@@ -45,7 +45,7 @@ class Series:
         return self._exit_code(), self._documents
 
     def _look(self, number: int, job: Job) -> None:
-        """Refuse now what its run directory refuses, and leave out what is done."""
+        """Refuse a job now whose run directory cannot be used, and leave out one that is done."""
         try:
             storage.check(job.recipe)
         except RecipeError as error:
@@ -81,7 +81,7 @@ class Series:
         return failed[0] if failed else STOPPED if stopped else DONE
 
     def _tell(self) -> None:
-        """Which jobs are not done and why; the last line is that of the first failure."""
+        """Say which jobs are not done and why; the last line is that of the first failure."""
         rest = [number for number in range(len(self.jobs)) if self._codes.get(number) != DONE]
         head = f"bagualu: sweep: {len(self.jobs) - len(rest)} of {len(self.jobs)} jobs done"
         resumes = all(job.recipe.checkpoint.resume for job in self.jobs)

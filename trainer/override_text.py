@@ -15,11 +15,11 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 
 class Kind(Enum):
-    """What a key takes, as far as the way matters in which its values are typed."""
+    """How the values of a key are read."""
 
     TEXT = "text"
     OPTIONAL_TEXT = "text or null"
-    OTHER = "numbers, switches and whatever else looks like what it is"
+    OTHER = "numbers, true or false, and values that may be one or the other"
 
 
 KindOf = Callable[[str], Kind]
@@ -136,7 +136,7 @@ class _Reader:
         return found[1]
 
     def _entries(self, key: str) -> str:
-        """Those of a dictionary, with the brace that closes it."""
+        """The entries of a dictionary, with the brace that closes it."""
         entries: list[str] = []
         self._skip_space()
         while self.text[self.at : self.at + 1] != "}":
@@ -162,6 +162,7 @@ class _Reader:
         return not depth and re.match(r"\s*($|[,\])}])", self.text[at:]) is not None
 
     def _call(self, key: str, call: re.Match[str]) -> str:
+        """A call of one of Hydra's functions, with its arguments read as values of the key where they are that."""
         self.at = call.end()
         inside = key if call[1] in _HOLDS_VALUES else ""
         arguments: list[str] = []

@@ -75,11 +75,13 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 def _for_hydra(override: Override) -> str:
     """What Hydra composes with: the text values in quotes, and a folder of recipes with its home directory spelt out."""
     assert override.input_line is not None
-    folders = override.value()
-    if override.key_or_group != SEARCHPATH or not isinstance(folders, list):
+    if override.key_or_group != SEARCHPATH:
         return _spelled(override.input_line)
-    found = [os.path.expanduser(str(folder).removeprefix("file://")) for folder in folders]
-    return f"{SEARCHPATH}=[{','.join(map(quoted, found))}]"
+    folders = [os.path.expanduser(str(folder).removeprefix("file://")) for folder in override.value()]
+    for folder in folders:
+        if "://" not in folder and not os.path.isdir(folder):
+            raise RecipeError(f"{override.input_line}: {folder} is not a folder; give one that holds recipe/NAME.yaml")
+    return f"{SEARCHPATH}=[{','.join(map(quoted, folders))}]"
 
 
 def _spelled(override: str) -> str:

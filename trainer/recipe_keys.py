@@ -84,6 +84,8 @@ def check_override(override: Override, own_recipes: bool = False) -> None:
     check_key(override)
     key, value = override.key_or_group, override.value()
     if key == SEARCHPATH:
+        if not isinstance(value, list):
+            raise RecipeError(f"{override.input_line}: {key} takes a list of folders; give {key}=[{value}]")
         return None
     if key in GROUPS and not (isinstance(value, dict) and key in _sections()):
         return None if own_recipes and isinstance(value, str) else _check_choice(override, key, value)

@@ -14,10 +14,11 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
-from hydra.plugins.config_source import ConfigLoadError, ConfigResult
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf._utils import OmegaConfDumper, get_omega_conf_dumper, get_yaml_loader
 
+from bagualu.comm.errors import RecipeError
 from bagualu.trainer.override_text import Kind
 from bagualu.trainer.recipe_keys import kind_of
 
@@ -80,13 +81,18 @@ class _Package(ImportlibResourcesConfigSource):  # type: ignore[misc]
 
 
 def _loaded(load: Callable[[str], ConfigResult], config_path: str, name: str, open_file: Callable[[], Any]) -> ConfigResult:
-    """What `load` returns, with the text of the file as written. Raises ConfigLoadError, YAMLError."""
+    """What `load` returns, with the text of the file as written. Raises RecipeError, YAMLError."""
     try:
         result = load(config_path)
         with open_file() as stream:
+            if stream.read(1) == "\ufeff":
+                raise RecipeError(f"{name} begins with a byte order mark, which hides its first line; save it without")
+            stream.seek(0)
             content = read_yaml(stream, _section(result, config_path))
     except UnicodeDecodeError as error:
-        raise ConfigLoadError(f"{name} is not UTF-8 text (byte {error.start}); convert it") from error
+        raise RecipeError(f"{name} is not UTF-8 text (byte {error.start}); convert it") from error
+    except RecursionError as error:
+        raise RecipeError(f"{name} has an alias that stands for itself; write the value out") from error
     result.config = OmegaConf.create({} if content is None else content)
     return result
 

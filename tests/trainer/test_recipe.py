@@ -101,6 +101,8 @@ WRONG = [
     ("run.name=${oops}", "oops"),
     ("train.steps=${run.name}", "Integer"),
     ("hydra.run.dir=x", "hydra.searchpath"),
+    ("hydra.searchpath=recipes", "give hydra.searchpath=[recipes]"),
+    ("hydra.searchpath=[/no/such/folder]", "/no/such/folder is not a folder"),
 ]
 
 

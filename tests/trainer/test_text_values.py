@@ -158,6 +158,32 @@ def test_what_cannot_be_read_is_refused_in_one_line(override, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"run: {name: caf\xe9}\n", "mine.yaml is not UTF-8 text (byte 65)"),
+        (b"run: &a {name: *a}\n", "mine.yaml has an alias that stands for itself"),
+        (b"run: {name: }\n", "'None' for field of type 'str'"),
+        (b"run: {name: 1, name: 2}\n", "mine.yaml, line 5: found duplicate key name"),
+        (b"launch: {slurm: {setup: 007}}\n", "not a ListConfig, list or tuple"),
+    ],
+)
+def test_a_recipe_file_that_cannot_be_read_is_refused_in_one_line(tmp_path, content, said):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_bytes(b"# @package _global_\ndefaults:\n  - tiny\n  - _self_\n" + content)
+    with pytest.raises(RecipeError) as caught:
+        compose([f"hydra.searchpath=[{tmp_path}]", "recipe=mine"])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_file_with_a_byte_order_mark_is_named(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\n", encoding="utf-8-sig")
+    with pytest.raises(RecipeError, match=r"mine\.yaml begins with a byte order mark, .* save it without"):
+        compose([f"hydra.searchpath=[{tmp_path}]", "recipe=mine"])
+
+
 @pytest.fixture
 def own_recipe(tmp_path):
     """own_recipe(text of a file, group) -> the recipe that it makes, alone and beside `tiny`."""
@@ -213,10 +239,3 @@ def test_the_recipes_of_the_page_are_composed(tmp_path, monkeypatch):
     assert (compose(own).run.name, compose(own).train.steps) == ("2024_01_01", 50)
     assert swept[0] == "-m"
     assert [override.is_sweep_override() for override in parse(swept[1:])] == [False, True, True]
-
-
-def test_a_recipe_file_that_is_not_utf_8_is_named(tmp_path):
-    (tmp_path / "recipe").mkdir()
-    (tmp_path / "recipe" / "mine.yaml").write_bytes(b"# @package _global_\nrun: {name: caf\xe9}\n")
-    with pytest.raises(RecipeError, match=r"mine\.yaml is not UTF-8 text \(byte 35\)"):
-        compose([f"hydra.searchpath=[{tmp_path}]", "recipe=mine"])
