@@ -55,7 +55,7 @@ def kind_of(key: str) -> Kind:
 @functools.cache
 def _kinds() -> dict[str, Kind]:
     kinds = {key: _kind(hint) for key, hint in keys().items()}
-    return kinds | dict.fromkeys((SEARCHPATH, *_TEXT_OR_LIST), Kind.TEXT) | dict.fromkeys(GROUPS, Kind.OPTIONAL_TEXT)
+    return kinds | {SEARCHPATH: Kind.TEXT} | dict.fromkeys((*GROUPS, *_TEXT_OR_LIST), Kind.OPTIONAL_TEXT)
 
 
 def _kind(hint: Any) -> Kind:
