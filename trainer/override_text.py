@@ -2,7 +2,7 @@
 
 A value of a text key goes into quotes, so that it stays as typed. Lists, dictionaries, several values and Hydra's functions keep
 their meaning: `[` or `{` opens a list or a dictionary where a value begins, a comma ends a value, quotes hold one together. Free of
-torch.
+torch and of Hydra.
 """
 
 import re
@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-
-from hydra.core.override_parser.types import Quote, QuotedString
 
 
 class Kind(Enum):
@@ -56,7 +54,8 @@ def typed(value: Any) -> str:
 
 
 def _in_quotes(text: str) -> str:
-    return str(QuotedString(text, Quote.double).with_quotes())
+    """`text` in quotes; in Hydra's grammar a backslash escapes only where it stands before a quote."""
+    return '"' + re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'
 
 
 def escaped(text: str) -> str:
@@ -64,7 +63,7 @@ def escaped(text: str) -> str:
     if "${" not in text:
         return text
     doubled = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
-    return re.sub(r"(\\+)$", lambda found: found[1] * 2, doubled)
+    return re.sub(r"(\\+)\Z", lambda found: found[1] * 2, doubled)
 
 
 def spelled(override: str, kind_of: KindOf) -> str:

@@ -24,8 +24,9 @@ from omegaconf.errors import GrammarParseError, InterpolationResolutionError, Mi
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.override_text import Kind, escaped, quoted, spelled
+from bagualu.trainer.plain import plain
 from bagualu.trainer.recipe_keys import SEARCHPATH, check_key, check_override, kind_of
-from bagualu.trainer.schema import plain, schema, to_recipe
+from bagualu.trainer.schema import schema, to_recipe
 from bagualu.trainer.yaml_text import keep_text_in_recipe_files, read_yaml, write_yaml
 
 RECIPES = "bagualu.recipes"

@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.override_text import Kind
-from bagualu.trainer.schema import key_of, schema
+from bagualu.trainer.plain import key_of
+from bagualu.trainer.schema import schema
 
 GROUPS = ("recipe", "model", "data")
 """Folders of recipes/ that can be chosen from as `group=option`."""

@@ -11,7 +11,7 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.override_text import typed
-from bagualu.trainer.schema import plain
+from bagualu.trainer.plain import plain
 
 _SHOWN = 3
 """Keys named of those that differ."""

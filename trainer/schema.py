@@ -6,17 +6,13 @@ holds a path says so there too, and ~ and ~user at its start become that home di
 
 import os
 from collections.abc import Mapping
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
 from bagualu.trainer.config import Recipe
-
-
-def key_of(field: Field[Any]) -> str:
-    """What people type for a field."""
-    return str(field.metadata.get("key", field.name))
+from bagualu.trainer.plain import key_of
 
 
 def schema() -> DictConfig:
@@ -32,12 +28,6 @@ def to_recipe(config: Any) -> Recipe:
     values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     recipe: Recipe = _built(Recipe, values)
     return recipe
-
-
-def plain(section: Any) -> dict[str, Any]:
-    """A recipe, or a section of it, as nested dictionaries of plain values by key."""
-    values = ((field, getattr(section, field.name)) for field in fields(section))
-    return {key_of(field): plain(value) if is_dataclass(value) else value for field, value in values}
 
 
 def _spelled(node: Any, section: type[Any]) -> DictConfig:
