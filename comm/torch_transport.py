@@ -11,8 +11,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from bagualu.comm.attempt import join
 from bagualu.comm.backend import ReduceOp, Work
-from bagualu.comm.errors import CommunicationError
+from bagualu.comm.errors import CommunicationError, RecipeError
+from bagualu.comm.store import store_of
 from bagualu.comm.world import World
 
 # Before torch 2.13 they had other names, which are deprecated since.
@@ -120,14 +122,17 @@ class TorchBackend:
         self._transports: list[TorchTransport] = []
         if world.size > 1 or world.rendezvous:
             try:
+                store = join(store_of(world, self.timeout), world, self.torch_name, timeout_seconds)
                 dist.init_process_group(
                     self.torch_name,
-                    init_method=world.rendezvous,
+                    store=store,
                     rank=world.rank,
                     world_size=world.size,
                     timeout=self.timeout,
                 )
-            except (RuntimeError, ValueError) as error:
+            except RecipeError:
+                raise
+            except (RuntimeError, ValueError, OSError) as error:
                 raise CommunicationError(
                     f"rank {world.rank} could not join {world.size} ranks at {world.rendezvous}: {_first_line(error)}"
                 ) from error

@@ -1,8 +1,9 @@
-"""Workers of torchrun, which forgets them when it is killed."""
+"""Workers of torchrun, which forgets them when it is killed, and gives those that it starts again the store of the dead."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,4 +48,37 @@ def test_no_worker_outlives_a_killed_torchrun_by_2_seconds(tmp_path, gone, lefto
         for pid in leftovers.pids():
             os.kill(pid, signal.SIGKILL)
     finish(folder, *WORDS)
+    assert_stood(folder, undisturbed(small(folder, *WORDS), "gloo"), 4)
+
+
+DIES_WHILE_IT_CONNECTS = """
+import os, pathlib, signal, sys
+from bagualu.comm import torch_transport
+
+def join(store, world, *arguments):
+    keys, mark = kept(store, world, *arguments), pathlib.Path(sys.argv[-1].split("=")[1]) / "died-while-connecting"
+    if world.rank == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return keys
+
+kept, torch_transport.join = torch_transport.join, join
+"""
+
+
+def test_after_a_death_while_connecting_and_another_in_a_step_the_run_goes_on_by_itself(tmp_path, leftovers, undisturbed):
+    """All attempts have the store of torchrun, at one port."""
+    script, folder = tmp_path / "worker.py", tmp_path / "run"
+    folder.mkdir()
+    script.write_text(DIES_WHILE_IT_CONNECTS + WORKER)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=static", f"--master-port={port}", "--nproc-per-node=2",
+         "--max-restarts=2", script, *SMALL, *WORDS, "checkpoint.resume=true", "run.name=kill-1-5-forward", f"run.dir={folder}"],
+        capture_output=True, text=True, start_new_session=True, env={**leftovers.environment, "PYTHONPATH": PATHS}, timeout=200,
+    )  # fmt: skip
+    assert (folder / "died-while-connecting").exists()
+    assert (folder / "kill-5-forward").exists()
+    assert done.returncode == 0, done.stderr
     assert_stood(folder, undisturbed(small(folder, *WORDS), "gloo"), 4)

@@ -1,0 +1,39 @@
+"""The stores in which processes find each other: who listens, and on which address."""
+
+import os
+import socket
+from datetime import timedelta
+
+from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import rendezvous
+
+from bagualu.comm.world import World
+
+ENVIRONMENT = "env://"
+_BACKLOG = 4096
+"""Connections that may wait to be accepted while many processes start at once."""
+
+
+def serve(address: str, port: int, timeout: timedelta) -> TCPStore:
+    """A store in this process that listens on `address` alone; on any free port where `port` is 0.
+
+    By itself torch's store listens on every interface of the machine. Raises OSError when the address cannot be listened on.
+    """
+    family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.create_server(where[:2], family=family, backlog=_BACKLOG)
+    port = listener.getsockname()[1]
+    return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach())
+
+
+def store_of(world: World, timeout: timedelta) -> Store:
+    """The store that the launcher's environment names, or that of `world.rendezvous`. Raises RuntimeError, OSError."""
+    address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0))
+    if world.rendezvous == ENVIRONMENT and world.rank == 0 and not _of_an_agent():
+        return serve(address, port, timeout)
+    store: Store = next(rendezvous(world.rendezvous, world.rank, world.size, timeout=timeout))[0]
+    return store
+
+
+def _of_an_agent() -> bool:
+    """Whether the agent of torchrun or `bagualu train` holds the store, which then outlives the workers."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
