@@ -5,12 +5,17 @@ from dataclasses import dataclass
 from bagualu.comm.errors import RecipeError
 
 
+AUTO = "auto"
+"""The backend that fits the machine, chosen before workers start (trainer/choose_backend.py)."""
+
+
 @dataclass
 class CommConfig:
     """`comm.*` of a recipe."""
 
-    backend: str = "gloo"
-    """gloo | nccl | simulated | any name registered under the entry point group `bagualu.backends`."""
+    backend: str = AUTO
+    """gloo | nccl | simulated | auto: nccl where the workers have GPUs, else gloo | any name registered under the entry point group
+    `bagualu.backends`."""
     device: str = "cpu"
     """Where the ranks of `simulated` have their tensors: cpu | cuda, one GPU for all of them. The other backends know their own."""
     timeout_seconds: float = 600.0
@@ -18,7 +23,7 @@ class CommConfig:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether ranks surely have no accelerator; a vendor's backend may bring one."""
+        """Whether ranks surely have no accelerator; a vendor's backend may bring one, and `auto` may turn out as nccl."""
         return self.backend == "gloo" or (self.backend == "simulated" and self.device == "cpu")
 
     def validate(self) -> None:

@@ -29,12 +29,15 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
     try:
         recipe = compose(given.overrides)
         job = given.job or given.id
+        recipe, backend = storage.choose_backend(recipe, preflight.workers_per_node(recipe))
         workers = _check(recipe, job)
         meeting = _meeting(recipe, given.meet, given.id, job, workers)
     except RecipeError as error:
         print(f"bagualu: error: {error}", file=sys.stderr)
         return REFUSED
     save_recipe(recipe)
+    print(f"{recipe.run.name}: {recipe.validate(recipe.world_size())} as {workers} processes on each of {recipe.launch.nodes} nodes "
+          f"with {backend}, in {recipe.run.dir}", file=sys.stderr, flush=True)  # fmt: skip
     code, _ = run(recipe, workers, given.overrides, entrypoint, False, StopRequest(), meeting)
     return code
 

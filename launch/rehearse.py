@@ -19,9 +19,11 @@ from bagualu.fault_tolerance.injection.record import FAULTS, Record
 from bagualu.fault_tolerance.injection.report import NO_EFFECT, SURVIVED, UNNOTICED, Trace, outcomes
 from bagualu.fault_tolerance.ledger.events import read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute, current
+from bagualu.launch import storage
 from bagualu.launch.run import run
 from bagualu.launch.usage import SEVERAL, Request
 from bagualu.trainer import preflight
+from bagualu.trainer.choose_backend import Choice
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, FAILED, STOPPED
 from bagualu.trainer.recipe import compose, save_recipe
@@ -39,6 +41,7 @@ def rehearse(request: Request, entrypoint: str | None) -> tuple[int, Any]:
     if recipe.launch.nodes > 1:
         raise RecipeError(f"launch.nodes={recipe.launch.nodes}: a rehearsal runs on this machine only; give launch.nodes=1")
     workers = preflight.workers_per_node(recipe)
+    recipe, backend = storage.choose_backend(recipe, workers)
     faults = [str(fault) for fault in recipe.planned_faults(workers)]
     if not faults:
         raise RecipeError(f"bagualu rehearse needs faults; give e.g. {EXAMPLE}, or faults=random:5")
@@ -48,13 +51,13 @@ def rehearse(request: Request, entrypoint: str | None) -> tuple[int, Any]:
     preflight.check(rehearsed, rehearsed.world_size())
     preflight.check_machine(rehearsed)
     stop = StopRequest()
-    code, summary = _run(rehearsed, workers, request, entrypoint, stop)
+    code, summary = _run(rehearsed, backend, workers, request, entrypoint, stop)
     reference, left_out = None, []
     if request.compare and code == DONE:
         left_out = sorted(set(summary["guard"]["skipped_steps"]) - set(recipe.guard.leave_out))
         guard = replace(recipe.guard, leave_out=[*recipe.guard.leave_out, *left_out])
         reference = _in(folder / "uninterrupted", replace(recipe, faults=[], guard=guard))
-        code, ended = _run(reference, workers, request, entrypoint, stop)
+        code, ended = _run(reference, backend, workers, request, entrypoint, stop)
         if code != DONE:
             return code, ended
     document = _document(rehearsed, summary, reference) | {"left_out": left_out}
@@ -65,9 +68,11 @@ def rehearse(request: Request, entrypoint: str | None) -> tuple[int, Any]:
     return DONE if document["as_promised"] else FAILED, document
 
 
-def _run(recipe: Recipe, workers: int, request: Request, entrypoint: str | None, stop: StopRequest) -> tuple[int, Any]:
+def _run(
+    recipe: Recipe, backend: Choice, workers: int, request: Request, entrypoint: str | None, stop: StopRequest
+) -> tuple[int, Any]:
     save_recipe(recipe)
-    print(f"bagualu: {recipe.run.dir}, {len(recipe.faults)} faults planned", file=sys.stderr, flush=True)
+    print(f"bagualu: {recipe.run.dir}, {len(recipe.faults)} faults planned, with {backend}", file=sys.stderr, flush=True)
     return run(recipe, workers, request.overrides, entrypoint, quiet_stdout=True, stop=stop)
 
 

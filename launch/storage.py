@@ -9,8 +9,10 @@ from bagualu.comm.errors import RecipeError, StorageError
 from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.checkpoint.fence import EPOCH
+from bagualu.trainer import choose_backend as chooser
 from bagualu.trainer import preflight
 from bagualu.trainer.begun import BEGUN, has_begun
+from bagualu.trainer.choose_backend import Choice
 from bagualu.trainer.config import Recipe
 
 _CHECK_SECONDS = 30.0
@@ -34,6 +36,14 @@ def check(recipe: Recipe, job: str = "") -> None:
     except OSError as error:
         what = f"{error.strerror}: {error.filename or directory}"
         raise RecipeError(f"run.dir={directory} cannot be read ({what}); see whether its storage answers") from error
+
+
+def choose_backend(recipe: Recipe, workers: int) -> tuple[Recipe, Choice]:
+    """The recipe with a backend that has a name (trainer/choose_backend.py), which may be that of the run so far."""
+    try:
+        return _within(_CHECK_SECONDS, lambda: chooser.choose_backend(recipe, workers))
+    except StorageError as error:
+        raise RecipeError(f"run.dir={recipe.run.dir} {error}; see whether its storage hangs, or give another") from error
 
 
 def begun(scratch: Path) -> bool:

@@ -11,6 +11,7 @@ from bagualu.launch.series import Series
 from bagualu.launch.sweep import jobs
 from bagualu.launch.usage import SEVERAL, Request
 from bagualu.trainer import preflight
+from bagualu.trainer.choose_backend import Choice
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.recipe import compose, save_recipe
 from bagualu.trainer.stopping import StopRequest
@@ -21,10 +22,11 @@ def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
     stop = StopRequest()
 
     def one(recipe: Recipe, overrides: list[str]) -> tuple[int, dict[str, Any]]:
+        workers = preflight.workers_per_node(recipe)
+        recipe, backend = storage.choose_backend(recipe, workers)
         with run_lock.hold(Path(recipe.run.dir)):
-            workers = preflight.workers_per_node(recipe)
             save_recipe(recipe)
-            print(_beginning(recipe, workers), file=sys.stderr, flush=True)
+            print(_beginning(recipe, workers, backend), file=sys.stderr, flush=True)
             return run(recipe, workers, overrides, entrypoint, request.json, stop)
 
     if not request.multirun:
@@ -39,16 +41,16 @@ def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
 
 
 def _check(recipe: Recipe) -> None:
-    preflight.workers_per_node(recipe)
+    recipe, _ = storage.choose_backend(recipe, preflight.workers_per_node(recipe))
     preflight.check(recipe, recipe.world_size())
     preflight.check_machine(recipe)
 
 
-def _beginning(recipe: Recipe, workers: int) -> str:
-    """What will run where, and from where a run that was asked to resume goes on."""
+def _beginning(recipe: Recipe, workers: int, backend: Choice) -> str:
+    """What will run where and with what, and from where a run that was asked to resume goes on."""
     kind = "threads of this process" if recipe.comm.backend == "simulated" else "processes"
     start = ""
     if recipe.checkpoint.resume:
         found = storage.newest(recipe)
         start = f", from {found}" if found else ", from the start: there is no checkpoint to resume from"
-    return f"{recipe.run.name}: {recipe.validate(workers)} as {workers} {kind}, in {recipe.run.dir}{start}"
+    return f"{recipe.run.name}: {recipe.validate(workers)} as {workers} {kind} with {backend}, in {recipe.run.dir}{start}"

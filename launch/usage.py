@@ -47,7 +47,8 @@ keys (all of them: --cfg job):
   data.global_batch       sequences of one optimizer step, over all ranks
   model.layers model.hidden model.heads model.moe.experts ...
   parallel.data parallel.tensor parallel.pipeline parallel.expert
-  comm.backend            gloo, nccl, or simulated: all ranks as threads of one process
+  comm.backend            auto (nccl where the workers have GPUs, else gloo), gloo, nccl, or simulated: all ranks as
+                          threads of one process
   comm.device=cuda        for simulated: on one GPU, which all ranks share
   checkpoint.every checkpoint.keep checkpoint.async
   checkpoint.resume=true  go on from the newest checkpoint of run.dir

@@ -14,6 +14,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.world import World
 from bagualu.fault_tolerance import run_lock
 from bagualu.trainer import environment, preflight
+from bagualu.trainer.choose_backend import choose_backend
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.log import copy_to_log
 from bagualu.trainer.outcome import DONE, FAILED, REFUSED, STOPPED, Failure, last_words, what_next
@@ -42,7 +43,7 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
     try:
         if options := [text for text in overrides if text.startswith("-")]:
             raise RecipeError(f"unknown option {options[0]}: a worker takes key=value only; see bagualu train --help")
-        recipe = compose(overrides)
+        recipe, backend = choose_backend(compose(overrides), local_workers)
         preflight.check(recipe, world.size)
         if recipe.comm.backend == "simulated":
             raise RecipeError("comm.backend=simulated is for `bagualu train`; give comm.backend=gloo or nccl here")
@@ -56,6 +57,9 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
     _prepare(recipe, local_workers)
     try:
         with run_lock.hold(Path(recipe.run.dir)) if world.rank == 0 else nullcontext():
+            if world.rank == 0:
+                print(f"{recipe.run.name}: {recipe.validate(world.size)} as {world.size} processes with {backend}, "
+                      f"in {recipe.run.dir}", file=sys.stderr, flush=True)  # fmt: skip
             return _train(recipe, world, local_workers, entrypoint)
     except RecipeError as error:  # another job was quicker
         print(f"bagualu: error: {error}", file=sys.stderr)

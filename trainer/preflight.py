@@ -1,18 +1,19 @@
 """What can be known to fail before training starts: a recipe against the files and the machine. Free of torch."""
 
-import ctypes
 import os
 import socket
 from dataclasses import fields, is_dataclass
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bagualu.comm.config import AUTO
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.checkpoint.fence import EPOCH
 from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.trainer.begun import has_begun
+from bagualu.trainer.choose_backend import gpu_count, registered
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.sources import RANDOM, STDLIB, require_files
 from bagualu.trainer.override_text import typed
@@ -40,7 +41,7 @@ def workers_per_node(recipe: Recipe) -> int:
 def check(recipe: Recipe, world: int) -> None:
     """The recipe for `world` ranks, and the files it names. Raises RecipeError."""
     recipe.validate(world)
-    known = sorted(entry.name for entry in entry_points(group="bagualu.backends"))
+    known = [AUTO, *registered()]
     if recipe.comm.backend not in known:
         raise RecipeError(f"comm.backend={recipe.comm.backend} is unknown; give one of {', '.join(known)}")
     if recipe.train.compile and _torch() < _COMPILES:
@@ -125,18 +126,6 @@ def _check_storage(directory: Path) -> None:
         if path.is_fifo() or path.is_socket():
             raise RecipeError(f"{path} is a pipe or a socket, which whoever writes there would wait for; remove it or give another "
                               "run.dir")  # fmt: skip
-
-
-def gpu_count() -> int:
-    """NVIDIA GPUs this process may use, asked of the driver itself, which takes less time than importing torch."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return 0
-    return count.value
 
 
 def free(directory: Path) -> Path:

@@ -25,6 +25,7 @@ from bagualu.comm.group import connect
 from bagualu.comm.world import World
 from bagualu.trainer import environment
 from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.choose_backend import choose_backend
 from bagualu.trainer.config import LaunchConfig
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.flops import model_flops_per_token, synchronize
@@ -90,7 +91,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         recipe = compose([*options.overrides, f"run.dir={folder}/run"])
-        communicator = connect(recipe.comm.backend, World(0, 1))
+        communicator = connect(choose_backend(recipe, 1)[0].comm.backend, World(0, 1))
         steps = Steps(assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab)))
         steps.seconds(3)
         compared = compare(steps, options.rounds, options.steps)
