@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from bagualu.comm.errors import RecipeError
 
-
 AUTO = "auto"
 """The backend that fits the machine, chosen before workers start (trainer/choose_backend.py)."""
 

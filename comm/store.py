@@ -1,6 +1,5 @@
 """The stores in which processes find each other: who listens, and on which address."""
 
-import os
 import socket
 from datetime import timedelta
 
@@ -9,7 +8,6 @@ from torch.distributed import rendezvous
 
 from bagualu.comm.world import World
 
-ENVIRONMENT = "env://"
 _BACKLOG = 4096
 """Connections that may wait to be accepted while many processes start at once."""
 
@@ -26,14 +24,8 @@ def serve(address: str, port: int, timeout: timedelta) -> TCPStore:
 
 
 def store_of(world: World, timeout: timedelta) -> Store:
-    """The store that the launcher's environment names, or that of `world.rendezvous`. Raises RuntimeError, OSError."""
-    address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0))
-    if world.rendezvous == ENVIRONMENT and world.rank == 0 and not _of_an_agent():
-        return serve(address, port, timeout)
+    """The store where the processes of `world` find each other. Raises RuntimeError, OSError."""
+    if world.serves:
+        return serve(*world.serves, timeout)
     store: Store = next(rendezvous(world.rendezvous, world.rank, world.size, timeout=timeout))[0]
     return store
-
-
-def _of_an_agent() -> bool:
-    """Whether the agent of torchrun or `bagualu train` holds the store, which then outlives the workers."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

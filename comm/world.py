@@ -16,6 +16,10 @@ class World:
     local_rank: int = 0
     rendezvous: str = ""
     """Where the processes find each other, as torch.distributed spells it; a world of one needs none."""
+    serves: tuple[str, int] | None = None
+    """The address and port where rank 0 holds the store; None where an agent of the launcher does, or another rank."""
+    one_machine: bool = False
+    """Whether all processes are known to be on one machine."""
     hub: Any = None
     """Where the threads of `simulated` meet."""
 
@@ -27,4 +31,13 @@ class World:
         missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise RecipeError(f"RANK is set but {', '.join(missing)} not; start with torchrun or `bagualu train`")
-        return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)), "env://")
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        of_an_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return World(
+            rank,
+            size,
+            int(os.environ.get("LOCAL_RANK", 0)),
+            "env://",
+            serves=None if rank or of_an_agent else (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
+            one_machine=os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"],
+        )

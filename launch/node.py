@@ -36,8 +36,9 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
         print(f"bagualu: error: {error}", file=sys.stderr)
         return REFUSED
     save_recipe(recipe)
-    print(f"{recipe.run.name}: {recipe.validate(recipe.world_size())} as {workers} processes on each of {recipe.launch.nodes} nodes "
-          f"with {backend}, in {recipe.run.dir}", file=sys.stderr, flush=True)  # fmt: skip
+    layout, nodes = recipe.validate(recipe.world_size()), recipe.launch.nodes
+    print(f"{recipe.run.name}: {layout} as {workers} processes on each of {nodes} nodes with {backend}, in {recipe.run.dir}",
+          file=sys.stderr, flush=True)  # fmt: skip
     code, _ = run(recipe, workers, given.overrides, entrypoint, False, StopRequest(), meeting)
     return code
 

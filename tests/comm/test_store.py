@@ -38,10 +38,9 @@ def test_rank_0_of_a_world_started_by_hand_listens_on_the_address_that_was_given
     free = serve("127.0.0.1", 0, TIMEOUT)
     port = free.port
     del free
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    store = store_of(World(0, 2, rendezvous="env://"), TIMEOUT)
+    store = store_of(World(0, 2, rendezvous="env://", serves=("localhost", port)), TIMEOUT)
     assert listening()[port] == "127.0.0.1"
     other = store_of(World(1, 2, rendezvous="env://"), TIMEOUT)
     store.set("key", "value")

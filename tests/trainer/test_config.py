@@ -132,7 +132,11 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "leave comm.device out, or give comm.backend=nccl",
         {"comm__device": "cpu", "comm__backend": "nccl"},
     ),
-    ({"train__deterministic": False, "comm__backend": "gloo"}, "leave it out, or give comm.backend=nccl", {"comm__backend": "nccl"}),
+    (
+        {"train__deterministic": False, "comm__backend": "gloo"},
+        "leave it out, or give comm.backend=nccl",
+        {"comm__backend": "nccl"},
+    ),
     (
         {"train__deterministic": False, "comm__backend": "nccl", "guard__audit_every": 5},
         "give guard.audit_every=0",
