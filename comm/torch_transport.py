@@ -15,7 +15,7 @@ from bagualu.comm.attempt import join
 from bagualu.comm.backend import ReduceOp, Work
 from bagualu.comm.errors import CommunicationError, RecipeError
 from bagualu.comm.store import store_of
-from bagualu.comm.world import World
+from bagualu.comm.world import World, listen_on_one_interface
 
 # Before torch 2.13 they had other names, which are deprecated since.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -121,6 +121,7 @@ class TorchBackend:
         self.timeout = timedelta(seconds=timeout_seconds)
         self._transports: list[TorchTransport] = []
         if world.size > 1 or world.rendezvous:
+            listen_on_one_interface(world)
             try:
                 store = join(store_of(world, self.timeout), world, self.torch_name, timeout_seconds)
                 dist.init_process_group(

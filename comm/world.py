@@ -1,10 +1,15 @@
 """Who this process is among all: the one place in `comm` that reads the launcher's environment variables."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
+from bagualu.comm.interface import LOOPBACK, addresses_towards, interface_of
+
+ENVIRONMENT = "env://"
+"""The processes find each other by what the launcher's environment says."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,28 @@ class World:
             rank,
             size,
             int(os.environ.get("LOCAL_RANK", 0)),
-            "env://",
+            ENVIRONMENT,
             serves=None if rank or of_an_agent else (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
             one_machine=os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"],
         )
+
+
+def listen_on_one_interface(world: World) -> None:
+    """Keep Gloo and NCCL in this process to the interface that leads to the others: on one machine the loopback.
+
+    By themselves they listen where the host name points, which may be an address that is open to everybody, or a wrong one. On
+    several machines an interface that a person has named (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) stays.
+    """
+    if world.rendezvous != ENVIRONMENT:
+        return
+    interface = None
+    with suppress(OSError):  # who connects next says that there is no way
+        address = LOOPBACK if world.one_machine else addresses_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))[0]
+        interface = interface_of(address)
+    if interface is None:
+        return
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if world.one_machine:
+            os.environ[name] = interface
+        else:
+            os.environ.setdefault(name, interface)

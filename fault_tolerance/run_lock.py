@@ -63,6 +63,24 @@ def refuse_if_held(run_dir: Path, job: str = "") -> None:
         os.close(descriptor)
 
 
+def may_be_in_use(run_dir: Path) -> bool:
+    """Whether another process holds the lock of `run_dir`, or that cannot be known; changes nothing."""
+    try:
+        descriptor = os.open(run_dir / LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        about = _about(descriptor)
+        return (about.get("host"), about.get("pid")) != (socket.gethostname(), os.getpid())
+    finally:
+        os.close(descriptor)
+
+
 def _lock(descriptor: int, run_dir: Path, job: str) -> None:
     """Lock it, unless another start of `job` has."""
     deadline = time.monotonic() + _SURE_SECONDS

@@ -171,8 +171,6 @@ class Agent(LocalElasticAgent):
 
     def _met(self, worker_group: WorkerGroup, handler: Nodes) -> bool:
         """Meet the other nodes; False: one has died before it told the others of its workers, and they are to meet again."""
-        # The workers' store is new in every generation: keys of the last one are not in it, its stragglers cannot reach it.
-        handler._shared_tcp_store_server = handler._bootstrap_store_info = None
         try:
             super()._rendezvous(worker_group)
         except DistStoreError as error:
@@ -217,7 +215,7 @@ class Agent(LocalElasticAgent):
             self._end_spares(worker_group)
         if result.state == WorkerState.SUCCEEDED:
             self.summary = result.return_values[min(result.return_values)]
-            if not self.stop_asked and board.regrouping(self._round_store):
+            if not self.stop_asked and board.regrouping(self._round_board):
                 self._remaining_restarts = 1
                 return RunResult(WorkerState.UNHEALTHY)
         return result
@@ -233,7 +231,7 @@ class Agent(LocalElasticAgent):
             process.join(_EXIT_SECONDS)
         metrics = Path(self.told.recipe.run.dir) / "metrics.jsonl"
         found = seen or first(failures(self.told.scratch, codes, self._ranks(), metrics))
-        if found.kind == "peer" and not self.stop_asked and board.regrouping(self._round_store):
+        if found.kind == "peer" and not self.stop_asked and board.regrouping(self._round_board):
             self._remaining_restarts = 1  # the peer made room for a node that waits
             return
         self.failure = at_fault(found, unwatched=not self.told.recipe.restart.hang_seconds)
@@ -280,8 +278,8 @@ class Agent(LocalElasticAgent):
         assert isinstance(self._pcontext, MultiprocessContext)
         done = self._pcontext._return_values
         if training and all(worker.local_rank in done for worker in training):
-            board.say_trained(self._round_store, done[training[0].local_rank])
-        if (summary := board.trained(self._round_store)) is not None:
+            board.say_trained(self._round_board, done[training[0].local_rank])
+        if (summary := board.trained(self._round_board)) is not None:
             member.release(self.told.scratch, summary)
 
     # Ending it
@@ -291,7 +289,7 @@ class Agent(LocalElasticAgent):
             if self.stop_asked:
                 return
             assert self._pcontext is not None
-            board.ask_to_regroup(self._round_store)
+            board.ask_to_regroup(self._round_board)
             # Before all have begun a step there is nothing to save, and some may wait for a node that is not there any more.
             begun = all(has_begun(self._beats, rank, pid) for rank, pid in self._ranks().items())
             self._signal_workers(signal.SIGTERM if begun else signal.SIGKILL)
@@ -312,11 +310,12 @@ class Agent(LocalElasticAgent):
         return {worker.global_rank: pid for worker, pid in zip(self._worker_group.workers, self._pids, strict=False)}
 
     @property
-    def _round_store(self) -> Store:
+    def _round_board(self) -> board.Board:
         """Shared with the agents of this generation."""
-        store: Any = self._worker_group.store
+        store, nodes = self._worker_group.store, self._worker_group.spec.rdzv_handler
         assert isinstance(store, Store)
-        return store
+        assert isinstance(nodes, Nodes)
+        return board.Board(store, nodes.seal, f"{nodes.get_run_id()}/{nodes.round}")
 
     def _processes(self) -> list[Any]:
         assert isinstance(self._pcontext, MultiprocessContext)

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
@@ -24,7 +25,7 @@ from bagualu.fault_tolerance.injection.fault import ProcessKilled
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
 from bagualu.launch import member, rendezvous
 from bagualu.launch.agent import Agent, Killed, Left, LostPeer
-from bagualu.launch.board import LEAVE_SECONDS, Ending
+from bagualu.launch.board import LEAVE_SECONDS, Ending, backend_of_all
 from bagualu.launch.meeting import Meeting
 from bagualu.launch.restart import Restarts, announcement, resuming
 from bagualu.launch.storage import begun
@@ -34,6 +35,9 @@ from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import FAILED, Failure, at_fault, failure, first
 from bagualu.trainer.stopping import StopRequest
 from bagualu.trainer.worker import train
+
+_TELL_SECONDS = 30
+"""For nodes that start later than the one that holds the store, to come and hear why that one was refused."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,35 @@ def run_processes(
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the last words are ours
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are the agent's
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "0"  # else elastic opens a store on all interfaces
     if stop():
         return _not_begun()
     told = member.Member(recipe, tuple(range(workers)), recipe.world_size(), entrypoint, folder, quiet_stdout)
     try:
-        place = rendezvous.among(meeting, recipe.restart, stop) if meeting else rendezvous.here(recipe.launch.port)
-        with _lock(recipe, meeting, place):
-            return _together(Agent(told, place.handler, stop, watchers), place, meeting)
+        place = _place(recipe, meeting, stop)
     except RendezvousError:
         return _not_begun() if stop() else Ended(failure=_no_store(meeting, "meeting the other nodes"))
-    except RecipeError as error:  # another job was quicker
+    except RecipeError as error:
         return Ended(failure=failure(-1, "start", error, time.time()))
+    ending = Ending(place.board)
+    try:
+        with _lock(recipe, meeting, place):
+            if meeting:
+                _require_same_backend(recipe, place)
+            return _together(Agent(told, place.handler, stop, watchers), place, ending, meeting)
+    except RecipeError as error:  # another job was quicker, or this node is unlike the others
+        return _refused(recipe, place, ending, meeting, error, stop)
+
+
+def _place(recipe: Recipe, meeting: Meeting | None, stop: StopRequest) -> rendezvous.Place:
+    """Where the agents meet. Raises RendezvousError, and RecipeError for an address or a port that cannot be used."""
+    if meeting:
+        return rendezvous.among(meeting, recipe.restart, stop)
+    try:
+        return rendezvous.here(recipe.launch.port)
+    except OSError as error:
+        raise RecipeError(f"launch.port={recipe.launch.port} cannot be used ({error.strerror}); "
+                          f"give another, or leave it out for a free one") from error  # fmt: skip
 
 
 def _lock(recipe: Recipe, meeting: Meeting | None, place: rendezvous.Place) -> AbstractContextManager[None]:
@@ -80,9 +102,52 @@ def _lock(recipe: Recipe, meeting: Meeting | None, place: rendezvous.Place) -> A
     return run_lock.hold(Path(recipe.run.dir), meeting.job) if meeting and place.hosts else nullcontext()
 
 
-def _together(agent: Agent, place: rendezvous.Place, meeting: Meeting | None) -> Ended:
+def _require_same_backend(recipe: Recipe, place: rendezvous.Place) -> None:
+    """Raises RecipeError on a node whose backend is not that of the others, as comm.backend=auto may make it."""
+    own = recipe.comm.backend
+    try:
+        others = backend_of_all(place.board, own)
+    except RuntimeError:  # the store is gone: whoever needs it next says so
+        return
+    if own != others:
+        raise RecipeError(f"{socket.gethostname()} has comm.backend={own}, and the nodes before it {others}; give the same "
+                          f"comm.backend to all nodes, or GPUs to all or none")  # fmt: skip
+
+
+def _refused(
+    recipe: Recipe, place: rendezvous.Place, ending: Ending, meeting: Meeting | None, error: RecipeError, stop: StopRequest
+) -> Ended:
+    """The end on a node that cannot take part. It ends the run for all where the run cannot do without it."""
+    ended = Ended(failure=failure(-1, "start", error, time.time()))
+    if meeting and place.hosts:
+        print(f"bagualu: telling the other nodes: {error}", file=sys.stderr, flush=True)
+        _tell(ended, place, ending)
+        ending.await_leaving(meeting.nodes, min(recipe.restart.wait_seconds, _TELL_SECONDS), stop)
+    elif not recipe.restart.elastic:
+        _tell(ended, place, ending)
+    else:
+        ending.leave()
+    return ended
+
+
+def tell_refusal(recipe: Recipe, meeting: Meeting, error: RecipeError, stop: StopRequest) -> None:
+    """On the node that is to hold the store, which was refused before it did: let the others, who wait for it, know why."""
+    with contextlib.suppress(RendezvousError, RecipeError, OSError):
+        if meeting.nodes > 1 and rendezvous.is_host(meeting):
+            place = rendezvous.among(meeting, recipe.restart, stop)
+            if place.hosts:
+                _refused(recipe, place, Ending(place.board), meeting, error, stop)
+
+
+def _tell(ended: Ended, place: rendezvous.Place, ending: Ending) -> None:
+    """Tell the agents of the other nodes how the run has ended, and ask nothing of the store from then on."""
+    ending.say({"summary": ended.summary, "failure": ended.failure and ended.failure.as_dict()})
+    place.handler.shutdown()
+    ending.leave()
+
+
+def _together(agent: Agent, place: rendezvous.Place, ending: Ending, meeting: Meeting | None) -> Ended:
     """The end of the run, told to the agents of the other nodes and heard from them."""
-    ending = Ending(place.store)
     try:
         with agent.suspending():
             ended = _supervise(agent, ending)
@@ -90,11 +155,14 @@ def _together(agent: Agent, place: rendezvous.Place, meeting: Meeting | None) ->
         ended = Ended(failure=_nobody_came(agent.told.recipe, place.handler.missing()))
     except (RendezvousError, DistNetworkError):
         ended = Ended(failure=_no_store(meeting, agent.phase))
-    if ended.failure is None or ended.failure.kind != "stopped":  # a node that leaves ends nothing for the others
-        ending.say({"summary": ended.summary, "failure": ended.failure and ended.failure.as_dict()})
-        place.handler.shutdown()
-        ending.heard()
-        ending.wait_for(agent.nodes)
+    stopped = ended.failure is not None and ended.failure.kind == "stopped"
+    with contextlib.suppress(Killed):
+        if stopped and not place.hosts:  # a node that leaves ends nothing for the others
+            ending.leave()
+        else:
+            _tell(ended, place, ending)
+        if place.hosts:  # and leaves last, or the others would lose the store while they still ask
+            ending.await_leaving(place.handler.present() if stopped else agent.nodes, LEAVE_SECONDS)
     return ended
 
 

@@ -1,6 +1,6 @@
 """Where and with how many other nodes a node's agent meets. Free of torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -18,3 +18,5 @@ class Meeting:
     """As many as there may be."""
     fewest: int
     """As few as may go on."""
+    secret: str = field(repr=False)
+    """With which the agents sign what they tell each other (secret.py)."""

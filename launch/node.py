@@ -5,12 +5,15 @@ meet. A node whose agent died is started again with the same words, and joins wh
 """
 
 import argparse
+import contextlib
 import sys
+from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
-from bagualu.launch import storage
+from bagualu.comm.interface import addresses_towards
+from bagualu.launch import secret, storage
 from bagualu.launch.meeting import Meeting
-from bagualu.launch.run import run
+from bagualu.launch.run import run, tell_refusal
 from bagualu.trainer import preflight
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import REFUSED
@@ -26,44 +29,68 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
     parser.add_argument("--job", metavar="NAME", help="the batch job, the same when it is put back into the queue; else as --id")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the recipe, as for bagualu train; the same everywhere")
     given = parser.parse_args(arguments)
+    stop = StopRequest()
     try:
         recipe = compose(given.overrides)
         job = given.job or given.id
-        recipe, backend = storage.choose_backend(recipe, preflight.workers_per_node(recipe))
-        workers = _check(recipe, job)
-        meeting = _meeting(recipe, given.meet, given.id, job, workers)
+        workers = preflight.workers_per_node(recipe)
+        recipe, backend = storage.choose_backend(recipe, workers)
+        _check(recipe)
+        address = _address(given.meet)
     except RecipeError as error:
-        print(f"bagualu: error: {error}", file=sys.stderr)
-        return REFUSED
+        return _refused(error)
+    try:
+        preflight.check(recipe, recipe.world_size())
+        storage.check(recipe, job)
+        meeting = _meeting(recipe, address, given.id, job, workers)
+    except RecipeError as error:  # of this node alone, perhaps: others may wait for it
+        code = _refused(error)
+        if recipe.launch.nodes > 1:
+            with contextlib.suppress(RecipeError):
+                tell_refusal(recipe, workers, error, stop, _meeting(recipe, address, given.id, job, workers))
+        return code
     save_recipe(recipe)
     layout, nodes = recipe.validate(recipe.world_size()), recipe.launch.nodes
     print(f"{recipe.run.name}: {layout} as {workers} processes on each of {nodes} nodes with {backend}, in {recipe.run.dir}",
           file=sys.stderr, flush=True)  # fmt: skip
-    code, _ = run(recipe, workers, given.overrides, entrypoint, False, StopRequest(), meeting)
+    code, _ = run(recipe, workers, given.overrides, entrypoint, False, stop, meeting)
     return code
 
 
-def _check(recipe: Recipe, job: str) -> int:
-    """The workers of this node. Raises RecipeError."""
+def _check(recipe: Recipe) -> None:
+    """What is wrong with the recipe itself, and so on every node. Raises RecipeError."""
+    recipe.validate(recipe.world_size())
     if recipe.comm.backend == "simulated":
         raise RecipeError("comm.backend=simulated runs in one process; use bagualu train, or comm.backend=nccl or gloo here")
     if not recipe.checkpoint.resume:
         raise RecipeError("a node joins a run wherever that is; give checkpoint.resume=true, which begins at the beginning "
                           "where there is no checkpoint")  # fmt: skip
-    workers = preflight.workers_per_node(recipe)
-    preflight.check(recipe, recipe.world_size())
-    storage.check(recipe, job)
-    return workers
 
 
-def _meeting(recipe: Recipe, place: str, id: str, job: str, workers: int) -> Meeting:
-    host, colon, port = place.rpartition(":")
-    if not (host and colon and port.isdigit()):
-        raise RecipeError(f"--meet {place}: give a host and a port, e.g. --meet node1:29400")
+def _refused(error: RecipeError) -> int:
+    print(f"bagualu: error: {error}", file=sys.stderr, flush=True)
+    return REFUSED
+
+
+def _address(text: str) -> tuple[str, int]:
+    """The host and the port of --meet. Raises RecipeError."""
+    host, colon, port = text.rpartition(":")
+    if not (host and colon and port.isdigit() and 0 < int(port) < 2**16):
+        raise RecipeError(f"--meet {text}: give a host and a port, e.g. --meet node1:29400")
+    try:
+        addresses_towards(host, int(port))
+    except OSError as error:
+        raise RecipeError(f"--meet {text}: there is no way to {host} from here ({error.strerror}); give the address of a node "
+                          "that all nodes can reach") from error  # fmt: skip
+    return host, int(port)
+
+
+def _meeting(recipe: Recipe, address: tuple[str, int], id: str, job: str, workers: int) -> Meeting:
+    """Raises RecipeError when there is no secret to sign with."""
     nodes, fewest = recipe.launch.nodes, recipe.launch.nodes
     if recipe.restart.elastic:
         fewest = -(-recipe.restart.min_workers // workers)
-    return Meeting(host, int(port), id, job, nodes, fewest)
+    return Meeting(*address, id, job, nodes, fewest, secret.of_the_job(Path(recipe.run.dir)))
 
 
 if __name__ == "__main__":

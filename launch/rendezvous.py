@@ -1,22 +1,29 @@
 """Where the agents of a run meet: elastic's rendezvous over a TCP store, on one machine or on many."""
 
 import contextlib
+import errno
 import os
 import socket
 import time
 import uuid
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
-from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, _NodeDesc
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousStoreInfo
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, Token, _NodeDesc
 
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.interface import LOOPBACK, addresses_towards
+from bagualu.comm.store import serve
 from bagualu.fault_tolerance.config import RestartConfig
+from bagualu.launch.board import Board
 from bagualu.launch.meeting import Meeting
+from bagualu.launch.secret import Seal, of_this_process
 
 REGROUP_SECONDS = 300
 """For the workers to save and stop, so that a node that has come can join."""
@@ -31,9 +38,22 @@ _FOREVER_SECONDS = 10**8
 
 
 class Nodes(DynamicRendezvousHandler):
-    """Elastic's rendezvous, which also knows who of the last round is missing now."""
+    """Elastic's rendezvous, which also knows who of the last round is missing now, and has one store for agents and workers."""
 
     _met: frozenset[_NodeDesc] = frozenset()
+    seal: Seal
+    round: int = 0
+    """The round that was met last."""
+
+    def share(self, store: TCPStore, address: str, port: int, seal: Seal) -> None:
+        """Give workers the agents' own store, at `address`, in place of another that elastic would open on all interfaces."""
+        self._shared_tcp_store_server, self._bootstrap_store_info = store, RendezvousStoreInfo(address, port)
+        self.seal = seal
+
+    def _get_store(self) -> Store:
+        self.round = self._state_holder.state.round
+        store: Store = super()._get_store()
+        return store
 
     def _get_world(self) -> tuple[int, int]:
         self._met = frozenset(self._state_holder.state.participants)  # before one of them can fall silent
@@ -43,6 +63,11 @@ class Nodes(DynamicRendezvousHandler):
         """Addresses of other nodes of the last round whose agents are silent or have left, and have not come to the next one."""
         heard = self._state_holder.state.last_heartbeats.keys()  # read anew every second, to tell the others that this node lives
         return sorted(node.addr for node in self._met - heard - {self._this_node})
+
+    def present(self) -> int:
+        """How many agents are at the rendezvous, this one included."""
+        state = self._state_holder.state
+        return len({*state.participants, *state.wait_list, self._this_node})
 
     def _keep_alive(self) -> None:
         """Elastic strikes a node off whose heartbeats it has missed, and that one would never beat again: no blip may do that."""
@@ -56,19 +81,57 @@ class Nodes(DynamicRendezvousHandler):
                     holder.sync()
 
 
+class SignedBackend(C10dRendezvousBackend):
+    """Elastic's state of the rendezvous in a store, where only a state that an agent of the run has signed counts.
+
+    Elastic unpickles the state: one that a stranger could write would run as the user's own program.
+    """
+
+    def __init__(self, store: Store, run_id: str, seal: Seal) -> None:
+        self._seal = seal
+        self._newest: bytes | None = None
+        """The newest state that was signed."""
+        super().__init__(store, run_id)
+
+    def get_state(self) -> tuple[bytes, Token] | None:
+        return self._opened(self._call_store("get", self._key))
+
+    def set_state(self, state: bytes, token: Token | None = None) -> tuple[bytes, Token, bool] | None:
+        """Replace the state that was read with `token`; without one, whatever stands there and is not signed."""
+        if token is None:
+            token = self._call_store("get", self._key)
+            if (found := self._opened(token)) is not None:
+                return *found, False
+        signed = self._seal.sign(self._key, b64encode(state).decode())
+        found_there: bytes = self._call_store("compare_set", self._key, token, signed)
+        opened = self._opened(found_there)
+        return None if opened is None else (*opened, found_there == signed.encode())
+
+    def _opened(self, value: bytes) -> tuple[bytes, Token] | None:
+        """The state that `value` is, and the token that stands for `value`; for one that is not signed the state before."""
+        if value == self._NULL_SENTINEL.encode():
+            return None
+        if (text := self._seal.opened(self._key, value)) is not None:
+            self._newest = b64decode(text)
+        return None if self._newest is None else (self._newest, value)
+
+
 @dataclass(frozen=True)
 class Place:
-    """A rendezvous, and a store that all its rounds share."""
+    """A rendezvous, and a board that all its rounds share."""
 
     handler: Nodes
-    store: Store
+    board: Board
     hosts: bool
     """Whether the store is this process's."""
 
 
 def here(port: int | None) -> Place:
-    """The rendezvous of one machine."""
-    return _place("127.0.0.1", port or 0, uuid.uuid4().hex, 1, 1, "127.0.0.1", True, _FOREVER_SECONDS, 1)
+    """The rendezvous of one machine, at its loopback address. Raises OSError when the port is taken."""
+    store = serve(LOOPBACK, port or 0, timedelta(seconds=_STORE_SECONDS))
+    run_id = uuid.uuid4().hex
+    seal = Seal(of_this_process(), run_id)
+    return _place(store, True, LOOPBACK, LOOPBACK, seal, run_id, 1, 1, _FOREVER_SECONDS, 1)
 
 
 def among(meeting: Meeting, config: RestartConfig, stop: Callable[[], bool]) -> Place:
@@ -76,20 +139,39 @@ def among(meeting: Meeting, config: RestartConfig, stop: Callable[[], bool]) -> 
     join, last_call = config.wait_seconds, 1
     if config.elastic:
         join, last_call = config.wait_seconds + REGROUP_SECONDS, config.wait_seconds
-    host, port = meeting.host, meeting.port
-    own_address, its_address = _addresses_towards(host, port)
+    own_address, its_address = addresses_towards(meeting.host, meeting.port)
+    hosted = _hosted(meeting.port, its_address) if own_address == its_address else None
+    store = hosted or _reached(meeting, its_address, config.wait_seconds, stop)
+    seal, nodes = Seal(meeting.secret, meeting.id), (meeting.fewest, meeting.nodes)
+    return _place(store, hosted is not None, its_address, own_address, seal, meeting.id, *nodes, join, last_call)
 
-    def place(is_host: bool) -> Place:
-        return _place(host, port, meeting.id, meeting.fewest, meeting.nodes, own_address, is_host, join, last_call)
 
-    if own_address == its_address:  # elastic compares names, which may stand for another address of this machine
-        with contextlib.suppress(RendezvousConnectionError):
-            return place(is_host=True)
-    deadline = time.monotonic() + config.wait_seconds
+def is_host(meeting: Meeting) -> bool:
+    """Whether the address of the meeting is this machine's. Raises OSError when there is no way to it."""
+    own_address, its_address = addresses_towards(meeting.host, meeting.port)
+    return own_address == its_address  # elastic compares names, which may stand for another address of this machine
+
+
+def _hosted(port: int, address: str) -> TCPStore | None:
+    """The store in this process; None: another agent of this machine has it already."""
+    try:
+        return serve(address, port, timedelta(seconds=_STORE_SECONDS))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise RecipeError(f"the rendezvous store cannot listen at {address} port {port} ({error.strerror}); "
+                          f"give --meet another port") from error  # fmt: skip
+
+
+def _reached(meeting: Meeting, address: str, wait_seconds: float, stop: Callable[[], bool]) -> TCPStore:
+    """The store in another process."""
+    deadline = time.monotonic() + wait_seconds
     while True:
-        _await_host(host, port, deadline, stop)
-        with contextlib.suppress(RendezvousConnectionError):  # it went again that very moment
-            return place(is_host=False)  # another agent of this machine may be there already
+        _await_host(address, meeting.port, deadline, stop)
+        with contextlib.suppress(RuntimeError):  # it went again that very moment
+            store = TCPStore(address, meeting.port, is_master=False, timeout=timedelta(seconds=_ANSWER_SECONDS))
+            store.set_timeout(timedelta(seconds=_STORE_SECONDS))
+            return store
 
 
 def _await_host(host: str, port: int, deadline: float, stop: Callable[[], bool]) -> None:
@@ -102,24 +184,26 @@ def _await_host(host: str, port: int, deadline: float, stop: Callable[[], bool])
 
 
 def _place(
-    host: str, port: int, run_id: str, fewest: int, most: int, own_address: str, is_host: bool, join: int, last_call: int
+    store: TCPStore,
+    hosts: bool,
+    address: str,
+    own_address: str,
+    seal: Seal,
+    run_id: str,
+    fewest: int,
+    most: int,
+    join: int,
+    last_call: int,
 ) -> Place:
-    parameters = RendezvousParameters(
-        backend="c10d",
-        endpoint=f"{host}:{port}",
-        run_id=run_id,
-        min_nodes=fewest,
-        max_nodes=most,
-        is_host=is_host,
-        read_timeout=_ANSWER_SECONDS,
-    )
-    backend, store = create_backend(parameters)
-    store.set_timeout(timedelta(seconds=_STORE_SECONDS))
+    port = store.port
     _notice_silence(port)
     timeout = RendezvousTimeout(join=timedelta(seconds=join), last_call=timedelta(seconds=last_call))
     beats = _HEARTBEAT_SECONDS, _MISSED_HEARTBEATS
+    backend = SignedBackend(store, run_id, seal)
     handler = Nodes.from_backend(run_id, store, backend, fewest, most, own_address, timeout, *beats)
-    return Place(handler, PrefixStore(f"bagualu/{run_id}", store), is_host)
+    handler.share(store, address, port, seal)
+    part = f"bagualu/{run_id}"
+    return Place(handler, Board(PrefixStore(part, store), seal, part), hosts)
 
 
 def _notice_silence(port: int) -> None:
@@ -144,10 +228,3 @@ def _limit_silence(one: socket.socket) -> None:
     one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _HEARTBEAT_SECONDS)
     one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _HEARTBEAT_SECONDS)
     one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _STORE_SECONDS)
-
-
-def _addresses_towards(host: str, port: int) -> tuple[str, str]:
-    """This machine's address on the way to `host`, and that of `host`; nothing is sent. Names of nodes need not resolve."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
-        return str(probe.getsockname()[0]), str(probe.getpeername()[0])

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance import run_lock
 from bagualu.launch import forkserver, storage
 from bagualu.launch.hang import HangCheck
 from bagualu.launch.ledger import LedgerWatcher
@@ -73,6 +75,15 @@ def run(
     return STOPPED if ended.summary["ended"] == "stopped" else DONE, ended.summary
 
 
+def tell_refusal(recipe: Recipe, workers: int, error: RecipeError, stop: StopRequest, meeting: Meeting) -> None:
+    """Where this node is to hold the store of `meeting` and was refused before it did: let the nodes that wait for it know why."""
+    stop.install()
+    with _environment(environment.variables(recipe.launch, workers)):
+        from bagualu.launch import local  # imports torch
+
+        local.tell_refusal(recipe, meeting, error, stop)
+
+
 def _failed(failure: Failure, recipe: Recipe, begun: bool) -> tuple[int, dict[str, Any]]:
     if sys.stderr.isatty():
         print("\x1b[?25h", file=sys.stderr)  # off the line of a bar that was cut short, with the cursor it had hidden
@@ -92,7 +103,14 @@ def _advice(recipe: Recipe, failure: Failure, begun: bool) -> str:
         return "nothing was done yet, so nothing is lost: start again with checkpoint.resume=true"
     elif failure.kind == "storage":  # nothing is seen there now: that says little of what there is
         parts.append("go on with checkpoint.resume=true when its storage answers")
-    return ", ".join(parts) or f"give another run.dir or remove {recipe.run.dir}, and start again"
+    return ", ".join(parts) or _start_again(Path(recipe.run.dir))
+
+
+def _start_again(directory: Path) -> str:
+    """After a failure that has left nothing to go on from. A directory in which another job may be at work is not to be removed."""
+    if run_lock.may_be_in_use(directory):
+        return "give another run.dir and start again"
+    return f"give another run.dir or remove {directory}, and start again"
 
 
 @contextmanager

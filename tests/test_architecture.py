@@ -27,6 +27,7 @@ READS_ENVIRONMENT = {
     "launch/run.py",  # the environment that workers are started in
     "launch/forkserver.py",  # tells the fork server whose it is
     "launch/lifeline.py",  # where the fork server reads it
+    "launch/secret.py",  # what agents sign with
     "launch/local.py",  # how elastic is told which signals are its own
 }
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it

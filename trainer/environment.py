@@ -20,6 +20,8 @@ KEEP_FREED = (
 )
 CUBLAS, REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 """The workspaces with which NVIDIA's matrix products are the same every time (cuBLAS, "Results Reproducibility")."""
+LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
+"""Torch's C++ code warns of every connection that is lost, with a stack of its own functions; what was lost, we say in one line."""
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 TRAIN = "bagualu.trainer.run:train"
 """What a worker runs, as "module:function": (recipe, communicator, stop, scratch) -> summary."""
@@ -52,6 +54,8 @@ def variables(config: LaunchConfig, workers: int) -> dict[str, str]:
     """Environment variables to start each of `workers` processes with; what a person has set stays where it serves."""
     count = str(threads(config, workers))
     wanted = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    if LOG_LEVEL not in os.environ:
+        wanted[LOG_LEVEL] = "ERROR"
     if os.environ.get(CUBLAS) not in REPEATABLE:
         wanted[CUBLAS] = REPEATABLE[0]
     if config.allocator == "tuned":

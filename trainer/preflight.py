@@ -9,6 +9,7 @@ from typing import Any
 
 from bagualu.comm.config import AUTO
 from bagualu.comm.errors import RecipeError
+from bagualu.comm.interface import LOOPBACK
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.checkpoint.fence import EPOCH
 from bagualu.fault_tolerance.checkpoint.format import step_of
@@ -76,7 +77,7 @@ def check_machine(recipe: Recipe) -> None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("", recipe.launch.port))
+                probe.bind((LOOPBACK, recipe.launch.port))
             except OSError as error:
                 raise RecipeError(f"launch.port={recipe.launch.port} cannot be used ({error.strerror}); "
                                   f"give another, or leave it out for a free one") from error  # fmt: skip

@@ -7,7 +7,7 @@ MACHINE-WHEN-HOW:
 
     training     in the middle of the run
     joining      one of the others has come to the store, and the third not yet
-    meeting      the agents know of each other, and tell each other where their workers are to meet
+    meeting      the agents know of each other, and tell each other how many workers they have
     connecting   the workers of the others are there and wait for those of this machine
     all          every process of the machine is killed with SIGKILL
     agent        the agent alone
@@ -31,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 
 from bagualu.comm.group import Communicator
 from bagualu.launch.rendezvous import SILENT_SECONDS
@@ -71,8 +71,7 @@ def _held(when: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 if MACHINE in os.environ:  # an agent, or the server that workers are forked from
     worker.connect = _held("connecting", worker.connect)
-    build = _held("meeting", dynamic_rendezvous.RendezvousStoreInfo.build)
-    dynamic_rendezvous.RendezvousStoreInfo.build = staticmethod(build)  # type: ignore[method-assign]
+    SimpleElasticAgent._assign_worker_ranks = _held("meeting", SimpleElasticAgent._assign_worker_ranks)  # type: ignore[method-assign]
 
 
 class Machine:
