@@ -4,26 +4,20 @@ import os
 import sys
 from datetime import timedelta
 
-import psutil
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
 from bagualu.comm.store import serve, store_of
 from bagualu.comm.world import World
+from tests.listening import listening
 
 TIMEOUT = timedelta(seconds=30)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def listening() -> dict[int, str]:
-    """The addresses that this process listens on, by port."""
-    found = psutil.Process(os.getpid()).net_connections("tcp")
-    return {at.laddr.port: at.laddr.ip for at in found if at.status == psutil.CONN_LISTEN}
-
-
 def test_a_store_listens_on_its_address_alone() -> None:
     store = serve("127.0.0.1", 0, TIMEOUT)
-    assert listening()[store.port] == "127.0.0.1"
+    assert listening(os.getpid())[os.getpid(), store.port] == "127.0.0.1"
     store.set("key", "value")
     assert TCPStore("127.0.0.1", store.port, is_master=False, timeout=TIMEOUT).get("key") == b"value"
 
@@ -41,7 +35,7 @@ def test_rank_0_of_a_world_started_by_hand_listens_on_the_address_that_was_given
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(port))
     store = store_of(World(0, 2, rendezvous="env://", serves=("localhost", port)), TIMEOUT)
-    assert listening()[port] == "127.0.0.1"
+    assert listening(os.getpid())[os.getpid(), port] == "127.0.0.1"
     other = store_of(World(1, 2, rendezvous="env://"), TIMEOUT)
     store.set("key", "value")
     assert other.get("key") == b"value"

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.launch.survival import FOUR, MOST_LOST, SMALL, finish, small
+from tests.listening import listening, outside_interface
 from tests.standing import assert_stood
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -122,6 +123,18 @@ def test_a_request_to_stop_ends_at_a_step_with_code_75(start, gone, way):
     code, out, err = run.end()
     assert code == 75, err
     assert "checkpoint.resume=true" in out
+
+
+def test_a_run_listens_on_the_loopback_alone(start, monkeypatch):
+    """Also where the machine's settings name an interface for runs on several machines."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", outside_interface() or "lo")
+    run = start()
+    run.started()
+    found = listening(run.process.pid)
+    assert len({pid for pid, _ in found}) == 1 + 4, "the launcher's store, and Gloo in each rank"
+    assert set(found.values()) == {"127.0.0.1"}
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end()[0] == 75
 
 
 @pytest.mark.parametrize("backend", ["gloo", "simulated"])

@@ -12,6 +12,7 @@ import pytest
 
 from tests.launch.conftest import PATHS
 from tests.launch.survival import SMALL, finish, small
+from tests.listening import listening, outside_interface
 from tests.standing import assert_stood
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.timeout(300)]
@@ -31,7 +32,7 @@ def test_no_worker_outlives_a_killed_torchrun_by_2_seconds(tmp_path, gone, lefto
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *SMALL, *WORDS,
          "run.name=freeze-1-5-forward", f"run.dir={folder}"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env={**leftovers.environment, "PYTHONPATH": PATHS},
+        env={**leftovers.environment, "PYTHONPATH": PATHS, "GLOO_SOCKET_IFNAME": outside_interface() or "lo"},
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
@@ -40,6 +41,7 @@ def test_no_worker_outlives_a_killed_torchrun_by_2_seconds(tmp_path, gone, lefto
             assert time.monotonic() < deadline
             time.sleep(0.05)
         workers = [json.loads((folder / f"rank-{rank}.json").read_text())["pid"] for rank in (0, 1)]
+        assert set(listening(*workers).values()) == {"127.0.0.1"}
         process.kill()
         assert gone(workers, within=2)
     finally:

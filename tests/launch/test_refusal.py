@@ -1,0 +1,90 @@
+"""A node that is refused: the others end with its reason, and nobody is told to remove another job's run."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance import run_lock
+from bagualu.fault_tolerance.config import RestartConfig
+from bagualu.launch import local, rendezvous
+from bagualu.launch.board import Ending, backend_of_all
+from bagualu.launch.run import _advice
+from bagualu.trainer.config import Recipe, RunConfig
+from bagualu.trainer.outcome import Failure
+from bagualu.trainer.stopping import StopRequest
+from tests.launch.test_rendezvous import CONFIG, meeting, never
+
+__all__ = ["meeting"]
+HOLD = """
+import sys
+from pathlib import Path
+from bagualu.fault_tolerance import run_lock
+with run_lock.hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def recipe(folder: Path, **restart) -> Recipe:
+    return Recipe(run=RunConfig(dir=str(folder)), restart=RestartConfig(wait_seconds=30, **restart))
+
+
+def refuse(folder, meeting, error):
+    return threading.Thread(
+        target=local.tell_refusal, args=(recipe(folder), meeting, error, StopRequest()), daemon=True
+    )  # fmt: skip
+
+
+def test_the_others_hear_why_the_node_with_the_store_was_refused(tmp_path, meeting):
+    host = refuse(tmp_path, meeting(), RecipeError("run.dir=x is in use by job 7; wait for it to end"))
+    waits = threading.Thread(target=rendezvous._reached, args=(meeting(), "127.0.0.1", 60, never), daemon=True)
+    waits.start()  # before the store is there
+    host.start()
+    waits.join(60)
+    place = rendezvous.among(meeting(), CONFIG, never)
+    ending = Ending(place.board)
+    heard = ending.heard(30)
+    with pytest.raises(RendezvousClosedError):
+        place.handler.next_rendezvous()
+    ending.leave()
+    host.join(20)
+    assert not host.is_alive(), "it leaves when all have heard it"
+    failure = Failure(**heard["failure"])
+    assert (failure.kind, failure.exit_code) == ("recipe", 2)
+    assert failure.cause == "run.dir=x is in use by job 7; wait for it to end"
+
+
+@pytest.mark.parametrize(("elastic", "ends_all"), [(False, True), (True, False)])
+def test_a_node_with_another_backend_is_refused_and_ends_what_cannot_do_without_it(tmp_path, meeting, elastic, ends_all):
+    host, other = (rendezvous.among(meeting(), CONFIG, never) for _ in range(2))
+    assert backend_of_all(host.board, "nccl") == "nccl"
+    gloo = recipe(tmp_path, elastic=elastic)
+    gloo.comm.backend = "gloo"
+    with pytest.raises(RecipeError, match=r"has comm.backend=gloo, and the nodes before it nccl; give the same") as caught:
+        local._require_same_backend(gloo, other)
+    ended = local._refused(gloo, other, Ending(other.board), meeting(), caught.value, StopRequest())
+    assert ended.failure.exit_code == 2
+    assert (Ending(host.board).heard() is not None) == ends_all
+
+
+def test_only_a_run_directory_with_a_free_lock_is_to_be_removed(tmp_path):
+    failed, folder = Failure(0, "start", "this", 0.0), tmp_path / "run"
+    folder.mkdir()
+    advice = f"give another run.dir or remove {folder}, and start again"
+    assert _advice(recipe(folder), failed, begun=False) == advice, "there is no lock"
+    with run_lock.hold(folder):
+        assert _advice(recipe(folder), failed, begun=False) == advice, "it is this process's own"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(os.environ)
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        assert _advice(recipe(folder), failed, begun=False) == "give another run.dir and start again"
+    finally:
+        holder.communicate()
+    assert _advice(recipe(folder), failed, begun=False) == advice
