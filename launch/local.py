@@ -39,6 +39,9 @@ from bagualu.trainer.worker import train
 _TELL_SECONDS = 30
 """For nodes that start later than the one that holds the store, to come and hear why that one was refused."""
 
+_STOPPED_SECONDS = 3
+"""For nodes that wait for it, to hear that it was asked to stop; where all of them were, none comes."""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -68,14 +71,16 @@ def run_processes(
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are the agent's
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "0"  # else elastic opens a store on all interfaces
     if stop():
-        return _not_begun()
+        ended = _not_begun()
+        tell_early(recipe, meeting, ended, stop)
+        return ended
     told = member.Member(recipe, tuple(range(workers)), recipe.world_size(), entrypoint, folder, quiet_stdout)
     try:
         place = _place(recipe, meeting, stop)
     except RendezvousError:
         return _not_begun() if stop() else Ended(failure=_no_store(meeting, "meeting the other nodes"))
     except RecipeError as error:
-        return Ended(failure=failure(-1, "start", error, time.time()))
+        return refused(error)
     ending = Ending(place.board)
     try:
         with _lock(recipe, meeting, place):
@@ -83,7 +88,12 @@ def run_processes(
                 _require_same_backend(recipe, place)
             return _together(Agent(told, place.handler, stop, watchers), place, ending, meeting)
     except RecipeError as error:  # another job was quicker, or this node is unlike the others
-        return _refused(recipe, place, ending, meeting, error, stop)
+        ended = refused(error)
+        if place.hosts or not recipe.restart.elastic:  # the run cannot do without this node
+            _tell_early(recipe, place, meeting, ended, stop)
+        else:
+            ending.leave()
+        return ended
 
 
 def _place(recipe: Recipe, meeting: Meeting | None, stop: StopRequest) -> rendezvous.Place:
@@ -114,29 +124,30 @@ def _require_same_backend(recipe: Recipe, place: rendezvous.Place) -> None:
                           f"comm.backend to all nodes, or GPUs to all or none")  # fmt: skip
 
 
-def _refused(
-    recipe: Recipe, place: rendezvous.Place, ending: Ending, meeting: Meeting | None, error: RecipeError, stop: StopRequest
-) -> Ended:
-    """The end on a node that cannot take part. It ends the run for all where the run cannot do without it."""
-    ended = Ended(failure=failure(-1, "start", error, time.time()))
-    if meeting and place.hosts:
-        print(f"bagualu: telling the other nodes: {error}", file=sys.stderr, flush=True)
-        _tell(ended, place, ending)
-        ending.await_leaving(meeting.nodes, min(recipe.restart.wait_seconds, _TELL_SECONDS), stop)
-    elif not recipe.restart.elastic:
-        _tell(ended, place, ending)
-    else:
-        ending.leave()
-    return ended
+def refused(error: RecipeError) -> Ended:
+    """The end on a node that cannot take part."""
+    return Ended(failure=failure(-1, "start", error, time.time()))
 
 
-def tell_refusal(recipe: Recipe, meeting: Meeting, error: RecipeError, stop: StopRequest) -> None:
-    """On the node that is to hold the store, which was refused before it did: let the others, who wait for it, know why."""
+def tell_early(recipe: Recipe, meeting: Meeting | None, ended: Ended, stop: StopRequest) -> None:
+    """On the node that is to hold the store, which ends before it does: let the others, who wait for it, know why."""
     with contextlib.suppress(RendezvousError, RecipeError, OSError):
-        if meeting.nodes > 1 and rendezvous.is_host(meeting):
+        if meeting and meeting.nodes > 1 and rendezvous.is_host(meeting):
             place = rendezvous.among(meeting, recipe.restart, stop)
             if place.hosts:
-                _refused(recipe, place, Ending(place.board), meeting, error, stop)
+                _tell_early(recipe, place, meeting, ended, stop)
+
+
+def _tell_early(recipe: Recipe, place: rendezvous.Place, meeting: Meeting | None, ended: Ended, stop: StopRequest) -> None:
+    """As `_tell`, of an end before all nodes have come; on the store's host until they have, but not for long."""
+    _tell(ended, place, ending := Ending(place.board))
+    if not (meeting and place.hosts) or ended.failure is None:
+        return
+    if stop():
+        ending.await_leaving(meeting.nodes, _STOPPED_SECONDS)
+        return
+    print(f"bagualu: telling the other nodes: {ended.failure.cause}", file=sys.stderr, flush=True)
+    ending.await_leaving(meeting.nodes, min(recipe.restart.wait_seconds, _TELL_SECONDS), stop)
 
 
 def _tell(ended: Ended, place: rendezvous.Place, ending: Ending) -> None:

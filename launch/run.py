@@ -81,7 +81,7 @@ def tell_refusal(recipe: Recipe, workers: int, error: RecipeError, stop: StopReq
     with _environment(environment.variables(recipe.launch, workers)):
         from bagualu.launch import local  # imports torch
 
-        local.tell_refusal(recipe, meeting, error, stop)
+        local.tell_early(recipe, meeting, local.refused(error), stop)
 
 
 def _failed(failure: Failure, recipe: Recipe, begun: bool) -> tuple[int, dict[str, Any]]:
