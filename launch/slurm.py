@@ -128,6 +128,10 @@ _SCRIPT = """\
 # Bagualu run {name}, written by: {command}
 {directives}
 
+# What the agents of this start sign with; in its environment only, not in this file.
+BAGUALU_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')
+export BAGUALU_SECRET
+
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export head=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
 export port={port}

@@ -39,6 +39,15 @@ def test_the_header_says_what_the_recipe_says():
 
 
 @BASH
+def test_each_start_of_a_job_has_a_secret_that_the_script_does_not_hold():
+    text = script(compose(["recipe=tiny", "launch.nodes=2"]), ["recipe=tiny"])
+    start = text.index("BAGUALU_SECRET=")
+    lines = text[start : text.index("\n\n", start)] + "\nprintenv BAGUALU_SECRET"
+    drawn = [subprocess.run(["bash", "-c", lines], capture_output=True, text=True).stdout.strip() for _ in range(2)]
+    assert all(re.fullmatch("[0-9a-f]{64}", secret) for secret in drawn)
+    assert drawn[0] != drawn[1]
+
+
 def test_overrides_reach_the_trainer_as_they_were_typed():
     odd = ["run.name=it", "data.source=\"/a b/$HOME/'x'\"", "parallel.balance=[3,1]", 'launch.slurm.setup=["true # a; b"]']
     text = script_of(*odd)
