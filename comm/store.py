@@ -4,7 +4,7 @@ import socket
 from datetime import timedelta
 
 from torch._C._distributed_c10d import Store, TCPStore
-from torch.distributed import rendezvous
+from torch.distributed.rendezvous import rendezvous
 
 from bagualu.comm.world import World
 

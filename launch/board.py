@@ -31,7 +31,7 @@ class Board:
         """Write unless an agent has written; what stands there then."""
         expected = b""
         while True:
-            found = self.store.compare_set(key, expected, self._signed(key, text))
+            found = self.store.compare_set(key, expected, self._signed(key, text))  # type: ignore[arg-type]  # bytes too
             if (written := self._seal.opened(self._name(key), found)) is not None:
                 return written
             expected = found if found != expected else b""  # replaced, or gone again
