@@ -4,12 +4,15 @@ import json
 import sys
 from typing import Any
 
+from bagualu.trainer import streams
+
 _INTERRUPTED = 130
 """What a shell makes of a command that Ctrl-C has ended."""
 
 
 def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> int:
     """Run a command line; the exit code. `entrypoint` is what a rank runs in place of the trainer, as "module:function"."""
+    streams.secure()
     words = sys.argv[1:] if arguments is None else arguments
     try:
         code, document = _answered(words, entrypoint)
@@ -23,7 +26,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
 
 def _answered(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
     """Exit code, and the document for --json, whatever is wrong with the words or the storage."""
-    # All that is Bagualu's is imported in here, so that a Ctrl-C before it is there has its line too.
+    # Everything else of Bagualu is imported inside this function, so that a Ctrl-C during these imports prints its line too.
     from bagualu.comm.errors import RecipeError
     from bagualu.trainer.outcome import FAILED, REFUSED, os_error
 

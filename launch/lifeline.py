@@ -11,6 +11,7 @@ Tying the workers to the server alone would not do: each holds the pipe by whose
 import gc
 import os
 
+from bagualu.trainer import streams
 from bagualu.trainer.parent import die_with
 
 LAUNCHER = "BAGUALU_LAUNCHER"
@@ -20,3 +21,4 @@ if LAUNCHER in os.environ:
     os.setsid()
     die_with(int(os.environ.pop(LAUNCHER)))
     gc.disable()
+    streams.secure()  # of the server and of all workers, before a library prints while it is imported

@@ -75,7 +75,7 @@ def main(member: Member) -> dict[str, Any]:
         if world.rank:
             traceback.print_exc()
         else:
-            with contextlib.suppress(OSError), log.open("a") as file:
+            with contextlib.suppress(OSError), log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(traceback.format_exc())
         sys.stdout.flush()
         sys.stderr.flush()

@@ -14,7 +14,7 @@ from bagualu.comm.interface import addresses_towards
 from bagualu.launch import secret, storage
 from bagualu.launch.meeting import Meeting
 from bagualu.launch.run import run, tell_refusal
-from bagualu.trainer import preflight
+from bagualu.trainer import preflight, streams
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import REFUSED
 from bagualu.trainer.recipe import compose, save_recipe
@@ -23,6 +23,7 @@ from bagualu.trainer.stopping import StopRequest
 
 def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> int:
     """Run this node's workers to the end of the training; the exit code, the same on every node."""
+    streams.secure()
     parser = argparse.ArgumentParser(prog="python -m bagualu.launch.node", description="One node's part of a run on several.")
     parser.add_argument("--meet", required=True, metavar="HOST:PORT", help="where the nodes meet: one of them, and a free port")
     parser.add_argument("--id", required=True, metavar="NAME", help="tells this run from others that meet there")

@@ -40,7 +40,7 @@ def slurm(request: Request) -> tuple[int, Any]:
         print(f"written {path}; there is no sbatch here, submit it where there is one: sbatch {shlex.quote(str(path))}",
               file=sys.stderr)  # fmt: skip
         return DONE, {"script": str(path), "job": None}
-    done = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, text=True)
+    done = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         print(f"bagualu: failed: sbatch refused {path}: {reason}; correct launch.slurm.* and try again", file=sys.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.world import World
 from bagualu.fault_tolerance import run_lock
-from bagualu.trainer import environment, preflight
+from bagualu.trainer import environment, preflight, streams
 from bagualu.trainer.choose_backend import choose_backend
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.log import copy_to_log
@@ -32,6 +32,7 @@ _TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 def main(overrides: list[str], entrypoint: str | None = None) -> int:
     """Train as the rank that the environment says; the exit code."""
+    streams.secure()
     if _TORCHRUN in os.environ:  # started by hand, it may outlive its shell
         die_with(os.getppid())
     try:

@@ -1,11 +1,12 @@
 """Where a worker's output goes: into its log, and for rank 0 to the terminal too. Free of torch."""
 
-import io
 import os
 import re
 import sys
 from pathlib import Path
 from typing import Any, TextIO, cast
+
+from bagualu.trainer import streams
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -15,7 +16,7 @@ def redirect_to_log(path: Path) -> None:
     log = _open(path)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    sys.stdout, sys.stderr = _text(_Forgiving(1, "w", closefd=False)), _text(_Forgiving(2, "w", closefd=False))
+    sys.stdout, sys.stderr = (streams.text(streams.Forgiving(descriptor, "w", closefd=False)) for descriptor in (1, 2))
 
 
 def copy_to_log(path: Path, quiet_stdout: bool = False) -> int:
@@ -33,21 +34,7 @@ def copy_to_log(path: Path, quiet_stdout: bool = False) -> int:
 
 def _open(path: Path) -> TextIO:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _text(_Forgiving(path, "a"))
-
-
-def _text(raw: io.RawIOBase) -> TextIO:
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="replace", line_buffering=True)
-
-
-class _Forgiving(io.FileIO):
-    """What cannot be written is dropped: a full disk costs lines of a log, not the rank that had something to say."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return memoryview(data).nbytes
+    return streams.text(streams.Forgiving(path, "a"))
 
 
 class Copy:

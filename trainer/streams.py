@@ -1,0 +1,91 @@
+"""Output streams that never end a run: what cannot be written is dropped, what cannot be encoded is replaced. Free of torch.
+
+A reader may leave (`bagualu train ... | head -1`), a terminal may be closed, the disk behind a redirected stream may be full, and
+the terminal's encoding may lack characters. None of this is a reason to stop training, or to change an exit code.
+"""
+
+import codecs
+import contextlib
+import fcntl
+import io
+import os
+import select
+import sys
+from typing import Any, TextIO
+
+_ERRORS = "bagualu.replace"
+"""Name under which `_replacement` is known to Python's codecs."""
+_OWN_CHOICES = ("ignore", "replace", "xmlcharrefreplace", "namereplace")
+"""Error handlers that never raise, and that a stream has only where somebody has asked for them (PYTHONIOENCODING)."""
+_LOOK_ALIKES = str.maketrans(dict.fromkeys("─━╸╺–—", "-") | dict.fromkeys("│┃", "|") | {"…": "...", "→": "->", "×": "x", "•": "*"})
+"""For rules, bars and marks of our own and of rich."""
+
+
+class Forgiving(io.FileIO):
+    """A file whose writes do not fail: bytes that cannot be written are dropped. Reports every byte as written.
+
+    Each write is tried anew, so a disk that has room again gets what is written from then on.
+    """
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            while (written := super().write(data)) is None:  # a non-blocking pipe that is full
+                poll = select.poll()
+                poll.register(self, select.POLLOUT)
+                poll.poll()
+            return written
+        return memoryview(data).nbytes
+
+
+def text(raw: io.RawIOBase, encoding: str = "utf-8", errors: str = _ERRORS, write_through: bool = False) -> TextIO:
+    """A text stream over `raw` that passes finished lines on at once and replaces what `encoding` lacks."""
+    codecs.register_error(_ERRORS, _replacement)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding=encoding, errors=errors, line_buffering=True, write_through=write_through
+    )  # fmt: skip
+
+
+def secure() -> None:
+    """From now on writing to `sys.stdout` and `sys.stderr` does not fail. To be called first in every process.
+
+    A standard stream that is closed becomes /dev/null, so that no file that is opened later takes its number and with it what
+    C libraries print. Streams that are not the interpreter's own, e.g. a notebook's, are left as they are.
+    """
+    for descriptor in (0, 1, 2):
+        _fill(descriptor)
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _secured(sys.stdout, 1)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _secured(sys.stderr, 2)
+
+
+def _fill(descriptor: int) -> None:
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_GETFD)
+    except OSError:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        if nothing != descriptor:
+            os.dup2(nothing, descriptor)
+            os.close(nothing)
+        else:
+            os.set_inheritable(descriptor, True)
+
+
+def _secured(stream: TextIO | None, descriptor: int) -> TextIO:
+    """`stream` with its encoding, over the same descriptor. None: Python found the descriptor closed, and its number may since
+    belong to a file."""
+    if stream is None:
+        return text(Forgiving(os.devnull, "w"))
+    with contextlib.suppress(OSError, ValueError):
+        stream.flush()
+    errors = stream.errors if stream.errors in _OWN_CHOICES else _ERRORS
+    write_through = getattr(stream, "write_through", False)
+    return text(Forgiving(descriptor, "w", closefd=False), stream.encoding, errors, write_through)
+
+
+def _replacement(error: UnicodeError) -> tuple[str, int]:
+    """What is written in place of characters that the stream's encoding lacks: drawings by look-alikes, letters by escapes."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    shown = error.object[error.start : error.end].translate(_LOOK_ALIKES)
+    return shown.encode("ascii", "backslashreplace").decode("ascii"), error.end
