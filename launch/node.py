@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
         return _refused(error)
     try:
         preflight.check(recipe, recipe.world_size())
+        preflight.check_login(recipe)
         storage.check(recipe, job)
         meeting = _meeting(recipe, address, given.id, job, workers)
     except RecipeError as error:  # of this node alone, perhaps: others may wait for it

@@ -51,6 +51,7 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
         if world.rank == 0 and _PREPARED not in os.environ:
             run_lock.refuse_if_held(Path(recipe.run.dir))
             preflight.check_run_directory(recipe)
+            preflight.check_login(recipe)
     except RecipeError as error:
         if world.rank == 0:
             print(f"bagualu: error: {error}", file=sys.stderr)

@@ -128,7 +128,7 @@ class LogConfig:
     """`log.*`: what is shown and recorded."""
 
     wandb: str = "disabled"
-    """disabled | offline | online."""
+    """disabled | offline | online. What W&B fails at costs a line, never the run: it goes on offline."""
     wandb_project: str = "bagualu"
     progress: str = "auto"
     """auto: a bar on a terminal, lines elsewhere; bar | lines | off."""
@@ -138,6 +138,9 @@ class LogConfig:
     def validate(self) -> None:
         if self.wandb not in ("disabled", "offline", "online"):
             raise RecipeError(f"log.wandb={self.wandb} is unknown; give disabled, offline or online")
+        if len(self.wandb_project) > 128 or set(self.wandb_project) & set("/\\#?%:"):
+            raise RecipeError(f"log.wandb_project={self.wandb_project} is no name for W&B, which takes up to 128 characters, none "
+                              "of them / \\ # ? % :")  # fmt: skip
         if self.progress not in ("auto", "bar", "lines", "off"):
             raise RecipeError(f"log.progress={self.progress} is unknown; give auto, bar, lines or off")
         require_at_least(1, "log", self, "every")

@@ -19,6 +19,7 @@ from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.sources import RANDOM, STDLIB, require_files
 from bagualu.trainer.override_text import typed
 from bagualu.trainer.recipe import RESOLVED, load_recipe
+from bagualu.trainer.wandb_login import require_login
 
 _KEPT = (
     ("run", "seed"), ("data", "source"), ("data", "validation_fraction"), ("data", "sequence_length"), ("data", "global_batch")
@@ -81,6 +82,13 @@ def check_machine(recipe: Recipe) -> None:
             except OSError as error:
                 raise RecipeError(f"launch.port={recipe.launch.port} cannot be used ({error.strerror}); "
                                   f"give another, or leave it out for a free one") from error  # fmt: skip
+    check_login(recipe)
+
+
+def check_login(recipe: Recipe) -> None:
+    """Accounts that the run needs on this machine. Raises RecipeError."""
+    if recipe.log.wandb == "online":
+        require_login()
 
 
 def check_run_directory(recipe: Recipe) -> None:

@@ -1,6 +1,7 @@
 """A whole run on one rank: assemble, resume, train, summarise. Every rank calls `train` with the same recipe."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -28,7 +29,8 @@ from bagualu.trainer.rebalance import open_rebalancer
 from bagualu.trainer.replication import open_replication
 from bagualu.trainer.resume import resume
 from bagualu.trainer.same_recipe import require_same_recipe
-from bagualu.trainer.sinks import JsonlSink, Sink, WandbSink
+from bagualu.trainer.sinks import JsonlSink, Sink
+from bagualu.trainer.wandb_sink import WandbSink
 
 
 def train(
@@ -129,7 +131,9 @@ def _sinks(recipe: Recipe, first_step: int) -> list[Sink]:
     run_dir = Path(recipe.run.dir)
     sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", first_step)]
     if recipe.log.wandb != "disabled":
-        sinks.append(WandbSink(run_dir, recipe.log.wandb_project, recipe.run.name, recipe.log.wandb, asdict(recipe)))
+        patience = min(recipe.comm.timeout_seconds, recipe.restart.hang_seconds or math.inf) / 4  # the other ranks wait
+        log = recipe.log
+        sinks.append(WandbSink(run_dir, log.wandb_project, recipe.run.name, log.wandb, asdict(recipe), patience))
     if recipe.log.progress != "off":
         sinks.append(Progress(recipe.train.steps, recipe.log.every, recipe.log.progress))
     return sinks

@@ -1,4 +1,4 @@
-"""Where the figures of a run go: metrics.jsonl and Weights & Biases. What a person sees is in `progress`.
+"""Where the figures of a run go: metrics.jsonl. Weights & Biases is in `wandb_sink`, what a person sees in `progress`.
 
 A record is one flat dict for one optimizer step: `step` (steps done, from 1), `loss`, `grad_norm`, `lr`, `tokens`,
 `tokens_per_second`, `step_seconds`, `mfu`, `checkpoint_seconds` (time that checkpoints have taken from training since the line
@@ -7,7 +7,6 @@ before), and what else applies, e.g. `validation_loss`, `validation_bits_per_byt
 
 import json
 import math
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,42 +69,3 @@ def _step(line: bytes) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-class WandbSink:
-    """Records to Weights & Biases; `offline` writes below the run directory and needs no network.
-
-    A resumed run goes on in the same W&B run, whose id is kept in the run directory. W&B ignores a step it already has,
-    so steps done again after a resume keep the figures of the first time there; metrics.jsonl has those of the second.
-    """
-
-    def __init__(self, run_dir: Path, project: str, name: str, mode: str, config: Mapping[str, Any]) -> None:
-        """`mode`: offline | online (`log.wandb`). `config`: the resolved recipe."""
-        import wandb  # takes a second to import, and most runs do without it
-
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=project,
-            name=name,
-            id=_run_id(run_dir / "wandb-id"),
-            resume="allow" if mode == "online" else None,
-            dir=str(run_dir),
-            mode="online" if mode == "online" else "offline",
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-
-    def write(self, record: Record) -> None:
-        self._run.log({key: value for key, value in record.items() if key != "step"}, step=int(record["step"]))
-
-    def rewind(self, step: int) -> None:
-        return None  # W&B has no way back: see above
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def _run_id(path: Path) -> str:
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12])
-    return path.read_text().strip()

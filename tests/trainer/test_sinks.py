@@ -1,10 +1,7 @@
 import json
 import math
-import socket
 
-import pytest
-
-from bagualu.trainer.sinks import JsonlSink, WandbSink
+from bagualu.trainer.sinks import JsonlSink
 
 
 def steps(path) -> list[int]:
@@ -50,24 +47,3 @@ def test_what_is_not_finite_is_null(tmp_path):
     sink.write({"step": 1, "loss": math.nan, "grad_norm": math.inf})
     sink.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "grad_norm": null}\n'
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_wandb_offline_writes_below_the_run_directory_without_network(tmp_path, monkeypatch):
-    connect = socket.socket.connect
-
-    def local_only(self, address):
-        host = address[0] if isinstance(address, tuple) else "localhost"
-        assert host in ("localhost", "127.0.0.1", "::1"), f"connects to {address}"
-        return connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", local_only)
-    for first in (1, 3):
-        sink = WandbSink(tmp_path, "project", "name", "offline", {"model": {"layers": 2}})
-        for step in (first, first + 1):
-            sink.write({"step": step, "loss": 1.0 / step})
-        sink.close()
-    name = (tmp_path / "wandb-id").read_text()
-    files = list(tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
-    assert files
-    assert all(path.stat().st_size > 0 for path in files)
