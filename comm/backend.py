@@ -1,8 +1,8 @@
-"""What a chip has to offer to run Bagualu: one `Backend`, which makes a `Transport` for a set of ranks.
+"""The interface that a chip implements to run Bagualu: a `Backend`, which makes a `Transport` for each group of ranks.
 
-A `Transport` moves contiguous tensors and nothing else; `Group` checks arguments, handles the group of one and keeps the
-convenience. So a new chip is the methods below, one entry point under `bagualu.backends`, and the conformance suite
-(tests/comm/test_conformance.py) to tell whether they are right.
+A `Transport` only moves contiguous tensors. `Group` checks the arguments, handles groups of a single rank and adds the
+conveniences. To support a new chip, implement the methods below, register the class under the entry point group
+`bagualu.backends` and pass the conformance suite (tests/comm/test_conformance.py).
 """
 
 from importlib.metadata import entry_points
@@ -17,59 +17,58 @@ ReduceOp = Literal["sum", "max"]
 
 
 class Work(Protocol):
-    """A communication under way."""
+    """A communication in progress."""
 
     def wait(self) -> None:
-        """Return when the result is there (on an accelerator: when later kernels will see it). Raises CommunicationError."""
+        """Returns once the result is available (on an accelerator: to kernels launched later). Raises CommunicationError."""
 
 
 class Transport(Protocol):
-    """The collectives of one set of ranks. Positions are places in the group, not global ranks.
+    """The collectives of one group of ranks. Every position is an index into the group, not a global rank.
 
-    The tensors stay untouched by the caller until `wait`. All members make the same calls in the same order. Tensors are
-    contiguous; `output` and `input` do not overlap, but for the two cases named.
+    All ranks of the group make the same calls in the same order, with the same `asynchronous`. The caller leaves the tensors of
+    a call untouched until `wait` returns. Tensors are contiguous. `output` and `input` never overlap, except where stated below.
 
-    Every call returns at once, but that a collective which is not `asynchronous`, on any member, may return when it is done: its
-    caller waits for nothing else.
+    Calls do not block, except collectives with asynchronous=False, which may block until they finish.
     """
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp, asynchronous: bool) -> Work: ...
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> Work:
-        """output: the members' inputs one after the other along dim 0. `input` may be this member's slice of `output`."""
+        """Fills output with the inputs of all positions, concatenated along dim 0. `input` may be this rank's slice of `output`."""
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> Work:
-        """output: this member's slice along dim 0 of the sum of the inputs. It may be that slice of `input`, whose other slices
-        hold nothing of use afterwards."""
+        """Fills output with this rank's slice, along dim 0, of the sum of all inputs. `output` may be that slice of `input`; the
+        other slices of `input` are undefined afterwards."""
 
     def all_to_all(self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]) -> Work:
-        """Rows input_splits[i] go to position i, output_splits[i] come from it; a split may be 0."""
+        """Sends input_splits[i] rows to position i and receives output_splits[i] rows from it; a split may be 0."""
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> Work: ...
     def send(self, tensor: torch.Tensor, destination: int) -> Work: ...
     def receive(self, tensor: torch.Tensor, source: int) -> Work:
-        """Messages of one pair and direction arrive in the order sent."""
+        """Receives messages of a pair of ranks in the order in which they were sent."""
 
     def barrier(self) -> Work: ...
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """See `Group.lend`; None, on all members, where there is nothing to gain by it."""
+        """Makes a tensor as `Group.lend` describes, or returns None, on every rank alike, where sharing memory gains nothing."""
 
 
 class Backend(Protocol):
-    """One rank's connection to all others."""
+    """One rank's connection to all other ranks."""
 
     device: torch.device
 
     def __init__(self, world: World, timeout_seconds: float) -> None: ...
     def transport(self, ranks: tuple[int, ...], name: str) -> Transport:
-        """A transport over `ranks` (global, this rank among them), called by all of them in the same order."""
+        """Makes a transport between `ranks`, global ranks that include this one. All of them call this in the same order."""
 
     def close(self) -> None: ...
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The backend registered under `name` in the entry point group `bagualu.backends`. Raises RecipeError."""
+    """Returns the class registered as `name` in the entry point group `bagualu.backends`. Raises RecipeError if there is none."""
     registered = {entry.name: entry for entry in entry_points(group="bagualu.backends")}
     if name not in registered:
         raise RecipeError(f"comm.backend={name} is unknown; give one of {', '.join(sorted(registered))}")
-    found: type[Backend] = registered[name].load()
-    return found
+    backend: type[Backend] = registered[name].load()
+    return backend

@@ -1,4 +1,4 @@
-"""Checks that the parts of a recipe share, so that every refusal names the key, its value and one that works. Free of torch."""
+"""Checks of recipe values. Every error message names the key, its value and a value that works."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from bagualu.comm.errors import RecipeError
 
 
 def require_at_least(least: float, section: str, part: Any, *names: str) -> None:
-    """Refuse `section`.name below `least` for any of `names`; None passes, as left out. Raises RecipeError."""
+    """Raises RecipeError if any of `part`'s fields `names` is below `least`. A field that is None was left out and passes."""
     for name in names:
         value = getattr(part, name)
         if value is not None and value < least:
@@ -16,7 +16,7 @@ def require_at_least(least: float, section: str, part: Any, *names: str) -> None
 
 
 def require_at_most(most: float, section: str, part: Any, *names: str) -> None:
-    """Refuse `section`.name above `most` for any of `names`; None passes, as left out. Raises RecipeError."""
+    """Raises RecipeError if any of `part`'s fields `names` is above `most`. A field that is None was left out and passes."""
     for name in names:
         value = getattr(part, name)
         if value is not None and value > most:
@@ -24,10 +24,10 @@ def require_at_most(most: float, section: str, part: Any, *names: str) -> None:
 
 
 def require_text(section: str, part: Any, **examples: str) -> None:
-    """Refuse an empty `section`.name for any name of `examples`. Raises RecipeError."""
+    """Raises RecipeError if a field of `part` that `examples` names is blank; the message offers the example."""
     for name, example in examples.items():
         if not getattr(part, name).strip():
-            raise RecipeError(f"{section}.{name} is empty; give one, e.g. {section}.{name}={example}")
+            raise RecipeError(f"{section}.{name} is empty; give a value, e.g. {section}.{name}={example}")
 
 
 def require_known_home(section: str, part: Any, *names: str) -> None:
@@ -40,9 +40,9 @@ def require_known_home(section: str, part: Any, *names: str) -> None:
 
 
 def refuse_unused(section: str, part: Any, names: list[str], reason: str) -> None:
-    """Refuse keys that were changed although `reason` (e.g. "model.moe.experts=0") leaves them without effect.
+    """Raises RecipeError if any of `part`'s fields `names` was changed from its default although it has no effect.
 
-    Raises RecipeError.
+    `reason` is the setting that makes them ineffective, e.g. "model.moe.experts=0".
     """
     unchanged = type(part)()
     for name in names:

@@ -1,4 +1,4 @@
-"""What a recipe says about communication. Free of torch, so that a wrong recipe is refused at once."""
+"""The communication settings of a recipe."""
 
 from dataclasses import dataclass
 
@@ -16,20 +16,20 @@ class CommConfig:
     """gloo | nccl | simulated | auto: nccl where the workers have GPUs, else gloo | any name registered under the entry point group
     `bagualu.backends`."""
     device: str = "cpu"
-    """Where the ranks of `simulated` have their tensors: cpu | cuda, one GPU for all of them. The other backends know their own."""
+    """Device of the ranks of `simulated`: cpu | cuda, where all ranks share one GPU. Every other backend determines its own."""
     timeout_seconds: float = 600.0
-    """A collective that has not finished by then fails on every rank."""
+    """A collective that takes longer than this fails on every rank."""
 
     @property
     def on_cpu(self) -> bool:
-        """Whether ranks surely have no accelerator; a vendor's backend may bring one, and `auto` may turn out as nccl."""
+        """Whether the ranks certainly use no accelerator. A registered backend may use one, and `auto` may resolve to nccl."""
         return self.backend == "gloo" or (self.backend == "simulated" and self.device == "cpu")
 
     def validate(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise RecipeError(f"comm.device={self.device} is unknown; give cpu or cuda")
         if self.device != "cpu" and self.backend != "simulated":
-            raise RecipeError(f"comm.device={self.device} is for comm.backend=simulated; comm.backend={self.backend} knows its own "
-                              "device: leave comm.device out, or give comm.backend=nccl for one GPU a worker")  # fmt: skip
+            raise RecipeError(f"comm.device={self.device} applies only to comm.backend=simulated; comm.backend={self.backend} has "
+                              "its own device: leave comm.device out, or give comm.backend=nccl for a GPU per worker")  # fmt: skip
         if self.timeout_seconds <= 0:
             raise RecipeError(f"comm.timeout_seconds={self.timeout_seconds} must be positive, e.g. comm.timeout_seconds=600")

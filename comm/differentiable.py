@@ -1,13 +1,14 @@
-"""Collectives that gradients pass through: each one's backward is the collective that transposes it.
+"""Collectives that gradients pass through: the backward pass of each is the transposed collective.
 
-    copy_to          x on every member            backward: the members' gradients are summed
-    reduce_from      the sum of the members' x    backward: the gradient goes to every member
-    gather_from      the members' x, joined       backward: summed, each member keeps its slice
-    scatter_to       its slice of the sum of x    backward: the members' gradients, joined
-    all_to_all       rows change place            backward: they go back
+    function       forward, on every rank                 backward
+    copy_to        x, unchanged                           sums the gradients of all ranks
+    reduce_from    the sum of x over the ranks            passes the gradient on
+    gather_from    the x of all ranks, concatenated       sums the gradients; each rank keeps its own slice
+    scatter_to     its own slice of the sum of x          concatenates the gradients of all ranks
+    all_to_all     rows of x move to other ranks          moves the gradients' rows back
 
-copy_to and reduce_from are the pair around a tensor-parallel block (Megatron-LM's f and g, arXiv 1909.08053, section 3);
-gather_from and scatter_to take their place under sequence parallelism (arXiv 2205.05198, section 4.2).
+copy_to and reduce_from enclose a tensor-parallel block (Megatron-LM's f and g, arXiv 1909.08053, section 3); gather_from and
+scatter_to replace them under sequence parallelism (arXiv 2205.05198, section 4.2).
 """
 
 from typing import Any
@@ -18,27 +19,27 @@ from bagualu.comm.group import Group
 
 
 def copy_to(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """The same values, used differently by every member from here on."""
+    """Returns x [any shape], the same on every rank. Ranks may use it differently: backward sums their gradients."""
     return x if group.size == 1 else _Copy.apply(x, group)
 
 
 def reduce_from(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """The sum of the members' tensors, on every member."""
+    """Returns the sum of x over the group's ranks, in the shape of x, on every rank."""
     return x if group.size == 1 else _Reduce.apply(x, group)
 
 
 def gather_from(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-    """The members' tensors joined along `dim`, on every member."""
+    """Returns the x of all ranks, concatenated along `dim` in the group's order, on every rank."""
     return x if group.size == 1 else _Gather.apply(x, group, dim)
 
 
 def scatter_to(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-    """This member's slice along `dim` of the sum of the members' tensors."""
+    """Returns this rank's slice along `dim` of the sum of x over the group's ranks. The group's size must divide x.shape[dim]."""
     return x if group.size == 1 else _Scatter.apply(x, group, dim)
 
 
 def all_to_all(x: torch.Tensor, group: Group, output_splits: list[int], input_splits: list[int]) -> torch.Tensor:
-    """Rows of x [sum(input_splits), ...] go to their members; returns those that came [sum(output_splits), ...]."""
+    """Sends rows of x [sum(input_splits), ...] to each rank and returns those received, [sum(output_splits), ...]."""
     return x if group.size == 1 else _AllToAll.apply(x, group, output_splits, input_splits)
 
 

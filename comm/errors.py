@@ -1,13 +1,13 @@
-"""The errors a person is meant to read: one line, what was given, what was expected, what to type."""
+"""Errors with a message for the person who started the run: one line with what was given, what was expected and the fix."""
 
 
 class RecipeError(ValueError):
-    """A recipe, layout or input that cannot work. Its message is one line that contains the fix; exit code 2."""
+    """A recipe, layout or input cannot work. The message is a single line that contains the fix; the exit code is 2."""
 
 
 class CommunicationError(RuntimeError):
-    """A collective that could not finish: a peer was lost, timed out, or called something else."""
+    """A collective could not finish: another rank was lost, timed out or called a different collective."""
 
 
 class StorageError(RuntimeError):
-    """Storage that cannot be written or read now, and may be again. Nothing on it was found wrong."""
+    """Storage that cannot be read or written now but may recover. It does not mean that stored data are damaged."""

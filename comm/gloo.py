@@ -1,9 +1,9 @@
-"""Gloo: CPU tensors over TCP; the backend that runs everywhere.
+"""Gloo: CPU tensors over TCP. This backend runs everywhere.
 
-reduce_scatter, all_gather and the sum of two members are direct exchanges instead of Gloo's own: the bytes on the wire are those
-of a ring, but over loopback they take a third to a half of the time (docs/performance.md), and sums run in rank order, so that a
-gradient is the same to the bit whichever member computes it. What the members of one machine wait for at once goes, if it is
-neither small nor large, through memory that they share (shared_memory.py), with the same sums.
+reduce_scatter, all_gather and the sum over two ranks are direct exchanges rather than Gloo's own collectives. They send as many
+bytes as a ring, but take a third to a half of its time over loopback (docs/performance.md). Sums run in rank order, so a gradient
+has the same bits whichever rank computes it. Between ranks of one machine, a synchronous collective of medium size goes through
+shared memory (shared_memory.py), with the same sums.
 """
 
 import weakref
@@ -18,18 +18,18 @@ from bagualu.comm.shared_memory import SLOT_BYTES, SLOTS, Slots, share
 from bagualu.comm.torch_transport import TorchBackend, TorchTransport, TorchWork
 
 _MANY = 2**21
-"""Elements above which two members are no longer quicker by sending each other everything."""
+"""Above this number of elements, two ranks gain no time by sending each other the whole tensor."""
 LEAST_SHARED_BYTES = 2**19
-"""Below this the contents themselves are as quick on the wire as word of where they lie (tests/bench/exchange.py)."""
+"""A smaller tensor arrives over the network as fast as the header of a shared-memory exchange (tests/bench/exchange.py)."""
 _MOST_SHARING = 16
-"""Members; of more it is not asked whether they can see each other's memory."""
+"""The largest group, in ranks, that tries to share memory."""
 _OPS = ("lend", "all_reduce", "all_gather", "reduce_scatter")
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Messages under way to and from every other member."""
+    """Messages in progress between this rank and every other rank of the group."""
 
     messages: tuple[TorchWork, ...]
 
@@ -39,29 +39,30 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Words:
-    """One word to every other member and one from each, which must all be the same: of what call this is a part."""
+class HeaderExchange:
+    """Exchanges a small header with every other rank and raises unless all ranks are in the same collective."""
 
     exchange: Exchange
-    said: torch.Tensor
-    heard: list[torch.Tensor]
+    sent: torch.Tensor
+    received: list[torch.Tensor]
     where: str
 
     def wait(self) -> None:
         self.exchange.wait()
-        for word in self.heard:
-            if not torch.equal(word, self.said):
-                raise CommunicationError(f"{self.where}: a member has called {_call(word)}, this one {_call(self.said)}")
+        for header in self.received:
+            if not torch.equal(header, self.sent):
+                raise CommunicationError(f"{self.where}: ranks have called different collectives: {_describe(header)} on another, "
+                                         f"{_describe(self.sent)} on this one; call the same on all, in order")  # fmt: skip
 
 
-def _call(word: torch.Tensor) -> str:
-    op, nbytes, item_bytes, number = word.tolist()
-    return f"{_OPS[op]} of {nbytes} bytes in elements of {item_bytes}, number {number} in memory"
+def _describe(header: torch.Tensor) -> str:
+    op, nbytes, element_bytes, number = header.tolist()
+    return f"{_OPS[op]} (shared-memory call {number}) of {nbytes} bytes in elements of {element_bytes}"
 
 
 @dataclass
 class Summing:
-    """An exchange whose result is the sum of `parts`, in rank order; once summed there are none left."""
+    """An exchange whose result is the sum of `parts` in rank order. The first wait clears `parts`, so a second one adds nothing."""
 
     exchange: Work
     parts: list[torch.Tensor]
@@ -77,10 +78,10 @@ _DONE = Exchange(())
 
 
 def _sum(parts: list[torch.Tensor], output: torch.Tensor) -> None:
-    """In rank order, in at least float32, rounded once; `parts` of nothing are none."""
+    """Writes the sum of `parts` to output: added in rank order, in at least float32, rounded once. No parts leave it as it is."""
     with torch.no_grad():
         if len(parts) == 2:
-            torch.add(*parts, out=output)  # which is computed so without a wider copy of either
+            torch.add(*parts, out=output)  # computes in float32 and rounds once, without wider copies of the parts
         elif parts:
             total = torch.add(*(part.to(_WIDER.get(part.dtype, part.dtype)) for part in parts[:2]))
             for part in parts[2:]:
@@ -91,18 +92,17 @@ def _sum(parts: list[torch.Tensor], output: torch.Tensor) -> None:
 class GlooTransport(TorchTransport):
     def __init__(self, group: dist.ProcessGroup, ranks: tuple[int, ...], name: str) -> None:
         super().__init__(group, ranks, name)
-        memories = share(SLOTS * SLOT_BYTES, self._gather_words) if 1 < len(ranks) <= _MOST_SHARING else None
+        memories = share(SLOTS * SLOT_BYTES, self._gather) if 1 < len(ranks) <= _MOST_SHARING else None
         self.slots = Slots(memories, self.position) if memories else None
-        """Where all members see each other's memory."""
+        """Shared memory; None unless every rank of the group can map the memory of every other."""
         self._lent: dict[int, list[torch.Tensor]] = {}
-        """By the identity of a tensor that others read, as long as it lives: those of the other positions."""
-        self._said = 0
-        """Words to all other members."""
+        """By id of a live tensor that this rank lends: the tensors lent by the other positions in the same call."""
+        self._headers_sent = 0
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp, asynchronous: bool) -> Work:
         own, two = tensor.view(-1), op == "sum" and len(self.ranks) == 2
-        if two and (given := self._through_memory("all_reduce", own, asynchronous)):
-            _sum(given, own)
+        if two and (all_inputs := self._through_memory("all_reduce", own, asynchronous)):
+            _sum(all_inputs, own)
             return _DONE
         if not two or tensor.numel() > _MANY:
             return super().all_reduce(tensor, op, asynchronous)
@@ -113,9 +113,9 @@ class GlooTransport(TorchTransport):
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> Work:
         parts = list(output.view(-1).chunk(len(self.ranks))) if output.numel() else []
         mine = input.view(-1)
-        if given := self._through_memory("all_gather", mine, asynchronous):
-            for part, one in zip(parts, given, strict=True):
-                part.copy_(one)
+        if all_inputs := self._through_memory("all_gather", mine, asynchronous):
+            for part, contents in zip(parts, all_inputs, strict=True):
+                part.copy_(contents)
             return _DONE
         if parts:
             parts[self.position].copy_(mine)
@@ -124,10 +124,10 @@ class GlooTransport(TorchTransport):
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> Work:
         if lent := self._lent_by_all(input):
             parts = [whole.chunk(len(self.ranks))[self.position] for whole in lent]
-            return Summing(self._words("reduce_scatter", input), parts, output.view(-1))
+            return Summing(self._exchange_headers("reduce_scatter", input), parts, output.view(-1))
         outgoing = list(input.view(-1).chunk(len(self.ranks))) if input.numel() else []
-        if given := self._through_memory("reduce_scatter", input.view(-1), asynchronous):
-            _sum([whole.chunk(len(self.ranks))[self.position] for whole in given], output.view(-1))
+        if all_inputs := self._through_memory("reduce_scatter", input.view(-1), asynchronous):
+            _sum([whole.chunk(len(self.ranks))[self.position] for whole in all_inputs], output.view(-1))
             return _DONE
         incoming = [torch.empty_like(part) for part in outgoing]
         if outgoing:
@@ -137,8 +137,8 @@ class GlooTransport(TorchTransport):
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
         if self.slots is None:
             return None
-        self._words("lend", torch.empty(numel, dtype=dtype, device="meta")).wait()
-        memories = share(numel * dtype.itemsize, self._gather_words)
+        self._exchange_headers("lend", torch.empty(numel, dtype=dtype, device="meta")).wait()
+        memories = share(numel * dtype.itemsize, self._gather)
         if memories is None:
             return None
         mine, *others = (memory.view(dtype) for memory in (memories.pop(self.position), *memories))
@@ -152,32 +152,32 @@ class GlooTransport(TorchTransport):
         super().close()
 
     def _through_memory(self, op: str, contents: torch.Tensor, asynchronous: bool) -> list[torch.Tensor] | None:
-        """What every member gives; None on all of them where it is to go over the network."""
+        """Returns the contents of every position, or None on all ranks if they have to go over the network."""
         if self.slots is None or asynchronous or not LEAST_SHARED_BYTES <= contents.nbytes <= SLOT_BYTES:
             return None
-        return self.slots.exchange(contents, lambda: self._words(op, contents).wait())
+        return self.slots.exchange(contents, lambda: self._exchange_headers(op, contents).wait())
 
-    def _words(self, op: str, contents: torch.Tensor) -> Words:
-        """Say to every other member, and hear from each, that `contents` are there to be read."""
-        self._said += 1
-        said = torch.tensor([_OPS.index(op), contents.nbytes, contents.itemsize, self._said])
-        heard = [torch.empty_like(said) for _ in self.ranks]
-        heard[self.position] = said
+    def _exchange_headers(self, op: str, contents: torch.Tensor) -> HeaderExchange:
+        """Tells every other rank that `contents` are ready to be read in shared memory, and receives the same from each."""
+        self._headers_sent += 1
+        header = torch.tensor([_OPS.index(op), contents.nbytes, contents.itemsize, self._headers_sent])
+        received = [torch.empty_like(header) for _ in self.ranks]
+        received[self.position] = header
         where = f"{op} in group {self.name} of ranks {list(self.ranks)}"
-        return Words(self._exchange(op, [said] * len(heard), heard), said, heard, where)
+        return HeaderExchange(self._exchange(op, [header] * len(received), received), header, received, where)
 
     def _lent_by_all(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
-        """What every member has lent together with `tensor`, by position."""
+        """Returns the tensors that all positions lent in the same call as `tensor`; None if `tensor` is not lent."""
         others = self._lent.get(id(tensor))
         return None if others is None else [*others[: self.position], tensor, *others[self.position :]]
 
-    def _gather_words(self, words: torch.Tensor) -> torch.Tensor:
-        rows = words.expand(len(self.ranks), -1).clone()
-        self._exchange("share memory", [words] * len(rows), list(rows)).wait()
+    def _gather(self, row: torch.Tensor) -> torch.Tensor:
+        rows = row.expand(len(self.ranks), -1).clone()
+        self._exchange("share memory", [row] * len(rows), list(rows)).wait()
         return rows
 
     def _exchange(self, op: str, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]) -> Exchange:
-        """Send outgoing[i] to position i and fill incoming[i] from it, nearest positions first so that no member is flooded."""
+        """Sends outgoing[i] to position i and receives incoming[i] from it, starting with the nearest, to spread the load."""
         size, here, messages = len(outgoing), self.position, []
         for distance in range(1, size):
             to, source = (here + distance) % size, (here - distance) % size

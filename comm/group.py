@@ -1,4 +1,4 @@
-"""`Group`: a set of ranks and its collectives, the same on every backend."""
+"""`Group`: a sequence of ranks and the collectives between them, the same on every backend."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ _HOST = torch.device("cpu")
 
 
 class Done:
-    """The work of a communication that needed none."""
+    """The finished work of a call that needed no communication."""
 
     def wait(self) -> None:
         return None
@@ -23,7 +23,7 @@ class Done:
 
 @dataclass
 class _Watched:
-    """A communication under way whose waiting is seen: operation `number` of the monitor's line at `line`."""
+    """A communication in progress that reports to the monitor when it is waited for, as operation `number` of lines[line]."""
 
     work: Work
     what: str
@@ -39,10 +39,11 @@ class _Watched:
 
 @dataclass(frozen=True)
 class Group:
-    """Some ranks in a fixed order. Positions count places in the group; `rank` is this process's own position.
+    """A fixed sequence of ranks. A position is an index into `ranks`; `rank` is this process's own position.
 
-    Collectives return `Work`; unless `asynchronous`, the same on every member, it is already done. Tensors must be contiguous
-    and on the backend's device. A group of one communicates nothing.
+    Collectives return `Work`. It has finished already unless `asynchronous` is true, which must be the same on every rank of the
+    group. Tensors must be contiguous and on the backend's device; ValueError otherwise. A group of a single rank communicates
+    nothing.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Group:
     rank: int
     transport: Transport | None
     device: torch.device = _HOST
-    """Where the tensors of its collectives live."""
+    """The device of the tensors that are communicated."""
     monitor: Monitor = field(default_factory=Monitor, compare=False, repr=False)
 
     @property
@@ -58,14 +59,14 @@ class Group:
         return len(self.ranks)
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", asynchronous: bool = False) -> Work:
-        """In place: the sum (or the maximum) over all members."""
+        """Replaces tensor by its sum (or maximum) over all ranks of the group."""
         self._check(tensor)
         if (transport := self.transport) is None:
             return Done()
         return self._join("all_reduce", lambda: transport.all_reduce(tensor, op, asynchronous), asynchronous)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
-        """output [size * n, ...]: the members' inputs [n, ...] one after the other."""
+        """Fills output [size * n, ...] with the inputs [n, ...] of all positions, concatenated."""
         self._check(output, input)
         if output.numel() != input.numel() * self.size:
             raise ValueError(f"all_gather in group {self.name}: output must hold {self.size} x {tuple(input.shape)}, "
@@ -76,7 +77,7 @@ class Group:
         return self._join("all_gather", lambda: transport.all_gather(output, input, asynchronous), asynchronous)
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
-        """output [n, ...]: this member's slice of the sum of the inputs [size * n, ...]."""
+        """Fills output [n, ...] with this rank's slice of the sum of the inputs [size * n, ...]."""
         self._check(output, input)
         if input.numel() != output.numel() * self.size:
             raise ValueError(f"reduce_scatter in group {self.name}: input must hold {self.size} x {tuple(output.shape)}, "
@@ -94,7 +95,7 @@ class Group:
         input_splits: list[int] | None = None,
         asynchronous: bool = False,
     ) -> Work:
-        """Rows of dim 0: input_splits[i] of them go to position i, output_splits[i] come from it; even when left out."""
+        """Sends input_splits[i] rows of dim 0 to position i and receives output_splits[i] rows from it. Default: equal splits."""
         self._check(output, input)
         output_splits = self._splits(output, output_splits)
         input_splits = self._splits(input, input_splits)
@@ -107,7 +108,7 @@ class Group:
         return self._join("all_to_all", lambda: transport.all_to_all(output, input, output_splits, input_splits), asynchronous)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0, asynchronous: bool = False) -> Work:
-        """In place: every member gets what position `source` holds."""
+        """Replaces tensor by the tensor of position `source`."""
         self._check(tensor)
         if (transport := self.transport) is None:
             return Done()
@@ -115,28 +116,31 @@ class Group:
         return self._join("broadcast", lambda: transport.broadcast(tensor, position), asynchronous)
 
     def send(self, tensor: torch.Tensor, destination: int, asynchronous: bool = False) -> Work:
-        """To position `destination`. Messages of one pair and direction arrive in order."""
+        """Sends tensor to position `destination`. Messages between two ranks arrive in the order sent."""
         self._check(tensor)
         transport = self._peer(destination)
         line = Line(self.name, (self.ranks[self.rank], self.ranks[destination]), messages=True)
         return self._join("send", lambda: transport.send(tensor, destination), asynchronous, line)
 
     def receive(self, tensor: torch.Tensor, source: int, asynchronous: bool = False) -> Work:
-        """In place, from position `source`."""
+        """Fills tensor with a message from position `source`."""
         self._check(tensor)
         transport = self._peer(source)
         line = Line(self.name, (self.ranks[source], self.ranks[self.rank]), messages=True)
         return self._join("receive", lambda: transport.receive(tensor, source), asynchronous, line)
 
     def barrier(self) -> None:
-        """Return when every member has come here."""
+        """Returns when every rank of the group has called it."""
         if (transport := self.transport) is not None:
             self._join("barrier", transport.barrier, asynchronous=False)
 
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Zeros [numel], called by all members alike, that the others read where they lie when they are given to `reduce_scatter`
-        whole; None where a tensor of one's own serves as well. What has been given may be written again when all members have
-        waited for it (a barrier says so); not, as usual, when this one has."""
+        """Makes a tensor of zeros [numel] that `reduce_scatter` sums without copying: the other ranks read it in place.
+
+        All ranks of the group call this together; it returns None, on all of them, where an ordinary tensor is as fast. Only the
+        whole tensor is read in place, not a view. After a reduce_scatter, write to the tensor only once every rank has waited for
+        it, e.g. after a barrier; that this rank has waited is not enough here.
+        """
         if (transport := self.transport) is None:
             return None
         self.monitor.waits("lend", self._collectives, self.monitor.joins(self._collectives))
@@ -149,7 +153,7 @@ class Group:
         number = self.monitor.joins(line)
         if asynchronous:
             return _Watched(start(), what, line, number, self.monitor)
-        self.monitor.waits(what, line, number)  # before the start, which may have to wait too
+        self.monitor.waits(what, line, number)  # before start(), which may block too
         work = start()
         work.wait()
         self.monitor.goes_on()
@@ -157,12 +161,12 @@ class Group:
 
     @cached_property
     def _collectives(self) -> int:
-        """Where the monitor counts them."""
+        """The monitor's index for this group's collectives."""
         return self.monitor.line(Line(self.name, self.ranks))
 
     def _peer(self, position: int) -> Transport:
         if self.transport is None or self._position(position) == self.rank:
-            raise ValueError(f"group {self.name}: position {position} is this rank itself; there is nobody to talk to")
+            raise ValueError(f"group {self.name}: position {position} is this rank itself; give the position of another rank")
         return self.transport
 
     def _position(self, position: int) -> int:
@@ -188,7 +192,7 @@ class Group:
 
 
 class Communicator:
-    """One rank's way to all groups. Close it when done."""
+    """One rank's connection to all others, from which it makes groups. Close it after use."""
 
     def __init__(self, backend: Backend, world: World, monitor: Monitor | None = None) -> None:
         self.backend = backend
@@ -202,7 +206,7 @@ class Communicator:
         self.world = self.group(tuple(range(world.size)), "world")
 
     def group(self, ranks: tuple[int, ...], name: str) -> Group:
-        """The group of `ranks` (this rank among them). All of them call this, in the same order."""
+        """Returns the group of `ranks`, global ranks that include this one. All of them call this in the same order."""
         position = ranks.index(self.rank)
         if len(ranks) == 1:
             return Group(name, ranks, position, None, self.device, self.monitor)
@@ -213,7 +217,7 @@ class Communicator:
         return Group(name, ranks, position, transport, self.device, self.monitor)
 
     def given_up(self) -> bool:
-        """Whether the other ranks, threads of this process, have given up waiting for this one."""
+        """Whether a communication between ranks that are threads of this process has failed; all later ones then fail too."""
         return self._hub is not None and self._hub.failed
 
     def close(self) -> None:
@@ -221,8 +225,8 @@ class Communicator:
 
 
 def connect(backend: str, world: World, timeout_seconds: float = 600.0, monitor: Monitor | None = None) -> Communicator:
-    """Join the world with the named backend, watched by `monitor`.
+    """Connects this process to all others through the named backend; `monitor` records what the rank does.
 
-    Raises RecipeError for a backend that is unknown or that this machine cannot run.
+    Raises RecipeError if the backend is unknown or cannot run on this machine, CommunicationError if a rank cannot be reached.
     """
     return Communicator(backend_class(backend)(world, timeout_seconds), world, monitor)

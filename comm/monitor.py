@@ -1,6 +1,6 @@
-"""What a rank is doing: its step, the point it has come to, and the communication it waits for.
+"""What a rank is doing: its step, its point within the step, and the communication it waits for.
 
-The one place that knows. Whoever wants to know too (a watchdog, a ledger, a planned fault) observes it. Free of torch.
+This is the only record of it. Observers (the watchdog, the ledger, planned faults) are called on every change.
 """
 
 from collections.abc import Callable
@@ -11,25 +11,25 @@ Counts: TypeAlias = "list[int] | memoryview[int]"
 
 
 class Observer(Protocol):
-    """Told of every change, on the rank's own thread. What it raises leaves from the place that the rank has come to."""
+    """Is called on every change, on the rank's own thread. An exception that it raises propagates into the rank's code."""
 
     def at(self, point: str, step: int) -> None:
-        """The rank has come to `point` of `step`."""
+        """The rank has reached `point` of `step`."""
 
     def waits(self, what: str | None) -> None:
-        """The rank begins to wait for others, e.g. "all_reduce in data"; None: it waits no longer."""
+        """The rank begins to wait for other ranks, e.g. "all_reduce in data"; None: it has stopped waiting."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """Operations that come one after the other, numbered from 1: a group's collectives, or the messages of one pair in it.
+    """A sequence of operations, numbered from 1: a group's collectives, or the messages from one of its ranks to another.
 
-    Operation n cannot end before every member has joined it, so a member whose count is behind is what the others wait for.
+    Operation n cannot end before all ranks of the line have joined it: the others wait for the rank whose count is lowest.
     """
 
     group: str
     ranks: tuple[int, ...]
-    """The members; of messages the source and the destination."""
+    """The group's ranks; for messages, the source and the destination."""
     messages: bool = False
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class Line:
 
 
 class Waiting(NamedTuple):
-    """What a rank waits for: operation `number` of the line at `line` in `Monitor.lines`."""
+    """The operation that a rank waits for: operation `number` of Monitor.lines[line]."""
 
     operation: str
     line: int
@@ -45,44 +45,44 @@ class Waiting(NamedTuple):
 
 
 class Monitor:
-    """One rank's. Groups tell it of their collectives; the trainer and the checkpoint code of the points they pass."""
+    """The record of one rank. Groups report their collectives to it; the trainer and the checkpoint code report points."""
 
     def __init__(self) -> None:
         self.step = 0
-        """The step under way, from 1; 0 before the first."""
+        """The current step, from 1; 0 before the first."""
         self.point = "start"
         self.waiting: Waiting | None = None
         self.observers: list[Observer] = []
         self.lines: list[Line] = []
         self.counts: Counts = [0] * 16
-        """Operations that this rank has joined, by line."""
-        self.longer: Callable[[Counts], Counts] = lambda counts: [*counts, *[0] * len(counts)]
-        """Gives more counts when they are full, with what they hold. With it they can lie in memory that others see."""
+        """The number of operations that this rank has joined, by index of the line."""
+        self.grow_counts: Callable[[Counts], Counts] = lambda counts: [*counts, *[0] * len(counts)]
+        """Returns a longer copy of full counts. An observer that keeps the counts in shared memory replaces this function."""
         self._index: dict[Line, int] = {}
 
     def at(self, point: str) -> None:
-        """The rank has come to `point`, e.g. "backward"."""
+        """Records that the rank has reached `point`, e.g. "backward"."""
         self.point = point
         for observer in self.observers:
             observer.at(point, self.step)
 
     def line(self, line: Line) -> int:
-        """The place of `line` in `lines` and `counts`."""
+        """Returns the index of `line` in `lines` and `counts`, adding it if it is new."""
         index = self._index.get(line)
         if index is None:
             index = self._index[line] = len(self.lines)
             self.lines.append(line)
             if index == len(self.counts):
-                self.counts = self.longer(self.counts)
+                self.counts = self.grow_counts(self.counts)
         return index
 
     def joins(self, line: int) -> int:
-        """The rank joins the next operation of the line at `line`; its number."""
+        """Records that the rank joins the next operation of lines[line] and returns the operation's number."""
         self.counts[line] = number = self.counts[line] + 1
         return number
 
     def waits(self, operation: str, line: int, number: int) -> None:
-        """The rank begins to wait for that operation to end."""
+        """Records that the rank begins to wait for operation `number` of lines[line] to end."""
         self.waiting = Waiting(operation, line, number)
         if self.observers:
             what = f"{operation} in {self.lines[line].group}"
@@ -90,7 +90,7 @@ class Monitor:
                 observer.waits(what)
 
     def goes_on(self) -> None:
-        """The rank waits no longer."""
+        """Records that the rank has stopped waiting."""
         self.waiting = None
         for observer in self.observers:
             observer.waits(None)

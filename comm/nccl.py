@@ -1,4 +1,4 @@
-"""NCCL: NVIDIA GPUs, one a rank."""
+"""NCCL: NVIDIA GPUs, one per rank."""
 
 import torch
 
@@ -14,8 +14,8 @@ class NcclBackend(TorchBackend):
         count = torch.cuda.device_count()
         if world.local_rank >= count:
             raise RecipeError(
-                f"comm.backend=nccl needs a GPU for every worker, but local rank {world.local_rank} finds {count}; "
-                f"give comm.backend=gloo or at most {count} workers a node"
+                f"comm.backend=nccl needs one GPU per worker, but this node has {count} for local rank {world.local_rank}; "
+                f"give comm.backend=gloo or at most {count} workers per node"
             )
         self.device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(self.device)

@@ -1,11 +1,12 @@
-"""Memory that the ranks of one machine share, for what they exchange in a group: slots, and tensors that lie there for good.
+"""Memory that the ranks of one machine share, so that a group can exchange tensors without the network.
 
-Every member has two slots. It puts what it gives into the next one and tells the others so by a message of a few bytes; who has
-heard from all of them reads from their slots. The messages go over the network like any other, so a lost or hung member is
-noticed just as without the memory.
+Every rank has two slots that alternate. For an exchange, it copies its tensor into its next slot and sends each other rank a
+header of a few bytes; once it has received all headers, it reads the slots of the others. The headers travel over the network
+like any message, so a lost or hung rank is detected as it is without shared memory.
 
-A member ends one exchange before it begins the next. So whoever has ended exchange n - 1 has heard that the others had begun it,
-and before that ended exchange n - 2: what lay in the slot that exchange n takes has been read.
+Two slots suffice, because a rank ends each exchange before it begins the next. Exchange n reuses the slots of exchange n - 2. A
+rank that has ended exchange n - 1 holds a header for it from every other rank, and each of them had ended exchange n - 2, and so
+had read those slots, before it sent that header.
 """
 
 import os
@@ -17,50 +18,54 @@ import torch
 SLOT_BYTES = 2**23
 SLOTS = 2
 _NAME = "bagualu-exchange"
-"""Seen in /proc only: it is in no file system, and gone when the last process that sees it is."""
+"""Shown in /proc only. The memory is in no file system and is freed when the last process that maps it ends."""
 
 
 class Slots:
-    """One member's view of the memory of all members of a group."""
+    """One rank's view of the slots of all ranks in a group."""
 
     def __init__(self, memories: list[torch.Tensor], position: int) -> None:
-        """`memories`: for each position its bytes [SLOTS * SLOT_BYTES]; see `share`."""
+        """`memories[i]` holds the slots of position i as bytes [SLOTS * SLOT_BYTES]; see `share`."""
         self._memories = memories
         self._position = position
         self._exchanges = 0
 
-    def exchange(self, contents: torch.Tensor, tell: Callable[[], None]) -> list[torch.Tensor]:
-        """What every position gives, to be read before the next exchange. `contents` is what this one gives: of the same shape and
-        dtype everywhere, SLOT_BYTES at most. `tell` tells the others that it is there, and returns when all have said so."""
+    def exchange(self, contents: torch.Tensor, exchange_headers: Callable[[], None]) -> list[torch.Tensor]:
+        """Returns the contents of every position; read them before the next exchange.
+
+        `contents` has the same shape and dtype on every rank and at most SLOT_BYTES bytes. `exchange_headers` tells the other
+        ranks that it has been copied, and returns when all of them have said the same.
+        """
         start = self._exchanges % SLOTS * SLOT_BYTES
         self._exchanges += 1
-        given = [memory[start : start + contents.nbytes].view(contents.dtype) for memory in self._memories]
-        given[self._position].copy_(contents)
-        tell()
-        return [*given[: self._position], contents, *given[self._position + 1 :]]
+        slots = [memory[start : start + contents.nbytes].view(contents.dtype) for memory in self._memories]
+        slots[self._position].copy_(contents)
+        exchange_headers()
+        return [*slots[: self._position], contents, *slots[self._position + 1 :]]
 
 
 def share(nbytes: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor] | None:
-    """`nbytes` zeros of every position, which all members see; None on every member where one of them cannot see another's.
+    """Creates `nbytes` zeros on every rank and returns all of them, by position, mapped into this process.
 
-    `gather` returns the members' rows of int64 as a matrix. Pages are taken when they are first touched.
+    Returns None on every rank if any rank cannot map the memory of another. `gather` returns a matrix of the int64 vectors that
+    the ranks pass to it. The system provides a page of the memory when it is first touched.
     """
     token = int.from_bytes(os.urandom(7), sys.byteorder)
     descriptor = _create(nbytes, token)
     try:
-        places = gather(torch.tensor([os.getpid(), descriptor, token])).tolist()
-        found = [_attach(nbytes, *place) for place in places]
-        seen_by_all = gather(torch.tensor([None not in found])).bool().all().item()
+        addresses = gather(torch.tensor([os.getpid(), descriptor, token])).tolist()
+        memories = [_attach(nbytes, *address) for address in addresses]
+        mapped_by_all = gather(torch.tensor([None not in memories])).bool().all().item()
         if descriptor >= 0:
             os.pwrite(descriptor, bytes(8), 0)
     finally:
         if descriptor >= 0:
             os.close(descriptor)
-    return [memory for memory in found if memory is not None] if seen_by_all else None
+    return [memory for memory in memories if memory is not None] if mapped_by_all else None
 
 
 def _create(nbytes: int, token: int) -> int:
-    """A descriptor of new memory that begins with `token`, or -1."""
+    """Returns a descriptor of new memory that begins with `token`, or -1 if the system provides none."""
     try:
         descriptor = os.memfd_create(_NAME)
     except (AttributeError, OSError):
@@ -75,13 +80,16 @@ def _create(nbytes: int, token: int) -> int:
 
 
 def _attach(nbytes: int, process: int, descriptor: int, token: int) -> torch.Tensor | None:
-    """The bytes of another process' memory, or of this one's, where it can be seen from here. Elsewhere (another machine, another
-    namespace) the same numbers name something else, which is looked at and left alone."""
-    place = f"/proc/{process}/fd/{descriptor}"
+    """Maps the memory behind another (or this) process's descriptor, or returns None if this process cannot.
+
+    On another machine or in another namespace the same numbers may denote some other file, so its name and then its first bytes
+    are compared before it is mapped; it is never written.
+    """
+    path = f"/proc/{process}/fd/{descriptor}"
     try:
-        if not os.readlink(place).startswith(f"/memfd:{_NAME}"):
+        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
             return None
-        opened = os.open(place, os.O_RDWR)
+        opened = os.open(path, os.O_RDWR)
     except OSError:
         return None
     try:

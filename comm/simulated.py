@@ -1,8 +1,8 @@
-"""All ranks as threads of one process: parallel code under one debugger, with real tensors, on the CPU or all on one GPU.
+"""Runs all ranks as threads of one process, with real tensors, on the CPU or on a single GPU: one debugger sees all ranks.
 
-Reductions run in rank order, so results are reproducible to the bit. Because one object sees every rank, a mistake that
-hangs a cluster is reported here as what it is: ranks that call different things, and ranks that wait for each other, are
-named with what each of them waits for.
+Reductions run in rank order, so results are reproducible to the bit. Because one object sees every rank, two mistakes that would
+hang a cluster raise errors here: ranks that call different collectives, and ranks that wait for each other. The error names the
+ranks and the call that each of them waits for.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from bagualu.comm.world import World
 
 T = TypeVar("T")
 _GRACE_SECONDS = 1.0
-"""For ranks that wait, to fail, before those that do not are left behind."""
+"""Time for waiting ranks to fail after the run was given up; threads that still run then are abandoned."""
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
 class Call:
-    """One communication on its way: who has come, with which tensors, and how to carry it out once all have."""
+    """A communication in progress: the ranks that have joined it, their tensors, and a function that performs it."""
 
     what: str
     signature: tuple[Any, ...]
@@ -42,7 +42,7 @@ class Call:
 
 
 class Hub:
-    """Where the threads meet."""
+    """The object through which the threads communicate."""
 
     def __init__(self, size: int, timeout_seconds: float, device: torch.device) -> None:
         self.timeout_seconds = timeout_seconds
@@ -55,11 +55,11 @@ class Hub:
 
     @property
     def failed(self) -> bool:
-        """Whether a communication has failed, and so every later one will."""
+        """Whether a communication has failed. Every later one then fails too."""
         return self._failure is not None
 
     def join(self, key: tuple[Any, ...], rank: int, call: Call, tensors: Tensors) -> Call:
-        """Add this rank's tensors to the call under `key`; the last one to come carries it out."""
+        """Adds this rank's tensors to the call under `key`; the last rank to join performs the call."""
         with self._changed:
             self._raise_failure()
             first = self._calls.setdefault(key, call)
@@ -91,17 +91,17 @@ class Hub:
                 del self._waiting[rank]
 
     def leave(self, rank: int, error: BaseException | None) -> None:
-        """The thread of `rank` has ended; those who wait for it are told."""
+        """Records that the thread of `rank` has ended. Waiting ranks fail if it ended in an error or has left them deadlocked."""
         with self._changed:
             self._running.discard(rank)
             if error is not None and self._failure is None:
                 self._failure = f"rank {rank} failed: {type(error).__name__}: {error}"
-            with contextlib.suppress(CommunicationError):  # recorded as the failure, which the waiting ranks raise
+            with contextlib.suppress(CommunicationError):  # the waiting ranks raise the recorded failure
                 self._find_deadlock()
             self._changed.notify_all()
 
     def give_up(self, why: str) -> None:
-        """Whoever waits, or comes to wait, fails with `why`."""
+        """Makes every communication fail with the reason `why`, those that ranks wait for now and all later ones."""
         with self._changed:
             self._failure = self._failure or why
             self._changed.notify_all()
@@ -110,7 +110,7 @@ class Hub:
         stuck = all(rank in self._waiting and self._waiting[rank].missing() for rank in self._running)
         if stuck and self._running and self._failure is None:
             lines = [f"rank {rank} waits in {call.what} for ranks {call.missing()}" for rank, call in self._waiting.items()]
-            self._fail("nobody can go on: " + "; ".join(sorted(lines)))
+            self._fail("deadlock, every running rank waits for another: " + "; ".join(sorted(lines)))
 
     def _fail(self, message: str) -> None:
         self._failure = message
@@ -134,7 +134,7 @@ class SimulatedWork:
 
 
 class SimulatedTransport:
-    """The collectives of one set of threads. Calls are matched by their order in the group, messages by their order in the pair."""
+    """The collectives of a group of threads. Calls match by their order in the group, messages by their order between two ranks."""
 
     def __init__(self, hub: Hub, key: tuple[Any, ...], ranks: tuple[int, ...], rank: int) -> None:
         self.hub = hub
@@ -161,7 +161,7 @@ class SimulatedTransport:
             for member in members:
                 member["tensor"].copy_(total)
 
-        return self._join("all_reduce", (op, tensor.numel(), tensor.dtype, _way(asynchronous)), carry_out, tensor=tensor)
+        return self._join("all_reduce", (op, tensor.numel(), tensor.dtype, _mode(asynchronous)), carry_out, tensor=tensor)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> SimulatedWork:
         def carry_out(members: list[Tensors]) -> None:
@@ -169,7 +169,7 @@ class SimulatedTransport:
             for member in members:
                 member["output"].view(-1).copy_(whole)
 
-        return self._join("all_gather", (input.numel(), input.dtype, _way(asynchronous)), carry_out, output=output, input=input)
+        return self._join("all_gather", (input.numel(), input.dtype, _mode(asynchronous)), carry_out, output=output, input=input)
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> SimulatedWork:
         def carry_out(members: list[Tensors]) -> None:
@@ -180,7 +180,7 @@ class SimulatedTransport:
                 member["output"].view(-1).copy_(part)
 
         return self._join(
-            "reduce_scatter", (output.numel(), output.dtype, _way(asynchronous)), carry_out, output=output, input=input
+            "reduce_scatter", (output.numel(), output.dtype, _mode(asynchronous)), carry_out, output=output, input=input
         )
 
     def all_to_all(
@@ -232,18 +232,18 @@ class SimulatedTransport:
         return None
 
 
-def _way(asynchronous: bool) -> str:
-    return "asynchronous" if asynchronous else "waited for at once"
+def _mode(asynchronous: bool) -> str:
+    return "asynchronous" if asynchronous else "synchronous"
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in at least float32, so that a sum is rounded once, not after every member."""
+    """Returns a copy in at least float32, so that a sum is rounded once and not after every addend."""
     dtype = torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.dtype
     return tensor.to(dtype, copy=True)
 
 
 class SimulatedBackend:
-    """One thread's connection to its hub."""
+    """One thread's connection to the hub."""
 
     def __init__(self, world: World, timeout_seconds: float) -> None:
         if world.size > 1 and not isinstance(world.hub, Hub):
@@ -271,15 +271,16 @@ def run(
     hung: Callable[[], str | None] = lambda: None,
     device: str = "cpu",
 ) -> list[T]:
-    """Run `function(communicator)` on `size` ranks, each a thread, and return the results by rank.
+    """Runs `function(communicator)` on `size` ranks, each a thread with `threads` compute threads, and returns results by rank.
 
-    `threads` is the number of compute threads of each rank. The first rank's error that is not a consequence of another
-    one's is raised, with a note that names the rank. `hung` is asked again and again; once it says why the ranks stand still
-    those that wait fail, and the others, which nothing can end but the process, are left behind: a CommunicationError.
-    All ranks share `device`. On a GPU they share its stream too, so what one has been given is done before what the next one is.
+    Raises the first error that is not merely the consequence of another rank's error, with a note that names its rank. All ranks
+    share `device`. On a GPU they also share its stream, so kernels run in the order in which the ranks launch them.
+
+    `hung` is called repeatedly. It returns None, or the reason why the ranks make no progress. Then the ranks that wait fail, the
+    others are abandoned, because nothing ends a thread but the end of the process, and this raises CommunicationError.
     """
     if device == "cuda" and not torch.cuda.device_count():
-        raise RecipeError("comm.device=cuda needs a GPU that torch can use, and this torch finds none; give comm.device=cpu")
+        raise RecipeError("comm.device=cuda needs a GPU, but this torch sees none; give comm.device=cpu")
     hub = Hub(size, timeout_seconds, torch.device(device))
     results: dict[int, T] = {}
     errors: deque[tuple[int, BaseException]] = deque()
@@ -287,7 +288,8 @@ def run(
     def rank_main(rank: int) -> None:
         error: BaseException | None = None
         torch.set_num_threads(threads)
-        # A backward pass stays on its rank's thread: torch has one for each GPU, where ranks would wait for those behind them.
+        # torch runs the backward passes of all threads on one thread per GPU, where a rank that waits would block the others. This
+        # keeps a rank's backward pass on its own thread.
         torch.autograd.set_multithreading_enabled(False)
         try:
             world = World(rank, size, rank, hub=hub)
@@ -310,7 +312,7 @@ def run(
 
 
 def _join(workers: list[threading.Thread], hub: Hub, hung: Callable[[], str | None]) -> None:
-    """Wait for the ranks to end. Raises CommunicationError when they will not."""
+    """Waits for the threads to end. Raises CommunicationError if `hung` gives a reason why they will not."""
     while any(worker.is_alive() for worker in workers):
         for worker in workers:
             worker.join(0.05)

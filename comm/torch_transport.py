@@ -1,7 +1,7 @@
-"""What every backend built on torch.distributed shares; a chip with a torch process group needs only its few lines.
+"""The parts shared by all backends on torch.distributed: `gloo`, `nccl` and those of other vendors.
 
-Used by `gloo` and `nccl`. A vendor's backend (hccl, xccl, ...) subclasses `TorchBackend`, says its torch name and device,
-and registers under the entry point group `bagualu.backends`.
+A vendor's backend (hccl, xccl, ...) subclasses `TorchBackend`, sets its `torch_name` and `device`, and registers under the entry
+point group `bagualu.backends`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from bagualu.comm.errors import CommunicationError, RecipeError
 from bagualu.comm.store import store_of
 from bagualu.comm.world import World, listen_on_one_interface
 
-# Before torch 2.13 they had other names, which are deprecated since.
+# torch 2.13 renamed these functions and deprecated the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -25,7 +25,7 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 @dataclass
 class TorchWork:
-    """A torch work handle that says what failed, keeps the tensors alive until it is done, and may be waited for again."""
+    """Wraps a torch work handle: errors name the call, the tensors stay alive until it ends, and `wait` may be repeated."""
 
     work: dist.Work | None
     op: str
@@ -39,11 +39,11 @@ class TorchWork:
             self.work.wait()
         except RuntimeError as error:
             raise self.transport.error(self.op, error) from error
-        self.work, self.tensors = None, ()  # Gloo waits for ever for a message that has already been waited for
+        self.work, self.tensors = None, ()  # a second wait for the same Gloo message would never return
 
 
 class TorchTransport:
-    """The collectives of one torch process group. All of them return at once."""
+    """The collectives of one torch process group. No call blocks."""
 
     def __init__(self, group: dist.ProcessGroup, ranks: tuple[int, ...], name: str) -> None:
         self.group = group
@@ -52,7 +52,7 @@ class TorchTransport:
         self.position = ranks.index(dist.get_rank())
 
     def error(self, op: str, error: RuntimeError) -> CommunicationError:
-        """`error`, saying in which call of which group."""
+        """Returns a CommunicationError that names the call, the group and the first line of torch's `error`."""
         return CommunicationError(f"{op} in group {self.name} of ranks {list(self.ranks)} failed: {_first_line(error)}")
 
     def _start(self, op: str, call: Callable[[], dist.Work | None], *tensors: torch.Tensor) -> TorchWork:
@@ -105,12 +105,12 @@ class TorchTransport:
         return None
 
     def close(self) -> None:
-        """Let go of the group: a model's hooks refer to this in cycles that Python cannot see, and the group holds threads."""
+        """Drops the process group and with it its threads. A model's hooks hold this object in cycles that Python cannot see."""
         del self.group
 
 
 class TorchBackend:
-    """A rank's connection through torch's default process group, which it creates and destroys."""
+    """A rank's connection through torch's default process group, which this class creates and destroys."""
 
     torch_name: str
     device: torch.device
@@ -139,7 +139,7 @@ class TorchBackend:
                 ) from error
 
     def transport(self, ranks: tuple[int, ...], name: str) -> TorchTransport:
-        # Only the members take part, so that making groups costs each rank its own few, not all of the world's.
+        # Only members take part in making a group, so a rank's cost grows with its own groups, not with all groups of the world.
         group = dist.new_group(list(ranks), timeout=self.timeout, backend=self.torch_name, use_local_synchronization=True)
         self._transports.append(self.transport_class(group, ranks, name))
         return self._transports[-1]

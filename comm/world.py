@@ -1,4 +1,4 @@
-"""Who this process is among all: the one place in `comm` that reads the launcher's environment variables."""
+"""This process's rank among all processes. No other file of `comm` reads the launcher's environment variables."""
 
 import os
 from contextlib import suppress
@@ -14,23 +14,23 @@ ENVIRONMENT = "env://"
 
 @dataclass(frozen=True)
 class World:
-    """One rank's place."""
+    """The rank of a process and the number of all ranks."""
 
     rank: int
     size: int
     local_rank: int = 0
     rendezvous: str = ""
-    """Where the processes find each other, as torch.distributed spells it; a world of one needs none."""
+    """URL at which the processes meet, in torch.distributed's notation. A single process needs none."""
     serves: tuple[str, int] | None = None
-    """The address and port where rank 0 holds the store; None where an agent of the launcher does, or another rank."""
+    """Address and port at which rank 0 holds the store; None if another rank or an agent of the launcher holds it."""
     one_machine: bool = False
-    """Whether all processes are known to be on one machine."""
+    """Whether all processes are known to run on one machine."""
     hub: Any = None
-    """Where the threads of `simulated` meet."""
+    """The `Hub` that connects the threads of the backend `simulated`; None if each rank is a process."""
 
     @staticmethod
     def from_environment() -> "World":
-        """As torchrun and torch.distributed.elastic set it; without them, a world of one. Raises RecipeError."""
+        """Reads the variables that torchrun sets. Without RANK, returns a world of one rank. Raises RecipeError."""
         if "RANK" not in os.environ:
             return World(0, 1)
         missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]

@@ -53,7 +53,7 @@ class Heartbeat:
         self._lines.write_text(json.dumps(who) + "\n")
         self._path.unlink(missing_ok=True)  # not truncated: somebody may still look at the one before
         self._memory = self._room(_LINES)
-        monitor.counts, monitor.longer = self._keep(monitor.counts), self._longer
+        monitor.counts, monitor.grow_counts = self._keep(monitor.counts), self._longer
         self._write(b"", -1, 0)
         monitor.observers.append(self)
 
