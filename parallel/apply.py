@@ -1,4 +1,4 @@
-"""Put a model on the mesh. One function shows the order in which things happen."""
+"""Distributes a model over the mesh. A single function shows the order of the steps."""
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -16,14 +16,14 @@ from bagualu.parallel.tensor import wrap_block
 from bagualu.parallel.vocabulary import sharded_embedding
 
 Fill = Callable[[str, tuple[int, ...], Box], torch.Tensor]
-"""(global name, global shape, box) -> the values of that box, a function of nothing else."""
+"""Called with (global name, global shape, box), returns the values of the box, which must depend on nothing else."""
 
 
 def parallelize(model: nn.Module, plan: ShardingPlan, mesh: Mesh, sequence: bool, dtype: torch.dtype, fill: Fill) -> None:
-    """Turn a model built on the meta device, in its global shapes, into this rank's part of it, in place.
+    """Replaces a model on the meta device, in its global shapes, by this rank's part of it, in place.
 
-    1. every parameter becomes this rank's box of the global tensor, filled; it keeps `global_shape` and `box`;
-    2. modules named in the plan's boundaries get what the tensor and expert axes need around or inside them.
+    1. Every parameter becomes this rank's box of the global tensor, filled by `fill`, with attributes `global_shape` and `box`.
+    2. Modules that match the plan's boundaries get the communication of the tensor and expert axes.
     """
     device = mesh.group("world").device
     _materialise(model, plan, mesh, dtype, device, fill)
@@ -34,7 +34,7 @@ def parallelize(model: nn.Module, plan: ShardingPlan, mesh: Mesh, sequence: bool
 
 
 def _materialise(model: nn.Module, plan: ShardingPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device, fill: Fill) -> None:
-    made: dict[int, nn.Parameter] = {}  # a tied parameter is one parameter under two names
+    made: dict[int, nn.Parameter] = {}  # a tied parameter is a single parameter with two names
     for module_name, module in model.named_modules():
         for key, meta in list(module._parameters.items()):
             if meta is None:

@@ -1,4 +1,4 @@
-"""What a recipe says about the layout. Free of torch, so that a wrong layout is refused before anything starts."""
+"""The parallelism settings of a recipe."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,21 +10,22 @@ from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.generate import place
 
 HEAD_CHUNK_TOKENS = 2**10
-"""For head and loss (vocabulary.py). Every chunk goes through the whole weight and its gradient, so few tokens would waste time;
-more could sum to what float16 does not hold, before any loss scale can help."""
+"""Tokens per chunk in the fused head and loss (vocabulary.py). Every chunk reads the whole weight and its gradient, so small chunks
+are slow; the products of larger chunks could overflow float16 before any loss scale can prevent it."""
 
 
 @dataclass
 class RebalanceConfig:
-    """`parallel.rebalance.*`: layers that move between pipeline ranks while a run goes on."""
+    """`parallel.rebalance.*`: moves layers between pipeline ranks during a run."""
 
     every: int | None = None
-    """Steps between looks at what the ranks' passes take; 0: layers stay where they are; left out, 10 with balance=measured or
-    analytic, but 0 with train.compile, where a move compiles anew, and 0 else."""
+    """Steps between comparisons of the ranks' pass times; 0: layers never move. Default: 10 with balance=measured or analytic
+    (0 with train.compile, where every move would compile again), otherwise 0."""
     threshold: float = 0.05
-    """Share of a step that a move has to gain."""
+    """Least gain of a move, as a fraction of the step time."""
     windows: int = 3
-    """Looks in a row that have to find the same. After a move it is twice as many for a while, so that layers do not swing."""
+    """Comparisons in a row that must propose the same move. For a while after a move twice as many, so that layers do not
+    oscillate."""
 
     def validate(self) -> None:
         require_at_least(0, "parallel.rebalance", self, "every")
@@ -36,46 +37,46 @@ class RebalanceConfig:
 
 @dataclass
 class ParallelConfig:
-    """`parallel.*` of a recipe: the degree of every axis, and how each mechanism works."""
+    """`parallel.*` of a recipe: the degree of every axis, and the settings of each mechanism."""
 
     data: int | None = None
-    """Replicas of the model; left out, it is what the world size leaves over."""
+    """Replicas of the model. Default: the world size divided by the other degrees."""
     tensor: int = 1
     """Ranks that share every matrix multiplication."""
     pipeline: int = 1
-    """Stages: ranks that each hold a contiguous slice of the layers."""
+    """Ranks over which the layers are split."""
     expert: int = 1
-    """Ranks that share the experts; drawn from the data x context ranks, so it divides their product."""
+    """Ranks that share the experts. They are taken from the data x context ranks, so this degree divides their product."""
     context: int = 1
     """Ranks that share a sequence."""
     sequence: bool = False
-    """Sequence parallel: between tensor-parallel blocks, split activations along the sequence over the tensor axis."""
+    """Sequence parallelism: splits activations between tensor-parallel blocks along the sequence, over the tensor axis."""
     virtual_stages: int | None = None
-    """Stages of one rank; left out, as many as the schedule needs: 1, or 2 where it interleaves."""
+    """Stages per rank. Default: as many as the schedule needs, 1 or (interleaved) 2."""
     engine: str = "native"
-    """What holds weights and optimizer: native, Bagualu's own."""
+    """The engine that holds weights and optimizer state: native, Bagualu's own."""
     schedule: str = "1f1b"
     """Pipeline schedule: gpipe | 1f1b | interleaved_1f1b | zb_h1 | zb_v | v_half | dualpipe_v."""
     balance: Any = "uniform"
-    """Split of the layers over the stages: uniform; measured or analytic, so that the slowest rank is as quick as can be by what
-    layers take on this device or by their FLOPs; or a list with the layers of each stage, e.g. [3,3,2]."""
+    """How layers are split over the stages: uniform; measured or analytic, which minimise the slowest rank's time, computed from
+    layer times measured on this device or from their FLOPs; or a list with the number of layers per stage, e.g. [3,3,2]."""
     speeds: Any = None
-    """Speed of each pipeline rank, for balance=measured or analytic: left out, all alike; measured; or a list, 1.0 for the device
-    that the costs are measured on, e.g. [1.0,0.5]."""
+    """Speed of each pipeline rank, for balance=measured or analytic: measured, or a list relative to the device on which the costs
+    are measured, e.g. [1.0,0.5]. Default: equal speeds."""
     shares: Any = None
-    """Micro-batches of a step for each data rank, so that replicas of unequal speed are done together: left out, as many for all;
-    measured, by their speeds at the start; or a list, e.g. [5,3]."""
+    """Micro-batches per step of each data rank, so that replicas of unequal speed finish together: measured, from their speeds at
+    the start, or a list, e.g. [5,3]. Default: equal shares."""
     memory_bytes: Any = None
-    """What a rank may hold of weights, gradients, optimizer state and activations: one number, or one for each pipeline rank; left
-    out, no limit."""
+    """Most memory that a rank may use for weights, gradients, optimizer state and activations: a number, or a list with a number
+    per pipeline rank. Default: no limit."""
     rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
     zero: int = 1
     """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it."""
     bucket_bytes: int = 25 * 2**20
-    """Gradients are reduced in buckets of about this size, overlapped with the backward pass."""
+    """Approximate size of a gradient bucket. Each is reduced as soon as it is complete, during the backward pass."""
 
     def validate(self) -> None:
-        """Refuse what no world size can make right. Raises RecipeError."""
+        """Raises RecipeError for settings that are invalid for every world size."""
         for axis in ("data", "tensor", "pipeline", "expert", "context"):
             degree = getattr(self, axis)
             if degree is not None and degree < 1:
@@ -96,14 +97,14 @@ class ParallelConfig:
             raise RecipeError(f"parallel.rebalance.every={self.rebalance.every} has no effect with parallel.pipeline=1; "
                               "leave it out or give parallel.pipeline=2")  # fmt: skip
         if self.balance in COMPUTED and placement.stages == 1 and self.memory_bytes is None:
-            raise RecipeError(f"parallel.balance={self.balance} has no effect with parallel.pipeline=1, whose one stage holds all "
+            raise RecipeError(f"parallel.balance={self.balance} has no effect with parallel.pipeline=1, where one stage holds all "
                               "layers; give parallel.balance=uniform or parallel.pipeline=2")  # fmt: skip
         if self.sequence and self.tensor == 1:
             raise RecipeError("parallel.sequence=true needs parallel.tensor of at least 2; drop it or raise parallel.tensor")
 
     @property
     def rebalance_every(self) -> int:
-        """Steps between looks at whether layers should move; 0: they stay."""
+        """Steps between comparisons that may move layers; 0: layers never move."""
         if self.pipeline == 1:
             return 0
         if self.rebalance.every is None:
@@ -111,16 +112,16 @@ class ParallelConfig:
         return self.rebalance.every
 
     def layout(self, world: int) -> Layout:
-        """The layout of `world` ranks, the data degree inferred where it was left out. Raises RecipeError."""
+        """Returns the layout of `world` ranks, with the data degree inferred if it is left out. Raises RecipeError."""
         fixed = self.tensor * self.pipeline * self.context
-        spelled = f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"
+        product = f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"
         if self.data is None and world % fixed:
             near = max(fixed, world - world % fixed)
-            raise RecipeError(f"{world} ranks do not divide into {spelled} = {fixed}; use {near} ranks or change a degree")
+            raise RecipeError(f"{world} ranks do not divide into {product} = {fixed}; use {near} ranks or change a degree")
         data = world // fixed if self.data is None else self.data
         if data * fixed != world:
             raise RecipeError(
-                f"data {data} x {spelled} needs {data * fixed} ranks but the world has {world}; "
+                f"data {data} x {product} needs {data * fixed} ranks but the world has {world}; "
                 f"use {data * fixed} ranks or leave parallel.data out"
             )
         if (data * self.context) % self.expert:

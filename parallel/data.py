@@ -1,13 +1,13 @@
-"""Data parallel: flat gradient buckets, reduced while the backward pass is still running, and ZeRO-1's partition of them.
+"""Data parallelism: flat gradient buckets that are reduced during the backward pass, and their partition under ZeRO-1.
 
-Parameters that are alike in every way that matters to reduction, norm and update (`BucketKind`) share buckets. A bucket is one
-flat piece of working weights, one flat piece of gradients, and this rank's shard of both. So reduction, norm and optimizer
-work on a few large tensors, and a rank's part of the optimizer state is one contiguous piece (ZeRO, arXiv 1910.02054, stage 1;
-the flat layout is that of Megatron-LM's distributed optimizer).
+Parameters with equal properties for reduction, norm and update (`BucketKind`) share buckets. A bucket is a flat tensor of working
+weights and a flat tensor of gradients; this rank's shard is a slice of both. So reduction, norm and optimizer work on a few large
+tensors, and a rank's part of the optimizer state is contiguous (ZeRO, arXiv 1910.02054, stage 1; the flat layout is that of
+Megatron-LM's distributed optimizer).
 
-Gradients are kept in at least float32: sums over micro-batches and ranks do not lose what bfloat16 would round away. One
-micro-batch's own gradient is as accurate as the chip's matrix product, which kernels add straight into the bucket; a compiled layer
-hands it over in the weight's dtype.
+Gradients are kept in at least float32, so sums over micro-batches and ranks do not lose what bfloat16 would round away. The
+gradient of a single micro-batch is as accurate as the chip's matrix product, since kernels add it straight to the bucket; a
+compiled layer returns it in the weight's dtype.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,26 +27,26 @@ from bagualu.parallel.sharding import ShardingPlan
 
 _NORM_PIECE = 2**10
 _SHARD_MULTIPLE = 8
-"""Elements. Every shard begins and ends at a whole number of 64-bit words, whatever its dtype, and can be read as such."""
+"""Elements. Every shard's bounds are multiples of this, so that a shard of any dtype can be read as 64-bit integers."""
 
 
 @dataclass(frozen=True)
 class BucketKind:
-    """What the parameters of one bucket have in common."""
+    """The properties that all parameters of a bucket share."""
 
     reduction_axis: str
     partial_over: str | None
     tied: bool
     copied_over: str | None
-    """The axis along which other ranks hold the same elements and compute the same gradient, beside the reduction axis."""
+    """An axis, other than the reduction axis, along which ranks hold the same elements and compute the same gradient."""
     counted: bool
-    """Whether this rank's copy counts in the norm and in checkpoints, among the copies on other stages or tensor ranks."""
+    """Whether this rank's copy counts in the norm and in checkpoints; copies on other stages or tensor ranks then do not."""
     decayed: bool
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter in its bucket: elements start .. start + parameter.numel() of the flat tensors."""
+    """A parameter's range in its bucket: elements start .. start + parameter.numel() - 1 of the flat tensors."""
 
     name: str
     parameter: torch.nn.Parameter
@@ -54,28 +54,28 @@ class Entry:
     box: Box
     start: int
     uses: int
-    """Gradients that a micro-batch gives it: 2 where the embedding and the head of this rank are one tensor."""
+    """Gradients per micro-batch: 2 if the embedding and the head of this rank are the same tensor, else 1."""
 
 
 @dataclass
 class Bucket:
-    """Parameters that are reduced and updated together. The shard is this rank's part: all of it unless partitioned."""
+    """Parameters that are reduced and updated together. This rank's shard is its part if partitioned, otherwise all of them."""
 
     kind: BucketKind
     group: Group
-    """Ranks that hold the same elements and saw different samples."""
+    """The ranks that hold the same elements and process different samples."""
     entries: list[Entry]
     partitioned: bool
     weights: torch.Tensor
     gradients: torch.Tensor
     lent: bool = False
-    """Whether the others read the gradients where they lie."""
+    """Whether other ranks read the gradients in this rank's memory (see `Group.lend`)."""
     pending: int = 0
     work: list[Work] = field(default_factory=list)
 
     @property
     def shard(self) -> slice:
-        """Where this rank's part lies in the flat tensors."""
+        """The range of this rank's part in the flat tensors."""
         numel = self.weights.numel()
         part = numel // self.group.size if self.partitioned else numel
         begin = part * self.group.rank if self.partitioned else 0
@@ -90,8 +90,10 @@ class Bucket:
         return self.gradients[self.shard]
 
     def norm_squared(self) -> torch.Tensor:
-        """Squared norm of the shard's gradient, a float64 scalar: float32 sums over pieces short enough not to lose digits, so
-        that it depends neither on the size of buckets nor on the number of threads."""
+        """Returns the squared norm of the shard's gradient, a float64 scalar.
+
+        It sums float32 norms of short pieces in float64. So it loses no digits and does not depend on the number of threads.
+        """
         whole = self.shard_gradients.numel() // _NORM_PIECE * _NORM_PIECE
         pieces = torch.linalg.vector_norm(self.shard_gradients[:whole].view(-1, _NORM_PIECE), dim=1)
         rest = torch.linalg.vector_norm(self.shard_gradients[whole:])
@@ -100,11 +102,11 @@ class Bucket:
 
     @property
     def owned(self) -> bool:
-        """Whether this rank's shard is the one that counts (norm) and is saved (checkpoint)."""
+        """Whether this rank's shard, among all copies, counts in the norm and is saved in checkpoints."""
         return self.kind.counted and (self.partitioned or self.group.rank == 0)
 
     def shard_entries(self) -> Iterator[tuple[Entry, int, int, int]]:
-        """(entry, start in the shard, start in the parameter, elements) for every parameter that the shard touches."""
+        """Yields (entry, start in the shard, start in the parameter, elements) for every parameter that overlaps the shard."""
         begin, end = self.shard.start, self.shard.stop
         for entry in self.entries:
             low, high = max(begin, entry.start), min(end, entry.start + entry.parameter.numel())
@@ -120,10 +122,10 @@ def build_buckets(
     bucket_bytes: int,
     uses: Callable[[torch.nn.Parameter], int] = lambda _: 1,
 ) -> list[Bucket]:
-    """Move the model's parameters into flat buckets and leave views of them behind.
+    """Moves the model's parameters into flat buckets; the parameters become views of them.
 
-    Parameters carry `global_shape` and `box` (see apply.py). Walked last to first, which is about the order in which the
-    backward pass finishes them. The same on every rank of a group, because the plan and the order are. `uses`: see `Entry`.
+    Parameters need `global_shape` and `box` (see apply.py). They are visited last to first, roughly the order in which the backward
+    pass finishes them. The buckets are the same on every rank of a group, because the plan and the order are. `uses`: see `Entry`.
     """
     open_buckets: dict[BucketKind, list[tuple[str, torch.nn.Parameter]]] = {}
     buckets: list[Bucket] = []
@@ -172,7 +174,7 @@ def _build(
         view = weights[start : start + parameter.numel()].view_as(parameter)
         view.copy_(parameter.detach())
         parameter.data = view
-        parameter.grad_dtype = gradients.dtype  # so that what a kernel sums up in float32 is not rounded on its way here
+        parameter.grad_dtype = gradients.dtype  # otherwise autograd rounds float32 sums of kernels to the weight's dtype
         shape, box = parameter.global_shape, parameter.box  # type: ignore[attr-defined]
         entries.append(Entry(name, parameter, shape, box, start, uses(parameter)))
         start += parameter.numel()
@@ -180,21 +182,21 @@ def _build(
 
 
 class GradientReducer:
-    """Collects gradients of a step's micro-batches into the buckets, and starts reducing a bucket when its last one is in."""
+    """Adds the gradients of a step's micro-batches to the buckets, and starts to reduce a bucket once it is complete."""
 
     def __init__(self, buckets: list[Bucket], mesh: Mesh, fused: Callable[[str], bool] = lambda _: False) -> None:
-        """`fused`: of which parameters, by name, kernels that know `gradient_sink` put the gradient straight into the bucket."""
+        """`fused` is true for the names of parameters whose kernels write the gradient straight to the bucket (`gradient_sink`)."""
         self.buckets = buckets
         self.mesh = mesh
         self.put_off: list[Callable[[], None]] | None = None
-        """Where sinks leave what they would have computed, while it is put off."""
+        """Deferred computations of gradients; None while nothing is deferred."""
         self.before_reduction: Callable[[Bucket], None] | None = None
-        """Told of every bucket when this rank's own gradient is complete in it and nobody else's has been added."""
+        """Called with each bucket when this rank's gradient in it is complete and no other rank's has been added."""
         self._sinks: list[GradientSink] = []
         self._handles: list[RemovableHandle] = []
         self._at_once = [bucket for bucket in buckets if not _waits_for_all(bucket)]
         self._begun = 0
-        """How many of these are being reduced."""
+        """The number of buckets of `_at_once` whose reduction has begun."""
         for bucket in buckets:
             for entry in bucket.entries:
                 sink = GradientSink(self, bucket, _gradient_of(entry, bucket))
@@ -204,18 +206,20 @@ class GradientReducer:
                 self._sinks.append(sink)
 
     def lend(self) -> None:
-        """Let the other ranks of a partitioned bucket read its gradients where they lie, if they can: then nothing of them is sent.
-        Collective, in the order of the buckets, which the members of a group have alike; between steps."""
+        """Makes the gradients of partitioned buckets readable by the other ranks, where possible: then no gradients are sent.
+
+        All ranks of a group call this between steps, for their buckets in the same order.
+        """
         for bucket in self.buckets:
             lent = bucket.group.lend(bucket.gradients.numel(), bucket.gradients.dtype) if bucket.partitioned else None
             if lent is not None:
                 bucket.gradients, bucket.lent = lent, True
-        places = ((entry, bucket) for bucket in self.buckets for entry in bucket.entries)
-        for sink, (entry, bucket) in zip(self._sinks, places, strict=True):
+        parameters = ((entry, bucket) for bucket in self.buckets for entry in bucket.entries)
+        for sink, (entry, bucket) in zip(self._sinks, parameters, strict=True):
             sink.view = _gradient_of(entry, bucket)
 
     def begin(self, micro_batches: int) -> None:
-        """Before the first backward of a step whose parameters each see `micro_batches` backward passes."""
+        """Prepares for a step in which each parameter takes part in `micro_batches` backward passes. Call it before the first."""
         for sink in self._sinks:
             sink.fresh = True
         self._begun = 0
@@ -223,7 +227,7 @@ class GradientReducer:
             bucket.pending = sum(entry.uses for entry in bucket.entries) * micro_batches
 
     def finish(self) -> None:
-        """After the last backward: when it returns, every bucket's shard_gradients hold the reduced gradient."""
+        """Call this after the last backward pass. On return, shard_gradients of every bucket holds the reduced gradient."""
         for sink in self._sinks:
             if sink.fresh:  # its parameter took no part in this step's loss
                 sink.view.zero_()
@@ -237,11 +241,11 @@ class GradientReducer:
                 work.wait()
             bucket.work.clear()
         for group in {id(bucket.group): bucket.group for bucket in self.buckets if bucket.lent}.values():
-            group.barrier()  # the gradients may be written again
+            group.barrier()  # after this, every rank may write to the gradients it lends
 
     @contextmanager
     def putting_off(self) -> Iterator[list[Callable[[], None]]]:
-        """Inside, gradients of weights that go through a sink are not computed; the list gets what does it, to be called later."""
+        """In this context, sinks defer the gradients of weights; yields the list of functions that compute them later."""
         self.put_off = []
         try:
             yield self.put_off
@@ -249,16 +253,18 @@ class GradientReducer:
             self.put_off = None
 
     def count(self, bucket: Bucket) -> None:
-        """One parameter's gradient of one micro-batch is in. Reductions begin in the order of the buckets, whichever is complete
-        first: ranks with another number of micro-batches complete them in another order."""
+        """Records that a parameter's gradient of a micro-batch was added.
+
+        Reductions begin in the order of the buckets, not of their completion, since ranks with different numbers of micro-batches
+        complete them in different orders.
+        """
         bucket.pending -= 1
         while self._begun < len(self._at_once) and self._at_once[self._begun].pending == 0:
             self._begun += 1
             self._reduce(self._at_once[self._begun - 1])
 
     def close(self) -> None:
-        """Let the parameters go: they refer to the buckets, and those to them, by way of hooks that Python's collector cannot see
-        through."""
+        """Removes the hooks, which tie parameters and buckets in reference cycles that Python's garbage collector cannot see."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -287,35 +293,35 @@ def _gradient_of(entry: Entry, bucket: Bucket) -> torch.Tensor:
 
 @dataclass
 class GradientSink:
-    """Where one parameter's gradient goes: its place in the bucket, `view`, in the parameter's shape."""
+    """Receives a parameter's gradient: adds it to `view`, the parameter's part of the bucket, in the parameter's shape."""
 
     reducer: GradientReducer
     bucket: Bucket
     view: torch.Tensor
     fresh: bool = False
-    """Whether nothing of this step is in it yet."""
+    """Whether no gradient of this step has been added yet."""
 
     def take(self, parameter: torch.Tensor) -> None:
-        """The parameter's hook: move what autograd has accumulated; nothing where the other methods have taken it."""
+        """The parameter's hook: moves the gradient that autograd has accumulated, if any, to the bucket."""
         if parameter.grad is None:
             return
         self.add(parameter.grad)
         parameter.grad = None
 
     def add_products(self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
-        """Add the gradient of a matrix, left @ right, or of each of the matrices [E, O, I] in turn; no copy, nothing rounded."""
-        self._now_or_later(partial(self._add_products, lefts, rights))
+        """Adds left @ right, the gradient of a matrix, or that of each matrix of [E, O, I] in turn; does not round or copy them."""
+        self._run_or_defer(partial(self._add_products, lefts, rights))
 
     def add_rows(self, rows: torch.Tensor, indices: torch.Tensor) -> None:
-        """Add rows [N, H] to those that `indices` [N] names of a matrix [V, H]."""
-        self._now_or_later(partial(self._add_rows, rows, indices))
+        """Adds rows [N, H] to the rows `indices` [N] of a matrix [V, H]."""
+        self._run_or_defer(partial(self._add_rows, rows, indices))
 
     def add_computed(self, compute: Callable[[], torch.Tensor]) -> None:
-        """Add the gradient that `compute` gives, in the parameter's shape."""
-        self._now_or_later(lambda: self._add(compute()))
+        """Adds the gradient, in the parameter's shape, that `compute` returns."""
+        self._run_or_defer(lambda: self._add(compute()))
 
     def add(self, gradient: torch.Tensor, factor: torch.Tensor | None = None) -> None:
-        """Add a gradient that is there already, in the parameter's shape, times a scalar; never put off."""
+        """Adds an existing gradient, in the parameter's shape, times an optional scalar. This is never deferred."""
         if factor is None:
             self._add(gradient)
         elif self.fresh:
@@ -327,22 +333,22 @@ class GradientSink:
     def _add(self, gradient: torch.Tensor) -> None:
         self.view.copy_(gradient) if self.fresh else self.view.add_(gradient)
 
-    def _now_or_later(self, work: Callable[[], None]) -> None:
-        def do() -> None:
+    def _run_or_defer(self, work: Callable[[], None]) -> None:
+        def run() -> None:
             work()
             self._counted()
 
         if self.reducer.put_off is None:
-            do()
+            run()
         else:
-            self.reducer.put_off.append(do)
+            self.reducer.put_off.append(run)
 
     def _add_products(self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
         views = self.view.unsqueeze(0) if self.view.ndim == 2 else self.view
         for view, left, right in zip(views, lefts, rights, strict=True):
             if left.dtype == view.dtype:
                 torch.addmm(view, left, right, beta=0 if self.fresh else 1, out=view)
-            elif on_nvidia(view):  # whose matrix product gives its sums away before they are rounded
+            elif on_nvidia(view):  # its matrix product can return the float32 sums before they are rounded
                 torch.addmm(view, left, right, out_dtype=view.dtype, beta=0 if self.fresh else 1, out=view)
             elif self.fresh:
                 view.copy_(left @ right)
@@ -360,18 +366,18 @@ class GradientSink:
 
 
 def gradient_sink(parameter: torch.Tensor) -> GradientSink | None:
-    """Where the gradient of `parameter` is to go; None: to autograd."""
+    """Returns the sink that receives the gradient of `parameter`; None if autograd accumulates it."""
     return getattr(parameter, "gradient_sink", None)
 
 
 def _waits_for_all(bucket: Bucket) -> bool:
-    """Buckets whose reduction crosses a second group go last, in the same order on every rank, so that no two ranks wait
-    for each other in different groups."""
+    """Whether the bucket's reduction also crosses a second group. Such buckets are reduced last, in the same order on every rank,
+    so that no two ranks wait for each other in different groups."""
     return bucket.kind.tied or bucket.kind.partial_over is not None
 
 
 def gather_weights(buckets: list[Bucket]) -> None:
-    """After the update of the shards: every rank's working weights are whole again."""
+    """Completes every rank's working weights after the shards were updated: gathers the shards of partitioned buckets."""
     works = []
     for bucket in buckets:
         if bucket.partitioned:

@@ -1,4 +1,4 @@
-"""Which layout a run goes on with when it has lost ranks. Free of torch."""
+"""The layout with which a run continues after it has lost ranks."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,11 +6,11 @@ from bagualu.parallel.layout import Layout
 
 
 def largest_layout(full: Layout, ranks: int, valid: Callable[[Layout], bool]) -> Layout | None:
-    """The layout for at most `ranks` ranks that is nearest to `full`; None when no valid one is that small.
+    """Returns the valid layout of at most `ranks` ranks that is nearest to `full`; None if there is none.
 
-    No degree grows. The slices of the model stay as they are (tensor, pipeline, context, then expert), because the memory
-    of a rank was planned for them, and data parallel replicas go, as few as can be; only when not one whole replica is
-    left do slices grow, and then the layout that uses most ranks is taken.
+    No degree grows. The layout keeps tensor, pipeline, context and, if possible, expert, because they determine the memory of a
+    rank, and gives up as few data-parallel replicas as it can. Only when not even one whole replica fits do the slices of the model
+    grow; then the layout that uses the most ranks is chosen.
     """
     for layout in _candidates(full, ranks):
         if valid(layout):
@@ -19,10 +19,10 @@ def largest_layout(full: Layout, ranks: int, valid: Callable[[Layout], bool]) ->
 
 
 def _candidates(full: Layout, ranks: int) -> Iterator[Layout]:
-    """Layouts of at most `ranks` ranks, best first."""
+    """Yields the layouts of at most `ranks` ranks, best first."""
     sliced = (full.pipeline, full.context, full.tensor)
     kept = list(_replicas(full, *sliced, ranks))
-    yield from sorted(kept, key=lambda one: (one.expert == full.expert, one.world, one.expert), reverse=True)
+    yield from sorted(kept, key=lambda layout: (layout.expert == full.expert, layout.world, layout.expert), reverse=True)
     others = [
         layout
         for pipeline in range(1, full.pipeline + 1)
@@ -31,11 +31,11 @@ def _candidates(full: Layout, ranks: int) -> Iterator[Layout]:
         if (pipeline, context, tensor) != sliced
         for layout in _replicas(full, pipeline, context, tensor, ranks)
     ]
-    yield from sorted(others, key=lambda one: (one.world, one.tensor, one.pipeline, one.context, one.expert), reverse=True)
+    yield from sorted(others, key=lambda new: (new.world, new.tensor, new.pipeline, new.context, new.expert), reverse=True)
 
 
 def _replicas(full: Layout, pipeline: int, context: int, tensor: int, ranks: int) -> Iterator[Layout]:
-    """Every number of replicas with these slices, and every expert degree that divides their ranks."""
+    """Yields every layout with these slices: all numbers of replicas, each with all expert degrees that divide its ranks."""
     for data in range(1, min(full.data, ranks // (pipeline * context * tensor)) + 1):
         for expert in range(1, full.expert + 1):
             if data * context % expert == 0:

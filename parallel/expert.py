@@ -1,6 +1,6 @@
-"""Expert parallel: tokens travel to the ranks that hold their experts, and back.
+"""Expert parallelism: sends tokens to the ranks that hold their experts, and the results back.
 
-Shapes: N rows (token copies, one for each of a token's experts), H hidden, E experts, e = E / group.size experts here.
+Shapes: N rows (copies of tokens, one per expert of a token), H hidden, E experts, e = E / group.size experts on this rank.
 """
 
 from dataclasses import dataclass
@@ -13,31 +13,31 @@ from bagualu.comm.group import Group
 
 @dataclass(frozen=True)
 class Routed:
-    """Rows at the experts' side, grouped by expert, and what it takes to bring results back."""
+    """Rows on the rank of their experts, grouped by expert, and the data needed to send the results back."""
 
     rows: torch.Tensor
     counts: list[int]
-    """Rows of each expert held here, in order."""
+    """The number of rows of each expert on this rank."""
     order: torch.Tensor | None = None
-    """Row i of `rows` arrived at place order[i]."""
+    """rows[i] was received at index order[i]."""
     sent: tuple[int, ...] = ()
     received: tuple[int, ...] = ()
 
 
 class LocalExperts:
-    """Every expert is held here: rows sorted by expert are already where they belong."""
+    """All experts are on this rank, so rows that are sorted by expert need no communication."""
 
     def dispatch(self, rows: torch.Tensor, counts: torch.Tensor) -> Routed:
-        """rows [N, H] sorted by expert, counts [E] of them for each."""
+        """Takes rows [N, H], sorted by expert, and counts [E], the number of rows per expert."""
         return Routed(rows, counts.tolist())
 
     def combine(self, results: torch.Tensor, routed: Routed) -> torch.Tensor:
-        """Results in the order of dispatch's rows."""
+        """Returns the results [N, H] in the order of the rows given to `dispatch`."""
         return results
 
 
 class ExpertParallel(LocalExperts):
-    """The experts are split over `group` in order; two all-to-alls of rows a layer, and one of the counts."""
+    """The experts are split over `group` in order. A layer takes two all-to-alls of rows and one of the counts."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -46,11 +46,11 @@ class ExpertParallel(LocalExperts):
         arriving = torch.empty_like(counts)
         self.group.all_to_all(arriving, counts)
         size, per_source = self.group.size, arriving.view(self.group.size, -1)
-        # One transfer to the host, as each makes an accelerator wait.
+        # A single transfer to the host, because the accelerator waits for each transfer.
         sums = torch.cat((counts.view(size, -1).sum(1), per_source.sum(1), per_source.sum(0))).tolist()
         sent, received, per_expert = sums[:size], sums[size : 2 * size], sums[2 * size :]
         arrived = all_to_all(rows, self.group, received, sent)
-        # Rows came sorted by source, then by expert; the experts want them by expert.
+        # Rows arrive sorted by source, then by expert; the experts need them sorted by expert.
         experts = torch.arange(per_source.shape[1], device=rows.device).repeat(size)
         order = torch.repeat_interleave(experts, arriving, output_size=sum(received)).argsort(stable=True)
         return Routed(arrived[order], per_expert, order, tuple(sent), tuple(received))

@@ -1,9 +1,9 @@
-"""Rank arithmetic, in one place and free of torch: which coordinate a rank has on each axis, who shares it.
+"""Rank arithmetic, without torch: the coordinate of a rank on each axis, and the ranks that share its other coordinates.
 
-The order of axes, slowest first, is pipeline, data, context, tensor: ranks of one tensor group are neighbours, on the
-fastest links; stages lie farthest apart because they exchange least. Expert ranks are drawn from the data x context ranks
-("fold"), the expert coordinate running fastest within them, so the all-to-all of every layer stays on near ranks and only
-the once-a-step gradient reduction crosses far ones (BaGuaLu's MoDa layout, PPoPP'22, section 4).
+The order of axes, slowest first, is pipeline, data, context, tensor. Ranks of a tensor group are neighbours, on the fastest links;
+stages are farthest apart because they exchange least. Expert ranks are taken from the data x context ranks ("fold"), and the expert
+coordinate runs fastest within them. So the all-to-all of every layer stays on near ranks, and only the gradient reduction, once a
+step, crosses far ranks (BaGuaLu's MoDa layout, PPoPP'22, section 4).
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ AXES = ("pipeline", "data", "context", "tensor")
 
 @dataclass(frozen=True)
 class Layout:
-    """The degree of every axis. `expert` divides data * context; it adds no ranks of its own."""
+    """The degree of every axis. `expert` divides data * context and adds no ranks of its own."""
 
     pipeline: int = 1
     data: int = 1
@@ -27,11 +27,11 @@ class Layout:
 
     @property
     def fold(self) -> int:
-        """Ranks that hold the same dense parameters: data x context."""
+        """The number of ranks that hold the same dense parameters: data x context."""
         return self.data * self.context
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Position of `rank` on every axis, the derived ones (fold, expert, replica) included."""
+        """Returns the coordinate of `rank` on every axis, including the derived axes fold, expert and replica."""
         rest, tensor = divmod(rank, self.tensor)
         rest, context = divmod(rest, self.context)
         pipeline, data = divmod(rest, self.data)
@@ -48,14 +48,14 @@ class Layout:
         return int(getattr(self, axis))
 
     def rank(self, pipeline: int, fold: int, tensor: int) -> int:
-        """The rank at these coordinates."""
+        """Returns the rank at these coordinates."""
         return (pipeline * self.fold + fold) * self.tensor + tensor
 
     def peers(self, axis: str, rank: int) -> tuple[int, ...]:
-        """Ranks that differ from `rank` on `axis` alone, in order of their coordinate; `rank` is among them.
+        """Returns `rank` and the ranks that differ from it on `axis` alone, in the order of their coordinates.
 
-        Axes: pipeline, data, context, tensor, expert (holders of the other experts), replica (holders of the same
-        experts), fold (holders of the same dense parameters), world.
+        Axes: pipeline, data, context, tensor, expert (ranks with the other experts), replica (ranks with the same experts), fold
+        (ranks with the same dense parameters), world.
         """
         at = self.coordinates(rank)
         pipeline, fold, tensor = at["pipeline"], at["fold"], at["tensor"]

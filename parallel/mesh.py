@@ -1,4 +1,4 @@
-"""The groups of one rank, by axis name, all derived from the layout."""
+"""The communication groups of a rank, by axis name, derived from the layout."""
 
 from dataclasses import dataclass
 
@@ -12,22 +12,22 @@ from bagualu.parallel.pipeline.schedule import Placement
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's view of the layout.
+    """A rank's view of the layout.
 
-    Groups: tensor, pipeline and its relatives (see `messages`), fold (holders of the same dense parameters), expert (holders of the
-    other experts), replica (holders of the same experts), ends (the ranks of the first and the last stage, for tied embeddings;
-    absent elsewhere) and world.
+    Groups: tensor; pipeline and further groups of the same ranks (see `messages`); fold (ranks with the same dense parameters);
+    expert (ranks with the other experts); replica (ranks with the same experts); ends (the ranks of the first and the last stage,
+    for tied embeddings; only those ranks have it); world.
     """
 
     layout: Layout
     placement: Placement
-    """Which stages lie where along the pipeline axis."""
+    """Which rank of the pipeline axis holds which stages."""
     coordinates: dict[str, int]
     groups: dict[str, Group]
 
     @staticmethod
     def build(layout: Layout, communicator: Communicator, placement: Placement | None = None) -> "Mesh":
-        """Called by every rank; `layout.world` ranks in all. Without a placement every rank of the pipeline holds one stage."""
+        """Makes the groups, on each of the `layout.world` ranks. Without a placement, every pipeline rank holds a single stage."""
         rank = communicator.rank
         placement = placement or Placement(layout.pipeline)
         at = layout.coordinates(rank)
@@ -39,9 +39,9 @@ class Mesh:
             groups[name] = communicator.group(pipeline, name)
         ends = sorted({placement.rank_of(0), placement.rank_of(placement.stages - 1)})
         if at["pipeline"] in ends:
-            groups["ends"] = communicator.group(tuple(pipeline[place] for place in ends), "ends")
+            groups["ends"] = communicator.group(tuple(pipeline[coordinate] for coordinate in ends), "ends")
         mesh = Mesh(layout, placement, at, groups)
-        _say_hello(mesh, communicator)
+        _open_connections(mesh, communicator)
         return mesh
 
     def group(self, axis: str) -> Group:
@@ -49,7 +49,7 @@ class Mesh:
 
     @property
     def monitor(self) -> Monitor:
-        """What this rank is doing."""
+        """The record of what this rank is doing."""
         return self.group("world").monitor
 
     def at(self, axis: str) -> int:
@@ -58,20 +58,21 @@ class Mesh:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank speaks for its tensor group, whose ranks compute the same figures."""
+        """Whether this rank reports the metrics of its tensor group, whose ranks all compute the same values."""
         return self.at("tensor") == 0
 
-    def sum_over_world(self, *figures: torch.Tensor) -> list[float]:
-        """Scalars summed over all ranks in one reduction, in float64."""
-        together = torch.stack([figure.double() for figure in figures])
+    def sum_over_world(self, *values: torch.Tensor) -> list[float]:
+        """Returns the sums of scalars over all ranks, in float64, with a single reduction."""
+        together = torch.stack([value.double() for value in values])
         self.group("world").all_reduce(together)
         return together.tolist()
 
     def messages(self, gradients: bool, source: int, destination: int) -> Group:
-        """The group in which a rank of the pipeline sends another activations, or gradients: one for each kind and direction.
+        """Returns the group in which pipeline rank `source` sends activations, or gradients, to `destination`.
 
-        Some backends (NCCL) do what two ranks send each other in one group one after the other, and a send is not over before it
-        is received: with both directions in one group, each would wait with a send for the other's receive behind it.
+        Each kind and direction has its own group, because some backends (NCCL) run the messages between two ranks of a group one
+        after the other, and a send ends only when it is received. If both directions shared a group, two ranks could each wait in a
+        send for a receive that is queued behind the other's send.
         """
         return self.group(message_group(gradients, source, destination))
 
@@ -82,41 +83,47 @@ class Mesh:
 
     @property
     def first_stage(self) -> bool:
-        """Whether this rank holds it."""
+        """Whether this rank holds the first stage."""
         return self.stages[0] == 0
 
     @property
     def last_stage(self) -> bool:
-        """Whether this rank holds it."""
+        """Whether this rank holds the last stage."""
         return self.stages[-1] == self.placement.stages - 1
 
 
-def _say_hello(mesh: Mesh, communicator: Communicator) -> None:
-    """One element over every connection of the pipeline, one after the other. Some backends (NCCL) connect two ranks at their first
-    message and make both wait for it; a schedule's first messages come in an order in which ranks would wait for each other."""
-    here, hello = mesh.at("pipeline"), torch.zeros(1, device=communicator.device)
+def _open_connections(mesh: Mesh, communicator: Communicator) -> None:
+    """Sends one element over every connection of the pipeline, one connection after the other.
+
+    Some backends (NCCL) connect two ranks at their first message, and both block until then. The first messages of a schedule come
+    in an order in which ranks would block each other for ever.
+    """
+    here, element = mesh.at("pipeline"), torch.zeros(1, device=communicator.device)
     for gradients, source, destination in _connections(mesh.placement):
         if source == here:
-            mesh.messages(gradients, source, destination).send(hello, destination)
+            mesh.messages(gradients, source, destination).send(element, destination)
         elif destination == here:
-            mesh.messages(gradients, source, destination).receive(hello, source)
+            mesh.messages(gradients, source, destination).receive(element, source)
 
 
 def _connections(placement: Placement) -> list[tuple[bool, int, int]]:
-    """(gradients or activations, from, to) of every pair of ranks that send each other any."""
-    found: dict[tuple[bool, int, int], None] = {}
+    """Returns (whether gradients, source, destination) of all pairs of pipeline ranks that exchange activations or gradients."""
+    connections: dict[tuple[bool, int, int], None] = {}
     for stage in range(placement.stages):
         for gradients, step in ((False, 1), (True, -1)):
             destination = placement.neighbour(stage, step)
             if destination is not None:
-                found[gradients, placement.rank_of(stage), destination] = None
-    return list(found)
+                connections[gradients, placement.rank_of(stage), destination] = None
+    return list(connections)
 
 
 _RETURNING = ("pipeline_return", "pipeline_back_return")
 
 
 def message_group(gradients: bool, source: int, destination: int) -> str:
-    """Activations go to a later rank and gradients to an earlier one, except where stages go round or there and back again."""
+    """Returns the name of the group for these messages.
+
+    Activations go to a later rank and gradients to an earlier rank, except where the stages wrap around or run back (V shape).
+    """
     returning = (destination > source) if gradients else (destination < source)
     return ("pipeline_back" if gradients else "pipeline") + ("_return" if returning else "")

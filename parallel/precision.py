@@ -1,8 +1,8 @@
-"""Which dtype this chip multiplies matrices in, for tensors stored in a given dtype.
+"""The dtype in which this chip multiplies matrices that are stored in a given dtype.
 
-Storing bfloat16 and multiplying in float32 is the same mathematics as a bfloat16 unit with float32 accumulation (products of
-bfloat16 numbers are exact in float32). A CPU without bfloat16 instructions runs the 16-bit path several times slower than
-float32 (docs/performance.md), so there the operands are widened for the multiplication and the result is rounded.
+Storing bfloat16 and multiplying in float32 gives the same result as a bfloat16 unit that accumulates in float32, because products
+of bfloat16 numbers are exact in float32. A CPU without bfloat16 instructions runs the 16-bit path several times slower than
+float32 (docs/performance.md), so there the operands are widened before the multiplication and the result is rounded.
 """
 
 import torch
@@ -16,17 +16,17 @@ _CPU_MULTIPLIES = {
 
 
 def multiply_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype to cast operands like `tensor` to before a matrix multiplication; its own unless widening is faster."""
+    """Returns the dtype to which operands like `tensor` are cast before a matrix product: their own, unless widening is faster."""
     if tensor.device.type == "cpu" and not _CPU_MULTIPLIES.get(tensor.dtype, True):
         return torch.float32
     return tensor.dtype
 
 
 def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """At least float32: for norms, softmax, losses, routers."""
+    """Returns at least float32, for norms, softmax, losses and routers."""
     return torch.float32 if dtype in HALF else dtype
 
 
 def on_nvidia(tensor: torch.Tensor) -> bool:
-    """Whether it lies on a GPU of NVIDIA's that multiplies bfloat16 (Ampere or later); torch says "cuda" for AMD's too."""
+    """Whether tensor is on an NVIDIA GPU that multiplies bfloat16 (Ampere or later). torch says "cuda" for AMD GPUs as well."""
     return tensor.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) >= (8, 0)

@@ -1,6 +1,6 @@
-"""Boxes of global tensors on their way from the ranks that hold them to those that want them, from memory to memory.
+"""Moves boxes of global tensors from the ranks that hold them to the ranks that want them, from memory to memory.
 
-The same boxes as in a checkpoint, so whatever a checkpoint can reshard can be moved without one.
+These are the boxes that checkpoints contain, so whatever a checkpoint can reshard can also be moved without a checkpoint.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,12 @@ from bagualu.comm.group import Group
 from bagualu.parallel.boxes import Box
 
 Table = dict[str, list[Any]]
-"""What a rank holds and wants, without the values."""
+"""The boxes that a rank holds and wants, without values."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A box of the global tensor `name`, and its values or the place for them."""
+    """A box of the global tensor `name`, and a tensor of the box's shape that holds its values or receives them."""
 
     name: str
     box: Box
@@ -26,7 +26,7 @@ class Part:
 
 
 def table(held: Sequence[Part], wanted: Sequence[Part]) -> Table:
-    """For the other ranks to see; JSON."""
+    """Returns the boxes in a form that JSON can carry to the other ranks."""
     return {
         "held": [(part.name, part.box.offset, part.box.shape) for part in held],
         "wanted": [(part.name, part.box.offset, part.box.shape) for part in wanted],
@@ -34,70 +34,72 @@ def table(held: Sequence[Part], wanted: Sequence[Part]) -> Table:
 
 
 class Relocation:
-    """One rank's part of a move among the members of a group."""
+    """A rank's part in a move between the ranks of a group."""
 
     def __init__(self, held: Sequence[Part], wanted: Sequence[Part], tables: Sequence[Table], group: Group) -> None:
-        """`tables`: every member's, by position; no two members hold the same element.
+        """`tables[i]` is the table of position i; no two ranks hold the same element.
 
-        Raises ValueError when something that this rank wants is held by nobody.
+        Raises ValueError if no rank holds an element that this rank wants.
         """
         self._group = group
-        holders = [_by_name(one["held"]) for one in tables]
-        seekers = [_boxes(one["wanted"]) for one in tables]
+        holders = [_by_name(entry["held"]) for entry in tables]
+        seekers = [_boxes(entry["wanted"]) for entry in tables]
         here = group.rank
         self._outgoing = [
-            [_view(held[place], common) for _, place, common in _meetings(seeker, holders[here])] for seeker in seekers
+            [_view(held[index], common) for _, index, common in _intersections(seeker, holders[here])] for seeker in seekers
         ]
         self._incoming = [
-            [_view(wanted[place], common) for place, _, common in _meetings(seekers[here], holder)] for holder in holders
+            [_view(wanted[index], common) for index, _, common in _intersections(seekers[here], holder)] for holder in holders
         ]
         missing = _first_missing(seekers[here], holders)
         if missing is not None:
-            raise ValueError(f"a part of {missing} is held by no rank")
-        self._leaving = [_room(tensors, group.device) if there != here else None for there, tensors in enumerate(self._outgoing)]
-        self._arriving = [_room(tensors, group.device) if there != here else None for there, tensors in enumerate(self._incoming)]
+            raise ValueError(f"this rank needs a part of {missing} that no rank holds")
+        self._send_buffers = [_buffer(tensors, group.device) if i != here else None for i, tensors in enumerate(self._outgoing)]
+        self._receive_buffers = [_buffer(tensors, group.device) if i != here else None for i, tensors in enumerate(self._incoming)]
 
     def run(self) -> None:
-        """Move everything; all memory it takes is there already. Collective. One message each way between two members; pairs take
-        turns in one order on all of them."""
+        """Moves all values. Every rank of the group calls this. It allocates no memory.
+
+        Each pair of ranks exchanges at most one message in each direction; all ranks go through the pairs in the same order.
+        """
         here, group, works = self._group.rank, self._group, []
         for target, held in zip(self._incoming[here], self._outgoing[here], strict=True):
             target.copy_(held)
         for low in range(group.size):
             for high in range(low + 1, group.size):
                 for source, destination in ((low, high), (high, low)):
-                    leaving = self._leaving[destination] if source == here else None
-                    arriving = self._arriving[source] if destination == here else None
-                    if leaving is not None:
+                    outgoing = self._send_buffers[destination] if source == here else None
+                    incoming = self._receive_buffers[source] if destination == here else None
+                    if outgoing is not None:
                         tensors = self._outgoing[destination]
-                        for room, tensor in zip(_cut(leaving, tensors), tensors, strict=True):
-                            room.copy_(tensor)
-                        works.append(group.send(leaving, destination, asynchronous=True))
-                    elif arriving is not None:
-                        works.append(group.receive(arriving, source, asynchronous=True))
+                        for part, tensor in zip(_split(outgoing, tensors), tensors, strict=True):
+                            part.copy_(tensor)
+                        works.append(group.send(outgoing, destination, asynchronous=True))
+                    elif incoming is not None:
+                        works.append(group.receive(incoming, source, asynchronous=True))
         for work in works:
             work.wait()
-        for arrived, targets in zip(self._arriving, self._incoming, strict=True):
-            if arrived is not None:
-                for part, target in zip(_cut(arrived, targets), targets, strict=True):
+        for buffer, targets in zip(self._receive_buffers, self._incoming, strict=True):
+            if buffer is not None:
+                for part, target in zip(_split(buffer, targets), targets, strict=True):
                     target.copy_(part)
 
 
-def _room(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor | None:
-    """For all of them, one after the other; None where there are none."""
+def _buffer(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor | None:
+    """Returns a flat tensor with room for all `tensors`; None if there are none."""
     elements = sum(tensor.numel() for tensor in tensors)
     return torch.empty(elements, dtype=tensors[0].dtype, device=device) if tensors else None
 
 
-def _cut(room: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The places in `room`, in the shapes of `tensors`."""
-    parts = room.split([tensor.numel() for tensor in tensors])
+def _split(buffer: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns views of `buffer`, one after the other, in the shapes of `tensors`."""
+    parts = buffer.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 Boxes = list[tuple[str, Box]]
 ByName = dict[str, list[tuple[int, Box]]]
-"""(place in the list, box) of every box of a tensor."""
+"""Name of a tensor -> (index in the list, box) of each of its boxes."""
 
 
 def _boxes(rows: list[Any]) -> Boxes:
@@ -105,18 +107,18 @@ def _boxes(rows: list[Any]) -> Boxes:
 
 
 def _by_name(rows: list[Any]) -> ByName:
-    found: ByName = {}
-    for place, (name, box) in enumerate(_boxes(rows)):
-        found.setdefault(name, []).append((place, box))
-    return found
+    boxes: ByName = {}
+    for index, (name, box) in enumerate(_boxes(rows)):
+        boxes.setdefault(name, []).append((index, box))
+    return boxes
 
 
-def _meetings(wanted: Boxes, held: ByName) -> Iterator[tuple[int, int, Box]]:
-    """(place in what is wanted, place in what is held, the common box), in an order that both sides see alike."""
-    for place, (name, box) in enumerate(wanted):
-        for there, other in held.get(name, ()):
+def _intersections(wanted: Boxes, held: ByName) -> Iterator[tuple[int, int, Box]]:
+    """Yields (index into wanted, index into held, common box), in the same order on the sending and the receiving rank."""
+    for wanted_index, (name, box) in enumerate(wanted):
+        for held_index, other in held.get(name, ()):
             if common := box.intersection(other):
-                yield place, there, common
+                yield wanted_index, held_index, common
 
 
 def _view(part: Part, common: Box) -> torch.Tensor:
@@ -125,7 +127,7 @@ def _view(part: Part, common: Box) -> torch.Tensor:
 
 def _first_missing(wanted: Boxes, holders: Sequence[ByName]) -> str | None:
     for name, box in wanted:
-        common = [box.intersection(other) for held in holders for _, other in held.get(name, ())]
-        if sum(one.elements for one in common if one) < box.elements:
+        intersections = [box.intersection(other) for held in holders for _, other in held.get(name, ())]
+        if sum(common.elements for common in intersections if common) < box.elements:
             return name
     return None

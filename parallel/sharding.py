@@ -1,7 +1,7 @@
-"""A model's sharding plan: data that says which dim of which parameter is split over which axis. Free of torch.
+"""A model's sharding plan: data that state which dim of which parameter is split over which axis.
 
-Everything that must know how a parameter is laid out reads it here: initialisation, gradient reduction, the gradient norm, the
-optimizer's partition, checkpoints. There is no second list.
+Initialisation, gradient reduction, the gradient norm, the optimizer's partition and checkpoints all read this plan; there is no
+second list.
 """
 
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ BoundaryKind = Literal["block", "embedding", "head", "experts"]
 
 @dataclass(frozen=True)
 class Placement:
-    """How one parameter lies on the mesh. Axes not named hold copies."""
+    """How a parameter is distributed over the mesh. Every axis that is not named holds copies."""
 
     shards: tuple[tuple[int, str], ...] = ()
-    """(dim, axis) pairs: the dim is cut into equal parts along the axis."""
+    """(dim, axis) pairs: the dim is split into equal parts along the axis."""
     partial_over: str | None = None
-    """The axis whose ranks hold copies that each see only a part of the gradient, which is the sum over the axis."""
+    """The axis whose ranks hold copies, of which each computes only a part of the gradient: the gradient is the axis's sum."""
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -30,11 +30,11 @@ class Placement:
 
     @property
     def reduction_axis(self) -> str:
-        """The axis of the ranks that hold the same elements and see different samples."""
+        """The axis of the ranks that hold the same elements and process different samples."""
         return "replica" if "expert" in self.axes else "fold"
 
     def box(self, name: str, shape: tuple[int, ...], layout: Layout, coordinates: dict[str, int]) -> Box:
-        """The part of the global tensor `name` of `shape` that lies at `coordinates`. Raises RecipeError if it does not divide."""
+        """Returns the box of the global tensor `name` of `shape` at `coordinates`. Raises RecipeError if a dim does not divide."""
         offset, local = [0] * len(shape), list(shape)
         for dim, axis in self.shards:
             degree = layout.size(axis)
@@ -48,25 +48,25 @@ class Placement:
         return Box(tuple(offset), tuple(local))
 
     def counted(self, layout: Layout, coordinates: dict[str, int]) -> bool:
-        """Whether this rank is the one, among the copies along the tensor axis, whose copy counts (norm, checkpoint)."""
+        """Whether this rank's copy counts in the norm and in checkpoints: of the copies along the tensor axis, only one does."""
         return "tensor" in self.axes or coordinates["tensor"] == 0
 
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """Patterns are shell-style over full names; the first that matches counts, and every parameter must have one."""
+    """Maps parameter names to placements. Patterns are shell-style; the first match counts, and every parameter needs a match."""
 
     placements: tuple[tuple[str, Placement], ...]
     boundaries: tuple[tuple[str, BoundaryKind], ...] = ()
-    """Modules whose activations change layout on the way in or out, by module-name pattern (see tensor.py)."""
+    """(module-name pattern, kind) of modules whose inputs or outputs change layout (see tensor.py)."""
     tied: dict[str, str] = field(default_factory=dict)
-    """Local name -> the name of the parameter it is a copy of, on another stage or the same one."""
+    """Local name -> name of the parameter that it is a copy of, on the same stage or on another."""
 
     def global_name(self, name: str) -> str:
         return self.tied.get(name, name)
 
     def placement(self, name: str) -> Placement:
-        """Raises KeyError for a parameter that no pattern covers."""
+        """Returns the first placement whose pattern matches `name`. Raises KeyError if no pattern does."""
         for pattern, placement in self.placements:
             if fnmatchcase(name, pattern):
                 return placement

@@ -1,14 +1,14 @@
-"""Tensor and sequence parallel: what happens to activations at the borders of a block whose matrices are split.
+"""Tensor and sequence parallelism: what happens to activations at the boundary of a block whose matrices are split.
 
 Shapes: B micro-batch, S sequence, H hidden; t the tensor axis.
 
-                          without sequence parallel          with it
-    between blocks        x [B, S, H] on every rank of t     its slice [B, S/t, H]
+                          without sequence parallelism       with sequence parallelism
+    between blocks        x [B, S, H] on every rank of t     a slice [B, S/t, H] on each rank
     into a block          copy_to                            gather_from along S
     out of a block        reduce_from (sum over t)           scatter_to along S
 
-Inside a block the first matrices are split by rows of their output (column parallel), the last one by its input (row
-parallel), so a block needs one collective each way. The module itself is unchanged: it works on the slices it was given.
+In a block, the first matrices are split along their output (column parallel) and the last one along its input (row parallel), so
+a block needs a single collective in each direction. The module's code is unchanged; it computes with the slices it holds.
 """
 
 from typing import Any
@@ -23,17 +23,17 @@ _SEQUENCE_DIM = 1
 
 
 def enter(x: torch.Tensor, group: Group, sequence: bool) -> torch.Tensor:
-    """Into a block: the whole sequence on every rank, gradients summed over the group on the way back."""
+    """Enters a block: returns x for the whole sequence [B, S, H]. The backward pass sums the gradients over the group."""
     return gather_from(x, group, _SEQUENCE_DIM) if sequence else copy_to(x, group)
 
 
 def leave(x: torch.Tensor, group: Group, sequence: bool) -> torch.Tensor:
-    """Out of a block: the sum of the ranks' parts, whole or this rank's slice of the sequence."""
+    """Leaves a block: returns the sum of the ranks' partial x [B, S, H], or with `sequence` this rank's slice of it [B, S/t, H]."""
     return scatter_to(x, group, _SEQUENCE_DIM) if sequence else reduce_from(x, group)
 
 
 def wrap_block(module: nn.Module, group: Group, sequence: bool, leaves: bool = True) -> None:
-    """Put enter and, where the output is a partial sum, leave around `module`. Its first input and first output are the x."""
+    """Applies `enter` to the first input of `module` and, if its output is a partial sum, `leave` to its first output."""
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (enter(args[0], group, sequence), *args[1:])

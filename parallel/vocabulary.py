@@ -1,10 +1,10 @@
-"""Embedding and loss when the rows of the vocabulary are split over the tensor axis.
+"""Embedding and loss for a vocabulary whose rows are split over the tensor axis.
 
-Shapes: N tokens, V this rank's rows of the vocabulary, H hidden.
+Shapes: B micro-batch, S sequence, N tokens, V vocabulary rows of this rank, H hidden.
 
-The loss and the projection to the vocabulary are one function that works through the tokens in chunks, computing the gradient
-of a chunk's logits right after the logits: no [N, V] tensor ever exists, and the softmax statistics cross ranks as two small
-all-reduces a chunk (Megatron-LM, arXiv 1909.08053, section 3, for the split softmax).
+The loss and the projection to the vocabulary are a single function. It works through the tokens in chunks and computes the gradient
+of a chunk's logits right after the logits, so a [N, V] tensor never exists. The softmax statistics of a chunk take two small
+all-reduces over the ranks (Megatron-LM, arXiv 1909.08053, section 3, for the split softmax).
 """
 
 from typing import Any
@@ -19,13 +19,14 @@ from bagualu.parallel.data import gradient_sink
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 IGNORED = -100
-"""The label of a position that takes no part in the loss."""
+"""The label of a position that does not count in the loss."""
 
 
 def embedding(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows of weight [V, H] for tokens [B, S] -> [B, S, H].
+    """Returns the rows of weight [V, H] for tokens [B, S], as [B, S, H].
 
-    A frequent token's gradient is a sum of thousands of rows: it is taken in at least float32 (torch's own stagnates in 16 bits).
+    The gradient of a frequent token is a sum of thousands of rows, so it is accumulated in at least float32; torch's own
+    implementation accumulates in 16 bits, where the sum stops growing.
     """
     rows: torch.Tensor = _Embedding.apply(tokens, weight)
     return rows
@@ -50,9 +51,9 @@ class _Embedding(torch.autograd.Function):
 
 
 def sharded_embedding(tokens: torch.Tensor, weight: torch.Tensor, group: Group, sequence: bool) -> torch.Tensor:
-    """Rows of the whole vocabulary for tokens [B, S] from this rank's rows [V, H] -> [B, S, H].
+    """Returns the embeddings [B, S, H] of tokens [B, S] from the whole vocabulary; weight [V, H] is this rank's part.
 
-    With `sequence`, only this rank's slice of the sequence is returned: [B, S / group.size, H].
+    With `sequence`, returns only this rank's slice of the sequence, [B, S / group.size, H].
     """
     local = tokens - group.rank * weight.shape[0]
     elsewhere = (local < 0) | (local >= weight.shape[0])
@@ -63,10 +64,10 @@ def sharded_embedding(tokens: torch.Tensor, weight: torch.Tensor, group: Group, 
 def linear_cross_entropy(
     x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocabulary: int, group: Group | None = None
 ) -> torch.Tensor:
-    """Sum over tokens of -log softmax(x @ weight.T)[label], a scalar in at least float32.
+    """Returns the sum over tokens of -log softmax(x @ weight.T)[label], a scalar in at least float32.
 
-    x [N, H] the same on every rank of `group`; weight [V, H] this rank's rows; labels [N], IGNORED where they do not count;
-    `vocabulary` is the number of real rows over all ranks: rows beyond it are padding and take no part in the softmax.
+    x [N, H] is the same on every rank of `group`. weight [V, H] is this rank's rows. labels [N] are IGNORED where a token does not
+    count. `vocabulary` is the number of real rows over all ranks; the rows after them are padding and not part of the softmax.
     The gradient of x is this rank's part of a sum over the group.
     """
     loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group, torch.is_grad_enabled())
@@ -87,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         start = group.rank * weight.shape[0] if group else 0
         valid = max(0, min(weight.shape[0], vocabulary - start))
         rows = weight[:valid].to(multiply_dtype(weight))
-        backward = differentiate and any(ctx.needs_input_grad[:2])  # the latter holds under no_grad too
+        backward = differentiate and any(ctx.needs_input_grad[:2])  # needs_input_grad is true under no_grad too
         grad_x = torch.empty_like(x, dtype=rows.dtype) if backward else None
         grad_rows: torch.Tensor | None = None
         total = x.new_zeros((), dtype=accurate_dtype(x.dtype))
@@ -109,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         grad_x, grad_weight = ctx.saved_tensors
-        scale = grads[0]  # a scalar: it does not widen the products, and rounded to 16 bits it would put one error on all of them
+        scale = grads[0]  # kept as a scalar, which does not widen the products; rounding it to 16 bits would bias all of them
         rest: tuple[torch.Tensor | None, ...] = (None,) * 4
         if ctx.sink is not None:
             ctx.sink.add(grad_weight, scale)
@@ -118,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _plus_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """total + left @ right, in place where it can be: one product in its own dtype, a sum of several in at least float32."""
+    """Returns total + left @ right, in place if possible: a single product in its own dtype, a sum in at least float32."""
     if total is None:
         return left @ right
     total = total.to(accurate_dtype(total.dtype))
@@ -126,7 +127,7 @@ def _plus_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.T
 
 
 def _loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None) -> torch.Tensor:
-    """The chunk's summed loss; `logits` [n, V] become their own gradient in place. `target` counts from this rank's first row."""
+    """Returns a chunk's summed loss and turns `logits` [n, V] into their gradient. `target` [n] counts from this rank's row 0."""
     here = counts & (target >= 0) & (target < logits.shape[1])
     row = torch.where(here, target, 0).unsqueeze(1)
     high = logits.amax(1, keepdim=True) if logits.shape[1] else logits.new_full((logits.shape[0], 1), -torch.inf)

@@ -65,7 +65,7 @@ def lacking(communicator: Communicator) -> None:
     box = Box((0,), (4,))
     held = [Part("b", Box((0,), (3,)), torch.zeros(3))]
     wanted = [Part("b", box, torch.zeros(4))]
-    with pytest.raises(ValueError, match="a part of b is held by no rank"):
+    with pytest.raises(ValueError, match="this rank needs a part of b that no rank holds"):
         Relocation(held, wanted, [table(held, wanted)], communicator.world)
 
 

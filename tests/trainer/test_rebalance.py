@@ -164,8 +164,8 @@ def test_a_rank_without_room_for_what_is_to_come_leaves_everything_as_it_was(
             raise MemoryError("no room")
         return make_room(*given)
 
-    make_room = relocate._room
-    monkeypatch.setattr(relocate, "_room", room)
+    make_room = relocate._buffer
+    monkeypatch.setattr(relocate, "_buffer", room)
     assert_same(run("simulated", 4, failing, recipe_for(pipeline=2, data=2, balance=[3, 4]), "never"), alone)
 
 
