@@ -1,7 +1,7 @@
-"""A backward pass from given gradients, as torch.autograd.backward does it, without what that imports.
+"""A backward pass from given gradients, like torch.autograd.backward but without its imports.
 
-To compare the sizes of given gradients torch imports its symbolic shapes, and they sympy: two thirds of a second and 34 MB in the
-first step of every process. A scalar that starts from itself needs no comparison, and what is compared here are plain numbers.
+To compare the shapes of given gradients, torch imports its symbolic shapes and sympy: two thirds of a second and 34 MB in the first
+step of every process. A scalar output without a given gradient needs no comparison, and the shapes compared here are plain numbers.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ import torch
 
 
 def backward(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
-    """Accumulate into every leaf the derivative of the sum of all `(output * gradient).sum()`.
+    """Accumulates into every leaf the derivative of the sum of all `(output * gradient).sum()`.
 
-    Raises ValueError where a gradient has another shape than its output.
+    Raises ValueError if a gradient's shape differs from its output's.
     """
     for output, gradient in zip(outputs, gradients, strict=True):
         if output.shape != gradient.shape:
@@ -24,7 +24,7 @@ def backward(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor])
 
 
 class _Start(torch.autograd.Function):
-    """A scalar from which a backward pass goes on to `output` with `gradient`."""
+    """A scalar whose backward pass continues at `output` with `gradient`."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Proves a schedule right before anything runs it: complete, in order, and free of deadlock. Free of torch."""
+"""Checks before a schedule runs that it is complete, in a valid order, and free of deadlock."""
 
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -8,28 +8,31 @@ from bagualu.parallel.pipeline.schedule import RECEIVES, SENDS, Action, Kind, Pl
 
 _SPLIT = (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
 _RELEASES = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
-"""After these nothing of a forward pass is held any more."""
+"""The passes after which a stage no longer holds the activations of the forward pass."""
 
 
 class ScheduleError(ValueError):
-    """A schedule that is wrong, with the rank and the action at fault."""
+    """A schedule is wrong. The message names the rank and the action."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a correct schedule costs."""
+    """The memory that a correct schedule needs, counted in forward passes whose activations are held."""
 
     peak_in_flight: list[int]
-    """By rank: the most forward passes, of all its stages, whose activations are held at once. One is what a stage holds of one
-    micro-batch, so with v chunks 1/v of what the rank would hold of it."""
+    """By rank: the most forward passes, of all its stages together, whose activations are held at the same time. With v chunks,
+    each counts for 1/v of the rank's layers."""
     peak_by_stage: list[int]
-    """By stage: its own part of that at its own worst moment."""
+    """By stage: the most forward passes of this stage whose activations are held at the same time."""
 
 
 def check(schedule: Schedule) -> Report:
-    """Raises ScheduleError unless every stage does every micro-batch forward and backward exactly once, the backward pass whole or
-    in its two parts, in this order, each pass after the message it needs and before the one it feeds; and all ranks reach their end
-    when sends do not block and messages of one kind from one rank to another keep their order."""
+    """Returns the schedule's memory need. Raises ScheduleError if the schedule is wrong.
+
+    A correct schedule does every micro-batch at every stage forward and then backward exactly once, the backward pass whole or as I
+    and then W. Each pass comes after the message it needs and before the message it feeds. And all ranks reach the end of their
+    lists, provided that sends do not block and messages of the same kind between the same two ranks keep their order.
+    """
     for rank, actions in enumerate(schedule.actions):
         _check_rank(rank, actions, schedule)
     run_dry(schedule)
@@ -39,9 +42,9 @@ def check(schedule: Schedule) -> Report:
 
 
 def _check_rank(rank: int, actions: list[Action], schedule: Schedule) -> None:
-    place = {action: index for index, action in enumerate(actions)}
+    position = {action: index for index, action in enumerate(actions)}
     chains = [
-        _chain(stage, m, place, schedule.placement)
+        _chain(stage, m, position, schedule.placement)
         for stage in schedule.placement.stages_of(rank)
         for m in range(schedule.micro_batches)
     ]
@@ -49,21 +52,21 @@ def _check_rank(rank: int, actions: list[Action], schedule: Schedule) -> None:
     for action in wanted | counts:
         if counts[action] != wanted[action]:
             raise ScheduleError(f"rank {rank} does {action} {counts[action]} times instead of {wanted[action]}")
-    for chain in (*chains, *_handed_on(rank, place, schedule)):
+    for chain in (*chains, *_local_dependencies(rank, position, schedule)):
         for earlier, later in pairwise(chain):
-            if place[earlier] > place[later]:
+            if position[earlier] > position[later]:
                 raise ScheduleError(f"rank {rank} does {later} before {earlier}")
 
 
-def _chain(stage: int, micro_batch: int, place: dict[Action, int], placement: Placement) -> list[Action]:
-    """What a rank has to do for one micro-batch at one stage, in this order, whatever it does in between."""
-    split = Action(Kind.INPUT_GRADIENT, micro_batch, stage) in place
+def _chain(stage: int, micro_batch: int, position: dict[Action, int], placement: Placement) -> list[Action]:
+    """Returns all actions of a micro-batch at a stage in the order that they must keep; other actions may lie between them."""
+    split = Action(Kind.INPUT_GRADIENT, micro_batch, stage) in position
     kinds = (Kind.FORWARD, *(_SPLIT if split else (Kind.BACKWARD,)))
-    return [one for kind in kinds for one in surrounded(Action(kind, micro_batch, stage), placement)]
+    return [action for kind in kinds for action in surrounded(Action(kind, micro_batch, stage), placement)]
 
 
-def _handed_on(rank: int, place: dict[Action, int], schedule: Schedule) -> list[list[Action]]:
-    """The passes of a rank that need, without a message, what it did itself at the stage before or after."""
+def _local_dependencies(rank: int, position: dict[Action, int], schedule: Schedule) -> list[list[Action]]:
+    """Returns pairs of passes of which the second needs the result of the first without a message: both stages are on this rank."""
     placement = schedule.placement
     chains = []
     for stage in placement.stages_of(rank):
@@ -71,22 +74,22 @@ def _handed_on(rank: int, place: dict[Action, int], schedule: Schedule) -> list[
             continue
         for m in range(schedule.micro_batches):
             chains.append([Action(Kind.FORWARD, m, stage), Action(Kind.FORWARD, m, stage + 1)])
-            chains.append([_gradient(m, stage + 1, place), _gradient(m, stage, place)])
+            chains.append([_gradient(m, stage + 1, position), _gradient(m, stage, position)])
     return chains
 
 
-def _gradient(micro_batch: int, stage: int, place: dict[Action, int]) -> Action:
-    """The pass that gives the gradient of the stage's input."""
+def _gradient(micro_batch: int, stage: int, position: dict[Action, int]) -> Action:
+    """Returns the pass that computes the gradient of the stage's input."""
     split = Action(Kind.INPUT_GRADIENT, micro_batch, stage)
-    return split if split in place else Action(Kind.BACKWARD, micro_batch, stage)
+    return split if split in position else Action(Kind.BACKWARD, micro_batch, stage)
 
 
 Channel = tuple[Kind, int, int]
-"""Messages that keep their order: the kind of their receive, the rank they come from and the one they go to."""
+"""(kind of the receive, source rank, destination rank): messages with equal values keep their order."""
 
 
 def channel(action: Action, placement: Placement) -> Channel:
-    """Where a message travels. Activations go to the stage after, gradients to the one before."""
+    """Returns the channel of a send or receive. Activations go to the next stage, gradients to the previous one."""
     kind = Kind.RECEIVE_ACTIVATION if action.kind in (Kind.RECEIVE_ACTIVATION, Kind.SEND_ACTIVATION) else Kind.RECEIVE_GRADIENT
     ahead = 1 if kind == Kind.RECEIVE_ACTIVATION else -1
     here = placement.rank_of(action.stage)
@@ -96,20 +99,20 @@ def channel(action: Action, placement: Placement) -> Channel:
 
 
 def run_dry(schedule: Schedule) -> list[tuple[int, Action]]:
-    """(rank, action) of all actions in an order in which they can be done: every rank goes on until it needs a message that has not
-    been sent. Raises ScheduleError when there is none."""
+    """Returns (rank, action) of all actions in an order in which they can be executed: each rank runs until it needs a message that
+    has not been sent. Raises ScheduleError if the ranks deadlock or a receive meets another message than its own."""
     inboxes: dict[Channel, deque[Action]] = {}
     done: list[tuple[int, Action]] = []
-    place = [0] * len(schedule.actions)
+    next_index = [0] * len(schedule.actions)
     moved = True
     while moved:
         moved = False
         for rank, actions in enumerate(schedule.actions):
-            while place[rank] < len(actions) and _do(rank, actions[place[rank]], schedule.placement, inboxes):
-                done.append((rank, actions[place[rank]]))
-                place[rank] += 1
+            while next_index[rank] < len(actions) and _do(rank, actions[next_index[rank]], schedule.placement, inboxes):
+                done.append((rank, actions[next_index[rank]]))
+                next_index[rank] += 1
                 moved = True
-    stuck = [f"rank {r} at {actions[place[r]]}" for r, actions in enumerate(schedule.actions) if place[r] < len(actions)]
+    stuck = [f"rank {r} at {actions[next_index[r]]}" for r, actions in enumerate(schedule.actions) if next_index[r] < len(actions)]
     if stuck:
         raise ScheduleError("deadlock: " + ", ".join(stuck))
     return done
@@ -129,14 +132,14 @@ def _do(rank: int, action: Action, placement: Placement, inboxes: dict[Channel, 
 
 
 def received_as(send: Action) -> Action:
-    """The receive at the other end of a send."""
+    """Returns the receive that matches a send."""
     if send.kind == Kind.SEND_ACTIVATION:
         return Action(Kind.RECEIVE_ACTIVATION, send.micro_batch, send.stage + 1)
     return Action(Kind.RECEIVE_GRADIENT, send.micro_batch, send.stage - 1)
 
 
 def _peaks(actions: list[Action]) -> tuple[int, dict[int, int]]:
-    """The most that is held at once by the rank, and by each of its stages."""
+    """Returns the most forward passes that the rank, and each of its stages, holds at the same time."""
     held: Counter[int] = Counter()
     peak, peaks = 0, Counter[int]()
     for action in actions:

@@ -1,12 +1,15 @@
-"""A picture of a schedule in letters. Free of torch."""
+"""Draws a schedule as text."""
 
 from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule
 from bagualu.parallel.pipeline.timeline import per_kind, simulate
 
 
 def draw(schedule: Schedule) -> str:
-    """One line a rank, time going right in steps of one pass; a dot where a rank waits between two passes. Where a schedule splits
-    backward passes, those it leaves whole take two steps, the second shown as --."""
+    """Returns a line per rank; time runs to the right, and each step is one pass.
+
+    A dot is a step in which a rank waits between two passes. If the schedule splits backward passes, those it leaves whole take two
+    steps, the second shown as --.
+    """
     splits = any(action.kind == Kind.WEIGHT_GRADIENT for actions in schedule.actions for action in actions)
     lines = []
     for spans in simulate(schedule, per_kind(1, 1, 1 if splits else 0)).ranks:
@@ -20,5 +23,5 @@ def draw(schedule: Schedule) -> str:
 
 
 def short(action: Action, schedule: Schedule) -> str:
-    """F3, and F3' for a rank's second stage."""
+    """Returns the name of a pass, e.g. F3, or F3' at a rank's second stage."""
     return f"{action.kind}{action.micro_batch}" + "'" * (action.stage // schedule.placement.ranks)

@@ -1,11 +1,11 @@
-"""What the papers say that a schedule costs, as functions beside the words. Free of torch.
+"""The published cost of each schedule, as text and as functions.
 
-Costs are those of one pass of one stage: F forward, I and W the two parts of the backward pass, B = I + W. p is the number of
-ranks, v the chunks of each, m the micro-batches; a rank works m v (F + B).
+Costs are those of a single pass of a stage: F forward, I and W the two parts of the backward pass, B = I + W. p is the number of
+ranks, v the chunks per rank, m the micro-batches; a rank computes for m v (F + B).
 
-The bubble is the time that the rank which is at it the longest waits, from its own first pass to its own last: what the papers of
-the zero-bubble schedules count (arXiv 2401.10241). Activations in flight are counted in forward passes of a stage that are held;
-one is 1/v of what a rank would hold of a micro-batch, so peaks of schedules with different v compare after division by it.
+The bubble is the time that the slowest rank waits, between its own first pass and its own last, as the papers of the zero-bubble
+schedules define it (arXiv 2401.10241). Activations in flight are counted in forward passes of a stage whose activations are held.
+Each counts for 1/v of a rank's layers, so divide by v to compare schedules with different v.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from bagualu.parallel.pipeline.timeline import Time, share
 
 @dataclass(frozen=True)
 class Size:
-    """A pipeline, and what its passes take."""
+    """A pipeline's size and the durations of its passes."""
 
     ranks: int
     chunks: int
@@ -31,7 +31,7 @@ class Size:
 
     @property
     def work(self) -> Time:
-        """What a rank works."""
+        """The time that a rank computes."""
         return self.micro_batches * self.chunks * (self.forward + self.backward)
 
     @property
@@ -45,16 +45,16 @@ class Formula:
 
     bubble_text: str
     bubble: Callable[[Size], Time | None]
-    """A time; None where nothing is published for this size."""
+    """The bubble as a time; None if none is published for this size."""
     peak_text: str
     peak: Callable[[Size], int]
-    """The most forward passes, of all stages of a rank, whose activations any rank holds at once."""
+    """The most forward passes, over all stages of a rank, whose activations a rank holds at the same time."""
     bound: bool = False
-    """Whether the bubble is at most this, not exactly."""
+    """Whether `bubble` is an upper bound rather than exact."""
     least: Callable[[int], int] = lambda ranks: 1
-    """The fewest micro-batches from which on the bubble, and a peak that does not fall short, are these."""
+    """The least number of micro-batches for which `bubble` holds and the peak reaches `peak`."""
 
     def share(self, size: Size) -> Time | None:
-        """The bubble as a share of the time of the rank that is at it the longest."""
+        """Returns the bubble as a fraction of the slowest rank's time; None if there is no formula for this size."""
         bubble = self.bubble(size) if size.micro_batches >= self.least(size.ranks) else None
         return None if bubble is None else share(bubble, bubble + size.work)

@@ -1,4 +1,4 @@
-"""The schedules by name; each is a function in schedules/, whose docstring shows it and says what it costs. Free of torch."""
+"""The schedules by name. Each is a function in schedules/, whose docstring shows the schedule and its cost."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ from bagualu.parallel.pipeline.schedules.v_half import V_HALF, v_half
 from bagualu.parallel.pipeline.schedules.zb_v import ZB_V, zb_v
 
 Generate = Callable[[Placement, int], list[list[Action]]]
-"""(placement, micro-batches) -> the passes of each rank in order."""
+"""Called with (placement, number of micro-batches), returns the passes of each rank in order."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A schedule by name."""
+    """The properties of a named schedule."""
 
     generate: Generate
     formula: Formula
     chunks: tuple[int, ...] | None = (1,)
-    """Stages of one rank that it can take, the first unless told otherwise; None: any number from 2."""
+    """Supported numbers of stages per rank, the default first; None: any number from 2, with 2 as the default."""
     v_shaped: bool = False
     splits_backward: bool = False
-    """Whether it takes the backward pass in two parts."""
+    """Whether the schedule splits backward passes into I and W."""
 
     def placement(self, name: str, ranks: int, chunks: int | None) -> Placement:
-        """Raises RecipeError when a rank cannot have `chunks` stages."""
+        """Returns the placement of the stages. Raises RecipeError if the schedule does not support `chunks` stages per rank."""
         default = self.chunks[0] if self.chunks else 2
         chosen = default if chunks is None else chunks
         if (chosen not in self.chunks) if self.chunks else (chosen < 2):
@@ -39,19 +39,19 @@ class Family:
 
 
 def place(name: str, ranks: int, chunks: int | None = None) -> Placement:
-    """Where the stages of the schedule `name` lie. Raises RecipeError for an unknown name or a number of chunks it cannot take."""
+    """Returns the placement of the schedule `name`. Raises RecipeError for an unknown name or an unsupported number of chunks."""
     if name not in FAMILIES:
         raise RecipeError(f"parallel.schedule={name} is unknown; give one of {', '.join(FAMILIES)}")
     return FAMILIES[name].placement(name, ranks, chunks)
 
 
 def splits_backward(name: str) -> bool:
-    """Whether the schedule `name` takes the backward pass in two parts."""
+    """Whether the schedule `name` splits backward passes into I and W."""
     return FAMILIES[name].splits_backward
 
 
 def compute_schedule(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Schedule:
-    """The passes of each rank in order. Raises RecipeError for what the schedule `name` cannot do, with what it can."""
+    """Returns the schedule `name`, without messages. Raises RecipeError, with supported values, if it cannot be made."""
     placement = place(name, ranks, chunks)
     return Schedule(placement, micro_batches, FAMILIES[name].generate(placement, micro_batches))
 

@@ -1,4 +1,4 @@
-"""What a run measured of its own pipeline: when each pass of one step began and ended. Free of torch."""
+"""The measured timeline of a run's pipeline: when each pass of a step began and ended."""
 
 import json
 from collections import Counter
@@ -10,13 +10,13 @@ from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule
 from bagualu.parallel.pipeline.timeline import Cost, Span, Timeline
 
 FILE = "pipeline.jsonl"
-"""In a run directory: a line a pass, {"rank", "step", "kind", "micro_batch", "stage", "start", "end"}, with the rank's place in the
-pipeline, F, B, I or W, and seconds from an origin that all ranks share."""
+"""File in a run directory with a line per pass: {"rank", "step", "kind", "micro_batch", "stage", "start", "end"}. rank is the
+pipeline coordinate, kind is F, B, I or W, and times are in seconds from an origin that all ranks share."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One step of a run; times in seconds from its first pass."""
+    """A measured step of a run; times are in seconds from its first pass."""
 
     step: int
     timeline: Timeline
@@ -31,7 +31,7 @@ class Measured:
 
 
 def read_measured(path: Path) -> Measured:
-    """The last step in `path`. Raises RecipeError for a file that is missing or holds something else."""
+    """Returns the last step in `path`. Raises RecipeError if the file is missing, empty or invalid."""
     if not path.exists():
         raise RecipeError(f"{path} does not exist; give the directory of a run that has trained with parallel.pipeline=2 or more")
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -45,37 +45,37 @@ def read_measured(path: Path) -> Measured:
         if step == last:
             ranks[rank].append(Span(span.action, span.start - origin, span.end - origin))
     if not all(ranks):
-        raise RecipeError(f"{path} tells nothing of rank {ranks.index([])} in step {last}; let the run write it again")
+        raise RecipeError(f"{path} has no pass of rank {ranks.index([])} in step {last}; let the run write it again")
     return Measured(last, Timeline([sorted(spans, key=lambda span: span.start) for spans in ranks]))
 
 
 def _row(path: Path, number: int, line: str) -> tuple[int, int, Span]:
-    """Step, rank and the pass."""
+    """Parses a line into (step, rank, pass). Raises RecipeError."""
     try:
         row = json.loads(line)
         action = Action(Kind(row["kind"]), int(row["micro_batch"]), int(row["stage"]))
         step, rank, span = int(row["step"]), int(row["rank"]), Span(action, float(row["start"]), float(row["end"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{path}, line {number}: no pass of a pipeline ({error}); let the run write it again") from error
+        raise RecipeError(f"{path}, line {number}: not a pipeline pass ({error}); let the run write it again") from error
     if min(action.micro_batch, action.stage, rank) < 0 or span.end < span.start:
-        raise RecipeError(f"{path}, line {number}: ends before it starts, or counts below 0; let the run write it again")
+        raise RecipeError(f"{path}, line {number}: negative index or end before start; let the run write it again")
     return step, rank, span
 
 
 def check_against(measured: Measured, schedule: Schedule) -> None:
-    """Raises RecipeError unless exactly the passes of `schedule` were measured."""
+    """Raises RecipeError unless the measured passes are exactly those of `schedule`."""
     for rank, planned in enumerate(schedule.actions):
         done = Counter(span.action for span in measured.timeline.ranks[rank])
         for action in Counter(planned) | done:
             if done[action] != planned.count(action):
                 raise RecipeError(
-                    f"{FILE} tells {done[action]} times of {action} on rank {rank} and the run's schedule does it "
+                    f"{FILE} has {action} on rank {rank} {done[action]} times, but the run's schedule has it "
                     f"{planned.count(action)} times; let the run write it again"
                 )
 
 
 def mean_costs(measured: Measured) -> Cost:
-    """What a pass of this kind took on average at this stage."""
+    """Returns the mean duration, in seconds, of passes of each kind at each stage."""
     count: Counter[tuple[Kind, int]] = Counter()
     seconds: dict[tuple[Kind, int], float] = {}
     for spans in measured.timeline.ranks:

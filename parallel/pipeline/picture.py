@@ -1,4 +1,4 @@
-"""Timelines as SVG or PNG: one row a rank, a box a pass. Free of torch; only whoever draws needs matplotlib."""
+"""Draws timelines as SVG or PNG: a row per rank, a box per pass. Imports matplotlib."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ _NAMES = {
 }
 _WAITING = "#eceef1"
 _LIGHTEST = 0.6
-"""How much white a rank's last chunk is mixed with."""
+"""The fraction of white in the colour of a rank's last chunk."""
 
 # Inches and points.
 _ROW, _GAP, _LEFT, _RIGHT, _TITLE, _CAPTION, _AXIS = 0.27, 0.09, 0.75, 0.25, 0.72, 0.24, 0.52
@@ -41,18 +41,18 @@ _FONT, _DPI = 6.5, 130
 
 @dataclass(frozen=True)
 class Panel:
-    """One timeline with what is to be said of it."""
+    """A timeline with its texts."""
 
     heading: str
     caption: list[str]
-    """Lines under the heading."""
+    """Lines below the heading."""
     timeline: Timeline
     unit: str
-    """What the time axis counts."""
+    """The unit of the time axis."""
 
 
 def draw_picture(title: str, panels: list[Panel], chunks: int, path: Path) -> None:
-    """Write the panels, one above the other on one scale, into `path`; its ending (.svg, .png) says how."""
+    """Writes the panels, one above the other on a common scale, to `path`, in the format of its suffix (.svg or .png)."""
     width = max(_width(panel.timeline) for panel in panels)
     heights = [_height(panel) for panel in panels]
     total = _TITLE + sum(heights)
@@ -63,12 +63,12 @@ def draw_picture(title: str, panels: list[Panel], chunks: int, path: Path) -> No
         _draw_panel(figure, panel, chunks, (width, total), top, end)
         top -= height
     _legend(figure, {span.action.kind for panel in panels for span in _spans(panel.timeline)}, chunks, _LEFT / width, total)
-    with rc_context({"svg.hashsalt": "bagualu"}):  # the same file every time
+    with rc_context({"svg.hashsalt": "bagualu"}):  # makes the file reproducible
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
 
 
 def _width(timeline: Timeline) -> float:
-    """Wide enough for the number in most boxes."""
+    """Returns a width, in inches, at which most boxes have room for their number."""
     spans = list(_spans(timeline))
     digits = len(str(max(span.action.micro_batch for span in spans)))
     typical = sorted(float(span.end - span.start) for span in spans)[len(spans) // 4] or 1.0
@@ -88,8 +88,8 @@ def _draw_panel(figure: Figure, panel: Panel, chunks: int, size: tuple[float, fl
     width, total = size
     ranks = len(panel.timeline.ranks)
     for line, text in enumerate([panel.heading, *panel.caption]):
-        at = (top - _CAPTION * (line + 0.5)) / total
-        figure.text(_LEFT / width, at, text, fontsize=9 if line else 10, color="#444" if line else "black", va="center")
+        y = (top - _CAPTION * (line + 0.5)) / total
+        figure.text(_LEFT / width, y, text, fontsize=9 if line else 10, color="#444" if line else "black", va="center")
     bottom = top - _CAPTION * (1 + len(panel.caption)) - _ROW * ranks
     axes = figure.add_axes((_LEFT / width, bottom / total, 1 - (_LEFT + _RIGHT) / width, _ROW * ranks / total))
     axes.set_xlim(0, end)
@@ -120,19 +120,19 @@ def _corners(start: float, end: float, rank: int) -> list[tuple[float, float]]:
 
 
 def _write_numbers(axes: Axes, boxes: list[tuple[int, Span]], chunks: int, points_per_time: float) -> None:
-    """The micro-batch in every box that is wide enough, as outlines, since thousands of texts would take minutes."""
+    """Writes the micro-batch into every box that is wide enough, as outlines because thousands of texts would take minutes."""
     figure = axes.get_figure()
     assert figure is not None
     scale = Affine2D().scale(1 / 72) + figure.dpi_scale_trans
     for number, group in groupby(sorted(boxes, key=_number), key=_number):
-        written = TextPath((0, 0), str(number), size=_FONT)
-        extent = written.get_extents()
-        outline = written.transformed(Affine2D().translate(-(extent.x0 + extent.x1) / 2, -(extent.y0 + extent.y1) / 2))
+        text = TextPath((0, 0), str(number), size=_FONT)
+        extent = text.get_extents()
+        outline = text.transformed(Affine2D().translate(-(extent.x0 + extent.x1) / 2, -(extent.y0 + extent.y1) / 2))
         fitting = [(rank, span) for rank, span in group if float(span.end - span.start) * points_per_time > extent.width + 1]
         if fitting:
-            places = [(float(span.start + span.end) / 2, rank) for rank, span in fitting]
+            centres = [(float(span.start + span.end) / 2, rank) for rank, span in fitting]
             inks = [_ink(_colour(span.action.kind, span.action.stage // len(axes.get_yticks()), chunks)) for _, span in fitting]
-            numbers = PathCollection([outline], offsets=places, offset_transform=axes.transData, facecolors=inks, linewidths=0)
+            numbers = PathCollection([outline], offsets=centres, offset_transform=axes.transData, facecolors=inks, linewidths=0)
             numbers.set_transform(scale)
             axes.add_collection(numbers, autolim=False)
 
@@ -153,7 +153,7 @@ def _ink(colour: tuple[float, float, float]) -> str:
 
 
 def _legend(figure: Figure, kinds: set[Kind], chunks: int, left: float, total: float) -> None:
-    """One entry a kind, in the colours of its chunks."""
+    """Adds an entry per kind of pass, and per chunk in its shade of the forward colour."""
     handles = [Patch(facecolor=_colour(kind, 0, chunks), label=_NAMES[kind]) for kind in _COLOURS if kind in kinds]
     if chunks > 1:
         handles += [

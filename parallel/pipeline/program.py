@@ -1,4 +1,4 @@
-"""One rank's part of a schedule, and what it may know of the others while it executes it. Free of torch."""
+"""A rank's part of a schedule, and what follows from the schedule about the progress of other ranks."""
 
 from dataclasses import dataclass, field
 
@@ -8,42 +8,42 @@ from bagualu.parallel.pipeline.schedule import RECEIVES, SENDS, Action, Schedule
 
 @dataclass(frozen=True)
 class Program:
-    """What one rank does."""
+    """The actions of a rank."""
 
     actions: list[Action]
     arrived: dict[Action, list[Action]] = field(default_factory=dict)
-    """For a receive: earlier sends of this rank that have certainly been received once it is done, so that waiting for them takes
-    no time and what they sent can be let go."""
+    """For a receive: earlier sends of this rank that have certainly been received once it ends. Waiting for them takes no time, and
+    the tensors they sent can be freed."""
 
 
 def program(schedule: Schedule, rank: int) -> Program:
-    """The part of `rank`. Raises ScheduleError when the schedule cannot be done.
+    """Returns the program of `rank`. Raises ScheduleError if the schedule cannot be executed.
 
-    A message says how far its sender had come, and how far those were that the sender had heard of (vector clocks, Mattern 1989); a
-    send has arrived once its receiver is known to have come past the receive.
+    Every message carries the progress of its sender, and the progress of other ranks as far as the sender knew it (vector clocks,
+    Mattern 1989). A send has been received once its receiver is known to be past the receive.
     """
-    places = [{action: place for place, action in enumerate(actions)} for actions in schedule.actions]
-    heard = [[0] * len(schedule.actions) for _ in schedule.actions]
-    under_way: dict[Action, list[int]] = {}
+    positions = [{action: index for index, action in enumerate(actions)} for actions in schedule.actions]
+    known = [[0] * len(schedule.actions) for _ in schedule.actions]  # known[i][j]: actions of rank j that rank i knows are done
+    in_transit: dict[Action, list[int]] = {}
     sent: list[Action] = []
     arrived: dict[Action, list[Action]] = {}
     for here, action in run_dry(schedule):
         if action.kind in SENDS:
-            under_way[received_as(action)] = list(heard[here])
+            in_transit[received_as(action)] = list(known[here])
             if here == rank:
                 sent.append(action)
         elif action.kind in RECEIVES:
-            heard[here] = [max(pair) for pair in zip(heard[here], under_way.pop(action), strict=True)]
-        heard[here][here] = places[here][action] + 1
+            known[here] = [max(pair) for pair in zip(known[here], in_transit.pop(action), strict=True)]
+        known[here][here] = positions[here][action] + 1
         if here == rank and action.kind in RECEIVES:
-            there = [send for send in sent if _is_there(send, schedule, places, heard[here])]
-            if there:
-                arrived[action] = there
-                sent = [send for send in sent if send not in there]
+            received = [send for send in sent if _is_received(send, schedule, positions, known[here])]
+            if received:
+                arrived[action] = received
+                sent = [send for send in sent if send not in received]
     return Program(schedule.actions[rank], arrived)
 
 
-def _is_there(send: Action, schedule: Schedule, places: list[dict[Action, int]], heard: list[int]) -> bool:
+def _is_received(send: Action, schedule: Schedule, positions: list[dict[Action, int]], known: list[int]) -> bool:
     receive = received_as(send)
     receiver = schedule.placement.rank_of(receive.stage)
-    return heard[receiver] > places[receiver][receive]
+    return known[receiver] > positions[receiver][receive]

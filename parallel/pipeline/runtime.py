@@ -1,6 +1,6 @@
-"""Executes one rank's list of actions: an interpreter with one method per kind of action.
+"""Executes a rank's list of actions: an interpreter with a method for each kind of action.
 
-A pipeline of one rank is a pipeline too: the list then has no messages, and this is gradient accumulation.
+A pipeline of a single rank runs in the same way: its list has no messages and amounts to gradient accumulation.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,31 +19,35 @@ from bagualu.parallel.pipeline.stopwatch import Stopwatch
 
 
 class Slices(Protocol):
-    """This rank's stages. The model's first stage gets token ids, its last one also labels."""
+    """The stages of this rank."""
 
-    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor | None, place: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, auxiliary) of the rank's stage number `place`: activations for the next stage, or on the model's last one the
-        summed loss, a scalar; and a scalar of this stage's own losses (0 where it has none)."""
+    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor | None, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the rank's stage number `chunk` and returns (output, auxiliary).
+
+        inputs are token ids [B, S] for the model's first stage, else activations. labels [B, S] are given to its last stage only.
+        The output is the activations for the next stage, or on the last stage the summed loss, a scalar. auxiliary is a scalar, the
+        sum of this stage's own losses (0 if it has none).
+        """
 
 
 class WeightGradients(Protocol):
-    """Whoever computes gradients of weights, and can put that off."""
+    """Can defer weight-gradient work to the W passes of zero-bubble schedules."""
 
     def putting_off(self) -> AbstractContextManager[list[Callable[[], None]]]:
-        """Inside, the list is filled with what is to be called later."""
+        """In this context, work on weight gradients is deferred; yields the list of functions that do it later."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     inputs: torch.Tensor
-    """Token ids [B, S]; needed on the first stage."""
+    """Token ids [B, S]; used by the first stage."""
     labels: torch.Tensor
-    """Label ids [B, S]; needed on the last stage."""
+    """Label ids [B, S]; used by the last stage."""
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """What the backward pass starts from: the derivative of the objective by a summed loss and by an auxiliary loss."""
+    """The gradients with which the backward pass starts: of the objective with respect to a summed loss and an auxiliary loss."""
 
     loss: float
     auxiliary: float
@@ -51,26 +55,26 @@ class Seeds:
 
 @dataclass
 class StageTotals:
-    """Sums over the micro-batches on this rank: the loss on the last stage, the auxiliary losses of the rank's stages."""
+    """Sums over this rank's micro-batches: the loss if it holds the last stage, and the auxiliary losses of its stages."""
 
     loss: torch.Tensor
     auxiliary: torch.Tensor
 
 
 @dataclass
-class _Passing:
+class _Saved:
     inputs: torch.Tensor
     output: torch.Tensor
     auxiliary: torch.Tensor
 
 
-Place = tuple[int, int]
+Key = tuple[int, int]
 """(micro-batch, stage)"""
 
 
 @dataclass
 class PipelineRunner:
-    """Runs this rank's stages. `activation_shape` and `activation_dtype` are what goes over the border between stages."""
+    """Runs this rank's stages. Activations between stages have shape `activation_shape` and dtype `activation_dtype`."""
 
     model: Slices
     mesh: Mesh
@@ -79,20 +83,20 @@ class PipelineRunner:
     activation_dtype: torch.dtype
     device: torch.device
     stopwatch: Stopwatch = field(init=False)
-    """When the passes of the last run were done."""
-    _held: dict[Place, _Passing] = field(default_factory=dict)
-    _put_off: dict[Place, list[Callable[[], None]]] = field(default_factory=dict)
-    _arrivals: dict[Action, tuple[torch.Tensor, Work]] = field(default_factory=dict)
-    _activations: dict[Place, torch.Tensor] = field(default_factory=dict)
-    _gradients: dict[Place, torch.Tensor] = field(default_factory=dict)
-    _departures: dict[Action, torch.Tensor] = field(default_factory=dict)
+    """The times of the passes of the last run."""
+    _saved: dict[Key, _Saved] = field(default_factory=dict)
+    _deferred: dict[Key, list[Callable[[], None]]] = field(default_factory=dict)
+    _posted: dict[Action, tuple[torch.Tensor, Work]] = field(default_factory=dict)
+    _activations: dict[Key, torch.Tensor] = field(default_factory=dict)
+    _gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
+    _outgoing: dict[Action, torch.Tensor] = field(default_factory=dict)
     _sends: dict[Action, Work] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.stopwatch = Stopwatch(self.device)
 
     def run(self, program: Program, micro_batches: list[MicroBatch], seeds: Seeds | None) -> StageTotals:
-        """Execute this rank's program over its micro-batches; without `seeds`, forward passes only and no gradients."""
+        """Executes this rank's program over its micro-batches. Without `seeds` there are only forward passes and no gradients."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         totals = StageTotals(zero, zero.clone())
         self.stopwatch.begin()
@@ -115,7 +119,7 @@ class PipelineRunner:
             else:
                 do[action.kind](action)
             for send in program.arrived.get(action, ()):
-                self._sends.pop(send).wait()  # returns at once, and lets the tensor go
+                self._sends.pop(send).wait()  # returns at once and frees the tensor
         for work in self._sends.values():
             work.wait()
         self._sends.clear()
@@ -123,8 +127,8 @@ class PipelineRunner:
 
     def _forward(self, action: Action, batch: MicroBatch, differentiate: bool, totals: StageTotals) -> None:
         self.mesh.monitor.at("forward" if differentiate else "validate")
-        place, last = (action.micro_batch, action.stage), action.stage == self.mesh.placement.stages - 1
-        inputs = batch.inputs if action.stage == 0 else self._activations.pop(place).requires_grad_(differentiate)
+        key, last = (action.micro_batch, action.stage), action.stage == self.mesh.placement.stages - 1
+        inputs = batch.inputs if action.stage == 0 else self._activations.pop(key).requires_grad_(differentiate)
         with torch.set_grad_enabled(differentiate):
             labels = batch.labels if last else None
             output, auxiliary = self.model(inputs, labels, self.mesh.stages.index(action.stage))
@@ -132,50 +136,53 @@ class PipelineRunner:
         if last:
             totals.loss += output.detach()
         else:
-            self._hand_on(action, output.detach(), Kind.SEND_ACTIVATION, 1)
+            self._pass_on(action, output.detach(), Kind.SEND_ACTIVATION, 1)
         if differentiate:
-            self._held[place] = _Passing(inputs, output, auxiliary)
+            self._saved[key] = _Saved(inputs, output, auxiliary)
 
     def _backward(self, action: Action, seeds: Seeds | None) -> None:
         assert seeds is not None, "a schedule with backward passes needs seeds"
         self.mesh.monitor.at("backward")
-        place = (action.micro_batch, action.stage)
-        held = self._held.pop(place)
+        key = (action.micro_batch, action.stage)
+        saved = self._saved.pop(key)
         if action.stage == self.mesh.placement.stages - 1:
-            gradient = torch.full_like(held.output, seeds.loss)
+            gradient = torch.full_like(saved.output, seeds.loss)
         else:
-            gradient = self._gradients.pop(place)
-        outputs, gradients = [held.output], [gradient]
-        if held.auxiliary.requires_grad:
-            outputs.append(held.auxiliary)
-            gradients.append(torch.full_like(held.auxiliary, seeds.auxiliary))
+            gradient = self._gradients.pop(key)
+        outputs, gradients = [saved.output], [gradient]
+        if saved.auxiliary.requires_grad:
+            outputs.append(saved.auxiliary)
+            gradients.append(torch.full_like(saved.auxiliary, seeds.auxiliary))
         backward(outputs, gradients)
         if action.stage > 0:
-            assert held.inputs.grad is not None
-            self._hand_on(action, held.inputs.grad, Kind.SEND_GRADIENT, -1)
+            assert saved.inputs.grad is not None
+            self._pass_on(action, saved.inputs.grad, Kind.SEND_GRADIENT, -1)
 
     def _input_gradient(self, action: Action, seeds: Seeds | None) -> None:
-        with self.weight_gradients.putting_off() as put_off:
+        with self.weight_gradients.putting_off() as deferred:
             self._backward(action, seeds)
-        self._put_off[action.micro_batch, action.stage] = put_off
+        self._deferred[action.micro_batch, action.stage] = deferred
 
     def _weight_gradient(self, action: Action) -> None:
         self.mesh.monitor.at("backward")
         with torch.no_grad():
-            for compute in self._put_off.pop((action.micro_batch, action.stage)):
+            for compute in self._deferred.pop((action.micro_batch, action.stage)):
                 compute()
 
-    def _hand_on(self, action: Action, tensor: torch.Tensor, send: Kind, step: int) -> None:
-        """What a pass gives to the next stage: to a message, or where this rank holds that stage too, to its pass."""
+    def _pass_on(self, action: Action, tensor: torch.Tensor, send: Kind, step: int) -> None:
+        """Keeps a pass's result for the following send or, if this rank also holds the neighbouring stage, for that stage's
+        pass."""
         if self.mesh.placement.neighbour(action.stage, step) is not None:
-            self._departures[Action(send, action.micro_batch, action.stage)] = tensor
+            self._outgoing[Action(send, action.micro_batch, action.stage)] = tensor
             return
-        waiting = self._activations if send == Kind.SEND_ACTIVATION else self._gradients
-        waiting[action.micro_batch, action.stage + step] = tensor
+        inputs = self._activations if send == Kind.SEND_ACTIVATION else self._gradients
+        inputs[action.micro_batch, action.stage + step] = tensor
 
     def _post_ahead(self, receives: Iterator[Action]) -> None:
-        """On the CPU, start the next receive of the list ahead of the pass that needs it, so that it runs beside the computation.
-        On an accelerator a waiting receive would hold the stream or the cores that the computation before it needs."""
+        """On the CPU, starts the next receive of the list before the pass that needs it, so that it overlaps the computation.
+
+        On an accelerator, a receive that waits would occupy the stream or the cores that the computation before it needs.
+        """
         if self.device.type == "cpu":
             self._post(next(receives, None))
 
@@ -186,19 +193,19 @@ class PipelineRunner:
         gradients = action.kind == Kind.RECEIVE_GRADIENT
         source = self.mesh.placement.rank_of(action.stage + (1 if gradients else -1))
         group = self.mesh.messages(gradients, source, self.mesh.at("pipeline"))
-        self._arrivals[action] = (buffer, group.receive(buffer, source, asynchronous=True))
+        self._posted[action] = (buffer, group.receive(buffer, source, asynchronous=True))
 
     def _receive(self, action: Action, receives: Iterator[Action]) -> None:
-        if action not in self._arrivals:
+        if action not in self._posted:
             self._post(next(receives))
-        buffer, work = self._arrivals.pop(action)
+        buffer, work = self._posted.pop(action)
         work.wait()
-        place = (action.micro_batch, action.stage)
-        (self._activations if action.kind == Kind.RECEIVE_ACTIVATION else self._gradients)[place] = buffer
+        key = (action.micro_batch, action.stage)
+        (self._activations if action.kind == Kind.RECEIVE_ACTIVATION else self._gradients)[key] = buffer
         self._post_ahead(receives)
 
     def _send(self, action: Action) -> None:
-        tensor = self._departures.pop(action).contiguous()
+        tensor = self._outgoing.pop(action).contiguous()
         gradients = action.kind == Kind.SEND_GRADIENT
         destination = self.mesh.placement.rank_of(action.stage + (-1 if gradients else 1))
         group = self.mesh.messages(gradients, self.mesh.at("pipeline"), destination)

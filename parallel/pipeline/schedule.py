@@ -1,12 +1,12 @@
-"""Pipeline schedules as data: for every rank of the pipeline, the list of actions it does, in order. Free of torch.
+"""Pipeline schedules as data: for every pipeline rank, the list of its actions in order.
 
-A model is cut into stages, contiguous slices of its layers; a rank holds one of them or several, its chunks (`Placement`). F3 is
-the forward pass of micro-batch 3, B3 its backward pass. Some schedules take the backward pass in two parts: I3 computes the
-gradient of the stage's input, which the stage before waits for, and W3 later the gradients of its weights, which nobody waits for.
-Where a rank has several stages, F3' is a pass of its second one.
+A model is divided into stages, contiguous slices of its layers. A rank holds one or several of them, its chunks (`Placement`). F3
+is the forward pass of micro-batch 3 and B3 its backward pass. Some schedules split the backward pass: I3 computes the gradient of
+the stage's input, for which the previous stage waits; later, W3 computes the gradients of its weights, for which no stage waits. If
+a rank has several stages, F3' is a pass of its second stage.
 
-`generate.py` gives the passes; `with_messages` puts in what has to be sent and received, and where. The same list is checked
-(check.py), timed (timeline.py), drawn (draw.py) and executed (runtime.py).
+`generate.py` makes the passes; `with_messages` adds the sends and receives. The resulting list is checked (check.py), timed
+(timeline.py), drawn (draw.py) and executed (runtime.py).
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ SENDS = (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
 
 @dataclass(frozen=True)
 class Action:
-    """One thing that a rank does for one micro-batch at one of its stages. A message names the stage at its own end."""
+    """A pass of a rank for a micro-batch at one of its stages, or a message. A message's stage is that of the rank that acts."""
 
     kind: Kind
     micro_batch: int
@@ -43,9 +43,10 @@ class Action:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which rank of the pipeline holds which stages: `chunks` of them on each of `ranks` ranks.
+    """Which pipeline rank holds which stages: `chunks` stages on each of `ranks` ranks.
 
-    Stages go round and round over the ranks; `v_shaped`: there and back again, so that the last stage lies where the first does.
+    Consecutive stages lie on consecutive ranks and start again at rank 0 after the last rank. With `v_shaped`, every second pass
+    over the ranks runs backwards, so with two chunks the last stage lies on the rank of the first.
     """
 
     ranks: int
@@ -57,15 +58,15 @@ class Placement:
         return self.ranks * self.chunks
 
     def rank_of(self, stage: int) -> int:
-        chunk, place = divmod(stage, self.ranks)
-        return self.ranks - 1 - place if self.v_shaped and chunk % 2 else place
+        chunk, index = divmod(stage, self.ranks)
+        return self.ranks - 1 - index if self.v_shaped and chunk % 2 else index
 
     def stages_of(self, rank: int) -> list[int]:
-        """In the order of the model; the index in this list is the chunk."""
+        """Returns the rank's stages in the order of the model; the index into this list is the chunk."""
         return [stage for stage in range(self.stages) if self.rank_of(stage) == rank]
 
     def neighbour(self, stage: int, step: int) -> int | None:
-        """The rank that holds the stage after (`step` 1) or before (-1), where it is another one than holds `stage`."""
+        """Returns the rank of the next (`step` 1) or previous (-1) stage; None if there is none or `stage`'s own rank holds it."""
         other = stage + step
         if not 0 <= other < self.stages or self.rank_of(other) == self.rank_of(stage):
             return None
@@ -74,29 +75,31 @@ class Placement:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What every rank of the pipeline does in a step."""
+    """The actions of every pipeline rank in a step."""
 
     placement: Placement
     micro_batches: int
     actions: list[list[Action]]
-    """By rank."""
+    """The list of each rank."""
 
 
 def forward_only(placement: Placement, micro_batches: int) -> Schedule:
-    """What validation runs: chunk after chunk, so that no rank waits for its own output to come round."""
+    """Returns forward passes for validation: all micro-batches of a chunk before the next, so a rank need not wait for its own
+    output."""
     ranks = [placement.stages_of(rank) for rank in range(placement.ranks)]
     actions = [[Action(Kind.FORWARD, m, stage) for stage in stages for m in range(micro_batches)] for stages in ranks]
     return Schedule(placement, micro_batches, actions)
 
 
 def with_messages(schedule: Schedule) -> Schedule:
-    """The same schedule with a receive right before each pass that needs one and a send right after each that feeds another."""
-    actions = [[one for action in mine for one in surrounded(action, schedule.placement)] for mine in schedule.actions]
+    """Returns the schedule with a receive right before each pass that needs a message and a send right after each that feeds
+    one."""
+    actions = [[item for action in mine for item in surrounded(action, schedule.placement)] for mine in schedule.actions]
     return Schedule(schedule.placement, schedule.micro_batches, actions)
 
 
 def surrounded(action: Action, placement: Placement) -> list[Action]:
-    """A pass with the messages that it needs and feeds. Between two stages of one rank there are none."""
+    """Returns a pass with the messages it needs and feeds. Two stages on the same rank exchange no message."""
     if action.kind == Kind.WEIGHT_GRADIENT:
         return [action]
     forward = action.kind == Kind.FORWARD
@@ -104,9 +107,9 @@ def surrounded(action: Action, placement: Placement) -> list[Action]:
         (Kind.RECEIVE_ACTIVATION, Kind.SEND_ACTIVATION) if forward else (Kind.RECEIVE_GRADIENT, Kind.SEND_GRADIENT)
     )  # fmt: skip
     ahead = 1 if forward else -1
-    found = [action]
+    actions = [action]
     if placement.neighbour(action.stage, -ahead) is not None:
-        found.insert(0, Action(receive, action.micro_batch, action.stage))
+        actions.insert(0, Action(receive, action.micro_batch, action.stage))
     if placement.neighbour(action.stage, ahead) is not None:
-        found.append(Action(send, action.micro_batch, action.stage))
-    return found
+        actions.append(Action(send, action.micro_batch, action.stage))
+    return actions

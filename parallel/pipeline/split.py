@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds: always every layer, each exactly once, in order. Free of torch."""
+"""Splits layers over the pipeline stages. Every layer is in exactly one stage, in order."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from bagualu.parallel.pipeline.schedule import Placement
 
 
 def require_layers(layers: int, placement: Placement) -> None:
-    """Every stage holds at least one layer. Raises RecipeError."""
+    """Raises RecipeError if there are fewer layers than stages."""
     ranks, chunks = placement.ranks, placement.chunks
     if ranks * chunks > layers:
         each = f" of parallel.virtual_stages={chunks} stages each" if chunks > 1 else " stages"
@@ -17,12 +17,12 @@ def require_layers(layers: int, placement: Placement) -> None:
 
 
 def split_layers(layers: int, placement: Placement, balance: Any = "uniform") -> list[range]:
-    """Contiguous slices of `layers` layers, one for each stage, in the order of the model.
+    """Returns contiguous slices of `layers` layers, one per stage, in the order of the model.
 
-    uniform gives every rank as many as any other, and one more to some where a rest is left: to the middle stages, or where they
-    lie in a V to the last ranks, since the ends carry the embedding, the head and the loss as well. A list gives the number of
-    layers of each stage.
-    Raises RecipeError when it cannot be done; no layer is ever dropped.
+    uniform gives every stage the same number of layers, and each remaining layer to a stage in the middle, because the stages at
+    the ends also carry the embedding, the head and the loss. In a V it gives every rank the same number, and the remaining layers
+    to the last ranks, since the first rank has both ends. A list gives the number of layers of each stage. Raises RecipeError if
+    `balance` is invalid or a stage would be empty.
     """
     require_layers(layers, placement)
     stages = placement.stages
@@ -42,7 +42,7 @@ def _uniform(layers: int, placement: Placement) -> list[int]:
 
 
 def _evenly(layers: int, parts: int) -> list[int]:
-    """The rest goes to the middle ones."""
+    """Divides layers into parts; the middle parts get the remaining layers."""
     base, rest = divmod(layers, parts)
     first = (parts - rest) // 2
     return [base + (first <= part < first + rest) for part in range(parts)]
@@ -50,8 +50,8 @@ def _evenly(layers: int, parts: int) -> list[int]:
 
 def _listed(layers: int, placement: Placement, balance: Any) -> list[int]:
     stages = placement.stages
-    listed = isinstance(balance, Sequence) and not isinstance(balance, str)
-    if not listed or not all(type(count) is int for count in balance):
+    is_list = isinstance(balance, Sequence) and not isinstance(balance, str)
+    if not is_list or not all(type(count) is int for count in balance):
         raise RecipeError(
             f"parallel.balance={balance} is unknown; give uniform, analytic, measured or a list of {stages} layer counts"
         )

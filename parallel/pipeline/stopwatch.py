@@ -1,4 +1,4 @@
-"""When this rank's passes were done: what the balancer and the picture of a run are made from."""
+"""Times this rank's passes, for the balancer and for drawings of a run."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from bagualu.parallel.pipeline.schedule import Action
 
 @dataclass(frozen=True)
 class Timed:
-    """A pass, in seconds from the begin of the run."""
+    """A pass with its times, in seconds from the begin of the run."""
 
     action: Action
     start: float
@@ -20,17 +20,17 @@ class Timed:
 
 
 class Stopwatch:
-    """Of the device: on an accelerator the times at which it did a pass, which cost the host no waiting until they are read."""
+    """Measures on the device: on an accelerator, with events that make the host wait only when they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self._accelerated = device.type != "cpu"
         self._begin = self._now()
         self.began = 0.0
-        """When the last run began, by the host's clock (`time.perf_counter`)."""
+        """When the last run began, on the host's clock (`time.perf_counter`)."""
         self._marks: list[tuple[Action, float | torch.Event, float | torch.Event]] = []
 
     def begin(self) -> None:
-        """A run begins."""
+        """Starts a run: forgets earlier passes and sets the origin of the times."""
         self._marks = []
         self.began, self._begin = time.perf_counter(), self._now()
 
@@ -41,7 +41,7 @@ class Stopwatch:
         self._marks.append((action, start, self._now()))
 
     def passes(self) -> list[Timed]:
-        """Those of the last run, in order."""
+        """Returns the passes of the last run in order."""
         if self._marks and isinstance(self._marks[-1][2], torch.Event):
             self._marks[-1][2].synchronize()
         return [Timed(action, self._since_begin(start), self._since_begin(end)) for action, start, end in self._marks]

@@ -1,7 +1,6 @@
-"""When each pass of a schedule runs. Free of torch.
+"""Computes when each pass of a schedule runs.
 
-Every pass begins as soon as its rank is free and what it needs is there. With whole numbers or fractions for costs the times are
-exact.
+Every pass begins as soon as its rank is free and its inputs are available. If the costs are integers or fractions, times are exact.
 """
 
 from collections.abc import Callable
@@ -12,12 +11,12 @@ from bagualu.parallel.pipeline.schedule import PASSES, Action, Kind, Schedule
 
 Time = float | int | Fraction
 Cost = Callable[[Action], Time]
-"""What a pass takes."""
+"""Returns the duration of a pass."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """One pass, from `start` to `end`."""
+    """A pass that runs from `start` to `end`."""
 
     action: Action
     start: Time
@@ -26,7 +25,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The passes of each rank in order."""
+    """The passes of each rank, with their times, in order."""
 
     ranks: list[list[Span]]
 
@@ -39,18 +38,21 @@ class Timeline:
 
     @property
     def longest(self) -> Time:
-        """What the rank takes that is at it the longest, from its own first pass to its own last."""
+        """The longest time that a rank takes from its own first pass to its own last."""
         return max(spans[-1].end - spans[0].start for spans in self.ranks)
 
     @property
     def bubble(self) -> Time:
-        """Share of the ranks' time, until the last pass ends, in which they wait."""
+        """The fraction of all ranks' time, until the last pass ends, in which ranks wait."""
         return self._waiting(self.end)
 
     @property
     def own_bubble(self) -> Time:
-        """The same within the longest rank's own time, so that ranks which start and end one after the other do not count as
-        waiting: the bubble of formula.py. A step costs no more than that only where nothing joins the ranks between two steps."""
+        """The fraction of waiting if each rank's time is set to `longest`: the bubble of formula.py.
+
+        It does not count that ranks start and end at different times. A step costs as little only if nothing synchronises the ranks
+        between two steps.
+        """
         return self._waiting(self.longest)
 
     def _waiting(self, time: Time) -> Time:
@@ -58,12 +60,12 @@ class Timeline:
 
 
 def share(part: Time, whole: Time) -> Time:
-    """`part` of `whole`, exact unless one of them is a float."""
+    """Returns part / whole, exact unless either is a float."""
     return part / whole if isinstance(part, float) or isinstance(whole, float) else Fraction(part) / Fraction(whole)
 
 
 def per_kind(forward: Time = 1, input_gradient: Time = 1, weight_gradient: Time = 0) -> Cost:
-    """The same costs at every stage; a whole backward pass costs both its parts."""
+    """Returns costs that are equal at every stage. A whole backward pass costs as much as I and W together."""
     table = {
         Kind.FORWARD: forward,
         Kind.BACKWARD: input_gradient + weight_gradient,
@@ -74,8 +76,10 @@ def per_kind(forward: Time = 1, input_gradient: Time = 1, weight_gradient: Time 
 
 
 def simulate(schedule: Schedule, cost: Cost, message: Time = 0) -> Timeline:
-    """`message`: what a message between two ranks takes; it holds up nobody but who waits for it. Raises ValueError for passes that
-    wait for each other."""
+    """Returns the times of all passes. `message` is the duration of a message between two ranks; only its receiver waits for it.
+
+    Raises ValueError if passes wait for each other.
+    """
     passes = [[action for action in actions if action.kind in PASSES] for actions in schedule.actions]
     spans: list[list[Span]] = [[] for _ in passes]
     ends: dict[tuple[bool, int, int], Time] = {}
@@ -84,22 +88,22 @@ def simulate(schedule: Schedule, cost: Cost, message: Time = 0) -> Timeline:
         moved = False
         for rank, actions in enumerate(passes):
             for action in actions[len(spans[rank]) :]:
-                there = _arrival(schedule, action, ends, message)
-                if there is None:
+                arrival = _arrival(schedule, action, ends, message)
+                if arrival is None:
                     break
-                start = max(spans[rank][-1].end if spans[rank] else 0, there)
+                start = max(spans[rank][-1].end if spans[rank] else 0, arrival)
                 end = start + cost(action)
                 spans[rank].append(Span(action, start, end))
                 if action.kind != Kind.WEIGHT_GRADIENT:
                     ends[action.kind == Kind.FORWARD, action.micro_batch, action.stage] = end
                 moved = True
     if any(len(done) < len(actions) for done, actions in zip(spans, passes, strict=True)):
-        raise ValueError("the passes of this schedule wait for each other; check() says which")
+        raise ValueError("the passes of this schedule wait for each other; check() names them")
     return Timeline(spans)
 
 
 def _arrival(schedule: Schedule, action: Action, ends: dict[tuple[bool, int, int], Time], message: Time) -> Time | None:
-    """When what a pass of another stage has to give is there; None: nobody knows yet."""
+    """Returns when the pass's input from the neighbouring stage is available; None if that stage's pass has no time yet."""
     placement, forward = schedule.placement, action.kind == Kind.FORWARD
     source = action.stage + (-1 if forward else 1)
     if action.kind == Kind.WEIGHT_GRADIENT or not 0 <= source < placement.stages:

@@ -1,4 +1,4 @@
-"""DeepSeek's DualPipeV: forward and backward passes in pairs, for ranks with two chunks. Free of torch.
+"""DeepSeek's DualPipeV: pairs of forward and backward passes, for ranks with two chunks.
 
 2 ranks, 5 micro-batches; B takes as long as I and W together:
 
@@ -12,14 +12,14 @@ from bagualu.parallel.pipeline.schedules.v_shaped import Speller, only
 
 
 def dualpipe_v(placement: Placement, micro_batches: int) -> list[list[Action]]:
-    """In the steady part a forward pass of one chunk stands beside a backward pass of the other, so that the communication of each
-    can hide behind the other's computation (DeepSeek-V3, arXiv 2412.19437, section 3.2.1; the V form is in the repository
-    github.com/deepseek-ai/DualPipe). Here the two follow each other.
+    """In the steady part, each forward pass of a chunk is paired with a backward pass of the other chunk, so that the communication
+    of each can overlap the computation of the other (DeepSeek-V3, arXiv 2412.19437, section 3.2.1; the V form is from the
+    repository github.com/deepseek-ai/DualPipe). Here the two passes of a pair run one after the other.
 
-    Bubble (p-1)(F&B+B-3W) for 2p stages and m of at least 2p, with F&B the time of a pair (the comparison in that repository). Here
-    each of a pair hands on what it has as it ends, so it is at most that with F&B = F+B, and (p-1)(F+I-W) when F = I = W. 2p+1
-    activations of a stage in flight on every rank (the same comparison). With fewer micro-batches it is the schedule of 2p without
-    those that are not there.
+    The repository states a bubble of (p-1)(F&B+B-3W) for 2p stages and m of at least 2p, where F&B is the duration of a pair. Here
+    each pass of a pair passes its result on when it ends, so the bubble is at most that with F&B = F+B, and (p-1)(F+I-W) if
+    F = I = W. Every rank holds 2p+1 activations of a stage, as the repository states. With fewer than 2p micro-batches, this is the
+    schedule for 2p without the missing ones.
     """
     ranks, planned = placement.ranks, max(micro_batches, 2 * placement.ranks)
     actions = []
@@ -31,7 +31,7 @@ def dualpipe_v(placement: Placement, micro_batches: int) -> list[list[Action]]:
         speller.do("I1 W F1", after)
         speller.do("F0 B1 F1 B0", planned - 2 * ranks + rank + 1)
         speller.do("B1 F1 B0", after)
-        whole, ending = divmod(rank + 1, 2)  # of 2(rank+1) backward passes of both chunks in turn, the second half is split
+        whole, ending = divmod(rank + 1, 2)  # the second half of these 2(rank+1) backward passes, alternating chunks, is split
         speller.do("B1 B0", whole)
         speller.do("B1 I0", ending)
         speller.do("I1 I0", whole)

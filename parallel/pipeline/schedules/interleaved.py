@@ -1,4 +1,4 @@
-"""1F1B on ranks with several stages each, round and round. Free of torch.
+"""1F1B on ranks with several stages each, assigned in turn.
 
 2 ranks of 2 stages each, 4 micro-batches:
 
@@ -13,16 +13,16 @@ from bagualu.parallel.pipeline.schedule import Action, Kind, Placement
 
 
 def interleaved_1f1b(placement: Placement, micro_batches: int) -> list[list[Action]]:
-    """Groups of micro-batches go through one chunk after the other; as in 1f1b, some forward passes first, then one forward and one
-    backward in turn (Narayanan et al., arXiv 2104.04473, section 2.2).
+    """Groups of micro-batches go through one chunk after the other. As in 1f1b, each rank starts with forward passes and then
+    alternates between forward and backward passes (Narayanan et al., arXiv 2104.04473, section 2.2).
 
-    There the groups are of p micro-batches and m is a multiple of p. Here any m goes: the groups hold at least p (all m, where m is
-    less), as evenly as can be, and the larger ones go first, which keeps the bubble.
+    In the paper, groups have p micro-batches and m is a multiple of p. Here m is arbitrary: groups have at least p micro-batches
+    (all m if m is less) and are as equal as possible, with the larger ones first, which preserves the bubble.
 
-    Bubble (p-1)(F+B) in passes of one stage, which is the share (p-1)/(vm+p-1) (section 2.2 there); with fewer micro-batches than
-    ranks, every chunk waits p-m passes more for the group to come round: (p-1 + (v-1)(p-m))(F+B). With g the size of the first
-    group, rank i holds (v-1)g + 2(p-1-i) + 1 activations of a stage, or vm where that is less; for groups of p that is the
-    p + (p-1)/v of a whole rank's on rank 0.
+    The bubble is (p-1)(F+B) in passes of a stage, a fraction (p-1)/(vm+p-1) of the time (section 2.2). With fewer micro-batches
+    than ranks, every further chunk waits p-m passes more for the group to come round: (p-1 + (v-1)(p-m))(F+B). If g is the size of
+    the first group, rank i holds (v-1)g + 2(p-1-i) + 1 activations of a stage, or vm if that is less. For groups of p, rank 0 thus
+    holds as much as p + (p-1)/v activations of all its stages together.
     """
     ranks, chunks = placement.ranks, placement.chunks
     groups = _groups(ranks, micro_batches)

@@ -1,6 +1,6 @@
-"""Schedules of ranks with one stage each. Free of torch.
+"""Schedules for ranks with a single stage each.
 
-Time goes right, each pass takes one step, a dot is a rank that waits. 4 ranks and 4 micro-batches, first gpipe, then 1f1b:
+Time runs to the right, each pass takes a step, a dot is a waiting rank. 4 ranks and 4 micro-batches, first gpipe, then 1f1b:
 
     F0 F1 F2 F3 .  .  .  .  .  .  B0 B1 B2 B3
        F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3
@@ -12,7 +12,7 @@ Time goes right, each pass takes one step, a dot is a rank that waits. 4 ranks a
           F0 F1 .  B0 F2 B1 F3 B2 .  B3
              F0 B0 F1 B1 F2 B2 F3 B3
 
-Of zb_h1, the same with 6 micro-batches:
+zb_h1 with 4 ranks and 6 micro-batches:
 
     F0 F1 F2 F3 .  .  .  I0 W0 F4 I1 W1 F5 I2 W2 I3 W3 I4 W4 I5 W5
        F0 F1 F2 .  .  I0 F3 I1 W0 F4 I2 W1 F5 I3 W2 I4 W3 I5 W4 W5
@@ -29,17 +29,17 @@ from bagualu.parallel.pipeline.schedule import Action, Kind, Placement
 def gpipe(placement: Placement, micro_batches: int) -> list[list[Action]]:
     """All forward passes, then all backward passes (Huang et al., arXiv 1811.06965).
 
-    Bubble (p-1)(F+B), which is the share (p-1)/(m+p-1) (section 2.3 there); m activations in flight.
+    The bubble is (p-1)(F+B), a fraction (p-1)/(m+p-1) of the time (section 2.3); m activations are held.
     """
     every = range(micro_batches)
     return [[*_passes("F", every, stage), *_passes("B", every, stage)] for stage in range(placement.ranks)]
 
 
 def one_f_one_b(placement: Placement, micro_batches: int) -> list[list[Action]]:
-    """As many forward passes first as there are stages after, then one backward, one forward in turn (PipeDream-flush,
-    arXiv 2006.09503, section 3).
+    """Each rank starts with as many forward passes as there are stages after it, then alternates between forward and backward
+    passes (PipeDream-flush, arXiv 2006.09503, section 3).
 
-    Bubble (p-1)(F+B) as of gpipe; p-i activations in flight on rank i, or m where that is less.
+    The bubble is (p-1)(F+B), as for gpipe. Rank i holds p-i activations, or m if that is less.
     """
     actions = []
     for stage in range(placement.ranks):
@@ -49,11 +49,11 @@ def one_f_one_b(placement: Placement, micro_batches: int) -> list[list[Action]]:
 
 
 def zb_h1(placement: Placement, micro_batches: int) -> list[list[Action]]:
-    """1f1b, whose backward passes are taken apart: the W of a micro-batch waits on rank i until i more have had their I, and fills
+    """1f1b with split backward passes. On rank i, the W of a micro-batch runs only after i further I passes, so that W passes fill
     the wait at the end (ZB-H1, also ZB1P: Qi et al., arXiv 2401.10241, section 2.2).
 
-    Bubble (p-1)(F+I-W) (section 2.3, table 1) for W no longer than F and at least p micro-batches; p activations in flight on every
-    rank, or m where that is less, for what an early rank holds less of forward passes a late one holds more of waiting W.
+    The bubble is (p-1)(F+I-W) if W is at most F and m at least p (section 2.3, table 1). Every rank holds p activations, or m if
+    that is less: a late rank has fewer forward passes ahead, but as many more W passes outstanding.
     """
     actions = []
     for stage in range(placement.ranks):
@@ -70,12 +70,12 @@ def _passes(kind: str, micro_batches: range, stage: int) -> Iterator[Action]:
 
 
 def _take(passes: Iterator[Action], count: int) -> Iterator[Action]:
-    """The next `count` of them, or as many as there are."""
+    """Yields the next `count` passes, or all that remain if there are fewer."""
     return (action for _, action in zip(range(count), passes, strict=False))
 
 
 def _in_turn(*several: Iterator[Action]) -> Iterator[Action]:
-    """One of each in turn, until all have come to their end."""
+    """Yields a pass of each iterator in turn until all are exhausted."""
     left = list(several)
     while left:
         for passes in list(left):

@@ -1,4 +1,4 @@
-"""Draws the passes of a schedule together. Free of torch."""
+"""Shortens a schedule by closing gaps."""
 
 from collections.abc import Iterator
 
@@ -6,9 +6,11 @@ from bagualu.parallel.pipeline.schedule import Action, Kind, Placement
 
 
 def squeeze(schedule: list[list[Action]], placement: Placement) -> list[list[Action]]:
-    """The same passes with fewer waits: at each step, all passes taking one, every rank does the first of its list that has what it
-    needs. A rank never holds more activations for it than its own list makes it hold; passes of one kind at one stage keep their
-    order. Raises ValueError for passes that wait for each other. (The squeezing and reordering of arXiv 2405.15362, in one sweep.)
+    """Returns the same passes with less waiting (the squeezing and reordering of arXiv 2405.15362, in a single sweep).
+
+    All passes count as one step. In each step, every rank does the first pass of its list whose inputs are available. It never
+    holds more activations than its own list would at its peak, and passes of the same kind at the same stage keep their order.
+    Raises ValueError if passes wait for each other.
     """
     ranks = [_Rank(list(actions)) for actions in schedule]
     done: set[Action] = set()
@@ -28,7 +30,7 @@ class _Rank:
         self._most = max(_held_after_each(actions, 0))
 
     def take(self, done: set[Action], placement: Placement) -> Action | None:
-        """The first pass that can be done now."""
+        """Removes and returns the first pass that can run now; None if there is none."""
         seen: set[tuple[Kind, int]] = set()
         kinds = 3 * placement.chunks
         peak = self._held
@@ -54,14 +56,14 @@ def _change(action: Action) -> int:
 
 
 def _held_after_each(actions: list[Action], held: int) -> Iterator[int]:
-    """How many forward passes are held after each of `actions`, done one after the other."""
+    """Yields the number of forward passes held after each of `actions`, starting from `held`."""
     for action in actions:
         held += _change(action)
         yield held
 
 
 def _needs(action: Action, placement: Placement) -> set[Action]:
-    """What has to be done before, on this rank or the one that holds the neighbouring stage."""
+    """Returns the passes that must be done before, on this rank or on that of a neighbouring stage."""
     m, stage = action.micro_batch, action.stage
     if action.kind == Kind.WEIGHT_GRADIENT:
         return {Action(Kind.INPUT_GRADIENT, m, stage)}

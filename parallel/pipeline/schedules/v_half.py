@@ -1,4 +1,4 @@
-"""Half of 1F1B's activations, with two chunks a rank, there and back again. Free of torch.
+"""Half of 1F1B's activation memory, with two chunks per rank in a V.
 
 3 ranks, 4 micro-batches:
 
@@ -14,26 +14,29 @@ from bagualu.parallel.pipeline.schedule import Action, Kind, Placement
 from bagualu.parallel.pipeline.schedules.squeeze import squeeze
 
 _PERIOD = 6
-"""A micro-batch has six passes on a rank."""
+"""A micro-batch has six passes on each rank: F, I and W at two stages."""
 
 
 def v_half(placement: Placement, micro_batches: int) -> list[list[Action]]:
-    """One micro-batch's passes at fixed times, the building block, and every six steps the next one's; how long the block keeps an
-    activation decides how many are held. Then the passes are drawn together as far as that allows (V-Half: Qi et al., arXiv
-    2405.15362).
+    """Repeats a building block, a micro-batch's passes at fixed times, every six steps, then closes gaps with `squeeze`.
 
-    With F = I = W and m of at least p the bubble is at most p(F+I+W) in passes of one stage. That is the authors' rate of about
-    p/2m, half of 1F1B's, whose stages are twice as long. As long as 2F <= W+2I and 2I <= W+2F (the authors' condition) only the
-    start and the end wait, however many micro-batches there are. At most 2 floor((p+2)/2) activations of a stage in flight on any
-    rank, as much as floor((p+2)/2) of a rank's whole share, the authors' figure; 1F1B holds p.
+    How long the block keeps an activation determines how many are held (V-Half: Qi et al., arXiv 2405.15362).
+
+    With F = I = W and m of at least p, the bubble is at most p(F+I+W) in passes of a stage. That is the authors' rate of about
+    p/2m, half of 1F1B's, whose stages are twice as long. As long as 2F <= W+2I and 2I <= W+2F (the authors' condition), ranks wait
+    only at the start and at the end, for any number of micro-batches. A rank holds at most 2 floor((p+2)/2) activations of a stage,
+    as much as floor((p+2)/2) of its two stages together, the authors' number; 1F1B holds p.
     """
     block = [_with_weight_gradients(_repeated(placement, rank, micro_batches)) for rank in range(placement.ranks)]
     return squeeze(block, placement)
 
 
 def _repeated(placement: Placement, rank: int, micro_batches: int) -> dict[int, Action]:
-    """Time -> pass, W left out. The first chunk's forward passes go down the ranks at two steps each, the second one's come up at
-    one; so do I of the second chunk and then of the first. No two passes of a rank meet."""
+    """Returns time -> pass of a rank, without W.
+
+    The first chunk's forward passes take two steps from each rank to the next; the second chunk's return in one step per rank. So
+    do the I passes of the second chunk, and then of the first. No two passes of a rank have the same time.
+    """
     ranks, (first, second) = placement.ranks, placement.stages_of(rank)
     gap = 0 if ranks % 2 else 3
     block = (
@@ -46,7 +49,7 @@ def _repeated(placement: Placement, rank: int, micro_batches: int) -> dict[int, 
 
 
 def _with_weight_gradients(times: dict[int, Action]) -> list[Action]:
-    """All passes in their order, each W in the first free step after its I."""
+    """Returns all passes in the order of their times, with each W in the first free step after its I."""
     waiting: deque[Action] = deque()
     actions = []
     for time in range(max(times) + 1):

@@ -1,4 +1,4 @@
-"""What schedules with two chunks a rank, there and back again, are spelt with. Free of torch."""
+"""A notation for V-shaped schedules with two chunks per rank."""
 
 from collections import Counter, deque
 
@@ -6,8 +6,10 @@ from bagualu.parallel.pipeline.schedule import Action, Kind, Placement
 
 
 class Speller:
-    """Writes down the passes of one rank: `do("F1 I0")` appends the next forward pass of its second chunk and then the next I of
-    its first one. W alone is the oldest W that waits, or nothing where none does; W0 and W1 the oldest of that chunk."""
+    """Writes the passes of a rank. `do("F1 I0")` appends the next forward pass of the second chunk, then the next I of the first.
+
+    W appends the oldest W whose I is done, of any chunk, W0 and W1 the oldest of that chunk; if there is none, they append nothing.
+    """
 
     def __init__(self, placement: Placement, rank: int) -> None:
         self._stages = placement.stages_of(rank)
@@ -15,12 +17,12 @@ class Speller:
         self._waiting: deque[Action] = deque()
         self.actions: list[Action] = []
 
-    def do(self, words: str, times: int = 1) -> None:
-        for word in words.split() * times:
-            if word[0] == Kind.WEIGHT_GRADIENT:
-                self._weight_gradient(None if word == "W" else self._stages[int(word[1])])
+    def do(self, passes: str, times: int = 1) -> None:
+        for symbol in passes.split() * times:
+            if symbol[0] == Kind.WEIGHT_GRADIENT:
+                self._weight_gradient(None if symbol == "W" else self._stages[int(symbol[1])])
                 continue
-            kind, stage = Kind(word[0]), self._stages[int(word[1])]
+            kind, stage = Kind(symbol[0]), self._stages[int(symbol[1])]
             action = Action(kind, self._next[kind == Kind.FORWARD, stage], stage)
             self._next[kind == Kind.FORWARD, stage] += 1
             self.actions.append(action)
@@ -28,17 +30,17 @@ class Speller:
                 self._waiting.append(Action(Kind.WEIGHT_GRADIENT, action.micro_batch, stage))
 
     def _weight_gradient(self, stage: int | None) -> None:
-        action = next((one for one in self._waiting if stage in (None, one.stage)), None)
+        action = next((waiting for waiting in self._waiting if stage in (None, waiting.stage)), None)
         if action is not None:
             self._waiting.remove(action)
             self.actions.append(action)
 
     def rest(self) -> None:
-        """Every W that still waits, the oldest first."""
+        """Appends every W whose I is done, the oldest first."""
         self.actions += self._waiting
         self._waiting.clear()
 
 
 def only(actions: list[Action], micro_batches: int) -> list[Action]:
-    """The schedule of fewer micro-batches: without the others. What is left keeps its order, on every rank, so it stays right."""
+    """Returns the actions of the first `micro_batches` micro-batches. They keep their order on every rank, so they stay valid."""
     return [action for action in actions if action.micro_batch < micro_batches]

@@ -1,4 +1,4 @@
-"""Zero bubble with two chunks a rank, there and back again. Free of torch.
+"""Zero bubble with two chunks per rank in a V.
 
 3 ranks, 5 micro-batches:
 
@@ -13,12 +13,13 @@ from bagualu.parallel.pipeline.schedules.v_shaped import Speller, only
 
 
 def zb_v(placement: Placement, micro_batches: int) -> list[list[Action]]:
-    """The last stage lies on the first rank, so the first I comes early, and W fills the waits (ZB-V: Qi et al., arXiv 2401.10241,
-    section 6).
+    """The last stage is on the first rank, so the first I comes early, and W passes fill the waits (ZB-V: Qi et al., arXiv
+    2401.10241, section 6).
 
-    Bubble 0 when F = I = W and m is at least 2p-1 (section 6 there): no rank waits between its own first pass and its own last;
-    rank i starts and ends i passes later than rank 0. At most 2p activations of a stage in flight on any rank, as much as p of a
-    rank's whole share, what 1f1b holds. With fewer micro-batches it is the schedule of 2p-1 without those that are not there.
+    The bubble is 0 if F = I = W and m is at least 2p-1 (section 6): no rank waits between its own first pass and its own last, and
+    rank i starts and ends i passes later than rank 0. A rank holds at most 2p activations of a stage, as much as p of its two
+    stages together, which is what 1f1b holds. With fewer than 2p-1 micro-batches, this is the schedule for 2p-1 without the missing
+    ones.
     """
     ranks, planned = placement.ranks, max(micro_batches, 2 * placement.ranks - 1)
     actions = []
