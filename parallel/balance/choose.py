@@ -1,4 +1,4 @@
-"""Choose a split: the one function that a trainer calls, and what it says when there is none. Free of torch."""
+"""Chooses a split, or explains why none fits."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,11 +24,11 @@ def choose_split(
     caps: Sequence[int] | None = None,
     recompute: str = "none",
 ) -> Split:
-    """The best split of the table's layers over the stages of `schedule`: of least bottleneck, and among those near it of least
-    predicted step time (refine.py). A pure function: equal arguments, equal answer.
+    """Returns the best split of the table's layers over the stages of `schedule`: of least bottleneck, and among those near it of
+    least predicted step time (refine.py). The function is pure: equal arguments give equal results.
 
-    By rank of the pipeline: `speeds`, relative to the device of the table; `caps`, bytes of memory. `recompute`: none | full |
-    auto, the last one only where a cap demands it. Raises RecipeError when the layers are too few or no split fits the caps.
+    `speeds`, relative to the device of the table, and `caps`, in bytes, are by pipeline rank. `recompute`: none | full | auto; auto
+    recomputes only where a cap requires it. Raises RecipeError if there are fewer layers than stages or no split fits the caps.
     """
     ranks, layers, stages = schedule.placement.ranks, len(table.layers), schedule.placement.stages
     require_layers(layers, schedule.placement)
@@ -36,7 +36,7 @@ def choose_split(
     try:
         solution = solve(problem)
     except GaveUp:
-        raise _not_found_out(problem) from None
+        raise _undecided(problem) from None
     if solution is None:
         raise _no_split_fits(problem)
     assert len(solution.pieces) == stages
@@ -48,7 +48,7 @@ def choose_split(
 def take_split(
     slices: list[range], table: CostTable, schedule: Schedule, caps: Sequence[int] | None = None, recompute: str = "none"
 ) -> Split:
-    """The split that somebody has chosen, held against the caps. Raises RecipeError when it does not fit them."""
+    """Returns the split into given `slices`, with its forecast. Raises RecipeError if it does not fit the caps."""
     problem = Problem(table, schedule, [1.0] * schedule.placement.ranks, caps, recompute)
     pieces = [(piece.start, piece.stop) for piece in slices]
     if any(problem.cost(rank, mine) is None for rank, mine in enumerate(by_rank(problem, pieces))):
@@ -68,50 +68,50 @@ def _fits(problem: Problem, pieces: list[Piece]) -> bool:
     return all(problem.cost(rank, mine) is not None for rank, mine in enumerate(by_rank(problem, pieces)))
 
 
-def _found(problem: Problem) -> Solution | None:
+def _solution(problem: Problem) -> Solution | None:
     try:
         return solve(problem, _DIAGNOSIS_WORK)
     except GaveUp:
         return None
 
 
-def _not_found_out(problem: Problem) -> RecipeError:
-    """Whether some split fits."""
+def _undecided(problem: Problem) -> RecipeError:
+    """Returns the error for a search that ended before it could decide whether a split fits."""
     assert problem.caps is not None
     pieces = _least_demanding(problem)
     works = ",".join(map(str, map(max, zip(_needs(problem, pieces), problem.caps, strict=True))))
     counts = ",".join(str(stop - start) for start, stop in pieces)
-    return RecipeError(f"no split was found to fit parallel.memory_bytes={problem.caps}, and the search is too long to go through "
-                       f"all; parallel.balance=[{counts}] is near and fits parallel.memory_bytes=[{works}]")  # fmt: skip
+    return RecipeError(f"found no split that fits parallel.memory_bytes={problem.caps}, but the search was cut short; "
+                       f"parallel.balance=[{counts}] is near and fits; give it with parallel.memory_bytes=[{works}]")  # fmt: skip
 
 
 def _no_split_fits(problem: Problem) -> RecipeError:
     others = []
-    if problem.recompute == "none" and _found(_with_recompute(problem)) is not None:
+    if problem.recompute == "none" and _solution(_with_recompute(problem)) is not None:
         others.append("train.recompute=auto")
     return _does_not_fit(problem, _least_demanding(problem), "", others)
 
 
 def _does_not_fit(problem: Problem, pieces: list[Piece], prefix: str, others: list[str]) -> RecipeError:
-    """`pieces` in words: the rank that lacks most, and caps with which they work."""
+    """Returns the error for `pieces`: it names the rank that lacks the most memory, and caps that suffice."""
     caps, needs = problem.caps or [], _needs(problem, pieces)
     rank = max(range(len(caps)), key=lambda r: needs[r] / max(1, caps[r]))
     if len(set(caps)) == 1:
         works = f"parallel.memory_bytes={max(needs)}"
     else:
         works = "parallel.memory_bytes=[" + ",".join(map(str, map(max, zip(needs, caps, strict=True)))) + "]"
-    return RecipeError(f"{prefix}rank {rank} of the pipeline needs {needs[rank]} bytes and parallel.memory_bytes gives it "
+    return RecipeError(f"{prefix}pipeline rank {rank} needs {needs[rank]} bytes but parallel.memory_bytes allows "
                        f"{caps[rank]}; give {' or '.join([*others, works])}")  # fmt: skip
 
 
 def _needs(problem: Problem, pieces: list[Piece]) -> list[int]:
-    """By rank: the bytes that it needs, with as much computed again as the recipe allows."""
+    """Returns the bytes that each rank needs, with as much recomputation as the recipe allows."""
     ways = problem.ways(problem.placement.chunks)
     return [min(problem.memory(rank, mine, way) for way in ways) for rank, mine in enumerate(by_rank(problem, pieces))]
 
 
 def _least_demanding(problem: Problem) -> list[Piece]:
-    """A split that exceeds the caps by nearly as small a factor as any does."""
+    """Returns a split that exceeds the caps by a factor near the least possible."""
     assert problem.caps is not None
     layers, stages = problem.layers, problem.placement.stages
     borders = [layers * stage // stages for stage in range(stages + 1)]
@@ -124,7 +124,7 @@ def _least_demanding(problem: Problem) -> list[Piece]:
     for _ in range(_DIAGNOSIS_STEPS):
         middle = (low + high) / 2
         caps = [int(max(1, cap) * middle) for cap in problem.caps]
-        solution = _found(Problem(problem.table, problem.schedule, problem.speeds, caps, problem.recompute))
+        solution = _solution(Problem(problem.table, problem.schedule, problem.speeds, caps, problem.recompute))
         if solution is None:
             low = middle
         else:

@@ -1,7 +1,7 @@
-"""What every layer of a model costs: time and memory of one micro-batch. Free of torch.
+"""The time and memory that each layer of a model costs for a micro-batch.
 
-Embedding, head and loss are layers like any other: the first stage carries the embedding beside its decoder layers, the last one
-the head. Where the figures come from (measured or computed from shapes) is the trainer's business.
+Embedding and head are layers too: the first stage holds the embedding besides its decoder layers, the last stage the head, which
+includes the loss. The trainer measures the costs or computes them from shapes.
 """
 
 import json
@@ -10,41 +10,41 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer on the device that counts as speed 1.0."""
+    """The cost of a layer for a micro-batch, on the device whose speed is defined as 1.0."""
 
     name: str
     forward_seconds: float
     input_gradient_seconds: float
     weight_gradient_seconds: float
     state_bytes: int = 0
-    """Held all the time: weights, gradients, this rank's part of the optimizer's state."""
+    """Memory held all the time: weights, gradients, this rank's part of the optimizer state."""
     activation_bytes: int = 0
-    """Held for one micro-batch from its forward pass to its backward pass, or to the input-gradient part of it."""
+    """Memory held for each micro-batch from its forward pass to its backward pass, or to I if the backward pass is split."""
     input_bytes: int = 0
-    """The part of that which is kept where activations are computed again: the layer's input."""
+    """The part of activation_bytes that remains under recomputation: the layer's input."""
     operand_bytes: int = 0
-    """Held for one micro-batch between the two parts of its backward pass: what the products for the weights' gradients need."""
+    """Memory held for each micro-batch between I and W: the operands of the weight gradients' matrix products."""
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """A whole model. With activations computed again, a layer's forward pass comes a second time at the start of its backward pass;
-    embedding and head are never computed again."""
+    """The costs of a model. Under recomputation, a layer's forward pass runs a second time at the start of its backward pass;
+    embedding and head are never recomputed."""
 
     embedding: LayerCost
     layers: list[LayerCost]
     head: LayerCost
     source: str
-    """Where the figures come from, for the reader: e.g. "measured on 2 threads of ..."."""
+    """The origin of the costs, for people, e.g. "measured on 2 threads of ..."."""
     tied_bytes: int = 0
-    """State counted in the embedding and again in the head that exists once where one rank holds both."""
+    """State bytes that both embedding and head include, but that exist only once if the same rank holds both."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> "CostTable":
-        """Raises ValueError, KeyError or TypeError for anything but what to_json has written."""
+        """Parses the output of to_json. Raises ValueError, KeyError or TypeError for anything else."""
         raw = json.loads(text)
         layers = [LayerCost(**layer) for layer in raw["layers"]]
         embedding, head = LayerCost(**raw["embedding"]), LayerCost(**raw["head"])

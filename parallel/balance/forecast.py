@@ -1,4 +1,4 @@
-"""A split, and what the cost table says it will take. Free of torch."""
+"""A split, and its predicted cost according to the cost table."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -10,32 +10,32 @@ from bagualu.parallel.pipeline.timeline import simulate
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a split takes: seconds for one micro-batch unless said otherwise."""
+    """The predicted cost of a split, in seconds per micro-batch unless stated otherwise."""
 
     times: list[StageTimes]
     """By stage, at the speed of its rank."""
     speeds: list[float]
-    """By rank of the pipeline."""
+    """By pipeline rank."""
     memory_bytes: list[int]
-    """By rank, at its worst moment."""
+    """The peak memory of each rank."""
     bottleneck_seconds: float
-    """Of the slowest rank, all its stages together."""
+    """The time of the slowest rank, over all its stages."""
     step_seconds: float
-    """Forward and backward passes of a whole step on the schedule, its waiting included."""
+    """The time of all forward and backward passes of a step on the schedule, including waiting."""
     source: str
-    """Where the costs come from."""
+    """The origin of the costs."""
     least_seconds: float = 0.0
-    """No split has a lower bottleneck than this, as far as is proven."""
+    """A proven lower bound for the bottleneck of any split."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which layers each stage holds, and whether it computes activations again in its backward pass."""
+    """The layers of each stage, and whether it recomputes activations in its backward pass."""
 
     slices: list[range]
     recompute: list[bool]
     forecast: Forecast | None = field(default=None, compare=False)
-    """None where nobody asked for costs."""
+    """None if no costs were computed."""
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "slices": [[piece.start, piece.stop] for piece in self.slices]})
@@ -54,7 +54,7 @@ def by_rank(problem: Problem, pieces: list[Piece]) -> list[tuple[Piece, ...]]:
 
 
 def forecast_split(problem: Problem, pieces: list[Piece]) -> Split:
-    """The split into `pieces`, by stage, which fit the caps. Raises ValueError where they do not."""
+    """Returns the split into `pieces`, by stage, with its forecast. Raises ValueError if they do not fit the caps."""
     recompute = [False] * len(pieces)
     seconds, memory = [], []
     for rank, mine in enumerate(by_rank(problem, pieces)):
@@ -72,13 +72,13 @@ def forecast_split(problem: Problem, pieces: list[Piece]) -> Split:
 
 
 def step_seconds(problem: Problem, times: list[StageTimes]) -> float:
-    """When the last pass of the schedule ends; messages take no time, as there are as many of them whatever the split."""
+    """Returns when the last pass of the schedule ends. Messages take no time here, since every split sends equally many."""
     table = {}
-    for stage, one in enumerate(times):
-        table[Kind.FORWARD, stage] = one.forward
-        table[Kind.BACKWARD, stage] = one.input_gradient + one.weight_gradient
-        table[Kind.INPUT_GRADIENT, stage] = one.input_gradient
-        table[Kind.WEIGHT_GRADIENT, stage] = one.weight_gradient
+    for stage, stage_times in enumerate(times):
+        table[Kind.FORWARD, stage] = stage_times.forward
+        table[Kind.BACKWARD, stage] = stage_times.input_gradient + stage_times.weight_gradient
+        table[Kind.INPUT_GRADIENT, stage] = stage_times.input_gradient
+        table[Kind.WEIGHT_GRADIENT, stage] = stage_times.weight_gradient
 
     def cost(action: Action) -> float:
         return table[action.kind, action.stage]

@@ -1,4 +1,4 @@
-"""What the keys parallel.balance, speeds, shares and memory_bytes may say. Free of torch."""
+"""Validates the keys parallel.balance, parallel.speeds, parallel.shares and parallel.memory_bytes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,19 +12,18 @@ COMPUTED = ("measured", "analytic")
 
 
 def validate_split(balance: Any, layers: int, placement: Placement, memory_bytes: Any, recompute: str) -> None:
-    """Refuse what no costs can make right: more stages than layers, a list that does not add up, recompute=auto without a cap to
-    obey. Raises RecipeError."""
+    """Raises RecipeError for a split that no costs can make valid: more stages than layers, a list that does not add up, or
+    recompute=auto without a memory cap."""
     require_layers(layers, placement)
     if balance not in COMPUTED:
         split_layers(layers, placement, balance)
     if recompute == "auto" and memory_bytes is None:
-        raise RecipeError("train.recompute=auto computes again what does not fit parallel.memory_bytes, which is left out; give "
+        raise RecipeError("train.recompute=auto recomputes only what does not fit parallel.memory_bytes, which is left out; give "
                           "parallel.memory_bytes=BYTES, or train.recompute=none or full")  # fmt: skip
 
 
 def validate_speeds(speeds: Any, ranks: int, balance: Any) -> None:
-    """Raises RecipeError for speeds that are not null, measured or a positive number for each of `ranks`, or that nobody asks
-    for."""
+    """Raises RecipeError for speeds that are not null, measured or a positive number per rank, or that have no effect."""
     if speeds is None:
         return
     if balance not in COMPUTED:
@@ -40,23 +39,23 @@ def validate_speeds(speeds: Any, ranks: int, balance: Any) -> None:
 
 
 def memory_caps(memory_bytes: Any, ranks: int) -> list[int] | None:
-    """Caps by pipeline rank, or None. Raises RecipeError."""
+    """Returns the memory caps by pipeline rank, in bytes, or None. Raises RecipeError."""
     if memory_bytes is None:
         return None
     caps = [memory_bytes] * ranks if type(memory_bytes) is int else _numbers(memory_bytes, (int,))
     if caps is None or len(caps) != ranks or min(caps) < 1:
-        raise RecipeError(f"parallel.memory_bytes={memory_bytes} must be a positive number of bytes or a list of {ranks}, one for "
-                          f"each pipeline rank; e.g. parallel.memory_bytes={8 * 2**30}, or leave it out")  # fmt: skip
+        raise RecipeError(f"parallel.memory_bytes={memory_bytes} must be a positive number of bytes or a list of {ranks}, a number "
+                          f"per pipeline rank; e.g. parallel.memory_bytes={8 * 2**30}, or leave it out")  # fmt: skip
     return caps
 
 
 def validate_shares(shares: Any, micro_batches: int, data: int, expert: int) -> None:
-    """`micro_batches` of a step are to be shared out over `data` ranks. Raises RecipeError."""
+    """Raises RecipeError for shares that do not divide a step's `micro_batches` between `data` ranks, at least one each."""
     if shares is None:
         return
     if expert > 1:
-        raise RecipeError(f"parallel.shares={shares} does not go with parallel.expert={expert}, whose ranks go through their "
-                          "experts together; leave parallel.shares out or give parallel.expert=1")  # fmt: skip
+        raise RecipeError(f"parallel.shares={shares} does not go with parallel.expert={expert}, whose ranks run their experts "
+                          "together; leave parallel.shares out or give parallel.expert=1")  # fmt: skip
     even = [micro_batches // data + (rank < micro_batches % data) for rank in range(data)]
     if min(even) < 1:
         raise RecipeError(f"parallel.shares={shares} has {micro_batches} micro-batches for {data} data ranks; give a smaller "
@@ -71,5 +70,5 @@ def validate_shares(shares: Any, micro_batches: int, data: int, expert: int) -> 
 
 
 def _numbers(value: Any, types: tuple[type, ...]) -> list[Any] | None:
-    listed = isinstance(value, Sequence) and not isinstance(value, str)
-    return list(value) if listed and all(type(one) in types for one in value) else None
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return list(value) if is_list and all(type(number) in types for number in value) else None

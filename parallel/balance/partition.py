@@ -1,22 +1,22 @@
-"""The split whose slowest rank is the quickest: exact, for any placement of stages on ranks. Free of torch.
+"""Finds the split whose slowest rank is fastest: exact, for any placement of stages on ranks.
 
-Ranks are gone through in order; each takes a piece for every one of its stages. What is left then is one run of layers for every
-chunk, or in a V one for every two chunks, which eat it from both ends:
+The search goes through the ranks in order; each takes a piece for every one of its stages. The layers that are left then form a gap
+for each chunk, or in a V for every two chunks, which take from both ends of it:
 
-    one chunk        rank 0 takes [0, a), rank 1 [a, b), ...                     left: one run
-    V                rank 0 takes [0, a) and [z, L), rank 1 [a, b) and [y, z)    left: one run between
-    interleaved      rank 0 takes [0, a) and [m, n), rank 1 [a, b) and [n, o)    left: two runs; m, where the second chunk begins,
+    one chunk        rank 0 takes [0, a), rank 1 [a, b), ...                     left: one gap
+    V                rank 0 takes [0, a) and [z, L), rank 1 [a, b) and [y, z)    left: one gap between
+    interleaved      rank 0 takes [0, a) and [m, n), rank 1 [a, b) and [n, o)    left: two gaps; m, where the second chunk begins,
                                                                                  is tried near the middle first
 
-The best that the ranks r, r + 1, ... can do with what is left does not depend on how it came to that, so it is computed once
-(dynamic programming). For one chunk that is O(ranks x layers^2) (Bellman's min-max partition). With more chunks there are more
-states, and bounds keep them few: a rank never takes more than the bottleneck `bound` allows, nor so little that the later ranks,
-all full to the bound (`_Room`), could not hold the rest. The search begins with the least bound that this leaves possible, which
-mostly has a split, and raises it until one has; then a second search, below the bottleneck of that split, finds the optimum or that
-there is nothing better.
+The best split of the remaining gaps over ranks r, r + 1, ... does not depend on how the gaps came about, so it is computed once
+(dynamic programming). With one chunk, this takes O(ranks x layers^2) steps (Bellman's min-max partition). With more chunks there
+are more states, and bounds keep them few: a rank never takes more than the bottleneck `bound` allows, nor so little that the later
+ranks, all filled up to the bound (`_Room`), could not hold the rest. The search begins with the lowest bound under which all layers
+have room, which usually has a split, and raises it until a split exists. A second search, below that split's bottleneck, then finds
+the optimum or proves that there is nothing better.
 
-Placements of more than two chunks can have too many states. Then `WORK` ends the proof, not the search: the first split found under
-the least bound that yields one is taken, and the `Solution` says how far from the optimum it can be.
+Placements of more than two chunks can have too many states. Then the limit `WORK` ends the proof but not the search: it returns the
+first split found under the lowest bound that yields one, and `Solution` states how far it can be from the optimum.
 """
 
 from bisect import bisect_left, bisect_right
@@ -29,23 +29,23 @@ from operator import add
 from bagualu.parallel.balance.problem import Piece, Problem
 
 WORK = 200_000
-"""Choices looked at in one search before it is given up: about a second, and a few where memory is counted."""
+"""Choices that a search may examine before it stops: about a second, or a few seconds if there are memory caps."""
 _STEPS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, inf)
-"""Bounds to try, as shares by which they lie above the least possible one."""
+"""Bounds to try, as fractions above the lowest possible bound."""
 _ROUNDING = 1e-9
 _SUMS = 200_000
 
 Gaps = tuple[Piece, ...]
-"""The runs of layers that no rank has taken yet."""
+"""The ranges of layers that no rank has taken yet."""
 
 
 @dataclass(frozen=True)
 class Solution:
     pieces: list[Piece]
-    """By stage."""
+    """By stage, in the order of the model."""
     bottleneck_seconds: float
     least_possible_seconds: float
-    """No split has a lower bottleneck than this; equal to the bottleneck where the split is proven to be the optimum."""
+    """No split has a lower bottleneck than this. It equals the bottleneck if the split is proven to be optimal."""
 
     @property
     def proven(self) -> bool:
@@ -53,18 +53,18 @@ class Solution:
 
 
 class GaveUp(Exception):
-    """No split was found, but not everything was looked at either."""
+    """No split was found, but the search was not exhaustive."""
 
 
 def solve(problem: Problem, work: int = WORK) -> Solution | None:
-    """The split of least bottleneck; None when no split fits the caps. Raises GaveUp when `work` did not suffice to tell."""
+    """Returns the split of least bottleneck; None if no split fits the caps. Raises GaveUp if `work` did not suffice to decide."""
     room = _Room(problem)
     least = _least_bound(room)
     if least is None:
         return None
     floor, proves = least, True
     for step in _STEPS:
-        bound = max(least, 1e-300) * (1 + step)  # everything may cost nothing
+        bound = max(least, 1e-300) * (1 + step)  # positive even if all costs are 0
         try:
             found = _Search(room, bound, bound, work).run()
         except _TooMuchWork:
@@ -79,7 +79,10 @@ def solve(problem: Problem, work: int = WORK) -> Solution | None:
 
 
 def _improved(room: "_Room", found: tuple[float, list[Piece]], floor: float, proves: bool, work: int) -> Solution:
-    """The best split, given one and that none is below `floor`, which `proves` to be worth an effort."""
+    """Returns the best split, given the split `found` and a lower bound `floor` of the bottleneck.
+
+    Searches further only if `found` is above the floor and the searches so far were exhaustive (`proves`).
+    """
     value, pieces = found
     if value > floor * (1 + _ROUNDING) and proves:
         try:
@@ -96,7 +99,7 @@ class _TooMuchWork(Exception):
 
 
 class _Room:
-    """How many seconds of layers, at speed 1.0, each rank can take at the most under a bottleneck."""
+    """The most seconds of layers, at speed 1.0, that each rank can take under a given bottleneck."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -112,7 +115,7 @@ class _Room:
         return bound * (1 + _ROUNDING) * self.problem.speeds[rank] - self.edges[rank]
 
     def at_most(self, rank: int, bound: float) -> float:
-        """Negative where not even no layers fit."""
+        """Negative if the rank exceeds the bound even without layers."""
         limit = self.limit(rank, bound)
         if self._sums is not None and limit >= 0:
             limit = self._sums[bisect_right(self._sums, limit) - 1]
@@ -124,7 +127,7 @@ class _Room:
 
 
 def _most_layers(problem: Problem, rank: int) -> int:
-    """How many layers fit into a rank's memory, were they the smallest ones."""
+    """Returns how many layers fit into a rank's memory if they are the smallest layers."""
     if problem.caps is None:
         return problem.layers
     sizes = accumulate(sorted(problem.least_memory(rank)))
@@ -132,8 +135,10 @@ def _most_layers(problem: Problem, rank: int) -> int:
 
 
 def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:
-    """Every sum that `runs` runs of layers can have, in order; None where they are too many. Layers of one kind are counted, not
-    added, so that equal sums are one."""
+    """Returns every sum of seconds that `runs` runs of consecutive layers can have, sorted; None if there are too many.
+
+    It counts layers of each kind instead of adding seconds, so that sums of the same layers in another order are equal.
+    """
     kinds = sorted(set(seconds))
     one_run = {(0,) * len(kinds)}
     for first in range(len(seconds)):
@@ -141,17 +146,17 @@ def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:
         for taken in seconds[first:]:
             counts[kinds.index(taken)] += 1
             one_run.add(tuple(counts))
-    found = {(0,) * len(kinds)}
+    totals = {(0,) * len(kinds)}
     for _ in range(runs):
-        if len(found) * len(one_run) > _SUMS:
+        if len(totals) * len(one_run) > _SUMS:
             return None
-        found = {tuple(map(add, a, b)) for a in found for b in one_run}
-    sums = sorted(sum(n * kind for n, kind in zip(counts, kinds, strict=True)) for counts in found)
-    return [one * (1 + _ROUNDING / 2) for one in sums]  # as they come out differently in another order
+        totals = {tuple(map(add, a, b)) for a in totals for b in one_run}
+    sums = sorted(sum(n * kind for n, kind in zip(counts, kinds, strict=True)) for counts in totals)
+    return [total * (1 + _ROUNDING / 2) for total in sums]  # because other orders of addition round differently
 
 
 def _least_bound(room: _Room) -> float | None:
-    """The least bottleneck under which all layers have room, wherever they lie; None: under none."""
+    """Returns the lowest bottleneck under which all layers have room, disregarding their order; None if there is none."""
     low, high = 0.0, (room.total + sum(room.edges)) / min(room.problem.speeds)
     if sum(room.most_layers) < room.problem.layers or not room.suffices(high):
         return None
@@ -162,7 +167,7 @@ def _least_bound(room: _Room) -> float | None:
 
 
 class _Search:
-    """The best split of a bottleneck of at most `bound`. One of at most `enough` is as good as any."""
+    """Finds the best split with a bottleneck of at most `bound`; stops at a split with a bottleneck of at most `enough`."""
 
     def __init__(self, room: _Room, bound: float, enough: float, work: int) -> None:
         self.room, self.problem, self.placement = room, room.problem, room.problem.placement
@@ -175,7 +180,7 @@ class _Search:
         self.known: dict[tuple[int, Gaps], tuple[float, tuple[Piece, ...], Gaps]] = {}
 
     def run(self) -> tuple[float, list[Piece]] | None:
-        """(bottleneck, pieces by stage), or None. Raises _TooMuchWork."""
+        """Returns (bottleneck, pieces by stage), or None. Raises _TooMuchWork."""
         best, start = inf, None
         for gaps in self._starts():
             value = self._best(0, gaps) if self.possible else inf
@@ -187,7 +192,8 @@ class _Search:
         return None if start is None else (best, self._pieces(start))
 
     def _bound_by(self, bound: float) -> None:
-        """From here on only splits of at most this bottleneck; what is known to be above an earlier bound is above this one too."""
+        """Restricts the search to splits of at most this bottleneck. Known results above an earlier bound are also above this
+        one."""
         ranks = range(self.placement.ranks)
         self.bound, self.possible = bound, self.room.suffices(bound)
         self.limits = [self.room.limit(rank, bound) for rank in ranks]
@@ -199,7 +205,7 @@ class _Search:
         self.later, self.later_layers = room, layers
 
     def _starts(self) -> Iterator[Gaps]:
-        """Where the runs may begin and end, the even ones first."""
+        """Yields the initial gaps, those of most even size first."""
         ranks, layers = self.placement.ranks, self.problem.layers
         needs = [eaters * ranks for eaters in self.eaters]
         even = [layers * need // sum(needs) for need in accumulate(needs)][:-1]
@@ -216,7 +222,7 @@ class _Search:
                 return
 
     def _best(self, rank: int, gaps: Gaps) -> float:
-        """The least bottleneck of the ranks from `rank` on that share `gaps`; inf: above the bound."""
+        """Returns the least bottleneck of the ranks from `rank` on that share `gaps`; inf if it exceeds the bound."""
         if rank == self.placement.ranks:
             return 0.0
         if (rank, gaps) in self.known:
@@ -235,21 +241,21 @@ class _Search:
         return best[0]
 
     def _choices(self, rank: int, gaps: Gaps) -> list[tuple[tuple[Piece, ...], Gaps]]:
-        """What `rank` may take: those choices first that leave the later ranks their even share, and of these those of even
-        stages."""
+        """Returns what `rank` may take: first the choices that leave the later ranks nearest to their fair share, and among those
+        the ones with the most even stages."""
         left = sum(self.left_seconds[b] - self.left_seconds[a] for a, b in gaps)
         if sum(b - a for a, b in gaps) > self.most_layers[rank] + self.later_layers[rank]:
             return []
         speeds = self.problem.speeds[rank:]
         aim = left * speeds[0] / sum(speeds)
-        found = list(self._take(rank, gaps, 0, 0.0, left - self.later[rank] - left * _ROUNDING))
-        found.sort(key=lambda one: (abs(one[0] - aim), sum((b - a) ** 2 for a, b in one[1])))
-        return [(pieces, rest) for _, pieces, rest in found]
+        choices = list(self._take(rank, gaps, 0, 0.0, left - self.later[rank] - left * _ROUNDING))
+        choices.sort(key=lambda choice: (abs(choice[0] - aim), sum((b - a) ** 2 for a, b in choice[1])))
+        return [(pieces, rest) for _, pieces, rest in choices]
 
     def _take(
         self, rank: int, gaps: Gaps, chunk: int, taken: float, least: float
     ) -> Iterator[tuple[float, tuple[Piece, ...], Gaps]]:
-        """(seconds at speed 1.0, pieces, gaps after) of every way to take pieces for the chunks from `chunk` on."""
+        """Yields (seconds at speed 1.0, pieces, gaps afterwards) of every way to take pieces for the chunks from `chunk` on."""
         self._work()
         if chunk == self.placement.chunks:
             yield taken, (), gaps
@@ -262,7 +268,8 @@ class _Search:
                 yield total, (piece, *pieces), end
 
     def _cuts(self, rank: int, gap: Piece, chunk: int, most: float, least: float) -> Iterator[tuple[Piece, Piece]]:
-        """(piece, rest of the gap) for a chunk that takes at most `most` seconds, and as the last one at least `least`."""
+        """Yields (piece, rest of the gap) for a chunk that takes at most `most` seconds and, if it is the last, at least
+        `least`."""
         low, high = gap
         sums, last = self.left_seconds, chunk + 1 == self.placement.chunks
         down = self.placement.v_shaped and chunk % 2 == 1
@@ -274,7 +281,7 @@ class _Search:
         else:
             first, final = low + 1, min(high - keep, bisect_right(sums, sums[low] + most * (1 + _ROUNDING)) - 1)
             first = max(first, bisect_left(sums, sums[low] + least)) if last else first
-        if keep == 0:  # nobody comes after: all of it
+        if keep == 0:  # no other chunk takes from this gap later, so this piece is all of it
             first, final = (max(first, low), min(final, low)) if down else (max(first, high), final)
         for cut in range(first, final + 1):
             yield ((cut, high), (low, cut)) if down else ((low, cut), (cut, high))

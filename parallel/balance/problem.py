@@ -1,4 +1,4 @@
-"""A model to be cut into stages: what any rank pays for any layers. Free of torch."""
+"""The cost, in time and memory, of any split of a model's layers over the stages of a schedule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from bagualu.parallel.pipeline.schedule import Schedule
 
 RECOMPUTE = ("none", "full", "auto")
 Piece = tuple[int, int]
-"""Layers first .. last + 1 of one stage."""
+"""Layers piece[0] .. piece[1] - 1 of a stage."""
 
 
 @dataclass(frozen=True)
 class RankCost:
-    """What the stages of one rank cost it together for one micro-batch."""
+    """The cost of all stages of a rank for a micro-batch."""
 
     stage_seconds: tuple[float, ...]
-    """At the rank's own speed."""
+    """By stage, at the rank's own speed."""
     recompute: tuple[bool, ...]
-    """For each of its stages: whether it computes activations again."""
+    """By stage: whether it recomputes activations."""
 
     @property
     def seconds(self) -> float:
@@ -30,11 +30,11 @@ class RankCost:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """One stage at the speed of its rank, in seconds for one micro-batch."""
+    """The times of a stage at the speed of its rank, in seconds per micro-batch."""
 
     forward: float
     input_gradient: float
-    """With the forward pass again where activations are."""
+    """Includes the second forward pass if activations are recomputed."""
     weight_gradient: float
 
     @property
@@ -43,10 +43,10 @@ class StageTimes:
 
 
 class Problem:
-    """`speeds` by rank, 1.0 the device of the cost table; `caps` in bytes by rank, None: no limit.
+    """Computes costs. `speeds` are by rank, relative to the device of the cost table; `caps` are bytes by rank, None: no limit.
 
-    `recompute`: none | full | auto. auto computes activations again at those stages of a rank where its cap demands it, and of the
-    ways to fit takes the quickest.
+    `recompute`: none | full | auto. With auto, stages recompute activations only if the rank's cap requires it, in the fastest
+    combination that fits.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class Problem:
         self._known: dict[tuple[int, tuple[Piece, ...]], RankCost | None] = {}
 
     def least_seconds(self) -> list[float]:
-        """For each layer what it takes at speed 1.0 at the least."""
+        """Returns the least seconds of each layer at speed 1.0."""
         again = self.recompute == "full"
-        return [(1 + again) * one.forward_seconds + one.input_gradient_seconds + one.weight_gradient_seconds
-                for one in self.table.layers]  # fmt: skip
+        return [(1 + again) * layer.forward_seconds + layer.input_gradient_seconds + layer.weight_gradient_seconds
+                for layer in self.table.layers]  # fmt: skip
 
     def edge_seconds(self, rank: int) -> float:
-        """What a rank takes at speed 1.0 for the embedding and the head, where it has them."""
+        """Returns the seconds, at speed 1.0, of the embedding and the head if `rank` holds them."""
         edges = [self.table.embedding] * (0 in self.stages_of[rank])
         edges += [self.table.head] * (self.placement.stages - 1 in self.stages_of[rank])
-        return sum(one.forward_seconds + one.input_gradient_seconds + one.weight_gradient_seconds for one in edges)
+        return sum(edge.forward_seconds + edge.input_gradient_seconds + edge.weight_gradient_seconds for edge in edges)
 
     def stage_times(self, stage: int, piece: Piece, again: bool) -> StageTimes:
         forward = self._sum("forward_seconds", stage, piece)
@@ -83,7 +83,7 @@ class Problem:
         return StageTimes(forward / speed, gradient / speed, self._sum("weight_gradient_seconds", stage, piece) / speed)
 
     def cost(self, rank: int, pieces: tuple[Piece, ...]) -> RankCost | None:
-        """What `pieces`, one for each of its stages in order, cost `rank`; None when they do not fit its cap."""
+        """Returns the cost of `rank` for `pieces`, one per stage in order; None if they exceed its cap."""
         key = (rank, pieces)
         if key not in self._known:
             costs = [RankCost(self._seconds(rank, pieces, way), way) for way in self.ways(len(pieces))]
@@ -92,8 +92,8 @@ class Problem:
         return self._known[key]
 
     def memory(self, rank: int, pieces: tuple[Piece, ...], recompute: tuple[bool, ...]) -> int:
-        """Bytes that `rank` holds at its worst moment: state, activations and operands in flight, and where activations are
-        computed again those of one layer while they are used."""
+        """Returns the peak memory of `rank` in bytes: state, activations and operands in flight, and the activations of one layer
+        while they are recomputed."""
         stages = self.stages_of[rank]
         total = sum(self._sum("state_bytes", stage, piece) for stage, piece in zip(stages, pieces, strict=True))
         if {0, self.placement.stages - 1} <= set(stages):
@@ -107,14 +107,14 @@ class Problem:
         return int(total + peak + max((layer.activation_bytes - layer.input_bytes for layer in again), default=0))
 
     def least_memory(self, rank: int) -> list[float]:
-        """For each layer what it adds to the memory of `rank` at the least, whichever of the rank's stages holds it."""
+        """Returns the least memory, in bytes, that each layer adds to `rank` on any of the rank's stages."""
         fullest = max(self.moments[rank], key=lambda moment: sum(activations for activations, _ in moment))
         held = min(activations for activations, _ in fullest)
         kept = attrgetter("activation_bytes" if self.recompute == "none" else "input_bytes")
-        return [one.state_bytes + held * min(kept(one), one.activation_bytes) for one in self.table.layers]
+        return [layer.state_bytes + held * min(kept(layer), layer.activation_bytes) for layer in self.table.layers]
 
     def ways(self, stages: int) -> list[tuple[bool, ...]]:
-        """What may be computed again at the stages of a rank: for each stage yes or no."""
+        """Returns the possible choices of stages of a rank that recompute activations: a bool per stage."""
         if self.recompute == "auto" and self.caps is not None:
             return list(product((False, True), repeat=stages))
         return [(self.recompute == "full",) * stages]
@@ -123,10 +123,10 @@ class Problem:
         return self.caps is None or self.memory(rank, pieces, recompute) <= self.caps[rank]
 
     def _seconds(self, rank: int, pieces: tuple[Piece, ...], recompute: tuple[bool, ...]) -> tuple[float, ...]:
-        return tuple(self.stage_times(*one).total for one in zip(self.stages_of[rank], pieces, recompute, strict=True))
+        return tuple(self.stage_times(*stage).total for stage in zip(self.stages_of[rank], pieces, recompute, strict=True))
 
     def _held(self, stage: int, piece: Piece, again: bool) -> tuple[int, int]:
-        """Bytes of one micro-batch at a stage: activations, operands."""
+        """Returns the bytes of a micro-batch at a stage: (activations, operands)."""
         edges = self._sum("activation_bytes", stage, piece) - self._layers("activation_bytes", piece)
         kept = self._layers("input_bytes" if again else "activation_bytes", piece)
         return int(edges + kept), int(self._sum("operand_bytes", stage, piece))

@@ -1,11 +1,11 @@
-"""From a split of least bottleneck to the one that the schedule runs fastest. Free of torch.
+"""Turns a split of least bottleneck into the split that the schedule runs fastest.
 
-The bottleneck alone says nothing of the time in which the pipeline fills and drains, nor of the other ranks, and many splits share
-it. So splits near the optimum are timed on the schedule itself. The rule: of the splits timed whose bottleneck is at most
-`TOLERANCE` above the optimum, the one of least predicted step time; among equals the one found first, which is the evener one.
+The bottleneck alone does not determine how long the pipeline takes to fill and drain, nor the load of the other ranks, and many
+splits share it. So splits near the optimum are timed on the schedule itself. The result is, of the timed splits whose bottleneck is
+at most `TOLERANCE` above the optimum, the split of least predicted step time; among equals the first, which is the most even.
 
-Splits are found by moving a layer from any stage to any other or two borders by a layer, first to make ranks and stages even, then
-to lower the time; where there are few splits, all of them are looked at.
+Candidates come from moving a layer from any stage to any other, or moving two borders by a layer each, first to make ranks and
+stages even, then to lower the time. If there are few splits, all of them are candidates.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from bagualu.parallel.balance.problem import Piece, Problem, RankCost
 
 TOLERANCE = 0.03
 PASSES = 60_000
-"""Passes of the schedule that may be timed in all, about a second."""
+"""Passes of the schedule that may be timed in total, about a second."""
 _LEAST_TIMED = 6
 _EVENING = 20_000
 _FEW = 2_000
@@ -25,7 +25,7 @@ _ROUNDING = 1e-9
 
 
 def refine(problem: Problem, pieces: list[Piece]) -> list[Piece]:
-    """`pieces`, by stage, is a split of least bottleneck; the answer follows the rule above."""
+    """Improves `pieces`, by stage, a split of least bottleneck, as described above."""
     loads = _loads(problem, pieces)
     assert loads is not None
     optimum = _bottleneck(loads)
@@ -36,7 +36,7 @@ def refine(problem: Problem, pieces: list[Piece]) -> list[Piece]:
     moved = True
     while moved and budget > 0:
         moved = False
-        near = [one for one in _near(problem, current, optimum * (1 + TOLERANCE)) if tuple(one[1]) not in seen]
+        near = [candidate for candidate in _near(problem, current, optimum * (1 + TOLERANCE)) if tuple(candidate[1]) not in seen]
         for _, other in sorted(near)[:budget]:
             budget -= 1
             seen.add(tuple(other))
@@ -48,7 +48,7 @@ def refine(problem: Problem, pieces: list[Piece]) -> list[Piece]:
 
 
 def _near(problem: Problem, pieces: list[Piece], bottleneck: float) -> Iterator[tuple[float, list[Piece]]]:
-    """(spread, pieces) of the splits one move away, or of all where there are few, that stay below the bottleneck."""
+    """Yields (spread, pieces) of the splits one move away, or of all splits if there are few, whose bottleneck is low enough."""
     layers, stages = problem.layers, len(pieces)
     few = comb(layers - 1, stages - 1) <= _FEW
     for other in _every(layers, stages) if few else _neighbours(pieces):
@@ -64,7 +64,7 @@ def _timed(problem: Problem, pieces: list[Piece]) -> float:
 
 
 def _even(problem: Problem, pieces: list[Piece], bottleneck: float, spread: float) -> list[Piece]:
-    """Move layers while that brings the ranks nearer to each other and none above the bottleneck."""
+    """Moves layers as long as that makes the ranks more even and keeps all of them within the bottleneck."""
     current, budget = pieces, _EVENING
     moved = True
     while moved and budget > 0:
@@ -79,7 +79,7 @@ def _even(problem: Problem, pieces: list[Piece], bottleneck: float, spread: floa
 
 
 def _loads(problem: Problem, pieces: list[Piece]) -> list[RankCost] | None:
-    """What every rank pays; None when one does not fit its cap."""
+    """Returns the cost of every rank; None if a rank exceeds its cap."""
     costs = [problem.cost(rank, mine) for rank, mine in enumerate(by_rank(problem, pieces))]
     return None if None in costs else [cost for cost in costs if cost is not None]
 
@@ -89,7 +89,7 @@ def _bottleneck(loads: list[RankCost]) -> float:
 
 
 def _spread(loads: list[RankCost]) -> float:
-    """The less, the more even: squares of what ranks take, and where a rank has several stages, of what those take."""
+    """Returns a measure of unevenness: the sum of squared seconds of the ranks and of their stages."""
     return sum(cost.seconds**2 + sum(seconds**2 for seconds in cost.stage_seconds) for cost in loads)
 
 
@@ -99,8 +99,8 @@ def _every(layers: int, stages: int) -> Iterator[list[Piece]]:
 
 
 def _neighbours(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """One layer less at one stage, one more at another, those between moved along, near ones first; then two borders that move by
-    one layer each, the same or another way."""
+    """Yields splits with one layer less at a stage and one more at another, with the stages between shifted, near stages first;
+    then splits with two borders moved by one layer each, in the same or in opposite directions."""
     borders = [pieces[0][0], *(end for _, end in pieces)]
     inner = range(1, len(pieces))
     moves: list[tuple[Sequence[int], tuple[int, ...]]] = []

@@ -1,4 +1,4 @@
-"""Micro-batches for replicas of unequal speed. Free of torch."""
+"""Divides micro-batches between replicas of unequal speed."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -7,11 +7,12 @@ from bagualu.comm.errors import RecipeError
 
 
 def shares(total_micro_batches: int, speeds: Sequence[float]) -> list[int]:
-    """How many of `total_micro_batches` each replica takes so that the slowest is done as early as can be; each takes at least one.
+    """Returns the number of micro-batches of each replica, at least one each, such that the slowest replica ends as early as
+    possible.
 
-    Each further micro-batch goes to the replica that would be done with it first: as the time of the one that is done last never
-    falls, no other order ends earlier. Exact, in fractions; among equals the first. Raises RecipeError for fewer micro-batches than
-    replicas.
+    Each further micro-batch goes to the replica that would finish it first, among equals the first. This is optimal, because the
+    latest end never decreases as micro-batches are added. Computed in fractions, so exact. Raises RecipeError if there are fewer
+    micro-batches than replicas.
     """
     if total_micro_batches < len(speeds):
         raise RecipeError(f"{total_micro_batches} micro-batches are fewer than {len(speeds)} replicas; give train.micro_batch a "
@@ -19,6 +20,6 @@ def shares(total_micro_batches: int, speeds: Sequence[float]) -> list[int]:
     seconds = [1 / Fraction(speed) for speed in speeds]
     counts = [1] * len(seconds)
     for _ in range(total_micro_batches - len(seconds)):
-        next_done = [(count + 1) * each for count, each in zip(counts, seconds, strict=True)]
-        counts[next_done.index(min(next_done))] += 1
+        next_end = [(count + 1) * each for count, each in zip(counts, seconds, strict=True)]
+        counts[next_end.index(min(next_end))] += 1
     return counts

@@ -1,4 +1,4 @@
-"""A split as a table to read. Free of torch."""
+"""Formats a split as a table."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,11 @@ from bagualu.parallel.pipeline.schedule import Placement
 
 
 def show_split(split: Split, placement: Placement, measured: Sequence[tuple[float, float]] | None = None) -> str:
-    """One line a stage: its rank and layers, and where costs are known the rank's speed, milliseconds of a forward and a whole
-    backward pass of one micro-batch, and the rank's memory, at its first stage. `measured`: by stage what they really took, in
-    seconds."""
+    """Returns a table with a row per stage: its rank and layers and, if the costs are known, the rank's speed, milliseconds of a
+    micro-batch's forward and whole backward pass, and, at the rank's first stage, the rank's memory.
+
+    `measured` holds the measured (forward, backward) seconds of each stage.
+    """
     forecast = split.forecast
     head = ["stage", "rank", "layers", "count"]
     if any(split.recompute):
@@ -34,9 +36,9 @@ def show_split(split: Split, placement: Placement, measured: Sequence[tuple[floa
         rows.append(row)
     lines = _aligned(rows)
     if forecast is not None:
-        least = f" (no split: below {_milliseconds(forecast.least_seconds)})" if forecast.least_seconds else ""
-        lines.append(f"predicted ({forecast.source}): slowest rank {_milliseconds(forecast.bottleneck_seconds)} ms a micro-batch"
-                     f"{least}, {_milliseconds(forecast.step_seconds)} ms a step's passes")  # fmt: skip
+        least = f" (lower bound {_milliseconds(forecast.least_seconds)})" if forecast.least_seconds else ""
+        lines.append(f"predicted ({forecast.source}): slowest rank {_milliseconds(forecast.bottleneck_seconds)} ms per micro-batch"
+                     f"{least}, {_milliseconds(forecast.step_seconds)} ms for the passes of a step")  # fmt: skip
     return "\n".join(lines)
 
 

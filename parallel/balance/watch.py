@@ -1,11 +1,11 @@
-"""Whether layers should move to other ranks while a run goes on: a pure function of what was measured. Free of torch.
+"""Decides from measured times whether layers should move to other ranks during a run.
 
-What a rank was busy for with a micro-batch, against what the cost table says its layers take, is its speed now. With these speeds
-the best split is chosen anew, as at the start. Layers move when that makes a step shorter by a share that matters, in each of
-several windows in a row, and the steps that are left gain more than the move costs.
+A rank's current speed is the time that its layers take according to the cost table, divided by the time that it was busy with a
+micro-batch. The best split for these speeds is chosen as at the start. Layers move when the new split shortens a step by a
+sufficient fraction, in each of several windows in a row, and the remaining steps gain more than the move costs.
 
-Against swinging to and fro: after every move it takes twice as many windows in a row until the next. That is forgotten again after
-many windows with nothing to gain, so slowness that comes and goes moves layers only if it stays for long.
+To prevent oscillation, every move doubles the number of windows in a row that the next move needs. A doubling is undone after many
+windows without anything to gain, so slowness that comes and goes moves layers only if it lasts long.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,24 +19,24 @@ from bagualu.parallel.balance.problem import Problem
 from bagualu.parallel.pipeline.schedule import Schedule
 
 _FORGETS_AFTER = 8
-"""Times the patience."""
+"""A doubling is undone after `patience` times this number of windows without a gain."""
 _NEARLY = 0.02
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A split that is worth moving to."""
+    """A split to which layers should move."""
 
     split: Split
     speeds: list[float]
-    """By rank of the pipeline, 1.0 the device of the cost table."""
+    """By pipeline rank, relative to the device of the cost table."""
     now_seconds: float
-    """Of the passes of a step, as things are."""
+    """Predicted seconds of a step's passes with the present split; `then_seconds`: with the proposed split."""
     then_seconds: float
 
 
 class Watch:
-    """Sees every window of a run, on the one rank that decides."""
+    """Examines every window of a run, on the rank that decides."""
 
     def __init__(
         self,
@@ -48,28 +48,33 @@ class Watch:
         caps: Sequence[int] | None = None,
         recompute: str = "none",
     ) -> None:
-        """`threshold`: the share of a step that has to be gained; `windows`: in so many of them in a row."""
+        """`threshold`: the fraction of a step that a move must gain; `windows`: the number of windows in a row that must show
+        it."""
         self._table, self._schedule, self._caps, self._recompute = table, schedule, caps, recompute
         self._split = split
         self._threshold, self._windows = threshold, windows
         self._seen: list[list[float]] = []
-        """Speeds in the windows, up to now, in which a move would have been worth it."""
+        """The ranks' speeds in the latest windows in a row in which a move would have been worthwhile."""
         self._caution = 0
-        """Moves not yet forgotten."""
+        """The number of doublings of `patience`: moves, less those whose doubling was undone."""
         self._quiet = 0
-        """Windows in a row with nothing to gain."""
+        """Windows in a row without anything to gain."""
         self._chosen: tuple[list[float], Split] | None = None
-        """The last speeds that a split was chosen for, and that split."""
+        """The last speeds for which a split was chosen, and that split."""
 
     @property
     def patience(self) -> int:
-        """Windows in a row that it takes."""
+        """The number of windows in a row that a move needs."""
         return self._windows << self._caution
 
     def after_window(
         self, busy_seconds: Sequence[float], steps_left: int, move_seconds: Callable[[Split], float]
     ) -> Proposal | None:
-        """`busy_seconds`: what each rank of the pipeline was busy for with one micro-batch; `move_seconds`: what a move costs."""
+        """Returns the move to make after a window, or None.
+
+        `busy_seconds`: the time that each pipeline rank was busy with a micro-batch. `move_seconds` returns the cost of moving to a
+        split.
+        """
         self._seen.append(self._speeds(busy_seconds))
         if self._best(self._seen[-1]) is None:
             self._calm()
@@ -85,12 +90,12 @@ class Watch:
         return best if gained > move_seconds(best.split) else None
 
     def moved(self, split: Split) -> None:
-        """The layers lie so now."""
+        """Records that the layers have moved to `split`."""
         self._split, self._seen, self._quiet = split, [], 0
         self._caution += 1
 
     def failed(self) -> None:
-        """The layers were to move and could not: it takes as long until the next try as after a move."""
+        """Records that a move failed. The next attempt has to wait as long as after a move."""
         self._seen, self._quiet = [], 0
         self._caution += 1
 
@@ -107,30 +112,30 @@ class Watch:
         expected = [
             sum(even.stage_times(stage, pieces[stage], again[stage]).total for stage in stages) for stages in even.stages_of
         ]
-        return [one / busy for one, busy in zip(expected, busy_seconds, strict=True)]
+        return [seconds / busy for seconds, busy in zip(expected, busy_seconds, strict=True)]
 
     def _best(self, speeds: list[float]) -> Proposal | None:
-        """The best split for these speeds, where it is enough of a gain over the one there is."""
+        """Returns the best split for these speeds if it gains enough over the present split, else None."""
         problem = self._problem(speeds)
         pieces = [(piece.start, piece.stop) for piece in self._split.slices]
         costs = [problem.cost(rank, mine) for rank, mine in enumerate(by_rank(problem, pieces))]
         seconds = [cost.seconds for cost in costs if cost is not None]
         if len(seconds) == len(costs) and max(seconds) * (1 - self._threshold) * len(seconds) < sum(seconds):
-            return None  # not even ranks that are all alike would gain enough
+            return None  # even perfectly equal ranks would not gain enough
         split = self._choice(speeds)
         now, then = self._step_seconds(self._split, problem), self._step_seconds(split, problem)
         return Proposal(split, speeds, now, then) if then <= now * (1 - self._threshold) else None
 
     def _choice(self, speeds: list[float]) -> Split:
-        """The best split; for nearly the same speeds as last time that of last time, as choosing takes long."""
+        """Returns the best split; for nearly the same speeds as last time, that of last time, because choosing takes long."""
         last = self._chosen
-        if last is None or any(abs(one / other - 1) > _NEARLY for one, other in zip(speeds, last[0], strict=True)):
+        if last is None or any(abs(new / old - 1) > _NEARLY for new, old in zip(speeds, last[0], strict=True)):
             last = speeds, choose_split(self._table, self._schedule, speeds, self._caps, self._recompute)
             self._chosen = last
         return last[1]
 
     def _gains(self, split: Split, speeds: list[float]) -> bool:
-        """Whether `split` would have been enough of a gain at these speeds."""
+        """Whether `split` gains enough over the present split at these speeds."""
         problem = self._problem(speeds)
         return self._step_seconds(split, problem) <= self._step_seconds(self._split, problem) * (1 - self._threshold)
 

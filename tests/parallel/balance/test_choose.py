@@ -120,7 +120,7 @@ def test_caps_that_nothing_fits_are_refused_with_ones_that_work() -> None:
         caps = [rng.randint(10, 120)] * placement.ranks if equal else [rng.randint(10, 120) for _ in range(placement.ranks)]
         if message := refusal(table, schedule, caps):
             refused.append(message)
-            match = re.fullmatch(r"rank \d of the pipeline needs \d+ bytes and parallel.memory_bytes gives it \d+; "
+            match = re.fullmatch(r"pipeline rank \d needs \d+ bytes but parallel.memory_bytes allows \d+; "
                                  r"give (train.recompute=auto or )?parallel.memory_bytes=\[?([\d,]+)\]?", message)  # fmt: skip
             assert match, message
             enough = [int(one) for one in match[2].split(",")]
@@ -135,7 +135,7 @@ def test_a_list_that_does_not_fit_is_refused_and_one_that_does_is_taken() -> Non
     slices = [range(4), range(4, 6)]
     taken = take_split(slices, table, schedule, caps=[120, 120])
     assert taken.slices == slices
-    lacking = r"parallel.balance=\[4,2\]: rank 0 of the pipeline needs 120 bytes .* gives it 100; "
+    lacking = r"parallel.balance=\[4,2\]: pipeline rank 0 needs 120 bytes .* allows 100; "
     fixes = "give train.recompute=auto or parallel.balance=analytic or parallel.memory_bytes=120"
     with pytest.raises(RecipeError, match=lacking + fixes):
         take_split(slices, table, schedule, caps=[100, 100])
@@ -183,8 +183,8 @@ def test_a_search_that_was_given_up_is_no_proof_that_nothing_fits(monkeypatch: p
     assert counts(tight) == [2, 2, 2, 2]
     monkeypatch.setattr(choose, "solve", lambda problem, work=1: solve(problem, 1))
     said = refusal(table, schedule, [30, 30, 30, 30])
-    assert "no split was found to fit" in said
-    listed = re.search(r"parallel\.balance=\[([\d,]+)\] is near and fits parallel\.memory_bytes=\[([\d,]+)\]", said)
+    assert "found no split that fits" in said
+    listed = re.search(r"parallel\.balance=\[([\d,]+)\] is near and fits; give it with parallel\.memory_bytes=\[([\d,]+)\]", said)
     assert listed
     wanted, caps = ([int(one) for one in group.split(",")] for group in listed.groups())
     edges = [sum(wanted[:stage]) for stage in range(5)]

@@ -34,7 +34,7 @@ def test_speeds_that_nobody_asks_for_are_refused(balance: object) -> None:
 
 @pytest.mark.parametrize("memory", [0, -5, "8GB", [1], [1, 0], [1.5, 2.5], 1e9, [True, 1]])
 def test_caps_that_are_none_are_refused(memory: object) -> None:
-    with pytest.raises(RecipeError, match=r"or a list of 2, one for each pipeline rank; e.g. parallel.memory_bytes=8589934592"):
+    with pytest.raises(RecipeError, match=r"or a list of 2, a number per pipeline rank; e.g. parallel.memory_bytes=8589934592"):
         ParallelConfig(pipeline=2, memory_bytes=memory).validate()
 
 

@@ -17,7 +17,7 @@ def test_with_costs_and_measured_times() -> None:
         "stage  rank  layers  count  speed  forward ms  backward ms  rank's memory MiB  measured forward ms  measured backward ms",
         "    0     0     0-0      1   0.50           2            3                1.0                    2                   3.1",
         "    1     1     1-2      2   1.00           3            3                2.0                    3                   2.9",
-        "predicted (drawn): slowest rank 6 ms a micro-batch (no split: below 6), 17 ms a step's passes",
+        "predicted (drawn): slowest rank 6 ms per micro-batch (lower bound 6), 17 ms for the passes of a step",
     ]
 
 
