@@ -1,4 +1,4 @@
-"""One verdict on all ranks: what one of them cannot do, none of them does."""
+"""Makes all ranks succeed or fail together."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,28 +15,28 @@ _KINDS = {"recipe": RecipeError, "storage": CheckpointStorageError}
 
 
 def on_all(function: Callable[[], T], group: Group, device: torch.device) -> T:
-    """`function()`, if it raises nothing on any rank. Collective; `function` itself may be too.
+    """Returns `function()` if no rank raises. Collective; `function` may be collective too.
 
-    Else the same error on every rank, in one line: RecipeError if any rank raised one (without the rank: it would be refused
-    everywhere), else CheckpointError that names the first rank and how many more; where all that is wrong is storage that cannot be
-    read or written now, CheckpointStorageError.
+    Otherwise raises the same one-line error on every rank: RecipeError if any rank raised it (without the rank, since every rank
+    would refuse the recipe), else CheckpointError with the first rank and the number of others. If all errors are of storage that
+    does not work at the moment, it is CheckpointStorageError.
     """
     result: list[T] = []
     own: list[str] | None = None
     try:
         result.append(function())
-    except CommunicationError:  # there is nobody left to agree with
+    except CommunicationError:  # the ranks can no longer agree
         raise
     except Exception as error:
         text = str(error).replace("\n", " ")
         known = isinstance(error, RecipeError | CheckpointError)
-        kind = next((kind for kind, one in _KINDS.items() if isinstance(error, one)), "other")
+        kind = next((kind for kind, error_class in _KINDS.items() if isinstance(error, error_class)), "other")
         own = [kind, text if known else f"{type(error).__name__}: {text}"]
     failed = torch.tensor(int(own is not None), device=device)
     group.all_reduce(failed, "max")
     if not failed.item():
         return result[0]
-    problems = [(rank, said) for rank, said in zip(group.ranks, gather_json(own, group, device), strict=True) if said]
+    problems = [(rank, problem) for rank, problem in zip(group.ranks, gather_json(own, group, device), strict=True) if problem]
     for _, (kind, text) in problems:
         if kind == "recipe":
             raise RecipeError(text)

@@ -1,4 +1,4 @@
-"""Hashing and reading in blocks: every block of a stored box is verified on its way into memory. Free of torch."""
+"""Hashes, writes and reads boxes in blocks. Every block of a stored box is verified when it is read into memory."""
 
 import errno
 import os
@@ -21,22 +21,22 @@ from bagualu.fault_tolerance.checkpoint.format import (
 )
 
 PORTION_BYTES = 2**18
-"""Data is hashed and moved this much at a time, so that the second of the two finds it in the processor's cache."""
+"""The amount of data that is hashed and moved at a time, small enough to stay in the processor's cache between the two."""
 
 
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP)
-"""What the system says of something that is not there, or is no file, on storage that answers."""
+"""Errors that say that the file is missing or is not a file, so that storage is working."""
 
 
 def unreadable(what: str, error: OSError) -> CheckpointError:
-    """What to raise for `what`, e.g. "PATH: NAME cannot be read": it is damaged, or its storage does not give it now."""
+    """Returns the error for `what`, e.g. "PATH: NAME cannot be read": damage, or storage that does not work at the moment."""
     if error.errno in _NO_FILE:
         return CheckpointError(f"{what} ({error.strerror}); {REMEDY}")
     return CheckpointStorageError(f"{what} now ({error.strerror}); see whether its storage answers")
 
 
 def portions(data: memoryview, block_bytes: int) -> Iterator[tuple[memoryview, bool]]:
-    """`data` cut into portions, each with whether it is the last of its block."""
+    """Yields `data` in portions, each with whether it ends a block."""
     for block in range(0, len(data), block_bytes):
         stop = min(block + block_bytes, len(data))
         for begin in range(block, stop, PORTION_BYTES):
@@ -45,7 +45,7 @@ def portions(data: memoryview, block_bytes: int) -> Iterator[tuple[memoryview, b
 
 
 def write_hashed(descriptor: int, data: memoryview, block_bytes: int) -> list[str]:
-    """Write `data` and return the hash of every block, taken from memory before the bytes go out. Raises OSError."""
+    """Writes `data` and returns the hash of every block, taken from memory before the bytes are written. Raises OSError."""
     hashes, hasher = [], xxhash.xxh3_128()
     for portion, last in portions(data, block_bytes):
         hasher.update(portion)
@@ -57,7 +57,7 @@ def write_hashed(descriptor: int, data: memoryview, block_bytes: int) -> list[st
 
 
 def open_file(path: Path) -> FileIO:
-    """The regular file `path`, open for reading. Raises OSError for anything else: a link, a device, a pipe nobody writes to."""
+    """Opens a regular file for reading. Raises OSError for a link, a device, or a pipe, for which it does not wait."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -69,7 +69,7 @@ def open_file(path: Path) -> FileIO:
 
 
 def open_shard(path: Path, manifest: Manifest, name: str, check_header: bool = True) -> FileIO:
-    """The shard `name` of the checkpoint at `path`, its size and (unless told not to) header verified.
+    """Opens the shard `name` of the checkpoint at `path` and verifies its size and, with `check_header`, its header.
 
     Raises CheckpointError.
     """
@@ -91,9 +91,9 @@ def open_shard(path: Path, manifest: Manifest, name: str, check_header: bool = T
 
 
 def read_blocks(file: FileIO, where: str, stored: StoredBox, block_bytes: int, first: int, into: memoryview) -> None:
-    """Fill `into` with the bytes of `stored` from block `first` on, verified. `where` begins the error message.
+    """Fills `into` with the verified bytes of `stored` from block `first` on. `where` begins the error message.
 
-    `into` ends where a block does. Raises CheckpointError; then `into` holds bytes that must not be used.
+    `into` ends at the end of a block. Raises CheckpointError; then the bytes in `into` must not be used.
     """
     hasher, block = xxhash.xxh3_128(), first
     try:
@@ -112,7 +112,7 @@ def read_blocks(file: FileIO, where: str, stored: StoredBox, block_bytes: int, f
 
 
 def damaged_blocks(file: FileIO, where: str, stored: StoredBox, size: int, block_bytes: int, buffer: bytearray) -> Iterator[str]:
-    """What is wrong with each block of `stored`, which has `size` bytes. `buffer` has room for its largest block."""
+    """Yields an error message for each damaged block of `stored`, a box of `size` bytes. `buffer` holds its largest block."""
     for block in range(len(stored.hashes)):
         try:
             read_blocks(file, where, stored, block_bytes, block, memoryview(buffer)[: size - block * block_bytes])

@@ -1,4 +1,4 @@
-"""Rank 0's part of a save: the manifest from what all ranks report, and the rename that makes it a checkpoint."""
+"""Rank 0's part of a save: makes the manifest from the reports of all ranks and commits the checkpoint by a rename."""
 
 import os
 import threading
@@ -25,18 +25,18 @@ _TOO_LATE = "the storage answered after the save had been given up"
 
 
 class Claim:
-    """Who has the last word on a save: the thread that commits it, or the one that has waited long enough. One of them gets it."""
+    """Decides whether a save is committed or given up: the writer thread and the main thread each try, and the first wins."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._taken_by: str | None = None
 
     def commit(self) -> bool:
-        """The save is a checkpoint; False: it has been given up."""
+        """Returns whether the save is committed; False if it was given up."""
         return self._take("commit")
 
     def give_up(self) -> bool:
-        """The save is none, nor will it be; False: it is committed."""
+        """Returns whether the save is given up; False if it is committed."""
         return self._take("give up")
 
     @property
@@ -50,9 +50,9 @@ class Claim:
 
 
 def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest, claim: Claim) -> None:
-    """Write the manifest and rename: from then on it is a checkpoint, unless it has been given up meanwhile.
+    """Writes the manifest and renames the directory, which makes it a checkpoint, unless the save has been given up by then.
 
-    A rename that itself comes too late is taken back. Raises OSError, ValueError, CheckpointError.
+    A rename that completes too late is undone. Raises OSError, ValueError, CheckpointError.
     """
     for name, file in manifest.files.items():
         if not (temporary / name).exists() or (temporary / name).stat().st_size != file.bytes:
@@ -67,7 +67,7 @@ def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest, claim
     os.rename(temporary, final)
     try:
         fsync_directory(final.parent)
-    except OSError as error:  # visible but perhaps not durable: take it back, so that "not saved" is true
+    except OSError as error:  # it is visible but may not be durable; undo it, so that "not saved" is true
         _take_back(final, str(error))
         raise
     if not claim.commit():
@@ -76,16 +76,16 @@ def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest, claim
 
 
 def _take_back(final: Path, why: str) -> None:
-    """The checkpoint `final` is none any more. Raises CheckpointError, which says `why`, when it cannot be renamed."""
+    """Makes `final` no checkpoint again. Raises CheckpointError, with the reason `why`, if it cannot be renamed."""
     try:
         doomed = doom(final)
     except OSError as error:
-        raise CheckpointError(f"{why}; {final} is there all the same and cannot be renamed ({error}): remove it") from error
+        raise CheckpointError(f"{why}; {final} exists nevertheless and cannot be renamed ({error}): remove it") from error
     delete(doomed)
 
 
 def manifest_of(step: int, metadata: dict[str, Any], ranks: Sequence[int], reports: Sequence[dict[str, Any]]) -> Manifest:
-    """All ranks' reports in one. Raises CheckpointError when they do not make up whole tensors."""
+    """Combines the reports of all ranks. Raises CheckpointError if they do not make up whole tensors."""
     manifest = gathered(step, metadata, ranks, reports)
     wrong = manifest.problem()
     if wrong:
@@ -94,7 +94,7 @@ def manifest_of(step: int, metadata: dict[str, Any], ranks: Sequence[int], repor
 
 
 def gathered(step: int, metadata: dict[str, Any], ranks: Sequence[int], reports: Sequence[dict[str, Any]]) -> Manifest:
-    """The reports of some ranks (`write_shard`) in one. Raises CheckpointError when they are not of the same tensors."""
+    """Combines reports of `write_shard`. Raises CheckpointError if ranks disagree on the shape or dtype of a tensor."""
     manifest = Manifest(step, metadata, format.BLOCK_BYTES)
     boxes: dict[str, list[StoredBox]] = {}
     kinds: dict[str, tuple[tuple[int, ...], str]] = {}

@@ -1,4 +1,4 @@
-"""Whether two checkpoints hold the same state, bit for bit, whatever layouts wrote them."""
+"""Compares two checkpoints bit for bit, whatever layouts wrote them."""
 
 from pathlib import Path
 from typing import Any
@@ -8,41 +8,41 @@ import torch
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint
 
 _MAY_DIFFER = ("layout",)
-_OF_TROUBLE = ("counts", "furthest", "setbacks")
-"""What the guard has counted on the way, in metadata["guard"]: no part of where the run is."""
+_GUARD_HISTORY = ("counts", "furthest", "setbacks")
+"""Fields of metadata["guard"] that count past trouble and are not part of the training state."""
 
 _MOST_SHOWN = 60
-"""Characters of a value that differs."""
+"""Characters shown of a value that differs."""
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs, one line each; [] when nothing does. Holds one tensor of each in memory. Raises CheckpointError."""
+    """Returns a line per difference; [] if there is none. Holds a tensor of each in memory at a time. Raises CheckpointError."""
     first, second = Checkpoint(one), Checkpoint(other)
-    here, there = _said(first), _said(second)
-    found = [
-        "metadata " + _first_difference(key, here.get(key), there.get(key))
-        for key in sorted(here.keys() | there.keys())
-        if here.get(key) != there.get(key)
+    metadata, other_metadata = _state_metadata(first), _state_metadata(second)
+    lines = [
+        "metadata " + _first_difference(key, metadata.get(key), other_metadata.get(key))
+        for key in sorted(metadata.keys() | other_metadata.keys())
+        if metadata.get(key) != other_metadata.get(key)
     ]
     for name in sorted(first.tensors.keys() | second.tensors.keys()):
         if first.tensors.get(name) != second.tensors.get(name):
-            found.append(f"tensor {name}: {first.tensors.get(name)} and {second.tensors.get(name)}")
+            lines.append(f"tensor {name}: {first.tensors.get(name)} and {second.tensors.get(name)}")
             continue
         count = int((_bytes(first, name) != _bytes(second, name)).sum())
         if count:
-            found.append(f"tensor {name}: {count} bytes differ")
-    return found
+            lines.append(f"tensor {name}: {count} bytes differ")
+    return lines
 
 
-def _first_difference(key: str, one: Any, other: Any) -> str:
-    """Of two unequal JSON values, with the way to it."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        inner = min(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-        return _first_difference(f"{key}.{inner}", one.get(inner), other.get(inner))
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        place = next(place for place, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
-        return _first_difference(f"{key}[{place}]", one[place], other[place])
-    return f"{key}: {str(one)[:_MOST_SHOWN]} and {str(other)[:_MOST_SHOWN]}"
+def _first_difference(key: str, left: Any, right: Any) -> str:
+    """Describes the first difference of two unequal JSON values, with its path from `key`."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        inner = min(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
+        return _first_difference(f"{key}.{inner}", left.get(inner), right.get(inner))
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        index = next(index for index, pair in enumerate(zip(left, right, strict=True)) if pair[0] != pair[1])
+        return _first_difference(f"{key}[{index}]", left[index], right[index])
+    return f"{key}: {str(left)[:_MOST_SHOWN]} and {str(right)[:_MOST_SHOWN]}"
 
 
 def _bytes(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -52,10 +52,10 @@ def _bytes(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return whole.reshape(-1).view(torch.uint8)
 
 
-def _said(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Its metadata, as far as it tells where the run is."""
-    said = {key: value for key, value in checkpoint.metadata.items() if key not in _MAY_DIFFER}
-    if isinstance(guard := said.get("guard"), dict):
-        said["guard"] = {key: value for key, value in guard.items() if key not in _OF_TROUBLE}
-        said["guard"]["skipped_steps"] = sorted(guard.get("skipped_steps", ()))  # whatever the reason
-    return said
+def _state_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns the metadata that belongs to the training state."""
+    metadata = {key: value for key, value in checkpoint.metadata.items() if key not in _MAY_DIFFER}
+    if isinstance(guard := metadata.get("guard"), dict):
+        metadata["guard"] = {key: value for key, value in guard.items() if key not in _GUARD_HISTORY}
+        metadata["guard"]["skipped_steps"] = sorted(guard.get("skipped_steps", ()))  # whatever the reason
+    return metadata

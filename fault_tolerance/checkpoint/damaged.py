@@ -1,4 +1,4 @@
-"""Checkpoints that a run has found damaged and gone back behind: renamed, so that their steps can be saved again. Free of torch."""
+"""Renames damaged checkpoints that a run has skipped when it resumed, so that their steps can be saved again."""
 
 import os
 import secrets
@@ -10,7 +10,7 @@ _DAMAGED = "damaged-"
 
 
 def set_aside(path: Path) -> Path:
-    """Rename the checkpoint at `path`, which is none from then on; its new path. Nothing else touches it: `mv` brings it back.
+    """Renames the checkpoint at `path`, so that it no longer counts as one; returns the new path. Renaming it back restores it.
 
     Raises OSError.
     """
@@ -21,5 +21,5 @@ def set_aside(path: Path) -> Path:
 
 
 def list_set_aside(root: Path) -> list[Path]:
-    """What `set_aside` has renamed under `root`."""
+    """Returns the paths under `root` that `set_aside` has made."""
     return sorted(root.glob(f"{_DAMAGED}step-*"))

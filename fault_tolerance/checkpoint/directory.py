@@ -1,7 +1,8 @@
-"""The directory that holds a run's checkpoints: what counts as one, and how one disappears. Free of torch.
+"""The directory of a run's checkpoints: which names are checkpoints, and how they are removed.
 
-Committed is what is called `step-` and a number of at least eight digits; it got that name by one rename. Whatever else
-lies there is never loaded. Names that begin with `.saving-` or `.removing-` are left over from a dead save or removal.
+A committed checkpoint is called `step-` and a number of at least eight digits. It got that name by a rename, so it is complete.
+Nothing else is ever loaded. Names that begin with `.saving-` or `.removing-` are saves and removals in progress, or left by dead
+processes.
 """
 
 import os
@@ -16,26 +17,26 @@ SAVING, _REMOVING = ".saving-", ".removing-"
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Committed checkpoints under `root`, oldest step first. Damaged ones are among them: opening one says so."""
+    """Returns the committed checkpoints under `root`, lowest step first, including damaged ones, which fail when opened."""
     if not root.is_dir():
         return []
-    found = [(step_of(path), path) for path in root.iterdir() if step_of(path) is not None and path.is_dir()]
-    return [path for _, path in sorted(found)]
+    checkpoints = [(step_of(path), path) for path in root.iterdir() if step_of(path) is not None and path.is_dir()]
+    return [path for _, path in sorted(checkpoints)]
 
 
 def latest(root: Path) -> Path | None:
-    """The committed checkpoint with the highest step; None when there is none."""
+    """Returns the committed checkpoint with the highest step; None if there is none."""
     checkpoints = list_checkpoints(root)
     return checkpoints[-1] if checkpoints else None
 
 
 def temporary_for(root: Path, step: int, owner: str) -> Path:
-    """The name under `root` for a save of `step` under way; `owner` tells it from every other attempt."""
+    """Returns the directory under `root` for a save of `step` in progress; `owner` distinguishes it from other attempts."""
     return root / f"{SAVING}{step_name(step)}-{owner}"
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint. It stops being one at once, by a rename, however long the deletion takes.
+    """Removes a checkpoint. A rename first makes it no checkpoint at once, however long the deletion takes.
 
     Raises CheckpointError.
     """
@@ -48,10 +49,9 @@ def discard(path: Path) -> None:
 
 
 def clear_stale(root: Path) -> None:
-    """Remove what dead saves and removals left. Should such a save be alive after all, it fails: its directory is gone.
+    """Removes what dead saves and removals have left. If such a save is alive after all, it fails, because its directory is gone.
 
-    What cannot be deleted (a network file system keeps files that somebody has open) is left for another time.
-    Raises OSError.
+    Files that cannot be deleted (a network file system keeps files that a process has open) stay for the next call. Raises OSError.
     """
     for path in list(root.iterdir()):
         if path.name.startswith(SAVING):
@@ -62,14 +62,14 @@ def clear_stale(root: Path) -> None:
 
 
 def doom(path: Path) -> Path:
-    """Rename `path` to what no one takes for a checkpoint or for a save under way; the new name. Raises OSError."""
+    """Renames `path` so that it counts neither as a checkpoint nor as a save in progress; returns the new path. Raises OSError."""
     doomed = path.with_name(f"{_REMOVING}{path.name.removeprefix(SAVING)}-{secrets.token_hex(4)}")
     os.rename(path, doomed)
     return doomed
 
 
 def delete(path: Path, ignore_errors: bool = True) -> None:
-    """Delete what `doom` has renamed: a directory, a file or a link. Raises OSError unless told to ignore it."""
+    """Deletes a directory, file or link that `doom` has renamed. Raises OSError unless `ignore_errors`."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors)
     else:

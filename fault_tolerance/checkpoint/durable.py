@@ -1,4 +1,4 @@
-"""Files and directories that are there after a power cut as well. Free of torch."""
+"""Files and directories that survive a power failure."""
 
 import errno
 import os
@@ -9,28 +9,29 @@ from pathlib import Path
 
 
 class Disk:
-    """The storage that this process writes checkpoints to. A planned fault can fill it (fault_tolerance/injection)."""
+    """The storage to which this process writes checkpoints. A planned fault can fill it (fault_tolerance/injection)."""
 
     def __init__(self) -> None:
         self._refused: deque[str] = deque()
 
     def refuse(self, writes: int, why: str) -> None:
-        """The next `writes` writes find no space, and say `why`."""
+        """Makes the next `writes` writes fail as on a full disk, with the reason `why`."""
         self._refused.extend([why] * writes)
 
     def check(self) -> None:
-        """Before every write. Raises OSError."""
+        """Is called before every write. Raises OSError if a planned fault makes it fail."""
         if self._refused:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {self._refused.popleft()}")
 
 
 DISK = Disk()
-"""One for the process, as a full disk is full for all of it."""
+"""Shared by the whole process, because a full disk affects every writer."""
 
 
 @contextmanager
 def durable_file(path: Path) -> Iterator[int]:
-    """Descriptor of the new file `path`. Its data is durable after the block, its name once the directory is too.
+    """Creates the file `path` and yields its descriptor. When the block ends, the data are durable; the name is durable after an
+    fsync of the directory.
 
     Raises OSError.
     """
@@ -43,7 +44,7 @@ def durable_file(path: Path) -> Iterator[int]:
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write all of `data`: one call may take only a part of it. Raises OSError."""
+    """Writes all of `data`, since a single system call may write only a part. Raises OSError."""
     DISK.check()
     rest = memoryview(data)
     while rest:
@@ -51,7 +52,7 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Create the directory `path` and its parents. Raises OSError."""
+    """Creates the directory `path` and its parents, durably. Raises OSError."""
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
@@ -59,7 +60,7 @@ def make_directory(path: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in `path` durable. Raises OSError."""
+    """Makes the names in directory `path` durable. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Small JSON documents between the ranks of a group, with nothing but collectives on small tensors."""
+"""Exchanges small JSON documents between the ranks of a group, with collectives on small tensors."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ from bagualu.comm.group import Group
 
 
 def gather_json(value: Any, group: Group, device: torch.device) -> list[Any]:
-    """What every member gave, in order of position, on every member. Collective."""
+    """Returns the values of all ranks, in order of position, on every rank. Collective."""
     data = _tensor(value)
     length = torch.tensor([data.numel()], device=device)
     lengths = torch.empty(group.size, dtype=length.dtype, device=device)
@@ -24,10 +24,10 @@ def gather_json(value: Any, group: Group, device: torch.device) -> list[Any]:
 
 
 def collect_json(value: Any, group: Group, device: torch.device) -> list[Any] | None:
-    """What every member gave, in order of position, on position 0; None on the others. Collective.
+    """Returns the values of all ranks, in order of position, on position 0; None on the others. Collective.
 
-    Up a binomial tree: position 0 gets log2(size) messages, nobody else holds more than its own branch, and only position 0
-    takes them apart.
+    Values travel up a binomial tree: position 0 receives log2(size) messages, every other rank holds only its own branch, and only
+    position 0 parses them.
     """
     branch, distance = json.dumps(value).encode(), 1
     while distance < group.size:
@@ -47,7 +47,7 @@ def collect_json(value: Any, group: Group, device: torch.device) -> list[Any] | 
 
 
 def broadcast_json(value: Any, group: Group, device: torch.device) -> Any:
-    """What position 0 gave (the others' value is not looked at), on every member. Collective."""
+    """Returns the value of position 0 on every rank; the values of other ranks are ignored. Collective."""
     data = _tensor(value if group.rank == 0 else None)
     length = torch.tensor([data.numel()], device=device)
     group.broadcast(length, 0)

@@ -1,8 +1,9 @@
-"""Who may commit checkpoints under a directory: the newest start of the run, and nobody who was thought dead. Free of torch.
+"""Ensures that only the newest start of a run commits checkpoints, and not a process that was wrongly thought dead.
 
-No lock is held, so nothing is left to break after a kill -9. `.epoch` names the newest start; taking the fence replaces it by one
-rename and then sets aside every save under way. Whoever saves makes its directory FIRST and looks at `.epoch` THEN: either it sees
-the newer start, or its directory was there to be set aside and its own last rename fails (docs/design/checkpoint_format.md).
+There is no lock that a kill -9 could leave behind. The file `.epoch` names the newest start. To take the fence, a start replaces
+that file by a rename and then sets aside every save in progress. A process that saves makes its directory FIRST and reads `.epoch`
+THEN. So either it sees the newer start, or its directory existed in time to be set aside, and its final rename fails
+(docs/design/checkpoint_format.md).
 """
 
 import os
@@ -19,22 +20,23 @@ EPOCH = ".epoch"
 
 @dataclass(frozen=True)
 class Fence:
-    """The right of one start of a run to commit under `root`, until a later start takes it."""
+    """The right of a start of a run to commit under `root`, until a later start takes it."""
 
     root: Path
     epoch: int
-    """Starts so far."""
+    """The number of starts so far."""
     token: str
-    """Tells two starts at the same instant, which read the same number, apart: the last rename decides."""
+    """Distinguishes two starts at the same time that read the same number; the last rename wins."""
 
     @staticmethod
     def take(root: Path, begun: bool = False) -> "Fence":
-        """From now on nobody else commits under `root`, which is made unless the run has `begun`. Raises OSError, CheckpointError.
+        """Takes the right to commit under `root` from all others. Raises OSError, CheckpointError.
 
-        Choose what to resume from after this: an older start may have committed until now, and cannot any more.
+        Makes `root` unless the run has already `begun`. Choose the checkpoint to resume from after this: until now an older start
+        may have committed, and from now on it cannot.
         """
-        if begun and not (root / EPOCH).exists():  # an empty folder in its place would be a run without checkpoints
-            raise CheckpointError(f"the run has begun there and {EPOCH} is gone, see whether its storage is mounted")
+        if begun and not (root / EPOCH).exists():  # a new folder would make this a run without checkpoints
+            raise CheckpointError(f"the run has begun there but {EPOCH} is missing; see whether its storage is mounted")
         make_directory(root)
         fence = Fence(root, _epoch(root) + 1, secrets.token_hex(4))
         unfinished = root / f"{SAVING}epoch-{fence.token}"
@@ -46,7 +48,7 @@ class Fence:
         return fence
 
     def check(self) -> None:
-        """Raises SupersededError when a later start has taken the directory, CheckpointStorageError when that cannot be told."""
+        """Raises SupersededError if a later start has taken the directory, CheckpointStorageError if that cannot be determined."""
         try:
             line = (self.root / EPOCH).read_bytes()
         except OSError as error:
@@ -55,7 +57,7 @@ class Fence:
         if line != self._line:
             raise SupersededError(
                 f"{self.root} belongs to a later start of this run (number {_epoch(self.root)}, this one is {self.epoch}); "
-                "end this process, that one goes on"
+                "end this process, the later one continues"
             )
 
     @property
@@ -64,7 +66,7 @@ class Fence:
 
 
 def _epoch(root: Path) -> int:
-    """The number in `.epoch`; 0 when there is none, or what is there was not written by `take`."""
+    """Returns the number in `.epoch`; 0 if the file does not exist or was not written by `take`."""
     try:
         return int((root / EPOCH).read_text().split()[0])
     except (FileNotFoundError, ValueError, IndexError):

@@ -1,12 +1,12 @@
-"""What a checkpoint is made of. Free of torch, so that it can be listed and verified without it.
+"""The content of a checkpoint.
 
     step-00000010/
-        manifest.json               the table of contents, see `Manifest`; what its bytes are is in manifest.py
-        rank-00000.safetensors      the boxes rank 0 held; readable by any safetensors reader, and never executed
+        manifest.json               the table of contents, see `Manifest`; manifest.py defines its bytes
+        rank-00000.safetensors      the boxes that rank 0 held; every safetensors reader can read it, and it is never executed
 
-Every byte is under a hash taken in memory before it was written: the manifest by its own, the header of each shard by
-`StoredFile.header_hash`, each box by one hash for every `block_bytes` of it. Blocks let a reader that needs a few rows
-of a large tensor read and verify only those. Hashes are xxh3_128: they find damage, they do not stop a forger.
+Every byte is covered by a hash that was taken in memory before the byte was written: the manifest by its own, the header of each
+shard by `StoredFile.header_hash`, and each box by a hash per block of `block_bytes`. Blocks let a reader that needs a few rows of a
+large tensor read and verify only those. The hashes are xxh3_128: they detect damage but not forgery.
 """
 
 import re
@@ -23,32 +23,32 @@ from bagualu.parallel.boxes import Box, cover_problem
 
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 16 * 2**20
-"""A multiple of every item size, so that a block begins with a whole element."""
+"""A multiple of every item size, so that every block begins at an element boundary."""
 
 DTYPES = {
     "float64": ("F64", 8), "int64": ("I64", 8), "float32": ("F32", 4), "int32": ("I32", 4), "float16": ("F16", 2),
     "bfloat16": ("BF16", 2), "int16": ("I16", 2), "int8": ("I8", 1), "uint8": ("U8", 1), "bool": ("BOOL", 1),
 }  # fmt: skip
-"""Dtype in torch -> its name in safetensors, bytes of one element."""
+"""torch dtype -> (safetensors name, bytes per element)."""
 
 REMEDY = "restore it from a copy or use an earlier checkpoint"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read. One line: where, which tensor, what is wrong, what to do."""
+    """A checkpoint cannot be written or read. The message is one line with path, tensor, problem and fix."""
 
 
 class CheckpointStorageError(CheckpointError, StorageError):
-    """The storage of a checkpoint cannot be written or read now."""
+    """The storage of a checkpoint cannot be written or read at the moment."""
 
 
 class SupersededError(CheckpointError):
-    """A later start of the run has its checkpoints: this one saves nothing any more."""
+    """A later start of the run has taken over its checkpoints. This start can no longer save."""
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A shard: its size, and how many bytes its safetensors header (length word included) takes."""
+    """The size of a shard, and the size and hash of its safetensors header, including the 8-byte length."""
 
     bytes: int
     header_bytes: int
@@ -57,7 +57,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class StoredBox:
-    """One box of a tensor: where it lies in the tensor, and at which byte of which file it begins, row-major."""
+    """A box of a tensor: its offset and shape in the tensor, and the file and byte where it begins. Elements are row-major."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -83,13 +83,13 @@ class StoredTensor:
         return DTYPES[self.dtype][1]
 
     def bytes_of(self, stored: StoredBox) -> int:
-        """Bytes that one of its boxes takes."""
+        """Returns the bytes of a box of this tensor."""
         return prod(stored.shape) * self.item_bytes
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The table of contents."""
+    """The table of contents of a checkpoint."""
 
     step: int
     metadata: dict[str, Any]
@@ -97,15 +97,15 @@ class Manifest:
     files: dict[str, StoredFile] = field(default_factory=dict)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     digest: str = ""
-    """Hash of all the rest, of a manifest that was read; two ranks with the same one see the same checkpoint."""
+    """Hash of the content, if the manifest was read from a file. Ranks with equal digests see the same checkpoint."""
 
     @property
     def bytes(self) -> int:
-        """Bytes of all shards."""
+        """The bytes of all shards."""
         return sum(file.bytes for file in self.files.values())
 
     def problem(self) -> str | None:
-        """Why the boxes do not make up the tensors, naming the first tensor they do not; None when they do."""
+        """Returns why the boxes of a tensor, which it names, do not cover it exactly once; None if all tensors are complete."""
         for name, tensor in self.tensors.items():
             wrong = cover_problem(tensor.shape, [stored.box for stored in tensor.boxes])
             if wrong:
@@ -114,16 +114,16 @@ class Manifest:
 
 
 def step_name(step: int) -> str:
-    """step-00000010 for step 10."""
+    """Returns the directory name for a step, e.g. step-00000010 for step 10."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int | None:
-    """The step of a committed checkpoint by its name; None for any other name."""
-    found = re.fullmatch(r"step-(\d{8,})", path.name)
-    return int(found[1]) if found and step_name(int(found[1])) == path.name else None
+    """Returns the step in the name of a committed checkpoint; None for any other name."""
+    match = re.fullmatch(r"step-(\d{8,})", path.name)
+    return int(match[1]) if match and step_name(int(match[1])) == path.name else None
 
 
 def digest(data: bytes | bytearray) -> str:
-    """The hash used everywhere in a checkpoint: xxh3_128 in 32 hexadecimal digits."""
+    """Returns the hash that checkpoints use everywhere: xxh3_128 as 32 hexadecimal digits."""
     return str(xxhash.xxh3_128_hexdigest(data))

@@ -1,4 +1,4 @@
-"""What is in a run's checkpoints and whether they are whole, for `bagualu checkpoint list|verify`. Free of torch."""
+"""Describes and verifies a run's checkpoints, for `bagualu checkpoint list|verify`."""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,16 +14,16 @@ from bagualu.fault_tolerance.checkpoint.manifest import read_manifest
 
 
 def describe(root: Path) -> list[dict[str, Any]]:
-    """`describe_one` of every checkpoint under `root`, oldest first."""
+    """Returns `describe_one` of every checkpoint under `root`, lowest step first."""
     return [describe_one(path) for path in list_checkpoints(root)]
 
 
 def describe_one(path: Path) -> dict[str, Any]:
-    """What is known of the checkpoint at `path` without reading its data, as plain JSON.
+    """Describes the checkpoint at `path` without reading its data, as plain JSON.
 
-    Its keys: path, step, saved (seconds since the epoch), bytes, tensors (how many), shards (how many), layout
-    (metadata["layout"], if any), metadata, problem. `problem` is None, or what a quick look (manifest, size and header of every
-    shard) finds wrong; `verify` reads everything. Where the manifest is damaged, only path, step and problem are not None.
+    Keys: path, step, saved (seconds since the epoch), bytes, tensors (a count), shards (a count), layout (metadata["layout"], if
+    any), metadata, problem. `problem` is None, or the problem found by a quick check (manifest, size and header of every shard);
+    `verify` reads everything. If the manifest is damaged, only path, step and problem are not None.
     """
     row: dict[str, Any] = dict.fromkeys(("path", "step", "saved", "bytes", "tensors", "shards", "layout", "metadata", "problem"))
     row.update(path=str(path), step=step_of(path))
@@ -39,7 +39,7 @@ def describe_one(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path, threads: int = 1) -> list[str]:
-    """Read every byte of the checkpoint at `path`; everything that is wrong, one line each, [] when it is whole."""
+    """Reads every byte of the checkpoint at `path` and returns a line per problem; [] if it is whole."""
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
@@ -53,13 +53,13 @@ def verify(path: Path, threads: int = 1) -> list[str]:
         except CheckpointError as error:
             problems.append(str(error))
     with ThreadPoolExecutor(threads) as pool:
-        for found in pool.map(partial(damage, path, manifest), stored, stored.values()):
-            problems += found
+        for damages in pool.map(partial(damage, path, manifest), stored, stored.values()):
+            problems += damages
     return problems
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a quick look finds nothing wrong: manifest, and the size and header of every shard."""
+    """Whether a quick check (manifest, size and header of every shard) finds no problem."""
     try:
         check_files(path, read_manifest(path))
     except CheckpointError:
@@ -68,13 +68,13 @@ def is_whole(path: Path) -> bool:
 
 
 def check_files(path: Path, manifest: Manifest) -> None:
-    """Raises CheckpointError for the first shard that is missing, has another size or another header."""
+    """Raises CheckpointError for the first shard that is missing or has a wrong size or header."""
     for name in manifest.files:
         open_shard(path, manifest, name).close()
 
 
 def damage(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int, StoredBox]]) -> list[str]:
-    """What is wrong with one shard: every damaged block of it is named."""
+    """Returns the problems of a shard; every damaged block is named."""
     problems = list(_gaps(path, manifest, name, boxes))
     try:
         with open_shard(path, manifest, name) as shard:
@@ -87,7 +87,7 @@ def damage(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int
 
 
 def _gaps(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int, StoredBox]]) -> Iterable[str]:
-    """Bytes of a shard that belong to no box or to two: they would be under no hash, or two tensors would be one."""
+    """Yields problems for bytes of a shard that belong to no box, so that no hash covers them, or to two boxes."""
     spans = sorted((box.start, box.start + size) for _, size, box in boxes if size)
     about = manifest.files[name]
     for (_, end), (begin, _) in pairwise([(0, about.header_bytes), *spans, (about.bytes, about.bytes)]):

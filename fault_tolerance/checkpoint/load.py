@@ -1,8 +1,9 @@
-"""Loading: any boxes of any stored tensors, whatever boxes they were saved in.
+"""Loads any boxes of stored tensors, whatever boxes they were saved in.
 
-What is wanted is turned into jobs, one for each block of each stored box that holds any of it. So every block is read once,
-verified, and given to whoever wants a part of it; a block that one destination takes whole goes straight there. Jobs are
-done file by file from the front, by several threads: reading and hashing let go of the interpreter.
+The requests are turned into jobs, one per block of a stored box that contains requested elements. So every block is read and
+verified once and copied to every request that needs a part of it; a block that a single request takes whole is read straight into
+its tensor. Several threads do the jobs, file by file and in the order of the bytes; reading and hashing release the interpreter
+lock.
 """
 
 from collections import defaultdict
@@ -22,12 +23,12 @@ from bagualu.fault_tolerance.checkpoint.manifest import read_manifest
 from bagualu.parallel.boxes import Box, flat_range_to_boxes
 
 _RUN_BYTES = 2**26
-"""About what a thread reads of one file before it takes the next piece of work."""
+"""Approximate bytes that a thread reads from a file before it takes its next jobs."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Wanted: the box of the global tensor `name` that begins at `offset` and has the shape of `out`, in `out`."""
+    """A request for the box of the global tensor `name` that begins at `offset` and has the shape of `out`, which receives it."""
 
     name: str
     offset: tuple[int, ...]
@@ -36,13 +37,13 @@ class Request:
 
 @dataclass
 class _Wanted:
-    """A stored box, and the parts of it that are wanted."""
+    """A stored box, and the requested parts of it."""
 
     name: str
     tensor: StoredTensor
     stored: StoredBox
     parts: list[tuple[Box, torch.Tensor]] = field(default_factory=list)
-    """(part, seen from the stored box; where it goes, in the part's shape)."""
+    """(part, with offsets relative to the stored box; the tensor of the part's shape that receives it)."""
 
     @property
     def size(self) -> int:
@@ -51,24 +52,24 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Job:
-    """One block of a stored box."""
+    """A block of a stored box."""
 
     wanted: _Wanted
     block: int
     parts: Sequence[tuple[Box, torch.Tensor]]
-    """What of it is wanted: (part seen from the stored box, where it goes)."""
+    """The parts that overlap the block, as in `_Wanted.parts`."""
 
 
 class Checkpoint:
-    """A committed checkpoint, open for reading; its manifest is verified on opening.
+    """A committed checkpoint, open for reading. Its manifest is verified when it is opened.
 
-    Raises CheckpointError, here and from every method: one line with path, tensor, what is wrong and what to do.
+    The constructor and every method raise CheckpointError: one line with path, tensor, problem and fix.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._manifest = read_manifest(path)
-        self._seen: set[str] = set()  # shards whose header is verified
+        self._seen: set[str] = set()  # shards whose header has been verified
 
     @property
     def step(self) -> int:
@@ -80,23 +81,23 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """Hash of the manifest: two ranks that have the same one see the same checkpoint."""
+        """Hash of the manifest. Ranks with equal digests see the same checkpoint."""
         return self._manifest.digest
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Global shape and dtype of every tensor, by name."""
+        """Name -> global shape and dtype of every tensor."""
         return {name: (t.shape, getattr(torch, t.dtype)) for name, t in self._manifest.tensors.items()}
 
     def read(self, name: str, offset: tuple[int, ...], out: torch.Tensor) -> None:
-        """Fill `out` with one box; see `read_all`."""
+        """Fills `out` with a single box; see `read_all`."""
         self.read_all([Request(name, offset, out)])
 
     def read_all(self, requests: Iterable[Request], threads: int = 1) -> None:
-        """Fill the `out` of every request.
+        """Fills the `out` of every request.
 
-        Each has the stored dtype, any strides, any device. Only the blocks that hold wanted elements are read, and every one
-        of them is verified. On an error the `out`s may hold anything: give fresh ones and use them when all are filled.
+        Each `out` has the stored dtype, and any strides and device. Only blocks that contain requested elements are read, and all
+        of them are verified. After an error every `out` is undefined, so pass new tensors and use them only when the call returns.
         """
         runs = _runs(self._jobs(requests))
         if threads == 1 or len(runs) < 2:
@@ -105,7 +106,7 @@ class Checkpoint:
             return
         with ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(self._read_run, runs):
-                pass  # the first error, in the order of the runs, is raised here and the rest is given up
+                pass  # raises the first error, in the order of the runs, and abandons the rest
 
     def _jobs(self, requests: Iterable[Request]) -> list[_Job]:
         wanted: dict[tuple[str, int], _Wanted] = {}
@@ -116,12 +117,12 @@ class Checkpoint:
                 common = stored.box.intersection(box)
                 if common:
                     held += common.elements
-                    place = wanted.setdefault((request.name, number), _Wanted(request.name, tensor, stored))
+                    box_parts = wanted.setdefault((request.name, number), _Wanted(request.name, tensor, stored))
                     part = common.shift(tuple(-o for o in stored.offset))
-                    place.parts.append((part, request.out[common.slices(box.offset)]))
+                    box_parts.parts.append((part, request.out[common.slices(box.offset)]))
             if held != box.elements:
                 raise self._error(request.name, f"has only {held} of the {box.elements} elements at {box.offset}; {REMEDY}")
-        return [job for place in wanted.values() for job in self._blocks(place)]
+        return [job for box_parts in wanted.values() for job in self._blocks(box_parts)]
 
     def _checked(self, request: Request) -> tuple[StoredTensor, Box]:
         name, box = request.name, Box(tuple(request.offset), tuple(request.out.shape))
@@ -138,7 +139,7 @@ class Checkpoint:
         return tensor, box
 
     def _blocks(self, wanted: _Wanted) -> Iterable[_Job]:
-        """The blocks of a stored box that hold any of its wanted parts."""
+        """Returns jobs for the blocks of a stored box that contain requested elements."""
         per_block = self._manifest.block_bytes // wanted.tensor.item_bytes
         shape = wanted.stored.shape
         parts: defaultdict[int, list[tuple[Box, torch.Tensor]]] = defaultdict(list)
@@ -156,7 +157,7 @@ class Checkpoint:
                 self._read_job(file, job)
 
     def _read_job(self, file: FileIO, job: _Job) -> None:
-        """Read one block, verify it, and hand it out."""
+        """Reads and verifies a block and copies its elements to the requests."""
         wanted, block_bytes = job.wanted, self._manifest.block_bytes
         item, shape = wanted.tensor.item_bytes, wanted.stored.shape
         begin, end = job.block * block_bytes, min((job.block + 1) * block_bytes, wanted.size)
@@ -179,7 +180,7 @@ class Checkpoint:
 
 
 def _runs(jobs: list[_Job]) -> list[list[_Job]]:
-    """The jobs in the order in which they lie on disk, cut into pieces of work within one file."""
+    """Sorts the jobs in the order of their bytes on disk and groups them into runs within a file."""
     jobs.sort(key=lambda job: (job.wanted.stored.file, job.wanted.stored.start, job.block))
     runs: list[list[_Job]] = []
     taken = 0
@@ -193,20 +194,21 @@ def _runs(jobs: list[_Job]) -> list[list[_Job]]:
 
 
 def _straight(job: _Job, begin: int, end: int) -> torch.Tensor | None:
-    """Where elements begin .. end of the stored box go as they lie, as a flat view of it; None when they must be handed out."""
+    """Returns a flat view of the destination if elements begin .. end - 1 of the stored box can be read straight into it, else
+    None."""
     if len(job.parts) > 1:
         return None
     (part, out), shape = job.parts[0], job.wanted.stored.shape
     first = _flat(shape, part.offset)
     last = _flat(shape, tuple(stop - 1 for stop in part.stop))
-    runs_through = last - first + 1 == part.elements  # its elements lie one after the other in the stored box
-    if not (runs_through and out.is_contiguous() and out.device.type == "cpu" and first <= begin and end <= last + 1):
+    consecutive = last - first + 1 == part.elements  # its elements are consecutive in the stored box
+    if not (consecutive and out.is_contiguous() and out.device.type == "cpu" and first <= begin and end <= last + 1):
         return None
     return out.view(-1)[begin - first : end - first]
 
 
 def _flat(shape: tuple[int, ...], index: tuple[int, ...]) -> int:
-    """Place of an element in the row-major order of a box of `shape`."""
+    """Returns the index of an element in the row-major order of a box of `shape`."""
     flat = 0
     for size, at in zip(shape, index, strict=True):
         flat = flat * size + at
@@ -214,6 +216,6 @@ def _flat(shape: tuple[int, ...], index: tuple[int, ...]) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a flat, contiguous tensor on the host."""
-    flat = tensor.as_strided((tensor.numel(),), (1,))  # one element may have any stride
+    """Returns the memory of a flat, contiguous tensor on the host."""
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # because a tensor of one element may have any stride
     return flat.view(torch.uint8).numpy().data

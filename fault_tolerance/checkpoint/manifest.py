@@ -1,13 +1,13 @@
-"""The bytes of manifest.json: one JSON document whose first line is enough to know what is where. Free of torch.
+"""The bytes of manifest.json: a JSON document whose first line alone tells which tensor is in which part of the file.
 
     {"hash":"..","content":{"format":..,"step":..,"metadata":..,"block_bytes":..,"files":{..},"tensors":{..}},"tables":[
     {"tensor":"weight/a","files":..,"offsets":..,"shapes":..,"starts":..,"hashes":..},
     ...
     ]}
 
-The hash is that of the content. `files` says of each shard [bytes, bytes of its header, hash of the header], `tensors` of each
-tensor [dtype, shape, bytes of its table's line, hash of that line]. A rank reads the first line, and of the tables those of the
-tensors it needs: with 10,000 shards all tables are hundreds of megabytes (docs/design/checkpoint_format.md).
+The hash is that of the content. `files` maps each shard to [bytes, bytes of its header, hash of the header]; `tensors` maps each
+tensor to [dtype, shape, bytes of its table's line, hash of that line]. A rank reads the first line and only the tables of the
+tensors it needs, because with 10,000 shards all tables take hundreds of megabytes (docs/design/checkpoint_format.md).
 """
 
 import json
@@ -41,13 +41,13 @@ _OPEN, _CONTENT, _TABLES, _CLOSE = b'{"hash":"', b'","content":', b',"tables":[\
 _FIELDS = {"format", "step", "metadata", "block_bytes", "files", "tensors"}
 _MOST_LINE_BYTES = 2**30
 _MOST_HEADER_BYTES = 100_000_000
-"""As in the safetensors library."""
+"""The limit of the safetensors library."""
 _MOST_BLOCK_BYTES = 2**28
-"""What is read before it is verified takes at most so much memory, whatever a manifest says."""
+"""Limits the memory for data that is not yet verified, whatever the manifest says."""
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json. Raises ValueError for metadata that JSON does not give back as it was."""
+    """Returns the bytes of manifest.json. Raises ValueError for metadata that JSON does not preserve."""
     if json.loads(json.dumps(manifest.metadata, allow_nan=False)) != manifest.metadata:
         raise ValueError("metadata must be plain JSON: string keys, lists (no tuples), finite numbers, strings")
     numbers = {name: number for number, name in enumerate(manifest.files)}
@@ -70,9 +70,9 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint at `path`, verified; the boxes of a tensor are read and verified when first asked for.
+    """Returns the verified manifest of the checkpoint at `path`. The boxes of a tensor are read and verified at their first use.
 
-    Raises CheckpointError, then too.
+    Raises CheckpointError, at their first use too.
     """
     try:
         with BufferedReader(open_file(path / MANIFEST)) as file:
@@ -91,7 +91,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 class _Boxes(Sequence[StoredBox]):
-    """The boxes of one tensor, read when first asked for."""
+    """The boxes of a tensor, read at their first use."""
 
     def __init__(self, read: Callable[[], tuple[StoredBox, ...]]) -> None:
         self._read = read
@@ -114,7 +114,7 @@ class _Boxes(Sequence[StoredBox]):
 
 
 def _decode(first: bytes, size: int, path: Path) -> Manifest:
-    """The manifest whose first line is `first`, in the file `path` of `size` bytes. Raises ValueError, in a few words."""
+    """Parses the first line of the manifest `path`, a file of `size` bytes. Raises ValueError with a predicate of the message."""
     begin = len(_OPEN) + table.HASH_LENGTH
     hashed, content = first[len(_OPEN) : begin], first[begin + len(_CONTENT) : -len(_TABLES)]
     if first != _OPEN + hashed + _CONTENT + content + _TABLES or digest(content).encode() != hashed:
@@ -123,7 +123,7 @@ def _decode(first: bytes, size: int, path: Path) -> Manifest:
     if type(head) is not dict or head.get("format") != FORMAT:
         raise ValueError(f"is in another format than {FORMAT}, which this version reads; use the version that wrote it")
     if head.keys() != _FIELDS or any(type(head[field]) is not dict for field in ("metadata", "files", "tensors")):
-        raise ValueError("is not what this version writes")
+        raise ValueError("has other fields than this version writes")
     step, block_bytes = table.whole_numbers([head["step"], head["block_bytes"]])
     if not 0 < block_bytes <= _MOST_BLOCK_BYTES or block_bytes % 8:
         raise ValueError(f"has blocks of {block_bytes} bytes; they are a multiple of 8 and at most {_MOST_BLOCK_BYTES}")
@@ -141,24 +141,24 @@ def _decode(first: bytes, size: int, path: Path) -> Manifest:
 
 def _file(name: str, about: Any) -> StoredFile:
     if re.fullmatch(r"[\w-][\w.-]*", name) is None or name == MANIFEST:
-        raise ValueError(f"names {name!r}, which is no file of a checkpoint")
+        raise ValueError(f"names {name!r}, which is not a valid name of a shard")
     if type(about) is not list or len(about) != 3:
-        raise ValueError(f"does not say of {name} what this version says")
+        raise ValueError(f"has an invalid entry for file {name}")
     size, header = table.whole_numbers(about[:2])
     if not 8 <= header <= min(size, _MOST_HEADER_BYTES):
-        raise ValueError(f"has {header} bytes for the header of {name}, which has {size}")
+        raise ValueError(f"states a header of {header} bytes for {name}, a file of {size} bytes")
     return StoredFile(size, header, *table.hashes(about[2], 1))
 
 
 def _tensor(name: str, about: Any) -> tuple[StoredTensor, int, str]:
-    """A tensor without its boxes, and the size and hash of its table's line."""
+    """Returns a tensor without its boxes, and the size and hash of its table's line. Raises ValueError."""
     if type(about) is not list or len(about) != 4 or type(about[0]) is not str or about[0] not in DTYPES:
-        raise ValueError(f"does not say of tensor {name} what this version says")
+        raise ValueError(f"has an invalid entry for tensor {name}")
     tensor = StoredTensor(table.whole_numbers(about[1]), about[0], ())
     (length,) = table.whole_numbers(about[2:3])
     table.whole_numbers([prod(tensor.shape) * tensor.item_bytes])
     if not 0 < length <= _MOST_LINE_BYTES:
-        raise ValueError(f"has {length} bytes for the table of tensor {name}")
+        raise ValueError(f"states {length} bytes for the table of tensor {name}")
     (hashed,) = table.hashes(about[3], 1)
     return tensor, length, hashed
 
@@ -166,7 +166,7 @@ def _tensor(name: str, about: Any) -> tuple[StoredTensor, int, str]:
 def _table(
     path: Path, at: int, length: int, expected: str, name: str, tensor: StoredTensor, manifest: Manifest, files: list[str]
 ) -> tuple[StoredBox, ...]:
-    """The boxes in the line of `length` bytes that begins at byte `at` of the manifest. Raises CheckpointError."""
+    """Returns the boxes in the line of `length` bytes at byte `at` of the manifest. Raises CheckpointError."""
     where = f"{path.parent}: {path.name}: the table of tensor {name}"
     try:
         with open_file(path) as file:

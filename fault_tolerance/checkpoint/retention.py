@@ -1,4 +1,4 @@
-"""Which checkpoints stay. Free of torch."""
+"""Decides which checkpoints stay."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -8,11 +8,10 @@ from bagualu.fault_tolerance.checkpoint.inspect import is_whole
 
 
 def prune(root: Path, keep: int, just_saved: Path, damaged: Collection[str] = ()) -> None:
-    """Leave the newest `keep` whole checkpoints and whatever is newer than the oldest of those; remove the rest.
+    """Removes old checkpoints: keeps the newest `keep` whole ones and everything newer than the oldest of those.
 
-    A damaged one (by a quick look, or because `damaged` has its name) does not count towards `keep`. `just_saved` is never removed.
-
-    Raises CheckpointError.
+    A damaged checkpoint, according to a quick check or to `damaged` (names), does not count towards `keep`. `just_saved` is never
+    removed. Raises CheckpointError.
     """
     whole = 0
     for path in reversed(list_checkpoints(root)):

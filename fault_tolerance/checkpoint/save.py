@@ -1,10 +1,10 @@
-"""Saving: every rank makes its part durable, all tell rank 0 how it went, rank 0 commits by one rename.
+"""Saving: every rank writes its part durably and reports to rank 0, which commits the checkpoint by a rename.
 
     main thread    start: snapshot ... training ...  advance: reports -> rank 0 ... training ...  advance: outcome <- rank 0
     writer thread        mkdir, fence, shard, fsync                    rank 0: manifest, rename           prune, look back
 
-Until the rename nothing is there to load; after it everything is. A failure anywhere is raised on every rank. The collectives are
-all on the main thread; whatever touches the storage is in the writer thread, so that no step waits for it.
+Before the rename there is nothing to load; after it the checkpoint is complete. A failure on any rank raises an error on every
+rank. The main thread runs all collectives; the writer thread does all work on storage, so that no step waits for it.
 """
 
 import contextlib
@@ -37,29 +37,29 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class _UnderWay:
+class _Save:
     step: int
     metadata: dict[str, Any]
     temporary: Path
     job: Job | None
-    """What this rank has to do before the next `advance`: its part, then on rank 0 the commit."""
+    """This rank's work until the next `advance`: its part, then on rank 0 the commit."""
     deadline: float
-    """Monotonic time by which it must be done."""
+    """The monotonic time by which the job must be done."""
     committing: bool = False
-    """Every part is durable; the same on every rank."""
+    """Whether every part is durable; the same on every rank."""
     claim: Claim = field(default_factory=Claim)
-    """What was told of a failed save stays true: a commit that ends well after that takes itself back."""
+    """Keeps a reported failure true: a commit that completes after the report undoes itself."""
     report: dict[str, Any] | None = None
-    """Of this rank's part, once it is durable."""
+    """The report on this rank's part, once it is durable."""
     failed: Outcome | None = None
-    """Why this rank has given it up."""
+    """The error for which this rank has given up the save."""
 
 
 class Saver:
-    """One rank's saves, one at a time. Every rank calls `start`, `advance` and `conclude` alike, on its main thread.
+    """Saves checkpoints on a rank, one at a time. All ranks call `start`, `advance` and `conclude` together, on their main threads.
 
-    `device`: where the group's collectives want their tensors. `timeout_seconds`: storage that has not answered for so long has
-    failed; it must be well below the timeout of the group, in which the other ranks wait.
+    `device` is that of the group's collectives. Storage that does not respond for `timeout_seconds` has failed. This must be well
+    below the timeout of the group, because the other ranks wait in collectives.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Saver:
             raise ValueError(f"Saver: keep={keep} must be at least 1")
         self.fence, self.group, self.keep, self.device, self.timeout_seconds = fence, group, keep, device, timeout_seconds
         self._writer = Writer(group.ranks[group.rank])
-        self._under_way: _UnderWay | None = None
+        self._under_way: _Save | None = None
         self._attempts = 0
         self._look_back = LookBack(keep)
         self._looks_back = False
-        """It has something to read, once training goes on; after the last save nobody waits for it."""
+        """Whether a checkpoint is to be verified as soon as training continues; after the last save this is not done."""
         self._damaged: set[str] = set()
-        """On rank 0: names of checkpoints that some rank has found damaged."""
+        """On rank 0: the names of checkpoints that a rank has found damaged."""
 
     @property
     def under_way(self) -> bool:
@@ -88,8 +88,9 @@ class Saver:
         return self._under_way is not None
 
     def status(self) -> tuple[float, float]:
-        """(1.0 while this rank's writer has something to do for the save under way, 1.0 when that has failed): to be added up over
-        the ranks. When the first sum is 0 or the second is not, `advance` does not have to wait.
+        """Returns (1.0 while this rank's writer works on the save in progress, else 0.0; 1.0 if that has failed, else 0.0).
+
+        Sum both over the ranks. If the first sum is 0 or the second is not, `advance` does not have to wait.
         """
         if self._under_way is None:
             if self._looks_back:
@@ -100,10 +101,10 @@ class Saver:
         return float(outcome is None), float(outcome is not None and "error" in outcome)
 
     def start(self, step: int, pieces: Iterable[Piece], metadata: dict[str, Any]) -> None:
-        """Begin to save `step`; returns at once. The tensors must not change before `conclude` (or be a Snapshot's).
+        """Begins to save `step` and returns at once. The tensors must not change before `conclude`, unless they are a Snapshot's.
 
-        The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON; that of
-        position 0 is written. A committed checkpoint is immutable: a step that is there already is refused.
+        The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON; that of position
+        0 is written. A committed checkpoint is never changed: a step that exists already is refused.
         """
         if self._under_way is not None:
             raise ValueError(f"step {self._under_way.step} is still being saved; conclude it first")
@@ -112,21 +113,20 @@ class Saver:
         temporary = temporary_for(root, step, f"{self.fence.token}-{self._attempts}")
         self.group.monitor.at("write")
         part = self._writer.submit(self._fenced, self._write_part, temporary, root / step_name(step), pieces)
-        self._under_way = _UnderWay(step, metadata, temporary, part, self._deadline())
+        self._under_way = _Save(step, metadata, temporary, part, self._deadline())
 
     def conclude(self) -> Path:
-        """Wait for the save under way and commit it; its path. Collective. Raises as `advance`."""
+        """Waits for the save in progress, commits it and returns its path. Collective. Raises the errors of `advance`."""
         while (path := self.advance()) is None:
             pass
         return path
 
     def advance(self, wait: bool = True) -> Path | None:
-        """Bring the save under way one stage further: None when rank 0 now commits it, its path when that is done. Collective.
+        """Advances the save in progress: returns None when rank 0 begins to commit it, its path when it is committed. Collective.
 
-        wait=False, after `status` has said that some rank failed, does not wait for parts that are still being written.
-        Raises on every rank when any rank failed: SupersededError, CheckpointStorageError where the storage is all that is wrong,
-        else CheckpointError; then the save is given up, nothing new is there and the earlier
-        checkpoints are as they were.
+        Use wait=False when `status` has shown that a rank failed; then it does not wait for parts that are still being written. If
+        any rank failed, it raises on every rank: SupersededError, CheckpointStorageError if only storage has failed, else
+        CheckpointError. The save is then given up, and the earlier checkpoints are unchanged.
         """
         save = self._under_way
         assert save is not None
@@ -150,30 +150,30 @@ class Saver:
         return final
 
     def rest(self) -> None:
-        """Wait until no old checkpoint is being removed any more by this rank."""
+        """Waits until this rank's writer has finished its work, e.g. removing old checkpoints."""
         self._writer.rest(self.timeout_seconds)
 
     def close(self, wait: bool = True) -> None:
-        """Nothing is saved after it. `wait`: for the writer to finish what it does; old checkpoints are removed after a commit."""
+        """Ends saving. With `wait`, lets the writer finish; after a commit it removes old checkpoints."""
         self._writer.close(self.timeout_seconds if wait else 0)
 
     def _deadline(self) -> float:
         return time.monotonic() + self.timeout_seconds
 
-    def _outcome(self, save: _UnderWay, wait: bool = False) -> Outcome | None:
-        """What has become of this rank's job; None while it has time left, unless told to wait."""
+    def _outcome(self, save: _Save, wait: bool = False) -> Outcome | None:
+        """Returns the outcome of this rank's job; None if it is still running within its time and `wait` is false."""
         if save.job is None:
             return {"done": None}
         left = save.deadline - time.monotonic()
         outcome = save.failed or (save.job.wait(left) if wait or left < 0 else save.job.outcome)
         if outcome and "error" in outcome:
-            if not save.claim.give_up():  # at the last moment after all
+            if not save.claim.give_up():  # it was committed at the last moment
                 return {"done": None}
             save.failed = outcome
         return outcome
 
-    def _all_durable(self, save: _UnderWay, wait: bool) -> Outcome:
-        """Tell rank 0 of this rank's part; its verdict. If all are durable, it begins to commit."""
+    def _all_durable(self, save: _Save, wait: bool) -> Outcome:
+        """Reports this rank's part to rank 0, which starts the commit if all parts are durable; returns rank 0's verdict."""
         own = self._outcome(save, wait)
         save.report = own.get("done") if own else None
         self.group.monitor.at("commit")
@@ -183,25 +183,25 @@ class Saver:
         if outcomes is not None:
             errors = [(rank, o) for rank, o in zip(self.group.ranks, outcomes, strict=True) if o and "error" in o]
             if errors:
-                rank, worst = min(errors, key=lambda one: list(KINDS).index(one[1]["kind"]))
+                rank, worst = min(errors, key=lambda error: list(KINDS).index(error[1]["kind"]))
                 more = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
                 verdict = {**worst, "error": f"rank {rank}{more}: {worst['error']}"}
             else:
                 save.job = self._writer.submit(self._fenced, self._commit, save, [o["done"] for o in outcomes if o])
                 save.deadline = self._deadline()
-        told: Outcome = broadcast_json(verdict, self.group, self.device)
-        return told
+        shared: Outcome = broadcast_json(verdict, self.group, self.device)
+        return shared
 
-    def _committed(self, save: _UnderWay) -> Outcome:
-        """Rank 0's verdict on its commit."""
+    def _committed(self, save: _Save) -> Outcome:
+        """Returns rank 0's outcome of the commit, on every rank."""
         own = self._outcome(save, wait=True)
         if own and "error" in own:
             own = {**own, "error": f"rank {self.group.ranks[0]}: {own['error']}"}
-        told: Outcome = broadcast_json(own, self.group, self.device)
-        return told
+        shared: Outcome = broadcast_json(own, self.group, self.device)
+        return shared
 
     def _fenced(self, job: Callable[..., T], *args: Any) -> T:
-        """In the writer thread. A later start sets aside what this one writes: such an error is not the storage's."""
+        """Runs in the writer thread. If a later start has set aside what this one writes, the error is not one of storage."""
         try:
             return job(*args)
         except OSError:
@@ -209,12 +209,13 @@ class Saver:
             raise
 
     def _write_part(self, temporary: Path, final: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
-        """In the writer thread: this rank's shard, durable; its report. The order of the first two lines is the fence."""
+        """Runs in the writer thread: writes this rank's shard durably and returns its report. First mkdir, then the fence: see
+        fence.py."""
         temporary.mkdir(exist_ok=True)
         try:
             self.fence.check()
         except CheckpointError:
-            with contextlib.suppress(OSError):  # rank 0 removes it once, for whoever failed first: that may have been before
+            with contextlib.suppress(OSError):  # rank 0's removal, for the rank that failed first, may have come earlier
                 temporary.rmdir()
             raise
         if self.group.rank == 0:
@@ -224,23 +225,23 @@ class Saver:
         report = write_shard(temporary / f"rank-{self.group.ranks[self.group.rank]:05d}.safetensors", pieces)
         return {**report, "damaged": dict(self._look_back.damaged)}
 
-    def _commit(self, save: _UnderWay, reports: list[dict[str, Any]]) -> None:
+    def _commit(self, save: _Save, reports: list[dict[str, Any]]) -> None:
         manifest = manifest_of(save.step, save.metadata, self.group.ranks, reports)
         self._note_damage(reports)
         commit(self.fence, save.temporary, self.fence.root / step_name(save.step), manifest, save.claim)
 
     def _note_damage(self, reports: list[dict[str, Any]]) -> None:
-        """What the ranks found when they read again what they had written."""
-        found: set[str] = set()
+        """Logs and records the damage that ranks have found in checkpoints they had written."""
+        damaged: set[str] = set()
         for rank, report in zip(self.group.ranks, reports, strict=True):
             for name, why in report["damaged"].items():
-                if name not in self._damaged | found:
+                if name not in self._damaged | damaged:
                     log.warning("rank %d: %s; it does not count towards checkpoint.keep=%d", rank, why, self.keep)
-                found.add(name)
-        self._damaged = found
+                damaged.add(name)
+        self._damaged = damaged
 
     def _prune(self, just_saved: Path) -> None:
-        """The checkpoint is committed: that an old one cannot be removed is no reason to call the save failed."""
+        """Removes old checkpoints. The save is committed, so a failure to remove is only logged."""
         try:
             self.fence.check()
             prune(self.fence.root, self.keep, just_saved, self._damaged)
@@ -251,7 +252,8 @@ class Saver:
 def take_fence(
     root: Path, group: Group, device: torch.device = _HOST, timeout_seconds: float = _TIMEOUT_SECONDS, begun: bool = False
 ) -> Fence:
-    """The fence of `root` for all ranks of `group`, taken by position 0; `begun`, as it sees it: the run has been there before.
+    """Takes the fence of `root` for all ranks of `group`, on position 0, and returns it. `begun`: whether the run already has
+    checkpoints there; only position 0's value counts.
 
     Collective. Raises CheckpointError on every rank.
     """
@@ -276,9 +278,9 @@ def save(
     keep: int,
     device: torch.device = _HOST,
 ) -> Path:
-    """Write a checkpoint of `step` under `root`, by itself, and return its path. Collective over `group`.
+    """Writes a single checkpoint of `step` under `root` and returns its path. Collective over `group`.
 
-    It is a start of its own: it takes the fence from whoever saves there. Otherwise as `Saver.start` and `Saver.conclude`.
+    It counts as a start of its own: it takes the fence from any process that saves there. See `Saver.start` and `Saver.conclude`.
     """
     saver = Saver(take_fence(root, group, device), group, keep, device)
     try:
@@ -289,14 +291,14 @@ def save(
 
 
 def _clear_failed(temporary: Path, fence: Fence) -> None:
-    """Remove what failed saves of this start have left, but not `temporary`. Raises OSError."""
+    """Removes what failed saves of this start have left, except `temporary`. Raises OSError."""
     for path in list(fence.root.glob(f"{SAVING}*-{fence.token}-*")):
         if path != temporary:
             delete(doom(path))
 
 
 def _remove_quietly(temporary: Path) -> None:
-    """What is left of a failed save; what cannot be removed now is removed by the next one."""
+    """Removes the rest of a failed save; the next save removes what cannot be removed now."""
     doomed = temporary
     with contextlib.suppress(OSError):
         doomed = doom(temporary)

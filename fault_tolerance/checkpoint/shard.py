@@ -1,4 +1,4 @@
-"""Writing one rank's pieces as a safetensors file."""
+"""Writes a rank's pieces to a safetensors file."""
 
 import json
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from bagualu.parallel.boxes import Box
 
 @dataclass(frozen=True)
 class Piece:
-    """The box of the global tensor `name` that begins at `offset` and has the shape of `tensor`."""
+    """A box of the global tensor `name`: it begins at `offset`, and `tensor` holds its values."""
 
     name: str
     global_shape: tuple[int, ...]
@@ -31,12 +31,12 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """Its name in the shard: that of the tensor, and the offset unless it is the whole tensor."""
+        """The name in the shard: the tensor's, with the offset appended unless the box is the whole tensor."""
         whole = tuple(self.tensor.shape) == tuple(self.global_shape)
         return self.name if whole else f"{self.name}@{','.join(map(str, self.offset))}"
 
     def check(self) -> None:
-        """Raises ValueError for a box outside its tensor or a dtype that cannot be stored."""
+        """Raises ValueError if the box is not within its tensor or the dtype cannot be stored."""
         shape = tuple(self.tensor.shape)
         if not Box(tuple(self.offset), shape).inside(tuple(self.global_shape)):
             raise ValueError(f"tensor {self.name}: the piece at {tuple(self.offset)} of shape {shape} does not lie in "
@@ -46,17 +46,17 @@ class Piece:
 
 
 def write_shard(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
-    """Write `pieces` to the new file `path`, durably, and say what went where, as plain JSON for the manifest.
+    """Writes `pieces` durably to the new file `path` and returns a report, in plain JSON, for the manifest.
 
-    {"file": fields of StoredFile, "boxes": [{"name", "global_shape", "dtype", "stored": fields of StoredBox}]}; file is
-    None and nothing is written when this rank has no elements at all. Raises OSError, ValueError.
+    The report is {"file": fields of StoredFile, "boxes": [{"name", "global_shape", "dtype", "stored": fields of StoredBox}]}. If
+    this rank has no elements at all, it writes no file and "file" is None. Raises OSError, ValueError.
     """
     checked = []
     for piece in pieces:
         piece.check()
         if piece.tensor.numel() or not prod(piece.global_shape):
             checked.append(piece)
-    # Widest elements first: then every tensor begins at a multiple of its own item size.
+    # The widest elements come first, so that every tensor begins at a multiple of its own item size.
     checked.sort(key=lambda piece: -piece.tensor.element_size())
     if not checked:
         return {"file": None, "boxes": []}
@@ -76,7 +76,7 @@ def write_shard(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
 
 
 def _header(pieces: list[Piece]) -> bytes:
-    """The safetensors header: a length word and JSON, padded to a multiple of eight bytes."""
+    """Returns the safetensors header: an 8-byte length and JSON, padded to a multiple of eight bytes. Raises ValueError."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for piece in pieces:
@@ -92,6 +92,6 @@ def _header(pieces: list[Piece]) -> bytes:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The elements of `tensor`, row-major, in host memory; no copy where they lie there like that already."""
+    """Returns the elements, row-major, in host memory. It copies only if they are not stored like that already."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

@@ -1,8 +1,8 @@
-"""The boxes of one stored tensor as one line of JSON, in columns, and the checks before any of it is believed. Free of torch.
+"""Encodes the boxes of a stored tensor as a line of JSON, in columns, and checks such a line.
 
     {"tensor":"weight/a","files":[0,1],"offsets":[[0,0],[3,0]],"shapes":[[3,4],[3,4]],"starts":[264,264],"hashes":["0a..","5b.."]}
 
-`files` count from 0 in the order of the manifest; the hashes of a box's blocks stand in one string, one after the other.
+`files` are indices into the manifest's files. The hashes of a box's blocks are concatenated in a single string.
 """
 
 import json
@@ -21,7 +21,7 @@ _HEXADECIMAL = re.compile("[0-9a-f]*")
 
 
 def encode(name: str, boxes: Sequence[StoredBox], files: dict[str, int]) -> bytes:
-    """The line of tensor `name`; `files` gives each file's number."""
+    """Returns the line of tensor `name`; `files` maps file names to their indices."""
     columns = {
         "files": [files[box.file] for box in boxes],
         "offsets": [box.offset for box in boxes],
@@ -33,29 +33,29 @@ def encode(name: str, boxes: Sequence[StoredBox], files: dict[str, int]) -> byte
 
 
 def decode(line: bytes, name: str, tensor: StoredTensor, manifest: Manifest, files: list[str]) -> tuple[StoredBox, ...]:
-    """The boxes of `tensor`, called `name`, in a line that `encode` wrote. `files`: those of the manifest, in its order.
+    """Parses a line written by `encode` into the boxes of `tensor`, called `name`. `files` are the manifest's, in its order.
 
-    Raises ValueError, in a few words, unless they lie within their files and make up the tensor, each element once.
+    Raises ValueError, with a predicate of the message, unless the boxes lie within their files and cover the tensor exactly once.
     """
     fields = json.loads(line)
     if type(fields) is not dict or fields.keys() != {"tensor", *_COLUMNS} or fields["tensor"] != name:
-        raise ValueError("is not what this version writes")
+        raise ValueError("has other fields than this version writes")
     columns = [fields[column] for column in _COLUMNS]
     if any(type(column) is not list or len(column) != len(columns[0]) for column in columns):
-        raise ValueError("has columns that are no lists of one length")
+        raise ValueError("has columns that are not lists of equal length")
     numbers, starts = whole_numbers(columns[0]), whole_numbers(columns[3])
     if max(numbers, default=0) >= len(files):
-        raise ValueError(f"names file number {max(numbers)} of {len(files)}")
+        raise ValueError(f"has file index {max(numbers)}, but there are only {len(files)} files")
     offsets, shapes = (_indices(column, len(tensor.shape)) for column in columns[1:3])
     wrong = cover_problem(tensor.shape, [Box(*pair) for pair in zip(offsets, shapes, strict=True)])
     if wrong:
-        raise ValueError(f"is not held exactly once: {wrong}")
+        raise ValueError(f"does not cover the tensor exactly once: {wrong}")
     rows = zip(offsets, shapes, [files[number] for number in numbers], starts, columns[4], strict=True)
     return tuple(_box(tensor, manifest, *row) for row in rows)
 
 
 def _indices(column: list[Any], dims: int) -> list[tuple[int, ...]]:
-    """Offsets or shapes, each of `dims` whole numbers. Raises ValueError."""
+    """Returns offsets or shapes, each of `dims` integers. Raises ValueError."""
     if any(type(index) is not list or len(index) != dims for index in column):
         raise ValueError(f"has offsets or shapes that are not {dims} numbers")
     whole_numbers([n for index in column for n in index])
@@ -67,20 +67,21 @@ def _box(
 ) -> StoredBox:
     size, about = prod(shape) * tensor.item_bytes, manifest.files[file]
     if not about.header_bytes <= start <= start + size <= about.bytes:
-        raise ValueError(f"has bytes {start} to {start + size} of {file}, which holds {about.header_bytes} to {about.bytes}")
+        raise ValueError(f"has a box at bytes {start} to {start + size} of {file}, whose data are bytes "
+                         f"{about.header_bytes} to {about.bytes}")  # fmt: skip
     return StoredBox(offset, shape, file, start, hashes(hashed, -(-size // manifest.block_bytes)))
 
 
 def whole_numbers(value: Any) -> tuple[int, ...]:
-    """A list of integers that are not negative and fit in 64 bits. Raises ValueError."""
+    """Returns a list of integers, each at least 0 and less than 2**63, as a tuple. Raises ValueError."""
     whole = type(value) is list and set(map(type, value)) <= {int}
     if not whole or not 0 <= min(value, default=0) <= max(value, default=0) < _LARGEST:
-        raise ValueError(f"has {str(value)[:40]} where whole numbers must be")
+        raise ValueError(f"has {str(value)[:40]} instead of whole numbers")
     return tuple(value)
 
 
 def hashes(value: Any, count: int) -> tuple[str, ...]:
-    """`count` hashes that stand in one string. Raises ValueError."""
+    """Splits a string into `count` hashes. Raises ValueError."""
     if type(value) is not str or len(value) != count * HASH_LENGTH or not _HEXADECIMAL.fullmatch(value):
-        raise ValueError(f"has {str(value)[:40]} where {count} hashes must be")
+        raise ValueError(f"has {str(value)[:40]} instead of {count} hashes")
     return (value,) if count == 1 else tuple(value[at : at + HASH_LENGTH] for at in range(0, len(value), HASH_LENGTH))

@@ -1,4 +1,4 @@
-"""The one thread of a rank that touches the checkpoint storage: what does not answer stalls no step. Free of torch."""
+"""A thread that does all of a rank's work on checkpoint storage, so that storage that does not respond delays no step."""
 
 import queue
 import threading
@@ -8,34 +8,34 @@ from typing import Any
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError, SupersededError
 
 Outcome = dict[str, Any]
-"""{"done": what a job returned} or {"error": in one line why not, "kind": one of KINDS}: it can be sent to other ranks as JSON."""
+"""{"done": the job's result} or {"error": a line of text, "kind": a key of KINDS}. Plain JSON, to be sent to other ranks."""
 KINDS: dict[str, type[CheckpointError]] = {
     "superseded": SupersededError, "other": CheckpointError, "storage": CheckpointStorageError,
 }  # fmt: skip
-"""What an error means; of several the first of these is told, since nothing but storage is worth trying again."""
+"""The meaning of an error. Among several errors the first kind counts, because only storage errors are worth another attempt."""
 
 
 class Job:
-    """A call on its way through the thread."""
+    """A function call for the writer thread."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self._function, self._args = function, args
         self._finished = threading.Event()
         self.outcome: Outcome | None = None
-        """None until it is finished."""
+        """None until the call has finished."""
 
     def run(self) -> None:
-        """Called once, by the thread. Whatever ends the call is an outcome: nothing goes by in silence."""
+        """Makes the call, once, in the writer thread. Every exception becomes an outcome, so that none is lost."""
         try:
             self.outcome = {"done": self._function(*self._args)}
         except BaseException as error:
             name = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
             self.outcome = {"error": f"{name}{error}".replace("\n", " "), "kind": _kind(error)}
-        self._function, self._args = _nothing, ()  # the tensors may go
+        self._function, self._args = _nothing, ()  # frees the tensors
         self._finished.set()
 
     def wait(self, seconds: float) -> Outcome:
-        """Its outcome; an error once it has not been finished for `seconds`."""
+        """Returns the outcome, or an error if the call has not finished within `seconds`."""
         self._finished.wait(max(0.0, seconds))
         return self.outcome or {
             "error": "the storage has not answered for checkpoint.timeout_seconds; see whether it hangs", "kind": "storage",
@@ -43,7 +43,7 @@ class Job:
 
 
 class Writer:
-    """Runs jobs one after the other. A job that hangs holds up the later ones, and nobody else."""
+    """Runs jobs one after the other. A job that hangs delays only later jobs."""
 
     def __init__(self, rank: int) -> None:
         self._name = f"checkpoint-writer-{rank}"
@@ -51,9 +51,9 @@ class Writer:
         self._thread: threading.Thread | None = None
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Job:
-        """Run function(*args) after everything submitted before."""
+        """Runs function(*args) after everything submitted before."""
         if self._thread is None:
-            # A daemon: a process that ends does not wait for storage that hangs.
+            # A daemon thread, so that a process can end while storage hangs.
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
         job = Job(function, *args)
@@ -61,11 +61,11 @@ class Writer:
         return job
 
     def rest(self, seconds: float) -> None:
-        """Wait until everything submitted is done, for at most `seconds`."""
+        """Waits, at most `seconds`, until everything submitted is done."""
         self.submit(_nothing).wait(seconds)
 
     def close(self, seconds: float) -> None:
-        """Let everything submitted finish, for at most `seconds`; nothing is submitted after it."""
+        """Lets everything submitted finish, within `seconds`. Nothing may be submitted afterwards."""
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join(max(0.0, seconds))

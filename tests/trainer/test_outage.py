@@ -217,7 +217,7 @@ def test_checkpoints_that_are_not_mounted_are_no_reason_to_begin_anew(stopped: P
     ):
         preflight.check_run_directory(recipe)
     assert newest(recipe) == "its newest checkpoint, when its storage answers"
-    with pytest.raises(CheckpointStorageError, match=rf"the run has begun there and {EPOCH} is gone, see whether .* mounted"):
+    with pytest.raises(CheckpointStorageError, match=rf"the run has begun there but {EPOCH} is missing; see whether .* mounted"):
         go_on(stopped)
     assert files(stopped) == before
     assert (stopped / "checkpoints").exists() == (left == "an empty folder")

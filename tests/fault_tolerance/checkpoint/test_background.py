@@ -253,7 +253,7 @@ def test_a_commit_that_is_not_durable_and_cannot_be_taken_back_says_both(tmp_pat
     assert not final.exists()
     monkeypatch.setattr(os, "rename", rename)
     saver.start(20, rows_of(20, ALONE), {})
-    with pytest.raises(CheckpointError, match=r"Input/output error.*step-00000020 is there all the same.*Read-only.*: remove it"):
+    with pytest.raises(CheckpointError, match=r"Input/output error.*step-00000020 exists nevertheless.*Read-only.*: remove it"):
         saver.conclude()
     saver.close()
 

@@ -145,7 +145,7 @@ def test_a_file_elsewhere_is_never_opened(tmp_path, save_step, name):
     content["files"] = {name: content["files"]["rank-00000.safetensors"]}
     (path.parent / "secret").write_bytes((path / "rank-00000.safetensors").read_bytes())
     forge(path, content, tables)
-    with pytest.raises(CheckpointError, match="which is no file of a checkpoint"):
+    with pytest.raises(CheckpointError, match="which is not a valid name of a shard"):
         Checkpoint(path)
 
 

@@ -161,7 +161,7 @@ def test_a_region_nobody_holds_is_refused_before_anything_is_read(tmp_path, save
     (path / "manifest.json").write_bytes(encode(manifest))
     assert "only 12 of 24" in verify(path)[0]
     out = torch.zeros(6, 4)
-    with pytest.raises(CheckpointError, match="tensor weight/a is not held exactly once: only 12 of 24"):
+    with pytest.raises(CheckpointError, match="tensor weight/a does not cover the tensor exactly once: only 12 of 24"):
         Checkpoint(path).read("weight/a", (0, 0), out)
     assert not out.any()
 
