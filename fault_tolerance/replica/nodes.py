@@ -1,4 +1,4 @@
-"""Which ranks share a node's memory, and who keeps a copy of whose state."""
+"""Which ranks share the memory of a node, and which rank keeps a copy of which rank's state."""
 
 import os
 import secrets
@@ -12,7 +12,7 @@ _TOKEN = ".node"
 
 @dataclass(frozen=True)
 class Nodes:
-    """Node of each position of a group. Nodes are numbered in the order of their first position."""
+    """The node of each position of a group. Nodes are numbered in the order of their first positions."""
 
     of: tuple[int, ...]
 
@@ -24,48 +24,49 @@ class Nodes:
 
     @cached_property
     def members(self) -> tuple[tuple[int, ...], ...]:
-        """Positions of every node, in order."""
-        found: list[list[int]] = [[] for _ in range(max(self.of) + 1)]
+        """The positions of every node, in order."""
+        members: list[list[int]] = [[] for _ in range(max(self.of) + 1)]
         for position, node in enumerate(self.of):
-            found[node].append(position)
-        return tuple(map(tuple, found))
+            members[node].append(position)
+        return tuple(map(tuple, members))
 
     @property
     def count(self) -> int:
         return len(self.members)
 
     def beside(self, position: int) -> tuple[int, ...]:
-        """Positions on the node of `position`, itself among them."""
+        """Returns the positions on the node of `position`, including itself."""
         return self.members[self.of[position]]
 
     def leads(self, position: int) -> bool:
-        """Whether it is the one that acts for its node."""
+        """Whether `position` acts for its node."""
         return self.beside(position)[0] == position
 
     @cached_property
     def partners(self) -> tuple[int | None, ...]:
-        """Who keeps the copy of each position: the one in the same place on the next node; nobody where there is only one node."""
+        """The position that keeps the copy of each position's state: that of the same index on the next node; None on a single
+        node."""
         if self.count == 1:
             return (None,) * len(self.of)
-        found: list[int | None] = [None] * len(self.of)
+        partners: list[int | None] = [None] * len(self.of)
         for node, members in enumerate(self.members):
-            there = self.members[(node + 1) % self.count]
-            for place, position in enumerate(members):
-                found[position] = there[place % len(there)]
-        return tuple(found)
+            next_members = self.members[(node + 1) % self.count]
+            for index, position in enumerate(members):
+                partners[position] = next_members[index % len(next_members)]
+        return tuple(partners)
 
     @cached_property
     def kept_for(self) -> tuple[tuple[int, ...], ...]:
         """The positions whose copies each position keeps."""
-        found: list[list[int]] = [[] for _ in self.of]
+        kept: list[list[int]] = [[] for _ in self.of]
         for position, partner in enumerate(self.partners):
             if partner is not None:
-                found[partner].append(position)
-        return tuple(map(tuple, found))
+                kept[partner].append(position)
+        return tuple(map(tuple, kept))
 
 
 def node_token(folder: Path) -> str:
-    """The same for all who share `folder`: made by whoever comes first, kept as long as the folder. Raises OSError."""
+    """Returns a token that all processes with the same `folder` share; the first one makes it. Raises OSError."""
     path = folder / _TOKEN
     own = folder / f"{_TOKEN}-{secrets.token_hex(8)}"
     own.write_text(own.name)

@@ -1,7 +1,7 @@
-"""One rank's part of a replica: its shard, as in a checkpoint, and a table of what is in it, under a hash of its own.
+"""A rank's part of a replica: its shard, as in a checkpoint, and a table of the shard's content, with its own hash.
 
-So a part can be verified wherever it lies, and parts of one save make up a checkpoint wherever they meet. Their `Origin` says
-which save that is.
+So a part can be verified wherever it is, and the parts of a save make up a checkpoint wherever they come together. `Origin`
+identifies the save.
 """
 
 import json
@@ -21,24 +21,24 @@ _HASH_LENGTH = 32
 
 @dataclass(frozen=True, order=True)
 class Origin:
-    """The save that a part comes from: parts of different ones are never mixed."""
+    """Identifies the save that a part belongs to. Parts of different saves are never mixed."""
 
     step: int
     session: str
-    """The start of the run during which it was made."""
+    """The start of the run that made it."""
     run: str
     ranks: int
-    """How many parts there are in all."""
+    """The number of parts of the save."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a part is and holds, as plain JSON but for its origin."""
+    """The description of a part: its origin and content. All fields but the origin are plain JSON."""
 
     origin: Origin
     metadata: dict[str, Any]
     report: dict[str, Any]
-    """What `write_shard` said of the shard."""
+    """The report of `write_shard`."""
 
     def encode(self) -> bytes:
         content = json.dumps(asdict(self), allow_nan=False, separators=(",", ":")).encode()
@@ -46,7 +46,7 @@ class Table:
 
     @staticmethod
     def decode(raw: bytes) -> "Table":
-        """Raises ValueError when a byte differs from what was written."""
+        """Parses the output of `encode`. Raises ValueError if a byte differs."""
         hashed, content = raw[:_HASH_LENGTH], raw[_HASH_LENGTH:]
         if digest(content).encode() != hashed:
             raise ValueError("does not match its own hash")
@@ -54,7 +54,7 @@ class Table:
         return Table(Origin(**fields["origin"]), fields["metadata"], fields["report"])
 
     def manifest(self, rank: int) -> Manifest:
-        """Of the shard of `rank` alone."""
+        """Returns a manifest of the shard of `rank` alone."""
         return gathered(self.origin.step, self.metadata, [rank], [self.report])
 
 
@@ -67,28 +67,28 @@ def table_name(rank: int) -> str:
 
 
 def part_of(name: str) -> int:
-    """The rank whose shard or table is called `name`."""
+    """Returns the rank whose shard or table has this name."""
     return int(name.removeprefix("rank-").split(".")[0])
 
 
 def parts_in(folder: Path) -> list[int]:
-    """Ranks whose tables lie in `folder`."""
+    """Returns the ranks whose tables are in `folder`."""
     return sorted(part_of(path.name) for path in folder.glob("rank-*.json"))
 
 
 def write_part(folder: Path, rank: int, pieces: Iterable[Piece], metadata: dict[str, Any], origin: Origin) -> None:
-    """Write shard and table of `rank`; no shard when it holds nothing. Raises OSError, ValueError."""
+    """Writes the shard and the table of `rank`, without a shard if it has no elements. Raises OSError, ValueError."""
     write_table(folder, rank, Table(origin, metadata, write_shard(folder / shard_name(rank), pieces)))
 
 
 def write_table(folder: Path, rank: int, table: Table) -> None:
-    """Raises OSError, ValueError."""
+    """Writes the table of `rank`. Raises OSError, ValueError."""
     with durable_file(folder / table_name(rank)) as descriptor:
         write_all(descriptor, table.encode())
 
 
 def read_table(folder: Path, rank: int) -> Table:
-    """The table of `rank`'s part in `folder`, and a look at the size of the shard. Raises CheckpointError."""
+    """Returns the table of `rank`'s part in `folder` after checking the size of the shard. Raises CheckpointError."""
     path = folder / table_name(rank)
     try:
         table = Table.decode(path.read_bytes())
@@ -103,10 +103,10 @@ def read_table(folder: Path, rank: int) -> Table:
 
 
 def verify_part(folder: Path, rank: int, origin: Origin) -> Table:
-    """The table of `rank`'s part, every byte of whose shard has been read and verified. Raises CheckpointError."""
+    """Returns the table of `rank`'s part after verifying every byte of its shard. Raises CheckpointError."""
     table = read_table(folder, rank)
     if table.origin != origin:
-        raise CheckpointError(f"{folder / table_name(rank)} is of another save")
+        raise CheckpointError(f"{folder / table_name(rank)} belongs to another save")
     manifest = table.manifest(rank)
     buffer = bytearray(manifest.block_bytes if manifest.files else 0)
     for name in manifest.files:
@@ -120,6 +120,6 @@ def verify_part(folder: Path, rank: int, origin: Origin) -> Table:
 
 
 def whole(tables: dict[int, Table]) -> Manifest:
-    """The manifest of all parts together, by rank. Raises CheckpointError when they do not make up whole tensors."""
+    """Returns the manifest of all parts, given by rank. Raises CheckpointError if they do not make up whole tensors."""
     ranks = sorted(tables)
     return manifest_of(tables[0].origin.step, tables[0].metadata, ranks, [tables[rank].report for rank in ranks])

@@ -1,6 +1,8 @@
-"""After a restart: which replicas the nodes still hold, and how one becomes a checkpoint directory that every node can read.
+"""Recovers replicas after a restart: finds those that the nodes still hold and makes a checkpoint directory that every node can
+read.
 
-Only parts whose every byte matches its hash count as held. What a node needs and does not hold is sent to it by one that does.
+A part counts as held only if all its bytes match their hashes. A node receives the shards that it needs but does not hold from a
+node that holds them.
 """
 
 import logging
@@ -32,12 +34,12 @@ from bagualu.parallel.boxes import Box
 log = logging.getLogger(__name__)
 
 Wanted = Iterable[tuple[str, Box]]
-"""Names of global tensors, and the boxes of them that a rank is going to read."""
+"""(name of a global tensor, box) of everything that a rank is going to read."""
 
 
 def _held(root: Path) -> list[dict[str, Any]]:
-    """Origins of the parts in a node's folder, each with the ranks whose parts lie there, as far as a quick look shows."""
-    found: list[dict[str, Any]] = []
+    """Returns the origins of the parts in a node's folder, each with its ranks, according to a quick check."""
+    held: list[dict[str, Any]] = []
     for path in list_checkpoints(root):
         ranks: dict[Origin, list[int]] = {}
         for part in parts_in(path):
@@ -45,13 +47,13 @@ def _held(root: Path) -> list[dict[str, Any]]:
                 ranks.setdefault(read_table(path, part).origin, []).append(part)
             except CheckpointError as error:
                 log.warning("replica: this copy is not used: %s", error)
-        found += [{"origin": asdict(origin), "ranks": held} for origin, held in ranks.items()]
-    return found
+        held += [{"origin": asdict(origin), "ranks": parts} for origin, parts in ranks.items()]
+    return held
 
 
 @dataclass(frozen=True)
 class Replica:
-    """One that can be gone on from."""
+    """A replica from which the run can resume."""
 
     site: Site
     origin: Origin
@@ -65,9 +67,9 @@ class Replica:
         return replica_name(self.step)
 
     def fetch(self, wanted: Wanted) -> Path:
-        """Make the boxes of `wanted` readable here: the path of a checkpoint directory in this node's memory.
+        """Makes the boxes `wanted` readable on this node and returns the path of a checkpoint directory in the node's memory.
 
-        Collective. Raises CheckpointError on every rank when a part is damaged everywhere it lies, or memory runs out.
+        Collective. Raises CheckpointError on every rank if all copies of a part are damaged or memory runs out.
         """
         site = self.site
         site.group.monitor.at("fetch")
@@ -84,17 +86,17 @@ class Replica:
         return folder
 
     def _verified(self, folder: Path) -> dict[int, Table]:
-        """Tables of the undamaged parts in `folder`, of those that are this rank's to look at: a node's ranks share them out."""
-        beside, found = self.site.beside, {}
+        """Returns the tables of the undamaged parts in `folder` that are assigned to this rank: a node's ranks divide them."""
+        beside, verified = self.site.beside, {}
         for part in parts_in(folder)[beside.index(self.site.group.rank) :: len(beside)]:
             try:
-                found[part] = verify_part(folder, part, self.origin)
+                verified[part] = verify_part(folder, part, self.origin)
             except CheckpointError as error:
                 log.warning("%s: this copy is not used: %s", self.name, error)
-        return found
+        return verified
 
     def _holders(self, own: list[int]) -> dict[int, list[int]]:
-        """By part, the positions that have found an undamaged copy on their node. Raises CheckpointError where there is none."""
+        """Returns, by part, the positions that verified a copy on their node. Raises CheckpointError if a part has none."""
         holders: dict[int, list[int]] = {part: [] for part in range(self.origin.ranks)}
         for position, parts in enumerate(gather_json(own, self.site.group, self.site.device)):
             for part in parts:
@@ -105,26 +107,27 @@ class Replica:
         return holders
 
     def _tables(self, own: dict[int, Table]) -> dict[int, Table]:
-        """The tables of all parts, from the ranks that each speak for some."""
+        """Returns the tables of all parts, each from a rank that holds it."""
         texts = {part: table.encode().decode() for part, table in own.items()}
-        told = gather_json(texts, self.site.group, self.site.device)
-        return {int(part): Table.decode(text.encode()) for answer in told for part, text in answer.items()}
+        answers = gather_json(texts, self.site.group, self.site.device)
+        return {int(part): Table.decode(text.encode()) for answer in answers for part, text in answer.items()}
 
     def _transfers(self, manifest: Manifest, holders: dict[int, list[int]], wanted: Wanted) -> list[Transfer]:
-        """What goes from where to where so that every node holds the shards that its ranks want to read."""
-        nodes, found = self.site.nodes, []
-        wishes = gather_json(sorted(shards_of(manifest, wanted)), self.site.group, self.site.device)
+        """Returns the transfers after which every node holds the shards that its ranks want to read."""
+        nodes, transfers = self.site.nodes, []
+        wanted_shards = gather_json(sorted(shards_of(manifest, wanted)), self.site.group, self.site.device)
         for node, members in enumerate(nodes.members):
-            here = {shard_name(part) for part, positions in holders.items() if any(nodes.of[one] == node for one in positions)}
-            missing = sorted({name for member in members for name in wishes[member]} - here)
+            here = {shard_name(part) for part, positions in holders.items() if any(nodes.of[p] == node for p in positions)}
+            missing = sorted({name for member in members for name in wanted_shards[member]} - here)
             for turn, name in enumerate(missing):
-                able = holders[part_of(name)]
+                sources = holders[part_of(name)]
                 destination = members[turn % len(members)]
-                found.append(Transfer(able[destination % len(able)], destination, name, manifest.files[name].bytes))
-        return found
+                source = sources[destination % len(sources)]
+                transfers.append(Transfer(source, destination, name, manifest.files[name].bytes))
+        return transfers
 
     def _receive(self, transfers: list[Transfer], folder: Path, arriving: Path, tables: dict[int, Table]) -> None:
-        """Take part in the transfers, and verify what has come before it gets its place. Raises OSError, CheckpointError."""
+        """Takes part in the transfers; verifies received parts and moves them into `folder`. Raises OSError, CheckpointError."""
         arriving.mkdir(exist_ok=True)
         deliver(transfers, folder, arriving, self.site.group, self.site.device)
         for transfer in transfers:
@@ -136,7 +139,7 @@ class Replica:
                     (arriving / name).replace(folder / name)
 
     def _publish(self, manifest: Manifest, folder: Path, arriving: Path) -> None:
-        """The leader: what makes a checkpoint of the folder. Raises OSError."""
+        """On the node's leader: adds the manifest that makes the folder a checkpoint. Raises OSError."""
         if self.site.leads:
             (arriving / MANIFEST).write_bytes(encode(manifest))
             (arriving / MANIFEST).replace(folder / MANIFEST)
@@ -144,38 +147,38 @@ class Replica:
 
 
 def survey(site: Site) -> list[Replica]:
-    """Replicas of which every part lies on some node, newest first. Collective; the same on every rank."""
-    told = gather_json({"stale": site.stale, "held": _held(site.root) if site.leads else []}, site.group, site.device)
+    """Returns the replicas whose parts are all on some node, newest first; the same on every rank. Collective."""
+    answers = gather_json({"stale": site.stale, "held": _held(site.root) if site.leads else []}, site.group, site.device)
     holders: dict[Origin, set[int]] = {}
     current: set[Origin] = set()
-    for answer in told:
+    for answer in answers:
         for part in answer["held"]:
             origin = Origin(**part["origin"])
             holders.setdefault(origin, set()).update(part["ranks"])
             if not answer["stale"]:
                 current.add(origin)
-    found = []
+    replicas = []
     for origin in sorted(holders, reverse=True):
         missing = sorted(set(range(origin.ranks)) - holders[origin])
         if site.group.rank == 0 and (missing or origin not in current):
             why = (
-                f"nobody holds the state of ranks {missing[:8]}"
+                f"no node holds the state of ranks {missing[:8]}"
                 if missing
-                else "the run has gone on without the node that holds it"
+                else "the run has continued without the node that holds it"
             )
             log.warning("the replica of step %d is not used: %s", origin.step, why)
         if not missing and origin in current and origin.run == site.run:
-            found.append(Replica(site, origin))
-    return found
+            replicas.append(Replica(site, origin))
+    return replicas
 
 
 def replica_name(step: int) -> str:
-    """For people."""
+    """Names the replica in messages."""
     return f"the replica of step {step} in memory"
 
 
 def shards_of(manifest: Manifest, wanted: Wanted) -> set[str]:
-    """Names of the shards in which elements of the wanted boxes lie."""
+    """Returns the names of the shards that contain elements of the wanted boxes."""
     return {
         stored.file
         for name, box in wanted

@@ -1,10 +1,10 @@
-"""Each rank's state kept in memory: on its own node and, where there are several nodes, on a partner's.
+"""Keeps each rank's state in memory: on its own node and, if there are several nodes, on a partner's node.
 
-    every rank    write own part | send it to the partner, verify what came | wait | the node's leader renames | wait
-    until then the replica before is the newest; from the second wait on, every node has the new one
+    every rank    writes its part | sends it to the partner, verifies what it received | waits | the node's leader renames | waits
+    until the second wait the previous replica is the newest; after it, every node has the new replica
 
-A process that dies leaves its node's memory as it was, a node that dies leaves its copies with the partners. Two generations are
-there between saves; the older one goes when the next save begins, so that memory never holds three.
+When a process dies, its node's memory stays as it was; when a node dies, its partners still have copies. Between saves, memory
+holds two generations. The older is removed when the next save begins, so that there are never three.
 """
 
 import logging
@@ -29,45 +29,45 @@ from bagualu.fault_tolerance.replica.transfer import Transfer, deliver
 
 GENERATIONS = 2
 _MARGIN = 1.05
-"""Headers, tables and whole pages."""
+"""Room for headers, tables and whole pages."""
 log = logging.getLogger(__name__)
 
 
 class Replicas:
-    """Of one run, for the ranks of `group`. Every method is collective over it."""
+    """The replicas of a run, for the ranks of `group`. Every method is collective over the group."""
 
     def __init__(self, scratch: Path, run: str, session: str, group: Group, device: torch.device) -> None:
-        """`scratch`: a folder in memory that this node's ranks share. `run`: the same for all starts of one run, no other's.
-        `session`: tells this start from all others, the same on every rank, and sorts after those before.
+        """`scratch` is a folder in memory that this node's ranks share. `run` identifies the run, the same for all its starts.
+        `session` identifies this start, the same on every rank; it sorts after the sessions of earlier starts.
 
         Raises OSError.
         """
         self.site = open_site(scratch, run, session, group, device)
         self.off = False
-        """Memory ran out, or something else failed: no more replicas are made by this process."""
+        """Whether making a replica has failed, e.g. because memory ran out; this process makes no more."""
 
     def check_room(self, own_bytes: int) -> None:
-        """Raises RecipeError on every rank when any node has too little memory for replicas of which this rank's part takes
-        `own_bytes`."""
+        """Raises RecipeError on every rank if a node has too little memory for replicas; this rank's part takes `own_bytes`."""
         site, nodes = self.site, self.site.nodes
         room = {"free": site.free_bytes(), "folder": str(site.root.parent)} if site.leads else {}
-        told = gather_json({"bytes": own_bytes, **room}, site.group, site.device)
+        answers = gather_json({"bytes": own_bytes, **room}, site.group, site.device)
         for node, members in enumerate(nodes.members):
-            here, leader = [*members, *(other for member in members for other in nodes.kept_for[member])], told[members[0]]
-            needs = GENERATIONS * int(_MARGIN * sum(told[one]["bytes"] for one in here))
+            here, leader = [*members, *(other for member in members for other in nodes.kept_for[member])], answers[members[0]]
+            needs = GENERATIONS * int(_MARGIN * sum(answers[position]["bytes"] for position in here))
             if leader["free"] < needs:
                 raise RecipeError(
                     f"checkpoint.replica_every needs {_gigabytes(needs)} of memory in {leader['folder']} on node {node} (rank "
-                    f"{site.group.ranks[members[0]]}), {GENERATIONS} generations of {len(here)} ranks' state, and has "
+                    f"{site.group.ranks[members[0]]}), {GENERATIONS} generations of {len(here)} ranks' state, but has "
                     f"{_gigabytes(leader['free'])}; give it more (a bigger /dev/shm, more nodes) or checkpoint.replica_every=0"
                 )
 
     def candidates(self) -> list[Replica]:
-        """What can be gone on from, newest first: replicas whose parts are all there, as far as a quick look shows."""
+        """Returns the replicas to resume from, newest first: those whose parts all exist, according to a quick check."""
         return survey(self.site)
 
     def start(self, step: int | None) -> None:
-        """The run goes on from the replica of `step`, or not from a replica: those that it leaves behind are removed."""
+        """Starts after resuming from the replica of `step`, or from none (None); removes replicas that do not belong to that
+        past."""
 
         def settle() -> None:
             self.site.forget(GENERATIONS if step is not None else 0, -1 if step is None else step)
@@ -76,10 +76,10 @@ class Replicas:
         self.site.on_all(settle)
 
     def keep(self, step: int, pieces: Iterable[Piece], metadata: dict[str, Any]) -> None:
-        """Keep the state after `step` steps. What fails is said once, and ends replicas, not the run.
+        """Keeps the state after `step` steps. A failure is logged once and ends replication, not the run.
 
-        The pieces of all ranks together hold every element of every tensor exactly once; `metadata` is plain JSON, the same on
-        all ranks.
+        The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON, the same on all
+        ranks.
         """
         if self.off:
             return
@@ -91,7 +91,7 @@ class Replicas:
             self.off = True
             shutil.rmtree(temporary, ignore_errors=True)
             if site.group.rank == 0:
-                log.warning("step %d: no replica: %s; there will be no more, training goes on with checkpoints alone", step, error)
+                log.warning("step %d: no replica: %s; no more will be made, training continues with checkpoints only", step, error)
 
     def _make(self, step: int, temporary: Path, pieces: Iterable[Piece], metadata: dict[str, Any]) -> None:
         site, group = self.site, self.site.group
@@ -111,7 +111,7 @@ class Replicas:
         site.on_all(lambda: self._commit(temporary, step))
 
     def _copy(self, temporary: Path, origin: Origin) -> None:
-        """Send this rank's part to its partner; verify those that came."""
+        """Sends this rank's part to its partner and verifies the parts that it receives."""
         site, group = self.site, self.site.group
         names = (shard_name, table_name)
         own = torch.tensor([_size(temporary / name(group.rank)) for name in names], device=site.device)
@@ -134,16 +134,16 @@ class Replicas:
     def _commit(self, temporary: Path, step: int) -> None:
         if self.site.leads:
             final = temporary.with_name(step_name(step))
-            if final.exists():  # of another way, that the run has left
+            if final.exists():  # made before the run went back behind this step
                 discard(final)
             os.rename(temporary, final)
 
     def forget_after(self, step: int) -> None:
-        """The run goes back to `step`: what came after is of no use any more. Raises CheckpointError."""
+        """Removes the replicas of steps after `step`, to which the run goes back. Raises CheckpointError."""
         self.site.on_all(lambda: self.site.forget(GENERATIONS, step))
 
     def remove(self) -> None:
-        """The run has ended: give the memory back."""
+        """Frees the memory at the end of the run."""
         site = self.site
         site.group.barrier()
         if site.leads:

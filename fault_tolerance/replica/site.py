@@ -1,9 +1,9 @@
-"""One rank's place among the nodes, and the folder in memory that its node's ranks share.
+"""A rank's node, and the folder in memory that the ranks of a node share.
 
-scratch/replicas/.node              which node this is
-                 .session           the newest start of the run that this node has taken part in
-                 step-00000010/     parts of one save; manifest.json where they have been gathered after a restart
-                 .saving-*          parts of a save that is under way, or never came to its end
+scratch/replicas/.node              identifies the node
+                 .session           the newest start of the run in which this node has taken part
+                 step-00000010/     parts of a save; with manifest.json if they were gathered after a restart
+                 .saving-*          parts of a save that is in progress or was never completed
 """
 
 import json
@@ -29,7 +29,7 @@ _SESSION = ".session"
 
 @dataclass(frozen=True)
 class Site:
-    """`run` says whose replicas these are; `session` tells this start of the run from all others and sorts after earlier ones."""
+    """`run` identifies the run; `session` identifies this start of it and sorts after the sessions of earlier starts."""
 
     root: Path
     nodes: Nodes
@@ -38,7 +38,7 @@ class Site:
     run: str
     session: str
     stale: bool
-    """This node has missed the newest session of any node here: of what it holds, only what the others hold too still counts."""
+    """Whether this node has missed the newest session. Then a replica counts only if up-to-date nodes hold parts of it too."""
 
     @property
     def leads(self) -> bool:
@@ -47,22 +47,22 @@ class Site:
 
     @property
     def beside(self) -> tuple[int, ...]:
-        """Positions on this node."""
+        """The positions on this node."""
         return self.nodes.beside(self.group.rank)
 
     def on_all(self, function: Callable[[], T]) -> T:
-        """`function()`, once it has worked on all ranks. Collective. Raises CheckpointError on every rank when it failed on any."""
+        """Returns `function()` if it succeeds on all ranks. Collective. Raises the same error on every rank if it fails on any."""
         return on_all(function, self.group, self.device)
 
     def begin(self) -> None:
-        """This node takes part in the session from now on. Raises OSError."""
+        """Records that this node takes part in the session. Raises OSError."""
         if self.leads:
             unfinished = self.root / f"{_SESSION}-new"
             unfinished.write_text(json.dumps({"run": self.run, "session": self.session}))
             unfinished.replace(self.root / _SESSION)
 
     def forget(self, keep: int = 0, after: int = -1) -> None:
-        """Let go of all but the newest `keep`, and of those of steps later than `after` if given. Raises CheckpointError."""
+        """Removes all but the newest `keep`, and those of steps after `after` unless it is negative. Raises CheckpointError."""
         if self.leads:
             held = list_checkpoints(self.root)
             later = [path for path in held if after >= 0 and (step_of(path) or 0) > after]
@@ -71,21 +71,21 @@ class Site:
                 discard(path)
 
     def free_bytes(self) -> int:
-        """Memory that replicas on this node can take, what they take now included."""
+        """Returns the memory available to replicas on this node, including what they use now."""
         taken = sum(file.stat().st_size for file in self.root.rglob("*") if file.is_file())
         return min(shutil.disk_usage(self.root).free, psutil.virtual_memory().available) + taken
 
 
 def open_site(scratch: Path, run: str, session: str, group: Group, device: torch.device) -> Site:
-    """Find out who shares a node with whom, and clear away what is of no use. Collective. Raises OSError."""
+    """Determines which ranks share nodes and removes replicas that can no longer be used. Collective. Raises OSError."""
     root = scratch / "replicas"
     root.mkdir(parents=True, exist_ok=True)
-    told = gather_json({"node": node_token(root), "session": _session(root, run)}, group, device)
-    nodes = Nodes.by_token([one["node"] for one in told])
-    sessions = [one["session"] for one in told]
+    answers = gather_json({"node": node_token(root), "session": _session(root, run)}, group, device)
+    nodes = Nodes.by_token([answer["node"] for answer in answers])
+    sessions = [answer["session"] for answer in answers]
     if nodes.leads(group.rank):
         clear_stale(root)
-        if not sessions[group.rank]:  # another run's, or a new folder
+        if not sessions[group.rank]:  # it is a new folder or another run's
             for path in list_checkpoints(root):
                 discard(path)
     group.barrier()
@@ -93,9 +93,9 @@ def open_site(scratch: Path, run: str, session: str, group: Group, device: torch
 
 
 def _session(root: Path, run: str) -> str:
-    """The newest session of this run that the node has taken part in; empty when there is none."""
+    """Returns the newest session of this run in which the node has taken part; empty if there is none."""
     try:
-        told = json.loads((root / _SESSION).read_text())
+        session = json.loads((root / _SESSION).read_text())
     except (OSError, ValueError):
         return ""
-    return str(told["session"]) if told["run"] == run else ""
+    return str(session["session"]) if session["run"] == run else ""

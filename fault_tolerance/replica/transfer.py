@@ -1,6 +1,6 @@
-"""Files from the memory of one node to that of another, through the collectives that the backend has.
+"""Sends files from the memory of a node to that of another with the backend's collectives.
 
-All pairs take part in rounds of all_to_all: no order of sends and receives to get wrong, so none that could lock up.
+All pairs of ranks exchange data in rounds of all_to_all, so no order of sends and receives can cause a deadlock.
 """
 
 import os
@@ -13,12 +13,12 @@ import torch
 from bagualu.comm.group import Group
 
 CHUNK_BYTES = 16 * 2**20
-"""What one rank sends another in a round, at most."""
+"""The most that a rank sends to another in a round."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A file for another rank, which gets it under the same name. Positions in the group."""
+    """A file to be sent to another rank, where it keeps its name. `source` and `destination` are positions in the group."""
 
     source: int
     destination: int
@@ -34,22 +34,22 @@ class _Chunk:
 
 
 def deliver(transfers: Sequence[Transfer], outbox: Path, inbox: Path, group: Group, device: torch.device) -> None:
-    """Carry files of the sources' `outbox` into the destinations' `inbox`. Collective: all give the same transfers.
+    """Copies files from the sources' `outbox` to the destinations' `inbox`. Collective: all ranks pass the same transfers.
 
-    What arrives is to be verified: a rank that cannot read or write goes through all rounds all the same, so that nobody waits for
-    it, and raises OSError afterwards.
+    The caller verifies what arrives. A rank that cannot read or write still takes part in all rounds, so that no rank waits for it,
+    and raises OSError afterwards.
     """
     pairs: dict[tuple[int, int], list[_Chunk]] = {}
     for transfer in transfers:
         pairs.setdefault((transfer.source, transfer.destination), []).extend(_chunks(transfer))
-    going = {there: chunks for (source, there), chunks in pairs.items() if source == group.rank}
-    coming = {source: chunks for (source, there), chunks in pairs.items() if there == group.rank}
+    going = {destination: chunks for (source, destination), chunks in pairs.items() if source == group.rank}
+    coming = {source: chunks for (source, destination), chunks in pairs.items() if destination == group.rank}
     problem: OSError | None = None
     for turn in range(max(map(len, pairs.values()), default=0)):
         sent = [_at(going.get(position), turn) for position in range(group.size)]
-        got = [_at(coming.get(position), turn) for position in range(group.size)]
+        received = [_at(coming.get(position), turn) for position in range(group.size)]
         sizes = [chunk.bytes if chunk else 0 for chunk in sent]
-        expected = [chunk.bytes if chunk else 0 for chunk in got]
+        expected = [chunk.bytes if chunk else 0 for chunk in received]
         outgoing, incoming = torch.empty(sum(sizes), dtype=torch.uint8), torch.empty(sum(expected), dtype=torch.uint8)
         try:
             for chunk, data in zip(sent, _cut(outgoing, sizes), strict=True):
@@ -60,7 +60,7 @@ def deliver(transfers: Sequence[Transfer], outbox: Path, inbox: Path, group: Gro
         arrived = incoming.to(device)
         group.all_to_all(arrived, outgoing.to(device), expected, sizes)
         try:
-            for chunk, data in zip(got, _cut(arrived.cpu(), expected), strict=True):
+            for chunk, data in zip(received, _cut(arrived.cpu(), expected), strict=True):
                 if chunk and problem is None:
                     _write(inbox / chunk.name, chunk.at, data)
         except OSError as error:
@@ -83,7 +83,7 @@ def _cut(data: torch.Tensor, sizes: list[int]) -> list[memoryview]:
 
 
 def _read(path: Path, at: int, into: memoryview) -> None:
-    """Fill `into` from byte `at` of the file. Raises OSError."""
+    """Fills `into` from byte `at` of the file. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         filled = 0
@@ -97,7 +97,7 @@ def _read(path: Path, at: int, into: memoryview) -> None:
 
 
 def _write(path: Path, at: int, data: memoryview) -> None:
-    """Write `data` at byte `at` of the file, which is made if need be. Raises OSError."""
+    """Writes `data` at byte `at` of the file, creating it if necessary. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         done = 0

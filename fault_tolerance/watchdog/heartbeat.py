@@ -1,10 +1,10 @@
-"""A rank's heartbeat: where it is, in memory that the launcher sees without the rank's help.
+"""A rank's heartbeat: a record of what the rank does, in memory that the launcher can read without the rank's help.
 
-    FOLDER/rank-00003.beat      one record, then the count of every line      written in place, by whatever thread the rank runs on
-    FOLDER/rank-00003.lines     who the rank is, then one line of JSON for each line of operations, in the order of the counts
+    FOLDER/rank-00003.beat      a record, then the count of every line    written in place, on whatever thread the rank runs
+    FOLDER/rank-00003.lines     the rank's identity, then a line of JSON for each line of operations, in the order of the counts
 
-A rank that cannot run Python any more stops writing; that the record stands still is the signal. Nothing here takes a lock, calls
-the kernel (but to open a line) or waits. Free of torch.
+A rank that can no longer run Python stops writing, and a record that no longer changes is the sign of it. Nothing here takes a
+lock, makes a system call (except to add a line of operations) or waits.
 """
 
 import json
@@ -19,53 +19,53 @@ from pathlib import Path
 from bagualu.comm.monitor import Counts, Line, Monitor
 
 HEARTBEATS = "heartbeats"
-"""Folder of the scratch folder where the ranks of this machine show that they live."""
+"""Name of the folder of heartbeats, in the scratch folder that the ranks of this machine share."""
 _RECORD = struct.Struct("<QqQ16s16sqQdQ")
-"""beats, step, steps begun, point, operation, line, number, monotonic seconds, beats again: a torn record has two counts."""
+"""beats, step, steps begun, point, operation, line, number, monotonic seconds, beats. In a torn record the two beats differ."""
 _COUNTS_AT = 128
 _LINES = 512
-"""Counts there is room for at first."""
+"""The initial room for counts."""
 
 
 _PACK, _NOW = _RECORD.pack_into, time.monotonic
 
 
-class _Words(dict[str, bytes]):
-    """Words as bytes; there are only a few."""
+class _Encoded(dict[str, bytes]):
+    """A cache of short texts as bytes; there are only a few different ones."""
 
-    def __missing__(self, word: str) -> bytes:
-        self[word] = word.encode()[:16]
-        return self[word]
+    def __missing__(self, text: str) -> bytes:
+        self[text] = text.encode()[:16]
+        return self[text]
 
 
 class Heartbeat:
-    """Observes one rank's monitor and writes down what it sees. Calls cost about a microsecond (tests/bench/heartbeat.py)."""
+    """Observes a rank's monitor and records what it reports. A call costs about a microsecond (tests/bench/heartbeat.py)."""
 
     def __init__(self, folder: Path, rank: int, monitor: Monitor) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._monitor = monitor
         self._path = folder / f"rank-{rank:05d}.beat"
         self._beats = self._step = self._steps_begun = self._described = 0
-        self._words = _Words()
-        self._point = self._words[monitor.point]
+        self._encoded = _Encoded()
+        self._point = self._encoded[monitor.point]
         who = {"rank": rank, "pid": os.getpid(), "thread": threading.get_ident(), "started": time.monotonic()}
         self._lines = self._path.with_suffix(".lines")
         self._lines.write_text(json.dumps(who) + "\n")
-        self._path.unlink(missing_ok=True)  # not truncated: somebody may still look at the one before
+        self._path.unlink(missing_ok=True)  # not truncated, because a watchdog may still have the previous file open
         self._memory = self._room(_LINES)
-        monitor.counts, monitor.grow_counts = self._keep(monitor.counts), self._longer
+        monitor.counts, monitor.grow_counts = self._keep(monitor.counts), self._grow
         self._write(b"", -1, 0)
         monitor.observers.append(self)
 
     def at(self, point: str, step: int) -> None:
-        """As `Observer.at`."""
+        """See `Observer.at`."""
         if step != self._step:
             self._step, self._steps_begun = step, self._steps_begun + 1
-        self._point = self._words[point]
+        self._point = self._encoded[point]
         self._write(b"", -1, 0)
 
     def waits(self, what: str | None) -> None:
-        """As `Observer.waits`."""
+        """See `Observer.waits`."""
         waiting = self._monitor.waiting
         if waiting is None:
             self._write(b"", -1, 0)
@@ -73,7 +73,7 @@ class Heartbeat:
             if self._described < len(self._monitor.lines):
                 self._describe()
             operation, line, number = waiting
-            self._write(self._words[operation], line, number)
+            self._write(self._encoded[operation], line, number)
 
     def _write(self, operation: bytes, line: int, number: int) -> None:
         self._beats = beats = self._beats + 1
@@ -85,13 +85,13 @@ class Heartbeat:
             file.writelines(json.dumps(asdict(line)) + "\n" for line in new)
         self._described += len(new)
 
-    def _longer(self, counts: Counts) -> Counts:
+    def _grow(self, counts: Counts) -> Counts:
         self._memory = self._room(2 * len(counts))
         return self._keep(counts)
 
     def _room(self, lines: int) -> mmap.mmap:
         with self._path.open("a+b") as file:
-            os.posix_fallocate(file.fileno(), 0, _COUNTS_AT + 8 * lines)  # an error now, not a SIGBUS when memory runs out later
+            os.posix_fallocate(file.fileno(), 0, _COUNTS_AT + 8 * lines)  # fails now, instead of a SIGBUS when memory runs out
             return mmap.mmap(file.fileno(), 0)
 
     def _keep(self, counts: Counts) -> Counts:
@@ -103,52 +103,52 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a heartbeat says, as it was read."""
+    """The content of a heartbeat when it was read."""
 
     rank: int
     pid: int
     thread: int
     started: float
-    """When the rank began to write, in seconds of the machine's monotonic clock."""
+    """When the heartbeat was created, in seconds of the machine's monotonic clock."""
     beats: int
-    """Changes; the same number again means that nothing has happened."""
+    """The number of changes so far. If it is the same twice, nothing has happened in between."""
     step: int
     steps_begun: int
-    """Steps begun by this process."""
+    """The number of steps that this process has begun."""
     point: str
     operation: str
-    """What it waits for; empty when it waits for nobody."""
+    """The operation that the rank waits for; empty if it does not wait."""
     line: Line | None
     number: int
     since: float
-    """When that began, as `started`."""
+    """When the last change happened, on the clock of `started`."""
     counts: dict[Line, int]
 
 
 def read(folder: Path, rank: int) -> Beat | None:
-    """The heartbeat of `rank`; None where there is none yet, or one that is being written this very moment."""
+    """Returns the heartbeat of `rank`; None if there is none yet or it is being written at this moment."""
     path = folder / f"rank-{rank:05d}.beat"
     try:
         raw = path.read_bytes()
         who, *described = path.with_suffix(".lines").read_text().splitlines()
         about = json.loads(who)
-        lines = [Line(one["group"], tuple(one["ranks"]), one["messages"]) for one in map(json.loads, described)]
-        beats, step, begun, point, operation, line, number, since, again = _RECORD.unpack_from(raw)
+        lines = [Line(line["group"], tuple(line["ranks"]), line["messages"]) for line in map(json.loads, described)]
+        beats, step, begun, point, operation, line_index, number, since, again = _RECORD.unpack_from(raw)
     except (OSError, ValueError, struct.error):
         return None
-    if beats != again or line >= len(lines):
+    if beats != again or line_index >= len(lines):
         return None
     numbers = memoryview(raw)[_COUNTS_AT:].cast("Q")
     return Beat(
         rank=about["rank"], pid=about["pid"], thread=about["thread"], started=about["started"],
         beats=beats, step=step, steps_begun=begun, point=_text(point), operation=_text(operation),
-        line=lines[line] if line >= 0 else None, number=number, since=since,
+        line=lines[line_index] if line_index >= 0 else None, number=number, since=since,
         counts=dict(zip(lines, numbers, strict=False)),
     )  # fmt: skip
 
 
 def read_beats(folder: Path, rank: int) -> int:
-    """How many changes the heartbeat of `rank` has seen: all that is needed while it moves. 0: there is none yet."""
+    """Returns the number of changes in the heartbeat of `rank`, which shows whether it changes; 0 if there is none yet."""
     try:
         with (folder / f"rank-{rank:05d}.beat").open("rb") as file:
             return int.from_bytes(file.read(8), "little")
@@ -156,5 +156,5 @@ def read_beats(folder: Path, rank: int) -> int:
         return 0
 
 
-def _text(word: bytes) -> str:
-    return word.rstrip(b"\0").decode()
+def _text(raw: bytes) -> str:
+    return raw.rstrip(b"\0").decode()

@@ -1,7 +1,7 @@
-"""TCP connections of the ranks whose data is not acknowledged any more: what a lost link looks like from outside. Linux only.
+"""Finds TCP connections of ranks whose data are no longer acknowledged, the sign of a lost link. Linux only.
 
-The kernel repeats what is not acknowledged and counts the repeats (/proc/PID/net/tcp); a busy or stopped peer's kernel still
-acknowledges until its buffers are full, so repeats mean the link, not the process.
+The kernel sends unacknowledged data again and counts the repeats (/proc/PID/net/tcp). The kernel of a busy or stopped peer still
+acknowledges data until its buffers are full, so repeats indicate a broken link rather than a broken process.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True)
 class LostLink:
-    """A connection with data under way that nobody acknowledges."""
+    """A connection with data that the other end does not acknowledge."""
 
     rank: int
     here: Address
     there: Address
     peer: int | None
-    """The rank at the other end; None: it is not on this machine."""
+    """The rank at the other end; None if it is not on this machine."""
     unacknowledged_bytes: int
     repeats: int
 
@@ -44,19 +44,19 @@ class _Connection:
 
 
 def lost_links(processes: Mapping[int, int]) -> list[LostLink]:
-    """Those of the processes, by rank."""
+    """Returns the lost links of the processes, which are given by rank."""
     of_rank = {rank: _connections(pid) for rank, pid in processes.items()}
-    owner = {(one.here, one.there): rank for rank, connections in of_rank.items() for one in connections}
+    owner = {(link.here, link.there): rank for rank, connections in of_rank.items() for link in connections}
     return [
-        LostLink(rank, one.here, one.there, owner.get((one.there, one.here)), one.unacknowledged_bytes, one.repeats)
+        LostLink(rank, link.here, link.there, owner.get((link.there, link.here)), link.unacknowledged_bytes, link.repeats)
         for rank, connections in of_rank.items()
-        for one in connections
-        if one.repeats and one.unacknowledged_bytes
+        for link in connections
+        if link.repeats and link.unacknowledged_bytes
     ]
 
 
 def cut_off(links: list[LostLink]) -> int | None:
-    """The rank that is at one end of every lost link, where there is exactly one such rank; None: it cannot be told."""
+    """Returns the rank at an end of every lost link if there is exactly one such rank, else None."""
     ends = [{link.rank, link.peer} - {None} for link in links]
     count = Counter(rank for ranks in ends for rank in ranks)
     everywhere = [rank for rank, times in count.items() if times == len(links)]
@@ -64,19 +64,19 @@ def cut_off(links: list[LostLink]) -> int | None:
 
 
 def _connections(pid: int) -> list[_Connection]:
-    own, found = _sockets(pid), []
+    own, connections = _sockets(pid), []
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
-                words = line.split()
-                if words[3] == _ESTABLISHED and words[9] in own:
-                    queued = int(words[4].split(":")[0], 16)
-                    found.append(_Connection(_address(words[1]), _address(words[2]), queued, int(words[6], 16)))
-    return found
+                columns = line.split()
+                if columns[3] == _ESTABLISHED and columns[9] in own:
+                    queued = int(columns[4].split(":")[0], 16)
+                    connections.append(_Connection(_address(columns[1]), _address(columns[2]), queued, int(columns[6], 16)))
+    return connections
 
 
 def _sockets(pid: int) -> set[str]:
-    """Inodes of the sockets that a process has open."""
+    """Returns the inodes of the sockets that a process has open."""
     inodes = set()
     with contextlib.suppress(OSError):
         for entry in os.scandir(f"/proc/{pid}/fd"):
@@ -87,9 +87,9 @@ def _sockets(pid: int) -> set[str]:
     return inodes
 
 
-def _address(word: str) -> Address:
-    """ADDRESS:PORT in hexadecimal; the address in words of 32 bits in the machine's byte order."""
-    address, port = word.split(":")
+def _address(text: str) -> Address:
+    """Parses ADDRESS:PORT in hexadecimal; the address is in 32-bit words in the machine's byte order."""
+    address, port = text.split(":")
     raw = b"".join(struct.pack("=I", int(address[i : i + 8], 16)) for i in range(0, len(address), 8))
     mapped = len(raw) == 16 and raw[:12] == bytes(10) + b"\xff\xff"
     if mapped:

@@ -1,4 +1,4 @@
-"""The report of a hang: one page a person can read, kept under the run's logs."""
+"""Writes the report of a hang, a page for people, to the run's logs."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from bagualu.fault_tolerance.watchdog.verdict import Seen, Verdict
 def write_report(
     folder: Path, verdict: Verdict, seen: Mapping[int, Seen], stacks: Mapping[int, str], links: Sequence[LostLink]
 ) -> Path:
-    """Write it into `folder` under a name that is still free; its path."""
+    """Writes the report to `folder` under an unused name and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     first = folder / f"hang-{time.strftime('%Y%m%d-%H%M%S')}.txt"
     path, number = first, 1
@@ -24,13 +24,13 @@ def write_report(
 
 def _text(verdict: Verdict, seen: Mapping[int, Seen], stacks: Mapping[int, str], links: Sequence[LostLink]) -> str:
     culprits = ", ".join(map(str, verdict.culprits))
-    named = f"culprit: rank {culprits}" if culprits else "culprit: cannot be told from here"
-    parts = [f"the run stood still, found {time.strftime('%Y-%m-%d %H:%M:%S %z')}", named, verdict.why, "", "ranks"]
-    parts += [f"  rank {rank}: {one.doing()}" for rank, one in sorted(seen.items())]
+    named = f"culprit: rank {culprits}" if culprits else "culprit: cannot be determined from this node"
+    parts = [f"the run stood still, noticed {time.strftime('%Y-%m-%d %H:%M:%S %z')}", named, verdict.why, "", "ranks"]
+    parts += [f"  rank {rank}: {state.doing()}" for rank, state in sorted(seen.items())]
     if links:
-        parts += ["", "connections that are not acknowledged", *(f"  {link}" for link in links)]
+        parts += ["", "connections with data that are not acknowledged", *(f"  {link}" for link in links)]
     order = [*verdict.culprits, *(rank for rank in sorted(seen) if rank not in verdict.culprits)]
     for rank in order:
-        stack = stacks.get(rank, "none: the process could not tell").rstrip()
+        stack = stacks.get(rank, "none: the process did not write it").rstrip()
         parts += ["", f"stack of rank {rank}", *(f"  {line}" for line in stack.splitlines())]
     return "\n".join(parts) + "\n"

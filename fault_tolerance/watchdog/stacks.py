@@ -1,7 +1,7 @@
-"""Stacks of workers that stand still, from the outside. Free of torch.
+"""Gets the stacks of workers that make no progress, from outside.
 
-A worker's stack is written by a C signal handler, which needs neither Python's lock nor a thread that listens. A stopped process
-runs no handler: it gets its stack in the moment between being let go and being killed, when all its peers are dead.
+A C signal handler writes a worker's stack; it needs neither Python's lock nor a thread that listens. A stopped process runs no
+handler. It is continued and writes its stack just before it is killed, when all its peers are dead.
 """
 
 import contextlib
@@ -20,44 +20,44 @@ from bagualu.fault_tolerance.watchdog.verdict import GONE, STOPPED
 
 SIGNAL = signal.SIGUSR2
 _PATIENCE_SECONDS = 2.0
-"""For a stack to be written."""
+"""Time for a stack to be written."""
 _QUIET_SECONDS = 0.3
-"""A stack that has not grown for so long is whole: on a busy machine who writes it is made to wait in the middle."""
+"""A stack that has not grown for this long is complete; on a busy machine the writer may pause in the middle."""
 
 
 def show_on_signal(folder: Path, rank: int) -> None:
-    """From now on this process writes the stacks of its threads into `folder` when it gets SIGNAL."""
+    """Makes this process write the stacks of its threads to `folder` whenever it receives SIGNAL."""
     folder.mkdir(parents=True, exist_ok=True)
-    faulthandler.register(SIGNAL, file=_file(folder, rank).open("w"), all_threads=True, chain=False)  # which keeps it open
+    faulthandler.register(SIGNAL, file=_file(folder, rank).open("w"), all_threads=True, chain=False)  # it keeps the file open
 
 
 def of_threads(threads: Mapping[int, int]) -> dict[int, str]:
-    """The stacks of ranks that are threads of this process, by rank; `threads`: their identifiers."""
+    """Returns, by rank, the stacks of ranks that are threads of this process; `threads` are their identifiers."""
     frames = sys._current_frames()
     return {rank: "".join(traceback.format_stack(frames[thread])) for rank, thread in threads.items() if thread in frames}
 
 
 def end_all(folder: Path, processes: Mapping[int, int]) -> dict[int, str]:
-    """Kill the processes, by rank; the stacks they had, of those that could tell."""
+    """Kills the processes, given by rank, and returns the stacks of those that could write them."""
     stopped = {rank for rank, pid in processes.items() if _state(pid) in STOPPED}
     running = {rank: pid for rank, pid in processes.items() if rank not in stopped}
     stacks = _ask(folder, running)
     for pid in running.values():
         _send(pid, signal.SIGKILL)
     _wait_until_dead(running.values())
-    stacks |= _ask(folder, {rank: processes[rank] for rank in stopped}, let_go=True)
+    stacks |= _ask(folder, {rank: processes[rank] for rank in stopped}, continue_first=True)
     for rank in stopped:
         _send(processes[rank], signal.SIGKILL)
     return stacks
 
 
-def _ask(folder: Path, processes: Mapping[int, int], let_go: bool = False) -> dict[int, str]:
-    """The stacks that the processes write when they are asked."""
+def _ask(folder: Path, processes: Mapping[int, int], continue_first: bool = False) -> dict[int, str]:
+    """Signals the processes and returns the stacks they write. With `continue_first`, also continues stopped processes."""
     asked = {rank: pid for rank, pid in processes.items() if _file(folder, rank).exists()}  # SIGNAL would kill the others
-    begin = {rank: _file(folder, rank).stat().st_size for rank in asked}  # after what somebody else has asked for
+    begin = {rank: _file(folder, rank).stat().st_size for rank in asked}  # earlier stacks come before this
     for pid in asked.values():
         _send(pid, SIGNAL)
-        if let_go:
+        if continue_first:
             _send(pid, signal.SIGCONT)
     deadline = time.monotonic() + _PATIENCE_SECONDS
     stacks: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""Watches the ranks of one machine from outside. Free of torch."""
+"""Watches the ranks of a machine from outside."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -13,28 +13,28 @@ from bagualu.fault_tolerance.watchdog.verdict import GONE, Patience, Seen, Verdi
 
 @dataclass
 class _Pulse:
-    """What is known of a rank's heartbeat from one look to the next."""
+    """A rank's heartbeat at the last look."""
 
     beats: int = 0
     silent_seconds: float = 0.0
     cpu_seconds: float = 0.0
-    """Processor time of the process when it was last seen to change."""
+    """Processor time of the process when its silence began."""
 
 
 class Watchdog:
-    """One generation of workers. Call `look` as often as you like; it works at most every `interval` seconds.
+    """Watches a generation of workers. Call `look` as often as you like; it acts at most every `interval` seconds.
 
-    Silence is counted over the watchdog's own looks, not on a clock: when the launcher was stopped, or the whole machine, that
-    time counts for nobody.
+    Silence is summed over the watchdog's own looks, not read from a clock. So a time in which the launcher or the whole machine was
+    stopped does not count.
     """
 
     def __init__(
         self, folder: Path, processes: Mapping[int, int], patience: Patience, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`folder`: where the heartbeats are. `processes`: the process of every rank here, by rank."""
+        """`folder` contains the heartbeats. `processes` maps the ranks on this machine to their process ids."""
         self.processes = dict(processes)
         self.interval = min(1.0, patience.hang_seconds / 10)
-        """Seconds between two looks."""
+        """Least seconds between two looks."""
         self._folder = folder
         self._patience = patience
         self._clock = clock
@@ -42,23 +42,23 @@ class Watchdog:
         self._pulses = {rank: _Pulse() for rank in processes}
 
     def look(self) -> Verdict | None:
-        """Whether the run stands still and why; None while it may go on."""
+        """Returns the reason why the run makes no progress; None while it may continue."""
         now = self._clock()
         if now - self._last < self.interval:
             return None
         passed = min(now - self._last, 2 * self.interval)
         self._last = now
         for rank, pulse in self._pulses.items():
-            self._feel(rank, pulse, passed)
+            self._update(rank, pulse, passed)
         if max(pulse.silent_seconds for pulse in self._pulses.values()) < self._patience.hang_seconds:
             return None
         return judge(self.seen(), self._patience)
 
     def seen(self) -> dict[int, Seen]:
-        """Every rank, as it is now."""
+        """Returns the present state of every rank."""
         return {rank: self._see(rank, pulse) for rank, pulse in self._pulses.items()}
 
-    def _feel(self, rank: int, pulse: _Pulse, passed: float) -> None:
+    def _update(self, rank: int, pulse: _Pulse, passed: float) -> None:
         beats = read_beats(self._folder, rank)
         if beats != pulse.beats:
             pulse.beats, pulse.silent_seconds = beats, 0.0
@@ -71,7 +71,7 @@ class Watchdog:
         state, cpu = _process(self.processes[rank])
         used = max(0.0, cpu - pulse.cpu_seconds)
         beat = read(self._folder, rank)
-        if beat is None or beat.pid != self.processes[rank]:  # not there yet; or left by the generation before
+        if beat is None or beat.pid != self.processes[rank]:  # none yet, or left by the previous generation
             return Seen(rank, silent_seconds=pulse.silent_seconds, cpu_seconds=used, process=state)
         return Seen(
             rank=rank, step=beat.step, steps_begun=beat.steps_begun, point=beat.point, operation=beat.operation, line=beat.line,
@@ -81,21 +81,22 @@ class Watchdog:
 
 
 def seen_now(folder: Path) -> dict[int, Seen]:
-    """Every rank whose heartbeat lies in `folder` and whose process lives; how long it has been silent is told by its last beat."""
-    found = {}
+    """Returns the state of every rank with a heartbeat in `folder` and a live process; its silence is the age of its last
+    change."""
+    states = {}
     for path in folder.glob("rank-*.beat"):
         beat = read(folder, int(path.stem.removeprefix("rank-")))
         if beat is None or (state := _process(beat.pid)[0]) in GONE:
             continue
-        found[beat.rank] = Seen(
+        states[beat.rank] = Seen(
             rank=beat.rank, step=beat.step, steps_begun=beat.steps_begun, point=beat.point, operation=beat.operation,
             line=beat.line, number=beat.number, counts=beat.counts, silent_seconds=time.monotonic() - beat.since, process=state,
         )  # fmt: skip
-    return found
+    return states
 
 
 def _process(pid: int) -> tuple[str, float]:
-    """State of a process, and the processor seconds it has used."""
+    """Returns the state of a process and the processor seconds that it has used."""
     try:
         process = psutil.Process(pid)
         with process.oneshot():

@@ -76,7 +76,7 @@ def test_partners_that_are_lost_together_take_the_replica_with_them(tmp_path: Pa
     lose_node(tmp_path, 1)
     lose_node(tmp_path, 2)
     assert ranks(4, resume, tmp_path, 1) == [(None, [])] * 4
-    assert "the replica of step 20 is not used: nobody holds the state of ranks [1]" in caplog.text
+    assert "the replica of step 20 is not used: no node holds the state of ranks [1]" in caplog.text
     assert not any(held(tmp_path, node, step) for node in range(4) for step in (10, 20))
 
 
@@ -197,7 +197,7 @@ def test_full_memory_ends_replicas_but_not_the_run(
         assert ranks(4, keep_once_full, tmp_path, lambda: patch.setattr(os, call, fail_on(2, call))) == [True] * 4
     said = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(said) == 1
-    assert "step 20: no replica: rank 2: OSError: [Errno 28] No space left on device; there will be no more" in caplog.text
+    assert "step 20: no replica: rank 2: OSError: [Errno 28] No space left on device; no more will be made" in caplog.text
     assert not list(tmp_path.glob("node-*/replicas/.saving-*"))
     assert ranks(4, resume, tmp_path, 2)[0][0] in ((10,) if call != "rename" else (10, 20))
 
