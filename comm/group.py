@@ -192,7 +192,7 @@ class Group:
 
 
 class Communicator:
-    """One rank's connection to all others, from which it makes groups. Close it after use."""
+    """One rank's connection to all other ranks; makes its groups. Close it after use."""
 
     def __init__(self, backend: Backend, world: World, monitor: Monitor | None = None) -> None:
         self.backend = backend

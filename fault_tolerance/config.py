@@ -1,4 +1,4 @@
-"""What a recipe says about checkpoints, steps that go wrong, going on after a failure, and slow ranks. Free of torch."""
+"""The settings of a recipe for checkpoints, restarts, the guard and slow ranks."""
 
 from dataclasses import dataclass, field
 
@@ -15,15 +15,15 @@ class CheckpointConfig:
     every: int = 100
     """Steps between checkpoints; 0 saves only at the end or when asked to stop."""
     keep: int = 2
-    """How many of the newest checkpoints stay on disk."""
+    """The number of newest checkpoints that stay on disk."""
     replica_every: int = 0
-    """Steps between copies of every rank's state in the memory of its node and, where there are several, another one; 0: none."""
+    """Steps between copies of every rank's state in the memory of its node and, if there are several, of another node; 0: none."""
     resume: bool = False
-    """Go on from the newest checkpoint of the run directory; with none there, start from the beginning and say so."""
+    """Resume from the newest checkpoint of the run directory. If there is none, the run starts from the beginning and says so."""
     asynchronous: bool = field(default=True, metadata={"key": "async"})
-    """Write in the background while training goes on; takes host memory for one more copy of this rank's part."""
+    """Write in the background during training. This takes host memory for another copy of this rank's part."""
     timeout_seconds: float | None = None
-    """Storage that has not taken a rank's part, or the commit, by then has failed; left out, half of comm.timeout_seconds."""
+    """Storage that takes longer than this for a rank's part or for the commit has failed. Default: half of comm.timeout_seconds."""
 
     def validate(self) -> None:
         if self.every < 0:
@@ -40,28 +40,29 @@ class RestartConfig:
     """`restart.*` of a recipe: what the launcher does when a rank is lost."""
 
     limit: int = 3
-    """How often workers are started again after a failure, over the whole launch; 0: never."""
+    """How often workers are restarted after failures, over the whole launch; 0: never."""
     backoff_seconds: float = 1.0
-    """Pause before the first restart; every further one waits twice as long, at most a minute. In the same way before new tries to
-    read checkpoints that cannot be read: four pauses."""
+    """Pause before the first restart. Every further pause is twice as long, but at most a minute. If checkpoints cannot be read,
+    four further attempts follow after such pauses."""
     same_step_limit: int = 2
-    """A step that has failed this often, with nothing gained in between, ends the run (exit code 76)."""
+    """If a step has failed this often without progress in between, the run ends (exit code 76)."""
     elastic: bool = False
-    """Go on with fewer ranks and a smaller layout when some are lost for good; grow back when they return."""
+    """Continue with fewer ranks and a smaller layout if ranks are lost for good; grow again when they return."""
     min_workers: int = 1
-    """With restart.elastic=true: the fewest ranks worth going on with."""
+    """With restart.elastic=true: the fewest ranks with which the run continues."""
     wait_seconds: int = 300
-    """How long nodes wait for one another, at the start and after a loss; then the run goes on without those that are missing
+    """How long nodes wait for each other, at the start and after a loss. Then the run continues without the missing nodes
     (restart.elastic=true) or fails."""
     hang_seconds: float = 300.0
-    """A rank that shows no progress for so long, or waits so long for one that shows none, ends the run's processes; 0: never.
-    At most three quarters of comm.timeout_seconds, whatever it says."""
+    """A rank that shows no progress for this long, or waits this long for such a rank, ends the run's processes; 0: never. The
+    limit is three quarters of comm.timeout_seconds, even if this value is greater."""
     long_hang_seconds: float = 1800.0
-    """The same where nothing can be seen for long: start, first step (compilation), validation, checkpoints read and written.
-    No longer than restart.hang_seconds for a rank that another has waited for three quarters of comm.timeout_seconds."""
+    """The same where no progress can be seen for long: start, first step (compilation), validation, reading and writing
+    checkpoints. Not more than restart.hang_seconds for a rank for which another has waited for three quarters of
+    comm.timeout_seconds."""
 
     def pause_seconds(self, number: int) -> float:
-        """The pause before try `number` after the first (from 1)."""
+        """Returns the pause before attempt `number` after the first (from 1)."""
         return min(_LONGEST_PAUSE_SECONDS, self.backoff_seconds * 2.0 ** min(number - 1, 30))
 
     def validate(self) -> None:
@@ -80,37 +81,40 @@ POLICIES = ("retry", "skip", "rollback", "stop")
 
 @dataclass
 class GuardConfig:
-    """`guard.*` of a recipe: what becomes of a step whose figures are wrong, or of hardware that computes wrongly.
+    """`guard.*` of a recipe: what happens to a step with bad values, or on hardware that computes wrongly.
 
-    retry: compute it again from the same weights and samples. Fine this time: it was the hardware. The same again: skip.
-    skip: no update, the samples count as used. rollback: back to a checkpoint, and the samples that led here are left out.
-    stop: the run ends.
+    retry: compute the step again from the same weights and samples. If it is good then, the hardware was at fault; if it is the
+    same again: skip. skip: no update; the samples count as used. rollback: go back to a checkpoint and leave out the samples that
+    led here. stop: end the run.
     """
 
     on_nonfinite: str = "retry"
-    """retry | skip | rollback | stop: a loss or gradient that is not finite. (float16's overflows lower the loss scale instead.)"""
+    """retry | skip | rollback | stop: for a loss or gradient that is not finite. (Overflows of float16 only lower the loss
+    scale.)"""
     on_spike: str = "retry"
-    """retry | skip | rollback | stop: a loss or gradient norm far above those of the steps before."""
+    """retry | skip | rollback | stop: for a loss or gradient norm far above those of the previous steps."""
     on_disagreement: str = "retry"
-    """retry | rollback | stop: ranks that should hold or compute the same do not. retry repairs what it can from another rank
-    and rolls back where nobody holds the same; nothing is left out."""
+    """retry | rollback | stop: for ranks that should hold or compute the same but do not. retry repairs what it can from another
+    rank and rolls back if no rank holds a copy; no samples are left out."""
     spike_factor: float = 10.0
-    """How many times the median a gradient norm must be to count as a spike, beyond the usual scatter; 0 looks for none."""
+    """A gradient norm this many times the median, and beyond the usual scatter, is a spike; 0: no check."""
     loss_spike_factor: float = 2.0
     """The same for the loss."""
     spike_window: int = 64
-    """Steps before this one that say what is usual."""
+    """The number of previous steps that determine what is usual."""
     rollback_window: int = 1
-    """Steps, up to the bad one, whose samples are left out after a rollback."""
+    """Steps, up to the bad step, whose samples are left out after a rollback."""
     limit: int = 5
-    """Steps skipped or taken back in a row before the run stops."""
+    """The number of steps skipped or rolled back in a row after which the run stops."""
     check_every: int = 10
-    """Steps between checks of weights and optimizer state for damage, besides that after every checkpoint; 0 never checks.
-    Optimizer state that no other rank holds is watched from the end of the step before to the check: in 1 of so many steps."""
+    """Steps between checks of weights and optimizer state for damage, in addition to the check after every checkpoint; 0: never.
+    For optimizer state that no other rank holds, checksums are taken at the end of the previous step and compared at the check, so
+    only damage in the step before a check is detected."""
     audit_every: int = 0
-    """Steps between audits, whose gradients are computed twice and compared: an N-th more time for every N-th step; 0 never."""
+    """Steps between audits, in which gradients are computed twice and compared. Each audit costs a gradient computation; 0:
+    never."""
     leave_out: list[int] = field(default_factory=list)
-    """Steps, from 1, whose samples are not to be learnt from."""
+    """Steps, from 1, whose samples are not used for training."""
 
     @property
     def compares(self) -> bool:
@@ -118,15 +122,16 @@ class GuardConfig:
         return self.audit_every > 0 or "retry" in (self.on_nonfinite, self.on_spike)
 
     def validate(self, saves: bool, repeatable: bool) -> None:
-        """`saves`: whether the run makes checkpoints as it goes. `repeatable`: whether it computes the same bits twice."""
+        """`saves`: whether the run saves checkpoints on the way. `repeatable`: whether a repeated computation gives the same
+        bits."""
         if self.audit_every and not repeatable:
             raise RecipeError(f"guard.audit_every={self.audit_every} compares two computations bit by bit, which differ with "
                               "train.deterministic=false; give guard.audit_every=0 or train.deterministic=true")  # fmt: skip
         for name in ("on_nonfinite", "on_spike", "on_disagreement"):
-            policies = [one for one in POLICIES if (name, one) != ("on_disagreement", "skip")]
+            policies = [policy for policy in POLICIES if (name, policy) != ("on_disagreement", "skip")]
             policy = getattr(self, name)
             if policy not in policies:
-                why = ": to skip a step does not repair what is damaged" if policy == "skip" else " is unknown"
+                why = ": skipping a step does not repair damage" if policy == "skip" else " is unknown"
                 raise RecipeError(f"guard.{name}={policy}{why}; give one of {', '.join(policies)}")
             if policy == "rollback" and not saves:
                 raise RecipeError(f"guard.{name}=rollback needs checkpoints to go back to; give checkpoint.every, "
@@ -146,9 +151,9 @@ class StragglerConfig:
     """`straggler.*` of a recipe."""
 
     ratio: float = 1.5
-    """A rank is slow when its own work takes this many times as long as its peers'; 0: nobody looks."""
+    """A rank is slow if its own work takes this many times as long as its peers'; 0: no check."""
     window_seconds: float = 10.0
-    """Time over which work is summed up (5 to 1000 steps); 4 slow windows of the last 5 flag a rank."""
+    """Time over which work is summed (5 to 1000 steps). 4 slow windows of the last 5 flag a rank."""
 
     def validate(self) -> None:
         if self.ratio and self.ratio <= 1:

@@ -1,4 +1,4 @@
-"""The points that a rank passes (`Monitor.at`), and what the time from each of them on is spent on. Free of torch."""
+"""The points that a rank passes (`Monitor.at`), and the phase to which the time after each of them belongs."""
 
 POINTS = {
     "fetch": "start",

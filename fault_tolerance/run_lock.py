@@ -1,10 +1,10 @@
-"""One job for one run directory: `.lock`, held by the launcher, or by rank 0 where there is none. Free of torch.
+"""Keeps a run directory to a single job: `.lock`, held by the launcher, or by rank 0 if there is no launcher.
 
-Of several nodes the one that holds the rendezvous store holds it too: no run is without it, and no run has two. The others only
-look whether it is their own job that is in the directory: the file names it.
+On several nodes, the node with the rendezvous store holds the lock: every run has exactly one such node. The other nodes only check
+that the job named in the file is their own.
 
-The kernel gives the lock back when the process ends, however it ends, so nothing is left to clean up. It may not reach processes on
-other hosts (a file system without locks); those are kept from committing by the fence (checkpoint/fence.py).
+The kernel releases the lock however the process ends, so nothing is left to clean up. On a file system without locks it may not
+reach other hosts; the fence (checkpoint/fence.py) keeps their processes from committing checkpoints.
 """
 
 import errno
@@ -23,18 +23,19 @@ from bagualu.comm.errors import RecipeError
 
 LOCK = ".lock"
 _SURE_SECONDS = 1.0
-"""A lock that is held for so long is a job's: whoever looks holds it for a moment too, and a holder has told its name by then."""
+"""A lock held for longer belongs to a job: a check holds it only for a moment, and a job has written its name by then."""
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def hold(run_dir: Path, job: str = "") -> Iterator[None]:
-    """Keep other jobs out of `run_dir`, which is made if need be, for the time of the block.
+    """Keeps other jobs out of `run_dir`, which is created if necessary, until the block ends.
 
-    `job` names one that runs on several nodes, the same after it was put back into the queue. Its own earlier start is no obstacle:
-    the lock of a crashed node may outlive it for a minute on a network file system, and the fence keeps that start from committing.
+    `job` names a job on several nodes; a requeued job has the same name. An earlier start of the same job does not block it,
+    because on a network file system the lock of a crashed node may outlive it for a minute, and the fence keeps that start from
+    committing.
 
-    Raises RecipeError when another job is in it, or it cannot be written.
+    Raises RecipeError if another job uses the directory or it cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -52,11 +53,11 @@ def hold(run_dir: Path, job: str = "") -> Iterator[None]:
 
 
 def refuse_if_held(run_dir: Path, job: str = "") -> None:
-    """Raises RecipeError when another job is in `run_dir`; changes nothing."""
+    """Raises RecipeError if another job uses `run_dir`. Changes nothing."""
     try:
         descriptor = os.open(run_dir / LOCK, os.O_RDWR)
     except OSError:
-        return  # there is none, or `hold` will say what is wrong
+        return  # there is no lock file, or `hold` will report the problem
     try:
         _lock(descriptor, run_dir, job)
     finally:
@@ -82,7 +83,7 @@ def may_be_in_use(run_dir: Path) -> bool:
 
 
 def _lock(descriptor: int, run_dir: Path, job: str) -> None:
-    """Lock it, unless another start of `job` has."""
+    """Takes the lock, unless another start of `job` holds it. Raises RecipeError."""
     deadline = time.monotonic() + _SURE_SECONDS
     while True:
         try:
@@ -107,7 +108,7 @@ def _about_this_process(job: str) -> bytes:
 
 
 def _about(descriptor: int) -> dict[str, Any]:
-    """What the holder of the lock has told of itself."""
+    """Returns what the holder of the lock has written about itself."""
     try:
         about = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:

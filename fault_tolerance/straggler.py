@@ -1,9 +1,10 @@
-"""Ranks that are slower than those that do the same work.
+"""Finds ranks that are slower than ranks with the same work.
 
-A rank's own time of a step is what it does not spend waiting for others: in a synchronous run everybody's step takes as long as the
-slowest rank's, only own times tell who that is. They are summed over a window of steps, exchanged by one small collective,
-and every rank comes to the same conclusion from the same figures. Peers are the ranks of one pipeline stage with the same
-experts: uneven stages and experts with more tokens are work, not slowness. A rank without peers is not judged.
+A rank's own time is the part of a step in which it does not wait for other ranks. In a synchronous run, every rank's step takes as
+long as the slowest rank's, so only own times show which rank that is. They are summed over a window of steps and exchanged with a
+small collective, and every rank draws the same conclusion from the same values. The peers of a rank are the ranks of its pipeline
+stage with the same experts, because uneven stages, and experts with more tokens, are more work and not slowness. A rank without
+peers is not judged.
 """
 
 import math
@@ -21,17 +22,17 @@ from bagualu.fault_tolerance.config import StragglerConfig
 from bagualu.parallel.layout import Layout
 
 _WINDOWS, _SLOW = 5, 4
-"""A rank is flagged when so many of the last windows were slow: now and then one step takes very long and makes a window slow."""
+"""A rank is flagged if _SLOW of the last _WINDOWS windows were slow, since a single long step now and then makes a window slow."""
 _QUIET = 3
-"""Windows in a row without slowness that clear it."""
+"""A flagged rank is cleared after this many windows in a row without slowness."""
 _MATTERS = 0.05
-"""Share of the run's time that the slowness must cost."""
+"""The least fraction of the run's time that the slowness must cost."""
 _FEWEST_STEPS, _MOST_STEPS = 5, 1000
-"""Steps of a window."""
+"""The least and greatest number of steps in a window."""
 
 
 class WorkClock:
-    """Observes a monitor and measures the rank's own time: from the begin of a step to `lap`, without the waiting."""
+    """Observes a monitor and measures the rank's own time, from the beginning of a step to `lap`, without waiting."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter, cpu: Callable[[], float] = time.process_time) -> None:
         self._now, self._cpu = now, cpu
@@ -40,25 +41,25 @@ class WorkClock:
         self._in_step = False
 
     def at(self, point: str, step: int) -> None:
-        """As `Observer.at`."""
+        """See `Observer.at`."""
         if point == "data" and not self._in_step:
             self._in_step = True
             self._go()
 
     def waits(self, what: str | None) -> None:
-        """As `Observer.waits`."""
+        """See `Observer.waits`."""
         if what is not None:
             self._halt()
         elif self._in_step:
             self._go()
 
     def lap(self) -> tuple[float, float]:
-        """The step is over: (seconds of its own work, processor seconds that the process used in them)."""
+        """Ends a step; returns (seconds of own work, processor seconds that the process used in them)."""
         self._halt()
-        figures = self._own, self._used
+        own_and_cpu = self._own, self._used
         self._own = self._used = 0.0
         self._in_step = False
-        return figures
+        return own_and_cpu
 
     def _go(self) -> None:
         self._since = self._now(), self._cpu()
@@ -72,27 +73,27 @@ class WorkClock:
 
 @dataclass(frozen=True)
 class Window:
-    """One rank's figures over the steps of a window, in seconds."""
+    """A rank's times over the steps of a window, in seconds."""
 
     own: float
     """Its own work."""
     cpu: float
-    """Processor time it used meanwhile; less than `own`: it was stopped, or had to share its cores."""
+    """Processor time used in `own`. If it is less than `own`, the process was stopped or shared its cores."""
     wall: float
-    """The whole window, waiting and all."""
+    """The whole window, including waiting."""
 
 
 @dataclass
 class Straggler:
-    """A rank that is, or was, slower than its peers. Per-step figures of the last window in which it was slow."""
+    """A rank that is, or was, slower than its peers. The times are per step, of the last window in which it was slow."""
 
     rank: int
     since_step: int
-    """When it was flagged."""
+    """The step at which it was flagged."""
     until_step: int | None = None
-    """When it had recovered; None: not yet."""
+    """The step at which it had recovered; None: not yet."""
     ratio: float = 0.0
-    """Own seconds over the median of its peers'."""
+    """Its own seconds divided by the median of its peers'."""
     own_seconds: float = 0.0
     peer_seconds: float = 0.0
     cpu_share: float = 0.0
@@ -109,28 +110,29 @@ class Straggler:
 
 @dataclass
 class Judge:
-    """Decides over windows of figures; a pure function of their sequence. `peers` are disjoint groups of ranks."""
+    """Judges ranks from windows of times; the result depends only on the sequence of windows. `peers` are disjoint lists of
+    ranks."""
 
     peers: Sequence[Sequence[int]]
     ratio: float
     history: list[Straggler] = field(default_factory=list)
-    """Everyone ever flagged, in order."""
+    """All flags ever set, in order."""
     _slow: dict[int, deque[bool]] = field(default_factory=dict)
     _quiet: dict[int, int] = field(default_factory=dict)
 
     @property
     def flagged(self) -> list[Straggler]:
-        """Those that are slow now."""
-        return [one for one in self.history if one.until_step is None]
+        """The ranks that are slow now."""
+        return [straggler for straggler in self.history if straggler.until_step is None]
 
     def add(self, step: int, steps: int, windows: Sequence[Window]) -> list[Straggler]:
-        """Take the window of `steps` steps that ended with `step`, by rank; who was flagged or cleared by it."""
+        """Adds a window of `steps` steps that ended with `step`, by rank; returns the ranks that it flagged or cleared."""
         changed = []
         for group in self.peers:
             for rank in group:
                 others = [windows[peer] for peer in group if peer != rank]
                 if others and self._judge(step, steps, rank, windows[rank], others):
-                    changed.append(next(one for one in reversed(self.history) if one.rank == rank))
+                    changed.append(next(straggler for straggler in reversed(self.history) if straggler.rank == rank))
         return changed
 
     def _judge(self, step: int, steps: int, rank: int, own: Window, others: list[Window]) -> bool:
@@ -141,7 +143,7 @@ class Judge:
         slow.append(ratio > self.ratio and matters)
         recovered = ratio < 1 + (self.ratio - 1) / 2 or not matters
         self._quiet[rank] = self._quiet.get(rank, 0) + 1 if recovered else 0
-        current = next((one for one in self.flagged if one.rank == rank), None)
+        current = next((straggler for straggler in self.flagged if straggler.rank == rank), None)
         if current is not None and self._quiet[rank] >= _QUIET:
             current.until_step = step
             slow.clear()
@@ -160,7 +162,7 @@ class Judge:
 
 
 def same_work(layout: Layout) -> list[list[int]]:
-    """The ranks in groups that do the same work: of one pipeline stage, with the same experts."""
+    """Returns the ranks in groups that do the same work: those of a pipeline stage with the same experts."""
     groups: dict[tuple[int, int], list[int]] = {}
     for rank in range(layout.world):
         at = layout.coordinates(rank)
@@ -169,7 +171,7 @@ def same_work(layout: Layout) -> list[list[int]]:
 
 
 class Stragglers:
-    """One rank's part: measures, exchanges, judges. Its monitor is that of the group."""
+    """Measures this rank's work, exchanges it with all ranks of `world`, and judges all of them."""
 
     def __init__(self, config: StragglerConfig, layout: Layout, world: Group) -> None:
         self._config, self._world = config, world
@@ -182,7 +184,8 @@ class Stragglers:
             world.monitor.observers.append(self._clock)
 
     def after_step(self, step: int, seconds: float) -> list[Straggler]:
-        """Step `step` (from 1) took `seconds`: who was flagged or cleared, the same on every rank. Collective after a window."""
+        """Records that step `step` (from 1) took `seconds`. Returns the ranks that were flagged or cleared, the same on every rank.
+        Collective at the end of a window."""
         if not self._judges:
             return []
         own, cpu = self._clock.lap()
@@ -194,21 +197,21 @@ class Stragglers:
         self._steps = 0
         step_seconds = max(window.wall for window in windows) / steps
         self._due = min(_MOST_STEPS, max(_FEWEST_STEPS, math.ceil(self._config.window_seconds / max(step_seconds, 1e-6))))
-        if not self._warm:  # the first window pays for warming up; from it only the length of the next one is taken
+        if not self._warm:  # the first window includes warming up; it only determines the length of the next
             self._warm = True
             return []
         return self._judge.add(step, steps, windows)
 
     def now(self) -> list[dict[str, Any]]:
-        """Those that are slow now, with the evidence."""
-        return [asdict(one) for one in self._judge.flagged]
+        """Returns the ranks that are slow now, with the evidence, as plain JSON."""
+        return [asdict(straggler) for straggler in self._judge.flagged]
 
     def ever(self) -> list[dict[str, Any]]:
-        """All that were slow at some time."""
-        return [asdict(one) for one in self._judge.history]
+        """Returns all ranks that were ever slow, as plain JSON."""
+        return [asdict(straggler) for straggler in self._judge.history]
 
     def _exchange(self) -> list[Window]:
         own = torch.tensor([[self._own, self._cpu, self._wall]], dtype=torch.float64, device=self._world.device)
-        everyone = own.new_empty(self._world.size, 3)
-        self._world.all_gather(everyone, own)
-        return [Window(*figures) for figures in everyone.tolist()]
+        windows = own.new_empty(self._world.size, 3)
+        self._world.all_gather(windows, own)
+        return [Window(*times) for times in windows.tolist()]

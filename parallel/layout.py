@@ -1,4 +1,4 @@
-"""Rank arithmetic, without torch: the coordinate of a rank on each axis, and the ranks that share its other coordinates.
+"""Rank arithmetic, without torch: the coordinate of a rank on each axis, and the groups of ranks that differ on a single axis.
 
 The order of axes, slowest first, is pipeline, data, context, tensor. Ranks of a tensor group are neighbours, on the fastest links;
 stages are farthest apart because they exchange least. Expert ranks are taken from the data x context ranks ("fold"), and the expert

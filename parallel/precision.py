@@ -23,7 +23,7 @@ def multiply_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns at least float32, for norms, softmax, losses and routers."""
+    """Returns `dtype`, widened to at least float32: for norms, softmax, losses and routers."""
     return torch.float32 if dtype in HALF else dtype
 
 

@@ -22,7 +22,7 @@ class Placement:
     shards: tuple[tuple[int, str], ...] = ()
     """(dim, axis) pairs: the dim is split into equal parts along the axis."""
     partial_over: str | None = None
-    """The axis whose ranks hold copies, of which each computes only a part of the gradient: the gradient is the axis's sum."""
+    """The axis whose ranks hold copies, of which each computes only a part of the gradient: the whole is the sum over the axis."""
 
     @property
     def axes(self) -> tuple[str, ...]:

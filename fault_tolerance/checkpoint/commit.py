@@ -32,11 +32,11 @@ class Claim:
         self._taken_by: str | None = None
 
     def commit(self) -> bool:
-        """Returns whether the save is committed; False if it was given up."""
+        """Commits the save; returns False if it has been given up before."""
         return self._take("commit")
 
     def give_up(self) -> bool:
-        """Returns whether the save is given up; False if it is committed."""
+        """Gives up the save; returns False if it has been committed before."""
         return self._take("give up")
 
     @property

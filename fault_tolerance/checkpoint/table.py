@@ -67,8 +67,7 @@ def _box(
 ) -> StoredBox:
     size, about = prod(shape) * tensor.item_bytes, manifest.files[file]
     if not about.header_bytes <= start <= start + size <= about.bytes:
-        raise ValueError(f"has a box at bytes {start} to {start + size} of {file}, whose data are bytes "
-                         f"{about.header_bytes} to {about.bytes}")  # fmt: skip
+        raise ValueError(f"has bytes {start} to {start + size} of {file}, whose data are {about.header_bytes} to {about.bytes}")
     return StoredBox(offset, shape, file, start, hashes(hashed, -(-size // manifest.block_bytes)))
 
 

@@ -1,4 +1,4 @@
-"""One planned fault: when it strikes whom, and what it can get at there. Free of torch."""
+"""A planned fault: when and where it strikes, and what it can access there."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
@@ -9,11 +9,11 @@ from bagualu.comm.monitor import Monitor
 
 
 class ProcessKilled(BaseException):
-    """On the simulated backend: the rank's process would be gone. No `except Exception` sees it, as none sees a SIGKILL."""
+    """On the simulated backend, a rank whose process would be gone. Like SIGKILL, it escapes `except Exception`."""
 
 
 class Scene(Protocol):
-    """What a fault can get at on the rank it strikes."""
+    """What a fault can access on the rank that it strikes."""
 
     @property
     def rank(self) -> int: ...
@@ -27,27 +27,28 @@ class Scene(Protocol):
         ...
 
     def folder(self, what: str) -> Path | None:
-        """Where checkpoints lie: "checkpoint" on storage, "replica" in memory; None where there are none."""
+        """Returns the folder of "checkpoint"s, on storage, or "replica"s, in memory; None if there is none."""
 
     def given_up(self) -> bool:
-        """Threads: whether the other ranks have."""
+        """Whether ranks are threads and the other ranks have given up waiting."""
 
     def spoil_gradient(self, how: Literal["nan", "flip"]) -> str:
-        """In the next backward pass one element of this rank's gradient becomes NaN or has a bit flipped; which one."""
+        """Makes an element of this rank's gradient NaN, or flips one of its bits, in the next backward pass; returns which
+        element."""
 
     def flip(self, what: str) -> str:
-        """Flip a bit of one element of this rank's weight, master or moment; which one."""
+        """Flips a bit of an element of this rank's weight, master weight or moment; returns which element."""
 
 
 @dataclass(frozen=True)
 class Fault(ABC):
-    """Strikes `rank` once, the first time that it comes to point `at` in step `step` (from 1) or later."""
+    """Strikes `rank` once, when it first reaches point `at` in step `step` (from 1) or later."""
 
     kind: ClassVar[str]
     points: ClassVar[tuple[str, ...]] = ()
-    """Where it can strike, if not everywhere."""
+    """The points at which it can strike; empty: all."""
     ends_process: ClassVar[bool] = False
-    """Whether the rank's process does not go on by itself."""
+    """Whether the rank's process cannot continue on its own."""
 
     step: int
     rank: int = 0
@@ -55,9 +56,9 @@ class Fault(ABC):
 
     @abstractmethod
     def strike(self, scene: Scene) -> str | None:
-        """Do it; what was done, where the fault itself does not say so."""
+        """Causes the fault; returns details that the fault's own text lacks, or None."""
 
     def __str__(self) -> str:
-        """As it is typed."""
-        given = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+        """Returns the text of the fault as it is typed in a recipe."""
+        given = {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) != item.default}
         return f"{self.kind}@" + ":".join(f"{name}={value}" for name, value in given.items())

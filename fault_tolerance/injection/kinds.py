@@ -1,4 +1,4 @@
-"""The kinds of planned faults: what each of them does to the rank it strikes. Free of torch."""
+"""The kinds of planned faults."""
 
 import math
 import os
@@ -15,18 +15,18 @@ from bagualu.fault_tolerance.injection.slowness import Slowness
 
 
 class PlannedError(RuntimeError):
-    """What a planned exception raises."""
+    """The error of a planned exception."""
 
 
 def _one_of(*choices: str) -> str:
-    """A field that holds one of `choices`, at first the first."""
+    """Declares a field whose value is one of `choices`, with the first as its default."""
     default: str = field(default=choices[0], metadata={"choices": choices})
     return default
 
 
 @dataclass(frozen=True)
 class Kill(Fault):
-    """The process is gone, as after kill -9."""
+    """The process ends as after kill -9."""
 
     kind = "kill"
     ends_process = True
@@ -41,7 +41,7 @@ class Kill(Fault):
 
 @dataclass(frozen=True)
 class Raise(Fault):
-    """An error that nobody catches."""
+    """The rank raises an error that is not caught."""
 
     kind = "exception"
     ends_process = True
@@ -53,7 +53,7 @@ class Raise(Fault):
 
 @dataclass(frozen=True)
 class Stop(Fault):
-    """The process stands still, as after SIGSTOP, for `seconds`."""
+    """The process stops for `seconds`, as after SIGSTOP."""
 
     kind = "stop"
     at: str = "backward"
@@ -73,7 +73,7 @@ class Stop(Fault):
 
 @dataclass(frozen=True)
 class Slow(Fault):
-    """For `steps` steps the rank computes `factor` times as long."""
+    """The rank computes `factor` times as long for `steps` steps."""
 
     kind = "slow"
     steps: int = 5
@@ -86,7 +86,7 @@ class Slow(Fault):
 
 @dataclass(frozen=True)
 class Corrupt(Fault):
-    """A bit of the newest committed checkpoint, or of the newest replica, flips."""
+    """A bit of the newest committed checkpoint or replica flips."""
 
     kind = "corrupt"
     what: str = _one_of("checkpoint", "replica")
@@ -109,7 +109,7 @@ class Corrupt(Fault):
 
 @dataclass(frozen=True)
 class FullDisk(Fault):
-    """The next `writes` writes of this process to checkpoint files find no space."""
+    """The next `writes` writes of this process to checkpoint files fail as on a full disk."""
 
     kind = "full_disk"
     writes: int = 1
@@ -121,7 +121,7 @@ class FullDisk(Fault):
 
 @dataclass(frozen=True)
 class Nan(Fault):
-    """One element of the gradient that this rank computes is NaN."""
+    """An element of the gradient that this rank computes becomes NaN."""
 
     kind = "nan"
     points = ("data",)
@@ -132,7 +132,7 @@ class Nan(Fault):
 
 @dataclass(frozen=True)
 class Flip(Fault):
-    """The highest bit of the fraction of one number on this rank flips: of a weight, its master, a moment or a gradient."""
+    """The highest bit of the fraction of a weight, master weight, moment or gradient element on this rank flips."""
 
     kind = "flip"
     points = ("data",)
@@ -144,7 +144,7 @@ class Flip(Fault):
 
 @dataclass(frozen=True)
 class DropLink(Fault):
-    """From now on this rank's communications fail, or never end."""
+    """All communications of this rank, from this point on, fail or never end."""
 
     kind = "drop_link"
     ends_process = True
@@ -157,7 +157,7 @@ class DropLink(Fault):
 
 
 class _Cut:
-    """A link that is down."""
+    """Makes every communication fail or block."""
 
     def __init__(self, fault: DropLink, scene: Scene) -> None:
         self.fault, self.scene = fault, scene
@@ -173,4 +173,4 @@ class _Cut:
         raise CommunicationError(f"{what}: the link is down, planned: {self.fault}")
 
 
-KINDS: dict[str, type[Fault]] = {one.kind: one for one in (Kill, Raise, Stop, Slow, Corrupt, FullDisk, Nan, Flip, DropLink)}
+KINDS: dict[str, type[Fault]] = {kind.kind: kind for kind in (Kill, Raise, Stop, Slow, Corrupt, FullDisk, Nan, Flip, DropLink)}

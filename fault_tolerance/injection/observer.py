@@ -1,4 +1,4 @@
-"""Makes the planned faults of one rank strike. Free of torch."""
+"""Makes the planned faults of a rank strike."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from bagualu.fault_tolerance.injection.record import Record
 
 
 class PlannedFaults:
-    """An observer of the rank's monitor. Each fault strikes once in a run, however often the run is started."""
+    """Observes the rank's monitor. Each fault strikes once in a run, however often the run is restarted."""
 
     def __init__(self, plan: Sequence[Fault], scene: Scene, record: Record) -> None:
         self.scene, self.record = scene, record
@@ -20,9 +20,9 @@ class PlannedFaults:
                 self.ahead.append(fault)
 
     def at(self, point: str, step: int) -> None:
-        for fault in [one for one in self.ahead if one.at == point and one.step <= step]:
+        for fault in [planned for planned in self.ahead if planned.at == point and planned.step <= step]:
             if not self.record.add(fault, step):
-                continue  # it would strike again after every restart; later, when there is room
+                continue  # an unrecorded fault would strike again after every restart; it strikes later, when the disk has room
             self.ahead.remove(fault)
             did = fault.strike(self.scene)
             if did is not None:

@@ -1,8 +1,8 @@
-"""From `faults` of a recipe to the faults themselves. Free of torch.
+"""Parses `faults` of a recipe.
 
-faults=[kill@step=5:rank=2:at=backward, corrupt@step=9]     these
-faults=random:20                                            20, drawn with run.seed
-faults=random:20:kill+slow                                  of these kinds only
+faults=[kill@step=5:rank=2:at=backward, corrupt@step=9]     these faults
+faults=random:20                                            20 faults, drawn with run.seed
+faults=random:20:kill+slow                                  20 faults of these kinds
 """
 
 import math
@@ -17,28 +17,29 @@ from bagualu.fault_tolerance.points import POINTS
 
 EXAMPLE = "faults=[kill@step=5:rank=2:at=backward]"
 DRAWN = ("kill", "exception", "stop", "slow", "corrupt", "full_disk", "nan", "drop_link")
-"""Kinds that any recipe survives to the bit, and quickly. Not flip: what becomes of it depends on when the guard looks next."""
+"""Kinds that every recipe survives quickly and to the bit. flip is not among them: its outcome depends on the guard's next
+check."""
 _STOPPED_SECONDS = 0.5
-"""So long a drawn stop lasts: nobody takes it for a hang."""
+"""Duration of a drawn stop, too short to count as a hang."""
 _AGAINST_CHECKPOINTS = ("corrupt", "full_disk")
 _IN_EVERY_STEP = ("data", "forward", "backward", "reduce", "agree", "optimizer")
-_WORDS = {int: "an integer", float: "a number", str: "a word"}
+_TYPE_NAMES = {int: "an integer", float: "a number", str: "a word"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan is made for."""
+    """The run for which a plan is made."""
 
     seed: int
     steps: int
     ranks: int
     checkpoint_every: int
     retries: bool = True
-    """A step that is not finite is computed again; otherwise its samples would be lost, or the run."""
+    """Whether a step that is not finite is computed again; otherwise its samples, or the run, would be lost."""
 
 
 def resolve(faults: Any, setting: Setting) -> list[Fault]:
-    """The plan that `faults` of a recipe (one text or a list of them) asks for. Raises RecipeError with the fix."""
+    """Parses `faults` of a recipe, a text or a list of texts. Raises RecipeError with the fix."""
     plan = [parse(text) for text in expand(faults, setting)]
     for fault in plan:
         if not 0 <= fault.rank < setting.ranks:
@@ -49,39 +50,40 @@ def resolve(faults: Any, setting: Setting) -> list[Fault]:
 
 
 def expand(faults: Any, setting: Setting) -> list[str]:
-    """The same with every random:COUNT drawn, one text for each fault. Raises RecipeError."""
+    """Returns a text per fault, with every random:COUNT drawn. Raises RecipeError."""
     texts = [faults] if isinstance(faults, str) else faults
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise RecipeError(f"faults={faults!r} is not a list of faults; give e.g. {EXAMPLE}, or faults=random:20")
-    drawn = [[str(one) for one in _random(text, setting)] if text.startswith("random") else [text] for text in texts]
-    return [text for some in drawn for text in some]
+    drawn = [[str(fault) for fault in _random(text, setting)] if text.startswith("random") else [text] for text in texts]
+    return [text for group in drawn for text in group]
 
 
 def parse(text: str) -> Fault:
-    """One fault. Raises RecipeError with the fix."""
+    """Parses a fault. Raises RecipeError with the fix."""
     kind, _, rest = text.partition("@")
     if kind not in KINDS:
-        raise RecipeError(f"faults: {text!r} is of no known kind; give one of {', '.join(KINDS)}, e.g. {EXAMPLE}")
+        raise RecipeError(f"faults: {text!r} has an unknown kind; give one of {', '.join(KINDS)}, e.g. {EXAMPLE}")
     known = get_type_hints(KINDS[kind])
     options = {field.name: field for field in fields(KINDS[kind])}
     values: dict[str, Any] = {}
     for pair in rest.split(":") if rest else []:
         name, _, value = pair.partition("=")
         if name not in options:
-            raise RecipeError(f"faults: {text!r}: {kind} has no {name!r}, but {', '.join(options)}; give e.g. {EXAMPLE}")
+            raise RecipeError(f"faults: {text!r}: {kind} has no {name!r}, only {', '.join(options)}; give e.g. {EXAMPLE}")
         values[name] = _value(text, name, value, known[name], options[name].metadata.get("choices"))
     if "step" not in values:
-        raise RecipeError(f"faults: {text!r} does not say when; give e.g. {kind}@step=5")
+        raise RecipeError(f"faults: {text!r} has no step; give e.g. {kind}@step=5")
     return _checked(text, KINDS[kind](**values))
 
 
 def _value(text: str, name: str, value: str, kind: type[Any], choices: tuple[str, ...] | None) -> Any:
     if choices and value not in choices:
-        raise RecipeError(f"faults: {text!r}: {name}={value} is unknown; give {' or '.join(f'{name}={one}' for one in choices)}")
+        allowed = " or ".join(f"{name}={choice}" for choice in choices)
+        raise RecipeError(f"faults: {text!r}: {name}={value} is unknown; give {allowed}")
     try:
         return kind(value)
     except ValueError as error:
-        raise RecipeError(f"faults: {text!r}: {name} takes {_WORDS[kind]}, not {value!r}; give e.g. {name}=5") from error
+        raise RecipeError(f"faults: {text!r}: {name} takes {_TYPE_NAMES[kind]}, not {value!r}; give e.g. {name}=5") from error
 
 
 def _checked(text: str, fault: Fault) -> Fault:
@@ -97,20 +99,20 @@ def _checked(text: str, fault: Fault) -> Fault:
 
 
 def _random(text: str, setting: Setting) -> list[Fault]:
-    found = text.split(":")
-    kinds = tuple(found[2].split("+")) if len(found) > 2 else tuple(one for one in DRAWN if setting.retries or one != "nan")
+    parts = text.split(":")
+    kinds = tuple(parts[2].split("+")) if len(parts) > 2 else tuple(kind for kind in DRAWN if setting.retries or kind != "nan")
     unknown = [kind for kind in kinds if kind not in KINDS]
-    if found[0] != "random" or not 2 <= len(found) <= 3 or not found[1].isdecimal() or unknown:
+    if parts[0] != "random" or not 2 <= len(parts) <= 3 or not parts[1].isdecimal() or unknown:
         raise RecipeError(f"faults={text}: give e.g. faults=random:20, or faults=random:20:kill+slow with kinds out of "
                           f"{', '.join(KINDS)}")  # fmt: skip
-    return draw(int(found[1]), setting, kinds)
+    return draw(int(parts[1]), setting, kinds)
 
 
 def draw(count: int, setting: Setting, kinds: tuple[str, ...] = DRAWN) -> list[Fault]:
-    """`count` faults in the order in which they strike: a function of its arguments and of nothing else.
+    """Draws `count` faults, sorted by step. The result depends only on the arguments.
 
-    No two in one step, and checkpoints are damaged or not written so seldom that a whole one remains.
-    Raises RecipeError when there are not enough steps.
+    No two faults are in the same step. Faults against checkpoints are so rare that a whole checkpoint always remains. Raises
+    RecipeError if there are not enough steps.
     """
     generator = random.Random(f"{setting.seed}/{count}/{setting.steps}/{setting.ranks}/{setting.checkpoint_every}/{kinds}")
     if count >= setting.steps:
@@ -118,9 +120,9 @@ def draw(count: int, setting: Setting, kinds: tuple[str, ...] = DRAWN) -> list[F
     every = setting.checkpoint_every
     steps = sorted(generator.sample(range(2, setting.steps + 1), count))
     plan: list[Fault] = []
-    spared_until = 3 * every  # by then two are committed, even if they are written in the background
+    spared_until = 3 * every  # by then two checkpoints are committed, even if they are written in the background
     for step in steps:
-        save = -(-step // max(1, every)) * every  # the next one; if it fails, nothing else shall fail in that step
+        save = -(-step // max(1, every)) * every  # the next save; if it fails, its step must have no fault of its own
         spared = step <= spared_until or (save != step and save in steps)
         allowed = tuple(kind for kind in kinds if not (spared and kind in _AGAINST_CHECKPOINTS))
         kind = generator.choice(allowed or kinds)

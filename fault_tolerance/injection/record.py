@@ -1,4 +1,4 @@
-"""Which planned faults have struck, so that none strikes again after a restart. Free of torch."""
+"""Records which planned faults have struck, so that none strikes again after a restart."""
 
 import json
 import time
@@ -10,18 +10,19 @@ from bagualu.fault_tolerance.injection.fault import Fault
 from bagualu.fault_tolerance.lines import Lines
 
 FAULTS = "faults.jsonl"
-"""Its name in a run directory."""
+"""The file's name in a run directory."""
 
 
 class Record:
-    """One JSON object a line, durable before the fault strikes; a second one says what it did, if there is more to say."""
+    """Writes a JSON object per line, durable before the fault strikes; a second line states what it did, if there is more to
+    say."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lines = Lines(path, shared=True, durable=True)
 
     def add(self, fault: Fault, step: int, did: str | None = None) -> bool:
-        """`fault` strikes now, in `step`; or has struck and done `did`. False: that could not be written, and is forgotten."""
+        """Records that `fault` strikes now, in `step`, or has done `did`. Returns False if that could not be written."""
         line: dict[str, Any] = {"fault": str(fault), "step": step, "wall": time.time()}
         if did is not None:
             line["did"] = did
@@ -47,5 +48,5 @@ class Record:
         return found
 
     def struck(self) -> Counter[str]:
-        """How often each fault, as it is typed, has struck."""
+        """Returns how often each fault, by its text, has struck."""
         return Counter(entry["fault"] for entry in self.strikes())

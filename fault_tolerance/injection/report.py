@@ -1,4 +1,4 @@
-"""What became of each planned fault: how it was noticed and answered, what it cost. Pure functions, free of torch."""
+"""Determines what became of each planned fault: how it was noticed and answered, and its cost. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,27 +12,26 @@ from bagualu.fault_tolerance.ledger.events import Event
 
 UNNOTICED = "-"
 SURVIVED, NO_EFFECT, NOT_FOUND, NEVER, ENDED = "survived", "took no effect", "not found", "did not strike", "ended the run"
-"""What can have become of a fault. One that took no effect has shown nothing, good or bad; one that was not found may be in the
-weights."""
+"""The states of a fault. One without effect has shown nothing, good or bad; one that was not found may be in the weights."""
 _PROGRESS = ("train", "checkpoint", "validation", "ended")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one planned fault. Seconds and steps are None where nothing had to be recovered."""
+    """What became of a planned fault. Seconds and steps are None if nothing had to be recovered."""
 
     fault: str
     struck_at: int | None
-    """Step; None: the run never came to it."""
+    """The step; None if the run never reached it."""
     did: str
     noticed: str
-    """By what the launcher or the ranks noticed, and who was named."""
+    """How the launcher or the ranks noticed it, and which rank they named."""
     answered: str
     recovery_seconds: float | None
-    """From the strike to the next step finished by workers that were started again."""
+    """Time from the strike until restarted workers have finished a step."""
     steps_lost: int | None
     state: str
-    """SURVIVED ... ENDED."""
+    """SURVIVED, NO_EFFECT, NOT_FOUND, NEVER or ENDED."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +39,24 @@ class Trace:
     """What a run has left behind."""
 
     strikes: Sequence[dict[str, Any]]
-    """As Record.strikes gives them."""
+    """The result of `Record.strikes`."""
     events: Sequence[Event]
     metrics: Sequence[dict[str, Any]]
     """The lines of metrics.jsonl."""
     damaged: Sequence[str]
-    """Names of the checkpoints that were found damaged and set aside."""
+    """The names of damaged checkpoints that were set aside."""
 
 
 def outcomes(plan: Sequence[str], trace: Trace) -> list[Outcome]:
-    """One for each fault of `plan`, in the order in which they struck, those that did not last."""
-    found, ahead, strikes = [], list(plan), trace.strikes
+    """Returns an outcome for each fault of `plan`, in the order in which they struck; those that did not strike come last."""
+    results, ahead, strikes = [], list(plan), trace.strikes
     for index, strike in enumerate(strikes):
-        if strike["fault"] not in ahead:  # of an earlier plan
+        if strike["fault"] not in ahead:  # it belongs to an earlier plan
             continue
         ahead.remove(strike["fault"])
-        later = [one["wall"] for one in strikes[index + 1 :] if parse(one["fault"]).ends_process]
-        found.append(_outcome(strike, min(later, default=float("inf")), trace))
-    return found + [Outcome(fault, None, "", UNNOTICED, "", None, None, NEVER) for fault in ahead]
+        later = [other["wall"] for other in strikes[index + 1 :] if parse(other["fault"]).ends_process]
+        results.append(_outcome(strike, min(later, default=float("inf")), trace))
+    return results + [Outcome(fault, None, "", UNNOTICED, "", None, None, NEVER) for fault in ahead]
 
 
 def _outcome(strike: dict[str, Any], until: float, trace: Trace) -> Outcome:
@@ -77,7 +76,7 @@ def _outcome(strike: dict[str, Any], until: float, trace: Trace) -> Outcome:
 
 
 def _is_of(event: Event, fault: Fault) -> bool:
-    """Whether the event may be the end of a generation by `fault`. One that does not end its process is no other's scapegoat."""
+    """Whether `fault` may be the cause of the event. A fault that does not end its process is not blamed for another's failure."""
     if event.what != "failed":
         return False
     return fault.ends_process or f"planned: {fault}" in event.cause or (event.rank == fault.rank and "planned: " not in event.cause)
@@ -90,11 +89,11 @@ def _as_planned(text: str, fault: Fault) -> str:
 
 
 def _within(fault: Fault, strike: dict[str, Any], trace: Trace) -> tuple[str, str]:
-    """What the ranks themselves saw of it, without a restart, and what they did."""
+    """Returns what the ranks noticed of it and did about it without a restart."""
     if isinstance(fault, Corrupt) and fault.what == "checkpoint":
         name = strike.get("did", "").rpartition(" ")[2].partition("/")[0]
-        found = any(f"{name}-" in one for one in trace.damaged)
-        return ("its hashes, while resuming", "the checkpoint before was taken") if found else (UNNOTICED, "never read")
+        damaged = any(f"{name}-" in aside for aside in trace.damaged)
+        return ("its hashes, while resuming", "the previous checkpoint was used") if damaged else (UNNOTICED, "never read")
     if isinstance(fault, Corrupt):
         return UNNOTICED, "not known to have been read"
     if isinstance(fault, FullDisk):
@@ -105,17 +104,17 @@ def _within(fault: Fault, strike: dict[str, Any], trace: Trace) -> tuple[str, st
     if "cause" in line:
         return str(line["cause"]), _answer(line)
     if isinstance(fault, Nan | Flip) and _taken_back(strike, trace.events):
-        return "the guard", "back to a checkpoint"  # whose steps, done again, say nothing of it
+        return "the guard", "went back to a checkpoint"  # the repeated steps do not show the fault
     if isinstance(fault, Nan) and _thrown_away(strike, trace.events):
-        return "the guard", "that attempt at the step was thrown away"  # then a restart has rewritten its line
+        return "the guard", "that attempt at the step was discarded"  # a later restart has rewritten the step's line
     if isinstance(fault, Flip):
         key = "guard.audit_every" if fault.what == "gradient" else "guard.check_every"
-        return UNNOTICED, f"nobody looked in that step: {key}=1 looks in every one"
+        return UNNOTICED, f"that step was not checked: {key}=1 checks every step"
     return UNNOTICED, "went on"
 
 
 def _taken_back(strike: dict[str, Any], events: Sequence[Event]) -> bool:
-    """Whether a step was thrown away after the strike, in the same start, and those since before the strike done again."""
+    """Whether, within the same start, a step was discarded after the strike and the steps since before the strike were repeated."""
     later = [event for event in events if event.wall >= strike["wall"] and event.what in ("discarded", "train", "failed", "ended")]
     for event, after in pairwise(later):
         if event.what == "failed":
@@ -126,7 +125,7 @@ def _taken_back(strike: dict[str, Any], events: Sequence[Event]) -> bool:
 
 
 def _thrown_away(strike: dict[str, Any], events: Sequence[Event]) -> bool:
-    """Whether the step that was struck was thrown away, in the same start."""
+    """Whether the struck step was discarded within the same start."""
     later = (event for event in events if event.wall >= strike["wall"] and event.what in ("discarded", "failed", "ended"))
     first = next(later, None)
     return first is not None and (first.what, first.step) == ("discarded", strike["step"])
@@ -137,7 +136,7 @@ def _answer(line: dict[str, Any]) -> str:
 
 
 def _restart(strike: dict[str, Any], failure: Event, events: Sequence[Event]) -> tuple[str, float | None, int | None]:
-    """How the failure was answered, seconds until a step was finished again, finished steps that were done again."""
+    """Returns (the answer to the failure, seconds until a step was finished again, the number of steps that were repeated)."""
     at = list(events).index(failure)
     steps = [event for event in events[at:] if event.what == "train"]
     if not steps:

@@ -1,4 +1,4 @@
-"""What planned faults can get at on one rank: its model, its state, its folders."""
+"""What planned faults can access on a rank: its model, its state, its folders."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ _KINDS = {"master": "weight/", "moment": "exp_avg/"}
 
 @dataclass
 class RankScene:
-    """`model` and `state` give what the rank holds now; of the optimizer's state its pieces, as views of it."""
+    """`model` returns the rank's present model, `state` the pieces of its optimizer state, as views."""
 
     communicator: Communicator
     model: Callable[[], torch.nn.Module]
@@ -49,12 +49,12 @@ class RankScene:
 
         def spoil(gradient: torch.Tensor) -> torch.Tensor:
             handle.remove()
-            spoilt = gradient.clone()
+            spoiled = gradient.clone()
             if how == "nan":
-                spoilt.view(-1)[0] = math.nan
+                spoiled.view(-1)[0] = math.nan
             else:
-                flip_bit(spoilt.view(-1)[:1])
-            return spoilt
+                flip_bit(spoiled.view(-1)[:1])
+            return spoiled
 
         handle = parameter.register_hook(spoil)
         return f"element 0 of the gradient of {name}"
@@ -70,11 +70,11 @@ class RankScene:
         return f"element 0 of {name}"
 
     def _vector(self) -> tuple[str, torch.nn.Parameter]:
-        """A norm's weight: every step uses it, and its gradient does not go past autograd, straight into a bucket."""
+        """Returns a norm's weight: every step uses it, and its gradient goes through autograd, not straight to a bucket."""
         return next((name, parameter) for name, parameter in self.model().named_parameters() if parameter.ndim == 1)
 
 
 def flip_bit(cell: torch.Tensor) -> None:
-    """Flip the highest bit of the fraction of `cell`, one floating-point number: it stays finite, and is plainly another."""
+    """Flips the highest fraction bit of `cell`, a tensor of one floating-point number; it stays finite but changes clearly."""
     highest = -round(math.log2(torch.finfo(cell.dtype).eps)) - 1
     cell.view(_INTEGERS[cell.dtype.itemsize]).bitwise_xor_(1 << highest)

@@ -1,10 +1,10 @@
-"""A rank that computes slower than it could, as one on a throttled processor does. Free of torch."""
+"""Slows a rank down, as a throttled processor does."""
 
 import time
 
 
 class Slowness:
-    """An observer that sleeps `factor` - 1 times as long as the rank has just computed, until step `until` begins."""
+    """Observes the monitor; sleeps `factor` - 1 times as long as the rank has just computed, until step `until` begins."""
 
     def __init__(self, until: int, factor: float) -> None:
         self.until, self.factor = until, factor
@@ -18,7 +18,7 @@ class Slowness:
     def waits(self, what: str | None) -> None:
         if what is not None:
             self._lag()
-        self._since = time.monotonic()  # waiting is no work
+        self._since = time.monotonic()  # waiting is not work
 
     def _lag(self) -> None:
         if not self._over:

@@ -1,6 +1,6 @@
-"""What happened to a run and when: `ledger.jsonl` in its directory, written by rank 0 and by the launcher. Free of torch.
+"""The history of a run: `ledger.jsonl` in its directory, written by rank 0 and by the launcher.
 
-One JSON object a line, appended by one write. A line that a crash or a full disk cut short is passed over by readers.
+Each line is a JSON object, appended by a single write. Readers ignore lines that a crash or a full disk has cut short.
 """
 
 import json
@@ -12,17 +12,17 @@ from pathlib import Path
 from bagualu.fault_tolerance.lines import Lines
 
 LEDGER = "ledger.jsonl"
-"""Its name in a run directory."""
+"""The file's name in a run directory."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A time, by two clocks."""
+    """A time on two clocks."""
 
     wall: float
     """Seconds since the epoch."""
     monotonic: float
-    """Seconds; never set back."""
+    """Seconds on a clock that is never set back."""
 
     @staticmethod
     def now() -> "Moment":
@@ -31,26 +31,26 @@ class Moment:
 
 @dataclass(frozen=True)
 class Event:
-    """From `wall` on (seconds since the epoch) the run was doing something else.
+    """At `wall` (seconds since the epoch) the run began to do something else.
 
-    what        from then on
-    launched    a launcher starts up
+    what        meaning
+    launched    a launcher starts
     started     the launcher starts workers
-    joined      rank 0 is there and starts up
+    joined      rank 0 has joined and starts
     train       rank 0 is in step `step` (from 1)
-    start, validation, checkpoint    rank 0 is doing that
-    discarded   as before; the result of `step` was thrown away
-    failed      the launcher has seen that the run had failed, at about `since`, and waits to start it again
-    ended       the run has stopped; `cause` says how: done, stopped or failed
+    start, validation, checkpoint    rank 0 is doing this
+    discarded   as before; the result of `step` was discarded
+    failed      the launcher has noticed that the run failed, at about `since`, and waits to restart it
+    ended       the run has ended; `cause` is done, stopped or failed
     """
 
     what: str
     wall: float
     monotonic: float
     clock: str
-    """What `monotonic` was read from: two readings can be compared when this is the same."""
+    """Identifies the clock of `monotonic`: readings of the same clock can be compared."""
     writer: str = ""
-    """One start of rank 0, or one launcher. What an older one still writes after a newer has begun does not count."""
+    """Identifies a start of rank 0, or a launcher. Events that an older writer adds after a newer one has begun do not count."""
     step: int = 0
     since: float | None = None
     rank: int | None = None
@@ -58,7 +58,7 @@ class Event:
 
 
 class Ledger:
-    """Appends events. `writer` as in Event. Never raises: an event that finds no room waits for the next one."""
+    """Appends events. `writer` as in Event. It never raises: an event that cannot be written for lack of space is written later."""
 
     def __init__(self, run_dir: Path, writer: str = "") -> None:
         self.path = run_dir / LEDGER
@@ -75,14 +75,14 @@ class Ledger:
         cause: str = "",
         moment: Moment | None = None,
     ) -> None:
-        """It happens now, or has at `moment`. The others as in Event."""
+        """Appends an event that happens now, or happened at `moment`. The other arguments are fields of Event."""
         when = moment or Moment.now()
         event = Event(what, when.wall, when.monotonic, self._clock, self._writer, step, since, rank, cause)
         fields = {name: value for name, value in asdict(event).items() if value not in ("", None)}
         self._lines.add(json.dumps(fields))
 
     def write(self) -> None:
-        """Try again what found no room."""
+        """Tries again to write what did not fit on the disk."""
         self._lines.write()
 
     def close(self) -> None:
@@ -104,6 +104,6 @@ def read(run_dir: Path) -> list[Event]:
 
 
 def clock() -> str:
-    """Names this machine since it was started."""
+    """Returns an identifier of this machine since it was last booted."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.exists() else f"process {os.getpid()}"

@@ -1,11 +1,11 @@
-"""Rank 0's entries in the ledger: what it is doing, as its monitor tells. Free of torch."""
+"""Writes rank 0's entries of the ledger: what the rank is doing, as its monitor reports it."""
 
 from bagualu.fault_tolerance.ledger.events import Ledger
 from bagualu.fault_tolerance.points import POINTS
 
 
 class LedgerObserver:
-    """Notes every change of step or phase: a line of some 150 bytes, about once a step."""
+    """Records every change of step or phase: a line of some 150 bytes, about once per step."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger

@@ -1,4 +1,4 @@
-"""From a run's events to where its time went: every microsecond in exactly one category. Pure functions, free of torch.
+"""Computes from a run's events where its time went: every microsecond is in exactly one category. Pure functions.
 
 productive   steps whose result survived
 checkpoint   training stood still for a save
@@ -21,16 +21,16 @@ PHASES = {
     "launched": "start", "started": "start", "joined": "start", "start": "start", "train": "train",
     "checkpoint": "checkpoint", "validation": "validation", "balance": "balance", "failed": "waiting", "ended": "waiting",
 }  # fmt: skip
-"""Event -> what goes on after it."""
+"""Event -> the phase that begins with it."""
 _BEGINS = ("joined", "started")
-"""The first words of a start of rank 0, and of a launcher whose workers have rank 0."""
+"""The first event of a start of rank 0, and of a launcher whose workers include rank 0."""
 _ALWAYS = ("launched", *_BEGINS)
-"""These count whoever is the newest."""
+"""These events count, whatever writer is the newest."""
 
 
 @dataclass
 class _Stretch:
-    """Some microseconds of one category; in "productive" ones, spent on `step`."""
+    """Consecutive microseconds of the same category; `step` is the step of "productive" ones."""
 
     microseconds: int
     category: str
@@ -38,9 +38,9 @@ class _Stretch:
 
 
 def attribute(events: Sequence[Event]) -> dict[str, Any]:
-    """Seconds by category, their sum `wall`, `effective_training_time_ratio` = productive / wall, `restarts`; {} for no events.
+    """Returns seconds by category, their sum `wall`, `effective_training_time_ratio` (productive / wall) and `restarts`.
 
-    The time between a run that was done and a later launch that trains on is no part of it.
+    The time between the end of a finished run and a later launch that continues it does not count. Without events it returns {}.
     """
     if not events:
         return {}
@@ -57,7 +57,7 @@ def attribute(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def current(events: Sequence[Event]) -> list[Event]:
-    """Those that count: without what a rank 0, or its launcher, wrote after a newer one had begun."""
+    """Returns the events that count, without those that a rank 0 or a launcher wrote after a newer one had begun."""
     kept, newest = [], dict.fromkeys(_BEGINS, "")
     for event in events:
         if event.what in _BEGINS:
@@ -89,13 +89,13 @@ def _stretches(events: list[Event]) -> list[_Stretch]:
 
 
 def _close(found: list[_Stretch], microseconds: int, phase: str, step: int, event: Event) -> None:
-    """Add the stretch, until now in `phase`, that `event` ends."""
+    """Appends the stretch, spent in `phase`, that `event` ends."""
     if event.what == "failed":
         since = event.wall if event.since is None else event.since
         unseen = min(microseconds, max(0, round((event.wall - since) * 1e6)))
         found.append(_Stretch(unseen, "detection"))
         found.append(_Stretch(microseconds - unseen, "lost" if phase == "train" else phase))
-    elif event.what in ("launched", "started", "joined") and phase != "over":  # nobody has told of an end before
+    elif event.what in ("launched", "started", "joined") and phase != "over":  # the end before was not recorded
         ran = phase not in ("start", "waiting")
         category = "waiting" if event.what == "launched" else "start" if ran else phase
         found.append(_Stretch(microseconds, category))
@@ -104,14 +104,14 @@ def _close(found: list[_Stretch], microseconds: int, phase: str, step: int, even
 
 
 def _lose(found: list[_Stretch], first: int, last: int | None = None) -> None:
-    """What was done in steps `first` to `last` (None: all later ones) is gone."""
-    for one in found:
-        if one.category == "productive" and first <= one.step and (last is None or one.step <= last):
-            one.category = "lost"
+    """Moves the stretches of steps `first` to `last` (None: all later ones) to the category "lost"."""
+    for stretch in found:
+        if stretch.category == "productive" and first <= stretch.step and (last is None or stretch.step <= last):
+            stretch.category = "lost"
 
 
 def _axis(events: list[Event]) -> list[int]:
-    """When each event happened, in microseconds; never before the one ahead of it. Across machines the wall clocks decide."""
+    """Returns the time of each event in microseconds, in non-decreasing order. Between machines, wall clocks are compared."""
     times: list[int] = []
     offset, before = 0, None
     for event in events:

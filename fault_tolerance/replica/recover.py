@@ -122,8 +122,7 @@ class Replica:
             for turn, name in enumerate(missing):
                 sources = holders[part_of(name)]
                 destination = members[turn % len(members)]
-                source = sources[destination % len(sources)]
-                transfers.append(Transfer(source, destination, name, manifest.files[name].bytes))
+                transfers.append(Transfer(sources[destination % len(sources)], destination, name, manifest.files[name].bytes))
         return transfers
 
     def _receive(self, transfers: list[Transfer], folder: Path, arriving: Path, tables: dict[int, Table]) -> None:

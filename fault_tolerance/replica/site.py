@@ -62,7 +62,10 @@ class Site:
             unfinished.replace(self.root / _SESSION)
 
     def forget(self, keep: int = 0, after: int = -1) -> None:
-        """Removes all but the newest `keep`, and those of steps after `after` unless it is negative. Raises CheckpointError."""
+        """Keeps the newest `keep` replicas of steps up to `after` (negative: of all steps) and removes the others.
+
+        Raises CheckpointError.
+        """
         if self.leads:
             held = list_checkpoints(self.root)
             later = [path for path in held if after >= 0 and (step_of(path) or 0) > after]

@@ -106,7 +106,7 @@ def judge(seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
 
 
 def missed_by(rank: int, seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
-    """Returns the rank for which `rank`, which has just given up waiting, was waiting; None if `seen` does not show it.
+    """Returns the verdict on the rank that kept `rank`, which has just given up, waiting; None if `seen` does not show it.
 
     Only ranks that have been silent for as long as `patience` count. Others may themselves have waited until a moment ago.
     """

@@ -115,7 +115,7 @@ class _Room:
         return bound * (1 + _ROUNDING) * self.problem.speeds[rank] - self.edges[rank]
 
     def at_most(self, rank: int, bound: float) -> float:
-        """Negative if the rank exceeds the bound even without layers."""
+        """Returns the most seconds of layers, at speed 1.0, within `bound`; negative if the rank exceeds it even without layers."""
         limit = self.limit(rank, bound)
         if self._sums is not None and limit >= 0:
             limit = self._sums[bisect_right(self._sums, limit) - 1]

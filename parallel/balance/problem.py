@@ -92,8 +92,8 @@ class Problem:
         return self._known[key]
 
     def memory(self, rank: int, pieces: tuple[Piece, ...], recompute: tuple[bool, ...]) -> int:
-        """Returns the peak memory of `rank` in bytes: state, activations and operands in flight, and the activations of one layer
-        while they are recomputed."""
+        """Returns the peak memory of `rank` in bytes: state, activations and operands in flight, and the activations of the largest
+        recomputed layer."""
         stages = self.stages_of[rank]
         total = sum(self._sum("state_bytes", stage, piece) for stage, piece in zip(stages, pieces, strict=True))
         if {0, self.placement.stages - 1} <= set(stages):
@@ -114,7 +114,7 @@ class Problem:
         return [layer.state_bytes + held * min(kept(layer), layer.activation_bytes) for layer in self.table.layers]
 
     def ways(self, stages: int) -> list[tuple[bool, ...]]:
-        """Returns the possible choices of stages of a rank that recompute activations: a bool per stage."""
+        """Returns the allowed combinations of recomputation for a rank's stages: for each stage, whether it recomputes."""
         if self.recompute == "auto" and self.caps is not None:
             return list(product((False, True), repeat=stages))
         return [(self.recompute == "full",) * stages]

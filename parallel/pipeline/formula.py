@@ -3,9 +3,9 @@
 Costs are those of a single pass of a stage: F forward, I and W the two parts of the backward pass, B = I + W. p is the number of
 ranks, v the chunks per rank, m the micro-batches; a rank computes for m v (F + B).
 
-The bubble is the time that the slowest rank waits, between its own first pass and its own last, as the papers of the zero-bubble
-schedules define it (arXiv 2401.10241). Activations in flight are counted in forward passes of a stage whose activations are held.
-Each counts for 1/v of a rank's layers, so divide by v to compare schedules with different v.
+The bubble is the waiting time, between its own first and its own last pass, of the rank that takes longest, as the papers of the
+zero-bubble schedules define it (arXiv 2401.10241). Activations in flight are counted in forward passes of a stage whose activations
+are held. Each counts for 1/v of a rank's layers, so divide by v to compare schedules with different v.
 """
 
 from collections.abc import Callable
@@ -55,6 +55,7 @@ class Formula:
     """The least number of micro-batches for which `bubble` holds and the peak reaches `peak`."""
 
     def share(self, size: Size) -> Time | None:
-        """Returns the bubble as a fraction of the slowest rank's time; None if there is no formula for this size."""
+        """Returns the bubble as a fraction of that rank's time from its first to its last pass; None if there is no formula for
+        this size."""
         bubble = self.bubble(size) if size.micro_batches >= self.least(size.ranks) else None
         return None if bubble is None else share(bubble, bubble + size.work)

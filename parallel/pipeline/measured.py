@@ -69,7 +69,7 @@ def check_against(measured: Measured, schedule: Schedule) -> None:
         for action in Counter(planned) | done:
             if done[action] != planned.count(action):
                 raise RecipeError(
-                    f"{FILE} has {action} on rank {rank} {done[action]} times, but the run's schedule has it "
+                    f"{FILE}: rank {rank} did {action} {done[action]} times, but the run's schedule has it "
                     f"{planned.count(action)} times; let the run write it again"
                 )
 

@@ -48,7 +48,7 @@ class Timeline:
 
     @property
     def own_bubble(self) -> Time:
-        """The fraction of waiting if each rank's time is set to `longest`: the bubble of formula.py.
+        """The bubble of formula.py: the fraction of time in which ranks wait, if every rank is given the time `longest`.
 
         It does not count that ranks start and end at different times. A step costs as little only if nothing synchronises the ranks
         between two steps.

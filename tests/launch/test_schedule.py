@@ -196,7 +196,7 @@ def test_a_run_that_measured_nothing_or_something_else_is_refused(capsys, tmp_pa
     write(tmp_path, [row for row in rows if row["rank"] == 1])
     assert "has no pass of rank 0 in step 5" in refused(capsys, "schedule", str(tmp_path))
     write(tmp_path, rows[1:])
-    assert "has F0 of stage 0 on rank 0 0 times" in refused(capsys, "schedule", str(tmp_path))
+    assert "rank 0 did F0 of stage 0 0 times" in refused(capsys, "schedule", str(tmp_path))
     write(tmp_path, [row for row in rows if row["rank"] == 0])
     assert "tells of 1 ranks, the recipe has parallel.pipeline=2" in refused(capsys, "schedule", str(tmp_path))
     file.unlink()

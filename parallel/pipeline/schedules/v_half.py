@@ -34,8 +34,8 @@ def v_half(placement: Placement, micro_batches: int) -> list[list[Action]]:
 def _repeated(placement: Placement, rank: int, micro_batches: int) -> dict[int, Action]:
     """Returns time -> pass of a rank, without W.
 
-    The first chunk's forward passes take two steps from each rank to the next; the second chunk's return in one step per rank. So
-    do the I passes of the second chunk, and then of the first. No two passes of a rank have the same time.
+    The first chunk's forward passes take two steps from each rank to the next; the second chunk's return in one step per rank. The
+    I passes of the second chunk and then of the first follow the same pattern. No two passes of a rank have the same time.
     """
     ranks, (first, second) = placement.ranks, placement.stages_of(rank)
     gap = 0 if ranks % 2 else 3

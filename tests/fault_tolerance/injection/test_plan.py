@@ -49,7 +49,7 @@ def test_a_fault_is_typed_as_it_is_shown(kind, step, rank, point):
         ("kill", "give e.g. kill@step=5"),
         ("kill@rank=1", "give e.g. kill@step=5"),
         ("kill@step=soon", "step takes an integer, not 'soon'"),
-        ("kill@step=3:when=now", "kill has no 'when', but step, rank, at"),
+        ("kill@step=3:when=now", "kill has no 'when', only step, rank, at"),
         ("kill@step=3:at=lunch", "give at= one of fetch, load, verify, restore, data, forward, backward"),
         ("nan@step=3:at=optimizer", "give at= one of data"),
         ("kill@step=0", "step must be at least 1"),

@@ -67,7 +67,7 @@ def test_damage_is_noticed_when_it_is_read_and_a_full_disk_by_the_save_that_fail
     metrics = [{"step": 5, "checkpoint_error": f"{said}, planned: full_disk@step=4; earlier ones are whole"}]
     plan = [one["fault"] for one in strikes]
     corrupt, full, _ = outcomes(plan, Trace(strikes, KILLED, metrics, ["damaged-step-00000002-1f"]))
-    assert (corrupt.noticed, corrupt.answered) == ("its hashes, while resuming", "the checkpoint before was taken")
+    assert (corrupt.noticed, corrupt.answered) == ("its hashes, while resuming", "the previous checkpoint was used")
     assert (full.noticed, full.answered) == (f"{said} as planned", "that save was given up")
     assert (corrupt.state, full.state) == (SURVIVED, SURVIVED)
     corrupt, full, _ = outcomes(plan, Trace(strikes, KILLED, [], []))
@@ -101,7 +101,7 @@ def test_a_flip_that_nobody_has_seen_was_not_survived_but_not_found(what, key):
     assert row.state == NOT_FOUND
     seen = [*KILLED[:5], *history((4.8, "discarded", {"step": 4}), train(5, 3))]
     (row,) = outcomes([fault], Trace([strike(fault, 4.5, 4)], seen, [], []))
-    assert (row.noticed, row.answered, row.state) == ("the guard", "back to a checkpoint", SURVIVED)
+    assert (row.noticed, row.answered, row.state) == ("the guard", "went back to a checkpoint", SURVIVED)
 
 
 def test_a_nan_whose_line_was_written_anew_after_a_restart_is_told_from_the_ledger():
@@ -110,7 +110,7 @@ def test_a_nan_whose_line_was_written_anew_after_a_restart_is_told_from_the_ledg
     plan, lines = [one["fault"] for one in strikes], [{"step": step} for step in range(1, 7)]
     events = [*KILLED[:5], *history((4.8, "discarded", {"step": 4}), train(4.9, 4)), *KILLED[5:]]
     nan, kill = outcomes(plan, Trace(strikes, events, lines, []))
-    assert (nan.noticed, nan.answered, nan.state) == ("the guard", "that attempt at the step was thrown away", SURVIVED)
+    assert (nan.noticed, nan.answered, nan.state) == ("the guard", "that attempt at the step was discarded", SURVIVED)
     assert (nan.recovery_seconds, kill.answered) == (None, "restart from step 2")
     for other in (history((4.8, "discarded", {"step": 5})), history((7.5, "discarded", {"step": 4})), []):  # of another step, start
         nan, _ = outcomes(plan, Trace(strikes, sorted([*KILLED, *other], key=lambda event: event.wall), lines, []))
