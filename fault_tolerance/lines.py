@@ -57,6 +57,26 @@ class Lines:
         self.drop()
         os.ftruncate(self._open(), size)
 
+    def replace(self, data: bytes) -> None:
+        """Make `data` the whole file, in one moment, and forget what waits.
+
+        Where that finds no room the file stays as it is, with a warning. Raises OSError where it cannot be read or opened.
+        """
+        self.drop()
+        new = self.path.with_name(self.path.name + ".new")
+        try:
+            with new.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(new, self.path)
+        except OSError as error:
+            log.warning("%s stays as it is, with lines that no longer count (%s); make room", self.path, error.strerror)
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+            return
+        self.close()  # the descriptor is that of the file before
+
     def close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from bagualu.comm import jsonl
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Beat, read
 from bagualu.trainer.outcome import Failure
 
@@ -64,6 +65,7 @@ def _silent(rank: int, code: int, phase: str, step: int, noticed: float) -> Fail
 
 def _steps_done(metrics: Path) -> int:
     try:
-        return int(json.loads(metrics.read_text().splitlines()[-1])["step"])
-    except (OSError, ValueError, IndexError, KeyError):
+        steps = [line["step"] for line in jsonl.read(metrics) if type(line.get("step")) is int]
+    except OSError:
         return 0
+    return steps[-1] if steps else 0

@@ -1,6 +1,5 @@
 """`bagualu rehearse`: run a recipe under planned faults, say what was survived and what it cost. Free of torch until it runs."""
 
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bagualu.comm import jsonl
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.damaged import list_set_aside
 from bagualu.fault_tolerance.checkpoint.directory import latest
@@ -94,8 +94,7 @@ def _budget(restart: RestartConfig, faults: list[str], overrides: list[str]) -> 
 def _document(rehearsed: Recipe, summary: dict[str, Any], reference: Recipe | None) -> dict[str, Any]:
     folder = Path(rehearsed.run.dir)
     events = current(read(folder))
-    lines = folder / "metrics.jsonl"
-    metrics = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []  # none: stopped before
+    metrics = [line for line in jsonl.read(folder / "metrics.jsonl") if type(line.get("step")) is int]
     damaged = [path.name for path in list_set_aside(folder / "checkpoints")]
     rows = outcomes(rehearsed.faults, Trace(Record(folder / FAULTS).strikes(), events, metrics, damaged))
     done = summary["ended"] == "done"

@@ -6,13 +6,16 @@ before), and what else applies, e.g. `validation_loss`, `validation_bits_per_byt
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from bagualu.comm import jsonl
 from bagualu.fault_tolerance.lines import Lines
 
+log = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 
@@ -36,7 +39,7 @@ class JsonlSink:
     """One JSON object a line, each in the file as soon as it is written, so a killed run keeps its lines."""
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
-        """Go on after step `after_step` (0: from the start): the lines from that of the first later step on are removed."""
+        """Go on after step `after_step` (0: from the start), as `rewind` does."""
         self._lines = Lines(path)
         self.rewind(after_step)
 
@@ -45,13 +48,19 @@ class JsonlSink:
         self._lines.add(to_json(record))
 
     def rewind(self, step: int) -> None:
-        """To shorten a file takes no room, and leaves no moment without the lines that stay."""
-        path, size = self._lines.path, 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            if not line.endswith(b"\n") or _step(line) > step:
-                break
-            size += len(line)
-        self._lines.truncate(size)
+        """Keep the newest line of every step up to `step`, in the order of the steps, wherever it stands; nothing else.
+
+        At every moment, a kill -9 or a full disk included, the file holds all lines that stay. Raises OSError.
+        """
+        path = self._lines.path
+        data = path.read_bytes() if path.exists() else b""
+        kept, damaged = _up_to(step, data)
+        if damaged:
+            log.warning("%s: %d damaged lines are removed; every whole line of the steps up to %d stays", path, damaged, step)
+        if data.startswith(kept):  # as a rule: to shorten a file takes no room
+            self._lines.truncate(len(kept))
+        else:
+            self._lines.replace(kept)
 
     def close(self) -> None:
         self._lines.close()
@@ -63,9 +72,14 @@ def to_json(record: Record) -> str:
     return json.dumps(finite, allow_nan=False)
 
 
-def _step(line: bytes) -> float:
-    """The step of a line; infinite for what is none."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def _up_to(step: int, data: bytes) -> tuple[bytes, int]:
+    """The lines of a metrics file that `JsonlSink.rewind` keeps, and how many lines are damaged."""
+    newest: dict[int, bytes] = {}
+    damaged = 0
+    for line, record in jsonl.lines(data):
+        number = record.get("step") if record else None
+        if type(number) is not int or number < 1:
+            damaged += 1
+        elif number <= step:
+            newest[number] = line
+    return b"".join(newest[number] + b"\n" for number in sorted(newest)), damaged

@@ -71,7 +71,10 @@ class Timeline:
             print(show_split(self._parts.split, placement, _measured(rows, placement.stages)), file=sys.stderr, flush=True)
         try:
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            (Path(self._parts.recipe.run.dir) / FILE).write_text(text, encoding="utf-8")
+            path = Path(self._parts.recipe.run.dir) / FILE
+            new = path.with_name(FILE + ".new")
+            new.write_text(text, encoding="utf-8")
+            new.replace(path)  # what was there stays until all of it is written
         except OSError as error:  # nothing that a run should end for
             log.warning("%s was not written: %s", FILE, error)
 

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from bagualu.comm import jsonl
 from bagualu.fault_tolerance.injection.fault import Fault
 from bagualu.fault_tolerance.lines import Lines
 
@@ -33,13 +34,11 @@ class Record:
             self._lines.close()
 
     def strikes(self) -> list[dict[str, Any]]:
-        """What has struck, in order: fault, step, wall and, where there was more to say, did. Lines cut short do not count:
-        what they were about did not come to strike, or did nothing more."""
+        """What has struck, in order: fault, step, wall and, where there was more to say, did. Damaged lines do not count: what a
+        line that was cut short was about did not come to strike, or did nothing more."""
         found: list[dict[str, Any]] = []
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
-            try:
-                entry = json.loads(line)
-            except ValueError:
+        for entry in jsonl.read(self.path):
+            if type(entry.get("fault")) is not str or type(entry.get("step")) is not int or not jsonl.number(entry.get("wall")):
                 continue
             if "did" not in entry:
                 found.append(entry)

@@ -8,7 +8,9 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from bagualu.comm import jsonl
 from bagualu.fault_tolerance.lines import Lines
 
 LEDGER = "ledger.jsonl"
@@ -90,17 +92,24 @@ class Ledger:
 
 
 def read(run_dir: Path) -> list[Event]:
-    """Every whole line; [] when there are none. In the order of the clock, where it is one: a line may have waited for room."""
-    path = run_dir / LEDGER
-    events = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            events.append(Event(**json.loads(line)))
-        except (ValueError, TypeError):  # cut short
-            continue
+    """Every event once; [] when there are none. In the order of the clock, if all have the same: a line may have waited for room.
+    What is damaged is passed over."""
+    events = list(dict.fromkeys(filter(None, map(_event, jsonl.read(run_dir / LEDGER)))))
     if len({event.clock for event in events}) == 1:
         events.sort(key=lambda event: event.monotonic)
     return events
+
+
+def _event(fields: dict[str, Any]) -> Event | None:
+    """The event of a line; None for what is not an event."""
+    try:
+        event = Event(**fields)
+    except TypeError:
+        return None
+    texts = all(type(one) is str for one in (event.what, event.clock, event.writer, event.cause))
+    numbers = jsonl.number(event.wall) and jsonl.number(event.monotonic) and type(event.step) is int
+    optional = (event.since is None or jsonl.number(event.since)) and (event.rank is None or type(event.rank) is int)
+    return event if texts and numbers and optional else None
 
 
 def clock() -> str:

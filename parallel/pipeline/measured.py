@@ -1,6 +1,7 @@
 """The measured timeline of a run's pipeline: when each pass of a step began and ended."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ def read_measured(path: Path) -> Measured:
     """Returns the last step in `path`. Raises RecipeError if the file is missing, empty or invalid."""
     if not path.exists():
         raise RecipeError(f"{path} does not exist; give the directory of a run that has trained with parallel.pipeline=2 or more")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise RecipeError(f"{path} is empty; give the directory of a run that has trained a step")
@@ -55,9 +56,9 @@ def _row(path: Path, number: int, line: str) -> tuple[int, int, Span]:
         row = json.loads(line)
         action = Action(Kind(row["kind"]), int(row["micro_batch"]), int(row["stage"]))
         step, rank, span = int(row["step"]), int(row["rank"]), Span(action, float(row["start"]), float(row["end"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise RecipeError(f"{path}, line {number}: not a pipeline pass ({error}); let the run write it again") from error
-    if min(action.micro_batch, action.stage, rank) < 0 or span.end < span.start:
+    if min(action.micro_batch, action.stage, rank) < 0 or not 0 <= span.end - span.start < math.inf:
         raise RecipeError(f"{path}, line {number}: negative index or end before start; let the run write it again")
     return step, rank, span
 

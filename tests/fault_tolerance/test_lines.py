@@ -64,3 +64,15 @@ def test_what_cannot_be_recorded_is_said_to_be_so_and_not_recorded_later(tmp_pat
         assert not record.add(Kill(step=3), 3)
     assert record.add(Kill(step=4), 4)
     assert list(record.struck()) == [str(Kill(step=4))]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\n", b"[1]\n", b'{"fault": 3}\n', b'"did"\n', b"\0\0\0", b"\xff\n", b'{"fault": "kill", "step": 1}\n']
+)
+def test_damage_to_the_strikes_hides_no_other_strike(tmp_path: Path, damage: bytes) -> None:
+    record, first, second = Record(tmp_path / "faults.jsonl"), Kill(step=3), Kill(step=5, rank=1)
+    record.add(first, 3)
+    with record.path.open("ab") as file:
+        file.write(damage)
+    record.add(second, 5)
+    assert record.struck() == {str(first): 1, str(second): 1}

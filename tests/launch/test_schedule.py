@@ -1,6 +1,7 @@
 """`bagualu schedule`: what it prints, what it draws, how it compares a run with its plan, and what it refuses."""
 
 import json
+import math
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -193,6 +194,9 @@ def test_a_run_that_measured_nothing_or_something_else_is_refused(capsys, tmp_pa
     assert "pipeline.jsonl, line 1: not a pipeline pass" in line('{"rank": 0}\n')
     assert "pipeline.jsonl, line 2: not a pipeline pass" in line(json.dumps(rows[0]) + "\n[1]\n")
     assert "line 1: negative index or end before start" in line(json.dumps({**rows[0], "end": 0}))
+    assert "line 1: negative index or end before start" in line(json.dumps({**rows[0], "end": math.nan}))
+    file.write_bytes(b"\xff\xfe\n")
+    assert "pipeline.jsonl, line 1: not a pipeline pass" in refused(capsys, "schedule", str(tmp_path))
     write(tmp_path, [row for row in rows if row["rank"] == 1])
     assert "has no pass of rank 0 in step 5" in refused(capsys, "schedule", str(tmp_path))
     write(tmp_path, rows[1:])

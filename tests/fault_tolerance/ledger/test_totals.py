@@ -174,3 +174,24 @@ def _is_json(line):
 def test_no_ledger_is_no_history(tmp_path):
     assert read(tmp_path) == []
     assert attribute([]) == {}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "\n",
+        "[1]\n",
+        "\0\0\0\0",
+        '{"what": "train", "wall": "x", "monotonic": 1, "clock": "one"}\n',
+        '{"what": "tra\n',
+        "{}\n",
+        '{"what": "train", "wall": NaN, "monotonic": NaN, "clock": "one"}\n',
+        '{"what": 3, "wall": 1, "monotonic": 1, "clock": "one"}\n',
+    ],
+)
+def test_damaged_lines_change_nothing_else(tmp_path, damage):
+    events = history((0, "started"), (1, "joined"), (2, "train", step(1)), (3, "train", step(2)), (4, "ended", {"cause": "done"}))
+    lines = [json.dumps(asdict(event)) + "\n" for event in events]
+    (tmp_path / LEDGER).write_text(damage.join([*lines, lines[-1]]))
+    assert read(tmp_path) == events
+    assert attribute(read(tmp_path)) == attribute(events)
