@@ -86,6 +86,8 @@ def run_processes(
         with _lock(recipe, meeting, place):
             if meeting:
                 _require_same_backend(recipe, place)
+                for watcher in watchers if place.hosts else ():
+                    watcher.begins()
             return _together(Agent(told, place.handler, stop, watchers), place, ending, meeting)
     except RecipeError as error:  # another job was quicker, or this node is unlike the others
         ended = refused(error)

@@ -15,6 +15,7 @@ from bagualu.launch.hang import HangCheck
 from bagualu.launch.ledger import LedgerWatcher
 from bagualu.launch.meeting import Meeting
 from bagualu.launch.scratch import scratch
+from bagualu.launch.summary import SummaryWatcher
 from bagualu.trainer import environment
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.outcome import DONE, STOPPED, Failure, last_words, what_next
@@ -43,10 +44,13 @@ def run(
     entrypoint = entrypoint or environment.TRAIN
     threaded = recipe.comm.backend == "simulated"
     ledger = LedgerWatcher(Path(recipe.run.dir))
+    summary = SummaryWatcher(recipe)
     stop.tell = [2] if threaded else []  # else no step is under way here: who ends this run says how
     stop.install()
 
-    with scratch() as folder, _environment(environment.variables(recipe.launch, workers)):
+    with summary.crashing(), scratch() as folder, _environment(environment.variables(recipe.launch, workers)):
+        if meeting is None:  # else the node that gets the lock begins
+            summary.begins()
         if not threaded:
             needed = ["bagualu.launch.member", _ELASTIC, entrypoint.split(":")[0]]
             compiler = recipe.train.compile or recipe.train.recompute != "none"
@@ -54,7 +58,7 @@ def run(
         with uncollected():
             from bagualu.launch import local  # imports torch: here, while the fork server does too
 
-        watchers = [ledger, HangCheck(recipe, folder)]
+        watchers = [ledger, summary, HangCheck(recipe, folder)]
         if threaded:
             ended = local.run_threads(recipe, workers, entrypoint, quiet_stdout, folder, stop, watchers)
         else:
@@ -62,6 +66,7 @@ def run(
             stop.install()  # the agent had them
             forkserver.stop()
         begun = storage.begun(folder)
+        summary.ended(ended.summary, ended.failure)
     stop.tell = []
     if ended.failure is not None:
         return _failed(ended.failure, recipe, begun)

@@ -1,14 +1,12 @@
 """The launcher's looks at a run's storage. They end, even where the storage does not answer. Free of torch."""
 
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from bagualu.comm.errors import RecipeError, StorageError
 from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.checkpoint.directory import latest
 from bagualu.fault_tolerance.checkpoint.fence import EPOCH
+from bagualu.fault_tolerance.within import within
 from bagualu.trainer import choose_backend as chooser
 from bagualu.trainer import preflight
 from bagualu.trainer.begun import BEGUN, has_begun
@@ -18,7 +16,6 @@ from bagualu.trainer.config import Recipe
 _CHECK_SECONDS = 30.0
 _LOOK_SECONDS = 5.0
 _UNKNOWN = "its newest checkpoint, when its storage answers"
-T = TypeVar("T")
 
 
 def check(recipe: Recipe, job: str = "") -> None:
@@ -30,7 +27,7 @@ def check(recipe: Recipe, job: str = "") -> None:
         preflight.check_run_directory(recipe)
 
     try:
-        _within(_CHECK_SECONDS, look)
+        within(_CHECK_SECONDS, look)
     except StorageError as error:
         raise RecipeError(f"run.dir={directory} {error}; see whether its storage hangs, or give another") from error
     except OSError as error:
@@ -62,27 +59,6 @@ def newest(recipe: Recipe, begun: bool = False) -> str | None:
         return _UNKNOWN if known and not (directory / "checkpoints" / EPOCH).exists() else None
 
     try:
-        return _within(_LOOK_SECONDS, look)
+        return within(_LOOK_SECONDS, look)
     except (OSError, StorageError):
         return _UNKNOWN
-
-
-def _within(seconds: float, look: Callable[[], T]) -> T:
-    """What `look` returns or raises; StorageError when it does neither in time."""
-    returned: list[T] = []
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            returned.append(look())
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run, name="storage", daemon=True)  # a process that ends does not wait for it
-    thread.start()
-    thread.join(seconds)
-    if raised:
-        raise raised[0]
-    if not returned:
-        raise StorageError(f"has not answered for {seconds:g} s")
-    return returned[0]

@@ -11,6 +11,9 @@ class Watcher:
     A generation is one set of workers, from their start to their end; a launch without failures has one.
     """
 
+    def begins(self) -> None:
+        """A launch begins, and this process keeps others out of the run directory. Of several nodes one is called."""
+
     def started(self, generation: int, pids: Mapping[int, int]) -> None:
         """The workers of `generation` (0: the first) run: process ids on this machine by global rank.
 

@@ -6,6 +6,7 @@ says it; rank 0 alone looks at the run directory too, because it writes there wh
 
 import os
 import sys
+import time
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from bagualu.trainer.parent import die_with
 from bagualu.trainer.progress import summary_text
 from bagualu.trainer.recipe import compose, save_recipe
 from bagualu.trainer.stopping import StopRequest
+from bagualu.trainer.summary import Start
 from bagualu.trainer.uncollected import uncollected
 
 _PREPARED = "BAGUALU_PREPARED"
@@ -86,15 +88,18 @@ def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | N
 
     environment.pin(recipe.launch, world.local_rank, local_workers)
     torch.set_num_threads(environment.threads(recipe.launch, local_workers))
+    start = Start(recipe)
     if world.rank == 0:
         save_recipe(recipe)
+        start.begin()
     stop = StopRequest()
     stop.tell.append(copy_to_log(Path(recipe.run.dir) / "logs" / f"rank-{world.rank}.log"))
     failures: list[Failure] = []
     try:
         summary = work(recipe, world, stop, failures.append, entrypoint or environment.TRAIN)
     except BaseException:
-        why = failures[0] if failures else Failure(world.rank, "train", "interrupted twice", 0.0)
+        why = failures[0] if failures else Failure(world.rank, "train", "interrupted twice", time.time())
+        _say_ended(start, world.rank, why)
         if why.kind != "recipe":
             traceback.print_exc()
         if why.kind != "recipe" or world.rank == 0:
@@ -104,6 +109,16 @@ def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | N
     if world.rank == 0:
         print(summary_text(summary))
     return STOPPED if summary["ended"] == "stopped" else DONE
+
+
+def _say_ended(start: Start, rank: int, failure: Failure) -> None:
+    """In summary.json; rank 0 does, or another that finds it gone."""
+    if rank > 0:
+        start.fail_if_left(failure)
+    elif failure.kind == "recipe" and not failure.step:
+        start.refuse()
+    else:
+        start.fail(failure)
 
 
 if __name__ == "__main__":

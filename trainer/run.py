@@ -1,8 +1,6 @@
 """A whole run on one rank: assemble, resume, train, summarise. Every rank calls `train` with the same recipe."""
 
-import json
 import math
-import os
 import resource
 import sys
 import time
@@ -29,7 +27,9 @@ from bagualu.trainer.rebalance import open_rebalancer
 from bagualu.trainer.replication import open_replication
 from bagualu.trainer.resume import resume
 from bagualu.trainer.same_recipe import require_same_recipe
-from bagualu.trainer.sinks import JsonlSink, Sink
+from bagualu.trainer.sinks import JsonlSink, Sink, WandbSink
+from bagualu.trainer.summary import final as final_summary
+from bagualu.trainer.summary import write as write_summary
 from bagualu.trainer.wandb_sink import WandbSink
 
 
@@ -58,7 +58,7 @@ def train(
     if finished := _finished(recipe, resumed.step):
         close_ledger(ledger, recipe, communicator, "done")
         if communicator.rank == 0:
-            _write_summary(Path(recipe.run.dir), finished)
+            write_summary(Path(recipe.run.dir), finished)
         return finished
     ceiling = _ceiling(parts, communicator)
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
@@ -94,7 +94,7 @@ def train(
         "run_dir": recipe.run.dir,
     }
     if communicator.rank == 0:
-        _write_summary(Path(recipe.run.dir), summary)
+        write_summary(Path(recipe.run.dir), summary)
     return summary
 
 
@@ -110,11 +110,10 @@ def _corpus(recipe: Recipe) -> Corpus:
 
 def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:
     """The summary of a run that has no step left to do, from when it did its last one; None when it has, or left none."""
-    path = Path(recipe.run.dir) / "summary.json"
-    if first_step < recipe.train.steps or not path.exists():
+    if first_step < recipe.train.steps:
         return None
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {**summary, "ended": "done", "steps": recipe.train.steps} if summary["step"] == first_step else None
+    summary = final_summary(Path(recipe.run.dir))
+    return {**summary, "ended": "done", "steps": recipe.train.steps} if summary.get("step") == first_step else None
 
 
 def _ceiling(parts: Parts, communicator: Communicator) -> float:
@@ -159,9 +158,3 @@ def _peak_memory_bytes(parts: Parts, communicator: Communicator) -> int:
     total = torch.tensor(own, dtype=torch.int64, device=parts.device)
     communicator.world.all_reduce(total)
     return int(total)
-
-
-def _write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
-    temporary = run_dir / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, run_dir / "summary.json")
