@@ -84,8 +84,8 @@ class GuardConfig:
     """`guard.*` of a recipe: what happens to a step with bad values, or on hardware that computes wrongly.
 
     retry: compute the step again from the same weights and samples. If it is good then, the hardware was at fault; if it is the
-    same again: skip. skip: no update; the samples count as used. rollback: go back to a checkpoint and leave out the samples that
-    led here. stop: end the run.
+    same again, the samples of a spike are deferred and used some steps later, and all others are skipped. skip: no update; the
+    samples count as used. rollback: go back to a checkpoint and leave out the samples that led here. stop: end the run.
     """
 
     on_nonfinite: str = "retry"
@@ -97,15 +97,16 @@ class GuardConfig:
     """retry | rollback | stop: for ranks that should hold or compute the same but do not. retry repairs what it can from another
     rank and rolls back if no rank holds a copy; no samples are left out."""
     spike_factor: float = 10.0
-    """A gradient norm this many times the median, and beyond the usual scatter, is a spike; 0: no check."""
+    """A gradient norm this many times the usual value, and beyond its scatter, is a spike; 0: no check. Usual are the median of the
+    window, its third largest value, and the values of the hard steps before (docs/design/guard.md)."""
     loss_spike_factor: float = 2.0
     """The same for the loss."""
     spike_window: int = 64
-    """The number of previous steps that determine what is usual."""
+    """The number of previous steps that determine what is usual. Deferred samples come again after a quarter of them at the latest."""
     rollback_window: int = 1
     """Steps, up to the bad step, whose samples are left out after a rollback."""
     limit: int = 5
-    """The number of steps skipped or rolled back in a row after which the run stops."""
+    """The number of steps skipped, deferred or rolled back in a row after which the run stops."""
     check_every: int = 10
     """Steps between checks of weights and optimizer state for damage, in addition to the check after every checkpoint; 0: never.
     For optimizer state that no other rank holds, checksums are taken at the end of the previous step and compared at the check, so

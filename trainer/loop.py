@@ -78,7 +78,8 @@ class Loop:
         if stopped and self.sinks:
             print(f"saved step {step}", file=sys.stderr, flush=True)
         ended = {"ended": "done" if step >= steps else "stopped", "step": step}
-        watched = {"guard": self.parts.guard.memory.summary(), "stragglers": self.stragglers.ever()}
+        memory = self.parts.guard.memory
+        watched = {"guard": memory.summary(), "left_out_steps": memory.left_out_steps(step), "stragglers": self.stragglers.ever()}
         return {**record, **self._average(), **ended, **self._saved(), **watched, "damaged": self._damaged}
 
     def _is_stored(self, step: int) -> bool:
@@ -95,8 +96,9 @@ class Loop:
         result = train_step(self.parts, step, self.stop, self.checkpoints.status)
         seconds = time.perf_counter() - started
         self.checkpoints.settle(result.saving)
-        if result.verdict.text and self.parts.mesh.at("world") == 0:
-            log.warning("%s", result.verdict.text)
+        for verdict in filter(None, (result.late_verdict, result.verdict)):
+            if verdict.text and self.parts.mesh.at("world") == 0:
+                log.warning("%s", verdict.text)
         if result.verdict.action is Action.STOP:
             self.checkpoints.finish()
             raise GuardError(result.verdict.text)
@@ -132,6 +134,10 @@ class Loop:
             record["cause"] = str(cause)
         if verdict.ranks:
             record["ranks"] = list(verdict.ranks)
+        if verdict.put_off:
+            record["put_off"] = True
+        if result.late_verdict and result.late_verdict.action is Action.COMMIT:
+            record["made_up_step"] = result.late
         return record if verdict.attempts == 1 else record | {"attempts": verdict.attempts}
 
     def _go_back(self, step: int, result: StepResult) -> int:

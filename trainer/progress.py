@@ -107,6 +107,8 @@ def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, 
     if summary.get("seconds") is not None:
         head += f" in {duration(summary['seconds'])}"
     rows = [(name, form.format(summary[key])) for key, name, form in _ROWS if summary.get(key) is not None]
+    if left_out := summary.get("left_out_steps"):
+        rows.append(("left out", f"the samples of {left_out} of {summary['step']} steps (guard.* and metrics.jsonl say why)"))
     rows += [("rest of it", spent)] if (spent := _spent(summary.get("ledger", {}))) else []
     width = max((len(name) for name, _ in [*rows, *next_commands]), default=0)
     lines = [head, "─" * len(head), *(f"{name:<{width}}  {value}" for name, value in rows)]

@@ -6,7 +6,7 @@ The step is a transaction: the update happens on every rank or on none, decided 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,10 @@ class StepResult:
     saving: tuple[float, float] = (0.0, 0.0)
     """How many ranks still write their part of the checkpoint under way, and how many have failed to."""
 
+    late: int | None = None
+    """The step (from 1) whose samples, put off before, were computed before those of this step."""
+    late_verdict: Verdict | None = None
+
     @property
     def committed(self) -> bool:
         """False: nothing was changed."""
@@ -62,16 +66,31 @@ def train_step(
     lr = learning_rate(parts.recipe.optim, step, parts.recipe.train.steps)
     if why := guard.leaves_out(number):
         return _leave_out(parts, number, lr, why, tell)
-    guard.begin(number)
+    late = guard.due(number)
+    if late is None:
+        return _transact(parts, number, lr, tell)
+    first = _transact(parts, number, lr, tell, late)
+    if first.verdict.action in (Action.ROLLBACK, Action.STOP):
+        return first
+    return replace(_transact(parts, number, lr, tell), late=late, late_verdict=first.verdict)
+
+
+def _transact(parts: Parts, number: int, lr: float, tell: Tell, late: int | None = None) -> StepResult:
+    """Compute, judge, and update or not, in step `number` (from 1); with the samples of step `late` if that is given."""
+    guard = parts.guard
+    guard.begin(number, late)
     while True:
-        agreed = _attempt(parts, step, tell)
+        agreed = _attempt(parts, (late or number) - 1, tell)
         verdict = guard.judge(number, Figures(agreed.loss, agreed.norm, agreed.found, parts.scaler.can_fall))
         if verdict.action is not Action.COMMIT:
             parts.mesh.monitor.at("discard")
         if verdict.action is not Action.RETRY:
             break
+    if verdict.put_off and (known := guard.memory.newest):
+        again = _attempt(parts, known[0] - 1, tell)
+        verdict = guard.weigh(number, verdict, again.loss, again.norm)
     if verdict.action is Action.COMMIT:
-        _update(parts, lr, agreed.norm)
+        _update(parts, lr, agreed.norm, guard.most(verdict))
     if verdict.action is Action.COMMIT or verdict.cause is Cause.OVERFLOW:
         parts.scaler.update(verdict.action is Action.COMMIT)
     guard.finish(number, agreed.loss, agreed.norm, verdict)
@@ -88,7 +107,8 @@ def _leave_out(parts: Parts, number: int, lr: float, why: str, tell: Tell) -> St
 
 
 def _attempt(parts: Parts, step: int, tell: Tell) -> "_Agreed":
-    """Compute the gradient, reduce it, and agree on the figures. Changes nothing but gradients."""
+    """Compute the gradient on the samples of step `step` (from 0), reduce it, and agree on the figures. Changes nothing but
+    gradients. The step under way may be a later one."""
     monitor = parts.mesh.monitor
     monitor.at("data")
     micro_batches = local_micro_batches(parts, step)
@@ -98,13 +118,15 @@ def _attempt(parts: Parts, step: int, tell: Tell) -> "_Agreed":
     monitor.at("reduce")
     parts.reducer.finish()
     monitor.at("agree")
-    found = parts.guard.inspect(step + 1)
+    found = parts.guard.inspect(monitor.step)
     return _agree(parts, totals, tokens, found, tell)
 
 
-def _update(parts: Parts, lr: float, norm: float) -> None:
+def _update(parts: Parts, lr: float, norm: float, most: float = math.inf) -> None:
+    """`most`: the norm that the gradient is cut down to, besides optim.clip_norm."""
     clip = parts.recipe.optim.clip_norm
-    factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+    most = min(most, clip) if clip > 0 else most
+    factor = min(1.0, most / (norm + 1e-6))
     parts.mesh.monitor.at("optimizer")
     parts.optimizer.step(lr, factor / parts.scaler.scale)
     parts.updates += 1

@@ -8,7 +8,7 @@ when one of them says that something is wrong do ranks tell each other the detai
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from bagualu.fault_tolerance.guard.attempts import Attempts, culprits
 from bagualu.fault_tolerance.guard.damage import Damage, DamageCheck
 from bagualu.fault_tolerance.guard.decide import Situation, decide
 from bagualu.fault_tolerance.guard.memory import Memory
-from bagualu.fault_tolerance.guard.verdict import Action, Cause, Verdict
+from bagualu.fault_tolerance.guard.verdict import SPIKES, Action, Cause, Verdict
 from bagualu.fault_tolerance.guard.words import by_rank, diagnosis, ending, finding
 from bagualu.parallel.data import GradientReducer
 from bagualu.parallel.mesh import Mesh
@@ -60,6 +60,8 @@ class Guard:
         self._attempts = Attempts(reducer.buckets)
         self._compares = repeatable and config.compares
         self._count = 0
+        self._late: int | None = None
+        """The step whose samples, put off before, are computed now."""
         self.clean = 0
         """Steps after which the state is known to have been whole: checkpoints of later steps may hold damage."""
         self._first: tuple[Cause, tuple[int, ...], str] | None = None
@@ -71,8 +73,13 @@ class Guard:
         """Why `step` (from 1) is not to be learnt from; None: it is."""
         return self.memory.left_out.get(step)
 
-    def begin(self, step: int) -> None:
-        """Before the first attempt at `step` (from 1)."""
+    def due(self, step: int) -> int | None:
+        """The step whose samples, put off before, are to be learnt from before those of `step` (from 1)."""
+        return self.memory.due(step)
+
+    def begin(self, step: int, late: int | None = None) -> None:
+        """Before the first attempt at `step` (from 1); with the samples of step `late` if that is given."""
+        self._late = late
         self._attempts.begin()
         self._damage.found = []
         self._count, self._first = 0, None
@@ -111,19 +118,53 @@ class Guard:
         if cause is None and self._audits(step) and not self._attempts.earlier:
             self._attempts.keep()
             return Verdict(Action.RETRY, attempts=self._count)
-        now = Situation(cause, self._count, same, damage.repairable(damages), self.memory.setbacks)
-        action = decide(self.config, now)
+        spike, setbacks = cause in SPIKES, self.memory.setbacks
+        now = Situation(cause, self._count, same, damage.repairable(damages), 0 if spike and self._late else setbacks)
+        action = decide(self._late_config if self._late else self.config, now)
+        put_off = action is Action.SKIP and spike and self.config.on_spike == "retry"
+        if put_off and self._late:
+            action, put_off = Action.COMMIT, False  # twice the same at two times: samples, to be learnt from
         if action is Action.RETRY and any(damages):
             self._damage.repair(damages)
             self._attempts.begin()  # what was computed with damaged weights is nothing to compare with
         elif action is Action.RETRY and self._compares:
             self._attempts.keep()
-        return self._verdict(step, action, ranks, same)
+        return self._verdict(step, action, ranks, same, put_off)
+
+    def weigh(self, step: int, verdict: Verdict, loss: float, norm: float) -> Verdict:
+        """`verdict` has put off the samples of `step`; now those of the newest committed step, computed again with the weights as
+        they are, have this `loss` and gradient `norm`. Do they stand out too, then the weights are to blame: the second time in
+        a row the run goes back to a checkpoint, if it makes any."""
+        assert self.memory.newest is not None
+        config, (old, loss_then, norm_then) = self.config, self.memory.newest
+        grown = loss > config.loss_spike_factor * loss_then > 0 or norm > config.spike_factor * norm_then > 0
+        if math.isfinite(loss) and math.isfinite(norm) and not (grown and self.memory.spike(step, loss, norm)):
+            return verdict
+        again = self.memory.astray_row > 0 and self._saves_every > 0
+        action = Action.ROLLBACK if again else Action.SKIP
+        if again and not config.check_every:  # nobody has looked; but at `old` the figures were right
+            self.clean = max(self.clean, old - 1)
+        figures = f"step {old}, learnt from at loss {loss_then:g} and gradient norm {norm_then:g}, now has {loss:g} and {norm:g}"
+        text = f"{verdict.text}; but {figures}: the weights, not the samples" + ("; back to a checkpoint" if again else "")
+        return replace(verdict, action=action, cause=Cause.ASTRAY, put_off=not again, text=text)
+
+    @property
+    def _late_config(self) -> GuardConfig:
+        """Samples that were put off are computed again, and learnt from if the hardware is not to blame."""
+        nonfinite = self.config.on_nonfinite
+        return replace(self.config, on_spike="retry", on_nonfinite="skip" if nonfinite == "rollback" else nonfinite)
+
+    def most(self, verdict: Verdict) -> float:
+        """The gradient norm that an update may have after `verdict`; infinite for any."""
+        return self.memory.strongest() if self._late and verdict.cause in SPIKES else math.inf
 
     def finish(self, step: int, loss: float, norm: float, verdict: Verdict) -> None:
         """`step` has ended so, and the update has happened if it was to."""
-        self.memory.learn(step, loss, norm, verdict)
-        self.expect(step + 1)
+        if self._late is None:
+            self.memory.learn(step, loss, norm, verdict)
+        else:
+            self.memory.learn_late(self._late, loss, norm, verdict)
+        self.expect(step + (self._late is None))
 
     def load(self, saved: dict[str, Any], step: int) -> None:
         """Go on after `step` steps with what a checkpoint holds of `memory`."""
@@ -144,7 +185,7 @@ class Guard:
             return Cause.NONFINITE
         if not math.isfinite(figures.norm):
             return Cause.OVERFLOW if figures.scale_can_fall else Cause.NONFINITE
-        if spike := self.memory.spike(figures.loss, figures.norm, self.config):
+        if spike := self.memory.spike(step, figures.loss, figures.norm):
             return spike
         unconfirmed = self._audits(step) and self._attempts.earlier and not same
         return Cause.GRADIENTS if unconfirmed else None
@@ -155,13 +196,16 @@ class Guard:
         own = {"attempts": self._attempts.as_json(), "damage": damage.as_json(self._damage.found)}
         return gather_json(own, world, world.device)
 
-    def _verdict(self, step: int, action: Action, ranks: tuple[int, ...], same: bool | None) -> Verdict:
+    def _verdict(self, step: int, action: Action, ranks: tuple[int, ...], same: bool | None, put_off: bool) -> Verdict:
+        late = f"the samples of step {self._late}, put off before" if self._late else ""
         if self._first is None:
-            return Verdict(action, attempts=self._count)
+            text = f"step {step}: {late}, were learnt from" if late and action is Action.COMMIT else ""
+            return Verdict(action, attempts=self._count, text=text)
         cause, before, what = self._first
         ranks = before or ranks
-        said = [what, diagnosis(cause, ranks, same), ending(cause, action, ranks, self.memory.setbacks, step)]
-        return Verdict(action, cause, ranks, self._count, f"step {step}: " + "; ".join(filter(None, said)))
+        end = "its samples are learnt from later" if put_off else ending(cause, action, ranks, self.memory.setbacks, step)
+        text = f"step {step}: " + "; ".join(filter(None, [late, what, diagnosis(cause, ranks, same), end]))
+        return Verdict(action, cause, ranks, self._count, put_off, text)
 
     def _checks(self, step: int) -> bool:
         """The step after a checkpoint is one too: it shows that nothing had changed while that was written."""

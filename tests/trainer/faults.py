@@ -89,11 +89,13 @@ def complete(buckets: list[Bucket]) -> Bucket:
 
 
 def spoil(tensor: torch.Tensor, how: str, time: int) -> None:
-    """One element, the largest, so that it matters. "random": another value every time."""
+    """One element, the largest, so that it matters. "random": another value every time; "scramble": all elements."""
     place = tensor.abs().argmax()
     if how == "bit":
         kind, bit = {8: (torch.int64, 50), 4: (torch.int32, 21), 2: (torch.int16, 5)}[tensor.element_size()]
         tensor.view(kind)[place] ^= 1 << bit
+    elif how == "scramble":
+        tensor.mul_(-3.0)
     elif how == "random":
         tensor[place] = time
     else:
@@ -129,6 +131,7 @@ class Ending:
     saved: list[str]
     damaged: list[dict[str, Any]]
     """Checkpoints that were set aside on the way back."""
+    left_out_steps: int | None = None
 
     def line(self, step: int) -> dict[str, Any]:
         (found,) = [line for line in self.lines if line["step"] == step]
@@ -160,7 +163,15 @@ def train(communicator: Communicator, recipe: Recipe, fault: Fault | None = None
         error = str(caught)
     checkpoints.close()
     saved = [path.name for path in list_checkpoints(checkpoints_of(parts))]
-    return Ending(bits_of(parts), records.lines, error, parts.guard.memory.summary(), saved, ending["damaged"])
+    return Ending(bits_of(parts), records.lines, error, parts.guard.memory.summary(), saved, ending["damaged"],
+                  ending.get("left_out_steps"))  # fmt: skip
+
+
+def left_out_steps(endings: list[Ending]) -> int:
+    """As every rank says."""
+    (count,) = {ending.left_out_steps for ending in endings}
+    assert count is not None
+    return count
 
 
 def assert_same_bits(found: list[Ending], expected: list[Ending]) -> None:

@@ -68,3 +68,66 @@ def test_only_the_window_counts() -> None:
     assert history.values == [1.0] * 16
     history.load([1.0] * 20)
     assert len(history.values) == 16
+
+
+def mixed(history: History, values: list[float], factor: float = 2.0) -> list[int]:
+    """Steps (from 1) that stand out, as the guard counts: those that stand out are hard too, and not committed."""
+    found, row = [], 0
+    for step, value in enumerate(values, 1):
+        flagged = history.stands_out(value, factor, step, row)
+        hard = history.is_hard(value, factor)
+        if hard:
+            history.add_hard(step, value)
+        row = row + 1 if hard else 0
+        if flagged:
+            found.append(step)
+        else:
+            history.add(value)
+    return found
+
+
+def easy_and_hard(count: int, share: float, seed: int) -> list[float]:
+    """Losses around 0.02, some around 1.25."""
+    draw = random.Random(seed)
+    return [(1.25 if draw.random() < share else 0.02) * draw.lognormvariate(0, 0.05) for _ in range(count)]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.07, 0.2, 0.5])
+@pytest.mark.parametrize("seed", range(5))
+def test_hard_text_that_comes_again_and_again_soon_does_not_stand_out(share: float, seed: int) -> None:
+    found = mixed(History(64), easy_and_hard(1200, share, seed))
+    assert len(found) <= 4
+
+
+def test_the_second_bar_needs_more_than_one_large_value() -> None:
+    assert seen([0.02] * 62 + [1.25] * 2, 64).stands_out(1.3, 2.0)
+    assert not seen([0.02] * 61 + [1.25] * 3, 64).stands_out(1.3, 2.0)
+    assert seen([0.02] * 61 + [1.25] * 3, 64).stands_out(2.6, 2.0), "beyond the hard text too"
+
+
+@pytest.mark.parametrize("share", [0.07, 0.2])
+def test_corruption_stands_out_from_hard_text(share: float) -> None:
+    values = easy_and_hard(1200, share, 1)
+    garbled = set(range(150, 1200, 50))
+    for step in garbled:
+        values[step - 1] = 8.0
+    assert garbled <= set(mixed(History(64), values))
+
+
+def test_another_kind_of_text_is_taken_after_two_steps_in_a_row() -> None:
+    assert mixed(History(64), [0.02] * 100 + [8.0, 7.0, *[6.0 * 0.98**n for n in range(100)]]) == [101, 102]
+
+
+def test_two_strangers_far_apart_make_no_third_one_known() -> None:
+    values = [0.02] * 900
+    strangers = [200, 300, 400, 500, 600, 700, 800]
+    for step in strangers:
+        values[step - 1] = 8.0
+    assert mixed(History(64), values) == strangers
+
+
+def test_hard_values_are_forgotten_after_four_windows() -> None:
+    history = History(16)
+    for step in (10, 20, 30, 40, 90):
+        history.add_hard(step, 5.0)
+    assert [step for step, _ in history.hard] == [30, 40, 90]
