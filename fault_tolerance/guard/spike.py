@@ -1,17 +1,18 @@
 """When a figure of a step stands out from the steps before it. Free of torch.
 
-    usual    value <= factor x exp(5 x scatter) x median of the window
-             or value <= factor x the window's third largest value (of a window of 64)
-    hard     value <= factor x median of the newest hard values               hard: a value above the first of these bars
+    usual bar   factor x exp(5 x scatter) x median of the window
+    large       the third largest of the window's newest three quarters (of a window of 64)
+    alike       the median of the newest hard values; hard is a value above the usual bar or factor x large
+
+A step stands out when its value is above factor x large, or above both the usual bar and sqrt(factor) x large; but not when it
+is at most sqrt(factor) x alike.
 
 The scatter is that of the logarithms: the median deviation from their median, or from one step to the next if that is less, as
-it is while the figure falls.
-
-A step stands out when its value is neither usual nor hard. The second bar and the third are for text that is easy and hard in
-turn: the median is that of the easy text then, and the scatter around it is small, however often the hard text comes. Hard values
-count when four of them are among the last four windows, or when the steps just before were hard too (another kind of text begins).
-Single steps raise no bar. The factor is a margin: figures that are nearly equal are never on both sides of a bar, so sums that
-differ in their last digits between layouts do not decide.
+it is while the figure falls. The other two bars are for text that is easy and hard in turn: the median is that of the easy text
+then, and the scatter around it is next to nothing, or hides everything. Hard values count when four of them are among the last
+four windows, or when the steps just before were hard too (another kind of text begins). Single steps raise no bar. The factor
+is a margin: figures that are nearly equal are never on both sides of a bar, so sums that differ in their last digits between
+layouts do not decide.
 """
 
 import math
@@ -22,7 +23,7 @@ from statistics import median
 
 _SCATTER = 5.0
 _LARGEST = 0.05
-"""Share of the window that must be as large as a value, but for the factor, for the value to be usual; at least two values."""
+"""Share of the window that must be as large as a value, but for a margin, for the value to be usual; at least two values."""
 _HARD_WINDOWS, _HARD_LEAST, _HARD_NEWEST = 4, 4, 8
 IN_A_ROW = 2
 """Steps in a row that were hard, after which the next one may be."""
@@ -40,18 +41,15 @@ class History:
 
     def stands_out(self, value: float, factor: float, step: int = 0, row: int = 0) -> bool:
         """Whether `value` lies too far above what was; `factor` 0 never says so. Not finite: no. `row`: hard steps just before."""
-        if not self.is_hard(value, factor):
+        if not self._judges(value, factor):
             return False
-        largest = sorted(self.values)[-max(2, int(_LARGEST * self.window))]
-        return value > factor * largest and not self._is_like_others(value, factor, step, row)
+        margin, large = math.sqrt(factor), self._large()  # among its like a value scatters less than between easy and hard
+        far = value > factor * large or (value > margin * large and self._above_usual(value, factor))
+        return far and not self._is_like_others(value, margin, step, row)
 
     def is_hard(self, value: float, factor: float) -> bool:
-        """Whether `value` lies far above the median. Not finite: no."""
-        if factor <= 0 or len(self.values) < max(4, self.window // 4) or not (math.isfinite(value) and value > 0):
-            return False
-        logs = [math.log(one) for one in self.values]
-        middle = median(logs)
-        return math.log(value) - middle > math.log(factor) + _SCATTER * _scatter(logs, middle)
+        """Whether `value` lies far above most of the window. Not finite: no."""
+        return self._judges(value, factor) and (value > factor * self._large() or self._above_usual(value, factor))
 
     def add(self, value: float) -> None:
         """A step with this value was committed."""
@@ -67,13 +65,25 @@ class History:
         self.values = list(values)[-self.window :]
         self.hard = [(int(step), float(value)) for step, value in hard]
 
+    def _judges(self, value: float, factor: float) -> bool:
+        return factor > 0 and len(self.values) >= max(4, self.window // 4) and math.isfinite(value) and value > 0
+
+    def _large(self) -> float:
+        newest = self.values[-max(4, 3 * self.window // 4) :]
+        return sorted(newest)[-max(2, int(_LARGEST * self.window))]
+
+    def _above_usual(self, value: float, factor: float) -> bool:
+        logs = [math.log(one) for one in self.values]
+        middle = median(logs)
+        return math.log(value) - middle > math.log(factor) + _SCATTER * _scatter(logs, middle)
+
     def _recent(self, step: int) -> list[tuple[int, float]]:
         return [one for one in self.hard if one[0] > step - _HARD_WINDOWS * self.window]
 
-    def _is_like_others(self, value: float, factor: float, step: int, row: int) -> bool:
+    def _is_like_others(self, value: float, margin: float, step: int, row: int) -> bool:
         others = [value for _, value in self._recent(step)]
         enough = len(others) >= _HARD_LEAST or (others and row >= IN_A_ROW)
-        return bool(enough) and value <= factor * median(others[-_HARD_NEWEST:])
+        return bool(enough) and value <= margin * median(others[-_HARD_NEWEST:])
 
 
 def _scatter(logs: Sequence[float], middle: float) -> float:

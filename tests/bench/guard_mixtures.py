@@ -239,9 +239,10 @@ def run_one(communicator: Communicator, name: str, seed: int, steps: int, guard:
 
 
 def plant(seed: int, steps: int, number: int) -> list[Plant]:
-    """Corruptions of all kinds, spread over the run, none where the guard has not seen enough steps to judge."""
+    """Corruptions of all kinds, spread over the run from where the model has met both kinds of text: before, tokens that are
+    garbled and text that is new are alike."""
     draw = np.random.default_rng([seed, 99])
-    first = 128
+    first = 200
     places = first + (np.arange(number) + draw.random(number) * 0.5) * (steps - first - 16) / number
     kinds = ["garbled", "largest gradient", "garbled", "weight", "smallest gradient", "garbled", "loss"]
     return [Plant(int(place), kinds[index % len(kinds)]) for index, place in enumerate(places)]

@@ -99,8 +99,9 @@ def test_hard_text_that_comes_again_and_again_soon_does_not_stand_out(share: flo
     assert len(found) <= 4
 
 
-def test_the_second_bar_needs_more_than_one_large_value() -> None:
+def test_a_value_is_usual_where_three_as_large_were_before() -> None:
     assert seen([0.02] * 62 + [1.25] * 2, 64).stands_out(1.3, 2.0)
+    assert seen([0.02] * 13 + [1.25] * 3 + [0.02] * 48, 64).stands_out(1.3, 2.0), "too long ago"
     assert not seen([0.02] * 61 + [1.25] * 3, 64).stands_out(1.3, 2.0)
     assert seen([0.02] * 61 + [1.25] * 3, 64).stands_out(2.6, 2.0), "beyond the hard text too"
 
@@ -131,3 +132,13 @@ def test_hard_values_are_forgotten_after_four_windows() -> None:
     for step in (10, 20, 30, 40, 90):
         history.add_hard(step, 5.0)
     assert [step for step, _ in history.hard] == [30, 40, 90]
+
+
+def test_corruption_stands_out_where_the_scatter_between_easy_and_hard_would_hide_it() -> None:
+    values = easy_and_hard(64, 0.5, 2)
+    assert seen(values, 64).stands_out(8.0, 2.0)
+
+
+def test_a_falling_loss_does_not_hide_corruption() -> None:
+    values = [5.5 * 0.96**step for step in range(100)]
+    assert seen(values, 64).stands_out(5.5, 2.0)
