@@ -102,7 +102,8 @@ class GuardConfig:
     loss_spike_factor: float = 2.0
     """The same for the loss."""
     spike_window: int = 64
-    """The number of previous steps that determine what is usual. Deferred samples come again after a quarter of them at the latest."""
+    """The number of previous steps that determine what is usual. Deferred samples come again after a quarter of them at the
+    latest."""
     rollback_window: int = 1
     """Steps, up to the bad step, whose samples are left out after a rollback."""
     limit: int = 5

@@ -38,7 +38,7 @@ def check(recipe: Recipe, job: str = "") -> None:
 def choose_backend(recipe: Recipe, workers: int) -> tuple[Recipe, Choice]:
     """The recipe with a backend that has a name (trainer/choose_backend.py), which may be that of the run so far."""
     try:
-        return _within(_CHECK_SECONDS, lambda: chooser.choose_backend(recipe, workers))
+        return within(_CHECK_SECONDS, lambda: chooser.choose_backend(recipe, workers))
     except StorageError as error:
         raise RecipeError(f"run.dir={recipe.run.dir} {error}; see whether its storage hangs, or give another") from error
 

@@ -27,7 +27,7 @@ from bagualu.trainer.rebalance import open_rebalancer
 from bagualu.trainer.replication import open_replication
 from bagualu.trainer.resume import resume
 from bagualu.trainer.same_recipe import require_same_recipe
-from bagualu.trainer.sinks import JsonlSink, Sink, WandbSink
+from bagualu.trainer.sinks import JsonlSink, Sink
 from bagualu.trainer.summary import final as final_summary
 from bagualu.trainer.summary import write as write_summary
 from bagualu.trainer.wandb_sink import WandbSink
