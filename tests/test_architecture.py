@@ -41,7 +41,6 @@ DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from
     "launch/usage.py": {"bagualu.trainer.recipe_keys"},  # Hydra
     "launch/run.py": {"bagualu.launch", "bagualu.trainer.progress"},
     "trainer/__main__.py": {"torch", "bagualu.trainer.worker"},
-    "trainer/data/corpus.py": {"bagualu.trainer.data.build"},  # the library `datasets`, for a corpus that is not cached yet
 }
 
 

@@ -16,15 +16,14 @@ from bagualu.fault_tolerance.checkpoint.format import step_of
 from bagualu.trainer.begun import has_begun
 from bagualu.trainer.choose_backend import gpu_count, registered
 from bagualu.trainer.config import Recipe
+from bagualu.trainer.data.config import RANDOM, STDLIB, require_vocab
 from bagualu.trainer.data.sources import RANDOM, STDLIB, require_files
 from bagualu.trainer.override_text import typed
 from bagualu.trainer.recipe import RESOLVED, load_recipe
 from bagualu.trainer.wandb_login import require_login
 
-_KEPT = (
-    ("run", "seed"), ("data", "source"), ("data", "validation_fraction"), ("data", "sequence_length"), ("data", "global_batch")
-)  # fmt: skip
-"""Keys that make a run this run, besides its model."""
+_KEPT = (("run", "seed"), ("data", "validation_fraction"), ("data", "sequence_length"), ("data", "global_batch"))
+"""Keys that make a run this run, besides its model. data.source may change: whether the text is the same its tokens tell."""
 _COMPILES = (2, 13)
 """The first torch whose compiler was seen to give gradients to parameters that are views of one tensor, as a bucket's are."""
 
@@ -50,8 +49,11 @@ def check(recipe: Recipe, world: int) -> None:
         least, found = ".".join(map(str, _COMPILES)), version("torch")
         raise RecipeError(f"train.compile=true needs torch {least} or newer: torch {found} loses gradients of compiled layers; "
                           f"give train.compile=false")  # fmt: skip
+    if recipe.data.source != RANDOM:
+        require_vocab(recipe.model.vocab, recipe.vocab_multiple())
     if recipe.data.source not in (STDLIB, RANDOM):
-        require_files(recipe.data.source)
+        cache = [] if recipe.data.cache is None else [os.path.expanduser(recipe.data.cache)]
+        require_files(recipe.data.source, [recipe.run.dir, *cache])
 
 
 def _torch() -> tuple[int, int]:
@@ -109,6 +111,9 @@ def check_run_directory(recipe: Recipe) -> None:
         was, now = getattr(getattr(then, section), key), getattr(getattr(recipe, section), key)
         if was != now:
             differences[f"{section}.{key}"] = (was, now)
+    sources = then.data.source, recipe.data.source
+    if sources[0] != sources[1] and RANDOM in sources:
+        differences["data.source"] = sources
     for key, (was, now) in differences.items():
         kind = "model" if key.startswith("model.") else "run"
         raise RecipeError(f"{directory} holds a run of another {kind}: {key}={typed(was)} there, {key}={typed(now)} here; "

@@ -18,7 +18,7 @@ from bagualu.parallel.balance.show import show_split
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
 from bagualu.trainer.config import Recipe
-from bagualu.trainer.data.corpus import Corpus, prepare
+from bagualu.trainer.data.corpus import Corpus, prepare, show_data
 from bagualu.trainer.flops import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.loop import Loop
 from bagualu.trainer.observe import close_ledger, open_ledger, plan_faults
@@ -47,6 +47,8 @@ def train(
     require_same_recipe(recipe, communicator)
     ledger = open_ledger(recipe, communicator)
     parts = assemble(recipe, communicator, _corpus(recipe))
+    if communicator.rank == 0:
+        print(show_data(parts.corpus, recipe.data.source), file=sys.stderr, flush=True)
     plan_faults(parts, communicator, scratch)
     if parts.costs and communicator.rank == 0:
         print(show_split(parts.split, parts.mesh.placement), file=sys.stderr, flush=True)
@@ -86,6 +88,7 @@ def train(
         "layout": str(parts.mesh.layout),
         "micro_batches_of_data_ranks": parts.shares,
         "layers_of_stages": [len(layers) for layers in parts.split.slices],
+        **_tokens(parts.corpus),
         "parameters": _parameters(parts),
         "flops_per_token": flops_per_token,
         "matmul_ceiling_flops": ceiling,
@@ -101,11 +104,24 @@ def train(
 def _corpus(recipe: Recipe) -> Corpus:
     """As `prepare`; but a run that goes on had its data before, so what is away may come back: StorageError, not RecipeError."""
     try:
-        return prepare(recipe.data, recipe.model.vocab)
+        return prepare(
+            recipe.data,
+            recipe.model.vocab,
+            validation=recipe.train.validation_sequences > 0,
+            run_dir=recipe.run.dir,
+            vocab_multiple=recipe.vocab_multiple(),
+            length_multiple=recipe.parallel.tensor if recipe.parallel.sequence else 1,
+        )
     except StorageError as error:
         if recipe.checkpoint.resume:
             raise StorageError(str(error)) from error
         raise
+
+
+def _tokens(corpus: Corpus) -> dict[str, int | None]:
+    """Tokens of both parts, for the summary; None for random tokens, which never run out."""
+    random = corpus.tokenizer_path is None
+    return {"train_tokens": None if random else len(corpus.train), "validation_tokens": None if random else len(corpus.validation)}
 
 
 def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:

@@ -20,9 +20,14 @@ from bagualu.fault_tolerance.checkpoint.load import Checkpoint, Request
 from bagualu.fault_tolerance.guard.memory import Memory
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.config import DTYPES
+from bagualu.trainer.data.config import RANDOM
 
 CHECKPOINTS = "checkpoints"
 _FINGERPRINT = "data fingerprint"
+_SPLIT = "data.split"
+"""In an identity: the kind of split that the data have. Runs of earlier versions say none: they have whole files."""
+_OF_TEXT = {_FINGERPRINT, _SPLIT, "data.source", "data.validation_fraction"}
+"""Keys that may differ where the fingerprint proves that the tokens are the same: text that was moved, for one."""
 
 
 def checkpoints_of(parts: Parts) -> Path:
@@ -147,20 +152,45 @@ def identity(parts: Parts) -> dict[str, Any]:
     model = {f"model.{key}": value for key, value in asdict(recipe.model).items() if key != "moe"}
     model |= {f"model.moe.{key}": value for key, value in asdict(recipe.model.moe).items()}
     data = {"data.sequence_length": recipe.data.sequence_length, "data.global_batch": recipe.data.global_batch}
-    return model | data | {"run.seed": recipe.run.seed, "data.source": recipe.data.source, _FINGERPRINT: parts.corpus.fingerprint}
+    text = {"data.source": recipe.data.source, "data.validation_fraction": recipe.data.validation_fraction,
+            _SPLIT: parts.corpus.split, _FINGERPRINT: parts.corpus.fingerprint}  # fmt: skip
+    return model | data | {"run.seed": recipe.run.seed} | text
 
 
 def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
-    # The fingerprint last: when the vocabulary differs, the tokens do too, and the vocabulary is what to say.
-    for key in sorted(saved.keys() | here.keys(), key=lambda key: (key == _FINGERPRINT, key)):
+    # The text last: when the vocabulary differs, the tokens do too, and the vocabulary is what to name.
+    for key in sorted((saved.keys() | here.keys()) - _OF_TEXT):
         if saved.get(key) != here.get(key):
-            fix = f"give {key}={saved.get(key)} to go on with it"
-            if key == _FINGERPRINT:
-                fix = f"put the text of data.source={here['data.source']} back as it was to go on with it"
-            raise RecipeError(
-                f"{path} was saved with {key}={saved.get(key)} but the recipe has {here.get(key)}; "
-                f"{fix}, or another run.dir to start anew"
-            )
+            raise _other(path, key, saved.get(key), str(here.get(key)), f"give {key}={saved.get(key)}")
+    if saved.get(_FINGERPRINT) != here[_FINGERPRINT]:
+        raise _other_text(saved, here, path)
+
+
+def _other_text(saved: dict[str, Any], here: dict[str, Any], path: Path) -> RecipeError:
+    """Why the tokens are not those that the run has trained on, by what of it can be changed back."""
+    source, tokens = saved.get("data.source"), f"{here[_FINGERPRINT]}"
+    if source != here["data.source"] and RANDOM in (source, here["data.source"]):
+        return _other(path, "data.source", source, here["data.source"], f"give data.source={source}")
+    if (before := saved.get(_SPLIT, "files")) != here[_SPLIT]:
+        if _SPLIT not in saved:
+            reason = f"{here[_SPLIT]} (an earlier version kept whole files for validation, whatever share of the text they are)"
+            return _other(path, _SPLIT, before, reason, "give data.split=files")
+        off = "none" in (before, here[_SPLIT])
+        fix = f"train.validation_sequences={0 if before == 'none' else 64}" if off else f"data.split={before}"
+        return _other(path, _SPLIT, before, f"{here[_SPLIT]}, which trains on other tokens", f"give {fix}")
+    fraction = saved.get("data.validation_fraction", here["data.validation_fraction"])
+    if fraction != here["data.validation_fraction"]:
+        return _other(path, "data.validation_fraction", fraction, here["data.validation_fraction"],
+                      f"give data.validation_fraction={fraction}")  # fmt: skip
+    if source != here["data.source"]:
+        reason = f"{here['data.source']}, whose tokens are not the same ({_FINGERPRINT} {saved.get(_FINGERPRINT)} and {tokens})"
+        return _other(path, "data.source", source, reason, "give the text that the run began with")
+    return _other(path, _FINGERPRINT, saved.get(_FINGERPRINT), tokens, f"put the text of data.source={source} back as it was")
+
+
+def _other(path: Path, key: str, saved: object, here: object, fix: str) -> RecipeError:
+    return RecipeError(f"{path} was saved with {key}={saved} but the recipe has {here}; {fix} to go on with it, or another run.dir "
+                       "to start anew")  # fmt: skip
 
 
 def _check_dtype(saved: str, here: str, path: Path) -> None:

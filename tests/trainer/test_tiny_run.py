@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from bagualu.trainer.data.build import documents
 from bagualu.trainer.data.config import DataConfig
-from bagualu.trainer.data.sources import documents, find_files
+from bagualu.trainer.data.sources import find_files
+from bagualu.trainer.data.split import by_files
 
 START = 256
 """Stands before the first byte of a file."""
@@ -39,8 +41,9 @@ def bits_per_byte(train: list[bytes], validation: list[bytes]) -> float:
 def corpus_bits_per_byte(config: DataConfig) -> float:
     """The same for the two splits of a corpus."""
     splits: tuple[list[bytes], list[bytes]] = ([], [])
-    for document in documents(config.source, find_files(config.source), config.validation_fraction):
-        splits[document.validation].append(document.text.encode())
+    files = find_files(config.source)
+    for document in documents(files, by_files(files, config.validation_fraction), config.source):
+        splits[document.validation].append("".join(document.part.pieces()).encode())
     return bits_per_byte(*splits)
 
 

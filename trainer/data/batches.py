@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bagualu.comm.errors import RecipeError
-from bagualu.trainer.data.config import DataConfig
+from bagualu.trainer.data.config import RANDOM, DataConfig
 from bagualu.trainer.data.corpus import Corpus, require_sequence
 from bagualu.trainer.data.prepared import AnyTokens, DataError
-from bagualu.trainer.data.sources import RANDOM
 
 RANDOM_SEQUENCES = 2**31
 """Random sequences never run out; this many are said to be there for validation."""

@@ -1,97 +1,181 @@
-"""Prepare a corpus: read the text through `datasets`, train the tokenizer on the training split, write the tokens.
+"""Prepare a corpus: split the text, train the tokenizer on the training part, write the tokens of both parts.
 
-Slow to import; `corpus` does so only when there is something to prepare.
+The text is read in pieces, so the memory that this takes does not grow with the text.
 """
 
 import json
 import os
-import threading
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-import datasets
 import numpy as np
-from datasets.utils import tqdm
-from tokenizers import Tokenizer
 
 from bagualu.comm.errors import RecipeError
-from bagualu.trainer.data.config import DataConfig
-from bagualu.trainer.data.prepared import fingerprint, token_dtype
-from bagualu.trainer.data.sources import TextFile, documents, hash_fraction
+from bagualu.trainer.data.config import SMALLEST_VOCAB, STDLIB
+from bagualu.trainer.data.listing import TextFile
+from bagualu.trainer.data.prepared import SPLITS, fingerprint, token_dtype
+from bagualu.trainer.data.reading import Part, cut, is_utf8, whole
+from bagualu.trainer.data.request import Request
+from bagualu.trainer.data.split import NOTHING, Split, by_files, by_share, hash_fraction, meets
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, Encoder, train_tokenizer
 
-SAMPLE_BYTES_PER_ENTRY = 750
+SAMPLE_CHARACTERS_PER_ENTRY = 750
 """Text the tokenizer is trained on, for every entry of its vocabulary: more costs seconds and hardly changes it."""
-_DOCUMENTS_AT_ONCE = 256
+_LONG_WORD = re.compile(r"\w{4096}|[^\w\s]{4096}|\s{4096}")
+_TRIAL = "trial"
+_TRIES = 4
+"""Borders between the two parts that are tried until their tokens meet the share asked for."""
 
 
-def build(folder: Path, scratch: Path, config: DataConfig, vocab: int, files: Sequence[TextFile]) -> None:
-    """Write a whole corpus into `folder`, every file of it on disk. `scratch` is for what is not needed after that."""
-    with _no_progress_bars():
-        data = load_documents(config, files, scratch)
-        splits = {"train": data.filter(lambda kept: not kept, input_columns="validation"),
-                  "validation": data.filter(lambda kept: kept, input_columns="validation")}  # fmt: skip
-    tokenizer = train_tokenizer(_sample(splits["train"], vocab * SAMPLE_BYTES_PER_ENTRY), vocab)
-    if tokenizer.get_vocab_size() != vocab:
-        raise RecipeError(f"the text of data.source={config.source} yields only {tokenizer.get_vocab_size()} tokens; "
-                          f"give model.vocab={tokenizer.get_vocab_size()} or more text")  # fmt: skip
-    tokenizer.save(str(folder / "tokenizer.json"))
-    for name, split in splits.items():
-        _write_tokens(folder / f"{name}.bin", split, tokenizer, token_dtype(vocab))
-    (folder / "corpus.json").write_text(json.dumps({"fingerprint": fingerprint(folder)}))
+@dataclass(frozen=True)
+class Document:
+    """A part of a file, ended by one end-of-file token, and whether it is kept for validation."""
+
+    part: Part
+    validation: bool
+
+
+class VocabularyTooLargeError(Exception):
+    """The text yields only `size` entries of a vocabulary."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
+
+
+def build(folder: Path, scratch: Path, request: Request, files: Sequence[TextFile]) -> None:
+    """Write a whole corpus into `folder`, every file of it on disk. `scratch` is for what is not needed after that.
+
+    Raises RecipeError, with what to give, when the text cannot be split, or is too small for the vocabulary.
+    """
+    try:
+        kind = _write(folder, request, files)
+    except VocabularyTooLargeError as error:
+        raise RecipeError(_vocabulary_advice(scratch, request, files, error.size)) from error
+    (folder / "corpus.json").write_text(json.dumps({"fingerprint": fingerprint(folder), "split": kind}))
     for path in [*folder.iterdir(), folder]:
         _make_durable(path)
 
 
-def load_documents(config: DataConfig, files: Sequence[TextFile], scratch: Path) -> datasets.Dataset:
-    """The documents as a dataset with columns name, text, validation; stored under `scratch`.
+def documents(files: Sequence[TextFile], split: Split, source: str) -> list[Document]:
+    """What `split` makes of `files`, in their order. Raises RecipeError for a file that cannot be read.
 
-    From a generator and not by `load_dataset("text")`, which announces itself to the hub first and rewrites line ends.
+    Files of the standard library that are not UTF-8 are left out.
     """
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for document in documents(config.source, files, config.validation_fraction):
-            yield {"name": document.name, "text": document.text, "validation": document.validation}
-
-    try:
-        return datasets.Dataset.from_generator(rows, cache_dir=str(scratch / "datasets"), fingerprint="bagualu")
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ or error from None
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Three bars for one second of work would bury the run's own."""
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore too, which a worker that fails or is killed would leave behind
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    result = []
+    for file in files:
+        if source == STDLIB and not is_utf8(file):
+            continue
+        if file.name == split.cut:
+            training, validation = cut(file, split.training_share, anywhere=split.kind == "files")
+            result += [Document(training, False), Document(validation, True)]
+        else:
+            result.append(Document(whole(file), file.name in split.validation))
+    return result
 
 
-def _sample(split: datasets.Dataset, most_bytes: int) -> Iterator[str]:
-    """Texts in the order of their names' hashes, until `most_bytes` are used up."""
-    names = split["name"][:]
-    for index in sorted(range(len(names)), key=lambda i: hash_fraction("sample:" + names[i])):
-        if most_bytes <= 0:
-            return
-        text = split[index]["text"][:most_bytes]
-        most_bytes -= len(text)
-        yield text
+def _write(folder: Path, request: Request, files: Sequence[TextFile]) -> str:
+    """Tokenizer and tokens into `folder`; the kind of split. Raises RecipeError, VocabularyTooLargeError."""
+    data, counts = request.data, (0, 0)
+    if not request.keeps_validation:
+        _write_tokens(folder, documents(files, NOTHING, data.source), request.vocab)
+        return NOTHING.kind
+    wanted = share = data.validation_fraction
+    for attempt in range(_TRIES):
+        split = by_share(files, share) if attempt else by_files(files, wanted)
+        text = documents(files, split, data.source)
+        sizes = [sum(document.part.size_bytes for document in text if document.validation == kept) for kept in (False, True)]
+        if 0 in sizes or (attempt == 0 and data.split != "files" and not meets(sizes[1], sum(sizes), wanted)):
+            continue
+        counts = _write_tokens(folder, text, request.vocab)
+        if data.split == "files" or meets(counts[1], sum(counts), wanted):
+            return split.kind
+        if attempt:  # text there has other tokens than here: correct the share of bytes by that of tokens
+            odds = share / (1 - share) * (wanted / (1 - wanted)) / (counts[1] / counts[0])
+            share = odds / (1 + odds)
+    raise RecipeError(f"the text of data.source={data.source} cannot be split so that data.validation_fraction={wanted} of its "
+                      "tokens are kept for validation" + (f" ({counts[1]} of {sum(counts)} would be)" if any(counts) else "")
+                      + "; give more text, or train.validation_sequences=0, which keeps nothing for validation")  # fmt: skip
 
 
-def _write_tokens(path: Path, split: datasets.Dataset, tokenizer: Tokenizer, dtype: str) -> None:
-    """Tokens of every document, each followed by the end of a file, to `path`."""
-    encoder = Encoder(tokenizer)
-    with open(path, "wb") as stream:
-        for batch in split.iter(batch_size=_DOCUMENTS_AT_ONCE):
-            for tokens in encoder.encode(batch["text"]):
-                stream.write(np.append(tokens, np.uint32(END_OF_FILE_TOKEN)).astype(dtype).tobytes())
+def _write_tokens(folder: Path, text: Sequence[Document], vocab: int) -> tuple[int, int]:
+    """Train the tokenizer, write it and all tokens to `folder`; how many tokens train and validate."""
+    training = [document.part for document in text if not document.validation]
+    tokenizer = train_tokenizer(_sample(training, vocab * SAMPLE_CHARACTERS_PER_ENTRY), vocab)
+    if tokenizer.get_vocab_size() < vocab:
+        raise VocabularyTooLargeError(tokenizer.get_vocab_size())
+    tokenizer.save(str(folder / "tokenizer.json"))
+    dtype = token_dtype(vocab)
+    encoder = Encoder(tokenizer, dtype)
+    with open(folder / SPLITS[0], "wb") as train, open(folder / SPLITS[1], "wb") as validation:
+        for document in text:
+            _write_part(validation if document.validation else train, document.part, encoder, dtype)
+    return token_counts(folder, vocab)
+
+
+def _write_part(stream: BinaryIO, part: Part, encoder: Encoder, dtype: str) -> None:
+    for piece in part.pieces():
+        stream.write(encoder.encode(piece))
+    stream.write(np.array(END_OF_FILE_TOKEN, dtype).tobytes())
+
+
+def _sample(parts: Sequence[Part], most_characters: int) -> Iterator[str]:
+    """Text of the parts in the order of their names' hashes, until `most_characters` are used up."""
+    for part in sorted(parts, key=lambda part: hash_fraction("sample:" + part.file.name)):
+        for piece in part.pieces():
+            if most_characters <= 0:
+                return
+            yield from _without_long_words(piece[:most_characters])
+            most_characters -= len(piece)
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """`text`, cut within words so long that the tokenizer's training, quadratic in their length, would not come to an end."""
+    start = 0
+    for match in _LONG_WORD.finditer(text):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
+
+
+def _vocabulary_advice(scratch: Path, request: Request, files: Sequence[TextFile], size: int) -> str:
+    """What to give in place of request.vocab, so that it is accepted at once, where the text yields `size` entries."""
+    problem = f"the text of data.source={request.data.source} yields only {size} tokens"
+    vocab, multiple = _largest_vocab(scratch, request, files, size), ""
+    if vocab is None:  # none that the layout can divide
+        multiple = f" model.vocab_multiple={request.vocab_multiple}"
+        vocab = _largest_vocab(scratch, replace(request, vocab_multiple=1), files, size)
+    counts = token_counts(scratch / _TRIAL, vocab) if vocab else (0, 0)
+    longest = request.longest_sequence(counts)
+    if vocab is None or longest < 1:
+        return f"{problem}, and is shorter than a sequence; give more text"
+    shorter = f" data.sequence_length={longest}" if longest < request.data.sequence_length else ""
+    return f"{problem}; give model.vocab={vocab}{multiple}{shorter}, or more text"
+
+
+def _largest_vocab(scratch: Path, request: Request, files: Sequence[TextFile], size: int) -> int | None:
+    """The largest vocabulary up to `size` that this very text is accepted with, found by preparing it; its tokens are in `scratch`.
+
+    A smaller vocabulary is trained on less text, which may again yield fewer entries.
+    """
+    (scratch / _TRIAL).mkdir(exist_ok=True)
+    while (vocab := size // request.vocab_multiple * request.vocab_multiple) >= SMALLEST_VOCAB:
+        try:
+            _write(scratch / _TRIAL, replace(request, vocab=vocab), files)
+            return vocab
+        except VocabularyTooLargeError as error:
+            size = error.size
+    return None
+
+
+def token_counts(folder: Path, vocab: int) -> tuple[int, int]:
+    """Tokens in `folder` to train on and to validate with."""
+    item = np.dtype(token_dtype(vocab)).itemsize
+    train, validation = ((folder / name).stat().st_size // item for name in SPLITS)
+    return train, validation
 
 
 def _make_durable(path: Path) -> None:

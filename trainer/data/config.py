@@ -7,27 +7,45 @@ from bagualu.comm.errors import RecipeError
 
 LARGEST = 2**24
 """Sequences of a step, and tokens of a sequence; every rank knows the numbers of all of the former."""
+SMALLEST_VOCAB = 256 + 1
+"""Every byte, and the end of a file."""
+RANDOM = "random"
+STDLIB = "stdlib"
+SPLITS = ("share", "files")
 
 
 @dataclass
 class DataConfig:
     """`data.*` of a recipe."""
 
-    source: str = field(default="stdlib", metadata={"path": True})
-    """stdlib: the sources of Python's own standard library; random: uniform random tokens; else a text file or a folder of them."""
+    source: str = field(default=STDLIB, metadata={"path": True})
+    """stdlib: the sources of Python's own standard library; random: uniform random tokens; else a text file or a folder of them.
+    Links are followed, each folder is read once, and run directories below it are left out."""
     sequence_length: int = 256
     """Tokens a sequence predicts; one more is read."""
     global_batch: int = 16
     """Sequences per optimizer step, over all ranks."""
     validation_fraction: float = 0.05
-    """Share of the files kept for validation, chosen by a hash of their path."""
+    """Share of the text kept for validation; nothing is kept with train.validation_sequences=0."""
+    split: str = "share"
+    """share: files chosen by a hash of their path, and one of them cut where whole files would miss the share by more than a factor
+    of 2. files: whole files whatever share they are, also with train.validation_sequences=0, as runs of earlier versions began."""
     cache: str | None = field(default=None, metadata={"path": True})
     """Folder of prepared corpora; left out, $XDG_CACHE_HOME/bagualu or ~/.cache/bagualu."""
 
     def validate(self) -> None:
-        require_text("data", self, source="stdlib")
+        require_text("data", self, source=STDLIB)
         require_known_home("data", self, "source", "cache")
         require_at_least(1, "data", self, "sequence_length", "global_batch")
         require_at_most(LARGEST, "data", self, "sequence_length", "global_batch")
         if not 0 < self.validation_fraction < 1:
             raise RecipeError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, e.g. 0.05")
+        if self.split not in SPLITS:
+            raise RecipeError(f"data.split={self.split} is unknown; give one of {', '.join(SPLITS)}")
+
+
+def require_vocab(vocab: int, multiple: int = 1) -> None:
+    """Raise RecipeError for a vocabulary too small for text; `multiple`: what the layout needs it to be a multiple of."""
+    if vocab < SMALLEST_VOCAB:
+        raise RecipeError(f"model.vocab={vocab} cannot hold every byte and the end of a file; "
+                          f"give model.vocab={-(-SMALLEST_VOCAB // multiple) * multiple} or more")  # fmt: skip

@@ -6,9 +6,9 @@ anyone would load:
     CACHE/KEY/corpus.json tokenizer.json train.bin validation.bin
     CACHE/KEY.lock              held while building; the other processes wait, then load
 
-KEY is a hash of what the corpus is made from (names, sizes and modification times of the files, vocabulary, split). Whoever loads
-it reads all of it once and compares it with its fingerprint: a cached corpus that is damaged in any way is prepared again. What
-happens to it later is seen by whoever reads the place (prepared.py).
+KEY is a hash of what the corpus is made from (names, sizes and modification times of the files, vocabulary, split). Every process
+that loads it reads all of it once and compares it with its fingerprint: a cached corpus that is damaged in any way is prepared
+again. What happens to it later is noticed by the process that reads it (prepared.py).
 """
 
 import hashlib
@@ -27,12 +27,16 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from bagualu.comm.errors import RecipeError
-from bagualu.trainer.data.config import DataConfig
+from bagualu.trainer.data.build import build
+from bagualu.trainer.data.config import RANDOM, STDLIB, DataConfig, require_vocab
+from bagualu.trainer.data.listing import SourceError, TextFile
 from bagualu.trainer.data.prepared import AnyTokens, open_splits
-from bagualu.trainer.data.sources import RANDOM, SourceError, TextFile, find_files
-from bagualu.trainer.data.tokenizer import SMALLEST_VOCAB, load_tokenizer, token_bytes
+from bagualu.trainer.data.request import Request
+from bagualu.trainer.data.sources import find_files
+from bagualu.trainer.data.split import NOTHING
+from bagualu.trainer.data.tokenizer import load_tokenizer, token_bytes
 
-FORMAT = 2
+FORMAT = 3
 """Part of the key: raise it when what is stored changes."""
 
 log = logging.getLogger(__name__)
@@ -57,11 +61,22 @@ class Corpus:
     """Hash of the tokenizer and of every token: equal on two machines when they train on the same data."""
     tokenizer_path: Path | None
     """For bagualu.trainer.data.tokenizer.load_tokenizer."""
+    split: str = "files"
+    """How the text was split: the kind of a `split.Split`; none where nothing is kept for validation."""
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float | None:
     """Bits per byte of text: summed loss in nats over the summed `token_bytes` of the labels. None for 0 bytes."""
     return nats / math.log(2) / text_bytes if text_bytes else None
+
+
+def show_data(corpus: Corpus, source: str) -> str:
+    """One line on what there is to train on and to validate with."""
+    if corpus.tokenizer_path is None:
+        return f"data: {source} tokens without end"
+    train, validation = len(corpus.train), len(corpus.validation)
+    kept = f"{validation:,} ({validation / (train + validation):.1%})" if validation else "none"
+    return f"data: {source}, {train:,} tokens to train on, {kept} to validate with"
 
 
 def default_cache() -> Path:
@@ -70,63 +85,78 @@ def default_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "bagualu"
 
 
-def prepare(config: DataConfig, vocab: int) -> Corpus:
+def cache_folder(config: DataConfig) -> Path:
+    """Where prepared corpora lie."""
+    return Path(config.cache).expanduser() if config.cache else default_cache()
+
+
+def prepare(
+    config: DataConfig,
+    vocab: int,
+    *,
+    validation: bool = True,
+    run_dir: str | None = None,
+    vocab_multiple: int = 1,
+    length_multiple: int = 1,
+) -> Corpus:
     """The corpus of `config`, tokenised with exactly `vocab` entries. Safe from several processes at once.
 
+    `validation`, `vocab_multiple`, `length_multiple`: as in `Request`. `run_dir`: a folder that is not read as text.
     Takes seconds the first time and milliseconds after that. Raises RecipeError when the source is not text, or too small for one
     sequence or for the vocabulary, SourceError when it is missing or empty, or the cache does not answer.
     """
     if config.source == RANDOM:
         nothing = np.zeros(0, np.uint32)
-        return Corpus(vocab, nothing, nothing, np.zeros(vocab, np.int64), f"random-{vocab}", None)
-    if vocab < SMALLEST_VOCAB:
-        problem = f"model.vocab={vocab} cannot hold every byte and the end of a file"
-        raise RecipeError(f"{problem}; give model.vocab={SMALLEST_VOCAB} or more")
-    files = find_files(config.source)
-    cache = Path(config.cache) if config.cache else default_cache()
-    folder = cache / _key(config, vocab, files)
+        return Corpus(vocab, nothing, nothing, np.zeros(vocab, np.int64), f"random-{vocab}", None, NOTHING.kind)
+    require_vocab(vocab, vocab_multiple)
+    request = Request(config, vocab, validation, vocab_multiple, length_multiple)
+    cache = cache_folder(config)
+    files = find_files(config.source, [str(cache), *([run_dir] if run_dir else [])])
+    folder = cache / _key(request, files)
     try:
         corpus = _load(folder, vocab)
         if corpus is None:
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{folder}.lock"):
-                corpus = _load(folder, vocab) or _build(folder, config, vocab, files)
+                corpus = _load(folder, vocab) or _build(folder, request, files)
     except OSError as error:
         problem = f"cannot prepare the corpus in {cache} ({error}); give data.cache=FOLDER that answers, with room to write"
         raise SourceError(problem) from error
-    require_sequence(corpus, config)
+    require_sequence(corpus, config, length_multiple)
     return corpus
 
 
-def require_sequence(corpus: Corpus, config: DataConfig) -> None:
-    """Raise RecipeError unless both splits hold at least one sequence (`sequence_length` + 1 tokens)."""
-    for split, tokens in (("training", corpus.train), ("validation", corpus.validation)):
-        if len(tokens) <= config.sequence_length:
-            raise RecipeError(
-                f"the {split} split of data.source={config.source} has {len(tokens)} tokens but one sequence reads "
-                f"{config.sequence_length + 1}; give data.sequence_length={max(len(tokens) - 1, 1)} or more text"
-            )
+def require_sequence(corpus: Corpus, config: DataConfig, length_multiple: int = 1) -> None:
+    """Raise RecipeError unless each part holds at least one sequence (`sequence_length` + 1 tokens)."""
+    counts = (len(corpus.train), len(corpus.validation))
+    request = Request(config, corpus.vocab, corpus.split != NOTHING.kind, length_multiple=length_multiple)
+    longest = request.longest_sequence(counts)
+    if longest >= config.sequence_length:
+        return
+    part, tokens = ("validation", counts[1]) if request.validation and counts[1] < counts[0] else ("training", counts[0])
+    advice = f"data.sequence_length={longest} or more text" if longest else "more text"
+    raise RecipeError(f"the {part} split of data.source={config.source} has {tokens} tokens but one sequence reads "
+                      f"{config.sequence_length + 1}; give {advice}")  # fmt: skip
 
 
-def _key(config: DataConfig, vocab: int, files: Sequence[TextFile]) -> str:
-    listing = [[os.path.abspath(file.path), file.size_bytes, file.modified_nanoseconds] for file in files]
-    made_from = json.dumps([FORMAT, config.source, vocab, config.validation_fraction, listing])
+def _key(request: Request, files: Sequence[TextFile]) -> str:
+    data = request.data
+    split = [data.split, data.validation_fraction] if request.keeps_validation else []
+    listing = [[os.path.abspath(file.path), file.name, file.size_bytes, file.modified_nanoseconds] for file in files]
+    made_from = json.dumps([FORMAT, data.source == STDLIB, request.vocab, split, listing])
     return hashlib.blake2b(made_from.encode(), digest_size=16).hexdigest()
 
 
-def _build(folder: Path, config: DataConfig, vocab: int, files: Sequence[TextFile]) -> Corpus:
+def _build(folder: Path, request: Request, files: Sequence[TextFile]) -> Corpus:
     """Prepare beside `folder` and rename. The caller holds the lock: what lies here is left from a killed builder."""
-    # Here and not above: `datasets` takes over a second to import, and mostly there is nothing to prepare.
-    from bagualu.trainer.data.build import build
-
     for leftover in [folder, *folder.parent.glob(f"{folder.name}.tmp-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.tmp-") as temporary:
         whole = Path(temporary, "corpus")
         whole.mkdir()
-        build(whole, Path(temporary), config, vocab, files)
+        build(whole, Path(temporary), request, files)
         whole.rename(folder)
-    corpus = _load(folder, vocab)
+    corpus = _load(folder, request.vocab)
     if corpus is None:
         raise OSError(f"{folder} cannot be read back")
     return corpus
@@ -145,7 +175,8 @@ def _load(folder: Path, vocab: int) -> Corpus | None:
         if fingerprint != about["fingerprint"]:
             raise ValueError("its contents do not match its fingerprint")
         tokenizer_path = folder / "tokenizer.json"
-        return Corpus(vocab, train, validation, token_bytes(load_tokenizer(tokenizer_path)), fingerprint, tokenizer_path)
+        sizes = token_bytes(load_tokenizer(tokenizer_path))
+        return Corpus(vocab, train, validation, sizes, fingerprint, tokenizer_path, str(about["split"]))
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         log.warning("the cached corpus %s is damaged (%s) and is prepared again", folder, error)
         return None

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from bagualu.comm.errors import StorageError
 
-_TOKENIZER, _SPLITS = "tokenizer.json", ("train.bin", "validation.bin")
+_TOKENIZER, SPLITS = "tokenizer.json", ("train.bin", "validation.bin")
+"""SPLITS: the tokens to train on, and to validate with."""
 _BLOCK_BYTES = 2**16
 """Read and verified at a time: what a memory map would read ahead anyway. Its hashes take 128 MB for a terabyte of tokens."""
 _PORTION = 2**20
@@ -86,13 +87,13 @@ AnyTokens: TypeAlias = "NDArray[Any] | Tokens"
 
 def open_splits(folder: Path, vocab: int) -> tuple[Tokens, Tokens, str]:
     """The training and validation tokens in `folder`, and the fingerprint of what was read. Raises OSError, ValueError."""
-    train, validation = (Tokens(folder / name, vocab) for name in _SPLITS)
+    train, validation = (Tokens(folder / name, vocab) for name in SPLITS)
     return train, validation, _combined([_digest(folder / _TOKENIZER), train.digest, validation.digest])
 
 
 def fingerprint(folder: Path) -> str:
     """Hash of everything in `folder` that a model gets to see. Raises OSError."""
-    return _combined(_digest(folder / name) for name in (_TOKENIZER, *_SPLITS))
+    return _combined(_digest(folder / name) for name in (_TOKENIZER, *SPLITS))
 
 
 def _combined(digests: Iterable[bytes]) -> str:

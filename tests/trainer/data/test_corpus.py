@@ -7,16 +7,20 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bagualu.comm.errors import RecipeError
+from bagualu.trainer.data.build import documents
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import bits_per_byte, default_cache, prepare
+from bagualu.trainer.data.listing import TextFile
 from bagualu.trainer.data.prepared import fingerprint
-from bagualu.trainer.data.sources import documents, find_files
+from bagualu.trainer.data.sources import find_files
+from bagualu.trainer.data.split import by_files
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer
 
 VOCAB = 300
@@ -25,6 +29,13 @@ VOCAB = 300
 def config(folder: Path, cache: Path, **changes) -> DataConfig:
     defaults = {"source": str(folder), "cache": str(cache), "sequence_length": 16, "validation_fraction": 0.25}
     return DataConfig(**(defaults | changes))
+
+
+def texts_of(folder: Path, files: Sequence[TextFile] = ()) -> list[tuple[str, bool]]:
+    """Every document's text, and whether it is kept for validation."""
+    files = files or find_files(str(folder))
+    parts = documents(files, by_files(files, 0.25), str(folder))
+    return [("".join(document.part.pieces()), document.validation) for document in parts]
 
 
 @pytest.fixture
@@ -41,11 +52,11 @@ def test_the_tokens_are_the_text(folder, tmp_path):
     corpus = prepare(config(folder, tmp_path / "cache"), VOCAB)
     tokenizer = load_tokenizer(corpus.tokenizer_path)
     assert tokenizer.get_vocab_size() == corpus.vocab == len(corpus.token_bytes) == VOCAB
-    found = list(documents(str(folder), find_files(str(folder)), 0.25))
+    found = texts_of(folder)
     for tokens, validation in ((corpus.train[:], False), (corpus.validation[:], True)):
         assert tokens[-1] == END_OF_FILE_TOKEN
         files = np.split(tokens, np.flatnonzero(tokens == END_OF_FILE_TOKEN) + 1)[:-1]
-        texts = [document.text for document in found if document.validation == validation]
+        texts = [text for text, kept in found if kept == validation]
         assert [tokenizer.decode(file[:-1].tolist()) for file in files] == texts
         assert corpus.token_bytes[tokens].sum() == sum(len(text.encode()) for text in texts)
 
@@ -213,4 +224,4 @@ def test_a_file_that_changes_while_it_is_read_is_refused(folder, what):
         path.write_bytes(path.read_bytes()[::-1] if what == "same size" else path.read_bytes() + b"more")
         os.utime(path, ns=(1, 1))
     with pytest.raises(RecipeError, match=r"0\.txt (has changed while it was read|cannot be read)"):
-        list(documents(str(folder), files, 0.25))
+        texts_of(folder, files=files)

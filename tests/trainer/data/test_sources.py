@@ -1,15 +1,18 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bagualu.comm.errors import RecipeError
-from bagualu.trainer.data.sources import documents, find_files, hash_fraction, validation_names
+from bagualu.trainer.data.build import documents
+from bagualu.trainer.data.sources import find_files
+from bagualu.trainer.data.split import by_files, hash_fraction
 
 
 def read(source: Path, fraction: float = 0.25) -> list[tuple[str, str, bool]]:
-    return [(d.name, d.text, d.validation) for d in documents(str(source), find_files(str(source)), fraction)]
+    files = find_files(str(source))
+    return [
+        (d.part.file.name, "".join(d.part.pieces()), d.validation) for d in documents(files, by_files(files, fraction), str(source))
+    ]
 
 
 def test_the_standard_library_is_found_without_tests_and_packages():
@@ -22,20 +25,11 @@ def test_the_standard_library_is_found_without_tests_and_packages():
 
 def test_a_folder_is_split_by_the_names_of_its_files(folder):
     before = {name: validation for name, _, validation in read(folder)}
-    assert before == {name: name in validation_names(list(before), 0.25) for name in before}
+    assert before == {name: (hash_fraction(name) < 0.25) for name in before}
     assert 0 < sum(before.values()) < len(before)
     for path in folder.rglob("*.txt"):
         path.write_text("other words")
     assert {name: validation for name, _, validation in read(folder)} == before
-
-
-@given(st.sets(st.text(min_size=1), min_size=2, max_size=30), st.floats(0.01, 0.99))
-def test_neither_side_of_a_split_is_empty(names, fraction):
-    kept = validation_names(sorted(names), fraction)
-    assert kept < names
-    assert kept
-    if 1 < len(kept) < len(names) - 1:
-        assert kept == {name for name in names if hash_fraction(name) < fraction}
 
 
 def test_hidden_and_empty_files_are_left_out_and_line_ends_kept(tmp_path):

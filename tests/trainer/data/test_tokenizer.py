@@ -3,6 +3,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from bagualu.trainer.data import tokenizer as module
 from bagualu.trainer.data.tokenizer import (
     END_OF_FILE,
     END_OF_FILE_TOKEN,
@@ -28,18 +29,27 @@ texts = unicode_texts | st.text(alphabet=" \t\n\r\x0b\x0c\x1c\x1f'sABz09_.é炉"
 @example(text=f"a{END_OF_FILE}b")
 @example(text="it's I'll 'S ''s  x\n  \n y\x1c z")
 def test_every_text_decodes_back_and_the_fast_way_agrees(tokenizer, text):
-    tokens = Encoder(tokenizer).encode([text])[0]
+    tokens = np.frombuffer(Encoder(tokenizer, "uint16").encode(text), np.uint16)
     assert tokens.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(tokens.tolist(), skip_special_tokens=False) == text
     assert END_OF_FILE_TOKEN not in tokens
     assert token_bytes(tokenizer)[tokens].sum() == len(text.encode())
 
 
-def test_texts_of_one_call_and_of_many_agree(tokenizer):
-    parts = [CODE, "八卦炉 it's", "", CODE.upper()]
-    encoder = Encoder(tokenizer)
-    together = Encoder(tokenizer).encode(parts)
-    assert all(np.array_equal(a, encoder.encode([part])[0]) for a, part in zip(together, parts, strict=True))
+@given(st.lists(texts, max_size=4))
+def test_what_was_encoded_before_changes_nothing(tokenizer, parts):
+    encoder = Encoder(tokenizer, "uint32")
+    for part in [*parts, *parts]:
+        assert encoder.encode(part) == Encoder(tokenizer, "uint32").encode(part)
+
+
+def test_the_cache_of_words_is_bounded(tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "_CACHED_BYTES", 50 * 200)
+    encoder = Encoder(tokenizer, "uint16")
+    for number in range(500):
+        text = f" word{number} naïve{number}"
+        assert encoder.encode(text) == np.array(tokenizer.encode(text).ids, np.uint16).tobytes()
+        assert len(encoder._tokens) < 60
 
 
 def test_training_again_gives_the_same_tokenizer(tokenizer):

@@ -1,0 +1,160 @@
+"""The files below a folder that are text to train on: which folders are entered, which are left out. Free of torch.
+
+A folder that a link leads to is read under the name of the link. Each folder is read once: a link back to a folder that is read
+anyway adds nothing, so a circle of links ends. Folders of runs and of prepared corpora are never text.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bagualu.comm.errors import RecipeError, StorageError
+from bagualu.fault_tolerance.checkpoint.fence import EPOCH
+
+_RESOLVED, _RESOLVED_BYTES = "config.yaml", 2**18
+_SECTIONS = frozenset({"run", "model", "data", "train", "optim", "parallel"})
+"""Top-level keys of every resolved recipe."""
+
+
+class SourceError(RecipeError, StorageError):
+    """A source or cache that is missing: where a run begins a mistake in the recipe, where it goes on storage that is away."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """One file of a source; `name` is its path below the source, with forward slashes."""
+
+    path: str
+    name: str
+    size_bytes: int
+    modified_nanoseconds: int
+
+
+@dataclass
+class Tree:
+    """The files below `root` that are not empty. Hidden files and folders (.name) are left out."""
+
+    root: str
+    apart: Collection[str] = ()
+    """Folders that are left out besides those of runs; they need not exist."""
+    skipped: frozenset[str] = frozenset()
+    """Names of folders that are left out."""
+    suffix: str = ""
+    follow: bool = True
+    """Whether links to folders are followed."""
+    _read: set[tuple[int, int]] = field(default_factory=set)
+    """Device and inode of every folder that was entered or left out."""
+    _links: list[str] = field(default_factory=list)
+
+    def files(self) -> Iterator[TextFile]:
+        """In no order that matters. Raises SourceError for what cannot be listed, RecipeError for a name that is not UTF-8."""
+        for folder in self.apart:
+            if os.path.isdir(folder):
+                self._read.add(_identity(folder))
+        if _identity(self.root) in self._read or is_run_directory(self.root):
+            raise RecipeError(f"data.source={printable(self.root)} is the folder of a run or of prepared corpora, whose files are "
+                              "no text to train on; give the folder of the text, or another run.dir or data.cache")  # fmt: skip
+        yield from self._below(self.root)
+        while self._links:  # behind all real folders, so that these keep their own names
+            yield from self._below(self._links.pop(0))
+
+    def _below(self, folder: str) -> Iterator[TextFile]:
+        identity = _identity(folder)
+        if identity in self._read or (folder != self.root and is_run_directory(folder)):
+            return
+        self._read.add(identity)
+        folders = []
+        try:
+            with os.scandir(folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise _unlisted(folder, error) from error
+        for entry in found:
+            if entry.name.startswith("."):
+                continue
+            status = _status(entry)
+            if status is None:
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                if entry.name not in self.skipped:
+                    folders.append(entry)
+            elif stat.S_ISREG(status.st_mode) and status.st_size and entry.name.endswith(self.suffix):
+                require_utf8_name(entry.path)
+                if not (entry.is_symlink() and self._leads_into_a_run(entry.path)):
+                    yield self._file(entry.path, status)
+        for entry in folders:
+            require_utf8_name(entry.path)
+            if not entry.is_symlink():
+                yield from self._below(entry.path)
+            elif self.follow and not self._leads_into_a_run(entry.path):
+                self._links.append(entry.path)
+
+    def _file(self, path: str, status: os.stat_result) -> TextFile:
+        name = os.path.relpath(path, self.root).replace(os.sep, "/")
+        return TextFile(path, name, status.st_size, status.st_mtime_ns)
+
+    def _leads_into_a_run(self, link: str) -> bool:
+        """Whether what `link` stands for lies in the folder of a run, or in one kept apart, that does not hold the source too."""
+        own = os.path.realpath(self.root)
+        apart = {os.path.realpath(folder) for folder in self.apart}
+        for parent in map(str, Path(os.path.realpath(link)).parents):
+            if Path(own).is_relative_to(parent):
+                return False
+            if parent in apart or is_run_directory(parent):
+                return True
+        return False
+
+
+def is_run_directory(folder: str) -> bool:
+    """Whether `folder` is where a run lies: by its resolved recipe or, where that is gone, by what else a run writes."""
+    path = os.path.join(folder, _RESOLVED)
+    if os.path.isfile(path):
+        try:
+            with open(path, "rb") as stream:
+                keys = set(re.findall(r"^(\w+):", stream.read(_RESOLVED_BYTES).decode("utf-8", "replace"), re.MULTILINE))
+        except OSError:
+            keys = set()
+        if keys >= _SECTIONS:
+            return True
+    written = ([("checkpoints", EPOCH)], [("metrics.jsonl",), ("ledger.jsonl",)])
+    return any(all(os.path.isfile(os.path.join(folder, *name)) for name in names) for names in written)
+
+
+def printable(path: str) -> str:
+    """`path` as one line that any terminal shows: bytes that are not UTF-8 and control characters as escapes."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def require_utf8_name(path: str) -> None:
+    """Raise RecipeError for a path that is not UTF-8: what is made of its name would differ from machine to machine."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"{printable(path)} has a name that is not UTF-8; rename it or take it out of data.source") from error
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Of what a link stands for, if `entry` is one; None for a link to nothing or to itself, and for a file that is just gone."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if entry.is_symlink() or isinstance(error, FileNotFoundError):
+            return None
+        raise _unlisted(entry.path, error) from error
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise _unlisted(folder, error) from error
+    return status.st_dev, status.st_ino
+
+
+def _unlisted(path: str, error: OSError) -> SourceError:
+    """A folder left out in silence would make another corpus."""
+    return SourceError(f"{printable(path)} cannot be listed ({error.strerror}); put it right or take it out of data.source")
