@@ -52,7 +52,7 @@ def check(recipe: Recipe, world: int) -> None:
     if recipe.data.source != RANDOM:
         require_vocab(recipe.model.vocab, recipe.vocab_multiple())
     if recipe.data.source not in (STDLIB, RANDOM):
-        cache = [] if recipe.data.cache is None else [os.path.expanduser(recipe.data.cache)]
+        cache = [] if recipe.data.cache is None else [recipe.data.cache]
         require_files(recipe.data.source, [recipe.run.dir, *cache])
 
 

@@ -21,12 +21,14 @@ from bagualu.fault_tolerance.guard.memory import Memory
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.config import DTYPES
 from bagualu.trainer.data.config import RANDOM
+from bagualu.trainer.data.split import NOTHING
 
 CHECKPOINTS = "checkpoints"
 _FINGERPRINT = "data fingerprint"
-_SPLIT = "data.split"
-"""In an identity: the kind of split that the data have. Runs of earlier versions say none: they have whole files."""
-_OF_TEXT = {_FINGERPRINT, _SPLIT, "data.source", "data.validation_fraction"}
+_SPLIT, _KIND = "data.split", "data split in fact"
+"""In an identity: how the text was to be split (none: nothing is kept for validation), and how it was. Runs of earlier versions
+have neither: they kept whole files."""
+_OF_TEXT = {_FINGERPRINT, _SPLIT, _KIND, "data.source", "data.validation_fraction"}
 """Keys that may differ where the fingerprint proves that the tokens are the same: text that was moved, for one."""
 
 
@@ -153,7 +155,8 @@ def identity(parts: Parts) -> dict[str, Any]:
     model |= {f"model.moe.{key}": value for key, value in asdict(recipe.model.moe).items()}
     data = {"data.sequence_length": recipe.data.sequence_length, "data.global_batch": recipe.data.global_batch}
     text = {"data.source": recipe.data.source, "data.validation_fraction": recipe.data.validation_fraction,
-            _SPLIT: parts.corpus.split, _FINGERPRINT: parts.corpus.fingerprint}  # fmt: skip
+            _SPLIT: recipe.data.split if parts.corpus.split != NOTHING.kind else NOTHING.kind, _KIND: parts.corpus.split,
+            _FINGERPRINT: parts.corpus.fingerprint}  # fmt: skip
     return model | data | {"run.seed": recipe.run.seed} | text
 
 
@@ -168,15 +171,15 @@ def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> 
 
 def _other_text(saved: dict[str, Any], here: dict[str, Any], path: Path) -> RecipeError:
     """Why the tokens are not those that the run has trained on, by what of it can be changed back."""
-    source, tokens = saved.get("data.source"), f"{here[_FINGERPRINT]}"
+    source, tokens = saved.get("data.source"), here[_FINGERPRINT]
     if source != here["data.source"] and RANDOM in (source, here["data.source"]):
         return _other(path, "data.source", source, here["data.source"], f"give data.source={source}")
-    if (before := saved.get(_SPLIT, "files")) != here[_SPLIT]:
-        if _SPLIT not in saved:
-            reason = f"{here[_SPLIT]} (an earlier version kept whole files for validation, whatever share of the text they are)"
-            return _other(path, _SPLIT, before, reason, "give data.split=files")
-        off = "none" in (before, here[_SPLIT])
-        fix = f"train.validation_sequences={0 if before == 'none' else 64}" if off else f"data.split={before}"
+    if _SPLIT not in saved and here[_KIND] != "files":
+        reason = f"{here[_SPLIT]} (an earlier version kept whole files for validation, whatever share of the text they are)"
+        return _other(path, _SPLIT, "files", reason, "give data.split=files")
+    if (before := saved.get(_SPLIT, here[_SPLIT])) != here[_SPLIT]:
+        off = NOTHING.kind in (before, here[_SPLIT])
+        fix = f"train.validation_sequences={0 if before == NOTHING.kind else 64}" if off else f"data.split={before}"
         return _other(path, _SPLIT, before, f"{here[_SPLIT]}, which trains on other tokens", f"give {fix}")
     fraction = saved.get("data.validation_fraction", here["data.validation_fraction"])
     if fraction != here["data.validation_fraction"]:

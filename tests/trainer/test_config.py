@@ -125,6 +125,8 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({**MOE, "model__moe__experts": 10**9}, "give model.moe.experts=16777216 or less", {"model__moe__experts": 4}),
     # the rest
     ({"data__global_batch": 0}, "must be at least 1", {"data__global_batch": 1}),
+    ({"data__split": "lines"}, "give one of share, files", {"data__split": "files"}),
+    ({"data__source": "caf\udce9"}, "has a name that is not UTF-8; rename it", {"data__source": "caf\u00e9"}),
     ({"data__validation_fraction": 1.0}, "e.g. 0.05", {"data__validation_fraction": 0.05}),
     ({"comm__device": "gpu"}, "give cpu or cuda", {"comm__device": "cpu"}),
     (

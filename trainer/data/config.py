@@ -36,12 +36,23 @@ class DataConfig:
     def validate(self) -> None:
         require_text("data", self, source=STDLIB)
         require_known_home("data", self, "source", "cache")
+        for name in ("source", "cache"):
+            if not _is_utf8(getattr(self, name) or ""):
+                raise RecipeError(f"data.{name}={getattr(self, name)!a} has a name that is not UTF-8; rename it")
         require_at_least(1, "data", self, "sequence_length", "global_batch")
         require_at_most(LARGEST, "data", self, "sequence_length", "global_batch")
         if not 0 < self.validation_fraction < 1:
             raise RecipeError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, e.g. 0.05")
         if self.split not in SPLITS:
             raise RecipeError(f"data.split={self.split} is unknown; give one of {', '.join(SPLITS)}")
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def require_vocab(vocab: int, multiple: int = 1) -> None:

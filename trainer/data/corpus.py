@@ -87,7 +87,7 @@ def default_cache() -> Path:
 
 def cache_folder(config: DataConfig) -> Path:
     """Where prepared corpora lie."""
-    return Path(config.cache).expanduser() if config.cache else default_cache()
+    return Path(config.cache) if config.cache else default_cache()
 
 
 def prepare(

@@ -17,6 +17,8 @@ from bagualu.fault_tolerance.checkpoint.fence import EPOCH
 _RESOLVED, _RESOLVED_BYTES = "config.yaml", 2**18
 _SECTIONS = frozenset({"run", "model", "data", "train", "optim", "parallel"})
 """Top-level keys of every resolved recipe."""
+_WRITTEN = ((f"checkpoints/{EPOCH}",), ("metrics.jsonl", "ledger.jsonl"), ("corpus.json", "tokenizer.json", "train.bin"))
+"""Files that together show a run without its recipe, or a prepared corpus."""
 
 
 class SourceError(RecipeError, StorageError):
@@ -54,7 +56,7 @@ class Tree:
         for folder in self.apart:
             if os.path.isdir(folder):
                 self._read.add(_identity(folder))
-        if _identity(self.root) in self._read or is_run_directory(self.root):
+        if _identity(self.root) in self._read or is_made_here(self.root):
             raise RecipeError(f"data.source={printable(self.root)} is the folder of a run or of prepared corpora, whose files are "
                               "no text to train on; give the folder of the text, or another run.dir or data.cache")  # fmt: skip
         yield from self._below(self.root)
@@ -63,7 +65,7 @@ class Tree:
 
     def _below(self, folder: str) -> Iterator[TextFile]:
         identity = _identity(folder)
-        if identity in self._read or (folder != self.root and is_run_directory(folder)):
+        if identity in self._read or (folder != self.root and is_made_here(folder)):
             return
         self._read.add(identity)
         folders = []
@@ -103,13 +105,13 @@ class Tree:
         for parent in map(str, Path(os.path.realpath(link)).parents):
             if Path(own).is_relative_to(parent):
                 return False
-            if parent in apart or is_run_directory(parent):
+            if parent in apart or is_made_here(parent):
                 return True
         return False
 
 
-def is_run_directory(folder: str) -> bool:
-    """Whether `folder` is where a run lies: by its resolved recipe or, where that is gone, by what else a run writes."""
+def is_made_here(folder: str) -> bool:
+    """Whether `folder` holds a run or a prepared corpus: by a resolved recipe or by what else is written there."""
     path = os.path.join(folder, _RESOLVED)
     if os.path.isfile(path):
         try:
@@ -119,8 +121,7 @@ def is_run_directory(folder: str) -> bool:
             keys = set()
         if keys >= _SECTIONS:
             return True
-    written = ([("checkpoints", EPOCH)], [("metrics.jsonl",), ("ledger.jsonl",)])
-    return any(all(os.path.isfile(os.path.join(folder, *name)) for name in names) for names in written)
+    return any(all(os.path.isfile(os.path.join(folder, name)) for name in names) for names in _WRITTEN)
 
 
 def printable(path: str) -> str:

@@ -136,6 +136,7 @@ def test_run_directories_are_never_text(tmp_path: Path) -> None:
     (source / "logs").symlink_to(outside / "logs")
     (source / "file").symlink_to(outside / "config.yaml")
     assert text_bytes(corpus_of(source)) == expected
+    corpus_of(source, cache=str(source / "older"))
     own = source / "own"
     own.mkdir()
     (own / "notes").write_text("not yet a run to look at")
