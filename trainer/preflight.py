@@ -17,7 +17,7 @@ from bagualu.trainer.begun import has_begun
 from bagualu.trainer.choose_backend import gpu_count, registered
 from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.config import RANDOM, STDLIB, require_vocab
-from bagualu.trainer.data.sources import RANDOM, STDLIB, require_files
+from bagualu.trainer.data.sources import require_files
 from bagualu.trainer.override_text import typed
 from bagualu.trainer.recipe import RESOLVED, load_recipe
 from bagualu.trainer.wandb_login import require_login

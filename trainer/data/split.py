@@ -49,7 +49,8 @@ def by_files(files: Sequence[TextFile], fraction: float) -> Split:
 def by_share(files: Sequence[TextFile], fraction: float) -> Split:
     """Files in the order of their names' hashes until they are `fraction` of the bytes; the file at that border is cut."""
     wanted = fraction * sum(file.size_bytes for file in files)
-    kept, left = set(), wanted
+    kept: set[str] = set()
+    left = wanted
     for file in sorted(files, key=lambda file: hash_fraction(file.name)):
         if file.size_bytes > left:
             if left < wanted / 8:  # near enough without a cut
