@@ -134,10 +134,10 @@ class Loop:
             record["cause"] = str(cause)
         if verdict.ranks:
             record["ranks"] = list(verdict.ranks)
-        if verdict.put_off:
-            record["put_off"] = True
+        if verdict.deferred:
+            record["deferred"] = True
         if result.late_verdict and result.late_verdict.action is Action.COMMIT:
-            record["made_up_step"] = result.late
+            record["deferred_step"] = result.late
         return record if verdict.attempts == 1 else record | {"attempts": verdict.attempts}
 
     def _go_back(self, step: int, result: StepResult) -> int:

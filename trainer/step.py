@@ -40,7 +40,7 @@ class StepResult:
     """How many ranks still write their part of the checkpoint under way, and how many have failed to."""
 
     late: int | None = None
-    """The step (from 1) whose samples, put off before, were computed before those of this step."""
+    """The step (from 1) whose samples, deferred before, were computed before those of this step."""
     late_verdict: Verdict | None = None
 
     @property
@@ -86,11 +86,11 @@ def _transact(parts: Parts, number: int, lr: float, tell: Tell, late: int | None
             parts.mesh.monitor.at("discard")
         if verdict.action is not Action.RETRY:
             break
-    if verdict.put_off and (known := guard.memory.newest):
+    if verdict.deferred and (known := guard.memory.newest):
         again = _attempt(parts, known[0] - 1, tell)
         verdict = guard.weigh(number, verdict, again.loss, again.norm)
     if verdict.action is Action.COMMIT:
-        _update(parts, lr, agreed.norm, guard.most(verdict))
+        _update(parts, lr, agreed.norm, guard.strongest)
     if verdict.action is Action.COMMIT or verdict.cause is Cause.OVERFLOW:
         parts.scaler.update(verdict.action is Action.COMMIT)
     guard.finish(number, agreed.loss, agreed.norm, verdict)

@@ -1,7 +1,7 @@
 """From what is wrong with a step to what is done about it: a pure function of figures that all ranks hold alike. Free of torch.
 
 The policy `retry` is a ladder. The step is computed again. Fine this time: it was the hardware, and the step is applied. The same
-bits once more: it is the data or the code, and the step is skipped (its samples put off, where it was a spike), `guard.limit` times
+bits once more: it is the data or the code, and the step is skipped (its samples deferred, if it was a spike), `guard.limit` times
 in a row at most. If other samples then go well it was the data; if not, the code or the settings, and the run ends.
 """
 

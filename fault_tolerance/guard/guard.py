@@ -61,7 +61,9 @@ class Guard:
         self._compares = repeatable and config.compares
         self._count = 0
         self._late: int | None = None
-        """The step whose samples, put off before, are computed now."""
+        """The step whose samples, deferred before, are computed now."""
+        self._limited = False
+        """Whether the newest attempt at them is a spike again."""
         self.clean = 0
         """Steps after which the state is known to have been whole: checkpoints of later steps may hold damage."""
         self._first: tuple[Cause, tuple[int, ...], str] | None = None
@@ -74,7 +76,7 @@ class Guard:
         return self.memory.left_out.get(step)
 
     def due(self, step: int) -> int | None:
-        """The step whose samples, put off before, are to be learnt from before those of `step` (from 1)."""
+        """The step whose samples, deferred before, are to be learnt from before those of `step` (from 1)."""
         return self.memory.due(step)
 
     def begin(self, step: int, late: int | None = None) -> None:
@@ -121,42 +123,46 @@ class Guard:
         spike, setbacks = cause in SPIKES, self.memory.setbacks
         now = Situation(cause, self._count, same, damage.repairable(damages), 0 if spike and self._late else setbacks)
         action = decide(self._late_config if self._late else self.config, now)
-        put_off = action is Action.SKIP and spike and self.config.on_spike == "retry"
-        if put_off and self._late:
-            action, put_off = Action.COMMIT, False  # twice the same at two times: samples, to be learnt from
+        deferred = action is Action.SKIP and spike and self.config.on_spike == "retry"
+        self._limited = bool(deferred and self._late)
+        if self._limited:
+            action, deferred = Action.COMMIT, False  # the same again, some steps later: they are learnt from
         if action is Action.RETRY and any(damages):
             self._damage.repair(damages)
             self._attempts.begin()  # what was computed with damaged weights is nothing to compare with
         elif action is Action.RETRY and self._compares:
             self._attempts.keep()
-        return self._verdict(step, action, ranks, same, put_off)
+        return self._verdict(step, action, ranks, same, deferred)
 
     def weigh(self, step: int, verdict: Verdict, loss: float, norm: float) -> Verdict:
-        """`verdict` has put off the samples of `step`; now those of the newest committed step, computed again with the weights as
-        they are, have this `loss` and gradient `norm`. Do they stand out too, then the weights are to blame: the second time in
-        a row the run goes back to a checkpoint, if it makes any."""
+        """`verdict`, which defers the samples of `step`, or another one if the weights are to blame.
+
+        `loss` and gradient `norm` are those of the newest committed step, computed again with the weights as they are. If these
+        stand out too, the weights are to blame. The second time in a row the run goes back to a checkpoint, if it makes any.
+        """
         assert self.memory.newest is not None
         config, (old, loss_then, norm_then) = self.config, self.memory.newest
-        grown = loss > config.loss_spike_factor * loss_then > 0 or norm > config.spike_factor * norm_then > 0
+        grown = loss > max(1.0, config.loss_spike_factor) * loss_then or norm > max(1.0, config.spike_factor) * norm_then
         if math.isfinite(loss) and math.isfinite(norm) and not (grown and self.memory.spike(step, loss, norm)):
             return verdict
-        again = self.memory.astray_row > 0 and self._saves_every > 0
+        again = self.memory.diverged_row > 0 and self._saves_every > 0
         action = Action.ROLLBACK if again else Action.SKIP
         if again and not config.check_every:  # nobody has looked; but at `old` the figures were right
             self.clean = max(self.clean, old - 1)
         figures = f"step {old}, learnt from at loss {loss_then:g} and gradient norm {norm_then:g}, now has {loss:g} and {norm:g}"
         text = f"{verdict.text}; but {figures}: the weights, not the samples" + ("; back to a checkpoint" if again else "")
-        return replace(verdict, action=action, cause=Cause.ASTRAY, put_off=not again, text=text)
+        return replace(verdict, action=action, cause=Cause.DIVERGED, deferred=not again, text=text)
 
     @property
     def _late_config(self) -> GuardConfig:
-        """Samples that were put off are computed again, and learnt from if the hardware is not to blame."""
+        """Samples that were deferred are computed again, and learnt from if the hardware is not to blame."""
         nonfinite = self.config.on_nonfinite
         return replace(self.config, on_spike="retry", on_nonfinite="skip" if nonfinite == "rollback" else nonfinite)
 
-    def most(self, verdict: Verdict) -> float:
-        """The gradient norm that an update may have after `verdict`; infinite for any."""
-        return self.memory.strongest() if self._late and verdict.cause in SPIKES else math.inf
+    @property
+    def strongest(self) -> float:
+        """The gradient norm that the update of the newest attempt may have; infinite for any."""
+        return self.memory.strongest() if self._limited else math.inf
 
     def finish(self, step: int, loss: float, norm: float, verdict: Verdict) -> None:
         """`step` has ended so, and the update has happened if it was to."""
@@ -196,16 +202,16 @@ class Guard:
         own = {"attempts": self._attempts.as_json(), "damage": damage.as_json(self._damage.found)}
         return gather_json(own, world, world.device)
 
-    def _verdict(self, step: int, action: Action, ranks: tuple[int, ...], same: bool | None, put_off: bool) -> Verdict:
-        late = f"the samples of step {self._late}, put off before" if self._late else ""
+    def _verdict(self, step: int, action: Action, ranks: tuple[int, ...], same: bool | None, deferred: bool) -> Verdict:
+        late = f"the samples of step {self._late}, deferred before" if self._late else ""
         if self._first is None:
             text = f"step {step}: {late}, were learnt from" if late and action is Action.COMMIT else ""
             return Verdict(action, attempts=self._count, text=text)
         cause, before, what = self._first
         ranks = before or ranks
-        end = "its samples are learnt from later" if put_off else ending(cause, action, ranks, self.memory.setbacks, step)
+        end = "its samples are learnt from later" if deferred else ending(cause, action, ranks, self.memory.setbacks, step)
         text = f"step {step}: " + "; ".join(filter(None, [late, what, diagnosis(cause, ranks, same), end]))
-        return Verdict(action, cause, ranks, self._count, put_off, text)
+        return Verdict(action, cause, ranks, self._count, deferred, text)
 
     def _checks(self, step: int) -> bool:
         """The step after a checkpoint is one too: it shows that nothing had changed while that was written."""

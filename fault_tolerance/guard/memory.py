@@ -14,7 +14,7 @@ class Counts:
     """Events since the run began."""
 
     skipped: int = 0
-    """Steps left out because of their own figures, float16 overflows among them, and those whose samples were put off."""
+    """Steps left out because of their own figures, float16 overflows among them, and those whose samples were deferred."""
     computed_again: int = 0
     """Steps with something wrong that were computed more than once."""
     rolled_back: int = 0
@@ -27,15 +27,15 @@ class Memory:
     norms: History
     left_out: dict[int, str] = field(default_factory=dict)
     """Steps (from 1) whose samples are not learnt from, and why."""
-    put_off: dict[int, tuple[float, float]] = field(default_factory=dict)
+    deferred: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Steps (from 1) whose samples are learnt from later, with their loss and gradient norm."""
     setbacks: int = 0
-    """Steps left out, put off or taken back since the run last got further than it had ever been."""
+    """Steps left out, deferred or taken back since the run last got further than it had ever been."""
     furthest: int = 0
     """The last step (from 1) that something was wrong with."""
     hard_row: int = 0
     """Steps in a row, up to now, that were hard."""
-    astray_row: int = 0
+    diverged_row: int = 0
     """Steps in a row, up to now, at which samples that the run had learnt looked wrong too."""
     newest: tuple[int, float, float] | None = None
     """The newest step (from 1) that was committed, its loss and gradient norm."""
@@ -55,9 +55,9 @@ class Memory:
         return Cause.LOSS if self.losses.stands_out(loss, self.config.loss_spike_factor, step, self.hard_row) else None
 
     def due(self, step: int) -> int | None:
-        """The step whose samples, put off before, are to be learnt from at `step` (from 1): because samples like them are usual by
+        """The step whose samples, deferred before, are to be learnt from at `step` (from 1): because samples like them are usual by
         now, or after a quarter of `guard.spike_window` steps."""
-        for old, figures in sorted(self.put_off.items()):
+        for old, figures in sorted(self.deferred.items()):
             if step - old > max(4, self.config.spike_window // 4) or not self.spike(step, *figures):
                 return old
         return None
@@ -70,7 +70,7 @@ class Memory:
     def learn(self, step: int, loss: float, norm: float, verdict: Verdict) -> None:
         """Step `step` (from 1) has ended with `verdict`."""
         self.counts.computed_again += verdict.attempts > 1 and verdict.cause is not None
-        if verdict.action is Action.COMMIT or (verdict.put_off and verdict.cause is not Cause.ASTRAY):
+        if verdict.action is Action.COMMIT or (verdict.deferred and verdict.cause is not Cause.DIVERGED):
             self._note(step, loss, norm)
         if verdict.action is Action.COMMIT:
             self.losses.add(loss)
@@ -86,21 +86,21 @@ class Memory:
             return
         self.setbacks += 1
         self.furthest = max(self.furthest, step)
-        if verdict.put_off:
-            self.put_off[step] = loss, norm
-            self.astray_row += verdict.cause is Cause.ASTRAY
+        if verdict.deferred:
+            self.deferred[step] = loss, norm
+            self.diverged_row += verdict.cause is Cause.DIVERGED
         elif verdict.action is Action.SKIP:
             self.left_out[step] = str(verdict.cause)
 
     def learn_late(self, step: int, loss: float, norm: float, verdict: Verdict) -> None:
-        """The samples of `step`, put off before, have been computed again, with `verdict`."""
+        """The samples of `step`, deferred before, have been computed again, with `verdict`."""
         if verdict.action is Action.COMMIT:
-            del self.put_off[step]
+            del self.deferred[step]
             self.losses.add(loss)
             self.norms.add(norm)
         elif verdict.cause is not Cause.OVERFLOW:
             if verdict.action is Action.SKIP:
-                del self.put_off[step]
+                del self.deferred[step]
                 self.left_out[step] = str(verdict.cause)
             self.counts.rolled_back += verdict.action is Action.ROLLBACK
             self.setbacks += 1
@@ -112,7 +112,7 @@ class Memory:
 
     def left_out_steps(self, step: int) -> int:
         """How many of the steps up to `step` have not been learnt from."""
-        return sum(old <= step for old in (*self.left_out, *self.put_off)) + self.overflows
+        return sum(old <= step for old in (*self.left_out, *self.deferred)) + self.overflows
 
     def as_json(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -122,11 +122,11 @@ class Memory:
             "hard_losses": [list(one) for one in self.losses.hard],
             "hard_norms": [list(one) for one in self.norms.hard],
             "skipped_steps": {str(step): why for step, why in sorted(self.left_out.items())},
-            "put_off_steps": {str(step): list(figures) for step, figures in sorted(self.put_off.items())},
+            "deferred_steps": {str(step): list(figures) for step, figures in sorted(self.deferred.items())},
             "setbacks": self.setbacks,
             "furthest": self.furthest,
             "hard_row": self.hard_row,
-            "astray_row": self.astray_row,
+            "diverged_row": self.diverged_row,
             "newest": list(self.newest or ()),
             "overflows": self.overflows,
             "counts": asdict(self.counts),
@@ -134,16 +134,16 @@ class Memory:
 
     def summary(self) -> dict[str, Any]:
         """What a person wants to know at the end of a run."""
-        return {**asdict(self.counts), "skipped_steps": sorted({*self.left_out, *self.put_off})}
+        return {**asdict(self.counts), "skipped_steps": sorted({*self.left_out, *self.deferred})}
 
     @staticmethod
     def is_one(saved: Any) -> bool:
-        """Whether `saved` is what `as_json` gives, or gave before it knew of samples that are put off."""
+        """Whether `saved` is what `as_json` gives, or gave before it knew of samples that are deferred."""
         try:
             memory = Memory.empty(GuardConfig())
             memory.load(saved)
             figures = [*saved["losses"], *saved["norms"], *(one for _, one in [*memory.losses.hard, *memory.norms.hard])]
-            numbers = [memory.setbacks, memory.furthest, memory.hard_row, memory.astray_row, memory.overflows]
+            numbers = [memory.setbacks, memory.furthest, memory.hard_row, memory.diverged_row, memory.overflows]
             return all(type(one) is float and one > 0 for one in figures) and all(type(one) is int for one in numbers)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             return False
@@ -153,10 +153,10 @@ class Memory:
         self.losses.load(saved["losses"], saved.get("hard_losses", ()))
         self.norms.load(saved["norms"], saved.get("hard_norms", ()))
         self.left_out |= {int(step): why for step, why in saved["skipped_steps"].items()}
-        put_off = saved.get("put_off_steps", {})
-        self.put_off = {int(step): (float(loss), float(norm)) for step, (loss, norm) in put_off.items()}
+        deferred = saved.get("deferred_steps", {})
+        self.deferred = {int(step): (float(loss), float(norm)) for step, (loss, norm) in deferred.items()}
         self.setbacks, self.furthest = saved["setbacks"], saved["furthest"]
-        self.hard_row, self.astray_row = saved.get("hard_row", 0), saved.get("astray_row", 0)
+        self.hard_row, self.diverged_row = saved.get("hard_row", 0), saved.get("diverged_row", 0)
         self.overflows = saved.get("overflows", 0)
         newest = saved.get("newest")
         self.newest = (int(newest[0]), float(newest[1]), float(newest[2])) if newest else None
@@ -165,7 +165,7 @@ class Memory:
     def keep(self, other: "Memory") -> None:
         """The run has gone back to a checkpoint: what `other` knows to have happened since is not forgotten."""
         self.left_out |= other.left_out
-        self.put_off = {step: figures for step, figures in self.put_off.items() if step not in self.left_out}
+        self.deferred = {step: figures for step, figures in self.deferred.items() if step not in self.left_out}
         self.setbacks, self.furthest, self.counts = other.setbacks, other.furthest, other.counts
 
     def _note(self, step: int, loss: float, norm: float) -> None:
@@ -177,4 +177,4 @@ class Memory:
         if hard_norm:
             self.norms.add_hard(step, norm)
         self.hard_row = self.hard_row + 1 if hard_loss or hard_norm else 0
-        self.astray_row = 0
+        self.diverged_row = 0

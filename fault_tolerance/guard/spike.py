@@ -37,7 +37,7 @@ class History:
     values: list[float] = field(default_factory=list)
     """Of committed steps."""
     hard: list[tuple[int, float]] = field(default_factory=list)
-    """(step, value) of the steps above the usual, also of those whose samples were put off."""
+    """(step, value) of the steps above the usual, also of those whose samples were deferred."""
 
     def stands_out(self, value: float, factor: float, step: int = 0, row: int = 0) -> bool:
         """Whether `value` lies too far above what was; `factor` 0 never says so. Not finite: no. `row`: hard steps just before."""

@@ -8,7 +8,7 @@ class Action(StrEnum):
     COMMIT = "commit"
     """The update happens, on every rank."""
     SKIP = "skip"
-    """No update; the step's samples count as used, or are put off (`Verdict.put_off`)."""
+    """No update; the step's samples count as used, or are deferred (`Verdict.deferred`)."""
     RETRY = "retry"
     """The step once more, from the same weights and samples."""
     ROLLBACK = "rollback"
@@ -25,12 +25,12 @@ class Cause(StrEnum):
     GRADIENTS = "gradients differ when computed again"
     WEIGHTS = "weights of a replica damaged"
     STATE = "optimizer state damaged"
-    ASTRAY = "weights went astray"
+    DIVERGED = "weights diverged"
     """Samples that the run has learnt look wrong too."""
 
 
 SPIKES = (Cause.NORM, Cause.LOSS)
-DISAGREEMENTS = (Cause.GRADIENTS, Cause.WEIGHTS, Cause.STATE, Cause.ASTRAY)
+DISAGREEMENTS = (Cause.GRADIENTS, Cause.WEIGHTS, Cause.STATE, Cause.DIVERGED)
 """The samples are not to blame."""
 
 
@@ -45,7 +45,7 @@ class Verdict:
     """Those at fault, where that could be told."""
     attempts: int = 1
     """How often the step was computed."""
-    put_off: bool = False
+    deferred: bool = False
     """Of SKIP: the samples are learnt from later."""
     text: str = ""
     """In words: what was wrong, who, and what it means."""

@@ -132,8 +132,8 @@ def _thrown_away(strike: dict[str, Any], events: Sequence[Event]) -> bool:
 
 
 def _answer(line: dict[str, Any]) -> str:
-    if line.get("put_off"):
-        return "its samples were put off and learnt from later"
+    if line.get("deferred"):
+        return "its samples were deferred and learnt from later"
     return "the step was left out" if line.get("discarded") else f"computed {line.get('attempts', 1)} times"
 
 

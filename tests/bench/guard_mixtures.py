@@ -4,7 +4,7 @@
     python tests/bench/guard_mixtures.py --mixtures blocks --seeds 1
 
 Each mixture is trained with the guard off, with the guard on, and with the guard on and corruption planted. Reported: steps left
-out at the end, steps whose samples were put off for a while, the final loss on each part against the guard off, and how many of
+out at the end, steps whose samples were deferred for a while, the final loss on each part against the guard off, and how many of
 the planted corruptions were seen. The model is small (1 layer of 32), float32, one rank.
 
 Easy text repeats one of four patterns of eight tokens. Hard text is a Markov chain over 64 tokens, each of which has four
@@ -194,7 +194,7 @@ class Planted:
 @dataclass
 class Outcome:
     left_out: int
-    put_off: int
+    deferred: int
     losses: dict[str, float]
     missed: list[str]
     seconds: float
@@ -221,19 +221,19 @@ def run_one(communicator: Communicator, name: str, seed: int, steps: int, guard:
     parts.mesh.monitor.observers.append(planted)
     parts.runner.run = planted.spoilt_loss(parts.runner.run)  # type: ignore[method-assign]
     seen: set[int] = set()
-    put_off = step = 0
+    deferred = step = 0
     began = time.perf_counter()
     while step < steps:
         result = train_step(parts, step)
         verdict = result.verdict
         if verdict.cause:
             seen |= {plant.step for plant in plants if plant.step <= step <= plant.step + SOON * (plant.kind == "weight")}
-        put_off += verdict.put_off
+        deferred += verdict.deferred
         if os.environ.get("SHOW") and (verdict.text or result.late_verdict):
             print(verdict.text, result.late_verdict and result.late_verdict.text)
         step = step + 1 if verdict.action in (Action.COMMIT, Action.SKIP) else planted.go_back()
     return Outcome(
-        parts.guard.memory.left_out_steps(steps), put_off, losses(parts, mixture),
+        parts.guard.memory.left_out_steps(steps), deferred, losses(parts, mixture),
         [f"step {plant.step + 1}: {plant.kind}" for plant in plants if plant.step not in seen], time.perf_counter() - began,
     )  # fmt: skip
 
@@ -256,7 +256,7 @@ def measure(name: str, seed: int, steps: int, number: int) -> dict[str, Any]:
     planted = plant(seed, steps, number)
     off, on, hit = ran(False, []), ran(True, []), ran(True, planted) if planted else None
     return {
-        "mixture": name, "seed": seed, "left_out": on.left_out, "put_off": on.put_off,
+        "mixture": name, "seed": seed, "left_out": on.left_out, "deferred": on.deferred,
         **{f"{part}_off": off.losses[part] for part in off.losses},
         **{f"{part}_on": on.losses[part] for part in on.losses},
         **{f"{part}_ratio": on.losses[part] / off.losses[part] for part in on.losses},
@@ -276,13 +276,13 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    print(f"{'mixture':<16}{'seed':>5}{'left out':>9}{'put off':>8}{'easy':>8}{'ratio':>7}{'hard':>8}{'ratio':>7}"
+    print(f"{'mixture':<16}{'seed':>5}{'left out':>9}{'deferred':>8}{'easy':>8}{'ratio':>7}{'hard':>8}{'ratio':>7}"
           f"{'planted':>8}{'seen':>5}{'easy':>7}{'hard':>7}{'seconds':>8}")  # fmt: skip
     for name in given.mixtures:
         for seed in range(1, given.seeds + 1):
             row = measure(name, seed, given.steps, given.plants)
             rows.append(row)
-            print(f"{name:<16}{seed:>5}{row['left_out']:>9}{row['put_off']:>8}{row['easy_on']:>8.4f}{row['easy_ratio']:>7.3f}"
+            print(f"{name:<16}{seed:>5}{row['left_out']:>9}{row['deferred']:>8}{row['easy_on']:>8.4f}{row['easy_ratio']:>7.3f}"
                   f"{row['hard_on']:>8.4f}{row['hard_ratio']:>7.3f}{row['planted']:>8}"
                   f"{row['planted'] - len(row['missed']):>5}"
                   f"{row['easy_planted_ratio']:>7.3f}{row['hard_planted_ratio']:>7.3f}"

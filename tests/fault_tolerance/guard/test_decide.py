@@ -109,7 +109,7 @@ def test_a_rollback_needs_checkpoints() -> None:
     GuardConfig().validate(saves=False, repeatable=True)
 
 
-PUT_OFF = Verdict(Action.SKIP, Cause.LOSS, attempts=2, put_off=True)
+DEFERRED = Verdict(Action.SKIP, Cause.LOSS, attempts=2, deferred=True)
 
 
 def learnt(steps: int, loss: float = 0.02) -> Memory:
@@ -119,12 +119,12 @@ def learnt(steps: int, loss: float = 0.02) -> Memory:
     return memory
 
 
-def test_samples_that_were_put_off_are_due_after_a_quarter_of_the_window_or_when_they_are_usual() -> None:
+def test_samples_that_were_deferred_are_due_after_a_quarter_of_the_window_or_when_they_are_usual() -> None:
     memory = learnt(19)
-    memory.learn(20, 8.0, 1.0, PUT_OFF)
+    memory.learn(20, 8.0, 1.0, DEFERRED)
     assert [memory.due(step) for step in (21, 24, 25)] == [None, None, 20]
     assert (memory.left_out_steps(20), memory.left_out, memory.summary()["skipped_steps"]) == (1, {}, [20])
-    memory.learn(21, 7.0, 1.0, PUT_OFF)
+    memory.learn(21, 7.0, 1.0, DEFERRED)
     assert memory.spike(22, 7.0, 1.0) is None, "two in a row: another kind of text has begun"
     memory.learn(22, 7.0, 1.0, Verdict(Action.COMMIT))
     assert memory.due(23) == 20
@@ -136,9 +136,9 @@ def test_samples_that_were_put_off_are_due_after_a_quarter_of_the_window_or_when
 
 def test_samples_that_are_never_finite_are_left_out_in_the_end() -> None:
     memory = learnt(19)
-    memory.learn(20, 8.0, 1.0, PUT_OFF)
+    memory.learn(20, 8.0, 1.0, DEFERRED)
     memory.learn_late(20, float("nan"), float("nan"), Verdict(Action.SKIP, Cause.NONFINITE))
-    assert (memory.put_off, memory.left_out) == ({}, {20: str(Cause.NONFINITE)})
+    assert (memory.deferred, memory.left_out) == ({}, {20: str(Cause.NONFINITE)})
     assert memory.left_out_steps(20) == 1
 
 
@@ -150,9 +150,9 @@ def test_what_was_left_out_is_counted_up_to_the_step_that_the_run_has_come_to() 
     assert memory.left_out_steps(60) == 4
 
 
-def test_memory_of_what_is_put_off_survives_a_checkpoint_and_an_older_one_has_none() -> None:
+def test_memory_of_what_is_deferred_survives_a_checkpoint_and_an_older_one_has_none() -> None:
     memory = learnt(19)
-    memory.learn(20, 8.0, 1.0, PUT_OFF)
+    memory.learn(20, 8.0, 1.0, DEFERRED)
     saved = json.loads(json.dumps(memory.as_json()))
     assert Memory.is_one(saved)
     again = Memory.empty(GuardConfig(spike_window=16))
@@ -161,13 +161,13 @@ def test_memory_of_what_is_put_off_survives_a_checkpoint_and_an_older_one_has_no
     assert again.due(25) == 20
     old = {key: saved[key] for key in ("losses", "norms", "skipped_steps", "setbacks", "furthest", "counts")}
     assert Memory.is_one(old)
-    for key, wrong in (("put_off_steps", {"20": 3}), ("hard_losses", [[1, -1.0]]), ("hard_row", "1"), ("newest", [1])):
+    for key, wrong in (("deferred_steps", {"20": 3}), ("hard_losses", [[1, -1.0]]), ("hard_row", "1"), ("newest", [1])):
         assert not Memory.is_one({**saved, key: wrong}), key
 
 
-def test_after_a_return_to_a_checkpoint_what_is_left_out_is_not_put_off() -> None:
+def test_after_a_return_to_a_checkpoint_what_is_left_out_is_not_deferred() -> None:
     memory, later = learnt(19), learnt(19)
-    memory.learn(20, 8.0, 1.0, PUT_OFF)
+    memory.learn(20, 8.0, 1.0, DEFERRED)
     later.leave_out(20, 22, "loss spike")
     memory.keep(later)
-    assert (memory.put_off, memory.left_out) == ({}, dict.fromkeys((20, 21, 22), "loss spike"))
+    assert (memory.deferred, memory.left_out) == ({}, dict.fromkeys((20, 21, 22), "loss spike"))

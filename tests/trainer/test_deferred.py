@@ -1,4 +1,4 @@
-"""Samples that stand out are put off, not lost: they are learnt from later, exactly once, and a resumed run does the same."""
+"""Samples that stand out are deferred, not lost: they are learnt from later, exactly once, and a resumed run does the same."""
 
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,10 @@ def lines_of(endings: list[Ending], key: str) -> dict[int, Any]:
 
 
 @pytest.mark.parametrize("layout", ["data", "tensor", "pipeline", "expert"])
-def test_samples_that_stand_out_are_put_off_and_learnt_from_later(tmp_path: Path, layout: str) -> None:
+def test_samples_that_stand_out_are_deferred_and_learnt_from_later(tmp_path: Path, layout: str) -> None:
     found = runs("simulated", recipe(tmp_path, layout), None, Learnable)
     assert found[0].error == ""
-    assert (lines_of(found, "put_off"), lines_of(found, "made_up_step")) == ({BAD: True}, {LATE: BAD})
+    assert (lines_of(found, "deferred"), lines_of(found, "deferred_step")) == ({BAD: True}, {LATE: BAD})
     assert lines_of(found, "discarded") == {BAD: True}
     assert (found[0].guard["skipped_steps"], left_out_steps(found)) == ([], 0)
     assert [line["step"] for line in found[0].lines] == list(range(1, 25))
@@ -52,7 +52,7 @@ def test_until_then_the_run_is_the_one_without_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stops", [(BAD,), (BAD - 1, BAD + 2, LATE), (LATE - 1,)])
-def test_a_resumed_run_makes_them_up_alike(tmp_path: Path, stops: tuple[int, ...]) -> None:
+def test_a_resumed_run_uses_them_alike(tmp_path: Path, stops: tuple[int, ...]) -> None:
     straight = runs("simulated", recipe(tmp_path / "straight"), None, Learnable)
     pieces = recipe(tmp_path / "pieces")
     for steps in (*stops, 24):
@@ -66,12 +66,12 @@ def test_a_resumed_run_makes_them_up_alike(tmp_path: Path, stops: tuple[int, ...
 def test_another_kind_of_text_costs_no_sample(tmp_path: Path) -> None:
     found = runs("simulated", recipe(tmp_path), None, Turned)
     assert found[0].error == ""
-    assert len(lines_of(found, "put_off")) <= 2
-    assert lines_of(found, "put_off").keys() == set(lines_of(found, "made_up_step").values())
+    assert len(lines_of(found, "deferred")) <= 2
+    assert lines_of(found, "deferred").keys() == set(lines_of(found, "deferred_step").values())
     assert left_out_steps(found) == 0
 
 
-def test_a_fault_of_the_hardware_while_they_are_made_up_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_fault_of_the_hardware_while_they_are_computed_later_leaves_no_trace(tmp_path: Path) -> None:
     straight = runs("simulated", recipe(tmp_path / "straight"), None, Learnable)
     fault = Fault("gradient", "nan", step=LATE, point="bucket")
     found = runs("simulated", recipe(tmp_path / "found"), fault, Learnable)
@@ -83,10 +83,10 @@ def test_a_fault_of_the_hardware_while_they_are_made_up_leaves_no_trace(tmp_path
 def test_a_policy_that_leaves_out_still_does(tmp_path: Path, policy: str) -> None:
     found = runs("simulated", recipe(tmp_path, guard__on_spike=policy), None, Learnable)
     assert (found[0].guard["skipped_steps"], left_out_steps(found)) == ([BAD], 1)
-    assert lines_of(found, "made_up_step") == {}
+    assert lines_of(found, "deferred_step") == {}
 
 
-def test_weights_that_went_astray_are_not_taken_for_another_kind_of_text(tmp_path: Path) -> None:
+def test_weights_that_diverged_are_not_taken_for_another_kind_of_text(tmp_path: Path) -> None:
     """All weights of the last layers are scaled between two checks: every sample looks wrong from then on, those learnt too."""
     fault = Fault("weight", "scramble", step=BAD, rank=1, point="optimizer")
     changes = {"guard__check_every": 0, "guard__loss_spike_factor": 1.5}
