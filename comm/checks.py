@@ -49,6 +49,5 @@ def refuse_unused(section: str, part: Any, names: list[str], reason: str) -> Non
         value, default = getattr(part, name), getattr(unchanged, name)
         if value != default:
             key = reason.split("=")[0]
-            raise RecipeError(
-                f"{section}.{name}={value} has no effect with {reason}; change {key} or give {section}.{name}={default}"
-            )
+            fix = "leave it out" if default is None else f"give {section}.{name}={default}"
+            raise RecipeError(f"{section}.{name}={value} has no effect with {reason}; change {key} or {fix}")

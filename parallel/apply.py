@@ -22,7 +22,8 @@ Fill = Callable[[str, tuple[int, ...], Box], torch.Tensor]
 def parallelize(model: nn.Module, plan: ShardingPlan, mesh: Mesh, sequence: bool, dtype: torch.dtype, fill: Fill) -> None:
     """Replaces a model on the meta device, in its global shapes, by this rank's part of it, in place.
 
-    1. Every parameter becomes this rank's box of the global tensor, filled by `fill`, with attributes `global_shape` and `box`.
+    1. Every parameter becomes this rank's box of the global tensor, filled by `fill`, with attributes `global_shape`, without
+       padding, and `box`, which may extend beyond it.
     2. Modules that match the plan's boundaries get the communication of the tensor and expert axes.
     """
     device = mesh.group("world").device
@@ -43,11 +44,21 @@ def _materialise(model: nn.Module, plan: ShardingPlan, mesh: Mesh, dtype: torch.
                 name = plan.global_name(f"{module_name}.{key}" if module_name else key)
                 shape = tuple(meta.shape)
                 box = plan.placement(name).box(name, shape, mesh.layout, mesh.coordinates)
-                values = fill(name, shape, box).to(device=device, dtype=dtype)
-                made[id(meta)] = nn.Parameter(values)
-                made[id(meta)].global_shape = shape  # type: ignore[attr-defined]
+                whole = plan.placement(name).unpadded(shape)
+                made[id(meta)] = nn.Parameter(_values(name, whole, box, fill).to(device=device, dtype=dtype))
+                made[id(meta)].global_shape = whole  # type: ignore[attr-defined]
                 made[id(meta)].box = box  # type: ignore[attr-defined]
             module._parameters[key] = made[id(meta)]
+
+
+def _values(name: str, whole: tuple[int, ...], box: Box, fill: Fill) -> torch.Tensor:
+    """The values of `box`; zeros where it goes beyond the global tensor of shape `whole`."""
+    if box.inside(whole):
+        return fill(name, whole, box)
+    values = torch.zeros(box.shape)
+    if own := box.within(whole):
+        values[own.slices(box.offset)] = fill(name, whole, own)
+    return values
 
 
 def _block(module: nn.Module, mesh: Mesh, sequence: bool) -> None:

@@ -43,6 +43,10 @@ class Box:
         shape = tuple(min(a, b) - s for a, b, s in zip(self.stop, other.stop, start, strict=True))
         return Box(start, shape) if all(n > 0 for n in shape) else None
 
+    def within(self, shape: tuple[int, ...]) -> "Box | None":
+        """Its elements that lie within a tensor of `shape`; None when there are none."""
+        return self.intersection(Box((0,) * len(shape), tuple(shape)))
+
     def slices(self, origin: tuple[int, ...]) -> tuple[slice, ...]:
         """Returns the index of this box into a tensor whose first element has the global index `origin`."""
         return tuple(slice(o - b, o - b + s) for o, b, s in zip(self.offset, origin, self.shape, strict=True))

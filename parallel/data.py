@@ -51,7 +51,9 @@ class Entry:
     name: str
     parameter: torch.nn.Parameter
     global_shape: tuple[int, ...]
+    """Without padding."""
     box: Box
+    """With the padding that this rank holds."""
     start: int
     uses: int
     """Gradients per micro-batch: 2 if the embedding and the head of this rank are the same tensor, else 1."""

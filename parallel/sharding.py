@@ -23,6 +23,8 @@ class Placement:
     """(dim, axis) pairs: the dim is split into equal parts along the axis."""
     partial_over: str | None = None
     """The axis whose ranks hold copies, of which each computes only a part of the gradient: the whole is the sum over the axis."""
+    rows: int | None = None
+    """The number of elements of the first dim that belong to the parameter; those after them are padding, always zero."""
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -32,6 +34,10 @@ class Placement:
     def reduction_axis(self) -> str:
         """The axis of the ranks that hold the same elements and process different samples."""
         return "replica" if "expert" in self.axes else "fold"
+
+    def unpadded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A padded `shape` without the padding."""
+        return shape if self.rows is None else (self.rows, *shape[1:])
 
     def box(self, name: str, shape: tuple[int, ...], layout: Layout, coordinates: dict[str, int]) -> Box:
         """Returns the box of the global tensor `name` of `shape` at `coordinates`. Raises RecipeError if a dim does not divide."""

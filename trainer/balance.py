@@ -68,7 +68,7 @@ def agree_on_split(
 def work_of(recipe: Recipe, layout: Layout) -> Work:
     """What a rank of `recipe` runs."""
     return Work(
-        recipe.model,
+        recipe.model.padded_over(layout.tensor),
         layout,
         recipe.data.sequence_length,
         recipe.train.micro_batch,

@@ -272,9 +272,6 @@ class Recipe:
                 fits = [n for n in range(1, common + 1) if common % n == 0]
                 raise RecipeError(f"{name}={value} is not divisible by parallel.tensor={tensor}; "
                                   f"give parallel.tensor one of {fits[:8]} or change {name}")  # fmt: skip
-        if model.padded_vocab % tensor:
-            raise RecipeError(f"model.vocab={model.padded_vocab} is not divisible by parallel.tensor={tensor}; "
-                              f"give model.vocab_multiple={tensor} to pad it to {-(-model.vocab // tensor) * tensor}")  # fmt: skip
         if layout.expert > 1 and not model.moe.experts:
             raise RecipeError(
                 f"parallel.expert={layout.expert} needs a mixture of experts; give parallel.expert=1 or model.moe.experts"

@@ -2,10 +2,8 @@
 
 import os
 import socket
-from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from bagualu.comm.config import AUTO
 from bagualu.comm.errors import RecipeError
@@ -106,7 +104,8 @@ def check_run_directory(recipe: Recipe) -> None:
         raise RecipeError(f"{directory} already holds a run; go on with checkpoint.resume=true, or start anew with another "
                           f"folder, e.g. run.dir={typed(str(free(directory)))}")  # fmt: skip
     then = load_recipe(before) if before.exists() else recipe
-    differences = _differences(then.model, recipe.model, "model")
+    model = then.model.identity()
+    differences = {key: (model[key], now) for key, now in recipe.model.identity().items() if model[key] != now}
     for section, key in _KEPT:
         was, now = getattr(getattr(then, section), key), getattr(getattr(recipe, section), key)
         if was != now:
@@ -151,15 +150,3 @@ def free(directory: Path) -> Path:
         number += 1
         candidate = directory.parent / f"{directory.name}-{number}"
     return candidate
-
-
-def _differences(before: Any, now: Any, prefix: str) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ between two configs of the same type, with both values."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for field in fields(now):
-        key, pair = f"{prefix}.{field.name}", (getattr(before, field.name), getattr(now, field.name))
-        if is_dataclass(pair[1]):
-            found |= _differences(*pair, key)
-        elif pair[0] != pair[1]:
-            found[key] = pair
-    return found

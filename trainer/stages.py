@@ -43,7 +43,7 @@ def no_values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
 
 def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> Stages:
     """This rank's stages of `split`."""
-    config, parallel = recipe.model, recipe.parallel
+    config, parallel = recipe.model.padded_over(mesh.layout.tensor), recipe.parallel
     slices = [split.slices[stage] for stage in mesh.stages]
     recompute = [split.recompute[stage] for stage in mesh.stages]
     plan = decoder_plan(config, parallel.sequence)

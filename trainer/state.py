@@ -6,7 +6,7 @@ the fingerprint of the data are their whole state; there is no generator whose p
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from bagualu.trainer.assemble import Parts
 from bagualu.trainer.config import DTYPES
 from bagualu.trainer.data.config import RANDOM
 from bagualu.trainer.data.split import NOTHING
+from bagualu.trainer.plans.decoder import decoder_plan
 
 CHECKPOINTS = "checkpoints"
 _FINGERPRINT = "data fingerprint"
+_RENORMALISE = "model.moe.renormalise"
 _SPLIT, _KIND = "data.split", "data split in fact"
 """In an identity: how the text was to be split (none: nothing is kept for validation), and how it was. Runs of earlier versions
 have neither: they kept whole files."""
@@ -103,7 +105,7 @@ def take_state(parts: Parts, open_checkpoint: Callable[[], Checkpoint]) -> int:
     saved = on_all(lambda: _check(parts, checkpoint), group, device)
     incoming = parts.optimizer.incoming()
     wanted = list(incoming.requests())
-    on_all(lambda: _check_tensors(checkpoint, wanted), group, device)
+    on_all(lambda: _check_tensors(checkpoint, wanted, _padded_before(parts, saved)), group, device)
     _check_none_is_left(parts, checkpoint, {request.name for _, request in wanted})
     monitor.at("verify")
     threads = torch.get_num_threads()
@@ -124,12 +126,27 @@ def _check(parts: Parts, checkpoint: Checkpoint) -> Saved:
     return saved
 
 
-def _check_tensors(checkpoint: Checkpoint, wanted: list[tuple[tuple[int, ...], Request]]) -> None:
-    """What this rank wants is there, in the same global shape and dtype. Raises CheckpointError."""
+def _padded_before(parts: Parts, saved: Saved) -> Callable[[str, tuple[int, ...]], tuple[int, ...]]:
+    """(tensor, its shape) -> the shape in which the checkpoint holds it: older ones hold the padding of the vocabulary too."""
+    model = replace(parts.recipe.model, vocab_multiple=saved.identity.get("model.vocab_multiple", 1))
+    plan = decoder_plan(model, sequence=False)
+
+    def stored(tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        padded = plan.placement(tensor.partition("/")[2]).rows is not None
+        return (model.padded_vocab, *shape[1:]) if padded else shape
+
+    return stored
+
+
+def _check_tensors(
+    checkpoint: Checkpoint,
+    wanted: list[tuple[tuple[int, ...], Request]],
+    stored_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]],
+) -> None:
+    """What this rank wants is there, in the same global shape, with padding or without, and dtype. Raises CheckpointError."""
     stored = checkpoint.tensors
     for shape, request in wanted:
-        expected = (shape, request.out.dtype)
-        if stored.get(request.name) != expected:
+        if stored.get(request.name) not in [(one, request.out.dtype) for one in (shape, stored_shape(request.name, shape))]:
             has = "{} {}".format(*stored[request.name]) if request.name in stored else "not in it"
             raise CheckpointError(f"{checkpoint.path}: tensor {request.name} is {has}; the model has {shape} {request.out.dtype}; "
                                   "load it into the model that wrote it")  # fmt: skip
@@ -151,19 +168,26 @@ def _check_none_is_left(parts: Parts, checkpoint: Checkpoint, own: set[str]) -> 
 def identity(parts: Parts) -> dict[str, Any]:
     """What must be the same for a run to go on as the same run, by recipe key."""
     recipe = parts.recipe
-    model = {f"model.{key}": value for key, value in asdict(recipe.model).items() if key != "moe"}
-    model |= {f"model.moe.{key}": value for key, value in asdict(recipe.model.moe).items()}
     data = {"data.sequence_length": recipe.data.sequence_length, "data.global_batch": recipe.data.global_batch}
     text = {"data.source": recipe.data.source, "data.validation_fraction": recipe.data.validation_fraction,
             _SPLIT: recipe.data.split if parts.corpus.split != NOTHING.kind else NOTHING.kind, _KIND: parts.corpus.split,
             _FINGERPRINT: parts.corpus.fingerprint}  # fmt: skip
-    return model | data | {"run.seed": recipe.run.seed} | text
+    return recipe.model.identity() | data | {"run.seed": recipe.run.seed} | text
 
 
 def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
+    """Raises RecipeError for what makes the run another run. A checkpoint without `renormalise` was always renormalised, and its
+    padding does not matter."""
+    saved = {_RENORMALISE: True, **saved}
+    saved.pop("model.vocab_multiple", None)
     # The text last: when the vocabulary differs, the tokens do too, and the vocabulary is what to name.
     for key in sorted((saved.keys() | here.keys()) - _OF_TEXT):
         if saved.get(key) != here.get(key):
+            if key == _RENORMALISE and here.get("model.moe.top_k") == 1:
+                raise RecipeError(
+                    f"{path} was saved with {key}={saved.get(key)} but the recipe has {here.get(key)}; with "
+                    "model.moe.top_k=1 its router learnt nothing from the loss: give another run.dir to start anew"
+                )
             raise _other(path, key, saved.get(key), str(here.get(key)), f"give {key}={saved.get(key)}")
     if saved.get(_FINGERPRINT) != here[_FINGERPRINT]:
         raise _other_text(saved, here, path)

@@ -47,7 +47,6 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     ({"model__ffn": 27, "parallel__tensor": 2}, "give parallel.tensor one of [1]", {"parallel__tensor": 1}),
     ({**MOE, "model__moe__ffn": 6, "parallel__tensor": 4}, "or change model.moe.ffn", {"model__moe__ffn": 8}),
-    ({"model__vocab": 61, "parallel__tensor": 4}, "give model.vocab_multiple=4 to pad it to 64", {"model__vocab_multiple": 4}),
     # experts
     ({"parallel__expert": 2}, "give parallel.expert=1", {"parallel__expert": 1}),
     ({**MOE, "model__moe__experts": 5, "parallel__expert": 2}, "give model.moe.experts=6", {"model__moe__experts": 6}),

@@ -20,7 +20,7 @@ MODELS = {
     "dense": {},
     "dense_tied": {"tie_embeddings": True},
     "dense_5_layers_gqa": {"layers": 5, "kv_heads": 2},
-    "dense_tied_padded": {"tie_embeddings": True, "vocab": 61, "vocab_multiple": 4, "layers": 3},
+    "dense_tied_padded": {"tie_embeddings": True, "vocab": 61, "layers": 3},
     "moe": MOE,
     "moe_tied": {**MOE, "tie_embeddings": True},
     "moe_everywhere_5_layers": {**MOE, "moe__every": 1, "moe__shared_experts": 0, "layers": 5, "moe__top_k": 3},

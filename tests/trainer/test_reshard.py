@@ -19,7 +19,7 @@ from tests.parity import gather, pieces_of, small_recipe
 from tests.trainer.states import load_state, save_state
 
 STEPS = 2
-DENSE = {"heads": 12, "kv_heads": 12, "hidden": 24, "ffn": 24, "vocab": 70, "vocab_multiple": 12, "layers": 6}
+DENSE = {"heads": 12, "kv_heads": 12, "hidden": 24, "ffn": 24, "vocab": 71, "layers": 6}
 MIXTURE = {**DENSE, "moe__experts": 12, "moe__ffn": 12, "moe__every": 2, "moe__shared_experts": 1}
 Layout = dict[str, object]
 BEFORE: list[tuple[str, dict[str, object], Layout]] = [

@@ -1,6 +1,8 @@
 """The model as a recipe describes it. Free of torch."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from math import lcm
+from typing import Any
 
 from bagualu.comm.checks import refuse_unused, require_at_least, require_at_most
 from bagualu.comm.errors import RecipeError
@@ -25,9 +27,16 @@ class MoEConfig:
     every: int = 1
     """Layer i (from 0) is a mixture when (i + 1) is divisible by this."""
     router: str = "softmax"
-    """softmax: probabilities over all experts, those of the top k renormalised to sum to 1."""
+    """softmax: probabilities over all experts; the results of the top k are weighted by them."""
+    renormalise: bool | None = None
+    """Divide the probabilities of the top k by their sum, so that the weights of a token sum to 1. Left out: true for top_k of 2 or
+    more, false for 1, whose probability divided by itself is always 1, so that the router would learn nothing from the loss."""
     balance_loss: float = 0.01
     """Weight of the load-balancing loss, per sequence, averaged over the sequences of the global batch, summed over layers."""
+
+    @property
+    def renormalises(self) -> bool:
+        return self.top_k > 1 if self.renormalise is None else self.renormalise
 
 
 @dataclass
@@ -42,7 +51,8 @@ class ModelConfig:
     ffn: int = 688
     vocab: int = 4096
     vocab_multiple: int = 1
-    """Rows of the embedding and of the head are padded up to a multiple of this; padding takes no part in the softmax."""
+    """Rows of the embedding and of the head are padded up to a multiple of this, and of parallel.tensor. Rows of padding are zero,
+    take no part in the softmax and stand in no checkpoint, so a run may go on with others."""
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
     norm_epsilon: float = 1e-5
@@ -60,6 +70,17 @@ class ModelConfig:
     @property
     def padded_vocab(self) -> int:
         return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+    def padded_over(self, ranks: int) -> "ModelConfig":
+        """The same model, its rows of the vocabulary padded to a number that `ranks` divide as well."""
+        return replace(self, vocab_multiple=lcm(self.vocab_multiple, ranks))
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a model another model, by recipe key: all keys but that of the padding. A `renormalise` that was left out has
+        the value that it stands for."""
+        own = {f"model.{key}": value for key, value in asdict(self).items() if key not in ("moe", "vocab_multiple")}
+        moe = asdict(self.moe) | {"renormalise": self.moe.renormalises}
+        return own | {f"model.moe.{key}": value for key, value in moe.items()}
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe.experts > 0 and (layer + 1) % self.moe.every == 0
@@ -98,6 +119,10 @@ class ModelConfig:
         if not 1 <= moe.top_k <= moe.experts:
             raise RecipeError(f"model.moe.top_k={moe.top_k} must lie between 1 and model.moe.experts={moe.experts}; "
                               f"give model.moe.top_k={min(max(moe.top_k, 1), moe.experts)}")  # fmt: skip
+        if moe.top_k == 1 and moe.renormalise:
+            raise RecipeError("model.moe.renormalise=true with model.moe.top_k=1 divides the probability of the one expert by "
+                              "itself, so that the router learns nothing from the loss; give model.moe.renormalise=false or "
+                              "model.moe.top_k=2")  # fmt: skip
         if moe.every > self.layers:
             raise RecipeError(f"model.moe.every={moe.every} leaves no mixture in {self.layers} layers; "
                               f"give at most {self.layers}, or model.moe.experts=0 for a dense model")  # fmt: skip

@@ -86,7 +86,7 @@ class Incoming:
 
     def __init__(self, optimizer: ShardedAdamW) -> None:
         self._optimizer = optimizer
-        self._fresh = [_fresh(bucket, shard) for bucket, shard in zip(optimizer.buckets, optimizer.shards(), strict=True)]
+        self._fresh = [_fresh(shard) for shard in optimizer.shards()]
 
     def requests(self) -> Iterator[tuple[tuple[int, ...], Request]]:
         """What to read: (global shape, request) for every box of weights and moments that this rank holds."""
@@ -113,13 +113,9 @@ def _saved(shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {kind: tensor for kind, tensor in shard.items() if kind != "step"}
 
 
-def _fresh(bucket: Bucket, shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Host memory in the form of `shard`; what pads it, which no checkpoint holds, is zero as it always is."""
-    used = sum(numel for *_, numel in bucket.shard_entries())
-    fresh = {kind: torch.empty(tensor.shape, dtype=tensor.dtype) for kind, tensor in _saved(shard).items()}
-    for tensor in fresh.values():
-        tensor[used:].zero_()
-    return fresh
+def _fresh(shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Host memory in the form of `shard`; what pads it or its vocabulary, which no checkpoint holds, is zero as it always is."""
+    return {kind: torch.zeros(tensor.shape, dtype=tensor.dtype) for kind, tensor in _saved(shard).items()}
 
 
 def _master(bucket: Bucket) -> torch.Tensor:
@@ -128,9 +124,10 @@ def _master(bucket: Bucket) -> torch.Tensor:
 
 
 def _boxes(bucket: Bucket, tensor: torch.Tensor) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
-    """(parameter name, global shape, offset, view) for every box of a global tensor that `tensor`, a shard, holds."""
+    """(parameter name, global shape, offset, view) for every box of a global tensor that `tensor`, a shard, holds; no padding."""
     for entry, in_shard, in_parameter, numel in bucket.shard_entries():
         for flat, box in flat_range_to_boxes(entry.box.shape, in_parameter, in_parameter + numel):
             start = in_shard + flat - in_parameter
-            view = tensor[start : start + box.elements].view(box.shape)
-            yield entry.name, entry.global_shape, box.shift(entry.box.offset).offset, view
+            view, held = tensor[start : start + box.elements].view(box.shape), box.shift(entry.box.offset)
+            if own := held.within(entry.global_shape):
+                yield entry.name, entry.global_shape, own.offset, view[own.slices(held.offset)]

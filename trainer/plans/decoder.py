@@ -1,5 +1,7 @@
 """The decoder's sharding plan. Free of torch."""
 
+from dataclasses import replace
+
 from bagualu.parallel.sharding import BoundaryKind, Placement, ShardingPlan
 from bagualu.trainer.models.config import ModelConfig
 
@@ -11,10 +13,11 @@ COLUMNS = Placement(((1, "tensor"),))
 
 def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
     """Where every parameter lies. With `sequence` parallel, norms see only their slice of the sequence."""
+    vocabulary = replace(ROWS, rows=config.vocab)
     norm = Placement(partial_over="tensor" if sequence else None)
     placements = (
-        ("embedding.weight", ROWS),
-        ("head.weight", ROWS),
+        ("embedding.weight", vocabulary),
+        ("head.weight", vocabulary),
         ("*norm.weight", norm),
         ("layers.*.attention.output.weight", COLUMNS),
         ("layers.*.attention.*.weight", ROWS),

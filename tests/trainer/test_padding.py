@@ -1,0 +1,127 @@
+"""Padding of the vocabulary is no part of a run: whatever the tensor degree, weights begin alike and any checkpoint is read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.fault_tolerance.checkpoint.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.save import save
+from bagualu.fault_tolerance.checkpoint.shard import Piece
+from bagualu.launch.fit import fitted
+from bagualu.trainer import preflight
+from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.config import Recipe
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.recipe import save_recipe
+from bagualu.trainer.state import CHECKPOINTS, checkpoints_of, metadata_of
+from bagualu.trainer.step import train_step
+from tests.harness import run
+from tests.parity import assert_same, gather, pieces_of, small_recipe, train
+from tests.trainer.states import load_state, save_state
+
+VOCABULARY = ("embedding.weight", "head.weight")
+STEPS = 2
+
+
+def recipe_in(folder: Path, vocab: int, tensor: int = 1, **changes: object) -> Recipe:
+    shape = {"model__vocab": vocab, "model__layers": 2, "parallel__tensor": tensor, "model__hidden": 24, "model__heads": 12}
+    return small_recipe(run__dir=str(folder), **{**shape, "model__kv_heads": 12, **changes})
+
+
+def made(communicator: Communicator, recipe: Recipe) -> Parts:
+    return assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+
+
+def trained(communicator: Communicator, recipe: Recipe) -> list:  # type: ignore[type-arg]
+    parts = made(communicator, recipe)
+    for step in range(STEPS):
+        assert train_step(parts, step).committed
+    save_state(parts, STEPS)
+    return pieces_of(parts)
+
+
+def read(communicator: Communicator, recipe: Recipe) -> tuple[list, list[torch.Tensor]]:  # type: ignore[type-arg]
+    """What came, and rows of padding that are not zero."""
+    parts = made(communicator, recipe)
+    path = latest(Path(recipe.run.dir) / CHECKPOINTS)
+    assert path is not None
+    assert load_state(parts, path) == STEPS
+    held = [(entry, entry.parameter) for bucket in parts.buckets for entry in bucket.entries if entry.name in VOCABULARY]
+    padding = [weights[max(0, entry.global_shape[0] - entry.box.offset[0]) :] for entry, weights in held]
+    return pieces_of(parts), [rows for rows in padding if rows.abs().sum() > 0]
+
+
+@pytest.mark.parametrize(("vocab", "before", "after"), [(97, 1, 2), (97, 2, 3), (61, 4, 1), (61, 3, 4), (5, 6, 1), (5, 1, 6)])
+def test_a_checkpoint_of_any_vocabulary_is_read_by_any_tensor_degree(tmp_path: Path, vocab: int, before: int, after: int) -> None:
+    saved = gather(run("simulated", before, trained, recipe_in(tmp_path, vocab, before)))
+    (found,) = Path(tmp_path / CHECKPOINTS).glob("step-*")
+    shapes = {name: shape for name, (shape, _) in Checkpoint(found).tensors.items() if name.endswith(VOCABULARY)}
+    assert {shape[0] for shape in shapes.values()} == {vocab}
+    for changes in ({}, {"model__vocab_multiple": 16}):
+        ranks = run("simulated", after, read, recipe_in(tmp_path, vocab, after, **changes))
+        assert not any(rows for _, rows in ranks)
+        whole = gather([pieces for pieces, _ in ranks])
+        assert whole.keys() == saved.keys()
+        assert all((whole[name] == saved[name]).all() for name in saved)
+
+
+@pytest.mark.parametrize("changes", [{}, {"model__tie_embeddings": True, "model__vocab_multiple": 10, "parallel__data": 2}])
+def test_the_curve_of_a_padded_model_is_that_of_the_model_without_padding(tmp_path: Path, changes: dict[str, object]) -> None:
+    tied = {key: value for key, value in changes.items() if key == "model__tie_embeddings"}
+    plain = run("simulated", 1, train, recipe_in(tmp_path, 61, **tied), STEPS)
+    padded = recipe_in(tmp_path, 61, 3, **changes)
+    assert_same(run("simulated", padded.world_size(), train, padded, STEPS), plain)
+
+
+def saved_with_padding(communicator: Communicator, recipe: Recipe, multiple: int) -> list:  # type: ignore[type-arg]
+    """A checkpoint as runs wrote it that held their padding to be a part of the model."""
+    parts = made(communicator, recipe)
+    train_step(parts, 0)
+    rows = -(-recipe.model.vocab // multiple) * multiple
+    pieces = []
+    for piece in parts.optimizer.pieces():
+        if piece.name.endswith(VOCABULARY):
+            padding = piece.tensor.new_full((rows - recipe.model.vocab, recipe.model.hidden), 0.25)
+            pieces.append(Piece(piece.name, (rows, recipe.model.hidden), (0, 0), torch.cat([piece.tensor, padding])))
+        else:
+            pieces.append(piece)
+    metadata = metadata_of(parts, STEPS)
+    metadata["identity"]["model.vocab_multiple"] = multiple
+    del metadata["identity"]["model.moe.renormalise"]
+    save(checkpoints_of(parts), STEPS, pieces, metadata, parts.mesh.group("world"), 2, parts.device)
+    return pieces_of(parts)
+
+
+def test_a_checkpoint_with_its_padding_is_still_read(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, 61, model__vocab_multiple=8, parallel__bucket_bytes=2**20)
+    saved = gather(run("simulated", 1, saved_with_padding, recipe, 8))
+    ranks = run("simulated", 3, read, recipe_in(tmp_path, 61, 3))
+    assert not any(rows for _, rows in ranks)
+    whole = gather([pieces for pieces, _ in ranks])
+    assert all((whole[name] == saved[name]).all() for name in saved)
+
+
+def test_a_router_that_could_not_learn_is_not_gone_on_with(tmp_path: Path) -> None:
+    moe = {"model__moe__experts": 4, "model__moe__ffn": 24, "model__moe__top_k": 1}
+    run("simulated", 1, saved_with_padding, recipe_in(tmp_path, 61, parallel__bucket_bytes=2**20, **moe), 1)
+    with pytest.raises(RecipeError, match=r"its router learnt nothing from the loss: give another run\.dir") as refused:
+        run("simulated", 1, read, recipe_in(tmp_path, 61, **moe))
+    assert "\n" not in str(refused.value)
+
+
+def test_another_padding_is_not_another_run(tmp_path: Path) -> None:
+    before = recipe_in(tmp_path, 97)
+    save_recipe(before)
+    run("simulated", 1, trained, before)
+    preflight.check_run_directory(recipe_in(tmp_path, 97, 2, model__vocab_multiple=2, checkpoint__resume=True))
+    with pytest.raises(RecipeError, match=r"model\.vocab=97 there"):
+        preflight.check_run_directory(recipe_in(tmp_path, 98, 2, checkpoint__resume=True))
+
+
+def test_fewer_workers_are_not_kept_away_by_the_vocabulary(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, 97, 4, restart__elastic=True)
+    assert [fitted(recipe, ranks)[1] for ranks in (4, 3, 2, 1)] == [4, 3, 2, 1]
