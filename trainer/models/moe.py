@@ -41,6 +41,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.top_k = config.moe.top_k
+        self.renormalises = config.moe.renormalises
         self.router = Linear(config.hidden, config.moe.experts)
         self.experts = Experts(config.hidden, config.moe)
         self.shared = FeedForward(config.hidden, config.moe.shared_experts * config.moe.ffn) if config.moe.shared_experts else None
@@ -50,7 +51,8 @@ class MixtureOfExperts(nn.Module):
         tokens = x.flatten(0, 1)
         probabilities = self._route(x)  # [B, S, E]
         weights, chosen = probabilities.topk(self.top_k, dim=-1)  # [B, S, K]
-        weights = weights / weights.sum(-1, keepdim=True)
+        if self.renormalises:
+            weights = weights / weights.sum(-1, keepdim=True)
         experts = chosen.flatten()  # [N]
         order = experts.argsort(stable=True)
         counts = experts.bincount(minlength=probabilities.shape[-1])

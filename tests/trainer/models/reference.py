@@ -77,7 +77,7 @@ def mixture(config: ModelConfig, own: Weights, x: torch.Tensor) -> tuple[torch.T
         scores = own["feed_forward.router.weight"] @ token
         probabilities = scores.exp() / scores.exp().sum()
         best = sorted(range(moe.experts), key=lambda e: -probabilities[e].item())[: moe.top_k]
-        total = sum(probabilities[e] for e in best)
+        total = sum(probabilities[e] for e in best) if moe.top_k > 1 else 1.0
         output = torch.zeros_like(token)
         for e in best:
             parts = (own[f"feed_forward.experts.{part}"][e] for part in ("gate", "up", "down"))
