@@ -1,5 +1,8 @@
 """Checks of recipe values. Every error message names the key, its value and a value that works."""
 
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
@@ -21,6 +24,50 @@ def require_at_most(most: float, section: str, part: Any, *names: str) -> None:
         value = getattr(part, name)
         if value is not None and value > most:
             raise RecipeError(f"{section}.{name}={value} must be at most {most}; give {section}.{name}={most} or less")
+
+
+def require_finite(recipe: Any) -> None:
+    """Refuse infinity and "not a number" for any key of `recipe`, a tree of dataclasses, and in any list. Raises RecipeError."""
+    for key, value, default in _keys(recipe, ""):
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            works = f"give {key}={default}" if default is not None else "leave it out"
+            raise RecipeError(f"{key}={value} is not a finite number; {works}")
+
+
+def _keys(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value, default) of every leaf of a section."""
+    unchanged = type(section)()
+    for field in fields(section):
+        key, value = prefix + str(field.metadata.get("key", field.name)), getattr(section, field.name)
+        if is_dataclass(value):
+            yield from _keys(value, f"{key}.")
+        else:
+            yield key, value, getattr(unchanged, field.name)
+
+
+RANGES = {
+    "float64": (2.2250738585072014e-308, 1.7976931348623157e308),
+    "float32": (1.1754943508222875e-38, 3.4028234663852886e38),
+    "bfloat16": (1.1754943508222875e-38, 3.3895313892515355e38),
+    "float16": (6.103515625e-05, 65504.0),
+}
+"""Of each dtype the smallest positive number of full precision and the largest number."""
+
+
+def require_representable(section: str, part: Any, dtype: str, *names: str, zero: bool = True) -> None:
+    """Refuse `section`.name that `dtype` rounds to 0, or nearly so, or to infinity, for any of `names`. Raises RecipeError.
+
+    `zero`: whether 0 itself has a meaning.
+    """
+    least, most = RANGES[dtype]
+    for name in names:
+        value = getattr(part, name)
+        if (value or not zero) and not least <= value <= most:
+            default = getattr(type(part)(), name)
+            problem = "is too large for" if value > most else "is zero, or nearly so, in"
+            raise RecipeError(f"{section}.{name}={value} {problem} {dtype}, in which it is computed with: it must lie between "
+                              f"{least:.3g} and {most:.3g}; give {section}.{name}={default}")  # fmt: skip
 
 
 def require_text(section: str, part: Any, **examples: str) -> None:

@@ -21,7 +21,7 @@ from bagualu.fault_tolerance.checkpoint.snapshot import Snapshot
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.begun import BEGUN, has_begun
 from bagualu.trainer.outcome import FinalError
-from bagualu.trainer.state import checkpoints_of, metadata_of
+from bagualu.trainer.state import checkpoints_of, finite_pieces, metadata_of
 
 log = logging.getLogger(__name__)
 _AWAY_SECONDS = 2.0
@@ -111,9 +111,10 @@ class Checkpoints:
         with self._timed():
             self.finish()
             if self.asynchronous:
-                self._saver.start(step, self._snapshot.take(self.parts.optimizer.pieces()), metadata_of(self.parts, step))
+                pieces = finite_pieces(self._snapshot.take(self.parts.optimizer.pieces()))
+                self._saver.start(step, pieces, metadata_of(self.parts, step))
             else:
-                self._saver.start(step, self.parts.optimizer.pieces(), metadata_of(self.parts, step))
+                self._saver.start(step, finite_pieces(self.parts.optimizer.pieces()), metadata_of(self.parts, step))
                 self.finish()
 
     def save_last(self, step: int) -> None:
@@ -124,7 +125,7 @@ class Checkpoints:
         """
         with self._timed():
             self.finish()
-            self._saver.start(step, self.parts.optimizer.pieces(), metadata_of(self.parts, step))
+            self._saver.start(step, finite_pieces(self.parts.optimizer.pieces()), metadata_of(self.parts, step))
             try:
                 self.newest = self._saver.conclude()
             except SupersededError as error:

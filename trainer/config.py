@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import gcd, lcm
 from typing import Any
 
-from bagualu.comm.checks import require_at_least, require_known_home, require_text
+from bagualu.comm.checks import require_at_least, require_finite, require_known_home, require_text
 from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig, StragglerConfig
@@ -181,9 +181,12 @@ class Recipe:
 
     def validate(self, world: int) -> Layout:
         """Check every part and all of them together for `world` ranks. Raises RecipeError with the fix."""
-        for part in (self.run, self.model, self.data, self.train, self.optim, self.parallel, self.comm, self.checkpoint,
-                     self.restart, self.straggler, self.launch, self.log):  # fmt: skip
+        require_finite(self)
+        for part in (self.run, self.data, self.train, self.parallel, self.comm, self.checkpoint, self.restart, self.straggler,
+                     self.launch, self.log):  # fmt: skip
             part.validate()
+        self.model.validate(self.train.dtype)
+        self.optim.validate("float64" if self.train.dtype == "float64" else "float32")
         if self.comm.on_cpu and not self.train.deterministic:
             raise RecipeError("train.deterministic=false is for GPUs: a CPU computes the same bits anyway; leave it out, or "
                               "give comm.backend=nccl")  # fmt: skip

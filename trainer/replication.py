@@ -14,7 +14,7 @@ from bagualu.fault_tolerance.replica.replicas import Replicas
 from bagualu.parallel.boxes import Box
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.resume import Resumed
-from bagualu.trainer.state import identity, metadata_of
+from bagualu.trainer.state import finite_pieces, identity, metadata_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Replication:
     def after_step(self, step: int) -> None:
         """Keep the state after `step` steps, if it is time to."""
         if step % self.parts.recipe.checkpoint.replica_every == 0:
-            self.replicas.keep(step, self.parts.optimizer.pieces(), metadata_of(self.parts, step))
+            self.replicas.keep(step, finite_pieces(self.parts.optimizer.pieces()), metadata_of(self.parts, step))
 
 
 def open_replication(parts: Parts, scratch: Path | None, fence: Fence) -> Replication | None:

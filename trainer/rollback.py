@@ -8,7 +8,7 @@ from typing import Any
 from bagualu.fault_tolerance.checkpoint.directory import discard, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json
 from bagualu.fault_tolerance.checkpoint.format import step_of
-from bagualu.fault_tolerance.guard.verdict import DISAGREEMENTS, Verdict
+from bagualu.fault_tolerance.guard.verdict import DISAGREEMENTS, Cause, Verdict
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.outcome import GuardError
 from bagualu.trainer.resume import Resumed, Stored, choose, list_stored, tell
@@ -24,9 +24,11 @@ def roll_back(parts: Parts, step: int, verdict: Verdict, stop: Callable[[], bool
     """
     world = parts.mesh.group("world")
     root = checkpoints_of(parts)
-    by_data = verdict.cause not in DISAGREEMENTS
+    by_data = verdict.cause not in (*DISAGREEMENTS, Cause.UPDATE)
     window = parts.recipe.guard.rollback_window
     at_most = step - window if by_data else parts.guard.clean
+    if verdict.cause is Cause.UPDATE:  # what was saved before it was finite
+        at_most = step - 1
     stored = list_stored(parts, stop)
     found: Any = broadcast_json(_candidates(stored, at_most, by_data), world, parts.device)
     candidates = [Stored(root / name) for name in found["names"]]

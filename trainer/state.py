@@ -5,7 +5,7 @@ the fingerprint of the data are their whole state; there is no generator whose p
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.fault_tolerance.checkpoint.format import REMEDY, CheckpointError
 from bagualu.fault_tolerance.checkpoint.load import Checkpoint, Request
+from bagualu.fault_tolerance.checkpoint.shard import Piece
+from bagualu.fault_tolerance.guard.finite import is_finite
 from bagualu.fault_tolerance.guard.memory import Memory
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.config import DTYPES
@@ -110,6 +112,7 @@ def take_state(parts: Parts, open_checkpoint: Callable[[], Checkpoint]) -> int:
     monitor.at("verify")
     threads = torch.get_num_threads()
     on_all(lambda: checkpoint.read_all((request for _, request in wanted), threads), group, device)
+    on_all(lambda: _check_finite(checkpoint, wanted), group, device)
     monitor.at("restore")
     incoming.apply(saved.updates)
     parts.updates = saved.updates
@@ -150,6 +153,22 @@ def _check_tensors(
             has = "{} {}".format(*stored[request.name]) if request.name in stored else "not in it"
             raise CheckpointError(f"{checkpoint.path}: tensor {request.name} is {has}; the model has {shape} {request.out.dtype}; "
                                   "load it into the model that wrote it")  # fmt: skip
+
+
+def finite_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same pieces, each looked at when its turn comes, so that none with a value that is not finite is saved: raises
+    CheckpointError at the first of them."""
+    for piece in pieces:
+        if not is_finite(piece.tensor):
+            raise CheckpointError(f"tensor {piece.name} holds values that are not finite")
+        yield piece
+
+
+def _check_finite(checkpoint: Checkpoint, wanted: list[tuple[tuple[int, ...], Request]]) -> None:
+    """Raises CheckpointError where this rank has read a value that is not finite: older versions saved such."""
+    for _, request in wanted:
+        if not is_finite(request.out):
+            raise CheckpointError(f"{checkpoint.path}: tensor {request.name} holds values that are not finite; {REMEDY}")
 
 
 def _check_none_is_left(parts: Parts, checkpoint: Checkpoint, own: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward of every micro-batch, reduce, agree, decide, and only then clip and update.
+"""One optimizer step: forward and backward of every micro-batch, reduce, agree, decide, and only then clip, update and share.
 
 The step is a transaction: the update happens on every rank or on none, decided by figures that every rank holds alike
 (fault_tolerance/guard). A step that is computed again begins from the same weights and samples, because nothing has changed them.
@@ -82,15 +82,18 @@ def _transact(parts: Parts, number: int, lr: float, tell: Tell, late: int | None
     while True:
         agreed = _attempt(parts, (late or number) - 1, tell)
         verdict = guard.judge(number, Figures(agreed.loss, agreed.norm, agreed.found, parts.scaler.can_fall))
-        if verdict.action is not Action.COMMIT:
-            parts.mesh.monitor.at("discard")
         if verdict.action is not Action.RETRY:
             break
+        parts.mesh.monitor.at("discard")
     if verdict.deferred and (known := guard.memory.newest):
         again = _attempt(parts, known[0] - 1, tell)
         verdict = guard.weigh(number, verdict, again.loss, again.norm)
+    if verdict.action is Action.COMMIT and not _update(parts, lr, agreed.norm, guard.strongest):
+        verdict = guard.judge_update(number, parts.optimizer.spoilt())
     if verdict.action is Action.COMMIT:
-        _update(parts, lr, agreed.norm, guard.strongest)
+        parts.updates += 1
+    else:
+        parts.mesh.monitor.at("discard")
     if verdict.action is Action.COMMIT or verdict.cause is Cause.OVERFLOW:
         parts.scaler.update(verdict.action is Action.COMMIT)
     guard.finish(number, agreed.loss, agreed.norm, verdict)
@@ -122,14 +125,20 @@ def _attempt(parts: Parts, step: int, tell: Tell) -> "_Agreed":
     return _agree(parts, totals, tokens, found, tell)
 
 
-def _update(parts: Parts, lr: float, norm: float, most: float = math.inf) -> None:
-    """`most`: the norm that the gradient is cut down to, besides optim.clip_norm."""
+def _update(parts: Parts, lr: float, norm: float, most: float = math.inf) -> bool:
+    """Update every rank's shard of the weights and moments; whether all of it is finite on all ranks. Only then is it shared.
+
+    `most`: the norm to which the gradient is reduced, besides optim.clip_norm.
+    """
     clip = parts.recipe.optim.clip_norm
     most = min(most, clip) if clip > 0 else most
     factor = min(1.0, most / (norm + 1e-6))
     parts.mesh.monitor.at("optimizer")
     parts.optimizer.step(lr, factor / parts.scaler.scale)
-    parts.updates += 1
+    (spoilt,) = parts.mesh.sum_over_world(_scalar(parts, len(parts.optimizer.spoilt())))
+    if not spoilt:
+        parts.optimizer.share()
+    return not spoilt
 
 
 def local_micro_batches(parts: Parts, step: int) -> list[MicroBatch]:

@@ -80,6 +80,10 @@ class DamageCheck:
         self.found = self._broken(rows) + self._strange(state) + self._bad_copies(state)
         return bool(self.found)
 
+    def not_finite(self, spoilt: Sequence[tuple[int, str]]) -> list[Damage]:
+        """Damage of this rank's (bucket, kind of its state) that an update left with values that are not finite."""
+        return [self._damaged_state("replica", index, kind) for index, kind in spoilt]
+
     def repair(self, damages: Sequence[Sequence[Damage]]) -> None:
         """Put right what `damages` (by rank, the same on every rank) names: from another holder, or from the master weights.
 

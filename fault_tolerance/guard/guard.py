@@ -1,6 +1,6 @@
 """The guard of one rank's steps: whether a step is applied, computed again, left out, taken back, or ends the run.
 
-    compute and reduce -> inspect -> agree (one reduction over all ranks) -> judge -> apply on every rank, or on none
+    compute and reduce -> inspect -> agree (one reduction over all ranks) -> judge -> update -> agree that all of it is finite
 
 What `judge` decides depends on figures that every rank holds alike, so every rank decides the same without asking again. Only
 when one of them says that something is wrong do ranks tell each other the details.
@@ -15,10 +15,11 @@ import torch
 
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.fault_tolerance.config import GuardConfig
-from bagualu.fault_tolerance.guard import damage
+from bagualu.fault_tolerance.guard import damage, words
 from bagualu.fault_tolerance.guard.attempts import Attempts, culprits
 from bagualu.fault_tolerance.guard.damage import Damage, DamageCheck
 from bagualu.fault_tolerance.guard.decide import Situation, decide
+from bagualu.fault_tolerance.guard.finite import after_update
 from bagualu.fault_tolerance.guard.memory import Memory
 from bagualu.fault_tolerance.guard.verdict import SPIKES, Action, Cause, Verdict
 from bagualu.fault_tolerance.guard.words import by_rank, diagnosis, ending, finding
@@ -163,6 +164,22 @@ class Guard:
     def strongest(self) -> float:
         """The gradient norm that the update of the newest attempt may have; infinite for any."""
         return self.memory.strongest() if self._limited else math.inf
+
+    def judge_update(self, step: int, spoilt: Sequence[tuple[int, str]]) -> Verdict:
+        """What becomes of `step` whose update left values that are not finite on some rank: COMMIT (repaired), ROLLBACK, STOP.
+
+        `spoilt`: (bucket, kind of its state) for this rank's own. Collective; the same on every rank.
+        """
+        world = self._mesh.group("world")
+        own = {"damage": damage.as_json(self._damage.not_finite(spoilt))}
+        damages = [damage.from_json(row["damage"]) for row in gather_json(own, world, world.device)]
+        repairable = damage.repairable(damages)
+        again = self.memory.setbacks > 0 and step <= self.memory.furthest
+        action = after_update(self.config, repairable, again, self.memory.setbacks)
+        if action is Action.COMMIT:
+            self._damage.repair(damages)
+        ranks = tuple(rank for rank, found in enumerate(damages) if found)
+        return Verdict(action, Cause.UPDATE, ranks, self._count, words.after_update(step, action, _named(damages), again))
 
     def finish(self, step: int, loss: float, norm: float, verdict: Verdict) -> None:
         """`step` has ended so, and the update has happened if it was to."""

@@ -22,6 +22,7 @@ class Cause(StrEnum):
     NONFINITE = "loss or gradient not finite"
     NORM = "gradient norm spike"
     LOSS = "loss spike"
+    UPDATE = "weights or moments not finite after the update"
     GRADIENTS = "gradients differ when computed again"
     WEIGHTS = "weights of a replica damaged"
     STATE = "optimizer state damaged"

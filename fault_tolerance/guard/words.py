@@ -41,6 +41,17 @@ def ending(cause: Cause, action: Action, ranks: Sequence[int], setbacks: int, st
     return f"the step was discarded on every rank; {advice}, and go on from the last checkpoint with checkpoint.resume=true"
 
 
+def after_update(step: int, action: Action, damaged: Sequence[str], again: bool) -> str:
+    """What is said of `step` (from 1), whose update left values that are not finite where `damaged` says."""
+    ends = {
+        Action.COMMIT: "another rank holds the same state, finite: it was copied from there, and the step was applied",
+        Action.ROLLBACK: "back to a checkpoint; if it happens again, lower optim.lr or raise optim.epsilon",
+        Action.STOP: f"{'this is not the first time; ' if again else ''}nothing of the step is saved; lower optim.lr or raise "
+        "optim.epsilon, and go on from the last checkpoint with checkpoint.resume=true",
+    }
+    return f"step {step}: {Cause.UPDATE}: {'; '.join(damaged)}; {ends[action]}"
+
+
 def by_rank(rank: int, things: Sequence[str]) -> str:
     """What is damaged on a rank; the first few."""
     more = f" and {len(things) - 3} more" if len(things) > 3 else ""

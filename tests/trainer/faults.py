@@ -30,7 +30,7 @@ class Fault:
     """gradient: its own, before the reduction; reduced: its shard of the reduced one; copy: its working copy of a shard that
     another rank owns; weight | exp_avg | exp_avg_sq: its shard of the optimizer state."""
     how: str = "bit"
-    """bit: one mantissa bit, the value stays finite and of its size; huge: times 1e6; nan."""
+    """bit: one mantissa bit, the value stays finite and of its size; huge: times 1e6; nan; inf; or a number to put there."""
     rank: int = 1
     step: int = 5
     point: str = "forward"
@@ -99,7 +99,7 @@ def spoil(tensor: torch.Tensor, how: str, time: int) -> None:
     elif how == "random":
         tensor[place] = time
     else:
-        tensor[place] = float("nan") if how == "nan" else 1e6 * (1 + tensor[place].abs())
+        tensor[place] = 1e6 * (1 + tensor[place].abs()) if how == "huge" else float(how)
 
 
 @dataclass

@@ -4,12 +4,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from math import lcm
 from typing import Any
 
-from bagualu.comm.checks import refuse_unused, require_at_least, require_at_most
+from bagualu.comm.checks import RANGES, refuse_unused, require_at_least, require_at_most, require_representable
 from bagualu.comm.errors import RecipeError
 
 LARGEST = 2**24
 """Of any width. What is beyond is a slip of the keyboard that would only show when memory is full."""
 MOST_LAYERS = 2**14
+_RAREST = 10.0
+"""Standard deviations that no initial weight is away from 0."""
 
 
 @dataclass
@@ -85,8 +87,8 @@ class ModelConfig:
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe.experts > 0 and (layer + 1) % self.moe.every == 0
 
-    def validate(self) -> None:
-        """Raises RecipeError for a shape that no layout can make right."""
+    def validate(self, dtype: str = "float32") -> None:
+        """Raises RecipeError for a shape that no layout can make right, and for numbers that weights of `dtype` cannot hold."""
         require_at_least(1, "model", self, "layers", "hidden", "heads", "ffn", "vocab", "vocab_multiple")
         require_at_most(MOST_LAYERS, "model", self, "layers")
         require_at_most(LARGEST, "model", self, "hidden", "heads", "ffn", "vocab", "vocab_multiple")
@@ -97,6 +99,11 @@ class ModelConfig:
                 raise RecipeError(
                     f"model.{name}={getattr(self, name)} must be positive, e.g. model.{name}={getattr(ModelConfig, name)}"
                 )
+        require_representable("model", self, "float64" if dtype == "float64" else "float32", "norm_epsilon", "rope_theta")
+        require_representable("model", self, dtype, "initial_std")
+        if self.initial_std > RANGES[dtype][1] / _RAREST:
+            raise RecipeError(f"model.initial_std={self.initial_std} makes initial weights that {dtype} cannot hold; "
+                              f"give model.initial_std={ModelConfig.initial_std}")  # fmt: skip
         if self.hidden % self.heads:
             raise RecipeError(f"model.hidden={self.hidden} is not divisible by model.heads={self.heads}; "
                               f"give model.hidden={-(-self.hidden // (2 * self.heads)) * 2 * self.heads}")  # fmt: skip

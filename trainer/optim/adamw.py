@@ -1,50 +1,81 @@
 """AdamW over the shards of the gradient buckets: master weights and moments exist only for this rank's part.
 
-The arithmetic is the fused kernel of torch.optim.AdamW, called by itself: making an optimizer of torch's imports its compiler, a
-second and 70 MB. For 16-bit models the shards have float32 master weights of their own and the working weights are those, rounded;
-otherwise the working weights are the master weights.
+The arithmetic is the fused kernel of torch.optim.AdamW, called by itself: torch's optimizer would import its compiler, a second and
+70 MB, and takes a shard only as a whole. For 16-bit models the shards have float32 master weights of their own and the working
+weights are those, rounded; otherwise the working weights are the master weights.
 """
 
 from collections.abc import Iterator
 
 import torch
-from torch.optim.adamw import adamw
 
 from bagualu.fault_tolerance.checkpoint.load import Request
 from bagualu.fault_tolerance.checkpoint.shard import Piece
+from bagualu.fault_tolerance.guard.finite import is_finite, probe
 from bagualu.parallel.boxes import flat_range_to_boxes
 from bagualu.parallel.data import Bucket, gather_weights
 from bagualu.trainer.optim.config import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_PIECE = 2**18
+"""Elements that a CPU updates at once: weight, moments and gradient of so many stay in its cache."""
 
 
 class ShardedAdamW:
-    """Updates every bucket's shard, then gathers the working weights (ZeRO-1 where buckets are partitioned)."""
+    """Updates every bucket's shard; `share` gathers the working weights (ZeRO-1 where buckets are partitioned)."""
 
     def __init__(self, buckets: list[Bucket], config: OptimConfig) -> None:
         self.buckets = buckets
         self.config = config
         self._shards = [_shard(_master(bucket)) for bucket in buckets]
+        self._probed = torch.zeros((), dtype=torch.float64, device=buckets[0].weights.device)
+        """Not finite when the last step left values that are not, and in rare cases where all are finite."""
 
     def step(self, lr: float, gradient_factor: float) -> None:
-        """Update with the reduced gradients times `gradient_factor` (clipping, loss scale)."""
-        if gradient_factor != 1.0:
-            for bucket in self.buckets:
-                bucket.shard_gradients.mul_(gradient_factor)
-        for decayed, decay in ((True, self.config.weight_decay), (False, 0.0)):
-            self._update([i for i, bucket in enumerate(self.buckets) if bucket.kind.decayed == decayed], lr, decay)
-        self.publish()
+        """Update this rank's shards with the reduced gradients times `gradient_factor` (clipping, loss scale).
 
-    def _update(self, places: list[int], lr: float, decay: float) -> None:
-        """Update the shards of the buckets at `places`."""
-        state = {kind: [self._shards[place][kind] for place in places] for kind in ("weight", *MOMENTS, "step")}
-        gradients = [self.buckets[place].shard_gradients for place in places]
+        The other ranks see nothing of it before `share`. In between, `spoilt` says whether all that came out is finite.
+        """
+        self._probed.zero_()
+        for bucket, shard in zip(self.buckets, self._shards, strict=True):
+            shard["step"] += 1
+            decay = self.config.weight_decay if bucket.kind.decayed else 0.0
+            for piece in _pieces(bucket.shard_gradients):
+                self._update(bucket, shard, piece, lr, decay, gradient_factor)
+
+    def _update(
+        self, bucket: Bucket, shard: dict[str, torch.Tensor], piece: slice, lr: float, decay: float, gradient_factor: float
+    ) -> None:
+        """Update a piece of a shard, and look at what came out while it is in the processor's cache, which takes a fraction of the
+        time of reading it from memory."""
+        gradient, working = bucket.shard_gradients[piece], bucket.shard_weights[piece]
+        weight, average, square = (shard[kind][piece] for kind in ("weight", *MOMENTS))
+        if gradient_factor != 1.0:
+            gradient.mul_(gradient_factor)
         beta1, beta2 = self.config.betas
-        adamw(
-            state["weight"], gradients, state["exp_avg"], state["exp_avg_sq"], [], state["step"], fused=True, amsgrad=False,
-            maximize=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=self.config.epsilon,
+        torch._fused_adamw_(
+            [weight], [gradient], [average], [square], [], [shard["step"]], lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay,
+            eps=self.config.epsilon, amsgrad=False, maximize=False,
         )  # fmt: skip
+        if weight.data_ptr() != working.data_ptr():
+            working.copy_(weight)
+        self._look(working, square)
+
+    def _look(self, working: torch.Tensor, square: torch.Tensor) -> None:
+        """At a piece of what an update made. An average that is not finite makes the weight so; an infinite square does not."""
+        self._probed += probe(working)
+        self._probed += probe(square)
+
+    def spoilt(self) -> list[tuple[int, str]]:
+        """(bucket, kind of its state) of this rank that the last `step` left with values that are not finite; mostly none."""
+        if torch.isfinite(self._probed):
+            return []
+        held = [
+            (index, kind, tensor)
+            for index, (bucket, shard) in enumerate(zip(self.buckets, self._shards, strict=True))
+            for kind, tensor in {**_saved(shard), "working copy": bucket.shard_weights}.items()
+        ]
+        return [(index, kind) for index, kind, tensor in held if not is_finite(tensor)]
 
     def shards(self) -> list[dict[str, torch.Tensor]]:
         """For every bucket this rank's shard of the state, by kind: weight (the master), the moments, step (how many updates).
@@ -58,6 +89,10 @@ class ShardedAdamW:
         for bucket, shard in zip(self.buckets, self._shards, strict=True):
             if shard["weight"].data_ptr() != bucket.shard_weights.data_ptr():
                 bucket.shard_weights.copy_(shard["weight"])
+        self.share()
+
+    def share(self) -> None:
+        """Give the other ranks this rank's shard of the working weights, and take theirs. Collective."""
         gather_weights(self.buckets)
 
     def pieces(self) -> Iterator[Piece]:
@@ -100,6 +135,12 @@ class Incoming:
         for place, fresh in enumerate(self._fresh):
             self._optimizer._put(place, fresh, updates)
         self._optimizer.publish()
+
+
+def _pieces(shard: torch.Tensor) -> Iterator[slice]:
+    """The parts of a shard that are updated one after the other: on an accelerator, which is slow to start, all of it at once."""
+    size = _PIECE if shard.device.type == "cpu" else max(1, shard.numel())
+    return (slice(start, start + size) for start in range(0, shard.numel(), size))
 
 
 def _shard(master: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from bagualu.comm.checks import refuse_unused, require_at_least
+from bagualu.comm.checks import refuse_unused, require_at_least, require_representable
 from bagualu.comm.errors import RecipeError
 
 SCHEDULES = ("cosine", "wsd", "constant")
@@ -28,7 +28,8 @@ class OptimConfig:
     decay_fraction: float = 0.2
     """wsd only: share of the steps that decay linearly at the end."""
 
-    def validate(self) -> None:
+    def validate(self, dtype: str = "float32") -> None:
+        """`dtype`: of the optimizer's weights and moments. Raises RecipeError."""
         if self.name != "adamw":
             raise RecipeError(f"optim.name={self.name} is unknown; give optim.name=adamw")
         if self.schedule not in SCHEDULES:
@@ -36,6 +37,12 @@ class OptimConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"optim.betas={self.betas} must be two numbers in [0, 1), e.g. optim.betas=[0.9,0.95]")
         require_at_least(0, "optim", self, "lr", "epsilon", "weight_decay", "clip_norm", "warmup_steps")
+        require_representable("optim", self, dtype, "lr", "weight_decay", "clip_norm")
+        require_representable("optim", self, dtype, "epsilon", zero=False)
+        if self.lr * self.weight_decay > 2:
+            example = f"optim.lr={OptimConfig.lr} optim.weight_decay={OptimConfig.weight_decay}"
+            raise RecipeError(f"optim.lr={self.lr} times optim.weight_decay={self.weight_decay} is more than 2, so that the decay "
+                              f"makes weights grow; give smaller ones, e.g. {example}")  # fmt: skip
         for name in ("final_lr_ratio", "decay_fraction"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
