@@ -75,7 +75,8 @@ def run(
         from bagualu.trainer.progress import next_commands, summary_text
 
         typed = "bagualu" if shutil.which("bagualu") else sys.argv[0]  # an environment that is not activated is not on the PATH
-        following = [] if meeting else next_commands(overrides, ended.summary["step"], ended.summary["steps"], typed)
+        done, steps = ended.summary["step"], ended.summary["steps"]
+        following = [] if meeting else next_commands(overrides, recipe.optim, done, steps, typed)
         print(summary_text(ended.summary, following))
     return STOPPED if ended.summary["ended"] == "stopped" else DONE, ended.summary
 

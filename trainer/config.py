@@ -187,6 +187,7 @@ class Recipe:
             part.validate()
         self.model.validate(self.train.dtype)
         self.optim.validate("float64" if self.train.dtype == "float64" else "float32")
+        self.optim.validate_steps(self.train.steps)
         if self.comm.on_cpu and not self.train.deterministic:
             raise RecipeError("train.deterministic=false is for GPUs: a CPU computes the same bits anyway; leave it out, or "
                               "give comm.backend=nccl")  # fmt: skip

@@ -10,10 +10,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES
+from bagualu.trainer.optim.config import OptimConfig
+from bagualu.trainer.optim.schedule import learning_rate, same_curve
 from bagualu.trainer.sinks import Record
 
 _SMOOTHING = 0.1
 """Weight of the newest step in the mean step time behind the remaining time."""
+
+_LEAST_RATE = 0.02
+"""Of optim.lr: a run does not go on for long with less than this."""
 
 
 class Progress:
@@ -124,8 +129,10 @@ def _spent(ledger: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {seconds / ledger['wall']:.1%}" for name, seconds in sorted(others.items(), key=lambda one: -one[1]))
 
 
-def next_commands(overrides: Sequence[str], step: int, steps: int, program: str = "bagualu") -> list[tuple[str, str]]:
-    """What to type after a run of `PROGRAM train OVERRIDES` that has done `step` of `steps` steps."""
+def next_commands(
+    overrides: Sequence[str], optim: OptimConfig, step: int, steps: int, program: str = "bagualu"
+) -> list[tuple[str, str]]:
+    """What to type after a run of `PROGRAM train OVERRIDES` that has done `step` of `steps` steps with the schedule of `optim`."""
 
     def command(words: Sequence[str]) -> str:
         return shlex.join([program, "train", *words])
@@ -133,8 +140,25 @@ def next_commands(overrides: Sequence[str], step: int, steps: int, program: str 
     own = [o for o in overrides if not o.startswith("checkpoint.resume=")]
     if step < steps:
         return [("go on", command([*own, "checkpoint.resume=true"]))]
-    longer = [o for o in own if not o.startswith("train.steps=")]
+    kind, changes = _further(optim, steps)
+    kept = [o for o in own if o.partition("=")[0] not in changes]
+    further = [f"{key}={value}" for key, value in changes.items()]
     return [
-        ("train on", command([*longer, f"train.steps={2 * steps}", "checkpoint.resume=true"])),
+        (kind, command([*kept, *further, "checkpoint.resume=true"])),
         ("larger", command(["recipe=bench_dense", "data.source=stdlib", "train.steps=1000"])),
     ]
+
+
+def _further(optim: OptimConfig, steps: int) -> tuple[str, dict[str, str]]:
+    """How a run that has done its `steps` steps goes on for as many, and the keys to change: without a jump of the learning rate
+    where the schedule has a rate left, else with the jump in the name."""
+    rate, more = learning_rate(optim, steps - 1, steps), {"train.steps": str(2 * steps)}
+    if same_curve(optim, steps - 1, 2 * steps, rate):
+        return "train on", more
+    if rate < optim.lr * _LEAST_RATE:
+        return f"train on, rate x {learning_rate(optim, steps, 2 * steps) / rate:.0f}", more
+    changes = {**more, "optim.schedule": "wsd", "optim.lr": f"{rate:g}"}
+    decay = OptimConfig(decay_fraction=optim.decay_fraction).decay_steps(2 * steps)
+    if decay > steps or optim.warmup_steps + decay > 2 * steps:
+        changes["optim.decay_fraction"] = str(OptimConfig.decay_fraction)
+    return "train on, rate kept", changes

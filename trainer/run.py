@@ -23,6 +23,7 @@ from bagualu.trainer.flops import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.loop import Loop
 from bagualu.trainer.observe import close_ledger, open_ledger, plan_faults
 from bagualu.trainer.progress import Progress
+from bagualu.trainer.rate import remarks
 from bagualu.trainer.rebalance import open_rebalancer
 from bagualu.trainer.replication import open_replication
 from bagualu.trainer.resume import resume
@@ -64,6 +65,9 @@ def train(
         return finished
     ceiling = _ceiling(parts, communicator)
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
+    if communicator.rank == 0:
+        for remark in remarks(recipe, resumed.step):
+            print(remark, file=sys.stderr, flush=True)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
     checkpoints = Checkpoints(parts, fence, resumed.checkpoint)
     stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)

@@ -2,6 +2,7 @@ import io
 
 import pytest
 
+from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.progress import Progress, duration, next_commands, summary_text
 
 
@@ -65,7 +66,7 @@ def test_the_summary_says_how_it_went_and_what_to_type():
     text = summary_text(
         {"ended": "done", "step": 30, "steps": 30, "seconds": 183, "loss": 3.21, "validation_bits_per_byte": 2.1,
          "tokens_per_second": 5812.0, "mfu": 0.12, "run_dir": "runs/tiny", "mystery": 1},
-        next_commands(["recipe=tiny"], 30, 30),
+        next_commands(["recipe=tiny"], OptimConfig(schedule="constant"), 30, 30),
     )  # fmt: skip
     assert text.splitlines() == [
         "done: step 30/30 in 3:03",
@@ -84,7 +85,9 @@ def test_the_summary_says_how_it_went_and_what_to_type():
 
 def test_a_run_that_was_stopped_is_told_to_go_on_with_its_own_settings():
     overrides = ["recipe=tiny", "parallel.balance=[3, 3]", "checkpoint.resume=false"]
-    assert next_commands([], 10, 30, ".venv/bin/bagualu") == [("go on", ".venv/bin/bagualu train checkpoint.resume=true")]
-    assert next_commands(overrides, 10, 30) == [
+    assert next_commands([], OptimConfig(), 10, 30, ".venv/bin/bagualu") == [
+        ("go on", ".venv/bin/bagualu train checkpoint.resume=true")
+    ]
+    assert next_commands(overrides, OptimConfig(), 10, 30) == [
         ("go on", "bagualu train recipe=tiny 'parallel.balance=[3, 3]' checkpoint.resume=true")
     ]

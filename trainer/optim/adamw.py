@@ -17,7 +17,7 @@ from bagualu.parallel.data import Bucket, gather_weights
 from bagualu.trainer.optim.config import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_PIECE = 2**18
+_PIECE = 2**19
 """Elements that a CPU updates at once: weight, moments and gradient of so many stay in its cache."""
 
 

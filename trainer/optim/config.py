@@ -21,12 +21,25 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     schedule: str = "cosine"
-    """cosine | wsd (warmup, stable, decay) | constant; all begin with a linear warmup."""
+    """cosine | wsd (warmup, stable, decay) | constant; all begin with a linear warmup. docs/learning_rate.md draws them."""
     warmup_steps: int = 20
     final_lr_ratio: float = 0.1
-    """Where cosine and wsd end, as a share of lr."""
+    """Where cosine and wsd end, as a share of lr: the rate of the last step; 0 would be that of the step after it."""
     decay_fraction: float = 0.2
     """wsd only: share of the steps that decay linearly at the end."""
+
+    def decay_steps(self, steps: int) -> int:
+        """wsd only: how many of `steps` decay."""
+        return round(self.decay_fraction * steps)
+
+    def validate_steps(self, steps: int) -> None:
+        """Refuse a warmup that ends within the decay: the rate would fall in one step to where the decay is by then. Raises
+        RecipeError."""
+        decay = self.decay_steps(steps) if self.schedule == "wsd" else 0
+        if decay and self.warmup_steps + decay > steps:
+            raise RecipeError(f"optim.warmup_steps={self.warmup_steps} reaches into the decay, which with optim.decay_fraction="
+                              f"{self.decay_fraction} are the last {decay} of train.steps={steps}; give optim.warmup_steps="
+                              f"{steps - decay} or a smaller optim.decay_fraction")  # fmt: skip
 
     def validate(self, dtype: str = "float32") -> None:
         """`dtype`: of the optimizer's weights and moments. Raises RecipeError."""

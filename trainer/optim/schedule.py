@@ -8,17 +8,25 @@ from bagualu.trainer.optim.config import OptimConfig
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """Rate of step `step` (from 0) of `steps`: linear warmup, then cosine, warmup-stable-decay or constant.
 
-    cosine falls from lr to final_lr_ratio * lr over the steps after the warmup (arXiv 1608.03983); wsd stays at lr and falls
-    there linearly over the last decay_fraction of all steps (arXiv 2404.06395).
+    The last step of the warmup has the rate lr, and so has the one after it, with which cosine and the stable part of wsd begin.
+    cosine falls from there to final_lr_ratio * lr in the last step (arXiv 1608.03983); wsd stays at lr and falls there linearly over
+    the last decay_fraction of all steps (arXiv 2404.06395). No step has the rate 0: a final_lr_ratio of 0 would be reached one step
+    after the last. docs/learning_rate.md draws the curves.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     low = config.final_lr_ratio
+    end = steps - 1 if low > 0 else steps  # where it is reached
     if config.schedule == "cosine":
-        progress = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
+        progress = min(1.0, (step - config.warmup_steps) / max(1, end - config.warmup_steps))
         return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
     if config.schedule == "wsd":
-        decay_steps = round(config.decay_fraction * steps)
-        progress = min(1.0, max(0.0, (step - (steps - 1 - decay_steps)) / decay_steps)) if decay_steps else 0.0
+        stable = steps - 1 - config.decay_steps(steps)  # the last step at the full rate
+        progress = min(1.0, max(0, step - stable) / max(1, end - stable))
         return config.lr * (1 - (1 - low) * progress)
     return config.lr
+
+
+def same_curve(config: OptimConfig, step: int, steps: int, rate: float) -> bool:
+    """Whether a run of `steps` steps has had `rate`, to 1%, in its step `step` (from 0)."""
+    return math.isclose(learning_rate(config, step, steps), rate, rel_tol=0.01)

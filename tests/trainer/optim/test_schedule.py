@@ -2,9 +2,13 @@
 
 import itertools
 import math
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from bagualu.comm.errors import RecipeError
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.schedule import learning_rate
 
@@ -51,13 +55,51 @@ def test_without_a_decay_wsd_is_constant() -> None:
     assert rates(30, schedule="wsd", decay_fraction=0.0) == rates(30, schedule="constant")
 
 
-def test_wsd_of_decay_alone_does_not_jump_after_the_warmup() -> None:
-    found = rates(30, schedule="wsd", decay_fraction=1.0)
-    assert max(abs(a - b) for a, b in itertools.pairwise(found)) <= 0.25 + 1e-12
-    assert found[-1] == pytest.approx(0.1)
+def test_wsd_of_decay_alone_begins_below_the_full_rate() -> None:
+    found = rates(30, schedule="wsd", decay_fraction=1.0, warmup_steps=0)
+    assert found == pytest.approx([1 - 0.9 * (step + 1) / 30 for step in range(30)])
 
 
 def test_steps_past_the_end_keep_the_last_rate() -> None:
     for schedule in ("cosine", "wsd"):
         config = OptimConfig(lr=1.0, warmup_steps=4, schedule=schedule)
         assert learning_rate(config, 40, 30) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("steps", [5, 6, 9, 30])
+def test_a_final_ratio_of_zero_leaves_no_step_without_a_rate(schedule: str, steps: int) -> None:
+    found = rates(steps, schedule=schedule, final_lr_ratio=0.0, decay_fraction=0.2)
+    assert all(rate > 0 for rate in found)
+    assert found[-1] < 1 or steps == 5
+    config = OptimConfig(lr=1.0, warmup_steps=4, schedule=schedule, final_lr_ratio=0.0)
+    assert learning_rate(config, steps, steps) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.2, 0.5, 1.0])
+def test_wsd_falls_in_even_parts_wherever_it_is_not_refused(fraction: float) -> None:
+    for steps, warmup in itertools.product(range(1, 40), (0, 1, 4, 20)):
+        config = OptimConfig(lr=1.0, schedule="wsd", warmup_steps=warmup, decay_fraction=fraction, final_lr_ratio=0.1)
+        try:
+            config.validate_steps(steps)
+        except RecipeError as refused:
+            assert warmup + round(fraction * steps) > steps
+            fix = int(re.findall(r"give optim\.warmup_steps=(\d+)", str(refused))[0])
+            replace(config, warmup_steps=fix).validate_steps(steps)
+            continue
+        found = [learning_rate(config, step, steps) for step in range(steps)]
+        falls = [before - after for before, after in itertools.pairwise(found) if after < before]
+        assert falls == pytest.approx([0.9 / max(1, config.decay_steps(steps))] * len(falls))
+
+
+def drawn(config: OptimConfig, steps: int) -> str:
+    """The curve in tenths of the full rate, the highest tenth first."""
+    tenths = [round(10 * learning_rate(config, step, steps) / config.lr) for step in range(steps)]
+    rows = ["".join("#" if tenth >= level else " " for tenth in tenths) for level in range(10, 0, -1)]
+    return "".join(f"    {row}".rstrip() + "\n" for row in rows)
+
+
+def test_the_page_draws_the_curves() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "learning_rate.md").read_text(encoding="utf-8")
+    for schedule in ("cosine", "wsd", "constant"):
+        assert f"`{schedule}`\n\n{drawn(OptimConfig(schedule=schedule, warmup_steps=5), 30)}" in page
