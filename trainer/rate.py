@@ -14,16 +14,16 @@ def remarks(recipe: Recipe, done: int) -> list[str]:
     lines = []
     if done < steps <= optim.warmup_steps:
         last = learning_rate(optim, steps - 1, steps)
-        reached = "only in the last step" if steps == optim.warmup_steps else f"never: the last step has {last:.3g}"
+        reached = "reached only in the last step" if steps == optim.warmup_steps else f"never reached: the last step has {last:.3g}"
         lines.append(f"learning rate: optim.warmup_steps={optim.warmup_steps} take all of train.steps={steps}, so optim.lr="
-                     f"{optim.lr:g} is reached {reached}")  # fmt: skip
+                     f"{optim.lr:g} is {reached}")  # fmt: skip
     before = _recorded(Path(recipe.run.dir) / "metrics.jsonl", done) if 0 < done < steps else None
     if before is not None and not same_curve(optim, done - 1, steps, before):
         now = learning_rate(optim, done, steps)
         times = f", {now / before:.3g} times as much" if before > 0 else ""
         lines.append(f"learning rate: step {done} had {before:.3g}, step {done + 1} has {now:.3g}{times}, since optim.schedule="
-                     f"{optim.schedule} with optim.lr={optim.lr:g}, optim.warmup_steps={optim.warmup_steps} and train.steps={steps} "
-                     "is not the curve that the run was on")  # fmt: skip
+                     f"{optim.schedule} with optim.lr={optim.lr:g}, optim.warmup_steps={optim.warmup_steps} and train.steps={steps}"
+                     " is not the curve that the run was on")  # fmt: skip
     return lines
 
 

@@ -33,7 +33,8 @@ def roll_back(parts: Parts, step: int, verdict: Verdict, stop: Callable[[], bool
     found: Any = broadcast_json(_candidates(stored, at_most, by_data), world, parts.device)
     candidates = [Stored(root / name) for name in found["names"]]
     if not candidates:
-        raise GuardError(f"{verdict.text}; {_nothing_to_go_back_to(found['later'], at_most)}")
+        why = _nothing_to_go_back_to(found["later"], at_most, verdict.cause is Cause.UPDATE)
+        raise GuardError(f"{verdict.text}; {why}")
     memory = deepcopy(parts.guard.memory)
     chosen, problems = choose(parts, candidates, stop)
     done, damaged = chosen.step, tell(parts, candidates, problems, chosen)
@@ -59,7 +60,9 @@ def _candidates(checkpoints: list[Path], at_most: int, by_data: bool) -> dict[st
     return {"names": [path.name for path in reversed(old_enough)], "later": len(old_enough) < len(checkpoints)}
 
 
-def _nothing_to_go_back_to(later: bool, clean: int) -> str:
+def _nothing_to_go_back_to(later: bool, clean: int, by_update: bool) -> str:
+    if not later and by_update:
+        return "there is no checkpoint to go back to; lower optim.lr or raise optim.epsilon, and start anew"
     if not later:
         return "there is no checkpoint to go back to; give a smaller checkpoint.every"
     return (f"every checkpoint is of later than step {clean}, up to which the state is known to have been whole, and may hold the "

@@ -45,7 +45,7 @@ def after_update(step: int, action: Action, damaged: Sequence[str], again: bool)
     """What is said of `step` (from 1), whose update left values that are not finite where `damaged` says."""
     ends = {
         Action.COMMIT: "another rank holds the same state, finite: it was copied from there, and the step was applied",
-        Action.ROLLBACK: "back to a checkpoint; if it happens again, lower optim.lr or raise optim.epsilon",
+        Action.ROLLBACK: "the update has overwritten the state from before, which a checkpoint must give back",
         Action.STOP: f"{'this is not the first time; ' if again else ''}nothing of the step is saved; lower optim.lr or raise "
         "optim.epsilon, and go on from the last checkpoint with checkpoint.resume=true",
     }

@@ -70,12 +70,12 @@ class ShardedAdamW:
         """(bucket, kind of its state) of this rank that the last `step` left with values that are not finite; mostly none."""
         if torch.isfinite(self._probed):
             return []
-        held = [
-            (index, kind, tensor)
-            for index, (bucket, shard) in enumerate(zip(self.buckets, self._shards, strict=True))
-            for kind, tensor in {**_saved(shard), "working copy": bucket.shard_weights}.items()
-        ]
-        return [(index, kind) for index, kind, tensor in held if not is_finite(tensor)]
+        found = []
+        for index, (bucket, shard) in enumerate(zip(self.buckets, self._shards, strict=True)):
+            found += [(index, kind) for kind, tensor in _saved(shard).items() if not is_finite(tensor)]
+            if is_finite(shard["weight"]) and not is_finite(bucket.shard_weights):  # float16 has no room for the master weight
+                found.append((index, "working copy"))
+        return found
 
     def shards(self) -> list[dict[str, torch.Tensor]]:
         """For every bucket this rank's shard of the state, by kind: weight (the master), the moments, step (how many updates).
