@@ -179,7 +179,8 @@ class Guard:
         if action is Action.COMMIT:
             self._damage.repair(damages)
         ranks = tuple(rank for rank, found in enumerate(damages) if found)
-        return Verdict(action, Cause.UPDATE, ranks, self._count, words.after_update(step, action, _named(damages), again))
+        text = words.after_update(step, action, _named(damages), again)
+        return Verdict(action, Cause.UPDATE, ranks, self._count, text=text)
 
     def finish(self, step: int, loss: float, norm: float, verdict: Verdict) -> None:
         """`step` has ended so, and the update has happened if it was to."""
