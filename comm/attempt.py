@@ -1,9 +1,9 @@
-"""Which processes begin together: every attempt to train has a name of its own, and keeps its keys under that name.
+"""Makes sure that the processes of a run start together: every attempt to train has a name, and keeps its keys under that name.
 
-A launcher that starts workers again after a death may give them the store of the dead (torchrun does), with the addresses of the
-dead in it. So rank 0 opens an attempt under a name that was never used, and the other ranks take their seats in it. A rank that
-finds its own seat taken has read the name of an attempt that is over, and waits for the next name. When all seats are taken,
-rank 0 lets the ranks begin; a rank that sees before that the attempt cannot begin says so to all of them.
+A launcher that restarts workers after a failure may give them the same store as before (torchrun does), which still contains the
+addresses of dead processes. So rank 0 opens an attempt under a new name, and the other ranks take their seats in it. If a rank's
+seat is already taken, that attempt is an old one, and the rank waits for the next name. When all seats are taken, rank 0 lets the
+ranks begin; a rank that sees earlier that the attempt cannot begin reports the reason to all ranks.
 """
 
 import json
@@ -20,7 +20,7 @@ from bagualu.comm.world import World
 _CURRENT = "bagualu/attempt"
 _BEGIN, _REFUSED, _BROKEN = "begin", "refused", "broken"
 _MOST_NAMED = 8
-"""Ranks that a message names."""
+"""The most ranks that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,18 @@ class _Attempt:
     name: str
     size: int
     backend: str
-    """Of rank 0, as are the others."""
+    """The backend of rank 0."""
 
 
 class _Seats:
-    """The keys of one attempt."""
+    """The keys of an attempt."""
 
     def __init__(self, store: Store, attempt: _Attempt) -> None:
         self.attempt = attempt
         self.keys = PrefixStore(f"bagualu/attempts/{attempt.name}", store)
 
     def take(self, rank: int) -> bool:
-        """Take the seat of `rank`; False when a process has it already."""
+        """Takes the seat of `rank`; returns False if a process has it already."""
         if self.keys.add(f"seat/{rank}", 1) > 1:
             return False
         self.keys.add("taken", 1)
@@ -53,13 +53,13 @@ class _Seats:
         return [rank for rank in range(self.attempt.size) if not self.keys.check([f"seat/{rank}"])]
 
     def decide(self, decision: str, reason: str = "") -> None:
-        """Say to all ranks what becomes of the attempt. The first decision stands."""
+        """Tells all ranks whether the attempt begins, is refused or is broken. Only the first decision counts."""
         self.keys.compare_set("decision", "", json.dumps([decision, reason]))
 
     def decided(self) -> bool:
-        """Whether the attempt begins; False: that is still open.
+        """Returns whether the attempt begins; False if that is not decided yet.
 
-        Raises RecipeError or CommunicationError when it was given up.
+        Raises RecipeError or CommunicationError if it was given up.
         """
         if not self.keys.check(["decision"]):
             return False
@@ -72,10 +72,10 @@ class _Seats:
 
 
 def join(store: Store, world: World, backend: str, timeout_seconds: float) -> Store:
-    """The keys of the attempt that `world.size` ranks make together, once all of them are there.
+    """Returns the keys of the attempt that `world.size` ranks make together, once all of them have joined.
 
-    `store` is the one that all of them reach, perhaps with keys of earlier attempts. Raises RecipeError on all ranks where their
-    backends differ, and CommunicationError when a rank does not come in time.
+    `store` is reachable by all ranks and may contain keys of earlier attempts. Raises RecipeError on all ranks if their backends
+    differ, and CommunicationError if a rank does not join in time.
     """
     deadline = time.monotonic() + timeout_seconds
     if world.rank == 0:
@@ -88,16 +88,16 @@ def join(store: Store, world: World, backend: str, timeout_seconds: float) -> St
         seats = _Seats(store, attempt)
         if attempt.backend != backend:
             seats.decide(_REFUSED, f"rank 0 has comm.backend={attempt.backend} and rank {world.rank} has comm.backend={backend}; "
-                                   "give the same comm.backend to all of them")  # fmt: skip
+                                   "give the same comm.backend to all ranks")  # fmt: skip
         if not seats.take(world.rank):
             seats.decide(_BROKEN, f"rank {world.rank} was started again while other ranks still waited for it")
         elif _begins(seats, store, deadline):
             return seats.keys
-    raise AssertionError("attempts end with an error")
+    raise AssertionError("_attempts ends with an error")
 
 
 def _open(store: Store, attempt: _Attempt, deadline: float, timeout_seconds: float) -> Store:
-    """Rank 0's part."""
+    """Opens the attempt as rank 0 and returns its keys when it begins. Raises RecipeError, CommunicationError."""
     seats = _Seats(store, attempt)
     seats.take(0)
     store.set(_CURRENT, json.dumps(asdict(attempt)))
@@ -112,7 +112,7 @@ def _open(store: Store, attempt: _Attempt, deadline: float, timeout_seconds: flo
 
 
 def _attempts(store: Store, deadline: float, timeout_seconds: float) -> Iterator[_Attempt]:
-    """The current attempt, again and again."""
+    """Yields the current attempt repeatedly. Raises CommunicationError at the deadline."""
     for _ in _until(deadline):
         if store.check([_CURRENT]):
             yield _Attempt(**json.loads(store.get(_CURRENT)))
@@ -120,7 +120,7 @@ def _attempts(store: Store, deadline: float, timeout_seconds: float) -> Iterator
 
 
 def _begins(seats: _Seats, store: Store, deadline: float) -> bool:
-    """Wait until the attempt begins; False when rank 0 has opened another attempt, or time is up."""
+    """Waits until the attempt begins; returns False if rank 0 has opened another attempt or the deadline has passed."""
     for _ in _until(deadline):
         if seats.decided():
             return True
@@ -130,7 +130,7 @@ def _begins(seats: _Seats, store: Store, deadline: float) -> bool:
 
 
 def _until(deadline: float) -> Iterator[None]:
-    """Come back ever less often until the deadline; at least once."""
+    """Yields at once and then at increasing intervals until the deadline."""
     pause = 0.005
     yield
     while time.monotonic() < deadline:

@@ -78,10 +78,10 @@ def require_text(section: str, part: Any, **examples: str) -> None:
 
 
 def require_known_home(section: str, part: Any, *names: str) -> None:
-    """Refuse a path `section`.name that begins with the home directory of nobody on this machine. Raises RecipeError."""
+    """Raises RecipeError if a path in any of `part`'s fields `names` begins with the home directory of an unknown user."""
     for name in names:
         value = getattr(part, name)
-        if value is not None and value.startswith("~"):  # the home directory of a known user is spelt out by now
+        if value is not None and value.startswith("~"):  # the home directory of a known user has been expanded before
             raise RecipeError(f"{section}.{name}={value}: {value.split('/')[0]} is no user's home directory here; give a path, "
                               f"e.g. {section}.{name}=./{value} for a folder of that name")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Addresses of this machine, and the interfaces that have them. Free of torch."""
+"""The addresses of this machine and their network interfaces."""
 
 import socket
 
@@ -8,9 +8,9 @@ LOOPBACK = "127.0.0.1"
 
 
 def addresses_towards(host: str, port: int) -> tuple[str, str]:
-    """This machine's address on the way to `host`, and that of `host`; nothing is sent. Names of nodes need not resolve.
+    """Returns this machine's address on the route to `host`, and the address of `host`. It sends nothing.
 
-    Raises OSError when there is no way to `host`.
+    This does not require that the names of nodes resolve. Raises OSError if there is no route to `host`.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))
@@ -18,8 +18,8 @@ def addresses_towards(host: str, port: int) -> tuple[str, str]:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface of this machine that has `address`."""
+    """Returns the network interface of this machine that has `address`; None if there is none."""
     for name, addresses in psutil.net_if_addrs().items():
-        if any(found.address == address for found in addresses):
+        if any(entry.address == address for entry in addresses):
             return name
-    return "lo" if address.startswith("127.") else None  # all of 127/8 is the loopback's
+    return "lo" if address.startswith("127.") else None  # the loopback interface has all addresses of 127/8

@@ -9,7 +9,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.interface import LOOPBACK, addresses_towards, interface_of
 
 ENVIRONMENT = "env://"
-"""The processes find each other by what the launcher's environment says."""
+"""The rendezvous for processes that find each other through the launcher's environment variables."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,28 @@ class World:
         if missing:
             raise RecipeError(f"RANK is set but {', '.join(missing)} not; start with torchrun or `bagualu train`")
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        of_an_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        has_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return World(
             rank,
             size,
             int(os.environ.get("LOCAL_RANK", 0)),
             ENVIRONMENT,
-            serves=None if rank or of_an_agent else (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
+            serves=None if rank or has_agent_store else (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
             one_machine=os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"],
         )
 
 
 def listen_on_one_interface(world: World) -> None:
-    """Keep Gloo and NCCL in this process to the interface that leads to the others: on one machine the loopback.
+    """Restricts Gloo and NCCL in this process to the interface that leads to the other processes: on a single machine, the
+    loopback.
 
-    By themselves they listen where the host name points, which may be an address that is open to everybody, or a wrong one. On
-    several machines an interface that a person has named (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) stays.
+    By default they listen at the address of the host name, which may be reachable by everyone, or wrong. On several machines, an
+    interface that the user has chosen (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) is kept.
     """
     if world.rendezvous != ENVIRONMENT:
         return
     interface = None
-    with suppress(OSError):  # who connects next says that there is no way
+    with suppress(OSError):  # without a route, the connection that follows reports the error
         address = LOOPBACK if world.one_machine else addresses_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))[0]
         interface = interface_of(address)
     if interface is None:

@@ -1,4 +1,4 @@
-"""A look at storage that ends, even where the storage does not answer. Free of torch."""
+"""Bounds the time of an operation on storage that may not respond."""
 
 import threading
 from collections.abc import Callable
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def within(seconds: float, look: Callable[[], T]) -> T:
-    """What `look` returns or raises; StorageError when it does neither in time."""
+    """Returns or raises what `look` does; raises StorageError if it does neither within `seconds`."""
     returned: list[T] = []
     raised: list[BaseException] = []
 
@@ -20,7 +20,7 @@ def within(seconds: float, look: Callable[[], T]) -> T:
         except BaseException as error:
             raised.append(error)
 
-    thread = threading.Thread(target=run, name="storage", daemon=True)  # a process that ends does not wait for it
+    thread = threading.Thread(target=run, name="storage", daemon=True)  # a daemon thread does not keep the process from ending
     thread.start()
     thread.join(seconds)
     if raised:

@@ -40,7 +40,7 @@ class BucketKind:
     copied_over: str | None
     """An axis, other than the reduction axis, along which ranks hold the same elements and compute the same gradient."""
     counted: bool
-    """Whether this rank's copy counts in the norm and in checkpoints; copies on other stages or tensor ranks then do not."""
+    """Whether this rank's copy, among those on other stages and tensor ranks, is the one counted in the norm and in checkpoints."""
     decayed: bool
 
 

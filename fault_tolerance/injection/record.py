@@ -34,17 +34,19 @@ class Record:
             self._lines.close()
 
     def strikes(self) -> list[dict[str, Any]]:
-        """What has struck, in order: fault, step, wall and, where there was more to say, did. Damaged lines do not count: what a
-        line that was cut short was about did not come to strike, or did nothing more."""
-        found: list[dict[str, Any]] = []
+        """Returns the faults that have struck, in order: fault, step, wall and, if there was more to say, did.
+
+        Damaged lines do not count: a fault whose line was cut short did not strike; an effect whose line was cut short is missing.
+        """
+        strikes: list[dict[str, Any]] = []
         for entry in jsonl.read(self.path):
             if type(entry.get("fault")) is not str or type(entry.get("step")) is not int or not jsonl.number(entry.get("wall")):
                 continue
             if "did" not in entry:
-                found.append(entry)
-            elif same := [one for one in found if one["fault"] == entry["fault"]]:
+                strikes.append(entry)
+            elif same := [strike for strike in strikes if strike["fault"] == entry["fault"]]:
                 same[-1]["did"] = entry["did"]
-        return found
+        return strikes
 
     def struck(self) -> Counter[str]:
         """Returns how often each fault, by its text, has struck."""

@@ -92,8 +92,8 @@ class Ledger:
 
 
 def read(run_dir: Path) -> list[Event]:
-    """Every event once; [] when there are none. In the order of the clock, if all have the same: a line may have waited for room.
-    What is damaged is passed over."""
+    """Returns every event once; [] if there are none. Damaged lines are skipped. If all events have the same clock, they are sorted
+    by it, because a line may have waited for space on the disk."""
     events = list(dict.fromkeys(filter(None, map(_event, jsonl.read(run_dir / LEDGER)))))
     if len({event.clock for event in events}) == 1:
         events.sort(key=lambda event: event.monotonic)
@@ -101,12 +101,12 @@ def read(run_dir: Path) -> list[Event]:
 
 
 def _event(fields: dict[str, Any]) -> Event | None:
-    """The event of a line; None for what is not an event."""
+    """Returns the event of a line; None if the line is not a valid event."""
     try:
         event = Event(**fields)
     except TypeError:
         return None
-    texts = all(type(one) is str for one in (event.what, event.clock, event.writer, event.cause))
+    texts = all(type(text) is str for text in (event.what, event.clock, event.writer, event.cause))
     numbers = jsonl.number(event.wall) and jsonl.number(event.monotonic) and type(event.step) is int
     optional = (event.since is None or jsonl.number(event.since)) and (event.rank is None or type(event.rank) is int)
     return event if texts and numbers and optional else None

@@ -4,9 +4,9 @@ productive   steps whose result survived
 checkpoint   training stood still for a save
 validation
 balance      training stood still while layers moved between ranks
-lost         steps that were done again, thrown away or cut off by a failure
+lost         steps that were repeated, discarded or cut off by a failure
 start        from a launch or a restart to its first step
-detection    from a failure to the moment that the launcher saw it
+detection    from a failure until the launcher noticed it
 waiting      back-off before a restart; between a launch that ended early and the next one
 """
 
