@@ -56,19 +56,14 @@ class _Seats:
         """Tells all ranks whether the attempt begins, is refused or is broken. Only the first decision counts."""
         self.keys.compare_set("decision", "", json.dumps([decision, reason]))
 
-    def decided(self) -> bool:
-        """Returns whether the attempt begins; False if that is not decided yet.
-
-        Raises RecipeError or CommunicationError if it was given up.
-        """
+    def decision(self) -> tuple[str, str] | None:
+        """Returns the decision about the attempt and its reason; None if it is still open. Raises RecipeError if it was refused."""
         if not self.keys.check(["decision"]):
-            return False
+            return None
         decision, reason = json.loads(self.keys.get("decision"))
         if decision == _REFUSED:
             raise RecipeError(reason)
-        if decision == _BROKEN:
-            raise CommunicationError(reason)
-        return True
+        return decision, reason
 
 
 def join(store: Store, world: World, backend: str, timeout_seconds: float) -> Store:
@@ -102,7 +97,9 @@ def _open(store: Store, attempt: _Attempt, deadline: float, timeout_seconds: flo
     seats.take(0)
     store.set(_CURRENT, json.dumps(asdict(attempt)))
     for _ in _until(deadline):
-        if seats.decided():
+        if decided := seats.decision():
+            if decided[0] == _BROKEN:
+                raise CommunicationError(decided[1])
             return seats.keys
         if seats.all_taken:
             seats.decide(_BEGIN)
@@ -120,10 +117,13 @@ def _attempts(store: Store, deadline: float, timeout_seconds: float) -> Iterator
 
 
 def _begins(seats: _Seats, store: Store, deadline: float) -> bool:
-    """Waits until the attempt begins; returns False if rank 0 has opened another attempt or the deadline has passed."""
+    """Waits until the attempt begins; returns False if it is over and another may follow, or the deadline has passed.
+
+    A broken attempt may be one of ranks that died, in which this rank found a free seat: that is no failure of this rank.
+    """
     for _ in _until(deadline):
-        if seats.decided():
-            return True
+        if decided := seats.decision():
+            return decided[0] == _BEGIN
         if json.loads(store.get(_CURRENT))["name"] != seats.attempt.name:
             return False
     return False

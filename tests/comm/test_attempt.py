@@ -93,12 +93,23 @@ def test_an_attempt_of_another_size_is_over(store: Store) -> None:
 
 
 def test_a_rank_started_again_while_others_wait_for_the_third_ends_the_attempt(store: Store) -> None:
-    waits = [Rank(store, 0, 3), Rank(store, 1, 3)]
-    until(lambda: current(store) and store.check([f"bagualu/attempts/{current(store)}/seat/1"]))
+    waits, dies = Rank(store, 0, 3), Rank(store, 1, 3, timeout=SHORT)
+    assert isinstance(dies.result(), CommunicationError)
     again = Rank(store, 1, 3)
-    assert "rank 1 was started again" in str(waits[0].result())
-    begin = [Rank(store, 0, 3), Rank(store, 2, 3), again]
-    assert same(begin)
+    assert "rank 1 was started again" in str(waits.result())
+    late = Rank(store, 2, 3)  # it finds a free seat in the attempt that is over
+    time.sleep(0.1)
+    assert same([Rank(store, 0, 3), late, again])
+
+
+def test_a_free_seat_beside_the_dead_is_no_failure_when_another_rank_finds_its_own_taken(store: Store) -> None:
+    dead = [Rank(store, 0, 3, timeout=SHORT), Rank(store, 1, 3, timeout=SHORT)]
+    assert all(isinstance(rank.result(), CommunicationError) for rank in dead)
+    free = Rank(store, 2, 3)
+    until(lambda: store.check([f"bagualu/attempts/{current(store)}/seat/2"]))
+    taken = Rank(store, 1, 3)
+    time.sleep(0.3)
+    assert same([Rank(store, 0, 3), free, taken])
 
 
 def test_ranks_with_different_backends_are_refused_on_all_of_them(store: Store) -> None:
