@@ -25,11 +25,11 @@ from contest.environment import machine, versions
 _FOLDERS = ("comm", "parallel", "fault_tolerance", "trainer", "launch", "recipes")
 _BLOCK_BYTES, _FILE_BYTES = 20_000_000, 20_000
 _PREPARE = """
-import json, resource, sys, time
+import json, re, sys, time
 import bagualu.trainer.data.build
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import prepare
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024  # ru_maxrss counts the parent
 before, started, cpu = peak(), time.perf_counter(), time.process_time()
 corpus = prepare(DataConfig(source=sys.argv[1], cache=sys.argv[2]), int(sys.argv[3]))
 print(json.dumps({"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu, "peak_bytes": peak(),

@@ -8,7 +8,7 @@ import pytest
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.config import DataConfig
-from bagualu.trainer.data.corpus import Corpus, prepare
+from bagualu.trainer.data.corpus import Corpus, prepare, show_data
 from bagualu.trainer.recipe import compose, save_recipe
 from tests.trainer.data.conftest import words
 
@@ -75,7 +75,10 @@ def test_with_validation_off_all_of_the_text_trains(tmp_path: Path) -> None:
     corpus = prepare(config, VOCAB, validation=False)
     assert (len(corpus.validation), corpus.split) == (0, "none")
     assert text_bytes(corpus) == sum(path.stat().st_size for path in source.iterdir())
-    assert len(prepare(config, VOCAB).validation) > 0
+    assert show_data(corpus, "text") == f"data: text, {len(corpus.train):,} tokens to train on, none to validate with"
+    kept = prepare(config, VOCAB)
+    share = len(kept.validation) / (len(kept.train) + len(kept.validation))
+    assert f"{len(kept.train):,} tokens to train on, {len(kept.validation):,} ({share:.1%}) to validate" in show_data(kept, "text")
 
 
 def test_the_split_of_earlier_versions_can_be_kept(tmp_path: Path) -> None:

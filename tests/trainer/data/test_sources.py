@@ -1,10 +1,13 @@
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.build import documents
-from bagualu.trainer.data.sources import find_files
+from bagualu.trainer.data.sources import find_files, require_files
 from bagualu.trainer.data.split import by_files, hash_fraction
 
 
@@ -68,3 +71,51 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
     (tmp_path / "b.bin").write_bytes(b"abc\xff")
     with pytest.raises(RecipeError, match=r"b\.bin is not UTF-8 text \(byte 3\); convert"):
         read(tmp_path)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def as_another_user(source: Path) -> str:
+    """What `require_files` says to a user who is not root."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.getuid() == 0:
+                os.setgid(65534)
+                os.setuid(65534)
+            require_files(str(source))
+            os.write(writing, b"nothing")
+        except RecipeError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading, "rb") as stream:
+        return stream.read().decode()
+
+
+def test_a_file_or_folder_that_may_not_be_read_is_named(open_folder):
+    (open_folder / "a").write_text("text")
+    (open_folder / "b").write_text("text")
+    (open_folder / "c").mkdir()
+    (open_folder / "c").chmod(0o755)
+    assert as_another_user(open_folder) == "nothing"
+    (open_folder / "b").chmod(0)
+    assert f"{open_folder}/b cannot be read (Permission denied); make it readable" in as_another_user(open_folder)
+    (open_folder / "b").unlink()
+    (open_folder / "c").chmod(0)
+    assert f"{open_folder}/c cannot be listed (Permission denied); put it right" in as_another_user(open_folder)
+
+
+def test_a_source_that_is_neither_file_nor_folder_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RecipeError, match=r"pipe is neither a file nor a folder; give a text file or folder"):
+        find_files(str(tmp_path / "pipe"))
