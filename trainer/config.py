@@ -5,7 +5,7 @@ checks that need several parts at once.
 """
 
 from dataclasses import dataclass, field
-from math import gcd, lcm
+from math import gcd
 from typing import Any
 
 from bagualu.comm.checks import require_at_least, require_finite, require_known_home, require_text
@@ -173,11 +173,6 @@ class Recipe:
         p = self.parallel
         data = p.expert if p.data is None else p.data
         return p.tensor * p.pipeline * p.context * data
-
-    def vocab_multiple(self) -> int:
-        """What model.vocab must be a multiple of so that the tensor axis divides its rows, padded as model.vocab_multiple says."""
-        tensor = max(1, self.parallel.tensor)
-        return 1 if self.model.vocab_multiple % tensor == 0 else lcm(self.model.vocab_multiple, tensor)
 
     def validate(self, world: int) -> Layout:
         """Check every part and all of them together for `world` ranks. Raises RecipeError with the fix."""

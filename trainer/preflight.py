@@ -48,7 +48,7 @@ def check(recipe: Recipe, world: int) -> None:
         raise RecipeError(f"train.compile=true needs torch {least} or newer: torch {found} loses gradients of compiled layers; "
                           f"give train.compile=false")  # fmt: skip
     if recipe.data.source != RANDOM:
-        require_vocab(recipe.model.vocab, recipe.vocab_multiple())
+        require_vocab(recipe.model.vocab)
     if recipe.data.source not in (STDLIB, RANDOM):
         cache = [] if recipe.data.cache is None else [recipe.data.cache]
         require_files(recipe.data.source, [recipe.run.dir, *cache])

@@ -113,7 +113,6 @@ def _corpus(recipe: Recipe) -> Corpus:
             recipe.model.vocab,
             validation=recipe.train.validation_sequences > 0,
             run_dir=recipe.run.dir,
-            vocab_multiple=recipe.vocab_multiple(),
             length_multiple=recipe.parallel.tensor if recipe.parallel.sequence else 1,
         )
     except StorageError as error:

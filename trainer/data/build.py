@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bagualu.comm.errors import RecipeError
-from bagualu.trainer.data.config import SMALLEST_VOCAB, STDLIB
+from bagualu.trainer.data.config import STDLIB
 from bagualu.trainer.data.listing import TextFile
 from bagualu.trainer.data.prepared import SPLITS, fingerprint, token_dtype
 from bagualu.trainer.data.reading import Part, cut, is_utf8, whole
@@ -144,31 +144,26 @@ def _without_long_words(text: str) -> Iterator[str]:
 def _vocabulary_advice(scratch: Path, request: Request, files: Sequence[TextFile], size: int) -> str:
     """What to give in place of request.vocab, so that it is accepted at once, where the text yields `size` entries."""
     problem = f"the text of data.source={request.data.source} yields only {size} tokens"
-    vocab, multiple = _largest_vocab(scratch, request, files, size), ""
-    if vocab is None:  # none that the layout can divide
-        multiple = f" model.vocab_multiple={request.vocab_multiple}"
-        vocab = _largest_vocab(scratch, replace(request, vocab_multiple=1), files, size)
-    counts = token_counts(scratch / _TRIAL, vocab) if vocab else (0, 0)
-    longest = request.longest_sequence(counts)
-    if vocab is None or longest < 1:
+    vocab = _largest_vocab(scratch, request, files, size)
+    longest = request.longest_sequence(token_counts(scratch / _TRIAL, vocab))
+    if longest < 1:
         return f"{problem}, and is shorter than a sequence; give more text"
     shorter = f" data.sequence_length={longest}" if longest < request.data.sequence_length else ""
-    return f"{problem}; give model.vocab={vocab}{multiple}{shorter}, or more text"
+    return f"{problem}; give model.vocab={vocab}{shorter}, or more text"
 
 
-def _largest_vocab(scratch: Path, request: Request, files: Sequence[TextFile], size: int) -> int | None:
-    """The largest vocabulary up to `size` that this very text is accepted with, found by preparing it; its tokens are in `scratch`.
+def _largest_vocab(scratch: Path, request: Request, files: Sequence[TextFile], vocab: int) -> int:
+    """The largest vocabulary up to `vocab` that the text is accepted with, found by preparing it: its tokens are in `scratch`.
 
-    A smaller vocabulary is trained on less text, which may again yield fewer entries.
+    A smaller vocabulary is trained on less text, which may again yield fewer entries. The smallest of all needs no text.
     """
     (scratch / _TRIAL).mkdir(exist_ok=True)
-    while (vocab := size // request.vocab_multiple * request.vocab_multiple) >= SMALLEST_VOCAB:
+    while True:
         try:
             _write(scratch / _TRIAL, replace(request, vocab=vocab), files)
             return vocab
         except VocabularyTooLargeError as error:
-            size = error.size
-    return None
+            vocab = error.size
 
 
 def token_counts(folder: Path, vocab: int) -> tuple[int, int]:

@@ -55,8 +55,8 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def require_vocab(vocab: int, multiple: int = 1) -> None:
-    """Raise RecipeError for a vocabulary too small for text; `multiple`: what the layout needs it to be a multiple of."""
+def require_vocab(vocab: int) -> None:
+    """Raise RecipeError for a vocabulary too small for text."""
     if vocab < SMALLEST_VOCAB:
         raise RecipeError(f"model.vocab={vocab} cannot hold every byte and the end of a file; "
-                          f"give model.vocab={-(-SMALLEST_VOCAB // multiple) * multiple} or more")  # fmt: skip
+                          f"give model.vocab={SMALLEST_VOCAB} or more")  # fmt: skip

@@ -96,20 +96,19 @@ def prepare(
     *,
     validation: bool = True,
     run_dir: str | None = None,
-    vocab_multiple: int = 1,
     length_multiple: int = 1,
 ) -> Corpus:
     """The corpus of `config`, tokenised with exactly `vocab` entries. Safe from several processes at once.
 
-    `validation`, `vocab_multiple`, `length_multiple`: as in `Request`. `run_dir`: a folder that is not read as text.
+    `validation`, `length_multiple`: as in `Request`. `run_dir`: a folder that is not read as text.
     Takes seconds the first time and milliseconds after that. Raises RecipeError when the source is not text, or too small for one
     sequence or for the vocabulary, SourceError when it is missing or empty, or the cache does not answer.
     """
     if config.source == RANDOM:
         nothing = np.zeros(0, np.uint32)
         return Corpus(vocab, nothing, nothing, np.zeros(vocab, np.int64), f"random-{vocab}", None, NOTHING.kind)
-    require_vocab(vocab, vocab_multiple)
-    request = Request(config, vocab, validation, vocab_multiple, length_multiple)
+    require_vocab(vocab)
+    request = Request(config, vocab, validation, length_multiple)
     cache = cache_folder(config)
     files = find_files(config.source, [str(cache), *([run_dir] if run_dir else [])])
     folder = cache / _key(request, files)

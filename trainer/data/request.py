@@ -13,8 +13,6 @@ class Request:
     vocab: int
     validation: bool = True
     """Whether a part is kept for validation."""
-    vocab_multiple: int = 1
-    """What the layout needs model.vocab to be a multiple of."""
     length_multiple: int = 1
     """What the layout needs data.sequence_length to be a multiple of."""
 
