@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bagualu.comm.errors import RecipeError
-from bagualu.trainer.data.config import STDLIB
+from bagualu.trainer.data.config import SMALLEST_VOCAB, STDLIB
 from bagualu.trainer.data.listing import TextFile
 from bagualu.trainer.data.prepared import SPLITS, fingerprint, token_dtype
 from bagualu.trainer.data.reading import Part, cut, is_utf8, whole
@@ -146,6 +146,9 @@ def _vocabulary_advice(scratch: Path, request: Request, files: Sequence[TextFile
     problem = f"the text of data.source={request.data.source} yields only {size} tokens"
     vocab = _largest_vocab(scratch, request, files, size)
     longest = request.longest_sequence(token_counts(scratch / _TRIAL, vocab))
+    while longest < 1 and vocab > SMALLEST_VOCAB:  # its entries are as long as the text
+        vocab = _largest_vocab(scratch, request, files, max(vocab // 2, SMALLEST_VOCAB))
+        longest = request.longest_sequence(token_counts(scratch / _TRIAL, vocab))
     if longest < 1:
         return f"{problem}, and is shorter than a sequence; give more text"
     shorter = f" data.sequence_length={longest}" if longest < request.data.sequence_length else ""
