@@ -15,9 +15,10 @@ import torch
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.fence import Fence
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError, SupersededError
+from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError, SupersededError, step_of
 from bagualu.fault_tolerance.checkpoint.save import Saver, take_fence
 from bagualu.fault_tolerance.checkpoint.snapshot import Snapshot
+from bagualu.fault_tolerance.ledger.events import Ledger
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.begun import BEGUN, has_begun
 from bagualu.trainer.outcome import FinalError
@@ -70,10 +71,14 @@ def _patience(parts: Parts) -> float:
 class Checkpoints:
     """At most one save is under way. One that fails in the background costs a warning, the last one fails the run."""
 
-    def __init__(self, parts: Parts, fence: Fence, newest: Path | None = None) -> None:
+    def __init__(self, parts: Parts, fence: Fence, newest: Path | None = None, ledger: Ledger | None = None) -> None:
+        """`newest`: as the attribute. `ledger`: where each commit is entered, on the rank that has one."""
         config = parts.recipe.checkpoint
         self.parts, self.asynchronous, self.newest = parts, config.asynchronous, newest
         """`newest`: the newest checkpoint of this run; at first the one it was resumed from."""
+        self._ledger = ledger
+        self._began = 0.0
+        """When the newest save began, by the monotonic clock."""
         self.seconds = 0.0
         """Time that step boundaries have taken for checkpoints so far."""
         self.failed = 0
@@ -110,6 +115,7 @@ class Checkpoints:
         """Save the state after `step` steps, if possible in the background; one that is still under way is waited for."""
         with self._timed():
             self.finish()
+            self._began = time.monotonic()
             if self.asynchronous:
                 pieces = finite_pieces(self._snapshot.take(self.parts.optimizer.pieces()))
                 self._saver.start(step, pieces, metadata_of(self.parts, step))
@@ -125,9 +131,10 @@ class Checkpoints:
         """
         with self._timed():
             self.finish()
+            self._began = time.monotonic()
             self._saver.start(step, finite_pieces(self.parts.optimizer.pieces()), metadata_of(self.parts, step))
             try:
-                self.newest = self._saver.conclude()
+                self._committed(self._saver.conclude())
             except SupersededError as error:
                 raise LostRunError(str(error)) from error
 
@@ -154,11 +161,17 @@ class Checkpoints:
     def _attempt(self, further: Callable[[], Path | None]) -> None:
         """Bring the save under way further; should it fail, say so and go on without it."""
         try:
-            self.newest = further() or self.newest
+            if path := further():
+                self._committed(path)
         except CheckpointError as error:
             self.failed, self._error = self.failed + 1, str(error)
             if self.parts.mesh.at("world") == 0:
                 log.warning("%s; training goes on", error)
+
+    def _committed(self, checkpoint: Path) -> None:
+        self.newest = checkpoint
+        if self._ledger is not None:
+            self._ledger.add("saved", step_of(checkpoint) or 0, seconds=round(time.monotonic() - self._began, 3))
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

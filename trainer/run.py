@@ -69,7 +69,7 @@ def train(
         for remark in remarks(recipe, resumed.step):
             print(remark, file=sys.stderr, flush=True)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
-    checkpoints = Checkpoints(parts, fence, resumed.checkpoint)
+    checkpoints = Checkpoints(parts, fence, resumed.checkpoint, ledger)
     stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)
     try:
         loop = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication, open_rebalancer(parts))

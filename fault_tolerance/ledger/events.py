@@ -42,6 +42,7 @@ class Event:
     train       rank 0 is in step `step` (from 1)
     start, validation, checkpoint    rank 0 is doing this
     discarded   as before; the result of `step` was discarded
+    saved       as before; the checkpoint of `step` was committed, `seconds` after its save began
     failed      the launcher has noticed that the run failed, at about `since`, and waits to restart it
     ended       the run has ended; `cause` is done, stopped or failed
     """
@@ -57,6 +58,7 @@ class Event:
     since: float | None = None
     rank: int | None = None
     cause: str = ""
+    seconds: float | None = None
 
 
 class Ledger:
@@ -76,10 +78,11 @@ class Ledger:
         rank: int | None = None,
         cause: str = "",
         moment: Moment | None = None,
+        seconds: float | None = None,
     ) -> None:
         """Appends an event that happens now, or happened at `moment`. The other arguments are fields of Event."""
         when = moment or Moment.now()
-        event = Event(what, when.wall, when.monotonic, self._clock, self._writer, step, since, rank, cause)
+        event = Event(what, when.wall, when.monotonic, self._clock, self._writer, step, since, rank, cause, seconds)
         fields = {name: value for name, value in asdict(event).items() if value not in ("", None)}
         self._lines.add(json.dumps(fields))
 

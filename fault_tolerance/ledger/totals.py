@@ -81,7 +81,7 @@ def _stretches(events: list[Event]) -> list[_Stretch]:
         if event.what == "discarded":
             _lose(found, event.step, event.step)
             phase = "lost"
-        else:
+        elif event.what != "saved":  # after which training goes on as before
             phase, step = PHASES.get(event.what, phase), event.step
         if event.what == "ended" and event.cause == "done":
             phase = "over"

@@ -17,6 +17,7 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.format import CheckpointError
 from bagualu.fault_tolerance.checkpoint.inspect import verify
+from bagualu.fault_tolerance.ledger.events import read
 from bagualu.trainer import checkpoints
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.config import Recipe
@@ -76,6 +77,9 @@ def test_in_the_background_or_not_it_is_the_same_run(tmp_path: Path, backend: st
         assert sum(seconds) <= summary["checkpoint_seconds"]
         assert seconds[0] == 0
         assert seconds[2] > 0  # step 2 was saved after its line
+        saved = {event.step: event.seconds for event in read(tmp_path / name) if event.what == "saved"}
+        assert list(saved) == [2, 4, 6, 8]
+        assert all(taken is not None and 0 < taken < 60 for taken in saved.values())
     assert found["background"] == found["waiting"]
 
 

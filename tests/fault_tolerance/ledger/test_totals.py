@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from bagualu.fault_tolerance.ledger.events import LEDGER, Event, Ledger, read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute
 
-WHATS = ("launched", "started", "joined", "train", "start", "validation", "checkpoint", "balance", "discarded", "failed", "ended")
+WHATS = ("launched", "started", "joined", "train", "start", "validation", "checkpoint", "balance", "discarded", "saved", "failed",
+         "ended")  # fmt: skip
 
 
 def history(*entries):
@@ -37,6 +38,19 @@ def test_a_run_without_faults():
         *START, (5, "train", step(1)), (7, "train", step(2)), (9, "checkpoint", step(2)), (10, "train", step(3)),
         (12, "validation", step(3)), (15, "checkpoint", step(3)), (16, "ended", {"cause": "done"}),
     ) == {"productive": 6, "checkpoint": 2, "validation": 3, "start": 5}  # fmt: skip
+
+
+def test_a_commit_in_the_background_changes_nothing_of_what_goes_on():
+    events = [
+        (5, "train", step(1)),
+        (7, "train", step(2)),
+        (9, "train", step(3)),
+        (11, "start"),
+        (12, "train", step(3)),
+        (14, "ended"),
+    ]
+    saved = (10, "saved", {"step": 1, "seconds": 2.5})
+    assert spent(*START, *events[:3], saved, *events[3:]) == spent(*START, *events) == {"productive": 6, "lost": 2, "start": 6}
 
 
 def test_steps_done_again_are_lost_with_the_one_cut_off_and_the_rest_is_detection_and_waiting():
