@@ -68,3 +68,44 @@ def listen_on_one_interface(world: World) -> None:
             os.environ[name] = interface
         else:
             os.environ.setdefault(name, interface)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Processes that srun or mpirun has started, which have no ranks: torchrun is missing."""
+
+    launcher: str
+    count: int
+    nodes: int
+    index: int
+    """Of this process among them."""
+
+    @staticmethod
+    def from_environment() -> "Tasks | None":
+        """None where this process has a rank, or is the only process that was started."""
+        if "RANK" in os.environ:
+            return None
+        for launcher, count, index in _LAUNCHERS:
+            if int(os.environ.get(count) or 1) > 1:
+                nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or 1) if launcher == "srun" else 1
+                return Tasks(launcher, int(os.environ[count]), nodes, int(os.environ.get(index) or 0))
+        return None
+
+    def refusal(self) -> str:
+        """What is wrong, and the command that starts as many ranks."""
+        ranks = -(-self.count // self.nodes)
+        torchrun = f"torchrun --nproc-per-node={ranks}"
+        if self.nodes > 1:
+            torchrun += f" --nnodes={self.nodes} --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29400"
+        command = f"{torchrun} -m bagualu.trainer ..."
+        if self.launcher == "srun":
+            command = f"srun --ntasks-per-node=1 {command}, or bagualu slurm launch.nodes={self.nodes} launch.workers={ranks} ..."
+        return f"{self.launcher} started {self.count} processes, which know nothing of each other without torchrun; give {command}"
+
+
+_LAUNCHERS = (
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("mpirun", "PMI_SIZE", "PMI_RANK"),
+)
+"""Name, and the variables in which it says how many processes it has started and which of them this is."""

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
-from bagualu.comm.world import World
+from bagualu.comm.world import Tasks, World
 from bagualu.fault_tolerance import run_lock
 from bagualu.trainer import environment, preflight, streams
 from bagualu.trainer.choose_backend import choose_backend
@@ -37,6 +37,10 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
     streams.secure()
     if _TORCHRUN in os.environ:  # started by hand, it may outlive its shell
         die_with(os.getppid())
+    if tasks := Tasks.from_environment():
+        if tasks.index == 0:
+            print(f"bagualu: error: {tasks.refusal()}", file=sys.stderr)
+        return REFUSED
     try:
         world = World.from_environment()
     except RecipeError as error:
