@@ -23,7 +23,7 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={f"bagualu.{folder}": folder for folder in FOLDERS},
-    package_data={"": ["py.typed", "*.yaml", "*/*.yaml"]},
+    package_data={"": ["py.typed", "*.yaml", "*/*.yaml", "*.sh"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

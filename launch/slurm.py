@@ -5,10 +5,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
+from bagualu.launch.batch import setup_lines
 from bagualu.launch.usage import SEVERAL, Request
 from bagualu.trainer import preflight
 from bagualu.trainer.config import Recipe
@@ -17,9 +19,9 @@ from bagualu.trainer.override_text import typed
 from bagualu.trainer.recipe import as_dict, compose
 from bagualu.trainer.recipe_keys import keys
 
-STOP_SECONDS = 300
-"""How long before the end of the job the workers are asked to save and stop."""
 _PORT = 29400
+_NO_KILL = "--no-kill"
+"""The job goes on when SLURM has lost one of its nodes; srun needs it besides, or it kills the agents of the other nodes."""
 
 
 def slurm(request: Request) -> tuple[int, Any]:
@@ -68,6 +70,13 @@ def _check(recipe: Recipe) -> None:
     for line in [*header, *slurm.setup, recipe.run.dir, recipe.run.name]:
         if line is not None and "\n" in line:
             raise RecipeError(f'{line!r} must be one line; give a list, e.g. launch.slurm.setup=["module load cuda"]')
+    for directive in recipe.launch.slurm.directives:
+        if not directive.startswith("-"):
+            raise RecipeError(f"launch.slurm.directives: {directive!r} is no option of sbatch, which would pass over it; give it "
+                              "without #SBATCH, e.g. --exclusive")  # fmt: skip
+        if directive == "--no-requeue":
+            raise RecipeError("launch.slurm.directives: --no-requeue leaves out half of it; give launch.slurm.requeue=false")
+    setup_lines.commands(recipe.launch.slurm.setup)
 
 
 def script(recipe: Recipe, overrides: list[str]) -> str:
@@ -75,15 +84,20 @@ def script(recipe: Recipe, overrides: list[str]) -> str:
     folder = Path(recipe.run.dir).absolute()
     own = [text for text in overrides if not re.match(r"(checkpoint\.resume|run\.dir)=", text)]
     words = [*(_settled(text, recipe) for text in own), f"run.dir={typed(str(folder))}", "checkpoint.resume=true"]
-    return _SCRIPT.format(
+    slurm = recipe.launch.slurm
+    header = _HEADER.format(
         name=recipe.run.name,
         command=shlex.join(["bagualu", "slurm", *overrides]).replace("\n", " "),
         directives="\n".join(f"#SBATCH {directive}" for directive in _directives(recipe, folder)),
-        setup="".join(f"\n    {line}" for line in recipe.launch.slurm.setup),
+        run=shlex.quote(str(folder)),
+        no_kill=_NO_KILL if recipe.restart.elastic else "",
+        requeue="yes" if slurm.requeue else "no",
+        setup=setup_lines.shell(slurm.setup),
         python=shlex.quote(sys.executable),
         port=recipe.launch.port or f"$(({_PORT} + SLURM_JOB_ID % 10000))",
         overrides=" \\\n        ".join(map(shlex.quote, words)),
     )
+    return header + (files("bagualu.launch.batch") / "job.sh").read_text(encoding="utf-8")
 
 
 def _settled(override: str, recipe: Recipe) -> str:
@@ -116,14 +130,14 @@ def _directives(recipe: Recipe, folder: Path) -> list[str]:
         "--ntasks-per-node=1",
         f"--output={log}",
         "--open-mode=append",
-        "--requeue",
-        f"--signal=B:USR1@{STOP_SECONDS}",
+        "--requeue" if slurm.requeue else "--no-requeue",
+        *([_NO_KILL] if recipe.restart.elastic else []),
         *(f"--{name}={_header_value(str(value))}" for name, value in options.items() if value is not None),
         *slurm.directives,
     ]
 
 
-_SCRIPT = """\
+_HEADER = """\
 #!/bin/bash
 # Bagualu run {name}, written by: {command}
 {directives}
@@ -135,32 +149,24 @@ export BAGUALU_SECRET
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export head=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
 export port={port}
+run={run}
+export no_kill={no_kill} requeue={requeue}
 
 # One agent on every node starts the workers there; the agents meet on the first node.
-agent() {{{setup}
+start_agent() {{
     exec {python} -m bagualu.launch.node \\
         --meet "$head:$port" --id "$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}" --job "$SLURM_JOB_ID" \\
         {overrides}
 }}
+export -f start_agent
+
+agent() {{
+    asked_to_stop=
+    trap asked_to_stop=yes TERM USR1  # the agent hears it by itself
+{setup}    if [ -n "$asked_to_stop" ]; then exit 75; fi
+    (start_agent) || agent_ended $?
+    agent_ended 0
+}}
 export -f agent
 
-# SLURM warns this shell before the time limit (USR1), or takes the nodes away (TERM): ask the agents to
-# stop. Not by way of srun, which would take a SIGTERM as the order to kill them.
-requeue=no
-ask_to_stop() {{ scancel --signal=TERM "$SLURM_JOB_ID"; }}
-trap 'requeue=yes; ask_to_stop' USR1
-trap ask_to_stop TERM
-
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 bash -c agent &
-agents=$!
-wait "$agents"
-code=$?
-while kill -0 "$agents" 2>/dev/null; do  # a signal cuts `wait` short
-    wait "$agents"
-    code=$?
-done
-
-# Stopped with nothing lost: exit code 75, and at the time limit straight back into the queue to go on.
-if [ "$code" = 75 ] && [ "$requeue" = yes ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-exit "$code"
 """

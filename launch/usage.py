@@ -67,17 +67,21 @@ _SLURM = """\
 usage: bagualu slurm [recipe=NAME] launch.nodes=N [launch.workers=M] [key=value ...] [--print] [--cfg job] [--json]
 
 Writes a batch script into the run directory and submits it with sbatch, if there is one. The script runs one agent on
-each node; when SLURM takes the nodes away, the run saves a checkpoint, and goes on from it when it is started again.
+each node. Before the job's time limit, and when it is preempted, the run saves a checkpoint, and the job goes back into
+the queue to go on from it; a job that has gained no step since it began does not.
 
 recipes:
 {recipes}
 
 keys (all of them: --cfg job):
   launch.nodes launch.workers       nodes, and workers on each
-  launch.slurm.partition launch.slurm.account launch.slurm.time
+  launch.slurm.partition launch.slurm.account
+  launch.slurm.time=24:00:00        left out, the partition's own limit
+  launch.slurm.requeue=false        the job does not go back into the queue by itself
+  restart.elastic=true              the job goes on when SLURM has lost one of its nodes
   launch.slurm.gpus_per_node launch.slurm.cpus_per_task
   launch.slurm.directives=[--exclusive]             further #SBATCH lines
-  launch.slurm.setup=["source env/bin/activate"]    shell lines before the agent, on the first node
+  launch.slurm.setup=["source env/bin/activate"]    shell lines on every node; one that fails ends the job
 
 options:
   --print     print the script and do nothing

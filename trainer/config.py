@@ -84,14 +84,17 @@ class SlurmConfig:
     partition: str | None = None
     account: str | None = None
     time: str | None = None
-    """Wall-time limit as SLURM spells it, e.g. 24:00:00."""
+    """Wall-time limit as SLURM spells it, e.g. 24:00:00; left out, the partition's own. The run saves and stops before its end."""
+    requeue: bool = True
+    """The job goes back into the queue by itself after its time limit, a preemption or the loss of its nodes. false: it ends."""
     gpus_per_node: int | None = None
     cpus_per_task: int | None = None
     """CPU cores for the one agent of a node, shared by its workers."""
     directives: list[str] = field(default_factory=list)
     """Further #SBATCH lines, without the prefix, e.g. ["--exclusive"]."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines run on every node before the agent, e.g. ["module load cuda", "source env/bin/activate"]."""
+    """Shell lines run on every node before the agent, e.g. ["module load cuda", "source env/bin/activate"]. A line that fails
+    ends the job; `|| true` at its end lets it fail."""
 
     def validate(self) -> None:
         require_at_least(1, "launch.slurm", self, "gpus_per_node", "cpus_per_task")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_the_header_says_what_the_recipe_says():
     for line in ("--nodes=16", "--ntasks-per-node=1", "--partition=gpu", "--gpus-per-node=8", "--time=24:00:00",
                  "--requeue", "--exclusive", "--job-name=bagualu-llama3_8b"):  # fmt: skip
         assert f"\n#SBATCH {line}\n" in text
-    assert "\n    module load cuda\n    exec " in text
+    assert "\n    setup='module load cuda'; eval \"$setup\" || setup_failed $?\n" in text
 
 
 @BASH
@@ -139,7 +140,12 @@ SlurmctldHost=localhost
 AuthType=auth/none
 CredType=cred/none
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
+ReturnToService=2
+KillWait=60
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=sched_interval=3,bf_interval=3
 SlurmUser={user}
 SlurmdUser={user}
 StateSaveLocation={folder}/state
@@ -154,8 +160,36 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus}
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus}
-PartitionName=main Nodes=ALL Default=YES State=UP
+PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=60
+PartitionName=cancelled Nodes=ALL State=UP PriorityTier=1 GraceTime=60 PreemptMode=CANCEL
+PartitionName=short Nodes=ALL State=UP PriorityTier=1 DefaultTime=1
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2 PreemptMode=OFF
 """
+
+
+class Nodes:
+    """The daemons of a SLURM of two nodes."""
+
+    def __init__(self) -> None:
+        self.daemons = {name: subprocess.Popen(command.split()) for name, command in COMMANDS.items()}
+
+    def lose(self, job, node):
+        """As when the machine has lost power, and SLURM has waited for it long enough."""
+        self.daemons[node].kill()
+        self.daemons[node].wait()
+        for process in processes_of(job, node):
+            with contextlib.suppress(psutil.Error):
+                if (parent := process.parent()) and parent.name() == "slurmstepd":
+                    parent.kill()
+                process.kill()
+        called("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def bring_back(self, node):
+        self.daemons[node] = subprocess.Popen(COMMANDS[node].split())
+        until(lambda: "DOWN" not in called("scontrol", "show", "node", node))
+
+
+COMMANDS = {"slurmctld": "slurmctld -D", "n1": "slurmd -D -N n1", "n2": "slurmd -D -N n2"}
 
 
 @pytest.fixture
@@ -170,17 +204,16 @@ def two_nodes(tmp_path, monkeypatch):
     user = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, ports=ports, user=user, cpus=os.cpu_count()))
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    commands = ["slurmctld -D", "slurmd -D -N n1", "slurmd -D -N n2"]
-    daemons = [subprocess.Popen(command.split()) for command in commands]
+    nodes = Nodes()
     try:
-        until(lambda: "2 " in called("sinfo", "-h", "-t", "idle", "-o", "%D %T"))
-        yield
+        until(lambda: "2 " in called("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D %T"))
+        yield nodes
     finally:
         for job in called("squeue", "-h", "-o", "%A").split():
             called("scancel", "--signal=KILL", "--full", job)
             called("scancel", job)
         time.sleep(1)
-        for daemon in reversed(daemons):
+        for daemon in reversed(nodes.daemons.values()):
             daemon.send_signal(signal.SIGTERM)
             daemon.wait(30)
 
@@ -207,13 +240,38 @@ def submitted(capsys, *words):
     return json.loads(capsys.readouterr().out)["job"]
 
 
-def agent_of(job, node):
+def processes_of(job, node):
+    """What the job runs on the node."""
+    found, wanted = [], {"SLURM_JOB_ID": job, "SLURMD_NODENAME": node, "SLURM_CONF": os.environ["SLURM_CONF"]}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            mine = process.environ().get("SLURM_JOB_ID") == job and process.environ().get("SLURMD_NODENAME") == node
-            if mine and "bagualu.launch.node" in process.cmdline():
+            if wanted.items() <= process.environ().items():
+                found.append(process)
+    return found
+
+
+def agent_of(job, node):
+    for process in processes_of(job, node):
+        with contextlib.suppress(psutil.Error):
+            if "bagualu.launch.node" in process.cmdline():
                 return process
     raise AssertionError(f"job {job} has no agent on {node}")
+
+
+def state(job, expected):
+    """Whether the job is in a state that matches."""
+    return re.search(f"JobState=({expected})", called("scontrol", "show", "job", job)) is not None
+
+
+def log_of(folder, job):
+    path = folder / "logs" / f"slurm-{job}.log"
+    return path.read_text() if path.exists() else ""
+
+
+SMALL = ["recipe=tiny_dense", "parallel.data=2", "parallel.pipeline=1", "launch.nodes=2", "launch.workers=1", "model.layers=2",
+         "data.source=random", "train.validation_sequences=0", "train.steps=100000", "launch.threads=1"]  # fmt: skip
+FIRST = 'launch.slurm.setup=["[ $SLURMD_NODENAME = n1 ] || sleep 3"]'
+"""The first node holds the store: here, where both have one address, whoever comes first would."""
 
 
 @pytest.mark.slurm
@@ -256,3 +314,131 @@ def test_a_job_on_two_nodes_saves_requeues_goes_on_and_stops_with_75(two_nodes, 
     until(lambda: re.search("JobState=(FAILED|COMPLETED)", called("scontrol", "show", "job", job)))
     assert "ExitCode=75:0" in called("scontrol", "show", "job", job)
     assert step_of(latest(folder / "checkpoints")) == steps(folder)[-1]
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_an_elastic_job_outlives_the_loss_of_a_node_and_has_all_nodes_again_after_a_requeue(two_nodes, tmp_path, capsys):
+    folder = tmp_path / "run"
+    job = submitted(capsys, *SMALL, FIRST, "restart.elastic=true", "restart.wait_seconds=2", "restart.backoff_seconds=0",
+                    "checkpoint.every=2", f"run.dir={folder}")  # fmt: skip
+    until(lambda: len(steps(folder)) >= 5)
+    two_nodes.lose(job, "n2")
+    until(lambda: "going on with 1 ranks of 1 workers" in log_of(folder, job))
+    reached = steps(folder)[-1]
+    until(lambda: steps(folder)[-1] >= reached + 3)
+    two_nodes.bring_back("n2")
+    until(lambda: "does not grow back" in log_of(folder, job), 180)
+    assert state(job, "RUNNING")
+    called("scancel", "--batch", "--signal=USR1", job)  # what the log says
+    until(lambda: state(job, "PENDING"))
+    reached = steps(folder)[-1]
+    called("scontrol", "update", f"jobid={job}", "starttime=now+5")
+    until(lambda: steps(folder)[-1] >= reached + 3)
+    assert "NumNodes=2" in called("scontrol", "show", "job", job)
+    assert steps(folder) == list(range(1, len(steps(folder)) + 1))
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_a_job_on_one_node_of_two_that_lost_the_other_is_completed_at_its_end(two_nodes, tmp_path, capsys):
+    folder = tmp_path / "run"
+    job = submitted(capsys, *SMALL, FIRST, "restart.elastic=true", "restart.wait_seconds=2", "restart.backoff_seconds=0",
+                    "train.steps=60", "checkpoint.every=2", f"run.dir={folder}")  # fmt: skip
+    until(lambda: len(steps(folder)) >= 5)
+    two_nodes.lose(job, "n2")
+    until(lambda: state(job, "COMPLETED|FAILED|CANCELLED|NODE_FAIL"))
+    assert state(job, "COMPLETED"), log_of(folder, job)
+    assert steps(folder) == list(range(1, 61))
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_a_job_that_loses_its_first_node_and_the_script_with_it_goes_back_into_the_queue(two_nodes, tmp_path, capsys):
+    folder = tmp_path / "run"
+    job = submitted(capsys, *SMALL, FIRST, "restart.elastic=true", "restart.wait_seconds=2", "restart.backoff_seconds=0",
+                    "checkpoint.every=2", f"run.dir={folder}")  # fmt: skip
+    until(lambda: len(steps(folder)) >= 5)
+    two_nodes.lose(job, "n1")
+    until(lambda: state(job, "PENDING"))
+    assert "Restarts=1" in called("scontrol", "show", "job", job)
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_a_limit_of_a_minute_leaves_time_for_steps_and_for_the_save_and_the_job_goes_on(two_nodes, tmp_path, capsys):
+    """The limit is the partition's: nothing in the recipe says it."""
+    folder = tmp_path / "run"
+    job = submitted(capsys, *SMALL, "launch.slurm.partition=short", f"run.dir={folder}")
+    until(lambda: state(job, "PENDING") and steps(folder))
+    assert "the run is asked to save and stop" in log_of(folder, job)
+    assert step_of(latest(folder / "checkpoints")) == steps(folder)[-1] >= 3
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_a_job_whose_time_is_up_before_its_first_step_does_not_come_back(two_nodes, tmp_path, capsys):
+    folder = tmp_path / "run"
+    job = submitted(capsys, *SMALL, "launch.slurm.time=1", 'launch.slurm.setup=["sleep 300"]', f"run.dir={folder}")
+    until(lambda: state(job, "FAILED|COMPLETED|TIMEOUT"))
+    assert "ExitCode=76:0" in called("scontrol", "show", "job", job)
+    last = [line for line in log_of(folder, job).splitlines() if line.startswith("bagualu: ")][-1]
+    assert_names_rank_phase_and_cause(last)
+    assert "gained no step" in last
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [(["launch.slurm.partition=main"], "PENDING"), (["launch.slurm.partition=cancelled"], "PENDING"),
+     (["launch.slurm.partition=main", "launch.slurm.requeue=false"], "FAILED")],
+)  # fmt: skip
+def test_a_preempted_job_saves_and_comes_back_unless_told_otherwise(two_nodes, tmp_path, capsys, words, end):
+    folder = tmp_path / "run"
+    job = submitted(capsys, *SMALL, *words, "launch.slurm.directives=[--exclusive]", f"run.dir={folder}")
+    until(lambda: len(steps(folder)) >= 3)
+    urgent = called("sbatch", "--parsable", "--output=/dev/null", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 20").strip()
+    until(lambda: state(urgent, "RUNNING|COMPLETED"))
+    until(lambda: state(job, f"{end}|FAILED|CANCELLED|PREEMPTED"))
+    assert state(job, end), log_of(folder, job)
+    assert step_of(latest(folder / "checkpoints")) == steps(folder)[-1]
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_a_setup_line_that_fails_on_one_node_ends_the_job_at_once_with_its_text(two_nodes, tmp_path, capsys):
+    folder = tmp_path / "run"
+    line = "[ $SLURMD_NODENAME = n1 ] || source /no/such/file"
+    job = submitted(capsys, *SMALL, f'launch.slurm.setup=["{line}"]', f"run.dir={folder}")
+    until(lambda: state(job, "FAILED|COMPLETED"))
+    assert "ExitCode=78:0" in called("scontrol", "show", "job", job)
+    assert f"bagualu: failed: no single rank, setup of node n2: exit code 1 of `{line}`; " in log_of(folder, job)
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_workers_have_their_cores_and_the_environment_whatever_srun_inherits_and_scancel_leaves_no_error_of_ours(
+    two_nodes, tmp_path, capsys
+):
+    cores = min(2, os.cpu_count() or 1)
+    folder = tmp_path / "run"
+    job = submitted(capsys, *SMALL, f"launch.slurm.cpus_per_task={cores}", "launch.slurm.directives=[--export=NONE]",
+                    "launch.affinity=false", f"run.dir={folder}")  # fmt: skip
+    until(lambda: len(steps(folder)) >= 3)
+    for node in ("n1", "n2"):
+        agent = agent_of(job, node)
+        assert {len(process.cpu_affinity()) for process in (agent, *agent.children(recursive=True))} == {cores}
+    called("scancel", job)
+    until(lambda: state(job, "CANCELLED"))
+    assert "scancel: error" not in log_of(folder, job)
+    assert "scontrol" not in log_of(folder, job)
+
+
+@pytest.mark.slurm
+def test_srun_without_torchrun_names_the_command_to_use(two_nodes, tmp_path):
+    command = ["srun", "--ntasks=2", sys.executable, "-m", "bagualu.trainer", "parallel.data=2", f"run.dir={tmp_path}/run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.count("bagualu: error: ") == 1
+    assert "bagualu slurm launch.nodes=" in done.stderr

@@ -1,0 +1,146 @@
+# What SLURM says of this job, e.g. `field JobState`.
+field() {
+    SLURM_TIME_FORMAT=standard scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
+}
+
+say() { echo "bagualu: $*" >&2; }
+
+# A setup line has failed, or ended the shell, with exit code $1: that ends the job, because other nodes wait for this one. Asked to
+# stop, which ends the line with 143, nothing is lost.
+setup_failed() {
+    trap - EXIT
+    if [[ -n $asked_to_stop || $1 == 143 ]]; then exit 75; fi
+    say "failed: no single rank, setup of node $SLURMD_NODENAME: exit code $1 of \`$setup\`; correct launch.slurm.setup and submit" \
+        "the job again (\`|| true\` lets a line fail)"
+    trap '' TERM
+    scancel --signal=TERM "$SLURM_JOB_ID"
+    exit 78
+}
+
+# The agent of this node has ended with exit code $1; 143: it was asked to stop before it had begun. srun returns the highest code of
+# all nodes, also of a node that the run went on without: the run has ended as the agent of the first node has.
+agent_ended() {
+    local code=$1
+    if [ "$code" = 143 ]; then code=75; fi
+    if [ "$SLURM_NODEID" = 0 ]; then
+        echo "$code" > "$ended"
+    elif [[ -n $no_kill && $code != 0 && $code != 2 && $code != 75 && $code != 76 ]]; then
+        end_without_script
+    fi
+    exit "$code"
+}
+
+# With --no-kill a job that loses its first node, and this script with it, stays to its time limit. So another node, whose agent has
+# failed, sees whether srun is still there. If not, it ends the job once SLURM knows of the loss.
+end_without_script() {
+    local try
+    for try in {1..90}; do
+        if timeout 10 bash -c ": < /dev/tcp/$SLURM_SRUN_COMM_HOST/$SLURM_SRUN_COMM_PORT" 2>/dev/null; then return; fi
+        if [ "$(field JobState)" != RUNNING ]; then return; fi
+        if ! scontrol show hostnames "$(field NodeList)" | grep -qxF "$first"; then
+            if [ "$requeue" = yes ]; then scontrol requeue "$SLURM_JOB_ID"; else scancel "$SLURM_JOB_ID"; fi
+            return
+        fi
+        sleep 10
+    done
+}
+export ended="$run/logs/.slurm-$SLURM_JOB_ID.ended" first
+export -f field say setup_failed agent_ended end_without_script
+
+# The newest checkpoint's step; 0 where there is none.
+saved_step() {
+    local step
+    step=$(grep -s '"what": "saved"' "$run/ledger.jsonl" | tail -n 1 | sed -n 's/.*"step": \([0-9]*\).*/\1/p')
+    echo "${step:-0}"
+}
+
+# The largest value of key $1 in JSON lines, rounded up; 0 where no line has it.
+largest() {
+    local value
+    value=$(sed -n "s/.*\"$1\": \([0-9]*\).*/\1/p" | sort -n | tail -n 1)
+    echo "${value:+$((value + 1))}"
+}
+
+# How many seconds before its end a job of $1 seconds asks the run to save and stop: twice what a step, and a save after another
+# one, were seen to take, and some seconds to stop. Without a measured save a quarter of the time, at most 5 minutes.
+lead() {
+    local save step lead=$(($1 / 4 < 300 ? $1 / 4 : 300)) least=$(($1 / 8 < 60 ? $1 / 8 : 60))
+    save=$(grep -s '"what": "saved"' "$run/ledger.jsonl" | tail -n 5 | largest seconds)
+    step=$(tail -n 20 "$run/metrics.jsonl" 2>/dev/null | largest step_seconds)
+    if [ -n "$save" ]; then lead=$((15 + 2 * (${step:-0} + save))); fi
+    if [ "$lead" -lt "$least" ]; then lead=$least; fi
+    echo $((lead < $1 / 2 ? lead : $1 / 2))
+}
+
+# Until the job's end is near, which SLURM may move: then ask this shell to stop. Say so when SLURM takes nodes from the job.
+watch_job() {
+    local end left nodes pause=
+    trap 'kill $pause 2>/dev/null; exit' TERM
+    trap : USR1
+    while true; do
+        end=$(field EndTime) left=60
+        if [[ $end == [0-9]* ]]; then  # else there is no limit
+            end=$(date -d "$end" +%s)
+            left=$((end - $(lead $((end - began))) - $(date +%s)))
+        fi
+        if [ "$left" -le 0 ]; then
+            say "the job ends in $((end - $(date +%s))) s: the run is asked to save and stop"
+            kill -USR1 $$
+            return
+        fi
+        nodes=$(field NumNodes)
+        if [ "${nodes:-$SLURM_JOB_NUM_NODES}" -lt "$SLURM_JOB_NUM_NODES" ]; then
+            say "SLURM has taken nodes from this job, which has $nodes left. A job that runs gets none back, so the run does not" \
+                "grow back; to save and go on with all nodes: scancel --batch --signal=USR1 $SLURM_JOB_ID"
+            SLURM_JOB_NUM_NODES=$nodes
+        fi
+        sleep $((left < 60 ? left : 60)) &
+        pause=$!
+        wait "$pause"
+    done
+}
+
+# Ask the agents to stop. Not by way of srun, which would take a SIGTERM as the order to kill them. In a job that SLURM ends, SLURM
+# has asked them.
+ask_to_stop() {
+    if [ "$(field JobState)" = RUNNING ]; then scancel --signal=TERM "$SLURM_JOB_ID"; fi
+}
+
+rm -f "$ended"
+began=$(date +%s)
+step=$(saved_step)
+time_is_up=no
+trap 'time_is_up=yes; ask_to_stop' USR1
+trap ask_to_stop TERM
+
+# srun inherits neither all variables (--export=NONE in the header) nor, since SLURM 22.05, the cores of a task.
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --export=ALL ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    --kill-on-bad-exit=0 $no_kill bash -c agent &
+agents=$!
+watch_job &
+watch=$!
+while kill -0 "$agents" 2>/dev/null; do wait "$agents"; done  # a signal cuts `wait` short
+wait "$agents"
+code=$?
+kill "$watch" 2>/dev/null
+if [ -s "$ended" ] && [ "$code" != 78 ]; then code=$(<"$ended"); fi
+rm -f "$ended"
+
+# Exit code 75: stopped with nothing lost; 143: before the agents had begun. A job that SLURM takes its nodes from, or whose time is
+# up, goes back into the queue to go on. A job that somebody cancels does not.
+if [ "$requeue" = yes ] && [[ $code == 75 || $code == 143 ]]; then
+    preempted=$(field PreemptTime)
+    if [[ $preempted == [0-9]* ]]; then
+        say "preempted: back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    elif [[ $(field JobState) == RUNNING && $time_is_up == yes || $(field Reason) == TimeLimit ]]; then
+        if [ "$(saved_step)" -gt "$step" ]; then
+            scontrol requeue "$SLURM_JOB_ID"
+        else
+            say "failed: no single rank, time limit: the job has gained no step in $(($(date +%s) - began)) s and would gain none" \
+                "when it is put back into the queue; give a longer launch.slurm.time, then go on with checkpoint.resume=true"
+            code=76
+        fi
+    fi
+fi
+exit "$code"

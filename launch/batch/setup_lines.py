@@ -1,0 +1,71 @@
+"""The shell lines of launch.slurm.setup: their syntax, and how the batch script runs them. Free of torch."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+from bagualu.comm.errors import RecipeError
+
+_UNFINISHED = re.compile(r"unexpected end of file|unexpected EOF while looking for|delimited by end-of-file")
+"""What bash says of a command that goes on in the next line."""
+
+
+def commands(lines: Sequence[str]) -> list[str]:
+    """The lines put together into whole commands: a function, a loop or a quotation may take several lines.
+
+    The lines are only parsed, by `bash -n`. Raises RecipeError for a line that bash cannot parse. Without bash on this machine
+    all lines are one command, which is not checked.
+    """
+    bash = shutil.which("bash")
+    if bash is None:
+        return ["\n".join(lines)] if lines else []
+    whole: list[str] = []
+    open_lines: list[str] = []
+    refusal = ""
+    for line in lines:
+        open_lines.append(line)
+        complaint = _complaint(bash, "\n".join(open_lines))
+        if not complaint and not _continued(line):
+            whole.append("\n".join(open_lines))
+            open_lines, refusal = [], ""
+        elif complaint and not _UNFINISHED.search(complaint):
+            refusal = refusal or _refusal(line, complaint)  # should the lines after it not make it right, as in [[ a (newline) ]]
+        elif not refusal:
+            unfinished = complaint or "it ends with a backslash, and no line follows"
+    if open_lines:
+        raise RecipeError(refusal or _refusal(open_lines[0], unfinished))
+    return whole
+
+
+def shell(lines: Sequence[str]) -> str:
+    """The part of the batch script's function `agent` that runs the lines; empty where there are none.
+
+    Each command runs by `eval` in the agent's shell, so that it may define functions and variables, and change options for the
+    commands after it. A command that fails, or ends the shell, ends the job (`setup_failed` of job.sh).
+    """
+    found = commands(lines)
+    runs = [f'    setup={shlex.quote(command)}; eval "$setup" || setup_failed $?\n' for command in found]
+    return "".join(["    trap 'setup_failed $?' EXIT\n", *runs, "    trap - EXIT\n"]) if found else ""
+
+
+def _complaint(bash: str, text: str) -> str:
+    """The first line that bash says of `text`, without its own name and the line's number; empty when it can parse it."""
+    done = subprocess.run(
+        [bash, "--norc", "-O", "extglob", "-n"],
+        input=text + "\n",
+        capture_output=True,
+        text=True,
+        env={"LC_ALL": "C"},
+    )
+    said = done.stderr.strip().splitlines() or (["it cannot be parsed"] if done.returncode else [])
+    return re.sub(r"^.*?line \d+: ", "", said[0]) if said else ""
+
+
+def _continued(line: str) -> bool:
+    return (len(line) - len(line.rstrip("\\"))) % 2 == 1
+
+
+def _refusal(line: str, complaint: str) -> str:
+    return f"launch.slurm.setup: bash cannot parse {line!r}: {complaint}; correct the line"
