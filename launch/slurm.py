@@ -76,7 +76,7 @@ def _check(recipe: Recipe) -> None:
                               "without #SBATCH, e.g. --exclusive")  # fmt: skip
         if directive == "--no-requeue":
             raise RecipeError("launch.slurm.directives: --no-requeue leaves out half of it; give launch.slurm.requeue=false")
-    setup_lines.commands(recipe.launch.slurm.setup)
+    setup_lines.check(recipe.launch.slurm.setup)
 
 
 def script(recipe: Recipe, overrides: list[str]) -> str:

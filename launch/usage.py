@@ -67,8 +67,8 @@ _SLURM = """\
 usage: bagualu slurm [recipe=NAME] launch.nodes=N [launch.workers=M] [key=value ...] [--print] [--cfg job] [--json]
 
 Writes a batch script into the run directory and submits it with sbatch, if there is one. The script runs one agent on
-each node. Before the job's time limit, and when it is preempted, the run saves a checkpoint, and the job goes back into
-the queue to go on from it; a job that has gained no step since it began does not.
+each node. Before the job's time limit, and when it is preempted, the run saves a checkpoint, and the job goes back
+into the queue to go on from it; a job that has gained no step since it began does not.
 
 recipes:
 {recipes}

@@ -72,32 +72,25 @@ lead() {
     echo $((lead < $1 / 2 ? lead : $1 / 2))
 }
 
-# Until the job's end is near, which SLURM may move: then ask this shell to stop. Say so when SLURM takes nodes from the job.
-watch_job() {
-    local end left nodes pause=
-    trap 'kill $pause 2>/dev/null; exit' TERM
-    trap : USR1
-    while true; do
-        end=$(field EndTime) left=60
-        if [[ $end == [0-9]* ]]; then  # else there is no limit
-            end=$(date -d "$end" +%s)
-            left=$((end - $(lead $((end - began))) - $(date +%s)))
-        fi
+# Look at the job: `left` becomes the seconds until its end, which SLURM may move, is so near that the run is to be asked to stop.
+# Says so when SLURM has taken nodes from the job.
+look_at_job() {
+    local end nodes
+    end=$(field EndTime) left=60
+    if [[ $end == [0-9]* ]]; then  # else there is no limit
+        end=$(date -d "$end" +%s)
+        left=$((end - $(lead $((end - began))) - $(date +%s)))
         if [ "$left" -le 0 ]; then
             say "the job ends in $((end - $(date +%s))) s: the run is asked to save and stop"
-            kill -USR1 $$
-            return
+            time_is_up=yes ask=yes
         fi
-        nodes=$(field NumNodes)
-        if [ "${nodes:-$SLURM_JOB_NUM_NODES}" -lt "$SLURM_JOB_NUM_NODES" ]; then
-            say "SLURM has taken nodes from this job, which has $nodes left. A job that runs gets none back, so the run does not" \
-                "grow back; to save and go on with all nodes: scancel --batch --signal=USR1 $SLURM_JOB_ID"
-            SLURM_JOB_NUM_NODES=$nodes
-        fi
-        sleep $((left < 60 ? left : 60)) &
-        pause=$!
-        wait "$pause"
-    done
+    fi
+    nodes=$(field NumNodes)
+    if [ "${nodes:-$SLURM_JOB_NUM_NODES}" -lt "$SLURM_JOB_NUM_NODES" ]; then
+        say "SLURM has taken nodes from this job, which has $nodes left. A job that runs gets none back, so the run does not" \
+            "grow back; to save and go on with all nodes: scancel --batch --signal=USR1 $SLURM_JOB_ID"
+        SLURM_JOB_NUM_NODES=$nodes
+    fi
 }
 
 # Ask the agents to stop. Not by way of srun, which would take a SIGTERM as the order to kill them. In a job that SLURM ends, SLURM
@@ -109,20 +102,30 @@ ask_to_stop() {
 rm -f "$ended"
 began=$(date +%s)
 step=$(saved_step)
-time_is_up=no
-trap 'time_is_up=yes; ask_to_stop' USR1
-trap ask_to_stop TERM
+time_is_up=no ask=no
+trap 'time_is_up=yes ask=yes' USR1  # bash 5.2 may wait forever for a command that a trap has started: they only set variables
+trap ask=yes TERM
 
 # srun inherits neither all variables (--export=NONE in the header) nor, since SLURM 22.05, the cores of a task.
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --export=ALL ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
     --kill-on-bad-exit=0 $no_kill bash -c agent &
 agents=$!
-watch_job &
-watch=$!
-while kill -0 "$agents" 2>/dev/null; do wait "$agents"; done  # a signal cuts `wait` short
+left=0 next_look=$SECONDS
+while kill -0 "$agents" 2>/dev/null; do
+    if [[ $time_is_up == no && $SECONDS -ge $next_look ]]; then
+        look_at_job
+        next_look=$((SECONDS + (left < 60 ? left : 60)))
+    fi
+    if [ "$ask" = yes ]; then
+        ask=no
+        ask_to_stop
+    fi
+    sleep 5 &
+    wait -n "$agents" $!  # or until a signal comes
+    kill $! 2>/dev/null
+done
 wait "$agents"
 code=$?
-kill "$watch" 2>/dev/null
 if [ -s "$ended" ] && [ "$code" != 78 ]; then code=$(<"$ended"); fi
 rm -f "$ended"
 

@@ -12,18 +12,26 @@ _UNFINISHED = re.compile(r"unexpected end of file|unexpected EOF while looking f
 """What bash says of a command that goes on in the next line."""
 
 
-def commands(lines: Sequence[str]) -> list[str]:
-    """The lines put together into whole commands: a function, a loop or a quotation may take several lines.
+def check(lines: Sequence[str]) -> None:
+    """Parses the lines with `bash -n`, which runs none of them. Raises RecipeError for a line that bash cannot parse."""
+    refusal = _parsed(lines)[1]
+    if refusal:
+        raise RecipeError(refusal)
 
-    The lines are only parsed, by `bash -n`. Raises RecipeError for a line that bash cannot parse. Without bash on this machine
-    all lines are one command, which is not checked.
-    """
+
+def commands(lines: Sequence[str]) -> list[str]:
+    """The lines put together into whole commands: a function, a loop or a quotation may take several lines."""
+    return _parsed(lines)[0]
+
+
+def _parsed(lines: Sequence[str]) -> tuple[list[str], str]:
+    """The commands, and why `check` refuses the last of them. Without bash on this machine all lines are one command."""
     bash = shutil.which("bash")
     if bash is None:
-        return ["\n".join(lines)] if lines else []
+        return ["\n".join(lines)] if lines else [], ""
     whole: list[str] = []
     open_lines: list[str] = []
-    refusal = ""
+    unfinished = refusal = ""
     for line in lines:
         open_lines.append(line)
         complaint = _complaint(bash, "\n".join(open_lines))
@@ -31,12 +39,12 @@ def commands(lines: Sequence[str]) -> list[str]:
             whole.append("\n".join(open_lines))
             open_lines, refusal = [], ""
         elif complaint and not _UNFINISHED.search(complaint):
-            refusal = refusal or _refusal(line, complaint)  # should the lines after it not make it right, as in [[ a (newline) ]]
-        elif not refusal:
+            refusal = refusal or _refusal(line, complaint)  # unless a later line makes it right, as after `[[ a`
+        else:
             unfinished = complaint or "it ends with a backslash, and no line follows"
     if open_lines:
-        raise RecipeError(refusal or _refusal(open_lines[0], unfinished))
-    return whole
+        return [*whole, "\n".join(open_lines)], refusal or _refusal(open_lines[0], unfinished)
+    return whole, ""
 
 
 def shell(lines: Sequence[str]) -> str:

@@ -398,8 +398,9 @@ def test_a_preempted_job_saves_and_comes_back_unless_told_otherwise(two_nodes, t
     folder = tmp_path / "run"
     job = submitted(capsys, *SMALL, *words, "launch.slurm.directives=[--exclusive]", f"run.dir={folder}")
     until(lambda: len(steps(folder)) >= 3)
-    words = ("--output=/dev/null", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 20")
-    urgent = called("sbatch", "--parsable", *words).strip()
+    urgent = called(
+        "sbatch", "--parsable", "--output=/dev/null", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 20"
+    ).strip()
     until(lambda: state(urgent, "RUNNING|COMPLETED"))
     until(lambda: state(job, f"{end}|FAILED|CANCELLED|PREEMPTED"))
     assert state(job, end), log_of(folder, job)

@@ -6,7 +6,7 @@ import pytest
 
 from bagualu.comm.errors import RecipeError
 from bagualu.launch import cli
-from bagualu.launch.batch.setup_lines import commands
+from bagualu.launch.batch.setup_lines import check, commands
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash
     ],
 )
 def test_lines_that_stand_alone_stay_alone(lines):
+    check(lines)
     assert commands(lines) == lines
 
 
@@ -40,6 +41,7 @@ def test_lines_that_stand_alone_stay_alone(lines):
     ],
 )
 def test_lines_that_only_together_are_a_command_run_together(lines):
+    check(lines)
     assert commands(["true", *lines, "false"]) == ["true", "\n".join(lines), "false"]
 
 
@@ -58,7 +60,7 @@ def test_lines_that_only_together_are_a_command_run_together(lines):
 )
 def test_a_line_that_bash_cannot_parse_is_refused_by_name(lines, named, complaint):
     with pytest.raises(RecipeError) as refused:
-        commands(lines)
+        check(lines)
     assert named in str(refused.value)
     assert complaint in str(refused.value)
 
