@@ -1,8 +1,9 @@
 """The text of an override made ready for Hydra's grammar, which reads 2024_01 as a number and no letters outside ASCII.
 
 A value of a text key goes into quotes, so that it stays as typed. Lists, dictionaries, several values and Hydra's functions keep
-their meaning: `[` or `{` opens a list or a dictionary where a value begins, a comma ends a value, quotes hold one together. Free of
-torch and of Hydra.
+their meaning: `[` or `{` opens a list or a dictionary where a value begins, a comma ends a value, quotes around a value hold it
+together. A value is refused if a quote opens inside it and closes only after a comma, because it is unclear whether the comma ends
+the value. Free of torch and of Hydra.
 """
 
 import re
@@ -28,6 +29,8 @@ _HOLDS_VALUES = ("choice", "sort", "shuffle", "str")
 """Functions whose arguments are values of the key."""
 _NAMED = re.compile(r"[A-Za-z_]\w*=")
 _QUOTED = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')""", re.DOTALL)
+_OPENING_QUOTE = re.compile(r"""(?<=[\s=(])["']""")
+"""A quote at the start of a word, unlike the apostrophe in it's."""
 _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 _READABLE = re.compile(r"[A-Za-z0-9_+.\-/\\$%*@?|: \t]*")
 """What Hydra's grammar takes without quotes."""
@@ -189,6 +192,9 @@ class _Reader:
                 depth += {_OPENING[closing]: 1, closing: -1}.get(self.text[self.at], 0)
             self.at += 2 if _ESCAPED.match(self.text, self.at) else 1
         typed = self.text[start : self.at].rstrip(" \t")
+        rest = self.text[self.at :]
+        if rest.startswith(",") and any(quote in rest for quote in _OPENING_QUOTE.findall(_QUOTED.sub("", typed))):
+            raise ValueError(f"{typed} opens a quote that closes only after the comma")
         kind = self.kind_of(key) if key else Kind.OTHER
         if not typed or (kind is Kind.OPTIONAL_TEXT and typed.lower() == "null"):
             return typed

@@ -149,6 +149,8 @@ def test_numbers_and_switches_are_what_they_were():
         ("optim.betas=[range(1", "quote a value"),
         ("run={name: x", "quote a value"),
         ("launch.slurm.setup=[a", "quote a value"),
+        ('launch.slurm.setup=[export A="x, y", b]', "quote a value"),
+        ('run.name=say "a, b"', "quote a value"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(override, said):
