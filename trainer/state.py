@@ -221,9 +221,8 @@ def _other_text(saved: dict[str, Any], here: dict[str, Any], path: Path) -> Reci
         reason = f"{here[_SPLIT]} (an earlier version kept whole files for validation, whatever share of the text they are)"
         return _other(path, _SPLIT, "files", reason, "give data.split=files")
     if (before := saved.get(_SPLIT, here[_SPLIT])) != here[_SPLIT]:
-        off = NOTHING.kind in (before, here[_SPLIT])
-        fix = f"train.validation_sequences={0 if before == NOTHING.kind else 64}" if off else f"data.split={before}"
-        return _other(path, _SPLIT, before, f"{here[_SPLIT]}, which trains on other tokens", f"give {fix}")
+        fix = f"give {_split_as(before, here[_SPLIT])}"
+        return _other(path, _SPLIT, before, f"{here[_SPLIT]}, which trains on other tokens", fix)
     fraction = saved.get("data.validation_fraction", here["data.validation_fraction"])
     if fraction != here["data.validation_fraction"]:
         return _other(path, "data.validation_fraction", fraction, here["data.validation_fraction"],
@@ -231,7 +230,17 @@ def _other_text(saved: dict[str, Any], here: dict[str, Any], path: Path) -> Reci
     if source != here["data.source"]:
         reason = f"{here['data.source']}, whose tokens are not the same ({_FINGERPRINT} {saved.get(_FINGERPRINT)} and {tokens})"
         return _other(path, "data.source", source, reason, "give the text that the run began with")
-    return _other(path, _FINGERPRINT, saved.get(_FINGERPRINT), tokens, f"put the text of data.source={source} back as it was")
+    fix = f"put the text of data.source={source} back as it was"
+    if _SPLIT not in saved:
+        fix += ", without links to folders, which an earlier version left out (it read the files of runs instead),"
+    return _other(path, _FINGERPRINT, saved.get(_FINGERPRINT), tokens, fix)
+
+
+def _split_as(before: str, here: str) -> str:
+    """What to give so that text is split as `before`, where the recipe splits it as `here`."""
+    if before == NOTHING.kind:  # data.split=files keeps files also where nothing is validated
+        return "train.validation_sequences=0" + (" data.split=share" if here == "files" else "")
+    return "train.validation_sequences=64" if here == NOTHING.kind and before != "files" else f"data.split={before}"
 
 
 def _other(path: Path, key: str, saved: object, here: object, fix: str) -> RecipeError:

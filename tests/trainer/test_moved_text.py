@@ -101,6 +101,33 @@ def test_a_run_of_an_earlier_version_is_told_how_to_keep_its_split(text: Path, m
         assert (summary["step"], summary["train_tokens"]) == (3, before["train_tokens"])
 
 
+def test_the_advice_for_another_split_holds_where_nothing_is_validated(text: Path) -> None:
+    off: dict[str, object] = {"train__validation_sequences": 0, "train__steps": 3}
+    goes_on(recipe_on("text", data__split="files", **{**off, "train__steps": 2}))
+    with pytest.raises(RecipeError, match=r"data\.split=files but the recipe has none.*; give data\.split=files to go on"):
+        goes_on(recipe_on("text", **off))
+    assert goes_on(recipe_on("text", data__split="files", **off))["step"] == 3
+    goes_on(recipe_on("text", run__dir="other", **{**off, "train__steps": 2}))
+    fix = r"give train\.validation_sequences=0 data\.split=share to go on"
+    with pytest.raises(RecipeError, match=rf"data\.split=none but the recipe has files.*; {fix}"):
+        goes_on(recipe_on("text", run__dir="other", data__split="files", **off))
+    assert goes_on(recipe_on("text", run__dir="other", **off))["step"] == 3
+
+
+def test_a_run_of_an_earlier_version_is_told_that_linked_folders_were_left_out(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity, unknown = state.identity, ("data.split", "data split in fact", "data.validation_fraction")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(state, "identity", lambda parts: {k: v for k, v in identity(parts).items() if k not in unknown})
+        goes_on(recipe_on("text", data__split="files"))
+    (text.parent / "more").mkdir()
+    (text.parent / "more" / "c").write_text(words(100, seed=3))
+    (text / "link").symlink_to("../more")
+    with pytest.raises(RecipeError, match=r"as it was, without links to folders, which an earlier version left out"):
+        goes_on(recipe_on("text", data__split="files", train__steps=3))
+    (text / "link").unlink()
+    assert goes_on(recipe_on("text", data__split="files", train__steps=3))["step"] == 3
+
+
 def test_random_tokens_do_not_take_over_from_text(text: Path) -> None:
     goes_on(recipe_on("text"))
     with pytest.raises(RecipeError, match=r"data\.source=text there, data\.source=random here; give data\.source=text"):
