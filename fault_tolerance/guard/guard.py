@@ -187,7 +187,7 @@ class Guard:
         if self._late is None:
             self.memory.learn(step, loss, norm, verdict)
         else:
-            self.memory.learn_late(self._late, loss, norm, verdict)
+            self.memory.learn_late(self._late, loss, norm, verdict, step)
         self.expect(step + (self._late is None))
 
     def load(self, saved: dict[str, Any], step: int) -> None:

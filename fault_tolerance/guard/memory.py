@@ -92,8 +92,8 @@ class Memory:
         elif verdict.action is Action.SKIP:
             self.left_out[step] = str(verdict.cause)
 
-    def learn_late(self, step: int, loss: float, norm: float, verdict: Verdict) -> None:
-        """The samples of `step`, deferred before, have been computed again, with `verdict`."""
+    def learn_late(self, step: int, loss: float, norm: float, verdict: Verdict, now: int) -> None:
+        """The samples of `step`, deferred before, have been computed again at step `now` (from 1), with `verdict`."""
         if verdict.action is Action.COMMIT:
             del self.deferred[step]
             self.losses.add(loss)
@@ -102,7 +102,9 @@ class Memory:
             if verdict.action is Action.SKIP:
                 del self.deferred[step]
                 self.left_out[step] = str(verdict.cause)
-            self.counts.rolled_back += verdict.action is Action.ROLLBACK
+            if verdict.action is Action.ROLLBACK:
+                self.counts.rolled_back += 1
+                self.furthest = max(self.furthest, now)  # else the steps up to there would make it look like the first time
             self.setbacks += 1
 
     def leave_out(self, first: int, last: int, why: str) -> None:

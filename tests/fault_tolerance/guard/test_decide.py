@@ -7,6 +7,7 @@ import pytest
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.config import GuardConfig
 from bagualu.fault_tolerance.guard.decide import MOST_ATTEMPTS, Situation, decide
+from bagualu.fault_tolerance.guard.finite import after_update
 from bagualu.fault_tolerance.guard.memory import Memory
 from bagualu.fault_tolerance.guard.verdict import Action, Cause, Verdict
 
@@ -128,16 +129,16 @@ def test_samples_that_were_deferred_are_due_after_a_quarter_of_the_window_or_whe
     assert memory.spike(22, 7.0, 1.0) is None, "two in a row: another kind of text has begun"
     memory.learn(22, 7.0, 1.0, Verdict(Action.COMMIT))
     assert memory.due(23) == 20
-    memory.learn_late(20, 7.0, 1.0, Verdict(Action.COMMIT))
+    memory.learn_late(20, 7.0, 1.0, Verdict(Action.COMMIT), 23)
     assert memory.due(23) == 21
-    memory.learn_late(21, 7.0, 1.0, Verdict(Action.COMMIT))
+    memory.learn_late(21, 7.0, 1.0, Verdict(Action.COMMIT), 23)
     assert (memory.due(99), memory.left_out_steps(99)) == (None, 0)
 
 
 def test_samples_that_are_never_finite_are_left_out_in_the_end() -> None:
     memory = learnt(19)
     memory.learn(20, 8.0, 1.0, DEFERRED)
-    memory.learn_late(20, float("nan"), float("nan"), Verdict(Action.SKIP, Cause.NONFINITE))
+    memory.learn_late(20, float("nan"), float("nan"), Verdict(Action.SKIP, Cause.NONFINITE), 25)
     assert (memory.deferred, memory.left_out) == ({}, {20: str(Cause.NONFINITE)})
     assert memory.left_out_steps(20) == 1
 
@@ -171,3 +172,13 @@ def test_after_a_return_to_a_checkpoint_what_is_left_out_is_not_deferred() -> No
     later.leave_out(20, 22, "loss spike")
     memory.keep(later)
     assert (memory.deferred, memory.left_out) == ({}, dict.fromkeys((20, 21, 22), "loss spike"))
+
+
+def test_deferred_samples_that_spoil_the_update_each_time_send_the_run_back_only_once() -> None:
+    memory = learnt(19)
+    memory.learn(20, 8.0, 1.0, DEFERRED)
+    memory.learn_late(20, 8.0, 1.0, Verdict(Action.ROLLBACK, Cause.UPDATE), 25)
+    memory.learn(24, 0.02, 1.0, Verdict(Action.COMMIT))
+    assert memory.setbacks == 2, "step 24 was done before"
+    again = memory.setbacks > 0 and memory.furthest >= 25
+    assert after_update(GuardConfig(), False, again, memory.setbacks) is Action.STOP
