@@ -155,8 +155,8 @@ class Memory:
         self.losses.load(saved["losses"], saved.get("hard_losses", ()))
         self.norms.load(saved["norms"], saved.get("hard_norms", ()))
         self.left_out |= {int(step): why for step, why in saved["skipped_steps"].items()}
-        deferred = saved.get("deferred_steps", {})
-        self.deferred = {int(step): (float(loss), float(norm)) for step, (loss, norm) in deferred.items()}
+        deferred = {int(step): (float(loss), float(norm)) for step, (loss, norm) in saved.get("deferred_steps", {}).items()}
+        self.deferred = {step: figures for step, figures in deferred.items() if step not in self.left_out}
         self.setbacks, self.furthest = saved["setbacks"], saved["furthest"]
         self.hard_row, self.diverged_row = saved.get("hard_row", 0), saved.get("diverged_row", 0)
         self.overflows = saved.get("overflows", 0)

@@ -182,3 +182,11 @@ def test_deferred_samples_that_spoil_the_update_each_time_send_the_run_back_only
     assert memory.setbacks == 2, "step 24 was done before"
     again = memory.setbacks > 0 and memory.furthest >= 25
     assert after_update(GuardConfig(), False, again, memory.setbacks) is Action.STOP
+
+
+def test_deferred_samples_that_the_recipe_leaves_out_since_are_not_learnt_from_later() -> None:
+    memory = learnt(19)
+    memory.learn(20, 8.0, 1.0, DEFERRED)
+    again = Memory.empty(GuardConfig(spike_window=16, leave_out=[20]))
+    again.load(memory.as_json())
+    assert (again.due(25), again.left_out_steps(25)) == (None, 1)
