@@ -1,6 +1,7 @@
-"""Reads files with a JSON object per line that a crash, a full disk or a power failure may have damaged."""
+"""Writes JSON that every reader takes, and reads files with an object per line that a crash or a full disk may have damaged."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -34,3 +35,16 @@ def _object(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """Returns `value` as JSON, with null for every number that is not finite: NaN is not JSON, and other readers stop at it."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

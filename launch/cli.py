@@ -1,9 +1,9 @@
 """The command `bagualu`. Nothing here imports torch, nor Hydra before a recipe is composed, so that help comes at once."""
 
-import json
 import sys
 from typing import Any
 
+from bagualu.comm.jsonl import dumps
 from bagualu.trainer import streams
 
 _INTERRUPTED = 130
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
         print("bagualu: interrupted by Ctrl-C", file=sys.stderr)
         code, document = _INTERRUPTED, {"ended": "interrupted"}
     if "--json" in words and document is not None:
-        print(json.dumps(document, indent=2))
+        print(dumps(document, indent=2))
     return code
 
 

@@ -48,7 +48,8 @@ def _check(recipe: Recipe) -> None:
 
 def _beginning(recipe: Recipe, workers: int, backend: Choice) -> str:
     """What will run where and with what, and from where a run that was asked to resume goes on."""
-    kind = "threads of this process" if recipe.comm.backend == "simulated" else "processes"
+    kinds = ("thread", "threads of this process") if recipe.comm.backend == "simulated" else ("process", "processes")
+    kind = kinds[workers > 1]
     start = ""
     if recipe.checkpoint.resume:
         found = storage.newest(recipe)

@@ -96,7 +96,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
     def of(recipe: Recipe, backend: str) -> Path:
         alone = replace(
-            recipe, run=replace(recipe.run, dir="", name=""), faults=[], restart=RestartConfig(), launch=Recipe().launch,
+            recipe, run=replace(recipe.run, dir="", name="undisturbed"), faults=[], restart=RestartConfig(), launch=Recipe().launch,
             checkpoint=CheckpointConfig(every=0), comm=replace(recipe.comm, timeout_seconds=harness.TIMEOUT_SECONDS),
             log=replace(recipe.log, progress="off", every=1000),
         )  # fmt: skip

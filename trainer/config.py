@@ -40,7 +40,7 @@ class RunConfig:
     """Weights and data order are functions of it, of nothing else and never of the rank."""
 
     def validate(self) -> None:
-        require_text("run", self, dir="runs/tiny")
+        require_text("run", self, dir="runs/tiny", name="tiny")
         require_known_home("run", self, "dir")
         if self.seed not in SEEDS:
             raise RecipeError(f"run.seed={self.seed} must lie between -2**63 and 2**64 - 1, e.g. run.seed={self.seed % 2**32}")

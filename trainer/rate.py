@@ -15,7 +15,7 @@ def remarks(recipe: Recipe, done: int) -> list[str]:
     if done < steps <= optim.warmup_steps:
         last = learning_rate(optim, steps - 1, steps)
         reached = "reached only in the last step" if steps == optim.warmup_steps else f"never reached: the last step has {last:.3g}"
-        lines.append(f"learning rate: optim.warmup_steps={optim.warmup_steps} take all of train.steps={steps}, so optim.lr="
+        lines.append(f"learning rate: optim.warmup_steps={optim.warmup_steps} takes all of train.steps={steps}, so optim.lr="
                      f"{optim.lr:g} is {reached}")  # fmt: skip
     before = _recorded(Path(recipe.run.dir) / "metrics.jsonl", done) if 0 < done < steps else None
     if before is not None and not same_curve(optim, done - 1, steps, before):

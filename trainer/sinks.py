@@ -5,9 +5,7 @@ A record is one flat dict for one optimizer step: `step` (steps done, from 1), `
 before), and what else applies, e.g. `validation_loss`, `validation_bits_per_byte`, `checkpoint_error`.
 """
 
-import json
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,7 +43,7 @@ class JsonlSink:
 
     def write(self, record: Record) -> None:
         """Never raises: a line that finds no room on the disk waits for the next one."""
-        self._lines.add(to_json(record))
+        self._lines.add(jsonl.dumps(record))
 
     def rewind(self, step: int) -> None:
         """Keep the newest line of every step up to `step`, in the order of the steps, wherever it stands; nothing else.
@@ -64,12 +62,6 @@ class JsonlSink:
 
     def close(self) -> None:
         self._lines.close()
-
-
-def to_json(record: Record) -> str:
-    """One line of JSON. What is not finite becomes null: NaN is not JSON, and other readers stop at it."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, allow_nan=False)
 
 
 def _up_to(step: int, data: bytes) -> tuple[bytes, int]:

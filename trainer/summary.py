@@ -49,7 +49,7 @@ def final(run_dir: Path) -> dict[str, Any]:
 
 def write(run_dir: Path, summary: dict[str, Any]) -> None:
     """Make `summary` what the file holds. Raises OSError, and then the file is as it was."""
-    _replace(run_dir / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    _replace(run_dir / SUMMARY, (jsonl.dumps(summary, indent=2) + "\n").encode())
 
 
 class Start:

@@ -1,5 +1,6 @@
 """Whole objects of a damaged file are all read, and nothing else is."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,8 @@ def test_zero_bytes_of_a_power_cut_separate_lines(tmp_path: Path) -> None:
 
 def test_no_file_is_no_object(tmp_path: Path) -> None:
     assert jsonl.read(tmp_path / "file") == []
+
+
+def test_numbers_that_are_not_finite_are_written_as_null() -> None:
+    value = {"loss": float("nan"), "deep": [{"norm": float("inf")}, (1, -float("inf"), "NaN")], "step": 3}
+    assert json.loads(jsonl.dumps(value)) == {"loss": None, "deep": [{"norm": None}, [1, None, "NaN"]], "step": 3}
