@@ -1,18 +1,21 @@
 """When the silence of another node's agent ends a generation: when every rank here waits and has been silent as long."""
 
 import os
-import socket
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from bagualu.comm.monitor import Line, Monitor
+from bagualu.comm.store import serve
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
 from bagualu.launch import rendezvous
 from bagualu.launch.lost_node import LostNode, has_begun
 from bagualu.launch.rendezvous import SILENT_SECONDS
+from bagualu.launch.secret import Seal
 
 ME = {0: os.getpid()}
 
@@ -96,11 +99,11 @@ def test_nothing_is_to_be_saved_until_a_rank_has_begun_a_step(here: Here) -> Non
 
 def test_an_agent_that_was_held_up_is_heard_again(monkeypatch) -> None:
     monkeypatch.setattr(rendezvous, "_MISSED_HEARTBEATS", 2)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    hosted = serve("127.0.0.1", 0, timedelta(seconds=60))
+    stores = [hosted, TCPStore("127.0.0.1", hosted.port, is_master=False)]
     places = [
-        rendezvous._place("127.0.0.1", port, "blip", 2, 2, f"127.0.0.{number + 1}", number == 0, join=60, last_call=1)
-        for number in range(2)
+        rendezvous._place(store, store is hosted, "127.0.0.1", f"127.0.0.{number}", Seal("secret", "blip"), "blip", 2, 2, 60, 1)
+        for number, store in enumerate(stores, 1)
     ]
     here, there = (place.handler for place in places)
     meeting = [threading.Thread(target=handler.next_rendezvous) for handler in (here, there)]

@@ -46,7 +46,7 @@ def test_the_allocator_keeps_what_a_person_has_set(four_cores, monkeypatch):
 
 def test_the_system_allocator_is_left_alone(four_cores):
     assert environment.variables(LaunchConfig(allocator="system"), 2) == {
-        "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCH_CPP_LOG_LEVEL": "ERROR",
     }  # fmt: skip
 
 

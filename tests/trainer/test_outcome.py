@@ -37,7 +37,7 @@ def test_the_last_words_are_one_line(text):
 def test_the_phase_tells_the_place_in_our_own_code():
     with pytest.raises(RecipeError) as raised:
         compose(["no.such.key=1"])
-    assert re.match(r"train \(trainer/recipe_keys\.py:\d+ in check_override\)", failure(0, "train", raised.value, 0.0).phase)
+    assert re.match(r"train \(trainer/recipe_keys\.py:\d+ in check_key\)", failure(0, "train", raised.value, 0.0).phase)
 
 
 def test_a_refusal_is_told_as_one():

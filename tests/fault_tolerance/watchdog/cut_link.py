@@ -88,7 +88,7 @@ def _work(folder: Path, rank: int, there: int) -> None:
         join_network(there)
     world = {"RANK": rank, "WORLD_SIZE": _RANKS, "LOCAL_RANK": rank, "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": _PORT}
     os.environ.update({name: str(value) for name, value in world.items()}, GLOO_SOCKET_IFNAME="right" if far else "left")
-    recipe = compose([f"run.dir={folder}", "train.steps=100000"])
+    recipe = compose([f"run.dir={folder}", "train.steps=100000", "comm.backend=gloo"])
     work(recipe, World.from_environment(), StopRequest(), print, "tests.fault_tolerance.watchdog.cut_link:train", folder)
 
 
