@@ -37,7 +37,7 @@ setup(
         "psutil>=5.9",
         "rich>=13.0",
         "matplotlib>=3.8",
-        "wandb>=0.17",
+        "wandb>=0.31",
     ],
     extras_require={
         "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"],

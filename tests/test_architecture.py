@@ -191,11 +191,22 @@ def readme_commands(start):
     return [line.strip() for line in lines if line.startswith(f"    {start}")]
 
 
+def guide_commands():
+    """Those of the guides but for a folder of recipes, which tests/trainer/test_text_values.py makes."""
+    pages = sorted((ROOT / "docs/guides").glob("*.md"))
+    lines = [line.strip() for page in pages for line in page.read_text().splitlines() if line.startswith("    bagualu ")]
+    return [line for line in lines if "hydra.searchpath" not in line]
+
+
 @pytest.mark.parametrize(
-    "command", [*readme_commands("bagualu "), *readme_commands("torchrun "), *readme_commands("python -m bagualu")]
+    "command",
+    [*readme_commands("bagualu "), *readme_commands("torchrun "), *readme_commands("python -m bagualu"), *guide_commands()],
 )
-def test_the_commands_of_the_readme_are_valid(command, tmp_path, monkeypatch):
+def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for folder in ("my_texts", "texts/a, b"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "text").write_text("some words")
     words = shlex.split(command)
     if words[0] == "torchrun":
         world = int(words[words.index("--nproc-per-node") + 1])

@@ -21,7 +21,7 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     schedule: str = "cosine"
-    """cosine | wsd (warmup, stable, decay) | constant; all begin with a linear warmup. docs/learning_rate.md draws them."""
+    """cosine | wsd (warmup, stable, decay) | constant; all begin with a linear warmup. docs/guides/learning_rate.md draws them."""
     warmup_steps: int = 20
     final_lr_ratio: float = 0.1
     """Where cosine and wsd end, as a share of lr: the rate of the last step; 0 would be that of the step after it."""

@@ -11,7 +11,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     The last step of the warmup has the rate lr, and so has the one after it, with which cosine and the stable part of wsd begin.
     cosine falls from there to final_lr_ratio * lr in the last step (arXiv 1608.03983); wsd stays at lr and falls there linearly in
     the last decay_fraction of all steps (arXiv 2404.06395). No step has the rate 0: a final_lr_ratio of 0 would be reached one step
-    after the last. docs/learning_rate.md draws the curves.
+    after the last. docs/guides/learning_rate.md draws the curves.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

@@ -100,6 +100,6 @@ def drawn(config: OptimConfig, steps: int) -> str:
 
 
 def test_the_page_draws_the_curves() -> None:
-    page = (Path(__file__).parents[3] / "docs" / "learning_rate.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs/guides/learning_rate.md").read_text(encoding="utf-8")
     for schedule in ("cosine", "wsd", "constant"):
         assert f"`{schedule}`\n\n{drawn(OptimConfig(schedule=schedule, warmup_steps=5), 30)}" in page
