@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from bagualu.comm.errors import RecipeError
 
 AUTO = "auto"
-"""The backend that fits the machine, chosen before workers start (trainer/choose_backend.py)."""
+"""The backend that fits the machine, chosen before workers start (trainer/recipe/choose_backend.py)."""
 
 
 @dataclass

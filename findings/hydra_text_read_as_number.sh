@@ -8,7 +8,7 @@
 #           name than the person gave it.
 # Seen:     {'name=2024_01_01': '20240101', 'name=1e3': '1000.0', 'name=3.10': '3.1', 'name=true': 'True'}
 #           {'12:30:00': '45000', '007': '7', 'yes': 'True', '2024_01': '202401'}
-# Here:     trainer/override_text.py and trainer/yaml_text.py keep text as typed; tests/trainer/test_text_values.py.
+# Here:     trainer/recipe/override_text.py and trainer/recipe/yaml_text.py keep text as typed; tests/trainer/test_text_values.py.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -6,7 +6,7 @@
 #           the end of a line and puts a space in its place. No error on either side. Without allow_unicode the sign is escaped and
 #           comes back. It is what the ellipsis of a Windows-1252 text becomes when that is read as Latin-1.
 # Seen:     'a\x85b' comes back as 'a b', '\x85' comes back as ' '
-# Here:     trainer/yaml_text.py writes such text in double quotes; tests/trainer/test_text_values.py.
+# Here:     trainer/recipe/yaml_text.py writes such text in double quotes; tests/trainer/test_text_values.py.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -12,7 +12,7 @@
 #   without --no-kill: PENDING restarts=1 nodes= processes=0
 #
 # Bagualu asks for --no-kill with restart.elastic=true; launch/batch/job.sh (end_without_script) ends such a job from another node
-# (tests/launch/batch/test_job.py, tests/launch/test_slurm.py).
+# (tests/launch/batch/test_job.py, tests/launch/verbs/test_slurm.py).
 set -u
 VERSION=22.05.8-4+deb12u3
 if ! command -v slurmctld > /dev/null; then

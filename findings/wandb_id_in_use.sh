@@ -12,7 +12,7 @@
 #   offline: ServerResponseError: run ID abc is in use
 #   offline again: ServerResponseError: run ID abc is in use
 #   offline after teardown: recorded
-# Here: trainer/wandb_sink.py tears down before it goes on offline (tests/trainer/test_wandb_sink.py).
+# Here: trainer/output/wandb_sink.py tears down before it goes on offline (tests/trainer/output/test_wandb_sink.py).
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

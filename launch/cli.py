@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from bagualu.comm.jsonl import dumps
-from bagualu.trainer import streams
+from bagualu.trainer.output import streams
 
 _INTERRUPTED = 130
 """What a shell makes of a command that Ctrl-C has ended."""
@@ -28,7 +28,7 @@ def _answered(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
     """Exit code, and the document for --json, whatever is wrong with the words or the storage."""
     # Everything else of Bagualu is imported inside this function, so that a Ctrl-C during these imports prints its line too.
     from bagualu.comm.errors import RecipeError
-    from bagualu.trainer.outcome import FAILED, REFUSED, os_error
+    from bagualu.trainer.process.failure import FAILED, REFUSED, os_error
 
     try:
         return _run(words, entrypoint)
@@ -42,36 +42,36 @@ def _answered(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
 
 def _run(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
     """Exit code, and the document for --json."""
-    from bagualu.launch import usage
+    from bagualu.launch.verbs import usage
 
     request = usage.read(words)
     if request.help:
-        from bagualu.trainer.outcome import DONE
+        from bagualu.trainer.process.failure import DONE
 
         print(usage.page(request.verb))
         return DONE, None
     if request.verb == "checkpoint":
-        from bagualu.launch.checkpoint import checkpoint
+        from bagualu.launch.verbs.checkpoint import checkpoint
 
         return checkpoint(request)
     if request.verb == "schedule":
-        from bagualu.launch.schedule import schedule
+        from bagualu.launch.verbs.schedule import schedule
 
         return schedule(request)
     # Deferred, so that help needs neither Hydra nor, in the verbs, torch.
     if request.print_recipe:
-        from bagualu.launch.show import show_recipe
+        from bagualu.launch.verbs.show_recipe import show_recipe
 
         return show_recipe(request)
     if request.verb == "slurm":
-        from bagualu.launch.slurm import slurm
+        from bagualu.launch.verbs.slurm import slurm
 
         return slurm(request)
     if request.verb == "rehearse":
-        from bagualu.launch.rehearse import rehearse
+        from bagualu.launch.verbs.rehearse import rehearse
 
         return rehearse(request, entrypoint)
-    from bagualu.launch.train import train
+    from bagualu.launch.verbs.train import train
 
     return train(request, entrypoint)
 

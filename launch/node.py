@@ -11,14 +11,15 @@ from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.interface import addresses_towards
-from bagualu.launch import secret, storage
-from bagualu.launch.meeting import Meeting
-from bagualu.launch.run import run, tell_refusal
-from bagualu.trainer import preflight, streams
-from bagualu.trainer.config import Recipe
-from bagualu.trainer.outcome import REFUSED
-from bagualu.trainer.recipe import compose, save_recipe
-from bagualu.trainer.stopping import StopRequest
+from bagualu.launch.workers import secret, storage_probe
+from bagualu.launch.workers.rendezvous_config import Meeting
+from bagualu.launch.workers.run import run, tell_refusal
+from bagualu.trainer.output import streams
+from bagualu.trainer.process.failure import REFUSED
+from bagualu.trainer.process.stop_request import StopRequest
+from bagualu.trainer.recipe import preflight
+from bagualu.trainer.recipe.compose import compose, save_recipe
+from bagualu.trainer.recipe.config import Recipe
 
 
 def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> int:
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
         recipe = compose(given.overrides)
         job = given.job or given.id
         workers = preflight.workers_per_node(recipe)
-        recipe, backend = storage.choose_backend(recipe, workers)
+        recipe, backend = storage_probe.choose_backend(recipe, workers)
         _check(recipe)
         address = _address(given.meet)
     except RecipeError as error:
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
     try:
         preflight.check(recipe, recipe.world_size())
         preflight.check_login(recipe)
-        storage.check(recipe, job)
+        storage_probe.check(recipe, job)
         meeting = _meeting(recipe, address, given.id, job, workers)
     except RecipeError as error:  # of this node alone, perhaps: others may wait for it
         code = _refused(error)

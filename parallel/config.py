@@ -5,9 +5,9 @@ from typing import Any
 
 from bagualu.comm.checks import require_at_least
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.balance.keys import COMPUTED, memory_caps, validate_speeds
+from bagualu.parallel.balance.stages.keys import COMPUTED, memory_caps, validate_speeds
 from bagualu.parallel.layout import Layout
-from bagualu.parallel.pipeline.generate import place
+from bagualu.parallel.pipeline.registry import place
 
 HEAD_CHUNK_TOKENS = 2**10
 """Tokens per chunk in the fused head and loss (vocabulary.py). Every chunk reads the whole weight and its gradient, so small chunks

@@ -15,9 +15,9 @@ import torch
 from xdist.scheduler import LoadScopeScheduling
 
 from bagualu.fault_tolerance.config import CheckpointConfig, RestartConfig
-from bagualu.trainer import environment
 from bagualu.trainer import run as whole_run
-from bagualu.trainer.config import Recipe
+from bagualu.trainer.process import environment
+from bagualu.trainer.recipe.config import Recipe
 from tests import harness
 from tests.leftovers import Leftovers
 from tests.standing import go_on
@@ -31,7 +31,11 @@ _START_LAUNCHERS = (
     "tests/trainer/test_tiny_run.py",
 )
 # Of these folders, but nothing of theirs starts a launcher.
-_START_NONE = tuple(f"tests/launch/test_{name}.py" for name in ("checkpoint", "cli", "deaths", "fit", "restart", "schedule"))
+_START_NONE = (
+    "tests/launch/test_cli.py",
+    *(f"tests/launch/verbs/test_{name}.py" for name in ("checkpoint", "schedule")),
+    *(f"tests/launch/workers/test_{name}.py" for name in ("worker_failures", "elastic_layout", "restart_policy")),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 
 from bagualu.comm.group import Communicator
 from bagualu.trainer.assemble import Parts, assemble
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
 
 

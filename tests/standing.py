@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.compare import differences
-from bagualu.fault_tolerance.checkpoint.directory import latest
-from bagualu.fault_tolerance.checkpoint.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest
+from bagualu.fault_tolerance.checkpoint.reading.compare import differences
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.ledger.events import Event, read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute, current
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import Parts, assemble
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import Corpus
+from bagualu.trainer.recipe.config import Recipe
 
 _MEASURED = ("seconds", "per_second", "mfu")
 """Figures of the clock: their names end like this."""

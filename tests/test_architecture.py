@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from bagualu.launch import usage
-from bagualu.launch.schedule import schedule
-from bagualu.launch.sweep import jobs
-from bagualu.trainer import preflight
-from bagualu.trainer.recipe import compose
+from bagualu.launch.verbs import usage
+from bagualu.launch.verbs.schedule import schedule
+from bagualu.launch.verbs.sweep import jobs
+from bagualu.trainer.recipe import preflight
+from bagualu.trainer.recipe.compose import compose
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ("comm", "parallel", "fault_tolerance", "trainer", "launch")
@@ -21,26 +21,27 @@ HOUSE = ("comm", "parallel", "fault_tolerance", "trainer", "launch")
 SOURCES = [path for folder in (*HOUSE, "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
 READS_ENVIRONMENT = {
     "comm/world.py",  # who this rank is
-    "trainer/environment.py",  # allocator settings a person has made
+    "trainer/process/environment.py",  # allocator settings a person has made
     "trainer/__main__.py",  # starts itself again with its environment as it should be
     "trainer/data/corpus.py",  # where caches lie
-    "launch/run.py",  # the environment that workers are started in
-    "launch/forkserver.py",  # tells the fork server whose it is
-    "launch/lifeline.py",  # where the fork server reads it
-    "launch/secret.py",  # what agents sign with
-    "launch/local.py",  # how elastic is told which signals are its own
+    "launch/workers/run.py",  # the environment that workers are started in
+    "launch/workers/fork_server.py",  # tells the fork server whose it is
+    "launch/workers/fork_server_preload.py",  # where the fork server reads it
+    "launch/workers/secret.py",  # what agents sign with
+    "launch/workers/processes.py",  # how elastic is told which signals are its own
 }
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
     "launch/cli.py": {  # errors, outcome and usage too: a Ctrl-C while they are imported is answered
-        *(f"bagualu.launch.{verb}" for verb in ("checkpoint", "rehearse", "schedule", "show", "slurm", "train", "usage")),
+        *(f"bagualu.launch.verbs.{verb}" for verb in ("checkpoint", "rehearse", "schedule", "show_recipe")),
+        *(f"bagualu.launch.verbs.{verb}" for verb in ("slurm", "train", "usage")),
         "bagualu.comm.errors",
-        "bagualu.trainer.outcome",
+        "bagualu.trainer.process.failure",
     },
-    "launch/rehearse.py": {"bagualu.fault_tolerance.checkpoint.compare"},
-    "launch/schedule.py": {"bagualu.parallel.pipeline.picture", "bagualu.trainer.recipe"},  # matplotlib; Hydra
-    "launch/usage.py": {"bagualu.trainer.recipe_keys"},  # Hydra
-    "launch/run.py": {"bagualu.launch", "bagualu.trainer.progress"},
-    "trainer/__main__.py": {"torch", "bagualu.trainer.worker"},
+    "launch/verbs/rehearse.py": {"bagualu.fault_tolerance.checkpoint.reading.compare"},
+    "launch/verbs/schedule.py": {"bagualu.parallel.pipeline.draw_svg", "bagualu.trainer.recipe.compose"},  # matplotlib; Hydra
+    "launch/verbs/usage.py": {"bagualu.trainer.recipe.keys"},  # Hydra
+    "launch/workers/run.py": {"bagualu.launch.workers", "bagualu.trainer.output.progress"},
+    "trainer/__main__.py": {"torch", "bagualu.trainer.process.worker"},
 }
 
 
@@ -166,7 +167,7 @@ def test_a_run_does_without_torchs_compiler_and_without_collecting_what_torch_is
 
 def test_a_worker_does_without_hydra():
     """Its recipe has been composed."""
-    assert not loaded_after("import bagualu.launch.member, bagualu.trainer.run") & {"hydra", "omegaconf"}
+    assert not loaded_after("import bagualu.launch.workers.worker_process, bagualu.trainer.run") & {"hydra", "omegaconf"}
 
 
 def test_a_schedule_is_drawn_without_torch_and_hydra(tmp_path):
@@ -221,7 +222,7 @@ def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, 
         assert request.overrides[0] in ("list", "verify")
         return None
     if request.verb == "schedule":
-        of_a_run = request.overrides[0].startswith("runs/")  # tests/launch/test_schedule.py draws one
+        of_a_run = request.overrides[0].startswith("runs/")  # tests/launch/verbs/test_schedule.py draws one
         assert of_a_run or schedule(request)[0] == 0
         return None
     recipes = [job.recipe for job in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]

@@ -14,17 +14,19 @@ from pathlib import Path
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.world import Tasks, World
 from bagualu.fault_tolerance import run_lock
-from bagualu.trainer import environment, preflight, streams
-from bagualu.trainer.choose_backend import choose_backend
-from bagualu.trainer.config import Recipe
-from bagualu.trainer.log import copy_to_log
-from bagualu.trainer.outcome import DONE, FAILED, REFUSED, STOPPED, Failure, last_words, what_next
-from bagualu.trainer.parent import die_with
-from bagualu.trainer.progress import summary_text
-from bagualu.trainer.recipe import compose, save_recipe
-from bagualu.trainer.stopping import StopRequest
-from bagualu.trainer.summary import Start
-from bagualu.trainer.uncollected import uncollected
+from bagualu.trainer.output import streams
+from bagualu.trainer.output.log_file import copy_to_log
+from bagualu.trainer.output.progress import summary_text
+from bagualu.trainer.output.summary import Start
+from bagualu.trainer.process import environment
+from bagualu.trainer.process.failure import DONE, FAILED, REFUSED, STOPPED, Failure, last_words, what_next
+from bagualu.trainer.process.garbage_collection import uncollected
+from bagualu.trainer.process.parent_death import die_with
+from bagualu.trainer.process.stop_request import StopRequest
+from bagualu.trainer.recipe import preflight
+from bagualu.trainer.recipe.choose_backend import choose_backend
+from bagualu.trainer.recipe.compose import compose, save_recipe
+from bagualu.trainer.recipe.config import Recipe
 
 _PREPARED = "BAGUALU_PREPARED"
 """Set in a process that has been started again with its environment as it should be."""
@@ -88,7 +90,7 @@ def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | N
     with uncollected():
         import torch  # deferred: a wrong recipe is refused before
 
-        from bagualu.trainer.worker import work
+        from bagualu.trainer.process.worker import work
 
     environment.pin(recipe.launch, world.local_rank, local_workers)
     torch.set_num_threads(environment.threads(recipe.launch, local_workers))

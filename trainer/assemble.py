@@ -7,23 +7,23 @@ import torch
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.guard.guard import Guard
-from bagualu.parallel.balance.cost import CostTable
-from bagualu.parallel.balance.forecast import Split
+from bagualu.parallel.balance.stages.cost import CostTable
+from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.data import Bucket, GradientReducer
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.pipeline.check import check
-from bagualu.parallel.pipeline.generate import compute_schedule
 from bagualu.parallel.pipeline.program import Program, program
+from bagualu.parallel.pipeline.registry import compute_schedule
 from bagualu.parallel.pipeline.runtime import PipelineRunner
 from bagualu.parallel.pipeline.schedule import Schedule, with_messages
-from bagualu.trainer.balance import agree_on_shares, agree_on_split
-from bagualu.trainer.config import Recipe
+from bagualu.trainer.costs.choose_split import agree_on_shares, agree_on_split
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.corpus import Corpus
-from bagualu.trainer.models.decoder import Decoder
+from bagualu.trainer.engine.stages import Stages, hold, initial_values
+from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.optim.adamw import ShardedAdamW
 from bagualu.trainer.optim.scaler import LossScaler
-from bagualu.trainer.stages import Stages, hold, initial_values
+from bagualu.trainer.recipe.config import Recipe
 
 
 @dataclass

@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bagualu.fault_tolerance.checkpoint.format import step_of
+from bagualu.fault_tolerance.checkpoint.layout.format import step_of
 from bagualu.fault_tolerance.guard.verdict import Action
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import Parts
-from bagualu.trainer.checkpoints import Checkpoints
 from bagualu.trainer.evaluate import Validation, validate
-from bagualu.trainer.outcome import GuardError
+from bagualu.trainer.output.metric_writers import Sink
+from bagualu.trainer.output.pipeline_timeline import Timeline
+from bagualu.trainer.process.failure import GuardError
 from bagualu.trainer.rebalance import Rebalancer
-from bagualu.trainer.replication import Replication
-from bagualu.trainer.rollback import roll_back
-from bagualu.trainer.sinks import Sink
+from bagualu.trainer.recovery.replication import Replication
+from bagualu.trainer.recovery.rollback import roll_back
+from bagualu.trainer.recovery.saving import Checkpoints
 from bagualu.trainer.step import StepResult, train_step
-from bagualu.trainer.timeline import Timeline
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,10 @@
 """Layers that move between the ranks of the pipeline while a run goes on, when that makes its steps shorter.
 
-At the end of a window of steps every rank says how long its passes took it; one rank decides (parallel/balance/watch.py) and tells
-the others. A move is a transaction: every rank makes room for its new stages and their state, boxes of master weights and moments
-go from memory to memory, all agree that they have come, and only then is the old state let go. What fails before leaves everything
-as it was. For that moment a rank holds both, the new optimizer state in host memory.
+At the end of a window of steps every rank reports how long its passes took. Rank 0 decides
+(parallel/balance/stages/rebalance_policy.py) and tells the others. A move is a transaction: every rank allocates its new stages and
+their state, boxes of master weights and moments travel from memory to memory, all ranks agree that they have arrived, and only then
+is the old state released. A failure before that leaves everything as it was. During a move a rank holds both, the new optimizer
+state in host memory.
 """
 
 import time
@@ -15,17 +16,17 @@ import torch
 
 from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, gather_json
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError
-from bagualu.parallel.balance.forecast import Split
-from bagualu.parallel.balance.keys import memory_caps
-from bagualu.parallel.balance.watch import Proposal, Watch
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
+from bagualu.parallel.balance.stages.forecast import Split
+from bagualu.parallel.balance.stages.keys import memory_caps
+from bagualu.parallel.balance.stages.rebalance_policy import Proposal, Watch
 from bagualu.parallel.boxes import Box
-from bagualu.parallel.relocate import Part, Relocation, table
-from bagualu.trainer.analytic_cost import analytic_table, optimizer_bytes
+from bagualu.parallel.move_state import Part, Relocation, table
 from bagualu.trainer.assemble import Parts
-from bagualu.trainer.balance import work_of
+from bagualu.trainer.costs.analytic import analytic_table, optimizer_bytes
+from bagualu.trainer.costs.choose_split import work_of
+from bagualu.trainer.engine.stages import Stages, hold, no_values
 from bagualu.trainer.optim.adamw import Incoming
-from bagualu.trainer.stages import Stages, hold, no_values
 
 _BYTES_PER_SECOND = 5e8
 """Of a move, before one has been made: little, so that the first one has to be worth it."""

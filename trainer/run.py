@@ -14,24 +14,24 @@ import torch
 from bagualu.comm.errors import StorageError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.straggler import Stragglers
-from bagualu.parallel.balance.show import show_split
+from bagualu.parallel.balance.stages.show import show_split
 from bagualu.trainer.assemble import Parts, assemble
-from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
-from bagualu.trainer.config import Recipe
+from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.data.corpus import Corpus, prepare, show_data
-from bagualu.trainer.flops import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.loop import Loop
-from bagualu.trainer.observe import close_ledger, open_ledger, plan_faults
-from bagualu.trainer.progress import Progress
-from bagualu.trainer.rate import remarks
+from bagualu.trainer.observers import close_ledger, open_ledger, plan_faults
+from bagualu.trainer.output.metric_writers import JsonlSink, Sink
+from bagualu.trainer.output.progress import Progress
+from bagualu.trainer.output.rate import remarks
+from bagualu.trainer.output.summary import final as final_summary
+from bagualu.trainer.output.summary import write as write_summary
+from bagualu.trainer.output.wandb_sink import WandbSink
 from bagualu.trainer.rebalance import open_rebalancer
-from bagualu.trainer.replication import open_replication
-from bagualu.trainer.resume import resume
-from bagualu.trainer.same_recipe import require_same_recipe
-from bagualu.trainer.sinks import JsonlSink, Sink
-from bagualu.trainer.summary import final as final_summary
-from bagualu.trainer.summary import write as write_summary
-from bagualu.trainer.wandb_sink import WandbSink
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.same_recipe import require_same_recipe
+from bagualu.trainer.recovery.replication import open_replication
+from bagualu.trainer.recovery.resume import resume
+from bagualu.trainer.recovery.saving import Checkpoints, take_checkpoints
 
 
 def train(

@@ -8,7 +8,7 @@ import torch
 from bagualu.comm.errors import CommunicationError, RecipeError
 from bagualu.comm.group import Group
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, CheckpointStorageError
 
 T = TypeVar("T")
 _KINDS = {"recipe": RecipeError, "storage": CheckpointStorageError}

@@ -15,14 +15,14 @@ import torch
 
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.fault_tolerance.config import GuardConfig
-from bagualu.fault_tolerance.guard import damage, words
-from bagualu.fault_tolerance.guard.attempts import Attempts, culprits
+from bagualu.fault_tolerance.guard import damage, messages
 from bagualu.fault_tolerance.guard.damage import Damage, DamageCheck
 from bagualu.fault_tolerance.guard.decide import Situation, decide
 from bagualu.fault_tolerance.guard.finite import after_update
-from bagualu.fault_tolerance.guard.memory import Memory
+from bagualu.fault_tolerance.guard.gradient_checksums import Attempts, culprits
+from bagualu.fault_tolerance.guard.history import Memory
+from bagualu.fault_tolerance.guard.messages import by_rank, diagnosis, ending, finding
 from bagualu.fault_tolerance.guard.verdict import SPIKES, Action, Cause, Verdict
-from bagualu.fault_tolerance.guard.words import by_rank, diagnosis, ending, finding
 from bagualu.parallel.data import GradientReducer
 from bagualu.parallel.mesh import Mesh
 
@@ -179,7 +179,7 @@ class Guard:
         if action is Action.COMMIT:
             self._damage.repair(damages)
         ranks = tuple(rank for rank, found in enumerate(damages) if found)
-        text = words.after_update(step, action, _named(damages), again)
+        text = messages.after_update(step, action, _named(damages), again)
         return Verdict(action, Cause.UPDATE, ranks, self._count, text=text)
 
     def finish(self, step: int, loss: float, norm: float, verdict: Verdict) -> None:

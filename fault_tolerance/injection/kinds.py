@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass, field
 
 from bagualu.comm.errors import CommunicationError
-from bagualu.fault_tolerance.checkpoint.directory import latest
-from bagualu.fault_tolerance.checkpoint.durable import DISK
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest
+from bagualu.fault_tolerance.checkpoint.layout.durable import DISK
 from bagualu.fault_tolerance.injection.alarm import continue_after
 from bagualu.fault_tolerance.injection.fault import Fault, ProcessKilled, Scene
 from bagualu.fault_tolerance.injection.slowness import Slowness

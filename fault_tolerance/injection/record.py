@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm import jsonl
+from bagualu.fault_tolerance.append_log import Lines
 from bagualu.fault_tolerance.injection.fault import Fault
-from bagualu.fault_tolerance.lines import Lines
 
 FAULTS = "faults.jsonl"
 """The file's name in a run directory."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm import jsonl
-from bagualu.fault_tolerance.lines import Lines
+from bagualu.fault_tolerance.append_log import Lines
 
 LEDGER = "ledger.jsonl"
 """The file's name in a run directory."""

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
-from bagualu.fault_tolerance.checkpoint.format import MANIFEST, CheckpointError, Manifest, step_name
-from bagualu.fault_tolerance.checkpoint.manifest import encode
-from bagualu.fault_tolerance.replica.part import (
+from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, CheckpointError, Manifest, step_name
+from bagualu.fault_tolerance.checkpoint.layout.manifest import encode
+from bagualu.fault_tolerance.replica.node_folder import Site
+from bagualu.fault_tolerance.replica.shard import (
     Origin,
     Table,
     part_of,
@@ -27,7 +28,6 @@ from bagualu.fault_tolerance.replica.part import (
     whole,
     write_table,
 )
-from bagualu.fault_tolerance.replica.site import Site
 from bagualu.fault_tolerance.replica.transfer import Transfer, deliver
 from bagualu.parallel.boxes import Box
 

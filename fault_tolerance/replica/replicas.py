@@ -18,13 +18,13 @@ import torch
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Group
-from bagualu.fault_tolerance.checkpoint.directory import discard
 from bagualu.fault_tolerance.checkpoint.exchange import gather_json
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_name
-from bagualu.fault_tolerance.checkpoint.shard import Piece
-from bagualu.fault_tolerance.replica.part import Origin, shard_name, table_name, verify_part, write_part
+from bagualu.fault_tolerance.checkpoint.layout.directory import discard
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, step_name
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.fault_tolerance.replica.node_folder import open_site
 from bagualu.fault_tolerance.replica.recover import Replica, survey
-from bagualu.fault_tolerance.replica.site import open_site
+from bagualu.fault_tolerance.replica.shard import Origin, shard_name, table_name, verify_part, write_part
 from bagualu.fault_tolerance.replica.transfer import Transfer, deliver
 
 GENERATIONS = 2

@@ -27,13 +27,13 @@ from contest.environment import machine, versions
 
 from bagualu.comm.group import Group, connect
 from bagualu.comm.world import World
-from bagualu.fault_tolerance.checkpoint.fence import Fence
-from bagualu.fault_tolerance.checkpoint.save import Saver
-from bagualu.fault_tolerance.checkpoint.shard import Piece
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
+from bagualu.fault_tolerance.checkpoint.saving.save import Saver
 from bagualu.trainer.assemble import assemble
-from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.recipe import compose
+from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recovery.saving import Checkpoints, take_checkpoints
 from bagualu.trainer.step import train_step
 
 INTERVAL = 20

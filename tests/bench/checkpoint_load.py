@@ -25,12 +25,12 @@ from contest.environment import ALLOCATORS, environment, machine, versions
 
 from bagualu.comm import simulated
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.load import Checkpoint, Request
-from bagualu.fault_tolerance.checkpoint.save import save
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint, Request
+from bagualu.fault_tolerance.checkpoint.saving.save import save
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.recipe import compose
-from bagualu.trainer.state import checkpoints_of, metadata_of, take_state
+from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recovery.state import checkpoints_of, metadata_of, take_state
 
 _READY = "BENCH_CHECKPOINT_LOAD_READY"
 

@@ -26,8 +26,8 @@ from contest.report import table_of
 from bagualu.comm.gloo import GlooTransport
 from bagualu.comm.group import Communicator, connect
 from bagualu.comm.world import World
-from bagualu.trainer.config import LaunchConfig
-from bagualu.trainer.environment import pin, variables
+from bagualu.trainer.process.environment import pin, variables
+from bagualu.trainer.recipe.config import LaunchConfig
 
 KIBIBYTES = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 WAYS = ("memory", "network", "torch")

@@ -24,7 +24,7 @@ from bagualu.comm import simulated
 from bagualu.comm.group import Communicator
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.recipe import compose
+from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.step import train_step
 
 WARM_UP = 1

@@ -23,13 +23,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from bagualu.comm.group import connect
 from bagualu.comm.world import World
-from bagualu.trainer import environment
 from bagualu.trainer.assemble import Parts, assemble
-from bagualu.trainer.choose_backend import choose_backend
-from bagualu.trainer.config import LaunchConfig
+from bagualu.trainer.costs.throughput import model_flops_per_token, synchronize
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.flops import model_flops_per_token, synchronize
-from bagualu.trainer.recipe import compose
+from bagualu.trainer.process import environment
+from bagualu.trainer.recipe.choose_backend import choose_backend
+from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recipe.config import LaunchConfig
 from bagualu.trainer.step import train_step
 
 SHOWN = 30

@@ -32,9 +32,9 @@ from bagualu.parallel.pipeline.program import program
 from bagualu.parallel.pipeline.runtime import MicroBatch
 from bagualu.parallel.pipeline.schedule import forward_only, with_messages
 from bagualu.trainer.assemble import Parts, assemble
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.recipe import compose
+from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
 
 VOCAB, LENGTH, BATCH = 256, 32, 8

@@ -21,7 +21,7 @@ from contest import bubble, many_ranks, slowed, uneven
 from contest.environment import machine, versions
 from contest.report import table_of
 
-from bagualu.parallel.pipeline.generate import SCHEDULES
+from bagualu.parallel.pipeline.registry import SCHEDULES
 
 CONTEST = ("bagualu", "bagualu-1f1b", "bagualu-zb_h1", "bagualu-zb_v", "bagualu-interleaved_1f1b", "torchpp-bf16wide")
 SIMULATED = ("bubble", "uneven", "slowed")

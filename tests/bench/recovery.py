@@ -25,11 +25,11 @@ from bagualu.comm.group import Communicator
 from bagualu.comm.monitor import Monitor
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import assemble
-from bagualu.trainer.checkpoints import take_checkpoints
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.recipe import compose
-from bagualu.trainer.replication import open_replication
+from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recovery.replication import open_replication
+from bagualu.trainer.recovery.saving import take_checkpoints
 from bagualu.trainer.step import train_step
 from tests.harness import run
 

@@ -18,7 +18,7 @@ from contest.runs import Ended
 from contest.sleeping import Sleepers, Slow
 
 from bagualu.parallel.pipeline.formula import Size
-from bagualu.parallel.pipeline.generate import FAMILIES, SCHEDULES, compute_schedule
+from bagualu.parallel.pipeline.registry import FAMILIES, SCHEDULES, compute_schedule
 from bagualu.parallel.pipeline.timeline import per_kind, simulate
 
 

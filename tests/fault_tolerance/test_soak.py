@@ -11,7 +11,7 @@ import pytest
 from bagualu.fault_tolerance.injection.plan import DRAWN
 from bagualu.launch.cli import main
 from bagualu.trainer import run as whole_run
-from bagualu.trainer.recipe import load_recipe
+from bagualu.trainer.recipe.compose import load_recipe
 from tests.launch.warm import Launcher
 from tests.leftovers import Leftovers
 from tests.standing import assert_stood

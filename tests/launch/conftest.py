@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bagualu.trainer.outcome import FAILED, LOOPED
+from bagualu.trainer.process.failure import FAILED, LOOPED
 from tests.launch.warm import Launcher
 from tests.leftovers import Leftovers
 from tests.standing import assert_names_rank_phase_and_cause

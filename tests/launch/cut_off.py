@@ -19,9 +19,9 @@ from typing import Any
 
 from bagualu.comm.errors import CommunicationError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint import save
-from bagualu.fault_tolerance.checkpoint.fence import EPOCH
-from bagualu.trainer.config import Recipe
+from bagualu.fault_tolerance.checkpoint.saving import save
+from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
+from bagualu.trainer.recipe.config import Recipe
 from tests.launch import faulty
 from tests.launch.survival import SMALL
 from tests.launch.together import FOLDER, MACHINE, have_come, tell_them_to_meet

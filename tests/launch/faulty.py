@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.group import Communicator
-from bagualu.trainer.config import Recipe
+from bagualu.trainer.recipe.config import Recipe
 from tests.standing import train_noting_samples
 
 _SENT = {"stop": signal.SIGTERM, "usr1": signal.SIGUSR1}

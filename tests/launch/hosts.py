@@ -34,9 +34,9 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 
 from bagualu.comm.group import Communicator
-from bagualu.launch.rendezvous import SILENT_SECONDS
-from bagualu.trainer import worker
-from bagualu.trainer.config import Recipe
+from bagualu.launch.workers.rendezvous import SILENT_SECONDS
+from bagualu.trainer.process import worker
+from bagualu.trainer.recipe.config import Recipe
 from tests.launch import faulty
 from tests.launch.survival import SMALL
 from tests.launch.together import FOLDER, MACHINE, have_come, tell_them_to_meet

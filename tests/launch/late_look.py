@@ -4,7 +4,7 @@ Not collected by pytest.
 """
 
 from bagualu.launch import cli
-from bagualu.launch.agent import Agent
+from bagualu.launch.workers.agent import Agent
 
 look = Agent._exit_codes
 _missed: set[int] = set()

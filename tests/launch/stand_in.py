@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bagualu.comm.group import Communicator
-from bagualu.trainer.config import Recipe
+from bagualu.trainer.recipe.config import Recipe
 
 
 def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path | None = None) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from bagualu.trainer.config import Recipe
-from bagualu.trainer.recipe import compose
+from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recipe.config import Recipe
 from tests import harness
 from tests.standing import go_on
 

@@ -6,10 +6,10 @@ import socket
 
 import pytest
 
-from bagualu.fault_tolerance.checkpoint.fence import EPOCH
+from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.launch import cli
-from bagualu.trainer import preflight
-from bagualu.trainer.recipe import compose, save_recipe
+from bagualu.trainer.recipe import preflight
+from bagualu.trainer.recipe.compose import compose, save_recipe
 
 
 def refused(capsys, *words):

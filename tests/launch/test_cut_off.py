@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
-from bagualu.fault_tolerance.checkpoint.inspect import verify
+from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
 from tests.conftest import Undisturbed
 from tests.launch.survival import small
 from tests.leftovers import Leftovers

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bagualu.trainer import environment
+from bagualu.trainer.process import environment
 from tests.harness import COMPILES
 from tests.launch.survival import SMALL
 from tests.standing import assert_same_curve

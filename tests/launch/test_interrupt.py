@@ -21,7 +21,7 @@ sys.meta_path.insert(0, Interrupting())
 from bagualu.launch.cli import main
 sys.exit(main())
 """
-EARLY = ["bagualu.comm.errors", "bagualu.launch.usage", "bagualu.launch.train", "hydra"]
+EARLY = ["bagualu.comm.errors", "bagualu.launch.verbs.usage", "bagualu.launch.verbs.train", "hydra"]
 
 
 def command(tmp_path, leftovers, module, *words):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.launch.node import main
 from tests.launch.conftest import PATHS
 from tests.launch.survival import SMALL, finish, small

@@ -8,12 +8,12 @@ import time
 import pytest
 from filelock import FileLock
 
-from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
-from bagualu.launch import local
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest, list_checkpoints
 from bagualu.launch.cli import main
-from bagualu.launch.scratch import scratch
+from bagualu.launch.workers import processes
+from bagualu.launch.workers.scratch import scratch
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.stopping import STOP_SIGNALS, StopRequest
+from bagualu.trainer.process.stop_request import STOP_SIGNALS, StopRequest
 from tests.launch.survival import SMALL, finish, small
 from tests.standing import assert_stood, figures
 
@@ -40,7 +40,7 @@ def train(folder, *words):
     stop = StopRequest()
     stop.install()
     with scratch() as memory:
-        ended = local.run_threads(small(folder, *WORDS, *words), 2, "tests.launch.faulty:train", False, memory, stop)
+        ended = processes.run_threads(small(folder, *WORDS, *words), 2, "tests.launch.faulty:train", False, memory, stop)
     assert ended.summary, ended.failure
     return ended
 

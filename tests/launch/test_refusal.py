@@ -11,13 +11,13 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.config import RestartConfig
-from bagualu.launch import local, rendezvous
-from bagualu.launch.board import Ending, backend_of_all
-from bagualu.launch.run import _advice
-from bagualu.trainer.config import Recipe, RunConfig
-from bagualu.trainer.outcome import Failure
-from bagualu.trainer.stopping import StopRequest
-from tests.launch.test_rendezvous import CONFIG, meeting, never
+from bagualu.launch.workers import processes, rendezvous
+from bagualu.launch.workers.agent_messages import Ending, backend_of_all
+from bagualu.launch.workers.run import _advice
+from bagualu.trainer.process.failure import Failure
+from bagualu.trainer.process.stop_request import StopRequest
+from bagualu.trainer.recipe.config import Recipe, RunConfig
+from tests.launch.workers.test_rendezvous import CONFIG, meeting, never
 
 __all__ = ["meeting"]
 HOLD = """
@@ -36,7 +36,7 @@ def recipe(folder: Path, **restart) -> Recipe:
 
 def refuse(folder, meeting, error):
     return threading.Thread(
-        target=local.tell_early, args=(recipe(folder), meeting, local.refused(error), StopRequest()), daemon=True
+        target=processes.tell_early, args=(recipe(folder), meeting, processes.refused(error), StopRequest()), daemon=True
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_a_node_with_another_backend_is_refused(tmp_path, meeting):
     gloo = recipe(tmp_path)
     gloo.comm.backend = "gloo"
     with pytest.raises(RecipeError, match=r"has comm.backend=gloo, and the nodes before it nccl; give the same"):
-        local._require_same_backend(gloo, other)
+        processes._require_same_backend(gloo, other)
 
 
 def test_only_a_run_directory_with_a_free_lock_is_to_be_removed(tmp_path):

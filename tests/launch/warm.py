@@ -28,14 +28,14 @@ from multiprocessing import util
 from pathlib import Path
 from typing import IO, Any
 
-from bagualu.trainer.parent import die_with
+from bagualu.trainer.process.parent_death import die_with
 from tests.leftovers import hold_mark
 
 _IMPORTED = (
-    "bagualu.launch.cli", "bagualu.launch.train", "bagualu.launch.rehearse", "bagualu.launch.node", "bagualu.launch.local",
-    "bagualu.launch.member", "bagualu.trainer.run", "tests.standing",
+    "bagualu.launch.cli", "bagualu.launch.verbs.train", "bagualu.launch.verbs.rehearse", "bagualu.launch.node",
+    "bagualu.launch.workers.processes", "bagualu.launch.workers.worker_process", "bagualu.trainer.run", "tests.standing",
 )  # fmt: skip
-_ONLY_IN_SERVERS = "bagualu.launch.lifeline"
+_ONLY_IN_SERVERS = "bagualu.launch.workers.fork_server_preload"
 _SET_CHILD_SUBREAPER = 36
 _LONGEST = 2**17
 """Bytes of a request: a program, words and an environment."""

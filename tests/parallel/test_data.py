@@ -11,11 +11,11 @@ from torch import nn
 
 from bagualu.comm import gloo
 from bagualu.comm.group import Communicator, Group
-from bagualu.parallel.apply import parallelize
 from bagualu.parallel.boxes import Box
 from bagualu.parallel.data import Bucket, GradientReducer, build_buckets, gather_weights
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.mesh import Mesh
+from bagualu.parallel.parallelize import parallelize
 from bagualu.parallel.sharding import Placement, ShardingPlan
 from bagualu.trainer.optim.adamw import ShardedAdamW
 from bagualu.trainer.optim.config import OptimConfig

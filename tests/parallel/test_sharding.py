@@ -11,9 +11,9 @@ from bagualu.comm.errors import RecipeError
 from bagualu.parallel.boxes import cover_problem
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.sharding import Placement, ShardingPlan
-from bagualu.trainer.models.config import ModelConfig, MoEConfig
-from bagualu.trainer.models.decoder import Decoder
-from bagualu.trainer.plans.decoder import decoder_plan
+from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+from bagualu.trainer.models.decoder.model import Decoder
+from bagualu.trainer.models.decoder.plan import decoder_plan
 
 SIZES = {"layers": 4, "hidden": 16, "heads": 4, "ffn": 24, "vocab": 64}
 VARIANTS = {

@@ -7,17 +7,17 @@ import numpy as np
 import torch
 
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.parallel.data import Bucket
 from bagualu.trainer.assemble import Parts, assemble
-from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.loop import Loop
-from bagualu.trainer.outcome import GuardError
-from bagualu.trainer.resume import resume
-from bagualu.trainer.state import checkpoints_of
+from bagualu.trainer.process.failure import GuardError
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recovery.resume import resume
+from bagualu.trainer.recovery.saving import Checkpoints, take_checkpoints
+from bagualu.trainer.recovery.state import checkpoints_of
 
 Bits = dict[str, np.ndarray]
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
-from bagualu.fault_tolerance.checkpoint.inspect import verify
+from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
 from bagualu.fault_tolerance.ledger.events import read
 from bagualu.launch.cli import main
-from bagualu.trainer.config import Recipe
+from bagualu.trainer.recipe.config import Recipe
 from tests.standing import train_noting_samples
 
 RECIPE = [

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from bagualu.fault_tolerance.checkpoint.load import Checkpoint
-from bagualu.fault_tolerance.checkpoint.save import save
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.saving.save import save
 from bagualu.trainer.assemble import Parts
-from bagualu.trainer.state import checkpoints_of, metadata_of, take_state
+from bagualu.trainer.recovery.state import checkpoints_of, metadata_of, take_state
 
 
 def save_state(parts: Parts, step: int) -> Path:

@@ -15,19 +15,19 @@ import torch
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint import load as load_module
-from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
-from bagualu.fault_tolerance.checkpoint.fence import EPOCH
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError
-from bagualu.fault_tolerance.checkpoint.inspect import verify
-from bagualu.fault_tolerance.checkpoint.save import save
-from bagualu.fault_tolerance.checkpoint.shard import Piece
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest, list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.fault_tolerance.checkpoint.reading import load as load_module
+from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
+from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
+from bagualu.fault_tolerance.checkpoint.saving.save import save
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import Parts, assemble
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.outcome import FinalError
-from bagualu.trainer.state import CHECKPOINTS
+from bagualu.trainer.process.failure import FinalError
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recovery.state import CHECKPOINTS
 from bagualu.trainer.step import train_step
 from tests.conftest import Undisturbed
 from tests.harness import WorkerFailed, run

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bagualu.trainer.config import Recipe
+from bagualu.trainer.recipe.config import Recipe
 from tests.trainer.faults import Ending, Fault, assert_same_bits, left_out_steps
 from tests.trainer.test_guard import SPIKED, Clean, Learnable, recipe_in, runs
 

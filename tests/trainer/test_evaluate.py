@@ -7,9 +7,9 @@ import pytest
 
 from bagualu.comm.group import Communicator
 from bagualu.trainer.assemble import assemble
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.evaluate import Validation, validate
+from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
 from tests.harness import run
 from tests.parity import small_recipe

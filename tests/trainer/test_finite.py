@@ -9,17 +9,17 @@ import torch
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError
+from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
 from bagualu.fault_tolerance.config import GuardConfig
 from bagualu.fault_tolerance.guard.finite import after_update, is_finite
 from bagualu.fault_tolerance.guard.verdict import Action
 from bagualu.trainer.assemble import assemble
-from bagualu.trainer.checkpoints import Checkpoints, take_checkpoints
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.optim import adamw
-from bagualu.trainer.state import CHECKPOINTS
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recovery.saving import Checkpoints, take_checkpoints
+from bagualu.trainer.recovery.state import CHECKPOINTS
 from tests.harness import run
 from tests.parity import gather, small_recipe
 from tests.parity import train as curve

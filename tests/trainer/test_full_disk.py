@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bagualu.trainer.recipe import load_recipe
+from bagualu.trainer.recipe.compose import load_recipe
 from tests.conftest import Undisturbed
 from tests.leftovers import Leftovers
 from tests.mounts import can_mount

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.inspect import verify
-from bagualu.trainer.config import Recipe
-from bagualu.trainer.state import CHECKPOINTS
+from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recovery.state import CHECKPOINTS
 from tests.harness import ON_GPU, run
 from tests.parity import small_recipe
 from tests.trainer.faults import Ending, Fault, assert_same_bits, gradient, reduced, train

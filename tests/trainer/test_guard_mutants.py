@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bagualu.comm.errors import CommunicationError
-from bagualu.fault_tolerance.guard.attempts import Attempts
 from bagualu.fault_tolerance.guard.damage import DamageCheck
+from bagualu.fault_tolerance.guard.gradient_checksums import Attempts
 from bagualu.parallel.mesh import Mesh
 from bagualu.trainer import step
 from tests.trainer.faults import Fault, gradient

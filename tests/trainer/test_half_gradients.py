@@ -7,9 +7,9 @@ import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.trainer.assemble import assemble
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.models import kernels
+from bagualu.trainer.operators import linear
+from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
 from tests.harness import ON_GPU, run
 from tests.parity import small_recipe
@@ -43,7 +43,7 @@ def test_every_gradient_is_the_exact_one_rounded(monkeypatch: pytest.MonkeyPatch
     recipe = small_recipe(**MOE, parallel__schedule=schedule)
     (exact,) = run("simulated", 1, gradients, recipe)
     if backend == "in one kernel":  # as on a GPU; torch has a form of it for the CPU
-        monkeypatch.setattr(kernels, "_in_one_kernel", lambda x, *weights: x.dtype == torch.bfloat16 and x.shape[0] > 0)
+        monkeypatch.setattr(linear, "_in_one_kernel", lambda x, *weights: x.dtype == torch.bfloat16 and x.shape[0] > 0)
         backend = "simulated"
     half = replace(recipe, train=replace(recipe.train, dtype="bfloat16"))
     (found,) = run(backend, 1, gradients, half)

@@ -9,10 +9,10 @@ import pytest
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.trainer import run as whole_run
-from bagualu.trainer import state
-from bagualu.trainer.config import Recipe
-from bagualu.trainer.preflight import check_run_directory
-from bagualu.trainer.recipe import save_recipe
+from bagualu.trainer.recipe.compose import save_recipe
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.preflight import check_run_directory
+from bagualu.trainer.recovery import state
 from tests.harness import run
 from tests.trainer.data.conftest import words
 from tests.trainer.test_run import recipe_in

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.pipeline.generate import SCHEDULES, splits_backward
-from bagualu.trainer.config import Recipe
+from bagualu.parallel.pipeline.registry import SCHEDULES, splits_backward
+from bagualu.trainer.recipe.config import Recipe
 from tests.harness import BACKENDS, ON_GPU, run
 from tests.parity import Curve, assert_same, small_recipe, train
 

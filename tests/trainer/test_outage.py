@@ -14,17 +14,19 @@ import pytest
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint import blocks
-from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
-from bagualu.fault_tolerance.checkpoint.fence import EPOCH
-from bagualu.fault_tolerance.checkpoint.format import CheckpointStorageError, step_name
+from bagualu.fault_tolerance.checkpoint.layout import blocks
+from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointStorageError, step_name
+from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.fault_tolerance.guard.verdict import Action, Cause, Verdict
 from bagualu.fault_tolerance.ledger.events import LEDGER
-from bagualu.launch.storage import newest
-from bagualu.trainer import checkpoints, loop, preflight, resume
+from bagualu.launch.workers.storage_probe import newest
+from bagualu.trainer import loop
 from bagualu.trainer import run as whole_run
-from bagualu.trainer.config import Recipe
-from bagualu.trainer.outcome import failure
+from bagualu.trainer.process.failure import failure
+from bagualu.trainer.recipe import preflight
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recovery import resume, saving
 from bagualu.trainer.step import train_step
 from tests.harness import run
 from tests.standing import assert_same_run
@@ -251,7 +253,7 @@ def test_a_run_directory_that_gives_errors_is_an_outage_on_every_rank(stopped: P
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(directory))
         return True
 
-    monkeypatch.setattr(checkpoints, "has_begun", fail)
+    monkeypatch.setattr(saving, "has_begun", fail)
     with pytest.raises(CheckpointStorageError, match=r"rank 1: .* cannot be read now \(Stale file handle\)") as error:
         go_on(stopped)
     assert failure(0, "start", error.value, 0.0).kind == "storage"

@@ -7,17 +7,17 @@ import torch
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.directory import latest
-from bagualu.fault_tolerance.checkpoint.load import Checkpoint
-from bagualu.fault_tolerance.checkpoint.save import save
-from bagualu.fault_tolerance.checkpoint.shard import Piece
-from bagualu.launch.fit import fitted
-from bagualu.trainer import preflight
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.saving.save import save
+from bagualu.launch.workers.elastic_layout import fitted
 from bagualu.trainer.assemble import Parts, assemble
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.recipe import save_recipe
-from bagualu.trainer.state import CHECKPOINTS, checkpoints_of, metadata_of
+from bagualu.trainer.recipe import preflight
+from bagualu.trainer.recipe.compose import save_recipe
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recovery.state import CHECKPOINTS, checkpoints_of, metadata_of
 from bagualu.trainer.step import train_step
 from tests.harness import run
 from tests.parity import assert_same, gather, pieces_of, small_recipe, train

@@ -13,19 +13,20 @@ import pytest
 import torch
 
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError
-from bagualu.parallel import relocate
-from bagualu.parallel.balance.forecast import Split
-from bagualu.parallel.balance.watch import Proposal
-from bagualu.parallel.pipeline.measured import FILE, read_measured
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
+from bagualu.parallel import move_state
+from bagualu.parallel.balance.stages.forecast import Split
+from bagualu.parallel.balance.stages.rebalance_policy import Proposal
+from bagualu.parallel.pipeline.recorded_timeline import FILE, read_measured
 from bagualu.parallel.pipeline.stopwatch import Stopwatch
-from bagualu.trainer import initialise, rebalance
+from bagualu.trainer import rebalance
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import Parts, assemble
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.models.decoder import Layer
+from bagualu.trainer.models.decoder import initialise
+from bagualu.trainer.models.decoder.model import Layer
 from bagualu.trainer.rebalance import move
+from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
 from tests.conftest import Undisturbed
 from tests.harness import BACKENDS, run
@@ -164,8 +165,8 @@ def test_a_rank_without_room_for_what_is_to_come_leaves_everything_as_it_was(
             raise MemoryError("no room")
         return make_room(*given)
 
-    make_room = relocate._buffer
-    monkeypatch.setattr(relocate, "_buffer", room)
+    make_room = move_state._buffer
+    monkeypatch.setattr(move_state, "_buffer", room)
     assert_same(run("simulated", 4, failing, recipe_for(pipeline=2, data=2, balance=[3, 4]), "never"), alone)
 
 

@@ -7,12 +7,12 @@ import pytest
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.directory import latest
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.trainer import assemble as assembling
 from bagualu.trainer.assemble import assemble
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.state import CHECKPOINTS
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recovery.state import CHECKPOINTS
 from bagualu.trainer.step import train_step
 from tests.harness import run
 from tests.parity import gather, pieces_of, small_recipe

@@ -11,15 +11,15 @@ import pytest
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
-from bagualu.fault_tolerance.checkpoint.fence import EPOCH
-from bagualu.fault_tolerance.checkpoint.inspect import verify
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest, list_checkpoints
+from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
+from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.fault_tolerance.ledger.events import LEDGER
 from bagualu.trainer import loop
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import Parts
-from bagualu.trainer.config import Recipe
-from bagualu.trainer.outcome import GuardError
+from bagualu.trainer.process.failure import GuardError
+from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import StepResult, train_step
 from tests.conftest import Undisturbed
 from tests.harness import BACKENDS, ON_GPU, run

@@ -9,7 +9,7 @@ import pytest
 
 from bagualu.comm.group import Communicator
 from bagualu.trainer import run as whole_run
-from bagualu.trainer.config import Recipe
+from bagualu.trainer.recipe.config import Recipe
 from tests.harness import run
 from tests.parity import small_recipe
 

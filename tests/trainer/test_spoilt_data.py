@@ -11,13 +11,13 @@ import pytest
 
 from bagualu.comm.errors import RecipeError, StorageError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
-from bagualu.fault_tolerance.checkpoint.inspect import verify
+from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
 from bagualu.trainer import run as whole_run
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data import prepared
 from bagualu.trainer.data.prepared import DataError
-from bagualu.trainer.outcome import failure
+from bagualu.trainer.process.failure import failure
+from bagualu.trainer.recipe.config import Recipe
 from tests.conftest import Undisturbed
 from tests.harness import run
 from tests.standing import assert_stood, figures, train_noting_samples

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from bagualu.comm.errors import RecipeError
-from bagualu.trainer.config import Recipe
-from bagualu.trainer.override_text import quoted
-from bagualu.trainer.recipe import as_dict, compose, load_recipe, parse, resolved_yaml, save_recipe
-from bagualu.trainer.yaml_text import read_yaml
+from bagualu.trainer.recipe.compose import as_dict, compose, load_recipe, parse, resolved_yaml, save_recipe
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.override_text import quoted
+from bagualu.trainer.recipe.yaml_text import read_yaml
 
 LOOKS_LIKE_SOMETHING_ELSE = [
     *("2024_01_01", "2024-01-01", "2024_01", "1e3", "0x10", "0b101", "0o17", "007", "010", "3.10", ".5", "1_000.5", "-0", "+1"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bagualu.comm.errors import RecipeError, StorageError
-from bagualu.fault_tolerance.checkpoint.fence import EPOCH
+from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 
 _RESOLVED, _RESOLVED_BYTES = "config.yaml", 2**18
 _SECTIONS = frozenset({"run", "model", "data", "train", "optim", "parallel"})

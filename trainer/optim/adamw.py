@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from bagualu.fault_tolerance.checkpoint.load import Request
-from bagualu.fault_tolerance.checkpoint.shard import Piece
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.fault_tolerance.checkpoint.reading.load import Request
 from bagualu.fault_tolerance.guard.finite import is_finite, probe
 from bagualu.parallel.boxes import flat_range_to_boxes
 from bagualu.parallel.data import Bucket, gather_weights

@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from bagualu.parallel.pipeline.generate import SCHEDULES
+from bagualu.parallel.pipeline.registry import SCHEDULES
 from contest.entry import Entry
 from contest.runs import Ended, train
 from contest.shapes import SHAPES

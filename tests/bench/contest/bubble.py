@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bagualu.trainer.recipe import compose
+from bagualu.trainer.recipe.compose import compose
 from contest.bubbles import Passes, row
 from contest.forecasts import schedule_of
 from contest.runs import train

@@ -4,7 +4,7 @@ import statistics
 from typing import Any
 
 from bagualu.parallel.pipeline.formula import Size
-from bagualu.parallel.pipeline.generate import FAMILIES
+from bagualu.parallel.pipeline.registry import FAMILIES
 from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule
 from bagualu.parallel.pipeline.timeline import Span, Timeline, simulate
 

@@ -10,7 +10,7 @@ SECONDS = 2.0
 def main() -> None:
     import torch
 
-    from bagualu.trainer.flops import matmul_ceiling
+    from bagualu.trainer.costs.throughput import matmul_ceiling
 
     threads = len(os.sched_getaffinity(0))
     rates = {

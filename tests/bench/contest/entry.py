@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from bagualu.parallel.pipeline.generate import SCHEDULES
+from bagualu.parallel.pipeline.registry import SCHEDULES
 
 BASELINES = ("plain", "ddp", "fsdp", "deepspeed", "torchtp", "torchpp")
 AXES = ("data", "tensor", "pipeline", "expert")

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import torch
 
-from bagualu.parallel.balance.choose import choose_split
-from bagualu.parallel.balance.cost import CostTable
-from bagualu.parallel.balance.forecast import Split, forecast_split
-from bagualu.parallel.balance.problem import Problem
-from bagualu.parallel.pipeline.generate import compute_schedule
+from bagualu.parallel.balance.stages.choose import choose_split
+from bagualu.parallel.balance.stages.cost import CostTable
+from bagualu.parallel.balance.stages.forecast import Split, forecast_split
+from bagualu.parallel.balance.stages.problem import Problem
+from bagualu.parallel.pipeline.registry import compute_schedule
 from bagualu.parallel.pipeline.schedule import Schedule
 from bagualu.parallel.pipeline.split import split_layers
-from bagualu.trainer.balance import work_of
-from bagualu.trainer.config import Recipe
-from bagualu.trainer.cost_cache import device_name, figures
-from bagualu.trainer.measured_cost import measured_table
+from bagualu.trainer.costs.cache import device_name, figures
+from bagualu.trainer.costs.choose_split import work_of
+from bagualu.trainer.costs.measured import measured_table
+from bagualu.trainer.recipe.config import Recipe
 
 
 class Forecasts:

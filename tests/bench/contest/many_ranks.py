@@ -7,7 +7,7 @@ from typing import Any
 from bagualu.comm import simulated
 from bagualu.comm.group import Communicator
 from bagualu.trainer import run
-from bagualu.trainer.recipe import compose
+from bagualu.trainer.recipe.compose import compose
 from contest import bubbles, slowed, uneven
 from contest.forecasts import forecasts, schedule_of
 from contest.runs import QUIET, Ended, read

@@ -7,7 +7,7 @@ from typing import Any
 
 from bagualu.comm.group import Communicator
 from bagualu.trainer import run
-from bagualu.trainer.config import Recipe
+from bagualu.trainer.recipe.config import Recipe
 
 
 def train(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], scratch: Path | None = None) -> dict[str, Any]:

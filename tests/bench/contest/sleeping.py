@@ -15,8 +15,8 @@ import torch
 
 from bagualu.comm.monitor import Monitor
 from bagualu.parallel.data import gradient_sink
-from bagualu.trainer.models.decoder import Head, Layer
-from bagualu.trainer.models.moe import MixtureOfExperts
+from bagualu.trainer.models.decoder.model import Head, Layer
+from bagualu.trainer.models.decoder.moe import MixtureOfExperts
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bagualu.trainer.recipe import compose
+from bagualu.trainer.recipe.compose import compose
 from contest.duty import Slowed
 from contest.forecasts import forecasts
 from contest.named import process_file

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bagualu.trainer.config import Recipe
-from bagualu.trainer.recipe import compose
+from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recipe.config import Recipe
 from contest.forecasts import Forecasts, forecasts, uniform
 from contest.report import spread
 from contest.runs import Ended, train

@@ -18,13 +18,13 @@ from power import CALLS, Power, lay_out
 from ranks import rows_of, run, save_fenced, save_while_training, tensors
 
 from bagualu.comm.group import Group
-from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
-from bagualu.fault_tolerance.checkpoint.fence import Fence
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError
-from bagualu.fault_tolerance.checkpoint.inspect import verify
-from bagualu.fault_tolerance.checkpoint.load import Checkpoint
-from bagualu.fault_tolerance.checkpoint.save import Saver
-from bagualu.fault_tolerance.checkpoint.snapshot import Snapshot
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest, list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
+from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
+from bagualu.fault_tolerance.checkpoint.saving.save import Saver
+from bagualu.fault_tolerance.checkpoint.saving.snapshot import Snapshot
 
 LAGGARD_SECONDS = 0.3
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bagualu.fault_tolerance.checkpoint.fence import EPOCH
-from bagualu.fault_tolerance.checkpoint.save import save
+from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
+from bagualu.fault_tolerance.checkpoint.saving.save import save
 
 sys.path.insert(0, str(Path(__file__).parent))
 

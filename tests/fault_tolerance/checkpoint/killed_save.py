@@ -20,12 +20,12 @@ import torch
 from ranks import run, save_while_training, tensors
 
 from bagualu.comm.group import Group
-from bagualu.fault_tolerance.checkpoint.directory import latest
-from bagualu.fault_tolerance.checkpoint.fence import EPOCH
-from bagualu.fault_tolerance.checkpoint.inspect import verify
-from bagualu.fault_tolerance.checkpoint.load import Checkpoint
-from bagualu.fault_tolerance.checkpoint.save import Saver, take_fence
-from bagualu.fault_tolerance.checkpoint.snapshot import Snapshot
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest
+from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
+from bagualu.fault_tolerance.checkpoint.saving.save import Saver, take_fence
+from bagualu.fault_tolerance.checkpoint.saving.snapshot import Snapshot
 
 CALLS = ("open", "write", "fsync", "close", "rename", "mkdir", "unlink", "rmdir")
 

@@ -7,10 +7,10 @@ import torch
 
 from bagualu.comm import simulated
 from bagualu.comm.group import Communicator, Group
-from bagualu.fault_tolerance.checkpoint.fence import Fence
-from bagualu.fault_tolerance.checkpoint.save import Saver
-from bagualu.fault_tolerance.checkpoint.shard import Piece
-from bagualu.fault_tolerance.checkpoint.snapshot import Snapshot
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
+from bagualu.fault_tolerance.checkpoint.saving.save import Saver
+from bagualu.fault_tolerance.checkpoint.saving.snapshot import Snapshot
 
 
 def run(size: int, function: Callable[[Group], Any]) -> list[Any]:

@@ -13,12 +13,12 @@ import torch
 from ranks import run
 
 from bagualu.comm.group import Group
-from bagualu.fault_tolerance.checkpoint.directory import latest
-from bagualu.fault_tolerance.checkpoint.fence import Fence
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError
-from bagualu.fault_tolerance.checkpoint.inspect import verify
-from bagualu.fault_tolerance.checkpoint.save import Saver, take_fence
-from bagualu.fault_tolerance.checkpoint.shard import Piece
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
+from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
+from bagualu.fault_tolerance.checkpoint.saving.save import Saver, take_fence
 
 
 def mount(*words: str) -> None:

@@ -21,10 +21,10 @@ from power import CALLS
 from ranks import rows_of, save_fenced
 
 from bagualu.comm.group import Group
-from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
-from bagualu.fault_tolerance.checkpoint.fence import Fence
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError
-from bagualu.fault_tolerance.checkpoint.save import Saver
+from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
+from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
+from bagualu.fault_tolerance.checkpoint.saving.save import Saver
 
 SAVED, REFUSED = 10, 11
 

@@ -14,14 +14,14 @@ from checks import content_problems
 from ranks import rows_of, run, save_while_training, steps_until_known
 
 from bagualu.comm.group import Group
-from bagualu.fault_tolerance.checkpoint import save
-from bagualu.fault_tolerance.checkpoint.commit import Claim
-from bagualu.fault_tolerance.checkpoint.directory import latest
-from bagualu.fault_tolerance.checkpoint.fence import EPOCH, Fence
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError, step_name
-from bagualu.fault_tolerance.checkpoint.save import Saver
-from bagualu.fault_tolerance.checkpoint.shard import Piece
-from bagualu.fault_tolerance.checkpoint.snapshot import Snapshot
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, step_name
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.fault_tolerance.checkpoint.saving import save
+from bagualu.fault_tolerance.checkpoint.saving.commit import Claim
+from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH, Fence
+from bagualu.fault_tolerance.checkpoint.saving.save import Saver
+from bagualu.fault_tolerance.checkpoint.saving.snapshot import Snapshot
 
 ALONE = Group("world", (0,), 0, None)
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bagualu.fault_tolerance.checkpoint.directory import latest, list_checkpoints
-from bagualu.fault_tolerance.checkpoint.fence import Fence
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError, CheckpointStorageError
-from bagualu.fault_tolerance.checkpoint.inspect import describe, verify
-from bagualu.fault_tolerance.checkpoint.load import Checkpoint
-from bagualu.fault_tolerance.checkpoint.save import save
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest, list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, CheckpointStorageError
+from bagualu.fault_tolerance.checkpoint.reading.inspect import describe, verify
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
+from bagualu.fault_tolerance.checkpoint.saving.save import save
 
 HERE = Path(__file__).parent
 

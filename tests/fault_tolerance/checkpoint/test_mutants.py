@@ -9,9 +9,10 @@ from checks import damage, power_loss, zombie
 from ranks import rows_of, run
 
 from bagualu.comm.group import Group
-from bagualu.fault_tolerance.checkpoint import blocks, durable, format, save
-from bagualu.fault_tolerance.checkpoint.fence import Fence
-from bagualu.fault_tolerance.checkpoint.shard import write_shard
+from bagualu.fault_tolerance.checkpoint.layout import blocks, durable, format
+from bagualu.fault_tolerance.checkpoint.layout.shard import write_shard
+from bagualu.fault_tolerance.checkpoint.saving import save
+from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
 
 
 @pytest.mark.parametrize("check", [power_loss, zombie, damage])
@@ -63,7 +64,7 @@ def without_fence(patch, folder):
 
 def without_setting_aside(patch, folder):
     """The other half of the fence: a new start leaves the saves under way where they are."""
-    patch.setattr("bagualu.fault_tolerance.checkpoint.fence.clear_stale", lambda root: None)
+    patch.setattr("bagualu.fault_tolerance.checkpoint.saving.fence.clear_stale", lambda root: None)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from bagualu.comm.group import Group
-from bagualu.fault_tolerance.checkpoint import blocks as blocks_module
-from bagualu.fault_tolerance.checkpoint import format, load
-from bagualu.fault_tolerance.checkpoint.format import DTYPES, CheckpointError
-from bagualu.fault_tolerance.checkpoint.inspect import verify
-from bagualu.fault_tolerance.checkpoint.load import Checkpoint, Request
-from bagualu.fault_tolerance.checkpoint.manifest import encode, read_manifest
-from bagualu.fault_tolerance.checkpoint.save import save
-from bagualu.fault_tolerance.checkpoint.shard import Piece
+from bagualu.fault_tolerance.checkpoint.layout import blocks as blocks_module
+from bagualu.fault_tolerance.checkpoint.layout import format
+from bagualu.fault_tolerance.checkpoint.layout.format import DTYPES, CheckpointError
+from bagualu.fault_tolerance.checkpoint.layout.manifest import encode, read_manifest
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.fault_tolerance.checkpoint.reading import load
+from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint, Request
+from bagualu.fault_tolerance.checkpoint.saving.save import save
 from bagualu.parallel.boxes import Box
 
 ALONE = Group("world", (0,), 0, None)

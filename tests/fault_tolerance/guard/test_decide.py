@@ -8,7 +8,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.config import GuardConfig
 from bagualu.fault_tolerance.guard.decide import MOST_ATTEMPTS, Situation, decide
 from bagualu.fault_tolerance.guard.finite import after_update
-from bagualu.fault_tolerance.guard.memory import Memory
+from bagualu.fault_tolerance.guard.history import Memory
 from bagualu.fault_tolerance.guard.verdict import Action, Cause, Verdict
 
 FIGURES = (Cause.NONFINITE, Cause.NORM, Cause.LOSS)

@@ -11,7 +11,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.injection.kinds import KINDS, Corrupt, DropLink, Flip, Kill, Slow, Stop
 from bagualu.fault_tolerance.injection.plan import DRAWN, Setting, draw, parse, resolve
 from bagualu.fault_tolerance.points import POINTS
-from bagualu.trainer.recipe import compose, load_recipe, save_recipe
+from bagualu.trainer.recipe.compose import compose, load_recipe, save_recipe
 
 SETTING = Setting(seed=1, steps=60, ranks=4, checkpoint_every=4)
 

@@ -12,19 +12,19 @@ import torch
 
 from bagualu.comm.errors import CommunicationError
 from bagualu.comm.monitor import Monitor
-from bagualu.fault_tolerance.checkpoint.directory import list_checkpoints
-from bagualu.fault_tolerance.checkpoint.durable import DISK
-from bagualu.fault_tolerance.checkpoint.inspect import verify
+from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.durable import DISK
+from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
 from bagualu.fault_tolerance.injection.fault import ProcessKilled
+from bagualu.fault_tolerance.injection.fault_target import flip_bit
 from bagualu.fault_tolerance.injection.kinds import Kill, PlannedError, Slow
 from bagualu.fault_tolerance.injection.observer import PlannedFaults
 from bagualu.fault_tolerance.injection.plan import parse
 from bagualu.fault_tolerance.injection.record import FAULTS, Record
-from bagualu.fault_tolerance.injection.scene import flip_bit
 from bagualu.fault_tolerance.injection.slowness import Slowness
 from bagualu.fault_tolerance.points import POINTS
 from bagualu.trainer import run as whole_run
-from bagualu.trainer.config import Recipe
+from bagualu.trainer.recipe.config import Recipe
 from tests.harness import run
 from tests.parity import small_recipe
 from tests.standing import assert_same_run, assert_stood, go_on

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.format import CheckpointError
-from bagualu.fault_tolerance.checkpoint.load import Checkpoint
-from bagualu.fault_tolerance.checkpoint.save import take_fence
-from bagualu.fault_tolerance.checkpoint.shard import Piece
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.saving.save import take_fence
 from bagualu.fault_tolerance.replica.recover import Replica
 from bagualu.fault_tolerance.replica.replicas import Replicas
 from bagualu.parallel.boxes import Box

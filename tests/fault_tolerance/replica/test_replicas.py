@@ -14,7 +14,7 @@ import pytest
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.replica import site, transfer
+from bagualu.fault_tolerance.replica import node_folder, transfer
 from tests.fault_tolerance.replica.cluster import keep, open_replicas, pieces, resume
 from tests.harness import BACKENDS, run
 
@@ -210,7 +210,7 @@ def refusal(communicator: Communicator, folder: Path) -> str:
 
 
 def test_too_little_memory_is_refused_with_both_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(site.Site, "free_bytes", lambda self: 10**10 if self.nodes.of[self.group.rank] == 0 else 8 * 10**9)
+    monkeypatch.setattr(node_folder.Site, "free_bytes", lambda self: 10**10 if self.nodes.of[self.group.rank] == 0 else 8 * 10**9)
     answers = ranks(4, refusal, tmp_path)
     assert len(set(answers)) == 1
     assert "needs 8.4 GB of memory" in answers[0]

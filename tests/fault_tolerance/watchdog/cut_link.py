@@ -20,11 +20,11 @@ import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.comm.world import World
-from bagualu.launch.hang import HangCheck
-from bagualu.trainer.config import Recipe
-from bagualu.trainer.recipe import compose
-from bagualu.trainer.stopping import StopRequest
-from bagualu.trainer.worker import work
+from bagualu.launch.watch.hang import HangCheck
+from bagualu.trainer.process.stop_request import StopRequest
+from bagualu.trainer.process.worker import work
+from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recipe.config import Recipe
 from tests.wire import join_network
 
 _RANKS, _PORT = 4, 29511

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bagualu.launch.slurm import script
-from bagualu.trainer.recipe import compose
+from bagualu.launch.verbs.slurm import script
+from bagualu.trainer.recipe.compose import compose
 from tests.standing import assert_names_rank_phase_and_cause
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -4,9 +4,9 @@ import random
 from collections.abc import Iterator
 from itertools import combinations, pairwise
 
-from bagualu.parallel.balance.cost import CostTable, LayerCost
-from bagualu.parallel.balance.forecast import by_rank
-from bagualu.parallel.balance.problem import Piece, Problem
+from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
+from bagualu.parallel.balance.stages.forecast import by_rank
+from bagualu.parallel.balance.stages.problem import Piece, Problem
 from bagualu.parallel.pipeline.schedule import Action, Kind, Placement, Schedule
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bagualu.parallel.pipeline.check import Report, ScheduleError, check
 from bagualu.parallel.pipeline.formula import Size
-from bagualu.parallel.pipeline.generate import FAMILIES, SCHEDULES, compute_schedule
+from bagualu.parallel.pipeline.registry import FAMILIES, SCHEDULES, compute_schedule
 from bagualu.parallel.pipeline.schedule import PASSES, Action, Kind, Placement, Schedule, forward_only, with_messages
 from bagualu.parallel.pipeline.timeline import per_kind, simulate
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.pipeline.check import received_as
-from bagualu.parallel.pipeline.generate import SCHEDULES, compute_schedule
 from bagualu.parallel.pipeline.program import program
+from bagualu.parallel.pipeline.registry import SCHEDULES, compute_schedule
 from bagualu.parallel.pipeline.schedule import RECEIVES, SENDS, Action, Schedule, with_messages
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from bagualu.parallel.mesh import message_group
 from bagualu.parallel.pipeline.check import received_as
-from bagualu.parallel.pipeline.generate import SCHEDULES, compute_schedule
+from bagualu.parallel.pipeline.registry import SCHEDULES, compute_schedule
 from bagualu.parallel.pipeline.schedule import PASSES, SENDS, Action, Kind, Placement, Schedule, forward_only, with_messages
 
 GroupOf = Callable[[bool, int, int], str]

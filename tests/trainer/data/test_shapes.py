@@ -9,7 +9,7 @@ import pytest
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import Corpus, prepare, show_data
-from bagualu.trainer.recipe import compose, save_recipe
+from bagualu.trainer.recipe.compose import compose, save_recipe
 from tests.trainer.data.conftest import words
 
 VOCAB = 300

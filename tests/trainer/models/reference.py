@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from bagualu.trainer.models.config import ModelConfig
+from bagualu.trainer.models.decoder.config import ModelConfig
 
 Weights = dict[str, torch.Tensor]
 

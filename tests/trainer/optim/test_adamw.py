@@ -11,10 +11,10 @@ from torch.nn.utils import clip_grad_norm_
 from bagualu.comm.group import Communicator
 from bagualu.parallel import precision
 from bagualu.trainer.assemble import Parts, assemble
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.models.decoder import Decoder
+from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.optim.schedule import learning_rate
+from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import local_micro_batches, train_step
 from tests.harness import run
 from tests.parity import gather, pieces_of, small_recipe

@@ -6,9 +6,9 @@ import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.trainer.assemble import Parts, assemble
-from bagualu.trainer.config import Recipe
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.optim.scaler import LossScaler
+from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import StepResult, train_step
 from tests.harness import BACKENDS, ON_GPU, run
 from tests.parity import gather, pieces_of, small_recipe

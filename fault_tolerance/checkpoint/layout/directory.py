@@ -1,0 +1,76 @@
+"""The directory of a run's checkpoints: which names are checkpoints, and how they are removed.
+
+A committed checkpoint is called `step-` and a number of at least eight digits. It got that name by a rename, so it is complete.
+Nothing else is ever loaded. Names that begin with `.saving-` or `.removing-` are saves and removals in progress, or left by dead
+processes.
+"""
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from bagualu.fault_tolerance.checkpoint.layout.durable import fsync_directory
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, step_name, step_of
+
+SAVING, _REMOVING = ".saving-", ".removing-"
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Returns the committed checkpoints under `root`, lowest step first, including damaged ones, which fail when opened."""
+    if not root.is_dir():
+        return []
+    checkpoints = [(step_of(path), path) for path in root.iterdir() if step_of(path) is not None and path.is_dir()]
+    return [path for _, path in sorted(checkpoints)]
+
+
+def latest(root: Path) -> Path | None:
+    """Returns the committed checkpoint with the highest step; None if there is none."""
+    checkpoints = list_checkpoints(root)
+    return checkpoints[-1] if checkpoints else None
+
+
+def temporary_for(root: Path, step: int, owner: str) -> Path:
+    """Returns the directory under `root` for a save of `step` in progress; `owner` distinguishes it from other attempts."""
+    return root / f"{SAVING}{step_name(step)}-{owner}"
+
+
+def discard(path: Path) -> None:
+    """Removes a checkpoint. A rename first makes it no checkpoint at once, however long the deletion takes.
+
+    Raises CheckpointError.
+    """
+    try:
+        doomed = doom(path)
+        fsync_directory(path.parent)
+        delete(doomed, ignore_errors=False)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be removed ({error}); check the permissions of {path.parent}") from error
+
+
+def clear_stale(root: Path) -> None:
+    """Removes what dead saves and removals have left. If such a save is alive after all, it fails, because its directory is gone.
+
+    Files that cannot be deleted (a network file system keeps files that a process has open) stay for the next call. Raises OSError.
+    """
+    for path in list(root.iterdir()):
+        if path.name.startswith(SAVING):
+            path = doom(path)
+        if path.name.startswith(_REMOVING):
+            delete(path)
+    fsync_directory(root)
+
+
+def doom(path: Path) -> Path:
+    """Renames `path` so that it counts neither as a checkpoint nor as a save in progress; returns the new path. Raises OSError."""
+    doomed = path.with_name(f"{_REMOVING}{path.name.removeprefix(SAVING)}-{secrets.token_hex(4)}")
+    os.rename(path, doomed)
+    return doomed
+
+
+def delete(path: Path, ignore_errors: bool = True) -> None:
+    """Deletes a directory, file or link that `doom` has renamed. Raises OSError unless `ignore_errors`."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors)
+    else:
+        path.unlink(missing_ok=ignore_errors)

@@ -1,0 +1,25 @@
+"""Renames damaged checkpoints that a run has skipped when it resumed, so that their steps can be saved again."""
+
+import os
+import secrets
+from pathlib import Path
+
+from bagualu.fault_tolerance.checkpoint.layout.durable import fsync_directory
+
+_DAMAGED = "damaged-"
+
+
+def set_aside(path: Path) -> Path:
+    """Renames the checkpoint at `path`, so that it no longer counts as one; returns the new path. Renaming it back restores it.
+
+    Raises OSError.
+    """
+    aside = path.with_name(f"{_DAMAGED}{path.name}-{secrets.token_hex(4)}")
+    os.rename(path, aside)
+    fsync_directory(path.parent)
+    return aside
+
+
+def list_set_aside(root: Path) -> list[Path]:
+    """Returns the paths under `root` that `set_aside` has made."""
+    return sorted(root.glob(f"{_DAMAGED}step-*"))

@@ -1,0 +1,305 @@
+"""Saving: every rank writes its part durably and reports to rank 0, which commits the checkpoint by a rename.
+
+    main thread    start: snapshot ... training ...  advance: reports -> rank 0 ... training ...  advance: outcome <- rank 0
+    writer thread        mkdir, fence, shard, fsync                    rank 0: manifest, rename           prune, look back
+
+Before the rename there is nothing to load; after it the checkpoint is complete. A failure on any rank raises an error on every
+rank. The main thread runs all collectives; the writer thread does all work on storage, so that no step waits for it.
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from bagualu.comm.group import Group
+from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, collect_json
+from bagualu.fault_tolerance.checkpoint.layout.directory import SAVING, delete, doom, temporary_for
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, step_name
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece, write_shard
+from bagualu.fault_tolerance.checkpoint.saving.commit import Claim, commit, manifest_of
+from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
+from bagualu.fault_tolerance.checkpoint.saving.retention import prune
+from bagualu.fault_tolerance.checkpoint.saving.verify_written import LookBack
+from bagualu.fault_tolerance.checkpoint.saving.writer import KINDS, Job, Outcome, Writer
+
+_HOST = torch.device("cpu")
+_TIMEOUT_SECONDS = 300.0
+_REMEDY = "earlier checkpoints are as they were; repair this and save again"
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Save:
+    step: int
+    metadata: dict[str, Any]
+    temporary: Path
+    job: Job | None
+    """This rank's work until the next `advance`: its part, then on rank 0 the commit."""
+    deadline: float
+    """The monotonic time by which the job must be done."""
+    committing: bool = False
+    """Whether every part is durable; the same on every rank."""
+    claim: Claim = field(default_factory=Claim)
+    """Keeps a reported failure true: a commit that completes after the report undoes itself."""
+    report: dict[str, Any] | None = None
+    """The report on this rank's part, once it is durable."""
+    failed: Outcome | None = None
+    """The error for which this rank has given up the save."""
+
+
+class Saver:
+    """Saves checkpoints on a rank, one at a time. All ranks call `start`, `advance` and `conclude` together, on their main threads.
+
+    `device` is that of the group's collectives. Storage that does not respond for `timeout_seconds` has failed. This must be well
+    below the timeout of the group, because the other ranks wait in collectives.
+    """
+
+    def __init__(
+        self,
+        fence: Fence,
+        group: Group,
+        keep: int,
+        device: torch.device = _HOST,
+        timeout_seconds: float = _TIMEOUT_SECONDS,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"Saver: keep={keep} must be at least 1")
+        self.fence, self.group, self.keep, self.device, self.timeout_seconds = fence, group, keep, device, timeout_seconds
+        self._writer = Writer(group.ranks[group.rank])
+        self._under_way: _Save | None = None
+        self._attempts = 0
+        self._look_back = LookBack(keep)
+        self._looks_back = False
+        """Whether a checkpoint is to be verified as soon as training continues; after the last save this is not done."""
+        self._damaged: set[str] = set()
+        """On rank 0: the names of checkpoints that a rank has found damaged."""
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a save has been started and not concluded; the same on every rank."""
+        return self._under_way is not None
+
+    def status(self) -> tuple[float, float]:
+        """Returns (1.0 while this rank's writer works on the save in progress, else 0.0; 1.0 if that has failed, else 0.0).
+
+        Sum both over the ranks. If the first sum is 0 or the second is not, `advance` does not have to wait.
+        """
+        if self._under_way is None:
+            if self._looks_back:
+                self._looks_back = False
+                self._writer.submit(self._look_back.check)
+            return 0.0, 0.0
+        outcome = self._outcome(self._under_way)
+        return float(outcome is None), float(outcome is not None and "error" in outcome)
+
+    def start(self, step: int, pieces: Iterable[Piece], metadata: dict[str, Any]) -> None:
+        """Begins to save `step` and returns at once. The tensors must not change before `conclude`, unless they are a Snapshot's.
+
+        The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON; that of position
+        0 is written. A committed checkpoint is never changed: a step that exists already is refused.
+        """
+        if self._under_way is not None:
+            raise ValueError(f"step {self._under_way.step} is still being saved; conclude it first")
+        self._attempts += 1
+        root = self.fence.root
+        temporary = temporary_for(root, step, f"{self.fence.token}-{self._attempts}")
+        self.group.monitor.at("write")
+        part = self._writer.submit(self._fenced, self._write_part, temporary, root / step_name(step), pieces)
+        self._under_way = _Save(step, metadata, temporary, part, self._deadline())
+
+    def conclude(self) -> Path:
+        """Waits for the save in progress, commits it and returns its path. Collective. Raises the errors of `advance`."""
+        while (path := self.advance()) is None:
+            pass
+        return path
+
+    def advance(self, wait: bool = True) -> Path | None:
+        """Advances the save in progress: returns None when rank 0 begins to commit it, its path when it is committed. Collective.
+
+        Use wait=False when `status` has shown that a rank failed; then it does not wait for parts that are still being written. If
+        any rank failed, it raises on every rank: SupersededError, CheckpointStorageError if only storage has failed, else
+        CheckpointError. The save is then given up, and the earlier checkpoints are unchanged.
+        """
+        save = self._under_way
+        assert save is not None
+        self._under_way = None
+        self.group.monitor.at("write")
+        verdict = self._committed(save) if save.committing else self._all_durable(save, wait)
+        if "error" in verdict:
+            if self.group.rank == 0:
+                self._writer.submit(_remove_quietly, save.temporary)
+            raise KINDS[verdict["kind"]](f"step {save.step} was not saved: {verdict['error']}; {_REMEDY}")
+        if not save.committing:
+            save.committing, self._under_way = True, save
+            return None
+        final = self.fence.root / step_name(save.step)
+        self.group.monitor.at("prune")
+        if self.group.rank == 0:
+            self._writer.submit(self._prune, final)
+        assert save.report is not None
+        self._look_back.wrote(final, save.report)
+        self._looks_back = True
+        return final
+
+    def rest(self) -> None:
+        """Waits until this rank's writer has finished its work, e.g. removing old checkpoints."""
+        self._writer.rest(self.timeout_seconds)
+
+    def close(self, wait: bool = True) -> None:
+        """Ends saving. With `wait`, lets the writer finish; after a commit it removes old checkpoints."""
+        self._writer.close(self.timeout_seconds if wait else 0)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.timeout_seconds
+
+    def _outcome(self, save: _Save, wait: bool = False) -> Outcome | None:
+        """Returns the outcome of this rank's job; None if it is still running within its time and `wait` is false."""
+        if save.job is None:
+            return {"done": None}
+        left = save.deadline - time.monotonic()
+        outcome = save.failed or (save.job.wait(left) if wait or left < 0 else save.job.outcome)
+        if outcome and "error" in outcome:
+            if not save.claim.give_up():  # it was committed at the last moment
+                return {"done": None}
+            save.failed = outcome
+        return outcome
+
+    def _all_durable(self, save: _Save, wait: bool) -> Outcome:
+        """Reports this rank's part to rank 0, which starts the commit if all parts are durable; returns rank 0's verdict."""
+        own = self._outcome(save, wait)
+        save.report = own.get("done") if own else None
+        self.group.monitor.at("commit")
+        outcomes = collect_json(own, self.group, self.device)
+        verdict: Outcome = {"done": None}
+        save.job = None
+        if outcomes is not None:
+            errors = [(rank, o) for rank, o in zip(self.group.ranks, outcomes, strict=True) if o and "error" in o]
+            if errors:
+                rank, worst = min(errors, key=lambda error: list(KINDS).index(error[1]["kind"]))
+                more = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
+                verdict = {**worst, "error": f"rank {rank}{more}: {worst['error']}"}
+            else:
+                save.job = self._writer.submit(self._fenced, self._commit, save, [o["done"] for o in outcomes if o])
+                save.deadline = self._deadline()
+        shared: Outcome = broadcast_json(verdict, self.group, self.device)
+        return shared
+
+    def _committed(self, save: _Save) -> Outcome:
+        """Returns rank 0's outcome of the commit, on every rank."""
+        own = self._outcome(save, wait=True)
+        if own and "error" in own:
+            own = {**own, "error": f"rank {self.group.ranks[0]}: {own['error']}"}
+        shared: Outcome = broadcast_json(own, self.group, self.device)
+        return shared
+
+    def _fenced(self, job: Callable[..., T], *args: Any) -> T:
+        """Runs in the writer thread. If a later start has set aside what this one writes, the error is not one of storage."""
+        try:
+            return job(*args)
+        except OSError:
+            self.fence.check()
+            raise
+
+    def _write_part(self, temporary: Path, final: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
+        """Runs in the writer thread: writes this rank's shard durably and returns its report. First mkdir, then the fence: see
+        fence.py."""
+        temporary.mkdir(exist_ok=True)
+        try:
+            self.fence.check()
+        except CheckpointError:
+            with contextlib.suppress(OSError):  # rank 0's removal, for the rank that failed first, may have come earlier
+                temporary.rmdir()
+            raise
+        if self.group.rank == 0:
+            _clear_failed(temporary, self.fence)
+            if os.path.lexists(final):
+                raise CheckpointError(f"{final} is there already and never overwritten; resume from it or remove it first")
+        report = write_shard(temporary / f"rank-{self.group.ranks[self.group.rank]:05d}.safetensors", pieces)
+        return {**report, "damaged": dict(self._look_back.damaged)}
+
+    def _commit(self, save: _Save, reports: list[dict[str, Any]]) -> None:
+        manifest = manifest_of(save.step, save.metadata, self.group.ranks, reports)
+        self._note_damage(reports)
+        commit(self.fence, save.temporary, self.fence.root / step_name(save.step), manifest, save.claim)
+
+    def _note_damage(self, reports: list[dict[str, Any]]) -> None:
+        """Logs and records the damage that ranks have found in checkpoints they had written."""
+        damaged: set[str] = set()
+        for rank, report in zip(self.group.ranks, reports, strict=True):
+            for name, why in report["damaged"].items():
+                if name not in self._damaged | damaged:
+                    log.warning("rank %d: %s; it does not count towards checkpoint.keep=%d", rank, why, self.keep)
+                damaged.add(name)
+        self._damaged = damaged
+
+    def _prune(self, just_saved: Path) -> None:
+        """Removes old checkpoints. The save is committed, so a failure to remove is only logged."""
+        try:
+            self.fence.check()
+            prune(self.fence.root, self.keep, just_saved, self._damaged)
+        except CheckpointError as error:
+            log.warning("checkpoint.keep=%d: %s", self.keep, error)
+
+
+def take_fence(
+    root: Path, group: Group, device: torch.device = _HOST, timeout_seconds: float = _TIMEOUT_SECONDS, begun: bool = False
+) -> Fence:
+    """Takes the fence of `root` for all ranks of `group`, on position 0, and returns it. `begun`: whether the run already has
+    checkpoints there; only position 0's value counts.
+
+    Collective. Raises CheckpointError on every rank.
+    """
+    verdict = None
+    if group.rank == 0:
+        writer = Writer(group.ranks[0])
+        taken = writer.submit(Fence.take, root, begun).wait(timeout_seconds)
+        writer.close(0)
+        verdict = {"done": [taken["done"].epoch, taken["done"].token]} if "done" in taken else taken
+    verdict = broadcast_json(verdict, group, device)
+    if "error" in verdict:
+        raise CheckpointError(f"{root} cannot be written: {verdict['error']}; make it writable or give another run.dir")
+    return Fence(root, *verdict["done"])
+
+
+def save(
+    root: Path,
+    step: int,
+    pieces: Iterable[Piece],
+    metadata: dict[str, Any],
+    group: Group,
+    keep: int,
+    device: torch.device = _HOST,
+) -> Path:
+    """Writes a single checkpoint of `step` under `root` and returns its path. Collective over `group`.
+
+    It counts as a start of its own: it takes the fence from any process that saves there. See `Saver.start` and `Saver.conclude`.
+    """
+    saver = Saver(take_fence(root, group, device), group, keep, device)
+    try:
+        saver.start(step, pieces, metadata)
+        return saver.conclude()
+    finally:
+        saver.close()
+
+
+def _clear_failed(temporary: Path, fence: Fence) -> None:
+    """Removes what failed saves of this start have left, except `temporary`. Raises OSError."""
+    for path in list(fence.root.glob(f"{SAVING}*-{fence.token}-*")):
+        if path != temporary:
+            delete(doom(path))
+
+
+def _remove_quietly(temporary: Path) -> None:
+    """Removes the rest of a failed save; the next save removes what cannot be removed now."""
+    doomed = temporary
+    with contextlib.suppress(OSError):
+        doomed = doom(temporary)
+    delete(doomed)

@@ -1,0 +1,85 @@
+"""A thread that does all of a rank's work on checkpoint storage, so that storage that does not respond delays no step."""
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, CheckpointStorageError, SupersededError
+
+Outcome = dict[str, Any]
+"""{"done": the job's result} or {"error": a line of text, "kind": a key of KINDS}. Plain JSON, to be sent to other ranks."""
+KINDS: dict[str, type[CheckpointError]] = {
+    "superseded": SupersededError, "other": CheckpointError, "storage": CheckpointStorageError,
+}  # fmt: skip
+"""The meaning of an error. Among several errors the first kind counts, because only storage errors are worth another attempt."""
+
+
+class Job:
+    """A function call for the writer thread."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._function, self._args = function, args
+        self._finished = threading.Event()
+        self.outcome: Outcome | None = None
+        """None until the call has finished."""
+
+    def run(self) -> None:
+        """Makes the call, once, in the writer thread. Every exception becomes an outcome, so that none is lost."""
+        try:
+            self.outcome = {"done": self._function(*self._args)}
+        except BaseException as error:
+            name = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
+            self.outcome = {"error": f"{name}{error}".replace("\n", " "), "kind": _kind(error)}
+        self._function, self._args = _nothing, ()  # frees the tensors
+        self._finished.set()
+
+    def wait(self, seconds: float) -> Outcome:
+        """Returns the outcome, or an error if the call has not finished within `seconds`."""
+        self._finished.wait(max(0.0, seconds))
+        return self.outcome or {
+            "error": "the storage has not answered for checkpoint.timeout_seconds; see whether it hangs", "kind": "storage",
+        }  # fmt: skip
+
+
+class Writer:
+    """Runs jobs one after the other. A job that hangs delays only later jobs."""
+
+    def __init__(self, rank: int) -> None:
+        self._name = f"checkpoint-writer-{rank}"
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Job:
+        """Runs function(*args) after everything submitted before."""
+        if self._thread is None:
+            # A daemon thread, so that a process can end while storage hangs.
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        job = Job(function, *args)
+        self._jobs.put(job)
+        return job
+
+    def rest(self, seconds: float) -> None:
+        """Waits, at most `seconds`, until everything submitted is done."""
+        self.submit(_nothing).wait(seconds)
+
+    def close(self, seconds: float) -> None:
+        """Lets everything submitted finish, within `seconds`. Nothing may be submitted afterwards."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join(max(0.0, seconds))
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, OSError | CheckpointStorageError):
+        return "storage"
+    return "superseded" if isinstance(error, SupersededError) else "other"
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,80 @@
+"""What planned faults can access on a rank: its model, its state, its folders."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from bagualu.comm.group import Communicator
+from bagualu.comm.monitor import Monitor
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_KINDS = {"master": "weight/", "moment": "exp_avg/"}
+
+
+@dataclass
+class RankScene:
+    """`model` returns the rank's present model, `state` the pieces of its optimizer state, as views."""
+
+    communicator: Communicator
+    model: Callable[[], torch.nn.Module]
+    state: Callable[[], Iterable[Piece]]
+    checkpoints: Path
+    replicas: Path | None
+
+    @property
+    def rank(self) -> int:
+        return self.communicator.rank
+
+    @property
+    def monitor(self) -> Monitor:
+        return self.communicator.monitor
+
+    @property
+    def one_process(self) -> bool:
+        return self.communicator.one_process
+
+    def folder(self, what: str) -> Path | None:
+        return self.checkpoints if what == "checkpoint" else self.replicas
+
+    def given_up(self) -> bool:
+        return self.communicator.given_up()
+
+    def spoil_gradient(self, how: Literal["nan", "flip"]) -> str:
+        name, parameter = self._vector()
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            handle.remove()
+            spoiled = gradient.clone()
+            if how == "nan":
+                spoiled.view(-1)[0] = math.nan
+            else:
+                flip_bit(spoiled.view(-1)[:1])
+            return spoiled
+
+        handle = parameter.register_hook(spoil)
+        return f"element 0 of the gradient of {name}"
+
+    def flip(self, what: str) -> str:
+        name: str
+        tensor: torch.Tensor
+        if what == "weight":
+            name, tensor = self._vector()
+        else:
+            name, tensor = next((piece.name, piece.tensor) for piece in self.state() if piece.name.startswith(_KINDS[what]))
+        flip_bit(tensor.detach().view(-1)[:1])
+        return f"element 0 of {name}"
+
+    def _vector(self) -> tuple[str, torch.nn.Parameter]:
+        """Returns a norm's weight: every step uses it, and its gradient goes through autograd, not straight to a bucket."""
+        return next((name, parameter) for name, parameter in self.model().named_parameters() if parameter.ndim == 1)
+
+
+def flip_bit(cell: torch.Tensor) -> None:
+    """Flips the highest fraction bit of `cell`, a tensor of one floating-point number; it stays finite but changes clearly."""
+    highest = -round(math.log2(torch.finfo(cell.dtype).eps)) - 1
+    cell.view(_INTEGERS[cell.dtype.itemsize]).bitwise_xor_(1 << highest)

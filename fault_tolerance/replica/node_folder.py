@@ -1,0 +1,104 @@
+"""A rank's node, and the folder in memory that the ranks of a node share.
+
+scratch/replicas/.node              identifies the node
+                 .session           the newest start of the run in which this node has taken part
+                 step-00000010/     parts of a save; with manifest.json if they were gathered after a restart
+                 .saving-*          parts of a save that is in progress or was never completed
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+
+from bagualu.comm.group import Group
+from bagualu.fault_tolerance.checkpoint.agree import on_all
+from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.fault_tolerance.checkpoint.layout.directory import clear_stale, discard, list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import step_of
+from bagualu.fault_tolerance.replica.nodes import Nodes, node_token
+
+T = TypeVar("T")
+_SESSION = ".session"
+
+
+@dataclass(frozen=True)
+class Site:
+    """`run` identifies the run; `session` identifies this start of it and sorts after the sessions of earlier starts."""
+
+    root: Path
+    nodes: Nodes
+    group: Group
+    device: torch.device
+    run: str
+    session: str
+    stale: bool
+    """Whether this node has missed the newest session. Then a replica counts only if up-to-date nodes hold parts of it too."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank acts for its node."""
+        return self.nodes.leads(self.group.rank)
+
+    @property
+    def beside(self) -> tuple[int, ...]:
+        """The positions on this node."""
+        return self.nodes.beside(self.group.rank)
+
+    def on_all(self, function: Callable[[], T]) -> T:
+        """Returns `function()` if it succeeds on all ranks. Collective. Raises the same error on every rank if it fails on any."""
+        return on_all(function, self.group, self.device)
+
+    def begin(self) -> None:
+        """Records that this node takes part in the session. Raises OSError."""
+        if self.leads:
+            unfinished = self.root / f"{_SESSION}-new"
+            unfinished.write_text(json.dumps({"run": self.run, "session": self.session}))
+            unfinished.replace(self.root / _SESSION)
+
+    def forget(self, keep: int = 0, after: int = -1) -> None:
+        """Keeps the newest `keep` replicas of steps up to `after` (negative: of all steps) and removes the others.
+
+        Raises CheckpointError.
+        """
+        if self.leads:
+            held = list_checkpoints(self.root)
+            later = [path for path in held if after >= 0 and (step_of(path) or 0) > after]
+            earlier = [path for path in held if path not in later]
+            for path in [*later, *earlier[: len(earlier) - keep]]:
+                discard(path)
+
+    def free_bytes(self) -> int:
+        """Returns the memory available to replicas on this node, including what they use now."""
+        taken = sum(file.stat().st_size for file in self.root.rglob("*") if file.is_file())
+        return min(shutil.disk_usage(self.root).free, psutil.virtual_memory().available) + taken
+
+
+def open_site(scratch: Path, run: str, session: str, group: Group, device: torch.device) -> Site:
+    """Determines which ranks share nodes and removes replicas that can no longer be used. Collective. Raises OSError."""
+    root = scratch / "replicas"
+    root.mkdir(parents=True, exist_ok=True)
+    answers = gather_json({"node": node_token(root), "session": _session(root, run)}, group, device)
+    nodes = Nodes.by_token([answer["node"] for answer in answers])
+    sessions = [answer["session"] for answer in answers]
+    if nodes.leads(group.rank):
+        clear_stale(root)
+        if not sessions[group.rank]:  # it is a new folder or another run's
+            for path in list_checkpoints(root):
+                discard(path)
+    group.barrier()
+    return Site(root, nodes, group, device, run, session, sessions[group.rank] != max(sessions))
+
+
+def _session(root: Path, run: str) -> str:
+    """Returns the newest session of this run in which the node has taken part; empty if there is none."""
+    try:
+        session = json.loads((root / _SESSION).read_text())
+    except (OSError, ValueError):
+        return ""
+    return str(session["session"]) if session["run"] == run else ""

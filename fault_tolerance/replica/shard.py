@@ -1,0 +1,125 @@
+"""A rank's part of a replica: its shard, as in a checkpoint, and a table of the shard's content, with its own hash.
+
+So a part can be verified wherever it is, and the parts of a save make up a checkpoint wherever they come together. `Origin`
+identifies the save.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bagualu.fault_tolerance.checkpoint.layout.blocks import damaged_blocks, open_shard
+from bagualu.fault_tolerance.checkpoint.layout.durable import durable_file, write_all
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, Manifest, digest
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece, write_shard
+from bagualu.fault_tolerance.checkpoint.saving.commit import gathered, manifest_of
+
+_HASH_LENGTH = 32
+
+
+@dataclass(frozen=True, order=True)
+class Origin:
+    """Identifies the save that a part belongs to. Parts of different saves are never mixed."""
+
+    step: int
+    session: str
+    """The start of the run that made it."""
+    run: str
+    ranks: int
+    """The number of parts of the save."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The description of a part: its origin and content. All fields but the origin are plain JSON."""
+
+    origin: Origin
+    metadata: dict[str, Any]
+    report: dict[str, Any]
+    """The report of `write_shard`."""
+
+    def encode(self) -> bytes:
+        content = json.dumps(asdict(self), allow_nan=False, separators=(",", ":")).encode()
+        return digest(content).encode() + content
+
+    @staticmethod
+    def decode(raw: bytes) -> "Table":
+        """Parses the output of `encode`. Raises ValueError if a byte differs."""
+        hashed, content = raw[:_HASH_LENGTH], raw[_HASH_LENGTH:]
+        if digest(content).encode() != hashed:
+            raise ValueError("does not match its own hash")
+        fields = json.loads(content)
+        return Table(Origin(**fields["origin"]), fields["metadata"], fields["report"])
+
+    def manifest(self, rank: int) -> Manifest:
+        """Returns a manifest of the shard of `rank` alone."""
+        return gathered(self.origin.step, self.metadata, [rank], [self.report])
+
+
+def shard_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def table_name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def part_of(name: str) -> int:
+    """Returns the rank whose shard or table has this name."""
+    return int(name.removeprefix("rank-").split(".")[0])
+
+
+def parts_in(folder: Path) -> list[int]:
+    """Returns the ranks whose tables are in `folder`."""
+    return sorted(part_of(path.name) for path in folder.glob("rank-*.json"))
+
+
+def write_part(folder: Path, rank: int, pieces: Iterable[Piece], metadata: dict[str, Any], origin: Origin) -> None:
+    """Writes the shard and the table of `rank`, without a shard if it has no elements. Raises OSError, ValueError."""
+    write_table(folder, rank, Table(origin, metadata, write_shard(folder / shard_name(rank), pieces)))
+
+
+def write_table(folder: Path, rank: int, table: Table) -> None:
+    """Writes the table of `rank`. Raises OSError, ValueError."""
+    with durable_file(folder / table_name(rank)) as descriptor:
+        write_all(descriptor, table.encode())
+
+
+def read_table(folder: Path, rank: int) -> Table:
+    """Returns the table of `rank`'s part in `folder` after checking the size of the shard. Raises CheckpointError."""
+    path = folder / table_name(rank)
+    try:
+        table = Table.decode(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    manifest = table.manifest(rank)
+    for name in manifest.files:
+        open_shard(folder, manifest, name, check_header=False).close()
+    return table
+
+
+def verify_part(folder: Path, rank: int, origin: Origin) -> Table:
+    """Returns the table of `rank`'s part after verifying every byte of its shard. Raises CheckpointError."""
+    table = read_table(folder, rank)
+    if table.origin != origin:
+        raise CheckpointError(f"{folder / table_name(rank)} belongs to another save")
+    manifest = table.manifest(rank)
+    buffer = bytearray(manifest.block_bytes if manifest.files else 0)
+    for name in manifest.files:
+        with open_shard(folder, manifest, name) as shard:
+            for tensor_name, tensor in manifest.tensors.items():
+                where = f"{folder}: tensor {tensor_name} in {name}"
+                for box in tensor.boxes:
+                    for problem in damaged_blocks(shard, where, box, tensor.bytes_of(box), manifest.block_bytes, buffer):
+                        raise CheckpointError(problem)
+    return table
+
+
+def whole(tables: dict[int, Table]) -> Manifest:
+    """Returns the manifest of all parts, given by rank. Raises CheckpointError if they do not make up whole tensors."""
+    ranks = sorted(tables)
+    return manifest_of(tables[0].origin.step, tables[0].metadata, ranks, [tables[rank].report for rank in ranks])

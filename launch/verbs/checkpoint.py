@@ -1,0 +1,99 @@
+"""`bagualu checkpoint list|verify RUN_DIR`: what is in a run, and whether it is whole. Free of torch."""
+
+import datetime
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, step_of
+from bagualu.fault_tolerance.checkpoint.layout.quarantine import list_set_aside
+from bagualu.fault_tolerance.checkpoint.reading.inspect import describe_one, verify
+from bagualu.launch.verbs.usage import Request
+from bagualu.trainer.process.environment import cores
+from bagualu.trainer.process.failure import DONE, FAILED
+
+_FOLDER = "checkpoints"
+_HISTORY = ("losses", "norms")
+
+
+def checkpoint(request: Request) -> tuple[int, Any]:
+    """Print a table of a run's checkpoints; exit code 1 when one is damaged, and the document for --json.
+
+    The document is a list of what `inspect.describe_one` says of each, with `problems`, a list, in place of `problem`.
+    """
+    if len(request.overrides) != 2 or request.overrides[0] not in ("list", "verify"):
+        given = " ".join(request.overrides) or "nothing"
+        raise RecipeError(
+            f"checkpoint takes list or verify and a run directory or a checkpoint, not {given}; "
+            "e.g. bagualu checkpoint list runs/tiny"
+        )
+    what, given = request.overrides
+    if given.startswith("run.dir=") and not Path(given).exists():
+        given = given.removeprefix("run.dir=")
+    paths, aside = _find(Path(given))
+    rows = [_row(path, everything=what == "verify") for path in paths]
+    if not request.json:
+        _print(rows, "whole" if what == "verify" else "looks whole")
+        for path in aside:
+            print(f"set aside as damaged: {path}")
+    return FAILED if any(row["problems"] for row in rows) else DONE, rows
+
+
+def _find(given: Path) -> tuple[list[Path], list[Path]]:
+    """The checkpoints that are meant, and those of the run that were set aside."""
+    if step_of(given) is not None or (given / MANIFEST).exists():
+        if not given.is_dir():
+            raise RecipeError(f"{given} does not exist; `bagualu checkpoint list RUN_DIR` says what there is")
+        return [given], []
+    root = given / _FOLDER
+    if not root.is_dir():
+        raise RecipeError(f"{root} does not exist; give the directory of a run that has saved a checkpoint")
+    return list_checkpoints(root), list_set_aside(root)
+
+
+def _row(path: Path, everything: bool) -> dict[str, Any]:
+    row = describe_one(path)
+    if isinstance(guard := (row["metadata"] or {}).get("guard"), dict):  # its history is for the run alone
+        row["metadata"] = {**row["metadata"], "guard": {key: value for key, value in guard.items() if key not in _HISTORY}}
+    quick = row.pop("problem")
+    return {**row, "problems": verify(path, cores()) if everything else [quick] if quick else []}
+
+
+def _print(rows: list[dict[str, Any]], good: str) -> None:
+    """A table, and below it, unfolded, what is wrong."""
+    if not rows:
+        return print("no checkpoint here")
+    table = Table("step", "saved", "size", "shards", "layout", "health", box=None, pad_edge=False)
+    for column in (0, 2, 3):
+        table.columns[column].justify = "right"
+    table.columns[1].no_wrap = table.columns[5].no_wrap = True
+    for row in rows:
+        count = len(row["problems"])
+        health = Text(f"{count} problem{'s' * (count > 1)}", "red") if count else Text(good, "green")
+        shards = "?" if row["shards"] is None else str(row["shards"])
+        table.add_row(str(row["step"]), _time(row["saved"]), _size(row["bytes"]), shards, _layout(row["layout"]), health)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for row in rows:
+        for problem in row["problems"]:
+            print(problem)
+    return None
+
+
+def _time(seconds: float | None) -> str:
+    return "?" if seconds is None else datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+
+
+def _size(count: int | None) -> str:
+    return "?" if count is None else f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _layout(degrees: Any) -> str:
+    if not isinstance(degrees, dict):
+        return "?"
+    return " x ".join(f"{axis} {degree}" for axis, degree in degrees.items() if degree not in (0, 1)) or "one rank"

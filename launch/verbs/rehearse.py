@@ -1,0 +1,164 @@
+"""`bagualu rehearse`: run a recipe under planned faults, say what was survived and what it cost. Free of torch until it runs."""
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from bagualu.comm import jsonl
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest
+from bagualu.fault_tolerance.checkpoint.layout.quarantine import list_set_aside
+from bagualu.fault_tolerance.config import RestartConfig
+from bagualu.fault_tolerance.injection.plan import EXAMPLE, parse
+from bagualu.fault_tolerance.injection.record import FAULTS, Record
+from bagualu.fault_tolerance.injection.report import NO_EFFECT, SURVIVED, UNNOTICED, Trace, outcomes
+from bagualu.fault_tolerance.ledger.events import read
+from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute, current
+from bagualu.launch.verbs.usage import SEVERAL, Request
+from bagualu.launch.workers import storage_probe
+from bagualu.launch.workers.run import run
+from bagualu.trainer.process.failure import DONE, FAILED, STOPPED
+from bagualu.trainer.process.stop_request import StopRequest
+from bagualu.trainer.recipe import preflight
+from bagualu.trainer.recipe.choose_backend import Choice
+from bagualu.trainer.recipe.compose import compose, save_recipe
+from bagualu.trainer.recipe.config import Recipe
+
+_WIDTH = 120
+"""Columns that the table takes at least."""
+_NUMBERS = ("step", "recovery", "steps lost")
+
+
+def rehearse(request: Request, entrypoint: str | None) -> tuple[int, Any]:
+    """Rehearse; exit code (0 only when everything was survived as promised) and the document for --json."""
+    recipe = compose(request.overrides, SEVERAL[request.verb])
+    recipe.run.validate()  # before its folder is made up
+    if recipe.launch.nodes > 1:
+        raise RecipeError(f"launch.nodes={recipe.launch.nodes}: a rehearsal runs on this machine only; give launch.nodes=1")
+    workers = preflight.workers_per_node(recipe)
+    recipe, backend = storage_probe.choose_backend(recipe, workers)
+    faults = [str(fault) for fault in recipe.planned_faults(workers)]
+    if not faults:
+        raise RecipeError(f"bagualu rehearse needs faults; give e.g. {EXAMPLE}, or faults=random:5")
+    folder = preflight.free(Path(f"{recipe.run.dir}-rehearsal"))
+    restart = _budget(recipe.restart, faults, request.overrides)
+    rehearsed = _in(folder / "rehearsed", replace(recipe, faults=faults, restart=restart))
+    preflight.check(rehearsed, rehearsed.world_size())
+    preflight.check_machine(rehearsed)
+    stop = StopRequest()
+    code, summary = _run(rehearsed, backend, workers, request, entrypoint, stop)
+    reference, left_out = None, []
+    if request.compare and code == DONE:
+        left_out = sorted(set(summary["guard"]["skipped_steps"]) - set(recipe.guard.leave_out))
+        guard = replace(recipe.guard, leave_out=[*recipe.guard.leave_out, *left_out])
+        reference = _in(folder / "uninterrupted", replace(recipe, faults=[], guard=guard))
+        code, ended = _run(reference, backend, workers, request, entrypoint, stop)
+        if code != DONE:
+            return code, ended
+    document = _document(rehearsed, summary, reference) | {"left_out": left_out}
+    if not request.json:
+        _show(document)
+    if code == STOPPED:
+        return STOPPED, document
+    return DONE if document["as_promised"] else FAILED, document
+
+
+def _run(
+    recipe: Recipe, backend: Choice, workers: int, request: Request, entrypoint: str | None, stop: StopRequest
+) -> tuple[int, Any]:
+    save_recipe(recipe)
+    print(f"bagualu: {recipe.run.dir}, {len(recipe.faults)} faults planned, with {backend}", file=sys.stderr, flush=True)
+    return run(recipe, workers, request.overrides, entrypoint, quiet_stdout=True, stop=stop)
+
+
+def _in(folder: Path, recipe: Recipe) -> Recipe:
+    """The same run in `folder`, from its start."""
+    return replace(
+        recipe, run=replace(recipe.run, dir=str(folder)), checkpoint=replace(recipe.checkpoint, resume=False)
+    )  # fmt: skip
+
+
+def _budget(restart: RestartConfig, faults: list[str], overrides: list[str]) -> RestartConfig:
+    """Restarts for as many faults, without growing pauses, where nothing else was asked for: no run fails as often as this."""
+    typed = {text.split("=")[0] for text in overrides}
+    restarts = sum(parse(fault).ends_process for fault in faults)
+    fitting: dict[str, Any] = {"limit": restart.limit + restarts, "backoff_seconds": 0.0}
+    return replace(restart, **{key: value for key, value in fitting.items() if f"restart.{key}" not in typed})
+
+
+def _document(rehearsed: Recipe, summary: dict[str, Any], reference: Recipe | None) -> dict[str, Any]:
+    folder = Path(rehearsed.run.dir)
+    events = current(read(folder))
+    metrics = [line for line in jsonl.read(folder / "metrics.jsonl") if type(line.get("step")) is int]
+    damaged = [path.name for path in list_set_aside(folder / "checkpoints")]
+    rows = outcomes(rehearsed.faults, Trace(Record(folder / FAULTS).strikes(), events, metrics, damaged))
+    done = summary["ended"] == "done"
+    document = {
+        "ended": summary["ended"],
+        "run_dir": str(folder),
+        "faults": [asdict(row) for row in rows],
+        "survived": sum(row.state == SURVIVED for row in rows),
+        "without_effect": sum(row.state == NO_EFFECT for row in rows),
+        "planned": len(rows),
+        "ledger": attribute(events),
+    }
+    if not done:
+        document["cause"] = summary.get("cause")
+    differing = _differences(rehearsed, reference) if reference and done else None
+    if differing is not None:
+        document |= {"equal": not differing, "differences": differing, "reference": reference.run.dir if reference else None}
+    document["as_promised"] = done and not differing and all(row.state in (SURVIVED, NO_EFFECT) for row in rows)
+    return document
+
+
+def _differences(one: Recipe, other: Recipe) -> list[str]:
+    """Between their final states."""
+    from bagualu.fault_tolerance.checkpoint.reading.compare import differences  # imports torch: the runs have too
+
+    ends = [latest(Path(recipe.run.dir) / "checkpoints") for recipe in (one, other)]
+    assert ends[0] is not None
+    assert ends[1] is not None
+    return differences(ends[0], ends[1])
+
+
+def _show(document: dict[str, Any]) -> None:
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("fault", "step", "what became of it", "recovery", "steps lost"):
+        table.add_column(name, no_wrap=name == "fault", overflow="fold", justify="right" if name in _NUMBERS else "left")
+    for row in document["faults"]:
+        struck = "never" if row["struck_at"] is None else str(row["struck_at"])
+        noticed = "" if row["noticed"] == UNNOTICED else row["noticed"]
+        state = "" if row["state"] == SURVIVED else row["state"].upper()
+        lines = "\n".join(filter(None, (row["did"], noticed, row["answered"], state)))
+        recovery = "" if row["recovery_seconds"] is None else f"{row['recovery_seconds']:.1f} s"
+        lost = "" if row["steps_lost"] is None else str(row["steps_lost"])
+        table.add_row(row["fault"], struck, lines, recovery, lost)
+    console = Console()
+    console.width = max(console.width, _WIDTH)
+    console.print(table)
+    counts = f"survived {document['survived']} of {document['planned']} faults"
+    if document["without_effect"]:
+        counts += f", {document['without_effect']} took no effect"
+    print(f"{document['run_dir']}: {counts}; the run ended: {document['ended']}")
+    if "equal" in document:
+        differing = document["differences"]
+        other = "the uninterrupted run"
+        if left_out := document["left_out"]:
+            steps = ",".join(map(str, left_out))
+            typed = f"guard.leave_out=[{steps}]"
+            print(f"the guard left out the samples of steps {steps}, as its policy says, so this is not the state of the recipe "
+                  f"undisturbed; compared with {typed}:")  # fmt: skip
+            other += f" of {typed}"
+        print(f"final state equal to {other}, bit for bit" if not differing
+              else f"final state differs from {other}: {differing[0]} and {len(differing) - 1} more")  # fmt: skip
+    ledger = document["ledger"]
+    print(
+        "wall time",
+        f"{ledger['wall']:.1f} s:",
+        ", ".join(f"{name} {ledger[name]:.1f} s" for name in CATEGORIES if ledger[name] >= 0.05),
+    )

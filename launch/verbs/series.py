@@ -1,0 +1,121 @@
+"""The jobs of a sweep one after the other, to the last one whatever fails, unless it is asked to stop. Free of torch."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from bagualu.comm.errors import RecipeError
+from bagualu.launch.verbs.sweep import Job
+from bagualu.launch.workers import storage_probe
+from bagualu.trainer.process.failure import DONE, FAILED, INTERRUPTED, REFUSED, STOPPED, Failure, last_words, os_error, what_next
+from bagualu.trainer.process.stop_request import StopRequest
+from bagualu.trainer.recipe.config import Recipe
+
+Run = Callable[[Recipe, list[str]], tuple[int, dict[str, Any]]]
+"""Runs one job: its exit code and its document."""
+_NOT_BEGUN = "not begun"
+
+
+class Series:
+    """The jobs of a sweep, and how each has ended."""
+
+    def __init__(self, jobs: Sequence[Job], stop: StopRequest) -> None:
+        self.jobs = list(jobs)
+        self._stop = stop
+        self._codes: dict[int, int] = {}
+        """Exit codes of the jobs that have ended, by number."""
+        self._documents: list[dict[str, Any]] = [{"ended": _NOT_BEGUN, "run_dir": job.recipe.run.dir} for job in self.jobs]
+
+    def run(self, run: Run) -> tuple[int, list[dict[str, Any]]]:
+        """Run them; the exit code of the first that did not finish, and the documents of all, both in the order of the sweep."""
+        for number, job in enumerate(self.jobs):
+            self._look(number, job)
+        for number, job in enumerate(self.jobs):
+            if number in self._codes:
+                continue
+            if self._stop():
+                break
+            code = self._run(run, number, job)
+            if code in (STOPPED, INTERRUPTED):
+                break
+        self._tell()
+        return self._exit_code(), self._documents
+
+    def _look(self, number: int, job: Job) -> None:
+        """Refuse a job now whose run directory cannot be used, and leave out one that is done."""
+        try:
+            storage_probe.check(job.recipe)
+        except RecipeError as error:
+            self._refuse(number, error)
+        else:
+            if summary := _summary_if_done(job.recipe):
+                self._ended(number, DONE, summary)
+                print(f"bagualu: {job.recipe.run.dir} is done already", file=sys.stderr, flush=True)
+
+    def _run(self, run: Run, number: int, job: Job) -> int:
+        try:
+            return self._ended(number, *run(job.recipe, job.overrides))
+        except RecipeError as error:  # another job was quicker
+            return self._refuse(number, error)
+        except OSError as error:
+            return self._ended(number, FAILED, {"ended": "failed", "cause": os_error(error)})
+        except KeyboardInterrupt:
+            return self._ended(number, INTERRUPTED, {"ended": "interrupted"})
+
+    def _refuse(self, number: int, error: RecipeError) -> int:
+        print(f"bagualu: error: {error}", file=sys.stderr, flush=True)
+        return self._ended(number, REFUSED, {"ended": "refused", "error": str(error)})
+
+    def _ended(self, number: int, code: int, document: dict[str, Any]) -> int:
+        self._codes[number] = code
+        self._documents[number] = {"run_dir": self.jobs[number].recipe.run.dir, **document}
+        return code
+
+    def _exit_code(self) -> int:
+        """Of the first job that failed, in the order of the sweep; else whether it was stopped."""
+        failed = [code for _, code in sorted(self._codes.items()) if code not in (DONE, STOPPED)]
+        stopped = len(self._codes) < len(self.jobs) or STOPPED in self._codes.values()
+        return failed[0] if failed else STOPPED if stopped else DONE
+
+    def _tell(self) -> None:
+        """Say which jobs are not done and why; the last line is that of the first failure."""
+        rest = [number for number in range(len(self.jobs)) if self._codes.get(number) != DONE]
+        head = f"bagualu: sweep: {len(self.jobs) - len(rest)} of {len(self.jobs)} jobs done"
+        resumes = all(job.recipe.checkpoint.resume for job in self.jobs)
+        again = f"; the same command {'' if resumes else 'with checkpoint.resume=true '}repeats only what is not done"
+        print(head + (again if rest else ""), file=sys.stderr)
+        for number in rest:
+            document = self._documents[number]
+            how = f"{document['ended']} (exit code {self._codes[number]})" if number in self._codes else _NOT_BEGUN
+            why = document.get("error") or document.get("cause")
+            print(f"  {how}: {document['run_dir']}" + (f": {why}" if why else ""), file=sys.stderr)
+        for number in [number for number in rest if self._codes.get(number) == self._exit_code()][:1]:
+            if words := _last_words(self._documents[number]):
+                print(words, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def _last_words(document: dict[str, Any]) -> str | None:
+    """The line that the job of `document` ended with; None where it only was asked to stop."""
+    if "error" in document:
+        return f"bagualu: error: {document['error']}"
+    if "rank" not in document:
+        return f"bagualu: failed: {document['cause']}" if "cause" in document else None
+    failure = Failure(**{field.name: document[field.name] for field in fields(Failure)})
+    return last_words(failure, f"in {document['run_dir']}: {what_next(failure)}")
+
+
+def _summary_if_done(recipe: Recipe) -> dict[str, Any] | None:
+    """The summary of a run that is to be resumed and has no step left to do."""
+    path = Path(recipe.run.dir) / "summary.json"
+    if not recipe.checkpoint.resume:
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    done = isinstance(summary, dict) and summary.get("ended") == "done" and summary.get("step", 0) >= recipe.train.steps
+    return summary if done else None

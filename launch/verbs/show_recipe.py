@@ -1,0 +1,18 @@
+"""`--cfg job`: the recipe with every key spelt out. Free of torch."""
+
+from typing import Any
+
+from bagualu.launch.verbs.sweep import jobs
+from bagualu.launch.verbs.usage import SEVERAL, Request
+from bagualu.trainer.process.failure import DONE
+from bagualu.trainer.recipe.compose import as_dict, compose, resolved_yaml
+
+
+def show_recipe(request: Request) -> tuple[int, Any]:
+    """Print the recipe, or those of a sweep one after the other; the exit code and the document for --json."""
+    several = SEVERAL[request.verb]
+    recipes = [job.recipe for job in jobs(request.overrides)] if request.multirun else [compose(request.overrides, several)]
+    if not request.json:
+        print("---\n".join(map(resolved_yaml, recipes)), end="")
+    documents = [as_dict(recipe) for recipe in recipes]
+    return DONE, documents if request.multirun else documents[0]

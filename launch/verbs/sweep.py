@@ -1,0 +1,84 @@
+"""`-m`: one recipe for every combination of the values given, each with a run directory of its own. Free of torch."""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
+
+from bagualu.comm.errors import RecipeError
+from bagualu.trainer.recipe.compose import compose, parse
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.override_text import typed
+
+_LONGEST_NAME = 200
+"""Bytes of what a folder's name gets from the values of its job; a file system takes 255 in all."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    overrides: list[str]
+    """Those that make its recipe, run.dir included."""
+    recipe: Recipe
+
+
+def jobs(overrides: Sequence[str]) -> list[Job]:
+    """The jobs of a sweep; of the keys with several values the last one changes fastest. Raises RecipeError before any runs."""
+    parsed = parse(overrides)
+    values = {override.get_key_element(): _values(override) for override in parsed}
+    swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
+    if not swept:
+        raise RecipeError("-m was given but no key has several values; give e.g. optim.lr=1e-3,3e-4")
+    named = not swept & {"run.dir", "++run.dir"}
+    found: dict[str, Job] = {}
+    for combination in itertools.product(*map(_distinct, values.values())):
+        own = [text for key, text in zip(values, combination, strict=True) if key in swept]
+        recipe = compose(combination)
+        if named:
+            recipe.run.dir = _free(recipe.run.dir, own, found)
+        if recipe.run.dir in found:
+            raise RecipeError(f"two jobs of the sweep share {recipe.run.dir}; leave run.dir out of the sweep")
+        others = [text for text in combination if not text.startswith("run.dir=")]
+        found[recipe.run.dir] = Job([*others, f"run.dir={typed(recipe.run.dir)}"], recipe)
+    return list(found.values())
+
+
+def _values(override: Override) -> list[str]:
+    """The overrides that one stands for. Raises RecipeError."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if override.value_type in (ValueType.GLOB_CHOICE_SWEEP, ValueType.INTERVAL_SWEEP):
+        raise RecipeError(f"{override.input_line} does not list its values; give them, e.g. optim.lr=1e-3,3e-4")
+    try:
+        values = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    except (HydraException, ValueError) as error:
+        raise RecipeError(f"{override.input_line} cannot be listed ({error}); give the values, e.g. optim.lr=1e-3,3e-4") from error
+    if not values:
+        raise RecipeError(f"{override.input_line} stands for no value; give at least one, e.g. train.steps=range(100,300,100)")
+    return values
+
+
+def _distinct(values: list[str]) -> list[str]:
+    for value in values:
+        if values.count(value) > 1 and not value.startswith("run.dir="):
+            raise RecipeError(f"the sweep has {value} twice; give each value once")
+    return values
+
+
+def _free(folder: str, own: list[str], taken: Container[str]) -> str:
+    """`folder` with a name made from the values of a job, one that is not taken if its values are its own."""
+    plain = ",".join(re.sub(r"[^\w.=-]+", "_", _without_quotes(text)) for text in own)
+    short = plain.encode()[: _LONGEST_NAME // 2].decode(errors="ignore")
+    distinct = f"{folder}-{short}-{hashlib.blake2b(repr(own).encode(), digest_size=4).hexdigest()}"
+    return distinct if len(plain.encode()) > _LONGEST_NAME or f"{folder}-{plain}" in taken else f"{folder}-{plain}"
+
+
+def _without_quotes(text: str) -> str:
+    (override,) = parse([text])
+    value = override.value()
+    return f"{override.get_key_element()}={value}" if isinstance(value, str) else text

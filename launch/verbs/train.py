@@ -1,0 +1,57 @@
+"""`bagualu train`: check the recipe, say what will run, run it. Free of torch until workers must start."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from bagualu.fault_tolerance import run_lock
+from bagualu.launch.verbs.series import Series
+from bagualu.launch.verbs.sweep import jobs
+from bagualu.launch.verbs.usage import SEVERAL, Request
+from bagualu.launch.workers import storage_probe
+from bagualu.launch.workers.run import run
+from bagualu.trainer.process.stop_request import StopRequest
+from bagualu.trainer.recipe import preflight
+from bagualu.trainer.recipe.choose_backend import Choice
+from bagualu.trainer.recipe.compose import compose, save_recipe
+from bagualu.trainer.recipe.config import Recipe
+
+
+def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
+    """Train, or run every job of a sweep; exit code and the document for --json."""
+    stop = StopRequest()
+
+    def one(recipe: Recipe, overrides: list[str]) -> tuple[int, dict[str, Any]]:
+        workers = preflight.workers_per_node(recipe)
+        recipe, backend = storage_probe.choose_backend(recipe, workers)
+        with run_lock.hold(Path(recipe.run.dir)):
+            save_recipe(recipe)
+            print(_beginning(recipe, workers, backend), file=sys.stderr, flush=True)
+            return run(recipe, workers, overrides, entrypoint, request.json, stop)
+
+    if not request.multirun:
+        recipe = compose(request.overrides, SEVERAL[request.verb])
+        _check(recipe)
+        storage_probe.check(recipe)
+        return one(recipe, request.overrides)
+    series = Series(jobs(request.overrides), stop)
+    for job in series.jobs:  # what is wrong with a recipe is wrong before the first one runs
+        _check(job.recipe)
+    return series.run(one)
+
+
+def _check(recipe: Recipe) -> None:
+    recipe, _ = storage_probe.choose_backend(recipe, preflight.workers_per_node(recipe))
+    preflight.check(recipe, recipe.world_size())
+    preflight.check_machine(recipe)
+
+
+def _beginning(recipe: Recipe, workers: int, backend: Choice) -> str:
+    """What will run where and with what, and from where a run that was asked to resume goes on."""
+    kinds = ("thread", "threads of this process") if recipe.comm.backend == "simulated" else ("process", "processes")
+    kind = kinds[workers > 1]
+    start = ""
+    if recipe.checkpoint.resume:
+        found = storage_probe.newest(recipe)
+        start = f", from {found}" if found else ", from the start: there is no checkpoint to resume from"
+    return f"{recipe.run.name}: {recipe.validate(workers)} as {workers} {kind} with {backend}, in {recipe.run.dir}{start}"

@@ -1,0 +1,278 @@
+"""The help pages, and the command line without its overrides. Free of torch and of Hydra, so that help comes at once."""
+
+import shlex
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from importlib.resources import files
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.injection.kinds import KINDS
+from bagualu.fault_tolerance.points import POINTS
+from bagualu.parallel.pipeline.registry import FAMILIES
+
+VERBS = {
+    "train": "train on this machine",
+    "slurm": "write a SLURM batch script and submit it",
+    "rehearse": "train under planned faults, and say what was survived",
+    "checkpoint": "list the checkpoints of a run, or read them through",
+    "schedule": "draw a pipeline schedule, and what a run made of it",
+}
+
+_HELP = """\
+bagualu: train large models in parallel
+
+usage: bagualu VERB [key=value ...] [options]
+
+verbs:
+{verbs}
+
+`bagualu VERB --help` says more. Keys are those of a recipe: recipe=tiny train.steps=100
+exit codes: 0 done, 2 wrong usage or recipe, 75 stopped on request with nothing lost (a checkpoint is saved,
+or nothing was done yet), 76 the same step fails again and again, 130 Ctrl-C at the very start, else a failure"""
+
+_TRAIN = """\
+usage: bagualu train [recipe=NAME] [key=value ...] [--cfg job] [--json] [-m]
+
+Starts the workers that the recipe's layout needs on this machine and trains.
+Ctrl-C saves a checkpoint and stops, or just stops where nothing was done yet (exit code 75: start again with
+checkpoint.resume=true); a second one stops at once.
+
+recipes:
+{recipes}
+
+keys (all of them: --cfg job):
+  run.dir                 where the run lies, default runs/NAME
+  train.steps train.micro_batch train.dtype
+  data.source             stdlib, random, a text file or a folder of them
+  data.validation_fraction  share of the text kept for validation; train.validation_sequences=0 keeps nothing
+  data.global_batch       sequences of one optimizer step, over all ranks
+  model.layers model.hidden model.heads model.moe.experts ...
+  parallel.data parallel.tensor parallel.pipeline parallel.expert
+  comm.backend            auto (nccl where the workers have GPUs, else gloo), gloo, nccl, or simulated: all ranks as
+                          threads of one process
+  comm.device=cuda        for simulated: on one GPU, which all ranks share
+  checkpoint.every checkpoint.keep checkpoint.async
+  checkpoint.resume=true  go on from the newest checkpoint of run.dir
+  restart.limit           how often workers that failed are started again
+  restart.elastic=true    go on with a smaller layout when workers are lost for good
+
+options:
+  --cfg job   print the resolved recipe and do nothing
+  --json      print one JSON document on stdout, all else on stderr
+  -m          several values (optim.lr=1e-3,3e-4): one run after the other, each with its own run.dir, whatever fails;
+              with checkpoint.resume=true only what is not done
+  -h, --help  this page"""
+
+_SLURM = """\
+usage: bagualu slurm [recipe=NAME] launch.nodes=N [launch.workers=M] [key=value ...] [--print] [--cfg job] [--json]
+
+Writes a batch script into the run directory and submits it with sbatch, if there is one. The script runs one agent on
+each node. Before the job's time limit, and when it is preempted, the run saves a checkpoint, and the job goes back
+into the queue to go on from it; a job that has gained no step since it began does not.
+
+recipes:
+{recipes}
+
+keys (all of them: --cfg job):
+  launch.nodes launch.workers       nodes, and workers on each
+  launch.slurm.partition launch.slurm.account
+  launch.slurm.time=24:00:00        left out, the partition's own limit
+  launch.slurm.requeue=false        the job does not go back into the queue by itself
+  restart.elastic=true              the job goes on when SLURM has lost one of its nodes
+  launch.slurm.gpus_per_node launch.slurm.cpus_per_task
+  launch.slurm.directives=[--exclusive]             further #SBATCH lines
+  launch.slurm.setup=["source env/bin/activate"]    shell lines on every node; one that fails ends the job
+
+options:
+  --print     print the script and do nothing
+  --cfg job   print the resolved recipe and do nothing
+  --json      print one JSON document on stdout, all else on stderr
+  -h, --help  this page"""
+
+_REHEARSE = """\
+usage: bagualu rehearse [recipe=NAME] faults=... [key=value ...] [--no-compare] [--json]
+
+Runs the recipe twice on this machine, without faults and under the planned ones, each in a folder of RUN_DIR-rehearsal. Says
+of every fault how it was noticed and answered and what it cost, and whether both runs end with the same state to the bit.
+Exit code 0 only if every fault struck, was survived or took no effect, and the states are equal.
+
+faults=[kill@step=5:rank=2:at=backward, corrupt@step=9]     these; at every point once, whatever is started again
+faults=random:20                                            20, drawn with run.seed
+faults=random:20:kill+slow                                  of these kinds
+
+kinds (all take step= and rank=, most take at=):
+{kinds}
+
+points: {points}
+
+options:
+  --no-compare  leave out the run without faults
+  --json        print one JSON document on stdout, all else on stderr
+  -h, --help    this page"""
+
+_CHECKPOINT = """\
+usage: bagualu checkpoint list|verify RUN_DIR|CHECKPOINT [--json]
+
+list    steps, sizes, the layout that wrote them, and what a quick look at every file finds wrong
+verify  the same after reading and checking every byte on all cores; names every damaged block, exit code 1 if there is any
+
+Give a run directory, or one checkpoint in it (runs/tiny/checkpoints/step-00000010)."""
+
+_SCHEDULE = """\
+usage: bagualu schedule name=NAME stages=N micro_batches=M [chunks=V] [key=value ...] [--json]
+       bagualu schedule RUN_DIR [out=FILE] [--json]
+
+Draws the schedule in letters where it is narrow enough: F forward, B backward, I and W its two parts (the gradients
+of input and weights), one line a rank, ' for a pass of a rank's second chunk; -- is the second half of a pass that
+takes two steps. Says its bubble, and the activations in flight on every rank. With the directory of a run: what the
+schedule would take with the run's own times, and below what was measured in a step.
+
+keys:
+  name            {names}
+  stages          ranks of the pipeline: the stages that each chunk of the model is cut into
+  micro_batches   of one step, on every rank
+  chunks          stages of one rank, in a recipe parallel.virtual_stages; left out, what the schedule needs
+  forward=1 input=1 weight=1    what F, I and W take in a stage, e.g. forward=1 input=1.2 weight=0.8
+  message=0       what a message between two ranks takes, in the same unit
+  out             FILE.svg or FILE.png: draw it there
+
+options:
+  --json      print one JSON document on stdout, with every pass and its times
+  -h, --help  this page"""
+
+
+SCHEDULE_KEYS = ("name", "stages", "micro_batches", "chunks", "forward", "input", "weight", "message", "out")
+SEVERAL = {
+    "train": "add -m to run them one after the other",
+    "slurm": "one job takes one value of each key; submit a job for each, or run one after the other here with `bagualu train -m`",
+    "rehearse": "one rehearsal takes one value of each key; rehearse each value by itself",
+    "checkpoint": "`bagualu checkpoint` looks at one run; give each by itself",
+    "schedule": "one schedule takes one value of each key; draw each by itself",
+}
+"""What to do about several values of a key."""
+
+
+@dataclass
+class Request:
+    """A command line, taken apart."""
+
+    verb: str
+    overrides: list[str] = field(default_factory=list)
+    help: bool = False
+    print_recipe: bool = False
+    json: bool = False
+    multirun: bool = False
+    print_script: bool = False
+    compare: bool = True
+
+
+_LONG = {"-h": "--help", "-m": "--multirun", "-c": "--cfg"}
+_OPTIONS = {
+    "--help": tuple(VERBS),
+    "--json": tuple(VERBS),
+    "--multirun": ("train",),
+    "--print": ("slurm",),
+    "--no-compare": ("rehearse",),
+    "--cfg": ("train", "slurm", "rehearse"),
+}
+"""Every option, and the verbs that have it."""
+_SETS = {
+    "--help": ("help", True), "--json": ("json", True), "--multirun": ("multirun", True), "--print": ("print_script", True),
+    "--no-compare": ("compare", False), "--cfg": ("print_recipe", True),
+}  # fmt: skip
+"""What each sets in a request."""
+
+
+def read(arguments: list[str]) -> Request:
+    """Take a command line apart. Raises RecipeError for what is neither verb, option nor override."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return Request("", help=True)
+    verb = arguments[0]
+    if verb not in VERBS:
+        raise RecipeError(f"unknown verb {verb}; {_instead_of_verb(arguments)} (bagualu --help)")
+    request, rest = Request(verb), arguments[1:]
+    while rest:
+        argument = rest.pop(0)
+        option = argument.removesuffix("=job") if argument.startswith("--cfg=") else argument
+        if not option.startswith("-"):
+            request.overrides.append(option)
+            continue
+        name = _LONG.get(option, option)
+        if verb not in _OPTIONS.get(name, ()):
+            raise RecipeError(unknown_option(option, verb))
+        if name == "--cfg" and option == argument and rest[:1] != ["job"]:
+            raise RecipeError(f"{option} takes the word job: bagualu {verb} --cfg job")
+        if name == "--cfg" and option == argument:
+            rest.pop(0)
+        setattr(request, *_SETS[name])
+    return request
+
+
+def _instead_of_verb(arguments: list[str]) -> str:
+    verb, known = arguments[0], f"there are {', '.join(VERBS)}"
+    if near := get_close_matches(verb, VERBS, n=1):
+        return f"did you mean bagualu {near[0]}?"
+    if verb.startswith("-") or "=" in verb:
+        return f"a verb comes first, e.g. bagualu train {shlex.join(arguments)}; {known}"
+    return known
+
+
+def unknown_option(option: str, verb: str) -> str:
+    """What is wrong with an option that `bagualu VERB` does not take so, and what to type."""
+    given, equals, value = option.partition("=")
+    name, unknown, see = _LONG.get(given, given), f"unknown option {option}", f"see bagualu {verb} --help"
+    if verb in _OPTIONS.get(name, ()):
+        return f"{option}: give --cfg job" if name == "--cfg" else f"{given} takes no value; give {given}"
+    if name == "--multirun":
+        return f"{unknown}: {SEVERAL[verb]}"
+    if name in _OPTIONS:
+        return f"{unknown}: it is an option of {', '.join(f'bagualu {other}' for other in _OPTIONS[name])}; {see}"
+    if key := _meant_key(given.lstrip("-"), verb):
+        return f"{unknown}: keys have no dashes, give {key}={value if equals else 'VALUE'}; {see}"
+    own = [known for known in _OPTIONS if verb in _OPTIONS[known]]
+    near = get_close_matches(given, own, n=1, cutoff=0.75)
+    return f"{unknown}; did you mean {near[0]}?" if near else f"{unknown}; {see}"
+
+
+def _meant_key(name: str, verb: str) -> str | None:
+    """The key that somebody has given as an option."""
+    if verb == "schedule":
+        return name if name in SCHEDULE_KEYS else None
+    if verb == "checkpoint":
+        return None
+    from bagualu.trainer.recipe.keys import keys  # Hydra's library
+
+    known = list(keys())
+    return name if name in known else next((key for key in known if key.rsplit(".", 1)[-1] == name.replace("-", "_")), None)
+
+
+def page(verb: str) -> str:
+    """The help page of a verb, or of all of them for an empty one."""
+    if not verb:
+        return _HELP.format(verbs="\n".join(f"  {name:<12}{what}" for name, what in VERBS.items()))
+    if verb == "checkpoint":
+        return _CHECKPOINT
+    if verb == "schedule":
+        return _SCHEDULE.format(names=" ".join(FAMILIES))
+    if verb == "rehearse":
+        return _REHEARSE.format(kinds="\n".join(_kinds()), points=" ".join(POINTS))
+    return {"train": _TRAIN, "slurm": _SLURM}[verb].format(recipes="\n".join(_recipes()))
+
+
+def _kinds() -> list[str]:
+    """Every kind of fault with its own options, and what it does."""
+    lines = []
+    for name, kind in KINDS.items():
+        own = [one.name for one in fields(kind) if one.name not in ("step", "rank", "at")]
+        lines.append(f"  {' '.join([name, *(f'{one}=' for one in own)]):<24}{(kind.__doc__ or '').strip()}")
+    return lines
+
+
+def _recipes() -> list[str]:
+    """Name of every recipe, with what the first comment of its file says."""
+    lines = []
+    for entry in sorted((files("bagualu.recipes") / "recipe").iterdir(), key=lambda entry: entry.name):
+        comments = [line[2:] for line in entry.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+        about = next(line for line in comments if not line.startswith("@package"))
+        lines.append(f"  {entry.name.removesuffix('.yaml'):<18}{about}")
+    return lines

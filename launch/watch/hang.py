@@ -1,0 +1,72 @@
+"""Ends workers that stand still: between the watchdog, which judges, and the launcher, which has the workers. Free of torch."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from bagualu.fault_tolerance.watchdog import stacks
+from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, read
+from bagualu.fault_tolerance.watchdog.links import LostLink, cut_off, lost_links
+from bagualu.fault_tolerance.watchdog.report import write_report
+from bagualu.fault_tolerance.watchdog.verdict import Patience, Verdict
+from bagualu.fault_tolerance.watchdog.watch import Watchdog
+from bagualu.launch.watch.watcher import Watcher
+from bagualu.trainer.process.failure import Failure
+from bagualu.trainer.recipe.config import Recipe
+
+_BEFORE_TIMEOUT = 0.75
+"""Share of comm.timeout_seconds: after the whole of it the victims give up, and nobody knows any more whom they waited for."""
+
+
+class HangCheck(Watcher):
+    """When the workers of this machine stand still it writes a report, ends those that are processes, and says who was at fault."""
+
+    def __init__(self, recipe: Recipe, scratch: Path) -> None:
+        config = recipe.restart
+        self._folder = scratch / HEARTBEATS
+        self._logs = Path(recipe.run.dir) / "logs"
+        last_chance = _BEFORE_TIMEOUT * recipe.comm.timeout_seconds
+        self._patience = Patience(min(config.hang_seconds, last_chance), config.long_hang_seconds, last_chance)
+        self._processes: dict[int, int] = {}
+        self._watchdog: Watchdog | None = None
+
+    def started(self, generation: int, pids: Mapping[int, int]) -> None:
+        """As `Watcher.started`."""
+        self._processes = dict(pids)
+        if self._patience.hang_seconds:
+            self._watchdog = Watchdog(self._folder, pids, self._patience)
+
+    def look(self) -> Failure | None:
+        """As `Watcher.look`. Quick, but when it has found something."""
+        verdict = self._watchdog.look() if self._watchdog else None
+        if self._watchdog is None or verdict is None:
+            return None
+        seen, links = self._watchdog.seen(), lost_links(self._processes)
+        self._watchdog = None  # this generation is over
+        verdict = _with_links(verdict, links)
+        report = write_report(self._logs, verdict, seen, self._end(), links)
+        rank = verdict.culprits[0] if verdict.culprits else -1
+        step = seen[rank].step if rank >= 0 else max(one.step for one in seen.values())
+        phase = f"step {step}" if step else "start"
+        return Failure(rank, phase, f"the run stood still: {verdict.why}; report: {report}", time.time(), "hung", step)
+
+    def _end(self) -> dict[int, str]:
+        """The stacks of all ranks."""
+        if set(self._processes.values()) == {os.getpid()}:
+            beats = {rank: read(self._folder, rank) for rank in self._processes}
+            return stacks.of_threads({rank: beat.thread for rank, beat in beats.items() if beat})
+        return stacks.end_all(self._folder, self._processes)
+
+
+def _with_links(verdict: Verdict, links: list[LostLink]) -> Verdict:
+    """The verdict with what the connections tell: perhaps the culprit, where it was left open."""
+    if not links:
+        return verdict
+    shown = "; ".join(map(str, links[:2])) + (f"; and {len(links) - 2} more" if len(links) > 2 else "")
+    why = f"{verdict.why}: {shown}"
+    rank = cut_off(links)
+    if verdict.culprits or rank is None:
+        return replace(verdict, why=why)
+    return replace(verdict, why=f"every connection of rank {rank} is dead: {why}", culprits=(rank,))

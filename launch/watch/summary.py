@@ -1,0 +1,56 @@
+"""The launcher's entries in summary.json: that a start is under way, and how it ended if no rank could say. Free of torch."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from bagualu.comm.errors import RecipeError
+from bagualu.launch.watch.watcher import Watcher
+from bagualu.trainer.output.summary import Start
+from bagualu.trainer.process.failure import Failure
+from bagualu.trainer.recipe.config import Recipe
+
+
+class SummaryWatcher(Watcher):
+    """Writes on the node that keeps others out of the run directory; on another one only when that one is gone."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._start = Start(recipe)
+        self._restarted = False
+
+    def begins(self) -> None:
+        self._start.begin()
+
+    def started(self, generation: int, pids: Mapping[int, int]) -> None:
+        if generation and self._start.begun:
+            self._restarted = True
+            self._start.begin()  # what failed may have been after the last step was done
+
+    def ended(self, summary: dict[str, object] | None, failure: Failure | None) -> None:
+        """The launch has ended so."""
+        if failure is None:
+            if summary and self._start.begun:
+                self._start.finish(summary)
+        elif not self._start.begun:
+            if failure.kind not in ("recipe", "stopped"):
+                self._start.fail_if_left(failure)
+        elif failure.kind == "recipe" and not failure.step and not self._restarted:
+            self._start.refuse()
+        else:
+            self._start.fail(failure)
+
+    @contextmanager
+    def crashing(self) -> Iterator[None]:
+        """What leaves the block ends the launcher, and with it the start."""
+        try:
+            yield
+        except BaseException as error:
+            self._crashed(error)
+            raise
+
+    def _crashed(self, error: BaseException) -> None:
+        if isinstance(error, RecipeError):
+            self._start.refuse()
+        elif self._start.begun:
+            cause = f"{type(error).__name__}: {error}".rstrip(": ")
+            self._start.fail(Failure(-1, "launch", cause, time.time()))

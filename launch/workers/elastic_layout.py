@@ -1,0 +1,58 @@
+"""A recipe for the workers that there are. Free of torch."""
+
+from dataclasses import replace
+
+from bagualu.comm.errors import RecipeError
+from bagualu.parallel.config import RebalanceConfig
+from bagualu.parallel.layout import Layout
+from bagualu.parallel.shrink_layout import largest_layout
+from bagualu.trainer.recipe.config import Recipe
+
+
+def fitted(recipe: Recipe, ranks: int) -> tuple[Recipe, int]:
+    """The recipe with the layout for at most `ranks` that is nearest to its own, and how many ranks that takes.
+
+    The global batch stays: fewer data ranks accumulate over more micro-batches. Raises RecipeError when `ranks` are too few.
+    """
+    full = recipe.parallel.layout(recipe.world_size())
+    if ranks >= full.world:
+        return recipe, full.world
+    found = largest_layout(full, ranks, lambda layout: _valid(recipe, layout))
+    if found is None or found.world < recipe.restart.min_workers:
+        fix = f"give restart.min_workers={found.world}" if found else "give a data.global_batch that fewer data ranks divide"
+        raise RecipeError(f"{ranks} workers are left of {full.world}, too few for a valid layout of "
+                          f"restart.min_workers={recipe.restart.min_workers}; bring workers back, or {fix}")  # fmt: skip
+    return with_layout(recipe, found), found.world
+
+
+def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
+    """The recipe with the degrees of `layout`; what has no meaning with them is left out.
+
+    Lists by rank or stage are of other ranks then: layers are split evenly, and every rank has the least of the memory caps.
+    """
+    given = recipe.parallel
+    pipeline_stays, data_stays = layout.pipeline == given.pipeline, layout.data == given.data
+    balance_stays = pipeline_stays or (isinstance(given.balance, str) and layout.pipeline > 1)
+    parallel = replace(
+        given,
+        balance=given.balance if balance_stays else "uniform",
+        speeds=given.speeds if balance_stays and (pipeline_stays or given.speeds == "measured") else None,
+        memory_bytes=given.memory_bytes if pipeline_stays or not isinstance(given.memory_bytes, list) else min(given.memory_bytes),
+        shares=given.shares if data_stays or given.shares == "measured" else None,
+        rebalance=given.rebalance if layout.pipeline > 1 else RebalanceConfig(),
+        data=layout.data,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        expert=layout.expert,
+        context=layout.context,
+        sequence=given.sequence and layout.tensor > 1,
+    )
+    return replace(recipe, parallel=parallel)
+
+
+def _valid(recipe: Recipe, layout: Layout) -> bool:
+    try:
+        with_layout(recipe, layout).validate(layout.world)
+    except RecipeError:
+        return False
+    return True

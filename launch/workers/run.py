@@ -1,0 +1,131 @@
+"""One run on this machine, from a recipe that has been checked to its exit code. Free of torch until workers must start."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance import run_lock
+from bagualu.launch.watch.hang import HangCheck
+from bagualu.launch.watch.ledger import LedgerWatcher
+from bagualu.launch.watch.summary import SummaryWatcher
+from bagualu.launch.workers import fork_server, storage_probe
+from bagualu.launch.workers.rendezvous_config import Meeting
+from bagualu.launch.workers.scratch import scratch
+from bagualu.trainer.process import environment
+from bagualu.trainer.process.failure import DONE, STOPPED, Failure, last_words, what_next
+from bagualu.trainer.process.garbage_collection import uncollected
+from bagualu.trainer.process.stop_request import StopRequest
+from bagualu.trainer.recipe.config import Recipe
+
+_ELASTIC = "torch.distributed.elastic.multiprocessing"
+_COMPILER = "torch._dynamo"
+"""What torch.compile and torch's recomputation import: a second of every worker's if each does, and they share the cores then."""
+
+
+def run(
+    recipe: Recipe,
+    workers: int,
+    overrides: list[str],
+    entrypoint: str | None,
+    quiet_stdout: bool,
+    stop: StopRequest,
+    meeting: Meeting | None = None,
+) -> tuple[int, dict[str, Any]]:
+    """Train with `workers` workers here, alone or with the other nodes of `meeting`; exit code and the document for --json.
+
+    `overrides` are shown again in what to type next. `quiet_stdout` keeps stdout for one JSON document. `stop` takes the signals
+    from here on, afterwards too: whoever has another run to do gives it to that one, which does not begin once it was asked.
+    """
+    entrypoint = entrypoint or environment.TRAIN
+    threaded = recipe.comm.backend == "simulated"
+    ledger = LedgerWatcher(Path(recipe.run.dir))
+    summary = SummaryWatcher(recipe)
+    stop.tell = [2] if threaded else []  # else no step is under way here: who ends this run says how
+    stop.install()
+
+    with summary.crashing(), scratch() as folder, _environment(environment.variables(recipe.launch, workers)):
+        if meeting is None:  # else the node that gets the lock begins
+            summary.begins()
+        if not threaded:
+            needed = ["bagualu.launch.workers.worker_process", _ELASTIC, entrypoint.split(":")[0]]
+            compiler = recipe.train.compile or recipe.train.recompute != "none"
+            fork_server.start([*needed, _COMPILER] if compiler else needed, folder)
+        with uncollected():
+            from bagualu.launch.workers import processes  # imports torch: here, while the fork server does too
+
+        watchers = [ledger, summary, HangCheck(recipe, folder)]
+        if threaded:
+            ended = processes.run_threads(recipe, workers, entrypoint, quiet_stdout, folder, stop, watchers)
+        else:
+            ended = processes.run_processes(recipe, workers, entrypoint, quiet_stdout, folder, stop, meeting, watchers)
+            stop.install()  # the agent had them
+            fork_server.stop()
+        begun = storage_probe.begun(folder)
+        summary.ended(ended.summary, ended.failure)
+    stop.tell = []
+    if ended.failure is not None:
+        return _failed(ended.failure, recipe, begun)
+    assert ended.summary is not None
+    if ended.speaks and not quiet_stdout:
+        from bagualu.trainer.output.progress import next_commands, summary_text
+
+        typed = "bagualu" if shutil.which("bagualu") else sys.argv[0]  # an environment that is not activated is not on the PATH
+        done, steps = ended.summary["step"], ended.summary["steps"]
+        following = [] if meeting else next_commands(overrides, recipe.optim, done, steps, typed)
+        print(summary_text(ended.summary, following))
+    return STOPPED if ended.summary["ended"] == "stopped" else DONE, ended.summary
+
+
+def tell_refusal(recipe: Recipe, workers: int, error: RecipeError, stop: StopRequest, meeting: Meeting) -> None:
+    """Where this node is to hold the store of `meeting` and was refused before it did: let the nodes that wait for it know why."""
+    stop.install()
+    with _environment(environment.variables(recipe.launch, workers)):
+        from bagualu.launch.workers import processes  # imports torch
+
+        processes.tell_early(recipe, meeting, processes.refused(error), stop)
+
+
+def _failed(failure: Failure, recipe: Recipe, begun: bool) -> tuple[int, dict[str, Any]]:
+    if sys.stderr.isatty():
+        print("\x1b[?25h", file=sys.stderr)  # off the line of a bar that was cut short, with the cursor it had hidden
+    print(last_words(failure, _advice(recipe, failure, begun)), file=sys.stderr, flush=True)
+    ended = {"recipe": "refused", "stopped": "stopped"}.get(failure.kind, "failed")
+    refusal = {"error": failure.cause} if ended == "refused" else {}
+    return failure.exit_code, {"ended": ended, **failure.as_dict(), **refusal}
+
+
+def _advice(recipe: Recipe, failure: Failure, begun: bool) -> str:
+    """What to do after a failure: where to look, how to go on. `begun`: a start of this launch has had the run's checkpoints."""
+    log = Path(recipe.run.dir) / "logs" / f"rank-{failure.rank}.log"
+    parts = [f"see {log}"] if log.exists() else []
+    if storage_probe.newest(recipe, begun):
+        parts.append(what_next(failure))
+    elif failure.kind == "stopped":
+        return "nothing was done yet, so nothing is lost: start again with checkpoint.resume=true"
+    elif failure.kind == "storage":  # nothing is seen there now: that says little of what there is
+        parts.append("go on with checkpoint.resume=true when its storage answers")
+    return ", ".join(parts) or _start_again(Path(recipe.run.dir))
+
+
+def _start_again(directory: Path) -> str:
+    """After a failure that has left nothing to go on from. A directory in which another job may be at work is not to be removed."""
+    if run_lock.may_be_in_use(directory):
+        return "give another run.dir and start again"
+    return f"give another run.dir or remove {directory}, and start again"
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """The environment with `variables`, for the processes that start inside."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

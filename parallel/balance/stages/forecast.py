@@ -1,0 +1,86 @@
+"""A split, and its predicted cost according to the cost table."""
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from bagualu.parallel.balance.stages.problem import Piece, Problem, StageTimes
+from bagualu.parallel.pipeline.schedule import Action, Kind
+from bagualu.parallel.pipeline.timeline import simulate
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The predicted cost of a split, in seconds per micro-batch unless stated otherwise."""
+
+    times: list[StageTimes]
+    """By stage, at the speed of its rank."""
+    speeds: list[float]
+    """By pipeline rank."""
+    memory_bytes: list[int]
+    """The peak memory of each rank."""
+    bottleneck_seconds: float
+    """The time of the slowest rank, over all its stages."""
+    step_seconds: float
+    """The time of all forward and backward passes of a step on the schedule, including waiting."""
+    source: str
+    """The origin of the costs."""
+    least_seconds: float = 0.0
+    """A proven lower bound for the bottleneck of any split."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The layers of each stage, and whether it recomputes activations in its backward pass."""
+
+    slices: list[range]
+    recompute: list[bool]
+    forecast: Forecast | None = field(default=None, compare=False)
+    """None if no costs were computed."""
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "slices": [[piece.start, piece.stop] for piece in self.slices]})
+
+    @staticmethod
+    def from_json(text: str) -> "Split":
+        raw = json.loads(text)
+        forecast = raw["forecast"]
+        if forecast is not None:
+            forecast = Forecast(**{**forecast, "times": [StageTimes(**times) for times in forecast["times"]]})
+        return Split([range(*piece) for piece in raw["slices"]], raw["recompute"], forecast)
+
+
+def by_rank(problem: Problem, pieces: list[Piece]) -> list[tuple[Piece, ...]]:
+    return [tuple(pieces[stage] for stage in stages) for stages in problem.stages_of]
+
+
+def forecast_split(problem: Problem, pieces: list[Piece]) -> Split:
+    """Returns the split into `pieces`, by stage, with its forecast. Raises ValueError if they do not fit the caps."""
+    recompute = [False] * len(pieces)
+    seconds, memory = [], []
+    for rank, mine in enumerate(by_rank(problem, pieces)):
+        cost = problem.cost(rank, mine)
+        if cost is None:
+            raise ValueError(f"the stages {mine} do not fit rank {rank}")
+        seconds.append(cost.seconds)
+        memory.append(problem.memory(rank, mine, cost.recompute))
+        for stage, again in zip(problem.stages_of[rank], cost.recompute, strict=True):
+            recompute[stage] = again
+    times = [problem.stage_times(stage, piece, recompute[stage]) for stage, piece in enumerate(pieces)]
+    step = step_seconds(problem, times)
+    forecast = Forecast(times, problem.speeds, memory, max(seconds), step, problem.table.source)
+    return Split([range(*piece) for piece in pieces], recompute, forecast)
+
+
+def step_seconds(problem: Problem, times: list[StageTimes]) -> float:
+    """Returns when the last pass of the schedule ends. Messages take no time here, since every split sends equally many."""
+    table = {}
+    for stage, stage_times in enumerate(times):
+        table[Kind.FORWARD, stage] = stage_times.forward
+        table[Kind.BACKWARD, stage] = stage_times.input_gradient + stage_times.weight_gradient
+        table[Kind.INPUT_GRADIENT, stage] = stage_times.input_gradient
+        table[Kind.WEIGHT_GRADIENT, stage] = stage_times.weight_gradient
+
+    def cost(action: Action) -> float:
+        return table[action.kind, action.stage]
+
+    return float(simulate(problem.schedule, cost).end)

@@ -1,0 +1,150 @@
+"""Decides from measured times whether layers should move to other ranks during a run.
+
+A rank's current speed is the time that its layers take according to the cost table, divided by the time that it was busy with a
+micro-batch. The best split for these speeds is chosen as at the start. Layers move when the new split shortens a step by a
+sufficient fraction, in each of several windows in a row, and the remaining steps gain more than the move costs.
+
+To prevent oscillation, every move doubles the number of windows in a row that the next move needs. A doubling is undone after many
+windows without anything to gain, so slowness that comes and goes moves layers only if it lasts long.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from bagualu.parallel.balance.stages.choose import choose_split
+from bagualu.parallel.balance.stages.cost import CostTable
+from bagualu.parallel.balance.stages.forecast import Split, by_rank, step_seconds
+from bagualu.parallel.balance.stages.problem import Problem
+from bagualu.parallel.pipeline.schedule import Schedule
+
+_FORGETS_AFTER = 8
+"""A doubling is undone after `patience` times this number of windows without a gain."""
+_NEARLY = 0.02
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A split to which layers should move."""
+
+    split: Split
+    speeds: list[float]
+    """By pipeline rank, relative to the device of the cost table."""
+    now_seconds: float
+    """Predicted seconds of a step's passes with the present split; `then_seconds`: with the proposed split."""
+    then_seconds: float
+
+
+class Watch:
+    """Examines every window of a run, on the rank that decides."""
+
+    def __init__(
+        self,
+        table: CostTable,
+        schedule: Schedule,
+        split: Split,
+        threshold: float,
+        windows: int,
+        caps: Sequence[int] | None = None,
+        recompute: str = "none",
+    ) -> None:
+        """`threshold`: the fraction of a step that a move must gain; `windows`: the number of windows in a row that must show
+        it."""
+        self._table, self._schedule, self._caps, self._recompute = table, schedule, caps, recompute
+        self._split = split
+        self._threshold, self._windows = threshold, windows
+        self._seen: list[list[float]] = []
+        """The ranks' speeds in the latest windows in a row in which a move would have been worthwhile."""
+        self._caution = 0
+        """The number of doublings of `patience`: moves, less those whose doubling was undone."""
+        self._quiet = 0
+        """Windows in a row without anything to gain."""
+        self._chosen: tuple[list[float], Split] | None = None
+        """The last speeds for which a split was chosen, and that split."""
+
+    @property
+    def patience(self) -> int:
+        """The number of windows in a row that a move needs."""
+        return self._windows << self._caution
+
+    def after_window(
+        self, busy_seconds: Sequence[float], steps_left: int, move_seconds: Callable[[Split], float]
+    ) -> Proposal | None:
+        """Returns the move to make after a window, or None.
+
+        `busy_seconds`: the time that each pipeline rank was busy with a micro-batch. `move_seconds` returns the cost of moving to a
+        split.
+        """
+        self._seen.append(self._speeds(busy_seconds))
+        if self._best(self._seen[-1]) is None:
+            self._calm()
+            return None
+        self._quiet = 0
+        if len(self._seen) < self.patience:
+            return None
+        del self._seen[: -self.patience]
+        best = self._best([median(column) for column in zip(*self._seen, strict=True)])
+        if best is None or not all(self._gains(best.split, speeds) for speeds in self._seen):
+            return None
+        gained = (best.now_seconds - best.then_seconds) * steps_left
+        return best if gained > move_seconds(best.split) else None
+
+    def moved(self, split: Split) -> None:
+        """Records that the layers have moved to `split`."""
+        self._split, self._seen, self._quiet = split, [], 0
+        self._caution += 1
+
+    def failed(self) -> None:
+        """Records that a move failed. The next attempt has to wait as long as after a move."""
+        self._seen, self._quiet = [], 0
+        self._caution += 1
+
+    def _calm(self) -> None:
+        self._seen = []
+        self._quiet += 1
+        if self._caution and self._quiet >= _FORGETS_AFTER * self.patience:
+            self._caution, self._quiet = self._caution - 1, 0
+
+    def _speeds(self, busy_seconds: Sequence[float]) -> list[float]:
+        even = self._problem([1.0] * len(busy_seconds))
+        pieces = [(piece.start, piece.stop) for piece in self._split.slices]
+        again = self._split.recompute
+        expected = [
+            sum(even.stage_times(stage, pieces[stage], again[stage]).total for stage in stages) for stages in even.stages_of
+        ]
+        return [seconds / busy for seconds, busy in zip(expected, busy_seconds, strict=True)]
+
+    def _best(self, speeds: list[float]) -> Proposal | None:
+        """Returns the best split for these speeds if it gains enough over the present split, else None."""
+        problem = self._problem(speeds)
+        pieces = [(piece.start, piece.stop) for piece in self._split.slices]
+        costs = [problem.cost(rank, mine) for rank, mine in enumerate(by_rank(problem, pieces))]
+        seconds = [cost.seconds for cost in costs if cost is not None]
+        if len(seconds) == len(costs) and max(seconds) * (1 - self._threshold) * len(seconds) < sum(seconds):
+            return None  # even perfectly equal ranks would not gain enough
+        split = self._choice(speeds)
+        now, then = self._step_seconds(self._split, problem), self._step_seconds(split, problem)
+        return Proposal(split, speeds, now, then) if then <= now * (1 - self._threshold) else None
+
+    def _choice(self, speeds: list[float]) -> Split:
+        """Returns the best split; for nearly the same speeds as last time, that of last time, because choosing takes long."""
+        last = self._chosen
+        if last is None or any(abs(new / old - 1) > _NEARLY for new, old in zip(speeds, last[0], strict=True)):
+            last = speeds, choose_split(self._table, self._schedule, speeds, self._caps, self._recompute)
+            self._chosen = last
+        return last[1]
+
+    def _gains(self, split: Split, speeds: list[float]) -> bool:
+        """Whether `split` gains enough over the present split at these speeds."""
+        problem = self._problem(speeds)
+        return self._step_seconds(split, problem) <= self._step_seconds(self._split, problem) * (1 - self._threshold)
+
+    def _step_seconds(self, split: Split, problem: Problem) -> float:
+        times = [
+            problem.stage_times(stage, (piece.start, piece.stop), again)
+            for stage, (piece, again) in enumerate(zip(split.slices, split.recompute, strict=True))
+        ]
+        return step_seconds(problem, times)
+
+    def _problem(self, speeds: list[float]) -> Problem:
+        return Problem(self._table, self._schedule, speeds, self._caps, self._recompute)

@@ -1,0 +1,117 @@
+"""Turns a split of least bottleneck into the split that the schedule runs fastest.
+
+The bottleneck alone does not determine how long the pipeline takes to fill and drain, nor the load of the other ranks, and many
+splits share it. So splits near the optimum are timed on the schedule itself. The result is, of the timed splits whose bottleneck is
+at most `TOLERANCE` above the optimum, the split of least predicted step time; among equals the first, which is the most even.
+
+Candidates come from moving a layer from any stage to any other, or moving two borders by a layer each, first to make ranks and
+stages even, then to lower the time. If there are few splits, all of them are candidates.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations, combinations_with_replacement, pairwise, product
+from math import comb
+
+from bagualu.parallel.balance.stages.forecast import by_rank, forecast_split
+from bagualu.parallel.balance.stages.problem import Piece, Problem, RankCost
+
+TOLERANCE = 0.03
+PASSES = 60_000
+"""Passes of the schedule that may be timed in total, about a second."""
+_LEAST_TIMED = 6
+_EVENING = 20_000
+_FEW = 2_000
+_ROUNDING = 1e-9
+
+
+def refine(problem: Problem, pieces: list[Piece]) -> list[Piece]:
+    """Improves `pieces`, by stage, a split of least bottleneck, as described above."""
+    loads = _loads(problem, pieces)
+    assert loads is not None
+    optimum = _bottleneck(loads)
+    current = _even(problem, pieces, optimum * (1 + _ROUNDING), _spread(loads))
+    best = _timed(problem, current)
+    budget = max(_LEAST_TIMED, PASSES // max(1, sum(map(len, problem.schedule.actions))))
+    seen = {tuple(current)}
+    moved = True
+    while moved and budget > 0:
+        moved = False
+        near = [candidate for candidate in _near(problem, current, optimum * (1 + TOLERANCE)) if tuple(candidate[1]) not in seen]
+        for _, other in sorted(near)[:budget]:
+            budget -= 1
+            seen.add(tuple(other))
+            seconds = _timed(problem, other)
+            if seconds < best * (1 - _ROUNDING):
+                current, best, moved = other, seconds, True
+                break
+    return current
+
+
+def _near(problem: Problem, pieces: list[Piece], bottleneck: float) -> Iterator[tuple[float, list[Piece]]]:
+    """Yields (spread, pieces) of the splits one move away, or of all splits if there are few, whose bottleneck is low enough."""
+    layers, stages = problem.layers, len(pieces)
+    few = comb(layers - 1, stages - 1) <= _FEW
+    for other in _every(layers, stages) if few else _neighbours(pieces):
+        loads = _loads(problem, other)
+        if loads and _bottleneck(loads) <= bottleneck:
+            yield _spread(loads), other
+
+
+def _timed(problem: Problem, pieces: list[Piece]) -> float:
+    forecast = forecast_split(problem, pieces).forecast
+    assert forecast is not None
+    return forecast.step_seconds
+
+
+def _even(problem: Problem, pieces: list[Piece], bottleneck: float, spread: float) -> list[Piece]:
+    """Moves layers as long as that makes the ranks more even and keeps all of them within the bottleneck."""
+    current, budget = pieces, _EVENING
+    moved = True
+    while moved and budget > 0:
+        moved = False
+        for other in _neighbours(current):
+            budget -= 1
+            loads = _loads(problem, other)
+            if loads and _bottleneck(loads) <= bottleneck and _spread(loads) < spread * (1 - _ROUNDING):
+                current, spread, moved = other, _spread(loads), True
+                break
+    return current
+
+
+def _loads(problem: Problem, pieces: list[Piece]) -> list[RankCost] | None:
+    """Returns the cost of every rank; None if a rank exceeds its cap."""
+    costs = [problem.cost(rank, mine) for rank, mine in enumerate(by_rank(problem, pieces))]
+    return None if None in costs else [cost for cost in costs if cost is not None]
+
+
+def _bottleneck(loads: list[RankCost]) -> float:
+    return max(cost.seconds for cost in loads)
+
+
+def _spread(loads: list[RankCost]) -> float:
+    """Returns a measure of unevenness: the sum of squared seconds of the ranks and of their stages."""
+    return sum(cost.seconds**2 + sum(seconds**2 for seconds in cost.stage_seconds) for cost in loads)
+
+
+def _every(layers: int, stages: int) -> Iterator[list[Piece]]:
+    for cuts in combinations(range(1, layers), stages - 1):
+        yield list(pairwise((0, *cuts, layers)))
+
+
+def _neighbours(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Yields splits with one layer less at a stage and one more at another, with the stages between shifted, near stages first;
+    then splits with two borders moved by one layer each, in the same or in opposite directions."""
+    borders = [pieces[0][0], *(end for _, end in pieces)]
+    inner = range(1, len(pieces))
+    moves: list[tuple[Sequence[int], tuple[int, ...]]] = []
+    for length in inner:
+        starts = inner[: len(inner) - length + 1]
+        moves += [(range(start, start + length), (by,) * length) for start in starts for by in (-1, 1)]
+    for pair in combinations_with_replacement(inner, 2):
+        moves += [(pair, ways) for ways in product((-1, 1), repeat=2)]
+    for moved, ways in moves:
+        after = borders.copy()
+        for border, by in zip(moved, ways, strict=True):
+            after[border] += by
+        if after != borders and all(a < b for a, b in pairwise(after)):
+            yield list(pairwise(after))

@@ -1,0 +1,51 @@
+"""Formats a split as a table."""
+
+from collections.abc import Sequence
+
+from bagualu.parallel.balance.stages.forecast import Split
+from bagualu.parallel.pipeline.schedule import Placement
+
+
+def show_split(split: Split, placement: Placement, measured: Sequence[tuple[float, float]] | None = None) -> str:
+    """Returns a table with a row per stage: its rank and layers and, if the costs are known, the rank's speed, milliseconds of a
+    micro-batch's forward and whole backward pass, and, at the rank's first stage, the rank's memory.
+
+    `measured` holds the measured (forward, backward) seconds of each stage.
+    """
+    forecast = split.forecast
+    head = ["stage", "rank", "layers", "count"]
+    if any(split.recompute):
+        head.append("recompute")
+    if forecast is not None:
+        head += ["speed", "forward ms", "backward ms", "rank's memory MiB"]
+    if measured is not None:
+        head += ["measured forward ms", "measured backward ms"]
+    rows = [head]
+    for stage, layers in enumerate(split.slices):
+        rank = placement.rank_of(stage)
+        row = [str(stage), str(rank), f"{layers.start}-{layers.stop - 1}", str(len(layers))]
+        if any(split.recompute):
+            row.append("yes" if split.recompute[stage] else "no")
+        if forecast is not None:
+            times = forecast.times[stage]
+            first = placement.stages_of(rank)[0] == stage
+            row += [f"{forecast.speeds[rank]:.2f}", _milliseconds(times.forward), _milliseconds(times.total - times.forward)]
+            row.append(f"{forecast.memory_bytes[rank] / 2**20:.1f}" if first else "")
+        if measured is not None:
+            row += [_milliseconds(seconds) for seconds in measured[stage]]
+        rows.append(row)
+    lines = _aligned(rows)
+    if forecast is not None:
+        least = f" (lower bound {_milliseconds(forecast.least_seconds)})" if forecast.least_seconds else ""
+        lines.append(f"predicted ({forecast.source}): slowest rank {_milliseconds(forecast.bottleneck_seconds)} ms per micro-batch"
+                     f"{least}, {_milliseconds(forecast.step_seconds)} ms for the passes of a step")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.3g}" if seconds < 1 else f"{seconds * 1000:.0f}"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,82 @@
+"""`bagualu checkpoint`: what a person sees of a run's checkpoints, whole and damaged."""
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from bagualu.comm.group import Group
+from bagualu.fault_tolerance.checkpoint.layout import format
+from bagualu.fault_tolerance.checkpoint.layout.quarantine import set_aside
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.fault_tolerance.checkpoint.saving.save import save
+from bagualu.launch import cli
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    tensor = torch.arange(1000, dtype=torch.float32)
+    for step in (3, 6):
+        pieces = [Piece("weight/a", (1000,), (0,), tensor)]
+        metadata = {"layout": {"data": 2, "tensor": 1}, "guard": {"losses": [1.0] * 64, "norms": [2.0] * 64, "setbacks": 0}}
+        save(tmp_path / "checkpoints", step, pieces, metadata, Group("world", (0,), 0, None), keep=2)
+    return tmp_path
+
+
+def test_list_and_verify_of_a_whole_run(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["checkpoint", "verify", str(run_dir)]) == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.split() == ["step", "saved", "size", "shards", "layout", "health"]
+    assert [line.split()[0] for line in lines] == ["3", "6"]
+    assert all("data 2" in line and line.rstrip().endswith("whole") for line in lines)
+
+
+def test_one_checkpoint_alone(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run_dir / "checkpoints" / "step-00000003"
+    assert cli.main(["checkpoint", "verify", str(path), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["path"], row["step"], row["tensors"], row["shards"], row["problems"]) == (str(path), 3, 1, 1, [])
+    assert row["metadata"] == {"layout": {"data": 2, "tensor": 1}, "guard": {"setbacks": 0}}
+    aside = set_aside(path)
+    assert cli.main(["checkpoint", "list", str(path)]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert cli.main(["checkpoint", "list", str(run_dir)]) == 0
+    assert f"set aside as damaged: {aside}" in capsys.readouterr().out
+    assert cli.main(["checkpoint", "verify", str(aside)]) == 0  # a look at what was set aside
+
+
+def test_every_damaged_block_is_named(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = run_dir / "many"
+    with mock.patch.object(format, "BLOCK_BYTES", 256):
+        pieces = [Piece(name, (100,), (0,), torch.arange(100.0)) for name in ("a", "b")]
+        save(root / "checkpoints", 1, pieces, {}, Group("world", (0,), 0, None), keep=1)
+    (shard,) = (root / "checkpoints" / "step-00000001").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    places = [len(data) - 800, len(data) - 401, len(data) - 1]  # first block of a, last of a, last of b
+    for at in places:
+        data[at] ^= 1
+    shard.write_bytes(data)
+    assert cli.main(["checkpoint", "verify", str(root)]) == 1
+    out = capsys.readouterr().out
+    assert "3 problems" in out
+    named = [line.split("tensor ")[1].split()[0] + line.split("at byte ")[1].split(";")[0] for line in out.splitlines()[2:]]
+    assert named == [f"a{len(data) - 800}", f"a{len(data) - 544}", f"b{len(data) - 144}"]
+    (shard.parent / "manifest.json").unlink()
+    assert cli.main(["checkpoint", "list", str(root)]) == 1
+    assert "manifest.json cannot be read" in capsys.readouterr().out
+
+
+def test_a_flipped_byte_is_found_and_told_in_json(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = next((run_dir / "checkpoints" / "step-00000006").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert cli.main(["checkpoint", "list", str(run_dir)]) == 0  # a quick look does not read the data
+    assert cli.main(["checkpoint", "verify", str(run_dir)]) == 1
+    capsys.readouterr()
+    assert cli.main(["checkpoint", "verify", str(run_dir), "--json"]) == 1
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["problems"] == []
+    assert "weight/a" in second["problems"][0]

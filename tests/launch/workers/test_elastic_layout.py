@@ -1,0 +1,61 @@
+"""The recipe for fewer workers."""
+
+import pytest
+
+from bagualu.comm.errors import RecipeError
+from bagualu.launch.workers.elastic_layout import fitted
+from bagualu.trainer.recipe.compose import compose
+
+
+def fit(ranks, *overrides):
+    recipe, used = fitted(compose(["recipe=tiny", "restart.elastic=true", *overrides]), ranks)
+    layout = recipe.validate(used)
+    return layout.data, layout.tensor, layout.pipeline, used
+
+
+def test_enough_workers_leave_the_recipe_as_it_is():
+    recipe = compose(["recipe=tiny"])
+    assert fitted(recipe, recipe.world_size()) == (recipe, recipe.world_size())
+    assert fitted(recipe, recipe.world_size() + 1) == (recipe, recipe.world_size())
+
+
+def test_replicas_go_first_and_the_global_batch_stays():
+    base = ["launch.workers=4", "parallel.data=2", "parallel.tensor=2", "parallel.pipeline=1", "data.global_batch=8"]
+    assert fit(3, *base) == (1, 2, 1, 2)
+    assert fit(1, *base) == (1, 1, 1, 1)
+    recipe, _ = fitted(compose(["recipe=tiny", "restart.elastic=true", *base]), 2)
+    assert recipe.data.global_batch == 8
+
+
+def test_a_batch_that_does_not_divide_over_three_takes_two():
+    base = ["launch.workers=4", "parallel.data=4", "parallel.tensor=1", "parallel.pipeline=1", "data.global_batch=8"]
+    assert fit(3, *base) == (2, 1, 1, 2)
+
+
+def test_sequence_parallel_goes_with_the_last_tensor_rank():
+    base = ["launch.workers=2", "parallel.data=1", "parallel.tensor=2", "parallel.pipeline=1", "parallel.expert=1",
+            "parallel.sequence=true"]  # fmt: skip
+    recipe, used = fitted(compose(["recipe=tiny", "restart.elastic=true", *base]), 1)
+    assert (used, recipe.parallel.sequence) == (1, False)
+
+
+def test_lists_by_rank_do_not_outlive_their_ranks():
+    base = ["launch.workers=4", "model.layers=6", "model.moe.every=2", "parallel.data=1", "parallel.pipeline=4",
+            "parallel.expert=1", "parallel.balance=[1,2,2,1]", "parallel.rebalance.every=5",
+            "parallel.memory_bytes=[5000000000,6000000000,6000000000,6000000000]"]  # fmt: skip
+    recipe, used = fitted(compose(["recipe=tiny", "restart.elastic=true", *base]), 3)
+    assert (used, recipe.parallel.balance, recipe.parallel.memory_bytes) == (3, "uniform", 5000000000)
+    recipe, used = fitted(compose(["recipe=tiny", "restart.elastic=true", *base]), 1)
+    assert (used, recipe.parallel.rebalance.every) == (1, None)
+
+
+def test_layers_that_all_lie_on_one_rank_are_not_balanced():
+    base = ["launch.workers=2", "parallel.data=1", "parallel.pipeline=2", "parallel.expert=1", "parallel.balance=measured",
+            "parallel.speeds=measured"]  # fmt: skip
+    recipe, used = fitted(compose(["recipe=tiny", "restart.elastic=true", *base]), 1)
+    assert (used, recipe.parallel.balance, recipe.parallel.speeds) == (1, "uniform", None)
+
+
+def test_too_few_are_refused_with_the_fix():
+    with pytest.raises(RecipeError, match=r"1 workers are left of 4.*restart.min_workers=1"):
+        fit(1, "launch.workers=4", "parallel.data=4", "parallel.pipeline=1", "restart.min_workers=2")

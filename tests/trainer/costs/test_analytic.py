@@ -1,0 +1,77 @@
+"""Costs from shapes, against the model itself: names and shapes, bytes that are really held, FLOPs that add up."""
+
+import pytest
+import torch
+
+from bagualu.comm.group import Communicator
+from bagualu.parallel.layout import Layout
+from bagualu.trainer.assemble import assemble
+from bagualu.trainer.costs.analytic import FLOPS_PER_SECOND, Work, analytic_table, layer_shapes
+from bagualu.trainer.costs.choose_split import work_of
+from bagualu.trainer.costs.throughput import model_flops_per_token
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+from bagualu.trainer.models.decoder.model import Layer
+from bagualu.trainer.recipe.config import Recipe
+from tests.harness import run
+from tests.parity import small_recipe
+
+MIXTURE = {
+    "model__moe__experts": 4,
+    "model__moe__top_k": 2,
+    "model__moe__ffn": 8,
+    "model__moe__shared_experts": 1,
+    "model__moe__every": 2,
+}
+
+
+def moe_model(layers: int = 2) -> ModelConfig:
+    return ModelConfig(layers, 16, 4, 2, 24, 64, moe=MoEConfig(4, 2, 8, shared_experts=1, every=2))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_shapes_are_those_of_the_model(layer: int) -> None:
+    with torch.device("meta"):
+        module = Layer(moe_model(), layer)
+    assert layer_shapes(moe_model(), layer) == {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+
+def test_seconds_add_up_to_the_models_flops_and_the_head_is_all_forward() -> None:
+    work = Work(moe_model(), Layout(), sequence_length=8, micro_batch=3, dtype="float32")
+    table = analytic_table(work)
+    costs = [table.embedding, *table.layers, table.head]
+    seconds = sum(one.forward_seconds + one.input_gradient_seconds + one.weight_gradient_seconds for one in costs)
+    assert seconds == pytest.approx(24 * model_flops_per_token(work.model, 8) / FLOPS_PER_SECOND)
+    assert table.head.forward_seconds == pytest.approx(24 * 6 * 16 * 64 / FLOPS_PER_SECOND)
+    assert table.head.input_gradient_seconds == table.head.weight_gradient_seconds == 0
+
+
+def state_held(communicator: Communicator, recipe: Recipe) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer that this rank has; what pads them at the most; what the table says."""
+    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    held = pads = 0
+    for bucket, shard in zip(parts.buckets, parts.optimizer.shards(), strict=True):
+        tensors = [bucket.weights, bucket.gradients, shard["exp_avg"], shard["exp_avg_sq"]]
+        tensors += [shard["weight"]] if shard["weight"].data_ptr() != bucket.shard_weights.data_ptr() else []
+        held += sum(tensor.nbytes for tensor in tensors)
+        pads += (bucket.group.size * 8 + 8) * sum(tensor.element_size() for tensor in tensors)
+    table = analytic_table(work_of(recipe, parts.mesh.layout))
+    said = sum(table.layers[layer].state_bytes for layer in map(int, parts.model.layers))
+    said += table.embedding.state_bytes * parts.mesh.first_stage + table.head.state_bytes * parts.mesh.last_stage
+    return held, pads, said
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {}),
+        (2, {"parallel__pipeline": 2, "train__dtype": "bfloat16"}),
+        (4, {"parallel__tensor": 2, **MIXTURE, "train__dtype": "bfloat16"}),
+        (4, {"parallel__expert": 2, **MIXTURE}),
+        (4, {"parallel__data": 4, "parallel__zero": 0, "train__dtype": "float32"}),
+    ],
+    ids=["one rank", "pipeline", "tensor x data, mixture", "expert x data, mixture", "not partitioned"],
+)
+def test_state_is_what_ranks_hold(ranks: int, changes: dict[str, object]) -> None:
+    for held, pads, said in run("simulated", ranks, state_held, small_recipe(**changes)):
+        assert said <= held <= said + pads

@@ -1,0 +1,70 @@
+"""The warm-up: every kind of layer, nothing of the run disturbed, bytes that agree with the shapes."""
+
+import pytest
+import torch
+
+from bagualu.parallel.layout import Layout
+from bagualu.trainer.costs.analytic import Work, analytic_table
+from bagualu.trainer.costs.measured import measure, measured_table
+from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+
+CPU = torch.device("cpu")
+
+
+def work(dtype: str = "float32", layout: Layout | None = None, micro_batch: int = 2) -> Work:
+    model = ModelConfig(4, 64, 4, 2, 96, 512, vocab_multiple=64, moe=MoEConfig(4, 2, 32, shared_experts=1, every=2))
+    return Work(model, layout or Layout(), sequence_length=32, micro_batch=micro_batch, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(data=2, tensor=2, expert=2)], ids=str)
+@pytest.mark.parametrize("micro_batch", [2, 40])  # one chunk of the head's, or more
+def test_bytes_held_are_those_that_shapes_give(dtype: str, layout: Layout, micro_batch: int) -> None:
+    here = work(dtype, layout, micro_batch)
+    measured, analytic = measured_table(here, measure(here, CPU, compiled=False, budget_seconds=0), ""), analytic_table(here)
+    pairs = [
+        (measured.embedding, analytic.embedding),
+        (measured.head, analytic.head),
+        *zip(measured.layers, analytic.layers, strict=True),
+    ]
+    widened = dtype == "bfloat16" and torch.finfo(torch.bfloat16).bits == 16 and not native_bfloat16()
+    for one, other in pairs:
+        assert one.state_bytes == other.state_bytes
+        assert one.input_bytes == other.input_bytes
+        if not widened:
+            assert one.activation_bytes == pytest.approx(other.activation_bytes, rel=0.2)
+            assert one.operand_bytes == pytest.approx(other.operand_bytes, rel=0.25)
+
+
+def native_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def test_every_kind_is_timed_and_the_head_goes_back_in_its_forward_pass() -> None:
+    wide = Work(ModelConfig(2, 128, 4, 4, 256, 4096), Layout(), sequence_length=64, micro_batch=2, dtype="float32")
+    found = measure(wide, CPU, compiled=False, budget_seconds=0.1)
+    assert set(found) == {"embedding", "dense", "head"}
+    assert set(measure(work(), CPU, compiled=False, budget_seconds=0)) == {"embedding", "dense", "mixture", "head"}
+    for kind in ("dense", "head"):
+        assert found[kind].forward_seconds > 0
+        assert found[kind].input_gradient_seconds > 0
+    assert found["dense"].weight_gradient_seconds > 0
+    assert found["embedding"].operand_bytes > 0
+    assert found["head"].operand_bytes == 0
+
+
+def test_layers_of_one_kind_cost_the_same_and_others_not() -> None:
+    figures = measure(work(), CPU, compiled=False, budget_seconds=0)
+    table = measured_table(work(), figures, "here")
+    assert [layer.forward_seconds for layer in table.layers] == [
+        figures["dense"].forward_seconds,
+        figures["mixture"].forward_seconds,
+    ] * 2
+    assert table.source == "here"
+
+
+def test_it_leaves_the_generator_and_gradients_alone() -> None:
+    before = torch.get_rng_state()
+    measure(work(), CPU, compiled=False, budget_seconds=0)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_token
+from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+
+SHAPE = {"layers": 3, "hidden": 24, "heads": 6, "kv_heads": 2, "ffn": 40, "vocab": 50, "vocab_multiple": 32}
+S = 7
+
+
+def weight(*shape: int) -> Tensor:
+    return torch.zeros(shape, requires_grad=True)
+
+
+def swiglu(x: Tensor, width: int) -> Tensor:
+    hidden = x.shape[1]
+    return ((x @ weight(hidden, width)) * (x @ weight(hidden, width))) @ weight(width, hidden)
+
+
+def attention(x: Tensor, config: ModelConfig) -> Tensor:
+    """Every query against the keys it may see and no others, x: [S, hidden]."""
+    width, narrow = config.heads * config.head_dim, config.key_value_heads * config.head_dim
+    q = (x @ weight(config.hidden, width)).view(S, config.heads, config.head_dim).transpose(0, 1)
+    k, v = ((x @ weight(config.hidden, narrow)).view(S, -1, config.head_dim).transpose(0, 1) for _ in range(2))
+    k, v = (t.repeat_interleave(config.heads // config.key_value_heads, 0) for t in (k, v))
+    rows = [torch.bmm(torch.bmm(q[:, i : i + 1], k[:, : i + 1].transpose(1, 2)), v[:, : i + 1]) for i in range(S)]
+    return torch.cat(rows, 1).transpose(0, 1).reshape(S, width) @ weight(width, config.hidden)
+
+
+def counted_flops(config: ModelConfig) -> int:
+    """FLOPs of forward and backward of a model that has the right products and nothing else."""
+    x = torch.zeros(S, config.hidden, requires_grad=True)
+    moe = config.moe
+    with FlopCounterMode(display=False) as counter:
+        for layer in range(config.layers):
+            x = attention(x, config)
+            if config.is_moe_layer(layer):
+                routed = sum(swiglu(x, moe.ffn) for _ in range(moe.top_k + moe.shared_experts))
+                x = routed + (x @ weight(config.hidden, moe.experts)).sum(1, keepdim=True)
+            else:
+                x = swiglu(x, config.ffn)
+        (x @ weight(config.hidden, config.vocab)).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoEConfig(),
+        MoEConfig(experts=8, top_k=2, ffn=16),
+        MoEConfig(experts=8, top_k=3, ffn=16, shared_experts=2, every=2),
+    ],
+    ids=["dense", "moe", "moe every other layer"],
+)
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_flops_are_those_of_the_products(moe, kv_heads):
+    config = ModelConfig(**(SHAPE | {"kv_heads": kv_heads}), moe=moe)
+    config.validate()
+    assert model_flops_per_token(config, S) * S == counted_flops(config)
+
+
+def test_a_large_model_costs_six_flops_a_weight():
+    config = ModelConfig(layers=32, hidden=4096, heads=32, ffn=11008, vocab=32000)
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000
+    assert model_flops_per_token(config, 1) == pytest.approx(6 * weights, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_ceiling_is_a_rate_and_leaves_the_threads_alone(dtype):
+    before = torch.get_num_threads()
+    assert 1e6 < matmul_ceiling(dtype, torch.device("cpu"), threads=1, budget_seconds=0.02) < 1e15
+    assert torch.get_num_threads() == before

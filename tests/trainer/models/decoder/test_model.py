@@ -1,0 +1,124 @@
+"""The serial decoder against the naive reference: what every layout is compared with is right itself."""
+
+import pytest
+import torch
+
+from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+from bagualu.trainer.models.decoder.model import Decoder
+from tests.trainer.models import reference
+
+MOE = MoEConfig(experts=4, top_k=2, ffn=6)
+VARIANTS = {
+    "dense": {},
+    "grouped_query": {"heads": 4, "kv_heads": 2},
+    "one_key_head": {"heads": 4, "kv_heads": 1, "rope_theta": 100.0},
+    "tied": {"tie_embeddings": True},
+    "padded": {"vocab": 29, "vocab_multiple": 8},
+    "padded_tied": {"vocab": 29, "vocab_multiple": 8, "tie_embeddings": True},
+    "moe": {"moe": MOE},
+    "moe_every_2_shared": {"moe": MoEConfig(experts=5, top_k=3, ffn=6, every=2, shared_experts=2)},
+    "moe_top_1_tied": {"moe": MoEConfig(experts=3, top_k=1, ffn=6), "tie_embeddings": True},
+    "moe_all": {"moe": MoEConfig(experts=3, top_k=3, ffn=6)},
+}
+BATCH, LENGTH = 2, 5
+
+
+def config_of(variant: str) -> ModelConfig:
+    return ModelConfig(**{"layers": 3, "hidden": 16, "heads": 2, "ffn": 10, "vocab": 24, **VARIANTS[variant]})
+
+
+def filled(config: ModelConfig, dtype: torch.dtype, recompute: bool = False) -> Decoder:
+    """Weights large enough that every nonlinearity is felt; norms off 1."""
+    model = Decoder(config, [range(config.layers)], recompute=[recompute]).to(dtype)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4
+        parameter.data.copy_(values + 1 if name.endswith("norm.weight") else values)
+    return model
+
+
+def tokens(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    drawn = torch.randint(0, config.vocab, (2, BATCH, LENGTH), generator=torch.Generator().manual_seed(5))
+    inputs, labels = drawn[0], drawn[1].clone()
+    labels[0, 1] = labels[1, 4] = -100
+    return inputs, labels
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_all_gradients_are_those_of_the_reference(variant: str) -> None:
+    config = config_of(variant)
+    model = filled(config, torch.float64)
+    inputs, labels = tokens(config)
+    loss, balance = model(inputs, labels)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    mean, expected_balance = reference.losses(config, weights, inputs, labels)
+
+    counted = (labels != -100).sum()
+    torch.testing.assert_close(loss / counted, mean, rtol=1e-10, atol=0)
+    torch.testing.assert_close(balance, expected_balance, rtol=1e-10, atol=0)
+    (loss / counted + 0.3 * balance).backward()
+    (mean + 0.3 * expected_balance).backward()
+    for name, parameter in model.named_parameters():
+        expected = weights[name].grad
+        assert expected is not None
+        assert expected.abs().max() > 1e-6, f"{name} takes no part: the comparison would show nothing"
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_padding_rows_of_the_vocabulary_get_no_gradient() -> None:
+    config = config_of("padded")
+    model = filled(config, torch.float64)
+    model(*tokens(config))[0].backward()
+    assert model.head.weight.shape[0] == 32
+    assert not model.head.weight.grad[29:].any()
+
+
+def test_stages_one_after_the_other_are_the_whole() -> None:
+    config = config_of("moe_every_2_shared")
+    whole = filled(config, torch.float64)
+    stages = [Decoder(config, [range(1)], True, False), Decoder(config, [range(1, 3)], False, True)]
+    inputs, labels = tokens(config)
+    x, total = inputs, torch.zeros((), dtype=torch.float64)
+    names = set()
+    for stage, its_labels in zip(stages, (None, labels), strict=True):
+        own = {name: value for name, value in whole.state_dict().items() if name in stage.state_dict()}
+        names |= own.keys()
+        stage.double().load_state_dict(own)
+        x, balance = stage(x, its_labels)
+        total = total + balance
+    assert names == whole.state_dict().keys()
+    torch.testing.assert_close((x, total), whole(inputs, labels), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["dense", "moe_every_2_shared"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_recomputing_changes_no_bit(variant: str, dtype: torch.dtype) -> None:
+    config = config_of(variant)
+    results = []
+    for recompute in (False, True):
+        model = filled(config, dtype, recompute)
+        passes = 0
+
+        def count(*_: object) -> None:
+            nonlocal passes
+            passes += 1
+
+        model.layers["1"].register_forward_pre_hook(count)
+        loss, balance = model(*tokens(config))
+        (loss + balance).backward()
+        assert passes == 1 + recompute
+        results.append([loss.detach(), balance.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["grouped_query", "moe_every_2_shared"])
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_16_bit_losses_are_float32_and_near(variant: str, dtype: torch.dtype, relative: float) -> None:
+    config = config_of(variant)
+    model = filled(config, dtype)
+    exact = filled(config, torch.float64)
+    exact.load_state_dict(model.state_dict())
+    loss, balance = model(*tokens(config))
+    assert loss.dtype == balance.dtype == torch.float32
+    expected, _ = exact(*tokens(config))
+    torch.testing.assert_close(loss.double(), expected, rtol=relative, atol=0)

@@ -1,0 +1,72 @@
+"""Attention in blocks is torch's attention, whatever the blocks, and is taken where it is quicker. See test_kernels.py as well."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bagualu.parallel import precision
+from bagualu.trainer.operators import attention
+from bagualu.trainer.operators.attention import attention_in_blocks, causal_attention
+
+
+def draw(batch: int, length: int, heads: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """[B, A, S, D] as a layer hands it over: heads of a projection."""
+    drawn = torch.randn(batch, length, heads, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(dtype).transpose(1, 2).requires_grad_()
+
+
+@pytest.mark.parametrize(("rows", "elements"), [(64, 2**20), (1, 1), (3, 50), (7, 260), (100, 10)])
+def test_it_does_not_depend_on_the_blocks(rows: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block, blocks that leave a rest of rows and of heads, blocks of one row: all are torch's attention."""
+    monkeypatch.setattr(attention, "_BLOCK_ROWS", rows)
+    monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", elements)
+    inputs = [draw(2, 9, 3, 4, seed) for seed in range(3)]
+    results = attention_in_blocks(*inputs), F.scaled_dot_product_attention(*inputs, is_causal=True)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
+    seed = draw(2, 9, 3, 4, 3).detach()
+    for own, reference in zip(*(torch.autograd.grad(result, inputs, seed) for result in results), strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-12, atol=1e-13)
+
+
+def test_16_bit_errors_are_like_those_of_torchs_kernel() -> None:
+    """Relative to the exact values, over several blocks and with a scale that is no power of 2: at most half more."""
+    exact = [draw(2, 150, 2, 80, seed, torch.bfloat16).detach().double().requires_grad_() for seed in range(4)]
+
+    def errors(kernel: object) -> list[float]:
+        narrow = [x.detach().bfloat16().requires_grad_() for x in exact[:3]]
+        result = kernel(*narrow)
+        found = [result, *torch.autograd.grad(result, narrow, exact[3].detach().bfloat16())]
+        return [((x.double() - y).norm() / y.norm()).item() for x, y in zip(found, expected, strict=True)]
+
+    def torchs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    result = torchs(*exact[:3])
+    expected = [result, *torch.autograd.grad(result, exact[:3], exact[3].detach())]
+    for own, reference in zip(errors(attention_in_blocks), errors(torchs), strict=True):
+        assert own < 1.5 * reference
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize(
+    ("length", "dtype", "native", "blocks"),
+    [
+        (512, torch.bfloat16, True, True),
+        (513, torch.bfloat16, True, False),
+        (512, torch.bfloat16, False, False),
+        (512, torch.float32, True, False),
+        (512, torch.float16, True, False),  # whose range the products of gradients would leave
+    ],
+)
+def test_it_is_taken_for_short_sequences_of_bfloat16_that_the_processor_multiplies(
+    length: int, dtype: torch.dtype, native: bool, blocks: bool, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_CPU_MULTIPLIES", {torch.bfloat16: native, torch.float16: native})
+    calls = []
+    monkeypatch.setattr(attention, "attention_in_blocks", lambda *inputs: calls.append(inputs) or attention_in_blocks(*inputs))
+    query, key, value = (draw(1, length, shared, 8, seed, dtype).detach() for seed, shared in enumerate((2, heads, heads)))
+    found = causal_attention(query, key, value)
+    assert bool(calls) == blocks
+    assert found.dtype == dtype
+    wide = (t.double().repeat_interleave(2 // t.shape[1], dim=1) for t in (query, key, value))
+    torch.testing.assert_close(found.double(), F.scaled_dot_product_attention(*wide, is_causal=True), rtol=0.02, atol=0.02)

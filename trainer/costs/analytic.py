@@ -1,0 +1,189 @@
+"""A model's cost table from its shapes, without running anything. Free of torch.
+
+Seconds are FLOPs (models/flops.py) at 1 TFLOP/s: right relative to each other as far as products take the time. Bytes are exact for
+weights, gradients and optimizer state; for activations they follow what the layers keep for their backward pass.
+
+The head computes its gradients in its forward pass (parallel/vocabulary.py), so all of its cost is there, and it holds the gradient
+of its weight for every micro-batch in flight.
+
+Shapes: T tokens of a micro-batch, H hidden, A all heads' width, C keys' and values' width, F feed-forward, E experts, K of them a
+token.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
+from bagualu.parallel.config import HEAD_CHUNK_TOKENS
+from bagualu.parallel.layout import Layout
+from bagualu.trainer.models.decoder.config import ModelConfig
+from bagualu.trainer.models.decoder.flops import Flops, head_flops, layer_flops
+from bagualu.trainer.models.decoder.plan import decoder_plan
+
+FLOPS_PER_SECOND = 1e12
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank runs, as far as costs depend on it."""
+
+    model: ModelConfig
+    layout: Layout
+    sequence_length: int
+    micro_batch: int
+    dtype: str
+    zero: int = 1
+    sequence: bool = False
+    """Sequence parallel."""
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.sequence_length
+
+    @property
+    def item_bytes(self) -> int:
+        return _ITEM_BYTES[self.dtype]
+
+    @property
+    def accurate_bytes(self) -> int:
+        """Of gradients, moments, norms: at least float32."""
+        return max(4, self.item_bytes)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one micro-batch; the words are those of LayerCost."""
+
+    activation_bytes: int
+    input_bytes: int
+    operand_bytes: int
+
+
+def analytic_table(work: Work) -> CostTable:
+    """What every layer costs a rank of `work`."""
+    model, tensor = work.model, work.layout.tensor
+    embedding_bytes, head_bytes, tied_bytes = end_bytes(work)
+    embedding = LayerCost("embedding", 0.0, 0.0, 0.0, embedding_bytes, *_in_order(embedding_held(work)))
+    head = LayerCost("head", _seconds(work, head_flops(model).total) / tensor, 0.0, 0.0, head_bytes, *_in_order(head_held(work)))
+    layers = [_layer(work, index, layer_flops(model, index, work.sequence_length)) for index in range(model.layers)]
+    return CostTable(embedding, layers, head, "FLOPs at 1 TFLOP/s", tied_bytes)
+
+
+def _layer(work: Work, index: int, flops: Flops) -> LayerCost:
+    return LayerCost(
+        f"layer {index}",
+        _seconds(work, flops.forward) / work.layout.tensor,
+        _seconds(work, flops.input_gradient) / work.layout.tensor,
+        _seconds(work, flops.weight_gradient) / work.layout.tensor,
+        layer_bytes(work, index),
+        *_in_order(layer_held(work, index)),
+    )
+
+
+def _seconds(work: Work, flops_per_token: float) -> float:
+    return flops_per_token * work.tokens / FLOPS_PER_SECOND
+
+
+def _in_order(held: Held) -> tuple[int, int, int]:
+    return held.activation_bytes, held.input_bytes, held.operand_bytes
+
+
+def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
+    """Global shapes of a decoder layer's parameters, by name."""
+    hidden, heads, narrow = model.hidden, model.heads * model.head_dim, model.key_value_heads * model.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "attention_norm.weight": (hidden,),
+        "attention.query.weight": (heads, hidden),
+        "attention.key.weight": (narrow, hidden),
+        "attention.value.weight": (narrow, hidden),
+        "attention.output.weight": (hidden, heads),
+        "feed_forward_norm.weight": (hidden,),
+    }
+    if not model.is_moe_layer(index):
+        return shapes | _swiglu("feed_forward", hidden, model.ffn)
+    moe = model.moe
+    shapes["feed_forward.router.weight"] = (moe.experts, hidden)
+    shapes |= {f"feed_forward.experts.{name}": (moe.experts, moe.ffn, hidden) for name in ("gate", "up")}
+    shapes["feed_forward.experts.down"] = (moe.experts, hidden, moe.ffn)
+    return shapes | (_swiglu("feed_forward.shared", hidden, moe.shared_experts * moe.ffn) if moe.shared_experts else {})
+
+
+def _swiglu(name: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.gate.weight": (ffn, hidden), f"{name}.up.weight": (ffn, hidden), f"{name}.down.weight": (hidden, ffn)}
+
+
+def layer_bytes(work: Work, index: int) -> int:
+    """State of a decoder layer on this rank."""
+    return sum(_state_bytes(work, f"layers.{index}.{name}", shape) for name, shape in layer_shapes(work.model, index).items())
+
+
+def optimizer_bytes(work: Work, index: int) -> int:
+    """Master weights and moments of a decoder layer, over all ranks that hold a part of it."""
+    elements = sum(prod(shape) for shape in layer_shapes(work.model, index).values())
+    return elements * work.accurate_bytes * (1 + _MOMENTS)
+
+
+def end_bytes(work: Work) -> tuple[int, int, int]:
+    """State of the embedding, of the final norm and the head, and how much of it is the same where one rank holds both."""
+    vocabulary = (work.model.padded_vocab, work.model.hidden)
+    embedding = _state_bytes(work, "embedding.weight", vocabulary)
+    head = _state_bytes(work, "head.weight", vocabulary) + _state_bytes(work, "norm.weight", (work.model.hidden,))
+    return embedding, head, embedding if work.model.tie_embeddings else 0
+
+
+def _state_bytes(work: Work, name: str, shape: tuple[int, ...]) -> int:
+    """Working weight, gradient, and this rank's part of master weight and moments, where the working weight is not the master
+    itself."""
+    placement = decoder_plan(work.model, work.sequence).placement(name)
+    elements = prod(placement.box(name, shape, work.layout, work.layout.coordinates(0)).shape)
+    share = work.layout.size(placement.reduction_axis) if work.zero else 1
+    masters = work.item_bytes < work.accurate_bytes
+    return elements * (work.item_bytes + work.accurate_bytes) + elements * work.accurate_bytes * (masters + _MOMENTS) // share
+
+
+def embedding_held(work: Work) -> Held:
+    """Token ids, and for the gradient's rows both."""
+    ids, between = 8 * work.tokens, work.tokens // (work.layout.tensor if work.sequence else 1)
+    return Held(ids, ids, ids + between * work.model.hidden * work.item_bytes)
+
+
+def head_held(work: Work) -> Held:
+    """Input and scale of the norm, and both gradients; that of the weight in at least float32 where it is a sum of chunks, or where
+    the chip does not multiply 16 bits (not counted)."""
+    model, tensor = work.model, work.layout.tensor
+    between = work.tokens // (tensor if work.sequence else 1)
+    inputs, scales = between * model.hidden * work.item_bytes, between * work.accurate_bytes
+    weight_bytes = work.accurate_bytes if work.tokens > HEAD_CHUNK_TOKENS else work.item_bytes
+    gradients = work.tokens * model.hidden * work.item_bytes + model.padded_vocab // tensor * model.hidden * weight_bytes
+    return Held(inputs + scales + gradients, inputs, 0)
+
+
+def layer_held(work: Work, index: int) -> Held:
+    """Of a decoder layer; between blocks a rank holds its slice of the sequence under sequence parallel, inside them all of it."""
+    model, tensor, item = work.model, work.layout.tensor, work.item_bytes
+    heads, narrow = model.heads * model.head_dim // tensor, model.key_value_heads * model.head_dim // tensor
+    between = work.tokens // (tensor if work.sequence else 1)
+    norms = 2 * between * (model.hidden * item + work.accurate_bytes)  # inputs and scales
+    # Into the projections; query, key and value as every head sees them; the result; the statistics of its softmax, if kept.
+    attention = work.tokens * ((model.hidden + 4 * heads) * item + model.heads // tensor * work.accurate_bytes)
+    attention_operands = work.tokens * (2 * model.hidden + 2 * heads + 2 * narrow) * item
+    mixed = _mixture_held(work) if model.is_moe_layer(index) else _swiglu_held(work, work.tokens, model.ffn // tensor)
+    return Held(norms + attention + mixed[0], between * model.hidden * item, attention_operands + mixed[1])
+
+
+def _swiglu_held(work: Work, rows: int, ffn: int) -> tuple[int, int]:
+    """(activations, operands) in bytes: the input, gate, its silu and up; for the products their inputs and outputs'
+    gradients."""
+    return rows * (work.model.hidden + 3 * ffn) * work.item_bytes, rows * (2 * work.model.hidden + 3 * ffn) * work.item_bytes
+
+
+def _mixture_held(work: Work) -> tuple[int, int]:
+    """Experts see K rows a token, evenly loaded; the router its input and probabilities; results wait for their weights."""
+    moe, tensor = work.model.moe, work.layout.tensor
+    rows = work.tokens * moe.top_k
+    experts = _swiglu_held(work, rows, moe.ffn // tensor)
+    shared = _swiglu_held(work, work.tokens, moe.shared_experts * moe.ffn // tensor) if moe.shared_experts else (0, 0)
+    router = work.tokens * ((work.model.hidden + 2 * moe.experts) * work.accurate_bytes)
+    return experts[0] + shared[0] + router + rows * work.model.hidden * work.item_bytes, experts[1] + shared[1]

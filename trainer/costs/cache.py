@@ -1,0 +1,88 @@
+"""Measured costs, kept in the user's cache folder: the same model on the same device need not be measured again.
+
+    CACHE/costs/KEY.json        appears by one rename; what cannot be read is measured again
+
+KEY is a hash of all that the figures depend on, which the file repeats.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagualu.trainer.costs.analytic import Work
+from bagualu.trainer.costs.measured import Figures, measure
+
+FORMAT = 1
+"""Part of the key: raise it when what is measured, or how, changes."""
+
+log = logging.getLogger(__name__)
+
+
+def figures(cache: Path, work: Work, device: torch.device, compiled: bool) -> dict[str, Figures]:
+    """From the cache, or measured and put there. A cache that cannot be written is no reason to stop; that is logged."""
+    depends_on = _depends_on(work, device, compiled)
+    key = hashlib.blake2b(json.dumps(depends_on).encode(), digest_size=16).hexdigest()
+    path = cache / "costs" / f"{key}.json"
+    found = _load(path, depends_on)
+    if found is None:
+        found = measure(work, device, compiled)
+        try:
+            _store(path, {"depends_on": depends_on, "figures": {kind: asdict(one) for kind, one in found.items()}})
+        except OSError as error:
+            log.warning("cannot keep the measured costs in %s (%s); give data.cache=FOLDER with room to write", path.parent, error)
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """As its maker calls it."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _depends_on(work: Work, device: torch.device, compiled: bool) -> dict[str, Any]:
+    """Not on ZeRO, nor on how many replicas or stages there are."""
+    return {
+        "format": FORMAT, "model": asdict(work.model), "tensor": work.layout.tensor, "expert": work.layout.expert,
+        "sequence_length": work.sequence_length, "micro_batch": work.micro_batch, "dtype": work.dtype, "compiled": compiled,
+        "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }  # fmt: skip
+
+
+def _load(path: Path, depends_on: dict[str, Any]) -> dict[str, Figures] | None:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["depends_on"] != depends_on:
+            raise ValueError("it is of something else")
+        return {kind: Figures(**one) for kind, one in stored["figures"].items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("the measured costs %s are damaged (%s) and are measured again", path, error)
+        return None
+
+
+def _store(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.tmp-")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,138 @@
+"""From a recipe to the split of its layers, the same on every rank.
+
+Measured costs and speeds differ from rank to rank and from time to time, so rank 0's costs count, everybody's speeds are gathered,
+rank 0 chooses, and all take what it has chosen: a split, or the refusal of the recipe.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json
+from bagualu.parallel.balance.replicas import shares
+from bagualu.parallel.balance.stages.choose import choose_split, take_split
+from bagualu.parallel.balance.stages.cost import CostTable
+from bagualu.parallel.balance.stages.forecast import Split
+from bagualu.parallel.balance.stages.keys import COMPUTED, memory_caps
+from bagualu.parallel.layout import Layout
+from bagualu.parallel.pipeline.schedule import Schedule
+from bagualu.parallel.pipeline.split import split_layers
+from bagualu.trainer.costs.analytic import Work, analytic_table
+from bagualu.trainer.costs.cache import device_name, figures
+from bagualu.trainer.costs.measured import measured_table
+from bagualu.trainer.costs.throughput import matmul_ceiling
+from bagualu.trainer.data.corpus import default_cache
+from bagualu.trainer.recipe.config import Recipe
+
+ALIKE = 0.05
+"""Measured speeds that differ by less than this share are those of equal devices."""
+_PROBE_SECONDS = 0.2
+
+
+def agree_on_split(
+    recipe: Recipe, layout: Layout, schedule: Schedule, communicator: Communicator
+) -> tuple[Split, CostTable | None]:
+    """The split that `parallel.balance` asks for, and the costs it comes from, where it comes from any. Collective.
+
+    uniform and lists need costs, analytic ones, only to hold them against `parallel.memory_bytes` or to choose what to compute
+    again. Raises RecipeError, on all ranks alike, when no split fits the caps.
+    """
+    parallel, train = recipe.parallel, recipe.train
+    caps = memory_caps(parallel.memory_bytes, layout.pipeline)
+    work = work_of(recipe, layout)
+    if parallel.balance not in COMPUTED:
+        slices = split_layers(recipe.model.layers, schedule.placement, parallel.balance)
+        if caps is None:
+            return Split(slices, [train.recompute == "full"] * len(slices)), None
+        table = analytic_table(work)
+        return take_split(slices, table, schedule, caps, train.recompute), table
+    speeds = _speeds(recipe, layout, communicator)
+    answer: dict[str, Any] = {}
+    if communicator.rank == 0:
+        table = _table(recipe, work, communicator.device)
+        answer["table"] = table.to_json()
+        try:
+            answer["split"] = choose_split(table, schedule, speeds, caps, train.recompute).to_json()
+        except RecipeError as error:
+            answer["refusal"] = str(error)
+    answer = broadcast_json(answer, communicator.world, communicator.device)
+    if "refusal" in answer:
+        raise RecipeError(answer["refusal"])
+    return Split.from_json(answer["split"]), CostTable.from_json(answer["table"])
+
+
+def work_of(recipe: Recipe, layout: Layout) -> Work:
+    """What a rank of `recipe` runs."""
+    return Work(
+        recipe.model.padded_over(layout.tensor),
+        layout,
+        recipe.data.sequence_length,
+        recipe.train.micro_batch,
+        recipe.train.dtype,
+        recipe.parallel.zero,
+        recipe.parallel.sequence,
+    )
+
+
+def _table(recipe: Recipe, work: Work, device: torch.device) -> CostTable:
+    if recipe.parallel.balance == "analytic":
+        return analytic_table(work)
+    cache = Path(recipe.data.cache) if recipe.data.cache else default_cache()
+    found = figures(cache, work, device, recipe.train.compile)
+    return measured_table(work, found, f"measured on {device_name(device)}")
+
+
+def agree_on_shares(recipe: Recipe, layout: Layout, communicator: Communicator) -> list[int]:
+    """Micro-batches of a step for each data rank, the same on all ranks. Collective where they are measured."""
+    declared = recipe.declared_shares(layout)
+    if declared is not None:
+        return declared
+    rates = _rates(recipe, layout, communicator)
+    return shares(recipe.micro_batches(), replica_speeds(rates, layout))
+
+
+def replica_speeds(rates: list[float], layout: Layout) -> list[float]:
+    """Speeds by data rank from the rates of all ranks: of the slowest of each replica. Those within `ALIKE` of the one in the
+    middle are equal to it."""
+    slowest = _slowest(rates, layout, "data")
+    middle = statistics.median_low(slowest)
+    return [1.0 if abs(rate / middle - 1) < ALIKE else rate / middle for rate in slowest]
+
+
+def _speeds(recipe: Recipe, layout: Layout, communicator: Communicator) -> list[float]:
+    """By pipeline rank."""
+    declared = recipe.parallel.speeds
+    if declared is None:
+        return [1.0] * layout.pipeline
+    if declared != "measured":
+        return [float(speed) for speed in declared]
+    return relative_speeds(_rates(recipe, layout, communicator), layout)
+
+
+def _rates(recipe: Recipe, layout: Layout, communicator: Communicator) -> list[float]:
+    """FLOP/s of every rank, measured on all at once, as they share memory and power in the run too. Collective."""
+    communicator.world.barrier()
+    dtype, device = getattr(torch, recipe.train.dtype), communicator.device
+    own = torch.tensor([matmul_ceiling(dtype, device, torch.get_num_threads(), _PROBE_SECONDS)], dtype=torch.float64, device=device)
+    rates = torch.empty(layout.world, dtype=torch.float64, device=device)
+    communicator.world.all_gather(rates, own)
+    return rates.tolist()
+
+
+def relative_speeds(rates: list[float], layout: Layout) -> list[float]:
+    """Speeds by pipeline rank from the rates of all ranks: of the slowest that share its stages, relative to rank 0, which measures
+    the costs. Those within `ALIKE` of the one in the middle are equal to it."""
+    slowest = _slowest(rates, layout, "pipeline")
+    middle = statistics.median_low([*slowest, rates[0]])
+    alike = [middle if abs(rate / middle - 1) < ALIKE else rate for rate in [rates[0], *slowest]]
+    return [rate / alike[0] for rate in alike[1:]]
+
+
+def _slowest(rates: list[float], layout: Layout, axis: str) -> list[float]:
+    """By coordinate on `axis`, of the ranks that have it."""
+    at = [layout.coordinates(rank)[axis] for rank in range(layout.world)]
+    return [min(rate for rate, place in zip(rates, at, strict=True) if place == here) for here in range(layout.size(axis))]

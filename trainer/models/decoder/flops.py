@@ -1,0 +1,60 @@
+"""FLOPs of the decoder's forward pass, layer by layer: the one formula behind MFU and analytic costs. Free of torch.
+
+Convention: that of PaLM (Chowdhery et al. 2022, appendix B: 2 FLOPs for each weight a token is multiplied with, plus attention),
+and where PaLM leaves it open or counts too much:
+- the embedding lookup multiplies nothing and is left out; the head counts, with the vocabulary without padding;
+- causal attention counts the half that is needed, (S + 1) / 2 keys for the average token, where PaLM counts all S;
+- of the experts only those a token passes count (top k and shared), and the router.
+Norms, activations, rotary positions and softmax are left out. A product's backward pass costs it twice: once for the gradient of
+its input, once for that of its weight; attention's own products have two inputs and no weight.
+"""
+
+from dataclasses import dataclass
+
+from bagualu.trainer.models.decoder.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of the forward pass, for one token."""
+
+    weights: float
+    """Products with weights."""
+    attention: float = 0.0
+    """Scores, and their product with the values."""
+
+    @property
+    def forward(self) -> float:
+        return self.weights + self.attention
+
+    @property
+    def input_gradient(self) -> float:
+        return self.weights + 2 * self.attention
+
+    @property
+    def weight_gradient(self) -> float:
+        return self.weights
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.input_gradient + self.weight_gradient
+
+
+def layer_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flops:
+    """Of decoder layer `layer`, for a token of a sequence of `sequence_length`."""
+    hidden, head_width = model.hidden, model.heads * model.head_dim
+    key_value_width = model.key_value_heads * model.head_dim
+    projections = 2 * hidden * (2 * head_width + 2 * key_value_width)
+    keys = (sequence_length + 1) / 2
+    swiglu = 3 * 2 * hidden  # for each unit of a feed-forward's width
+    if model.is_moe_layer(layer):
+        moe = model.moe
+        feed_forward = swiglu * moe.ffn * (moe.top_k + moe.shared_experts) + 2 * hidden * moe.experts
+    else:
+        feed_forward = swiglu * model.ffn
+    return Flops(float(projections + feed_forward), 2 * (2 * head_width * keys))
+
+
+def head_flops(model: ModelConfig) -> Flops:
+    """Of the projection to the vocabulary."""
+    return Flops(float(2 * model.hidden * model.vocab))

@@ -1,0 +1,108 @@
+"""The decoder, or any slices of it: runs of its layers, with the embedding and the head where they belong.
+
+Shapes: B micro-batch, S sequence, H hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from bagualu.parallel.vocabulary import embedding, linear_cross_entropy
+from bagualu.trainer.models.decoder.config import ModelConfig
+from bagualu.trainer.models.decoder.layers import Attention, FeedForward, Linear, RMSNorm
+from bagualu.trainer.models.decoder.moe import MixtureOfExperts
+
+
+class Embedding(Linear):
+    """Weight [V, H]; `lookup` is replaced where the vocabulary is split."""
+
+    def __init__(self, vocabulary: int, hidden: int) -> None:
+        super().__init__(hidden, vocabulary)
+        self.lookup = embedding
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [B, S] -> [B, S, H]"""
+        return self.lookup(tokens, self.weight)
+
+
+class Head(Linear):
+    """Weight [V, H]: projection to the vocabulary and loss in one; `loss` is replaced where the vocabulary is split."""
+
+    def __init__(self, vocabulary: int, hidden: int, real: int) -> None:
+        super().__init__(hidden, vocabulary)
+        self.loss = partial(linear_cross_entropy, vocabulary=real)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """x [B, S, H], labels [B, S] -> the loss summed over tokens"""
+        return self.loss(x.flatten(0, 1), self.weight, labels.flatten())
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden, config.norm_epsilon)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.hidden, config.norm_epsilon)
+        mixture = config.is_moe_layer(index)
+        self.feed_forward = MixtureOfExperts(config) if mixture else FeedForward(config.hidden, config.ffn)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [B, S, H] -> the same, and the balance loss of a mixture"""
+        x = x + self.attention(self.attention_norm(x))
+        output = self.feed_forward(self.feed_forward_norm(x))
+        if isinstance(output, tuple):
+            return x + output[0], output[1]
+        return x + output, None
+
+
+class Decoder(nn.Module):
+    """Slices of the model's layers, in order; with `first` the embedding before the first slice, with `last` the final norm and the
+    head after the last one.
+
+    Layers keep the number they have in the whole model, so a parameter's name is the same wherever it lies.
+    """
+
+    def __init__(
+        self, config: ModelConfig, slices: Sequence[range], first: bool = True, last: bool = True, recompute: Sequence[bool] = ()
+    ) -> None:
+        """`recompute`: for each slice, whether its backward pass computes its layers again from their inputs."""
+        super().__init__()
+        self.slices = list(slices)
+        self.recompute = list(recompute) or [False] * len(self.slices)
+        self.embedding = Embedding(config.padded_vocab, config.hidden) if first else None
+        self.layers = nn.ModuleDict({str(index): Layer(config, index) for layers in slices for index in layers})
+        self.norm = RMSNorm(config.hidden, config.norm_epsilon) if last else None
+        self.head = Head(config.padded_vocab, config.hidden, config.vocab) if last else None
+        if config.tie_embeddings and self.head is not None and self.embedding is not None:
+            self.head.weight = self.embedding.weight
+
+    def uses(self, parameter: nn.Parameter) -> int:
+        """How many gradients one sequence of slices gives it: 2 for an embedding that is the head as well."""
+        ends = (self.embedding, self.head)
+        return max(1, sum(end is not None and end.weight is parameter for end in ends))
+
+    def forward(
+        self, inputs: torch.Tensor, labels: torch.Tensor | None = None, place: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Through the slice at `place`: tokens [B, S] or hidden states [B, S, H] -> (hidden states, or with the head the summed
+        loss; summed balance loss)."""
+        x = self.embedding(inputs) if self.embedding is not None and place == 0 else inputs
+        balance = x.new_zeros((), dtype=torch.float32 if x.dtype != torch.float64 else torch.float64)
+        for index in self.slices[place]:
+            layer = self.layers[str(index)]
+            x, loss = (
+                checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+                if self.recompute[place] and x.requires_grad
+                else layer(x)
+            )
+            if loss is not None:
+                balance = balance + loss
+        if self.head is not None and self.norm is not None and place == len(self.slices) - 1:
+            assert labels is not None, "the last stage needs labels"
+            x = self.head(self.norm(x), labels)
+        return x, balance

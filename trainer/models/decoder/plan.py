@@ -1,0 +1,38 @@
+"""The decoder's sharding plan. Free of torch."""
+
+from dataclasses import replace
+
+from bagualu.parallel.sharding import BoundaryKind, Placement, ShardingPlan
+from bagualu.trainer.models.decoder.config import ModelConfig
+
+ROWS = Placement(((0, "tensor"),))
+"""Column parallel: each rank computes a part of the output."""
+COLUMNS = Placement(((1, "tensor"),))
+"""Row parallel: each rank reads a part of the input, and outputs add up."""
+
+
+def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
+    """Where every parameter lies. With `sequence` parallel, norms see only their slice of the sequence."""
+    vocabulary = replace(ROWS, rows=config.vocab)
+    norm = Placement(partial_over="tensor" if sequence else None)
+    placements = (
+        ("embedding.weight", vocabulary),
+        ("head.weight", vocabulary),
+        ("*norm.weight", norm),
+        ("layers.*.attention.output.weight", COLUMNS),
+        ("layers.*.attention.*.weight", ROWS),
+        # Every tensor rank routes the same tokens, but each sees only its part of what the experts return.
+        ("layers.*.feed_forward.router.weight", Placement(partial_over="tensor")),
+        ("layers.*.feed_forward.experts.down", Placement(((0, "expert"), (2, "tensor")))),
+        ("layers.*.feed_forward.experts.*", Placement(((0, "expert"), (1, "tensor")))),
+        ("layers.*.down.weight", COLUMNS),
+        ("layers.*.feed_forward.*.weight", ROWS),
+    )
+    boundaries: tuple[tuple[str, BoundaryKind], ...] = (
+        ("embedding", "embedding"),
+        ("layers.*.attention", "block"),
+        ("layers.*.feed_forward", "block"),
+        ("layers.*.feed_forward.experts", "experts"),
+        ("head", "head"),
+    )
+    return ShardingPlan(placements, boundaries, {"head.weight": "embedding.weight"} if config.tie_embeddings else {})

@@ -1,0 +1,48 @@
+"""Who watches a rank besides the launcher: the ledger on rank 0, and the faults planned for this rank."""
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json
+from bagualu.fault_tolerance.injection.fault_target import RankScene
+from bagualu.fault_tolerance.injection.observer import PlannedFaults
+from bagualu.fault_tolerance.injection.record import FAULTS, Record
+from bagualu.fault_tolerance.ledger.events import Ledger, read
+from bagualu.fault_tolerance.ledger.observer import LedgerObserver
+from bagualu.fault_tolerance.ledger.totals import attribute
+from bagualu.trainer.assemble import Parts
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recovery.state import CHECKPOINTS
+
+
+def open_ledger(recipe: Recipe, communicator: Communicator) -> Ledger | None:
+    """From now on rank 0 enters what it does; None on the others."""
+    if communicator.rank:
+        return None
+    ledger = Ledger(Path(recipe.run.dir), writer=secrets.token_hex(4))
+    ledger.add("joined")
+    communicator.monitor.observers.append(LedgerObserver(ledger))
+    return ledger
+
+
+def close_ledger(ledger: Ledger | None, recipe: Recipe, communicator: Communicator, ended: str) -> dict[str, Any]:
+    """The run has `ended` (done or stopped); for its summary, where its time went, alike on every rank. Collective."""
+    totals: dict[str, Any] = {}
+    if ledger is not None:
+        ledger.add("ended", cause=ended)
+        ledger.close()
+        totals = attribute(read(Path(recipe.run.dir)))
+    totals = broadcast_json(totals if communicator.rank == 0 else None, communicator.world, communicator.device)
+    return {"effective_training_time_ratio": totals.pop("effective_training_time_ratio"), "ledger": totals}
+
+
+def plan_faults(parts: Parts, communicator: Communicator, scratch: Path | None) -> None:
+    """From now on the faults planned for this rank strike."""
+    run_dir = Path(parts.recipe.run.dir)
+    plan = parts.recipe.planned_faults(max(communicator.size, parts.recipe.world_size()))
+    if plan:
+        replicas = scratch / "replicas" if scratch else None
+        scene = RankScene(communicator, lambda: parts.model, lambda: parts.optimizer.pieces(), run_dir / CHECKPOINTS, replicas)
+        communicator.monitor.observers.append(PlannedFaults(plan, scene, Record(run_dir / FAULTS)))

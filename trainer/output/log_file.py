@@ -1,0 +1,58 @@
+"""Where a worker's output goes: into its log, and for rank 0 to the terminal too. Free of torch."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from bagualu.trainer.output import streams
+
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def redirect_to_log(path: Path) -> None:
+    """All output of this process, that of C libraries too, is appended to `path`."""
+    log = _open(path)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout, sys.stderr = (streams.text(streams.Forgiving(descriptor, "w", closefd=False)) for descriptor in (1, 2))
+
+
+def copy_to_log(path: Path, quiet_stdout: bool = False) -> int:
+    """What Python prints goes where it went, terminal or not, and as finished lines into `path`; the log's descriptor.
+
+    quiet_stdout sends stdout to stderr.
+    """
+    log = _open(path)
+    if quiet_stdout:
+        os.dup2(2, 1)
+    sys.stdout = cast(TextIO, Copy(sys.stdout, log))
+    sys.stderr = cast(TextIO, Copy(sys.stderr, log))
+    return log.fileno()
+
+
+def _open(path: Path) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return streams.text(streams.Forgiving(path, "a"))
+
+
+class Copy:
+    """A text stream that is `stream` in every respect, and appends finished lines to `log`.
+
+    A progress bar redraws its line with carriage returns and escape codes: the log gets the line's last state.
+    """
+
+    def __init__(self, stream: TextIO, log: TextIO) -> None:
+        self._stream, self._log, self._line = stream, log, ""
+
+    def write(self, text: str) -> int:
+        *finished, self._line = (self._line + text).split("\n")
+        for line in finished:
+            shown = _ESCAPES.sub("", line).rstrip("\r")
+            self._log.write(shown.rsplit("\r", 1)[-1] + "\n")
+        self._line = self._line[-10_000:] if "\r" not in self._line else self._line[self._line.rindex("\r") :]
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

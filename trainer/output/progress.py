@@ -1,0 +1,164 @@
+"""What a person sees of a run: a bar or lines while it goes, and a summary with what to type next at its end."""
+
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+from bagualu.fault_tolerance.ledger.totals import CATEGORIES
+from bagualu.trainer.optim.config import OptimConfig
+from bagualu.trainer.optim.schedule import learning_rate, same_curve
+from bagualu.trainer.output.metric_writers import Record
+
+_SMOOTHING = 0.1
+"""Weight of the newest step in the mean step time behind the remaining time."""
+
+_LEAST_RATE = 0.02
+"""Of optim.lr: a run does not go on for long with less than this."""
+
+
+class Progress:
+    """A sink that shows how far the run is: a bar on a terminal, lines elsewhere. To stderr unless told otherwise."""
+
+    def __init__(self, steps: int, every: int = 10, mode: str = "auto", stream: TextIO | None = None) -> None:
+        """`steps`: steps of the whole run. `every`: steps between lines. `mode`: auto | bar | lines | off."""
+        self._stream = sys.stderr if stream is None else stream
+        self._steps, self._every = steps, every
+        self._mode = ("bar" if self._stream.isatty() else "lines") if mode == "auto" else mode
+        self._step_seconds: float | None = None
+        self._shown_validation = ""
+        if self._mode == "bar":
+            self._bar = RichProgress(
+                BarColumn(bar_width=8),  # with all the figures below it fits 80 columns
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=Console(file=self._stream, force_terminal=True, highlight=False),
+            )
+            self._task = self._bar.add_task("train", total=steps, figures="starting")
+            self._bar.start()
+
+    def write(self, record: Record) -> None:
+        step, seconds = int(record["step"]), record.get("step_seconds")
+        if seconds is not None:
+            before = self._step_seconds
+            self._step_seconds = seconds if before is None else before + _SMOOTHING * (seconds - before)
+        if self._mode == "bar":
+            figures = "  ".join(self._figures(record, step))
+            self._bar.update(self._task, completed=step, figures=figures)
+        elif self._mode == "lines" and (step % self._every == 0 or step in (1, self._steps) or "validation_loss" in record):
+            width = len(str(self._steps))
+            print(f"step {step:>{width}}/{self._steps}", *self._figures(record, step), sep="  ", file=self._stream,
+                  flush=True)  # fmt: skip
+
+    def rewind(self, step: int) -> None:
+        if self._mode == "bar":
+            self._bar.update(self._task, completed=step)
+
+    def close(self) -> None:
+        if self._mode == "bar":
+            self._bar.stop()
+
+    def _figures(self, record: Record, step: int) -> Iterable[str]:
+        yield f"loss {record['loss']:.3f}" + (f" ({record['cause']})" if "cause" in record else "")
+        if (bits := record.get("validation_bits_per_byte")) is not None:
+            self._shown_validation = f"val {bits:.3f} bits/B"
+        elif (loss := record.get("validation_loss")) is not None:
+            self._shown_validation = f"val {loss:.3f}"
+        elif self._mode != "bar":  # a bar keeps the newest figure in sight, a line says what is new
+            self._shown_validation = ""
+        if self._shown_validation:
+            yield self._shown_validation
+        if (rate := record.get("tokens_per_second")) is not None:
+            yield f"{rate:,.0f} tok/s"
+        if (mfu := record.get("mfu")) is not None:
+            yield f"MFU {mfu:.1%}"
+        if self._step_seconds is not None:
+            yield f"{duration(self._step_seconds * (self._steps - step))} left"
+
+
+def duration(seconds: float) -> str:
+    """m:ss, or h:mm:ss from an hour on."""
+    minutes, rest = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+_ROWS = (
+    ("loss", "loss", "{:.4f}"),
+    ("validation_loss", "validation loss", "{:.4f}"),
+    ("validation_bits_per_byte", "validation", "{:.3f} bits/byte"),
+    ("tokens_per_second", "speed", "{:,.0f} tokens/s"),
+    ("mfu", "MFU", "{:.1%} of this machine's matmul ceiling"),
+    ("tokens", "tokens", "{:,}"),
+    ("effective_training_time_ratio", "productive", "{:.1%} of the wall time"),
+    ("run_dir", "run", "{}"),
+    ("checkpoint", "checkpoint", "{}"),
+)
+
+
+def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, str]] = ()) -> str:
+    """The closing summary. Figures that `summary` lacks are left out.
+
+    Reads `ended` (done | stopped | ...), `step`, `steps`, `seconds`, `loss`, `validation_loss`,
+    `validation_bits_per_byte`, `tokens_per_second`, `mfu`, `tokens`, `effective_training_time_ratio`, `ledger`, `run_dir`,
+    `checkpoint`.
+    `next_commands`: (what for, command) pairs.
+    """
+    head = f"{summary.get('ended', 'done')}: step {summary['step']}/{summary['steps']}"
+    if summary.get("seconds") is not None:
+        head += f" in {duration(summary['seconds'])}"
+    rows = [(name, form.format(summary[key])) for key, name, form in _ROWS if summary.get(key) is not None]
+    if left_out := summary.get("left_out_steps"):
+        rows.append(("left out", f"the samples of {left_out} of {summary['step']} steps (guard.* and metrics.jsonl say why)"))
+    rows += [("rest of it", spent)] if (spent := _spent(summary.get("ledger", {}))) else []
+    width = max((len(name) for name, _ in [*rows, *next_commands]), default=0)
+    lines = [head, "─" * len(head), *(f"{name:<{width}}  {value}" for name, value in rows)]
+    if next_commands:
+        lines += ["", "next", *(f"{name:<{width}}  {command}" for name, command in next_commands)]
+    return "\n".join(lines)
+
+
+def _spent(ledger: Mapping[str, float]) -> str:
+    """Where the time went that was not productive, largest first, what is below a thousandth left out."""
+    least = ledger.get("wall", 0.0) / 1000
+    others = {name: ledger[name] for name in CATEGORIES if name != "productive" and ledger.get(name, 0.0) > least}
+    return ", ".join(f"{name} {seconds / ledger['wall']:.1%}" for name, seconds in sorted(others.items(), key=lambda one: -one[1]))
+
+
+def next_commands(
+    overrides: Sequence[str], optim: OptimConfig, step: int, steps: int, program: str = "bagualu"
+) -> list[tuple[str, str]]:
+    """What to type after a run of `PROGRAM train OVERRIDES` that has done `step` of `steps` steps with the schedule of `optim`."""
+
+    def command(words: Sequence[str]) -> str:
+        return shlex.join([program, "train", *words])
+
+    own = [o for o in overrides if not o.startswith("checkpoint.resume=")]
+    if step < steps:
+        return [("go on", command([*own, "checkpoint.resume=true"]))]
+    kind, changes = _further(optim, steps)
+    kept = [o for o in own if o.partition("=")[0] not in changes]
+    further = [f"{key}={value}" for key, value in changes.items()]
+    return [
+        (kind, command([*kept, *further, "checkpoint.resume=true"])),
+        ("larger", command(["recipe=bench_dense", "data.source=stdlib", "train.steps=1000"])),
+    ]
+
+
+def _further(optim: OptimConfig, steps: int) -> tuple[str, dict[str, str]]:
+    """How a run that has done its `steps` steps goes on for as many, and the keys to change: without a jump of the learning rate
+    where the schedule has a rate left, else with the jump in the name."""
+    rate, more = learning_rate(optim, steps - 1, steps), {"train.steps": str(2 * steps)}
+    if same_curve(optim, steps - 1, 2 * steps, rate):
+        return "train on", more
+    if rate < optim.lr * _LEAST_RATE:
+        return f"train on, rate x {learning_rate(optim, steps, 2 * steps) / rate:.0f}", more
+    changes = {**more, "optim.schedule": "wsd", "optim.lr": f"{rate:g}"}
+    decay = OptimConfig(decay_fraction=optim.decay_fraction).decay_steps(2 * steps)
+    if decay > steps or optim.warmup_steps + decay > 2 * steps:
+        changes["optim.decay_fraction"] = str(OptimConfig.decay_fraction)
+    return "train on, rate kept", changes

@@ -1,0 +1,86 @@
+"""One rank's life: connect, train, leave. The same under `bagualu train`, torchrun and SLURM, and as a thread."""
+
+import pkgutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bagualu.comm.group import Communicator, connect
+from bagualu.comm.monitor import Monitor
+from bagualu.comm.world import World
+from bagualu.fault_tolerance.injection.fault import ProcessKilled
+from bagualu.fault_tolerance.watchdog import stacks
+from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
+from bagualu.fault_tolerance.watchdog.verdict import Patience, missed_by
+from bagualu.fault_tolerance.watchdog.watch import seen_now
+from bagualu.trainer.process.environment import TRAIN
+from bagualu.trainer.process.failure import Failure, failure
+from bagualu.trainer.process.stop_request import StopRequest
+from bagualu.trainer.recipe.config import Recipe
+
+_LONG = 0.5
+"""Share of comm.timeout_seconds for which a rank must have shown no change to be the one that another has waited for."""
+Report = Callable[[Failure], None]
+"""Told why a rank cannot go on, before the exception leaves it."""
+
+
+def work(
+    recipe: Recipe, world: World, stop: StopRequest, report: Report, entrypoint: str = TRAIN, scratch: Path | None = None
+) -> dict[str, Any]:
+    """Join the world and train; the run's summary. `scratch` as in `trainer.run.train`.
+
+    Only a rank that has joined takes a signal for a request to stop; before, there is nothing to save.
+    A rank that fails does not close its connection: that could wait for the very peers that are gone, and the end of its
+    process tells them sooner.
+    """
+    monitor = Monitor()
+    if scratch is not None:
+        Heartbeat(scratch / HEARTBEATS, world.rank, monitor)
+        stacks.show_on_signal(scratch / HEARTBEATS, world.rank)
+    try:
+        communicator = connect(recipe.comm.backend, world, recipe.comm.timeout_seconds, monitor)
+    except Exception as error:
+        report(failure(world.rank, "connect", error, time.time()))
+        raise
+    stop.install()
+    summary = train(recipe, communicator, stop, report, entrypoint, scratch)
+    communicator.close()
+    return summary
+
+
+def train(
+    recipe: Recipe,
+    communicator: Communicator,
+    stop: Callable[[], bool],
+    report: Report,
+    entrypoint: str = TRAIN,
+    scratch: Path | None = None,
+) -> dict[str, Any]:
+    """Train on a rank that is connected; the run's summary."""
+    try:
+        summary: dict[str, Any] = pkgutil.resolve_name(entrypoint)(recipe, communicator, stop, scratch)
+    except (Exception, ProcessKilled) as error:
+        monitor = communicator.monitor
+        phase = f"step {monitor.step}, {monitor.point}" if monitor.step else monitor.point
+        what = failure(communicator.rank, phase, error, time.time(), monitor.step)
+        report(_with_missing(what, scratch, recipe.comm.timeout_seconds))
+        raise
+    return summary
+
+
+def _with_missing(what: Failure, scratch: Path | None, timeout_seconds: float) -> Failure:
+    """With which peer it was that was lost, where the heartbeats of this machine's ranks tell; they do so now, and not much later:
+    all who wait are about to give up."""
+    if what.kind != "peer" or scratch is None:
+        return what
+    patience = Patience(_LONG * timeout_seconds, _LONG * timeout_seconds)
+    seen = seen_now(scratch / HEARTBEATS)
+    found = missed_by(what.rank, seen, patience)
+    if found is None:
+        return what
+    rank = found.culprits[0]
+    one = seen[rank]
+    phase = f"step {one.step}, {one.point}" if one.step else one.point
+    return replace(what, missing={"rank": rank, "step": one.step, "phase": phase, "why": found.why})

@@ -1,0 +1,98 @@
+"""What `comm.backend=auto` stands for on this machine. Free of torch.
+
+To be asked before anything that depends on the backend: the checks of the recipe, config.yaml, the workers.
+"""
+
+import ctypes
+import re
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+from bagualu.comm.config import AUTO
+from bagualu.comm.errors import RecipeError
+from bagualu.trainer.begun import has_begun
+from bagualu.trainer.recipe.compose import RESOLVED, load_recipe
+from bagualu.trainer.recipe.config import Recipe
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why it was taken where the recipe left that open."""
+
+    backend: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"comm.backend={self.backend}" + (f" ({self.why})" if self.why else "")
+
+
+def choose_backend(recipe: Recipe, workers: int) -> tuple[Recipe, Choice]:
+    """The recipe with a backend that has a name, for `workers` workers on this machine.
+
+    `auto` is nccl where each of them has a GPU, else gloo; but a run that goes on keeps the backend that it began with.
+    """
+    if recipe.comm.backend != AUTO:
+        return recipe, Choice(recipe.comm.backend)
+    gpus, why = _usable_gpus(workers)
+    choice = _as_begun(recipe, gpus, workers) or Choice("nccl" if gpus >= workers else "gloo", why)
+    return replace(recipe, comm=replace(recipe.comm, backend=choice.backend)), choice
+
+
+def _as_begun(recipe: Recipe, gpus: int, workers: int) -> Choice | None:
+    """What a run that goes on began with, where this machine has it."""
+    directory = Path(recipe.run.dir)
+    try:
+        if not (recipe.checkpoint.resume and has_begun(directory)):
+            return None
+        before = load_recipe(directory / RESOLVED).comm
+    except (OSError, RecipeError):  # whoever looks at the run directory next says so
+        return None
+    has_gpus = gpus >= workers
+    if before.on_cpu:  # threads of `simulated` too
+        return Choice("gloo", "on CPUs, as the run began" + ("; comm.backend=nccl takes the GPUs" if has_gpus else ""))
+    known = before.backend not in (AUTO, "simulated") and before.backend in registered()
+    return Choice(before.backend, "as the run began") if known and (has_gpus or before.backend != "nccl") else None
+
+
+def _usable_gpus(workers: int) -> tuple[int, str]:
+    """GPUs that torch can use here, and what that means for `workers` workers."""
+    gpus = gpu_count()
+    if not gpus:
+        return 0, "no NVIDIA GPU here"
+    if not _torch_has_cuda():
+        return 0, "the installed torch is built without CUDA, so the GPUs here are not used"
+    if gpus < workers:
+        return gpus, f"{gpus} GPU{'s' * (gpus > 1)} here for {workers} workers"
+    return gpus, "a GPU for each worker"
+
+
+def registered() -> list[str]:
+    """The names that `comm.backend` may have beside `auto`."""
+    return sorted(entry.name for entry in entry_points(group="bagualu.backends"))
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs this process may use, asked of the driver itself, which takes less time than importing torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the installed torch was built for NVIDIA GPUs, by the file in which it says so."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return True  # NCCL says so itself if it is not
+    found = re.search(r"^cuda\b[^=]*=\s*(.+)$", text, re.MULTILINE)
+    return found is None or found[1].strip() != "None"

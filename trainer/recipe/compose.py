@@ -1,0 +1,156 @@
+"""From what was typed to a `Recipe`: Hydra composes, every refusal is one line with the fix. Free of torch.
+
+The schema is the dataclass `Recipe` itself, so a key that is not a field and a value of the wrong type cannot get in. The
+overrides are looked at one by one before Hydra sees them, because only then is it known which of them is at fault.
+"""
+
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from bagualu.comm.errors import RecipeError
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.keys import SEARCHPATH, check_key, check_override, kind_of
+from bagualu.trainer.recipe.override_text import Kind, escaped, quoted, spelled
+from bagualu.trainer.recipe.plain import plain
+from bagualu.trainer.recipe.schema import schema, to_recipe
+from bagualu.trainer.recipe.yaml_text import keep_text_in_recipe_files, read_yaml, write_yaml
+
+RECIPES = "bagualu.recipes"
+RESOLVED = "config.yaml"
+"""Name of the resolved recipe in a run directory."""
+
+ONE_VALUE = "one run takes one value of each key; `bagualu train -m` runs several one after the other"
+
+
+def compose(overrides: Sequence[str], several: str = ONE_VALUE) -> Recipe:
+    """The recipe that `overrides` (Hydra's override grammar) select and change. Raises RecipeError.
+
+    `several` says what to do about several values of a key, which a single recipe cannot have.
+    """
+    parsed = parse(overrides)
+    own_recipes = any(override.key_or_group == SEARCHPATH for override in parsed)
+    for override in parsed:
+        if override.is_sweep_override():
+            check_key(override)
+            key = override.key_or_group
+            comma = "" if kind_of(key) is Kind.OTHER else f", or quote a value that holds a comma: '{key}=\"a, b\"'"
+            raise RecipeError(f"{override.input_line} gives several values; {several}{comma}")
+        check_override(override, own_recipes)
+    ConfigStore.instance().store(name="schema", node=schema())
+    keep_text_in_recipe_files()
+    try:
+        with initialize_config_module(RECIPES, version_base="1.3"):
+            recipe = to_recipe(hydra_compose("config", overrides=list(map(_for_hydra, parsed))))
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise RecipeError(_one_line(error)) from error
+    recipe.faults = recipe.expanded_faults()
+    return recipe
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Every override as Hydra reads it, with text values as typed. Raises RecipeError for one that it cannot read."""
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed.append(replace(parser.parse_override(_spelled(text)), input_line=text))
+        except HydraException as error:
+            raise _unreadable(text) from error
+    return parsed
+
+
+def _for_hydra(override: Override) -> str:
+    """What Hydra composes with: the text values in quotes, and a folder of recipes with its home directory spelt out."""
+    assert override.input_line is not None
+    if override.key_or_group != SEARCHPATH:
+        return _spelled(override.input_line)
+    folders = [os.path.expanduser(str(folder).removeprefix("file://")) for folder in override.value()]
+    for folder in folders:
+        if "://" not in folder and not os.path.isdir(folder):
+            raise RecipeError(f"{override.input_line}: {folder} is not a folder; give one that holds recipe/NAME.yaml")
+    return f"{SEARCHPATH}=[{','.join(map(quoted, folders))}]"
+
+
+def _spelled(override: str) -> str:
+    """An override as Hydra's grammar takes it, with its text as typed. Raises RecipeError for one that cannot be read."""
+    if not override.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in override):
+        raise RecipeError(f"{override!r} is not UTF-8 text; give it in UTF-8")
+    try:
+        return spelled(override, kind_of)
+    except ValueError as error:
+        raise _unreadable(override) from error
+
+
+def _unreadable(override: str) -> RecipeError:
+    return RecipeError(f"cannot read {override!r}; give key=value, e.g. train.steps=100, and quote a value with commas, brackets "
+                       f"or quotes in it: 'key=\"a, b\"'")  # fmt: skip
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe with every key spelt out, as YAML that reads back as this very recipe."""
+    return write_yaml(_escaped(plain(recipe)))
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested dictionaries of plain values, for JSON."""
+    return plain(recipe)
+
+
+def _escaped(value: Any) -> Any:
+    """A tree of plain values in which OmegaConf sees no interpolation."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return escaped(value) if isinstance(value, str) else value
+
+
+def save_recipe(recipe: Recipe) -> Path:
+    """Write config.yaml, the resolved recipe, into the run directory, which is made if need be."""
+    path = Path(recipe.run.dir) / RESOLVED
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".yaml.{secrets.token_hex(4)}")  # every node of a run writes it
+    unfinished.write_text(resolved_yaml(recipe), encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe in a run's config.yaml. Raises RecipeError when it is none, or one of another version."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return to_recipe(OmegaConf.merge(schema(), OmegaConf.create(read_yaml(file))))
+    except Exception as error:  # a YAML error, an unknown key, a wrong type, an unreadable file
+        first = str(error).strip().splitlines()[0]
+        raise RecipeError(f"{path} is not a recipe this version can read ({first}); give another run.dir") from error
+
+
+def _one_line(error: Exception) -> str:
+    """What Hydra or OmegaConf said, without its stack of causes, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}; correct the YAML there"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip() and "object_type=" not in line]
+    return f"{' '.join(lines[:2])}; {_fix(cause)}"
+
+
+def _fix(cause: Exception) -> str:
+    if isinstance(cause, GrammarParseError | InterpolationResolutionError):
+        return r"correct it, or write \${ in a text that is to hold ${"
+    if isinstance(cause, MissingMandatoryValue):
+        return "??? stands for a value that is missing; give another"
+    return "`bagualu train --help` lists recipes, --cfg job prints one"

@@ -1,0 +1,291 @@
+"""The whole recipe as one tree of dataclasses. Free of torch: a wrong recipe is refused before torch is imported.
+
+Each component owns its part and validates it; this file adds the parts that belong to the trainer and to the job, and the
+checks that need several parts at once.
+"""
+
+from dataclasses import dataclass, field
+from math import gcd
+from typing import Any
+
+from bagualu.comm.checks import require_at_least, require_finite, require_known_home, require_text
+from bagualu.comm.config import CommConfig
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig, StragglerConfig
+from bagualu.fault_tolerance.injection.fault import Fault
+from bagualu.fault_tolerance.injection.plan import Setting, expand, resolve
+from bagualu.parallel.balance.stages.keys import validate_shares, validate_split
+from bagualu.parallel.balance.stages.problem import RECOMPUTE
+from bagualu.parallel.config import ParallelConfig
+from bagualu.parallel.layout import Layout
+from bagualu.parallel.pipeline.registry import place, splits_backward
+from bagualu.trainer.data.config import DataConfig
+from bagualu.trainer.models.decoder.config import ModelConfig
+from bagualu.trainer.optim.config import OptimConfig
+
+MOST_MICRO_BATCHES = 2**16
+"""Of one data rank in a step: each is planned for, pass by pass, before the first one."""
+SEEDS = range(-(2**63), 2**64)
+"""What torch takes."""
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class RunConfig:
+    """`run.*`: where the run lies and what makes it this run."""
+
+    name: str = "run"
+    dir: str = field(default="runs/${run.name}", metadata={"path": True})
+    seed: int = 0
+    """Weights and data order are functions of it, of nothing else and never of the rank."""
+
+    def validate(self) -> None:
+        require_text("run", self, dir="runs/tiny", name="tiny")
+        require_known_home("run", self, "dir")
+        if self.seed not in SEEDS:
+            raise RecipeError(f"run.seed={self.seed} must lie between -2**63 and 2**64 - 1, e.g. run.seed={self.seed % 2**32}")
+
+
+@dataclass
+class TrainConfig:
+    """`train.*`: the loop."""
+
+    steps: int = 100
+    micro_batch: int = 1
+    """Sequences that pass through the model at once on one data rank."""
+    dtype: str = "float32"
+    """float64 | float32 | bfloat16 | float16; the 16-bit ones keep float32 master weights in the optimizer."""
+    recompute: str = "none"
+    """none | full | auto: keep every activation for the backward pass, or only the input of each layer; auto does the latter on
+    those stages of a pipeline whose memory demands it (parallel.memory_bytes)."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile."""
+    deterministic: bool = True
+    """Only kernels that give the same bits every time, as those of a CPU do. false lets a GPU take quicker ones for attention; then
+    a resumed run is the same only up to rounding, and hardware that computes wrongly is not found by computing again."""
+    validate_every: int = 0
+    """Steps between validations; 0 validates only after the last step."""
+    validation_sequences: int = 64
+    """Sequences of the validation split used each time, the same ones; 0 turns validation off."""
+
+    def validate(self) -> None:
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"train.dtype={self.dtype} is unknown; give one of {', '.join(DTYPES)}")
+        if self.recompute not in RECOMPUTE:
+            raise RecipeError(f"train.recompute={self.recompute} is unknown; give one of {', '.join(RECOMPUTE)}")
+        require_at_least(1, "train", self, "steps", "micro_batch")
+        require_at_least(0, "train", self, "validate_every", "validation_sequences")
+
+
+@dataclass
+class SlurmConfig:
+    """`launch.slurm.*`: what `bagualu slurm` writes into the script's header."""
+
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    """Wall-time limit as SLURM spells it, e.g. 24:00:00; left out, the partition's own. The run saves and stops before its end."""
+    requeue: bool = True
+    """The job goes back into the queue by itself after its time limit, a preemption or the loss of its nodes. false: it ends."""
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    """CPU cores for the one agent of a node, shared by its workers."""
+    directives: list[str] = field(default_factory=list)
+    """Further #SBATCH lines, without the prefix, e.g. ["--exclusive"]."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines run on every node before the agent, e.g. ["module load cuda", "source env/bin/activate"]. A line that fails
+    ends the job; `|| true` at its end lets it fail."""
+
+    def validate(self) -> None:
+        require_at_least(1, "launch.slurm", self, "gpus_per_node", "cpus_per_task")
+
+
+@dataclass
+class LaunchConfig:
+    """`launch.*`: how worker processes come up. Read by the launcher; torchrun replaces it."""
+
+    workers: int | None = None
+    """Worker processes on each node; left out, what the layout needs."""
+    nodes: int = 1
+    threads: int | None = None
+    """CPU threads of one worker; left out, the cores shared out evenly."""
+    affinity: bool = True
+    """Pin each worker to its share of the cores."""
+    allocator: str = "tuned"
+    """tuned: the C allocator keeps freed memory and asks for 2 MB pages; system: as the machine has it."""
+    port: int | None = None
+    """Rendezvous port; left out, a free one."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+    def validate(self) -> None:
+        require_at_least(1, "launch", self, "nodes", "workers", "threads")
+        if self.allocator not in ("tuned", "system"):
+            raise RecipeError(f"launch.allocator={self.allocator} is unknown; give tuned or system")
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise RecipeError(f"launch.port={self.port} must lie between 1 and 65535, or leave it out")
+        self.slurm.validate()
+
+
+@dataclass
+class LogConfig:
+    """`log.*`: what is shown and recorded."""
+
+    wandb: str = "disabled"
+    """disabled | offline | online. What W&B fails at costs a line, never the run: it goes on offline."""
+    wandb_project: str = "bagualu"
+    progress: str = "auto"
+    """auto: a bar on a terminal, lines elsewhere; bar | lines | off."""
+    every: int = 10
+    """Steps between progress lines."""
+
+    def validate(self) -> None:
+        if self.wandb not in ("disabled", "offline", "online"):
+            raise RecipeError(f"log.wandb={self.wandb} is unknown; give disabled, offline or online")
+        if len(self.wandb_project) > 128 or set(self.wandb_project) & set("/\\#?%:"):
+            raise RecipeError(f"log.wandb_project={self.wandb_project} is no name for W&B, which takes up to 128 characters, none "
+                              "of them / \\ # ? % :")  # fmt: skip
+        if self.progress not in ("auto", "bar", "lines", "off"):
+            raise RecipeError(f"log.progress={self.progress} is unknown; give auto, bar, lines or off")
+        require_at_least(1, "log", self, "every")
+
+
+@dataclass
+class Recipe:
+    """Everything a run is made from."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    restart: RestartConfig = field(default_factory=RestartConfig)
+    straggler: StragglerConfig = field(default_factory=StragglerConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    faults: Any = field(default_factory=list)
+    """What shall go wrong, to see whether the run survives it: faults (injection/kinds.py), or random:COUNT."""
+
+    def world_size(self) -> int:
+        """Ranks this recipe asks for: launch.workers x launch.nodes, or else what the layout needs."""
+        if self.launch.workers is not None:
+            return self.launch.workers * self.launch.nodes
+        p = self.parallel
+        data = p.expert if p.data is None else p.data
+        return p.tensor * p.pipeline * p.context * data
+
+    def validate(self, world: int) -> Layout:
+        """Check every part and all of them together for `world` ranks. Raises RecipeError with the fix."""
+        require_finite(self)
+        for part in (self.run, self.data, self.train, self.parallel, self.comm, self.checkpoint, self.restart, self.straggler,
+                     self.launch, self.log):  # fmt: skip
+            part.validate()
+        self.model.validate(self.train.dtype)
+        self.optim.validate("float64" if self.train.dtype == "float64" else "float32")
+        self.optim.validate_steps(self.train.steps)
+        if self.comm.on_cpu and not self.train.deterministic:
+            raise RecipeError("train.deterministic=false is for GPUs: a CPU computes the same bits anyway; leave it out, or "
+                              "give comm.backend=nccl")  # fmt: skip
+        self.guard.validate(saves=self.checkpoint.every > 0, repeatable=self.train.deterministic)
+        layout = self.parallel.layout(world)
+        if self.train.compile and self.comm.backend == "simulated":
+            raise RecipeError(
+                "train.compile=true cannot run on comm.backend=simulated, whose ranks are threads of one process; "
+                "give train.compile=false or comm.backend=gloo"
+            )
+        patience = self.comm.timeout_seconds / 2
+        if (self.checkpoint.timeout_seconds or 0) > patience:
+            raise RecipeError(f"checkpoint.timeout_seconds={self.checkpoint.timeout_seconds} must be at most half of "
+                              f"comm.timeout_seconds={self.comm.timeout_seconds}, in which the other ranks wait; "
+                              f"give {patience:g} or less")  # fmt: skip
+        self._validate_batch(layout)
+        self._validate_micro_batches(layout)
+        self._validate_model(layout)
+        self._validate_pipeline(layout)
+        self.planned_faults(max(world, self.world_size()))  # a run that goes on with fewer ranks keeps its plan
+        return layout
+
+    def micro_batches(self) -> int:
+        """Micro-batches of a step, over all data ranks."""
+        return self.data.global_batch // self.train.micro_batch
+
+    def declared_shares(self, layout: Layout) -> list[int] | None:
+        """Micro-batches of a step for each data rank; None where that is left to measurement."""
+        if self.parallel.shares == "measured":
+            return None
+        return list(self.parallel.shares or [self.micro_batches() // layout.data] * layout.data)
+
+    def planned_faults(self, world: int) -> list[Fault]:
+        """The faults that `faults` stands for, on `world` ranks. Raises RecipeError."""
+        return resolve(self.faults, self._setting(world))
+
+    def expanded_faults(self) -> list[str]:
+        """`faults` with the random ones drawn, so that the plan stays the same on fewer ranks. Raises RecipeError."""
+        return expand(self.faults, self._setting(max(1, self.world_size())))
+
+    def _setting(self, world: int) -> Setting:
+        retries = self.guard.on_nonfinite == "retry" and self.train.dtype != "float16"  # whose overflows are skipped
+        return Setting(self.run.seed, self.train.steps, world, self.checkpoint.every, retries)
+
+    def _validate_batch(self, layout: Layout) -> None:
+        if self.parallel.shares is not None:
+            self._validate_shares(layout)
+            return
+        per_rank, rest = divmod(self.data.global_batch, layout.data)
+        if rest:
+            whole = layout.data * self.train.micro_batch
+            raise RecipeError(f"data.global_batch={self.data.global_batch} does not divide over {layout.data} data ranks; "
+                              f"give data.global_batch={-(-self.data.global_batch // whole) * whole}")  # fmt: skip
+        if per_rank % self.train.micro_batch:
+            fits = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+            raise RecipeError(f"train.micro_batch={self.train.micro_batch} does not divide the {per_rank} sequences of a data "
+                              f"rank; give one of {fits}")  # fmt: skip
+
+    def _validate_shares(self, layout: Layout) -> None:
+        if self.data.global_batch % self.train.micro_batch:
+            fits = [n for n in range(1, self.data.global_batch + 1) if self.data.global_batch % n == 0]
+            raise RecipeError(f"train.micro_batch={self.train.micro_batch} does not divide data.global_batch="
+                              f"{self.data.global_batch}; give one of {fits}")  # fmt: skip
+        validate_shares(self.parallel.shares, self.micro_batches(), layout.data, layout.expert)
+
+    def _validate_micro_batches(self, layout: Layout) -> None:
+        most = max(self.declared_shares(layout) or [self.micro_batches() // layout.data])
+        if most > MOST_MICRO_BATCHES:
+            raise RecipeError(f"data.global_batch={self.data.global_batch} is {most} micro-batches of train.micro_batch="
+                              f"{self.train.micro_batch} for a data rank, more than {MOST_MICRO_BATCHES}; "
+                              f"give data.global_batch={self.data.global_batch * MOST_MICRO_BATCHES // most} or less")  # fmt: skip
+
+    def _validate_model(self, layout: Layout) -> None:
+        if self.parallel.sequence and self.data.sequence_length % layout.tensor:
+            raise RecipeError(f"data.sequence_length={self.data.sequence_length} does not divide over parallel.tensor="
+                              f"{layout.tensor} as parallel.sequence=true needs; change one of them")  # fmt: skip
+        model, tensor = self.model, layout.tensor
+        named = {"model.heads": model.heads, "model.kv_heads": model.key_value_heads}
+        if not (model.moe.experts and model.moe.every == 1):
+            named["model.ffn"] = model.ffn
+        if model.moe.experts:
+            named["model.moe.ffn"] = model.moe.ffn
+        common = gcd(*named.values())
+        for name, value in named.items():
+            if value % tensor:
+                fits = [n for n in range(1, common + 1) if common % n == 0]
+                raise RecipeError(f"{name}={value} is not divisible by parallel.tensor={tensor}; "
+                                  f"give parallel.tensor one of {fits[:8]} or change {name}")  # fmt: skip
+        if layout.expert > 1 and not model.moe.experts:
+            raise RecipeError(
+                f"parallel.expert={layout.expert} needs a mixture of experts; give parallel.expert=1 or model.moe.experts"
+            )
+        if model.moe.experts % layout.expert:
+            raise RecipeError(f"model.moe.experts={model.moe.experts} is not divisible by parallel.expert={layout.expert}; "
+                              f"give model.moe.experts={-(-model.moe.experts // layout.expert) * layout.expert}")  # fmt: skip
+
+    def _validate_pipeline(self, layout: Layout) -> None:
+        parallel = self.parallel
+        placement = place(parallel.schedule, layout.pipeline, parallel.virtual_stages)
+        validate_split(parallel.balance, self.model.layers, placement, parallel.memory_bytes, self.train.recompute)
+        if self.train.compile and splits_backward(parallel.schedule):
+            raise RecipeError(f"parallel.schedule={parallel.schedule} takes the backward pass in two parts, which compiled layers "
+                              "cannot; give train.compile=false or parallel.schedule=1f1b")  # fmt: skip

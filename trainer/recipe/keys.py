@@ -1,0 +1,165 @@
+"""The keys a recipe has, read off the dataclasses, and what to say about an override that is none of them. Free of torch."""
+
+import functools
+import math
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra.core.override_parser.types import Override, OverrideType
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bagualu.comm.errors import RecipeError
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.override_text import Kind
+from bagualu.trainer.recipe.plain import key_of
+from bagualu.trainer.recipe.schema import schema
+
+GROUPS = ("recipe", "model", "data")
+"""Folders of recipes/ that can be chosen from as `group=option`."""
+SEARCHPATH = "hydra.searchpath"
+"""The only key of Hydra itself that works here: folders with recipes of the person's own."""
+_TEXT_OR_LIST = ("faults",)
+"""Keys whose values are text or a list of it, which their type cannot say."""
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+def options(group: str) -> list[str]:
+    """The choices of a group: the files in its folder."""
+    folder = files("bagualu.recipes") / group
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def keys(node: type[Any] = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Every leaf key with its type, e.g. {"model.moe.experts": int}."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(node)
+    for field in fields(node):
+        if is_dataclass(hints[field.name]):
+            found |= keys(hints[field.name], f"{prefix}{key_of(field)}.")
+        else:
+            found[prefix + key_of(field)] = hints[field.name]
+    return found
+
+
+def kind_of(key: str) -> Kind:
+    """The kind of values that a key takes: text where nothing is known of the key, so that the text can be shown."""
+    if key in _kinds():
+        return _kinds()[key]
+    inside = any(key.startswith(f"{known}.") for known in ("hydra", *_kinds()))
+    return Kind.OTHER if inside else Kind.TEXT
+
+
+@functools.cache
+def _kinds() -> dict[str, Kind]:
+    kinds = {key: _kind(hint) for key, hint in keys().items()}
+    return kinds | {SEARCHPATH: Kind.TEXT} | dict.fromkeys((*GROUPS, *_TEXT_OR_LIST), Kind.OPTIONAL_TEXT)
+
+
+def _kind(hint: Any) -> Kind:
+    """Of a key with this type: text, text or null, a list of text, and whatever these make together."""
+    parts = set(get_args(hint)) if isinstance(hint, UnionType) else {hint}
+    items = {get_args(part)[0] if get_origin(part) is list else part for part in parts - {NoneType}}
+    return Kind.OTHER if items != {str} else Kind.OPTIONAL_TEXT if NoneType in parts else Kind.TEXT
+
+
+def check_key(override: Override) -> None:
+    """Raises RecipeError when the override names no key, or would remove its key."""
+    key, known = override.key_or_group, keys()
+    if key.startswith("hydra.") and key != SEARCHPATH:
+        raise RecipeError(f"{override.input_line}: the only key of Hydra itself that works here is {SEARCHPATH}")
+    if override.type == OverrideType.DEL:
+        raise RecipeError(f"{override.input_line} cannot remove a key; give {key}=null or another value")
+    if key not in known and key not in _sections() and key not in (SEARCHPATH, *GROUPS):
+        raise RecipeError(f"unknown key {key}; {_nearest(key, list(known))}")
+
+
+def check_override(override: Override, own_recipes: bool = False) -> None:
+    """Raises RecipeError when the override names nothing, or gives a value that its key cannot take.
+
+    With own_recipes, a folder of the person's own is searched too, so that a group may hold more than is known here.
+    """
+    check_key(override)
+    key, value = override.key_or_group, override.value()
+    if key == SEARCHPATH:
+        if not isinstance(value, list):
+            raise RecipeError(f"{override.input_line}: {key} takes a list of folders; give {key}=[{value}]")
+        return None
+    if key in GROUPS and not (isinstance(value, dict) and key in _sections()):
+        return None if own_recipes and isinstance(value, str) else _check_choice(override, key, value)
+    if key in _sections() and not isinstance(value, dict):
+        inside = [name for name in keys() if name.startswith(key + ".")]
+        raise RecipeError(f"{override.input_line}: {key} is a section; give one of its keys, e.g. {', '.join(inside[:4])}")
+    return _check_values(override, value)
+
+
+def _sections() -> set[str]:
+    return {name.rsplit(".", count)[0] for name in keys() for count in range(1, name.count(".") + 1)}
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """What to type in place of an unknown key."""
+    tail = key.rsplit(".", 1)[-1]
+    same_tail = [name for name in known if name.rsplit(".", 1)[-1] == tail]
+    near = get_close_matches(key, [*same_tail, *known], n=1, cutoff=0.75)
+    tails = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    near_tail = [tails[word] for word in get_close_matches(tail, list(tails), n=1, cutoff=0.75)]
+    holding = [name for name in known if len(tail) > 3 and tail in name.rsplit(".", 1)[-1]]
+    found = near or same_tail or near_tail or holding
+    return f"did you mean {' or '.join(found[:3])}?" if found else "see all keys with --cfg job"
+
+
+def _check_choice(override: Override, group: str, value: Any) -> None:
+    known = options(group)
+    if value not in known:
+        near = get_close_matches(str(value), known, n=1)
+        hint = f"did you mean {group}={near[0]}? " if near else ""
+        raise RecipeError(f"{override.input_line} is unknown; {hint}There are {', '.join(known)}")
+
+
+def _check_values(override: Override, value: Any) -> None:
+    """A value that its key cannot hold is refused with both; one to be interpolated is left to Hydra."""
+    if isinstance(value, str) and "${" in value:
+        return
+    key = override.key_or_group
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{override.input_line}: {key} must be a finite number")
+    if keys().get(key) is bool and not isinstance(value, bool | str):
+        raise RecipeError(f"{override.input_line}: {key} takes true or false, not {value!r}")
+    try:
+        OmegaConf.update(_copy(key.split(".")[0]), key, value, merge=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        if isinstance(value, dict):
+            raise RecipeError(f"{override.input_line}: {str(error).splitlines()[0]}; give the keys one by one") from error
+        default = OmegaConf.select(schema(), key)
+        example = f", e.g. {key}={_typed(default)}" if default is not None else ""
+        raise RecipeError(f"{override.input_line}: {key} takes {_expected(keys()[key])}, not {value!r}{example}") from error
+
+
+def _copy(section: str) -> DictConfig:
+    """The schema of one section, to try a value on: what one value has left there may be in the way of the next."""
+    return OmegaConf.masked_copy(_schema(), section)
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    return schema()
+
+
+def _expected(hint: Any) -> str:
+    if hint in WORDS:
+        return WORDS[hint]
+    inner = [argument for argument in getattr(hint, "__args__", ()) if argument is not type(None)]
+    if getattr(hint, "__origin__", None) is list:
+        return f"a list like [a,b] ({WORDS[inner[0]]} each)"
+    return " or ".join([*(WORDS.get(argument, str(argument)) for argument in inner), "null"])
+
+
+def _typed(value: Any) -> str:
+    """A value as one would type it."""
+    if OmegaConf.is_list(value):
+        return "[" + ",".join(_typed(item) for item in value) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

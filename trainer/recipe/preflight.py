@@ -1,0 +1,152 @@
+"""What can be known to fail before training starts: a recipe against the files and the machine. Free of torch."""
+
+import os
+import socket
+from importlib.metadata import version
+from pathlib import Path
+
+from bagualu.comm.config import AUTO
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.interface import LOOPBACK
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest
+from bagualu.fault_tolerance.checkpoint.layout.format import step_of
+from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
+from bagualu.trainer.begun import has_begun
+from bagualu.trainer.data.config import RANDOM, STDLIB, require_vocab
+from bagualu.trainer.data.sources import require_files
+from bagualu.trainer.recipe.choose_backend import gpu_count, registered
+from bagualu.trainer.recipe.compose import RESOLVED, load_recipe
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.override_text import typed
+from bagualu.trainer.recipe.wandb_login import require_login
+
+_KEPT = (("run", "seed"), ("data", "validation_fraction"), ("data", "sequence_length"), ("data", "global_batch"))
+"""Keys that make a run this run, besides its model. data.source may change: whether the text is the same its tokens tell."""
+_COMPILES = (2, 13)
+"""The first torch whose compiler was seen to give gradients to parameters that are views of one tensor, as a bucket's are."""
+
+
+def workers_per_node(recipe: Recipe) -> int:
+    """Worker processes on each node. Raises RecipeError when the nodes do not divide the world."""
+    recipe.launch.validate()
+    recipe.parallel.validate()
+    world, nodes = recipe.world_size(), recipe.launch.nodes
+    if world % nodes:
+        raise RecipeError(f"launch.nodes={nodes} do not divide the {world} ranks of the layout; give launch.workers, the "
+                          f"workers of one node, or another layout")  # fmt: skip
+    return world // nodes
+
+
+def check(recipe: Recipe, world: int) -> None:
+    """The recipe for `world` ranks, and the files it names. Raises RecipeError."""
+    recipe.validate(world)
+    known = [AUTO, *registered()]
+    if recipe.comm.backend not in known:
+        raise RecipeError(f"comm.backend={recipe.comm.backend} is unknown; give one of {', '.join(known)}")
+    if recipe.train.compile and _torch() < _COMPILES:
+        least, found = ".".join(map(str, _COMPILES)), version("torch")
+        raise RecipeError(f"train.compile=true needs torch {least} or newer: torch {found} loses gradients of compiled layers; "
+                          f"give train.compile=false")  # fmt: skip
+    if recipe.data.source != RANDOM:
+        require_vocab(recipe.model.vocab)
+    if recipe.data.source not in (STDLIB, RANDOM):
+        cache = [] if recipe.data.cache is None else [recipe.data.cache]
+        require_files(recipe.data.source, [recipe.run.dir, *cache])
+
+
+def _torch() -> tuple[int, int]:
+    """Major and minor version of the one installed."""
+    major, minor = version("torch").split(".")[:2]
+    return int(major), int(minor)
+
+
+def check_machine(recipe: Recipe) -> None:
+    """What workers started on this very machine need of it. Raises RecipeError."""
+    if recipe.comm.backend == "simulated" and recipe.launch.nodes > 1:
+        raise RecipeError(f"comm.backend=simulated runs in one process, not on launch.nodes={recipe.launch.nodes}; "
+                          f"give launch.nodes=1 or comm.backend=gloo")  # fmt: skip
+    if recipe.launch.nodes > 1:
+        raise RecipeError(f"launch.nodes={recipe.launch.nodes}: `bagualu train` starts workers on this machine only; use "
+                          f"`bagualu slurm`, or python -m bagualu.launch.node on every node")  # fmt: skip
+    workers = workers_per_node(recipe)
+    if recipe.comm.backend == "nccl" and (gpus := gpu_count()) < workers:
+        raise RecipeError(f"comm.backend=nccl needs {workers} GPUs here, one a worker, and finds {gpus}; "
+                          f"give comm.backend=gloo" + (f" or launch.workers={gpus}" if gpus else ""))  # fmt: skip
+    if recipe.comm.device == "cuda" and not gpu_count():
+        raise RecipeError("comm.device=cuda needs an NVIDIA GPU, and finds none here; give comm.device=cpu")
+    if recipe.launch.port is not None:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((LOOPBACK, recipe.launch.port))
+            except OSError as error:
+                raise RecipeError(f"launch.port={recipe.launch.port} cannot be used ({error.strerror}); "
+                                  f"give another, or leave it out for a free one") from error  # fmt: skip
+    check_login(recipe)
+
+
+def check_login(recipe: Recipe) -> None:
+    """Accounts that the run needs on this machine. Raises RecipeError."""
+    if recipe.log.wandb == "online":
+        require_login()
+
+
+def check_run_directory(recipe: Recipe) -> None:
+    """Neither overwrite a run nor go on with another model's, nor begin where it could not write. Raises RecipeError, OSError."""
+    directory = Path(recipe.run.dir)
+    if directory.exists() and not directory.is_dir():
+        raise RecipeError(f"run.dir={directory} is a file; give a folder")
+    _check_storage(directory)
+    before, newest = directory / RESOLVED, latest(directory / "checkpoints")
+    if not has_begun(directory) and newest is None:
+        return  # nothing was done in it yet
+    if not recipe.checkpoint.resume:
+        raise RecipeError(f"{directory} already holds a run; go on with checkpoint.resume=true, or start anew with another "
+                          f"folder, e.g. run.dir={typed(str(free(directory)))}")  # fmt: skip
+    then = load_recipe(before) if before.exists() else recipe
+    model = then.model.identity()
+    differences = {key: (model[key], now) for key, now in recipe.model.identity().items() if model[key] != now}
+    for section, key in _KEPT:
+        was, now = getattr(getattr(then, section), key), getattr(getattr(recipe, section), key)
+        if was != now:
+            differences[f"{section}.{key}"] = (was, now)
+    sources = then.data.source, recipe.data.source
+    if sources[0] != sources[1] and RANDOM in sources:
+        differences["data.source"] = sources
+    for key, (was, now) in differences.items():
+        kind = "model" if key.startswith("model.") else "run"
+        raise RecipeError(f"{directory} holds a run of another {kind}: {key}={typed(was)} there, {key}={typed(now)} here; "
+                          f"give {key}={typed(was)} or another run.dir")  # fmt: skip
+    done = (step_of(newest) if newest else None) or 0
+    if recipe.train.steps < done:
+        raise RecipeError(f"train.steps={recipe.train.steps}, but the run in {directory} has done {done} steps; give more, e.g. "
+                          f"train.steps={2 * done}, or another run.dir")  # fmt: skip
+    if not (directory / "checkpoints" / EPOCH).exists():
+        raise RecipeError(f"{directory} holds a run, but its checkpoints are not there; see whether the storage of "
+                          f"{directory / 'checkpoints'} is mounted, or start anew with another run.dir")  # fmt: skip
+
+
+def _check_storage(directory: Path) -> None:
+    """What is there already can be written and does not wait for a reader. Changes nothing. Raises RecipeError, OSError."""
+    written = [directory / "checkpoints" / EPOCH]
+    for folder in (directory, directory / "logs", directory / "checkpoints"):
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise RecipeError(f"{folder} cannot be written (its file system is read-only, or not yours); make it writable or "
+                              "give another run.dir")  # fmt: skip
+        if folder.name != "checkpoints" and folder.is_dir():
+            written += folder.iterdir()
+    for path in written:
+        if path.is_fifo() or path.is_socket():
+            raise RecipeError(f"{path} is a pipe or a socket, which whoever writes there would wait for; remove it or give another "
+                              "run.dir")  # fmt: skip
+
+
+def free(directory: Path) -> Path:
+    """It, if it does not exist; else the first of directory-2, directory-3, ... that does not exist."""
+    if directory.name in ("", ".."):
+        directory = directory.resolve()  # to something with a name
+    candidate, number = directory, 1
+    while candidate.exists():
+        number += 1
+        candidate = directory.parent / f"{directory.name}-{number}"
+    return candidate

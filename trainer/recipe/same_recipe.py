@@ -1,0 +1,50 @@
+"""Whether all ranks train the same recipe: under torchrun, and on several nodes, each has composed its own."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.override_text import typed
+from bagualu.trainer.recipe.plain import plain
+
+_SHOWN = 3
+"""Keys named of those that differ."""
+
+
+def require_same_recipe(recipe: Recipe, communicator: Communicator) -> None:
+    """Raises RecipeError on every rank, with the keys and both values, when a rank's recipe differs from rank 0's. Collective.
+
+    data.cache may differ: it changes nothing of the run, and each node may have its own.
+    """
+    own = plain(replace(recipe, data=replace(recipe.data, cache=None)))
+    digest = hashlib.blake2b(json.dumps(own, sort_keys=True).encode(), digest_size=16).hexdigest()
+    seen = gather_json(digest, communicator.world, communicator.device)
+    if len(set(seen)) == 1:
+        return
+    recipes = gather_json(own, communicator.world, communicator.device)
+    rank = next(rank for rank, digest in enumerate(seen) if digest != seen[0])
+    raise RecipeError(_difference(rank, _by_key(recipes[rank]), _by_key(recipes[0])))
+
+
+def _difference(rank: int, theirs: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    keys = [key for key in first if theirs.get(key) != first[key]]
+    here, there = (", ".join(f"{key}={typed(values[key])}" for key in keys[:_SHOWN]) for values in (theirs, first))
+    more = f" ({len(keys) - _SHOWN} more keys differ)" if len(keys) > _SHOWN else ""
+    fix = f"give every rank the same {keys[0]}"
+    if any(isinstance(first[key], str) for key in keys):
+        fix += ", with the time or the name written out where ${now:...} or ${oc.env:...} makes it"
+    return f"rank {rank} has {here} and rank 0 has {there}{more}; {fix}"
+
+
+def _by_key(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries, e.g. {"run.dir": "runs/tiny"}."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        leaves |= _by_key(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return leaves

@@ -1,0 +1,85 @@
+"""The run's state in its nodes' memory: when it is put there, and what a run goes on from after a restart."""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
+from bagualu.fault_tolerance.replica.recover import Replica, replica_name
+from bagualu.fault_tolerance.replica.replicas import Replicas
+from bagualu.parallel.boxes import Box
+from bagualu.trainer.assemble import Parts
+from bagualu.trainer.recovery.resume import Resumed
+from bagualu.trainer.recovery.state import finite_pieces, identity, metadata_of
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A replica as a candidate for resuming (`trainer.resume.Candidate`)."""
+
+    parts: Parts
+    replica: Replica
+
+    @property
+    def step(self) -> int:
+        return self.replica.step
+
+    @property
+    def name(self) -> str:
+        return self.replica.name
+
+    def open(self) -> Checkpoint:
+        """Collective. Raises CheckpointError."""
+        requests = self.parts.optimizer.incoming().requests()
+        return Checkpoint(self.replica.fetch((one.name, Box(one.offset, tuple(one.out.shape))) for _, one in requests))
+
+
+@dataclass
+class Replication:
+    """`checkpoint.replica_every` carried out. Every method is collective."""
+
+    parts: Parts
+    replicas: Replicas
+
+    def candidates(self) -> list["Kept"]:
+        """What the run may go on from, where the recipe asks it to go on."""
+        found = self.replicas.candidates() if self.parts.recipe.checkpoint.resume else []
+        return [Kept(self.parts, replica) for replica in found]
+
+    def start(self, resumed: Resumed) -> None:
+        """The run goes on from there; replicas that it has left behind are removed."""
+        from_memory = resumed.source == replica_name(resumed.step)
+        self.replicas.start(resumed.step if from_memory else None)
+        if from_memory and self.parts.mesh.at("world") == 0:
+            print(f"going on from {resumed.source}", file=sys.stderr, flush=True)
+
+    def go_back(self, step: int) -> None:
+        """The run has gone back to `step`: what memory holds of later steps is of the way it has left."""
+        self.replicas.forget_after(step)
+
+    def after_step(self, step: int) -> None:
+        """Keep the state after `step` steps, if it is time to."""
+        if step % self.parts.recipe.checkpoint.replica_every == 0:
+            self.replicas.keep(step, finite_pieces(self.parts.optimizer.pieces()), metadata_of(self.parts, step))
+
+
+def open_replication(parts: Parts, scratch: Path | None, fence: Fence) -> Replication | None:
+    """What keeps replicas of this run in `scratch`; None where the recipe asks for none. Collective. Raises RecipeError."""
+    if not parts.recipe.checkpoint.replica_every:
+        return None
+    if scratch is None:
+        raise RecipeError("checkpoint.replica_every needs memory that outlives a worker, which torchrun does not offer; start with "
+                          "`bagualu train` or `bagualu slurm`, or give checkpoint.replica_every=0")  # fmt: skip
+    replicas = Replicas(scratch, _run(parts), f"{fence.epoch:08d}-{fence.token}", parts.mesh.group("world"), parts.device)
+    replicas.check_room(sum(piece.tensor.nbytes for piece in parts.optimizer.pieces()))
+    return Replication(parts, replicas)
+
+
+def _run(parts: Parts) -> str:
+    """The same for all starts of one run, on every rank and layout, and no other's."""
+    own = json.dumps([str(Path(parts.recipe.run.dir).absolute()), identity(parts)], sort_keys=True)
+    return hashlib.blake2b(own.encode(), digest_size=16).hexdigest()

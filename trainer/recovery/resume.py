@@ -1,0 +1,266 @@
+"""What a run goes on from: the newest state that is whole for every rank, and what is said of those that are not.
+
+Candidates are tried newest first. Each is read and verified by all ranks before anything of the run changes (state.py); if one
+rank finds damage, all take the next. What cannot be read *now* is not damaged: it is tried again after growing pauses, and when
+nothing can be read the run fails as it does on a full disk, with nothing changed, and is started again. A damaged checkpoint that
+the run has gone back behind is renamed, never deleted: under its old name it would stand in the way of the same step when the run
+comes to it again (a committed step is never overwritten), it would be tried first, and read in vain, at every restart, and
+retention would have to know of it. `mv` undoes it.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.agree import on_all
+from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, gather_json
+from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, CheckpointStorageError, step_of
+from bagualu.fault_tolerance.checkpoint.layout.quarantine import set_aside
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
+from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
+from bagualu.trainer.assemble import Parts
+from bagualu.trainer.process.failure import FinalError
+from bagualu.trainer.recovery.state import checkpoints_of, take_state
+
+T = TypeVar("T")
+_POLL_SECONDS = 1.0
+log = logging.getLogger(__name__)
+
+
+class Candidate(Protocol):
+    """A state that a run may go on from. Every rank has the same ones, by step and name, wherever they lie."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def name(self) -> str:
+        """For people and for comparing ranks, e.g. "step-00000010" or "replica of step 12"."""
+        ...
+
+    def open(self) -> Checkpoint:
+        """Called on every rank, so it may be collective. Raises CheckpointError: the next candidate is tried."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A committed checkpoint in the run directory."""
+
+    path: Path
+
+    @property
+    def step(self) -> int:
+        step = step_of(self.path)
+        assert step is not None
+        return step
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def open(self) -> Checkpoint:
+        return Checkpoint(self.path)
+
+
+class NothingWholeError(CheckpointError, FinalError):
+    """There are states and none can be used. It would be so at every start, so there is none."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where the run goes on."""
+
+    step: int = 0
+    """Steps already done."""
+    checkpoint: Path | None = None
+    """The newest checkpoint of the run directory that is not known to be damaged."""
+    source: str | None = None
+    """The candidate that was taken, by name."""
+    damaged: list[dict[str, Any]] = field(default_factory=list)
+    """What was tried in vain, newest first: {"checkpoint", "problem" (rank, file, byte), "used" instead, "set_aside" as}."""
+
+
+def resume(parts: Parts, others: Sequence[Candidate] = (), stop: Callable[[], bool] = lambda: False) -> Resumed:
+    """Take the newest whole state where the recipe asks to resume and there is one. Collective.
+
+    `others` are candidates beside the checkpoints of the run directory; of two of the same step they are tried first.
+    Raises RecipeError for a rank with other data or another disk, NothingWholeError when none is.
+    """
+    stored = list_stored(parts, stop) if parts.recipe.checkpoint.resume else []
+    candidates = sorted([*others, *map(Stored, stored)], key=lambda candidate: -candidate.step)
+    _require_same(parts, candidates)
+    if not candidates:
+        return Resumed()
+    chosen, problems = choose(parts, candidates, stop)
+    whole = [path for path in stored if path.name not in problems]
+    newest = whole[-1] if whole else None
+    return Resumed(chosen.step, newest, chosen.name, tell(parts, candidates, problems, chosen))
+
+
+class _Patience:
+    """With storage that cannot be read: five tries in all, after pauses as before restarts. All ranks wait alike."""
+
+    def __init__(self, parts: Parts, stop: Callable[[], bool]) -> None:
+        self._group, self._device, self._stop = parts.mesh.group("world"), parts.device, stop
+        self._speaks = parts.mesh.at("world") == 0
+        self._pauses = [parts.recipe.restart.pause_seconds(number) for number in range(1, 5)]
+
+    def __call__(self, attempt: Callable[[], T]) -> T:
+        """`attempt()`, which ends alike on all ranks. Raises what it raises, CheckpointStorageError when patience is at its end."""
+        while self._pauses:
+            try:
+                return attempt()
+            except CheckpointStorageError as error:
+                pause = self._pauses.pop(0)
+                if self._speaks:
+                    log.warning("%s. Trying again in %g s", error, pause)
+                if self._stopped_in(pause):
+                    raise
+        return attempt()
+
+    def _stopped_in(self, pause: float) -> bool:
+        """Wait; True at once when any rank is asked to stop meanwhile: there is nothing that it could save."""
+        while pause > 0:
+            portion = min(pause, _POLL_SECONDS)
+            time.sleep(portion)
+            pause -= portion
+            asked = torch.tensor(int(self._stop()), device=self._device)
+            self._group.all_reduce(asked, "max")
+            if asked.item():
+                return True
+        return False
+
+
+def list_stored(parts: Parts, stop: Callable[[], bool], patience: _Patience | None = None) -> list[Path]:
+    """The checkpoints of the run directory, oldest first. Collective. Raises CheckpointStorageError on every rank.
+
+    Position 0 looks, since it has made the folder if it is new: of a node that looked too early, what it believes may be stale.
+    """
+    root, group = checkpoints_of(parts), parts.mesh.group("world")
+
+    def attempt() -> list[Path]:
+        listed = on_all(lambda: _list_here(root) if group.rank == 0 else [], group, parts.device)
+        named = [root / name for name in broadcast_json([path.name for path in listed], group, parts.device)]
+        on_all(lambda: _require_seen(named), group, parts.device)
+        return named
+
+    return (patience or _Patience(parts, stop))(attempt)
+
+
+def _list_here(root: Path) -> list[Path]:
+    try:
+        (root / EPOCH).stat()  # else there is nothing to list because nothing is mounted
+        return list_checkpoints(root)
+    except OSError as error:
+        raise CheckpointStorageError(f"{root} cannot be read now ({error.strerror}); see whether its storage is mounted") from error
+
+
+def _require_seen(named: list[Path]) -> None:
+    for path in named:
+        try:
+            seen, why = path.is_dir(), "is not seen here"
+        except OSError as error:
+            seen, why = False, f"cannot be read now ({error.strerror})"
+        if not seen:
+            raise CheckpointStorageError(f"{path} {why}; see whether run.dir is mounted, on a disk that all nodes share")
+
+
+def choose(parts: Parts, candidates: Sequence[Candidate], stop: Callable[[], bool]) -> tuple[Candidate, dict[str, CheckpointError]]:
+    """Take the state of the first candidate that is whole for every rank; which one, and by name what is wrong with those before.
+
+    Collective. Raises, with nothing changed, CheckpointStorageError when none can be read but one may be again, and
+    NothingWholeError when all are damaged.
+    """
+    patience = _Patience(parts, stop)
+    problems: dict[str, CheckpointError] = {}
+    for at, candidate in enumerate(candidates):
+        try:
+            patience(partial(take_state, parts, candidate.open))
+        except CheckpointError as error:
+            problems[candidate.name] = error
+        else:
+            return _newest_after_all(parts, candidates[: at + 1], problems)
+    root = checkpoints_of(parts)
+    told = "; ".join(f"{name}: {_short(str(problem), root / name)}" for name, problem in problems.items())
+    list_stored(parts, stop, patience)  # they are not damaged if they are gone altogether
+    if any(isinstance(problem, CheckpointStorageError) for problem in problems.values()):
+        raise CheckpointStorageError(
+            f"none of the {len(problems)} states of {parts.recipe.run.dir} can be read now ({told}); nothing was changed, see "
+            "whether its storage is mounted and answers"
+        )
+    raise NothingWholeError(
+        f"none of the {len(problems)} states of {parts.recipe.run.dir} can be used ({told}); restore one of them from a copy, "
+        "or start anew with another run.dir"
+    )
+
+
+def _newest_after_all(
+    parts: Parts, candidates: Sequence[Candidate], problems: dict[str, CheckpointError]
+) -> tuple[Candidate, dict[str, CheckpointError]]:
+    """The last of `candidates` was whole, so storage answers, perhaps again: those that it did not give are tried once more."""
+    for at, candidate in enumerate(candidates[:-1]):
+        if isinstance(problems[candidate.name], CheckpointStorageError):
+            with contextlib.suppress(CheckpointError):
+                take_state(parts, candidate.open)
+                return candidate, {earlier.name: problems[earlier.name] for earlier in candidates[:at]}
+    return candidates[-1], problems
+
+
+def _short(problem: str, checkpoint: Path) -> str:
+    """What is wrong with it, without its place and without the remedy."""
+    return problem.replace(f"{checkpoint}: ", "").replace(f"{checkpoint}/", "").split("; ")[0]
+
+
+def _require_same(parts: Parts, candidates: Sequence[Candidate]) -> None:
+    """A rank that reads other data or another disk is refused by name rather than trained with."""
+    names = ", ".join(candidate.name for candidate in candidates) or "none"
+    own = {"other data": parts.corpus.fingerprint, "other checkpoints": names}
+    seen = gather_json(own, parts.mesh.group("world"), parts.device)
+    for rank, other in enumerate(seen):
+        for what, value in other.items():
+            if value != seen[0][what]:
+                raise RecipeError(
+                    f"rank {rank} has {what} than rank 0 ({value} and {seen[0][what]}); give every rank the same "
+                    f"data.source, Python version and a run.dir on a disk that all nodes share"
+                )
+
+
+def tell(
+    parts: Parts, candidates: Sequence[Candidate], problems: dict[str, CheckpointError], used: Candidate
+) -> list[dict[str, Any]]:
+    """Rename the damaged ones and say so, once: `Resumed.damaged`. Collective; the same on every rank.
+
+    One that could not be read counts as damaged when another of the same storage could.
+    """
+    if not problems:
+        return []
+    entries = []
+    if parts.mesh.at("world") == 0:
+        for candidate in candidates[: len(problems)]:
+            problem = problems[candidate.name]
+            damaged = isinstance(used, Stored) or not isinstance(problem, CheckpointStorageError)
+            moved = _set_aside(candidate.path) if isinstance(candidate, Stored) and damaged else None
+            log.warning("%s cannot be used: %s. Going on from %s", candidate.name, problem, used.name)
+            if moved:
+                log.warning("%s is now called %s", candidate.name, moved)
+            entries.append({"checkpoint": candidate.name, "problem": str(problem), "used": used.name, "set_aside": moved})
+    told: list[dict[str, Any]] = broadcast_json(entries, parts.mesh.group("world"), parts.device)
+    return told
+
+
+def _set_aside(path: Path) -> str | None:
+    try:
+        return set_aside(path).name
+    except OSError as error:  # what is whole can be read; saving this step again will say what is in the way
+        log.warning("%s cannot be renamed (%s)", path, error.strerror)
+        return None

@@ -1,0 +1,69 @@
+"""Going back to a checkpoint within the running processes, and leaving out the samples that led away from it."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json
+from bagualu.fault_tolerance.checkpoint.layout.directory import discard, list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import step_of
+from bagualu.fault_tolerance.guard.verdict import DISAGREEMENTS, Cause, Verdict
+from bagualu.trainer.assemble import Parts
+from bagualu.trainer.process.failure import GuardError
+from bagualu.trainer.recovery.resume import Resumed, Stored, choose, list_stored, tell
+from bagualu.trainer.recovery.state import checkpoints_of
+
+
+def roll_back(parts: Parts, step: int, verdict: Verdict, stop: Callable[[], bool]) -> Resumed:
+    """Load a checkpoint from before step `step` (from 1), which `verdict` takes back; where the run goes on.
+
+    Where the samples are to blame, those of the last `guard.rollback_window` steps are left out from now on. Checkpoints of later
+    steps are removed: the run will come there by another way. One that is damaged itself is set aside, as at a start. Collective.
+    Raises GuardError when there is nothing to go back to, CheckpointError when nothing of it is whole, or can be read now.
+    """
+    world = parts.mesh.group("world")
+    root = checkpoints_of(parts)
+    by_data = verdict.cause not in (*DISAGREEMENTS, Cause.UPDATE)
+    window = parts.recipe.guard.rollback_window
+    at_most = step - window if by_data else parts.guard.clean
+    if verdict.cause is Cause.UPDATE:  # what was saved before it was finite
+        at_most = step - 1
+    stored = list_stored(parts, stop)
+    found: Any = broadcast_json(_candidates(stored, at_most, by_data), world, parts.device)
+    candidates = [Stored(root / name) for name in found["names"]]
+    if not candidates:
+        why = _nothing_to_go_back_to(found["later"], at_most, verdict.cause is Cause.UPDATE)
+        raise GuardError(f"{verdict.text}; {why}")
+    memory = deepcopy(parts.guard.memory)
+    chosen, problems = choose(parts, candidates, stop)
+    done, damaged = chosen.step, tell(parts, candidates, problems, chosen)
+    parts.guard.memory.keep(memory)
+    if by_data:
+        parts.guard.memory.leave_out(max(done + 1, step - window + 1), step, str(verdict.cause))
+    if world.rank == 0:
+        for later in list_checkpoints(root):
+            if (step_of(later) or 0) > done and later.name not in problems:
+                discard(later)
+    world.barrier()
+    return Resumed(done, root / chosen.name, chosen.name, damaged)
+
+
+def _candidates(checkpoints: list[Path], at_most: int, by_data: bool) -> dict[str, Any]:
+    """`names`: those of at most `at_most` steps, newest first; `later`: whether there are others.
+
+    If there is none so old, the oldest will do where the samples are to blame; but not where memory is: it may hold the damage.
+    """
+    old_enough = [path for path in checkpoints if (step_of(path) or 0) <= at_most]
+    if by_data and not old_enough:
+        old_enough = checkpoints[:1]
+    return {"names": [path.name for path in reversed(old_enough)], "later": len(old_enough) < len(checkpoints)}
+
+
+def _nothing_to_go_back_to(later: bool, clean: int, by_update: bool) -> str:
+    if not later and by_update:
+        return "there is no checkpoint to go back to; lower optim.lr or raise optim.epsilon, and start anew"
+    if not later:
+        return "there is no checkpoint to go back to; give a smaller checkpoint.every"
+    return (f"every checkpoint is of later than step {clean}, up to which the state is known to have been whole, and may hold the "
+            "damage; raise checkpoint.keep or lower guard.check_every, and start anew")  # fmt: skip

@@ -1,0 +1,255 @@
+"""What a checkpoint of a run holds besides tensors, and the checks before a run goes on from one.
+
+The learning rate, the order of the data and every random number are functions of (recipe, seed, step), so the step, the seed and
+the fingerprint of the data are their whole state; there is no generator whose position could be lost.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.agree import on_all
+from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.fault_tolerance.checkpoint.layout.format import REMEDY, CheckpointError
+from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint, Request
+from bagualu.fault_tolerance.guard.finite import is_finite
+from bagualu.fault_tolerance.guard.history import Memory
+from bagualu.trainer.assemble import Parts
+from bagualu.trainer.data.config import RANDOM
+from bagualu.trainer.data.split import NOTHING
+from bagualu.trainer.models.decoder.plan import decoder_plan
+from bagualu.trainer.recipe.config import DTYPES
+
+CHECKPOINTS = "checkpoints"
+_FINGERPRINT = "data fingerprint"
+_RENORMALISE = "model.moe.renormalise"
+_SPLIT, _KIND = "data.split", "data split in fact"
+"""In an identity: how the text was to be split (none: nothing is kept for validation), and how it was. Runs of earlier versions
+have neither: they kept whole files."""
+_OF_TEXT = {_FINGERPRINT, _SPLIT, _KIND, "data.source", "data.validation_fraction"}
+"""Keys that may differ where the fingerprint proves that the tokens are the same: text that was moved, for one."""
+
+
+def checkpoints_of(parts: Parts) -> Path:
+    """The directory of the run's checkpoints."""
+    return Path(parts.recipe.run.dir) / CHECKPOINTS
+
+
+def metadata_of(parts: Parts, step: int) -> dict[str, Any]:
+    """What is saved after `step` steps besides the optimizer's tensors."""
+    recipe = parts.recipe
+    return {
+        "step": step,
+        "updates": parts.updates,
+        "scaler": {"scale": parts.scaler.scale, "good_steps": parts.scaler.good_steps},
+        "guard": parts.guard.memory.as_json(),
+        "layout": {axis: parts.mesh.layout.size(axis) for axis in ("data", "tensor", "pipeline", "expert", "context")},
+        "dtype": recipe.train.dtype,
+        "identity": identity(parts),
+    }
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint says of the run besides its tensors."""
+
+    step: int
+    updates: int
+    scale: float
+    good_steps: int
+    dtype: str
+    identity: dict[str, Any]
+    guard: dict[str, Any]
+
+    @staticmethod
+    def of(checkpoint: Checkpoint) -> "Saved":
+        """Raises CheckpointError when a field is not there or is not what it should be."""
+        metadata = checkpoint.metadata
+        scaler = metadata.get("scaler")
+        fields: dict[str, Any] = {name: metadata.get(name) for name in ("step", "updates", "dtype", "identity", "guard")}
+        fields |= {name: scaler.get(name) if type(scaler) is dict else None for name in ("scale", "good_steps")}
+        counts = {name: fields[name] for name in ("step", "updates", "good_steps")}
+        wrong = {name: value for name, value in counts.items() if type(value) is not int or value < 0}
+        if type(fields["identity"]) is not dict:
+            wrong["identity"] = fields["identity"]
+        if type(fields["dtype"]) is not str or fields["dtype"] not in DTYPES:
+            wrong["dtype"] = fields["dtype"]
+        if type(fields["scale"]) not in (int, float) or not 0 < fields["scale"] < math.inf:
+            wrong["scale"] = fields["scale"]
+        if not Memory.is_one(fields["guard"]):
+            wrong["guard"] = fields["guard"]
+        if fields["step"] != checkpoint.step:
+            wrong["step"] = fields["step"]
+        if wrong:
+            name, value = next(iter(wrong.items()))
+            raise CheckpointError(f"{checkpoint.path}: metadata says {name}={str(value)[:40]}, which no run saves; {REMEDY}")
+        return Saved(**fields)
+
+
+def take_state(parts: Parts, open_checkpoint: Callable[[], Checkpoint]) -> int:
+    """Take the state from a checkpoint that any layout wrote; returns the steps done. Collective.
+
+    Every rank reads and verifies all it needs into memory of its own; only when all have done so, model and optimizer change.
+    Raises on every rank, with everything as it was: RecipeError when it belongs to another model or other data, CheckpointError
+    when it is damaged or does not hold exactly the tensors of the model.
+    """
+    group, device, monitor = parts.mesh.group("world"), parts.device, parts.mesh.monitor
+    monitor.at("load")
+    checkpoint = on_all(open_checkpoint, group, device)
+    if len(set(gather_json(checkpoint.digest, group, device))) > 1:
+        raise RecipeError(f"the ranks see different checkpoints at {checkpoint.path}; put run.dir on a disk that all nodes share")
+    saved = on_all(lambda: _check(parts, checkpoint), group, device)
+    incoming = parts.optimizer.incoming()
+    wanted = list(incoming.requests())
+    on_all(lambda: _check_tensors(checkpoint, wanted, _padded_before(parts, saved)), group, device)
+    _check_none_is_left(parts, checkpoint, {request.name for _, request in wanted})
+    monitor.at("verify")
+    threads = torch.get_num_threads()
+    on_all(lambda: checkpoint.read_all((request for _, request in wanted), threads), group, device)
+    on_all(lambda: _check_finite(checkpoint, wanted), group, device)
+    monitor.at("restore")
+    incoming.apply(saved.updates)
+    parts.updates = saved.updates
+    if parts.scaler.enabled and saved.dtype == parts.recipe.train.dtype:
+        parts.scaler.scale, parts.scaler.good_steps = saved.scale, saved.good_steps
+    parts.guard.load(saved.guard, saved.step)
+    return saved.step
+
+
+def _check(parts: Parts, checkpoint: Checkpoint) -> Saved:
+    saved = Saved.of(checkpoint)
+    _check_identity(saved.identity, identity(parts), checkpoint.path)
+    _check_dtype(saved.dtype, parts.recipe.train.dtype, checkpoint.path)
+    return saved
+
+
+def _padded_before(parts: Parts, saved: Saved) -> Callable[[str, tuple[int, ...]], tuple[int, ...]]:
+    """(tensor, its shape) -> the shape in which the checkpoint holds it: older ones hold the padding of the vocabulary too."""
+    model = replace(parts.recipe.model, vocab_multiple=saved.identity.get("model.vocab_multiple", 1))
+    plan = decoder_plan(model, sequence=False)
+
+    def stored(tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        padded = plan.placement(tensor.partition("/")[2]).rows is not None
+        return (model.padded_vocab, *shape[1:]) if padded else shape
+
+    return stored
+
+
+def _check_tensors(
+    checkpoint: Checkpoint,
+    wanted: list[tuple[tuple[int, ...], Request]],
+    stored_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]],
+) -> None:
+    """What this rank wants is there, in the same global shape, with padding or without, and dtype. Raises CheckpointError."""
+    stored = checkpoint.tensors
+    for shape, request in wanted:
+        if stored.get(request.name) not in [(one, request.out.dtype) for one in (shape, stored_shape(request.name, shape))]:
+            has = "{} {}".format(*stored[request.name]) if request.name in stored else "not in it"
+            raise CheckpointError(f"{checkpoint.path}: tensor {request.name} is {has}; the model has {shape} {request.out.dtype}; "
+                                  "load it into the model that wrote it")  # fmt: skip
+
+
+def finite_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same pieces, each looked at when its turn comes, so that none with a value that is not finite is saved: raises
+    CheckpointError at the first of them."""
+    for piece in pieces:
+        if not is_finite(piece.tensor):
+            raise CheckpointError(f"tensor {piece.name} holds values that are not finite")
+        yield piece
+
+
+def _check_finite(checkpoint: Checkpoint, wanted: list[tuple[tuple[int, ...], Request]]) -> None:
+    """Raises CheckpointError where this rank has read a value that is not finite: older versions saved such."""
+    for _, request in wanted:
+        if not is_finite(request.out):
+            raise CheckpointError(f"{checkpoint.path}: tensor {request.name} holds values that are not finite; {REMEDY}")
+
+
+def _check_none_is_left(parts: Parts, checkpoint: Checkpoint, own: set[str]) -> None:
+    """Every tensor of the checkpoint is wanted by some rank. Collective. Raises CheckpointError on every rank."""
+    names = list(checkpoint.tensors)
+    known = torch.tensor([name in own for name in names], dtype=torch.int64, device=parts.device)
+    if names:
+        parts.mesh.group("world").all_reduce(known)
+    left = [name for name, count in zip(names, known.tolist(), strict=True) if not count]
+    if left:
+        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        raise CheckpointError(f"{checkpoint.path}: tensor {left[0]}{more} is unknown to the model; load it into the model that "
+                              "wrote it")  # fmt: skip
+
+
+def identity(parts: Parts) -> dict[str, Any]:
+    """What must be the same for a run to go on as the same run, by recipe key."""
+    recipe = parts.recipe
+    data = {"data.sequence_length": recipe.data.sequence_length, "data.global_batch": recipe.data.global_batch}
+    text = {"data.source": recipe.data.source, "data.validation_fraction": recipe.data.validation_fraction,
+            _SPLIT: recipe.data.split if parts.corpus.split != NOTHING.kind else NOTHING.kind, _KIND: parts.corpus.split,
+            _FINGERPRINT: parts.corpus.fingerprint}  # fmt: skip
+    return recipe.model.identity() | data | {"run.seed": recipe.run.seed} | text
+
+
+def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
+    """Raises RecipeError for what makes the run another run. A checkpoint without `renormalise` was always renormalised, and its
+    padding does not matter."""
+    saved = {_RENORMALISE: True, **saved}
+    saved.pop("model.vocab_multiple", None)
+    # The text last: when the vocabulary differs, the tokens do too, and the vocabulary is what to name.
+    for key in sorted((saved.keys() | here.keys()) - _OF_TEXT):
+        if saved.get(key) != here.get(key):
+            if key == _RENORMALISE and here.get("model.moe.top_k") == 1:
+                raise RecipeError(
+                    f"{path} was saved with {key}={saved.get(key)} but the recipe has {here.get(key)}; with "
+                    "model.moe.top_k=1 its router learnt nothing from the loss: give another run.dir to start anew"
+                )
+            raise _other(path, key, saved.get(key), str(here.get(key)), f"give {key}={saved.get(key)}")
+    if saved.get(_FINGERPRINT) != here[_FINGERPRINT]:
+        raise _other_text(saved, here, path)
+
+
+def _other_text(saved: dict[str, Any], here: dict[str, Any], path: Path) -> RecipeError:
+    """Why the tokens are not those that the run has trained on, by what of it can be changed back."""
+    source, tokens = saved.get("data.source"), here[_FINGERPRINT]
+    if source != here["data.source"] and RANDOM in (source, here["data.source"]):
+        return _other(path, "data.source", source, here["data.source"], f"give data.source={source}")
+    if _SPLIT not in saved and here[_KIND] != "files":
+        reason = f"{here[_SPLIT]} (an earlier version kept whole files for validation, whatever share of the text they are)"
+        return _other(path, _SPLIT, "files", reason, "give data.split=files")
+    if (before := saved.get(_SPLIT, here[_SPLIT])) != here[_SPLIT]:
+        fix = f"give {_split_as(before, here[_SPLIT])}"
+        return _other(path, _SPLIT, before, f"{here[_SPLIT]}, which trains on other tokens", fix)
+    fraction = saved.get("data.validation_fraction", here["data.validation_fraction"])
+    if fraction != here["data.validation_fraction"]:
+        return _other(path, "data.validation_fraction", fraction, here["data.validation_fraction"],
+                      f"give data.validation_fraction={fraction}")  # fmt: skip
+    if source != here["data.source"]:
+        reason = f"{here['data.source']}, whose tokens are not the same ({_FINGERPRINT} {saved.get(_FINGERPRINT)} and {tokens})"
+        return _other(path, "data.source", source, reason, "give the text that the run began with")
+    fix = f"put the text of data.source={source} back as it was"
+    if _SPLIT not in saved:
+        fix += ", without links to folders, which an earlier version left out (it read the files of runs instead),"
+    return _other(path, _FINGERPRINT, saved.get(_FINGERPRINT), tokens, fix)
+
+
+def _split_as(before: str, here: str) -> str:
+    """What to give so that text is split as `before`, where the recipe splits it as `here`."""
+    if before == NOTHING.kind:  # data.split=files keeps files also where nothing is validated
+        return "train.validation_sequences=0" + (" data.split=share" if here == "files" else "")
+    return "train.validation_sequences=64" if here == NOTHING.kind and before != "files" else f"data.split={before}"
+
+
+def _other(path: Path, key: str, saved: object, here: object, fix: str) -> RecipeError:
+    return RecipeError(f"{path} was saved with {key}={saved} but the recipe has {here}; {fix} to go on with it, or another run.dir "
+                       "to start anew")  # fmt: skip
+
+
+def _check_dtype(saved: str, here: str, path: Path) -> None:
+    """The master weights of the other three are float32, so those may take over from each other."""
+    if (saved == "float64") != (here == "float64"):
+        raise RecipeError(f"{path} was saved with train.dtype={saved} but the recipe has {here}; "
+                          f"give train.dtype={saved} to go on with it, or another run.dir to start anew")  # fmt: skip
