@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json
+from bagualu.comm.objects import broadcast_json
 from bagualu.fault_tolerance.injection.fault_target import RankScene
 from bagualu.fault_tolerance.injection.observer import PlannedFaults
 from bagualu.fault_tolerance.injection.record import FAULTS, Record
@@ -34,7 +34,7 @@ def close_ledger(ledger: Ledger | None, recipe: Recipe, communicator: Communicat
         ledger.add("ended", cause=ended)
         ledger.close()
         totals = attribute(read(Path(recipe.run.dir)))
-    totals = broadcast_json(totals if communicator.rank == 0 else None, communicator.world, communicator.device)
+    totals = broadcast_json(totals if communicator.rank == 0 else None, communicator.world)
     return {"effective_training_time_ratio": totals.pop("effective_training_time_ratio"), "ledger": totals}
 
 

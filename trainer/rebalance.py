@@ -12,11 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
-import torch
-
-from bagualu.fault_tolerance.checkpoint.agree import on_all
-from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, gather_json
-from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
+from bagualu.comm.agree import gather, on_all
+from bagualu.comm.objects import broadcast_json, gather_json
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.keys import memory_caps
 from bagualu.parallel.balance.stages.rebalance_policy import Proposal, Watch
@@ -30,6 +27,10 @@ from bagualu.trainer.optim.adamw import Incoming
 
 _BYTES_PER_SECOND = 5e8
 """Of a move, before one has been made: little, so that the first one has to be worth it."""
+
+
+class MoveError(RuntimeError):
+    """Layers could not move, and stay where they are."""
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,15 @@ class Rebalancer:
     def _by_pipeline_rank(self, busy: float) -> list[float]:
         """What the slowest rank at each place of the pipeline was busy for with a micro-batch. Collective."""
         layout, group = self.parts.mesh.layout, self.parts.mesh.group("world")
-        own = torch.tensor([busy], dtype=torch.float64, device=self.parts.device)
-        everybody = torch.empty(group.size, dtype=torch.float64, device=self.parts.device)
-        group.all_gather(everybody, own)
-        return everybody.view(layout.pipeline, -1).amax(1).tolist()
+        seconds = gather(busy, group)  # the pipeline is the slowest axis: its ranks lie together
+        each = group.size // layout.pipeline
+        return [max(seconds[place * each : (place + 1) * each]) for place in range(layout.pipeline)]
 
     def _decide(self, busy: list[float], steps_left: int) -> Proposal | None:
         """What rank 0 finds, on every rank. Collective."""
         found = self.watch.after_window(busy, steps_left, self._move_seconds) if self.watch else None
         told = [found.split.to_json(), found.speeds, found.now_seconds, found.then_seconds] if found else None
-        told = broadcast_json(told, self.parts.mesh.group("world"), self.parts.device)
+        told = broadcast_json(told, self.parts.mesh.group("world"))
         return Proposal(Split.from_json(told[0]), *told[1:]) if told else None
 
     def _move_seconds(self, split: Split) -> float:
@@ -125,7 +125,7 @@ class Rebalancer:
         failed, bytes_to_move = None, self._bytes_to_move(proposal.split)
         try:
             move(self.parts, proposal.split, step)
-        except CheckpointError as error:
+        except MoveError as error:
             failed = str(error)
         seconds = time.perf_counter() - started
         if failed is None:
@@ -142,11 +142,11 @@ class Rebalancer:
 def move(parts: Parts, split: Split, step: int) -> None:
     """Make `split` the one that the ranks hold, after `step` steps. Collective.
 
-    Until all have the state of their new stages in memory the old ones stay as they are. Raises CheckpointError, on every rank,
+    Until all have the state of their new stages in memory the old ones stay as they are. Raises MoveError, on every rank,
     when one has no room for what is to come, or cannot go on with it; then nothing has changed. A rank that fails while boxes
     travel, or lends gradients when all is agreed, has failed as in any other communication.
     """
-    world, device, monitor = parts.mesh.group("world"), parts.device, parts.mesh.monitor
+    world, monitor = parts.mesh.group("world"), parts.mesh.monitor
     made: list[Stages] = []
 
     def make_room() -> Incoming:
@@ -156,14 +156,14 @@ def move(parts: Parts, split: Split, step: int) -> None:
 
     before = parts.stages
     try:
-        incoming = on_all(make_room, world, device)
+        incoming = on_all(make_room, world, MoveError)
         held = [Part(one.name, Box(one.offset, tuple(one.tensor.shape)), one.tensor) for one in before.optimizer.pieces()]
         wanted = [Part(one.name, Box(one.offset, tuple(one.out.shape)), one.out) for _, one in incoming.requests()]
-        tables = gather_json(table(held, wanted), world, device)
-        relocation = on_all(lambda: Relocation(held, wanted, tables, world), world, device)
+        tables = gather_json(table(held, wanted), world)
+        relocation = on_all(lambda: Relocation(held, wanted, tables, world), world, MoveError)
         relocation.run()
-        on_all(lambda: monitor.at("moved"), world, device)
-    except CheckpointError:
+        on_all(lambda: monitor.at("moved"), world, MoveError)
+    except MoveError:
         for stages in made:
             stages.reducer.close()
         raise

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bagualu.comm.agree import total
 from bagualu.comm.errors import StorageError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.straggler import Stragglers
@@ -139,10 +140,7 @@ def _ceiling(parts: Parts, communicator: Communicator) -> float:
     """FLOP/s that matrix multiplication reaches on all ranks together, measured while all of them do it."""
     communicator.world.barrier()
     dtype = getattr(torch, parts.recipe.train.dtype)
-    own = matmul_ceiling(dtype, parts.device, torch.get_num_threads())
-    total = torch.tensor(own, dtype=torch.float64, device=parts.device)
-    communicator.world.all_reduce(total)
-    return float(total)
+    return total(matmul_ceiling(dtype, parts.device, torch.get_num_threads()), communicator.world)
 
 
 def _sinks(recipe: Recipe, first_step: int) -> list[Sink]:
@@ -160,9 +158,7 @@ def _sinks(recipe: Recipe, first_step: int) -> list[Sink]:
 def _parameters(parts: Parts) -> int:
     """Elements of the whole model, each counted once."""
     own = sum(sum(n for *_, n in bucket.shard_entries()) for bucket in parts.buckets if bucket.owned)
-    total = torch.tensor(own, dtype=torch.int64, device=parts.device)
-    parts.mesh.group("world").all_reduce(total)
-    return int(total)
+    return int(total(own, parts.mesh.group("world")))
 
 
 def _peak_memory_bytes(parts: Parts, communicator: Communicator) -> int:
@@ -174,6 +170,4 @@ def _peak_memory_bytes(parts: Parts, communicator: Communicator) -> int:
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if communicator.one_process and communicator.rank > 0:
         own = 0  # rank 0 tells of the process that they share
-    total = torch.tensor(own, dtype=torch.int64, device=parts.device)
-    communicator.world.all_reduce(total)
-    return int(total)
+    return int(total(own, communicator.world))

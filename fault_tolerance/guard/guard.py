@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.config import GuardConfig
 from bagualu.fault_tolerance.guard import damage, messages
 from bagualu.fault_tolerance.guard.damage import Damage, DamageCheck
@@ -172,7 +172,7 @@ class Guard:
         """
         world = self._mesh.group("world")
         own = {"damage": damage.as_json(self._damage.not_finite(spoilt))}
-        damages = [damage.from_json(row["damage"]) for row in gather_json(own, world, world.device)]
+        damages = [damage.from_json(row["damage"]) for row in gather_json(own, world)]
         repairable = damage.repairable(damages)
         again = self.memory.setbacks > 0 and step <= self.memory.furthest
         action = after_update(self.config, repairable, again, self.memory.setbacks)
@@ -218,7 +218,7 @@ class Guard:
         """What every rank has found on itself. Collective."""
         world = self._mesh.group("world")
         own = {"attempts": self._attempts.as_json(), "damage": damage.as_json(self._damage.found)}
-        return gather_json(own, world, world.device)
+        return gather_json(own, world)
 
     def _verdict(self, step: int, action: Action, ranks: tuple[int, ...], same: bool | None, deferred: bool) -> Verdict:
         late = f"the samples of step {self._late}, deferred before" if self._late else ""

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
-import torch
 
 from bagualu.comm.group import Group
+from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.checkpoint.agree import on_all
-from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import clear_stale, discard, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import step_of
 from bagualu.fault_tolerance.replica.nodes import Nodes, node_token
@@ -34,7 +33,6 @@ class Site:
     root: Path
     nodes: Nodes
     group: Group
-    device: torch.device
     run: str
     session: str
     stale: bool
@@ -52,7 +50,7 @@ class Site:
 
     def on_all(self, function: Callable[[], T]) -> T:
         """Returns `function()` if it succeeds on all ranks. Collective. Raises the same error on every rank if it fails on any."""
-        return on_all(function, self.group, self.device)
+        return on_all(function, self.group)
 
     def begin(self) -> None:
         """Records that this node takes part in the session. Raises OSError."""
@@ -79,11 +77,11 @@ class Site:
         return min(shutil.disk_usage(self.root).free, psutil.virtual_memory().available) + taken
 
 
-def open_site(scratch: Path, run: str, session: str, group: Group, device: torch.device) -> Site:
+def open_site(scratch: Path, run: str, session: str, group: Group) -> Site:
     """Determines which ranks share nodes and removes replicas that can no longer be used. Collective. Raises OSError."""
     root = scratch / "replicas"
     root.mkdir(parents=True, exist_ok=True)
-    answers = gather_json({"node": node_token(root), "session": _session(root, run)}, group, device)
+    answers = gather_json({"node": node_token(root), "session": _session(root, run)}, group)
     nodes = Nodes.by_token([answer["node"] for answer in answers])
     sessions = [answer["session"] for answer in answers]
     if nodes.leads(group.rank):
@@ -92,7 +90,7 @@ def open_site(scratch: Path, run: str, session: str, group: Group, device: torch
             for path in list_checkpoints(root):
                 discard(path)
     group.barrier()
-    return Site(root, nodes, group, device, run, session, sessions[group.rank] != max(sessions))
+    return Site(root, nodes, group, run, session, sessions[group.rank] != max(sessions))
 
 
 def _session(root: Path, run: str) -> str:

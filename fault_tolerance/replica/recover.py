@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, CheckpointError, Manifest, step_name
 from bagualu.fault_tolerance.checkpoint.layout.manifest import encode
@@ -98,7 +98,7 @@ class Replica:
     def _holders(self, own: list[int]) -> dict[int, list[int]]:
         """Returns, by part, the positions that verified a copy on their node. Raises CheckpointError if a part has none."""
         holders: dict[int, list[int]] = {part: [] for part in range(self.origin.ranks)}
-        for position, parts in enumerate(gather_json(own, self.site.group, self.site.device)):
+        for position, parts in enumerate(gather_json(own, self.site.group)):
             for part in parts:
                 holders[part].append(position)
         lost = [part for part, positions in holders.items() if not positions]
@@ -109,13 +109,13 @@ class Replica:
     def _tables(self, own: dict[int, Table]) -> dict[int, Table]:
         """Returns the tables of all parts, each from a rank that holds it."""
         texts = {part: table.encode().decode() for part, table in own.items()}
-        answers = gather_json(texts, self.site.group, self.site.device)
+        answers = gather_json(texts, self.site.group)
         return {int(part): Table.decode(text.encode()) for answer in answers for part, text in answer.items()}
 
     def _transfers(self, manifest: Manifest, holders: dict[int, list[int]], wanted: Wanted) -> list[Transfer]:
         """Returns the transfers after which every node holds the shards that its ranks want to read."""
         nodes, transfers = self.site.nodes, []
-        wanted_shards = gather_json(sorted(shards_of(manifest, wanted)), self.site.group, self.site.device)
+        wanted_shards = gather_json(sorted(shards_of(manifest, wanted)), self.site.group)
         for node, members in enumerate(nodes.members):
             here = {shard_name(part) for part, positions in holders.items() if any(nodes.of[p] == node for p in positions)}
             missing = sorted({name for member in members for name in wanted_shards[member]} - here)
@@ -128,7 +128,7 @@ class Replica:
     def _receive(self, transfers: list[Transfer], folder: Path, arriving: Path, tables: dict[int, Table]) -> None:
         """Takes part in the transfers; verifies received parts and moves them into `folder`. Raises OSError, CheckpointError."""
         arriving.mkdir(exist_ok=True)
-        deliver(transfers, folder, arriving, self.site.group, self.site.device)
+        deliver(transfers, folder, arriving, self.site.group)
         for transfer in transfers:
             if transfer.destination == self.site.group.rank:
                 part = part_of(transfer.name)
@@ -147,7 +147,7 @@ class Replica:
 
 def survey(site: Site) -> list[Replica]:
     """Returns the replicas whose parts are all on some node, newest first; the same on every rank. Collective."""
-    answers = gather_json({"stale": site.stale, "held": _held(site.root) if site.leads else []}, site.group, site.device)
+    answers = gather_json({"stale": site.stale, "held": _held(site.root) if site.leads else []}, site.group)
     holders: dict[Origin, set[int]] = {}
     current: set[Origin] = set()
     for answer in answers:

@@ -18,7 +18,7 @@ import torch
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Group
-from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import discard
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, step_name
 from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
@@ -36,13 +36,13 @@ log = logging.getLogger(__name__)
 class Replicas:
     """The replicas of a run, for the ranks of `group`. Every method is collective over the group."""
 
-    def __init__(self, scratch: Path, run: str, session: str, group: Group, device: torch.device) -> None:
+    def __init__(self, scratch: Path, run: str, session: str, group: Group) -> None:
         """`scratch` is a folder in memory that this node's ranks share. `run` identifies the run, the same for all its starts.
         `session` identifies this start, the same on every rank; it sorts after the sessions of earlier starts.
 
         Raises OSError.
         """
-        self.site = open_site(scratch, run, session, group, device)
+        self.site = open_site(scratch, run, session, group)
         self.off = False
         """Whether making a replica has failed, e.g. because memory ran out; this process makes no more."""
 
@@ -50,7 +50,7 @@ class Replicas:
         """Raises RecipeError on every rank if a node has too little memory for replicas; this rank's part takes `own_bytes`."""
         site, nodes = self.site, self.site.nodes
         room = {"free": site.free_bytes(), "folder": str(site.root.parent)} if site.leads else {}
-        answers = gather_json({"bytes": own_bytes, **room}, site.group, site.device)
+        answers = gather_json({"bytes": own_bytes, **room}, site.group)
         for node, members in enumerate(nodes.members):
             here, leader = [*members, *(other for member in members for other in nodes.kept_for[member])], answers[members[0]]
             needs = GENERATIONS * int(_MARGIN * sum(answers[position]["bytes"] for position in here))
@@ -114,7 +114,7 @@ class Replicas:
         """Sends this rank's part to its partner and verifies the parts that it receives."""
         site, group = self.site, self.site.group
         names = (shard_name, table_name)
-        own = torch.tensor([_size(temporary / name(group.rank)) for name in names], device=site.device)
+        own = torch.tensor([_size(temporary / name(group.rank)) for name in names], device=group.device)
         sizes = own.new_empty((group.size, len(names)))
         group.all_gather(sizes, own)
         transfers = [
@@ -125,7 +125,7 @@ class Replicas:
         ]
 
         def send_and_verify() -> None:
-            deliver(transfers, temporary, temporary, group, site.device)
+            deliver(transfers, temporary, temporary, group)
             for position in site.nodes.kept_for[group.rank]:
                 verify_part(temporary, position, origin)
 

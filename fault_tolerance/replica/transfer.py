@@ -33,7 +33,7 @@ class _Chunk:
     bytes: int
 
 
-def deliver(transfers: Sequence[Transfer], outbox: Path, inbox: Path, group: Group, device: torch.device) -> None:
+def deliver(transfers: Sequence[Transfer], outbox: Path, inbox: Path, group: Group) -> None:
     """Copies files from the sources' `outbox` to the destinations' `inbox`. Collective: all ranks pass the same transfers.
 
     The caller verifies what arrives. A rank that cannot read or write still takes part in all rounds, so that no rank waits for it,
@@ -57,8 +57,8 @@ def deliver(transfers: Sequence[Transfer], outbox: Path, inbox: Path, group: Gro
                     _read(outbox / chunk.name, chunk.at, data)
         except OSError as error:
             problem = problem or error
-        arrived = incoming.to(device)
-        group.all_to_all(arrived, outgoing.to(device), expected, sizes)
+        arrived = incoming.to(group.device)
+        group.all_to_all(arrived, outgoing.to(group.device), expected, sizes)
         try:
             for chunk, data in zip(received, _cut(arrived.cpu(), expected), strict=True):
                 if chunk and problem is None:

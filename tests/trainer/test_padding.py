@@ -92,7 +92,7 @@ def saved_with_padding(communicator: Communicator, recipe: Recipe, multiple: int
     metadata = metadata_of(parts, STEPS)
     metadata["identity"]["model.vocab_multiple"] = multiple
     del metadata["identity"]["model.moe.renormalise"]
-    save(checkpoints_of(parts), STEPS, pieces, metadata, parts.mesh.group("world"), 2, parts.device)
+    save(checkpoints_of(parts), STEPS, pieces, metadata, parts.mesh.group("world"), 2)
     return pieces_of(parts)
 
 

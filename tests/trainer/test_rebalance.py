@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
 from bagualu.parallel import move_state
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.rebalance_policy import Proposal
@@ -123,7 +122,7 @@ def failing(communicator: Communicator, recipe: Recipe, where: str) -> Curve:
     stages, model, before = parts.stages, parts.runner.model, bits(parts)
     if communicator.rank == 1:
         parts.mesh.monitor.observers.append(_Failing(where))
-    with pytest.raises(CheckpointError, match="rank 1: MemoryError: no room"):
+    with pytest.raises(rebalance.MoveError, match="rank 1: MemoryError: no room"):
         move(parts, split_of(5, 2), 1)
     parts.mesh.monitor.observers.clear()
     assert parts.stages is stages
@@ -180,7 +179,7 @@ def leaking(communicator: Communicator, recipe: Recipe) -> int:
         move(parts, split_of(*counts), step + 1)
     if communicator.rank == 1:
         parts.mesh.monitor.observers.append(_Failing("moved"))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(rebalance.MoveError):
         move(parts, split_of(5, 2), 3)
     parts.mesh.monitor.observers.clear()
     gc.collect()

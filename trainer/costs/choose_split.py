@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from bagualu.comm.agree import gather
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json
+from bagualu.comm.objects import broadcast_json
 from bagualu.parallel.balance.replicas import shares
 from bagualu.parallel.balance.stages.choose import choose_split, take_split
 from bagualu.parallel.balance.stages.cost import CostTable
@@ -59,7 +60,7 @@ def agree_on_split(
             answer["split"] = choose_split(table, schedule, speeds, caps, train.recompute).to_json()
         except RecipeError as error:
             answer["refusal"] = str(error)
-    answer = broadcast_json(answer, communicator.world, communicator.device)
+    answer = broadcast_json(answer, communicator.world)
     if "refusal" in answer:
         raise RecipeError(answer["refusal"])
     return Split.from_json(answer["split"]), CostTable.from_json(answer["table"])
@@ -91,7 +92,7 @@ def agree_on_shares(recipe: Recipe, layout: Layout, communicator: Communicator) 
     declared = recipe.declared_shares(layout)
     if declared is not None:
         return declared
-    rates = _rates(recipe, layout, communicator)
+    rates = _rates(recipe, communicator)
     return shares(recipe.micro_batches(), replica_speeds(rates, layout))
 
 
@@ -110,17 +111,14 @@ def _speeds(recipe: Recipe, layout: Layout, communicator: Communicator) -> list[
         return [1.0] * layout.pipeline
     if declared != "measured":
         return [float(speed) for speed in declared]
-    return relative_speeds(_rates(recipe, layout, communicator), layout)
+    return relative_speeds(_rates(recipe, communicator), layout)
 
 
-def _rates(recipe: Recipe, layout: Layout, communicator: Communicator) -> list[float]:
+def _rates(recipe: Recipe, communicator: Communicator) -> list[float]:
     """FLOP/s of every rank, measured on all at once, as they share memory and power in the run too. Collective."""
     communicator.world.barrier()
     dtype, device = getattr(torch, recipe.train.dtype), communicator.device
-    own = torch.tensor([matmul_ceiling(dtype, device, torch.get_num_threads(), _PROBE_SECONDS)], dtype=torch.float64, device=device)
-    rates = torch.empty(layout.world, dtype=torch.float64, device=device)
-    communicator.world.all_gather(rates, own)
-    return rates.tolist()
+    return gather(matmul_ceiling(dtype, device, torch.get_num_threads(), _PROBE_SECONDS), communicator.world)
 
 
 def relative_speeds(rates: list[float], layout: Layout) -> list[float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.ledger.events import clock
 from bagualu.parallel.balance.stages.show import show_split
 from bagualu.parallel.pipeline.recorded_timeline import FILE
@@ -61,7 +61,7 @@ class Timeline:
             for timed in stopwatch.passes()
         ]
         told = {"clock": clock(), "met": self._met, "began": stopwatch.began, "passes": passes}
-        ranks = gather_json(told, mesh.group("pipeline"), self._parts.device)
+        ranks = gather_json(told, mesh.group("pipeline"))
         if mesh.at("world") == 0:
             self._write(_aligned(ranks))
 

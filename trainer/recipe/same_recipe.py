@@ -8,7 +8,7 @@ from typing import Any
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.exchange import gather_json
+from bagualu.comm.objects import gather_json
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.override_text import typed
 from bagualu.trainer.recipe.plain import plain
@@ -24,10 +24,10 @@ def require_same_recipe(recipe: Recipe, communicator: Communicator) -> None:
     """
     own = plain(replace(recipe, data=replace(recipe.data, cache=None)))
     digest = hashlib.blake2b(json.dumps(own, sort_keys=True).encode(), digest_size=16).hexdigest()
-    seen = gather_json(digest, communicator.world, communicator.device)
+    seen = gather_json(digest, communicator.world)
     if len(set(seen)) == 1:
         return
-    recipes = gather_json(own, communicator.world, communicator.device)
+    recipes = gather_json(own, communicator.world)
     rank = next(rank for rank, digest in enumerate(seen) if digest != seen[0])
     raise RecipeError(_difference(rank, _by_key(recipes[rank]), _by_key(recipes[0])))
 

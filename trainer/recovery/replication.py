@@ -74,7 +74,7 @@ def open_replication(parts: Parts, scratch: Path | None, fence: Fence) -> Replic
     if scratch is None:
         raise RecipeError("checkpoint.replica_every needs memory that outlives a worker, which torchrun does not offer; start with "
                           "`bagualu train` or `bagualu slurm`, or give checkpoint.replica_every=0")  # fmt: skip
-    replicas = Replicas(scratch, _run(parts), f"{fence.epoch:08d}-{fence.token}", parts.mesh.group("world"), parts.device)
+    replicas = Replicas(scratch, _run(parts), f"{fence.epoch:08d}-{fence.token}", parts.mesh.group("world"))
     replicas.check_room(sum(piece.tensor.nbytes for piece in parts.optimizer.pieces()))
     return Replication(parts, replicas)
 

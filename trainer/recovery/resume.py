@@ -17,11 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
-
+from bagualu.comm.agree import any_rank
 from bagualu.comm.errors import RecipeError
+from bagualu.comm.objects import broadcast_json, gather_json
 from bagualu.fault_tolerance.checkpoint.agree import on_all
-from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, gather_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, CheckpointStorageError, step_of
 from bagualu.fault_tolerance.checkpoint.layout.quarantine import set_aside
@@ -111,7 +110,7 @@ class _Patience:
     """With storage that cannot be read: five tries in all, after pauses as before restarts. All ranks wait alike."""
 
     def __init__(self, parts: Parts, stop: Callable[[], bool]) -> None:
-        self._group, self._device, self._stop = parts.mesh.group("world"), parts.device, stop
+        self._group, self._stop = parts.mesh.group("world"), stop
         self._speaks = parts.mesh.at("world") == 0
         self._pauses = [parts.recipe.restart.pause_seconds(number) for number in range(1, 5)]
 
@@ -134,9 +133,7 @@ class _Patience:
             portion = min(pause, _POLL_SECONDS)
             time.sleep(portion)
             pause -= portion
-            asked = torch.tensor(int(self._stop()), device=self._device)
-            self._group.all_reduce(asked, "max")
-            if asked.item():
+            if any_rank(self._stop(), self._group):
                 return True
         return False
 
@@ -149,9 +146,9 @@ def list_stored(parts: Parts, stop: Callable[[], bool], patience: _Patience | No
     root, group = checkpoints_of(parts), parts.mesh.group("world")
 
     def attempt() -> list[Path]:
-        listed = on_all(lambda: _list_here(root) if group.rank == 0 else [], group, parts.device)
-        named = [root / name for name in broadcast_json([path.name for path in listed], group, parts.device)]
-        on_all(lambda: _require_seen(named), group, parts.device)
+        listed = on_all(lambda: _list_here(root) if group.rank == 0 else [], group)
+        named = [root / name for name in broadcast_json([path.name for path in listed], group)]
+        on_all(lambda: _require_seen(named), group)
         return named
 
     return (patience or _Patience(parts, stop))(attempt)
@@ -225,7 +222,7 @@ def _require_same(parts: Parts, candidates: Sequence[Candidate]) -> None:
     """A rank that reads other data or another disk is refused by name rather than trained with."""
     names = ", ".join(candidate.name for candidate in candidates) or "none"
     own = {"other data": parts.corpus.fingerprint, "other checkpoints": names}
-    seen = gather_json(own, parts.mesh.group("world"), parts.device)
+    seen = gather_json(own, parts.mesh.group("world"))
     for rank, other in enumerate(seen):
         for what, value in other.items():
             if value != seen[0][what]:
@@ -254,7 +251,7 @@ def tell(
             if moved:
                 log.warning("%s is now called %s", candidate.name, moved)
             entries.append({"checkpoint": candidate.name, "problem": str(problem), "used": used.name, "set_aside": moved})
-    told: list[dict[str, Any]] = broadcast_json(entries, parts.mesh.group("world"), parts.device)
+    told: list[dict[str, Any]] = broadcast_json(entries, parts.mesh.group("world"))
     return told
 
 

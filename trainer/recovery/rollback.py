@@ -5,7 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json
+from bagualu.comm.objects import broadcast_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import discard, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import step_of
 from bagualu.fault_tolerance.guard.verdict import DISAGREEMENTS, Cause, Verdict
@@ -30,7 +30,7 @@ def roll_back(parts: Parts, step: int, verdict: Verdict, stop: Callable[[], bool
     if verdict.cause is Cause.UPDATE:  # what was saved before it was finite
         at_most = step - 1
     stored = list_stored(parts, stop)
-    found: Any = broadcast_json(_candidates(stored, at_most, by_data), world, parts.device)
+    found: Any = broadcast_json(_candidates(stored, at_most, by_data), world)
     candidates = [Stored(root / name) for name in found["names"]]
     if not candidates:
         why = _nothing_to_go_back_to(found["later"], at_most, verdict.cause is Cause.UPDATE)

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bagualu.comm.agree import any_rank
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, CheckpointStorageError, SupersededError, step_of
@@ -40,11 +39,9 @@ def take_checkpoints(parts: Parts, scratch: Path | None = None) -> Fence:
     on, since it could write there before, and can when there is room again.
     """
     group, mark = parts.mesh.group("world"), scratch / BEGUN if scratch else None
-    here = on_all(lambda: (mark is not None and mark.exists()) or _has_begun(Path(parts.recipe.run.dir)), group, parts.device)
-    begun = torch.tensor(int(here), device=parts.device)
-    group.all_reduce(begun, "max")
+    here = on_all(lambda: (mark is not None and mark.exists()) or _has_begun(Path(parts.recipe.run.dir)), group)
     try:
-        fence = take_fence(checkpoints_of(parts), group, parts.device, _patience(parts), bool(begun))
+        fence = take_fence(checkpoints_of(parts), group, _patience(parts), any_rank(here, group))
     except CheckpointError as error:
         if parts.recipe.checkpoint.resume:
             raise CheckpointStorageError(str(error)) from error
@@ -86,7 +83,7 @@ class Checkpoints:
         self._error: str | None = None
         self._snapshot = Snapshot()
         self._fence, self._seen = fence, time.monotonic()
-        self._saver = Saver(fence, parts.mesh.group("world"), config.keep, parts.device, _patience(parts))
+        self._saver = Saver(fence, parts.mesh.group("world"), config.keep, _patience(parts))
 
     def status(self) -> tuple[float, float]:
         """For the step's reduction: as `Saver.status`."""

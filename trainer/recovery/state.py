@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from bagualu.comm.errors import RecipeError
+from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.checkpoint.agree import on_all
-from bagualu.fault_tolerance.checkpoint.exchange import gather_json
 from bagualu.fault_tolerance.checkpoint.layout.format import REMEDY, CheckpointError
 from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint, Request
@@ -99,20 +99,20 @@ def take_state(parts: Parts, open_checkpoint: Callable[[], Checkpoint]) -> int:
     Raises on every rank, with everything as it was: RecipeError when it belongs to another model or other data, CheckpointError
     when it is damaged or does not hold exactly the tensors of the model.
     """
-    group, device, monitor = parts.mesh.group("world"), parts.device, parts.mesh.monitor
+    group, monitor = parts.mesh.group("world"), parts.mesh.monitor
     monitor.at("load")
-    checkpoint = on_all(open_checkpoint, group, device)
-    if len(set(gather_json(checkpoint.digest, group, device))) > 1:
+    checkpoint = on_all(open_checkpoint, group)
+    if len(set(gather_json(checkpoint.digest, group))) > 1:
         raise RecipeError(f"the ranks see different checkpoints at {checkpoint.path}; put run.dir on a disk that all nodes share")
-    saved = on_all(lambda: _check(parts, checkpoint), group, device)
+    saved = on_all(lambda: _check(parts, checkpoint), group)
     incoming = parts.optimizer.incoming()
     wanted = list(incoming.requests())
-    on_all(lambda: _check_tensors(checkpoint, wanted, _padded_before(parts, saved)), group, device)
+    on_all(lambda: _check_tensors(checkpoint, wanted, _padded_before(parts, saved)), group)
     _check_none_is_left(parts, checkpoint, {request.name for _, request in wanted})
     monitor.at("verify")
     threads = torch.get_num_threads()
-    on_all(lambda: checkpoint.read_all((request for _, request in wanted), threads), group, device)
-    on_all(lambda: _check_finite(checkpoint, wanted), group, device)
+    on_all(lambda: checkpoint.read_all((request for _, request in wanted), threads), group)
+    on_all(lambda: _check_finite(checkpoint, wanted), group)
     monitor.at("restore")
     incoming.apply(saved.updates)
     parts.updates = saved.updates

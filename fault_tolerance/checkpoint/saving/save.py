@@ -16,10 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from bagualu.comm.group import Group
-from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, collect_json
+from bagualu.comm.objects import broadcast_json, collect_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import SAVING, delete, doom, temporary_for
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, step_name
 from bagualu.fault_tolerance.checkpoint.layout.shard import Piece, write_shard
@@ -29,7 +27,6 @@ from bagualu.fault_tolerance.checkpoint.saving.retention import prune
 from bagualu.fault_tolerance.checkpoint.saving.verify_written import LookBack
 from bagualu.fault_tolerance.checkpoint.saving.writer import KINDS, Job, Outcome, Writer
 
-_HOST = torch.device("cpu")
 _TIMEOUT_SECONDS = 300.0
 _REMEDY = "earlier checkpoints are as they were; repair this and save again"
 T = TypeVar("T")
@@ -67,12 +64,11 @@ class Saver:
         fence: Fence,
         group: Group,
         keep: int,
-        device: torch.device = _HOST,
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
         if keep < 1:
             raise ValueError(f"Saver: keep={keep} must be at least 1")
-        self.fence, self.group, self.keep, self.device, self.timeout_seconds = fence, group, keep, device, timeout_seconds
+        self.fence, self.group, self.keep, self.timeout_seconds = fence, group, keep, timeout_seconds
         self._writer = Writer(group.ranks[group.rank])
         self._under_way: _Save | None = None
         self._attempts = 0
@@ -177,7 +173,7 @@ class Saver:
         own = self._outcome(save, wait)
         save.report = own.get("done") if own else None
         self.group.monitor.at("commit")
-        outcomes = collect_json(own, self.group, self.device)
+        outcomes = collect_json(own, self.group)
         verdict: Outcome = {"done": None}
         save.job = None
         if outcomes is not None:
@@ -189,7 +185,7 @@ class Saver:
             else:
                 save.job = self._writer.submit(self._fenced, self._commit, save, [o["done"] for o in outcomes if o])
                 save.deadline = self._deadline()
-        shared: Outcome = broadcast_json(verdict, self.group, self.device)
+        shared: Outcome = broadcast_json(verdict, self.group)
         return shared
 
     def _committed(self, save: _Save) -> Outcome:
@@ -197,7 +193,7 @@ class Saver:
         own = self._outcome(save, wait=True)
         if own and "error" in own:
             own = {**own, "error": f"rank {self.group.ranks[0]}: {own['error']}"}
-        shared: Outcome = broadcast_json(own, self.group, self.device)
+        shared: Outcome = broadcast_json(own, self.group)
         return shared
 
     def _fenced(self, job: Callable[..., T], *args: Any) -> T:
@@ -249,9 +245,7 @@ class Saver:
             log.warning("checkpoint.keep=%d: %s", self.keep, error)
 
 
-def take_fence(
-    root: Path, group: Group, device: torch.device = _HOST, timeout_seconds: float = _TIMEOUT_SECONDS, begun: bool = False
-) -> Fence:
+def take_fence(root: Path, group: Group, timeout_seconds: float = _TIMEOUT_SECONDS, begun: bool = False) -> Fence:
     """Takes the fence of `root` for all ranks of `group`, on position 0, and returns it. `begun`: whether the run already has
     checkpoints there; only position 0's value counts.
 
@@ -263,7 +257,7 @@ def take_fence(
         taken = writer.submit(Fence.take, root, begun).wait(timeout_seconds)
         writer.close(0)
         verdict = {"done": [taken["done"].epoch, taken["done"].token]} if "done" in taken else taken
-    verdict = broadcast_json(verdict, group, device)
+    verdict = broadcast_json(verdict, group)
     if "error" in verdict:
         raise CheckpointError(f"{root} cannot be written: {verdict['error']}; make it writable or give another run.dir")
     return Fence(root, *verdict["done"])
@@ -276,13 +270,12 @@ def save(
     metadata: dict[str, Any],
     group: Group,
     keep: int,
-    device: torch.device = _HOST,
 ) -> Path:
     """Writes a single checkpoint of `step` under `root` and returns its path. Collective over `group`.
 
     It counts as a start of its own: it takes the fence from any process that saves there. See `Saver.start` and `Saver.conclude`.
     """
-    saver = Saver(take_fence(root, group, device), group, keep, device)
+    saver = Saver(take_fence(root, group), group, keep)
     try:
         saver.start(step, pieces, metadata)
         return saver.conclude()

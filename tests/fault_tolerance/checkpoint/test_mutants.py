@@ -55,7 +55,7 @@ def without_barrier(patch, folder):
 
     known = [reports_of(10), reports_of(20)]
     patch.setattr(save.Saver, "status", lambda saver: (0.0, 0.0))
-    patch.setattr(save, "collect_json", lambda value, group, device: known.pop(0) if group.rank == 0 else None)
+    patch.setattr(save, "collect_json", lambda value, group: known.pop(0) if group.rank == 0 else None)
 
 
 def without_fence(patch, folder):

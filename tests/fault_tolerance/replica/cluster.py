@@ -40,7 +40,7 @@ def open_replicas(communicator: Communicator, folder: Path, per_node: int, run: 
     scratch = folder / f"node-{communicator.rank // per_node}"
     scratch.mkdir(parents=True, exist_ok=True)
     fence = take_fence(folder / "storage", communicator.world)
-    return Replicas(scratch, run, f"{fence.epoch:08d}-{fence.token}", communicator.world, communicator.device)
+    return Replicas(scratch, run, f"{fence.epoch:08d}-{fence.token}", communicator.world)
 
 
 def keep(communicator: Communicator, folder: Path, per_node: int, *steps: int, run: str = "run", way: int = 0) -> bool:

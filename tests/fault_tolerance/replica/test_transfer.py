@@ -17,7 +17,7 @@ def exchange(communicator: Communicator, folder: Path, transfers: list[Transfer]
     transfer.CHUNK_BYTES = chunk
     outbox, inbox = (folder / f"{box}-{communicator.rank}" for box in ("out", "in"))
     try:
-        deliver(transfers, outbox, inbox, communicator.world, communicator.device)
+        deliver(transfers, outbox, inbox, communicator.world)
     except OSError as error:
         return str(error)
     return "delivered"

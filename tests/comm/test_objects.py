@@ -1,19 +1,16 @@
 """Documents between ranks."""
 
 import pytest
-import torch
 
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.exchange import broadcast_json, collect_json, gather_json
+from bagualu.comm.objects import broadcast_json, collect_json, gather_json
 from tests.harness import run
-
-HOST = torch.device("cpu")
 
 
 def exchange(communicator: Communicator) -> list[object]:
     own = {"rank": communicator.rank, "text": "ü" * communicator.rank, "none": None}
     group = communicator.world
-    return [collect_json(own, group, HOST), gather_json(own, group, HOST), broadcast_json(own, group, HOST)]
+    return [collect_json(own, group), gather_json(own, group), broadcast_json(own, group)]
 
 
 @pytest.mark.parametrize(("backend", "size"), [("gloo", 3), *(("simulated", size) for size in range(1, 10))])

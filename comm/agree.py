@@ -1,0 +1,86 @@
+"""All ranks or none: a function that fails on any rank of a group counts as failed on all of them."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from bagualu.comm.errors import CommunicationError, RecipeError
+from bagualu.comm.group import Group
+from bagualu.comm.objects import gather_json
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """A function that all ranks ran has failed on at least one of them. Names the first such rank and how many more there are."""
+
+
+def on_all(
+    function: Callable[[], T],
+    group: Group,
+    error: type[Exception] = RankError,
+    transient: type[Exception] | None = None,
+) -> T:
+    """`function()`, if it raises on no rank. Collective; `function` itself may be too.
+
+    Otherwise every rank raises the same exception, in one line: RecipeError if any rank raised one (without naming the rank, since
+    every rank would refuse), else `error`. If all that failed raised `transient`, a subclass of `error` for what may work later,
+    that is raised instead. CommunicationError is raised at once: there is nobody left to agree with.
+    """
+    result: list[T] = []
+    own: list[str] | None = None
+    try:
+        result.append(function())
+    except CommunicationError:
+        raise
+    except Exception as problem:
+        text = str(problem).replace("\n", " ")
+        known = isinstance(problem, RecipeError | error)
+        own = [_kind(problem, transient), text if known else f"{type(problem).__name__}: {text}"]
+    if not any_rank(own is not None, group):
+        return result[0]
+    problems = [(rank, *answer) for rank, answer in zip(group.ranks, gather_json(own, group), strict=True) if answer]
+    for _, kind, text in problems:
+        if kind == "recipe":
+            raise RecipeError(text)
+    lasting = [problem for problem in problems if problem[1] == "lasting"]
+    rank, _, text = (lasting or problems)[0]
+    more = f" (and {len(problems) - 1} more ranks)" if len(problems) > 1 else ""
+    raised = error if lasting or transient is None else transient
+    raise raised(f"rank {rank}{more}: {text}")
+
+
+def any_rank(value: bool, group: Group) -> bool:
+    """Whether `value` is true on any rank. Collective."""
+    return maximum(float(value), group) > 0
+
+
+def maximum(value: float, group: Group) -> float:
+    """The largest `value` of the ranks. Collective."""
+    return _reduced(value, group, "max")
+
+
+def total(value: float, group: Group) -> float:
+    """The sum of every rank's `value`, in float64: exact for whole numbers up to 2**53. Collective."""
+    return _reduced(value, group, "sum")
+
+
+def gather(value: float, group: Group) -> list[float]:
+    """The `value` of every rank, in order of position. Collective."""
+    own = torch.tensor([value], dtype=torch.float64, device=group.device)
+    values = torch.empty(group.size, dtype=torch.float64, device=group.device)
+    group.all_gather(values, own)
+    return values.tolist()
+
+
+def _reduced(value: float, group: Group, op: Any) -> float:
+    tensor = torch.tensor(value, dtype=torch.float64, device=group.device)
+    group.all_reduce(tensor, op)
+    return float(tensor)
+
+
+def _kind(problem: Exception, transient: type[Exception] | None) -> str:
+    if isinstance(problem, RecipeError):
+        return "recipe"
+    return "transient" if transient is not None and isinstance(problem, transient) else "lasting"

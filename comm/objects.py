@@ -1,0 +1,64 @@
+"""JSON objects between the ranks of a group, sent as small tensors by collectives alone."""
+
+import json
+from typing import Any
+
+import torch
+
+from bagualu.comm.group import Group
+
+
+def gather_json(value: Any, group: Group) -> list[Any]:
+    """The value of every rank, in order of position, on every rank. Collective."""
+    data = _encode(value)
+    length = torch.tensor([data.numel()], device=group.device)
+    lengths = torch.empty(group.size, dtype=length.dtype, device=group.device)
+    group.all_gather(lengths, length)
+    longest = int(lengths.max())
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: data.numel()] = data
+    gathered = torch.empty(group.size * longest, dtype=torch.uint8, device=group.device)
+    group.all_gather(gathered, padded.to(group.device))
+    rows = gathered.cpu().view(group.size, longest)
+    return [_decode(row[:n]) for row, n in zip(rows, lengths.tolist(), strict=True)]
+
+
+def collect_json(value: Any, group: Group) -> list[Any] | None:
+    """The value of every rank, in order of position, on position 0; None on the others. Collective.
+
+    Values go up a binomial tree: position 0 receives log2(size) messages, a rank in between holds its own branch only, and
+    position 0 alone decodes them.
+    """
+    branch, distance = json.dumps(value).encode(), 1
+    while distance < group.size:
+        if group.rank & distance:
+            group.send(torch.tensor([len(branch)], device=group.device), group.rank - distance)
+            group.send(torch.frombuffer(bytearray(branch), dtype=torch.uint8).to(group.device), group.rank - distance)
+            return None
+        if group.rank + distance < group.size:
+            length = torch.empty(1, dtype=torch.int64, device=group.device)
+            group.receive(length, group.rank + distance)
+            buffer = torch.empty(int(length), dtype=torch.uint8, device=group.device)
+            group.receive(buffer, group.rank + distance)
+            branch += b"," + buffer.cpu().numpy().tobytes()
+        distance *= 2
+    values: list[Any] = json.loads(b"[" + branch + b"]")
+    return values
+
+
+def broadcast_json(value: Any, group: Group) -> Any:
+    """The value of position 0, on every rank; the values of the others are ignored. Collective."""
+    data = _encode(value if group.rank == 0 else None)
+    length = torch.tensor([data.numel()], device=group.device)
+    group.broadcast(length, 0)
+    buffer = data.to(group.device) if group.rank == 0 else torch.empty(int(length), dtype=torch.uint8, device=group.device)
+    group.broadcast(buffer, 0)
+    return _decode(buffer.cpu())
+
+
+def _encode(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decode(data: torch.Tensor) -> Any:
+    return json.loads(data.numpy().tobytes())
