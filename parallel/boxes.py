@@ -7,8 +7,12 @@ boxes. So a checkpoint contains boxes only, and every layout can read what any o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,26 @@ class Box:
     def slices(self, origin: tuple[int, ...]) -> tuple[slice, ...]:
         """Returns the index of this box into a tensor whose first element has the global index `origin`."""
         return tuple(slice(o - b, o - b + s) for o, b, s in zip(self.offset, origin, self.shape, strict=True))
+
+
+@dataclass(frozen=True)
+class TensorPiece:
+    """A box of the global tensor `name`, of shape `global_shape`: it begins at `offset` and has the shape of `tensor`, which holds
+    its values or is the memory to fill with them. Checkpoints save and load these, ranks move them, optimizers hand them out."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: "Tensor"
+
+    @property
+    def box(self) -> Box:
+        return Box(tuple(self.offset), tuple(self.tensor.shape))
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype, e.g. float32."""
+        return str(self.tensor.dtype).removeprefix("torch.")
 
 
 def flat_range_to_boxes(shape: Sequence[int], start: int, stop: int) -> list[tuple[int, Box]]:

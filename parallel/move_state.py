@@ -4,39 +4,29 @@ These are the boxes that checkpoints contain, so whatever a checkpoint can resha
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bagualu.comm.group import Group
-from bagualu.parallel.boxes import Box
+from bagualu.parallel.boxes import Box, TensorPiece
 
 Table = dict[str, list[Any]]
 """The boxes that a rank holds and wants, without values."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """A box of the global tensor `name`, and a tensor of the box's shape that holds its values or receives them."""
-
-    name: str
-    box: Box
-    tensor: torch.Tensor
-
-
-def table(held: Sequence[Part], wanted: Sequence[Part]) -> Table:
+def table(held: Sequence[TensorPiece], wanted: Sequence[TensorPiece]) -> Table:
     """Returns the boxes in a form that JSON can carry to the other ranks."""
     return {
-        "held": [(part.name, part.box.offset, part.box.shape) for part in held],
-        "wanted": [(part.name, part.box.offset, part.box.shape) for part in wanted],
+        "held": [(piece.name, piece.box.offset, piece.box.shape) for piece in held],
+        "wanted": [(piece.name, piece.box.offset, piece.box.shape) for piece in wanted],
     }
 
 
 class Relocation:
     """A rank's part in a move between the ranks of a group."""
 
-    def __init__(self, held: Sequence[Part], wanted: Sequence[Part], tables: Sequence[Table], group: Group) -> None:
+    def __init__(self, held: Sequence[TensorPiece], wanted: Sequence[TensorPiece], tables: Sequence[Table], group: Group) -> None:
         """`tables[i]` is the table of position i; no two ranks hold the same element.
 
         Raises ValueError if no rank holds an element that this rank wants.
@@ -121,8 +111,8 @@ def _intersections(wanted: Boxes, held: ByName) -> Iterator[tuple[int, int, Box]
                 yield wanted_index, held_index, common
 
 
-def _view(part: Part, common: Box) -> torch.Tensor:
-    return part.tensor[common.slices(part.box.offset)]
+def _view(piece: TensorPiece, common: Box) -> torch.Tensor:
+    return piece.tensor[common.slices(piece.offset)]
 
 
 def _first_missing(wanted: Boxes, holders: Sequence[ByName]) -> str | None:

@@ -17,8 +17,7 @@ from bagualu.comm.objects import broadcast_json, gather_json
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.keys import memory_caps
 from bagualu.parallel.balance.stages.rebalance_policy import Proposal, Watch
-from bagualu.parallel.boxes import Box
-from bagualu.parallel.move_state import Part, Relocation, table
+from bagualu.parallel.move_state import Relocation, table
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.costs.analytic import analytic_table, optimizer_bytes
 from bagualu.trainer.costs.choose_split import work_of
@@ -157,8 +156,7 @@ def move(parts: Parts, split: Split, step: int) -> None:
     before = parts.stages
     try:
         incoming = on_all(make_room, world, MoveError)
-        held = [Part(one.name, Box(one.offset, tuple(one.tensor.shape)), one.tensor) for one in before.optimizer.pieces()]
-        wanted = [Part(one.name, Box(one.offset, tuple(one.out.shape)), one.out) for _, one in incoming.requests()]
+        held, wanted = list(before.optimizer.pieces()), list(incoming.pieces())
         tables = gather_json(table(held, wanted), world)
         relocation = on_all(lambda: Relocation(held, wanted, tables, world), world, MoveError)
         relocation.run()

@@ -10,7 +10,7 @@ import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.comm.monitor import Monitor
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.parallel.boxes import TensorPiece
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _KINDS = {"master": "weight/", "moment": "exp_avg/"}
@@ -22,7 +22,7 @@ class RankScene:
 
     communicator: Communicator
     model: Callable[[], torch.nn.Module]
-    state: Callable[[], Iterable[Piece]]
+    state: Callable[[], Iterable[TensorPiece]]
     checkpoints: Path
     replicas: Path | None
 

@@ -21,11 +21,11 @@ from bagualu.comm.group import Group
 from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import discard
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, step_name
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
 from bagualu.fault_tolerance.replica.node_folder import open_site
 from bagualu.fault_tolerance.replica.recover import Replica, survey
 from bagualu.fault_tolerance.replica.shard import Origin, shard_name, table_name, verify_part, write_part
 from bagualu.fault_tolerance.replica.transfer import Transfer, deliver
+from bagualu.parallel.boxes import TensorPiece
 
 GENERATIONS = 2
 _MARGIN = 1.05
@@ -75,7 +75,7 @@ class Replicas:
 
         self.site.on_all(settle)
 
-    def keep(self, step: int, pieces: Iterable[Piece], metadata: dict[str, Any]) -> None:
+    def keep(self, step: int, pieces: Iterable[TensorPiece], metadata: dict[str, Any]) -> None:
         """Keeps the state after `step` steps. A failure is logged once and ends replication, not the run.
 
         The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON, the same on all
@@ -93,7 +93,7 @@ class Replicas:
             if site.group.rank == 0:
                 log.warning("step %d: no replica: %s; no more will be made, training continues with checkpoints only", step, error)
 
-    def _make(self, step: int, temporary: Path, pieces: Iterable[Piece], metadata: dict[str, Any]) -> None:
+    def _make(self, step: int, temporary: Path, pieces: Iterable[TensorPiece], metadata: dict[str, Any]) -> None:
         site, group = self.site, self.site.group
         group.monitor.at("replicate")
         site.on_all(lambda: site.forget(keep=1))

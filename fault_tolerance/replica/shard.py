@@ -13,8 +13,9 @@ from typing import Any
 from bagualu.fault_tolerance.checkpoint.layout.blocks import damaged_blocks, open_shard
 from bagualu.fault_tolerance.checkpoint.layout.durable import durable_file, write_all
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, Manifest, digest
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece, write_shard
+from bagualu.fault_tolerance.checkpoint.layout.shard import write_shard
 from bagualu.fault_tolerance.checkpoint.saving.commit import gathered, manifest_of
+from bagualu.parallel.boxes import TensorPiece
 
 _HASH_LENGTH = 32
 
@@ -76,7 +77,7 @@ def parts_in(folder: Path) -> list[int]:
     return sorted(part_of(path.name) for path in folder.glob("rank-*.json"))
 
 
-def write_part(folder: Path, rank: int, pieces: Iterable[Piece], metadata: dict[str, Any], origin: Origin) -> None:
+def write_part(folder: Path, rank: int, pieces: Iterable[TensorPiece], metadata: dict[str, Any], origin: Origin) -> None:
     """Writes the shard and the table of `rank`, without a shard if it has no elements. Raises OSError, ValueError."""
     write_table(folder, rank, Table(origin, metadata, write_shard(folder / shard_name(rank), pieces)))
 

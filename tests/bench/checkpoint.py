@@ -27,9 +27,9 @@ from contest.environment import machine, versions
 
 from bagualu.comm.group import Group, connect
 from bagualu.comm.world import World
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
 from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
 from bagualu.fault_tolerance.checkpoint.saving.save import Saver
+from bagualu.parallel.boxes import TensorPiece
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe.compose import compose
@@ -112,7 +112,7 @@ def save(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def own(fence: Fence, tensors: dict[str, torch.Tensor]) -> None:
     saver = Saver(fence, Group("world", (0,), 0, None), keep=1)
-    pieces = [Piece(name, tuple(tensor.shape), (0, 0), tensor) for name, tensor in tensors.items()]
+    pieces = [TensorPiece(name, tuple(tensor.shape), (0, 0), tensor) for name, tensor in tensors.items()]
     saver.start(1, pieces, {})
     saver.conclude()
     saver.close()

@@ -25,8 +25,10 @@ from contest.environment import ALLOCATORS, environment, machine, versions
 
 from bagualu.comm import simulated
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint, Request
+from bagualu.fault_tolerance.checkpoint.layout.shard import key_of
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.checkpoint.saving.save import save
+from bagualu.parallel.boxes import TensorPiece
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe.compose import compose
@@ -49,7 +51,7 @@ def read_fresh(path: Path, threads: int) -> None:
     """Every tensor of the checkpoint in fresh memory."""
     checkpoint = Checkpoint(path)
     outs = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.tensors.items()}
-    checkpoint.read_all((Request(name, (0,) * out.dim(), out) for name, out in outs.items()), threads)
+    checkpoint.read_all((TensorPiece(name, tuple(out.shape), (0,) * out.dim(), out) for name, out in outs.items()), threads)
 
 
 def contestants(parts: Parts, folder: Path) -> dict[str, Callable[[], object]]:
@@ -57,7 +59,7 @@ def contestants(parts: Parts, folder: Path) -> dict[str, Callable[[], object]]:
     cores = torch.get_num_threads()
     world = parts.mesh.group("world")
     path = save(checkpoints_of(parts), 1, parts.optimizer.pieces(), metadata_of(parts, 1), world, keep=1)
-    state = {piece.key: piece.tensor.detach().clone() for piece in parts.optimizer.pieces()}
+    state = {key_of(piece): piece.tensor.detach().clone() for piece in parts.optimizer.pieces()}
     torch.save(state, folder / "state.pt")
     dcp.save(state, checkpoint_id=folder / "dcp")
     return {

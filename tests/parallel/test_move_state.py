@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bagualu.comm.group import Communicator
-from bagualu.parallel.boxes import Box, flat_range_to_boxes
-from bagualu.parallel.move_state import Part, Relocation, table
+from bagualu.parallel.boxes import Box, TensorPiece, flat_range_to_boxes
+from bagualu.parallel.move_state import Relocation, table
 from tests.harness import BACKENDS, run
 
 SHAPES = {"a": (7, 5), "b": (13,), "c": (3, 4, 2), "scalar": (1,)}
@@ -36,11 +36,16 @@ def move(communicator: Communicator, seed: int) -> int:
     draw = random.Random(seed)
     before, after = cut(draw, communicator.size, copies=False), cut(draw, communicator.size, copies=True)
     here = communicator.rank
-    held = [Part(name, box, whole(name)[box.slices((0,) * len(box.shape))].clone()) for name, box in before[here]]
-    wanted = [Part(name, box, torch.full(box.shape, -1.0, dtype=torch.float64)) for name, box in after[here]]
+    held = [
+        TensorPiece(name, SHAPES[name], box.offset, whole(name)[box.slices((0,) * len(box.shape))].clone())
+        for name, box in before[here]
+    ]
+    wanted = [
+        TensorPiece(name, SHAPES[name], box.offset, torch.full(box.shape, -1.0, dtype=torch.float64)) for name, box in after[here]
+    ]
 
-    def empty(boxes: list[tuple[str, Box]]) -> list[Part]:
-        return [Part(name, box, torch.empty(0)) for name, box in boxes]
+    def empty(boxes: list[tuple[str, Box]]) -> list[TensorPiece]:
+        return [TensorPiece(name, SHAPES[name], box.offset, torch.empty(box.shape)) for name, box in boxes]
 
     tables = [table(empty(h), empty(w)) for h, w in zip(before, after, strict=True)]
     Relocation(held, wanted, tables, communicator.world).run()
@@ -62,9 +67,8 @@ def test_over_every_backend(backend: str) -> None:
 
 
 def lacking(communicator: Communicator) -> None:
-    box = Box((0,), (4,))
-    held = [Part("b", Box((0,), (3,)), torch.zeros(3))]
-    wanted = [Part("b", box, torch.zeros(4))]
+    held = [TensorPiece("b", (13,), (0,), torch.zeros(3))]
+    wanted = [TensorPiece("b", (13,), (0,), torch.zeros(4))]
     with pytest.raises(ValueError, match="this rank needs a part of b that no rank holds"):
         Relocation(held, wanted, [table(held, wanted)], communicator.world)
 

@@ -17,11 +17,11 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
 from bagualu.fault_tolerance.checkpoint.reading import load as load_module
 from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.fault_tolerance.checkpoint.saving.save import save
+from bagualu.parallel.boxes import TensorPiece
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.data.corpus import prepare
@@ -206,22 +206,22 @@ def document_of(root: Path) -> dict[str, Any]:
 
 
 NORM = "weight/norm.weight"
-Change = Callable[[Piece, int], list[Piece]]
+Change = Callable[[TensorPiece, int], list[TensorPiece]]
 
 
 def renamed(name: str) -> Change:
-    return lambda p, rank: [Piece(name, p.global_shape, p.offset, p.tensor)] if p.name == NORM else [p]
+    return lambda p, rank: [TensorPiece(name, p.global_shape, p.offset, p.tensor)] if p.name == NORM else [p]
 
 
 CHANGES: list[tuple[str, Change]] = [
     (f"tensor {NORM} is not in it", renamed("weight/other")),
     (f"tensor {NORM} is not in it", lambda p, rank: [] if p.name == NORM else [p]),
     ("tensor weight/extra is unknown to the model",
-     lambda p, rank: [p, Piece("weight/extra", p.global_shape, p.offset, p.tensor)] if p.name == NORM else [p]),
+     lambda p, rank: [p, TensorPiece("weight/extra", p.global_shape, p.offset, p.tensor)] if p.name == NORM else [p]),
     (f"tensor {NORM} is (16,) torch.float32; the model has (16,) torch.float64",
-     lambda p, rank: [Piece(p.name, p.global_shape, p.offset, p.tensor.float())] if p.name == NORM else [p]),
+     lambda p, rank: [TensorPiece(p.name, p.global_shape, p.offset, p.tensor.float())] if p.name == NORM else [p]),
     (f"tensor {NORM} is (2, 16) torch.float64; the model has (16,) torch.float64",
-     lambda p, rank: [Piece(p.name, (2, *p.global_shape), (row, *p.offset), p.tensor[None]) for row in (0, 1)]
+     lambda p, rank: [TensorPiece(p.name, (2, *p.global_shape), (row, *p.offset), p.tensor[None]) for row in (0, 1)]
      if p.name == NORM else [p]),
 ]  # fmt: skip
 

@@ -8,10 +8,10 @@ import torch
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.checkpoint.saving.save import save
 from bagualu.launch.workers.elastic_layout import fitted
+from bagualu.parallel.boxes import TensorPiece
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe import preflight
@@ -86,7 +86,7 @@ def saved_with_padding(communicator: Communicator, recipe: Recipe, multiple: int
     for piece in parts.optimizer.pieces():
         if piece.name.endswith(VOCABULARY):
             padding = piece.tensor.new_full((rows - recipe.model.vocab, recipe.model.hidden), 0.25)
-            pieces.append(Piece(piece.name, (rows, recipe.model.hidden), (0, 0), torch.cat([piece.tensor, padding])))
+            pieces.append(TensorPiece(piece.name, (rows, recipe.model.hidden), (0, 0), torch.cat([piece.tensor, padding])))
         else:
             pieces.append(piece)
     metadata = metadata_of(parts, STEPS)

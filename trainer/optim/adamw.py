@@ -9,10 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
-from bagualu.fault_tolerance.checkpoint.reading.load import Request
 from bagualu.fault_tolerance.guard.finite import is_finite, probe
-from bagualu.parallel.boxes import flat_range_to_boxes
+from bagualu.parallel.boxes import TensorPiece, flat_range_to_boxes
 from bagualu.parallel.data import Bucket, gather_weights
 from bagualu.trainer.optim.config import OptimConfig
 
@@ -40,7 +38,7 @@ class ShardedAdamW:
         for bucket, shard in zip(self.buckets, self._shards, strict=True):
             shard["step"] += 1
             decay = self.config.weight_decay if bucket.kind.decayed else 0.0
-            for piece in _pieces(bucket.shard_gradients):
+            for piece in _slices(bucket.shard_gradients):
                 self._update(bucket, shard, piece, lr, decay, gradient_factor)
 
     def _update(
@@ -95,13 +93,12 @@ class ShardedAdamW:
         """Give the other ranks this rank's shard of the working weights, and take theirs. Collective."""
         gather_weights(self.buckets)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[TensorPiece]:
         """Master weights and moments of the elements that this rank owns, as boxes of the global tensors."""
         for bucket, shard in zip(self.buckets, self._shards, strict=True):
             if bucket.owned:
                 for kind, tensor in _saved(shard).items():
-                    for name, shape, offset, view in _boxes(bucket, tensor):
-                        yield Piece(f"{kind}/{name}", shape, offset, view)
+                    yield from _pieces(kind, bucket, tensor)
 
     def incoming(self) -> "Incoming":
         """Fresh memory to read a state into."""
@@ -123,12 +120,11 @@ class Incoming:
         self._optimizer = optimizer
         self._fresh = [_fresh(shard) for shard in optimizer.shards()]
 
-    def requests(self) -> Iterator[tuple[tuple[int, ...], Request]]:
-        """What to read: (global shape, request) for every box of weights and moments that this rank holds."""
+    def pieces(self) -> Iterator[TensorPiece]:
+        """The memory to fill: every box of weights and moments that this rank holds."""
         for bucket, fresh in zip(self._optimizer.buckets, self._fresh, strict=True):
             for kind, tensor in fresh.items():
-                for name, shape, offset, view in _boxes(bucket, tensor):
-                    yield shape, Request(f"{kind}/{name}", offset, view)
+                yield from _pieces(kind, bucket, tensor)
 
     def apply(self, updates: int) -> None:
         """The state of the optimizer, and of the model, is now what was read. Collective."""
@@ -137,7 +133,7 @@ class Incoming:
         self._optimizer.publish()
 
 
-def _pieces(shard: torch.Tensor) -> Iterator[slice]:
+def _slices(shard: torch.Tensor) -> Iterator[slice]:
     """The parts of a shard that are updated one after the other: on an accelerator, which is slow to start, all of it at once."""
     size = _PIECE if shard.device.type == "cpu" else max(1, shard.numel())
     return (slice(start, start + size) for start in range(0, shard.numel(), size))
@@ -164,11 +160,11 @@ def _master(bucket: Bucket) -> torch.Tensor:
     return working if working.dtype == bucket.gradients.dtype else working.to(bucket.gradients.dtype)
 
 
-def _boxes(bucket: Bucket, tensor: torch.Tensor) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
-    """(parameter name, global shape, offset, view) for every box of a global tensor that `tensor`, a shard, holds; no padding."""
+def _pieces(kind: str, bucket: Bucket, tensor: torch.Tensor) -> Iterator[TensorPiece]:
+    """Every box of a global tensor `kind`/parameter that `tensor`, a shard, holds, as a view of it; no padding."""
     for entry, in_shard, in_parameter, numel in bucket.shard_entries():
         for flat, box in flat_range_to_boxes(entry.box.shape, in_parameter, in_parameter + numel):
             start = in_shard + flat - in_parameter
             view, held = tensor[start : start + box.elements].view(box.shape), box.shift(entry.box.offset)
             if own := held.within(entry.global_shape):
-                yield entry.name, entry.global_shape, own.offset, view[own.slices(held.offset)]
+                yield TensorPiece(f"{kind}/{entry.name}", entry.global_shape, own.offset, view[own.slices(held.offset)])

@@ -11,7 +11,6 @@ from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
 from bagualu.fault_tolerance.replica.recover import Replica, replica_name
 from bagualu.fault_tolerance.replica.replicas import Replicas
-from bagualu.parallel.boxes import Box
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.recovery.resume import Resumed
 from bagualu.trainer.recovery.state import finite_pieces, identity, metadata_of
@@ -34,8 +33,7 @@ class Kept:
 
     def open(self) -> Checkpoint:
         """Collective. Raises CheckpointError."""
-        requests = self.parts.optimizer.incoming().requests()
-        return Checkpoint(self.replica.fetch((one.name, Box(one.offset, tuple(one.out.shape))) for _, one in requests))
+        return Checkpoint(self.replica.fetch((piece.name, piece.box) for piece in self.parts.optimizer.incoming().pieces()))
 
 
 @dataclass

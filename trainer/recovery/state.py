@@ -16,10 +16,10 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.layout.format import REMEDY, CheckpointError
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
-from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint, Request
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.guard.finite import is_finite
 from bagualu.fault_tolerance.guard.history import Memory
+from bagualu.parallel.boxes import TensorPiece
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.data.config import RANDOM
 from bagualu.trainer.data.split import NOTHING
@@ -106,12 +106,12 @@ def take_state(parts: Parts, open_checkpoint: Callable[[], Checkpoint]) -> int:
         raise RecipeError(f"the ranks see different checkpoints at {checkpoint.path}; put run.dir on a disk that all nodes share")
     saved = on_all(lambda: _check(parts, checkpoint), group)
     incoming = parts.optimizer.incoming()
-    wanted = list(incoming.requests())
+    wanted = list(incoming.pieces())
     on_all(lambda: _check_tensors(checkpoint, wanted, _padded_before(parts, saved)), group)
-    _check_none_is_left(parts, checkpoint, {request.name for _, request in wanted})
+    _check_none_is_left(parts, checkpoint, {piece.name for piece in wanted})
     monitor.at("verify")
     threads = torch.get_num_threads()
-    on_all(lambda: checkpoint.read_all((request for _, request in wanted), threads), group)
+    on_all(lambda: checkpoint.read_all(wanted, threads), group)
     on_all(lambda: _check_finite(checkpoint, wanted), group)
     monitor.at("restore")
     incoming.apply(saved.updates)
@@ -142,20 +142,19 @@ def _padded_before(parts: Parts, saved: Saved) -> Callable[[str, tuple[int, ...]
 
 
 def _check_tensors(
-    checkpoint: Checkpoint,
-    wanted: list[tuple[tuple[int, ...], Request]],
-    stored_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]],
+    checkpoint: Checkpoint, wanted: list[TensorPiece], stored_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]]
 ) -> None:
     """What this rank wants is there, in the same global shape, with padding or without, and dtype. Raises CheckpointError."""
     stored = checkpoint.tensors
-    for shape, request in wanted:
-        if stored.get(request.name) not in [(one, request.out.dtype) for one in (shape, stored_shape(request.name, shape))]:
-            has = "{} {}".format(*stored[request.name]) if request.name in stored else "not in it"
-            raise CheckpointError(f"{checkpoint.path}: tensor {request.name} is {has}; the model has {shape} {request.out.dtype}; "
-                                  "load it into the model that wrote it")  # fmt: skip
+    for piece in wanted:
+        shapes = (piece.global_shape, stored_shape(piece.name, piece.global_shape))
+        if stored.get(piece.name) not in [(shape, piece.tensor.dtype) for shape in shapes]:
+            has = "{} {}".format(*stored[piece.name]) if piece.name in stored else "not in it"
+            raise CheckpointError(f"{checkpoint.path}: tensor {piece.name} is {has}; the model has {piece.global_shape} "
+                                  f"{piece.tensor.dtype}; load it into the model that wrote it")  # fmt: skip
 
 
-def finite_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
+def finite_pieces(pieces: Iterable[TensorPiece]) -> Iterator[TensorPiece]:
     """The same pieces, each looked at when its turn comes, so that none with a value that is not finite is saved: raises
     CheckpointError at the first of them."""
     for piece in pieces:
@@ -164,11 +163,11 @@ def finite_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
         yield piece
 
 
-def _check_finite(checkpoint: Checkpoint, wanted: list[tuple[tuple[int, ...], Request]]) -> None:
+def _check_finite(checkpoint: Checkpoint, wanted: list[TensorPiece]) -> None:
     """Raises CheckpointError where this rank has read a value that is not finite: older versions saved such."""
-    for _, request in wanted:
-        if not is_finite(request.out):
-            raise CheckpointError(f"{checkpoint.path}: tensor {request.name} holds values that are not finite; {REMEDY}")
+    for piece in wanted:
+        if not is_finite(piece.tensor):
+            raise CheckpointError(f"{checkpoint.path}: tensor {piece.name} holds values that are not finite; {REMEDY}")
 
 
 def _check_none_is_left(parts: Parts, checkpoint: Checkpoint, own: set[str]) -> None:

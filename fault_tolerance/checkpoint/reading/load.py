@@ -20,19 +20,10 @@ import torch
 from bagualu.fault_tolerance.checkpoint.layout.blocks import open_shard, read_blocks
 from bagualu.fault_tolerance.checkpoint.layout.format import REMEDY, CheckpointError, StoredBox, StoredTensor
 from bagualu.fault_tolerance.checkpoint.layout.manifest import read_manifest
-from bagualu.parallel.boxes import Box, flat_range_to_boxes
+from bagualu.parallel.boxes import Box, TensorPiece, flat_range_to_boxes
 
 _RUN_BYTES = 2**26
 """Approximate bytes that a thread reads from a file before it takes its next jobs."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request for the box of the global tensor `name` that begins at `offset` and has the shape of `out`, which receives it."""
-
-    name: str
-    offset: tuple[int, ...]
-    out: torch.Tensor
 
 
 @dataclass
@@ -90,16 +81,17 @@ class Checkpoint:
         return {name: (t.shape, getattr(torch, t.dtype)) for name, t in self._manifest.tensors.items()}
 
     def read(self, name: str, offset: tuple[int, ...], out: torch.Tensor) -> None:
-        """Fills `out` with a single box; see `read_all`."""
-        self.read_all([Request(name, offset, out)])
+        """Fills `out` with the box of tensor `name` that begins at `offset`; see `read_all`."""
+        shape = self._manifest.tensors[name].shape if name in self._manifest.tensors else ()
+        self.read_all([TensorPiece(name, shape, offset, out)])
 
-    def read_all(self, requests: Iterable[Request], threads: int = 1) -> None:
-        """Fills the `out` of every request.
+    def read_all(self, pieces: Iterable[TensorPiece], threads: int = 1) -> None:
+        """Fills the tensor of every piece.
 
-        Each `out` has the stored dtype, and any strides and device. Only blocks that contain requested elements are read, and all
-        of them are verified. After an error every `out` is undefined, so pass new tensors and use them only when the call returns.
+        A tensor has the stored dtype, any strides, any device. Only the blocks that hold wanted elements are read, and every one
+        of them is verified. After an error the tensors may hold anything: pass new ones, and use them when all are filled.
         """
-        runs = _runs(self._jobs(requests))
+        runs = _runs(self._jobs(pieces))
         if threads == 1 or len(runs) < 2:
             for run in runs:
                 self._read_run(run)
@@ -108,24 +100,24 @@ class Checkpoint:
             for _ in pool.map(self._read_run, runs):
                 pass  # raises the first error, in the order of the runs, and abandons the rest
 
-    def _jobs(self, requests: Iterable[Request]) -> list[_Job]:
+    def _jobs(self, pieces: Iterable[TensorPiece]) -> list[_Job]:
         wanted: dict[tuple[str, int], _Wanted] = {}
-        for request in requests:
-            tensor, box = self._checked(request)
+        for piece in pieces:
+            tensor, box = self._checked(piece), piece.box
             held = 0
             for number, stored in enumerate(tensor.boxes):
                 common = stored.box.intersection(box)
                 if common:
                     held += common.elements
-                    box_parts = wanted.setdefault((request.name, number), _Wanted(request.name, tensor, stored))
+                    box_parts = wanted.setdefault((piece.name, number), _Wanted(piece.name, tensor, stored))
                     part = common.shift(tuple(-o for o in stored.offset))
-                    box_parts.parts.append((part, request.out[common.slices(box.offset)]))
+                    box_parts.parts.append((part, piece.tensor[common.slices(box.offset)]))
             if held != box.elements:
-                raise self._error(request.name, f"has only {held} of the {box.elements} elements at {box.offset}; {REMEDY}")
+                raise self._error(piece.name, f"has only {held} of the {box.elements} elements at {box.offset}; {REMEDY}")
         return [job for box_parts in wanted.values() for job in self._blocks(box_parts)]
 
-    def _checked(self, request: Request) -> tuple[StoredTensor, Box]:
-        name, box = request.name, Box(tuple(request.offset), tuple(request.out.shape))
+    def _checked(self, piece: TensorPiece) -> StoredTensor:
+        name, box = piece.name, piece.box
         if name not in self._manifest.tensors:
             near = get_close_matches(name, self._manifest.tensors, 1)
             hint = f"the nearest is {near[0]}; " if near else ""
@@ -134,9 +126,9 @@ class Checkpoint:
         if not box.inside(tensor.shape):
             raise self._error(name, f"has shape {tensor.shape}: no box of shape {box.shape} at {box.offset}; "
                                     "load it into the model that wrote it")  # fmt: skip
-        if str(request.out.dtype) != f"torch.{tensor.dtype}":
-            raise self._error(name, f"is stored as {tensor.dtype}, not {request.out.dtype}; read it as that and convert")
-        return tensor, box
+        if piece.dtype != tensor.dtype:
+            raise self._error(name, f"is stored as {tensor.dtype}, not {piece.tensor.dtype}; read it as that and convert")
+        return tensor
 
     def _blocks(self, wanted: _Wanted) -> Iterable[_Job]:
         """Returns jobs for the blocks of a stored box that contain requested elements."""

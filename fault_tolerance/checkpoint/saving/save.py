@@ -20,12 +20,13 @@ from bagualu.comm.group import Group
 from bagualu.comm.objects import broadcast_json, collect_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import SAVING, delete, doom, temporary_for
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, step_name
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece, write_shard
+from bagualu.fault_tolerance.checkpoint.layout.shard import write_shard
 from bagualu.fault_tolerance.checkpoint.saving.commit import Claim, commit, manifest_of
 from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
 from bagualu.fault_tolerance.checkpoint.saving.retention import prune
 from bagualu.fault_tolerance.checkpoint.saving.verify_written import LookBack
 from bagualu.fault_tolerance.checkpoint.saving.writer import KINDS, Job, Outcome, Writer
+from bagualu.parallel.boxes import TensorPiece
 
 _TIMEOUT_SECONDS = 300.0
 _REMEDY = "earlier checkpoints are as they were; repair this and save again"
@@ -96,7 +97,7 @@ class Saver:
         outcome = self._outcome(self._under_way)
         return float(outcome is None), float(outcome is not None and "error" in outcome)
 
-    def start(self, step: int, pieces: Iterable[Piece], metadata: dict[str, Any]) -> None:
+    def start(self, step: int, pieces: Iterable[TensorPiece], metadata: dict[str, Any]) -> None:
         """Begins to save `step` and returns at once. The tensors must not change before `conclude`, unless they are a Snapshot's.
 
         The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON; that of position
@@ -204,7 +205,7 @@ class Saver:
             self.fence.check()
             raise
 
-    def _write_part(self, temporary: Path, final: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
+    def _write_part(self, temporary: Path, final: Path, pieces: Iterable[TensorPiece]) -> dict[str, Any]:
         """Runs in the writer thread: writes this rank's shard durably and returns its report. First mkdir, then the fence: see
         fence.py."""
         temporary.mkdir(exist_ok=True)
@@ -266,7 +267,7 @@ def take_fence(root: Path, group: Group, timeout_seconds: float = _TIMEOUT_SECON
 def save(
     root: Path,
     step: int,
-    pieces: Iterable[Piece],
+    pieces: Iterable[TensorPiece],
     metadata: dict[str, Any],
     group: Group,
     keep: int,

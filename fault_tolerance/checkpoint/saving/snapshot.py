@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
+from bagualu.parallel.boxes import TensorPiece
 
 _ALIGNMENT = 64
 
@@ -16,7 +16,7 @@ class Snapshot:
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, pieces: Iterable[Piece]) -> list[Piece]:
+    def take(self, pieces: Iterable[TensorPiece]) -> list[TensorPiece]:
         """Returns copies of the pieces in the buffer. They overwrite those of the previous call."""
         originals = list(pieces)
         sizes = [piece.tensor.numel() * piece.tensor.element_size() for piece in originals]

@@ -7,10 +7,10 @@ import torch
 
 from bagualu.comm import simulated
 from bagualu.comm.group import Communicator, Group
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
 from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
 from bagualu.fault_tolerance.checkpoint.saving.save import Saver
 from bagualu.fault_tolerance.checkpoint.saving.snapshot import Snapshot
+from bagualu.parallel.boxes import TensorPiece
 
 
 def run(size: int, function: Callable[[Group], Any]) -> list[Any]:
@@ -35,16 +35,16 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def rows_of(step: int, group: Group) -> Iterator[Piece]:
+def rows_of(step: int, group: Group) -> Iterator[TensorPiece]:
     """This rank's share of it: some rows of each; scalars on the last rank."""
     for name, tensor in tensors(step).items():
         if not tensor.dim():
             if group.rank == group.size - 1:
-                yield Piece(name, (), (), tensor)
+                yield TensorPiece(name, (), (), tensor)
             continue
         rows = len(tensor)
         begin, end = rows * group.rank // group.size, rows * (group.rank + 1) // group.size
-        yield Piece(name, tuple(tensor.shape), (begin, *(0,) * (tensor.dim() - 1)), tensor[begin:end])
+        yield TensorPiece(name, tuple(tensor.shape), (begin, *(0,) * (tensor.dim() - 1)), tensor[begin:end])
 
 
 def save_fenced(fence: Fence, step: int, size: int = 1, keep: int = 2) -> list[Any]:

@@ -15,20 +15,20 @@ from ranks import run
 from bagualu.comm.group import Group
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
 from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
 from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
 from bagualu.fault_tolerance.checkpoint.saving.save import Saver, take_fence
+from bagualu.parallel.boxes import TensorPiece
 
 
 def mount(*words: str) -> None:
     subprocess.run(["mount", *words], check=True)
 
 
-def pieces(step: int, group: Group, megabytes: float) -> list[Piece]:
+def pieces(step: int, group: Group, megabytes: float) -> list[TensorPiece]:
     rows = int(megabytes * 2**18)
     values = torch.full((rows,), float(step))
-    return [Piece("w", (rows * group.size,), (rows * group.rank,), values)]
+    return [TensorPiece("w", (rows * group.size,), (rows * group.rank,), values)]
 
 
 def attempt(fence: Fence, step: int, megabytes: float) -> str:

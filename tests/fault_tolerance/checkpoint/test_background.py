@@ -16,12 +16,12 @@ from ranks import rows_of, run, save_while_training, steps_until_known
 from bagualu.comm.group import Group
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, step_name
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
 from bagualu.fault_tolerance.checkpoint.saving import save
 from bagualu.fault_tolerance.checkpoint.saving.commit import Claim
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH, Fence
 from bagualu.fault_tolerance.checkpoint.saving.save import Saver
 from bagualu.fault_tolerance.checkpoint.saving.snapshot import Snapshot
+from bagualu.parallel.boxes import TensorPiece
 
 ALONE = Group("world", (0,), 0, None)
 
@@ -53,10 +53,10 @@ def test_what_is_saved_is_what_was_there_when_the_save_began(tmp_path):
 def test_a_snapshot_keeps_its_buffer_and_copies_any_strides(tmp_path):
     base = torch.arange(24.0).view(4, 6)
     pieces = [
-        Piece("a", (6, 4), (0, 0), base.t()),
-        Piece("b", (3,), (0,), torch.ones(3, dtype=torch.bool)),
-        Piece("c", (0, 2), (0, 0), torch.empty(0, 2)),
-        Piece("d", (), (), torch.tensor(1.5, dtype=torch.float64)),
+        TensorPiece("a", (6, 4), (0, 0), base.t()),
+        TensorPiece("b", (3,), (0,), torch.ones(3, dtype=torch.bool)),
+        TensorPiece("c", (0, 2), (0, 0), torch.empty(0, 2)),
+        TensorPiece("d", (), (), torch.tensor(1.5, dtype=torch.float64)),
     ]
     snapshot = Snapshot()
     first = snapshot.take(pieces)

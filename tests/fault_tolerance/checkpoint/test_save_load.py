@@ -15,12 +15,11 @@ from bagualu.fault_tolerance.checkpoint.layout import blocks as blocks_module
 from bagualu.fault_tolerance.checkpoint.layout import format
 from bagualu.fault_tolerance.checkpoint.layout.format import DTYPES, CheckpointError
 from bagualu.fault_tolerance.checkpoint.layout.manifest import encode, read_manifest
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
 from bagualu.fault_tolerance.checkpoint.reading import load
 from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
-from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint, Request
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.checkpoint.saving.save import save
-from bagualu.parallel.boxes import Box
+from bagualu.parallel.boxes import Box, TensorPiece
 
 ALONE = Group("world", (0,), 0, None)
 
@@ -67,7 +66,7 @@ def test_any_partition_over_four_ranks_reads_back_in_any_box(data, run_ranks):
 
     def pieces(rank):
         mine = [box for box, owner in owned if owner == rank]
-        return [Piece("t", shape, box.offset, whole[box.slices(origin(shape))]) for box in mine]
+        return [TensorPiece("t", shape, box.offset, whole[box.slices(origin(shape))]) for box in mine]
 
     with tempfile.TemporaryDirectory() as root, mock.patch.object(format, "BLOCK_BYTES", block):
         results = run_ranks(4, lambda group: save(Path(root), 3, pieces(group.rank), {}, group, 1))
@@ -85,7 +84,7 @@ def test_any_partition_over_four_ranks_reads_back_in_any_box(data, run_ranks):
 
 def test_metadata_and_special_shapes_come_back(tmp_path):
     metadata = {"layout": "one rank", "loss": 0.1 + 0.2, "list": [1, None, True], "big": 2**70}
-    pieces = [Piece("none", (0, 3), (0, 0), torch.empty(0, 3)), Piece("scalar", (), (), torch.tensor(7))]
+    pieces = [TensorPiece("none", (0, 3), (0, 0), torch.empty(0, 3)), TensorPiece("scalar", (), (), torch.tensor(7))]
     checkpoint = Checkpoint(save(tmp_path / "deep" / "root", 0, pieces, metadata, ALONE, 1))
     assert (checkpoint.metadata, checkpoint.step) == (metadata, 0)
     checkpoint.read("none", (0, 0), torch.empty(0, 3))
@@ -112,7 +111,7 @@ def test_shards_are_plain_safetensors(tmp_path, model, save_step):
 )
 def test_what_is_not_held_exactly_once_is_not_saved(tmp_path, run_ranks, left, pieces, message):
     def work(group):
-        mine = [Piece("w", (6,), (a,), torch.zeros(b - a)) for a, b in pieces[group.rank]]
+        mine = [TensorPiece("w", (6,), (a,), torch.zeros(b - a)) for a, b in pieces[group.rank]]
         return save(tmp_path, 1, mine, {}, group, 1)
 
     for result in run_ranks(2, work):
@@ -124,7 +123,7 @@ def test_what_is_not_held_exactly_once_is_not_saved(tmp_path, run_ranks, left, p
 def test_ranks_that_disagree_about_a_tensor_are_named(tmp_path, run_ranks):
     def work(group):
         half = torch.zeros(2, dtype=dtypes[group.rank])
-        return save(tmp_path, 1, [Piece("w", (4,), (2 * group.rank,), half)], {}, group, 1)
+        return save(tmp_path, 1, [TensorPiece("w", (4,), (2 * group.rank,), half)], {}, group, 1)
 
     dtypes = [torch.float32, torch.bfloat16]
     assert all("tensor w is" in str(error) and "on rank 1" in str(error) for error in run_ranks(2, work))
@@ -170,7 +169,7 @@ def test_a_region_nobody_holds_is_refused_before_anything_is_read(tmp_path, save
 def test_a_few_rows_of_a_large_tensor_read_few_bytes(tmp_path):
     whole = torch.randn(64, 16)
     with mock.patch.object(format, "BLOCK_BYTES", 256):
-        path = save(tmp_path, 1, [Piece("w", (64, 16), (0, 0), whole)], {}, ALONE, 1)
+        path = save(tmp_path, 1, [TensorPiece("w", (64, 16), (0, 0), whole)], {}, ALONE, 1)
     shard = path / "rank-00000.safetensors"
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 1  # damage far from the rows that are wanted
@@ -186,7 +185,7 @@ def test_a_block_that_several_ask_for_is_read_once(tmp_path, monkeypatch):
     """The columns of a tensor, one by one: every block holds a part of each."""
     whole = torch.randn(64, 16)
     with mock.patch.object(format, "BLOCK_BYTES", 256):
-        path = save(tmp_path, 1, [Piece("w", (64, 16), (0, 0), whole)], {}, ALONE, 1)
+        path = save(tmp_path, 1, [TensorPiece("w", (64, 16), (0, 0), whole)], {}, ALONE, 1)
     blocks = []
 
     def counted(*args):
@@ -195,7 +194,7 @@ def test_a_block_that_several_ask_for_is_read_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(load, "read_blocks", counted)
     columns = [torch.empty(64, 1) for _ in range(16)]
-    Checkpoint(path).read_all([Request("w", (0, column), out) for column, out in enumerate(columns)])
+    Checkpoint(path).read_all([TensorPiece("w", (64, 16), (0, column), out) for column, out in enumerate(columns)])
     assert same_bits(torch.cat(columns, 1), whole)
     assert sorted(blocks) == list(range(16))
 
@@ -205,9 +204,9 @@ def test_many_requests_in_many_threads(tmp_path, save_step, model, monkeypatch, 
     monkeypatch.setattr(load, "_RUN_BYTES", 1)  # every block is a piece of work of its own
     path = save_step(tmp_path, 10, 4)[0]
     outs = {name: torch.full_like(tensor, -1) for name, tensor in model(10).items()}
-    rows = [Request(name, (row, *origin(out.shape[1:])), out[row : row + 1])
+    rows = [TensorPiece(name, tuple(out.shape), (row, *origin(out.shape[1:])), out[row : row + 1])
             for name, out in outs.items() if out.dim() for row in range(len(out))]  # fmt: skip
-    Checkpoint(path).read_all([*rows, Request("count", (), outs["count"])], threads)
+    Checkpoint(path).read_all([*rows, TensorPiece("count", (), (), outs["count"])], threads)
     assert all(torch.equal(outs[name], tensor) for name, tensor in model(10).items())
     shard = path / "rank-00002.safetensors"
     raw = bytearray(shard.read_bytes())

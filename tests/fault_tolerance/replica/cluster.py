@@ -7,12 +7,11 @@ import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.checkpoint.saving.save import take_fence
 from bagualu.fault_tolerance.replica.recover import Replica
 from bagualu.fault_tolerance.replica.replicas import Replicas
-from bagualu.parallel.boxes import Box
+from bagualu.parallel.boxes import Box, TensorPiece
 
 
 def model(step: int) -> dict[str, torch.Tensor]:
@@ -24,15 +23,15 @@ def model(step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def pieces(step: int, rank: int, size: int) -> Iterator[Piece]:
+def pieces(step: int, rank: int, size: int) -> Iterator[TensorPiece]:
     """A rank's share: some rows of each tensor; scalars on the last rank."""
     for name, tensor in model(step).items():
         if not tensor.dim():
             if rank == size - 1:
-                yield Piece(name, (), (), tensor)
+                yield TensorPiece(name, (), (), tensor)
             continue
         begin, end = (len(tensor) * one // size for one in (rank, rank + 1))
-        yield Piece(name, tuple(tensor.shape), (begin, *(0,) * (tensor.dim() - 1)), tensor[begin:end])
+        yield TensorPiece(name, tuple(tensor.shape), (begin, *(0,) * (tensor.dim() - 1)), tensor[begin:end])
 
 
 def open_replicas(communicator: Communicator, folder: Path, per_node: int, run: str = "run") -> Replicas:

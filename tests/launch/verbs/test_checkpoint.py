@@ -10,16 +10,16 @@ import torch
 from bagualu.comm.group import Group
 from bagualu.fault_tolerance.checkpoint.layout import format
 from bagualu.fault_tolerance.checkpoint.layout.quarantine import set_aside
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
 from bagualu.fault_tolerance.checkpoint.saving.save import save
 from bagualu.launch import cli
+from bagualu.parallel.boxes import TensorPiece
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     tensor = torch.arange(1000, dtype=torch.float32)
     for step in (3, 6):
-        pieces = [Piece("weight/a", (1000,), (0,), tensor)]
+        pieces = [TensorPiece("weight/a", (1000,), (0,), tensor)]
         metadata = {"layout": {"data": 2, "tensor": 1}, "guard": {"losses": [1.0] * 64, "norms": [2.0] * 64, "setbacks": 0}}
         save(tmp_path / "checkpoints", step, pieces, metadata, Group("world", (0,), 0, None), keep=2)
     return tmp_path
@@ -50,7 +50,7 @@ def test_one_checkpoint_alone(run_dir: Path, capsys: pytest.CaptureFixture[str])
 def test_every_damaged_block_is_named(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = run_dir / "many"
     with mock.patch.object(format, "BLOCK_BYTES", 256):
-        pieces = [Piece(name, (100,), (0,), torch.arange(100.0)) for name in ("a", "b")]
+        pieces = [TensorPiece(name, (100,), (0,), torch.arange(100.0)) for name in ("a", "b")]
         save(root / "checkpoints", 1, pieces, {}, Group("world", (0,), 0, None), keep=1)
     (shard,) = (root / "checkpoints" / "step-00000001").glob("*.safetensors")
     data = bytearray(shard.read_bytes())

@@ -6,9 +6,9 @@ import torch
 
 from bagualu.comm import simulated
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.layout.shard import Piece
 from bagualu.fault_tolerance.checkpoint.reading.compare import differences
 from bagualu.fault_tolerance.checkpoint.saving.save import save
+from bagualu.parallel.boxes import TensorPiece
 
 
 def saved(root: Path, ranks: int, weight: torch.Tensor, **metadata: object) -> Path:
@@ -17,7 +17,7 @@ def saved(root: Path, ranks: int, weight: torch.Tensor, **metadata: object) -> P
 
     def rank_main(communicator: Communicator) -> Path:
         begin = communicator.rank * rows
-        piece = Piece("weight/a", tuple(weight.shape), (begin, 0), weight[begin : begin + rows])
+        piece = TensorPiece("weight/a", tuple(weight.shape), (begin, 0), weight[begin : begin + rows])
         return save(root, 4, [piece], {"step": 4, "layout": {"data": ranks}, **metadata}, communicator.world, keep=1)
 
     return simulated.run(ranks, rank_main)[0]
