@@ -77,3 +77,35 @@ class Layout:
     def __str__(self) -> str:
         parts = [f"{axis} {self.size(axis)}" for axis in ("data", "tensor", "pipeline", "expert", "context")]
         return " x ".join(part for part in parts if not part.endswith(" 1")) or "one rank"
+
+
+@dataclass(frozen=True)
+class StagePlacement:
+    """Which pipeline rank holds which stages: `chunks` stages on each of `ranks` ranks.
+
+    Consecutive stages lie on consecutive ranks and start again at rank 0 after the last rank. With `v_shaped`, every second pass
+    over the ranks runs backwards, so with two chunks the last stage lies on the rank of the first.
+    """
+
+    ranks: int
+    chunks: int = 1
+    v_shaped: bool = False
+
+    @property
+    def stages(self) -> int:
+        return self.ranks * self.chunks
+
+    def rank_of(self, stage: int) -> int:
+        chunk, index = divmod(stage, self.ranks)
+        return self.ranks - 1 - index if self.v_shaped and chunk % 2 else index
+
+    def stages_of(self, rank: int) -> list[int]:
+        """Returns the rank's stages in the order of the model; the index into this list is the chunk."""
+        return [stage for stage in range(self.stages) if self.rank_of(stage) == rank]
+
+    def neighbour(self, stage: int, step: int) -> int | None:
+        """Returns the rank of the next (`step` 1) or previous (-1) stage; None if there is none or `stage`'s own rank holds it."""
+        other = stage + step
+        if not 0 <= other < self.stages or self.rank_of(other) == self.rank_of(stage):
+            return None
+        return self.rank_of(other)

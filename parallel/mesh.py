@@ -6,8 +6,7 @@ import torch
 
 from bagualu.comm.group import Communicator, Group
 from bagualu.comm.monitor import Monitor
-from bagualu.parallel.layout import Layout
-from bagualu.parallel.pipeline.schedule import Placement
+from bagualu.parallel.layout import Layout, StagePlacement
 
 
 @dataclass(frozen=True)
@@ -20,16 +19,16 @@ class Mesh:
     """
 
     layout: Layout
-    placement: Placement
+    placement: StagePlacement
     """Which rank of the pipeline axis holds which stages."""
     coordinates: dict[str, int]
     groups: dict[str, Group]
 
     @staticmethod
-    def build(layout: Layout, communicator: Communicator, placement: Placement | None = None) -> "Mesh":
+    def build(layout: Layout, communicator: Communicator, placement: StagePlacement | None = None) -> "Mesh":
         """Makes the groups, on each of the `layout.world` ranks. Without a placement, every pipeline rank holds a single stage."""
         rank = communicator.rank
-        placement = placement or Placement(layout.pipeline)
+        placement = placement or StagePlacement(layout.pipeline)
         at = layout.coordinates(rank)
         groups = {"world": communicator.world}
         for axis in ("tensor", "fold", "expert", "replica", "pipeline"):
@@ -106,7 +105,7 @@ def _open_connections(mesh: Mesh, communicator: Communicator) -> None:
             mesh.messages(gradients, source, destination).receive(element, source)
 
 
-def _connections(placement: Placement) -> list[tuple[bool, int, int]]:
+def _connections(placement: StagePlacement) -> list[tuple[bool, int, int]]:
     """Returns (whether gradients, source, destination) of all pairs of pipeline ranks that exchange activations or gradients."""
     connections: dict[tuple[bool, int, int], None] = {}
     for stage in range(placement.stages):

@@ -4,7 +4,8 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import pairwise
 
-from bagualu.parallel.pipeline.schedule import RECEIVES, SENDS, Action, Kind, Placement, Schedule, surrounded
+from bagualu.parallel.layout import StagePlacement
+from bagualu.parallel.pipeline.schedule import PASSES, RECEIVES, SENDS, Action, Kind, Schedule, dependencies, parts, surrounded
 
 _SPLIT = (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
 _RELEASES = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
@@ -52,43 +53,36 @@ def _check_rank(rank: int, actions: list[Action], schedule: Schedule) -> None:
     for action in wanted | counts:
         if counts[action] != wanted[action]:
             raise ScheduleError(f"rank {rank} does {action} {counts[action]} times instead of {wanted[action]}")
-    for chain in (*chains, *_local_dependencies(rank, position, schedule)):
-        for earlier, later in pairwise(chain):
-            if position[earlier] > position[later]:
-                raise ScheduleError(f"rank {rank} does {later} before {earlier}")
+    ordered = [pair for chain in chains for pair in pairwise(chain)]
+    for earlier, later in [*ordered, *_local_dependencies(rank, actions, schedule.placement)]:
+        if position[earlier] > position[later]:
+            raise ScheduleError(f"rank {rank} does {later} before {earlier}")
 
 
-def _chain(stage: int, micro_batch: int, position: dict[Action, int], placement: Placement) -> list[Action]:
+def _chain(stage: int, micro_batch: int, position: dict[Action, int], placement: StagePlacement) -> list[Action]:
     """Returns all actions of a micro-batch at a stage in the order that they must keep; other actions may lie between them."""
     split = Action(Kind.INPUT_GRADIENT, micro_batch, stage) in position
     kinds = (Kind.FORWARD, *(_SPLIT if split else (Kind.BACKWARD,)))
     return [action for kind in kinds for action in surrounded(Action(kind, micro_batch, stage), placement)]
 
 
-def _local_dependencies(rank: int, position: dict[Action, int], schedule: Schedule) -> list[list[Action]]:
-    """Returns pairs of passes of which the second needs the result of the first without a message: both stages are on this rank."""
-    placement = schedule.placement
-    chains = []
-    for stage in placement.stages_of(rank):
-        if stage + 1 == placement.stages or placement.rank_of(stage + 1) != rank:
-            continue
-        for m in range(schedule.micro_batches):
-            chains.append([Action(Kind.FORWARD, m, stage), Action(Kind.FORWARD, m, stage + 1)])
-            chains.append([_gradient(m, stage + 1, position), _gradient(m, stage, position)])
-    return chains
-
-
-def _gradient(micro_batch: int, stage: int, position: dict[Action, int]) -> Action:
-    """Returns the pass that computes the gradient of the stage's input."""
-    split = Action(Kind.INPUT_GRADIENT, micro_batch, stage)
-    return split if split in position else Action(Kind.BACKWARD, micro_batch, stage)
+def _local_dependencies(rank: int, actions: list[Action], placement: StagePlacement) -> list[tuple[Action, Action]]:
+    """Returns (earlier, later) pairs of this rank's passes: the later needs the result of the earlier without a message."""
+    gives = {part: action for action in actions if action.kind in PASSES for part in parts(action)}
+    return [
+        (gives[needed], action)
+        for action in actions
+        if action.kind in PASSES
+        for needed in dependencies(action, placement)
+        if placement.rank_of(needed.stage) == rank
+    ]
 
 
 Channel = tuple[Kind, int, int]
 """(kind of the receive, source rank, destination rank): messages with equal values keep their order."""
 
 
-def channel(action: Action, placement: Placement) -> Channel:
+def channel(action: Action, placement: StagePlacement) -> Channel:
     """Returns the channel of a send or receive. Activations go to the next stage, gradients to the previous one."""
     kind = Kind.RECEIVE_ACTIVATION if action.kind in (Kind.RECEIVE_ACTIVATION, Kind.SEND_ACTIVATION) else Kind.RECEIVE_GRADIENT
     ahead = 1 if kind == Kind.RECEIVE_ACTIVATION else -1
@@ -118,7 +112,7 @@ def run_dry(schedule: Schedule) -> list[tuple[int, Action]]:
     return done
 
 
-def _do(rank: int, action: Action, placement: Placement, inboxes: dict[Channel, deque[Action]]) -> bool:
+def _do(rank: int, action: Action, placement: StagePlacement, inboxes: dict[Channel, deque[Action]]) -> bool:
     if action.kind in SENDS:
         inboxes.setdefault(channel(action, placement), deque()).append(received_as(action))
     elif action.kind in RECEIVES:

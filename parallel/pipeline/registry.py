@@ -4,15 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bagualu.comm.errors import RecipeError
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.formula import Formula
-from bagualu.parallel.pipeline.schedule import Action, Placement, Schedule
+from bagualu.parallel.pipeline.schedule import Action, Schedule
 from bagualu.parallel.pipeline.schedules.dualpipe_v import DUALPIPE_V, dualpipe_v
 from bagualu.parallel.pipeline.schedules.interleaved import INTERLEAVED_1F1B, interleaved_1f1b
 from bagualu.parallel.pipeline.schedules.one_stage import GPIPE, ONE_F_ONE_B, ZB_H1, gpipe, one_f_one_b, zb_h1
 from bagualu.parallel.pipeline.schedules.v_half import V_HALF, v_half
 from bagualu.parallel.pipeline.schedules.zb_v import ZB_V, zb_v
 
-Generate = Callable[[Placement, int], list[list[Action]]]
+Generate = Callable[[StagePlacement, int], list[list[Action]]]
 """Called with (placement, number of micro-batches), returns the passes of each rank in order."""
 
 
@@ -28,17 +29,17 @@ class Family:
     splits_backward: bool = False
     """Whether the schedule splits backward passes into I and W."""
 
-    def placement(self, name: str, ranks: int, chunks: int | None) -> Placement:
+    def placement(self, name: str, ranks: int, chunks: int | None) -> StagePlacement:
         """Returns the placement of the stages. Raises RecipeError if the schedule does not support `chunks` stages per rank."""
         default = self.chunks[0] if self.chunks else 2
         chosen = default if chunks is None else chunks
         if (chosen not in self.chunks) if self.chunks else (chosen < 2):
             raise RecipeError(f"parallel.virtual_stages={chosen} does not go with parallel.schedule={name}; "
                               f"give parallel.virtual_stages={default}")  # fmt: skip
-        return Placement(ranks, chosen, self.v_shaped)
+        return StagePlacement(ranks, chosen, self.v_shaped)
 
 
-def place(name: str, ranks: int, chunks: int | None = None) -> Placement:
+def place(name: str, ranks: int, chunks: int | None = None) -> StagePlacement:
     """Returns the placement of the schedule `name`. Raises RecipeError for an unknown name or an unsupported number of chunks."""
     if name not in FAMILIES:
         raise RecipeError(f"parallel.schedule={name} is unknown; give one of {', '.join(FAMILIES)}")

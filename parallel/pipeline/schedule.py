@@ -1,6 +1,6 @@
 """Pipeline schedules as data: for every pipeline rank, the list of its actions in order.
 
-A model is divided into stages, contiguous slices of its layers. A rank holds one or several of them, its chunks (`Placement`). F3
+A model is divided into stages, contiguous slices of its layers. A rank holds one or several of them, its chunks (`StagePlacement`). F3
 is the forward pass of micro-batch 3 and B3 its backward pass. Some schedules split the backward pass: I3 computes the gradient of
 the stage's input, for which the previous stage waits; later, W3 computes the gradients of its weights, for which no stage waits. If
 a rank has several stages, F3' is a pass of its second stage.
@@ -11,6 +11,8 @@ a rank has several stages, F3' is a pass of its second stage.
 
 from dataclasses import dataclass
 from enum import StrEnum
+
+from bagualu.parallel.layout import StagePlacement
 
 
 class Kind(StrEnum):
@@ -42,48 +44,16 @@ class Action:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Which pipeline rank holds which stages: `chunks` stages on each of `ranks` ranks.
-
-    Consecutive stages lie on consecutive ranks and start again at rank 0 after the last rank. With `v_shaped`, every second pass
-    over the ranks runs backwards, so with two chunks the last stage lies on the rank of the first.
-    """
-
-    ranks: int
-    chunks: int = 1
-    v_shaped: bool = False
-
-    @property
-    def stages(self) -> int:
-        return self.ranks * self.chunks
-
-    def rank_of(self, stage: int) -> int:
-        chunk, index = divmod(stage, self.ranks)
-        return self.ranks - 1 - index if self.v_shaped and chunk % 2 else index
-
-    def stages_of(self, rank: int) -> list[int]:
-        """Returns the rank's stages in the order of the model; the index into this list is the chunk."""
-        return [stage for stage in range(self.stages) if self.rank_of(stage) == rank]
-
-    def neighbour(self, stage: int, step: int) -> int | None:
-        """Returns the rank of the next (`step` 1) or previous (-1) stage; None if there is none or `stage`'s own rank holds it."""
-        other = stage + step
-        if not 0 <= other < self.stages or self.rank_of(other) == self.rank_of(stage):
-            return None
-        return self.rank_of(other)
-
-
-@dataclass(frozen=True)
 class Schedule:
     """The actions of every pipeline rank in a step."""
 
-    placement: Placement
+    placement: StagePlacement
     micro_batches: int
     actions: list[list[Action]]
     """The list of each rank."""
 
 
-def forward_only(placement: Placement, micro_batches: int) -> Schedule:
+def forward_only(placement: StagePlacement, micro_batches: int) -> Schedule:
     """Returns forward passes for validation: all micro-batches of a chunk before the next, so a rank need not wait for its own
     output."""
     ranks = [placement.stages_of(rank) for rank in range(placement.ranks)]
@@ -98,7 +68,26 @@ def with_messages(schedule: Schedule) -> Schedule:
     return Schedule(schedule.placement, schedule.micro_batches, actions)
 
 
-def surrounded(action: Action, placement: Placement) -> list[Action]:
+def parts(action: Action) -> tuple[Action, ...]:
+    """The passes that `action` does: a whole backward pass does both of its parts."""
+    if action.kind != Kind.BACKWARD:
+        return (action,)
+    return tuple(Action(kind, action.micro_batch, action.stage) for kind in (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT))
+
+
+def dependencies(action: Action, placement: StagePlacement) -> tuple[Action, ...]:
+    """The passes whose results the pass `action` needs, on its own rank or on another; a gradient is always named as the
+    INPUT_GRADIENT that computes it, which may be a part of a whole backward pass (`parts`)."""
+    m, stage = action.micro_batch, action.stage
+    if action.kind == Kind.FORWARD:
+        return (Action(Kind.FORWARD, m, stage - 1),) if stage else ()
+    if action.kind == Kind.WEIGHT_GRADIENT:
+        return (Action(Kind.INPUT_GRADIENT, m, stage),)
+    own = Action(Kind.FORWARD, m, stage)
+    return (own, Action(Kind.INPUT_GRADIENT, m, stage + 1)) if stage + 1 < placement.stages else (own,)
+
+
+def surrounded(action: Action, placement: StagePlacement) -> list[Action]:
     """Returns a pass with the messages it needs and feeds. Two stages on the same rank exchange no message."""
     if action.kind == Kind.WEIGHT_GRADIENT:
         return [action]

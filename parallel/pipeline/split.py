@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.pipeline.schedule import Placement
+from bagualu.parallel.layout import StagePlacement
 
 
-def require_layers(layers: int, placement: Placement) -> None:
+def require_layers(layers: int, placement: StagePlacement) -> None:
     """Raises RecipeError if there are fewer layers than stages."""
     ranks, chunks = placement.ranks, placement.chunks
     if ranks * chunks > layers:
@@ -16,7 +16,7 @@ def require_layers(layers: int, placement: Placement) -> None:
         raise RecipeError(f"parallel.pipeline={ranks}{each} are more than model.layers={layers}; give {fits}")
 
 
-def split_layers(layers: int, placement: Placement, balance: Any = "uniform") -> list[range]:
+def split_layers(layers: int, placement: StagePlacement, balance: Any = "uniform") -> list[range]:
     """Returns contiguous slices of `layers` layers, one per stage, in the order of the model.
 
     uniform gives every stage the same number of layers, and each remaining layer to a stage in the middle, because the stages at
@@ -31,7 +31,7 @@ def split_layers(layers: int, placement: Placement, balance: Any = "uniform") ->
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
 
 
-def _uniform(layers: int, placement: Placement) -> list[int]:
+def _uniform(layers: int, placement: StagePlacement) -> list[int]:
     if not placement.v_shaped:
         return _evenly(layers, placement.stages)
     counts = [0] * placement.stages
@@ -48,7 +48,7 @@ def _evenly(layers: int, parts: int) -> list[int]:
     return [base + (first <= part < first + rest) for part in range(parts)]
 
 
-def _listed(layers: int, placement: Placement, balance: Any) -> list[int]:
+def _listed(layers: int, placement: StagePlacement, balance: Any) -> list[int]:
     stages = placement.stages
     is_list = isinstance(balance, Sequence) and not isinstance(balance, str)
     if not is_list or not all(type(count) is int for count in balance):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from bagualu.parallel.pipeline.schedule import PASSES, Action, Kind, Schedule
+from bagualu.parallel.pipeline.schedule import PASSES, Action, Kind, Schedule, dependencies, parts
 
 Time = float | int | Fraction
 Cost = Callable[[Action], Time]
@@ -82,7 +82,7 @@ def simulate(schedule: Schedule, cost: Cost, message: Time = 0) -> Timeline:
     """
     passes = [[action for action in actions if action.kind in PASSES] for actions in schedule.actions]
     spans: list[list[Span]] = [[] for _ in passes]
-    ends: dict[tuple[bool, int, int], Time] = {}
+    ends: dict[Action, Time] = {}
     moved = True
     while moved:
         moved = False
@@ -94,21 +94,18 @@ def simulate(schedule: Schedule, cost: Cost, message: Time = 0) -> Timeline:
                 start = max(spans[rank][-1].end if spans[rank] else 0, arrival)
                 end = start + cost(action)
                 spans[rank].append(Span(action, start, end))
-                if action.kind != Kind.WEIGHT_GRADIENT:
-                    ends[action.kind == Kind.FORWARD, action.micro_batch, action.stage] = end
+                ends |= dict.fromkeys(parts(action), end)
                 moved = True
     if any(len(done) < len(actions) for done, actions in zip(spans, passes, strict=True)):
         raise ValueError("the passes of this schedule wait for each other; check() names them")
     return Timeline(spans)
 
 
-def _arrival(schedule: Schedule, action: Action, ends: dict[tuple[bool, int, int], Time], message: Time) -> Time | None:
-    """Returns when the pass's input from the neighbouring stage is available; None if that stage's pass has no time yet."""
-    placement, forward = schedule.placement, action.kind == Kind.FORWARD
-    source = action.stage + (-1 if forward else 1)
-    if action.kind == Kind.WEIGHT_GRADIENT or not 0 <= source < placement.stages:
-        return 0
-    end = ends.get((forward, action.micro_batch, source))
-    if end is None or placement.rank_of(source) == placement.rank_of(action.stage):
-        return end
-    return end + message
+def _arrival(schedule: Schedule, action: Action, ends: dict[Action, Time], message: Time) -> Time | None:
+    """Returns when all results that the pass needs are available; None if one of them has no time yet."""
+    rank_of = schedule.placement.rank_of
+    needed = dependencies(action, schedule.placement)
+    if not all(one in ends for one in needed):
+        return None
+    here = rank_of(action.stage)
+    return max((ends[one] + (0 if rank_of(one.stage) == here else message) for one in needed), default=0)

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.pipeline.schedule import Placement
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.split import require_layers, split_layers
 
 COMPUTED = ("measured", "analytic")
 """Values of parallel.balance for which the split is computed from costs."""
 
 
-def validate_split(balance: Any, layers: int, placement: Placement, memory_bytes: Any, recompute: str) -> None:
+def validate_split(balance: Any, layers: int, placement: StagePlacement, memory_bytes: Any, recompute: str) -> None:
     """Raises RecipeError for a split that no costs can make valid: more stages than layers, a list that does not add up, or
     recompute=auto without a memory cap."""
     require_layers(layers, placement)

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from bagualu.parallel.balance.stages.forecast import Split
-from bagualu.parallel.pipeline.schedule import Placement
+from bagualu.parallel.layout import StagePlacement
 
 
-def show_split(split: Split, placement: Placement, measured: Sequence[tuple[float, float]] | None = None) -> str:
+def show_split(split: Split, placement: StagePlacement, measured: Sequence[tuple[float, float]] | None = None) -> str:
     """Returns a table with a row per stage: its rank and layers and, if the costs are known, the rank's speed, milliseconds of a
     micro-batch's forward and whole backward pass, and, at the rank's first stage, the rank's memory.
 

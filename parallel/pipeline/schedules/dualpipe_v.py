@@ -6,12 +6,13 @@
         F0  F0' F1  F1' F2  B0' --  F2' B0  --  F3  B1' --  F3' B1  --  F4  B2' --  F4' B2  --  B3' --  B3  --  I4' I4  W4' W4
 """
 
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.formula import Formula
-from bagualu.parallel.pipeline.schedule import Action, Placement
+from bagualu.parallel.pipeline.schedule import Action
 from bagualu.parallel.pipeline.schedules.v_shaped import Speller, only
 
 
-def dualpipe_v(placement: Placement, micro_batches: int) -> list[list[Action]]:
+def dualpipe_v(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
     """In the steady part, each forward pass of a chunk is paired with a backward pass of the other chunk, so that the communication
     of each can overlap the computation of the other (DeepSeek-V3, arXiv 2412.19437, section 3.2.1; the V form is from the
     repository github.com/deepseek-ai/DualPipe). Here the two passes of a pair run one after the other.

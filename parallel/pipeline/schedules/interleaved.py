@@ -8,11 +8,12 @@
 
 from itertools import pairwise
 
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.formula import Formula
-from bagualu.parallel.pipeline.schedule import Action, Kind, Placement
+from bagualu.parallel.pipeline.schedule import Action, Kind
 
 
-def interleaved_1f1b(placement: Placement, micro_batches: int) -> list[list[Action]]:
+def interleaved_1f1b(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
     """Groups of micro-batches go through one chunk after the other. As in 1f1b, each rank starts with forward passes and then
     alternates between forward and backward passes (Narayanan et al., arXiv 2104.04473, section 2.2).
 

@@ -22,11 +22,12 @@ zb_h1 with 4 ranks and 6 micro-batches:
 
 from collections.abc import Iterator
 
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.formula import Formula
-from bagualu.parallel.pipeline.schedule import Action, Kind, Placement
+from bagualu.parallel.pipeline.schedule import Action, Kind
 
 
-def gpipe(placement: Placement, micro_batches: int) -> list[list[Action]]:
+def gpipe(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
     """All forward passes, then all backward passes (Huang et al., arXiv 1811.06965).
 
     The bubble is (p-1)(F+B), a fraction (p-1)/(m+p-1) of the time (section 2.3); m activations are held.
@@ -35,7 +36,7 @@ def gpipe(placement: Placement, micro_batches: int) -> list[list[Action]]:
     return [[*_passes("F", every, stage), *_passes("B", every, stage)] for stage in range(placement.ranks)]
 
 
-def one_f_one_b(placement: Placement, micro_batches: int) -> list[list[Action]]:
+def one_f_one_b(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
     """Each rank starts with as many forward passes as there are stages after it, then alternates between forward and backward
     passes (PipeDream-flush, arXiv 2006.09503, section 3).
 
@@ -48,7 +49,7 @@ def one_f_one_b(placement: Placement, micro_batches: int) -> list[list[Action]]:
     return actions
 
 
-def zb_h1(placement: Placement, micro_batches: int) -> list[list[Action]]:
+def zb_h1(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
     """1f1b with split backward passes. On rank i, the W of a micro-batch runs only after i further I passes, so that W passes fill
     the wait at the end (ZB-H1, also ZB1P: Qi et al., arXiv 2401.10241, section 2.2).
 

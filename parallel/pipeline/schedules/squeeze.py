@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
-from bagualu.parallel.pipeline.schedule import Action, Kind, Placement
+from bagualu.parallel.layout import StagePlacement
+from bagualu.parallel.pipeline.schedule import Action, Kind, dependencies
 
 
-def squeeze(schedule: list[list[Action]], placement: Placement) -> list[list[Action]]:
+def squeeze(schedule: list[list[Action]], placement: StagePlacement) -> list[list[Action]]:
     """Returns the same passes with less waiting (the squeezing and reordering of arXiv 2405.15362, in a single sweep).
 
     All passes count as one step. In each step, every rank does the first pass of its list whose inputs are available. It never
@@ -29,14 +30,14 @@ class _Rank:
         self._held = 0
         self._most = max(_held_after_each(actions, 0))
 
-    def take(self, done: set[Action], placement: Placement) -> Action | None:
+    def take(self, done: set[Action], placement: StagePlacement) -> Action | None:
         """Removes and returns the first pass that can run now; None if there is none."""
         seen: set[tuple[Kind, int]] = set()
         kinds = 3 * placement.chunks
         peak = self._held
         for index, (action, held) in enumerate(zip(self.left, _held_after_each(self.left, self._held), strict=False)):
             fits = action.kind != Kind.FORWARD or peak < self._most
-            if (action.kind, action.stage) not in seen and fits and _needs(action, placement) <= done:
+            if (action.kind, action.stage) not in seen and fits and done.issuperset(dependencies(action, placement)):
                 return self._do(index)
             seen.add((action.kind, action.stage))
             if len(seen) == kinds:
@@ -60,14 +61,3 @@ def _held_after_each(actions: list[Action], held: int) -> Iterator[int]:
     for action in actions:
         held += _change(action)
         yield held
-
-
-def _needs(action: Action, placement: Placement) -> set[Action]:
-    """Returns the passes that must be done before, on this rank or on that of a neighbouring stage."""
-    m, stage = action.micro_batch, action.stage
-    if action.kind == Kind.WEIGHT_GRADIENT:
-        return {Action(Kind.INPUT_GRADIENT, m, stage)}
-    if action.kind == Kind.FORWARD:
-        return {Action(Kind.FORWARD, m, stage - 1)} if stage else set()
-    after = {Action(Kind.INPUT_GRADIENT, m, stage + 1)} if stage + 1 < placement.stages else set()
-    return {Action(Kind.FORWARD, m, stage), *after}

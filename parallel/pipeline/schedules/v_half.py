@@ -9,15 +9,16 @@
 
 from collections import deque
 
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.formula import Formula
-from bagualu.parallel.pipeline.schedule import Action, Kind, Placement
+from bagualu.parallel.pipeline.schedule import Action, Kind
 from bagualu.parallel.pipeline.schedules.squeeze import squeeze
 
 _PERIOD = 6
 """A micro-batch has six passes on each rank: F, I and W at two stages."""
 
 
-def v_half(placement: Placement, micro_batches: int) -> list[list[Action]]:
+def v_half(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
     """Repeats a building block, a micro-batch's passes at fixed times, every six steps, then closes gaps with `squeeze`.
 
     How long the block keeps an activation determines how many are held (V-Half: Qi et al., arXiv 2405.15362).
@@ -31,7 +32,7 @@ def v_half(placement: Placement, micro_batches: int) -> list[list[Action]]:
     return squeeze(block, placement)
 
 
-def _repeated(placement: Placement, rank: int, micro_batches: int) -> dict[int, Action]:
+def _repeated(placement: StagePlacement, rank: int, micro_batches: int) -> dict[int, Action]:
     """Returns time -> pass of a rank, without W.
 
     The first chunk's forward passes take two steps from each rank to the next; the second chunk's return in one step per rank. The

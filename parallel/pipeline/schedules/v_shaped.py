@@ -2,7 +2,8 @@
 
 from collections import Counter, deque
 
-from bagualu.parallel.pipeline.schedule import Action, Kind, Placement
+from bagualu.parallel.layout import StagePlacement
+from bagualu.parallel.pipeline.schedule import Action, Kind
 
 
 class Speller:
@@ -11,7 +12,7 @@ class Speller:
     W appends the oldest W whose I is done, of any chunk, W0 and W1 the oldest of that chunk; if there is none, they append nothing.
     """
 
-    def __init__(self, placement: Placement, rank: int) -> None:
+    def __init__(self, placement: StagePlacement, rank: int) -> None:
         self._stages = placement.stages_of(rank)
         self._next: Counter[tuple[bool, int]] = Counter()
         self._waiting: deque[Action] = deque()

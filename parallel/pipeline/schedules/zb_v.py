@@ -7,12 +7,13 @@
             F0  F0' F1  F1' F2  F2' I0' W0' F3  I0  W0  F3' I1' W1' F4  I1  W1  F4' I2' W2' I2  I3' I3  I4' I4  W2  W3' W4' W3  W4
 """
 
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.formula import Formula
-from bagualu.parallel.pipeline.schedule import Action, Placement
+from bagualu.parallel.pipeline.schedule import Action
 from bagualu.parallel.pipeline.schedules.v_shaped import Speller, only
 
 
-def zb_v(placement: Placement, micro_batches: int) -> list[list[Action]]:
+def zb_v(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
     """The last stage is on the first rank, so the first I comes early, and W passes fill the waits (ZB-V: Qi et al., arXiv
     2401.10241, section 6).
 

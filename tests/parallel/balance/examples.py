@@ -7,10 +7,11 @@ from itertools import combinations, pairwise
 from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.parallel.balance.stages.forecast import by_rank
 from bagualu.parallel.balance.stages.problem import Piece, Problem
-from bagualu.parallel.pipeline.schedule import Action, Kind, Placement, Schedule
+from bagualu.parallel.layout import StagePlacement
+from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule
 
 
-def all_forward_then_backward(placement: Placement, micro_batches: int, split: bool = False) -> Schedule:
+def all_forward_then_backward(placement: StagePlacement, micro_batches: int, split: bool = False) -> Schedule:
     """GPipe for any placement; with `split`, all input gradients before all weight gradients."""
     kinds = (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT) if split else (Kind.BACKWARD,)
     ranks = []

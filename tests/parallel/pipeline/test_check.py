@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.check import Report, ScheduleError, check
 from bagualu.parallel.pipeline.formula import Size
 from bagualu.parallel.pipeline.registry import FAMILIES, SCHEDULES, compute_schedule
-from bagualu.parallel.pipeline.schedule import PASSES, Action, Kind, Placement, Schedule, forward_only, with_messages
+from bagualu.parallel.pipeline.schedule import PASSES, Action, Kind, Schedule, forward_only, with_messages
 from bagualu.parallel.pipeline.timeline import per_kind, simulate
 
 EVEN = (1, 1, 1)
@@ -199,9 +200,9 @@ def test_a_chunk_that_needs_what_its_own_rank_does_later_is_found(one: str, othe
 def test_a_schedule_for_another_number_of_micro_batches_is_refused() -> None:
     actions = good().actions
     with pytest.raises(ScheduleError, match="F4 of stage 0 0 times instead of 1"):
-        check(Schedule(Placement(3), 5, actions))
+        check(Schedule(StagePlacement(3), 5, actions))
     with pytest.raises(ScheduleError, match="1 times instead of 0"):
-        check(Schedule(Placement(3), 3, actions))
+        check(Schedule(StagePlacement(3), 3, actions))
 
 
 @given(st.sampled_from(SCHEDULES), st.integers(1, 4), st.integers(1, 5), st.data())
@@ -220,6 +221,6 @@ def test_any_single_change_is_found_or_harmless(name: str, ranks: int, micro_bat
 
 
 def test_validation_goes_forward_over_every_placement_without_a_deadlock() -> None:
-    for placement in (Placement(1), Placement(3), Placement(2, 3), Placement(3, 2, v_shaped=True)):
+    for placement in (StagePlacement(1), StagePlacement(3), StagePlacement(2, 3), StagePlacement(3, 2, v_shaped=True)):
         timeline = simulate(with_messages(forward_only(placement, 4)), per_kind(*EVEN))
         assert sum(map(len, timeline.ranks)) == 4 * placement.stages

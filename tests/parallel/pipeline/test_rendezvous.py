@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.mesh import message_group
 from bagualu.parallel.pipeline.check import received_as
 from bagualu.parallel.pipeline.registry import SCHEDULES, compute_schedule
-from bagualu.parallel.pipeline.schedule import PASSES, SENDS, Action, Kind, Placement, Schedule, forward_only, with_messages
+from bagualu.parallel.pipeline.schedule import PASSES, SENDS, Action, Kind, Schedule, forward_only, with_messages
 
 GroupOf = Callable[[bool, int, int], str]
 """(gradients, source, destination) -> the group's name."""
@@ -66,8 +67,10 @@ def test_every_schedule_comes_to_its_end(name: str) -> None:
         assert comes_to_its_end(with_messages(compute_schedule(name, ranks, micro_batches)), message_group), (ranks, micro_batches)
 
 
-@pytest.mark.parametrize("placement", [Placement(3), Placement(2, 2), Placement(3, 2), Placement(3, 2, True)], ids=str)
-def test_so_does_validation(placement: Placement) -> None:
+@pytest.mark.parametrize(
+    "placement", [StagePlacement(3), StagePlacement(2, 2), StagePlacement(3, 2), StagePlacement(3, 2, True)], ids=str
+)
+def test_so_does_validation(placement: StagePlacement) -> None:
     assert comes_to_its_end(with_messages(forward_only(placement, 4)), message_group)
 
 

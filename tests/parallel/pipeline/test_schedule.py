@@ -6,9 +6,10 @@ from types import ModuleType
 import pytest
 
 from bagualu.comm.errors import RecipeError
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.draw_text import draw, short
 from bagualu.parallel.pipeline.registry import FAMILIES, SCHEDULES, compute_schedule, place
-from bagualu.parallel.pipeline.schedule import Action, Kind, Placement, Schedule, forward_only, with_messages
+from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule, forward_only, with_messages
 from bagualu.parallel.pipeline.schedules import dualpipe_v, interleaved, one_stage, v_half, zb_v
 from bagualu.parallel.pipeline.timeline import per_kind, simulate
 
@@ -92,7 +93,7 @@ def test_stages_of_one_rank_hand_on_without_a_message() -> None:
 
 
 def test_validation_goes_forward_only_chunk_after_chunk() -> None:
-    schedule = with_messages(forward_only(Placement(2, 2, v_shaped=True), 2))
+    schedule = with_messages(forward_only(StagePlacement(2, 2, v_shaped=True), 2))
     assert spelled(schedule, 0) == "F0 SA0 F1 SA1 RA0' F0' RA1' F1'"
     assert spelled(schedule, 1) == "RA0 F0 RA1 F1 F0' SA0' F1' SA1'"
 
@@ -135,4 +136,4 @@ def test_a_message_takes_its_time_between_ranks_and_none_within_one() -> None:
 def test_passes_that_wait_for_each_other_have_no_times() -> None:
     wrong = [[Action(Kind.BACKWARD, 0, 0), Action(Kind.FORWARD, 0, 0)], [Action(Kind.FORWARD, 0, 1), Action(Kind.BACKWARD, 0, 1)]]
     with pytest.raises(ValueError, match="wait for each other"):
-        simulate(Schedule(Placement(2), 1, wrong), per_kind(1, 1))
+        simulate(Schedule(StagePlacement(2), 1, wrong), per_kind(1, 1))

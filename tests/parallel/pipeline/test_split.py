@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.pipeline.schedule import Placement
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.split import split_layers
 
 
 @given(st.integers(1, 12), st.integers(0, 40))
 def test_every_layer_is_held_once_in_order_and_stages_differ_by_one_at_most(stages: int, more: int) -> None:
     layers = stages + more
-    slices = split_layers(layers, Placement(stages))
+    slices = split_layers(layers, StagePlacement(stages))
     assert [layer for held in slices for layer in held] == list(range(layers))
     counts = [len(held) for held in slices]
     assert max(counts) - min(counts) <= 1
@@ -23,12 +23,12 @@ def test_every_layer_is_held_once_in_order_and_stages_differ_by_one_at_most(stag
 
 
 def test_thirty_layers_on_four_stages_are_thirty() -> None:
-    assert [len(held) for held in split_layers(30, Placement(4))] == [7, 8, 8, 7]
+    assert [len(held) for held in split_layers(30, StagePlacement(4))] == [7, 8, 8, 7]
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_a_list_is_followed(counts: list[int]) -> None:
-    slices = split_layers(sum(counts), Placement(len(counts)), counts)
+    slices = split_layers(sum(counts), StagePlacement(len(counts)), counts)
     assert [len(held) for held in slices] == counts
     assert [layer for held in slices for layer in held] == list(range(sum(counts)))
 
@@ -51,14 +51,14 @@ def test_a_list_is_followed(counts: list[int]) -> None:
 )
 def test_what_cannot_be_is_refused_with_one_that_can(layers: int, stages: int, balance: object, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        split_layers(layers, Placement(stages), balance)
+        split_layers(layers, StagePlacement(stages), balance)
 
 
 @pytest.mark.parametrize("v_shaped", [False, True])
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_uniform_is_even_by_rank(ranks: int, chunks: int, v_shaped: bool) -> None:
-    placement = Placement(ranks, chunks, v_shaped and chunks == 2)
+    placement = StagePlacement(ranks, chunks, v_shaped and chunks == 2)
     for layers in range(placement.stages, 3 * placement.stages + 1):
         slices = split_layers(layers, placement)
         assert [layer for held in slices for layer in held] == list(range(layers))
@@ -68,11 +68,11 @@ def test_uniform_is_even_by_rank(ranks: int, chunks: int, v_shaped: bool) -> Non
 
 
 def test_several_stages_of_a_rank_are_counted_together() -> None:
-    assert [len(held) for held in split_layers(10, Placement(2, 2))] == [2, 3, 3, 2]
-    assert [len(held) for held in split_layers(10, Placement(2, 2), [1, 2, 3, 4])] == [1, 2, 3, 4]
-    assert [len(held) for held in split_layers(10, Placement(4, 2, v_shaped=True))] == [1, 1, 2, 2, 1, 1, 1, 1]
+    assert [len(held) for held in split_layers(10, StagePlacement(2, 2))] == [2, 3, 3, 2]
+    assert [len(held) for held in split_layers(10, StagePlacement(2, 2), [1, 2, 3, 4])] == [1, 2, 3, 4]
+    assert [len(held) for held in split_layers(10, StagePlacement(4, 2, v_shaped=True))] == [1, 1, 2, 2, 1, 1, 1, 1]
     message = "parallel.virtual_stages=2 stages each are more than model.layers=7; give parallel.pipeline=3 or less"
     with pytest.raises(RecipeError, match=message):
-        split_layers(7, Placement(4, 2))
+        split_layers(7, StagePlacement(4, 2))
     with pytest.raises(RecipeError, match=r"give model\.layers=4"):
-        split_layers(1, Placement(2, 2))
+        split_layers(1, StagePlacement(2, 2))

@@ -14,8 +14,9 @@ from bagualu.parallel.balance.stages.forecast import Split, by_rank, forecast_sp
 from bagualu.parallel.balance.stages.partition import solve
 from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.balance.stages.refine import TOLERANCE
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.registry import compute_schedule
-from bagualu.parallel.pipeline.schedule import Placement, Schedule
+from bagualu.parallel.pipeline.schedule import Schedule
 from tests.parallel.balance.examples import all_forward_then_backward, bottleneck, every_split, random_table
 
 
@@ -48,8 +49,8 @@ def test_the_predicted_step_is_that_of_the_schedule() -> None:
     assert plain.step_seconds == pytest.approx((8 + 4 - 1) * 2 * 3.0)
 
 
-@pytest.mark.parametrize("placement", [Placement(3), Placement(2, 2, True), Placement(2, 2)], ids=str)
-def test_of_the_splits_near_the_optimum_none_is_faster_on_the_schedule(placement: Placement) -> None:
+@pytest.mark.parametrize("placement", [StagePlacement(3), StagePlacement(2, 2, True), StagePlacement(2, 2)], ids=str)
+def test_of_the_splits_near_the_optimum_none_is_faster_on_the_schedule(placement: StagePlacement) -> None:
     rng = random.Random(7)
     for _ in range(40):
         schedule = all_forward_then_backward(placement, rng.randint(1, 4))
@@ -114,7 +115,7 @@ def test_caps_that_nothing_fits_are_refused_with_ones_that_work() -> None:
     rng = random.Random(3)
     refused = []
     for _ in range(60):
-        placement = rng.choice([Placement(3), Placement(2, 2, True), Placement(2, 2)])
+        placement = rng.choice([StagePlacement(3), StagePlacement(2, 2, True), StagePlacement(2, 2)])
         table, schedule = random_table(rng, 6), all_forward_then_backward(placement, 2)
         equal = rng.random() < 0.5
         caps = [rng.randint(10, 120)] * placement.ranks if equal else [rng.randint(10, 120) for _ in range(placement.ranks)]
@@ -145,16 +146,16 @@ def test_a_list_that_does_not_fit_is_refused_and_one_that_does_is_taken() -> Non
 @pytest.mark.parametrize(
     ("placement", "layers", "message"),
     [
-        (Placement(5), 4, "parallel.pipeline=5 stages are more than model.layers=4; give parallel.pipeline=4 or less"),
+        (StagePlacement(5), 4, "parallel.pipeline=5 stages are more than model.layers=4; give parallel.pipeline=4 or less"),
         (
-            Placement(3, 2),
+            StagePlacement(3, 2),
             5,
             r"parallel.virtual_stages=2 stages each are more than model.layers=5; give parallel.pipeline=2 or less",
         ),
-        (Placement(2, 3), 2, "are more than model.layers=2; give model.layers=6"),
+        (StagePlacement(2, 3), 2, "are more than model.layers=2; give model.layers=6"),
     ],
 )
-def test_more_stages_than_layers_are_refused(placement: Placement, layers: int, message: str) -> None:
+def test_more_stages_than_layers_are_refused(placement: StagePlacement, layers: int, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         choose_split(uniform_table(layers), all_forward_then_backward(placement, 2))
 
@@ -171,7 +172,7 @@ def test_tables_and_splits_survive_json() -> None:
 def test_ranks_that_hold_both_ends_count_tied_weights_once() -> None:
     embedding, layer = LayerCost("embedding", 0, 0, 0, state_bytes=70), LayerCost("layer", 1, 1, 1)
     table = CostTable(embedding, [layer] * 4, LayerCost("head", 0, 0, 0, state_bytes=70), "drawn", tied_bytes=70)
-    for placement, expected in ((Placement(2), [70, 70]), (Placement(2, 2, True), [70, 0])):
+    for placement, expected in ((StagePlacement(2), [70, 70]), (StagePlacement(2, 2, True), [70, 0])):
         problem = Problem(table, all_forward_then_backward(placement, 1), [1.0, 1.0], None)
         pieces = next(every_split(problem))
         assert [problem.memory(r, mine, (False,) * len(mine)) for r, mine in enumerate(by_rank(problem, pieces))] == expected

@@ -7,7 +7,7 @@ import pytest
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.balance.stages.keys import memory_caps, validate_split
 from bagualu.parallel.config import ParallelConfig
-from bagualu.parallel.pipeline.schedule import Placement
+from bagualu.parallel.layout import StagePlacement
 
 
 @pytest.mark.parametrize("balance", ["measured", "analytic"])
@@ -15,7 +15,7 @@ from bagualu.parallel.pipeline.schedule import Placement
 @pytest.mark.parametrize("memory", [None, 2**30, [2**30, 2**29]])
 def test_what_makes_sense_is_taken(balance: str, speeds: object, memory: object) -> None:
     ParallelConfig(pipeline=2, balance=balance, speeds=speeds, memory_bytes=memory).validate()
-    validate_split(balance, 2, Placement(2), memory, "none")
+    validate_split(balance, 2, StagePlacement(2), memory, "none")
 
 
 @pytest.mark.parametrize(
@@ -55,4 +55,4 @@ def test_one_cap_is_everybodys() -> None:
 )
 def test_a_split_that_cannot_be_is_refused(balance: object, layers: int, memory: object, recompute: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        validate_split(balance, layers, Placement(4), memory, recompute)
+        validate_split(balance, layers, StagePlacement(4), memory, recompute)

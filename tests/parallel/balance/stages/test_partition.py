@@ -6,10 +6,10 @@ import pytest
 
 from bagualu.parallel.balance.stages.partition import solve
 from bagualu.parallel.balance.stages.problem import Problem
-from bagualu.parallel.pipeline.schedule import Placement
+from bagualu.parallel.layout import StagePlacement
 from tests.parallel.balance.examples import all_forward_then_backward, bottleneck, every_split, random_table
 
-PLACEMENTS = [Placement(ranks, chunks, v) for ranks in (1, 2, 3, 4) for chunks in (1, 2, 3) for v in (False, True)
+PLACEMENTS = [StagePlacement(ranks, chunks, v) for ranks in (1, 2, 3, 4) for chunks in (1, 2, 3) for v in (False, True)
               if ranks * chunks <= 6 and not (v and chunks == 1)]  # fmt: skip
 
 
@@ -53,9 +53,9 @@ def test_it_equals_brute_force(cases: int) -> None:
     assert refused > cases // 20
 
 
-@pytest.mark.parametrize("placement", [Placement(16), Placement(16, 2, True), Placement(8, 2)], ids=str)
+@pytest.mark.parametrize("placement", [StagePlacement(16), StagePlacement(16, 2, True), StagePlacement(8, 2)], ids=str)
 @pytest.mark.parametrize("kinds", [1, 2, None])
-def test_eighty_layers_on_sixteen_ranks_or_stages_are_proven(placement: Placement, kinds: int | None) -> None:
+def test_eighty_layers_on_sixteen_ranks_or_stages_are_proven(placement: StagePlacement, kinds: int | None) -> None:
     rng = random.Random(1)
     for speeds in ([1.0] * placement.ranks, [rng.choice([0.5, 0.8, 1.0]) for _ in range(placement.ranks)]):
         found = solve(Problem(random_table(rng, 80, kinds), all_forward_then_backward(placement, 4), speeds, None))
@@ -66,7 +66,7 @@ def test_eighty_layers_on_sixteen_ranks_or_stages_are_proven(placement: Placemen
 def test_a_search_that_is_cut_short_says_how_far_from_the_optimum_it_may_be() -> None:
     rng = random.Random(2)
     table = random_table(rng, 24, 2)
-    problem = Problem(table, all_forward_then_backward(Placement(3, 4), 2), [1.0, 0.7, 0.9], None)
+    problem = Problem(table, all_forward_then_backward(StagePlacement(3, 4), 2), [1.0, 0.7, 0.9], None)
     whole, short = solve(problem, 10**7), solve(problem, 400)
     assert whole is not None
     assert short is not None
@@ -79,6 +79,6 @@ def test_layers_that_cost_nothing_are_split_too() -> None:
     table = random_table(random.Random(0), 4)
     free = [type(table.head)(layer.name, 0.0, 0.0, 0.0) for layer in (table.embedding, *table.layers, table.head)]
     table = type(table)(free[0], free[1:-1], free[-1], "free")
-    found = solve(Problem(table, all_forward_then_backward(Placement(2), 1), [1.0, 1.0], None))
+    found = solve(Problem(table, all_forward_then_backward(StagePlacement(2), 1), [1.0, 1.0], None))
     assert found is not None
     assert found.bottleneck_seconds == 0

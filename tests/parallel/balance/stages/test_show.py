@@ -4,8 +4,8 @@ from bagualu.parallel.balance.stages.choose import choose_split
 from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.show import show_split
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.registry import compute_schedule
-from bagualu.parallel.pipeline.schedule import Placement
 
 LAYER = LayerCost("layer", 0.001, 0.001, 0.0005, state_bytes=2**20)
 TABLE = CostTable(LayerCost("embedding", 0, 0, 0), [LAYER] * 3, LayerCost("head", 0.001, 0, 0), "drawn")
@@ -13,7 +13,7 @@ TABLE = CostTable(LayerCost("embedding", 0, 0, 0), [LAYER] * 3, LayerCost("head"
 
 def test_with_costs_and_measured_times() -> None:
     split = choose_split(TABLE, compute_schedule("1f1b", 2, 2), speeds=[0.5, 1.0])
-    assert show_split(split, Placement(2), [(0.002, 0.0031), (0.0030, 0.0029)]).splitlines() == [
+    assert show_split(split, StagePlacement(2), [(0.002, 0.0031), (0.0030, 0.0029)]).splitlines() == [
         "stage  rank  layers  count  speed  forward ms  backward ms  rank's memory MiB  measured forward ms  measured backward ms",
         "    0     0     0-0      1   0.50           2            3                1.0                    2                   3.1",
         "    1     1     1-2      2   1.00           3            3                2.0                    3                   2.9",
@@ -23,7 +23,7 @@ def test_with_costs_and_measured_times() -> None:
 
 def test_without_costs_there_are_the_layers() -> None:
     split = Split([range(2), range(2, 3), range(3, 5), range(5, 6)], [False, True, False, False])
-    assert show_split(split, Placement(2, 2, True)).splitlines() == [
+    assert show_split(split, StagePlacement(2, 2, True)).splitlines() == [
         "stage  rank  layers  count  recompute",
         "    0     0     0-1      2         no",
         "    1     1     2-2      1        yes",
