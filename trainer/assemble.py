@@ -15,7 +15,7 @@ from bagualu.parallel.pipeline.check import check
 from bagualu.parallel.pipeline.program import Program, program
 from bagualu.parallel.pipeline.registry import compute_schedule
 from bagualu.parallel.pipeline.runtime import PipelineRunner
-from bagualu.parallel.pipeline.schedule import Schedule, with_messages
+from bagualu.parallel.pipeline.schedules.schedule import Schedule, with_messages
 from bagualu.trainer.costs.choose_split import agree_on_shares, agree_on_split
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.corpus import Corpus

@@ -6,7 +6,7 @@ import torch
 
 from bagualu.parallel.pipeline.program import program
 from bagualu.parallel.pipeline.runtime import MicroBatch
-from bagualu.parallel.pipeline.schedule import forward_only, with_messages
+from bagualu.parallel.pipeline.schedules.schedule import forward_only, with_messages
 from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.data.corpus import bits_per_byte

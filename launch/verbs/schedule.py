@@ -16,11 +16,11 @@ from bagualu.comm.errors import RecipeError
 from bagualu.launch.verbs.usage import SCHEDULE_KEYS, SEVERAL, Request
 from bagualu.parallel.pipeline.check import check
 from bagualu.parallel.pipeline.draw_text import draw
-from bagualu.parallel.pipeline.formula import Size
 from bagualu.parallel.pipeline.recorded_timeline import FILE, Measured, check_against, mean_costs, read_measured
 from bagualu.parallel.pipeline.registry import FAMILIES, compute_schedule
-from bagualu.parallel.pipeline.schedule import Schedule, with_messages
-from bagualu.parallel.pipeline.timeline import Time, Timeline, per_kind, simulate
+from bagualu.parallel.pipeline.schedules.formula import Size, Time
+from bagualu.parallel.pipeline.schedules.schedule import Schedule, with_messages
+from bagualu.parallel.pipeline.timeline import Timeline, per_kind, simulate
 from bagualu.trainer.process.failure import DONE
 
 _EXAMPLE = "e.g. bagualu schedule name=zb_v stages=4 micro_batches=8"

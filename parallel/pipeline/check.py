@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from bagualu.parallel.layout import StagePlacement
-from bagualu.parallel.pipeline.schedule import PASSES, RECEIVES, SENDS, Action, Kind, Schedule, dependencies, parts, surrounded
+from bagualu.parallel.pipeline.schedules.schedule import (
+    PASSES,
+    RECEIVES,
+    SENDS,
+    Action,
+    Kind,
+    Schedule,
+    dependencies,
+    parts,
+    surrounded,
+)
 
 _SPLIT = (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
 _RELEASES = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)

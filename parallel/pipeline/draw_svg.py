@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.textpath import TextPath
 from matplotlib.transforms import Affine2D
 
-from bagualu.parallel.pipeline.schedule import Kind
+from bagualu.parallel.pipeline.schedules.schedule import Kind
 from bagualu.parallel.pipeline.timeline import Span, Timeline
 
 _COLOURS = {

@@ -1,6 +1,6 @@
 """Draws a schedule as text."""
 
-from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule
+from bagualu.parallel.pipeline.schedules.schedule import Action, Kind, Schedule
 from bagualu.parallel.pipeline.timeline import per_kind, simulate
 
 

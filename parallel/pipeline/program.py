@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from bagualu.parallel.pipeline.check import received_as, run_dry
-from bagualu.parallel.pipeline.schedule import RECEIVES, SENDS, Action, Schedule
+from bagualu.parallel.pipeline.schedules.schedule import RECEIVES, SENDS, Action, Schedule
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule
+from bagualu.parallel.pipeline.schedules.schedule import Action, Kind, Schedule
 from bagualu.parallel.pipeline.timeline import Cost, Span, Timeline
 
 FILE = "pipeline.jsonl"

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.layout import StagePlacement
-from bagualu.parallel.pipeline.formula import Formula
-from bagualu.parallel.pipeline.schedule import Action, Schedule
 from bagualu.parallel.pipeline.schedules.dualpipe_v import DUALPIPE_V, dualpipe_v
+from bagualu.parallel.pipeline.schedules.formula import Formula
 from bagualu.parallel.pipeline.schedules.interleaved import INTERLEAVED_1F1B, interleaved_1f1b
 from bagualu.parallel.pipeline.schedules.one_stage import GPIPE, ONE_F_ONE_B, ZB_H1, gpipe, one_f_one_b, zb_h1
+from bagualu.parallel.pipeline.schedules.schedule import Action, Schedule
 from bagualu.parallel.pipeline.schedules.v_half import V_HALF, v_half
 from bagualu.parallel.pipeline.schedules.zb_v import ZB_V, zb_v
 

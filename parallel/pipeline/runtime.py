@@ -14,7 +14,7 @@ from bagualu.comm.backend import Work
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.pipeline.backward import backward
 from bagualu.parallel.pipeline.program import Program
-from bagualu.parallel.pipeline.schedule import PASSES, RECEIVES, Action, Kind
+from bagualu.parallel.pipeline.schedules.schedule import PASSES, RECEIVES, Action, Kind
 from bagualu.parallel.pipeline.stopwatch import Stopwatch
 
 

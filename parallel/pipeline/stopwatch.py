@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bagualu.parallel.pipeline.schedule import Action
+from bagualu.parallel.pipeline.schedules.schedule import Action
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ Every pass begins as soon as its rank is free and its inputs are available. If t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 
-from bagualu.parallel.pipeline.schedule import PASSES, Action, Kind, Schedule, dependencies, parts
+from bagualu.parallel.pipeline.schedules.formula import Time, share
+from bagualu.parallel.pipeline.schedules.schedule import PASSES, Action, Kind, Schedule, dependencies, parts
 
-Time = float | int | Fraction
 Cost = Callable[[Action], Time]
 """Returns the duration of a pass."""
 
@@ -57,11 +56,6 @@ class Timeline:
 
     def _waiting(self, time: Time) -> Time:
         return 1 - share(sum(self.busy(rank) for rank in range(len(self.ranks))), time * len(self.ranks))
-
-
-def share(part: Time, whole: Time) -> Time:
-    """Returns part / whole, exact unless either is a float."""
-    return part / whole if isinstance(part, float) or isinstance(whole, float) else Fraction(part) / Fraction(whole)
 
 
 def per_kind(forward: Time = 1, input_gradient: Time = 1, weight_gradient: Time = 0) -> Cost:

@@ -30,7 +30,7 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.guard.verdict import Action
 from bagualu.parallel.pipeline.program import program
 from bagualu.parallel.pipeline.runtime import MicroBatch
-from bagualu.parallel.pipeline.schedule import forward_only, with_messages
+from bagualu.parallel.pipeline.schedules.schedule import forward_only, with_messages
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe.compose import compose

@@ -17,8 +17,8 @@ from contest.entry import parse
 from contest.runs import Ended
 from contest.sleeping import Sleepers, Slow
 
-from bagualu.parallel.pipeline.formula import Size
 from bagualu.parallel.pipeline.registry import FAMILIES, SCHEDULES, compute_schedule
+from bagualu.parallel.pipeline.schedules.formula import Size
 from bagualu.parallel.pipeline.timeline import per_kind, simulate
 
 

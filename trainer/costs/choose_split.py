@@ -20,7 +20,7 @@ from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.keys import COMPUTED, memory_caps
 from bagualu.parallel.layout import Layout
-from bagualu.parallel.pipeline.schedule import Schedule
+from bagualu.parallel.pipeline.schedules.schedule import Schedule
 from bagualu.parallel.pipeline.split import split_layers
 from bagualu.trainer.costs.analytic import Work, analytic_table
 from bagualu.trainer.costs.cache import device_name, figures

@@ -16,7 +16,7 @@ from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.ledger.events import clock
 from bagualu.parallel.balance.stages.show import show_split
 from bagualu.parallel.pipeline.recorded_timeline import FILE
-from bagualu.parallel.pipeline.schedule import Kind
+from bagualu.parallel.pipeline.schedules.schedule import Kind
 from bagualu.trainer.assemble import Parts
 
 log = logging.getLogger(__name__)

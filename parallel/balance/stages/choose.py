@@ -10,7 +10,7 @@ from bagualu.parallel.balance.stages.forecast import Split, by_rank, forecast_sp
 from bagualu.parallel.balance.stages.partition import GaveUp, Solution, solve
 from bagualu.parallel.balance.stages.problem import Piece, Problem
 from bagualu.parallel.balance.stages.refine import refine
-from bagualu.parallel.pipeline.schedule import Schedule
+from bagualu.parallel.pipeline.schedules.schedule import Schedule
 from bagualu.parallel.pipeline.split import require_layers
 
 _DIAGNOSIS_WORK = 50_000

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from bagualu.parallel.balance.stages.problem import Piece, Problem, StageTimes
-from bagualu.parallel.pipeline.schedule import Action, Kind
+from bagualu.parallel.pipeline.schedules.schedule import Action, Kind
 from bagualu.parallel.pipeline.timeline import simulate
 
 

@@ -4,7 +4,7 @@ A micro-batch's activations at a stage are held from its forward pass to its bac
 held until I, and the operands of the weight gradients from I to W.
 """
 
-from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule
+from bagualu.parallel.pipeline.schedules.schedule import Action, Kind, Schedule
 
 Moment = tuple[tuple[int, int], ...]
 """For each stage of a rank in order: the number of micro-batches whose activations are held, and whose operands are held."""

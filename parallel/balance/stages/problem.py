@@ -7,7 +7,7 @@ from operator import attrgetter
 
 from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.memory import worst_moments
-from bagualu.parallel.pipeline.schedule import Schedule
+from bagualu.parallel.pipeline.schedules.schedule import Schedule
 
 RECOMPUTE = ("none", "full", "auto")
 Piece = tuple[int, int]

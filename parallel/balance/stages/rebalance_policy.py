@@ -16,7 +16,7 @@ from bagualu.parallel.balance.stages.choose import choose_split
 from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.forecast import Split, by_rank, step_seconds
 from bagualu.parallel.balance.stages.problem import Problem
-from bagualu.parallel.pipeline.schedule import Schedule
+from bagualu.parallel.pipeline.schedules.schedule import Schedule
 
 _FORGETS_AFTER = 8
 """A doubling is undone after `patience` times this number of windows without a gain."""

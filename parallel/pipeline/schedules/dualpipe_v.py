@@ -7,8 +7,8 @@
 """
 
 from bagualu.parallel.layout import StagePlacement
-from bagualu.parallel.pipeline.formula import Formula
-from bagualu.parallel.pipeline.schedule import Action
+from bagualu.parallel.pipeline.schedules.formula import Formula
+from bagualu.parallel.pipeline.schedules.schedule import Action
 from bagualu.parallel.pipeline.schedules.v_shaped import Speller, only
 
 

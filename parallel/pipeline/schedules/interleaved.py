@@ -9,8 +9,8 @@
 from itertools import pairwise
 
 from bagualu.parallel.layout import StagePlacement
-from bagualu.parallel.pipeline.formula import Formula
-from bagualu.parallel.pipeline.schedule import Action, Kind
+from bagualu.parallel.pipeline.schedules.formula import Formula
+from bagualu.parallel.pipeline.schedules.schedule import Action, Kind
 
 
 def interleaved_1f1b(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:

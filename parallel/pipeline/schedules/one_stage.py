@@ -23,8 +23,8 @@ zb_h1 with 4 ranks and 6 micro-batches:
 from collections.abc import Iterator
 
 from bagualu.parallel.layout import StagePlacement
-from bagualu.parallel.pipeline.formula import Formula
-from bagualu.parallel.pipeline.schedule import Action, Kind
+from bagualu.parallel.pipeline.schedules.formula import Formula
+from bagualu.parallel.pipeline.schedules.schedule import Action, Kind
 
 
 def gpipe(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from bagualu.parallel.layout import StagePlacement
-from bagualu.parallel.pipeline.schedule import Action, Kind, dependencies
+from bagualu.parallel.pipeline.schedules.schedule import Action, Kind, dependencies
 
 
 def squeeze(schedule: list[list[Action]], placement: StagePlacement) -> list[list[Action]]:

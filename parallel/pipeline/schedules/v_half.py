@@ -10,8 +10,8 @@
 from collections import deque
 
 from bagualu.parallel.layout import StagePlacement
-from bagualu.parallel.pipeline.formula import Formula
-from bagualu.parallel.pipeline.schedule import Action, Kind
+from bagualu.parallel.pipeline.schedules.formula import Formula
+from bagualu.parallel.pipeline.schedules.schedule import Action, Kind
 from bagualu.parallel.pipeline.schedules.squeeze import squeeze
 
 _PERIOD = 6

@@ -3,7 +3,7 @@
 from collections import Counter, deque
 
 from bagualu.parallel.layout import StagePlacement
-from bagualu.parallel.pipeline.schedule import Action, Kind
+from bagualu.parallel.pipeline.schedules.schedule import Action, Kind
 
 
 class Speller:

@@ -3,9 +3,9 @@
 import statistics
 from typing import Any
 
-from bagualu.parallel.pipeline.formula import Size
 from bagualu.parallel.pipeline.registry import FAMILIES
-from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule
+from bagualu.parallel.pipeline.schedules.formula import Size
+from bagualu.parallel.pipeline.schedules.schedule import Action, Kind, Schedule
 from bagualu.parallel.pipeline.timeline import Span, Timeline, simulate
 
 Passes = list[dict[str, Any]]

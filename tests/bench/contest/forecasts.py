@@ -9,7 +9,7 @@ from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.forecast import Split, forecast_split
 from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.pipeline.registry import compute_schedule
-from bagualu.parallel.pipeline.schedule import Schedule
+from bagualu.parallel.pipeline.schedules.schedule import Schedule
 from bagualu.parallel.pipeline.split import split_layers
 from bagualu.trainer.costs.cache import device_name, figures
 from bagualu.trainer.costs.choose_split import work_of

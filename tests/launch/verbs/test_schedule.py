@@ -10,7 +10,7 @@ import pytest
 from bagualu.launch import cli
 from bagualu.parallel.pipeline.draw_text import draw
 from bagualu.parallel.pipeline.registry import SCHEDULES, compute_schedule
-from bagualu.parallel.pipeline.schedule import Kind
+from bagualu.parallel.pipeline.schedules.schedule import Kind
 from bagualu.parallel.pipeline.timeline import simulate
 from bagualu.trainer.recipe.compose import compose, save_recipe
 

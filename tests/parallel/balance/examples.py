@@ -8,7 +8,7 @@ from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.parallel.balance.stages.forecast import by_rank
 from bagualu.parallel.balance.stages.problem import Piece, Problem
 from bagualu.parallel.layout import StagePlacement
-from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule
+from bagualu.parallel.pipeline.schedules.schedule import Action, Kind, Schedule
 
 
 def all_forward_then_backward(placement: StagePlacement, micro_batches: int, split: bool = False) -> Schedule:

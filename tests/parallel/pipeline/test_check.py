@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.check import Report, ScheduleError, check
-from bagualu.parallel.pipeline.formula import Size
 from bagualu.parallel.pipeline.registry import FAMILIES, SCHEDULES, compute_schedule
-from bagualu.parallel.pipeline.schedule import PASSES, Action, Kind, Schedule, forward_only, with_messages
+from bagualu.parallel.pipeline.schedules.formula import Size
+from bagualu.parallel.pipeline.schedules.schedule import PASSES, Action, Kind, Schedule, forward_only, with_messages
 from bagualu.parallel.pipeline.timeline import per_kind, simulate
 
 EVEN = (1, 1, 1)

@@ -10,7 +10,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.parallel.pipeline.check import received_as
 from bagualu.parallel.pipeline.program import program
 from bagualu.parallel.pipeline.registry import SCHEDULES, compute_schedule
-from bagualu.parallel.pipeline.schedule import RECEIVES, SENDS, Action, Schedule, with_messages
+from bagualu.parallel.pipeline.schedules.schedule import RECEIVES, SENDS, Action, Schedule, with_messages
 
 
 def random_execution(schedule: Schedule, seed: int) -> dict[Action, int]:

@@ -9,7 +9,7 @@ from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.mesh import message_group
 from bagualu.parallel.pipeline.check import received_as
 from bagualu.parallel.pipeline.registry import SCHEDULES, compute_schedule
-from bagualu.parallel.pipeline.schedule import PASSES, SENDS, Action, Kind, Schedule, forward_only, with_messages
+from bagualu.parallel.pipeline.schedules.schedule import PASSES, SENDS, Action, Kind, Schedule, forward_only, with_messages
 
 GroupOf = Callable[[bool, int, int], str]
 """(gradients, source, destination) -> the group's name."""

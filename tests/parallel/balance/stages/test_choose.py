@@ -16,7 +16,7 @@ from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.balance.stages.refine import TOLERANCE
 from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.registry import compute_schedule
-from bagualu.parallel.pipeline.schedule import Schedule
+from bagualu.parallel.pipeline.schedules.schedule import Schedule
 from tests.parallel.balance.examples import all_forward_then_backward, bottleneck, every_split, random_table
 
 

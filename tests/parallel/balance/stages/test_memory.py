@@ -8,7 +8,7 @@ from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.check import check
 from bagualu.parallel.pipeline.registry import compute_schedule
-from bagualu.parallel.pipeline.schedule import with_messages
+from bagualu.parallel.pipeline.schedules.schedule import with_messages
 from tests.parallel.balance.examples import all_forward_then_backward
 
 

@@ -13,7 +13,7 @@ from bagualu.parallel.balance.stages.forecast import Split, forecast_split
 from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.balance.stages.rebalance_policy import Watch
 from bagualu.parallel.pipeline.registry import compute_schedule
-from bagualu.parallel.pipeline.schedule import Schedule
+from bagualu.parallel.pipeline.schedules.schedule import Schedule
 
 LAYERS, MICRO_BATCHES = 16, 8
 

@@ -1,12 +1,12 @@
 """Pipeline schedules as data: for every pipeline rank, the list of its actions in order.
 
-A model is divided into stages, contiguous slices of its layers. A rank holds one or several of them, its chunks (`StagePlacement`). F3
-is the forward pass of micro-batch 3 and B3 its backward pass. Some schedules split the backward pass: I3 computes the gradient of
-the stage's input, for which the previous stage waits; later, W3 computes the gradients of its weights, for which no stage waits. If
-a rank has several stages, F3' is a pass of its second stage.
+A model is divided into stages, contiguous slices of its layers. A rank holds one or several of them, its chunks (`StagePlacement`).
+F3 is the forward pass of micro-batch 3 and B3 its backward pass. Some schedules split the backward pass: I3 computes the gradient
+of the stage's input, for which the previous stage waits; later, W3 computes the gradients of its weights, for which no stage waits.
+If a rank has several stages, F3' is a pass of its second stage.
 
-`generate.py` makes the passes; `with_messages` adds the sends and receives. The resulting list is checked (check.py), timed
-(timeline.py), drawn (draw.py) and executed (runtime.py).
+`registry.py` makes the passes; `with_messages` adds the sends and receives. The resulting list is checked (check.py), timed
+(timeline.py), drawn (draw_text.py) and executed (runtime.py).
 """
 
 from dataclasses import dataclass

@@ -10,8 +10,9 @@ are held. Each counts for 1/v of a rank's layers, so divide by v to compare sche
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
-from bagualu.parallel.pipeline.timeline import Time, share
+Time = float | int | Fraction
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,8 @@ class Formula:
         this size."""
         bubble = self.bubble(size) if size.micro_batches >= self.least(size.ranks) else None
         return None if bubble is None else share(bubble, bubble + size.work)
+
+
+def share(part: Time, whole: Time) -> Time:
+    """Returns part / whole, exact unless either is a float."""
+    return part / whole if isinstance(part, float) or isinstance(whole, float) else Fraction(part) / Fraction(whole)

@@ -9,8 +9,8 @@ from bagualu.comm.errors import RecipeError
 from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.draw_text import draw, short
 from bagualu.parallel.pipeline.registry import FAMILIES, SCHEDULES, compute_schedule, place
-from bagualu.parallel.pipeline.schedule import Action, Kind, Schedule, forward_only, with_messages
 from bagualu.parallel.pipeline.schedules import dualpipe_v, interleaved, one_stage, v_half, zb_v
+from bagualu.parallel.pipeline.schedules.schedule import Action, Kind, Schedule, forward_only, with_messages
 from bagualu.parallel.pipeline.timeline import per_kind, simulate
 
 
