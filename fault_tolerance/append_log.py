@@ -11,7 +11,7 @@ _MOST_WAITING = 10_000
 log = logging.getLogger(__name__)
 
 
-class Lines:
+class AppendLog:
     """Appends to `path`, each line in the file as soon as it is added. What cannot be written waits, and is tried again with the
     next line, or `write`; of that one warning is given.
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bagualu.fault_tolerance.checkpoint.layout.format import step_of
-from bagualu.fault_tolerance.guard.verdict import Action
+from bagualu.fault_tolerance.guard.verdict import GuardAction
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.evaluate import Validation, validate
 from bagualu.trainer.output.metric_writers import Sink
-from bagualu.trainer.output.pipeline_timeline import Timeline
+from bagualu.trainer.output.pipeline_timeline import PipelineRecorder
 from bagualu.trainer.process.failure import GuardError
 from bagualu.trainer.rebalance import Rebalancer
 from bagualu.trainer.recovery.replication import Replication
@@ -48,12 +48,12 @@ class Loop:
         steps, every = self.parts.recipe.train.steps, self.parts.recipe.checkpoint.every
         step, stopped = first_step, False
         record: dict[str, Any] = {}
-        timeline = Timeline(self.parts, first_step)
+        timeline = PipelineRecorder(self.parts, first_step)
         while step < steps and not stopped:
             timeline.before_step(step)
             result, seconds = self._timed_step(step)
             timeline.after_step(step, computed=result.verdict.attempts > 0)
-            if result.verdict.action is Action.ROLLBACK:
+            if result.verdict.action is GuardAction.ROLLBACK:
                 step = self._go_back(step, result)
                 continue
             step += 1
@@ -99,7 +99,7 @@ class Loop:
         for verdict in filter(None, (result.late_verdict, result.verdict)):
             if verdict.text and self.parts.mesh.at("world") == 0:
                 log.warning("%s", verdict.text)
-        if result.verdict.action is Action.STOP:
+        if result.verdict.action is GuardAction.STOP:
             self.checkpoints.finish()
             raise GuardError(result.verdict.text)
         if step > 0:  # the first step of all pays for warming up
@@ -136,7 +136,7 @@ class Loop:
             record["ranks"] = list(verdict.ranks)
         if verdict.deferred:
             record["deferred"] = True
-        if result.late_verdict and result.late_verdict.action is Action.COMMIT:
+        if result.late_verdict and result.late_verdict.action is GuardAction.COMMIT:
             record["deferred_step"] = result.late
         return record if verdict.attempts == 1 else record | {"attempts": verdict.attempts}
 

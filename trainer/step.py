@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bagualu.fault_tolerance.guard.guard import Figures
-from bagualu.fault_tolerance.guard.verdict import Action, Cause, Verdict
+from bagualu.fault_tolerance.guard.guard import StepValues
+from bagualu.fault_tolerance.guard.verdict import Cause, GuardAction, GuardDecision
 from bagualu.parallel.pipeline.runtime import MicroBatch, Seeds, StageTotals
 from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.assemble import Parts
@@ -32,7 +32,7 @@ class StepResult:
     grad_norm: float
     """Norm of the whole model's gradient before clipping, each element counted once."""
     lr: float
-    verdict: Verdict
+    verdict: GuardDecision
     """Whether the update happened, and what was wrong."""
     stop: bool
     """Whether any rank has been asked to stop."""
@@ -41,12 +41,12 @@ class StepResult:
 
     late: int | None = None
     """The step (from 1) whose samples, deferred before, were computed before those of this step."""
-    late_verdict: Verdict | None = None
+    late_verdict: GuardDecision | None = None
 
     @property
     def committed(self) -> bool:
         """False: nothing was changed."""
-        return self.verdict.action is Action.COMMIT
+        return self.verdict.action is GuardAction.COMMIT
 
 
 def train_step(
@@ -70,7 +70,7 @@ def train_step(
     if late is None:
         return _transact(parts, number, lr, tell)
     first = _transact(parts, number, lr, tell, late)
-    if first.verdict.action in (Action.ROLLBACK, Action.STOP):
+    if first.verdict.action in (GuardAction.ROLLBACK, GuardAction.STOP):
         return first
     return replace(_transact(parts, number, lr, tell), late=late, late_verdict=first.verdict)
 
@@ -81,21 +81,21 @@ def _transact(parts: Parts, number: int, lr: float, tell: Tell, late: int | None
     guard.begin(number, late)
     while True:
         agreed = _attempt(parts, (late or number) - 1, tell)
-        verdict = guard.judge(number, Figures(agreed.loss, agreed.norm, agreed.found, parts.scaler.can_fall))
-        if verdict.action is not Action.RETRY:
+        verdict = guard.judge(number, StepValues(agreed.loss, agreed.norm, agreed.found, parts.scaler.can_fall))
+        if verdict.action is not GuardAction.RETRY:
             break
         parts.mesh.monitor.at("discard")
     if verdict.deferred and (known := guard.memory.newest):
         again = _attempt(parts, known[0] - 1, tell)
         verdict = guard.weigh(number, verdict, again.loss, again.norm)
-    if verdict.action is Action.COMMIT and not _update(parts, lr, agreed.norm, guard.strongest):
+    if verdict.action is GuardAction.COMMIT and not _update(parts, lr, agreed.norm, guard.strongest):
         verdict = guard.judge_update(number, parts.optimizer.spoilt())
-    if verdict.action is Action.COMMIT:
+    if verdict.action is GuardAction.COMMIT:
         parts.updates += 1
     else:
         parts.mesh.monitor.at("discard")
-    if verdict.action is Action.COMMIT or verdict.cause is Cause.OVERFLOW:
-        parts.scaler.update(verdict.action is Action.COMMIT)
+    if verdict.action is GuardAction.COMMIT or verdict.cause is Cause.OVERFLOW:
+        parts.scaler.update(verdict.action is GuardAction.COMMIT)
     guard.finish(number, agreed.loss, agreed.norm, verdict)
     return StepResult(agreed.loss, agreed.balance, agreed.norm, lr, verdict, agreed.stop, agreed.saving)
 
@@ -105,7 +105,7 @@ def _leave_out(parts: Parts, number: int, lr: float, why: str, tell: Tell) -> St
     parts.mesh.monitor.at("agree")
     stops, writing, failed = parts.mesh.sum_over_world(*(_scalar(parts, one) for one in tell()))
     parts.guard.expect(number + 1)
-    verdict = Verdict(Action.SKIP, attempts=0, text=f"step {number} is left out: {why}")
+    verdict = GuardDecision(GuardAction.SKIP, attempts=0, text=f"step {number} is left out: {why}")
     return StepResult(math.nan, math.nan, math.nan, lr, verdict, stops > 0, (writing, failed))
 
 
@@ -168,7 +168,7 @@ def _seeds(parts: Parts, tokens: float) -> Seeds:
 
 @dataclass(frozen=True)
 class _Agreed:
-    """Figures of an attempt, as in StepResult, and what the guards found."""
+    """The values of an attempt, as in StepResult, and what the guards found."""
 
     loss: float
     balance: float

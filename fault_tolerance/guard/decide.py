@@ -8,7 +8,7 @@ in a row at most. If other samples then go well it was the data; if not, the cod
 from dataclasses import dataclass
 
 from bagualu.fault_tolerance.config import GuardConfig
-from bagualu.fault_tolerance.guard.verdict import SPIKES, Action, Cause
+from bagualu.fault_tolerance.guard.verdict import SPIKES, Cause, GuardAction
 
 MOST_ATTEMPTS = 4
 """More than any single fault needs: the faulty attempt, one that shows the fault, one that confirms the good one."""
@@ -27,17 +27,17 @@ class Situation:
     """Steps left out or taken back in a row before this one."""
 
 
-def decide(config: GuardConfig, now: Situation) -> Action:
+def decide(config: GuardConfig, now: Situation) -> GuardAction:
     """What to do after an attempt."""
     if now.cause is None:
-        return Action.COMMIT
+        return GuardAction.COMMIT
     if now.cause is Cause.OVERFLOW:
-        return Action.SKIP
-    action = Action(policy(config, now.cause))
-    if action is Action.RETRY:
+        return GuardAction.SKIP
+    action = GuardAction(policy(config, now.cause))
+    if action is GuardAction.RETRY:
         action = _next_rung(now)
-    if action in (Action.SKIP, Action.ROLLBACK) and now.setbacks >= config.limit:
-        return Action.STOP
+    if action in (GuardAction.SKIP, GuardAction.ROLLBACK) and now.setbacks >= config.limit:
+        return GuardAction.STOP
     return action
 
 
@@ -48,11 +48,11 @@ def policy(config: GuardConfig, cause: Cause) -> str:
     return config.on_spike if cause in SPIKES else config.on_disagreement
 
 
-def _next_rung(now: Situation) -> Action:
+def _next_rung(now: Situation) -> GuardAction:
     if now.cause in (Cause.WEIGHTS, Cause.STATE):
-        return Action.RETRY if now.repairable and now.attempts < MOST_ATTEMPTS else Action.ROLLBACK
+        return GuardAction.RETRY if now.repairable and now.attempts < MOST_ATTEMPTS else GuardAction.ROLLBACK
     if now.cause is Cause.GRADIENTS:
-        return Action.RETRY if now.attempts < MOST_ATTEMPTS else Action.STOP
+        return GuardAction.RETRY if now.attempts < MOST_ATTEMPTS else GuardAction.STOP
     if now.same or (now.same is None and now.attempts > 1):
-        return Action.SKIP
-    return Action.RETRY if now.attempts < MOST_ATTEMPTS else Action.STOP
+        return GuardAction.SKIP
+    return GuardAction.RETRY if now.attempts < MOST_ATTEMPTS else GuardAction.STOP

@@ -3,7 +3,7 @@
 import torch
 
 from bagualu.fault_tolerance.config import GuardConfig
-from bagualu.fault_tolerance.guard.verdict import Action
+from bagualu.fault_tolerance.guard.verdict import GuardAction
 
 
 def probe(values: torch.Tensor) -> torch.Tensor:
@@ -17,7 +17,7 @@ def is_finite(values: torch.Tensor) -> bool:
     return bool(torch.isfinite(probe(values))) or bool(torch.isfinite(values).all())
 
 
-def after_update(config: GuardConfig, repairable: bool, again: bool, setbacks: int) -> Action:
+def after_update(config: GuardConfig, repairable: bool, again: bool, setbacks: int) -> GuardAction:
     """What becomes of a step whose update left values that are not finite on some rank.
 
     `repairable`: other ranks hold the same state, finite: then it was the hardware of the rank that does not, and COMMIT means
@@ -25,6 +25,6 @@ def after_update(config: GuardConfig, repairable: bool, again: bool, setbacks: i
     `again`: the run has gone back from this step, or a later one, before: then it is the settings, and the run ends.
     """
     if repairable and config.on_disagreement == "retry":
-        return Action.COMMIT
+        return GuardAction.COMMIT
     wanted = config.on_disagreement if repairable else config.on_nonfinite
-    return Action.STOP if wanted == "stop" or again or setbacks >= config.limit else Action.ROLLBACK
+    return GuardAction.STOP if wanted == "stop" or again or setbacks >= config.limit else GuardAction.ROLLBACK

@@ -22,13 +22,13 @@ from bagualu.fault_tolerance.guard.finite import after_update
 from bagualu.fault_tolerance.guard.gradient_checksums import Attempts, culprits
 from bagualu.fault_tolerance.guard.history import Memory
 from bagualu.fault_tolerance.guard.messages import by_rank, diagnosis, ending, finding
-from bagualu.fault_tolerance.guard.verdict import SPIKES, Action, Cause, Verdict
+from bagualu.fault_tolerance.guard.verdict import SPIKES, Cause, GuardAction, GuardDecision
 from bagualu.parallel.data import GradientReducer
 from bagualu.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
-class Figures:
+class StepValues:
     """One attempt at a step, as all ranks hold it."""
 
     loss: float
@@ -90,7 +90,7 @@ class Guard:
             self._damage.seal()
 
     def inspect(self, step: int) -> list[torch.Tensor]:
-        """Look at this rank after the reduction of an attempt: float64 scalars for `Figures.found`.
+        """Look at this rank after the reduction of an attempt: float64 scalars for `StepValues.found`.
 
         Collective in the steps that `guard.check_every` names, and after an attempt that something was wrong with.
         """
@@ -102,7 +102,7 @@ class Guard:
         found = torch.tensor(float(damaged), dtype=torch.float64, device=self._mesh.group("world").device)
         return [found, *self._attempts.differing(found)]
 
-    def judge(self, step: int, figures: Figures) -> Verdict:
+    def judge(self, step: int, figures: StepValues) -> GuardDecision:
         """What becomes of `step`; the same on every rank. After RETRY it is to be computed again, from where it was.
 
         Collective where something is wrong.
@@ -120,22 +120,22 @@ class Guard:
             self._first = cause, ranks, finding(cause, figures.loss, figures.norm, _named(damages))
         if cause is None and self._audits(step) and not self._attempts.earlier:
             self._attempts.keep()
-            return Verdict(Action.RETRY, attempts=self._count)
+            return GuardDecision(GuardAction.RETRY, attempts=self._count)
         spike, setbacks = cause in SPIKES, self.memory.setbacks
         now = Situation(cause, self._count, same, damage.repairable(damages), 0 if spike and self._late else setbacks)
         action = decide(self._late_config if self._late else self.config, now)
-        deferred = action is Action.SKIP and spike and self.config.on_spike == "retry"
+        deferred = action is GuardAction.SKIP and spike and self.config.on_spike == "retry"
         self._limited = bool(deferred and self._late)
         if self._limited:
-            action, deferred = Action.COMMIT, False  # the same again, some steps later: they are learnt from
-        if action is Action.RETRY and any(damages):
+            action, deferred = GuardAction.COMMIT, False  # the same again, some steps later: they are learnt from
+        if action is GuardAction.RETRY and any(damages):
             self._damage.repair(damages)
             self._attempts.begin()  # what was computed with damaged weights is nothing to compare with
-        elif action is Action.RETRY and self._compares:
+        elif action is GuardAction.RETRY and self._compares:
             self._attempts.keep()
         return self._verdict(step, action, ranks, same, deferred)
 
-    def weigh(self, step: int, verdict: Verdict, loss: float, norm: float) -> Verdict:
+    def weigh(self, step: int, verdict: GuardDecision, loss: float, norm: float) -> GuardDecision:
         """`verdict`, which defers the samples of `step`, or another one if the weights are to blame.
 
         `loss` and gradient `norm` are those of the newest committed step, computed again with the weights as they are. If these
@@ -147,7 +147,7 @@ class Guard:
         if math.isfinite(loss) and math.isfinite(norm) and not (grown and self.memory.spike(step, loss, norm)):
             return verdict
         again = self.memory.diverged_row > 0 and self._saves_every > 0
-        action = Action.ROLLBACK if again else Action.SKIP
+        action = GuardAction.ROLLBACK if again else GuardAction.SKIP
         if again and not config.check_every:  # nobody has looked; but at `old` the figures were right
             self.clean = max(self.clean, old - 1)
         figures = f"step {old}, learnt from at loss {loss_then:g} and gradient norm {norm_then:g}, now has {loss:g} and {norm:g}"
@@ -165,7 +165,7 @@ class Guard:
         """The gradient norm that the update of the newest attempt may have; infinite for any."""
         return self.memory.strongest() if self._limited else math.inf
 
-    def judge_update(self, step: int, spoilt: Sequence[tuple[int, str]]) -> Verdict:
+    def judge_update(self, step: int, spoilt: Sequence[tuple[int, str]]) -> GuardDecision:
         """What becomes of `step` whose update left values that are not finite on some rank: COMMIT (repaired), ROLLBACK, STOP.
 
         `spoilt`: (bucket, kind of its state) for this rank's own. Collective; the same on every rank.
@@ -176,13 +176,13 @@ class Guard:
         repairable = damage.repairable(damages)
         again = self.memory.setbacks > 0 and step <= self.memory.furthest
         action = after_update(self.config, repairable, again, self.memory.setbacks)
-        if action is Action.COMMIT:
+        if action is GuardAction.COMMIT:
             self._damage.repair(damages)
         ranks = tuple(rank for rank, found in enumerate(damages) if found)
         text = messages.after_update(step, action, _named(damages), again)
-        return Verdict(action, Cause.UPDATE, ranks, self._count, text=text)
+        return GuardDecision(action, Cause.UPDATE, ranks, self._count, text=text)
 
-    def finish(self, step: int, loss: float, norm: float, verdict: Verdict) -> None:
+    def finish(self, step: int, loss: float, norm: float, verdict: GuardDecision) -> None:
         """`step` has ended so, and the update has happened if it was to."""
         if self._late is None:
             self.memory.learn(step, loss, norm, verdict)
@@ -202,7 +202,7 @@ class Guard:
         if self._checks(step):
             self._damage.seal()
 
-    def _cause(self, step: int, figures: Figures, damages: Sequence[Sequence[Damage]], same: bool | None) -> Cause | None:
+    def _cause(self, step: int, figures: StepValues, damages: Sequence[Sequence[Damage]], same: bool | None) -> Cause | None:
         if any(damages):
             return Cause.STATE if any(one.kind != "copy" for own in damages for one in own) else Cause.WEIGHTS
         if not math.isfinite(figures.loss):
@@ -220,16 +220,16 @@ class Guard:
         own = {"attempts": self._attempts.as_json(), "damage": damage.as_json(self._damage.found)}
         return gather_json(own, world)
 
-    def _verdict(self, step: int, action: Action, ranks: tuple[int, ...], same: bool | None, deferred: bool) -> Verdict:
+    def _verdict(self, step: int, action: GuardAction, ranks: tuple[int, ...], same: bool | None, deferred: bool) -> GuardDecision:
         late = f"the samples of step {self._late}, deferred before" if self._late else ""
         if self._first is None:
-            text = f"step {step}: {late}, were learnt from" if late and action is Action.COMMIT else ""
-            return Verdict(action, attempts=self._count, text=text)
+            text = f"step {step}: {late}, were learnt from" if late and action is GuardAction.COMMIT else ""
+            return GuardDecision(action, attempts=self._count, text=text)
         cause, before, what = self._first
         ranks = before or ranks
         end = "its samples are learnt from later" if deferred else ending(cause, action, ranks, self.memory.setbacks, step)
         text = f"step {step}: " + "; ".join(filter(None, [late, what, diagnosis(cause, ranks, same), end]))
-        return Verdict(action, cause, ranks, self._count, deferred, text)
+        return GuardDecision(action, cause, ranks, self._count, deferred, text)
 
     def _checks(self, step: int) -> bool:
         """The step after a checkpoint is one too: it shows that nothing had changed while that was written."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from bagualu.fault_tolerance.config import GuardConfig
 from bagualu.fault_tolerance.guard.spike import History
-from bagualu.fault_tolerance.guard.verdict import Action, Cause, Verdict
+from bagualu.fault_tolerance.guard.verdict import Cause, GuardAction, GuardDecision
 
 
 @dataclass
@@ -67,20 +67,20 @@ class Memory:
         values = self.norms.values
         return self.config.spike_factor * median(values) if values and self.config.spike_factor else float("inf")
 
-    def learn(self, step: int, loss: float, norm: float, verdict: Verdict) -> None:
+    def learn(self, step: int, loss: float, norm: float, verdict: GuardDecision) -> None:
         """Step `step` (from 1) has ended with `verdict`."""
         self.counts.computed_again += verdict.attempts > 1 and verdict.cause is not None
-        if verdict.action is Action.COMMIT or (verdict.deferred and verdict.cause is not Cause.DIVERGED):
+        if verdict.action is GuardAction.COMMIT or (verdict.deferred and verdict.cause is not Cause.DIVERGED):
             self._note(step, loss, norm)
-        if verdict.action is Action.COMMIT:
+        if verdict.action is GuardAction.COMMIT:
             self.losses.add(loss)
             self.norms.add(norm)
             self.newest = step, loss, norm
             if step > self.furthest:
                 self.setbacks = 0
             return
-        self.counts.skipped += verdict.action is Action.SKIP
-        self.counts.rolled_back += verdict.action is Action.ROLLBACK
+        self.counts.skipped += verdict.action is GuardAction.SKIP
+        self.counts.rolled_back += verdict.action is GuardAction.ROLLBACK
         if verdict.cause is Cause.OVERFLOW:  # ends by itself: the loss scale falls with every one
             self.overflows += 1
             return
@@ -89,20 +89,20 @@ class Memory:
         if verdict.deferred:
             self.deferred[step] = loss, norm
             self.diverged_row += verdict.cause is Cause.DIVERGED
-        elif verdict.action is Action.SKIP:
+        elif verdict.action is GuardAction.SKIP:
             self.left_out[step] = str(verdict.cause)
 
-    def learn_late(self, step: int, loss: float, norm: float, verdict: Verdict, now: int) -> None:
+    def learn_late(self, step: int, loss: float, norm: float, verdict: GuardDecision, now: int) -> None:
         """The samples of `step`, deferred before, have been computed again at step `now` (from 1), with `verdict`."""
-        if verdict.action is Action.COMMIT:
+        if verdict.action is GuardAction.COMMIT:
             del self.deferred[step]
             self.losses.add(loss)
             self.norms.add(norm)
         elif verdict.cause is not Cause.OVERFLOW:
-            if verdict.action is Action.SKIP:
+            if verdict.action is GuardAction.SKIP:
                 del self.deferred[step]
                 self.left_out[step] = str(verdict.cause)
-            if verdict.action is Action.ROLLBACK:
+            if verdict.action is GuardAction.ROLLBACK:
                 self.counts.rolled_back += 1
                 self.furthest = max(self.furthest, now)  # else the steps up to there would make it look like the first time
             self.setbacks += 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bagualu.fault_tolerance.guard.verdict import Action, Cause
+from bagualu.fault_tolerance.guard.verdict import Cause, GuardAction
 
 _ADVICE = {
     Cause.NONFINITE: "lower optim.lr or raise optim.warmup_steps",
@@ -28,11 +28,11 @@ def diagnosis(cause: Cause, ranks: Sequence[int], same: bool | None) -> str:
     return "computed again it gave the same bits: the data or the code, not the hardware" if same else ""
 
 
-def ending(cause: Cause, action: Action, ranks: Sequence[int], setbacks: int, step: int) -> str:
+def ending(cause: Cause, action: GuardAction, ranks: Sequence[int], setbacks: int, step: int) -> str:
     """What is done about `step` (from 1); for the end of a run with what a person can do."""
-    if action is not Action.STOP:
-        return {Action.COMMIT: "the step was applied", Action.SKIP: "the step was left out",
-                Action.ROLLBACK: "back to a checkpoint"}.get(action, "once more")  # fmt: skip
+    if action is not GuardAction.STOP:
+        return {GuardAction.COMMIT: "the step was applied", GuardAction.SKIP: "the step was left out",
+                GuardAction.ROLLBACK: "back to a checkpoint"}.get(action, "once more")  # fmt: skip
     advice = _REPLACE if ranks else _ADVICE.get(cause, _REPLACE)
     if setbacks and not ranks:
         advice = f"with {setbacks} steps before it likewise, so it is not single samples; {advice}"
@@ -41,12 +41,12 @@ def ending(cause: Cause, action: Action, ranks: Sequence[int], setbacks: int, st
     return f"the step was discarded on every rank; {advice}, and go on from the last checkpoint with checkpoint.resume=true"
 
 
-def after_update(step: int, action: Action, damaged: Sequence[str], again: bool) -> str:
+def after_update(step: int, action: GuardAction, damaged: Sequence[str], again: bool) -> str:
     """What is said of `step` (from 1), whose update left values that are not finite where `damaged` says."""
     ends = {
-        Action.COMMIT: "another rank holds the same state, finite: it was copied from there, and the step was applied",
-        Action.ROLLBACK: "the update has overwritten the state from before, which a checkpoint must give back",
-        Action.STOP: f"{'this is not the first time; ' if again else ''}nothing of the step is saved; lower optim.lr or raise "
+        GuardAction.COMMIT: "another rank holds the same state, finite: it was copied from there, and the step was applied",
+        GuardAction.ROLLBACK: "the update has overwritten the state from before, which a checkpoint must give back",
+        GuardAction.STOP: f"{'this is not the first time; ' if again else ''}nothing of the step is saved; lower optim.lr or raise "
         "optim.epsilon, and go on from the last checkpoint with checkpoint.resume=true",
     }
     return f"step {step}: {Cause.UPDATE}: {'; '.join(damaged)}; {ends[action]}"

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Action(StrEnum):
+class GuardAction(StrEnum):
     COMMIT = "commit"
     """The update happens, on every rank."""
     SKIP = "skip"
-    """No update; the step's samples count as used, or are deferred (`Verdict.deferred`)."""
+    """No update; the step's samples count as used, or are deferred (`GuardDecision.deferred`)."""
     RETRY = "retry"
     """The step once more, from the same weights and samples."""
     ROLLBACK = "rollback"
@@ -36,10 +36,10 @@ DISAGREEMENTS = (Cause.GRADIENTS, Cause.WEIGHTS, Cause.STATE, Cause.DIVERGED)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GuardDecision:
     """About one step, the same on every rank."""
 
-    action: Action
+    action: GuardAction
     cause: Cause | None = None
     """What was wrong, also where the step was committed in the end."""
     ranks: tuple[int, ...] = ()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm import jsonl
-from bagualu.fault_tolerance.append_log import Lines
+from bagualu.fault_tolerance.append_log import AppendLog
 from bagualu.fault_tolerance.injection.fault import Fault
 
 FAULTS = "faults.jsonl"
@@ -20,7 +20,7 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lines = Lines(path, shared=True, durable=True)
+        self._lines = AppendLog(path, shared=True, durable=True)
 
     def add(self, fault: Fault, step: int, did: str | None = None) -> bool:
         """Records that `fault` strikes now, in `step`, or has done `did`. Returns False if that could not be written."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm import jsonl
-from bagualu.fault_tolerance.append_log import Lines
+from bagualu.fault_tolerance.append_log import AppendLog
 
 LEDGER = "ledger.jsonl"
 """The file's name in a run directory."""
@@ -68,7 +68,7 @@ class Ledger:
         self.path = run_dir / LEDGER
         self._writer = writer
         self._clock = clock()
-        self._lines = Lines(self.path, shared=True)
+        self._lines = AppendLog(self.path, shared=True)
 
     def add(
         self,

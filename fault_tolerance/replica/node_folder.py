@@ -20,7 +20,7 @@ from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.layout.directory import clear_stale, discard, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import step_of
-from bagualu.fault_tolerance.replica.nodes import Nodes, node_token
+from bagualu.fault_tolerance.replica.nodes import NodeMap, node_token
 
 T = TypeVar("T")
 _SESSION = ".session"
@@ -31,7 +31,7 @@ class Site:
     """`run` identifies the run; `session` identifies this start of it and sorts after the sessions of earlier starts."""
 
     root: Path
-    nodes: Nodes
+    nodes: NodeMap
     group: Group
     run: str
     session: str
@@ -82,7 +82,7 @@ def open_site(scratch: Path, run: str, session: str, group: Group) -> Site:
     root = scratch / "replicas"
     root.mkdir(parents=True, exist_ok=True)
     answers = gather_json({"node": node_token(root), "session": _session(root, run)}, group)
-    nodes = Nodes.by_token([answer["node"] for answer in answers])
+    nodes = NodeMap.by_token([answer["node"] for answer in answers])
     sessions = [answer["session"] for answer in answers]
     if nodes.leads(group.rank):
         clear_stale(root)

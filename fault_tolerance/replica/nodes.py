@@ -11,16 +11,16 @@ _TOKEN = ".node"
 
 
 @dataclass(frozen=True)
-class Nodes:
+class NodeMap:
     """The node of each position of a group. Nodes are numbered in the order of their first positions."""
 
     of: tuple[int, ...]
 
     @staticmethod
-    def by_token(tokens: Sequence[str]) -> "Nodes":
+    def by_token(tokens: Sequence[str]) -> "NodeMap":
         """Positions with the same token are on the same node."""
         numbers = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-        return Nodes(tuple(numbers[token] for token in tokens))
+        return NodeMap(tuple(numbers[token] for token in tokens))
 
     @cached_property
     def members(self) -> tuple[tuple[int, ...], ...]:

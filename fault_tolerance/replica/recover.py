@@ -18,7 +18,7 @@ from bagualu.fault_tolerance.checkpoint.layout.manifest import encode
 from bagualu.fault_tolerance.replica.node_folder import Site
 from bagualu.fault_tolerance.replica.shard import (
     Origin,
-    Table,
+    ShardTable,
     part_of,
     parts_in,
     read_table,
@@ -85,7 +85,7 @@ class Replica:
         site.on_all(lambda: self._publish(manifest, folder, arriving))
         return folder
 
-    def _verified(self, folder: Path) -> dict[int, Table]:
+    def _verified(self, folder: Path) -> dict[int, ShardTable]:
         """Returns the tables of the undamaged parts in `folder` that are assigned to this rank: a node's ranks divide them."""
         beside, verified = self.site.beside, {}
         for part in parts_in(folder)[beside.index(self.site.group.rank) :: len(beside)]:
@@ -106,11 +106,11 @@ class Replica:
             raise CheckpointError(f"{self.name}: there is no undamaged copy of the state of ranks {lost[:8]}")
         return holders
 
-    def _tables(self, own: dict[int, Table]) -> dict[int, Table]:
+    def _tables(self, own: dict[int, ShardTable]) -> dict[int, ShardTable]:
         """Returns the tables of all parts, each from a rank that holds it."""
         texts = {part: table.encode().decode() for part, table in own.items()}
         answers = gather_json(texts, self.site.group)
-        return {int(part): Table.decode(text.encode()) for answer in answers for part, text in answer.items()}
+        return {int(part): ShardTable.decode(text.encode()) for answer in answers for part, text in answer.items()}
 
     def _transfers(self, manifest: Manifest, holders: dict[int, list[int]], wanted: Wanted) -> list[Transfer]:
         """Returns the transfers after which every node holds the shards that its ranks want to read."""
@@ -125,7 +125,7 @@ class Replica:
                 transfers.append(Transfer(sources[destination % len(sources)], destination, name, manifest.files[name].bytes))
         return transfers
 
-    def _receive(self, transfers: list[Transfer], folder: Path, arriving: Path, tables: dict[int, Table]) -> None:
+    def _receive(self, transfers: list[Transfer], folder: Path, arriving: Path, tables: dict[int, ShardTable]) -> None:
         """Takes part in the transfers; verifies received parts and moves them into `folder`. Raises OSError, CheckpointError."""
         arriving.mkdir(exist_ok=True)
         deliver(transfers, folder, arriving, self.site.group)

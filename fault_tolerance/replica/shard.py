@@ -33,7 +33,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Table:
+class ShardTable:
     """The description of a part: its origin and content. All fields but the origin are plain JSON."""
 
     origin: Origin
@@ -46,13 +46,13 @@ class Table:
         return digest(content).encode() + content
 
     @staticmethod
-    def decode(raw: bytes) -> "Table":
+    def decode(raw: bytes) -> "ShardTable":
         """Parses the output of `encode`. Raises ValueError if a byte differs."""
         hashed, content = raw[:_HASH_LENGTH], raw[_HASH_LENGTH:]
         if digest(content).encode() != hashed:
             raise ValueError("does not match its own hash")
         fields = json.loads(content)
-        return Table(Origin(**fields["origin"]), fields["metadata"], fields["report"])
+        return ShardTable(Origin(**fields["origin"]), fields["metadata"], fields["report"])
 
     def manifest(self, rank: int) -> Manifest:
         """Returns a manifest of the shard of `rank` alone."""
@@ -79,20 +79,20 @@ def parts_in(folder: Path) -> list[int]:
 
 def write_part(folder: Path, rank: int, pieces: Iterable[TensorPiece], metadata: dict[str, Any], origin: Origin) -> None:
     """Writes the shard and the table of `rank`, without a shard if it has no elements. Raises OSError, ValueError."""
-    write_table(folder, rank, Table(origin, metadata, write_shard(folder / shard_name(rank), pieces)))
+    write_table(folder, rank, ShardTable(origin, metadata, write_shard(folder / shard_name(rank), pieces)))
 
 
-def write_table(folder: Path, rank: int, table: Table) -> None:
+def write_table(folder: Path, rank: int, table: ShardTable) -> None:
     """Writes the table of `rank`. Raises OSError, ValueError."""
     with durable_file(folder / table_name(rank)) as descriptor:
         write_all(descriptor, table.encode())
 
 
-def read_table(folder: Path, rank: int) -> Table:
+def read_table(folder: Path, rank: int) -> ShardTable:
     """Returns the table of `rank`'s part in `folder` after checking the size of the shard. Raises CheckpointError."""
     path = folder / table_name(rank)
     try:
-        table = Table.decode(path.read_bytes())
+        table = ShardTable.decode(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -103,7 +103,7 @@ def read_table(folder: Path, rank: int) -> Table:
     return table
 
 
-def verify_part(folder: Path, rank: int, origin: Origin) -> Table:
+def verify_part(folder: Path, rank: int, origin: Origin) -> ShardTable:
     """Returns the table of `rank`'s part after verifying every byte of its shard. Raises CheckpointError."""
     table = read_table(folder, rank)
     if table.origin != origin:
@@ -120,7 +120,7 @@ def verify_part(folder: Path, rank: int, origin: Origin) -> Table:
     return table
 
 
-def whole(tables: dict[int, Table]) -> Manifest:
+def whole(tables: dict[int, ShardTable]) -> Manifest:
     """Returns the manifest of all parts, given by rank. Raises CheckpointError if they do not make up whole tensors."""
     ranks = sorted(tables)
     return manifest_of(tables[0].origin.step, tables[0].metadata, ranks, [tables[rank].report for rank in ranks])

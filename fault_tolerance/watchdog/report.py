@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bagualu.fault_tolerance.watchdog.links import LostLink
-from bagualu.fault_tolerance.watchdog.verdict import Seen, Verdict
+from bagualu.fault_tolerance.watchdog.verdict import HangDiagnosis, Seen
 
 
 def write_report(
-    folder: Path, verdict: Verdict, seen: Mapping[int, Seen], stacks: Mapping[int, str], links: Sequence[LostLink]
+    folder: Path, verdict: HangDiagnosis, seen: Mapping[int, Seen], stacks: Mapping[int, str], links: Sequence[LostLink]
 ) -> Path:
     """Writes the report to `folder` under an unused name and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -22,7 +22,7 @@ def write_report(
     return path
 
 
-def _text(verdict: Verdict, seen: Mapping[int, Seen], stacks: Mapping[int, str], links: Sequence[LostLink]) -> str:
+def _text(verdict: HangDiagnosis, seen: Mapping[int, Seen], stacks: Mapping[int, str], links: Sequence[LostLink]) -> str:
     culprits = ", ".join(map(str, verdict.culprits))
     named = f"culprit: rank {culprits}" if culprits else "culprit: cannot be determined from this node"
     parts = [f"the run stood still, noticed {time.strftime('%Y-%m-%d %H:%M:%S %z')}", named, verdict.why, "", "ranks"]

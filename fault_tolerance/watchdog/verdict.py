@@ -80,7 +80,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class HangDiagnosis:
     """The reason why the run makes no progress. `culprits` is empty if they cannot be determined; `why` says what is known."""
 
     culprits: tuple[int, ...]
@@ -89,7 +89,7 @@ class Verdict:
     """The ranks among which the culprit must be; the culprits if they are known."""
 
 
-def judge(seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
+def judge(seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
     """Returns the verdict on `seen`, by rank; None as long as a rank may still make progress on its own."""
     seen = {rank: state for rank, state in seen.items() if state.point != SPARE}
     if stopped := _stopped(seen, patience):
@@ -105,7 +105,7 @@ def judge(seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
     return _first_end(alive, seen, patience)
 
 
-def missed_by(rank: int, seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
+def missed_by(rank: int, seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
     """Returns the verdict on the rank that kept `rank`, which has just given up, waiting; None if `seen` does not show it.
 
     Only ranks that have been silent for as long as `patience` count. Others may themselves have waited until a moment ago.
@@ -117,12 +117,12 @@ def missed_by(rank: int, seen: Mapping[int, Seen], patience: Patience) -> Verdic
     return verdict if verdict and verdict.culprits and rank not in verdict.culprits else None
 
 
-def _stopped(seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
+def _stopped(seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
     stopped = [state for state in seen.values() if state.stopped and state.overdue(patience)]
     return _culprits(stopped, "its process is stopped (SIGSTOP, or a debugger)") if stopped else None
 
 
-def _first_end(waiting: list[Seen], seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
+def _first_end(waiting: list[Seen], seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
     """Returns the verdict that follows from the first rank that has waited too long."""
     ends = (_follow(state, seen, patience) for state in waiting if state.waits and state.overdue(patience))
     return next((end for end in ends if end), None)
@@ -138,7 +138,7 @@ def _is_late(state: Seen, others: list[Seen]) -> bool:
     )
 
 
-def _follow(state: Seen, seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
+def _follow(state: Seen, seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
     """Follows the waits from a rank that has waited too long to their end."""
     if state.silent_seconds >= patience.wait_seconds:
         patience = replace(patience, long_seconds=patience.hang_seconds)
@@ -151,8 +151,8 @@ def _follow(state: Seen, seen: Mapping[int, Seen], patience: Patience) -> Verdic
         if not known:
             if path[0].silent_seconds < 2 * patience.hang_seconds:
                 return None  # the watchdog of the node of those ranks sees more and decides first
-            return Verdict((), f"rank {state.rank} {state.doing()}; ranks {_list(behind)}, on another node, have not joined it",
-                           tuple(behind))  # fmt: skip
+            what = f"rank {state.rank} {state.doing()}; ranks {_list(behind)}, on another node, have not joined it"
+            return HangDiagnosis((), what, tuple(behind))
         if gone := [other for other in known if other.process in GONE]:
             return _culprits(gone, "it has ended while others wait for it")
         if any(not other.overdue(patience) for other in known):
@@ -174,7 +174,7 @@ def _behind(state: Seen, seen: Mapping[int, Seen]) -> list[int]:
     return here or [rank for rank in others if rank not in seen]
 
 
-def _all_have_joined(state: Seen, seen: Mapping[int, Seen], patience: Patience) -> Verdict | None:
+def _all_have_joined(state: Seen, seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
     """Returns the verdict on a rank that waits for an operation that all ranks have joined."""
     assert state.line is not None
     members = [seen[rank] for rank in state.line.ranks]
@@ -188,14 +188,14 @@ def _all_have_joined(state: Seen, seen: Mapping[int, Seen], patience: Patience) 
     return _nobody(members, f"all have joined {what} and it does not end: the link between them is lost")
 
 
-def _culprits(ranks: list[Seen], why: str) -> Verdict:
+def _culprits(ranks: list[Seen], why: str) -> HangDiagnosis:
     numbers = tuple(state.rank for state in ranks)
     each = "; ".join(f"rank {state.rank} {state.doing()}" for state in ranks)
-    return Verdict(numbers, f"{each}: {why}", numbers)
+    return HangDiagnosis(numbers, f"{each}: {why}", numbers)
 
 
-def _nobody(ranks: list[Seen], why: str) -> Verdict:
-    return Verdict((), f"ranks {_list([state.rank for state in ranks])}: {why}", tuple(state.rank for state in ranks))
+def _nobody(ranks: list[Seen], why: str) -> HangDiagnosis:
+    return HangDiagnosis((), f"ranks {_list([state.rank for state in ranks])}: {why}", tuple(state.rank for state in ranks))
 
 
 def _list(ranks: list[int]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from bagualu.fault_tolerance.watchdog.heartbeat import read, read_beats
-from bagualu.fault_tolerance.watchdog.verdict import GONE, Patience, Seen, Verdict, judge
+from bagualu.fault_tolerance.watchdog.verdict import GONE, HangDiagnosis, Patience, Seen, judge
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Watchdog:
         self._last = clock()
         self._pulses = {rank: _Pulse() for rank in processes}
 
-    def look(self) -> Verdict | None:
+    def look(self) -> HangDiagnosis | None:
         """Returns the reason why the run makes no progress; None while it may continue."""
         now = self._clock()
         if now - self._last < self.interval:

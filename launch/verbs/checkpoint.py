@@ -14,7 +14,7 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, step_of
 from bagualu.fault_tolerance.checkpoint.layout.quarantine import list_set_aside
 from bagualu.fault_tolerance.checkpoint.reading.inspect import describe_one, verify
-from bagualu.launch.verbs.usage import Request
+from bagualu.launch.verbs.usage import CommandLine
 from bagualu.trainer.process.environment import cores
 from bagualu.trainer.process.failure import DONE, FAILED
 
@@ -22,7 +22,7 @@ _FOLDER = "checkpoints"
 _HISTORY = ("losses", "norms")
 
 
-def checkpoint(request: Request) -> tuple[int, Any]:
+def checkpoint(request: CommandLine) -> tuple[int, Any]:
     """Print a table of a run's checkpoints; exit code 1 when one is damaged, and the document for --json.
 
     The document is a list of what `inspect.describe_one` says of each, with `problems`, a list, in place of `problem`.

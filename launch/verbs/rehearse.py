@@ -19,7 +19,7 @@ from bagualu.fault_tolerance.injection.record import FAULTS, Record
 from bagualu.fault_tolerance.injection.report import NO_EFFECT, SURVIVED, UNNOTICED, Trace, outcomes
 from bagualu.fault_tolerance.ledger.events import read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute, current
-from bagualu.launch.verbs.usage import SEVERAL, Request
+from bagualu.launch.verbs.usage import SEVERAL, CommandLine
 from bagualu.launch.workers import storage_probe
 from bagualu.launch.workers.run import run
 from bagualu.trainer.process.failure import DONE, FAILED, STOPPED
@@ -34,7 +34,7 @@ _WIDTH = 120
 _NUMBERS = ("step", "recovery", "steps lost")
 
 
-def rehearse(request: Request, entrypoint: str | None) -> tuple[int, Any]:
+def rehearse(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
     """Rehearse; exit code (0 only when everything was survived as promised) and the document for --json."""
     recipe = compose(request.overrides, SEVERAL[request.verb])
     recipe.run.validate()  # before its folder is made up
@@ -69,7 +69,7 @@ def rehearse(request: Request, entrypoint: str | None) -> tuple[int, Any]:
 
 
 def _run(
-    recipe: Recipe, backend: Choice, workers: int, request: Request, entrypoint: str | None, stop: StopRequest
+    recipe: Recipe, backend: Choice, workers: int, request: CommandLine, entrypoint: str | None, stop: StopRequest
 ) -> tuple[int, Any]:
     save_recipe(recipe)
     print(f"bagualu: {recipe.run.dir}, {len(recipe.faults)} faults planned, with {backend}", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
-from bagualu.launch.verbs.usage import SCHEDULE_KEYS, SEVERAL, Request
+from bagualu.launch.verbs.usage import SCHEDULE_KEYS, SEVERAL, CommandLine
 from bagualu.parallel.pipeline.check import check
 from bagualu.parallel.pipeline.draw_text import draw
 from bagualu.parallel.pipeline.recorded_timeline import FILE, Measured, check_against, mean_costs, read_measured
@@ -48,7 +48,7 @@ class _Plan:
         return FAMILIES[self.name].formula.share(self.size)
 
 
-def schedule(request: Request) -> tuple[int, Any]:
+def schedule(request: CommandLine) -> tuple[int, Any]:
     """Print the schedule; the exit code and the document for --json. Raises RecipeError."""
     given = _read(request.overrides)
     out = _picture_path(given.pop("out", None))

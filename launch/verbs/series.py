@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
-from bagualu.launch.verbs.sweep import Job
+from bagualu.launch.verbs.sweep import SweepJob
 from bagualu.launch.workers import storage_probe
 from bagualu.trainer.process.failure import DONE, FAILED, INTERRUPTED, REFUSED, STOPPED, Failure, last_words, os_error, what_next
 from bagualu.trainer.process.stop_request import StopRequest
@@ -22,7 +22,7 @@ _NOT_BEGUN = "not begun"
 class Series:
     """The jobs of a sweep, and how each has ended."""
 
-    def __init__(self, jobs: Sequence[Job], stop: StopRequest) -> None:
+    def __init__(self, jobs: Sequence[SweepJob], stop: StopRequest) -> None:
         self.jobs = list(jobs)
         self._stop = stop
         self._codes: dict[int, int] = {}
@@ -44,7 +44,7 @@ class Series:
         self._tell()
         return self._exit_code(), self._documents
 
-    def _look(self, number: int, job: Job) -> None:
+    def _look(self, number: int, job: SweepJob) -> None:
         """Refuse a job now whose run directory cannot be used, and leave out one that is done."""
         try:
             storage_probe.check(job.recipe)
@@ -55,7 +55,7 @@ class Series:
                 self._ended(number, DONE, summary)
                 print(f"bagualu: {job.recipe.run.dir} is done already", file=sys.stderr, flush=True)
 
-    def _run(self, run: Run, number: int, job: Job) -> int:
+    def _run(self, run: Run, number: int, job: SweepJob) -> int:
         try:
             return self._ended(number, *run(job.recipe, job.overrides))
         except RecipeError as error:  # another job was quicker

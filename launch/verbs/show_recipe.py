@@ -3,12 +3,12 @@
 from typing import Any
 
 from bagualu.launch.verbs.sweep import jobs
-from bagualu.launch.verbs.usage import SEVERAL, Request
+from bagualu.launch.verbs.usage import SEVERAL, CommandLine
 from bagualu.trainer.process.failure import DONE
 from bagualu.trainer.recipe.compose import as_dict, compose, resolved_yaml
 
 
-def show_recipe(request: Request) -> tuple[int, Any]:
+def show_recipe(request: CommandLine) -> tuple[int, Any]:
     """Print the recipe, or those of a sweep one after the other; the exit code and the document for --json."""
     several = SEVERAL[request.verb]
     recipes = [job.recipe for job in jobs(request.overrides)] if request.multirun else [compose(request.overrides, several)]

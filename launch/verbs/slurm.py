@@ -11,7 +11,7 @@ from typing import Any
 
 from bagualu.comm.errors import RecipeError
 from bagualu.launch.batch import setup_lines
-from bagualu.launch.verbs.usage import SEVERAL, Request
+from bagualu.launch.verbs.usage import SEVERAL, CommandLine
 from bagualu.trainer.process.failure import DONE, FAILED
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.compose import as_dict, compose
@@ -24,7 +24,7 @@ _NO_KILL = "--no-kill"
 """The job goes on when SLURM has lost one of its nodes; srun needs it besides, or it kills the agents of the other nodes."""
 
 
-def slurm(request: Request) -> tuple[int, Any]:
+def slurm(request: CommandLine) -> tuple[int, Any]:
     """Write the script of a recipe and submit it; exit code and the document for --json."""
     recipe = compose(request.overrides, SEVERAL[request.verb])
     _check(recipe)

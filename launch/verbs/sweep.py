@@ -19,7 +19,7 @@ _LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """One run of a sweep."""
 
     overrides: list[str]
@@ -27,7 +27,7 @@ class Job:
     recipe: Recipe
 
 
-def jobs(overrides: Sequence[str]) -> list[Job]:
+def jobs(overrides: Sequence[str]) -> list[SweepJob]:
     """The jobs of a sweep; of the keys with several values the last one changes fastest. Raises RecipeError before any runs."""
     parsed = parse(overrides)
     values = {override.get_key_element(): _values(override) for override in parsed}
@@ -35,7 +35,7 @@ def jobs(overrides: Sequence[str]) -> list[Job]:
     if not swept:
         raise RecipeError("-m was given but no key has several values; give e.g. optim.lr=1e-3,3e-4")
     named = not swept & {"run.dir", "++run.dir"}
-    found: dict[str, Job] = {}
+    found: dict[str, SweepJob] = {}
     for combination in itertools.product(*map(_distinct, values.values())):
         own = [text for key, text in zip(values, combination, strict=True) if key in swept]
         recipe = compose(combination)
@@ -44,7 +44,7 @@ def jobs(overrides: Sequence[str]) -> list[Job]:
         if recipe.run.dir in found:
             raise RecipeError(f"two jobs of the sweep share {recipe.run.dir}; leave run.dir out of the sweep")
         others = [text for text in combination if not text.startswith("run.dir=")]
-        found[recipe.run.dir] = Job([*others, f"run.dir={typed(recipe.run.dir)}"], recipe)
+        found[recipe.run.dir] = SweepJob([*others, f"run.dir={typed(recipe.run.dir)}"], recipe)
     return list(found.values())
 
 

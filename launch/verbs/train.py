@@ -7,7 +7,7 @@ from typing import Any
 from bagualu.fault_tolerance import run_lock
 from bagualu.launch.verbs.series import Series
 from bagualu.launch.verbs.sweep import jobs
-from bagualu.launch.verbs.usage import SEVERAL, Request
+from bagualu.launch.verbs.usage import SEVERAL, CommandLine
 from bagualu.launch.workers import storage_probe
 from bagualu.launch.workers.run import run
 from bagualu.trainer.process.stop_request import StopRequest
@@ -17,7 +17,7 @@ from bagualu.trainer.recipe.compose import compose, save_recipe
 from bagualu.trainer.recipe.config import Recipe
 
 
-def train(request: Request, entrypoint: str | None) -> tuple[int, Any]:
+def train(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
     """Train, or run every job of a sweep; exit code and the document for --json."""
     stop = StopRequest()
 

@@ -153,7 +153,7 @@ SEVERAL = {
 
 
 @dataclass
-class Request:
+class CommandLine:
     """A command line, taken apart."""
 
     verb: str
@@ -183,14 +183,14 @@ _SETS = {
 """What each sets in a request."""
 
 
-def read(arguments: list[str]) -> Request:
+def read(arguments: list[str]) -> CommandLine:
     """Take a command line apart. Raises RecipeError for what is neither verb, option nor override."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        return Request("", help=True)
+        return CommandLine("", help=True)
     verb = arguments[0]
     if verb not in VERBS:
         raise RecipeError(f"unknown verb {verb}; {_instead_of_verb(arguments)} (bagualu --help)")
-    request, rest = Request(verb), arguments[1:]
+    request, rest = CommandLine(verb), arguments[1:]
     while rest:
         argument = rest.pop(0)
         option = argument.removesuffix("=job") if argument.startswith("--cfg=") else argument

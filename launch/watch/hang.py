@@ -10,7 +10,7 @@ from bagualu.fault_tolerance.watchdog import stacks
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, read
 from bagualu.fault_tolerance.watchdog.links import LostLink, cut_off, lost_links
 from bagualu.fault_tolerance.watchdog.report import write_report
-from bagualu.fault_tolerance.watchdog.verdict import Patience, Verdict
+from bagualu.fault_tolerance.watchdog.verdict import HangDiagnosis, Patience
 from bagualu.fault_tolerance.watchdog.watch import Watchdog
 from bagualu.launch.watch.watcher import Watcher
 from bagualu.trainer.process.failure import Failure
@@ -60,7 +60,7 @@ class HangCheck(Watcher):
         return stacks.end_all(self._folder, self._processes)
 
 
-def _with_links(verdict: Verdict, links: list[LostLink]) -> Verdict:
+def _with_links(verdict: HangDiagnosis, links: list[LostLink]) -> HangDiagnosis:
     """The verdict with what the connections tell: perhaps the culprit, where it was left open."""
     if not links:
         return verdict

@@ -29,8 +29,8 @@ from bagualu.launch.watch.watcher import Watcher
 from bagualu.launch.workers import agent_messages, fork_server, worker_process
 from bagualu.launch.workers.elastic_layout import fitted
 from bagualu.launch.workers.lost_node import LostNode, beats_of, gone, has_begun, where
-from bagualu.launch.workers.rendezvous import REGROUP_SECONDS, Nodes
-from bagualu.launch.workers.restart_policy import Restarts, Verdict, announcement, resuming
+from bagualu.launch.workers.rendezvous import REGROUP_SECONDS, NodeRendezvous
+from bagualu.launch.workers.restart_policy import RestartDecision, Restarts, announcement, resuming
 from bagualu.launch.workers.storage_probe import begun
 from bagualu.launch.workers.worker_failures import clear_failures, failures
 from bagualu.trainer.process.failure import Failure, at_fault, first
@@ -73,7 +73,9 @@ class NoLogs(LogsSpecs):
 class Agent(LocalElasticAgent):
     """Starts the workers of one machine, starts them again after failures, forwards requests to stop, lets none survive."""
 
-    def __init__(self, told: worker_process.Member, rendezvous: Nodes, stop: StopRequest, watchers: Sequence[Watcher] = ()) -> None:
+    def __init__(
+        self, told: worker_process.Member, rendezvous: NodeRendezvous, stop: StopRequest, watchers: Sequence[Watcher] = ()
+    ) -> None:
         """From here on signals are the agent's, which notes in `stop` that it was asked; `stop` has taken them so far."""
         spec = WorkerSpec(
             role="worker",
@@ -161,7 +163,7 @@ class Agent(LocalElasticAgent):
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         handler = worker_group.spec.rdzv_handler
-        assert isinstance(handler, Nodes)
+        assert isinstance(handler, NodeRendezvous)
         self._waits_for_nodes = handler.settings.max_nodes > 1
         try:
             while not self._met(worker_group, handler):
@@ -169,7 +171,7 @@ class Agent(LocalElasticAgent):
         finally:
             self._waits_for_nodes = False
 
-    def _met(self, worker_group: WorkerGroup, handler: Nodes) -> bool:
+    def _met(self, worker_group: WorkerGroup, handler: NodeRendezvous) -> bool:
         """Meet the other nodes; False: one has died before it told the others of its workers, and they are to meet again."""
         try:
             super()._rendezvous(worker_group)
@@ -244,9 +246,9 @@ class Agent(LocalElasticAgent):
             _say(announcement(verdict, self.restarts, self.told.recipe, begun(self.told.scratch)))
             self._pause(verdict.pause_seconds)
 
-    def _judge(self, worker_group: WorkerGroup, failure: Failure) -> Verdict:
+    def _judge(self, worker_group: WorkerGroup, failure: Failure) -> RestartDecision:
         if self.stop_asked:
-            return Verdict(failure, again=False)
+            return RestartDecision(failure, again=False)
         local = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
         slots = [slot for position, slot in enumerate(self.told.slots) if position != local.get(failure.rank)]
         elsewhere = (failure.kind == "peer" or failure.rank < 0) and self.nodes > 1
@@ -314,7 +316,7 @@ class Agent(LocalElasticAgent):
         """Shared with the agents of this generation."""
         store, nodes = self._worker_group.store, self._worker_group.spec.rdzv_handler
         assert isinstance(store, Store)
-        assert isinstance(nodes, Nodes)
+        assert isinstance(nodes, NodeRendezvous)
         return agent_messages.Board(store, nodes.seal, f"{nodes.get_run_id()}/{nodes.round}")
 
     def _processes(self) -> list[Any]:

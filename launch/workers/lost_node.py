@@ -11,14 +11,14 @@ from pathlib import Path
 
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Beat, read, read_beats
 from bagualu.fault_tolerance.watchdog.verdict import SPARE
-from bagualu.launch.workers.rendezvous import SILENT_SECONDS, Nodes
+from bagualu.launch.workers.rendezvous import SILENT_SECONDS, NodeRendezvous
 from bagualu.trainer.process.failure import Failure
 
 
 class LostNode:
     """Looks for one, on behalf of the workers of this machine."""
 
-    def __init__(self, nodes: Nodes, scratch: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, nodes: NodeRendezvous, scratch: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._nodes = nodes
         self._folder = scratch / HEARTBEATS
         self._clock = clock

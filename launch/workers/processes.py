@@ -98,7 +98,7 @@ def run_processes(
         return ended
 
 
-def _place(recipe: Recipe, meeting: Meeting | None, stop: StopRequest) -> rendezvous.Place:
+def _place(recipe: Recipe, meeting: Meeting | None, stop: StopRequest) -> rendezvous.RendezvousStore:
     """Where the agents meet. Raises RendezvousError, and RecipeError for an address or a port that cannot be used."""
     if meeting:
         return rendezvous.among(meeting, recipe.restart, stop)
@@ -109,12 +109,12 @@ def _place(recipe: Recipe, meeting: Meeting | None, stop: StopRequest) -> rendez
                           f"give another, or leave it out for a free one") from error  # fmt: skip
 
 
-def _lock(recipe: Recipe, meeting: Meeting | None, place: rendezvous.Place) -> AbstractContextManager[None]:
+def _lock(recipe: Recipe, meeting: Meeting | None, place: rendezvous.RendezvousStore) -> AbstractContextManager[None]:
     """Of several nodes the one with the store keeps other jobs out of the run directory; of a single one, whoever called."""
     return run_lock.hold(Path(recipe.run.dir), meeting.job) if meeting and place.hosts else nullcontext()
 
 
-def _require_same_backend(recipe: Recipe, place: rendezvous.Place) -> None:
+def _require_same_backend(recipe: Recipe, place: rendezvous.RendezvousStore) -> None:
     """Raises RecipeError on a node whose backend is not that of the others, as comm.backend=auto may make it."""
     own = recipe.comm.backend
     try:
@@ -140,7 +140,9 @@ def tell_early(recipe: Recipe, meeting: Meeting | None, ended: Ended, stop: Stop
                 _tell_early(recipe, place, meeting, ended, stop)
 
 
-def _tell_early(recipe: Recipe, place: rendezvous.Place, meeting: Meeting | None, ended: Ended, stop: StopRequest) -> None:
+def _tell_early(
+    recipe: Recipe, place: rendezvous.RendezvousStore, meeting: Meeting | None, ended: Ended, stop: StopRequest
+) -> None:
     """As `_tell`, of an end before all nodes have come; on the store's host until they have, but not for long."""
     _tell(ended, place, ending := Ending(place.board))
     if not (meeting and place.hosts) or ended.failure is None:
@@ -152,14 +154,14 @@ def _tell_early(recipe: Recipe, place: rendezvous.Place, meeting: Meeting | None
     ending.await_leaving(meeting.nodes, min(recipe.restart.wait_seconds, _TELL_SECONDS), stop)
 
 
-def _tell(ended: Ended, place: rendezvous.Place, ending: Ending) -> None:
+def _tell(ended: Ended, place: rendezvous.RendezvousStore, ending: Ending) -> None:
     """Tell the agents of the other nodes how the run has ended, and ask nothing of the store from then on."""
     ending.say({"summary": ended.summary, "failure": ended.failure and ended.failure.as_dict()})
     place.handler.shutdown()
     ending.leave()
 
 
-def _together(agent: Agent, place: rendezvous.Place, ending: Ending, meeting: Meeting | None) -> Ended:
+def _together(agent: Agent, place: rendezvous.RendezvousStore, ending: Ending, meeting: Meeting | None) -> Ended:
     """The end of the run, told to the agents of the other nodes and heard from them."""
     try:
         with agent.suspending():

@@ -37,7 +37,7 @@ _ANSWER_SECONDS = 10
 _FOREVER_SECONDS = 10**8
 
 
-class Nodes(DynamicRendezvousHandler):
+class NodeRendezvous(DynamicRendezvousHandler):
     """Elastic's rendezvous, which also knows who of the last round is missing now, and has one store for agents and workers."""
 
     _met: frozenset[_NodeDesc] = frozenset()
@@ -117,16 +117,16 @@ class SignedBackend(C10dRendezvousBackend):
 
 
 @dataclass(frozen=True)
-class Place:
+class RendezvousStore:
     """A rendezvous, and a board that all its rounds share."""
 
-    handler: Nodes
+    handler: NodeRendezvous
     board: Board
     hosts: bool
     """Whether the store is this process's."""
 
 
-def here(port: int | None) -> Place:
+def here(port: int | None) -> RendezvousStore:
     """The rendezvous of one machine, at its loopback address. Raises OSError when the port is taken."""
     store = serve(LOOPBACK, port or 0, timedelta(seconds=_STORE_SECONDS))
     run_id = uuid.uuid4().hex
@@ -134,7 +134,7 @@ def here(port: int | None) -> Place:
     return _place(store, True, LOOPBACK, LOOPBACK, seal, run_id, 1, 1, _FOREVER_SECONDS, 1)
 
 
-def among(meeting: Meeting, config: RestartConfig, stop: Callable[[], bool]) -> Place:
+def among(meeting: Meeting, config: RestartConfig, stop: Callable[[], bool]) -> RendezvousStore:
     """The rendezvous of `meeting`. Raises RendezvousError when its host is not reached in time, or before, when asked to stop."""
     join, last_call = config.wait_seconds, 1
     if config.elastic:
@@ -194,16 +194,16 @@ def _place(
     most: int,
     join: int,
     last_call: int,
-) -> Place:
+) -> RendezvousStore:
     port = store.port
     _notice_silence(port)
     timeout = RendezvousTimeout(join=timedelta(seconds=join), last_call=timedelta(seconds=last_call))
     beats = _HEARTBEAT_SECONDS, _MISSED_HEARTBEATS
     backend = SignedBackend(store, run_id, seal)
-    handler = Nodes.from_backend(run_id, store, backend, fewest, most, own_address, timeout, *beats)
+    handler = NodeRendezvous.from_backend(run_id, store, backend, fewest, most, own_address, timeout, *beats)
     handler.share(store, address, port, seal)
     part = f"bagualu/{run_id}"
-    return Place(handler, Board(PrefixStore(part, store), seal, part), hosts)
+    return RendezvousStore(handler, Board(PrefixStore(part, store), seal, part), hosts)
 
 
 def _notice_silence(port: int) -> None:

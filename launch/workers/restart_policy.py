@@ -9,7 +9,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RestartDecision:
     """What follows a failure."""
 
     failure: Failure
@@ -31,7 +31,7 @@ class Restarts:
     _dropped: int = 0
     """Ranks given up since then."""
 
-    def decide(self, failure: Failure, elsewhere: bool = False, may_drop: bool = False) -> Verdict:
+    def decide(self, failure: Failure, elsewhere: bool = False, may_drop: bool = False) -> RestartDecision:
         """Takes a failure into account.
 
         `elsewhere`: its cause is on another node, which judges whether it is a crash loop. `may_drop`: there is a layout for
@@ -39,7 +39,7 @@ class Restarts:
         """
         config = self.config
         if failure.kind in ("recipe", "final"):
-            return Verdict(failure, again=False)
+            return RestartDecision(failure, again=False)
         no_step = elsewhere or failure.kind == "storage"  # a full disk is waited for, by pauses that grow
         times = 0 if no_step else self._times(failure)
         loop = times >= config.same_step_limit * (1 + self._dropped)
@@ -47,13 +47,13 @@ class Restarts:
         drop = loop and may_drop and not self._dropped and known
         if loop and not drop:
             why = f"{failure.cause} (failed at this step {times} times with nothing gained in between; restart.same_step_limit)"
-            return Verdict(replace(failure, kind="loop", cause=why), again=False)
+            return RestartDecision(replace(failure, kind="loop", cause=why), again=False)
         if self.count >= config.limit:
             spent = f" (after {self.count} restarts; restart.limit={config.limit})" if self.count else ""
-            return Verdict(replace(failure, cause=failure.cause + spent), again=False)
+            return RestartDecision(replace(failure, cause=failure.cause + spent), again=False)
         self._dropped += drop
         self.count += 1
-        return Verdict(failure, again=True, pause_seconds=config.pause_seconds(self.count), without_rank=drop)
+        return RestartDecision(failure, again=True, pause_seconds=config.pause_seconds(self.count), without_rank=drop)
 
     def _times(self, failure: Failure) -> int:
         """How often the step of `failure` has failed by now, with nothing gained in between."""
@@ -66,7 +66,7 @@ class Restarts:
         return [one for one in self._failed if one.step == step]
 
 
-def announcement(verdict: Verdict, restarts: Restarts, recipe: Recipe, begun: bool = False) -> str:
+def announcement(verdict: RestartDecision, restarts: Restarts, recipe: Recipe, begun: bool = False) -> str:
     """The line that a restart begins with: what was lost where, which restart this is, where it goes on."""
     failure = verdict.failure
     start = f"from {newest(recipe, begun) or 'the beginning'}"

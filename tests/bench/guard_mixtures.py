@@ -27,7 +27,7 @@ import torch
 
 from bagualu.comm import simulated
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.guard.verdict import Action
+from bagualu.fault_tolerance.guard.verdict import GuardAction
 from bagualu.parallel.pipeline.program import program
 from bagualu.parallel.pipeline.runtime import MicroBatch
 from bagualu.parallel.pipeline.schedules.schedule import forward_only, with_messages
@@ -231,7 +231,7 @@ def run_one(communicator: Communicator, name: str, seed: int, steps: int, guard:
         deferred += verdict.deferred
         if os.environ.get("SHOW") and (verdict.text or result.late_verdict):
             print(verdict.text, result.late_verdict and result.late_verdict.text)
-        step = step + 1 if verdict.action in (Action.COMMIT, Action.SKIP) else planted.go_back()
+        step = step + 1 if verdict.action in (GuardAction.COMMIT, GuardAction.SKIP) else planted.go_back()
     return Outcome(
         parts.guard.memory.left_out_steps(steps), deferred, losses(parts, mixture),
         [f"step {plant.step + 1}: {plant.kind}" for plant in plants if plant.step not in seen], time.perf_counter() - began,

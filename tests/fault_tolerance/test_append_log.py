@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bagualu.fault_tolerance.append_log import Lines
+from bagualu.fault_tolerance.append_log import AppendLog
 from bagualu.fault_tolerance.injection.kinds import Kill
 from bagualu.fault_tolerance.injection.record import Record
 
@@ -27,7 +27,7 @@ def room_for(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("shared", [False, True])
 def test_lines_wait_for_room_and_come_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture, shared: bool) -> None:
     path = tmp_path / "folder" / "file"
-    lines = Lines(path, shared)
+    lines = AppendLog(path, shared)
     assert lines.add("one")
     with caplog.at_level(logging.WARNING), room_for(7):
         assert not lines.add("two")
@@ -43,7 +43,7 @@ def test_lines_wait_for_room_and_come_in_order(tmp_path: Path, caplog: pytest.Lo
 
 def test_a_line_after_one_that_somebody_was_killed_at_stands_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("cut sho")
-    Lines(tmp_path / "file").add("whole")
+    AppendLog(tmp_path / "file").add("whole")
     assert (tmp_path / "file").read_text() == "cut sho\nwhole\n"
 
 

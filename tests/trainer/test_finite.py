@@ -13,7 +13,7 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
 from bagualu.fault_tolerance.config import GuardConfig
 from bagualu.fault_tolerance.guard.finite import after_update, is_finite
-from bagualu.fault_tolerance.guard.verdict import Action
+from bagualu.fault_tolerance.guard.verdict import GuardAction
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.optim import adamw
@@ -114,17 +114,17 @@ def test_settings_that_overflow_end_the_run_and_nothing_of_it_is_saved(
 
 
 def test_policies() -> None:
-    def action(repairable: bool = False, again: bool = False, setbacks: int = 0, **changes: str) -> Action:
+    def action(repairable: bool = False, again: bool = False, setbacks: int = 0, **changes: str) -> GuardAction:
         return after_update(GuardConfig(**changes), repairable, again, setbacks)  # type: ignore[arg-type]
 
-    assert action() is Action.ROLLBACK
-    assert action(again=True) is Action.STOP
-    assert action(setbacks=5) is Action.STOP
-    assert action(on_nonfinite="stop") is Action.STOP
-    assert action(on_nonfinite="skip") is Action.ROLLBACK, "what the update has overwritten cannot be skipped"
-    assert action(repairable=True, again=True) is Action.COMMIT
-    assert action(repairable=True, on_disagreement="stop") is Action.STOP
-    assert action(repairable=True, on_disagreement="rollback") is Action.ROLLBACK
+    assert action() is GuardAction.ROLLBACK
+    assert action(again=True) is GuardAction.STOP
+    assert action(setbacks=5) is GuardAction.STOP
+    assert action(on_nonfinite="stop") is GuardAction.STOP
+    assert action(on_nonfinite="skip") is GuardAction.ROLLBACK, "what the update has overwritten cannot be skipped"
+    assert action(repairable=True, again=True) is GuardAction.COMMIT
+    assert action(repairable=True, on_disagreement="stop") is GuardAction.STOP
+    assert action(repairable=True, on_disagreement="rollback") is GuardAction.ROLLBACK
 
 
 def spoilt_between(communicator: Communicator, recipe: Recipe, last: bool) -> str:

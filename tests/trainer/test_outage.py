@@ -18,7 +18,7 @@ from bagualu.fault_tolerance.checkpoint.layout import blocks
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointStorageError, step_name
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
-from bagualu.fault_tolerance.guard.verdict import Action, Cause, Verdict
+from bagualu.fault_tolerance.guard.verdict import Cause, GuardAction, GuardDecision
 from bagualu.fault_tolerance.ledger.events import LEDGER
 from bagualu.launch.workers.storage_probe import newest
 from bagualu.trainer import loop
@@ -303,7 +303,7 @@ def test_the_way_back_in_a_run_waits_for_its_checkpoints_too(tmp_path: Path, mon
             if parts.mesh.at("world") == 0:
                 hidden(tmp_path / "run" / "checkpoints")
             parts.mesh.group("world").barrier()
-            return replace(result, verdict=Verdict(Action.ROLLBACK, Cause.NORM, text="a spike"))
+            return replace(result, verdict=GuardDecision(GuardAction.ROLLBACK, Cause.NORM, text="a spike"))
         return result
 
     monkeypatch.setattr(loop, "train_step", spiking)

@@ -26,7 +26,7 @@ _MOMENTS = 2
 
 
 @dataclass(frozen=True)
-class Work:
+class ModelWork:
     """What a rank runs, as far as costs depend on it."""
 
     model: ModelConfig
@@ -61,7 +61,7 @@ class Held:
     operand_bytes: int
 
 
-def analytic_table(work: Work) -> CostTable:
+def analytic_table(work: ModelWork) -> CostTable:
     """What every layer costs a rank of `work`."""
     model, tensor = work.model, work.layout.tensor
     embedding_bytes, head_bytes, tied_bytes = end_bytes(work)
@@ -71,7 +71,7 @@ def analytic_table(work: Work) -> CostTable:
     return CostTable(embedding, layers, head, "FLOPs at 1 TFLOP/s", tied_bytes)
 
 
-def _layer(work: Work, index: int, flops: Flops) -> LayerCost:
+def _layer(work: ModelWork, index: int, flops: Flops) -> LayerCost:
     return LayerCost(
         f"layer {index}",
         _seconds(work, flops.forward) / work.layout.tensor,
@@ -82,7 +82,7 @@ def _layer(work: Work, index: int, flops: Flops) -> LayerCost:
     )
 
 
-def _seconds(work: Work, flops_per_token: float) -> float:
+def _seconds(work: ModelWork, flops_per_token: float) -> float:
     return flops_per_token * work.tokens / FLOPS_PER_SECOND
 
 
@@ -114,18 +114,18 @@ def _swiglu(name: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.gate.weight": (ffn, hidden), f"{name}.up.weight": (ffn, hidden), f"{name}.down.weight": (hidden, ffn)}
 
 
-def layer_bytes(work: Work, index: int) -> int:
+def layer_bytes(work: ModelWork, index: int) -> int:
     """State of a decoder layer on this rank."""
     return sum(_state_bytes(work, f"layers.{index}.{name}", shape) for name, shape in layer_shapes(work.model, index).items())
 
 
-def optimizer_bytes(work: Work, index: int) -> int:
+def optimizer_bytes(work: ModelWork, index: int) -> int:
     """Master weights and moments of a decoder layer, over all ranks that hold a part of it."""
     elements = sum(prod(shape) for shape in layer_shapes(work.model, index).values())
     return elements * work.accurate_bytes * (1 + _MOMENTS)
 
 
-def end_bytes(work: Work) -> tuple[int, int, int]:
+def end_bytes(work: ModelWork) -> tuple[int, int, int]:
     """State of the embedding, of the final norm and the head, and how much of it is the same where one rank holds both."""
     vocabulary = (work.model.padded_vocab, work.model.hidden)
     embedding = _state_bytes(work, "embedding.weight", vocabulary)
@@ -133,7 +133,7 @@ def end_bytes(work: Work) -> tuple[int, int, int]:
     return embedding, head, embedding if work.model.tie_embeddings else 0
 
 
-def _state_bytes(work: Work, name: str, shape: tuple[int, ...]) -> int:
+def _state_bytes(work: ModelWork, name: str, shape: tuple[int, ...]) -> int:
     """Working weight, gradient, and this rank's part of master weight and moments, where the working weight is not the master
     itself."""
     placement = decoder_plan(work.model, work.sequence).placement(name)
@@ -143,13 +143,13 @@ def _state_bytes(work: Work, name: str, shape: tuple[int, ...]) -> int:
     return elements * (work.item_bytes + work.accurate_bytes) + elements * work.accurate_bytes * (masters + _MOMENTS) // share
 
 
-def embedding_held(work: Work) -> Held:
+def embedding_held(work: ModelWork) -> Held:
     """Token ids, and for the gradient's rows both."""
     ids, between = 8 * work.tokens, work.tokens // (work.layout.tensor if work.sequence else 1)
     return Held(ids, ids, ids + between * work.model.hidden * work.item_bytes)
 
 
-def head_held(work: Work) -> Held:
+def head_held(work: ModelWork) -> Held:
     """Input and scale of the norm, and both gradients; that of the weight in at least float32 where it is a sum of chunks, or where
     the chip does not multiply 16 bits (not counted)."""
     model, tensor = work.model, work.layout.tensor
@@ -160,7 +160,7 @@ def head_held(work: Work) -> Held:
     return Held(inputs + scales + gradients, inputs, 0)
 
 
-def layer_held(work: Work, index: int) -> Held:
+def layer_held(work: ModelWork, index: int) -> Held:
     """Of a decoder layer; between blocks a rank holds its slice of the sequence under sequence parallel, inside them all of it."""
     model, tensor, item = work.model, work.layout.tensor, work.item_bytes
     heads, narrow = model.heads * model.head_dim // tensor, model.key_value_heads * model.head_dim // tensor
@@ -173,13 +173,13 @@ def layer_held(work: Work, index: int) -> Held:
     return Held(norms + attention + mixed[0], between * model.hidden * item, attention_operands + mixed[1])
 
 
-def _swiglu_held(work: Work, rows: int, ffn: int) -> tuple[int, int]:
+def _swiglu_held(work: ModelWork, rows: int, ffn: int) -> tuple[int, int]:
     """(activations, operands) in bytes: the input, gate, its silu and up; for the products their inputs and outputs'
     gradients."""
     return rows * (work.model.hidden + 3 * ffn) * work.item_bytes, rows * (2 * work.model.hidden + 3 * ffn) * work.item_bytes
 
 
-def _mixture_held(work: Work) -> tuple[int, int]:
+def _mixture_held(work: ModelWork) -> tuple[int, int]:
     """Experts see K rows a token, evenly loaded; the router its input and probabilities; results wait for their weights."""
     moe, tensor = work.model.moe, work.layout.tensor
     rows = work.tokens * moe.top_k

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from bagualu.trainer.costs.analytic import Work
-from bagualu.trainer.costs.measured import Figures, measure
+from bagualu.trainer.costs.analytic import ModelWork
+from bagualu.trainer.costs.measured import MeasuredCosts, measure
 
 FORMAT = 1
 """Part of the key: raise it when what is measured, or how, changes."""
@@ -26,7 +26,7 @@ FORMAT = 1
 log = logging.getLogger(__name__)
 
 
-def figures(cache: Path, work: Work, device: torch.device, compiled: bool) -> dict[str, Figures]:
+def figures(cache: Path, work: ModelWork, device: torch.device, compiled: bool) -> dict[str, MeasuredCosts]:
     """From the cache, or measured and put there. A cache that cannot be written is no reason to stop; that is logged."""
     depends_on = _depends_on(work, device, compiled)
     key = hashlib.blake2b(json.dumps(depends_on).encode(), digest_size=16).hexdigest()
@@ -53,7 +53,7 @@ def device_name(device: torch.device) -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def _depends_on(work: Work, device: torch.device, compiled: bool) -> dict[str, Any]:
+def _depends_on(work: ModelWork, device: torch.device, compiled: bool) -> dict[str, Any]:
     """Not on ZeRO, nor on how many replicas or stages there are."""
     return {
         "format": FORMAT, "model": asdict(work.model), "tensor": work.layout.tensor, "expert": work.layout.expert,
@@ -63,12 +63,12 @@ def _depends_on(work: Work, device: torch.device, compiled: bool) -> dict[str, A
     }  # fmt: skip
 
 
-def _load(path: Path, depends_on: dict[str, Any]) -> dict[str, Figures] | None:
+def _load(path: Path, depends_on: dict[str, Any]) -> dict[str, MeasuredCosts] | None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["depends_on"] != depends_on:
             raise ValueError("it is of something else")
-        return {kind: Figures(**one) for kind, one in stored["figures"].items()}
+        return {kind: MeasuredCosts(**one) for kind, one in stored["figures"].items()}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

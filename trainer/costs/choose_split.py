@@ -22,7 +22,7 @@ from bagualu.parallel.balance.stages.keys import COMPUTED, memory_caps
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.schedules.schedule import Schedule
 from bagualu.parallel.pipeline.split import split_layers
-from bagualu.trainer.costs.analytic import Work, analytic_table
+from bagualu.trainer.costs.analytic import ModelWork, analytic_table
 from bagualu.trainer.costs.cache import device_name, figures
 from bagualu.trainer.costs.measured import measured_table
 from bagualu.trainer.costs.throughput import matmul_ceiling
@@ -66,9 +66,9 @@ def agree_on_split(
     return Split.from_json(answer["split"]), CostTable.from_json(answer["table"])
 
 
-def work_of(recipe: Recipe, layout: Layout) -> Work:
+def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
     """What a rank of `recipe` runs."""
-    return Work(
+    return ModelWork(
         recipe.model.padded_over(layout.tensor),
         layout,
         recipe.data.sequence_length,
@@ -79,7 +79,7 @@ def work_of(recipe: Recipe, layout: Layout) -> Work:
     )
 
 
-def _table(recipe: Recipe, work: Work, device: torch.device) -> CostTable:
+def _table(recipe: Recipe, work: ModelWork, device: torch.device) -> CostTable:
     if recipe.parallel.balance == "analytic":
         return analytic_table(work)
     cache = Path(recipe.data.cache) if recipe.data.cache else default_cache()

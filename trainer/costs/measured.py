@@ -24,7 +24,7 @@ from bagualu.parallel.data import GradientSink
 from bagualu.parallel.expert import LocalExperts, Routed
 from bagualu.parallel.pipeline.backward import backward
 from bagualu.parallel.precision import accurate_dtype
-from bagualu.trainer.costs.analytic import Work, end_bytes, layer_bytes
+from bagualu.trainer.costs.analytic import ModelWork, end_bytes, layer_bytes
 from bagualu.trainer.costs.throughput import synchronize
 from bagualu.trainer.models.decoder.layers import RMSNorm
 from bagualu.trainer.models.decoder.model import Embedding, Head, Layer
@@ -37,7 +37,7 @@ _MOST_ROUNDS = 30
 
 
 @dataclass(frozen=True)
-class Figures:
+class MeasuredCosts:
     """Of one kind of layer and one micro-batch; the words are those of LayerCost."""
 
     forward_seconds: float
@@ -48,7 +48,9 @@ class Figures:
     operand_bytes: int
 
 
-def measure(work: Work, device: torch.device, compiled: bool, budget_seconds: float = BUDGET_SECONDS) -> dict[str, Figures]:
+def measure(
+    work: ModelWork, device: torch.device, compiled: bool, budget_seconds: float = BUDGET_SECONDS
+) -> dict[str, MeasuredCosts]:
     """The figures of every kind of layer of `work`: embedding, dense, mixture, head. Kinds take turns, so that what disturbs the
     machine for a while disturbs all of them; medians of at least 3 rounds, as many as fit into about `budget_seconds`."""
     samples = _samples(work, device, compiled)
@@ -60,7 +62,7 @@ def measure(work: Work, device: torch.device, compiled: bool, budget_seconds: fl
             break
         for name, sample in samples.items():
             times[name].append(sample.times())
-    return {name: Figures(*_medians(times[name]), *bytes_of[name]) for name in samples}
+    return {name: MeasuredCosts(*_medians(times[name]), *bytes_of[name]) for name in samples}
 
 
 def _medians(rows: list[tuple[float, float, float]]) -> tuple[float, float, float]:
@@ -68,7 +70,7 @@ def _medians(rows: list[tuple[float, float, float]]) -> tuple[float, float, floa
     return first, second, third
 
 
-def measured_table(work: Work, figures: dict[str, Figures], source: str) -> CostTable:
+def measured_table(work: ModelWork, figures: dict[str, MeasuredCosts], source: str) -> CostTable:
     """The costs of the whole model from those of its kinds of layers; state is counted from shapes."""
     embedding_bytes, head_bytes, tied_bytes = end_bytes(work)
     layers = [
@@ -79,7 +81,7 @@ def measured_table(work: Work, figures: dict[str, Figures], source: str) -> Cost
     return CostTable(embedding, layers, head, source, tied_bytes)
 
 
-def _cost(name: str, found: Figures, state_bytes: int) -> LayerCost:
+def _cost(name: str, found: MeasuredCosts, state_bytes: int) -> LayerCost:
     return LayerCost(
         name, found.forward_seconds, found.input_gradient_seconds, found.weight_gradient_seconds,
         state_bytes, found.activation_bytes, found.input_bytes, found.operand_bytes,
@@ -196,7 +198,7 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
-def _samples(work: Work, device: torch.device, compiled: bool) -> dict[str, _Sample]:
+def _samples(work: ModelWork, device: torch.device, compiled: bool) -> dict[str, _Sample]:
     model, dtype = work.model, getattr(torch, work.dtype)
     draw = torch.Generator(device).manual_seed(0)  # one of its own: the run's stays as it is
     shape = (work.micro_batch, work.sequence_length)
@@ -233,7 +235,7 @@ def _outputs_of(layer: Layer) -> Callable[[torch.Tensor], tuple[torch.Tensor, ..
 
 
 class _NormAndHead(nn.Module):
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: ModelWork) -> None:
         super().__init__()
         self.norm = RMSNorm(work.model.hidden, work.model.norm_epsilon)
         self.head = Head(work.model.padded_vocab, work.model.hidden, work.model.vocab)
@@ -243,7 +245,7 @@ class _NormAndHead(nn.Module):
         return loss
 
 
-def _localise(module: nn.Module, prefix: str, work: Work, device: torch.device, draw: torch.Generator, fused: bool) -> _Shelf:
+def _localise(module: nn.Module, prefix: str, work: ModelWork, device: torch.device, draw: torch.Generator, fused: bool) -> _Shelf:
     """Give a module on the meta device rank 0's slices of its weights; with `fused`, kernels know the sinks of their gradients."""
     plan, dtype = decoder_plan(work.model, work.sequence), getattr(torch, work.dtype)
     shelf = _Shelf()

@@ -18,8 +18,8 @@ from bagualu.trainer.data.config import SMALLEST_VOCAB, STDLIB
 from bagualu.trainer.data.listing import TextFile
 from bagualu.trainer.data.prepared import SPLITS, fingerprint, token_dtype
 from bagualu.trainer.data.reading import Part, cut, is_utf8, whole
-from bagualu.trainer.data.request import Request
-from bagualu.trainer.data.split import NOTHING, Split, by_files, by_share, hash_fraction, meets
+from bagualu.trainer.data.request import CorpusRequest
+from bagualu.trainer.data.split import NOTHING, TextSplit, by_files, by_share, hash_fraction, meets
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, Encoder, train_tokenizer
 
 SAMPLE_CHARACTERS_PER_ENTRY = 750
@@ -46,7 +46,7 @@ class VocabularyTooLargeError(Exception):
         self.size = size
 
 
-def build(folder: Path, scratch: Path, request: Request, files: Sequence[TextFile]) -> None:
+def build(folder: Path, scratch: Path, request: CorpusRequest, files: Sequence[TextFile]) -> None:
     """Write a whole corpus into `folder`, every file of it on disk. `scratch` is for what is not needed after that.
 
     Raises RecipeError, with what to give, when the text cannot be split, or is too small for the vocabulary.
@@ -60,7 +60,7 @@ def build(folder: Path, scratch: Path, request: Request, files: Sequence[TextFil
         _make_durable(path)
 
 
-def documents(files: Sequence[TextFile], split: Split, source: str) -> list[Document]:
+def documents(files: Sequence[TextFile], split: TextSplit, source: str) -> list[Document]:
     """What `split` makes of `files`, in their order. Raises RecipeError for a file that cannot be read.
 
     Files of the standard library that are not UTF-8 are left out.
@@ -77,7 +77,7 @@ def documents(files: Sequence[TextFile], split: Split, source: str) -> list[Docu
     return result
 
 
-def _write(folder: Path, request: Request, files: Sequence[TextFile]) -> str:
+def _write(folder: Path, request: CorpusRequest, files: Sequence[TextFile]) -> str:
     """Tokenizer and tokens into `folder`; the kind of split. Raises RecipeError, VocabularyTooLargeError."""
     data, counts = request.data, (0, 0)
     if not request.keeps_validation:
@@ -141,7 +141,7 @@ def _without_long_words(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _vocabulary_advice(scratch: Path, request: Request, files: Sequence[TextFile], size: int) -> str:
+def _vocabulary_advice(scratch: Path, request: CorpusRequest, files: Sequence[TextFile], size: int) -> str:
     """What to give in place of request.vocab, so that it is accepted at once, where the text yields `size` entries."""
     problem = f"the text of data.source={request.data.source} yields only {size} tokens"
     vocab = _largest_vocab(scratch, request, files, size)
@@ -155,7 +155,7 @@ def _vocabulary_advice(scratch: Path, request: Request, files: Sequence[TextFile
     return f"{problem}; give model.vocab={vocab}{shorter}, or more text"
 
 
-def _largest_vocab(scratch: Path, request: Request, files: Sequence[TextFile], vocab: int) -> int:
+def _largest_vocab(scratch: Path, request: CorpusRequest, files: Sequence[TextFile], vocab: int) -> int:
     """The largest vocabulary up to `vocab` that the text is accepted with, found by preparing it: its tokens are in `scratch`.
 
     A smaller vocabulary is trained on less text, which may again yield fewer entries. The smallest of all needs no text.

@@ -31,7 +31,7 @@ from bagualu.trainer.data.build import build
 from bagualu.trainer.data.config import RANDOM, STDLIB, DataConfig, require_vocab
 from bagualu.trainer.data.listing import SourceError, TextFile
 from bagualu.trainer.data.prepared import AnyTokens, open_splits
-from bagualu.trainer.data.request import Request
+from bagualu.trainer.data.request import CorpusRequest
 from bagualu.trainer.data.sources import find_files
 from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.data.tokenizer import load_tokenizer, token_bytes
@@ -62,7 +62,7 @@ class Corpus:
     tokenizer_path: Path | None
     """For bagualu.trainer.data.tokenizer.load_tokenizer."""
     split: str = "files"
-    """How the text was split: the kind of a `split.Split`; none where nothing is kept for validation."""
+    """How the text was split: the kind of a `split.TextSplit`; none where nothing is kept for validation."""
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float | None:
@@ -100,7 +100,7 @@ def prepare(
 ) -> Corpus:
     """The corpus of `config`, tokenised with exactly `vocab` entries. Safe from several processes at once.
 
-    `validation`, `length_multiple`: as in `Request`. `run_dir`: a folder that is not read as text.
+    `validation`, `length_multiple`: as in `CorpusRequest`. `run_dir`: a folder that is not read as text.
     Takes seconds the first time and milliseconds after that. Raises RecipeError when the source is not text, or too small for one
     sequence or for the vocabulary, SourceError when it is missing or empty, or the cache does not answer.
     """
@@ -108,7 +108,7 @@ def prepare(
         nothing = np.zeros(0, np.uint32)
         return Corpus(vocab, nothing, nothing, np.zeros(vocab, np.int64), f"random-{vocab}", None, NOTHING.kind)
     require_vocab(vocab)
-    request = Request(config, vocab, validation, length_multiple)
+    request = CorpusRequest(config, vocab, validation, length_multiple)
     cache = cache_folder(config)
     files = find_files(config.source, [str(cache), *([run_dir] if run_dir else [])])
     folder = cache / _key(request, files)
@@ -128,7 +128,7 @@ def prepare(
 def require_sequence(corpus: Corpus, config: DataConfig, length_multiple: int = 1) -> None:
     """Raise RecipeError unless each part holds at least one sequence (`sequence_length` + 1 tokens)."""
     counts = (len(corpus.train), len(corpus.validation))
-    request = Request(config, corpus.vocab, corpus.split != NOTHING.kind, length_multiple=length_multiple)
+    request = CorpusRequest(config, corpus.vocab, corpus.split != NOTHING.kind, length_multiple=length_multiple)
     longest = request.longest_sequence(counts)
     if longest >= config.sequence_length:
         return
@@ -138,7 +138,7 @@ def require_sequence(corpus: Corpus, config: DataConfig, length_multiple: int = 
                       f"{config.sequence_length + 1}; give {advice}")  # fmt: skip
 
 
-def _key(request: Request, files: Sequence[TextFile]) -> str:
+def _key(request: CorpusRequest, files: Sequence[TextFile]) -> str:
     data = request.data
     split = [data.split, data.validation_fraction] if request.keeps_validation else []
     listing = [[os.path.abspath(file.path), file.name, file.size_bytes, file.modified_nanoseconds] for file in files]
@@ -146,7 +146,7 @@ def _key(request: Request, files: Sequence[TextFile]) -> str:
     return hashlib.blake2b(made_from.encode(), digest_size=16).hexdigest()
 
 
-def _build(folder: Path, request: Request, files: Sequence[TextFile]) -> Corpus:
+def _build(folder: Path, request: CorpusRequest, files: Sequence[TextFile]) -> Corpus:
     """Prepare beside `folder` and rename. The caller holds the lock: what lies here is left from a killed builder."""
     for leftover in [folder, *folder.parent.glob(f"{folder.name}.tmp-*")]:
         shutil.rmtree(leftover, ignore_errors=True)

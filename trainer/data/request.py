@@ -6,7 +6,7 @@ from bagualu.trainer.data.config import DataConfig
 
 
 @dataclass(frozen=True)
-class Request:
+class CorpusRequest:
     """What a run wants of its corpus."""
 
     data: DataConfig

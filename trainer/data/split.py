@@ -14,7 +14,7 @@ MOST_OFF = 2.0
 
 
 @dataclass(frozen=True)
-class Split:
+class TextSplit:
     """Files kept for validation, by name, and the file that is cut: its beginning trains and its end validates."""
 
     kind: str
@@ -25,7 +25,7 @@ class Split:
     """Of the characters of the file that is cut."""
 
 
-NOTHING = Split("none")
+NOTHING = TextSplit("none")
 
 
 def hash_fraction(name: str) -> float:
@@ -33,20 +33,20 @@ def hash_fraction(name: str) -> float:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) / 2**48
 
 
-def by_files(files: Sequence[TextFile], fraction: float) -> Split:
+def by_files(files: Sequence[TextFile], fraction: float) -> TextSplit:
     """Files whose names' hashes lie below `fraction`, but at least one and never all; a lone file is cut.
 
     What share of the text that is depends on the sizes of the files: see `meets`.
     """
     if len(files) == 1:
-        return Split("files", cut=files[0].name, training_share=1 - fraction)
+        return TextSplit("files", cut=files[0].name, training_share=1 - fraction)
     names = [file.name for file in files]
     ordered = sorted(names, key=hash_fraction)
     below = sum(hash_fraction(name) < fraction for name in names)
-    return Split("files", frozenset(ordered[: min(max(below, 1), len(names) - 1)]))
+    return TextSplit("files", frozenset(ordered[: min(max(below, 1), len(names) - 1)]))
 
 
-def by_share(files: Sequence[TextFile], fraction: float) -> Split:
+def by_share(files: Sequence[TextFile], fraction: float) -> TextSplit:
     """Files in the order of their names' hashes until they are `fraction` of the bytes; the file at that border is cut."""
     wanted = fraction * sum(file.size_bytes for file in files)
     kept: set[str] = set()
@@ -55,10 +55,10 @@ def by_share(files: Sequence[TextFile], fraction: float) -> Split:
         if file.size_bytes > left:
             if left < wanted / 8:  # near enough without a cut
                 break
-            return Split("share", frozenset(kept), file.name, 1 - left / file.size_bytes)
+            return TextSplit("share", frozenset(kept), file.name, 1 - left / file.size_bytes)
         kept.add(file.name)
         left -= file.size_bytes
-    return Split("share", frozenset(kept))
+    return TextSplit("share", frozenset(kept))
 
 
 def meets(validation: int, total: int, fraction: float) -> bool:
@@ -70,7 +70,7 @@ def meets(validation: int, total: int, fraction: float) -> bool:
     return total > 0 and near(validation / total, fraction) and near(1 - validation / total, 1 - fraction)
 
 
-def bytes_of(files: Sequence[TextFile], split: Split) -> int:
+def bytes_of(files: Sequence[TextFile], split: TextSplit) -> int:
     """Bytes of text that `split` keeps for validation, as near as sizes tell."""
     return sum(file.size_bytes if file.name in split.validation else
                round((1 - split.training_share) * file.size_bytes) if file.name == split.cut else 0 for file in files)  # fmt: skip

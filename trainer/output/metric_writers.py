@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bagualu.comm import jsonl
-from bagualu.fault_tolerance.append_log import Lines
+from bagualu.fault_tolerance.append_log import AppendLog
 
 log = logging.getLogger(__name__)
 Record = Mapping[str, Any]
@@ -38,7 +38,7 @@ class JsonlSink:
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
         """Go on after step `after_step` (0: from the start), as `rewind` does."""
-        self._lines = Lines(path)
+        self._lines = AppendLog(path)
         self.rewind(after_step)
 
     def write(self, record: Record) -> None:

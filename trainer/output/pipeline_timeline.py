@@ -25,7 +25,7 @@ _AFTER_STEPS = 2
 """Steps of a process until the one that is recorded: the first ones pay for warming up."""
 
 
-class Timeline:
+class PipelineRecorder:
     """Records one step of a run; nothing where there is no pipeline."""
 
     def __init__(self, parts: Parts, first_step: int) -> None:

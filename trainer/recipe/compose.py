@@ -24,7 +24,7 @@ from omegaconf.errors import GrammarParseError, InterpolationResolutionError, Mi
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.keys import SEARCHPATH, check_key, check_override, kind_of
-from bagualu.trainer.recipe.override_text import Kind, escaped, quoted, spelled
+from bagualu.trainer.recipe.override_text import ValueKind, escaped, quoted, spelled
 from bagualu.trainer.recipe.plain import plain
 from bagualu.trainer.recipe.schema import schema, to_recipe
 from bagualu.trainer.recipe.yaml_text import keep_text_in_recipe_files, read_yaml, write_yaml
@@ -47,7 +47,7 @@ def compose(overrides: Sequence[str], several: str = ONE_VALUE) -> Recipe:
         if override.is_sweep_override():
             check_key(override)
             key = override.key_or_group
-            comma = "" if kind_of(key) is Kind.OTHER else f", or quote a value that holds a comma: '{key}=\"a, b\"'"
+            comma = "" if kind_of(key) is ValueKind.OTHER else f", or quote a value that holds a comma: '{key}=\"a, b\"'"
             raise RecipeError(f"{override.input_line} gives several values; {several}{comma}")
         check_override(override, own_recipes)
     ConfigStore.instance().store(name="schema", node=schema())

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.recipe.override_text import Kind
+from bagualu.trainer.recipe.override_text import ValueKind
 from bagualu.trainer.recipe.plain import key_of
 from bagualu.trainer.recipe.schema import schema
 
@@ -45,25 +45,25 @@ def keys(node: type[Any] = Recipe, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def kind_of(key: str) -> Kind:
+def kind_of(key: str) -> ValueKind:
     """The kind of values that a key takes: text where nothing is known of the key, so that the text can be shown."""
     if key in _kinds():
         return _kinds()[key]
     inside = any(key.startswith(f"{known}.") for known in ("hydra", *_kinds()))
-    return Kind.OTHER if inside else Kind.TEXT
+    return ValueKind.OTHER if inside else ValueKind.TEXT
 
 
 @functools.cache
-def _kinds() -> dict[str, Kind]:
+def _kinds() -> dict[str, ValueKind]:
     kinds = {key: _kind(hint) for key, hint in keys().items()}
-    return kinds | {SEARCHPATH: Kind.TEXT} | dict.fromkeys((*GROUPS, *_TEXT_OR_LIST), Kind.OPTIONAL_TEXT)
+    return kinds | {SEARCHPATH: ValueKind.TEXT} | dict.fromkeys((*GROUPS, *_TEXT_OR_LIST), ValueKind.OPTIONAL_TEXT)
 
 
-def _kind(hint: Any) -> Kind:
+def _kind(hint: Any) -> ValueKind:
     """Of a key with this type: text, text or null, a list of text, and whatever these make together."""
     parts = set(get_args(hint)) if isinstance(hint, UnionType) else {hint}
     items = {get_args(part)[0] if get_origin(part) is list else part for part in parts - {NoneType}}
-    return Kind.OTHER if items != {str} else Kind.OPTIONAL_TEXT if NoneType in parts else Kind.TEXT
+    return ValueKind.OTHER if items != {str} else ValueKind.OPTIONAL_TEXT if NoneType in parts else ValueKind.TEXT
 
 
 def check_key(override: Override) -> None:

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 
-class Kind(Enum):
+class ValueKind(Enum):
     """How the values of a key are read."""
 
     TEXT = "text"
@@ -21,7 +21,7 @@ class Kind(Enum):
     OTHER = "numbers, true or false, and values that may be one or the other"
 
 
-KindOf = Callable[[str], Kind]
+KindOf = Callable[[str], ValueKind]
 """From a key, e.g. "run.name", to the kind of its values, or of its items where it takes a list."""
 
 _CALL = re.compile(r"(int|float|str|bool|json_str|choice|range|interval|glob|sort|shuffle|tag)\s*\(")
@@ -195,10 +195,10 @@ class _Reader:
         rest = self.text[self.at :]
         if rest.startswith(",") and any(quote in rest for quote in _OPENING_QUOTE.findall(_QUOTED.sub("", typed))):
             raise ValueError(f"{typed} opens a quote that closes only after the comma")
-        kind = self.kind_of(key) if key else Kind.OTHER
-        if not typed or (kind is Kind.OPTIONAL_TEXT and typed.lower() == "null"):
+        kind = self.kind_of(key) if key else ValueKind.OTHER
+        if not typed or (kind is ValueKind.OPTIONAL_TEXT and typed.lower() == "null"):
             return typed
-        if kind is Kind.OTHER and ("${" in typed or _READABLE.fullmatch(typed)):
+        if kind is ValueKind.OTHER and ("${" in typed or _READABLE.fullmatch(typed)):
             return typed
         return _in_quotes(_ESCAPED.sub(r"\1", typed))
 

@@ -20,7 +20,7 @@ from omegaconf._utils import OmegaConfDumper, get_omega_conf_dumper, get_yaml_lo
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.recipe.keys import kind_of
-from bagualu.trainer.recipe.override_text import Kind
+from bagualu.trainer.recipe.override_text import ValueKind
 
 _TEXT, _NULL, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "merge"))
 _CHOICES = "defaults"
@@ -123,7 +123,7 @@ def _inside(key: str, name: yaml.Node) -> str:
 
 def _tag(node: yaml.Node, key: str) -> str:
     in_choices = _CHOICES in key.split(".")
-    kind = Kind.OPTIONAL_TEXT if in_choices else kind_of(key)
-    if kind is Kind.OTHER or (node.tag == _NULL and (kind is Kind.OPTIONAL_TEXT or not node.value)):
+    kind = ValueKind.OPTIONAL_TEXT if in_choices else kind_of(key)
+    if kind is ValueKind.OTHER or (node.tag == _NULL and (kind is ValueKind.OPTIONAL_TEXT or not node.value)):
         return str(node.tag)
     return _TEXT

@@ -8,14 +8,14 @@ from typing import Any
 from bagualu.comm.objects import broadcast_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import discard, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import step_of
-from bagualu.fault_tolerance.guard.verdict import DISAGREEMENTS, Cause, Verdict
+from bagualu.fault_tolerance.guard.verdict import DISAGREEMENTS, Cause, GuardDecision
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.process.failure import GuardError
 from bagualu.trainer.recovery.resume import Resumed, Stored, choose, list_stored, tell
 from bagualu.trainer.recovery.state import checkpoints_of
 
 
-def roll_back(parts: Parts, step: int, verdict: Verdict, stop: Callable[[], bool]) -> Resumed:
+def roll_back(parts: Parts, step: int, verdict: GuardDecision, stop: Callable[[], bool]) -> Resumed:
     """Load a checkpoint from before step `step` (from 1), which `verdict` takes back; where the run goes on.
 
     Where the samples are to blame, those of the last `guard.rollback_window` steps are left out from now on. Checkpoints of later

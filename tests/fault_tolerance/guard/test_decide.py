@@ -9,7 +9,7 @@ from bagualu.fault_tolerance.config import GuardConfig
 from bagualu.fault_tolerance.guard.decide import MOST_ATTEMPTS, Situation, decide
 from bagualu.fault_tolerance.guard.finite import after_update
 from bagualu.fault_tolerance.guard.history import Memory
-from bagualu.fault_tolerance.guard.verdict import Action, Cause, Verdict
+from bagualu.fault_tolerance.guard.verdict import Cause, GuardAction, GuardDecision
 
 FIGURES = (Cause.NONFINITE, Cause.NORM, Cause.LOSS)
 DAMAGES = (Cause.STATE, Cause.WEIGHTS)
@@ -20,68 +20,68 @@ def config(policy: str, **changes: int) -> GuardConfig:
 
 
 def test_nothing_wrong_commits() -> None:
-    assert decide(config("stop"), Situation(None, 1, None)) is Action.COMMIT
+    assert decide(config("stop"), Situation(None, 1, None)) is GuardAction.COMMIT
 
 
 def test_an_overflow_is_skipped_whatever_the_policy_and_however_often() -> None:
-    assert decide(config("stop", limit=0), Situation(Cause.OVERFLOW, 1, None, setbacks=40)) is Action.SKIP
+    assert decide(config("stop", limit=0), Situation(Cause.OVERFLOW, 1, None, setbacks=40)) is GuardAction.SKIP
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback", "stop"])
 @pytest.mark.parametrize("cause", FIGURES)
 def test_a_policy_that_needs_no_second_look_is_followed_at_once(policy: str, cause: Cause) -> None:
-    assert decide(config(policy), Situation(cause, 1, None)) is Action(policy)
+    assert decide(config(policy), Situation(cause, 1, None)) is GuardAction(policy)
 
 
 @pytest.mark.parametrize("cause", FIGURES)
 def test_retry_is_a_ladder(cause: Cause) -> None:
     retry = config("retry")
-    assert decide(retry, Situation(cause, 1, False)) is Action.RETRY
-    assert decide(retry, Situation(cause, 2, True)) is Action.SKIP, "the same bits: the data or the code"
-    assert decide(retry, Situation(cause, 2, None)) is Action.SKIP, "not known whether the same"
-    assert decide(retry, Situation(cause, 2, False)) is Action.RETRY, "other bits: the hardware, once more"
-    assert decide(retry, Situation(cause, MOST_ATTEMPTS, False)) is Action.STOP
+    assert decide(retry, Situation(cause, 1, False)) is GuardAction.RETRY
+    assert decide(retry, Situation(cause, 2, True)) is GuardAction.SKIP, "the same bits: the data or the code"
+    assert decide(retry, Situation(cause, 2, None)) is GuardAction.SKIP, "not known whether the same"
+    assert decide(retry, Situation(cause, 2, False)) is GuardAction.RETRY, "other bits: the hardware, once more"
+    assert decide(retry, Situation(cause, MOST_ATTEMPTS, False)) is GuardAction.STOP
 
 
 @pytest.mark.parametrize("cause", DAMAGES)
 def test_damage_is_repaired_where_it_can_be_and_else_taken_back(cause: Cause) -> None:
     retry = config("retry")
-    assert decide(retry, Situation(cause, 1, False, repairable=True)) is Action.RETRY
-    assert decide(retry, Situation(cause, 1, False, repairable=False)) is Action.ROLLBACK
-    assert decide(retry, Situation(cause, MOST_ATTEMPTS, False, repairable=True)) is Action.ROLLBACK
-    assert decide(config("stop"), Situation(cause, 1, False)) is Action.STOP
+    assert decide(retry, Situation(cause, 1, False, repairable=True)) is GuardAction.RETRY
+    assert decide(retry, Situation(cause, 1, False, repairable=False)) is GuardAction.ROLLBACK
+    assert decide(retry, Situation(cause, MOST_ATTEMPTS, False, repairable=True)) is GuardAction.ROLLBACK
+    assert decide(config("stop"), Situation(cause, 1, False)) is GuardAction.STOP
 
 
 def test_gradients_that_are_never_the_same_end_the_run() -> None:
     actions = [decide(config("retry"), Situation(Cause.GRADIENTS, n, False)) for n in range(2, MOST_ATTEMPTS + 1)]
-    assert actions == [Action.RETRY] * (MOST_ATTEMPTS - 2) + [Action.STOP]
+    assert actions == [GuardAction.RETRY] * (MOST_ATTEMPTS - 2) + [GuardAction.STOP]
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_setbacks_in_a_row_come_to_an_end(policy: str) -> None:
     limited = config(policy, limit=3)
     actions = [decide(limited, Situation(Cause.NORM, 1, None, setbacks=n)) for n in range(5)]
-    assert actions == [Action(policy)] * 3 + [Action.STOP] * 2
+    assert actions == [GuardAction(policy)] * 3 + [GuardAction.STOP] * 2
 
 
 def test_setbacks_are_counted_until_the_run_gets_further_than_ever() -> None:
     memory = Memory.empty(GuardConfig())
     for step in (4, 5):
-        memory.learn(step, 1.0, 1.0, Verdict(Action.SKIP, Cause.NORM))
+        memory.learn(step, 1.0, 1.0, GuardDecision(GuardAction.SKIP, Cause.NORM))
     assert memory.setbacks == 2
-    memory.learn(9, 1.0, 1.0, Verdict(Action.ROLLBACK, Cause.NORM))
+    memory.learn(9, 1.0, 1.0, GuardDecision(GuardAction.ROLLBACK, Cause.NORM))
     assert memory.setbacks == 3
-    memory.learn(7, 1.0, 1.0, Verdict(Action.COMMIT))
+    memory.learn(7, 1.0, 1.0, GuardDecision(GuardAction.COMMIT))
     assert memory.setbacks == 3, "a step done before, done again"
-    memory.learn(10, 1.0, 1.0, Verdict(Action.COMMIT))
+    memory.learn(10, 1.0, 1.0, GuardDecision(GuardAction.COMMIT))
     assert memory.setbacks == 0
     assert memory.left_out == {4: str(Cause.NORM), 5: str(Cause.NORM)}
 
 
 def test_memory_survives_a_checkpoint() -> None:
     memory = Memory.empty(GuardConfig(leave_out=[3]))
-    memory.learn(1, 1.5, 0.5, Verdict(Action.COMMIT, attempts=2))
-    memory.learn(2, 9.0, 9.0, Verdict(Action.SKIP, Cause.LOSS))
+    memory.learn(1, 1.5, 0.5, GuardDecision(GuardAction.COMMIT, attempts=2))
+    memory.learn(2, 9.0, 9.0, GuardDecision(GuardAction.SKIP, Cause.LOSS))
     again = Memory.empty(GuardConfig(leave_out=[8]))
     again.load(memory.as_json())
     assert again.left_out == {2: "loss spike", 3: "guard.leave_out", 8: "guard.leave_out"}
@@ -110,13 +110,13 @@ def test_a_rollback_needs_checkpoints() -> None:
     GuardConfig().validate(saves=False, repeatable=True)
 
 
-DEFERRED = Verdict(Action.SKIP, Cause.LOSS, attempts=2, deferred=True)
+DEFERRED = GuardDecision(GuardAction.SKIP, Cause.LOSS, attempts=2, deferred=True)
 
 
 def learnt(steps: int, loss: float = 0.02) -> Memory:
     memory = Memory.empty(GuardConfig(spike_window=16))
     for step in range(1, steps + 1):
-        memory.learn(step, loss, 1.0, Verdict(Action.COMMIT))
+        memory.learn(step, loss, 1.0, GuardDecision(GuardAction.COMMIT))
     return memory
 
 
@@ -127,26 +127,26 @@ def test_samples_that_were_deferred_are_due_after_a_quarter_of_the_window_or_whe
     assert (memory.left_out_steps(20), memory.left_out, memory.summary()["skipped_steps"]) == (1, {}, [20])
     memory.learn(21, 7.0, 1.0, DEFERRED)
     assert memory.spike(22, 7.0, 1.0) is None, "two in a row: another kind of text has begun"
-    memory.learn(22, 7.0, 1.0, Verdict(Action.COMMIT))
+    memory.learn(22, 7.0, 1.0, GuardDecision(GuardAction.COMMIT))
     assert memory.due(23) == 20
-    memory.learn_late(20, 7.0, 1.0, Verdict(Action.COMMIT), 23)
+    memory.learn_late(20, 7.0, 1.0, GuardDecision(GuardAction.COMMIT), 23)
     assert memory.due(23) == 21
-    memory.learn_late(21, 7.0, 1.0, Verdict(Action.COMMIT), 23)
+    memory.learn_late(21, 7.0, 1.0, GuardDecision(GuardAction.COMMIT), 23)
     assert (memory.due(99), memory.left_out_steps(99)) == (None, 0)
 
 
 def test_samples_that_are_never_finite_are_left_out_in_the_end() -> None:
     memory = learnt(19)
     memory.learn(20, 8.0, 1.0, DEFERRED)
-    memory.learn_late(20, float("nan"), float("nan"), Verdict(Action.SKIP, Cause.NONFINITE), 25)
+    memory.learn_late(20, float("nan"), float("nan"), GuardDecision(GuardAction.SKIP, Cause.NONFINITE), 25)
     assert (memory.deferred, memory.left_out) == ({}, {20: str(Cause.NONFINITE)})
     assert memory.left_out_steps(20) == 1
 
 
 def test_what_was_left_out_is_counted_up_to_the_step_that_the_run_has_come_to() -> None:
     memory = Memory.empty(GuardConfig(leave_out=[3, 50]))
-    memory.learn(1, 1.0, 1.0, Verdict(Action.SKIP, Cause.OVERFLOW))
-    memory.learn(2, 1.0, 1.0, Verdict(Action.SKIP, Cause.NONFINITE))
+    memory.learn(1, 1.0, 1.0, GuardDecision(GuardAction.SKIP, Cause.OVERFLOW))
+    memory.learn(2, 1.0, 1.0, GuardDecision(GuardAction.SKIP, Cause.NONFINITE))
     assert memory.left_out_steps(10) == 3
     assert memory.left_out_steps(60) == 4
 
@@ -177,11 +177,11 @@ def test_after_a_return_to_a_checkpoint_what_is_left_out_is_not_deferred() -> No
 def test_deferred_samples_that_spoil_the_update_each_time_send_the_run_back_only_once() -> None:
     memory = learnt(19)
     memory.learn(20, 8.0, 1.0, DEFERRED)
-    memory.learn_late(20, 8.0, 1.0, Verdict(Action.ROLLBACK, Cause.UPDATE), 25)
-    memory.learn(24, 0.02, 1.0, Verdict(Action.COMMIT))
+    memory.learn_late(20, 8.0, 1.0, GuardDecision(GuardAction.ROLLBACK, Cause.UPDATE), 25)
+    memory.learn(24, 0.02, 1.0, GuardDecision(GuardAction.COMMIT))
     assert memory.setbacks == 2, "step 24 was done before"
     again = memory.setbacks > 0 and memory.furthest >= 25
-    assert after_update(GuardConfig(), False, again, memory.setbacks) is Action.STOP
+    assert after_update(GuardConfig(), False, again, memory.setbacks) is GuardAction.STOP
 
 
 def test_deferred_samples_that_the_recipe_leaves_out_since_are_not_learnt_from_later() -> None:

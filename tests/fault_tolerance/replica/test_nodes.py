@@ -6,11 +6,11 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bagualu.fault_tolerance.replica.nodes import Nodes, node_token
+from bagualu.fault_tolerance.replica.nodes import NodeMap, node_token
 
 
 def test_the_partner_is_in_the_same_place_on_the_next_node() -> None:
-    nodes = Nodes.by_token(["a", "a", "b", "b", "c", "c"])
+    nodes = NodeMap.by_token(["a", "a", "b", "b", "c", "c"])
     assert nodes.members == ((0, 1), (2, 3), (4, 5))
     assert nodes.partners == (2, 3, 4, 5, 0, 1)
     assert nodes.kept_for == ((4,), (5,), (0,), (1,), (2,), (3,))
@@ -18,18 +18,18 @@ def test_the_partner_is_in_the_same_place_on_the_next_node() -> None:
 
 
 def test_nodes_of_different_sizes() -> None:
-    nodes = Nodes.by_token(["a", "a", "a", "b"])
+    nodes = NodeMap.by_token(["a", "a", "a", "b"])
     assert nodes.partners == (3, 3, 3, 0)
     assert nodes.kept_for == ((3,), (), (), (0, 1, 2))
 
 
 def test_one_node_has_no_partners() -> None:
-    assert Nodes.by_token(["a"] * 4).partners == (None,) * 4
+    assert NodeMap.by_token(["a"] * 4).partners == (None,) * 4
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12))
 def test_every_state_is_kept_on_another_node(tokens: list[str]) -> None:
-    nodes = Nodes.by_token(tokens)
+    nodes = NodeMap.by_token(tokens)
     for position, partner in enumerate(nodes.partners):
         assert (partner is None) == (nodes.count == 1)
         if partner is not None:

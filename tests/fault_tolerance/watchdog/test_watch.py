@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bagualu.comm.monitor import Monitor
 from bagualu.fault_tolerance.watchdog.heartbeat import Heartbeat
-from bagualu.fault_tolerance.watchdog.verdict import Patience, Verdict
+from bagualu.fault_tolerance.watchdog.verdict import HangDiagnosis, Patience
 from bagualu.fault_tolerance.watchdog.watch import Watchdog
 
 
@@ -25,7 +25,7 @@ class World:
                 self.monitors[rank].step += 1
                 self.monitors[rank].at("forward")
 
-    def pass_time(self, seconds: float, *beating: int) -> Verdict | None:
+    def pass_time(self, seconds: float, *beating: int) -> HangDiagnosis | None:
         """The first verdict within `seconds`, while some ranks go on."""
         for _ in range(round(seconds)):
             self.time += 1

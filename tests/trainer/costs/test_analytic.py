@@ -6,7 +6,7 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.parallel.layout import Layout
 from bagualu.trainer.assemble import assemble
-from bagualu.trainer.costs.analytic import FLOPS_PER_SECOND, Work, analytic_table, layer_shapes
+from bagualu.trainer.costs.analytic import FLOPS_PER_SECOND, ModelWork, analytic_table, layer_shapes
 from bagualu.trainer.costs.choose_split import work_of
 from bagualu.trainer.costs.throughput import model_flops_per_token
 from bagualu.trainer.data.corpus import prepare
@@ -37,7 +37,7 @@ def test_the_shapes_are_those_of_the_model(layer: int) -> None:
 
 
 def test_seconds_add_up_to_the_models_flops_and_the_head_is_all_forward() -> None:
-    work = Work(moe_model(), Layout(), sequence_length=8, micro_batch=3, dtype="float32")
+    work = ModelWork(moe_model(), Layout(), sequence_length=8, micro_batch=3, dtype="float32")
     table = analytic_table(work)
     costs = [table.embedding, *table.layers, table.head]
     seconds = sum(one.forward_seconds + one.input_gradient_seconds + one.weight_gradient_seconds for one in costs)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from bagualu.parallel.layout import Layout
-from bagualu.trainer.costs.analytic import Work
+from bagualu.trainer.costs.analytic import ModelWork
 from bagualu.trainer.costs.cache import figures
 from bagualu.trainer.models.decoder.config import ModelConfig
 
-WORK = Work(ModelConfig(2, 16, 2, 2, 24, 32), Layout(), sequence_length=8, micro_batch=1, dtype="float32")
+WORK = ModelWork(ModelConfig(2, 16, 2, 2, 24, 32), Layout(), sequence_length=8, micro_batch=1, dtype="float32")
 CPU = torch.device("cpu")
 
 
@@ -34,7 +34,7 @@ def test_what_was_measured_is_read_back(tmp_path: Path) -> None:
         replace(WORK, layout=Layout(tensor=2)), replace(WORK, model=replace(WORK.model, ffn=32)),
     ],
 )  # fmt: skip
-def test_other_work_is_measured_anew(tmp_path: Path, other: Work) -> None:
+def test_other_work_is_measured_anew(tmp_path: Path, other: ModelWork) -> None:
     figures(tmp_path, WORK, CPU, compiled=False)
     figures(tmp_path, other, CPU, compiled=False)
     assert len(stored(tmp_path)) == 2

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from bagualu.parallel.layout import Layout
-from bagualu.trainer.costs.analytic import Work, analytic_table
+from bagualu.trainer.costs.analytic import ModelWork, analytic_table
 from bagualu.trainer.costs.measured import measure, measured_table
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 
 CPU = torch.device("cpu")
 
 
-def work(dtype: str = "float32", layout: Layout | None = None, micro_batch: int = 2) -> Work:
+def work(dtype: str = "float32", layout: Layout | None = None, micro_batch: int = 2) -> ModelWork:
     model = ModelConfig(4, 64, 4, 2, 96, 512, vocab_multiple=64, moe=MoEConfig(4, 2, 32, shared_experts=1, every=2))
-    return Work(model, layout or Layout(), sequence_length=32, micro_batch=micro_batch, dtype=dtype)
+    return ModelWork(model, layout or Layout(), sequence_length=32, micro_batch=micro_batch, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -42,7 +42,7 @@ def native_bfloat16() -> bool:
 
 
 def test_every_kind_is_timed_and_the_head_goes_back_in_its_forward_pass() -> None:
-    wide = Work(ModelConfig(2, 128, 4, 4, 256, 4096), Layout(), sequence_length=64, micro_batch=2, dtype="float32")
+    wide = ModelWork(ModelConfig(2, 128, 4, 4, 256, 4096), Layout(), sequence_length=64, micro_batch=2, dtype="float32")
     found = measure(wide, CPU, compiled=False, budget_seconds=0.1)
     assert set(found) == {"embedding", "dense", "head"}
     assert set(measure(work(), CPU, compiled=False, budget_seconds=0)) == {"embedding", "dense", "mixture", "head"}
