@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import shlex
 import subprocess
 import sys
@@ -30,6 +31,36 @@ READS_ENVIRONMENT = {
     "launch/workers/secret.py",  # what agents sign with
     "launch/workers/processes.py",  # how elastic is told which signals are its own
 }
+ROOMS = {
+    "fault_tolerance/checkpoint": ("checkpoint/layout",),
+    "fault_tolerance/checkpoint/layout": (),
+    "fault_tolerance/checkpoint/reading": ("checkpoint/layout",),
+    "fault_tolerance/checkpoint/saving": ("checkpoint/layout", "checkpoint/reading"),
+    "fault_tolerance/guard": (),
+    "fault_tolerance/injection": ("checkpoint/layout", "ledger"),
+    "fault_tolerance/ledger": (),
+    "fault_tolerance/replica": ("checkpoint", "checkpoint/layout", "checkpoint/saving"),
+    "fault_tolerance/watchdog": (),
+    "launch/batch": (),
+    "launch/verbs": ("batch", "workers"),
+    "launch/watch": (),
+    "launch/workers": ("watch",),
+    "parallel/balance": (),
+    "parallel/balance/stages": ("pipeline", "pipeline/schedules"),
+    "parallel/pipeline": ("pipeline/schedules",),
+    "parallel/pipeline/schedules": (),
+    "trainer/costs": ("data", "models/decoder", "recipe"),
+    "trainer/data": (),
+    "trainer/engine": ("models/decoder", "optim", "recipe"),
+    "trainer/models/decoder": ("operators",),
+    "trainer/operators": (),
+    "trainer/optim": (),
+    "trainer/output": ("optim", "process", "recipe"),
+    "trainer/process": ("recipe",),
+    "trainer/recipe": ("data", "models/decoder", "optim"),
+    "trainer/recovery": ("data", "models/decoder", "process", "recipe"),
+}
+"""By room, which others of the same top folder it may import, besides the files of the top folder itself."""
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
     "launch/cli.py": {  # errors, outcome and usage too: a Ctrl-C while they are imported is answered
         *(f"bagualu.launch.verbs.{verb}" for verb in ("checkpoint", "rehearse", "schedule", "show_recipe")),
@@ -83,6 +114,38 @@ def test_imports_point_down(path):
         assert imported.split(".")[0] not in (*HOUSE, "recipes"), f"write bagualu.{imported}"
         if imported.startswith("bagualu."):
             assert imported.split(".")[1] in allowed, f"{name(path)} imports {imported}, which lies above it"
+
+
+def room(path):
+    """The folder of a file; a file right in a top folder is a room of its own."""
+    inside = path.relative_to(ROOT)
+    return (inside if len(inside.parts) == 2 else inside.parent).as_posix()
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if len(path.relative_to(ROOT).parts) > 2], ids=name)
+def test_rooms_import_only_rooms_below_them(path):
+    top = path.relative_to(ROOT).parts[0]
+    for imported in imports(path):
+        if imported in MODULES and (other := room(MODULES[imported])) in ROOMS and other.startswith(f"{top}/"):
+            inside = other.removeprefix(f"{top}/")
+            assert other == room(path) or inside in ROOMS[room(path)], f"{name(path)} imports {imported}: no arrow leads there"
+
+
+def test_rooms_have_no_cycle():
+    arrows = {}
+    for path in SOURCES:
+        others = {room(MODULES[imported]) for imported in imports(path) if imported in MODULES}
+        arrows.setdefault(room(path), set()).update(others - {room(path)})
+    graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError, which names the rooms
+
+
+def test_no_public_class_name_has_two_meanings():
+    places = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name(path))
+    assert {one: files for one, files in places.items() if len(files) > 1} == {}
 
 
 def test_no_cycles():
