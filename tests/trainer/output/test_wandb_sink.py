@@ -73,6 +73,7 @@ def test_offline_writes_below_the_run_directory_without_network(tmp_path, monkey
         offline = sink(tmp_path, "offline")
         write(offline, first, 2)
         offline.close()
+        time.sleep(1)  # W&B names the folder by the second: a run that was started again comes later than that
     name = (tmp_path / "wandb-id").read_text()
     files = list(tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
     assert len(files) == 2
