@@ -153,14 +153,14 @@ class GlooTransport(TorchTransport):
 
     def _through_memory(self, op: str, contents: torch.Tensor, asynchronous: bool) -> list[torch.Tensor] | None:
         """Returns the contents of every position, or None on all ranks if they have to go over the network."""
-        if self.slots is None or asynchronous or not LEAST_SHARED_BYTES <= contents.nbytes <= SLOT_BYTES:
+        if self.slots is None or asynchronous or not LEAST_SHARED_BYTES <= _bytes(contents) <= SLOT_BYTES:
             return None
         return self.slots.exchange(contents, lambda: self._exchange_headers(op, contents).wait())
 
     def _exchange_headers(self, op: str, contents: torch.Tensor) -> HeaderExchange:
         """Tells every other rank that `contents` are ready to be read in shared memory, and receives the same from each."""
         self._headers_sent += 1
-        header = torch.tensor([_OPS.index(op), contents.nbytes, contents.itemsize, self._headers_sent])
+        header = torch.tensor([_OPS.index(op), _bytes(contents), contents.itemsize, self._headers_sent])
         received = [torch.empty_like(header) for _ in self.ranks]
         received[self.position] = header
         where = f"{op} in group {self.name} of ranks {list(self.ranks)}"
@@ -190,3 +190,8 @@ class GlooBackend(TorchBackend):
     torch_name = "gloo"
     device = torch.device("cpu")
     transport_class = GlooTransport
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """The size of a tensor. torch's compiler cannot trace `nbytes` of a tensor whose sizes it treats as variable."""
+    return tensor.numel() * tensor.itemsize
