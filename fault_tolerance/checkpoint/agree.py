@@ -11,5 +11,8 @@ T = TypeVar("T")
 
 
 def on_all(function: Callable[[], T], group: Group) -> T:
-    """As `bagualu.comm.agree.on_all`; raises CheckpointError, or CheckpointStorageError if storage is all that failed."""
+    """Returns `function()` if no rank raises, like `bagualu.comm.agree.on_all`. Collective.
+
+    Otherwise every rank raises the same error: RecipeError, CheckpointError, or CheckpointStorageError if only storage failed.
+    """
     return agree.on_all(function, group, CheckpointError, CheckpointStorageError)

@@ -75,7 +75,7 @@ class Series:
         return code
 
     def _exit_code(self) -> int:
-        """Of the first job that failed, in the order of the sweep; else whether it was stopped."""
+        """Return the exit code of the first job of the sweep that failed; without one, STOPPED if a job is not done, else DONE."""
         failed = [code for _, code in sorted(self._codes.items()) if code not in (DONE, STOPPED)]
         stopped = len(self._codes) < len(self.jobs) or STOPPED in self._codes.values()
         return failed[0] if failed else STOPPED if stopped else DONE

@@ -33,13 +33,13 @@ class HangCheck(Watcher):
         self._watchdog: Watchdog | None = None
 
     def started(self, generation: int, pids: Mapping[int, int]) -> None:
-        """As `Watcher.started`."""
+        """Begin to watch a new generation of workers; see `Watcher.started`."""
         self._processes = dict(pids)
         if self._patience.hang_seconds:
             self._watchdog = Watchdog(self._folder, pids, self._patience)
 
     def look(self) -> Failure | None:
-        """As `Watcher.look`. Quick, but when it has found something."""
+        """Return the failure if a worker hangs; see `Watcher.look`. Only then does it take long, because it writes a report."""
         verdict = self._watchdog.look() if self._watchdog else None
         if self._watchdog is None or verdict is None:
             return None

@@ -325,7 +325,7 @@ class Agent(LocalElasticAgent):
         return list(self._pcontext._pc.processes)
 
     def _exit_codes(self) -> dict[int, int]:
-        """Of the workers that have ended badly, by local rank."""
+        """Return the exit codes of the workers that have failed, by local rank."""
         return {local: process.exitcode for local, process in enumerate(self._processes()) if process.exitcode}
 
 

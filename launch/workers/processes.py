@@ -110,7 +110,7 @@ def _place(recipe: Recipe, meeting: Meeting | None, stop: StopRequest) -> rendez
 
 
 def _lock(recipe: Recipe, meeting: Meeting | None, place: rendezvous.RendezvousStore) -> AbstractContextManager[None]:
-    """Of several nodes the one with the store keeps other jobs out of the run directory; of a single one, whoever called."""
+    """Keep other jobs out of the run directory, on the node that hosts the store. On a single node the caller does it."""
     return run_lock.hold(Path(recipe.run.dir), meeting.job) if meeting and place.hosts else nullcontext()
 
 
@@ -119,7 +119,7 @@ def _require_same_backend(recipe: Recipe, place: rendezvous.RendezvousStore) -> 
     own = recipe.comm.backend
     try:
         others = backend_of_all(place.board, own)
-    except RuntimeError:  # the store is gone: whoever needs it next says so
+    except RuntimeError:  # the store is gone, and the next call that needs it reports that
         return
     if own != others:
         raise RecipeError(f"{socket.gethostname()} has comm.backend={own}, and the nodes before it {others}; give the same "
@@ -143,7 +143,7 @@ def tell_early(recipe: Recipe, meeting: Meeting | None, ended: Ended, stop: Stop
 def _tell_early(
     recipe: Recipe, place: rendezvous.RendezvousStore, meeting: Meeting | None, ended: Ended, stop: StopRequest
 ) -> None:
-    """As `_tell`, of an end before all nodes have come; on the store's host until they have, but not for long."""
+    """Tell the other nodes of an end before all of them have joined. The host of the store waits for them, but not for long."""
     _tell(ended, place, ending := Ending(place.board))
     if not (meeting and place.hosts) or ended.failure is None:
         return

@@ -18,7 +18,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 class Forecasts:
-    """Of one model on one schedule."""
+    """Forecasts of the step time of one model on one schedule."""
 
     def __init__(self, table: CostTable, schedule: Schedule) -> None:
         self.table, self.schedule = table, schedule
