@@ -141,4 +141,4 @@ def _guard(recipe: Recipe, mesh: Mesh, stages: Stages) -> Guard:
     if recipe.guard.audit_every and not repeatable:
         raise RecipeError(f"guard.audit_every={recipe.guard.audit_every} compares two computations bit by bit, which {device.type} "
                           "devices are not known to repeat; give guard.audit_every=0")  # fmt: skip
-    return Guard(recipe.guard, mesh, stages.reducer, stages.optimizer, recipe.checkpoint.every, repeatable)
+    return Guard(recipe.guard, mesh, stages.reducer, stages.optimizer, recipe.checkpoint.every, repeatable, recipe.train.steps)

@@ -87,7 +87,7 @@ def _transact(parts: Parts, number: int, lr: float, tell: Tell, late: int | None
         parts.mesh.monitor.at("discard")
     if verdict.deferred and (known := guard.memory.newest):
         again = _attempt(parts, known[0] - 1, tell)
-        verdict = guard.weigh(number, verdict, again.loss, again.norm)
+        verdict = guard.weigh(number, verdict, again.loss, again.norm, parts.scaler.can_fall)
     if verdict.action is GuardAction.COMMIT and not _update(parts, lr, agreed.norm, guard.strongest):
         verdict = guard.judge_update(number, parts.optimizer.spoilt())
     if verdict.action is GuardAction.COMMIT:

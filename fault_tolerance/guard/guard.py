@@ -43,7 +43,7 @@ class StepValues:
 
 class Guard:
     """One rank's. `memory` is its part of the run's state. `saves_every`: steps between checkpoints, 0 for none. `repeatable`:
-    whether a step that is computed again gives the same bits."""
+    whether a step that is computed again gives the same bits. `steps`: how many steps the run has; None: no end is known."""
 
     def __init__(
         self,
@@ -53,8 +53,9 @@ class Guard:
         optimizer: damage.Optimizer,
         saves_every: int = 0,
         repeatable: bool = True,
+        steps: int | None = None,
     ) -> None:
-        self.config, self._saves_every = config, saves_every
+        self.config, self._saves_every, self._steps = config, saves_every, steps
         self.memory = Memory.empty(config)
         self._mesh = mesh
         self._damage = DamageCheck(reducer.buckets, optimizer, mesh)
@@ -64,7 +65,7 @@ class Guard:
         self._late: int | None = None
         """The step whose samples, deferred before, are computed now."""
         self._limited = False
-        """Whether the newest attempt at them is a spike again."""
+        """Whether the newest attempt is a spike that is learnt from all the same, with a gradient of bounded norm."""
         self.clean = 0
         """Steps after which the state is known to have been whole: checkpoints of later steps may hold damage."""
         self._first: tuple[Cause, tuple[int, ...], str] | None = None
@@ -78,7 +79,7 @@ class Guard:
 
     def due(self, step: int) -> int | None:
         """The step whose samples, deferred before, are to be learnt from before those of `step` (from 1)."""
-        return self.memory.due(step)
+        return self.memory.due(step, self._steps)
 
     def begin(self, step: int, late: int | None = None) -> None:
         """Before the first attempt at `step` (from 1); with the samples of step `late` if that is given."""
@@ -125,9 +126,9 @@ class Guard:
         now = Situation(cause, self._count, same, damage.repairable(damages), 0 if spike and self._late else setbacks)
         action = decide(self._late_config if self._late else self.config, now)
         deferred = action is GuardAction.SKIP and spike and self.config.on_spike == "retry"
-        self._limited = bool(deferred and self._late)
-        if self._limited:
-            action, deferred = GuardAction.COMMIT, False  # the same again, some steps later: they are learnt from
+        self._limited = deferred and (self._late is not None or step == self._steps)
+        if self._limited:  # the same again some steps later, or no step is left to defer them to
+            action, deferred = GuardAction.COMMIT, False
         if action is GuardAction.RETRY and any(damages):
             self._damage.repair(damages)
             self._attempts.begin()  # what was computed with damaged weights is nothing to compare with
@@ -135,20 +136,20 @@ class Guard:
             self._attempts.keep()
         return self._verdict(step, action, ranks, same, deferred)
 
-    def weigh(self, step: int, verdict: GuardDecision, loss: float, norm: float) -> GuardDecision:
+    def weigh(self, step: int, verdict: GuardDecision, loss: float, norm: float, scale_can_fall: bool = False) -> GuardDecision:
         """`verdict`, which defers the samples of `step`, or another one if the weights are to blame.
 
         `loss` and gradient `norm` are those of the newest committed step, computed again with the weights as they are. If these
         stand out too, the weights are to blame. The second time in a row the run goes back to a checkpoint, if it makes any.
+        `scale_can_fall`: whether a norm that is not finite may be an overflow of float16, which says nothing about the weights.
         """
-        assert self.memory.newest is not None
-        config, (old, loss_then, norm_then) = self.config, self.memory.newest
-        grown = loss > max(1.0, config.loss_spike_factor) * loss_then or norm > max(1.0, config.spike_factor) * norm_then
-        if math.isfinite(loss) and math.isfinite(norm) and not (grown and self.memory.spike(step, loss, norm)):
+        if not self.memory.diverged(step, loss, norm, scale_can_fall):
             return verdict
+        assert self.memory.newest is not None
+        old, loss_then, norm_then = self.memory.newest
         again = self.memory.diverged_row > 0 and self._saves_every > 0
         action = GuardAction.ROLLBACK if again else GuardAction.SKIP
-        if again and not config.check_every:  # nobody has looked; but at `old` the figures were right
+        if again and not self.config.check_every:  # nobody has looked; but at `old` the figures were right
             self.clean = max(self.clean, old - 1)
         figures = f"step {old}, learnt from at loss {loss_then:g} and gradient norm {norm_then:g}, now has {loss:g} and {norm:g}"
         text = f"{verdict.text}; but {figures}: the weights, not the samples" + ("; back to a checkpoint" if again else "")

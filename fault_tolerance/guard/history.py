@@ -1,5 +1,6 @@
 """What the guard remembers from step to step; part of a run's saved state, so that a resumed run judges alike. Free of torch."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -54,11 +55,25 @@ class Memory:
             return Cause.NORM
         return Cause.LOSS if self.losses.stands_out(loss, self.config.loss_spike_factor, step, self.hard_row) else None
 
-    def due(self, step: int) -> int | None:
+    def diverged(self, step: int, loss: float, norm: float, scale_can_fall: bool = False) -> bool:
+        """Whether the weights at `step` (from 1) are wrong. `loss` and `norm` are those of the samples of the newest committed
+        step, computed again. `scale_can_fall`: a norm that is not finite may be an overflow of float16, and says nothing."""
+        assert self.newest is not None
+        _, loss_then, norm_then = self.newest
+        if not math.isfinite(norm) and math.isfinite(loss) and scale_can_fall:
+            return False
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return True
+        factors = max(1.0, self.config.loss_spike_factor), max(1.0, self.config.spike_factor)
+        grown = loss > factors[0] * loss_then or norm > factors[1] * norm_then
+        return grown and self.spike(step, loss, norm) is not None
+
+    def due(self, step: int, last: int | None = None) -> int | None:
         """The step whose samples, deferred before, are to be learnt from at `step` (from 1): because samples like them are usual by
-        now, or after a quarter of `guard.spike_window` steps."""
+        now, or after a quarter of `guard.spike_window` steps, or because few steps are left before `last`, the run's last step."""
+        ending = last is not None and last - step < len(self.deferred)
         for old, figures in sorted(self.deferred.items()):
-            if step - old > max(4, self.config.spike_window // 4) or not self.spike(step, *figures):
+            if ending or step - old > max(4, self.config.spike_window // 4) or not self.spike(step, *figures):
                 return old
         return None
 

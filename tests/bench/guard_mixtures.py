@@ -238,22 +238,21 @@ def run_one(communicator: Communicator, name: str, seed: int, steps: int, guard:
     )  # fmt: skip
 
 
-def plant(seed: int, steps: int, number: int) -> list[Plant]:
-    """Corruptions of all kinds, spread over the run from where the model has met both kinds of text: before, tokens that are
-    garbled and text that is new are alike."""
+def plant(seed: int, steps: int, number: int, first: int) -> list[Plant]:
+    """Corruptions of all kinds, spread over the steps from `first` on. Before the model has met both kinds of text, garbled tokens
+    and new text are alike."""
     draw = np.random.default_rng([seed, 99])
-    first = 200
     places = first + (np.arange(number) + draw.random(number) * 0.5) * (steps - first - 16) / number
     kinds = ["garbled", "largest gradient", "garbled", "weight", "smallest gradient", "garbled", "loss"]
     return [Plant(int(place), kinds[index % len(kinds)]) for index, place in enumerate(places)]
 
 
-def measure(name: str, seed: int, steps: int, number: int) -> dict[str, Any]:
+def measure(name: str, seed: int, steps: int, number: int, first: int) -> dict[str, Any]:
     def ran(guard: bool, plants: list[Plant]) -> Outcome:
         (found,) = simulated.run(1, lambda rank: run_one(rank, name, seed, steps, guard, plants), 3600.0, 1)
         return found
 
-    planted = plant(seed, steps, number)
+    planted = plant(seed, steps, number, first)
     off, on, hit = ran(False, []), ran(True, []), ran(True, planted) if planted else None
     return {
         "mixture": name, "seed": seed, "left_out": on.left_out, "deferred": on.deferred,
@@ -269,7 +268,9 @@ def measure(name: str, seed: int, steps: int, number: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixtures", nargs="*", default=list(MIXTURES), choices=[*MIXTURES, *MORE], metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from --first-seed on")
+    parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--first-plant", type=int, default=200, metavar="STEP", help="no corruption before it (default 200)")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--plants", type=int, default=7, help="corruptions planted in each run (default 7: with 9 runs, 63)")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -279,8 +280,8 @@ def main() -> None:
     print(f"{'mixture':<16}{'seed':>5}{'left out':>9}{'deferred':>8}{'easy':>8}{'ratio':>7}{'hard':>8}{'ratio':>7}"
           f"{'planted':>8}{'seen':>5}{'easy':>7}{'hard':>7}{'seconds':>8}")  # fmt: skip
     for name in given.mixtures:
-        for seed in range(1, given.seeds + 1):
-            row = measure(name, seed, given.steps, given.plants)
+        for seed in range(given.first_seed, given.first_seed + given.seeds):
+            row = measure(name, seed, given.steps, given.plants, given.first_plant)
             rows.append(row)
             print(f"{name:<16}{seed:>5}{row['left_out']:>9}{row['deferred']:>8}{row['easy_on']:>8.4f}{row['easy_ratio']:>7.3f}"
                   f"{row['hard_on']:>8.4f}{row['hard_ratio']:>7.3f}{row['planted']:>8}"

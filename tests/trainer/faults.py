@@ -147,8 +147,11 @@ def bits_of(parts: Parts) -> Bits:
     return bits | {"figures": np.array(figures)}
 
 
-def train(communicator: Communicator, recipe: Recipe, fault: Fault | None = None, batches: Any = None) -> Ending:
-    """A run from its first step, or its last checkpoint. `batches(parts.batches)` may take the place of the data."""
+def train(
+    communicator: Communicator, recipe: Recipe, fault: Fault | None = None, batches: Any = None, stop_at: int | None = None
+) -> Ending:
+    """A run from its first step, or its last checkpoint. `batches(parts.batches)` may take the place of the data. In step `stop_at`
+    (from 1) the run is asked to stop."""
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     if batches is not None:
         parts.batches = batches(parts.batches)
@@ -158,7 +161,8 @@ def train(communicator: Communicator, recipe: Recipe, fault: Fault | None = None
     ending: dict[str, Any] = {"damaged": []}
     stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)
     try:
-        ending = Loop(parts, [records], lambda: False, 1e-9, checkpoints, stragglers).run(resume(parts).step)
+        loop = Loop(parts, [records], lambda: parts.mesh.monitor.step == stop_at, 1e-9, checkpoints, stragglers)
+        ending = loop.run(resume(parts).step)
     except GuardError as caught:
         error = str(caught)
     checkpoints.close()

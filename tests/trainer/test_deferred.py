@@ -45,8 +45,8 @@ def test_samples_that_stand_out_are_deferred_and_learnt_from_later(tmp_path: Pat
 
 
 def test_until_then_the_run_is_the_one_without_them(tmp_path: Path) -> None:
-    found = runs("simulated", recipe(tmp_path / "found", train__steps=LATE - 1), None, Learnable)
-    other = runs("simulated", recipe(tmp_path / "other", train__steps=LATE - 1, guard__leave_out=[BAD]), None, Clean)
+    found = runs("simulated", recipe(tmp_path / "found"), None, Learnable, LATE - 1)
+    other = runs("simulated", recipe(tmp_path / "other", guard__leave_out=[BAD]), None, Clean, LATE - 1)
     assert_same_bits(found, other)
     assert (found[0].guard["skipped_steps"], left_out_steps(found), left_out_steps(other)) == ([BAD], 1, 1)
 
@@ -55,12 +55,23 @@ def test_until_then_the_run_is_the_one_without_them(tmp_path: Path) -> None:
 def test_a_resumed_run_uses_them_alike(tmp_path: Path, stops: tuple[int, ...]) -> None:
     straight = runs("simulated", recipe(tmp_path / "straight"), None, Learnable)
     pieces = recipe(tmp_path / "pieces")
-    for steps in (*stops, 24):
-        pieces.train.steps = steps
-        found = runs("simulated", pieces, None, Learnable)
+    for stop_at in (*stops, None):
+        found = runs("simulated", pieces, None, Learnable, stop_at)
         pieces.checkpoint.resume = True
     assert_same_bits(found, straight)
     assert left_out_steps(found) == 0
+
+
+@pytest.mark.parametrize("last", [BAD, BAD + 1, BAD + 2])
+def test_before_the_run_ends_they_are_learnt_from(tmp_path: Path, last: int) -> None:
+    found = runs("simulated", recipe(tmp_path, train__steps=last), None, Learnable)
+    assert found[0].error == ""
+    assert (found[0].guard["skipped_steps"], left_out_steps(found)) == ([], 0)
+    assert lines_of(found, "deferred_step") == ({BAD + 1: BAD} if last == BAD + 1 else {BAD + 2: BAD} if last > BAD else {})
+    assert lines_of(found, "discarded") == ({BAD: True} if last > BAD else {}), "the samples of the last step have no later step"
+    without = runs("simulated", recipe(tmp_path / "other", train__steps=last, guard__leave_out=[BAD]), None, Clean)
+    with pytest.raises(AssertionError):
+        assert_same_bits(found, without)
 
 
 def test_another_kind_of_text_costs_no_sample(tmp_path: Path) -> None:

@@ -135,6 +135,24 @@ def test_samples_that_were_deferred_are_due_after_a_quarter_of_the_window_or_whe
     assert (memory.due(99), memory.left_out_steps(99)) == (None, 0)
 
 
+def test_samples_that_were_deferred_are_due_before_the_run_ends() -> None:
+    memory = learnt(19)
+    memory.learn(20, 8.0, 1.0, DEFERRED)
+    assert [memory.due(21, last) for last in (20, 21, 22)] == [20, 20, None]
+    memory.learn(21, 0.02, 1.0, GuardDecision(GuardAction.COMMIT))
+    memory.learn(22, 9.0, 1.0, DEFERRED)
+    assert [memory.due(23, last) for last in (23, 24, 25)] == [20, 20, None], "one of them fits into a step"
+
+
+def test_weights_are_judged_by_samples_that_were_learnt_and_not_by_an_overflow_of_float16() -> None:
+    memory, inf = learnt(19), float("inf")
+    assert not memory.diverged(20, 0.02, 1.0)
+    assert memory.diverged(20, 8.0, 1.0)
+    assert memory.diverged(20, 0.02, 100.0)
+    assert [memory.diverged(20, 0.02, inf, scale_can_fall) for scale_can_fall in (False, True)] == [True, False]
+    assert memory.diverged(20, float("nan"), float("nan"), scale_can_fall=True)
+
+
 def test_samples_that_are_never_finite_are_left_out_in_the_end() -> None:
     memory = learnt(19)
     memory.learn(20, 8.0, 1.0, DEFERRED)
