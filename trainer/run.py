@@ -76,33 +76,33 @@ def train(
         loop = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication, open_rebalancer(parts))
         ending = loop.run(resumed.step)
         checkpoints.close()
-    finally:
+        if replication:
+            replication.replicas.remove()
+        if ending["ended"] == "done" and "mfu" in ending:  # at the start other programs, or ranks, may have had the machine
+            before, ceiling = ceiling, max(ceiling, _ceiling(parts, communicator))
+            ending["mfu"] *= before / ceiling
+        summary = {
+            **ending,
+            "steps": recipe.train.steps,
+            "damaged": resumed.damaged + ending["damaged"],
+            "seconds": time.perf_counter() - started,
+            "layout": str(parts.mesh.layout),
+            "micro_batches_of_data_ranks": parts.shares,
+            "layers_of_stages": [len(layers) for layers in parts.split.slices],
+            **_tokens(parts.corpus),
+            "parameters": _parameters(parts),
+            "flops_per_token": flops_per_token,
+            "matmul_ceiling_flops": ceiling,
+            "peak_memory_bytes": _peak_memory_bytes(parts, communicator),
+            **close_ledger(ledger, recipe, communicator, ending["ended"]),
+            "run_dir": recipe.run.dir,
+        }
+        if communicator.rank == 0:
+            write_summary(Path(recipe.run.dir), summary)
+    finally:  # the run has ended by now: what a sink waits for is no part of it
         checkpoints.close(wait=False)
         for sink in sinks:
             sink.close()
-    if replication:
-        replication.replicas.remove()
-    if ending["ended"] == "done" and "mfu" in ending:  # at the start other programs, or ranks, may have had the machine
-        before, ceiling = ceiling, max(ceiling, _ceiling(parts, communicator))
-        ending["mfu"] *= before / ceiling
-    summary = {
-        **ending,
-        "steps": recipe.train.steps,
-        "damaged": resumed.damaged + ending["damaged"],
-        "seconds": time.perf_counter() - started,
-        "layout": str(parts.mesh.layout),
-        "micro_batches_of_data_ranks": parts.shares,
-        "layers_of_stages": [len(layers) for layers in parts.split.slices],
-        **_tokens(parts.corpus),
-        "parameters": _parameters(parts),
-        "flops_per_token": flops_per_token,
-        "matmul_ceiling_flops": ceiling,
-        "peak_memory_bytes": _peak_memory_bytes(parts, communicator),
-        **close_ledger(ledger, recipe, communicator, ending["ended"]),
-        "run_dir": recipe.run.dir,
-    }
-    if communicator.rank == 0:
-        write_summary(Path(recipe.run.dir), summary)
     return summary
 
 

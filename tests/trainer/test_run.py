@@ -14,7 +14,7 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
-from bagualu.fault_tolerance.ledger.events import LEDGER
+from bagualu.fault_tolerance.ledger.events import LEDGER, read
 from bagualu.trainer import loop
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import Parts
@@ -25,6 +25,7 @@ from tests.conftest import Undisturbed
 from tests.harness import BACKENDS, ON_GPU, run
 from tests.parity import small_recipe
 from tests.standing import assert_stood, figures, go_on, train_noting_samples
+from tests.trainer.faults import Records
 
 STEPS = 6
 TIMINGS = {"step_seconds", "tokens_per_second", "mfu", "checkpoint_seconds"}
@@ -104,6 +105,18 @@ def test_the_numbers_are_there_and_right(tmp_path: Path) -> None:
     assert 2 <= lines[0]["balance_loss"] < 4  # two mixtures, near even
     assert summary["validation_loss"] == lines[-1]["validation_loss"]
     assert summary["checkpoint"].endswith("step-00000006")
+
+
+def test_what_a_sink_waits_for_at_the_end_is_no_time_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[tuple[str, bool]] = []
+
+    class Slow(Records):
+        def close(self) -> None:
+            closed.append((read(tmp_path)[-1].what, (tmp_path / "summary.json").exists()))
+
+    monkeypatch.setattr(whole_run, "_sinks", lambda *_: [Slow()])
+    run("simulated", 1, until, recipe_in(tmp_path, parallel__data=1), -1, 0)
+    assert closed == [("ended", True)]
 
 
 def test_a_stop_during_the_last_step_is_a_run_that_is_done(tmp_path: Path) -> None:
