@@ -36,23 +36,23 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
         recipe = compose(given.overrides)
         job = given.job or given.id
         workers = preflight.workers_per_node(recipe)
-        recipe, backend = storage_probe.choose_backend(recipe, workers)
         _check(recipe)
         address = _address(given.meet)
     except RecipeError as error:
         return _refused(error)
     try:
+        recipe, backend = storage_probe.choose_backend(recipe, workers)
         preflight.check(recipe, recipe.world_size())
         preflight.check_login(recipe)
         storage_probe.check(recipe, job)
         meeting = _meeting(recipe, address, given.id, job, workers)
+        save_recipe(recipe)
     except RecipeError as error:  # of this node alone, perhaps: others may wait for it
         code = _refused(error)
         if recipe.launch.nodes > 1:
             with contextlib.suppress(RecipeError):
                 tell_refusal(recipe, workers, error, stop, _meeting(recipe, address, given.id, job, workers))
         return code
-    save_recipe(recipe)
     layout, nodes = recipe.validate(recipe.world_size()), recipe.launch.nodes
     print(f"{recipe.run.name}: {layout} as {workers} processes on each of {nodes} nodes with {backend}, in {recipe.run.dir}",
           file=sys.stderr, flush=True)  # fmt: skip

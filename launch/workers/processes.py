@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +132,16 @@ def refused(error: RecipeError) -> Ended:
 
 
 def tell_early(recipe: Recipe, meeting: Meeting | None, ended: Ended, stop: StopRequest) -> None:
-    """On the node that is to hold the store, which ends before it does: let the others, who wait for it, know why."""
+    """On a node that ends before it has joined, and without which the run cannot start: let the other nodes know why.
+
+    These are the node that is to hold the store, and every node of a run that is not elastic. Such a node looks for the store for
+    _TELL_SECONDS at most.
+    """
     with contextlib.suppress(RendezvousError, RecipeError, OSError):
-        if meeting and meeting.nodes > 1 and rendezvous.is_host(meeting):
-            place = rendezvous.among(meeting, recipe.restart, stop)
-            if place.hosts:
+        if meeting and meeting.nodes > 1 and (rendezvous.is_host(meeting) or not recipe.restart.elastic):
+            patience = min(recipe.restart.wait_seconds, _TELL_SECONDS)
+            place = rendezvous.among(meeting, replace(recipe.restart, wait_seconds=patience), stop)
+            if place.hosts or not recipe.restart.elastic:
                 _tell_early(recipe, place, meeting, ended, stop)
 
 

@@ -82,7 +82,7 @@ def run(
 
 
 def tell_refusal(recipe: Recipe, workers: int, error: RecipeError, stop: StopRequest, meeting: Meeting) -> None:
-    """Where this node is to hold the store of `meeting` and was refused before it did: let the nodes that wait for it know why."""
+    """This node was refused before it joined the others of `meeting`: let those that wait for it know why."""
     stop.install()
     with _environment(environment.variables(recipe.launch, workers)):
         from bagualu.launch.workers import processes  # imports torch

@@ -34,9 +34,10 @@ def recipe(folder: Path, **restart) -> Recipe:
     return Recipe(run=RunConfig(dir=str(folder)), restart=RestartConfig(wait_seconds=30, **restart))
 
 
-def refuse(folder, meeting, error):
+def refuse(folder, meeting, error, **restart):
+    ended = processes.refused(error)
     return threading.Thread(
-        target=processes.tell_early, args=(recipe(folder), meeting, processes.refused(error), StopRequest()), daemon=True
+        target=processes.tell_early, args=(recipe(folder, **restart), meeting, ended, StopRequest()), daemon=True
     )  # fmt: skip
 
 
@@ -57,6 +58,21 @@ def test_the_others_hear_why_the_node_with_the_store_was_refused(tmp_path, meeti
     failure = Failure(**heard["failure"])
     assert (failure.kind, failure.exit_code) == ("recipe", 2)
     assert failure.cause == "run.dir=x is in use by job 7; wait for it to end"
+
+
+@pytest.mark.parametrize("elastic", [False, True])
+def test_the_others_hear_why_a_node_was_refused_that_the_run_cannot_do_without(tmp_path, meeting, elastic):
+    host = rendezvous.among(meeting(), CONFIG, never)
+    other = refuse(tmp_path, meeting(), RecipeError("node2 has no GPU"), elastic=elastic, min_workers=2)
+    other.start()
+    other.join(20)
+    assert not other.is_alive(), "it does not wait for the others"
+    heard = Ending(host.board).heard()
+    assert elastic == (heard is None), "an elastic run can go on without it"
+    if not elastic:
+        assert Failure(**heard["failure"]).cause == "node2 has no GPU"
+        with pytest.raises(RendezvousClosedError):
+            host.handler.next_rendezvous()
 
 
 def test_a_node_with_another_backend_is_refused(tmp_path, meeting):

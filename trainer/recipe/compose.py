@@ -4,6 +4,7 @@ The schema is the dataclass `Recipe` itself, so a key that is not a field and a 
 overrides are looked at one by one before Hydra sees them, because only then is it known which of them is at fault.
 """
 
+import contextlib
 import os
 import secrets
 from collections.abc import Sequence
@@ -120,12 +121,19 @@ def _escaped(value: Any) -> Any:
 
 
 def save_recipe(recipe: Recipe) -> Path:
-    """Write config.yaml, the resolved recipe, into the run directory, which is made if need be."""
+    """Write config.yaml, the resolved recipe, into the run directory, which is made if need be. Raises RecipeError when that
+    cannot be written."""
     path = Path(recipe.run.dir) / RESOLVED
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".yaml.{secrets.token_hex(4)}")  # every node of a run writes it
-    unfinished.write_text(resolved_yaml(recipe), encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(resolved_yaml(recipe), encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise RecipeError(f"run.dir={recipe.run.dir} cannot be written ({error.strerror}: {error.filename}); make room there or "
+                          "give another") from error  # fmt: skip
     return path
 
 

@@ -159,6 +159,14 @@ def test_a_key_that_is_no_name_in_python_is_the_same_everywhere(tmp_path):
     assert compose([f"hydra.searchpath=[file://{tmp_path}]", "recipe=mine"]).checkpoint.asynchronous is False
 
 
+def test_a_run_directory_that_cannot_be_written_is_refused_in_a_line(tmp_path):
+    recipe = compose(["recipe=tiny", f"run.dir={tmp_path}"])
+    (tmp_path / "config.yaml" / "x").mkdir(parents=True)
+    with pytest.raises(RecipeError, match=rf"run\.dir={tmp_path} cannot be written \(.*\); make room there or give another"):
+        save_recipe(recipe)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_keys_are_those_of_the_dataclasses():
     assert keys()["model.moe.experts"] is int
     assert set(as_dict(Recipe())) == {key.split(".")[0] for key in keys()}
