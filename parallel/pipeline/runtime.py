@@ -68,6 +68,17 @@ class _Saved:
     auxiliary: torch.Tensor
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What the passes of one run work with."""
+
+    micro_batches: list[MicroBatch]
+    seeds: Seeds | None
+    totals: StageTotals
+    receives: Iterator[Action]
+    """The receives that have not been started yet, in the order of the list."""
+
+
 Key = tuple[int, int]
 """(micro-batch, stage)"""
 
@@ -98,49 +109,41 @@ class PipelineRunner:
     def run(self, program: Program, micro_batches: list[MicroBatch], seeds: Seeds | None) -> StageTotals:
         """Executes this rank's program over its micro-batches. Without `seeds` there are only forward passes and no gradients."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        totals = StageTotals(zero, zero.clone())
-        self.stopwatch.begin()
         receives: Iterator[Action] = (action for action in program.actions if action.kind in RECEIVES)
-        self._post_ahead(receives)
-        do: dict[Kind, Callable[[Action], None]] = {
-            Kind.FORWARD: lambda a: self._forward(a, micro_batches[a.micro_batch], seeds is not None, totals),
-            Kind.BACKWARD: lambda a: self._backward(a, seeds),
-            Kind.INPUT_GRADIENT: lambda a: self._input_gradient(a, seeds),
-            Kind.WEIGHT_GRADIENT: self._weight_gradient,
-            Kind.RECEIVE_ACTIVATION: lambda a: self._receive(a, receives),
-            Kind.RECEIVE_GRADIENT: lambda a: self._receive(a, receives),
-            Kind.SEND_ACTIVATION: self._send,
-            Kind.SEND_GRADIENT: self._send,
-        }
+        run = _Run(micro_batches, seeds, StageTotals(zero, zero.clone()), receives)
+        self.stopwatch.begin()
+        self._post_ahead(run)
         for action in program.actions:
             if action.kind in PASSES:
                 with self.stopwatch.timing(action):
-                    do[action.kind](action)
+                    _DO[action.kind](self, action, run)
             else:
-                do[action.kind](action)
+                _DO[action.kind](self, action, run)
             for send in program.arrived.get(action, ()):
                 self._sends.pop(send).wait()  # returns at once and frees the tensor
         for work in self._sends.values():
             work.wait()
         self._sends.clear()
-        return totals
+        return run.totals
 
-    def _forward(self, action: Action, batch: MicroBatch, differentiate: bool, totals: StageTotals) -> None:
+    def _forward(self, action: Action, run: _Run) -> None:
+        batch, differentiate = run.micro_batches[action.micro_batch], run.seeds is not None
         self.mesh.monitor.at("forward" if differentiate else "validate")
         key, last = (action.micro_batch, action.stage), action.stage == self.mesh.placement.stages - 1
         inputs = batch.inputs if action.stage == 0 else self._activations.pop(key).requires_grad_(differentiate)
         with torch.set_grad_enabled(differentiate):
             labels = batch.labels if last else None
             output, auxiliary = self.model(inputs, labels, self.mesh.stages.index(action.stage))
-        totals.auxiliary += auxiliary.detach()
+        run.totals.auxiliary += auxiliary.detach()
         if last:
-            totals.loss += output.detach()
+            run.totals.loss += output.detach()
         else:
             self._pass_on(action, output.detach(), Kind.SEND_ACTIVATION, 1)
         if differentiate:
             self._saved[key] = _Saved(inputs, output, auxiliary)
 
-    def _backward(self, action: Action, seeds: Seeds | None) -> None:
+    def _backward(self, action: Action, run: _Run) -> None:
+        seeds = run.seeds
         assert seeds is not None, "a schedule with backward passes needs seeds"
         self.mesh.monitor.at("backward")
         key = (action.micro_batch, action.stage)
@@ -158,12 +161,12 @@ class PipelineRunner:
             assert saved.inputs.grad is not None
             self._pass_on(action, saved.inputs.grad, Kind.SEND_GRADIENT, -1)
 
-    def _input_gradient(self, action: Action, seeds: Seeds | None) -> None:
+    def _input_gradient(self, action: Action, run: _Run) -> None:
         with self.weight_gradients.putting_off() as deferred:
-            self._backward(action, seeds)
+            self._backward(action, run)
         self._deferred[action.micro_batch, action.stage] = deferred
 
-    def _weight_gradient(self, action: Action) -> None:
+    def _weight_gradient(self, action: Action, run: _Run) -> None:
         self.mesh.monitor.at("backward")
         with torch.no_grad():
             for compute in self._deferred.pop((action.micro_batch, action.stage)):
@@ -178,13 +181,13 @@ class PipelineRunner:
         inputs = self._activations if send == Kind.SEND_ACTIVATION else self._gradients
         inputs[action.micro_batch, action.stage + step] = tensor
 
-    def _post_ahead(self, receives: Iterator[Action]) -> None:
+    def _post_ahead(self, run: _Run) -> None:
         """On the CPU, starts the next receive of the list before the pass that needs it, so that it overlaps the computation.
 
         On an accelerator, a receive that waits would occupy the stream or the cores that the computation before it needs.
         """
         if self.device.type == "cpu":
-            self._post(next(receives, None))
+            self._post(next(run.receives, None))
 
     def _post(self, action: Action | None) -> None:
         if action is None:
@@ -195,18 +198,30 @@ class PipelineRunner:
         group = self.mesh.messages(gradients, source, self.mesh.at("pipeline"))
         self._posted[action] = (buffer, group.receive(buffer, source, asynchronous=True))
 
-    def _receive(self, action: Action, receives: Iterator[Action]) -> None:
+    def _receive(self, action: Action, run: _Run) -> None:
         if action not in self._posted:
-            self._post(next(receives))
+            self._post(next(run.receives))
         buffer, work = self._posted.pop(action)
         work.wait()
         key = (action.micro_batch, action.stage)
         (self._activations if action.kind == Kind.RECEIVE_ACTIVATION else self._gradients)[key] = buffer
-        self._post_ahead(receives)
+        self._post_ahead(run)
 
-    def _send(self, action: Action) -> None:
+    def _send(self, action: Action, run: _Run) -> None:
         tensor = self._outgoing.pop(action).contiguous()
         gradients = action.kind == Kind.SEND_GRADIENT
         destination = self.mesh.placement.rank_of(action.stage + (-1 if gradients else 1))
         group = self.mesh.messages(gradients, self.mesh.at("pipeline"), destination)
         self._sends[action] = group.send(tensor, destination, asynchronous=True)
+
+
+_DO: dict[Kind, Callable[[PipelineRunner, Action, _Run], None]] = {
+    Kind.FORWARD: PipelineRunner._forward,
+    Kind.BACKWARD: PipelineRunner._backward,
+    Kind.INPUT_GRADIENT: PipelineRunner._input_gradient,
+    Kind.WEIGHT_GRADIENT: PipelineRunner._weight_gradient,
+    Kind.RECEIVE_ACTIVATION: PipelineRunner._receive,
+    Kind.RECEIVE_GRADIENT: PipelineRunner._receive,
+    Kind.SEND_ACTIVATION: PipelineRunner._send,
+    Kind.SEND_GRADIENT: PipelineRunner._send,
+}
