@@ -192,8 +192,8 @@ class GradientReducer:
         self.mesh = mesh
         self.put_off: list[Callable[[], None]] | None = None
         """Deferred computations of gradients; None while nothing is deferred."""
-        self.before_reduction: Callable[[Bucket], None] | None = None
-        """Called with each bucket when this rank's gradient in it is complete and no other rank's has been added."""
+        self.before_reduction: Callable[[torch.Tensor], None] | None = None
+        """Called with each bucket's gradients when this rank's part of them is complete and no other rank's has been added."""
         self._sinks: list[GradientSink] = []
         self._handles: list[RemovableHandle] = []
         self._at_once = [bucket for bucket in buckets if not _waits_for_all(bucket)]
@@ -278,7 +278,7 @@ class GradientReducer:
     def _reduce(self, bucket: Bucket) -> None:
         self.mesh.monitor.at("bucket")
         if self.before_reduction is not None:
-            self.before_reduction(bucket)
+            self.before_reduction(bucket.gradients)
         if bucket.kind.tied:
             self.mesh.group("ends").all_reduce(bucket.gradients)
         if bucket.kind.partial_over:

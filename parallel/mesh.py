@@ -60,10 +60,10 @@ class Mesh:
         """Whether this rank reports the metrics of its tensor group, whose ranks all compute the same values."""
         return self.at("tensor") == 0
 
-    def sum_over_world(self, *values: torch.Tensor) -> list[float]:
-        """Returns the sums of scalars over all ranks, in float64, with a single reduction."""
+    def sum_over(self, axis: str, *values: torch.Tensor) -> list[float]:
+        """Returns the sums of scalars over the ranks along `axis`, in float64, with a single reduction."""
         together = torch.stack([value.double() for value in values])
-        self.group("world").all_reduce(together)
+        self.group(axis).all_reduce(together)
         return together.tolist()
 
     def messages(self, gradients: bool, source: int, destination: int) -> Group:

@@ -23,7 +23,7 @@ class Curve:
 
 
 def pieces_of(parts: Parts) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
-    return [(p.name, p.global_shape, p.offset, p.tensor.detach().clone().cpu().numpy()) for p in parts.optimizer.pieces()]
+    return [(p.name, p.global_shape, p.offset, p.tensor.detach().clone().cpu().numpy()) for p in parts.engine.pieces()]
 
 
 def train(communicator: Communicator, recipe: Recipe, steps: int) -> Curve:

@@ -9,7 +9,6 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.guard.guard import Guard
 from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.forecast import Split
-from bagualu.parallel.data import Bucket, GradientReducer
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.pipeline.check import check
 from bagualu.parallel.pipeline.program import Program, program
@@ -19,9 +18,8 @@ from bagualu.parallel.pipeline.schedules.schedule import Schedule, with_messages
 from bagualu.trainer.costs.choose_split import agree_on_shares, agree_on_split
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.corpus import Corpus
-from bagualu.trainer.engine.stages import Stages, hold, initial_values
-from bagualu.trainer.models.decoder.model import Decoder
-from bagualu.trainer.optim.adamw import ShardedAdamW
+from bagualu.trainer.engine.native import hold, initial_values
+from bagualu.trainer.engine.protocol import Engine
 from bagualu.trainer.optim.scaler import LossScaler
 from bagualu.trainer.recipe.config import Recipe
 
@@ -38,8 +36,8 @@ class Parts:
     """Which layers each stage holds."""
     costs: CostTable | None
     """What it was computed from; None where nobody asked for costs."""
-    stages: Stages
-    """This rank's."""
+    engine: Engine
+    """This rank's layers, gradients and optimizer state."""
     corpus: Corpus
     batches: Batches
     runner: PipelineRunner
@@ -55,27 +53,11 @@ class Parts:
     updates: int = 0
     """Optimizer updates so far: the steps whose gradients were finite."""
 
-    @property
-    def model(self) -> Decoder:
-        return self.stages.model
-
-    @property
-    def buckets(self) -> list[Bucket]:
-        return self.stages.buckets
-
-    @property
-    def reducer(self) -> GradientReducer:
-        return self.stages.reducer
-
-    @property
-    def optimizer(self) -> ShardedAdamW:
-        return self.stages.optimizer
-
-    def take(self, split: Split, stages: Stages, step: int) -> None:
-        """After `step` steps: from now on this rank holds `stages`, its part of `split`."""
-        self.split, self.stages = split, stages
-        self.runner.model, self.runner.weight_gradients = stages.model, stages.reducer
-        before, self.guard = self.guard, _guard(self.recipe, self.mesh, stages)
+    def take(self, split: Split, engine: Engine, step: int) -> None:
+        """After `step` steps: from now on `engine` holds this rank's part of `split`."""
+        self.split, self.engine = split, engine
+        self.runner.model, self.runner.weight_gradients = engine.model, engine
+        before, self.guard = self.guard, _guard(self.recipe, self.mesh, engine)
         self.guard.load(before.memory.as_json(), step)
         self.guard.clean = before.clean
 
@@ -97,13 +79,13 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
     check(schedule)
     mesh = Mesh.build(layout, communicator, schedule.placement)
     split, costs = agree_on_split(recipe, layout, heaviest, communicator)
-    stages = hold(recipe, mesh, split, initial_values(recipe))
-    stages.reducer.lend()
+    engine = hold(recipe, mesh, split, initial_values(recipe))
+    engine.open()
     length = recipe.data.sequence_length // (layout.tensor if parallel.sequence else 1)
     runner = PipelineRunner(
-        model=stages.model,
+        model=engine.model,
         mesh=mesh,
-        weight_gradients=stages.reducer,
+        weight_gradients=engine,
         activation_shape=(recipe.train.micro_batch, length, recipe.model.hidden),
         activation_dtype=getattr(torch, recipe.train.dtype),
         device=communicator.device,
@@ -114,7 +96,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
         shares=shares,
         split=split,
         costs=costs,
-        stages=stages,
+        engine=engine,
         corpus=corpus,
         batches=Batches(corpus, recipe.data, recipe.run.seed),
         runner=runner,
@@ -122,7 +104,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
         heaviest=heaviest,
         program=program(schedule, mesh.at("pipeline")),
         scaler=LossScaler.for_dtype(recipe.train.dtype),
-        guard=_guard(recipe, mesh, stages),
+        guard=_guard(recipe, mesh, engine),
         device=communicator.device,
     )
 
@@ -135,10 +117,10 @@ def _choose_kernels(deterministic: bool) -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
-def _guard(recipe: Recipe, mesh: Mesh, stages: Stages) -> Guard:
+def _guard(recipe: Recipe, mesh: Mesh, engine: Engine) -> Guard:
     device = mesh.group("world").device
     repeatable = recipe.train.deterministic and device.type in ("cpu", "cuda")
     if recipe.guard.audit_every and not repeatable:
         raise RecipeError(f"guard.audit_every={recipe.guard.audit_every} compares two computations bit by bit, which {device.type} "
                           "devices are not known to repeat; give guard.audit_every=0")  # fmt: skip
-    return Guard(recipe.guard, mesh, stages.reducer, stages.optimizer, recipe.checkpoint.every, repeatable, recipe.train.steps)
+    return Guard(recipe.guard, mesh, engine, recipe.checkpoint.every, repeatable, recipe.train.steps)

@@ -34,7 +34,7 @@ def validate(parts: Parts) -> Validation | None:
     # Every stage and tensor rank sees the labels, one of them reports: the one that holds the loss.
     once = float(parts.mesh.last_stage and parts.mesh.reports)
     tokens_here = counted.new_tensor(counted.numel())
-    nats, total_bytes, tokens = parts.mesh.sum_over_world(totals.loss * once, text_bytes * once, tokens_here * once)
+    nats, total_bytes, tokens = parts.mesh.sum_over("world", totals.loss * once, text_bytes * once, tokens_here * once)
     return Validation(nats / max(1.0, tokens), bits_per_byte(nats, total_bytes))
 
 

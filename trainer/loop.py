@@ -51,7 +51,10 @@ class Loop:
         timeline = PipelineRecorder(self.parts, first_step)
         while step < steps and not stopped:
             timeline.before_step(step)
-            result, seconds = self._timed_step(step)
+            started = time.perf_counter()
+            result = train_step(self.parts, step, self.stop, self.checkpoints.status)
+            seconds = time.perf_counter() - started
+            self._after_step(step, result, seconds)
             timeline.after_step(step, computed=result.verdict.attempts > 0)
             if result.verdict.action is GuardAction.ROLLBACK:
                 step = self._go_back(step, result)
@@ -91,10 +94,8 @@ class Loop:
         saves = self.checkpoints
         return {"checkpoint": str(saves.newest), "checkpoint_seconds": saves.seconds, "checkpoints_failed": saves.failed}
 
-    def _timed_step(self, step: int) -> tuple[StepResult, float]:
-        started = time.perf_counter()
-        result = train_step(self.parts, step, self.stop, self.checkpoints.status)
-        seconds = time.perf_counter() - started
+    def _after_step(self, step: int, result: StepResult, seconds: float) -> None:
+        """Step `step` (from 0) took so many seconds. Raises GuardError when it ends the run."""
         self.checkpoints.settle(result.saving)
         for verdict in filter(None, (result.late_verdict, result.verdict)):
             if verdict.text and self.parts.mesh.at("world") == 0:
@@ -105,7 +106,6 @@ class Loop:
         if step > 0:  # the first step of all pays for warming up
             self._busy_seconds += seconds
             self._steps_done += 1
-        return result, seconds
 
     def _record(self, step: int, result: StepResult, seconds: float) -> dict[str, Any]:
         tokens = self._tokens_per_step

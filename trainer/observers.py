@@ -44,5 +44,5 @@ def plan_faults(parts: Parts, communicator: Communicator, scratch: Path | None) 
     plan = parts.recipe.planned_faults(max(communicator.size, parts.recipe.world_size()))
     if plan:
         replicas = scratch / "replicas" if scratch else None
-        scene = RankScene(communicator, lambda: parts.model, lambda: parts.optimizer.pieces(), run_dir / CHECKPOINTS, replicas)
+        scene = RankScene(communicator, lambda: parts.engine.model, lambda: parts.engine.pieces(), run_dir / CHECKPOINTS, replicas)
         communicator.monitor.observers.append(PlannedFaults(plan, scene, Record(run_dir / FAULTS)))

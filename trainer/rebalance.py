@@ -21,8 +21,8 @@ from bagualu.parallel.move_state import Relocation, table
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.costs.analytic import analytic_table, optimizer_bytes
 from bagualu.trainer.costs.choose_split import work_of
-from bagualu.trainer.engine.stages import Stages, hold, no_values
-from bagualu.trainer.optim.adamw import Incoming
+from bagualu.trainer.engine.native import hold, no_values
+from bagualu.trainer.engine.protocol import Engine, IncomingState
 
 _BYTES_PER_SECOND = 5e8
 """Of a move, before one has been made: little, so that the first one has to be worth it."""
@@ -146,29 +146,29 @@ def move(parts: Parts, split: Split, step: int) -> None:
     travel, or lends gradients when all is agreed, has failed as in any other communication.
     """
     world, monitor = parts.mesh.group("world"), parts.mesh.monitor
-    made: list[Stages] = []
+    made: list[Engine] = []
 
-    def make_room() -> Incoming:
+    def make_room() -> IncomingState:
         monitor.at("move")
         made.append(hold(parts.recipe, parts.mesh, split, no_values))
-        return made[0].optimizer.incoming()
+        return made[0].incoming()
 
-    before = parts.stages
+    before = parts.engine
     try:
         incoming = on_all(make_room, world, MoveError)
-        held, wanted = list(before.optimizer.pieces()), list(incoming.pieces())
+        held, wanted = list(before.pieces()), list(incoming.pieces())
         tables = gather_json(table(held, wanted), world)
         relocation = on_all(lambda: Relocation(held, wanted, tables, world), world, MoveError)
         relocation.run()
         on_all(lambda: monitor.at("moved"), world, MoveError)
     except MoveError:
-        for stages in made:
-            stages.reducer.close()
+        for engine in made:
+            engine.close()
         raise
-    made[0].reducer.lend()
+    made[0].open()
     incoming.apply(parts.updates)
     parts.take(split, made[0], step)
-    before.reducer.close()
+    before.close()
 
 
 def _rank_of_layers(split: Split, rank_of: Callable[[int], int]) -> list[int]:

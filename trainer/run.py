@@ -157,8 +157,7 @@ def _sinks(recipe: Recipe, first_step: int) -> list[Sink]:
 
 def _parameters(parts: Parts) -> int:
     """Elements of the whole model, each counted once."""
-    own = sum(sum(n for *_, n in bucket.shard_entries()) for bucket in parts.buckets if bucket.owned)
-    return int(total(own, parts.mesh.group("world")))
+    return int(total(parts.engine.parameters, parts.mesh.group("world")))
 
 
 def _peak_memory_bytes(parts: Parts, communicator: Communicator) -> int:

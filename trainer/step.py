@@ -57,72 +57,61 @@ def train_step(
 ) -> StepResult:
     """Do step `step` (from 0). `stop` says whether this rank has been asked to stop, `saving` how far its part of a checkpoint is
     (`Saver.status`); the ranks tell each other here."""
-    number, guard = step + 1, parts.guard
+    number, guard, engine, monitor = step + 1, parts.guard, parts.engine, parts.mesh.monitor
 
     def tell() -> list[float]:
         return [float(stop()), *saving()]
 
-    parts.mesh.monitor.step = number
+    monitor.step = number
     lr = learning_rate(parts.recipe.optim, step, parts.recipe.train.steps)
     if why := guard.leaves_out(number):
         return _leave_out(parts, number, lr, why, tell)
-    late = guard.due(number)
-    if late is None:
-        return _transact(parts, number, lr, tell)
-    first = _transact(parts, number, lr, tell, late)
-    if first.verdict.action in (GuardAction.ROLLBACK, GuardAction.STOP):
-        return first
-    return replace(_transact(parts, number, lr, tell), late=late, late_verdict=first.verdict)
-
-
-def _transact(parts: Parts, number: int, lr: float, tell: Tell, late: int | None = None) -> StepResult:
-    """Compute, judge, and update or not, in step `number` (from 1); with the samples of step `late` if that is given."""
-    guard = parts.guard
-    guard.begin(number, late)
-    while True:
-        agreed = _attempt(parts, (late or number) - 1, tell)
+    results: list[StepResult] = []
+    samples: int | None = (first := guard.begin(number))
+    while samples is not None:
+        monitor.at("data")
+        micro_batches = local_micro_batches(parts, samples - 1)
+        tokens = _count_tokens(parts, micro_batches)
+        engine.begin(len(micro_batches))
+        totals = parts.runner.run(parts.program, micro_batches, _seeds(parts, tokens))
+        monitor.at("reduce")
+        engine.finish()
+        monitor.at("agree")
+        agreed = _agree(parts, totals, tokens, guard.inspect(number), tell)
+        if not guard.weighing:
+            judged = agreed
         verdict = guard.judge(number, StepValues(agreed.loss, agreed.norm, agreed.found, parts.scaler.can_fall))
-        if verdict.action is not GuardAction.RETRY:
-            break
-        parts.mesh.monitor.at("discard")
-    if verdict.deferred and (known := guard.memory.newest):
-        again = _attempt(parts, known[0] - 1, tell)
-        verdict = guard.weigh(number, verdict, again.loss, again.norm, parts.scaler.can_fall)
-    if verdict.action is GuardAction.COMMIT and not _update(parts, lr, agreed.norm, guard.strongest):
-        verdict = guard.judge_update(number, parts.optimizer.spoilt())
-    if verdict.action is GuardAction.COMMIT:
-        parts.updates += 1
-    else:
-        parts.mesh.monitor.at("discard")
-    if verdict.action is GuardAction.COMMIT or verdict.cause is Cause.OVERFLOW:
-        parts.scaler.update(verdict.action is GuardAction.COMMIT)
-    guard.finish(number, agreed.loss, agreed.norm, verdict)
-    return StepResult(agreed.loss, agreed.balance, agreed.norm, lr, verdict, agreed.stop, agreed.saving)
+        if verdict.action is GuardAction.RETRY:
+            monitor.at("discard")
+            samples = guard.samples
+            continue
+        if verdict.action is GuardAction.COMMIT and not _update(parts, lr, judged.norm, guard.strongest):
+            verdict = guard.judge_update(number, engine.spoilt())
+        _count_update(parts, verdict)
+        results.append(StepResult(judged.loss, judged.balance, judged.norm, lr, verdict, judged.stop, judged.saving))
+        samples = guard.finish(verdict)
+    if len(results) == 1:
+        return results[0]
+    return replace(results[1], late=first, late_verdict=results[0].verdict)
 
 
 def _leave_out(parts: Parts, number: int, lr: float, why: str, tell: Tell) -> StepResult:
     """A step whose samples are not to be learnt from."""
     parts.mesh.monitor.at("agree")
-    stops, writing, failed = parts.mesh.sum_over_world(*(_scalar(parts, one) for one in tell()))
+    stops, writing, failed = parts.mesh.sum_over("world", *(_scalar(parts, one) for one in tell()))
     parts.guard.expect(number + 1)
     verdict = GuardDecision(GuardAction.SKIP, attempts=0, text=f"step {number} is left out: {why}")
     return StepResult(math.nan, math.nan, math.nan, lr, verdict, stops > 0, (writing, failed))
 
 
-def _attempt(parts: Parts, step: int, tell: Tell) -> "_Agreed":
-    """Compute the gradient on the samples of step `step` (from 0), reduce it, and agree on the figures. Changes nothing but
-    gradients. The step under way may be a later one."""
-    monitor = parts.mesh.monitor
-    monitor.at("data")
-    micro_batches = local_micro_batches(parts, step)
-    tokens = _count_tokens(parts, micro_batches)
-    parts.reducer.begin(len(micro_batches))
-    totals = parts.runner.run(parts.program, micro_batches, _seeds(parts, tokens))
-    monitor.at("reduce")
-    parts.reducer.finish()
-    monitor.at("agree")
-    found = parts.guard.inspect(monitor.step)
-    return _agree(parts, totals, tokens, found, tell)
+def _count_update(parts: Parts, verdict: GuardDecision) -> None:
+    """After the samples have been judged and, where they were to be, learnt from."""
+    committed = verdict.action is GuardAction.COMMIT
+    parts.updates += committed
+    if not committed:
+        parts.mesh.monitor.at("discard")
+    if committed or verdict.cause is Cause.OVERFLOW:
+        parts.scaler.update(committed)
 
 
 def _update(parts: Parts, lr: float, norm: float, most: float = math.inf) -> bool:
@@ -134,10 +123,10 @@ def _update(parts: Parts, lr: float, norm: float, most: float = math.inf) -> boo
     most = min(most, clip) if clip > 0 else most
     factor = min(1.0, most / (norm + 1e-6))
     parts.mesh.monitor.at("optimizer")
-    parts.optimizer.step(lr, factor / parts.scaler.scale)
-    (spoilt,) = parts.mesh.sum_over_world(_scalar(parts, len(parts.optimizer.spoilt())))
+    parts.engine.step(lr, factor / parts.scaler.scale)
+    (spoilt,) = parts.mesh.sum_over("world", _scalar(parts, len(parts.engine.spoilt())))
     if not spoilt:
-        parts.optimizer.share()
+        parts.engine.share()
     return not spoilt
 
 
@@ -151,9 +140,8 @@ def local_micro_batches(parts: Parts, step: int) -> list[MicroBatch]:
 
 def _count_tokens(parts: Parts, micro_batches: list[MicroBatch]) -> float:
     """Tokens of the global batch that take part in the loss."""
-    counted = torch.stack([(batch.labels != IGNORED).sum() for batch in micro_batches]).sum().double()
-    parts.mesh.group("fold").all_reduce(counted)
-    return max(1.0, counted.item())
+    (counted,) = parts.mesh.sum_over("fold", torch.stack([(batch.labels != IGNORED).sum() for batch in micro_batches]).sum())
+    return max(1.0, counted)
 
 
 def _seeds(parts: Parts, tokens: float) -> Seeds:
@@ -180,18 +168,10 @@ class _Agreed:
 
 def _agree(parts: Parts, totals: StageTotals, tokens: float, found: list[torch.Tensor], tell: Tell) -> _Agreed:
     """The one reduction over all ranks that a step needs: every figure counted where exactly one rank holds it."""
-    norm_squared, copies = _scalar(parts, 0.0), _scalar(parts, 0.0)
-    for bucket in parts.buckets:
-        if bucket.owned:
-            norm_squared += bucket.norm_squared()
-        else:
-            copies += bucket.norm_squared()
-    # A copy does not count in the norm, but a rank would update with it: one that is not finite makes the sum so.
-    norm_squared += copies * 0.0
     told = [_scalar(parts, one) for one in tell()]  # as late as can be: a signal during the step counts for it
     once = float(parts.mesh.reports)
-    squared, loss, balance, stops, writing, failed, *findings = parts.mesh.sum_over_world(
-        norm_squared, totals.loss * once, totals.auxiliary * once, *told, *found
+    squared, loss, balance, stops, writing, failed, *findings = parts.mesh.sum_over(
+        "world", parts.engine.norm_squared(), totals.loss * once, totals.auxiliary * once, *told, *found
     )
     norm = squared**0.5 / parts.scaler.scale
     return _Agreed(loss / tokens, balance / parts.recipe.data.global_batch, norm, findings, stops > 0, (writing, failed))

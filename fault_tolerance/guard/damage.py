@@ -10,24 +10,14 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from bagualu.comm.group import Group
 from bagualu.fault_tolerance.guard.checksum import checksum
-from bagualu.parallel.data import Bucket
+from bagualu.fault_tolerance.guard.engine import GuardedEngine, StateShard
 from bagualu.parallel.mesh import Mesh
-
-
-class Optimizer(Protocol):
-    """What owns the state."""
-
-    def shards(self) -> list[dict[str, torch.Tensor]]:
-        """For every bucket the tensors of this rank's shard by kind: "weight" (the master weights), the moments, "step"."""
-
-    def publish(self) -> None:
-        """Make the working weights of all ranks from the master weights. Collective."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ class Damage:
     axis: str = ""
     """The axis along which others hold the same state; "": nobody does."""
     place: int = 0
-    """Which it is among the buckets that are shared along this axis."""
+    """Which it is among the shards that are held along this axis."""
     holders: tuple[int, ...] = ()
     """Global ranks that hold the same state, this one among them."""
 
@@ -51,8 +41,8 @@ class Damage:
 class DamageCheck:
     """One rank's. `inspect` is collective; `seal` is not."""
 
-    def __init__(self, buckets: Sequence[Bucket], optimizer: Optimizer, mesh: Mesh) -> None:
-        self._buckets, self._optimizer, self._mesh = buckets, optimizer, mesh
+    def __init__(self, engine: GuardedEngine, mesh: Mesh) -> None:
+        self._engine, self._mesh = engine, mesh
         self._seal: list[list[int]] | None = None
         self.found: list[Damage] = []
 
@@ -81,7 +71,7 @@ class DamageCheck:
         return bool(self.found)
 
     def not_finite(self, spoilt: Sequence[tuple[int, str]]) -> list[Damage]:
-        """Damage of this rank's (bucket, kind of its state) that an update left with values that are not finite."""
+        """Damage of this rank's (shard, kind of its state) that an update left with values that are not finite."""
         return [self._damaged_state("replica", index, kind) for index, kind in spoilt]
 
     def repair(self, damages: Sequence[Sequence[Damage]]) -> None:
@@ -93,19 +83,19 @@ class DamageCheck:
             if damage.axis and self.rank in damage.holders:
                 group = self._mesh.group(damage.axis)
                 source = group.ranks.index(_intact_holder(damage, damages))
-                for tensor in self._optimizer.shards()[self._shared(damage.axis)[damage.place]].values():
+                for tensor in self._engine.shards()[self._shared(damage.axis)[damage.place]].tensors.values():
                     group.broadcast(tensor, source)
-        self._optimizer.publish()
+        self._engine.publish()
 
     def _state(self) -> torch.Tensor:
-        """Checksums of this rank's optimizer state [buckets, kinds]."""
-        shards = self._optimizer.shards()
-        return torch.stack([torch.stack([checksum(tensor) for tensor in shard.values()]) for shard in shards])
+        """Checksums of this rank's optimizer state [shards, kinds]."""
+        shards = self._engine.shards()
+        return torch.stack([torch.stack([checksum(tensor) for tensor in shard.tensors.values()]) for shard in shards])
 
     def _broken(self, rows: list[list[int]]) -> list[Damage]:
         if self._seal is None:
             return []
-        kinds = list(self._optimizer.shards()[0])
+        kinds = list(self._engine.shards()[0].tensors)
         return [
             self._damaged_state("state", index, kind)
             for index, (now, sealed) in enumerate(zip(rows, self._seal, strict=True))
@@ -115,7 +105,7 @@ class DamageCheck:
 
     def _strange(self, state: torch.Tensor) -> list[Damage]:
         """State that this rank does not hold as the other holders do."""
-        kinds, found = list(self._optimizer.shards()[0]), []
+        kinds, found = list(self._engine.shards()[0].tensors), []
         for axis in self._sharing_axes():
             members, group = self._shared(axis), self._mesh.group(axis)
             table = _gather(state[members], group)
@@ -131,39 +121,40 @@ class DamageCheck:
         return [axis for axis in axes if self._shared(axis) and self._mesh.group(axis).size > 1]
 
     def _shared(self, axis: str) -> list[int]:
-        """The buckets whose state all ranks along `axis` hold alike; in the same order on all of them."""
-        return [index for index, bucket in enumerate(self._buckets) if axis in _held_along(bucket)]
+        """The shards whose state all ranks along `axis` hold alike; in the same order on all of them."""
+        return [index for index, shard in enumerate(self._engine.shards()) if axis in shard.held_along]
 
     def _bad_copies(self, state: torch.Tensor) -> list[Damage]:
         """Working weights that are not what their owner's master weights make them."""
-        found, axes = [], sorted({bucket.kind.reduction_axis for bucket in self._buckets})
-        for axis in axes:
-            members = [index for index, bucket in enumerate(self._buckets) if bucket.kind.reduction_axis == axis]
-            copies = [torch.stack([checksum(part) for part in _parts(self._buckets[index])]) for index in members]
+        shards, found = self._engine.shards(), []
+        for axis in sorted({shard.axis for shard in shards}):
+            members = [index for index, shard in enumerate(shards) if shard.axis == axis]
+            copies = [torch.stack([checksum(part) for part in shards[index].copies]) for index in members]
             truths = _gather(torch.stack([self._truth(index, state) for index in members]), self._mesh.group(axis))
             for place, (index, own) in enumerate(zip(members, copies, strict=True)):
-                bucket = self._buckets[index]
+                shard = shards[index]
                 for part, copy in enumerate(own.tolist()):
-                    owner = part if bucket.partitioned else bucket.group.rank
+                    owner = part if shard.partitioned else shard.group.rank
                     if copy != truths[owner][place]:
-                        found.append(self._bad_copy(bucket, bucket.group.ranks[owner]))
+                        found.append(self._bad_copy(shard, shard.group.ranks[owner]))
         return found
 
-    def _bad_copy(self, bucket: Bucket, owner: int) -> Damage:
+    def _bad_copy(self, shard: StateShard, owner: int) -> Damage:
         """Without a seal on the owner's state it may be the owner that is wrong, and nothing can be made from it."""
         if self.sealed:
-            return Damage("copy", _name("working copy", bucket), owner)
-        return Damage("replica", f"{_name('working copy', bucket)}, not as on rank {owner}", self.rank, "", 0, (self.rank, owner))
+            return Damage("copy", f"working copy of {shard.name}", owner)
+        return Damage("replica", f"working copy of {shard.name}, not as on rank {owner}", self.rank, "", 0, (self.rank, owner))
 
     def _truth(self, index: int, state: torch.Tensor) -> torch.Tensor:
         """Checksum of this rank's shard of the working weights as it should be."""
-        master, working = self._optimizer.shards()[index]["weight"], self._buckets[index].weights
+        shard = self._engine.shards()[index]
+        master, working = shard.tensors["weight"], shard.copies[0]
         return state[index, 0] if master.dtype == working.dtype else checksum(master.to(working.dtype))
 
     def _damaged_state(self, kind: str, index: int, what: str, axis: str | None = None) -> Damage:
-        bucket = self._buckets[index]
-        axis = next(iter(one for one in self._sharing_axes() if one in _held_along(bucket)), "") if axis is None else axis
-        name = _name(what, bucket)
+        shard = self._engine.shards()[index]
+        axis = next((one for one in self._sharing_axes() if one in shard.held_along), "") if axis is None else axis
+        name = f"{what} of {shard.name}"
         if not axis:
             return Damage(kind, name, self.rank)
         return Damage(kind, name, self.rank, axis, self._shared(axis).index(index), self._mesh.group(axis).ranks)
@@ -210,23 +201,6 @@ def _intact_holder(damage: Damage, damages: Sequence[Sequence[Damage]]) -> int:
         if all((other.axis, other.place, other.holders) != piece or other.kind == "copy" for other in damages[holder]):
             return holder
     return -1
-
-
-def _held_along(bucket: Bucket) -> list[str]:
-    """The axes whose ranks hold this bucket's optimizer state alike."""
-    axes = [] if bucket.partitioned else [bucket.kind.reduction_axis]
-    axes += [bucket.kind.copied_over] if bucket.kind.copied_over else []
-    return [*axes, "ends"] if bucket.kind.tied else axes
-
-
-def _name(what: str, bucket: Bucket) -> str:
-    first, others = bucket.entries[0].name, len(bucket.entries) - 1
-    return f"{what} of {first}" + (f" and {others} more" if others else "")
-
-
-def _parts(bucket: Bucket) -> tuple[torch.Tensor, ...]:
-    """The shards of all owners, as far as this rank has copies of them."""
-    return bucket.weights.chunk(bucket.group.size) if bucket.partitioned else (bucket.weights,)
 
 
 def _gather(own: torch.Tensor, group: Group) -> list[Any]:

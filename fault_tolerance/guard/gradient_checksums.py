@@ -11,15 +11,15 @@ import torch
 
 from bagualu.fault_tolerance.guard.checksum import checksum, combine
 from bagualu.fault_tolerance.guard.decide import MOST_ATTEMPTS
-from bagualu.parallel.data import Bucket
+from bagualu.fault_tolerance.guard.engine import GuardedEngine
 
 
 class Attempts:
     """This rank's checksums of the gradient, by attempt."""
 
-    def __init__(self, buckets: Sequence[Bucket]) -> None:
-        self._buckets = buckets
-        self._own: dict[int, torch.Tensor] = {}
+    def __init__(self, engine: GuardedEngine) -> None:
+        self._engine = engine
+        self._own: list[torch.Tensor] = []
         self._made: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         """Of each attempt: own gradient, and the reduced one if asked for; mostly there is nothing to compare it with."""
 
@@ -28,14 +28,14 @@ class Attempts:
         self._own.clear()
         self._made.clear()
 
-    def before_reduction(self, bucket: Bucket) -> None:
-        """This rank's own gradient is complete in `bucket` and nothing has been added to it yet."""
-        self._own[id(bucket)] = checksum(bucket.gradients)
+    def before_reduction(self, gradients: torch.Tensor) -> None:
+        """This rank's own `gradients` are complete and nothing has been added to them yet."""
+        self._own.append(checksum(gradients))
 
     def end(self) -> None:
         """After the reduction of an attempt."""
-        own = combine(torch.stack([self._own.pop(id(bucket)) for bucket in self._buckets]))
-        self._made.append((own, None))
+        self._made.append((combine(torch.stack(self._own)), None))
+        self._own.clear()
         if self.earlier:
             self.keep()
 
@@ -43,7 +43,7 @@ class Attempts:
         """Before the gradient of the newest attempt is overwritten by another one that it is compared with."""
         own, reduced = self._made[-1]
         if reduced is None:
-            reduced = combine(torch.stack([checksum(bucket.shard_gradients) for bucket in self._buckets]))
+            reduced = combine(torch.stack([checksum(gradients) for gradients in self._engine.reduced_gradients()]))
             self._made[-1] = own, reduced
 
     @property

@@ -1,6 +1,10 @@
 """The guard of one rank's steps: whether a step is applied, computed again, left out, taken back, or ends the run.
 
-    compute and reduce -> inspect -> agree (one reduction over all ranks) -> judge -> update -> agree that all of it is finite
+    begin -> compute and reduce -> inspect -> agree (one reduction over all ranks) -> judge -> update -> agree that all of it is
+    finite -> finish
+
+`begin`, `finish` and, after RETRY, `samples` say which samples are computed next: those of the step, of an earlier one that were
+deferred, or of the newest committed one, which tell whether the weights are to blame.
 
 What `judge` decides depends on figures that every rank holds alike, so every rank decides the same without asking again. Only
 when one of them says that something is wrong do ranks tell each other the details.
@@ -18,12 +22,12 @@ from bagualu.fault_tolerance.config import GuardConfig
 from bagualu.fault_tolerance.guard import damage, messages
 from bagualu.fault_tolerance.guard.damage import Damage, DamageCheck
 from bagualu.fault_tolerance.guard.decide import Situation, decide
+from bagualu.fault_tolerance.guard.engine import GuardedEngine
 from bagualu.fault_tolerance.guard.finite import after_update
 from bagualu.fault_tolerance.guard.gradient_checksums import Attempts, culprits
 from bagualu.fault_tolerance.guard.history import Memory
 from bagualu.fault_tolerance.guard.messages import by_rank, diagnosis, ending, finding
 from bagualu.fault_tolerance.guard.verdict import SPIKES, Cause, GuardAction, GuardDecision
-from bagualu.parallel.data import GradientReducer
 from bagualu.parallel.mesh import Mesh
 
 
@@ -49,8 +53,7 @@ class Guard:
         self,
         config: GuardConfig,
         mesh: Mesh,
-        reducer: GradientReducer,
-        optimizer: damage.Optimizer,
+        engine: GuardedEngine,
         saves_every: int = 0,
         repeatable: bool = True,
         steps: int | None = None,
@@ -58,12 +61,17 @@ class Guard:
         self.config, self._saves_every, self._steps = config, saves_every, steps
         self.memory = Memory.empty(config)
         self._mesh = mesh
-        self._damage = DamageCheck(reducer.buckets, optimizer, mesh)
-        self._attempts = Attempts(reducer.buckets)
+        self._damage = DamageCheck(engine, mesh)
+        self._attempts = Attempts(engine)
         self._compares = repeatable and config.compares
         self._count = 0
+        self._step = 0
         self._late: int | None = None
         """The step whose samples, deferred before, are computed now."""
+        self._pending: GuardDecision | None = None
+        """The decision to defer samples, if the weights are not to blame."""
+        self._values = (0.0, 0.0)
+        """Loss and gradient norm of the newest attempt at the samples that are judged."""
         self._limited = False
         """Whether the newest attempt is a spike that is learnt from all the same, with a gradient of bounded norm."""
         self.clean = 0
@@ -71,24 +79,36 @@ class Guard:
         self._first: tuple[Cause, tuple[int, ...], str] | None = None
         """The first thing that was wrong with the step: what, on which ranks, in words."""
         if self._compares:
-            reducer.before_reduction = self._attempts.before_reduction
+            engine.before_reduction = self._attempts.before_reduction
 
     def leaves_out(self, step: int) -> str | None:
         """Why `step` (from 1) is not to be learnt from; None: it is."""
         return self.memory.left_out.get(step)
 
-    def due(self, step: int) -> int | None:
-        """The step whose samples, deferred before, are to be learnt from before those of `step` (from 1)."""
-        return self.memory.due(step, self._steps)
+    def begin(self, step: int) -> int:
+        """Before the first attempt at `step` (from 1): the step whose samples are computed, `step` or one that was deferred."""
+        self._step, self._late = step, self.memory.due(step, self._steps)
+        return self._start()
 
-    def begin(self, step: int, late: int | None = None) -> None:
-        """Before the first attempt at `step` (from 1); with the samples of step `late` if that is given."""
-        self._late = late
+    def _start(self) -> int:
         self._attempts.begin()
         self._damage.found = []
-        self._count, self._first = 0, None
-        if self._checks(step) and not self._damage.sealed:
+        self._count, self._first, self._pending = 0, None, None
+        if self._checks(self._step) and not self._damage.sealed:
             self._damage.seal()
+        return self.samples
+
+    @property
+    def samples(self) -> int:
+        """The step (from 1) whose samples are computed next."""
+        if self._pending and self.memory.newest:
+            return self.memory.newest[0]
+        return self._late or self._step
+
+    @property
+    def weighing(self) -> bool:
+        """Whether those are samples that were learnt from before, computed again to judge the weights."""
+        return self._pending is not None
 
     def inspect(self, step: int) -> list[torch.Tensor]:
         """Look at this rank after the reduction of an attempt: float64 scalars for `StepValues.found`.
@@ -104,10 +124,14 @@ class Guard:
         return [found, *self._attempts.differing(found)]
 
     def judge(self, step: int, figures: StepValues) -> GuardDecision:
-        """What becomes of `step`; the same on every rank. After RETRY it is to be computed again, from where it was.
+        """What becomes of `step`; the same on every rank. After RETRY `samples` are to be computed, from where the step was.
 
         Collective where something is wrong.
         """
+        if self._pending:
+            verdict, self._pending = self._pending, None
+            return self._weigh(step, verdict, figures)
+        self._values = figures.loss, figures.norm
         damaged, *differing = figures.found
         differing = differing[: self._attempts.earlier]
         table = self._tell() if damaged or any(differing) else []
@@ -134,16 +158,20 @@ class Guard:
             self._attempts.begin()  # what was computed with damaged weights is nothing to compare with
         elif action is GuardAction.RETRY and self._compares:
             self._attempts.keep()
-        return self._verdict(step, action, ranks, same, deferred)
+        verdict = self._verdict(step, action, ranks, same, deferred)
+        if not (deferred and self.memory.newest):
+            return verdict
+        self._pending = verdict
+        return GuardDecision(GuardAction.RETRY, attempts=self._count)
 
-    def weigh(self, step: int, verdict: GuardDecision, loss: float, norm: float, scale_can_fall: bool = False) -> GuardDecision:
+    def _weigh(self, step: int, verdict: GuardDecision, figures: StepValues) -> GuardDecision:
         """`verdict`, which defers the samples of `step`, or another one if the weights are to blame.
 
-        `loss` and gradient `norm` are those of the newest committed step, computed again with the weights as they are. If these
-        stand out too, the weights are to blame. The second time in a row the run goes back to a checkpoint, if it makes any.
-        `scale_can_fall`: whether a norm that is not finite may be an overflow of float16, which says nothing about the weights.
+        `figures` are those of the newest committed step, computed again with the weights as they are. If these stand out too, the
+        weights are to blame. The second time in a row the run goes back to a checkpoint, if it makes any.
         """
-        if not self.memory.diverged(step, loss, norm, scale_can_fall):
+        loss, norm = figures.loss, figures.norm
+        if not self.memory.diverged(step, loss, norm, figures.scale_can_fall):
             return verdict
         assert self.memory.newest is not None
         old, loss_then, norm_then = self.memory.newest
@@ -151,8 +179,10 @@ class Guard:
         action = GuardAction.ROLLBACK if again else GuardAction.SKIP
         if again and not self.config.check_every:  # nobody has looked; but at `old` the figures were right
             self.clean = max(self.clean, old - 1)
-        figures = f"step {old}, learnt from at loss {loss_then:g} and gradient norm {norm_then:g}, now has {loss:g} and {norm:g}"
-        text = f"{verdict.text}; but {figures}: the weights, not the samples" + ("; back to a checkpoint" if again else "")
+        then_and_now = (
+            f"step {old}, learnt from at loss {loss_then:g} and gradient norm {norm_then:g}, now has {loss:g} and {norm:g}"
+        )
+        text = f"{verdict.text}; but {then_and_now}: the weights, not the samples" + ("; back to a checkpoint" if again else "")
         return replace(verdict, action=action, cause=Cause.DIVERGED, deferred=not again, text=text)
 
     @property
@@ -169,7 +199,7 @@ class Guard:
     def judge_update(self, step: int, spoilt: Sequence[tuple[int, str]]) -> GuardDecision:
         """What becomes of `step` whose update left values that are not finite on some rank: COMMIT (repaired), ROLLBACK, STOP.
 
-        `spoilt`: (bucket, kind of its state) for this rank's own. Collective; the same on every rank.
+        `spoilt`: (shard, kind of its state) for this rank's own. Collective; the same on every rank.
         """
         world = self._mesh.group("world")
         own = {"damage": damage.as_json(self._damage.not_finite(spoilt))}
@@ -183,13 +213,17 @@ class Guard:
         text = messages.after_update(step, action, _named(damages), again)
         return GuardDecision(action, Cause.UPDATE, ranks, self._count, text=text)
 
-    def finish(self, step: int, loss: float, norm: float, verdict: GuardDecision) -> None:
-        """`step` has ended so, and the update has happened if it was to."""
+    def finish(self, verdict: GuardDecision) -> int | None:
+        """The samples have been judged so, and the update has happened if it was to: the step whose samples are computed next as
+        part of the same step; None when the step has ended."""
         if self._late is None:
-            self.memory.learn(step, loss, norm, verdict)
-        else:
-            self.memory.learn_late(self._late, loss, norm, verdict, step)
-        self.expect(step + (self._late is None))
+            self.memory.learn(self._step, *self._values, verdict)
+            self.expect(self._step + 1)
+            return None
+        self.memory.learn_late(self._late, *self._values, verdict, self._step)
+        self.expect(self._step)
+        self._late = None
+        return None if verdict.action in (GuardAction.ROLLBACK, GuardAction.STOP) else self._start()
 
     def load(self, saved: dict[str, Any], step: int) -> None:
         """Go on after `step` steps with what a checkpoint holds of `memory`."""

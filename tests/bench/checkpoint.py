@@ -78,7 +78,7 @@ def stall(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "boundary_seconds": boundary,
         "stall_of_a_step": cost / INTERVAL / step,
         "boundary_of_a_step": median(boundary) / INTERVAL / step,
-        "bytes": sum(p.tensor.numel() * p.tensor.element_size() for p in parts.optimizer.pieces()),
+        "bytes": sum(p.tensor.numel() * p.tensor.element_size() for p in parts.engine.pieces()),
     }
 
 

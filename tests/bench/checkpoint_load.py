@@ -58,8 +58,8 @@ def contestants(parts: Parts, folder: Path) -> dict[str, Callable[[], object]]:
     """Write the state in every form, and what reads it back."""
     cores = torch.get_num_threads()
     world = parts.mesh.group("world")
-    path = save(checkpoints_of(parts), 1, parts.optimizer.pieces(), metadata_of(parts, 1), world, keep=1)
-    state = {key_of(piece): piece.tensor.detach().clone() for piece in parts.optimizer.pieces()}
+    path = save(checkpoints_of(parts), 1, parts.engine.pieces(), metadata_of(parts, 1), world, keep=1)
+    state = {key_of(piece): piece.tensor.detach().clone() for piece in parts.engine.pieces()}
     torch.save(state, folder / "state.pt")
     dcp.save(state, checkpoint_id=folder / "dcp")
     return {
@@ -75,7 +75,7 @@ def measure(communicator: Communicator, options: argparse.Namespace, folder: Pat
     recipe = compose([f"recipe={options.recipe}", "data.source=random", "train.dtype=float32", "parallel.data=1",
                       "comm.backend=simulated", f"run.dir={folder}"])  # fmt: skip
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    count = sum(piece.tensor.numel() * piece.tensor.element_size() for piece in parts.optimizer.pieces())
+    count = sum(piece.tensor.numel() * piece.tensor.element_size() for piece in parts.engine.pieces())
     timed = contestants(parts, folder)
     samples: dict[str, list[float]] = {name: [] for name in timed}
     for turn in range(options.rounds + 1):  # the first one brings the files into the page cache

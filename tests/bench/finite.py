@@ -53,7 +53,7 @@ def measure(communicator: Communicator, overrides: list[str], threads: int, roun
     torch.set_num_threads(threads)
     composed = compose([*overrides, "comm.backend=simulated", "parallel.data=1"])
     parts = assemble(composed, communicator, prepare(composed.data, composed.model.vocab))
-    optimizer: Any = parts.optimizer
+    optimizer: Any = parts.engine.optimizer
     clock = time.thread_time if threads == 1 else time.perf_counter
     look, spoilt, update = (Stopwatch(one, clock) for one in (optimizer._look, optimizer.spoilt, optimizer.step))
     optimizer.spoilt, optimizer.step = spoilt, update

@@ -50,7 +50,7 @@ def measure(communicator: Communicator, recipe: str, threads: int, rounds: int) 
                 taken.append(seconds)
     seals = [seconds_of(guard._damage.seal) for _ in range(2 * rounds)]
     unchecked, checked = (statistics.median(steps[every]) for every in (0, 1))
-    state = sum(tensor.nbytes for shard in parts.optimizer.shards() for tensor in shard.values())
+    state = sum(tensor.nbytes for shard in parts.engine.optimizer.shards() for tensor in shard.values())
     return {
         "recipe": recipe, "threads": threads, "state_bytes": state, "step_seconds": unchecked, "checked_step_seconds": checked,
         "ratio": checked / unchecked, "seal_seconds": min(seals), "two_seals_of_a_step": 2 * min(seals) / min(steps[0]),

@@ -150,7 +150,7 @@ class Planted:
     saved: tuple[int, list[torch.Tensor], Any] | None = None
 
     def at(self, point: str, step: int) -> None:
-        plant, bucket = self.plants.get(step - 1), self.parts.buckets[0]
+        plant, bucket = self.plants.get(step - 1), self.parts.engine.buckets[0]
         if plant is None or plant.step in self.struck or plant.kind == "garbled":
             return
         if point == "forward" and plant.kind == "weight":
@@ -184,8 +184,8 @@ class Planted:
         return step
 
     def _state(self) -> list[torch.Tensor]:
-        shards = [tensor for shard in self.parts.optimizer.shards() for tensor in shard.values()]
-        return [*shards, *(bucket.weights for bucket in self.parts.buckets)]
+        shards = [tensor for shard in self.parts.engine.optimizer.shards() for tensor in shard.values()]
+        return [*shards, *(bucket.weights for bucket in self.parts.engine.buckets)]
 
     def waits(self, what: str | None) -> None:
         return None

@@ -141,7 +141,7 @@ def replication(communicator: Communicator, recipe: Recipe, folder: Path, per_no
         steps.append(between - begin)
         copies.append(time.perf_counter() - between)
     assert not kept.replicas.off
-    own = sum(piece.tensor.nbytes for piece in parts.optimizer.pieces())
+    own = sum(piece.tensor.nbytes for piece in parts.engine.pieces())
     held = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
     kept.replicas.remove()
     return {

@@ -60,7 +60,7 @@ class Injection:
         here = point == fault.point and self.parts.mesh.at("world") == fault.rank
         if not here or not fault.step <= step < fault.step + fault.steps:
             return
-        first_bucket = point != "bucket" or not any(b.work for b in self.parts.buckets)
+        first_bucket = point != "bucket" or not any(b.work for b in self.parts.engine.buckets)
         if first_bucket and (fault.always or not self.done):
             self.done += 1
             spoil(self._tensor(), fault.how, self.done)
@@ -69,7 +69,7 @@ class Injection:
         return None
 
     def _tensor(self) -> torch.Tensor:
-        buckets, where = self.parts.buckets, self.fault.where
+        buckets, where = self.parts.engine.buckets, self.fault.where
         if where == "gradient":
             return complete(buckets).gradients
         if where == "reduced":
@@ -78,7 +78,7 @@ class Injection:
             bucket = next(bucket for bucket in buckets if bucket.partitioned)
             parts = bucket.weights.chunk(bucket.group.size)
             return parts[(bucket.group.rank + 1) % bucket.group.size]
-        return self.parts.optimizer.shards()[0][where]
+        return self.parts.engine.optimizer.shards()[0][where]
 
 
 def complete(buckets: list[Bucket]) -> Bucket:
@@ -139,8 +139,8 @@ class Ending:
 
 
 def bits_of(parts: Parts) -> Bits:
-    bits = {name: p.detach().clone().view(torch.uint8).cpu().numpy() for name, p in parts.model.named_parameters()}
-    for index, shard in enumerate(parts.optimizer.shards()):
+    bits = {name: p.detach().clone().view(torch.uint8).cpu().numpy() for name, p in parts.engine.model.named_parameters()}
+    for index, shard in enumerate(parts.engine.optimizer.shards()):
         bits |= {f"{index}/{kind}": tensor.detach().clone().cpu().numpy() for kind, tensor in shard.items()}
     memory = parts.guard.memory
     figures = [parts.updates, parts.scaler.scale, parts.scaler.good_steps, *memory.losses.values, *memory.norms.values]

@@ -11,7 +11,7 @@ from bagualu.trainer.recovery.state import checkpoints_of, metadata_of, take_sta
 def save_state(parts: Parts, step: int) -> Path:
     """Save the state after `step` steps under the run directory. Collective. Raises CheckpointError."""
     root, keep = checkpoints_of(parts), parts.recipe.checkpoint.keep
-    return save(root, step, parts.optimizer.pieces(), metadata_of(parts, step), parts.mesh.group("world"), keep)
+    return save(root, step, parts.engine.pieces(), metadata_of(parts, step), parts.mesh.group("world"), keep)
 
 
 def load_state(parts: Parts, path: Path) -> int:

@@ -51,8 +51,8 @@ def fresh(communicator: Communicator, recipe: Recipe) -> Parts:
 
 def bits(parts: Parts) -> bytes:
     """All that the next step depends on, on this rank."""
-    state = [p.detach().clone() for p in parts.model.parameters()]
-    state += [value for shard in parts.optimizer.shards() for value in shard.values()]
+    state = [p.detach().clone() for p in parts.engine.model.parameters()]
+    state += [value for shard in parts.engine.optimizer.shards() for value in shard.values()]
     counters = repr((parts.updates, parts.scaler.scale, parts.scaler.good_steps)).encode()
     return b"".join(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in state) + counters
 
@@ -191,7 +191,7 @@ def wrong_tensors(communicator: Communicator, recipe: Recipe, changes: list[tupl
     seen = []
     for step, (_, change) in enumerate(changes):
         metadata = json.loads(json.dumps(document_of(root)["metadata"])) | {"step": step}
-        pieces = [piece for found in parts.optimizer.pieces() for piece in change(found, communicator.rank)]
+        pieces = [piece for found in parts.engine.pieces() for piece in change(found, communicator.rank)]
         path = save(root, step, pieces, metadata, communicator.world, 100)
         before = bits(parts)
         with pytest.raises(CheckpointError) as error:
@@ -247,7 +247,7 @@ def wrong_metadata(communicator: Communicator, recipe: Recipe) -> list[str]:
     good = document_of(root)["metadata"]
     seen = []
     for step, (field, value) in enumerate(METADATA):
-        path = save(root, step, parts.optimizer.pieces(), {**good, "step": step, field: value}, communicator.world, 100)
+        path = save(root, step, parts.engine.pieces(), {**good, "step": step, field: value}, communicator.world, 100)
         before = bits(parts)
         with pytest.raises((CheckpointError, ValueError)) as error:
             load_state(parts, path)

@@ -132,7 +132,7 @@ def spoilt_between(communicator: Communicator, recipe: Recipe, last: bool) -> st
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     checkpoints = Checkpoints(parts, take_checkpoints(parts))
     if communicator.rank == communicator.size - 1:
-        parts.optimizer.shards()[0]["exp_avg_sq"][0] = torch.inf
+        parts.engine.optimizer.shards()[0]["exp_avg_sq"][0] = torch.inf
     try:
         (checkpoints.save_last if last else checkpoints.save)(1)
         checkpoints.finish()
@@ -155,7 +155,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path, asynchronous: bool) -> 
 
 def saved_by_an_older_version(communicator: Communicator, recipe: Recipe) -> None:
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    parts.optimizer.shards()[0]["weight"][0] = torch.nan
+    parts.engine.optimizer.shards()[0]["weight"][0] = torch.nan
     save_state(parts, 1)
 
 
@@ -163,7 +163,7 @@ def read(communicator: Communicator, recipe: Recipe) -> bool:
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     with pytest.raises(CheckpointError, match="not finite"):
         load_state(parts, Path(recipe.run.dir) / CHECKPOINTS / "step-00000001")
-    return all(is_finite(tensor) for shard in parts.optimizer.shards() for tensor in shard.values())
+    return all(is_finite(tensor) for shard in parts.engine.optimizer.shards() for tensor in shard.values())
 
 
 def test_what_is_not_finite_is_not_loaded(tmp_path: Path) -> None:

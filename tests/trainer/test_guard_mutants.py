@@ -24,18 +24,18 @@ Patch = pytest.MonkeyPatch
 
 
 def agreement_is_local(patch: Patch) -> None:
-    patch.setattr(Mesh, "sum_over_world", lambda mesh, *figures: torch.stack([one.double() for one in figures]).tolist())
+    patch.setattr(Mesh, "sum_over", lambda mesh, axis, *figures: torch.stack([one.double() for one in figures]).tolist())
 
 
 def update_comes_before_the_judgement(patch: Patch) -> None:
-    attempt = step._attempt
+    agree = step._agree
 
-    def too_early(parts: Any, number: int, stop: Callable[[], bool]) -> Any:
-        agreed = attempt(parts, number, stop)
+    def too_early(parts: Any, *args: Any) -> Any:
+        agreed = agree(parts, *args)
         step._update(parts, 1e-3, agreed.norm)
         return agreed
 
-    patch.setattr(step, "_attempt", too_early)
+    patch.setattr(step, "_agree", too_early)
 
 
 def nothing_is_sealed(patch: Patch) -> None:

@@ -50,7 +50,7 @@ def read(communicator: Communicator, recipe: Recipe) -> tuple[list, list[torch.T
     path = latest(Path(recipe.run.dir) / CHECKPOINTS)
     assert path is not None
     assert load_state(parts, path) == STEPS
-    held = [(entry, entry.parameter) for bucket in parts.buckets for entry in bucket.entries if entry.name in VOCABULARY]
+    held = [(entry, entry.parameter) for bucket in parts.engine.buckets for entry in bucket.entries if entry.name in VOCABULARY]
     padding = [weights[max(0, entry.global_shape[0] - entry.box.offset[0]) :] for entry, weights in held]
     return pieces_of(parts), [rows for rows in padding if rows.abs().sum() > 0]
 
@@ -83,7 +83,7 @@ def saved_with_padding(communicator: Communicator, recipe: Recipe, multiple: int
     train_step(parts, 0)
     rows = -(-recipe.model.vocab // multiple) * multiple
     pieces = []
-    for piece in parts.optimizer.pieces():
+    for piece in parts.engine.pieces():
         if piece.name.endswith(VOCABULARY):
             padding = piece.tensor.new_full((rows - recipe.model.vocab, recipe.model.hidden), 0.25)
             pieces.append(TensorPiece(piece.name, (rows, recipe.model.hidden), (0, 0), torch.cat([piece.tensor, padding])))

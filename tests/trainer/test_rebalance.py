@@ -60,7 +60,7 @@ def train_moving(communicator: Communicator, recipe: Recipe, splits: list[Split]
     for step, split in enumerate(splits):
         if step:
             move(parts, split, step)
-            assert list(parts.model.layers) == [str(i) for stage in parts.mesh.stages for i in split.slices[stage]]
+            assert list(parts.engine.model.layers) == [str(i) for stage in parts.mesh.stages for i in split.slices[stage]]
         results.append(train_step(parts, step))
     assert all(result.committed for result in results)
     figures = [[r.loss for r in results], [r.balance_loss for r in results], [r.grad_norm for r in results]]
@@ -102,12 +102,12 @@ def test_state_and_weights_are_the_same_bits_after_moving_there_and_back() -> No
     def there_and_back(communicator: Communicator, recipe: Recipe) -> None:
         parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
         train_step(parts, 0)
-        weights = {name: parameter.detach().clone() for name, parameter in parts.model.named_parameters()}
+        weights = {name: parameter.detach().clone() for name, parameter in parts.engine.model.named_parameters()}
         before, home = bits(parts), parts.split
         move(parts, split_of(5, 2), 1)
         move(parts, home, 1)
         assert bits(parts) == before
-        for name, parameter in parts.model.named_parameters():
+        for name, parameter in parts.engine.model.named_parameters():
             assert (parameter == weights[name]).all(), name
 
     recipe = recipe_for(pipeline=2, data=2, balance=[3, 4])
@@ -119,13 +119,13 @@ def failing(communicator: Communicator, recipe: Recipe, where: str) -> Curve:
     """As `train`, but before step 2 layers should move, and rank 1 cannot."""
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     initial, results = pieces_of(parts), [train_step(parts, 0)]
-    stages, model, before = parts.stages, parts.runner.model, bits(parts)
+    stages, model, before = parts.engine, parts.runner.model, bits(parts)
     if communicator.rank == 1:
         parts.mesh.monitor.observers.append(_Failing(where))
     with pytest.raises(rebalance.MoveError, match="rank 1: MemoryError: no room"):
         move(parts, split_of(5, 2), 1)
     parts.mesh.monitor.observers.clear()
-    assert parts.stages is stages
+    assert parts.engine is stages
     assert parts.runner.model is model
     assert bits(parts) == before
     results += [train_step(parts, step) for step in (1, 2)]
@@ -174,7 +174,7 @@ def leaking(communicator: Communicator, recipe: Recipe) -> int:
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     before = []
     for step, counts in enumerate(((5, 2), (2, 5), (3, 4))):
-        before += [weakref.ref(one) for bucket in parts.buckets for one in (bucket.weights, bucket.gradients)]
+        before += [weakref.ref(one) for bucket in parts.engine.buckets for one in (bucket.weights, bucket.gradients)]
         train_step(parts, step)
         move(parts, split_of(*counts), step + 1)
     if communicator.rank == 1:

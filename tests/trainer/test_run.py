@@ -211,7 +211,7 @@ def poisoned(at: int, rank: int) -> Callable[..., StepResult]:
 
     def step(parts: Parts, number: int, *told: Callable[[], Any]) -> StepResult:
         if number == at and parts.mesh.at("world") == rank:
-            list(parts.model.parameters())[-1].data.view(-1)[3] = float("nan")
+            list(parts.engine.model.parameters())[-1].data.view(-1)[3] = float("nan")
         return train_step(parts, number, *told)
 
     return step

@@ -78,6 +78,8 @@ class Batches:
         self._seed, self._global_batch, self._length = seed, config.global_batch, config.sequence_length
         self._vocab, self._source = corpus.vocab, config.source
         self._shuffled = config.source != RANDOM
+        self._ids: tuple[int, NDArray[np.int64]] | None = None
+        """The newest step asked for, and its `sample_ids`."""
         self._train: Sequences
         self._validation: Sequences
         if self._shuffled:
@@ -113,7 +115,9 @@ class Batches:
         """Inputs and labels [count, S] of samples start .. start + count of the global batch of step `step`."""
         if not 0 <= start <= start + count <= self._global_batch:
             raise ValueError(f"samples {start}..{start + count} lie outside the global batch of {self._global_batch}")
-        return self._read(self._train, self.sample_ids(step)[start : start + count])
+        if self._ids is None or self._ids[0] != step:
+            self._ids = step, self.sample_ids(step)
+        return self._read(self._train, self._ids[1][start : start + count])
 
     def validation(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels [count, S] of validation sequences start .. start + count, in the order of the files."""

@@ -33,7 +33,7 @@ class Kept:
 
     def open(self) -> Checkpoint:
         """Collective. Raises CheckpointError."""
-        return Checkpoint(self.replica.fetch((piece.name, piece.box) for piece in self.parts.optimizer.incoming().pieces()))
+        return Checkpoint(self.replica.fetch((piece.name, piece.box) for piece in self.parts.engine.incoming().pieces()))
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Replication:
     def after_step(self, step: int) -> None:
         """Keep the state after `step` steps, if it is time to."""
         if step % self.parts.recipe.checkpoint.replica_every == 0:
-            self.replicas.keep(step, finite_pieces(self.parts.optimizer.pieces()), metadata_of(self.parts, step))
+            self.replicas.keep(step, finite_pieces(self.parts.engine.pieces()), metadata_of(self.parts, step))
 
 
 def open_replication(parts: Parts, scratch: Path | None, fence: Fence) -> Replication | None:
@@ -73,7 +73,7 @@ def open_replication(parts: Parts, scratch: Path | None, fence: Fence) -> Replic
         raise RecipeError("checkpoint.replica_every needs memory that outlives a worker, which torchrun does not offer; start with "
                           "`bagualu train` or `bagualu slurm`, or give checkpoint.replica_every=0")  # fmt: skip
     replicas = Replicas(scratch, _run(parts), f"{fence.epoch:08d}-{fence.token}", parts.mesh.group("world"))
-    replicas.check_room(sum(piece.tensor.nbytes for piece in parts.optimizer.pieces()))
+    replicas.check_room(sum(piece.tensor.nbytes for piece in parts.engine.pieces()))
     return Replication(parts, replicas)
 
 

@@ -114,10 +114,10 @@ class Checkpoints:
             self.finish()
             self._began = time.monotonic()
             if self.asynchronous:
-                pieces = finite_pieces(self._snapshot.take(self.parts.optimizer.pieces()))
+                pieces = finite_pieces(self._snapshot.take(self.parts.engine.pieces()))
                 self._saver.start(step, pieces, metadata_of(self.parts, step))
             else:
-                self._saver.start(step, finite_pieces(self.parts.optimizer.pieces()), metadata_of(self.parts, step))
+                self._saver.start(step, finite_pieces(self.parts.engine.pieces()), metadata_of(self.parts, step))
                 self.finish()
 
     def save_last(self, step: int) -> None:
@@ -129,7 +129,7 @@ class Checkpoints:
         with self._timed():
             self.finish()
             self._began = time.monotonic()
-            self._saver.start(step, finite_pieces(self.parts.optimizer.pieces()), metadata_of(self.parts, step))
+            self._saver.start(step, finite_pieces(self.parts.engine.pieces()), metadata_of(self.parts, step))
             try:
                 self._committed(self._saver.conclude())
             except SupersededError as error:

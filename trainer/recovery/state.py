@@ -105,7 +105,7 @@ def take_state(parts: Parts, open_checkpoint: Callable[[], Checkpoint]) -> int:
     if len(set(gather_json(checkpoint.digest, group))) > 1:
         raise RecipeError(f"the ranks see different checkpoints at {checkpoint.path}; put run.dir on a disk that all nodes share")
     saved = on_all(lambda: _check(parts, checkpoint), group)
-    incoming = parts.optimizer.incoming()
+    incoming = parts.engine.incoming()
     wanted = list(incoming.pieces())
     on_all(lambda: _check_tensors(checkpoint, wanted, _padded_before(parts, saved)), group)
     _check_none_is_left(parts, checkpoint, {piece.name for piece in wanted})

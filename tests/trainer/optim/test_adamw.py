@@ -30,7 +30,7 @@ def trained(communicator: Communicator, recipe: Recipe) -> tuple[list[float], li
     results, weights = [], []
     for step in range(STEPS):
         results.append(train_step(parts, step))
-        weights.append({name: p.detach().clone() for name, p in parts.model.named_parameters()})
+        weights.append({name: p.detach().clone() for name, p in parts.engine.model.named_parameters()})
     return [r.loss for r in results], [r.grad_norm for r in results], pieces_of(parts), weights
 
 
@@ -42,7 +42,7 @@ def plain(recipe: Recipe, follow: list[Weights] | None = None) -> tuple[list[flo
     """
     parts: Parts = run("simulated", 1, lambda c: assemble(recipe, c, prepare(recipe.data, recipe.model.vocab)))[0]
     working = Decoder(recipe.model, [range(recipe.model.layers)]).to(getattr(torch, recipe.train.dtype))
-    working.load_state_dict(parts.model.state_dict())
+    working.load_state_dict(parts.engine.model.state_dict())
     wide = torch.float64 if recipe.train.dtype == "float64" else torch.float32
     masters = {name: p.detach().to(wide).requires_grad_() for name, p in working.named_parameters()}
     for parameter in working.parameters():
@@ -146,11 +146,11 @@ def working_weights(communicator: Communicator, recipe: Recipe) -> list[bool]:
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     for step in range(3):
         train_step(parts, step)
-    masters = [shard["weight"] for shard in parts.optimizer.shards()]
-    pairs = zip(parts.buckets, masters, strict=True)
+    masters = [shard["weight"] for shard in parts.engine.optimizer.shards()]
+    pairs = zip(parts.engine.buckets, masters, strict=True)
     rounded = [torch.equal(bucket.shard_weights, master.to(torch.bfloat16)) for bucket, master in pairs]
     finer = any((m != m.to(torch.bfloat16).float()).any() for m in masters)
-    return [*rounded, bool(finer), all(p.dtype == torch.bfloat16 for p in parts.model.parameters())]
+    return [*rounded, bool(finer), all(p.dtype == torch.bfloat16 for p in parts.engine.model.parameters())]
 
 
 def test_bfloat16_weights_are_the_float32_masters_rounded() -> None:

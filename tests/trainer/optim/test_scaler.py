@@ -41,8 +41,8 @@ def test_never_falls_below_one() -> None:
 
 def everything(parts: Parts) -> list[torch.Tensor]:
     """Every tensor that an update would change, on this rank."""
-    own = [p.detach().clone() for p in parts.model.parameters()]
-    for shard in parts.optimizer.shards():
+    own = [p.detach().clone() for p in parts.engine.model.parameters()]
+    for shard in parts.engine.optimizer.shards():
         own += [value.clone() for value in shard.values()]
     return own
 

@@ -62,8 +62,8 @@ def resumed(communicator: Communicator, recipe: Recipe) -> Parts:
 
 def everything(parts: Parts) -> dict[str, np.ndarray]:
     """All that the next step depends on, on this rank, as bytes."""
-    state = {name: p.detach().clone().view(torch.uint8).cpu().numpy() for name, p in parts.model.named_parameters()}
-    for index, shard in enumerate(parts.optimizer.shards()):
+    state = {name: p.detach().clone().view(torch.uint8).cpu().numpy() for name, p in parts.engine.model.named_parameters()}
+    for index, shard in enumerate(parts.engine.optimizer.shards()):
         state |= {f"{index}/{key}": value.cpu().numpy().copy() for key, value in shard.items()}
     scaler = parts.scaler
     return state | {"counters": np.array([parts.updates, scaler.scale, scaler.good_steps])}

@@ -1,0 +1,136 @@
+"""The engine of this project: flat gradient buckets (parallel/data.py) and an optimizer over their shards.
+
+It is made at the start of a run, and again when layers move to other ranks while it goes on.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+
+from bagualu.fault_tolerance.guard.engine import StateShard
+from bagualu.parallel.balance.stages.forecast import Split
+from bagualu.parallel.boxes import Box, TensorPiece
+from bagualu.parallel.data import Bucket, GradientReducer, build_buckets
+from bagualu.parallel.mesh import Mesh
+from bagualu.parallel.parallelize import Fill, parallelize
+from bagualu.trainer.models.decoder.initialise import decoder_values
+from bagualu.trainer.models.decoder.model import Decoder
+from bagualu.trainer.models.decoder.plan import decoder_plan
+from bagualu.trainer.optim.adamw import Incoming, ShardedAdamW
+from bagualu.trainer.recipe.config import Recipe
+
+
+class NativeEngine:
+    """An `Engine` (protocol.py)."""
+
+    def __init__(self, model: Decoder, buckets: list[Bucket], reducer: GradientReducer, optimizer: ShardedAdamW) -> None:
+        self.model, self.buckets, self.reducer, self.optimizer = model, buckets, reducer, optimizer
+
+    @property
+    def parameters(self) -> int:
+        return sum(count for bucket in self.buckets if bucket.owned for *_, count in bucket.shard_entries())
+
+    @property
+    def before_reduction(self) -> Callable[[torch.Tensor], None] | None:
+        return self.reducer.before_reduction
+
+    @before_reduction.setter
+    def before_reduction(self, call: Callable[[torch.Tensor], None] | None) -> None:
+        self.reducer.before_reduction = call
+
+    def begin(self, micro_batches: int) -> None:
+        self.reducer.begin(micro_batches)
+
+    def putting_off(self) -> AbstractContextManager[list[Callable[[], None]]]:
+        return self.reducer.putting_off()
+
+    def finish(self) -> None:
+        self.reducer.finish()
+
+    def norm_squared(self) -> torch.Tensor:
+        norms = {owned: self._zero() for owned in (True, False)}
+        for bucket in self.buckets:
+            norms[bucket.owned] += bucket.norm_squared()
+        return norms[True] + norms[False] * 0.0  # a copy does not count, but makes the sum not finite when it is not
+
+    def _zero(self) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.buckets[0].weights.device)
+
+    def reduced_gradients(self) -> Iterator[torch.Tensor]:
+        return (bucket.shard_gradients for bucket in self.buckets)
+
+    def step(self, lr: float, gradient_factor: float) -> None:
+        self.optimizer.step(lr, gradient_factor)
+
+    def spoilt(self) -> list[tuple[int, str]]:
+        return self.optimizer.spoilt()
+
+    def share(self) -> None:
+        self.optimizer.share()
+
+    def publish(self) -> None:
+        self.optimizer.publish()
+
+    def pieces(self) -> Iterator[TensorPiece]:
+        return self.optimizer.pieces()
+
+    def incoming(self) -> Incoming:
+        return self.optimizer.incoming()
+
+    def shards(self) -> list[StateShard]:
+        return [_state_shard(*both) for both in zip(self.buckets, self.optimizer.shards(), strict=True)]
+
+    def open(self) -> None:
+        self.reducer.lend()
+
+    def close(self) -> None:
+        self.reducer.close()
+
+
+def _state_shard(bucket: Bucket, tensors: dict[str, torch.Tensor]) -> StateShard:
+    kind, others = bucket.kind, len(bucket.entries) - 1
+    held_along = [] if bucket.partitioned else [kind.reduction_axis]
+    held_along += [kind.copied_over] if kind.copied_over else []
+    return StateShard(
+        name=bucket.entries[0].name + (f" and {others} more" if others else ""),
+        tensors=tensors,
+        axis=kind.reduction_axis,
+        group=bucket.group,
+        held_along=[*held_along, "ends"] if kind.tied else held_along,
+        copies=bucket.weights.chunk(bucket.group.size) if bucket.partitioned else (bucket.weights,),
+        partitioned=bucket.partitioned,
+    )
+
+
+def initial_values(recipe: Recipe) -> Fill:
+    """The weights that a run begins with."""
+    return partial(decoder_values, recipe.run.seed, recipe.model.initial_std, recipe.model.layers)
+
+
+def no_values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
+    """For weights that come from elsewhere."""
+    return torch.zeros(box.shape)
+
+
+def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
+    """An engine with this rank's stages of `split`."""
+    config, parallel = recipe.model.padded_over(mesh.layout.tensor), recipe.parallel
+    slices = [split.slices[stage] for stage in mesh.stages]
+    recompute = [split.recompute[stage] for stage in mesh.stages]
+    plan = decoder_plan(config, parallel.sequence)
+    with torch.device("meta"):
+        model = Decoder(config, slices, mesh.first_stage, mesh.last_stage, recompute)
+    parallelize(model, plan, mesh, parallel.sequence, getattr(torch, recipe.train.dtype), fill)
+    if recipe.train.compile:
+        for layer in model.layers.values():
+            layer.compile()
+    buckets = build_buckets(model, plan, mesh, parallel.zero, parallel.bucket_bytes, model.uses)
+    reducer = GradientReducer(buckets, mesh, fused=_sinks(recipe))
+    return NativeEngine(model, buckets, reducer, ShardedAdamW(buckets, recipe.optim))
+
+
+def _sinks(recipe: Recipe) -> Callable[[str], bool]:
+    """Which parameters' gradients go straight into their bucket. Inside a compiled layer they must go to autograd."""
+    return lambda name: not (recipe.train.compile and name.startswith("layers."))
