@@ -1,6 +1,8 @@
 """All ranks or none: a function that fails on any rank of a group counts as failed on all of them."""
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -66,18 +68,46 @@ def total(value: float, group: Group) -> float:
     return _reduced(value, group, "sum")
 
 
+def totals(values: Sequence[float], group: Group) -> list[float]:
+    """The sums over all ranks of each of `values`, of which every rank gives as many, in float64. Collective."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=group.device)
+    if values:
+        group.all_reduce(tensor)
+    return group.read(tensor)
+
+
+def meet(group: Group) -> None:
+    """Returns when every rank has called it. Collective."""
+    group.barrier()
+
+
+def first_different(value: Any, group: Group) -> tuple[int, Any, Any] | None:
+    """The first position whose JSON value differs from that of position 0, with its value and that of position 0; None where all
+    are the same. Collective. Only where they differ does a rank hold the values of all."""
+    digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).digest()  # a float64 holds it exactly
+    number = float(int.from_bytes(digest))
+    ends = torch.tensor([number, -number], dtype=torch.float64, device=group.device)
+    group.all_reduce(ends, "max")
+    largest, smallest = group.read(ends)
+    if largest == -smallest:
+        return None
+    values = gather_json(value, group)
+    position = next(position for position, other in enumerate(values) if other != values[0])
+    return position, values[position], values[0]
+
+
 def gather(value: float, group: Group) -> list[float]:
     """The `value` of every rank, in order of position. Collective."""
     own = torch.tensor([value], dtype=torch.float64, device=group.device)
     values = torch.empty(group.size, dtype=torch.float64, device=group.device)
     group.all_gather(values, own)
-    return values.tolist()
+    return group.read(values)
 
 
 def _reduced(value: float, group: Group, op: Any) -> float:
-    tensor = torch.tensor(value, dtype=torch.float64, device=group.device)
+    tensor = torch.tensor([value], dtype=torch.float64, device=group.device)
     group.all_reduce(tensor, op)
-    return float(tensor)
+    return float(group.read(tensor)[0])
 
 
 def _kind(problem: Exception, transient: type[Exception] | None) -> str:

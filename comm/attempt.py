@@ -12,9 +12,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from torch._C._distributed_c10d import PrefixStore, Store
-
 from bagualu.comm.errors import CommunicationError, RecipeError
+from bagualu.comm.store import PrefixStore, Store
 from bagualu.comm.world import World
 
 _CURRENT = "bagualu/attempt"

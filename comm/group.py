@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
 
@@ -128,6 +129,14 @@ class Group:
         transport = self._peer(source)
         line = Line(self.name, (self.ranks[source], self.ranks[self.rank]), messages=True)
         return self._join("receive", lambda: transport.receive(tensor, source), asynchronous, line)
+
+    def read(self, tensor: torch.Tensor) -> list[Any]:
+        """The values of `tensor` as Python numbers, in lists as deep as the tensor. The accelerator is waited for.
+
+        In a step, all values that come from a device to the host come through here: sums, token counts, rows per expert.
+        """
+        values: list[Any] = tensor.tolist()
+        return values
 
     def barrier(self) -> None:
         """Returns when every rank of the group has called it."""

@@ -3,7 +3,9 @@
 import socket
 from datetime import timedelta
 
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore as PrefixStore
+from torch._C._distributed_c10d import Store as Store
+from torch._C._distributed_c10d import TCPStore as TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from bagualu.comm.world import World

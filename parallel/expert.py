@@ -47,7 +47,7 @@ class ExpertParallel(LocalExperts):
         self.group.all_to_all(arriving, counts)
         size, per_source = self.group.size, arriving.view(self.group.size, -1)
         # A single transfer to the host, because the accelerator waits for each transfer.
-        sums = torch.cat((counts.view(size, -1).sum(1), per_source.sum(1), per_source.sum(0))).tolist()
+        sums = self.group.read(torch.cat((counts.view(size, -1).sum(1), per_source.sum(1), per_source.sum(0))))
         sent, received, per_expert = sums[:size], sums[size : 2 * size], sums[2 * size :]
         arrived = all_to_all(rows, self.group, received, sent)
         # Rows arrive sorted by source, then by expert; the experts need them sorted by expert.

@@ -64,7 +64,7 @@ class Mesh:
         """Returns the sums of scalars over the ranks along `axis`, in float64, with a single reduction."""
         together = torch.stack([value.double() for value in values])
         self.group(axis).all_reduce(together)
-        return together.tolist()
+        return self.group(axis).read(together)
 
     def messages(self, gradients: bool, source: int, destination: int) -> Group:
         """Returns the group in which pipeline rank `source` sends activations, or gradients, to `destination`.

@@ -139,6 +139,21 @@ def test_rooms_have_no_cycle():
     graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError, which names the rooms
 
 
+COLLECTIVES = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "send", "receive"}
+"""Methods of a `Group`."""
+
+
+def test_the_trainer_calls_no_collective_by_hand_outside_its_engines():
+    found = [
+        f"{name(path)}: {node.func.attr}"
+        for path in SOURCES
+        if name(path).startswith("trainer/") and not name(path).startswith(("trainer/engine/", "trainer/simulation/"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in COLLECTIVES
+    ]
+    assert found == []
+
+
 def test_no_public_class_name_has_two_meanings():
     places = {}
     for path in SOURCES:

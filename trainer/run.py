@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bagualu.comm.agree import total
+from bagualu.comm.agree import meet, total
 from bagualu.comm.errors import StorageError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.straggler import Stragglers
@@ -138,7 +138,7 @@ def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:
 
 def _ceiling(parts: Parts, communicator: Communicator) -> float:
     """FLOP/s that matrix multiplication reaches on all ranks together, measured while all of them do it."""
-    communicator.world.barrier()
+    meet(communicator.world)
     dtype = getattr(torch, parts.recipe.train.dtype)
     return total(matmul_ceiling(dtype, parts.device, torch.get_num_threads()), communicator.world)
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch._C._distributed_c10d import Store
 from torch.distributed import DistStoreError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, MultiprocessContext
 
 from bagualu.comm.errors import RecipeError
+from bagualu.comm.store import Store
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS
 from bagualu.launch.watch.watcher import Watcher
 from bagualu.launch.workers import agent_messages, fork_server, worker_process

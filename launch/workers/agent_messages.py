@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torch._C._distributed_c10d import Store
-
+from bagualu.comm.store import Store
 from bagualu.launch.workers.secret import Seal
 
 _ENDING, _LEFT, _BACKEND = "ending", "left", "backend"

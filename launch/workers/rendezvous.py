@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
@@ -19,7 +18,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.interface import LOOPBACK, addresses_towards
-from bagualu.comm.store import serve
+from bagualu.comm.store import PrefixStore, Store, TCPStore, serve
 from bagualu.fault_tolerance.config import RestartConfig
 from bagualu.launch.workers.agent_messages import Board
 from bagualu.launch.workers.rendezvous_config import Meeting

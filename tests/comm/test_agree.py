@@ -2,7 +2,7 @@
 
 import pytest
 
-from bagualu.comm.agree import RankError, any_rank, gather, maximum, on_all, total
+from bagualu.comm.agree import RankError, any_rank, first_different, gather, maximum, on_all, total, totals
 from bagualu.comm.errors import CommunicationError, RecipeError
 from bagualu.comm.group import Communicator
 from tests.harness import run
@@ -52,10 +52,23 @@ def figures(communicator: Communicator) -> list[object]:
         maximum(-rank, group),
         total(2.0**50 + rank, group),
         gather(rank, group),
+        totals([rank, 1.0], group),
+        totals([], group),
     ]
 
 
 @pytest.mark.parametrize("backend", ["gloo", "simulated"])
 def test_scalars_are_reduced_over_all_ranks(backend: str) -> None:
-    expected = [True, False, 0.0, 3 * 2.0**50 + 3, [0.0, 1.0, 2.0]]
+    expected = [True, False, 0.0, 3 * 2.0**50 + 3, [0.0, 1.0, 2.0], [3.0, 3.0], []]
     assert run(backend, 3, figures) == [expected] * 3
+
+
+def compared(communicator: Communicator, values: list[object]) -> object:
+    return first_different(values[communicator.rank], communicator.world)
+
+
+@pytest.mark.parametrize("backend", ["gloo", "simulated"])
+def test_the_first_rank_with_another_value_is_named(backend: str) -> None:
+    assert run(backend, 3, compared, [{"a": [1, "x"], "b": 2}] * 3) == [None] * 3
+    assert run(backend, 3, compared, ["x", "x", "y"]) == [(2, "y", "x")] * 3
+    assert run(backend, 3, compared, [1, 2, 3]) == [(1, 2, 1)] * 3

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bagualu.comm.agree import gather
+from bagualu.comm.agree import gather, meet
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.comm.objects import broadcast_json
@@ -116,7 +116,7 @@ def _speeds(recipe: Recipe, layout: Layout, communicator: Communicator) -> list[
 
 def _rates(recipe: Recipe, communicator: Communicator) -> list[float]:
     """FLOP/s of every rank, measured on all at once, as they share memory and power in the run too. Collective."""
-    communicator.world.barrier()
+    meet(communicator.world)
     dtype, device = getattr(torch, recipe.train.dtype), communicator.device
     return gather(matmul_ceiling(dtype, device, torch.get_num_threads(), _PROBE_SECONDS), communicator.world)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bagualu.comm.agree import meet
 from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.ledger.events import clock
 from bagualu.parallel.balance.stages.show import show_split
@@ -37,7 +38,7 @@ class PipelineRecorder:
     def before_step(self, step: int) -> None:
         """Step `step` (from 0) begins. Collective where it is the one."""
         if step == self._due:
-            self._parts.mesh.group("pipeline").barrier()
+            meet(self._parts.mesh.group("pipeline"))
             self._met = time.perf_counter()
 
     def after_step(self, step: int, computed: bool) -> None:

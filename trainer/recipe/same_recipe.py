@@ -1,14 +1,12 @@
 """Whether all ranks train the same recipe: under torchrun, and on several nodes, each has composed its own."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from bagualu.comm.agree import first_different
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.comm.objects import gather_json
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.override_text import typed
 from bagualu.trainer.recipe.plain import plain
@@ -23,13 +21,9 @@ def require_same_recipe(recipe: Recipe, communicator: Communicator) -> None:
     data.cache may differ: it changes nothing of the run, and each node may have its own.
     """
     own = plain(replace(recipe, data=replace(recipe.data, cache=None)))
-    digest = hashlib.blake2b(json.dumps(own, sort_keys=True).encode(), digest_size=16).hexdigest()
-    seen = gather_json(digest, communicator.world)
-    if len(set(seen)) == 1:
-        return
-    recipes = gather_json(own, communicator.world)
-    rank = next(rank for rank, digest in enumerate(seen) if digest != seen[0])
-    raise RecipeError(_difference(rank, _by_key(recipes[rank]), _by_key(recipes[0])))
+    if found := first_different(own, communicator.world):
+        rank, theirs, first = found
+        raise RecipeError(_difference(rank, _by_key(theirs), _by_key(first)))
 
 
 def _difference(rank: int, theirs: Mapping[str, Any], first: Mapping[str, Any]) -> str:

@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from bagualu.comm.agree import any_rank
+from bagualu.comm.agree import any_rank, first_different
 from bagualu.comm.errors import RecipeError
-from bagualu.comm.objects import broadcast_json, gather_json
+from bagualu.comm.objects import broadcast_json
 from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, CheckpointStorageError, step_of
@@ -222,14 +222,11 @@ def _require_same(parts: Parts, candidates: Sequence[Candidate]) -> None:
     """A rank that reads other data or another disk is refused by name rather than trained with."""
     names = ", ".join(candidate.name for candidate in candidates) or "none"
     own = {"other data": parts.corpus.fingerprint, "other checkpoints": names}
-    seen = gather_json(own, parts.mesh.group("world"))
-    for rank, other in enumerate(seen):
-        for what, value in other.items():
-            if value != seen[0][what]:
-                raise RecipeError(
-                    f"rank {rank} has {what} than rank 0 ({value} and {seen[0][what]}); give every rank the same "
-                    f"data.source, Python version and a run.dir on a disk that all nodes share"
-                )
+    if found := first_different(own, parts.mesh.group("world")):
+        rank, theirs, first = found
+        what = next(what for what in own if theirs[what] != first[what])
+        raise RecipeError(f"rank {rank} has {what} than rank 0 ({theirs[what]} and {first[what]}); give every rank the same "
+                          f"data.source, Python version and a run.dir on a disk that all nodes share")  # fmt: skip
 
 
 def tell(

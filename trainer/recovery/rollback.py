@@ -5,6 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from bagualu.comm.agree import meet
 from bagualu.comm.objects import broadcast_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import discard, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import step_of
@@ -45,7 +46,7 @@ def roll_back(parts: Parts, step: int, verdict: GuardDecision, stop: Callable[[]
         for later in list_checkpoints(root):
             if (step_of(later) or 0) > done and later.name not in problems:
                 discard(later)
-    world.barrier()
+    meet(world)
     return Resumed(done, root / chosen.name, chosen.name, damaged)
 
 

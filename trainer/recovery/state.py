@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from bagualu.comm.agree import first_different, totals
 from bagualu.comm.errors import RecipeError
-from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.layout.format import REMEDY, CheckpointError
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
@@ -102,7 +102,7 @@ def take_state(parts: Parts, open_checkpoint: Callable[[], Checkpoint]) -> int:
     group, monitor = parts.mesh.group("world"), parts.mesh.monitor
     monitor.at("load")
     checkpoint = on_all(open_checkpoint, group)
-    if len(set(gather_json(checkpoint.digest, group))) > 1:
+    if first_different(checkpoint.digest, group):
         raise RecipeError(f"the ranks see different checkpoints at {checkpoint.path}; put run.dir on a disk that all nodes share")
     saved = on_all(lambda: _check(parts, checkpoint), group)
     incoming = parts.engine.incoming()
@@ -173,10 +173,8 @@ def _check_finite(checkpoint: Checkpoint, wanted: list[TensorPiece]) -> None:
 def _check_none_is_left(parts: Parts, checkpoint: Checkpoint, own: set[str]) -> None:
     """Every tensor of the checkpoint is wanted by some rank. Collective. Raises CheckpointError on every rank."""
     names = list(checkpoint.tensors)
-    known = torch.tensor([name in own for name in names], dtype=torch.int64, device=parts.device)
-    if names:
-        parts.mesh.group("world").all_reduce(known)
-    left = [name for name, count in zip(names, known.tolist(), strict=True) if not count]
+    wanted = totals([name in own for name in names], parts.mesh.group("world"))
+    left = [name for name, count in zip(names, wanted, strict=True) if not count]
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         raise CheckpointError(f"{checkpoint.path}: tensor {left[0]}{more} is unknown to the model; load it into the model that "
