@@ -5,16 +5,51 @@ This is the only record of it. Observers (the watchdog, the ledger, planned faul
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple, Protocol, TypeAlias
 
 Counts: TypeAlias = "list[int] | memoryview[int]"
 
 
+class Phase(StrEnum):
+    """What a rank begins to do: the name that reports and planned faults use, and the activity to which its time belongs."""
+
+    FETCH = "fetch", "start"
+    LOAD = "load", "start"
+    VERIFY = "verify", "start"
+    RESTORE = "restore", "start"
+    DATA = "data", "train"
+    FORWARD = "forward", "train"
+    BACKWARD = "backward", "train"
+    BUCKET = "bucket", "train"
+    REDUCE = "reduce", "train"
+    AGREE = "agree", "train"
+    OPTIMIZER = "optimizer", "train"
+    DISCARD = "discard", "discarded"
+    VALIDATE = "validate", "validation"
+    MOVE = "move", "balance"
+    MOVED = "moved", "balance"
+    WRITE = "write", "checkpoint"
+    COMMIT = "commit", "checkpoint"
+    PRUNE = "prune", "checkpoint"
+    REPLICATE = "replicate", "checkpoint"
+    MIRROR = "mirror", "checkpoint"
+    PUBLISH = "publish", "checkpoint"
+
+    activity: str
+    """start, train, discarded, validation, balance or checkpoint."""
+
+    def __new__(cls, name: str, activity: str) -> "Phase":
+        member = str.__new__(cls, name)
+        member._value_, member.activity = name, activity
+        return member
+
+
 class Observer(Protocol):
     """Is called on every change, on the rank's own thread. An exception that it raises propagates into the rank's code."""
 
-    def at(self, point: str, step: int) -> None:
-        """The rank has reached `point` of `step`."""
+    def at(self, point: Phase, step: int) -> None:
+        """The rank begins the phase `point` of `step`."""
 
     def waits(self, what: str | None) -> None:
         """The rank begins to wait for other ranks, e.g. "all_reduce in data"; None: it has stopped waiting."""
@@ -51,6 +86,7 @@ class Monitor:
         self.step = 0
         """The current step, from 1; 0 before the first."""
         self.point = "start"
+        """The newest phase."""
         self.waiting: Waiting | None = None
         self.observers: list[Observer] = []
         self.lines: list[Line] = []
@@ -60,11 +96,11 @@ class Monitor:
         """Returns a longer copy of full counts. An observer that keeps the counts in shared memory replaces this function."""
         self._index: dict[Line, int] = {}
 
-    def at(self, point: str) -> None:
-        """Records that the rank has reached `point`, e.g. "backward"."""
-        self.point = point
+    def at(self, phase: Phase) -> None:
+        """Records that the rank begins `phase`."""
+        self.point = phase.value
         for observer in self.observers:
-            observer.at(point, self.step)
+            observer.at(phase, self.step)
 
     def line(self, line: Line) -> int:
         """Returns the index of `line` in `lines` and `counts`, adding it if it is new."""

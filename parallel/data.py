@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bagualu.comm.backend import Work
 from bagualu.comm.group import Group
+from bagualu.comm.monitor import Phase
 from bagualu.parallel.boxes import Box
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.precision import accurate_dtype, on_nvidia
@@ -276,7 +277,7 @@ class GradientReducer:
                     del entry.parameter.gradient_sink  # type: ignore[attr-defined]
 
     def _reduce(self, bucket: Bucket) -> None:
-        self.mesh.monitor.at("bucket")
+        self.mesh.monitor.at(Phase.BUCKET)
         if self.before_reduction is not None:
             self.before_reduction(bucket.gradients)
         if bucket.kind.tied:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bagualu.comm.monitor import Phase
 from bagualu.fault_tolerance.checkpoint.layout.format import step_of
 from bagualu.fault_tolerance.guard.verdict import GuardAction
 from bagualu.fault_tolerance.straggler import Stragglers
@@ -190,5 +191,5 @@ class Loop:
         due = step == train.steps or (train.validate_every and step % train.validate_every == 0)
         if not due:
             return None
-        self.parts.mesh.monitor.at("validate")
+        self.parts.mesh.monitor.at(Phase.VALIDATE)
         return validate(self.parts)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from bagualu.comm.agree import gather, on_all
+from bagualu.comm.monitor import Phase
 from bagualu.comm.objects import broadcast_json, gather_json
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.keys import memory_caps
@@ -149,7 +150,7 @@ def move(parts: Parts, split: Split, step: int) -> None:
     made: list[Engine] = []
 
     def make_room() -> IncomingState:
-        monitor.at("move")
+        monitor.at(Phase.MOVE)
         made.append(hold(parts.recipe, parts.mesh, split, no_values))
         return made[0].incoming()
 
@@ -160,7 +161,7 @@ def move(parts: Parts, split: Split, step: int) -> None:
         tables = gather_json(table(held, wanted), world)
         relocation = on_all(lambda: Relocation(held, wanted, tables, world), world, MoveError)
         relocation.run()
-        on_all(lambda: monitor.at("moved"), world, MoveError)
+        on_all(lambda: monitor.at(Phase.MOVED), world, MoveError)
     except MoveError:
         for engine in made:
             engine.close()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from bagualu.comm.monitor import Phase
 from bagualu.fault_tolerance.guard.guard import StepValues
 from bagualu.fault_tolerance.guard.verdict import Cause, GuardAction, GuardDecision
 from bagualu.parallel.pipeline.runtime import MicroBatch, Seeds, StageTotals
@@ -69,20 +70,20 @@ def train_step(
     results: list[StepResult] = []
     samples: int | None = (first := guard.begin(number))
     while samples is not None:
-        monitor.at("data")
+        monitor.at(Phase.DATA)
         micro_batches = local_micro_batches(parts, samples - 1)
         tokens = _count_tokens(parts, micro_batches)
         engine.begin(len(micro_batches))
         totals = parts.runner.run(parts.program, micro_batches, _seeds(parts, tokens))
-        monitor.at("reduce")
+        monitor.at(Phase.REDUCE)
         engine.finish()
-        monitor.at("agree")
+        monitor.at(Phase.AGREE)
         agreed = _agree(parts, totals, tokens, guard.inspect(number), tell)
         if not guard.weighing:
             judged = agreed
         verdict = guard.judge(number, StepValues(agreed.loss, agreed.norm, agreed.found, parts.scaler.can_fall))
         if verdict.action is GuardAction.RETRY:
-            monitor.at("discard")
+            monitor.at(Phase.DISCARD)
             samples = guard.samples
             continue
         if verdict.action is GuardAction.COMMIT and not _update(parts, lr, judged.norm, guard.strongest):
@@ -97,7 +98,7 @@ def train_step(
 
 def _leave_out(parts: Parts, number: int, lr: float, why: str, tell: Tell) -> StepResult:
     """A step whose samples are not to be learnt from."""
-    parts.mesh.monitor.at("agree")
+    parts.mesh.monitor.at(Phase.AGREE)
     stops, writing, failed = parts.mesh.sum_over("world", *(_scalar(parts, one) for one in tell()))
     parts.guard.expect(number + 1)
     verdict = GuardDecision(GuardAction.SKIP, attempts=0, text=f"step {number} is left out: {why}")
@@ -109,7 +110,7 @@ def _count_update(parts: Parts, verdict: GuardDecision) -> None:
     committed = verdict.action is GuardAction.COMMIT
     parts.updates += committed
     if not committed:
-        parts.mesh.monitor.at("discard")
+        parts.mesh.monitor.at(Phase.DISCARD)
     if committed or verdict.cause is Cause.OVERFLOW:
         parts.scaler.update(committed)
 
@@ -122,7 +123,7 @@ def _update(parts: Parts, lr: float, norm: float, most: float = math.inf) -> boo
     clip = parts.recipe.optim.clip_norm
     most = min(most, clip) if clip > 0 else most
     factor = min(1.0, most / (norm + 1e-6))
-    parts.mesh.monitor.at("optimizer")
+    parts.mesh.monitor.at(Phase.OPTIMIZER)
     parts.engine.step(lr, factor / parts.scaler.scale)
     (spoilt,) = parts.mesh.sum_over("world", _scalar(parts, len(parts.engine.spoilt())))
     if not spoilt:

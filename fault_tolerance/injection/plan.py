@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from bagualu.comm.errors import RecipeError
+from bagualu.comm.monitor import Phase
 from bagualu.fault_tolerance.injection.fault import Fault
 from bagualu.fault_tolerance.injection.kinds import KINDS
-from bagualu.fault_tolerance.points import POINTS
 
 EXAMPLE = "faults=[kill@step=5:rank=2:at=backward]"
 DRAWN = ("kill", "exception", "stop", "slow", "corrupt", "full_disk", "nan", "drop_link")
@@ -22,7 +22,7 @@ check."""
 _STOPPED_SECONDS = 0.5
 """Duration of a drawn stop, too short to count as a hang."""
 _AGAINST_CHECKPOINTS = ("corrupt", "full_disk")
-_IN_EVERY_STEP = ("data", "forward", "backward", "reduce", "agree", "optimizer")
+_IN_EVERY_STEP = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.REDUCE, Phase.AGREE, Phase.OPTIMIZER)
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "a word"}
 
 
@@ -87,12 +87,14 @@ def _value(text: str, name: str, value: str, kind: type[Any], choices: tuple[str
 
 
 def _checked(text: str, fault: Fault) -> Fault:
-    points = fault.points or tuple(POINTS)
+    points = fault.points or tuple(Phase)
     if fault.at not in points:
         raise RecipeError(f"faults: {text!r} strikes at an unknown point; give at= one of {', '.join(points)}")
     for field in fields(fault):
         value = getattr(fault, field.name)
-        least = {"step": 0 if POINTS[fault.at] == "start" else 1, "rank": 0}.get(field.name, 1 if isinstance(value, int) else 0)
+        least = {"step": 0 if Phase[fault.at.upper()].activity == "start" else 1, "rank": 0}.get(
+            field.name, 1 if isinstance(value, int) else 0
+        )
         if not isinstance(value, str) and (math.isnan(value) or value < least):
             raise RecipeError(f"faults: {text!r}: {field.name} must be at least {least}")
     return fault

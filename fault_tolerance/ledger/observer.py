@@ -1,7 +1,7 @@
 """Writes rank 0's entries of the ledger: what the rank is doing, as its monitor reports it."""
 
+from bagualu.comm.monitor import Phase
 from bagualu.fault_tolerance.ledger.events import Ledger
-from bagualu.fault_tolerance.points import POINTS
 
 
 class LedgerObserver:
@@ -11,8 +11,8 @@ class LedgerObserver:
         self.ledger = ledger
         self._noted = ("", 0)
 
-    def at(self, point: str, step: int) -> None:
-        now = (POINTS.get(point, self._noted[0]), step)
+    def at(self, point: Phase, step: int) -> None:
+        now = (point.activity, step)
         if now != self._noted:
             self._noted = now
             self.ledger.add(*now)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bagualu.comm.monitor import Phase
 from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, CheckpointError, Manifest, step_name
@@ -72,7 +73,7 @@ class Replica:
         Collective. Raises CheckpointError on every rank if all copies of a part are damaged or memory runs out.
         """
         site = self.site
-        site.group.monitor.at("fetch")
+        site.group.monitor.at(Phase.FETCH)
         folder = site.root / step_name(self.step)
         site.on_all(lambda: folder.mkdir(exist_ok=True))
         held = self._verified(folder)

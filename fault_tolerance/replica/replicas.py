@@ -18,6 +18,7 @@ import torch
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Group
+from bagualu.comm.monitor import Phase
 from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import discard
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, step_name
@@ -95,7 +96,7 @@ class Replicas:
 
     def _make(self, step: int, temporary: Path, pieces: Iterable[TensorPiece], metadata: dict[str, Any]) -> None:
         site, group = self.site, self.site.group
-        group.monitor.at("replicate")
+        group.monitor.at(Phase.REPLICATE)
         site.on_all(lambda: site.forget(keep=1))
         origin = Origin(step, site.session, site.run, group.size)
 
@@ -105,9 +106,9 @@ class Replicas:
 
         site.on_all(write)
         if site.nodes.count > 1:
-            group.monitor.at("mirror")
+            group.monitor.at(Phase.MIRROR)
             self._copy(temporary, origin)
-        group.monitor.at("publish")
+        group.monitor.at(Phase.PUBLISH)
         site.on_all(lambda: self._commit(temporary, step))
 
     def _copy(self, temporary: Path, origin: Origin) -> None:

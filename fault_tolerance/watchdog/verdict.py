@@ -14,12 +14,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from bagualu.comm.monitor import Line
-from bagualu.fault_tolerance.points import POINTS
+from bagualu.comm.monitor import Line, Phase
 
 STOPPED = ("stopped", "tracing-stop")
 GONE = ("zombie", "dead", "gone")
-LONG_POINTS = frozenset({"start", *(point for point, phase in POINTS.items() if phase != "train")})
+LONG_POINTS = frozenset({"start", *(phase for phase in Phase if phase.activity != "train")})
 """Points that may take long without visible progress."""
 SPARE = "spare"
 """The point of a rank that has no work."""

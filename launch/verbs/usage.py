@@ -6,8 +6,8 @@ from difflib import get_close_matches
 from importlib.resources import files
 
 from bagualu.comm.errors import RecipeError
+from bagualu.comm.monitor import Phase
 from bagualu.fault_tolerance.injection.kinds import KINDS
-from bagualu.fault_tolerance.points import POINTS
 from bagualu.parallel.pipeline.registry import FAMILIES
 
 VERBS = {
@@ -255,7 +255,7 @@ def page(verb: str) -> str:
     if verb == "schedule":
         return _SCHEDULE.format(names=" ".join(FAMILIES))
     if verb == "rehearse":
-        return _REHEARSE.format(kinds="\n".join(_kinds()), points=" ".join(POINTS))
+        return _REHEARSE.format(kinds="\n".join(_kinds()), points=" ".join(Phase))
     return {"train": _TRAIN, "slurm": _SLURM}[verb].format(recipes="\n".join(_recipes()))
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from bagualu.comm.backend import Work
+from bagualu.comm.monitor import Phase
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.pipeline.backward import backward
 from bagualu.parallel.pipeline.program import Program
@@ -128,7 +129,7 @@ class PipelineRunner:
 
     def _forward(self, action: Action, run: _Run) -> None:
         batch, differentiate = run.micro_batches[action.micro_batch], run.seeds is not None
-        self.mesh.monitor.at("forward" if differentiate else "validate")
+        self.mesh.monitor.at(Phase.FORWARD if differentiate else Phase.VALIDATE)
         key, last = (action.micro_batch, action.stage), action.stage == self.mesh.placement.stages - 1
         inputs = batch.inputs if action.stage == 0 else self._activations.pop(key).requires_grad_(differentiate)
         with torch.set_grad_enabled(differentiate):
@@ -145,7 +146,7 @@ class PipelineRunner:
     def _backward(self, action: Action, run: _Run) -> None:
         seeds = run.seeds
         assert seeds is not None, "a schedule with backward passes needs seeds"
-        self.mesh.monitor.at("backward")
+        self.mesh.monitor.at(Phase.BACKWARD)
         key = (action.micro_batch, action.stage)
         saved = self._saved.pop(key)
         if action.stage == self.mesh.placement.stages - 1:
@@ -167,7 +168,7 @@ class PipelineRunner:
         self._deferred[action.micro_batch, action.stage] = deferred
 
     def _weight_gradient(self, action: Action, run: _Run) -> None:
-        self.mesh.monitor.at("backward")
+        self.mesh.monitor.at(Phase.BACKWARD)
         with torch.no_grad():
             for compute in self._deferred.pop((action.micro_batch, action.stage)):
                 compute()

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bagualu.comm.group import Communicator
+from bagualu.comm.monitor import Phase
 from bagualu.fault_tolerance.config import StragglerConfig
 from bagualu.fault_tolerance.straggler import Judge, Stragglers, Window, WorkClock, same_work
 from bagualu.parallel.layout import Layout
@@ -106,16 +107,16 @@ def test_own_time_is_the_step_without_its_waits() -> None:
     clock.waits("barrier in world")  # between steps nothing counts
     wait_until(6)
     clock.waits(None)
-    clock.at("data", 1)
+    clock.at(Phase.DATA, 1)
     wait_until(8)
-    clock.at("forward", 1)
+    clock.at(Phase.FORWARD, 1)
     clock.waits("all_reduce in fold")
     wait_until(20)
     clock.waits(None)
     wait_until(21)
     assert clock.lap() == (3.0, 1.5)
     wait_until(50)
-    clock.at("validate", 1)
+    clock.at(Phase.VALIDATE, 1)
     wait_until(60)
     assert clock.lap() == (0.0, 0.0)
 
@@ -132,7 +133,7 @@ def steps(communicator: Communicator, folder: str, seconds: float, until_flagged
     while elapsed < seconds:
         started, step = time.perf_counter(), step + 1
         monitor.step = step
-        monitor.at("data")
+        monitor.at(Phase.DATA)
         for _ in range(20):
             matrix = (matrix @ matrix).clamp(0, 1)
         elapsed.fill_(started - begun if communicator.rank == 0 else 0.0)

@@ -14,6 +14,7 @@ import torch
 
 from bagualu.comm.agree import first_different, totals
 from bagualu.comm.errors import RecipeError
+from bagualu.comm.monitor import Phase
 from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.layout.format import REMEDY, CheckpointError
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
@@ -100,7 +101,7 @@ def take_state(parts: Parts, open_checkpoint: Callable[[], Checkpoint]) -> int:
     when it is damaged or does not hold exactly the tensors of the model.
     """
     group, monitor = parts.mesh.group("world"), parts.mesh.monitor
-    monitor.at("load")
+    monitor.at(Phase.LOAD)
     checkpoint = on_all(open_checkpoint, group)
     if first_different(checkpoint.digest, group):
         raise RecipeError(f"the ranks see different checkpoints at {checkpoint.path}; put run.dir on a disk that all nodes share")
@@ -109,11 +110,11 @@ def take_state(parts: Parts, open_checkpoint: Callable[[], Checkpoint]) -> int:
     wanted = list(incoming.pieces())
     on_all(lambda: _check_tensors(checkpoint, wanted, _padded_before(parts, saved)), group)
     _check_none_is_left(parts, checkpoint, {piece.name for piece in wanted})
-    monitor.at("verify")
+    monitor.at(Phase.VERIFY)
     threads = torch.get_num_threads()
     on_all(lambda: checkpoint.read_all(wanted, threads), group)
     on_all(lambda: _check_finite(checkpoint, wanted), group)
-    monitor.at("restore")
+    monitor.at(Phase.RESTORE)
     incoming.apply(saved.updates)
     parts.updates = saved.updates
     if parts.scaler.enabled and saved.dtype == parts.recipe.train.dtype:

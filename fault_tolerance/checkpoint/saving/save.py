@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bagualu.comm.group import Group
+from bagualu.comm.monitor import Phase
 from bagualu.comm.objects import broadcast_json, collect_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import SAVING, delete, doom, temporary_for
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, step_name
@@ -108,7 +109,7 @@ class Saver:
         self._attempts += 1
         root = self.fence.root
         temporary = temporary_for(root, step, f"{self.fence.token}-{self._attempts}")
-        self.group.monitor.at("write")
+        self.group.monitor.at(Phase.WRITE)
         part = self._writer.submit(self._fenced, self._write_part, temporary, root / step_name(step), pieces)
         self._under_way = _Save(step, metadata, temporary, part, self._deadline())
 
@@ -128,7 +129,7 @@ class Saver:
         save = self._under_way
         assert save is not None
         self._under_way = None
-        self.group.monitor.at("write")
+        self.group.monitor.at(Phase.WRITE)
         verdict = self._committed(save) if save.committing else self._all_durable(save, wait)
         if "error" in verdict:
             if self.group.rank == 0:
@@ -138,7 +139,7 @@ class Saver:
             save.committing, self._under_way = True, save
             return None
         final = self.fence.root / step_name(save.step)
-        self.group.monitor.at("prune")
+        self.group.monitor.at(Phase.PRUNE)
         if self.group.rank == 0:
             self._writer.submit(self._prune, final)
         assert save.report is not None
@@ -173,7 +174,7 @@ class Saver:
         """Reports this rank's part to rank 0, which starts the commit if all parts are durable; returns rank 0's verdict."""
         own = self._outcome(save, wait)
         save.report = own.get("done") if own else None
-        self.group.monitor.at("commit")
+        self.group.monitor.at(Phase.COMMIT)
         outcomes = collect_json(own, self.group)
         verdict: Outcome = {"done": None}
         save.job = None

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bagualu.comm.errors import RecipeError
+from bagualu.comm.monitor import Phase
 from bagualu.fault_tolerance.injection.kinds import KINDS, Corrupt, DropLink, Flip, Kill, Slow, Stop
 from bagualu.fault_tolerance.injection.plan import DRAWN, Setting, draw, parse, resolve
-from bagualu.fault_tolerance.points import POINTS
 from bagualu.trainer.recipe.compose import compose, load_recipe, save_recipe
 
 SETTING = Setting(seed=1, steps=60, ranks=4, checkpoint_every=4)
@@ -35,9 +35,9 @@ def test_the_plan_of_a_run_is_in_its_config(tmp_path):
     assert load_recipe(save_recipe(recipe)).planned_faults(4) == plan
 
 
-@given(st.sampled_from(sorted(KINDS)), st.integers(1, 99), st.integers(0, 9), st.sampled_from(sorted(POINTS)))
+@given(st.sampled_from(sorted(KINDS)), st.integers(1, 99), st.integers(0, 9), st.sampled_from(sorted(Phase)))
 def test_a_fault_is_typed_as_it_is_shown(kind, step, rank, point):
-    known = KINDS[kind].points or tuple(POINTS)
+    known = KINDS[kind].points or tuple(Phase)
     fault = KINDS[kind](step=step, rank=rank, at=point if point in known else known[0])
     assert parse(str(fault)) == fault
 

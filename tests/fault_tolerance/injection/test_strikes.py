@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bagualu.comm.errors import CommunicationError
-from bagualu.comm.monitor import Monitor
+from bagualu.comm.monitor import Monitor, Phase
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.durable import DISK
 from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
@@ -22,7 +22,6 @@ from bagualu.fault_tolerance.injection.observer import PlannedFaults
 from bagualu.fault_tolerance.injection.plan import parse
 from bagualu.fault_tolerance.injection.record import FAULTS, Record
 from bagualu.fault_tolerance.injection.slowness import Slowness
-from bagualu.fault_tolerance.points import POINTS
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.recipe.config import Recipe
 from tests.harness import run
@@ -71,7 +70,7 @@ def test_a_kill_at_every_point_is_survived_to_the_bit(tmp_path: Path, reference:
 
 
 def test_kills_while_resuming_are_survived_to_the_bit(tmp_path: Path, reference: Path) -> None:
-    points = [point for point, phase in POINTS.items() if phase == "start" and point != "fetch"]
+    points = [phase for phase in Phase if phase.activity == "start" and phase is not Phase.FETCH]
     recipe = recipe_in(tmp_path, "kill@step=5:rank=0", *(f"kill@step=0:rank=1:at={point}" for point in points))
     for _ in recipe.faults:
         with pytest.raises(ProcessKilled):
@@ -133,13 +132,13 @@ def test_slowness_multiplies_what_is_computed_not_what_is_waited() -> None:
 
     slowness.waits(None)
     time.sleep(0.1)
-    assert seconds(lambda: slowness.at("backward", 4)) > 0.19
+    assert seconds(lambda: slowness.at(Phase.BACKWARD, 4)) > 0.19
     slowness.waits("all_reduce in fold")
     time.sleep(0.1)
     slowness.waits(None)
-    assert seconds(lambda: slowness.at("reduce", 4)) < 0.15
+    assert seconds(lambda: slowness.at(Phase.REDUCE, 4)) < 0.15
     time.sleep(0.1)
-    assert seconds(lambda: slowness.at("data", 5)) < 0.15, "it is over"
+    assert seconds(lambda: slowness.at(Phase.DATA, 5)) < 0.15, "it is over"
 
 
 def test_corruption_flips_one_bit_of_the_newest_checkpoint(tmp_path: Path) -> None:
@@ -225,6 +224,6 @@ def test_only_its_own_rank_and_point_are_struck(tmp_path: Path) -> None:
     scene: Any = type("Here", (), {"rank": 1})()
     faults = PlannedFaults([Kill(3, 1), Kill(3, 0), Kill(3, 1, "data")], scene, Record(tmp_path / FAULTS))
     assert faults.ahead == [Kill(3, 1), Kill(3, 1, "data")]
-    faults.at("backward", 2)
-    faults.at("forward", 3)
+    faults.at(Phase.BACKWARD, 2)
+    faults.at(Phase.FORWARD, 3)
     assert faults.ahead == [Kill(3, 1), Kill(3, 1, "data")]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bagualu.comm.group import Communicator
+from bagualu.comm.monitor import Phase
 from bagualu.comm.world import World
 from bagualu.launch.watch.hang import HangCheck
 from bagualu.trainer.process.stop_request import StopRequest
@@ -99,7 +100,7 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
         while _reads(last) == str(communicator.monitor.step):
             time.sleep(0.01)
         communicator.monitor.step += 1
-        communicator.monitor.at("data")
+        communicator.monitor.at(Phase.DATA)
         time.sleep(0.02)
         communicator.world.all_reduce(torch.ones(1000))
         (Path(recipe.run.dir) / f"step-{communicator.rank}").write_text(str(communicator.monitor.step))

@@ -8,7 +8,7 @@ import torch
 
 from bagualu.comm import simulated
 from bagualu.comm.group import Communicator
-from bagualu.comm.monitor import Line, Monitor
+from bagualu.comm.monitor import Line, Monitor, Phase
 from bagualu.fault_tolerance.watchdog.heartbeat import Heartbeat, read, read_beats
 
 
@@ -25,9 +25,9 @@ def test_the_record_follows_the_monitor(tmp_path: Path) -> None:
     assert before <= beat.since <= time.monotonic()
 
     monitor.step = 4
-    monitor.at("data")
+    monitor.at(Phase.DATA)
     monitor.step = 5
-    monitor.at("backward")
+    monitor.at(Phase.BACKWARD)
     monitor.waits("all_reduce", early, monitor.joins(early))
     beat = read(tmp_path, 1)
     assert beat is not None
@@ -57,7 +57,7 @@ def test_any_number_of_lines_is_counted(tmp_path: Path) -> None:
     assert beat is not None
     assert beat.counts == dict.fromkeys(lines, 2)
     assert beat.line == lines[-1]
-    monitor.at("forward")  # the record is still where it was
+    monitor.at(Phase.FORWARD)  # the record is still where it was
     beat = read(tmp_path, 0)
     assert beat is not None
     assert beat.point == "forward"
@@ -80,8 +80,8 @@ def test_a_rank_that_was_replaced_does_not_disturb_its_successor(tmp_path: Path)
     old, new = Monitor(), Monitor()
     Heartbeat(tmp_path, 0, old)
     Heartbeat(tmp_path, 0, new)
-    new.at("load")
-    old.at("optimizer")
+    new.at(Phase.LOAD)
+    old.at(Phase.OPTIMIZER)
     beat = read(tmp_path, 0)
     assert beat is not None
     assert beat.point == "load"

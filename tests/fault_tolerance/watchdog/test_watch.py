@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from bagualu.comm.monitor import Monitor
+from bagualu.comm.monitor import Monitor, Phase
 from bagualu.fault_tolerance.watchdog.heartbeat import Heartbeat
 from bagualu.fault_tolerance.watchdog.verdict import HangDiagnosis, Patience
 from bagualu.fault_tolerance.watchdog.watch import Watchdog
@@ -23,7 +23,7 @@ class World:
         for rank in ranks:
             for _ in range(steps):
                 self.monitors[rank].step += 1
-                self.monitors[rank].at("forward")
+                self.monitors[rank].at(Phase.FORWARD)
 
     def pass_time(self, seconds: float, *beating: int) -> HangDiagnosis | None:
         """The first verdict within `seconds`, while some ranks go on."""
