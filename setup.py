@@ -31,7 +31,6 @@ setup(
         "omegaconf>=2.3",
         "datasets>=3.0",
         "tokenizers>=0.20",
-        "safetensors>=0.4",
         "xxhash>=3.0",
         "filelock>=3.12",
         "psutil>=5.9",

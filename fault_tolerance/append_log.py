@@ -6,6 +6,8 @@ import os
 from collections import deque
 from pathlib import Path
 
+from bagualu.fault_tolerance.files import write_atomic
+
 _MOST_WAITING = 10_000
 """Lines; of more, the oldest are dropped."""
 log = logging.getLogger(__name__)
@@ -63,17 +65,10 @@ class AppendLog:
         Where that finds no room the file stays as it is, with a warning. Raises OSError where it cannot be read or opened.
         """
         self.drop()
-        new = self.path.with_name(self.path.name + ".new")
         try:
-            with new.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(new, self.path)
+            write_atomic(self.path, data)
         except OSError as error:
             log.warning("%s stays as it is, with lines that no longer count (%s); make room", self.path, error.strerror)
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
             return
         self.close()  # the descriptor is that of the file before
 

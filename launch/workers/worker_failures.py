@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bagualu.comm import jsonl
+from bagualu.fault_tolerance.files import write_atomic
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Beat, read
 from bagualu.trainer.process.failure import Failure
 
@@ -20,8 +21,7 @@ def write_failure(scratch: Path, failure: Failure) -> None:
     """Leave `failure` where the launcher finds it."""
     path = scratch / _FAILURES / f"{failure.rank}.json"
     path.parent.mkdir(exist_ok=True)
-    path.with_suffix(".new").write_text(json.dumps(failure.as_dict()))
-    path.with_suffix(".new").replace(path)
+    write_atomic(path, json.dumps(failure.as_dict()).encode())
 
 
 def clear_failures(scratch: Path) -> None:

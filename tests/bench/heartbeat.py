@@ -4,7 +4,7 @@ import tempfile
 import timeit
 from pathlib import Path
 
-from bagualu.comm.monitor import Line, Monitor
+from bagualu.comm.monitor import Line, Monitor, Phase
 from bagualu.fault_tolerance.watchdog.heartbeat import Heartbeat
 
 CALLS = 200_000
@@ -14,7 +14,7 @@ def microseconds(monitor: Monitor) -> dict[str, float]:
     """Of each kind of call, the best of five rounds."""
     line = monitor.line(Line("world", tuple(range(8))))
     calls = {
-        "at": lambda: monitor.at("forward"),
+        "at": lambda: monitor.at(Phase.FORWARD),
         "join": lambda: monitor.joins(line),
         "wait and go on": lambda: (monitor.waits("all_reduce", line, 7), monitor.goes_on()),
     }

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bagualu.comm.group import Communicator
+from bagualu.comm.monitor import Phase
 from bagualu.trainer.recipe.config import Recipe
 
 
@@ -29,7 +30,7 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
     while step < recipe.train.steps and not stopping.item():
         step += 1
         communicator.monitor.step = step
-        communicator.monitor.at("work")
+        communicator.monitor.at(Phase.DATA)
         time.sleep(0.02)
         if recipe.run.name == f"raise{rank}" and step == 3:
             raise ValueError("no such thing\nand more")

@@ -8,15 +8,14 @@ KEY is a hash of all that the figures depend on, which the file repeats.
 import hashlib
 import json
 import logging
-import os
 import platform
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bagualu.fault_tolerance.files import write_atomic
 from bagualu.trainer.costs.analytic import ModelWork
 from bagualu.trainer.costs.measured import MeasuredCosts, measure
 
@@ -78,11 +77,4 @@ def _load(path: Path, depends_on: dict[str, Any]) -> dict[str, MeasuredCosts] | 
 
 def _store(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.tmp-")
-    try:
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -14,6 +14,7 @@ from typing import Any
 
 from bagualu.comm.agree import meet
 from bagualu.comm.objects import gather_json
+from bagualu.fault_tolerance.files import write_atomic
 from bagualu.fault_tolerance.ledger.events import clock
 from bagualu.parallel.balance.stages.show import show_split
 from bagualu.parallel.pipeline.recorded_timeline import FILE
@@ -72,10 +73,7 @@ class PipelineRecorder:
             print(show_split(self._parts.split, placement, _measured(rows, placement.stages)), file=sys.stderr, flush=True)
         try:
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            path = Path(self._parts.recipe.run.dir) / FILE
-            new = path.with_name(FILE + ".new")
-            new.write_text(text, encoding="utf-8")
-            new.replace(path)  # what was there stays until all of it is written
+            write_atomic(Path(self._parts.recipe.run.dir) / FILE, text.encode())
         except OSError as error:  # nothing that a run should end for
             log.warning("%s was not written: %s", FILE, error)
 

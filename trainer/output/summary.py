@@ -10,7 +10,6 @@ processes of a run it stays "running". Every version of the file appears in one 
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -20,6 +19,7 @@ from typing import Any
 from bagualu.comm import jsonl
 from bagualu.comm.errors import RecipeError, StorageError
 from bagualu.fault_tolerance import run_lock
+from bagualu.fault_tolerance.files import write_atomic
 from bagualu.fault_tolerance.within import within
 from bagualu.trainer.process.failure import Failure
 from bagualu.trainer.recipe.config import Recipe
@@ -49,7 +49,7 @@ def final(run_dir: Path) -> dict[str, Any]:
 
 def write(run_dir: Path, summary: dict[str, Any]) -> None:
     """Make `summary` what the file holds. Raises OSError, and then the file is as it was."""
-    _replace(run_dir / SUMMARY, (jsonl.dumps(summary, indent=2) + "\n").encode())
+    write_atomic(run_dir / SUMMARY, (jsonl.dumps(summary, indent=2) + "\n").encode())
 
 
 class Start:
@@ -107,7 +107,7 @@ class Start:
         if self._before is None:
             path.unlink(missing_ok=True)
         else:
-            _replace(path, self._before)
+            write_atomic(path, self._before)
 
     def _fail_if_left(self, failure: Failure) -> None:
         try:
@@ -129,17 +129,3 @@ class Start:
 
 def _has_figures(summary: dict[str, Any]) -> bool:
     return summary.get("ended") in _FINAL and "failure" not in summary
-
-
-def _replace(path: Path, data: bytes) -> None:
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with new.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(new, path)
-    except OSError:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
-        raise

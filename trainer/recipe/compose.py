@@ -4,9 +4,7 @@ The schema is the dataclass `Recipe` itself, so a key that is not a field and a 
 overrides are looked at one by one before Hydra sees them, because only then is it known which of them is at fault.
 """
 
-import contextlib
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.files import write_atomic
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.keys import SEARCHPATH, check_key, check_override, kind_of
 from bagualu.trainer.recipe.override_text import ValueKind, escaped, quoted, spelled
@@ -124,14 +123,10 @@ def save_recipe(recipe: Recipe) -> Path:
     """Write config.yaml, the resolved recipe, into the run directory, which is made if need be. Raises RecipeError when that
     cannot be written."""
     path = Path(recipe.run.dir) / RESOLVED
-    unfinished = path.with_suffix(f".yaml.{secrets.token_hex(4)}")  # every node of a run writes it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(resolved_yaml(recipe), encoding="utf-8")
-        unfinished.replace(path)
+        write_atomic(path, resolved_yaml(recipe).encode())  # every node of a run writes it
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
         raise RecipeError(f"run.dir={recipe.run.dir} cannot be written ({error.strerror}: {error.filename}); make room there or "
                           "give another") from error  # fmt: skip
     return path

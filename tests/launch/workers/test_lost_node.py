@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from bagualu.comm.monitor import Line, Monitor
+from bagualu.comm.monitor import Line, Monitor, Phase
 from bagualu.comm.store import serve
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
 from bagualu.launch.workers import rendezvous
@@ -44,7 +44,7 @@ class Here:
 
     def step(self, number: int) -> None:
         self.monitor.step = number
-        self.monitor.at("forward")
+        self.monitor.at(Phase.FORWARD)
 
     def wait(self) -> None:
         line = self.monitor.line(Line("world", (0, 1)))

@@ -257,7 +257,7 @@ def test_a_sweep_that_is_asked_to_stop_begins_no_other_job(start):
 def test_a_failing_thread_is_named(start):
     code, _, err = start("comm.backend=simulated", "run.name=raise3", "restart.limit=0").end()
     assert code == 1
-    assert err.splitlines()[-1].startswith("bagualu: failed: rank 3, step 3, work")
+    assert err.splitlines()[-1].startswith("bagualu: failed: rank 3, step 3, data")
 
 
 def _read(terminal):
@@ -270,7 +270,7 @@ def _read(terminal):
 def test_a_worker_that_ends_without_a_word_is_named(start):
     code, _, err = start("run.name=leave2", "restart.limit=0").end()
     assert code == 1
-    assert "rank 2, step 3, work: ended with exit code 9" in err.splitlines()[-1]
+    assert "rank 2, step 3, data: ended with exit code 9" in err.splitlines()[-1]
 
 
 def test_a_rank_that_fails_again_and_again_is_left_out_of_an_elastic_run(start, reference):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from bagualu.comm.monitor import Line, Monitor
+from bagualu.comm.monitor import Line, Monitor, Phase
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
 from bagualu.launch.workers.worker_failures import failures, write_failure
 from bagualu.trainer.process.failure import Failure
@@ -28,10 +28,10 @@ def of_rank_3(scratch, pid=None, code=-9):
 
 def test_a_killed_rank_is_found_where_it_was(tmp_path, rank_3):
     assert of_rank_3(tmp_path) == ("start", 0, "killed")
-    rank_3.at("restore")
+    rank_3.at(Phase.RESTORE)
     assert of_rank_3(tmp_path) == ("restore", 0, "killed")
     rank_3.step = 7
-    rank_3.at("optimizer")
+    rank_3.at(Phase.OPTIMIZER)
     assert of_rank_3(tmp_path) == ("step 7, optimizer", 7, "killed")
     line = rank_3.line(Line("data", (1, 3)))
     rank_3.waits("all_reduce", line, rank_3.joins(line))
@@ -41,7 +41,7 @@ def test_a_killed_rank_is_found_where_it_was(tmp_path, rank_3):
 
 def test_the_heartbeat_of_an_earlier_process_says_nothing(tmp_path, rank_3):
     rank_3.step = 7
-    rank_3.at("optimizer")
+    rank_3.at(Phase.OPTIMIZER)
     assert of_rank_3(tmp_path, pid=1) == ("start", 1, "killed")
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 4}) + "\n")
     assert of_rank_3(tmp_path, pid=1) == ("step 5", 5, "killed")
