@@ -39,7 +39,7 @@ setup(
         "wandb>=0.31",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"],
+        "test": ["pytest>=8.0", "safetensors>=0.4", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"],
         "lint": ["ruff>=0.5", "mypy>=1.10", "types-psutil", "types-PyYAML"],
         "bench": ["deepspeed>=0.16"],
     },
