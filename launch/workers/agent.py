@@ -1,9 +1,9 @@
-"""The elastic agent of one machine, with our own ways to stop, to fail and to start again.
+"""The agent of one machine: torch elastic's agent, with our own handling of stop requests, failures and restarts.
 
-Elastic answers a signal by killing the workers; ours are asked, save a checkpoint and return. Elastic answers a worker's
-death with SIGTERM to the others and up to 30 s of patience; ours cannot go on without it, so they get a moment to tell what
-they saw and are killed. Elastic counts restarts; ours are judged one by one (restart.py), go on from the newest checkpoint,
-and take the layout that fits the workers there are (fit.py).
+On a signal, elastic kills the workers; this agent asks them to stop, and they save a checkpoint and return. When a worker dies,
+elastic sends SIGTERM to the others and waits up to 30 s; this agent gives them half a second to write down what failed, then kills
+them, because training cannot go on without the dead rank. Elastic only counts restarts; this agent decides each one
+(restart_policy.py), resumes from the newest checkpoint, and chooses a layout for the workers that are left (elastic_layout.py).
 """
 
 import contextlib
@@ -37,21 +37,21 @@ from bagualu.trainer.process.failure import Failure, at_fault, first
 from bagualu.trainer.process.stop_request import STOP_SIGNALS, StopRequest
 
 _GRACE_SECONDS = 0.5
-"""For the peers of a dead worker, to notice and to write down what they saw."""
+"""How long the peers of a dead worker may take to notice its death and write down what failed."""
 _EXIT_SECONDS = 30
-"""For the agents of other nodes, when a run is done."""
+"""How long to wait at the end of a run for the agents of other nodes, and for a killed worker to exit."""
 
 
 class Killed(BaseException):
-    """A second Ctrl-C: everything ends at once."""
+    """Raised by a second Ctrl-C, after the workers were killed."""
 
 
 class Left(BaseException):
-    """Asked to stop while waiting for other nodes: there is no worker to ask."""
+    """Raised by a request to stop while the agent waits for other nodes and has no workers yet."""
 
 
 class LostPeer(Exception):
-    """Another node has gone before workers started, and the run is not started again."""
+    """Another node was lost before the workers started, and the restart policy does not allow another try."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.cause)
@@ -59,7 +59,7 @@ class LostPeer(Exception):
 
 
 class NoLogs(LogsSpecs):
-    """Elastic redirects nothing: workers see to their own output (log.py) and failures (deaths.py)."""
+    """Turns off elastic's log files: workers redirect their output (log_file.py) and write their failures (worker_failures.py)."""
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         nothing = dict.fromkeys(envs, "")
@@ -71,42 +71,53 @@ class NoLogs(LogsSpecs):
 
 
 class Agent(LocalElasticAgent):
-    """Starts the workers of one machine, starts them again after failures, forwards requests to stop, lets none survive."""
+    """Starts the workers of one machine, restarts them after failures, forwards requests to stop, and leaves no worker behind."""
 
     def __init__(
-        self, told: worker_process.Member, rendezvous: NodeRendezvous, stop: StopRequest, watchers: Sequence[Watcher] = ()
+        self,
+        arguments: worker_process.WorkerArguments,
+        rendezvous: NodeRendezvous,
+        stop: StopRequest,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
-        """From here on signals are the agent's, which notes in `stop` that it was asked; `stop` has taken them so far."""
+        """Replaces the signal handlers that `stop` installed; the agent's own handlers set `stop.asked`.
+
+        Args:
+            arguments: what every worker of this machine is started with.
+            rendezvous: how this agent finds the agents of the other nodes.
+            stop: whether the run was asked to stop.
+            watchers: are called when workers start or fail, and may report a failure of their own, such as a hang.
+        """
         spec = WorkerSpec(
             role="worker",
-            local_world_size=len(told.slots),
+            local_world_size=len(arguments.slots),
             rdzv_handler=rendezvous,
             entrypoint=worker_process.main,
-            args=(told,),
-            max_restarts=0,  # elastic's own
+            args=(arguments,),
+            max_restarts=0,  # elastic's own limit; ours is restart.limit
             monitor_interval=0.1,
         )
         super().__init__(spec, NoLogs(), start_method="forkserver", exit_barrier_timeout=_EXIT_SECONDS)
-        self.told = told
+        self.arguments = arguments
         self.watchers = watchers
-        self.restarts = Restarts(told.recipe.restart)
+        self.restarts = Restarts(arguments.recipe.restart)
         self.generation = 0
         self.failure: Failure | None = None
-        """What the last generation that failed has failed of."""
+        """Why the latest failed generation of workers failed."""
         self.summary: dict[str, Any] | None = None
-        """Of the last generation that did not."""
+        """The summary of the generation that succeeded."""
         self._stop = stop
         self._waits_for_nodes = False
         self._interrupts = 0
         self._pids: list[int] = []
-        self._lost_node = LostNode(rendezvous, told.scratch)
+        self._lost_node = LostNode(rendezvous, arguments.scratch)
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
 
     @property
     def nodes(self) -> int:
-        """Nodes of this generation."""
+        """How many nodes take part in this generation."""
         return self._worker_group.group_world_size or 1
 
     @property
@@ -115,13 +126,13 @@ class Agent(LocalElasticAgent):
 
     @property
     def phase(self) -> str:
-        """What is under way here."""
+        """What the workers of this machine are doing, for messages: "start", "step 12", or a wait for other nodes."""
         if self._worker_group.state != WorkerState.HEALTHY:
             return "meeting the other nodes"
         beats = beats_of(self._beats, self._ranks())
         return where(max(beat.step if beat else 0 for beat in beats.values()))
 
-    # Being asked to stop
+    # Requests to stop
 
     @property
     def stop_asked(self) -> bool:
@@ -139,7 +150,7 @@ class Agent(LocalElasticAgent):
 
     @contextlib.contextmanager
     def suspending(self) -> Iterator[None]:
-        """Inside, Ctrl-Z suspends the workers too."""
+        """Inside this context, Ctrl-Z suspends the workers too."""
         before = signal.getsignal(signal.SIGTSTP)
         if before is not signal.SIG_IGN:
             signal.signal(signal.SIGTSTP, self._on_suspend)
@@ -149,7 +160,7 @@ class Agent(LocalElasticAgent):
             signal.signal(signal.SIGTSTP, before)
 
     def _on_suspend(self, number: int, frame: FrameType | None) -> None:
-        """The workers are not of the terminal's process group: they are stopped, and go on, with the launcher."""
+        """Stop the workers, then this process; continue them when it continues. They are not in the terminal's process group."""
         self._signal_workers(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
         self._signal_workers(signal.SIGCONT)
@@ -159,51 +170,54 @@ class Agent(LocalElasticAgent):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    # A generation of workers: meeting the other nodes, starting
+    # Starting a generation of workers: the rendezvous with the other nodes, then the processes
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         handler = worker_group.spec.rdzv_handler
         assert isinstance(handler, NodeRendezvous)
         self._waits_for_nodes = handler.settings.max_nodes > 1
         try:
-            while not self._met(worker_group, handler):
+            while not self._try_rendezvous(worker_group, handler):
                 pass
         finally:
             self._waits_for_nodes = False
 
-    def _met(self, worker_group: WorkerGroup, handler: NodeRendezvous) -> bool:
-        """Meet the other nodes; False: one has died before it told the others of its workers, and they are to meet again."""
+    def _try_rendezvous(self, worker_group: WorkerGroup, handler: NodeRendezvous) -> bool:
+        """Meet the other nodes. Returns False when a node died before it announced its workers: the rendezvous must be repeated.
+
+        Raises LostPeer when the restart policy does not allow that.
+        """
         try:
             super()._rendezvous(worker_group)
         except DistStoreError as error:
             verdict = self.restarts.decide(gone([], self.phase), elsewhere=True)
             if not verdict.again:
                 raise LostPeer(verdict.failure) from error
-            _say(announcement(verdict, self.restarts, self.told.recipe, begun(self.told.scratch)))
+            _say(announcement(verdict, self.restarts, self.arguments.recipe, begun(self.arguments.scratch)))
             self._pause(verdict.pause_seconds)
             return False
         return True
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         world = worker_group.workers[0].world_size
-        recipe, training = fitted(self.told.recipe, world)
+        recipe, training = fitted(self.arguments.recipe, world)
         if self.generation:
             recipe = resuming(recipe)
-        if training != self.told.training and worker_group.group_rank == 0:
+        if training != self.arguments.training and worker_group.group_rank == 0:
             _say(f"going on with {training} ranks of {world} workers: {recipe.validate(training)}")
-        self.told = replace(self.told, training=training)
-        worker_group.spec.args = (replace(self.told, recipe=recipe, server=fork_server.running(self.told.scratch)),)
-        clear_failures(self.told.scratch)
-        worker_process.hold(self.told.scratch)
+        self.arguments = replace(self.arguments, training=training)
+        worker_group.spec.args = (replace(self.arguments, recipe=recipe, server=fork_server.running(self.arguments.scratch)),)
+        clear_failures(self.arguments.scratch)
+        worker_process.hold(self.arguments.scratch)
         pids: dict[int, Any] = super()._start_workers(worker_group)
         self._pids = list(pids.values())
-        if self.stop_asked:  # before there was anyone to tell
+        if self.stop_asked:  # the request came before there were workers to signal
             self._signal_workers(signal.SIGTERM)
         for watcher in self.watchers:
             watcher.started(self.generation, {worker_group.workers[local].global_rank: pid for local, pid in pids.items()})
         return pids
 
-    # Looking after it
+    # Watching the generation
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         seen = next(filter(None, (watcher.look() for watcher in self.watchers)), None) or self._lost_node.look(self._ranks())
@@ -217,13 +231,13 @@ class Agent(LocalElasticAgent):
             self._end_spares(worker_group)
         if result.state == WorkerState.SUCCEEDED:
             self.summary = result.return_values[min(result.return_values)]
-            if not self.stop_asked and agent_messages.regrouping(self._round_board):
+            if not self.stop_asked and agent_messages.regrouping(self._messages):
                 self._remaining_restarts = 1
                 return RunResult(WorkerState.UNHEALTHY)
         return result
 
     def _fail(self, worker_group: WorkerGroup, seen: Failure | None) -> None:
-        """End the generation, of a death or of what a watcher has seen, and decide what follows."""
+        """Kill all workers after a worker's death or a watcher's report `seen`, and decide whether they are started again."""
         deadline = time.monotonic() + (0 if seen else _GRACE_SECONDS)
         while len(self._exit_codes()) < len(self._pids) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -231,39 +245,39 @@ class Agent(LocalElasticAgent):
         self._signal_workers(signal.SIGKILL)
         for process in self._processes():
             process.join(_EXIT_SECONDS)
-        metrics = Path(self.told.recipe.run.dir) / "metrics.jsonl"
-        found = seen or first(failures(self.told.scratch, codes, self._ranks(), metrics))
-        if found.kind == "peer" and not self.stop_asked and agent_messages.regrouping(self._round_board):
-            self._remaining_restarts = 1  # the peer made room for a node that waits
+        metrics = Path(self.arguments.recipe.run.dir) / "metrics.jsonl"
+        failure = seen or first(failures(self.arguments.scratch, codes, self._ranks(), metrics))
+        if failure.kind == "peer" and not self.stop_asked and agent_messages.regrouping(self._messages):
+            self._remaining_restarts = 1  # the peer stopped to let a waiting node join
             return
-        self.failure = at_fault(found, unwatched=not self.told.recipe.restart.hang_seconds)
+        self.failure = at_fault(failure, unwatched=not self.arguments.recipe.restart.hang_seconds)
         verdict = self._judge(worker_group, self.failure)
         self._remaining_restarts = int(verdict.again)
         self.failure = verdict.failure
         for watcher in self.watchers:
             watcher.failed(self.generation, verdict.failure, verdict.again)
         if verdict.again:
-            _say(announcement(verdict, self.restarts, self.told.recipe, begun(self.told.scratch)))
+            _say(announcement(verdict, self.restarts, self.arguments.recipe, begun(self.arguments.scratch)))
             self._pause(verdict.pause_seconds)
 
     def _judge(self, worker_group: WorkerGroup, failure: Failure) -> RestartDecision:
         if self.stop_asked:
             return RestartDecision(failure, again=False)
         local = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
-        slots = [slot for position, slot in enumerate(self.told.slots) if position != local.get(failure.rank)]
+        slots = [slot for position, slot in enumerate(self.arguments.slots) if position != local.get(failure.rank)]
         elsewhere = (failure.kind == "peer" or failure.rank < 0) and self.nodes > 1
         verdict = self.restarts.decide(failure, elsewhere, may_drop=self._can_do_without_one(worker_group, slots))
         if verdict.without_rank:
-            self.told = replace(self.told, slots=tuple(slots))
+            self.arguments = replace(self.arguments, slots=tuple(slots))
             worker_group.spec.local_world_size = len(slots)
         return verdict
 
     def _can_do_without_one(self, worker_group: WorkerGroup, slots: list[int]) -> bool:
-        """Whether the run can go on when this machine has `slots` only."""
-        if not slots or not self.told.recipe.restart.elastic:
+        """Whether the run can go on with one worker fewer, where `slots` are those that this machine would keep."""
+        if not slots or not self.arguments.recipe.restart.elastic:
             return False
         with contextlib.suppress(RecipeError):
-            fitted(self.told.recipe, worker_group.workers[0].world_size - 1)
+            fitted(self.arguments.recipe, worker_group.workers[0].world_size - 1)
             return True
         return False
 
@@ -273,26 +287,26 @@ class Agent(LocalElasticAgent):
             time.sleep(0.05)
 
     def _end_spares(self, worker_group: WorkerGroup) -> None:
-        """Workers that the layout has no use for wait for those that train, and end when they do."""
-        if worker_group.workers[0].world_size == self.told.training:
+        """End the spare workers, which the layout does not use, once the ranks that train have finished."""
+        if worker_group.workers[0].world_size == self.arguments.training:
             return
-        training = [worker for worker in worker_group.workers if worker.global_rank < self.told.training]
+        training = [worker for worker in worker_group.workers if worker.global_rank < self.arguments.training]
         assert isinstance(self._pcontext, MultiprocessContext)
         done = self._pcontext._return_values
         if training and all(worker.local_rank in done for worker in training):
-            agent_messages.say_trained(self._round_board, done[training[0].local_rank])
-        if (summary := agent_messages.trained(self._round_board)) is not None:
-            worker_process.release(self.told.scratch, summary)
+            agent_messages.say_trained(self._messages, done[training[0].local_rank])
+        if (summary := agent_messages.trained(self._messages)) is not None:
+            worker_process.release(self.arguments.scratch, summary)
 
-    # Ending it
+    # Ending the generation
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
-        if worker_group.state == WorkerState.HEALTHY:  # elastic wants to let in a node that waits
+        if worker_group.state == WorkerState.HEALTHY:  # elastic restarts healthy workers to let a waiting node join
             if self.stop_asked:
                 return
             assert self._pcontext is not None
-            agent_messages.ask_to_regroup(self._round_board)
-            # Before all have begun a step there is nothing to save, and some may wait for a node that is not there any more.
+            agent_messages.ask_to_regroup(self._messages)
+            # Before every rank has begun a step there is nothing to save, and some may be waiting for a node that is gone.
             begun = all(has_begun(self._beats, rank, pid) for rank, pid in self._ranks().items())
             self._signal_workers(signal.SIGTERM if begun else signal.SIGKILL)
             self._pcontext.wait(REGROUP_SECONDS, period=0.05)
@@ -300,20 +314,20 @@ class Agent(LocalElasticAgent):
         super()._restart_workers(worker_group)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, *patience: int, **named: int) -> None:
-        # Whoever lives still has had the chance to save. Some versions of torch have no timeout here.
+        # Workers still alive have had their chance to save. Some versions of torch have no timeout argument here.
         super()._shutdown(signal.SIGKILL, *patience, **named)
 
     @property
     def _beats(self) -> Path:
-        return self.told.scratch / HEARTBEATS
+        return self.arguments.scratch / HEARTBEATS
 
     def _ranks(self) -> dict[int, int]:
-        """The processes of the workers here, by rank."""
+        """Process ids of the workers of this machine, by global rank."""
         return {worker.global_rank: pid for worker, pid in zip(self._worker_group.workers, self._pids, strict=False)}
 
     @property
-    def _round_board(self) -> agent_messages.Board:
-        """Shared with the agents of this generation."""
+    def _messages(self) -> agent_messages.Board:
+        """Messages between the agents of this generation."""
         store, nodes = self._worker_group.store, self._worker_group.spec.rdzv_handler
         assert isinstance(store, Store)
         assert isinstance(nodes, NodeRendezvous)

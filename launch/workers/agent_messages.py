@@ -1,4 +1,4 @@
-"""What the agents of a run's nodes tell each other, beside elastic's rendezvous. All of it is signed."""
+"""Signed messages between the agents of a run's nodes, besides those of elastic's rendezvous."""
 
 import contextlib
 import json
@@ -12,14 +12,14 @@ from bagualu.launch.workers.secret import Seal
 _ENDING, _LEFT, _BACKEND = "ending", "left", "backend"
 _REGROUP, _TRAINED = "bagualu/regroup", "bagualu/trained"
 LEAVE_SECONDS = 10.0
-"""For the others to say how the run has ended, or to read it and to leave."""
+"""How long to wait for the other agents to publish how the run ended, or to read it and leave."""
 
 
 class Board:
-    """A part of the agents' store, in which only what an agent of the run has signed counts."""
+    """Keys and values in the agents' store. Values are signed, and a value that no agent of the run has signed is ignored."""
 
     def __init__(self, store: Store, seal: Seal, part: str) -> None:
-        """`part` names `store` among the parts of the agents' store: what was signed for one part is not taken in another."""
+        """`part` is the name of `store`'s section of the agents' store; a value signed for one section is not valid in another."""
         self.store = store
         self._seal, self._part = seal, part
 
@@ -27,16 +27,16 @@ class Board:
         self.store.set(key, self._signed(key, text))
 
     def write_first(self, key: str, text: str) -> str:
-        """Write unless an agent has written; what stands there then."""
+        """Write `text` unless an agent has already written under `key`. Returns the text that is stored there afterwards."""
         expected = b""
         while True:
-            found = self.store.compare_set(key, expected, self._signed(key, text))  # type: ignore[arg-type]  # bytes too
-            if (written := self._seal.opened(self._name(key), found)) is not None:
+            stored = self.store.compare_set(key, expected, self._signed(key, text))  # type: ignore[arg-type]  # takes bytes too
+            if (written := self._seal.opened(self._name(key), stored)) is not None:
                 return written
-            expected = found if found != expected else b""  # replaced, or gone again
+            expected = stored if stored != expected else b""  # overwrite the unsigned value, or start over if it was deleted
 
     def read(self, key: str) -> str | None:
-        """What an agent has written; None: nothing so far."""
+        """Returns the text that an agent has written under `key`, or None."""
         return self._seal.opened(self._name(key), self.store.get(key)) if self.store.check([key]) else None
 
     def _signed(self, key: str, text: str) -> str:
@@ -47,10 +47,10 @@ class Board:
 
 
 class Ending:
-    """How the run has ended, for all nodes; the first that knows says it. Nothing is heard when the store's host is gone."""
+    """How the run ended, published to all nodes by the first that knows. Without the store's host, writes and reads do nothing."""
 
     def __init__(self, board: Board) -> None:
-        """`board`: the one that all rounds of the rendezvous share."""
+        """`board` is the one that all rounds of the rendezvous share."""
         self._board = board
 
     def say(self, document: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ class Ending:
             self._board.write_first(_ENDING, json.dumps(document))
 
     def heard(self, patience_seconds: float = 0.0) -> dict[str, Any] | None:
-        """What a node has said, or says within so many seconds."""
+        """Returns the document that a node has published, or publishes within `patience_seconds`; otherwise None."""
         deadline = time.monotonic() + patience_seconds
         with contextlib.suppress(RuntimeError):
             while (said := self._board.read(_ENDING)) is None and time.monotonic() < deadline:
@@ -69,12 +69,12 @@ class Ending:
         return None
 
     def leave(self) -> None:
-        """Say that this agent asks nothing of the store any more. A bare count: a false one lets the host leave sooner, no more."""
+        """Count this agent as one that no longer uses the store. Not signed: a forged count only makes the host leave sooner."""
         with contextlib.suppress(RuntimeError):
             self._board.store.add(_LEFT, 1)
 
     def await_leaving(self, nodes: int, patience_seconds: float, stop: Callable[[], bool] = lambda: False) -> None:
-        """On the store's host, which leaves last: wait until so many nodes have left, but not longer than `patience_seconds`."""
+        """On the store's host, which leaves last: wait until `nodes` agents have left, or `patience_seconds` have passed."""
         deadline = time.monotonic() + patience_seconds
         with contextlib.suppress(RuntimeError):
             while self._board.store.add(_LEFT, 0) < nodes and time.monotonic() < deadline and not stop():
@@ -82,27 +82,27 @@ class Ending:
 
 
 def backend_of_all(board: Board, own: str) -> str:
-    """The backend of the node that was first to say its own; all nodes of a run must have the same."""
+    """Returns the backend that the first node published; publishes `own` if none has. All nodes of a run must use the same."""
     return board.write_first(_BACKEND, own)
 
 
 def ask_to_regroup(board: Board) -> None:
-    """Tell the agents of this round that its workers stop only to let a node in."""
+    """Tell the agents of this round that the workers are stopping only so that a waiting node can join."""
     board.write(_REGROUP)
 
 
 def regrouping(board: Board) -> bool:
-    """Whether an agent of this round has said so."""
+    """Whether an agent of this round has called `ask_to_regroup`."""
     return board.read(_REGROUP) is not None
 
 
 def say_trained(board: Board, summary: dict[str, Any]) -> None:
-    """Tell the agents of this round that the ranks that train are through."""
+    """Publish to the agents of this round that the ranks that train have finished, with their summary."""
     board.write(_TRAINED, json.dumps(summary))
 
 
 def trained(board: Board) -> dict[str, Any] | None:
-    """The summary, if an agent of this round has said so."""
+    """Returns the summary if an agent of this round has published it, otherwise None."""
     written = board.read(_TRAINED)
     summary: dict[str, Any] | None = None if written is None else json.loads(written)
     return summary

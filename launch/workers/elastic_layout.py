@@ -1,4 +1,4 @@
-"""A recipe for the workers that there are. Free of torch."""
+"""Change a recipe's layout to fit the workers that are left."""
 
 from dataclasses import replace
 
@@ -10,9 +10,10 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def fitted(recipe: Recipe, ranks: int) -> tuple[Recipe, int]:
-    """The recipe with the layout for at most `ranks` that is nearest to its own, and how many ranks that takes.
+    """Returns the recipe with the valid layout of at most `ranks` ranks that is nearest to its own, and that layout's rank count.
 
-    The global batch stays: fewer data ranks accumulate over more micro-batches. Raises RecipeError when `ranks` are too few.
+    The global batch stays the same: fewer data ranks accumulate over more micro-batches. Raises RecipeError when no valid layout
+    of at least restart.min_workers ranks fits.
     """
     full = recipe.parallel.layout(recipe.world_size())
     if ranks >= full.world:
@@ -26,9 +27,9 @@ def fitted(recipe: Recipe, ranks: int) -> tuple[Recipe, int]:
 
 
 def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
-    """The recipe with the degrees of `layout`; what has no meaning with them is left out.
+    """Returns the recipe with the degrees of `layout`, without the settings that do not apply to it.
 
-    Lists by rank or stage are of other ranks then: layers are split evenly, and every rank has the least of the memory caps.
+    Lists given per rank or stage no longer match: layers are then split evenly, and every rank gets the smallest memory cap.
     """
     given = recipe.parallel
     pipeline_stays, data_stays = layout.pipeline == given.pipeline, layout.data == given.data

@@ -1,7 +1,7 @@
-"""The process that workers are forked from: it imports torch once, for all of them, while the launcher does other things.
+"""The process that workers are forked from. It imports torch once for all of them, while the launcher prepares the run.
 
-Free of torch. Signals that ask to stop are blocked in it, and so in every worker until the worker has said what they mean
-to it: a Ctrl-C during start-up is kept, not lost, and kills nobody half-way. It dies with the launcher (lifeline.py).
+Signals that ask to stop are blocked in it, and so in every worker until the worker installs its handlers: a Ctrl-C during start-up
+stays pending instead of being lost or killing a worker half-way. The server dies with the launcher (fork_server_preload.py).
 """
 
 import multiprocessing
@@ -15,21 +15,21 @@ from bagualu.trainer.process.stop_request import STOP_SIGNALS
 
 
 def start(modules: list[str], folder: Path) -> None:
-    """Begin importing `modules` in the server; returns at once. Environment variables must be set before.
+    """Start the server, which begins to import `modules`, and return at once. Set environment variables before.
 
-    To be called on the main thread, as `running` is: the server dies with the thread that starts it.
+    Call this and `running` on the main thread: the server dies with the thread that starts it.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload([fork_server_preload.__name__, *modules])
     running(folder)
 
 
 def running(folder: Path) -> int:
-    """The server's process id. It is started where it is not there, or not any more; `folder` is where its socket lies."""
+    """Returns the server's process id, starting the server if it is not running. `folder` is for the server's socket."""
     config: dict[str, str] = process.current_process()._config  # type: ignore[attr-defined]
-    resource_tracker.ensure_running()  # by itself, because it ends with these signals unblocked
+    resource_tracker.ensure_running()  # before the signals are blocked, because starting it unblocks them
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     os.environ[fork_server_preload.LAUNCHER] = str(os.getpid())
-    before, config["tempdir"] = config.get("tempdir"), str(folder)  # else a folder in /tmp that stays after a kill -9
+    before, config["tempdir"] = config.get("tempdir"), str(folder)  # by default a folder in /tmp, which a kill -9 leaves behind
     try:
         forkserver.ensure_running()
     finally:
@@ -41,8 +41,10 @@ def running(folder: Path) -> int:
 
 
 def stop() -> None:
-    """End the server, so that the next one starts with another environment. No worker is left; to let it put torch away by itself
-    takes most of a second."""
+    """Kill the server, so that the next run starts one with its own environment. Call it when no worker is left.
+
+    A clean exit of the server would spend most of a second on unloading torch.
+    """
     if (pid := forkserver._forkserver._forkserver_pid) is not None:  # type: ignore[attr-defined]
         os.kill(pid, signal.SIGKILL)
     forkserver._forkserver._stop()  # type: ignore[attr-defined]

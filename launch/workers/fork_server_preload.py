@@ -1,11 +1,12 @@
-"""Imported by the fork server before all else, and by nobody else: ties it to the launcher, but not to its terminal. Free of torch.
+"""The first module that the fork server imports: it makes the server die with the launcher and detaches it from the terminal.
 
-What a terminal or `timeout` sends to the launcher's process group is for the launcher, which tells the workers. Their own
-children (a compiler) know nothing of requests to stop and would die of one, and the worker with them: so the server, and all
-that comes of it, is a session of its own.
+A signal that a terminal or `timeout` sends to the launcher's process group is meant for the launcher, which asks the workers to
+stop. Children of workers (a compiler) would die of such a signal and take their worker with them. So the server and all its
+descendants are in a session of their own.
 
-The server has no code of ours but what it imports; that is without the garbage collector, which each worker turns on (member.py).
-Tying the workers to the server alone would not do: each holds the pipe by whose end the server knows that it is of no more use.
+Importing this module is the only way to run our code in the server. It also turns the garbage collector off during the imports;
+each worker turns it on again (worker_process.py). The server would not end by itself when the launcher dies: it waits for the end
+of a pipe that every worker holds open.
 """
 
 import gc
@@ -15,10 +16,10 @@ from bagualu.trainer.output import streams
 from bagualu.trainer.process.parent_death import die_with
 
 LAUNCHER = "BAGUALU_LAUNCHER"
-"""Process id of the launcher, in the environment of a starting fork server only."""
+"""Environment variable with the launcher's process id, set only while the fork server starts."""
 
 if LAUNCHER in os.environ:
     os.setsid()
     die_with(int(os.environ.pop(LAUNCHER)))
     gc.disable()
-    streams.secure()  # of the server and of all workers, before a library prints while it is imported
+    streams.secure()  # for the server and all workers, before an import prints something

@@ -1,8 +1,8 @@
-"""A node that is gone while others wait for it: seen by its agent's silence, long before a communication gives up.
+"""Detects a lost node by its agent's missing heartbeats, long before a collective times out.
 
-A process that dies breaks its connections, and its peers know at once. While a generation connects there are no connections yet,
-and a machine that loses power breaks none. Its agent misses its heartbeats, however slowly the workers of others start. An agent
-alone may be held up too; then its workers go on, and so do those here.
+When a process dies, its connections break and its peers notice at once. That does not help while workers are still connecting, nor
+when a machine loses power. In both cases the node's agent stops sending heartbeats. An agent can also be slow by itself while its
+workers go on; so a node counts as lost only when, in addition, the workers here make no progress and all wait for others.
 """
 
 import time
@@ -16,7 +16,7 @@ from bagualu.trainer.process.failure import Failure
 
 
 class LostNode:
-    """Looks for one, on behalf of the workers of this machine."""
+    """Looks for a lost node that the workers of this machine are waiting for."""
 
     def __init__(self, nodes: NodeRendezvous, scratch: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._nodes = nodes
@@ -26,7 +26,10 @@ class LostNode:
         self._since = 0.0
 
     def look(self, pids: Mapping[int, int]) -> Failure | None:
-        """The failure of a generation that waits for a node that is gone. `pids`: its workers here, by rank."""
+        """Returns a failure if the workers here all wait while a node's agent is silent, otherwise None.
+
+        `pids`: process ids of the workers of this machine, by global rank.
+        """
         seen, now = [(pid, read_beats(self._folder, rank)) for rank, pid in pids.items()], self._clock()
         if seen != self._seen:
             self._seen, self._since = seen, now
@@ -40,31 +43,31 @@ class LostNode:
 
 
 def gone(missing: list[str], phase: str, step: int = 0) -> Failure:
-    """The failure that nodes `missing` have brought about."""
+    """Returns the failure caused by the loss of the nodes `missing` (addresses)."""
     who = f"node {', '.join(missing)}" if missing else "a node"
-    cause = f"{who} is gone: nothing was heard of its agent for {SILENT_SECONDS} s, while the others waited for it"
+    cause = f"{who} is gone: its agent sent no heartbeat for {SILENT_SECONDS} s while the others waited for it"
     return Failure(-1, phase, cause, time.time(), "peer", step)
 
 
 def beats_of(folder: Path, pids: Mapping[int, int]) -> dict[int, Beat | None]:
-    """The heartbeats of these processes, by rank; None for one that has none yet."""
+    """Returns the heartbeats of the processes `pids`, by rank; None for a process that has not written one yet."""
     beats = {rank: read(folder, rank) for rank in pids}
     return {rank: beat if beat and beat.pid == pids[rank] else None for rank, beat in beats.items()}
 
 
 def has_begun(folder: Path, rank: int, pid: int) -> bool:
-    """Whether that process has begun a step, or has none to begin."""
+    """Whether process `pid` has begun a step, or is a spare worker that never does."""
     beat = read(folder, rank)
     if beat is None:
-        return read_beats(folder, rank) > 0  # at this very moment it writes
+        return read_beats(folder, rank) > 0  # unreadable because it is being written right now
     return beat.pid == pid and (beat.steps_begun > 0 or beat.point == SPARE)
 
 
 def where(step: int) -> str:
-    """The phase of a run whose newest step is `step`."""
+    """Returns the phase, for messages, of a run whose newest step is `step`."""
     return f"step {step}" if step else "start"
 
 
 def _waits(beat: Beat | None) -> bool:
-    """Whether the rank waits for others: in a communication, or it starts, which may mean that it waits to be connected."""
+    """Whether the rank may be waiting for others: in a collective, or before its first step, when it may still be connecting."""
     return beat is None or bool(beat.operation) or not beat.steps_begun

@@ -1,4 +1,4 @@
-"""Run a recipe on this machine: as worker processes under torch.distributed.elastic, or as threads of this process."""
+"""Runs a recipe on this machine, as worker processes under torch.distributed.elastic or as threads of this process."""
 
 import atexit
 import contextlib
@@ -37,20 +37,20 @@ from bagualu.trainer.process.worker import train
 from bagualu.trainer.recipe.config import Recipe
 
 _TELL_SECONDS = 30
-"""For nodes that start later than the one that holds the store, to come and hear why that one was refused."""
+"""How long a host of the store that cannot take part waits for later nodes to read the reason."""
 
 _STOPPED_SECONDS = 3
-"""For nodes that wait for it, to hear that it was asked to stop; where all of them were, none comes."""
+"""How long a host that was asked to stop waits for the other nodes to read that. Short, because often all were asked to stop."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A run's end on this machine: its summary, or the failure after which it was not started again."""
+    """How a run ended on this machine: its summary, or the failure after which it was not restarted."""
 
     summary: dict[str, Any] | None = None
     failure: Failure | None = None
-    speaks: bool = True
-    """Whether rank 0 was here; of several nodes one shows the summary."""
+    prints_summary: bool = True
+    """Whether this node prints the summary: of several nodes, the one with rank 0."""
 
 
 def run_processes(
@@ -65,41 +65,41 @@ def run_processes(
 ) -> Ended:
     """Train with `workers` processes here, and with those of the other nodes of `meeting`.
 
-    `folder` is that of the launch (scratch.py), `stop` is installed, and the fork server is already on its way (forkserver.py).
+    The caller has installed `stop` and started the fork server (fork_server.py). `folder` is the launch's scratch folder.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the last words are ours
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are the agent's
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "0"  # else elastic opens a store on all interfaces
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are printed by the launcher
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the agent handles the other signals
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "0"  # with 1, elastic opens a second store on all interfaces
     if stop():
         ended = _not_begun()
         tell_early(recipe, meeting, ended, stop)
         return ended
-    told = worker_process.Member(recipe, tuple(range(workers)), recipe.world_size(), entrypoint, folder, quiet_stdout)
+    arguments = worker_process.WorkerArguments(recipe, tuple(range(workers)), recipe.world_size(), entrypoint, folder, quiet_stdout)
     try:
-        place = _place(recipe, meeting, stop)
+        store = _open_store(recipe, meeting, stop)
     except RendezvousError:
         return _not_begun() if stop() else Ended(failure=_no_store(meeting, "meeting the other nodes"))
     except RecipeError as error:
         return refused(error)
-    ending = Ending(place.board)
+    ending = Ending(store.board)
     try:
-        with _lock(recipe, meeting, place):
+        with _lock(recipe, meeting, store):
             if meeting:
-                _require_same_backend(recipe, place)
-                for watcher in watchers if place.hosts else ():
+                _require_same_backend(recipe, store)
+                for watcher in watchers if store.hosts else ():
                     watcher.begins()
-            return _together(Agent(told, place.handler, stop, watchers), place, ending, meeting)
-    except RecipeError as error:  # another job was quicker, or this node is unlike the others
+            return _run_agent(Agent(arguments, store.handler, stop, watchers), store, ending, meeting)
+    except RecipeError as error:  # another job holds the run directory, or this node's backend differs from the others'
         ended = refused(error)
-        if place.hosts or not recipe.restart.elastic:  # the run cannot do without this node
-            _tell_early(recipe, place, meeting, ended, stop)
+        if store.hosts or not recipe.restart.elastic:  # the run cannot go on without this node
+            _tell_early(recipe, store, meeting, ended, stop)
         else:
             ending.leave()
         return ended
 
 
-def _place(recipe: Recipe, meeting: Meeting | None, stop: StopRequest) -> rendezvous.RendezvousStore:
-    """Where the agents meet. Raises RendezvousError, and RecipeError for an address or a port that cannot be used."""
+def _open_store(recipe: Recipe, meeting: Meeting | None, stop: StopRequest) -> rendezvous.RendezvousStore:
+    """Returns the rendezvous of the run's agents. Raises RendezvousError, and RecipeError for an address or port it cannot use."""
     if meeting:
         return rendezvous.among(meeting, recipe.restart, stop)
     try:
@@ -109,48 +109,48 @@ def _place(recipe: Recipe, meeting: Meeting | None, stop: StopRequest) -> rendez
                           f"give another, or leave it out for a free one") from error  # fmt: skip
 
 
-def _lock(recipe: Recipe, meeting: Meeting | None, place: rendezvous.RendezvousStore) -> AbstractContextManager[None]:
+def _lock(recipe: Recipe, meeting: Meeting | None, store: rendezvous.RendezvousStore) -> AbstractContextManager[None]:
     """Keep other jobs out of the run directory, on the node that hosts the store. On a single node the caller does it."""
-    return run_lock.hold(Path(recipe.run.dir), meeting.job) if meeting and place.hosts else nullcontext()
+    return run_lock.hold(Path(recipe.run.dir), meeting.job) if meeting and store.hosts else nullcontext()
 
 
-def _require_same_backend(recipe: Recipe, place: rendezvous.RendezvousStore) -> None:
-    """Raises RecipeError on a node whose backend is not that of the others, as comm.backend=auto may make it."""
+def _require_same_backend(recipe: Recipe, store: rendezvous.RendezvousStore) -> None:
+    """Raises RecipeError when this node's backend differs from that of the first node, which comm.backend=auto may cause."""
     own = recipe.comm.backend
     try:
-        others = backend_of_all(place.board, own)
-    except RuntimeError:  # the store is gone, and the next call that needs it reports that
+        others = backend_of_all(store.board, own)
+    except RuntimeError:  # the store is gone; the next call that needs it reports that
         return
     if own != others:
-        raise RecipeError(f"{socket.gethostname()} has comm.backend={own}, and the nodes before it {others}; give the same "
-                          f"comm.backend to all nodes, or GPUs to all or none")  # fmt: skip
+        raise RecipeError(f"{socket.gethostname()} has comm.backend={own}, but the nodes that started before it have {others}; "
+                          f"give the same comm.backend to all nodes, or GPUs to all or none")  # fmt: skip
 
 
 def refused(error: RecipeError) -> Ended:
-    """The end on a node that cannot take part."""
+    """Returns how the run ends on a node that cannot take part because of `error`."""
     return Ended(failure=failure(-1, "start", error, time.time()))
 
 
 def tell_early(recipe: Recipe, meeting: Meeting | None, ended: Ended, stop: StopRequest) -> None:
-    """On a node that ends before it has joined, and without which the run cannot start: let the other nodes know why.
+    """On a node that ends before it has joined, and without which the run cannot start: publish why, for the other nodes.
 
-    These are the node that is to hold the store, and every node of a run that is not elastic. Such a node looks for the store for
+    Such nodes are the one that should host the store, and every node of a run that is not elastic. The node looks for the store for
     _TELL_SECONDS at most.
     """
     with contextlib.suppress(RendezvousError, RecipeError, OSError):
         if meeting and meeting.nodes > 1 and (rendezvous.is_host(meeting) or not recipe.restart.elastic):
             patience = min(recipe.restart.wait_seconds, _TELL_SECONDS)
-            place = rendezvous.among(meeting, replace(recipe.restart, wait_seconds=patience), stop)
-            if place.hosts or not recipe.restart.elastic:
-                _tell_early(recipe, place, meeting, ended, stop)
+            store = rendezvous.among(meeting, replace(recipe.restart, wait_seconds=patience), stop)
+            if store.hosts or not recipe.restart.elastic:
+                _tell_early(recipe, store, meeting, ended, stop)
 
 
 def _tell_early(
-    recipe: Recipe, place: rendezvous.RendezvousStore, meeting: Meeting | None, ended: Ended, stop: StopRequest
+    recipe: Recipe, store: rendezvous.RendezvousStore, meeting: Meeting | None, ended: Ended, stop: StopRequest
 ) -> None:
-    """Tell the other nodes of an end before all of them have joined. The host of the store waits for them, but not for long."""
-    _tell(ended, place, ending := Ending(place.board))
-    if not (meeting and place.hosts) or ended.failure is None:
+    """Publish how the run ended before all nodes have joined. The host of the store waits a limited time for them to read it."""
+    _tell(ended, store, ending := Ending(store.board))
+    if not (meeting and store.hosts) or ended.failure is None:
         return
     if stop():
         ending.await_leaving(meeting.nodes, _STOPPED_SECONDS)
@@ -159,35 +159,35 @@ def _tell_early(
     ending.await_leaving(meeting.nodes, min(recipe.restart.wait_seconds, _TELL_SECONDS), stop)
 
 
-def _tell(ended: Ended, place: rendezvous.RendezvousStore, ending: Ending) -> None:
-    """Tell the agents of the other nodes how the run has ended, and ask nothing of the store from then on."""
+def _tell(ended: Ended, store: rendezvous.RendezvousStore, ending: Ending) -> None:
+    """Publish to the agents of the other nodes how the run ended, then leave the rendezvous and its store."""
     ending.say({"summary": ended.summary, "failure": ended.failure and ended.failure.as_dict()})
-    place.handler.shutdown()
+    store.handler.shutdown()
     ending.leave()
 
 
-def _together(agent: Agent, place: rendezvous.RendezvousStore, ending: Ending, meeting: Meeting | None) -> Ended:
-    """The end of the run, told to the agents of the other nodes and heard from them."""
+def _run_agent(agent: Agent, store: rendezvous.RendezvousStore, ending: Ending, meeting: Meeting | None) -> Ended:
+    """Run the agent until the run ends, publish the end to the other nodes, and return it."""
     try:
         with agent.suspending():
             ended = _supervise(agent, ending)
     except RendezvousTimeoutError:
-        ended = Ended(failure=_nobody_came(agent.told.recipe, place.handler.missing()))
+        ended = Ended(failure=_missing_nodes(agent.arguments.recipe, store.handler.missing()))
     except (RendezvousError, DistNetworkError):
         ended = Ended(failure=_no_store(meeting, agent.phase))
     stopped = ended.failure is not None and ended.failure.kind == "stopped"
     with contextlib.suppress(Killed):
-        if stopped and not place.hosts:  # a node that leaves ends nothing for the others
+        if stopped and not store.hosts:  # a stopped node that does not host the store does not end the run of the others
             ending.leave()
         else:
-            _tell(ended, place, ending)
-        if place.hosts:  # and leaves last, or the others would lose the store while they still ask
-            ending.await_leaving(place.handler.present() if stopped else agent.nodes, LEAVE_SECONDS)
+            _tell(ended, store, ending)
+        if store.hosts:  # the host leaves last, because the others still read from its store
+            ending.await_leaving(store.handler.present() if stopped else agent.nodes, LEAVE_SECONDS)
     return ended
 
 
 def _supervise(agent: Agent, ending: Ending) -> Ended:
-    """The end of the run; where another node has ended it, what that one said."""
+    """Run the agent and return how the run ended; if another node ended it, what that node published."""
     if agent.stop_asked:
         return _not_begun()
     try:
@@ -203,11 +203,11 @@ def _supervise(agent: Agent, ending: Ending) -> Ended:
     except RecipeError as error:
         return Ended(failure=failure(-1, "restart", error, time.time()))
     if result is None:
-        return _said(ending.heard())
+        return _published(ending.heard())
     if agent.failure and agent.failure.kind == "peer" and result.is_failed() and agent.nodes > 1:
-        cause = ending.heard(LEAVE_SECONDS)  # here ranks only lost peers: the node that knows why says it
-        return _said(cause) if cause else Ended(failure=agent.failure)
-    return Ended(failure=agent.failure) if result.is_failed() else Ended(agent.summary, speaks=agent.has_rank_0)
+        cause = ending.heard(LEAVE_SECONDS)  # the ranks here only lost peers; the node with the cause publishes it
+        return _published(cause) if cause else Ended(failure=agent.failure)
+    return Ended(failure=agent.failure) if result.is_failed() else Ended(agent.summary, prints_summary=agent.has_rank_0)
 
 
 def _killed() -> Ended:
@@ -219,22 +219,24 @@ def _not_begun() -> Ended:
     return Ended(failure=Failure(-1, "start", "asked to stop before anything was trained", time.time(), "stopped"))
 
 
-def _said(document: dict[str, Any] | None) -> Ended:
+def _published(document: dict[str, Any] | None) -> Ended:
     if document is None:
-        return Ended(failure=Failure(-1, "restart", "another node has ended the run, and is gone", time.time(), "peer"))
+        return Ended(failure=Failure(-1, "restart", "another node has ended the run and gone", time.time(), "peer"))
     return Ended(document["summary"], Failure(**document["failure"]) if document["failure"] else None, False)
 
 
-def _nobody_came(recipe: Recipe, missing: list[str]) -> Failure:
-    cause = f"waited restart.wait_seconds={recipe.restart.wait_seconds} s for {recipe.launch.nodes} nodes, and they did not come"
+def _missing_nodes(recipe: Recipe, missing: list[str]) -> Failure:
+    cause = (
+        f"waited restart.wait_seconds={recipe.restart.wait_seconds} s for {recipe.launch.nodes} nodes, but not all of them joined"
+    )
     if missing:
-        cause += f"; gone since they last met: {', '.join(missing)}"
+        cause += f"; lost since the last start: {', '.join(missing)}"
     return Failure(-1, "meeting the other nodes", cause, time.time(), "peer")
 
 
 def _no_store(meeting: Meeting | None, phase: str) -> Failure:
-    place = f", {meeting.host} at port {meeting.port}," if meeting else ""
-    cause = f"the node that holds the rendezvous store{place} cannot be reached"
+    address = f", {meeting.host} at port {meeting.port}," if meeting else ""
+    cause = f"the node that holds the rendezvous store{address} cannot be reached"
     return Failure(-1, phase, cause, time.time(), "peer")
 
 
@@ -262,19 +264,19 @@ def run_threads(
                 return _killed()
             if ended.failure is None:
                 return ended
-            verdict = restarts.decide(ended.failure)
-            again = verdict.again and not stop()
+            decision = restarts.decide(ended.failure)
+            again = decision.again and not stop()
             for watcher in watchers:
-                watcher.failed(generation, verdict.failure, again)
+                watcher.failed(generation, decision.failure, again)
             if not again:
-                return Ended(failure=verdict.failure)
-            print(f"bagualu: {announcement(verdict, restarts, recipe, begun(folder))}", file=sys.stderr, flush=True)
-            time.sleep(verdict.pause_seconds)
+                return Ended(failure=decision.failure)
+            print(f"bagualu: {announcement(decision, restarts, recipe, begun(folder))}", file=sys.stderr, flush=True)
+            time.sleep(decision.pause_seconds)
             generation += 1
 
 
 def _leave_threads() -> None:
-    """End the process with ranks at work in it: the interpreter would abort when it takes itself from under them."""
+    """End the process while rank threads still run; a normal exit of the interpreter would abort with running threads."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(FAILED)
@@ -299,6 +301,6 @@ def _run_threads_once(
     try:
         return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads, hung, recipe.comm.device)[0])
     except (Exception, ProcessKilled) as error:
-        if not isinstance(error, RecipeError):  # which is all there is to say
+        if not isinstance(error, RecipeError):  # its message says everything; no traceback is needed
             traceback.print_exception(error)
         return Ended(failure=seen[0] if seen else at_fault(first(failures), not recipe.restart.hang_seconds))

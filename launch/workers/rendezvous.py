@@ -1,4 +1,4 @@
-"""Where the agents of a run meet: elastic's rendezvous over a TCP store, on one machine or on many."""
+"""The rendezvous of a run's agents: elastic's, over a TCP store, on one machine or on many."""
 
 import contextlib
 import errno
@@ -25,27 +25,27 @@ from bagualu.launch.workers.rendezvous_config import Meeting
 from bagualu.launch.workers.secret import Seal, of_this_process
 
 REGROUP_SECONDS = 300
-"""For the workers to save and stop, so that a node that has come can join."""
+"""How long the workers may take to save and stop, so that a waiting node can join."""
 _HEARTBEAT_SECONDS, _MISSED_HEARTBEATS = 1, 8
 SILENT_SECONDS = _HEARTBEAT_SECONDS * _MISSED_HEARTBEATS
-"""An agent that has been silent for so long is dead."""
+"""An agent that has sent no heartbeat for this long is considered dead."""
 _STORE_SECONDS = 30
-"""The same for the machine with the store, without which nobody goes on; and for a word that an agent owes the others at once."""
+"""Silence after which the machine with the store, which all agents need, is considered dead; also the timeout of store calls."""
 _ANSWER_SECONDS = 10
-"""For a store that listens to answer for the first time."""
+"""How long a store that accepts connections may take to answer its first request."""
 _FOREVER_SECONDS = 10**8
 
 
 class NodeRendezvous(DynamicRendezvousHandler):
-    """Elastic's rendezvous, which also knows who of the last round is missing now, and has one store for agents and workers."""
+    """Elastic's rendezvous, which also reports nodes of the last round that are missing, and shares its store with the workers."""
 
     _met: frozenset[_NodeDesc] = frozenset()
     seal: Seal
     round: int = 0
-    """The round that was met last."""
+    """Number of the last completed rendezvous round."""
 
     def share(self, store: TCPStore, address: str, port: int, seal: Seal) -> None:
-        """Give workers the agents' own store, at `address`, in place of another that elastic would open on all interfaces."""
+        """Let the workers use the agents' store at `address` instead of a second one that elastic would open on all interfaces."""
         self._shared_tcp_store_server, self._bootstrap_store_info = store, RendezvousStoreInfo(address, port)
         self.seal = seal
 
@@ -55,21 +55,24 @@ class NodeRendezvous(DynamicRendezvousHandler):
         return store
 
     def _get_world(self) -> tuple[int, int]:
-        self._met = frozenset(self._state_holder.state.participants)  # before one of them can fall silent
+        self._met = frozenset(self._state_holder.state.participants)  # before elastic removes a silent node
         return super()._get_world()
 
     def missing(self) -> list[str]:
-        """Addresses of other nodes of the last round whose agents are silent or have left, and have not come to the next one."""
-        heard = self._state_holder.state.last_heartbeats.keys()  # read anew every second, to tell the others that this node lives
+        """Returns the addresses of other nodes of the last round whose agents are silent or have left and not come back."""
+        heard = self._state_holder.state.last_heartbeats.keys()  # refreshed every second, when this node sends its own heartbeat
         return sorted(node.addr for node in self._met - heard - {self._this_node})
 
     def present(self) -> int:
-        """How many agents are at the rendezvous, this one included."""
+        """Returns how many agents take part in the rendezvous or wait to join, including this one."""
         state = self._state_holder.state
         return len({*state.participants, *state.wait_list, self._this_node})
 
     def _keep_alive(self) -> None:
-        """Elastic strikes a node off whose heartbeats it has missed, and that one would never beat again: no blip may do that."""
+        """Send a heartbeat, also after elastic has removed this node for missed heartbeats.
+
+        Elastic alone would never send another heartbeat for a removed node, so a short interruption would lose the node for good.
+        """
         super()._keep_alive()
         with self._heartbeat_lock:
             holder = self._state_holder
@@ -81,33 +84,36 @@ class NodeRendezvous(DynamicRendezvousHandler):
 
 
 class SignedBackend(C10dRendezvousBackend):
-    """Elastic's state of the rendezvous in a store, where only a state that an agent of the run has signed counts.
+    """Keeps elastic's rendezvous state in a store, and ignores states that no agent of the run has signed.
 
-    Elastic unpickles the state: one that a stranger could write would run as the user's own program.
+    Elastic unpickles the state, so a forged one could run any code as the user.
     """
 
     def __init__(self, store: Store, run_id: str, seal: Seal) -> None:
         self._seal = seal
         self._newest: bytes | None = None
-        """The newest state that was signed."""
+        """The newest state with a valid signature."""
         super().__init__(store, run_id)
 
     def get_state(self) -> tuple[bytes, Token] | None:
         return self._opened(self._call_store("get", self._key))
 
     def set_state(self, state: bytes, token: Token | None = None) -> tuple[bytes, Token, bool] | None:
-        """Replace the state that was read with `token`; without one, whatever stands there and is not signed."""
+        """Replace the state that was read with `token`; without a token, only a missing or unsigned state is replaced.
+
+        Returns the state that is stored afterwards, its token, and whether it is `state`; None when there is none.
+        """
         if token is None:
             token = self._call_store("get", self._key)
-            if (found := self._opened(token)) is not None:
-                return *found, False
+            if (stored := self._opened(token)) is not None:
+                return *stored, False
         signed = self._seal.sign(self._key, b64encode(state).decode())
-        found_there: bytes = self._call_store("compare_set", self._key, token, signed)
-        opened = self._opened(found_there)
-        return None if opened is None else (*opened, found_there == signed.encode())
+        current: bytes = self._call_store("compare_set", self._key, token, signed)
+        opened = self._opened(current)
+        return None if opened is None else (*opened, current == signed.encode())
 
     def _opened(self, value: bytes) -> tuple[bytes, Token] | None:
-        """The state that `value` is, and the token that stands for `value`; for one that is not signed the state before."""
+        """Returns the state in `value` and `value` as its token; for an unsigned value, the newest signed state instead."""
         if value == self._NULL_SENTINEL.encode():
             return None
         if (text := self._seal.opened(self._key, value)) is not None:
@@ -117,24 +123,27 @@ class SignedBackend(C10dRendezvousBackend):
 
 @dataclass(frozen=True)
 class RendezvousStore:
-    """A rendezvous, and a board that all its rounds share."""
+    """A rendezvous, and the board for messages that all its rounds share."""
 
     handler: NodeRendezvous
     board: Board
     hosts: bool
-    """Whether the store is this process's."""
+    """Whether this process hosts the store."""
 
 
 def here(port: int | None) -> RendezvousStore:
-    """The rendezvous of one machine, at its loopback address. Raises OSError when the port is taken."""
+    """Returns a rendezvous for this machine alone, at its loopback address. Raises OSError when the port is taken."""
     store = serve(LOOPBACK, port or 0, timedelta(seconds=_STORE_SECONDS))
     run_id = uuid.uuid4().hex
     seal = Seal(of_this_process(), run_id)
-    return _place(store, True, LOOPBACK, LOOPBACK, seal, run_id, 1, 1, _FOREVER_SECONDS, 1)
+    return _rendezvous_store(store, True, LOOPBACK, LOOPBACK, seal, run_id, 1, 1, _FOREVER_SECONDS, 1)
 
 
 def among(meeting: Meeting, config: RestartConfig, stop: Callable[[], bool]) -> RendezvousStore:
-    """The rendezvous of `meeting`. Raises RendezvousError when its host is not reached in time, or before, when asked to stop."""
+    """Returns the rendezvous of `meeting`, hosting its store if the host is this machine.
+
+    Raises RendezvousError when the store cannot be reached within restart.wait_seconds, or when `stop()` becomes true.
+    """
     join, last_call = config.wait_seconds, 1
     if config.elastic:
         join, last_call = config.wait_seconds + REGROUP_SECONDS, config.wait_seconds
@@ -142,17 +151,20 @@ def among(meeting: Meeting, config: RestartConfig, stop: Callable[[], bool]) -> 
     hosted = _hosted(meeting.port, its_address) if own_address == its_address else None
     store = hosted or _reached(meeting, its_address, config.wait_seconds, stop)
     seal, nodes = Seal(meeting.secret, meeting.id), (meeting.fewest, meeting.nodes)
-    return _place(store, hosted is not None, its_address, own_address, seal, meeting.id, *nodes, join, last_call)
+    return _rendezvous_store(store, hosted is not None, its_address, own_address, seal, meeting.id, *nodes, join, last_call)
 
 
 def is_host(meeting: Meeting) -> bool:
-    """Whether the address of the meeting is this machine's. Raises OSError when there is no way to it."""
+    """Whether the host of the meeting is this machine. Raises OSError when it cannot be reached."""
     own_address, its_address = addresses_towards(meeting.host, meeting.port)
     return own_address == its_address  # elastic compares names, which may stand for another address of this machine
 
 
 def _hosted(port: int, address: str) -> TCPStore | None:
-    """The store in this process; None: another agent of this machine has it already."""
+    """Returns a store hosted by this process; None when another process of this machine already uses the port.
+
+    Raises RecipeError when the store cannot listen there for another reason.
+    """
     try:
         return serve(address, port, timedelta(seconds=_STORE_SECONDS))
     except OSError as error:
@@ -163,18 +175,18 @@ def _hosted(port: int, address: str) -> TCPStore | None:
 
 
 def _reached(meeting: Meeting, address: str, wait_seconds: float, stop: Callable[[], bool]) -> TCPStore:
-    """The store in another process."""
+    """Returns a connection to the store that another process hosts. Raises RendezvousConnectionError after `wait_seconds`."""
     deadline = time.monotonic() + wait_seconds
     while True:
         _await_host(address, meeting.port, deadline, stop)
-        with contextlib.suppress(RuntimeError):  # it went again that very moment
+        with contextlib.suppress(RuntimeError):  # the host has gone in the meantime
             store = TCPStore(address, meeting.port, is_master=False, timeout=timedelta(seconds=_ANSWER_SECONDS))
             store.set_timeout(timedelta(seconds=_STORE_SECONDS))
             return store
 
 
 def _await_host(host: str, port: int, deadline: float, stop: Callable[[], bool]) -> None:
-    """Until somebody listens there: the machine with the store may be the last to come up. Torch would wait deaf to signals."""
+    """Wait until a process listens at host:port; the machine with the store may start last. Torch's own wait ignores signals."""
     while not stop() and time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
             return
@@ -182,7 +194,7 @@ def _await_host(host: str, port: int, deadline: float, stop: Callable[[], bool])
     raise RendezvousConnectionError(f"nobody listens at {host}:{port}")
 
 
-def _place(
+def _rendezvous_store(
     store: TCPStore,
     hosts: bool,
     address: str,
@@ -206,24 +218,24 @@ def _place(
 
 
 def _notice_silence(port: int) -> None:
-    """End this process's connections to `port` when the other machine has not acknowledged anything for a while.
+    """Make this process's connections to `port` fail when the other machine acknowledges nothing for _STORE_SECONDS.
 
-    A machine without power says nothing. Without this its store is waited for as long as the kernel likes: a quarter of an hour.
+    A machine that loses power does not close its connections; by default the kernel waits for it a quarter of an hour.
     """
     if not hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         return
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError):  # no socket, or one without a peer
-            one = socket.socket(fileno=descriptor)
+            connection = socket.socket(fileno=descriptor)
             try:
-                if one.type == socket.SOCK_STREAM and one.getpeername()[1:2] == (port,):
-                    _limit_silence(one)
+                if connection.type == socket.SOCK_STREAM and connection.getpeername()[1:2] == (port,):
+                    _limit_silence(connection)
             finally:
-                one.detach()  # it is torch's
+                connection.detach()  # torch owns the descriptor
 
 
-def _limit_silence(one: socket.socket) -> None:
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # also while this side only listens
-    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _HEARTBEAT_SECONDS)
-    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _HEARTBEAT_SECONDS)
-    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _STORE_SECONDS)
+def _limit_silence(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # detects silence even when this side sends nothing
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _HEARTBEAT_SECONDS)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _HEARTBEAT_SECONDS)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _STORE_SECONDS)

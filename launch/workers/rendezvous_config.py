@@ -1,22 +1,22 @@
-"""Where and with how many other nodes a node's agent meets. Free of torch."""
+"""Where the agents of a run's nodes meet, and how many there are."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """The same for every node of a run."""
+    """The rendezvous of a run; the same on every node."""
 
     host: str
-    """The node whose agent holds the rendezvous store, as the others can reach it."""
+    """Name or address, reachable from the other nodes, of the node whose agent hosts the rendezvous store."""
     port: int
     id: str
-    """Tells this run from others at the same place."""
+    """Distinguishes this run from others that use the same host and port."""
     job: str
-    """Tells the run's job from others in its directory; the same when it is put back into the queue."""
+    """Distinguishes the run's job from others that use its directory; stays the same when the job is requeued."""
     nodes: int
-    """As many as there may be."""
+    """The largest number of nodes."""
     fewest: int
-    """As few as may go on."""
+    """The smallest number of nodes that the run can go on with."""
     secret: str = field(repr=False)
-    """With which the agents sign what they tell each other (secret.py)."""
+    """The agents sign their messages with it (secret.py)."""

@@ -1,4 +1,4 @@
-"""One run on this machine, from a recipe that has been checked to its exit code. Free of torch until workers must start."""
+"""Runs a checked recipe on this machine and returns its exit code. Torch is imported only when workers start."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 _ELASTIC = "torch.distributed.elastic.multiprocessing"
 _COMPILER = "torch._dynamo"
-"""What torch.compile and torch's recomputation import: a second of every worker's if each does, and they share the cores then."""
+"""Module that torch.compile and recomputation import. Importing it once in the fork server saves each worker a second."""
 
 
 def run(
@@ -36,34 +36,39 @@ def run(
     stop: StopRequest,
     meeting: Meeting | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """Train with `workers` workers here, alone or with the other nodes of `meeting`; exit code and the document for --json.
+    """Train with `workers` workers here, alone or with the other nodes of `meeting`.
 
-    `overrides` are shown again in what to type next. `quiet_stdout` keeps stdout for one JSON document. `stop` takes the signals
-    from here on, afterwards too: whoever has another run to do gives it to that one, which does not begin once it was asked.
+    Args:
+        overrides: repeated in the suggested next commands.
+        quiet_stdout: keep stdout free for one JSON document.
+        stop: its signal handlers are installed and stay. A caller with several runs passes the same object to each; a run does not
+            begin after a request to stop.
+
+    Returns the exit code and the document for --json.
     """
     entrypoint = entrypoint or environment.TRAIN
     threaded = recipe.comm.backend == "simulated"
     ledger = LedgerWatcher(Path(recipe.run.dir))
     summary = SummaryWatcher(recipe)
-    stop.tell = [2] if threaded else []  # else no step is under way here: who ends this run says how
+    stop.tell = [2] if threaded else []  # worker processes acknowledge a request to stop themselves
     stop.install()
 
     with summary.crashing(), scratch() as folder, _environment(environment.variables(recipe.launch, workers)):
-        if meeting is None:  # else the node that gets the lock begins
+        if meeting is None:  # with several nodes, the one that holds the lock calls it
             summary.begins()
         if not threaded:
             needed = ["bagualu.launch.workers.worker_process", _ELASTIC, entrypoint.split(":")[0]]
             compiler = recipe.train.compile or recipe.train.recompute != "none"
             fork_server.start([*needed, _COMPILER] if compiler else needed, folder)
         with uncollected():
-            from bagualu.launch.workers import processes  # imports torch: here, while the fork server does too
+            from bagualu.launch.workers import processes  # imports torch, while the fork server does the same
 
         watchers = [ledger, summary, HangCheck(recipe, folder)]
         if threaded:
             ended = processes.run_threads(recipe, workers, entrypoint, quiet_stdout, folder, stop, watchers)
         else:
             ended = processes.run_processes(recipe, workers, entrypoint, quiet_stdout, folder, stop, meeting, watchers)
-            stop.install()  # the agent had them
+            stop.install()  # the agent had replaced the signal handlers
             fork_server.stop()
         begun = storage_probe.begun(folder)
         summary.ended(ended.summary, ended.failure)
@@ -71,10 +76,10 @@ def run(
     if ended.failure is not None:
         return _failed(ended.failure, recipe, begun)
     assert ended.summary is not None
-    if ended.speaks and not quiet_stdout:
+    if ended.prints_summary and not quiet_stdout:
         from bagualu.trainer.output.progress import next_commands, summary_text
 
-        typed = "bagualu" if shutil.which("bagualu") else sys.argv[0]  # an environment that is not activated is not on the PATH
+        typed = "bagualu" if shutil.which("bagualu") else sys.argv[0]  # not on the PATH if the environment is not activated
         done, steps = ended.summary["step"], ended.summary["steps"]
         following = [] if meeting else next_commands(overrides, recipe.optim, done, steps, typed)
         print(summary_text(ended.summary, following))
@@ -82,7 +87,7 @@ def run(
 
 
 def tell_refusal(recipe: Recipe, workers: int, error: RecipeError, stop: StopRequest, meeting: Meeting) -> None:
-    """This node was refused before it joined the others of `meeting`: let those that wait for it know why."""
+    """This node was refused with `error` before it joined the others of `meeting`: publish that to the nodes that wait for it."""
     stop.install()
     with _environment(environment.variables(recipe.launch, workers)):
         from bagualu.launch.workers import processes  # imports torch
@@ -92,7 +97,7 @@ def tell_refusal(recipe: Recipe, workers: int, error: RecipeError, stop: StopReq
 
 def _failed(failure: Failure, recipe: Recipe, begun: bool) -> tuple[int, dict[str, Any]]:
     if sys.stderr.isatty():
-        print("\x1b[?25h", file=sys.stderr)  # off the line of a bar that was cut short, with the cursor it had hidden
+        print("\x1b[?25h", file=sys.stderr)  # leave the line of an interrupted progress bar, and show the cursor that it had hidden
     print(last_words(failure, _advice(recipe, failure, begun)), file=sys.stderr, flush=True)
     ended = {"recipe": "refused", "stopped": "stopped"}.get(failure.kind, "failed")
     refusal = {"error": failure.cause} if ended == "refused" else {}
@@ -100,20 +105,20 @@ def _failed(failure: Failure, recipe: Recipe, begun: bool) -> tuple[int, dict[st
 
 
 def _advice(recipe: Recipe, failure: Failure, begun: bool) -> str:
-    """What to do after a failure: where to look, how to go on. `begun`: a start of this launch has had the run's checkpoints."""
+    """Returns what to do after a failure: which log to read, how to resume. `begun`: as in `storage_probe.newest`."""
     log = Path(recipe.run.dir) / "logs" / f"rank-{failure.rank}.log"
     parts = [f"see {log}"] if log.exists() else []
     if storage_probe.newest(recipe, begun):
         parts.append(what_next(failure))
     elif failure.kind == "stopped":
         return "nothing was done yet, so nothing is lost: start again with checkpoint.resume=true"
-    elif failure.kind == "storage":  # nothing is seen there now: that says little of what there is
+    elif failure.kind == "storage":  # no checkpoint is visible, but the storage may not be answering
         parts.append("go on with checkpoint.resume=true when its storage answers")
     return ", ".join(parts) or _start_again(Path(recipe.run.dir))
 
 
 def _start_again(directory: Path) -> str:
-    """After a failure that has left nothing to go on from. A directory in which another job may be at work is not to be removed."""
+    """Advice when there is no checkpoint to resume from. Never suggests removing a directory that another job may be using."""
     if run_lock.may_be_in_use(directory):
         return "give another run.dir and start again"
     return f"give another run.dir or remove {directory}, and start again"
@@ -121,7 +126,7 @@ def _start_again(directory: Path) -> str:
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """The environment with `variables`, for the processes that start inside."""
+    """Sets `variables` in the environment, for the processes that start inside this context; restores it afterwards."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:

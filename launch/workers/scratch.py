@@ -1,8 +1,8 @@
-"""A folder in memory that the processes of one launch share, and that is gone when the launch is over, however it ends.
+"""A folder in memory that the processes of one launch share, removed when the launch ends, however it ends.
 
-Its remover is a process of its own, there before the folder is, that waits for the launcher's end of a pipe to close: the
-kernel closes it after a kill -9 too. What kills the remover along with the launcher (a batch system that ends a whole job)
-leaves the folder behind; nobody holds its lock then, and the next launch on the machine removes it.
+A separate process removes it. That process starts before the folder exists, and waits until the launcher's end of a pipe closes,
+which the kernel does even after a kill -9. If both are killed (a batch system ends a whole job), the folder is left behind without
+a holder of its lock, and the next launch on the machine removes it.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ done
 
 @contextlib.contextmanager
 def scratch(root: Path | None = None) -> Iterator[Path]:
-    """An empty folder below `root` (None: memory where there is some, else the temporary directory). Raises OSError."""
+    """Yields an empty folder below `root`, by default /dev/shm if writable, else the temporary directory. Raises OSError."""
     root = root or (MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir()))
     _remove_abandoned(root)
     path = root / f"{_PREFIX}{secrets.token_hex(8)}"
-    unlocked = path.with_name(f".{path.name}")  # a folder gets its name once it is locked
+    unlocked = path.with_name(f".{path.name}")  # renamed to `path` once it is locked
     remover = subprocess.Popen(
         ["sh", "-c", _REMOVE, path, unlocked], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         cwd="/", start_new_session=True,
     )  # fmt: skip
     assert remover.stdin is not None
     assert remover.stdout is not None
-    remover.stdout.readline()  # from here on no signal ends it
+    remover.stdout.readline()  # the remover ignores signals from here on
     remover.stdout.close()
     try:
         lock = _make(unlocked)
@@ -56,11 +56,11 @@ def scratch(root: Path | None = None) -> Iterator[Path]:
     finally:
         remover.stdin.close()
         remover.wait()
-        shutil.rmtree(path, ignore_errors=True)  # should the remover have been killed
+        shutil.rmtree(path, ignore_errors=True)  # in case the remover was killed
 
 
 def _make(folder: Path) -> int:
-    """Make the folder, readable by this user alone; the descriptor of its lock, held until it is closed."""
+    """Create the folder, accessible to this user only, and return the descriptor of its lock, which is held until closed."""
     folder.mkdir(mode=0o700)
     lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -68,7 +68,7 @@ def _make(folder: Path) -> int:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Remove this user's folders whose launcher is dead. What cannot be looked into is somebody else's."""
+    """Remove this user's folders whose launcher is dead. A lock that cannot be opened belongs to another user."""
     for path in root.glob(f"{_PREFIX}*/{_LOCK}"):
         try:
             lock = os.open(path, os.O_RDWR)
@@ -78,6 +78,6 @@ def _remove_abandoned(root: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path.parent, ignore_errors=True)
         except BlockingIOError:
-            pass  # its launcher lives
+            pass  # its launcher is alive
         finally:
             os.close(lock)

@@ -1,7 +1,7 @@
-"""The secret that the agents of a job share, and the signatures that they make with it. Free of torch.
+"""The secret that the agents of a job share, and the signatures that they make with it.
 
 It comes from the environment variable BAGUALU_SECRET, which the script of `bagualu slurm` sets, or else from the file `.secret` in
-the run directory, which the first agent makes, readable by its user alone. It is never an argument and never printed.
+the run directory, which the first agent creates, readable by its user alone. It is never passed as an argument and never printed.
 """
 
 import hashlib
@@ -17,16 +17,19 @@ from bagualu.comm.errors import RecipeError
 
 VARIABLE, FILE = "BAGUALU_SECRET", ".secret"
 _LEAST = 16
-"""Characters of a secret."""
+"""Smallest number of characters of a given secret."""
 _CHARACTERS = 64
-"""Of one that is made here."""
+"""Number of characters of a generated secret."""
 _WRITE_SECONDS = 10
-"""For the agent that makes the file to fill it."""
+"""How long the agent that creates the file may take to fill it."""
 
 
 def of_the_job(run_dir: Path) -> str:
-    """The secret that all agents of the job in `run_dir` have. Raises RecipeError when it is none, or readable by others."""
-    given = os.environ.pop(VARIABLE, None)  # what this process starts has no use for it
+    """Returns the secret shared by all agents of the job in `run_dir`.
+
+    Raises RecipeError when the secret is too short, or its file is readable by other users or cannot be read or written.
+    """
+    given = os.environ.pop(VARIABLE, None)  # removed, because child processes do not need it
     if given is None:
         return _from_file(run_dir / FILE)
     if len(given) < _LEAST:
@@ -36,7 +39,7 @@ def of_the_job(run_dir: Path) -> str:
 
 
 def of_this_process() -> str:
-    """The secret of a run with a single agent."""
+    """Returns a new random secret, for a run with a single agent."""
     return secrets.token_hex(_CHARACTERS // 2)
 
 
@@ -61,31 +64,36 @@ def _read(path: Path) -> str:
     try:
         about = path.stat()
         if about.st_uid != os.geteuid() or stat.S_IMODE(about.st_mode) & 0o077:
-            raise RecipeError(f"{path} is the secret of the job's agents, but other users can read or own it; remove it, and it is "
-                              f"made anew")  # fmt: skip
+            raise RecipeError(f"{path} is the secret of the job's agents, but other users can read or own it; remove it and start "
+                              f"again: a new one is made")  # fmt: skip
         while len(secret := path.read_text(encoding="ascii", errors="replace")) < _CHARACTERS:
             if time.monotonic() > deadline:
-                raise RecipeError(f"{path} holds {len(secret)} of {_CHARACTERS} characters; remove it, and it is made anew")
+                raise RecipeError(
+                    f"{path} holds {len(secret)} of {_CHARACTERS} characters; remove it and start again: a new one is made"
+                )
             time.sleep(0.05)
     except OSError as error:
-        raise RecipeError(f"{path} cannot be read ({error.strerror}); remove it, and it is made anew") from error
+        raise RecipeError(f"{path} cannot be read ({error.strerror}); remove it and start again: a new one is made") from error
     return secret
 
 
 class Seal:
-    """Signs what the agents of one run write into their store, and knows what another agent has signed."""
+    """Signs the values that the agents of one run write into their store, and verifies those of other agents."""
 
     def __init__(self, secret: str, run: str) -> None:
-        """`run`: the run's own name, so that nothing signed for another run of the job is taken."""
+        """`run` is the run's id: a value that was signed for another run of the same job is not valid here."""
         self._key = hashlib.sha256(f"{run}\0{secret}".encode()).digest()
         self._complained: set[str] = set()
 
     def sign(self, name: str, text: str) -> str:
-        """`text`, which is to be stored under `name`, with its signature."""
+        """Returns the signature and `text`, to be stored together under `name`."""
         return f"{self._signature(name, text)} {text}"
 
     def opened(self, name: str, value: bytes) -> str | None:
-        """What was signed; None, and one line on stderr, for a value that no agent of this run has stored under `name`."""
+        """Returns the text of a signed value.
+
+        Returns None, and prints one line on stderr per name, when no agent of this run has signed the value for `name`.
+        """
         signature, _, text = value.decode(errors="replace").partition(" ")
         if hmac.compare_digest(signature.encode(), self._signature(name, text).encode()):
             return text

@@ -1,4 +1,4 @@
-"""The launcher's looks at a run's storage. They end, even where the storage does not answer. Free of torch."""
+"""The launcher's reads of a run's storage, each with a timeout, so that storage which does not answer cannot block it."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ _UNKNOWN = "its newest checkpoint, when its storage answers"
 
 
 def check(recipe: Recipe, job: str = "") -> None:
-    """Whether the run directory is free, fits the recipe and can be written. Raises RecipeError."""
+    """Raises RecipeError unless the run directory is not in use by another job, fits the recipe and is writable."""
     directory = Path(recipe.run.dir)
 
     def look() -> None:
@@ -36,7 +36,10 @@ def check(recipe: Recipe, job: str = "") -> None:
 
 
 def choose_backend(recipe: Recipe, workers: int) -> tuple[Recipe, Choice]:
-    """The recipe with a backend that has a name (trainer/recipe/choose_backend.py), which may be that of the run so far."""
+    """Returns the recipe with comm.backend=auto replaced by a real backend, and why (trainer/recipe/choose_backend.py).
+
+    Reads the run directory, because a resumed run keeps its backend. Raises RecipeError when the storage does not answer.
+    """
     try:
         return within(_CHECK_SECONDS, lambda: chooser.choose_backend(recipe, workers))
     except StorageError as error:
@@ -44,17 +47,20 @@ def choose_backend(recipe: Recipe, workers: int) -> tuple[Recipe, Choice]:
 
 
 def begun(scratch: Path) -> bool:
-    """Whether a start of the launch has had the run's checkpoints, wherever they are now."""
+    """Whether workers of this launch have opened the run's checkpoints, even if those cannot be seen now."""
     return (scratch / BEGUN).exists()
 
 
 def newest(recipe: Recipe, begun: bool = False) -> str | None:
-    """The checkpoint that the run would go on from, for people; None when there is none. `begun`: of this launch."""
+    """Returns the name of the checkpoint that the run would resume from, for messages; None when there is none.
+
+    `begun`: whether this launch has opened the run's checkpoints.
+    """
     directory = Path(recipe.run.dir)
 
     def look() -> str | None:
-        if found := latest(directory / "checkpoints"):
-            return found.name
+        if checkpoint := latest(directory / "checkpoints"):
+            return checkpoint.name
         known = begun or has_begun(directory)
         return _UNKNOWN if known and not (directory / "checkpoints" / EPOCH).exists() else None
 

@@ -1,4 +1,4 @@
-"""A local worker process, from its fork to its end: whom it dies with, where its output goes, what it tells of a failure."""
+"""The main function of a local worker process: it ties the worker to its parent, redirects its output and records its failure."""
 
 import contextlib
 import json
@@ -27,49 +27,54 @@ from bagualu.trainer.process.worker import work
 from bagualu.trainer.recipe.config import Recipe
 
 _RELEASED = "released"
-"""File of the scratch folder: spare workers may end."""
+"""File in the scratch folder. When it exists, spare workers end; it holds the summary that they return."""
 
 
 @dataclass(frozen=True)
-class Member:
-    """What every local worker is told, besides who it is."""
+class WorkerArguments:
+    """What every worker of this machine is started with; its rank comes from the environment."""
 
     recipe: Recipe
     slots: tuple[int, ...]
-    """Places for workers on this machine, one each: a GPU, or just a number."""
+    """One number for each worker of this machine: the index of its GPU, if it has one."""
     training: int
-    """Ranks that train; those from there on are spare."""
+    """How many ranks train; workers with this rank or a higher one are spare."""
     entrypoint: str
     scratch: Path
-    """The launch's folder in memory, shared by the workers of this machine; see scratch.py."""
+    """The launch's folder in memory, shared by the workers of this machine (scratch.py)."""
     quiet_stdout: bool
     """Rank 0 writes to stderr only, because stdout is for one JSON document."""
     server: int = 0
-    """The process that workers are forked from."""
+    """Process id of the fork server."""
 
 
-def main(member: Member) -> dict[str, Any]:
-    """Run one worker; its summary. A failure is written down and ends the process at once, with code 1."""
-    leave_out_what_is_there()  # it had all its modules from the fork server
-    workers = len(member.slots)
+def main(arguments: WorkerArguments) -> dict[str, Any]:
+    """Run one worker and return its summary. A failure is written to the scratch folder and ends the process with exit code 1."""
+    leave_out_what_is_there()  # the collector need not look at the modules from the fork server
+    workers = len(arguments.slots)
     stop = StopRequest()
     stop.install()
-    die_with(member.server)
+    die_with(arguments.server)
     world = World.from_environment()
-    log = Path(member.recipe.run.dir) / "logs" / f"rank-{world.rank}.log"
+    log = Path(arguments.recipe.run.dir) / "logs" / f"rank-{world.rank}.log"
     if world.rank:
         redirect_to_log(log)
     else:
-        stop.tell.append(copy_to_log(log, member.quiet_stdout))
-    config = member.recipe.launch
-    if world.rank >= member.training:
-        return _spare(member.scratch, world.rank)
+        stop.tell.append(copy_to_log(log, arguments.quiet_stdout))
+    config = arguments.recipe.launch
+    if world.rank >= arguments.training:
+        return _spare(arguments.scratch, world.rank)
     environment.pin(config, world.local_rank, workers)
     torch.set_num_threads(environment.threads(config, workers))
-    world = replace(world, size=member.training, local_rank=member.slots[world.local_rank])
+    world = replace(world, size=arguments.training, local_rank=arguments.slots[world.local_rank])
     try:
         return work(
-            member.recipe, world, stop, lambda failure: write_failure(member.scratch, failure), member.entrypoint, member.scratch
+            arguments.recipe,
+            world,
+            stop,
+            lambda failure: write_failure(arguments.scratch, failure),
+            arguments.entrypoint,
+            arguments.scratch,
         )
     except BaseException:
         if world.rank:
@@ -83,7 +88,7 @@ def main(member: Member) -> dict[str, Any]:
 
 
 def _spare(scratch: Path, rank: int) -> dict[str, Any]:
-    """A worker that the layout has no use for waits for those that train, and returns their summary."""
+    """Wait as a worker that the layout does not use until the training ranks have finished; returns their summary."""
     monitor = Monitor()
     monitor.point = SPARE
     Heartbeat(scratch / HEARTBEATS, rank, monitor)
@@ -95,12 +100,12 @@ def _spare(scratch: Path, rank: int) -> dict[str, Any]:
 
 
 def release(scratch: Path, summary: dict[str, Any]) -> None:
-    """End the spare workers of this machine."""
+    """Let the spare workers of this machine end and return `summary`."""
     unfinished = scratch / f"{_RELEASED}.new"
     unfinished.write_text(json.dumps(summary))
     unfinished.replace(scratch / _RELEASED)
 
 
 def hold(scratch: Path) -> None:
-    """From now on spare workers wait."""
+    """Make spare workers wait, until `release` is called."""
     (scratch / _RELEASED).unlink(missing_ok=True)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 WORDS = ["parallel.data=3", "data.global_batch=6", "train.steps=12", "checkpoint.every=2", "restart.backoff_seconds=0.1"]
 SHORT, LONG = "restart.wait_seconds=10", "restart.wait_seconds=60"
 STORE = "the node that holds the rendezvous store, 10.77.0.1 at port 29500, cannot be reached"
-NOBODY = "waited restart.wait_seconds=10 s for 3 nodes, and they did not come; gone since they last met: 10.77.0.3"
+NOBODY = "waited restart.wait_seconds=10 s for 3 nodes, but not all of them joined; lost since the last start: 10.77.0.3"
 SLOW = pytest.mark.slow
 
 

@@ -80,7 +80,7 @@ def test_a_node_with_another_backend_is_refused(tmp_path, meeting):
     assert backend_of_all(host.board, "nccl") == "nccl"
     gloo = recipe(tmp_path)
     gloo.comm.backend = "gloo"
-    with pytest.raises(RecipeError, match=r"has comm.backend=gloo, and the nodes before it nccl; give the same"):
+    with pytest.raises(RecipeError, match=r"has comm.backend=gloo, but the nodes that started before it have nccl; give the same"):
         processes._require_same_backend(gloo, other)
 
 

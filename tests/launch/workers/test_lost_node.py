@@ -102,7 +102,9 @@ def test_an_agent_that_was_held_up_is_heard_again(monkeypatch) -> None:
     hosted = serve("127.0.0.1", 0, timedelta(seconds=60))
     stores = [hosted, TCPStore("127.0.0.1", hosted.port, is_master=False)]
     places = [
-        rendezvous._place(store, store is hosted, "127.0.0.1", f"127.0.0.{number}", Seal("secret", "blip"), "blip", 2, 2, 60, 1)
+        rendezvous._rendezvous_store(
+            store, store is hosted, "127.0.0.1", f"127.0.0.{number}", Seal("secret", "blip"), "blip", 2, 2, 60, 1
+        )
         for number, store in enumerate(stores, 1)
     ]
     here, there = (place.handler for place in places)
