@@ -1,4 +1,4 @@
-"""The command `bagualu`. Nothing here imports torch, nor Hydra before a recipe is composed, so that help comes at once."""
+"""The command `bagualu`. It imports neither torch nor, before a recipe is composed, Hydra, so that help is fast."""
 
 import sys
 from typing import Any
@@ -7,15 +7,15 @@ from bagualu.comm.jsonl import dumps
 from bagualu.trainer.output import streams
 
 _INTERRUPTED = 130
-"""What a shell makes of a command that Ctrl-C has ended."""
+"""The exit code that shells use for a command ended by Ctrl-C."""
 
 
 def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> int:
-    """Run a command line; the exit code. `entrypoint` is what a rank runs in place of the trainer, as "module:function"."""
+    """Run a command line and return its exit code. `entrypoint`: "module:function" that ranks run instead of the trainer."""
     streams.secure()
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        code, document = _answered(words, entrypoint)
+        code, document = _run_guarded(words, entrypoint)
     except KeyboardInterrupt:
         print("bagualu: interrupted by Ctrl-C", file=sys.stderr)
         code, document = _INTERRUPTED, {"ended": "interrupted"}
@@ -24,8 +24,8 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
     return code
 
 
-def _answered(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
-    """Exit code, and the document for --json, whatever is wrong with the words or the storage."""
+def _run_guarded(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
+    """As `_run`, but prints a RecipeError or OSError as one line instead of raising it."""
     # Everything else of Bagualu is imported inside this function, so that a Ctrl-C during these imports prints its line too.
     from bagualu.comm.errors import RecipeError
     from bagualu.trainer.process.failure import FAILED, REFUSED, os_error
@@ -41,7 +41,7 @@ def _answered(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
 
 
 def _run(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
-    """Exit code, and the document for --json."""
+    """Run a command line. Returns the exit code and the document for --json."""
     from bagualu.launch.verbs import usage
 
     request = usage.read(words)
@@ -58,7 +58,7 @@ def _run(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
         from bagualu.launch.verbs.schedule import schedule
 
         return schedule(request)
-    # Deferred, so that help needs neither Hydra nor, in the verbs, torch.
+    # Imported only now, because these need Hydra or torch.
     if request.print_recipe:
         from bagualu.launch.verbs.show_recipe import show_recipe
 

@@ -1,7 +1,9 @@
-"""One node's part of a run on several: `python -m bagualu.launch.node --meet HEAD:PORT --id NAME recipe=... launch.nodes=N`.
+"""Runs one node's workers in a run on several nodes.
 
-Started alike on every node, by hand or by the script of `bagualu slurm`. The agent that runs on HEAD holds the store where all
-meet. A node whose agent died is started again with the same words, and joins where the run is. Free of torch until workers start.
+    python -m bagualu.launch.node --meet HEAD:PORT --id NAME recipe=... launch.nodes=N
+
+The same command is started on every node, by hand or by the script of `bagualu slurm`. The agent on HEAD hosts the store through
+which the agents find each other. If a node's agent dies, start it again with the same command, and it joins the running training.
 """
 
 import argparse
@@ -23,12 +25,12 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> int:
-    """Run this node's workers to the end of the training; the exit code, the same on every node."""
+    """Run this node's workers until training ends. Returns the exit code, which is the same on every node."""
     streams.secure()
     parser = argparse.ArgumentParser(prog="python -m bagualu.launch.node", description="One node's part of a run on several.")
     parser.add_argument("--meet", required=True, metavar="HOST:PORT", help="where the nodes meet: one of them, and a free port")
-    parser.add_argument("--id", required=True, metavar="NAME", help="tells this run from others that meet there")
-    parser.add_argument("--job", metavar="NAME", help="the batch job, the same when it is put back into the queue; else as --id")
+    parser.add_argument("--id", required=True, metavar="NAME", help="name that other runs with the same HOST:PORT do not use")
+    parser.add_argument("--job", metavar="NAME", help="id of the batch job, the same after a requeue; default: --id")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the recipe, as for bagualu train; the same everywhere")
     given = parser.parse_args(arguments)
     stop = StopRequest()
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
         storage_probe.check(recipe, job)
         meeting = _meeting(recipe, address, given.id, job, workers)
         save_recipe(recipe)
-    except RecipeError as error:  # of this node alone, perhaps: others may wait for it
+    except RecipeError as error:  # perhaps on this node only, and the others may be waiting for it
         code = _refused(error)
         if recipe.launch.nodes > 1:
             with contextlib.suppress(RecipeError):
@@ -61,13 +63,13 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
 
 
 def _check(recipe: Recipe) -> None:
-    """What is wrong with the recipe itself, and so on every node. Raises RecipeError."""
+    """Raises RecipeError for mistakes in the recipe itself, which all nodes find alike."""
     recipe.validate(recipe.world_size())
     if recipe.comm.backend == "simulated":
         raise RecipeError("comm.backend=simulated runs in one process; use bagualu train, or comm.backend=nccl or gloo here")
     if not recipe.checkpoint.resume:
-        raise RecipeError("a node joins a run wherever that is; give checkpoint.resume=true, which begins at the beginning "
-                          "where there is no checkpoint")  # fmt: skip
+        raise RecipeError("a node must be able to join a run that has saved checkpoints; give checkpoint.resume=true, which "
+                          "starts from step 0 if there is no checkpoint")  # fmt: skip
 
 
 def _refused(error: RecipeError) -> int:
@@ -76,20 +78,20 @@ def _refused(error: RecipeError) -> int:
 
 
 def _address(text: str) -> tuple[str, int]:
-    """The host and the port of --meet. Raises RecipeError."""
+    """Returns the host and the port of --meet. Raises RecipeError."""
     host, colon, port = text.rpartition(":")
     if not (host and colon and port.isdigit() and 0 < int(port) < 2**16):
         raise RecipeError(f"--meet {text}: give a host and a port, e.g. --meet node1:29400")
     try:
         addresses_towards(host, int(port))
     except OSError as error:
-        raise RecipeError(f"--meet {text}: there is no way to {host} from here ({error.strerror}); give the address of a node "
+        raise RecipeError(f"--meet {text}: {host} cannot be reached from here ({error.strerror}); give the address of a node "
                           "that all nodes can reach") from error  # fmt: skip
     return host, int(port)
 
 
 def _meeting(recipe: Recipe, address: tuple[str, int], id: str, job: str, workers: int) -> Meeting:
-    """Raises RecipeError when there is no secret to sign with."""
+    """Returns the rendezvous of this run. Raises RecipeError when the job's secret cannot be used."""
     nodes, fewest = recipe.launch.nodes, recipe.launch.nodes
     if recipe.restart.elastic:
         fewest = -(-recipe.restart.min_workers // workers)

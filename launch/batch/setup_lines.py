@@ -1,4 +1,4 @@
-"""The shell lines of launch.slurm.setup: their syntax, and how the batch script runs them. Free of torch."""
+"""The shell lines of launch.slurm.setup: checks their syntax, and writes the part of the batch script that runs them."""
 
 import re
 import shlex
@@ -9,23 +9,23 @@ from collections.abc import Sequence
 from bagualu.comm.errors import RecipeError
 
 _UNFINISHED = re.compile(r"unexpected end of file|unexpected EOF while looking for|delimited by end-of-file")
-"""What bash says of a command that goes on in the next line."""
+"""Bash's error messages for a command that continues on the next line."""
 
 
 def check(lines: Sequence[str]) -> None:
-    """Parses the lines with `bash -n`, which runs none of them. Raises RecipeError for a line that bash cannot parse."""
+    """Parses the lines with `bash -n`, which does not run them. Raises RecipeError for a line that bash cannot parse."""
     refusal = _parsed(lines)[1]
     if refusal:
         raise RecipeError(refusal)
 
 
 def commands(lines: Sequence[str]) -> list[str]:
-    """The lines put together into whole commands: a function, a loop or a quotation may take several lines."""
+    """Returns the lines joined into whole commands: a function, a loop or a quoted string may take several lines."""
     return _parsed(lines)[0]
 
 
 def _parsed(lines: Sequence[str]) -> tuple[list[str], str]:
-    """The commands, and why `check` refuses the last of them. Without bash on this machine all lines are one command."""
+    """Returns the commands, and why `check` refuses the last one, or "". Without bash on this machine all lines are one command."""
     bash = shutil.which("bash")
     if bash is None:
         return ["\n".join(lines)] if lines else [], ""
@@ -39,27 +39,27 @@ def _parsed(lines: Sequence[str]) -> tuple[list[str], str]:
             whole.append("\n".join(open_lines))
             open_lines, refusal = [], ""
         elif complaint and not _UNFINISHED.search(complaint):
-            refusal = refusal or _refusal(line, complaint)  # unless a later line makes it right, as after `[[ a`
+            refusal = refusal or _refusal(line, complaint)  # a later line may still make it valid, as after `[[ a`
         else:
-            unfinished = complaint or "it ends with a backslash, and no line follows"
+            unfinished = complaint or "it ends with a backslash, but no line follows"
     if open_lines:
         return [*whole, "\n".join(open_lines)], refusal or _refusal(open_lines[0], unfinished)
     return whole, ""
 
 
 def shell(lines: Sequence[str]) -> str:
-    """The part of the batch script's function `agent` that runs the lines; empty where there are none.
+    """Returns the part of the batch script's function `agent` that runs the lines, or "" if there are none.
 
-    Each command runs by `eval` in the agent's shell, so that it may define functions and variables, and change options for the
-    commands after it. A command that fails, or ends the shell, ends the job (`setup_failed` of job.sh).
+    Each command runs by `eval` in the agent's shell, so it may define functions and variables and set options for later commands.
+    A command that fails, or ends the shell, ends the job (`setup_failed` in job.sh).
     """
-    found = commands(lines)
-    runs = [f'    setup={shlex.quote(command)}; eval "$setup" || setup_failed $?\n' for command in found]
-    return "".join(["    trap 'setup_failed $?' EXIT\n", *runs, "    trap - EXIT\n"]) if found else ""
+    whole = commands(lines)
+    runs = [f'    setup={shlex.quote(command)}; eval "$setup" || setup_failed $?\n' for command in whole]
+    return "".join(["    trap 'setup_failed $?' EXIT\n", *runs, "    trap - EXIT\n"]) if whole else ""
 
 
 def _complaint(bash: str, text: str) -> str:
-    """The first line that bash says of `text`, without its own name and the line's number; empty when it can parse it."""
+    """Returns bash's first error for `text`, without bash's name and the line number; "" if bash can parse the text."""
     done = subprocess.run(
         [bash, "--norc", "-O", "extglob", "-n"],
         input=text + "\n",

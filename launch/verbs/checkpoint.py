@@ -1,4 +1,4 @@
-"""`bagualu checkpoint list|verify RUN_DIR`: what is in a run, and whether it is whole. Free of torch."""
+"""`bagualu checkpoint list|verify RUN_DIR`: lists the checkpoints of a run, and reports damage."""
 
 import datetime
 import sys
@@ -23,9 +23,9 @@ _HISTORY = ("losses", "norms")
 
 
 def checkpoint(request: CommandLine) -> tuple[int, Any]:
-    """Print a table of a run's checkpoints; exit code 1 when one is damaged, and the document for --json.
+    """Print a table of a run's checkpoints. Returns the exit code, 1 if a checkpoint is damaged, and the document for --json.
 
-    The document is a list of what `inspect.describe_one` says of each, with `problems`, a list, in place of `problem`.
+    The document is a list of what `inspect.describe_one` returns for each checkpoint, with a list `problems` instead of `problem`.
     """
     if len(request.overrides) != 2 or request.overrides[0] not in ("list", "verify"):
         given = " ".join(request.overrides) or "nothing"
@@ -46,10 +46,10 @@ def checkpoint(request: CommandLine) -> tuple[int, Any]:
 
 
 def _find(given: Path) -> tuple[list[Path], list[Path]]:
-    """The checkpoints that are meant, and those of the run that were set aside."""
+    """Returns the checkpoints at `given`, a run directory or a checkpoint, and those of the run that were set aside as damaged."""
     if step_of(given) is not None or (given / MANIFEST).exists():
         if not given.is_dir():
-            raise RecipeError(f"{given} does not exist; `bagualu checkpoint list RUN_DIR` says what there is")
+            raise RecipeError(f"{given} does not exist; `bagualu checkpoint list RUN_DIR` lists those that exist")
         return [given], []
     root = given / _FOLDER
     if not root.is_dir():
@@ -59,14 +59,14 @@ def _find(given: Path) -> tuple[list[Path], list[Path]]:
 
 def _row(path: Path, everything: bool) -> dict[str, Any]:
     row = describe_one(path)
-    if isinstance(guard := (row["metadata"] or {}).get("guard"), dict):  # its history is for the run alone
+    if isinstance(guard := (row["metadata"] or {}).get("guard"), dict):  # without the long history, which only the run needs
         row["metadata"] = {**row["metadata"], "guard": {key: value for key, value in guard.items() if key not in _HISTORY}}
     quick = row.pop("problem")
     return {**row, "problems": verify(path, cores()) if everything else [quick] if quick else []}
 
 
 def _print(rows: list[dict[str, Any]], good: str) -> None:
-    """A table, and below it, unfolded, what is wrong."""
+    """Print the table of checkpoints, and below it every problem on a line of its own."""
     if not rows:
         return print("no checkpoint here")
     table = Table("step", "saved", "size", "shards", "layout", "health", box=None, pad_edge=False)

@@ -1,4 +1,4 @@
-"""`bagualu rehearse`: run a recipe under planned faults, say what was survived and what it cost. Free of torch until it runs."""
+"""`bagualu rehearse`: runs a recipe under planned faults, and reports which ones it survived and what they cost."""
 
 import sys
 from dataclasses import asdict, replace
@@ -30,14 +30,17 @@ from bagualu.trainer.recipe.compose import compose, save_recipe
 from bagualu.trainer.recipe.config import Recipe
 
 _WIDTH = 120
-"""Columns that the table takes at least."""
+"""Smallest width of the table, in columns."""
 _NUMBERS = ("step", "recovery", "steps lost")
 
 
 def rehearse(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
-    """Rehearse; exit code (0 only when everything was survived as promised) and the document for --json."""
+    """Run the rehearsal. Returns the exit code and the document for --json.
+
+    The exit code is 0 only if every fault was survived or took no effect, and the final state equals that of a run without faults.
+    """
     recipe = compose(request.overrides, SEVERAL[request.verb])
-    recipe.run.validate()  # before its folder is made up
+    recipe.run.validate()  # before folders are derived from run.dir
     if recipe.launch.nodes > 1:
         raise RecipeError(f"launch.nodes={recipe.launch.nodes}: a rehearsal runs on this machine only; give launch.nodes=1")
     workers = preflight.workers_per_node(recipe)
@@ -77,18 +80,18 @@ def _run(
 
 
 def _in(folder: Path, recipe: Recipe) -> Recipe:
-    """The same run in `folder`, from its start."""
+    """Returns the recipe of the same run in `folder`, starting from step 0."""
     return replace(
         recipe, run=replace(recipe.run, dir=str(folder)), checkpoint=replace(recipe.checkpoint, resume=False)
     )  # fmt: skip
 
 
 def _budget(restart: RestartConfig, faults: list[str], overrides: list[str]) -> RestartConfig:
-    """Restarts for as many faults, without growing pauses, where nothing else was asked for: no run fails as often as this."""
+    """Returns `restart` with one more restart per fault that ends a process, and without pauses, unless `overrides` set these."""
     typed = {text.split("=")[0] for text in overrides}
     restarts = sum(parse(fault).ends_process for fault in faults)
-    fitting: dict[str, Any] = {"limit": restart.limit + restarts, "backoff_seconds": 0.0}
-    return replace(restart, **{key: value for key, value in fitting.items() if f"restart.{key}" not in typed})
+    changes: dict[str, Any] = {"limit": restart.limit + restarts, "backoff_seconds": 0.0}
+    return replace(restart, **{key: value for key, value in changes.items() if f"restart.{key}" not in typed})
 
 
 def _document(rehearsed: Recipe, summary: dict[str, Any], reference: Recipe | None) -> dict[str, Any]:
@@ -116,11 +119,11 @@ def _document(rehearsed: Recipe, summary: dict[str, Any], reference: Recipe | No
     return document
 
 
-def _differences(one: Recipe, other: Recipe) -> list[str]:
-    """Between their final states."""
-    from bagualu.fault_tolerance.checkpoint.reading.compare import differences  # imports torch: the runs have too
+def _differences(rehearsed: Recipe, reference: Recipe) -> list[str]:
+    """Returns the differences between the final states of two runs."""
+    from bagualu.fault_tolerance.checkpoint.reading.compare import differences  # imports torch, as the runs have done
 
-    ends = [latest(Path(recipe.run.dir) / "checkpoints") for recipe in (one, other)]
+    ends = [latest(Path(recipe.run.dir) / "checkpoints") for recipe in (rehearsed, reference)]
     assert ends[0] is not None
     assert ends[1] is not None
     return differences(ends[0], ends[1])
@@ -128,7 +131,7 @@ def _differences(one: Recipe, other: Recipe) -> list[str]:
 
 def _show(document: dict[str, Any]) -> None:
     table = Table(box=SIMPLE_HEAD)
-    for name in ("fault", "step", "what became of it", "recovery", "steps lost"):
+    for name in ("fault", "step", "outcome", "recovery", "steps lost"):
         table.add_column(name, no_wrap=name == "fault", overflow="fold", justify="right" if name in _NUMBERS else "left")
     for row in document["faults"]:
         struck = "never" if row["struck_at"] is None else str(row["struck_at"])
@@ -151,8 +154,8 @@ def _show(document: dict[str, Any]) -> None:
         if left_out := document["left_out"]:
             steps = ",".join(map(str, left_out))
             typed = f"guard.leave_out=[{steps}]"
-            print(f"the guard left out the samples of steps {steps}, as its policy says, so this is not the state of the recipe "
-                  f"undisturbed; compared with {typed}:")  # fmt: skip
+            print(f"the guard left out the samples of steps {steps}, as its policy says, so the final state is compared with "
+                  f"that of a run with {typed}:")  # fmt: skip
             other += f" of {typed}"
         print(f"final state equal to {other}, bit for bit" if not differing
               else f"final state differs from {other}: {differing[0]} and {len(differing) - 1} more")  # fmt: skip

@@ -1,6 +1,6 @@
-"""`bagualu schedule name=zb_v stages=4 micro_batches=8`, or RUN_DIR: a pipeline schedule drawn, with its bubble and activations.
+"""`bagualu schedule name=zb_v stages=4 micro_batches=8`, or RUN_DIR: draws a pipeline schedule, with its bubble and activations.
 
-Free of torch, and of Hydra and matplotlib where they are not needed.
+Hydra and matplotlib are imported only when needed.
 """
 
 import os
@@ -27,12 +27,12 @@ _EXAMPLE = "e.g. bagualu schedule name=zb_v stages=4 micro_batches=8"
 _IN_A_RECIPE = {"parallel.schedule": "name", "parallel.pipeline": "stages", "parallel.virtual_stages": "chunks"}
 _PICTURES = (".svg", ".png")
 _COLUMNS = 240
-"""The widest picture in letters where the output is no terminal."""
+"""The widest drawing in letters, in columns, when the output is not a terminal."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A schedule with its times."""
+    """A schedule with the times of its passes."""
 
     name: str
     schedule: Schedule
@@ -49,7 +49,7 @@ class _Plan:
 
 
 def schedule(request: CommandLine) -> tuple[int, Any]:
-    """Print the schedule; the exit code and the document for --json. Raises RecipeError."""
+    """Print the schedule. Returns the exit code and the document for --json. Raises RecipeError."""
     given = _read(request.overrides)
     out = _picture_path(given.pop("out", None))
     run = given.pop("run", None)
@@ -64,11 +64,11 @@ def schedule(request: CommandLine) -> tuple[int, Any]:
 
 
 def _read(words: list[str]) -> dict[str, str]:
-    """key=value, and a run directory as `run`."""
+    """Parse the key=value arguments; a run directory gets the key `run`. Raises RecipeError."""
     given: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or (key not in SCHEDULE_KEYS and ("/" in key or Path(word).is_dir())):  # a run of a sweep has = in its name
+        if not equals or (key not in SCHEDULE_KEYS and ("/" in key or Path(word).is_dir())):  # run directories of sweeps contain =
             key, value = "run", word
         elif key not in SCHEDULE_KEYS:
             near = [_IN_A_RECIPE[key]] if key in _IN_A_RECIPE else get_close_matches(key, SCHEDULE_KEYS, n=1)
@@ -79,7 +79,7 @@ def _read(words: list[str]) -> dict[str, str]:
         given[key] = value
     unused = [key for key in given if key not in ("run", "out", "message")] if "run" in given else []
     if unused:
-        raise RecipeError(f"{unused[0]}={given[unused[0]]} does not go with a run directory, whose recipe says it; leave it out")
+        raise RecipeError(f"{unused[0]}={given[unused[0]]} does not go with a run directory, whose recipe sets it; leave it out")
     return given
 
 
@@ -111,7 +111,7 @@ def _planned(given: dict[str, str]) -> _Plan:
 
 
 def _build(name: str, ranks: int, micro_batches: int, chunks: int | None) -> Schedule:
-    """Raises RecipeError in the words of this command."""
+    """Compute the schedule. Raises RecipeError with the names of this command's keys instead of a recipe's."""
     try:
         return compute_schedule(name, ranks, micro_batches, chunks)
     except RecipeError as error:
@@ -127,7 +127,7 @@ def _count(given: dict[str, str], key: str) -> int:
 
 
 def _time(given: dict[str, str], key: str, default: int) -> Time:
-    """Exact, so that a bubble of nothing is nothing."""
+    """Parse a time exactly, as a Fraction, so that a bubble of zero is computed as exactly zero. Raises RecipeError."""
     try:
         time = Fraction(given.get(key, str(default)))
     except (ValueError, ZeroDivisionError):
@@ -138,7 +138,7 @@ def _time(given: dict[str, str], key: str, default: int) -> Time:
 
 
 def _of_run(folder: Path, given: dict[str, str]) -> tuple[_Plan, Measured]:
-    """What the run measured, and its schedule with the mean times of its own passes."""
+    """Returns the run's schedule with the mean measured times of its passes, and the measurement. Raises RecipeError."""
     from bagualu.trainer.recipe.compose import RESOLVED, load_recipe  # Hydra's library
 
     if not (folder / RESOLVED).exists():
@@ -148,7 +148,7 @@ def _of_run(folder: Path, given: dict[str, str]) -> tuple[_Plan, Measured]:
     ranks = len(measured.timeline.ranks)
     if ranks != recipe.parallel.pipeline:
         planned = f"parallel.pipeline={recipe.parallel.pipeline}"
-        raise RecipeError(f"{folder / FILE} tells of {ranks} ranks, the recipe has {planned}; let the run write it again")
+        raise RecipeError(f"{folder / FILE} records {ranks} ranks, but the recipe has {planned}; run it again to write a new one")
     built = _build(recipe.parallel.schedule, ranks, measured.micro_batches, -(-measured.stages // ranks))
     check_against(measured, built)
     times = mean_costs(measured)
@@ -161,7 +161,7 @@ def _print(plan: _Plan, measured: Measured | None) -> None:
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else _COLUMNS
     wide = max(map(len, picture.splitlines()))
     print(_title(plan))
-    print(picture if wide <= columns else f"(in letters it takes {wide} columns; out=schedule.svg draws it)")
+    print(picture if wide <= columns else f"(the drawing needs {wide} columns; give out=schedule.svg to draw it into a file)")
     for line in _captions(plan, of_run=measured is not None):
         print(line)
     if measured is not None:
@@ -191,7 +191,7 @@ def _captions(plan: _Plan, of_run: bool) -> list[str]:
     bubble = f"bubble {whole} of the step, {own} of the longest rank's own time"
     if not of_run:
         share = plan.formula_bubble
-        published = "says nothing of this size and these costs" if share is None else _percent(share)
+        published = "not defined for this size and these costs" if share is None else _percent(share)
         bubble += f" (formula: {'at most ' if formula.bound else ''}{formula.bubble_text}: {published})"
     unit = f", each 1/{chunks} of a rank's micro-batch" if chunks > 1 else ""
     peak = f"activations in flight by rank: {_runs(plan.peaks)}{unit} (formula: {formula.peak_text})"
@@ -213,7 +213,7 @@ def _percent(share: Time) -> str:
 
 
 def _runs(values: list[int]) -> str:
-    """All of them, or in short where there are many."""
+    """Returns up to 8 values in full, more than 8 as a range."""
     if len(values) <= 8:
         return " ".join(map(str, values))
     return f"{values[0]} on all" if len(set(values)) == 1 else f"{min(values)} to {max(values)}, the first {values[0]}"

@@ -1,4 +1,4 @@
-"""The jobs of a sweep one after the other, to the last one whatever fails, unless it is asked to stop. Free of torch."""
+"""Runs the jobs of a sweep one after the other. A failed job does not end the sweep; a request to stop does."""
 
 import json
 import sys
@@ -15,24 +15,27 @@ from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe.config import Recipe
 
 Run = Callable[[Recipe, list[str]], tuple[int, dict[str, Any]]]
-"""Runs one job: its exit code and its document."""
+"""A function that runs one job and returns its exit code and its document for --json."""
 _NOT_BEGUN = "not begun"
 
 
 class Series:
-    """The jobs of a sweep, and how each has ended."""
+    """The jobs of a sweep, and how each of them ended."""
 
     def __init__(self, jobs: Sequence[SweepJob], stop: StopRequest) -> None:
         self.jobs = list(jobs)
         self._stop = stop
         self._codes: dict[int, int] = {}
-        """Exit codes of the jobs that have ended, by number."""
+        """Exit codes of the jobs that have ended, by their index in the sweep."""
         self._documents: list[dict[str, Any]] = [{"ended": _NOT_BEGUN, "run_dir": job.recipe.run.dir} for job in self.jobs]
 
     def run(self, run: Run) -> tuple[int, list[dict[str, Any]]]:
-        """Run them; the exit code of the first that did not finish, and the documents of all, both in the order of the sweep."""
+        """Run all jobs that are not done yet. Returns the sweep's exit code and the documents of all jobs, in order.
+
+        The exit code is that of the first failed job; without a failure, STOPPED if a job is not done, else DONE.
+        """
         for number, job in enumerate(self.jobs):
-            self._look(number, job)
+            self._check(number, job)
         for number, job in enumerate(self.jobs):
             if number in self._codes:
                 continue
@@ -41,11 +44,11 @@ class Series:
             code = self._run(run, number, job)
             if code in (STOPPED, INTERRUPTED):
                 break
-        self._tell()
+        self._print_rest()
         return self._exit_code(), self._documents
 
-    def _look(self, number: int, job: SweepJob) -> None:
-        """Refuse a job now whose run directory cannot be used, and leave out one that is done."""
+    def _check(self, number: int, job: SweepJob) -> None:
+        """Record a job as refused if its run directory cannot be used, and as done if it has finished before."""
         try:
             storage_probe.check(job.recipe)
         except RecipeError as error:
@@ -53,12 +56,12 @@ class Series:
         else:
             if summary := _summary_if_done(job.recipe):
                 self._ended(number, DONE, summary)
-                print(f"bagualu: {job.recipe.run.dir} is done already", file=sys.stderr, flush=True)
+                print(f"bagualu: {job.recipe.run.dir} is already done", file=sys.stderr, flush=True)
 
     def _run(self, run: Run, number: int, job: SweepJob) -> int:
         try:
             return self._ended(number, *run(job.recipe, job.overrides))
-        except RecipeError as error:  # another job was quicker
+        except RecipeError as error:  # another job has taken the run directory in the meantime
             return self._refuse(number, error)
         except OSError as error:
             return self._ended(number, FAILED, {"ended": "failed", "cause": os_error(error)})
@@ -75,13 +78,13 @@ class Series:
         return code
 
     def _exit_code(self) -> int:
-        """Return the exit code of the first job of the sweep that failed; without one, STOPPED if a job is not done, else DONE."""
+        """Returns the exit code of the first job of the sweep that failed; without one, STOPPED if a job is not done, else DONE."""
         failed = [code for _, code in sorted(self._codes.items()) if code not in (DONE, STOPPED)]
         stopped = len(self._codes) < len(self.jobs) or STOPPED in self._codes.values()
         return failed[0] if failed else STOPPED if stopped else DONE
 
-    def _tell(self) -> None:
-        """Say which jobs are not done and why; the last line is that of the first failure."""
+    def _print_rest(self) -> None:
+        """Print which jobs are not done and why; the last line is that of the first failure."""
         rest = [number for number in range(len(self.jobs)) if self._codes.get(number) != DONE]
         head = f"bagualu: sweep: {len(self.jobs) - len(rest)} of {len(self.jobs)} jobs done"
         resumes = all(job.recipe.checkpoint.resume for job in self.jobs)
@@ -99,7 +102,7 @@ class Series:
 
 
 def _last_words(document: dict[str, Any]) -> str | None:
-    """The line that the job of `document` ended with; None where it only was asked to stop."""
+    """Returns the last line that the job of `document` printed; None if the job was only asked to stop."""
     if "error" in document:
         return f"bagualu: error: {document['error']}"
     if "rank" not in document:
@@ -109,7 +112,7 @@ def _last_words(document: dict[str, Any]) -> str | None:
 
 
 def _summary_if_done(recipe: Recipe) -> dict[str, Any] | None:
-    """The summary of a run that is to be resumed and has no step left to do."""
+    """Returns the summary of a run with checkpoint.resume=true that has finished all its steps, otherwise None."""
     path = Path(recipe.run.dir) / "summary.json"
     if not recipe.checkpoint.resume:
         return None

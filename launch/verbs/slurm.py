@@ -1,4 +1,4 @@
-"""`bagualu slurm`: a batch script that a person can read, and its submission. Free of torch."""
+"""`bagualu slurm`: writes a readable batch script for a recipe and submits it."""
 
 import re
 import shlex
@@ -21,11 +21,11 @@ from bagualu.trainer.recipe.override_text import typed
 
 _PORT = 29400
 _NO_KILL = "--no-kill"
-"""The job goes on when SLURM has lost one of its nodes; srun needs it besides, or it kills the agents of the other nodes."""
+"""Option that keeps the job running after SLURM has lost a node. Also given to srun, which would kill the other nodes' agents."""
 
 
 def slurm(request: CommandLine) -> tuple[int, Any]:
-    """Write the script of a recipe and submit it; exit code and the document for --json."""
+    """Write the script of a recipe and submit it. Returns the exit code and the document for --json."""
     recipe = compose(request.overrides, SEVERAL[request.verb])
     _check(recipe)
     text = script(recipe, request.overrides)
@@ -39,7 +39,7 @@ def slurm(request: CommandLine) -> tuple[int, Any]:
     path.write_text(text, encoding="utf-8")
     sbatch = shutil.which("sbatch")
     if sbatch is None:
-        print(f"written {path}; there is no sbatch here, submit it where there is one: sbatch {shlex.quote(str(path))}",
+        print(f"written {path}; this machine has no sbatch, submit it on one that has: sbatch {shlex.quote(str(path))}",
               file=sys.stderr)  # fmt: skip
         return DONE, {"script": str(path), "job": None}
     done = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, encoding="utf-8", errors="replace")
@@ -64,7 +64,7 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("comm.backend=simulated runs in one process; use bagualu train, or comm.backend=nccl or gloo here")
     slurm = recipe.launch.slurm
     if "\\" in str(Path(recipe.run.dir).absolute()):
-        raise RecipeError(f"run.dir={recipe.run.dir} holds a backslash, with which SLURM no longer puts the number of a job into "
+        raise RecipeError(f"run.dir={recipe.run.dir} contains a backslash, and SLURM then does not put the job's number into "
                           "the name of its log; give another run.dir")  # fmt: skip
     header = [slurm.partition, slurm.account, slurm.time, *slurm.directives]
     for line in [*header, *slurm.setup, recipe.run.dir, recipe.run.name]:
@@ -72,15 +72,16 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(f'{line!r} must be one line; give a list, e.g. launch.slurm.setup=["module load cuda"]')
     for directive in recipe.launch.slurm.directives:
         if not directive.startswith("-"):
-            raise RecipeError(f"launch.slurm.directives: {directive!r} is no option of sbatch, which would pass over it; give it "
+            raise RecipeError(f"launch.slurm.directives: {directive!r} is not an option, and sbatch would ignore it; give it "
                               "without #SBATCH, e.g. --exclusive")  # fmt: skip
         if directive == "--no-requeue":
-            raise RecipeError("launch.slurm.directives: --no-requeue leaves out half of it; give launch.slurm.requeue=false")
+            raise RecipeError("launch.slurm.directives: --no-requeue alone does not stop the script from requeueing the job; "
+                              "give launch.slurm.requeue=false")  # fmt: skip
     setup_lines.check(recipe.launch.slurm.setup)
 
 
 def script(recipe: Recipe, overrides: list[str]) -> str:
-    """The batch script. It resumes by itself: the first start finds nothing to resume and begins at the beginning."""
+    """Returns the batch script. It always resumes; the first time, there is no checkpoint and training starts from step 0."""
     folder = Path(recipe.run.dir).absolute()
     own = [text for text in overrides if not re.match(r"(checkpoint\.resume|run\.dir)=", text)]
     words = [*(_settled(text, recipe) for text in own), f"run.dir={typed(str(folder))}", "checkpoint.resume=true"]
@@ -101,7 +102,7 @@ def script(recipe: Recipe, overrides: list[str]) -> str:
 
 
 def _settled(override: str, recipe: Recipe) -> str:
-    """An override as typed, but with what is put in for ${...} now: not on every node and at every start anew."""
+    """Returns an override with ${...} replaced by its value now, so that it cannot differ between nodes and starts."""
     key, _, value = override.partition("=")
     if "${" not in value or key.lstrip("+") not in keys():
         return override
@@ -112,14 +113,14 @@ def _settled(override: str, recipe: Recipe) -> str:
 
 
 def _header_value(text: str) -> str:
-    """A value in the header of a batch script."""
+    """Returns `text` as a value in the header of a batch script, quoted if needed."""
     escaped = re.sub(r'(["\\])', r"\\\1", text)
     return text if re.fullmatch(r"[A-Za-z0-9_./:,@+=-]*", text) else f'"{escaped}"'
 
 
 def _directives(recipe: Recipe, folder: Path) -> list[str]:
     slurm = recipe.launch.slurm
-    log = _header_value(str(folder).replace("%", "%%") + "/logs/slurm-%j.log")  # a % in the folder is none of SLURM's patterns
+    log = _header_value(str(folder).replace("%", "%%") + "/logs/slurm-%j.log")  # %% is a plain % for SLURM
     options = {
         "partition": slurm.partition, "account": slurm.account, "time": slurm.time,
         "gpus-per-node": slurm.gpus_per_node, "cpus-per-task": slurm.cpus_per_task,
@@ -142,7 +143,7 @@ _HEADER = """\
 # Bagualu run {name}, written by: {command}
 {directives}
 
-# What the agents of this start sign with; in its environment only, not in this file.
+# The agents of this start sign their messages with this secret. It is only in the environment, not in this file.
 BAGUALU_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')
 export BAGUALU_SECRET
 
@@ -162,7 +163,7 @@ export -f start_agent
 
 agent() {{
     asked_to_stop=
-    trap asked_to_stop=yes TERM USR1  # the agent hears it by itself
+    trap asked_to_stop=yes TERM USR1  # the agent process receives the signal too
 {setup}    if [ -n "$asked_to_stop" ]; then exit 75; fi
     (start_agent) || agent_ended $?
     agent_ended 0

@@ -1,4 +1,4 @@
-"""`-m`: one recipe for every combination of the values given, each with a run directory of its own. Free of torch."""
+"""`-m`: one recipe for every combination of the given values, each with its own run directory."""
 
 import hashlib
 import itertools
@@ -15,7 +15,7 @@ from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.override_text import typed
 
 _LONGEST_NAME = 200
-"""Bytes of what a folder's name gets from the values of its job; a file system takes 255 in all."""
+"""Most bytes that the values of a job add to its folder's name; file systems allow 255 for the whole name."""
 
 
 @dataclass(frozen=True)
@@ -23,33 +23,33 @@ class SweepJob:
     """One run of a sweep."""
 
     overrides: list[str]
-    """Those that make its recipe, run.dir included."""
+    """The overrides that give `recipe`, including run.dir."""
     recipe: Recipe
 
 
 def jobs(overrides: Sequence[str]) -> list[SweepJob]:
-    """The jobs of a sweep; of the keys with several values the last one changes fastest. Raises RecipeError before any runs."""
+    """Returns the jobs of a sweep; the last key with several values varies fastest. Raises RecipeError."""
     parsed = parse(overrides)
     values = {override.get_key_element(): _values(override) for override in parsed}
     swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
     if not swept:
         raise RecipeError("-m was given but no key has several values; give e.g. optim.lr=1e-3,3e-4")
     named = not swept & {"run.dir", "++run.dir"}
-    found: dict[str, SweepJob] = {}
+    by_folder: dict[str, SweepJob] = {}
     for combination in itertools.product(*map(_distinct, values.values())):
         own = [text for key, text in zip(values, combination, strict=True) if key in swept]
         recipe = compose(combination)
         if named:
-            recipe.run.dir = _free(recipe.run.dir, own, found)
-        if recipe.run.dir in found:
+            recipe.run.dir = _free(recipe.run.dir, own, by_folder)
+        if recipe.run.dir in by_folder:
             raise RecipeError(f"two jobs of the sweep share {recipe.run.dir}; leave run.dir out of the sweep")
         others = [text for text in combination if not text.startswith("run.dir=")]
-        found[recipe.run.dir] = SweepJob([*others, f"run.dir={typed(recipe.run.dir)}"], recipe)
-    return list(found.values())
+        by_folder[recipe.run.dir] = SweepJob([*others, f"run.dir={typed(recipe.run.dir)}"], recipe)
+    return list(by_folder.values())
 
 
 def _values(override: Override) -> list[str]:
-    """The overrides that one stands for. Raises RecipeError."""
+    """Returns one override per value of `override`. Raises RecipeError when the values cannot be listed."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if override.value_type in (ValueType.GLOB_CHOICE_SWEEP, ValueType.INTERVAL_SWEEP):
@@ -71,7 +71,7 @@ def _distinct(values: list[str]) -> list[str]:
 
 
 def _free(folder: str, own: list[str], taken: Container[str]) -> str:
-    """`folder` with a name made from the values of a job, one that is not taken if its values are its own."""
+    """Returns `folder` with the job's values appended to its name, shortened to a hash if too long or already taken."""
     plain = ",".join(re.sub(r"[^\w.=-]+", "_", _without_quotes(text)) for text in own)
     short = plain.encode()[: _LONGEST_NAME // 2].decode(errors="ignore")
     distinct = f"{folder}-{short}-{hashlib.blake2b(repr(own).encode(), digest_size=4).hexdigest()}"

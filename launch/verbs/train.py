@@ -1,4 +1,4 @@
-"""`bagualu train`: check the recipe, say what will run, run it. Free of torch until workers must start."""
+"""`bagualu train`: checks the recipe, prints what will run, and runs it. Torch is imported only when workers start."""
 
 import sys
 from pathlib import Path
@@ -18,10 +18,10 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def train(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
-    """Train, or run every job of a sweep; exit code and the document for --json."""
+    """Train, or run every job of a sweep. Returns the exit code and the document for --json."""
     stop = StopRequest()
 
-    def one(recipe: Recipe, overrides: list[str]) -> tuple[int, dict[str, Any]]:
+    def train_once(recipe: Recipe, overrides: list[str]) -> tuple[int, dict[str, Any]]:
         workers = preflight.workers_per_node(recipe)
         recipe, backend = storage_probe.choose_backend(recipe, workers)
         with run_lock.hold(Path(recipe.run.dir)):
@@ -33,11 +33,11 @@ def train(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
         recipe = compose(request.overrides, SEVERAL[request.verb])
         _check(recipe)
         storage_probe.check(recipe)
-        return one(recipe, request.overrides)
+        return train_once(recipe, request.overrides)
     series = Series(jobs(request.overrides), stop)
-    for job in series.jobs:  # what is wrong with a recipe is wrong before the first one runs
+    for job in series.jobs:  # all recipes are checked before the first job runs
         _check(job.recipe)
-    return series.run(one)
+    return series.run(train_once)
 
 
 def _check(recipe: Recipe) -> None:
@@ -47,11 +47,11 @@ def _check(recipe: Recipe) -> None:
 
 
 def _beginning(recipe: Recipe, workers: int, backend: Choice) -> str:
-    """What will run where and with what, and from where a run that was asked to resume goes on."""
+    """Returns the first line of a run: its layout, workers, backend and directory, and the checkpoint that it resumes from."""
     kinds = ("thread", "threads of this process") if recipe.comm.backend == "simulated" else ("process", "processes")
     kind = kinds[workers > 1]
     start = ""
     if recipe.checkpoint.resume:
-        found = storage_probe.newest(recipe)
-        start = f", from {found}" if found else ", from the start: there is no checkpoint to resume from"
+        checkpoint = storage_probe.newest(recipe)
+        start = f", from {checkpoint}" if checkpoint else ", from the start: there is no checkpoint to resume from"
     return f"{recipe.run.name}: {recipe.validate(workers)} as {workers} {kind} with {backend}, in {recipe.run.dir}{start}"

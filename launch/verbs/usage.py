@@ -1,4 +1,4 @@
-"""The help pages, and the command line without its overrides. Free of torch and of Hydra, so that help comes at once."""
+"""The help pages, and the parser of the command line except its overrides. Imports no torch and no Hydra, so that help is fast."""
 
 import shlex
 from dataclasses import dataclass, field, fields
@@ -13,9 +13,9 @@ from bagualu.parallel.pipeline.registry import FAMILIES
 VERBS = {
     "train": "train on this machine",
     "slurm": "write a SLURM batch script and submit it",
-    "rehearse": "train under planned faults, and say what was survived",
-    "checkpoint": "list the checkpoints of a run, or read them through",
-    "schedule": "draw a pipeline schedule, and what a run made of it",
+    "rehearse": "train under planned faults, and report what was survived",
+    "checkpoint": "list the checkpoints of a run, or verify every byte of them",
+    "schedule": "draw a pipeline schedule, and the times that a run measured",
 }
 
 _HELP = """\
@@ -28,20 +28,20 @@ verbs:
 
 `bagualu VERB --help` says more. Keys are those of a recipe: recipe=tiny train.steps=100
 exit codes: 0 done, 2 wrong usage or recipe, 75 stopped on request with nothing lost (a checkpoint is saved,
-or nothing was done yet), 76 the same step fails again and again, 130 Ctrl-C at the very start, else a failure"""
+or nothing was done yet), 76 the same step fails repeatedly, 130 Ctrl-C at the very start, others a failure"""
 
 _TRAIN = """\
 usage: bagualu train [recipe=NAME] [key=value ...] [--cfg job] [--json] [-m]
 
 Starts the workers that the recipe's layout needs on this machine and trains.
-Ctrl-C saves a checkpoint and stops, or just stops where nothing was done yet (exit code 75: start again with
-checkpoint.resume=true); a second one stops at once.
+Ctrl-C saves a checkpoint and stops, or only stops if nothing was done yet (exit code 75: start again with
+checkpoint.resume=true); a second Ctrl-C stops at once.
 
 recipes:
 {recipes}
 
 keys (all of them: --cfg job):
-  run.dir                 where the run lies, default runs/NAME
+  run.dir                 the run's directory, default runs/NAME
   train.steps train.micro_batch train.dtype
   data.source             stdlib, random, a text file or a folder of them
   data.validation_fraction  share of the text kept for validation; train.validation_sequences=0 keeps nothing
@@ -53,14 +53,14 @@ keys (all of them: --cfg job):
   comm.device=cuda        for simulated: on one GPU, which all ranks share
   checkpoint.every checkpoint.keep checkpoint.async
   checkpoint.resume=true  go on from the newest checkpoint of run.dir
-  restart.limit           how often workers that failed are started again
+  restart.limit           how often failed workers are restarted
   restart.elastic=true    go on with a smaller layout when workers are lost for good
 
 options:
   --cfg job   print the resolved recipe and do nothing
   --json      print one JSON document on stdout, all else on stderr
-  -m          several values (optim.lr=1e-3,3e-4): one run after the other, each with its own run.dir, whatever fails;
-              with checkpoint.resume=true only what is not done
+  -m          several values (optim.lr=1e-3,3e-4): one run after the other, each with its own run.dir, even if one fails;
+              with checkpoint.resume=true only those not done
   -h, --help  this page"""
 
 _SLURM = """\
@@ -68,7 +68,7 @@ usage: bagualu slurm [recipe=NAME] launch.nodes=N [launch.workers=M] [key=value 
 
 Writes a batch script into the run directory and submits it with sbatch, if there is one. The script runs one agent on
 each node. Before the job's time limit, and when it is preempted, the run saves a checkpoint, and the job goes back
-into the queue to go on from it; a job that has gained no step since it began does not.
+into the queue to go on from it, unless it has saved no new step since it began.
 
 recipes:
 {recipes}
@@ -92,13 +92,13 @@ options:
 _REHEARSE = """\
 usage: bagualu rehearse [recipe=NAME] faults=... [key=value ...] [--no-compare] [--json]
 
-Runs the recipe twice on this machine, without faults and under the planned ones, each in a folder of RUN_DIR-rehearsal. Says
-of every fault how it was noticed and answered and what it cost, and whether both runs end with the same state to the bit.
-Exit code 0 only if every fault struck, was survived or took no effect, and the states are equal.
+Runs the recipe twice on this machine, with and without the planned faults, each in a folder of RUN_DIR-rehearsal. Reports
+for every fault how it was noticed, what was done about it and what it cost, and whether both final states are equal bit for
+bit. Exit code 0 only if every fault struck, was survived or took no effect, and the states are equal.
 
-faults=[kill@step=5:rank=2:at=backward, corrupt@step=9]     these; at every point once, whatever is started again
-faults=random:20                                            20, drawn with run.seed
-faults=random:20:kill+slow                                  of these kinds
+faults=[kill@step=5:rank=2:at=backward, corrupt@step=9]     these faults; each strikes once, also after a restart
+faults=random:20                                            20 faults, drawn with run.seed
+faults=random:20:kill+slow                                  20 faults of these kinds
 
 kinds (all take step= and rank=, most take at=):
 {kinds}
@@ -113,8 +113,8 @@ options:
 _CHECKPOINT = """\
 usage: bagualu checkpoint list|verify RUN_DIR|CHECKPOINT [--json]
 
-list    steps, sizes, the layout that wrote them, and what a quick look at every file finds wrong
-verify  the same after reading and checking every byte on all cores; names every damaged block, exit code 1 if there is any
+list    steps, sizes, the layout that wrote them, and problems that a quick look at every file shows
+verify  the same after checking every byte on all cores; names every damaged block, exit code 1 if there is any
 
 Give a run directory, or one checkpoint in it (runs/tiny/checkpoints/step-00000010)."""
 
@@ -122,18 +122,18 @@ _SCHEDULE = """\
 usage: bagualu schedule name=NAME stages=N micro_batches=M [chunks=V] [key=value ...] [--json]
        bagualu schedule RUN_DIR [out=FILE] [--json]
 
-Draws the schedule in letters where it is narrow enough: F forward, B backward, I and W its two parts (the gradients
-of input and weights), one line a rank, ' for a pass of a rank's second chunk; -- is the second half of a pass that
-takes two steps. Says its bubble, and the activations in flight on every rank. With the directory of a run: what the
-schedule would take with the run's own times, and below what was measured in a step.
+Draws the schedule in letters if it is narrow enough: F forward, B backward, I and W its two parts (the gradients
+of input and weights), one line per rank, ' for a pass of a rank's second chunk; -- is the second half of a pass that
+takes two steps. Prints its bubble and the activations in flight on every rank. With the directory of a run: how long
+the schedule should take given the run's mean times, and below what was measured in one step.
 
 keys:
   name            {names}
   stages          ranks of the pipeline: the stages that each chunk of the model is cut into
   micro_batches   of one step, on every rank
-  chunks          stages of one rank, in a recipe parallel.virtual_stages; left out, what the schedule needs
-  forward=1 input=1 weight=1    what F, I and W take in a stage, e.g. forward=1 input=1.2 weight=0.8
-  message=0       what a message between two ranks takes, in the same unit
+  chunks          stages per rank (parallel.virtual_stages in a recipe), default what the schedule needs
+  forward=1 input=1 weight=1    time of F, I and W in a stage, e.g. forward=1 input=1.2 weight=0.8
+  message=0       time of a message between two ranks, in the same unit
   out             FILE.svg or FILE.png: draw it there
 
 options:
@@ -149,12 +149,12 @@ SEVERAL = {
     "checkpoint": "`bagualu checkpoint` looks at one run; give each by itself",
     "schedule": "one schedule takes one value of each key; draw each by itself",
 }
-"""What to do about several values of a key."""
+"""For each verb, the advice when a key was given several values."""
 
 
 @dataclass
 class CommandLine:
-    """A command line, taken apart."""
+    """A parsed command line."""
 
     verb: str
     overrides: list[str] = field(default_factory=list)
@@ -175,16 +175,16 @@ _OPTIONS = {
     "--no-compare": ("rehearse",),
     "--cfg": ("train", "slurm", "rehearse"),
 }
-"""Every option, and the verbs that have it."""
+"""Every option, and the verbs that accept it."""
 _SETS = {
     "--help": ("help", True), "--json": ("json", True), "--multirun": ("multirun", True), "--print": ("print_script", True),
     "--no-compare": ("compare", False), "--cfg": ("print_recipe", True),
 }  # fmt: skip
-"""What each sets in a request."""
+"""The field of CommandLine that each option sets, and its value."""
 
 
 def read(arguments: list[str]) -> CommandLine:
-    """Take a command line apart. Raises RecipeError for what is neither verb, option nor override."""
+    """Parse a command line. Raises RecipeError for an unknown verb or option."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return CommandLine("", help=True)
     verb = arguments[0]
@@ -218,7 +218,7 @@ def _instead_of_verb(arguments: list[str]) -> str:
 
 
 def unknown_option(option: str, verb: str) -> str:
-    """What is wrong with an option that `bagualu VERB` does not take so, and what to type."""
+    """Returns the message for an option that `bagualu VERB` does not accept as given: what is wrong and what to type."""
     given, equals, value = option.partition("=")
     name, unknown, see = _LONG.get(given, given), f"unknown option {option}", f"see bagualu {verb} --help"
     if verb in _OPTIONS.get(name, ()):
@@ -235,7 +235,7 @@ def unknown_option(option: str, verb: str) -> str:
 
 
 def _meant_key(name: str, verb: str) -> str | None:
-    """The key that somebody has given as an option."""
+    """Returns the recipe key that was probably meant by the option --NAME, or None."""
     if verb == "schedule":
         return name if name in SCHEDULE_KEYS else None
     if verb == "checkpoint":
@@ -247,7 +247,7 @@ def _meant_key(name: str, verb: str) -> str | None:
 
 
 def page(verb: str) -> str:
-    """The help page of a verb, or of all of them for an empty one."""
+    """Returns the help page of a verb; with an empty string, the list of verbs."""
     if not verb:
         return _HELP.format(verbs="\n".join(f"  {name:<12}{what}" for name, what in VERBS.items()))
     if verb == "checkpoint":
@@ -260,16 +260,16 @@ def page(verb: str) -> str:
 
 
 def _kinds() -> list[str]:
-    """Every kind of fault with its own options, and what it does."""
+    """Returns one line for each kind of fault: its own options and what it does."""
     lines = []
     for name, kind in KINDS.items():
-        own = [one.name for one in fields(kind) if one.name not in ("step", "rank", "at")]
-        lines.append(f"  {' '.join([name, *(f'{one}=' for one in own)]):<24}{(kind.__doc__ or '').strip()}")
+        own = [option.name for option in fields(kind) if option.name not in ("step", "rank", "at")]
+        lines.append(f"  {' '.join([name, *(f'{option}=' for option in own)]):<24}{(kind.__doc__ or '').strip()}")
     return lines
 
 
 def _recipes() -> list[str]:
-    """Name of every recipe, with what the first comment of its file says."""
+    """Returns one line for each recipe: its name and the first comment in its file."""
     lines = []
     for entry in sorted((files("bagualu.recipes") / "recipe").iterdir(), key=lambda entry: entry.name):
         comments = [line[2:] for line in entry.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]

@@ -1,4 +1,4 @@
-"""Ends workers that stand still: between the watchdog, which judges, and the launcher, which has the workers. Free of torch."""
+"""Ends hung workers: connects the watchdog, which detects hangs, with the launcher, which owns the worker processes."""
 
 import os
 import time
@@ -17,11 +17,11 @@ from bagualu.trainer.process.failure import Failure
 from bagualu.trainer.recipe.config import Recipe
 
 _BEFORE_TIMEOUT = 0.75
-"""Share of comm.timeout_seconds: after the whole of it the victims give up, and nobody knows any more whom they waited for."""
+"""Share of comm.timeout_seconds. After the full timeout waiting ranks fail, and whom they waited for is no longer known."""
 
 
 class HangCheck(Watcher):
-    """When the workers of this machine stand still it writes a report, ends those that are processes, and says who was at fault."""
+    """When the workers of this machine hang, writes a report, ends worker processes (not threads), and names the rank at fault."""
 
     def __init__(self, recipe: Recipe, scratch: Path) -> None:
         config = recipe.restart
@@ -39,34 +39,34 @@ class HangCheck(Watcher):
             self._watchdog = Watchdog(self._folder, pids, self._patience)
 
     def look(self) -> Failure | None:
-        """Return the failure if a worker hangs; see `Watcher.look`. Only then does it take long, because it writes a report."""
-        verdict = self._watchdog.look() if self._watchdog else None
-        if self._watchdog is None or verdict is None:
+        """Returns a failure if a worker hangs (see `Watcher.look`). Only then does it take long, because it writes a report."""
+        diagnosis = self._watchdog.look() if self._watchdog else None
+        if self._watchdog is None or diagnosis is None:
             return None
         seen, links = self._watchdog.seen(), lost_links(self._processes)
         self._watchdog = None  # this generation is over
-        verdict = _with_links(verdict, links)
-        report = write_report(self._logs, verdict, seen, self._end(), links)
-        rank = verdict.culprits[0] if verdict.culprits else -1
-        step = seen[rank].step if rank >= 0 else max(one.step for one in seen.values())
+        diagnosis = _with_links(diagnosis, links)
+        report = write_report(self._logs, diagnosis, seen, self._end(), links)
+        rank = diagnosis.culprits[0] if diagnosis.culprits else -1
+        step = seen[rank].step if rank >= 0 else max(beat.step for beat in seen.values())
         phase = f"step {step}" if step else "start"
-        return Failure(rank, phase, f"the run stood still: {verdict.why}; report: {report}", time.time(), "hung", step)
+        return Failure(rank, phase, f"the run stood still: {diagnosis.why}; report: {report}", time.time(), "hung", step)
 
     def _end(self) -> dict[int, str]:
-        """The stacks of all ranks."""
+        """End worker processes, and return the Python stacks of all ranks, by rank."""
         if set(self._processes.values()) == {os.getpid()}:
             beats = {rank: read(self._folder, rank) for rank in self._processes}
             return stacks.of_threads({rank: beat.thread for rank, beat in beats.items() if beat})
         return stacks.end_all(self._folder, self._processes)
 
 
-def _with_links(verdict: HangDiagnosis, links: list[LostLink]) -> HangDiagnosis:
-    """The verdict with what the connections tell: perhaps the culprit, where it was left open."""
+def _with_links(diagnosis: HangDiagnosis, links: list[LostLink]) -> HangDiagnosis:
+    """Returns the diagnosis with the lost connections added, and with the rank cut off by them if no culprit was known."""
     if not links:
-        return verdict
+        return diagnosis
     shown = "; ".join(map(str, links[:2])) + (f"; and {len(links) - 2} more" if len(links) > 2 else "")
-    why = f"{verdict.why}: {shown}"
+    why = f"{diagnosis.why}: {shown}"
     rank = cut_off(links)
-    if verdict.culprits or rank is None:
-        return replace(verdict, why=why)
-    return replace(verdict, why=f"every connection of rank {rank} is dead: {why}", culprits=(rank,))
+    if diagnosis.culprits or rank is None:
+        return replace(diagnosis, why=why)
+    return replace(diagnosis, why=f"every connection of rank {rank} is dead: {why}", culprits=(rank,))

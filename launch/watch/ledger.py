@@ -1,4 +1,4 @@
-"""The launcher's entries in a run's ledger: when it began, when workers start, when it has seen them fail. Free of torch."""
+"""Writes the launcher's entries in a run's ledger: when the launch began, and when workers started and failed."""
 
 import secrets
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from bagualu.trainer.process.failure import Failure
 
 
 class LedgerWatcher(Watcher):
-    """Writes where rank 0 is, so that of several nodes one does."""
+    """Writes only on the node with rank 0, so that of several nodes exactly one writes."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir

@@ -1,4 +1,4 @@
-"""The launcher's entries in summary.json: that a start is under way, and how it ended if no rank could say. Free of torch."""
+"""Writes the launcher's entries in summary.json: that a start is under way, and how it ended if no rank could write that."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 class SummaryWatcher(Watcher):
-    """Writes on the node that keeps others out of the run directory; on another one only when that one is gone."""
+    """Writes on the node that holds the lock of the run directory; another node writes only after that one is lost."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._start = Start(recipe)
@@ -24,10 +24,10 @@ class SummaryWatcher(Watcher):
     def started(self, generation: int, pids: Mapping[int, int]) -> None:
         if generation and self._start.begun:
             self._restarted = True
-            self._start.begin()  # what failed may have been after the last step was done
+            self._start.begin()  # the failure may have come after the last step, when the summary already said "done"
 
     def ended(self, summary: dict[str, object] | None, failure: Failure | None) -> None:
-        """The launch has ended so."""
+        """Write how the launch ended: with `summary`, or with `failure`."""
         if failure is None:
             if summary and self._start.begun:
                 self._start.finish(summary)
@@ -41,7 +41,7 @@ class SummaryWatcher(Watcher):
 
     @contextmanager
     def crashing(self) -> Iterator[None]:
-        """What leaves the block ends the launcher, and with it the start."""
+        """Inside this context, an exception that would end the launcher is written as the end of the start, and raised again."""
         try:
             yield
         except BaseException as error:

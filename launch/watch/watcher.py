@@ -1,4 +1,4 @@
-"""Who looks on while workers run: a hang check, a ledger, a rehearsal. Given to the launcher as a list. Free of torch."""
+"""The interface of objects that the launcher calls while workers run: the hang check, the ledger, the summary."""
 
 from collections.abc import Mapping
 
@@ -12,19 +12,22 @@ class Watcher:
     """
 
     def begins(self) -> None:
-        """A launch begins, and this process keeps others out of the run directory. Of several nodes one is called."""
+        """Called when a launch begins, on the one node whose process holds the lock of the run directory."""
 
     def started(self, generation: int, pids: Mapping[int, int]) -> None:
-        """The workers of `generation` (0: the first) run: process ids on this machine by global rank.
+        """Called when the workers of `generation` (the first is 0) have started.
 
-        With comm.backend=simulated the ranks are threads, and all have the launcher's own process id.
+        `pids`: process ids of the workers on this machine, by global rank. With comm.backend=simulated the ranks are threads, and
+        all have the launcher's process id.
         """
 
     def look(self) -> Failure | None:
-        """Asked about ten times a second while workers run. A failure it returns ends their generation like a death: they are
-        killed (threads that wait fail, others are left behind), and started again if the budget allows. It must name the rank at
-        fault (-1: nobody alone), phase, cause and step."""
+        """Called about ten times a second while workers run. A returned failure ends the generation as a worker's death does.
+
+        The workers are killed (threads: those that wait fail, others keep running), and restarted if the budget allows. The failure
+        must have the rank at fault (-1: no single rank), phase, cause and step.
+        """
         return None
 
     def failed(self, generation: int, failure: Failure, again: bool) -> None:
-        """`generation` has ended with `failure`; `again`: another one follows it."""
+        """Called when `generation` has ended with `failure`. `again`: whether another generation follows."""

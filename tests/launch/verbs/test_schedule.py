@@ -59,8 +59,8 @@ def test_json_has_every_pass_with_its_times(capsys):
 
 
 def test_uneven_costs_and_small_counts_have_no_formula(capsys):
-    assert "says nothing of this size and these costs" in printed(capsys, *ZB_V, "input=2")
-    assert "says nothing of this size and these costs" in printed(capsys, *ZB_V[:3], "micro_batches=2")
+    assert "not defined for this size and these costs" in printed(capsys, *ZB_V, "input=2")
+    assert "not defined for this size and these costs" in printed(capsys, *ZB_V[:3], "micro_batches=2")
     assert "formula: (p-1)(F+B): 27.3%" in printed(capsys, "schedule", "name=1f1b", "stages=4", "micro_batches=8", "input=2")
 
 
@@ -202,6 +202,6 @@ def test_a_run_that_measured_nothing_or_something_else_is_refused(capsys, tmp_pa
     write(tmp_path, rows[1:])
     assert "rank 0 did F0 of stage 0 0 times" in refused(capsys, "schedule", str(tmp_path))
     write(tmp_path, [row for row in rows if row["rank"] == 0])
-    assert "tells of 1 ranks, the recipe has parallel.pipeline=2" in refused(capsys, "schedule", str(tmp_path))
+    assert "records 1 ranks, but the recipe has parallel.pipeline=2" in refused(capsys, "schedule", str(tmp_path))
     file.unlink()
     assert "pipeline.jsonl does not exist; give the directory of a run" in refused(capsys, "schedule", str(tmp_path))

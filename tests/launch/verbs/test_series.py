@@ -112,7 +112,7 @@ def test_only_what_is_not_done_is_repeated(swept, capsys, tmp_path):
     code, documents, run = swept([done()] * 6, *words)
     assert (code, run) == (0, [1, 2, 3, 4, 5])
     assert documents[0] == {"run_dir": f"{tmp_path}/run-run.seed=0", "ended": "done", "step": 3, "loss": 1.5}
-    assert f"{tmp_path}/run-run.seed=0 is done already" in capsys.readouterr().err
+    assert f"{tmp_path}/run-run.seed=0 is already done" in capsys.readouterr().err
     assert "same command repeats" in (swept([(1, FAILED)], "checkpoint.resume=true", "run.name=1,2") and capsys.readouterr().err)
 
 

@@ -101,7 +101,7 @@ def test_the_folder_of_the_log_is_no_pattern_of_slurms(tmp_path, folder, spelled
 
 def test_a_folder_that_slurm_cannot_name_a_log_in_is_refused(capsys):
     assert cli.main(["slurm", "--print", "run.dir=a\\b"]) == 2
-    assert "holds a backslash" in capsys.readouterr().err
+    assert "contains a backslash" in capsys.readouterr().err
 
 
 def test_a_value_in_the_header_is_kept_together():
