@@ -1,4 +1,4 @@
-"""A file that gets lines at its end. A disk that is full costs lines at worst, never the run. Free of torch."""
+"""A file to which lines are appended. A full disk delays lines, or at worst loses the oldest, but never ends the run."""
 
 import contextlib
 import logging
@@ -9,16 +9,16 @@ from pathlib import Path
 from bagualu.fault_tolerance.files import write_atomic
 
 _MOST_WAITING = 10_000
-"""Lines; of more, the oldest are dropped."""
+"""How many unwritten lines are kept; beyond this the oldest are dropped."""
 log = logging.getLogger(__name__)
 
 
 class AppendLog:
-    """Appends to `path`, each line in the file as soon as it is added. What cannot be written waits, and is tried again with the
-    next line, or `write`; of that one warning is given.
+    """Appends lines to `path`, each at once. A line that cannot be written is kept, logged as one warning, and tried again with the
+    next line or `write`.
 
-    `shared`: other processes append too. Then a line that was cut short stays, as a line of its own; else it is taken back.
-    `durable`: on the disk, not only in the file.
+    `shared`: other processes append too. Then the part of a line that was written before an error stays in the file, ended by a
+    line break; otherwise it is removed. `durable`: call fsync after writing.
     """
 
     def __init__(self, path: Path, shared: bool = False, durable: bool = False) -> None:
@@ -28,12 +28,12 @@ class AppendLog:
         self._warned = False
 
     def add(self, line: str) -> bool:
-        """Append `line`, which has no end of line; whether it, and all before it, are written."""
+        """Append `line`, given without a line break. Returns whether it and all lines before it are written."""
         self._waiting.append(line.encode() + b"\n")
         return self.write()
 
     def write(self) -> bool:
-        """Write what waits; whether nothing does any more."""
+        """Write the lines that are still unwritten. Returns whether all were written."""
         if not self._waiting:
             return True
         try:
@@ -44,25 +44,25 @@ class AppendLog:
                 os.fsync(self._open())
         except OSError as error:
             if not self._warned:
-                log.warning("%s cannot be written (%s); its lines wait, make room", self.path, error.strerror)
+                log.warning("%s cannot be written (%s); its lines are kept in memory, make room", self.path, error.strerror)
             self._warned = True
             return False
         self._warned = False
         return True
 
     def drop(self) -> None:
-        """Forget what waits."""
+        """Discard the unwritten lines."""
         self._waiting.clear()
 
     def truncate(self, size: int) -> None:
-        """Keep the first `size` bytes, and nothing that waits. Raises OSError."""
+        """Cut the file to its first `size` bytes, and discard the unwritten lines. Raises OSError."""
         self.drop()
         os.ftruncate(self._open(), size)
 
     def replace(self, data: bytes) -> None:
-        """Make `data` the whole file, in one moment, and forget what waits.
+        """Atomically replace the file's content with `data`, and discard the unwritten lines.
 
-        Where that finds no room the file stays as it is, with a warning. Raises OSError where it cannot be read or opened.
+        If `data` cannot be written, the file stays as it is and a warning is logged.
         """
         self.drop()
         try:
@@ -70,7 +70,7 @@ class AppendLog:
         except OSError as error:
             log.warning("%s stays as it is, with lines that no longer count (%s); make room", self.path, error.strerror)
             return
-        self.close()  # the descriptor is that of the file before
+        self.close()  # the descriptor still refers to the old file
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -84,10 +84,10 @@ class AppendLog:
         return self._descriptor
 
     def _append(self, line: bytes) -> None:
-        """One write, as a rule, so that lines of several processes do not mix. Raises OSError."""
+        """Append `line`, normally by a single write, so that lines of several processes do not mix. Raises OSError."""
         descriptor = self._open()
         size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # somebody's line was cut short
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # the last line was cut short
             line = b"\n" + line
         rest = memoryview(line)
         try:

@@ -1,10 +1,10 @@
-"""Damage to what a rank holds between two updates: optimizer state against its seal, working weights against their owners'.
+"""Detects and repairs damage to a rank's optimizer state and working weights between two updates.
 
 - The seal: checksums of master weights and moments, taken after an update and compared before the next one. Nothing may change them
-  in between, so whoever finds a difference is the one that is damaged.
-- Replicas: the owner of a shard derives its working weights from its master weights, and that is the truth about every copy. So
-  two ranks are enough to tell which is wrong, and all weights can be gathered again. State that several ranks hold alike
-  (ZeRO off, parameters that tensor ranks or the two ends of the pipeline share) is compared as well.
+  in between, so a rank whose checksums differ is damaged.
+- Copies: the owner of a shard derives its working weights from its master weights, and every copy on other ranks must equal them.
+  So two ranks are enough to know which is wrong, and all weights can be gathered again.
+- Replicas: state that several ranks hold (ZeRO off, parameters that tensor ranks or the first and last stage share) is compared.
 """
 
 from collections import Counter
@@ -25,21 +25,21 @@ class Damage:
     """One damaged thing on one rank."""
 
     kind: str
-    """"state": differs from its seal; "replica": differs from the other holders of the same; "copy": a working copy of weights."""
+    """"state": differs from its seal; "replica": differs from other holders of the same state; "copy": wrong working weights."""
     what: str
-    """For people, e.g. "exp_avg of layers.3.down.weight and 4 more"."""
+    """Description for messages, e.g. "exp_avg of layers.3.down.weight and 4 more"."""
     owner: int
-    """Global rank whose state it is, or that the copy should equal."""
+    """Global rank whose state is damaged; for a copy, the rank whose working weights it should equal."""
     axis: str = ""
-    """The axis along which others hold the same state; "": nobody does."""
+    """The axis along which other ranks hold the same state; "" if none does."""
     place: int = 0
-    """Which it is among the shards that are held along this axis."""
+    """Index of the shard among those that are held along this axis."""
     holders: tuple[int, ...] = ()
-    """Global ranks that hold the same state, this one among them."""
+    """Global ranks that hold the same state, including this one."""
 
 
 class DamageCheck:
-    """One rank's. `inspect` is collective; `seal` is not."""
+    """Checks one rank's state. `inspect` is collective; `seal` is not."""
 
     def __init__(self, engine: GuardedEngine, mesh: Mesh) -> None:
         self._engine, self._mesh = engine, mesh
@@ -56,28 +56,28 @@ class DamageCheck:
         return self._seal is not None
 
     def seal(self) -> None:
-        """Until `break_seal` the state must not change."""
+        """Take checksums of the optimizer state, which must not change until `break_seal`."""
         self._seal = self._state().tolist()
 
     def break_seal(self) -> None:
-        """The state changes lawfully."""
+        """Drop the checksums, before an intended change of the state."""
         self._seal = None
 
     def inspect(self) -> bool:
-        """Compare everything. Whether this rank is damaged; `found` says where."""
+        """Compare all state and weights. Returns whether this rank is damaged; `found` then lists the damage."""
         state = self._state()
         rows: list[list[int]] = state.tolist()
-        self.found = self._broken(rows) + self._strange(state) + self._bad_copies(state)
+        self.found = self._broken(rows) + self._different_replicas(state) + self._bad_copies(state)
         return bool(self.found)
 
     def not_finite(self, spoilt: Sequence[tuple[int, str]]) -> list[Damage]:
-        """Damage of this rank's (shard, kind of its state) that an update left with values that are not finite."""
+        """Returns the damage for state of this rank that an update left non-finite, given as (index of the shard, kind)."""
         return [self._damaged_state("replica", index, kind) for index, kind in spoilt]
 
     def repair(self, damages: Sequence[Sequence[Damage]]) -> None:
-        """Put right what `damages` (by rank, the same on every rank) names: from another holder, or from the master weights.
+        """Repair `damages` (by rank, the same on every rank): state from another holder, copies from the master weights.
 
-        Collective. They must be `repairable`.
+        Collective. The damages must be `repairable`.
         """
         for damage in _distinct(damages):
             if damage.axis and self.rank in damage.holders:
@@ -88,7 +88,7 @@ class DamageCheck:
         self._engine.publish()
 
     def _state(self) -> torch.Tensor:
-        """Checksums of this rank's optimizer state [shards, kinds]."""
+        """Returns the checksums of this rank's optimizer state [shards, kinds]."""
         shards = self._engine.shards()
         return torch.stack([torch.stack([checksum(tensor) for tensor in shard.tensors.values()]) for shard in shards])
 
@@ -99,33 +99,33 @@ class DamageCheck:
         return [
             self._damaged_state("state", index, kind)
             for index, (now, sealed) in enumerate(zip(rows, self._seal, strict=True))
-            for kind, one, other in zip(kinds, now, sealed, strict=True)
-            if one != other
+            for kind, current, original in zip(kinds, now, sealed, strict=True)
+            if current != original
         ]
 
-    def _strange(self, state: torch.Tensor) -> list[Damage]:
-        """State that this rank does not hold as the other holders do."""
+    def _different_replicas(self, state: torch.Tensor) -> list[Damage]:
+        """Returns the state of this rank that differs from the other holders' replicas."""
         kinds, found = list(self._engine.shards()[0].tensors), []
         for axis in self._sharing_axes():
             members, group = self._shared(axis), self._mesh.group(axis)
             table = _gather(state[members], group)
             for place, index in enumerate(members):
                 for column, kind in enumerate(kinds):
-                    if _stands_alone([row[place][column] for row in table], group.rank):
+                    if _differs_from_majority([row[place][column] for row in table], group.rank):
                         found.append(self._damaged_state("replica", index, kind, axis))
         return found
 
     def _sharing_axes(self) -> list[str]:
-        """Axes of more than one rank along which all hold the same optimizer state of some buckets."""
+        """Returns the axes of more than one rank along which all ranks hold the same optimizer state for some bucket."""
         axes = ("fold", "replica", "tensor", "ends")
         return [axis for axis in axes if self._shared(axis) and self._mesh.group(axis).size > 1]
 
     def _shared(self, axis: str) -> list[int]:
-        """The shards whose state all ranks along `axis` hold alike; in the same order on all of them."""
+        """Returns the indices of the shards whose state is the same on all ranks along `axis`, in an order common to these."""
         return [index for index, shard in enumerate(self._engine.shards()) if axis in shard.held_along]
 
     def _bad_copies(self, state: torch.Tensor) -> list[Damage]:
-        """Working weights that are not what their owner's master weights make them."""
+        """Returns the working weights on this rank that differ from those derived from their owner's master weights."""
         shards, found = self._engine.shards(), []
         for axis in sorted({shard.axis for shard in shards}):
             members = [index for index, shard in enumerate(shards) if shard.axis == axis]
@@ -140,13 +140,13 @@ class DamageCheck:
         return found
 
     def _bad_copy(self, shard: StateShard, owner: int) -> Damage:
-        """Without a seal on the owner's state it may be the owner that is wrong, and nothing can be made from it."""
+        """Returns the damage of a copy. Without a seal the owner may be the damaged rank: both are named, neither is repaired."""
         if self.sealed:
             return Damage("copy", f"working copy of {shard.name}", owner)
         return Damage("replica", f"working copy of {shard.name}, not as on rank {owner}", self.rank, "", 0, (self.rank, owner))
 
     def _truth(self, index: int, state: torch.Tensor) -> torch.Tensor:
-        """Checksum of this rank's shard of the working weights as it should be."""
+        """Returns the checksum that this rank's shard of the working weights should have, from its master weights."""
         shard = self._engine.shards()[index]
         master, working = shard.tensors["weight"], shard.copies[0]
         return state[index, 0] if master.dtype == working.dtype else checksum(master.to(working.dtype))
@@ -165,14 +165,14 @@ def as_json(damages: Sequence[Damage]) -> list[dict[str, Any]]:
 
 
 def from_json(rows: Sequence[dict[str, Any]]) -> list[Damage]:
-    """The opposite of `as_json`."""
+    """The inverse of `as_json`."""
     return [Damage(**{**row, "holders": tuple(row["holders"])}) for row in rows]
 
 
 def blame(damages: Sequence[Sequence[Damage]]) -> list[list[Damage]]:
-    """What is truly damaged, by rank, of what every rank found on itself.
+    """Returns, by rank, the findings of all ranks without those that another rank's damage explains.
 
-    A broken seal is certain. Next to one, those who merely differ from its owner are not at fault: they hold what was true.
+    A broken seal is certain damage. A rank that only differs from a rank with a broken seal holds the right values.
     """
     broken = {rank for rank, own in enumerate(damages) if any(damage.kind == "state" for damage in own)}
 
@@ -184,18 +184,18 @@ def blame(damages: Sequence[Sequence[Damage]]) -> list[list[Damage]]:
 
 
 def repairable(damages: Sequence[Sequence[Damage]]) -> bool:
-    """Whether for all damaged state somebody holds the same, undamaged. Working copies can always be made anew."""
+    """Whether some rank holds an intact copy of each damaged piece of state. Working copies can always be recomputed."""
     return all(_intact_holder(damage, damages) >= 0 for own in damages for damage in own if damage.kind != "copy")
 
 
 def _distinct(damages: Sequence[Sequence[Damage]]) -> list[Damage]:
-    """One for every damaged piece of state, in an order that is the same on all ranks."""
+    """Returns one damage for every damaged piece of state, in the same order on all ranks."""
     pieces = {(damage.axis, damage.place, damage.holders): damage for own in damages for damage in own if damage.kind != "copy"}
     return list(pieces.values())
 
 
 def _intact_holder(damage: Damage, damages: Sequence[Sequence[Damage]]) -> int:
-    """A rank that holds the same state undamaged; -1: there is none."""
+    """Returns a rank that holds the same state undamaged; -1 if there is none."""
     piece = (damage.axis, damage.place, damage.holders)
     for holder in damage.holders if damage.axis else ():
         if all((other.axis, other.place, other.holders) != piece or other.kind == "copy" for other in damages[holder]):
@@ -204,15 +204,15 @@ def _intact_holder(damage: Damage, damages: Sequence[Sequence[Damage]]) -> int:
 
 
 def _gather(own: torch.Tensor, group: Group) -> list[Any]:
-    """Every member's integers, by position."""
+    """Returns the integers of every rank of the group, by its position in the group. Collective."""
     output = own.new_empty(group.size, *own.shape)
     group.all_gather(output, own.contiguous())
     rows: list[Any] = output.tolist()
     return rows
 
 
-def _stands_alone(values: list[int], own: int) -> bool:
-    """Whether the value at place `own` is not what most hold; where no value is held by more than half, all are in doubt."""
+def _differs_from_majority(values: list[int], own: int) -> bool:
+    """Whether values[own] differs from the value of the majority. Without a majority, all are counted as differing."""
     value, count = Counter(values).most_common(1)[0]
     if len(set(values)) == 1:
         return False

@@ -1,8 +1,8 @@
-"""From what is wrong with a step to what is done about it: a pure function of figures that all ranks hold alike. Free of torch.
+"""Decides what to do about a step in which something is wrong: a pure function of values that are the same on all ranks.
 
-The policy `retry` is a ladder. The step is computed again. Fine this time: it was the hardware, and the step is applied. The same
-bits once more: it is the data or the code, and the step is skipped (its samples deferred, if it was a spike), `guard.limit` times
-in a row at most. If other samples then go well it was the data; if not, the code or the settings, and the run ends.
+The policy `retry` has several stages. First the step is computed again. If it is fine this time, the hardware was at fault, and
+the step is applied. If it gives the same bits, the data or the code is at fault, and the step is skipped (after a spike, its
+samples are deferred). After `guard.limit` skipped steps in a row, the code or the settings must be at fault, and the run ends.
 """
 
 from dataclasses import dataclass
@@ -11,44 +11,47 @@ from bagualu.fault_tolerance.config import GuardConfig
 from bagualu.fault_tolerance.guard.verdict import SPIKES, Cause, GuardAction
 
 MOST_ATTEMPTS = 4
-"""More than any single fault needs: the faulty attempt, one that shows the fault, one that confirms the good one."""
+"""One more than a single fault needs: the faulty attempt, one that reveals the fault, and one that confirms the good result."""
 
 
 @dataclass(frozen=True)
 class Situation:
+    """What is known after an attempt at a step; the same on every rank."""
+
     cause: Cause | None
-    """What is wrong with the newest attempt."""
+    """What is wrong with the newest attempt; None: nothing."""
     attempts: int
+    """How often the step has been computed."""
     same: bool | None
-    """Whether it gave, on every rank, the bits of an earlier one; None when that is not known."""
+    """Whether the newest attempt gave, on every rank, the bits of an earlier one; None if that is not known."""
     repairable: bool = True
-    """Whether damaged state can be had from another rank."""
+    """Whether another rank holds an intact copy of all damaged state."""
     setbacks: int = 0
-    """Steps left out or taken back in a row before this one."""
+    """Steps left out, deferred or rolled back in a row before this one."""
 
 
 def decide(config: GuardConfig, now: Situation) -> GuardAction:
-    """What to do after an attempt."""
+    """Returns what to do after an attempt."""
     if now.cause is None:
         return GuardAction.COMMIT
     if now.cause is Cause.OVERFLOW:
         return GuardAction.SKIP
     action = GuardAction(policy(config, now.cause))
     if action is GuardAction.RETRY:
-        action = _next_rung(now)
+        action = _after_attempt(now)
     if action in (GuardAction.SKIP, GuardAction.ROLLBACK) and now.setbacks >= config.limit:
         return GuardAction.STOP
     return action
 
 
 def policy(config: GuardConfig, cause: Cause) -> str:
-    """What the recipe says about a cause."""
+    """Returns the recipe's policy for a cause: guard.on_nonfinite, guard.on_spike or guard.on_disagreement."""
     if cause is Cause.NONFINITE:
         return config.on_nonfinite
     return config.on_spike if cause in SPIKES else config.on_disagreement
 
 
-def _next_rung(now: Situation) -> GuardAction:
+def _after_attempt(now: Situation) -> GuardAction:
     if now.cause in (Cause.WEIGHTS, Cause.STATE):
         return GuardAction.RETRY if now.repairable and now.attempts < MOST_ATTEMPTS else GuardAction.ROLLBACK
     if now.cause is Cause.GRADIENTS:

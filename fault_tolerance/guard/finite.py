@@ -1,4 +1,4 @@
-"""Whether tensors hold only finite values, at the cost of reading them once, and what follows where an update left others."""
+"""Tests whether tensors are finite, reading them once, and decides what to do when an update left non-finite values."""
 
 import torch
 
@@ -7,8 +7,8 @@ from bagualu.fault_tolerance.guard.verdict import GuardAction
 
 
 def probe(values: torch.Tensor) -> torch.Tensor:
-    """A scalar that is not finite when any of `values` is not; it may also overflow where all of them are finite."""
-    # float16 has no room for the sum of a hundred thousand ones, but for the root of the sum of their squares.
+    """Returns a scalar that is not finite if any of `values` is not. It may also overflow if all of them are finite."""
+    # In float16 the sum of a hundred thousand ones overflows; the root of the sum of their squares does not.
     return torch.linalg.vector_norm(values) if values.dtype == torch.float16 else values.sum()
 
 
@@ -18,11 +18,11 @@ def is_finite(values: torch.Tensor) -> bool:
 
 
 def after_update(config: GuardConfig, repairable: bool, again: bool, setbacks: int) -> GuardAction:
-    """What becomes of a step whose update left values that are not finite on some rank.
+    """Returns what to do about a step whose update left non-finite values on some rank.
 
-    `repairable`: other ranks hold the same state, finite: then it was the hardware of the rank that does not, and COMMIT means
-    that the step is committed after the repair. Otherwise the state before the step is gone, so it must come from a checkpoint.
-    `again`: the run has gone back from this step, or a later one, before: then it is the settings, and the run ends.
+    `repairable`: another rank holds the same state with finite values. Then the hardware of the first rank is at fault, and COMMIT
+    means that the step is committed after a repair. Otherwise the state before the step is lost and must come from a checkpoint.
+    `again`: the run has already gone back from this step or a later one. Then the settings are at fault, and the run ends.
     """
     if repairable and config.on_disagreement == "retry":
         return GuardAction.COMMIT

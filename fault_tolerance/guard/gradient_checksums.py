@@ -1,7 +1,7 @@
-"""The attempts at one step: what each computed, bit for bit, before and after the reduction.
+"""Checksums of the gradients of each attempt at one step, before and after their reduction.
 
-The same weights and samples give the same bits. So a second attempt that differs is a fault of the hardware, on the rank whose
-own gradient (not yet mixed with anybody else's) differs; one that does not differ clears the hardware.
+The same weights and samples give the same bits. So if a second attempt differs, the hardware is at fault, on the rank whose own
+gradient (before the reduction) differs; if it does not differ, the hardware is not at fault.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,32 +15,32 @@ from bagualu.fault_tolerance.guard.engine import GuardedEngine
 
 
 class Attempts:
-    """This rank's checksums of the gradient, by attempt."""
+    """This rank's gradient checksums, by attempt."""
 
     def __init__(self, engine: GuardedEngine) -> None:
         self._engine = engine
         self._own: list[torch.Tensor] = []
         self._made: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        """Of each attempt: own gradient, and the reduced one if asked for; mostly there is nothing to compare it with."""
+        """For each attempt, the checksum of the own gradient and of the reduced one; the latter is computed only when needed."""
 
     def begin(self) -> None:
-        """Forget: a new step."""
+        """Start a new step: forget all attempts."""
         self._own.clear()
         self._made.clear()
 
     def before_reduction(self, gradients: torch.Tensor) -> None:
-        """This rank's own `gradients` are complete and nothing has been added to them yet."""
+        """Called when this rank's own `gradients` are complete, before other ranks' gradients are added to them."""
         self._own.append(checksum(gradients))
 
     def end(self) -> None:
-        """After the reduction of an attempt."""
+        """Call after the gradients of an attempt are reduced."""
         self._made.append((combine(torch.stack(self._own)), None))
         self._own.clear()
         if self.earlier:
             self.keep()
 
     def keep(self) -> None:
-        """Before the gradient of the newest attempt is overwritten by another one that it is compared with."""
+        """Compute the newest attempt's missing checksum, before another attempt overwrites its reduced gradient."""
         own, reduced = self._made[-1]
         if reduced is None:
             reduced = combine(torch.stack([checksum(gradients) for gradients in self._engine.reduced_gradients()]))
@@ -48,19 +48,19 @@ class Attempts:
 
     @property
     def earlier(self) -> int:
-        """Attempts before the newest."""
+        """How many attempts there were before the newest."""
         return max(0, len(self._made) - 1)
 
     def differing(self, zero: torch.Tensor) -> list[torch.Tensor]:
-        """For each attempt that can come before another: 1 where the newest differs from it, else 0; as scalars like `zero`."""
-        before = [(_both(self._made[-1]) != _both(one)).any().to(zero.dtype) for one in self._made[:-1]]
+        """Returns MOST_ATTEMPTS - 1 scalars like `zero`: 1 for each earlier attempt that the newest differs from, else 0."""
+        before = [(_both(self._made[-1]) != _both(attempt)).any().to(zero.dtype) for attempt in self._made[:-1]]
         return [*before, *[torch.zeros_like(zero)] * (MOST_ATTEMPTS - 1 - len(before))]
 
     def as_json(self) -> list[list[int]]:
-        """[own gradient, reduced gradient] by attempt."""
+        """Returns [checksum of the own gradient, checksum of the reduced gradient] for each attempt."""
         if self._made:
             self.keep()
-        return [_both(one).tolist() for one in self._made]
+        return [_both(attempt).tolist() for attempt in self._made]
 
 
 def _both(attempt: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
@@ -70,10 +70,10 @@ def _both(attempt: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
 
 
 def culprits(table: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    """The ranks whose attempts differ, from what all ranks gave as "attempts".
+    """Returns the ranks whose attempts differ; `table` has each rank's `Attempts.as_json` under "attempts".
 
-    Their own gradients count first: a fault in one rank's own makes the reduced ones differ on others. Where layers or stages are
-    shared, a fault in an activation spreads to all ranks that compute with it, and all of those are named.
+    Own gradients are compared first, because a fault in one rank's own gradient also changes the reduced gradients of others. If a
+    fault is in an activation that other ranks compute with (tensor or pipeline parallel), all of these ranks are named.
     """
     for which in (0, 1):
         ranks = tuple(rank for rank, row in enumerate(table) if len({attempt[which] for attempt in row["attempts"]}) > 1)

@@ -1,4 +1,4 @@
-"""The guard of one rank's steps: whether a step is applied, computed again, left out, taken back, or ends the run.
+"""The guard decides whether a step is applied, computed again, left out, rolled back, or ends the run.
 
     begin -> compute and reduce -> inspect -> agree (one reduction over all ranks) -> judge -> update -> agree that all of it is
     finite -> finish
@@ -6,8 +6,8 @@
 `begin`, `finish` and, after RETRY, `samples` say which samples are computed next: those of the step, of an earlier one that were
 deferred, or of the newest committed one, which tell whether the weights are to blame.
 
-What `judge` decides depends on figures that every rank holds alike, so every rank decides the same without asking again. Only
-when one of them says that something is wrong do ranks tell each other the details.
+`judge` decides from values that are the same on every rank, so all ranks make the same decision without another exchange. Ranks
+exchange details only when these values show that something is wrong.
 """
 
 import math
@@ -33,21 +33,24 @@ from bagualu.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class StepValues:
-    """One attempt at a step, as all ranks hold it."""
+    """The results of one attempt at a step, reduced over all ranks and so the same on each."""
 
     loss: float
     """Nats per token."""
     norm: float
-    """Of the whole gradient, the loss scale taken out; not finite when any part of it on any rank is not."""
+    """Norm of the whole gradient, divided by the loss scale; not finite if any part of the gradient on any rank is not."""
     found: Sequence[float]
-    """What `Guard.inspect` gave, summed over all ranks."""
+    """The values that `Guard.inspect` returned, summed over all ranks."""
     scale_can_fall: bool = False
     """Whether a smaller loss scale could make the gradient finite."""
 
 
 class Guard:
-    """One rank's. `memory` is its part of the run's state. `saves_every`: steps between checkpoints, 0 for none. `repeatable`:
-    whether a step that is computed again gives the same bits. `steps`: how many steps the run has; None: no end is known."""
+    """The guard of one rank. Its `memory` is saved in checkpoints.
+
+    `saves_every`: steps between checkpoints, 0 for none. `repeatable`: whether computing a step again gives the same bits. `steps`:
+    the number of steps of the run, if it has an end.
+    """
 
     def __init__(
         self,
@@ -67,26 +70,26 @@ class Guard:
         self._count = 0
         self._step = 0
         self._late: int | None = None
-        """The step whose samples, deferred before, are computed now."""
+        """The earlier step whose deferred samples are being computed now."""
         self._pending: GuardDecision | None = None
-        """The decision to defer samples, if the weights are not to blame."""
+        """The decision to defer samples, which holds unless the weights turn out to be wrong."""
         self._values = (0.0, 0.0)
-        """Loss and gradient norm of the newest attempt at the samples that are judged."""
+        """Loss and gradient norm of the newest attempt at the samples to be judged."""
         self._limited = False
-        """Whether the newest attempt is a spike that is learnt from all the same, with a gradient of bounded norm."""
+        """Whether the newest attempt is a spike that is applied nevertheless; its gradient is then clipped to `strongest`."""
         self.clean = 0
-        """Steps after which the state is known to have been whole: checkpoints of later steps may hold damage."""
+        """The last step after which the state is known to be undamaged; checkpoints of later steps may contain damage."""
         self._first: tuple[Cause, tuple[int, ...], str] | None = None
-        """The first thing that was wrong with the step: what, on which ranks, in words."""
+        """The first thing that was wrong with the step: its cause, the ranks at fault, and a description."""
         if self._compares:
             engine.before_reduction = self._attempts.before_reduction
 
     def leaves_out(self, step: int) -> str | None:
-        """Why `step` (from 1) is not to be learnt from; None: it is."""
+        """Returns why `step` (counted from 1) must not be trained on; None if it may."""
         return self.memory.left_out.get(step)
 
     def begin(self, step: int) -> int:
-        """Before the first attempt at `step` (from 1): the step whose samples are computed, `step` or one that was deferred."""
+        """Call before the first attempt at `step` (from 1). Returns the step whose samples to compute: `step` or a deferred one."""
         self._step, self._late = step, self.memory.due(step, self._steps)
         return self._start()
 
@@ -107,26 +110,26 @@ class Guard:
 
     @property
     def weighing(self) -> bool:
-        """Whether those are samples that were learnt from before, computed again to judge the weights."""
+        """Whether these samples were applied before and are computed again to judge the weights."""
         return self._pending is not None
 
     def inspect(self, step: int) -> list[torch.Tensor]:
-        """Look at this rank after the reduction of an attempt: float64 scalars for `StepValues.found`.
+        """Check this rank's state after the gradients of an attempt are reduced. Returns float64 scalars for `StepValues.found`.
 
-        Collective in the steps that `guard.check_every` names, and after an attempt that something was wrong with.
+        Collective in the steps that `guard.check_every` selects, and once something was wrong with an attempt at this step.
         """
         self._count += 1
-        # Once something is wrong everything is looked at: a damaged weight gives the same bad bits every time.
+        # Once something is wrong, the state is checked too: a damaged weight gives the same wrong bits in every attempt.
         damaged = (self._checks(step) or self._first is not None) and self._damage.inspect()
         if self._compares:
             self._attempts.end()
-        found = torch.tensor(float(damaged), dtype=torch.float64, device=self._mesh.group("world").device)
-        return [found, *self._attempts.differing(found)]
+        flag = torch.tensor(float(damaged), dtype=torch.float64, device=self._mesh.group("world").device)
+        return [flag, *self._attempts.differing(flag)]
 
     def judge(self, step: int, figures: StepValues) -> GuardDecision:
-        """What becomes of `step`; the same on every rank. After RETRY `samples` are to be computed, from where the step was.
+        """Decide what to do about `step`; the decision is the same on every rank.
 
-        Collective where something is wrong.
+        After RETRY the caller computes `samples` from the same weights. Collective if something is wrong.
         """
         if self._pending:
             verdict, self._pending = self._pending, None
@@ -134,7 +137,7 @@ class Guard:
         self._values = figures.loss, figures.norm
         damaged, *differing = figures.found
         differing = differing[: self._attempts.earlier]
-        table = self._tell() if damaged or any(differing) else []
+        table = self._gather_details() if damaged or any(differing) else []
         damages = damage.blame([damage.from_json(row["damage"]) for row in table])
         same = 0.0 in differing if self._compares else None
         cause = self._cause(step, figures, damages, same)
@@ -151,11 +154,11 @@ class Guard:
         action = decide(self._late_config if self._late else self.config, now)
         deferred = action is GuardAction.SKIP and spike and self.config.on_spike == "retry"
         self._limited = deferred and (self._late is not None or step == self._steps)
-        if self._limited:  # the same again some steps later, or no step is left to defer them to
+        if self._limited:  # a spike again some steps later, or no step is left to defer to: apply it
             action, deferred = GuardAction.COMMIT, False
         if action is GuardAction.RETRY and any(damages):
             self._damage.repair(damages)
-            self._attempts.begin()  # what was computed with damaged weights is nothing to compare with
+            self._attempts.begin()  # attempts with damaged weights cannot be compared with later ones
         elif action is GuardAction.RETRY and self._compares:
             self._attempts.keep()
         verdict = self._verdict(step, action, ranks, same, deferred)
@@ -165,10 +168,11 @@ class Guard:
         return GuardDecision(GuardAction.RETRY, attempts=self._count)
 
     def _weigh(self, step: int, verdict: GuardDecision, figures: StepValues) -> GuardDecision:
-        """`verdict`, which defers the samples of `step`, or another one if the weights are to blame.
+        """Check a decision that defers the samples of `step`: returns it, or one with the cause DIVERGED if the weights are wrong.
 
-        `figures` are those of the newest committed step, computed again with the weights as they are. If these stand out too, the
-        weights are to blame. The second time in a row the run goes back to a checkpoint, if it makes any.
+        `figures` are those of the newest committed step's samples, computed again with the current weights. If these are a spike
+        too, the weights are wrong and not the new samples. The second time in a row, the run goes back to a checkpoint, if it saves
+        any.
         """
         loss, norm = figures.loss, figures.norm
         if not self.memory.diverged(step, loss, norm, figures.scale_can_fall):
@@ -177,29 +181,29 @@ class Guard:
         old, loss_then, norm_then = self.memory.newest
         again = self.memory.diverged_row > 0 and self._saves_every > 0
         action = GuardAction.ROLLBACK if again else GuardAction.SKIP
-        if again and not self.config.check_every:  # nobody has looked; but at `old` the figures were right
+        if again and not self.config.check_every:  # the state was not checked, but the values at `old` were right
             self.clean = max(self.clean, old - 1)
-        then_and_now = (
-            f"step {old}, learnt from at loss {loss_then:g} and gradient norm {norm_then:g}, now has {loss:g} and {norm:g}"
-        )
-        text = f"{verdict.text}; but {then_and_now}: the weights, not the samples" + ("; back to a checkpoint" if again else "")
+        then_and_now = f"step {old}, applied with loss {loss_then:g} and gradient norm {norm_then:g}, now has {loss:g} and {norm:g}"
+        end = "; back to a checkpoint" if again else ""
+        text = f"{verdict.text}; but {then_and_now}: the weights are at fault, not the samples{end}"
         return replace(verdict, action=action, cause=Cause.DIVERGED, deferred=not again, text=text)
 
     @property
     def _late_config(self) -> GuardConfig:
-        """Samples that were deferred are computed again, and learnt from if the hardware is not to blame."""
+        """The policies for deferred samples: a spike is computed again, and trained on unless the hardware is at fault."""
         nonfinite = self.config.on_nonfinite
         return replace(self.config, on_spike="retry", on_nonfinite="skip" if nonfinite == "rollback" else nonfinite)
 
     @property
     def strongest(self) -> float:
-        """The gradient norm that the update of the newest attempt may have; infinite for any."""
+        """The largest gradient norm that the update of the newest attempt may have; infinite for no bound."""
         return self.memory.strongest() if self._limited else math.inf
 
     def judge_update(self, step: int, spoilt: Sequence[tuple[int, str]]) -> GuardDecision:
-        """What becomes of `step` whose update left values that are not finite on some rank: COMMIT (repaired), ROLLBACK, STOP.
+        """Decide about `step`, whose update left non-finite values on some rank: COMMIT (after a repair), ROLLBACK or STOP.
 
-        `spoilt`: (shard, kind of its state) for this rank's own. Collective; the same on every rank.
+        `spoilt`: (index of the shard, kind of state) for each non-finite tensor of this rank. Collective; the decision is the same
+        on every rank.
         """
         world = self._mesh.group("world")
         own = {"damage": damage.as_json(self._damage.not_finite(spoilt))}
@@ -214,8 +218,8 @@ class Guard:
         return GuardDecision(action, Cause.UPDATE, ranks, self._count, text=text)
 
     def finish(self, verdict: GuardDecision) -> int | None:
-        """The samples have been judged so, and the update has happened if it was to: the step whose samples are computed next as
-        part of the same step; None when the step has ended."""
+        """Record the decision about the samples, after their update if they had one. Returns the step whose samples to compute next
+        as part of the same step; None when that has ended."""
         if self._late is None:
             self.memory.learn(self._step, *self._values, verdict)
             self.expect(self._step + 1)
@@ -226,20 +230,20 @@ class Guard:
         return None if verdict.action in (GuardAction.ROLLBACK, GuardAction.STOP) else self._start()
 
     def load(self, saved: dict[str, Any], step: int) -> None:
-        """Go on after `step` steps with what a checkpoint holds of `memory`."""
+        """Continue after `step` steps with the document of `memory` from a checkpoint."""
         self.memory.load(saved)
         self.clean = step
         self.expect(step + 1)
 
     def expect(self, step: int) -> None:
-        """The state has changed lawfully, and the next step is `step`."""
+        """Drop the seal after an intended change of the state; take a new one if the next step, `step`, checks it."""
         self._damage.break_seal()
         if self._checks(step):
             self._damage.seal()
 
     def _cause(self, step: int, figures: StepValues, damages: Sequence[Sequence[Damage]], same: bool | None) -> Cause | None:
         if any(damages):
-            return Cause.STATE if any(one.kind != "copy" for own in damages for one in own) else Cause.WEIGHTS
+            return Cause.STATE if any(item.kind != "copy" for own in damages for item in own) else Cause.WEIGHTS
         if not math.isfinite(figures.loss):
             return Cause.NONFINITE
         if not math.isfinite(figures.norm):
@@ -249,8 +253,8 @@ class Guard:
         unconfirmed = self._audits(step) and self._attempts.earlier and not same
         return Cause.GRADIENTS if unconfirmed else None
 
-    def _tell(self) -> list[dict[str, Any]]:
-        """What every rank has found on itself. Collective."""
+    def _gather_details(self) -> list[dict[str, Any]]:
+        """Returns every rank's checksums of attempts and damages, by rank. Collective."""
         world = self._mesh.group("world")
         own = {"attempts": self._attempts.as_json(), "damage": damage.as_json(self._damage.found)}
         return gather_json(own, world)
@@ -258,16 +262,16 @@ class Guard:
     def _verdict(self, step: int, action: GuardAction, ranks: tuple[int, ...], same: bool | None, deferred: bool) -> GuardDecision:
         late = f"the samples of step {self._late}, deferred before" if self._late else ""
         if self._first is None:
-            text = f"step {step}: {late}, were learnt from" if late and action is GuardAction.COMMIT else ""
+            text = f"step {step}: {late}, were trained on" if late and action is GuardAction.COMMIT else ""
             return GuardDecision(action, attempts=self._count, text=text)
         cause, before, what = self._first
         ranks = before or ranks
-        end = "its samples are learnt from later" if deferred else ending(cause, action, ranks, self.memory.setbacks, step)
+        end = "its samples are trained on later" if deferred else ending(cause, action, ranks, self.memory.setbacks, step)
         text = f"step {step}: " + "; ".join(filter(None, [late, what, diagnosis(cause, ranks, same), end]))
         return GuardDecision(action, cause, ranks, self._count, deferred, text)
 
     def _checks(self, step: int) -> bool:
-        """The step after a checkpoint is one too: it shows that nothing had changed while that was written."""
+        """Whether the state is checked in `step`: every guard.check_every steps, and after a save, to check what was saved."""
         after_save = self._saves_every > 0 and step > 1 and (step - 1) % self._saves_every == 0
         return self.config.check_every > 0 and (after_save or step % self.config.check_every == 0)
 
@@ -276,4 +280,4 @@ class Guard:
 
 
 def _named(damages: Sequence[Sequence[Damage]]) -> list[str]:
-    return [by_rank(rank, [one.what for one in own]) for rank, own in enumerate(damages) if own]
+    return [by_rank(rank, [item.what for item in own]) for rank, own in enumerate(damages) if own]

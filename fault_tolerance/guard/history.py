@@ -1,4 +1,4 @@
-"""What the guard remembers from step to step; part of a run's saved state, so that a resumed run judges alike. Free of torch."""
+"""What the guard remembers between steps. It is saved in checkpoints, so that a resumed run makes the same decisions."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -12,36 +12,38 @@ from bagualu.fault_tolerance.guard.verdict import Cause, GuardAction, GuardDecis
 
 @dataclass
 class Counts:
-    """Events since the run began."""
+    """Numbers of events since the run began."""
 
     skipped: int = 0
-    """Steps left out because of their own figures, float16 overflows among them, and those whose samples were deferred."""
+    """Steps whose update was left out: for a float16 overflow, for good, or with their samples deferred."""
     computed_again: int = 0
-    """Steps with something wrong that were computed more than once."""
+    """Steps in which something was wrong and which were computed more than once."""
     rolled_back: int = 0
 
 
 @dataclass
 class Memory:
+    """The guard's state: the history of losses and gradient norms, and which steps were left out. Steps are counted from 1."""
+
     config: GuardConfig = field(repr=False, compare=False)
     losses: History
     norms: History
     left_out: dict[int, str] = field(default_factory=dict)
-    """Steps (from 1) whose samples are not learnt from, and why."""
+    """Steps whose samples are never trained on, and why."""
     deferred: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """Steps (from 1) whose samples are learnt from later, with their loss and gradient norm."""
+    """Steps whose samples are trained on later, with their loss and gradient norm."""
     setbacks: int = 0
-    """Steps left out, deferred or taken back since the run last got further than it had ever been."""
+    """Steps left out, deferred or rolled back since a step after `furthest` was last committed."""
     furthest: int = 0
-    """The last step (from 1) that something was wrong with."""
+    """The last step in which something was wrong, float16 overflows aside."""
     hard_row: int = 0
-    """Steps in a row, up to now, that were hard."""
+    """How many of the latest steps in a row were hard, i.e. above the usual values (spike.py)."""
     diverged_row: int = 0
-    """Steps in a row, up to now, at which samples that the run had learnt looked wrong too."""
+    """How many of the latest steps in a row were deferred with the cause DIVERGED."""
     newest: tuple[int, float, float] | None = None
-    """The newest step (from 1) that was committed, its loss and gradient norm."""
+    """The newest committed step, its loss and gradient norm."""
     overflows: int = 0
-    """Steps left out for a float16 overflow."""
+    """Steps left out because of a float16 overflow."""
     counts: Counts = field(default_factory=Counts)
 
     @staticmethod
@@ -50,14 +52,14 @@ class Memory:
         return Memory(config, History(config.spike_window), History(config.spike_window), left_out)
 
     def spike(self, step: int, loss: float, norm: float) -> Cause | None:
-        """Whether the figures of `step` (from 1) stand out from those of the steps before."""
+        """Returns NORM or LOSS if that value of `step` is a spike compared with the steps before, otherwise None."""
         if self.norms.stands_out(norm, self.config.spike_factor, step, self.hard_row):
             return Cause.NORM
         return Cause.LOSS if self.losses.stands_out(loss, self.config.loss_spike_factor, step, self.hard_row) else None
 
     def diverged(self, step: int, loss: float, norm: float, scale_can_fall: bool = False) -> bool:
-        """Whether the weights at `step` (from 1) are wrong. `loss` and `norm` are those of the samples of the newest committed
-        step, computed again. `scale_can_fall`: a norm that is not finite may be an overflow of float16, and says nothing."""
+        """Whether the weights at `step` (from 1) are wrong: `loss` and `norm`, of the samples of the newest committed step computed
+        again, are a spike. `scale_can_fall`: a non-finite norm may be an overflow of float16, which says nothing."""
         assert self.newest is not None
         _, loss_then, norm_then = self.newest
         if not math.isfinite(norm) and math.isfinite(loss) and scale_can_fall:
@@ -69,8 +71,11 @@ class Memory:
         return grown and self.spike(step, loss, norm) is not None
 
     def due(self, step: int, last: int | None = None) -> int | None:
-        """The step whose samples, deferred before, are to be learnt from at `step` (from 1): because samples like them are usual by
-        now, or after a quarter of `guard.spike_window` steps, or because few steps are left before `last`, the run's last step."""
+        """Returns a step whose deferred samples should be trained on before those of `step` (from 1), or None.
+
+        Deferred samples are due when their loss and norm are no longer a spike, after a quarter of guard.spike_window steps, and
+        when there are no more steps up to `last`, the run's last one, than deferred samples.
+        """
         ending = last is not None and last - step < len(self.deferred)
         for old, figures in sorted(self.deferred.items()):
             if ending or step - old > max(4, self.config.spike_window // 4) or not self.spike(step, *figures):
@@ -78,12 +83,12 @@ class Memory:
         return None
 
     def strongest(self) -> float:
-        """The gradient norm from which on a step's norm is a spike, but for the scatter; infinite for none."""
+        """Returns guard.spike_factor times the median gradient norm, without regard to the scatter; infinite without a bound."""
         values = self.norms.values
         return self.config.spike_factor * median(values) if values and self.config.spike_factor else float("inf")
 
     def learn(self, step: int, loss: float, norm: float, verdict: GuardDecision) -> None:
-        """Step `step` (from 1) has ended with `verdict`."""
+        """Record how `step` ended."""
         self.counts.computed_again += verdict.attempts > 1 and verdict.cause is not None
         if verdict.action is GuardAction.COMMIT or (verdict.deferred and verdict.cause is not Cause.DIVERGED):
             self._note(step, loss, norm)
@@ -96,7 +101,7 @@ class Memory:
             return
         self.counts.skipped += verdict.action is GuardAction.SKIP
         self.counts.rolled_back += verdict.action is GuardAction.ROLLBACK
-        if verdict.cause is Cause.OVERFLOW:  # ends by itself: the loss scale falls with every one
+        if verdict.cause is Cause.OVERFLOW:  # not a setback: each overflow lowers the loss scale, until they end
             self.overflows += 1
             return
         self.setbacks += 1
@@ -108,7 +113,7 @@ class Memory:
             self.left_out[step] = str(verdict.cause)
 
     def learn_late(self, step: int, loss: float, norm: float, verdict: GuardDecision, now: int) -> None:
-        """The samples of `step`, deferred before, have been computed again at step `now` (from 1), with `verdict`."""
+        """Record the decision about the deferred samples of `step`, which were computed again at step `now`."""
         if verdict.action is GuardAction.COMMIT:
             del self.deferred[step]
             self.losses.add(loss)
@@ -119,25 +124,25 @@ class Memory:
                 self.left_out[step] = str(verdict.cause)
             if verdict.action is GuardAction.ROLLBACK:
                 self.counts.rolled_back += 1
-                self.furthest = max(self.furthest, now)  # else the steps up to there would make it look like the first time
+                self.furthest = max(self.furthest, now)  # so that the repeated steps up to `now` do not reset `setbacks`
             self.setbacks += 1
 
     def leave_out(self, first: int, last: int, why: str) -> None:
-        """From now on steps first .. last (from 1) are left out."""
+        """Leave out steps first .. last, both inclusive, from now on."""
         for step in range(first, last + 1):
             self.left_out.setdefault(step, why)
 
     def left_out_steps(self, step: int) -> int:
-        """How many of the steps up to `step` have not been learnt from."""
+        """Returns how many steps up to `step` were not trained on: left out, deferred, or skipped for an overflow."""
         return sum(old <= step for old in (*self.left_out, *self.deferred)) + self.overflows
 
     def as_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Returns the document that a checkpoint stores; see `load`."""
         return {
             "losses": self.losses.values,
             "norms": self.norms.values,
-            "hard_losses": [list(one) for one in self.losses.hard],
-            "hard_norms": [list(one) for one in self.norms.hard],
+            "hard_losses": [list(pair) for pair in self.losses.hard],
+            "hard_norms": [list(pair) for pair in self.norms.hard],
             "skipped_steps": {str(step): why for step, why in sorted(self.left_out.items())},
             "deferred_steps": {str(step): list(figures) for step, figures in sorted(self.deferred.items())},
             "setbacks": self.setbacks,
@@ -150,23 +155,23 @@ class Memory:
         }
 
     def summary(self) -> dict[str, Any]:
-        """What a person wants to know at the end of a run."""
+        """Returns the counts and the skipped steps, for the summary of a run."""
         return {**asdict(self.counts), "skipped_steps": sorted({*self.left_out, *self.deferred})}
 
     @staticmethod
     def is_one(saved: Any) -> bool:
-        """Whether `saved` is what `as_json` gives, or gave before it knew of samples that are deferred."""
+        """Whether `saved` is a valid document of `as_json`, also of older versions, which did not defer samples."""
         try:
             memory = Memory.empty(GuardConfig())
             memory.load(saved)
-            figures = [*saved["losses"], *saved["norms"], *(one for _, one in [*memory.losses.hard, *memory.norms.hard])]
+            figures = [*saved["losses"], *saved["norms"], *(value for _, value in [*memory.losses.hard, *memory.norms.hard])]
             numbers = [memory.setbacks, memory.furthest, memory.hard_row, memory.diverged_row, memory.overflows]
-            return all(type(one) is float and one > 0 for one in figures) and all(type(one) is int for one in numbers)
+            return all(type(value) is float and value > 0 for value in figures) and all(type(value) is int for value in numbers)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             return False
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Go on from what a checkpoint holds. What the recipe leaves out stays left out."""
+        """Continue from a document of `as_json`. Steps in guard.leave_out of the recipe stay left out."""
         self.losses.load(saved["losses"], saved.get("hard_losses", ()))
         self.norms.load(saved["norms"], saved.get("hard_norms", ()))
         self.left_out |= {int(step): why for step, why in saved["skipped_steps"].items()}
@@ -180,13 +185,13 @@ class Memory:
         self.counts = Counts(**saved["counts"])
 
     def keep(self, other: "Memory") -> None:
-        """The run has gone back to a checkpoint: what `other` knows to have happened since is not forgotten."""
+        """After going back to a checkpoint, take over from `other`, the memory before that, what must not be forgotten."""
         self.left_out |= other.left_out
         self.deferred = {step: figures for step, figures in self.deferred.items() if step not in self.left_out}
         self.setbacks, self.furthest, self.counts = other.setbacks, other.furthest, other.counts
 
     def _note(self, step: int, loss: float, norm: float) -> None:
-        """Which of the figures are hard."""
+        """Record whether the loss or the norm of `step` was hard."""
         hard_loss = self.losses.is_hard(loss, self.config.loss_spike_factor)
         hard_norm = self.norms.is_hard(norm, self.config.spike_factor)
         if hard_loss:

@@ -1,4 +1,4 @@
-"""What the guard says about a step, in one line. Free of torch."""
+"""The guard's one-line messages about a step."""
 
 from collections.abc import Sequence
 
@@ -13,39 +13,42 @@ _REPLACE = "replace that hardware"
 
 
 def finding(cause: Cause, loss: float, norm: float, damaged: Sequence[str]) -> str:
-    """What is wrong: the figures, or the `damaged` things by name."""
+    """Returns what is wrong: the names in `damaged` if there are any, else the loss and the gradient norm."""
     if damaged:
         return f"{cause}: {'; '.join(damaged)}"
     return str(cause) if cause is Cause.GRADIENTS else f"{cause}: loss {loss:g}, gradient norm {norm:g}"
 
 
 def diagnosis(cause: Cause, ranks: Sequence[int], same: bool | None) -> str:
-    """What attempts that were compared tell about where the fault lies; "" when they tell nothing."""
+    """Returns whether repeated attempts point to the hardware or to the data and code; "" if they show neither.
+
+    `ranks`: those whose attempts differ. `same`: whether the newest attempt gave the bits of an earlier one; None if unknown.
+    """
     if cause in (Cause.STATE, Cause.WEIGHTS):
         return ""
     if ranks:
-        return f"computed again it gave other bits on {_ranks(ranks)}: the hardware, not the data or the code"
-    return "computed again it gave the same bits: the data or the code, not the hardware" if same else ""
+        return f"computed again it gave other bits on {_ranks(ranks)}: the cause is the hardware, not the data or the code"
+    return "computed again it gave the same bits: the cause is the data or the code, not the hardware" if same else ""
 
 
 def ending(cause: Cause, action: GuardAction, ranks: Sequence[int], setbacks: int, step: int) -> str:
-    """What is done about `step` (from 1); for the end of a run with what a person can do."""
+    """Returns what is done about `step` (counted from 1); if the run ends, also what the user can do."""
     if action is not GuardAction.STOP:
         return {GuardAction.COMMIT: "the step was applied", GuardAction.SKIP: "the step was left out",
                 GuardAction.ROLLBACK: "back to a checkpoint"}.get(action, "once more")  # fmt: skip
     advice = _REPLACE if ranks else _ADVICE.get(cause, _REPLACE)
     if setbacks and not ranks:
-        advice = f"with {setbacks} steps before it likewise, so it is not single samples; {advice}"
+        advice = f"so were {setbacks} steps before it, so single samples are not the cause; {advice}"
     elif advice is not _REPLACE:
         advice += f", or leave its samples out with guard.leave_out=[{step}]"
     return f"the step was discarded on every rank; {advice}, and go on from the last checkpoint with checkpoint.resume=true"
 
 
 def after_update(step: int, action: GuardAction, damaged: Sequence[str], again: bool) -> str:
-    """What is said of `step` (from 1), whose update left values that are not finite where `damaged` says."""
+    """Returns the message about `step` (counted from 1), whose update left non-finite values in the things named by `damaged`."""
     ends = {
-        GuardAction.COMMIT: "another rank holds the same state, finite: it was copied from there, and the step was applied",
-        GuardAction.ROLLBACK: "the update has overwritten the state from before, which a checkpoint must give back",
+        GuardAction.COMMIT: "the same state is finite on another rank: it was copied from there, and the step was applied",
+        GuardAction.ROLLBACK: "the update has overwritten the previous state, so the run goes back to a checkpoint",
         GuardAction.STOP: f"{'this is not the first time; ' if again else ''}nothing of the step is saved; lower optim.lr or raise "
         "optim.epsilon, and go on from the last checkpoint with checkpoint.resume=true",
     }
@@ -53,7 +56,7 @@ def after_update(step: int, action: GuardAction, damaged: Sequence[str], again: 
 
 
 def by_rank(rank: int, things: Sequence[str]) -> str:
-    """What is damaged on a rank; the first few."""
+    """Returns what is damaged on a rank: the first three names and the number of others."""
     more = f" and {len(things) - 3} more" if len(things) > 3 else ""
     return f"rank {rank}: {', '.join(things[:3])}{more}"
 

@@ -1,18 +1,17 @@
-"""When a figure of a step stands out from the steps before it. Free of torch.
+"""Whether a step's loss or gradient norm is a spike compared with the steps before.
 
     usual bar   factor x exp(5 x scatter) x median of the window
     large       the third largest of the window's newest three quarters (of a window of 64)
     alike       the median of the newest hard values; hard is a value above the usual bar or factor x large
 
-A step stands out when its value is above factor x large, or above both the usual bar and sqrt(factor) x large; but not when it
+A step is a spike when its value is above factor x large, or above both the usual bar and sqrt(factor) x large; but not when it
 is at most sqrt(factor) x alike.
 
-The scatter is that of the logarithms: the median deviation from their median, or from one step to the next if that is less, as
-it is while the figure falls. The other two bars are for text that is easy and hard in turn: the median is that of the easy text
-then, and the scatter around it is next to nothing, or hides everything. Hard values count when four of them are among the last
-four windows, or when the steps just before were hard too (another kind of text begins). Single steps raise no bar. The factor
-is a margin: figures that are nearly equal are never on both sides of a bar, so sums that differ in their last digits between
-layouts do not decide.
+The scatter is that of the logarithms: the median deviation from their median, or the median change between steps if that is
+smaller, as it is while the loss falls. `large` and `alike` are for corpora in which easy and hard text alternate: there the median
+is that of the easy text, and the scatter around it is far too small or far too large. Hard values count when at least four of them
+are in the last four windows, or when the steps just before were hard too (another kind of text begins). A single step does not
+raise a bar. The factor is a wide margin, so that sums which differ in their last digits between layouts give the same decision.
 """
 
 import math
@@ -23,45 +22,48 @@ from statistics import median
 
 _SCATTER = 5.0
 _LARGEST = 0.05
-"""Share of the window that must be as large as a value, but for a margin, for the value to be usual; at least two values."""
+"""Position of `large`, counted from the largest value, as a share of the window's size; at least the second largest."""
 _HARD_WINDOWS, _HARD_LEAST, _HARD_NEWEST = 4, 4, 8
 IN_A_ROW = 2
-"""Steps in a row that were hard, after which the next one may be."""
+"""After this many hard steps in a row, the next one may be as hard without being a spike."""
 
 
 @dataclass
 class History:
-    """The newest `window` values of one figure, all positive; it judges once it has seen a quarter of them."""
+    """The newest `window` positive values of the loss or the gradient norm. There are no spikes before it has a quarter of them."""
 
     window: int
     values: list[float] = field(default_factory=list)
-    """Of committed steps."""
+    """Values of committed steps, oldest first."""
     hard: list[tuple[int, float]] = field(default_factory=list)
-    """(step, value) of the steps above the usual, also of those whose samples were deferred."""
+    """(step, value) of hard steps, including those whose samples were deferred."""
 
     def stands_out(self, value: float, factor: float, step: int = 0, row: int = 0) -> bool:
-        """Whether `value` lies too far above what was; `factor` 0 never says so. Not finite: no. `row`: hard steps just before."""
+        """Whether `value` at `step` is a spike. Always False if `factor` is 0 or `value` is not finite.
+
+        `row`: how many steps just before were hard.
+        """
         if not self._judges(value, factor):
             return False
-        margin, large = math.sqrt(factor), self._large()  # among its like a value scatters less than between easy and hard
+        margin, large = math.sqrt(factor), self._large()  # similar text needs a smaller margin than easy and hard text
         far = value > factor * large or (value > margin * large and self._above_usual(value, factor))
         return far and not self._is_like_others(value, margin, step, row)
 
     def is_hard(self, value: float, factor: float) -> bool:
-        """Whether `value` lies far above most of the window. Not finite: no."""
+        """Whether `value` is far above most of the window. False if it is not finite."""
         return self._judges(value, factor) and (value > factor * self._large() or self._above_usual(value, factor))
 
     def add(self, value: float) -> None:
-        """A step with this value was committed."""
-        if value > 0:  # a gradient of zero has no logarithm and says nothing about spikes
+        """Record the value of a committed step."""
+        if value > 0:  # zero has no logarithm, and a gradient of zero is no measure for spikes
             self.values = [*self.values, value][-self.window :]
 
     def add_hard(self, step: int, value: float) -> None:
-        """`step` was hard, and nothing was wrong with the hardware."""
+        """Record that `step` was hard and the hardware was not at fault."""
         self.hard = [*self._recent(step), (step, value)]
 
     def load(self, values: Sequence[float], hard: Sequence[Sequence[float]] = ()) -> None:
-        """Go on from what `values` and `hard` held."""
+        """Replace the history with saved `values` and `hard`."""
         self.values = list(values)[-self.window :]
         self.hard = [(int(step), float(value)) for step, value in hard]
 
@@ -73,12 +75,12 @@ class History:
         return sorted(newest)[-max(2, int(_LARGEST * self.window))]
 
     def _above_usual(self, value: float, factor: float) -> bool:
-        logs = [math.log(one) for one in self.values]
+        logs = [math.log(value) for value in self.values]
         middle = median(logs)
         return math.log(value) - middle > math.log(factor) + _SCATTER * _scatter(logs, middle)
 
     def _recent(self, step: int) -> list[tuple[int, float]]:
-        return [one for one in self.hard if one[0] > step - _HARD_WINDOWS * self.window]
+        return [pair for pair in self.hard if pair[0] > step - _HARD_WINDOWS * self.window]
 
     def _is_like_others(self, value: float, margin: float, step: int, row: int) -> bool:
         others = [value for _, value in self._recent(step)]
@@ -87,7 +89,10 @@ class History:
 
 
 def _scatter(logs: Sequence[float], middle: float) -> float:
-    """Robust against a trend: the smaller of two measures that are the same on average for values without one."""
-    level = median(abs(one - middle) for one in logs)
+    """Returns the smaller of two measures of scatter: around `middle`, and between consecutive values.
+
+    For values without a trend they are equal on average; with a trend, the second one is smaller.
+    """
+    level = median(abs(value - middle) for value in logs)
     steps = median(abs(after - before) for before, after in pairwise(logs))
     return min(level, steps / math.sqrt(2.0))

@@ -1,4 +1,4 @@
-"""What can be wrong with a step, and what is done about it. Free of torch."""
+"""What can be wrong with a step, and what the guard can do about it."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -6,15 +6,15 @@ from enum import StrEnum
 
 class GuardAction(StrEnum):
     COMMIT = "commit"
-    """The update happens, on every rank."""
+    """Apply the update on every rank."""
     SKIP = "skip"
     """No update; the step's samples count as used, or are deferred (`GuardDecision.deferred`)."""
     RETRY = "retry"
-    """The step once more, from the same weights and samples."""
+    """Compute the step again from the same weights and samples."""
     ROLLBACK = "rollback"
-    """Back to a checkpoint."""
+    """Go back to a checkpoint."""
     STOP = "stop"
-    """The run ends."""
+    """End the run."""
 
 
 class Cause(StrEnum):
@@ -27,26 +27,26 @@ class Cause(StrEnum):
     WEIGHTS = "weights of a replica damaged"
     STATE = "optimizer state damaged"
     DIVERGED = "weights diverged"
-    """Samples that the run has learnt look wrong too."""
+    """Samples that were already trained on have a spike too."""
 
 
 SPIKES = (Cause.NORM, Cause.LOSS)
 DISAGREEMENTS = (Cause.GRADIENTS, Cause.WEIGHTS, Cause.STATE, Cause.DIVERGED)
-"""The samples are not to blame."""
+"""Causes other than the samples: hardware faults and diverged weights."""
 
 
 @dataclass(frozen=True)
 class GuardDecision:
-    """About one step, the same on every rank."""
+    """The decision about one step; the same on every rank."""
 
     action: GuardAction
     cause: Cause | None = None
-    """What was wrong, also where the step was committed in the end."""
+    """What was wrong, even if the step was committed in the end; None: nothing."""
     ranks: tuple[int, ...] = ()
-    """Those at fault, where that could be told."""
+    """The ranks at fault, if they are known."""
     attempts: int = 1
     """How often the step was computed."""
     deferred: bool = False
-    """Of SKIP: the samples are learnt from later."""
+    """With SKIP: the samples are trained on later."""
     text: str = ""
-    """In words: what was wrong, who, and what it means."""
+    """The message for users: what was wrong, on which ranks, the cause and what is done; "" for nothing."""

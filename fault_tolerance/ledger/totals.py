@@ -46,7 +46,7 @@ def attribute(events: Sequence[Event]) -> dict[str, Any]:
         return {}
     events = current(events)
     stretches = _stretches(events)
-    totals = {name: sum(one.microseconds for one in stretches if one.category == name) for name in CATEGORIES}
+    totals = {name: sum(stretch.microseconds for stretch in stretches if stretch.category == name) for name in CATEGORIES}
     wall = sum(totals.values())
     return {
         **{name: microseconds / 1e6 for name, microseconds in totals.items()},
@@ -57,7 +57,7 @@ def attribute(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def current(events: Sequence[Event]) -> list[Event]:
-    """Returns the events that count, without those that a rank 0 or a launcher wrote after a newer one had begun."""
+    """Returns the events that count: without those that an older start of rank 0, or launcher, wrote after a newer one began."""
     kept, newest = [], dict.fromkeys(_BEGINS, "")
     for event in events:
         if event.what in _BEGINS:
@@ -68,44 +68,44 @@ def current(events: Sequence[Event]) -> list[Event]:
 
 
 def _stretches(events: list[Event]) -> list[_Stretch]:
-    found: list[_Stretch] = []
+    stretches: list[_Stretch] = []
     times = _axis(events)
     phase, step, reached = "waiting", 0, 0
     for index, event in enumerate(events):
         if index:
-            _close(found, times[index] - times[index - 1], phase, step, event)
+            _close(stretches, times[index] - times[index - 1], phase, step, event)
         if event.what == "train":
             if event.step <= reached:
-                _lose(found, event.step)
+                _lose(stretches, event.step)
             reached = event.step
         if event.what == "discarded":
-            _lose(found, event.step, event.step)
+            _lose(stretches, event.step, event.step)
             phase = "lost"
         elif event.what != "saved":  # after which training goes on as before
             phase, step = PHASES.get(event.what, phase), event.step
         if event.what == "ended" and event.cause == "done":
             phase = "over"
-    return [one for one in found if one.category != "over"]
+    return [stretch for stretch in stretches if stretch.category != "over"]
 
 
-def _close(found: list[_Stretch], microseconds: int, phase: str, step: int, event: Event) -> None:
+def _close(stretches: list[_Stretch], microseconds: int, phase: str, step: int, event: Event) -> None:
     """Appends the stretch, spent in `phase`, that `event` ends."""
     if event.what == "failed":
         since = event.wall if event.since is None else event.since
         unseen = min(microseconds, max(0, round((event.wall - since) * 1e6)))
-        found.append(_Stretch(unseen, "detection"))
-        found.append(_Stretch(microseconds - unseen, "lost" if phase == "train" else phase))
+        stretches.append(_Stretch(unseen, "detection"))
+        stretches.append(_Stretch(microseconds - unseen, "lost" if phase == "train" else phase))
     elif event.what in ("launched", "started", "joined") and phase != "over":  # the end before was not recorded
         ran = phase not in ("start", "waiting")
         category = "waiting" if event.what == "launched" else "start" if ran else phase
-        found.append(_Stretch(microseconds, category))
+        stretches.append(_Stretch(microseconds, category))
     else:
-        found.append(_Stretch(microseconds, "productive" if phase == "train" else phase, step))
+        stretches.append(_Stretch(microseconds, "productive" if phase == "train" else phase, step))
 
 
-def _lose(found: list[_Stretch], first: int, last: int | None = None) -> None:
+def _lose(stretches: list[_Stretch], first: int, last: int | None = None) -> None:
     """Moves the stretches of steps `first` to `last` (None: all later ones) to the category "lost"."""
-    for stretch in found:
+    for stretch in stretches:
         if stretch.category == "productive" and first <= stretch.step and (last is None or stretch.step <= last):
             stretch.category = "lost"
 

@@ -34,7 +34,7 @@ def test_lines_wait_for_room_and_come_in_order(tmp_path: Path, caplog: pytest.Lo
         assert path.read_bytes() == (b"one\ntwo" if shared else b"one\n")
         assert not lines.add("three")
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path} cannot be written (File too large); its lines wait, make room"
+        f"{path} cannot be written (File too large); its lines are kept in memory, make room"
     ]
     assert lines.add("four")
     lines.close()

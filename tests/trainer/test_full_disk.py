@@ -33,8 +33,8 @@ def test_a_run_outlives_a_full_disk_even_when_it_is_started_again_there(
     assert found["code"] == 0, done.stderr
     assert found["starts"] == [4, 4]
     for said in (
-        "ledger.jsonl cannot be written (No space left on device); its lines wait",
-        "metrics.jsonl cannot be written (No space left on device); its lines wait",
+        "ledger.jsonl cannot be written (No space left on device); its lines are kept",
+        "metrics.jsonl cannot be written (No space left on device); its lines are kept",
         "step 6 was not saved: rank ",
         "RuntimeError: while the disk was full; restart 1 of 3",
         "restart 3 of 3 in 0 s, from step-00000004",

@@ -134,7 +134,7 @@ def test_what_comes_out_bad_every_time_is_left_out(tmp_path: Path, layout: str, 
 
 def test_a_rank_that_never_computes_the_same_twice_ends_the_run_and_is_named(tmp_path: Path) -> None:
     found = runs("simulated", recipe_in(tmp_path, "data"), Fault("gradient", "random", point="bucket", always=True))
-    assert "other bits on rank 1: the hardware, not the data or the code" in found[0].error
+    assert "other bits on rank 1: the cause is the hardware, not the data or the code" in found[0].error
     assert "replace that hardware" in found[0].error
     assert_same_bits(found, straight("simulated", "data", BAD - 1))
 
@@ -144,7 +144,7 @@ def test_skips_in_a_row_come_to_an_end_that_says_it_is_not_single_samples(tmp_pa
     found = runs("simulated", recipe, gradient("nan", always=True, steps=20))
     assert f"step {BAD + 2}: loss or gradient not finite" in found[0].error
     assert "the data or the code" in found[0].error
-    assert "with 2 steps before it likewise, so it is not single samples" in found[0].error
+    assert "so were 2 steps before it, so single samples are not the cause" in found[0].error
     assert [line.get("discarded", False) for line in found[0].lines] == [False] * (BAD - 1) + [True] * 2
 
 
