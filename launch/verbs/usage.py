@@ -59,8 +59,8 @@ keys (all of them: --cfg job):
 options:
   --cfg job   print the resolved recipe and do nothing
   --json      print one JSON document on stdout, all else on stderr
-  -m          several values (optim.lr=1e-3,3e-4): one run after the other, each with its own run.dir, even if one fails;
-              with checkpoint.resume=true only those not done
+  -m          several values (optim.lr=1e-3,3e-4): one run after the other, each with its own run.dir, also after one
+              has failed; with checkpoint.resume=true only those not done
   -h, --help  this page"""
 
 _SLURM = """\
@@ -92,9 +92,9 @@ options:
 _REHEARSE = """\
 usage: bagualu rehearse [recipe=NAME] faults=... [key=value ...] [--no-compare] [--json]
 
-Runs the recipe twice on this machine, with and without the planned faults, each in a folder of RUN_DIR-rehearsal. Reports
-for every fault how it was noticed, what was done about it and what it cost, and whether both final states are equal bit for
-bit. Exit code 0 only if every fault struck, was survived or took no effect, and the states are equal.
+Runs the recipe twice on this machine, with and without the planned faults, in two folders of RUN_DIR-rehearsal. Reports
+for every fault how it was noticed, what was done about it and what it cost, and whether both final states are equal
+bit for bit. Exit code 0 only if every fault struck, was survived or took no effect, and the states are equal.
 
 faults=[kill@step=5:rank=2:at=backward, corrupt@step=9]     these faults; each strikes once, also after a restart
 faults=random:20                                            20 faults, drawn with run.seed
