@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 
 
 class AppendLog:
-    """Appends lines to `path`, each at once. A line that cannot be written is kept, logged as one warning, and tried again with the
-    next line or `write`.
+    """Appends lines to `path`, each at once. Lines that cannot be written are kept and tried again with the next line or `write`;
+    one warning is logged until writing works again.
 
     `shared`: other processes append too. Then the part of a line that was written before an error stays in the file, ended by a
     line break; otherwise it is removed. `durable`: call fsync after writing.

@@ -25,7 +25,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> int:
-    """Run this node's workers until training ends. Returns the exit code, which is the same on every node."""
+    """Run this node's workers until training ends. Returns the exit code: that of the run, the same on every node that is in it."""
     streams.secure()
     parser = argparse.ArgumentParser(prog="python -m bagualu.launch.node", description="One node's part of a run on several.")
     parser.add_argument("--meet", required=True, metavar="HOST:PORT", help="where the nodes meet: one of them, and a free port")

@@ -105,15 +105,15 @@ class DamageCheck:
 
     def _different_replicas(self, state: torch.Tensor) -> list[Damage]:
         """Returns the state of this rank that differs from the other holders' replicas."""
-        kinds, found = list(self._engine.shards()[0].tensors), []
+        kinds, damages = list(self._engine.shards()[0].tensors), []
         for axis in self._sharing_axes():
             members, group = self._shared(axis), self._mesh.group(axis)
             table = _gather(state[members], group)
             for place, index in enumerate(members):
                 for column, kind in enumerate(kinds):
                     if _differs_from_majority([row[place][column] for row in table], group.rank):
-                        found.append(self._damaged_state("replica", index, kind, axis))
-        return found
+                        damages.append(self._damaged_state("replica", index, kind, axis))
+        return damages
 
     def _sharing_axes(self) -> list[str]:
         """Returns the axes of more than one rank along which all ranks hold the same optimizer state for some bucket."""
@@ -126,7 +126,7 @@ class DamageCheck:
 
     def _bad_copies(self, state: torch.Tensor) -> list[Damage]:
         """Returns the working weights on this rank that differ from those derived from their owner's master weights."""
-        shards, found = self._engine.shards(), []
+        shards, damages = self._engine.shards(), []
         for axis in sorted({shard.axis for shard in shards}):
             members = [index for index, shard in enumerate(shards) if shard.axis == axis]
             copies = [torch.stack([checksum(part) for part in shards[index].copies]) for index in members]
@@ -136,8 +136,8 @@ class DamageCheck:
                 for part, copy in enumerate(own.tolist()):
                     owner = part if shard.partitioned else shard.group.rank
                     if copy != truths[owner][place]:
-                        found.append(self._bad_copy(shard, shard.group.ranks[owner]))
-        return found
+                        damages.append(self._bad_copy(shard, shard.group.ranks[owner]))
+        return damages
 
     def _bad_copy(self, shard: StateShard, owner: int) -> Damage:
         """Returns the damage of a copy. Without a seal the owner may be the damaged rank: both are named, neither is repaired."""

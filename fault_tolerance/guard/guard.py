@@ -213,7 +213,7 @@ class Guard:
         action = after_update(self.config, repairable, again, self.memory.setbacks)
         if action is GuardAction.COMMIT:
             self._damage.repair(damages)
-        ranks = tuple(rank for rank, found in enumerate(damages) if found)
+        ranks = tuple(rank for rank, own in enumerate(damages) if own)
         text = messages.after_update(step, action, _named(damages), again)
         return GuardDecision(action, Cause.UPDATE, ranks, self._count, text=text)
 

@@ -15,7 +15,7 @@ class Counts:
     """Numbers of events since the run began."""
 
     skipped: int = 0
-    """Steps whose update was left out: for a float16 overflow, for good, or with their samples deferred."""
+    """Steps without an update: skipped for a float16 overflow, left out for good, or with their samples deferred."""
     computed_again: int = 0
     """Steps in which something was wrong and which were computed more than once."""
     rolled_back: int = 0

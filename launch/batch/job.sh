@@ -1,12 +1,12 @@
-# What SLURM says of this job, e.g. `field JobState`.
+# Prints one field of SLURM's description of this job, e.g. `field JobState`.
 field() {
     SLURM_TIME_FORMAT=standard scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
 }
 
 say() { echo "bagualu: $*" >&2; }
 
-# A setup line has failed, or ended the shell, with exit code $1: that ends the job, because other nodes wait for this one. Asked to
-# stop, which ends the line with 143, nothing is lost.
+# Called when a setup line has failed, or ended the shell, with exit code $1. Ends the job, because other nodes wait for this one. If the
+# job was asked to stop, which ends the line with 143, nothing is lost and the exit code is 75.
 setup_failed() {
     trap - EXIT
     if [[ -n $asked_to_stop || $1 == 143 ]]; then exit 75; fi
@@ -17,8 +17,9 @@ setup_failed() {
     exit 78
 }
 
-# The agent of this node has ended with exit code $1; 143: it was asked to stop before it had begun. srun returns the highest code of
-# all nodes, also of a node that the run went on without: the run has ended as the agent of the first node has.
+# Called when the agent of this node has ended with exit code $1; 143 means that it was asked to stop before it had begun. srun returns
+# the highest code of all nodes, also of a node that the run went on without. So the code of the first node's agent is written to a file,
+# and counts for the run.
 agent_ended() {
     local code=$1
     if [ "$code" = 143 ]; then code=75; fi
@@ -30,8 +31,8 @@ agent_ended() {
     exit "$code"
 }
 
-# With --no-kill a job that loses its first node, and this script with it, stays to its time limit. So another node, whose agent has
-# failed, sees whether srun is still there. If not, it ends the job once SLURM knows of the loss.
+# With --no-kill, a job that loses its first node, and this script with it, would stay until its time limit. So another node, whose agent
+# has failed, checks whether srun still runs. If not, it ends or requeues the job once SLURM knows of the loss.
 end_without_script() {
     local try
     for try in {1..90}; do
@@ -47,22 +48,22 @@ end_without_script() {
 export ended="$run/logs/.slurm-$SLURM_JOB_ID.ended" first
 export -f field say setup_failed agent_ended end_without_script
 
-# The newest checkpoint's step; 0 where there is none.
+# Prints the newest checkpoint's step; 0 if there is none.
 saved_step() {
     local step
     step=$(grep -s '"what": "saved"' "$run/ledger.jsonl" | tail -n 1 | sed -n 's/.*"step": \([0-9]*\).*/\1/p')
     echo "${step:-0}"
 }
 
-# The largest value of key $1 in JSON lines, rounded up; 0 where no line has it.
+# Prints the largest value of key $1 in JSON lines, rounded up; nothing if no line has it.
 largest() {
     local value
     value=$(sed -n "s/.*\"$1\": \([0-9]*\).*/\1/p" | sort -n | tail -n 1)
     echo "${value:+$((value + 1))}"
 }
 
-# How many seconds before its end a job of $1 seconds asks the run to save and stop: twice what a step, and a save after another
-# one, were seen to take, and some seconds to stop. Without a measured save a quarter of the time, at most 5 minutes.
+# Prints how many seconds before its end a job of $1 seconds asks the run to save and stop: twice the measured time of a step and a save,
+# plus 15 s. Without a measured save a quarter of the time, at most 5 minutes.
 lead() {
     local save step lead=$(($1 / 4 < 300 ? $1 / 4 : 300)) least=$(($1 / 8 < 60 ? $1 / 8 : 60))
     save=$(grep -s '"what": "saved"' "$run/ledger.jsonl" | tail -n 5 | largest seconds)
@@ -72,8 +73,8 @@ lead() {
     echo $((lead < $1 / 2 ? lead : $1 / 2))
 }
 
-# Look at the job: `left` becomes the seconds until its end, which SLURM may move, is so near that the run is to be asked to stop.
-# Says so when SLURM has taken nodes from the job.
+# Look at the job: sets `left` to the seconds until the run must be asked to stop (SLURM may move the job's end), and asks for it if none
+# are left. Prints a message when SLURM has taken nodes from the job.
 look_at_job() {
     local end nodes
     end=$(field EndTime) left=60
@@ -93,8 +94,8 @@ look_at_job() {
     fi
 }
 
-# Ask the agents to stop. Not by way of srun, which would take a SIGTERM as the order to kill them. In a job that SLURM ends, SLURM
-# has asked them.
+# Ask the agents to stop. Not through srun, which kills its tasks when it gets SIGTERM. If SLURM itself ends the job, it has already
+# asked them.
 ask_to_stop() {
     if [ "$(field JobState)" = RUNNING ]; then scancel --signal=TERM "$SLURM_JOB_ID"; fi
 }
@@ -129,8 +130,8 @@ code=$?
 if [ -s "$ended" ] && [ "$code" != 78 ]; then code=$(<"$ended"); fi
 rm -f "$ended"
 
-# Exit code 75: stopped with nothing lost; 143: before the agents had begun. A job that SLURM takes its nodes from, or whose time is
-# up, goes back into the queue to go on. A job that somebody cancels does not.
+# Exit code 75: stopped with nothing lost; 143: before the agents had begun. A job that is preempted, or whose time is up, goes back into
+# the queue. A cancelled job does not.
 if [ "$requeue" = yes ] && [[ $code == 75 || $code == 143 ]]; then
     preempted=$(field PreemptTime)
     if [[ $preempted == [0-9]* ]]; then

@@ -21,7 +21,7 @@ from bagualu.trainer.recipe.override_text import typed
 
 _PORT = 29400
 _NO_KILL = "--no-kill"
-"""Option that keeps the job running after SLURM has lost a node. Also given to srun, which would kill the other nodes' agents."""
+"""Option of sbatch that keeps the job running after SLURM has lost a node. Without it srun would kill the other nodes' agents."""
 
 
 def slurm(request: CommandLine) -> tuple[int, Any]:

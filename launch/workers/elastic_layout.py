@@ -18,12 +18,12 @@ def fitted(recipe: Recipe, ranks: int) -> tuple[Recipe, int]:
     full = recipe.parallel.layout(recipe.world_size())
     if ranks >= full.world:
         return recipe, full.world
-    found = largest_layout(full, ranks, lambda layout: _valid(recipe, layout))
-    if found is None or found.world < recipe.restart.min_workers:
-        fix = f"give restart.min_workers={found.world}" if found else "give a data.global_batch that fewer data ranks divide"
-        raise RecipeError(f"{ranks} workers are left of {full.world}, too few for a valid layout of "
-                          f"restart.min_workers={recipe.restart.min_workers}; bring workers back, or {fix}")  # fmt: skip
-    return with_layout(recipe, found), found.world
+    best = largest_layout(full, ranks, lambda layout: _valid(recipe, layout))
+    if best is None or best.world < recipe.restart.min_workers:
+        fix = f"give restart.min_workers={best.world}" if best else "give a data.global_batch that fewer data ranks divide"
+        raise RecipeError(f"{ranks} workers are left of {full.world}, too few for a valid layout with at "
+                          f"least restart.min_workers={recipe.restart.min_workers}; bring workers back, or {fix}")  # fmt: skip
+    return with_layout(recipe, best), best.world
 
 
 def with_layout(recipe: Recipe, layout: Layout) -> Recipe:

@@ -40,7 +40,7 @@ _TELL_SECONDS = 30
 """How long a host of the store that cannot take part waits for later nodes to read the reason."""
 
 _STOPPED_SECONDS = 3
-"""How long a host that was asked to stop waits for the other nodes to read that. Short, because often all were asked to stop."""
+"""How long a host of the store that was asked to stop waits for the other nodes to read that. If all were asked, none comes."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,8 @@ def _not_begun() -> Ended:
 
 def _published(document: dict[str, Any] | None) -> Ended:
     if document is None:
-        return Ended(failure=Failure(-1, "restart", "another node has ended the run and gone", time.time(), "peer"))
+        cause = "another node has ended the run, and its reason cannot be read"
+        return Ended(failure=Failure(-1, "restart", cause, time.time(), "peer"))
     return Ended(document["summary"], Failure(**document["failure"]) if document["failure"] else None, False)
 
 

@@ -113,7 +113,10 @@ class SignedBackend(C10dRendezvousBackend):
         return None if opened is None else (*opened, current == signed.encode())
 
     def _opened(self, value: bytes) -> tuple[bytes, Token] | None:
-        """Returns the state in `value` and `value` as its token; for an unsigned value, the newest signed state instead."""
+        """Returns (state, token) of a stored value; the token is `value` itself. None if no state was stored yet.
+
+        If `value` is not signed by an agent of the run, the state is the newest signed one, so that elastic replaces the value.
+        """
         if value == self._NULL_SENTINEL.encode():
             return None
         if (text := self._seal.opened(self._key, value)) is not None:
@@ -191,7 +194,7 @@ def _await_host(host: str, port: int, deadline: float, stop: Callable[[], bool])
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
             return
         time.sleep(0.2)
-    raise RendezvousConnectionError(f"nobody listens at {host}:{port}")
+    raise RendezvousConnectionError(f"no process listens at {host}:{port}")
 
 
 def _rendezvous_store(
