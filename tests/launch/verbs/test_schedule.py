@@ -42,7 +42,7 @@ def test_the_picture_in_letters_with_bubble_and_activations(capsys):
 def test_a_picture_too_wide_for_letters_is_left_out_with_what_to_do(capsys):
     out = printed(capsys, "schedule", "name=1f1b", "stages=8", "micro_batches=64")
     assert "F0" not in out
-    assert "out=schedule.svg draws it" in out
+    assert "give out=schedule.svg to draw it" in out
     assert "bubble 9.9% of the step" in out  # 7 / 71
 
 
