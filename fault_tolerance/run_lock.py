@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.run_directory import RunDirectory
 
-LOCK = ".lock"
 _SURE_SECONDS = 1.0
 """A lock held for longer belongs to a job: a check holds it only for a moment, and a job has written its name by then."""
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -39,7 +39,7 @@ def hold(run_dir: Path, job: str = "") -> Iterator[None]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(RunDirectory(run_dir).lock, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise RecipeError(f"run.dir={run_dir} cannot be written ({error.strerror}); make it writable or give another") from error
     try:
@@ -55,7 +55,7 @@ def hold(run_dir: Path, job: str = "") -> Iterator[None]:
 def refuse_if_held(run_dir: Path, job: str = "") -> None:
     """Raises RecipeError if another job uses `run_dir`. Changes nothing."""
     try:
-        descriptor = os.open(run_dir / LOCK, os.O_RDWR)
+        descriptor = os.open(RunDirectory(run_dir).lock, os.O_RDWR)
     except OSError:
         return  # there is no lock file, or `hold` will report the problem
     try:
@@ -67,7 +67,7 @@ def refuse_if_held(run_dir: Path, job: str = "") -> None:
 def may_be_in_use(run_dir: Path) -> bool:
     """Whether another process holds the lock of `run_dir`, or that cannot be known; changes nothing."""
     try:
-        descriptor = os.open(run_dir / LOCK, os.O_RDWR)
+        descriptor = os.open(RunDirectory(run_dir).lock, os.O_RDWR)
     except FileNotFoundError:
         return False
     except OSError:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.verbs import usage
 from bagualu.launch.verbs.schedule import schedule
 from bagualu.launch.verbs.sweep import jobs
@@ -152,6 +153,20 @@ def test_the_trainer_calls_no_collective_by_hand_outside_its_engines():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in COLLECTIVES
     ]
     assert found == []
+
+
+def test_the_files_of_a_run_are_named_once():
+    run = RunDirectory("run")
+    names = {getattr(run, key).name for key, value in vars(RunDirectory).items() if isinstance(value, property)}
+    assert {"metrics.jsonl", "checkpoints", ".secret"} <= names
+    spelt = [
+        (node.value, name(path))
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.strip("/").split("/")[0] in names
+    ]
+    elsewhere = {(".lock", "trainer/data/corpus.py")}  # the lock of a prepared corpus
+    assert set(spelt) - elsewhere == {(one, "fault_tolerance/run_directory.py") for one in names}
 
 
 def test_no_public_class_name_has_two_meanings():

@@ -14,6 +14,7 @@ from pathlib import Path
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.world import Tasks, World
 from bagualu.fault_tolerance import run_lock
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.output import streams
 from bagualu.trainer.output.log_file import copy_to_log
 from bagualu.trainer.output.progress import summary_text
@@ -99,7 +100,7 @@ def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | N
         save_recipe(recipe)
         start.begin()
     stop = StopRequest()
-    stop.tell.append(copy_to_log(Path(recipe.run.dir) / "logs" / f"rank-{world.rank}.log"))
+    stop.tell.append(copy_to_log(RunDirectory(recipe.run.dir).log(world.rank)))
     failures: list[Failure] = []
     try:
         summary = work(recipe, world, stop, failures.append, entrypoint or environment.TRAIN)

@@ -8,13 +8,14 @@ from bagualu.comm.group import Communicator
 from bagualu.comm.objects import broadcast_json
 from bagualu.fault_tolerance.injection.fault_target import RankScene
 from bagualu.fault_tolerance.injection.observer import PlannedFaults
-from bagualu.fault_tolerance.injection.record import FAULTS, Record
+from bagualu.fault_tolerance.injection.record import Record
 from bagualu.fault_tolerance.ledger.events import Ledger, read
 from bagualu.fault_tolerance.ledger.observer import LedgerObserver
 from bagualu.fault_tolerance.ledger.totals import attribute
+from bagualu.fault_tolerance.replica.node_folder import REPLICAS
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.recovery.state import CHECKPOINTS
 
 
 def open_ledger(recipe: Recipe, communicator: Communicator) -> Ledger | None:
@@ -40,9 +41,9 @@ def close_ledger(ledger: Ledger | None, recipe: Recipe, communicator: Communicat
 
 def plan_faults(parts: Parts, communicator: Communicator, scratch: Path | None) -> None:
     """From now on the faults planned for this rank strike."""
-    run_dir = Path(parts.recipe.run.dir)
+    run_dir = RunDirectory(parts.recipe.run.dir)
     plan = parts.recipe.planned_faults(max(communicator.size, parts.recipe.world_size()))
     if plan:
-        replicas = scratch / "replicas" if scratch else None
-        scene = RankScene(communicator, lambda: parts.engine.model, lambda: parts.engine.pieces(), run_dir / CHECKPOINTS, replicas)
-        communicator.monitor.observers.append(PlannedFaults(plan, scene, Record(run_dir / FAULTS)))
+        replicas = scratch / REPLICAS if scratch else None
+        scene = RankScene(communicator, lambda: parts.engine.model, lambda: parts.engine.pieces(), run_dir.checkpoints, replicas)
+        communicator.monitor.observers.append(PlannedFaults(plan, scene, Record(run_dir.faults)))

@@ -14,6 +14,7 @@ import torch
 from bagualu.comm.agree import meet, total
 from bagualu.comm.errors import StorageError
 from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.parallel.balance.stages.show import show_split
 from bagualu.trainer.assemble import Parts, assemble
@@ -145,7 +146,7 @@ def _ceiling(parts: Parts, communicator: Communicator) -> float:
 
 def _sinks(recipe: Recipe, first_step: int) -> list[Sink]:
     run_dir = Path(recipe.run.dir)
-    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", first_step)]
+    sinks: list[Sink] = [JsonlSink(RunDirectory(run_dir).metrics, first_step)]
     if recipe.log.wandb != "disabled":
         patience = min(recipe.comm.timeout_seconds, recipe.restart.hang_seconds or math.inf) / 4  # the other ranks wait
         log = recipe.log

@@ -10,9 +10,6 @@ from bagualu.comm import jsonl
 from bagualu.fault_tolerance.append_log import AppendLog
 from bagualu.fault_tolerance.injection.fault import Fault
 
-FAULTS = "faults.jsonl"
-"""The file's name in a run directory."""
-
 
 class Record:
     """Writes a JSON object per line, durable before the fault strikes; a second line states what it did, if there is more to

@@ -12,9 +12,7 @@ from typing import Any
 
 from bagualu.comm import jsonl
 from bagualu.fault_tolerance.append_log import AppendLog
-
-LEDGER = "ledger.jsonl"
-"""The file's name in a run directory."""
+from bagualu.fault_tolerance.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Ledger:
     """Appends events. `writer` as in Event. It never raises: an event that cannot be written for lack of space is written later."""
 
     def __init__(self, run_dir: Path, writer: str = "") -> None:
-        self.path = run_dir / LEDGER
+        self.path = RunDirectory(run_dir).ledger
         self._writer = writer
         self._clock = clock()
         self._lines = AppendLog(self.path, shared=True)
@@ -97,7 +95,7 @@ class Ledger:
 def read(run_dir: Path) -> list[Event]:
     """Returns every event once; [] if there are none. Damaged lines are skipped. If all events have the same clock, they are sorted
     by it, because a line may have waited for space on the disk."""
-    events = list(dict.fromkeys(filter(None, map(_event, jsonl.read(run_dir / LEDGER)))))
+    events = list(dict.fromkeys(filter(None, map(_event, jsonl.read(RunDirectory(run_dir).ledger)))))
     if len({event.clock for event in events}) == 1:
         events.sort(key=lambda event: event.monotonic)
     return events

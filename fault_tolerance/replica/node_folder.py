@@ -23,6 +23,8 @@ from bagualu.fault_tolerance.checkpoint.layout.format import step_of
 from bagualu.fault_tolerance.replica.nodes import NodeMap, node_token
 
 T = TypeVar("T")
+REPLICAS = "replicas"
+"""Folder of a launch's scratch folder."""
 _SESSION = ".session"
 
 
@@ -79,7 +81,7 @@ class Site:
 
 def open_site(scratch: Path, run: str, session: str, group: Group) -> Site:
     """Determines which ranks share nodes and removes replicas that can no longer be used. Collective. Raises OSError."""
-    root = scratch / "replicas"
+    root = scratch / REPLICAS
     root.mkdir(parents=True, exist_ok=True)
     answers = gather_json({"node": node_token(root), "session": _session(root, run)}, group)
     nodes = NodeMap.by_token([answer["node"] for answer in answers])

@@ -14,11 +14,11 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, step_of
 from bagualu.fault_tolerance.checkpoint.layout.quarantine import list_set_aside
 from bagualu.fault_tolerance.checkpoint.reading.inspect import describe_one, verify
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.verbs.usage import CommandLine
 from bagualu.trainer.process.environment import cores
 from bagualu.trainer.process.failure import DONE, FAILED
 
-_FOLDER = "checkpoints"
 _HISTORY = ("losses", "norms")
 
 
@@ -51,7 +51,7 @@ def _find(given: Path) -> tuple[list[Path], list[Path]]:
         if not given.is_dir():
             raise RecipeError(f"{given} does not exist; `bagualu checkpoint list RUN_DIR` lists those that exist")
         return [given], []
-    root = given / _FOLDER
+    root = RunDirectory(given).checkpoints
     if not root.is_dir():
         raise RecipeError(f"{root} does not exist; give the directory of a run that has saved a checkpoint")
     return list_checkpoints(root), list_set_aside(root)

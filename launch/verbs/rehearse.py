@@ -15,10 +15,11 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.fault_tolerance.checkpoint.layout.quarantine import list_set_aside
 from bagualu.fault_tolerance.config import RestartConfig
 from bagualu.fault_tolerance.injection.plan import EXAMPLE, parse
-from bagualu.fault_tolerance.injection.record import FAULTS, Record
+from bagualu.fault_tolerance.injection.record import Record
 from bagualu.fault_tolerance.injection.report import NO_EFFECT, SURVIVED, UNNOTICED, Trace, outcomes
 from bagualu.fault_tolerance.ledger.events import read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute, current
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.verbs.usage import SEVERAL, CommandLine
 from bagualu.launch.workers import storage_probe
 from bagualu.launch.workers.run import run
@@ -97,9 +98,9 @@ def _budget(restart: RestartConfig, faults: list[str], overrides: list[str]) -> 
 def _document(rehearsed: Recipe, summary: dict[str, Any], reference: Recipe | None) -> dict[str, Any]:
     folder = Path(rehearsed.run.dir)
     events = current(read(folder))
-    metrics = [line for line in jsonl.read(folder / "metrics.jsonl") if type(line.get("step")) is int]
-    damaged = [path.name for path in list_set_aside(folder / "checkpoints")]
-    rows = outcomes(rehearsed.faults, Trace(Record(folder / FAULTS).strikes(), events, metrics, damaged))
+    metrics = [line for line in jsonl.read(RunDirectory(folder).metrics) if type(line.get("step")) is int]
+    damaged = [path.name for path in list_set_aside(RunDirectory(folder).checkpoints)]
+    rows = outcomes(rehearsed.faults, Trace(Record(RunDirectory(folder).faults).strikes(), events, metrics, damaged))
     done = summary["ended"] == "done"
     document = {
         "ended": summary["ended"],
@@ -123,7 +124,7 @@ def _differences(rehearsed: Recipe, reference: Recipe) -> list[str]:
     """Returns the differences between the final states of two runs."""
     from bagualu.fault_tolerance.checkpoint.reading.compare import differences  # imports torch, as the runs have done
 
-    ends = [latest(Path(recipe.run.dir) / "checkpoints") for recipe in (rehearsed, reference)]
+    ends = [latest(RunDirectory(recipe.run.dir).checkpoints) for recipe in (rehearsed, reference)]
     assert ends[0] is not None
     assert ends[1] is not None
     return differences(ends[0], ends[1])

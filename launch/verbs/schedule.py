@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.verbs.usage import SCHEDULE_KEYS, SEVERAL, CommandLine
 from bagualu.parallel.pipeline.check import check
 from bagualu.parallel.pipeline.draw_text import draw
-from bagualu.parallel.pipeline.recorded_timeline import FILE, Measured, check_against, mean_costs, read_measured
+from bagualu.parallel.pipeline.recorded_timeline import Measured, check_against, mean_costs, read_measured
 from bagualu.parallel.pipeline.registry import FAMILIES, compute_schedule
 from bagualu.parallel.pipeline.schedules.formula import Size, Time
 from bagualu.parallel.pipeline.schedules.schedule import Schedule, with_messages
@@ -139,16 +140,17 @@ def _time(given: dict[str, str], key: str, default: int) -> Time:
 
 def _of_run(folder: Path, given: dict[str, str]) -> tuple[_Plan, Measured]:
     """Returns the run's schedule with the mean measured times of its passes, and the measurement. Raises RecipeError."""
-    from bagualu.trainer.recipe.compose import RESOLVED, load_recipe  # Hydra's library
+    from bagualu.trainer.recipe.compose import load_recipe  # Hydra's library
 
-    if not (folder / RESOLVED).exists():
-        raise RecipeError(f"{folder / RESOLVED} does not exist; give the directory of a run, or {_EXAMPLE.removeprefix('e.g. ')}")
-    recipe = load_recipe(folder / RESOLVED)
-    measured = read_measured(folder / FILE)
+    run = RunDirectory(folder)
+    if not run.config.exists():
+        raise RecipeError(f"{run.config} does not exist; give the directory of a run, or {_EXAMPLE.removeprefix('e.g. ')}")
+    recipe = load_recipe(run.config)
+    measured = read_measured(run.pipeline)
     ranks = len(measured.timeline.ranks)
     if ranks != recipe.parallel.pipeline:
         planned = f"parallel.pipeline={recipe.parallel.pipeline}"
-        raise RecipeError(f"{folder / FILE} records {ranks} ranks, but the recipe has {planned}; run it again to write a new one")
+        raise RecipeError(f"{run.pipeline} records {ranks} ranks, but the recipe has {planned}; run it again to write a new one")
     built = _build(recipe.parallel.schedule, ranks, measured.micro_batches, -(-measured.stages // ranks))
     check_against(measured, built)
     times = mean_costs(measured)

@@ -4,10 +4,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.verbs.sweep import SweepJob
 from bagualu.launch.workers import storage_probe
 from bagualu.trainer.process.failure import DONE, FAILED, INTERRUPTED, REFUSED, STOPPED, Failure, last_words, os_error, what_next
@@ -113,7 +113,7 @@ def _last_words(document: dict[str, Any]) -> str | None:
 
 def _summary_if_done(recipe: Recipe) -> dict[str, Any] | None:
     """Returns the summary of a run with checkpoint.resume=true that has finished all its steps, otherwise None."""
-    path = Path(recipe.run.dir) / "summary.json"
+    path = RunDirectory(recipe.run.dir).summary
     if not recipe.checkpoint.resume:
         return None
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.batch import setup_lines
 from bagualu.launch.verbs.usage import SEVERAL, CommandLine
 from bagualu.trainer.process.failure import DONE, FAILED
@@ -33,9 +34,9 @@ def slurm(request: CommandLine) -> tuple[int, Any]:
         if not request.json:
             print(text, end="")
         return DONE, {"script": text}
-    folder = Path(recipe.run.dir)
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    path = folder / "job.sbatch"
+    run = RunDirectory(recipe.run.dir)
+    run.logs.mkdir(parents=True, exist_ok=True)
+    path = run.job_script
     path.write_text(text, encoding="utf-8")
     sbatch = shutil.which("sbatch")
     if sbatch is None:
@@ -49,7 +50,7 @@ def slurm(request: CommandLine) -> tuple[int, Any]:
         return FAILED, {"script": str(path), "job": None, "cause": reason}
     job = done.stdout.strip().split(";")[0]
     if not request.json:
-        print(f"submitted {path} as job {job}; its output goes to {folder}/logs/slurm-{job}.log")
+        print(f"submitted {path} as job {job}; its output goes to {run.job_log(job)}")
     return DONE, {"script": str(path), "job": job}
 
 
@@ -120,7 +121,7 @@ def _header_value(text: str) -> str:
 
 def _directives(recipe: Recipe, folder: Path) -> list[str]:
     slurm = recipe.launch.slurm
-    log = _header_value(str(folder).replace("%", "%%") + "/logs/slurm-%j.log")  # %% is a plain % for SLURM
+    log = _header_value(str(RunDirectory(str(folder).replace("%", "%%")).job_log("%j")))  # %% is a plain % for SLURM
     options = {
         "partition": slurm.partition, "account": slurm.account, "time": slurm.time,
         "gpus-per-node": slurm.gpus_per_node, "cpus-per-task": slurm.cpus_per_task,

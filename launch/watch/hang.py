@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.fault_tolerance.watchdog import stacks
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, read
 from bagualu.fault_tolerance.watchdog.links import LostLink, cut_off, lost_links
@@ -26,7 +27,7 @@ class HangCheck(Watcher):
     def __init__(self, recipe: Recipe, scratch: Path) -> None:
         config = recipe.restart
         self._folder = scratch / HEARTBEATS
-        self._logs = Path(recipe.run.dir) / "logs"
+        self._logs = RunDirectory(recipe.run.dir).logs
         last_chance = _BEFORE_TIMEOUT * recipe.comm.timeout_seconds
         self._patience = Patience(min(config.hang_seconds, last_chance), config.long_hang_seconds, last_chance)
         self._processes: dict[int, int] = {}

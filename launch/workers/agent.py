@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Multi
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.store import Store
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS
 from bagualu.launch.watch.watcher import Watcher
 from bagualu.launch.workers import agent_messages, fork_server, worker_process
@@ -245,7 +246,7 @@ class Agent(LocalElasticAgent):
         self._signal_workers(signal.SIGKILL)
         for process in self._processes():
             process.join(_EXIT_SECONDS)
-        metrics = Path(self.arguments.recipe.run.dir) / "metrics.jsonl"
+        metrics = RunDirectory(self.arguments.recipe.run.dir).metrics
         failure = seen or first(failures(self.arguments.scratch, codes, self._ranks(), metrics))
         if failure.kind == "peer" and not self.stop_asked and agent_messages.regrouping(self._messages):
             self._remaining_restarts = 1  # the peer stopped to let a waiting node join

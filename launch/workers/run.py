@@ -10,6 +10,7 @@ from typing import Any
 
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance import run_lock
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.watch.hang import HangCheck
 from bagualu.launch.watch.ledger import LedgerWatcher
 from bagualu.launch.watch.summary import SummaryWatcher
@@ -106,7 +107,7 @@ def _failed(failure: Failure, recipe: Recipe, begun: bool) -> tuple[int, dict[st
 
 def _advice(recipe: Recipe, failure: Failure, begun: bool) -> str:
     """Returns what to do after a failure: which log to read, how to resume. `begun`: as in `storage_probe.newest`."""
-    log = Path(recipe.run.dir) / "logs" / f"rank-{failure.rank}.log"
+    log = RunDirectory(recipe.run.dir).log(failure.rank)
     parts = [f"see {log}"] if log.exists() else []
     if storage_probe.newest(recipe, begun):
         parts.append(what_next(failure))

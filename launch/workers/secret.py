@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.run_directory import RunDirectory
 
-VARIABLE, FILE = "BAGUALU_SECRET", ".secret"
+VARIABLE = "BAGUALU_SECRET"
 _LEAST = 16
 """Smallest number of characters of a given secret."""
 _CHARACTERS = 64
@@ -31,7 +32,7 @@ def of_the_job(run_dir: Path) -> str:
     """
     given = os.environ.pop(VARIABLE, None)  # removed, because child processes do not need it
     if given is None:
-        return _from_file(run_dir / FILE)
+        return _from_file(RunDirectory(run_dir).secret)
     if len(given) < _LEAST:
         raise RecipeError(f"{VARIABLE} has {len(given)} characters; give at least {_LEAST}, the same on all nodes, e.g. "
                           f"export {VARIABLE}=$(openssl rand -hex 32), or leave it out")  # fmt: skip

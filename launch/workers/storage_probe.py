@@ -6,8 +6,8 @@ from bagualu.comm.errors import RecipeError, StorageError
 from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
+from bagualu.fault_tolerance.run_directory import BEGUN, RunDirectory
 from bagualu.fault_tolerance.within import within
-from bagualu.trainer.begun import BEGUN, has_begun
 from bagualu.trainer.recipe import choose_backend as chooser
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.choose_backend import Choice
@@ -56,13 +56,13 @@ def newest(recipe: Recipe, begun: bool = False) -> str | None:
 
     `begun`: whether this launch has opened the run's checkpoints.
     """
-    directory = Path(recipe.run.dir)
+    run = RunDirectory(recipe.run.dir)
 
     def look() -> str | None:
-        if checkpoint := latest(directory / "checkpoints"):
+        if checkpoint := latest(run.checkpoints):
             return checkpoint.name
-        known = begun or has_begun(directory)
-        return _UNKNOWN if known and not (directory / "checkpoints" / EPOCH).exists() else None
+        known = begun or run.has_begun()
+        return _UNKNOWN if known and not (run.checkpoints / EPOCH).exists() else None
 
     try:
         return within(_LOOK_SECONDS, look)

@@ -14,6 +14,7 @@ import torch
 
 from bagualu.comm.monitor import Monitor
 from bagualu.comm.world import World
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
 from bagualu.fault_tolerance.watchdog.verdict import SPARE
 from bagualu.launch.workers.worker_failures import write_failure
@@ -56,7 +57,7 @@ def main(arguments: WorkerArguments) -> dict[str, Any]:
     stop.install()
     die_with(arguments.server)
     world = World.from_environment()
-    log = Path(arguments.recipe.run.dir) / "logs" / f"rank-{world.rank}.log"
+    log = RunDirectory(arguments.recipe.run.dir).log(world.rank)
     if world.rank:
         redirect_to_log(log)
     else:

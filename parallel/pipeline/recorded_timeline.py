@@ -1,4 +1,8 @@
-"""The measured timeline of a run's pipeline: when each pass of a step began and ended."""
+"""The measured timeline of a run's pipeline: when each pass of a step began and ended.
+
+The file has a line per pass: {"rank", "step", "kind", "micro_batch", "stage", "start", "end"}. rank is the pipeline coordinate,
+kind is F, B, I or W, and times are in seconds from an origin that all ranks share.
+"""
 
 import json
 import math
@@ -10,10 +14,6 @@ from bagualu.comm.errors import RecipeError
 from bagualu.parallel.pipeline.schedules.schedule import Action, Kind, Schedule
 from bagualu.parallel.pipeline.timeline import Cost, Span, Timeline
 
-FILE = "pipeline.jsonl"
-"""File in a run directory with a line per pass: {"rank", "step", "kind", "micro_batch", "stage", "start", "end"}. rank is the
-pipeline coordinate, kind is F, B, I or W, and times are in seconds from an origin that all ranks share."""
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -21,6 +21,8 @@ class Measured:
 
     step: int
     timeline: Timeline
+    file: str
+    """The name of the file, for messages."""
 
     @property
     def micro_batches(self) -> int:
@@ -47,7 +49,7 @@ def read_measured(path: Path) -> Measured:
             ranks[rank].append(Span(span.action, span.start - origin, span.end - origin))
     if not all(ranks):
         raise RecipeError(f"{path} has no pass of rank {ranks.index([])} in step {last}; let the run write it again")
-    return Measured(last, Timeline([sorted(spans, key=lambda span: span.start) for spans in ranks]))
+    return Measured(last, Timeline([sorted(spans, key=lambda span: span.start) for spans in ranks]), path.name)
 
 
 def _row(path: Path, number: int, line: str) -> tuple[int, int, Span]:
@@ -70,7 +72,7 @@ def check_against(measured: Measured, schedule: Schedule) -> None:
         for action in Counter(planned) | done:
             if done[action] != planned.count(action):
                 raise RecipeError(
-                    f"{FILE}: rank {rank} did {action} {done[action]} times, but the run's schedule has it "
+                    f"{measured.file}: rank {rank} did {action} {done[action]} times, but the run's schedule has it "
                     f"{planned.count(action)} times; let the run write it again"
                 )
 

@@ -27,7 +27,6 @@ from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.process.failure import FinalError
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.recovery.state import CHECKPOINTS
 from bagualu.trainer.step import train_step
 from tests.conftest import Undisturbed
 from tests.harness import WorkerFailed, run
@@ -130,7 +129,7 @@ def attempts(communicator: Communicator, recipe: Recipe, kind: str, every: int) 
     """Each damage in turn, put right after it: (what, the error on this rank, whether nothing has changed)."""
     parts, world = fresh(communicator, recipe), communicator.world
     before = bits(parts)
-    path = latest(Path(recipe.run.dir) / CHECKPOINTS)
+    path = latest(Path(recipe.run.dir) / "checkpoints")
     assert path is not None
     good = path.parent.with_name("good")
     if communicator.rank == 0:
@@ -187,7 +186,7 @@ def test_all_damage_is_found_by_all_ranks_before_anything_changes(
 def wrong_tensors(communicator: Communicator, recipe: Recipe, changes: list[tuple[str, Any]]) -> list[tuple[str, bool]]:
     """Load checkpoints whose tensors are those of the model but for one: (the error, whether nothing has changed)."""
     parts = fresh(communicator, recipe)
-    root = Path(recipe.run.dir) / CHECKPOINTS
+    root = Path(recipe.run.dir) / "checkpoints"
     seen = []
     for step, (_, change) in enumerate(changes):
         metadata = json.loads(json.dumps(document_of(root)["metadata"])) | {"step": step}
@@ -229,7 +228,7 @@ CHANGES: list[tuple[str, Change]] = [
 def test_a_wrong_key_dtype_shape_or_number_of_tensors_is_refused_by_name(tmp_path: Path) -> None:
     recipe = small_recipe(run__dir=str(tmp_path), **LAYOUT)
     run("simulated", 4, train_and_save, recipe, (1,))
-    (tmp_path / CHECKPOINTS / "step-00000001").rename(tmp_path / CHECKPOINTS / "step-00000099")
+    (tmp_path / "checkpoints" / "step-00000001").rename(tmp_path / "checkpoints" / "step-00000099")
     for rank in run("simulated", 4, wrong_tensors, recipe, CHANGES):
         for (expected, _), (said, unchanged) in zip(CHANGES, rank, strict=True):
             assert expected in said
@@ -243,7 +242,7 @@ METADATA = [
 
 def wrong_metadata(communicator: Communicator, recipe: Recipe) -> list[str]:
     parts = fresh(communicator, recipe)
-    root = Path(recipe.run.dir) / CHECKPOINTS
+    root = Path(recipe.run.dir) / "checkpoints"
     good = document_of(root)["metadata"]
     seen = []
     for step, (field, value) in enumerate(METADATA):
@@ -259,7 +258,7 @@ def wrong_metadata(communicator: Communicator, recipe: Recipe) -> list[str]:
 def test_metadata_that_no_run_saves_is_refused(tmp_path: Path) -> None:
     recipe = small_recipe(run__dir=str(tmp_path))
     run("simulated", 1, train_and_save, recipe, (1,))
-    (tmp_path / CHECKPOINTS / "step-00000001").rename(tmp_path / CHECKPOINTS / "step-00000099")
+    (tmp_path / "checkpoints" / "step-00000001").rename(tmp_path / "checkpoints" / "step-00000099")
     for said in run("simulated", 1, wrong_metadata, recipe)[0]:
         assert "\n" not in said
 
@@ -284,18 +283,18 @@ def test_the_run_goes_on_from_the_one_before_and_says_so_once(
 ) -> None:
     folder = tmp_path / "run"
     run("simulated", 4, until, recipe_in(folder, **LAYOUT), 0, NEW)
-    spoil(folder / CHECKPOINTS / "step-00000004")
-    damaged = contents(folder / CHECKPOINTS / "step-00000004")
+    spoil(folder / "checkpoints" / "step-00000004")
+    damaged = contents(folder / "checkpoints" / "step-00000004")
     with caplog.at_level(logging.WARNING):
         summaries = run("simulated", 4, until, recipe_in(folder, checkpoint__resume=True, checkpoint__keep=9, **LAYOUT), -1, 0)
     assert_stood(folder, undisturbed(recipe_in(folder, **LAYOUT), "simulated"), 2)
     assert steps_saved(folder) == [2, 4, 6]  # step 4 is there again, whole
-    assert all(verify(path) == [] for path in list_checkpoints(folder / CHECKPOINTS))
+    assert all(verify(path) == [] for path in list_checkpoints(folder / "checkpoints"))
     (entry,) = summaries[0]["damaged"]
     assert all(summary["damaged"] == [entry] for summary in summaries)
     assert json.loads((folder / "summary.json").read_text())["damaged"] == [entry]
     assert (entry["checkpoint"], entry["used"]) == ("step-00000004", "step-00000002")
-    assert contents(folder / CHECKPOINTS / entry["set_aside"]) == damaged
+    assert contents(folder / "checkpoints" / entry["set_aside"]) == damaged
     said = [record.getMessage() for record in caplog.records if "cannot be used" in record.getMessage()]
     assert len(said) == 1
     for part in ("step-00000004", "rank ", "safetensors", "block at byte", "step-00000002"):
@@ -308,8 +307,8 @@ def test_with_several_damaged_the_newest_whole_one_is_taken(tmp_path: Path, undi
     recipe = recipe_in(tmp_path, checkpoint__every=1, checkpoint__keep=9, parallel__data=world)
     run("simulated", world, until, recipe, 0, 4)
     for step in (2, 4):
-        spoil(tmp_path / CHECKPOINTS / f"step-{step:08d}")
-    (tmp_path / CHECKPOINTS / "step-00000003" / "manifest.json").write_bytes(b"{}")
+        spoil(tmp_path / "checkpoints" / f"step-{step:08d}")
+    (tmp_path / "checkpoints" / "step-00000003" / "manifest.json").write_bytes(b"{}")
     recipe.checkpoint.resume = True
     summary = run("simulated", world, until, recipe, -1, 0)[0]
     assert [entry["checkpoint"] for entry in summary["damaged"]] == ["step-00000004", "step-00000003", "step-00000002"]
@@ -328,7 +327,7 @@ def checkpoints_in(folder: Path) -> dict[str, bytes]:
 def test_with_none_whole_the_run_ends_naming_all_and_changes_nothing(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path, **LAYOUT)
     run("simulated", 4, until, recipe, 0, NEW)
-    for path in list_checkpoints(tmp_path / CHECKPOINTS):
+    for path in list_checkpoints(tmp_path / "checkpoints"):
         spoil(path)
     before = checkpoints_in(tmp_path)
     recipe.checkpoint.resume = True
@@ -338,7 +337,7 @@ def test_with_none_whole_the_run_ends_naming_all_and_changes_nothing(tmp_path: P
     assert len(str(error.value).split("; ")) == 3  # one clause for each, and once what to do
     assert "\n" not in str(error.value)
     assert checkpoints_in(tmp_path) == before
-    assert len(list_checkpoints(tmp_path / CHECKPOINTS)) == 2
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 2
 
 
 # Killed while loading
@@ -357,7 +356,7 @@ def killed_while_loading(communicator: Communicator, recipe: Recipe, rank: int, 
 
     load_module.read_blocks = read
     try:
-        load_state(fresh(communicator, recipe), latest(Path(recipe.run.dir) / CHECKPOINTS) or Path())
+        load_state(fresh(communicator, recipe), latest(Path(recipe.run.dir) / "checkpoints") or Path())
     finally:
         load_module.read_blocks = original
 
@@ -393,7 +392,7 @@ def test_data_that_changed_under_a_run_is_refused_alike_by_every_number_of_ranks
                                "model__vocab": 300, "data__sequence_length": 16}  # fmt: skip
     run("simulated", 2, until, recipe_in(tmp_path / "run", **text), 0, 2)
     words(tmp_path / "text", "one more line\n")
-    before = contents(tmp_path / "run" / CHECKPOINTS)
+    before = contents(tmp_path / "run" / "checkpoints")
     said = set()
     for world in (1, 2, 4):
         recipe = recipe_in(tmp_path / "run", checkpoint__resume=True, parallel__data=world, **text)
@@ -401,7 +400,7 @@ def test_data_that_changed_under_a_run_is_refused_alike_by_every_number_of_ranks
             run("simulated", world, until, recipe, -1, 0)
         said.add(str(error.value))
     assert len(said) == 1
-    assert {name: raw for name, raw in contents(tmp_path / "run" / CHECKPOINTS).items() if name in before} == before
+    assert {name: raw for name, raw in contents(tmp_path / "run" / "checkpoints").items() if name in before} == before
     words(tmp_path / "text")
     recipe = recipe_in(tmp_path / "run", checkpoint__resume=True, **text)
     run("simulated", 2, until, recipe, -1, 0)

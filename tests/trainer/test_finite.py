@@ -19,7 +19,6 @@ from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.optim import adamw
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recovery.saving import Checkpoints, take_checkpoints
-from bagualu.trainer.recovery.state import CHECKPOINTS
 from tests.harness import run
 from tests.parity import gather, small_recipe
 from tests.parity import train as curve
@@ -150,7 +149,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path, asynchronous: bool) -> 
     (said, _) = run("simulated", 2, spoilt_between, recipe, True)
     assert "exp_avg_sq/" in said
     assert "not finite" in said
-    assert list_checkpoints(tmp_path / CHECKPOINTS) == []
+    assert list_checkpoints(tmp_path / "checkpoints") == []
 
 
 def saved_by_an_older_version(communicator: Communicator, recipe: Recipe) -> None:
@@ -162,7 +161,7 @@ def saved_by_an_older_version(communicator: Communicator, recipe: Recipe) -> Non
 def read(communicator: Communicator, recipe: Recipe) -> bool:
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     with pytest.raises(CheckpointError, match="not finite"):
-        load_state(parts, Path(recipe.run.dir) / CHECKPOINTS / "step-00000001")
+        load_state(parts, Path(recipe.run.dir) / "checkpoints" / "step-00000001")
     return all(is_finite(tensor) for shard in parts.engine.optimizer.shards() for tensor in shard.values())
 
 

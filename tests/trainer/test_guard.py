@@ -13,7 +13,6 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.recovery.state import CHECKPOINTS
 from tests.harness import ON_GPU, run
 from tests.parity import small_recipe
 from tests.trainer.faults import Ending, Fault, assert_same_bits, gradient, reduced, train
@@ -257,14 +256,14 @@ def train_spoiling(communicator: Communicator, recipe: Recipe, fault: Fault, pat
 
 def test_a_checkpoint_found_damaged_on_the_way_back_is_told_and_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = recipe_in(tmp_path, "data", checkpoint__every=1, checkpoint__keep=9)
-    file = tmp_path / CHECKPOINTS / "step-00000003" / "rank-00001.safetensors"
+    file = tmp_path / "checkpoints" / "step-00000003" / "rank-00001.safetensors"
     found = run("simulated", 2, train_spoiling, recipe, Fault("exp_avg"), file)
     assert_same_bits(found, straight("simulated", "data", STEPS))
     (entry,) = found[0].damaged
     assert found[1].damaged == [entry]
     assert (entry["checkpoint"], entry["used"]) == ("step-00000003", "step-00000002")
     assert "rank-00001.safetensors does not match its hash" in entry["problem"]
-    assert verify(tmp_path / CHECKPOINTS / entry["set_aside"]) != []
+    assert verify(tmp_path / "checkpoints" / entry["set_aside"]) != []
     assert sum("step-00000003 cannot be used" in record.getMessage() for record in caplog.records) == 1
     assert found[0].saved == [f"step-{step:08}" for step in range(1, STEPS + 1)]  # step 3 is there again, whole
 

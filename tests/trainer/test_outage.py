@@ -19,7 +19,6 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointStorageError, step_name
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.fault_tolerance.guard.verdict import Cause, GuardAction, GuardDecision
-from bagualu.fault_tolerance.ledger.events import LEDGER
 from bagualu.launch.workers.storage_probe import newest
 from bagualu.trainer import loop
 from bagualu.trainer import run as whole_run
@@ -70,7 +69,7 @@ def go_on(folder: Path) -> dict[str, Any]:
 
 def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
     """Which they are and what is in them, but for the number of the start and what is said of it."""
-    found = [path for path in folder.rglob("*") if path.is_file() and path.name not in (EPOCH, LEDGER)]
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name not in (EPOCH, "ledger.jsonl")]
     return {path: (path.stat().st_ino, path.read_bytes()) for path in found}
 
 

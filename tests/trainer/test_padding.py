@@ -17,7 +17,7 @@ from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.compose import save_recipe
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.recovery.state import CHECKPOINTS, checkpoints_of, metadata_of
+from bagualu.trainer.recovery.state import checkpoints_of, metadata_of
 from bagualu.trainer.step import train_step
 from tests.harness import run
 from tests.parity import assert_same, gather, pieces_of, small_recipe, train
@@ -47,7 +47,7 @@ def trained(communicator: Communicator, recipe: Recipe) -> list:  # type: ignore
 def read(communicator: Communicator, recipe: Recipe) -> tuple[list, list[torch.Tensor]]:  # type: ignore[type-arg]
     """What came, and rows of padding that are not zero."""
     parts = made(communicator, recipe)
-    path = latest(Path(recipe.run.dir) / CHECKPOINTS)
+    path = latest(Path(recipe.run.dir) / "checkpoints")
     assert path is not None
     assert load_state(parts, path) == STEPS
     held = [(entry, entry.parameter) for bucket in parts.engine.buckets for entry in bucket.entries if entry.name in VOCABULARY]
@@ -58,7 +58,7 @@ def read(communicator: Communicator, recipe: Recipe) -> tuple[list, list[torch.T
 @pytest.mark.parametrize(("vocab", "before", "after"), [(97, 1, 2), (97, 2, 3), (61, 4, 1), (61, 3, 4), (5, 6, 1), (5, 1, 6)])
 def test_a_checkpoint_of_any_vocabulary_is_read_by_any_tensor_degree(tmp_path: Path, vocab: int, before: int, after: int) -> None:
     saved = gather(run("simulated", before, trained, recipe_in(tmp_path, vocab, before)))
-    (found,) = Path(tmp_path / CHECKPOINTS).glob("step-*")
+    (found,) = Path(tmp_path / "checkpoints").glob("step-*")
     shapes = {name: shape for name, (shape, _) in Checkpoint(found).tensors.items() if name.endswith(VOCABULARY)}
     assert {shape[0] for shape in shapes.values()} == {vocab}
     for changes in ({}, {"model__vocab_multiple": 16}):

@@ -16,7 +16,7 @@ from bagualu.comm.group import Communicator
 from bagualu.parallel import move_state
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.rebalance_policy import Proposal
-from bagualu.parallel.pipeline.recorded_timeline import FILE, read_measured
+from bagualu.parallel.pipeline.recorded_timeline import read_measured
 from bagualu.parallel.pipeline.stopwatch import Stopwatch
 from bagualu.trainer import rebalance
 from bagualu.trainer import run as whole_run
@@ -223,7 +223,7 @@ def test_steps_that_are_left_out_measure_nothing(tmp_path: Path, balance: str) -
         tmp_path, parallel__balance=balance, parallel__rebalance__every=1, guard__leave_out=[1, 2, 3], train__steps=6
     )
     assert run("simulated", 2, train_all, recipe)[0]["ended"] == "done"
-    assert read_measured(tmp_path / FILE).step == 4
+    assert read_measured(tmp_path / "pipeline.jsonl").step == 4
 
 
 def test_moves_go_together_with_saves_replicas_and_a_guard_that_looks_at_every_step(

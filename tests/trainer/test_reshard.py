@@ -12,7 +12,6 @@ from bagualu.trainer import assemble as assembling
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.recovery.state import CHECKPOINTS
 from bagualu.trainer.step import train_step
 from tests.harness import run
 from tests.parity import gather, pieces_of, small_recipe
@@ -60,7 +59,7 @@ def train_and_save(communicator: Communicator, recipe: Recipe) -> list:  # type:
 def loaded(communicator: Communicator, recipe: Recipe) -> tuple[list, int]:  # type: ignore[type-arg]
     """The state as it was read, and the updates so far: the schedule goes on there."""
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    path = latest(Path(recipe.run.dir) / CHECKPOINTS)
+    path = latest(Path(recipe.run.dir) / "checkpoints")
     assert path is not None
     assert load_state(parts, path) == STEPS
     return pieces_of(parts), parts.updates

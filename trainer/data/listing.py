@@ -13,12 +13,13 @@ from pathlib import Path
 
 from bagualu.comm.errors import RecipeError, StorageError
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
+from bagualu.fault_tolerance.run_directory import RunDirectory
 
-_RESOLVED, _RESOLVED_BYTES = "config.yaml", 2**18
+_RESOLVED_BYTES = 2**18
 _SECTIONS = frozenset({"run", "model", "data", "train", "optim", "parallel"})
 """Top-level keys of every resolved recipe."""
-_WRITTEN = ((f"checkpoints/{EPOCH}",), ("metrics.jsonl", "ledger.jsonl"), ("corpus.json", "tokenizer.json", "train.bin"))
-"""Files that together show a run without its recipe, or a prepared corpus."""
+_OF_A_CORPUS = ("corpus.json", "tokenizer.json", "train.bin")
+"""Files that together show a prepared corpus."""
 
 
 class SourceError(RecipeError, StorageError):
@@ -112,16 +113,18 @@ class Tree:
 
 def is_made_here(folder: str) -> bool:
     """Whether `folder` holds a run or a prepared corpus: by a resolved recipe or by what else is written there."""
-    path = os.path.join(folder, _RESOLVED)
-    if os.path.isfile(path):
+    run = RunDirectory(folder)
+    if os.path.isfile(run.config):
         try:
-            with open(path, "rb") as stream:
+            with run.config.open("rb") as stream:
                 keys = set(re.findall(r"^(\w+):", stream.read(_RESOLVED_BYTES).decode("utf-8", "replace"), re.MULTILINE))
         except OSError:
             keys = set()
         if keys >= _SECTIONS:
             return True
-    return any(all(os.path.isfile(os.path.join(folder, name)) for name in names) for names in _WRITTEN)
+    without_recipe = [run.checkpoints / EPOCH], [run.metrics, run.ledger]
+    corpus = [run.path / name for name in _OF_A_CORPUS]
+    return any(all(os.path.isfile(path) for path in paths) for paths in (*without_recipe, corpus))
 
 
 def printable(path: str) -> str:

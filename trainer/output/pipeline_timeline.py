@@ -8,7 +8,6 @@ import json
 import logging
 import sys
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,8 +15,8 @@ from bagualu.comm.agree import meet
 from bagualu.comm.objects import gather_json
 from bagualu.fault_tolerance.files import write_atomic
 from bagualu.fault_tolerance.ledger.events import clock
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.parallel.balance.stages.show import show_split
-from bagualu.parallel.pipeline.recorded_timeline import FILE
 from bagualu.parallel.pipeline.schedules.schedule import Kind
 from bagualu.trainer.assemble import Parts
 
@@ -71,11 +70,12 @@ class PipelineRecorder:
         placement = self._parts.mesh.placement
         if self._parts.costs:
             print(show_split(self._parts.split, placement, _measured(rows, placement.stages)), file=sys.stderr, flush=True)
+        path = RunDirectory(self._parts.recipe.run.dir).pipeline
         try:
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_atomic(Path(self._parts.recipe.run.dir) / FILE, text.encode())
+            write_atomic(path, text.encode())
         except OSError as error:  # nothing that a run should end for
-            log.warning("%s was not written: %s", FILE, error)
+            log.warning("%s was not written: %s", path.name, error)
 
 
 def _aligned(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.optim.schedule import learning_rate, same_curve
 from bagualu.trainer.recipe.config import Recipe
 
@@ -17,7 +18,7 @@ def remarks(recipe: Recipe, done: int) -> list[str]:
         reached = "reached only in the last step" if steps == optim.warmup_steps else f"never reached: the last step has {last:.3g}"
         lines.append(f"learning rate: optim.warmup_steps={optim.warmup_steps} takes all of train.steps={steps}, so optim.lr="
                      f"{optim.lr:g} is {reached}")  # fmt: skip
-    before = _recorded(Path(recipe.run.dir) / "metrics.jsonl", done) if 0 < done < steps else None
+    before = _recorded(RunDirectory(recipe.run.dir).metrics, done) if 0 < done < steps else None
     if before is not None and not same_curve(optim, done - 1, steps, before):
         now = learning_rate(optim, done, steps)
         times = f", {now / before:.3g} times as much" if before > 0 else ""

@@ -20,12 +20,11 @@ from bagualu.comm import jsonl
 from bagualu.comm.errors import RecipeError, StorageError
 from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.files import write_atomic
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.fault_tolerance.within import within
 from bagualu.trainer.process.failure import Failure
 from bagualu.trainer.recipe.config import Recipe
 
-SUMMARY = "summary.json"
-"""Its name in a run directory."""
 _FINAL = "done", "stopped"
 _MOST_SECONDS = 10.0
 """More than a lock of another process is waited for, and than storage that answers takes."""
@@ -35,7 +34,7 @@ log = logging.getLogger(__name__)
 def read(run_dir: Path) -> dict[str, Any]:
     """What summary.json holds; {} where there is none, or it is damaged. Raises OSError."""
     with suppress(FileNotFoundError, ValueError):
-        found = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
+        found = json.loads(RunDirectory(run_dir).summary.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     return {}
 
@@ -49,7 +48,7 @@ def final(run_dir: Path) -> dict[str, Any]:
 
 def write(run_dir: Path, summary: dict[str, Any]) -> None:
     """Make `summary` what the file holds. Raises OSError, and then the file is as it was."""
-    write_atomic(run_dir / SUMMARY, (jsonl.dumps(summary, indent=2) + "\n").encode())
+    write_atomic(RunDirectory(run_dir).summary, (jsonl.dumps(summary, indent=2) + "\n").encode())
 
 
 class Start:
@@ -88,10 +87,10 @@ class Start:
         try:
             within(_MOST_SECONDS, entry)
         except (OSError, StorageError) as error:
-            log.warning("%s is not up to date: %s", self._run_dir / SUMMARY, getattr(error, "strerror", None) or error)
+            log.warning("%s is not up to date: %s", RunDirectory(self._run_dir).summary, getattr(error, "strerror", None) or error)
 
     def _begin(self) -> None:
-        path = self._run_dir / SUMMARY
+        path = RunDirectory(self._run_dir).summary
         if not self.begun:
             self._before = path.read_bytes() if path.exists() else None
             self.begun = True
@@ -103,7 +102,7 @@ class Start:
         write(self._run_dir, {"ended": ended, "step": self._last_step(), "failure": failure.as_dict(), **self._common()})
 
     def _restore(self) -> None:
-        path = self._run_dir / SUMMARY
+        path = RunDirectory(self._run_dir).summary
         if self._before is None:
             path.unlink(missing_ok=True)
         else:
@@ -123,7 +122,7 @@ class Start:
         return {**common, "previous": previous} if previous else common
 
     def _last_step(self) -> int:
-        lines = jsonl.read(self._run_dir / "metrics.jsonl")
+        lines = jsonl.read(RunDirectory(self._run_dir).metrics)
         return max((line["step"] for line in lines if type(line.get("step")) is int), default=0)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.output.metric_writers import Record
 
 _INIT_SECONDS = 20.0
@@ -92,7 +93,9 @@ class WandbSink:
                 self._run, self._modes = None, self._modes[1:]
                 if not self._given_up:
                     then = (
-                        f"recorded offline: {self._how_to_send()}" if self._modes else f"without W&B: {self._run_dir}/metrics.jsonl"
+                        f"recorded offline: {self._how_to_send()}"
+                        if self._modes
+                        else f"without W&B: {RunDirectory(self._run_dir).metrics}"
                     )
                     _say(f"W&B failed: {_reason(error)}; the run goes on {then}")
                 _tear_down()  # the service keeps the id of a run that failed to start, and would refuse it offline
@@ -106,7 +109,12 @@ class WandbSink:
             silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True
         )  # fmt: skip
         wandb.setup(settings)
-        start: dict[str, Any] = {**self._about, "id": _run_id(self._run_dir / "wandb-id"), "mode": mode, "settings": settings}
+        start: dict[str, Any] = {
+            **self._about,
+            "id": _run_id(RunDirectory(self._run_dir).wandb_id),
+            "mode": mode,
+            "settings": settings,
+        }
         return wandb.init(**start, resume="allow" if mode == "online" else None)
 
     def _finish(self) -> None:

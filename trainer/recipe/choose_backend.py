@@ -12,8 +12,8 @@ from pathlib import Path
 
 from bagualu.comm.config import AUTO
 from bagualu.comm.errors import RecipeError
-from bagualu.trainer.begun import has_begun
-from bagualu.trainer.recipe.compose import RESOLVED, load_recipe
+from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.trainer.recipe.compose import load_recipe
 from bagualu.trainer.recipe.config import Recipe
 
 
@@ -44,9 +44,9 @@ def _as_begun(recipe: Recipe, gpus: int, workers: int) -> Choice | None:
     """What a run that goes on began with, where this machine has it."""
     directory = Path(recipe.run.dir)
     try:
-        if not (recipe.checkpoint.resume and has_begun(directory)):
+        if not (recipe.checkpoint.resume and RunDirectory(directory).has_begun()):
             return None
-        before = load_recipe(directory / RESOLVED).comm
+        before = load_recipe(RunDirectory(directory).config).comm
     except (OSError, RecipeError):  # whoever looks at the run directory next says so
         return None
     has_gpus = gpus >= workers

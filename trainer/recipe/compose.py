@@ -22,6 +22,7 @@ from omegaconf.errors import GrammarParseError, InterpolationResolutionError, Mi
 
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.files import write_atomic
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.keys import SEARCHPATH, check_key, check_override, kind_of
 from bagualu.trainer.recipe.override_text import ValueKind, escaped, quoted, spelled
@@ -30,8 +31,6 @@ from bagualu.trainer.recipe.schema import schema, to_recipe
 from bagualu.trainer.recipe.yaml_text import keep_text_in_recipe_files, read_yaml, write_yaml
 
 RECIPES = "bagualu.recipes"
-RESOLVED = "config.yaml"
-"""Name of the resolved recipe in a run directory."""
 
 ONE_VALUE = "one run takes one value of each key; `bagualu train -m` runs several one after the other"
 
@@ -122,7 +121,7 @@ def _escaped(value: Any) -> Any:
 def save_recipe(recipe: Recipe) -> Path:
     """Write config.yaml, the resolved recipe, into the run directory, which is made if need be. Raises RecipeError when that
     cannot be written."""
-    path = Path(recipe.run.dir) / RESOLVED
+    path = RunDirectory(recipe.run.dir).config
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, resolved_yaml(recipe).encode())  # every node of a run writes it

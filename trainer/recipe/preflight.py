@@ -11,11 +11,11 @@ from bagualu.comm.interface import LOOPBACK
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.fault_tolerance.checkpoint.layout.format import step_of
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
-from bagualu.trainer.begun import has_begun
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.data.config import RANDOM, STDLIB, require_vocab
 from bagualu.trainer.data.sources import require_files
 from bagualu.trainer.recipe.choose_backend import gpu_count, registered
-from bagualu.trainer.recipe.compose import RESOLVED, load_recipe
+from bagualu.trainer.recipe.compose import load_recipe
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.override_text import typed
 from bagualu.trainer.recipe.wandb_login import require_login
@@ -93,12 +93,13 @@ def check_login(recipe: Recipe) -> None:
 
 def check_run_directory(recipe: Recipe) -> None:
     """Neither overwrite a run nor go on with another model's, nor begin where it could not write. Raises RecipeError, OSError."""
-    directory = Path(recipe.run.dir)
+    run = RunDirectory(recipe.run.dir)
+    directory = run.path
     if directory.exists() and not directory.is_dir():
         raise RecipeError(f"run.dir={directory} is a file; give a folder")
-    _check_storage(directory)
-    before, newest = directory / RESOLVED, latest(directory / "checkpoints")
-    if not has_begun(directory) and newest is None:
+    _check_storage(run)
+    before, newest = run.config, latest(run.checkpoints)
+    if not run.has_begun() and newest is None:
         return  # nothing was done in it yet
     if not recipe.checkpoint.resume:
         raise RecipeError(f"{directory} already holds a run; go on with checkpoint.resume=true, or start anew with another "
@@ -121,19 +122,19 @@ def check_run_directory(recipe: Recipe) -> None:
     if recipe.train.steps < done:
         raise RecipeError(f"train.steps={recipe.train.steps}, but the run in {directory} has done {done} steps; give more, e.g. "
                           f"train.steps={2 * done}, or another run.dir")  # fmt: skip
-    if not (directory / "checkpoints" / EPOCH).exists():
+    if not (run.checkpoints / EPOCH).exists():
         raise RecipeError(f"{directory} holds a run, but its checkpoints are not there; see whether the storage of "
-                          f"{directory / 'checkpoints'} is mounted, or start anew with another run.dir")  # fmt: skip
+                          f"{run.checkpoints} is mounted, or start anew with another run.dir")  # fmt: skip
 
 
-def _check_storage(directory: Path) -> None:
+def _check_storage(run: RunDirectory) -> None:
     """What is there already can be written and does not wait for a reader. Changes nothing. Raises RecipeError, OSError."""
-    written = [directory / "checkpoints" / EPOCH]
-    for folder in (directory, directory / "logs", directory / "checkpoints"):
+    written = [run.checkpoints / EPOCH]
+    for folder in (run.path, run.logs, run.checkpoints):
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
             raise RecipeError(f"{folder} cannot be written (its file system is read-only, or not yours); make it writable or "
                               "give another run.dir")  # fmt: skip
-        if folder.name != "checkpoints" and folder.is_dir():
+        if folder != run.checkpoints and folder.is_dir():
             written += folder.iterdir()
     for path in written:
         if path.is_fifo() or path.is_socket():

@@ -18,8 +18,8 @@ from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
 from bagualu.fault_tolerance.checkpoint.saving.save import Saver, take_fence
 from bagualu.fault_tolerance.checkpoint.saving.snapshot import Snapshot
 from bagualu.fault_tolerance.ledger.events import Ledger
+from bagualu.fault_tolerance.run_directory import BEGUN, RunDirectory
 from bagualu.trainer.assemble import Parts
-from bagualu.trainer.begun import BEGUN, has_begun
 from bagualu.trainer.process.failure import FinalError
 from bagualu.trainer.recovery.state import checkpoints_of, finite_pieces, metadata_of
 
@@ -53,7 +53,7 @@ def take_checkpoints(parts: Parts, scratch: Path | None = None) -> Fence:
 
 def _has_begun(directory: Path) -> bool:
     try:
-        return has_begun(directory)
+        return RunDirectory(directory).has_begun()
     except OSError as error:
         raise CheckpointStorageError(
             f"{directory} cannot be read now ({error.strerror}); see whether its storage is mounted and answers"

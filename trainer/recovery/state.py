@@ -20,6 +20,7 @@ from bagualu.fault_tolerance.checkpoint.layout.format import REMEDY, CheckpointE
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.guard.finite import is_finite
 from bagualu.fault_tolerance.guard.history import Memory
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.parallel.boxes import TensorPiece
 from bagualu.trainer.assemble import Parts
 from bagualu.trainer.data.config import RANDOM
@@ -27,7 +28,6 @@ from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.recipe.config import DTYPES
 
-CHECKPOINTS = "checkpoints"
 _FINGERPRINT = "data fingerprint"
 _RENORMALISE = "model.moe.renormalise"
 _SPLIT, _KIND = "data.split", "data split in fact"
@@ -39,7 +39,7 @@ _OF_TEXT = {_FINGERPRINT, _SPLIT, _KIND, "data.source", "data.validation_fractio
 
 def checkpoints_of(parts: Parts) -> Path:
     """The directory of the run's checkpoints."""
-    return Path(parts.recipe.run.dir) / CHECKPOINTS
+    return RunDirectory(parts.recipe.run.dir).checkpoints
 
 
 def metadata_of(parts: Parts, step: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from bagualu.fault_tolerance.injection.fault_target import flip_bit
 from bagualu.fault_tolerance.injection.kinds import Kill, PlannedError, Slow
 from bagualu.fault_tolerance.injection.observer import PlannedFaults
 from bagualu.fault_tolerance.injection.plan import parse
-from bagualu.fault_tolerance.injection.record import FAULTS, Record
+from bagualu.fault_tolerance.injection.record import Record
 from bagualu.fault_tolerance.injection.slowness import Slowness
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.recipe.config import Recipe
@@ -50,7 +50,7 @@ def start(recipe: Recipe) -> dict[str, Any]:
 
 
 def strikes(folder: Path) -> list[dict[str, Any]]:
-    return Record(folder / FAULTS).strikes()
+    return Record(folder / "faults.jsonl").strikes()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_faults_strike_once_each_in_the_order_of_their_steps(tmp_path: Path, ref
 
 def test_what_struck_is_durable_before_it_strikes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(Kill, "strike", lambda fault, scene: seen.append((tmp_path / FAULTS).read_text()))
+    monkeypatch.setattr(Kill, "strike", lambda fault, scene: seen.append((tmp_path / "faults.jsonl").read_text()))
     start(recipe_in(tmp_path, "kill@step=2"))
     (line,) = seen
     assert json.loads(line)["fault"] == "kill@step=2"
@@ -222,7 +222,7 @@ def test_a_flipped_bit_is_found_where_somebody_looks(tmp_path: Path, reference: 
 
 def test_only_its_own_rank_and_point_are_struck(tmp_path: Path) -> None:
     scene: Any = type("Here", (), {"rank": 1})()
-    faults = PlannedFaults([Kill(3, 1), Kill(3, 0), Kill(3, 1, "data")], scene, Record(tmp_path / FAULTS))
+    faults = PlannedFaults([Kill(3, 1), Kill(3, 0), Kill(3, 1, "data")], scene, Record(tmp_path / "faults.jsonl"))
     assert faults.ahead == [Kill(3, 1), Kill(3, 1, "data")]
     faults.at(Phase.BACKWARD, 2)
     faults.at(Phase.FORWARD, 3)

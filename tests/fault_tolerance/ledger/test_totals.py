@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bagualu.fault_tolerance.ledger.events import LEDGER, Event, Ledger, read
+from bagualu.fault_tolerance.ledger.events import Event, Ledger, read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute
 
 WHATS = ("launched", "started", "joined", "train", "start", "validation", "checkpoint", "balance", "discarded", "saved", "failed",
@@ -164,7 +164,7 @@ def test_a_torn_line_is_passed_over_and_the_next_one_is_whole(tmp_path):
     ledger.add("launched")
     ledger.add("train", step=3)
     ledger.close()
-    path = tmp_path / LEDGER
+    path = tmp_path / "ledger.jsonl"
     whole = path.read_bytes()
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
@@ -206,6 +206,6 @@ def test_no_ledger_is_no_history(tmp_path):
 def test_damaged_lines_change_nothing_else(tmp_path, damage):
     events = history((0, "started"), (1, "joined"), (2, "train", step(1)), (3, "train", step(2)), (4, "ended", {"cause": "done"}))
     lines = [json.dumps(asdict(event)) + "\n" for event in events]
-    (tmp_path / LEDGER).write_text(damage.join([*lines, lines[-1]]))
+    (tmp_path / "ledger.jsonl").write_text(damage.join([*lines, lines[-1]]))
     assert read(tmp_path) == events
     assert attribute(read(tmp_path)) == attribute(events)

@@ -17,14 +17,13 @@ import pytest
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
 from bagualu.fault_tolerance.config import RestartConfig
+from bagualu.fault_tolerance.run_directory import BEGUN, RunDirectory
 from bagualu.launch import node
 from bagualu.launch.cli import main
 from bagualu.launch.workers import run as launch_run
 from bagualu.launch.workers import storage_probe
 from bagualu.launch.workers.restart_policy import Restarts, announcement
-from bagualu.trainer.begun import BEGUN
 from bagualu.trainer.process.failure import Failure
-from bagualu.trainer.recipe import preflight
 from tests.launch.survival import MOST_LOST, SMALL, finish, small
 from tests.mounts import can_mount
 from tests.standing import assert_names_rank_phase_and_cause, assert_stood
@@ -131,8 +130,8 @@ def test_the_launcher_does_not_wait_for_ever_for_a_run_directory(
     answers = threading.Event()
     monkeypatch.setattr(storage_probe, "_CHECK_SECONDS", 0.2)
     monkeypatch.setattr(storage_probe, "_LOOK_SECONDS", 0.2)
-    for module, name in ((storage_probe, "latest"), (storage_probe, "has_begun"), (preflight, "has_begun")):
-        monkeypatch.setattr(module, name, lambda *_: answers.wait() and None)
+    for owner, name in ((storage_probe, "latest"), (RunDirectory, "has_begun")):
+        monkeypatch.setattr(owner, name, lambda *_: answers.wait() and None)
     assert main(["train", *SMALL, *WORDS, f"run.dir={tmp_path}"], "lost_storage:train") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
@@ -229,7 +228,7 @@ def test_a_run_directory_that_gives_errors_is_refused_in_one_line(
     def fail(*_: object) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(tmp_path))
 
-    monkeypatch.setattr(preflight, "has_begun", fail)
+    monkeypatch.setattr(RunDirectory, "has_begun", fail)
     words = [*SMALL, *WORDS, f"run.dir={tmp_path}"]
     if command == "train":
         code = main(["train", *words])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bagualu.comm.group import Communicator
-from bagualu.parallel.pipeline.recorded_timeline import FILE, check_against, read_measured
+from bagualu.parallel.pipeline.recorded_timeline import check_against, read_measured
 from bagualu.parallel.pipeline.registry import compute_schedule
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.recipe.config import Recipe
@@ -27,7 +27,7 @@ def test_one_step_is_recorded(tmp_path: Path, steps: int, recorded: int) -> None
         parallel__pipeline=2, parallel__data=2, parallel__schedule="zb_v",
     )  # fmt: skip
     run("simulated", 4, train, recipe)
-    measured = read_measured(tmp_path / FILE)
+    measured = read_measured(tmp_path / "pipeline.jsonl")
     assert measured.step == recorded
     check_against(measured, compute_schedule("zb_v", 2, 4))
     for spans in measured.timeline.ranks:
@@ -43,4 +43,4 @@ def test_without_a_pipeline_there_is_nothing_to_record(tmp_path: Path) -> None:
         run__dir=str(tmp_path), train__steps=4, log__progress="off", train__validation_sequences=0, checkpoint__every=0
     )
     run("simulated", 1, train, recipe)
-    assert not (tmp_path / FILE).exists()
+    assert not (tmp_path / "pipeline.jsonl").exists()

@@ -15,7 +15,6 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.trainer.assemble import Parts, assemble
 from bagualu.trainer.data.corpus import Corpus, prepare
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.recovery.state import CHECKPOINTS
 from bagualu.trainer.step import StepResult, train_step
 from tests.harness import ON_GPU, run
 from tests.parity import gather, pieces_of, small_recipe
@@ -54,7 +53,7 @@ def fresh(communicator: Communicator, recipe: Recipe) -> Parts:
 
 def resumed(communicator: Communicator, recipe: Recipe) -> Parts:
     parts = fresh(communicator, recipe)
-    path = latest(Path(recipe.run.dir) / CHECKPOINTS)
+    path = latest(Path(recipe.run.dir) / "checkpoints")
     assert path is not None
     assert load_state(parts, path) == HALF
     return parts
@@ -215,7 +214,7 @@ def seen(communicator: Communicator, recipe: Recipe, first: int, stop: int) -> C
     corpus = Corpus(64, tokens, tokens, np.ones(64, np.int64), "made up", None)
     parts = assemble(recipe, communicator, corpus)
     if first:
-        path = latest(Path(recipe.run.dir) / CHECKPOINTS)
+        path = latest(Path(recipe.run.dir) / "checkpoints")
         assert path is not None
         first = load_state(parts, path)
     recording = Recording(parts)
@@ -245,7 +244,7 @@ def refused(communicator: Communicator, recipe: Recipe) -> tuple[str, bool]:
     """The message, and whether every bit is as before."""
     parts = fresh(communicator, recipe)
     before = everything(parts)
-    path = latest(Path(recipe.run.dir) / CHECKPOINTS)
+    path = latest(Path(recipe.run.dir) / "checkpoints")
     assert path is not None
     with pytest.raises(RecipeError) as error:
         load_state(parts, path)
@@ -282,7 +281,7 @@ def test_another_model_data_or_seed_is_refused_with_key_and_both_values(tmp_path
 def refused_corpus(communicator: Communicator, recipe: Recipe) -> str:
     corpus = replace(corpus_of(recipe), fingerprint="another text")
     parts = assemble(recipe, communicator, corpus)
-    path = latest(Path(recipe.run.dir) / CHECKPOINTS)
+    path = latest(Path(recipe.run.dir) / "checkpoints")
     assert path is not None
     with pytest.raises(RecipeError) as error:
         load_state(parts, path)
