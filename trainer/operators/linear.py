@@ -1,6 +1,6 @@
-"""The few operations that take the time, written so that one form is good on every chip.
+"""Linear layers, of one weight or of one for each expert, written so that one form is good on every chip.
 
-Shapes: N rows, I and O widths in and out, E experts; B batch, A heads, S sequence, D head width.
+Shapes: N rows, I and O widths in and out, E experts.
 
 Matrix multiplications run in `multiply_dtype`, sums of gradients in at least float32. Several linear layers that read the same
 input are one operation: the input is kept and widened once, and its gradient is accumulated in place.
@@ -155,71 +155,3 @@ def _weight_gradient(
         return None
     products = [(left @ right).to(accurate_dtype(weight.dtype)) for left, right in zip(lefts, rights, strict=True)]
     return torch.stack(products).view(weight.shape)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last dim, in at least float32 (arXiv 1910.07467, equation 4)."""
-    if x.device.type == "cuda":  # torch has one fused kernel there, which accumulates in float32
-        return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
-    normed: torch.Tensor = _RMSNorm.apply(x, weight, epsilon)
-    return normed
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Keeps x as it is stored; torch's own, several operations on the CPU, keeps a float32 copy and takes twice the time."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        dtype = accurate_dtype(x.dtype)
-        wide = x.to(dtype)
-        length: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight.to(dtype)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, weight, scale = ctx.saved_tensors
-        dtype, scale = scale.dtype, scale.flatten(0, -2)  # rows from here on
-        wide, grad, factors = x.flatten(0, -2).to(dtype), grads[0].flatten(0, -2).to(dtype), weight.to(dtype)
-        products = wide * grad
-        grad_weight = scale.squeeze(1) @ products
-        along = torch.mv(products, factors).unsqueeze(1).mul_(scale).div_(x.shape[-1]).mul_(scale).mul_(scale)
-        grad_x = (grad * factors).mul_(scale).addcmul_(wide, along, value=-1)
-        return grad_x.to(x.dtype).view_as(x), grad_weight, None
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions for x [B, S, A, D]. Pairs are (i, i + D / 2) (arXiv 2104.09864, section 3.2.2, in the half-split order that
-    published Llama weights in Hugging Face form use); cos and sin [S, D] hold each angle twice, the first sine with a minus."""
-    rotated: torch.Tensor = _Rotate.apply(x, cos, sin)
-    return rotated
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grads[0], cos, sin, -1), None, None  # a rotation's transpose turns the other way
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
-    if x.is_cuda and not torch.compiler.is_compiling():
-        return _rotated_by_halves(x, cos, sin, direction)
-    other = x.roll(x.shape[-1] // 2, -1).to(cos.dtype)
-    return (x.to(cos.dtype) * cos.unsqueeze(1)).addcmul_(other, sin.unsqueeze(1), value=direction).to(x.dtype)
-
-
-def _rotated_by_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
-    """The same bits with less memory traffic, where a kernel widens what it reads and rounds what it writes by itself."""
-    rotated, half = torch.empty_like(x), x.shape[-1] // 2
-    low, high = slice(half), slice(half, None)
-    for here, there in ((low, high), (high, low)):
-        turned = x[..., here] * cos[:, None, here]
-        torch.addcmul(turned, x[..., there], sin[:, None, here], value=direction, out=rotated[..., here])
-    return rotated

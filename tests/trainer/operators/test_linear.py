@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from bagualu.parallel import precision, vocabulary
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.vocabulary import IGNORED, linear_cross_entropy
-from bagualu.trainer.operators import linear
+from bagualu.trainer.operators import rotary
 from bagualu.trainer.operators.attention import attention_in_blocks, causal_attention
-from bagualu.trainer.operators.linear import grouped_linears, linears, rms_norm, rotate
+from bagualu.trainer.operators.linear import grouped_linears, linears
+from bagualu.trainer.operators.norm import rms_norm
+from bagualu.trainer.operators.rotary import rotate
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -88,7 +90,7 @@ def test_16_bit_values_and_gradients_are_the_exact_ones_rounded(name: str, dtype
 def test_rotating_by_halves_gives_the_same_bits(direction: int, dtype: torch.dtype) -> None:
     wide = accurate_dtype(dtype)
     x, (cos, sin) = draw(2, 7, 3, 8).detach().to(dtype), (one.to(wide) for one in angles(7, 4))
-    assert torch.equal(linear._rotated_by_halves(x, cos, sin, direction), linear._rotated(x, cos, sin, direction))
+    assert torch.equal(rotary._rotated_by_halves(x, cos, sin, direction), rotary._rotated(x, cos, sin, direction))
 
 
 ON_GPU: dict[str, list[tuple[int, ...]]] = {

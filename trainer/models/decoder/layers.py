@@ -4,14 +4,21 @@ Shapes: B micro-batch, S sequence, H hidden, A heads here, D head width, F feed-
 its heads or columns from its weights, so it works the same on a whole matrix and on a part of one.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.operators.attention import causal_attention
-from bagualu.trainer.operators.linear import linears, rms_norm, rotate
+from bagualu.trainer.operators.linear import linears
+from bagualu.trainer.operators.norm import rms_norm
+from bagualu.trainer.operators.rotary import RotaryPositions, rotate
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Positions = Callable[[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]]
+"""(S, dtype of the activations, device) -> cos and sin [S, D]; see `operators.rotary`."""
 
 
 class Linear(nn.Module):
@@ -32,27 +39,12 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.epsilon)
 
 
-class RotaryPositions:
-    """cos and sin [S, D] of the angles position * theta^(-2i / D), as `rotate` takes them, computed in float64 and kept for the
-    last shape asked."""
-
-    def __init__(self, head_dim: int, theta: float) -> None:
-        self.head_dim = head_dim
-        self.theta = theta
-        self._kept: dict[tuple[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def __call__(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        key = (length, dtype, device)
-        if key not in self._kept:
-            steps = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
-            angles = torch.arange(length, dtype=torch.float64, device=device).outer(self.theta ** (-steps / self.head_dim))
-            both = torch.cat((-angles, angles), -1)
-            self._kept = {key: (both.cos().to(accurate_dtype(dtype)), both.sin().to(accurate_dtype(dtype)))}
-        return self._kept[key]
-
-
 class Attention(nn.Module):
-    """Causal self-attention with grouped key and value heads (arXiv 2305.13245)."""
+    """Self-attention with grouped key and value heads (arXiv 2305.13245).
+
+    Two attributes can be replaced, by a chip's own kernel, parallelism over the sequence or generation with a cache: `attend` mixes
+    query, key and value [B, A, S, D] to [B, A, S, D], `positions` gives the rotary angles of the S tokens that this rank holds.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -61,7 +53,8 @@ class Attention(nn.Module):
         self.key = Linear(config.hidden, config.key_value_heads * config.head_dim)
         self.value = Linear(config.hidden, config.key_value_heads * config.head_dim)
         self.output = Linear(config.hidden, config.hidden)
-        self.positions = RotaryPositions(config.head_dim, config.rope_theta)
+        self.positions: Positions = RotaryPositions(config.head_dim, config.rope_theta)
+        self.attend: Attend = causal_attention
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, H] -> [B, S, H]"""
@@ -69,7 +62,7 @@ class Attention(nn.Module):
         projected = linears(x, self.query.weight, self.key.weight, self.value.weight, wide=True)
         query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)  # [B, S, A, D]
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        mixed = causal_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        mixed = self.attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         return linears(mixed.transpose(1, 2).flatten(2), self.output.weight)[0]
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.vocabulary import embedding, linear_cross_entropy
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.layers import Attention, FeedForward, Linear, RMSNorm
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts
+from bagualu.trainer.operators.linear import linears
 
 
 class Embedding(Linear):
@@ -29,15 +31,20 @@ class Embedding(Linear):
 
 
 class Head(Linear):
-    """Weight [V, H]: projection to the vocabulary and loss in one; `loss` is replaced where the vocabulary is split."""
+    """Weight [V, H]: the projection to the vocabulary, with the loss in one; `loss` is replaced where the vocabulary is split."""
 
     def __init__(self, vocabulary: int, hidden: int, real: int) -> None:
         super().__init__(hidden, vocabulary)
+        self.real = real
         self.loss = partial(linear_cross_entropy, vocabulary=real)
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """x [B, S, H], labels [B, S] -> the loss summed over tokens"""
-        return self.loss(x.flatten(0, 1), self.weight, labels.flatten())
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """x [B, S, H], labels [B, S] -> the loss summed over tokens; without labels the logits"""
+        return self.logits(x) if labels is None else self.loss(x.flatten(0, 1), self.weight, labels.flatten())
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, S, H] -> [B, S, V] in at least float32, without the vocabulary's padding; of this rank's rows where it is split"""
+        return linears(x, self.weight[: self.real], wide=True, dtype=accurate_dtype(x.dtype))[0]
 
 
 class Layer(nn.Module):
@@ -90,9 +97,9 @@ class Decoder(nn.Module):
         self, inputs: torch.Tensor, labels: torch.Tensor | None = None, place: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Through the slice at `place`: tokens [B, S] or hidden states [B, S, H] -> (hidden states, or with the head the summed
-        loss; summed balance loss)."""
+        loss, without labels the logits; summed balance loss)."""
         x = self.embedding(inputs) if self.embedding is not None and place == 0 else inputs
-        balance = x.new_zeros((), dtype=torch.float32 if x.dtype != torch.float64 else torch.float64)
+        balance = x.new_zeros((), dtype=accurate_dtype(x.dtype))
         for index in self.slices[place]:
             layer = self.layers[str(index)]
             x, loss = (
@@ -103,6 +110,5 @@ class Decoder(nn.Module):
             if loss is not None:
                 balance = balance + loss
         if self.head is not None and self.norm is not None and place == len(self.slices) - 1:
-            assert labels is not None, "the last stage needs labels"
             x = self.head(self.norm(x), labels)
         return x, balance

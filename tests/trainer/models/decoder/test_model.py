@@ -122,3 +122,44 @@ def test_16_bit_losses_are_float32_and_near(variant: str, dtype: torch.dtype, re
     assert loss.dtype == balance.dtype == torch.float32
     expected, _ = exact(*tokens(config))
     torch.testing.assert_close(loss.double(), expected, rtol=relative, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["dense", "padded_tied"])
+def test_without_labels_it_gives_the_logits_behind_the_loss(variant: str) -> None:
+    config = config_of(variant)
+    model = filled(config, torch.float64)
+    inputs, labels = tokens(config)
+    loss, _ = model(inputs, labels)
+    logits, _ = model(inputs)
+    assert logits.shape == (BATCH, LENGTH, config.vocab)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def in_pieces(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Causal attention, row by row."""
+    key, value = (heads.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for heads in (key, value))
+    rows = []
+    for row in range(query.shape[2]):
+        scores = query[:, :, row : row + 1] @ key[:, :, : row + 1].mT / query.shape[-1] ** 0.5
+        rows.append(scores.softmax(-1) @ value[:, :, : row + 1])
+    return torch.cat(rows, dim=2)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_attention_and_positions_can_be_replaced(recompute: bool) -> None:
+    """By a plain attention nothing changes; by angles of a later segment neither, because only differences of angles count."""
+    config = config_of("grouped_query")
+    inputs, labels = tokens(config)
+    results = []
+    for replaced in (False, True):
+        model = filled(config, torch.float64, recompute)
+        for layer in model.layers.values() if replaced else ():
+            later = layer.attention.positions
+            layer.attention.attend = in_pieces
+            layer.attention.positions = lambda length, *kind, all=later: tuple(angles[7:] for angles in all(length + 7, *kind))
+        loss, _ = model(inputs, labels)
+        loss.backward()
+        results.append([loss, *(parameter.grad for parameter in model.parameters())])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,40 @@
+"""Normalisation. N rows, H width."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bagualu.parallel.precision import accurate_dtype
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last dim, in at least float32 (arXiv 1910.07467, equation 4)."""
+    if x.device.type == "cuda":  # torch has one fused kernel there, which accumulates in float32
+        return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+    normed: torch.Tensor = _RMSNorm.apply(x, weight, epsilon)
+    return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x as it is stored; torch's own, several operations on the CPU, keeps a float32 copy and takes twice the time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        dtype = accurate_dtype(x.dtype)
+        wide = x.to(dtype)
+        length: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight.to(dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight, scale = ctx.saved_tensors
+        dtype, scale = scale.dtype, scale.flatten(0, -2)  # rows from here on
+        wide, grad, factors = x.flatten(0, -2).to(dtype), grads[0].flatten(0, -2).to(dtype), weight.to(dtype)
+        products = wide * grad
+        grad_weight = scale.squeeze(1) @ products
+        along = torch.mv(products, factors).unsqueeze(1).mul_(scale).div_(x.shape[-1]).mul_(scale).mul_(scale)
+        grad_x = (grad * factors).mul_(scale).addcmul_(wide, along, value=-1)
+        return grad_x.to(x.dtype).view_as(x), grad_weight, None
