@@ -155,6 +155,30 @@ def test_the_trainer_calls_no_collective_by_hand_outside_its_engines():
     assert found == []
 
 
+PRIVATE_NAMES_OF_TORCH = {
+    "comm/store.py": {"_C", "_distributed_c10d"},  # stores, which torch.distributed re-exports without types
+    "launch/workers/elastic_private.py": {"_NodeDesc"},
+    "trainer/operators/attention.py": {"_softmax_backward_data"},
+    "trainer/optim/adamw.py": {"_fused_adamw_"},
+}
+"""What each file uses of torch that torch does not publish. In elastic_private.py also attributes of elastic's classes."""
+_OF_ELASTIC = {"_worker_group", "_pcontext", "_remaining_restarts", "_state_holder", "_this_node", "_shared_tcp_store_server"}
+
+
+def test_private_names_of_torch_are_used_in_few_files():
+    found = {}
+    for path in SOURCES:
+        used = found.setdefault(name(path), set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
+                used |= {part for part in [*node.module.split("."), *(alias.name for alias in node.names)] if part[0] == "_"}
+            elif isinstance(node, ast.Attribute) and node.attr[0] == "_" and ast.unparse(node.value).split(".")[0] == "torch":
+                used |= {node.attr} - {"__version__"}
+            elif isinstance(node, ast.Attribute) and node.attr in _OF_ELASTIC:
+                assert name(path) == "launch/workers/elastic_private.py", f"{name(path)}: {node.attr}"
+    assert {file: names for file, names in found.items() if names} == PRIVATE_NAMES_OF_TORCH
+
+
 def test_the_files_of_a_run_are_named_once():
     run = RunDirectory("run")
     names = {getattr(run, key).name for key, value in vars(RunDirectory).items() if isinstance(value, property)}

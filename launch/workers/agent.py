@@ -18,9 +18,7 @@ from types import FrameType
 from typing import Any
 
 from torch.distributed import DistStoreError
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, MultiprocessContext
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.store import Store
@@ -29,8 +27,9 @@ from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS
 from bagualu.launch.watch.watcher import Watcher
 from bagualu.launch.workers import agent_messages, fork_server, worker_process
 from bagualu.launch.workers.elastic_layout import fitted
+from bagualu.launch.workers.elastic_private import ElasticAgent, NodeRendezvous
 from bagualu.launch.workers.lost_node import LostNode, beats_of, gone, has_begun, where
-from bagualu.launch.workers.rendezvous import REGROUP_SECONDS, NodeRendezvous
+from bagualu.launch.workers.rendezvous import REGROUP_SECONDS
 from bagualu.launch.workers.restart_policy import RestartDecision, Restarts, announcement, resuming
 from bagualu.launch.workers.storage_probe import begun
 from bagualu.launch.workers.worker_failures import clear_failures, failures
@@ -59,19 +58,7 @@ class LostPeer(Exception):
         self.failure = failure
 
 
-class NoLogs(LogsSpecs):
-    """Turns off elastic's log files: workers redirect their output (log_file.py) and write their failures (worker_failures.py)."""
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        nothing = dict.fromkeys(envs, "")
-        return LogsDest(dict(nothing), dict(nothing), {}, {}, dict(nothing))
-
-    @property
-    def root_log_dir(self) -> str:
-        return ""
-
-
-class Agent(LocalElasticAgent):
+class Agent(ElasticAgent):
     """Starts the workers of one machine, restarts them after failures, forwards requests to stop, and leaves no worker behind."""
 
     def __init__(
@@ -98,7 +85,7 @@ class Agent(LocalElasticAgent):
             max_restarts=0,  # elastic's own limit; ours is restart.limit
             monitor_interval=0.1,
         )
-        super().__init__(spec, NoLogs(), start_method="forkserver", exit_barrier_timeout=_EXIT_SECONDS)
+        super().__init__(spec, _EXIT_SECONDS)
         self.arguments = arguments
         self.watchers = watchers
         self.restarts = Restarts(arguments.recipe.restart)
@@ -119,16 +106,16 @@ class Agent(LocalElasticAgent):
     @property
     def nodes(self) -> int:
         """How many nodes take part in this generation."""
-        return self._worker_group.group_world_size or 1
+        return self.group.group_world_size or 1
 
     @property
     def has_rank_0(self) -> bool:
-        return self._worker_group.group_rank == 0
+        return self.group.group_rank == 0
 
     @property
     def phase(self) -> str:
         """What the workers of this machine are doing, for messages: "start", "step 12", or a wait for other nodes."""
-        if self._worker_group.state != WorkerState.HEALTHY:
+        if self.group.state != WorkerState.HEALTHY:
             return "meeting the other nodes"
         beats = beats_of(self._beats, self._ranks())
         return where(max(beat.step if beat else 0 for beat in beats.values()))
@@ -173,23 +160,23 @@ class Agent(LocalElasticAgent):
 
     # Starting a generation of workers: the rendezvous with the other nodes, then the processes
 
-    def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        handler = worker_group.spec.rdzv_handler
+    def meet(self) -> None:
+        handler = self.group.spec.rdzv_handler
         assert isinstance(handler, NodeRendezvous)
         self._waits_for_nodes = handler.settings.max_nodes > 1
         try:
-            while not self._try_rendezvous(worker_group, handler):
+            while not self._try_to_meet():
                 pass
         finally:
             self._waits_for_nodes = False
 
-    def _try_rendezvous(self, worker_group: WorkerGroup, handler: NodeRendezvous) -> bool:
+    def _try_to_meet(self) -> bool:
         """Meet the other nodes. Returns False when a node died before it announced its workers: the rendezvous must be repeated.
 
         Raises LostPeer when the restart policy does not allow that.
         """
         try:
-            super()._rendezvous(worker_group)
+            super().meet()
         except DistStoreError as error:
             verdict = self.restarts.decide(gone([], self.phase), elsewhere=True)
             if not verdict.again:
@@ -199,61 +186,61 @@ class Agent(LocalElasticAgent):
             return False
         return True
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        world = worker_group.workers[0].world_size
+    def start(self) -> dict[int, int]:
+        world = self.group.workers[0].world_size
         recipe, training = fitted(self.arguments.recipe, world)
         if self.generation:
             recipe = resuming(recipe)
-        if training != self.arguments.training and worker_group.group_rank == 0:
+        if training != self.arguments.training and self.group.group_rank == 0:
             _say(f"going on with {training} ranks of {world} workers: {recipe.validate(training)}")
         self.arguments = replace(self.arguments, training=training)
-        worker_group.spec.args = (replace(self.arguments, recipe=recipe, server=fork_server.running(self.arguments.scratch)),)
+        self.group.spec.args = (replace(self.arguments, recipe=recipe, server=fork_server.running(self.arguments.scratch)),)
         clear_failures(self.arguments.scratch)
         worker_process.hold(self.arguments.scratch)
-        pids: dict[int, Any] = super()._start_workers(worker_group)
+        pids = super().start()
         self._pids = list(pids.values())
         if self.stop_asked:  # the request came before there were workers to signal
             self._signal_workers(signal.SIGTERM)
         for watcher in self.watchers:
-            watcher.started(self.generation, {worker_group.workers[local].global_rank: pid for local, pid in pids.items()})
+            watcher.started(self.generation, {self.group.workers[local].global_rank: pid for local, pid in pids.items()})
         return pids
 
     # Watching the generation
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+    def look(self) -> RunResult:
         seen = next(filter(None, (watcher.look() for watcher in self.watchers)), None) or self._lost_node.look(self._ranks())
         failed = seen is not None or bool(self._exit_codes())
         if failed:
-            self._fail(worker_group, seen)
-        result: RunResult = super()._monitor_workers(worker_group)
+            self._fail(seen)
+        result = super().look()
         if result.is_failed() and not failed:  # a worker has died between that look and this one
-            self._fail(worker_group, None)
+            self._fail(None)
         if not result.is_failed():
-            self._end_spares(worker_group)
+            self._end_spares()
         if result.state == WorkerState.SUCCEEDED:
             self.summary = result.return_values[min(result.return_values)]
             if not self.stop_asked and agent_messages.regrouping(self._messages):
-                self._remaining_restarts = 1
+                self.allow_restart(True)
                 return RunResult(WorkerState.UNHEALTHY)
         return result
 
-    def _fail(self, worker_group: WorkerGroup, seen: Failure | None) -> None:
+    def _fail(self, seen: Failure | None) -> None:
         """Kill all workers after a worker's death or a watcher's report `seen`, and decide whether they are started again."""
         deadline = time.monotonic() + (0 if seen else _GRACE_SECONDS)
         while len(self._exit_codes()) < len(self._pids) and time.monotonic() < deadline:
             time.sleep(0.02)
-        codes = {worker_group.workers[local].global_rank: code for local, code in self._exit_codes().items()}
+        codes = {self.group.workers[local].global_rank: code for local, code in self._exit_codes().items()}
         self._signal_workers(signal.SIGKILL)
-        for process in self._processes():
+        for process in self.processes():
             process.join(_EXIT_SECONDS)
         metrics = RunDirectory(self.arguments.recipe.run.dir).metrics
         failure = seen or first(failures(self.arguments.scratch, codes, self._ranks(), metrics))
         if failure.kind == "peer" and not self.stop_asked and agent_messages.regrouping(self._messages):
-            self._remaining_restarts = 1  # the peer stopped to let a waiting node join
+            self.allow_restart(True)  # the peer stopped to let a waiting node join
             return
         self.failure = at_fault(failure, unwatched=not self.arguments.recipe.restart.hang_seconds)
-        verdict = self._judge(worker_group, self.failure)
-        self._remaining_restarts = int(verdict.again)
+        verdict = self._judge(self.failure)
+        self.allow_restart(verdict.again)
         self.failure = verdict.failure
         for watcher in self.watchers:
             watcher.failed(self.generation, verdict.failure, verdict.again)
@@ -261,24 +248,24 @@ class Agent(LocalElasticAgent):
             _say(announcement(verdict, self.restarts, self.arguments.recipe, begun(self.arguments.scratch)))
             self._pause(verdict.pause_seconds)
 
-    def _judge(self, worker_group: WorkerGroup, failure: Failure) -> RestartDecision:
+    def _judge(self, failure: Failure) -> RestartDecision:
         if self.stop_asked:
             return RestartDecision(failure, again=False)
-        local = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
+        local = {worker.global_rank: worker.local_rank for worker in self.group.workers}
         slots = [slot for position, slot in enumerate(self.arguments.slots) if position != local.get(failure.rank)]
         elsewhere = (failure.kind == "peer" or failure.rank < 0) and self.nodes > 1
-        verdict = self.restarts.decide(failure, elsewhere, may_drop=self._can_do_without_one(worker_group, slots))
+        verdict = self.restarts.decide(failure, elsewhere, may_drop=self._can_do_without_one(slots))
         if verdict.without_rank:
             self.arguments = replace(self.arguments, slots=tuple(slots))
-            worker_group.spec.local_world_size = len(slots)
+            self.group.spec.local_world_size = len(slots)
         return verdict
 
-    def _can_do_without_one(self, worker_group: WorkerGroup, slots: list[int]) -> bool:
+    def _can_do_without_one(self, slots: list[int]) -> bool:
         """Whether the run can go on with one worker fewer, where `slots` are those that this machine would keep."""
         if not slots or not self.arguments.recipe.restart.elastic:
             return False
         with contextlib.suppress(RecipeError):
-            fitted(self.arguments.recipe, worker_group.workers[0].world_size - 1)
+            fitted(self.arguments.recipe, self.group.workers[0].world_size - 1)
             return True
         return False
 
@@ -287,13 +274,12 @@ class Agent(LocalElasticAgent):
         while time.monotonic() < deadline and not self.stop_asked:
             time.sleep(0.05)
 
-    def _end_spares(self, worker_group: WorkerGroup) -> None:
+    def _end_spares(self) -> None:
         """End the spare workers, which the layout does not use, once the ranks that train have finished."""
-        if worker_group.workers[0].world_size == self.arguments.training:
+        if self.group.workers[0].world_size == self.arguments.training:
             return
-        training = [worker for worker in worker_group.workers if worker.global_rank < self.arguments.training]
-        assert isinstance(self._pcontext, MultiprocessContext)
-        done = self._pcontext._return_values
+        training = [worker for worker in self.group.workers if worker.global_rank < self.arguments.training]
+        done = self.returned()
         if training and all(worker.local_rank in done for worker in training):
             agent_messages.say_trained(self._messages, done[training[0].local_rank])
         if (summary := agent_messages.trained(self._messages)) is not None:
@@ -301,22 +287,17 @@ class Agent(LocalElasticAgent):
 
     # Ending the generation
 
-    def _restart_workers(self, worker_group: WorkerGroup) -> None:
-        if worker_group.state == WorkerState.HEALTHY:  # elastic restarts healthy workers to let a waiting node join
+    def restart(self) -> None:
+        if self.group.state == WorkerState.HEALTHY:  # elastic restarts healthy workers to let a waiting node join
             if self.stop_asked:
                 return
-            assert self._pcontext is not None
             agent_messages.ask_to_regroup(self._messages)
             # Before every rank has begun a step there is nothing to save, and some may be waiting for a node that is gone.
             begun = all(has_begun(self._beats, rank, pid) for rank, pid in self._ranks().items())
             self._signal_workers(signal.SIGTERM if begun else signal.SIGKILL)
-            self._pcontext.wait(REGROUP_SECONDS, period=0.05)
+            self.await_workers(REGROUP_SECONDS)
         self.generation += 1
-        super()._restart_workers(worker_group)
-
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, *patience: int, **named: int) -> None:
-        # Workers still alive have had their chance to save. Some versions of torch have no timeout argument here.
-        super()._shutdown(signal.SIGKILL, *patience, **named)
+        super().restart()
 
     @property
     def _beats(self) -> Path:
@@ -324,24 +305,19 @@ class Agent(LocalElasticAgent):
 
     def _ranks(self) -> dict[int, int]:
         """Process ids of the workers of this machine, by global rank."""
-        return {worker.global_rank: pid for worker, pid in zip(self._worker_group.workers, self._pids, strict=False)}
+        return {worker.global_rank: pid for worker, pid in zip(self.group.workers, self._pids, strict=False)}
 
     @property
     def _messages(self) -> agent_messages.Board:
         """Messages between the agents of this generation."""
-        store, nodes = self._worker_group.store, self._worker_group.spec.rdzv_handler
+        store, nodes = self.group.store, self.group.spec.rdzv_handler
         assert isinstance(store, Store)
         assert isinstance(nodes, NodeRendezvous)
         return agent_messages.Board(store, nodes.seal, f"{nodes.get_run_id()}/{nodes.round}")
 
-    def _processes(self) -> list[Any]:
-        assert isinstance(self._pcontext, MultiprocessContext)
-        assert self._pcontext._pc is not None
-        return list(self._pcontext._pc.processes)
-
     def _exit_codes(self) -> dict[int, int]:
         """Return the exit codes of the workers that have failed, by local rank."""
-        return {local: process.exitcode for local, process in enumerate(self._processes()) if process.exitcode}
+        return {local: process.exitcode for local, process in enumerate(self.processes()) if process.exitcode}
 
 
 def _say(line: str) -> None:

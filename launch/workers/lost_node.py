@@ -11,7 +11,8 @@ from pathlib import Path
 
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Beat, read, read_beats
 from bagualu.fault_tolerance.watchdog.verdict import SPARE
-from bagualu.launch.workers.rendezvous import SILENT_SECONDS, NodeRendezvous
+from bagualu.launch.workers.elastic_private import NodeRendezvous
+from bagualu.launch.workers.rendezvous import SILENT_SECONDS
 from bagualu.trainer.process.failure import Failure
 
 

@@ -6,21 +6,19 @@ import os
 import socket
 import time
 import uuid
-from base64 import b64decode, b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
-from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousStoreInfo
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, Token, _NodeDesc
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousTimeout
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.interface import LOOPBACK, addresses_towards
-from bagualu.comm.store import PrefixStore, Store, TCPStore, serve
+from bagualu.comm.store import PrefixStore, TCPStore, serve
 from bagualu.fault_tolerance.config import RestartConfig
 from bagualu.launch.workers.agent_messages import Board
+from bagualu.launch.workers.elastic_private import NodeRendezvous, SignedBackend
 from bagualu.launch.workers.rendezvous_config import Meeting
 from bagualu.launch.workers.secret import Seal, of_this_process
 
@@ -34,94 +32,6 @@ _STORE_SECONDS = 30
 _ANSWER_SECONDS = 10
 """How long a store that accepts connections may take to answer its first request."""
 _FOREVER_SECONDS = 10**8
-
-
-class NodeRendezvous(DynamicRendezvousHandler):
-    """Elastic's rendezvous, which also reports nodes of the last round that are missing, and shares its store with the workers."""
-
-    _met: frozenset[_NodeDesc] = frozenset()
-    seal: Seal
-    round: int = 0
-    """Number of the last completed rendezvous round."""
-
-    def share(self, store: TCPStore, address: str, port: int, seal: Seal) -> None:
-        """Let the workers use the agents' store at `address` instead of a second one that elastic would open on all interfaces."""
-        self._shared_tcp_store_server, self._bootstrap_store_info = store, RendezvousStoreInfo(address, port)
-        self.seal = seal
-
-    def _get_store(self) -> Store:
-        self.round = self._state_holder.state.round
-        store: Store = super()._get_store()
-        return store
-
-    def _get_world(self) -> tuple[int, int]:
-        self._met = frozenset(self._state_holder.state.participants)  # before elastic removes a silent node
-        return super()._get_world()
-
-    def missing(self) -> list[str]:
-        """Returns the addresses of other nodes of the last round whose agents are silent or have left and not come back."""
-        heard = self._state_holder.state.last_heartbeats.keys()  # refreshed every second, when this node sends its own heartbeat
-        return sorted(node.addr for node in self._met - heard - {self._this_node})
-
-    def present(self) -> int:
-        """Returns how many agents take part in the rendezvous or wait to join, including this one."""
-        state = self._state_holder.state
-        return len({*state.participants, *state.wait_list, self._this_node})
-
-    def _keep_alive(self) -> None:
-        """Send a heartbeat, also after elastic has removed this node for missed heartbeats.
-
-        Elastic alone would never send another heartbeat for a removed node, so a short interruption would lose the node for good.
-        """
-        super()._keep_alive()
-        with self._heartbeat_lock:
-            holder = self._state_holder
-            if self._this_node in self._met and self._this_node not in holder.state.last_heartbeats:
-                holder.state.last_heartbeats[self._this_node] = datetime.now(UTC)
-                holder.mark_dirty()
-                with contextlib.suppress(RendezvousError):
-                    holder.sync()
-
-
-class SignedBackend(C10dRendezvousBackend):
-    """Keeps elastic's rendezvous state in a store, and ignores states that no agent of the run has signed.
-
-    Elastic unpickles the state, so a forged one could run any code as the user.
-    """
-
-    def __init__(self, store: Store, run_id: str, seal: Seal) -> None:
-        self._seal = seal
-        self._newest: bytes | None = None
-        """The newest state with a valid signature."""
-        super().__init__(store, run_id)
-
-    def get_state(self) -> tuple[bytes, Token] | None:
-        return self._opened(self._call_store("get", self._key))
-
-    def set_state(self, state: bytes, token: Token | None = None) -> tuple[bytes, Token, bool] | None:
-        """Replace the state that was read with `token`; without a token, only a missing or unsigned state is replaced.
-
-        Returns the state that is stored afterwards, its token, and whether it is `state`; None when there is none.
-        """
-        if token is None:
-            token = self._call_store("get", self._key)
-            if (stored := self._opened(token)) is not None:
-                return *stored, False
-        signed = self._seal.sign(self._key, b64encode(state).decode())
-        current: bytes = self._call_store("compare_set", self._key, token, signed)
-        opened = self._opened(current)
-        return None if opened is None else (*opened, current == signed.encode())
-
-    def _opened(self, value: bytes) -> tuple[bytes, Token] | None:
-        """Returns (state, token) of a stored value; the token is `value` itself. None if no state was stored yet.
-
-        If `value` is not signed by an agent of the run, the state is the newest signed one, so that elastic replaces the value.
-        """
-        if value == self._NULL_SENTINEL.encode():
-            return None
-        if (text := self._seal.opened(self._key, value)) is not None:
-            self._newest = b64decode(text)
-        return None if self._newest is None else (self._newest, value)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from torch._C._distributed_c10d import HashStore
 
 from bagualu.launch.workers.agent_messages import Board, Ending, ask_to_regroup, backend_of_all, regrouping, say_trained, trained
-from bagualu.launch.workers.rendezvous import SignedBackend
+from bagualu.launch.workers.elastic_private import SignedBackend
 from bagualu.launch.workers.secret import Seal
 
 SEAL, STRANGER = Seal("x" * 32, "run"), Seal("y" * 32, "run")
