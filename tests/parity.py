@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bagualu.comm.group import Communicator
-from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
@@ -22,17 +22,17 @@ class Curve:
     initial: list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]
 
 
-def pieces_of(parts: Parts) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
-    return [(p.name, p.global_shape, p.offset, p.tensor.detach().clone().cpu().numpy()) for p in parts.engine.pieces()]
+def pieces_of(state: TrainerState) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
+    return [(p.name, p.global_shape, p.offset, p.tensor.detach().clone().cpu().numpy()) for p in state.engine.pieces()]
 
 
 def train(communicator: Communicator, recipe: Recipe, steps: int) -> Curve:
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    initial = pieces_of(parts)
-    results = [train_step(parts, step) for step in range(steps)]
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    initial = pieces_of(state)
+    results = [train_step(state, step) for step in range(steps)]
     assert all(result.committed for result in results)
     return Curve(
-        [r.loss for r in results], [r.balance_loss for r in results], [r.grad_norm for r in results], pieces_of(parts), initial
+        [r.loss for r in results], [r.balance_loss for r in results], [r.grad_norm for r in results], pieces_of(state), initial
     )
 
 

@@ -23,7 +23,7 @@ from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.ledger.events import Event, read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute, current
 from bagualu.trainer import run as whole_run
-from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import Corpus
 from bagualu.trainer.recipe.config import Recipe
 
@@ -142,11 +142,11 @@ def train_noting_samples(
     What it notes is for `assert_stood`.
     """
 
-    def assemble_noting(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Parts:
-        parts = assemble(recipe, communicator, corpus)
+    def assemble_noting(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> TrainerState:
+        state = assemble(recipe, communicator, corpus)
         path = (notes or Path(recipe.run.dir)) / f"samples-{communicator.rank}.jsonl"
-        parts.batches = _Noting(parts.batches, path)  # type: ignore[assignment]
-        return parts
+        state.batches = _Noting(state.batches, path)  # type: ignore[assignment]
+        return state
 
     whole_run.assemble = assemble_noting
     try:

@@ -25,7 +25,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 @dataclass
-class Parts:
+class TrainerState:
     """What a step works with."""
 
     recipe: Recipe
@@ -62,7 +62,7 @@ class Parts:
         self.guard.clean = before.clean
 
 
-def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Parts:
+def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> TrainerState:
     """Build this rank's part of everything. Collective. Raises RecipeError for what validation can only see here."""
     layout = recipe.validate(communicator.size)
     if communicator.device.type != "cpu":
@@ -90,7 +90,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Part
         activation_dtype=getattr(torch, recipe.train.dtype),
         device=communicator.device,
     )
-    return Parts(
+    return TrainerState(
         recipe=recipe,
         mesh=mesh,
         shares=shares,

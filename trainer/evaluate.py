@@ -8,7 +8,7 @@ from bagualu.parallel.pipeline.program import program
 from bagualu.parallel.pipeline.runtime import MicroBatch
 from bagualu.parallel.pipeline.schedules.schedule import forward_only, with_messages
 from bagualu.parallel.vocabulary import IGNORED
-from bagualu.trainer.assemble import Parts
+from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.data.corpus import bits_per_byte
 
 
@@ -20,37 +20,37 @@ class Validation:
     """None when the tokens stand for no text (random data)."""
 
 
-def validate(parts: Parts) -> Validation | None:
+def validate(state: TrainerState) -> Validation | None:
     """Loss over `train.validation_sequences` sequences of the validation split; the same on every rank. None for 0."""
-    count = min(parts.recipe.train.validation_sequences, parts.batches.validation_count)
+    count = min(state.recipe.train.validation_sequences, state.batches.validation_count)
     if count == 0:
         return None
-    micro_batches = _share(parts, count)
-    schedule = with_messages(forward_only(parts.mesh.placement, len(micro_batches)))
-    totals = parts.runner.run(program(schedule, parts.mesh.at("pipeline")), micro_batches, seeds=None)
+    micro_batches = _share(state, count)
+    schedule = with_messages(forward_only(state.mesh.placement, len(micro_batches)))
+    totals = state.runner.run(program(schedule, state.mesh.at("pipeline")), micro_batches, seeds=None)
     labels = torch.stack([batch.labels for batch in micro_batches])
     counted = labels[labels != IGNORED]
-    text_bytes = torch.as_tensor(parts.corpus.token_bytes, device=parts.device)[counted].sum()
+    text_bytes = torch.as_tensor(state.corpus.token_bytes, device=state.device)[counted].sum()
     # Every stage and tensor rank sees the labels, one of them reports: the one that holds the loss.
-    once = float(parts.mesh.last_stage and parts.mesh.reports)
+    once = float(state.mesh.last_stage and state.mesh.reports)
     tokens_here = counted.new_tensor(counted.numel())
-    nats, total_bytes, tokens = parts.mesh.sum_over("world", totals.loss * once, text_bytes * once, tokens_here * once)
+    nats, total_bytes, tokens = state.mesh.sum_over("world", totals.loss * once, text_bytes * once, tokens_here * once)
     return Validation(nats / max(1.0, tokens), bits_per_byte(nats, total_bytes))
 
 
-def _share(parts: Parts, count: int) -> list[MicroBatch]:
+def _share(state: TrainerState, count: int) -> list[MicroBatch]:
     """This data rank's share of `count` sequences spread evenly over the split, in whole micro-batches; what is missing to
     fill the last ones is ignored."""
-    size, ranks, place = parts.recipe.train.micro_batch, parts.mesh.layout.data, parts.mesh.at("data")
-    chosen = [index * parts.batches.validation_count // count for index in range(count)]
+    size, ranks, place = state.recipe.train.micro_batch, state.mesh.layout.data, state.mesh.at("data")
+    chosen = [index * state.batches.validation_count // count for index in range(count)]
     rounds = -(-count // (size * ranks))
     shares = []
     for index in range(rounds):
         start = (index * ranks + place) * size
-        here = [parts.batches.validation(number, 1) for number in chosen[start : start + size]]
-        inputs = torch.zeros(size, parts.recipe.data.sequence_length, dtype=torch.int64)
+        here = [state.batches.validation(number, 1) for number in chosen[start : start + size]]
+        inputs = torch.zeros(size, state.recipe.data.sequence_length, dtype=torch.int64)
         labels = torch.full_like(inputs, IGNORED)
         for row, (tokens, targets) in enumerate(here):
             inputs[row], labels[row] = tokens[0], targets[0]
-        shares.append(MicroBatch(inputs.to(parts.device), labels.to(parts.device)))
+        shares.append(MicroBatch(inputs.to(state.device), labels.to(state.device)))
     return shares

@@ -11,7 +11,7 @@ from bagualu.comm.monitor import Phase
 from bagualu.fault_tolerance.checkpoint.layout.format import step_of
 from bagualu.fault_tolerance.guard.verdict import GuardAction
 from bagualu.fault_tolerance.straggler import Stragglers
-from bagualu.trainer.assemble import Parts
+from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.evaluate import Validation, validate
 from bagualu.trainer.output.metric_writers import Sink
 from bagualu.trainer.output.pipeline_timeline import PipelineRecorder
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class Loop:
     """`seconds_per_token_at_ceiling`: what a token would take if the machine did nothing but multiply matrices at its best."""
 
-    parts: Parts
+    state: TrainerState
     sinks: Sequence[Sink]
     stop: Callable[[], bool]
     seconds_per_token_at_ceiling: float
@@ -46,14 +46,14 @@ class Loop:
 
     def run(self, first_step: int) -> dict[str, Any]:
         """Steps first_step .. train.steps; returns how it ended and the last figures."""
-        steps, every = self.parts.recipe.train.steps, self.parts.recipe.checkpoint.every
+        steps, every = self.state.recipe.train.steps, self.state.recipe.checkpoint.every
         step, stopped = first_step, False
         record: dict[str, Any] = {}
-        timeline = PipelineRecorder(self.parts, first_step)
+        timeline = PipelineRecorder(self.state, first_step)
         while step < steps and not stopped:
             timeline.before_step(step)
             started = time.perf_counter()
-            result = train_step(self.parts, step, self.stop, self.checkpoints.status)
+            result = train_step(self.state, step, self.stop, self.checkpoints.status)
             seconds = time.perf_counter() - started
             self._after_step(step, result, seconds)
             timeline.after_step(step, computed=result.verdict.attempts > 0)
@@ -82,7 +82,7 @@ class Loop:
         if stopped and self.sinks:
             print(f"saved step {step}", file=sys.stderr, flush=True)
         ended = {"ended": "done" if step >= steps else "stopped", "step": step}
-        memory = self.parts.guard.memory
+        memory = self.state.guard.memory
         watched = {"guard": memory.summary(), "left_out_steps": memory.left_out_steps(step), "stragglers": self.stragglers.ever()}
         return {**record, **self._average(), **ended, **self._saved(), **watched, "damaged": self._damaged}
 
@@ -99,7 +99,7 @@ class Loop:
         """Step `step` (from 0) took so many seconds. Raises GuardError when it ends the run."""
         self.checkpoints.settle(result.saving)
         for verdict in filter(None, (result.late_verdict, result.verdict)):
-            if verdict.text and self.parts.mesh.at("world") == 0:
+            if verdict.text and self.state.mesh.at("world") == 0:
                 log.warning("%s", verdict.text)
         if result.verdict.action is GuardAction.STOP:
             self.checkpoints.finish()
@@ -121,15 +121,15 @@ class Loop:
             "mfu": tokens * self.seconds_per_token_at_ceiling / seconds,
             **self.checkpoints.record(),
         }
-        if self.parts.recipe.model.moe.experts:
+        if self.state.recipe.model.moe.experts:
             record["balance_loss"] = result.balance_loss
-        if self.parts.scaler.enabled:
-            record["loss_scale"] = self.parts.scaler.scale
+        if self.state.scaler.enabled:
+            record["loss_scale"] = self.state.scaler.scale
         return record | self._trouble(step, result)
 
     def _trouble(self, step: int, result: StepResult) -> dict[str, Any]:
         """What a record says of a step that did not go well at once."""
-        verdict, left_out = result.verdict, self.parts.guard.leaves_out(step)
+        verdict, left_out = result.verdict, self.state.guard.leaves_out(step)
         record: dict[str, Any] = {} if result.committed else {"discarded": True}
         if cause := verdict.cause or left_out:
             record["cause"] = str(cause)
@@ -144,7 +144,7 @@ class Loop:
     def _go_back(self, step: int, result: StepResult) -> int:
         """Take back step `step` (from 0) and those since a checkpoint; the steps done."""
         self.checkpoints.rest()
-        resumed = roll_back(self.parts, step + 1, result.verdict, self.stop)
+        resumed = roll_back(self.state, step + 1, result.verdict, self.stop)
         done, self.checkpoints.newest = resumed.step, resumed.checkpoint
         self._damaged += resumed.damaged
         if self.replication:
@@ -158,23 +158,23 @@ class Loop:
 
     def _slow_ranks(self, step: int, seconds: float) -> dict[str, Any]:
         for change in self.stragglers.after_step(step, seconds):
-            if self.parts.mesh.at("world") == 0:
+            if self.state.mesh.at("world") == 0:
                 print(f"step {step}: {change}", file=sys.stderr, flush=True)
         return {"stragglers": slow} if (slow := self.stragglers.now()) else {}
 
     def _rebalance(self, step: int, result: StepResult) -> dict[str, Any]:
         """Let layers move where that makes steps shorter; what a record says of it."""
-        useful = result.verdict.attempts > 0 and step < self.parts.recipe.train.steps
+        useful = result.verdict.attempts > 0 and step < self.state.recipe.train.steps
         moved = self.rebalancer.after_step(step) if self.rebalancer and useful else None
         if moved is None:
             return {}
-        if self.parts.mesh.at("world") == 0:
+        if self.state.mesh.at("world") == 0:
             print(f"step {step}: {moved}", file=sys.stderr, flush=True)
         return {"layers_of_stages": moved.before if moved.failed else moved.after, "move_seconds": moved.seconds}
 
     @property
     def _tokens_per_step(self) -> int:
-        return self.parts.recipe.data.global_batch * self.parts.recipe.data.sequence_length
+        return self.state.recipe.data.global_batch * self.state.recipe.data.sequence_length
 
     def _average(self) -> dict[str, float]:
         """Speed over this process's steps, the run's first one left out."""
@@ -187,9 +187,9 @@ class Loop:
         }
 
     def _validation(self, step: int) -> Validation | None:
-        train = self.parts.recipe.train
+        train = self.state.recipe.train
         due = step == train.steps or (train.validate_every and step % train.validate_every == 0)
         if not due:
             return None
-        self.parts.mesh.monitor.at(Phase.VALIDATE)
-        return validate(self.parts)
+        self.state.mesh.monitor.at(Phase.VALIDATE)
+        return validate(self.state)

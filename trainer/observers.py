@@ -14,7 +14,7 @@ from bagualu.fault_tolerance.ledger.observer import LedgerObserver
 from bagualu.fault_tolerance.ledger.totals import attribute
 from bagualu.fault_tolerance.replica.node_folder import REPLICAS
 from bagualu.fault_tolerance.run_directory import RunDirectory
-from bagualu.trainer.assemble import Parts
+from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.recipe.config import Recipe
 
 
@@ -39,11 +39,11 @@ def close_ledger(ledger: Ledger | None, recipe: Recipe, communicator: Communicat
     return {"effective_training_time_ratio": totals.pop("effective_training_time_ratio"), "ledger": totals}
 
 
-def plan_faults(parts: Parts, communicator: Communicator, scratch: Path | None) -> None:
+def plan_faults(state: TrainerState, communicator: Communicator, scratch: Path | None) -> None:
     """From now on the faults planned for this rank strike."""
-    run_dir = RunDirectory(parts.recipe.run.dir)
-    plan = parts.recipe.planned_faults(max(communicator.size, parts.recipe.world_size()))
+    run_dir = RunDirectory(state.recipe.run.dir)
+    plan = state.recipe.planned_faults(max(communicator.size, state.recipe.world_size()))
     if plan:
         replicas = scratch / REPLICAS if scratch else None
-        scene = RankScene(communicator, lambda: parts.engine.model, lambda: parts.engine.pieces(), run_dir.checkpoints, replicas)
+        scene = RankScene(communicator, lambda: state.engine.model, lambda: state.engine.pieces(), run_dir.checkpoints, replicas)
         communicator.monitor.observers.append(PlannedFaults(plan, scene, Record(run_dir.faults)))

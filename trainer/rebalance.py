@@ -19,7 +19,7 @@ from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.keys import memory_caps
 from bagualu.parallel.balance.stages.rebalance_policy import Proposal, Watch
 from bagualu.parallel.move_state import Relocation, table
-from bagualu.trainer.assemble import Parts
+from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.costs.analytic import analytic_table, optimizer_bytes
 from bagualu.trainer.costs.choose_split import work_of
 from bagualu.trainer.engine.native import hold, no_values
@@ -55,27 +55,27 @@ class Move:
         return f"layers move from {self.before} to {self.after} in {self.seconds:.2g} s: {why}"
 
 
-def open_rebalancer(parts: Parts) -> "Rebalancer | None":
+def open_rebalancer(state: TrainerState) -> "Rebalancer | None":
     """None where layers stay where they are."""
-    parallel = parts.recipe.parallel
-    if not parallel.rebalance_every or (parts.recipe.train.compile and parallel.rebalance.every is None):
+    parallel = state.recipe.parallel
+    if not parallel.rebalance_every or (state.recipe.train.compile and parallel.rebalance.every is None):
         return None
     watch = None
-    if parts.mesh.at("world") == 0:
-        table = parts.costs or analytic_table(work_of(parts.recipe, parts.mesh.layout))
+    if state.mesh.at("world") == 0:
+        table = state.costs or analytic_table(work_of(state.recipe, state.mesh.layout))
         caps = memory_caps(parallel.memory_bytes, parallel.pipeline)
         watch = Watch(
-            table, parts.heaviest, parts.split, parallel.rebalance.threshold, parallel.rebalance.windows, caps,
-            parts.recipe.train.recompute,
+            table, state.heaviest, state.split, parallel.rebalance.threshold, parallel.rebalance.windows, caps,
+            state.recipe.train.recompute,
         )  # fmt: skip
-    return Rebalancer(parts, watch, parallel.rebalance_every)
+    return Rebalancer(state, watch, parallel.rebalance_every)
 
 
 @dataclass
 class Rebalancer:
     """One rank's. `watch` is there on rank 0, which decides; `every` steps are a window."""
 
-    parts: Parts
+    state: TrainerState
     watch: Watch | None
     every: int
     moves: list[Move] = field(default_factory=list)
@@ -84,12 +84,12 @@ class Rebalancer:
 
     def after_step(self, step: int) -> Move | None:
         """After `step` steps, whose last one was computed. Collective at the end of a window; the same answer on every rank."""
-        seconds = sum(timed.end - timed.start for timed in self.parts.runner.stopwatch.passes())
-        self._busy.append(seconds / self.parts.schedule.micro_batches)
+        seconds = sum(timed.end - timed.start for timed in self.state.runner.stopwatch.passes())
+        self._busy.append(seconds / self.state.schedule.micro_batches)
         if len(self._busy) < self.every:
             return None
         busy, self._busy = median(self._busy), []
-        proposal = self._decide(self._by_pipeline_rank(busy), self.parts.recipe.train.steps - step)
+        proposal = self._decide(self._by_pipeline_rank(busy), self.state.recipe.train.steps - step)
         return self._move(proposal, step) if proposal else None
 
     def go_back(self) -> None:
@@ -98,7 +98,7 @@ class Rebalancer:
 
     def _by_pipeline_rank(self, busy: float) -> list[float]:
         """What the slowest rank at each place of the pipeline was busy for with a micro-batch. Collective."""
-        layout, group = self.parts.mesh.layout, self.parts.mesh.group("world")
+        layout, group = self.state.mesh.layout, self.state.mesh.group("world")
         seconds = gather(busy, group)  # the pipeline is the slowest axis: its ranks lie together
         each = group.size // layout.pipeline
         return [max(seconds[place * each : (place + 1) * each]) for place in range(layout.pipeline)]
@@ -107,7 +107,7 @@ class Rebalancer:
         """What rank 0 finds, on every rank. Collective."""
         found = self.watch.after_window(busy, steps_left, self._move_seconds) if self.watch else None
         told = [found.split.to_json(), found.speeds, found.now_seconds, found.then_seconds] if found else None
-        told = broadcast_json(told, self.parts.mesh.group("world"))
+        told = broadcast_json(told, self.state.mesh.group("world"))
         return Proposal(Split.from_json(told[0]), *told[1:]) if told else None
 
     def _move_seconds(self, split: Split) -> float:
@@ -116,15 +116,15 @@ class Rebalancer:
 
     def _bytes_to_move(self, split: Split) -> int:
         """Master weights and moments of the layers that change ranks."""
-        place, work = self.parts.mesh.placement, work_of(self.parts.recipe, self.parts.mesh.layout)
-        before, after = (_rank_of_layers(one, place.rank_of) for one in (self.parts.split, split))
+        place, work = self.state.mesh.placement, work_of(self.state.recipe, self.state.mesh.layout)
+        before, after = (_rank_of_layers(one, place.rank_of) for one in (self.state.split, split))
         return sum(optimizer_bytes(work, i) for i, (one, other) in enumerate(zip(before, after, strict=True)) if one != other)
 
     def _move(self, proposal: Proposal, step: int) -> Move:
-        before, started = [len(piece) for piece in self.parts.split.slices], time.perf_counter()
+        before, started = [len(piece) for piece in self.state.split.slices], time.perf_counter()
         failed, bytes_to_move = None, self._bytes_to_move(proposal.split)
         try:
-            move(self.parts, proposal.split, step)
+            move(self.state, proposal.split, step)
         except MoveError as error:
             failed = str(error)
         seconds = time.perf_counter() - started
@@ -139,22 +139,22 @@ class Rebalancer:
         return self.moves[-1]
 
 
-def move(parts: Parts, split: Split, step: int) -> None:
+def move(state: TrainerState, split: Split, step: int) -> None:
     """Make `split` the one that the ranks hold, after `step` steps. Collective.
 
     Until all have the state of their new stages in memory the old ones stay as they are. Raises MoveError, on every rank,
     when one has no room for what is to come, or cannot go on with it; then nothing has changed. A rank that fails while boxes
     travel, or lends gradients when all is agreed, has failed as in any other communication.
     """
-    world, monitor = parts.mesh.group("world"), parts.mesh.monitor
+    world, monitor = state.mesh.group("world"), state.mesh.monitor
     made: list[Engine] = []
 
     def make_room() -> IncomingState:
         monitor.at(Phase.MOVE)
-        made.append(hold(parts.recipe, parts.mesh, split, no_values))
+        made.append(hold(state.recipe, state.mesh, split, no_values))
         return made[0].incoming()
 
-    before = parts.engine
+    before = state.engine
     try:
         incoming = on_all(make_room, world, MoveError)
         held, wanted = list(before.pieces()), list(incoming.pieces())
@@ -167,8 +167,8 @@ def move(parts: Parts, split: Split, step: int) -> None:
             engine.close()
         raise
     made[0].open()
-    incoming.apply(parts.updates)
-    parts.take(split, made[0], step)
+    incoming.apply(state.updates)
+    state.take(split, made[0], step)
     before.close()
 
 

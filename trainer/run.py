@@ -17,7 +17,7 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.parallel.balance.stages.show import show_split
-from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.data.corpus import Corpus, prepare, show_data
 from bagualu.trainer.loop import Loop
@@ -49,15 +49,15 @@ def train(
     torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
     require_same_recipe(recipe, communicator)
     ledger = open_ledger(recipe, communicator)
-    parts = assemble(recipe, communicator, _corpus(recipe))
+    state = assemble(recipe, communicator, _corpus(recipe))
     if communicator.rank == 0:
-        print(show_data(parts.corpus, recipe.data.source), file=sys.stderr, flush=True)
-    plan_faults(parts, communicator, scratch)
-    if parts.costs and communicator.rank == 0:
-        print(show_split(parts.split, parts.mesh.placement), file=sys.stderr, flush=True)
-    fence = take_checkpoints(parts, scratch)
-    replication = open_replication(parts, scratch, fence)
-    resumed = resume(parts, replication.candidates() if replication else [], stop)
+        print(show_data(state.corpus, recipe.data.source), file=sys.stderr, flush=True)
+    plan_faults(state, communicator, scratch)
+    if state.costs and communicator.rank == 0:
+        print(show_split(state.split, state.mesh.placement), file=sys.stderr, flush=True)
+    fence = take_checkpoints(state, scratch)
+    replication = open_replication(state, scratch, fence)
+    resumed = resume(state, replication.candidates() if replication else [], stop)
     if replication:
         replication.start(resumed)
     if finished := _finished(recipe, resumed.step):
@@ -65,36 +65,36 @@ def train(
         if communicator.rank == 0:
             write_summary(Path(recipe.run.dir), finished)
         return finished
-    ceiling = _ceiling(parts, communicator)
+    ceiling = _ceiling(state, communicator)
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
     if communicator.rank == 0:
         for remark in remarks(recipe, resumed.step):
             print(remark, file=sys.stderr, flush=True)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
-    checkpoints = Checkpoints(parts, fence, resumed.checkpoint, ledger)
-    stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)
+    checkpoints = Checkpoints(state, fence, resumed.checkpoint, ledger)
+    stragglers = Stragglers(recipe.straggler, state.mesh.layout, communicator.world)
     try:
-        loop = Loop(parts, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication, open_rebalancer(parts))
+        loop = Loop(state, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication, open_rebalancer(state))
         ending = loop.run(resumed.step)
         checkpoints.close()
         if replication:
             replication.replicas.remove()
         if ending["ended"] == "done" and "mfu" in ending:  # at the start other programs, or ranks, may have had the machine
-            before, ceiling = ceiling, max(ceiling, _ceiling(parts, communicator))
+            before, ceiling = ceiling, max(ceiling, _ceiling(state, communicator))
             ending["mfu"] *= before / ceiling
         summary = {
             **ending,
             "steps": recipe.train.steps,
             "damaged": resumed.damaged + ending["damaged"],
             "seconds": time.perf_counter() - started,
-            "layout": str(parts.mesh.layout),
-            "micro_batches_of_data_ranks": parts.shares,
-            "layers_of_stages": [len(layers) for layers in parts.split.slices],
-            **_tokens(parts.corpus),
-            "parameters": _parameters(parts),
+            "layout": str(state.mesh.layout),
+            "micro_batches_of_data_ranks": state.shares,
+            "layers_of_stages": [len(layers) for layers in state.split.slices],
+            **_tokens(state.corpus),
+            "parameters": _parameters(state),
             "flops_per_token": flops_per_token,
             "matmul_ceiling_flops": ceiling,
-            "peak_memory_bytes": _peak_memory_bytes(parts, communicator),
+            "peak_memory_bytes": _peak_memory_bytes(state, communicator),
             **close_ledger(ledger, recipe, communicator, ending["ended"]),
             "run_dir": recipe.run.dir,
         }
@@ -137,11 +137,11 @@ def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:
     return {**summary, "ended": "done", "steps": recipe.train.steps} if summary.get("step") == first_step else None
 
 
-def _ceiling(parts: Parts, communicator: Communicator) -> float:
+def _ceiling(state: TrainerState, communicator: Communicator) -> float:
     """FLOP/s that matrix multiplication reaches on all ranks together, measured while all of them do it."""
     meet(communicator.world)
-    dtype = getattr(torch, parts.recipe.train.dtype)
-    return total(matmul_ceiling(dtype, parts.device, torch.get_num_threads()), communicator.world)
+    dtype = getattr(torch, state.recipe.train.dtype)
+    return total(matmul_ceiling(dtype, state.device, torch.get_num_threads()), communicator.world)
 
 
 def _sinks(recipe: Recipe, first_step: int) -> list[Sink]:
@@ -156,16 +156,16 @@ def _sinks(recipe: Recipe, first_step: int) -> list[Sink]:
     return sinks
 
 
-def _parameters(parts: Parts) -> int:
+def _parameters(state: TrainerState) -> int:
     """Elements of the whole model, each counted once."""
-    return int(total(parts.engine.parameters, parts.mesh.group("world")))
+    return int(total(state.engine.parameters, state.mesh.group("world")))
 
 
-def _peak_memory_bytes(parts: Parts, communicator: Communicator) -> int:
+def _peak_memory_bytes(state: TrainerState, communicator: Communicator) -> int:
     """Most memory held at once, summed over ranks: of the device where that is an accelerator, else of the processes, in each of
     which what they share counts."""
-    if parts.device.type == "cuda":
-        own = torch.cuda.max_memory_allocated(parts.device)
+    if state.device.type == "cuda":
+        own = torch.cuda.max_memory_allocated(state.device)
     else:
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if communicator.one_process and communicator.rank > 0:

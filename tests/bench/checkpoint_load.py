@@ -29,7 +29,7 @@ from bagualu.fault_tolerance.checkpoint.layout.shard import key_of
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.checkpoint.saving.save import save
 from bagualu.parallel.boxes import TensorPiece
-from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recovery.state import checkpoints_of, metadata_of, take_state
@@ -54,7 +54,7 @@ def read_fresh(path: Path, threads: int) -> None:
     checkpoint.read_all((TensorPiece(name, tuple(out.shape), (0,) * out.dim(), out) for name, out in outs.items()), threads)
 
 
-def contestants(parts: Parts, folder: Path) -> dict[str, Callable[[], object]]:
+def contestants(parts: TrainerState, folder: Path) -> dict[str, Callable[[], object]]:
     """Write the state in every form, and what reads it back."""
     cores = torch.get_num_threads()
     world = parts.mesh.group("world")

@@ -52,8 +52,8 @@ class Stopwatch:
 def measure(communicator: Communicator, overrides: list[str], threads: int, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     composed = compose([*overrides, "comm.backend=simulated", "parallel.data=1"])
-    parts = assemble(composed, communicator, prepare(composed.data, composed.model.vocab))
-    optimizer: Any = parts.engine.optimizer
+    state = assemble(composed, communicator, prepare(composed.data, composed.model.vocab))
+    optimizer: Any = state.engine.optimizer
     clock = time.thread_time if threads == 1 else time.perf_counter
     look, spoilt, update = (Stopwatch(one, clock) for one in (optimizer._look, optimizer.spoilt, optimizer.step))
     optimizer.spoilt, optimizer.step = spoilt, update
@@ -63,7 +63,7 @@ def measure(communicator: Communicator, overrides: list[str], threads: int, roun
         for kind in steps:
             optimizer._look = look if kind == "looked_at" else lambda *_: None
             started = clock()
-            train_step(parts, step)
+            train_step(state, step)
             seconds, own, updating = clock() - started, look.take() + spoilt.take(), update.take()
             step += 1
             if turn >= WARM_UP:

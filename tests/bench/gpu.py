@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bagualu.comm.group import connect
 from bagualu.comm.world import World
-from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.throughput import model_flops_per_token, synchronize
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.process import environment
@@ -38,23 +38,23 @@ SHOWN = 30
 class Steps:
     """One run, step by step."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts, self.done = parts, 0
+    def __init__(self, state: TrainerState) -> None:
+        self.state, self.done = state, 0
 
     def seconds(self, count: int) -> list[float]:
         """What each of the next `count` steps takes, until the device has done it."""
         found = []
         for _ in range(count):
             started = time.perf_counter()
-            train_step(self.parts, self.done)
-            synchronize(self.parts.device)
+            train_step(self.state, self.done)
+            synchronize(self.state.device)
             found.append(time.perf_counter() - started)
             self.done += 1
         return found
 
 
 def compare(steps: Steps, rounds: int, count: int) -> list[dict[str, Any]]:
-    recipe = steps.parts.recipe
+    recipe = steps.state.recipe
     tokens = recipe.data.global_batch * recipe.data.sequence_length
     flops = tokens * model_flops_per_token(recipe.model, recipe.data.sequence_length)
     samples: dict[bool, list[float]] = {True: [], False: []}
@@ -98,7 +98,7 @@ def main() -> int:
         print(table_of(compared), end="\n\n")
         longest = kernels(steps)
         print(table_of(longest) if longest else "no kernels of a GPU")
-    document = {"machine": machine(steps.parts.device.type), "versions": versions(), "steps": compared, "kernels": longest}
+    document = {"machine": machine(steps.state.device.type), "versions": versions(), "steps": compared, "kernels": longest}
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     communicator.close()

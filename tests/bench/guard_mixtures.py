@@ -31,7 +31,7 @@ from bagualu.fault_tolerance.guard.verdict import GuardAction
 from bagualu.parallel.pipeline.program import program
 from bagualu.parallel.pipeline.runtime import MicroBatch
 from bagualu.parallel.pipeline.schedules.schedule import forward_only, with_messages
-from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
@@ -144,7 +144,7 @@ def flip(values: torch.Tensor, place: int) -> None:
 class Planted:
     """Watches the monitor and strikes; keeps the state before a weight is struck, in place of a checkpoint."""
 
-    parts: Parts
+    parts: TrainerState
     plants: dict[int, Plant]
     struck: set[int] = field(default_factory=set)
     saved: tuple[int, list[torch.Tensor], Any] | None = None
@@ -200,7 +200,7 @@ class Outcome:
     seconds: float
 
 
-def losses(parts: Parts, mixture: Mixture) -> dict[str, float]:
+def losses(parts: TrainerState, mixture: Mixture) -> dict[str, float]:
     """Nats per token of each part."""
     found = {}
     for name, (inputs, labels) in mixture.parts().items():

@@ -21,9 +21,9 @@ def bad_step(monkeypatch):
     """Step 5 gives a NaN whenever it is computed."""
 
     def assemble_faulty(*given):
-        parts = assemble(*given)
-        parts.mesh.monitor.observers.append(Injection(parts, gradient("nan", always=True)))
-        return parts
+        state = assemble(*given)
+        state.mesh.monitor.observers.append(Injection(state, gradient("nan", always=True)))
+        return state
 
     monkeypatch.setattr(whole_run, "assemble", assemble_faulty)
     monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)

@@ -10,7 +10,7 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.parallel.data import Bucket
-from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.loop import Loop
 from bagualu.trainer.process.failure import GuardError
@@ -51,16 +51,16 @@ def reduced(how: str = "bit", **changes: Any) -> Fault:
 class Injection:
     """Watches a rank's monitor and does what the fault says."""
 
-    parts: Parts
+    state: TrainerState
     fault: Fault
     done: int = 0
 
     def at(self, point: str, step: int) -> None:
         fault = self.fault
-        here = point == fault.point and self.parts.mesh.at("world") == fault.rank
+        here = point == fault.point and self.state.mesh.at("world") == fault.rank
         if not here or not fault.step <= step < fault.step + fault.steps:
             return
-        first_bucket = point != "bucket" or not any(b.work for b in self.parts.engine.buckets)
+        first_bucket = point != "bucket" or not any(b.work for b in self.state.engine.buckets)
         if first_bucket and (fault.always or not self.done):
             self.done += 1
             spoil(self._tensor(), fault.how, self.done)
@@ -69,16 +69,16 @@ class Injection:
         return None
 
     def _tensor(self) -> torch.Tensor:
-        buckets, where = self.parts.engine.buckets, self.fault.where
+        buckets, where = self.state.engine.buckets, self.fault.where
         if where == "gradient":
             return complete(buckets).gradients
         if where == "reduced":
             return buckets[0].shard_gradients
         if where == "copy":
             bucket = next(bucket for bucket in buckets if bucket.partitioned)
-            parts = bucket.weights.chunk(bucket.group.size)
-            return parts[(bucket.group.rank + 1) % bucket.group.size]
-        return self.parts.engine.optimizer.shards()[0][where]
+            state = bucket.weights.chunk(bucket.group.size)
+            return state[(bucket.group.rank + 1) % bucket.group.size]
+        return self.state.engine.optimizer.shards()[0][where]
 
 
 def complete(buckets: list[Bucket]) -> Bucket:
@@ -138,36 +138,36 @@ class Ending:
         return found
 
 
-def bits_of(parts: Parts) -> Bits:
-    bits = {name: p.detach().clone().view(torch.uint8).cpu().numpy() for name, p in parts.engine.model.named_parameters()}
-    for index, shard in enumerate(parts.engine.optimizer.shards()):
+def bits_of(state: TrainerState) -> Bits:
+    bits = {name: p.detach().clone().view(torch.uint8).cpu().numpy() for name, p in state.engine.model.named_parameters()}
+    for index, shard in enumerate(state.engine.optimizer.shards()):
         bits |= {f"{index}/{kind}": tensor.detach().clone().cpu().numpy() for kind, tensor in shard.items()}
-    memory = parts.guard.memory
-    figures = [parts.updates, parts.scaler.scale, parts.scaler.good_steps, *memory.losses.values, *memory.norms.values]
+    memory = state.guard.memory
+    figures = [state.updates, state.scaler.scale, state.scaler.good_steps, *memory.losses.values, *memory.norms.values]
     return bits | {"figures": np.array(figures)}
 
 
 def train(
     communicator: Communicator, recipe: Recipe, fault: Fault | None = None, batches: Any = None, stop_at: int | None = None
 ) -> Ending:
-    """A run from its first step, or its last checkpoint. `batches(parts.batches)` may take the place of the data. In step `stop_at`
+    """A run from its first step, or its last checkpoint. `batches(state.batches)` may take the place of the data. In step `stop_at`
     (from 1) the run is asked to stop."""
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     if batches is not None:
-        parts.batches = batches(parts.batches)
+        state.batches = batches(state.batches)
     if fault is not None:
-        parts.mesh.monitor.observers.append(Injection(parts, fault))
-    checkpoints, records, error = Checkpoints(parts, take_checkpoints(parts)), Records(), ""
+        state.mesh.monitor.observers.append(Injection(state, fault))
+    checkpoints, records, error = Checkpoints(state, take_checkpoints(state)), Records(), ""
     ending: dict[str, Any] = {"damaged": []}
-    stragglers = Stragglers(recipe.straggler, parts.mesh.layout, communicator.world)
+    stragglers = Stragglers(recipe.straggler, state.mesh.layout, communicator.world)
     try:
-        loop = Loop(parts, [records], lambda: parts.mesh.monitor.step == stop_at, 1e-9, checkpoints, stragglers)
-        ending = loop.run(resume(parts).step)
+        loop = Loop(state, [records], lambda: state.mesh.monitor.step == stop_at, 1e-9, checkpoints, stragglers)
+        ending = loop.run(resume(state).step)
     except GuardError as caught:
         error = str(caught)
     checkpoints.close()
-    saved = [path.name for path in list_checkpoints(checkpoints_of(parts))]
-    return Ending(bits_of(parts), records.lines, error, parts.guard.memory.summary(), saved, ending["damaged"],
+    saved = [path.name for path in list_checkpoints(checkpoints_of(state))]
+    return Ending(bits_of(state), records.lines, error, state.guard.memory.summary(), saved, ending["damaged"],
                   ending.get("left_out_steps"))  # fmt: skip
 
 

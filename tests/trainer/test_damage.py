@@ -23,7 +23,7 @@ from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.fault_tolerance.checkpoint.saving.save import save
 from bagualu.parallel.boxes import TensorPiece
 from bagualu.trainer import run as whole_run
-from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.process.failure import FinalError
 from bagualu.trainer.recipe.config import Recipe
@@ -44,11 +44,11 @@ def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
 
 
-def fresh(communicator: Communicator, recipe: Recipe) -> Parts:
+def fresh(communicator: Communicator, recipe: Recipe) -> TrainerState:
     return assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
 
 
-def bits(parts: Parts) -> bytes:
+def bits(parts: TrainerState) -> bytes:
     """All that the next step depends on, on this rank."""
     state = [p.detach().clone() for p in parts.engine.model.parameters()]
     state += [value for shard in parts.engine.optimizer.shards() for value in shard.values()]

@@ -22,9 +22,9 @@ class Seen:
 
 
 def evaluate(communicator: Communicator, recipe: Recipe) -> Seen:
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    train_step(parts, 0)
-    return Seen(validate(parts), train_step(parts, 1).loss)
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    train_step(state, 0)
+    return Seen(validate(state), train_step(state, 1).loss)
 
 
 def held_out(**changes: object) -> Recipe:

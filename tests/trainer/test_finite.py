@@ -128,10 +128,10 @@ def test_policies() -> None:
 
 def spoilt_between(communicator: Communicator, recipe: Recipe, last: bool) -> str:
     """Damage after the update, right before the state is saved."""
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    checkpoints = Checkpoints(parts, take_checkpoints(parts))
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    checkpoints = Checkpoints(state, take_checkpoints(state))
     if communicator.rank == communicator.size - 1:
-        parts.engine.optimizer.shards()[0]["exp_avg_sq"][0] = torch.inf
+        state.engine.optimizer.shards()[0]["exp_avg_sq"][0] = torch.inf
     try:
         (checkpoints.save_last if last else checkpoints.save)(1)
         checkpoints.finish()
@@ -153,16 +153,16 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path, asynchronous: bool) -> 
 
 
 def saved_by_an_older_version(communicator: Communicator, recipe: Recipe) -> None:
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    parts.engine.optimizer.shards()[0]["weight"][0] = torch.nan
-    save_state(parts, 1)
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    state.engine.optimizer.shards()[0]["weight"][0] = torch.nan
+    save_state(state, 1)
 
 
 def read(communicator: Communicator, recipe: Recipe) -> bool:
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     with pytest.raises(CheckpointError, match="not finite"):
-        load_state(parts, Path(recipe.run.dir) / "checkpoints" / "step-00000001")
-    return all(is_finite(tensor) for shard in parts.engine.optimizer.shards() for tensor in shard.values())
+        load_state(state, Path(recipe.run.dir) / "checkpoints" / "step-00000001")
+    return all(is_finite(tensor) for shard in state.engine.optimizer.shards() for tensor in shard.values())
 
 
 def test_what_is_not_finite_is_not_loaded(tmp_path: Path) -> None:

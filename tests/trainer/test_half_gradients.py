@@ -25,14 +25,14 @@ LARGEST_ERROR = 0.04
 
 def gradients(communicator: Communicator, recipe: Recipe) -> dict[str, torch.Tensor]:
     """By parameter, of the first step with weights that bfloat16 holds exactly, in float64 on the CPU."""
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    for bucket in parts.engine.buckets:
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    for bucket in state.engine.buckets:
         bucket.weights.copy_(bucket.weights.bfloat16())
-    parts.engine.optimizer.step = lambda lr, factor: None  # type: ignore[method-assign]
-    assert train_step(parts, 0).committed
+    state.engine.optimizer.step = lambda lr, factor: None  # type: ignore[method-assign]
+    assert train_step(state, 0).committed
     return {
         entry.name: bucket.gradients[entry.start : entry.start + entry.parameter.numel()].double().cpu()
-        for bucket in parts.engine.buckets
+        for bucket in state.engine.buckets
         for entry in bucket.entries
     }
 

@@ -19,13 +19,14 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointStorageError, step_name
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.fault_tolerance.guard.verdict import Cause, GuardAction, GuardDecision
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.workers.storage_probe import newest
 from bagualu.trainer import loop
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.process.failure import failure
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.recovery import resume, saving
+from bagualu.trainer.recovery import resume
 from bagualu.trainer.step import train_step
 from tests.harness import run
 from tests.standing import assert_same_run
@@ -252,7 +253,7 @@ def test_a_run_directory_that_gives_errors_is_an_outage_on_every_rank(stopped: P
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(directory))
         return True
 
-    monkeypatch.setattr(saving, "has_begun", fail)
+    monkeypatch.setattr(RunDirectory, "has_begun", fail)
     with pytest.raises(CheckpointStorageError, match=r"rank 1: .* cannot be read now \(Stale file handle\)") as error:
         go_on(stopped)
     assert failure(0, "start", error.value, 0.0).kind == "storage"
@@ -296,12 +297,12 @@ def test_a_stop_ends_the_pauses(stopped: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_way_back_in_a_run_waits_for_its_checkpoints_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rollback that cannot list them is no run without anything to go back to."""
 
-    def spiking(parts: Any, step: int, *args: Any) -> Any:
-        result = train_step(parts, step, *args)
+    def spiking(state: Any, step: int, *args: Any) -> Any:
+        result = train_step(state, step, *args)
         if step == 4:
-            if parts.mesh.at("world") == 0:
+            if state.mesh.at("world") == 0:
                 hidden(tmp_path / "run" / "checkpoints")
-            parts.mesh.group("world").barrier()
+            state.mesh.group("world").barrier()
             return replace(result, verdict=GuardDecision(GuardAction.ROLLBACK, Cause.NORM, text="a spike"))
         return result
 

@@ -12,7 +12,7 @@ from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.checkpoint.saving.save import save
 from bagualu.launch.workers.elastic_layout import fitted
 from bagualu.parallel.boxes import TensorPiece
-from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.compose import save_recipe
@@ -32,27 +32,27 @@ def recipe_in(folder: Path, vocab: int, tensor: int = 1, **changes: object) -> R
     return small_recipe(run__dir=str(folder), **{**shape, "model__kv_heads": 12, **changes})
 
 
-def made(communicator: Communicator, recipe: Recipe) -> Parts:
+def made(communicator: Communicator, recipe: Recipe) -> TrainerState:
     return assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
 
 
 def trained(communicator: Communicator, recipe: Recipe) -> list:  # type: ignore[type-arg]
-    parts = made(communicator, recipe)
+    state = made(communicator, recipe)
     for step in range(STEPS):
-        assert train_step(parts, step).committed
-    save_state(parts, STEPS)
-    return pieces_of(parts)
+        assert train_step(state, step).committed
+    save_state(state, STEPS)
+    return pieces_of(state)
 
 
 def read(communicator: Communicator, recipe: Recipe) -> tuple[list, list[torch.Tensor]]:  # type: ignore[type-arg]
     """What came, and rows of padding that are not zero."""
-    parts = made(communicator, recipe)
+    state = made(communicator, recipe)
     path = latest(Path(recipe.run.dir) / "checkpoints")
     assert path is not None
-    assert load_state(parts, path) == STEPS
-    held = [(entry, entry.parameter) for bucket in parts.engine.buckets for entry in bucket.entries if entry.name in VOCABULARY]
+    assert load_state(state, path) == STEPS
+    held = [(entry, entry.parameter) for bucket in state.engine.buckets for entry in bucket.entries if entry.name in VOCABULARY]
     padding = [weights[max(0, entry.global_shape[0] - entry.box.offset[0]) :] for entry, weights in held]
-    return pieces_of(parts), [rows for rows in padding if rows.abs().sum() > 0]
+    return pieces_of(state), [rows for rows in padding if rows.abs().sum() > 0]
 
 
 @pytest.mark.parametrize(("vocab", "before", "after"), [(97, 1, 2), (97, 2, 3), (61, 4, 1), (61, 3, 4), (5, 6, 1), (5, 1, 6)])
@@ -79,21 +79,21 @@ def test_the_curve_of_a_padded_model_is_that_of_the_model_without_padding(tmp_pa
 
 def saved_with_padding(communicator: Communicator, recipe: Recipe, multiple: int) -> list:  # type: ignore[type-arg]
     """A checkpoint as runs wrote it that held their padding to be a part of the model."""
-    parts = made(communicator, recipe)
-    train_step(parts, 0)
+    state = made(communicator, recipe)
+    train_step(state, 0)
     rows = -(-recipe.model.vocab // multiple) * multiple
     pieces = []
-    for piece in parts.engine.pieces():
+    for piece in state.engine.pieces():
         if piece.name.endswith(VOCABULARY):
             padding = piece.tensor.new_full((rows - recipe.model.vocab, recipe.model.hidden), 0.25)
             pieces.append(TensorPiece(piece.name, (rows, recipe.model.hidden), (0, 0), torch.cat([piece.tensor, padding])))
         else:
             pieces.append(piece)
-    metadata = metadata_of(parts, STEPS)
+    metadata = metadata_of(state, STEPS)
     metadata["identity"]["model.vocab_multiple"] = multiple
     del metadata["identity"]["model.moe.renormalise"]
-    save(checkpoints_of(parts), STEPS, pieces, metadata, parts.mesh.group("world"), 2)
-    return pieces_of(parts)
+    save(checkpoints_of(state), STEPS, pieces, metadata, state.mesh.group("world"), 2)
+    return pieces_of(state)
 
 
 def test_a_checkpoint_with_its_padding_is_still_read(tmp_path: Path) -> None:

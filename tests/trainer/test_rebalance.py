@@ -20,7 +20,7 @@ from bagualu.parallel.pipeline.recorded_timeline import read_measured
 from bagualu.parallel.pipeline.stopwatch import Stopwatch
 from bagualu.trainer import rebalance
 from bagualu.trainer import run as whole_run
-from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.decoder import initialise
 from bagualu.trainer.models.decoder.model import Layer
@@ -55,16 +55,16 @@ def split_of(*counts: int) -> Split:
 
 def train_moving(communicator: Communicator, recipe: Recipe, splits: list[Split]) -> Curve:
     """One step on each of `splits`, the first one that of the recipe."""
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    initial, results = pieces_of(parts), []
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    initial, results = pieces_of(state), []
     for step, split in enumerate(splits):
         if step:
-            move(parts, split, step)
-            assert list(parts.engine.model.layers) == [str(i) for stage in parts.mesh.stages for i in split.slices[stage]]
-        results.append(train_step(parts, step))
+            move(state, split, step)
+            assert list(state.engine.model.layers) == [str(i) for stage in state.mesh.stages for i in split.slices[stage]]
+        results.append(train_step(state, step))
     assert all(result.committed for result in results)
     figures = [[r.loss for r in results], [r.balance_loss for r in results], [r.grad_norm for r in results]]
-    return Curve(*figures, pieces_of(parts), initial)
+    return Curve(*figures, pieces_of(state), initial)
 
 
 CASES: list[tuple[dict[str, object], list[tuple[int, ...]]]] = [
@@ -94,20 +94,20 @@ def test_over_processes(alone: list[Curve]) -> None:
     assert_same(run("gloo", 4, train_moving, recipe, [split_of(3, 4), split_of(5, 2), split_of(1, 6)]), alone)
 
 
-def bits(parts: Parts) -> dict[str, bytes]:
-    return {f"{name}@{offset}": values.tobytes() for name, _, offset, values in pieces_of(parts)}
+def bits(state: TrainerState) -> dict[str, bytes]:
+    return {f"{name}@{offset}": values.tobytes() for name, _, offset, values in pieces_of(state)}
 
 
 def test_state_and_weights_are_the_same_bits_after_moving_there_and_back() -> None:
     def there_and_back(communicator: Communicator, recipe: Recipe) -> None:
-        parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-        train_step(parts, 0)
-        weights = {name: parameter.detach().clone() for name, parameter in parts.engine.model.named_parameters()}
-        before, home = bits(parts), parts.split
-        move(parts, split_of(5, 2), 1)
-        move(parts, home, 1)
-        assert bits(parts) == before
-        for name, parameter in parts.engine.model.named_parameters():
+        state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+        train_step(state, 0)
+        weights = {name: parameter.detach().clone() for name, parameter in state.engine.model.named_parameters()}
+        before, home = bits(state), state.split
+        move(state, split_of(5, 2), 1)
+        move(state, home, 1)
+        assert bits(state) == before
+        for name, parameter in state.engine.model.named_parameters():
             assert (parameter == weights[name]).all(), name
 
     recipe = recipe_for(pipeline=2, data=2, balance=[3, 4])
@@ -117,20 +117,20 @@ def test_state_and_weights_are_the_same_bits_after_moving_there_and_back() -> No
 
 def failing(communicator: Communicator, recipe: Recipe, where: str) -> Curve:
     """As `train`, but before step 2 layers should move, and rank 1 cannot."""
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    initial, results = pieces_of(parts), [train_step(parts, 0)]
-    stages, model, before = parts.engine, parts.runner.model, bits(parts)
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    initial, results = pieces_of(state), [train_step(state, 0)]
+    stages, model, before = state.engine, state.runner.model, bits(state)
     if communicator.rank == 1:
-        parts.mesh.monitor.observers.append(_Failing(where))
+        state.mesh.monitor.observers.append(_Failing(where))
     with pytest.raises(rebalance.MoveError, match="rank 1: MemoryError: no room"):
-        move(parts, split_of(5, 2), 1)
-    parts.mesh.monitor.observers.clear()
-    assert parts.engine is stages
-    assert parts.runner.model is model
-    assert bits(parts) == before
-    results += [train_step(parts, step) for step in (1, 2)]
+        move(state, split_of(5, 2), 1)
+    state.mesh.monitor.observers.clear()
+    assert state.engine is stages
+    assert state.runner.model is model
+    assert bits(state) == before
+    results += [train_step(state, step) for step in (1, 2)]
     figures = [[r.loss for r in results], [r.balance_loss for r in results], [r.grad_norm for r in results]]
-    return Curve(*figures, pieces_of(parts), initial)
+    return Curve(*figures, pieces_of(state), initial)
 
 
 class _Failing:
@@ -171,17 +171,17 @@ def test_a_rank_without_room_for_what_is_to_come_leaves_everything_as_it_was(
 
 def leaking(communicator: Communicator, recipe: Recipe) -> int:
     """How many of the tensors that lay in buckets before moves are still there after them."""
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     before = []
     for step, counts in enumerate(((5, 2), (2, 5), (3, 4))):
-        before += [weakref.ref(one) for bucket in parts.engine.buckets for one in (bucket.weights, bucket.gradients)]
-        train_step(parts, step)
-        move(parts, split_of(*counts), step + 1)
+        before += [weakref.ref(one) for bucket in state.engine.buckets for one in (bucket.weights, bucket.gradients)]
+        train_step(state, step)
+        move(state, split_of(*counts), step + 1)
     if communicator.rank == 1:
-        parts.mesh.monitor.observers.append(_Failing("moved"))
+        state.mesh.monitor.observers.append(_Failing("moved"))
     with pytest.raises(rebalance.MoveError):
-        move(parts, split_of(5, 2), 3)
-    parts.mesh.monitor.observers.clear()
+        move(state, split_of(5, 2), 3)
+    state.mesh.monitor.observers.clear()
     gc.collect()
     return sum(ref() is not None for ref in before)
 
@@ -192,8 +192,8 @@ def test_nothing_is_kept_of_what_was_there_before() -> None:
 
 def priced(communicator: Communicator, recipe: Recipe) -> tuple[float, float]:
     """What rank 0, which gets nothing of it, takes a move between the other ranks to have moved, in bytes; and its price again."""
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    rebalancer = rebalance.Rebalancer(parts, None, 1)
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    rebalancer = rebalance.Rebalancer(state, None, 1)
     there, back = split_of(3, 3, 1), split_of(3, 2, 2)
     moved = rebalancer._move(Proposal(there, [1.0] * 3, 2.0, 1.0), 1)
     return rebalancer._bytes_per_second * moved.seconds, rebalancer._move_seconds(back) / moved.seconds
@@ -209,10 +209,10 @@ def test_a_move_is_priced_by_what_has_moved_wherever_that_was() -> None:
 
 def test_weights_that_are_to_come_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     def move_without_drawing(communicator: Communicator, recipe: Recipe) -> None:
-        parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-        parts.mesh.group("world").barrier()
+        state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+        state.mesh.group("world").barrier()
         monkeypatch.setattr(initialise, "normal_values", None)
-        move(parts, split_of(5, 2), 0)
+        move(state, split_of(5, 2), 0)
 
     run("simulated", 2, move_without_drawing, recipe_for(pipeline=2, balance=[3, 4]))
 
@@ -332,16 +332,16 @@ def test_what_was_saved_after_a_move_is_taken_by_any_other_split(tmp_path: Path)
     recipe.run.dir = str(tmp_path)
 
     def save(communicator: Communicator) -> dict[str, bytes]:
-        parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-        train_step(parts, 0)
-        move(parts, split_of(6, 1), 1)
-        save_state(parts, 1)
-        return bits(parts)
+        state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+        train_step(state, 0)
+        move(state, split_of(6, 1), 1)
+        save_state(state, 1)
+        return bits(state)
 
     def load(communicator: Communicator, other: Recipe) -> dict[str, np.ndarray]:
-        parts = assemble(other, communicator, prepare(other.data, other.model.vocab))
-        load_state(parts, tmp_path / "checkpoints" / "step-00000001")
-        return pieces_of(parts)
+        state = assemble(other, communicator, prepare(other.data, other.model.vocab))
+        load_state(state, tmp_path / "checkpoints" / "step-00000001")
+        return pieces_of(state)
 
     run("simulated", 4, save)
     whole = None

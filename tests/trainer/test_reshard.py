@@ -49,20 +49,20 @@ def hashes(pieces: list) -> dict[str, str]:  # type: ignore[type-arg]
 
 
 def train_and_save(communicator: Communicator, recipe: Recipe) -> list:  # type: ignore[type-arg]
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     for step in range(STEPS):
-        train_step(parts, step)
-    save_state(parts, STEPS)
-    return pieces_of(parts)
+        train_step(state, step)
+    save_state(state, STEPS)
+    return pieces_of(state)
 
 
 def loaded(communicator: Communicator, recipe: Recipe) -> tuple[list, int]:  # type: ignore[type-arg]
     """The state as it was read, and the updates so far: the schedule goes on there."""
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     path = latest(Path(recipe.run.dir) / "checkpoints")
     assert path is not None
-    assert load_state(parts, path) == STEPS
-    return pieces_of(parts), parts.updates
+    assert load_state(state, path) == STEPS
+    return pieces_of(state), state.updates
 
 
 @pytest.mark.parametrize(("name", "model", "before"), BEFORE, ids=[name for name, *_ in BEFORE])

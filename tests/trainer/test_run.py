@@ -17,7 +17,7 @@ from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.fault_tolerance.ledger.events import read
 from bagualu.trainer import loop
 from bagualu.trainer import run as whole_run
-from bagualu.trainer.assemble import Parts
+from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.process.failure import GuardError
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import StepResult, train_step
@@ -210,10 +210,10 @@ def test_a_run_that_is_done_goes_on_when_given_more_steps(tmp_path: Path) -> Non
 def poisoned(at: int, rank: int) -> Callable[..., StepResult]:
     """`train_step` with a NaN in one weight of one rank before step `at` (from 0)."""
 
-    def step(parts: Parts, number: int, *told: Callable[[], Any]) -> StepResult:
-        if number == at and parts.mesh.at("world") == rank:
-            list(parts.engine.model.parameters())[-1].data.view(-1)[3] = float("nan")
-        return train_step(parts, number, *told)
+    def step(state: TrainerState, number: int, *told: Callable[[], Any]) -> StepResult:
+        if number == at and state.mesh.at("world") == rank:
+            list(state.engine.model.parameters())[-1].data.view(-1)[3] = float("nan")
+        return train_step(state, number, *told)
 
     return step
 

@@ -18,7 +18,7 @@ from bagualu.fault_tolerance.ledger.events import clock
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.parallel.balance.stages.show import show_split
 from bagualu.parallel.pipeline.schedules.schedule import Kind
-from bagualu.trainer.assemble import Parts
+from bagualu.trainer.assemble import TrainerState
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +29,16 @@ _AFTER_STEPS = 2
 class PipelineRecorder:
     """Records one step of a run; nothing where there is no pipeline."""
 
-    def __init__(self, parts: Parts, first_step: int) -> None:
+    def __init__(self, state: TrainerState, first_step: int) -> None:
         """`first_step`: steps done before this process."""
-        self._parts = parts
-        self._due = min(first_step + _AFTER_STEPS, parts.recipe.train.steps - 1) if parts.mesh.layout.pipeline > 1 else -1
+        self._state = state
+        self._due = min(first_step + _AFTER_STEPS, state.recipe.train.steps - 1) if state.mesh.layout.pipeline > 1 else -1
         self._met = 0.0
 
     def before_step(self, step: int) -> None:
         """Step `step` (from 0) begins. Collective where it is the one."""
         if step == self._due:
-            meet(self._parts.mesh.group("pipeline"))
+            meet(self._state.mesh.group("pipeline"))
             self._met = time.perf_counter()
 
     def after_step(self, step: int, computed: bool) -> None:
@@ -48,7 +48,7 @@ class PipelineRecorder:
         self._due = -1 if computed else step + 1
         if not computed:
             return
-        mesh, stopwatch = self._parts.mesh, self._parts.runner.stopwatch
+        mesh, stopwatch = self._state.mesh, self._state.runner.stopwatch
         passes = [
             {
                 "rank": mesh.at("pipeline"),
@@ -67,10 +67,10 @@ class PipelineRecorder:
             self._write(_aligned(ranks))
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        placement = self._parts.mesh.placement
-        if self._parts.costs:
-            print(show_split(self._parts.split, placement, _measured(rows, placement.stages)), file=sys.stderr, flush=True)
-        path = RunDirectory(self._parts.recipe.run.dir).pipeline
+        placement = self._state.mesh.placement
+        if self._state.costs:
+            print(show_split(self._state.split, placement, _measured(rows, placement.stages)), file=sys.stderr, flush=True)
+        path = RunDirectory(self._state.recipe.run.dir).pipeline
         try:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomic(path, text.encode())

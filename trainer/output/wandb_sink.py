@@ -124,7 +124,8 @@ class WandbSink:
             _say(f"W&B has not taken all records within {_FINISH_SECONDS:g} s; {self._how_to_send()}")
         except (Exception, SystemExit) as error:
             if not self._given_up:
-                _say(f"W&B failed at the end of the run: {_reason(error)}; {self._how_to_send()}")
+                _say(f"W&B failed at the end of the run: {_reason(error)}; {self._how_to_send()}, "
+                     f"{RunDirectory(self._run_dir).metrics} has all")  # fmt: skip
         _tear_down()  # W&B's own hook for the end of a process does not run in the launcher's workers
 
     def _how_to_send(self) -> str:

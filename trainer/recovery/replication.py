@@ -11,7 +11,7 @@ from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.checkpoint.saving.fence import Fence
 from bagualu.fault_tolerance.replica.recover import Replica, replica_name
 from bagualu.fault_tolerance.replica.replicas import Replicas
-from bagualu.trainer.assemble import Parts
+from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.recovery.resume import Resumed
 from bagualu.trainer.recovery.state import finite_pieces, identity, metadata_of
 
@@ -20,7 +20,7 @@ from bagualu.trainer.recovery.state import finite_pieces, identity, metadata_of
 class Kept:
     """A replica as a candidate for resuming (`trainer.resume.Candidate`)."""
 
-    parts: Parts
+    state: TrainerState
     replica: Replica
 
     @property
@@ -33,26 +33,26 @@ class Kept:
 
     def open(self) -> Checkpoint:
         """Collective. Raises CheckpointError."""
-        return Checkpoint(self.replica.fetch((piece.name, piece.box) for piece in self.parts.engine.incoming().pieces()))
+        return Checkpoint(self.replica.fetch((piece.name, piece.box) for piece in self.state.engine.incoming().pieces()))
 
 
 @dataclass
 class Replication:
     """`checkpoint.replica_every` carried out. Every method is collective."""
 
-    parts: Parts
+    state: TrainerState
     replicas: Replicas
 
     def candidates(self) -> list["Kept"]:
         """What the run may go on from, where the recipe asks it to go on."""
-        found = self.replicas.candidates() if self.parts.recipe.checkpoint.resume else []
-        return [Kept(self.parts, replica) for replica in found]
+        found = self.replicas.candidates() if self.state.recipe.checkpoint.resume else []
+        return [Kept(self.state, replica) for replica in found]
 
     def start(self, resumed: Resumed) -> None:
         """The run goes on from there; replicas that it has left behind are removed."""
         from_memory = resumed.source == replica_name(resumed.step)
         self.replicas.start(resumed.step if from_memory else None)
-        if from_memory and self.parts.mesh.at("world") == 0:
+        if from_memory and self.state.mesh.at("world") == 0:
             print(f"going on from {resumed.source}", file=sys.stderr, flush=True)
 
     def go_back(self, step: int) -> None:
@@ -61,23 +61,23 @@ class Replication:
 
     def after_step(self, step: int) -> None:
         """Keep the state after `step` steps, if it is time to."""
-        if step % self.parts.recipe.checkpoint.replica_every == 0:
-            self.replicas.keep(step, finite_pieces(self.parts.engine.pieces()), metadata_of(self.parts, step))
+        if step % self.state.recipe.checkpoint.replica_every == 0:
+            self.replicas.keep(step, finite_pieces(self.state.engine.pieces()), metadata_of(self.state, step))
 
 
-def open_replication(parts: Parts, scratch: Path | None, fence: Fence) -> Replication | None:
+def open_replication(state: TrainerState, scratch: Path | None, fence: Fence) -> Replication | None:
     """What keeps replicas of this run in `scratch`; None where the recipe asks for none. Collective. Raises RecipeError."""
-    if not parts.recipe.checkpoint.replica_every:
+    if not state.recipe.checkpoint.replica_every:
         return None
     if scratch is None:
         raise RecipeError("checkpoint.replica_every needs memory that outlives a worker, which torchrun does not offer; start with "
                           "`bagualu train` or `bagualu slurm`, or give checkpoint.replica_every=0")  # fmt: skip
-    replicas = Replicas(scratch, _run(parts), f"{fence.epoch:08d}-{fence.token}", parts.mesh.group("world"))
-    replicas.check_room(sum(piece.tensor.nbytes for piece in parts.engine.pieces()))
-    return Replication(parts, replicas)
+    replicas = Replicas(scratch, _run(state), f"{fence.epoch:08d}-{fence.token}", state.mesh.group("world"))
+    replicas.check_room(sum(piece.tensor.nbytes for piece in state.engine.pieces()))
+    return Replication(state, replicas)
 
 
-def _run(parts: Parts) -> str:
+def _run(state: TrainerState) -> str:
     """The same for all starts of one run, on every rank and layout, and no other's."""
-    own = json.dumps([str(Path(parts.recipe.run.dir).absolute()), identity(parts)], sort_keys=True)
+    own = json.dumps([str(Path(state.recipe.run.dir).absolute()), identity(state)], sort_keys=True)
     return hashlib.blake2b(own.encode(), digest_size=16).hexdigest()

@@ -26,7 +26,7 @@ from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, Ch
 from bagualu.fault_tolerance.checkpoint.layout.quarantine import set_aside
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
-from bagualu.trainer.assemble import Parts
+from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.process.failure import FinalError
 from bagualu.trainer.recovery.state import checkpoints_of, take_state
 
@@ -89,30 +89,30 @@ class Resumed:
     """What was tried in vain, newest first: {"checkpoint", "problem" (rank, file, byte), "used" instead, "set_aside" as}."""
 
 
-def resume(parts: Parts, others: Sequence[Candidate] = (), stop: Callable[[], bool] = lambda: False) -> Resumed:
+def resume(state: TrainerState, others: Sequence[Candidate] = (), stop: Callable[[], bool] = lambda: False) -> Resumed:
     """Take the newest whole state where the recipe asks to resume and there is one. Collective.
 
     `others` are candidates beside the checkpoints of the run directory; of two of the same step they are tried first.
     Raises RecipeError for a rank with other data or another disk, NothingWholeError when none is.
     """
-    stored = list_stored(parts, stop) if parts.recipe.checkpoint.resume else []
+    stored = list_stored(state, stop) if state.recipe.checkpoint.resume else []
     candidates = sorted([*others, *map(Stored, stored)], key=lambda candidate: -candidate.step)
-    _require_same(parts, candidates)
+    _require_same(state, candidates)
     if not candidates:
         return Resumed()
-    chosen, problems = choose(parts, candidates, stop)
+    chosen, problems = choose(state, candidates, stop)
     whole = [path for path in stored if path.name not in problems]
     newest = whole[-1] if whole else None
-    return Resumed(chosen.step, newest, chosen.name, tell(parts, candidates, problems, chosen))
+    return Resumed(chosen.step, newest, chosen.name, tell(state, candidates, problems, chosen))
 
 
 class _Patience:
     """With storage that cannot be read: five tries in all, after pauses as before restarts. All ranks wait alike."""
 
-    def __init__(self, parts: Parts, stop: Callable[[], bool]) -> None:
-        self._group, self._stop = parts.mesh.group("world"), stop
-        self._speaks = parts.mesh.at("world") == 0
-        self._pauses = [parts.recipe.restart.pause_seconds(number) for number in range(1, 5)]
+    def __init__(self, state: TrainerState, stop: Callable[[], bool]) -> None:
+        self._group, self._stop = state.mesh.group("world"), stop
+        self._speaks = state.mesh.at("world") == 0
+        self._pauses = [state.recipe.restart.pause_seconds(number) for number in range(1, 5)]
 
     def __call__(self, attempt: Callable[[], T]) -> T:
         """`attempt()`, which ends alike on all ranks. Raises what it raises, CheckpointStorageError when patience is at its end."""
@@ -138,12 +138,12 @@ class _Patience:
         return False
 
 
-def list_stored(parts: Parts, stop: Callable[[], bool], patience: _Patience | None = None) -> list[Path]:
+def list_stored(state: TrainerState, stop: Callable[[], bool], patience: _Patience | None = None) -> list[Path]:
     """The checkpoints of the run directory, oldest first. Collective. Raises CheckpointStorageError on every rank.
 
     Position 0 looks, since it has made the folder if it is new: of a node that looked too early, what it believes may be stale.
     """
-    root, group = checkpoints_of(parts), parts.mesh.group("world")
+    root, group = checkpoints_of(state), state.mesh.group("world")
 
     def attempt() -> list[Path]:
         listed = on_all(lambda: _list_here(root) if group.rank == 0 else [], group)
@@ -151,7 +151,7 @@ def list_stored(parts: Parts, stop: Callable[[], bool], patience: _Patience | No
         on_all(lambda: _require_seen(named), group)
         return named
 
-    return (patience or _Patience(parts, stop))(attempt)
+    return (patience or _Patience(state, stop))(attempt)
 
 
 def _list_here(root: Path) -> list[Path]:
@@ -172,43 +172,45 @@ def _require_seen(named: list[Path]) -> None:
             raise CheckpointStorageError(f"{path} {why}; see whether run.dir is mounted, on a disk that all nodes share")
 
 
-def choose(parts: Parts, candidates: Sequence[Candidate], stop: Callable[[], bool]) -> tuple[Candidate, dict[str, CheckpointError]]:
+def choose(
+    state: TrainerState, candidates: Sequence[Candidate], stop: Callable[[], bool]
+) -> tuple[Candidate, dict[str, CheckpointError]]:
     """Take the state of the first candidate that is whole for every rank; which one, and by name what is wrong with those before.
 
     Collective. Raises, with nothing changed, CheckpointStorageError when none can be read but one may be again, and
     NothingWholeError when all are damaged.
     """
-    patience = _Patience(parts, stop)
+    patience = _Patience(state, stop)
     problems: dict[str, CheckpointError] = {}
     for at, candidate in enumerate(candidates):
         try:
-            patience(partial(take_state, parts, candidate.open))
+            patience(partial(take_state, state, candidate.open))
         except CheckpointError as error:
             problems[candidate.name] = error
         else:
-            return _newest_after_all(parts, candidates[: at + 1], problems)
-    root = checkpoints_of(parts)
+            return _newest_after_all(state, candidates[: at + 1], problems)
+    root = checkpoints_of(state)
     told = "; ".join(f"{name}: {_short(str(problem), root / name)}" for name, problem in problems.items())
-    list_stored(parts, stop, patience)  # they are not damaged if they are gone altogether
+    list_stored(state, stop, patience)  # they are not damaged if they are gone altogether
     if any(isinstance(problem, CheckpointStorageError) for problem in problems.values()):
         raise CheckpointStorageError(
-            f"none of the {len(problems)} states of {parts.recipe.run.dir} can be read now ({told}); nothing was changed, see "
+            f"none of the {len(problems)} states of {state.recipe.run.dir} can be read now ({told}); nothing was changed, see "
             "whether its storage is mounted and answers"
         )
     raise NothingWholeError(
-        f"none of the {len(problems)} states of {parts.recipe.run.dir} can be used ({told}); restore one of them from a copy, "
+        f"none of the {len(problems)} states of {state.recipe.run.dir} can be used ({told}); restore one of them from a copy, "
         "or start anew with another run.dir"
     )
 
 
 def _newest_after_all(
-    parts: Parts, candidates: Sequence[Candidate], problems: dict[str, CheckpointError]
+    state: TrainerState, candidates: Sequence[Candidate], problems: dict[str, CheckpointError]
 ) -> tuple[Candidate, dict[str, CheckpointError]]:
     """The last of `candidates` was whole, so storage answers, perhaps again: those that it did not give are tried once more."""
     for at, candidate in enumerate(candidates[:-1]):
         if isinstance(problems[candidate.name], CheckpointStorageError):
             with contextlib.suppress(CheckpointError):
-                take_state(parts, candidate.open)
+                take_state(state, candidate.open)
                 return candidate, {earlier.name: problems[earlier.name] for earlier in candidates[:at]}
     return candidates[-1], problems
 
@@ -218,11 +220,11 @@ def _short(problem: str, checkpoint: Path) -> str:
     return problem.replace(f"{checkpoint}: ", "").replace(f"{checkpoint}/", "").split("; ")[0]
 
 
-def _require_same(parts: Parts, candidates: Sequence[Candidate]) -> None:
+def _require_same(state: TrainerState, candidates: Sequence[Candidate]) -> None:
     """A rank that reads other data or another disk is refused by name rather than trained with."""
     names = ", ".join(candidate.name for candidate in candidates) or "none"
-    own = {"other data": parts.corpus.fingerprint, "other checkpoints": names}
-    if found := first_different(own, parts.mesh.group("world")):
+    own = {"other data": state.corpus.fingerprint, "other checkpoints": names}
+    if found := first_different(own, state.mesh.group("world")):
         rank, theirs, first = found
         what = next(what for what in own if theirs[what] != first[what])
         raise RecipeError(f"rank {rank} has {what} than rank 0 ({theirs[what]} and {first[what]}); give every rank the same "
@@ -230,7 +232,7 @@ def _require_same(parts: Parts, candidates: Sequence[Candidate]) -> None:
 
 
 def tell(
-    parts: Parts, candidates: Sequence[Candidate], problems: dict[str, CheckpointError], used: Candidate
+    state: TrainerState, candidates: Sequence[Candidate], problems: dict[str, CheckpointError], used: Candidate
 ) -> list[dict[str, Any]]:
     """Rename the damaged ones and say so, once: `Resumed.damaged`. Collective; the same on every rank.
 
@@ -239,7 +241,7 @@ def tell(
     if not problems:
         return []
     entries = []
-    if parts.mesh.at("world") == 0:
+    if state.mesh.at("world") == 0:
         for candidate in candidates[: len(problems)]:
             problem = problems[candidate.name]
             damaged = isinstance(used, Stored) or not isinstance(problem, CheckpointStorageError)
@@ -248,7 +250,7 @@ def tell(
             if moved:
                 log.warning("%s is now called %s", candidate.name, moved)
             entries.append({"checkpoint": candidate.name, "problem": str(problem), "used": used.name, "set_aside": moved})
-    told: list[dict[str, Any]] = broadcast_json(entries, parts.mesh.group("world"))
+    told: list[dict[str, Any]] = broadcast_json(entries, state.mesh.group("world"))
     return told
 
 

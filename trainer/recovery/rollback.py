@@ -10,38 +10,38 @@ from bagualu.comm.objects import broadcast_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import discard, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import step_of
 from bagualu.fault_tolerance.guard.verdict import DISAGREEMENTS, Cause, GuardDecision
-from bagualu.trainer.assemble import Parts
+from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.process.failure import GuardError
 from bagualu.trainer.recovery.resume import Resumed, Stored, choose, list_stored, tell
 from bagualu.trainer.recovery.state import checkpoints_of
 
 
-def roll_back(parts: Parts, step: int, verdict: GuardDecision, stop: Callable[[], bool]) -> Resumed:
+def roll_back(state: TrainerState, step: int, verdict: GuardDecision, stop: Callable[[], bool]) -> Resumed:
     """Load a checkpoint from before step `step` (from 1), which `verdict` takes back; where the run goes on.
 
     Where the samples are to blame, those of the last `guard.rollback_window` steps are left out from now on. Checkpoints of later
     steps are removed: the run will come there by another way. One that is damaged itself is set aside, as at a start. Collective.
     Raises GuardError when there is nothing to go back to, CheckpointError when nothing of it is whole, or can be read now.
     """
-    world = parts.mesh.group("world")
-    root = checkpoints_of(parts)
+    world = state.mesh.group("world")
+    root = checkpoints_of(state)
     by_data = verdict.cause not in (*DISAGREEMENTS, Cause.UPDATE)
-    window = parts.recipe.guard.rollback_window
-    at_most = step - window if by_data else parts.guard.clean
+    window = state.recipe.guard.rollback_window
+    at_most = step - window if by_data else state.guard.clean
     if verdict.cause is Cause.UPDATE:  # what was saved before it was finite
         at_most = step - 1
-    stored = list_stored(parts, stop)
+    stored = list_stored(state, stop)
     found: Any = broadcast_json(_candidates(stored, at_most, by_data), world)
     candidates = [Stored(root / name) for name in found["names"]]
     if not candidates:
         why = _nothing_to_go_back_to(found["later"], at_most, verdict.cause is Cause.UPDATE)
         raise GuardError(f"{verdict.text}; {why}")
-    memory = deepcopy(parts.guard.memory)
-    chosen, problems = choose(parts, candidates, stop)
-    done, damaged = chosen.step, tell(parts, candidates, problems, chosen)
-    parts.guard.memory.keep(memory)
+    memory = deepcopy(state.guard.memory)
+    chosen, problems = choose(state, candidates, stop)
+    done, damaged = chosen.step, tell(state, candidates, problems, chosen)
+    state.guard.memory.keep(memory)
     if by_data:
-        parts.guard.memory.leave_out(max(done + 1, step - window + 1), step, str(verdict.cause))
+        state.guard.memory.leave_out(max(done + 1, step - window + 1), step, str(verdict.cause))
     if world.rank == 0:
         for later in list_checkpoints(root):
             if (step_of(later) or 0) > done and later.name not in problems:

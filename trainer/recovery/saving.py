@@ -19,7 +19,7 @@ from bagualu.fault_tolerance.checkpoint.saving.save import Saver, take_fence
 from bagualu.fault_tolerance.checkpoint.saving.snapshot import Snapshot
 from bagualu.fault_tolerance.ledger.events import Ledger
 from bagualu.fault_tolerance.run_directory import BEGUN, RunDirectory
-from bagualu.trainer.assemble import Parts
+from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.process.failure import FinalError
 from bagualu.trainer.recovery.state import checkpoints_of, finite_pieces, metadata_of
 
@@ -32,18 +32,18 @@ class LostRunError(CheckpointError, FinalError):
     """A later start has the run, and goes on with it."""
 
 
-def take_checkpoints(parts: Parts, scratch: Path | None = None) -> Fence:
+def take_checkpoints(state: TrainerState, scratch: Path | None = None) -> Fence:
     """Make the run's checkpoints this start's own. Collective; before anything is read there. `scratch` as in `trainer.run.train`.
 
     Raises on every rank: RecipeError where a run begins, which would only be refused again; CheckpointStorageError where it goes
     on, since it could write there before, and can when there is room again.
     """
-    group, mark = parts.mesh.group("world"), scratch / BEGUN if scratch else None
-    here = on_all(lambda: (mark is not None and mark.exists()) or _has_begun(Path(parts.recipe.run.dir)), group)
+    group, mark = state.mesh.group("world"), scratch / BEGUN if scratch else None
+    here = on_all(lambda: (mark is not None and mark.exists()) or _has_begun(Path(state.recipe.run.dir)), group)
     try:
-        fence = take_fence(checkpoints_of(parts), group, _patience(parts), any_rank(here, group))
+        fence = take_fence(checkpoints_of(state), group, _patience(state), any_rank(here, group))
     except CheckpointError as error:
-        if parts.recipe.checkpoint.resume:
+        if state.recipe.checkpoint.resume:
             raise CheckpointStorageError(str(error)) from error
         raise RecipeError(str(error)) from error
     if mark:
@@ -60,18 +60,18 @@ def _has_begun(directory: Path) -> bool:
         ) from error
 
 
-def _patience(parts: Parts) -> float:
+def _patience(state: TrainerState) -> float:
     """Seconds after which storage has failed. Others wait for one rank's part and then for the commit, in one communication."""
-    return parts.recipe.checkpoint.timeout_seconds or parts.recipe.comm.timeout_seconds / 2
+    return state.recipe.checkpoint.timeout_seconds or state.recipe.comm.timeout_seconds / 2
 
 
 class Checkpoints:
     """At most one save is under way. One that fails in the background costs a warning, the last one fails the run."""
 
-    def __init__(self, parts: Parts, fence: Fence, newest: Path | None = None, ledger: Ledger | None = None) -> None:
+    def __init__(self, state: TrainerState, fence: Fence, newest: Path | None = None, ledger: Ledger | None = None) -> None:
         """`newest`: as the attribute. `ledger`: where each commit is entered, on the rank that has one."""
-        config = parts.recipe.checkpoint
-        self.parts, self.asynchronous, self.newest = parts, config.asynchronous, newest
+        config = state.recipe.checkpoint
+        self.state, self.asynchronous, self.newest = state, config.asynchronous, newest
         """`newest`: the newest checkpoint of this run; at first the one it was resumed from."""
         self._ledger = ledger
         self._began = 0.0
@@ -83,7 +83,7 @@ class Checkpoints:
         self._error: str | None = None
         self._snapshot = Snapshot()
         self._fence, self._seen = fence, time.monotonic()
-        self._saver = Saver(fence, parts.mesh.group("world"), config.keep, _patience(parts))
+        self._saver = Saver(fence, state.mesh.group("world"), config.keep, _patience(state))
 
     def status(self) -> tuple[float, float]:
         """For the step's reduction: as `Saver.status`."""
@@ -114,10 +114,10 @@ class Checkpoints:
             self.finish()
             self._began = time.monotonic()
             if self.asynchronous:
-                pieces = finite_pieces(self._snapshot.take(self.parts.engine.pieces()))
-                self._saver.start(step, pieces, metadata_of(self.parts, step))
+                pieces = finite_pieces(self._snapshot.take(self.state.engine.pieces()))
+                self._saver.start(step, pieces, metadata_of(self.state, step))
             else:
-                self._saver.start(step, finite_pieces(self.parts.engine.pieces()), metadata_of(self.parts, step))
+                self._saver.start(step, finite_pieces(self.state.engine.pieces()), metadata_of(self.state, step))
                 self.finish()
 
     def save_last(self, step: int) -> None:
@@ -129,7 +129,7 @@ class Checkpoints:
         with self._timed():
             self.finish()
             self._began = time.monotonic()
-            self._saver.start(step, finite_pieces(self.parts.engine.pieces()), metadata_of(self.parts, step))
+            self._saver.start(step, finite_pieces(self.state.engine.pieces()), metadata_of(self.state, step))
             try:
                 self._committed(self._saver.conclude())
             except SupersededError as error:
@@ -162,7 +162,7 @@ class Checkpoints:
                 self._committed(path)
         except CheckpointError as error:
             self.failed, self._error = self.failed + 1, str(error)
-            if self.parts.mesh.at("world") == 0:
+            if self.state.mesh.at("world") == 0:
                 log.warning("%s; training goes on", error)
 
     def _committed(self, checkpoint: Path) -> None:

@@ -22,7 +22,7 @@ from bagualu.fault_tolerance.guard.finite import is_finite
 from bagualu.fault_tolerance.guard.history import Memory
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.parallel.boxes import TensorPiece
-from bagualu.trainer.assemble import Parts
+from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.data.config import RANDOM
 from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.models.decoder.plan import decoder_plan
@@ -37,22 +37,22 @@ _OF_TEXT = {_FINGERPRINT, _SPLIT, _KIND, "data.source", "data.validation_fractio
 """Keys that may differ where the fingerprint proves that the tokens are the same: text that was moved, for one."""
 
 
-def checkpoints_of(parts: Parts) -> Path:
+def checkpoints_of(state: TrainerState) -> Path:
     """The directory of the run's checkpoints."""
-    return RunDirectory(parts.recipe.run.dir).checkpoints
+    return RunDirectory(state.recipe.run.dir).checkpoints
 
 
-def metadata_of(parts: Parts, step: int) -> dict[str, Any]:
+def metadata_of(state: TrainerState, step: int) -> dict[str, Any]:
     """What is saved after `step` steps besides the optimizer's tensors."""
-    recipe = parts.recipe
+    recipe = state.recipe
     return {
         "step": step,
-        "updates": parts.updates,
-        "scaler": {"scale": parts.scaler.scale, "good_steps": parts.scaler.good_steps},
-        "guard": parts.guard.memory.as_json(),
-        "layout": {axis: parts.mesh.layout.size(axis) for axis in ("data", "tensor", "pipeline", "expert", "context")},
+        "updates": state.updates,
+        "scaler": {"scale": state.scaler.scale, "good_steps": state.scaler.good_steps},
+        "guard": state.guard.memory.as_json(),
+        "layout": {axis: state.mesh.layout.size(axis) for axis in ("data", "tensor", "pipeline", "expert", "context")},
         "dtype": recipe.train.dtype,
-        "identity": identity(parts),
+        "identity": identity(state),
     }
 
 
@@ -93,46 +93,46 @@ class Saved:
         return Saved(**fields)
 
 
-def take_state(parts: Parts, open_checkpoint: Callable[[], Checkpoint]) -> int:
+def take_state(state: TrainerState, open_checkpoint: Callable[[], Checkpoint]) -> int:
     """Take the state from a checkpoint that any layout wrote; returns the steps done. Collective.
 
     Every rank reads and verifies all it needs into memory of its own; only when all have done so, model and optimizer change.
     Raises on every rank, with everything as it was: RecipeError when it belongs to another model or other data, CheckpointError
     when it is damaged or does not hold exactly the tensors of the model.
     """
-    group, monitor = parts.mesh.group("world"), parts.mesh.monitor
+    group, monitor = state.mesh.group("world"), state.mesh.monitor
     monitor.at(Phase.LOAD)
     checkpoint = on_all(open_checkpoint, group)
     if first_different(checkpoint.digest, group):
         raise RecipeError(f"the ranks see different checkpoints at {checkpoint.path}; put run.dir on a disk that all nodes share")
-    saved = on_all(lambda: _check(parts, checkpoint), group)
-    incoming = parts.engine.incoming()
+    saved = on_all(lambda: _check(state, checkpoint), group)
+    incoming = state.engine.incoming()
     wanted = list(incoming.pieces())
-    on_all(lambda: _check_tensors(checkpoint, wanted, _padded_before(parts, saved)), group)
-    _check_none_is_left(parts, checkpoint, {piece.name for piece in wanted})
+    on_all(lambda: _check_tensors(checkpoint, wanted, _padded_before(state, saved)), group)
+    _check_none_is_left(state, checkpoint, {piece.name for piece in wanted})
     monitor.at(Phase.VERIFY)
     threads = torch.get_num_threads()
     on_all(lambda: checkpoint.read_all(wanted, threads), group)
     on_all(lambda: _check_finite(checkpoint, wanted), group)
     monitor.at(Phase.RESTORE)
     incoming.apply(saved.updates)
-    parts.updates = saved.updates
-    if parts.scaler.enabled and saved.dtype == parts.recipe.train.dtype:
-        parts.scaler.scale, parts.scaler.good_steps = saved.scale, saved.good_steps
-    parts.guard.load(saved.guard, saved.step)
+    state.updates = saved.updates
+    if state.scaler.enabled and saved.dtype == state.recipe.train.dtype:
+        state.scaler.scale, state.scaler.good_steps = saved.scale, saved.good_steps
+    state.guard.load(saved.guard, saved.step)
     return saved.step
 
 
-def _check(parts: Parts, checkpoint: Checkpoint) -> Saved:
+def _check(state: TrainerState, checkpoint: Checkpoint) -> Saved:
     saved = Saved.of(checkpoint)
-    _check_identity(saved.identity, identity(parts), checkpoint.path)
-    _check_dtype(saved.dtype, parts.recipe.train.dtype, checkpoint.path)
+    _check_identity(saved.identity, identity(state), checkpoint.path)
+    _check_dtype(saved.dtype, state.recipe.train.dtype, checkpoint.path)
     return saved
 
 
-def _padded_before(parts: Parts, saved: Saved) -> Callable[[str, tuple[int, ...]], tuple[int, ...]]:
+def _padded_before(state: TrainerState, saved: Saved) -> Callable[[str, tuple[int, ...]], tuple[int, ...]]:
     """(tensor, its shape) -> the shape in which the checkpoint holds it: older ones hold the padding of the vocabulary too."""
-    model = replace(parts.recipe.model, vocab_multiple=saved.identity.get("model.vocab_multiple", 1))
+    model = replace(state.recipe.model, vocab_multiple=saved.identity.get("model.vocab_multiple", 1))
     plan = decoder_plan(model, sequence=False)
 
     def stored(tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -171,10 +171,10 @@ def _check_finite(checkpoint: Checkpoint, wanted: list[TensorPiece]) -> None:
             raise CheckpointError(f"{checkpoint.path}: tensor {piece.name} holds values that are not finite; {REMEDY}")
 
 
-def _check_none_is_left(parts: Parts, checkpoint: Checkpoint, own: set[str]) -> None:
+def _check_none_is_left(state: TrainerState, checkpoint: Checkpoint, own: set[str]) -> None:
     """Every tensor of the checkpoint is wanted by some rank. Collective. Raises CheckpointError on every rank."""
     names = list(checkpoint.tensors)
-    wanted = totals([name in own for name in names], parts.mesh.group("world"))
+    wanted = totals([name in own for name in names], state.mesh.group("world"))
     left = [name for name, count in zip(names, wanted, strict=True) if not count]
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
@@ -182,13 +182,13 @@ def _check_none_is_left(parts: Parts, checkpoint: Checkpoint, own: set[str]) -> 
                               "wrote it")  # fmt: skip
 
 
-def identity(parts: Parts) -> dict[str, Any]:
+def identity(state: TrainerState) -> dict[str, Any]:
     """What must be the same for a run to go on as the same run, by recipe key."""
-    recipe = parts.recipe
+    recipe = state.recipe
     data = {"data.sequence_length": recipe.data.sequence_length, "data.global_batch": recipe.data.global_batch}
     text = {"data.source": recipe.data.source, "data.validation_fraction": recipe.data.validation_fraction,
-            _SPLIT: recipe.data.split if parts.corpus.split != NOTHING.kind else NOTHING.kind, _KIND: parts.corpus.split,
-            _FINGERPRINT: parts.corpus.fingerprint}  # fmt: skip
+            _SPLIT: recipe.data.split if state.corpus.split != NOTHING.kind else NOTHING.kind, _KIND: state.corpus.split,
+            _FINGERPRINT: state.corpus.fingerprint}  # fmt: skip
     return recipe.model.identity() | data | {"run.seed": recipe.run.seed} | text
 
 

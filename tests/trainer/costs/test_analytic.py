@@ -48,16 +48,16 @@ def test_seconds_add_up_to_the_models_flops_and_the_head_is_all_forward() -> Non
 
 def state_held(communicator: Communicator, recipe: Recipe) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer that this rank has; what pads them at the most; what the table says."""
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     held = pads = 0
-    for bucket, shard in zip(parts.engine.buckets, parts.engine.optimizer.shards(), strict=True):
+    for bucket, shard in zip(state.engine.buckets, state.engine.optimizer.shards(), strict=True):
         tensors = [bucket.weights, bucket.gradients, shard["exp_avg"], shard["exp_avg_sq"]]
         tensors += [shard["weight"]] if shard["weight"].data_ptr() != bucket.shard_weights.data_ptr() else []
         held += sum(tensor.nbytes for tensor in tensors)
         pads += (bucket.group.size * 8 + 8) * sum(tensor.element_size() for tensor in tensors)
-    table = analytic_table(work_of(recipe, parts.mesh.layout))
-    said = sum(table.layers[layer].state_bytes for layer in map(int, parts.engine.model.layers))
-    said += table.embedding.state_bytes * parts.mesh.first_stage + table.head.state_bytes * parts.mesh.last_stage
+    table = analytic_table(work_of(recipe, state.mesh.layout))
+    said = sum(table.layers[layer].state_bytes for layer in map(int, state.engine.model.layers))
+    said += table.embedding.state_bytes * state.mesh.first_stage + table.head.state_bytes * state.mesh.last_stage
     return held, pads, said
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from bagualu.comm.group import Communicator
 from bagualu.parallel import precision
-from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.optim.schedule import learning_rate
@@ -40,7 +40,7 @@ def plain(recipe: Recipe, follow: list[Weights] | None = None) -> tuple[list[flo
     `follow`: working weights to go on from after every step. A master that lies between two 16-bit numbers is rounded one way or
     the other by its last digits, and all gradients after that depend on it.
     """
-    parts: Parts = run("simulated", 1, lambda c: assemble(recipe, c, prepare(recipe.data, recipe.model.vocab)))[0]
+    parts: TrainerState = run("simulated", 1, lambda c: assemble(recipe, c, prepare(recipe.data, recipe.model.vocab)))[0]
     working = Decoder(recipe.model, [range(recipe.model.layers)]).to(getattr(torch, recipe.train.dtype))
     working.load_state_dict(parts.engine.model.state_dict())
     wide = torch.float64 if recipe.train.dtype == "float64" else torch.float32

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bagualu.comm.group import Communicator
-from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.optim.scaler import LossScaler
 from bagualu.trainer.recipe.config import Recipe
@@ -39,23 +39,23 @@ def test_never_falls_below_one() -> None:
     assert scaler.scale == 1.0
 
 
-def everything(parts: Parts) -> list[torch.Tensor]:
+def everything(state: TrainerState) -> list[torch.Tensor]:
     """Every tensor that an update would change, on this rank."""
-    own = [p.detach().clone() for p in parts.engine.model.parameters()]
-    for shard in parts.engine.optimizer.shards():
+    own = [p.detach().clone() for p in state.engine.model.parameters()]
+    for shard in state.engine.optimizer.shards():
         own += [value.clone() for value in shard.values()]
     return own
 
 
 def overflowing(communicator: Communicator, recipe: Recipe, scale: float, steps: int) -> list[tuple[StepResult, bool, float, int]]:
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    parts.scaler.scale = scale
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    state.scaler.scale = scale
     rows = []
     for step in range(steps):
-        before = everything(parts)
-        result = train_step(parts, step)
-        same = all(torch.equal(a, b) for a, b in zip(before, everything(parts), strict=True))
-        rows.append((result, same, parts.scaler.scale, parts.updates))
+        before = everything(state)
+        result = train_step(state, step)
+        same = all(torch.equal(a, b) for a, b in zip(before, everything(state), strict=True))
+        rows.append((result, same, state.scaler.scale, state.updates))
     return rows
 
 
@@ -81,10 +81,10 @@ def test_a_step_that_overflows_is_discarded_on_all_ranks_and_the_next_ones_recov
 
 
 def float16_curve(communicator: Communicator, recipe: Recipe) -> tuple[list[float], list[float], list[object]]:
-    parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    parts.scaler.scale = 1024.0 if recipe.train.dtype == "float16" else 1.0
-    results = [train_step(parts, step) for step in range(4)]
-    return [r.loss for r in results], [r.grad_norm for r in results], pieces_of(parts)
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    state.scaler.scale = 1024.0 if recipe.train.dtype == "float16" else 1.0
+    results = [train_step(state, step) for step in range(4)]
+    return [r.loss for r in results], [r.grad_norm for r in results], pieces_of(state)
 
 
 def test_the_scale_leaves_no_trace() -> None:

@@ -120,7 +120,13 @@ def test_a_service_that_dies_costs_a_line_and_the_run_goes_on_offline(tmp_path, 
     started(online)
     services()[0].kill()
     psutil.wait_procs(services())
-    write(online)
+    first, deadline = 1, time.monotonic() + 60
+    while online._modes[0] == "online":  # W&B may take some records before it notices
+        assert time.monotonic() < deadline
+        write(online, first)
+        first += 3
+        time.sleep(0.05)
+    write(online, first)
     online.close()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bagualu: ")]
     assert line.startswith("bagualu: W&B failed: ")

@@ -12,7 +12,7 @@ import torch
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest
-from bagualu.trainer.assemble import Parts, assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import Corpus, prepare
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import StepResult, train_step
@@ -45,13 +45,13 @@ def corpus_of(recipe: Recipe) -> Corpus:
     return prepare(recipe.data, recipe.model.vocab)
 
 
-def fresh(communicator: Communicator, recipe: Recipe) -> Parts:
+def fresh(communicator: Communicator, recipe: Recipe) -> TrainerState:
     parts = assemble(recipe, communicator, corpus_of(recipe))
     parts.scaler.growth_interval = 2  # so that float16's scale and its counter move within a few steps
     return parts
 
 
-def resumed(communicator: Communicator, recipe: Recipe) -> Parts:
+def resumed(communicator: Communicator, recipe: Recipe) -> TrainerState:
     parts = fresh(communicator, recipe)
     path = latest(Path(recipe.run.dir) / "checkpoints")
     assert path is not None
@@ -59,7 +59,7 @@ def resumed(communicator: Communicator, recipe: Recipe) -> Parts:
     return parts
 
 
-def everything(parts: Parts) -> dict[str, np.ndarray]:
+def everything(parts: TrainerState) -> dict[str, np.ndarray]:
     """All that the next step depends on, on this rank, as bytes."""
     state = {name: p.detach().clone().view(torch.uint8).cpu().numpy() for name, p in parts.engine.model.named_parameters()}
     for index, shard in enumerate(parts.engine.optimizer.shards()):
@@ -196,7 +196,7 @@ def test_16_bit_masters_survive_a_change_of_layout(tmp_path: Path, dtype: str) -
 class Recording:
     """Batches that note which samples they hand out."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: TrainerState) -> None:
         self.batches, self.samples = parts.batches, Counter[int]()
 
     def batch(self, step: int, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
