@@ -21,12 +21,12 @@ CALLS = [
 
 
 def calls_of_this_project(frame: FrameType | None) -> list[tuple[str, str]]:
-    """(file, function) from the outermost call to `frame`."""
+    """(file, function) from the outermost call to `frame`; by module name, so that an installed copy reads the same."""
     found = []
     while frame is not None:
-        path = Path(frame.f_code.co_filename).resolve()
-        if path.is_relative_to(PROJECT) and not path.is_relative_to(PROJECT / "tests"):
-            found.append((str(path.relative_to(PROJECT)), frame.f_code.co_qualname))
+        package, _, module = frame.f_globals.get("__name__", "").partition(".")
+        if package == "bagualu":
+            found.append((module.replace(".", "/") + ".py", frame.f_code.co_qualname))
         frame = frame.f_back
     return found[::-1]
 
