@@ -11,6 +11,7 @@ from torch import nn
 from bagualu.parallel.boxes import Box
 from bagualu.parallel.expert import ExpertParallel
 from bagualu.parallel.mesh import Mesh
+from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.sharding import ShardingPlan
 from bagualu.parallel.tensor import wrap_block
 from bagualu.parallel.vocabulary import sharded_embedding
@@ -23,7 +24,7 @@ def parallelize(model: nn.Module, plan: ShardingPlan, mesh: Mesh, sequence: bool
     """Replaces a model on the meta device, in its global shapes, by this rank's part of it, in place.
 
     1. Every parameter becomes this rank's box of the global tensor, filled by `fill`, with attributes `global_shape`, without
-       padding, and `box`, which may extend beyond it.
+       padding, and `box`, which may extend beyond it. So does every buffer, in at least float32.
     2. Modules that match the plan's boundaries get the communication of the tensor and expert axes.
     """
     device = mesh.group("world").device
@@ -35,20 +36,20 @@ def parallelize(model: nn.Module, plan: ShardingPlan, mesh: Mesh, sequence: bool
 
 
 def _materialise(model: nn.Module, plan: ShardingPlan, mesh: Mesh, dtype: torch.dtype, device: torch.device, fill: Fill) -> None:
-    made: dict[int, nn.Parameter] = {}  # a tied parameter is a single parameter with two names
+    made: dict[int, torch.Tensor] = {}  # a tied parameter is a single parameter with two names
     for module_name, module in model.named_modules():
-        for key, meta in list(module._parameters.items()):
-            if meta is None:
-                continue
+        for key, meta in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if id(meta) not in made:
                 name = plan.global_name(f"{module_name}.{key}" if module_name else key)
                 shape = tuple(meta.shape)
                 box = plan.placement(name).box(name, shape, mesh.layout, mesh.coordinates)
                 whole = plan.placement(name).unpadded(shape)
-                made[id(meta)] = nn.Parameter(_values(name, whole, box, fill).to(device=device, dtype=dtype))
+                values, trained = _values(name, whole, box, fill), isinstance(meta, nn.Parameter)
+                values = values.to(device=device, dtype=dtype if trained else accurate_dtype(dtype))
+                made[id(meta)] = nn.Parameter(values) if trained else values
                 made[id(meta)].global_shape = whole  # type: ignore[attr-defined]
                 made[id(meta)].box = box  # type: ignore[attr-defined]
-            module._parameters[key] = made[id(meta)]
+            setattr(module, key, made[id(meta)])
 
 
 def _values(name: str, whole: tuple[int, ...], box: Box, fill: Fill) -> torch.Tensor:

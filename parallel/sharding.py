@@ -1,4 +1,4 @@
-"""A model's sharding plan: data that state which dim of which parameter is split over which axis.
+"""A model's sharding plan: data that state which dim of which parameter or buffer is split over which axis.
 
 Initialisation, gradient reduction, the gradient norm, the optimizer's partition and checkpoints all read this plan; there is no
 second list.
@@ -13,16 +13,19 @@ from bagualu.parallel.boxes import Box
 from bagualu.parallel.layout import Layout
 
 BoundaryKind = Literal["block", "embedding", "head", "experts"]
+InitialValues = Literal["normal", "residual", "ones", "zeros"]
+"""What a run begins with; residual: normal with a smaller deviation, for matrices that write into the residual stream."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a parameter is distributed over the mesh. Every axis that is not named holds copies."""
+    """How a parameter or a buffer is distributed over the mesh. Every axis that is not named holds copies."""
 
     shards: tuple[tuple[int, str], ...] = ()
     """(dim, axis) pairs: the dim is split into equal parts along the axis."""
     partial_over: str | None = None
     """The axis whose ranks hold copies, of which each computes only a part of the gradient: the whole is the sum over the axis."""
+    initial: InitialValues = "normal"
     rows: int | None = None
     """The number of elements of the first dim that belong to the parameter; those after them are padding, always zero."""
 
@@ -60,7 +63,8 @@ class Placement:
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """Maps parameter names to placements. Patterns are shell-style; the first match counts, and every parameter needs a match."""
+    """Maps names of parameters and buffers to placements. Patterns are shell-style; the first match counts, and every name needs
+    one."""
 
     placements: tuple[tuple[str, Placement], ...]
     boundaries: tuple[tuple[str, BoundaryKind], ...] = ()
@@ -76,4 +80,4 @@ class ShardingPlan:
         for pattern, placement in self.placements:
             if fnmatchcase(name, pattern):
                 return placement
-        raise KeyError(f"no pattern of the sharding plan covers the parameter {name}")
+        raise KeyError(f"no pattern of the sharding plan covers {name}")

@@ -22,10 +22,11 @@ from bagualu.fault_tolerance.checkpoint.reading.compare import differences
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.ledger.events import Event, read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute, current
-from bagualu.trainer import run as whole_run
+from bagualu.parallel.parallelize import Fill
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import Corpus
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.run import train
 
 _MEASURED = ("seconds", "per_second", "mfu")
 """Figures of the clock: their names end like this."""
@@ -142,17 +143,13 @@ def train_noting_samples(
     What it notes is for `assert_stood`.
     """
 
-    def assemble_noting(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> TrainerState:
-        state = assemble(recipe, communicator, corpus)
+    def assemble_noting(recipe: Recipe, communicator: Communicator, corpus: Corpus, fill: Fill | None) -> TrainerState:
+        state = assemble(recipe, communicator, corpus, fill)
         path = (notes or Path(recipe.run.dir)) / f"samples-{communicator.rank}.jsonl"
         state.batches = _Noting(state.batches, path)  # type: ignore[assignment]
         return state
 
-    whole_run.assemble = assemble_noting
-    try:
-        return whole_run.train(recipe, communicator, stop, scratch)
-    finally:  # of ranks that are threads the others are past it, or fail
-        whole_run.assemble = assemble
+    return train(recipe, communicator, stop, scratch, assemble_noting)
 
 
 def go_on(communicator: Communicator, recipe: Recipe) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from bagualu.fault_tolerance.guard.guard import Guard
 from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.mesh import Mesh
+from bagualu.parallel.parallelize import Fill
 from bagualu.parallel.pipeline.check import check
 from bagualu.parallel.pipeline.program import Program, program
 from bagualu.parallel.pipeline.registry import compute_schedule
@@ -18,7 +19,7 @@ from bagualu.parallel.pipeline.schedules.schedule import Schedule, with_messages
 from bagualu.trainer.costs.choose_split import agree_on_shares, agree_on_split
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.corpus import Corpus
-from bagualu.trainer.engine.native import hold, initial_values
+from bagualu.trainer.engine.native import hold, seeded_values
 from bagualu.trainer.engine.protocol import Engine
 from bagualu.trainer.optim.scaler import LossScaler
 from bagualu.trainer.recipe.config import Recipe
@@ -62,8 +63,11 @@ class TrainerState:
         self.guard.clean = before.clean
 
 
-def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> TrainerState:
-    """Build this rank's part of everything. Collective. Raises RecipeError for what validation can only see here."""
+def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus, fill: Fill | None = None) -> TrainerState:
+    """Builds this rank's part of everything. Collective. Raises RecipeError for what validation can only see here.
+
+    `fill` gives the values of weights and buffers; left out, they are drawn from the seed.
+    """
     layout = recipe.validate(communicator.size)
     if communicator.device.type != "cpu":
         _choose_kernels(recipe.train.deterministic)
@@ -79,7 +83,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus) -> Trai
     check(schedule)
     mesh = Mesh.build(layout, communicator, schedule.placement)
     split, costs = agree_on_split(recipe, layout, heaviest, communicator)
-    engine = hold(recipe, mesh, split, initial_values(recipe))
+    engine = hold(recipe, mesh, split, fill or seeded_values(recipe))
     engine.open()
     length = recipe.data.sequence_length // (layout.tensor if parallel.sequence else 1)
     runner = PipelineRunner(

@@ -20,7 +20,7 @@ from bagualu.parallel.balance.stages.keys import memory_caps
 from bagualu.parallel.balance.stages.rebalance_policy import Proposal, Watch
 from bagualu.parallel.move_state import Relocation, table
 from bagualu.trainer.assemble import TrainerState
-from bagualu.trainer.costs.analytic import analytic_table, optimizer_bytes
+from bagualu.trainer.costs.analytic import analytic_table, saved_bytes
 from bagualu.trainer.costs.choose_split import work_of
 from bagualu.trainer.engine.native import hold, no_values
 from bagualu.trainer.engine.protocol import Engine, IncomingState
@@ -115,10 +115,10 @@ class Rebalancer:
         return self._bytes_to_move(split) / self._bytes_per_second
 
     def _bytes_to_move(self, split: Split) -> int:
-        """Master weights and moments of the layers that change ranks."""
+        """Returns the bytes of the layers that change ranks: their master weights, moments and buffers."""
         place, work = self.state.mesh.placement, work_of(self.state.recipe, self.state.mesh.layout)
         before, after = (_rank_of_layers(one, place.rank_of) for one in (self.state.split, split))
-        return sum(optimizer_bytes(work, i) for i, (one, other) in enumerate(zip(before, after, strict=True)) if one != other)
+        return sum(saved_bytes(work, i) for i, (one, other) in enumerate(zip(before, after, strict=True)) if one != other)
 
     def _move(self, proposal: Proposal, step: int) -> Move:
         before, started = [len(piece) for piece in self.state.split.slices], time.perf_counter()

@@ -1,5 +1,6 @@
 """A whole run on one rank: assemble, resume, train, summarise. Every rank calls `train` with the same recipe."""
 
+import contextlib
 import math
 import resource
 import sys
@@ -14,12 +15,17 @@ import torch
 from bagualu.comm.agree import meet, total
 from bagualu.comm.errors import StorageError
 from bagualu.comm.group import Communicator
+from bagualu.comm.objects import broadcast_json
+from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointStorageError
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.parallel.balance.stages.show import show_split
+from bagualu.parallel.parallelize import Fill
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.data.corpus import Corpus, prepare, show_data
+from bagualu.trainer.engine.native import no_values
 from bagualu.trainer.loop import Loop
 from bagualu.trainer.observers import close_ledger, open_ledger, plan_faults
 from bagualu.trainer.output.metric_writers import JsonlSink, Sink
@@ -37,19 +43,25 @@ from bagualu.trainer.recovery.saving import Checkpoints, take_checkpoints
 
 
 def train(
-    recipe: Recipe, communicator: Communicator, stop: Callable[[], bool] = lambda: False, scratch: Path | None = None
+    recipe: Recipe,
+    communicator: Communicator,
+    stop: Callable[[], bool] = lambda: False,
+    scratch: Path | None = None,
+    assemble: Callable[[Recipe, Communicator, Corpus, Fill | None], TrainerState] = assemble,
 ) -> dict[str, Any]:
     """Train to `train.steps`, or until `stop()` is true on any rank; returns the summary, the same on every rank.
 
     `stop` is asked once a step; a stopped run has saved a checkpoint. Rank 0 writes metrics.jsonl and summary.json.
     `scratch`: a folder in memory that this node's ranks share and that outlives them, not the launcher; None: there is none.
+    `assemble` makes the state that is trained.
     Raises RecipeError, CheckpointError, CommunicationError, and GuardError when a step cannot be done rightly (`guard.*`).
     """
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
     require_same_recipe(recipe, communicator)
     ledger = open_ledger(recipe, communicator)
-    state = assemble(recipe, communicator, _corpus(recipe))
+    comes = _state_will_be_read(recipe, communicator)
+    state = assemble(recipe, communicator, _corpus(recipe), no_values if comes else None)
     if communicator.rank == 0:
         print(show_data(state.corpus, recipe.data.source), file=sys.stderr, flush=True)
     plan_faults(state, communicator, scratch)
@@ -58,6 +70,9 @@ def train(
     fence = take_checkpoints(state, scratch)
     replication = open_replication(state, scratch, fence)
     resumed = resume(state, replication.candidates() if replication else [], stop)
+    if comes and resumed.source is None:
+        raise CheckpointStorageError(f"the checkpoints of {recipe.run.dir}, there when it began to start, are gone; see whether "
+                                     "its storage is mounted")  # fmt: skip
     if replication:
         replication.start(resumed)
     if finished := _finished(recipe, resumed.step):
@@ -105,6 +120,15 @@ def train(
         for sink in sinks:
             sink.close()
     return summary
+
+
+def _state_will_be_read(recipe: Recipe, communicator: Communicator) -> bool:
+    """Returns whether there are checkpoints to go on from, so that no initial weights need to be drawn. Collective."""
+    found = False
+    if recipe.checkpoint.resume and communicator.rank == 0:
+        with contextlib.suppress(OSError):  # storage that cannot be read now is waited for later
+            found = bool(list_checkpoints(RunDirectory(recipe.run.dir).checkpoints))
+    return bool(broadcast_json(found, communicator.world))
 
 
 def _corpus(recipe: Recipe) -> Corpus:

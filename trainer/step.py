@@ -74,6 +74,7 @@ def train_step(
         micro_batches = local_micro_batches(state, samples - 1)
         tokens = _count_tokens(state, micro_batches)
         engine.begin(len(micro_batches))
+        engine.model.begin_step()
         totals = state.runner.run(state.program, micro_batches, _seeds(state, tokens))
         monitor.at(Phase.REDUCE)
         engine.finish()
@@ -109,7 +110,9 @@ def _count_update(state: TrainerState, verdict: GuardDecision) -> None:
     """After the samples have been judged and, where they were to be, learnt from."""
     committed = verdict.action is GuardAction.COMMIT
     state.updates += committed
-    if not committed:
+    if committed:
+        state.engine.model.end_step(state.mesh.group("fold"))
+    else:
         state.mesh.monitor.at(Phase.DISCARD)
     if committed or verdict.cause is Cause.OVERFLOW:
         state.scaler.update(committed)

@@ -88,29 +88,29 @@ class DamageCheck:
         self._engine.publish()
 
     def _state(self) -> torch.Tensor:
-        """Returns the checksums of this rank's optimizer state [shards, kinds]."""
-        shards = self._engine.shards()
-        return torch.stack([torch.stack([checksum(tensor) for tensor in shard.tensors.values()]) for shard in shards])
+        """Returns the checksums of this rank's state [shards, kinds]; 0 for kinds that a shard does not have."""
+        rows = [torch.stack([checksum(tensor) for tensor in shard.tensors.values()]) for shard in self._engine.shards()]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def _broken(self, rows: list[list[int]]) -> list[Damage]:
         if self._seal is None:
             return []
-        kinds = list(self._engine.shards()[0].tensors)
+        shards = self._engine.shards()
         return [
             self._damaged_state("state", index, kind)
             for index, (now, sealed) in enumerate(zip(rows, self._seal, strict=True))
-            for kind, current, original in zip(kinds, now, sealed, strict=True)
+            for kind, current, original in zip(shards[index].tensors, now, sealed, strict=False)
             if current != original
         ]
 
     def _different_replicas(self, state: torch.Tensor) -> list[Damage]:
         """Returns the state of this rank that differs from the other holders' replicas."""
-        kinds, damages = list(self._engine.shards()[0].tensors), []
+        shards, damages = self._engine.shards(), []
         for axis in self._sharing_axes():
             members, group = self._shared(axis), self._mesh.group(axis)
             table = _gather(state[members], group)
             for place, index in enumerate(members):
-                for column, kind in enumerate(kinds):
+                for column, kind in enumerate(shards[index].tensors):
                     if _differs_from_majority([row[place][column] for row in table], group.rank):
                         damages.append(self._damaged_state("replica", index, kind, axis))
         return damages

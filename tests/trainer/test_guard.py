@@ -18,7 +18,7 @@ from tests.parity import small_recipe
 from tests.trainer.faults import Ending, Fault, assert_same_bits, gradient, reduced, train
 
 STEPS, BAD = 7, 5
-MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2}
+MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "model__moe__bias_rate": 0.01}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {"parallel__data": 2},
     "replicated": {"parallel__data": 4, "parallel__zero": 0, "train__dtype": "float32"},
@@ -54,6 +54,7 @@ def cases() -> list[Any]:
         last = small_recipe(**changes).world_size() - 1
         held = Fault("exp_avg_sq") if layout == "replicated" else Fault("copy", rank=last)
         faults = [gradient("nan", rank=last), gradient(rank=last), Fault("exp_avg", rank=last), held]
+        faults += [Fault("buffer", rank=last)] if layout == "expert" else []
         found += [("simulated", layout, fault) for fault in faults]
         found += [("gloo", layout, fault) for fault in faults[1::2] if layout in GLOO]
     more = [gradient("huge"), reduced("nan"), reduced(), Fault("weight", rank=0), Fault("exp_avg_sq", "nan"), Fault("copy", "nan")]
@@ -91,7 +92,8 @@ def test_a_fault_stops_the_run_before_any_rank_applies_the_step(tmp_path: Path, 
     assert f"step {BAD}: " in found[0].error
     assert len(found[0].lines) == BAD - 1
     if fault.where not in ("gradient", "reduced"):
-        assert f"rank {fault.rank}: {'working copy' if fault.where == 'copy' else fault.where} of " in found[0].error
+        what = {"copy": "working copy", "buffer": "weight"}.get(fault.where, fault.where)
+        assert f"rank {fault.rank}: {what} of " in found[0].error
         keep = [rank for rank in range(len(found)) if rank != fault.rank]
         found, before = [found[rank] for rank in keep], [before[rank] for rank in keep]
     assert_same_bits(found, before)

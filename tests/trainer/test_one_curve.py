@@ -22,11 +22,11 @@ MODELS = {
     "dense_5_layers_gqa": {"layers": 5, "kv_heads": 2},
     "dense_tied_padded": {"tie_embeddings": True, "vocab": 61, "layers": 3},
     "moe": MOE,
-    "moe_tied": {**MOE, "tie_embeddings": True},
+    "moe_tied": {**MOE, "tie_embeddings": True, "moe__bias_rate": 0.05},
     "moe_everywhere_5_layers": {**MOE, "moe__every": 1, "moe__shared_experts": 0, "layers": 5, "moe__top_k": 3},
     "dense_8_layers": {"layers": 8},
     "dense_30_layers": {"layers": 30},
-    "moe_tied_5_layers": {**MOE, "tie_embeddings": True, "layers": 5},
+    "moe_tied_5_layers": {**MOE, "tie_embeddings": True, "layers": 5, "moe__bias_rate": 0.05},
     "moe_tied_9_layers": {**MOE, "tie_embeddings": True, "layers": 9},
 }
 

@@ -34,7 +34,8 @@ from tests.standing import assert_stood, train_noting_samples
 from tests.trainer.states import load_state, save_state
 
 MOE = {
-    "model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "model__tie_embeddings": True, "model__layers": 7,
+    "model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "model__moe__bias_rate": 0.05,
+    "model__tie_embeddings": True, "model__layers": 7,
 }  # fmt: skip
 
 

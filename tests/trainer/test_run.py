@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,17 @@ import pytest
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest, list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointStorageError
 from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
-from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
+from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH, Fence
 from bagualu.fault_tolerance.ledger.events import read
 from bagualu.trainer import loop
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import TrainerState
+from bagualu.trainer.models.decoder import initialise
 from bagualu.trainer.process.failure import GuardError
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recovery.saving import take_checkpoints
 from bagualu.trainer.step import StepResult, train_step
 from tests.conftest import Undisturbed
 from tests.harness import BACKENDS, ON_GPU, run
@@ -271,3 +275,26 @@ def test_a_rank_with_another_run_directory_is_refused_before_it_makes_one(tmp_pa
     with pytest.raises(RecipeError, match=f"^{re.escape(said)}"):
         run("simulated", 4, with_own_folder, recipe_in(tmp_path / "run", model__layers=4))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_goes_on_draws_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("simulated", 2, until, recipe_in(tmp_path), 0, 3)
+    monkeypatch.setattr(initialise, "normal_values", None)
+    summary = run("simulated", 2, until, recipe_in(tmp_path, checkpoint__resume=True), -1, 0)[0]
+    assert (summary["ended"], summary["step"]) == ("done", STEPS)
+
+
+def test_checkpoints_that_go_away_while_a_run_starts_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights were not drawn, so it must not begin with those."""
+    run("simulated", 2, until, recipe_in(tmp_path), 0, 3)
+
+    def lose(state: TrainerState, scratch: Path | None) -> Fence:
+        fence = take_checkpoints(state, scratch)
+        if state.mesh.at("world") == 0:
+            for path in list_checkpoints(tmp_path / "checkpoints"):
+                shutil.rmtree(path)
+        return fence
+
+    monkeypatch.setattr(whole_run, "take_checkpoints", lose)
+    with pytest.raises(CheckpointStorageError, match="are gone; see whether its storage is mounted"):
+        run("simulated", 2, until, recipe_in(tmp_path, checkpoint__resume=True), -1, 0)

@@ -110,19 +110,27 @@ def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
     return shapes | (_swiglu("feed_forward.shared", hidden, moe.shared_experts * moe.ffn) if moe.shared_experts else {})
 
 
+def layer_buffers(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
+    """Global shapes of a decoder layer's buffers, by name."""
+    return {"feed_forward.router.bias": (model.moe.experts,)} if model.is_moe_layer(index) and model.moe.has_bias else {}
+
+
 def _swiglu(name: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.gate.weight": (ffn, hidden), f"{name}.up.weight": (ffn, hidden), f"{name}.down.weight": (hidden, ffn)}
 
 
 def layer_bytes(work: ModelWork, index: int) -> int:
     """State of a decoder layer on this rank."""
-    return sum(_state_bytes(work, f"layers.{index}.{name}", shape) for name, shape in layer_shapes(work.model, index).items())
+    buffers = sum(prod(shape) for shape in layer_buffers(work.model, index).values()) * work.accurate_bytes
+    trained = layer_shapes(work.model, index).items()
+    return buffers + sum(_state_bytes(work, f"layers.{index}.{name}", shape) for name, shape in trained)
 
 
-def optimizer_bytes(work: ModelWork, index: int) -> int:
-    """Master weights and moments of a decoder layer, over all ranks that hold a part of it."""
-    elements = sum(prod(shape) for shape in layer_shapes(work.model, index).values())
-    return elements * work.accurate_bytes * (1 + _MOMENTS)
+def saved_bytes(work: ModelWork, index: int) -> int:
+    """What a checkpoint holds of a decoder layer: master weights, moments and buffers."""
+    trained = sum(prod(shape) for shape in layer_shapes(work.model, index).values())
+    buffers = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
+    return (trained * (1 + _MOMENTS) + buffers) * work.accurate_bytes
 
 
 def end_bytes(work: ModelWork) -> tuple[int, int, int]:

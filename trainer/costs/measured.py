@@ -231,7 +231,7 @@ def _samples(work: ModelWork, device: torch.device, compiled: bool) -> dict[str,
 
 
 def _outputs_of(layer: Layer) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
-    return lambda x: tuple(output for output in layer(x) if output is not None)
+    return lambda x: tuple(output for output in layer(x)[:2] if output is not None)
 
 
 class _NormAndHead(nn.Module):
@@ -260,4 +260,6 @@ def _localise(module: nn.Module, prefix: str, work: ModelWork, device: torch.dev
             if fused:
                 parameter.gradient_sink = sink  # type: ignore[attr-defined]
             setattr(part, key, parameter)
+        for key, meta in list(part.named_buffers(recurse=False)):
+            setattr(part, key, torch.zeros(meta.shape, dtype=accurate_dtype(dtype), device=device))
     return shelf

@@ -12,21 +12,24 @@ import torch
 from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.boxes import Box, TensorPiece
+from bagualu.parallel.buffers import Buffer, buffers_of
 from bagualu.parallel.data import Bucket, GradientReducer, build_buckets
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill, parallelize
-from bagualu.trainer.models.decoder.initialise import decoder_values
+from bagualu.trainer.models.decoder.initialise import initial_values
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.models.decoder.plan import decoder_plan
-from bagualu.trainer.optim.adamw import Incoming, ShardedAdamW
+from bagualu.trainer.optim.adamw import ShardedAdamW
 from bagualu.trainer.recipe.config import Recipe
 
 
 class NativeEngine:
     """An `Engine` (protocol.py)."""
 
-    def __init__(self, model: Decoder, buckets: list[Bucket], reducer: GradientReducer, optimizer: ShardedAdamW) -> None:
-        self.model, self.buckets, self.reducer, self.optimizer = model, buckets, reducer, optimizer
+    def __init__(
+        self, model: Decoder, buckets: list[Bucket], buffers: list[Buffer], reducer: GradientReducer, optimizer: ShardedAdamW
+    ) -> None:
+        self.model, self.buckets, self.buffers, self.reducer, self.optimizer = model, buckets, buffers, reducer, optimizer
 
     @property
     def parameters(self) -> int:
@@ -74,19 +77,38 @@ class NativeEngine:
         self.optimizer.publish()
 
     def pieces(self) -> Iterator[TensorPiece]:
-        return self.optimizer.pieces()
+        yield from self.optimizer.pieces()
+        yield from (buffer.piece(buffer.tensor) for buffer in self.buffers if buffer.owned)
 
-    def incoming(self) -> Incoming:
-        return self.optimizer.incoming()
+    def incoming(self) -> "NativeIncoming":
+        return NativeIncoming(self)
 
     def shards(self) -> list[StateShard]:
-        return [_state_shard(*both) for both in zip(self.buckets, self.optimizer.shards(), strict=True)]
+        trained = [_state_shard(*both) for both in zip(self.buckets, self.optimizer.shards(), strict=True)]
+        return trained + [_buffer_shard(buffer) for buffer in self.buffers]
 
     def open(self) -> None:
         self.reducer.lend()
 
     def close(self) -> None:
         self.reducer.close()
+
+
+class NativeIncoming:
+    """An `IncomingState` (protocol.py)."""
+
+    def __init__(self, engine: NativeEngine) -> None:
+        self._trained = engine.optimizer.incoming()
+        self._buffers = [(buffer, torch.zeros_like(buffer.tensor, device="cpu")) for buffer in engine.buffers]
+
+    def pieces(self) -> Iterator[TensorPiece]:
+        yield from self._trained.pieces()
+        yield from (buffer.piece(fresh) for buffer, fresh in self._buffers)
+
+    def apply(self, updates: int) -> None:
+        self._trained.apply(updates)
+        for buffer, fresh in self._buffers:
+            buffer.tensor.copy_(fresh)
 
 
 def _state_shard(bucket: Bucket, tensors: dict[str, torch.Tensor]) -> StateShard:
@@ -104,9 +126,16 @@ def _state_shard(bucket: Bucket, tensors: dict[str, torch.Tensor]) -> StateShard
     )
 
 
-def initial_values(recipe: Recipe) -> Fill:
+def _buffer_shard(buffer: Buffer) -> StateShard:
+    axis = buffer.placement.reduction_axis
+    held_along = [axis] if "tensor" in buffer.placement.axes else [axis, "tensor"]
+    return StateShard(buffer.name, {"weight": buffer.tensor}, axis, buffer.group, held_along, (buffer.tensor,), partitioned=False)
+
+
+def seeded_values(recipe: Recipe) -> Fill:
     """The weights that a run begins with."""
-    return partial(decoder_values, recipe.run.seed, recipe.model.initial_std, recipe.model.layers)
+    plan = decoder_plan(recipe.model, recipe.parallel.sequence)
+    return partial(initial_values, plan, recipe.run.seed, recipe.model.initial_std, recipe.model.layers)
 
 
 def no_values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
@@ -128,7 +157,7 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
             layer.compile()
     buckets = build_buckets(model, plan, mesh, parallel.zero, parallel.bucket_bytes, model.uses)
     reducer = GradientReducer(buckets, mesh, fused=_sinks(recipe))
-    return NativeEngine(model, buckets, reducer, ShardedAdamW(buckets, recipe.optim))
+    return NativeEngine(model, buckets, buffers_of(model, plan, mesh), reducer, ShardedAdamW(buckets, recipe.optim))
 
 
 def _sinks(recipe: Recipe) -> Callable[[str], bool]:

@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from bagualu.fault_tolerance.guard.engine import GuardedEngine
 from bagualu.parallel.boxes import TensorPiece
 from bagualu.parallel.pipeline.runtime import WeightGradients
+from bagualu.trainer.models.model import Model
 
 
 class IncomingState(Protocol):
     """A state that is being read, in host memory of its own: engine and model stay as they are until `apply`."""
 
     def pieces(self) -> Iterator[TensorPiece]:
-        """The memory to fill: every box of weights and moments that this rank holds."""
+        """The memory to fill: every box of weights, moments and buffers that this rank holds."""
 
     def apply(self, updates: int) -> None:
         """Makes what was read, after `updates` updates, the state of the engine and the model. Collective."""
@@ -29,8 +29,8 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
     """One rank's. A step is: `begin`, backward passes, `finish`, `norm_squared`, and if all agree `step` and `share`."""
 
     @property
-    def model(self) -> nn.Module:
-        """This rank's layers; `Slices` of the pipeline."""
+    def model(self) -> Model:
+        """Its parameters and buffers are this rank's working state."""
 
     @property
     def parameters(self) -> int:
@@ -57,7 +57,7 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
         """Gives the other ranks this rank's part of the updated working weights, and takes theirs. Collective."""
 
     def pieces(self) -> Iterator[TensorPiece]:
-        """Master weights and moments that this rank owns, as boxes of the global tensors: what checkpoints hold."""
+        """Master weights, moments and buffers that this rank owns, as boxes of the global tensors: what checkpoints hold."""
 
     def incoming(self) -> IncomingState:
         """Fresh memory to read a state into."""

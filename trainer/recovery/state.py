@@ -29,7 +29,7 @@ from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.recipe.config import DTYPES
 
 _FINGERPRINT = "data fingerprint"
-_RENORMALISE = "model.moe.renormalise"
+_RENORMALISE, _BIAS_RATE = "model.moe.renormalise", "model.moe.bias_rate"
 _SPLIT, _KIND = "data.split", "data split in fact"
 """In an identity: how the text was to be split (none: nothing is kept for validation), and how it was. Runs of earlier versions
 have neither: they kept whole files."""
@@ -195,10 +195,12 @@ def identity(state: TrainerState) -> dict[str, Any]:
 def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
     """Raises RecipeError for what makes the run another run. A checkpoint without `renormalise` was always renormalised, and its
     padding does not matter."""
-    saved = {_RENORMALISE: True, **saved}
+    saved = {_RENORMALISE: True, _BIAS_RATE: None, **saved}
     saved.pop("model.vocab_multiple", None)
     # The text last: when the vocabulary differs, the tokens do too, and the vocabulary is what to name.
     for key in sorted((saved.keys() | here.keys()) - _OF_TEXT):
+        if key == _BIAS_RATE and None not in (saved[key], here[key]):
+            continue  # the rate may change; only whether there are biases belongs to the model
         if saved.get(key) != here.get(key):
             if key == _RENORMALISE and here.get("model.moe.top_k") == 1:
                 raise RecipeError(

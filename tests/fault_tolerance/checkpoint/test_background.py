@@ -156,22 +156,19 @@ def test_storage_that_does_not_answer_fails_the_save_and_not_the_run(tmp_path, m
         original(descriptor)
 
     def train(saver: Saver) -> Any:
-        started = time.monotonic()
         failed, steps = save_while_training(saver, 20, Snapshot())
         second, _ = save_while_training(saver, 30, Snapshot())  # the writer is still stuck
-        seconds = time.monotonic() - started
         saver.group.barrier()
         if saver.group.rank == 1:
             hangs.clear()
             fifo.write_bytes(b"")
-        return failed, steps, second, seconds, save_while_training(saver, 40, Snapshot())[0]
+        return failed, steps, second, save_while_training(saver, 40, Snapshot())[0]
 
     monkeypatch.setattr(os, "fsync", hang)
-    for failed, steps, second, seconds, later in with_savers(root, 2, train, timeout_seconds=1.0):
+    for failed, steps, second, later in with_savers(root, 2, train, timeout_seconds=1.0):
         assert "step 20 was not saved: rank 1: the storage has not answered" in str(failed)
         assert steps > 10  # training went on meanwhile
         assert "step 30 was not saved: rank 1: the storage has not answered" in str(second)
-        assert seconds < 30
         assert later == root / step_name(40)
     assert latest(root) == root / step_name(40)
 

@@ -112,7 +112,21 @@ def test_a_slow_rank_changes_nothing_but_the_time(tmp_path: Path, reference: Pat
     assert_stood(tmp_path, reference, 2)
 
 
-def test_slowness_multiplies_what_is_computed_not_what_is_waited() -> None:
+class Clock:
+    """Stands for the module `time`."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_slowness_multiplies_what_is_computed_not_what_is_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("bagualu.fault_tolerance.injection.slowness.time", clock)
     monitor = Monitor()
     monitor.step = 3
 
@@ -125,20 +139,18 @@ def test_slowness_multiplies_what_is_computed_not_what_is_waited() -> None:
     (slowness,) = monitor.observers
     assert isinstance(slowness, Slowness)
 
-    def seconds(what: Any) -> float:
-        started = time.monotonic()
-        what()
-        return time.monotonic() - started
-
     slowness.waits(None)
-    time.sleep(0.1)
-    assert seconds(lambda: slowness.at(Phase.BACKWARD, 4)) > 0.19
+    clock.now += 1.0
+    slowness.at(Phase.BACKWARD, 4)
+    assert clock.now == 3.0
     slowness.waits("all_reduce in fold")
-    time.sleep(0.1)
+    clock.now += 1.0
     slowness.waits(None)
-    assert seconds(lambda: slowness.at(Phase.REDUCE, 4)) < 0.15
-    time.sleep(0.1)
-    assert seconds(lambda: slowness.at(Phase.DATA, 5)) < 0.15, "it is over"
+    slowness.at(Phase.REDUCE, 4)
+    assert clock.now == 4.0
+    clock.now += 1.0
+    slowness.at(Phase.DATA, 5)
+    assert clock.now == 5.0, "it is over"
 
 
 def test_corruption_flips_one_bit_of_the_newest_checkpoint(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.parallel.layout import Layout
 from bagualu.trainer.assemble import assemble
-from bagualu.trainer.costs.analytic import FLOPS_PER_SECOND, ModelWork, analytic_table, layer_shapes
+from bagualu.trainer.costs.analytic import FLOPS_PER_SECOND, ModelWork, analytic_table, layer_buffers, layer_shapes
 from bagualu.trainer.costs.choose_split import work_of
 from bagualu.trainer.costs.throughput import model_flops_per_token
 from bagualu.trainer.data.corpus import prepare
@@ -31,9 +31,13 @@ def moe_model(layers: int = 2) -> ModelConfig:
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_shapes_are_those_of_the_model(layer: int) -> None:
+    model = moe_model()
+    model.moe.bias_rate = 0.0
     with torch.device("meta"):
-        module = Layer(moe_model(), layer)
-    assert layer_shapes(moe_model(), layer) == {name: tuple(p.shape) for name, p in module.named_parameters()}
+        module = Layer(model, layer)
+    assert layer_shapes(model, layer) == {name: tuple(p.shape) for name, p in module.named_parameters()}
+    assert layer_buffers(model, layer) == {name: tuple(b.shape) for name, b in module.named_buffers()}
+    assert not layer_buffers(moe_model(), layer)
 
 
 def test_seconds_add_up_to_the_models_flops_and_the_head_is_all_forward() -> None:

@@ -26,7 +26,7 @@ MODELS: dict[str, dict[str, object]] = {
     "dense": {},
     "dense_tied_5_layers": {"tie_embeddings": True, "layers": 5, "vocab": 61, "vocab_multiple": 4},
     "moe": MOE,
-    "moe_tied": {**MOE, "tie_embeddings": True},
+    "moe_tied": {**MOE, "tie_embeddings": True, "moe__bias_rate": 0.05},
 }
 Pieces = list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]
 
@@ -61,7 +61,9 @@ def resumed(communicator: Communicator, recipe: Recipe) -> TrainerState:
 
 def everything(parts: TrainerState) -> dict[str, np.ndarray]:
     """All that the next step depends on, on this rank, as bytes."""
-    state = {name: p.detach().clone().view(torch.uint8).cpu().numpy() for name, p in parts.engine.model.named_parameters()}
+    model = parts.engine.model
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    state = {name: tensor.detach().clone().view(torch.uint8).cpu().numpy() for name, tensor in tensors}
     for index, shard in enumerate(parts.engine.optimizer.shards()):
         state |= {f"{index}/{key}": value.cpu().numpy().copy() for key, value in shard.items()}
     scaler = parts.scaler

@@ -33,8 +33,16 @@ class MoEConfig:
     renormalise: bool | None = None
     """Divide the probabilities of the top k by their sum, so that the weights of a token sum to 1. Left out: true for top_k of 2 or
     more, false for 1, whose probability divided by itself is always 1, so that the router would learn nothing from the loss."""
+    bias_rate: float | None = None
+    """Balance the load by a bias for each expert, which is added to its probability when the top k are chosen, but not to its
+    weight. After every step it rises by this where the expert got fewer tokens than the mean and falls where it got more. 0 keeps
+    the biases as they are; left out, there are none."""
     balance_loss: float = 0.01
     """Weight of the load-balancing loss, per sequence, averaged over the sequences of the global batch, summed over layers."""
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias_rate is not None
 
     @property
     def renormalises(self) -> bool:
@@ -122,7 +130,7 @@ class ModelConfig:
     def _validate_moe(self) -> None:
         moe = self.moe
         require_at_least(1, "model.moe", moe, "ffn", "every")
-        require_at_least(0, "model.moe", moe, "shared_experts", "balance_loss")
+        require_at_least(0, "model.moe", moe, "shared_experts", "balance_loss", *(["bias_rate"] if moe.has_bias else []))
         if not 1 <= moe.top_k <= moe.experts:
             raise RecipeError(f"model.moe.top_k={moe.top_k} must lie between 1 and model.moe.experts={moe.experts}; "
                               f"give model.moe.top_k={min(max(moe.top_k, 1), moe.experts)}")  # fmt: skip

@@ -10,6 +10,7 @@ from itertools import product
 import torch
 
 from bagualu.parallel.boxes import Box
+from bagualu.parallel.sharding import ShardingPlan
 
 BLOCK = 1024
 
@@ -34,10 +35,14 @@ def _generator(seed: int, name: str, index: tuple[int, ...]) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
 
 
-def decoder_values(seed: int, std: float, layers: int, name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
-    """The decoder's rule: norms start at 1; matrices normal, those that write into the residual stream smaller by
+def initial_values(
+    plan: ShardingPlan, seed: int, std: float, layers: int, name: str, shape: tuple[int, ...], box: Box
+) -> torch.Tensor:
+    """The elements `box` of the tensor `name` of `shape`, float32 on the CPU. What writes into the residual stream is smaller by
     sqrt(2 * layers), so that its variance does not grow with depth (GPT-2)."""
-    if name.endswith("norm.weight"):
+    initial = plan.placement(name).initial
+    if initial == "ones":
         return torch.ones(box.shape)
-    writes_residual = name.endswith(("attention.output.weight", "down.weight", "experts.down"))
-    return normal_values(seed, name, shape, box, std / (2 * layers) ** 0.5 if writes_residual else std)
+    if initial == "zeros":
+        return torch.zeros(box.shape)
+    return normal_values(seed, name, shape, box, std / (2 * layers) ** 0.5 if initial == "residual" else std)

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bagualu.comm.agree import totals
+from bagualu.comm.group import Group
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.vocabulary import embedding, linear_cross_entropy
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.layers import Attention, FeedForward, Linear, RMSNorm
-from bagualu.trainer.models.decoder.moe import MixtureOfExperts
+from bagualu.trainer.models.decoder.moe import MixtureOfExperts, update_biases
+from bagualu.trainer.models.model import Model
 from bagualu.trainer.operators.linear import linears
 
 
@@ -58,16 +61,16 @@ class Layer(nn.Module):
         mixture = config.is_moe_layer(index)
         self.feed_forward = MixtureOfExperts(config) if mixture else FeedForward(config.hidden, config.ffn)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [B, S, H] -> the same, and the balance loss of a mixture"""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """x [B, S, H] -> the same, and of a mixture the balance loss and the load of its experts [E]"""
         x = x + self.attention(self.attention_norm(x))
         output = self.feed_forward(self.feed_forward_norm(x))
         if isinstance(output, tuple):
-            return x + output[0], output[1]
-        return x + output, None
+            return x + output[0], output[1], output[2]
+        return x + output, None, None
 
 
-class Decoder(nn.Module):
+class Decoder(Model):
     """Slices of the model's layers, in order; with `first` the embedding before the first slice, with `last` the final norm and the
     head after the last one.
 
@@ -87,11 +90,25 @@ class Decoder(nn.Module):
         self.head = Head(config.padded_vocab, config.hidden, config.vocab) if last else None
         if config.tie_embeddings and self.head is not None and self.embedding is not None:
             self.head.weight = self.embedding.weight
+        self._bias_rate = config.moe.bias_rate
+        self._loads: dict[int, torch.Tensor] = {}
+        """By layer, the number of tokens that each of its experts got since `begin_step`."""
 
     def uses(self, parameter: nn.Parameter) -> int:
         """How many gradients one sequence of slices gives it: 2 for an embedding that is the head as well."""
         ends = (self.embedding, self.head)
         return max(1, sum(end is not None and end.weight is parameter for end in ends))
+
+    def begin_step(self) -> None:
+        self._loads.clear()
+
+    def end_step(self, group: Group) -> None:
+        if self._bias_rate and self._loads:
+            own = torch.stack(list(self._loads.values()))
+            loads = torch.tensor(totals(own.flatten().tolist(), group)).view(own.shape).to(own.device)
+            update_biases(
+                loads, [self.get_buffer(f"layers.{index}.feed_forward.router.bias") for index in self._loads], self._bias_rate
+            )
 
     def forward(
         self, inputs: torch.Tensor, labels: torch.Tensor | None = None, place: int = 0
@@ -102,13 +119,15 @@ class Decoder(nn.Module):
         balance = x.new_zeros((), dtype=accurate_dtype(x.dtype))
         for index in self.slices[place]:
             layer = self.layers[str(index)]
-            x, loss = (
+            x, loss, load = (
                 checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
                 if self.recompute[place] and x.requires_grad
                 else layer(x)
             )
             if loss is not None:
                 balance = balance + loss
+            if load is not None and self._bias_rate and torch.is_grad_enabled():
+                self._loads[index] = self._loads.get(index, 0) + load
         if self.head is not None and self.norm is not None and place == len(self.slices) - 1:
             x = self.head(self.norm(x), labels)
         return x, balance

@@ -6,6 +6,8 @@ Dropless: every token reaches all of its experts, whatever the load. Which rank 
 takes rows sorted by expert to where they belong and brings results back (parallel/expert.py).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,37 +37,55 @@ class Experts(nn.Module):
         return self.exchange.combine(results, routed)
 
 
+class Router(Linear):
+    """Weight [E, H]. `bias` [E], where there is one, is a buffer: `update_biases` changes it, no gradient does."""
+
+    bias: torch.Tensor | None
+
+    def __init__(self, hidden: int, config: MoEConfig) -> None:
+        super().__init__(hidden, config.experts)
+        self.top_k, self.renormalises = config.top_k, config.renormalises
+        self.register_buffer("bias", torch.zeros(config.experts) if config.has_bias else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, S, H] -> the probabilities of the experts [B, S, E], in at least float32"""
+        (scores,) = linears(x, self.weight, wide=True, dtype=accurate_dtype(x.dtype))
+        return scores.softmax(-1)
+
+    def choose(self, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """probabilities [B, S, E] -> the weights of the chosen experts and their numbers, both [B, S, K]"""
+        if self.bias is None:
+            weights, chosen = probabilities.topk(self.top_k, dim=-1)
+        else:
+            chosen = (probabilities + self.bias).topk(self.top_k, dim=-1).indices
+            weights = probabilities.gather(-1, chosen)
+        return (weights / weights.sum(-1, keepdim=True) if self.renormalises else weights), chosen
+
+
 class MixtureOfExperts(nn.Module):
-    """Takes the place of a feed-forward; also returns the load-balancing loss, summed over the micro-batch's sequences."""
+    """Takes the place of a feed-forward. Also returns the balance loss, summed over the micro-batch's sequences, and the load:
+    how many tokens of the micro-batch each expert got."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.top_k = config.moe.top_k
-        self.renormalises = config.moe.renormalises
-        self.router = Linear(config.hidden, config.moe.experts)
+        self.router = Router(config.hidden, config.moe)
         self.experts = Experts(config.hidden, config.moe)
         self.shared = FeedForward(config.hidden, config.moe.shared_experts * config.moe.ffn) if config.moe.shared_experts else None
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [B, S, H] -> [B, S, H], loss"""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [B, S, H] -> [B, S, H], loss, load [E]"""
         tokens = x.flatten(0, 1)
-        probabilities = self._route(x)  # [B, S, E]
-        weights, chosen = probabilities.topk(self.top_k, dim=-1)  # [B, S, K]
-        if self.renormalises:
-            weights = weights / weights.sum(-1, keepdim=True)
+        probabilities = self.router(x)
+        weights, chosen = self.router.choose(probabilities)
         experts = chosen.flatten()  # [N]
         order = experts.argsort(stable=True)
         counts = experts.bincount(minlength=probabilities.shape[-1])
-        results = self.experts(tokens[order // self.top_k], counts)
+        results = self.experts(tokens[order // self.router.top_k], counts)
         by_token = torch.empty_like(results).index_copy(0, order, results).view(*chosen.shape, -1)  # [B, S, K, H]
         mixed = (by_token * weights.to(x.dtype).unsqueeze(-1)).sum(2)
         if self.shared is not None:
             mixed = mixed + self.shared(x)
-        return mixed, balance_loss(probabilities, chosen)
-
-    def _route(self, x: torch.Tensor) -> torch.Tensor:
-        (scores,) = linears(x, self.router.weight, wide=True, dtype=accurate_dtype(x.dtype))
-        return scores.softmax(-1)
+        return mixed, balance_loss(probabilities, chosen), counts
 
 
 def balance_loss(probabilities: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -78,3 +98,13 @@ def balance_loss(probabilities: torch.Tensor, chosen: torch.Tensor) -> torch.Ten
     ones = torch.ones_like(chosen, dtype=probabilities.dtype).flatten(1)
     load = torch.zeros_like(probabilities[:, 0]).scatter_add(1, chosen.flatten(1), ones)  # [B, E]
     return (load * probabilities.mean(1)).sum() * experts / (top_k * length)
+
+
+def update_biases(loads: torch.Tensor, biases: Sequence[torch.Tensor], rate: float) -> None:
+    """Balances the load without a loss (arXiv 2408.15664): raises by `rate` the bias of every expert that got fewer tokens than the
+    mean of its layer, and lowers by as much that of every expert that got more.
+
+    loads [layers, E]: the tokens of a whole step. biases: [E] each, changed in place.
+    """
+    for bias, load in zip(biases, loads, strict=True):
+        bias.add_((load.mean() - load).sign(), alpha=rate)

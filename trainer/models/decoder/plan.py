@@ -1,4 +1,4 @@
-"""The decoder's sharding plan. Free of torch."""
+"""The decoder's sharding plan."""
 
 from dataclasses import replace
 
@@ -7,14 +7,14 @@ from bagualu.trainer.models.decoder.config import ModelConfig
 
 ROWS = Placement(((0, "tensor"),))
 """Column parallel: each rank computes a part of the output."""
-COLUMNS = Placement(((1, "tensor"),))
+COLUMNS = Placement(((1, "tensor"),), initial="residual")
 """Row parallel: each rank reads a part of the input, and outputs add up."""
 
 
 def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
-    """Where every parameter lies. With `sequence` parallel, norms see only their slice of the sequence."""
+    """Where every parameter and buffer lies. With `sequence` parallel, norms see only their slice of the sequence."""
     vocabulary = replace(ROWS, rows=config.vocab)
-    norm = Placement(partial_over="tensor" if sequence else None)
+    norm = Placement(partial_over="tensor" if sequence else None, initial="ones")
     placements = (
         ("embedding.weight", vocabulary),
         ("head.weight", vocabulary),
@@ -23,7 +23,8 @@ def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
         ("layers.*.attention.*.weight", ROWS),
         # Every tensor rank routes the same tokens, but each sees only its part of what the experts return.
         ("layers.*.feed_forward.router.weight", Placement(partial_over="tensor")),
-        ("layers.*.feed_forward.experts.down", Placement(((0, "expert"), (2, "tensor")))),
+        ("layers.*.feed_forward.router.bias", Placement(initial="zeros")),
+        ("layers.*.feed_forward.experts.down", Placement(((0, "expert"), (2, "tensor")), initial="residual")),
         ("layers.*.feed_forward.experts.*", Placement(((0, "expert"), (1, "tensor")))),
         ("layers.*.down.weight", COLUMNS),
         ("layers.*.feed_forward.*.weight", ROWS),

@@ -7,7 +7,11 @@ from hypothesis import strategies as st
 
 from bagualu.parallel.boxes import Box
 from bagualu.trainer.models.decoder import initialise
-from bagualu.trainer.models.decoder.initialise import decoder_values, normal_values
+from bagualu.trainer.models.decoder.config import ModelConfig
+from bagualu.trainer.models.decoder.initialise import initial_values, normal_values
+from bagualu.trainer.models.decoder.plan import decoder_plan
+
+PLAN = decoder_plan(ModelConfig(), sequence=False)
 
 
 def whole(shape: tuple[int, ...]) -> Box:
@@ -83,10 +87,10 @@ def test_values_stay_what_they_are() -> None:
     ],
 )
 def test_what_writes_into_the_residual_stream_is_smaller(name: str, deviation: float) -> None:
-    values = decoder_values(0, 0.05, 4, name, (100, 200), whole((100, 200)))
+    values = initial_values(PLAN, 0, 0.05, 4, name, (100, 200), whole((100, 200)))
     assert abs(values.std() / deviation - 1) < 0.03
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "layers.3.attention_norm.weight", "layers.3.feed_forward_norm.weight"])
 def test_norms_are_ones(name: str) -> None:
-    assert torch.equal(decoder_values(0, 0.05, 4, name, (6,), Box((2,), (3,))), torch.ones(3))
+    assert torch.equal(initial_values(PLAN, 0, 0.05, 4, name, (6,), Box((2,), (3,))), torch.ones(3))

@@ -1,0 +1,16 @@
+"""What the models of all families have in common."""
+
+from torch import nn
+
+from bagualu.comm.group import Group
+
+
+class Model(nn.Module):
+    """One rank's layers; `forward` has the arguments and results of the pipeline's `Slices`."""
+
+    def begin_step(self) -> None:
+        """Call before the first forward pass of an attempt at a step."""
+
+    def end_step(self, group: Group) -> None:
+        """Changes the buffers after a step that was applied. `group`: the ranks that hold the same layers and process different
+        samples. Collective."""
