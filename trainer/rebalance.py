@@ -84,8 +84,8 @@ class Rebalancer:
     _bytes_per_second: float = _BYTES_PER_SECOND
 
     def after_step(self, step: int) -> Move | None:
-        """Call this after `step` steps if the last of them was computed. Returns the move that was made or failed, the same on
-        every rank; None if there was none. Collective at the end of a window."""
+        """Counts a computed step, the last of `step` steps. At the end of a window (collective), moves layers if rank 0 so decides.
+        Returns the move, even if it failed, the same on every rank; None without a move."""
         seconds = sum(timed.end - timed.start for timed in self.state.runner.stopwatch.passes())
         self._busy.append(seconds / self.state.schedule.micro_batches)
         if len(self._busy) < self.every:

@@ -145,13 +145,13 @@ def _state_bytes(work: ModelWork, name: str, shape: tuple[int, ...]) -> int:
 
 
 def embedding_held(work: ModelWork) -> Held:
-    """The activations are the token ids; the weight gradient's operands are the ids and the rows of the output's gradient."""
+    """Returns what the embedding holds: as activations the token ids, as operands the ids and the rows of the output's gradient."""
     ids, between = 8 * work.tokens, work.tokens // (work.layout.tensor if work.sequence else 1)
     return Held(ids, ids, ids + between * work.model.hidden * work.item_bytes)
 
 
 def head_held(work: ModelWork) -> Held:
-    """The activations are the norm's input and scale, and the gradients of the input and of the weight.
+    """Returns what the head holds: the norm's input and scale, and the gradients of the input and of the weight.
 
     The weight's gradient is in at least float32 if it is summed over chunks of tokens. So it is on chips that do not multiply
     16-bit matrices, which is not counted."""

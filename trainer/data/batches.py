@@ -144,8 +144,8 @@ class Batches:
 
 
 def _shuffle(places: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Returns the index of the sequence at each of `places`, all below `count`, in the order of an epoch: a permutation, computed
-    for each element separately.
+    """Returns the index of the sequence at each position in `places`, all below `count`, of an epoch: a permutation, computed for
+    each position separately.
 
     A Feistel network permutes the numbers below the smallest 4 ** n >= count; a result outside `count` goes through it again until
     it is inside (cycle walking; Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). So no array as long as the corpus

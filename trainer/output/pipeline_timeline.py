@@ -36,7 +36,8 @@ class PipelineRecorder:
         self._met = 0.0
 
     def before_step(self, step: int) -> None:
-        """Call this before step `step` (from 0). If it is the recorded step, waits for all ranks of the pipeline (collective)."""
+        """Waits for all ranks of the pipeline before the recorded step (collective) and notes the time. Call it before each step
+        (from 0)."""
         if step == self._due:
             meet(self._state.mesh.group("pipeline"))
             self._met = time.perf_counter()

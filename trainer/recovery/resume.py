@@ -213,7 +213,7 @@ def choose(
 def _newest_after_all(
     state: TrainerState, candidates: Sequence[Candidate], problems: dict[str, CheckpointError]
 ) -> tuple[Candidate, dict[str, CheckpointError]]:
-    """Tries the candidates once more that storage could not read: the last of `candidates` was read, so storage works, perhaps
+    """Tries again the candidates that storage could not read: the last of `candidates` was read, so storage works, perhaps
     again.
 
     Returns as `choose` does."""
