@@ -1,7 +1,9 @@
-"""One worker under torchrun or SLURM, or a world of one: `torchrun --nproc-per-node 4 -m bagualu.trainer recipe=moe_tiny`.
+"""Runs a worker under torchrun or SLURM, or a world of a single rank.
 
-The recipe is composed and checked before torch is imported. What is wrong with it is wrong on every rank, so rank 0 alone
-says it; rank 0 alone looks at the run directory too, because it writes there while others may still be starting.
+    torchrun --nproc-per-node 4 -m bagualu.trainer recipe=moe_tiny
+
+The recipe is composed and checked before torch is imported. An error in it is the same on every rank, so only rank 0 prints it.
+Only rank 0 checks the run directory too, because it writes there while other ranks may still be starting.
 """
 
 import os
@@ -30,15 +32,15 @@ from bagualu.trainer.recipe.compose import compose, save_recipe
 from bagualu.trainer.recipe.config import Recipe
 
 _PREPARED = "BAGUALU_PREPARED"
-"""Set in a process that has been started again with its environment as it should be."""
+"""The environment variable that is set in a process that has restarted itself with the right environment."""
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
-"""Set by torchrun, which leaves its workers behind when it is killed."""
+"""The environment variable that torchrun sets. Its workers must end themselves, since they would outlive it if it is killed."""
 
 
 def main(overrides: list[str], entrypoint: str | None = None) -> int:
-    """Train as the rank that the environment says; the exit code."""
+    """Trains as the rank given by the environment; returns the exit code."""
     streams.secure()
-    if _TORCHRUN in os.environ:  # started by hand, it may outlive its shell
+    if _TORCHRUN in os.environ:  # a process started by hand may outlive its shell
         die_with(os.getppid())
     if tasks := Tasks.from_environment():
         if tasks.index == 0:
@@ -72,13 +74,13 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
                 print(f"{recipe.run.name}: {recipe.validate(world.size)} as {world.size} processes with {backend}, "
                       f"in {recipe.run.dir}", file=sys.stderr, flush=True)  # fmt: skip
             return _train(recipe, world, local_workers, entrypoint)
-    except RecipeError as error:  # another job was quicker
+    except RecipeError as error:  # another job has taken the run directory meanwhile
         print(f"bagualu: error: {error}", file=sys.stderr)
         return REFUSED
 
 
 def _prepare(recipe: Recipe, local_workers: int) -> None:
-    """Start this process again if its environment is not the one it should begin with (environment.py); at most once."""
+    """Restarts this process, at most once, if its environment is not the one that it should start with (environment.py)."""
     wanted = environment.variables(recipe.launch, local_workers)
     if _PREPARED not in os.environ and any(os.environ.get(name) != value for name, value in wanted.items()):
         os.environ.update(wanted, **{_PREPARED: "1"})
@@ -112,14 +114,14 @@ def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | N
         if why.kind != "recipe" or world.rank == 0:
             advice = "the ranks that only lost a peer say so" if world.size > 1 else what_next(why)
             print(last_words(why, advice), file=sys.stderr, flush=True)
-        os._exit(REFUSED if why.kind == "recipe" else FAILED)  # not by way of destructors that wait for lost peers
+        os._exit(REFUSED if why.kind == "recipe" else FAILED)  # skips destructors, which would wait for lost peers
     if world.rank == 0:
         print(summary_text(summary))
     return STOPPED if summary["ended"] == "stopped" else DONE
 
 
 def _say_ended(start: Start, rank: int, failure: Failure) -> None:
-    """In summary.json; rank 0 does, or another that finds it gone."""
+    """Records the failure in summary.json, on rank 0 or on a rank that detects that rank 0 is gone."""
     if rank > 0:
         start.fail_if_left(failure)
     elif failure.kind == "recipe" and not failure.step:

@@ -1,4 +1,4 @@
-"""Validation: the loss on held-out sequences, always the same ones, and bits per byte of their text."""
+"""Validation: computes the loss on a fixed set of held-out sequences, and the bits per byte of their text."""
 
 from dataclasses import dataclass
 
@@ -17,11 +17,12 @@ class Validation:
     loss: float
     """Nats per token."""
     bits_per_byte: float | None
-    """None when the tokens stand for no text (random data)."""
+    """None if the tokens stand for no text (random data)."""
 
 
 def validate(state: TrainerState) -> Validation | None:
-    """Loss over `train.validation_sequences` sequences of the validation split; the same on every rank. None for 0."""
+    """Returns the loss over `train.validation_sequences` sequences of the validation split, the same on every rank; None for 0
+    sequences. Collective."""
     count = min(state.recipe.train.validation_sequences, state.batches.validation_count)
     if count == 0:
         return None
@@ -31,7 +32,7 @@ def validate(state: TrainerState) -> Validation | None:
     labels = torch.stack([batch.labels for batch in micro_batches])
     counted = labels[labels != IGNORED]
     text_bytes = torch.as_tensor(state.corpus.token_bytes, device=state.device)[counted].sum()
-    # Every stage and tensor rank sees the labels, one of them reports: the one that holds the loss.
+    # Every stage and tensor rank has the labels, but only the rank that holds the loss counts them.
     once = float(state.mesh.last_stage and state.mesh.reports)
     tokens_here = counted.new_tensor(counted.numel())
     nats, total_bytes, tokens = state.mesh.sum_over("world", totals.loss * once, text_bytes * once, tokens_here * once)
@@ -39,8 +40,8 @@ def validate(state: TrainerState) -> Validation | None:
 
 
 def _share(state: TrainerState, count: int) -> list[MicroBatch]:
-    """This data rank's share of `count` sequences spread evenly over the split, in whole micro-batches; what is missing to
-    fill the last ones is ignored."""
+    """Returns this data rank's share of `count` sequences, spread evenly over the split, in whole micro-batches. Rows that fill up
+    the last micro-batches have labels that the loss ignores."""
     size, ranks, place = state.recipe.train.micro_batch, state.mesh.layout.data, state.mesh.at("data")
     chosen = [index * state.batches.validation_count // count for index in range(count)]
     rounds = -(-count // (size * ranks))

@@ -1,4 +1,4 @@
-"""The loop over steps: train, record, validate, save, and stop where asked."""
+"""The loop over steps: it trains, records, validates, saves, and stops when asked."""
 
 import logging
 import sys
@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Loop:
-    """`seconds_per_token_at_ceiling`: what a token would take if the machine did nothing but multiply matrices at its best."""
+    """Runs the steps of a run. `seconds_per_token_at_ceiling`: the time that a token's FLOPs take at the machine's matmul
+    ceiling."""
 
     state: TrainerState
     sinks: Sequence[Sink]
@@ -38,14 +39,14 @@ class Loop:
     replication: Replication | None = None
     rebalancer: Rebalancer | None = None
     _due: bool = False
-    """A checkpoint waits for a step that goes well."""
+    """Whether a checkpoint is due; it is written after the next committed step."""
     _damaged: list[dict[str, Any]] = field(default_factory=list)
-    """Checkpoints that were found damaged on the way back, as `Resumed.damaged`."""
+    """Checkpoints that rollbacks could not use, as in `Resumed.damaged`."""
     _busy_seconds: float = 0.0
     _steps_done: int = 0
 
     def run(self, first_step: int) -> dict[str, Any]:
-        """Steps first_step .. train.steps; returns how it ended and the last figures."""
+        """Runs steps first_step .. train.steps; returns how the run ended and its last metrics."""
         steps, every = self.state.recipe.train.steps, self.state.recipe.checkpoint.every
         step, stopped = first_step, False
         record: dict[str, Any] = {}
@@ -62,7 +63,7 @@ class Loop:
                 continue
             step += 1
             stopped = result.stop
-            if stopped and self.sinks:  # on the rank that speaks, which may not be the one that was asked
+            if stopped and self.sinks:  # on rank 0, which may not be the rank that was asked
                 print(f"asked to stop: saving step {step}; not saved yet", file=sys.stderr, flush=True)
             record = self._record(step, result, seconds) | self._slow_ranks(step, seconds) | self._rebalance(step, result)
             validation = None if stopped and step < steps else self._validation(step)
@@ -71,7 +72,7 @@ class Loop:
             self.checkpoints.still_ours()
             for sink in self.sinks:
                 sink.write(record)
-            if self.replication and result.committed:  # not committed: the state may be what is wrong
+            if self.replication and result.committed:  # else the state itself may be damaged
                 self.replication.after_step(step)
             self._due |= bool(every) and step % every == 0
             if self._due and result.committed and step < steps and not stopped:
@@ -87,7 +88,8 @@ class Loop:
         return {**record, **self._average(), **ended, **self._saved(), **watched, "damaged": self._damaged}
 
     def _is_stored(self, step: int) -> bool:
-        """Whether a checkpoint holds the state after `step` steps; a run that goes on from memory may begin at its last step."""
+        """Whether a checkpoint holds the state after `step` steps: a run resumed from a replica in memory may begin at its last
+        step."""
         newest = self.checkpoints.newest
         return newest is not None and step_of(newest) == step
 
@@ -96,7 +98,8 @@ class Loop:
         return {"checkpoint": str(saves.newest), "checkpoint_seconds": saves.seconds, "checkpoints_failed": saves.failed}
 
     def _after_step(self, step: int, result: StepResult, seconds: float) -> None:
-        """Step `step` (from 0) took so many seconds. Raises GuardError when it ends the run."""
+        """Advances the save in progress, logs the guard's decision and counts the time of step `step` (from 0). Raises GuardError
+        if the guard ends the run."""
         self.checkpoints.settle(result.saving)
         for verdict in filter(None, (result.late_verdict, result.verdict)):
             if verdict.text and self.state.mesh.at("world") == 0:
@@ -104,7 +107,7 @@ class Loop:
         if result.verdict.action is GuardAction.STOP:
             self.checkpoints.finish()
             raise GuardError(result.verdict.text)
-        if step > 0:  # the first step of all pays for warming up
+        if step > 0:  # the run's first step includes warm-up
             self._busy_seconds += seconds
             self._steps_done += 1
 
@@ -128,7 +131,8 @@ class Loop:
         return record | self._trouble(step, result)
 
     def _trouble(self, step: int, result: StepResult) -> dict[str, Any]:
-        """What a record says of a step that did not go well at once."""
+        """Returns the extra metrics fields for a step that was retried, discarded or deferred, or that computed deferred samples;
+        {} for an ordinary step."""
         verdict, left_out = result.verdict, self.state.guard.leaves_out(step)
         record: dict[str, Any] = {} if result.committed else {"discarded": True}
         if cause := verdict.cause or left_out:
@@ -142,7 +146,8 @@ class Loop:
         return record if verdict.attempts == 1 else record | {"attempts": verdict.attempts}
 
     def _go_back(self, step: int, result: StepResult) -> int:
-        """Take back step `step` (from 0) and those since a checkpoint; the steps done."""
+        """Undoes step `step` (from 0) and the steps before it back to a checkpoint; returns the number of steps that remain
+        done."""
         self.checkpoints.rest()
         resumed = roll_back(self.state, step + 1, result.verdict, self.stop)
         done, self.checkpoints.newest = resumed.step, resumed.checkpoint
@@ -163,7 +168,7 @@ class Loop:
         return {"stragglers": slow} if (slow := self.stragglers.now()) else {}
 
     def _rebalance(self, step: int, result: StepResult) -> dict[str, Any]:
-        """Let layers move where that makes steps shorter; what a record says of it."""
+        """Lets layers move if that makes steps shorter; returns the metrics fields about a move, {} if there was none."""
         useful = result.verdict.attempts > 0 and step < self.state.recipe.train.steps
         moved = self.rebalancer.after_step(step) if self.rebalancer and useful else None
         if moved is None:
@@ -177,7 +182,8 @@ class Loop:
         return self.state.recipe.data.global_batch * self.state.recipe.data.sequence_length
 
     def _average(self) -> dict[str, float]:
-        """Speed over this process's steps, the run's first one left out."""
+        """Returns the average speed and MFU over this process's steps, without the run's first step; {} if there are no such
+        steps."""
         if not self._steps_done:
             return {}
         seconds = self._busy_seconds / self._steps_done

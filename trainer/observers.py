@@ -1,4 +1,4 @@
-"""Who watches a rank besides the launcher: the ledger on rank 0, and the faults planned for this rank."""
+"""Sets up the observers of a rank's monitor: the ledger on rank 0, and the faults planned for this rank."""
 
 import secrets
 from pathlib import Path
@@ -19,7 +19,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def open_ledger(recipe: Recipe, communicator: Communicator) -> Ledger | None:
-    """From now on rank 0 enters what it does; None on the others."""
+    """Starts to record what rank 0 does, and returns its ledger; returns None on other ranks."""
     if communicator.rank:
         return None
     ledger = Ledger(Path(recipe.run.dir), writer=secrets.token_hex(4))
@@ -29,7 +29,8 @@ def open_ledger(recipe: Recipe, communicator: Communicator) -> Ledger | None:
 
 
 def close_ledger(ledger: Ledger | None, recipe: Recipe, communicator: Communicator, ended: str) -> dict[str, Any]:
-    """The run has `ended` (done or stopped); for its summary, where its time went, alike on every rank. Collective."""
+    """Writes the "ended" event with the cause `ended` (done or stopped). Returns the summary fields on where the run's time went,
+    the same on every rank. Collective."""
     totals: dict[str, Any] = {}
     if ledger is not None:
         ledger.add("ended", cause=ended)
@@ -40,7 +41,7 @@ def close_ledger(ledger: Ledger | None, recipe: Recipe, communicator: Communicat
 
 
 def plan_faults(state: TrainerState, communicator: Communicator, scratch: Path | None) -> None:
-    """From now on the faults planned for this rank strike."""
+    """Makes the faults planned for this rank strike from now on."""
     run_dir = RunDirectory(state.recipe.run.dir)
     plan = state.recipe.planned_faults(max(communicator.size, state.recipe.world_size()))
     if plan:

@@ -1,10 +1,10 @@
-"""Layers that move between the ranks of the pipeline while a run goes on, when that makes its steps shorter.
+"""Moves layers between the ranks of the pipeline during a run, if that makes its steps shorter.
 
 At the end of a window of steps every rank reports how long its passes took. Rank 0 decides
-(parallel/balance/stages/rebalance_policy.py) and tells the others. A move is a transaction: every rank allocates its new stages and
-their state, boxes of master weights and moments travel from memory to memory, all ranks agree that they have arrived, and only then
-is the old state released. A failure before that leaves everything as it was. During a move a rank holds both, the new optimizer
-state in host memory.
+(parallel/balance/stages/rebalance_policy.py) and broadcasts the decision. A move is a transaction: every rank allocates its new
+stages and their state, boxes of master weights and moments are sent from memory to memory, all ranks agree that they have arrived,
+and only then is the old state released. A failure before that changes nothing. During a move a rank holds both states, the new
+optimizer state in host memory.
 """
 
 import time
@@ -26,19 +26,20 @@ from bagualu.trainer.engine.native import hold, no_values
 from bagualu.trainer.engine.protocol import Engine, IncomingState
 
 _BYTES_PER_SECOND = 5e8
-"""Of a move, before one has been made: little, so that the first one has to be worth it."""
+"""The assumed speed of the first move, before any has been measured. It is low, so that the first move must be clearly
+worthwhile."""
 
 
 class MoveError(RuntimeError):
-    """Layers could not move, and stay where they are."""
+    """Layers could not be moved and stay where they are."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """Layers that have moved, or have not."""
+    """A move of layers that succeeded, or failed for the reason `failed`."""
 
     before: list[int]
-    """Layers of each stage."""
+    """The number of layers of each stage."""
     after: list[int]
     speeds: list[float]
     now_seconds: float
@@ -56,7 +57,7 @@ class Move:
 
 
 def open_rebalancer(state: TrainerState) -> "Rebalancer | None":
-    """None where layers stay where they are."""
+    """Returns the rebalancer of this rank; None if layers never move in this run."""
     parallel = state.recipe.parallel
     if not parallel.rebalance_every or (state.recipe.train.compile and parallel.rebalance.every is None):
         return None
@@ -73,7 +74,7 @@ def open_rebalancer(state: TrainerState) -> "Rebalancer | None":
 
 @dataclass
 class Rebalancer:
-    """One rank's. `watch` is there on rank 0, which decides; `every` steps are a window."""
+    """Moves layers when rank 0 decides so. `watch` exists only on rank 0; a window has `every` steps."""
 
     state: TrainerState
     watch: Watch | None
@@ -83,7 +84,8 @@ class Rebalancer:
     _bytes_per_second: float = _BYTES_PER_SECOND
 
     def after_step(self, step: int) -> Move | None:
-        """After `step` steps, whose last one was computed. Collective at the end of a window; the same answer on every rank."""
+        """Counts a computed step, the last of `step` steps. At the end of a window (collective), moves layers if rank 0 so decides.
+        Returns the move, even if it failed, the same on every rank; None without a move."""
         seconds = sum(timed.end - timed.start for timed in self.state.runner.stopwatch.passes())
         self._busy.append(seconds / self.state.schedule.micro_batches)
         if len(self._busy) < self.every:
@@ -93,29 +95,29 @@ class Rebalancer:
         return self._move(proposal, step) if proposal else None
 
     def go_back(self) -> None:
-        """The run has gone back to a checkpoint: what was measured of the steps that do not count is forgotten."""
+        """Discards the measurements of the present window, because the run has gone back to a checkpoint."""
         self._busy = []
 
     def _by_pipeline_rank(self, busy: float) -> list[float]:
-        """What the slowest rank at each place of the pipeline was busy for with a micro-batch. Collective."""
+        """Returns, by pipeline coordinate, the seconds for which the slowest rank was busy with a micro-batch. Collective."""
         layout, group = self.state.mesh.layout, self.state.mesh.group("world")
-        seconds = gather(busy, group)  # the pipeline is the slowest axis: its ranks lie together
+        seconds = gather(busy, group)  # the pipeline axis varies slowest, so ranks with the same coordinate are contiguous
         each = group.size // layout.pipeline
         return [max(seconds[place * each : (place + 1) * each]) for place in range(layout.pipeline)]
 
     def _decide(self, busy: list[float], steps_left: int) -> Proposal | None:
-        """What rank 0 finds, on every rank. Collective."""
+        """Returns rank 0's proposal on every rank; None if layers should stay. Collective."""
         found = self.watch.after_window(busy, steps_left, self._move_seconds) if self.watch else None
         told = [found.split.to_json(), found.speeds, found.now_seconds, found.then_seconds] if found else None
         told = broadcast_json(told, self.state.mesh.group("world"))
         return Proposal(Split.from_json(told[0]), *told[1:]) if told else None
 
     def _move_seconds(self, split: Split) -> float:
-        """What moving to `split` will take, about, if it goes as fast as the last move."""
+        """Estimates the seconds that a move to `split` takes, at the speed of the last move."""
         return self._bytes_to_move(split) / self._bytes_per_second
 
     def _bytes_to_move(self, split: Split) -> int:
-        """Returns the bytes of the layers that change ranks: their master weights, moments and buffers."""
+        """Returns the bytes of master weights, moments and buffers of the layers that would change ranks."""
         place, work = self.state.mesh.placement, work_of(self.state.recipe, self.state.mesh.layout)
         before, after = (_rank_of_layers(one, place.rank_of) for one in (self.state.split, split))
         return sum(saved_bytes(work, i) for i, (one, other) in enumerate(zip(before, after, strict=True)) if one != other)
@@ -140,11 +142,11 @@ class Rebalancer:
 
 
 def move(state: TrainerState, split: Split, step: int) -> None:
-    """Make `split` the one that the ranks hold, after `step` steps. Collective.
+    """Moves the layers so that the ranks hold `split`, after `step` steps. Collective.
 
-    Until all have the state of their new stages in memory the old ones stay as they are. Raises MoveError, on every rank,
-    when one has no room for what is to come, or cannot go on with it; then nothing has changed. A rank that fails while boxes
-    travel, or lends gradients when all is agreed, has failed as in any other communication.
+    The old state does not change until all ranks have the state of their new stages in memory. Raises MoveError on every rank if a
+    rank has no room for the new state or cannot use it; then nothing has changed. A rank that fails while boxes are sent, or after
+    all ranks have agreed, has failed as in any other communication.
     """
     world, monitor = state.mesh.group("world"), state.mesh.monitor
     made: list[Engine] = []
@@ -173,5 +175,5 @@ def move(state: TrainerState, split: Split, step: int) -> None:
 
 
 def _rank_of_layers(split: Split, rank_of: Callable[[int], int]) -> list[int]:
-    """For each layer of the model the rank of the pipeline that holds it."""
+    """Returns, for each layer of the model, the pipeline rank that holds it."""
     return [rank_of(stage) for stage, piece in enumerate(split.slices) for _ in piece]

@@ -1,4 +1,4 @@
-"""A whole run on one rank: assemble, resume, train, summarise. Every rank calls `train` with the same recipe."""
+"""A whole run on a rank: assemble, resume, train, summarise. Every rank calls `train` with the same recipe."""
 
 import contextlib
 import math
@@ -49,15 +49,15 @@ def train(
     scratch: Path | None = None,
     assemble: Callable[[Recipe, Communicator, Corpus, Fill | None], TrainerState] = assemble,
 ) -> dict[str, Any]:
-    """Train to `train.steps`, or until `stop()` is true on any rank; returns the summary, the same on every rank.
+    """Trains to `train.steps`, or until `stop()` is true on any rank; returns the summary, the same on every rank.
 
-    `stop` is asked once a step; a stopped run has saved a checkpoint. Rank 0 writes metrics.jsonl and summary.json.
-    `scratch`: a folder in memory that this node's ranks share and that outlives them, not the launcher; None: there is none.
+    `stop` is called once per step; a stopped run saves a checkpoint. Rank 0 writes metrics.jsonl and summary.json.
+    `scratch`: a folder in memory that this node's ranks share; it outlives them, but not the launcher. None if there is none.
     `assemble` makes the state that is trained.
-    Raises RecipeError, CheckpointError, CommunicationError, and GuardError when a step cannot be done rightly (`guard.*`).
+    Raises RecipeError, CheckpointError, CommunicationError, and GuardError if the guard ends the run (`guard.*`).
     """
     started = time.perf_counter()
-    torch.manual_seed(recipe.run.seed)  # nothing draws from it; if something ever does, it will not differ by accident
+    torch.manual_seed(recipe.run.seed)  # nothing uses this generator; if code ever does, ranks will not differ by accident
     require_same_recipe(recipe, communicator)
     ledger = open_ledger(recipe, communicator)
     comes = _state_will_be_read(recipe, communicator)
@@ -94,7 +94,7 @@ def train(
         checkpoints.close()
         if replication:
             replication.replicas.remove()
-        if ending["ended"] == "done" and "mfu" in ending:  # at the start other programs, or ranks, may have had the machine
+        if ending["ended"] == "done" and "mfu" in ending:  # at the start, other programs or ranks may have used the machine
             before, ceiling = ceiling, max(ceiling, _ceiling(state, communicator))
             ending["mfu"] *= before / ceiling
         summary = {
@@ -115,7 +115,7 @@ def train(
         }
         if communicator.rank == 0:
             write_summary(Path(recipe.run.dir), summary)
-    finally:  # the run has ended by now: what a sink waits for is no part of it
+    finally:  # after the summary: waiting for sinks is not part of the run's time
         checkpoints.close(wait=False)
         for sink in sinks:
             sink.close()
@@ -132,7 +132,8 @@ def _state_will_be_read(recipe: Recipe, communicator: Communicator) -> bool:
 
 
 def _corpus(recipe: Recipe) -> Corpus:
-    """As `prepare`; but a run that goes on had its data before, so what is away may come back: StorageError, not RecipeError."""
+    """Returns the result of `prepare`. For a run that resumes, missing data raises StorageError instead of RecipeError: the data
+    existed before, so it may come back."""
     try:
         return prepare(
             recipe.data,
@@ -148,13 +149,14 @@ def _corpus(recipe: Recipe) -> Corpus:
 
 
 def _tokens(corpus: Corpus) -> dict[str, int | None]:
-    """Tokens of both parts, for the summary; None for random tokens, which never run out."""
+    """Returns the numbers of training and validation tokens, for the summary; None for random tokens, which never run out."""
     random = corpus.tokenizer_path is None
     return {"train_tokens": None if random else len(corpus.train), "validation_tokens": None if random else len(corpus.validation)}
 
 
 def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:
-    """The summary of a run that has no step left to do, from when it did its last one; None when it has, or left none."""
+    """Returns the summary that a run wrote after its last step, if it has no step left to do; None if it has, or if there is no
+    such summary."""
     if first_step < recipe.train.steps:
         return None
     summary = final_summary(Path(recipe.run.dir))
@@ -162,7 +164,7 @@ def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:
 
 
 def _ceiling(state: TrainerState, communicator: Communicator) -> float:
-    """FLOP/s that matrix multiplication reaches on all ranks together, measured while all of them do it."""
+    """Returns the FLOP/s that matrix multiplication reaches, summed over all ranks, which measure at the same time. Collective."""
     meet(communicator.world)
     dtype = getattr(torch, state.recipe.train.dtype)
     return total(matmul_ceiling(dtype, state.device, torch.get_num_threads()), communicator.world)
@@ -172,7 +174,7 @@ def _sinks(recipe: Recipe, first_step: int) -> list[Sink]:
     run_dir = Path(recipe.run.dir)
     sinks: list[Sink] = [JsonlSink(RunDirectory(run_dir).metrics, first_step)]
     if recipe.log.wandb != "disabled":
-        patience = min(recipe.comm.timeout_seconds, recipe.restart.hang_seconds or math.inf) / 4  # the other ranks wait
+        patience = min(recipe.comm.timeout_seconds, recipe.restart.hang_seconds or math.inf) / 4  # the other ranks wait meanwhile
         log = recipe.log
         sinks.append(WandbSink(run_dir, log.wandb_project, recipe.run.name, log.wandb, asdict(recipe), patience))
     if recipe.log.progress != "off":
@@ -181,17 +183,17 @@ def _sinks(recipe: Recipe, first_step: int) -> list[Sink]:
 
 
 def _parameters(state: TrainerState) -> int:
-    """Elements of the whole model, each counted once."""
+    """Returns the number of elements of the whole model, each counted once. Collective."""
     return int(total(state.engine.parameters, state.mesh.group("world")))
 
 
 def _peak_memory_bytes(state: TrainerState, communicator: Communicator) -> int:
-    """Most memory held at once, summed over ranks: of the device where that is an accelerator, else of the processes, in each of
-    which what they share counts."""
+    """Returns the peak memory, summed over ranks: that of the device if it is an accelerator, else that of the processes, which
+    counts memory that processes share once for each. Collective."""
     if state.device.type == "cuda":
         own = torch.cuda.max_memory_allocated(state.device)
     else:
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if communicator.one_process and communicator.rank > 0:
-        own = 0  # rank 0 tells of the process that they share
+        own = 0  # rank 0 reports the memory of the process that they share
     return int(total(own, communicator.world))

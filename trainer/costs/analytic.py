@@ -1,13 +1,13 @@
-"""A model's cost table from its shapes, without running anything. Free of torch.
+"""Computes a model's cost table from its shapes, without running anything.
 
-Seconds are FLOPs (models/flops.py) at 1 TFLOP/s: right relative to each other as far as products take the time. Bytes are exact for
-weights, gradients and optimizer state; for activations they follow what the layers keep for their backward pass.
+Seconds are FLOPs (models/decoder/flops.py) at 1 TFLOP/s: their ratios are right as far as matrix products dominate the time. Bytes
+are exact for weights, gradients and optimizer state; for activations they count what the layers keep for their backward pass.
 
-The head computes its gradients in its forward pass (parallel/vocabulary.py), so all of its cost is there, and it holds the gradient
-of its weight for every micro-batch in flight.
+The head computes its gradients in its forward pass (parallel/vocabulary.py). So all of its time counts as forward, and it holds the
+gradient of its weight for every micro-batch in flight.
 
-Shapes: T tokens of a micro-batch, H hidden, A all heads' width, C keys' and values' width, F feed-forward, E experts, K of them a
-token.
+Shapes: T tokens of a micro-batch, H hidden, A width of all heads, C width of keys and values, F feed-forward, E experts, K experts
+per token.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _MOMENTS = 2
 
 @dataclass(frozen=True)
 class ModelWork:
-    """What a rank runs, as far as costs depend on it."""
+    """The properties of a rank's work on which its costs depend."""
 
     model: ModelConfig
     layout: Layout
@@ -36,7 +36,7 @@ class ModelWork:
     dtype: str
     zero: int = 1
     sequence: bool = False
-    """Sequence parallel."""
+    """Whether sequence parallelism is on."""
 
     @property
     def tokens(self) -> int:
@@ -48,13 +48,13 @@ class ModelWork:
 
     @property
     def accurate_bytes(self) -> int:
-        """Of gradients, moments, norms: at least float32."""
+        """Bytes per element of gradients, moments and norm statistics, which are at least float32."""
         return max(4, self.item_bytes)
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of one micro-batch; the words are those of LayerCost."""
+    """Bytes held for one micro-batch; the fields are those of LayerCost."""
 
     activation_bytes: int
     input_bytes: int
@@ -62,7 +62,7 @@ class Held:
 
 
 def analytic_table(work: ModelWork) -> CostTable:
-    """What every layer costs a rank of `work`."""
+    """Returns what every layer of `work` costs a rank that holds it."""
     model, tensor = work.model, work.layout.tensor
     embedding_bytes, head_bytes, tied_bytes = end_bytes(work)
     embedding = LayerCost("embedding", 0.0, 0.0, 0.0, embedding_bytes, *_in_order(embedding_held(work)))
@@ -91,7 +91,7 @@ def _in_order(held: Held) -> tuple[int, int, int]:
 
 
 def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
-    """Global shapes of a decoder layer's parameters, by name."""
+    """Returns the global shapes of a decoder layer's parameters, by name."""
     hidden, heads, narrow = model.hidden, model.heads * model.head_dim, model.key_value_heads * model.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "attention_norm.weight": (hidden,),
@@ -120,21 +120,22 @@ def _swiglu(name: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
 
 
 def layer_bytes(work: ModelWork, index: int) -> int:
-    """State of a decoder layer on this rank."""
+    """Returns the bytes of a decoder layer's weights, gradients, optimizer state and buffers on a rank."""
     buffers = sum(prod(shape) for shape in layer_buffers(work.model, index).values()) * work.accurate_bytes
     trained = layer_shapes(work.model, index).items()
     return buffers + sum(_state_bytes(work, f"layers.{index}.{name}", shape) for name, shape in trained)
 
 
 def saved_bytes(work: ModelWork, index: int) -> int:
-    """What a checkpoint holds of a decoder layer: master weights, moments and buffers."""
+    """Returns the bytes of a decoder layer in a checkpoint: its master weights, moments and buffers."""
     trained = sum(prod(shape) for shape in layer_shapes(work.model, index).values())
     buffers = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
     return (trained * (1 + _MOMENTS) + buffers) * work.accurate_bytes
 
 
 def end_bytes(work: ModelWork) -> tuple[int, int, int]:
-    """State of the embedding, of the final norm and the head, and how much of it is the same where one rank holds both."""
+    """Returns the state bytes of the embedding, those of the final norm and the head, and how many of both exist only once if the
+    same rank holds both."""
     vocabulary = (work.model.padded_vocab, work.model.hidden)
     embedding = _state_bytes(work, "embedding.weight", vocabulary)
     head = _state_bytes(work, "head.weight", vocabulary) + _state_bytes(work, "norm.weight", (work.model.hidden,))
@@ -142,8 +143,8 @@ def end_bytes(work: ModelWork) -> tuple[int, int, int]:
 
 
 def _state_bytes(work: ModelWork, name: str, shape: tuple[int, ...]) -> int:
-    """Working weight, gradient, and this rank's part of master weight and moments, where the working weight is not the master
-    itself."""
+    """Returns the bytes of a parameter's working weight, its gradient, and a rank's part of its moments and, if the working weight
+    is 16-bit, of its master weight."""
     placement = decoder_plan(work.model, work.sequence).placement(name)
     elements = prod(placement.box(name, shape, work.layout, work.layout.coordinates(0)).shape)
     share = work.layout.size(placement.reduction_axis) if work.zero else 1
@@ -152,14 +153,16 @@ def _state_bytes(work: ModelWork, name: str, shape: tuple[int, ...]) -> int:
 
 
 def embedding_held(work: ModelWork) -> Held:
-    """Token ids, and for the gradient's rows both."""
+    """Returns what the embedding holds: as activations the token ids, as operands the ids and the rows of the output's gradient."""
     ids, between = 8 * work.tokens, work.tokens // (work.layout.tensor if work.sequence else 1)
     return Held(ids, ids, ids + between * work.model.hidden * work.item_bytes)
 
 
 def head_held(work: ModelWork) -> Held:
-    """Input and scale of the norm, and both gradients; that of the weight in at least float32 where it is a sum of chunks, or where
-    the chip does not multiply 16 bits (not counted)."""
+    """Returns what the head holds: the norm's input and scale, and the gradients of the input and of the weight.
+
+    The weight's gradient is in at least float32 if it is summed over chunks of tokens. So it is on chips that do not multiply
+    16-bit matrices, which is not counted."""
     model, tensor = work.model, work.layout.tensor
     between = work.tokens // (tensor if work.sequence else 1)
     inputs, scales = between * model.hidden * work.item_bytes, between * work.accurate_bytes
@@ -169,12 +172,13 @@ def head_held(work: ModelWork) -> Held:
 
 
 def layer_held(work: ModelWork, index: int) -> Held:
-    """Of a decoder layer; between blocks a rank holds its slice of the sequence under sequence parallel, inside them all of it."""
+    """Returns the bytes that a decoder layer holds. Under sequence parallelism, a rank holds only its slice of the sequence between
+    blocks, but the whole sequence inside them."""
     model, tensor, item = work.model, work.layout.tensor, work.item_bytes
     heads, narrow = model.heads * model.head_dim // tensor, model.key_value_heads * model.head_dim // tensor
     between = work.tokens // (tensor if work.sequence else 1)
     norms = 2 * between * (model.hidden * item + work.accurate_bytes)  # inputs and scales
-    # Into the projections; query, key and value as every head sees them; the result; the statistics of its softmax, if kept.
+    # The projections' input; query, key and value, expanded to all heads; the result; the softmax statistics, if they are kept.
     attention = work.tokens * ((model.hidden + 4 * heads) * item + model.heads // tensor * work.accurate_bytes)
     attention_operands = work.tokens * (2 * model.hidden + 2 * heads + 2 * narrow) * item
     mixed = _mixture_held(work) if model.is_moe_layer(index) else _swiglu_held(work, work.tokens, model.ffn // tensor)
@@ -182,13 +186,14 @@ def layer_held(work: ModelWork, index: int) -> Held:
 
 
 def _swiglu_held(work: ModelWork, rows: int, ffn: int) -> tuple[int, int]:
-    """(activations, operands) in bytes: the input, gate, its silu and up; for the products their inputs and outputs'
-    gradients."""
+    """Returns (activation bytes, operand bytes): activations are the input, gate, silu(gate) and up; operands are the inputs of the
+    products and the gradients of their outputs."""
     return rows * (work.model.hidden + 3 * ffn) * work.item_bytes, rows * (2 * work.model.hidden + 3 * ffn) * work.item_bytes
 
 
 def _mixture_held(work: ModelWork) -> tuple[int, int]:
-    """Experts see K rows a token, evenly loaded; the router its input and probabilities; results wait for their weights."""
+    """Returns (activation bytes, operand bytes) under an even load: the experts get K rows per token, the router keeps its input
+    and probabilities, and the experts' results are kept for the gradients of their weights in the sum."""
     moe, tensor = work.model.moe, work.layout.tensor
     rows = work.tokens * moe.top_k
     experts = _swiglu_held(work, rows, moe.ffn // tensor)

@@ -1,8 +1,8 @@
-"""Measured costs, kept in the user's cache folder: the same model on the same device need not be measured again.
+"""Keeps measured costs in the user's cache folder, so that a model is not measured twice on the same device.
 
-    CACHE/costs/KEY.json        appears by one rename; what cannot be read is measured again
+    CACHE/costs/KEY.json        written atomically; if it cannot be read, the costs are measured again
 
-KEY is a hash of all that the figures depend on, which the file repeats.
+KEY is a hash of everything that the costs depend on; the file repeats it.
 """
 
 import hashlib
@@ -20,13 +20,14 @@ from bagualu.trainer.costs.analytic import ModelWork
 from bagualu.trainer.costs.measured import MeasuredCosts, measure
 
 FORMAT = 1
-"""Part of the key: raise it when what is measured, or how, changes."""
+"""Part of the key. Raise it when what is measured, or how it is measured, changes."""
 
 log = logging.getLogger(__name__)
 
 
 def figures(cache: Path, work: ModelWork, device: torch.device, compiled: bool) -> dict[str, MeasuredCosts]:
-    """From the cache, or measured and put there. A cache that cannot be written is no reason to stop; that is logged."""
+    """Returns the costs by kind of layer, either from the cache or measured and then stored there. A failure to write the cache is
+    only logged."""
     depends_on = _depends_on(work, device, compiled)
     key = hashlib.blake2b(json.dumps(depends_on).encode(), digest_size=16).hexdigest()
     path = cache / "costs" / f"{key}.json"
@@ -41,7 +42,7 @@ def figures(cache: Path, work: ModelWork, device: torch.device, compiled: bool) 
 
 
 def device_name(device: torch.device) -> str:
-    """As its maker calls it."""
+    """Returns the name that the maker gives the device; for a CPU without such a name, that of its architecture."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:
@@ -53,7 +54,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _depends_on(work: ModelWork, device: torch.device, compiled: bool) -> dict[str, Any]:
-    """Not on ZeRO, nor on how many replicas or stages there are."""
+    """Returns everything that the costs depend on. ZeRO and the numbers of replicas and stages do not matter."""
     return {
         "format": FORMAT, "model": asdict(work.model), "tensor": work.layout.tensor, "expert": work.layout.expert,
         "sequence_length": work.sequence_length, "micro_batch": work.micro_batch, "dtype": work.dtype, "compiled": compiled,

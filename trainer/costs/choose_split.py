@@ -1,7 +1,7 @@
-"""From a recipe to the split of its layers, the same on every rank.
+"""Chooses the split of a recipe's layers, the same on every rank.
 
-Measured costs and speeds differ from rank to rank and from time to time, so rank 0's costs count, everybody's speeds are gathered,
-rank 0 chooses, and all take what it has chosen: a split, or the refusal of the recipe.
+Measured costs and speeds differ between ranks and between measurements. So rank 0 takes its own costs and the gathered speeds of
+all ranks, and broadcasts the result: a split, or the error that refuses the recipe.
 """
 
 import statistics
@@ -30,17 +30,17 @@ from bagualu.trainer.data.corpus import default_cache
 from bagualu.trainer.recipe.config import Recipe
 
 ALIKE = 0.05
-"""Measured speeds that differ by less than this share are those of equal devices."""
+"""Devices whose measured speeds differ by less than this fraction count as equally fast."""
 _PROBE_SECONDS = 0.2
 
 
 def agree_on_split(
     recipe: Recipe, layout: Layout, schedule: Schedule, communicator: Communicator
 ) -> tuple[Split, CostTable | None]:
-    """The split that `parallel.balance` asks for, and the costs it comes from, where it comes from any. Collective.
+    """Returns the split that `parallel.balance` asks for, and the costs that were used for it (None if none were). Collective.
 
-    uniform and lists need costs, analytic ones, only to hold them against `parallel.memory_bytes` or to choose what to compute
-    again. Raises RecipeError, on all ranks alike, when no split fits the caps.
+    balance=uniform and lists of layers need only analytic costs, to check `parallel.memory_bytes` and to choose the stages that
+    recompute. Raises RecipeError on every rank if no split fits the memory caps.
     """
     parallel, train = recipe.parallel, recipe.train
     caps = memory_caps(parallel.memory_bytes, layout.pipeline)
@@ -67,7 +67,7 @@ def agree_on_split(
 
 
 def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
-    """What a rank of `recipe` runs."""
+    """Returns the work of a rank under `recipe` and `layout`."""
     return ModelWork(
         recipe.model.padded_over(layout.tensor),
         layout,
@@ -88,7 +88,8 @@ def _table(recipe: Recipe, work: ModelWork, device: torch.device) -> CostTable:
 
 
 def agree_on_shares(recipe: Recipe, layout: Layout, communicator: Communicator) -> list[int]:
-    """Micro-batches of a step for each data rank, the same on all ranks. Collective where they are measured."""
+    """Returns the number of micro-batches per step of each data rank, the same on all ranks. Collective if the shares are
+    measured."""
     declared = recipe.declared_shares(layout)
     if declared is not None:
         return declared
@@ -97,15 +98,15 @@ def agree_on_shares(recipe: Recipe, layout: Layout, communicator: Communicator) 
 
 
 def replica_speeds(rates: list[float], layout: Layout) -> list[float]:
-    """Speeds by data rank from the rates of all ranks: of the slowest of each replica. Those within `ALIKE` of the one in the
-    middle are equal to it."""
+    """Returns speeds by data rank from the rates of all ranks: those of each replica's slowest rank, relative to their median.
+    Speeds within `ALIKE` of the median are 1."""
     slowest = _slowest(rates, layout, "data")
     middle = statistics.median_low(slowest)
     return [1.0 if abs(rate / middle - 1) < ALIKE else rate / middle for rate in slowest]
 
 
 def _speeds(recipe: Recipe, layout: Layout, communicator: Communicator) -> list[float]:
-    """By pipeline rank."""
+    """Returns the speeds by pipeline rank."""
     declared = recipe.parallel.speeds
     if declared is None:
         return [1.0] * layout.pipeline
@@ -115,15 +116,16 @@ def _speeds(recipe: Recipe, layout: Layout, communicator: Communicator) -> list[
 
 
 def _rates(recipe: Recipe, communicator: Communicator) -> list[float]:
-    """FLOP/s of every rank, measured on all at once, as they share memory and power in the run too. Collective."""
+    """Returns the FLOP/s of every rank, measured on all at the same time, since they share memory and power in the run too.
+    Collective."""
     meet(communicator.world)
     dtype, device = getattr(torch, recipe.train.dtype), communicator.device
     return gather(matmul_ceiling(dtype, device, torch.get_num_threads(), _PROBE_SECONDS), communicator.world)
 
 
 def relative_speeds(rates: list[float], layout: Layout) -> list[float]:
-    """Speeds by pipeline rank from the rates of all ranks: of the slowest that share its stages, relative to rank 0, which measures
-    the costs. Those within `ALIKE` of the one in the middle are equal to it."""
+    """Returns speeds by pipeline rank from the rates of all ranks: those of the slowest rank that holds the same stages, relative
+    to rank 0, which measures the costs. Rates within `ALIKE` of the median count as equal to it."""
     slowest = _slowest(rates, layout, "pipeline")
     middle = statistics.median_low([*slowest, rates[0]])
     alike = [middle if abs(rate / middle - 1) < ALIKE else rate for rate in [rates[0], *slowest]]
@@ -131,6 +133,6 @@ def relative_speeds(rates: list[float], layout: Layout) -> list[float]:
 
 
 def _slowest(rates: list[float], layout: Layout, axis: str) -> list[float]:
-    """By coordinate on `axis`, of the ranks that have it."""
+    """Returns, by coordinate on `axis`, the lowest rate of the ranks with that coordinate."""
     at = [layout.coordinates(rank)[axis] for rank in range(layout.world)]
     return [min(rate for rate, place in zip(rates, at, strict=True) if place == here) for here in range(layout.size(axis))]

@@ -1,12 +1,12 @@
-"""A model's cost table from a short warm-up on this device: every kind of layer there is (embedding, dense layer, mixture, head),
-run with the recipe's micro-batch and dtype.
+"""Measures a model's cost table in a short warm-up on this device: it runs one layer of each kind (embedding, dense layer, mixture,
+head) with the recipe's micro-batch and dtype.
 
-What a backward pass in two parts leaves for its second part is timed apart: parameters have sinks as in a run (parallel/data.py),
-which put it off. What they do not put off (norms, the head, all weights of a compiled layer) counts as input gradient, as
-it does in a run.
+The weight gradients, which a split backward pass computes in its second part, are timed separately: parameters have gradient sinks
+as in a run (parallel/data.py), which defer them. Gradients that are never deferred (norms, the head, all weights of a compiled
+layer) count as part of the input gradient, as in a run.
 
-With tensor or expert parallel, a rank's slices are run without the communication around them, and norms on the whole sequence under
-sequence parallel too. What a layer's neighbours and the network cost is not in the table.
+Under tensor or expert parallelism, a rank's slices run without the communication around them, and norms run on the whole sequence
+even under sequence parallelism. The table contains neither the influence of neighbouring layers nor the cost of the network.
 """
 
 import statistics
@@ -38,7 +38,7 @@ _MOST_ROUNDS = 30
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Of one kind of layer and one micro-batch; the words are those of LayerCost."""
+    """Costs of one kind of layer for one micro-batch; the fields are those of LayerCost."""
 
     forward_seconds: float
     input_gradient_seconds: float
@@ -51,8 +51,10 @@ class MeasuredCosts:
 def measure(
     work: ModelWork, device: torch.device, compiled: bool, budget_seconds: float = BUDGET_SECONDS
 ) -> dict[str, MeasuredCosts]:
-    """The figures of every kind of layer of `work`: embedding, dense, mixture, head. Kinds take turns, so that what disturbs the
-    machine for a while disturbs all of them; medians of at least 3 rounds, as many as fit into about `budget_seconds`."""
+    """Returns the costs by kind of layer of `work`: embedding, dense, mixture, head.
+
+    The kinds take turns, so that a temporary disturbance of the machine affects all of them alike. Times are medians over 3 to 30
+    rounds, as many as fit into about `budget_seconds`."""
     samples = _samples(work, device, compiled)
     bytes_of = {name: sample.bytes_held() for name, sample in samples.items()}  # also the warm-up
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in samples}
@@ -71,7 +73,7 @@ def _medians(rows: list[tuple[float, float, float]]) -> tuple[float, float, floa
 
 
 def measured_table(work: ModelWork, figures: dict[str, MeasuredCosts], source: str) -> CostTable:
-    """The costs of the whole model from those of its kinds of layers; state is counted from shapes."""
+    """Returns the costs of the whole model, given those of its kinds of layers; state bytes are computed from shapes."""
     embedding_bytes, head_bytes, tied_bytes = end_bytes(work)
     layers = [
         _cost(f"layer {index}", figures["mixture" if work.model.is_moe_layer(index) else "dense"], layer_bytes(work, index))
@@ -89,17 +91,17 @@ def _cost(name: str, found: MeasuredCosts, state_bytes: int) -> LayerCost:
 
 
 class _Shelf:
-    """Stands where the gradient reducer does: all that sinks can put off, they put off."""
+    """Stands in for the GradientReducer: its sinks defer all the work that they can, and nothing is reduced."""
 
     def __init__(self) -> None:
         self.put_off: list[Callable[[], None]] = []
         self.operands: list[torch.Tensor] = []
 
     def count(self, _: Any) -> None:
-        """Nothing is reduced."""
+        """Does nothing, since nothing is reduced."""
 
     def compute(self) -> None:
-        """What was put off."""
+        """Runs the deferred work, then forgets it and its operands."""
         with torch.no_grad():
             for do in self.put_off:
                 do()
@@ -112,7 +114,7 @@ class _Shelf:
 
 @dataclass
 class _Sink(GradientSink):
-    """Shows what it keeps until later."""
+    """A gradient sink that also records the operands of the work that it defers."""
 
     def add_products(self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
         self.reducer.operands += [*lefts, *rights]  # type: ignore[attr-defined]
@@ -124,7 +126,7 @@ class _Sink(GradientSink):
 
 
 class _Folded(LocalExperts):
-    """As many rows for the experts here as with an even load, whichever experts they are for."""
+    """Sends all rows to this rank's experts, without communication: as many rows as the rank receives under an even load."""
 
     def __init__(self, degree: int) -> None:
         self.degree = degree
@@ -135,7 +137,7 @@ class _Folded(LocalExperts):
 
 @dataclass
 class _Sample:
-    """One layer with its slices of the weights. `run` takes an input and returns outputs to go backward from."""
+    """A layer with a rank's slices of its weights. `run` takes an input and returns the outputs where the backward pass begins."""
 
     module: nn.Module
     new_input: Callable[[], torch.Tensor]
@@ -144,7 +146,7 @@ class _Sample:
     shelf: _Shelf
 
     def times(self) -> tuple[float, float, float]:
-        """Seconds of forward, input gradient, weight gradient."""
+        """Returns the seconds of the forward pass, the input gradient and the weight gradient."""
         inputs = self.new_input()
         moments = [self._now()]
         outputs = self.run(inputs)
@@ -157,7 +159,9 @@ class _Sample:
         return first, second, third
 
     def bytes_held(self) -> tuple[int, int, int]:
-        """Bytes of activations, of the input, of the operands. What two forward passes share (weights, positions) is not theirs."""
+        """Returns the bytes of activations, of the input and of the weight gradients' operands.
+
+        Storage that two forward passes share (weights, positions) does not count as activations."""
         first, second = self._saved(), self._saved()
         activations = sum(size for place, size in second.storages.items() if place not in first.storages)
         self._backward(second.outputs)
@@ -187,7 +191,7 @@ class _Sample:
 
 @dataclass
 class _Saved:
-    """A forward pass that has not gone backward yet, and the storages that wait for that: address -> bytes."""
+    """A forward pass before its backward pass, and the storages that are kept for the latter: address -> bytes."""
 
     inputs: torch.Tensor
     outputs: tuple[torch.Tensor, ...]
@@ -200,7 +204,7 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 def _samples(work: ModelWork, device: torch.device, compiled: bool) -> dict[str, _Sample]:
     model, dtype = work.model, getattr(torch, work.dtype)
-    draw = torch.Generator(device).manual_seed(0)  # one of its own: the run's stays as it is
+    draw = torch.Generator(device).manual_seed(0)  # the run's random state stays as it is
     shape = (work.micro_batch, work.sequence_length)
 
     def tokens(rows: int) -> torch.Tensor:
@@ -246,7 +250,9 @@ class _NormAndHead(nn.Module):
 
 
 def _localise(module: nn.Module, prefix: str, work: ModelWork, device: torch.device, draw: torch.Generator, fused: bool) -> _Shelf:
-    """Give a module on the meta device rank 0's slices of its weights; with `fused`, kernels know the sinks of their gradients."""
+    """Replaces each parameter of `module`, which is on the meta device, by rank 0's slice of it on `device`, with random values.
+    Returns the shelf that collects the deferred gradients. With `fused`, kernels write gradients straight to the parameters'
+    sinks."""
     plan, dtype = decoder_plan(work.model, work.sequence), getattr(torch, work.dtype)
     shelf = _Shelf()
     for module_name, part in module.named_modules():

@@ -1,8 +1,8 @@
-"""Model FLOPs, and what this machine's matrix multiplication reaches: the two sides of MFU.
+"""Computes a model's FLOPs and measures the FLOP/s that matrix multiplication reaches on this machine. MFU relates the two:
 
 MFU = model_flops_per_token x tokens per second / sum of the ranks' ceilings.
 
-The convention is that of models/flops.py; recomputation never counts.
+FLOPs are counted as in models/decoder/flops.py; recomputation never counts.
 """
 
 import time
@@ -18,19 +18,19 @@ _LONG_ENOUGH_SECONDS = 0.01
 
 
 def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of forward and backward for one token of a sequence of `sequence_length`."""
+    """Returns the FLOPs of forward and backward passes for one token of a sequence of `sequence_length`."""
     layers = sum(layer_flops(model, layer, sequence_length).total for layer in range(model.layers))
     return layers + head_flops(model).total
 
 
 def matmul_ceiling(dtype: torch.dtype, device: torch.device, threads: int, budget_seconds: float = 0.2) -> float:
-    """FLOP/s that square matrix products of `dtype` reach here, best of several within about `budget_seconds`.
+    """Returns the FLOP/s that square matrix products of `dtype` reach on `device`: the best of several in about `budget_seconds`.
 
-    `threads` is the number of CPU threads to use; it has no effect on accelerators. Call it on every rank at the same
-    time and add the results up: ranks that share a machine share its ceiling too.
+    `threads` is the number of CPU threads to use; it has no effect on accelerators. Call this on every rank at the same
+    time and sum the results, because ranks on the same machine share its ceiling.
 
-    A CPU without instructions for a 16-bit type computes it through float32, and sometimes slower than a program that
-    converted by itself would; so float32 is tried as well and the better one counts.
+    A CPU without instructions for a 16-bit type converts to float32 internally, sometimes more slowly than a program that converts
+    explicitly. So float32 is measured as well and the higher rate counts.
     """
     dtypes = [dtype]
     if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
@@ -51,7 +51,7 @@ def _best_rate(dtype: torch.dtype, device: torch.device, budget_seconds: float) 
     size, seconds = _SMALLEST, 0.0
     while True:
         a, b, out = _operands(size, dtype, device)
-        seconds = min(_seconds(a, b, out) for _ in range(3))  # the first product pays for pages and kernels
+        seconds = min(_seconds(a, b, out) for _ in range(3))  # the first also pays for page faults and loading kernels
         left = budget_seconds - (time.perf_counter() - started)
         if size >= _LARGEST or seconds >= _LONG_ENOUGH_SECONDS or 3 * 8 * seconds > left:
             break
@@ -62,7 +62,7 @@ def _best_rate(dtype: torch.dtype, device: torch.device, budget_seconds: float) 
 
 
 def _operands(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    # Random values: an accelerator multiplies constant ones faster than any training, because they take less power.
+    # Random values: an accelerator multiplies constants faster than real values, because they take less power.
     a, b = (torch.rand(size, size, dtype=dtype, device=device) for _ in range(2))
     return a, b, torch.empty_like(a)
 
@@ -76,6 +76,6 @@ def _seconds(a: Tensor, b: Tensor, out: Tensor) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done what it was given."""
+    """Waits until `device` has finished all work submitted to it."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,7 +1,9 @@
-"""Which sequences make up a step, and their tokens. S: tokens a sequence predicts, N: sequences of the training split.
+"""Determines which sequences make up a step, and reads their tokens.
 
-Everything is a pure function of (seed, step, sample index): no cursor is stored, so a run resumes at step k by asking
-for step k, and any rank asks for whatever part of the global batch is its own. Steps and samples count from 0.
+Shapes: S tokens that a sequence predicts, N sequences of the training split.
+
+Everything is a pure function of (seed, step, sample index). No position is stored: a run resumes at step k by asking for step k,
+and each rank asks only for its part of the global batch. Steps and samples count from 0.
 """
 
 from typing import Any, Protocol
@@ -17,27 +19,27 @@ from bagualu.trainer.data.corpus import Corpus, require_sequence
 from bagualu.trainer.data.prepared import AnyTokens, DataError
 
 RANDOM_SEQUENCES = 2**31
-"""Random sequences never run out; this many are said to be there for validation."""
+"""The length of a set of random sequences, which in fact never run out; validation sequences are spread over it."""
 
 # Separate streams of random numbers: the top word of the generator's 256-bit counter.
 _ORDER, _TRAINING_TOKENS, _VALIDATION_TOKENS = 0, 1, 2
 
 _ROUNDS = 8
-"""Of the permutation; four make a Feistel network as good as random on large domains, small ones need more."""
+"""Rounds of the permutation: four make a Feistel network as good as random on large domains, small domains need more."""
 
 
 class Sequences(Protocol):
-    """A numbered set of token sequences."""
+    """An indexed set of token sequences."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> NDArray[Any]:
-        """Tokens of sequence `index`, [S + 1]: what is read and, shifted by one, what is predicted."""
+        """Returns the tokens of sequence `index`, [S + 1]: the inputs and, shifted by one, the labels."""
         ...
 
 
 class StoredSequences:
-    """Consecutive windows of a token array: each token but the first is predicted once; less than S are left over."""
+    """Consecutive windows of a token array: each token but the first is predicted once, and fewer than S at the end are unused."""
 
     def __init__(self, tokens: AnyTokens, sequence_length: int) -> None:
         self._tokens, self._length = tokens, sequence_length
@@ -51,7 +53,7 @@ class StoredSequences:
 
 
 class RandomSequences:
-    """Uniform random tokens, a function of (seed, sequence number)."""
+    """Uniform random tokens, a function of (seed, sequence index)."""
 
     def __init__(self, vocab: int, sequence_length: int, seed: int, stream: int) -> None:
         self._vocab, self._length, self._seed, self._stream = vocab, sequence_length, seed, stream
@@ -66,11 +68,11 @@ class RandomSequences:
 class Batches:
     """Global batches of `config.global_batch` sequences of a corpus.
 
-    Sequences come in a new random order each epoch, each exactly once; a global batch may run across the border of two
-    epochs. Random tokens are never repeated: sample n of the run is random sequence n.
+    Sequences come in a new random order each epoch, each exactly once; a global batch may contain the end of an epoch and
+    the beginning of the next. Random tokens are never repeated: sample n of the run is random sequence n.
 
-    Inputs and labels are int64. A label of -100 means: do not predict here. None of the sources produces one, but
-    whoever computes a loss must skip it and count only the others.
+    Inputs and labels are int64. A label of -100 means that the position is not predicted. No source produces such a label, but a
+    loss must skip it and average over the others only.
     """
 
     def __init__(self, corpus: Corpus, config: DataConfig, seed: int) -> None:
@@ -79,7 +81,7 @@ class Batches:
         self._vocab, self._source = corpus.vocab, config.source
         self._shuffled = config.source != RANDOM
         self._ids: tuple[int, NDArray[np.int64]] | None = None
-        """The newest step asked for, and its `sample_ids`."""
+        """The latest step that `batch` was called for, and its `sample_ids`."""
         self._train: Sequences
         self._validation: Sequences
         if self._shuffled:
@@ -92,7 +94,7 @@ class Batches:
 
     @property
     def train_count(self) -> int:
-        """Sequences of one epoch, N."""
+        """The number of sequences in an epoch, N."""
         return len(self._train)
 
     @property
@@ -100,7 +102,7 @@ class Batches:
         return len(self._validation)
 
     def sample_ids(self, step: int) -> NDArray[np.int64]:
-        """The training sequences that step `step` consumes, in order, [global_batch]."""
+        """Returns the indices of the training sequences that step `step` consumes, in order, [global_batch]."""
         places = np.arange(step * self._global_batch, (step + 1) * self._global_batch, dtype=np.int64)
         if not self._shuffled:
             return places
@@ -112,7 +114,7 @@ class Batches:
         return ids
 
     def batch(self, step: int, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Inputs and labels [count, S] of samples start .. start + count of the global batch of step `step`."""
+        """Returns inputs and labels [count, S] of samples start .. start + count of the global batch of step `step`."""
         if not 0 <= start <= start + count <= self._global_batch:
             raise ValueError(f"samples {start}..{start + count} lie outside the global batch of {self._global_batch}")
         if self._ids is None or self._ids[0] != step:
@@ -120,7 +122,7 @@ class Batches:
         return self._read(self._train, self._ids[1][start : start + count])
 
     def validation(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Inputs and labels [count, S] of validation sequences start .. start + count, in the order of the files."""
+        """Returns inputs and labels [count, S] of validation sequences start .. start + count, in the order of the files."""
         if not 0 <= start <= start + count <= self.validation_count:
             raise ValueError(f"sequences {start}..{start + count} lie outside the {self.validation_count} there are")
         return self._read(self._validation, np.arange(start, start + count))
@@ -133,7 +135,7 @@ class Batches:
             except DataError as error:
                 raise DataError(f"sequence {index} of data.source={self._source} is lost: {error}; start again, which prepares the "
                                 "corpus anew") from error  # fmt: skip
-        if tokens.size and tokens.max() >= self._vocab:  # the loss would be wrong without a word: no rank holds such a row
+        if tokens.size and tokens.max() >= self._vocab:  # the loss would be silently wrong: no rank holds such a row
             index = int(ids[tokens.max(axis=1).argmax()])
             raise RecipeError(f"sequence {index} of data.source={self._source} has token {tokens.max()}, but model.vocab="
                               f"{self._vocab}; give the data.cache that belongs to it, or another")  # fmt: skip
@@ -142,10 +144,12 @@ class Batches:
 
 
 def _shuffle(places: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Where each of `places`, all below `count`, lies in the order of an epoch: a permutation, computed point by point.
+    """Returns the index of the sequence at each position in `places`, all below `count`, of an epoch: a permutation, computed for
+    each position separately.
 
-    A Feistel network permutes the smallest 4 ** n >= count numbers; what falls outside `count` goes through it again until it
-    does not (cycle walking; Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). Nothing as long as the corpus is kept.
+    A Feistel network permutes the numbers below the smallest 4 ** n >= count; a result outside `count` goes through it again until
+    it is inside (cycle walking; Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). So no array as long as the corpus
+    is stored.
     """
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
@@ -162,13 +166,13 @@ def _shuffle(places: NDArray[np.int64], count: int, seed: int, epoch: int) -> ND
 
 
 def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Every bit of the result depends on every bit of a word (the finaliser of SplitMix64)."""
+    """Mixes the bits of each word: every bit of a result depends on every bit of its word (the finaliser of SplitMix64)."""
     words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return words ^ words >> np.uint64(31)
 
 
 def _random_words(seed: int, index: int, stream: int, count: int) -> NDArray[np.uint64]:
-    """`count` random 64-bit words, a function of the other three arguments."""
+    """Returns `count` random 64-bit words, a function of the other three arguments."""
     key = np.array([seed % 2**64, index], np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], np.uint64)).random_raw(count)

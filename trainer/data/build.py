@@ -1,6 +1,6 @@
-"""Prepare a corpus: split the text, train the tokenizer on the training part, write the tokens of both parts.
+"""Prepares a corpus: splits the text, trains the tokenizer on the training part, and writes the tokens of both parts.
 
-The text is read in pieces, so the memory that this takes does not grow with the text.
+The text is read in pieces, so memory use does not grow with the text.
 """
 
 import json
@@ -23,23 +23,24 @@ from bagualu.trainer.data.split import NOTHING, TextSplit, by_files, by_share, h
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, Encoder, train_tokenizer
 
 SAMPLE_CHARACTERS_PER_ENTRY = 750
-"""Text the tokenizer is trained on, for every entry of its vocabulary: more costs seconds and hardly changes it."""
+"""Characters of text that the tokenizer is trained on, per entry of its vocabulary. More would take seconds and hardly change
+it."""
 _LONG_WORD = re.compile(r"\w{4096}|[^\w\s]{4096}|\s{4096}")
 _TRIAL = "trial"
 _TRIES = 4
-"""Borders between the two parts that are tried until their tokens meet the share asked for."""
+"""How many splits are tried until the tokens of both parts meet the requested share."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A part of a file, ended by one end-of-file token, and whether it is kept for validation."""
+    """A part of a file, to be followed by one end-of-file token, and whether it is kept for validation."""
 
     part: Part
     validation: bool
 
 
 class VocabularyTooLargeError(Exception):
-    """The text yields only `size` entries of a vocabulary."""
+    """The text yields only `size` entries of a vocabulary, fewer than requested."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -47,9 +48,9 @@ class VocabularyTooLargeError(Exception):
 
 
 def build(folder: Path, scratch: Path, request: CorpusRequest, files: Sequence[TextFile]) -> None:
-    """Write a whole corpus into `folder`, every file of it on disk. `scratch` is for what is not needed after that.
+    """Writes a whole corpus durably into `folder`. `scratch` is a folder for files that are not needed afterwards.
 
-    Raises RecipeError, with what to give, when the text cannot be split, or is too small for the vocabulary.
+    Raises RecipeError, with the values to give instead, if the text cannot be split or is too small for the vocabulary.
     """
     try:
         kind = _write(folder, request, files)
@@ -61,9 +62,10 @@ def build(folder: Path, scratch: Path, request: CorpusRequest, files: Sequence[T
 
 
 def documents(files: Sequence[TextFile], split: TextSplit, source: str) -> list[Document]:
-    """What `split` makes of `files`, in their order. Raises RecipeError for a file that cannot be read.
+    """Returns the documents into which `split` divides `files`, in the same order. Raises RecipeError for a file that cannot be
+    read.
 
-    Files of the standard library that are not UTF-8 are left out.
+    Files of the standard library that are not UTF-8 are skipped.
     """
     result = []
     for file in files:
@@ -78,7 +80,8 @@ def documents(files: Sequence[TextFile], split: TextSplit, source: str) -> list[
 
 
 def _write(folder: Path, request: CorpusRequest, files: Sequence[TextFile]) -> str:
-    """Tokenizer and tokens into `folder`; the kind of split. Raises RecipeError, VocabularyTooLargeError."""
+    """Writes the tokenizer and the tokens into `folder` and returns the kind of split. Raises RecipeError,
+    VocabularyTooLargeError."""
     data, counts = request.data, (0, 0)
     if not request.keeps_validation:
         _write_tokens(folder, documents(files, NOTHING, data.source), request.vocab)
@@ -93,7 +96,7 @@ def _write(folder: Path, request: CorpusRequest, files: Sequence[TextFile]) -> s
         counts = _write_tokens(folder, text, request.vocab)
         if data.split == "files" or meets(counts[1], sum(counts), wanted):
             return split.kind
-        if attempt:  # text there has other tokens than here: correct the share of bytes by that of tokens
+        if attempt:  # the parts differ in tokens per byte: correct the share of bytes for that
             odds = share / (1 - share) * (wanted / (1 - wanted)) / (counts[1] / counts[0])
             share = odds / (1 + odds)
     raise RecipeError(f"the text of data.source={data.source} cannot be split so that data.validation_fraction={wanted} of its "
@@ -102,7 +105,7 @@ def _write(folder: Path, request: CorpusRequest, files: Sequence[TextFile]) -> s
 
 
 def _write_tokens(folder: Path, text: Sequence[Document], vocab: int) -> tuple[int, int]:
-    """Train the tokenizer, write it and all tokens to `folder`; how many tokens train and validate."""
+    """Trains the tokenizer, writes it and all tokens to `folder`, and returns the numbers of training and validation tokens."""
     training = [document.part for document in text if not document.validation]
     tokenizer = train_tokenizer(_sample(training, vocab * SAMPLE_CHARACTERS_PER_ENTRY), vocab)
     if tokenizer.get_vocab_size() < vocab:
@@ -123,7 +126,7 @@ def _write_part(stream: BinaryIO, part: Part, encoder: Encoder, dtype: str) -> N
 
 
 def _sample(parts: Sequence[Part], most_characters: int) -> Iterator[str]:
-    """Text of the parts in the order of their names' hashes, until `most_characters` are used up."""
+    """Yields text of the parts in the order of their names' hashes, at most `most_characters` in all."""
     for part in sorted(parts, key=lambda part: hash_fraction("sample:" + part.file.name)):
         for piece in part.pieces():
             if most_characters <= 0:
@@ -133,7 +136,7 @@ def _sample(parts: Sequence[Part], most_characters: int) -> Iterator[str]:
 
 
 def _without_long_words(text: str) -> Iterator[str]:
-    """`text`, cut within words so long that the tokenizer's training, quadratic in their length, would not come to an end."""
+    """Yields `text` in parts, cut inside extremely long words: the time to train the tokenizer is quadratic in their length."""
     start = 0
     for match in _LONG_WORD.finditer(text):
         yield text[start : match.end()]
@@ -142,11 +145,11 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 
 def _vocabulary_advice(scratch: Path, request: CorpusRequest, files: Sequence[TextFile], size: int) -> str:
-    """What to give in place of request.vocab, so that it is accepted at once, where the text yields `size` entries."""
+    """Returns the message for a text that yields only `size` entries, with a value for model.vocab that will be accepted."""
     problem = f"the text of data.source={request.data.source} yields only {size} tokens"
     vocab = _largest_vocab(scratch, request, files, size)
     longest = request.longest_sequence(token_counts(scratch / _TRIAL, vocab))
-    while longest < 1 and vocab > SMALLEST_VOCAB:  # its entries are as long as the text
+    while longest < 1 and vocab > SMALLEST_VOCAB:  # its entries are so long that too few tokens remain
         vocab = _largest_vocab(scratch, request, files, max(vocab // 2, SMALLEST_VOCAB))
         longest = request.longest_sequence(token_counts(scratch / _TRIAL, vocab))
     if longest < 1:
@@ -156,9 +159,9 @@ def _vocabulary_advice(scratch: Path, request: CorpusRequest, files: Sequence[Te
 
 
 def _largest_vocab(scratch: Path, request: CorpusRequest, files: Sequence[TextFile], vocab: int) -> int:
-    """The largest vocabulary up to `vocab` that the text is accepted with, found by preparing it: its tokens are in `scratch`.
+    """Returns the largest vocabulary up to `vocab` for which the text suffices, by preparing it in the trial folder of `scratch`.
 
-    A smaller vocabulary is trained on less text, which may again yield fewer entries. The smallest of all needs no text.
+    A smaller vocabulary is trained on less text, which may again yield fewer entries. The smallest vocabulary needs no text.
     """
     (scratch / _TRIAL).mkdir(exist_ok=True)
     while True:
@@ -170,7 +173,7 @@ def _largest_vocab(scratch: Path, request: CorpusRequest, files: Sequence[TextFi
 
 
 def token_counts(folder: Path, vocab: int) -> tuple[int, int]:
-    """Tokens in `folder` to train on and to validate with."""
+    """Returns the numbers of training and validation tokens in `folder`."""
     item = np.dtype(token_dtype(vocab)).itemsize
     train, validation = ((folder / name).stat().st_size // item for name in SPLITS)
     return train, validation

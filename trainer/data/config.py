@@ -1,4 +1,4 @@
-"""The data as a recipe describes it. Free of torch."""
+"""The `data` section of a recipe."""
 
 from dataclasses import dataclass, field
 
@@ -6,9 +6,9 @@ from bagualu.comm.checks import require_at_least, require_at_most, require_known
 from bagualu.comm.errors import RecipeError
 
 LARGEST = 2**24
-"""Sequences of a step, and tokens of a sequence; every rank knows the numbers of all of the former."""
+"""The most sequences per step, and the most tokens per sequence. Every rank holds the indices of all sequences of a step."""
 SMALLEST_VOCAB = 256 + 1
-"""Every byte, and the end of a file."""
+"""One entry for every byte, and one for the end of a file."""
 RANDOM = "random"
 STDLIB = "stdlib"
 SPLITS = ("share", "files")
@@ -19,19 +19,20 @@ class DataConfig:
     """`data.*` of a recipe."""
 
     source: str = field(default=STDLIB, metadata={"path": True})
-    """stdlib: the sources of Python's own standard library; random: uniform random tokens; else a text file or a folder of them.
-    Links are followed, each folder is read once, and run directories below it are left out."""
+    """stdlib: the source code of Python's own standard library; random: uniform random tokens; else a text file or a folder of text
+    files. Links are followed, each folder is read once, and run directories below it are skipped."""
     sequence_length: int = 256
-    """Tokens a sequence predicts; one more is read."""
+    """The number of tokens that a sequence predicts; it reads one more."""
     global_batch: int = 16
     """Sequences per optimizer step, over all ranks."""
     validation_fraction: float = 0.05
-    """Share of the text kept for validation; nothing is kept with train.validation_sequences=0."""
+    """Share of the text kept for validation; nothing is kept with train.validation_sequences=0, unless data.split=files."""
     split: str = "share"
-    """share: files chosen by a hash of their path, and one of them cut where whole files would miss the share by more than a factor
-    of 2. files: whole files whatever share they are, also with train.validation_sequences=0, as runs of earlier versions began."""
+    """share: keeps files chosen by a hash of their path, and cuts one of them if whole files would miss the share by more than a
+    factor of 2. files: keeps whole files whatever share they are, even with train.validation_sequences=0, as earlier versions
+    did."""
     cache: str | None = field(default=None, metadata={"path": True})
-    """Folder of prepared corpora; left out, $XDG_CACHE_HOME/bagualu or ~/.cache/bagualu."""
+    """Folder of prepared corpora; by default $XDG_CACHE_HOME/bagualu or ~/.cache/bagualu."""
 
     def validate(self) -> None:
         require_text("data", self, source=STDLIB)
@@ -56,7 +57,7 @@ def _is_utf8(name: str) -> bool:
 
 
 def require_vocab(vocab: int) -> None:
-    """Raise RecipeError for a vocabulary too small for text."""
+    """Raises RecipeError if the vocabulary is too small for text."""
     if vocab < SMALLEST_VOCAB:
         raise RecipeError(f"model.vocab={vocab} cannot hold every byte and the end of a file; "
                           f"give model.vocab={SMALLEST_VOCAB} or more")  # fmt: skip

@@ -1,14 +1,14 @@
-"""A corpus as flat arrays of tokens, prepared once and cached.
+"""Provides a corpus as flat arrays of tokens, prepared once and cached.
 
-A cached corpus is a folder that appears by one rename when all of it is on disk; a killed builder leaves nothing that
-anyone would load:
+A cached corpus is a folder that appears by a rename once all of it is on disk; a builder that is killed leaves nothing that a
+process would load:
 
     CACHE/KEY/corpus.json tokenizer.json train.bin validation.bin
     CACHE/KEY.lock              held while building; the other processes wait, then load
 
 KEY is a hash of what the corpus is made from (names, sizes and modification times of the files, vocabulary, split). Every process
-that loads it reads all of it once and compares it with its fingerprint: a cached corpus that is damaged in any way is prepared
-again. What happens to it later is noticed by the process that reads it (prepared.py).
+that loads a corpus reads all of it once and compares it with its fingerprint; a damaged corpus is prepared again. Later changes are
+detected by the process that reads the changed tokens (prepared.py).
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.data.tokenizer import load_tokenizer, token_bytes
 
 FORMAT = 3
-"""Part of the key: raise it when what is stored changes."""
+"""Part of the key. Raise it when what is stored changes."""
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 class Corpus:
     """Tokens to train on and to validate with.
 
-    Files are joined, each ended by the end-of-file token. That token stands for 0 bytes: a model pays for predicting
-    it and gets no bytes in return, so bits per byte is never flattered. For `data.source=random` the arrays are
+    Files are joined, each ended by the end-of-file token. That token stands for 0 bytes: predicting it
+    adds to the loss and not to the bytes, so bits per byte is never too low. For `data.source=random` the arrays are
     empty, there is no tokenizer and no token stands for any bytes.
     """
 
@@ -60,18 +60,18 @@ class Corpus:
     fingerprint: str
     """Hash of the tokenizer and of every token: equal on two machines when they train on the same data."""
     tokenizer_path: Path | None
-    """For bagualu.trainer.data.tokenizer.load_tokenizer."""
+    """The file for `tokenizer.load_tokenizer`; None for random tokens."""
     split: str = "files"
-    """How the text was split: the kind of a `split.TextSplit`; none where nothing is kept for validation."""
+    """How the text was split: `TextSplit.kind`; none if nothing is kept for validation."""
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float | None:
-    """Bits per byte of text: summed loss in nats over the summed `token_bytes` of the labels. None for 0 bytes."""
+    """Returns the bits per byte of text: the summed loss in nats over the summed `token_bytes` of the labels; None for 0 bytes."""
     return nats / math.log(2) / text_bytes if text_bytes else None
 
 
 def show_data(corpus: Corpus, source: str) -> str:
-    """One line on what there is to train on and to validate with."""
+    """Returns a line for people on how many tokens there are for training and for validation."""
     if corpus.tokenizer_path is None:
         return f"data: {source} tokens without end"
     train, validation = len(corpus.train), len(corpus.validation)
@@ -80,13 +80,13 @@ def show_data(corpus: Corpus, source: str) -> str:
 
 
 def default_cache() -> Path:
-    """$XDG_CACHE_HOME/bagualu or ~/.cache/bagualu: the user's one setting for where caches lie, so it is read here."""
+    """Returns $XDG_CACHE_HOME/bagualu or ~/.cache/bagualu. The variable is read because it is the user's setting for all caches."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "bagualu"
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where prepared corpora lie."""
+    """Returns the folder of prepared corpora."""
     return Path(config.cache) if config.cache else default_cache()
 
 
@@ -98,11 +98,11 @@ def prepare(
     run_dir: str | None = None,
     length_multiple: int = 1,
 ) -> Corpus:
-    """The corpus of `config`, tokenised with exactly `vocab` entries. Safe from several processes at once.
+    """Returns the corpus of `config`, tokenised with exactly `vocab` entries. Several processes may call this at the same time.
 
     `validation`, `length_multiple`: as in `CorpusRequest`. `run_dir`: a folder that is not read as text.
-    Takes seconds the first time and milliseconds after that. Raises RecipeError when the source is not text, or too small for one
-    sequence or for the vocabulary, SourceError when it is missing or empty, or the cache does not answer.
+    Takes seconds the first time and milliseconds after that. Raises RecipeError if the source is not text, or too small for one
+    sequence or for the vocabulary; SourceError if it is missing or empty, or if the cache cannot be used.
     """
     if config.source == RANDOM:
         nothing = np.zeros(0, np.uint32)
@@ -126,7 +126,7 @@ def prepare(
 
 
 def require_sequence(corpus: Corpus, config: DataConfig, length_multiple: int = 1) -> None:
-    """Raise RecipeError unless each part holds at least one sequence (`sequence_length` + 1 tokens)."""
+    """Raises RecipeError unless each part holds at least one sequence (`sequence_length` + 1 tokens)."""
     counts = (len(corpus.train), len(corpus.validation))
     request = CorpusRequest(config, corpus.vocab, corpus.split != NOTHING.kind, length_multiple=length_multiple)
     longest = request.longest_sequence(counts)
@@ -147,7 +147,8 @@ def _key(request: CorpusRequest, files: Sequence[TextFile]) -> str:
 
 
 def _build(folder: Path, request: CorpusRequest, files: Sequence[TextFile]) -> Corpus:
-    """Prepare beside `folder` and rename. The caller holds the lock: what lies here is left from a killed builder."""
+    """Prepares the corpus in a folder beside `folder` and renames that to `folder`. The caller holds the lock, so folders that
+    exist already were left by a builder that was killed."""
     for leftover in [folder, *folder.parent.glob(f"{folder.name}.tmp-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.tmp-") as temporary:
@@ -162,9 +163,9 @@ def _build(folder: Path, request: CorpusRequest, files: Sequence[TextFile]) -> C
 
 
 def _load(folder: Path, vocab: int) -> Corpus | None:
-    """The corpus in `folder`; None when it is not there, or is not to the byte what was prepared, which is said.
+    """Returns the corpus in `folder`; None if it does not exist, or if any byte differs from what was prepared, which is logged.
 
-    Raises OSError when that cannot be told: what cannot be read now is not prepared again.
+    Raises OSError if it cannot be read now: then it is not prepared again.
     """
     if not folder.exists():
         return None

@@ -1,7 +1,7 @@
-"""The files below a folder that are text to train on: which folders are entered, which are left out. Free of torch.
+"""Lists the files below a folder that are text to train on, and decides which folders are entered and which are skipped.
 
-A folder that a link leads to is read under the name of the link. Each folder is read once: a link back to a folder that is read
-anyway adds nothing, so a circle of links ends. Folders of runs and of prepared corpora are never text.
+A folder that a link points to is read under the name of the link. Each folder is read once: a link to a folder that is read anyway
+adds nothing, so circular links end. Folders of runs and of prepared corpora are never read as text.
 """
 
 import os
@@ -19,16 +19,17 @@ _RESOLVED_BYTES = 2**18
 _SECTIONS = frozenset({"run", "model", "data", "train", "optim", "parallel"})
 """Top-level keys of every resolved recipe."""
 _OF_A_CORPUS = ("corpus.json", "tokenizer.json", "train.bin")
-"""Files that together show a prepared corpus."""
+"""Files that together identify a folder as a prepared corpus."""
 
 
 class SourceError(RecipeError, StorageError):
-    """A source or cache that is missing: where a run begins a mistake in the recipe, where it goes on storage that is away."""
+    """A source or cache is missing. For a run that begins this is a mistake in the recipe; for a run that resumes, its storage is
+    unavailable."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """One file of a source; `name` is its path below the source, with forward slashes."""
+    """A file of a source; `name` is its path relative to the source, with forward slashes."""
 
     path: str
     name: str
@@ -38,22 +39,23 @@ class TextFile:
 
 @dataclass
 class Tree:
-    """The files below `root` that are not empty. Hidden files and folders (.name) are left out."""
+    """The files below `root` that are not empty. Hidden files and folders (.name) are skipped."""
 
     root: str
     apart: Collection[str] = ()
-    """Folders that are left out besides those of runs; they need not exist."""
+    """Folders to skip besides those of runs; they need not exist."""
     skipped: frozenset[str] = frozenset()
-    """Names of folders that are left out."""
+    """Names of folders to skip."""
     suffix: str = ""
     follow: bool = True
     """Whether links to folders are followed."""
     _read: set[tuple[int, int]] = field(default_factory=set)
-    """Device and inode of every folder that was entered or left out."""
+    """Device and inode of every folder that was entered or skipped."""
     _links: list[str] = field(default_factory=list)
 
     def files(self) -> Iterator[TextFile]:
-        """In no order that matters. Raises SourceError for what cannot be listed, RecipeError for a name that is not UTF-8."""
+        """Yields the files in no particular order. Raises SourceError if a folder cannot be listed, RecipeError for a name that is
+        not UTF-8."""
         for folder in self.apart:
             if os.path.isdir(folder):
                 self._read.add(_identity(folder))
@@ -61,7 +63,7 @@ class Tree:
             raise RecipeError(f"data.source={printable(self.root)} is the folder of a run or of prepared corpora, whose files are "
                               "no text to train on; give the folder of the text, or another run.dir or data.cache")  # fmt: skip
         yield from self._below(self.root)
-        while self._links:  # behind all real folders, so that these keep their own names
+        while self._links:  # after all real folders, so that these keep their own names
             yield from self._below(self._links.pop(0))
 
     def _below(self, folder: str) -> Iterator[TextFile]:
@@ -100,7 +102,8 @@ class Tree:
         return TextFile(path, name, status.st_size, status.st_mtime_ns)
 
     def _leads_into_a_run(self, link: str) -> bool:
-        """Whether what `link` stands for lies in the folder of a run, or in one kept apart, that does not hold the source too."""
+        """Whether the target of `link` lies in the folder of a run, or in one of `apart`, that does not contain the source as
+        well."""
         own = os.path.realpath(self.root)
         apart = {os.path.realpath(folder) for folder in self.apart}
         for parent in map(str, Path(os.path.realpath(link)).parents):
@@ -112,7 +115,7 @@ class Tree:
 
 
 def is_made_here(folder: str) -> bool:
-    """Whether `folder` holds a run or a prepared corpus: by a resolved recipe or by what else is written there."""
+    """Whether `folder` holds a run or a prepared corpus, recognised by a resolved recipe or by other files written there."""
     run = RunDirectory(folder)
     if os.path.isfile(run.config):
         try:
@@ -128,13 +131,13 @@ def is_made_here(folder: str) -> bool:
 
 
 def printable(path: str) -> str:
-    """`path` as one line that any terminal shows: bytes that are not UTF-8 and control characters as escapes."""
+    """Returns `path` as a line that any terminal can show: bytes that are not UTF-8 and control characters become escapes."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def require_utf8_name(path: str) -> None:
-    """Raise RecipeError for a path that is not UTF-8: what is made of its name would differ from machine to machine."""
+    """Raises RecipeError for a path that is not UTF-8: what is computed from its name would differ between machines."""
     try:
         path.encode()
     except UnicodeEncodeError as error:
@@ -142,7 +145,8 @@ def require_utf8_name(path: str) -> None:
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Of what a link stands for, if `entry` is one; None for a link to nothing or to itself, and for a file that is just gone."""
+    """Returns the status of `entry`, or of its target if it is a link; None for a broken or circular link, and for a file that was
+    just removed."""
     try:
         return entry.stat()
     except OSError as error:
@@ -160,5 +164,5 @@ def _identity(folder: str) -> tuple[int, int]:
 
 
 def _unlisted(path: str, error: OSError) -> SourceError:
-    """A folder left out in silence would make another corpus."""
+    """Returns the error for a path that cannot be listed: to skip it silently would change the corpus."""
     return SourceError(f"{printable(path)} cannot be listed ({error.strerror}); put it right or take it out of data.source")

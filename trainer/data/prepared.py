@@ -1,4 +1,4 @@
-"""The files of a prepared corpus, and whether they are what was prepared: when they are opened, and at every read after that."""
+"""Reads the files of a prepared corpus, and checks when they are opened and at every later read that they have not changed."""
 
 import os
 import weakref
@@ -13,32 +13,34 @@ from numpy.typing import NDArray
 from bagualu.comm.errors import StorageError
 
 _TOKENIZER, SPLITS = "tokenizer.json", ("train.bin", "validation.bin")
-"""SPLITS: the tokens to train on, and to validate with."""
+"""SPLITS: the files of the training tokens and of the validation tokens."""
 _BLOCK_BYTES = 2**16
-"""Read and verified at a time: what a memory map would read ahead anyway. Its hashes take 128 MB for a terabyte of tokens."""
+"""The unit in which tokens are read and verified; a memory map would read as much ahead. The hashes take 128 MB per terabyte of
+tokens."""
 _PORTION = 2**20
 
 
 class DataError(RuntimeError):
-    """The tokens on storage are no longer those that the run has begun with."""
+    """The tokens on storage are no longer those that the run began with."""
 
 
 def token_dtype(vocab: int) -> str:
-    """How the tokens of a vocabulary are stored."""
+    """Returns the dtype in which the tokens of a vocabulary are stored."""
     return "uint16" if vocab <= 2**16 else "uint32"
 
 
 class Tokens:
-    """The tokens of the file `path`, flat, where they lie. Every read is held against the hashes taken when it was opened.
+    """The tokens of the file `path`, as a flat array that stays on storage. Every read is verified with the hashes taken at
+    opening.
 
-    No memory map: of a file that is cut short under a map the rest of the page reads as zeros, and what is behind it ends the
-    process. A file that another has taken the place of, by a rename, is read on as it was.
+    This is no memory map: if a mapped file is cut short, the rest of its last page reads as zeros, and an access beyond that page
+    kills the process. If another file is renamed to `path`, reads continue on the original file.
     """
 
     def __init__(self, path: Path, vocab: int) -> None:
-        """Reads all of it. Raises OSError, and ValueError for a token that the vocabulary does not have."""
+        """Reads the whole file. Raises OSError, and ValueError for a token that is not in the vocabulary."""
         self.path, self._dtype = path, np.dtype(token_dtype(vocab))
-        self._file, self._bytes = open(path, "rb"), 0  # noqa: SIM115  as long as this object
+        self._file, self._bytes = open(path, "rb"), 0  # noqa: SIM115  open as long as this object exists
         weakref.finalize(self, self._file.close)
         whole, hashes = xxhash.xxh3_128(), []
         while portion := self._file.read(_PORTION):
@@ -54,7 +56,8 @@ class Tokens:
         return self._bytes // self._dtype.itemsize
 
     def __getitem__(self, wanted: slice) -> NDArray[Any]:
-        """Tokens wanted.start .. wanted.stop. Raises DataError, or StorageError where they cannot be read now."""
+        """Returns tokens wanted.start .. wanted.stop. Raises DataError if they have changed, StorageError if they cannot be read
+        now."""
         item = self._dtype.itemsize
         start, stop, _ = wanted.indices(len(self))
         if stop <= start:
@@ -82,17 +85,18 @@ class Tokens:
 
 
 AnyTokens: TypeAlias = "NDArray[Any] | Tokens"
-"""Flat tokens, in memory or on storage."""
+"""A flat array of tokens, in memory or on storage."""
 
 
 def open_splits(folder: Path, vocab: int) -> tuple[Tokens, Tokens, str]:
-    """The training and validation tokens in `folder`, and the fingerprint of what was read. Raises OSError, ValueError."""
+    """Returns the training and the validation tokens in `folder`, and the fingerprint of what was read. Raises OSError,
+    ValueError."""
     train, validation = (Tokens(folder / name, vocab) for name in SPLITS)
     return train, validation, _combined([_digest(folder / _TOKENIZER), train.digest, validation.digest])
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of everything in `folder` that a model gets to see. Raises OSError."""
+    """Returns a hash of everything in `folder` that a model gets to see. Raises OSError."""
     return _combined(_digest(folder / name) for name in (_TOKENIZER, *SPLITS))
 
 

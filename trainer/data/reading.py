@@ -1,6 +1,6 @@
-"""Text read in pieces, so that a file of any size takes the memory of a piece. Free of torch.
+"""Reads text in pieces, so that a file of any size takes only the memory of a piece.
 
-Pieces end where the tokenizer would end a word anyway, so that their tokens are those of the whole text.
+Pieces end where the tokenizer would end a word anyway, so their tokens are those of the whole text.
 """
 
 import codecs
@@ -16,18 +16,19 @@ from bagualu.trainer.data.listing import TextFile, printable
 
 PIECE_BYTES = 2**18
 _LONGEST = 2**20
-"""Characters of a piece of text in which no word ends; then it is cut in the middle of a word."""
+"""The most characters of a piece of text in which no word ends; then it is cut in the middle of a word."""
 _LINE_BLOCK = 2**16
 _FARTHEST = 0.25
-"""Of the smaller part: how far from the share asked for a file may be cut, to cut it between two lines or words."""
+"""How far from the requested share a file may be cut so as to cut it between lines or words, as a fraction of the smaller part."""
 
-# White space behind what is none, or punctuation (no apostrophe: 's is a word) before what is none: no word goes across.
+# No word continues from a character to white space after it, nor from punctuation (except the apostrophe: 's is a word) to a
+# letter or digit after it.
 _WORD_END = re.compile(r".*(?:\S(?=[ \n\t\r])|[!-&(-/:-@\[-`{-~。，！？；：、](?=[A-Za-z0-9\u4e00-\u9fff]))", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes `start` .. `stop` of a file, which begin and end with a whole character."""
+    """Bytes `start` .. `stop` of a file; both bounds lie between two characters."""
 
     file: TextFile
     start: int
@@ -38,15 +39,15 @@ class Part:
         return self.stop - self.start
 
     def pieces(self) -> Iterator[str]:
-        """Its text, decoded exactly: line ends as they are. Raises RecipeError when the file cannot be read, is not UTF-8 or has
-        changed since it was listed."""
+        """Yields the text in pieces, decoded exactly, with line ends unchanged. Raises RecipeError if the file cannot be read, is
+        not UTF-8 or has changed since it was listed."""
         decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
         at = self.start
         for block in _blocks(self.file, self.start, self.stop):
             try:
                 text += decoder.decode(block, final=at + len(block) == self.stop)
             except UnicodeDecodeError as error:
-                _require_unchanged(self.file)  # else it may be half of one text and half of another
+                _require_unchanged(self.file)  # a file that is being replaced may be a mixture of two
                 raise _not_utf8(self.file, at + error.start + len(block) - len(error.object)) from error
             at += len(block)
             end = _WORD_END.match(text)
@@ -63,9 +64,10 @@ def whole(file: TextFile) -> Part:
 
 
 def cut(file: TextFile, training_share: float, anywhere: bool) -> tuple[Part, Part]:
-    """The file in two: `training_share` of its characters, and the rest; cut behind a line, else before a word, if one ends near.
+    """Returns the file in two parts: `training_share` of its characters, and the rest. The cut is moved back to the end of a line,
+    or else to the start of a word, if there is one nearby.
 
-    `anywhere`: behind the last line that ends before, however far that is.
+    `anywhere`: moves it back to the end of a line however far away that is.
     """
     middle = _offset_of(file, int(_characters(file) * training_share))
     near = 0 if anywhere else middle - int(_FARTHEST * min(middle, file.size_bytes - middle))
@@ -92,7 +94,7 @@ def _not_utf8(file: TextFile, byte: int) -> RecipeError:
 
 
 def _blocks(file: TextFile, start: int, stop: int) -> Iterator[bytes]:
-    """Bytes start .. stop. Raises RecipeError when they cannot be read, or the file is not as it was listed."""
+    """Yields bytes start .. stop. Raises RecipeError if they cannot be read or the file has changed since it was listed."""
     try:
         with open(file.path, "rb", buffering=0) as stream:
             stream.seek(start)
@@ -122,12 +124,12 @@ def _characters(file: TextFile) -> int:
 
 
 def _beginnings(block: bytes) -> int:
-    """Bytes that begin a character of UTF-8."""
+    """Returns the number of bytes in `block` that begin a UTF-8 character."""
     return len(block) - int(np.count_nonzero(np.frombuffer(block, np.uint8) & 0xC0 == 0x80))
 
 
 def _offset_of(file: TextFile, character: int) -> int:
-    """Where in the file character number `character` begins, in bytes."""
+    """Returns the byte offset in the file at which character number `character` begins."""
     at = 0
     for block in _blocks(file, 0, file.size_bytes):
         count = _beginnings(block)
@@ -139,7 +141,7 @@ def _offset_of(file: TextFile, character: int) -> int:
 
 
 def _line_end(file: TextFile, least: int, most: int) -> int | None:
-    """The last offset in least .. most that has a line end before it; None where there is none."""
+    """Returns the last offset in least .. most that follows a line break; None if there is none."""
     stop = most
     while stop > least:
         start = max(least, stop - _LINE_BLOCK)
@@ -151,7 +153,7 @@ def _line_end(file: TextFile, least: int, most: int) -> int | None:
 
 
 def _word_start(file: TextFile, least: int, most: int) -> int | None:
-    """The last offset in least .. most (of the nearest bytes) with white space behind it and none before it."""
+    """Returns the last offset in least .. most at which white space begins; None if there is none in the last _LINE_BLOCK bytes."""
     start = max(least, most - _LINE_BLOCK)
     found = [match.start() for match in re.finditer(rb"(?<![\s])[ \t\r\n]", _read(file, start, most))]
     return start + found[-1] if found and start + found[-1] > 0 else None

@@ -1,4 +1,4 @@
-"""The files behind `data.source`. Free of torch."""
+"""Finds the files that `data.source` stands for."""
 
 import os
 import sysconfig
@@ -9,8 +9,8 @@ from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.config import STDLIB
 from bagualu.trainer.data.listing import SourceError, TextFile, Tree, printable, require_utf8_name
 
-# Test suites double the time of preparation, tables of code points and generated help are not text anyone wrote, and
-# installed packages differ from machine to machine.
+# Test suites would double the time of preparation, tables of code points and generated help were not written by people, and
+# installed packages differ between machines.
 _STDLIB_SKIPPED = frozenset(
     {
         *("test", "tests", "idle_test", "lib2to3"),
@@ -20,15 +20,15 @@ _STDLIB_SKIPPED = frozenset(
 )
 
 _BUILD_RECORD = "_sysconfigdata"
-"""A generated table of how this interpreter was built, full of this machine's paths."""
+"""Prefix of a generated module that records how this interpreter was built; it is full of this machine's paths."""
 
 
 def find_files(source: str, apart: Collection[str] = ()) -> list[TextFile]:
-    """Files of `source` that are not empty, ordered by name. `apart`: folders that are left out, the run's own for one.
+    """Returns the files of `source` that are not empty, ordered by name. `apart`: folders to skip, e.g. the run's own.
 
-    `stdlib` takes the .py files of the running interpreter's standard library; a folder takes every file below it whose name and
-    folders do not start with a dot, links followed, except what lies in run directories. Raises SourceError when there are none, or
-    they cannot be listed, and RecipeError for a name that is not UTF-8.
+    `stdlib` means the .py files of the running interpreter's standard library. A folder means every file below it, links followed,
+    except in run directories and where the name of the file or of a folder starts with a dot. Raises SourceError if there are no
+    files or they cannot be listed, and RecipeError for a name that is not UTF-8.
     """
     if source == STDLIB:
         root = sysconfig.get_path("stdlib")
@@ -44,7 +44,7 @@ def find_files(source: str, apart: Collection[str] = ()) -> list[TextFile]:
 
 
 def require_files(source: str, apart: Collection[str] = ()) -> None:
-    """A file or folder given as `source` is there, not empty, and all of it can be opened. Raises SourceError, RecipeError."""
+    """Checks that the file or folder `source` exists, is not empty and can be read completely. Raises SourceError, RecipeError."""
     for file in find_files(source, apart):
         if not os.access(file.path, os.R_OK):
             raise SourceError(f"{printable(file.path)} cannot be read (Permission denied); make it readable or take it out of "

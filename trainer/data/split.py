@@ -1,6 +1,6 @@
-"""Which part of the text is kept for validation: whole files where that meets the share asked for, else one file is cut.
+"""Decides which part of the text is kept for validation: whole files if these meet the requested share, else a file is cut.
 
-Everything is a function of the names and sizes of the files, so it is the same on every machine. Free of torch.
+Everything is a function of the names and sizes of the files, so it is the same on every machine.
 """
 
 import hashlib
@@ -10,33 +10,35 @@ from dataclasses import dataclass
 from bagualu.trainer.data.listing import TextFile
 
 MOST_OFF = 2.0
-"""Factor by which either part may miss its share of the tokens."""
+"""The factor by which either part may miss its share of the tokens."""
 
 
 @dataclass(frozen=True)
 class TextSplit:
-    """Files kept for validation, by name, and the file that is cut: its beginning trains and its end validates."""
+    """The names of the files kept for validation, and of the file that is cut: its beginning is for training, its end for
+    validation."""
 
     kind: str
-    """files: by the hashes of the names alone; share: by the share of the text; none: nothing is kept for validation."""
+    """How files were chosen. files: by the hashes of their names alone; share: by their share of the text; none: nothing is
+    kept."""
     validation: frozenset[str] = frozenset()
     cut: str | None = None
     training_share: float = 1.0
-    """Of the characters of the file that is cut."""
+    """The share of the cut file's characters that is for training."""
 
 
 NOTHING = TextSplit("none")
 
 
 def hash_fraction(name: str) -> float:
-    """A number in [0, 1) that depends on `name` alone: the same on every machine and in every process."""
+    """Returns a number in [0, 1) that depends on `name` alone: it is the same on every machine and in every process."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) / 2**48
 
 
 def by_files(files: Sequence[TextFile], fraction: float) -> TextSplit:
-    """Files whose names' hashes lie below `fraction`, but at least one and never all; a lone file is cut.
+    """Keeps the files whose names' hashes lie below `fraction`, but at least one and never all; a single file is cut.
 
-    What share of the text that is depends on the sizes of the files: see `meets`.
+    Their share of the text depends on the sizes of the files: see `meets`.
     """
     if len(files) == 1:
         return TextSplit("files", cut=files[0].name, training_share=1 - fraction)
@@ -47,13 +49,14 @@ def by_files(files: Sequence[TextFile], fraction: float) -> TextSplit:
 
 
 def by_share(files: Sequence[TextFile], fraction: float) -> TextSplit:
-    """Files in the order of their names' hashes until they are `fraction` of the bytes; the file at that border is cut."""
+    """Keeps files in the order of their names' hashes until they make up `fraction` of the bytes; the file at that border is
+    cut."""
     wanted = fraction * sum(file.size_bytes for file in files)
     kept: set[str] = set()
     left = wanted
     for file in sorted(files, key=lambda file: hash_fraction(file.name)):
         if file.size_bytes > left:
-            if left < wanted / 8:  # near enough without a cut
+            if left < wanted / 8:  # close enough without a cut
                 break
             return TextSplit("share", frozenset(kept), file.name, 1 - left / file.size_bytes)
         kept.add(file.name)
@@ -62,7 +65,7 @@ def by_share(files: Sequence[TextFile], fraction: float) -> TextSplit:
 
 
 def meets(validation: int, total: int, fraction: float) -> bool:
-    """Whether `validation` of `total` (bytes or tokens) leaves both parts within MOST_OFF of their shares."""
+    """Whether `validation` of `total` (bytes or tokens) leaves both parts within a factor MOST_OFF of their shares."""
 
     def near(part: float, share: float) -> bool:
         return share / MOST_OFF <= part <= share * MOST_OFF
@@ -71,6 +74,6 @@ def meets(validation: int, total: int, fraction: float) -> bool:
 
 
 def bytes_of(files: Sequence[TextFile], split: TextSplit) -> int:
-    """Bytes of text that `split` keeps for validation, as near as sizes tell."""
+    """Returns the bytes of text that `split` keeps for validation, estimated from the sizes of the files."""
     return sum(file.size_bytes if file.name in split.validation else
                round((1 - split.training_share) * file.size_bytes) if file.name == split.cut else 0 for file in files)  # fmt: skip

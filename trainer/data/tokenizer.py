@@ -1,4 +1,4 @@
-"""Byte-level BPE: any text has tokens and decodes back to itself. Token 0 ends a file."""
+"""A byte-level BPE tokenizer: it encodes any text, and decoding gives back the same text. Token 0 marks the end of a file."""
 
 import re
 from array import array
@@ -12,19 +12,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 END_OF_FILE = "<|endoffile|>"
 END_OF_FILE_TOKEN = 0
 
-# What pre_tokenizers.ByteLevel cuts ASCII text into, the commonest first; its pattern has \p{L} for letters, \p{N} for digits
-# and \s for white space.
+# The words into which pre_tokenizers.ByteLevel cuts ASCII text, the most frequent first; its pattern has \p{L} for letters, \p{N}
+# for digits and \s for white space.
 _ASCII_WORDS = re.compile(r" ?[A-Za-z]+|[\t-\r ]+(?![^\t-\r ])|'(?:s|t|re|ve|m|ll|d)| ?[^\t-\r A-Za-z0-9]+| ?[0-9]+|[\t-\r ]+")
-# For other text: white space and what follows up to the next. \x1c to \x1f are white space for Python and not for the tokenizer.
+# The words of other text: white space and all that follows up to the next white space. \x1c to \x1f are white space for Python,
+# but not for the tokenizer.
 _CHUNKS = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|[^\S\x1c-\x1f]+")
 _CACHED_BYTES = 2**26
 _AT_ONCE = 2**13
 _BYTES_PER_ENTRY = 200
-"""Of memory, besides its characters, that a word takes in the cache."""
+"""Bytes of memory that a word takes in the cache, besides its characters."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE with at most `vocab` entries (fewer where the text has nothing left to merge)."""
+    """Returns a byte-level BPE tokenizer with at most `vocab` entries (fewer if the text has no more pairs to merge)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,14 +41,14 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer stored at `path`. Text that spells the end-of-file token is still only text."""
+    """Returns the tokenizer stored at `path`. It encodes text that spells the end-of-file token as ordinary text."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Bytes of text that each token stands for, [vocab]. The end-of-file token stands for none."""
+    """Returns the number of bytes of text that each token stands for, [vocab]; 0 for the end-of-file token."""
     sizes = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
     for token, index in tokenizer.get_vocab().items():
         sizes[index] = 0 if index == END_OF_FILE_TOKEN else len(token)  # the byte alphabet: one character, one byte
@@ -55,26 +56,26 @@ def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
 
 
 class Encoder:
-    """Texts to tokens, the same as `tokenizer.encode` gives and several times as fast.
+    """Encodes texts to the same tokens as `tokenizer.encode`, several times as fast.
 
-    BPE never merges across words, and words repeat: each distinct word is encoded once, then looked up. In text that is not ASCII
-    whatever stands between white space counts as a word.
+    BPE never merges across words, and words repeat. So each distinct word is encoded once and then looked up. In text that is not
+    ASCII, all characters between two white spaces count as a word.
     """
 
     def __init__(self, tokenizer: Tokenizer, dtype: str) -> None:
-        """`dtype`: of the tokens, uint16 or uint32."""
+        """`dtype`: the dtype of the tokens, uint16 or uint32."""
         self._tokenizer, self._typecode = tokenizer, np.dtype(dtype).char
         self._tokens: dict[str, bytes] = {}
         self._held_bytes = 0
 
     def encode(self, text: str) -> bytes:
-        """The tokens of `text`, without an end-of-file token, as they lie in memory."""
+        """Returns the tokens of `text` as the bytes of an array of `dtype`, without an end-of-file token."""
         words = (_ASCII_WORDS if text.isascii() else _CHUNKS).findall(text)
         self._learn(set(words))
         return b"".join(map(self._tokens.__getitem__, words))
 
     def _learn(self, words: set[str]) -> None:
-        """Have the tokens of all of `words`."""
+        """Makes sure that the tokens of all `words` are in the cache. Clears the cache first if it has grown too large."""
         if self._held_bytes > _CACHED_BYTES:
             self._tokens.clear()
             self._held_bytes = 0

@@ -1,4 +1,4 @@
-"""Causal attention: torch's fused kernel, or on a CPU that multiplies bfloat16 matrices blocks of plain matrix products.
+"""Causal attention: torch's fused kernel or, on a CPU that multiplies bfloat16 matrices, plain matrix products in blocks.
 
 Shapes: B micro-batch, A query heads, S sequence, D head width; H = B * A, all heads.
 """
@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from bagualu.parallel.precision import HALF, accurate_dtype, multiply_dtype, on_nvidia
 
 _LONGEST = 2**9
-"""Tokens. With longer sequences torch's kernel is as quick."""
+"""Tokens of a sequence; for longer sequences torch's kernel is as fast."""
 _BLOCK_ROWS = 64
 _BLOCK_ELEMENTS = 2**20
-"""Attention weights at a time: few enough for the caches, many enough for several threads."""
+"""Attention weights computed in one block: few enough for the caches, many enough for several threads."""
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """query [B, A, S, D], key and value [B, A / g, S, D] shared by g query heads each -> [B, A, S, D]."""
+    """Returns attention's output [B, A, S, D] for query [B, A, S, D], key and value [B, A / g, S, D], each shared by g query
+    heads."""
     dtype = multiply_dtype(query)
     shared = query.shape[1] // key.shape[1]
-    if dtype in HALF and on_nvidia(query):  # whose kernel reads shared heads where they are
+    if dtype in HALF and on_nvidia(query):  # this kernel reads shared heads without expanding them
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared > 1)
     key, value = (t.to(dtype).repeat_interleave(shared, dim=1) if shared > 1 else t.to(dtype) for t in (key, value))
     short = query.shape[2] <= _LONGEST and not torch.compiler.is_compiling()
@@ -33,11 +34,11 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 def attention_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """query, key, value [B, A, S, D] -> [B, A, S, D].
+    """Returns attention's output [B, A, S, D] for query, key and value [B, A, S, D].
 
-    Some rows of many heads at a time go through whole matrix products, with the keys that they may see: where torch's kernel takes
-    one head after the other, with products too small for what the processor can do (docs/performance.md). Scores and their
-    softmax are in at least float32, and are computed again for the backward pass.
+    Each block is a range of rows of many heads, multiplied with the keys that these rows may see. torch's kernel takes one head
+    after the other, in products too small to use the processor fully (docs/performance.md). Scores and their softmax are in at
+    least float32, and are computed again in the backward pass.
     """
     mixed: torch.Tensor = _InBlocks.apply(query, key, value)
     return mixed
@@ -76,7 +77,7 @@ class _InBlocks(torch.autograd.Function):
 
 
 def _heads(x: torch.Tensor) -> torch.Tensor:
-    """[B, A, S, D] -> [H, S, D], contiguous."""
+    """Reshapes [B, A, S, D] to [H, S, D], contiguous."""
     return x.flatten(0, 1).contiguous()
 
 
@@ -89,7 +90,7 @@ def _scaled(query: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(heads: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """(heads, rows) of every block of work on [H, S, D]."""
+    """Yields (heads, rows) of every block of a tensor [H, S, D]."""
     count, length, _ = heads.shape
     at_once = max(1, _BLOCK_ELEMENTS // (min(length, _BLOCK_ROWS) * length))
     for head in range(0, count, at_once):
@@ -98,7 +99,8 @@ def _blocks(heads: torch.Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Softmax of queries [h, r, D] with keys [h, s, D] -> [h, r, s]; the r rows are the last of s and see none after themselves."""
+    """Returns the softmax [h, r, s] of queries [h, r, D] with keys [h, s, D]. The queries are the last r of s tokens, and each sees
+    only keys up to its own token."""
     scores = torch.bmm(queries, keys.mT)
     rows = queries.shape[1]
     scores[..., -rows:].add_(scores.new_full((rows, rows), -torch.inf).triu_(1))

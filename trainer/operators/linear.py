@@ -1,9 +1,9 @@
-"""Linear layers, of one weight or of one for each expert, written so that one form is good on every chip.
+"""Linear layers with a single weight or a weight for each expert, written so that the same code is fast on every chip.
 
-Shapes: N rows, I and O widths in and out, E experts.
+Shapes: N rows, I input width, O output width, E experts.
 
-Matrix multiplications run in `multiply_dtype`, sums of gradients in at least float32. Several linear layers that read the same
-input are one operation: the input is kept and widened once, and its gradient is accumulated in place.
+Matrix multiplications run in `multiply_dtype`, sums of gradients in at least float32. Several linear layers with the same input are
+one operation: the input is saved and converted once, and its gradient is accumulated in place.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from bagualu.parallel.data import GradientSink, gradient_sink
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype, on_nvidia
 
 _GROUPED_MULTIPLE = 8
-"""Elements of a row that the kernel for several experts takes a multiple of: 16 bytes of bfloat16."""
+"""The kernel for several experts needs rows of a multiple of this many elements: 16 bytes of bfloat16."""
 
 
 def linears(
@@ -28,11 +28,11 @@ def linears(
     wide: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """x [..., I] through each weight [O, I] -> one output [..., O] each, in the weights' dtype.
+    """Multiplies x [..., I] by each weight [O, I]; returns an output [..., O] for each, in the weights' dtype.
 
-    With `factor`, of x's shape, x * factor goes in: a product that is computed again for the backward pass, not kept. With
-    `wide`, outputs stay in the dtype of the multiplication, `dtype` where it is given: for what is computed from them in that
-    dtype anyway.
+    With `factor`, of x's shape, the input is x * factor, a product that is computed again in the backward pass instead of saved.
+    `dtype` is that of the multiplication, by default `multiply_dtype`. With `wide`, outputs stay in it, for callers that continue
+    to compute in that dtype.
     """
     outputs: tuple[torch.Tensor, ...] = _Linears.apply(wide, dtype or multiply_dtype(weights[0]), x, factor, *weights)
     return outputs
@@ -72,15 +72,15 @@ def _times(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
 def _of_factors(
     grad: torch.Tensor | None, x: torch.Tensor, factor: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of x and of `factor` from that of what `_times` makes of them."""
+    """Returns the gradients of `x` and `factor`, given that of their product; that of `factor` is None without a factor."""
     return (grad, None) if factor is None or grad is None else (grad * factor, grad * x)
 
 
 def grouped_linears(
     x: torch.Tensor, counts: list[int], *weights: torch.Tensor, factor: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """Rows x [N, I], counts[e] of them in turn for expert e, through each weight [E, O, I] -> one [N, O] each, in x's dtype.
-    `factor` as in `linears`."""
+    """Multiplies rows x [N, I], of which consecutive counts[e] belong to expert e, by each weight [E, O, I]; returns an output [N,
+    O] for each weight, in x's dtype. `factor` as in `linears`."""
     outputs: tuple[torch.Tensor, ...] = _GroupedLinears.apply(x, factor, counts, *weights)
     return outputs
 
@@ -123,7 +123,7 @@ class _GroupedLinears(torch.autograd.Function):
 
 
 def _in_one_kernel(x: torch.Tensor, *weights: torch.Tensor) -> bool:
-    """Whether the device has a kernel for the products of all experts together, and it takes these."""
+    """Whether the device has a kernel for the products of all experts together that accepts these tensors."""
     whole = all(size % _GROUPED_MULTIPLE == 0 for weight in weights for size in weight.shape[1:])
     return on_nvidia(x) and x.dtype == torch.bfloat16 and x.shape[0] > 0 and whole
 
@@ -149,7 +149,7 @@ def _grouped_backward(
 def _weight_gradient(
     sink: GradientSink | None, weight: torch.Tensor, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]
 ) -> torch.Tensor | None:
-    """left @ right, for each expert in turn where `weight` has several; None when the weight's bucket has taken it."""
+    """Returns left @ right, stacked over experts if `weight` has several; None if `sink` has received the gradient instead."""
     if sink is not None:
         sink.add_products(lefts, rights)
         return None

@@ -1,4 +1,4 @@
-"""Normalisation. N rows, H width."""
+"""RMS normalisation. Shapes: N rows, H width."""
 
 from typing import Any
 
@@ -9,15 +9,17 @@ from bagualu.parallel.precision import accurate_dtype
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last dim, in at least float32 (arXiv 1910.07467, equation 4)."""
-    if x.device.type == "cuda":  # torch has one fused kernel there, which accumulates in float32
+    """Returns x / sqrt(mean(x^2) + epsilon) * weight over the last dim, computed in at least float32 (arXiv 1910.07467, equation
+    4)."""
+    if x.device.type == "cuda":  # torch has a fused kernel for it, which accumulates in float32
         return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
     normed: torch.Tensor = _RMSNorm.apply(x, weight, epsilon)
     return normed
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x as it is stored; torch's own, several operations on the CPU, keeps a float32 copy and takes twice the time."""
+    """Saves x in its own dtype. torch's own version on the CPU, several operations, saves a float32 copy and takes twice as
+    long."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

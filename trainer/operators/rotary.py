@@ -1,4 +1,4 @@
-"""Rotary positions. B batch, A heads, S sequence, D head width."""
+"""Rotary positions. Shapes: B batch, A heads, S sequence, D head width."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from bagualu.parallel.precision import accurate_dtype
 
 
 class RotaryPositions:
-    """cos and sin [S, D] of the angles position * theta^(-2i / D), as `rotate` takes them, computed in float64 and kept for the
-    last shape asked."""
+    """Computes cos and sin [S, D] of the angles position * theta^(-2i / D) for `rotate`, in float64, and keeps the latest
+    result."""
 
     def __init__(self, head_dim: int, theta: float) -> None:
         self.head_dim = head_dim
@@ -27,8 +27,9 @@ class RotaryPositions:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions for x [B, S, A, D]. Pairs are (i, i + D / 2) (arXiv 2104.09864, section 3.2.2, in the half-split order that
-    published Llama weights in Hugging Face form use); cos and sin [S, D] hold each angle twice, the first sine with a minus."""
+    """Returns x [B, S, A, D] with each pair of elements (i, i + D / 2) rotated by its angle (arXiv 2104.09864, section 3.2.2, in
+    the half-split order of Llama weights published in Hugging Face form). cos and sin [S, D] hold each angle twice; the first sine
+    is negated."""
     rotated: torch.Tensor = _Rotate.apply(x, cos, sin)
     return rotated
 
@@ -42,7 +43,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        return _rotated(grads[0], cos, sin, -1), None, None  # a rotation's transpose turns the other way
+        return _rotated(grads[0], cos, sin, -1), None, None  # the transpose of a rotation is the rotation by the opposite angle
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
@@ -53,7 +54,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: i
 
 
 def _rotated_by_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
-    """The same bits with less memory traffic, where a kernel widens what it reads and rounds what it writes by itself."""
+    """Returns the same bits with less memory traffic, on devices whose kernels convert dtypes while they read and write."""
     rotated, half = torch.empty_like(x), x.shape[-1] // 2
     low, high = slice(half), slice(half, None)
     for here, there in ((low, high), (high, low)):

@@ -1,8 +1,8 @@
-"""AdamW over the shards of the gradient buckets: master weights and moments exist only for this rank's part.
+"""AdamW over the shards of the gradient buckets: a rank holds master weights and moments only for its own shards.
 
-The arithmetic is the fused kernel of torch.optim.AdamW, called by itself: torch's optimizer would import its compiler, a second and
-70 MB, and takes a shard only as a whole. For 16-bit models the shards have float32 master weights of their own and the working
-weights are those, rounded; otherwise the working weights are the master weights.
+It calls the fused kernel of torch.optim.AdamW directly: torch's optimizer would import torch's compiler, which takes a second and
+70 MB, and can only update a shard as a whole. For 16-bit models, shards have separate float32 master weights and the working
+weights are these, rounded; otherwise the working weights are the master weights.
 """
 
 from collections.abc import Iterator
@@ -16,23 +16,23 @@ from bagualu.trainer.optim.config import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _PIECE = 2**19
-"""Elements that a CPU updates at once: weight, moments and gradient of so many stay in its cache."""
+"""The number of elements that a CPU updates in one call: their weights, moments and gradients fit into its cache."""
 
 
 class ShardedAdamW:
-    """Updates every bucket's shard; `share` gathers the working weights (ZeRO-1 where buckets are partitioned)."""
+    """Updates every bucket's shard; `share` then gathers the working weights. With partitioned buckets this is ZeRO-1."""
 
     def __init__(self, buckets: list[Bucket], config: OptimConfig) -> None:
         self.buckets = buckets
         self.config = config
         self._shards = [_shard(_master(bucket)) for bucket in buckets]
         self._probed = torch.zeros((), dtype=torch.float64, device=buckets[0].weights.device)
-        """Not finite when the last step left values that are not, and in rare cases where all are finite."""
+        """Not finite if the last step left values that are not finite; in rare cases also if all are finite."""
 
     def step(self, lr: float, gradient_factor: float) -> None:
-        """Update this rank's shards with the reduced gradients times `gradient_factor` (clipping, loss scale).
+        """Updates this rank's shards with the reduced gradients times `gradient_factor` (clipping, loss scale).
 
-        The other ranks see nothing of it before `share`. In between, `spoilt` says whether all that came out is finite.
+        The other ranks get the new weights only by `share`. Before that, `spoilt` tells which values are not finite.
         """
         self._probed.zero_()
         for bucket, shard in zip(self.buckets, self._shards, strict=True):
@@ -44,8 +44,8 @@ class ShardedAdamW:
     def _update(
         self, bucket: Bucket, shard: dict[str, torch.Tensor], piece: slice, lr: float, decay: float, gradient_factor: float
     ) -> None:
-        """Update a piece of a shard, and look at what came out while it is in the processor's cache, which takes a fraction of the
-        time of reading it from memory."""
+        """Updates a piece of a shard, and probes the result while it is still in the processor's cache, which is much faster than
+        reading it from memory again."""
         gradient, working = bucket.shard_gradients[piece], bucket.shard_weights[piece]
         weight, average, square = (shard[kind][piece] for kind in ("weight", *MOMENTS))
         if gradient_factor != 1.0:
@@ -60,52 +60,55 @@ class ShardedAdamW:
         self._look(working, square)
 
     def _look(self, working: torch.Tensor, square: torch.Tensor) -> None:
-        """At a piece of what an update made. An average that is not finite makes the weight so; an infinite square does not."""
+        """Probes a piece of the updated weights and squares. A first moment that is not finite shows in the weight; an infinite
+        second moment does not."""
         self._probed += probe(working)
         self._probed += probe(square)
 
     def spoilt(self) -> list[tuple[int, str]]:
-        """(bucket, kind of its state) of this rank that the last `step` left with values that are not finite; mostly none."""
+        """Returns (bucket index, kind of state) for this rank's state that the last `step` left with values that are not finite."""
         if torch.isfinite(self._probed):
             return []
         found = []
         for index, (bucket, shard) in enumerate(zip(self.buckets, self._shards, strict=True)):
             found += [(index, kind) for kind, tensor in _saved(shard).items() if not is_finite(tensor)]
-            if is_finite(shard["weight"]) and not is_finite(bucket.shard_weights):  # float16 has no room for the master weight
+            if is_finite(shard["weight"]) and not is_finite(bucket.shard_weights):  # the master weight exceeds the range of float16
                 found.append((index, "working copy"))
         return found
 
     def shards(self) -> list[dict[str, torch.Tensor]]:
-        """For every bucket this rank's shard of the state, by kind: weight (the master), the moments, step (how many updates).
+        """Returns this rank's shard of the state of each bucket, by kind: weight (the master), the moments, step (number of
+        updates).
 
-        The state itself, no copy.
+        These are the tensors themselves, not copies.
         """
         return self._shards
 
     def publish(self) -> None:
-        """Make the working weights of all ranks from the master weights. Collective."""
+        """Computes the working weights of all ranks from the master weights. Collective."""
         for bucket, shard in zip(self.buckets, self._shards, strict=True):
             if shard["weight"].data_ptr() != bucket.shard_weights.data_ptr():
                 bucket.shard_weights.copy_(shard["weight"])
         self.share()
 
     def share(self) -> None:
-        """Give the other ranks this rank's shard of the working weights, and take theirs. Collective."""
+        """Exchanges the shards of the working weights, so that every rank has all of them. Collective."""
         gather_weights(self.buckets)
 
     def pieces(self) -> Iterator[TensorPiece]:
-        """Master weights and moments of the elements that this rank owns, as boxes of the global tensors."""
+        """Yields the master weights and moments of the elements that this rank owns, as boxes of the global tensors."""
         for bucket, shard in zip(self.buckets, self._shards, strict=True):
             if bucket.owned:
                 for kind, tensor in _saved(shard).items():
                     yield from _pieces(kind, bucket, tensor)
 
     def incoming(self) -> "Incoming":
-        """Fresh memory to read a state into."""
+        """Returns fresh memory to read a state into."""
         return Incoming(self)
 
     def _put(self, place: int, fresh: dict[str, torch.Tensor], updates: int) -> None:
-        """Make `fresh` (host memory, kept where it can be) the state of the bucket at `place`, after `updates` updates."""
+        """Makes `fresh` the state of the bucket at index `place`, after `updates` updates. On a CPU the moments are kept, not
+        copied."""
         shard = self._shards[place]
         shard["weight"].copy_(fresh["weight"])  # in place: it may be the working weights themselves
         for moment in MOMENTS:
@@ -114,44 +117,45 @@ class ShardedAdamW:
 
 
 class Incoming:
-    """A state on its way in, in host memory of its own: the optimizer and the model stay as they are until `apply`."""
+    """A state that is being read, in host memory of its own: the optimizer and the model do not change until `apply`."""
 
     def __init__(self, optimizer: ShardedAdamW) -> None:
         self._optimizer = optimizer
         self._fresh = [_fresh(shard) for shard in optimizer.shards()]
 
     def pieces(self) -> Iterator[TensorPiece]:
-        """The memory to fill: every box of weights and moments that this rank holds."""
+        """Yields the memory to fill: every box of weights and moments that this rank holds."""
         for bucket, fresh in zip(self._optimizer.buckets, self._fresh, strict=True):
             for kind, tensor in fresh.items():
                 yield from _pieces(kind, bucket, tensor)
 
     def apply(self, updates: int) -> None:
-        """The state of the optimizer, and of the model, is now what was read. Collective."""
+        """Makes the state that was read that of the optimizer and of the model. Collective."""
         for place, fresh in enumerate(self._fresh):
             self._optimizer._put(place, fresh, updates)
         self._optimizer.publish()
 
 
 def _slices(shard: torch.Tensor) -> Iterator[slice]:
-    """The parts of a shard that are updated one after the other: on an accelerator, which is slow to start, all of it at once."""
+    """Returns the parts of a shard that are updated one after the other. An accelerator, slow to launch, updates all in one
+    call."""
     size = _PIECE if shard.device.type == "cpu" else max(1, shard.numel())
     return (slice(start, start + size) for start in range(0, shard.numel(), size))
 
 
 def _shard(master: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The state before the first update."""
+    """Returns the state before the first update."""
     moments = {moment: torch.zeros_like(master) for moment in MOMENTS}
     return {"weight": master, **moments, "step": torch.zeros((), dtype=torch.float32, device=master.device)}
 
 
 def _saved(shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What of it a checkpoint holds by element."""
+    """Returns the part of the state that a checkpoint holds per element."""
     return {kind: tensor for kind, tensor in shard.items() if kind != "step"}
 
 
 def _fresh(shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Host memory in the form of `shard`; what pads it or its vocabulary, which no checkpoint holds, is zero as it always is."""
+    """Returns zeroed host memory in the form of `shard`. Padding, which no checkpoint holds, stays zero."""
     return {kind: torch.zeros(tensor.shape, dtype=tensor.dtype) for kind, tensor in _saved(shard).items()}
 
 
@@ -161,7 +165,8 @@ def _master(bucket: Bucket) -> torch.Tensor:
 
 
 def _pieces(kind: str, bucket: Bucket, tensor: torch.Tensor) -> Iterator[TensorPiece]:
-    """Every box of a global tensor `kind`/parameter that `tensor`, a shard, holds, as a view of it; no padding."""
+    """Yields every box of a global tensor `kind`/parameter that the shard `tensor` holds, as a view of `tensor`, without
+    padding."""
     for entry, in_shard, in_parameter, numel in bucket.shard_entries():
         for flat, box in flat_range_to_boxes(entry.box.shape, in_parameter, in_parameter + numel):
             start = in_shard + flat - in_parameter

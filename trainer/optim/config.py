@@ -1,4 +1,4 @@
-"""The optimizer as a recipe describes it. Free of torch."""
+"""The `optim` section of a recipe."""
 
 from dataclasses import dataclass, field
 
@@ -21,20 +21,21 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     schedule: str = "cosine"
-    """cosine | wsd (warmup, stable, decay) | constant; all begin with a linear warmup. docs/guides/learning_rate.md draws them."""
+    """cosine | wsd (warmup, stable, decay) | constant; all begin with a linear warmup. docs/guides/learning_rate.md shows the
+    curves."""
     warmup_steps: int = 20
     final_lr_ratio: float = 0.1
-    """Where cosine and wsd end, as a share of lr: the rate of the last step; 0 would be that of the step after it."""
+    """The rate of the last step under cosine and wsd, as a share of lr. With 0, the rate would reach 0 one step after the last."""
     decay_fraction: float = 0.2
-    """wsd only: share of the steps that decay linearly at the end."""
+    """wsd only: the share of the steps, at the end, in which the rate decays linearly."""
 
     def decay_steps(self, steps: int) -> int:
-        """wsd only: how many of `steps` decay."""
+        """Returns how many of `steps` decay under wsd."""
         return round(self.decay_fraction * steps)
 
     def validate_steps(self, steps: int) -> None:
-        """Refuse a warmup that ends within the decay: the rate would fall in one step to where the decay is by then. Raises
-        RecipeError."""
+        """Raises RecipeError if the warmup ends within the decay: the rate would drop in one step to where the decay has come by
+        then."""
         decay = self.decay_steps(steps) if self.schedule == "wsd" else 0
         if decay and self.warmup_steps + decay > steps:
             raise RecipeError(f"optim.warmup_steps={self.warmup_steps} reaches into the decay, which with optim.decay_fraction="
@@ -42,7 +43,7 @@ class OptimConfig:
                               f"{steps - decay} or a smaller optim.decay_fraction")  # fmt: skip
 
     def validate(self, dtype: str = "float32") -> None:
-        """`dtype`: of the optimizer's weights and moments. Raises RecipeError."""
+        """Raises RecipeError for invalid values. `dtype`: the dtype of the optimizer's weights and moments."""
         if self.name != "adamw":
             raise RecipeError(f"optim.name={self.name} is unknown; give optim.name=adamw")
         if self.schedule not in SCHEDULES:

@@ -1,11 +1,12 @@
-"""Dynamic loss scaling for float16 (arXiv 1710.03740, section 3.2): grow while gradients stay finite, halve when they do not."""
+"""Dynamic loss scaling for float16 (arXiv 1710.03740, section 3.2): the scale grows while gradients stay finite, else it is
+halved."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class LossScaler:
-    """`enabled` only for float16; otherwise the scale is 1 for ever."""
+    """Holds the loss scale. `enabled` is true only for float16; otherwise the scale is always 1."""
 
     enabled: bool
     scale: float = 1.0
@@ -18,11 +19,12 @@ class LossScaler:
 
     @property
     def can_fall(self) -> bool:
-        """Whether gradients that are not finite could be so with a smaller scale."""
+        """Whether gradients that are not finite might be finite with a smaller scale."""
         return self.enabled and self.scale > 1.0
 
     def update(self, finite: bool) -> None:
-        """After every step: whether its gradients were finite. A step whose gradients were not is discarded by the caller."""
+        """Adjusts the scale after a step, given whether its gradients were finite. The caller discards a step whose gradients were
+        not."""
         if not self.enabled:
             return
         self.good_steps = self.good_steps + 1 if finite else 0

@@ -1,4 +1,4 @@
-"""Where a worker's output goes: into its log, and for rank 0 to the terminal too. Free of torch."""
+"""Sends a worker's output to its log file, and that of rank 0 to the terminal too."""
 
 import os
 import re
@@ -12,7 +12,7 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def redirect_to_log(path: Path) -> None:
-    """All output of this process, that of C libraries too, is appended to `path`."""
+    """Appends all output of this process, including that of C libraries, to `path`."""
     log = _open(path)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -20,9 +20,9 @@ def redirect_to_log(path: Path) -> None:
 
 
 def copy_to_log(path: Path, quiet_stdout: bool = False) -> int:
-    """What Python prints goes where it went, terminal or not, and as finished lines into `path`; the log's descriptor.
+    """Appends what Python prints to `path` as well, line by line. Returns the file descriptor of the log.
 
-    quiet_stdout sends stdout to stderr.
+    With quiet_stdout, stdout goes to stderr.
     """
     log = _open(path)
     if quiet_stdout:
@@ -38,9 +38,9 @@ def _open(path: Path) -> TextIO:
 
 
 class Copy:
-    """A text stream that is `stream` in every respect, and appends finished lines to `log`.
+    """A text stream that behaves like `stream`, and also appends finished lines to `log`.
 
-    A progress bar redraws its line with carriage returns and escape codes: the log gets the line's last state.
+    A progress bar redraws its line with carriage returns and escape codes; the log gets only the line's last state.
     """
 
     def __init__(self, stream: TextIO, log: TextIO) -> None:

@@ -1,8 +1,8 @@
-"""Where the figures of a run go: metrics.jsonl. Weights & Biases is in `wandb_sink`, what a person sees in `progress`.
+"""Writes the metrics of a run to metrics.jsonl. `wandb_sink` sends them to Weights & Biases, `progress` shows them to people.
 
-A record is one flat dict for one optimizer step: `step` (steps done, from 1), `loss`, `grad_norm`, `lr`, `tokens`,
-`tokens_per_second`, `step_seconds`, `mfu`, `checkpoint_seconds` (time that checkpoints have taken from training since the line
-before), and what else applies, e.g. `validation_loss`, `validation_bits_per_byte`, `checkpoint_error`.
+A record is a flat dict for an optimizer step: `step` (steps done, from 1), `loss`, `grad_norm`, `lr`, `tokens`,
+`tokens_per_second`, `step_seconds`, `mfu`, `checkpoint_seconds` (how long training stood still for checkpoints since the
+previous record), and what else applies, e.g. `validation_loss`, `validation_bits_per_byte`, `checkpoint_error`.
 """
 
 import logging
@@ -18,44 +18,44 @@ Record = Mapping[str, Any]
 
 
 class Sink(Protocol):
-    """Takes the records of a run in the order of their steps, on one rank."""
+    """Receives the records of a run in the order of their steps, on rank 0."""
 
     def write(self, record: Record) -> None:
-        """Take the record of one optimizer step."""
+        """Receives the record of an optimizer step."""
         ...
 
     def rewind(self, step: int) -> None:
-        """The run has gone back to `step`: what was written about later steps does not count, they come again."""
+        """Discards the records of steps after `step`: the run has gone back to it and will do them again."""
         ...
 
     def close(self) -> None:
-        """Finish what has been written. Nothing is written after it."""
+        """Finishes writing. Nothing is written after this."""
         ...
 
 
 class JsonlSink:
-    """One JSON object a line, each in the file as soon as it is written, so a killed run keeps its lines."""
+    """Writes a JSON object per line, without buffering, so that a killed run keeps its lines."""
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
-        """Go on after step `after_step` (0: from the start), as `rewind` does."""
+        """Continues after step `after_step` (0: from the start): removes the lines of later steps, as `rewind` does."""
         self._lines = AppendLog(path)
         self.rewind(after_step)
 
     def write(self, record: Record) -> None:
-        """Never raises: a line that finds no room on the disk waits for the next one."""
+        """Appends a line. Never raises: if the disk is full, the line is kept in memory and written with a later one."""
         self._lines.add(jsonl.dumps(record))
 
     def rewind(self, step: int) -> None:
-        """Keep the newest line of every step up to `step`, in the order of the steps, wherever it stands; nothing else.
+        """Keeps only the newest line of each step up to `step`, and puts these lines in the order of the steps.
 
-        At every moment, a kill -9 or a full disk included, the file holds all lines that stay. Raises OSError.
+        The file holds all lines that stay at every moment, even if the process is killed or the disk is full. Raises OSError.
         """
         path = self._lines.path
         data = path.read_bytes() if path.exists() else b""
         kept, damaged = _up_to(step, data)
         if damaged:
             log.warning("%s: %d damaged lines are removed; every whole line of the steps up to %d stays", path, damaged, step)
-        if data.startswith(kept):  # as a rule: to shorten a file takes no room
+        if data.startswith(kept):  # the usual case; truncating needs no disk space
             self._lines.truncate(len(kept))
         else:
             self._lines.replace(kept)
@@ -65,7 +65,7 @@ class JsonlSink:
 
 
 def _up_to(step: int, data: bytes) -> tuple[bytes, int]:
-    """The lines of a metrics file that `JsonlSink.rewind` keeps, and how many lines are damaged."""
+    """Returns the lines of a metrics file that `JsonlSink.rewind` keeps, and the number of damaged lines."""
     newest: dict[int, bytes] = {}
     damaged = 0
     for line, record in jsonl.lines(data):

@@ -1,7 +1,7 @@
-"""pipeline.jsonl: when the ranks of the pipeline did the passes of one step. What `bagualu schedule RUN_DIR` draws.
+"""Writes pipeline.jsonl: when the ranks of a pipeline computed the passes of a step. `bagualu schedule RUN_DIR` draws it.
 
-One object a line: rank (place in the pipeline), step, kind, micro_batch, stage, start and end in seconds. Of the ranks at a place
-the first one counts.
+Each line is an object: rank (coordinate on the pipeline axis), step, kind, micro_batch, stage, start and end in seconds. Only the
+pipeline of rank 0 is recorded.
 """
 
 import json
@@ -23,26 +23,28 @@ from bagualu.trainer.assemble import TrainerState
 log = logging.getLogger(__name__)
 
 _AFTER_STEPS = 2
-"""Steps of a process until the one that is recorded: the first ones pay for warming up."""
+"""How many steps of a process go by before the recorded step, because the first steps include warm-up."""
 
 
 class PipelineRecorder:
-    """Records one step of a run; nothing where there is no pipeline."""
+    """Records a single step of a run, if there is a pipeline."""
 
     def __init__(self, state: TrainerState, first_step: int) -> None:
-        """`first_step`: steps done before this process."""
+        """`first_step`: the number of steps done before this process started."""
         self._state = state
         self._due = min(first_step + _AFTER_STEPS, state.recipe.train.steps - 1) if state.mesh.layout.pipeline > 1 else -1
         self._met = 0.0
 
     def before_step(self, step: int) -> None:
-        """Step `step` (from 0) begins. Collective where it is the one."""
+        """Waits for all ranks of the pipeline before the recorded step (collective) and notes the time. Call it before each step
+        (from 0)."""
         if step == self._due:
             meet(self._state.mesh.group("pipeline"))
             self._met = time.perf_counter()
 
     def after_step(self, step: int, computed: bool) -> None:
-        """Collective where it is the one. A step that was left out (not `computed`) has no passes: then it is the next one."""
+        """Gathers and writes the passes if `step` is the recorded step (collective). A skipped step (not `computed`) has no passes;
+        then the next step is recorded instead."""
         if step != self._due:
             return
         self._due = -1 if computed else step + 1
@@ -74,13 +76,13 @@ class PipelineRecorder:
         try:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomic(path, text.encode())
-        except OSError as error:  # nothing that a run should end for
+        except OSError as error:  # no reason to end the run
             log.warning("%s was not written: %s", path.name, error)
 
 
 def _aligned(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All passes, from one origin: when the first rank left the place where all had met. Ranks whose clock is another machine's
-    are taken to have left it at that moment too."""
+    """Returns all passes with times relative to when the first rank left the barrier before the step. Ranks on another machine have
+    a different clock; they are assumed to have left the barrier at the same moment."""
     rows = []
     for told in ranks:
         met = ranks[0]["met"] if told["clock"] == ranks[0]["clock"] else told["met"]
@@ -90,7 +92,8 @@ def _aligned(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _measured(rows: list[dict[str, Any]], stages: int) -> list[tuple[float, float]]:
-    """Seconds of a forward and of a whole backward pass of one micro-batch, by stage: medians over the micro-batches."""
+    """Returns the seconds of a forward pass and of a whole backward pass of a micro-batch, by stage: medians over the
+    micro-batches."""
     found = []
     for stage in range(stages):
         forward: dict[int, float] = {}

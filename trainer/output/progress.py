@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar or lines while it goes, and a summary with what to type next at its end."""
+"""Shows a run to people: a progress bar or lines while it runs, and at its end a summary with the commands to type next."""
 
 import shlex
 import sys
@@ -18,14 +18,14 @@ _SMOOTHING = 0.1
 """Weight of the newest step in the mean step time behind the remaining time."""
 
 _LEAST_RATE = 0.02
-"""Of optim.lr: a run does not go on for long with less than this."""
+"""As a fraction of optim.lr: `_further` does not propose to continue for long at a lower rate than this."""
 
 
 class Progress:
-    """A sink that shows how far the run is: a bar on a terminal, lines elsewhere. To stderr unless told otherwise."""
+    """A sink that shows the progress of the run: a bar on a terminal, lines elsewhere. It writes to stderr by default."""
 
     def __init__(self, steps: int, every: int = 10, mode: str = "auto", stream: TextIO | None = None) -> None:
-        """`steps`: steps of the whole run. `every`: steps between lines. `mode`: auto | bar | lines | off."""
+        """`steps`: number of steps of the whole run. `every`: steps between lines. `mode`: auto | bar | lines | off."""
         self._stream = sys.stderr if stream is None else stream
         self._steps, self._every = steps, every
         self._mode = ("bar" if self._stream.isatty() else "lines") if mode == "auto" else mode
@@ -68,7 +68,7 @@ class Progress:
             self._shown_validation = f"val {bits:.3f} bits/B"
         elif (loss := record.get("validation_loss")) is not None:
             self._shown_validation = f"val {loss:.3f}"
-        elif self._mode != "bar":  # a bar keeps the newest figure in sight, a line says what is new
+        elif self._mode != "bar":  # a bar keeps showing the latest value, a line shows only new values
             self._shown_validation = ""
         if self._shown_validation:
             yield self._shown_validation
@@ -81,7 +81,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """m:ss, or h:mm:ss from an hour on."""
+    """Formats seconds as m:ss, or as h:mm:ss from an hour on."""
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -101,12 +101,12 @@ _ROWS = (
 
 
 def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, str]] = ()) -> str:
-    """The closing summary. Figures that `summary` lacks are left out.
+    """Returns the closing summary as text, without the values that `summary` lacks.
 
     Reads `ended` (done | stopped | ...), `step`, `steps`, `seconds`, `loss`, `validation_loss`,
     `validation_bits_per_byte`, `tokens_per_second`, `mfu`, `tokens`, `effective_training_time_ratio`, `ledger`, `run_dir`,
     `checkpoint`.
-    `next_commands`: (what for, command) pairs.
+    `next_commands`: (purpose, command) pairs.
     """
     head = f"{summary.get('ended', 'done')}: step {summary['step']}/{summary['steps']}"
     if summary.get("seconds") is not None:
@@ -114,7 +114,7 @@ def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, 
     rows = [(name, form.format(summary[key])) for key, name, form in _ROWS if summary.get(key) is not None]
     if left_out := summary.get("left_out_steps"):
         rows.append(("left out", f"the samples of {left_out} of {summary['step']} steps (guard.* and metrics.jsonl say why)"))
-    rows += [("rest of it", spent)] if (spent := _spent(summary.get("ledger", {}))) else []
+    rows += [("other time", spent)] if (spent := _spent(summary.get("ledger", {}))) else []
     width = max((len(name) for name, _ in [*rows, *next_commands]), default=0)
     lines = [head, "─" * len(head), *(f"{name:<{width}}  {value}" for name, value in rows)]
     if next_commands:
@@ -123,7 +123,7 @@ def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, 
 
 
 def _spent(ledger: Mapping[str, float]) -> str:
-    """Where the time went that was not productive, largest first, what is below a thousandth left out."""
+    """Describes where unproductive time went, largest part first, without parts below a thousandth of the wall time."""
     least = ledger.get("wall", 0.0) / 1000
     others = {name: ledger[name] for name in CATEGORIES if name != "productive" and ledger.get(name, 0.0) > least}
     return ", ".join(f"{name} {seconds / ledger['wall']:.1%}" for name, seconds in sorted(others.items(), key=lambda one: -one[1]))
@@ -132,7 +132,8 @@ def _spent(ledger: Mapping[str, float]) -> str:
 def next_commands(
     overrides: Sequence[str], optim: OptimConfig, step: int, steps: int, program: str = "bagualu"
 ) -> list[tuple[str, str]]:
-    """What to type after a run of `PROGRAM train OVERRIDES` that has done `step` of `steps` steps with the schedule of `optim`."""
+    """Returns (purpose, command) pairs to type after a run of `PROGRAM train OVERRIDES` that has done `step` of `steps` steps with
+    the schedule of `optim`."""
 
     def command(words: Sequence[str]) -> str:
         return shlex.join([program, "train", *words])
@@ -150,8 +151,8 @@ def next_commands(
 
 
 def _further(optim: OptimConfig, steps: int) -> tuple[str, dict[str, str]]:
-    """How a run that has done its `steps` steps goes on for as many, and the keys to change: without a jump of the learning rate
-    where the schedule has a rate left, else with the jump in the name."""
+    """Returns how a run that has done its `steps` steps can train for as many again: the purpose, and the keys to change. The
+    learning rate does not jump, unless the schedule has ended near 0; then the purpose names the jump."""
     rate, more = learning_rate(optim, steps - 1, steps), {"train.steps": str(2 * steps)}
     if same_curve(optim, steps - 1, 2 * steps, rate):
         return "train on", more

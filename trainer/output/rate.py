@@ -1,4 +1,4 @@
-"""What a person should know of the learning rate before a run begins or goes on. Free of torch."""
+"""Warns of surprising learning rates before a run begins or resumes."""
 
 import json
 import math
@@ -10,7 +10,8 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def remarks(recipe: Recipe, done: int) -> list[str]:
-    """Lines about a run that has done `done` steps: a warmup that is not over when it ends, a rate that jumps when it goes on."""
+    """Returns warnings for a run that has done `done` steps: about a warmup that takes all steps, and a rate that jumps on
+    resuming."""
     optim, steps = recipe.optim, recipe.train.steps
     lines = []
     if done < steps <= optim.warmup_steps:
@@ -29,7 +30,7 @@ def remarks(recipe: Recipe, done: int) -> list[str]:
 
 
 def _recorded(metrics: Path, step: int) -> float | None:
-    """The rate of step `step` (from 1), as far as the run has recorded it."""
+    """Returns the rate of step `step` (from 1) from the metrics file; None if it is not recorded there."""
     try:
         lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Output streams that never end a run: what cannot be written is dropped, what cannot be encoded is replaced. Free of torch.
+"""Output streams that never end a run: they drop what cannot be written and replace what cannot be encoded.
 
 A reader may leave (`bagualu train ... | head -1`), a terminal may be closed, the disk behind a redirected stream may be full, and
 the terminal's encoding may lack characters. None of this is a reason to stop training, or to change an exit code.
@@ -16,15 +16,15 @@ from typing import Any, TextIO
 _ERRORS = "bagualu.replace"
 """Name under which `_replacement` is known to Python's codecs."""
 _OWN_CHOICES = ("ignore", "replace", "xmlcharrefreplace", "namereplace")
-"""Error handlers that never raise, and that a stream has only where somebody has asked for them (PYTHONIOENCODING)."""
+"""Error handlers that never raise. A stream has them only if the user asked for them (PYTHONIOENCODING), so they are kept."""
 _LOOK_ALIKES = str.maketrans(dict.fromkeys("─━╸╺–—", "-") | dict.fromkeys("│┃", "|") | {"…": "...", "→": "->", "×": "x", "•": "*"})
-"""For rules, bars and marks of our own and of rich."""
+"""ASCII replacements for the lines, bars and symbols that this program and rich print."""
 
 
 class Forgiving(io.FileIO):
     """A file whose writes do not fail: bytes that cannot be written are dropped. Reports every byte as written.
 
-    Each write is tried anew, so a disk that has room again gets what is written from then on.
+    Every write is attempted, so output is written again once a full disk has room.
     """
 
     def write(self, data: Any) -> int:
@@ -38,7 +38,7 @@ class Forgiving(io.FileIO):
 
 
 def text(raw: io.RawIOBase, encoding: str = "utf-8", errors: str = _ERRORS, write_through: bool = False) -> TextIO:
-    """A text stream over `raw` that passes finished lines on at once and replaces what `encoding` lacks."""
+    """Returns a text stream over `raw` that flushes at every line end and replaces characters that `encoding` lacks."""
     codecs.register_error(_ERRORS, _replacement)
     return io.TextIOWrapper(
         io.BufferedWriter(raw), encoding=encoding, errors=errors, line_buffering=True, write_through=write_through
@@ -46,10 +46,10 @@ def text(raw: io.RawIOBase, encoding: str = "utf-8", errors: str = _ERRORS, writ
 
 
 def secure() -> None:
-    """From now on writing to `sys.stdout` and `sys.stderr` does not fail. To be called first in every process.
+    """Makes writes to `sys.stdout` and `sys.stderr` never fail. Call it first in every process.
 
-    A standard stream that is closed becomes /dev/null, so that no file that is opened later takes its number and with it what
-    C libraries print. Streams that are not the interpreter's own, e.g. a notebook's, are left as they are.
+    A closed standard stream becomes /dev/null. Otherwise a file that is opened later could get its descriptor, and with it what C
+    libraries print. Streams that are not the interpreter's own, e.g. a notebook's, are not changed.
     """
     for descriptor in (0, 1, 2):
         _fill(descriptor)
@@ -72,8 +72,8 @@ def _fill(descriptor: int) -> None:
 
 
 def _secured(stream: TextIO | None, descriptor: int) -> TextIO:
-    """`stream` with its encoding, over the same descriptor. None: Python found the descriptor closed, and its number may since
-    belong to a file."""
+    """Returns a stream over `descriptor` that never fails, with the encoding of `stream`. If `stream` is None, the descriptor was
+    closed when Python started and may belong to a file by now; then the stream drops everything."""
     if stream is None:
         return text(Forgiving(os.devnull, "w"))
     with contextlib.suppress(OSError, ValueError):
@@ -84,7 +84,8 @@ def _secured(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 def _replacement(error: UnicodeError) -> tuple[str, int]:
-    """What is written in place of characters that the stream's encoding lacks: drawings by look-alikes, letters by escapes."""
+    """Returns what is written in place of characters that the stream's encoding lacks: look-alikes for drawing characters, escapes
+    for letters."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     shown = error.object[error.start : error.end].translate(_LOOK_ALIKES)

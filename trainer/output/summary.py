@@ -1,11 +1,12 @@
-"""summary.json of a run: how its latest start ended (`ended`: done | stopped | failed), or that one is under way (running).
+"""Reads and writes summary.json of a run, whose `ended` says how the latest start of the run ended (done | stopped | failed), or
+that it has not ended (running).
 
-    running    `since` (ISO 8601), `steps`
-    done, stopped    the final figures, which rank 0 writes (run.py)
-    failed     `failure`, as `outcome.Failure`; `step`, the last step recorded. Also where a run was stopped before its first step
+    running          `since` (ISO 8601), `steps`
+    done, stopped    the final values, which rank 0 writes (run.py)
+    failed           `failure`, as `failure.Failure`; `step`, the last step recorded. Also for a run stopped before its first step
 
-A start that has no final figures of its own keeps those of the start before it under `previous`. After a kill -9 of all
-processes of a run it stays "running". Every version of the file appears in one moment. Free of torch.
+If the latest start has no final values, the file keeps those of an earlier start under `previous`. If all processes of a run are
+killed with kill -9, `ended` stays "running". The file is always replaced atomically.
 """
 
 import json
@@ -27,12 +28,12 @@ from bagualu.trainer.recipe.config import Recipe
 
 _FINAL = "done", "stopped"
 _MOST_SECONDS = 10.0
-"""More than a lock of another process is waited for, and than storage that answers takes."""
+"""Longer than the wait for another process's lock, and longer than working storage takes."""
 log = logging.getLogger(__name__)
 
 
 def read(run_dir: Path) -> dict[str, Any]:
-    """What summary.json holds; {} where there is none, or it is damaged. Raises OSError."""
+    """Returns the content of summary.json; {} if there is no such file or it is damaged. Raises OSError."""
     with suppress(FileNotFoundError, ValueError):
         found = json.loads(RunDirectory(run_dir).summary.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
@@ -40,21 +41,21 @@ def read(run_dir: Path) -> dict[str, Any]:
 
 
 def final(run_dir: Path) -> dict[str, Any]:
-    """The final figures of the last start that has any; {} where none has. Raises OSError."""
+    """Returns the final values of the latest start that has any; {} if none has. Raises OSError."""
     found = read(run_dir)
     previous = found.get("previous")
     return found if _has_figures(found) else previous if isinstance(previous, dict) else {}
 
 
 def write(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Make `summary` what the file holds. Raises OSError, and then the file is as it was."""
+    """Replaces the file's content by `summary`. Raises OSError, and then the file has not changed."""
     write_atomic(RunDirectory(run_dir).summary, (jsonl.dumps(summary, indent=2) + "\n").encode())
 
 
 class Start:
-    """What summary.json says of one start of a run, on the process that keeps others out of the run directory.
+    """Records a start of a run in summary.json, in the process that holds the lock of the run directory.
 
-    Never raises: what cannot be written, or not within some seconds, costs a warning.
+    Never raises: if the file cannot be written within some seconds, a warning is logged.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -63,24 +64,25 @@ class Start:
         self.begun = False
 
     def begin(self) -> None:
-        """The start is under way."""
+        """Records that the start is running."""
         self._say(self._begin)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Rank 0 has returned `summary`, which it has written itself as a rule."""
+        """Records the end of the start: writes `summary`, which rank 0 returned, unless rank 0 has written it already."""
         self._say(lambda: None if _has_figures(read(self._run_dir)) else write(self._run_dir, summary))
 
     def fail(self, failure: Failure) -> None:
-        """The start has ended with `failure`; what was asked to stop before its first step too."""
+        """Records that the start ended with `failure`, which includes a request to stop before the first step."""
         self._say(lambda: self._fail(failure))
 
     def refuse(self) -> None:
-        """The recipe was refused: there was no start."""
+        """Restores the file as it was before `begin`, because the recipe was refused."""
         if self.begun:
             self._say(self._restore)
 
     def fail_if_left(self, failure: Failure) -> None:
-        """As `fail`, on any other process of the run: only if the one that kept others out is gone and has written no end."""
+        """Does the same as `fail` from any other process of the run, but only if the process that held the lock is gone and has
+        recorded no end."""
         self._say(lambda: self._fail_if_left(failure))
 
     def _say(self, entry: Callable[[], None]) -> None:
@@ -114,7 +116,7 @@ class Start:
                 if read(self._run_dir).get("ended") == "running":
                     self._fail(failure)
         except RecipeError:
-            return  # that process lives, or another start does
+            return  # the lock is held, by that process or by another start
 
     def _common(self) -> dict[str, Any]:
         previous = final(self._run_dir)

@@ -1,4 +1,4 @@
-"""The figures of a run in Weights & Biases. What W&B does, or fails to do, neither ends a run nor holds up its steps."""
+"""Sends the metrics of a run to Weights & Biases. W&B's failures and delays neither end a run nor slow its steps down."""
 
 import contextlib
 import logging
@@ -18,22 +18,22 @@ from bagualu.trainer.output.metric_writers import Record
 _INIT_SECONDS = 20.0
 _FINISH_SECONDS = 15.0
 _CLOSE_SECONDS = 45.0
-"""Covers a start that ends without an answer, the start offline that follows, and the end."""
+"""The most that `close` waits: enough for an online start that times out, the offline start after it, and the finish."""
 _LAST_SECONDS = 5.0
-"""For the thread to end when W&B's service has been killed."""
+"""How long `close` waits for the thread after killing W&B's service."""
 _MOST_RECORDS = 100_000
-"""Records that wait for W&B at most; later records are left out until there is room."""
+"""The most records that wait for W&B; further records are dropped until there is room."""
 _SERVICE = "wandb-core"
 
 
 class WandbSink:
     """Sends records to Weights & Biases; `offline` writes below the run directory and needs no network.
 
-    A thread of its own talks to W&B. A server that cannot be reached, or an error at any time, costs a line on stderr: the rest
-    of the run is recorded offline, for `wandb sync`; if that fails too, the run goes on without W&B.
+    A separate thread talks to W&B. If the server cannot be reached, or after any error, it prints a line on stderr and records the
+    rest of the run offline, for `wandb sync`; if that fails too, the run continues without W&B.
 
-    A resumed run goes on in the same W&B run, whose id is kept in the run directory. W&B ignores a step it already has,
-    so steps done again after a resume keep the figures of the first time there; metrics.jsonl has those of the second.
+    A resumed run continues the same W&B run, whose id is kept in the run directory. W&B ignores a step that it already has, so for
+    steps done again after a resume it keeps the values of the first time; metrics.jsonl has those of the second.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class WandbSink:
     ) -> None:
         """`mode`: offline | online (`log.wandb`). `config`: the resolved recipe.
 
-        `patience_seconds`: how long `close` may take; longer than _CLOSE_SECONDS it never does.
+        `patience_seconds`: how long `close` may wait for W&B, at most _CLOSE_SECONDS.
         """
         self._run_dir, self._patience_seconds = run_dir, min(patience_seconds, _CLOSE_SECONDS)
         self._about = {"project": project, "name": name, "config": dict(config), "dir": str(run_dir)}
         self._modes = ["online", "offline"] if mode == "online" else ["offline"]
-        """The mode under way, and those to fall back to; empty: without W&B."""
+        """The current mode, followed by those to fall back to; empty if W&B is no longer used."""
         self._run: Any = None
         self._given_up = False
         self._records: queue.Queue[Record | None] = queue.Queue(_MOST_RECORDS)
@@ -58,11 +58,12 @@ class WandbSink:
             self._records.put_nowait(dict(record))
 
     def rewind(self, step: int) -> None:
-        return None  # W&B has no way back: see above
+        return None  # W&B cannot discard steps: see the class docstring
 
     def close(self) -> None:
-        """Wait until W&B has taken the records, but no longer than the patience."""
-        with contextlib.suppress(queue.Full):  # then W&B has hung for long
+        """Waits until W&B has received all records and finished. After `patience_seconds` it prints how to send the missing
+        records, kills W&B's service and returns."""
+        with contextlib.suppress(queue.Full):  # a full queue means that W&B has hung for long
             self._records.put_nowait(None)
         self._thread.join(self._patience_seconds)
         if self._thread.is_alive():
@@ -81,7 +82,8 @@ class WandbSink:
             self._finish()
 
     def _send(self, record: Record | None) -> None:
-        """Start W&B where that is to be done, and log `record`; after an error in the next mode, for as long as there is one."""
+        """Starts W&B if it is not running, and logs `record` unless it is None. After an error it tries the next mode, if there is
+        one."""
         while self._modes and not self._given_up:
             try:
                 if self._run is None:
@@ -101,9 +103,9 @@ class WandbSink:
                 _tear_down()  # the service keeps the id of a run that failed to start, and would refuse it offline
 
     def _start(self, mode: str) -> Any:
-        import wandb  # takes a second to import, and most runs do without it
+        import wandb  # the import takes a second, and most runs do not use W&B
 
-        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # W&B's reports on itself
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # W&B's telemetry
         self._run_dir.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(
             silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True
@@ -139,7 +141,7 @@ def _run_id(path: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The error in one line."""
+    """Returns the error as a single line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
@@ -148,7 +150,7 @@ def _say(line: str) -> None:
 
 
 def _tear_down() -> None:
-    """End W&B's service, which may have ended by itself."""
+    """Ends W&B's service; it may have ended already."""
     with contextlib.suppress(Exception, SystemExit):
         import wandb
 

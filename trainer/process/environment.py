@@ -1,8 +1,8 @@
-"""What a worker process needs from the machine before it starts: CPU threads, cores of its own, an allocator that fits.
+"""Computes the environment in which a worker process should start: its CPU threads, its cores and the settings of its allocator.
 
-The C library reads its settings once, when a process begins, and OpenMP when torch is imported. So they are put into the
-environment first and the process started after: by the launcher for its workers, by `python -m bagualu.trainer` for itself.
-Free of torch. docs/design/launch.md has the measurements behind the allocator's numbers.
+The C library reads its settings only when a process starts, and OpenMP when torch is imported. So they are set in the environment
+before the process starts: by the launcher for its workers, by `python -m bagualu.trainer` for itself, which then restarts.
+docs/design/launch.md has the measurements behind the allocator's numbers.
 """
 
 import os
@@ -12,23 +12,23 @@ from pathlib import Path
 from bagualu.trainer.recipe.config import LaunchConfig
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""Ask for transparent 2 MB pages (madvise): 512 times fewer page faults and entries in the TLB."""
+"""Makes malloc ask for transparent 2 MB pages (madvise), which take 512 times fewer page faults and TLB entries."""
 KEEP_FREED = (
     "glibc.malloc.mmap_threshold=4294967296",  # bytes; below this a tensor comes from the heap, not from a fresh mapping
     "glibc.malloc.trim_threshold=17179869184",  # bytes of free heap that are kept rather than given back
     "glibc.malloc.top_pad=67108864",  # bytes by which the heap grows at a time
 )
 CUBLAS, REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
-"""The workspaces with which NVIDIA's matrix products are the same every time (cuBLAS, "Results Reproducibility")."""
+"""The workspace sizes for which cuBLAS returns the same bits every time (its documentation, "Results Reproducibility")."""
 LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
-"""Torch's C++ code warns of every connection that is lost, with a stack of its own functions; what was lost, we say in one line."""
+"""Torch's C++ code warns of every lost connection with a stack trace; this is silenced, because a line of ours reports the loss."""
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 TRAIN = "bagualu.trainer.run:train"
-"""What a worker runs, as "module:function": (recipe, communicator, stop, scratch) -> summary."""
+"""The function that a worker runs, as "module:function": (recipe, communicator, stop, scratch) -> summary."""
 
 
 def cores() -> int:
-    """How many cores this process may keep busy: those it may run on, no more of them than a container's CPU quota allows."""
+    """Returns how many cores this process may use: those of its CPU affinity, but at most the container's CPU quota."""
     return min(len(_allowed()), _quota() or sys.maxsize)
 
 
@@ -37,7 +37,7 @@ def _allowed() -> list[int]:
 
 
 def _quota() -> int | None:
-    """Of this container, in cores; None: it has none."""
+    """Returns the CPU quota of this container in cores, rounded down but at least 1; None if it has none."""
     try:
         quota, period = QUOTA.read_text().split()
         return None if quota == "max" else max(1, int(quota) // int(period))
@@ -46,12 +46,13 @@ def _quota() -> int | None:
 
 
 def threads(config: LaunchConfig, workers: int) -> int:
-    """CPU threads of each of `workers` processes on this machine."""
+    """Returns the number of CPU threads for each of `workers` processes on this machine."""
     return config.threads or max(1, cores() // workers)
 
 
 def variables(config: LaunchConfig, workers: int) -> dict[str, str]:
-    """Environment variables to start each of `workers` processes with; what a person has set stays where it serves."""
+    """Returns the environment variables with which to start each of `workers` processes. Compatible settings of the user are
+    kept."""
     count = str(threads(config, workers))
     wanted = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
     if LOG_LEVEL not in os.environ:
@@ -67,8 +68,10 @@ def variables(config: LaunchConfig, workers: int) -> dict[str, str]:
 
 
 def pin(config: LaunchConfig, local_rank: int, workers: int) -> None:
-    """Keep this process on its share of the cores. With more workers than cores the kernel shares them out better, and under a
-    quota too: it says how much may be used, not where, and other containers would choose the same cores."""
+    """Pins this process to its share of the cores, if launch.affinity is on.
+
+    With more workers than cores it does nothing, because the kernel then distributes them better. Under a CPU quota it does nothing
+    either: a quota limits how much is used, not which cores, and other containers would be pinned to the same cores."""
     usable = _allowed()
     share = len(usable) // workers
     if config.affinity and share and cores() == len(usable) and hasattr(os, "sched_setaffinity"):

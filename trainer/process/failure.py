@@ -1,4 +1,4 @@
-"""How a run ends: its exit code and its last words. Free of torch."""
+"""Describes how a run ends: exit codes, failures and the last line that it prints."""
 
 import traceback
 from dataclasses import asdict, dataclass, replace
@@ -11,44 +11,44 @@ from bagualu.fault_tolerance.injection.fault import ProcessKilled
 DONE = 0
 FAILED = 1
 REFUSED = 2
-"""Wrong usage or recipe."""
+"""The usage or the recipe is wrong."""
 STOPPED = 75
-"""Stopped on request, with a checkpoint saved or before anything was done: nothing is lost, and the same command with
-checkpoint.resume=true goes on, or begins."""
+"""The run stopped on request, with a checkpoint saved or before it did anything: nothing is lost, and the same command with
+checkpoint.resume=true continues or begins it."""
 LOOPED = 76
-"""A crash loop: the same step failed again and again; starting the same command again will not help."""
+"""The run was in a crash loop: the same step failed repeatedly, so starting the same command again will not help."""
 
 
 INTERRUPTED = 130
-"""What a shell makes of a command that Ctrl-C has ended before anything was begun."""
+"""The exit code that a shell reports for a command ended by Ctrl-C; here, before any work has begun."""
 
 
 class FinalError(RuntimeError):
-    """A failure that would only happen again: workers are not started anew after it."""
+    """A failure that would recur after a restart, so workers are not restarted."""
 
 
 class GuardError(FinalError):
-    """A step could not be done rightly (`guard.*`) and the run ends; nothing of it was applied on any rank."""
+    """The guard (`guard.*`) ends the run because of a faulty step; no rank has applied the step's update."""
 
 
 @dataclass
 class Failure:
-    """Why one rank could not go on. `time` orders failures: seconds since the epoch."""
+    """Why a rank could not continue. `time`, in seconds since the epoch, orders failures."""
 
     rank: int
     phase: str
     cause: str
     time: float
     kind: str = "error"
-    """error: this rank's own; peer: it lost another one; recipe: refused, with the fix; killed: by a signal;
-    storage: it cannot be written or read now, and may be again;
-    final: its own, and it would only happen again; loop: the launcher's verdict on one that did happen again;
-    hung: it stood still while others waited, as they or a watcher have seen (rank -1: nobody alone, or it cannot be told);
-    stopped: none at all, it was asked to stop before there was anything to save."""
+    """error: an error of this rank; peer: it lost contact with another rank; recipe: the recipe was refused, `cause` has the fix;
+    killed: by a signal; storage: it cannot be written or read now, but perhaps later;
+    final: an error of this rank that would recur; loop: the launcher found that a failure did recur;
+    hung: it made no progress while others waited, as they or a watcher saw (rank -1: not a single rank, or unknown);
+    stopped: no failure; it was asked to stop before there was anything to save."""
     step: int = 0
-    """The step under way; 0 before the first."""
+    """The step in progress; 0 before the first."""
     missing: dict[str, Any] | None = None
-    """Of a peer that was lost, where the rank could tell: its "rank", "step" and "phase", and "why"."""
+    """The lost peer, if this rank could determine it: its "rank", "step" and "phase", and "why" it is to blame."""
 
     @property
     def who(self) -> str:
@@ -56,7 +56,7 @@ class Failure:
 
     @property
     def exit_code(self) -> int:
-        """What a run ends with that could not go on after this."""
+        """The exit code of a run that this failure ends."""
         return {"recipe": REFUSED, "loop": LOOPED, "stopped": STOPPED}.get(self.kind, FAILED)
 
     def as_dict(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ _KINDS = {"recipe": RecipeError, "peer": CommunicationError, "final": FinalError
 
 
 def failure(rank: int, phase: str, error: BaseException, time: float, step: int = 0) -> Failure:
-    """What `error`, caught in `phase`, says in one line; the phase is told with the place in Bagualu's own code."""
+    """Returns `error`, caught in `phase`, as a Failure. To the phase it adds the innermost line of Bagualu's own code."""
     kind = next((kind for kind, known in _KINDS.items() if isinstance(error, known)), "error")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else ""
@@ -79,19 +79,20 @@ def failure(rank: int, phase: str, error: BaseException, time: float, step: int 
 
 
 def first(failures: list[Failure]) -> Failure:
-    """The one that began it: a refusal, else a kill, else the earliest of a rank's own errors, else the earliest lost peer.
+    """Returns the failure that caused the others: a refused recipe, else a kill, else the earliest error of a rank's own, else the
+    earliest loss of a peer.
 
-    A killed process cannot write when it died, and its peers notice at once, so a kill goes before errors. Of ranks that lost a
-    peer those go first that can tell which.
+    A killed process cannot record when it died, and its peers fail immediately afterwards, so a kill comes before errors. Among
+    ranks that lost a peer, those that know which peer come first.
     """
     order = {"recipe": 0, "killed": 1, "peer": 3}
     return min(failures, key=lambda one: (order.get(one.kind, 2), one.missing is None, one.time, one.rank))
 
 
 def at_fault(failure: Failure, unwatched: bool) -> Failure:
-    """`failure` as it is to be told: a rank that lost a peer has noticed that, and is not the one to name.
+    """Returns `failure` with the blame on the right rank: a rank that lost a peer only noticed the loss, so the peer is named.
 
-    `unwatched`: nobody looks for ranks that stand still (restart.hang_seconds=0).
+    `unwatched`: no watcher looks for hung ranks (restart.hang_seconds=0).
     """
     if failure.kind != "peer" or failure.rank < 0:
         return failure
@@ -104,7 +105,7 @@ def at_fault(failure: Failure, unwatched: bool) -> Failure:
 
 
 def os_error(error: OSError) -> str:
-    """What the operating system refused and of which file, with what to look at."""
+    """Describes an OSError: what failed, for which file, and what to check."""
     file = f": {error.filename}" if error.filename else ""
     return f"{error.strerror or error}{file}; see whether there is room and whether it can be written"
 
@@ -116,12 +117,12 @@ _WHAT_NEXT = {
 
 
 def what_next(failure: Failure) -> str:
-    """What to do after a failure where there is a checkpoint to go on from."""
+    """Returns what the user should do after a failure, given a checkpoint to resume from."""
     return _WHAT_NEXT.get(failure.kind, "go on with checkpoint.resume=true")
 
 
 def last_words(failure: Failure, advice: str) -> str:
-    """The line a failed run ends with."""
+    """Returns the last line that a failed run prints."""
     if failure.kind == "recipe":
         return f"bagualu: error: {failure.cause}"
     if failure.kind == "stopped":

@@ -1,7 +1,7 @@
-"""The first import of torch without Python's garbage collector. Free of torch.
+"""Turns Python's garbage collector off during the first import of torch.
 
-It makes a quarter of a million objects that all stay. The collector goes through them again and again meanwhile, and once more when
-the process ends: a quarter of the processor time of a process that only imports torch and ends.
+The import creates a quarter of a million permanent objects. The collector would traverse them repeatedly during the import, and
+once more when the process ends: a quarter of the processor time of a process that only imports torch.
 """
 
 import gc
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """The collector waits while there are imports inside, and never looks at what the process has by their end.
+    """Turns the collector off inside this context, which imports torch. Afterwards it ignores all objects that exist by then.
 
-    Does nothing where torch is imported already, or the collector is off.
+    Does nothing if torch is imported already or the collector is off.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield
@@ -27,6 +27,6 @@ def uncollected() -> Iterator[None]:
 
 
 def leave_out_what_is_there() -> None:
-    """Turn the collector on, for what is made from now on."""
+    """Turns the collector on for objects that are created from now on."""
     gc.freeze()
     gc.enable()

@@ -1,6 +1,6 @@
-"""Ties this process to the one that has started it: the kernel ends it when that one is gone, however that went.
+"""Ties this process to its parent: the kernel kills it when the parent has ended, in whatever way.
 
-Free of torch. Nothing has to run here for it, so it ends a stopped process too, and one that never gives Python's lock back.
+No code of this process has to run for that. So it also ends a stopped process, and one that never releases Python's global lock.
 """
 
 import ctypes
@@ -9,14 +9,15 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
-"""Of prctl(2)."""
+"""The option of prctl(2)."""
 
 
 def die_with(parent: int) -> None:
-    """From now on this process is killed when its parent is dead; at once when that is not (any more) the process `parent`.
+    """Makes the kernel kill this process when its parent ends; kills it immediately if its parent is no longer the process
+    `parent`.
 
-    The kernel means the parent's thread that has started this process, so that must be one that lives as long as all. Goes over to
-    another program with exec, not to children. Only Linux has it: elsewhere this does nothing.
+    The kernel watches the parent's thread that started this process, so that thread must live as long as the parent. The setting
+    survives exec, but children do not inherit it. Does nothing on systems other than Linux.
     """
     if sys.platform != "linux":
         return

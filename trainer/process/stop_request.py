@@ -1,7 +1,4 @@
-"""Being asked to stop: a signal sets a flag, the loop polls it at the end of a step; a second Ctrl-C ends it at once.
-
-Free of torch.
-"""
+"""Requests to stop a run: a signal sets a flag, which the loop polls once per step; a second Ctrl-C raises KeyboardInterrupt."""
 
 import contextlib
 import os
@@ -15,22 +12,23 @@ _NOTICE = b"asked to stop: will save after this step; not saved yet\n"
 
 
 class StopRequest:
-    """Whether this process was asked to stop. Call it to know.
+    """Calling it returns whether this process was asked to stop.
 
-    It says so at once, so that a log in which no "saved" follows tells what was lost.
+    A notice is printed as soon as the signal arrives. If no "saved" follows it in a log, the steps since the last checkpoint are
+    lost.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.tell: list[int] = [2]
-        """Descriptors to say it to."""
+        """The file descriptors to which the notice is written."""
         self._interrupted = False
 
     def __call__(self) -> bool:
         return self.asked
 
     def install(self) -> None:
-        """From now on the stop signals only set the flag; those that came while they were blocked count too."""
+        """Makes the stop signals only set the flag, including signals that arrived while they were blocked."""
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # e.g. SIGHUP under nohup
                 signal.signal(number, self._ask)
@@ -43,5 +41,5 @@ class StopRequest:
         if not self.asked:
             self.asked = True
             for descriptor in self.tell:
-                with contextlib.suppress(OSError):  # a terminal that has gone
-                    os.write(descriptor, _NOTICE)  # no stream: the signal may have come in the middle of a write to one
+                with contextlib.suppress(OSError):  # the terminal was closed
+                    os.write(descriptor, _NOTICE)  # not to a stream: the signal may have interrupted a write to it

@@ -1,4 +1,4 @@
-"""One rank's life: connect, train, leave. The same under `bagualu train`, torchrun and SLURM, and as a thread."""
+"""Runs a rank: connects, trains and disconnects. It is the same under `bagualu train`, torchrun and SLURM, and in a thread."""
 
 import pkgutil
 import time
@@ -21,19 +21,18 @@ from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe.config import Recipe
 
 _LONG = 0.5
-"""Share of comm.timeout_seconds for which a rank must have shown no change to be the one that another has waited for."""
+"""A rank counts as the one that another waited for only if it showed no change for this fraction of comm.timeout_seconds."""
 Report = Callable[[Failure], None]
-"""Told why a rank cannot go on, before the exception leaves it."""
+"""Called with the reason why a rank cannot continue, before the exception propagates."""
 
 
 def work(
     recipe: Recipe, world: World, stop: StopRequest, report: Report, entrypoint: str = TRAIN, scratch: Path | None = None
 ) -> dict[str, Any]:
-    """Join the world and train; the run's summary. `scratch` as in `trainer.run.train`.
+    """Joins the world and trains; returns the run's summary. `scratch` as in `trainer.run.train`.
 
-    Only a rank that has joined takes a signal for a request to stop; before, there is nothing to save.
-    A rank that fails does not close its connection: that could wait for the very peers that are gone, and the end of its
-    process tells them sooner.
+    Signals are treated as requests to stop only after joining; before that there is nothing to save. A rank that fails does not
+    close its connection: closing could wait for peers that are gone, and the other ranks notice the end of its process sooner.
     """
     monitor = Monitor()
     if scratch is not None:
@@ -58,7 +57,7 @@ def train(
     entrypoint: str = TRAIN,
     scratch: Path | None = None,
 ) -> dict[str, Any]:
-    """Train on a rank that is connected; the run's summary."""
+    """Trains on a connected rank; returns the run's summary."""
     try:
         summary: dict[str, Any] = pkgutil.resolve_name(entrypoint)(recipe, communicator, stop, scratch)
     except (Exception, ProcessKilled) as error:
@@ -71,8 +70,8 @@ def train(
 
 
 def _with_missing(what: Failure, scratch: Path | None, timeout_seconds: float) -> Failure:
-    """With which peer it was that was lost, where the heartbeats of this machine's ranks tell; they do so now, and not much later:
-    all who wait are about to give up."""
+    """Returns `what` with the peer that was lost, if the heartbeats of this machine's ranks show it. They must be read now: all
+    ranks that wait are about to give up too."""
     if what.kind != "peer" or scratch is None:
         return what
     patience = Patience(_LONG * timeout_seconds, _LONG * timeout_seconds)

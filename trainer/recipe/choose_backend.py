@@ -1,6 +1,6 @@
-"""What `comm.backend=auto` stands for on this machine. Free of torch.
+"""Chooses the backend for `comm.backend=auto` on this machine.
 
-To be asked before anything that depends on the backend: the checks of the recipe, config.yaml, the workers.
+The choice comes before everything that depends on the backend: the checks of the recipe, config.yaml, the workers.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, and why it was taken where the recipe left that open."""
+    """A backend and, if the recipe says auto, the reason why it was chosen."""
 
     backend: str
     why: str = ""
@@ -29,9 +29,9 @@ class Choice:
 
 
 def choose_backend(recipe: Recipe, workers: int) -> tuple[Recipe, Choice]:
-    """The recipe with a backend that has a name, for `workers` workers on this machine.
+    """Returns the recipe with `auto` replaced by a backend, for `workers` workers on this machine, and the choice.
 
-    `auto` is nccl where each of them has a GPU, else gloo; but a run that goes on keeps the backend that it began with.
+    `auto` becomes nccl if each worker has a GPU, else gloo; but a run that resumes keeps the backend with which it began.
     """
     if recipe.comm.backend != AUTO:
         return recipe, Choice(recipe.comm.backend)
@@ -41,23 +41,23 @@ def choose_backend(recipe: Recipe, workers: int) -> tuple[Recipe, Choice]:
 
 
 def _as_begun(recipe: Recipe, gpus: int, workers: int) -> Choice | None:
-    """What a run that goes on began with, where this machine has it."""
+    """Returns the backend with which a run that resumes began, if this machine supports it; else None."""
     directory = Path(recipe.run.dir)
     try:
         if not (recipe.checkpoint.resume and RunDirectory(directory).has_begun()):
             return None
         before = load_recipe(RunDirectory(directory).config).comm
-    except (OSError, RecipeError):  # whoever looks at the run directory next says so
+    except (OSError, RecipeError):  # the later check of the run directory reports it
         return None
     has_gpus = gpus >= workers
-    if before.on_cpu:  # threads of `simulated` too
+    if before.on_cpu:  # includes `simulated`, whose ranks are threads
         return Choice("gloo", "on CPUs, as the run began" + ("; comm.backend=nccl takes the GPUs" if has_gpus else ""))
     known = before.backend not in (AUTO, "simulated") and before.backend in registered()
     return Choice(before.backend, "as the run began") if known and (has_gpus or before.backend != "nccl") else None
 
 
 def _usable_gpus(workers: int) -> tuple[int, str]:
-    """GPUs that torch can use here, and what that means for `workers` workers."""
+    """Returns the number of GPUs that torch can use on this machine, and what it means for `workers` workers, as text."""
     gpus = gpu_count()
     if not gpus:
         return 0, "no NVIDIA GPU here"
@@ -69,12 +69,12 @@ def _usable_gpus(workers: int) -> tuple[int, str]:
 
 
 def registered() -> list[str]:
-    """The names that `comm.backend` may have beside `auto`."""
+    """Returns the values that `comm.backend` may have besides `auto`."""
     return sorted(entry.name for entry in entry_points(group="bagualu.backends"))
 
 
 def gpu_count() -> int:
-    """NVIDIA GPUs this process may use, asked of the driver itself, which takes less time than importing torch."""
+    """Returns the number of NVIDIA GPUs that this process may use. It asks the driver, which is faster than importing torch."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -86,13 +86,13 @@ def gpu_count() -> int:
 
 
 def _torch_has_cuda() -> bool:
-    """Whether the installed torch was built for NVIDIA GPUs, by the file in which it says so."""
+    """Whether the installed torch was built for NVIDIA GPUs, according to its version.py."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return False
     try:
         text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
     except OSError:
-        return True  # NCCL says so itself if it is not
+        return True  # if it was not, NCCL reports that itself
     found = re.search(r"^cuda\b[^=]*=\s*(.+)$", text, re.MULTILINE)
     return found is None or found[1].strip() != "None"

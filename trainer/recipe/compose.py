@@ -1,7 +1,7 @@
-"""From what was typed to a `Recipe`: Hydra composes, every refusal is one line with the fix. Free of torch.
+"""Makes a `Recipe` from the overrides that the user typed: Hydra composes it, and every refusal is a single line with the fix.
 
-The schema is the dataclass `Recipe` itself, so a key that is not a field and a value of the wrong type cannot get in. The
-overrides are looked at one by one before Hydra sees them, because only then is it known which of them is at fault.
+The schema is made from the dataclass `Recipe`, so unknown keys and values of the wrong type are refused. The overrides are checked
+one after the other before Hydra composes, because only then is it known which of them is wrong.
 """
 
 import os
@@ -36,9 +36,9 @@ ONE_VALUE = "one run takes one value of each key; `bagualu train -m` runs severa
 
 
 def compose(overrides: Sequence[str], several: str = ONE_VALUE) -> Recipe:
-    """The recipe that `overrides` (Hydra's override grammar) select and change. Raises RecipeError.
+    """Returns the recipe that `overrides`, in Hydra's override grammar, select and change. Raises RecipeError.
 
-    `several` says what to do about several values of a key, which a single recipe cannot have.
+    `several` is the advice to print if a key is given several values, which a single recipe cannot have.
     """
     parsed = parse(overrides)
     own_recipes = any(override.key_or_group == SEARCHPATH for override in parsed)
@@ -61,7 +61,8 @@ def compose(overrides: Sequence[str], several: str = ONE_VALUE) -> Recipe:
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Every override as Hydra reads it, with text values as typed. Raises RecipeError for one that it cannot read."""
+    """Returns every override as Hydra parses it, with text values as typed. Raises RecipeError for an override that cannot be
+    read."""
     parser = OverridesParser.create()
     parsed: list[Override] = []
     for text in overrides:
@@ -73,7 +74,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def _for_hydra(override: Override) -> str:
-    """What Hydra composes with: the text values in quotes, and a folder of recipes with its home directory spelt out."""
+    """Returns the override for Hydra: text values are in quotes, and ~ is expanded in folders of recipes."""
     assert override.input_line is not None
     if override.key_or_group != SEARCHPATH:
         return _spelled(override.input_line)
@@ -85,7 +86,7 @@ def _for_hydra(override: Override) -> str:
 
 
 def _spelled(override: str) -> str:
-    """An override as Hydra's grammar takes it, with its text as typed. Raises RecipeError for one that cannot be read."""
+    """Returns the override in Hydra's grammar, with its text as typed. Raises RecipeError if it cannot be read."""
     if not override.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in override):
         raise RecipeError(f"{override!r} is not UTF-8 text; give it in UTF-8")
     try:
@@ -100,17 +101,17 @@ def _unreadable(override: str) -> RecipeError:
 
 
 def resolved_yaml(recipe: Recipe) -> str:
-    """The recipe with every key spelt out, as YAML that reads back as this very recipe."""
+    """Returns the recipe, with every key, as YAML that reads back as exactly this recipe."""
     return write_yaml(_escaped(plain(recipe)))
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as nested dictionaries of plain values, for JSON."""
+    """Returns the recipe as nested dictionaries of plain values, for JSON."""
     return plain(recipe)
 
 
 def _escaped(value: Any) -> Any:
-    """A tree of plain values in which OmegaConf sees no interpolation."""
+    """Returns a tree of plain values in which text is escaped so that OmegaConf sees no interpolation."""
     if isinstance(value, dict):
         return {key: _escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -119,8 +120,8 @@ def _escaped(value: Any) -> Any:
 
 
 def save_recipe(recipe: Recipe) -> Path:
-    """Write config.yaml, the resolved recipe, into the run directory, which is made if need be. Raises RecipeError when that
-    cannot be written."""
+    """Writes the resolved recipe to config.yaml in the run directory, creates the directory if needed, and returns the path. Raises
+    RecipeError if it cannot be written."""
     path = RunDirectory(recipe.run.dir).config
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,7 @@ def save_recipe(recipe: Recipe) -> Path:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """The recipe in a run's config.yaml. Raises RecipeError when it is none, or one of another version."""
+    """Returns the recipe in a run's config.yaml. Raises RecipeError if this version cannot read it as a recipe."""
     try:
         with path.open(encoding="utf-8") as file:
             return to_recipe(OmegaConf.merge(schema(), OmegaConf.create(read_yaml(file))))
@@ -142,7 +143,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _one_line(error: Exception) -> str:
-    """What Hydra or OmegaConf said, without its stack of causes, in one line."""
+    """Returns the message of Hydra or OmegaConf as a single line, without its chain of causes."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}; correct the YAML there"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error

@@ -1,7 +1,7 @@
-"""The whole recipe as one tree of dataclasses. Free of torch: a wrong recipe is refused before torch is imported.
+"""The whole recipe as a tree of dataclasses. It does not import torch, so that a wrong recipe is refused quickly.
 
-Each component owns its part and validates it; this file adds the parts that belong to the trainer and to the job, and the
-checks that need several parts at once.
+Each component owns its section and validates it; this file adds the sections of the trainer and of the job, and the checks that
+involve several sections.
 """
 
 from dataclasses import dataclass, field
@@ -24,20 +24,20 @@ from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.optim.config import OptimConfig
 
 MOST_MICRO_BATCHES = 2**16
-"""Of one data rank in a step: each is planned for, pass by pass, before the first one."""
+"""The most micro-batches of a data rank in a step: every pass of each is planned before the first."""
 SEEDS = range(-(2**63), 2**64)
-"""What torch takes."""
+"""The seeds that torch accepts."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass
 class RunConfig:
-    """`run.*`: where the run lies and what makes it this run."""
+    """`run.*`: the run's name, directory and seed."""
 
     name: str = "run"
     dir: str = field(default="runs/${run.name}", metadata={"path": True})
     seed: int = 0
-    """Weights and data order are functions of it, of nothing else and never of the rank."""
+    """Initial weights and the order of the data depend on it, and never on the rank."""
 
     def validate(self) -> None:
         require_text("run", self, dir="runs/tiny", name="tiny")
@@ -48,25 +48,25 @@ class RunConfig:
 
 @dataclass
 class TrainConfig:
-    """`train.*`: the loop."""
+    """`train.*`: the training loop."""
 
     steps: int = 100
     micro_batch: int = 1
-    """Sequences that pass through the model at once on one data rank."""
+    """Sequences that a data rank passes through the model together."""
     dtype: str = "float32"
     """float64 | float32 | bfloat16 | float16; the 16-bit ones keep float32 master weights in the optimizer."""
     recompute: str = "none"
-    """none | full | auto: keep every activation for the backward pass, or only the input of each layer; auto does the latter on
-    those stages of a pipeline whose memory demands it (parallel.memory_bytes)."""
+    """none keeps every activation for the backward pass, full only the input of each layer; auto does as full on those stages of a
+    pipeline that would otherwise exceed parallel.memory_bytes."""
     compile: bool = False
     """Compile each decoder layer with torch.compile."""
     deterministic: bool = True
-    """Only kernels that give the same bits every time, as those of a CPU do. false lets a GPU take quicker ones for attention; then
-    a resumed run is the same only up to rounding, and hardware that computes wrongly is not found by computing again."""
+    """Use only kernels that return the same bits every time, as those of a CPU do. false lets a GPU use faster kernels for
+    attention; then a resumed run is the same only up to rounding, and hardware faults cannot be detected by computing again."""
     validate_every: int = 0
     """Steps between validations; 0 validates only after the last step."""
     validation_sequences: int = 64
-    """Sequences of the validation split used each time, the same ones; 0 turns validation off."""
+    """Sequences of the validation split that each validation uses, always the same; 0 turns validation off."""
 
     def validate(self) -> None:
         if self.dtype not in DTYPES:
@@ -79,21 +79,21 @@ class TrainConfig:
 
 @dataclass
 class SlurmConfig:
-    """`launch.slurm.*`: what `bagualu slurm` writes into the script's header."""
+    """`launch.slurm.*`: options that `bagualu slurm` writes into the job script."""
 
     partition: str | None = None
     account: str | None = None
     time: str | None = None
-    """Wall-time limit as SLURM spells it, e.g. 24:00:00; left out, the partition's own. The run saves and stops before its end."""
+    """Wall-time limit in SLURM's format, e.g. 24:00:00; by default the partition's limit. The run saves and stops before it."""
     requeue: bool = True
-    """The job goes back into the queue by itself after its time limit, a preemption or the loss of its nodes. false: it ends."""
+    """Whether the job returns to the queue by itself after its time limit, a preemption or the loss of nodes. false: it ends."""
     gpus_per_node: int | None = None
     cpus_per_task: int | None = None
-    """CPU cores for the one agent of a node, shared by its workers."""
+    """CPU cores for the agent of a node, shared by its workers."""
     directives: list[str] = field(default_factory=list)
     """Further #SBATCH lines, without the prefix, e.g. ["--exclusive"]."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines run on every node before the agent, e.g. ["module load cuda", "source env/bin/activate"]. A line that fails
+    """Shell lines that run on every node before the agent, e.g. ["module load cuda", "source env/bin/activate"]. A line that fails
     ends the job; `|| true` at its end lets it fail."""
 
     def validate(self) -> None:
@@ -102,19 +102,19 @@ class SlurmConfig:
 
 @dataclass
 class LaunchConfig:
-    """`launch.*`: how worker processes come up. Read by the launcher; torchrun replaces it."""
+    """`launch.*`: how worker processes are started. Under torchrun only `threads`, `affinity` and `allocator` take effect."""
 
     workers: int | None = None
-    """Worker processes on each node; left out, what the layout needs."""
+    """Worker processes on each node; by default as many as the layout needs."""
     nodes: int = 1
     threads: int | None = None
-    """CPU threads of one worker; left out, the cores shared out evenly."""
+    """CPU threads of each worker; by default the cores are divided evenly."""
     affinity: bool = True
     """Pin each worker to its share of the cores."""
     allocator: str = "tuned"
-    """tuned: the C allocator keeps freed memory and asks for 2 MB pages; system: as the machine has it."""
+    """tuned: the C allocator keeps freed memory and asks for 2 MB pages; system: the machine's settings."""
     port: int | None = None
-    """Rendezvous port; left out, a free one."""
+    """Rendezvous port; by default a free port."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def validate(self) -> None:
@@ -131,7 +131,7 @@ class LogConfig:
     """`log.*`: what is shown and recorded."""
 
     wandb: str = "disabled"
-    """disabled | offline | online. What W&B fails at costs a line, never the run: it goes on offline."""
+    """disabled | offline | online. If W&B fails, a line is printed and the run continues offline; it never ends the run."""
     wandb_project: str = "bagualu"
     progress: str = "auto"
     """auto: a bar on a terminal, lines elsewhere; bar | lines | off."""
@@ -151,7 +151,7 @@ class LogConfig:
 
 @dataclass
 class Recipe:
-    """Everything a run is made from."""
+    """Everything that defines a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -167,10 +167,10 @@ class Recipe:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     log: LogConfig = field(default_factory=LogConfig)
     faults: Any = field(default_factory=list)
-    """What shall go wrong, to see whether the run survives it: faults (injection/kinds.py), or random:COUNT."""
+    """Faults to inject, to test whether the run survives them: a list of faults (injection/kinds.py), or random:COUNT."""
 
     def world_size(self) -> int:
-        """Ranks this recipe asks for: launch.workers x launch.nodes, or else what the layout needs."""
+        """Returns the number of ranks that the recipe asks for: launch.workers x launch.nodes, or else what the layout needs."""
         if self.launch.workers is not None:
             return self.launch.workers * self.launch.nodes
         p = self.parallel
@@ -178,7 +178,7 @@ class Recipe:
         return p.tensor * p.pipeline * p.context * data
 
     def validate(self, world: int) -> Layout:
-        """Check every part and all of them together for `world` ranks. Raises RecipeError with the fix."""
+        """Validates every section, and the combination, for `world` ranks; returns the layout. Raises RecipeError with the fix."""
         require_finite(self)
         for part in (self.run, self.data, self.train, self.parallel, self.comm, self.checkpoint, self.restart, self.straggler,
                      self.launch, self.log):  # fmt: skip
@@ -205,29 +205,29 @@ class Recipe:
         self._validate_micro_batches(layout)
         self._validate_model(layout)
         self._validate_pipeline(layout)
-        self.planned_faults(max(world, self.world_size()))  # a run that goes on with fewer ranks keeps its plan
+        self.planned_faults(max(world, self.world_size()))  # a run that resumes with fewer ranks keeps its plan
         return layout
 
     def micro_batches(self) -> int:
-        """Micro-batches of a step, over all data ranks."""
+        """Returns the number of micro-batches of a step, over all data ranks."""
         return self.data.global_batch // self.train.micro_batch
 
     def declared_shares(self, layout: Layout) -> list[int] | None:
-        """Micro-batches of a step for each data rank; None where that is left to measurement."""
+        """Returns the number of micro-batches of a step for each data rank; None if the shares are measured."""
         if self.parallel.shares == "measured":
             return None
         return list(self.parallel.shares or [self.micro_batches() // layout.data] * layout.data)
 
     def planned_faults(self, world: int) -> list[Fault]:
-        """The faults that `faults` stands for, on `world` ranks. Raises RecipeError."""
+        """Returns the faults that `faults` describes, on `world` ranks. Raises RecipeError."""
         return resolve(self.faults, self._setting(world))
 
     def expanded_faults(self) -> list[str]:
-        """`faults` with the random ones drawn, so that the plan stays the same on fewer ranks. Raises RecipeError."""
+        """Returns `faults` with random faults drawn, so that the plan stays the same on fewer ranks. Raises RecipeError."""
         return expand(self.faults, self._setting(max(1, self.world_size())))
 
     def _setting(self, world: int) -> Setting:
-        retries = self.guard.on_nonfinite == "retry" and self.train.dtype != "float16"  # whose overflows are skipped
+        retries = self.guard.on_nonfinite == "retry" and self.train.dtype != "float16"  # float16 overflows are skipped instead
         return Setting(self.run.seed, self.train.steps, world, self.checkpoint.every, retries)
 
     def _validate_batch(self, layout: Layout) -> None:

@@ -1,4 +1,4 @@
-"""The keys a recipe has, read off the dataclasses, and what to say about an override that is none of them. Free of torch."""
+"""Lists the keys of a recipe, taken from the dataclasses, and refuses overrides that do not fit them."""
 
 import functools
 import math
@@ -19,22 +19,22 @@ from bagualu.trainer.recipe.plain import key_of
 from bagualu.trainer.recipe.schema import schema
 
 GROUPS = ("recipe", "model", "data")
-"""Folders of recipes/ that can be chosen from as `group=option`."""
+"""Folders of recipes/ from which the user chooses a file by `group=option`."""
 SEARCHPATH = "hydra.searchpath"
-"""The only key of Hydra itself that works here: folders with recipes of the person's own."""
+"""The only key of Hydra itself that is accepted: folders with the user's own recipes."""
 _TEXT_OR_LIST = ("faults",)
-"""Keys whose values are text or a list of it, which their type cannot say."""
+"""Keys whose values are text or a list of text, which their type does not express."""
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
 def options(group: str) -> list[str]:
-    """The choices of a group: the files in its folder."""
+    """Returns the choices of a group: the names of the files in its folder."""
     folder = files("bagualu.recipes") / group
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def keys(node: type[Any] = Recipe, prefix: str = "") -> dict[str, Any]:
-    """Every leaf key with its type, e.g. {"model.moe.experts": int}."""
+    """Returns every leaf key with its type, e.g. {"model.moe.experts": int}."""
     found: dict[str, Any] = {}
     hints = get_type_hints(node)
     for field in fields(node):
@@ -46,7 +46,7 @@ def keys(node: type[Any] = Recipe, prefix: str = "") -> dict[str, Any]:
 
 
 def kind_of(key: str) -> ValueKind:
-    """The kind of values that a key takes: text where nothing is known of the key, so that the text can be shown."""
+    """Returns the kind of values that a key takes: text for an unknown key, so that a message can show the value as typed."""
     if key in _kinds():
         return _kinds()[key]
     inside = any(key.startswith(f"{known}.") for known in ("hydra", *_kinds()))
@@ -60,14 +60,14 @@ def _kinds() -> dict[str, ValueKind]:
 
 
 def _kind(hint: Any) -> ValueKind:
-    """Of a key with this type: text, text or null, a list of text, and whatever these make together."""
+    """Returns the kind of values of a key with the type `hint`: text or lists of text, with or without null, or other."""
     parts = set(get_args(hint)) if isinstance(hint, UnionType) else {hint}
     items = {get_args(part)[0] if get_origin(part) is list else part for part in parts - {NoneType}}
     return ValueKind.OTHER if items != {str} else ValueKind.OPTIONAL_TEXT if NoneType in parts else ValueKind.TEXT
 
 
 def check_key(override: Override) -> None:
-    """Raises RecipeError when the override names no key, or would remove its key."""
+    """Raises RecipeError if the override names no key, or would remove a key."""
     key, known = override.key_or_group, keys()
     if key.startswith("hydra.") and key != SEARCHPATH:
         raise RecipeError(f"{override.input_line}: the only key of Hydra itself that works here is {SEARCHPATH}")
@@ -78,9 +78,9 @@ def check_key(override: Override) -> None:
 
 
 def check_override(override: Override, own_recipes: bool = False) -> None:
-    """Raises RecipeError when the override names nothing, or gives a value that its key cannot take.
+    """Raises RecipeError if the override names no key, or gives a value that the key cannot take.
 
-    With own_recipes, a folder of the person's own is searched too, so that a group may hold more than is known here.
+    With own_recipes, folders of the user are searched too, so a group may have more options than this module knows.
     """
     check_key(override)
     key, value = override.key_or_group, override.value()
@@ -101,7 +101,7 @@ def _sections() -> set[str]:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """What to type in place of an unknown key."""
+    """Returns advice on what to type instead of an unknown key."""
     tail = key.rsplit(".", 1)[-1]
     same_tail = [name for name in known if name.rsplit(".", 1)[-1] == tail]
     near = get_close_matches(key, [*same_tail, *known], n=1, cutoff=0.75)
@@ -121,7 +121,7 @@ def _check_choice(override: Override, group: str, value: Any) -> None:
 
 
 def _check_values(override: Override, value: Any) -> None:
-    """A value that its key cannot hold is refused with both; one to be interpolated is left to Hydra."""
+    """Raises RecipeError for a value that its key cannot take. Values with an interpolation are left to Hydra."""
     if isinstance(value, str) and "${" in value:
         return
     key = override.key_or_group
@@ -140,7 +140,7 @@ def _check_values(override: Override, value: Any) -> None:
 
 
 def _copy(section: str) -> DictConfig:
-    """The schema of one section, to try a value on: what one value has left there may be in the way of the next."""
+    """Returns a copy of the schema of a section, on which to try a value without affecting the next try."""
     return OmegaConf.masked_copy(_schema(), section)
 
 
@@ -159,7 +159,7 @@ def _expected(hint: Any) -> str:
 
 
 def _typed(value: Any) -> str:
-    """A value as one would type it."""
+    """Returns a value as the user would type it."""
     if OmegaConf.is_list(value):
         return "[" + ",".join(_typed(item) for item in value) + "]"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,9 +1,9 @@
-"""The text of an override made ready for Hydra's grammar, which reads 2024_01 as a number and no letters outside ASCII.
+"""Prepares the text of an override for Hydra's grammar, which reads 2024_01 as a number and rejects letters outside ASCII.
 
-A value of a text key goes into quotes, so that it stays as typed. Lists, dictionaries, several values and Hydra's functions keep
-their meaning: `[` or `{` opens a list or a dictionary where a value begins, a comma ends a value, quotes around a value hold it
-together. A value is refused if a quote opens inside it and closes only after a comma, because it is unclear whether the comma ends
-the value. Free of torch and of Hydra.
+The values of text keys are put into quotes, so that they stay as typed. Lists, dictionaries, several values and Hydra's functions
+keep their meaning: `[` or `{` at the start of a value opens a list or a dictionary, a comma ends a value, and quotes around a value
+hold it together. A value is refused if a quote opens inside it and closes only after a comma, because it is unclear whether the
+comma ends the value. This module does not import Hydra.
 """
 
 import re
@@ -22,7 +22,7 @@ class ValueKind(Enum):
 
 
 KindOf = Callable[[str], ValueKind]
-"""From a key, e.g. "run.name", to the kind of its values, or of its items where it takes a list."""
+"""Maps a key, e.g. "run.name", to the kind of its values, or of its items if it takes a list."""
 
 _CALL = re.compile(r"(int|float|str|bool|json_str|choice|range|interval|glob|sort|shuffle|tag)\s*\(")
 _HOLDS_VALUES = ("choice", "sort", "shuffle", "str")
@@ -33,7 +33,7 @@ _OPENING_QUOTE = re.compile(r"""(?<=[\s=(])["']""")
 """A quote at the start of a word, unlike the apostrophe in it's."""
 _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 _READABLE = re.compile(r"[A-Za-z0-9_+.\-/\\$%*@?|: \t]*")
-"""What Hydra's grammar takes without quotes."""
+"""Text that Hydra's grammar accepts without quotes."""
 _SAFE = re.compile(r"[\w./=@:+%-]+")
 """Text that is the same with quotes and without."""
 _KEY = re.compile(r"\s*([^\s:,{}\[\]\"']+)\s*:")
@@ -41,12 +41,12 @@ _OPENING = {"]": "[", "}": "{", ")": "("}
 
 
 def quoted(text: str) -> str:
-    """`text` as a value in Hydra's grammar that is read back as this very text, interpolations in it included."""
+    """Returns a value in Hydra's grammar that is read back as exactly `text`; interpolations in it are not evaluated."""
     return _in_quotes(escaped(text))
 
 
 def typed(value: Any) -> str:
-    """Any plain value as one may type it, and as it is read back; text in quotes only where it needs them."""
+    """Returns a plain value as the user may type it, so that it is read back the same; text gets quotes only if it needs them."""
     if isinstance(value, str):
         return value if _SAFE.fullmatch(value) and value.lower() != "null" else quoted(value)
     if isinstance(value, list):
@@ -57,12 +57,12 @@ def typed(value: Any) -> str:
 
 
 def _in_quotes(text: str) -> str:
-    """`text` in quotes; in Hydra's grammar a backslash escapes only where it stands before a quote."""
+    """Returns `text` in quotes. In Hydra's grammar a backslash is an escape only directly before a quote."""
     return '"' + re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'
 
 
 def escaped(text: str) -> str:
-    """`text` such that OmegaConf reads it as this very text, and ${...} in it as no interpolation."""
+    """Returns `text` escaped so that OmegaConf reads it as exactly `text`, with no interpolation of ${...}."""
     if "${" not in text:
         return text
     doubled = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
@@ -70,7 +70,7 @@ def escaped(text: str) -> str:
 
 
 def spelled(override: str, kind_of: KindOf) -> str:
-    """`override` with its text values in quotes. Raises ValueError where its value has no end, or goes on after it."""
+    """Returns `override` with its text values in quotes. Raises ValueError if a value has no end or is followed by other text."""
     key, equals, value = override.partition("=")
     if not equals:
         return override
@@ -80,14 +80,15 @@ def spelled(override: str, kind_of: KindOf) -> str:
 
 @dataclass
 class _Reader:
-    """Goes through a value once, from left to right."""
+    """Reads a value once, from left to right."""
 
     text: str
     kind_of: KindOf
     at: int = 0
 
     def values(self, key: str, closing: str) -> str:
-        """Values between commas up to `closing`, or to the end where that is empty; what closes them is read too."""
+        """Reads the values between commas up to and including `closing`, or to the end if that is empty; returns them with
+        `closing`."""
         found: list[str] = []
         while not self._at(closing):
             found.append(self._value(key, closing))
@@ -98,12 +99,12 @@ class _Reader:
         return ",".join(found) + closing
 
     def _at(self, closing: str) -> bool:
-        """Whether `closing` follows, or the end where that is empty."""
+        """Whether `closing` follows, or the end if that is empty."""
         self._skip_space()
         return self.text[self.at : self.at + 1] == closing
 
     def _go_on_after_value(self, closing: str) -> None:
-        """To the next value, or to `closing`."""
+        """Moves to the next value, or to `closing`. Raises ValueError if neither follows."""
         self._skip_space()
         following = self.text[self.at : self.at + 1]
         if following == ",":
@@ -138,7 +139,7 @@ class _Reader:
         return found[1]
 
     def _entries(self, key: str) -> str:
-        """The entries of a dictionary, with the brace that closes it."""
+        """Reads the entries of a dictionary up to and including the closing brace."""
         entries: list[str] = []
         self._skip_space()
         while self.text[self.at : self.at + 1] != "}":
@@ -153,7 +154,7 @@ class _Reader:
         return ", ".join(entries) + "}"
 
     def _closes(self, at: int) -> bool:
-        """Whether the parenthesis before `at` is closed, and ends a value."""
+        """Whether the parenthesis that opens before `at` is closed, and a value ends there."""
         depth = 1
         while at < len(self.text) and depth:
             if found := _QUOTED.match(self.text, at):
@@ -164,7 +165,7 @@ class _Reader:
         return not depth and re.match(r"\s*($|[,\])}])", self.text[at:]) is not None
 
     def _call(self, key: str, call: re.Match[str]) -> str:
-        """A call of one of Hydra's functions, with its arguments read as values of the key where they are that."""
+        """Reads a call of one of Hydra's functions; arguments that are values of the key are read as such."""
         self.at = call.end()
         inside = key if call[1] in _HOLDS_VALUES else ""
         arguments: list[str] = []
@@ -182,7 +183,8 @@ class _Reader:
         return f"{call[1]}({','.join(arguments)})"
 
     def _plain(self, key: str, closing: str) -> str:
-        """A value without quotes, up to a comma or to what closes the list it is in; a pair of brackets in it is part of it."""
+        """Reads a value without quotes, up to a comma or to the end of the list that it is in. Pairs of brackets inside it belong
+        to it."""
         start, depth = self.at, 0
         while self.at < len(self.text) and (depth or self.text[self.at] not in ("," + closing)):
             if self.text.startswith("${", self.at):

@@ -1,15 +1,15 @@
-"""A recipe as nested dictionaries of plain values, with every key as people type it. Free of torch and of OmegaConf."""
+"""Converts a recipe to nested dictionaries of plain values, with keys as the user types them. It does not import OmegaConf."""
 
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 
 def key_of(field: Field[Any]) -> str:
-    """What people type for a field."""
+    """Returns the key that the user types for a field."""
     return str(field.metadata.get("key", field.name))
 
 
 def plain(section: Any) -> dict[str, Any]:
-    """A recipe, or a section of it, as nested dictionaries of plain values by key."""
+    """Returns a recipe, or a section of it, as nested dictionaries of plain values by key."""
     values = ((field, getattr(section, field.name)) for field in fields(section))
     return {key_of(field): plain(value) if is_dataclass(value) else value for field, value in values}

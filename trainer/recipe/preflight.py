@@ -1,4 +1,4 @@
-"""What can be known to fail before training starts: a recipe against the files and the machine. Free of torch."""
+"""Checks a recipe against the files and the machine before training starts."""
 
 import os
 import socket
@@ -21,13 +21,14 @@ from bagualu.trainer.recipe.override_text import typed
 from bagualu.trainer.recipe.wandb_login import require_login
 
 _KEPT = (("run", "seed"), ("data", "validation_fraction"), ("data", "sequence_length"), ("data", "global_batch"))
-"""Keys that make a run this run, besides its model. data.source may change: whether the text is the same its tokens tell."""
+"""Keys besides the model that a resumed run may not change. data.source may change, since the tokens show if the text is the
+same."""
 _COMPILES = (2, 13)
-"""The first torch whose compiler was seen to give gradients to parameters that are views of one tensor, as a bucket's are."""
+"""The first version of torch whose compiler computes gradients of parameters that are views of a single tensor, as in buckets."""
 
 
 def workers_per_node(recipe: Recipe) -> int:
-    """Worker processes on each node. Raises RecipeError when the nodes do not divide the world."""
+    """Returns the number of worker processes on each node. Raises RecipeError if the ranks do not divide evenly among the nodes."""
     recipe.launch.validate()
     recipe.parallel.validate()
     world, nodes = recipe.world_size(), recipe.launch.nodes
@@ -38,7 +39,7 @@ def workers_per_node(recipe: Recipe) -> int:
 
 
 def check(recipe: Recipe, world: int) -> None:
-    """The recipe for `world` ranks, and the files it names. Raises RecipeError."""
+    """Checks the recipe for `world` ranks, and the files that it names. Raises RecipeError."""
     recipe.validate(world)
     known = [AUTO, *registered()]
     if recipe.comm.backend not in known:
@@ -55,13 +56,13 @@ def check(recipe: Recipe, world: int) -> None:
 
 
 def _torch() -> tuple[int, int]:
-    """Major and minor version of the one installed."""
+    """Returns the major and minor version of the installed torch."""
     major, minor = version("torch").split(".")[:2]
     return int(major), int(minor)
 
 
 def check_machine(recipe: Recipe) -> None:
-    """What workers started on this very machine need of it. Raises RecipeError."""
+    """Checks that this machine has what the workers need that are started on it. Raises RecipeError."""
     if recipe.comm.backend == "simulated" and recipe.launch.nodes > 1:
         raise RecipeError(f"comm.backend=simulated runs in one process, not on launch.nodes={recipe.launch.nodes}; "
                           f"give launch.nodes=1 or comm.backend=gloo")  # fmt: skip
@@ -86,13 +87,15 @@ def check_machine(recipe: Recipe) -> None:
 
 
 def check_login(recipe: Recipe) -> None:
-    """Accounts that the run needs on this machine. Raises RecipeError."""
+    """Checks the accounts that the run needs on this machine. Raises RecipeError."""
     if recipe.log.wandb == "online":
         require_login()
 
 
 def check_run_directory(recipe: Recipe) -> None:
-    """Neither overwrite a run nor go on with another model's, nor begin where it could not write. Raises RecipeError, OSError."""
+    """Refuses to overwrite a run, to resume a run of another model, and to begin in a directory that cannot be written.
+
+    Raises RecipeError, OSError."""
     run = RunDirectory(recipe.run.dir)
     directory = run.path
     if directory.exists() and not directory.is_dir():
@@ -100,7 +103,7 @@ def check_run_directory(recipe: Recipe) -> None:
     _check_storage(run)
     before, newest = run.config, latest(run.checkpoints)
     if not run.has_begun() and newest is None:
-        return  # nothing was done in it yet
+        return  # no run has done anything in it yet
     if not recipe.checkpoint.resume:
         raise RecipeError(f"{directory} already holds a run; go on with checkpoint.resume=true, or start anew with another "
                           f"folder, e.g. run.dir={typed(str(free(directory)))}")  # fmt: skip
@@ -128,7 +131,8 @@ def check_run_directory(recipe: Recipe) -> None:
 
 
 def _check_storage(run: RunDirectory) -> None:
-    """What is there already can be written and does not wait for a reader. Changes nothing. Raises RecipeError, OSError."""
+    """Checks that existing folders can be written and that no file is a pipe or socket. Changes nothing. Raises RecipeError,
+    OSError."""
     written = [run.checkpoints / EPOCH]
     for folder in (run.path, run.logs, run.checkpoints):
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
@@ -143,9 +147,9 @@ def _check_storage(run: RunDirectory) -> None:
 
 
 def free(directory: Path) -> Path:
-    """It, if it does not exist; else the first of directory-2, directory-3, ... that does not exist."""
+    """Returns `directory` if it does not exist; else the first of directory-2, directory-3, ... that does not exist."""
     if directory.name in ("", ".."):
-        directory = directory.resolve()  # to something with a name
+        directory = directory.resolve()  # gives it a name
     candidate, number = directory, 1
     while candidate.exists():
         number += 1

@@ -1,4 +1,4 @@
-"""Whether all ranks train the same recipe: under torchrun, and on several nodes, each has composed its own."""
+"""Checks that all ranks have the same recipe: under torchrun, and on several nodes, each composes its own."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,13 +12,13 @@ from bagualu.trainer.recipe.override_text import typed
 from bagualu.trainer.recipe.plain import plain
 
 _SHOWN = 3
-"""Keys named of those that differ."""
+"""The most differing keys that a message names."""
 
 
 def require_same_recipe(recipe: Recipe, communicator: Communicator) -> None:
-    """Raises RecipeError on every rank, with the keys and both values, when a rank's recipe differs from rank 0's. Collective.
+    """Raises RecipeError on every rank, with the keys and both values, if a rank's recipe differs from rank 0's. Collective.
 
-    data.cache may differ: it changes nothing of the run, and each node may have its own.
+    data.cache may differ: it does not affect the run, and each node may have its own.
     """
     own = plain(replace(recipe, data=replace(recipe.data, cache=None)))
     if found := first_different(own, communicator.world):
@@ -37,7 +37,7 @@ def _difference(rank: int, theirs: Mapping[str, Any], first: Mapping[str, Any]) 
 
 
 def _by_key(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries, e.g. {"run.dir": "runs/tiny"}."""
+    """Returns the leaves of nested dictionaries by key, e.g. {"run.dir": "runs/tiny"}."""
     leaves: dict[str, Any] = {}
     for name, value in values.items():
         leaves |= _by_key(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}

@@ -1,7 +1,7 @@
-"""The recipe as Hydra and YAML see it: the dataclasses' keys, types and defaults, with every key as people type it. Free of torch.
+"""Describes the recipe to Hydra and YAML: the keys, types and defaults of the dataclasses, with keys as the user types them.
 
-A field whose key is no name in Python (checkpoint.async) gives the key in its metadata; nobody else has to know. A field that
-holds a path says so there too, and ~ and ~user at its start become that home directory, here and nowhere else.
+A field whose key is no valid name in Python (checkpoint.async) has the key in its metadata; only this module and plain.py use it. A
+field that holds a path is marked in its metadata too; only this module expands ~ and ~user at the start of a path.
 """
 
 import os
@@ -16,14 +16,14 @@ from bagualu.trainer.recipe.plain import key_of
 
 
 def schema() -> DictConfig:
-    """The defaults as a tree that takes no other keys and no values of another type."""
+    """Returns the defaults as a tree that refuses other keys and values of other types."""
     return _spelled(OmegaConf.structured(Recipe), Recipe)
 
 
 def to_recipe(config: Any) -> Recipe:
-    """The recipe in a tree made from `schema`, paths from the home directory spelt out.
+    """Returns the recipe in a tree made from `schema`, with ~ at the start of paths expanded.
 
-    Raises OmegaConfBaseException for values that it cannot have.
+    Raises OmegaConfBaseException for invalid values.
     """
     values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     recipe: Recipe = _built(Recipe, values)
@@ -31,7 +31,7 @@ def to_recipe(config: Any) -> Recipe:
 
 
 def _spelled(node: Any, section: type[Any]) -> DictConfig:
-    """A section as a tree of typed values, by key."""
+    """Returns a section as a tree of typed values, by key."""
     hints, content = get_type_hints(section), {}
     for field in fields(section):
         child = node._get_node(field.name)
@@ -40,7 +40,7 @@ def _spelled(node: Any, section: type[Any]) -> DictConfig:
 
 
 def _built(section: type[Any], values: Mapping[Any, Any]) -> Any:
-    """A section from its plain values by key."""
+    """Returns a section, given its plain values by key."""
     hints, content = get_type_hints(section), {}
     for field in fields(section):
         value = values[key_of(field)]

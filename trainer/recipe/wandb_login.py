@@ -1,17 +1,17 @@
-"""Whether Weights & Biases has a key for its server. Free of torch."""
+"""Checks that Weights & Biases has an API key for its server."""
 
 from bagualu.comm.errors import RecipeError
 
 
 def require_login() -> None:
-    """Raises RecipeError where W&B finds no API key, which `log.wandb=online` needs. Asks no server.
+    """Raises RecipeError if W&B finds no API key, which `log.wandb=online` needs. Contacts no server.
 
-    Takes most of a second: W&B's own look-up is used (environment variables, netrc, its settings files), so W&B is imported.
+    Takes almost a second, because it imports W&B and uses its own look-up (environment variables, netrc, its settings files).
     """
     try:
         from wandb.sdk import wandb_setup
         from wandb.sdk.lib.wbauth import authenticate_session
-    except ImportError:  # a version of wandb that has them elsewhere: its start will tell
+    except ImportError:  # this version of wandb has them elsewhere; its start will report a missing key
         return
     instead = "run `wandb login`, set WANDB_API_KEY, or give log.wandb=offline"
     try:

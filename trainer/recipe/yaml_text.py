@@ -1,7 +1,6 @@
-"""Recipe files whose text stays as written: YAML 1.1 alone reads `name: 2024_01` as a number and `name: yes` as a switch.
+"""Reads recipe files so that text stays as written: plain YAML 1.1 reads `name: 2024_01` as a number and `name: yes` as true.
 
-Which scalars are text is a matter of the key, so a file is read with the place in mind where it comes into the recipe. Free of
-torch.
+Which scalars are text depends on their keys, so the reader must know which section of the recipe a file fills.
 """
 
 from collections.abc import Callable
@@ -24,11 +23,12 @@ from bagualu.trainer.recipe.override_text import ValueKind
 
 _TEXT, _NULL, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "merge"))
 _CHOICES = "defaults"
-"""Key of a recipe file that names other files, which are text too."""
+"""The key of a recipe file that names other files; these names are text too."""
 
 
 def read_yaml(stream: TextIO, section: str = "") -> Any:
-    """The document in `stream`, whose keys are those of `section` ("" for a whole recipe), as plain values. Raises YAMLError."""
+    """Returns the document in `stream`, whose keys are those of `section` ("" for a whole recipe), as plain values. Raises
+    YAMLError."""
     loader = get_yaml_loader()(stream)
     try:
         root = loader.get_single_node()
@@ -38,13 +38,13 @@ def read_yaml(stream: TextIO, section: str = "") -> Any:
 
 
 def write_yaml(values: Any) -> str:
-    """Plain values as YAML in which `read_yaml`, and any reader of YAML 1.1, finds the same text."""
+    """Returns plain values as YAML from which `read_yaml`, and any YAML 1.1 reader, reads the same text."""
     written: str = yaml.dump(values, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
     return written
 
 
 class _Dumper(get_omega_conf_dumper()):  # type: ignore[misc]
-    """OmegaConf's, with the line ends outside ASCII escaped: PyYAML writes them as they are and reads a space."""
+    """OmegaConf's dumper, but with non-ASCII line ends escaped: PyYAML writes these unescaped and reads them back as a space."""
 
 
 def _represented(dumper: Any, text: str) -> yaml.Node:
@@ -59,7 +59,7 @@ _Dumper.add_representer(str, _represented)
 
 
 def keep_text_in_recipe_files() -> None:
-    """From now on Hydra reads recipe files with `read_yaml`."""
+    """Makes Hydra read recipe files with `read_yaml` from now on."""
     Plugins.instance()  # registers Hydra's own sources
     SourcesRegistry.instance().types.update({source.scheme(): source for source in (_Folder, _Package)})
 
@@ -81,7 +81,7 @@ class _Package(ImportlibResourcesConfigSource):  # type: ignore[misc]
 
 
 def _loaded(load: Callable[[str], ConfigResult], config_path: str, name: str, open_file: Callable[[], Any]) -> ConfigResult:
-    """What `load` returns, with the text of the file as written. Raises RecipeError, YAMLError."""
+    """Returns the result of `load`, but with the file's text as written. Raises RecipeError, YAMLError."""
     try:
         result = load(config_path)
         with open_file() as stream:
@@ -98,14 +98,15 @@ def _loaded(load: Callable[[str], ConfigResult], config_path: str, name: str, op
 
 
 def _section(result: ConfigResult, config_path: str) -> str:
-    """The section that a recipe file fills: its package in Hydra's words, by default the group that it is in."""
+    """Returns the section that a recipe file fills (its package in Hydra's terms), by default the group that contains it."""
     group, _, name = config_path.removesuffix(".yaml").replace("/", ".").rpartition(".")
     package = result.header.get("package") or "_group_"
     return package.replace("_global_", "").replace("_group_", group).replace("_name_", name).strip(".")
 
 
 def _as_text(node: yaml.Node, key: str) -> yaml.Node:
-    """`node`, the value of `key`, with its text marked as such. A copy: an anchor may serve keys of another kind too."""
+    """Returns a copy of `node`, the value of `key`, with text marked as text. It is a copy because keys of other kinds may share an
+    anchor."""
     if isinstance(node, yaml.MappingNode):
         entries = [(name, _as_text(value, _inside(key, name))) for name, value in node.value]
         return yaml.MappingNode(node.tag, entries, node.start_mark, node.end_mark, node.flow_style)

@@ -1,4 +1,4 @@
-"""The run's state in its nodes' memory: when it is put there, and what a run goes on from after a restart."""
+"""Keeps replicas of the run's state in its nodes' memory, and offers them as candidates to resume from after a restart."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from bagualu.trainer.recovery.state import finite_pieces, identity, metadata_of
 
 @dataclass(frozen=True)
 class Kept:
-    """A replica as a candidate for resuming (`trainer.resume.Candidate`)."""
+    """A replica as a candidate to resume from (see `resume.Candidate`)."""
 
     state: TrainerState
     replica: Replica
@@ -32,41 +32,45 @@ class Kept:
         return self.replica.name
 
     def open(self) -> Checkpoint:
-        """Collective. Raises CheckpointError."""
+        """Fetches what this rank needs of the replica from the nodes that hold it, and opens it as a checkpoint in this node's
+        memory.
+
+        Collective. Raises CheckpointError."""
         return Checkpoint(self.replica.fetch((piece.name, piece.box) for piece in self.state.engine.incoming().pieces()))
 
 
 @dataclass
 class Replication:
-    """`checkpoint.replica_every` carried out. Every method is collective."""
+    """Carries out `checkpoint.replica_every`. Every method is collective."""
 
     state: TrainerState
     replicas: Replicas
 
     def candidates(self) -> list["Kept"]:
-        """What the run may go on from, where the recipe asks it to go on."""
+        """Returns the replicas from which the run may resume, newest first; none if the recipe does not ask to resume."""
         found = self.replicas.candidates() if self.state.recipe.checkpoint.resume else []
         return [Kept(self.state, replica) for replica in found]
 
     def start(self, resumed: Resumed) -> None:
-        """The run goes on from there; replicas that it has left behind are removed."""
+        """Starts replication after the run has resumed: removes the replicas that do not belong to its past."""
         from_memory = resumed.source == replica_name(resumed.step)
         self.replicas.start(resumed.step if from_memory else None)
         if from_memory and self.state.mesh.at("world") == 0:
             print(f"going on from {resumed.source}", file=sys.stderr, flush=True)
 
     def go_back(self, step: int) -> None:
-        """The run has gone back to `step`: what memory holds of later steps is of the way it has left."""
+        """Removes the replicas of steps after `step`, to which the run has gone back."""
         self.replicas.forget_after(step)
 
     def after_step(self, step: int) -> None:
-        """Keep the state after `step` steps, if it is time to."""
+        """Keeps the state after `step` steps if `step` is a multiple of checkpoint.replica_every."""
         if step % self.state.recipe.checkpoint.replica_every == 0:
             self.replicas.keep(step, finite_pieces(self.state.engine.pieces()), metadata_of(self.state, step))
 
 
 def open_replication(state: TrainerState, scratch: Path | None, fence: Fence) -> Replication | None:
-    """What keeps replicas of this run in `scratch`; None where the recipe asks for none. Collective. Raises RecipeError."""
+    """Returns the Replication that keeps replicas of this run in `scratch`; None if the recipe asks for none. Collective. Raises
+    RecipeError if there is no memory for them."""
     if not state.recipe.checkpoint.replica_every:
         return None
     if scratch is None:
@@ -78,6 +82,6 @@ def open_replication(state: TrainerState, scratch: Path | None, fence: Fence) ->
 
 
 def _run(state: TrainerState) -> str:
-    """The same for all starts of one run, on every rank and layout, and no other's."""
+    """Returns an identifier of the run: the same for all its starts, ranks and layouts, and different for other runs."""
     own = json.dumps([str(Path(state.recipe.run.dir).absolute()), identity(state)], sort_keys=True)
     return hashlib.blake2b(own.encode(), digest_size=16).hexdigest()

@@ -1,11 +1,12 @@
-"""What a run goes on from: the newest state that is whole for every rank, and what is said of those that are not.
+"""Resumes a run from the newest state that is undamaged for every rank, and reports damaged states.
 
-Candidates are tried newest first. Each is read and verified by all ranks before anything of the run changes (state.py); if one
-rank finds damage, all take the next. What cannot be read *now* is not damaged: it is tried again after growing pauses, and when
-nothing can be read the run fails as it does on a full disk, with nothing changed, and is started again. A damaged checkpoint that
-the run has gone back behind is renamed, never deleted: under its old name it would stand in the way of the same step when the run
-comes to it again (a committed step is never overwritten), it would be tried first, and read in vain, at every restart, and
-retention would have to know of it. `mv` undoes it.
+Candidates are tried newest first. All ranks read and verify a candidate before the run's state changes (state.py); if a rank
+detects damage, all ranks try the next. A state that cannot be read *now* is not damaged: it is tried again after growing pauses,
+and if no state can be read, the run fails as on a full disk, with nothing changed, and is restarted.
+
+A damaged checkpoint newer than the resumed state is renamed, never deleted. Under its old name it would block the save of the same
+step later (a committed step is never overwritten), it would be tried first, in vain, at every restart, and retention would have to
+treat it specially. `mv` undoes the renaming.
 """
 
 import contextlib
@@ -36,18 +37,19 @@ log = logging.getLogger(__name__)
 
 
 class Candidate(Protocol):
-    """A state that a run may go on from. Every rank has the same ones, by step and name, wherever they lie."""
+    """A state from which a run may resume. Every rank has the same candidates, by step and name, wherever they are stored."""
 
     @property
     def step(self) -> int: ...
 
     @property
     def name(self) -> str:
-        """For people and for comparing ranks, e.g. "step-00000010" or "replica of step 12"."""
+        """The name for messages and for comparing ranks, e.g. "step-00000010" or "replica of step 12"."""
         ...
 
     def open(self) -> Checkpoint:
-        """Called on every rank, so it may be collective. Raises CheckpointError: the next candidate is tried."""
+        """Opens the state for reading. Called on every rank, so it may be collective. If it raises CheckpointError, the next
+        candidate is tried."""
         ...
 
 
@@ -72,28 +74,30 @@ class Stored:
 
 
 class NothingWholeError(CheckpointError, FinalError):
-    """There are states and none can be used. It would be so at every start, so there is none."""
+    """All states are damaged. Every restart would fail the same way, so the run is not restarted."""
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where the run goes on."""
+    """The state from which the run resumed."""
 
     step: int = 0
     """Steps already done."""
     checkpoint: Path | None = None
     """The newest checkpoint of the run directory that is not known to be damaged."""
     source: str | None = None
-    """The candidate that was taken, by name."""
+    """The name of the candidate that was used."""
     damaged: list[dict[str, Any]] = field(default_factory=list)
-    """What was tried in vain, newest first: {"checkpoint", "problem" (rank, file, byte), "used" instead, "set_aside" as}."""
+    """The candidates that could not be used, newest first, each as {"checkpoint": its name, "problem": rank, file and byte, "used":
+    the candidate used instead, "set_aside": its new name or null}."""
 
 
 def resume(state: TrainerState, others: Sequence[Candidate] = (), stop: Callable[[], bool] = lambda: False) -> Resumed:
-    """Take the newest whole state where the recipe asks to resume and there is one. Collective.
+    """Restores the newest undamaged state, if the recipe asks to resume and there are states. Collective.
 
-    `others` are candidates beside the checkpoints of the run directory; of two of the same step they are tried first.
-    Raises RecipeError for a rank with other data or another disk, NothingWholeError when none is.
+    `others` are candidates besides the checkpoints of the run directory, and are tried before a checkpoint of the same step.
+    Raises RecipeError if a rank has other data or another disk, NothingWholeError if all states are damaged, and
+    CheckpointStorageError if none can be read now.
     """
     stored = list_stored(state, stop) if state.recipe.checkpoint.resume else []
     candidates = sorted([*others, *map(Stored, stored)], key=lambda candidate: -candidate.step)
@@ -107,7 +111,8 @@ def resume(state: TrainerState, others: Sequence[Candidate] = (), stop: Callable
 
 
 class _Patience:
-    """With storage that cannot be read: five tries in all, after pauses as before restarts. All ranks wait alike."""
+    """Retries reads from storage that fail: at most five attempts in all, with the pauses used before restarts, the same on all
+    ranks."""
 
     def __init__(self, state: TrainerState, stop: Callable[[], bool]) -> None:
         self._group, self._stop = state.mesh.group("world"), stop
@@ -115,7 +120,8 @@ class _Patience:
         self._pauses = [state.recipe.restart.pause_seconds(number) for number in range(1, 5)]
 
     def __call__(self, attempt: Callable[[], T]) -> T:
-        """`attempt()`, which ends alike on all ranks. Raises what it raises, CheckpointStorageError when patience is at its end."""
+        """Returns `attempt()`, which succeeds or fails on all ranks together. Raises its errors; CheckpointStorageError only after
+        the last attempt or a request to stop."""
         while self._pauses:
             try:
                 return attempt()
@@ -128,7 +134,7 @@ class _Patience:
         return attempt()
 
     def _stopped_in(self, pause: float) -> bool:
-        """Wait; True at once when any rank is asked to stop meanwhile: there is nothing that it could save."""
+        """Waits `pause` seconds. Returns True early if any rank is asked to stop meanwhile, because there is nothing to save."""
         while pause > 0:
             portion = min(pause, _POLL_SECONDS)
             time.sleep(portion)
@@ -139,9 +145,9 @@ class _Patience:
 
 
 def list_stored(state: TrainerState, stop: Callable[[], bool], patience: _Patience | None = None) -> list[Path]:
-    """The checkpoints of the run directory, oldest first. Collective. Raises CheckpointStorageError on every rank.
+    """Returns the checkpoints of the run directory, oldest first. Collective. Raises CheckpointStorageError on every rank.
 
-    Position 0 looks, since it has made the folder if it is new: of a node that looked too early, what it believes may be stale.
+    Rank 0 lists them, because it creates the folder of a new run; on a node that listed it too early, cached results may be stale.
     """
     root, group = checkpoints_of(state), state.mesh.group("world")
 
@@ -156,7 +162,7 @@ def list_stored(state: TrainerState, stop: Callable[[], bool], patience: _Patien
 
 def _list_here(root: Path) -> list[Path]:
     try:
-        (root / EPOCH).stat()  # else there is nothing to list because nothing is mounted
+        (root / EPOCH).stat()  # if this fails, the folder is empty because its storage is not mounted
         return list_checkpoints(root)
     except OSError as error:
         raise CheckpointStorageError(f"{root} cannot be read now ({error.strerror}); see whether its storage is mounted") from error
@@ -175,10 +181,11 @@ def _require_seen(named: list[Path]) -> None:
 def choose(
     state: TrainerState, candidates: Sequence[Candidate], stop: Callable[[], bool]
 ) -> tuple[Candidate, dict[str, CheckpointError]]:
-    """Take the state of the first candidate that is whole for every rank; which one, and by name what is wrong with those before.
+    """Restores the first candidate that is undamaged for every rank. Returns it, and by name the errors of the candidates before
+    it.
 
-    Collective. Raises, with nothing changed, CheckpointStorageError when none can be read but one may be again, and
-    NothingWholeError when all are damaged.
+    Collective. Raises, with nothing changed, CheckpointStorageError if no candidate can be used but some may be readable later, and
+    NothingWholeError if all are damaged.
     """
     patience = _Patience(state, stop)
     problems: dict[str, CheckpointError] = {}
@@ -191,7 +198,7 @@ def choose(
             return _newest_after_all(state, candidates[: at + 1], problems)
     root = checkpoints_of(state)
     told = "; ".join(f"{name}: {_short(str(problem), root / name)}" for name, problem in problems.items())
-    list_stored(state, stop, patience)  # they are not damaged if they are gone altogether
+    list_stored(state, stop, patience)  # if storage has gone altogether, this raises CheckpointStorageError: nothing is damaged
     if any(isinstance(problem, CheckpointStorageError) for problem in problems.values()):
         raise CheckpointStorageError(
             f"none of the {len(problems)} states of {state.recipe.run.dir} can be read now ({told}); nothing was changed, see "
@@ -206,7 +213,10 @@ def choose(
 def _newest_after_all(
     state: TrainerState, candidates: Sequence[Candidate], problems: dict[str, CheckpointError]
 ) -> tuple[Candidate, dict[str, CheckpointError]]:
-    """The last of `candidates` was whole, so storage answers, perhaps again: those that it did not give are tried once more."""
+    """Tries again the candidates that storage could not read: the last of `candidates` was read, so storage works, perhaps
+    again.
+
+    Returns as `choose` does."""
     for at, candidate in enumerate(candidates[:-1]):
         if isinstance(problems[candidate.name], CheckpointStorageError):
             with contextlib.suppress(CheckpointError):
@@ -216,12 +226,12 @@ def _newest_after_all(
 
 
 def _short(problem: str, checkpoint: Path) -> str:
-    """What is wrong with it, without its place and without the remedy."""
+    """Returns the problem of a checkpoint without its path and without the remedy."""
     return problem.replace(f"{checkpoint}: ", "").replace(f"{checkpoint}/", "").split("; ")[0]
 
 
 def _require_same(state: TrainerState, candidates: Sequence[Candidate]) -> None:
-    """A rank that reads other data or another disk is refused by name rather than trained with."""
+    """Raises RecipeError on every rank, naming the rank, if a rank reads other data or another disk than rank 0. Collective."""
     names = ", ".join(candidate.name for candidate in candidates) or "none"
     own = {"other data": state.corpus.fingerprint, "other checkpoints": names}
     if found := first_different(own, state.mesh.group("world")):
@@ -234,9 +244,10 @@ def _require_same(state: TrainerState, candidates: Sequence[Candidate]) -> None:
 def tell(
     state: TrainerState, candidates: Sequence[Candidate], problems: dict[str, CheckpointError], used: Candidate
 ) -> list[dict[str, Any]]:
-    """Rename the damaged ones and say so, once: `Resumed.damaged`. Collective; the same on every rank.
+    """Renames the damaged checkpoints, logs the problems on rank 0, and returns `Resumed.damaged`, the same on every rank.
+    Collective.
 
-    One that could not be read counts as damaged when another of the same storage could.
+    A checkpoint that could not be read counts as damaged if another checkpoint could, since they share their storage.
     """
     if not problems:
         return []
@@ -257,6 +268,6 @@ def tell(
 def _set_aside(path: Path) -> str | None:
     try:
         return set_aside(path).name
-    except OSError as error:  # what is whole can be read; saving this step again will say what is in the way
+    except OSError as error:  # the run can continue; saving this step again will report the conflict
         log.warning("%s cannot be renamed (%s)", path, error.strerror)
         return None

@@ -1,4 +1,4 @@
-"""Going back to a checkpoint within the running processes, and leaving out the samples that led away from it."""
+"""Goes back to a checkpoint without restarting the processes, and skips the samples that made this necessary."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -17,18 +17,20 @@ from bagualu.trainer.recovery.state import checkpoints_of
 
 
 def roll_back(state: TrainerState, step: int, verdict: GuardDecision, stop: Callable[[], bool]) -> Resumed:
-    """Load a checkpoint from before step `step` (from 1), which `verdict` takes back; where the run goes on.
+    """Loads a checkpoint from before step `step` (from 1), which `verdict` undoes; returns where the run resumes.
 
-    Where the samples are to blame, those of the last `guard.rollback_window` steps are left out from now on. Checkpoints of later
-    steps are removed: the run will come there by another way. One that is damaged itself is set aside, as at a start. Collective.
-    Raises GuardError when there is nothing to go back to, CheckpointError when nothing of it is whole, or can be read now.
+    If the samples are at fault, those of the last `guard.rollback_window` steps are skipped from now on. Checkpoints of steps after
+    the loaded one are removed, because the run will reach these steps with another state. A damaged checkpoint is set aside, as at
+    a start. Collective.
+
+    Raises GuardError if there is no checkpoint to go back to, CheckpointError if all candidates are damaged or cannot be read now.
     """
     world = state.mesh.group("world")
     root = checkpoints_of(state)
     by_data = verdict.cause not in (*DISAGREEMENTS, Cause.UPDATE)
     window = state.recipe.guard.rollback_window
     at_most = step - window if by_data else state.guard.clean
-    if verdict.cause is Cause.UPDATE:  # what was saved before it was finite
+    if verdict.cause is Cause.UPDATE:  # checkpoints of earlier steps hold finite values
         at_most = step - 1
     stored = list_stored(state, stop)
     found: Any = broadcast_json(_candidates(stored, at_most, by_data), world)
@@ -51,9 +53,9 @@ def roll_back(state: TrainerState, step: int, verdict: GuardDecision, stop: Call
 
 
 def _candidates(checkpoints: list[Path], at_most: int, by_data: bool) -> dict[str, Any]:
-    """`names`: those of at most `at_most` steps, newest first; `later`: whether there are others.
+    """Returns `names`, the checkpoints of at most `at_most` steps, newest first, and `later`, whether there are others.
 
-    If there is none so old, the oldest will do where the samples are to blame; but not where memory is: it may hold the damage.
+    If none is old enough, the oldest is taken if the samples are at fault; but not if memory is, since it may hold the damage.
     """
     old_enough = [path for path in checkpoints if (step_of(path) or 0) <= at_most]
     if by_data and not old_enough:

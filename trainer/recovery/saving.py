@@ -1,6 +1,7 @@
-"""The saves of a run: begun at one step boundary, written while training goes on, committed at a later one.
+"""Saves checkpoints during a run: a save begins at a step boundary, is written while training continues, and is committed at a
+later step boundary.
 
-Every rank calls these methods alike, at step boundaries: what a rank knows of the others' writers it has from the step's reduction.
+All ranks call these methods together, at step boundaries. The step's reduction tells each rank the state of the others' writers.
 """
 
 import logging
@@ -25,18 +26,19 @@ from bagualu.trainer.recovery.state import checkpoints_of, finite_pieces, metada
 
 log = logging.getLogger(__name__)
 _AWAY_SECONDS = 2.0
-"""Whoever has been declared dead was silent for longer."""
+"""The run's ownership is checked again only after a stall this long; a shorter one cannot have been mistaken for a dead process."""
 
 
 class LostRunError(CheckpointError, FinalError):
-    """A later start has the run, and goes on with it."""
+    """A later start has taken over the run and continues it."""
 
 
 def take_checkpoints(state: TrainerState, scratch: Path | None = None) -> Fence:
-    """Make the run's checkpoints this start's own. Collective; before anything is read there. `scratch` as in `trainer.run.train`.
+    """Takes ownership of the run's checkpoints for this start; call it before reading them. Collective. `scratch` as in
+    `trainer.run.train`.
 
-    Raises on every rank: RecipeError where a run begins, which would only be refused again; CheckpointStorageError where it goes
-    on, since it could write there before, and can when there is room again.
+    Raises on every rank if they cannot be written: RecipeError for a run that begins, since a retry would fail again;
+    CheckpointStorageError for a run that resumes, since it could write there before and may again.
     """
     group, mark = state.mesh.group("world"), scratch / BEGUN if scratch else None
     here = on_all(lambda: (mark is not None and mark.exists()) or _has_begun(Path(state.recipe.run.dir)), group)
@@ -61,23 +63,25 @@ def _has_begun(directory: Path) -> bool:
 
 
 def _patience(state: TrainerState) -> float:
-    """Seconds after which storage has failed. Others wait for one rank's part and then for the commit, in one communication."""
+    """Returns the seconds after which storage counts as failed. The other ranks wait for a rank's part and then for the commit,
+    both within the timeout of a communication."""
     return state.recipe.checkpoint.timeout_seconds or state.recipe.comm.timeout_seconds / 2
 
 
 class Checkpoints:
-    """At most one save is under way. One that fails in the background costs a warning, the last one fails the run."""
+    """Saves checkpoints, at most one at a time. A save that fails in the background is logged; a failure of the last save fails the
+    run."""
 
     def __init__(self, state: TrainerState, fence: Fence, newest: Path | None = None, ledger: Ledger | None = None) -> None:
-        """`newest`: as the attribute. `ledger`: where each commit is entered, on the rank that has one."""
+        """`newest`: as the attribute. `ledger`: records every commit, on the rank that has a ledger."""
         config = state.recipe.checkpoint
         self.state, self.asynchronous, self.newest = state, config.asynchronous, newest
-        """`newest`: the newest checkpoint of this run; at first the one it was resumed from."""
+        """`newest`: the newest checkpoint of this run; at first the checkpoint from which it resumed."""
         self._ledger = ledger
         self._began = 0.0
-        """When the newest save began, by the monotonic clock."""
+        """When the latest save began, by the monotonic clock."""
         self.seconds = 0.0
-        """Time that step boundaries have taken for checkpoints so far."""
+        """Seconds that checkpoints have taken at step boundaries so far."""
         self.failed = 0
         self._reported_seconds = 0.0
         self._error: str | None = None
@@ -86,30 +90,33 @@ class Checkpoints:
         self._saver = Saver(fence, state.mesh.group("world"), config.keep, _patience(state))
 
     def status(self) -> tuple[float, float]:
-        """For the step's reduction: as `Saver.status`."""
+        """Returns this rank's `Saver.status`, to be summed in the step's reduction."""
         return self._saver.status()
 
     def still_ours(self) -> None:
-        """To be asked before the run's files are written. Raises LostRunError when this process was away, stopped or cut off, and
-        meanwhile another start has taken the run. Costs nothing while steps are quick."""
+        """Raises LostRunError if another start has taken the run while this process was stopped or cut off.
+
+        Call it before writing the run's files. It checks storage only if the last call was more than _AWAY_SECONDS ago."""
         away, self._seen = time.monotonic() - self._seen, time.monotonic()
         if away > _AWAY_SECONDS:
             try:
                 self._fence.check()
             except SupersededError as error:
                 raise LostRunError(str(error)) from error
-            except CheckpointStorageError as error:  # nobody can take the run while its storage is away
+            except CheckpointStorageError as error:  # no start can take the run while its storage is unavailable
                 log.debug("%s", error)
 
     def settle(self, saving: tuple[float, float]) -> None:
-        """After a step, with `status` summed over all ranks: commit what is durable, report what has failed."""
+        """Advances the save in progress after a step, given `status` summed over all ranks: commits it if every part is durable,
+        logs it if it failed."""
         writing, failed = saving
         if self._saver.under_way and (failed or not writing):
             with self._timed():
                 self._attempt(lambda: self._saver.advance(wait=not failed))
 
     def save(self, step: int) -> None:
-        """Save the state after `step` steps, if possible in the background; one that is still under way is waited for."""
+        """Saves the state after `step` steps, in the background with checkpoint.async. Waits first for a save that is still in
+        progress."""
         with self._timed():
             self.finish()
             self._began = time.monotonic()
@@ -121,10 +128,10 @@ class Checkpoints:
                 self.finish()
 
     def save_last(self, step: int) -> None:
-        """Save the state after `step` steps, the run's last. Raises on every rank when any rank failed.
+        """Saves the state after `step` steps, the last of the run. Raises on every rank if any rank failed.
 
-        CheckpointStorageError is tried again as long as there are restarts, and no crash loop of the step. After LostRunError there
-        is no restart, which would take the run from whoever has it now. All else is a CheckpointError.
+        The launcher restarts the run after CheckpointStorageError, and does not count that as a crash loop. It does not after
+        LostRunError, because a restart would take the run back from its present owner. Other errors are CheckpointError.
         """
         with self._timed():
             self.finish()
@@ -136,27 +143,27 @@ class Checkpoints:
                 raise LostRunError(str(error)) from error
 
     def finish(self) -> None:
-        """Wait for the save under way, if any: afterwards `newest` is as new as it gets."""
+        """Waits for the save in progress, if any, to be committed or to fail."""
         if self._saver.under_way:
             self._attempt(self._saver.conclude)
 
     def rest(self) -> None:
-        """Wait until nothing changes in the run's checkpoints any more, by `finish` and by the removal of old ones."""
+        """Waits until the run's checkpoints no longer change: for the save in progress and for the removal of old checkpoints."""
         self.finish()
         self._saver.rest()
 
     def close(self, wait: bool = True) -> None:
-        """Nothing is saved after it. `wait`: for the writer to remove old checkpoints; a rank that has failed does not."""
+        """Ends saving. `wait`: waits for the writer to remove old checkpoints; a rank that has failed does not wait."""
         self._saver.close(wait)
 
     def record(self) -> dict[str, Any]:
-        """What happened since the last record, for metrics.jsonl."""
+        """Returns the fields of metrics.jsonl about checkpoints since the last call: seconds, and the error if a save failed."""
         seconds, error = self.seconds - self._reported_seconds, self._error
         self._reported_seconds, self._error = self.seconds, None
         return {"checkpoint_seconds": seconds, **({"checkpoint_error": error} if error else {})}
 
     def _attempt(self, further: Callable[[], Path | None]) -> None:
-        """Bring the save under way further; should it fail, say so and go on without it."""
+        """Calls `further` to advance the save in progress. If it fails, logs that and gives the save up."""
         try:
             if path := further():
                 self._committed(path)

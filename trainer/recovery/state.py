@@ -1,7 +1,7 @@
-"""What a checkpoint of a run holds besides tensors, and the checks before a run goes on from one.
+"""Defines what a checkpoint holds besides tensors, and restores a run from a checkpoint after checking it.
 
-The learning rate, the order of the data and every random number are functions of (recipe, seed, step), so the step, the seed and
-the fingerprint of the data are their whole state; there is no generator whose position could be lost.
+The learning rate, the order of the data and every random number are functions of (recipe, seed, step). So the step, the seed and
+the fingerprint of the data are their whole state; no random generator has a position that must be saved.
 """
 
 import math
@@ -31,19 +31,19 @@ from bagualu.trainer.recipe.config import DTYPES
 _FINGERPRINT = "data fingerprint"
 _RENORMALISE, _BIAS_RATE = "model.moe.renormalise", "model.moe.bias_rate"
 _SPLIT, _KIND = "data.split", "data split in fact"
-"""In an identity: how the text was to be split (none: nothing is kept for validation), and how it was. Runs of earlier versions
-have neither: they kept whole files."""
+"""Keys of an identity: how the text was to be split (none: nothing is kept for validation), and how it was in fact. Runs of earlier
+versions lack both: they kept whole files."""
 _OF_TEXT = {_FINGERPRINT, _SPLIT, _KIND, "data.source", "data.validation_fraction"}
-"""Keys that may differ where the fingerprint proves that the tokens are the same: text that was moved, for one."""
+"""Keys that may differ if the fingerprint proves that the tokens are the same, for example because the text was moved."""
 
 
 def checkpoints_of(state: TrainerState) -> Path:
-    """The directory of the run's checkpoints."""
+    """Returns the directory of the run's checkpoints."""
     return RunDirectory(state.recipe.run.dir).checkpoints
 
 
 def metadata_of(state: TrainerState, step: int) -> dict[str, Any]:
-    """What is saved after `step` steps besides the optimizer's tensors."""
+    """Returns what is saved after `step` steps besides the optimizer's tensors."""
     recipe = state.recipe
     return {
         "step": step,
@@ -58,7 +58,7 @@ def metadata_of(state: TrainerState, step: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint says of the run besides its tensors."""
+    """The metadata of a checkpoint: what it holds about the run besides tensors."""
 
     step: int
     updates: int
@@ -70,7 +70,7 @@ class Saved:
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> "Saved":
-        """Raises CheckpointError when a field is not there or is not what it should be."""
+        """Reads the metadata of `checkpoint`. Raises CheckpointError if a field is missing or invalid."""
         metadata = checkpoint.metadata
         scaler = metadata.get("scaler")
         fields: dict[str, Any] = {name: metadata.get(name) for name in ("step", "updates", "dtype", "identity", "guard")}
@@ -94,11 +94,11 @@ class Saved:
 
 
 def take_state(state: TrainerState, open_checkpoint: Callable[[], Checkpoint]) -> int:
-    """Take the state from a checkpoint that any layout wrote; returns the steps done. Collective.
+    """Restores the state from a checkpoint, which may have been written under any layout; returns the steps done. Collective.
 
-    Every rank reads and verifies all it needs into memory of its own; only when all have done so, model and optimizer change.
-    Raises on every rank, with everything as it was: RecipeError when it belongs to another model or other data, CheckpointError
-    when it is damaged or does not hold exactly the tensors of the model.
+    Every rank first reads and verifies all it needs in separate memory; model and optimizer change only after all ranks have done
+    so. Raises on every rank, with nothing changed: RecipeError if the checkpoint belongs to another model or other data,
+    CheckpointError if it is damaged or does not hold exactly the tensors of the model.
     """
     group, monitor = state.mesh.group("world"), state.mesh.monitor
     monitor.at(Phase.LOAD)
@@ -131,7 +131,8 @@ def _check(state: TrainerState, checkpoint: Checkpoint) -> Saved:
 
 
 def _padded_before(state: TrainerState, saved: Saved) -> Callable[[str, tuple[int, ...]], tuple[int, ...]]:
-    """(tensor, its shape) -> the shape in which the checkpoint holds it: older ones hold the padding of the vocabulary too."""
+    """Returns a function (tensor name, shape) -> the shape that an older checkpoint, which includes the vocabulary's padding,
+    holds."""
     model = replace(state.recipe.model, vocab_multiple=saved.identity.get("model.vocab_multiple", 1))
     plan = decoder_plan(model, sequence=False)
 
@@ -145,7 +146,8 @@ def _padded_before(state: TrainerState, saved: Saved) -> Callable[[str, tuple[in
 def _check_tensors(
     checkpoint: Checkpoint, wanted: list[TensorPiece], stored_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]]
 ) -> None:
-    """What this rank wants is there, in the same global shape, with padding or without, and dtype. Raises CheckpointError."""
+    """Raises CheckpointError unless the checkpoint holds every tensor that this rank needs, in the same dtype and global shape,
+    with or without padding."""
     stored = checkpoint.tensors
     for piece in wanted:
         shapes = (piece.global_shape, stored_shape(piece.name, piece.global_shape))
@@ -156,8 +158,8 @@ def _check_tensors(
 
 
 def finite_pieces(pieces: Iterable[TensorPiece]) -> Iterator[TensorPiece]:
-    """The same pieces, each looked at when its turn comes, so that none with a value that is not finite is saved: raises
-    CheckpointError at the first of them."""
+    """Yields the same pieces, each checked just before, so that no value that is not finite is saved. Raises CheckpointError at the
+    first piece with such a value."""
     for piece in pieces:
         if not is_finite(piece.tensor):
             raise CheckpointError(f"tensor {piece.name} holds values that are not finite")
@@ -165,14 +167,14 @@ def finite_pieces(pieces: Iterable[TensorPiece]) -> Iterator[TensorPiece]:
 
 
 def _check_finite(checkpoint: Checkpoint, wanted: list[TensorPiece]) -> None:
-    """Raises CheckpointError where this rank has read a value that is not finite: older versions saved such."""
+    """Raises CheckpointError if this rank has read a value that is not finite; older versions could save such values."""
     for piece in wanted:
         if not is_finite(piece.tensor):
             raise CheckpointError(f"{checkpoint.path}: tensor {piece.name} holds values that are not finite; {REMEDY}")
 
 
 def _check_none_is_left(state: TrainerState, checkpoint: Checkpoint, own: set[str]) -> None:
-    """Every tensor of the checkpoint is wanted by some rank. Collective. Raises CheckpointError on every rank."""
+    """Raises CheckpointError on every rank unless each tensor of the checkpoint is needed by some rank. Collective."""
     names = list(checkpoint.tensors)
     wanted = totals([name in own for name in names], state.mesh.group("world"))
     left = [name for name, count in zip(names, wanted, strict=True) if not count]
@@ -183,7 +185,7 @@ def _check_none_is_left(state: TrainerState, checkpoint: Checkpoint, own: set[st
 
 
 def identity(state: TrainerState) -> dict[str, Any]:
-    """What must be the same for a run to go on as the same run, by recipe key."""
+    """Returns, by recipe key, the values that must stay the same for a checkpoint to be resumed as the same run."""
     recipe = state.recipe
     data = {"data.sequence_length": recipe.data.sequence_length, "data.global_batch": recipe.data.global_batch}
     text = {"data.source": recipe.data.source, "data.validation_fraction": recipe.data.validation_fraction,
@@ -193,11 +195,11 @@ def identity(state: TrainerState) -> dict[str, Any]:
 
 
 def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
-    """Raises RecipeError for what makes the run another run. A checkpoint without `renormalise` was always renormalised, and its
-    padding does not matter."""
+    """Raises RecipeError if the checkpoint belongs to another run. Checkpoints without `renormalise` were written when weights were
+    always renormalised. Padding of the vocabulary may differ."""
     saved = {_RENORMALISE: True, _BIAS_RATE: None, **saved}
     saved.pop("model.vocab_multiple", None)
-    # The text last: when the vocabulary differs, the tokens do too, and the vocabulary is what to name.
+    # The text comes last: if the vocabulary differs, so do the tokens, and the message should name the vocabulary.
     for key in sorted((saved.keys() | here.keys()) - _OF_TEXT):
         if key == _BIAS_RATE and None not in (saved[key], here[key]):
             continue  # the rate may change; only whether there are biases belongs to the model
@@ -213,7 +215,8 @@ def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> 
 
 
 def _other_text(saved: dict[str, Any], here: dict[str, Any], path: Path) -> RecipeError:
-    """Why the tokens are not those that the run has trained on, by what of it can be changed back."""
+    """Returns the error for a run whose tokens differ from those it was trained on; it names the key that changed and how to undo
+    that."""
     source, tokens = saved.get("data.source"), here[_FINGERPRINT]
     if source != here["data.source"] and RANDOM in (source, here["data.source"]):
         return _other(path, "data.source", source, here["data.source"], f"give data.source={source}")
@@ -237,7 +240,7 @@ def _other_text(saved: dict[str, Any], here: dict[str, Any], path: Path) -> Reci
 
 
 def _split_as(before: str, here: str) -> str:
-    """What to give so that text is split as `before`, where the recipe splits it as `here`."""
+    """Returns the overrides with which text is split as `before`, for a recipe that splits it as `here`."""
     if before == NOTHING.kind:  # data.split=files keeps files also where nothing is validated
         return "train.validation_sequences=0" + (" data.split=share" if here == "files" else "")
     return "train.validation_sequences=64" if here == NOTHING.kind and before != "files" else f"data.split={before}"
@@ -249,7 +252,8 @@ def _other(path: Path, key: str, saved: object, here: object, fix: str) -> Recip
 
 
 def _check_dtype(saved: str, here: str, path: Path) -> None:
-    """The master weights of the other three are float32, so those may take over from each other."""
+    """Raises RecipeError unless both dtypes are float64 or neither is: with the other three, master weights are float32, so a run
+    may change between them."""
     if (saved == "float64") != (here == "float64"):
         raise RecipeError(f"{path} was saved with train.dtype={saved} but the recipe has {here}; "
                           f"give train.dtype={saved} to go on with it, or another run.dir to start anew")  # fmt: skip
