@@ -20,7 +20,7 @@ class Work(Protocol):
     """A communication in progress."""
 
     def wait(self) -> None:
-        """Returns once the result is available (on an accelerator: to kernels launched later). Raises CommunicationError."""
+        """Returns once the result is available (on an accelerator, to kernels launched from now on). Raises CommunicationError."""
 
 
 class Transport(Protocol):
@@ -46,11 +46,11 @@ class Transport(Protocol):
     def broadcast(self, tensor: torch.Tensor, source: int) -> Work: ...
     def send(self, tensor: torch.Tensor, destination: int) -> Work: ...
     def receive(self, tensor: torch.Tensor, source: int) -> Work:
-        """Receives messages of a pair of ranks in the order in which they were sent."""
+        """Fills tensor with the next message from position `source`; messages arrive in the order sent."""
 
     def barrier(self) -> Work: ...
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Makes a tensor as `Group.lend` describes, or returns None, on every rank alike, where sharing memory gains nothing."""
+        """Makes a tensor as `Group.lend` describes, or returns None on every rank if sharing memory gains nothing."""
 
 
 class Backend(Protocol):
