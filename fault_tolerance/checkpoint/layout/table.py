@@ -1,8 +1,8 @@
-"""Encodes the boxes of a stored tensor as a line of JSON, in columns, and checks such a line.
+"""Encodes the boxes of a stored tensor as a line of JSON with a list per field, and decodes and checks such a line.
 
     {"tensor":"weight/a","files":[0,1],"offsets":[[0,0],[3,0]],"shapes":[[3,4],[3,4]],"starts":[264,264],"hashes":["0a..","5b.."]}
 
-`files` are indices into the manifest's files. The hashes of a box's blocks are concatenated in a single string.
+`files` holds indices into the manifest's files. The hashes of a box's blocks are concatenated in a single string.
 """
 
 import json
@@ -35,7 +35,7 @@ def encode(name: str, boxes: Sequence[StoredBox], files: dict[str, int]) -> byte
 def decode(line: bytes, name: str, tensor: StoredTensor, manifest: Manifest, files: list[str]) -> tuple[StoredBox, ...]:
     """Parses a line written by `encode` into the boxes of `tensor`, called `name`. `files` are the manifest's, in its order.
 
-    Raises ValueError, with a predicate of the message, unless the boxes lie within their files and cover the tensor exactly once.
+    Raises ValueError unless the boxes lie within their files and cover the tensor exactly once. Its message lacks the subject.
     """
     fields = json.loads(line)
     if type(fields) is not dict or fields.keys() != {"tensor", *_COLUMNS} or fields["tensor"] != name:
