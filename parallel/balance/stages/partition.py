@@ -157,7 +157,7 @@ def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:
 
 
 def _least_bound(room: _Room) -> float | None:
-    """Returns the lowest bottleneck at which the ranks have room for all layers in any order; None if they never have."""
+    """Returns the lowest bottleneck at which the ranks have room for all layers, ignoring their order; None if there is none."""
     low, high = 0.0, (room.total + sum(room.edges)) / min(room.problem.speeds)
     if sum(room.most_layers) < room.problem.layers or not room.suffices(high):
         return None
