@@ -29,7 +29,8 @@ class Transport(Protocol):
     All ranks of the group make the same calls in the same order, with the same `asynchronous`. The caller leaves the tensors of
     a call untouched until `wait` returns. Tensors are contiguous. `output` and `input` never overlap, except where stated below.
 
-    Calls do not block, except collectives with asynchronous=False, which may block until they finish.
+    Each call starts a communication and returns its `Work`. Calls do not block, except collectives with asynchronous=False, which
+    may block until they finish.
     """
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp, asynchronous: bool) -> Work: ...
@@ -60,7 +61,7 @@ class Backend(Protocol):
 
     def __init__(self, world: World, timeout_seconds: float) -> None: ...
     def transport(self, ranks: tuple[int, ...], name: str) -> Transport:
-        """Makes a transport between `ranks`, global ranks that include this one. All of them call this in the same order."""
+        """Returns a new transport between `ranks`, global ranks that include this one. All of them call this in the same order."""
 
     def close(self) -> None: ...
 

@@ -164,7 +164,7 @@ class GlooTransport(TorchTransport):
         return self.slots.exchange(contents, lambda: self._exchange_headers(op, contents).wait())
 
     def _exchange_headers(self, op: str, contents: torch.Tensor) -> HeaderExchange:
-        """Sends every other rank a header that says that `contents` can be read in shared memory, and receives one from each."""
+        """Starts to tell every other rank that `contents` can be read in shared memory; returns the exchange to wait for."""
         self._headers_sent += 1
         header = torch.tensor([_OPS.index(op), _bytes(contents), contents.itemsize, self._headers_sent])
         received = [torch.empty_like(header) for _ in self.ranks]
@@ -183,7 +183,10 @@ class GlooTransport(TorchTransport):
         return rows
 
     def _exchange(self, op: str, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]) -> Exchange:
-        """Sends outgoing[i] to position i and receives incoming[i] from it. Starts with the next positions, to spread the load."""
+        """Starts to send outgoing[i] to position i and to receive incoming[i] from it; returns the exchange to wait for.
+
+        It starts with the next position rather than position 0, which spreads the load.
+        """
         size, here, messages = len(outgoing), self.position, []
         for distance in range(1, size):
             to, source = (here + distance) % size, (here - distance) % size
@@ -199,5 +202,6 @@ class GlooBackend(TorchBackend):
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """The size of a tensor. torch's compiler cannot trace `nbytes` of a tensor whose sizes it treats as variable."""
+    """Returns the size of a tensor in bytes. torch's compiler cannot trace `nbytes` of a tensor whose sizes it treats as
+    variable."""
     return tensor.numel() * tensor.itemsize

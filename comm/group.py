@@ -237,7 +237,8 @@ class Communicator:
 
 
 def connect(backend: str, world: World, timeout_seconds: float = 600.0, monitor: Monitor | None = None) -> Communicator:
-    """Connects this process to all others through the named backend; `monitor` records what the rank does.
+    """Connects this process to all others through the named backend and returns the connection; `monitor` records what the rank
+    does.
 
     Raises RecipeError if the backend is unknown or cannot run on this machine, CommunicationError if a rank cannot be reached.
     """

@@ -59,7 +59,7 @@ class Hub:
         return self._failure is not None
 
     def join(self, key: tuple[Any, ...], rank: int, call: Call, tensors: Tensors) -> Call:
-        """Adds this rank's tensors to the call under `key`; the last rank to join performs the call."""
+        """Adds this rank's tensors to the call under `key` and returns that call. The last rank to join performs it."""
         with self._changed:
             self._raise_failure()
             first = self._calls.setdefault(key, call)

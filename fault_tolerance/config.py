@@ -41,7 +41,7 @@ class RestartConfig:
     """`restart.*` of a recipe: what the launcher does when a rank is lost."""
 
     limit: int = 3
-    """How often workers are restarted after failures, over the whole launch; 0: never."""
+    """The most restarts of workers after failures during a launch; 0: none."""
     backoff_seconds: float = 1.0
     """Pause before the first restart. Every further pause is twice as long, but at most a minute. If checkpoints cannot be read,
     four further attempts follow after such pauses."""
@@ -50,7 +50,7 @@ class RestartConfig:
     elastic: bool = False
     """Whether the run continues with fewer ranks and a smaller layout if ranks are lost for good, and grows when they return."""
     min_workers: int = 1
-    """With restart.elastic=true: the fewest ranks with which the run continues."""
+    """The fewest ranks with which the run continues, if restart.elastic=true."""
     wait_seconds: int = 300
     """How long nodes wait for each other, at the start and after a loss. Then the run continues without the missing nodes
     (restart.elastic=true) or fails."""

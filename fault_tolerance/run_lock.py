@@ -29,7 +29,7 @@ _NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 @contextmanager
 def hold(run_dir: Path, job: str = "") -> Iterator[None]:
-    """Keeps other jobs out of `run_dir`, which is created if necessary, until the block ends.
+    """Locks `run_dir`, so that no other job can use it until the `with` block ends. Creates it if necessary.
 
     `job` names a job on several nodes; a requeued job has the same name. An earlier start of the same job does not block it,
     because on a network file system the lock of a crashed node may outlive it for a minute, and the fence keeps that start from

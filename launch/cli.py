@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
 
 
 def _run_guarded(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
-    """Does what `_run` does, but prints a RecipeError or OSError as one line instead of raising it."""
+    """Does and returns what `_run` does, but prints a RecipeError or OSError as one line instead of raising it."""
     # Everything else of Bagualu is imported inside this function, so that a Ctrl-C during these imports prints its line too.
     from bagualu.comm.errors import RecipeError
     from bagualu.trainer.process.failure import FAILED, REFUSED, os_error

@@ -55,7 +55,7 @@ class Mesh:
         return self.group("world").monitor
 
     def at(self, axis: str) -> int:
-        """This rank's coordinate on `axis`."""
+        """Returns this rank's coordinate on `axis`."""
         return self.coordinates[axis]
 
     @property

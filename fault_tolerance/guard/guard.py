@@ -127,7 +127,7 @@ class Guard:
         return [flag, *self._attempts.differing(flag)]
 
     def judge(self, step: int, figures: StepValues) -> GuardDecision:
-        """Decide what to do about `step`; the decision is the same on every rank.
+        """Returns the decision about `step`, the same on every rank.
 
         After RETRY the caller computes `samples` from the same weights. Collective if something is wrong.
         """
@@ -201,7 +201,8 @@ class Guard:
         return self.memory.strongest() if self._limited else math.inf
 
     def judge_update(self, step: int, spoilt: Sequence[tuple[int, str]]) -> GuardDecision:
-        """Decide about `step`, whose update left non-finite values on some rank: COMMIT (after a repair), ROLLBACK or STOP.
+        """Returns the decision about `step`, whose update left non-finite values on some rank: COMMIT (after a repair), ROLLBACK or
+        STOP.
 
         `spoilt`: (index of the shard, kind of state) for each non-finite tensor of this rank. Collective; the decision is the same
         on every rank.
@@ -272,7 +273,8 @@ class Guard:
         return GuardDecision(action, cause, ranks, self._count, deferred, text)
 
     def _checks(self, step: int) -> bool:
-        """Whether the state is checked in `step`: every guard.check_every steps, and after a save, to check what was saved."""
+        """Returns whether the state is checked in `step`: every guard.check_every steps, and after a save, to check what was
+        saved."""
         after_save = self._saves_every > 0 and step > 1 and (step - 1) % self._saves_every == 0
         return self.config.check_every > 0 and (after_save or step % self.config.check_every == 0)
 

@@ -1,4 +1,4 @@
-"""What the guard remembers between steps. It is saved in checkpoints, so that a resumed run makes the same decisions."""
+"""The guard's memory between steps. It is saved in checkpoints, so that a resumed run makes the same decisions."""
 
 import math
 from dataclasses import asdict, dataclass, field

@@ -111,7 +111,7 @@ def _random(text: str, setting: Setting) -> list[Fault]:
 
 
 def draw(count: int, setting: Setting, kinds: tuple[str, ...] = DRAWN) -> list[Fault]:
-    """Draws `count` faults, sorted by step. The result depends only on the arguments.
+    """Returns `count` random faults, sorted by step. The result depends only on the arguments.
 
     No two faults are in the same step. Faults that damage or prevent checkpoints are so rare that an intact checkpoint always
     remains. Raises RecipeError if there are not enough steps.

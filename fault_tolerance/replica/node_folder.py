@@ -81,7 +81,8 @@ class Site:
 
 
 def open_site(scratch: Path, run: str, session: str, group: Group) -> Site:
-    """Determines which ranks share nodes and removes replicas that can no longer be used. Collective. Raises OSError."""
+    """Determines which ranks share nodes, removes replicas that can no longer be used, and returns this rank's site. Collective.
+    Raises OSError."""
     root = scratch / REPLICAS
     root.mkdir(parents=True, exist_ok=True)
     answers = gather_json({"node": node_token(root), "session": _session(root, run)}, group)

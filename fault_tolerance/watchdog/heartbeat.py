@@ -111,7 +111,7 @@ class Beat:
     pid: int
     thread: int
     started: float
-    """When the heartbeat was created, in seconds of the machine's monotonic clock."""
+    """Time at which the heartbeat was created, in seconds of the machine's monotonic clock."""
     beats: int
     """The number of changes so far. If it is the same in two readings, nothing has changed in between."""
     step: int
@@ -123,7 +123,7 @@ class Beat:
     line: Line | None
     number: int
     since: float
-    """When the last change happened, on the clock of `started`."""
+    """Time of the last change, on the clock of `started`."""
     counts: dict[Line, int]
 
 

@@ -88,7 +88,7 @@ def _sockets(pid: int) -> set[str]:
 
 
 def _address(text: str) -> Address:
-    """Parses ADDRESS:PORT in hexadecimal; the address is in 32-bit words in the machine's byte order."""
+    """Returns the address and port of ADDRESS:PORT in hexadecimal; the address is in 32-bit words in the machine's byte order."""
     address, port = text.split(":")
     raw = b"".join(struct.pack("=I", int(address[i : i + 8], 16)) for i in range(0, len(address), 8))
     mapped = len(raw) == 16 and raw[:12] == bytes(10) + b"\xff\xff"

@@ -65,7 +65,7 @@ def schedule(request: CommandLine) -> tuple[int, Any]:
 
 
 def _read(words: list[str]) -> dict[str, str]:
-    """Parse the key=value arguments; a run directory gets the key `run`. Raises RecipeError."""
+    """Returns the key=value arguments as a dictionary; a run directory gets the key `run`. Raises RecipeError."""
     given: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -128,7 +128,7 @@ def _count(given: dict[str, str], key: str) -> int:
 
 
 def _time(given: dict[str, str], key: str, default: int) -> Time:
-    """Parse a time exactly, as a Fraction, so that a bubble of zero is computed as exactly zero. Raises RecipeError."""
+    """Returns a time as an exact Fraction, so that a bubble of zero is computed as exactly zero. Raises RecipeError."""
     try:
         time = Fraction(given.get(key, str(default)))
     except (ValueError, ZeroDivisionError):

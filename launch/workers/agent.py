@@ -105,7 +105,7 @@ class Agent(ElasticAgent):
 
     @property
     def nodes(self) -> int:
-        """How many nodes take part in this generation."""
+        """The number of nodes that take part in this generation."""
         return self.group.group_world_size or 1
 
     @property
@@ -306,7 +306,7 @@ class Agent(ElasticAgent):
         return self.arguments.scratch / HEARTBEATS
 
     def _ranks(self) -> dict[int, int]:
-        """Process ids of the workers of this machine, by global rank."""
+        """Returns the process ids of the workers of this machine, by global rank."""
         return {worker.global_rank: pid for worker, pid in zip(self.group.workers, self._pids, strict=False)}
 
     @property

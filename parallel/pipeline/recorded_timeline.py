@@ -53,7 +53,7 @@ def read_measured(path: Path) -> Measured:
 
 
 def _row(path: Path, number: int, line: str) -> tuple[int, int, Span]:
-    """Parses a line into (step, rank, pass). Raises RecipeError."""
+    """Returns (step, rank, pass) of a line. Raises RecipeError."""
     try:
         row = json.loads(line)
         action = Action(Kind(row["kind"]), int(row["micro_batch"]), int(row["stage"]))

@@ -42,7 +42,7 @@ def _uniform(layers: int, placement: StagePlacement) -> list[int]:
 
 
 def _evenly(layers: int, parts: int) -> list[int]:
-    """Divides layers into parts; the middle parts get the remaining layers."""
+    """Returns the number of layers of each part; the middle parts get the remaining layers."""
     base, rest = divmod(layers, parts)
     first = (parts - rest) // 2
     return [base + (first <= part < first + rest) for part in range(parts)]

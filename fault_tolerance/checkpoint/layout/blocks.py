@@ -58,7 +58,8 @@ def write_hashed(descriptor: int, data: memoryview, block_bytes: int) -> list[st
 
 
 def open_file(path: Path) -> FileIO:
-    """Opens a regular file for reading. Raises OSError for anything else, e.g. a symbolic link or a pipe, without blocking."""
+    """Returns a regular file, opened for reading. Raises OSError for anything else, e.g. a symbolic link or a pipe, without
+    blocking."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -70,7 +71,7 @@ def open_file(path: Path) -> FileIO:
 
 
 def open_shard(path: Path, manifest: Manifest, name: str, check_header: bool = True) -> FileIO:
-    """Opens the shard `name` of the checkpoint at `path` and verifies its size and, with `check_header`, its header.
+    """Returns the opened shard `name` of the checkpoint at `path`, after verifying its size and, with `check_header`, its header.
 
     Raises CheckpointError.
     """

@@ -114,8 +114,8 @@ class _Boxes(Sequence[StoredBox]):
 
 
 def _decode(first: bytes, size: int, path: Path) -> Manifest:
-    """Parses the first line of the manifest `path`, a file of `size` bytes. Raises ValueError with a message that lacks the
-    subject, e.g. "does not match its own hash"."""
+    """Returns the manifest in the `first` line of the file `path`, a file of `size` bytes. Raises ValueError with a message that
+    lacks the subject, e.g. "does not match its own hash"."""
     begin = len(_OPEN) + table.HASH_LENGTH
     hashed, content = first[len(_OPEN) : begin], first[begin + len(_CONTENT) : -len(_TABLES)]
     if first != _OPEN + hashed + _CONTENT + content + _TABLES or digest(content).encode() != hashed:

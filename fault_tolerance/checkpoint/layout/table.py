@@ -33,7 +33,7 @@ def encode(name: str, boxes: Sequence[StoredBox], files: dict[str, int]) -> byte
 
 
 def decode(line: bytes, name: str, tensor: StoredTensor, manifest: Manifest, files: list[str]) -> tuple[StoredBox, ...]:
-    """Parses a line written by `encode` into the boxes of `tensor`, called `name`. `files` are the manifest's, in its order.
+    """Returns the boxes of `tensor`, called `name`, from a line that `encode` made. `files` are the manifest's, in its order.
 
     Raises ValueError unless the boxes lie within their files and cover the tensor exactly once. Its message lacks the subject.
     """
@@ -80,7 +80,7 @@ def whole_numbers(value: Any) -> tuple[int, ...]:
 
 
 def hashes(value: Any, count: int) -> tuple[str, ...]:
-    """Splits a string into `count` hashes. Raises ValueError."""
+    """Returns the `count` hashes that a string consists of. Raises ValueError if it does not."""
     if type(value) is not str or len(value) != count * HASH_LENGTH or not _HEXADECIMAL.fullmatch(value):
         raise ValueError(f"has {str(value)[:40]} instead of {count} hashes")
     return (value,) if count == 1 else tuple(value[at : at + HASH_LENGTH] for at in range(0, len(value), HASH_LENGTH))

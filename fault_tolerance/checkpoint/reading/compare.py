@@ -38,7 +38,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def _first_difference(key: str, left: Any, right: Any) -> str:
-    """Describes the first difference of two unequal JSON values, with its path from `key`."""
+    """Returns a description of the first difference of two unequal JSON values, with its path from `key`."""
     if isinstance(left, dict) and isinstance(right, dict):
         inner = min(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
         return _first_difference(f"{key}.{inner}", left.get(inner), right.get(inner))

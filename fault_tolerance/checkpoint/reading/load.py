@@ -171,7 +171,7 @@ class Checkpoint:
 
 
 def _runs(jobs: list[_Job]) -> list[list[_Job]]:
-    """Sorts the jobs in the order of their bytes on disk and groups them into runs within a file."""
+    """Returns the jobs in the order of their bytes on disk, grouped into runs within a file."""
     jobs.sort(key=lambda job: (job.wanted.stored.file, job.wanted.stored.start, job.block))
     runs: list[list[_Job]] = []
     taken = 0

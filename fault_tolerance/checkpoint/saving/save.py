@@ -202,8 +202,8 @@ class Saver:
         return shared
 
     def _fenced(self, job: Callable[..., T], *args: Any) -> T:
-        """Runs `job` in the writer thread. If it fails because a later start has removed its files, raises SupersededError instead
-        of OSError."""
+        """Runs `job` in the writer thread and returns its result. If it fails because a later start has removed its files, raises
+        SupersededError instead of OSError."""
         try:
             return job(*args)
         except OSError:

@@ -29,7 +29,7 @@ class Proposal:
 
     split: Split
     speeds: list[float]
-    """By pipeline rank, relative to the device of the cost table."""
+    """The speed of each pipeline rank, relative to the device of the cost table."""
     now_seconds: float
     """Predicted seconds of a step's passes with the present split."""
     then_seconds: float
