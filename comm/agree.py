@@ -1,4 +1,4 @@
-"""All ranks or none: a function that fails on any rank of a group counts as failed on all of them."""
+"""Agreement between ranks: a function that fails on any rank of a group counts as failed on all of them."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """A function that all ranks ran has failed on at least one of them. Names the first such rank and how many more there are."""
+    """A function that all ranks ran has failed on at least one. The message names the first such rank and counts the others."""
 
 
 def on_all(
@@ -24,11 +24,11 @@ def on_all(
     error: type[Exception] = RankError,
     transient: type[Exception] | None = None,
 ) -> T:
-    """`function()`, if it raises on no rank. Collective; `function` itself may be too.
+    """Calls `function` and returns its result if it raised on no rank. Collective; `function` itself may be too.
 
-    Otherwise every rank raises the same exception, in one line: RecipeError if any rank raised one (without naming the rank, since
-    every rank would refuse), else `error`. If all that failed raised `transient`, a subclass of `error` for what may work later,
-    that is raised instead. CommunicationError is raised at once: there is nobody left to agree with.
+    Otherwise every rank raises the same exception, with a message of one line: RecipeError if any rank raised one (the message
+    names no rank, since every rank would refuse), else `error`. If every failed rank raised `transient`, a subclass of `error` for
+    problems that may pass, that is raised instead. A CommunicationError is raised immediately, without asking the other ranks.
     """
     result: list[T] = []
     own: list[str] | None = None
@@ -54,22 +54,22 @@ def on_all(
 
 
 def any_rank(value: bool, group: Group) -> bool:
-    """Whether `value` is true on any rank. Collective."""
+    """Returns whether `value` is true on any rank. Collective."""
     return maximum(float(value), group) > 0
 
 
 def maximum(value: float, group: Group) -> float:
-    """The largest `value` of the ranks. Collective."""
+    """Returns the largest `value` of all ranks. Collective."""
     return _reduced(value, group, "max")
 
 
 def total(value: float, group: Group) -> float:
-    """The sum of every rank's `value`, in float64: exact for whole numbers up to 2**53. Collective."""
+    """Returns the sum of every rank's `value`, in float64: exact for whole numbers up to 2**53. Collective."""
     return _reduced(value, group, "sum")
 
 
 def totals(values: Sequence[float], group: Group) -> list[float]:
-    """The sums over all ranks of each of `values`, of which every rank gives as many, in float64. Collective."""
+    """Returns the sum over all ranks of each of `values`, in float64. Every rank gives equally many. Collective."""
     tensor = torch.tensor(values, dtype=torch.float64, device=group.device)
     if values:
         group.all_reduce(tensor)
@@ -77,13 +77,15 @@ def totals(values: Sequence[float], group: Group) -> list[float]:
 
 
 def meet(group: Group) -> None:
-    """Returns when every rank has called it. Collective."""
+    """Waits until every rank has called it. Collective."""
     group.barrier()
 
 
 def first_different(value: Any, group: Group) -> tuple[int, Any, Any] | None:
-    """The first position whose JSON value differs from that of position 0, with its value and that of position 0; None where all
-    are the same. Collective. Only where they differ does a rank hold the values of all."""
+    """Returns the first position whose JSON value differs from position 0's, with its value and that of position 0.
+
+    Returns None if all ranks have the same value. Collective. The values themselves are gathered only if they differ.
+    """
     digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).digest()  # a float64 holds it exactly
     number = float(int.from_bytes(digest))
     ends = torch.tensor([number, -number], dtype=torch.float64, device=group.device)
@@ -97,7 +99,7 @@ def first_different(value: Any, group: Group) -> tuple[int, Any, Any] | None:
 
 
 def gather(value: float, group: Group) -> list[float]:
-    """The `value` of every rank, in order of position. Collective."""
+    """Returns the `value` of every rank, in order of position, on every rank. Collective."""
     own = torch.tensor([value], dtype=torch.float64, device=group.device)
     values = torch.empty(group.size, dtype=torch.float64, device=group.device)
     group.all_gather(values, own)

@@ -1,4 +1,4 @@
-"""Makes sure that the processes of a run start together: every attempt to train has a name, and keeps its keys under that name.
+"""Makes sure that the processes of a run start together. Every attempt to train has a name, with which its keys begin.
 
 A launcher that restarts workers after a failure may give them the same store as before (torchrun does), which still contains the
 addresses of dead processes. So rank 0 opens an attempt under a new name, and the other ranks take their seats in it. If a rank's
@@ -31,7 +31,7 @@ class _Attempt:
 
 
 class _Seats:
-    """The keys of an attempt."""
+    """The keys of one attempt in the store. Each rank of the attempt has a seat, which only one process can take."""
 
     def __init__(self, store: Store, attempt: _Attempt) -> None:
         self.attempt = attempt
@@ -49,6 +49,7 @@ class _Seats:
         return int(self.keys.add("taken", 0)) == self.attempt.size
 
     def free(self) -> list[int]:
+        """Returns the ranks whose seats are not taken."""
         return [rank for rank in range(self.attempt.size) if not self.keys.check([f"seat/{rank}"])]
 
     def decide(self, decision: str, reason: str = "") -> None:
@@ -66,7 +67,7 @@ class _Seats:
 
 
 def join(store: Store, world: World, backend: str, timeout_seconds: float) -> Store:
-    """Returns the keys of the attempt that `world.size` ranks make together, once all of them have joined.
+    """Waits until all `world.size` ranks have joined the same attempt and returns a store for the keys of that attempt.
 
     `store` is reachable by all ranks and may contain keys of earlier attempts. Raises RecipeError on all ranks if their backends
     differ, and CommunicationError if a rank does not join in time.
@@ -91,7 +92,7 @@ def join(store: Store, world: World, backend: str, timeout_seconds: float) -> St
 
 
 def _open(store: Store, attempt: _Attempt, deadline: float, timeout_seconds: float) -> Store:
-    """Opens the attempt as rank 0 and returns its keys when it begins. Raises RecipeError, CommunicationError."""
+    """Opens the attempt as rank 0, waits until it begins and returns its store. Raises RecipeError, CommunicationError."""
     seats = _Seats(store, attempt)
     seats.take(0)
     store.set(_CURRENT, json.dumps(asdict(attempt)))
@@ -116,9 +117,10 @@ def _attempts(store: Store, deadline: float, timeout_seconds: float) -> Iterator
 
 
 def _begins(seats: _Seats, store: Store, deadline: float) -> bool:
-    """Waits until the attempt begins; returns False if it is over and another may follow, or the deadline has passed.
+    """Waits for the decision about the attempt and returns whether it begins. Returns False if it is over and another may follow,
+    or if the deadline has passed.
 
-    A broken attempt may be one of ranks that died, in which this rank found a free seat: that is no failure of this rank.
+    A broken attempt is no failure of this rank: its other ranks may have died earlier and left a seat free.
     """
     for _ in _until(deadline):
         if decided := seats.decision():
@@ -129,7 +131,7 @@ def _begins(seats: _Seats, store: Store, deadline: float) -> bool:
 
 
 def _until(deadline: float) -> Iterator[None]:
-    """Yields at once and then at increasing intervals until the deadline."""
+    """Yields immediately and then at increasing intervals until the deadline."""
     pause = 0.005
     yield
     while time.monotonic() < deadline:

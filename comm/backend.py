@@ -20,7 +20,7 @@ class Work(Protocol):
     """A communication in progress."""
 
     def wait(self) -> None:
-        """Returns once the result is available (on an accelerator: to kernels launched later). Raises CommunicationError."""
+        """Returns once the result is available (on an accelerator, to kernels launched from now on). Raises CommunicationError."""
 
 
 class Transport(Protocol):
@@ -29,7 +29,8 @@ class Transport(Protocol):
     All ranks of the group make the same calls in the same order, with the same `asynchronous`. The caller leaves the tensors of
     a call untouched until `wait` returns. Tensors are contiguous. `output` and `input` never overlap, except where stated below.
 
-    Calls do not block, except collectives with asynchronous=False, which may block until they finish.
+    Each call starts a communication and returns its `Work`. Calls do not block, except collectives with asynchronous=False, which
+    may block until they finish.
     """
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp, asynchronous: bool) -> Work: ...
@@ -46,11 +47,11 @@ class Transport(Protocol):
     def broadcast(self, tensor: torch.Tensor, source: int) -> Work: ...
     def send(self, tensor: torch.Tensor, destination: int) -> Work: ...
     def receive(self, tensor: torch.Tensor, source: int) -> Work:
-        """Receives messages of a pair of ranks in the order in which they were sent."""
+        """Fills tensor with the next message from position `source`; messages arrive in the order sent."""
 
     def barrier(self) -> Work: ...
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Makes a tensor as `Group.lend` describes, or returns None, on every rank alike, where sharing memory gains nothing."""
+        """Makes a tensor as `Group.lend` describes, or returns None on every rank if sharing memory gains nothing."""
 
 
 class Backend(Protocol):
@@ -60,7 +61,7 @@ class Backend(Protocol):
 
     def __init__(self, world: World, timeout_seconds: float) -> None: ...
     def transport(self, ranks: tuple[int, ...], name: str) -> Transport:
-        """Makes a transport between `ranks`, global ranks that include this one. All of them call this in the same order."""
+        """Returns a new transport between `ranks`, global ranks that include this one. All of them call this in the same order."""
 
     def close(self) -> None: ...
 

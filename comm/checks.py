@@ -9,7 +9,7 @@ from bagualu.comm.errors import RecipeError
 
 
 def require_at_least(least: float, section: str, part: Any, *names: str) -> None:
-    """Raises RecipeError if any of `part`'s fields `names` is below `least`. A field that is None was left out and passes."""
+    """Raises RecipeError if any of `part`'s fields `names` is below `least`. A field that is None is not checked."""
     for name in names:
         value = getattr(part, name)
         if value is not None and value < least:
@@ -19,7 +19,7 @@ def require_at_least(least: float, section: str, part: Any, *names: str) -> None
 
 
 def require_at_most(most: float, section: str, part: Any, *names: str) -> None:
-    """Raises RecipeError if any of `part`'s fields `names` is above `most`. A field that is None was left out and passes."""
+    """Raises RecipeError if any of `part`'s fields `names` is above `most`. A field that is None is not checked."""
     for name in names:
         value = getattr(part, name)
         if value is not None and value > most:
@@ -27,7 +27,7 @@ def require_at_most(most: float, section: str, part: Any, *names: str) -> None:
 
 
 def require_finite(recipe: Any) -> None:
-    """Refuse infinity and "not a number" for any key of `recipe`, a tree of dataclasses, and in any list. Raises RecipeError."""
+    """Raises RecipeError if any value in `recipe`, a tree of dataclasses, is infinite or NaN or a list with such a number."""
     for key, value, default in _keys(recipe, ""):
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
@@ -36,7 +36,7 @@ def require_finite(recipe: Any) -> None:
 
 
 def _keys(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value, default) of every leaf of a section."""
+    """Yields (key, value, default) for every leaf of a section."""
     unchanged = type(section)()
     for field in fields(section):
         key, value = prefix + str(field.metadata.get("key", field.name)), getattr(section, field.name)
@@ -52,13 +52,13 @@ RANGES = {
     "bfloat16": (1.1754943508222875e-38, 3.3895313892515355e38),
     "float16": (6.103515625e-05, 65504.0),
 }
-"""Of each dtype the smallest positive number of full precision and the largest number."""
+"""For each dtype, its smallest positive normal number and its largest number."""
 
 
 def require_representable(section: str, part: Any, dtype: str, *names: str, zero: bool = True) -> None:
-    """Refuse `section`.name that `dtype` rounds to 0, or nearly so, or to infinity, for any of `names`. Raises RecipeError.
+    """Raises RecipeError if any of `part`'s fields `names` is too small or too large for a normal number of `dtype`.
 
-    `zero`: whether 0 itself has a meaning.
+    `zero` says whether the value 0 is allowed.
     """
     least, most = RANGES[dtype]
     for name in names:
@@ -71,7 +71,7 @@ def require_representable(section: str, part: Any, dtype: str, *names: str, zero
 
 
 def require_text(section: str, part: Any, **examples: str) -> None:
-    """Raises RecipeError if a field of `part` that `examples` names is blank; the message offers the example."""
+    """Raises RecipeError if a field of `part` that `examples` names is blank; the message offers `examples[name]`."""
     for name, example in examples.items():
         if not getattr(part, name).strip():
             raise RecipeError(f"{section}.{name} is empty; give a value, e.g. {section}.{name}={example}")

@@ -18,9 +18,10 @@ from bagualu.comm.shared_memory import SLOT_BYTES, SLOTS, Slots, share
 from bagualu.comm.torch_transport import TorchBackend, TorchTransport, TorchWork
 
 _MANY = 2**21
-"""Above this number of elements, two ranks gain no time by sending each other the whole tensor."""
+"""The largest all_reduce, in elements, in which two ranks send each other the whole tensor; above it, this saves no time."""
 LEAST_SHARED_BYTES = 2**19
-"""A smaller tensor arrives over the network as fast as the header of a shared-memory exchange (tests/bench/exchange.py)."""
+"""The smallest tensor, in bytes, that is exchanged through shared memory. A smaller one arrives over the network as fast as the
+header of such an exchange (tests/bench/exchange.py)."""
 _MOST_SHARING = 16
 """The largest group, in ranks, that tries to share memory."""
 _OPS = ("lend", "all_reduce", "all_gather", "reduce_scatter")
@@ -40,7 +41,8 @@ class Exchange:
 
 @dataclass(frozen=True)
 class HeaderExchange:
-    """Exchanges a small header with every other rank and raises unless all ranks are in the same collective."""
+    """An exchange of small headers with every other rank. `wait` raises CommunicationError unless all ranks are in the same
+    collective."""
 
     exchange: Exchange
     sent: torch.Tensor
@@ -62,7 +64,7 @@ def _describe(header: torch.Tensor) -> str:
 
 @dataclass
 class Summing:
-    """An exchange whose result is the sum of `parts` in rank order. The first wait clears `parts`, so a second one adds nothing."""
+    """An exchange whose `wait` writes the sum of `parts`, in rank order, to `output`. Waiting again changes nothing."""
 
     exchange: Work
     parts: list[torch.Tensor]
@@ -78,7 +80,8 @@ _DONE = Exchange(())
 
 
 def _sum(parts: list[torch.Tensor], output: torch.Tensor) -> None:
-    """Writes the sum of `parts` to output: added in rank order, in at least float32, rounded once. No parts leave it as it is."""
+    """Writes the sum of `parts` to `output`, added in order in at least float32 and rounded once. If `parts` is empty, `output` is
+    unchanged."""
     with torch.no_grad():
         if len(parts) == 2:
             torch.add(*parts, out=output)  # computes in float32 and rounds once, without wider copies of the parts
@@ -96,7 +99,7 @@ class GlooTransport(TorchTransport):
         self.slots = Slots(memories, self.position) if memories else None
         """Shared memory; None unless every rank of the group can map the memory of every other."""
         self._lent: dict[int, list[torch.Tensor]] = {}
-        """By id of a live tensor that this rank lends: the tensors lent by the other positions in the same call."""
+        """Maps the id of each live tensor that this rank lends to the tensors that the other positions lent in the same call."""
         self._headers_sent = 0
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp, asynchronous: bool) -> Work:
@@ -152,13 +155,16 @@ class GlooTransport(TorchTransport):
         super().close()
 
     def _through_memory(self, op: str, contents: torch.Tensor, asynchronous: bool) -> list[torch.Tensor] | None:
-        """Returns the contents of every position, or None on all ranks if they have to go over the network."""
+        """Exchanges `contents` through shared memory and returns those of every position.
+
+        Returns None on all ranks if the exchange has to go over the network.
+        """
         if self.slots is None or asynchronous or not LEAST_SHARED_BYTES <= _bytes(contents) <= SLOT_BYTES:
             return None
         return self.slots.exchange(contents, lambda: self._exchange_headers(op, contents).wait())
 
     def _exchange_headers(self, op: str, contents: torch.Tensor) -> HeaderExchange:
-        """Tells every other rank that `contents` are ready to be read in shared memory, and receives the same from each."""
+        """Starts to tell every other rank that `contents` can be read in shared memory; returns the exchange to wait for."""
         self._headers_sent += 1
         header = torch.tensor([_OPS.index(op), _bytes(contents), contents.itemsize, self._headers_sent])
         received = [torch.empty_like(header) for _ in self.ranks]
@@ -177,7 +183,10 @@ class GlooTransport(TorchTransport):
         return rows
 
     def _exchange(self, op: str, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]) -> Exchange:
-        """Sends outgoing[i] to position i and receives incoming[i] from it, starting with the nearest, to spread the load."""
+        """Starts to send outgoing[i] to position i and to receive incoming[i] from it; returns the exchange to wait for.
+
+        It starts with the next position rather than position 0, which spreads the load.
+        """
         size, here, messages = len(outgoing), self.position, []
         for distance in range(1, size):
             to, source = (here + distance) % size, (here - distance) % size
@@ -193,5 +202,6 @@ class GlooBackend(TorchBackend):
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """The size of a tensor. torch's compiler cannot trace `nbytes` of a tensor whose sizes it treats as variable."""
+    """Returns the size of a tensor in bytes. torch's compiler cannot trace `nbytes` of a tensor whose sizes it treats as
+    variable."""
     return tensor.numel() * tensor.itemsize

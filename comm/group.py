@@ -16,7 +16,7 @@ _HOST = torch.device("cpu")
 
 
 class Done:
-    """The finished work of a call that needed no communication."""
+    """A `Work` that has already finished, because the call needed no communication."""
 
     def wait(self) -> None:
         return None
@@ -131,24 +131,24 @@ class Group:
         return self._join("receive", lambda: transport.receive(tensor, source), asynchronous, line)
 
     def read(self, tensor: torch.Tensor) -> list[Any]:
-        """The values of `tensor` as Python numbers, in lists as deep as the tensor. The accelerator is waited for.
+        """Returns the values of `tensor` as Python numbers, in lists nested as deep as the tensor. Waits for the accelerator.
 
-        In a step, all values that come from a device to the host come through here: sums, token counts, rows per expert.
+        During a step, every value that is copied from the device to the host is read here: sums, token counts, rows per expert.
         """
         values: list[Any] = tensor.tolist()
         return values
 
     def barrier(self) -> None:
-        """Returns when every rank of the group has called it."""
+        """Waits until every rank of the group has called it."""
         if (transport := self.transport) is not None:
             self._join("barrier", transport.barrier, asynchronous=False)
 
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
         """Makes a tensor of zeros [numel] that `reduce_scatter` sums without copying: the other ranks read it in place.
 
-        All ranks of the group call this together; it returns None, on all of them, where an ordinary tensor is as fast. Only the
+        All ranks of the group call this together; it returns None on all of them if an ordinary tensor is as fast. Only the
         whole tensor is read in place, not a view. After a reduce_scatter, write to the tensor only once every rank has waited for
-        it, e.g. after a barrier; that this rank has waited is not enough here.
+        it, e.g. after a barrier; it is not enough that this rank has waited.
         """
         if (transport := self.transport) is None:
             return None
@@ -170,7 +170,7 @@ class Group:
 
     @cached_property
     def _collectives(self) -> int:
-        """The monitor's index for this group's collectives."""
+        """The index of this group's collectives in `monitor.lines`."""
         return self.monitor.line(Line(self.name, self.ranks))
 
     def _peer(self, position: int) -> Transport:
@@ -226,7 +226,10 @@ class Communicator:
         return Group(name, ranks, position, transport, self.device, self.monitor)
 
     def given_up(self) -> bool:
-        """Whether a communication between ranks that are threads of this process has failed; all later ones then fail too."""
+        """Returns whether a communication between ranks that are threads of this process has failed. All later ones then fail too.
+
+        Always False if each rank is a process.
+        """
         return self._hub is not None and self._hub.failed
 
     def close(self) -> None:
@@ -234,7 +237,8 @@ class Communicator:
 
 
 def connect(backend: str, world: World, timeout_seconds: float = 600.0, monitor: Monitor | None = None) -> Communicator:
-    """Connects this process to all others through the named backend; `monitor` records what the rank does.
+    """Connects this process to all others through the named backend and returns the connection; `monitor` records what the rank
+    does.
 
     Raises RecipeError if the backend is unknown or cannot run on this machine, CommunicationError if a rank cannot be reached.
     """

@@ -10,7 +10,8 @@ LOOPBACK = "127.0.0.1"
 def addresses_towards(host: str, port: int) -> tuple[str, str]:
     """Returns this machine's address on the route to `host`, and the address of `host`. It sends nothing.
 
-    This does not require that the names of nodes resolve. Raises OSError if there is no route to `host`.
+    Only `host` must be resolvable; this machine's own host name need not be. Raises OSError if `host` cannot be resolved or there
+    is no route to it.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))
@@ -18,7 +19,7 @@ def addresses_towards(host: str, port: int) -> tuple[str, str]:
 
 
 def interface_of(address: str) -> str | None:
-    """Returns the network interface of this machine that has `address`; None if there is none."""
+    """Returns the name of this machine's network interface that has `address`; None if there is none."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in addresses):
             return name

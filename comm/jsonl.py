@@ -1,4 +1,4 @@
-"""Writes JSON that every reader takes, and reads files with an object per line that a crash or a full disk may have damaged."""
+"""Writes standard JSON, and reads files with one object per line even if a crash or a full disk has damaged some lines."""
 
 import json
 import math
@@ -11,7 +11,7 @@ _SEPARATORS = re.compile(rb"[\n\0]+")
 
 
 def lines(data: bytes) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """Returns the non-blank lines of `data`, without line ends, each with its object or, if it is not a whole object, None."""
+    """Returns the non-blank lines of `data`, without line ends, each with its JSON object, or None if the line is damaged."""
     return [(line, _object(line)) for line in _SEPARATORS.split(data) if line.strip()]
 
 
@@ -25,7 +25,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def number(value: Any) -> bool:
-    """Whether a JSON value is a finite number; booleans are not numbers."""
+    """Returns whether a JSON value is a finite number; booleans are not numbers."""
     return type(value) is int or (type(value) is float and abs(value) < float("inf"))
 
 
@@ -38,7 +38,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """Returns `value` as JSON, with null for every number that is not finite: NaN is not JSON, and other readers stop at it."""
+    """Returns `value` as JSON, with null for every number that is not finite. NaN is not valid JSON; other readers fail on it."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

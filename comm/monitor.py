@@ -1,6 +1,6 @@
-"""What a rank is doing: its step, its point within the step, and the communication it waits for.
+"""Records what a rank is doing: its step, its phase within the step, and the communication it waits for.
 
-This is the only record of it. Observers (the watchdog, the ledger, planned faults) are called on every change.
+There is no other record of this. Observers (the watchdog, the ledger, planned faults) are called on every change.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Counts: TypeAlias = "list[int] | memoryview[int]"
 
 
 class Phase(StrEnum):
-    """What a rank begins to do: the name that reports and planned faults use, and the activity to which its time belongs."""
+    """A part of a rank's work: its name in reports and planned faults, and the activity to which its time is counted."""
 
     FETCH = "fetch", "start"
     LOAD = "load", "start"
@@ -37,7 +37,7 @@ class Phase(StrEnum):
     PUBLISH = "publish", "checkpoint"
 
     activity: str
-    """start, train, discarded, validation, balance or checkpoint."""
+    """Activity to which the time is counted: start, train, discarded, validation, balance or checkpoint."""
 
     def __new__(cls, name: str, activity: str) -> "Phase":
         member = str.__new__(cls, name)
@@ -46,13 +46,13 @@ class Phase(StrEnum):
 
 
 class Observer(Protocol):
-    """Is called on every change, on the rank's own thread. An exception that it raises propagates into the rank's code."""
+    """An object whose methods are called on every change, on the rank's own thread. Their exceptions reach the rank's code."""
 
     def at(self, point: Phase, step: int) -> None:
-        """The rank begins the phase `point` of `step`."""
+        """Called when the rank begins the phase `point` of `step`."""
 
     def waits(self, what: str | None) -> None:
-        """The rank begins to wait for other ranks, e.g. "all_reduce in data"; None: it has stopped waiting."""
+        """Called with e.g. "all_reduce in data" when the rank begins to wait for other ranks, and with None when it stops."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,20 @@ class Waiting(NamedTuple):
 
 
 class Monitor:
-    """The record of one rank. Groups report their collectives to it; the trainer and the checkpoint code report points."""
+    """The record of one rank. Groups report their collectives to it; the trainer and the checkpoint code report phases."""
 
     def __init__(self) -> None:
         self.step = 0
         """The current step, from 1; 0 before the first."""
         self.point = "start"
-        """The newest phase."""
+        """Name of the newest phase; "start" before the first."""
         self.waiting: Waiting | None = None
         self.observers: list[Observer] = []
         self.lines: list[Line] = []
         self.counts: Counts = [0] * 16
         """The number of operations that this rank has joined, by index of the line."""
         self.grow_counts: Callable[[Counts], Counts] = lambda counts: [*counts, *[0] * len(counts)]
-        """Returns a longer copy of full counts. An observer that keeps the counts in shared memory replaces this function."""
+        """Returns a longer copy of full counts. An observer that keeps them in shared memory replaces this function."""
         self._index: dict[Line, int] = {}
 
     def at(self, phase: Phase) -> None:

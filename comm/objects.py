@@ -1,4 +1,4 @@
-"""JSON objects between the ranks of a group, sent as small tensors by collectives alone."""
+"""Sends JSON values between the ranks of a group, as small tensors."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ from bagualu.comm.group import Group
 
 
 def gather_json(value: Any, group: Group) -> list[Any]:
-    """The value of every rank, in order of position, on every rank. Collective."""
+    """Returns the value of every rank, in order of position, on every rank. Collective."""
     data = _encode(value)
     length = torch.tensor([data.numel()], device=group.device)
     lengths = torch.empty(group.size, dtype=length.dtype, device=group.device)
@@ -24,10 +24,10 @@ def gather_json(value: Any, group: Group) -> list[Any]:
 
 
 def collect_json(value: Any, group: Group) -> list[Any] | None:
-    """The value of every rank, in order of position, on position 0; None on the others. Collective.
+    """Returns the value of every rank, in order of position, on position 0, and None on the others. Collective.
 
-    Values go up a binomial tree: position 0 receives log2(size) messages, a rank in between holds its own branch only, and
-    position 0 alone decodes them.
+    Values go up a binomial tree: position 0 receives log2(size) values and decodes them all; every other rank holds only those of
+    its own branch, undecoded.
     """
     branch, distance = json.dumps(value).encode(), 1
     while distance < group.size:
@@ -47,7 +47,7 @@ def collect_json(value: Any, group: Group) -> list[Any] | None:
 
 
 def broadcast_json(value: Any, group: Group) -> Any:
-    """The value of position 0, on every rank; the values of the others are ignored. Collective."""
+    """Returns the value of position 0 on every rank; the values of the others are ignored. Collective."""
     data = _encode(value if group.rank == 0 else None)
     length = torch.tensor([data.numel()], device=group.device)
     group.broadcast(length, 0)

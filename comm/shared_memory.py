@@ -2,7 +2,7 @@
 
 Every rank has two slots that alternate. For an exchange, it copies its tensor into its next slot and sends each other rank a
 header of a few bytes; once it has received all headers, it reads the slots of the others. The headers travel over the network
-like any message, so a lost or hung rank is detected as it is without shared memory.
+like any message, so a lost or hung rank is detected in the same way as without shared memory.
 
 Two slots suffice, because a rank ends each exchange before it begins the next. Exchange n reuses the slots of exchange n - 2. A
 rank that has ended exchange n - 1 holds a header for it from every other rank, and each of them had ended exchange n - 2, and so
@@ -18,7 +18,7 @@ import torch
 SLOT_BYTES = 2**23
 SLOTS = 2
 _NAME = "bagualu-exchange"
-"""Shown in /proc only. The memory is in no file system and is freed when the last process that maps it ends."""
+"""Name of the memory, shown only in /proc. No file system holds the memory; it is freed when the last process that maps it ends."""
 
 
 class Slots:
@@ -34,7 +34,7 @@ class Slots:
         """Returns the contents of every position; read them before the next exchange.
 
         `contents` has the same shape and dtype on every rank and at most SLOT_BYTES bytes. `exchange_headers` tells the other
-        ranks that it has been copied, and returns when all of them have said the same.
+        ranks that this rank has copied its contents, and returns once all of them have reported the same.
         """
         start = self._exchanges % SLOTS * SLOT_BYTES
         self._exchanges += 1
@@ -45,10 +45,10 @@ class Slots:
 
 
 def share(nbytes: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor] | None:
-    """Creates `nbytes` zeros on every rank and returns all of them, by position, mapped into this process.
+    """Creates `nbytes` zero bytes on every rank and returns the memory of all ranks, by position, mapped into this process.
 
-    Returns None on every rank if any rank cannot map the memory of another. `gather` returns a matrix of the int64 vectors that
-    the ranks pass to it. The system provides a page of the memory when it is first touched.
+    Returns None on every rank if any rank cannot map the memory of another. `gather` stacks the int64 vectors that the ranks pass
+    to it into a matrix. The operating system allocates a page of the memory when it is first touched.
     """
     token = int.from_bytes(os.urandom(7), sys.byteorder)
     descriptor = _create(nbytes, token)
@@ -65,7 +65,7 @@ def share(nbytes: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[t
 
 
 def _create(nbytes: int, token: int) -> int:
-    """Returns a descriptor of new memory that begins with `token`, or -1 if the system provides none."""
+    """Returns a file descriptor of new memory that begins with `token`, or -1 if the system cannot provide it."""
     try:
         descriptor = os.memfd_create(_NAME)
     except (AttributeError, OSError):
@@ -80,10 +80,10 @@ def _create(nbytes: int, token: int) -> int:
 
 
 def _attach(nbytes: int, process: int, descriptor: int, token: int) -> torch.Tensor | None:
-    """Maps the memory behind another (or this) process's descriptor, or returns None if this process cannot.
+    """Maps the memory behind a file descriptor of another process (or of this one); returns None if this process cannot.
 
-    On another machine or in another namespace the same numbers may denote some other file, so its name and then its first bytes
-    are compared before it is mapped; it is never written.
+    On another machine or in another namespace the same numbers may denote an unrelated file. So its name and then its first bytes
+    are checked before it is mapped, and this function never writes to it.
     """
     path = f"/proc/{process}/fd/{descriptor}"
     try:

@@ -22,7 +22,7 @@ from bagualu.comm.world import World
 
 T = TypeVar("T")
 _GRACE_SECONDS = 1.0
-"""Time for waiting ranks to fail after the run was given up; threads that still run then are abandoned."""
+"""Time that ranks get to end after the run was given up; threads that still run then are abandoned."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -59,7 +59,7 @@ class Hub:
         return self._failure is not None
 
     def join(self, key: tuple[Any, ...], rank: int, call: Call, tensors: Tensors) -> Call:
-        """Adds this rank's tensors to the call under `key`; the last rank to join performs the call."""
+        """Adds this rank's tensors to the call under `key` and returns that call. The last rank to join performs it."""
         with self._changed:
             self._raise_failure()
             first = self._calls.setdefault(key, call)
@@ -79,6 +79,7 @@ class Hub:
         return first
 
     def wait(self, rank: int, call: Call) -> None:
+        """Waits until `call` is done. Raises CommunicationError on a deadlock, a timeout or another rank's failure."""
         with self._changed:
             self._waiting[rank] = call
             try:
@@ -91,7 +92,7 @@ class Hub:
                 del self._waiting[rank]
 
     def leave(self, rank: int, error: BaseException | None) -> None:
-        """Records that the thread of `rank` has ended. Waiting ranks fail if it ended in an error or has left them deadlocked."""
+        """Records that the thread of `rank` has ended. Waiting ranks fail if it ended in an error or if they are now deadlocked."""
         with self._changed:
             self._running.discard(rank)
             if error is not None and self._failure is None:
@@ -101,7 +102,7 @@ class Hub:
             self._changed.notify_all()
 
     def give_up(self, why: str) -> None:
-        """Makes every communication fail with the reason `why`, those that ranks wait for now and all later ones."""
+        """Makes every communication fail with the message `why`: those that ranks wait for now and all later ones."""
         with self._changed:
             self._failure = self._failure or why
             self._changed.notify_all()
@@ -134,7 +135,8 @@ class SimulatedWork:
 
 
 class SimulatedTransport:
-    """The collectives of a group of threads. Calls match by their order in the group, messages by their order between two ranks."""
+    """The collectives of a group of threads. The n-th call of each rank in the group belongs together, as does the n-th message
+    between two ranks."""
 
     def __init__(self, hub: Hub, key: tuple[Any, ...], ranks: tuple[int, ...], rank: int) -> None:
         self.hub = hub
@@ -273,11 +275,11 @@ def run(
 ) -> list[T]:
     """Runs `function(communicator)` on `size` ranks, each a thread with `threads` compute threads, and returns results by rank.
 
-    Raises the first error that is not merely the consequence of another rank's error, with a note that names its rank. All ranks
-    share `device`. On a GPU they also share its stream, so kernels run in the order in which the ranks launch them.
+    Raises the first error that is not a CommunicationError, if there is one, else the first error, with a note that names its rank.
+    All ranks share `device`. On a GPU they also share its stream, so kernels run in the order in which the ranks launch them.
 
-    `hung` is called repeatedly. It returns None, or the reason why the ranks make no progress. Then the ranks that wait fail, the
-    others are abandoned, because nothing ends a thread but the end of the process, and this raises CommunicationError.
+    `hung` is called repeatedly. It returns None, or the reason why the ranks make no progress. If it returns a reason, the ranks
+    that wait fail, those that go on running are abandoned (a thread cannot be killed), and this raises CommunicationError.
     """
     if device == "cuda" and not torch.cuda.device_count():
         raise RecipeError("comm.device=cuda needs a GPU, but this torch sees none; give comm.device=cpu")

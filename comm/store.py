@@ -15,9 +15,9 @@ _BACKLOG = 4096
 
 
 def serve(address: str, port: int, timeout: timedelta) -> TCPStore:
-    """Returns a store in this process that listens only on `address`; on a free port if `port` is 0.
+    """Returns a store in this process that listens only on `address`, on a free port if `port` is 0.
 
-    torch's own store would listen on every interface of the machine. Raises OSError if it cannot listen on the address.
+    A store that torch opens itself would listen on all interfaces of the machine. Raises OSError if it cannot listen on `address`.
     """
     family, _, _, _, socket_address = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     listener = socket.create_server(socket_address[:2], family=family, backlog=_BACKLOG)

@@ -25,7 +25,7 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 @dataclass
 class TorchWork:
-    """Wraps a torch work handle: errors name the call, the tensors stay alive until it ends, and `wait` may be repeated."""
+    """A torch work handle. Its errors name the call, its tensors stay alive until it ends, and `wait` may be called again."""
 
     work: dist.Work | None
     op: str
@@ -105,7 +105,8 @@ class TorchTransport:
         return None
 
     def close(self) -> None:
-        """Drops the process group and with it its threads. A model's hooks hold this object in cycles that Python cannot see."""
+        """Drops the process group, which ends its threads. The hooks of a model may keep this object alive in cycles that Python's
+        garbage collector cannot see."""
         del self.group
 
 

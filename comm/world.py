@@ -1,4 +1,4 @@
-"""This process's rank among all processes. No other file of `comm` reads the launcher's environment variables."""
+"""This process's rank and the number of all ranks. No other file of `comm` reads the launcher's environment variables."""
 
 import os
 from contextlib import suppress
@@ -22,7 +22,7 @@ class World:
     rendezvous: str = ""
     """URL at which the processes meet, in torch.distributed's notation. A single process needs none."""
     serves: tuple[str, int] | None = None
-    """Address and port at which rank 0 holds the store; None if another rank or an agent of the launcher holds it."""
+    """Address and port at which this process must serve the store; None if another rank or an agent of the launcher serves it."""
     one_machine: bool = False
     """Whether all processes are known to run on one machine."""
     hub: Any = None
@@ -30,7 +30,10 @@ class World:
 
     @staticmethod
     def from_environment() -> "World":
-        """Reads the variables that torchrun sets. Without RANK, returns a world of one rank. Raises RecipeError."""
+        """Returns the world that torchrun's variables describe, or a world of one rank if `RANK` is not set.
+
+        Raises RecipeError if `RANK` is set but another variable is missing.
+        """
         if "RANK" not in os.environ:
             return World(0, 1)
         missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -49,10 +52,10 @@ class World:
 
 
 def listen_on_one_interface(world: World) -> None:
-    """Restricts Gloo and NCCL in this process to the interface that leads to the other processes: on a single machine, the
-    loopback.
+    """Restricts Gloo and NCCL in this process to the network interface that leads to the other processes. On a single machine this
+    is the loopback interface.
 
-    By default they listen at the address of the host name, which may be reachable by everyone, or wrong. On several machines, an
+    By default they listen at the address of the host name, which may be wrong or reachable from anywhere. On several machines, an
     interface that the user has chosen (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) is kept.
     """
     if world.rendezvous != ENVIRONMENT:
@@ -72,17 +75,20 @@ def listen_on_one_interface(world: World) -> None:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Processes that srun or mpirun has started, which have no ranks: torchrun is missing."""
+    """Processes that srun or mpirun started directly. They have no torchrun ranks, so they cannot communicate."""
 
     launcher: str
     count: int
     nodes: int
     index: int
-    """Of this process among them."""
+    """Index of this process among the `count` processes."""
 
     @staticmethod
     def from_environment() -> "Tasks | None":
-        """None where this process has a rank, or is the only process that was started."""
+        """Returns the tasks that a launcher such as srun started without assigning torchrun ranks.
+
+        Returns None if `RANK` is set or only one process was started.
+        """
         if "RANK" in os.environ:
             return None
         for launcher, count, index in _LAUNCHERS:
@@ -92,7 +98,7 @@ class Tasks:
         return None
 
     def refusal(self) -> str:
-        """What is wrong, and the command that starts as many ranks."""
+        """Returns an error message that gives the command which starts the same number of ranks."""
         ranks = -(-self.count // self.nodes)
         torchrun = f"torchrun --nproc-per-node={ranks}"
         if self.nodes > 1:
@@ -108,4 +114,4 @@ _LAUNCHERS = (
     ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("mpirun", "PMI_SIZE", "PMI_RANK"),
 )
-"""Name, and the variables in which it says how many processes it has started and which of them this is."""
+"""For each launcher, its name and its two environment variables: the number of processes and the index of this process."""

@@ -1,4 +1,5 @@
-"""A file to which lines are appended. A full disk delays lines, or at worst loses the oldest, but never ends the run."""
+"""A file to which lines are appended. If the disk is full, lines are written later or, at worst, the oldest are lost; the run goes
+on."""
 
 import contextlib
 import logging
@@ -14,11 +15,13 @@ log = logging.getLogger(__name__)
 
 
 class AppendLog:
-    """Appends lines to `path`, each at once. Lines that cannot be written are kept and tried again with the next line or `write`;
-    one warning is logged until writing works again.
+    """Appends each line to `path` immediately, normally in a single write.
 
-    `shared`: other processes append too. Then the part of a line that was written before an error stays in the file, ended by a
-    line break; otherwise it is removed. `durable`: call fsync after writing.
+    Lines that cannot be written are kept in memory and retried on the next `add` or `write`. Repeated failures log one warning
+    until a write succeeds.
+
+    `shared` says that other processes append too. If a write fails in the middle of a line, its first part then stays in the file
+    and the next line starts after a line break; if not `shared`, that part is removed. With `durable`, every write ends with fsync.
     """
 
     def __init__(self, path: Path, shared: bool = False, durable: bool = False) -> None:
@@ -55,7 +58,7 @@ class AppendLog:
         self._waiting.clear()
 
     def truncate(self, size: int) -> None:
-        """Cut the file to its first `size` bytes, and discard the unwritten lines. Raises OSError."""
+        """Truncate the file to its first `size` bytes, and discard the unwritten lines. Raises OSError."""
         self.drop()
         os.ftruncate(self._open(), size)
 

@@ -13,17 +13,18 @@ class CheckpointConfig:
     """`checkpoint.*` of a recipe."""
 
     every: int = 100
-    """Steps between checkpoints; 0 saves only at the end or when asked to stop."""
+    """Steps between checkpoints; 0: only at the end of the run or when it is asked to stop."""
     keep: int = 2
     """The number of newest checkpoints that stay on disk."""
     replica_every: int = 0
-    """Steps between copies of every rank's state in the memory of its node and, if there are several, of another node; 0: none."""
+    """Steps between copies of every rank's state to the memory of its node and, on several nodes, of another node; 0: no copies."""
     resume: bool = False
-    """Resume from the newest checkpoint of the run directory. If there is none, the run starts from the beginning and says so."""
+    """Resume from the newest checkpoint of the run directory. If there is none, the run starts from the beginning and logs that."""
     asynchronous: bool = field(default=True, metadata={"key": "async"})
-    """Write in the background during training. This takes host memory for another copy of this rank's part."""
+    """Whether checkpoints are written in the background during training. This needs host memory for a copy of the rank's part."""
     timeout_seconds: float | None = None
-    """Storage that takes longer than this for a rank's part or for the commit has failed. Default: half of comm.timeout_seconds."""
+    """Time for a rank's part of a save, or for its commit, after which the save has failed. Default: half of
+    comm.timeout_seconds."""
 
     def validate(self) -> None:
         if self.every < 0:
@@ -40,26 +41,26 @@ class RestartConfig:
     """`restart.*` of a recipe: what the launcher does when a rank is lost."""
 
     limit: int = 3
-    """How often workers are restarted after failures, over the whole launch; 0: never."""
+    """The most restarts of workers after failures during a launch; 0: none."""
     backoff_seconds: float = 1.0
     """Pause before the first restart. Every further pause is twice as long, but at most a minute. If checkpoints cannot be read,
     four further attempts follow after such pauses."""
     same_step_limit: int = 2
-    """If a step has failed this often without progress in between, the run ends (exit code 76)."""
+    """Number of failures at the same step, without progress in between, after which the run ends (exit code 76)."""
     elastic: bool = False
-    """Continue with fewer ranks and a smaller layout if ranks are lost for good; grow again when they return."""
+    """Whether the run continues with fewer ranks and a smaller layout if ranks are lost for good, and grows when they return."""
     min_workers: int = 1
-    """With restart.elastic=true: the fewest ranks with which the run continues."""
+    """The fewest ranks with which the run continues, if restart.elastic=true."""
     wait_seconds: int = 300
     """How long nodes wait for each other, at the start and after a loss. Then the run continues without the missing nodes
     (restart.elastic=true) or fails."""
     hang_seconds: float = 300.0
-    """A rank that shows no progress for this long, or waits this long for such a rank, ends the run's processes; 0: never. The
-    limit is three quarters of comm.timeout_seconds, even if this value is greater."""
+    """Time without progress of a rank, or of waiting for such a rank, after which the run's processes are ended; 0: never. At most
+    three quarters of comm.timeout_seconds count, even if this value is greater."""
     long_hang_seconds: float = 1800.0
-    """The same where no progress can be seen for long: start, first step (compilation), validation, reading and writing
-    checkpoints. Not more than restart.hang_seconds for a rank for which another has waited for three quarters of
-    comm.timeout_seconds."""
+    """The same time for phases that may take long without visible progress: start, first step (compilation), validation, reading
+    and writing checkpoints. Once another rank has waited for three quarters of comm.timeout_seconds, restart.hang_seconds applies
+    instead."""
 
     def pause_seconds(self, number: int) -> float:
         """Returns the pause before attempt `number` after the first (from 1)."""
@@ -83,9 +84,10 @@ POLICIES = ("retry", "skip", "rollback", "stop")
 class GuardConfig:
     """`guard.*` of a recipe: what happens to a step with bad values, or on hardware that computes wrongly.
 
-    retry: compute the step again from the same weights and samples. If it is good then, the hardware was at fault; if it is the
-    same again, the samples of a spike are deferred and used some steps later, and all others are skipped. skip: no update; the
-    samples count as used. rollback: go back to a checkpoint and leave out the samples that led here. stop: end the run.
+    retry: compute the step again from the same weights and samples. If it is good then, the hardware was at fault and the step is
+    applied. If it is bad in the same way, there is no update; after a spike the samples are used some steps later, else never.
+    skip: no update; the samples count as used. rollback: go back to a checkpoint and leave out the samples that led here. stop: end
+    the run.
     """
 
     on_nonfinite: str = "retry"
@@ -97,15 +99,15 @@ class GuardConfig:
     """retry | rollback | stop: for ranks that should hold or compute the same but do not. retry repairs what it can from another
     rank and rolls back if no rank holds a copy; no samples are left out."""
     spike_factor: float = 10.0
-    """A gradient norm this many times the usual value, and beyond its scatter, is a spike; 0: no check. Usual are the median of the
-    window, its third largest value, and the values of the hard steps before (docs/design/guard.md)."""
+    """A gradient norm this many times the usual value, and beyond its scatter, is a spike; 0: no check. The usual value is derived
+    from the median of the window, its third largest value and earlier hard steps (docs/design/guard.md)."""
     loss_spike_factor: float = 2.0
-    """The same for the loss."""
+    """The same factor for the loss; 0: no check."""
     spike_window: int = 64
-    """The number of previous steps that determine what is usual. Deferred samples come again after a quarter of them at the
-    latest."""
+    """The number of previous steps that determine what is usual. Deferred samples are used at the latest after a quarter of as many
+    steps."""
     rollback_window: int = 1
-    """Steps, up to the bad step, whose samples are left out after a rollback."""
+    """Number of steps, the bad step being the last, whose samples are left out after a rollback."""
     limit: int = 5
     """The number of steps skipped, deferred or rolled back in a row after which the run stops."""
     check_every: int = 10
@@ -120,12 +122,12 @@ class GuardConfig:
 
     @property
     def compares(self) -> bool:
-        """Whether attempts at a step are compared bit by bit."""
+        """Whether the gradients of repeated attempts at a step are compared bit by bit."""
         return self.audit_every > 0 or "retry" in (self.on_nonfinite, self.on_spike)
 
     def validate(self, saves: bool, repeatable: bool) -> None:
-        """`saves`: whether the run saves checkpoints on the way. `repeatable`: whether a repeated computation gives the same
-        bits."""
+        """Raises RecipeError for settings that cannot work. `saves` says whether the run saves checkpoints before its end,
+        `repeatable` whether a repeated computation gives the same bits."""
         if self.audit_every and not repeatable:
             raise RecipeError(f"guard.audit_every={self.audit_every} compares two computations bit by bit, which differ with "
                               "train.deterministic=false; give guard.audit_every=0 or train.deterministic=true")  # fmt: skip
@@ -155,7 +157,7 @@ class StragglerConfig:
     ratio: float = 1.5
     """A rank is slow if its own work takes this many times as long as its peers'; 0: no check."""
     window_seconds: float = 10.0
-    """Time over which work is summed (5 to 1000 steps). 4 slow windows of the last 5 flag a rank."""
+    """Length of a window over which work is summed (5 to 1000 steps). A rank is flagged after 4 slow windows among its last 5."""
 
     def validate(self) -> None:
         if self.ratio and self.ratio <= 1:

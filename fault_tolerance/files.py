@@ -1,4 +1,4 @@
-"""Writing a whole file at once."""
+"""Atomic replacement of a file's content."""
 
 import os
 import secrets
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Makes `data` the content of `path`, durably and in one moment: whoever reads it sees all of it or what was there before.
+    """Replaces the content of `path` by `data`, durably and atomically: a reader sees either the old content or all of `data`.
 
-    Raises OSError; then `path` is as it was, and nothing is left beside it.
+    Raises OSError; then `path` is unchanged and the temporary file beside it has been removed.
     """
     new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:

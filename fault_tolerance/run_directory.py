@@ -1,45 +1,45 @@
-"""The files and folders of a run, each by its name: everything that a run leaves in its directory is listed here."""
+"""Names every file and folder that a run leaves in its directory."""
 
 from pathlib import Path
 
 BEGUN = "begun"
-"""File of a launch's scratch folder: workers of this launch have opened the run's checkpoints."""
+"""Name of a file in a launch's scratch folder. It exists once workers of this launch have opened the run's checkpoints."""
 
 
 class RunDirectory:
-    """The paths in the run directory `path`; nothing is created or read by making one."""
+    """The paths in the run directory `path`. The constructor neither creates nor reads anything."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     @property
     def config(self) -> Path:
-        """The resolved recipe."""
+        """File with the resolved recipe."""
         return self.path / "config.yaml"
 
     @property
     def metrics(self) -> Path:
-        """One line for each step (trainer/output/metric_writers.py)."""
+        """File with a line of JSON for each step (trainer/output/metric_writers.py)."""
         return self.path / "metrics.jsonl"
 
     @property
     def summary(self) -> Path:
-        """How the latest start ended (trainer/output/summary.py)."""
+        """File that describes how the latest start ended (trainer/output/summary.py)."""
         return self.path / "summary.json"
 
     @property
     def ledger(self) -> Path:
-        """When the run began to do what (fault_tolerance/ledger)."""
+        """File with the times at which the run's activities began (fault_tolerance/ledger)."""
         return self.path / "ledger.jsonl"
 
     @property
     def pipeline(self) -> Path:
-        """The passes of one step (trainer/output/pipeline_timeline.py)."""
+        """File with the times of the forward and backward passes of one step (trainer/output/pipeline_timeline.py)."""
         return self.path / "pipeline.jsonl"
 
     @property
     def faults(self) -> Path:
-        """The planned faults that have struck (fault_tolerance/injection)."""
+        """File with the planned faults that have struck (fault_tolerance/injection)."""
         return self.path / "faults.jsonl"
 
     @property
@@ -49,22 +49,22 @@ class RunDirectory:
 
     @property
     def logs(self) -> Path:
-        """The folder of the ranks' and the batch job's output."""
+        """The folder with the output of the ranks and of the batch job."""
         return self.path / "logs"
 
     @property
     def lock(self) -> Path:
-        """Locked by the job that uses the directory (run_lock.py)."""
+        """File that the job that uses the directory locks (run_lock.py)."""
         return self.path / ".lock"
 
     @property
     def secret(self) -> Path:
-        """With which the agents of several nodes sign their messages (launch/workers/secret.py)."""
+        """File with the secret that the agents of several nodes use to sign their messages (launch/workers/secret.py)."""
         return self.path / ".secret"
 
     @property
     def wandb_id(self) -> Path:
-        """The id of the run in Weights & Biases."""
+        """File with the id of the run in Weights & Biases."""
         return self.path / "wandb-id"
 
     @property
@@ -73,14 +73,13 @@ class RunDirectory:
         return self.path / "job.sbatch"
 
     def job_log(self, job: str) -> Path:
-        """The output of a SLURM job, by its number or SLURM's pattern for that."""
+        """Returns the path of the output of a SLURM job, given its number or SLURM's pattern for it (%j)."""
         return self.logs / f"slurm-{job}.log"
 
     def log(self, rank: int) -> Path:
-        """The output of a rank."""
+        """Returns the path of the output of a rank."""
         return self.logs / f"rank-{rank}.log"
 
     def has_begun(self) -> bool:
-        """Whether steps were done, so that there are checkpoints somewhere: judged by what a run writes after it has taken them.
-        Raises OSError."""
+        """Returns whether the run has completed steps, that is, whether metrics.jsonl is not empty. Raises OSError."""
         return self.metrics.exists() and self.metrics.stat().st_size > 0

@@ -1,10 +1,10 @@
-"""Keeps a run directory to a single job: `.lock`, held by the launcher, or by rank 0 if there is no launcher.
+"""Lets only one job use a run directory. The file `.lock` is locked by the launcher, or by rank 0 if there is no launcher.
 
 On several nodes, the node with the rendezvous store holds the lock: every run has exactly one such node. The other nodes only check
 that the job named in the file is their own.
 
-The kernel releases the lock however the process ends, so nothing is left to clean up. On a file system without locks it may not
-reach other hosts; the fence (checkpoint/fence.py) keeps their processes from committing checkpoints.
+The kernel releases the lock however the process ends, so nothing is left to clean up. On a network file system, other hosts may not
+see the lock; then the fence (checkpoint/saving/fence.py) keeps their processes from committing checkpoints.
 """
 
 import errno
@@ -23,13 +23,13 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.run_directory import RunDirectory
 
 _SURE_SECONDS = 1.0
-"""A lock held for longer belongs to a job: a check holds it only for a moment, and a job has written its name by then."""
+"""A lock that is held for longer belongs to a job, not to a check, and by then that job has written its name into the file."""
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def hold(run_dir: Path, job: str = "") -> Iterator[None]:
-    """Keeps other jobs out of `run_dir`, which is created if necessary, until the block ends.
+    """Locks `run_dir`, so that no other job can use it until the `with` block ends. Creates it if necessary.
 
     `job` names a job on several nodes; a requeued job has the same name. An earlier start of the same job does not block it,
     because on a network file system the lock of a crashed node may outlive it for a minute, and the fence keeps that start from
@@ -65,7 +65,7 @@ def refuse_if_held(run_dir: Path, job: str = "") -> None:
 
 
 def may_be_in_use(run_dir: Path) -> bool:
-    """Whether another process holds the lock of `run_dir`, or that cannot be known; changes nothing."""
+    """Returns whether another process holds the lock of `run_dir`; True also if that cannot be determined. Changes nothing."""
     try:
         descriptor = os.open(RunDirectory(run_dir).lock, os.O_RDWR)
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def _about_this_process(job: str) -> bytes:
 
 
 def _about(descriptor: int) -> dict[str, Any]:
-    """Returns what the holder of the lock has written about itself."""
+    """Returns what the holder of the lock has written about itself; {} if that cannot be read."""
     try:
         about = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:

@@ -2,9 +2,9 @@
 
 A rank's own time is the part of a step in which it does not wait for other ranks. In a synchronous run, every rank's step takes as
 long as the slowest rank's, so only own times show which rank that is. They are summed over a window of steps and exchanged with a
-small collective, and every rank draws the same conclusion from the same values. The peers of a rank are the ranks of its pipeline
-stage with the same experts, because uneven stages, and experts with more tokens, are more work and not slowness. A rank without
-peers is not judged.
+small collective, and every rank draws the same conclusion from the same values. A rank is compared with its peers, the ranks of its
+pipeline stage with the same experts: another stage, or experts with more tokens, may simply have more work. A rank without peers is
+not judged.
 """
 
 import math
@@ -22,17 +22,17 @@ from bagualu.fault_tolerance.config import StragglerConfig
 from bagualu.parallel.layout import Layout
 
 _WINDOWS, _SLOW = 5, 4
-"""A rank is flagged if _SLOW of the last _WINDOWS windows were slow, since a single long step now and then makes a window slow."""
+"""A rank is flagged if _SLOW of its last _WINDOWS windows were slow; an occasional long step makes only a single window slow."""
 _QUIET = 3
 """A flagged rank is cleared after this many windows in a row without slowness."""
 _MATTERS = 0.05
-"""The least fraction of the run's time that the slowness must cost."""
+"""Fraction of a window's time that the slowness must at least cost to count."""
 _FEWEST_STEPS, _MOST_STEPS = 5, 1000
 """The least and greatest number of steps in a window."""
 
 
 class WorkClock:
-    """Observes a monitor and measures the rank's own time, from the beginning of a step to `lap`, without waiting."""
+    """Observes a monitor and measures the rank's own time: from the beginning of a step to `lap`, except when it waits."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter, cpu: Callable[[], float] = time.process_time) -> None:
         self._now, self._cpu = now, cpu
@@ -54,7 +54,7 @@ class WorkClock:
             self._go()
 
     def lap(self) -> tuple[float, float]:
-        """Ends a step; returns (seconds of own work, processor seconds that the process used in them)."""
+        """Ends a step; returns (seconds of own work, processor seconds that the process used during them)."""
         self._halt()
         own_and_cpu = self._own, self._used
         self._own = self._used = 0.0
@@ -76,11 +76,11 @@ class Window:
     """A rank's times over the steps of a window, in seconds."""
 
     own: float
-    """Its own work."""
+    """Time of the rank's own work."""
     cpu: float
     """Processor time used in `own`. If it is less than `own`, the process was stopped or shared its cores."""
     wall: float
-    """The whole window, including waiting."""
+    """Time of the whole window, including waiting."""
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Straggler:
     since_step: int
     """The step at which it was flagged."""
     until_step: int | None = None
-    """The step at which it had recovered; None: not yet."""
+    """The step at which it was cleared; None if it is still slow."""
     ratio: float = 0.0
     """Its own seconds divided by the median of its peers'."""
     own_seconds: float = 0.0
@@ -110,13 +110,15 @@ class Straggler:
 
 @dataclass
 class Judge:
-    """Judges ranks from windows of times; the result depends only on the sequence of windows. `peers` are disjoint lists of
-    ranks."""
+    """Decides from windows of times which ranks are slow. The result depends only on the sequence of windows.
+
+    `peers` are disjoint lists of ranks; the ranks of a list are compared with each other. `ratio` is straggler.ratio.
+    """
 
     peers: Sequence[Sequence[int]]
     ratio: float
     history: list[Straggler] = field(default_factory=list)
-    """All flags ever set, in order."""
+    """All ranks ever flagged, in the order of the flags."""
     _slow: dict[int, deque[bool]] = field(default_factory=dict)
     _quiet: dict[int, int] = field(default_factory=dict)
 
@@ -126,7 +128,8 @@ class Judge:
         return [straggler for straggler in self.history if straggler.until_step is None]
 
     def add(self, step: int, steps: int, windows: Sequence[Window]) -> list[Straggler]:
-        """Adds a window of `steps` steps that ended with `step`, by rank; returns the ranks that it flagged or cleared."""
+        """Adds the times of every rank, by rank, over `steps` steps up to `step`; returns the ranks that are flagged or cleared by
+        them."""
         changed = []
         for group in self.peers:
             for rank in group:
@@ -162,7 +165,7 @@ class Judge:
 
 
 def same_work(layout: Layout) -> list[list[int]]:
-    """Returns the ranks in groups that do the same work: those of a pipeline stage with the same experts."""
+    """Returns groups of ranks with the same work: the ranks of a pipeline stage with the same experts."""
     groups: dict[tuple[int, int], list[int]] = {}
     for rank in range(layout.world):
         at = layout.coordinates(rank)
@@ -184,8 +187,8 @@ class Stragglers:
             world.monitor.observers.append(self._clock)
 
     def after_step(self, step: int, seconds: float) -> list[Straggler]:
-        """Records that step `step` (from 1) took `seconds`. Returns the ranks that were flagged or cleared, the same on every rank.
-        Collective at the end of a window."""
+        """Records that step `step` (from 1) took `seconds`. Returns the ranks that are now flagged or cleared, the same on every
+        rank. Collective at the end of a window."""
         if not self._judges:
             return []
         own, cpu = self._clock.lap()
@@ -203,7 +206,7 @@ class Stragglers:
         return self._judge.add(step, steps, windows)
 
     def now(self) -> list[dict[str, Any]]:
-        """Returns the ranks that are slow now, with the evidence, as plain JSON."""
+        """Returns the ranks that are slow now, with their times, as plain JSON."""
         return [asdict(straggler) for straggler in self._judge.flagged]
 
     def ever(self) -> list[dict[str, Any]]:

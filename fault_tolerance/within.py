@@ -1,4 +1,4 @@
-"""Bounds the time of an operation on storage that may not respond."""
+"""Limits the time of an operation on storage that may not respond."""
 
 import threading
 from collections.abc import Callable
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def within(seconds: float, look: Callable[[], T]) -> T:
-    """Returns or raises what `look` does; raises StorageError if it does neither within `seconds`."""
+    """Calls `look` and returns its result or raises its error. Raises StorageError if it does not end within `seconds`."""
     returned: list[T] = []
     raised: list[BaseException] = []
 

@@ -11,7 +11,8 @@ _INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> int:
-    """Run a command line and return its exit code. `entrypoint`: "module:function" that ranks run instead of the trainer."""
+    """Run a command line and return its exit code. Ranks run `entrypoint`, given as "module:function", instead of
+    the trainer."""
     streams.secure()
     words = sys.argv[1:] if arguments is None else arguments
     try:
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
 
 
 def _run_guarded(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
-    """As `_run`, but prints a RecipeError or OSError as one line instead of raising it."""
+    """Does and returns what `_run` does, but prints a RecipeError or OSError as one line instead of raising it."""
     # Everything else of Bagualu is imported inside this function, so that a Ctrl-C during these imports prints its line too.
     from bagualu.comm.errors import RecipeError
     from bagualu.trainer.process.failure import FAILED, REFUSED, os_error
@@ -41,7 +42,7 @@ def _run_guarded(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
 
 
 def _run(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
-    """Run a command line. Returns the exit code and the document for --json."""
+    """Run a command line. Returns the exit code and the object that --json prints."""
     from bagualu.launch.verbs import usage
 
     request = usage.read(words)

@@ -25,10 +25,10 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> int:
-    """Run this node's workers until training ends. Returns the exit code: that of the run, the same on every node that is in it."""
+    """Run this node's workers until training ends. Returns the exit code of the run, which is the same on all of its nodes."""
     streams.secure()
-    parser = argparse.ArgumentParser(prog="python -m bagualu.launch.node", description="One node's part of a run on several.")
-    parser.add_argument("--meet", required=True, metavar="HOST:PORT", help="where the nodes meet: one of them, and a free port")
+    parser = argparse.ArgumentParser(prog="python -m bagualu.launch.node", description="Run one node of a run on several nodes.")
+    parser.add_argument("--meet", required=True, metavar="HOST:PORT", help="one of the nodes, and a free port on it")
     parser.add_argument("--id", required=True, metavar="NAME", help="name that other runs with the same HOST:PORT do not use")
     parser.add_argument("--job", metavar="NAME", help="id of the batch job, the same after a requeue; default: --id")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the recipe, as for bagualu train; the same everywhere")
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
 
 
 def _check(recipe: Recipe) -> None:
-    """Raises RecipeError for mistakes in the recipe itself, which all nodes find alike."""
+    """Raises RecipeError for mistakes in the recipe itself, which every node refuses."""
     recipe.validate(recipe.world_size())
     if recipe.comm.backend == "simulated":
         raise RecipeError("comm.backend=simulated runs in one process; use bagualu train, or comm.backend=nccl or gloo here")
@@ -91,7 +91,7 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _meeting(recipe: Recipe, address: tuple[str, int], id: str, job: str, workers: int) -> Meeting:
-    """Returns the rendezvous of this run. Raises RecipeError when the job's secret cannot be used."""
+    """Returns the description of this run's rendezvous. Raises RecipeError when the job's secret cannot be used."""
     nodes, fewest = recipe.launch.nodes, recipe.launch.nodes
     if recipe.restart.elastic:
         fewest = -(-recipe.restart.min_workers // workers)

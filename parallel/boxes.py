@@ -1,4 +1,4 @@
-"""Axis-aligned boxes: the parts of a global tensor that a rank holds.
+"""Boxes, contiguous on every dim: the parts of a global tensor that a rank holds.
 
 A `Box` is an offset and a shape. Flat shards (ZeRO) hold ranges of a flattened tensor; `flat_range_to_boxes` converts a range to
 boxes. So a checkpoint contains boxes only, and every layout can read what any other layout has written.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Box:
-    """The elements offset[d] .. offset[d] + shape[d] - 1 of every dim d."""
+    """The elements with index offset[d] to offset[d] + shape[d] - 1 on every dim d."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -28,7 +28,7 @@ class Box:
 
     @property
     def stop(self) -> tuple[int, ...]:
-        """The index after the last one, on every dim."""
+        """The index after the last element, on every dim."""
         return tuple(o + s for o, s in zip(self.offset, self.shape, strict=True))
 
     def shift(self, by: tuple[int, ...]) -> "Box":
@@ -36,7 +36,7 @@ class Box:
         return Box(tuple(o + b for o, b in zip(self.offset, by, strict=True)), self.shape)
 
     def inside(self, shape: tuple[int, ...]) -> bool:
-        """Whether the box lies within a tensor of `shape`."""
+        """Returns whether the box lies within a tensor of `shape`."""
         return len(self.offset) == len(self.shape) == len(shape) and all(
             o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(self.offset, self.shape, shape, strict=True)
         )
@@ -48,7 +48,7 @@ class Box:
         return Box(start, shape) if all(n > 0 for n in shape) else None
 
     def within(self, shape: tuple[int, ...]) -> "Box | None":
-        """Its elements that lie within a tensor of `shape`; None when there are none."""
+        """Returns the part of the box that lies within a tensor of `shape`; None if there is none."""
         return self.intersection(Box((0,) * len(shape), tuple(shape)))
 
     def slices(self, origin: tuple[int, ...]) -> tuple[slice, ...]:
@@ -58,8 +58,8 @@ class Box:
 
 @dataclass(frozen=True)
 class TensorPiece:
-    """A box of the global tensor `name`, of shape `global_shape`: it begins at `offset` and has the shape of `tensor`, which holds
-    its values or is the memory to fill with them. Checkpoints save and load these, ranks move them, optimizers hand them out."""
+    """A box of the global tensor `name`, which has shape `global_shape`. The box begins at `offset` and has the shape of `tensor`,
+    which holds its values or is the memory to fill with them."""
 
     name: str
     global_shape: tuple[int, ...]
@@ -79,9 +79,9 @@ class TensorPiece:
 def flat_range_to_boxes(shape: Sequence[int], start: int, stop: int) -> list[tuple[int, Box]]:
     """Converts elements [start, stop) of the flattened (row-major) tensor of `shape` to the fewest boxes.
 
-    Returns (flat start, box) in flat order; a box holds the elements flat start .. flat start + box.elements - 1. In two dims there
-    are at most three boxes: a part of the first row, whole rows, and a part of the last row. In more dims each partial row is
-    divided in the same way. Raises ValueError for a range that does not lie in the tensor.
+    Returns (flat start, box) in flat order; a box holds the flat elements from its flat start to flat start + box.elements - 1. In
+    two dims there are at most three boxes: a part of the first row, whole rows, and a part of the last row. In more dims each
+    partial row is divided in the same way. Raises ValueError for a range that does not lie in the tensor.
     """
     shape = tuple(shape)
     if not 0 <= start <= stop <= prod(shape):
@@ -122,10 +122,11 @@ def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list[tup
 
 
 def _overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
-    """Returns two boxes that share elements, or None.
+    """Returns two boxes that share elements; None if no boxes do.
 
     Boxes are sorted by their start on the dim that has the most different starts, so that each box can overlap only the few boxes
-    that begin before it ends. All boxes are compared with their next neighbour at once, then with their second next, and so on.
+    that begin before it ends. In one array operation all boxes are compared with their next neighbour, then with the
+    second next, and so on.
     """
     if len(boxes) < 2:
         return None

@@ -22,10 +22,10 @@ class RebalanceConfig:
     """Steps between comparisons of the ranks' pass times; 0: layers never move. Default: 10 with balance=measured or analytic
     (0 with train.compile, where every move would compile again), otherwise 0."""
     threshold: float = 0.05
-    """Least gain of a move, as a fraction of the step time."""
+    """The least gain for which layers move, as a fraction of the step time."""
     windows: int = 3
-    """Comparisons in a row that must propose the same move. For a while after a move twice as many, so that layers do not
-    oscillate."""
+    """Comparisons in a row that must show this gain before layers move. Every move doubles the number for a while, so that layers
+    do not oscillate."""
 
     def validate(self) -> None:
         require_at_least(0, "parallel.rebalance", self, "every")
@@ -40,21 +40,22 @@ class ParallelConfig:
     """`parallel.*` of a recipe: the degree of every axis, and the settings of each mechanism."""
 
     data: int | None = None
-    """Replicas of the model. Default: the world size divided by the other degrees."""
+    """Number of replicas of the model. Default: the world size divided by the other degrees."""
     tensor: int = 1
-    """Ranks that share every matrix multiplication."""
+    """Number of ranks that share every matrix multiplication."""
     pipeline: int = 1
-    """Ranks over which the layers are split."""
+    """Number of ranks over which the layers are split."""
     expert: int = 1
-    """Ranks that share the experts. They are taken from the data x context ranks, so this degree divides their product."""
+    """Number of ranks that share the experts. They are taken from the data x context ranks, so this degree divides their
+    product."""
     context: int = 1
-    """Ranks that share a sequence."""
+    """Number of ranks that share a sequence."""
     sequence: bool = False
-    """Sequence parallelism: splits activations between tensor-parallel blocks along the sequence, over the tensor axis."""
+    """Whether activations between tensor-parallel blocks are split along the sequence, over the tensor axis."""
     virtual_stages: int | None = None
-    """Stages per rank. Default: as many as the schedule needs, 1 or (interleaved) 2."""
+    """Number of stages per rank. Default: 1, or 2 for schedules that need several (interleaved_1f1b, zb_v, v_half, dualpipe_v)."""
     engine: str = "native"
-    """The engine that holds weights and optimizer state: native, Bagualu's own."""
+    """The engine that holds weights and optimizer state: native (Bagualu's own)."""
     schedule: str = "1f1b"
     """Pipeline schedule: gpipe | 1f1b | interleaved_1f1b | zb_h1 | zb_v | v_half | dualpipe_v."""
     balance: Any = "uniform"
@@ -64,16 +65,16 @@ class ParallelConfig:
     """Speed of each pipeline rank, for balance=measured or analytic: measured, or a list relative to the device on which the costs
     are measured, e.g. [1.0,0.5]. Default: equal speeds."""
     shares: Any = None
-    """Micro-batches per step of each data rank, so that replicas of unequal speed finish together: measured, from their speeds at
-    the start, or a list, e.g. [5,3]. Default: equal shares."""
+    """Micro-batches per step of each data rank, so that replicas of unequal speed finish together: measured (from the speeds at the
+    start) or a list, e.g. [5,3]. Default: equal shares."""
     memory_bytes: Any = None
-    """Most memory that a rank may use for weights, gradients, optimizer state and activations: a number, or a list with a number
-    per pipeline rank. Default: no limit."""
+    """The most memory, in bytes, that a rank may use for weights, gradients, optimizer state and activations: a number, or a list
+    with a number per pipeline rank. Default: no limit."""
     rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
     zero: int = 1
     """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it."""
     bucket_bytes: int = 25 * 2**20
-    """Approximate size of a gradient bucket. Each is reduced as soon as it is complete, during the backward pass."""
+    """Approximate size of a gradient bucket. Each bucket is reduced as soon as it is complete, during the backward pass."""
 
     def validate(self) -> None:
         """Raises RecipeError for settings that are invalid for every world size."""

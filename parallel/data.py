@@ -28,7 +28,7 @@ from bagualu.parallel.sharding import ShardingPlan
 
 _NORM_PIECE = 2**10
 _SHARD_MULTIPLE = 8
-"""Elements. Every shard's bounds are multiples of this, so that a shard of any dtype can be read as 64-bit integers."""
+"""Number of elements of which every shard's bounds are a multiple, so that a shard of any dtype can be read as 64-bit integers."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,17 @@ class BucketKind:
     """The properties that all parameters of a bucket share."""
 
     reduction_axis: str
+    """The mesh axis over which gradients are summed and, under ZeRO-1, optimizer state is partitioned."""
     partial_over: str | None
+    """An axis over which each rank computes only a part of the gradient, so that it is summed first; None if there is none."""
     tied: bool
+    """Whether the first and the last stage hold the parameter on different ranks, so that its gradient is summed over both."""
     copied_over: str | None
-    """An axis, other than the reduction axis, along which ranks hold the same elements and compute the same gradient."""
+    """A further axis along which ranks hold the same elements and compute the same gradient; None if there is none."""
     counted: bool
-    """Whether this rank's copy, among those on other stages and tensor ranks, is the one counted in the norm and in checkpoints."""
+    """Whether the norm and checkpoints count this rank's copy rather than a copy on another stage or tensor rank."""
     decayed: bool
+    """Whether weight decay applies."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,17 @@ class Entry:
     name: str
     parameter: torch.nn.Parameter
     global_shape: tuple[int, ...]
-    """Without padding."""
+    """The shape of the global tensor, without padding."""
     box: Box
-    """With the padding that this rank holds."""
+    """The part of the global tensor that this rank holds, including padding."""
     start: int
     uses: int
-    """Gradients per micro-batch: 2 if the embedding and the head of this rank are the same tensor, else 1."""
+    """Number of gradients per micro-batch: 2 if the embedding and the head of this rank are the same tensor, else 1."""
 
 
 @dataclass
 class Bucket:
-    """Parameters that are reduced and updated together. This rank's shard is its part if partitioned, otherwise all of them."""
+    """Parameters that are reduced and updated together. This rank's shard is its part of a partitioned bucket, else all of it."""
 
     kind: BucketKind
     group: Group
@@ -74,7 +78,9 @@ class Bucket:
     lent: bool = False
     """Whether other ranks read the gradients in this rank's memory (see `Group.lend`)."""
     pending: int = 0
+    """The number of gradients that are still to be added in this step."""
     work: list[Work] = field(default_factory=list)
+    """The reductions in progress."""
 
     @property
     def shard(self) -> slice:
@@ -127,8 +133,9 @@ def build_buckets(
 ) -> list[Bucket]:
     """Moves the model's parameters into flat buckets; the parameters become views of them.
 
-    Parameters need `global_shape` and `box` (see apply.py). They are visited last to first, roughly the order in which the backward
-    pass finishes them. The buckets are the same on every rank of a group, because the plan and the order are. `uses`: see `Entry`.
+    Parameters need `global_shape` and `box` (see parallelize.py). They are visited last to first, roughly the order in which the
+    backward pass finishes them. The buckets are the same on every rank of a group, because plan and order are the same. `uses`
+    returns `Entry.uses` of a parameter.
     """
     open_buckets: dict[BucketKind, list[tuple[str, torch.nn.Parameter]]] = {}
     buckets: list[Bucket] = []
@@ -188,18 +195,20 @@ class GradientReducer:
     """Adds the gradients of a step's micro-batches to the buckets, and starts to reduce a bucket once it is complete."""
 
     def __init__(self, buckets: list[Bucket], mesh: Mesh, fused: Callable[[str], bool] = lambda _: False) -> None:
-        """`fused` is true for the names of parameters whose kernels write the gradient straight to the bucket (`gradient_sink`)."""
+        """`fused` returns whether the kernels of the parameter with this name add its gradient straight to the bucket
+        (`gradient_sink`)."""
         self.buckets = buckets
         self.mesh = mesh
         self.put_off: list[Callable[[], None]] | None = None
         """Deferred computations of gradients; None while nothing is deferred."""
         self.before_reduction: Callable[[torch.Tensor], None] | None = None
-        """Called with each bucket's gradients when this rank's part of them is complete and no other rank's has been added."""
+        """Called with each bucket's gradients when this rank's are complete and before other ranks' are added; None: no call."""
         self._sinks: list[GradientSink] = []
         self._handles: list[RemovableHandle] = []
-        self._at_once = [bucket for bucket in buckets if not _waits_for_all(bucket)]
+        self._reduced_early = [bucket for bucket in buckets if not _waits_for_all(bucket)]
+        """Buckets whose reduction starts during the backward pass, in order, as soon as they are complete."""
         self._begun = 0
-        """The number of buckets of `_at_once` whose reduction has begun."""
+        """How many of those reductions have been started during this step."""
         for bucket in buckets:
             for entry in bucket.entries:
                 sink = GradientSink(self, bucket, _gradient_of(entry, bucket))
@@ -209,7 +218,8 @@ class GradientReducer:
                 self._sinks.append(sink)
 
     def lend(self) -> None:
-        """Makes the gradients of partitioned buckets readable by the other ranks, where possible: then no gradients are sent.
+        """Where possible, lets the other ranks read the gradients of partitioned buckets in this rank's memory, so that none are
+        sent.
 
         All ranks of a group call this between steps, for their buckets in the same order.
         """
@@ -222,7 +232,8 @@ class GradientReducer:
             sink.view = _gradient_of(entry, bucket)
 
     def begin(self, micro_batches: int) -> None:
-        """Prepares for a step in which each parameter takes part in `micro_batches` backward passes. Call it before the first."""
+        """Prepares for a step in which each parameter takes part in `micro_batches` backward passes. Call it before the first
+        of them."""
         for sink in self._sinks:
             sink.fresh = True
         self._begun = 0
@@ -230,11 +241,12 @@ class GradientReducer:
             bucket.pending = sum(entry.uses for entry in bucket.entries) * micro_batches
 
     def finish(self) -> None:
-        """Call this after the last backward pass. On return, shard_gradients of every bucket holds the reduced gradient."""
+        """Finishes all reductions; call it after the last backward pass. Then shard_gradients of every bucket holds the reduced
+        gradient."""
         for sink in self._sinks:
             if sink.fresh:  # its parameter took no part in this step's loss
                 sink.view.zero_()
-        for bucket in self._at_once[self._begun :]:
+        for bucket in self._reduced_early[self._begun :]:
             self._reduce(bucket)
         for bucket in self.buckets:
             if _waits_for_all(bucket):
@@ -248,7 +260,8 @@ class GradientReducer:
 
     @contextmanager
     def putting_off(self) -> Iterator[list[Callable[[], None]]]:
-        """In this context, sinks defer the gradients of weights; yields the list of functions that compute them later."""
+        """Within this context, sinks defer the gradients of weights. Yields the list to which the functions that compute them are
+        added."""
         self.put_off = []
         try:
             yield self.put_off
@@ -256,18 +269,18 @@ class GradientReducer:
             self.put_off = None
 
     def count(self, bucket: Bucket) -> None:
-        """Records that a parameter's gradient of a micro-batch was added.
+        """Records that a gradient of a parameter was added to `bucket`, and starts the reductions that have become possible.
 
         Reductions begin in the order of the buckets, not of their completion, since ranks with different numbers of micro-batches
         complete them in different orders.
         """
         bucket.pending -= 1
-        while self._begun < len(self._at_once) and self._at_once[self._begun].pending == 0:
+        while self._begun < len(self._reduced_early) and self._reduced_early[self._begun].pending == 0:
             self._begun += 1
-            self._reduce(self._at_once[self._begun - 1])
+            self._reduce(self._reduced_early[self._begun - 1])
 
     def close(self) -> None:
-        """Removes the hooks, which tie parameters and buckets in reference cycles that Python's garbage collector cannot see."""
+        """Removes the hooks. They connect parameters and buckets in reference cycles that Python's garbage collector cannot see."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -296,7 +309,7 @@ def _gradient_of(entry: Entry, bucket: Bucket) -> torch.Tensor:
 
 @dataclass
 class GradientSink:
-    """Receives a parameter's gradient: adds it to `view`, the parameter's part of the bucket, in the parameter's shape."""
+    """Adds a parameter's gradients to `view`, the parameter's part of its bucket, in the parameter's shape."""
 
     reducer: GradientReducer
     bucket: Bucket
@@ -305,14 +318,15 @@ class GradientSink:
     """Whether no gradient of this step has been added yet."""
 
     def take(self, parameter: torch.Tensor) -> None:
-        """The parameter's hook: moves the gradient that autograd has accumulated, if any, to the bucket."""
+        """Adds the gradient that autograd has accumulated, if any, to the bucket and drops it. This is the parameter's hook."""
         if parameter.grad is None:
             return
         self.add(parameter.grad)
         parameter.grad = None
 
     def add_products(self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
-        """Adds left @ right, the gradient of a matrix, or that of each matrix of [E, O, I] in turn; does not round or copy them."""
+        """Adds left @ right, the gradient of a matrix [O, I]; for E matrices [E, O, I], adds a product to each. Where possible, the
+        products are neither rounded nor copied."""
         self._run_or_defer(partial(self._add_products, lefts, rights))
 
     def add_rows(self, rows: torch.Tensor, indices: torch.Tensor) -> None:
@@ -374,13 +388,13 @@ def gradient_sink(parameter: torch.Tensor) -> GradientSink | None:
 
 
 def _waits_for_all(bucket: Bucket) -> bool:
-    """Whether the bucket's reduction also crosses a second group. Such buckets are reduced last, in the same order on every rank,
-    so that no two ranks wait for each other in different groups."""
+    """Returns whether the bucket is also reduced over a second group. Such buckets are reduced last, in the same order on every
+    rank, so that no two ranks wait for each other in different groups."""
     return bucket.kind.tied or bucket.kind.partial_over is not None
 
 
 def gather_weights(buckets: list[Bucket]) -> None:
-    """Completes every rank's working weights after the shards were updated: gathers the shards of partitioned buckets."""
+    """Gathers the updated shards of partitioned buckets, so that every rank has all working weights again. Collective."""
     works = []
     for bucket in buckets:
         if bucket.partitioned:

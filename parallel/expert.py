@@ -1,6 +1,6 @@
 """Expert parallelism: sends tokens to the ranks that hold their experts, and the results back.
 
-Shapes: N rows (copies of tokens, one per expert of a token), H hidden, E experts, e = E / group.size experts on this rank.
+Shapes: N rows (a copy of each token for each of its experts), H hidden, E experts, e = E / group.size experts on this rank.
 """
 
 from dataclasses import dataclass
@@ -16,28 +16,35 @@ class Routed:
     """Rows on the rank of their experts, grouped by expert, and the data needed to send the results back."""
 
     rows: torch.Tensor
+    """The rows for this rank's experts [n, H], sorted by expert."""
     counts: list[int]
     """The number of rows of each expert on this rank."""
     order: torch.Tensor | None = None
-    """rows[i] was received at index order[i]."""
+    """For each row, its index in the order of arrival; None if the rows did not move."""
     sent: tuple[int, ...] = ()
+    """The number of rows sent to each rank."""
     received: tuple[int, ...] = ()
+    """The number of rows received from each rank."""
 
 
 class LocalExperts:
-    """All experts are on this rank, so rows that are sorted by expert need no communication."""
+    """Routes rows to experts that are all on this rank, which needs no communication."""
 
     def dispatch(self, rows: torch.Tensor, counts: torch.Tensor) -> Routed:
-        """Takes rows [N, H], sorted by expert, and counts [E], the number of rows per expert."""
+        """Brings each row to the rank of its expert and returns the rows that this rank's experts process.
+
+        rows [N, H] are sorted by expert; counts [E] is the number of rows of each expert.
+        """
         return Routed(rows, counts.tolist())
 
     def combine(self, results: torch.Tensor, routed: Routed) -> torch.Tensor:
-        """Returns the results [N, H] in the order of the rows given to `dispatch`."""
+        """Sends results, one per row of `routed.rows`, back and returns them [N, H] in the order of the rows given to
+        `dispatch`."""
         return results
 
 
 class ExpertParallel(LocalExperts):
-    """The experts are split over `group` in order. A layer takes two all-to-alls of rows and one of the counts."""
+    """Routes rows to experts that are split over `group` in order. A layer takes two all-to-alls of rows and one of counts."""
 
     def __init__(self, group: Group) -> None:
         self.group = group

@@ -1,8 +1,8 @@
-"""Rank arithmetic, without torch: the coordinate of a rank on each axis, and the groups of ranks that differ on a single axis.
+"""Rank arithmetic: the coordinate of a rank on each axis, and the groups of ranks that differ on a single axis.
 
 The order of axes, slowest first, is pipeline, data, context, tensor. Ranks of a tensor group are neighbours, on the fastest links;
 stages are farthest apart because they exchange least. Expert ranks are taken from the data x context ranks ("fold"), and the expert
-coordinate runs fastest within them. So the all-to-all of every layer stays on near ranks, and only the gradient reduction, once a
+coordinate varies fastest within them. So the all-to-all of every layer stays on near ranks, and only the gradient reduction, once a
 step, crosses far ranks (BaGuaLu's MoDa layout, PPoPP'22, section 4).
 """
 
@@ -43,6 +43,7 @@ class Layout:
         }  # fmt: skip
 
     def size(self, axis: str) -> int:
+        """Returns the number of ranks along `axis`."""
         if axis == "replica":
             return self.fold // self.expert
         return int(getattr(self, axis))
@@ -81,10 +82,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class StagePlacement:
-    """Which pipeline rank holds which stages: `chunks` stages on each of `ranks` ranks.
+    """The assignment of stages to pipeline ranks: `chunks` stages on each of `ranks` ranks.
 
-    Consecutive stages lie on consecutive ranks and start again at rank 0 after the last rank. With `v_shaped`, every second pass
-    over the ranks runs backwards, so with two chunks the last stage lies on the rank of the first.
+    Consecutive stages are on consecutive ranks and start again at rank 0 after the last rank. With `v_shaped`, every second pass
+    over the ranks runs backwards, so with two chunks the last stage is on the same rank as the first.
     """
 
     ranks: int
@@ -96,6 +97,7 @@ class StagePlacement:
         return self.ranks * self.chunks
 
     def rank_of(self, stage: int) -> int:
+        """Returns the pipeline rank that holds `stage`."""
         chunk, index = divmod(stage, self.ranks)
         return self.ranks - 1 - index if self.v_shaped and chunk % 2 else index
 

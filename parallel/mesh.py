@@ -20,13 +20,16 @@ class Mesh:
 
     layout: Layout
     placement: StagePlacement
-    """Which rank of the pipeline axis holds which stages."""
+    """The assignment of stages to the ranks of the pipeline axis."""
     coordinates: dict[str, int]
     groups: dict[str, Group]
 
     @staticmethod
     def build(layout: Layout, communicator: Communicator, placement: StagePlacement | None = None) -> "Mesh":
-        """Makes the groups, on each of the `layout.world` ranks. Without a placement, every pipeline rank holds a single stage."""
+        """Creates this rank's groups and returns its mesh. Without a placement, every pipeline rank holds a single stage.
+
+        All `layout.world` ranks call this together.
+        """
         rank = communicator.rank
         placement = placement or StagePlacement(layout.pipeline)
         at = layout.coordinates(rank)
@@ -52,7 +55,7 @@ class Mesh:
         return self.group("world").monitor
 
     def at(self, axis: str) -> int:
-        """This rank's coordinate on `axis`."""
+        """Returns this rank's coordinate on `axis`."""
         return self.coordinates[axis]
 
     @property
@@ -95,7 +98,7 @@ def _open_connections(mesh: Mesh, communicator: Communicator) -> None:
     """Sends one element over every connection of the pipeline, one connection after the other.
 
     Some backends (NCCL) connect two ranks at their first message, and both block until then. The first messages of a schedule come
-    in an order in which ranks would block each other for ever.
+    in an order in which ranks would block each other forever.
     """
     here, element = mesh.at("pipeline"), torch.zeros(1, device=communicator.device)
     for gradients, source, destination in _connections(mesh.placement):
@@ -106,7 +109,7 @@ def _open_connections(mesh: Mesh, communicator: Communicator) -> None:
 
 
 def _connections(placement: StagePlacement) -> list[tuple[bool, int, int]]:
-    """Returns (whether gradients, source, destination) of all pairs of pipeline ranks that exchange activations or gradients."""
+    """Returns (whether it carries gradients, source, destination) for every connection between pipeline ranks."""
     connections: dict[tuple[bool, int, int], None] = {}
     for stage in range(placement.stages):
         for gradients, step in ((False, 1), (True, -1)):
@@ -120,7 +123,7 @@ _RETURNING = ("pipeline_return", "pipeline_back_return")
 
 
 def message_group(gradients: bool, source: int, destination: int) -> str:
-    """Returns the name of the group for these messages.
+    """Returns the name of the group in which `source` sends activations, or gradients, to `destination`.
 
     Activations go to a later rank and gradients to an earlier rank, except where the stages wrap around or run back (V shape).
     """

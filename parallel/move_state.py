@@ -1,6 +1,6 @@
-"""Moves boxes of global tensors from the ranks that hold them to the ranks that want them, from memory to memory.
+"""Moves boxes of global tensors from the memory of the ranks that hold them to the ranks that want them.
 
-These are the boxes that checkpoints contain, so whatever a checkpoint can reshard can also be moved without a checkpoint.
+Checkpoints contain the same boxes, so every change of layout that works through a checkpoint also works without one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ Table = dict[str, list[Any]]
 
 
 def table(held: Sequence[TensorPiece], wanted: Sequence[TensorPiece]) -> Table:
-    """Returns the boxes in a form that JSON can carry to the other ranks."""
+    """Returns the boxes that this rank holds and wants as plain JSON, to be sent to the other ranks."""
     return {
         "held": [(piece.name, piece.box.offset, piece.box.shape) for piece in held],
         "wanted": [(piece.name, piece.box.offset, piece.box.shape) for piece in wanted],
@@ -48,7 +48,7 @@ class Relocation:
         self._receive_buffers = [_buffer(tensors, group.device) if i != here else None for i, tensors in enumerate(self._incoming)]
 
     def run(self) -> None:
-        """Moves all values. Every rank of the group calls this. It allocates no memory.
+        """Moves all values. Collective. It allocates no memory.
 
         Each pair of ranks exchanges at most one message in each direction; all ranks go through the pairs in the same order.
         """
@@ -89,7 +89,7 @@ def _split(buffer: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tens
 
 Boxes = list[tuple[str, Box]]
 ByName = dict[str, list[tuple[int, Box]]]
-"""Name of a tensor -> (index in the list, box) of each of its boxes."""
+"""For each tensor name, its boxes as (index in the list, box)."""
 
 
 def _boxes(rows: list[Any]) -> Boxes:

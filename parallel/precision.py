@@ -1,4 +1,4 @@
-"""The dtype in which this chip multiplies matrices that are stored in a given dtype.
+"""Chooses the dtype in which this chip multiplies matrices that are stored in a given dtype.
 
 Storing bfloat16 and multiplying in float32 gives the same result as a bfloat16 unit that accumulates in float32, because products
 of bfloat16 numbers are exact in float32. A CPU without bfloat16 instructions runs the 16-bit path several times slower than
@@ -28,5 +28,6 @@ def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def on_nvidia(tensor: torch.Tensor) -> bool:
-    """Whether tensor is on an NVIDIA GPU that multiplies bfloat16 (Ampere or later). torch says "cuda" for AMD GPUs as well."""
+    """Returns whether `tensor` is on an NVIDIA GPU that multiplies bfloat16 (Ampere or later). torch says "cuda" for AMD GPUs as
+    well."""
     return tensor.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) >= (8, 0)

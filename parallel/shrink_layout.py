@@ -1,4 +1,4 @@
-"""The layout with which a run continues after it has lost ranks."""
+"""Chooses the layout with which a run continues after it has lost ranks."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,9 +8,9 @@ from bagualu.parallel.layout import Layout
 def largest_layout(full: Layout, ranks: int, valid: Callable[[Layout], bool]) -> Layout | None:
     """Returns the valid layout of at most `ranks` ranks that is nearest to `full`; None if there is none.
 
-    No degree grows. The layout keeps tensor, pipeline, context and, if possible, expert, because they determine the memory of a
-    rank, and gives up as few data-parallel replicas as it can. Only when not even one whole replica fits do the slices of the model
-    grow; then the layout that uses the most ranks is chosen.
+    No degree grows. The tensor, pipeline, context and, if possible, expert degrees stay the same, because they determine the memory
+    of a rank, and as few data-parallel replicas as possible are given up. If not even one whole replica fits, these degrees
+    shrink too, and the layout that uses the most ranks is chosen.
     """
     for layout in _candidates(full, ranks):
         if valid(layout):
@@ -35,7 +35,7 @@ def _candidates(full: Layout, ranks: int) -> Iterator[Layout]:
 
 
 def _replicas(full: Layout, pipeline: int, context: int, tensor: int, ranks: int) -> Iterator[Layout]:
-    """Yields every layout with these slices: all numbers of replicas, each with all expert degrees that divide its ranks."""
+    """Yields every layout with these degrees: all numbers of replicas, each with all expert degrees that divide data x context."""
     for data in range(1, min(full.data, ranks // (pipeline * context * tensor)) + 1):
         for expert in range(1, full.expert + 1):
             if data * context % expert == 0:

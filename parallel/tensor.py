@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism: what happens to activations at the boundary of a block whose matrices are split.
+"""Tensor and sequence parallelism: the collectives at the boundaries of a block whose matrices are split.
 
 Shapes: B micro-batch, S sequence, H hidden; t the tensor axis.
 
@@ -23,12 +23,12 @@ _SEQUENCE_DIM = 1
 
 
 def enter(x: torch.Tensor, group: Group, sequence: bool) -> torch.Tensor:
-    """Enters a block: returns x for the whole sequence [B, S, H]. The backward pass sums the gradients over the group."""
+    """Returns the input of a block, x for the whole sequence [B, S, H]. The backward pass sums the gradients over the group."""
     return gather_from(x, group, _SEQUENCE_DIM) if sequence else copy_to(x, group)
 
 
 def leave(x: torch.Tensor, group: Group, sequence: bool) -> torch.Tensor:
-    """Leaves a block: returns the sum of the ranks' partial x [B, S, H], or with `sequence` this rank's slice of it [B, S/t, H]."""
+    """Returns the output of a block, the sum of the ranks' partial x [B, S, H]; with `sequence`, this rank's slice [B, S/t, H]."""
     return scatter_to(x, group, _SEQUENCE_DIM) if sequence else reduce_from(x, group)
 
 

@@ -19,7 +19,7 @@ from bagualu.parallel.data import gradient_sink
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 IGNORED = -100
-"""The label of a position that does not count in the loss."""
+"""The label of a token that does not count in the loss."""
 
 
 def embedding(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _plus_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Returns total + left @ right, in place if possible: a single product in its own dtype, a sum in at least float32."""
+    """Returns total + left @ right, in place if possible. If total is None, the product keeps its dtype; a sum is in at least
+    float32."""
     if total is None:
         return left @ right
     total = total.to(accurate_dtype(total.dtype))
@@ -127,7 +128,8 @@ def _plus_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.T
 
 
 def _loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None) -> torch.Tensor:
-    """Returns a chunk's summed loss and turns `logits` [n, V] into their gradient. `target` [n] counts from this rank's row 0."""
+    """Returns a chunk's summed loss and turns `logits` [n, V] into their gradient. `target` [n] is relative to this rank's first
+    row."""
     here = counts & (target >= 0) & (target < logits.shape[1])
     row = torch.where(here, target, 0).unsqueeze(1)
     high = logits.amax(1, keepdim=True) if logits.shape[1] else logits.new_full((logits.shape[0], 1), -torch.inf)

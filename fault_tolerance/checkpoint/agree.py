@@ -1,4 +1,4 @@
-"""All ranks or none, with the errors of checkpoints."""
+"""Agreement between ranks (bagualu.comm.agree) that raises the errors of checkpoints."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def on_all(function: Callable[[], T], group: Group) -> T:
-    """Returns `function()` if no rank raises, like `bagualu.comm.agree.on_all`. Collective.
+    """Calls `function` and returns its result if it raised on no rank, like `bagualu.comm.agree.on_all`. Collective.
 
     Otherwise every rank raises the same error: RecipeError, CheckpointError, or CheckpointStorageError if only storage failed.
     """

@@ -1,9 +1,9 @@
 """A checksum that reads a tensor once, at memory bandwidth, on the tensor's own device.
 
-The tensor's bits are taken as 64-bit words in rows; the sums of the rows are multiplied by odd weights and added up, modulo 2^64.
-One flipped bit changes a row's sum by a power of two, and an odd number times that is never zero, so it is always detected. Several
-are detected unless they cancel within a row or, with a chance of 2^-64, between rows. The checksum detects errors, not forgeries;
-checkpoints use a stronger hash.
+The tensor's bits are arranged as rows of 64-bit words; the sums of the rows are multiplied by odd weights and added up, modulo
+2^64. A single flipped bit is always detected, because it changes a row's sum by a power of two, and that times an odd number is
+never zero. Several flipped bits are detected unless they cancel within a row or, with a chance of 2^-64, between rows. The checksum
+detects errors, not forgeries; checkpoints use a stronger hash.
 """
 
 import torch
@@ -27,7 +27,8 @@ def combine(values: torch.Tensor) -> torch.Tensor:
 
 
 def _words(flat: torch.Tensor) -> torch.Tensor:
-    """Returns the bits of a flat tensor as int64, as a copy padded with zeros if they do not fill or start at whole words."""
+    """Returns the bits of a flat tensor as int64 words. They are copied and padded with zeros if they do not start and end at word
+    boundaries."""
     missing = -flat.numel() * flat.element_size() % 8
     if missing or flat.storage_offset() * flat.element_size() % 8:
         octets = flat.contiguous().clone().view(torch.uint8)

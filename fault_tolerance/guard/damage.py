@@ -3,7 +3,7 @@
 - The seal: checksums of master weights and moments, taken after an update and compared before the next one. Nothing may change them
   in between, so a rank whose checksums differ is damaged.
 - Copies: the owner of a shard derives its working weights from its master weights, and every copy on other ranks must equal them.
-  So two ranks are enough to know which is wrong, and all weights can be gathered again.
+  So it is known which rank is wrong even if there are only two, and all weights can be gathered again.
 - Replicas: state that several ranks hold (ZeRO off, parameters that tensor ranks or the first and last stage share) is compared.
 """
 
@@ -22,24 +22,25 @@ from bagualu.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Damage:
-    """One damaged thing on one rank."""
+    """A damaged tensor, or a damaged working copy, on one rank."""
 
     kind: str
-    """"state": differs from its seal; "replica": differs from other holders of the same state; "copy": wrong working weights."""
+    """How it was detected. "state": it differs from its seal; "replica": it differs from other holders of the same state; "copy":
+    the working weights differ from the owner's master weights."""
     what: str
     """Description for messages, e.g. "exp_avg of layers.3.down.weight and 4 more"."""
     owner: int
     """Global rank whose state is damaged; for a copy, the rank whose working weights it should equal."""
     axis: str = ""
-    """The axis along which other ranks hold the same state; "" if none does."""
+    """The mesh axis along which other ranks hold the same state; "" if no other rank does."""
     place: int = 0
-    """Index of the shard among those that are held along this axis."""
+    """Index of the shard among those that all ranks along this axis hold."""
     holders: tuple[int, ...] = ()
-    """Global ranks that hold the same state, including this one."""
+    """Global ranks that hold the same state, including the damaged rank; empty if no other rank does."""
 
 
 class DamageCheck:
-    """Checks one rank's state. `inspect` is collective; `seal` is not."""
+    """Checks this rank's optimizer state and working weights. `inspect` is collective; `seal` is not."""
 
     def __init__(self, engine: GuardedEngine, mesh: Mesh) -> None:
         self._engine, self._mesh = engine, mesh
@@ -64,20 +65,24 @@ class DamageCheck:
         self._seal = None
 
     def inspect(self) -> bool:
-        """Compare all state and weights. Returns whether this rank is damaged; `found` then lists the damage."""
+        """Compare all state and weights. Returns whether this rank is damaged and lists the damage in `found`.
+
+        Collective.
+        """
         state = self._state()
         rows: list[list[int]] = state.tolist()
         self.found = self._broken(rows) + self._different_replicas(state) + self._bad_copies(state)
         return bool(self.found)
 
     def not_finite(self, spoilt: Sequence[tuple[int, str]]) -> list[Damage]:
-        """Returns the damage for state of this rank that an update left non-finite, given as (index of the shard, kind)."""
+        """Returns a Damage for each tensor of this rank's state that an update left non-finite, given as (index of the shard,
+        kind)."""
         return [self._damaged_state("replica", index, kind) for index, kind in spoilt]
 
     def repair(self, damages: Sequence[Sequence[Damage]]) -> None:
-        """Repair `damages` (by rank, the same on every rank): state from another holder, copies from the master weights.
+        """Repair state by a copy from another holder, and working copies from the master weights.
 
-        Collective. The damages must be `repairable`.
+        Collective. `damages` lists the damage of each rank, the same on every rank; it must be `repairable`.
         """
         for damage in _distinct(damages):
             if damage.axis and self.rank in damage.holders:
@@ -88,7 +93,7 @@ class DamageCheck:
         self._engine.publish()
 
     def _state(self) -> torch.Tensor:
-        """Returns the checksums of this rank's state [shards, kinds]; 0 for kinds that a shard does not have."""
+        """Returns the checksums of this rank's state, int64 [shards, kinds of tensors]; 0 for kinds that a shard does not have."""
         rows = [torch.stack([checksum(tensor) for tensor in shard.tensors.values()]) for shard in self._engine.shards()]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
@@ -104,7 +109,7 @@ class DamageCheck:
         ]
 
     def _different_replicas(self, state: torch.Tensor) -> list[Damage]:
-        """Returns the state of this rank that differs from the other holders' replicas."""
+        """Returns the damage of this rank's state that differs from other holders' replicas. Collective."""
         shards, damages = self._engine.shards(), []
         for axis in self._sharing_axes():
             members, group = self._shared(axis), self._mesh.group(axis)
@@ -121,11 +126,11 @@ class DamageCheck:
         return [axis for axis in axes if self._shared(axis) and self._mesh.group(axis).size > 1]
 
     def _shared(self, axis: str) -> list[int]:
-        """Returns the indices of the shards whose state is the same on all ranks along `axis`, in an order common to these."""
+        """Returns the indices of the shards whose state is the same on all ranks along `axis`, in the same order on all of them."""
         return [index for index, shard in enumerate(self._engine.shards()) if axis in shard.held_along]
 
     def _bad_copies(self, state: torch.Tensor) -> list[Damage]:
-        """Returns the working weights on this rank that differ from those derived from their owner's master weights."""
+        """Returns the damage of this rank's working weights that differ from their owner's master weights. Collective."""
         shards, damages = self._engine.shards(), []
         for axis in sorted({shard.axis for shard in shards}):
             members = [index for index, shard in enumerate(shards) if shard.axis == axis]
@@ -140,7 +145,8 @@ class DamageCheck:
         return damages
 
     def _bad_copy(self, shard: StateShard, owner: int) -> Damage:
-        """Returns the damage of a copy. Without a seal the owner may be the damaged rank: both are named, neither is repaired."""
+        """Returns the Damage of a working copy. Without a seal the owner may be the damaged rank, so both are named and neither is
+        repaired."""
         if self.sealed:
             return Damage("copy", f"working copy of {shard.name}", owner)
         return Damage("replica", f"working copy of {shard.name}, not as on rank {owner}", self.rank, "", 0, (self.rank, owner))
@@ -165,14 +171,14 @@ def as_json(damages: Sequence[Damage]) -> list[dict[str, Any]]:
 
 
 def from_json(rows: Sequence[dict[str, Any]]) -> list[Damage]:
-    """The inverse of `as_json`."""
+    """Returns the damages that `as_json` has converted to `rows`."""
     return [Damage(**{**row, "holders": tuple(row["holders"])}) for row in rows]
 
 
 def blame(damages: Sequence[Sequence[Damage]]) -> list[list[Damage]]:
-    """Returns, by rank, the findings of all ranks without those that another rank's damage explains.
+    """Returns the damages of every rank without those that another rank's damage explains.
 
-    A broken seal is certain damage. A rank that only differs from a rank with a broken seal holds the right values.
+    A broken seal proves damage. A rank that only differs from a rank with a broken seal is not damaged.
     """
     broken = {rank for rank, own in enumerate(damages) if any(damage.kind == "state" for damage in own)}
 
@@ -184,18 +190,18 @@ def blame(damages: Sequence[Sequence[Damage]]) -> list[list[Damage]]:
 
 
 def repairable(damages: Sequence[Sequence[Damage]]) -> bool:
-    """Whether some rank holds an intact copy of each damaged piece of state. Working copies can always be recomputed."""
+    """Returns whether some rank holds an intact copy of each damaged piece of state. Working copies can always be recomputed."""
     return all(_intact_holder(damage, damages) >= 0 for own in damages for damage in own if damage.kind != "copy")
 
 
 def _distinct(damages: Sequence[Sequence[Damage]]) -> list[Damage]:
-    """Returns one damage for every damaged piece of state, in the same order on all ranks."""
+    """Returns one Damage for every damaged piece of state, in the same order on all ranks."""
     pieces = {(damage.axis, damage.place, damage.holders): damage for own in damages for damage in own if damage.kind != "copy"}
     return list(pieces.values())
 
 
 def _intact_holder(damage: Damage, damages: Sequence[Sequence[Damage]]) -> int:
-    """Returns a rank that holds the same state undamaged; -1 if there is none."""
+    """Returns a rank that holds an undamaged copy of the same state; -1 if there is none."""
     piece = (damage.axis, damage.place, damage.holders)
     for holder in damage.holders if damage.axis else ():
         if all((other.axis, other.place, other.holders) != piece or other.kind == "copy" for other in damages[holder]):
@@ -204,7 +210,7 @@ def _intact_holder(damage: Damage, damages: Sequence[Sequence[Damage]]) -> int:
 
 
 def _gather(own: torch.Tensor, group: Group) -> list[Any]:
-    """Returns the integers of every rank of the group, by its position in the group. Collective."""
+    """Returns the values of `own` of every rank of the group, by position in the group. Collective."""
     output = own.new_empty(group.size, *own.shape)
     group.all_gather(output, own.contiguous())
     rows: list[Any] = output.tolist()
@@ -212,7 +218,7 @@ def _gather(own: torch.Tensor, group: Group) -> list[Any]:
 
 
 def _differs_from_majority(values: list[int], own: int) -> bool:
-    """Whether values[own] differs from the value of the majority. Without a majority, all are counted as differing."""
+    """Returns whether values[own] differs from the majority's value. Without a majority, every value counts as differing."""
     value, count = Counter(values).most_common(1)[0]
     if len(set(values)) == 1:
         return False

@@ -19,19 +19,19 @@ class Situation:
     """What is known after an attempt at a step; the same on every rank."""
 
     cause: Cause | None
-    """What is wrong with the newest attempt; None: nothing."""
+    """What is wrong with the newest attempt; None if nothing is."""
     attempts: int
     """How often the step has been computed."""
     same: bool | None
-    """Whether the newest attempt gave, on every rank, the bits of an earlier one; None if that is not known."""
+    """Whether the newest attempt gave the same bits as an earlier attempt on every rank; None if that is not known."""
     repairable: bool = True
     """Whether another rank holds an intact copy of all damaged state."""
     setbacks: int = 0
-    """Steps left out, deferred or rolled back in a row before this one."""
+    """Number of steps in a row before this one that were left out, deferred or rolled back."""
 
 
 def decide(config: GuardConfig, now: Situation) -> GuardAction:
-    """Returns what to do after an attempt."""
+    """Returns what to do about the step after an attempt at it."""
     if now.cause is None:
         return GuardAction.COMMIT
     if now.cause is Cause.OVERFLOW:

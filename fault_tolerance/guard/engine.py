@@ -1,4 +1,4 @@
-"""What the guard looks at: the gradients and the optimizer state that a rank holds, whatever engine holds them."""
+"""The interface through which the guard reads and repairs a rank's gradients and optimizer state, the same for every engine."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,35 +11,35 @@ from bagualu.comm.group import Group
 
 @dataclass(frozen=True)
 class StateShard:
-    """State of this rank that is updated together, and the working weights that are made from it."""
+    """A part of this rank's optimizer state that is updated together, and the working weights that are made from it."""
 
     name: str
-    """For people, e.g. "layers.3.down.weight and 4 more"."""
+    """Description for messages, e.g. "layers.3.down.weight and 4 more"."""
     tensors: Mapping[str, torch.Tensor]
-    """By kind: "weight" (the master weights, or a buffer) first, then the moments and "step" (how many updates), if there are any.
-    The state itself, no copy."""
+    """The tensors of the state by kind: first "weight" (the master weights, or a buffer), then the moments and "step" (the number of
+    updates) if there are any. They are not copies."""
     axis: str
-    """The axis whose ranks hold copies of the working weights."""
+    """The mesh axis along which ranks hold copies of the working weights."""
     group: Group
-    """The ranks along it."""
+    """The ranks along `axis`."""
     held_along: Sequence[str]
-    """Axes along which all ranks hold the same state."""
+    """Mesh axes along which all ranks hold the same state."""
     copies: Sequence[torch.Tensor]
-    """This rank's copies of working weights: one for each rank of the group if each owns a part, else a single one."""
+    """This rank's copies of working weights: one tensor for each rank of the group if each owns a part, else a single tensor."""
     partitioned: bool
-    """Whether each rank of the group owns a part."""
+    """Whether each rank of the group owns a part of the working weights."""
 
 
 class GuardedEngine(Protocol):
     before_reduction: Callable[[torch.Tensor], None] | None
-    """Called with each tensor of gradients when this rank's part is complete and no other rank's has been added; in the same order
-    in every attempt at a step."""
+    """Called with each tensor of gradients when this rank's contribution is complete and before others are added to it. The order
+    is the same in every attempt at a step. None: no call."""
 
     def reduced_gradients(self) -> Iterator[torch.Tensor]:
-        """The gradients that this rank updates its state with, after the reduction."""
+        """Yields the reduced gradients with which this rank updates its state."""
 
     def shards(self) -> Sequence[StateShard]:
-        """The same number, in the same order, for as long as this engine lives."""
+        """Returns this rank's state. The number and the order of the shards never change."""
 
     def publish(self) -> None:
-        """Makes the working weights of all ranks from the master weights. Collective."""
+        """Overwrites the working weights of all ranks with those made from the master weights. Collective."""

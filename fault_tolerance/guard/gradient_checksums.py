@@ -1,7 +1,7 @@
 """Checksums of the gradients of each attempt at one step, before and after their reduction.
 
-The same weights and samples give the same bits. So if a second attempt differs, the hardware is at fault, on the rank whose own
-gradient (before the reduction) differs; if it does not differ, the hardware is not at fault.
+The same weights and samples give the same bits. So if a second attempt differs, the hardware of the rank whose own gradient (before
+the reduction) differs is at fault. If no attempt differs, no hardware is at fault.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,14 @@ from bagualu.fault_tolerance.guard.engine import GuardedEngine
 
 
 class Attempts:
-    """This rank's gradient checksums, by attempt."""
+    """This rank's gradient checksums for each attempt at the current step."""
 
     def __init__(self, engine: GuardedEngine) -> None:
         self._engine = engine
         self._own: list[torch.Tensor] = []
         self._made: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        """For each attempt, the checksum of the own gradient and of the reduced one; the latter is computed only when needed."""
+        """For each attempt, the checksums of this rank's own gradient and of the reduced gradient; the latter is None until
+        needed."""
 
     def begin(self) -> None:
         """Start a new step: forget all attempts."""
@@ -33,7 +34,7 @@ class Attempts:
         self._own.append(checksum(gradients))
 
     def end(self) -> None:
-        """Call after the gradients of an attempt are reduced."""
+        """Completes the checksums of an attempt. Call it after its gradients are reduced."""
         self._made.append((combine(torch.stack(self._own)), None))
         self._own.clear()
         if self.earlier:
@@ -48,7 +49,7 @@ class Attempts:
 
     @property
     def earlier(self) -> int:
-        """How many attempts there were before the newest."""
+        """The number of attempts before the newest."""
         return max(0, len(self._made) - 1)
 
     def differing(self, zero: torch.Tensor) -> list[torch.Tensor]:
@@ -57,7 +58,7 @@ class Attempts:
         return [*before, *[torch.zeros_like(zero)] * (MOST_ATTEMPTS - 1 - len(before))]
 
     def as_json(self) -> list[list[int]]:
-        """Returns [checksum of the own gradient, checksum of the reduced gradient] for each attempt."""
+        """Returns [checksum of this rank's own gradient, checksum of the reduced gradient] for each attempt."""
         if self._made:
             self.keep()
         return [_both(attempt).tolist() for attempt in self._made]
@@ -72,8 +73,8 @@ def _both(attempt: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
 def culprits(table: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
     """Returns the ranks whose attempts differ; `table` has each rank's `Attempts.as_json` under "attempts".
 
-    Own gradients are compared first, because a fault in one rank's own gradient also changes the reduced gradients of others. If a
-    fault is in an activation that other ranks compute with (tensor or pipeline parallel), all of these ranks are named.
+    The ranks' own gradients are compared first, because a fault in a rank's own gradient also changes the reduced gradients of
+    other ranks. If an activation with which other ranks compute is wrong (tensor or pipeline parallel), those ranks are named too.
     """
     for which in (0, 1):
         ranks = tuple(rank for rank, row in enumerate(table) if len({attempt[which] for attempt in row["attempts"]}) > 1)

@@ -3,8 +3,8 @@
     begin -> compute and reduce -> inspect -> agree (one reduction over all ranks) -> judge -> update -> agree that all of it is
     finite -> finish
 
-`begin`, `finish` and, after RETRY, `samples` say which samples are computed next: those of the step, of an earlier one that were
-deferred, or of the newest committed one, which tell whether the weights are to blame.
+`begin`, `finish` and, after RETRY, `samples` return the step whose samples are computed next: the current step, an earlier step
+whose samples were deferred, or the newest committed step, whose samples show whether the weights are at fault.
 
 `judge` decides from values that are the same on every rank, so all ranks make the same decision without another exchange. Ranks
 exchange details only when these values show that something is wrong.
@@ -33,10 +33,10 @@ from bagualu.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class StepValues:
-    """The results of one attempt at a step, reduced over all ranks and so the same on each."""
+    """The results of one attempt at a step, reduced over all ranks and therefore the same on every rank."""
 
     loss: float
-    """Nats per token."""
+    """Loss in nats per token."""
     norm: float
     """Norm of the whole gradient, divided by the loss scale; not finite if any part of the gradient on any rank is not."""
     found: Sequence[float]
@@ -48,8 +48,8 @@ class StepValues:
 class Guard:
     """The guard of one rank. Its `memory` is saved in checkpoints.
 
-    `saves_every`: steps between checkpoints, 0 for none. `repeatable`: whether computing a step again gives the same bits. `steps`:
-    the number of steps of the run, if it has an end.
+    `saves_every` is the number of steps between checkpoints, 0 if there are none. `repeatable` says whether computing a step again
+    gives the same bits. `steps` is the number of steps of the run, None if it has no end.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class Guard:
         self._count = 0
         self._step = 0
         self._late: int | None = None
-        """The earlier step whose deferred samples are being computed now."""
+        """The earlier step whose deferred samples are being computed now; None if the step's own samples are."""
         self._pending: GuardDecision | None = None
-        """The decision to defer samples, which holds unless the weights turn out to be wrong."""
+        """A decision to defer samples that still waits for the check of the weights; None if there is none."""
         self._values = (0.0, 0.0)
         """Loss and gradient norm of the newest attempt at the samples to be judged."""
         self._limited = False
-        """Whether the newest attempt is a spike that is applied nevertheless; its gradient is then clipped to `strongest`."""
+        """Whether the newest attempt is a spike that is applied nevertheless, with its gradient clipped to `strongest`."""
         self.clean = 0
         """The last step after which the state is known to be undamaged; checkpoints of later steps may contain damage."""
         self._first: tuple[Cause, tuple[int, ...], str] | None = None
@@ -85,11 +85,11 @@ class Guard:
             engine.before_reduction = self._attempts.before_reduction
 
     def leaves_out(self, step: int) -> str | None:
-        """Returns why `step` (counted from 1) must not be trained on; None if it may."""
+        """Returns the reason why `step` (counted from 1) must not be trained on; None if it may be."""
         return self.memory.left_out.get(step)
 
     def begin(self, step: int) -> int:
-        """Call before the first attempt at `step` (from 1). Returns the step whose samples to compute: `step` or a deferred one."""
+        """Starts `step` (from 1) before its first attempt. Returns the step whose samples to compute: `step` or a deferred step."""
         self._step, self._late = step, self.memory.due(step, self._steps)
         return self._start()
 
@@ -110,7 +110,7 @@ class Guard:
 
     @property
     def weighing(self) -> bool:
-        """Whether these samples were applied before and are computed again to judge the weights."""
+        """Whether samples that were applied before are being computed again to judge the weights."""
         return self._pending is not None
 
     def inspect(self, step: int) -> list[torch.Tensor]:
@@ -127,7 +127,7 @@ class Guard:
         return [flag, *self._attempts.differing(flag)]
 
     def judge(self, step: int, figures: StepValues) -> GuardDecision:
-        """Decide what to do about `step`; the decision is the same on every rank.
+        """Returns the decision about `step`, the same on every rank.
 
         After RETRY the caller computes `samples` from the same weights. Collective if something is wrong.
         """
@@ -168,11 +168,12 @@ class Guard:
         return GuardDecision(GuardAction.RETRY, attempts=self._count)
 
     def _weigh(self, step: int, verdict: GuardDecision, figures: StepValues) -> GuardDecision:
-        """Check a decision that defers the samples of `step`: returns it, or one with the cause DIVERGED if the weights are wrong.
+        """Checks `verdict`, which defers the samples of `step`. Returns it, or a decision with the cause DIVERGED if the weights
+        are wrong.
 
-        `figures` are those of the newest committed step's samples, computed again with the current weights. If these are a spike
-        too, the weights are wrong and not the new samples. The second time in a row, the run goes back to a checkpoint, if it saves
-        any.
+        `figures` are the results of the newest committed step's samples, computed again with the current weights. If they are a
+        spike too, the weights are wrong and not the new samples. The second time in a row, the run goes back to a checkpoint, if it
+        saves any.
         """
         loss, norm = figures.loss, figures.norm
         if not self.memory.diverged(step, loss, norm, figures.scale_can_fall):
@@ -196,11 +197,12 @@ class Guard:
 
     @property
     def strongest(self) -> float:
-        """The largest gradient norm that the update of the newest attempt may have; infinite for no bound."""
+        """The gradient norm to which the update of the newest attempt is clipped; infinite if there is no bound."""
         return self.memory.strongest() if self._limited else math.inf
 
     def judge_update(self, step: int, spoilt: Sequence[tuple[int, str]]) -> GuardDecision:
-        """Decide about `step`, whose update left non-finite values on some rank: COMMIT (after a repair), ROLLBACK or STOP.
+        """Returns the decision about `step`, whose update left non-finite values on some rank: COMMIT (after a repair), ROLLBACK or
+        STOP.
 
         `spoilt`: (index of the shard, kind of state) for each non-finite tensor of this rank. Collective; the decision is the same
         on every rank.
@@ -219,7 +221,7 @@ class Guard:
 
     def finish(self, verdict: GuardDecision) -> int | None:
         """Record the decision about the samples, after their update if they had one. Returns the step whose samples to compute next
-        as part of the same step; None when that has ended."""
+        as part of the same step; None if the step has ended."""
         if self._late is None:
             self.memory.learn(self._step, *self._values, verdict)
             self.expect(self._step + 1)
@@ -230,13 +232,13 @@ class Guard:
         return None if verdict.action in (GuardAction.ROLLBACK, GuardAction.STOP) else self._start()
 
     def load(self, saved: dict[str, Any], step: int) -> None:
-        """Continue after `step` steps with the document of `memory` from a checkpoint."""
+        """Continues after `step` steps. `saved` is what `memory.as_json` returned when the checkpoint was saved."""
         self.memory.load(saved)
         self.clean = step
         self.expect(step + 1)
 
     def expect(self, step: int) -> None:
-        """Drop the seal after an intended change of the state; take a new one if the next step, `step`, checks it."""
+        """Drops the seal after an intended change of the state. Takes a new seal if `step`, the next step, checks the state."""
         self._damage.break_seal()
         if self._checks(step):
             self._damage.seal()
@@ -254,7 +256,7 @@ class Guard:
         return Cause.GRADIENTS if unconfirmed else None
 
     def _gather_details(self) -> list[dict[str, Any]]:
-        """Returns every rank's checksums of attempts and damages, by rank. Collective."""
+        """Returns the gradient checksums and the damages of every rank, by rank. Collective."""
         world = self._mesh.group("world")
         own = {"attempts": self._attempts.as_json(), "damage": damage.as_json(self._damage.found)}
         return gather_json(own, world)
@@ -271,7 +273,8 @@ class Guard:
         return GuardDecision(action, cause, ranks, self._count, deferred, text)
 
     def _checks(self, step: int) -> bool:
-        """Whether the state is checked in `step`: every guard.check_every steps, and after a save, to check what was saved."""
+        """Returns whether the state is checked in `step`: every guard.check_every steps, and after a save, to check what was
+        saved."""
         after_save = self._saves_every > 0 and step > 1 and (step - 1) % self._saves_every == 0
         return self.config.check_every > 0 and (after_save or step % self.config.check_every == 0)
 

@@ -1,4 +1,4 @@
-"""What the guard remembers between steps. It is saved in checkpoints, so that a resumed run makes the same decisions."""
+"""The guard's memory between steps. It is saved in checkpoints, so that a resumed run makes the same decisions."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -15,9 +15,9 @@ class Counts:
     """Numbers of events since the run began."""
 
     skipped: int = 0
-    """Steps without an update: skipped for a float16 overflow, left out for good, or with their samples deferred."""
+    """Steps without an update: after a float16 overflow, left out for good, or with their samples deferred."""
     computed_again: int = 0
-    """Steps in which something was wrong and which were computed more than once."""
+    """Steps that were computed more than once because something was wrong."""
     rolled_back: int = 0
 
 
@@ -29,11 +29,11 @@ class Memory:
     losses: History
     norms: History
     left_out: dict[int, str] = field(default_factory=dict)
-    """Steps whose samples are never trained on, and why."""
+    """Steps whose samples are never trained on, each with the reason."""
     deferred: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Steps whose samples are trained on later, with their loss and gradient norm."""
     setbacks: int = 0
-    """Steps left out, deferred or rolled back since a step after `furthest` was last committed."""
+    """Number of steps left out, deferred or rolled back since a step after `furthest` was last committed."""
     furthest: int = 0
     """The last step in which something was wrong, float16 overflows aside."""
     hard_row: int = 0
@@ -41,13 +41,14 @@ class Memory:
     diverged_row: int = 0
     """How many of the latest steps in a row were deferred with the cause DIVERGED."""
     newest: tuple[int, float, float] | None = None
-    """The newest committed step, its loss and gradient norm."""
+    """The newest committed step with its loss and gradient norm; None if there is none."""
     overflows: int = 0
-    """Steps left out because of a float16 overflow."""
+    """Number of steps left out because of a float16 overflow."""
     counts: Counts = field(default_factory=Counts)
 
     @staticmethod
     def empty(config: GuardConfig) -> "Memory":
+        """Returns the memory of a run that has not begun."""
         left_out = dict.fromkeys(config.leave_out, "guard.leave_out")
         return Memory(config, History(config.spike_window), History(config.spike_window), left_out)
 
@@ -58,8 +59,11 @@ class Memory:
         return Cause.LOSS if self.losses.stands_out(loss, self.config.loss_spike_factor, step, self.hard_row) else None
 
     def diverged(self, step: int, loss: float, norm: float, scale_can_fall: bool = False) -> bool:
-        """Whether the weights at `step` (from 1) are wrong: `loss` and `norm`, of the samples of the newest committed step computed
-        again, are a spike. `scale_can_fall`: a non-finite norm may be an overflow of float16, which says nothing."""
+        """Returns whether the weights at `step` (from 1) are wrong.
+
+        `loss` and `norm` are those of the newest committed step's samples, computed again; the weights are wrong if they are a
+        spike. With `scale_can_fall`, a non-finite norm may be a float16 overflow, which shows nothing about the weights.
+        """
         assert self.newest is not None
         _, loss_then, norm_then = self.newest
         if not math.isfinite(norm) and math.isfinite(loss) and scale_can_fall:
@@ -73,8 +77,8 @@ class Memory:
     def due(self, step: int, last: int | None = None) -> int | None:
         """Returns a step whose deferred samples should be trained on before those of `step` (from 1), or None.
 
-        Deferred samples are due when their loss and norm are no longer a spike, after a quarter of guard.spike_window steps, and
-        when there are no more steps up to `last`, the run's last one, than deferred samples.
+        Deferred samples are due when their loss and norm are no longer a spike, after a quarter of guard.spike_window steps, or if
+        the steps that are left up to `last`, the run's last step, are needed for deferred samples.
         """
         ending = last is not None and last - step < len(self.deferred)
         for old, figures in sorted(self.deferred.items()):
@@ -83,12 +87,12 @@ class Memory:
         return None
 
     def strongest(self) -> float:
-        """Returns guard.spike_factor times the median gradient norm, without regard to the scatter; infinite without a bound."""
+        """Returns guard.spike_factor times the median gradient norm; infinite if that factor is 0 or there are no norms yet."""
         values = self.norms.values
         return self.config.spike_factor * median(values) if values and self.config.spike_factor else float("inf")
 
     def learn(self, step: int, loss: float, norm: float, verdict: GuardDecision) -> None:
-        """Record how `step` ended."""
+        """Records the decision about `step`."""
         self.counts.computed_again += verdict.attempts > 1 and verdict.cause is not None
         if verdict.action is GuardAction.COMMIT or (verdict.deferred and verdict.cause is not Cause.DIVERGED):
             self._note(step, loss, norm)
@@ -128,16 +132,16 @@ class Memory:
             self.setbacks += 1
 
     def leave_out(self, first: int, last: int, why: str) -> None:
-        """Leave out steps first .. last, both inclusive, from now on."""
+        """Records that the samples of steps `first` to `last` (inclusive) are left out, with the reason `why`."""
         for step in range(first, last + 1):
             self.left_out.setdefault(step, why)
 
     def left_out_steps(self, step: int) -> int:
-        """Returns how many steps up to `step` were not trained on: left out, deferred, or skipped for an overflow."""
+        """Returns how many steps up to `step` were not trained on: left out, deferred, or skipped after an overflow."""
         return sum(old <= step for old in (*self.left_out, *self.deferred)) + self.overflows
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the document that a checkpoint stores; see `load`."""
+        """Returns the memory as plain JSON, to be stored in checkpoints; see `load`."""
         return {
             "losses": self.losses.values,
             "norms": self.norms.values,
@@ -160,7 +164,7 @@ class Memory:
 
     @staticmethod
     def is_one(saved: Any) -> bool:
-        """Whether `saved` is a valid document of `as_json`, also of older versions, which did not defer samples."""
+        """Returns whether `saved` can be loaded: a result of `as_json`, including older versions that did not defer samples."""
         try:
             memory = Memory.empty(GuardConfig())
             memory.load(saved)
@@ -171,7 +175,7 @@ class Memory:
             return False
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Continue from a document of `as_json`. Steps in guard.leave_out of the recipe stay left out."""
+        """Continues from a result of `as_json`. Steps in guard.leave_out of the recipe stay left out."""
         self.losses.load(saved["losses"], saved.get("hard_losses", ()))
         self.norms.load(saved["norms"], saved.get("hard_norms", ()))
         self.left_out |= {int(step): why for step, why in saved["skipped_steps"].items()}
@@ -185,13 +189,13 @@ class Memory:
         self.counts = Counts(**saved["counts"])
 
     def keep(self, other: "Memory") -> None:
-        """After going back to a checkpoint, take over from `other`, the memory before that, what must not be forgotten."""
+        """Takes over left-out steps, setbacks and counts from `other`, the memory before the run went back to a checkpoint."""
         self.left_out |= other.left_out
         self.deferred = {step: figures for step, figures in self.deferred.items() if step not in self.left_out}
         self.setbacks, self.furthest, self.counts = other.setbacks, other.furthest, other.counts
 
     def _note(self, step: int, loss: float, norm: float) -> None:
-        """Record whether the loss or the norm of `step` was hard."""
+        """Records whether the loss or the norm of `step` was hard."""
         hard_loss = self.losses.is_hard(loss, self.config.loss_spike_factor)
         hard_norm = self.norms.is_hard(norm, self.config.spike_factor)
         if hard_loss:

@@ -13,16 +13,17 @@ _REPLACE = "replace that hardware"
 
 
 def finding(cause: Cause, loss: float, norm: float, damaged: Sequence[str]) -> str:
-    """Returns what is wrong: the names in `damaged` if there are any, else the loss and the gradient norm."""
+    """Returns the part of the message that says what is wrong: the names in `damaged`, or else the loss and the gradient norm."""
     if damaged:
         return f"{cause}: {'; '.join(damaged)}"
     return str(cause) if cause is Cause.GRADIENTS else f"{cause}: loss {loss:g}, gradient norm {norm:g}"
 
 
 def diagnosis(cause: Cause, ranks: Sequence[int], same: bool | None) -> str:
-    """Returns whether repeated attempts point to the hardware or to the data and code; "" if they show neither.
+    """Returns the part that says whether the hardware, or the data and code, is the cause; "" if repeated attempts show neither.
 
-    `ranks`: those whose attempts differ. `same`: whether the newest attempt gave the bits of an earlier one; None if unknown.
+    `ranks` are those whose attempts differ. `same` says whether the newest attempt gave the same bits as an earlier attempt; None
+    if that is unknown.
     """
     if cause in (Cause.STATE, Cause.WEIGHTS):
         return ""
@@ -32,7 +33,7 @@ def diagnosis(cause: Cause, ranks: Sequence[int], same: bool | None) -> str:
 
 
 def ending(cause: Cause, action: GuardAction, ranks: Sequence[int], setbacks: int, step: int) -> str:
-    """Returns what is done about `step` (counted from 1); if the run ends, also what the user can do."""
+    """Returns the part that says what is done about `step` (counted from 1) and, if the run ends, what the user can do."""
     if action is not GuardAction.STOP:
         return {GuardAction.COMMIT: "the step was applied", GuardAction.SKIP: "the step was left out",
                 GuardAction.ROLLBACK: "back to a checkpoint"}.get(action, "once more")  # fmt: skip
@@ -45,7 +46,7 @@ def ending(cause: Cause, action: GuardAction, ranks: Sequence[int], setbacks: in
 
 
 def after_update(step: int, action: GuardAction, damaged: Sequence[str], again: bool) -> str:
-    """Returns the message about `step` (counted from 1), whose update left non-finite values in the things named by `damaged`."""
+    """Returns the message about `step` (counted from 1), whose update left non-finite values in the tensors named in `damaged`."""
     ends = {
         GuardAction.COMMIT: "the same state is finite on another rank: it was copied from there, and the step was applied",
         GuardAction.ROLLBACK: "the update has overwritten the previous state, so the run goes back to a checkpoint",

@@ -1,16 +1,16 @@
-"""Whether a step's loss or gradient norm is a spike compared with the steps before.
+"""Determines whether a step's loss or gradient norm is a spike compared with the steps before.
 
     usual bar   factor x exp(5 x scatter) x median of the window
     large       the third largest of the window's newest three quarters (of a window of 64)
-    alike       the median of the newest hard values; hard is a value above the usual bar or factor x large
+    alike       the median of the newest hard values; a value above the usual bar or factor x large is hard
 
 A step is a spike when its value is above factor x large, or above both the usual bar and sqrt(factor) x large; but not when it
 is at most sqrt(factor) x alike.
 
 The scatter is that of the logarithms: the median deviation from their median, or the median change between steps if that is
 smaller, as it is while the loss falls. `large` and `alike` are for corpora in which easy and hard text alternate: there the median
-is that of the easy text, and the scatter around it is far too small or far too large. Hard values count when at least four of them
-are in the last four windows, or when the steps just before were hard too (another kind of text begins). A single step does not
+is that of the easy text, and the scatter around it is much too small or much too large. Hard values count when at least four of
+them are in the last four windows, or when the steps just before were hard too (another kind of text begins). A single step does not
 raise a bar. The factor is a wide margin, so that sums which differ in their last digits between layouts give the same decision.
 """
 
@@ -30,7 +30,7 @@ IN_A_ROW = 2
 
 @dataclass
 class History:
-    """The newest `window` positive values of the loss or the gradient norm. There are no spikes before it has a quarter of them."""
+    """The newest `window` positive values of the loss or the gradient norm. Before a quarter of them exist, nothing is a spike."""
 
     window: int
     values: list[float] = field(default_factory=list)
@@ -39,9 +39,9 @@ class History:
     """(step, value) of hard steps, including those whose samples were deferred."""
 
     def stands_out(self, value: float, factor: float, step: int = 0, row: int = 0) -> bool:
-        """Whether `value` at `step` is a spike. Always False if `factor` is 0 or `value` is not finite.
+        """Returns whether `value` at `step` is a spike. Always False if `factor` is 0 or `value` is not finite.
 
-        `row`: how many steps just before were hard.
+        `row` is the number of hard steps in a row just before.
         """
         if not self._judges(value, factor):
             return False
@@ -50,7 +50,7 @@ class History:
         return far and not self._is_like_others(value, margin, step, row)
 
     def is_hard(self, value: float, factor: float) -> bool:
-        """Whether `value` is far above most of the window. False if it is not finite."""
+        """Returns whether `value` is far above most of the window; False if it is not finite."""
         return self._judges(value, factor) and (value > factor * self._large() or self._above_usual(value, factor))
 
     def add(self, value: float) -> None:
@@ -59,7 +59,7 @@ class History:
             self.values = [*self.values, value][-self.window :]
 
     def add_hard(self, step: int, value: float) -> None:
-        """Record that `step` was hard and the hardware was not at fault."""
+        """Records `value` for `step`, which was hard without a fault of the hardware."""
         self.hard = [*self._recent(step), (step, value)]
 
     def load(self, values: Sequence[float], hard: Sequence[Sequence[float]] = ()) -> None:

@@ -27,12 +27,12 @@ class Cause(StrEnum):
     WEIGHTS = "weights of a replica damaged"
     STATE = "optimizer state damaged"
     DIVERGED = "weights diverged"
-    """Samples that were already trained on have a spike too."""
+    """Samples that were already trained on give a spike too."""
 
 
 SPIKES = (Cause.NORM, Cause.LOSS)
 DISAGREEMENTS = (Cause.GRADIENTS, Cause.WEIGHTS, Cause.STATE, Cause.DIVERGED)
-"""Causes other than the samples: hardware faults and diverged weights."""
+"""Causes that are not in the samples: hardware faults and diverged weights."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class GuardDecision:
 
     action: GuardAction
     cause: Cause | None = None
-    """What was wrong, even if the step was committed in the end; None: nothing."""
+    """What was wrong, even if the step was committed in the end; None if nothing was."""
     ranks: tuple[int, ...] = ()
-    """The ranks at fault, if they are known."""
+    """The ranks at fault; empty if they are not known."""
     attempts: int = 1
     """How often the step was computed."""
     deferred: bool = False
-    """With SKIP: the samples are trained on later."""
+    """Whether the samples of a skipped step are trained on later."""
     text: str = ""
-    """The message for users: what was wrong, on which ranks, the cause and what is done; "" for nothing."""
+    """The message for users: what was wrong, on which ranks, the cause and what is done; "" if there is nothing to report."""

@@ -9,7 +9,7 @@ from bagualu.comm.monitor import Monitor
 
 
 class ProcessKilled(BaseException):
-    """On the simulated backend, a rank whose process would be gone. Like SIGKILL, it escapes `except Exception`."""
+    """Ends a rank of the simulated backend, where a kill would end all ranks. Like SIGKILL, it escapes `except Exception`."""
 
 
 class Scene(Protocol):
@@ -23,32 +23,34 @@ class Scene(Protocol):
 
     @property
     def one_process(self) -> bool:
-        """Whether the ranks are threads, so that a signal would hit all of them."""
+        """Whether the ranks are threads of one process, so that a signal would hit all of them."""
         ...
 
     def folder(self, what: str) -> Path | None:
-        """Returns the folder of "checkpoint"s, on storage, or "replica"s, in memory; None if there is none."""
+        """Returns the folder of checkpoints (on storage) or replicas (in memory) for `what`, "checkpoint" or "replica"; None if
+        there is none."""
 
     def given_up(self) -> bool:
-        """Whether ranks are threads and the other ranks have given up waiting."""
+        """Returns whether the ranks are threads and the other ranks have given up waiting."""
 
     def spoil_gradient(self, how: Literal["nan", "flip"]) -> str:
-        """Makes an element of this rank's gradient NaN, or flips one of its bits, in the next backward pass; returns which
-        element."""
+        """Makes an element of this rank's gradient NaN, or flips one of its bits, in the next backward pass; returns the
+        name of the element."""
 
     def flip(self, what: str) -> str:
-        """Flips a bit of an element of this rank's weight, master weight or moment; returns which element."""
+        """Flips a bit of an element of this rank's `what`: "weight", "master" weight or "moment". Returns the name of the
+        element."""
 
 
 @dataclass(frozen=True)
 class Fault(ABC):
-    """Strikes `rank` once, when it first reaches point `at` in step `step` (from 1) or later."""
+    """A fault that strikes `rank` once, when it first reaches phase `at` in step `step` (from 1) or later."""
 
     kind: ClassVar[str]
     points: ClassVar[tuple[str, ...]] = ()
-    """The points at which it can strike; empty: all."""
+    """The phases at whose beginning the fault can strike; empty: all."""
     ends_process: ClassVar[bool] = False
-    """Whether the rank's process cannot continue on its own."""
+    """Whether the fault makes the rank's process unable to continue."""
 
     step: int
     rank: int = 0
@@ -56,7 +58,7 @@ class Fault(ABC):
 
     @abstractmethod
     def strike(self, scene: Scene) -> str | None:
-        """Causes the fault; returns details that the fault's own text lacks, or None."""
+        """Causes the fault. Returns details that the fault's own text lacks, e.g. the changed byte; None if there are none."""
 
     def __str__(self) -> str:
         """Returns the text of the fault as it is typed in a recipe."""

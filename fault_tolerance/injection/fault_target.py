@@ -1,4 +1,4 @@
-"""What planned faults can access on a rank: its model, its state, its folders."""
+"""Gives planned faults access to a rank: its model, its optimizer state and its folders."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ _KINDS = {"master": "weight/", "moment": "exp_avg/"}
 
 @dataclass
 class RankScene:
-    """`model` returns the rank's present model, `state` the pieces of its optimizer state, as views."""
+    """The `Scene` of a real rank. `model` returns the rank's present model, `state` views of the pieces of its optimizer state."""
 
     communicator: Communicator
     model: Callable[[], torch.nn.Module]
@@ -70,11 +70,13 @@ class RankScene:
         return f"element 0 of {name}"
 
     def _vector(self) -> tuple[str, torch.nn.Parameter]:
-        """Returns a norm's weight: every step uses it, and its gradient goes through autograd, not straight to a bucket."""
+        """Returns the name and the weight of a norm: every step uses it, and its gradient goes through autograd, not straight to a
+        bucket."""
         return next((name, parameter) for name, parameter in self.model().named_parameters() if parameter.ndim == 1)
 
 
 def flip_bit(cell: torch.Tensor) -> None:
-    """Flips the highest fraction bit of `cell`, a tensor of one floating-point number; it stays finite but changes clearly."""
+    """Flips the highest fraction bit of `cell`, a tensor of one floating-point number; the number stays finite but changes
+    clearly."""
     highest = -round(math.log2(torch.finfo(cell.dtype).eps)) - 1
     cell.view(_INTEGERS[cell.dtype.itemsize]).bitwise_xor_(1 << highest)

@@ -157,7 +157,7 @@ class DropLink(Fault):
 
 
 class _Cut:
-    """Makes every communication fail or block."""
+    """Observes the monitor and makes every communication of the rank fail or block."""
 
     def __init__(self, fault: DropLink, scene: Scene) -> None:
         self.fault, self.scene = fault, scene

@@ -1,4 +1,4 @@
-"""Makes the planned faults of a rank strike."""
+"""Causes the planned faults of a rank."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from bagualu.fault_tolerance.injection.record import Record
 
 
 class PlannedFaults:
-    """Observes the rank's monitor. Each fault strikes once in a run, however often the run is restarted."""
+    """Observes the rank's monitor and causes each fault of the plan once in a run, however often the run is restarted."""
 
     def __init__(self, plan: Sequence[Fault], scene: Scene, record: Record) -> None:
         self.scene, self.record = scene, record

@@ -17,8 +17,8 @@ from bagualu.fault_tolerance.injection.kinds import KINDS
 
 EXAMPLE = "faults=[kill@step=5:rank=2:at=backward]"
 DRAWN = ("kill", "exception", "stop", "slow", "corrupt", "full_disk", "nan", "drop_link")
-"""Kinds that every recipe survives quickly and to the bit. flip is not among them: its outcome depends on the guard's next
-check."""
+"""Kinds after which every recipe quickly continues with the same bits. flip is not among them: its outcome depends on the guard's
+next check."""
 _STOPPED_SECONDS = 0.5
 """Duration of a drawn stop, too short to count as a hang."""
 _AGAINST_CHECKPOINTS = ("corrupt", "full_disk")
@@ -39,7 +39,7 @@ class Setting:
 
 
 def resolve(faults: Any, setting: Setting) -> list[Fault]:
-    """Parses `faults` of a recipe, a text or a list of texts. Raises RecipeError with the fix."""
+    """Returns the faults in `faults` of a recipe, a text or a list of texts. Raises RecipeError."""
     plan = [parse(text) for text in expand(faults, setting)]
     for fault in plan:
         if not 0 <= fault.rank < setting.ranks:
@@ -59,7 +59,7 @@ def expand(faults: Any, setting: Setting) -> list[str]:
 
 
 def parse(text: str) -> Fault:
-    """Parses a fault. Raises RecipeError with the fix."""
+    """Returns the fault that `text` describes. Raises RecipeError."""
     kind, _, rest = text.partition("@")
     if kind not in KINDS:
         raise RecipeError(f"faults: {text!r} has an unknown kind; give one of {', '.join(KINDS)}, e.g. {EXAMPLE}")
@@ -111,10 +111,10 @@ def _random(text: str, setting: Setting) -> list[Fault]:
 
 
 def draw(count: int, setting: Setting, kinds: tuple[str, ...] = DRAWN) -> list[Fault]:
-    """Draws `count` faults, sorted by step. The result depends only on the arguments.
+    """Returns `count` random faults, sorted by step. The result depends only on the arguments.
 
-    No two faults are in the same step. Faults against checkpoints are so rare that a whole checkpoint always remains. Raises
-    RecipeError if there are not enough steps.
+    No two faults are in the same step. Faults that damage or prevent checkpoints are so rare that an intact checkpoint always
+    remains. Raises RecipeError if there are not enough steps.
     """
     generator = random.Random(f"{setting.seed}/{count}/{setting.steps}/{setting.ranks}/{setting.checkpoint_every}/{kinds}")
     if count >= setting.steps:

@@ -12,15 +12,14 @@ from bagualu.fault_tolerance.injection.fault import Fault
 
 
 class Record:
-    """Writes a JSON object per line, durable before the fault strikes; a second line states what it did, if there is more to
-    say."""
+    """A file with a JSON object per line. A fault's line is durable before the fault strikes; a second line may add what it did."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lines = AppendLog(path, shared=True, durable=True)
 
     def add(self, fault: Fault, step: int, did: str | None = None) -> bool:
-        """Records that `fault` strikes now, in `step`, or has done `did`. Returns False if that could not be written."""
+        """Records that `fault` strikes now, in `step`, or what it `did`. Returns False if that could not be written."""
         line: dict[str, Any] = {"fault": str(fault), "step": step, "wall": time.time()}
         if did is not None:
             line["did"] = did
@@ -31,9 +30,9 @@ class Record:
             self._lines.close()
 
     def strikes(self) -> list[dict[str, Any]]:
-        """Returns the faults that have struck, in order: fault, step, wall and, if there was more to say, did.
+        """Returns the faults that have struck, in order, each with the keys fault, step, wall and, if it was recorded, did.
 
-        Damaged lines do not count: a fault whose line was cut short did not strike; an effect whose line was cut short is missing.
+        Damaged lines do not count: a fault whose line was cut short did not strike, and a `did` that was cut short is missing.
         """
         strikes: list[dict[str, Any]] = []
         for entry in jsonl.read(self.path):

@@ -1,4 +1,4 @@
-"""Determines what became of each planned fault: how it was noticed and answered, and its cost. Pure functions."""
+"""Determines for each planned fault how it was noticed, how the run reacted, and what it cost. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,31 +12,34 @@ from bagualu.fault_tolerance.ledger.events import Event
 
 UNNOTICED = "-"
 SURVIVED, NO_EFFECT, NOT_FOUND, NEVER, ENDED = "survived", "took no effect", "not found", "did not strike", "ended the run"
-"""The states of a fault. One without effect has shown nothing, good or bad; one that was not found may be in the weights."""
+"""The states of a fault. A fault that took no effect tests nothing; a fault that was not found may still be in the weights."""
 _PROGRESS = ("train", "checkpoint", "validation", "ended")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a planned fault. Seconds and steps are None if nothing had to be recovered."""
+    """The consequences of a planned fault. Seconds and steps are None if nothing had to be recovered."""
 
     fault: str
     struck_at: int | None
-    """The step; None if the run never reached it."""
+    """The step in which it struck; None if it did not strike."""
     did: str
+    """Details of what the fault did, e.g. the changed byte; "" if there are none."""
     noticed: str
     """How the launcher or the ranks noticed it, and which rank they named."""
     answered: str
+    """How the run reacted."""
     recovery_seconds: float | None
     """Time from the strike until restarted workers have finished a step."""
     steps_lost: int | None
+    """The number of steps that were repeated."""
     state: str
     """SURVIVED, NO_EFFECT, NOT_FOUND, NEVER or ENDED."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run has left behind."""
+    """The records of a run from which its outcomes are determined."""
 
     strikes: Sequence[dict[str, Any]]
     """The result of `Record.strikes`."""
@@ -76,7 +79,8 @@ def _outcome(strike: dict[str, Any], until: float, trace: Trace) -> Outcome:
 
 
 def _is_of(event: Event, fault: Fault) -> bool:
-    """Whether `fault` may be the cause of the event. A fault that does not end its process is not blamed for another's failure."""
+    """Returns whether `fault` may be the cause of the event. A fault that does not end its process is not blamed for another rank's
+    failure."""
     if event.what != "failed":
         return False
     return fault.ends_process or f"planned: {fault}" in event.cause or (event.rank == fault.rank and "planned: " not in event.cause)
@@ -89,7 +93,7 @@ def _as_planned(text: str, fault: Fault) -> str:
 
 
 def _within(fault: Fault, strike: dict[str, Any], trace: Trace) -> tuple[str, str]:
-    """Returns what the ranks noticed of it and did about it without a restart."""
+    """Returns (how the ranks noticed the fault, how they reacted without a restart)."""
     if isinstance(fault, Corrupt) and fault.what == "checkpoint":
         name = strike.get("did", "").rpartition(" ")[2].partition("/")[0]
         damaged = any(f"{name}-" in aside for aside in trace.damaged)
@@ -114,7 +118,7 @@ def _within(fault: Fault, strike: dict[str, Any], trace: Trace) -> tuple[str, st
 
 
 def _taken_back(strike: dict[str, Any], events: Sequence[Event]) -> bool:
-    """Whether, within the same start, a step was discarded after the strike and the steps since before the strike were repeated."""
+    """Returns whether the run went back behind the struck step within the same start, after discarding a step."""
     later = [event for event in events if event.wall >= strike["wall"] and event.what in ("discarded", "train", "failed", "ended")]
     for event, after in pairwise(later):
         if event.what == "failed":
@@ -125,7 +129,7 @@ def _taken_back(strike: dict[str, Any], events: Sequence[Event]) -> bool:
 
 
 def _thrown_away(strike: dict[str, Any], events: Sequence[Event]) -> bool:
-    """Whether the struck step was discarded within the same start."""
+    """Returns whether the struck step was discarded within the same start."""
     later = (event for event in events if event.wall >= strike["wall"] and event.what in ("discarded", "failed", "ended"))
     first = next(later, None)
     return first is not None and (first.what, first.step) == ("discarded", strike["step"])
@@ -138,7 +142,8 @@ def _answer(line: dict[str, Any]) -> str:
 
 
 def _restart(strike: dict[str, Any], failure: Event, events: Sequence[Event]) -> tuple[str, float | None, int | None]:
-    """Returns (the answer to the failure, seconds until a step was finished again, the number of steps that were repeated)."""
+    """Returns (how the launcher reacted to the failure, seconds from the strike until a step was finished again, number of repeated
+    steps)."""
     at = list(events).index(failure)
     steps = [event for event in events[at:] if event.what == "train"]
     if not steps:

@@ -1,10 +1,10 @@
-"""Slows a rank down, as a throttled processor does."""
+"""Slows a rank down like a throttled processor."""
 
 import time
 
 
 class Slowness:
-    """Observes the monitor; sleeps `factor` - 1 times as long as the rank has just computed, until step `until` begins."""
+    """Observes the monitor and, until step `until` begins, sleeps `factor` - 1 times as long as the rank has just computed."""
 
     def __init__(self, until: int, factor: float) -> None:
         self.until, self.factor = until, factor

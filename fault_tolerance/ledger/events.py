@@ -22,7 +22,7 @@ class Moment:
     wall: float
     """Seconds since the epoch."""
     monotonic: float
-    """Seconds on a clock that is never set back."""
+    """Seconds on this machine's monotonic clock."""
 
     @staticmethod
     def now() -> "Moment":
@@ -31,16 +31,16 @@ class Moment:
 
 @dataclass(frozen=True)
 class Event:
-    """At `wall` (seconds since the epoch) the run began to do something else.
+    """A change of what the run does, at `wall` (seconds since the epoch).
 
     what        meaning
     launched    a launcher starts
     started     the launcher starts workers
     joined      rank 0 has joined and starts
-    train       rank 0 is in step `step` (from 1)
-    start, validation, checkpoint    rank 0 is doing this
-    discarded   as before; the result of `step` was discarded
-    saved       as before; the checkpoint of `step` was committed, `seconds` after its save began
+    train       rank 0 trains in step `step` (from 1)
+    start, validation, checkpoint, balance    rank 0 begins this activity
+    discarded   the result of `step` was discarded
+    saved       the checkpoint of `step` was committed, `seconds` after its save began; the activity does not change
     failed      the launcher has noticed that the run failed, at about `since`, and waits to restart it
     ended       the run has ended; `cause` is done, stopped or failed
     """
@@ -51,7 +51,7 @@ class Event:
     clock: str
     """Identifies the clock of `monotonic`: readings of the same clock can be compared."""
     writer: str = ""
-    """Identifies a start of rank 0, or a launcher. Events that an older writer adds after a newer one has begun do not count."""
+    """Identifies a start of rank 0, or a launcher. Events that an older writer adds after a newer writer has begun do not count."""
     step: int = 0
     since: float | None = None
     rank: int | None = None
@@ -60,7 +60,8 @@ class Event:
 
 
 class Ledger:
-    """Appends events. `writer` as in Event. It never raises: an event that cannot be written for lack of space is written later."""
+    """Appends events of `writer` (see Event) to the ledger. No method raises: an event for which there is no space is written
+    later."""
 
     def __init__(self, run_dir: Path, writer: str = "") -> None:
         self.path = RunDirectory(run_dir).ledger
@@ -85,7 +86,7 @@ class Ledger:
         self._lines.add(json.dumps(fields))
 
     def write(self) -> None:
-        """Tries again to write what did not fit on the disk."""
+        """Tries again to write the events that did not fit on the disk."""
         self._lines.write()
 
     def close(self) -> None:
@@ -93,8 +94,10 @@ class Ledger:
 
 
 def read(run_dir: Path) -> list[Event]:
-    """Returns every event once; [] if there are none. Damaged lines are skipped. If all events have the same clock, they are sorted
-    by it, because a line may have waited for space on the disk."""
+    """Returns every event of the run once; [] if there are none. Damaged lines are skipped.
+
+    If all events have the same clock, they are sorted by it, because a line may have been written late for lack of space.
+    """
     events = list(dict.fromkeys(filter(None, map(_event, jsonl.read(RunDirectory(run_dir).ledger)))))
     if len({event.clock for event in events}) == 1:
         events.sort(key=lambda event: event.monotonic)
@@ -114,6 +117,6 @@ def _event(fields: dict[str, Any]) -> Event | None:
 
 
 def clock() -> str:
-    """Returns an identifier of this machine since it was last booted."""
+    """Returns an identifier of this machine's monotonic clock, which changes when the machine boots."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.exists() else f"process {os.getpid()}"

@@ -1,11 +1,11 @@
-"""Writes rank 0's entries of the ledger: what the rank is doing, as its monitor reports it."""
+"""Writes rank 0's activities, as its monitor reports them, to the ledger."""
 
 from bagualu.comm.monitor import Phase
 from bagualu.fault_tolerance.ledger.events import Ledger
 
 
 class LedgerObserver:
-    """Records every change of step or phase: a line of some 150 bytes, about once per step."""
+    """Observes the monitor and records every change of step or activity: a line of some 150 bytes, about once per step."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger

@@ -1,13 +1,13 @@
-"""Computes from a run's events where its time went: every microsecond is in exactly one category. Pure functions.
+"""Divides a run's time into categories according to its events; every microsecond is in exactly one category. Pure functions.
 
 productive   steps whose result survived
-checkpoint   training stood still for a save
-validation
-balance      training stood still while layers moved between ranks
+checkpoint   training waited for a save
+validation   the validation loss was computed
+balance      training waited while layers moved between ranks
 lost         steps that were repeated, discarded or cut off by a failure
 start        from a launch or a restart to its first step
 detection    from a failure until the launcher noticed it
-waiting      back-off before a restart; between a launch that ended early and the next one
+waiting      pauses before restarts, and the time between a launch that ended early and the next launch
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ PHASES = {
     "launched": "start", "started": "start", "joined": "start", "start": "start", "train": "train",
     "checkpoint": "checkpoint", "validation": "validation", "balance": "balance", "failed": "waiting", "ended": "waiting",
 }  # fmt: skip
-"""Event -> the phase that begins with it."""
+"""The phase that begins with each event."""
 _BEGINS = ("joined", "started")
-"""The first event of a start of rank 0, and of a launcher whose workers include rank 0."""
+"""The first event of a start of rank 0, and that of a launcher whose workers include rank 0."""
 _ALWAYS = ("launched", *_BEGINS)
-"""These events count, whatever writer is the newest."""
+"""Events that count even if their writer is not the newest."""
 
 
 @dataclass
@@ -38,7 +38,8 @@ class _Stretch:
 
 
 def attribute(events: Sequence[Event]) -> dict[str, Any]:
-    """Returns seconds by category, their sum `wall`, `effective_training_time_ratio` (productive / wall) and `restarts`.
+    """Returns a dictionary with the seconds of each category, their sum `wall`, `effective_training_time_ratio` (productive / wall)
+    and `restarts`.
 
     The time between the end of a finished run and a later launch that continues it does not count. Without events it returns {}.
     """
@@ -57,7 +58,7 @@ def attribute(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def current(events: Sequence[Event]) -> list[Event]:
-    """Returns the events that count: without those that an older start of rank 0, or launcher, wrote after a newer one began."""
+    """Returns the events without those that an older start of rank 0, or an older launcher, wrote after a newer one began."""
     kept, newest = [], dict.fromkeys(_BEGINS, "")
     for event in events:
         if event.what in _BEGINS:
@@ -89,7 +90,7 @@ def _stretches(events: list[Event]) -> list[_Stretch]:
 
 
 def _close(stretches: list[_Stretch], microseconds: int, phase: str, step: int, event: Event) -> None:
-    """Appends the stretch, spent in `phase`, that `event` ends."""
+    """Appends the stretch of time in `phase` that `event` ends."""
     if event.what == "failed":
         since = event.wall if event.since is None else event.since
         unseen = min(microseconds, max(0, round((event.wall - since) * 1e6)))
@@ -111,7 +112,7 @@ def _lose(stretches: list[_Stretch], first: int, last: int | None = None) -> Non
 
 
 def _axis(events: list[Event]) -> list[int]:
-    """Returns the time of each event in microseconds, in non-decreasing order. Between machines, wall clocks are compared."""
+    """Returns the time of each event in microseconds, in non-decreasing order. Uses wall clocks only between different machines."""
     times: list[int] = []
     offset, before = 0, None
     for event in events:

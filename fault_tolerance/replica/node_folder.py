@@ -1,8 +1,8 @@
-"""A rank's node, and the folder in memory that the ranks of a node share.
+"""Determines a rank's node and manages the in-memory folder that the ranks of a node share.
 
 scratch/replicas/.node              identifies the node
                  .session           the newest start of the run in which this node has taken part
-                 step-00000010/     parts of a save; with manifest.json if they were gathered after a restart
+                 step-00000010/     the parts of a save; also manifest.json if they were gathered after a restart
                  .saving-*          parts of a save that is in progress or was never completed
 """
 
@@ -24,13 +24,14 @@ from bagualu.fault_tolerance.replica.nodes import NodeMap, node_token
 
 T = TypeVar("T")
 REPLICAS = "replicas"
-"""Folder of a launch's scratch folder."""
+"""Name of the folder of replicas in a launch's scratch folder."""
 _SESSION = ".session"
 
 
 @dataclass(frozen=True)
 class Site:
-    """`run` identifies the run; `session` identifies this start of it and sorts after the sessions of earlier starts."""
+    """The folder of this rank's node. `run` identifies the run; `session` identifies this start of the run and sorts after the
+    sessions of earlier starts."""
 
     root: Path
     nodes: NodeMap
@@ -38,20 +39,20 @@ class Site:
     run: str
     session: str
     stale: bool
-    """Whether this node has missed the newest session. Then a replica counts only if up-to-date nodes hold parts of it too."""
+    """Whether this node did not take part in the newest session. A replica of which only such nodes hold parts does not count."""
 
     @property
     def leads(self) -> bool:
-        """Whether this rank acts for its node."""
+        """Whether this rank is the one of its node that changes the shared folder."""
         return self.nodes.leads(self.group.rank)
 
     @property
     def beside(self) -> tuple[int, ...]:
-        """The positions on this node."""
+        """The positions of the ranks on this node."""
         return self.nodes.beside(self.group.rank)
 
     def on_all(self, function: Callable[[], T]) -> T:
-        """Returns `function()` if it succeeds on all ranks. Collective. Raises the same error on every rank if it fails on any."""
+        """Calls `function` and returns its result. If it fails on any rank, raises the same error on every rank. Collective."""
         return on_all(function, self.group)
 
     def begin(self) -> None:
@@ -80,7 +81,8 @@ class Site:
 
 
 def open_site(scratch: Path, run: str, session: str, group: Group) -> Site:
-    """Determines which ranks share nodes and removes replicas that can no longer be used. Collective. Raises OSError."""
+    """Determines which ranks share nodes, removes replicas that can no longer be used, and returns this rank's site. Collective.
+    Raises OSError."""
     root = scratch / REPLICAS
     root.mkdir(parents=True, exist_ok=True)
     answers = gather_json({"node": node_token(root), "session": _session(root, run)}, group)

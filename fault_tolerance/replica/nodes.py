@@ -1,4 +1,4 @@
-"""Which ranks share the memory of a node, and which rank keeps a copy of which rank's state."""
+"""Determines which ranks share the memory of a node, and which rank keeps the copy of each rank's state."""
 
 import os
 import secrets
@@ -18,13 +18,13 @@ class NodeMap:
 
     @staticmethod
     def by_token(tokens: Sequence[str]) -> "NodeMap":
-        """Positions with the same token are on the same node."""
+        """Returns the map in which positions with the same token are on the same node."""
         numbers = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
         return NodeMap(tuple(numbers[token] for token in tokens))
 
     @cached_property
     def members(self) -> tuple[tuple[int, ...], ...]:
-        """The positions of every node, in order."""
+        """The positions on each node, by number of the node."""
         members: list[list[int]] = [[] for _ in range(max(self.of) + 1)]
         for position, node in enumerate(self.of):
             members[node].append(position)
@@ -39,13 +39,12 @@ class NodeMap:
         return self.members[self.of[position]]
 
     def leads(self, position: int) -> bool:
-        """Whether `position` acts for its node."""
+        """Returns whether `position` is the first on its node; that rank acts for the node."""
         return self.beside(position)[0] == position
 
     @cached_property
     def partners(self) -> tuple[int | None, ...]:
-        """The position that keeps the copy of each position's state: that of the same index on the next node; None on a single
-        node."""
+        """For each position, the position on the next node that keeps the copy of its state; None if there is only one node."""
         if self.count == 1:
             return (None,) * len(self.of)
         partners: list[int | None] = [None] * len(self.of)
@@ -57,7 +56,7 @@ class NodeMap:
 
     @cached_property
     def kept_for(self) -> tuple[tuple[int, ...], ...]:
-        """The positions whose copies each position keeps."""
+        """For each position, the positions whose copies it keeps."""
         kept: list[list[int]] = [[] for _ in self.of]
         for position, partner in enumerate(self.partners):
             if partner is not None:
@@ -66,7 +65,7 @@ class NodeMap:
 
 
 def node_token(folder: Path) -> str:
-    """Returns a token that all processes with the same `folder` share; the first one makes it. Raises OSError."""
+    """Returns a token that all processes with the same `folder` share; the first process creates it. Raises OSError."""
     path = folder / _TOKEN
     own = folder / f"{_TOKEN}-{secrets.token_hex(8)}"
     own.write_text(own.name)

@@ -35,11 +35,12 @@ from bagualu.parallel.boxes import Box
 log = logging.getLogger(__name__)
 
 Wanted = Iterable[tuple[str, Box]]
-"""(name of a global tensor, box) of everything that a rank is going to read."""
+"""The boxes that a rank is going to read, as pairs (name of the global tensor, box)."""
 
 
 def _held(root: Path) -> list[dict[str, Any]]:
-    """Returns the origins of the parts in a node's folder, each with its ranks, according to a quick check."""
+    """Returns the saves of which a node's folder holds parts, according to a quick check: {"origin": fields of Origin, "ranks":
+    [...]}."""
     held: list[dict[str, Any]] = []
     for path in list_checkpoints(root):
         ranks: dict[Origin, list[int]] = {}
@@ -87,7 +88,8 @@ class Replica:
         return folder
 
     def _verified(self, folder: Path) -> dict[int, ShardTable]:
-        """Returns the tables of the undamaged parts in `folder` that are assigned to this rank: a node's ranks divide them."""
+        """Returns the tables of the undamaged parts in `folder` that are assigned to this rank; the ranks of a node divide the
+        parts among them."""
         beside, verified = self.site.beside, {}
         for part in parts_in(folder)[beside.index(self.site.group.rank) :: len(beside)]:
             try:
@@ -108,13 +110,13 @@ class Replica:
         return holders
 
     def _tables(self, own: dict[int, ShardTable]) -> dict[int, ShardTable]:
-        """Returns the tables of all parts, each from a rank that holds it."""
+        """Returns the tables of all parts, by part, each sent by a rank that holds the part. Collective."""
         texts = {part: table.encode().decode() for part, table in own.items()}
         answers = gather_json(texts, self.site.group)
         return {int(part): ShardTable.decode(text.encode()) for answer in answers for part, text in answer.items()}
 
     def _transfers(self, manifest: Manifest, holders: dict[int, list[int]], wanted: Wanted) -> list[Transfer]:
-        """Returns the transfers after which every node holds the shards that its ranks want to read."""
+        """Returns the transfers after which every node holds the shards that its ranks want to read. Collective."""
         nodes, transfers = self.site.nodes, []
         wanted_shards = gather_json(sorted(shards_of(manifest, wanted)), self.site.group)
         for node, members in enumerate(nodes.members):
@@ -139,7 +141,7 @@ class Replica:
                     (arriving / name).replace(folder / name)
 
     def _publish(self, manifest: Manifest, folder: Path, arriving: Path) -> None:
-        """On the node's leader: adds the manifest that makes the folder a checkpoint. Raises OSError."""
+        """Adds the manifest that makes `folder` a checkpoint, if this rank acts for its node. Raises OSError."""
         if self.site.leads:
             (arriving / MANIFEST).write_bytes(encode(manifest))
             (arriving / MANIFEST).replace(folder / MANIFEST)
@@ -147,7 +149,7 @@ class Replica:
 
 
 def survey(site: Site) -> list[Replica]:
-    """Returns the replicas whose parts are all on some node, newest first; the same on every rank. Collective."""
+    """Returns the replicas of this run whose parts all exist on some node, newest first; the same on every rank. Collective."""
     answers = gather_json({"stale": site.stale, "held": _held(site.root) if site.leads else []}, site.group)
     holders: dict[Origin, set[int]] = {}
     current: set[Origin] = set()
@@ -173,7 +175,7 @@ def survey(site: Site) -> list[Replica]:
 
 
 def replica_name(step: int) -> str:
-    """Names the replica in messages."""
+    """Returns the name of a replica for messages."""
     return f"the replica of step {step} in memory"
 
 

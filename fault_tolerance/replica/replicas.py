@@ -1,7 +1,7 @@
 """Keeps each rank's state in memory: on its own node and, if there are several nodes, on a partner's node.
 
     every rank    writes its part | sends it to the partner, verifies what it received | waits | the node's leader renames | waits
-    until the second wait the previous replica is the newest; after it, every node has the new replica
+    Until the second wait ends, the previous replica is the newest; afterwards every node has the new replica.
 
 When a process dies, its node's memory stays as it was; when a node dies, its partners still have copies. Between saves, memory
 holds two generations. The older is removed when the next save begins, so that there are never three.
@@ -30,7 +30,7 @@ from bagualu.parallel.boxes import TensorPiece
 
 GENERATIONS = 2
 _MARGIN = 1.05
-"""Room for headers, tables and whole pages."""
+"""Factor by which a replica may exceed its tensors: headers, tables and partly used pages."""
 log = logging.getLogger(__name__)
 
 
@@ -45,7 +45,7 @@ class Replicas:
         """
         self.site = open_site(scratch, run, session, group)
         self.off = False
-        """Whether making a replica has failed, e.g. because memory ran out; this process makes no more."""
+        """Whether a replica could not be made, e.g. because memory ran out; then this process makes no more replicas."""
 
     def check_room(self, own_bytes: int) -> None:
         """Raises RecipeError on every rank if a node has too little memory for replicas; this rank's part takes `own_bytes`."""
@@ -67,8 +67,8 @@ class Replicas:
         return survey(self.site)
 
     def start(self, step: int | None) -> None:
-        """Starts after resuming from the replica of `step`, or from none (None); removes replicas that do not belong to that
-        past."""
+        """Begins this start of the run, which has resumed from the replica of `step` (None: from no replica). Removes the replicas
+        of later steps; with None, all replicas."""
 
         def settle() -> None:
             self.site.forget(GENERATIONS if step is not None else 0, -1 if step is None else step)
@@ -77,7 +77,7 @@ class Replicas:
         self.site.on_all(settle)
 
     def keep(self, step: int, pieces: Iterable[TensorPiece], metadata: dict[str, Any]) -> None:
-        """Keeps the state after `step` steps. A failure is logged once and ends replication, not the run.
+        """Keeps the state after `step` steps. If this fails, a warning is logged and no more replicas are made; the run goes on.
 
         The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON, the same on all
         ranks.
@@ -140,11 +140,11 @@ class Replicas:
             os.rename(temporary, final)
 
     def forget_after(self, step: int) -> None:
-        """Removes the replicas of steps after `step`, to which the run goes back. Raises CheckpointError."""
+        """Removes the replicas of steps after `step`, the step to which the run goes back. Raises CheckpointError."""
         self.site.on_all(lambda: self.site.forget(GENERATIONS, step))
 
     def remove(self) -> None:
-        """Frees the memory at the end of the run."""
+        """Removes all replicas at the end of the run."""
         site = self.site
         site.group.barrier()
         if site.leads:

@@ -1,6 +1,6 @@
 """A rank's part of a replica: its shard, as in a checkpoint, and a table of the shard's content, with its own hash.
 
-So a part can be verified wherever it is, and the parts of a save make up a checkpoint wherever they come together. `Origin`
+So each part can be verified on its own, and all parts of a save, once they are in one folder, make up a checkpoint. `Origin`
 identifies the save.
 """
 
@@ -26,7 +26,7 @@ class Origin:
 
     step: int
     session: str
-    """The start of the run that made it."""
+    """Identifies the start of the run that made the save."""
     run: str
     ranks: int
     """The number of parts of the save."""
@@ -34,12 +34,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class ShardTable:
-    """The description of a part: its origin and content. All fields but the origin are plain JSON."""
+    """The description of a part: its origin and its content. Except for the origin, all fields are plain JSON."""
 
     origin: Origin
     metadata: dict[str, Any]
     report: dict[str, Any]
-    """The report of `write_shard`."""
+    """What `write_shard` returned for the shard."""
 
     def encode(self) -> bytes:
         content = json.dumps(asdict(self), allow_nan=False, separators=(",", ":")).encode()
@@ -47,7 +47,7 @@ class ShardTable:
 
     @staticmethod
     def decode(raw: bytes) -> "ShardTable":
-        """Parses the output of `encode`. Raises ValueError if a byte differs."""
+        """Returns the table that `encode` made. Raises ValueError if any byte has changed."""
         hashed, content = raw[:_HASH_LENGTH], raw[_HASH_LENGTH:]
         if digest(content).encode() != hashed:
             raise ValueError("does not match its own hash")
@@ -78,7 +78,7 @@ def parts_in(folder: Path) -> list[int]:
 
 
 def write_part(folder: Path, rank: int, pieces: Iterable[TensorPiece], metadata: dict[str, Any], origin: Origin) -> None:
-    """Writes the shard and the table of `rank`, without a shard if it has no elements. Raises OSError, ValueError."""
+    """Writes the table of `rank` and, if it has any elements, its shard. Raises OSError, ValueError."""
     write_table(folder, rank, ShardTable(origin, metadata, write_shard(folder / shard_name(rank), pieces)))
 
 
@@ -121,6 +121,7 @@ def verify_part(folder: Path, rank: int, origin: Origin) -> ShardTable:
 
 
 def whole(tables: dict[int, ShardTable]) -> Manifest:
-    """Returns the manifest of all parts, given by rank. Raises CheckpointError if they do not make up whole tensors."""
+    """Returns the manifest of all parts together; `tables` is by rank. Raises CheckpointError if they do not make up whole
+    tensors."""
     ranks = sorted(tables)
     return manifest_of(tables[0].origin.step, tables[0].metadata, ranks, [tables[rank].report for rank in ranks])

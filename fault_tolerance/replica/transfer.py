@@ -1,4 +1,4 @@
-"""Sends files from the memory of a node to that of another with the backend's collectives.
+"""Sends files from one node's memory to another's with the backend's collectives.
 
 All pairs of ranks exchange data in rounds of all_to_all, so no order of sends and receives can cause a deadlock.
 """
@@ -13,12 +13,13 @@ import torch
 from bagualu.comm.group import Group
 
 CHUNK_BYTES = 16 * 2**20
-"""The most that a rank sends to another in a round."""
+"""The most bytes that a rank sends to another in a round."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A file to be sent to another rank, where it keeps its name. `source` and `destination` are positions in the group."""
+    """A file of `bytes` bytes to be sent to another rank, which stores it under the same name. `source` and `destination` are
+    positions in the group."""
 
     source: int
     destination: int

@@ -1,10 +1,10 @@
 """A rank's heartbeat: a record of what the rank does, in memory that the launcher can read without the rank's help.
 
-    FOLDER/rank-00003.beat      a record, then the count of every line    written in place, on whatever thread the rank runs
+    FOLDER/rank-00003.beat      a record, then the count of every line    written in place, on the rank's own thread
     FOLDER/rank-00003.lines     the rank's identity, then a line of JSON for each line of operations, in the order of the counts
 
-A rank that can no longer run Python stops writing, and a record that no longer changes is the sign of it. Nothing here takes a
-lock, makes a system call (except to add a line of operations) or waits.
+A rank that can no longer run Python stops writing, so its record no longer changes. Writing a record takes no lock, makes no system
+call (except to add a line of operations) and never waits.
 """
 
 import json
@@ -21,10 +21,11 @@ from bagualu.comm.monitor import Counts, Line, Monitor
 HEARTBEATS = "heartbeats"
 """Name of the folder of heartbeats, in the scratch folder that the ranks of this machine share."""
 _RECORD = struct.Struct("<QqQ16s16sqQdQ")
-"""beats, step, steps begun, point, operation, line, number, monotonic seconds, beats. In a torn record the two beats differ."""
+"""Fields: beats, step, steps begun, point, operation, line, number, monotonic seconds, beats. If the two beats differ, the record
+was read while it was being written."""
 _COUNTS_AT = 128
 _LINES = 512
-"""The initial room for counts."""
+"""The number of counts for which there is room at first."""
 
 
 _PACK, _NOW = _RECORD.pack_into, time.monotonic
@@ -39,7 +40,8 @@ class _Encoded(dict[str, bytes]):
 
 
 class Heartbeat:
-    """Observes a rank's monitor and records what it reports. A call costs about a microsecond (tests/bench/heartbeat.py)."""
+    """Observes a rank's monitor and writes what it reports to the heartbeat. A call costs about a microsecond
+    (tests/bench/heartbeat.py)."""
 
     def __init__(self, folder: Path, rank: int, monitor: Monitor) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,9 +111,9 @@ class Beat:
     pid: int
     thread: int
     started: float
-    """When the heartbeat was created, in seconds of the machine's monotonic clock."""
+    """Time at which the heartbeat was created, in seconds of the machine's monotonic clock."""
     beats: int
-    """The number of changes so far. If it is the same twice, nothing has happened in between."""
+    """The number of changes so far. If it is the same in two readings, nothing has changed in between."""
     step: int
     steps_begun: int
     """The number of steps that this process has begun."""
@@ -121,12 +123,12 @@ class Beat:
     line: Line | None
     number: int
     since: float
-    """When the last change happened, on the clock of `started`."""
+    """Time of the last change, on the clock of `started`."""
     counts: dict[Line, int]
 
 
 def read(folder: Path, rank: int) -> Beat | None:
-    """Returns the heartbeat of `rank`; None if there is none yet or it is being written at this moment."""
+    """Returns the heartbeat of `rank`; None if it does not exist yet or is being written at this moment."""
     path = folder / f"rank-{rank:05d}.beat"
     try:
         raw = path.read_bytes()
@@ -148,7 +150,7 @@ def read(folder: Path, rank: int) -> Beat | None:
 
 
 def read_beats(folder: Path, rank: int) -> int:
-    """Returns the number of changes in the heartbeat of `rank`, which shows whether it changes; 0 if there is none yet."""
+    """Returns only the number of changes in the heartbeat of `rank`; 0 if it does not exist yet."""
     try:
         with (folder / f"rank-{rank:05d}.beat").open("rb") as file:
             return int.from_bytes(file.read(8), "little")

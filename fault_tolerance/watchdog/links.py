@@ -1,4 +1,4 @@
-"""Finds TCP connections of ranks whose data are no longer acknowledged, the sign of a lost link. Linux only.
+"""Finds TCP connections of ranks whose data are no longer acknowledged: a sign of a lost link. Linux only.
 
 The kernel sends unacknowledged data again and counts the repeats (/proc/PID/net/tcp). The kernel of a busy or stopped peer still
 acknowledges data until its buffers are full, so repeats indicate a broken link rather than a broken process.
@@ -44,7 +44,7 @@ class _Connection:
 
 
 def lost_links(processes: Mapping[int, int]) -> list[LostLink]:
-    """Returns the lost links of the processes, which are given by rank."""
+    """Returns the lost links of `processes`, the process id of each rank."""
     of_rank = {rank: _connections(pid) for rank, pid in processes.items()}
     owner = {(link.here, link.there): rank for rank, connections in of_rank.items() for link in connections}
     return [
@@ -88,7 +88,7 @@ def _sockets(pid: int) -> set[str]:
 
 
 def _address(text: str) -> Address:
-    """Parses ADDRESS:PORT in hexadecimal; the address is in 32-bit words in the machine's byte order."""
+    """Returns the address and port of ADDRESS:PORT in hexadecimal; the address is in 32-bit words in the machine's byte order."""
     address, port = text.split(":")
     raw = b"".join(struct.pack("=I", int(address[i : i + 8], 16)) for i in range(0, len(address), 8))
     mapped = len(raw) == 16 and raw[:12] == bytes(10) + b"\xff\xff"

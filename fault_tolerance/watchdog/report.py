@@ -1,4 +1,4 @@
-"""Writes the report of a hang, a page for people, to the run's logs."""
+"""Writes a report of a hang as a text file in the run's logs."""
 
 import time
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
-"""Gets the stacks of workers that make no progress, from outside.
+"""Gets the stacks of workers that make no progress, from another process.
 
 A C signal handler writes a worker's stack; it needs neither Python's lock nor a thread that listens. A stopped process runs no
-handler. It is continued and writes its stack just before it is killed, when all its peers are dead.
+handler. So it is continued once all other processes are dead, writes its stack, and is killed.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from bagualu.fault_tolerance.watchdog.verdict import GONE, STOPPED
 
 SIGNAL = signal.SIGUSR2
 _PATIENCE_SECONDS = 2.0
-"""Time for a stack to be written."""
+"""Time that processes get to write their stacks."""
 _QUIET_SECONDS = 0.3
 """A stack that has not grown for this long is complete; on a busy machine the writer may pause in the middle."""
 
@@ -32,13 +32,13 @@ def show_on_signal(folder: Path, rank: int) -> None:
 
 
 def of_threads(threads: Mapping[int, int]) -> dict[int, str]:
-    """Returns, by rank, the stacks of ranks that are threads of this process; `threads` are their identifiers."""
+    """Returns, by rank, the stacks of ranks that are threads of this process; `threads` maps ranks to thread identifiers."""
     frames = sys._current_frames()
     return {rank: "".join(traceback.format_stack(frames[thread])) for rank, thread in threads.items() if thread in frames}
 
 
 def end_all(folder: Path, processes: Mapping[int, int]) -> dict[int, str]:
-    """Kills the processes, given by rank, and returns the stacks of those that could write them."""
+    """Kills `processes` (the process id of each rank) and returns, by rank, the stacks of those that could write them."""
     stopped = {rank for rank, pid in processes.items() if _state(pid) in STOPPED}
     running = {rank: pid for rank, pid in processes.items() if rank not in stopped}
     stacks = _ask(folder, running)

@@ -1,10 +1,10 @@
 """Determines which rank is at fault when a run makes no progress: a pure function of the state of every rank.
 
-Ranks that wait in a communication are victims. A rank waits for those ranks of its line of operations whose count is behind. These
-may wait for others in turn, until the chain ends:
+A rank that waits in a communication is not at fault. It waits for those ranks of its line of operations whose count is lower. They
+may wait for other ranks in turn, until the chain ends:
 
     at a rank that does not wait                it is stopped, or computes for longer than its phase may take: the culprit
-    at a rank that no rank keeps waiting        its operation has ended on other ranks, but it does not return: the culprit
+    at an operation that other ranks have left  the rank does not return from it: the culprit
     at an operation that all ranks have joined  a stopped rank is the culprit; otherwise the link between them is lost
     in a circle                                 no single rank: the ranks call operations in different orders
     at a rank on another node                   it cannot be seen from here
@@ -19,26 +19,27 @@ from bagualu.comm.monitor import Line, Phase
 STOPPED = ("stopped", "tracing-stop")
 GONE = ("zombie", "dead", "gone")
 LONG_POINTS = frozenset({"start", *(phase for phase in Phase if phase.activity != "train")})
-"""Points that may take long without visible progress."""
+"""Phases that may take long without visible progress."""
 SPARE = "spare"
-"""The point of a rank that has no work."""
+"""The phase of a rank that has no work."""
 _SILENT = "it computes, or is stuck in native code, and makes no progress"
 
 
 @dataclass(frozen=True)
 class Patience:
-    """Times, in seconds, without any change that do not count as a hang yet."""
+    """How long a rank may go without any change before that counts as a hang."""
 
     hang_seconds: float
     long_seconds: float
-    """The same at a point that may take long, and until the process has finished its first step (compilation)."""
+    """The limit in a phase that may take long, and until the process has finished its first step (compilation)."""
     wait_seconds: float = math.inf
-    """A rank that has waited this long will soon give up. The rank it waits for then has only `hang_seconds`, at every point."""
+    """Waiting time after which a rank will soon give up. For the rank it waits for, the limit is then `hang_seconds` in every
+    phase."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The state of a rank, seen from outside."""
+    """The state of a rank, as another process sees it."""
 
     rank: int
     step: int = 0
@@ -50,11 +51,11 @@ class Seen:
     number: int = 0
     counts: Mapping[Line, int] = field(default_factory=dict)
     silent_seconds: float = 0.0
-    """Time without a change."""
+    """Time since the rank's last change."""
     cpu_seconds: float = 0.0
-    """Processor time that all threads of its process have used in `silent_seconds`."""
+    """Processor time that all threads of the rank's process have used during `silent_seconds`."""
     process: str = "running"
-    """State of its process, as psutil names it; "gone" if there is none."""
+    """State of the rank's process, as psutil names it; "gone" if the process does not exist."""
 
     @property
     def waits(self) -> bool:
@@ -65,12 +66,12 @@ class Seen:
         return self.process in STOPPED
 
     def overdue(self, patience: Patience) -> bool:
-        """Whether the rank has been without a change for longer than it may be at its present point."""
+        """Returns whether the rank has gone without a change for longer than it may in its present phase."""
         takes_long = not self.waits and not self.stopped and (self.point in LONG_POINTS or self.steps_begun <= 1)
         return self.silent_seconds >= (patience.long_seconds if takes_long else patience.hang_seconds)
 
     def doing(self) -> str:
-        """Describes the state in a line for people."""
+        """Returns a description of the state for messages."""
         where = f"at {self.point} of step {self.step}" if self.step else f"at {self.point}"
         if self.line is not None:
             where = f"waits for {self.operation} number {self.number} in {self.line}, {where}"
@@ -80,7 +81,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class HangDiagnosis:
-    """The reason why the run makes no progress. `culprits` is empty if they cannot be determined; `why` says what is known."""
+    """The ranks at fault when the run makes no progress, and the reason. `culprits` is empty if they cannot be determined."""
 
     culprits: tuple[int, ...]
     why: str
@@ -89,7 +90,7 @@ class HangDiagnosis:
 
 
 def judge(seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
-    """Returns the verdict on `seen`, by rank; None as long as a rank may still make progress on its own."""
+    """Returns the diagnosis that follows from `seen`, the state of each rank; None while a rank may still make progress."""
     seen = {rank: state for rank, state in seen.items() if state.point != SPARE}
     if stopped := _stopped(seen, patience):
         return stopped
@@ -105,9 +106,9 @@ def judge(seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
 
 
 def missed_by(rank: int, seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
-    """Returns the verdict on the rank that kept `rank`, which has just given up, waiting; None if `seen` does not show it.
+    """Returns which rank kept `rank` waiting, which has just given up; None if `seen` does not show it.
 
-    Only ranks that have been silent for as long as `patience` count. Others may themselves have waited until a moment ago.
+    Only ranks that have been silent for as long as `patience` allows count. Others may themselves have waited until a moment ago.
     """
     state = seen.get(rank)
     if state is None or not state.waits or not state.overdue(patience):
@@ -122,13 +123,13 @@ def _stopped(seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | No
 
 
 def _first_end(waiting: list[Seen], seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
-    """Returns the verdict that follows from the first rank that has waited too long."""
+    """Returns the first diagnosis that results from a rank that has waited too long; None if there is none."""
     ends = (_follow(state, seen, patience) for state in waiting if state.waits and state.overdue(patience))
     return next((end for end in ends if end), None)
 
 
 def _is_late(state: Seen, others: list[Seen]) -> bool:
-    """Whether another rank has joined a collective that this rank has not joined yet."""
+    """Returns whether another rank has joined a collective that this rank has not joined yet."""
     return any(
         count > state.counts.get(line, 0)
         for other in others
@@ -138,7 +139,8 @@ def _is_late(state: Seen, others: list[Seen]) -> bool:
 
 
 def _follow(state: Seen, seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
-    """Follows the waits from a rank that has waited too long to their end."""
+    """Follows the chain of waits from a rank that has waited too long and returns the diagnosis at its end; None if a rank in it
+    may still make progress."""
     if state.silent_seconds >= patience.wait_seconds:
         patience = replace(patience, long_seconds=patience.hang_seconds)
     path = [state]
@@ -174,7 +176,8 @@ def _behind(state: Seen, seen: Mapping[int, Seen]) -> list[int]:
 
 
 def _all_have_joined(state: Seen, seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
-    """Returns the verdict on a rank that waits for an operation that all ranks have joined."""
+    """Returns the diagnosis for a rank that waits for an operation that all ranks have joined; None if a rank may still make
+    progress."""
     assert state.line is not None
     members = [seen[rank] for rank in state.line.ranks]
     if any(not member.overdue(patience) for member in members):

@@ -1,4 +1,4 @@
-"""Watches the ranks of a machine from outside."""
+"""Watches the ranks of a machine from the launcher's process."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from bagualu.fault_tolerance.watchdog.verdict import GONE, HangDiagnosis, Patien
 
 @dataclass
 class _Pulse:
-    """A rank's heartbeat at the last look."""
+    """A rank's heartbeat when the watchdog last looked."""
 
     beats: int = 0
     silent_seconds: float = 0.0
@@ -22,9 +22,9 @@ class _Pulse:
 
 
 class Watchdog:
-    """Watches a generation of workers. Call `look` as often as you like; it acts at most every `interval` seconds.
+    """Watches a generation of workers. `look` may be called often; it acts at most every `interval` seconds.
 
-    Silence is summed over the watchdog's own looks, not read from a clock. So a time in which the launcher or the whole machine was
+    Silence is summed over the watchdog's own looks, not read from a clock. So time in which the launcher or the whole machine was
     stopped does not count.
     """
 
@@ -34,7 +34,7 @@ class Watchdog:
         """`folder` contains the heartbeats. `processes` maps the ranks on this machine to their process ids."""
         self.processes = dict(processes)
         self.interval = min(1.0, patience.hang_seconds / 10)
-        """Least seconds between two looks."""
+        """The least number of seconds between two looks."""
         self._folder = folder
         self._patience = patience
         self._clock = clock
@@ -42,7 +42,7 @@ class Watchdog:
         self._pulses = {rank: _Pulse() for rank in processes}
 
     def look(self) -> HangDiagnosis | None:
-        """Returns the reason why the run makes no progress; None while it may continue."""
+        """Returns the diagnosis if the run makes no progress; None if it may still continue or it is too early to look again."""
         now = self._clock()
         if now - self._last < self.interval:
             return None

@@ -1,4 +1,4 @@
-"""The shell lines of launch.slurm.setup: checks their syntax, and writes the part of the batch script that runs them."""
+"""Checks the syntax of the shell lines of launch.slurm.setup and writes the part of the batch script that runs them."""
 
 import re
 import shlex
@@ -25,7 +25,8 @@ def commands(lines: Sequence[str]) -> list[str]:
 
 
 def _parsed(lines: Sequence[str]) -> tuple[list[str], str]:
-    """Returns the commands, and why `check` refuses the last one, or "". Without bash on this machine all lines are one command."""
+    """Returns the commands, and the error message if a line cannot be parsed, else "". Without bash on this machine, all lines are
+    one command."""
     bash = shutil.which("bash")
     if bash is None:
         return ["\n".join(lines)] if lines else [], ""
@@ -48,7 +49,7 @@ def _parsed(lines: Sequence[str]) -> tuple[list[str], str]:
 
 
 def shell(lines: Sequence[str]) -> str:
-    """Returns the part of the batch script's function `agent` that runs the lines, or "" if there are none.
+    """Returns the part of the batch script's function `agent` that runs the lines, "" if there are no lines.
 
     Each command runs by `eval` in the agent's shell, so it may define functions and variables and set options for later commands.
     A command that fails, or ends the shell, ends the job (`setup_failed` in job.sh).

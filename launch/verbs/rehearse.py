@@ -1,4 +1,4 @@
-"""`bagualu rehearse`: runs a recipe under planned faults, and reports which ones it survived and what they cost."""
+"""`bagualu rehearse`: runs a recipe under planned faults and reports which faults it survived and what they cost."""
 
 import sys
 from dataclasses import asdict, replace
@@ -31,12 +31,12 @@ from bagualu.trainer.recipe.compose import compose, save_recipe
 from bagualu.trainer.recipe.config import Recipe
 
 _WIDTH = 120
-"""Smallest width of the table, in columns."""
+"""The least width of the table, in columns."""
 _NUMBERS = ("step", "recovery", "steps lost")
 
 
 def rehearse(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
-    """Run the rehearsal. Returns the exit code and the document for --json.
+    """Run the rehearsal. Returns the exit code and the object that --json prints.
 
     The exit code is 0 only if every fault was survived or took no effect, and the final state equals that of a run without faults.
     """
@@ -88,7 +88,7 @@ def _in(folder: Path, recipe: Recipe) -> Recipe:
 
 
 def _budget(restart: RestartConfig, faults: list[str], overrides: list[str]) -> RestartConfig:
-    """Returns `restart` with one more restart per fault that ends a process, and without pauses, unless `overrides` set these."""
+    """Returns `restart` with a further restart for each fault that ends a process, and without pauses. Keys in `overrides` stay."""
     typed = {text.split("=")[0] for text in overrides}
     restarts = sum(parse(fault).ends_process for fault in faults)
     changes: dict[str, Any] = {"limit": restart.limit + restarts, "backoff_seconds": 0.0}
@@ -121,7 +121,7 @@ def _document(rehearsed: Recipe, summary: dict[str, Any], reference: Recipe | No
 
 
 def _differences(rehearsed: Recipe, reference: Recipe) -> list[str]:
-    """Returns the differences between the final states of two runs."""
+    """Returns the differences between the final states of two runs, a line for each."""
     from bagualu.fault_tolerance.checkpoint.reading.compare import differences  # imports torch, as the runs have done
 
     ends = [latest(RunDirectory(recipe.run.dir).checkpoints) for recipe in (rehearsed, reference)]

@@ -28,7 +28,7 @@ _EXAMPLE = "e.g. bagualu schedule name=zb_v stages=4 micro_batches=8"
 _IN_A_RECIPE = {"parallel.schedule": "name", "parallel.pipeline": "stages", "parallel.virtual_stages": "chunks"}
 _PICTURES = (".svg", ".png")
 _COLUMNS = 240
-"""The widest drawing in letters, in columns, when the output is not a terminal."""
+"""Width in columns of the widest text drawing that is printed when the output is not a terminal."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Plan:
 
 
 def schedule(request: CommandLine) -> tuple[int, Any]:
-    """Print the schedule. Returns the exit code and the document for --json. Raises RecipeError."""
+    """Print the schedule. Returns the exit code and the object that --json prints. Raises RecipeError."""
     given = _read(request.overrides)
     out = _picture_path(given.pop("out", None))
     run = given.pop("run", None)
@@ -65,7 +65,7 @@ def schedule(request: CommandLine) -> tuple[int, Any]:
 
 
 def _read(words: list[str]) -> dict[str, str]:
-    """Parse the key=value arguments; a run directory gets the key `run`. Raises RecipeError."""
+    """Returns the key=value arguments as a dictionary; a run directory gets the key `run`. Raises RecipeError."""
     given: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -112,7 +112,7 @@ def _planned(given: dict[str, str]) -> _Plan:
 
 
 def _build(name: str, ranks: int, micro_batches: int, chunks: int | None) -> Schedule:
-    """Compute the schedule. Raises RecipeError with the names of this command's keys instead of a recipe's."""
+    """Returns the schedule. Raises RecipeError, with the names of this command's keys instead of those of a recipe."""
     try:
         return compute_schedule(name, ranks, micro_batches, chunks)
     except RecipeError as error:
@@ -128,7 +128,7 @@ def _count(given: dict[str, str], key: str) -> int:
 
 
 def _time(given: dict[str, str], key: str, default: int) -> Time:
-    """Parse a time exactly, as a Fraction, so that a bubble of zero is computed as exactly zero. Raises RecipeError."""
+    """Returns a time as an exact Fraction, so that a bubble of zero is computed as exactly zero. Raises RecipeError."""
     try:
         time = Fraction(given.get(key, str(default)))
     except (ValueError, ZeroDivisionError):
@@ -139,7 +139,7 @@ def _time(given: dict[str, str], key: str, default: int) -> Time:
 
 
 def _of_run(folder: Path, given: dict[str, str]) -> tuple[_Plan, Measured]:
-    """Returns the run's schedule with the mean measured times of its passes, and the measurement. Raises RecipeError."""
+    """Returns the run's schedule, timed with the mean measured times of its passes, and the measured step. Raises RecipeError."""
     from bagualu.trainer.recipe.compose import load_recipe  # Hydra's library
 
     run = RunDirectory(folder)
@@ -215,7 +215,7 @@ def _percent(share: Time) -> str:
 
 
 def _runs(values: list[int]) -> str:
-    """Returns up to 8 values in full, more than 8 as a range."""
+    """Returns up to 8 values as text; for more than 8, their range."""
     if len(values) <= 8:
         return " ".join(map(str, values))
     return f"{values[0]} on all" if len(set(values)) == 1 else f"{min(values)} to {max(values)}, the first {values[0]}"

@@ -15,12 +15,12 @@ from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe.config import Recipe
 
 Run = Callable[[Recipe, list[str]], tuple[int, dict[str, Any]]]
-"""A function that runs one job and returns its exit code and its document for --json."""
+"""A function that runs one job and returns its exit code and the object that --json prints for it."""
 _NOT_BEGUN = "not begun"
 
 
 class Series:
-    """The jobs of a sweep, and how each of them ended."""
+    """The jobs of a sweep, with the exit code and result of each."""
 
     def __init__(self, jobs: Sequence[SweepJob], stop: StopRequest) -> None:
         self.jobs = list(jobs)
@@ -30,7 +30,7 @@ class Series:
         self._documents: list[dict[str, Any]] = [{"ended": _NOT_BEGUN, "run_dir": job.recipe.run.dir} for job in self.jobs]
 
     def run(self, run: Run) -> tuple[int, list[dict[str, Any]]]:
-        """Run all jobs that are not done yet. Returns the sweep's exit code and the documents of all jobs, in order.
+        """Run all jobs that are not done yet. Returns the sweep's exit code and what --json prints for each job, in order.
 
         The exit code is that of the first failed job; without a failure, STOPPED if a job is not done, else DONE.
         """
@@ -84,7 +84,7 @@ class Series:
         return failed[0] if failed else STOPPED if stopped else DONE
 
     def _print_rest(self) -> None:
-        """Print which jobs are not done and why; the last line is that of the first failure."""
+        """Print which jobs are not done and why, and at the end the last line of the first failed job."""
         rest = [number for number in range(len(self.jobs)) if self._codes.get(number) != DONE]
         head = f"bagualu: sweep: {len(self.jobs) - len(rest)} of {len(self.jobs)} jobs done"
         resumes = all(job.recipe.checkpoint.resume for job in self.jobs)
@@ -102,7 +102,7 @@ class Series:
 
 
 def _last_words(document: dict[str, Any]) -> str | None:
-    """Returns the last line that the job of `document` printed; None if the job was only asked to stop."""
+    """Returns the last line that a job printed, from its `document`; None if the job was only asked to stop."""
     if "error" in document:
         return f"bagualu: error: {document['error']}"
     if "rank" not in document:

@@ -9,7 +9,7 @@ from bagualu.trainer.recipe.compose import as_dict, compose, resolved_yaml
 
 
 def show_recipe(request: CommandLine) -> tuple[int, Any]:
-    """Print the recipe, or all recipes of a sweep. Returns the exit code and the document for --json."""
+    """Print the recipe, or all recipes of a sweep. Returns the exit code and the object that --json prints."""
     several = SEVERAL[request.verb]
     recipes = [job.recipe for job in jobs(request.overrides)] if request.multirun else [compose(request.overrides, several)]
     if not request.json:

@@ -22,11 +22,11 @@ from bagualu.trainer.recipe.override_text import typed
 
 _PORT = 29400
 _NO_KILL = "--no-kill"
-"""Option of sbatch that keeps the job running after SLURM has lost a node. Without it srun would kill the other nodes' agents."""
+"""Option of sbatch that keeps the job running after SLURM has lost a node. Without it, srun kills the agents of the other nodes."""
 
 
 def slurm(request: CommandLine) -> tuple[int, Any]:
-    """Write the script of a recipe and submit it. Returns the exit code and the document for --json."""
+    """Write the script of a recipe and submit it. Returns the exit code and the object that --json prints."""
     recipe = compose(request.overrides, SEVERAL[request.verb])
     _check(recipe)
     text = script(recipe, request.overrides)
@@ -82,7 +82,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def script(recipe: Recipe, overrides: list[str]) -> str:
-    """Returns the batch script. It always resumes; the first time, there is no checkpoint and training starts from step 0."""
+    """Returns the batch script. It always resumes; without a checkpoint, training starts from step 0."""
     folder = Path(recipe.run.dir).absolute()
     own = [text for text in overrides if not re.match(r"(checkpoint\.resume|run\.dir)=", text)]
     words = [*(_settled(text, recipe) for text in own), f"run.dir={typed(str(folder))}", "checkpoint.resume=true"]
@@ -103,7 +103,7 @@ def script(recipe: Recipe, overrides: list[str]) -> str:
 
 
 def _settled(override: str, recipe: Recipe) -> str:
-    """Returns an override with ${...} replaced by its value now, so that it cannot differ between nodes and starts."""
+    """Returns an override with ${...} replaced by its present value, so that it is the same on all nodes and in all starts."""
     key, _, value = override.partition("=")
     if "${" not in value or key.lstrip("+") not in keys():
         return override

@@ -1,4 +1,4 @@
-"""`-m`: one recipe for every combination of the given values, each with its own run directory."""
+"""`-m`: makes a recipe for every combination of the given values, each with its own run directory."""
 
 import hashlib
 import itertools
@@ -15,7 +15,7 @@ from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.override_text import typed
 
 _LONGEST_NAME = 200
-"""Most bytes that the values of a job add to its folder's name; file systems allow 255 for the whole name."""
+"""The most bytes that the values of a job add to its folder's name; file systems allow 255 for the whole name."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SweepJob:
     """One run of a sweep."""
 
     overrides: list[str]
-    """The overrides that give `recipe`, including run.dir."""
+    """The command-line overrides that produce `recipe`, including run.dir."""
     recipe: Recipe
 
 

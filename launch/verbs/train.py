@@ -18,7 +18,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def train(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
-    """Train, or run every job of a sweep. Returns the exit code and the document for --json."""
+    """Train, or run every job of a sweep. Returns the exit code and the object that --json prints."""
     stop = StopRequest()
 
     def train_once(recipe: Recipe, overrides: list[str]) -> tuple[int, dict[str, Any]]:

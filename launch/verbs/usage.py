@@ -1,4 +1,4 @@
-"""The help pages, and the parser of the command line except its overrides. Imports no torch and no Hydra, so that help is fast."""
+"""The help pages, and the parser of verbs and options. Imports neither torch nor Hydra, so that help is fast."""
 
 import shlex
 from dataclasses import dataclass, field, fields
@@ -13,7 +13,7 @@ from bagualu.parallel.pipeline.registry import FAMILIES
 VERBS = {
     "train": "train on this machine",
     "slurm": "write a SLURM batch script and submit it",
-    "rehearse": "train under planned faults, and report what was survived",
+    "rehearse": "train under planned faults, and report which were survived",
     "checkpoint": "list the checkpoints of a run, or verify every byte of them",
     "schedule": "draw a pipeline schedule, and the times that a run measured",
 }
@@ -26,7 +26,7 @@ usage: bagualu VERB [key=value ...] [options]
 verbs:
 {verbs}
 
-`bagualu VERB --help` says more. Keys are those of a recipe: recipe=tiny train.steps=100
+`bagualu VERB --help` describes a verb. Keys are those of a recipe: recipe=tiny train.steps=100
 exit codes: 0 done, 2 wrong usage or recipe, 75 stopped on request with nothing lost (a checkpoint is saved,
 or nothing was done yet), 76 the same step fails repeatedly, 130 Ctrl-C at the very start, others a failure"""
 
@@ -35,7 +35,7 @@ usage: bagualu train [recipe=NAME] [key=value ...] [--cfg job] [--json] [-m]
 
 Starts the workers that the recipe's layout needs on this machine and trains.
 Ctrl-C saves a checkpoint and stops, or only stops if nothing was done yet (exit code 75: start again with
-checkpoint.resume=true); a second Ctrl-C stops at once.
+checkpoint.resume=true); a second Ctrl-C stops immediately.
 
 recipes:
 {recipes}
@@ -52,15 +52,15 @@ keys (all of them: --cfg job):
                           threads of one process
   comm.device=cuda        for simulated: on one GPU, which all ranks share
   checkpoint.every checkpoint.keep checkpoint.async
-  checkpoint.resume=true  go on from the newest checkpoint of run.dir
+  checkpoint.resume=true  continue from the newest checkpoint of run.dir
   restart.limit           how often failed workers are restarted
-  restart.elastic=true    go on with a smaller layout when workers are lost for good
+  restart.elastic=true    continue with a smaller layout when workers are lost for good
 
 options:
   --cfg job   print the resolved recipe and do nothing
   --json      print one JSON document on stdout, all else on stderr
-  -m          several values (optim.lr=1e-3,3e-4): one run after the other, each with its own run.dir, also after one
-              has failed; with checkpoint.resume=true only those not done
+  -m          run every combination of several values (optim.lr=1e-3,3e-4) in turn, each in its own run.dir,
+              even if one fails; with checkpoint.resume=true, run only those that are not done
   -h, --help  this page"""
 
 _SLURM = """\
@@ -68,7 +68,7 @@ usage: bagualu slurm [recipe=NAME] launch.nodes=N [launch.workers=M] [key=value 
 
 Writes a batch script into the run directory and submits it with sbatch, if there is one. The script runs one agent on
 each node. Before the job's time limit, and when it is preempted, the run saves a checkpoint, and the job goes back
-into the queue to go on from it, unless it has saved no new step since it began.
+into the queue and continues from it, unless it has saved no new step since it began.
 
 recipes:
 {recipes}
@@ -76,12 +76,12 @@ recipes:
 keys (all of them: --cfg job):
   launch.nodes launch.workers       nodes, and workers on each
   launch.slurm.partition launch.slurm.account
-  launch.slurm.time=24:00:00        left out, the partition's own limit
+  launch.slurm.time=24:00:00        time limit; default: the partition's limit
   launch.slurm.requeue=false        the job does not go back into the queue by itself
-  restart.elastic=true              the job goes on when SLURM has lost one of its nodes
+  restart.elastic=true              the job continues when SLURM has lost one of its nodes
   launch.slurm.gpus_per_node launch.slurm.cpus_per_task
   launch.slurm.directives=[--exclusive]             further #SBATCH lines
-  launch.slurm.setup=["source env/bin/activate"]    shell lines on every node; one that fails ends the job
+  launch.slurm.setup=["source env/bin/activate"]    shell lines run on every node; a line that fails ends the job
 
 options:
   --print     print the script and do nothing
@@ -124,14 +124,14 @@ usage: bagualu schedule name=NAME stages=N micro_batches=M [chunks=V] [key=value
 
 Draws the schedule in letters if it is narrow enough: F forward, B backward, I and W its two parts (the gradients
 of input and weights), one line per rank, ' for a pass of a rank's second chunk; -- is the second half of a pass that
-takes two steps. Prints its bubble and the activations in flight on every rank. With the directory of a run: how long
-the schedule should take given the run's mean times, and below what was measured in one step.
+takes two steps. Prints its bubble and the activations in flight on every rank. For the directory of a run, it prints
+the schedule with the run's mean time of each pass and, below, the times that were measured in one step.
 
 keys:
   name            {names}
   stages          ranks of the pipeline: the stages that each chunk of the model is cut into
-  micro_batches   of one step, on every rank
-  chunks          stages per rank (parallel.virtual_stages in a recipe), default what the schedule needs
+  micro_batches   number of micro-batches of one step on every rank
+  chunks          stages per rank (parallel.virtual_stages in a recipe); default: as many as the schedule needs
   forward=1 input=1 weight=1    time of F, I and W in a stage, e.g. forward=1 input=1.2 weight=0.8
   message=0       time of a message between two ranks, in the same unit
   out             FILE.svg or FILE.png: draw it there
@@ -149,7 +149,7 @@ SEVERAL = {
     "checkpoint": "`bagualu checkpoint` looks at one run; give each by itself",
     "schedule": "one schedule takes one value of each key; draw each by itself",
 }
-"""For each verb, the advice when a key was given several values."""
+"""For each verb, the advice that is printed when a key was given several values."""
 
 
 @dataclass
@@ -184,7 +184,7 @@ _SETS = {
 
 
 def read(arguments: list[str]) -> CommandLine:
-    """Parse a command line. Raises RecipeError for an unknown verb or option."""
+    """Returns the parsed command line. Raises RecipeError for an unknown verb or option."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return CommandLine("", help=True)
     verb = arguments[0]
@@ -218,7 +218,7 @@ def _instead_of_verb(arguments: list[str]) -> str:
 
 
 def unknown_option(option: str, verb: str) -> str:
-    """Returns the message for an option that `bagualu VERB` does not accept as given: what is wrong and what to type."""
+    """Returns the error message for an option that `bagualu VERB` does not accept: what is wrong and what to type."""
     given, equals, value = option.partition("=")
     name, unknown, see = _LONG.get(given, given), f"unknown option {option}", f"see bagualu {verb} --help"
     if verb in _OPTIONS.get(name, ()):
@@ -235,7 +235,7 @@ def unknown_option(option: str, verb: str) -> str:
 
 
 def _meant_key(name: str, verb: str) -> str | None:
-    """Returns the recipe key that was probably meant by the option --NAME, or None."""
+    """Returns the key that was probably meant by the option --NAME; None if no key is like it."""
     if verb == "schedule":
         return name if name in SCHEDULE_KEYS else None
     if verb == "checkpoint":
@@ -247,7 +247,7 @@ def _meant_key(name: str, verb: str) -> str | None:
 
 
 def page(verb: str) -> str:
-    """Returns the help page of a verb; with an empty string, the list of verbs."""
+    """Returns the help page of a verb; for an empty string, the page with the list of verbs."""
     if not verb:
         return _HELP.format(verbs="\n".join(f"  {name:<12}{what}" for name, what in VERBS.items()))
     if verb == "checkpoint":

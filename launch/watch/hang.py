@@ -18,11 +18,15 @@ from bagualu.trainer.process.failure import Failure
 from bagualu.trainer.recipe.config import Recipe
 
 _BEFORE_TIMEOUT = 0.75
-"""Share of comm.timeout_seconds. After the full timeout waiting ranks fail, and whom they waited for is no longer known."""
+"""Fraction of comm.timeout_seconds after which a waiting rank counts. After the full timeout it fails, and it can no longer be seen
+which rank it waited for."""
 
 
 class HangCheck(Watcher):
-    """When the workers of this machine hang, writes a report, ends worker processes (not threads), and names the rank at fault."""
+    """Detects that the workers of this machine hang, writes a report, ends the worker processes and names the rank at fault.
+
+    Ranks that are threads cannot be ended.
+    """
 
     def __init__(self, recipe: Recipe, scratch: Path) -> None:
         config = recipe.restart
@@ -40,7 +44,8 @@ class HangCheck(Watcher):
             self._watchdog = Watchdog(self._folder, pids, self._patience)
 
     def look(self) -> Failure | None:
-        """Returns a failure if a worker hangs (see `Watcher.look`). Only then does it take long, because it writes a report."""
+        """Returns a failure if a worker hangs (see `Watcher.look`), else None. It is slow only if one hangs, because it writes a
+        report."""
         diagnosis = self._watchdog.look() if self._watchdog else None
         if self._watchdog is None or diagnosis is None:
             return None
@@ -54,7 +59,8 @@ class HangCheck(Watcher):
         return Failure(rank, phase, f"the run stood still: {diagnosis.why}; report: {report}", time.time(), "hung", step)
 
     def _end(self) -> dict[int, str]:
-        """End worker processes, and return the Python stacks of all ranks, by rank."""
+        """Kill the worker processes and return the stacks of the ranks that could still write theirs, by rank. If the ranks are
+        threads of this process, return their stacks without ending them."""
         if set(self._processes.values()) == {os.getpid()}:
             beats = {rank: read(self._folder, rank) for rank in self._processes}
             return stacks.of_threads({rank: beat.thread for rank, beat in beats.items() if beat})
@@ -62,7 +68,8 @@ class HangCheck(Watcher):
 
 
 def _with_links(diagnosis: HangDiagnosis, links: list[LostLink]) -> HangDiagnosis:
-    """Returns the diagnosis with the lost connections added, and with the rank cut off by them if no culprit was known."""
+    """Returns the diagnosis with the lost connections added to its reason. If it names no culprit and all of them are connections
+    of one rank, that rank becomes the culprit."""
     if not links:
         return diagnosis
     shown = "; ".join(map(str, links[:2])) + (f"; and {len(links) - 2} more" if len(links) > 2 else "")

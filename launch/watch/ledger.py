@@ -1,4 +1,4 @@
-"""Writes the launcher's entries in a run's ledger: when the launch began, and when workers started and failed."""
+"""Writes the launcher's events to a run's ledger: the launch, and the starts and failures of workers."""
 
 import secrets
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from bagualu.trainer.process.failure import Failure
 
 
 class LedgerWatcher(Watcher):
-    """Writes only on the node with rank 0, so that of several nodes exactly one writes."""
+    """Records when the launch began and when workers started and failed. Only the node with rank 0 writes."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir

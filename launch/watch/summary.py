@@ -1,4 +1,4 @@
-"""Writes the launcher's entries in summary.json: that a start is under way, and how it ended if no rank could write that."""
+"""Writes the launcher's part of summary.json: that a start is in progress, and how it ended if no rank could write that."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,8 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 class SummaryWatcher(Watcher):
-    """Writes on the node that holds the lock of the run directory; another node writes only after that one is lost."""
+    """Records in summary.json how a start of the run went. The node that holds the lock of the run directory writes; another node
+    writes only after that node is lost."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._start = Start(recipe)
@@ -27,7 +28,7 @@ class SummaryWatcher(Watcher):
             self._start.begin()  # the failure may have come after the last step, when the summary already said "done"
 
     def ended(self, summary: dict[str, object] | None, failure: Failure | None) -> None:
-        """Write how the launch ended: with `summary`, or with `failure`."""
+        """Write how the launch ended: successfully with `summary`, or with `failure`."""
         if failure is None:
             if summary and self._start.begun:
                 self._start.finish(summary)
@@ -41,7 +42,7 @@ class SummaryWatcher(Watcher):
 
     @contextmanager
     def crashing(self) -> Iterator[None]:
-        """Inside this context, an exception that would end the launcher is written as the end of the start, and raised again."""
+        """Inside this context, an exception that would end the launcher is recorded in summary.json and raised again."""
         try:
             yield
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""The interface of objects that the launcher calls while workers run: the hang check, the ledger, the summary."""
+"""The base class of objects that the launcher calls while workers run: the hang check, the ledger, the summary."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ from bagualu.trainer.process.failure import Failure
 
 
 class Watcher:
-    """Does nothing; override what is needed. Called on the launcher's main thread, so each call must be quick.
+    """Methods that do nothing and are overridden as needed. They are called on the launcher's main thread, so they must be quick.
 
     A generation is one set of workers, from their start to their end; a launch without failures has one.
     """
@@ -17,8 +17,8 @@ class Watcher:
     def started(self, generation: int, pids: Mapping[int, int]) -> None:
         """Called when the workers of `generation` (the first is 0) have started.
 
-        `pids`: process ids of the workers on this machine, by global rank. With comm.backend=simulated the ranks are threads, and
-        all have the launcher's process id.
+        `pids` maps the global ranks of the workers on this machine to their process ids. With comm.backend=simulated the ranks are
+        threads, and all have the launcher's process id.
         """
 
     def look(self) -> Failure | None:
@@ -30,4 +30,4 @@ class Watcher:
         return None
 
     def failed(self, generation: int, failure: Failure, again: bool) -> None:
-        """Called when `generation` has ended with `failure`. `again`: whether another generation follows."""
+        """Called when `generation` has ended with `failure`. `again` says whether another generation follows."""

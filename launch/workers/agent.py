@@ -43,11 +43,11 @@ _EXIT_SECONDS = 30
 
 
 class Killed(BaseException):
-    """Raised by a second Ctrl-C, after the workers were killed."""
+    """Raised after a second Ctrl-C, when the workers have been killed."""
 
 
 class Left(BaseException):
-    """Raised by a request to stop while the agent waits for other nodes and has no workers yet."""
+    """Raised after a request to stop, if the agent is waiting for other nodes and has no workers yet."""
 
 
 class LostPeer(Exception):
@@ -71,10 +71,10 @@ class Agent(ElasticAgent):
         """Replaces the signal handlers that `stop` installed; the agent's own handlers set `stop.asked`.
 
         Args:
-            arguments: what every worker of this machine is started with.
-            rendezvous: how this agent finds the agents of the other nodes.
+            arguments: the arguments with which every worker of this machine is started.
+            rendezvous: the rendezvous through which this agent finds the agents of the other nodes.
             stop: whether the run was asked to stop.
-            watchers: are called when workers start or fail, and may report a failure of their own, such as a hang.
+            watchers: objects that are called when workers start or fail, and may report failures themselves, such as a hang.
         """
         spec = WorkerSpec(
             role="worker",
@@ -91,9 +91,9 @@ class Agent(ElasticAgent):
         self.restarts = Restarts(arguments.recipe.restart)
         self.generation = 0
         self.failure: Failure | None = None
-        """Why the latest failed generation of workers failed."""
+        """The failure of the latest generation of workers that failed; None if none has."""
         self.summary: dict[str, Any] | None = None
-        """The summary of the generation that succeeded."""
+        """The summary of the generation that succeeded; None until then."""
         self._stop = stop
         self._waits_for_nodes = False
         self._interrupts = 0
@@ -105,7 +105,7 @@ class Agent(ElasticAgent):
 
     @property
     def nodes(self) -> int:
-        """How many nodes take part in this generation."""
+        """The number of nodes that take part in this generation."""
         return self.group.group_world_size or 1
 
     @property
@@ -138,7 +138,7 @@ class Agent(ElasticAgent):
 
     @contextlib.contextmanager
     def suspending(self) -> Iterator[None]:
-        """Inside this context, Ctrl-Z suspends the workers too."""
+        """Inside this context, Ctrl-Z suspends the workers as well as this process."""
         before = signal.getsignal(signal.SIGTSTP)
         if before is not signal.SIG_IGN:
             signal.signal(signal.SIGTSTP, self._on_suspend)
@@ -171,7 +171,8 @@ class Agent(ElasticAgent):
             self._waits_for_nodes = False
 
     def _try_to_meet(self) -> bool:
-        """Meet the other nodes. Returns False when a node died before it announced its workers: the rendezvous must be repeated.
+        """Meet the other nodes. Returns False if the rendezvous must be repeated, because a node died before it announced its
+        workers.
 
         Raises LostPeer when the restart policy does not allow that.
         """
@@ -225,7 +226,8 @@ class Agent(ElasticAgent):
         return result
 
     def _fail(self, seen: Failure | None) -> None:
-        """Kill all workers after a worker's death or a watcher's report `seen`, and decide whether they are started again."""
+        """Kill all workers after a worker's death, or after the failure `seen` of a watcher, and decide whether they are
+        restarted."""
         deadline = time.monotonic() + (0 if seen else _GRACE_SECONDS)
         while len(self._exit_codes()) < len(self._pids) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -261,7 +263,7 @@ class Agent(ElasticAgent):
         return verdict
 
     def _can_do_without_one(self, slots: list[int]) -> bool:
-        """Whether the run can go on with one worker fewer, where `slots` are those that this machine would keep."""
+        """Returns whether the run can go on with one worker fewer; `slots` are the slots that this machine would keep."""
         if not slots or not self.arguments.recipe.restart.elastic:
             return False
         with contextlib.suppress(RecipeError):
@@ -304,12 +306,12 @@ class Agent(ElasticAgent):
         return self.arguments.scratch / HEARTBEATS
 
     def _ranks(self) -> dict[int, int]:
-        """Process ids of the workers of this machine, by global rank."""
+        """Returns the process ids of the workers of this machine, by global rank."""
         return {worker.global_rank: pid for worker, pid in zip(self.group.workers, self._pids, strict=False)}
 
     @property
     def _messages(self) -> agent_messages.Board:
-        """Messages between the agents of this generation."""
+        """The board for messages between the agents of this generation."""
         store, nodes = self.group.store, self.group.spec.rdzv_handler
         assert isinstance(store, Store)
         assert isinstance(nodes, NodeRendezvous)

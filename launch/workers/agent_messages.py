@@ -1,4 +1,4 @@
-"""Signed messages between the agents of a run's nodes, besides those of elastic's rendezvous."""
+"""Signed messages between the agents of a run's nodes, in addition to those of torch elastic's rendezvous."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ LEAVE_SECONDS = 10.0
 
 
 class Board:
-    """Keys and values in the agents' store. Values are signed, and a value that no agent of the run has signed is ignored."""
+    """Signed values under keys in the agents' store. A value that no agent of the run has signed is ignored."""
 
     def __init__(self, store: Store, seal: Seal, part: str) -> None:
         """`part` is the name of `store`'s section of the agents' store; a value signed for one section is not valid in another."""
@@ -24,6 +24,7 @@ class Board:
         self._seal, self._part = seal, part
 
     def write(self, key: str, text: str = "") -> None:
+        """Sign `text` and store it under `key`."""
         self.store.set(key, self._signed(key, text))
 
     def write_first(self, key: str, text: str) -> str:
@@ -36,7 +37,7 @@ class Board:
             expected = stored if stored != expected else b""  # overwrite the unsigned value, or start over if it was deleted
 
     def read(self, key: str) -> str | None:
-        """Returns the text that an agent has written under `key`, or None."""
+        """Returns the text that an agent has written under `key`; None if there is none."""
         return self._seal.opened(self._name(key), self.store.get(key)) if self.store.check([key]) else None
 
     def _signed(self, key: str, text: str) -> str:
@@ -47,18 +48,26 @@ class Board:
 
 
 class Ending:
-    """How the run ended, published to all nodes by the first that knows. Without the store's host, writes and reads do nothing."""
+    """The end of the run, published to all nodes by the first node that knows it. If the store cannot be reached, all methods do
+    nothing."""
 
     def __init__(self, board: Board) -> None:
-        """`board` is the one that all rounds of the rendezvous share."""
+        """`board` must be the board that all rounds of the rendezvous share."""
         self._board = board
 
     def say(self, document: dict[str, Any]) -> None:
+        """Publishes `document`, the description of how the run ended (`processes._tell`), unless a node has already published one.
+
+        Does nothing if the store cannot be reached.
+        """
         with contextlib.suppress(RuntimeError):
             self._board.write_first(_ENDING, json.dumps(document))
 
     def heard(self, patience_seconds: float = 0.0) -> dict[str, Any] | None:
-        """Returns the document that a node has published, or publishes within `patience_seconds`; otherwise None."""
+        """Returns the published description of how the run ended, waiting up to `patience_seconds` for it.
+
+        Returns None if there is none by then or the store cannot be reached.
+        """
         deadline = time.monotonic() + patience_seconds
         with contextlib.suppress(RuntimeError):
             while (said := self._board.read(_ENDING)) is None and time.monotonic() < deadline:
@@ -69,12 +78,14 @@ class Ending:
         return None
 
     def leave(self) -> None:
-        """Count this agent as one that no longer uses the store. Not signed: a forged count only makes the host leave sooner."""
+        """Count this agent among those that no longer use the store. The count is not signed: forging it only makes the host leave
+        sooner."""
         with contextlib.suppress(RuntimeError):
             self._board.store.add(_LEFT, 1)
 
     def await_leaving(self, nodes: int, patience_seconds: float, stop: Callable[[], bool] = lambda: False) -> None:
-        """On the store's host, which leaves last: wait until `nodes` agents have left, or `patience_seconds` have passed."""
+        """Wait until `nodes` agents have left or `patience_seconds` have passed. The store's host calls this, because it leaves
+        last."""
         deadline = time.monotonic() + patience_seconds
         with contextlib.suppress(RuntimeError):
             while self._board.store.add(_LEFT, 0) < nodes and time.monotonic() < deadline and not stop():
@@ -82,7 +93,7 @@ class Ending:
 
 
 def backend_of_all(board: Board, own: str) -> str:
-    """Returns the backend that the first node published; publishes `own` if none has. All nodes of a run must use the same."""
+    """Returns the backend that the first node published; publishes `own` if no node has. All nodes must use the same backend."""
     return board.write_first(_BACKEND, own)
 
 
@@ -92,17 +103,17 @@ def ask_to_regroup(board: Board) -> None:
 
 
 def regrouping(board: Board) -> bool:
-    """Whether an agent of this round has called `ask_to_regroup`."""
+    """Returns whether an agent of this round has called `ask_to_regroup`."""
     return board.read(_REGROUP) is not None
 
 
 def say_trained(board: Board, summary: dict[str, Any]) -> None:
-    """Publish to the agents of this round that the ranks that train have finished, with their summary."""
+    """Tell the agents of this round that the training ranks have finished, with their `summary`."""
     board.write(_TRAINED, json.dumps(summary))
 
 
 def trained(board: Board) -> dict[str, Any] | None:
-    """Returns the summary if an agent of this round has published it, otherwise None."""
+    """Returns the summary that an agent of this round has published with `say_trained`; None if there is none yet."""
     written = board.read(_TRAINED)
     summary: dict[str, Any] | None = None if written is None else json.loads(written)
     return summary

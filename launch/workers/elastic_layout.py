@@ -1,4 +1,4 @@
-"""Change a recipe's layout to fit the workers that are left."""
+"""Changes a recipe's layout to fit the workers that are left."""
 
 from dataclasses import replace
 
@@ -29,7 +29,8 @@ def fitted(recipe: Recipe, ranks: int) -> tuple[Recipe, int]:
 def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
     """Returns the recipe with the degrees of `layout`, without the settings that do not apply to it.
 
-    Lists given per rank or stage no longer match: layers are then split evenly, and every rank gets the smallest memory cap.
+    Settings that are lists per rank or stage no longer match: layers are then split evenly, and every rank gets the smallest memory
+    cap.
     """
     given = recipe.parallel
     pipeline_stays, data_stays = layout.pipeline == given.pipeline, layout.data == given.data

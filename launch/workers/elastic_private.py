@@ -1,6 +1,6 @@
-"""Everything that uses names which torch.distributed.elastic does not publish: its rendezvous, the state of that, and its agent.
+"""Subclasses of the private parts of torch.distributed.elastic: its rendezvous, the rendezvous state, and its agent.
 
-Written for and tested with torch 2.11 to 2.13. Other modules use these classes by their public names alone.
+Written for and tested with torch 2.11 to 2.13. Other modules use only the public names of these classes.
 """
 
 import contextlib
@@ -22,10 +22,11 @@ from bagualu.launch.workers.secret import Seal
 
 
 class NodeRendezvous(DynamicRendezvousHandler):
-    """Elastic's rendezvous, which also reports nodes of the last round that are missing, and shares its store with the workers."""
+    """Elastic's rendezvous. It also reports missing nodes of the last round and shares its store with the workers."""
 
     _met: frozenset[_NodeDesc] = frozenset()
     seal: Seal
+    """Signs and verifies the values in the store."""
     round: int = 0
     """Number of the last completed rendezvous round."""
 
@@ -44,7 +45,7 @@ class NodeRendezvous(DynamicRendezvousHandler):
         return super()._get_world()
 
     def missing(self) -> list[str]:
-        """Returns the addresses of other nodes of the last round whose agents are silent or have left and not come back."""
+        """Returns the addresses of other nodes of the last round whose agents are silent, or have left and not returned."""
         heard = self._state_holder.state.last_heartbeats.keys()  # refreshed every second, when this node sends its own heartbeat
         return sorted(node.addr for node in self._met - heard - {self._this_node})
 
@@ -71,7 +72,7 @@ class NodeRendezvous(DynamicRendezvousHandler):
 class SignedBackend(C10dRendezvousBackend):
     """Keeps elastic's rendezvous state in a store, and ignores states that no agent of the run has signed.
 
-    Elastic unpickles the state, so a forged one could run any code as the user.
+    Elastic unpickles the state, so a forged state could run any code with the user's rights.
     """
 
     def __init__(self, store: Store, run_id: str, seal: Seal) -> None:
@@ -86,7 +87,7 @@ class SignedBackend(C10dRendezvousBackend):
     def set_state(self, state: bytes, token: Token | None = None) -> tuple[bytes, Token, bool] | None:
         """Replace the state that was read with `token`; without a token, only a missing or unsigned state is replaced.
 
-        Returns the state that is stored afterwards, its token, and whether it is `state`; None when there is none.
+        Returns the state that is stored afterwards, its token, and whether it is `state`; None if no state is stored.
         """
         if token is None:
             token = self._call_store("get", self._key)
@@ -100,7 +101,8 @@ class SignedBackend(C10dRendezvousBackend):
     def _opened(self, value: bytes) -> tuple[bytes, Token] | None:
         """Returns (state, token) of a stored value; the token is `value` itself. None if no state was stored yet.
 
-        If `value` is not signed by an agent of the run, the state is the newest signed one, so that elastic replaces the value.
+        If `value` is not signed by an agent of the run, the newest signed state is returned instead, and elastic replaces the
+        value.
         """
         if value == self._NULL_SENTINEL.encode():
             return None
@@ -122,13 +124,13 @@ class NoLogs(LogsSpecs):
 
 
 class ElasticAgent(LocalElasticAgent):
-    """Elastic's agent of one machine. A subclass overrides the steps of a generation by their names here.
+    """Elastic's agent of one machine, with public names for the steps of a generation, which a subclass overrides:
 
-    meet -> start -> look, again and again -> restart, or the end
+    meet -> start -> look, repeatedly -> restart, or the end of the run
     """
 
     def __init__(self, spec: WorkerSpec, exit_seconds: float) -> None:
-        """`exit_seconds`: how long the agents of other nodes are waited for at the end of a run."""
+        """`exit_seconds` is how long this agent waits for those of other nodes at the end of a run."""
         super().__init__(spec, NoLogs(), start_method="forkserver", exit_barrier_timeout=exit_seconds)
 
     @property
@@ -142,12 +144,12 @@ class ElasticAgent(LocalElasticAgent):
         super()._rendezvous(self.group)
 
     def start(self) -> dict[int, int]:
-        """Start the workers. Returns their processes by local rank."""
+        """Start the workers. Returns their process ids by local rank."""
         pids: dict[int, int] = super()._start_workers(self.group)
         return pids
 
     def look(self) -> RunResult:
-        """Look whether workers have failed, or all have ended."""
+        """Returns whether the workers are still running, have failed, or have all ended."""
         result: RunResult = super()._monitor_workers(self.group)
         return result
 
@@ -156,27 +158,27 @@ class ElasticAgent(LocalElasticAgent):
         super()._restart_workers(self.group)
 
     def allow_restart(self, allowed: bool) -> None:
-        """Whether elastic may begin another generation after this one."""
+        """Set whether elastic may begin another generation after this one."""
         self._remaining_restarts = int(allowed)
 
     def processes(self) -> list[Any]:
-        """The processes of the workers, by local rank."""
+        """Returns the processes of the workers, by local rank."""
         assert isinstance(self._pcontext, MultiprocessContext)
         assert self._pcontext._pc is not None
         return list(self._pcontext._pc.processes)
 
     def returned(self) -> dict[int, Any]:
-        """What the workers that have ended returned, by local rank."""
+        """Returns the return values of the workers that have ended, by local rank."""
         assert isinstance(self._pcontext, MultiprocessContext)
         returned: dict[int, Any] = self._pcontext._return_values
         return returned
 
     def await_workers(self, seconds: float) -> None:
-        """Wait until all workers have ended, but not longer."""
+        """Wait until all workers have ended, at most `seconds`."""
         assert self._pcontext is not None
         self._pcontext.wait(seconds, period=0.05)
 
-    # What elastic calls; always with the workers of this machine
+    # The methods that elastic calls, always with the workers of this machine
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self.meet()

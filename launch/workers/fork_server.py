@@ -1,6 +1,6 @@
-"""The process that workers are forked from. It imports torch once for all of them, while the launcher prepares the run.
+"""Manages the fork server, the process that workers are forked from. It imports torch once, while the launcher prepares the run.
 
-Signals that ask to stop are blocked in it, and so in every worker until the worker installs its handlers: a Ctrl-C during start-up
+Signals that ask to stop are blocked in it, and in every worker until the worker installs its handlers. So a Ctrl-C during start-up
 stays pending instead of being lost or killing a worker half-way. The server dies with the launcher (fork_server_preload.py).
 """
 
@@ -15,7 +15,7 @@ from bagualu.trainer.process.stop_request import STOP_SIGNALS
 
 
 def start(modules: list[str], folder: Path) -> None:
-    """Start the server, which begins to import `modules`, and return at once. Set environment variables before.
+    """Start the server, which begins to import `modules`, and return immediately. Environment variables must be set before.
 
     Call this and `running` on the main thread: the server dies with the thread that starts it.
     """
@@ -24,7 +24,8 @@ def start(modules: list[str], folder: Path) -> None:
 
 
 def running(folder: Path) -> int:
-    """Returns the server's process id, starting the server if it is not running. `folder` is for the server's socket."""
+    """Returns the server's process id, starting the server if it is not running. The server's socket is in
+    `folder`."""
     config: dict[str, str] = process.current_process()._config  # type: ignore[attr-defined]
     resource_tracker.ensure_running()  # before the signals are blocked, because starting it unblocks them
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

@@ -5,8 +5,8 @@ stop. Children of workers (a compiler) would die of such a signal and take their
 descendants are in a session of their own.
 
 Importing this module is the only way to run our code in the server. It also turns the garbage collector off during the imports;
-each worker turns it on again (worker_process.py). The server would not end by itself when the launcher dies: it waits for the end
-of a pipe that every worker holds open.
+each worker turns it on again (worker_process.py). Without this module, the server would not end when the launcher dies, because it
+waits for the end of a pipe that every worker holds open.
 """
 
 import gc

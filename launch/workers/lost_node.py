@@ -1,8 +1,8 @@
 """Detects a lost node by its agent's missing heartbeats, long before a collective times out.
 
-When a process dies, its connections break and its peers notice at once. That does not help while workers are still connecting, nor
-when a machine loses power. In both cases the node's agent stops sending heartbeats. An agent can also be slow by itself while its
-workers go on; so a node counts as lost only when, in addition, the workers here make no progress and all wait for others.
+When a process dies, its connections break and its peers notice immediately. That does not help while workers are still connecting,
+nor when a machine loses power. In both cases the node's agent stops sending heartbeats. But an agent can also be
+slow while its workers go on. So a node counts as lost only if the workers here also make no progress and all wait for other ranks.
 """
 
 import time
@@ -29,7 +29,7 @@ class LostNode:
     def look(self, pids: Mapping[int, int]) -> Failure | None:
         """Returns a failure if the workers here all wait while a node's agent is silent, otherwise None.
 
-        `pids`: process ids of the workers of this machine, by global rank.
+        `pids` maps the global ranks of the workers of this machine to their process ids.
         """
         seen, now = [(pid, read_beats(self._folder, rank)) for rank, pid in pids.items()], self._clock()
         if seen != self._seen:
@@ -57,7 +57,7 @@ def beats_of(folder: Path, pids: Mapping[int, int]) -> dict[int, Beat | None]:
 
 
 def has_begun(folder: Path, rank: int, pid: int) -> bool:
-    """Whether process `pid` has begun a step, or is a spare worker that never does."""
+    """Returns whether process `pid` has begun a step or is a spare worker, which never begins any."""
     beat = read(folder, rank)
     if beat is None:
         return read_beats(folder, rank) > 0  # unreadable because it is being written right now
@@ -65,10 +65,10 @@ def has_begun(folder: Path, rank: int, pid: int) -> bool:
 
 
 def where(step: int) -> str:
-    """Returns the phase, for messages, of a run whose newest step is `step`."""
+    """Returns the description for messages of where a run is whose newest step is `step`."""
     return f"step {step}" if step else "start"
 
 
 def _waits(beat: Beat | None) -> bool:
-    """Whether the rank may be waiting for others: in a collective, or before its first step, when it may still be connecting."""
+    """Returns whether the rank may be waiting for others: in a collective, or before its first step, when it may be connecting."""
     return beat is None or bool(beat.operation) or not beat.steps_begun

@@ -37,20 +37,21 @@ from bagualu.trainer.process.worker import train
 from bagualu.trainer.recipe.config import Recipe
 
 _TELL_SECONDS = 30
-"""How long a host of the store that cannot take part waits for later nodes to read the reason."""
+"""How long the store's host, if it cannot take part in the run, waits for the other nodes to read the reason."""
 
 _STOPPED_SECONDS = 3
-"""How long a host of the store that was asked to stop waits for the other nodes to read that. If all were asked, none comes."""
+"""How long the store's host, if it was asked to stop, waits for the other nodes to read that. If all nodes were asked, none reads
+it."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended on this machine: its summary, or the failure after which it was not restarted."""
+    """The end of a run on this machine: its summary, or the failure after which it was not restarted."""
 
     summary: dict[str, Any] | None = None
     failure: Failure | None = None
     prints_summary: bool = True
-    """Whether this node prints the summary: of several nodes, the one with rank 0."""
+    """Whether this node prints the summary; on several nodes, only the node with rank 0 does."""
 
 
 def run_processes(
@@ -63,7 +64,7 @@ def run_processes(
     meeting: Meeting | None = None,
     watchers: Sequence[Watcher] = (),
 ) -> Ended:
-    """Train with `workers` processes here, and with those of the other nodes of `meeting`.
+    """Train with `workers` processes here and those of the other nodes of `meeting`, and return how the run ended.
 
     The caller has installed `stop` and started the fork server (fork_server.py). `folder` is the launch's scratch folder.
     """
@@ -110,7 +111,8 @@ def _open_store(recipe: Recipe, meeting: Meeting | None, stop: StopRequest) -> r
 
 
 def _lock(recipe: Recipe, meeting: Meeting | None, store: rendezvous.RendezvousStore) -> AbstractContextManager[None]:
-    """Keep other jobs out of the run directory, on the node that hosts the store. On a single node the caller does it."""
+    """Returns a context in which other jobs cannot use the run directory, if this node of several hosts the store; else a context
+    that does nothing. On a single node the caller takes the lock."""
     return run_lock.hold(Path(recipe.run.dir), meeting.job) if meeting and store.hosts else nullcontext()
 
 
@@ -127,15 +129,15 @@ def _require_same_backend(recipe: Recipe, store: rendezvous.RendezvousStore) -> 
 
 
 def refused(error: RecipeError) -> Ended:
-    """Returns how the run ends on a node that cannot take part because of `error`."""
+    """Returns the end of the run on a node that cannot take part because of `error`."""
     return Ended(failure=failure(-1, "start", error, time.time()))
 
 
 def tell_early(recipe: Recipe, meeting: Meeting | None, ended: Ended, stop: StopRequest) -> None:
-    """On a node that ends before it has joined, and without which the run cannot start: publish why, for the other nodes.
+    """Tell the other nodes how this node ended before it joined them, if the run cannot start without it.
 
-    Such nodes are the one that should host the store, and every node of a run that is not elastic. The node looks for the store for
-    _TELL_SECONDS at most.
+    That is the node that should host the store, and every node of a run that is not elastic. The node looks for the store for at
+    most _TELL_SECONDS.
     """
     with contextlib.suppress(RendezvousError, RecipeError, OSError):
         if meeting and meeting.nodes > 1 and (rendezvous.is_host(meeting) or not recipe.restart.elastic):
@@ -148,7 +150,7 @@ def tell_early(recipe: Recipe, meeting: Meeting | None, ended: Ended, stop: Stop
 def _tell_early(
     recipe: Recipe, store: rendezvous.RendezvousStore, meeting: Meeting | None, ended: Ended, stop: StopRequest
 ) -> None:
-    """Publish how the run ended before all nodes have joined. The host of the store waits a limited time for them to read it."""
+    """Publish how the run ended before all nodes have joined. The store's host waits a limited time for them to read it."""
     _tell(ended, store, ending := Ending(store.board))
     if not (meeting and store.hosts) or ended.failure is None:
         return
@@ -167,7 +169,7 @@ def _tell(ended: Ended, store: rendezvous.RendezvousStore, ending: Ending) -> No
 
 
 def _run_agent(agent: Agent, store: rendezvous.RendezvousStore, ending: Ending, meeting: Meeting | None) -> Ended:
-    """Run the agent until the run ends, publish the end to the other nodes, and return it."""
+    """Run the agent until the run ends, tell the other nodes how it ended, and return that."""
     try:
         with agent.suspending():
             ended = _supervise(agent, ending)
@@ -187,7 +189,7 @@ def _run_agent(agent: Agent, store: rendezvous.RendezvousStore, ending: Ending, 
 
 
 def _supervise(agent: Agent, ending: Ending) -> Ended:
-    """Run the agent and return how the run ended; if another node ended it, what that node published."""
+    """Run the agent and return how the run ended; if another node ended it, return what that node published."""
     if agent.stop_asked:
         return _not_begun()
     try:
@@ -250,7 +252,10 @@ def run_threads(
     stop: StopRequest,
     watchers: Sequence[Watcher] = (),
 ) -> Ended:
-    """Train with `world` threads of this process (comm.backend=simulated). `folder` and `stop` as in `run_processes`."""
+    """Train with `world` threads of this process (comm.backend=simulated) and return how the run ended.
+
+    `folder` and `stop` are those of `run_processes`.
+    """
     restarts, generation = Restarts(recipe.restart), 0
     if stop():
         return _not_begun()
@@ -277,7 +282,7 @@ def run_threads(
 
 
 def _leave_threads() -> None:
-    """End the process while rank threads still run; a normal exit of the interpreter would abort with running threads."""
+    """End the process while rank threads still run. A normal exit of the interpreter would crash with running threads."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(FAILED)

@@ -1,4 +1,4 @@
-"""The rendezvous of a run's agents: elastic's, over a TCP store, on one machine or on many."""
+"""Makes the rendezvous through which a run's agents find each other: torch elastic's, over a TCP store."""
 
 import contextlib
 import errno
@@ -23,12 +23,12 @@ from bagualu.launch.workers.rendezvous_config import Meeting
 from bagualu.launch.workers.secret import Seal, of_this_process
 
 REGROUP_SECONDS = 300
-"""How long the workers may take to save and stop, so that a waiting node can join."""
+"""Time that the workers get to save and stop when a waiting node is to join."""
 _HEARTBEAT_SECONDS, _MISSED_HEARTBEATS = 1, 8
 SILENT_SECONDS = _HEARTBEAT_SECONDS * _MISSED_HEARTBEATS
 """An agent that has sent no heartbeat for this long is considered dead."""
 _STORE_SECONDS = 30
-"""Silence after which the machine with the store, which all agents need, is considered dead; also the timeout of store calls."""
+"""Silence after which the machine with the store, which all agents need, is considered dead. Also the timeout of store calls."""
 _ANSWER_SECONDS = 10
 """How long a store that accepts connections may take to answer its first request."""
 _FOREVER_SECONDS = 10**8
@@ -53,7 +53,7 @@ def here(port: int | None) -> RendezvousStore:
 
 
 def among(meeting: Meeting, config: RestartConfig, stop: Callable[[], bool]) -> RendezvousStore:
-    """Returns the rendezvous of `meeting`, hosting its store if the host is this machine.
+    """Returns the rendezvous of `meeting`. This process hosts its store if this machine is the host.
 
     Raises RendezvousError when the store cannot be reached within restart.wait_seconds, or when `stop()` becomes true.
     """
@@ -68,7 +68,7 @@ def among(meeting: Meeting, config: RestartConfig, stop: Callable[[], bool]) -> 
 
 
 def is_host(meeting: Meeting) -> bool:
-    """Whether the host of the meeting is this machine. Raises OSError when it cannot be reached."""
+    """Returns whether this machine is the host of the meeting. Raises OSError when the host cannot be reached."""
     own_address, its_address = addresses_towards(meeting.host, meeting.port)
     return own_address == its_address  # elastic compares names, which may stand for another address of this machine
 
@@ -99,7 +99,7 @@ def _reached(meeting: Meeting, address: str, wait_seconds: float, stop: Callable
 
 
 def _await_host(host: str, port: int, deadline: float, stop: Callable[[], bool]) -> None:
-    """Wait until a process listens at host:port; the machine with the store may start last. Torch's own wait ignores signals."""
+    """Wait until a process listens at host:port; the machine with the store may start last. torch's own wait ignores signals."""
     while not stop() and time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
             return
@@ -133,7 +133,7 @@ def _rendezvous_store(
 def _notice_silence(port: int) -> None:
     """Make this process's connections to `port` fail when the other machine acknowledges nothing for _STORE_SECONDS.
 
-    A machine that loses power does not close its connections; by default the kernel waits for it a quarter of an hour.
+    A machine that loses power does not close its connections; by default the kernel waits a quarter of an hour for it.
     """
     if not hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         return

@@ -1,4 +1,4 @@
-"""Where the agents of a run's nodes meet, and how many there are."""
+"""Describes where the agents of a run's nodes meet, and how many agents there are."""
 
 from dataclasses import dataclass, field
 
@@ -11,12 +11,12 @@ class Meeting:
     """Name or address, reachable from the other nodes, of the node whose agent hosts the rendezvous store."""
     port: int
     id: str
-    """Distinguishes this run from others that use the same host and port."""
+    """Name that distinguishes this run from others that use the same host and port."""
     job: str
-    """Distinguishes the run's job from others that use its directory; stays the same when the job is requeued."""
+    """Name that distinguishes the run's job from others that use its directory; it stays the same when the job is requeued."""
     nodes: int
     """The largest number of nodes."""
     fewest: int
     """The smallest number of nodes that the run can go on with."""
     secret: str = field(repr=False)
-    """The agents sign their messages with it (secret.py)."""
+    """The secret with which the agents sign their messages (secret.py)."""

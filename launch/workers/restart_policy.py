@@ -10,14 +10,16 @@ from bagualu.trainer.recipe.config import Recipe
 
 @dataclass(frozen=True)
 class RestartDecision:
-    """What to do after a failure."""
+    """The decision about a failure."""
 
     failure: Failure
     """The failure as it is reported; for a crash loop, with kind "loop"."""
     again: bool
+    """Whether the workers are restarted."""
     pause_seconds: float = 0.0
+    """Time to wait before the restart."""
     without_rank: bool = False
-    """Restart without the failed rank, because restarting with it did not help."""
+    """Whether the failed rank is left out of the restart, because restarting with it did not help."""
 
 
 @dataclass
@@ -29,13 +31,13 @@ class Restarts:
     _failed: list[Failure] = field(default_factory=list)
     """Failures since the run last failed at a later step than ever before."""
     _dropped: int = 0
-    """Ranks given up since then."""
+    """Number of ranks that were given up since then."""
 
     def decide(self, failure: Failure, elsewhere: bool = False, may_drop: bool = False) -> RestartDecision:
-        """Record a failure and decide what to do about it.
+        """Records a failure and returns the decision about it.
 
-        `elsewhere`: the cause is on another node, whose own agent checks for a crash loop. `may_drop`: a valid layout exists
-        without the failed rank.
+        `elsewhere` says that the cause is on another node, whose own agent checks for a crash loop; `may_drop`, that a valid layout
+        exists without the failed rank.
         """
         config = self.config
         if failure.kind in ("recipe", "final"):
@@ -56,7 +58,7 @@ class Restarts:
         return RestartDecision(failure, again=True, pause_seconds=config.pause_seconds(self.count), without_rank=drop)
 
     def _times(self, failure: Failure) -> int:
-        """Record `failure`, and return how many times its step has failed without the run getting further."""
+        """Records `failure` and returns how often its step has failed without the run getting further."""
         if failure.step > max((earlier.step for earlier in self._failed), default=-1):
             self._failed, self._dropped = [], 0
         self._failed.append(failure)

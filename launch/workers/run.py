@@ -37,15 +37,15 @@ def run(
     stop: StopRequest,
     meeting: Meeting | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """Train with `workers` workers here, alone or with the other nodes of `meeting`.
+    """Train with `workers` workers on this machine, alone or with the other nodes of `meeting`.
 
     Args:
-        overrides: repeated in the suggested next commands.
-        quiet_stdout: keep stdout free for one JSON document.
-        stop: its signal handlers are installed and stay. A caller with several runs passes the same object to each; a run does not
-            begin after a request to stop.
+        overrides: the command-line overrides, which the suggested next commands repeat.
+        quiet_stdout: whether stdout is kept free for the output of --json.
+        stop: the request to stop. Its signal handlers are installed and stay installed. A caller with several runs passes the same
+            object to each run, and a run does not begin after a request to stop.
 
-    Returns the exit code and the document for --json.
+    Returns the exit code and the object that --json prints.
     """
     entrypoint = entrypoint or environment.TRAIN
     threaded = recipe.comm.backend == "simulated"
@@ -88,7 +88,7 @@ def run(
 
 
 def tell_refusal(recipe: Recipe, workers: int, error: RecipeError, stop: StopRequest, meeting: Meeting) -> None:
-    """This node was refused with `error` before it joined the others of `meeting`: publish that to the nodes that wait for it."""
+    """Tell the other nodes of `meeting`, which wait for this node, that it cannot join them because of `error`."""
     stop.install()
     with _environment(environment.variables(recipe.launch, workers)):
         from bagualu.launch.workers import processes  # imports torch
@@ -106,7 +106,7 @@ def _failed(failure: Failure, recipe: Recipe, begun: bool) -> tuple[int, dict[st
 
 
 def _advice(recipe: Recipe, failure: Failure, begun: bool) -> str:
-    """Returns what to do after a failure: which log to read, how to resume. `begun`: as in `storage_probe.newest`."""
+    """Returns what the user can do after a failure: which log to read, how to resume. `begun` is that of `storage_probe.newest`."""
     log = RunDirectory(recipe.run.dir).log(failure.rank)
     parts = [f"see {log}"] if log.exists() else []
     if storage_probe.newest(recipe, begun):
@@ -119,7 +119,7 @@ def _advice(recipe: Recipe, failure: Failure, begun: bool) -> str:
 
 
 def _start_again(directory: Path) -> str:
-    """Advice when there is no checkpoint to resume from. Never suggests removing a directory that another job may be using."""
+    """Returns the advice for a run without a checkpoint. It never suggests removing a directory that another job may be using."""
     if run_lock.may_be_in_use(directory):
         return "give another run.dir and start again"
     return f"give another run.dir or remove {directory}, and start again"

@@ -1,4 +1,4 @@
-"""A folder in memory that the processes of one launch share, removed when the launch ends, however it ends.
+"""Provides a folder in memory that the processes of one launch share. It is removed when the launch ends, even by a kill -9.
 
 A separate process removes it. That process starts before the folder exists, and waits until the launcher's end of a pipe closes,
 which the kernel does even after a kill -9. If both are killed (a batch system ends a whole job), the folder is left behind without
@@ -33,7 +33,8 @@ done
 
 @contextlib.contextmanager
 def scratch(root: Path | None = None) -> Iterator[Path]:
-    """Yields an empty folder below `root`, by default /dev/shm if writable, else the temporary directory. Raises OSError."""
+    """Yields an empty folder below `root`, by default /dev/shm if that is writable, else the temporary directory. Raises
+    OSError."""
     root = root or (MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir()))
     _remove_abandoned(root)
     path = root / f"{_PREFIX}{secrets.token_hex(8)}"
@@ -60,7 +61,7 @@ def scratch(root: Path | None = None) -> Iterator[Path]:
 
 
 def _make(folder: Path) -> int:
-    """Create the folder, accessible to this user only, and return the descriptor of its lock, which is held until closed."""
+    """Create the folder, accessible to this user only, and return the descriptor of its lock, which is held until it is closed."""
     folder.mkdir(mode=0o700)
     lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)

@@ -18,7 +18,7 @@ from bagualu.fault_tolerance.run_directory import RunDirectory
 
 VARIABLE = "BAGUALU_SECRET"
 _LEAST = 16
-"""Smallest number of characters of a given secret."""
+"""Least number of characters of a secret that the user gives."""
 _CHARACTERS = 64
 """Number of characters of a generated secret."""
 _WRITE_SECONDS = 10
@@ -93,7 +93,7 @@ class Seal:
     def opened(self, name: str, value: bytes) -> str | None:
         """Returns the text of a signed value.
 
-        Returns None, and prints one line on stderr per name, when no agent of this run has signed the value for `name`.
+        Returns None if no agent of this run has signed the value for `name`, and prints that on stderr once per name.
         """
         signature, _, text = value.decode(errors="replace").partition(" ")
         if hmac.compare_digest(signature.encode(), self._signature(name, text).encode()):

@@ -1,4 +1,4 @@
-"""The launcher's reads of a run's storage, each with a timeout, so that storage which does not answer cannot block it."""
+"""Reads a run's storage for the launcher, always with a timeout, so that storage that does not answer cannot block it."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ _UNKNOWN = "its newest checkpoint, when its storage answers"
 
 
 def check(recipe: Recipe, job: str = "") -> None:
-    """Raises RecipeError unless the run directory is not in use by another job, fits the recipe and is writable."""
+    """Raises RecipeError if another job uses the run directory, or if it does not fit the recipe or is not writable."""
     directory = Path(recipe.run.dir)
 
     def look() -> None:
@@ -36,7 +36,7 @@ def check(recipe: Recipe, job: str = "") -> None:
 
 
 def choose_backend(recipe: Recipe, workers: int) -> tuple[Recipe, Choice]:
-    """Returns the recipe with comm.backend=auto replaced by a real backend, and why (trainer/recipe/choose_backend.py).
+    """Returns the recipe with comm.backend=auto replaced by a real backend, and the reason (trainer/recipe/choose_backend.py).
 
     Reads the run directory, because a resumed run keeps its backend. Raises RecipeError when the storage does not answer.
     """
@@ -47,14 +47,14 @@ def choose_backend(recipe: Recipe, workers: int) -> tuple[Recipe, Choice]:
 
 
 def begun(scratch: Path) -> bool:
-    """Whether workers of this launch have opened the run's checkpoints, even if those cannot be seen now."""
+    """Returns whether workers of this launch have opened the run's checkpoints, even if the checkpoints cannot be seen now."""
     return (scratch / BEGUN).exists()
 
 
 def newest(recipe: Recipe, begun: bool = False) -> str | None:
-    """Returns the name of the checkpoint that the run would resume from, for messages; None when there is none.
+    """Returns the name of the checkpoint that the run would resume from, for messages; None if there is none.
 
-    `begun`: whether this launch has opened the run's checkpoints.
+    `begun` says whether this launch has opened the run's checkpoints.
     """
     run = RunDirectory(recipe.run.dir)
 

@@ -1,4 +1,4 @@
-"""Why the workers of this machine ended, from the failures that they wrote themselves and from their exit codes."""
+"""Determines why the workers of this machine ended, from the failures that they wrote and from their exit codes."""
 
 import json
 import shutil
@@ -30,10 +30,11 @@ def clear_failures(scratch: Path) -> None:
 
 
 def failures(scratch: Path, exit_codes: Mapping[int, int], processes: Mapping[int, int], metrics: Path) -> list[Failure]:
-    """Returns the failures that ranks of this machine wrote, and one for each other rank in `exit_codes` that ended abnormally.
+    """Returns the failures that ranks of this machine wrote, and a failure for each other rank in `exit_codes` that ended
+    abnormally.
 
-    `processes`: process id of every rank here. The step of a rank that wrote no failure comes from its last heartbeat, or else from
-    the other failures, or else from `metrics` (metrics.jsonl).
+    `processes` maps every rank here to its process id. The step of a rank that wrote no failure comes from its last heartbeat, or
+    else from the other failures, or else from `metrics` (metrics.jsonl).
     """
     written = [Failure(**json.loads(path.read_text())) for path in sorted((scratch / _FAILURES).glob("*.json"))]
     reported = {failure.rank for failure in written}

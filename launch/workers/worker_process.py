@@ -1,4 +1,4 @@
-"""The main function of a local worker process: it ties the worker to its parent, redirects its output and records its failure."""
+"""The main function of a worker process. It makes the worker end with its parent, redirects its output and records its failure."""
 
 import contextlib
 import json
@@ -28,23 +28,23 @@ from bagualu.trainer.process.worker import work
 from bagualu.trainer.recipe.config import Recipe
 
 _RELEASED = "released"
-"""File in the scratch folder. When it exists, spare workers end; it holds the summary that they return."""
+"""Name of a file in the scratch folder. When it exists, spare workers end and return the summary that it holds."""
 
 
 @dataclass(frozen=True)
 class WorkerArguments:
-    """What every worker of this machine is started with; its rank comes from the environment."""
+    """The arguments of every worker of this machine; the worker's rank comes from the environment."""
 
     recipe: Recipe
     slots: tuple[int, ...]
-    """One number for each worker of this machine: the index of its GPU, if it has one."""
+    """A number for each worker of this machine: the index of its GPU, if it has one."""
     training: int
-    """How many ranks train; workers with this rank or a higher one are spare."""
+    """The number of ranks that train; workers with this rank or a higher rank are spare."""
     entrypoint: str
     scratch: Path
     """The launch's folder in memory, shared by the workers of this machine (scratch.py)."""
     quiet_stdout: bool
-    """Rank 0 writes to stderr only, because stdout is for one JSON document."""
+    """Whether rank 0 writes only to stderr, because stdout is for the output of --json."""
     server: int = 0
     """Process id of the fork server."""
 

@@ -1,4 +1,4 @@
-"""Divides micro-batches between replicas of unequal speed."""
+"""Divides micro-batches among replicas of unequal speed."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -10,9 +10,9 @@ def shares(total_micro_batches: int, speeds: Sequence[float]) -> list[int]:
     """Returns the number of micro-batches of each replica, at least one each, such that the slowest replica ends as early as
     possible.
 
-    Each further micro-batch goes to the replica that would finish it first, among equals the first. This is optimal, because the
-    latest end never decreases as micro-batches are added. Computed in fractions, so exact. Raises RecipeError if there are fewer
-    micro-batches than replicas.
+    Each further micro-batch goes to the replica that would finish it first; of several, the first is chosen. This is optimal,
+    because the latest end never decreases as micro-batches are added. Fractions make the result exact. Raises RecipeError if there
+    are fewer micro-batches than replicas.
     """
     if total_micro_batches < len(speeds):
         raise RecipeError(f"{total_micro_batches} micro-batches are fewer than {len(speeds)} replicas; give train.micro_batch a "

@@ -1,4 +1,4 @@
-"""A backward pass from given gradients, like torch.autograd.backward but without its imports.
+"""Runs a backward pass from given gradients, like torch.autograd.backward but without its slow imports.
 
 To compare the shapes of given gradients, torch imports its symbolic shapes and sympy: two thirds of a second and 34 MB in the first
 step of every process. A scalar output without a given gradient needs no comparison, and the shapes compared here are plain numbers.
@@ -11,7 +11,7 @@ import torch
 
 
 def backward(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
-    """Accumulates into every leaf the derivative of the sum of all `(output * gradient).sum()`.
+    """Adds to the gradient of every leaf the derivative of the sum of all `(output * gradient).sum()`.
 
     Raises ValueError if a gradient's shape differs from its output's.
     """
@@ -24,7 +24,7 @@ def backward(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor])
 
 
 class _Start(torch.autograd.Function):
-    """A scalar whose backward pass continues at `output` with `gradient`."""
+    """Returns a zero whose backward pass continues at `output` with `gradient`."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

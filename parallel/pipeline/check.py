@@ -1,4 +1,4 @@
-"""Checks before a schedule runs that it is complete, in a valid order, and free of deadlock."""
+"""Checks that a schedule is complete, in a valid order and free of deadlock, before it runs."""
 
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -31,10 +31,10 @@ class Report:
     """The memory that a correct schedule needs, counted in forward passes whose activations are held."""
 
     peak_in_flight: list[int]
-    """By rank: the most forward passes, of all its stages together, whose activations are held at the same time. With v chunks,
-    each counts for 1/v of the rank's layers."""
+    """For each rank, the most forward passes, of all its stages together, whose activations are held at the same time. With v
+    chunks, each pass counts for 1/v of the rank's layers."""
     peak_by_stage: list[int]
-    """By stage: the most forward passes of this stage whose activations are held at the same time."""
+    """For each stage, the most forward passes of this stage whose activations are held at the same time."""
 
 
 def check(schedule: Schedule) -> Report:
@@ -77,7 +77,7 @@ def _chain(stage: int, micro_batch: int, position: dict[Action, int], placement:
 
 
 def _local_dependencies(rank: int, actions: list[Action], placement: StagePlacement) -> list[tuple[Action, Action]]:
-    """Returns (earlier, later) pairs of this rank's passes: the later needs the result of the earlier without a message."""
+    """Returns (earlier, later) pairs of this rank's passes: the later pass needs the earlier pass's result, without a message."""
     gives = {part: action for action in actions if action.kind in PASSES for part in parts(action)}
     return [
         (gives[needed], action)
@@ -89,11 +89,12 @@ def _local_dependencies(rank: int, actions: list[Action], placement: StagePlacem
 
 
 Channel = tuple[Kind, int, int]
-"""(kind of the receive, source rank, destination rank): messages with equal values keep their order."""
+"""(kind of the receive, source rank, destination rank). Messages of the same channel keep their order."""
 
 
 def channel(action: Action, placement: StagePlacement) -> Channel:
-    """Returns the channel of a send or receive. Activations go to the next stage, gradients to the previous one."""
+    """Returns the channel of a send or receive. Activations go to the next stage, gradients to the previous
+    stage."""
     kind = Kind.RECEIVE_ACTIVATION if action.kind in (Kind.RECEIVE_ACTIVATION, Kind.SEND_ACTIVATION) else Kind.RECEIVE_GRADIENT
     ahead = 1 if kind == Kind.RECEIVE_ACTIVATION else -1
     here = placement.rank_of(action.stage)
@@ -104,7 +105,7 @@ def channel(action: Action, placement: StagePlacement) -> Channel:
 
 def run_dry(schedule: Schedule) -> list[tuple[int, Action]]:
     """Returns (rank, action) of all actions in an order in which they can be executed: each rank runs until it needs a message that
-    has not been sent. Raises ScheduleError if the ranks deadlock or a receive meets another message than its own."""
+    has not been sent. Raises ScheduleError if the ranks deadlock or a receive gets another message than its own."""
     inboxes: dict[Channel, deque[Action]] = {}
     done: list[tuple[int, Action]] = []
     next_index = [0] * len(schedule.actions)

@@ -41,7 +41,7 @@ _FONT, _DPI = 6.5, 130
 
 @dataclass(frozen=True)
 class Panel:
-    """A timeline with its texts."""
+    """A timeline with its heading, caption and unit."""
 
     heading: str
     caption: list[str]
@@ -120,7 +120,8 @@ def _corners(start: float, end: float, rank: int) -> list[tuple[float, float]]:
 
 
 def _write_numbers(axes: Axes, boxes: list[tuple[int, Span]], chunks: int, points_per_time: float) -> None:
-    """Writes the micro-batch into every box that is wide enough, as outlines because thousands of texts would take minutes."""
+    """Writes the micro-batch into every box that is wide enough, as outlines, because thousands of text objects would take
+    minutes."""
     figure = axes.get_figure()
     assert figure is not None
     scale = Affine2D().scale(1 / 72) + figure.dpi_scale_trans
@@ -153,7 +154,7 @@ def _ink(colour: tuple[float, float, float]) -> str:
 
 
 def _legend(figure: Figure, kinds: set[Kind], chunks: int, left: float, total: float) -> None:
-    """Adds an entry per kind of pass, and per chunk in its shade of the forward colour."""
+    """Adds a legend with each kind of pass, and with each chunk in its shade of the forward colour."""
     handles = [Patch(facecolor=_colour(kind, 0, chunks), label=_NAMES[kind]) for kind in _COLOURS if kind in kinds]
     if chunks > 1:
         handles += [

@@ -5,10 +5,10 @@ from bagualu.parallel.pipeline.timeline import per_kind, simulate
 
 
 def draw(schedule: Schedule) -> str:
-    """Returns a line per rank; time runs to the right, and each step is one pass.
+    """Returns a drawing with a line per rank. Time runs to the right; each pass takes a step.
 
-    A dot is a step in which a rank waits between two passes. If the schedule splits backward passes, those it leaves whole take two
-    steps, the second shown as --.
+    A dot is a step in which a rank waits. In schedules that split backward passes, a whole backward pass takes two steps; the
+    second is shown as --.
     """
     splits = any(action.kind == Kind.WEIGHT_GRADIENT for actions in schedule.actions for action in actions)
     lines = []

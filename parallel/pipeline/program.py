@@ -1,4 +1,4 @@
-"""A rank's part of a schedule, and what follows from the schedule about the progress of other ranks."""
+"""A rank's part of a schedule, and the sends that other ranks must have received at each point of it."""
 
 from dataclasses import dataclass, field
 
@@ -8,19 +8,19 @@ from bagualu.parallel.pipeline.schedules.schedule import RECEIVES, SENDS, Action
 
 @dataclass(frozen=True)
 class Program:
-    """The actions of a rank."""
+    """The actions of a rank, and the sends that are known to be received after each of its receives."""
 
     actions: list[Action]
     arrived: dict[Action, list[Action]] = field(default_factory=dict)
-    """For a receive: earlier sends of this rank that have certainly been received once it ends. Waiting for them takes no time, and
-    the tensors they sent can be freed."""
+    """For a receive, the earlier sends of this rank that have certainly been received when it ends. Waiting for them takes no time,
+    and then their tensors can be freed."""
 
 
 def program(schedule: Schedule, rank: int) -> Program:
     """Returns the program of `rank`. Raises ScheduleError if the schedule cannot be executed.
 
-    Every message carries the progress of its sender, and the progress of other ranks as far as the sender knew it (vector clocks,
-    Mattern 1989). A send has been received once its receiver is known to be past the receive.
+    A message shows how far its sender has got, and how far the other ranks had got as far as the sender knew (vector clocks,
+    Mattern 1989). A send has been received once the receiving rank is known to be past the receive.
     """
     positions = [{action: index for index, action in enumerate(actions)} for actions in schedule.actions]
     known = [[0] * len(schedule.actions) for _ in schedule.actions]  # known[i][j]: actions of rank j that rank i knows are done

@@ -1,4 +1,4 @@
-"""The measured timeline of a run's pipeline: when each pass of a step began and ended.
+"""Reads the measured timeline of a run's pipeline: the times at which each pass of a step began and ended.
 
 The file has a line per pass: {"rank", "step", "kind", "micro_batch", "stage", "start", "end"}. rank is the pipeline coordinate,
 kind is F, B, I or W, and times are in seconds from an origin that all ranks share.
@@ -53,7 +53,7 @@ def read_measured(path: Path) -> Measured:
 
 
 def _row(path: Path, number: int, line: str) -> tuple[int, int, Span]:
-    """Parses a line into (step, rank, pass). Raises RecipeError."""
+    """Returns (step, rank, pass) of a line. Raises RecipeError."""
     try:
         row = json.loads(line)
         action = Action(Kind(row["kind"]), int(row["micro_batch"]), int(row["stage"]))
@@ -78,7 +78,7 @@ def check_against(measured: Measured, schedule: Schedule) -> None:
 
 
 def mean_costs(measured: Measured) -> Cost:
-    """Returns the mean duration, in seconds, of passes of each kind at each stage."""
+    """Returns a function that gives each pass the mean measured duration, in seconds, of its kind at its stage."""
     count: Counter[tuple[Kind, int]] = Counter()
     seconds: dict[tuple[Kind, int], float] = {}
     for spans in measured.timeline.ranks:

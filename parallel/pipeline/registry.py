@@ -1,4 +1,4 @@
-"""The schedules by name. Each is a function in schedules/, whose docstring shows the schedule and its cost."""
+"""The table of schedules by name. Each schedule is a function in schedules/, whose docstring describes it and its cost."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from bagualu.parallel.pipeline.schedules.v_half import V_HALF, v_half
 from bagualu.parallel.pipeline.schedules.zb_v import ZB_V, zb_v
 
 Generate = Callable[[StagePlacement, int], list[list[Action]]]
-"""Called with (placement, number of micro-batches), returns the passes of each rank in order."""
+"""A function that takes (placement, number of micro-batches) and returns the passes of each rank in order."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Family:
     """Supported numbers of stages per rank, the default first; None: any number from 2, with 2 as the default."""
     v_shaped: bool = False
     splits_backward: bool = False
-    """Whether the schedule splits backward passes into I and W."""
+    """Whether the schedule splits backward passes into I (input gradient) and W (weight gradient)."""
 
     def placement(self, name: str, ranks: int, chunks: int | None) -> StagePlacement:
         """Returns the placement of the stages. Raises RecipeError if the schedule does not support `chunks` stages per rank."""
@@ -47,12 +47,13 @@ def place(name: str, ranks: int, chunks: int | None = None) -> StagePlacement:
 
 
 def splits_backward(name: str) -> bool:
-    """Whether the schedule `name` splits backward passes into I and W."""
+    """Returns whether the schedule `name` splits backward passes into I (input gradient) and W (weight gradient)."""
     return FAMILIES[name].splits_backward
 
 
 def compute_schedule(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Schedule:
-    """Returns the schedule `name`, without messages. Raises RecipeError, with supported values, if it cannot be made."""
+    """Returns the schedule `name`, without messages. Raises RecipeError if the schedule does not exist or does not support
+    `chunks` stages per rank."""
     placement = place(name, ranks, chunks)
     return Schedule(placement, micro_batches, FAMILIES[name].generate(placement, micro_batches))
 

@@ -20,7 +20,7 @@ from bagualu.parallel.pipeline.stopwatch import Stopwatch
 
 
 class Slices(Protocol):
-    """The stages of this rank."""
+    """The part of the model that this rank holds, as a callable that runs one of its stages."""
 
     def __call__(self, inputs: torch.Tensor, labels: torch.Tensor | None, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the rank's stage number `chunk` and returns (output, auxiliary).
@@ -32,10 +32,11 @@ class Slices(Protocol):
 
 
 class WeightGradients(Protocol):
-    """Can defer weight-gradient work to the W passes of zero-bubble schedules."""
+    """An object that can defer weight gradients to the W passes of zero-bubble schedules."""
 
     def putting_off(self) -> AbstractContextManager[list[Callable[[], None]]]:
-        """In this context, work on weight gradients is deferred; yields the list of functions that do it later."""
+        """Within this context, weight gradients are deferred. Yields the list to which the functions that compute them are
+        added."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Seeds:
-    """The gradients with which the backward pass starts: of the objective with respect to a summed loss and an auxiliary loss."""
+    """The gradients with which backward passes start: the derivatives of the objective with respect to a micro-batch's summed loss
+    and to an auxiliary loss."""
 
     loss: float
     auxiliary: float
@@ -71,7 +73,7 @@ class _Saved:
 
 @dataclass(frozen=True)
 class _Run:
-    """What the passes of one run work with."""
+    """The inputs and results of one run."""
 
     micro_batches: list[MicroBatch]
     seeds: Seeds | None
@@ -81,7 +83,7 @@ class _Run:
 
 
 Key = tuple[int, int]
-"""(micro-batch, stage)"""
+"""A pair (micro-batch, stage)."""
 
 
 @dataclass
@@ -108,7 +110,10 @@ class PipelineRunner:
         self.stopwatch = Stopwatch(self.device)
 
     def run(self, program: Program, micro_batches: list[MicroBatch], seeds: Seeds | None) -> StageTotals:
-        """Executes this rank's program over its micro-batches. Without `seeds` there are only forward passes and no gradients."""
+        """Executes this rank's program over its micro-batches and returns the sums of their losses.
+
+        Without `seeds`, the program must have only forward passes, and no gradients are computed.
+        """
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         receives: Iterator[Action] = (action for action in program.actions if action.kind in RECEIVES)
         run = _Run(micro_batches, seeds, StageTotals(zero, zero.clone()), receives)
@@ -121,7 +126,7 @@ class PipelineRunner:
             else:
                 _DO[action.kind](self, action, run)
             for send in program.arrived.get(action, ()):
-                self._sends.pop(send).wait()  # returns at once and frees the tensor
+                self._sends.pop(send).wait()  # returns immediately and frees the tensor
         for work in self._sends.values():
             work.wait()
         self._sends.clear()
@@ -174,7 +179,7 @@ class PipelineRunner:
                 compute()
 
     def _pass_on(self, action: Action, tensor: torch.Tensor, send: Kind, step: int) -> None:
-        """Keeps a pass's result for the following send or, if this rank also holds the neighbouring stage, for that stage's
+        """Stores a pass's result for the following send or, if this rank also holds the neighbouring stage, for that stage's
         pass."""
         if self.mesh.placement.neighbour(action.stage, step) is not None:
             self._outgoing[Action(send, action.micro_batch, action.stage)] = tensor
@@ -183,9 +188,9 @@ class PipelineRunner:
         inputs[action.micro_batch, action.stage + step] = tensor
 
     def _post_ahead(self, run: _Run) -> None:
-        """On the CPU, starts the next receive of the list before the pass that needs it, so that it overlaps the computation.
+        """On the CPU, starts the next receive of the list before the pass that needs it, so that it overlaps with computation.
 
-        On an accelerator, a receive that waits would occupy the stream or the cores that the computation before it needs.
+        On an accelerator, a waiting receive would occupy the stream or the cores that the computation needs.
         """
         if self.device.type == "cpu":
             self._post(next(run.receives, None))

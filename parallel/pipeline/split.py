@@ -19,10 +19,10 @@ def require_layers(layers: int, placement: StagePlacement) -> None:
 def split_layers(layers: int, placement: StagePlacement, balance: Any = "uniform") -> list[range]:
     """Returns contiguous slices of `layers` layers, one per stage, in the order of the model.
 
-    uniform gives every stage the same number of layers, and each remaining layer to a stage in the middle, because the stages at
-    the ends also carry the embedding, the head and the loss. In a V it gives every rank the same number, and the remaining layers
-    to the last ranks, since the first rank has both ends. A list gives the number of layers of each stage. Raises RecipeError if
-    `balance` is invalid or a stage would be empty.
+    `balance` is uniform or a list with the number of layers of each stage. uniform gives every stage the same number of layers, and
+    each remaining layer to a stage in the middle, because the first and last stages also hold the embedding, the head and the loss.
+    In a V it gives every rank the same number, and the remaining layers to the last ranks, since the first rank has both ends.
+    Raises RecipeError if `balance` is invalid or a stage would be empty.
     """
     require_layers(layers, placement)
     stages = placement.stages
@@ -42,7 +42,7 @@ def _uniform(layers: int, placement: StagePlacement) -> list[int]:
 
 
 def _evenly(layers: int, parts: int) -> list[int]:
-    """Divides layers into parts; the middle parts get the remaining layers."""
+    """Returns the number of layers of each part; the middle parts get the remaining layers."""
     base, rest = divmod(layers, parts)
     first = (parts - rest) // 2
     return [base + (first <= part < first + rest) for part in range(parts)]

@@ -1,4 +1,4 @@
-"""Times this rank's passes, for the balancer and for drawings of a run."""
+"""Measures the times of this rank's passes, for balancing and for drawings of a run."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from bagualu.parallel.pipeline.schedules.schedule import Action
 
 @dataclass(frozen=True)
 class Timed:
-    """A pass with its times, in seconds from the begin of the run."""
+    """A pass with its times, in seconds since `Stopwatch.begin`."""
 
     action: Action
     start: float
@@ -20,13 +20,13 @@ class Timed:
 
 
 class Stopwatch:
-    """Measures on the device: on an accelerator, with events that make the host wait only when they are read."""
+    """Measures times on the device. On an accelerator it uses events, so the host waits only when the times are read."""
 
     def __init__(self, device: torch.device) -> None:
         self._accelerated = device.type != "cpu"
         self._begin = self._now()
         self.began = 0.0
-        """When the last run began, on the host's clock (`time.perf_counter`)."""
+        """The time at which the last run began, on the host's clock (`time.perf_counter`)."""
         self._marks: list[tuple[Action, float | torch.Event, float | torch.Event]] = []
 
     def begin(self) -> None:
@@ -36,6 +36,7 @@ class Stopwatch:
 
     @contextmanager
     def timing(self, action: Action) -> Iterator[None]:
+        """Measures the time of `action`, which runs within this context."""
         start = self._now()
         yield
         self._marks.append((action, start, self._now()))

@@ -1,4 +1,4 @@
-"""Computes when each pass of a schedule runs.
+"""Computes the time at which each pass of a schedule runs.
 
 Every pass begins as soon as its rank is free and its inputs are available. If the costs are integers or fractions, times are exact.
 """
@@ -10,7 +10,7 @@ from bagualu.parallel.pipeline.schedules.formula import Time, share
 from bagualu.parallel.pipeline.schedules.schedule import PASSES, Action, Kind, Schedule, dependencies, parts
 
 Cost = Callable[[Action], Time]
-"""Returns the duration of a pass."""
+"""A function that returns the duration of a pass."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Timeline:
 
     @property
     def longest(self) -> Time:
-        """The longest time that a rank takes from its own first pass to its own last."""
+        """The longest time that any rank takes from its own first to its own last pass."""
         return max(spans[-1].end - spans[0].start for spans in self.ranks)
 
     @property
@@ -47,10 +47,10 @@ class Timeline:
 
     @property
     def own_bubble(self) -> Time:
-        """The bubble of formula.py: the fraction of time in which ranks wait, if every rank is given the time `longest`.
+        """The bubble as formula.py defines it: the fraction of the time `longest` in which ranks do not compute, on average.
 
-        It does not count that ranks start and end at different times. A step costs as little only if nothing synchronises the ranks
-        between two steps.
+        It ignores that ranks start and end at different times. A step is only that short if nothing synchronises the ranks between
+        two steps.
         """
         return self._waiting(self.longest)
 
@@ -59,7 +59,7 @@ class Timeline:
 
 
 def per_kind(forward: Time = 1, input_gradient: Time = 1, weight_gradient: Time = 0) -> Cost:
-    """Returns costs that are equal at every stage. A whole backward pass costs as much as I and W together."""
+    """Returns the cost function with equal costs at every stage. A whole backward pass costs as much as I and W together."""
     table = {
         Kind.FORWARD: forward,
         Kind.BACKWARD: input_gradient + weight_gradient,
@@ -96,7 +96,7 @@ def simulate(schedule: Schedule, cost: Cost, message: Time = 0) -> Timeline:
 
 
 def _arrival(schedule: Schedule, action: Action, ends: dict[Action, Time], message: Time) -> Time | None:
-    """Returns when all results that the pass needs are available; None if one of them has no time yet."""
+    """Returns the time at which all results that the pass needs are available; None if one of them has no time yet."""
     rank_of = schedule.placement.rank_of
     needed = dependencies(action, schedule.placement)
     if not all(one in ends for one in needed):

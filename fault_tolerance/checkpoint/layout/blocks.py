@@ -21,15 +21,16 @@ from bagualu.fault_tolerance.checkpoint.layout.format import (
 )
 
 PORTION_BYTES = 2**18
-"""The amount of data that is hashed and moved at a time, small enough to stay in the processor's cache between the two."""
+"""The amount of data that is hashed and moved at a time, small enough to stay in the processor's cache in between."""
 
 
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP)
-"""Errors that say that the file is missing or is not a file, so that storage is working."""
+"""Errors of a file that is missing or is not a regular file: the storage itself works."""
 
 
 def unreadable(what: str, error: OSError) -> CheckpointError:
-    """Returns the error for `what`, e.g. "PATH: NAME cannot be read": damage, or storage that does not work at the moment."""
+    """Returns the error to raise for `what`, e.g. "PATH: NAME cannot be read": CheckpointStorageError if storage does not work at
+    the moment, CheckpointError if the file is damaged."""
     if error.errno in _NO_FILE:
         return CheckpointError(f"{what} ({error.strerror}); {REMEDY}")
     return CheckpointStorageError(f"{what} now ({error.strerror}); see whether its storage answers")
@@ -57,7 +58,8 @@ def write_hashed(descriptor: int, data: memoryview, block_bytes: int) -> list[st
 
 
 def open_file(path: Path) -> FileIO:
-    """Opens a regular file for reading. Raises OSError for a link, a device, or a pipe, for which it does not wait."""
+    """Returns a regular file, opened for reading. Raises OSError for anything else, e.g. a symbolic link or a pipe, without
+    blocking."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -69,7 +71,7 @@ def open_file(path: Path) -> FileIO:
 
 
 def open_shard(path: Path, manifest: Manifest, name: str, check_header: bool = True) -> FileIO:
-    """Opens the shard `name` of the checkpoint at `path` and verifies its size and, with `check_header`, its header.
+    """Returns the opened shard `name` of the checkpoint at `path`, after verifying its size and, with `check_header`, its header.
 
     Raises CheckpointError.
     """
@@ -112,7 +114,7 @@ def read_blocks(file: FileIO, where: str, stored: StoredBox, block_bytes: int, f
 
 
 def damaged_blocks(file: FileIO, where: str, stored: StoredBox, size: int, block_bytes: int, buffer: bytearray) -> Iterator[str]:
-    """Yields an error message for each damaged block of `stored`, a box of `size` bytes. `buffer` holds its largest block."""
+    """Yields an error message for each damaged block of `stored`, a box of `size` bytes. `buffer` has room for a block."""
     for block in range(len(stored.hashes)):
         try:
             read_blocks(file, where, stored, block_bytes, block, memoryview(buffer)[: size - block * block_bytes])

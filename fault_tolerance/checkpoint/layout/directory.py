@@ -1,8 +1,8 @@
 """The directory of a run's checkpoints: which names are checkpoints, and how they are removed.
 
 A committed checkpoint is called `step-` and a number of at least eight digits. It got that name by a rename, so it is complete.
-Nothing else is ever loaded. Names that begin with `.saving-` or `.removing-` are saves and removals in progress, or left by dead
-processes.
+Nothing else is ever loaded. Names that begin with `.saving-` or `.removing-` belong to saves and removals that are in progress or
+were interrupted when their process died.
 """
 
 import os
@@ -36,7 +36,7 @@ def temporary_for(root: Path, step: int, owner: str) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Removes a checkpoint. A rename first makes it no checkpoint at once, however long the deletion takes.
+    """Removes a checkpoint. It is renamed first, so that it stops counting as a checkpoint before the slow deletion begins.
 
     Raises CheckpointError.
     """
@@ -49,7 +49,7 @@ def discard(path: Path) -> None:
 
 
 def clear_stale(root: Path) -> None:
-    """Removes what dead saves and removals have left. If such a save is alive after all, it fails, because its directory is gone.
+    """Removes what interrupted saves and removals have left. A save that is still running fails, because its directory is gone.
 
     Files that cannot be deleted (a network file system keeps files that a process has open) stay for the next call. Raises OSError.
     """

@@ -1,4 +1,4 @@
-"""Files and directories that survive a power failure."""
+"""Writes files and directories so that they survive a power failure."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ class Disk:
         self._refused.extend([why] * writes)
 
     def check(self) -> None:
-        """Is called before every write. Raises OSError if a planned fault makes it fail."""
+        """Called before every write. Raises OSError if a planned fault makes it fail."""
         if self._refused:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {self._refused.popleft()}")
 
@@ -30,8 +30,8 @@ DISK = Disk()
 
 @contextmanager
 def durable_file(path: Path) -> Iterator[int]:
-    """Creates the file `path` and yields its descriptor. When the block ends, the data are durable; the name is durable after an
-    fsync of the directory.
+    """Creates the file `path` and yields its descriptor. When the `with` block ends, the data are durable; the file's name is
+    durable only after an fsync of the directory.
 
     Raises OSError.
     """

@@ -1,8 +1,8 @@
-"""The content of a checkpoint.
+"""The content of a checkpoint directory, and the classes that describe it.
 
     step-00000010/
-        manifest.json               the table of contents, see `Manifest`; manifest.py defines its bytes
-        rank-00000.safetensors      the boxes that rank 0 held; every safetensors reader can read it, and it is never executed
+        manifest.json               the table of contents (`Manifest`), encoded by manifest.py
+        rank-00000.safetensors      the boxes that rank 0 held, readable by every safetensors library
 
 Every byte is covered by a hash that was taken in memory before the byte was written: the manifest by its own, the header of each
 shard by `StoredFile.header_hash`, and each box by a hash per block of `block_bytes`. Blocks let a reader that needs a few rows of a
@@ -23,7 +23,7 @@ from bagualu.parallel.boxes import Box, cover_problem
 
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 16 * 2**20
-"""A multiple of every item size, so that every block begins at an element boundary."""
+"""Bytes per block: a multiple of every element size, so that every block begins at an element boundary."""
 
 DTYPES = {
     "float64": ("F64", 8), "int64": ("I64", 8), "float32": ("F32", 4), "int32": ("I32", 4), "float16": ("F16", 2),
@@ -57,7 +57,8 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class StoredBox:
-    """A box of a tensor: its offset and shape in the tensor, and the file and byte where it begins. Elements are row-major."""
+    """A box of a tensor: its offset and shape in the tensor, the file that holds it, the byte at which it starts in the file, and
+    the hash of each of its blocks. Elements are row-major."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -83,7 +84,7 @@ class StoredTensor:
         return DTYPES[self.dtype][1]
 
     def bytes_of(self, stored: StoredBox) -> int:
-        """Returns the bytes of a box of this tensor."""
+        """Returns the size in bytes of a box of this tensor."""
         return prod(stored.shape) * self.item_bytes
 
 
@@ -101,11 +102,11 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """The bytes of all shards."""
+        """The size of all shards together."""
         return sum(file.bytes for file in self.files.values())
 
     def problem(self) -> str | None:
-        """Returns why the boxes of a tensor, which it names, do not cover it exactly once; None if all tensors are complete."""
+        """Returns the name of a tensor whose boxes do not cover it exactly once, and why; None if all tensors are complete."""
         for name, tensor in self.tensors.items():
             wrong = cover_problem(tensor.shape, [stored.box for stored in tensor.boxes])
             if wrong:
@@ -125,5 +126,5 @@ def step_of(path: Path) -> int | None:
 
 
 def digest(data: bytes | bytearray) -> str:
-    """Returns the hash that checkpoints use everywhere: xxh3_128 as 32 hexadecimal digits."""
+    """Returns the hash of `data` that checkpoints use everywhere: xxh3_128 as 32 hexadecimal digits."""
     return str(xxhash.xxh3_128_hexdigest(data))

@@ -1,11 +1,11 @@
-"""The bytes of manifest.json: a JSON document whose first line alone tells which tensor is in which part of the file.
+"""Encodes and decodes manifest.json. Its first line says where in the file the table of each tensor is.
 
     {"hash":"..","content":{"format":..,"step":..,"metadata":..,"block_bytes":..,"files":{..},"tensors":{..}},"tables":[
     {"tensor":"weight/a","files":..,"offsets":..,"shapes":..,"starts":..,"hashes":..},
     ...
     ]}
 
-The hash is that of the content. `files` maps each shard to [bytes, bytes of its header, hash of the header]; `tensors` maps each
+`hash` is the hash of `content`. `files` maps each shard to [bytes, bytes of its header, hash of the header]; `tensors` maps each
 tensor to [dtype, shape, bytes of its table's line, hash of that line]. A rank reads the first line and only the tables of the
 tensors it needs, because with 10,000 shards all tables take hundreds of megabytes (docs/design/checkpoint_format.md).
 """
@@ -41,9 +41,9 @@ _OPEN, _CONTENT, _TABLES, _CLOSE = b'{"hash":"', b'","content":', b',"tables":[\
 _FIELDS = {"format", "step", "metadata", "block_bytes", "files", "tensors"}
 _MOST_LINE_BYTES = 2**30
 _MOST_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library."""
+"""The largest header that the safetensors library reads."""
 _MOST_BLOCK_BYTES = 2**28
-"""Limits the memory for data that is not yet verified, whatever the manifest says."""
+"""The largest block that is accepted. It bounds the memory for data that are not yet verified."""
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -72,7 +72,7 @@ def encode(manifest: Manifest) -> bytes:
 def read_manifest(path: Path) -> Manifest:
     """Returns the verified manifest of the checkpoint at `path`. The boxes of a tensor are read and verified at their first use.
 
-    Raises CheckpointError, at their first use too.
+    Raises CheckpointError, here and at that first use.
     """
     try:
         with BufferedReader(open_file(path / MANIFEST)) as file:
@@ -114,7 +114,8 @@ class _Boxes(Sequence[StoredBox]):
 
 
 def _decode(first: bytes, size: int, path: Path) -> Manifest:
-    """Parses the first line of the manifest `path`, a file of `size` bytes. Raises ValueError with a predicate of the message."""
+    """Returns the manifest in the `first` line of the file `path`, a file of `size` bytes. Raises ValueError with a message that
+    lacks the subject, e.g. "does not match its own hash"."""
     begin = len(_OPEN) + table.HASH_LENGTH
     hashed, content = first[len(_OPEN) : begin], first[begin + len(_CONTENT) : -len(_TABLES)]
     if first != _OPEN + hashed + _CONTENT + content + _TABLES or digest(content).encode() != hashed:

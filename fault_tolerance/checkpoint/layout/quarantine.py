@@ -1,4 +1,4 @@
-"""Renames damaged checkpoints that a run has skipped when it resumed, so that their steps can be saved again."""
+"""Renames damaged checkpoints that a run skipped when it resumed, so that the same steps can be saved again."""
 
 import os
 import secrets

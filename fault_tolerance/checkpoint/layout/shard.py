@@ -17,13 +17,13 @@ from bagualu.parallel.boxes import TensorPiece
 
 
 def key_of(piece: TensorPiece) -> str:
-    """The name of a piece within its shard: that of the tensor, with the offset unless the piece is the whole tensor."""
+    """Returns the name of a piece within its shard: the tensor's name, and the offset unless the piece is the whole tensor."""
     whole = piece.box.shape == tuple(piece.global_shape)
     return piece.name if whole else f"{piece.name}@{','.join(map(str, piece.offset))}"
 
 
 def check_piece(piece: TensorPiece) -> None:
-    """Raises ValueError for a box outside its tensor or a dtype that cannot be stored."""
+    """Raises ValueError if the piece does not lie within its tensor or its dtype cannot be stored."""
     box = piece.box
     if not box.inside(tuple(piece.global_shape)):
         raise ValueError(f"tensor {piece.name}: the piece at {box.offset} of shape {box.shape} does not lie in "
@@ -80,6 +80,6 @@ def _header(pieces: list[TensorPiece]) -> bytes:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """Returns the elements, row-major, in host memory. It copies only if they are not stored like that already."""
+    """Returns the bytes of the elements, row-major, in host memory. Copies them only if they are not stored like that already."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

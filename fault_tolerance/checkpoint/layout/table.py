@@ -1,8 +1,8 @@
-"""Encodes the boxes of a stored tensor as a line of JSON, in columns, and checks such a line.
+"""Encodes the boxes of a stored tensor as a line of JSON with a list per field, and decodes and checks such a line.
 
     {"tensor":"weight/a","files":[0,1],"offsets":[[0,0],[3,0]],"shapes":[[3,4],[3,4]],"starts":[264,264],"hashes":["0a..","5b.."]}
 
-`files` are indices into the manifest's files. The hashes of a box's blocks are concatenated in a single string.
+`files` holds indices into the manifest's files. The hashes of a box's blocks are concatenated in a single string.
 """
 
 import json
@@ -33,9 +33,9 @@ def encode(name: str, boxes: Sequence[StoredBox], files: dict[str, int]) -> byte
 
 
 def decode(line: bytes, name: str, tensor: StoredTensor, manifest: Manifest, files: list[str]) -> tuple[StoredBox, ...]:
-    """Parses a line written by `encode` into the boxes of `tensor`, called `name`. `files` are the manifest's, in its order.
+    """Returns the boxes of `tensor`, called `name`, from a line that `encode` made. `files` are the manifest's, in its order.
 
-    Raises ValueError, with a predicate of the message, unless the boxes lie within their files and cover the tensor exactly once.
+    Raises ValueError unless the boxes lie within their files and cover the tensor exactly once. Its message lacks the subject.
     """
     fields = json.loads(line)
     if type(fields) is not dict or fields.keys() != {"tensor", *_COLUMNS} or fields["tensor"] != name:
@@ -80,7 +80,7 @@ def whole_numbers(value: Any) -> tuple[int, ...]:
 
 
 def hashes(value: Any, count: int) -> tuple[str, ...]:
-    """Splits a string into `count` hashes. Raises ValueError."""
+    """Returns the `count` hashes that a string consists of. Raises ValueError if it does not."""
     if type(value) is not str or len(value) != count * HASH_LENGTH or not _HEXADECIMAL.fullmatch(value):
         raise ValueError(f"has {str(value)[:40]} instead of {count} hashes")
     return (value,) if count == 1 else tuple(value[at : at + HASH_LENGTH] for at in range(0, len(value), HASH_LENGTH))

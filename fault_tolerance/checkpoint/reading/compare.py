@@ -9,14 +9,17 @@ from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 
 _MAY_DIFFER = ("layout",)
 _GUARD_HISTORY = ("counts", "furthest", "setbacks")
-"""Fields of metadata["guard"] that count past trouble and are not part of the training state."""
+"""Fields of metadata["guard"] that count past bad steps and are not part of the training state."""
 
 _MOST_SHOWN = 60
-"""Characters shown of a value that differs."""
+"""The most characters that are shown of a value that differs."""
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Returns a line per difference; [] if there is none. Holds a tensor of each in memory at a time. Raises CheckpointError."""
+    """Compares two checkpoints and returns a line per difference; [] if there is none. Raises CheckpointError.
+
+    Only one tensor of each checkpoint is in memory at a time.
+    """
     first, second = Checkpoint(one), Checkpoint(other)
     metadata, other_metadata = _state_metadata(first), _state_metadata(second)
     lines = [
@@ -35,7 +38,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def _first_difference(key: str, left: Any, right: Any) -> str:
-    """Describes the first difference of two unequal JSON values, with its path from `key`."""
+    """Returns a description of the first difference of two unequal JSON values, with its path from `key`."""
     if isinstance(left, dict) and isinstance(right, dict):
         inner = min(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
         return _first_difference(f"{key}.{inner}", left.get(inner), right.get(inner))
@@ -53,7 +56,7 @@ def _bytes(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 def _state_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the metadata that belongs to the training state."""
+    """Returns the part of the metadata that belongs to the training state."""
     metadata = {key: value for key, value in checkpoint.metadata.items() if key not in _MAY_DIFFER}
     if isinstance(guard := metadata.get("guard"), dict):
         metadata["guard"] = {key: value for key, value in guard.items() if key not in _GUARD_HISTORY}

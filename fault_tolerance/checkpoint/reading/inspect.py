@@ -19,7 +19,7 @@ def describe(root: Path) -> list[dict[str, Any]]:
 
 
 def describe_one(path: Path) -> dict[str, Any]:
-    """Describes the checkpoint at `path` without reading its data, as plain JSON.
+    """Returns a description of the checkpoint at `path`, as plain JSON, without reading its data.
 
     Keys: path, step, saved (seconds since the epoch), bytes, tensors (a count), shards (a count), layout (metadata["layout"], if
     any), metadata, problem. `problem` is None, or the problem found by a quick check (manifest, size and header of every shard);
@@ -59,7 +59,7 @@ def verify(path: Path, threads: int = 1) -> list[str]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a quick check (manifest, size and header of every shard) finds no problem."""
+    """Returns whether a quick check (manifest, size and header of every shard) finds no problem."""
     try:
         check_files(path, read_manifest(path))
     except CheckpointError:
@@ -74,7 +74,7 @@ def check_files(path: Path, manifest: Manifest) -> None:
 
 
 def damage(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int, StoredBox]]) -> list[str]:
-    """Returns the problems of a shard; every damaged block is named."""
+    """Reads the shard `name` and returns a line per problem: its damaged blocks, and bytes that belong to no box or to two."""
     problems = list(_gaps(path, manifest, name, boxes))
     try:
         with open_shard(path, manifest, name) as shard:
@@ -87,7 +87,7 @@ def damage(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int
 
 
 def _gaps(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int, StoredBox]]) -> Iterable[str]:
-    """Yields problems for bytes of a shard that belong to no box, so that no hash covers them, or to two boxes."""
+    """Yields a line for each range of bytes of a shard that belongs to two boxes, or to none, so that no hash covers it."""
     spans = sorted((box.start, box.start + size) for _, size, box in boxes if size)
     about = manifest.files[name]
     for (_, end), (begin, _) in pairwise([(0, about.header_bytes), *spans, (about.bytes, about.bytes)]):

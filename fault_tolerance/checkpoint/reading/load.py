@@ -1,9 +1,8 @@
-"""Loads any boxes of stored tensors, whatever boxes they were saved in.
+"""Loads any boxes of stored tensors, however the tensors were divided into boxes when they were saved.
 
 The requests are turned into jobs, one per block of a stored box that contains requested elements. So every block is read and
-verified once and copied to every request that needs a part of it; a block that a single request takes whole is read straight into
-its tensor. Several threads do the jobs, file by file and in the order of the bytes; reading and hashing release the interpreter
-lock.
+verified once and copied to every request that needs a part of it; a block that a single request needs completely is read straight
+into its tensor. Several threads do the jobs, each file in the order of its bytes; reading and hashing release the interpreter lock.
 """
 
 from collections import defaultdict
@@ -34,7 +33,7 @@ class _Wanted:
     tensor: StoredTensor
     stored: StoredBox
     parts: list[tuple[Box, torch.Tensor]] = field(default_factory=list)
-    """(part, with offsets relative to the stored box; the tensor of the part's shape that receives it)."""
+    """Pairs of a part, with its offset relative to the stored box, and the tensor of the same shape that receives it."""
 
     @property
     def size(self) -> int:
@@ -77,7 +76,7 @@ class Checkpoint:
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name -> global shape and dtype of every tensor."""
+        """The global shape and the dtype of every tensor, by name."""
         return {name: (t.shape, getattr(torch, t.dtype)) for name, t in self._manifest.tensors.items()}
 
     def read(self, name: str, offset: tuple[int, ...], out: torch.Tensor) -> None:
@@ -88,8 +87,8 @@ class Checkpoint:
     def read_all(self, pieces: Iterable[TensorPiece], threads: int = 1) -> None:
         """Fills the tensor of every piece.
 
-        A tensor has the stored dtype, any strides, any device. Only the blocks that hold wanted elements are read, and every one
-        of them is verified. After an error the tensors may hold anything: pass new ones, and use them when all are filled.
+        The tensors must have the stored dtype; their strides and devices do not matter. Only the blocks that hold requested
+        elements are read, and each of them is verified. After an error the tensors may hold anything and must not be used.
         """
         runs = _runs(self._jobs(pieces))
         if threads == 1 or len(runs) < 2:
@@ -149,7 +148,7 @@ class Checkpoint:
                 self._read_job(file, job)
 
     def _read_job(self, file: FileIO, job: _Job) -> None:
-        """Reads and verifies a block and copies its elements to the requests."""
+        """Reads and verifies a block and copies its elements to the tensors that requested them."""
         wanted, block_bytes = job.wanted, self._manifest.block_bytes
         item, shape = wanted.tensor.item_bytes, wanted.stored.shape
         begin, end = job.block * block_bytes, min((job.block + 1) * block_bytes, wanted.size)
@@ -172,7 +171,7 @@ class Checkpoint:
 
 
 def _runs(jobs: list[_Job]) -> list[list[_Job]]:
-    """Sorts the jobs in the order of their bytes on disk and groups them into runs within a file."""
+    """Returns the jobs in the order of their bytes on disk, grouped into runs within a file."""
     jobs.sort(key=lambda job: (job.wanted.stored.file, job.wanted.stored.start, job.block))
     runs: list[list[_Job]] = []
     taken = 0
@@ -186,7 +185,7 @@ def _runs(jobs: list[_Job]) -> list[list[_Job]]:
 
 
 def _straight(job: _Job, begin: int, end: int) -> torch.Tensor | None:
-    """Returns a flat view of the destination if elements begin .. end - 1 of the stored box can be read straight into it, else
+    """Returns a flat view of the destination if elements `begin` to `end` - 1 of the stored box can be read straight into it, else
     None."""
     if len(job.parts) > 1:
         return None
@@ -208,6 +207,6 @@ def _flat(shape: tuple[int, ...], index: tuple[int, ...]) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """Returns the memory of a flat, contiguous tensor on the host."""
+    """Returns the memory of a flat, contiguous CPU tensor as bytes."""
     flat = tensor.as_strided((tensor.numel(),), (1,))  # because a tensor of one element may have any stride
     return flat.view(torch.uint8).numpy().data

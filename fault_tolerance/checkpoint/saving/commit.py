@@ -32,11 +32,11 @@ class Claim:
         self._taken_by: str | None = None
 
     def commit(self) -> bool:
-        """Commits the save; returns False if it has been given up before."""
+        """Claims the save for the commit; returns False if it has been given up before."""
         return self._take("commit")
 
     def give_up(self) -> bool:
-        """Gives up the save; returns False if it has been committed before."""
+        """Claims the save for giving it up; returns False if it has been committed before."""
         return self._take("give up")
 
     @property
@@ -50,9 +50,9 @@ class Claim:
 
 
 def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest, claim: Claim) -> None:
-    """Writes the manifest and renames the directory, which makes it a checkpoint, unless the save has been given up by then.
+    """Writes the manifest and renames `temporary` to `final`, which makes it a checkpoint, unless the save has been given up.
 
-    A rename that completes too late is undone. Raises OSError, ValueError, CheckpointError.
+    If the save is given up during the rename, the rename is undone. Raises OSError, ValueError, CheckpointError.
     """
     for name, file in manifest.files.items():
         if not (temporary / name).exists() or (temporary / name).stat().st_size != file.bytes:
@@ -76,7 +76,8 @@ def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest, claim
 
 
 def _take_back(final: Path, why: str) -> None:
-    """Makes `final` no checkpoint again. Raises CheckpointError, with the reason `why`, if it cannot be renamed."""
+    """Renames `final`, so that it is no longer a checkpoint, and deletes it. Raises CheckpointError, with the reason `why`, if it
+    cannot be renamed."""
     try:
         doomed = doom(final)
     except OSError as error:
@@ -85,7 +86,7 @@ def _take_back(final: Path, why: str) -> None:
 
 
 def manifest_of(step: int, metadata: dict[str, Any], ranks: Sequence[int], reports: Sequence[dict[str, Any]]) -> Manifest:
-    """Combines the reports of all ranks. Raises CheckpointError if they do not make up whole tensors."""
+    """Returns the manifest that combines the reports of all ranks. Raises CheckpointError if they do not make up whole tensors."""
     manifest = gathered(step, metadata, ranks, reports)
     wrong = manifest.problem()
     if wrong:
@@ -94,7 +95,10 @@ def manifest_of(step: int, metadata: dict[str, Any], ranks: Sequence[int], repor
 
 
 def gathered(step: int, metadata: dict[str, Any], ranks: Sequence[int], reports: Sequence[dict[str, Any]]) -> Manifest:
-    """Combines reports of `write_shard`. Raises CheckpointError if ranks disagree on the shape or dtype of a tensor."""
+    """Returns the manifest of the shards that `ranks` reported (see `write_shard`), which need not make up whole tensors.
+
+    Raises CheckpointError if ranks disagree on the shape or dtype of a tensor.
+    """
     manifest = Manifest(step, metadata, format.BLOCK_BYTES)
     boxes: dict[str, list[StoredBox]] = {}
     kinds: dict[str, tuple[tuple[int, ...], str]] = {}

@@ -1,4 +1,4 @@
-"""Ensures that only the newest start of a run commits checkpoints, and not a process that was wrongly thought dead.
+"""Ensures that only the newest start of a run commits checkpoints, even if a process of an earlier start is still alive.
 
 There is no lock that a kill -9 could leave behind. The file `.epoch` names the newest start. To take the fence, a start replaces
 that file by a rename and then sets aside every save in progress. A process that saves makes its directory FIRST and reads `.epoch`
@@ -20,20 +20,20 @@ EPOCH = ".epoch"
 
 @dataclass(frozen=True)
 class Fence:
-    """The right of a start of a run to commit under `root`, until a later start takes it."""
+    """The right of one start of a run to commit checkpoints under `root`, until a later start takes it."""
 
     root: Path
     epoch: int
-    """The number of starts so far."""
+    """The number of starts of the run so far, including this one."""
     token: str
-    """Distinguishes two starts at the same time that read the same number; the last rename wins."""
+    """Random text that distinguishes two simultaneous starts that read the same number; the last rename wins."""
 
     @staticmethod
     def take(root: Path, begun: bool = False) -> "Fence":
-        """Takes the right to commit under `root` from all others. Raises OSError, CheckpointError.
+        """Takes the right to commit under `root` from every earlier start and returns it. Raises OSError, CheckpointError.
 
-        Makes `root` unless the run has already `begun`. Choose the checkpoint to resume from after this: until now an older start
-        may have committed, and from now on it cannot.
+        Creates `root` unless the run has already `begun`. Choose the checkpoint to resume from after this call: only from then on
+        can no earlier start commit another one.
         """
         if begun and not (root / EPOCH).exists():  # a new folder would make this a run without checkpoints
             raise CheckpointError(f"the run has begun there but {EPOCH} is missing; see whether its storage is mounted")
@@ -48,7 +48,7 @@ class Fence:
         return fence
 
     def check(self) -> None:
-        """Raises SupersededError if a later start has taken the directory, CheckpointStorageError if that cannot be determined."""
+        """Raises SupersededError if a later start has taken the fence, CheckpointStorageError if that cannot be determined."""
         try:
             line = (self.root / EPOCH).read_bytes()
         except OSError as error:

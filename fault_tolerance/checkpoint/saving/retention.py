@@ -1,4 +1,4 @@
-"""Decides which checkpoints stay."""
+"""Decides which checkpoints are kept and removes the others."""
 
 from collections.abc import Collection
 from pathlib import Path

@@ -49,16 +49,16 @@ class _Save:
     claim: Claim = field(default_factory=Claim)
     """Keeps a reported failure true: a commit that completes after the report undoes itself."""
     report: dict[str, Any] | None = None
-    """The report on this rank's part, once it is durable."""
+    """What `write_shard` returned for this rank's part, once that is durable; None before."""
     failed: Outcome | None = None
-    """The error for which this rank has given up the save."""
+    """The error because of which this rank has given up the save; None if it has not."""
 
 
 class Saver:
     """Saves checkpoints on a rank, one at a time. All ranks call `start`, `advance` and `conclude` together, on their main threads.
 
-    `device` is that of the group's collectives. Storage that does not respond for `timeout_seconds` has failed. This must be well
-    below the timeout of the group, because the other ranks wait in collectives.
+    Storage that does not respond for `timeout_seconds` counts as failed. This must be well below the group's timeout, because the
+    other ranks wait in collectives.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class Saver:
         self._attempts = 0
         self._look_back = LookBack(keep)
         self._looks_back = False
-        """Whether a checkpoint is to be verified as soon as training continues; after the last save this is not done."""
+        """Whether an earlier checkpoint will be verified when training continues; after the last save it is not."""
         self._damaged: set[str] = set()
-        """On rank 0: the names of checkpoints that a rank has found damaged."""
+        """Names of checkpoints that a rank has found damaged; known only on rank 0."""
 
     @property
     def under_way(self) -> bool:
@@ -99,10 +99,11 @@ class Saver:
         return float(outcome is None), float(outcome is not None and "error" in outcome)
 
     def start(self, step: int, pieces: Iterable[TensorPiece], metadata: dict[str, Any]) -> None:
-        """Begins to save `step` and returns at once. The tensors must not change before `conclude`, unless they are a Snapshot's.
+        """Begins to save `step` and returns immediately. The tensors must not change before `conclude`, unless a Snapshot made
+        them.
 
-        The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON; that of position
-        0 is written. A committed checkpoint is never changed: a step that exists already is refused.
+        The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON; only position
+        0's is written. A committed checkpoint is never changed: the save fails if `step` has one already.
         """
         if self._under_way is not None:
             raise ValueError(f"step {self._under_way.step} is still being saved; conclude it first")
@@ -120,7 +121,8 @@ class Saver:
         return path
 
     def advance(self, wait: bool = True) -> Path | None:
-        """Advances the save in progress: returns None when rank 0 begins to commit it, its path when it is committed. Collective.
+        """Advances the save in progress. The first call returns None when rank 0 begins to commit; the second waits for the commit
+        and returns the checkpoint's path. Collective.
 
         Use wait=False when `status` has shown that a rank failed; then it does not wait for parts that are still being written. If
         any rank failed, it raises on every rank: SupersededError, CheckpointStorageError if only storage has failed, else
@@ -152,7 +154,7 @@ class Saver:
         self._writer.rest(self.timeout_seconds)
 
     def close(self, wait: bool = True) -> None:
-        """Ends saving. With `wait`, lets the writer finish; after a commit it removes old checkpoints."""
+        """Ends saving. With `wait`, lets the writer finish, e.g. removing old checkpoints."""
         self._writer.close(self.timeout_seconds if wait else 0)
 
     def _deadline(self) -> float:
@@ -171,7 +173,8 @@ class Saver:
         return outcome
 
     def _all_durable(self, save: _Save, wait: bool) -> Outcome:
-        """Reports this rank's part to rank 0, which starts the commit if all parts are durable; returns rank 0's verdict."""
+        """Reports this rank's part to rank 0, which starts the commit if all parts are durable. Returns {"done": None} or an error,
+        the same on every rank."""
         own = self._outcome(save, wait)
         save.report = own.get("done") if own else None
         self.group.monitor.at(Phase.COMMIT)
@@ -199,7 +202,8 @@ class Saver:
         return shared
 
     def _fenced(self, job: Callable[..., T], *args: Any) -> T:
-        """Runs in the writer thread. If a later start has set aside what this one writes, the error is not one of storage."""
+        """Runs `job` in the writer thread and returns its result. If it fails because a later start has removed its files, raises
+        SupersededError instead of OSError."""
         try:
             return job(*args)
         except OSError:
@@ -207,8 +211,8 @@ class Saver:
             raise
 
     def _write_part(self, temporary: Path, final: Path, pieces: Iterable[TensorPiece]) -> dict[str, Any]:
-        """Runs in the writer thread: writes this rank's shard durably and returns its report. First mkdir, then the fence: see
-        fence.py."""
+        """Runs in the writer thread: writes this rank's shard durably and returns the report on it. The directory must be created
+        before the fence is checked (fence.py)."""
         temporary.mkdir(exist_ok=True)
         try:
             self.fence.check()
@@ -229,7 +233,7 @@ class Saver:
         commit(self.fence, save.temporary, self.fence.root / step_name(save.step), manifest, save.claim)
 
     def _note_damage(self, reports: list[dict[str, Any]]) -> None:
-        """Logs and records the damage that ranks have found in checkpoints they had written."""
+        """Logs and records the damage that ranks have found in checkpoints that they wrote earlier."""
         damaged: set[str] = set()
         for rank, report in zip(self.group.ranks, reports, strict=True):
             for name, why in report["damaged"].items():
@@ -248,7 +252,7 @@ class Saver:
 
 
 def take_fence(root: Path, group: Group, timeout_seconds: float = _TIMEOUT_SECONDS, begun: bool = False) -> Fence:
-    """Takes the fence of `root` for all ranks of `group`, on position 0, and returns it. `begun`: whether the run already has
+    """Takes the fence of `root` on position 0 and returns it on all ranks of `group`. `begun` says whether the run already has
     checkpoints there; only position 0's value counts.
 
     Collective. Raises CheckpointError on every rank.
@@ -275,7 +279,7 @@ def save(
 ) -> Path:
     """Writes a single checkpoint of `step` under `root` and returns its path. Collective over `group`.
 
-    It counts as a start of its own: it takes the fence from any process that saves there. See `Saver.start` and `Saver.conclude`.
+    This takes the fence, so a process that was saving under `root` can no longer commit. See `Saver.start` and `Saver.conclude`.
     """
     saver = Saver(take_fence(root, group), group, keep)
     try:
@@ -293,7 +297,7 @@ def _clear_failed(temporary: Path, fence: Fence) -> None:
 
 
 def _remove_quietly(temporary: Path) -> None:
-    """Removes the rest of a failed save; the next save removes what cannot be removed now."""
+    """Removes the files of a failed save. Those that cannot be removed now are removed by the next save."""
     doomed = temporary
     with contextlib.suppress(OSError):
         doomed = doom(temporary)

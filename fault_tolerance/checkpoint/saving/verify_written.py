@@ -1,4 +1,4 @@
-"""Reads checkpoints again after they were written, before older ones are removed.
+"""Verifies written checkpoints before older ones are removed.
 
 After a commit, every rank reads its own shard of the checkpoint that will be the oldest after the next save, and compares it with
 the hashes that it took before writing. So no checkpoint is removed before a newer one has been verified completely.
@@ -16,11 +16,11 @@ from bagualu.fault_tolerance.checkpoint.reading.inspect import damage
 
 
 class LookBack:
-    """A rank's shards in the checkpoints it has saved. `check` runs in the writer thread."""
+    """Verifies a rank's shards in the checkpoints that the run has saved. `check` runs in the writer thread."""
 
     def __init__(self, keep: int) -> None:
         self.damaged: dict[str, str] = {}
-        """Name of a checkpoint -> damage found in this rank's shard."""
+        """Damage found in this rank's shards, by name of the checkpoint."""
         self._keep = keep
         self._written: list[tuple[Path, dict[str, Any]]] = []
 
@@ -31,7 +31,7 @@ class LookBack:
         self.damaged.pop(checkpoint.name, None)
 
     def check(self) -> None:
-        """Reads this rank's shard of the checkpoint that will be the oldest after the next save."""
+        """Reads this rank's shard of the checkpoint that will be the oldest after the next save; adds damage to `damaged`."""
         if not 1 < self._keep <= len(self._written) + 1:
             return
         checkpoint, report = self._written[1 - self._keep]

@@ -8,11 +8,13 @@ from typing import Any
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, CheckpointStorageError, SupersededError
 
 Outcome = dict[str, Any]
-"""{"done": the job's result} or {"error": a line of text, "kind": a key of KINDS}. Plain JSON, to be sent to other ranks."""
+"""{"done": the job's result} or {"error": a line of text, "kind": a key of KINDS}: plain JSON, so that it can be sent to other
+ranks."""
 KINDS: dict[str, type[CheckpointError]] = {
     "superseded": SupersededError, "other": CheckpointError, "storage": CheckpointStorageError,
 }  # fmt: skip
-"""The meaning of an error. Among several errors the first kind counts, because only storage errors are worth another attempt."""
+"""The exception for each kind of error. If ranks fail with several kinds, the first in this order is raised: only if all errors are
+storage errors is another attempt worthwhile."""
 
 
 class Job:
@@ -22,10 +24,10 @@ class Job:
         self._function, self._args = function, args
         self._finished = threading.Event()
         self.outcome: Outcome | None = None
-        """None until the call has finished."""
+        """The result or error of the call; None until it has finished."""
 
     def run(self) -> None:
-        """Makes the call, once, in the writer thread. Every exception becomes an outcome, so that none is lost."""
+        """Makes the call and stores its result, or any exception, in `outcome`. Runs once, in the writer thread."""
         try:
             self.outcome = {"done": self._function(*self._args)}
         except BaseException as error:
@@ -35,7 +37,7 @@ class Job:
         self._finished.set()
 
     def wait(self, seconds: float) -> Outcome:
-        """Returns the outcome, or an error if the call has not finished within `seconds`."""
+        """Waits for the call and returns its outcome, or an error if it has not finished within `seconds`."""
         self._finished.wait(max(0.0, seconds))
         return self.outcome or {
             "error": "the storage has not answered for checkpoint.timeout_seconds; see whether it hangs", "kind": "storage",
@@ -43,7 +45,7 @@ class Job:
 
 
 class Writer:
-    """Runs jobs one after the other. A job that hangs delays only later jobs."""
+    """Runs jobs one after the other in a thread. A job that hangs delays only later jobs."""
 
     def __init__(self, rank: int) -> None:
         self._name = f"checkpoint-writer-{rank}"
@@ -51,7 +53,7 @@ class Writer:
         self._thread: threading.Thread | None = None
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Job:
-        """Runs function(*args) after everything submitted before."""
+        """Returns a job that runs function(*args) after everything submitted before."""
         if self._thread is None:
             # A daemon thread, so that a process can end while storage hangs.
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)

@@ -1,4 +1,4 @@
-"""Chooses a split, or explains why none fits."""
+"""Chooses a split of layers into stages, or raises an error that says why none fits."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,8 +24,9 @@ def choose_split(
     caps: Sequence[int] | None = None,
     recompute: str = "none",
 ) -> Split:
-    """Returns the best split of the table's layers over the stages of `schedule`: of least bottleneck, and among those near it of
-    least predicted step time (refine.py). The function is pure: equal arguments give equal results.
+    """Returns the best split of the table's layers over the stages of `schedule`: among the splits whose bottleneck (the time of
+    the slowest rank) is near the least possible, the one with the least predicted step time (refine.py). Equal arguments give equal
+    results.
 
     `speeds`, relative to the device of the table, and `caps`, in bytes, are by pipeline rank. `recompute`: none | full | auto; auto
     recomputes only where a cap requires it. Raises RecipeError if there are fewer layers than stages or no split fits the caps.
@@ -48,7 +49,7 @@ def choose_split(
 def take_split(
     slices: list[range], table: CostTable, schedule: Schedule, caps: Sequence[int] | None = None, recompute: str = "none"
 ) -> Split:
-    """Returns the split into given `slices`, with its forecast. Raises RecipeError if it does not fit the caps."""
+    """Returns the split into the given `slices`, with its forecast. Raises RecipeError if it does not fit the memory `caps`."""
     problem = Problem(table, schedule, [1.0] * schedule.placement.ranks, caps, recompute)
     pieces = [(piece.start, piece.stop) for piece in slices]
     if any(problem.cost(rank, mine) is None for rank, mine in enumerate(by_rank(problem, pieces))):
@@ -111,7 +112,7 @@ def _needs(problem: Problem, pieces: list[Piece]) -> list[int]:
 
 
 def _least_demanding(problem: Problem) -> list[Piece]:
-    """Returns a split that exceeds the caps by a factor near the least possible."""
+    """Returns a split whose largest ratio of a rank's memory to its cap is near the least possible."""
     assert problem.caps is not None
     layers, stages = problem.layers, problem.placement.stages
     borders = [layers * stage // stages for stage in range(stages + 1)]

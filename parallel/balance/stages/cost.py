@@ -19,11 +19,12 @@ class LayerCost:
     state_bytes: int = 0
     """Memory held all the time: weights, gradients, this rank's part of the optimizer state."""
     activation_bytes: int = 0
-    """Memory held for each micro-batch from its forward pass to its backward pass, or to I if the backward pass is split."""
+    """Memory held for each micro-batch from its forward pass to its backward pass, or to I (the input gradient) if that is
+    split."""
     input_bytes: int = 0
     """The part of activation_bytes that remains under recomputation: the layer's input."""
     operand_bytes: int = 0
-    """Memory held for each micro-batch between I and W: the operands of the weight gradients' matrix products."""
+    """Memory held for each micro-batch between I and W (the weight gradient): the operands of W's matrix products."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,16 @@ class CostTable:
     layers: list[LayerCost]
     head: LayerCost
     source: str
-    """The origin of the costs, for people, e.g. "measured on 2 threads of ..."."""
+    """The origin of the costs, for messages, e.g. "measured on 2 threads of ..."."""
     tied_bytes: int = 0
-    """State bytes that both embedding and head include, but that exist only once if the same rank holds both."""
+    """Bytes of state that embedding and head each include, but that exist only once if the same rank holds both."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> "CostTable":
-        """Parses the output of to_json. Raises ValueError, KeyError or TypeError for anything else."""
+        """Returns the table that `to_json` has converted to `text`. Raises ValueError, KeyError or TypeError for other text."""
         raw = json.loads(text)
         layers = [LayerCost(**layer) for layer in raw["layers"]]
         embedding, head = LayerCost(**raw["embedding"]), LayerCost(**raw["head"])

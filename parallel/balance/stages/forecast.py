@@ -1,4 +1,4 @@
-"""A split, and its predicted cost according to the cost table."""
+"""A split of layers into stages, and its cost as predicted from the cost table."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -13,9 +13,9 @@ class Forecast:
     """The predicted cost of a split, in seconds per micro-batch unless stated otherwise."""
 
     times: list[StageTimes]
-    """By stage, at the speed of its rank."""
+    """The times of each stage, at the speed of its rank."""
     speeds: list[float]
-    """By pipeline rank."""
+    """The speed of each pipeline rank, relative to the device of the cost table."""
     memory_bytes: list[int]
     """The peak memory of each rank."""
     bottleneck_seconds: float
@@ -23,19 +23,19 @@ class Forecast:
     step_seconds: float
     """The time of all forward and backward passes of a step on the schedule, including waiting."""
     source: str
-    """The origin of the costs."""
+    """The origin of the costs, as in CostTable."""
     least_seconds: float = 0.0
     """A proven lower bound for the bottleneck of any split."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The layers of each stage, and whether it recomputes activations in its backward pass."""
+    """The layers of each stage, and whether the stage recomputes activations in its backward pass."""
 
     slices: list[range]
     recompute: list[bool]
     forecast: Forecast | None = field(default=None, compare=False)
-    """None if no costs were computed."""
+    """The predicted cost; None if no costs were computed."""
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "slices": [[piece.start, piece.stop] for piece in self.slices]})
@@ -50,6 +50,7 @@ class Split:
 
 
 def by_rank(problem: Problem, pieces: list[Piece]) -> list[tuple[Piece, ...]]:
+    """Returns the pieces of each rank's stages; `pieces` is by stage."""
     return [tuple(pieces[stage] for stage in stages) for stages in problem.stages_of]
 
 
@@ -72,7 +73,8 @@ def forecast_split(problem: Problem, pieces: list[Piece]) -> Split:
 
 
 def step_seconds(problem: Problem, times: list[StageTimes]) -> float:
-    """Returns when the last pass of the schedule ends. Messages take no time here, since every split sends equally many."""
+    """Returns the time at which the last pass of the schedule ends. Messages take no time here, since every split sends equally
+    many."""
     table = {}
     for stage, stage_times in enumerate(times):
         table[Kind.FORWARD, stage] = stage_times.forward

@@ -23,7 +23,7 @@ def validate_split(balance: Any, layers: int, placement: StagePlacement, memory_
 
 
 def validate_speeds(speeds: Any, ranks: int, balance: Any) -> None:
-    """Raises RecipeError for speeds that are not null, measured or a positive number per rank, or that have no effect."""
+    """Raises RecipeError unless `speeds` is None, "measured" or a positive number per rank, or if it has no effect."""
     if speeds is None:
         return
     if balance not in COMPUTED:
@@ -39,7 +39,7 @@ def validate_speeds(speeds: Any, ranks: int, balance: Any) -> None:
 
 
 def memory_caps(memory_bytes: Any, ranks: int) -> list[int] | None:
-    """Returns the memory caps by pipeline rank, in bytes, or None. Raises RecipeError."""
+    """Returns the memory cap of each pipeline rank, in bytes; None if there is no limit. Raises RecipeError."""
     if memory_bytes is None:
         return None
     caps = [memory_bytes] * ranks if type(memory_bytes) is int else _numbers(memory_bytes, (int,))
@@ -50,7 +50,8 @@ def memory_caps(memory_bytes: Any, ranks: int) -> list[int] | None:
 
 
 def validate_shares(shares: Any, micro_batches: int, data: int, expert: int) -> None:
-    """Raises RecipeError for shares that do not divide a step's `micro_batches` between `data` ranks, at least one each."""
+    """Raises RecipeError unless `shares` is None, "measured" or divides a step's `micro_batches` among `data` ranks, at least one
+    each."""
     if shares is None:
         return
     if expert > 1:

@@ -1,18 +1,18 @@
-"""The peak memory of a schedule, exactly, for stages of any size.
+"""Finds the moments at which a schedule needs most memory, for stages of any size.
 
 A micro-batch's activations at a stage are held from its forward pass to its backward pass. If the backward pass is split, they are
-held until I, and the operands of the weight gradients from I to W.
+held until I (the input gradient), and the operands of the weight gradients from I to W (the weight gradient).
 """
 
 from bagualu.parallel.pipeline.schedules.schedule import Action, Kind, Schedule
 
 Moment = tuple[tuple[int, int], ...]
-"""For each stage of a rank in order: the number of micro-batches whose activations are held, and whose operands are held."""
+"""For each stage of a rank, in order, two numbers of micro-batches: those whose activations and those whose operands are held."""
 
 
 def worst_moments(schedule: Schedule) -> list[list[Moment]]:
-    """Returns, by rank, the moments that no other moment equals or exceeds in every count. Whatever a micro-batch costs at each
-    stage, the peak is at one of them."""
+    """Returns, by rank, the moments that no other moment equals or exceeds in every count. The peak is always at one of them,
+    however many bytes a micro-batch takes at each stage."""
     placement = schedule.placement
     return [_worst(actions, placement.stages_of(rank)) for rank, actions in enumerate(schedule.actions)]
 

@@ -1,7 +1,7 @@
-"""Finds the split whose slowest rank is fastest: exact, for any placement of stages on ranks.
+"""Finds the split with the least bottleneck, the time of its slowest rank. It is exact and works for any placement of stages.
 
-The search goes through the ranks in order; each takes a piece for every one of its stages. The layers that are left then form a gap
-for each chunk, or in a V for every two chunks, which take from both ends of it:
+The search goes through the ranks in order; each rank takes a piece, a range of layers, for every one of its stages. The remaining
+layers form a gap for each chunk or, in a V, for every two chunks, which take from both ends of it:
 
     one chunk        rank 0 takes [0, a), rank 1 [a, b), ...                     left: one gap
     V                rank 0 takes [0, a) and [z, L), rank 1 [a, b) and [y, z)    left: one gap between
@@ -29,7 +29,7 @@ from operator import add
 from bagualu.parallel.balance.stages.problem import Piece, Problem
 
 WORK = 200_000
-"""Choices that a search may examine before it stops: about a second, or a few seconds if there are memory caps."""
+"""Number of choices that a search may examine before it stops: about a second, or a few seconds if there are memory caps."""
 _STEPS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, inf)
 """Bounds to try, as fractions above the lowest possible bound."""
 _ROUNDING = 1e-9
@@ -42,10 +42,10 @@ Gaps = tuple[Piece, ...]
 @dataclass(frozen=True)
 class Solution:
     pieces: list[Piece]
-    """By stage, in the order of the model."""
+    """The layers of each stage, in the order of the model."""
     bottleneck_seconds: float
     least_possible_seconds: float
-    """No split has a lower bottleneck than this. It equals the bottleneck if the split is proven to be optimal."""
+    """A proven lower bound of the bottleneck of any split. It equals the bottleneck if this split is proven to be optimal."""
 
     @property
     def proven(self) -> bool:
@@ -53,11 +53,12 @@ class Solution:
 
 
 class GaveUp(Exception):
-    """No split was found, but the search was not exhaustive."""
+    """The search ended without a split before it was exhaustive."""
 
 
 def solve(problem: Problem, work: int = WORK) -> Solution | None:
-    """Returns the split of least bottleneck; None if no split fits the caps. Raises GaveUp if `work` did not suffice to decide."""
+    """Returns the split of least bottleneck; None if no split fits the caps. Raises GaveUp if `work` choices did not
+    suffice to decide."""
     room = _Room(problem)
     least = _least_bound(room)
     if least is None:
@@ -135,9 +136,9 @@ def _most_layers(problem: Problem, rank: int) -> int:
 
 
 def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:
-    """Returns every sum of seconds that `runs` runs of consecutive layers can have, sorted; None if there are too many.
+    """Returns every total of seconds that `runs` runs of consecutive layers can have, sorted; None if there are too many.
 
-    It counts layers of each kind instead of adding seconds, so that sums of the same layers in another order are equal.
+    Layers of equal seconds are counted instead of added, so that the order of the layers does not change a total.
     """
     kinds = sorted(set(seconds))
     one_run = {(0,) * len(kinds)}
@@ -156,7 +157,7 @@ def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:
 
 
 def _least_bound(room: _Room) -> float | None:
-    """Returns the lowest bottleneck under which all layers have room, disregarding their order; None if there is none."""
+    """Returns the lowest bottleneck at which the ranks have room for all layers, ignoring their order; None if there is none."""
     low, high = 0.0, (room.total + sum(room.edges)) / min(room.problem.speeds)
     if sum(room.most_layers) < room.problem.layers or not room.suffices(high):
         return None
@@ -180,7 +181,7 @@ class _Search:
         self.known: dict[tuple[int, Gaps], tuple[float, tuple[Piece, ...], Gaps]] = {}
 
     def run(self) -> tuple[float, list[Piece]] | None:
-        """Returns (bottleneck, pieces by stage), or None. Raises _TooMuchWork."""
+        """Returns (bottleneck, pieces by stage); None if no split is within the bound. Raises _TooMuchWork."""
         best, start = inf, None
         for gaps in self._starts():
             value = self._best(0, gaps) if self.possible else inf
@@ -192,8 +193,7 @@ class _Search:
         return None if start is None else (best, self._pieces(start))
 
     def _bound_by(self, bound: float) -> None:
-        """Restricts the search to splits of at most this bottleneck. Known results above an earlier bound are also above this
-        one."""
+        """Restricts the search to splits with a bottleneck of at most `bound`. Bounds only fall, so earlier results stay valid."""
         ranks = range(self.placement.ranks)
         self.bound, self.possible = bound, self.room.suffices(bound)
         self.limits = [self.room.limit(rank, bound) for rank in ranks]
@@ -205,7 +205,7 @@ class _Search:
         self.later, self.later_layers = room, layers
 
     def _starts(self) -> Iterator[Gaps]:
-        """Yields the initial gaps, those of most even size first."""
+        """Yields the possible initial gaps, those of most equal size first."""
         ranks, layers = self.placement.ranks, self.problem.layers
         needs = [eaters * ranks for eaters in self.eaters]
         even = [layers * need // sum(needs) for need in accumulate(needs)][:-1]
@@ -241,8 +241,8 @@ class _Search:
         return best[0]
 
     def _choices(self, rank: int, gaps: Gaps) -> list[tuple[tuple[Piece, ...], Gaps]]:
-        """Returns what `rank` may take: first the choices that leave the later ranks nearest to their fair share, and among those
-        the ones with the most even stages."""
+        """Returns the (pieces, remaining gaps) that `rank` may choose: first those that leave the later ranks nearest to their fair
+        share, and among them those with the most even stages."""
         left = sum(self.left_seconds[b] - self.left_seconds[a] for a, b in gaps)
         if sum(b - a for a, b in gaps) > self.most_layers[rank] + self.later_layers[rank]:
             return []
@@ -255,7 +255,7 @@ class _Search:
     def _take(
         self, rank: int, gaps: Gaps, chunk: int, taken: float, least: float
     ) -> Iterator[tuple[float, tuple[Piece, ...], Gaps]]:
-        """Yields (seconds at speed 1.0, pieces, gaps afterwards) of every way to take pieces for the chunks from `chunk` on."""
+        """Yields (seconds at speed 1.0, pieces, gaps afterwards) for every way to take pieces for the chunks from `chunk` on."""
         self._work()
         if chunk == self.placement.chunks:
             yield taken, (), gaps

@@ -1,4 +1,4 @@
-"""The cost, in time and memory, of any split of a model's layers over the stages of a schedule."""
+"""Computes the time and memory of any split of a model's layers over the stages of a schedule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from bagualu.parallel.pipeline.schedules.schedule import Schedule
 
 RECOMPUTE = ("none", "full", "auto")
 Piece = tuple[int, int]
-"""Layers piece[0] .. piece[1] - 1 of a stage."""
+"""The layers of a stage: piece[0] to piece[1] - 1."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class RankCost:
     """The cost of all stages of a rank for a micro-batch."""
 
     stage_seconds: tuple[float, ...]
-    """By stage, at the rank's own speed."""
+    """The time of each stage, at the rank's own speed."""
     recompute: tuple[bool, ...]
-    """By stage: whether it recomputes activations."""
+    """For each stage, whether it recomputes activations."""
 
     @property
     def seconds(self) -> float:
@@ -34,7 +34,7 @@ class StageTimes:
 
     forward: float
     input_gradient: float
-    """Includes the second forward pass if activations are recomputed."""
+    """Time of the input gradient, including the second forward pass if activations are recomputed."""
     weight_gradient: float
 
     @property
@@ -43,9 +43,10 @@ class StageTimes:
 
 
 class Problem:
-    """Computes costs. `speeds` are by rank, relative to the device of the cost table; `caps` are bytes by rank, None: no limit.
+    """Computes the costs of splits. `speeds` are by rank, relative to the device of the cost table; `caps` are bytes by rank, or
+    None for no limit.
 
-    `recompute`: none | full | auto. With auto, stages recompute activations only if the rank's cap requires it, in the fastest
+    `recompute` is none, full or auto. With auto, stages recompute activations only if the rank's cap requires it, in the fastest
     combination that fits.
     """
 
@@ -65,7 +66,7 @@ class Problem:
         self._known: dict[tuple[int, tuple[Piece, ...]], RankCost | None] = {}
 
     def least_seconds(self) -> list[float]:
-        """Returns the least seconds of each layer at speed 1.0."""
+        """Returns the least possible time of each layer, in seconds at speed 1.0."""
         again = self.recompute == "full"
         return [(1 + again) * layer.forward_seconds + layer.input_gradient_seconds + layer.weight_gradient_seconds
                 for layer in self.table.layers]  # fmt: skip
@@ -77,13 +78,14 @@ class Problem:
         return sum(edge.forward_seconds + edge.input_gradient_seconds + edge.weight_gradient_seconds for edge in edges)
 
     def stage_times(self, stage: int, piece: Piece, again: bool) -> StageTimes:
+        """Returns the times of `stage` if it holds the layers `piece`; `again` says whether it recomputes activations."""
         forward = self._sum("forward_seconds", stage, piece)
         gradient = self._sum("input_gradient_seconds", stage, piece) + again * self._layers("forward_seconds", piece)
         speed = self.speeds[self.placement.rank_of(stage)]
         return StageTimes(forward / speed, gradient / speed, self._sum("weight_gradient_seconds", stage, piece) / speed)
 
     def cost(self, rank: int, pieces: tuple[Piece, ...]) -> RankCost | None:
-        """Returns the cost of `rank` for `pieces`, one per stage in order; None if they exceed its cap."""
+        """Returns the cost of `rank` for `pieces`, the layers of its stages in order; None if they exceed its cap."""
         key = (rank, pieces)
         if key not in self._known:
             costs = [RankCost(self._seconds(rank, pieces, way), way) for way in self.ways(len(pieces))]
@@ -126,7 +128,7 @@ class Problem:
         return tuple(self.stage_times(*stage).total for stage in zip(self.stages_of[rank], pieces, recompute, strict=True))
 
     def _held(self, stage: int, piece: Piece, again: bool) -> tuple[int, int]:
-        """Returns the bytes of a micro-batch at a stage: (activations, operands)."""
+        """Returns the bytes that a micro-batch holds at a stage: (activations, operands)."""
         edges = self._sum("activation_bytes", stage, piece) - self._layers("activation_bytes", piece)
         kept = self._layers("input_bytes" if again else "activation_bytes", piece)
         return int(edges + kept), int(self._sum("operand_bytes", stage, piece))

@@ -29,14 +29,15 @@ class Proposal:
 
     split: Split
     speeds: list[float]
-    """By pipeline rank, relative to the device of the cost table."""
+    """The speed of each pipeline rank, relative to the device of the cost table."""
     now_seconds: float
-    """Predicted seconds of a step's passes with the present split; `then_seconds`: with the proposed split."""
+    """Predicted seconds of a step's passes with the present split."""
     then_seconds: float
+    """Predicted seconds of a step's passes with the proposed split."""
 
 
 class Watch:
-    """Examines every window of a run, on the rank that decides."""
+    """Decides after every window of measured times whether layers should move. It runs on one rank."""
 
     def __init__(
         self,
@@ -48,19 +49,18 @@ class Watch:
         caps: Sequence[int] | None = None,
         recompute: str = "none",
     ) -> None:
-        """`threshold`: the fraction of a step that a move must gain; `windows`: the number of windows in a row that must show
-        it."""
+        """A move must gain at least the fraction `threshold` of a step in each of `windows` windows in a row."""
         self._table, self._schedule, self._caps, self._recompute = table, schedule, caps, recompute
         self._split = split
         self._threshold, self._windows = threshold, windows
         self._seen: list[list[float]] = []
         """The ranks' speeds in the latest windows in a row in which a move would have been worthwhile."""
         self._caution = 0
-        """The number of doublings of `patience`: moves, less those whose doubling was undone."""
+        """How often `patience` is doubled: once for every move, less the doublings that were undone."""
         self._quiet = 0
-        """Windows in a row without anything to gain."""
+        """The number of windows in a row without anything to gain."""
         self._chosen: tuple[list[float], Split] | None = None
-        """The last speeds for which a split was chosen, and that split."""
+        """The last speeds for which a split was chosen, and that split; None before the first choice."""
 
     @property
     def patience(self) -> int:
@@ -70,10 +70,10 @@ class Watch:
     def after_window(
         self, busy_seconds: Sequence[float], steps_left: int, move_seconds: Callable[[Split], float]
     ) -> Proposal | None:
-        """Returns the move to make after a window, or None.
+        """Returns the move to make after a window; None if layers should stay.
 
-        `busy_seconds`: the time that each pipeline rank was busy with a micro-batch. `move_seconds` returns the cost of moving to a
-        split.
+        `busy_seconds` is the time that each pipeline rank was busy with a micro-batch. `move_seconds` returns the time that a move
+        to a split takes.
         """
         self._seen.append(self._speeds(busy_seconds))
         if self._best(self._seen[-1]) is None:
@@ -127,7 +127,8 @@ class Watch:
         return Proposal(split, speeds, now, then) if then <= now * (1 - self._threshold) else None
 
     def _choice(self, speeds: list[float]) -> Split:
-        """Returns the best split; for nearly the same speeds as last time, that of last time, because choosing takes long."""
+        """Returns the best split for `speeds`. If they are nearly those of the last choice, returns its split, because choosing
+        takes long."""
         last = self._chosen
         if last is None or any(abs(new / old - 1) > _NEARLY for new, old in zip(speeds, last[0], strict=True)):
             last = speeds, choose_split(self._table, self._schedule, speeds, self._caps, self._recompute)
@@ -135,7 +136,7 @@ class Watch:
         return last[1]
 
     def _gains(self, split: Split, speeds: list[float]) -> bool:
-        """Whether `split` gains enough over the present split at these speeds."""
+        """Returns whether `split` gains enough over the present split at these speeds."""
         problem = self._problem(speeds)
         return self._step_seconds(split, problem) <= self._step_seconds(self._split, problem) * (1 - self._threshold)
 

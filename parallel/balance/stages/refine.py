@@ -1,8 +1,8 @@
 """Turns a split of least bottleneck into the split that the schedule runs fastest.
 
 The bottleneck alone does not determine how long the pipeline takes to fill and drain, nor the load of the other ranks, and many
-splits share it. So splits near the optimum are timed on the schedule itself. The result is, of the timed splits whose bottleneck is
-at most `TOLERANCE` above the optimum, the split of least predicted step time; among equals the first, which is the most even.
+splits share it. So splits near the optimum are timed on the schedule itself. Of the timed splits whose bottleneck is at most
+`TOLERANCE` above the optimum, the result is the split with the least predicted step time; of several, the first, the most even.
 
 Candidates come from moving a layer from any stage to any other, or moving two borders by a layer each, first to make ranks and
 stages even, then to lower the time. If there are few splits, all of them are candidates.
@@ -17,7 +17,7 @@ from bagualu.parallel.balance.stages.problem import Piece, Problem, RankCost
 
 TOLERANCE = 0.03
 PASSES = 60_000
-"""Passes of the schedule that may be timed in total, about a second."""
+"""Number of passes of the schedule that may be simulated in total: about a second."""
 _LEAST_TIMED = 6
 _EVENING = 20_000
 _FEW = 2_000
@@ -25,7 +25,7 @@ _ROUNDING = 1e-9
 
 
 def refine(problem: Problem, pieces: list[Piece]) -> list[Piece]:
-    """Improves `pieces`, by stage, a split of least bottleneck, as described above."""
+    """Returns an improved split, as described above. `pieces`, by stage, is a split with the least bottleneck."""
     loads = _loads(problem, pieces)
     assert loads is not None
     optimum = _bottleneck(loads)
@@ -48,7 +48,7 @@ def refine(problem: Problem, pieces: list[Piece]) -> list[Piece]:
 
 
 def _near(problem: Problem, pieces: list[Piece], bottleneck: float) -> Iterator[tuple[float, list[Piece]]]:
-    """Yields (spread, pieces) of the splits one move away, or of all splits if there are few, whose bottleneck is low enough."""
+    """Yields (spread, pieces) of splits whose bottleneck is at most `bottleneck`: those one move away or, if there are few, all."""
     layers, stages = problem.layers, len(pieces)
     few = comb(layers - 1, stages - 1) <= _FEW
     for other in _every(layers, stages) if few else _neighbours(pieces):
@@ -64,7 +64,7 @@ def _timed(problem: Problem, pieces: list[Piece]) -> float:
 
 
 def _even(problem: Problem, pieces: list[Piece], bottleneck: float, spread: float) -> list[Piece]:
-    """Moves layers as long as that makes the ranks more even and keeps all of them within the bottleneck."""
+    """Returns a split in which ranks and stages are more even and all ranks stay within `bottleneck`."""
     current, budget = pieces, _EVENING
     moved = True
     while moved and budget > 0:

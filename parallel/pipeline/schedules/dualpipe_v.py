@@ -13,14 +13,14 @@ from bagualu.parallel.pipeline.schedules.v_shaped import Speller, only
 
 
 def dualpipe_v(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
-    """In the steady part, each forward pass of a chunk is paired with a backward pass of the other chunk, so that the communication
-    of each can overlap the computation of the other (DeepSeek-V3, arXiv 2412.19437, section 3.2.1; the V form is from the
-    repository github.com/deepseek-ai/DualPipe). Here the two passes of a pair run one after the other.
+    """Returns the passes of each rank. In the steady part, each forward pass of a chunk is paired with a backward pass of the other
+    chunk, so that the communication of each can overlap the computation of the other (DeepSeek-V3, arXiv 2412.19437, section 3.2.1;
+    the V form is from the repository github.com/deepseek-ai/DualPipe). Here the two passes of a pair run one after the other.
 
     The repository states a bubble of (p-1)(F&B+B-3W) for 2p stages and m of at least 2p, where F&B is the duration of a pair. Here
-    each pass of a pair passes its result on when it ends, so the bubble is at most that with F&B = F+B, and (p-1)(F+I-W) if
-    F = I = W. Every rank holds 2p+1 activations of a stage, as the repository states. With fewer than 2p micro-batches, this is the
-    schedule for 2p without the missing ones.
+    each pass of a pair sends its result as soon as it ends, so the bubble is at most the stated value with F&B = F+B, and
+    (p-1)(F+I-W) if F = I = W. Every rank holds 2p+1 activations of a stage, as the repository states. With fewer than 2p
+    micro-batches, this is the schedule for 2p without the missing ones.
     """
     ranks, planned = placement.ranks, max(micro_batches, 2 * placement.ranks)
     actions = []

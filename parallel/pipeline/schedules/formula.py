@@ -1,11 +1,11 @@
 """The published cost of each schedule, as text and as functions.
 
-Costs are those of a single pass of a stage: F forward, I and W the two parts of the backward pass, B = I + W. p is the number of
-ranks, v the chunks per rank, m the micro-batches; a rank computes for m v (F + B).
+The letters are times of a single pass of a stage: F forward, I input gradient, W weight gradient, B = I + W backward. p is the
+number of ranks, v the chunks per rank, m the micro-batches; a rank computes for m v (F + B).
 
-The bubble is the waiting time, between its own first and its own last pass, of the rank that takes longest, as the papers of the
-zero-bubble schedules define it (arXiv 2401.10241). Activations in flight are counted in forward passes of a stage whose activations
-are held. Each counts for 1/v of a rank's layers, so divide by v to compare schedules with different v.
+The bubble is the time for which the rank that takes longest waits between its own first and last pass. This is the definition of
+the papers on zero-bubble schedules (arXiv 2401.10241). Activations in flight are counted in forward passes of a stage whose
+activations are held. Each pass counts for 1/v of a rank's layers, so divide by v to compare schedules with different v.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class Size:
 
     @property
     def work(self) -> Time:
-        """The time that a rank computes."""
+        """The time for which a rank computes."""
         return self.micro_batches * self.chunks * (self.forward + self.backward)
 
     @property
@@ -46,18 +46,18 @@ class Formula:
 
     bubble_text: str
     bubble: Callable[[Size], Time | None]
-    """The bubble as a time; None if none is published for this size."""
+    """Returns the bubble as a time; None if no formula is published for this size."""
     peak_text: str
     peak: Callable[[Size], int]
-    """The most forward passes, over all stages of a rank, whose activations a rank holds at the same time."""
+    """Returns the most forward passes, of all stages of a rank, whose activations the rank holds at the same time."""
     bound: bool = False
     """Whether `bubble` is an upper bound rather than exact."""
     least: Callable[[int], int] = lambda ranks: 1
-    """The least number of micro-batches for which `bubble` holds and the peak reaches `peak`."""
+    """Returns, for a number of ranks, the least number of micro-batches for which `bubble` and `peak` hold."""
 
     def share(self, size: Size) -> Time | None:
-        """Returns the bubble as a fraction of that rank's time from its first to its last pass; None if there is no formula for
-        this size."""
+        """Returns the bubble as a fraction of the time between the first and the last pass of the rank that takes longest; None if
+        there is no formula for this size."""
         bubble = self.bubble(size) if size.micro_batches >= self.least(size.ranks) else None
         return None if bubble is None else share(bubble, bubble + size.work)
 

@@ -1,4 +1,4 @@
-"""1F1B on ranks with several stages each, assigned in turn.
+"""The interleaved 1F1B schedule, for ranks with several stages each.
 
 2 ranks of 2 stages each, 4 micro-batches:
 
@@ -14,16 +14,16 @@ from bagualu.parallel.pipeline.schedules.schedule import Action, Kind
 
 
 def interleaved_1f1b(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
-    """Groups of micro-batches go through one chunk after the other. As in 1f1b, each rank starts with forward passes and then
-    alternates between forward and backward passes (Narayanan et al., arXiv 2104.04473, section 2.2).
+    """Returns the passes of each rank. Groups of micro-batches go through one chunk after the other. As in 1f1b, each rank starts
+    with forward passes and then alternates between forward and backward passes (Narayanan et al., arXiv 2104.04473, section 2.2).
 
     In the paper, groups have p micro-batches and m is a multiple of p. Here m is arbitrary: groups have at least p micro-batches
     (all m if m is less) and are as equal as possible, with the larger ones first, which preserves the bubble.
 
     The bubble is (p-1)(F+B) in passes of a stage, a fraction (p-1)/(vm+p-1) of the time (section 2.2). With fewer micro-batches
-    than ranks, every further chunk waits p-m passes more for the group to come round: (p-1 + (v-1)(p-m))(F+B). If g is the size of
-    the first group, rank i holds (v-1)g + 2(p-1-i) + 1 activations of a stage, or vm if that is less. For groups of p, rank 0 thus
-    holds as much as p + (p-1)/v activations of all its stages together.
+    than ranks, every further chunk waits p-m passes more until the group returns to its rank: (p-1 + (v-1)(p-m))(F+B). If g is the
+    size of the first group, rank i holds (v-1)g + 2(p-1-i) + 1 activations of a stage, or vm if that is less. For groups of p, rank
+    0 thus holds as much as p + (p-1)/v activations of all its stages together.
     """
     ranks, chunks = placement.ranks, placement.chunks
     groups = _groups(ranks, micro_batches)

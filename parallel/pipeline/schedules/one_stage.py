@@ -28,7 +28,7 @@ from bagualu.parallel.pipeline.schedules.schedule import Action, Kind
 
 
 def gpipe(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
-    """All forward passes, then all backward passes (Huang et al., arXiv 1811.06965).
+    """Returns the passes of each rank: all forward passes, then all backward passes (Huang et al., arXiv 1811.06965).
 
     The bubble is (p-1)(F+B), a fraction (p-1)/(m+p-1) of the time (section 2.3); m activations are held.
     """
@@ -37,8 +37,8 @@ def gpipe(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
 
 
 def one_f_one_b(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
-    """Each rank starts with as many forward passes as there are stages after it, then alternates between forward and backward
-    passes (PipeDream-flush, arXiv 2006.09503, section 3).
+    """Returns the passes of each rank. A rank starts with as many forward passes as there are stages after it, then alternates
+    between forward and backward passes (PipeDream-flush, arXiv 2006.09503, section 3).
 
     The bubble is (p-1)(F+B), as for gpipe. Rank i holds p-i activations, or m if that is less.
     """
@@ -50,8 +50,8 @@ def one_f_one_b(placement: StagePlacement, micro_batches: int) -> list[list[Acti
 
 
 def zb_h1(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
-    """1f1b with split backward passes. On rank i, the W of a micro-batch runs only after i further I passes, so that W passes fill
-    the wait at the end (ZB-H1, also ZB1P: Qi et al., arXiv 2401.10241, section 2.2).
+    """Returns the passes of each rank: 1f1b with split backward passes. On rank i, the W of a micro-batch runs only after i further
+    I passes, so that W passes fill the wait at the end (ZB-H1, also ZB1P: Qi et al., arXiv 2401.10241, section 2.2).
 
     The bubble is (p-1)(F+I-W) if W is at most F and m at least p (section 2.3, table 1). Every rank holds p activations, or m if
     that is less: a late rank has fewer forward passes ahead, but as many more W passes outstanding.

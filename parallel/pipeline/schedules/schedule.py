@@ -2,10 +2,10 @@
 
 A model is divided into stages, contiguous slices of its layers. A rank holds one or several of them, its chunks (`StagePlacement`).
 F3 is the forward pass of micro-batch 3 and B3 its backward pass. Some schedules split the backward pass: I3 computes the gradient
-of the stage's input, for which the previous stage waits; later, W3 computes the gradients of its weights, for which no stage waits.
-If a rank has several stages, F3' is a pass of its second stage.
+of the stage's input, for which the previous stage waits; later, W3 computes the gradients of the stage's weights, for which no
+stage waits. If a rank has several stages, F3' is a pass of its second stage.
 
-`registry.py` makes the passes; `with_messages` adds the sends and receives. The resulting list is checked (check.py), timed
+`registry.py` computes the passes; `with_messages` adds the sends and receives. The resulting list is checked (check.py), timed
 (timeline.py), drawn (draw_text.py) and executed (runtime.py).
 """
 
@@ -33,7 +33,8 @@ SENDS = (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
 
 @dataclass(frozen=True)
 class Action:
-    """A pass of a rank for a micro-batch at one of its stages, or a message. A message's stage is that of the rank that acts."""
+    """A pass of a rank for a micro-batch at one of its stages, or a message that the rank sends or receives for that
+    stage."""
 
     kind: Kind
     micro_batch: int
@@ -50,34 +51,34 @@ class Schedule:
     placement: StagePlacement
     micro_batches: int
     actions: list[list[Action]]
-    """The list of each rank."""
+    """The list of actions of each rank."""
 
 
 def forward_only(placement: StagePlacement, micro_batches: int) -> Schedule:
-    """Returns forward passes for validation: all micro-batches of a chunk before the next, so a rank need not wait for its own
-    output."""
+    """Returns a schedule of forward passes only, for validation. Each rank does all micro-batches of a chunk before the next chunk,
+    so that it does not wait for its own output."""
     ranks = [placement.stages_of(rank) for rank in range(placement.ranks)]
     actions = [[Action(Kind.FORWARD, m, stage) for stage in stages for m in range(micro_batches)] for stages in ranks]
     return Schedule(placement, micro_batches, actions)
 
 
 def with_messages(schedule: Schedule) -> Schedule:
-    """Returns the schedule with a receive right before each pass that needs a message and a send right after each that feeds
-    one."""
+    """Returns the schedule with a receive right before each pass that needs a message, and a send right after each pass whose
+    result another rank needs."""
     actions = [[item for action in mine for item in surrounded(action, schedule.placement)] for mine in schedule.actions]
     return Schedule(schedule.placement, schedule.micro_batches, actions)
 
 
 def parts(action: Action) -> tuple[Action, ...]:
-    """The passes that `action` does: a whole backward pass does both of its parts."""
+    """Returns the passes that `action` consists of: I and W for a whole backward pass, else the action itself."""
     if action.kind != Kind.BACKWARD:
         return (action,)
     return tuple(Action(kind, action.micro_batch, action.stage) for kind in (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT))
 
 
 def dependencies(action: Action, placement: StagePlacement) -> tuple[Action, ...]:
-    """The passes whose results the pass `action` needs, on its own rank or on another; a gradient is always named as the
-    INPUT_GRADIENT that computes it, which may be a part of a whole backward pass (`parts`)."""
+    """Returns the passes, on any rank, whose results the pass `action` needs. A gradient is always given as the INPUT_GRADIENT that
+    computes it, which may be a part of a whole backward pass (`parts`)."""
     m, stage = action.micro_batch, action.stage
     if action.kind == Kind.FORWARD:
         return (Action(Kind.FORWARD, m, stage - 1),) if stage else ()
@@ -88,7 +89,8 @@ def dependencies(action: Action, placement: StagePlacement) -> tuple[Action, ...
 
 
 def surrounded(action: Action, placement: StagePlacement) -> list[Action]:
-    """Returns a pass with the messages it needs and feeds. Two stages on the same rank exchange no message."""
+    """Returns a pass with the receive before it and the send after it, if it needs them. Two stages on the same rank exchange no
+    message."""
     if action.kind == Kind.WEIGHT_GRADIENT:
         return [action]
     forward = action.kind == Kind.FORWARD

@@ -1,4 +1,4 @@
-"""Shortens a schedule by closing gaps."""
+"""Shortens a schedule by moving passes into steps in which their rank would wait."""
 
 from collections.abc import Iterator
 

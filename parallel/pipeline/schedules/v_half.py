@@ -1,4 +1,4 @@
-"""Half of 1F1B's activation memory, with two chunks per rank in a V.
+"""The V-Half schedule: half of 1F1B's activation memory, with two chunks per rank in a V.
 
 3 ranks, 4 micro-batches:
 
@@ -15,13 +15,14 @@ from bagualu.parallel.pipeline.schedules.schedule import Action, Kind
 from bagualu.parallel.pipeline.schedules.squeeze import squeeze
 
 _PERIOD = 6
-"""A micro-batch has six passes on each rank: F, I and W at two stages."""
+"""Number of passes of a micro-batch on each rank: F, I and W at two stages."""
 
 
 def v_half(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
-    """Repeats a building block, a micro-batch's passes at fixed times, every six steps, then closes gaps with `squeeze`.
+    """Returns the passes of each rank: a building block, a micro-batch's passes at fixed times, is repeated every six steps, then
+    `squeeze` closes gaps (V-Half: Qi et al., arXiv 2405.15362).
 
-    How long the block keeps an activation determines how many are held (V-Half: Qi et al., arXiv 2405.15362).
+    The time for which the block keeps an activation determines how many are held.
 
     With F = I = W and m of at least p, the bubble is at most p(F+I+W) in passes of a stage. That is the authors' rate of about
     p/2m, half of 1F1B's, whose stages are twice as long. As long as 2F <= W+2I and 2I <= W+2F (the authors' condition), ranks wait
@@ -33,7 +34,7 @@ def v_half(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
 
 
 def _repeated(placement: StagePlacement, rank: int, micro_batches: int) -> dict[int, Action]:
-    """Returns time -> pass of a rank, without W.
+    """Returns the passes of a rank, without W, by time.
 
     The first chunk's forward passes take two steps from each rank to the next; the second chunk's return in one step per rank. The
     I passes of the second chunk and then of the first follow the same pattern. No two passes of a rank have the same time.

@@ -7,9 +7,11 @@ from bagualu.parallel.pipeline.schedules.schedule import Action, Kind
 
 
 class Speller:
-    """Writes the passes of a rank. `do("F1 I0")` appends the next forward pass of the second chunk, then the next I of the first.
+    """Builds the list of a rank's passes from a short notation. `do("F1 I0")` appends the next forward pass of the second chunk,
+    then the next I of the first.
 
-    W appends the oldest W whose I is done, of any chunk, W0 and W1 the oldest of that chunk; if there is none, they append nothing.
+    The digit is the chunk; B is a whole backward pass. W appends the oldest W of any chunk whose I is done, W0 and W1 the oldest of
+    that chunk; if there is none, they append nothing.
     """
 
     def __init__(self, placement: StagePlacement, rank: int) -> None:
@@ -19,6 +21,7 @@ class Speller:
         self.actions: list[Action] = []
 
     def do(self, passes: str, times: int = 1) -> None:
+        """Appends `passes`, e.g. "F1 I0 W", `times` times."""
         for symbol in passes.split() * times:
             if symbol[0] == Kind.WEIGHT_GRADIENT:
                 self._weight_gradient(None if symbol == "W" else self._stages[int(symbol[1])])
@@ -43,5 +46,5 @@ class Speller:
 
 
 def only(actions: list[Action], micro_batches: int) -> list[Action]:
-    """Returns the actions of the first `micro_batches` micro-batches. They keep their order on every rank, so they stay valid."""
+    """Returns the actions of the first `micro_batches` micro-batches. The order does not change, so the schedule stays valid."""
     return [action for action in actions if action.micro_batch < micro_batches]

@@ -1,4 +1,4 @@
-"""Zero bubble with two chunks per rank in a V.
+"""The ZB-V schedule: zero bubble with two chunks per rank in a V.
 
 3 ranks, 5 micro-batches:
 
@@ -14,8 +14,8 @@ from bagualu.parallel.pipeline.schedules.v_shaped import Speller, only
 
 
 def zb_v(placement: StagePlacement, micro_batches: int) -> list[list[Action]]:
-    """The last stage is on the first rank, so the first I comes early, and W passes fill the waits (ZB-V: Qi et al., arXiv
-    2401.10241, section 6).
+    """Returns the passes of each rank (ZB-V: Qi et al., arXiv 2401.10241, section 6). The last stage is on the first rank, so the
+    first I comes early, and W passes fill the time in which ranks would wait.
 
     The bubble is 0 if F = I = W and m is at least 2p-1 (section 6): no rank waits between its own first pass and its own last, and
     rank i starts and ends i passes later than rank 0. A rank holds at most 2p activations of a stage, as much as p of its two

@@ -1,4 +1,4 @@
-"""The model as a recipe describes it. Free of torch."""
+"""The model as a recipe describes it."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import lcm

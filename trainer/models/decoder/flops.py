@@ -1,4 +1,4 @@
-"""FLOPs of the decoder's forward pass, layer by layer: the one formula behind MFU and analytic costs. Free of torch.
+"""FLOPs of the decoder's forward pass, layer by layer: the one formula behind MFU and analytic costs.
 
 Convention: that of PaLM (Chowdhery et al. 2022, appendix B: 2 FLOPs for each weight a token is multiplied with, plus attention),
 and where PaLM leaves it open or counts too much:
