@@ -6,6 +6,10 @@ BEGUN = "begun"
 """Name of a file in a launch's scratch folder. It exists once workers of this launch have opened the run's checkpoints."""
 
 
+JOB_SCRIPT_BEGINS = "#!/bin/bash\n# Bagualu run "
+"""The first bytes of `job_script`, by which the folder of a job that has not started yet is recognised."""
+
+
 class RunDirectory:
     """The paths in the run directory `path`. The constructor neither creates nor reads anything."""
 

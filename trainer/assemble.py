@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run on one rank, in the order in which they are put on."""
+"""Builds everything that a step needs on a rank from a recipe. A single function shows the order."""
 
 from dataclasses import dataclass
 
@@ -27,35 +27,35 @@ from bagualu.trainer.recipe.config import Recipe
 
 @dataclass
 class TrainerState:
-    """What a step works with."""
+    """Everything on this rank that a step works with."""
 
     recipe: Recipe
     mesh: Mesh
     shares: list[int]
-    """Micro-batches of a step for each data rank."""
+    """The number of micro-batches in a step, for each data rank."""
     split: Split
-    """Which layers each stage holds."""
+    """The layers of each stage."""
     costs: CostTable | None
-    """What it was computed from; None where nobody asked for costs."""
+    """The costs of layers from which `split` was computed; None if the recipe's balance needs none."""
     engine: Engine
     """This rank's layers, gradients and optimizer state."""
     corpus: Corpus
     batches: Batches
     runner: PipelineRunner
     schedule: Schedule
-    """What the ranks of the pipeline do in a step, messages included."""
+    """The actions of all pipeline ranks in a step, messages included."""
     heaviest: Schedule
-    """The same of the data ranks that have the most micro-batches: what costs are counted on."""
+    """The schedule of the data ranks with the most micro-batches. Costs of a split are computed from it."""
     program: Program
-    """This rank's part of it."""
+    """This rank's part of `schedule`."""
     scaler: LossScaler
     guard: Guard
     device: torch.device
     updates: int = 0
-    """Optimizer updates so far: the steps whose gradients were finite."""
+    """The number of optimizer updates so far; steps that were left out have none."""
 
     def take(self, split: Split, engine: Engine, step: int) -> None:
-        """After `step` steps: from now on `engine` holds this rank's part of `split`."""
+        """Replaces split and engine after `step` steps. `engine` holds this rank's stages of `split`."""
         self.split, self.engine = split, engine
         self.runner.model, self.runner.weight_gradients = engine.model, engine
         before, self.guard = self.guard, _guard(self.recipe, self.mesh, engine)
@@ -114,7 +114,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus, fill: F
 
 
 def _choose_kernels(deterministic: bool) -> None:
-    """On an accelerator: those that give the same bits every time, as a CPU's do, and sums in at least float32."""
+    """Makes an accelerator use kernels that repeat their results bit by bit, if asked to, and that add up in at least float32."""
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # none is read here
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -19,12 +19,14 @@ from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.optim.schedule import learning_rate
 
 Tell = Callable[[], list[float]]
-"""What a rank has to tell the others in a step beside its figures: asked to stop, still writing, failed to write; 1 or 0 each."""
+"""Returns what a rank reports to the others in a step besides its metrics: whether it was asked to stop, is still writing a
+checkpoint, and failed to write one; each 1 or 0."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; the same on every rank. A step that was left out unseen has figures of NaN."""
+    """What a step did; the same on every rank. If the step was excluded before it was computed, loss, balance loss and norm are
+    NaN."""
 
     loss: float
     """Cross-entropy per token over the global batch, in nats."""
@@ -34,19 +36,20 @@ class StepResult:
     """Norm of the whole model's gradient before clipping, each element counted once."""
     lr: float
     verdict: GuardDecision
-    """Whether the update happened, and what was wrong."""
+    """Whether the update was applied, and if not, why."""
     stop: bool
     """Whether any rank has been asked to stop."""
     saving: tuple[float, float] = (0.0, 0.0)
-    """How many ranks still write their part of the checkpoint under way, and how many have failed to."""
+    """The number of ranks that are still writing their part of a checkpoint, and the number of ranks that failed to."""
 
     late: int | None = None
-    """The step (from 1) whose samples, deferred before, were computed before those of this step."""
+    """The step (from 1) whose deferred samples were computed before the samples of this step; None if there was none."""
     late_verdict: GuardDecision | None = None
+    """The guard's decision about those deferred samples."""
 
     @property
     def committed(self) -> bool:
-        """False: nothing was changed."""
+        """Whether the update was applied; if not, nothing has changed."""
         return self.verdict.action is GuardAction.COMMIT
 
 
@@ -56,8 +59,11 @@ def train_step(
     stop: Callable[[], bool] = lambda: False,
     saving: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
 ) -> StepResult:
-    """Do step `step` (from 0). `stop` says whether this rank has been asked to stop, `saving` how far its part of a checkpoint is
-    (`Saver.status`); the ranks tell each other here."""
+    """Trains step `step` (from 0) and returns what happened. Collective.
+
+    `stop` returns whether this rank has been asked to stop, `saving` the state of its part of a checkpoint (`Saver.status`). Both
+    are called on every rank, and the results reach all ranks.
+    """
     number, guard, engine, monitor = step + 1, state.guard, state.engine, state.mesh.monitor
 
     def tell() -> list[float]:
@@ -98,7 +104,7 @@ def train_step(
 
 
 def _leave_out(state: TrainerState, number: int, lr: float, why: str, tell: Tell) -> StepResult:
-    """A step whose samples are not to be learnt from."""
+    """Records a step whose samples must not be trained on. Collective."""
     state.mesh.monitor.at(Phase.AGREE)
     stops, writing, failed = state.mesh.sum_over("world", *(_scalar(state, one) for one in tell()))
     state.guard.expect(number + 1)
@@ -107,7 +113,7 @@ def _leave_out(state: TrainerState, number: int, lr: float, why: str, tell: Tell
 
 
 def _count_update(state: TrainerState, verdict: GuardDecision) -> None:
-    """After the samples have been judged and, where they were to be, learnt from."""
+    """Counts an applied update and changes the model's buffers; adapts the loss scale. Call after the guard's decision."""
     committed = verdict.action is GuardAction.COMMIT
     state.updates += committed
     if committed:
@@ -119,9 +125,10 @@ def _count_update(state: TrainerState, verdict: GuardDecision) -> None:
 
 
 def _update(state: TrainerState, lr: float, norm: float, most: float = math.inf) -> bool:
-    """Update every rank's shard of the weights and moments; whether all of it is finite on all ranks. Only then is it shared.
+    """Updates this rank's shard of weights and moments. Returns whether the result is finite on all ranks; only then are the new
+    weights sent to the other ranks. Collective.
 
-    `most`: the norm to which the gradient is reduced, besides optim.clip_norm.
+    `most`: the largest norm that the gradient may have; a larger one is clipped, as by optim.clip_norm.
     """
     clip = state.recipe.optim.clip_norm
     most = min(most, clip) if clip > 0 else most
@@ -135,7 +142,7 @@ def _update(state: TrainerState, lr: float, norm: float, most: float = math.inf)
 
 
 def local_micro_batches(state: TrainerState, step: int) -> list[MicroBatch]:
-    """This data rank's share of the step's global batch."""
+    """Returns this data rank's share of the global batch of `step` (from 0)."""
     size, place = state.recipe.train.micro_batch, state.mesh.at("data")
     first, share = sum(state.shares[:place]) * size, state.shares[place] * size
     pairs = (state.batches.batch(step, start, size) for start in range(first, first + share, size))
@@ -143,15 +150,16 @@ def local_micro_batches(state: TrainerState, step: int) -> list[MicroBatch]:
 
 
 def _count_tokens(state: TrainerState, micro_batches: list[MicroBatch]) -> float:
-    """Tokens of the global batch that take part in the loss."""
+    """Returns the number of tokens of the global batch that count in the loss. Collective."""
     (counted,) = state.mesh.sum_over("fold", torch.stack([(batch.labels != IGNORED).sum() for batch in micro_batches]).sum())
     return max(1.0, counted)
 
 
 def _seeds(state: TrainerState, tokens: float) -> Seeds:
-    """Derivatives of the objective: mean loss per token + coefficient * mean balance loss per sequence, times the loss scale.
+    """Returns the gradients of the objective, which is the mean loss per token plus a coefficient times the mean balance loss per
+    sequence, all times the loss scale.
 
-    Tensor ranks of a mixture all compute the same balance loss, and its gradients are summed over them: each seeds its share.
+    All tensor ranks compute the same balance loss, and gradients are summed over them, so each rank's seed is its share.
     """
     scale = state.scaler.scale
     share = state.recipe.data.global_batch * state.mesh.layout.tensor
@@ -160,7 +168,7 @@ def _seeds(state: TrainerState, tokens: float) -> Seeds:
 
 @dataclass(frozen=True)
 class _Agreed:
-    """The values of an attempt, as in StepResult, and what the guards found."""
+    """The results of an attempt, summed over all ranks: the fields of StepResult, and `found`, the guard's own values."""
 
     loss: float
     balance: float
@@ -171,8 +179,9 @@ class _Agreed:
 
 
 def _agree(state: TrainerState, totals: StageTotals, tokens: float, found: list[torch.Tensor], tell: Tell) -> _Agreed:
-    """The one reduction over all ranks that a step needs: every figure counted where exactly one rank holds it."""
-    told = [_scalar(state, one) for one in tell()]  # as late as can be: a signal during the step counts for it
+    """Sums the results of an attempt over all ranks, in a single reduction. Each value is contributed by exactly one of the ranks
+    that hold it. Collective."""
+    told = [_scalar(state, value) for value in tell()]  # as late as possible: a signal during the step counts for this step
     once = float(state.mesh.reports)
     squared, loss, balance, stops, writing, failed, *findings = state.mesh.sum_over(
         "world", state.engine.norm_squared(), totals.loss * once, totals.auxiliary * once, *told, *found

@@ -16,8 +16,8 @@ class StateShard:
     name: str
     """Description for messages, e.g. "layers.3.down.weight and 4 more"."""
     tensors: Mapping[str, torch.Tensor]
-    """The tensors of the state by kind: first "weight" (the master weights, or a buffer), then the moments and "step" (the number of
-    updates) if there are any. They are not copies."""
+    """The tensors of the state by kind: first "weight" (the master weights, or a buffer), then, if there are any, the moments and
+    "step" (the number of updates). They are not copies."""
     axis: str
     """The mesh axis along which ranks hold copies of the working weights."""
     group: Group

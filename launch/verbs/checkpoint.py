@@ -36,7 +36,7 @@ def checkpoint(request: CommandLine) -> tuple[int, Any]:
     what, given = request.overrides
     if given.startswith("run.dir=") and not Path(given).exists():
         given = given.removeprefix("run.dir=")
-    paths, aside = _find(Path(given))
+    paths, aside = _find(Path(given).expanduser())
     rows = [_row(path, everything=what == "verify") for path in paths]
     if not request.json:
         _print(rows, "whole" if what == "verify" else "looks whole")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.fault_tolerance.run_directory import JOB_SCRIPT_BEGINS, RunDirectory
 from bagualu.launch.batch import setup_lines
 from bagualu.launch.verbs.usage import SEVERAL, CommandLine
 from bagualu.trainer.process.failure import DONE, FAILED
@@ -88,6 +88,7 @@ def script(recipe: Recipe, overrides: list[str]) -> str:
     words = [*(_settled(text, recipe) for text in own), f"run.dir={typed(str(folder))}", "checkpoint.resume=true"]
     slurm = recipe.launch.slurm
     header = _HEADER.format(
+        begins=JOB_SCRIPT_BEGINS,
         name=recipe.run.name,
         command=shlex.join(["bagualu", "slurm", *overrides]).replace("\n", " "),
         directives="\n".join(f"#SBATCH {directive}" for directive in _directives(recipe, folder)),
@@ -140,8 +141,7 @@ def _directives(recipe: Recipe, folder: Path) -> list[str]:
 
 
 _HEADER = """\
-#!/bin/bash
-# Bagualu run {name}, written by: {command}
+{begins}{name}, written by: {command}
 {directives}
 
 # The agents of this start sign their messages with this secret. It is only in the environment, not in this file.

@@ -18,8 +18,9 @@ from bagualu.trainer.process.failure import Failure
 from bagualu.trainer.recipe.config import Recipe
 
 _BEFORE_TIMEOUT = 0.75
-"""Fraction of comm.timeout_seconds after which a waiting rank counts. After the full timeout it fails, and it can no longer be seen
-which rank it waited for."""
+"""Fraction of comm.timeout_seconds. When a rank has waited this long, the rank that it waits for is judged by the short limit, even
+in a phase that may take long, and a longer restart.hang_seconds is shortened to it. This is before the timeout, because a rank that
+has timed out no longer shows which rank it waited for."""
 
 
 class HangCheck(Watcher):

@@ -4,6 +4,7 @@ A folder that a link points to is read under the name of the link. Each folder i
 adds nothing, so circular links end. Folders of runs and of prepared corpora are never read as text.
 """
 
+import contextlib
 import os
 import re
 import stat
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from bagualu.comm.errors import RecipeError, StorageError
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
-from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.fault_tolerance.run_directory import JOB_SCRIPT_BEGINS, RunDirectory
 
 _RESOLVED_BYTES = 2**18
 _SECTIONS = frozenset({"run", "model", "data", "train", "optim", "parallel"})
@@ -125,6 +126,10 @@ def is_made_here(folder: str) -> bool:
             keys = set()
         if keys >= _SECTIONS:
             return True
+    if os.path.isfile(run.job_script):
+        with contextlib.suppress(OSError), run.job_script.open("rb") as stream:
+            if stream.read(len(JOB_SCRIPT_BEGINS)) == JOB_SCRIPT_BEGINS.encode():
+                return True
     without_recipe = [run.checkpoints / EPOCH], [run.metrics, run.ledger]
     corpus = [run.path / name for name in _OF_A_CORPUS]
     return any(all(os.path.isfile(path) for path in paths) for paths in (*without_recipe, corpus))

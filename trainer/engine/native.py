@@ -1,6 +1,6 @@
-"""The engine of this project: flat gradient buckets (parallel/data.py) and an optimizer over their shards.
+"""The project's own engine: flat gradient buckets (parallel/data.py) and an optimizer over their shards.
 
-It is made at the start of a run, and again when layers move to other ranks while it goes on.
+An engine is built at the start of a run, and a new one whenever layers move to other ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -133,18 +133,18 @@ def _buffer_shard(buffer: Buffer) -> StateShard:
 
 
 def seeded_values(recipe: Recipe) -> Fill:
-    """The weights that a run begins with."""
+    """Returns the function that draws a new run's weights from the seed."""
     plan = decoder_plan(recipe.model, recipe.parallel.sequence)
     return partial(initial_values, plan, recipe.run.seed, recipe.model.initial_std, recipe.model.layers)
 
 
 def no_values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
-    """For weights that come from elsewhere."""
+    """Returns zeros, for weights that are read from a checkpoint or received from another rank afterwards."""
     return torch.zeros(box.shape)
 
 
 def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
-    """An engine with this rank's stages of `split`."""
+    """Builds an engine that holds this rank's stages of `split`, with values from `fill`."""
     config, parallel = recipe.model.padded_over(mesh.layout.tensor), recipe.parallel
     slices = [split.slices[stage] for stage in mesh.stages]
     recompute = [split.recompute[stage] for stage in mesh.stages]
@@ -161,5 +161,6 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
 
 
 def _sinks(recipe: Recipe) -> Callable[[str], bool]:
-    """Which parameters' gradients go straight into their bucket. Inside a compiled layer they must go to autograd."""
+    """Returns a function that tells, for a parameter's name, whether kernels add its gradient straight to its bucket. Gradients of
+    compiled layers must go through autograd instead."""
     return lambda name: not (recipe.train.compile and name.startswith("layers."))

@@ -1,7 +1,7 @@
-"""What a step, checkpoints, the guard and moves of layers need of an engine.
+"""The interface of an engine, which steps, checkpoints, the guard and moves of layers use.
 
-An engine holds the layers of one rank with everything that is as long as they are: weights, gradients and optimizer state. How the
-ranks of the data axis divide these among themselves is known to the engine alone.
+An engine holds the layers of a rank with their weights, gradients and optimizer state. Only the engine knows how the ranks of the
+data axis divide these among themselves.
 """
 
 from collections.abc import Iterator
@@ -16,54 +16,56 @@ from bagualu.trainer.models.model import Model
 
 
 class IncomingState(Protocol):
-    """A state that is being read, in host memory of its own: engine and model stay as they are until `apply`."""
+    """A state that is being read into host memory of its own. Engine and model do not change before `apply`."""
 
     def pieces(self) -> Iterator[TensorPiece]:
-        """The memory to fill: every box of weights, moments and buffers that this rank holds."""
+        """Yields the memory to fill: every box of weights, moments and buffers that this rank holds."""
 
     def apply(self, updates: int) -> None:
-        """Makes what was read, after `updates` updates, the state of the engine and the model. Collective."""
+        """Makes the values that were read the state of the engine and the model. `updates`: optimizer updates so far. Collective."""
 
 
 class Engine(GuardedEngine, WeightGradients, Protocol):
-    """One rank's. A step is: `begin`, backward passes, `finish`, `norm_squared`, and if all agree `step` and `share`."""
+    """The engine of one rank. A step calls `begin`, runs the backward passes, then calls `finish` and `norm_squared`, and if the
+    step is applied, `step` and `share`."""
 
     @property
     def model(self) -> Model:
-        """Its parameters and buffers are this rank's working state."""
+        """This rank's layers, whose parameters and buffers are the working state."""
 
     @property
     def parameters(self) -> int:
-        """Elements that this rank counts; the sum over all ranks is the size of the model."""
+        """The number of elements of parameters that this rank counts; the sum over all ranks is the size of the model."""
 
     def begin(self, micro_batches: int) -> None:
         """Prepares for a step in which each parameter takes part in `micro_batches` backward passes."""
 
     def finish(self) -> None:
-        """After the last backward pass: completes the reduction of gradients. Collective."""
+        """Completes the reduction of gradients. Call after the last backward pass. Collective."""
 
     def norm_squared(self) -> torch.Tensor:
-        """The squared norm of the gradient elements that this rank counts, a float64 scalar; the sum over all ranks is that of the
-        whole gradient. Not finite when any gradient that this rank updates with is not."""
+        """Returns the squared norm of the gradient elements that this rank counts, a float64 scalar. The sum over all ranks is the
+        squared norm of the whole gradient. It is not finite if any gradient that this rank updates with is not."""
 
     def step(self, lr: float, gradient_factor: float) -> None:
-        """Updates this rank's state with the gradients times `gradient_factor` (clipping, loss scale). The other ranks see nothing
-        of it before `share`."""
+        """Updates this rank's state with the gradients times `gradient_factor` (clipping, loss scale). Other ranks' weights do not
+        change before `share`."""
 
     def spoilt(self) -> list[tuple[int, str]]:
-        """(position in `shards()`, kind) of this rank's state that the last `step` left with values that are not finite."""
+        """Returns (index in `shards()`, kind of state) of every tensor of this rank's state that the last `step` left not finite."""
 
     def share(self) -> None:
-        """Gives the other ranks this rank's part of the updated working weights, and takes theirs. Collective."""
+        """Exchanges the updated working weights: every rank sends its part and receives the other parts. Collective."""
 
     def pieces(self) -> Iterator[TensorPiece]:
-        """Master weights, moments and buffers that this rank owns, as boxes of the global tensors: what checkpoints hold."""
+        """Yields what checkpoints hold: the master weights, moments and buffers that this rank owns, as boxes of global tensors."""
 
     def incoming(self) -> IncomingState:
-        """Fresh memory to read a state into."""
+        """Returns new memory to read a state into."""
 
     def open(self) -> None:
-        """Before the first step, when all ranks hold their layers: agrees on memory that ranks share. Collective."""
+        """Sets up gradient buffers that other ranks can read in place, where that is faster. Call before the first step, when all
+        ranks hold their layers. Collective."""
 
     def close(self) -> None:
-        """Releases what ties the model to this engine; nothing of it is used afterwards."""
+        """Releases what ties the model to this engine. Neither is used afterwards."""

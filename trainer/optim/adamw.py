@@ -66,7 +66,7 @@ class ShardedAdamW:
         self._probed += probe(square)
 
     def spoilt(self) -> list[tuple[int, str]]:
-        """Returns (bucket index, kind of state) for this rank's state that the last `step` left with values that are not finite."""
+        """Returns (bucket index, kind of state) of every tensor of this rank's state that the last `step` left not finite."""
         if torch.isfinite(self._probed):
             return []
         found = []

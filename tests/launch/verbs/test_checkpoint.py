@@ -33,6 +33,15 @@ def test_list_and_verify_of_a_whole_run(run_dir: Path, capsys: pytest.CaptureFix
     assert all("data 2" in line and line.rstrip().endswith("whole") for line in lines)
 
 
+def test_the_home_directory_may_be_meant_by_a_tilde(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(run_dir.parent))
+    assert cli.main(["checkpoint", "list", f"~/{run_dir.name}"]) == 0
+    assert cli.main(["checkpoint", "list", f"run.dir=~/{run_dir.name}"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+
+
 def test_one_checkpoint_alone(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run_dir / "checkpoints" / "step-00000003"
     assert cli.main(["checkpoint", "verify", str(path), "--json"]) == 0

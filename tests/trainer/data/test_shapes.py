@@ -2,11 +2,13 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from bagualu.comm.errors import RecipeError
+from bagualu.launch import cli
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import Corpus, prepare, show_data
 from bagualu.trainer.recipe.compose import compose, save_recipe
@@ -152,9 +154,26 @@ def test_run_directories_are_never_text(tmp_path: Path) -> None:
         prepare(config, VOCAB, run_dir=str(source))
 
 
+def test_the_folder_of_a_job_that_waits_to_start_is_never_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = files(tmp_path / "text", a=LONG[:30_000])
+    expected = text_bytes(corpus_of(source))
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # nothing is submitted
+    assert cli.main(["slurm", f"run.dir={source}/run"]) == 0
+    assert {path.name for path in (source / "run").iterdir()} == {"job.sbatch", "logs"}
+    assert text_bytes(corpus_of(source)) == expected
+
+
 def test_a_folder_that_only_looks_like_a_run_is_text(tmp_path: Path) -> None:
     source = files(tmp_path / "text", a=LONG[:30_000])
-    files(source / "b", **{"config.yaml": "model: x\nrun: y\n", "metrics.jsonl": "{}\n", "summary.json": "{}\n"})
+    files(
+        source / "b",
+        **{
+            "config.yaml": "model: x\nrun: y\n",
+            "job.sbatch": "#!/bin/bash\ntrue\n",
+            "metrics.jsonl": "{}\n",
+            "summary.json": "{}\n",
+        },
+    )
     expected = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
     assert text_bytes(corpus_of(source)) == expected
 

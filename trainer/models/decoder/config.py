@@ -8,10 +8,10 @@ from bagualu.comm.checks import RANGES, refuse_unused, require_at_least, require
 from bagualu.comm.errors import RecipeError
 
 LARGEST = 2**24
-"""Of any width. What is beyond is a slip of the keyboard that would only show when memory is full."""
+"""The largest width that is accepted. A larger one is a typing error that would otherwise show only when memory is full."""
 MOST_LAYERS = 2**14
 _RAREST = 10.0
-"""Standard deviations that no initial weight is away from 0."""
+"""No initial weight is further from 0 than this many standard deviations."""
 
 
 @dataclass
@@ -82,12 +82,12 @@ class ModelConfig:
         return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
 
     def padded_over(self, ranks: int) -> "ModelConfig":
-        """The same model, its rows of the vocabulary padded to a number that `ranks` divide as well."""
+        """Returns the same model with the rows of its vocabulary padded to a multiple of `ranks` too."""
         return replace(self, vocab_multiple=lcm(self.vocab_multiple, ranks))
 
     def identity(self) -> dict[str, Any]:
-        """What makes a model another model, by recipe key: all keys but that of the padding. A `renormalise` that was left out has
-        the value that it stands for."""
+        """Returns the values, by recipe key, that must be equal for a checkpoint to fit: all keys except the padding. A `renormalise`
+        that was left out has the value that it stands for."""
         own = {f"model.{key}": value for key, value in asdict(self).items() if key not in ("moe", "vocab_multiple")}
         moe = asdict(self.moe) | {"renormalise": self.moe.renormalises}
         return own | {f"model.moe.{key}": value for key, value in moe.items()}
@@ -96,7 +96,7 @@ class ModelConfig:
         return self.moe.experts > 0 and (layer + 1) % self.moe.every == 0
 
     def validate(self, dtype: str = "float32") -> None:
-        """Raises RecipeError for a shape that no layout can make right, and for numbers that weights of `dtype` cannot hold."""
+        """Raises RecipeError for a shape that is wrong on every layout, and for numbers that weights of `dtype` cannot hold."""
         require_at_least(1, "model", self, "layers", "hidden", "heads", "ffn", "vocab", "vocab_multiple")
         require_at_most(MOST_LAYERS, "model", self, "layers")
         require_at_most(LARGEST, "model", self, "hidden", "heads", "ffn", "vocab", "vocab_multiple")

@@ -16,12 +16,12 @@ from bagualu.trainer.models.decoder.config import ModelConfig
 
 @dataclass(frozen=True)
 class Flops:
-    """Of the forward pass, for one token."""
+    """FLOPs of a layer's forward pass for one token; the properties derive those of the backward pass."""
 
     weights: float
-    """Products with weights."""
+    """FLOPs of products with weights."""
     attention: float = 0.0
-    """Scores, and their product with the values."""
+    """FLOPs of attention scores and of their product with the values."""
 
     @property
     def forward(self) -> float:
@@ -41,7 +41,7 @@ class Flops:
 
 
 def layer_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flops:
-    """Of decoder layer `layer`, for a token of a sequence of `sequence_length`."""
+    """Returns the FLOPs of decoder layer `layer` (from 0) for a token of a sequence of `sequence_length` tokens."""
     hidden, head_width = model.hidden, model.heads * model.head_dim
     key_value_width = model.key_value_heads * model.head_dim
     projections = 2 * hidden * (2 * head_width + 2 * key_value_width)
@@ -56,5 +56,5 @@ def layer_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flops:
 
 
 def head_flops(model: ModelConfig) -> Flops:
-    """Of the projection to the vocabulary."""
+    """Returns the FLOPs of the projection to the vocabulary, for one token."""
     return Flops(float(2 * model.hidden * model.vocab))

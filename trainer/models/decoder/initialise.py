@@ -1,7 +1,7 @@
-"""Initial weights as a function of (seed, parameter name, block): the same on every layout, whoever computes which part.
+"""Initial weights as a function of (seed, parameter name, block), so that they are the same on every layout.
 
-A tensor is cut into blocks of at most 1,024 along its last two dims and 1 along any before; each block has its own random
-numbers, drawn on the CPU in float32. A rank draws only the blocks its box touches.
+A tensor is cut into blocks of at most 1,024 elements along its last two dims and 1 along any other. Each block has its own random
+numbers, drawn on the CPU in float32. A rank draws only the blocks that its box touches.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ BLOCK = 1024
 
 
 def normal_values(seed: int, name: str, shape: tuple[int, ...], box: Box, std: float) -> torch.Tensor:
-    """The elements `box` of the tensor `name` of `shape`: normal with mean 0 and deviation `std`, float32 on the CPU."""
+    """Returns the elements `box` of the tensor `name` of `shape`: normal with mean 0 and deviation `std`, float32 on the CPU."""
     extents = [1] * (len(shape) - 2) + [BLOCK] * min(2, len(shape))
     values = torch.empty(box.shape)
     touched = [range(o // e, -(-(o + s) // e)) for o, s, e in zip(box.offset, box.shape, extents, strict=True)]
@@ -38,8 +38,8 @@ def _generator(seed: int, name: str, index: tuple[int, ...]) -> torch.Generator:
 def initial_values(
     plan: ShardingPlan, seed: int, std: float, layers: int, name: str, shape: tuple[int, ...], box: Box
 ) -> torch.Tensor:
-    """The elements `box` of the tensor `name` of `shape`, float32 on the CPU. What writes into the residual stream is smaller by
-    sqrt(2 * layers), so that its variance does not grow with depth (GPT-2)."""
+    """Returns the elements `box` of the tensor `name` of `shape`, float32 on the CPU. Matrices that write into the residual stream
+    are smaller by sqrt(2 * layers), so that its variance does not grow with depth (GPT-2)."""
     initial = plan.placement(name).initial
     if initial == "ones":
         return torch.ones(box.shape)

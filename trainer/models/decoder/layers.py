@@ -1,7 +1,7 @@
 """The blocks of the decoder, in plain PyTorch over whatever slice of the weights they hold.
 
-Shapes: B micro-batch, S sequence, H hidden, A heads here, D head width, F feed-forward width here. A module reads the number of
-its heads or columns from its weights, so it works the same on a whole matrix and on a part of one.
+Shapes: B micro-batch, S sequence, H hidden, A heads on this rank, D head width, F feed-forward width on this rank. A module reads the
+number of its heads or columns from its weights, so it works on a whole matrix and on a part of one.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,8 @@ Positions = Callable[[int, torch.dtype, torch.device], tuple[torch.Tensor, torch
 
 
 class Linear(nn.Module):
-    """A weight [O, I]; applied by whoever holds it, so that layers with one input go through `linears` together."""
+    """Holds a weight [O, I]. The parent module applies it, so that several weights with the same input go through `linears`
+    together."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

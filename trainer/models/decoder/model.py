@@ -1,4 +1,4 @@
-"""The decoder, or any slices of it: runs of its layers, with the embedding and the head where they belong.
+"""The decoder, or any slices of its layers, with the embedding and the head where they belong.
 
 Shapes: B micro-batch, S sequence, H hidden, V vocabulary.
 """
@@ -95,7 +95,7 @@ class Decoder(Model):
         """By layer, the number of tokens that each of its experts got since `begin_step`."""
 
     def uses(self, parameter: nn.Parameter) -> int:
-        """How many gradients one sequence of slices gives it: 2 for an embedding that is the head as well."""
+        """Returns how many gradients `parameter` gets per micro-batch: 2 for a weight that is both embedding and head, else 1."""
         ends = (self.embedding, self.head)
         return max(1, sum(end is not None and end.weight is parameter for end in ends))
 

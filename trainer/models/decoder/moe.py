@@ -1,9 +1,9 @@
-"""Mixture of experts: a router, experts, and the loss that keeps the router from favouring a few.
+"""Mixture of experts: a router, experts, and two ways to even out the load of the experts: a loss and biases.
 
 Shapes: B micro-batch, S sequence, H hidden, E experts, K experts per token, T = B * S tokens, N = T * K rows.
 
-Dropless: every token reaches all of its experts, whatever the load. Which rank holds an expert is not known here: `exchange`
-takes rows sorted by expert to where they belong and brings results back (parallel/expert.py).
+Dropless: every token reaches all of its experts, whatever the load. This file does not know which rank holds an expert: `exchange`
+sends rows, sorted by expert, to the ranks of their experts and returns the results (parallel/expert.py).
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from bagualu.trainer.operators.linear import grouped_linears, linears
 
 
 class Experts(nn.Module):
-    """The experts held here, each a SwiGLU: gate and up [E, F, H], down [E, H, F]."""
+    """The experts on this rank, each a SwiGLU: gate and up [E, F, H], down [E, H, F]."""
 
     def __init__(self, hidden: int, config: MoEConfig) -> None:
         super().__init__()

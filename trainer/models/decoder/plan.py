@@ -12,7 +12,7 @@ COLUMNS = Placement(((1, "tensor"),), initial="residual")
 
 
 def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
-    """Where every parameter and buffer lies. With `sequence` parallel, norms see only their slice of the sequence."""
+    """Returns the placement of every parameter and buffer. With `sequence` parallelism, norms see only a slice of the sequence."""
     vocabulary = replace(ROWS, rows=config.vocab)
     norm = Placement(partial_over="tensor" if sequence else None, initial="ones")
     placements = (
@@ -21,7 +21,7 @@ def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
         ("*norm.weight", norm),
         ("layers.*.attention.output.weight", COLUMNS),
         ("layers.*.attention.*.weight", ROWS),
-        # Every tensor rank routes the same tokens, but each sees only its part of what the experts return.
+        # All tensor ranks route the same tokens, but each sees only a part of the experts' results.
         ("layers.*.feed_forward.router.weight", Placement(partial_over="tensor")),
         ("layers.*.feed_forward.router.bias", Placement(initial="zeros")),
         ("layers.*.feed_forward.experts.down", Placement(((0, "expert"), (2, "tensor")), initial="residual")),
