@@ -22,7 +22,7 @@ class IncomingState(Protocol):
         """Yields the memory to fill: every box of weights, moments and buffers that this rank holds."""
 
     def apply(self, updates: int) -> None:
-        """Makes the values that were read the state of the engine and the model. `updates`: optimizer updates so far. Collective."""
+        """Makes the values that were read the state of the engine and the model, after `updates` updates. Collective."""
 
 
 class Engine(GuardedEngine, WeightGradients, Protocol):
@@ -52,7 +52,7 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
         change before `share`."""
 
     def spoilt(self) -> list[tuple[int, str]]:
-        """Returns (index in `shards()`, kind of state) of every tensor of this rank's state that the last `step` left not finite."""
+        """Returns (index in `shards()`, kind of state) of every tensor of this rank that the last `step` left not finite."""
 
     def share(self) -> None:
         """Exchanges the updated working weights: every rank sends its part and receives the other parts. Collective."""

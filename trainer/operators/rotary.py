@@ -54,7 +54,8 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: i
 
 
 def _rotated_by_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
-    """Returns bit for bit what the formula in `_rotated` gives, with less memory traffic, on devices whose kernels convert dtypes while they read and write."""
+    """Returns bit for bit what the formula in `_rotated` gives, with less memory traffic, on devices whose kernels convert dtypes
+    while they read and write."""
     rotated, half = torch.empty_like(x), x.shape[-1] // 2
     low, high = slice(half), slice(half, None)
     for here, there in ((low, high), (high, low)):

@@ -86,8 +86,8 @@ class ModelConfig:
         return replace(self, vocab_multiple=lcm(self.vocab_multiple, ranks))
 
     def identity(self) -> dict[str, Any]:
-        """Returns the values, by recipe key, that must be equal for a checkpoint to fit: all keys except the padding. A `renormalise`
-        that was left out has the value that it stands for."""
+        """Returns the values, by recipe key, that must be equal for a checkpoint to fit: all keys except the padding. If
+        `renormalise` was left out, it has the value that it stands for."""
         own = {f"model.{key}": value for key, value in asdict(self).items() if key not in ("moe", "vocab_multiple")}
         moe = asdict(self.moe) | {"renormalise": self.moe.renormalises}
         return own | {f"model.moe.{key}": value for key, value in moe.items()}

@@ -1,7 +1,7 @@
 """The blocks of the decoder, in plain PyTorch over whatever slice of the weights they hold.
 
-Shapes: B micro-batch, S sequence, H hidden, A heads on this rank, D head width, F feed-forward width on this rank. A module reads the
-number of its heads or columns from its weights, so it works on a whole matrix and on a part of one.
+Shapes: B micro-batch, S sequence, H hidden, A heads on this rank, D head width, F feed-forward width on this rank. A module reads
+the number of its heads or columns from its weights, so it works on a whole matrix and on a part of one.
 """
 
 from collections.abc import Callable
