@@ -156,10 +156,12 @@ def _count_tokens(state: TrainerState, micro_batches: list[MicroBatch]) -> float
 
 
 def _seeds(state: TrainerState, tokens: float) -> Seeds:
-    """Returns the gradients of the objective, which is the mean loss per token plus a coefficient times the mean balance loss per
-    sequence, all times the loss scale.
+    """Returns the derivatives of the objective with respect to a micro-batch's summed loss and to its balance loss, from which
+    backward passes start.
 
-    All tensor ranks compute the same balance loss, and gradients are summed over them, so each rank's seed is its share.
+    The objective is the mean loss per token plus a coefficient times the mean balance loss per sequence, all times the loss scale.
+    All tensor ranks compute the same balance loss, and gradients are summed over them, so the seed of the balance loss is divided
+    by their number.
     """
     scale = state.scaler.scale
     share = state.recipe.data.global_batch * state.mesh.layout.tensor

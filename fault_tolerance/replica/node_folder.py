@@ -39,7 +39,8 @@ class Site:
     run: str
     session: str
     stale: bool
-    """Whether this node did not take part in the newest session. A replica of which only such nodes hold parts does not count."""
+    """Whether this node did not take part in the newest session before this start that any node has recorded. A replica whose parts
+    are held only by such nodes is not used."""
 
     @property
     def leads(self) -> bool:

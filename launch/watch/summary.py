@@ -42,7 +42,8 @@ class SummaryWatcher(Watcher):
 
     @contextmanager
     def crashing(self) -> Iterator[None]:
-        """Inside this context, an exception that would end the launcher is recorded in summary.json and raised again."""
+        """Inside this context, an exception that would end the launcher is raised again. If the start had begun, summary.json says
+        that it failed; after a RecipeError, summary.json is again what it was before the start."""
         try:
             yield
         except BaseException as error:

@@ -1,39 +1,30 @@
-"""Runs a recipe on this machine, as worker processes under torch.distributed.elastic or as threads of this process."""
+"""Runs a recipe on this machine as worker processes under torch.distributed.elastic."""
 
-import atexit
 import contextlib
 import logging
 import os
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 
-from bagualu.comm import simulated
 from bagualu.comm.errors import RecipeError
-from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance import run_lock
-from bagualu.fault_tolerance.injection.fault import ProcessKilled
-from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
 from bagualu.launch.watch.watcher import Watcher
 from bagualu.launch.workers import rendezvous, worker_process
 from bagualu.launch.workers.agent import Agent, Killed, Left, LostPeer
 from bagualu.launch.workers.agent_messages import LEAVE_SECONDS, Ending, backend_of_all
+from bagualu.launch.workers.ended import Ended, killed, not_begun, refused
 from bagualu.launch.workers.rendezvous_config import Meeting
-from bagualu.launch.workers.restart_policy import Restarts, announcement, resuming
-from bagualu.launch.workers.storage_probe import begun
-from bagualu.trainer.process import environment
-from bagualu.trainer.process.failure import FAILED, Failure, at_fault, failure, first
+from bagualu.trainer.process.failure import Failure, failure
 from bagualu.trainer.process.stop_request import StopRequest
-from bagualu.trainer.process.worker import train
 from bagualu.trainer.recipe.config import Recipe
 
 _TELL_SECONDS = 30
@@ -42,16 +33,6 @@ _TELL_SECONDS = 30
 _STOPPED_SECONDS = 3
 """How long the store's host, if it was asked to stop, waits for the other nodes to read that. If all nodes were asked, none reads
 it."""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The end of a run on this machine: its summary, or the failure after which it was not restarted."""
-
-    summary: dict[str, Any] | None = None
-    failure: Failure | None = None
-    prints_summary: bool = True
-    """Whether this node prints the summary; on several nodes, only the node with rank 0 does."""
 
 
 def run_processes(
@@ -72,14 +53,14 @@ def run_processes(
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the agent handles the other signals
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "0"  # with 1, elastic opens a second store on all interfaces
     if stop():
-        ended = _not_begun()
+        ended = not_begun()
         tell_early(recipe, meeting, ended, stop)
         return ended
     arguments = worker_process.WorkerArguments(recipe, tuple(range(workers)), recipe.world_size(), entrypoint, folder, quiet_stdout)
     try:
         store = _open_store(recipe, meeting, stop)
     except RendezvousError:
-        return _not_begun() if stop() else Ended(failure=_no_store(meeting, "meeting the other nodes"))
+        return not_begun() if stop() else Ended(failure=_no_store(meeting, "meeting the other nodes"))
     except RecipeError as error:
         return refused(error)
     ending = Ending(store.board)
@@ -126,11 +107,6 @@ def _require_same_backend(recipe: Recipe, store: rendezvous.RendezvousStore) -> 
     if own != others:
         raise RecipeError(f"{socket.gethostname()} has comm.backend={own}, but the nodes that started before it have {others}; "
                           f"give the same comm.backend to all nodes, or GPUs to all or none")  # fmt: skip
-
-
-def refused(error: RecipeError) -> Ended:
-    """Returns the end of the run on a node that cannot take part because of `error`."""
-    return Ended(failure=failure(-1, "start", error, time.time()))
 
 
 def tell_early(recipe: Recipe, meeting: Meeting | None, ended: Ended, stop: StopRequest) -> None:
@@ -191,11 +167,11 @@ def _run_agent(agent: Agent, store: rendezvous.RendezvousStore, ending: Ending, 
 def _supervise(agent: Agent, ending: Ending) -> Ended:
     """Run the agent and return how the run ended; if another node ended it, return what that node published."""
     if agent.stop_asked:
-        return _not_begun()
+        return not_begun()
     try:
         result = agent.run()
     except Killed:
-        return _killed()
+        return killed()
     except Left:
         return Ended(failure=Failure(-1, "start", "asked to stop while waiting for other nodes", time.time(), "stopped"))
     except RendezvousClosedError:
@@ -210,15 +186,6 @@ def _supervise(agent: Agent, ending: Ending) -> Ended:
         cause = ending.heard(LEAVE_SECONDS)  # the ranks here only lost peers; the node with the cause publishes it
         return _published(cause) if cause else Ended(failure=agent.failure)
     return Ended(failure=agent.failure) if result.is_failed() else Ended(agent.summary, prints_summary=agent.has_rank_0)
-
-
-def _killed() -> Ended:
-    cause = "killed by a second Ctrl-C, nothing saved since the last checkpoint"
-    return Ended(failure=Failure(-1, "train", cause, time.time(), "killed"))
-
-
-def _not_begun() -> Ended:
-    return Ended(failure=Failure(-1, "start", "asked to stop before anything was trained", time.time(), "stopped"))
 
 
 def _published(document: dict[str, Any] | None) -> Ended:
@@ -241,72 +208,3 @@ def _no_store(meeting: Meeting | None, phase: str) -> Failure:
     address = f", {meeting.host} at port {meeting.port}," if meeting else ""
     cause = f"the node that holds the rendezvous store{address} cannot be reached"
     return Failure(-1, phase, cause, time.time(), "peer")
-
-
-def run_threads(
-    recipe: Recipe,
-    world: int,
-    entrypoint: str,
-    quiet_stdout: bool,
-    folder: Path,
-    stop: StopRequest,
-    watchers: Sequence[Watcher] = (),
-) -> Ended:
-    """Train with `world` threads of this process (comm.backend=simulated) and return how the run ended.
-
-    `folder` and `stop` are those of `run_processes`.
-    """
-    restarts, generation = Restarts(recipe.restart), 0
-    if stop():
-        return _not_begun()
-    with contextlib.redirect_stdout(sys.stderr if quiet_stdout else sys.stdout):
-        while True:
-            for watcher in watchers:
-                watcher.started(generation, dict.fromkeys(range(world), os.getpid()))
-            try:
-                ended = _run_threads_once(resuming(recipe) if generation else recipe, world, entrypoint, stop, folder, watchers)
-            except KeyboardInterrupt:
-                atexit.register(_leave_threads)
-                return _killed()
-            if ended.failure is None:
-                return ended
-            decision = restarts.decide(ended.failure)
-            again = decision.again and not stop()
-            for watcher in watchers:
-                watcher.failed(generation, decision.failure, again)
-            if not again:
-                return Ended(failure=decision.failure)
-            print(f"bagualu: {announcement(decision, restarts, recipe, begun(folder))}", file=sys.stderr, flush=True)
-            time.sleep(decision.pause_seconds)
-            generation += 1
-
-
-def _leave_threads() -> None:
-    """End the process while rank threads still run. A normal exit of the interpreter would crash with running threads."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(FAILED)
-
-
-def _run_threads_once(
-    recipe: Recipe, world: int, entrypoint: str, stop: StopRequest, folder: Path, watchers: Sequence[Watcher]
-) -> Ended:
-    failures: list[Failure] = []
-
-    def rank_main(communicator: Communicator) -> dict[str, Any]:
-        Heartbeat(folder / HEARTBEATS, communicator.rank, communicator.monitor)
-        return train(recipe, communicator, stop, failures.append, entrypoint, folder)
-
-    seen: list[Failure] = []
-
-    def hung() -> str | None:
-        seen.extend(failure for watcher in watchers if (failure := watcher.look()))
-        return seen[0].cause if seen else None
-
-    threads = environment.threads(recipe.launch, world)
-    try:
-        return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads, hung, recipe.comm.device)[0])
-    except (Exception, ProcessKilled) as error:
-        if not isinstance(error, RecipeError):  # its message says everything; no traceback is needed
-            traceback.print_exception(error)
-        return Ended(failure=seen[0] if seen else at_fault(first(failures), not recipe.restart.hang_seconds))

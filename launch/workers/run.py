@@ -62,11 +62,11 @@ def run(
             compiler = recipe.train.compile or recipe.train.recompute != "none"
             fork_server.start([*needed, _COMPILER] if compiler else needed, folder)
         with uncollected():
-            from bagualu.launch.workers import processes  # imports torch, while the fork server does the same
+            from bagualu.launch.workers import processes, threads  # they import torch, while the fork server does the same
 
         watchers = [ledger, summary, HangCheck(recipe, folder)]
         if threaded:
-            ended = processes.run_threads(recipe, workers, entrypoint, quiet_stdout, folder, stop, watchers)
+            ended = threads.run_threads(recipe, workers, entrypoint, quiet_stdout, folder, stop, watchers)
         else:
             ended = processes.run_processes(recipe, workers, entrypoint, quiet_stdout, folder, stop, meeting, watchers)
             stop.install()  # the agent had replaced the signal handlers
@@ -91,9 +91,9 @@ def tell_refusal(recipe: Recipe, workers: int, error: RecipeError, stop: StopReq
     """Tell the other nodes of `meeting`, which wait for this node, that it cannot join them because of `error`."""
     stop.install()
     with _environment(environment.variables(recipe.launch, workers)):
-        from bagualu.launch.workers import processes  # imports torch
+        from bagualu.launch.workers import ended, processes  # they import torch
 
-        processes.tell_early(recipe, meeting, processes.refused(error), stop)
+        processes.tell_early(recipe, meeting, ended.refused(error), stop)
 
 
 def _failed(failure: Failure, recipe: Recipe, begun: bool) -> tuple[int, dict[str, Any]]:

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest, list_checkpoints
 from bagualu.launch.cli import main
-from bagualu.launch.workers import processes
+from bagualu.launch.workers import threads
 from bagualu.launch.workers.scratch import scratch
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.process.stop_request import STOP_SIGNALS, StopRequest
@@ -40,7 +40,7 @@ def train(folder, *words):
     stop = StopRequest()
     stop.install()
     with scratch() as memory:
-        ended = processes.run_threads(small(folder, *WORDS, *words), 2, "tests.launch.faulty:train", False, memory, stop)
+        ended = threads.run_threads(small(folder, *WORDS, *words), 2, "tests.launch.faulty:train", False, memory, stop)
     assert ended.summary, ended.failure
     return ended
 

@@ -13,6 +13,7 @@ from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.config import RestartConfig
 from bagualu.launch.workers import processes, rendezvous
 from bagualu.launch.workers.agent_messages import Ending, backend_of_all
+from bagualu.launch.workers.ended import refused
 from bagualu.launch.workers.run import _advice
 from bagualu.trainer.process.failure import Failure
 from bagualu.trainer.process.stop_request import StopRequest
@@ -35,7 +36,7 @@ def recipe(folder: Path, **restart) -> Recipe:
 
 
 def refuse(folder, meeting, error, **restart):
-    ended = processes.refused(error)
+    ended = refused(error)
     return threading.Thread(
         target=processes.tell_early, args=(recipe(folder, **restart), meeting, ended, StopRequest()), daemon=True
     )  # fmt: skip

@@ -172,8 +172,8 @@ def head_held(work: ModelWork) -> Held:
 
 
 def layer_held(work: ModelWork, index: int) -> Held:
-    """Returns the bytes that a decoder layer holds. Under sequence parallelism, a rank holds only its slice of the sequence between
-    blocks, but the whole sequence inside them."""
+    """Returns the bytes that a rank keeps of one micro-batch in a decoder layer until its backward passes are done. Under sequence
+    parallelism, a rank holds only its slice of the sequence between blocks, but the whole sequence inside them."""
     model, tensor, item = work.model, work.layout.tensor, work.item_bytes
     heads, narrow = model.heads * model.head_dim // tensor, model.key_value_heads * model.head_dim // tensor
     between = work.tokens // (tensor if work.sequence else 1)
