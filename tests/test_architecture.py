@@ -52,8 +52,9 @@ ROOMS = {
     "parallel/pipeline/schedules": (),
     "trainer/costs": ("data", "models/decoder", "recipe"),
     "trainer/data": (),
-    "trainer/engine": ("models/decoder", "optim", "recipe"),
-    "trainer/models/decoder": ("operators",),
+    "trainer/engine": ("models", "models/decoder", "optim", "recipe"),
+    "trainer/models": (),
+    "trainer/models/decoder": ("models", "operators"),
     "trainer/operators": (),
     "trainer/optim": (),
     "trainer/output": ("optim", "process", "recipe"),
@@ -130,6 +131,13 @@ def test_rooms_import_only_rooms_below_them(path):
         if imported in MODULES and (other := room(MODULES[imported])) in ROOMS and other.startswith(f"{top}/"):
             inside = other.removeprefix(f"{top}/")
             assert other == room(path) or inside in ROOMS[room(path)], f"{name(path)} imports {imported}: no arrow leads there"
+
+
+def test_the_architecture_page_has_a_row_for_every_room():
+    page = (ROOT / "docs/design/architecture.md").read_text()
+    rooms = {path.parent.relative_to(ROOT).as_posix() for path in SOURCES if path.name != "__init__.py"} | {"recipes"}
+    assert {room for room in rooms if f"| `{room}/` |" not in page} == set()
+    assert rooms - {*HOUSE, "recipes"} == ROOMS.keys()
 
 
 def test_rooms_have_no_cycle():

@@ -51,8 +51,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains to `train.steps`, or until `stop()` is true on any rank; returns the summary, the same on every rank.
 
-    `stop` is called in every attempt of a step and while a resume waits for storage; a stopped run saves a checkpoint. Rank 0 writes
-    metrics.jsonl and summary.json.
+    `stop` is called in every attempt of a step and while a resume waits for storage; a stopped run saves a checkpoint. Rank 0
+    writes metrics.jsonl and summary.json.
     `scratch`: a folder in memory that this node's ranks share; it outlives them, but not the launcher. None if there is none.
     `assemble` makes the state that is trained.
     Raises RecipeError, CheckpointError, CommunicationError, and GuardError if the guard ends the run (`guard.*`).
