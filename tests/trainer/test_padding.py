@@ -91,7 +91,7 @@ def saved_with_padding(communicator: Communicator, recipe: Recipe, multiple: int
             pieces.append(piece)
     metadata = metadata_of(state, STEPS)
     metadata["identity"]["model.vocab_multiple"] = multiple
-    del metadata["identity"]["model.moe.renormalise"]
+    del metadata["identity"]["model.moe.renormalise"], metadata["identity"]["model.moe.bias_rate"]  # older than both
     save(checkpoints_of(state), STEPS, pieces, metadata, state.mesh.group("world"), 2)
     return pieces_of(state)
 

@@ -261,7 +261,7 @@ DIFFERENCES: list[tuple[str, object, str]] = [
     ("model__kv_heads", 2, "model.kv_heads=4 but the recipe has 2"),
     ("model__rope_theta", 500.0, "model.rope_theta=10000.0 but the recipe has 500.0"),
     ("model__norm_epsilon", 1e-6, "model.norm_epsilon=1e-05 but the recipe has 1e-06"),
-    ("model__tie_embeddings", True, "model.tie_embeddings=False but the recipe has True"),
+    ("model__tie_embeddings", True, "model.tie_embeddings=false but the recipe has true"),
     ("model__moe__experts", 2, "model.moe.experts=0 but the recipe has 2"),
     ("run__seed", 1, "run.seed=0 but the recipe has 1"),
     ("data__sequence_length", 16, "data.sequence_length=8 but the recipe has 16"),
@@ -319,3 +319,36 @@ def test_float16_takes_over_from_bfloat16_with_a_scale_of_its_own(tmp_path: Path
     assert counters.tolist() == [HALF, 2.0**16, 0]
     loaded = run("simulated", 1, load_and_train, recipe)
     assert_equal_bits(gather([loaded[0][1]]), gather([saved[0][1]]))
+
+
+def saved_at_half(communicator: Communicator, recipe: Recipe) -> None:
+    parts = fresh(communicator, recipe)
+    for step in range(HALF):
+        train_step(parts, step)
+    save_state(parts, HALF)
+
+
+def biases(communicator: Communicator, recipe: Recipe) -> list[float]:
+    """Of the first mixture, after a step that follows the checkpoint."""
+    parts = resumed(communicator, recipe)
+    train_step(parts, HALF)
+    return parts.engine.buffers[0].tensor.tolist()
+
+
+def test_the_rate_of_biases_may_change_and_0_keeps_them(tmp_path: Path) -> None:
+    def at_rate(rate: float | None) -> Recipe:
+        return recipe_for(tmp_path, "moe", {"data": 2}, model__moe__bias_rate=rate)
+
+    run("simulated", 2, saved_at_half, at_rate(0.05))
+    kept, faster = (run("simulated", 2, biases, at_rate(rate))[0] for rate in (0.0, 0.25))
+    assert any(kept)
+    assert {round(abs(one - other), 9) for one, other in zip(kept, faster, strict=True)} <= {0.0, 0.25}
+    assert kept != faster
+    with pytest.raises(RecipeError, match=r"model\.moe\.bias_rate=0\.05 but the recipe has null; give model\.moe\.bias_rate=0\.05"):
+        run("simulated", 2, biases, at_rate(None))
+
+
+def test_biases_are_not_added_to_a_model_that_had_none(tmp_path: Path) -> None:
+    run("simulated", 2, saved_at_half, recipe_for(tmp_path, "moe", {"data": 2}))
+    with pytest.raises(RecipeError, match=r"model\.moe\.bias_rate=null but the recipe has 0\.05; give model\.moe\.bias_rate=null"):
+        run("simulated", 2, biases, recipe_for(tmp_path, "moe", {"data": 2}, model__moe__bias_rate=0.05))
