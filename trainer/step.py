@@ -18,7 +18,7 @@ from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.optim.schedule import learning_rate
 
-Tell = Callable[[], list[float]]
+Report = Callable[[], list[float]]
 """Returns what a rank reports to the others in a step besides its metrics: whether it was asked to stop, is still writing a
 checkpoint, and failed to write one; each 1 or 0."""
 
@@ -66,13 +66,13 @@ def train_step(
     """
     number, guard, engine, monitor = step + 1, state.guard, state.engine, state.mesh.monitor
 
-    def tell() -> list[float]:
+    def report() -> list[float]:
         return [float(stop()), *saving()]
 
     monitor.step = number
     lr = learning_rate(state.recipe.optim, step, state.recipe.train.steps)
     if why := guard.leaves_out(number):
-        return _leave_out(state, number, lr, why, tell)
+        return _leave_out(state, number, lr, why, report)
     results: list[StepResult] = []
     samples: int | None = (first := guard.begin(number))
     while samples is not None:
@@ -85,7 +85,7 @@ def train_step(
         monitor.at(Phase.REDUCE)
         engine.finish()
         monitor.at(Phase.AGREE)
-        agreed = _agree(state, totals, tokens, guard.inspect(number), tell)
+        agreed = _agree(state, totals, tokens, guard.inspect(number), report)
         if not guard.weighing:
             judged = agreed
         verdict = guard.judge(number, StepValues(agreed.loss, agreed.norm, agreed.found, state.scaler.can_fall))
@@ -103,10 +103,10 @@ def train_step(
     return replace(results[1], late=first, late_verdict=results[0].verdict)
 
 
-def _leave_out(state: TrainerState, number: int, lr: float, why: str, tell: Tell) -> StepResult:
+def _leave_out(state: TrainerState, number: int, lr: float, why: str, report: Report) -> StepResult:
     """Records a step whose samples must not be trained on. Collective."""
     state.mesh.monitor.at(Phase.AGREE)
-    stops, writing, failed = state.mesh.sum_over("world", *(_scalar(state, one) for one in tell()))
+    stops, writing, failed = state.mesh.sum_over("world", *(_scalar(state, value) for value in report()))
     state.guard.expect(number + 1)
     verdict = GuardDecision(GuardAction.SKIP, attempts=0, text=f"step {number} is left out: {why}")
     return StepResult(math.nan, math.nan, math.nan, lr, verdict, stops > 0, (writing, failed))
@@ -143,8 +143,8 @@ def _update(state: TrainerState, lr: float, norm: float, most: float = math.inf)
 
 def local_micro_batches(state: TrainerState, step: int) -> list[MicroBatch]:
     """Returns this data rank's share of the global batch of `step` (from 0)."""
-    size, place = state.recipe.train.micro_batch, state.mesh.at("data")
-    first, share = sum(state.shares[:place]) * size, state.shares[place] * size
+    size, data_rank = state.recipe.train.micro_batch, state.mesh.at("data")
+    first, share = sum(state.shares[:data_rank]) * size, state.shares[data_rank] * size
     pairs = (state.batches.batch(step, start, size) for start in range(first, first + share, size))
     return [MicroBatch(inputs.to(state.device), labels.to(state.device)) for inputs, labels in pairs]
 
@@ -180,13 +180,13 @@ class _Agreed:
     saving: tuple[float, float]
 
 
-def _agree(state: TrainerState, totals: StageTotals, tokens: float, found: list[torch.Tensor], tell: Tell) -> _Agreed:
+def _agree(state: TrainerState, totals: StageTotals, tokens: float, inspected: list[torch.Tensor], report: Report) -> _Agreed:
     """Sums the results of an attempt over all ranks, in a single reduction. Each value is contributed by exactly one of the ranks
     that hold it. Collective."""
-    told = [_scalar(state, value) for value in tell()]  # as late as possible: a signal during the step counts for this step
+    reported = [_scalar(state, value) for value in report()]  # as late as possible: a signal during the step counts for this step
     once = float(state.mesh.reports)
     squared, loss, balance, stops, writing, failed, *findings = state.mesh.sum_over(
-        "world", state.engine.norm_squared(), totals.loss * once, totals.auxiliary * once, *told, *found
+        "world", state.engine.norm_squared(), totals.loss * once, totals.auxiliary * once, *reported, *inspected
     )
     norm = squared**0.5 / state.scaler.scale
     return _Agreed(loss / tokens, balance / state.recipe.data.global_batch, norm, findings, stops > 0, (writing, failed))

@@ -70,7 +70,7 @@ def _read(words: list[str]) -> dict[str, str]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or (key not in SCHEDULE_KEYS and ("/" in key or Path(word).is_dir())):  # run directories of sweeps contain =
-            key, value = "run", word
+            key, value = "run", os.path.expanduser(word)
         elif key not in SCHEDULE_KEYS:
             near = [_IN_A_RECIPE[key]] if key in _IN_A_RECIPE else get_close_matches(key, SCHEDULE_KEYS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SCHEDULE_KEYS)}"

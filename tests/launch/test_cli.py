@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.launch import cli
 from bagualu.trainer.recipe import preflight
@@ -159,16 +160,27 @@ def test_a_run_is_not_overwritten(capsys, tmp_path):
 
 def test_a_run_does_not_go_on_with_another_model(capsys, tmp_path):
     words = ["train", a_run(tmp_path / "run"), "checkpoint.resume=true", "model.moe.experts=8"]
-    assert "model.moe.experts=4 there, model.moe.experts=8 here" in refused(capsys, *words)
+    assert "has model.moe.experts=4, not 8; give model.moe.experts=4" in refused(capsys, *words)
+
+
+def test_the_rate_of_biases_may_change_but_not_whether_there_are_any(tmp_path):
+    (tmp_path / "run").mkdir()
+    rate = "model.moe.bias_rate="
+    words = [a_run(tmp_path / "run", "recipe=moe_tiny", rate + "0.001"), "recipe=moe_tiny", "checkpoint.resume=true"]
+    (tmp_path / "run/checkpoints").mkdir()
+    (tmp_path / "run/checkpoints" / EPOCH).touch()
+    preflight.check_run_directory(compose([*words, rate + "0.0"]))
+    with pytest.raises(RecipeError, match=r"has model\.moe\.bias_rate=0\.001, not null; give model\.moe\.bias_rate=0\.001"):
+        preflight.check_run_directory(compose(words))
 
 
 def test_a_run_does_not_go_on_with_other_data_and_keeps_its_recipe(capsys, tmp_path):
     words = ["train", a_run(tmp_path / "run"), "checkpoint.resume=true"]
     before = (tmp_path / "run/config.yaml").read_text()
-    assert "data.global_batch=16 there, data.global_batch=32 here" in refused(capsys, *words, "data.global_batch=32")
-    assert "run.seed=0 there, run.seed=1 here" in refused(capsys, *words, "run.seed=1")
+    assert "has data.global_batch=16, not 32; give data.global_batch=16" in refused(capsys, *words, "data.global_batch=32")
+    assert "has run.seed=0, not 1; give run.seed=0" in refused(capsys, *words, "run.seed=1")
     split = "data.validation_fraction=0.1"
-    assert f"data.validation_fraction=0.05 there, {split} here" in refused(capsys, *words, split)
+    assert "has data.validation_fraction=0.05, not 0.1; give data.validation_fraction=0.05" in refused(capsys, *words, split)
     assert (tmp_path / "run/config.yaml").read_text() == before
 
 

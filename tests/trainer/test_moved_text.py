@@ -130,5 +130,5 @@ def test_a_run_of_an_earlier_version_is_told_that_linked_folders_were_left_out(t
 
 def test_random_tokens_do_not_take_over_from_text(text: Path) -> None:
     goes_on(recipe_on("text"))
-    with pytest.raises(RecipeError, match=r"data\.source=text there, data\.source=random here; give data\.source=text"):
+    with pytest.raises(RecipeError, match=r"has data\.source=text, not random; give data\.source=text"):
         goes_on(recipe_on("random", train__steps=3))

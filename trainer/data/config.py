@@ -20,7 +20,7 @@ class DataConfig:
 
     source: str = field(default=STDLIB, metadata={"path": True})
     """stdlib: the source code of Python's own standard library; random: uniform random tokens; else a text file or a folder of text
-    files. Links are followed, each folder is read once, and run directories below it are skipped."""
+    files. Links are followed, each file and folder is read once, and run directories below it are skipped."""
     sequence_length: int = 256
     """The number of tokens that a sequence predicts; it reads one more."""
     global_batch: int = 16

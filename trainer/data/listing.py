@@ -1,7 +1,7 @@
 """Lists the files below a folder that are text to train on, and decides which folders are entered and which are skipped.
 
-A folder that a link points to is read under the name of the link. Each folder is read once: a link to a folder that is read anyway
-adds nothing, so circular links end. Folders of runs and of prepared corpora are never read as text.
+What a link points to is read under the name of the link. Each file and folder is read once: a link to one that is read anyway adds
+nothing, so circular links end. Folders of runs and of prepared corpora are never read as text.
 """
 
 import contextlib
@@ -53,6 +53,11 @@ class Tree:
     _read: set[tuple[int, int]] = field(default_factory=set)
     """Device and inode of every folder that was entered or skipped."""
     _links: list[str] = field(default_factory=list)
+    """Links to folders."""
+    _files: set[tuple[int, int]] = field(default_factory=set)
+    """Device and inode of every file that was yielded."""
+    _file_links: list[tuple[str, os.stat_result]] = field(default_factory=list)
+    """Links to files, with the status of the file."""
 
     def files(self) -> Iterator[TextFile]:
         """Yields the files in no particular order. Raises SourceError if a folder cannot be listed, RecipeError for a name that is
@@ -66,6 +71,9 @@ class Tree:
         yield from self._below(self.root)
         while self._links:  # after all real folders, so that these keep their own names
             yield from self._below(self._links.pop(0))
+        for link, status in self._file_links:
+            if (status.st_dev, status.st_ino) not in self._files:
+                yield self._file(link, status)
 
     def _below(self, folder: str) -> Iterator[TextFile]:
         identity = _identity(folder)
@@ -89,8 +97,10 @@ class Tree:
                     folders.append(entry)
             elif stat.S_ISREG(status.st_mode) and status.st_size and entry.name.endswith(self.suffix):
                 require_utf8_name(entry.path)
-                if not (entry.is_symlink() and self._leads_into_a_run(entry.path)):
+                if not entry.is_symlink():
                     yield self._file(entry.path, status)
+                elif not self._leads_into_a_run(entry.path):
+                    self._file_links.append((entry.path, status))
         for entry in folders:
             require_utf8_name(entry.path)
             if not entry.is_symlink():
@@ -99,6 +109,7 @@ class Tree:
                 self._links.append(entry.path)
 
     def _file(self, path: str, status: os.stat_result) -> TextFile:
+        self._files.add((status.st_dev, status.st_ino))
         name = os.path.relpath(path, self.root).replace(os.sep, "/")
         return TextFile(path, name, status.st_size, status.st_mtime_ns)
 

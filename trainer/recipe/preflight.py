@@ -109,7 +109,9 @@ def check_run_directory(recipe: Recipe) -> None:
                           f"folder, e.g. run.dir={typed(str(free(directory)))}")  # fmt: skip
     then = load_recipe(before) if before.exists() else recipe
     model = then.model.identity()
-    differences = {key: (model[key], now) for key, now in recipe.model.identity().items() if model[key] != now}
+    differences = {
+        key: (model[key], now) for key, now in recipe.model.identity().items() if not then.model.fits(key, model[key], now)
+    }
     for section, key in _KEPT:
         was, now = getattr(getattr(then, section), key), getattr(getattr(recipe, section), key)
         if was != now:
@@ -118,8 +120,8 @@ def check_run_directory(recipe: Recipe) -> None:
     if sources[0] != sources[1] and RANDOM in sources:
         differences["data.source"] = sources
     for key, (was, now) in differences.items():
-        kind = "model" if key.startswith("model.") else "run"
-        raise RecipeError(f"{directory} holds a run of another {kind}: {key}={typed(was)} there, {key}={typed(now)} here; "
+        what = "model" if key.startswith("model.") else "text" if key.startswith("data.") else "run"
+        raise RecipeError(f"the {what} of a run stays the same: {directory} has {key}={typed(was)}, not {typed(now)}; "
                           f"give {key}={typed(was)} or another run.dir")  # fmt: skip
     done = (step_of(newest) if newest else None) or 0
     if recipe.train.steps < done:

@@ -25,11 +25,12 @@ from bagualu.parallel.boxes import TensorPiece
 from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.data.config import RANDOM
 from bagualu.trainer.data.split import NOTHING
+from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.recipe.config import DTYPES
 
 _FINGERPRINT = "data fingerprint"
-_RENORMALISE, _BIAS_RATE = "model.moe.renormalise", "model.moe.bias_rate"
+_RENORMALISE = "model.moe.renormalise"
 _SPLIT, _KIND = "data.split", "data split in fact"
 """Keys of an identity: how the text was to be split (none: nothing is kept for validation), and how it was in fact. Runs of earlier
 versions lack both: they kept whole files."""
@@ -197,13 +198,11 @@ def identity(state: TrainerState) -> dict[str, Any]:
 def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
     """Raises RecipeError if the checkpoint belongs to another run. Checkpoints without `renormalise` were written when weights were
     always renormalised. Padding of the vocabulary may differ."""
-    saved = {_RENORMALISE: True, _BIAS_RATE: None, **saved}
+    saved = {_RENORMALISE: True, **saved}
     saved.pop("model.vocab_multiple", None)
     # The text comes last: if the vocabulary differs, so do the tokens, and the message should name the vocabulary.
     for key in sorted((saved.keys() | here.keys()) - _OF_TEXT):
-        if key == _BIAS_RATE and None not in (saved[key], here[key]):
-            continue  # the rate may change; only whether there are biases belongs to the model
-        if saved.get(key) != here.get(key):
+        if not ModelConfig.fits(key, saved.get(key), here.get(key)):
             if key == _RENORMALISE and here.get("model.moe.top_k") == 1:
                 raise RecipeError(
                     f"{path} was saved with {key}={saved.get(key)} but the recipe has {here.get(key)}; with "

@@ -127,7 +127,7 @@ def test_a_run_of_a_sweep_has_an_equals_sign_in_its_name(capsys, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     a_run(tmp_path / "tiny-optim.lr=1")
-    for given in ("tiny-optim.lr=1", f"{tmp_path}/tiny-optim.lr=1"):
+    for given in ("tiny-optim.lr=1", f"{tmp_path}/tiny-optim.lr=1", "~/tiny-optim.lr=1"):
         assert json.loads(printed(capsys, "schedule", given, "out=~/drawn.png", "--json"))["name"] == "1f1b"
     assert (tmp_path / "drawn.png").exists()
 

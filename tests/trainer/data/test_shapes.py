@@ -115,6 +115,13 @@ def test_linked_folders_are_read_once_each_and_circles_end(tmp_path: Path) -> No
     (outside / "back").symlink_to(source)
     (source / "nothing").symlink_to("nowhere")
     (source / "itself").symlink_to("itself")
+    (source / "again").symlink_to("a")
+    (source / "twice").symlink_to(outside / "b")
+    assert text_bytes(corpus_of(source)) == expected
+    alone = files(tmp_path / "alone", d=LONG[90_000:120_000])
+    (source / "one").symlink_to(alone / "d")
+    (source / "two").symlink_to(alone / "d")
+    expected += (alone / "d").stat().st_size
     assert text_bytes(corpus_of(source)) == expected
     (tmp_path / "via").symlink_to(source)
     assert text_bytes(corpus_of(tmp_path / "via")) == expected

@@ -92,6 +92,12 @@ class ModelConfig:
         moe = asdict(self.moe) | {"renormalise": self.moe.renormalises}
         return own | {f"model.moe.{key}": value for key, value in moe.items()}
 
+    @staticmethod
+    def fits(key: str, saved: Any, here: Any) -> bool:
+        """Returns whether a checkpoint with the value `saved` of `key` in its identity fits a model with the value `here`. The rate
+        of biases may change; only whether there are biases belongs to the model."""
+        return (saved is None) == (here is None) if key == "model.moe.bias_rate" else bool(saved == here)
+
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe.experts > 0 and (layer + 1) % self.moe.every == 0
 
@@ -122,15 +128,21 @@ class ModelConfig:
             fits = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
             raise RecipeError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}; give one of {fits}")
         if self.moe.experts:
-            self._validate_moe()
+            self._validate_moe(dtype)
         else:
             others = [key.name for key in fields(MoEConfig) if key.name != "experts"]
             refuse_unused("model.moe", self.moe, others, "model.moe.experts=0")
 
-    def _validate_moe(self) -> None:
+    def _validate_moe(self, dtype: str) -> None:
         moe = self.moe
         require_at_least(1, "model.moe", moe, "ffn", "every")
-        require_at_least(0, "model.moe", moe, "shared_experts", "balance_loss", *(["bias_rate"] if moe.has_bias else []))
+        require_at_least(0, "model.moe", moe, "shared_experts", "balance_loss")
+        if moe.has_bias:
+            require_at_least(0, "model.moe", moe, "bias_rate")
+            require_at_most(1, "model.moe", moe, "bias_rate")
+            require_representable("model.moe", moe, "float64" if dtype == "float64" else "float32", "bias_rate")
+            if moe.top_k == moe.experts:
+                refuse_unused("model.moe", moe, ["bias_rate"], f"model.moe.top_k={moe.top_k}, which chooses all experts")
         if not 1 <= moe.top_k <= moe.experts:
             raise RecipeError(f"model.moe.top_k={moe.top_k} must lie between 1 and model.moe.experts={moe.experts}; "
                               f"give model.moe.top_k={min(max(moe.top_k, 1), moe.experts)}")  # fmt: skip

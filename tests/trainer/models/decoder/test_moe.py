@@ -106,10 +106,17 @@ def test_a_rate_of_0_keeps_the_biases() -> None:
     assert spread(0.0) == spread(None)
 
 
-@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("rate", [-0.1, 1.5, 3e38, 1e39, 1e-50, float("nan"), float("inf")])
 def test_a_rate_that_is_none_is_refused(rate: float) -> None:
-    with pytest.raises(RecipeError, match=r"model\.moe\.bias_rate"):
-        small_recipe(model__moe__experts=EXPERTS, model__moe__ffn=8, model__moe__bias_rate=rate).validate(1)
+    recipe = small_recipe(model__moe__experts=EXPERTS, model__moe__ffn=8, model__moe__bias_rate=rate, train__dtype="bfloat16")
+    with pytest.raises(RecipeError, match=r"model\.moe\.bias_rate=.*(; give |leave it out)"):
+        recipe.validate(1)
+
+
+def test_a_rate_without_a_choice_is_refused() -> None:
+    recipe = small_recipe(model__moe__experts=4, model__moe__top_k=4, model__moe__ffn=8, model__moe__bias_rate=0.1)
+    with pytest.raises(RecipeError, match=r"has no effect with model\.moe\.top_k=4.*; change model\.moe\.top_k or leave it out"):
+        recipe.validate(1)
 
 
 def test_to_renormalise_one_probability_is_refused() -> None:
