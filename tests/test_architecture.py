@@ -199,6 +199,8 @@ def test_the_files_of_a_run_are_named_once():
     ]
     elsewhere = {(".lock", "trainer/data/corpus.py")}  # the lock of a prepared corpus
     assert set(spelt) - elsewhere == {(one, "fault_tolerance/run_directory.py") for one in names}
+    script = (ROOT / "launch/batch/job.sh").read_text()
+    assert [one for one in names if f"/{one}" in script] == []
 
 
 def test_no_public_class_name_has_two_meanings():

@@ -45,13 +45,13 @@ end_without_script() {
         sleep 10
     done
 }
-export ended="$run/logs/.slurm-$SLURM_JOB_ID.ended" first
+export ended="$logs/.slurm-$SLURM_JOB_ID.ended" first
 export -f field say setup_failed agent_ended end_without_script
 
 # Prints the newest checkpoint's step; 0 if there is none.
 saved_step() {
     local step
-    step=$(grep -s '"what": "saved"' "$run/ledger.jsonl" | tail -n 1 | sed -n 's/.*"step": \([0-9]*\).*/\1/p')
+    step=$(grep -s '"what": "saved"' "$ledger" | tail -n 1 | sed -n 's/.*"step": \([0-9]*\).*/\1/p')
     echo "${step:-0}"
 }
 
@@ -66,8 +66,8 @@ largest() {
 # plus 15 s. Without a measured save a quarter of the time, at most 5 minutes.
 lead() {
     local save step lead=$(($1 / 4 < 300 ? $1 / 4 : 300)) least=$(($1 / 8 < 60 ? $1 / 8 : 60))
-    save=$(grep -s '"what": "saved"' "$run/ledger.jsonl" | tail -n 5 | largest seconds)
-    step=$(tail -n 20 "$run/metrics.jsonl" 2>/dev/null | largest step_seconds)
+    save=$(grep -s '"what": "saved"' "$ledger" | tail -n 5 | largest seconds)
+    step=$(tail -n 20 "$metrics" 2>/dev/null | largest step_seconds)
     if [ -n "$save" ]; then lead=$((15 + 2 * (${step:-0} + save))); fi
     if [ "$lead" -lt "$least" ]; then lead=$least; fi
     echo $((lead < $1 / 2 ? lead : $1 / 2))

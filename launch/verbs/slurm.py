@@ -87,12 +87,15 @@ def script(recipe: Recipe, overrides: list[str]) -> str:
     own = [text for text in overrides if not re.match(r"(checkpoint\.resume|run\.dir)=", text)]
     words = [*(_settled(text, recipe) for text in own), f"run.dir={typed(str(folder))}", "checkpoint.resume=true"]
     slurm = recipe.launch.slurm
+    run = RunDirectory(folder)
     header = _HEADER.format(
         begins=JOB_SCRIPT_BEGINS,
         name=recipe.run.name,
         command=shlex.join(["bagualu", "slurm", *overrides]).replace("\n", " "),
         directives="\n".join(f"#SBATCH {directive}" for directive in _directives(recipe, folder)),
-        run=shlex.quote(str(folder)),
+        ledger=shlex.quote(str(run.ledger)),
+        metrics=shlex.quote(str(run.metrics)),
+        logs=shlex.quote(str(run.logs)),
         no_kill=_NO_KILL if recipe.restart.elastic else "",
         requeue="yes" if slurm.requeue else "no",
         setup=setup_lines.shell(slurm.setup),
@@ -151,7 +154,7 @@ export BAGUALU_SECRET
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export head=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
 export port={port}
-run={run}
+ledger={ledger} metrics={metrics} logs={logs}
 export no_kill={no_kill} requeue={requeue}
 
 # One agent on every node starts the workers there; the agents meet on the first node.

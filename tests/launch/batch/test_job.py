@@ -302,7 +302,11 @@ def test_the_lead_fits_the_time_limit_and_the_measured_time_of_a_save(tmp_path, 
     (tmp_path / "ledger.jsonl").write_text("\n".join([step, *lines, step]) + "\n")
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": 1, "step_seconds": {step}, "mfu": 0.1}}\n' for step in steps))
     functions = (files("bagualu.launch.batch") / "job.sh").read_text().split("\nrm -f ")[0]
-    done = subprocess.run(["bash", "-c", f"{functions}\nrun={tmp_path}; lead {seconds}"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", f"{functions}\nledger={tmp_path}/ledger.jsonl; metrics={tmp_path}/metrics.jsonl; lead {seconds}"],
+        capture_output=True,
+        text=True,
+    )
     assert (done.stdout, done.stderr) == (f"{lead}\n", "")
 
 
