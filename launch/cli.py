@@ -11,8 +11,8 @@ _INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> int:
-    """Run a command line and return its exit code. Ranks run `entrypoint`, given as "module:function", instead of
-    the trainer."""
+    """Run a command line (None: that of this process) and return its exit code. Ranks run `entrypoint`, given as "module:function";
+    None: the trainer."""
     streams.secure()
     words = sys.argv[1:] if arguments is None else arguments
     try:
@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
 
 
 def _run_guarded(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
-    """Does and returns what `_run` does, but prints a RecipeError or OSError as one line instead of raising it."""
+    """Does and returns what `_run` does, but prints a RecipeError or OSError as one line instead of raising it, and returns its
+    exit code and the object that --json prints."""
     # Everything else of Bagualu is imported inside this function, so that a Ctrl-C during these imports prints its line too.
     from bagualu.comm.errors import RecipeError
     from bagualu.trainer.process.failure import FAILED, REFUSED, os_error

@@ -25,7 +25,8 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> int:
-    """Run this node's workers until training ends. Returns the exit code of the run, which is the same on all of its nodes."""
+    """Run this node's workers until training ends. Returns the exit code of the run, which is the same on all nodes that stay in it
+    until it ends. A node that is refused, or asked to stop before its workers start, has a code of its own."""
     streams.secure()
     parser = argparse.ArgumentParser(prog="python -m bagualu.launch.node", description="Run one node of a run on several nodes.")
     parser.add_argument("--meet", required=True, metavar="HOST:PORT", help="one of the nodes, and a free port on it")
@@ -78,7 +79,8 @@ def _refused(error: RecipeError) -> int:
 
 
 def _address(text: str) -> tuple[str, int]:
-    """Returns the host and the port of --meet. Raises RecipeError."""
+    """Returns the host and the port in `text`, the value of --meet. Raises RecipeError if it has another form or the host cannot be
+    reached."""
     host, colon, port = text.rpartition(":")
     if not (host and colon and port.isdigit() and 0 < int(port) < 2**16):
         raise RecipeError(f"--meet {text}: give a host and a port, e.g. --meet node1:29400")

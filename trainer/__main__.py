@@ -1,4 +1,4 @@
-"""Runs a worker under torchrun or SLURM, or a world of a single rank.
+"""Runs a worker that torchrun started, or alone as the only rank. Processes that srun or mpirun started directly are refused.
 
     torchrun --nproc-per-node 4 -m bagualu.trainer recipe=moe_tiny
 
@@ -32,13 +32,17 @@ from bagualu.trainer.recipe.compose import compose, save_recipe
 from bagualu.trainer.recipe.config import Recipe
 
 _PREPARED = "BAGUALU_PREPARED"
-"""The environment variable that is set in a process that has restarted itself with the right environment."""
+"""The environment variable that is set in a process that has restarted itself with the variables of `_prepare`."""
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
-"""The environment variable that torchrun sets. Its workers must end themselves, since they would outlive it if it is killed."""
+"""The environment variable that torchrun sets in its workers. Such a worker asks the kernel to kill it when torchrun ends,
+since it would otherwise outlive a torchrun that is killed."""
 
 
 def main(overrides: list[str], entrypoint: str | None = None) -> int:
-    """Trains as the rank given by the environment; returns the exit code."""
+    """Trains as the rank given by the environment; returns the exit code. If training fails, it ends the process instead.
+
+    `entrypoint`: the function to run instead of the trainer, as "module:function".
+    """
     streams.secure()
     if _TORCHRUN in os.environ:  # a process started by hand may outlive its shell
         die_with(os.getppid())
@@ -80,7 +84,7 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
 
 
 def _prepare(recipe: Recipe, local_workers: int) -> None:
-    """Restarts this process, at most once, if its environment is not the one that it should start with (environment.py)."""
+    """Restarts this process, at most once, if an environment variable lacks the value that workers start with (environment.py)."""
     wanted = environment.variables(recipe.launch, local_workers)
     if _PREPARED not in os.environ and any(os.environ.get(name) != value for name, value in wanted.items()):
         os.environ.update(wanted, **{_PREPARED: "1"})
@@ -121,7 +125,8 @@ def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | N
 
 
 def _say_ended(start: Start, rank: int, failure: Failure) -> None:
-    """Records the failure in summary.json, on rank 0 or on a rank that detects that rank 0 is gone."""
+    """Records the failure in summary.json, on rank 0 or on a rank that detects that rank 0 is gone. If the recipe was refused
+    before the first step, rank 0 makes the file what it was before this start instead."""
     if rank > 0:
         start.fail_if_left(failure)
     elif failure.kind == "recipe" and not failure.step:

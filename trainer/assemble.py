@@ -1,4 +1,4 @@
-"""Builds everything that a step needs on a rank from a recipe. A single function shows the order."""
+"""Builds everything that a step needs on a rank from a recipe. The function `assemble` shows the order."""
 
 from dataclasses import dataclass
 
@@ -34,28 +34,31 @@ class TrainerState:
     shares: list[int]
     """The number of micro-batches in a step, for each data rank."""
     split: Split
-    """The layers of each stage."""
+    """The layers of each stage, and whether the stage recomputes activations."""
     costs: CostTable | None
-    """The costs of layers from which `split` was computed; None if the recipe's balance needs none."""
+    """The costs of layers from which `split` was computed or checked; None if neither parallel.balance nor parallel.memory_bytes
+    needs costs."""
     engine: Engine
     """This rank's layers, gradients and optimizer state."""
     corpus: Corpus
     batches: Batches
     runner: PipelineRunner
     schedule: Schedule
-    """The actions of all pipeline ranks in a step, messages included."""
+    """The actions of all ranks of this rank's pipeline in a step, messages included."""
     heaviest: Schedule
-    """The schedule of the data ranks with the most micro-batches. Costs of a split are computed from it."""
+    """The schedule of the data ranks with the most micro-batches; the time of a step under a split is predicted
+    from this schedule."""
     program: Program
     """This rank's part of `schedule`."""
     scaler: LossScaler
     guard: Guard
     device: torch.device
     updates: int = 0
-    """The number of optimizer updates so far; steps that were left out have none."""
+    """The number of optimizer updates applied so far; steps that were left out or discarded have none."""
 
     def take(self, split: Split, engine: Engine, step: int) -> None:
-        """Replaces split and engine after `step` steps. `engine` holds this rank's stages of `split`."""
+        """Replaces split and engine after `step` steps. `engine` holds this rank's stages of `split`. A new guard for the engine
+        takes over the memory of the previous guard."""
         self.split, self.engine = split, engine
         self.runner.model, self.runner.weight_gradients = engine.model, engine
         before, self.guard = self.guard, _guard(self.recipe, self.mesh, engine)
@@ -64,9 +67,10 @@ class TrainerState:
 
 
 def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus, fill: Fill | None = None) -> TrainerState:
-    """Builds this rank's part of everything. Collective. Raises RecipeError for what validation can only see here.
+    """Builds the state with which this rank trains. Collective.
 
-    `fill` gives the values of weights and buffers; left out, they are drawn from the seed.
+    `fill` gives the initial values of weights and buffers; by default they are drawn from run.seed. Raises RecipeError for an
+    invalid recipe, also if only the data or the device show that it is (model.vocab, parallel.memory_bytes, guard.audit_every).
     """
     layout = recipe.validate(communicator.size)
     if communicator.device.type != "cpu":
@@ -114,7 +118,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus, fill: F
 
 
 def _choose_kernels(deterministic: bool) -> None:
-    """Makes an accelerator use kernels that repeat their results bit by bit, if asked to, and that add up in at least float32."""
+    """Makes an accelerator use kernels that add up in at least float32 and, if `deterministic`, repeat their results bit by bit."""
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # none is read here
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

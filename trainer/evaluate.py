@@ -15,14 +15,14 @@ from bagualu.trainer.data.corpus import bits_per_byte
 @dataclass(frozen=True)
 class Validation:
     loss: float
-    """Nats per token."""
+    """Mean cross-entropy, in nats per token."""
     bits_per_byte: float | None
-    """None if the tokens stand for no text (random data)."""
+    """Cross-entropy in bits per byte of text; None if the tokens stand for no text (random data)."""
 
 
 def validate(state: TrainerState) -> Validation | None:
-    """Returns the loss over `train.validation_sequences` sequences of the validation split, the same on every rank; None for 0
-    sequences. Collective."""
+    """Returns the loss over `train.validation_sequences` sequences of the validation split, or over all if it has fewer. The result
+    is the same on every rank; None for 0 sequences. Collective."""
     count = min(state.recipe.train.validation_sequences, state.batches.validation_count)
     if count == 0:
         return None
@@ -40,8 +40,8 @@ def validate(state: TrainerState) -> Validation | None:
 
 
 def _share(state: TrainerState, count: int) -> list[MicroBatch]:
-    """Returns this data rank's share of `count` sequences, spread evenly over the split, in whole micro-batches. Rows that fill up
-    the last micro-batches have labels that the loss ignores."""
+    """Returns, in whole micro-batches, this data rank's share of `count` sequences that are spread evenly over the validation
+    split. Rows that fill up the last micro-batches have labels that the loss ignores."""
     size, ranks, place = state.recipe.train.micro_batch, state.mesh.layout.data, state.mesh.at("data")
     chosen = [index * state.batches.validation_count // count for index in range(count)]
     rounds = -(-count // (size * ranks))

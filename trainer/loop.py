@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Loop:
-    """Runs the steps of a run. `seconds_per_token_at_ceiling`: the time that a token's FLOPs take at the machine's matmul
-    ceiling."""
+    """Runs the steps of a run. `stop` returns whether this rank was asked to stop. `seconds_per_token_at_ceiling`: the seconds that
+    a token's FLOPs would take if all ranks together computed at their matmul ceiling, for MFU."""
 
     state: TrainerState
     sinks: Sequence[Sink]
@@ -39,14 +39,15 @@ class Loop:
     replication: Replication | None = None
     rebalancer: Rebalancer | None = None
     _due: bool = False
-    """Whether a checkpoint is due; it is written after the next committed step."""
+    """Whether a periodic checkpoint is due; it is saved after the next step whose update is applied."""
     _damaged: list[dict[str, Any]] = field(default_factory=list)
     """Checkpoints that rollbacks could not use, as in `Resumed.damaged`."""
     _busy_seconds: float = 0.0
     _steps_done: int = 0
 
     def run(self, first_step: int) -> dict[str, Any]:
-        """Runs steps first_step .. train.steps; returns how the run ended and its last metrics."""
+        """Runs the steps after the first `first_step` until train.steps are done or any rank is asked to stop, and saves the final
+        state. Returns summary fields: how the run ended, the metrics of its last step and average speed. Raises GuardError."""
         steps, every = self.state.recipe.train.steps, self.state.recipe.checkpoint.every
         step, stopped = first_step, False
         record: dict[str, Any] = {}
@@ -88,8 +89,8 @@ class Loop:
         return {**record, **self._average(), **ended, **self._saved(), **watched, "damaged": self._damaged}
 
     def _is_stored(self, step: int) -> bool:
-        """Whether a checkpoint holds the state after `step` steps: a run resumed from a replica in memory may begin at its last
-        step."""
+        """Whether the newest checkpoint holds the state after `step` steps, so that no final save is needed. A run without a step
+        left to do may still need that save, if it resumed from a replica in memory."""
         newest = self.checkpoints.newest
         return newest is not None and step_of(newest) == step
 
@@ -98,8 +99,8 @@ class Loop:
         return {"checkpoint": str(saves.newest), "checkpoint_seconds": saves.seconds, "checkpoints_failed": saves.failed}
 
     def _after_step(self, step: int, result: StepResult, seconds: float) -> None:
-        """Advances the save in progress, logs the guard's decision and counts the time of step `step` (from 0). Raises GuardError
-        if the guard ends the run."""
+        """Advances the save in progress, logs the guard's decisions on rank 0, and adds the seconds of step `step` (from 0) to the
+        total for the average speed, except for the run's first step. Raises GuardError if the guard ends the run."""
         self.checkpoints.settle(result.saving)
         for verdict in filter(None, (result.late_verdict, result.verdict)):
             if verdict.text and self.state.mesh.at("world") == 0:
@@ -131,8 +132,8 @@ class Loop:
         return record | self._trouble(step, result)
 
     def _trouble(self, step: int, result: StepResult) -> dict[str, Any]:
-        """Returns the extra metrics fields for a step that was retried, discarded or deferred, or that computed deferred samples;
-        {} for an ordinary step."""
+        """Returns the extra metrics fields for step `step` (from 1): whether and why it was left out, discarded or deferred, how
+        often it was computed if not once, and which step's deferred samples it trained on; {} for an ordinary step."""
         verdict, left_out = result.verdict, self.state.guard.leaves_out(step)
         record: dict[str, Any] = {} if result.committed else {"discarded": True}
         if cause := verdict.cause or left_out:
@@ -168,7 +169,8 @@ class Loop:
         return {"stragglers": slow} if (slow := self.stragglers.now()) else {}
 
     def _rebalance(self, step: int, result: StepResult) -> dict[str, Any]:
-        """Lets layers move if that makes steps shorter; returns the metrics fields about a move, {} if there was none."""
+        """Lets layers move if that makes steps shorter; returns the metrics fields about a move, also a failed one; {} without a
+        move."""
         useful = result.verdict.attempts > 0 and step < self.state.recipe.train.steps
         moved = self.rebalancer.after_step(step) if self.rebalancer and useful else None
         if moved is None:

@@ -19,7 +19,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def open_ledger(recipe: Recipe, communicator: Communicator) -> Ledger | None:
-    """Starts to record what rank 0 does, and returns its ledger; returns None on other ranks."""
+    """Starts to record in ledger.jsonl what rank 0 does, and returns its ledger; does nothing and returns None on other ranks."""
     if communicator.rank:
         return None
     ledger = Ledger(Path(recipe.run.dir), writer=secrets.token_hex(4))
@@ -29,8 +29,8 @@ def open_ledger(recipe: Recipe, communicator: Communicator) -> Ledger | None:
 
 
 def close_ledger(ledger: Ledger | None, recipe: Recipe, communicator: Communicator, ended: str) -> dict[str, Any]:
-    """Writes the "ended" event with the cause `ended` (done or stopped). Returns the summary fields on where the run's time went,
-    the same on every rank. Collective."""
+    """Writes on rank 0 the ledger's "ended" event with the cause `ended` (done or stopped). Returns the summary fields on where the
+    run's time went, the same on every rank. Collective."""
     totals: dict[str, Any] = {}
     if ledger is not None:
         ledger.add("ended", cause=ended)
@@ -41,7 +41,8 @@ def close_ledger(ledger: Ledger | None, recipe: Recipe, communicator: Communicat
 
 
 def plan_faults(state: TrainerState, communicator: Communicator, scratch: Path | None) -> None:
-    """Makes the faults planned for this rank strike from now on."""
+    """Makes the faults planned for this rank strike at their steps. `scratch`: the folder that holds replicas; None if there is
+    none."""
     run_dir = RunDirectory(state.recipe.run.dir)
     plan = state.recipe.planned_faults(max(communicator.size, state.recipe.world_size()))
     if plan:

@@ -36,16 +36,22 @@ class MoveError(RuntimeError):
 
 @dataclass(frozen=True)
 class Move:
-    """A move of layers that succeeded, or failed for the reason `failed`."""
+    """A move of layers between ranks of the pipeline, successful or not."""
 
     before: list[int]
-    """The number of layers of each stage."""
+    """The number of layers of each stage before the move."""
     after: list[int]
+    """The number of layers of each stage after the move, or as intended if the move failed."""
     speeds: list[float]
+    """The speed of each pipeline rank, relative to the device of the cost table."""
     now_seconds: float
+    """Predicted seconds of a step's passes with the layers `before`."""
     then_seconds: float
+    """Predicted seconds of a step's passes with the layers `after`."""
     seconds: float
+    """Seconds that the move took."""
     failed: str | None = None
+    """Why the move failed and the layers stayed; None if it succeeded."""
 
     def __str__(self) -> str:
         ranks = ", ".join(f"{speed:.2f}" for speed in self.speeds)
@@ -74,7 +80,8 @@ def open_rebalancer(state: TrainerState) -> "Rebalancer | None":
 
 @dataclass
 class Rebalancer:
-    """Moves layers when rank 0 decides so. `watch` exists only on rank 0; a window has `every` steps."""
+    """Moves layers when rank 0 decides so. `watch` makes the decisions on rank 0 and is None on other ranks. Decisions are made
+    after every `every` computed steps, a window."""
 
     state: TrainerState
     watch: Watch | None
@@ -84,8 +91,9 @@ class Rebalancer:
     _bytes_per_second: float = _BYTES_PER_SECOND
 
     def after_step(self, step: int) -> Move | None:
-        """Counts a computed step, the last of `step` steps. At the end of a window (collective), moves layers if rank 0 so decides.
-        Returns the move, even if it failed, the same on every rank; None without a move."""
+        """Records how long the passes of the step just computed took; with it, `step` steps are done. At the end of a window
+        (collective), moves layers if rank 0 so decides. Returns the move, even if it failed, the same on every rank but for its
+        seconds; None without a move."""
         seconds = sum(timed.end - timed.start for timed in self.state.runner.stopwatch.passes())
         self._busy.append(seconds / self.state.schedule.micro_batches)
         if len(self._busy) < self.every:
@@ -113,7 +121,8 @@ class Rebalancer:
         return Proposal(Split.from_json(told[0]), *told[1:]) if told else None
 
     def _move_seconds(self, split: Split) -> float:
-        """Estimates the seconds that a move to `split` takes, at the speed of the last move."""
+        """Estimates the seconds that a move to `split` takes, at the speed of the last successful move (at first an assumed
+        speed)."""
         return self._bytes_to_move(split) / self._bytes_per_second
 
     def _bytes_to_move(self, split: Split) -> int:
@@ -145,8 +154,8 @@ def move(state: TrainerState, split: Split, step: int) -> None:
     """Moves the layers so that the ranks hold `split`, after `step` steps. Collective.
 
     The old state does not change until all ranks have the state of their new stages in memory. Raises MoveError on every rank if a
-    rank has no room for the new state or cannot use it; then nothing has changed. A rank that fails while boxes are sent, or after
-    all ranks have agreed, has failed as in any other communication.
+    rank has no room for the new state or cannot use it; then nothing has changed. An error while boxes are sent, or after all ranks
+    have agreed, is not a MoveError: it ends the rank like an error in any other communication.
     """
     world, monitor = state.mesh.group("world"), state.mesh.monitor
     made: list[Engine] = []

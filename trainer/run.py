@@ -49,13 +49,14 @@ def train(
     scratch: Path | None = None,
     assemble: Callable[[Recipe, Communicator, Corpus, Fill | None], TrainerState] = assemble,
 ) -> dict[str, Any]:
-    """Trains to `train.steps`, or until `stop()` is true on any rank; returns the summary, the same on every rank.
+    """Trains to `train.steps`, or until `stop()` is true on any rank; returns the summary, the same on every rank. If the run had
+    done all its steps before, it returns the summary that the run wrote then.
 
-    `stop` is called in every attempt of a step and while a resume waits for storage; a stopped run saves a checkpoint. Rank 0
-    writes metrics.jsonl and summary.json.
+    `stop` is called on every rank in each attempt at a step, and while reading checkpoints waits for storage. A run that is stopped
+    in a step saves a checkpoint. Rank 0 writes metrics.jsonl and summary.json.
     `scratch`: a folder in memory that this node's ranks share; it outlives them, but not the launcher. None if there is none.
     `assemble` makes the state that is trained.
-    Raises RecipeError, CheckpointError, CommunicationError, and GuardError if the guard ends the run (`guard.*`).
+    Raises RecipeError, StorageError, CheckpointError, CommunicationError, and GuardError if the guard ends the run (`guard.*`).
     """
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing uses this generator; if code ever does, ranks will not differ by accident
@@ -124,7 +125,8 @@ def train(
 
 
 def _state_will_be_read(recipe: Recipe, communicator: Communicator) -> bool:
-    """Returns whether there are checkpoints to go on from, so that no initial weights need to be drawn. Collective."""
+    """Returns whether the run is to resume and has checkpoints, so that no initial weights need to be drawn. False also if rank 0
+    cannot list the checkpoints now. Collective."""
     found = False
     if recipe.checkpoint.resume and communicator.rank == 0:
         with contextlib.suppress(OSError):  # storage that cannot be read now is waited for later
@@ -133,8 +135,8 @@ def _state_will_be_read(recipe: Recipe, communicator: Communicator) -> bool:
 
 
 def _corpus(recipe: Recipe) -> Corpus:
-    """Returns the result of `prepare`. For a run that resumes, missing data raises StorageError instead of RecipeError: the data
-    existed before, so it may come back."""
+    """Returns the result of `prepare`. With checkpoint.resume=true, a missing source or cache raises StorageError and not also
+    RecipeError: the data existed before, so it may come back."""
     try:
         return prepare(
             recipe.data,
@@ -156,8 +158,8 @@ def _tokens(corpus: Corpus) -> dict[str, int | None]:
 
 
 def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:
-    """Returns the summary that a run wrote after its last step, if it has no step left to do; None if it has, or if there is no
-    such summary."""
+    """Returns the summary that the run wrote earlier after `first_step` steps, if no step is left to do; None if steps are left, or
+    if that summary does not exist."""
     if first_step < recipe.train.steps:
         return None
     summary = final_summary(Path(recipe.run.dir))
@@ -184,13 +186,13 @@ def _sinks(recipe: Recipe, first_step: int) -> list[Sink]:
 
 
 def _parameters(state: TrainerState) -> int:
-    """Returns the number of elements of the whole model, each counted once. Collective."""
+    """Returns the number of elements of the whole model's parameters, each counted once. Collective."""
     return int(total(state.engine.parameters, state.mesh.group("world")))
 
 
 def _peak_memory_bytes(state: TrainerState, communicator: Communicator) -> int:
-    """Returns the peak memory, summed over ranks: that of the device if it is an accelerator, else that of the processes, which
-    counts memory that processes share once for each. Collective."""
+    """Returns the peak memory in bytes, summed over ranks: on a CUDA device the memory allocated there, else that of the processes.
+    Memory that processes share is then counted once for each of them. Collective."""
     if state.device.type == "cuda":
         own = torch.cuda.max_memory_allocated(state.device)
     else:

@@ -19,8 +19,8 @@ from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.optim.schedule import learning_rate
 
 Report = Callable[[], list[float]]
-"""Returns what a rank reports to the others in a step besides its metrics: whether it was asked to stop, is still writing a
-checkpoint, and failed to write one; each 1 or 0."""
+"""A function that returns three numbers, each 1 or 0, that a rank reports to the others in a step: whether it was asked to stop,
+whether it is still writing a checkpoint, and whether it failed to write it."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,23 @@ class StepResult:
     grad_norm: float
     """Norm of the whole model's gradient before clipping, each element counted once."""
     lr: float
+    """Learning rate of the step, also if no update was applied."""
     verdict: GuardDecision
-    """Whether the update was applied, and if not, why."""
+    """The guard's decision about the samples of this step: whether their update was applied, and if not, why."""
     stop: bool
     """Whether any rank has been asked to stop."""
     saving: tuple[float, float] = (0.0, 0.0)
-    """The number of ranks that are still writing their part of a checkpoint, and the number of ranks that failed to."""
+    """The number of ranks that are still writing their part of a checkpoint, and the number of ranks that failed to write it."""
 
     late: int | None = None
-    """The step (from 1) whose deferred samples were computed before the samples of this step; None if there was none."""
+    """The step (from 1) whose deferred samples were computed before the samples of this step; None if none were."""
     late_verdict: GuardDecision | None = None
-    """The guard's decision about those deferred samples."""
+    """The guard's decision about the deferred samples of step `late`; None if none were computed."""
 
     @property
     def committed(self) -> bool:
-        """Whether the update was applied; if not, nothing has changed."""
+        """Whether the update from the samples of this step was applied. Deferred samples have a decision of their own,
+        `late_verdict`."""
         return self.verdict.action is GuardAction.COMMIT
 
 
@@ -62,7 +64,7 @@ def train_step(
     """Trains step `step` (from 0) and returns what happened. Collective.
 
     `stop` returns whether this rank has been asked to stop, `saving` the state of its part of a checkpoint (`Saver.status`). Both
-    are called on every rank, and the results reach all ranks.
+    are called on every rank in each attempt at the step, and the results reach all ranks.
     """
     number, guard, engine, monitor = step + 1, state.guard, state.engine, state.mesh.monitor
 
@@ -104,7 +106,7 @@ def train_step(
 
 
 def _leave_out(state: TrainerState, number: int, lr: float, why: str, report: Report) -> StepResult:
-    """Records a step whose samples must not be trained on. Collective."""
+    """Returns the result of a step whose samples must not be trained on, without computing it; `why` is the reason. Collective."""
     state.mesh.monitor.at(Phase.AGREE)
     stops, writing, failed = state.mesh.sum_over("world", *(_scalar(state, value) for value in report()))
     state.guard.expect(number + 1)
@@ -113,7 +115,8 @@ def _leave_out(state: TrainerState, number: int, lr: float, why: str, report: Re
 
 
 def _count_update(state: TrainerState, verdict: GuardDecision) -> None:
-    """Counts an applied update and changes the model's buffers; adapts the loss scale. Call after the guard's decision."""
+    """Call after the guard's decision `verdict`. If the update was applied, counts it and changes the model's buffers. After an
+    applied update or a float16 overflow, adapts the loss scale."""
     committed = verdict.action is GuardAction.COMMIT
     state.updates += committed
     if committed:
@@ -142,7 +145,7 @@ def _update(state: TrainerState, lr: float, norm: float, most: float = math.inf)
 
 
 def local_micro_batches(state: TrainerState, step: int) -> list[MicroBatch]:
-    """Returns this data rank's share of the global batch of `step` (from 0)."""
+    """Returns the micro-batches of the global batch of `step` (from 0) that this data rank computes."""
     size, data_rank = state.recipe.train.micro_batch, state.mesh.at("data")
     first, share = sum(state.shares[:data_rank]) * size, state.shares[data_rank] * size
     pairs = (state.batches.batch(step, start, size) for start in range(first, first + share, size))
@@ -150,7 +153,7 @@ def local_micro_batches(state: TrainerState, step: int) -> list[MicroBatch]:
 
 
 def _count_tokens(state: TrainerState, micro_batches: list[MicroBatch]) -> float:
-    """Returns the number of tokens of the global batch that count in the loss. Collective."""
+    """Returns the number of labels of the global batch that the loss does not ignore, at least 1. Collective."""
     (counted,) = state.mesh.sum_over("fold", torch.stack([(batch.labels != IGNORED).sum() for batch in micro_batches]).sum())
     return max(1.0, counted)
 
@@ -170,7 +173,7 @@ def _seeds(state: TrainerState, tokens: float) -> Seeds:
 
 @dataclass(frozen=True)
 class _Agreed:
-    """The results of an attempt, summed over all ranks: the fields of StepResult, and `found`, the guard's own values."""
+    """The results of an attempt, reduced over all ranks: fields as in StepResult, and `found`, the sums of `Guard.inspect`."""
 
     loss: float
     balance: float
@@ -181,8 +184,8 @@ class _Agreed:
 
 
 def _agree(state: TrainerState, totals: StageTotals, tokens: float, inspected: list[torch.Tensor], report: Report) -> _Agreed:
-    """Sums the results of an attempt over all ranks, in a single reduction. Each value is contributed by exactly one of the ranks
-    that hold it. Collective."""
+    """Sums the results of an attempt over all ranks, in a single reduction. Of ranks that hold the same loss or gradient elements,
+    exactly one contributes them. Collective."""
     reported = [_scalar(state, value) for value in report()]  # as late as possible: a signal during the step counts for this step
     once = float(state.mesh.reports)
     squared, loss, balance, stops, writing, failed, *findings = state.mesh.sum_over(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from bagualu.comm.errors import RecipeError
 
 _UNFINISHED = re.compile(r"unexpected end of file|unexpected EOF while looking for|delimited by end-of-file")
-"""Bash's error messages for a command that continues on the next line."""
+"""Pattern of bash's error messages for a command that may continue on the next line."""
 
 
 def check(lines: Sequence[str]) -> None:
@@ -25,8 +25,8 @@ def commands(lines: Sequence[str]) -> list[str]:
 
 
 def _parsed(lines: Sequence[str]) -> tuple[list[str], str]:
-    """Returns the commands, and the error message if a line cannot be parsed, else "". Without bash on this machine, all lines are
-    one command."""
+    """Returns the lines joined into whole commands, and the error message if a line cannot be parsed, else "". Without bash on this
+    machine, all lines are one command and nothing is checked."""
     bash = shutil.which("bash")
     if bash is None:
         return ["\n".join(lines)] if lines else [], ""

@@ -23,9 +23,11 @@ _HISTORY = ("losses", "norms")
 
 
 def checkpoint(request: CommandLine) -> tuple[int, Any]:
-    """Print a table of a run's checkpoints. Returns the exit code, 1 if a checkpoint is damaged, and the object that --json prints.
+    """Print a table of a run's checkpoints. Returns the exit code and the object that --json prints. The exit code is 1 if a
+    problem was found in a checkpoint (`list` looks quickly, `verify` at every byte); checkpoints set aside do not count.
 
-    The object is a list with the result of `inspect.describe_one` for each checkpoint, with a list `problems` instead of `problem`.
+    The object is a list with the result of `inspect.describe_one` for each checkpoint, with a list `problems` instead of `problem`,
+    and without the guard's long history. Raises RecipeError.
     """
     if len(request.overrides) != 2 or request.overrides[0] not in ("list", "verify"):
         given = " ".join(request.overrides) or "nothing"
@@ -46,7 +48,8 @@ def checkpoint(request: CommandLine) -> tuple[int, Any]:
 
 
 def _find(given: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the checkpoints at `given`, a run directory or a checkpoint, and the checkpoints that were set aside as damaged."""
+    """Returns two lists of paths: the checkpoints at `given`, a run directory or a checkpoint, and, for a run directory, those that
+    were set aside as damaged. Raises RecipeError if there is no such directory."""
     if step_of(given) is not None or (given / MANIFEST).exists():
         if not given.is_dir():
             raise RecipeError(f"{given} does not exist; `bagualu checkpoint list RUN_DIR` lists those that exist")

@@ -38,7 +38,8 @@ _NUMBERS = ("step", "recovery", "steps lost")
 def rehearse(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
     """Run the rehearsal. Returns the exit code and the object that --json prints.
 
-    The exit code is 0 only if every fault was survived or took no effect, and the final state equals that of a run without faults.
+    The exit code is 0 only if the run reached its last step, every fault was survived or took no effect, and (without --no-compare)
+    the final state equals that of a run without faults, which leaves out the same samples. It is STOPPED after a request to stop.
     """
     recipe = compose(request.overrides, SEVERAL[request.verb])
     recipe.run.validate()  # before folders are derived from run.dir
@@ -88,7 +89,8 @@ def _in(folder: Path, recipe: Recipe) -> Recipe:
 
 
 def _budget(restart: RestartConfig, faults: list[str], overrides: list[str]) -> RestartConfig:
-    """Returns `restart` with a further restart for each fault that ends a process, and without pauses. Keys in `overrides` stay."""
+    """Returns `restart` with a further restart for each fault that ends a process, and without pauses before restarts. A key that
+    is in `overrides` keeps its value."""
     typed = {text.split("=")[0] for text in overrides}
     restarts = sum(parse(fault).ends_process for fault in faults)
     changes: dict[str, Any] = {"limit": restart.limit + restarts, "backoff_seconds": 0.0}
@@ -121,7 +123,7 @@ def _document(rehearsed: Recipe, summary: dict[str, Any], reference: Recipe | No
 
 
 def _differences(rehearsed: Recipe, reference: Recipe) -> list[str]:
-    """Returns the differences between the final states of two runs, a line for each."""
+    """Returns the differences between the newest checkpoints of two finished runs, a line for each; [] if they are equal."""
     from bagualu.fault_tolerance.checkpoint.reading.compare import differences  # imports torch, as the runs have done
 
     ends = [latest(RunDirectory(recipe.run.dir).checkpoints) for recipe in (rehearsed, reference)]

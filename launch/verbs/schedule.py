@@ -33,7 +33,7 @@ _COLUMNS = 240
 
 @dataclass(frozen=True)
 class _Plan:
-    """A schedule with the times of its passes."""
+    """A schedule with the computed times of its passes."""
 
     name: str
     schedule: Schedule
@@ -50,7 +50,8 @@ class _Plan:
 
 
 def schedule(request: CommandLine) -> tuple[int, Any]:
-    """Print the schedule. Returns the exit code and the object that --json prints. Raises RecipeError."""
+    """Print the schedule, and draw it into a file if `out` is given. Returns the exit code and the object that --json prints.
+    Raises RecipeError."""
     given = _read(request.overrides)
     out = _picture_path(given.pop("out", None))
     run = given.pop("run", None)
@@ -65,7 +66,8 @@ def schedule(request: CommandLine) -> tuple[int, Any]:
 
 
 def _read(words: list[str]) -> dict[str, str]:
-    """Returns the key=value arguments as a dictionary; a run directory gets the key `run`. Raises RecipeError."""
+    """Returns the key=value arguments as a dictionary; an argument that is a run directory gets the key `run`. Raises
+    RecipeError."""
     given: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -215,7 +217,7 @@ def _percent(share: Time) -> str:
 
 
 def _runs(values: list[int]) -> str:
-    """Returns up to 8 values as text; for more than 8, their range."""
+    """Returns the values as text; for more than 8 values, only their range and the first."""
     if len(values) <= 8:
         return " ".join(map(str, values))
     return f"{values[0]} on all" if len(set(values)) == 1 else f"{min(values)} to {max(values)}, the first {values[0]}"

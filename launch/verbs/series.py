@@ -30,9 +30,8 @@ class Series:
         self._documents: list[dict[str, Any]] = [{"ended": _NOT_BEGUN, "run_dir": job.recipe.run.dir} for job in self.jobs]
 
     def run(self, run: Run) -> tuple[int, list[dict[str, Any]]]:
-        """Run all jobs that are not done yet. Returns the sweep's exit code and what --json prints for each job, in order.
-
-        The exit code is that of the first failed job; without a failure, STOPPED if a job is not done, else DONE.
+        """Run all jobs that are not done yet; a request to stop ends the sweep. Returns the sweep's exit code (`_exit_code`) and
+        what --json prints for each job, in order.
         """
         for number, job in enumerate(self.jobs):
             self._check(number, job)
@@ -84,7 +83,8 @@ class Series:
         return failed[0] if failed else STOPPED if stopped else DONE
 
     def _print_rest(self) -> None:
-        """Print which jobs are not done and why, and at the end the last line of the first failed job."""
+        """Print how many jobs are done, which are not and why, and at the end the last line of the job that determined the exit
+        code."""
         rest = [number for number in range(len(self.jobs)) if self._codes.get(number) != DONE]
         head = f"bagualu: sweep: {len(self.jobs) - len(rest)} of {len(self.jobs)} jobs done"
         resumes = all(job.recipe.checkpoint.resume for job in self.jobs)
@@ -102,7 +102,7 @@ class Series:
 
 
 def _last_words(document: dict[str, Any]) -> str | None:
-    """Returns the last line that a job printed, from its `document`; None if the job was only asked to stop."""
+    """Returns the last line that a job printed, from its `document`; None if the document holds neither an error nor a failure."""
     if "error" in document:
         return f"bagualu: error: {document['error']}"
     if "rank" not in document:
@@ -112,7 +112,8 @@ def _last_words(document: dict[str, Any]) -> str | None:
 
 
 def _summary_if_done(recipe: Recipe) -> dict[str, Any] | None:
-    """Returns the summary of a run with checkpoint.resume=true that has finished all its steps, otherwise None."""
+    """Returns the summary of the run in run.dir if the recipe has checkpoint.resume=true and that run has done train.steps steps;
+    else None, also if the summary cannot be read."""
     path = RunDirectory(recipe.run.dir).summary
     if not recipe.checkpoint.resume:
         return None

@@ -26,7 +26,8 @@ _NO_KILL = "--no-kill"
 
 
 def slurm(request: CommandLine) -> tuple[int, Any]:
-    """Write the script of a recipe and submit it. Returns the exit code and the object that --json prints."""
+    """Write the script of a recipe into the run directory and submit it, if this machine has sbatch; with --print, only print it.
+    Returns the exit code and the object that --json prints. Raises RecipeError."""
     recipe = compose(request.overrides, SEVERAL[request.verb])
     _check(recipe)
     text = script(recipe, request.overrides)
@@ -82,7 +83,8 @@ def _check(recipe: Recipe) -> None:
 
 
 def script(recipe: Recipe, overrides: list[str]) -> str:
-    """Returns the batch script. It always resumes; without a checkpoint, training starts from step 0."""
+    """Returns the batch script. The run that it starts has checkpoint.resume=true: it starts from step 0 if there is no
+    checkpoint."""
     folder = Path(recipe.run.dir).absolute()
     own = [text for text in overrides if not re.match(r"(checkpoint\.resume|run\.dir)=", text)]
     words = [*(_settled(text, recipe) for text in own), f"run.dir={typed(str(folder))}", "checkpoint.resume=true"]
@@ -107,7 +109,8 @@ def script(recipe: Recipe, overrides: list[str]) -> str:
 
 
 def _settled(override: str, recipe: Recipe) -> str:
-    """Returns an override with ${...} replaced by its present value, so that it is the same on all nodes and in all starts."""
+    """Returns an override of a key with ${...} in its value replaced by what it stands for now, so that it is the same on all nodes
+    and in all starts of the job. Other overrides are returned unchanged."""
     key, _, value = override.partition("=")
     if "${" not in value or key.lstrip("+") not in keys():
         return override

@@ -28,7 +28,8 @@ class SweepJob:
 
 
 def jobs(overrides: Sequence[str]) -> list[SweepJob]:
-    """Returns the jobs of a sweep; the last key with several values varies fastest. Raises RecipeError."""
+    """Returns the jobs of a sweep, one for each combination of values; the last key with several values varies fastest. Raises
+    RecipeError."""
     parsed = parse(overrides)
     values = {override.get_key_element(): _values(override) for override in parsed}
     swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
@@ -49,7 +50,8 @@ def jobs(overrides: Sequence[str]) -> list[SweepJob]:
 
 
 def _values(override: Override) -> list[str]:
-    """Returns one override per value of `override`. Raises RecipeError when the values cannot be listed."""
+    """Returns a list with an override, as text, for each value of `override`. Raises RecipeError when the values cannot be
+    listed."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if override.value_type in (ValueType.GLOB_CHOICE_SWEEP, ValueType.INTERVAL_SWEEP):
@@ -71,7 +73,8 @@ def _distinct(values: list[str]) -> list[str]:
 
 
 def _free(folder: str, own: list[str], taken: Container[str]) -> str:
-    """Returns `folder` with the job's values appended to its name, shortened to a hash if too long or already taken."""
+    """Returns `folder` with the job's values `own` appended to its name. If they are too long or the name is in `taken`, appends
+    the beginning of the values and a hash of all."""
     plain = ",".join(re.sub(r"[^\w.=-]+", "_", _without_quotes(text)) for text in own)
     short = plain.encode()[: _LONGEST_NAME // 2].decode(errors="ignore")
     distinct = f"{folder}-{short}-{hashlib.blake2b(repr(own).encode(), digest_size=4).hexdigest()}"

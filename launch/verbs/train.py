@@ -18,7 +18,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def train(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
-    """Train, or run every job of a sweep. Returns the exit code and the object that --json prints."""
+    """Train, or with -m run every job of a sweep. Returns the exit code and the object that --json prints. Raises RecipeError."""
     stop = StopRequest()
 
     def train_once(recipe: Recipe, overrides: list[str]) -> tuple[int, dict[str, Any]]:
@@ -47,7 +47,8 @@ def _check(recipe: Recipe) -> None:
 
 
 def _beginning(recipe: Recipe, workers: int, backend: Choice) -> str:
-    """Returns the first line of a run: its layout, workers, backend and directory, and the checkpoint that it resumes from."""
+    """Returns the first line that a run prints: its layout, workers, backend and directory, and for a run that resumes the
+    checkpoint that it resumes from."""
     kinds = ("thread", "threads of this process") if recipe.comm.backend == "simulated" else ("process", "processes")
     kind = kinds[workers > 1]
     start = ""

@@ -94,7 +94,7 @@ usage: bagualu rehearse [recipe=NAME] faults=... [key=value ...] [--no-compare] 
 
 Runs the recipe twice on this machine, with and without the planned faults, in two folders of RUN_DIR-rehearsal. Reports
 for every fault how it was noticed, what was done about it and what it cost, and whether both final states are equal
-bit for bit. Exit code 0 only if every fault struck, was survived or took no effect, and the states are equal.
+bit for bit. Exit code 0 only if every fault struck, and was survived or took no effect, and the states are equal.
 
 faults=[kill@step=5:rank=2:at=backward, corrupt@step=9]     these faults; each strikes once, also after a restart
 faults=random:20                                            20 faults, drawn with run.seed
@@ -157,13 +157,19 @@ class CommandLine:
     """A parsed command line."""
 
     verb: str
+    """The first argument, e.g. train; "" for the help page of `bagualu` itself."""
     overrides: list[str] = field(default_factory=list)
+    """The arguments that are no options: overrides of a recipe, or the arguments of `checkpoint` and `schedule`."""
     help: bool = False
     print_recipe: bool = False
+    """Whether --cfg job was given: print the recipe and do nothing."""
     json: bool = False
     multirun: bool = False
+    """Whether -m was given: run a sweep."""
     print_script: bool = False
+    """Whether --print was given: print the batch script and do nothing."""
     compare: bool = True
+    """False with --no-compare: leave out the rehearsal's run without faults."""
 
 
 _LONG = {"-h": "--help", "-m": "--multirun", "-c": "--cfg"}
@@ -180,11 +186,11 @@ _SETS = {
     "--help": ("help", True), "--json": ("json", True), "--multirun": ("multirun", True), "--print": ("print_script", True),
     "--no-compare": ("compare", False), "--cfg": ("print_recipe", True),
 }  # fmt: skip
-"""The field of CommandLine that each option sets, and its value."""
+"""The field of CommandLine that each option sets, and the value that the field gets."""
 
 
 def read(arguments: list[str]) -> CommandLine:
-    """Returns the parsed command line. Raises RecipeError for an unknown verb or option."""
+    """Returns the parsed command line. Raises RecipeError for an unknown verb, or an option that the verb does not accept."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return CommandLine("", help=True)
     verb = arguments[0]
@@ -247,7 +253,7 @@ def _meant_key(name: str, verb: str) -> str | None:
 
 
 def page(verb: str) -> str:
-    """Returns the help page of a verb; for an empty string, the page with the list of verbs."""
+    """Returns the help page of a verb as text; for an empty string, the page with the list of verbs."""
     if not verb:
         return _HELP.format(verbs="\n".join(f"  {name:<12}{what}" for name, what in VERBS.items()))
     if verb == "checkpoint":
@@ -260,7 +266,7 @@ def page(verb: str) -> str:
 
 
 def _kinds() -> list[str]:
-    """Returns one line for each kind of fault: its own options and what it does."""
+    """Returns a list with a line for each kind of fault: its own options and what it does."""
     lines = []
     for name, kind in KINDS.items():
         own = [option.name for option in fields(kind) if option.name not in ("step", "rank", "at")]
@@ -269,7 +275,7 @@ def _kinds() -> list[str]:
 
 
 def _recipes() -> list[str]:
-    """Returns one line for each recipe: its name and the first comment in its file."""
+    """Returns a list with a line for each recipe that comes with Bagualu: its name and the first comment in its file."""
     lines = []
     for entry in sorted((files("bagualu.recipes") / "recipe").iterdir(), key=lambda entry: entry.name):
         comments = [line[2:] for line in entry.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]

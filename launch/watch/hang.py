@@ -26,7 +26,7 @@ has timed out no longer shows which rank it waited for."""
 class HangCheck(Watcher):
     """Detects that the workers of this machine hang, writes a report, ends the worker processes and names the rank at fault.
 
-    Ranks that are threads cannot be ended.
+    Ranks that are threads cannot be ended. With restart.hang_seconds=0 it does nothing.
     """
 
     def __init__(self, recipe: Recipe, scratch: Path) -> None:
@@ -45,8 +45,8 @@ class HangCheck(Watcher):
             self._watchdog = Watchdog(self._folder, pids, self._patience)
 
     def look(self) -> Failure | None:
-        """Returns a failure if a worker hangs (see `Watcher.look`), else None. It is slow only if one hangs, because it writes a
-        report."""
+        """Returns a failure if a worker hangs (see `Watcher.look`), else None. The call is slow only if a worker hangs, because it
+        then ends the workers and writes a report; after that it returns None until new workers start."""
         diagnosis = self._watchdog.look() if self._watchdog else None
         if self._watchdog is None or diagnosis is None:
             return None
@@ -69,8 +69,8 @@ class HangCheck(Watcher):
 
 
 def _with_links(diagnosis: HangDiagnosis, links: list[LostLink]) -> HangDiagnosis:
-    """Returns the diagnosis with the lost connections added to its reason. If it names no culprit and all of them are connections
-    of one rank, that rank becomes the culprit."""
+    """Returns the diagnosis with the lost connections `links` added to its reason. If it names no culprit and exactly one rank is
+    an end of every lost connection, that rank becomes the culprit."""
     if not links:
         return diagnosis
     shown = "; ".join(map(str, links[:2])) + (f"; and {len(links) - 2} more" if len(links) > 2 else "")

@@ -10,7 +10,8 @@ from bagualu.trainer.process.failure import Failure
 
 
 class LedgerWatcher(Watcher):
-    """Records when the launch began and when workers started and failed. Only the node with rank 0 writes."""
+    """Records in the ledger when the launch began and when workers started and failed. Only the launcher on the node with rank 0
+    writes."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir

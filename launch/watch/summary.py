@@ -12,8 +12,8 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 class SummaryWatcher(Watcher):
-    """Records in summary.json how a start of the run went. The node that holds the lock of the run directory writes; another node
-    writes only after that node is lost."""
+    """Records in summary.json that a launch runs and how it ended. The node that holds the lock of the run directory writes;
+    another node writes only after that node is lost."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._start = Start(recipe)
@@ -28,7 +28,9 @@ class SummaryWatcher(Watcher):
             self._start.begin()  # the failure may have come after the last step, when the summary already said "done"
 
     def ended(self, summary: dict[str, object] | None, failure: Failure | None) -> None:
-        """Write how the launch ended: successfully with `summary`, or with `failure`."""
+        """Write how the launch ended: with `summary`, or with `failure`. After a refused recipe, before any step or restart, the
+        file is restored instead. A node that does not hold the lock writes only failures, and only if the node with the lock is
+        gone."""
         if failure is None:
             if summary and self._start.begun:
                 self._start.finish(summary)

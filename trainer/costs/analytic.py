@@ -35,6 +35,7 @@ class ModelWork:
     micro_batch: int
     dtype: str
     zero: int = 1
+    """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it."""
     sequence: bool = False
     """Whether sequence parallelism is on."""
 
@@ -48,13 +49,13 @@ class ModelWork:
 
     @property
     def accurate_bytes(self) -> int:
-        """Bytes per element of gradients, moments and norm statistics, which are at least float32."""
+        """Bytes per element of gradients, master weights, moments and norm statistics, which are at least float32."""
         return max(4, self.item_bytes)
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes held for one micro-batch; the fields are those of LayerCost."""
+    """Bytes that a rank holds in a layer for one micro-batch; the fields are those of LayerCost."""
 
     activation_bytes: int
     input_bytes: int
@@ -62,7 +63,7 @@ class Held:
 
 
 def analytic_table(work: ModelWork) -> CostTable:
-    """Returns what every layer of `work` costs a rank that holds it."""
+    """Returns the costs of every layer of `work`, embedding and head included, for a rank that holds it and a micro-batch."""
     model, tensor = work.model, work.layout.tensor
     embedding_bytes, head_bytes, tied_bytes = end_bytes(work)
     embedding = LayerCost("embedding", 0.0, 0.0, 0.0, embedding_bytes, *_in_order(embedding_held(work)))
@@ -111,7 +112,7 @@ def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
 
 
 def layer_buffers(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
-    """Global shapes of a decoder layer's buffers, by name."""
+    """Returns the global shapes of a decoder layer's buffers, by name; {} if it has none."""
     return {"feed_forward.router.bias": (model.moe.experts,)} if model.is_moe_layer(index) and model.moe.has_bias else {}
 
 
@@ -127,15 +128,15 @@ def layer_bytes(work: ModelWork, index: int) -> int:
 
 
 def saved_bytes(work: ModelWork, index: int) -> int:
-    """Returns the bytes of a decoder layer in a checkpoint: its master weights, moments and buffers."""
+    """Returns the bytes of a whole decoder layer, over all ranks, in a checkpoint: its master weights, moments and buffers."""
     trained = sum(prod(shape) for shape in layer_shapes(work.model, index).values())
     buffers = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
     return (trained * (1 + _MOMENTS) + buffers) * work.accurate_bytes
 
 
 def end_bytes(work: ModelWork) -> tuple[int, int, int]:
-    """Returns the state bytes of the embedding, those of the final norm and the head, and how many of both exist only once if the
-    same rank holds both."""
+    """Returns three numbers of bytes of state on a rank: of the embedding, of the head with the final norm, and those that both
+    include but that exist only once if the same rank holds both (0 unless embeddings are tied)."""
     vocabulary = (work.model.padded_vocab, work.model.hidden)
     embedding = _state_bytes(work, "embedding.weight", vocabulary)
     head = _state_bytes(work, "head.weight", vocabulary) + _state_bytes(work, "norm.weight", (work.model.hidden,))
@@ -153,16 +154,18 @@ def _state_bytes(work: ModelWork, name: str, shape: tuple[int, ...]) -> int:
 
 
 def embedding_held(work: ModelWork) -> Held:
-    """Returns what the embedding holds: as activations the token ids, as operands the ids and the rows of the output's gradient."""
+    """Returns the bytes that the embedding holds: as activations the token ids, as operands the ids and the gradient of the
+    output."""
     ids, between = 8 * work.tokens, work.tokens // (work.layout.tensor if work.sequence else 1)
     return Held(ids, ids, ids + between * work.model.hidden * work.item_bytes)
 
 
 def head_held(work: ModelWork) -> Held:
-    """Returns what the head holds: the norm's input and scale, and the gradients of the input and of the weight.
+    """Returns the bytes that the final norm and the head hold: the norm's input and scale, and the gradients of the loss with
+    respect to the head's input and weight.
 
-    The weight's gradient is in at least float32 if it is summed over chunks of tokens. So it is on chips that do not multiply
-    16-bit matrices, which is not counted."""
+    The weight's gradient is in at least float32 if it is summed over chunks of tokens. On chips that do not multiply 16-bit
+    matrices it always is, which this function does not take into account."""
     model, tensor = work.model, work.layout.tensor
     between = work.tokens // (tensor if work.sequence else 1)
     inputs, scales = between * model.hidden * work.item_bytes, between * work.accurate_bytes

@@ -20,7 +20,7 @@ from bagualu.trainer.costs.analytic import ModelWork
 from bagualu.trainer.costs.measured import MeasuredCosts, measure
 
 FORMAT = 1
-"""Part of the key. Raise it when what is measured, or how it is measured, changes."""
+"""A number in the KEY of a cache file. Raise it when what is measured, or how it is measured, changes."""
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def figures(cache: Path, work: ModelWork, device: torch.device, compiled: bool) 
 
 
 def device_name(device: torch.device) -> str:
-    """Returns the name that the maker gives the device; for a CPU without such a name, that of its architecture."""
+    """Returns the device's product name; for a CPU whose product name is unknown, the name of its architecture."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:

@@ -30,7 +30,7 @@ from bagualu.trainer.data.corpus import default_cache
 from bagualu.trainer.recipe.config import Recipe
 
 ALIKE = 0.05
-"""Devices whose measured speeds differ by less than this fraction count as equally fast."""
+"""A device whose measured speed differs from the median by less than this fraction counts as having the median speed."""
 _PROBE_SECONDS = 0.2
 
 
@@ -39,8 +39,8 @@ def agree_on_split(
 ) -> tuple[Split, CostTable | None]:
     """Returns the split that `parallel.balance` asks for, and the costs that were used for it (None if none were). Collective.
 
-    balance=uniform and lists of layers need only analytic costs, to check `parallel.memory_bytes` and to choose the stages that
-    recompute. Raises RecipeError on every rank if no split fits the memory caps.
+    balance=uniform and lists of layers need no costs, or with `parallel.memory_bytes` only analytic costs, to check that limit and
+    to choose the stages that recompute. Raises RecipeError on every rank if no split fits the memory caps.
     """
     parallel, train = recipe.parallel, recipe.train
     caps = memory_caps(parallel.memory_bytes, layout.pipeline)
@@ -67,7 +67,7 @@ def agree_on_split(
 
 
 def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
-    """Returns the work of a rank under `recipe` and `layout`."""
+    """Returns the properties of a rank's work, under `recipe` and `layout`, on which its costs depend."""
     return ModelWork(
         recipe.model.padded_over(layout.tensor),
         layout,
@@ -98,15 +98,16 @@ def agree_on_shares(recipe: Recipe, layout: Layout, communicator: Communicator) 
 
 
 def replica_speeds(rates: list[float], layout: Layout) -> list[float]:
-    """Returns speeds by data rank from the rates of all ranks: those of each replica's slowest rank, relative to their median.
-    Speeds within `ALIKE` of the median are 1."""
+    """Returns the speed of each data rank, given the FLOP/s of all ranks: the rate of the replica's slowest rank divided by the
+    median of these rates. A speed within `ALIKE` of the median is 1."""
     slowest = _slowest(rates, layout, "data")
     middle = statistics.median_low(slowest)
     return [1.0 if abs(rate / middle - 1) < ALIKE else rate / middle for rate in slowest]
 
 
 def _speeds(recipe: Recipe, layout: Layout, communicator: Communicator) -> list[float]:
-    """Returns the speeds by pipeline rank."""
+    """Returns the speed of each pipeline rank relative to rank 0's, or as parallel.speeds declares; 1.0 for all if it is left out.
+    Collective if the speeds are measured."""
     declared = recipe.parallel.speeds
     if declared is None:
         return [1.0] * layout.pipeline
@@ -124,8 +125,8 @@ def _rates(recipe: Recipe, communicator: Communicator) -> list[float]:
 
 
 def relative_speeds(rates: list[float], layout: Layout) -> list[float]:
-    """Returns speeds by pipeline rank from the rates of all ranks: those of the slowest rank that holds the same stages, relative
-    to rank 0, which measures the costs. Rates within `ALIKE` of the median count as equal to it."""
+    """Returns the speed of each pipeline rank, given the FLOP/s of all ranks: the rate of the slowest rank that holds the same
+    stages, relative to that of rank 0, which measures the costs. A rate within `ALIKE` of the median counts as equal to it."""
     slowest = _slowest(rates, layout, "pipeline")
     middle = statistics.median_low([*slowest, rates[0]])
     alike = [middle if abs(rate / middle - 1) < ALIKE else rate for rate in [rates[0], *slowest]]

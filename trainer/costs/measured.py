@@ -38,7 +38,7 @@ _MOST_ROUNDS = 30
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Costs of one kind of layer for one micro-batch; the fields are those of LayerCost."""
+    """Costs of one kind of layer for one micro-batch on this device; the fields are those of LayerCost."""
 
     forward_seconds: float
     input_gradient_seconds: float
@@ -146,7 +146,7 @@ class _Sample:
     shelf: _Shelf
 
     def times(self) -> tuple[float, float, float]:
-        """Returns the seconds of the forward pass, the input gradient and the weight gradient."""
+        """Runs the layer once and returns the seconds of the forward pass, the input gradient and the weight gradient."""
         inputs = self.new_input()
         moments = [self._now()]
         outputs = self.run(inputs)
@@ -159,7 +159,8 @@ class _Sample:
         return first, second, third
 
     def bytes_held(self) -> tuple[int, int, int]:
-        """Returns the bytes of activations, of the input and of the weight gradients' operands.
+        """Returns the bytes that the layer keeps for its backward pass (activations), of its input, and of the weight gradients'
+        operands.
 
         Storage that two forward passes share (weights, positions) does not count as activations."""
         first, second = self._saved(), self._saved()
@@ -191,7 +192,7 @@ class _Sample:
 
 @dataclass
 class _Saved:
-    """A forward pass before its backward pass, and the storages that are kept for the latter: address -> bytes."""
+    """A forward pass before its backward pass, and the tensor storages that are kept for the backward pass: address -> bytes."""
 
     inputs: torch.Tensor
     outputs: tuple[torch.Tensor, ...]
@@ -250,7 +251,8 @@ class _NormAndHead(nn.Module):
 
 
 def _localise(module: nn.Module, prefix: str, work: ModelWork, device: torch.device, draw: torch.Generator, fused: bool) -> _Shelf:
-    """Replaces each parameter of `module`, which is on the meta device, by rank 0's slice of it on `device`, with random values.
+    """Replaces each parameter of `module`, which is on the meta device, by rank 0's slice of it on `device`, with random values,
+    and each buffer by zeros.
     Returns the shelf that collects the deferred gradients. With `fused`, kernels write gradients straight to the parameters'
     sinks."""
     plan, dtype = decoder_plan(work.model, work.sequence), getattr(torch, work.dtype)

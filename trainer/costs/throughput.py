@@ -18,7 +18,7 @@ _LONG_ENOUGH_SECONDS = 0.01
 
 
 def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Returns the FLOPs of forward and backward passes for one token of a sequence of `sequence_length`."""
+    """Returns the FLOPs of the whole model's forward and backward pass for one token of a sequence of `sequence_length` tokens."""
     layers = sum(layer_flops(model, layer, sequence_length).total for layer in range(model.layers))
     return layers + head_flops(model).total
 

@@ -19,7 +19,8 @@ from bagualu.trainer.data.corpus import Corpus, require_sequence
 from bagualu.trainer.data.prepared import AnyTokens, DataError
 
 RANDOM_SEQUENCES = 2**31
-"""The length of a set of random sequences, which in fact never run out; validation sequences are spread over it."""
+"""The number of sequences that a set of random sequences reports, although it never runs out; validation sequences are spread
+over that many."""
 
 # Separate streams of random numbers: the top word of the generator's 256-bit counter.
 _ORDER, _TRAINING_TOKENS, _VALIDATION_TOKENS = 0, 1, 2
@@ -53,7 +54,7 @@ class StoredSequences:
 
 
 class RandomSequences:
-    """Uniform random tokens, a function of (seed, sequence index)."""
+    """Sequences of uniform random tokens, a function of (seed, stream, sequence index)."""
 
     def __init__(self, vocab: int, sequence_length: int, seed: int, stream: int) -> None:
         self._vocab, self._length, self._seed, self._stream = vocab, sequence_length, seed, stream
@@ -71,8 +72,8 @@ class Batches:
     Sequences come in a new random order each epoch, each exactly once; a global batch may contain the end of an epoch and
     the beginning of the next. Random tokens are never repeated: sample n of the run is random sequence n.
 
-    Inputs and labels are int64. A label of -100 means that the position is not predicted. No source produces such a label, but a
-    loss must skip it and average over the others only.
+    Inputs and labels are int64. A label of -100 means that the position is not predicted. This class produces no such label, but a
+    loss must skip it and average over the other positions only.
     """
 
     def __init__(self, corpus: Corpus, config: DataConfig, seed: int) -> None:
@@ -81,7 +82,7 @@ class Batches:
         self._vocab, self._source = corpus.vocab, config.source
         self._shuffled = config.source != RANDOM
         self._ids: tuple[int, NDArray[np.int64]] | None = None
-        """The latest step that `batch` was called for, and its `sample_ids`."""
+        """The latest step that `batch` was called for, and its `sample_ids`; None before the first call."""
         self._train: Sequences
         self._validation: Sequences
         if self._shuffled:
@@ -114,7 +115,9 @@ class Batches:
         return ids
 
     def batch(self, step: int, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Returns inputs and labels [count, S] of samples start .. start + count of the global batch of step `step`."""
+        """Returns inputs and labels [count, S] of samples start .. start + count - 1 of the global batch of step `step`. Raises
+        ValueError outside the batch, DataError if tokens have changed, StorageError if they cannot be read, RecipeError for a token
+        >= vocab."""
         if not 0 <= start <= start + count <= self._global_batch:
             raise ValueError(f"samples {start}..{start + count} lie outside the global batch of {self._global_batch}")
         if self._ids is None or self._ids[0] != step:
@@ -122,7 +125,8 @@ class Batches:
         return self._read(self._train, self._ids[1][start : start + count])
 
     def validation(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Returns inputs and labels [count, S] of validation sequences start .. start + count, in the order of the files."""
+        """Returns inputs and labels [count, S] of validation sequences start .. start + count - 1, in the order of the files.
+        Raises as `batch` does."""
         if not 0 <= start <= start + count <= self.validation_count:
             raise ValueError(f"sequences {start}..{start + count} lie outside the {self.validation_count} there are")
         return self._read(self._validation, np.arange(start, start + count))

@@ -40,7 +40,7 @@ class Document:
 
 
 class VocabularyTooLargeError(Exception):
-    """The text yields only `size` entries of a vocabulary, fewer than requested."""
+    """The training text yields a vocabulary of only `size` entries, fewer than requested."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -50,7 +50,7 @@ class VocabularyTooLargeError(Exception):
 def build(folder: Path, scratch: Path, request: CorpusRequest, files: Sequence[TextFile]) -> None:
     """Writes a whole corpus durably into `folder`. `scratch` is a folder for files that are not needed afterwards.
 
-    Raises RecipeError, with the values to give instead, if the text cannot be split or is too small for the vocabulary.
+    Raises RecipeError, with the values to give instead, if the text cannot be read or split or is too small for the vocabulary.
     """
     try:
         kind = _write(folder, request, files)
@@ -62,8 +62,8 @@ def build(folder: Path, scratch: Path, request: CorpusRequest, files: Sequence[T
 
 
 def documents(files: Sequence[TextFile], split: TextSplit, source: str) -> list[Document]:
-    """Returns the documents into which `split` divides `files`, in the same order. Raises RecipeError for a file that cannot be
-    read.
+    """Returns the documents into which `split` divides `files`, in the order of the files; the file that is cut gives two. Raises
+    RecipeError for a file that cannot be read.
 
     Files of the standard library that are not UTF-8 are skipped.
     """
@@ -105,7 +105,8 @@ def _write(folder: Path, request: CorpusRequest, files: Sequence[TextFile]) -> s
 
 
 def _write_tokens(folder: Path, text: Sequence[Document], vocab: int) -> tuple[int, int]:
-    """Trains the tokenizer, writes it and all tokens to `folder`, and returns the numbers of training and validation tokens."""
+    """Trains the tokenizer, writes it and all tokens to `folder`, and returns the numbers of training and validation tokens. Raises
+    VocabularyTooLargeError, RecipeError."""
     training = [document.part for document in text if not document.validation]
     tokenizer = train_tokenizer(_sample(training, vocab * SAMPLE_CHARACTERS_PER_ENTRY), vocab)
     if tokenizer.get_vocab_size() < vocab:
@@ -126,7 +127,7 @@ def _write_part(stream: BinaryIO, part: Part, encoder: Encoder, dtype: str) -> N
 
 
 def _sample(parts: Sequence[Part], most_characters: int) -> Iterator[str]:
-    """Yields text of the parts in the order of their names' hashes, at most `most_characters` in all."""
+    """Yields text of the parts, in the order of the hashes of their files' names, at most `most_characters` in all."""
     for part in sorted(parts, key=lambda part: hash_fraction("sample:" + part.file.name)):
         for piece in part.pieces():
             if most_characters <= 0:
@@ -145,7 +146,8 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 
 def _vocabulary_advice(scratch: Path, request: CorpusRequest, files: Sequence[TextFile], size: int) -> str:
-    """Returns the message for a text that yields only `size` entries, with a value for model.vocab that will be accepted."""
+    """Returns the message for a text that yields only `size` vocabulary entries, with the value of model.vocab to give instead, or
+    the advice to give more text if no value helps."""
     problem = f"the text of data.source={request.data.source} yields only {size} tokens"
     vocab = _largest_vocab(scratch, request, files, size)
     longest = request.longest_sequence(token_counts(scratch / _TRIAL, vocab))

@@ -20,19 +20,21 @@ class DataConfig:
 
     source: str = field(default=STDLIB, metadata={"path": True})
     """stdlib: the source code of Python's own standard library; random: uniform random tokens; else a text file or a folder of text
-    files. Links are followed, each file and folder is read once, and run directories below it are skipped."""
+    files. Links are followed, and each file and folder is read once. Folders of runs and of prepared corpora, and names that start with a
+    dot, are skipped."""
     sequence_length: int = 256
     """The number of tokens that a sequence predicts; it reads one more."""
     global_batch: int = 16
     """Sequences per optimizer step, over all ranks."""
     validation_fraction: float = 0.05
-    """Share of the text kept for validation; nothing is kept with train.validation_sequences=0, unless data.split=files."""
+    """Share of the tokens kept for validation, to within a factor of 2 (data.split=share); nothing is kept with
+    train.validation_sequences=0, unless data.split=files."""
     split: str = "share"
     """share: keeps files chosen by a hash of their path, and cuts one of them if whole files would miss the share by more than a
-    factor of 2. files: keeps whole files whatever share they are, even with train.validation_sequences=0, as earlier versions
-    did."""
+    factor of 2. files: keeps whole files whatever share they are (a single file is cut), even with train.validation_sequences=0,
+    as earlier versions did."""
     cache: str | None = field(default=None, metadata={"path": True})
-    """Folder of prepared corpora; by default $XDG_CACHE_HOME/bagualu or ~/.cache/bagualu."""
+    """Folder of prepared corpora and measured costs; by default $XDG_CACHE_HOME/bagualu or ~/.cache/bagualu."""
 
     def validate(self) -> None:
         require_text("data", self, source=STDLIB)
@@ -57,7 +59,7 @@ def _is_utf8(name: str) -> bool:
 
 
 def require_vocab(vocab: int) -> None:
-    """Raises RecipeError if the vocabulary is too small for text."""
+    """Raises RecipeError if `vocab`, a number of entries, is too small for text."""
     if vocab < SMALLEST_VOCAB:
         raise RecipeError(f"model.vocab={vocab} cannot hold every byte and the end of a file; "
                           f"give model.vocab={SMALLEST_VOCAB} or more")  # fmt: skip

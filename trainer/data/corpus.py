@@ -37,7 +37,7 @@ from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.data.tokenizer import load_tokenizer, token_bytes
 
 FORMAT = 3
-"""Part of the key. Raise it when what is stored changes."""
+"""A number in the KEY of a corpus. Raise it when what is stored changes."""
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +55,15 @@ class Corpus:
     train: AnyTokens
     """Tokens of the training split, flat, uint16 or uint32."""
     validation: AnyTokens
+    """Tokens of the validation split, flat; empty if nothing is kept for validation."""
     token_bytes: NDArray[np.int64]
-    """[vocab]: bytes of text that each token stands for."""
+    """[vocab]: the number of bytes of text that each token stands for."""
     fingerprint: str
     """Hash of the tokenizer and of every token: equal on two machines when they train on the same data."""
     tokenizer_path: Path | None
     """The file for `tokenizer.load_tokenizer`; None for random tokens."""
     split: str = "files"
-    """How the text was split: `TextSplit.kind`; none if nothing is kept for validation."""
+    """How the text was split: `TextSplit.kind`, which is "none" if nothing is kept for validation."""
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float | None:
@@ -71,7 +72,7 @@ def bits_per_byte(nats: float, text_bytes: float) -> float | None:
 
 
 def show_data(corpus: Corpus, source: str) -> str:
-    """Returns a line for people on how many tokens there are for training and for validation."""
+    """Returns a line for people: how many tokens there are for training and for validation, or that random tokens never run out."""
     if corpus.tokenizer_path is None:
         return f"data: {source} tokens without end"
     train, validation = len(corpus.train), len(corpus.validation)
@@ -80,13 +81,13 @@ def show_data(corpus: Corpus, source: str) -> str:
 
 
 def default_cache() -> Path:
-    """Returns $XDG_CACHE_HOME/bagualu or ~/.cache/bagualu. The variable is read because it is the user's setting for all caches."""
+    """Returns $XDG_CACHE_HOME/bagualu or, if the variable is not set, ~/.cache/bagualu. It is the user's setting for all caches."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "bagualu"
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Returns the folder of prepared corpora."""
+    """Returns the folder of prepared corpora: data.cache or the default."""
     return Path(config.cache) if config.cache else default_cache()
 
 
@@ -101,8 +102,8 @@ def prepare(
     """Returns the corpus of `config`, tokenised with exactly `vocab` entries. Several processes may call this at the same time.
 
     `validation`, `length_multiple`: as in `CorpusRequest`. `run_dir`: a folder that is not read as text.
-    Takes seconds the first time and milliseconds after that. Raises RecipeError if the source is not text, or too small for one
-    sequence or for the vocabulary; SourceError if it is missing or empty, or if the cache cannot be used.
+    Takes seconds the first time; after that it only reads the corpus once. Raises RecipeError if the source is not text, or too
+    small for one sequence or for the vocabulary; SourceError if the source is missing or empty, or if the cache cannot be used.
     """
     if config.source == RANDOM:
         nothing = np.zeros(0, np.uint32)
@@ -126,7 +127,8 @@ def prepare(
 
 
 def require_sequence(corpus: Corpus, config: DataConfig, length_multiple: int = 1) -> None:
-    """Raises RecipeError unless each part holds at least one sequence (`sequence_length` + 1 tokens)."""
+    """Raises RecipeError unless the training split, and the validation split if one is kept, hold at least one sequence
+    (`sequence_length` + 1 tokens)."""
     counts = (len(corpus.train), len(corpus.validation))
     request = CorpusRequest(config, corpus.vocab, corpus.split != NOTHING.kind, length_multiple=length_multiple)
     longest = request.longest_sequence(counts)
@@ -165,7 +167,7 @@ def _build(folder: Path, request: CorpusRequest, files: Sequence[TextFile]) -> C
 def _load(folder: Path, vocab: int) -> Corpus | None:
     """Returns the corpus in `folder`; None if it does not exist, or if any byte differs from what was prepared, which is logged.
 
-    Raises OSError if it cannot be read now: then it is not prepared again.
+    Raises OSError if the corpus cannot be read now: then it is not prepared again.
     """
     if not folder.exists():
         return None

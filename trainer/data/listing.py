@@ -24,8 +24,8 @@ _OF_A_CORPUS = ("corpus.json", "tokenizer.json", "train.bin")
 
 
 class SourceError(RecipeError, StorageError):
-    """A source or cache is missing. For a run that begins this is a mistake in the recipe; for a run that resumes, its storage is
-    unavailable."""
+    """A source or cache is missing or cannot be used. For a run that begins this is a mistake in the recipe; for a run that
+    resumes, its storage is unavailable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ class Tree:
     skipped: frozenset[str] = frozenset()
     """Names of folders to skip."""
     suffix: str = ""
+    """Only files whose names end in this are listed; "": all files."""
     follow: bool = True
     """Whether links to folders are followed."""
     _read: set[tuple[int, int]] = field(default_factory=set)
@@ -61,7 +62,7 @@ class Tree:
 
     def files(self) -> Iterator[TextFile]:
         """Yields the files in no particular order. Raises SourceError if a folder cannot be listed, RecipeError for a name that is
-        not UTF-8."""
+        not UTF-8 and if `root` itself is the folder of a run or of prepared corpora."""
         for folder in self.apart:
             if os.path.isdir(folder):
                 self._read.add(_identity(folder))
@@ -161,8 +162,8 @@ def require_utf8_name(path: str) -> None:
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Returns the status of `entry`, or of its target if it is a link; None for a broken or circular link, and for a file that was
-    just removed."""
+    """Returns the stat result of `entry`, or of its target if it is a link; None for a broken or circular link, and for a file that
+    was just removed. Raises SourceError for other errors."""
     try:
         return entry.stat()
     except OSError as error:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bagualu.comm.errors import StorageError
 
 _TOKENIZER, SPLITS = "tokenizer.json", ("train.bin", "validation.bin")
-"""SPLITS: the files of the training tokens and of the validation tokens."""
+"""The file of the tokenizer; SPLITS: the files of the training tokens and of the validation tokens."""
 _BLOCK_BYTES = 2**16
 """The unit in which tokens are read and verified; a memory map would read as much ahead. The hashes take 128 MB per terabyte of
 tokens."""
@@ -56,8 +56,8 @@ class Tokens:
         return self._bytes // self._dtype.itemsize
 
     def __getitem__(self, wanted: slice) -> NDArray[Any]:
-        """Returns tokens wanted.start .. wanted.stop. Raises DataError if they have changed, StorageError if they cannot be read
-        now."""
+        """Returns the tokens of the slice `wanted`, whose step is ignored. Raises DataError if they have changed, StorageError if
+        they cannot be read now."""
         item = self._dtype.itemsize
         start, stop, _ = wanted.indices(len(self))
         if stop <= start:
@@ -89,14 +89,14 @@ AnyTokens: TypeAlias = "NDArray[Any] | Tokens"
 
 
 def open_splits(folder: Path, vocab: int) -> tuple[Tokens, Tokens, str]:
-    """Returns the training and the validation tokens in `folder`, and the fingerprint of what was read. Raises OSError,
-    ValueError."""
+    """Returns the training and the validation tokens in `folder`, and their fingerprint (as `fingerprint` computes it). Raises
+    OSError, and ValueError for a token that is not in the vocabulary."""
     train, validation = (Tokens(folder / name, vocab) for name in SPLITS)
     return train, validation, _combined([_digest(folder / _TOKENIZER), train.digest, validation.digest])
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns a hash of everything in `folder` that a model gets to see. Raises OSError."""
+    """Returns a hash of everything in `folder` that a model gets to see: the tokenizer and all tokens. Raises OSError."""
     return _combined(_digest(folder / name) for name in (_TOKENIZER, *SPLITS))
 
 

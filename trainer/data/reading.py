@@ -19,7 +19,7 @@ _LONGEST = 2**20
 """The most characters of a piece of text in which no word ends; then it is cut in the middle of a word."""
 _LINE_BLOCK = 2**16
 _FARTHEST = 0.25
-"""How far from the requested share a file may be cut so as to cut it between lines or words, as a fraction of the smaller part."""
+"""How far a cut may be moved back from the requested share to a line or word end, as a fraction of the smaller part's size."""
 
 # No word continues from a character to white space after it, nor from punctuation (except the apostrophe: 's is a word) to a
 # letter or digit after it.
@@ -28,7 +28,7 @@ _WORD_END = re.compile(r".*(?:\S(?=[ \n\t\r])|[!-&(-/:-@\[-`{-~。，！？；�
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes `start` .. `stop` of a file; both bounds lie between two characters."""
+    """The bytes of a file from `start` up to, not including, `stop`; both bounds lie between two characters."""
 
     file: TextFile
     start: int
@@ -65,9 +65,10 @@ def whole(file: TextFile) -> Part:
 
 def cut(file: TextFile, training_share: float, anywhere: bool) -> tuple[Part, Part]:
     """Returns the file in two parts: `training_share` of its characters, and the rest. The cut is moved back to the end of a line,
-    or else to the start of a word, if there is one nearby.
+    or else to the white space before a word, if there is one nearby (_FARTHEST).
 
-    `anywhere`: moves it back to the end of a line however far away that is.
+    `anywhere`: moves the cut back to the end of a line however far away that is, and not to a word. Without such a place the cut
+    is not moved. Raises RecipeError.
     """
     middle = _offset_of(file, int(_characters(file) * training_share))
     near = 0 if anywhere else middle - int(_FARTHEST * min(middle, file.size_bytes - middle))
@@ -94,7 +95,8 @@ def _not_utf8(file: TextFile, byte: int) -> RecipeError:
 
 
 def _blocks(file: TextFile, start: int, stop: int) -> Iterator[bytes]:
-    """Yields bytes start .. stop. Raises RecipeError if they cannot be read or the file has changed since it was listed."""
+    """Yields the bytes from `start` up to `stop`, in blocks. Raises RecipeError if they cannot be read or the file has changed
+    since it was listed."""
     try:
         with open(file.path, "rb", buffering=0) as stream:
             stream.seek(start)
@@ -129,7 +131,8 @@ def _beginnings(block: bytes) -> int:
 
 
 def _offset_of(file: TextFile, character: int) -> int:
-    """Returns the byte offset in the file at which character number `character` begins."""
+    """Returns the byte offset in the file at which character number `character` (from 0) begins; the size of the file if it has no
+    such character."""
     at = 0
     for block in _blocks(file, 0, file.size_bytes):
         count = _beginnings(block)

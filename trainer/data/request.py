@@ -1,4 +1,4 @@
-"""The requirements of a run for its corpus."""
+"""What a run requires of its corpus: source, vocabulary, validation split and sequence length."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ class CorpusRequest:
     data: DataConfig
     vocab: int
     validation: bool = True
-    """Whether a part is kept for validation."""
+    """Whether the run validates, so that a part of the text is kept for it; data.split=files keeps a part in any case."""
     length_multiple: int = 1
     """The layout needs data.sequence_length to be a multiple of this."""
 
@@ -21,7 +21,7 @@ class CorpusRequest:
         return self.validation or self.data.split == "files"
 
     def longest_sequence(self, counts: tuple[int, int]) -> int:
-        """Returns the longest data.sequence_length for which every part holds a sequence. `counts`: training and validation
-        tokens."""
+        """Returns the longest data.sequence_length, a multiple of `length_multiple`, for which the training split and, if one is
+        kept, the validation split hold a sequence; 0 if there is none. `counts`: the numbers of training and validation tokens."""
         shortest = min(counts if self.keeps_validation else counts[:1])
         return max(shortest - 1, 0) // self.length_multiple * self.length_multiple

@@ -27,8 +27,9 @@ def find_files(source: str, apart: Collection[str] = ()) -> list[TextFile]:
     """Returns the files of `source` that are not empty, ordered by name. `apart`: folders to skip, e.g. the run's own.
 
     `stdlib` means the .py files of the running interpreter's standard library. A folder means every file below it, links followed,
-    except in run directories and where the name of the file or of a folder starts with a dot. Raises SourceError if there are no
-    files or they cannot be listed, and RecipeError for a name that is not UTF-8.
+    except in folders of runs or prepared corpora and where the name of the file or of a folder starts with a dot. Raises
+    SourceError if `source` is missing, holds no files or cannot be listed, and RecipeError for a name that is not UTF-8, for a
+    standard library without sources, and if `source` is itself the folder of a run or of prepared corpora.
     """
     if source == STDLIB:
         root = sysconfig.get_path("stdlib")

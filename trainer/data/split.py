@@ -10,19 +10,20 @@ from dataclasses import dataclass
 from bagualu.trainer.data.listing import TextFile
 
 MOST_OFF = 2.0
-"""The factor by which either part may miss its share of the tokens."""
+"""The factor by which the training or the validation part may miss its share of the tokens."""
 
 
 @dataclass(frozen=True)
 class TextSplit:
-    """The names of the files kept for validation, and of the file that is cut: its beginning is for training, its end for
+    """The names of the files kept whole for validation, and of the file that is cut: its beginning is for training, its end for
     validation."""
 
     kind: str
-    """How files were chosen. files: by the hashes of their names alone; share: by their share of the text; none: nothing is
-    kept."""
+    """How the files kept for validation were chosen. files: by the hashes of their names alone; share: by their share of the text;
+    none: nothing is kept."""
     validation: frozenset[str] = frozenset()
     cut: str | None = None
+    """The name of the file that is cut; None if none is."""
     training_share: float = 1.0
     """The share of the cut file's characters that is for training."""
 
@@ -36,9 +37,10 @@ def hash_fraction(name: str) -> float:
 
 
 def by_files(files: Sequence[TextFile], fraction: float) -> TextSplit:
-    """Keeps the files whose names' hashes lie below `fraction`, but at least one and never all; a single file is cut.
+    """Keeps for validation the files whose names' hashes lie below `fraction`, but at least one and never all; a single file is
+    cut.
 
-    Their share of the text depends on the sizes of the files: see `meets`.
+    The share of the text that this keeps depends on the sizes of the files: see `meets`.
     """
     if len(files) == 1:
         return TextSplit("files", cut=files[0].name, training_share=1 - fraction)
@@ -49,8 +51,8 @@ def by_files(files: Sequence[TextFile], fraction: float) -> TextSplit:
 
 
 def by_share(files: Sequence[TextFile], fraction: float) -> TextSplit:
-    """Keeps files in the order of their names' hashes until they make up `fraction` of the bytes; the file at that border is
-    cut."""
+    """Keeps files for validation, in the order of their names' hashes, until they make up `fraction` of the bytes; the file at that
+    border is cut, unless less than an eighth of those bytes is missing."""
     wanted = fraction * sum(file.size_bytes for file in files)
     kept: set[str] = set()
     left = wanted
@@ -65,7 +67,8 @@ def by_share(files: Sequence[TextFile], fraction: float) -> TextSplit:
 
 
 def meets(validation: int, total: int, fraction: float) -> bool:
-    """Whether `validation` of `total` (bytes or tokens) leaves both parts within a factor MOST_OFF of their shares."""
+    """Returns whether both parts are within a factor MOST_OFF of their shares, if `validation` of `total` (bytes or tokens) is kept
+    for validation and its share should be `fraction`."""
 
     def near(part: float, share: float) -> bool:
         return share / MOST_OFF <= part <= share * MOST_OFF

@@ -75,7 +75,8 @@ class Encoder:
         return b"".join(map(self._tokens.__getitem__, words))
 
     def _learn(self, words: set[str]) -> None:
-        """Makes sure that the tokens of all `words` are in the cache. Clears the cache first if it has grown too large."""
+        """Makes sure that the tokens of all `words` are in the cache. Clears the cache first if it takes more than
+        _CACHED_BYTES."""
         if self._held_bytes > _CACHED_BYTES:
             self._tokens.clear()
             self._held_bytes = 0

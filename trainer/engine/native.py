@@ -24,7 +24,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 class NativeEngine:
-    """An `Engine` (protocol.py)."""
+    """The `Engine` of protocol.py, over flat gradient buckets and ShardedAdamW."""
 
     def __init__(
         self, model: Decoder, buckets: list[Bucket], buffers: list[Buffer], reducer: GradientReducer, optimizer: ShardedAdamW
@@ -95,7 +95,7 @@ class NativeEngine:
 
 
 class NativeIncoming:
-    """An `IncomingState` (protocol.py)."""
+    """The `IncomingState` (protocol.py) of a NativeEngine: host memory for every weight, moment and buffer of this rank."""
 
     def __init__(self, engine: NativeEngine) -> None:
         self._trained = engine.optimizer.incoming()
@@ -133,18 +133,18 @@ def _buffer_shard(buffer: Buffer) -> StateShard:
 
 
 def seeded_values(recipe: Recipe) -> Fill:
-    """Returns the function that draws a new run's weights from the seed."""
+    """Returns the function that makes a new run's weights and buffers, with weights drawn from run.seed."""
     plan = decoder_plan(recipe.model, recipe.parallel.sequence)
     return partial(initial_values, plan, recipe.run.seed, recipe.model.initial_std, recipe.model.layers)
 
 
 def no_values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
-    """Returns zeros, for weights that are read from a checkpoint or received from another rank afterwards."""
+    """Returns zeros of the shape of `box`, for values that are read from a checkpoint or received from another rank afterwards."""
     return torch.zeros(box.shape)
 
 
 def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
-    """Builds an engine that holds this rank's stages of `split`, with values from `fill`."""
+    """Builds an engine that holds this rank's stages of `split`, with weights and buffers from `fill`."""
     config, parallel = recipe.model.padded_over(mesh.layout.tensor), recipe.parallel
     slices = [split.slices[stage] for stage in mesh.stages]
     recompute = [split.recompute[stage] for stage in mesh.stages]

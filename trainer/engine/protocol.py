@@ -22,12 +22,13 @@ class IncomingState(Protocol):
         """Yields the memory to fill: every box of weights, moments and buffers that this rank holds."""
 
     def apply(self, updates: int) -> None:
-        """Makes the values that were read the state of the engine and the model, after `updates` updates. Collective."""
+        """Makes the values that were read the state of the engine and the model. `updates`: the number of optimizer updates that
+        led to that state. Collective."""
 
 
 class Engine(GuardedEngine, WeightGradients, Protocol):
-    """The engine of one rank. A step calls `begin`, runs the backward passes, then calls `finish` and `norm_squared`, and if the
-    step is applied, `step` and `share`."""
+    """The engine of one rank. A step calls `begin`, runs the backward passes, then calls `finish` and `norm_squared`, and if its
+    update is to be applied, `step`, `spoilt` and, if all values are finite on all ranks, `share`."""
 
     @property
     def model(self) -> Model:
@@ -35,7 +36,8 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
 
     @property
     def parameters(self) -> int:
-        """The number of elements of parameters that this rank counts; the sum over all ranks is the size of the model."""
+        """The number of parameter elements that this rank counts. Each element counts on one rank: the sum over ranks is the
+        model's size."""
 
     def begin(self, micro_batches: int) -> None:
         """Prepares for a step in which each parameter takes part in `micro_batches` backward passes."""
@@ -45,7 +47,8 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
 
     def norm_squared(self) -> torch.Tensor:
         """Returns the squared norm of the gradient elements that this rank counts, a float64 scalar. The sum over all ranks is the
-        squared norm of the whole gradient. It is not finite if any gradient that this rank updates with is not."""
+        squared norm of the whole gradient, which includes the loss scale. It is not finite if any gradient with which this rank
+        updates weights is not."""
 
     def step(self, lr: float, gradient_factor: float) -> None:
         """Updates this rank's state with the gradients times `gradient_factor` (clipping, loss scale). Other ranks' weights do not
@@ -68,4 +71,4 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
         ranks hold their layers. Collective."""
 
     def close(self) -> None:
-        """Releases what ties the model to this engine. Neither is used afterwards."""
+        """Removes the hooks that tie the model to this engine. Neither the engine nor its model is used afterwards."""

@@ -1,4 +1,4 @@
-"""What the models of all families have in common."""
+"""The interface of a rank's part of a model, the same for all families of models."""
 
 from torch import nn
 
@@ -12,5 +12,5 @@ class Model(nn.Module):
         """Call before the first forward pass of an attempt at a step."""
 
     def end_step(self, group: Group) -> None:
-        """Changes the buffers after a step that was applied. `group`: the ranks that hold the same layers and process different
-        samples. Collective."""
+        """Changes the model's buffers after a step whose update was applied. `group`: the ranks that hold the same layers and
+        process different samples. Collective."""

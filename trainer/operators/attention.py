@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from bagualu.parallel.precision import HALF, accurate_dtype, multiply_dtype, on_nvidia
 
 _LONGEST = 2**9
-"""Tokens of a sequence; for longer sequences torch's kernel is as fast."""
+"""The longest sequence, in tokens, for which `attention_in_blocks` is used; for longer ones torch's kernel is as fast."""
 _BLOCK_ROWS = 64
 _BLOCK_ELEMENTS = 2**20
-"""Attention weights computed in one block: few enough for the caches, many enough for several threads."""
+"""The number of attention weights computed in one block: few enough for the caches, many enough for several threads."""
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 def attention_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Returns attention's output [B, A, S, D] for query, key and value [B, A, S, D].
+    """Returns the output [B, A, S, D] of causal attention for query, key and value [B, A, S, D].
 
     Each block is a range of rows of many heads, multiplied with the keys that these rows may see. torch's kernel takes one head
     after the other, in products too small to use the processor fully (docs/performance.md). Scores and their softmax are in at
@@ -90,7 +90,7 @@ def _scaled(query: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(heads: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yields (heads, rows) of every block of a tensor [H, S, D]."""
+    """Yields the slices (heads, rows) of every block of a tensor [H, S, D]."""
     count, length, _ = heads.shape
     at_once = max(1, _BLOCK_ELEMENTS // (min(length, _BLOCK_ROWS) * length))
     for head in range(0, count, at_once):

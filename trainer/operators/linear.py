@@ -31,8 +31,8 @@ def linears(
     """Multiplies x [..., I] by each weight [O, I]; returns an output [..., O] for each, in the weights' dtype.
 
     With `factor`, of x's shape, the input is x * factor, a product that is computed again in the backward pass instead of saved.
-    `dtype` is that of the multiplication, by default `multiply_dtype`. With `wide`, outputs stay in it, for callers that continue
-    to compute in that dtype.
+    `dtype` is that of the multiplication, by default `multiply_dtype`. With `wide`, outputs stay in that dtype, for callers that
+    continue to compute in it.
     """
     outputs: tuple[torch.Tensor, ...] = _Linears.apply(wide, dtype or multiply_dtype(weights[0]), x, factor, *weights)
     return outputs
@@ -72,7 +72,8 @@ def _times(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
 def _of_factors(
     grad: torch.Tensor | None, x: torch.Tensor, factor: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Returns the gradients of `x` and `factor`, given that of their product; that of `factor` is None without a factor."""
+    """Returns the gradients of the loss with respect to `x` and `factor`, given that with respect to their product; None for
+    `factor` if it is None, and for both if `grad` is None."""
     return (grad, None) if factor is None or grad is None else (grad * factor, grad * x)
 
 
@@ -149,7 +150,8 @@ def _grouped_backward(
 def _weight_gradient(
     sink: GradientSink | None, weight: torch.Tensor, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]
 ) -> torch.Tensor | None:
-    """Returns left @ right, stacked over experts if `weight` has several; None if `sink` has received the gradient instead."""
+    """Returns the gradient of the loss with respect to `weight`: the product left @ right, for a weight with several experts
+    stacked over experts. With a `sink`, passes `lefts` and `rights` to it and returns None."""
     if sink is not None:
         sink.add_products(lefts, rights)
         return None

@@ -18,8 +18,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Saves x in its own dtype. torch's own version on the CPU, several operations, saves a float32 copy and takes twice as
-    long."""
+    """Saves x for the backward pass in its own dtype. torch's own version on the CPU, several operations, saves a float32 copy and
+    takes twice as long."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -8,8 +8,8 @@ from bagualu.parallel.precision import accurate_dtype
 
 
 class RotaryPositions:
-    """Computes cos and sin [S, D] of the angles position * theta^(-2i / D) for `rotate`, in float64, and keeps the latest
-    result."""
+    """Returns, when called, cos and sin [S, D] of the angles position * theta^(-2i / D) for `rotate`, computed in float64 and
+    returned in at least float32. It keeps only the latest result."""
 
     def __init__(self, head_dim: int, theta: float) -> None:
         self.head_dim = head_dim

@@ -20,7 +20,8 @@ _PIECE = 2**19
 
 
 class ShardedAdamW:
-    """Updates every bucket's shard; `share` then gathers the working weights. With partitioned buckets this is ZeRO-1."""
+    """Updates this rank's shard of every bucket; `share` then gathers the working weights. With partitioned buckets this is
+    ZeRO-1."""
 
     def __init__(self, buckets: list[Bucket], config: OptimConfig) -> None:
         self.buckets = buckets
@@ -103,12 +104,12 @@ class ShardedAdamW:
                     yield from _pieces(kind, bucket, tensor)
 
     def incoming(self) -> "Incoming":
-        """Returns fresh memory to read a state into."""
+        """Returns new host memory to read a state into."""
         return Incoming(self)
 
     def _put(self, place: int, fresh: dict[str, torch.Tensor], updates: int) -> None:
-        """Makes `fresh` the state of the bucket at index `place`, after `updates` updates. On a CPU the moments are kept, not
-        copied."""
+        """Makes `fresh`, in host memory, the state of the bucket at index `place`, after `updates` updates. On a CPU the tensors of
+        `fresh` become the moments without a copy."""
         shard = self._shards[place]
         shard["weight"].copy_(fresh["weight"])  # in place: it may be the working weights themselves
         for moment in MOMENTS:
@@ -130,27 +131,28 @@ class Incoming:
                 yield from _pieces(kind, bucket, tensor)
 
     def apply(self, updates: int) -> None:
-        """Makes the state that was read that of the optimizer and of the model. Collective."""
+        """Makes the state that was read the state of the optimizer and the model. `updates`: the number of updates that led to it.
+        Collective."""
         for place, fresh in enumerate(self._fresh):
             self._optimizer._put(place, fresh, updates)
         self._optimizer.publish()
 
 
 def _slices(shard: torch.Tensor) -> Iterator[slice]:
-    """Returns the parts of a shard that are updated one after the other. An accelerator, slow to launch, updates all in one
-    call."""
+    """Yields the slices of a shard that are updated one after the other. An accelerator, slow to launch, updates the whole shard in
+    one call."""
     size = _PIECE if shard.device.type == "cpu" else max(1, shard.numel())
     return (slice(start, start + size) for start in range(0, shard.numel(), size))
 
 
 def _shard(master: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns the state before the first update."""
+    """Returns the optimizer state of a shard before the first update, by kind; `master` becomes its master weights, not a copy."""
     moments = {moment: torch.zeros_like(master) for moment in MOMENTS}
     return {"weight": master, **moments, "step": torch.zeros((), dtype=torch.float32, device=master.device)}
 
 
 def _saved(shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the part of the state that a checkpoint holds per element."""
+    """Returns the tensors of a shard's state that have a value per element and that checkpoints hold: all but "step"."""
     return {kind: tensor for kind, tensor in shard.items() if kind != "step"}
 
 

@@ -17,9 +17,9 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     epsilon: float = 1e-8
     weight_decay: float = 0.1
-    """Applied to tensors of two or more dimensions; norms are not decayed."""
+    """Decoupled weight decay, applied to parameters of two or more dims; weights of norms are not decayed."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    """If the norm of the whole model's gradient is larger than this, the gradient is scaled down to it; 0 turns clipping off."""
     schedule: str = "cosine"
     """cosine | wsd (warmup, stable, decay) | constant; all begin with a linear warmup. docs/guides/learning_rate.md shows the
     curves."""
@@ -27,15 +27,15 @@ class OptimConfig:
     final_lr_ratio: float = 0.1
     """The rate of the last step under cosine and wsd, as a share of lr. With 0, the rate would reach 0 one step after the last."""
     decay_fraction: float = 0.2
-    """wsd only: the share of the steps, at the end, in which the rate decays linearly."""
+    """wsd only: the share of train.steps, at the end, in which the learning rate decays linearly."""
 
     def decay_steps(self, steps: int) -> int:
-        """Returns how many of `steps` decay under wsd."""
+        """Returns in how many of `steps` steps the learning rate decays under wsd."""
         return round(self.decay_fraction * steps)
 
     def validate_steps(self, steps: int) -> None:
-        """Raises RecipeError if the warmup ends within the decay: the rate would drop in one step to where the decay has come by
-        then."""
+        """Raises RecipeError if, under wsd, the warmup ends after the decay has begun: the learning rate would drop in one step to
+        where the decay has come by then."""
         decay = self.decay_steps(steps) if self.schedule == "wsd" else 0
         if decay and self.warmup_steps + decay > steps:
             raise RecipeError(f"optim.warmup_steps={self.warmup_steps} reaches into the decay, which with optim.decay_fraction="

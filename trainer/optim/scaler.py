@@ -1,5 +1,5 @@
-"""Dynamic loss scaling for float16 (arXiv 1710.03740, section 3.2): the scale grows while gradients stay finite, else it is
-halved."""
+"""Dynamic loss scaling for float16 (arXiv 1710.03740, section 3.2): the scale doubles after many steps with finite gradients in a
+row, and is halved after a step whose gradients are not finite, but never below 1."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,9 @@ class LossScaler:
     enabled: bool
     scale: float = 1.0
     good_steps: int = 0
+    """Steps in a row, up to the latest, whose gradients were finite."""
     growth_interval: int = 2000
+    """The scale doubles whenever `good_steps` is a multiple of this."""
 
     @staticmethod
     def for_dtype(dtype: str) -> "LossScaler":

@@ -28,5 +28,5 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def same_curve(config: OptimConfig, step: int, steps: int, rate: float) -> bool:
-    """Whether a run of `steps` steps has the rate `rate`, to within 1%, in its step `step` (from 0)."""
+    """Returns whether a run of `steps` steps with `config` has the learning rate `rate`, to within 1%, in step `step` (from 0)."""
     return math.isclose(learning_rate(config, step, steps), rate, rel_tol=0.01)

@@ -12,7 +12,7 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def redirect_to_log(path: Path) -> None:
-    """Appends all output of this process, including that of C libraries, to `path`."""
+    """Appends all output of this process, including that of C libraries, to the log file `path` and no longer to the terminal."""
     log = _open(path)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -20,9 +20,9 @@ def redirect_to_log(path: Path) -> None:
 
 
 def copy_to_log(path: Path, quiet_stdout: bool = False) -> int:
-    """Appends what Python prints to `path` as well, line by line. Returns the file descriptor of the log.
+    """Appends what Python prints to the log file `path` as well, line by line. Returns the file descriptor of the log.
 
-    With quiet_stdout, stdout goes to stderr.
+    With quiet_stdout, output for stdout goes to stderr.
     """
     log = _open(path)
     if quiet_stdout:
@@ -40,7 +40,7 @@ def _open(path: Path) -> TextIO:
 class Copy:
     """A text stream that behaves like `stream`, and also appends finished lines to `log`.
 
-    A progress bar redraws its line with carriage returns and escape codes; the log gets only the line's last state.
+    A progress bar redraws its line with carriage returns and escape codes; the log gets only the last state of such a line.
     """
 
     def __init__(self, stream: TextIO, log: TextIO) -> None:

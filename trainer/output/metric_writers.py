@@ -37,16 +37,18 @@ class JsonlSink:
     """Writes a JSON object per line, without buffering, so that a killed run keeps its lines."""
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
-        """Continues after step `after_step` (0: from the start): removes the lines of later steps, as `rewind` does."""
+        """Continues the file `path` after step `after_step` (0: from the start): removes the lines of later steps, as `rewind`
+        does."""
         self._lines = AppendLog(path)
         self.rewind(after_step)
 
     def write(self, record: Record) -> None:
-        """Appends a line. Never raises: if the disk is full, the line is kept in memory and written with a later one."""
+        """Appends a line. Raises no OSError: if the disk is full, the line is kept in memory and written with a later line."""
         self._lines.add(jsonl.dumps(record))
 
     def rewind(self, step: int) -> None:
-        """Keeps only the newest line of each step up to `step`, and puts these lines in the order of the steps.
+        """Keeps only the newest line of each step up to `step`, in the order of the steps, and removes damaged lines with a
+        warning.
 
         The file holds all lines that stay at every moment, even if the process is killed or the disk is full. Raises OSError.
         """
@@ -65,7 +67,7 @@ class JsonlSink:
 
 
 def _up_to(step: int, data: bytes) -> tuple[bytes, int]:
-    """Returns the lines of a metrics file that `JsonlSink.rewind` keeps, and the number of damaged lines."""
+    """Returns, of a metrics file's content `data`, what `JsonlSink.rewind` keeps, and the number of damaged lines."""
     newest: dict[int, bytes] = {}
     damaged = 0
     for line, record in jsonl.lines(data):

@@ -1,7 +1,7 @@
 """Writes pipeline.jsonl: when the ranks of a pipeline computed the passes of a step. `bagualu schedule RUN_DIR` draws it.
 
-Each line is an object: rank (coordinate on the pipeline axis), step, kind, micro_batch, stage, start and end in seconds. Only the
-pipeline of rank 0 is recorded.
+Each line is an object for a pass: rank (coordinate on the pipeline axis), step (from 1), kind, micro_batch, stage, start and end in
+seconds since the ranks met before the step. Only the pipeline of rank 0 is recorded.
 """
 
 import json
@@ -23,11 +23,11 @@ from bagualu.trainer.assemble import TrainerState
 log = logging.getLogger(__name__)
 
 _AFTER_STEPS = 2
-"""How many steps of a process go by before the recorded step, because the first steps include warm-up."""
+"""How many steps of this process go by before the recorded step, because the first steps include warm-up."""
 
 
 class PipelineRecorder:
-    """Records a single step of a run, if there is a pipeline."""
+    """Records the passes of a single step since this process started, if there is a pipeline."""
 
     def __init__(self, state: TrainerState, first_step: int) -> None:
         """`first_step`: the number of steps done before this process started."""

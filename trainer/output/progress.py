@@ -15,10 +15,10 @@ from bagualu.trainer.optim.schedule import learning_rate, same_curve
 from bagualu.trainer.output.metric_writers import Record
 
 _SMOOTHING = 0.1
-"""Weight of the newest step in the mean step time behind the remaining time."""
+"""Weight of the newest step in the exponential mean of step times, from which the remaining time is estimated."""
 
 _LEAST_RATE = 0.02
-"""As a fraction of optim.lr: `_further` does not propose to continue for long at a lower rate than this."""
+"""A fraction of optim.lr: `_further` does not propose to go on with a constant learning rate that is lower than this."""
 
 
 class Progress:
@@ -103,10 +103,10 @@ _ROWS = (
 def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, str]] = ()) -> str:
     """Returns the closing summary as text, without the values that `summary` lacks.
 
-    Reads `ended` (done | stopped | ...), `step`, `steps`, `seconds`, `loss`, `validation_loss`,
-    `validation_bits_per_byte`, `tokens_per_second`, `mfu`, `tokens`, `effective_training_time_ratio`, `ledger`, `run_dir`,
+    Reads `ended` (done | stopped | ...), `step`, `steps`, `seconds`, `loss`, `validation_loss`, `validation_bits_per_byte`,
+    `tokens_per_second`, `mfu`, `tokens`, `left_out_steps` (a count), `effective_training_time_ratio`, `ledger`, `run_dir`,
     `checkpoint`.
-    `next_commands`: (purpose, command) pairs.
+    `next_commands`: (purpose, command) pairs, shown at the end.
     """
     head = f"{summary.get('ended', 'done')}: step {summary['step']}/{summary['steps']}"
     if summary.get("seconds") is not None:
@@ -123,7 +123,8 @@ def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, 
 
 
 def _spent(ledger: Mapping[str, float]) -> str:
-    """Describes where unproductive time went, largest part first, without parts below a thousandth of the wall time."""
+    """Describes where unproductive time went, largest part first, without parts below a thousandth of the wall time; "" if there
+    are none."""
     least = ledger.get("wall", 0.0) / 1000
     others = {name: ledger[name] for name in CATEGORIES if name != "productive" and ledger.get(name, 0.0) > least}
     return ", ".join(f"{name} {seconds / ledger['wall']:.1%}" for name, seconds in sorted(others.items(), key=lambda one: -one[1]))

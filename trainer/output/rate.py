@@ -10,8 +10,8 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def remarks(recipe: Recipe, done: int) -> list[str]:
-    """Returns warnings for a run that has done `done` steps: about a warmup that takes all steps, and a rate that jumps on
-    resuming."""
+    """Returns a list of warnings for a run that has done `done` steps: about a warmup that takes all steps, and a learning rate
+    that jumps on resuming."""
     optim, steps = recipe.optim, recipe.train.steps
     lines = []
     if done < steps <= optim.warmup_steps:
@@ -30,7 +30,8 @@ def remarks(recipe: Recipe, done: int) -> list[str]:
 
 
 def _recorded(metrics: Path, step: int) -> float | None:
-    """Returns the rate of step `step` (from 1) from the metrics file; None if it is not recorded there."""
+    """Returns the learning rate of step `step` (from 1) from the metrics file; None if the file cannot be read or has no finite
+    rate for that step."""
     try:
         lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -14,7 +14,7 @@ import sys
 from typing import Any, TextIO
 
 _ERRORS = "bagualu.replace"
-"""Name under which `_replacement` is known to Python's codecs."""
+"""Name under which the error handler `_replacement` is registered with Python's codecs."""
 _OWN_CHOICES = ("ignore", "replace", "xmlcharrefreplace", "namereplace")
 """Error handlers that never raise. A stream has them only if the user asked for them (PYTHONIOENCODING), so they are kept."""
 _LOOK_ALIKES = str.maketrans(dict.fromkeys("─━╸╺–—", "-") | dict.fromkeys("│┃", "|") | {"…": "...", "→": "->", "×": "x", "•": "*"})
@@ -22,7 +22,7 @@ _LOOK_ALIKES = str.maketrans(dict.fromkeys("─━╸╺–—", "-") | dict.fro
 
 
 class Forgiving(io.FileIO):
-    """A file whose writes do not fail: bytes that cannot be written are dropped. Reports every byte as written.
+    """A file whose writes do not fail: bytes that cannot be written are dropped, and reported as written.
 
     Every write is attempted, so output is written again once a full disk has room.
     """
@@ -84,8 +84,8 @@ def _secured(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 def _replacement(error: UnicodeError) -> tuple[str, int]:
-    """Returns what is written in place of characters that the stream's encoding lacks: look-alikes for drawing characters, escapes
-    for letters."""
+    """A codec error handler. Returns what is written in place of characters that the stream's encoding lacks (ASCII look-alikes for
+    drawing characters, backslash escapes for others), and the position at which to go on."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     shown = error.object[error.start : error.end].translate(_LOOK_ALIKES)

@@ -3,7 +3,8 @@ that it has not ended (running).
 
     running          `since` (ISO 8601), `steps`
     done, stopped    the final values, which rank 0 writes (run.py)
-    failed           `failure`, as `failure.Failure`; `step`, the last step recorded. Also for a run stopped before its first step
+    failed           `failure`, the fields of `failure.Failure`; `step`, the last step in metrics.jsonl; `steps`. A run that was
+                     stopped before its first step has the same keys, with `ended` "stopped"
 
 If the latest start has no final values, the file keeps those of an earlier start under `previous`. If all processes of a run are
 killed with kill -9, `ended` stays "running". The file is always replaced atomically.
@@ -28,7 +29,8 @@ from bagualu.trainer.recipe.config import Recipe
 
 _FINAL = "done", "stopped"
 _MOST_SECONDS = 10.0
-"""Longer than the wait for another process's lock, and longer than working storage takes."""
+"""The most seconds that an update of summary.json may take: longer than `run_lock.hold` waits for another process's lock, and
+longer than working storage takes."""
 log = logging.getLogger(__name__)
 
 
@@ -48,14 +50,14 @@ def final(run_dir: Path) -> dict[str, Any]:
 
 
 def write(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Replaces the file's content by `summary`. Raises OSError, and then the file has not changed."""
+    """Replaces the content of summary.json by `summary`. Raises OSError; then the file has not changed."""
     write_atomic(RunDirectory(run_dir).summary, (jsonl.dumps(summary, indent=2) + "\n").encode())
 
 
 class Start:
     """Records a start of a run in summary.json, in the process that holds the lock of the run directory.
 
-    Never raises: if the file cannot be written within some seconds, a warning is logged.
+    No method raises: if the file cannot be written within _MOST_SECONDS, a warning is logged.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -64,7 +66,7 @@ class Start:
         self.begun = False
 
     def begin(self) -> None:
-        """Records that the start is running."""
+        """Records that the start is running (`ended` is "running"). After a restart of workers it is called again."""
         self._say(self._begin)
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -81,8 +83,8 @@ class Start:
             self._say(self._restore)
 
     def fail_if_left(self, failure: Failure) -> None:
-        """Does the same as `fail` from any other process of the run, but only if the process that held the lock is gone and has
-        recorded no end."""
+        """Does the same as `fail`, from a process of the run that does not hold the lock, but only if the process that held the
+        lock is gone and summary.json still says "running"."""
         self._say(lambda: self._fail_if_left(failure))
 
     def _say(self, entry: Callable[[], None]) -> None:

@@ -29,8 +29,8 @@ _SERVICE = "wandb-core"
 class WandbSink:
     """Sends records to Weights & Biases; `offline` writes below the run directory and needs no network.
 
-    A separate thread talks to W&B. If the server cannot be reached, or after any error, it prints a line on stderr and records the
-    rest of the run offline, for `wandb sync`; if that fails too, the run continues without W&B.
+    A separate thread talks to W&B. If the server cannot be reached, or after any error, the thread prints a line on stderr and
+    records the rest of the run offline, for `wandb sync`; if that fails too, the run continues without W&B.
 
     A resumed run continues the same W&B run, whose id is kept in the run directory. W&B ignores a step that it already has, so for
     steps done again after a resume it keeps the values of the first time; metrics.jsonl has those of the second.
@@ -46,7 +46,7 @@ class WandbSink:
         self._run_dir, self._patience_seconds = run_dir, min(patience_seconds, _CLOSE_SECONDS)
         self._about = {"project": project, "name": name, "config": dict(config), "dir": str(run_dir)}
         self._modes = ["online", "offline"] if mode == "online" else ["offline"]
-        """The current mode, followed by those to fall back to; empty if W&B is no longer used."""
+        """The current mode, followed by the modes to fall back to; empty if W&B is no longer used."""
         self._run: Any = None
         self._given_up = False
         self._records: queue.Queue[Record | None] = queue.Queue(_MOST_RECORDS)
@@ -61,8 +61,8 @@ class WandbSink:
         return None  # W&B cannot discard steps: see the class docstring
 
     def close(self) -> None:
-        """Waits until W&B has received all records and finished. After `patience_seconds` it prints how to send the missing
-        records, kills W&B's service and returns."""
+        """Waits until W&B has received all records and finished. If that takes longer than `patience_seconds`, prints how to send
+        the missing records, kills W&B's service and returns."""
         with contextlib.suppress(queue.Full):  # a full queue means that W&B has hung for long
             self._records.put_nowait(None)
         self._thread.join(self._patience_seconds)
@@ -82,8 +82,8 @@ class WandbSink:
             self._finish()
 
     def _send(self, record: Record | None) -> None:
-        """Starts W&B if it is not running, and logs `record` unless it is None. After an error it tries the next mode, if there is
-        one."""
+        """Starts W&B if it is not running, and logs `record` unless it is None. After an error, tries again in the next of
+        `_modes`, if there is a further mode."""
         while self._modes and not self._given_up:
             try:
                 if self._run is None:

@@ -19,9 +19,11 @@ KEEP_FREED = (
     "glibc.malloc.top_pad=67108864",  # bytes by which the heap grows at a time
 )
 CUBLAS, REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
-"""The workspace sizes for which cuBLAS returns the same bits every time (its documentation, "Results Reproducibility")."""
+"""An environment variable, and those of its values (workspace sizes) with which cuBLAS returns the same bits every time (its
+documentation, "Results Reproducibility")."""
 LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
-"""Torch's C++ code warns of every lost connection with a stack trace; this is silenced, because a line of ours reports the loss."""
+"""The environment variable with the lowest severity that torch's C++ code logs. Workers get ERROR, because torch warns of every
+lost connection with a stack trace, and a line of ours reports the loss."""
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 TRAIN = "bagualu.trainer.run:train"
 """The function that a worker runs, as "module:function": (recipe, communicator, stop, scratch) -> summary."""
@@ -37,7 +39,8 @@ def _allowed() -> list[int]:
 
 
 def _quota() -> int | None:
-    """Returns the CPU quota of this container in cores, rounded down but at least 1; None if it has none."""
+    """Returns the CPU quota of this container in cores, rounded down but at least 1; None if there is no quota or it cannot be
+    read (it is read from cgroup v2)."""
     try:
         quota, period = QUOTA.read_text().split()
         return None if quota == "max" else max(1, int(quota) // int(period))
@@ -46,13 +49,14 @@ def _quota() -> int | None:
 
 
 def threads(config: LaunchConfig, workers: int) -> int:
-    """Returns the number of CPU threads for each of `workers` processes on this machine."""
+    """Returns the number of CPU threads for each of `workers` processes on this machine: launch.threads or, if that is left out, an
+    even share of `cores`, at least 1."""
     return config.threads or max(1, cores() // workers)
 
 
 def variables(config: LaunchConfig, workers: int) -> dict[str, str]:
-    """Returns the environment variables with which to start each of `workers` processes. Compatible settings of the user are
-    kept."""
+    """Returns the environment variables with which to start each of `workers` processes, to be added to the present ones. The
+    user's log level, repeatable cuBLAS workspace and malloc settings are kept, the numbers of threads are replaced."""
     count = str(threads(config, workers))
     wanted = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
     if LOG_LEVEL not in os.environ:
@@ -68,7 +72,7 @@ def variables(config: LaunchConfig, workers: int) -> dict[str, str]:
 
 
 def pin(config: LaunchConfig, local_rank: int, workers: int) -> None:
-    """Pins this process to its share of the cores, if launch.affinity is on.
+    """Pins this process to an equal part of the cores that this machine's `workers` processes may use, if launch.affinity=true.
 
     With more workers than cores it does nothing, because the kernel then distributes them better. Under a CPU quota it does nothing
     either: a quota limits how much is used, not which cores, and other containers would be pinned to the same cores."""

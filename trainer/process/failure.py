@@ -11,7 +11,7 @@ from bagualu.fault_tolerance.injection.fault import ProcessKilled
 DONE = 0
 FAILED = 1
 REFUSED = 2
-"""The usage or the recipe is wrong."""
+"""The command line or the recipe is wrong."""
 STOPPED = 75
 """The run stopped on request, with a checkpoint saved or before it did anything: nothing is lost, and the same command with
 checkpoint.resume=true continues or begins it."""
@@ -20,7 +20,7 @@ LOOPED = 76
 
 
 INTERRUPTED = 130
-"""The exit code that a shell reports for a command ended by Ctrl-C; here, before any work has begun."""
+"""The exit code that a shell reports for a command ended by Ctrl-C; here, if it comes before the run handles signals."""
 
 
 class FinalError(RuntimeError):
@@ -28,12 +28,13 @@ class FinalError(RuntimeError):
 
 
 class GuardError(FinalError):
-    """The guard (`guard.*`) ends the run because of a faulty step; no rank has applied the step's update."""
+    """The guard (`guard.*`) ends the run because of a faulty step. No rank keeps that step's update: it is not saved."""
 
 
 @dataclass
 class Failure:
-    """Why a rank could not continue. `time`, in seconds since the epoch, orders failures."""
+    """Why a rank could not continue, or why a run ended if no single rank is to blame (`rank` -1). `time`, in seconds since the
+    epoch, orders failures."""
 
     rank: int
     phase: str
@@ -41,12 +42,12 @@ class Failure:
     time: float
     kind: str = "error"
     """error: an error of this rank; peer: it lost contact with another rank; recipe: the recipe was refused, `cause` has the fix;
-    killed: by a signal; storage: it cannot be written or read now, but perhaps later;
-    final: an error of this rank that would recur; loop: the launcher found that a failure did recur;
+    killed: the rank's process ended by a signal, or without writing why; storage: files cannot be written or read now, but perhaps
+    later; final: an error of this rank that would recur after a restart; loop: the launcher found that a failure did recur;
     hung: it made no progress while others waited, as they or a watcher saw (rank -1: not a single rank, or unknown);
-    stopped: no failure; it was asked to stop before there was anything to save."""
+    stopped: no failure; the run was asked to stop before there was anything to save."""
     step: int = 0
-    """The step in progress; 0 before the first."""
+    """The step in progress (from 1); 0 before the first."""
     missing: dict[str, Any] | None = None
     """The lost peer, if this rank could determine it: its "rank", "step" and "phase", and "why" it is to blame."""
 
@@ -67,7 +68,8 @@ _KINDS = {"recipe": RecipeError, "peer": CommunicationError, "final": FinalError
 
 
 def failure(rank: int, phase: str, error: BaseException, time: float, step: int = 0) -> Failure:
-    """Returns `error`, caught in `phase`, as a Failure. To the phase it adds the innermost line of Bagualu's own code."""
+    """Returns `error`, caught in `phase`, as a Failure, whose cause is the first line of the error's message. To the phase it adds
+    the innermost line of Bagualu's own code in the traceback."""
     kind = next((kind for kind, known in _KINDS.items() if isinstance(error, known)), "error")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else ""
@@ -90,7 +92,8 @@ def first(failures: list[Failure]) -> Failure:
 
 
 def at_fault(failure: Failure, unwatched: bool) -> Failure:
-    """Returns `failure` with the blame on the right rank: a rank that lost a peer only noticed the loss, so the peer is named.
+    """Returns `failure` with the blame on the right rank: a rank that lost a peer only noticed the loss, so the result names the
+    peer, or rank -1 if the peer is unknown. Failures of other kinds are returned unchanged.
 
     `unwatched`: no watcher looks for hung ranks (restart.hang_seconds=0).
     """

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Turns the collector off inside this context, which imports torch. Afterwards it ignores all objects that exist by then.
+    """Turns the collector off inside this context, which imports torch. Afterwards the collector is on again, but never examines
+    the objects that exist by then.
 
     Does nothing if torch is imported already or the collector is off.
     """
@@ -27,6 +28,6 @@ def uncollected() -> Iterator[None]:
 
 
 def leave_out_what_is_there() -> None:
-    """Turns the collector on for objects that are created from now on."""
+    """Turns the collector on for objects that are created from now on; it never examines those that exist now."""
     gc.freeze()
     gc.enable()

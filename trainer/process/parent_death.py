@@ -17,7 +17,7 @@ def die_with(parent: int) -> None:
     `parent`.
 
     The kernel watches the parent's thread that started this process, so that thread must live as long as the parent. The setting
-    survives exec, but children do not inherit it. Does nothing on systems other than Linux.
+    survives exec, but children do not inherit it. Does nothing on systems other than Linux. Raises OSError if the kernel refuses.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""Requests to stop a run: a signal sets a flag, which the loop polls once per step; a second Ctrl-C raises KeyboardInterrupt."""
+"""Requests to stop a run: a signal sets a flag, which is polled in every step; a second Ctrl-C raises KeyboardInterrupt."""
 
 import contextlib
 import os
@@ -12,23 +12,24 @@ _NOTICE = b"asked to stop: will save after this step; not saved yet\n"
 
 
 class StopRequest:
-    """Calling it returns whether this process was asked to stop.
+    """Calling this object returns whether this process was asked to stop.
 
-    A notice is printed as soon as the signal arrives. If no "saved" follows it in a log, the steps since the last checkpoint are
-    lost.
+    A notice is written as soon as the first signal arrives. If no "saved" follows it in a log, the steps since the last checkpoint
+    are lost.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.tell: list[int] = [2]
-        """The file descriptors to which the notice is written."""
+        """The file descriptors to which the notice is written; empty: no notice."""
         self._interrupted = False
 
     def __call__(self) -> bool:
         return self.asked
 
     def install(self) -> None:
-        """Makes the stop signals only set the flag, including signals that arrived while they were blocked."""
+        """Handles the stop signals from now on, and those that arrived while they were blocked: they only set the flag, but a
+        second Ctrl-C raises KeyboardInterrupt. A signal that the process ignores stays ignored."""
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # e.g. SIGHUP under nohup
                 signal.signal(number, self._ask)

@@ -21,9 +21,9 @@ from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe.config import Recipe
 
 _LONG = 0.5
-"""A rank counts as the one that another waited for only if it showed no change for this fraction of comm.timeout_seconds."""
+"""A rank is blamed for another rank's lost connection only if it showed no change for this fraction of comm.timeout_seconds."""
 Report = Callable[[Failure], None]
-"""Called with the reason why a rank cannot continue, before the exception propagates."""
+"""A function that is called with the reason why a rank cannot continue, before the exception propagates."""
 
 
 def work(
@@ -31,8 +31,9 @@ def work(
 ) -> dict[str, Any]:
     """Joins the world and trains; returns the run's summary. `scratch` as in `trainer.run.train`.
 
-    Signals are treated as requests to stop only after joining; before that there is nothing to save. A rank that fails does not
-    close its connection: closing could wait for peers that are gone, and the other ranks notice the end of its process sooner.
+    Installs the handlers of `stop` after joining; before that there is nothing to save. Only workers of our launcher have installed
+    them earlier. A rank that fails calls `report`, raises, and does not close its connection: closing could wait for peers that are
+    gone, and the other ranks notice the end of its process sooner.
     """
     monitor = Monitor()
     if scratch is not None:
@@ -57,7 +58,7 @@ def train(
     entrypoint: str = TRAIN,
     scratch: Path | None = None,
 ) -> dict[str, Any]:
-    """Trains on a connected rank; returns the run's summary."""
+    """Runs `entrypoint` on a connected rank; returns the run's summary. If it fails, calls `report` and raises the error again."""
     try:
         summary: dict[str, Any] = pkgutil.resolve_name(entrypoint)(recipe, communicator, stop, scratch)
     except (Exception, ProcessKilled) as error:
@@ -70,8 +71,8 @@ def train(
 
 
 def _with_missing(what: Failure, scratch: Path | None, timeout_seconds: float) -> Failure:
-    """Returns `what` with the peer that was lost, if the heartbeats of this machine's ranks show it. They must be read now: all
-    ranks that wait are about to give up too."""
+    """Returns the failure `what`; if it is a lost peer and the heartbeats of this machine's ranks show which peer, then with
+    `Failure.missing`. The heartbeats must be read now: all ranks that wait are about to give up too."""
     if what.kind != "peer" or scratch is None:
         return what
     patience = Patience(_LONG * timeout_seconds, _LONG * timeout_seconds)

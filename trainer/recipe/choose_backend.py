@@ -19,7 +19,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend and, if the recipe says auto, the reason why it was chosen."""
+    """A backend, and the reason why it was chosen; "" if the recipe itself names it."""
 
     backend: str
     why: str = ""
@@ -41,7 +41,8 @@ def choose_backend(recipe: Recipe, workers: int) -> tuple[Recipe, Choice]:
 
 
 def _as_begun(recipe: Recipe, gpus: int, workers: int) -> Choice | None:
-    """Returns the backend with which a run that resumes began, if this machine supports it; else None."""
+    """Returns the backend with which the run began, if it resumes and this machine supports that backend (gloo for every run that
+    began on CPUs); else None."""
     directory = Path(recipe.run.dir)
     try:
         if not (recipe.checkpoint.resume and RunDirectory(directory).has_begun()):
@@ -57,7 +58,7 @@ def _as_begun(recipe: Recipe, gpus: int, workers: int) -> Choice | None:
 
 
 def _usable_gpus(workers: int) -> tuple[int, str]:
-    """Returns the number of GPUs that torch can use on this machine, and what it means for `workers` workers, as text."""
+    """Returns the number of GPUs that torch can use on this machine, and as text whether they suffice for `workers` workers."""
     gpus = gpu_count()
     if not gpus:
         return 0, "no NVIDIA GPU here"
@@ -69,12 +70,13 @@ def _usable_gpus(workers: int) -> tuple[int, str]:
 
 
 def registered() -> list[str]:
-    """Returns the values that `comm.backend` may have besides `auto`."""
+    """Returns the values that `comm.backend` may have besides `auto`, including those of installed plug-ins."""
     return sorted(entry.name for entry in entry_points(group="bagualu.backends"))
 
 
 def gpu_count() -> int:
-    """Returns the number of NVIDIA GPUs that this process may use. It asks the driver, which is faster than importing torch."""
+    """Returns the number of NVIDIA GPUs that this process may use, 0 without a driver. It asks the driver, which is faster than
+    importing torch."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -86,7 +88,8 @@ def gpu_count() -> int:
 
 
 def _torch_has_cuda() -> bool:
-    """Whether the installed torch was built for NVIDIA GPUs, according to its version.py."""
+    """Returns whether the installed torch was built for NVIDIA GPUs, according to its version.py; True if that file does not
+    tell."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return False

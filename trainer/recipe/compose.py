@@ -61,8 +61,8 @@ def compose(overrides: Sequence[str], several: str = ONE_VALUE) -> Recipe:
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Returns every override as Hydra parses it, with text values as typed. Raises RecipeError for an override that cannot be
-    read."""
+    """Returns a list with every override as Hydra parses it, with text values as typed. Raises RecipeError for an override that
+    cannot be read."""
     parser = OverridesParser.create()
     parsed: list[Override] = []
     for text in overrides:
@@ -74,7 +74,8 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def _for_hydra(override: Override) -> str:
-    """Returns the override for Hydra: text values are in quotes, and ~ is expanded in folders of recipes."""
+    """Returns the override as text for Hydra: text values are in quotes, and ~ is expanded in folders of recipes
+    (hydra.searchpath). Raises RecipeError if one of those folders does not exist."""
     assert override.input_line is not None
     if override.key_or_group != SEARCHPATH:
         return _spelled(override.input_line)
@@ -86,7 +87,8 @@ def _for_hydra(override: Override) -> str:
 
 
 def _spelled(override: str) -> str:
-    """Returns the override in Hydra's grammar, with its text as typed. Raises RecipeError if it cannot be read."""
+    """Returns the override in Hydra's grammar, so that Hydra reads its text values as typed. Raises RecipeError if it is not UTF-8
+    or cannot be read."""
     if not override.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in override):
         raise RecipeError(f"{override!r} is not UTF-8 text; give it in UTF-8")
     try:
@@ -143,7 +145,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _one_line(error: Exception) -> str:
-    """Returns the message of Hydra or OmegaConf as a single line, without its chain of causes."""
+    """Returns the message of an error of Hydra, OmegaConf or PyYAML as a single line with a fix, without its chain of causes."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}; correct the YAML there"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error

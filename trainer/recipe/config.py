@@ -24,7 +24,7 @@ from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.optim.config import OptimConfig
 
 MOST_MICRO_BATCHES = 2**16
-"""The most micro-batches of a data rank in a step: every pass of each is planned before the first."""
+"""The most micro-batches of a data rank in a step: all their passes are planned before the first pass runs."""
 SEEDS = range(-(2**63), 2**64)
 """The seeds that torch accepts."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -37,7 +37,7 @@ class RunConfig:
     name: str = "run"
     dir: str = field(default="runs/${run.name}", metadata={"path": True})
     seed: int = 0
-    """Initial weights and the order of the data depend on it, and never on the rank."""
+    """Seed of the initial weights, the order of the data and random faults. None of them depends on the rank."""
 
     def validate(self) -> None:
         require_text("run", self, dir="runs/tiny", name="tiny")
@@ -52,14 +52,14 @@ class TrainConfig:
 
     steps: int = 100
     micro_batch: int = 1
-    """Sequences that a data rank passes through the model together."""
+    """The number of sequences that a data rank passes through the model together."""
     dtype: str = "float32"
     """float64 | float32 | bfloat16 | float16; the 16-bit ones keep float32 master weights in the optimizer."""
     recompute: str = "none"
-    """none keeps every activation for the backward pass, full only the input of each layer; auto does as full on those stages of a
-    pipeline that would otherwise exceed parallel.memory_bytes."""
+    """none keeps every activation for the backward pass; full keeps only the input of each layer and computes the rest again; auto
+    does as full on those stages of a pipeline that would otherwise exceed parallel.memory_bytes, and as none on the others."""
     compile: bool = False
-    """Compile each decoder layer with torch.compile."""
+    """Whether to compile each decoder layer with torch.compile."""
     deterministic: bool = True
     """Use only kernels that return the same bits every time, as those of a CPU do. false lets a GPU use faster kernels for
     attention; then a resumed run is the same only up to rounding, and hardware faults cannot be detected by computing again."""
@@ -86,12 +86,13 @@ class SlurmConfig:
     time: str | None = None
     """Wall-time limit in SLURM's format, e.g. 24:00:00; by default the partition's limit. The run saves and stops before it."""
     requeue: bool = True
-    """Whether the job returns to the queue by itself after its time limit, a preemption or the loss of nodes. false: it ends."""
+    """Whether the job returns to the queue by itself after its time limit, a preemption or the loss of nodes. false: the job ends
+    then."""
     gpus_per_node: int | None = None
     cpus_per_task: int | None = None
     """CPU cores for the agent of a node, shared by its workers."""
     directives: list[str] = field(default_factory=list)
-    """Further #SBATCH lines, without the prefix, e.g. ["--exclusive"]."""
+    """Options of further #SBATCH lines, without #SBATCH itself, e.g. ["--exclusive"]."""
     setup: list[str] = field(default_factory=list)
     """Shell lines that run on every node before the agent, e.g. ["module load cuda", "source env/bin/activate"]. A line that fails
     ends the job; `|| true` at its end lets it fail."""
@@ -105,16 +106,19 @@ class LaunchConfig:
     """`launch.*`: how worker processes are started. Under torchrun only `threads`, `affinity` and `allocator` take effect."""
 
     workers: int | None = None
-    """Worker processes on each node; by default as many as the layout needs."""
+    """Worker processes on each node; by default the ranks that the layout needs, divided by the nodes."""
     nodes: int = 1
+    """The number of machines that the run uses; restart.elastic=true lets it go on with fewer."""
     threads: int | None = None
-    """CPU threads of each worker; by default the cores are divided evenly."""
+    """CPU threads of each worker; by default its node's cores are divided evenly among the workers."""
     affinity: bool = True
-    """Pin each worker to its share of the cores."""
+    """Whether to pin each worker to an equal part of its node's cores. Nothing is pinned if there are fewer cores than workers or a
+    CPU quota applies."""
     allocator: str = "tuned"
     """tuned: the C allocator keeps freed memory and asks for 2 MB pages; system: the machine's settings."""
     port: int | None = None
-    """Rendezvous port; by default a free port."""
+    """Port of the rendezvous store with which `bagualu train` and `bagualu slurm` connect workers. Default: a free port (train), or
+    a port computed from the job's number (slurm)."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def validate(self) -> None:
@@ -134,9 +138,9 @@ class LogConfig:
     """disabled | offline | online. If W&B fails, a line is printed and the run continues offline; it never ends the run."""
     wandb_project: str = "bagualu"
     progress: str = "auto"
-    """auto: a bar on a terminal, lines elsewhere; bar | lines | off."""
+    """How progress is shown on stderr: auto (a bar on a terminal, lines elsewhere) | bar | lines | off."""
     every: int = 10
-    """Steps between progress lines."""
+    """Steps between progress lines, if progress is shown as lines."""
 
     def validate(self) -> None:
         if self.wandb not in ("disabled", "offline", "online"):
@@ -170,7 +174,8 @@ class Recipe:
     """Faults to inject, to test whether the run survives them: a list of faults (injection/kinds.py), or random:COUNT."""
 
     def world_size(self) -> int:
-        """Returns the number of ranks that the recipe asks for: launch.workers x launch.nodes, or else what the layout needs."""
+        """Returns the number of ranks that the recipe asks for: launch.workers x launch.nodes, or without launch.workers the
+        product of the degrees of `parallel` (parallel.data left out: as many data ranks as parallel.expert)."""
         if self.launch.workers is not None:
             return self.launch.workers * self.launch.nodes
         p = self.parallel
@@ -209,11 +214,11 @@ class Recipe:
         return layout
 
     def micro_batches(self) -> int:
-        """Returns the number of micro-batches of a step, over all data ranks."""
+        """Returns the number of micro-batches in a step, summed over all data ranks."""
         return self.data.global_batch // self.train.micro_batch
 
     def declared_shares(self, layout: Layout) -> list[int] | None:
-        """Returns the number of micro-batches of a step for each data rank; None if the shares are measured."""
+        """Returns the number of micro-batches in a step for each data rank; None if parallel.shares=measured."""
         if self.parallel.shares == "measured":
             return None
         return list(self.parallel.shares or [self.micro_batches() // layout.data] * layout.data)

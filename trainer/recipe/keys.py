@@ -23,7 +23,7 @@ GROUPS = ("recipe", "model", "data")
 SEARCHPATH = "hydra.searchpath"
 """The only key of Hydra itself that is accepted: folders with the user's own recipes."""
 _TEXT_OR_LIST = ("faults",)
-"""Keys whose values are text or a list of text, which their type does not express."""
+"""Keys that take text or a list of text although their type in `Recipe` is Any."""
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -46,7 +46,8 @@ def keys(node: type[Any] = Recipe, prefix: str = "") -> dict[str, Any]:
 
 
 def kind_of(key: str) -> ValueKind:
-    """Returns the kind of values that a key takes: text for an unknown key, so that a message can show the value as typed."""
+    """Returns the kind of values that a key takes: TEXT for an unknown key, so that a message can show the value as typed, but
+    OTHER for an unknown key below a known key, a group (GROUPS) or `hydra`."""
     if key in _kinds():
         return _kinds()[key]
     inside = any(key.startswith(f"{known}.") for known in ("hydra", *_kinds()))
@@ -60,14 +61,16 @@ def _kinds() -> dict[str, ValueKind]:
 
 
 def _kind(hint: Any) -> ValueKind:
-    """Returns the kind of values of a key with the type `hint`: text or lists of text, with or without null, or other."""
+    """Returns the kind of values of a key with the type `hint`: TEXT for text or lists of text, OPTIONAL_TEXT if null is possible
+    too, else OTHER."""
     parts = set(get_args(hint)) if isinstance(hint, UnionType) else {hint}
     items = {get_args(part)[0] if get_origin(part) is list else part for part in parts - {NoneType}}
     return ValueKind.OTHER if items != {str} else ValueKind.OPTIONAL_TEXT if NoneType in parts else ValueKind.TEXT
 
 
 def check_key(override: Override) -> None:
-    """Raises RecipeError if the override names no key, or would remove a key."""
+    """Raises RecipeError if the override names no known key, section or group, names a key of Hydra itself, or would remove a
+    key."""
     key, known = override.key_or_group, keys()
     if key.startswith("hydra.") and key != SEARCHPATH:
         raise RecipeError(f"{override.input_line}: the only key of Hydra itself that works here is {SEARCHPATH}")
@@ -78,9 +81,9 @@ def check_key(override: Override) -> None:
 
 
 def check_override(override: Override, own_recipes: bool = False) -> None:
-    """Raises RecipeError if the override names no key, or gives a value that the key cannot take.
+    """Raises RecipeError as `check_key` does, or if the override gives a value that the key cannot take.
 
-    With own_recipes, folders of the user are searched too, so a group may have more options than this module knows.
+    `own_recipes`: Hydra also searches folders of the user, so a group may have more options than this module knows.
     """
     check_key(override)
     key, value = override.key_or_group, override.value()
@@ -101,7 +104,7 @@ def _sections() -> set[str]:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """Returns advice on what to type instead of an unknown key."""
+    """Returns advice on what to type instead of the unknown key `key`, given the `known` keys."""
     tail = key.rsplit(".", 1)[-1]
     same_tail = [name for name in known if name.rsplit(".", 1)[-1] == tail]
     near = get_close_matches(key, [*same_tail, *known], n=1, cutoff=0.75)

@@ -26,7 +26,7 @@ KindOf = Callable[[str], ValueKind]
 
 _CALL = re.compile(r"(int|float|str|bool|json_str|choice|range|interval|glob|sort|shuffle|tag)\s*\(")
 _HOLDS_VALUES = ("choice", "sort", "shuffle", "str")
-"""Functions whose arguments are values of the key."""
+"""Hydra's functions whose arguments are values of the key, as in choice(a, b)."""
 _NAMED = re.compile(r"[A-Za-z_]\w*=")
 _QUOTED = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')""", re.DOTALL)
 _OPENING_QUOTE = re.compile(r"""(?<=[\s=(])["']""")
@@ -35,7 +35,7 @@ _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 _READABLE = re.compile(r"[A-Za-z0-9_+.\-/\\$%*@?|: \t]*")
 """Text that Hydra's grammar accepts without quotes."""
 _SAFE = re.compile(r"[\w./=@:+%-]+")
-"""Text that is the same with quotes and without."""
+"""Text that Hydra reads as the same text with quotes and without."""
 _KEY = re.compile(r"\s*([^\s:,{}\[\]\"']+)\s*:")
 _OPENING = {"]": "[", "}": "{", ")": "("}
 
@@ -46,7 +46,8 @@ def quoted(text: str) -> str:
 
 
 def typed(value: Any) -> str:
-    """Returns a plain value as the user may type it, so that it is read back the same; text gets quotes only if it needs them."""
+    """Returns a plain value as text that the user may type in an override, so that it is read back as the same value. Text gets
+    quotes only if it needs them."""
     if isinstance(value, str):
         return value if _SAFE.fullmatch(value) and value.lower() != "null" else quoted(value)
     if isinstance(value, list):
@@ -70,7 +71,8 @@ def escaped(text: str) -> str:
 
 
 def spelled(override: str, kind_of: KindOf) -> str:
-    """Returns `override` with its text values in quotes. Raises ValueError if a value has no end or is followed by other text."""
+    """Returns `override` (KEY=VALUE) with its text values in quotes; without "=" it is returned unchanged. Raises ValueError if a
+    value has no end or is followed by other text."""
     key, equals, value = override.partition("=")
     if not equals:
         return override
@@ -80,15 +82,15 @@ def spelled(override: str, kind_of: KindOf) -> str:
 
 @dataclass
 class _Reader:
-    """Reads a value once, from left to right."""
+    """Reads the text after the "=" of an override once, from left to right, and returns it with text values in quotes."""
 
     text: str
     kind_of: KindOf
     at: int = 0
 
     def values(self, key: str, closing: str) -> str:
-        """Reads the values between commas up to and including `closing`, or to the end if that is empty; returns them with
-        `closing`."""
+        """Reads the values between commas up to and including `closing`, or to the end of the text if `closing` is empty. Returns
+        them as text, joined by commas and followed by `closing`."""
         found: list[str] = []
         while not self._at(closing):
             found.append(self._value(key, closing))
@@ -99,7 +101,7 @@ class _Reader:
         return ",".join(found) + closing
 
     def _at(self, closing: str) -> bool:
-        """Whether `closing` follows, or the end if that is empty."""
+        """Returns whether, after white space, `closing` follows, or the end of the text if `closing` is empty."""
         self._skip_space()
         return self.text[self.at : self.at + 1] == closing
 
@@ -139,7 +141,7 @@ class _Reader:
         return found[1]
 
     def _entries(self, key: str) -> str:
-        """Reads the entries of a dictionary up to and including the closing brace."""
+        """Reads the entries of a dictionary up to and including the closing brace; returns them as text."""
         entries: list[str] = []
         self._skip_space()
         while self.text[self.at : self.at + 1] != "}":
@@ -154,7 +156,7 @@ class _Reader:
         return ", ".join(entries) + "}"
 
     def _closes(self, at: int) -> bool:
-        """Whether the parenthesis that opens before `at` is closed, and a value ends there."""
+        """Returns whether the parenthesis that opens just before `at` is closed, and the value ends where it closes."""
         depth = 1
         while at < len(self.text) and depth:
             if found := _QUOTED.match(self.text, at):

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def key_of(field: Field[Any]) -> str:
-    """Returns the key that the user types for a field."""
+    """Returns the name that the user types for a field, e.g. async for `asynchronous`, without the names of its sections."""
     return str(field.metadata.get("key", field.name))
 
 

@@ -39,7 +39,8 @@ def workers_per_node(recipe: Recipe) -> int:
 
 
 def check(recipe: Recipe, world: int) -> None:
-    """Checks the recipe for `world` ranks, and the files that it names. Raises RecipeError."""
+    """Checks the recipe for `world` ranks, the backend and the version of torch that it needs, and the text that it names. Raises
+    RecipeError."""
     recipe.validate(world)
     known = [AUTO, *registered()]
     if recipe.comm.backend not in known:
@@ -62,7 +63,8 @@ def _torch() -> tuple[int, int]:
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Checks that this machine has what the workers need that are started on it. Raises RecipeError."""
+    """Checks that `bagualu train` can start the workers on this machine: a single node, enough GPUs, a usable port, a login for
+    W&B if the recipe needs one. Raises RecipeError."""
     if recipe.comm.backend == "simulated" and recipe.launch.nodes > 1:
         raise RecipeError(f"comm.backend=simulated runs in one process, not on launch.nodes={recipe.launch.nodes}; "
                           f"give launch.nodes=1 or comm.backend=gloo")  # fmt: skip
@@ -87,13 +89,15 @@ def check_machine(recipe: Recipe) -> None:
 
 
 def check_login(recipe: Recipe) -> None:
-    """Checks the accounts that the run needs on this machine. Raises RecipeError."""
+    """Checks, for log.wandb=online, that this machine has an API key for Weights & Biases. Raises RecipeError."""
     if recipe.log.wandb == "online":
         require_login()
 
 
 def check_run_directory(recipe: Recipe) -> None:
-    """Refuses to overwrite a run, to resume a run of another model, and to begin in a directory that cannot be written.
+    """Refuses to overwrite a run, to resume a run of another model, seed or data, or with fewer steps than it has done, or without
+    its checkpoints, and to begin in a directory that cannot be written. If no run has begun in the directory, it checks only the
+    last.
 
     Raises RecipeError, OSError."""
     run = RunDirectory(recipe.run.dir)
@@ -133,8 +137,8 @@ def check_run_directory(recipe: Recipe) -> None:
 
 
 def _check_storage(run: RunDirectory) -> None:
-    """Checks that existing folders can be written and that no file is a pipe or socket. Changes nothing. Raises RecipeError,
-    OSError."""
+    """Checks that the run's existing folders can be written and that no file in them is a pipe or socket. Changes nothing. Raises
+    RecipeError, OSError."""
     written = [run.checkpoints / EPOCH]
     for folder in (run.path, run.logs, run.checkpoints):
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):

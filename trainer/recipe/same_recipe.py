@@ -16,7 +16,8 @@ _SHOWN = 3
 
 
 def require_same_recipe(recipe: Recipe, communicator: Communicator) -> None:
-    """Raises RecipeError on every rank, with the keys and both values, if a rank's recipe differs from rank 0's. Collective.
+    """Raises RecipeError on every rank, with up to _SHOWN keys and both values, if a rank's recipe differs from rank 0's.
+    Collective.
 
     data.cache may differ: it does not affect the run, and each node may have its own.
     """

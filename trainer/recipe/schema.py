@@ -16,7 +16,7 @@ from bagualu.trainer.recipe.plain import key_of
 
 
 def schema() -> DictConfig:
-    """Returns the defaults as a tree that refuses other keys and values of other types."""
+    """Returns the defaults of all keys as an OmegaConf tree that refuses other keys and values of other types."""
     return _spelled(OmegaConf.structured(Recipe), Recipe)
 
 
@@ -31,7 +31,7 @@ def to_recipe(config: Any) -> Recipe:
 
 
 def _spelled(node: Any, section: type[Any]) -> DictConfig:
-    """Returns a section as a tree of typed values, by key."""
+    """Returns `section`, whose values are in the OmegaConf node `node`, as a tree of typed values by key."""
     hints, content = get_type_hints(section), {}
     for field in fields(section):
         child = node._get_node(field.name)
@@ -40,7 +40,7 @@ def _spelled(node: Any, section: type[Any]) -> DictConfig:
 
 
 def _built(section: type[Any], values: Mapping[Any, Any]) -> Any:
-    """Returns a section, given its plain values by key."""
+    """Returns an instance of the dataclass `section`, given its plain values by key, with ~ expanded in paths."""
     hints, content = get_type_hints(section), {}
     for field in fields(section):
         value = values[key_of(field)]

@@ -4,7 +4,8 @@ from bagualu.comm.errors import RecipeError
 
 
 def require_login() -> None:
-    """Raises RecipeError if W&B finds no API key, which `log.wandb=online` needs. Contacts no server.
+    """Raises RecipeError if W&B finds no API key, which `log.wandb=online` needs, or cannot read its settings. Contacts no server.
+    Does nothing if W&B is not installed or its version has no such look-up.
 
     Takes almost a second, because it imports W&B and uses its own look-up (environment variables, netrc, its settings files).
     """

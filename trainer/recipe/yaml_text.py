@@ -27,8 +27,8 @@ _CHOICES = "defaults"
 
 
 def read_yaml(stream: TextIO, section: str = "") -> Any:
-    """Returns the document in `stream`, whose keys are those of `section` ("" for a whole recipe), as plain values. Raises
-    YAMLError."""
+    """Returns the YAML document in `stream`, whose keys are those of `section` ("" for a whole recipe), as plain values; None if it
+    is empty. Raises YAMLError."""
     loader = get_yaml_loader()(stream)
     try:
         root = loader.get_single_node()

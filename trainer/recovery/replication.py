@@ -41,25 +41,26 @@ class Kept:
 
 @dataclass
 class Replication:
-    """Carries out `checkpoint.replica_every`. Every method is collective."""
+    """Keeps replicas as `checkpoint.replica_every` asks. Every method is collective."""
 
     state: TrainerState
     replicas: Replicas
 
     def candidates(self) -> list["Kept"]:
-        """Returns the replicas from which the run may resume, newest first; none if the recipe does not ask to resume."""
+        """Returns the replicas from which the run may resume, newest first; [] if the recipe does not ask to resume."""
         found = self.replicas.candidates() if self.state.recipe.checkpoint.resume else []
         return [Kept(self.state, replica) for replica in found]
 
     def start(self, resumed: Resumed) -> None:
-        """Starts replication after the run has resumed: removes the replicas that do not belong to its past."""
+        """Starts replication after the run has resumed. If it resumed from a replica, removes the replicas of later steps, else
+        all."""
         from_memory = resumed.source == replica_name(resumed.step)
         self.replicas.start(resumed.step if from_memory else None)
         if from_memory and self.state.mesh.at("world") == 0:
             print(f"going on from {resumed.source}", file=sys.stderr, flush=True)
 
     def go_back(self, step: int) -> None:
-        """Removes the replicas of steps after `step`, to which the run has gone back."""
+        """Removes the replicas of steps after `step`, because the run has gone back to the state after `step` steps."""
         self.replicas.forget_after(step)
 
     def after_step(self, step: int) -> None:
@@ -70,7 +71,7 @@ class Replication:
 
 def open_replication(state: TrainerState, scratch: Path | None, fence: Fence) -> Replication | None:
     """Returns the Replication that keeps replicas of this run in `scratch`; None if the recipe asks for none. Collective. Raises
-    RecipeError if there is no memory for them."""
+    RecipeError if there is no `scratch` or too little memory for replicas."""
     if not state.recipe.checkpoint.replica_every:
         return None
     if scratch is None:

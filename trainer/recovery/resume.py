@@ -1,8 +1,8 @@
 """Resumes a run from the newest state that is undamaged for every rank, and reports damaged states.
 
 Candidates are tried newest first. All ranks read and verify a candidate before the run's state changes (state.py); if a rank
-detects damage, all ranks try the next. A state that cannot be read *now* is not damaged: it is tried again after growing pauses,
-and if no state can be read, the run fails as on a full disk, with nothing changed, and is restarted.
+detects damage, all ranks try the next. A state that cannot be read *now* is not damaged: reading is tried again after growing
+pauses, and if no state can be read, the run fails as on a full disk, with nothing changed, and the launcher restarts it.
 
 A damaged checkpoint newer than the resumed state is renamed, never deleted. Under its old name it would block the save of the same
 step later (a committed step is never overwritten), it would be tried first, in vain, at every restart, and retention would have to
@@ -84,20 +84,22 @@ class Resumed:
     step: int = 0
     """Steps already done."""
     checkpoint: Path | None = None
-    """The newest checkpoint of the run directory that is not known to be damaged."""
+    """The newest checkpoint of the run directory that no rank found damaged or unreadable; None if there is none."""
     source: str | None = None
-    """The name of the candidate that was used."""
+    """The name of the candidate that was used; None if the run begins."""
     damaged: list[dict[str, Any]] = field(default_factory=list)
     """The candidates that could not be used, newest first, each as {"checkpoint": its name, "problem": rank, file and byte, "used":
     the candidate used instead, "set_aside": its new name or null}."""
 
 
 def resume(state: TrainerState, others: Sequence[Candidate] = (), stop: Callable[[], bool] = lambda: False) -> Resumed:
-    """Restores the newest undamaged state, if the recipe asks to resume and there are states. Collective.
+    """Restores the newest undamaged state and describes it. Without a state to resume from, or if the recipe does not ask to
+    resume, changes nothing and returns `Resumed()`. Collective.
 
     `others` are candidates besides the checkpoints of the run directory, and are tried before a checkpoint of the same step.
-    Raises RecipeError if a rank has other data or another disk, NothingWholeError if all states are damaged, and
-    CheckpointStorageError if none can be read now.
+    `stop`: whether this rank was asked to stop; it ends the wait for storage. Raises RecipeError if a rank has other data or
+    another disk, or if the states are of another run, NothingWholeError if all states are damaged, and CheckpointStorageError if
+    none can be used and some cannot be read now.
     """
     stored = list_stored(state, stop) if state.recipe.checkpoint.resume else []
     candidates = sorted([*others, *map(Stored, stored)], key=lambda candidate: -candidate.step)
@@ -111,8 +113,8 @@ def resume(state: TrainerState, others: Sequence[Candidate] = (), stop: Callable
 
 
 class _Patience:
-    """Retries reads from storage that fail: at most five attempts in all, with the pauses used before restarts, the same on all
-    ranks."""
+    """Retries reads from storage that fail: at most four times, over all its calls together, after the pauses used before restarts,
+    the same on all ranks."""
 
     def __init__(self, state: TrainerState, stop: Callable[[], bool]) -> None:
         self._group, self._stop = state.mesh.group("world"), stop
@@ -134,7 +136,8 @@ class _Patience:
         return attempt()
 
     def _stopped_in(self, pause: float) -> bool:
-        """Waits `pause` seconds. Returns True early if any rank is asked to stop meanwhile, because there is nothing to save."""
+        """Waits `pause` seconds and returns False; or returns True early if any rank is asked to stop meanwhile, because there is
+        nothing to save. Collective."""
         while pause > 0:
             portion = min(pause, _POLL_SECONDS)
             time.sleep(portion)
@@ -145,7 +148,8 @@ class _Patience:
 
 
 def list_stored(state: TrainerState, stop: Callable[[], bool], patience: _Patience | None = None) -> list[Path]:
-    """Returns the checkpoints of the run directory, oldest first. Collective. Raises CheckpointStorageError on every rank.
+    """Returns the checkpoints of the run directory, oldest first. Collective. Raises CheckpointStorageError on every rank if rank 0
+    cannot list them, or another rank does not see them, even after retries.
 
     Rank 0 lists them, because it creates the folder of a new run; on a node that listed it too early, cached results may be stale.
     """
@@ -213,8 +217,8 @@ def choose(
 def _newest_after_all(
     state: TrainerState, candidates: Sequence[Candidate], problems: dict[str, CheckpointError]
 ) -> tuple[Candidate, dict[str, CheckpointError]]:
-    """Tries again the candidates that storage could not read: the last of `candidates` was read, so storage works, perhaps
-    again.
+    """Tries again the candidates that could not be read from storage: the last of `candidates` was read, so storage works, perhaps
+    again. Uses the first that can be read now, else the last of `candidates`, whose state is in use already.
 
     Returns as `choose` does."""
     for at, candidate in enumerate(candidates[:-1]):
@@ -226,7 +230,7 @@ def _newest_after_all(
 
 
 def _short(problem: str, checkpoint: Path) -> str:
-    """Returns the problem of a checkpoint without its path and without the remedy."""
+    """Returns the error message `problem` of a checkpoint without its path and without the remedy."""
     return problem.replace(f"{checkpoint}: ", "").replace(f"{checkpoint}/", "").split("; ")[0]
 
 

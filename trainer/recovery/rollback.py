@@ -1,4 +1,4 @@
-"""Goes back to a checkpoint without restarting the processes, and skips the samples that made this necessary."""
+"""Goes back to a checkpoint without restarting the processes, and skips the samples if they made this necessary."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -19,9 +19,9 @@ from bagualu.trainer.recovery.state import checkpoints_of
 def roll_back(state: TrainerState, step: int, verdict: GuardDecision, stop: Callable[[], bool]) -> Resumed:
     """Loads a checkpoint from before step `step` (from 1), which `verdict` undoes; returns where the run resumes.
 
-    If the samples are at fault, those of the last `guard.rollback_window` steps are skipped from now on. Checkpoints of steps after
-    the loaded one are removed, because the run will reach these steps with another state. A damaged checkpoint is set aside, as at
-    a start. Collective.
+    If the samples are at fault, those of the last `guard.rollback_window` steps up to `step` are skipped from now on. Checkpoints
+    of steps after the loaded one are removed, because the run will reach these steps with another state. A damaged checkpoint is
+    set aside, as at a start. Collective.
 
     Raises GuardError if there is no checkpoint to go back to, CheckpointError if all candidates are damaged or cannot be read now.
     """
@@ -53,9 +53,11 @@ def roll_back(state: TrainerState, step: int, verdict: GuardDecision, stop: Call
 
 
 def _candidates(checkpoints: list[Path], at_most: int, by_data: bool) -> dict[str, Any]:
-    """Returns `names`, the checkpoints of at most `at_most` steps, newest first, and `later`, whether there are others.
+    """Returns a dictionary: `names`, the checkpoints of at most `at_most` steps, newest first, and `later`, whether there are
+    others.
 
-    If none is old enough, the oldest is taken if the samples are at fault; but not if memory is, since it may hold the damage.
+    If none is old enough, `names` has the oldest if the samples are at fault (`by_data`), but not if memory is, since that
+    checkpoint may hold the damage.
     """
     old_enough = [path for path in checkpoints if (step_of(path) or 0) <= at_most]
     if by_data and not old_enough:

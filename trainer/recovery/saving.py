@@ -1,7 +1,8 @@
 """Saves checkpoints during a run: a save begins at a step boundary, is written while training continues, and is committed at a
 later step boundary.
 
-All ranks call these methods together, at step boundaries. The step's reduction tells each rank the state of the others' writers.
+All ranks call the methods of `Checkpoints` together, at step boundaries. The step's reduction tells each rank how many ranks are
+still writing, and how many have failed.
 """
 
 import logging
@@ -26,7 +27,8 @@ from bagualu.trainer.recovery.state import checkpoints_of, finite_pieces, metada
 
 log = logging.getLogger(__name__)
 _AWAY_SECONDS = 2.0
-"""The run's ownership is checked again only after a stall this long; a shorter one cannot have been mistaken for a dead process."""
+"""The run's ownership is checked again only after a stall of this process this long; during a shorter stall it cannot have been
+mistaken for a dead process."""
 
 
 class LostRunError(CheckpointError, FinalError):
@@ -37,8 +39,9 @@ def take_checkpoints(state: TrainerState, scratch: Path | None = None) -> Fence:
     """Takes ownership of the run's checkpoints for this start; call it before reading them. Collective. `scratch` as in
     `trainer.run.train`.
 
-    Raises on every rank if they cannot be written: RecipeError for a run that begins, since a retry would fail again;
-    CheckpointStorageError for a run that resumes, since it could write there before and may again.
+    Raises on every rank if the checkpoints cannot be written: RecipeError for a run that begins, since a retry would fail again;
+    CheckpointStorageError with checkpoint.resume=true, since the run could write there before and may again, and if the run
+    directory cannot be read now.
     """
     group, mark = state.mesh.group("world"), scratch / BEGUN if scratch else None
     here = on_all(lambda: (mark is not None and mark.exists()) or _has_begun(Path(state.recipe.run.dir)), group)
@@ -63,8 +66,8 @@ def _has_begun(directory: Path) -> bool:
 
 
 def _patience(state: TrainerState) -> float:
-    """Returns the seconds after which storage counts as failed. The other ranks wait for a rank's part and then for the commit,
-    both within the timeout of a communication."""
+    """Returns the seconds for a rank's part of a save, or for its commit, after which the save has failed: by default half of
+    comm.timeout_seconds, since the other ranks wait for both within the timeout of a communication."""
     return state.recipe.checkpoint.timeout_seconds or state.recipe.comm.timeout_seconds / 2
 
 
@@ -76,13 +79,14 @@ class Checkpoints:
         """`newest`: as the attribute. `ledger`: records every commit, on the rank that has a ledger."""
         config = state.recipe.checkpoint
         self.state, self.asynchronous, self.newest = state, config.asynchronous, newest
-        """`newest`: the newest checkpoint of this run; at first the checkpoint from which it resumed."""
+        """`newest`: the newest committed checkpoint of this run; at first `Resumed.checkpoint`; None if there is none."""
         self._ledger = ledger
         self._began = 0.0
         """When the latest save began, by the monotonic clock."""
         self.seconds = 0.0
-        """Seconds that checkpoints have taken at step boundaries so far."""
+        """Seconds for which training has stood still for checkpoints at step boundaries so far."""
         self.failed = 0
+        """The number of saves that failed so far, except a failed last save, which fails the run."""
         self._reported_seconds = 0.0
         self._error: str | None = None
         self._snapshot = Snapshot()
@@ -90,7 +94,8 @@ class Checkpoints:
         self._saver = Saver(fence, state.mesh.group("world"), config.keep, _patience(state))
 
     def status(self) -> tuple[float, float]:
-        """Returns this rank's `Saver.status`, to be summed in the step's reduction."""
+        """Returns this rank's `Saver.status`: 1.0 or 0.0 for still writing, and for failed; to be summed in the step's
+        reduction."""
         return self._saver.status()
 
     def still_ours(self) -> None:
@@ -107,16 +112,16 @@ class Checkpoints:
                 log.debug("%s", error)
 
     def settle(self, saving: tuple[float, float]) -> None:
-        """Advances the save in progress after a step, given `status` summed over all ranks: commits it if every part is durable,
-        logs it if it failed."""
+        """Advances the save in progress, if any, after a step, given `status` summed over all ranks: while a rank is still writing,
+        does nothing; if every part is durable, commits the save, in two calls; if the save failed, logs that and gives it up."""
         writing, failed = saving
         if self._saver.under_way and (failed or not writing):
             with self._timed():
                 self._attempt(lambda: self._saver.advance(wait=not failed))
 
     def save(self, step: int) -> None:
-        """Saves the state after `step` steps, in the background with checkpoint.async. Waits first for a save that is still in
-        progress."""
+        """Saves the state after `step` steps: with checkpoint.async in the background, else before it returns. Waits first for a
+        save that is still in progress. A failure is logged, not raised."""
         with self._timed():
             self.finish()
             self._began = time.monotonic()
@@ -130,8 +135,8 @@ class Checkpoints:
     def save_last(self, step: int) -> None:
         """Saves the state after `step` steps, the last of the run. Raises on every rank if any rank failed.
 
-        The launcher restarts the run after CheckpointStorageError, and does not count that as a crash loop. It does not after
-        LostRunError, because a restart would take the run back from its present owner. Other errors are CheckpointError.
+        After CheckpointStorageError the launcher restarts the run, and does not count that as a crash loop. After LostRunError it
+        does not, because a restart would take the run back from its present owner. Other errors are CheckpointError.
         """
         with self._timed():
             self.finish()
@@ -143,27 +148,30 @@ class Checkpoints:
                 raise LostRunError(str(error)) from error
 
     def finish(self) -> None:
-        """Waits for the save in progress, if any, to be committed or to fail."""
+        """Waits for the save in progress, if any, to be committed or to fail; a failure is logged."""
         if self._saver.under_way:
             self._attempt(self._saver.conclude)
 
     def rest(self) -> None:
-        """Waits until the run's checkpoints no longer change: for the save in progress and for the removal of old checkpoints."""
+        """Waits until this rank no longer changes the checkpoints: for the save in progress and for the removal of old
+        checkpoints."""
         self.finish()
         self._saver.rest()
 
     def close(self, wait: bool = True) -> None:
-        """Ends saving. `wait`: waits for the writer to remove old checkpoints; a rank that has failed does not wait."""
+        """Ends saving. With `wait`, waits until the writer has removed old checkpoints; a rank that has failed does not wait."""
         self._saver.close(wait)
 
     def record(self) -> dict[str, Any]:
-        """Returns the fields of metrics.jsonl about checkpoints since the last call: seconds, and the error if a save failed."""
+        """Returns the fields of metrics.jsonl about checkpoints since the last call: the seconds for which training stood still for
+        them, and the error if a save failed."""
         seconds, error = self.seconds - self._reported_seconds, self._error
         self._reported_seconds, self._error = self.seconds, None
         return {"checkpoint_seconds": seconds, **({"checkpoint_error": error} if error else {})}
 
     def _attempt(self, further: Callable[[], Path | None]) -> None:
-        """Calls `further` to advance the save in progress. If it fails, logs that and gives the save up."""
+        """Calls `further`, which advances the save in progress and returns the checkpoint once it is committed. If it raises
+        CheckpointError, counts and logs that; the save is given up."""
         try:
             if path := further():
                 self._committed(path)

@@ -32,8 +32,8 @@ from bagualu.trainer.recipe.config import DTYPES
 _FINGERPRINT = "data fingerprint"
 _RENORMALISE = "model.moe.renormalise"
 _SPLIT, _KIND = "data.split", "data split in fact"
-"""Keys of an identity: how the text was to be split (none: nothing is kept for validation), and how it was in fact. Runs of earlier
-versions lack both: they kept whole files."""
+"""Keys of the dictionary that `identity` returns: how the text was to be split (none: nothing is kept for validation), and how it
+was in fact. Checkpoints of earlier versions lack both: those versions kept whole files."""
 _OF_TEXT = {_FINGERPRINT, _SPLIT, _KIND, "data.source", "data.validation_fraction"}
 """Keys that may differ if the fingerprint proves that the tokens are the same, for example because the text was moved."""
 
@@ -44,7 +44,7 @@ def checkpoints_of(state: TrainerState) -> Path:
 
 
 def metadata_of(state: TrainerState, step: int) -> dict[str, Any]:
-    """Returns what is saved after `step` steps besides the optimizer's tensors."""
+    """Returns, as plain JSON, what a checkpoint after `step` steps holds besides tensors."""
     recipe = state.recipe
     return {
         "step": step,
@@ -98,8 +98,9 @@ def take_state(state: TrainerState, open_checkpoint: Callable[[], Checkpoint]) -
     """Restores the state from a checkpoint, which may have been written under any layout; returns the steps done. Collective.
 
     Every rank first reads and verifies all it needs in separate memory; model and optimizer change only after all ranks have done
-    so. Raises on every rank, with nothing changed: RecipeError if the checkpoint belongs to another model or other data,
-    CheckpointError if it is damaged or does not hold exactly the tensors of the model.
+    so. The loss scale is restored only for the same train.dtype. Raises on every rank, with nothing changed: RecipeError if the
+    checkpoint belongs to another run (model, data, seed) or the ranks see different checkpoints, CheckpointError if it is damaged,
+    cannot be read now (CheckpointStorageError) or does not hold exactly the tensors of the model.
     """
     group, monitor = state.mesh.group("world"), state.mesh.monitor
     monitor.at(Phase.LOAD)
@@ -147,8 +148,8 @@ def _padded_before(state: TrainerState, saved: Saved) -> Callable[[str, tuple[in
 def _check_tensors(
     checkpoint: Checkpoint, wanted: list[TensorPiece], stored_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]]
 ) -> None:
-    """Raises CheckpointError unless the checkpoint holds every tensor that this rank needs, in the same dtype and global shape,
-    with or without padding."""
+    """Raises CheckpointError unless the checkpoint holds every tensor of `wanted`, with the same dtype, and with the same global
+    shape or the shape with padding that `stored_shape` returns."""
     stored = checkpoint.tensors
     for piece in wanted:
         shapes = (piece.global_shape, stored_shape(piece.name, piece.global_shape))
@@ -186,7 +187,8 @@ def _check_none_is_left(state: TrainerState, checkpoint: Checkpoint, own: set[st
 
 
 def identity(state: TrainerState) -> dict[str, Any]:
-    """Returns, by recipe key, the values that must stay the same for a checkpoint to be resumed as the same run."""
+    """Returns, mostly by recipe key, the values that a checkpoint records to recognise its run (model, data, seed);
+    `_check_identity` says which may differ."""
     recipe = state.recipe
     data = {"data.sequence_length": recipe.data.sequence_length, "data.global_batch": recipe.data.global_batch}
     text = {"data.source": recipe.data.source, "data.validation_fraction": recipe.data.validation_fraction,
@@ -197,7 +199,8 @@ def identity(state: TrainerState) -> dict[str, Any]:
 
 def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
     """Raises RecipeError if the checkpoint belongs to another run. Checkpoints without `renormalise` were written when weights were
-    always renormalised. Padding of the vocabulary may differ."""
+    always renormalised. Padding of the vocabulary and the rate of biases may differ, and keys of the text if the tokens are the
+    same."""
     saved = {_RENORMALISE: True, **saved}
     saved.pop("model.vocab_multiple", None)
     # The text comes last: if the vocabulary differs, so do the tokens, and the message should name the vocabulary.

@@ -8,7 +8,8 @@ from bagualu.comm.checks import RANGES, refuse_unused, require_at_least, require
 from bagualu.comm.errors import RecipeError
 
 LARGEST = 2**24
-"""The largest width that is accepted. A larger one is a typing error that would otherwise show only when memory is full."""
+"""The largest width, vocabulary or number of experts that is accepted. A larger value is a typing error that would otherwise show
+only when memory is full."""
 MOST_LAYERS = 2**14
 _RAREST = 10.0
 """No initial weight is further from 0 than this many standard deviations."""
@@ -19,9 +20,9 @@ class MoEConfig:
     """`model.moe.*`: a mixture of experts in place of the feed-forward of every `every`-th layer."""
 
     experts: int = 0
-    """0: a dense model."""
+    """Experts of each mixture layer, besides shared experts; 0: a dense model."""
     top_k: int = 2
-    """Experts per token; dropless: every token reaches all of its experts."""
+    """The number of experts that process each token. Routing is dropless: every token reaches all of its experts."""
     ffn: int = 704
     """Hidden width of one expert."""
     shared_experts: int = 0
@@ -35,8 +36,8 @@ class MoEConfig:
     more, false for 1, whose probability divided by itself is always 1, so that the router would learn nothing from the loss."""
     bias_rate: float | None = None
     """Balance the load by a bias for each expert, which is added to its probability when the top k are chosen, but not to its
-    weight. After every step it rises by this where the expert got fewer tokens than the mean and falls where it got more. 0 keeps
-    the biases as they are; left out, there are none."""
+    weight. After every applied step the bias of an expert rises by bias_rate if the expert got fewer tokens than the mean, and
+    falls by bias_rate if it got more. 0 keeps the biases as they are; left out, there are no biases."""
     balance_loss: float = 0.01
     """Weight of the load-balancing loss, per sequence, averaged over the sequences of the global batch, summed over layers."""
 
@@ -62,7 +63,7 @@ class ModelConfig:
     vocab: int = 4096
     vocab_multiple: int = 1
     """Rows of the embedding and of the head are padded up to a multiple of this, and of parallel.tensor. Rows of padding are zero,
-    take no part in the softmax and stand in no checkpoint, so a run may go on with others."""
+    take no part in the softmax and are in no checkpoint, so a run may resume with another multiple."""
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
     norm_epsilon: float = 1e-5
@@ -86,8 +87,8 @@ class ModelConfig:
         return replace(self, vocab_multiple=lcm(self.vocab_multiple, ranks))
 
     def identity(self) -> dict[str, Any]:
-        """Returns the values, by recipe key, that must be equal for a checkpoint to fit: all keys except the padding. If
-        `renormalise` was left out, it has the value that it stands for."""
+        """Returns the values of `model.*`, by recipe key, that must be equal for a checkpoint to fit the model: all keys except
+        model.vocab_multiple. If `renormalise` was left out, the value that it stands for."""
         own = {f"model.{key}": value for key, value in asdict(self).items() if key not in ("moe", "vocab_multiple")}
         moe = asdict(self.moe) | {"renormalise": self.moe.renormalises}
         return own | {f"model.moe.{key}": value for key, value in moe.items()}
@@ -102,7 +103,7 @@ class ModelConfig:
         return self.moe.experts > 0 and (layer + 1) % self.moe.every == 0
 
     def validate(self, dtype: str = "float32") -> None:
-        """Raises RecipeError for a shape that is wrong on every layout, and for numbers that weights of `dtype` cannot hold."""
+        """Raises RecipeError for values that are wrong on every layout, and for numbers that weights of `dtype` cannot hold."""
         require_at_least(1, "model", self, "layers", "hidden", "heads", "ffn", "vocab", "vocab_multiple")
         require_at_most(MOST_LAYERS, "model", self, "layers")
         require_at_most(LARGEST, "model", self, "hidden", "heads", "ffn", "vocab", "vocab_multiple")

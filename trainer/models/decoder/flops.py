@@ -16,12 +16,12 @@ from bagualu.trainer.models.decoder.config import ModelConfig
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a layer's forward pass for one token; the properties derive those of the backward pass."""
+    """FLOPs of a layer for one token: the fields count the forward pass; properties derive the backward pass and the total."""
 
     weights: float
-    """FLOPs of products with weights."""
+    """FLOPs of products with weights in the forward pass."""
     attention: float = 0.0
-    """FLOPs of attention scores and of their product with the values."""
+    """FLOPs of attention scores and of their product with the values in the forward pass."""
 
     @property
     def forward(self) -> float:
@@ -56,5 +56,5 @@ def layer_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flops:
 
 
 def head_flops(model: ModelConfig) -> Flops:
-    """Returns the FLOPs of the projection to the vocabulary, for one token."""
+    """Returns the FLOPs of the head, the projection to the vocabulary without padding, for one token."""
     return Flops(float(2 * model.hidden * model.vocab))

@@ -44,7 +44,8 @@ class Attention(nn.Module):
     """Self-attention with grouped key and value heads (arXiv 2305.13245).
 
     Two attributes can be replaced, by a chip's own kernel, parallelism over the sequence or generation with a cache: `attend` mixes
-    query, key and value [B, A, S, D] to [B, A, S, D], `positions` gives the rotary angles of the S tokens that this rank holds.
+    query [B, A, S, D] with key and value, which have fewer heads if heads are grouped, to [B, A, S, D]; `positions` gives cos and
+    sin of the rotary angles of the S tokens that this rank holds.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -62,7 +62,8 @@ class Layer(nn.Module):
         self.feed_forward = MixtureOfExperts(config) if mixture else FeedForward(config.hidden, config.ffn)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """x [B, S, H] -> the same, and of a mixture the balance loss and the load of its experts [E]"""
+        """x [B, S, H] -> output [B, S, H] and, for a mixture, the balance loss and the load of its experts [E], else None and
+        None"""
         x = x + self.attention(self.attention_norm(x))
         output = self.feed_forward(self.feed_forward_norm(x))
         if isinstance(output, tuple):
@@ -92,7 +93,8 @@ class Decoder(Model):
             self.head.weight = self.embedding.weight
         self._bias_rate = config.moe.bias_rate
         self._loads: dict[int, torch.Tensor] = {}
-        """By layer, the number of tokens that each of its experts got since `begin_step`."""
+        """By the number of the layer, how many tokens each of its experts [E] got since `begin_step`; filled only if there are
+        biases to change."""
 
     def uses(self, parameter: nn.Parameter) -> int:
         """Returns how many gradients `parameter` gets per micro-batch: 2 for a weight that is both embedding and head, else 1."""
@@ -113,8 +115,8 @@ class Decoder(Model):
     def forward(
         self, inputs: torch.Tensor, labels: torch.Tensor | None = None, place: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Through the slice at `place`: tokens [B, S] or hidden states [B, S, H] -> (hidden states, or with the head the summed
-        loss, without labels the logits; summed balance loss)."""
+        """Runs the slice at index `place` on tokens [B, S] or hidden states [B, S, H]. Returns the hidden states, or after the head
+        the loss summed over tokens (the logits if there are no labels), and the sum of the slice's balance losses."""
         x = self.embedding(inputs) if self.embedding is not None and place == 0 else inputs
         balance = x.new_zeros((), dtype=accurate_dtype(x.dtype))
         for index in self.slices[place]:

@@ -30,7 +30,8 @@ class Experts(nn.Module):
         self.exchange = LocalExperts()
 
     def forward(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """rows [N, H] sorted by expert, counts [E] over all experts -> results [N, H] in the same order."""
+        """rows [N, H] sorted by expert, counts [E] the number of rows of each expert of the layer -> results [N, H] in the same
+        order"""
         routed = self.exchange.dispatch(rows, counts)
         gate, up = grouped_linears(routed.rows, routed.counts, self.gate, self.up)
         (results,) = grouped_linears(F.silu(gate), routed.counts, self.down, factor=up)
@@ -38,7 +39,7 @@ class Experts(nn.Module):
 
 
 class Router(Linear):
-    """Weight [E, H]. `bias` [E], where there is one, is a buffer: `update_biases` changes it, no gradient does."""
+    """Weight [E, H]. `bias` [E] is a buffer, which `update_biases` changes and no gradient does; None without bias_rate."""
 
     bias: torch.Tensor | None
 
@@ -63,8 +64,8 @@ class Router(Linear):
 
 
 class MixtureOfExperts(nn.Module):
-    """Takes the place of a feed-forward. Also returns the balance loss, summed over the micro-batch's sequences, and the load:
-    how many tokens of the micro-batch each expert got."""
+    """Takes the place of a feed-forward. `forward` also returns the balance loss, summed over the micro-batch's sequences, and the
+    load: how many tokens of the micro-batch each expert got."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -6,13 +6,16 @@ from bagualu.parallel.sharding import BoundaryKind, Placement, ShardingPlan
 from bagualu.trainer.models.decoder.config import ModelConfig
 
 ROWS = Placement(((0, "tensor"),))
-"""Column parallel: each rank computes a part of the output."""
+"""Dim 0 of a weight (its rows, the outputs) is split over the tensor axis: each rank computes a part of the output (column
+parallel in Megatron's terms)."""
 COLUMNS = Placement(((1, "tensor"),), initial="residual")
-"""Row parallel: each rank reads a part of the input, and outputs add up."""
+"""Dim 1 of a weight (its columns, the inputs) is split over the tensor axis: each rank reads a part of the input, and the ranks'
+outputs are summed (row parallel in Megatron's terms)."""
 
 
 def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
-    """Returns the placement of every parameter and buffer. With `sequence` parallelism, norms see only a slice of the sequence."""
+    """Returns the placement of every parameter and buffer. With `sequence` (parallelism), norms see only a slice of the sequence,
+    so each rank has only a part of their gradient."""
     vocabulary = replace(ROWS, rows=config.vocab)
     norm = Placement(partial_over="tensor" if sequence else None, initial="ones")
     placements = (
