@@ -20,8 +20,8 @@ class DataConfig:
 
     source: str = field(default=STDLIB, metadata={"path": True})
     """stdlib: the source code of Python's own standard library; random: uniform random tokens; else a text file or a folder of text
-    files. Links are followed, and each file and folder is read once. Folders of runs and of prepared corpora, and names that start with a
-    dot, are skipped."""
+    files. Links are followed, and each file and folder is read once. Folders of runs and of prepared corpora, and names that start
+    with a dot, are skipped."""
     sequence_length: int = 256
     """The number of tokens that a sequence predicts; it reads one more."""
     global_batch: int = 16
