@@ -10,7 +10,7 @@ gradient of a single micro-batch is as accurate as the chip's matrix product, si
 compiled layer returns it in the weight's dtype.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,8 +45,8 @@ class BucketKind:
     """A further axis along which ranks hold the same elements and compute the same gradient; None if there is none."""
     counted: bool
     """Whether the norm and checkpoints count this rank's copy rather than a copy on another stage or tensor rank."""
-    decayed: bool
-    """Whether weight decay applies."""
+    treatment: Hashable
+    """How the optimizer treats the parameters; it alone knows what this means."""
 
 
 @dataclass(frozen=True)
@@ -130,18 +130,19 @@ def build_buckets(
     zero: int,
     bucket_bytes: int,
     uses: Callable[[torch.nn.Parameter], int] = lambda _: 1,
+    treat: Callable[[str, torch.nn.Parameter], Hashable] = lambda name, parameter: None,
 ) -> list[Bucket]:
     """Moves the model's parameters into flat buckets; the parameters become views of them.
 
     Parameters need `global_shape` and `box` (see parallelize.py). They are visited last to first, roughly the order in which the
     backward pass finishes them. The buckets are the same on every rank of a group, because plan and order are the same. `uses`
-    returns `Entry.uses` of a parameter.
+    returns `Entry.uses` of a parameter, `treat` its `BucketKind.treatment`, given its global name.
     """
     open_buckets: dict[BucketKind, list[tuple[str, torch.nn.Parameter]]] = {}
     buckets: list[Bucket] = []
     for local_name, parameter in reversed(list(model.named_parameters())):
         name = plan.global_name(local_name)
-        kind = _kind(name, local_name, parameter, plan, mesh)
+        kind = _kind(name, local_name, treat(name, parameter), plan, mesh)
         members = open_buckets.setdefault(kind, [])
         members.append((name, parameter))
         if sum(p.numel() for _, p in members) * accurate_dtype(parameter.dtype).itemsize >= bucket_bytes:
@@ -150,7 +151,7 @@ def build_buckets(
     return buckets
 
 
-def _kind(name: str, local_name: str, parameter: torch.nn.Parameter, plan: ShardingPlan, mesh: Mesh) -> BucketKind:
+def _kind(name: str, local_name: str, treatment: Hashable, plan: ShardingPlan, mesh: Mesh) -> BucketKind:
     placement = plan.placement(name)
     tied = name in plan.tied.values() and "ends" in mesh.groups and mesh.group("ends").size > 1
     copy_elsewhere = tied and local_name != name
@@ -160,7 +161,7 @@ def _kind(name: str, local_name: str, parameter: torch.nn.Parameter, plan: Shard
         tied=tied,
         copied_over="tensor" if "tensor" not in placement.axes and mesh.group("tensor").size > 1 else None,
         counted=placement.counted(mesh.layout, mesh.coordinates) and not copy_elsewhere,
-        decayed=parameter.ndim >= 2,
+        treatment=treatment,
     )
 
 

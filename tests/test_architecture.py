@@ -167,7 +167,7 @@ PRIVATE_NAMES_OF_TORCH = {
     "comm/store.py": {"_C", "_distributed_c10d"},  # stores, which torch.distributed re-exports without types
     "launch/workers/elastic_private.py": {"_NodeDesc"},
     "trainer/operators/attention.py": {"_softmax_backward_data"},
-    "trainer/optim/adamw.py": {"_fused_adamw_"},
+    "trainer/optim/rules.py": {"_fused_adamw_"},
 }
 """What each file uses of torch that torch does not publish. In elastic_private.py also attributes of elastic's classes."""
 _OF_ELASTIC = {"_worker_group", "_pcontext", "_remaining_restarts", "_state_holder", "_this_node", "_shared_tcp_store_server"}

@@ -17,8 +17,9 @@ from bagualu.parallel.layout import Layout
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import parallelize
 from bagualu.parallel.sharding import Placement, ShardingPlan
-from bagualu.trainer.optim.adamw import ShardedAdamW
 from bagualu.trainer.optim.config import OptimConfig
+from bagualu.trainer.optim.groups import Treatment
+from bagualu.trainer.optim.sharded import ShardedOptimizer
 from tests.harness import BACKENDS, run
 
 WIDTH = 5
@@ -45,6 +46,10 @@ def values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
     return torch.randn(shape, generator=generator)[box.slices((0,) * len(shape))]
 
 
+def treat(name: str, parameter: torch.nn.Parameter) -> Treatment:
+    return OptimConfig().treatment(name, parameter.ndim)
+
+
 def built(
     communicator: Communicator, zero: int, bucket_bytes: int, layers: int = 6, dtype: torch.dtype = torch.float64
 ) -> tuple[Chain, list[Bucket], GradientReducer]:
@@ -52,7 +57,7 @@ def built(
     with torch.device("meta"):
         model = Chain(layers)
     parallelize(model, PLAN, mesh, False, dtype, values)
-    buckets = build_buckets(model, PLAN, mesh, zero, bucket_bytes)
+    buckets = build_buckets(model, PLAN, mesh, zero, bucket_bytes, treat=treat)
     reducer = GradientReducer(buckets, mesh)
     reducer.lend()
     return model, buckets, reducer
@@ -66,7 +71,7 @@ def check_cover(communicator: Communicator, zero: int, bucket_bytes: int) -> lis
         assert bucket.weights.numel() % communicator.size == 0
         assert bucket.weights.numel() - size // 8 < 8 * communicator.size, "shards are whole multiples of eight elements"
         assert size - bucket.entries[-1].parameter.numel() * 8 < bucket_bytes, "closed as soon as it is full"
-        assert len({entry.parameter.ndim >= 2 for entry in bucket.entries} | {bucket.kind.decayed}) == 1
+        assert len({entry.parameter.ndim >= 2 for entry in bucket.entries} | {bucket.kind.treatment.weight_decay > 0}) == 1
         for entry in bucket.entries:
             place = bucket.weights[entry.start : entry.start + entry.parameter.numel()]
             assert place.data_ptr() == entry.parameter.data_ptr()
@@ -210,7 +215,7 @@ def test_zero_1_holds_a_share_of_masters_and_moments_and_zero_0_all(size: int) -
 
     def elements(communicator: Communicator, zero: int) -> tuple[int, int, int]:
         _, buckets, _ = built(communicator, zero, 500, dtype=torch.bfloat16)
-        optimizer = ShardedAdamW(buckets, OptimConfig())
+        optimizer = ShardedOptimizer(buckets, OptimConfig())
         assert all(value.dtype == torch.float32 for shard in optimizer.shards() for value in shard.values())
         numel = {kind: sum(shard[kind].numel() for shard in optimizer.shards()) for kind in optimizer.shards()[0]}
         return numel["weight"], numel["exp_avg"] + numel["exp_avg_sq"], len(buckets)

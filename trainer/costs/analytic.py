@@ -19,10 +19,10 @@ from bagualu.parallel.layout import Layout
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.flops import Flops, head_flops, layer_flops
 from bagualu.trainer.models.decoder.plan import decoder_plan
+from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes
 
 FLOPS_PER_SECOND = 1e12
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_MOMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class ModelWork:
     """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it."""
     sequence: bool = False
     """Whether sequence parallelism is on."""
+    moments: int = 2
+    """The number of moments that the optimizer keeps of each parameter."""
 
     @property
     def tokens(self) -> int:
@@ -91,35 +93,6 @@ def _in_order(held: Held) -> tuple[int, int, int]:
     return held.activation_bytes, held.input_bytes, held.operand_bytes
 
 
-def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
-    """Returns the global shapes of a decoder layer's parameters, by name."""
-    hidden, heads, narrow = model.hidden, model.heads * model.head_dim, model.key_value_heads * model.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "attention_norm.weight": (hidden,),
-        "attention.query.weight": (heads, hidden),
-        "attention.key.weight": (narrow, hidden),
-        "attention.value.weight": (narrow, hidden),
-        "attention.output.weight": (hidden, heads),
-        "feed_forward_norm.weight": (hidden,),
-    }
-    if not model.is_moe_layer(index):
-        return shapes | _swiglu("feed_forward", hidden, model.ffn)
-    moe = model.moe
-    shapes["feed_forward.router.weight"] = (moe.experts, hidden)
-    shapes |= {f"feed_forward.experts.{name}": (moe.experts, moe.ffn, hidden) for name in ("gate", "up")}
-    shapes["feed_forward.experts.down"] = (moe.experts, hidden, moe.ffn)
-    return shapes | (_swiglu("feed_forward.shared", hidden, moe.shared_experts * moe.ffn) if moe.shared_experts else {})
-
-
-def layer_buffers(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
-    """Returns the global shapes of a decoder layer's buffers, by name; {} if it has none."""
-    return {"feed_forward.router.bias": (model.moe.experts,)} if model.is_moe_layer(index) and model.moe.has_bias else {}
-
-
-def _swiglu(name: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.gate.weight": (ffn, hidden), f"{name}.up.weight": (ffn, hidden), f"{name}.down.weight": (hidden, ffn)}
-
-
 def layer_bytes(work: ModelWork, index: int) -> int:
     """Returns the bytes of a decoder layer's weights, gradients, optimizer state and buffers on a rank."""
     buffers = sum(prod(shape) for shape in layer_buffers(work.model, index).values()) * work.accurate_bytes
@@ -131,7 +104,7 @@ def saved_bytes(work: ModelWork, index: int) -> int:
     """Returns the bytes of a whole decoder layer, over all ranks, in a checkpoint: its master weights, moments and buffers."""
     trained = sum(prod(shape) for shape in layer_shapes(work.model, index).values())
     buffers = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
-    return (trained * (1 + _MOMENTS) + buffers) * work.accurate_bytes
+    return (trained * (1 + work.moments) + buffers) * work.accurate_bytes
 
 
 def end_bytes(work: ModelWork) -> tuple[int, int, int]:
@@ -150,7 +123,7 @@ def _state_bytes(work: ModelWork, name: str, shape: tuple[int, ...]) -> int:
     elements = prod(placement.box(name, shape, work.layout, work.layout.coordinates(0)).shape)
     share = work.layout.size(placement.reduction_axis) if work.zero else 1
     masters = work.item_bytes < work.accurate_bytes
-    return elements * (work.item_bytes + work.accurate_bytes) + elements * work.accurate_bytes * (masters + _MOMENTS) // share
+    return elements * (work.item_bytes + work.accurate_bytes) + elements * work.accurate_bytes * (masters + work.moments) // share
 
 
 def embedding_held(work: ModelWork) -> Held:

@@ -76,6 +76,7 @@ def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
         recipe.train.dtype,
         recipe.parallel.zero,
         recipe.parallel.sequence,
+        len(recipe.optim.moments),
     )
 
 

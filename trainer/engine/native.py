@@ -19,15 +19,16 @@ from bagualu.parallel.parallelize import Fill, parallelize
 from bagualu.trainer.models.decoder.initialise import initial_values
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.models.decoder.plan import decoder_plan
-from bagualu.trainer.optim.adamw import ShardedAdamW
+from bagualu.trainer.optim.groups import Treatment
+from bagualu.trainer.optim.sharded import ShardedOptimizer
 from bagualu.trainer.recipe.config import Recipe
 
 
 class NativeEngine:
-    """The `Engine` of protocol.py, over flat gradient buckets and ShardedAdamW."""
+    """The `Engine` of protocol.py, over flat gradient buckets and ShardedOptimizer."""
 
     def __init__(
-        self, model: Decoder, buckets: list[Bucket], buffers: list[Buffer], reducer: GradientReducer, optimizer: ShardedAdamW
+        self, model: Decoder, buckets: list[Bucket], buffers: list[Buffer], reducer: GradientReducer, optimizer: ShardedOptimizer
     ) -> None:
         self.model, self.buckets, self.buffers, self.reducer, self.optimizer = model, buckets, buffers, reducer, optimizer
 
@@ -155,9 +156,13 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
     if recipe.train.compile:
         for layer in model.layers.values():
             layer.compile()
-    buckets = build_buckets(model, plan, mesh, parallel.zero, parallel.bucket_bytes, model.uses)
+
+    def treat(name: str, parameter: torch.nn.Parameter) -> Treatment:
+        return recipe.optim.treatment(name, parameter.ndim)
+
+    buckets = build_buckets(model, plan, mesh, parallel.zero, parallel.bucket_bytes, model.uses, treat)
     reducer = GradientReducer(buckets, mesh, fused=_sinks(recipe))
-    return NativeEngine(model, buckets, buffers_of(model, plan, mesh), reducer, ShardedAdamW(buckets, recipe.optim))
+    return NativeEngine(model, buckets, buffers_of(model, plan, mesh), reducer, ShardedOptimizer(buckets, recipe.optim))
 
 
 def _sinks(recipe: Recipe) -> Callable[[str], bool]:

@@ -1,11 +1,17 @@
 """The `optim` section of a recipe."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
 
 from bagualu.comm.checks import refuse_unused, require_at_least, require_representable
 from bagualu.comm.errors import RecipeError
+from bagualu.trainer.optim.groups import ParameterGroup, Treatment, group_of
 
 SCHEDULES = ("cosine", "wsd", "constant")
+RULES = {"adamw": ["momentum"], "lion": ["momentum", "epsilon"], "sgd": ["betas", "epsilon"]}
+"""The optimizers, each with the keys that it does not use."""
 
 
 @dataclass
@@ -13,11 +19,21 @@ class OptimConfig:
     """`optim.*` of a recipe."""
 
     name: str = "adamw"
+    """adamw | lion | sgd; docs/guides/optimizers.md describes them."""
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """adamw: how much of the first and of the second moment each step keeps. lion: how much of the average counts in the update,
+    and how much of it each step keeps; [0.9,0.99] is usual."""
+    momentum: float = 0.9
+    """sgd only: how much of the momentum each step keeps; 0 for none."""
     epsilon: float = 1e-8
+    """adamw only: added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, applied to parameters of two or more dims; weights of norms are not decayed."""
+    """Weight decay of parameters of two or more dims; weights of norms are not decayed. Decoupled from the gradient for adamw and
+    lion, added to it for sgd, as torch does."""
+    groups: list[Any] = field(default_factory=list)
+    """Parameters with a learning rate or a weight decay of their own, e.g. [{pattern: "*.router.weight", lr: 1e-4}]. The first
+    entry whose pattern matches a parameter's name counts; a rate follows the same schedule as optim.lr."""
     clip_norm: float = 1.0
     """If the norm of the whole model's gradient is larger than this, the gradient is scaled down to it; 0 turns clipping off."""
     schedule: str = "cosine"
@@ -28,6 +44,40 @@ class OptimConfig:
     """The rate of the last step under cosine and wsd, as a share of lr. With 0, the rate would reach 0 one step after the last."""
     decay_fraction: float = 0.2
     """wsd only: the share of train.steps, at the end, in which the learning rate decays linearly."""
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The names of the moments that the optimizer keeps of each parameter, as in checkpoints."""
+        momentum = ("momentum_buffer",) if self.momentum else ()
+        return {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "sgd": momentum}[self.name]
+
+    @property
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """`groups`, read. Raises RecipeError for an entry that describes none."""
+        return [ParameterGroup.read(entry) for entry in self.groups]
+
+    def rates(self, group: ParameterGroup | None) -> tuple[float, float]:
+        """Returns the learning rate, in place of `lr`, and the weight decay of matrices in `group`."""
+        lr = self.lr if group is None or group.lr is None else group.lr
+        return lr, self.weight_decay if group is None or group.weight_decay is None else group.weight_decay
+
+    def treatment(self, name: str, dims: int) -> Treatment:
+        """Returns how the optimizer treats the parameter `name` of `dims` dims."""
+        group = group_of(self.parameter_groups, name)
+        lr, decay = self.rates(group)
+        decayed = dims >= 2 or (group is not None and group.weight_decay is not None)
+        return Treatment(lr / self.lr if self.lr else 0.0, decay if decayed else 0.0)
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raises RecipeError for a group that no parameter of the model belongs to. `names`: those of all parameters."""
+        groups, found = self.parameter_groups, list(names)
+        used = {group_of(groups, name) for name in found}
+        for group in groups:
+            if group not in used:
+                some = ", ".join(found[:: max(1, len(found) // 4)][:4])
+                why = "matches no parameter" if not any(fnmatchcase(name, group.pattern) for name in found) else (
+                      "matches only parameters of earlier groups")  # fmt: skip
+                raise RecipeError(f"optim.groups: {group.pattern} {why}; give another pattern, e.g. one that matches {some}")
 
     def decay_steps(self, steps: int) -> int:
         """Returns in how many of `steps` steps the learning rate decays under wsd."""
@@ -44,19 +94,25 @@ class OptimConfig:
 
     def validate(self, dtype: str = "float32") -> None:
         """Raises RecipeError for invalid values. `dtype`: the dtype of the optimizer's weights and moments."""
-        if self.name != "adamw":
-            raise RecipeError(f"optim.name={self.name} is unknown; give optim.name=adamw")
+        if self.name not in RULES:
+            raise RecipeError(f"optim.name={self.name} is unknown; give one of {', '.join(RULES)}")
         if self.schedule not in SCHEDULES:
             raise RecipeError(f"optim.schedule={self.schedule} is unknown; give one of {', '.join(SCHEDULES)}")
+        if not 0 <= self.momentum < 1:
+            raise RecipeError(f"optim.momentum={self.momentum} must lie in [0, 1), e.g. optim.momentum={OptimConfig.momentum}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"optim.betas={self.betas} must be two numbers in [0, 1), e.g. optim.betas=[0.9,0.95]")
         require_at_least(0, "optim", self, "lr", "epsilon", "weight_decay", "clip_norm", "warmup_steps")
         require_representable("optim", self, dtype, "lr", "weight_decay", "clip_norm")
         require_representable("optim", self, dtype, "epsilon", zero=False)
-        if self.lr * self.weight_decay > 2:
-            example = f"optim.lr={OptimConfig.lr} optim.weight_decay={OptimConfig.weight_decay}"
-            raise RecipeError(f"optim.lr={self.lr} times optim.weight_decay={self.weight_decay} is more than 2, so that the decay "
-                              f"makes weights grow; give smaller ones, e.g. {example}")  # fmt: skip
+        refuse_unused("optim", self, RULES[self.name], f"optim.name={self.name}")
+        for group in (None, *self.parameter_groups):
+            lr, decay = self.rates(group)
+            if lr * decay > 2:
+                example = f"optim.lr={OptimConfig.lr} optim.weight_decay={OptimConfig.weight_decay}"
+                where = f" of {group.pattern}" if group else ""
+                raise RecipeError(f"optim.lr={lr} times optim.weight_decay={decay}{where} is more than 2, so that the decay "
+                                  f"makes weights grow; give smaller ones, e.g. {example}")  # fmt: skip
         for name in ("final_lr_ratio", "decay_fraction"):
             value = getattr(self, name)
             if not 0 <= value <= 1:

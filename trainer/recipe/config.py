@@ -21,6 +21,7 @@ from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.registry import place, splits_backward
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.models.decoder.config import ModelConfig
+from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.optim.config import OptimConfig
 
 MOST_MICRO_BATCHES = 2**16
@@ -191,6 +192,7 @@ class Recipe:
         self.model.validate(self.train.dtype)
         self.optim.validate("float64" if self.train.dtype == "float64" else "float32")
         self.optim.validate_steps(self.train.steps)
+        self.optim.check_patterns(parameter_shapes(self.model))
         if self.comm.on_cpu and not self.train.deterministic:
             raise RecipeError("train.deterministic=false is for GPUs: a CPU computes the same bits anyway; leave it out, or "
                               "give comm.backend=nccl")  # fmt: skip

@@ -128,6 +128,7 @@ def take_state(state: TrainerState, open_checkpoint: Callable[[], Checkpoint]) -
 def _check(state: TrainerState, checkpoint: Checkpoint) -> Saved:
     saved = Saved.of(checkpoint)
     _check_identity(saved.identity, identity(state), checkpoint.path)
+    _check_moments(state, checkpoint)
     _check_dtype(saved.dtype, state.recipe.train.dtype, checkpoint.path)
     return saved
 
@@ -256,6 +257,16 @@ def _other(path: Path, key: str, saved: object, here: object, fix: str) -> Recip
 def _typed(value: object) -> str:
     """Returns `value` as it is typed on the command line."""
     return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _check_moments(state: TrainerState, checkpoint: Checkpoint) -> None:
+    """Raises RecipeError if the checkpoint holds the moments of another optimizer."""
+    saved = {tensor.partition("/")[0] for tensor in checkpoint.tensors} - {"weight", "buffer"}
+    optim = state.recipe.optim
+    if saved != set(optim.moments):
+        held, kept = (" and ".join(sorted(names)) or "no moments" for names in (saved, optim.moments))
+        raise RecipeError(f"{checkpoint.path} holds {held}, but optim.name={optim.name} keeps {kept}; give the optim.name (and for "
+                          "sgd the optim.momentum) that the run began with, or another run.dir to start anew")  # fmt: skip
 
 
 def _check_dtype(saved: str, here: str, path: Path) -> None:

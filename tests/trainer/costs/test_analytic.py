@@ -6,12 +6,13 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.parallel.layout import Layout
 from bagualu.trainer.assemble import assemble
-from bagualu.trainer.costs.analytic import FLOPS_PER_SECOND, ModelWork, analytic_table, layer_buffers, layer_shapes
+from bagualu.trainer.costs.analytic import FLOPS_PER_SECOND, ModelWork, analytic_table
 from bagualu.trainer.costs.choose_split import work_of
 from bagualu.trainer.costs.throughput import model_flops_per_token
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
-from bagualu.trainer.models.decoder.model import Layer
+from bagualu.trainer.models.decoder.model import Decoder, Layer
+from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes, parameter_shapes
 from bagualu.trainer.recipe.config import Recipe
 from tests.harness import run
 from tests.parity import small_recipe
@@ -38,6 +39,15 @@ def test_the_shapes_are_those_of_the_model(layer: int) -> None:
     assert layer_shapes(model, layer) == {name: tuple(p.shape) for name, p in module.named_parameters()}
     assert layer_buffers(model, layer) == {name: tuple(b.shape) for name, b in module.named_buffers()}
     assert not layer_buffers(moe_model(), layer)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_shapes_of_all_parameters_are_those_of_the_model(tied: bool) -> None:
+    model = moe_model(3)
+    model.tie_embeddings = tied
+    with torch.device("meta"):
+        module = Decoder(model, [range(3)])
+    assert parameter_shapes(model) == {name: tuple(p.shape) for name, p in module.named_parameters()}
 
 
 def test_seconds_add_up_to_the_models_flops_and_the_head_is_all_forward() -> None:

@@ -1,7 +1,9 @@
-"""ShardedAdamW over several steps against torch's own AdamW, clipping and plain autograd on the whole model."""
+"""ShardedOptimizer over several steps against torch's own optimizers, clipping and plain autograd on the whole model."""
 
 import functools
 from dataclasses import replace
+from fnmatch import fnmatch
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from bagualu.parallel import precision
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.decoder.model import Decoder
+from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.schedule import learning_rate
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import local_micro_batches, train_step
@@ -47,11 +50,13 @@ def plain(recipe: Recipe, follow: list[Weights] | None = None) -> tuple[list[flo
     masters = {name: p.detach().to(wide).requires_grad_() for name, p in working.named_parameters()}
     for parameter in working.parameters():
         parameter.grad_dtype = wide  # no gradient is rounded on its way to the optimizer
-    matrices = [m for m in masters.values() if m.dim() > 1]
-    norms = [m for m in masters.values() if m.dim() == 1]
     optim = recipe.optim
-    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.epsilon)
+    groups = []
+    for name, master in masters.items():
+        chosen = next((group for group in optim.groups if fnmatch(name, group["pattern"])), {})
+        decay = chosen.get("weight_decay", optim.weight_decay if master.dim() > 1 else 0.0)
+        groups.append({"params": [master], "weight_decay": decay, "factor": chosen.get("lr", optim.lr) / optim.lr})
+    torchs = oracle(optim, groups)
     losses, grad_norms = [], []
     for step in range(STEPS):
         batch = local_micro_batches(parts, step)
@@ -68,9 +73,9 @@ def plain(recipe: Recipe, follow: list[Weights] | None = None) -> tuple[list[flo
             total += share.item()
         losses.append(total)
         grad_norms.append(clip_grad_norm_(masters.values(), optim.clip_norm or float("inf")).item())
-        for group in adamw.param_groups:
-            group["lr"] = learning_rate(optim, step, recipe.train.steps)
-        adamw.step()
+        for group in torchs.param_groups:
+            group["lr"] = group["factor"] * learning_rate(optim, step, recipe.train.steps)
+        torchs.step()
         with torch.no_grad():
             for name, parameter in working.named_parameters():
                 parameter.copy_(masters[name])
@@ -79,13 +84,42 @@ def plain(recipe: Recipe, follow: list[Weights] | None = None) -> tuple[list[flo
                     torch.testing.assert_close(parameter, follow[step][name], **near)
                     parameter.copy_(follow[step][name])
     state = {f"weight/{name}": master.detach().numpy() for name, master in masters.items()}
-    for moment in ("exp_avg", "exp_avg_sq"):
-        state |= {f"{moment}/{name}": adamw.state[master][moment].numpy() for name, master in masters.items()}
+    for moment in optim.moments:
+        state |= {f"{moment}/{name}": torchs.state[master][moment].numpy() for name, master in masters.items()}
     return losses, grad_norms, state
 
 
+def oracle(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The same optimizer by somebody else; torch has no Lion, so that is written as its paper writes it."""
+    first, second = optim.betas
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, momentum=optim.momentum)
+    if optim.name == "lion":
+        return PaperLion(groups, first, second)
+    return torch.optim.AdamW(groups, betas=(first, second), eps=optim.epsilon)
+
+
+class PaperLion(torch.optim.Optimizer):
+    """arXiv 2302.06675, algorithm 2, line by line."""
+
+    def __init__(self, groups: list[dict[str, Any]], beta1: float, beta2: float) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        self.beta1, self.beta2 = beta1, beta2
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for theta in group["params"]:
+                m = self.state[theta].setdefault("exp_avg", torch.zeros_like(theta))
+                c = self.beta1 * m + (1 - self.beta1) * theta.grad
+                theta -= group["lr"] * (torch.sign(c) + group["weight_decay"] * theta)
+                m.copy_(self.beta2 * m + (1 - self.beta2) * theta.grad)
+
+
 def alone(dtype: str, model: dict[str, object]) -> Recipe:
-    return small_recipe(train__dtype=dtype, train__steps=8, train__micro_batch=2, model__layers=2, optim__epsilon=1e-5, **model)
+    return small_recipe(
+        train__dtype=dtype, train__steps=8, train__micro_batch=2, model__layers=2, **{"optim__epsilon": 1e-5, **model}
+    )
 
 
 @functools.cache
@@ -122,6 +156,38 @@ def test_updates_are_those_of_torch(name: str, dtype: str, layout: dict[str, int
         assert found[name].dtype == (np.float64 if dtype == "float64" else np.float32), name
         scale = np.abs(expected).max()
         np.testing.assert_allclose(found[name], expected, rtol=relative, atol=relative * scale, err_msg=name)
+
+
+OPTIMIZERS: dict[str, dict[str, object]] = {
+    "adamw": {"epsilon": 1e-5},
+    "lion": {"name": "lion", "betas": [0.9, 0.99], "epsilon": 1e-8},
+    "sgd": {"name": "sgd", "epsilon": 1e-8},
+    "sgd without momentum": {"name": "sgd", "momentum": 0.0, "epsilon": 1e-8},
+}
+GROUPS = [
+    {"pattern": "*attention*.weight", "lr": 3e-3, "weight_decay": 0.0},
+    {"pattern": "*norm.weight", "weight_decay": 0.3},
+    {"pattern": "layers.1.*", "lr": 2e-2},
+]
+
+
+@pytest.mark.parametrize("groups", [[], GROUPS], ids=["alike", "groups"])
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=OPTIMIZERS.keys())
+def test_every_optimizer_is_its_oracle_on_every_axis(optim: str, groups: list[object]) -> None:
+    changes = {**MOE, **{f"optim__{key}": value for key, value in OPTIMIZERS[optim].items()}, "optim__groups": groups}
+    losses, norms, state = plain(alone("float64", changes))
+    layouts = [{}, {"data": 2, "expert": 2}, {"data": 2, "zero": 0}, {"tensor": 2, "pipeline": 2}]
+    for layout in layouts:
+        recipe = alone("float64", {**changes, **{f"parallel__{key}": value for key, value in layout.items()}})
+        recipe.validate(recipe.world_size())
+        ranks = run("simulated", recipe.world_size(), trained, recipe)
+        for own_losses, own_norms, *_ in ranks:
+            np.testing.assert_allclose(own_losses, losses, rtol=1e-9)
+            np.testing.assert_allclose(own_norms, norms, rtol=1e-9)
+        found = gather([pieces for _, _, pieces, _ in ranks])
+        assert found.keys() == state.keys()
+        for name, expected in state.items():
+            np.testing.assert_allclose(found[name], expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max(), err_msg=name)
 
 
 def test_the_bound_is_tight_enough_to_see_the_clip() -> None:

@@ -1,8 +1,7 @@
-"""AdamW over the shards of the gradient buckets: a rank holds master weights and moments only for its own shards.
+"""An optimizer over the shards of the gradient buckets: a rank holds master weights and moments only for its own shards.
 
-It calls the fused kernel of torch.optim.AdamW directly: torch's optimizer would import torch's compiler, which takes a second and
-70 MB, and can only update a shard as a whole. For 16-bit models, shards have separate float32 master weights and the working
-weights are these, rounded; otherwise the working weights are the master weights.
+For 16-bit models, shards have separate float32 master weights and the working weights are these, rounded; otherwise the working
+weights are the master weights.
 """
 
 from collections.abc import Iterator
@@ -13,20 +12,21 @@ from bagualu.fault_tolerance.guard.finite import is_finite, probe
 from bagualu.parallel.boxes import TensorPiece, flat_range_to_boxes
 from bagualu.parallel.data import Bucket, gather_weights
 from bagualu.trainer.optim.config import OptimConfig
+from bagualu.trainer.optim.groups import Treatment
+from bagualu.trainer.optim.rules import rule_of
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _PIECE = 2**19
 """The number of elements that a CPU updates in one call: their weights, moments and gradients fit into its cache."""
 
 
-class ShardedAdamW:
+class ShardedOptimizer:
     """Updates this rank's shard of every bucket; `share` then gathers the working weights. With partitioned buckets this is
     ZeRO-1."""
 
     def __init__(self, buckets: list[Bucket], config: OptimConfig) -> None:
         self.buckets = buckets
-        self.config = config
-        self._shards = [_shard(_master(bucket)) for bucket in buckets]
+        self._rule, self._moments = rule_of(config), config.moments
+        self._shards = [_shard(_master(bucket), self._moments) for bucket in buckets]
         self._probed = torch.zeros((), dtype=torch.float64, device=buckets[0].weights.device)
         """Not finite if the last step left values that are not finite; in rare cases also if all are finite."""
 
@@ -38,33 +38,24 @@ class ShardedAdamW:
         self._probed.zero_()
         for bucket, shard in zip(self.buckets, self._shards, strict=True):
             shard["step"] += 1
-            decay = self.config.weight_decay if bucket.kind.decayed else 0.0
             for piece in _slices(bucket.shard_gradients):
-                self._update(bucket, shard, piece, lr, decay, gradient_factor)
+                self._update(bucket, shard, piece, lr, gradient_factor)
 
-    def _update(
-        self, bucket: Bucket, shard: dict[str, torch.Tensor], piece: slice, lr: float, decay: float, gradient_factor: float
-    ) -> None:
+    def _update(self, bucket: Bucket, shard: dict[str, torch.Tensor], piece: slice, lr: float, gradient_factor: float) -> None:
         """Updates a piece of a shard, and probes the result while it is still in the processor's cache, which is much faster than
         reading it from memory again."""
         gradient, working = bucket.shard_gradients[piece], bucket.shard_weights[piece]
-        weight, average, square = (shard[kind][piece] for kind in ("weight", *MOMENTS))
+        weight, moments = shard["weight"][piece], {moment: shard[moment][piece] for moment in self._moments}
+        treatment = bucket.kind.treatment
+        assert isinstance(treatment, Treatment)
         if gradient_factor != 1.0:
             gradient.mul_(gradient_factor)
-        beta1, beta2 = self.config.betas
-        torch._fused_adamw_(
-            [weight], [gradient], [average], [square], [], [shard["step"]], lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay,
-            eps=self.config.epsilon, amsgrad=False, maximize=False,
-        )  # fmt: skip
+        self._rule.update(weight, gradient, moments, shard["step"], lr * treatment.lr_factor, treatment.weight_decay)
         if weight.data_ptr() != working.data_ptr():
             working.copy_(weight)
-        self._look(working, square)
-
-    def _look(self, working: torch.Tensor, square: torch.Tensor) -> None:
-        """Probes a piece of the updated weights and squares. A first moment that is not finite shows in the weight; an infinite
-        second moment does not."""
         self._probed += probe(working)
-        self._probed += probe(square)
+        if self._rule.telling:
+            self._probed += probe(moments[self._rule.telling])
 
     def spoilt(self) -> list[tuple[int, str]]:
         """Returns (bucket index, kind of state) of every tensor of this rank's state that the last `step` left not finite."""
@@ -112,7 +103,7 @@ class ShardedAdamW:
         `fresh` become the moments without a copy."""
         shard = self._shards[place]
         shard["weight"].copy_(fresh["weight"])  # in place: it may be the working weights themselves
-        for moment in MOMENTS:
+        for moment in self._moments:
             shard[moment] = fresh[moment].to(shard["weight"].device)
         shard["step"].fill_(updates)
 
@@ -120,7 +111,7 @@ class ShardedAdamW:
 class Incoming:
     """A state that is being read, in host memory of its own: the optimizer and the model do not change until `apply`."""
 
-    def __init__(self, optimizer: ShardedAdamW) -> None:
+    def __init__(self, optimizer: ShardedOptimizer) -> None:
         self._optimizer = optimizer
         self._fresh = [_fresh(shard) for shard in optimizer.shards()]
 
@@ -145,9 +136,9 @@ def _slices(shard: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, shard.numel(), size))
 
 
-def _shard(master: torch.Tensor) -> dict[str, torch.Tensor]:
+def _shard(master: torch.Tensor, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Returns the optimizer state of a shard before the first update, by kind; `master` becomes its master weights, not a copy."""
-    moments = {moment: torch.zeros_like(master) for moment in MOMENTS}
+    moments = {moment: torch.zeros_like(master) for moment in kinds}
     return {"weight": master, **moments, "step": torch.zeros((), dtype=torch.float32, device=master.device)}
 
 

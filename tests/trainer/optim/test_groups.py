@@ -1,0 +1,97 @@
+"""`optim.name` and `optim.groups` as a person types them, right and wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.group import Communicator
+from bagualu.trainer.assemble import assemble
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.optim.groups import Treatment
+from bagualu.trainer.recipe.compose import compose, load_recipe, save_recipe
+from bagualu.trainer.recipe.config import Recipe
+from tests.harness import run
+from tests.parity import small_recipe
+from tests.trainer.states import load_state, save_state
+
+TYPED = 'optim.groups=[{pattern: "*.norm.weight", weight_decay: 0.1}, {pattern: layers.0.*, lr: 1e-4}]'
+
+
+def test_groups_are_typed_saved_and_read(tmp_path: Path) -> None:
+    recipe = compose(["recipe=tiny_dense", TYPED, f"run.dir={tmp_path}"])
+    assert load_recipe(save_recipe(recipe)).optim == recipe.optim
+    recipe.optim.lr, recipe.optim.weight_decay = 1e-3, 0.2
+    assert recipe.optim.treatment("layers.0.attention.query.weight", 2) == Treatment(0.1, 0.2)
+    assert recipe.optim.treatment("layers.0.attention_norm.weight", 1) == Treatment(0.1, 0.0)
+    assert recipe.optim.treatment("layers.1.feed_forward.norm.weight", 1) == Treatment(1.0, 0.1)
+    assert recipe.optim.treatment("head.weight", 2) == Treatment(1.0, 0.2)
+
+
+ONE = "optim.groups=[{pattern: head.weight"
+WRONG = [
+    (["optim.name=adam"], "optim.name=adam is unknown; give one of adamw, lion, sgd"),
+    (
+        ["optim.name=sgd", "optim.betas=[0.5,0.5]"],
+        "has no effect with optim.name=sgd; change optim.name or give optim.betas=",
+    ),
+    (["optim.momentum=0.5"], "has no effect with optim.name=adamw"),
+    (["optim.name=sgd", "optim.momentum=1"], "must lie in [0, 1), e.g. optim.momentum=0.9"),
+    (["optim.groups=[x]"], "x has no pattern of parameter names; e.g. optim.groups="),
+    (["optim.groups=[{lr: 1}]"], "has no pattern of parameter names"),
+    (["optim.groups=[{pattern: 1, lr: 1}]"], "has no pattern of parameter names"),
+    ([ONE + ", rate: 1}]"], "unknown key rate; there are pattern, lr and weight_decay"),
+    ([ONE + "}]"], "head.weight changes nothing; give it an lr or a weight_decay"),
+    ([ONE + ", lr: -1}]"], "lr=-1 of head.weight must be a number of at least 0"),
+    ([ONE + ", lr: true}]"], "lr=True of head.weight must be a number of at least 0"),
+    ([ONE + ", lr: inf}]"], "lr=inf of head.weight must be a number of at least 0"),
+    (
+        ["optim.groups=[{pattern: haed.weight, lr: 1}]"],
+        "haed.weight matches no parameter; give another pattern",
+    ),
+    (
+        ["optim.groups=[{pattern: '*', lr: 1}, {pattern: head.weight, lr: 1}]"],
+        "matches only parameters of earlier groups",
+    ),
+    ([ONE + ", lr: 10, weight_decay: 1}]"], "of head.weight is more than 2"),
+]
+
+
+@pytest.mark.parametrize(("words", "fix"), WRONG)
+def test_wrong_input_is_one_line_with_the_fix(words: list[str], fix: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        compose(["recipe=tiny_dense", *words]).validate(1)
+    assert fix in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def save_one(communicator: Communicator, recipe: Recipe) -> None:
+    save_state(assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab)), 1)
+
+
+def load_one(communicator: Communicator, recipe: Recipe) -> None:
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    load_state(state, Path(recipe.run.dir) / "checkpoints" / "step-00000001")
+
+
+SGD = {"optim__name": "sgd"}
+OTHERS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {"optim__name": "lion"}, "holds exp_avg and exp_avg_sq, but optim.name=lion keeps exp_avg;"),
+    (SGD, {}, "holds momentum_buffer, but optim.name=adamw keeps exp_avg and exp_avg_sq;"),
+    (SGD, {**SGD, "optim__momentum": 0.0}, "holds momentum_buffer, but optim.name=sgd keeps no moments;"),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "why"), OTHERS)
+def test_a_run_does_not_go_on_with_another_optimizer(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any], why: str
+) -> None:
+    def recipe(changes: dict[str, Any]) -> Recipe:
+        return small_recipe(run__dir=str(tmp_path), model__layers=2, **changes)
+
+    run("simulated", 1, save_one, recipe(before))
+    run("simulated", 1, load_one, recipe(before))
+    with pytest.raises(RecipeError) as refused:
+        run("simulated", 1, load_one, recipe(after))
+    assert why in str(refused.value)

@@ -1,0 +1,51 @@
+"""Groups of parameters that the optimizer treats in a way of their own: `optim.groups`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from bagualu.comm.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How the optimizer treats a parameter."""
+
+    lr_factor: float
+    """Multiplies the learning rate of every step."""
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """An entry of `optim.groups`. A parameter belongs to the first entry whose pattern matches its global name."""
+
+    pattern: str
+    """Shell-style, e.g. "*.norm.weight" or "layers.0.*"."""
+    lr: float | None = None
+    """Takes the place of optim.lr; None for no change."""
+    weight_decay: float | None = None
+    """Takes the place of optim.weight_decay, for parameters of any number of dims; None for no change."""
+
+    @staticmethod
+    def read(entry: Any) -> "ParameterGroup":
+        """Returns the group that an entry of the recipe describes. Raises RecipeError for an entry that describes none."""
+        example = 'e.g. optim.groups=[{pattern: "*.norm.weight", lr: 1e-4}]'
+        if not isinstance(entry, dict) or not isinstance(entry.get("pattern"), str):
+            raise RecipeError(f"optim.groups: {entry} has no pattern of parameter names; {example}")
+        for key in entry.keys() - {"pattern", "lr", "weight_decay"}:
+            raise RecipeError(f"optim.groups: {entry} has the unknown key {key}; there are pattern, lr and weight_decay, {example}")
+        for key in ("lr", "weight_decay"):
+            value = entry.get(key)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+            if value is not None and not number:
+                raise RecipeError(f"optim.groups: {key}={value} of {entry['pattern']} must be a number of at least 0; {example}")
+        if entry.get("lr") is None and entry.get("weight_decay") is None:
+            raise RecipeError(f"optim.groups: {entry['pattern']} changes nothing; give it an lr or a weight_decay, {example}")
+        return ParameterGroup(**entry)
+
+
+def group_of(groups: Sequence[ParameterGroup], name: str) -> ParameterGroup | None:
+    """Returns the first group whose pattern matches the parameter `name`; None if there is none."""
+    return next((group for group in groups if fnmatchcase(name, group.pattern)), None)
