@@ -1,6 +1,7 @@
 """Records what a rank is doing: its step, its phase within the step, and the communication it waits for.
 
-There is no other record of this. Observers (the watchdog, the ledger, planned faults) are called on every change.
+There is no other record of this. Observers (the watchdog, the ledger, planned faults) are called when a phase begins and when
+waiting begins or ends.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,8 @@ class Phase(StrEnum):
 
 
 class Observer(Protocol):
-    """An object whose methods are called on every change, on the rank's own thread. Their exceptions reach the rank's code."""
+    """An object that the monitor calls when a phase begins and when waiting begins or ends, on the thread that reports it.
+    Exceptions of its methods reach the rank's code."""
 
     def at(self, point: Phase, step: int) -> None:
         """Called when the rank begins the phase `point` of `step`."""
@@ -59,12 +61,12 @@ class Observer(Protocol):
 class Line:
     """A sequence of operations, numbered from 1: a group's collectives, or the messages from one of its ranks to another.
 
-    Operation n cannot end before all ranks of the line have joined it: the others wait for the rank whose count is lowest.
+    A rank that waits for operation n waits for those ranks of the line that have joined fewer than n operations.
     """
 
     group: str
     ranks: tuple[int, ...]
-    """The group's ranks; for messages, the source and the destination."""
+    """The group's ranks; for messages, the source and the destination, as global ranks."""
     messages: bool = False
 
     def __str__(self) -> str:
@@ -84,16 +86,17 @@ class Monitor:
 
     def __init__(self) -> None:
         self.step = 0
-        """The current step, from 1; 0 before the first."""
+        """The current step, from 1; 0 before the first step."""
         self.point = "start"
-        """Name of the newest phase; "start" before the first."""
+        """Name of the phase that began last; "start" before any phase."""
         self.waiting: Waiting | None = None
         self.observers: list[Observer] = []
         self.lines: list[Line] = []
         self.counts: Counts = [0] * 16
-        """The number of operations that this rank has joined, by index of the line."""
+        """counts[i] is the number of operations of lines[i] that this rank has joined; entries after the last line are 0."""
         self.grow_counts: Callable[[Counts], Counts] = lambda counts: [*counts, *[0] * len(counts)]
-        """Returns a longer copy of full counts. An observer that keeps them in shared memory replaces this function."""
+        """Called with `counts` when a new line needs an entry beyond its end; returns a longer copy. An observer that keeps
+        `counts` in shared memory replaces this function."""
         self._index: dict[Line, int] = {}
 
     def at(self, phase: Phase) -> None:
@@ -113,7 +116,7 @@ class Monitor:
         return index
 
     def joins(self, line: int) -> int:
-        """Records that the rank joins the next operation of lines[line] and returns the operation's number."""
+        """Records that the rank joins the next operation of lines[line] and returns the operation's number in that line, from 1."""
         self.counts[line] = number = self.counts[line] + 1
         return number
 
