@@ -42,11 +42,13 @@ class BucketKind:
     tied: bool
     """Whether the first and the last stage hold the parameter on different ranks, so that its gradient is summed over both."""
     copied_over: str | None
-    """A further axis along which ranks hold the same elements and compute the same gradient; None if there is none."""
+    """A further axis along which ranks hold the same elements and, after the reductions, the same gradient; None if there is
+    none."""
     counted: bool
-    """Whether the norm and checkpoints count this rank's copy rather than a copy on another stage or tensor rank."""
+    """Whether the gradient norm and checkpoints include this rank's copy of the parameters rather than a copy on another stage or
+    tensor rank."""
     decayed: bool
-    """Whether weight decay applies."""
+    """Whether weight decay applies to the parameters: true for those of at least two dims."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Entry:
     """The part of the global tensor that this rank holds, including padding."""
     start: int
     uses: int
-    """Number of gradients per micro-batch: 2 if the embedding and the head of this rank are the same tensor, else 1."""
+    """Number of gradients that each micro-batch adds to the bucket for this parameter: 2 if the embedding and the head of this rank
+    are the same tensor, else 1."""
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Bucket:
     lent: bool = False
     """Whether other ranks read the gradients in this rank's memory (see `Group.lend`)."""
     pending: int = 0
-    """The number of gradients that are still to be added in this step."""
+    """The number of gradients that are still to be added to this bucket in this step."""
     work: list[Work] = field(default_factory=list)
     """The reductions in progress."""
 
@@ -111,11 +114,12 @@ class Bucket:
 
     @property
     def owned(self) -> bool:
-        """Whether this rank's shard, among all copies, counts in the norm and is saved in checkpoints."""
+        """Whether this rank's copy of the shard is the one that the gradient norm includes and checkpoints save."""
         return self.kind.counted and (self.partitioned or self.group.rank == 0)
 
     def shard_entries(self) -> Iterator[tuple[Entry, int, int, int]]:
-        """Yields (entry, start in the shard, start in the parameter, elements) for every parameter that overlaps the shard."""
+        """Yields (entry, first element in the shard, first element in the flattened parameter, number of elements) for the part of
+        every parameter that lies in the shard."""
         begin, end = self.shard.start, self.shard.stop
         for entry in self.entries:
             low, high = max(begin, entry.start), min(end, entry.start + entry.parameter.numel())
@@ -192,7 +196,8 @@ def _build(
 
 
 class GradientReducer:
-    """Adds the gradients of a step's micro-batches to the buckets, and starts to reduce a bucket once it is complete."""
+    """Adds the gradients of a step's micro-batches to the buckets, and reduces the buckets: most during the backward pass, once
+    they and all earlier ones are complete."""
 
     def __init__(self, buckets: list[Bucket], mesh: Mesh, fused: Callable[[str], bool] = lambda _: False) -> None:
         """`fused` returns whether the kernels of the parameter with this name add its gradient straight to the bucket
@@ -200,7 +205,8 @@ class GradientReducer:
         self.buckets = buckets
         self.mesh = mesh
         self.put_off: list[Callable[[], None]] | None = None
-        """Deferred computations of gradients; None while nothing is deferred."""
+        """Functions that compute the weight gradients deferred so far; None outside `putting_off`, where no gradient is
+        deferred."""
         self.before_reduction: Callable[[torch.Tensor], None] | None = None
         """Called with each bucket's gradients when this rank's are complete and before other ranks' are added; None: no call."""
         self._sinks: list[GradientSink] = []
@@ -208,7 +214,7 @@ class GradientReducer:
         self._reduced_early = [bucket for bucket in buckets if not _waits_for_all(bucket)]
         """Buckets whose reduction starts during the backward pass, in order, as soon as they are complete."""
         self._begun = 0
-        """How many of those reductions have been started during this step."""
+        """How many buckets of `_reduced_early` have begun their reduction in this step's backward passes."""
         for bucket in buckets:
             for entry in bucket.entries:
                 sink = GradientSink(self, bucket, _gradient_of(entry, bucket))
@@ -218,8 +224,8 @@ class GradientReducer:
                 self._sinks.append(sink)
 
     def lend(self) -> None:
-        """Where possible, lets the other ranks read the gradients of partitioned buckets in this rank's memory, so that none are
-        sent.
+        """Where possible, lets the other ranks read the gradients of partitioned buckets in this rank's memory, so that their
+        reduction sends no gradients.
 
         All ranks of a group call this between steps, for their buckets in the same order.
         """
@@ -232,8 +238,7 @@ class GradientReducer:
             sink.view = _gradient_of(entry, bucket)
 
     def begin(self, micro_batches: int) -> None:
-        """Prepares for a step in which each parameter takes part in `micro_batches` backward passes. Call it before the first
-        of them."""
+        """Prepares for a step with `micro_batches` backward passes for each parameter. Call it before the first backward pass."""
         for sink in self._sinks:
             sink.fresh = True
         self._begun = 0
@@ -260,8 +265,8 @@ class GradientReducer:
 
     @contextmanager
     def putting_off(self) -> Iterator[list[Callable[[], None]]]:
-        """Within this context, sinks defer the gradients of weights. Yields the list to which the functions that compute them are
-        added."""
+        """Within this context, sinks defer the gradients of weights. Yields the list to which they add the functions that compute
+        these gradients."""
         self.put_off = []
         try:
             yield self.put_off
@@ -315,7 +320,8 @@ class GradientSink:
     bucket: Bucket
     view: torch.Tensor
     fresh: bool = False
-    """Whether no gradient of this step has been added yet."""
+    """Whether no gradient of this step has been added to `view` yet; then it still holds old values, which the first gradient
+    overwrites."""
 
     def take(self, parameter: torch.Tensor) -> None:
         """Adds the gradient that autograd has accumulated, if any, to the bucket and drops it. This is the parameter's hook."""

@@ -8,7 +8,7 @@ from bagualu.parallel.pipeline.schedules.schedule import RECEIVES, SENDS, Action
 
 @dataclass(frozen=True)
 class Program:
-    """The actions of a rank, and the sends that are known to be received after each of its receives."""
+    """The actions of a rank and, for each of its receives, the sends that other ranks are then known to have received."""
 
     actions: list[Action]
     arrived: dict[Action, list[Action]] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from bagualu.parallel.pipeline.timeline import Cost, Span, Timeline
 
 @dataclass(frozen=True)
 class Measured:
-    """A measured step of a run; times are in seconds from its first pass."""
+    """A measured step of a run; times are in seconds from the start of the step's first pass."""
 
     step: int
     timeline: Timeline
@@ -34,7 +34,8 @@ class Measured:
 
 
 def read_measured(path: Path) -> Measured:
-    """Returns the last step in `path`. Raises RecipeError if the file is missing, empty or invalid."""
+    """Returns the step with the highest number in the file `path`. Raises RecipeError if the file is missing, empty or invalid, or
+    lacks a rank in that step."""
     if not path.exists():
         raise RecipeError(f"{path} does not exist; give the directory of a run that has trained with parallel.pipeline=2 or more")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -66,7 +67,8 @@ def _row(path: Path, number: int, line: str) -> tuple[int, int, Span]:
 
 
 def check_against(measured: Measured, schedule: Schedule) -> None:
-    """Raises RecipeError unless the measured passes are exactly those of `schedule`."""
+    """Raises RecipeError unless the measured passes of each rank are exactly those of `schedule`, in any order. Both must have the
+    same number of ranks."""
     for rank, planned in enumerate(schedule.actions):
         done = Counter(span.action for span in measured.timeline.ranks[rank])
         for action in Counter(planned) | done:

@@ -31,7 +31,7 @@ from bagualu.parallel.balance.stages.problem import Piece, Problem
 WORK = 200_000
 """Number of choices that a search may examine before it stops: about a second, or a few seconds if there are memory caps."""
 _STEPS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, inf)
-"""Bounds to try, as fractions above the lowest possible bound."""
+"""Bounds of the bottleneck to try one after the other, as fractions above the lowest possible bound."""
 _ROUNDING = 1e-9
 _SUMS = 200_000
 
@@ -53,7 +53,7 @@ class Solution:
 
 
 class GaveUp(Exception):
-    """The search ended without a split before it was exhaustive."""
+    """The search reached its limit of work before it found a split or could prove that none fits."""
 
 
 def solve(problem: Problem, work: int = WORK) -> Solution | None:
@@ -82,7 +82,7 @@ def solve(problem: Problem, work: int = WORK) -> Solution | None:
 def _improved(room: "_Room", found: tuple[float, list[Piece]], floor: float, proves: bool, work: int) -> Solution:
     """Returns the best split, given the split `found` and a lower bound `floor` of the bottleneck.
 
-    Searches further only if `found` is above the floor and the searches so far were exhaustive (`proves`).
+    Searches further only if the bottleneck of `found` is above `floor` and no earlier search was cut short (`proves`).
     """
     value, pieces = found
     if value > floor * (1 + _ROUNDING) and proves:
@@ -136,7 +136,8 @@ def _most_layers(problem: Problem, rank: int) -> int:
 
 
 def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:
-    """Returns every total of seconds that `runs` runs of consecutive layers can have, sorted; None if there are too many.
+    """Returns every total of seconds that `runs` runs of consecutive layers can have, sorted; None if computing them would take too
+    long.
 
     Layers of equal seconds are counted instead of added, so that the order of the layers does not change a total.
     """
@@ -157,7 +158,8 @@ def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:
 
 
 def _least_bound(room: _Room) -> float | None:
-    """Returns the lowest bottleneck at which the ranks have room for all layers, ignoring their order; None if there is none."""
+    """Returns the lowest bottleneck at which the ranks have room for all layers, ignoring the layers' order; None if the memory
+    caps leave too little room at any bottleneck."""
     low, high = 0.0, (room.total + sum(room.edges)) / min(room.problem.speeds)
     if sum(room.most_layers) < room.problem.layers or not room.suffices(high):
         return None
@@ -181,7 +183,8 @@ class _Search:
         self.known: dict[tuple[int, Gaps], tuple[float, tuple[Piece, ...], Gaps]] = {}
 
     def run(self) -> tuple[float, list[Piece]] | None:
-        """Returns (bottleneck, pieces by stage); None if no split is within the bound. Raises _TooMuchWork."""
+        """Returns (bottleneck in seconds, pieces by stage); None if no split that fits the caps is within the bound. Raises
+        _TooMuchWork."""
         best, start = inf, None
         for gaps in self._starts():
             value = self._best(0, gaps) if self.possible else inf
@@ -205,7 +208,7 @@ class _Search:
         self.later, self.later_layers = room, layers
 
     def _starts(self) -> Iterator[Gaps]:
-        """Yields the possible initial gaps, those of most equal size first."""
+        """Yields the possible gaps before rank 0 takes its pieces, those of most equal size first."""
         ranks, layers = self.placement.ranks, self.problem.layers
         needs = [eaters * ranks for eaters in self.eaters]
         even = [layers * need // sum(needs) for need in accumulate(needs)][:-1]
@@ -222,7 +225,8 @@ class _Search:
                 return
 
     def _best(self, rank: int, gaps: Gaps) -> float:
-        """Returns the least bottleneck of the ranks from `rank` on that share `gaps`; inf if it exceeds the bound."""
+        """Returns the least bottleneck, over the ranks from `rank` on, with which these ranks can take all of `gaps`; inf if no way
+        is within the bound. Stops at the first way whose bottleneck is at most `enough`."""
         if rank == self.placement.ranks:
             return 0.0
         if (rank, gaps) in self.known:
