@@ -1,5 +1,5 @@
-"""A file to which lines are appended. If the disk is full, lines are written later or, at worst, the oldest are lost; the run goes
-on."""
+"""A file to which lines are appended. If the disk is full, lines are written later or, at worst, the oldest unwritten lines are
+lost; the run goes on."""
 
 import contextlib
 import logging
@@ -10,18 +10,19 @@ from pathlib import Path
 from bagualu.fault_tolerance.files import write_atomic
 
 _MOST_WAITING = 10_000
-"""How many unwritten lines are kept; beyond this the oldest are dropped."""
+"""How many unwritten lines are kept in memory; beyond this number the oldest of them are dropped."""
 log = logging.getLogger(__name__)
 
 
 class AppendLog:
     """Appends each line to `path` immediately, normally in a single write.
 
-    Lines that cannot be written are kept in memory and retried on the next `add` or `write`. Repeated failures log one warning
-    until a write succeeds.
+    Lines that cannot be written are kept in memory and retried on the next `add` or `write`. The first failure logs a warning;
+    later failures log none until a write has succeeded in between.
 
     `shared` says that other processes append too. If a write fails in the middle of a line, its first part then stays in the file
-    and the next line starts after a line break; if not `shared`, that part is removed. With `durable`, every write ends with fsync.
+    and the next line starts after a line break; if not `shared`, that part is removed. With `durable`, each call that writes lines
+    ends with an fsync.
     """
 
     def __init__(self, path: Path, shared: bool = False, durable: bool = False) -> None:
@@ -31,7 +32,8 @@ class AppendLog:
         self._warned = False
 
     def add(self, line: str) -> bool:
-        """Append `line`, given without a line break. Returns whether it and all lines before it are written."""
+        """Append `line`, given without a line break. Returns whether this line and all lines added before it are now in the
+        file."""
         self._waiting.append(line.encode() + b"\n")
         return self.write()
 
@@ -58,7 +60,7 @@ class AppendLog:
         self._waiting.clear()
 
     def truncate(self, size: int) -> None:
-        """Truncate the file to its first `size` bytes, and discard the unwritten lines. Raises OSError."""
+        """Truncate the file to its first `size` bytes, and discard the unwritten lines. Raises OSError if that fails."""
         self.drop()
         os.ftruncate(self._open(), size)
 

@@ -24,9 +24,10 @@ from bagualu.parallel.layout import Layout
 _WINDOWS, _SLOW = 5, 4
 """A rank is flagged if _SLOW of its last _WINDOWS windows were slow; an occasional long step makes only a single window slow."""
 _QUIET = 3
-"""A flagged rank is cleared after this many windows in a row without slowness."""
+"""A flagged rank is cleared after this many windows in a row in which it is clearly faster than the limit: less than half as far
+above its peers as straggler.ratio, or by too little to matter."""
 _MATTERS = 0.05
-"""Fraction of a window's time that the slowness must at least cost to count."""
+"""A rank is slow in a window only if its own time exceeds its peers' by more than this fraction of the window's time."""
 _FEWEST_STEPS, _MOST_STEPS = 5, 1000
 """The least and greatest number of steps in a window."""
 
@@ -89,15 +90,15 @@ class Straggler:
 
     rank: int
     since_step: int
-    """The step at which it was flagged."""
+    """The step after which the rank was flagged."""
     until_step: int | None = None
-    """The step at which it was cleared; None if it is still slow."""
+    """The step after which the rank was cleared; None if it is still flagged as slow."""
     ratio: float = 0.0
-    """Its own seconds divided by the median of its peers'."""
+    """The rank's own seconds divided by the median of its peers' own seconds."""
     own_seconds: float = 0.0
     peer_seconds: float = 0.0
     cpu_share: float = 0.0
-    """Processor seconds per second of its own work."""
+    """Processor seconds that the rank's process used per second of the rank's own work."""
     peer_cpu_share: float = 0.0
 
     def __str__(self) -> str:
@@ -124,12 +125,12 @@ class Judge:
 
     @property
     def flagged(self) -> list[Straggler]:
-        """The ranks that are slow now."""
+        """Those in `history` that are flagged now and not cleared."""
         return [straggler for straggler in self.history if straggler.until_step is None]
 
     def add(self, step: int, steps: int, windows: Sequence[Window]) -> list[Straggler]:
-        """Adds the times of every rank, by rank, over `steps` steps up to `step`; returns the ranks that are flagged or cleared by
-        them."""
+        """Adds the times of every rank, by rank, over `steps` steps up to `step`; returns the ranks that become flagged or cleared,
+        as objects in `history`."""
         changed = []
         for group in self.peers:
             for rank in group:
@@ -206,11 +207,11 @@ class Stragglers:
         return self._judge.add(step, steps, windows)
 
     def now(self) -> list[dict[str, Any]]:
-        """Returns the ranks that are slow now, with their times, as plain JSON."""
+        """Returns the ranks that are flagged as slow now, with the fields of Straggler, as plain JSON."""
         return [asdict(straggler) for straggler in self._judge.flagged]
 
     def ever(self) -> list[dict[str, Any]]:
-        """Returns all ranks that were ever slow, as plain JSON."""
+        """Returns all ranks that were ever flagged as slow by this process, with the fields of Straggler, as plain JSON."""
         return [asdict(straggler) for straggler in self._judge.history]
 
     def _exchange(self) -> list[Window]:

@@ -34,11 +34,11 @@ class Scene(Protocol):
         """Returns whether the ranks are threads and the other ranks have given up waiting."""
 
     def spoil_gradient(self, how: Literal["nan", "flip"]) -> str:
-        """Makes an element of this rank's gradient NaN, or flips one of its bits, in the next backward pass; returns the
-        name of the element."""
+        """Makes an element of the gradient of this rank's weights NaN ("nan"), or flips one of its bits ("flip"), in the next
+        backward pass; returns a text that names the element."""
 
     def flip(self, what: str) -> str:
-        """Flips a bit of an element of this rank's `what`: "weight", "master" weight or "moment". Returns the name of the
+        """Flips a bit of an element of this rank's `what`: "weight", "master" weight or "moment". Returns a text that names the
         element."""
 
 
@@ -50,7 +50,7 @@ class Fault(ABC):
     points: ClassVar[tuple[str, ...]] = ()
     """The phases at whose beginning the fault can strike; empty: all."""
     ends_process: ClassVar[bool] = False
-    """Whether the fault makes the rank's process unable to continue."""
+    """Whether the fault makes the rank's process unable to continue training."""
 
     step: int
     rank: int = 0

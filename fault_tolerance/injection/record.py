@@ -12,14 +12,16 @@ from bagualu.fault_tolerance.injection.fault import Fault
 
 
 class Record:
-    """A file with a JSON object per line. A fault's line is durable before the fault strikes; a second line may add what it did."""
+    """A file with a JSON object per line. A fault's line is durable before the fault strikes; a second line may add what the fault
+    did."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lines = AppendLog(path, shared=True, durable=True)
 
     def add(self, fault: Fault, step: int, did: str | None = None) -> bool:
-        """Records that `fault` strikes now, in `step`, or what it `did`. Returns False if that could not be written."""
+        """Records that `fault` strikes now, in `step`, or, if `did` is given, what the fault did. Returns whether the line was
+        written."""
         line: dict[str, Any] = {"fault": str(fault), "step": step, "wall": time.time()}
         if did is not None:
             line["did"] = did

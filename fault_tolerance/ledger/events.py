@@ -49,9 +49,10 @@ class Event:
     wall: float
     monotonic: float
     clock: str
-    """Identifies the clock of `monotonic`: readings of the same clock can be compared."""
+    """Identifies the clock of `monotonic`; only times of events with the same `clock` can be compared."""
     writer: str = ""
-    """Identifies a start of rank 0, or a launcher. Events that an older writer adds after a newer writer has begun do not count."""
+    """Identifies a start of rank 0, or a launcher. Events that an older writer adds after a newer writer has begun are ignored
+    (totals.py)."""
     step: int = 0
     since: float | None = None
     rank: int | None = None
@@ -60,8 +61,8 @@ class Event:
 
 
 class Ledger:
-    """Appends events of `writer` (see Event) to the ledger. No method raises: an event for which there is no space is written
-    later."""
+    """Appends events of `writer` (see Event) to the ledger. Storage errors raise nothing: an event for which there is no space is
+    written later."""
 
     def __init__(self, run_dir: Path, writer: str = "") -> None:
         self.path = RunDirectory(run_dir).ledger
@@ -79,7 +80,7 @@ class Ledger:
         moment: Moment | None = None,
         seconds: float | None = None,
     ) -> None:
-        """Appends an event that happens now, or happened at `moment`. The other arguments are fields of Event."""
+        """Appends an event that happens now, or happened at `moment` if that is given. The other arguments are fields of Event."""
         when = moment or Moment.now()
         event = Event(what, when.wall, when.monotonic, self._clock, self._writer, step, since, rank, cause, seconds)
         fields = {name: value for name, value in asdict(event).items() if value not in ("", None)}

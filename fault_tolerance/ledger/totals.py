@@ -21,11 +21,12 @@ PHASES = {
     "launched": "start", "started": "start", "joined": "start", "start": "start", "train": "train",
     "checkpoint": "checkpoint", "validation": "validation", "balance": "balance", "failed": "waiting", "ended": "waiting",
 }  # fmt: skip
-"""The phase that begins with each event."""
+"""The phase that begins with each kind of event (`Event.what`); other events are treated separately."""
 _BEGINS = ("joined", "started")
-"""The first event of a start of rank 0, and that of a launcher whose workers include rank 0."""
+"""The first event that each start of rank 0 writes, and the event that a launcher writes when it starts workers that include rank
+0."""
 _ALWAYS = ("launched", *_BEGINS)
-"""Events that count even if their writer is not the newest."""
+"""Events that `current` keeps even if their writer is not the newest."""
 
 
 @dataclass
@@ -39,9 +40,9 @@ class _Stretch:
 
 def attribute(events: Sequence[Event]) -> dict[str, Any]:
     """Returns a dictionary with the seconds of each category, their sum `wall`, `effective_training_time_ratio` (productive / wall)
-    and `restarts`.
+    and `restarts` (the number of failures that the launcher noticed in order to restart).
 
-    The time between the end of a finished run and a later launch that continues it does not count. Without events it returns {}.
+    The time between the end of a finished run and a later launch that continues it is in no category. Without events it returns {}.
     """
     if not events:
         return {}

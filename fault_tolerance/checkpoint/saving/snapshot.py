@@ -1,4 +1,4 @@
-"""Copies pieces to host memory, so that training can change the originals while the copies are written."""
+"""Copies pieces of tensors to host memory, so that training can change the originals while the copies are written."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,7 +17,7 @@ class Snapshot:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def take(self, pieces: Iterable[TensorPiece]) -> list[TensorPiece]:
-        """Returns copies of the pieces in the buffer. They overwrite those of the previous call."""
+        """Returns copies of `pieces` in the buffer. They overwrite the copies that the previous call returned."""
         originals = list(pieces)
         sizes = [piece.tensor.numel() * piece.tensor.element_size() for piece in originals]
         starts = [0]
