@@ -103,7 +103,7 @@ def first_different(value: Any, group: Group) -> tuple[int, Any, Any] | None:
 
 
 def gather(value: float, group: Group) -> list[float]:
-    """Returns the `value` of every rank, in order of position, on every rank. Collective."""
+    """Returns the list of all ranks' `value`s, in order of position, on every rank. Collective."""
     own = torch.tensor([value], dtype=torch.float64, device=group.device)
     values = torch.empty(group.size, dtype=torch.float64, device=group.device)
     group.all_gather(values, own)

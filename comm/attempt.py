@@ -50,7 +50,7 @@ class _Seats:
         return int(self.keys.add("taken", 0)) == self.attempt.size
 
     def free(self) -> list[int]:
-        """Returns the ranks whose seats are not taken."""
+        """Returns the ranks whose seats no process has taken."""
         return [rank for rank in range(self.attempt.size) if not self.keys.check([f"seat/{rank}"])]
 
     def decide(self, decision: str, reason: str = "") -> None:
@@ -136,7 +136,7 @@ def _begins(seats: _Seats, store: Store, deadline: float) -> bool:
 
 
 def _until(deadline: float) -> Iterator[None]:
-    """Yields immediately and then at increasing intervals until the deadline."""
+    """Yields immediately and then after increasing pauses (at most 0.2 s) until time.monotonic() has reached `deadline`."""
     pause = 0.005
     yield
     while time.monotonic() < deadline:

@@ -75,7 +75,8 @@ def require_representable(section: str, part: Any, dtype: str, *names: str, zero
 
 
 def require_text(section: str, part: Any, **examples: str) -> None:
-    """Raises RecipeError if a field of `part` that `examples` names is blank; the message offers `examples[name]`."""
+    """Raises RecipeError if a text field of `part` that `examples` names is empty or only white space; the message offers
+    `examples[name]`."""
     for name, example in examples.items():
         if not getattr(part, name).strip():
             raise RecipeError(f"{section}.{name} is empty; give a value, e.g. {section}.{name}={example}")

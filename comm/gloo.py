@@ -22,10 +22,10 @@ _MANY = 2**21
 """The largest tensor, in elements, that two ranks sum by sending each other all of it; for larger ones Gloo's all_reduce is as
 fast."""
 LEAST_SHARED_BYTES = 2**19
-"""The smallest tensor, in bytes, that is exchanged through shared memory. A smaller one arrives over the network as fast as the
-header of such an exchange (tests/bench/exchange.py)."""
+"""The smallest tensor of a rank, in bytes, that is exchanged through shared memory. A smaller tensor arrives over the network as
+fast as the header of such an exchange (tests/bench/exchange.py)."""
 _MOST_SHARING = 16
-"""The largest group, in ranks, that tries to share memory."""
+"""The number of ranks of the largest group that tries to share memory."""
 _OPS = ("lend", "all_reduce", "all_gather", "reduce_scatter")
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -190,7 +190,7 @@ class GlooTransport(TorchTransport):
     def _exchange(self, op: str, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]) -> Exchange:
         """Starts to send outgoing[i] to position i and to receive incoming[i] from it; returns the exchange to wait for.
 
-        It starts with the next position rather than position 0, which spreads the load.
+        Each rank starts with the position after its own rather than with position 0, which spreads the load.
         """
         size, here, messages = len(outgoing), self.position, []
         for distance in range(1, size):

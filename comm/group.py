@@ -144,7 +144,7 @@ class Group:
         return values
 
     def barrier(self) -> None:
-        """Waits until every rank of the group has called it."""
+        """Waits until every rank of the group has called this method."""
         if (transport := self.transport) is not None:
             self._join("barrier", transport.barrier, asynchronous=False)
 
@@ -232,7 +232,8 @@ class Communicator:
         return Group(name, ranks, position, transport, self.device, self.monitor)
 
     def given_up(self) -> bool:
-        """Returns whether a communication between ranks that are threads of this process has failed. All later ones then fail too.
+        """Returns whether a communication between ranks that are threads of this process has failed. All their later communications
+        then fail too.
 
         Always False if each rank is a process.
         """
@@ -243,8 +244,8 @@ class Communicator:
 
 
 def connect(backend: str, world: World, timeout_seconds: float = 600.0, monitor: Monitor | None = None) -> Communicator:
-    """Connects this process to all others through the named backend and returns the connection; `monitor` records what the rank
-    does.
+    """Connects this process to the other processes of `world` through the named backend and returns the connection. Groups report
+    their communications to `monitor`.
 
     Raises RecipeError if the backend is unknown or cannot run on this machine, CommunicationError if a rank cannot be reached.
     """

@@ -11,7 +11,8 @@ _SEPARATORS = re.compile(rb"[\n\0]+")
 
 
 def lines(data: bytes) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """Returns the non-blank lines of `data`, without line ends, each with its JSON object, or None if the line is damaged."""
+    """Returns (line without its end, its JSON object) for every non-blank line of `data`; None instead of the object if the line is
+    damaged."""
     return [(line, _object(line)) for line in _SEPARATORS.split(data) if line.strip()]
 
 

@@ -13,7 +13,8 @@ Counts: TypeAlias = "list[int] | memoryview[int]"
 
 
 class Phase(StrEnum):
-    """A part of a rank's work: its name in reports and planned faults, and the activity to which its time is counted."""
+    """A part of a rank's work. Its value is its name in reports and planned faults; `activity` is that to which the ledger adds its
+    time."""
 
     FETCH = "fetch", "start"
     LOAD = "load", "start"
@@ -38,7 +39,7 @@ class Phase(StrEnum):
     PUBLISH = "publish", "checkpoint"
 
     activity: str
-    """Activity to which the time is counted: start, train, discarded, validation, balance or checkpoint."""
+    """The activity to which the ledger adds the phase's time: start, train, discarded, validation, balance or checkpoint."""
 
     def __new__(cls, name: str, activity: str) -> "Phase":
         member = str.__new__(cls, name)
@@ -54,7 +55,8 @@ class Observer(Protocol):
         """Called when the rank begins the phase `point` of `step`."""
 
     def waits(self, what: str | None) -> None:
-        """Called with e.g. "all_reduce in data" when the rank begins to wait for other ranks, and with None when it stops."""
+        """Called with e.g. "all_reduce in world" (operation and group) when the rank begins to wait for other ranks, and with None
+        when the rank stops waiting."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Line:
 
 
 class Waiting(NamedTuple):
-    """The operation that a rank waits for: operation `number` of Monitor.lines[line]."""
+    """What a rank waits for: the operation called `operation` (e.g. "all_reduce"), which is number `number` of
+    Monitor.lines[line]."""
 
     operation: str
     line: int
@@ -106,7 +109,7 @@ class Monitor:
             observer.at(phase, self.step)
 
     def line(self, line: Line) -> int:
-        """Returns the index of `line` in `lines` and `counts`, adding it if it is new."""
+        """Returns the index of `line` in `lines` and `counts`, and adds the line to both if it is new."""
         index = self._index.get(line)
         if index is None:
             index = self._index[line] = len(self.lines)

@@ -9,7 +9,7 @@ from bagualu.comm.group import Group
 
 
 def gather_json(value: Any, group: Group) -> list[Any]:
-    """Returns the value of every rank, in order of position, on every rank. Collective."""
+    """Returns the list of all ranks' `value`s, in order of position, on every rank. Collective."""
     data = _encode(value)
     length = torch.tensor([data.numel()], device=group.device)
     lengths = torch.empty(group.size, dtype=length.dtype, device=group.device)

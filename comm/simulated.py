@@ -55,7 +55,7 @@ class Hub:
 
     @property
     def failed(self) -> bool:
-        """Whether a communication has failed. Every later one then fails too."""
+        """Whether a communication has failed. Every later communication then fails too."""
         return self._failure is not None
 
     def join(self, key: tuple[Any, ...], rank: int, call: Call, tensors: Tensors) -> Call:
@@ -80,7 +80,8 @@ class Hub:
         return first
 
     def wait(self, rank: int, call: Call) -> None:
-        """Waits until `call` is done. Raises CommunicationError on a deadlock, a timeout or another rank's failure."""
+        """Waits until all ranks of `call` have joined it and it is done. Raises CommunicationError on a deadlock, a timeout or
+        another rank's failure."""
         with self._changed:
             self._waiting[rank] = call
             try:
@@ -93,7 +94,8 @@ class Hub:
                 del self._waiting[rank]
 
     def leave(self, rank: int, error: BaseException | None) -> None:
-        """Records that the thread of `rank` has ended. Waiting ranks fail if it ended in an error or if they are now deadlocked."""
+        """Records that the thread of `rank` has ended. Waiting ranks fail if the thread ended with `error` or if they are now
+        deadlocked; `error` None: it ended normally."""
         with self._changed:
             self._running.discard(rank)
             if error is not None and self._failure is None:
@@ -316,7 +318,7 @@ def run(
 
 
 def _join(workers: list[threading.Thread], hub: Hub, hung: Callable[[], str | None]) -> None:
-    """Waits for the threads to end. Raises CommunicationError if `hung` gives a reason why they will not."""
+    """Waits for the threads to end. Raises CommunicationError if `hung` returns a reason why the ranks make no progress."""
     while any(worker.is_alive() for worker in workers):
         for worker in workers:
             worker.join(0.05)

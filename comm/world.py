@@ -27,7 +27,8 @@ class World:
     one_machine: bool = False
     """Whether all processes are known to run on one machine."""
     hub: Any = None
-    """The `Hub` that connects the threads of the backend `simulated`; None if each rank is a process."""
+    """The `Hub` through which ranks that are threads of this process communicate (backend `simulated`); None if each rank is a
+    process."""
 
     @staticmethod
     def from_environment() -> "World":
@@ -99,7 +100,8 @@ class Tasks:
         return None
 
     def refusal(self) -> str:
-        """Returns an error message that gives the command which starts the same number of ranks."""
+        """Returns an error message that gives a torchrun command which starts as many ranks (rounded up to the same number per
+        node)."""
         ranks = -(-self.count // self.nodes)
         torchrun = f"torchrun --nproc-per-node={ranks}"
         if self.nodes > 1:
