@@ -42,12 +42,12 @@ class ParallelConfig:
     data: int | None = None
     """Number of replicas of the model. Default: the world size divided by tensor x pipeline x context."""
     tensor: int = 1
-    """Number of ranks that share every matrix multiplication."""
+    """Number of ranks over which the matrix multiplications of a layer are split."""
     pipeline: int = 1
     """Number of ranks over which the layers are split."""
     expert: int = 1
-    """Number of ranks that share the experts. They are taken from the data x context ranks, so this degree divides their
-    product."""
+    """Number of ranks over which the experts are split. These ranks are taken from the data x context ranks, so this degree divides
+    their product."""
     context: int = 1
     """Number of ranks that share a sequence. Only 1 is supported so far."""
     sequence: bool = False
@@ -72,7 +72,7 @@ class ParallelConfig:
     with a number per pipeline rank. Default: no limit."""
     rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
     zero: int = 1
-    """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it."""
+    """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it among them."""
     bucket_bytes: int = 25 * 2**20
     """Approximate bytes of gradients in a bucket. Most buckets are reduced as soon as they are complete, during the backward pass;
     those that are reduced over a second group too, after it."""
@@ -102,7 +102,7 @@ class ParallelConfig:
             raise RecipeError(f"parallel.balance={self.balance} has no effect with parallel.pipeline=1, where one stage holds all "
                               "layers; give parallel.balance=uniform or parallel.pipeline=2")  # fmt: skip
         if self.sequence and self.tensor == 1:
-            raise RecipeError("parallel.sequence=true needs parallel.tensor of at least 2; drop it or raise parallel.tensor")
+            raise RecipeError("parallel.sequence=true needs parallel.tensor of at least 2; give parallel.sequence=false or parallel.tensor=2")
 
     @property
     def rebalance_every(self) -> int:

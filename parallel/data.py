@@ -38,7 +38,8 @@ class BucketKind:
     reduction_axis: str
     """The mesh axis over which gradients are summed and, under ZeRO-1, optimizer state is partitioned."""
     partial_over: str | None
-    """An axis over which each rank computes only a part of the gradient, so that it is summed first; None if there is none."""
+    """An axis along which each rank computes only a part of the gradient, which is therefore summed over this axis first; None if
+    there is no such axis."""
     tied: bool
     """Whether the first and the last stage hold the parameter on different ranks, so that its gradient is summed over both."""
     copied_over: str | None
@@ -83,11 +84,11 @@ class Bucket:
     pending: int = 0
     """The number of gradients that are still to be added to this bucket in this step."""
     work: list[Work] = field(default_factory=list)
-    """The reductions in progress."""
+    """The reductions of this bucket in progress."""
 
     @property
     def shard(self) -> slice:
-        """The range of this rank's part in the flat tensors."""
+        """The range of this rank's shard in the flat tensors: all of them unless the bucket is partitioned."""
         numel = self.weights.numel()
         part = numel // self.group.size if self.partitioned else numel
         begin = part * self.group.rank if self.partitioned else 0
@@ -246,8 +247,8 @@ class GradientReducer:
             bucket.pending = sum(entry.uses for entry in bucket.entries) * micro_batches
 
     def finish(self) -> None:
-        """Finishes all reductions; call it after the last backward pass. Then shard_gradients of every bucket holds the reduced
-        gradient."""
+        """Finishes all reductions; call it after the last backward pass. Then `shard_gradients` of every bucket is the gradient
+        summed over micro-batches and ranks."""
         for sink in self._sinks:
             if sink.fresh:  # its parameter took no part in this step's loss
                 sink.view.zero_()
@@ -336,7 +337,7 @@ class GradientSink:
         self._run_or_defer(partial(self._add_products, lefts, rights))
 
     def add_rows(self, rows: torch.Tensor, indices: torch.Tensor) -> None:
-        """Adds rows [N, H] to the rows `indices` [N] of a matrix [V, H]."""
+        """Adds rows [N, H] to the rows `indices` [N] of the gradient of a matrix [V, H]."""
         self._run_or_defer(partial(self._add_rows, rows, indices))
 
     def add_computed(self, compute: Callable[[], torch.Tensor]) -> None:

@@ -23,9 +23,10 @@ class Placement:
     """How a parameter or a buffer is distributed over the mesh. Ranks along an axis that is not named hold copies."""
 
     shards: tuple[tuple[int, str], ...] = ()
-    """(dim, axis) pairs: the dim is split into equal parts along the axis."""
+    """Pairs (tensor dim, mesh axis): the dim is split into equal parts over the ranks along the axis."""
     partial_over: str | None = None
-    """The axis whose ranks hold copies, of which each computes only a part of the gradient: the whole is the sum over the axis."""
+    """The axis whose ranks hold copies, of which each computes only a part of the gradient: the whole gradient is the sum over the
+    axis. None: no such axis."""
     initial: InitialValues = "normal"
     rows: int | None = None
     """The number of elements of the first dim that belong to the parameter; those after them are padding, always zero. None: no

@@ -19,7 +19,7 @@ from bagualu.parallel.pipeline.schedules.schedule import (
 
 _SPLIT = (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
 _RELEASES = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
-"""The passes after which a stage no longer holds the activations of the forward pass."""
+"""The passes after which the activations of the stage's forward pass of that micro-batch are freed."""
 
 
 class ScheduleError(ValueError):

@@ -26,7 +26,7 @@ class Stopwatch:
         self._accelerated = device.type != "cpu"
         self._begin = self._now()
         self.began = 0.0
-        """The time at which the last run began, on the host's clock (`time.perf_counter`)."""
+        """The time of the last `begin`, in seconds of `time.perf_counter`; 0.0 before the first."""
         self._marks: list[tuple[Action, float | torch.Event, float | torch.Event]] = []
 
     def begin(self) -> None:

@@ -15,7 +15,7 @@ Cost = Callable[[Action], Time]
 
 @dataclass(frozen=True)
 class Span:
-    """A pass that runs from `start` to `end`."""
+    """A pass that runs from `start` to `end`, in the unit of the costs."""
 
     action: Action
     start: Time
@@ -49,8 +49,8 @@ class Timeline:
     def own_bubble(self) -> Time:
         """The bubble as formula.py defines it: the fraction of the time `longest` in which ranks do not compute, on average.
 
-        It ignores that ranks start and end at different times. A step is only that short if nothing synchronises the ranks between
-        two steps.
+        It ignores that ranks start and end at different times. Steps follow each other with so little waiting only if nothing
+        synchronises the ranks between them.
         """
         return self._waiting(self.longest)
 

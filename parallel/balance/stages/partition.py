@@ -29,7 +29,7 @@ from operator import add
 from bagualu.parallel.balance.stages.problem import Piece, Problem
 
 WORK = 200_000
-"""Number of choices that a search may examine before it stops: about a second, or a few seconds if there are memory caps."""
+"""Number of choices that each search may examine before it stops: about a second, or a few seconds if there are memory caps."""
 _STEPS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, inf)
 """Bounds of the bottleneck to try one after the other, as fractions above the lowest possible bound."""
 _ROUNDING = 1e-9
@@ -57,8 +57,8 @@ class GaveUp(Exception):
 
 
 def solve(problem: Problem, work: int = WORK) -> Solution | None:
-    """Returns the split of least bottleneck; None if no split fits the caps. Raises GaveUp if `work` choices did not
-    suffice to decide."""
+    """Returns the split of least bottleneck, or the best found if a search of `work` choices did not suffice to prove it best; None
+    if no split fits the caps. Raises GaveUp if the searches found no split but could not prove that none fits."""
     room = _Room(problem)
     least = _least_bound(room)
     if least is None:
@@ -116,7 +116,8 @@ class _Room:
         return bound * (1 + _ROUNDING) * self.problem.speeds[rank] - self.edges[rank]
 
     def at_most(self, rank: int, bound: float) -> float:
-        """Returns the most seconds of layers, at speed 1.0, within `bound`; negative if the rank exceeds it even without layers."""
+        """Returns the most seconds of layers, at speed 1.0, within `bound`; negative if the rank exceeds `bound` even without
+        layers."""
         limit = self.limit(rank, bound)
         if self._sums is not None and limit >= 0:
             limit = self._sums[bisect_right(self._sums, limit) - 1]
@@ -272,8 +273,8 @@ class _Search:
                 yield total, (piece, *pieces), end
 
     def _cuts(self, rank: int, gap: Piece, chunk: int, most: float, least: float) -> Iterator[tuple[Piece, Piece]]:
-        """Yields (piece, rest of the gap) for a chunk that takes at most `most` seconds and, if it is the last, at least
-        `least`."""
+        """Yields (piece, rest of the gap) for a chunk that takes at most `most` seconds and, if it is the rank's last chunk, at
+        least `least`."""
         low, high = gap
         sums, last = self.left_seconds, chunk + 1 == self.placement.chunks
         down = self.placement.v_shaped and chunk % 2 == 1

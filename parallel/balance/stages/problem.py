@@ -43,8 +43,8 @@ class StageTimes:
 
 
 class Problem:
-    """Computes the costs of splits. `speeds` are by rank, relative to the device of the cost table; `caps` are bytes by rank, or
-    None for no limit.
+    """Computes the costs of splits. `speeds` are by rank, relative to the device of the cost table; `caps` are bytes of memory by
+    rank, or None for no limit.
 
     `recompute` is none, full or auto. With auto, stages recompute activations only if the rank's cap requires it, in the fastest
     combination that fits.
@@ -78,7 +78,7 @@ class Problem:
         return sum(edge.forward_seconds + edge.input_gradient_seconds + edge.weight_gradient_seconds for edge in edges)
 
     def stage_times(self, stage: int, piece: Piece, again: bool) -> StageTimes:
-        """Returns the times of `stage` if it holds the layers `piece`; `again` says whether it recomputes activations."""
+        """Returns the times of `stage` if it holds the layers `piece`; `again` says whether the stage recomputes activations."""
         forward = self._sum("forward_seconds", stage, piece)
         gradient = self._sum("input_gradient_seconds", stage, piece) + again * self._layers("forward_seconds", piece)
         speed = self.speeds[self.placement.rank_of(stage)]

@@ -56,7 +56,7 @@ class Watch:
         self._split = split
         self._threshold, self._windows = threshold, windows
         self._seen: list[list[float]] = []
-        """The ranks' speeds in the latest windows in a row in which a move would have been worthwhile."""
+        """For each of the latest windows in a row in which a move would have gained enough: the ranks' speeds."""
         self._caution = 0
         """How often `patience` is doubled at present: once for every move or failed move, less the doublings that were undone."""
         self._quiet = 0
@@ -117,7 +117,7 @@ class Watch:
         return [seconds / busy for seconds, busy in zip(expected, busy_seconds, strict=True)]
 
     def _best(self, speeds: list[float]) -> Proposal | None:
-        """Returns the best split for these speeds if it gains enough over the present split, else None."""
+        """Returns a proposal of the best split for these speeds; None if it does not shorten a step by the threshold."""
         problem = self._problem(speeds)
         pieces = [(piece.start, piece.stop) for piece in self._split.slices]
         costs = [problem.cost(rank, mine) for rank, mine in enumerate(by_rank(problem, pieces))]
@@ -138,7 +138,7 @@ class Watch:
         return last[1]
 
     def _gains(self, split: Split, speeds: list[float]) -> bool:
-        """Returns whether `split` gains enough over the present split at these speeds."""
+        """Returns whether, at these speeds, `split` shortens a step of the present split by the threshold."""
         problem = self._problem(speeds)
         return self._step_seconds(split, problem) <= self._step_seconds(self._split, problem) * (1 - self._threshold)
 

@@ -83,7 +83,7 @@ def _even(problem: Problem, pieces: list[Piece], bottleneck: float, spread: floa
 
 
 def _loads(problem: Problem, pieces: list[Piece]) -> list[RankCost] | None:
-    """Returns the cost of every rank; None if a rank exceeds its cap."""
+    """Returns the cost of every rank for `pieces`, by stage; None if a rank exceeds its memory cap."""
     costs = [problem.cost(rank, mine) for rank, mine in enumerate(by_rank(problem, pieces))]
     return None if None in costs else [cost for cost in costs if cost is not None]
 

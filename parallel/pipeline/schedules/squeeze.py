@@ -58,7 +58,8 @@ def _change(action: Action) -> int:
 
 
 def _held_after_each(actions: list[Action], held: int) -> Iterator[int]:
-    """Yields the number of forward passes held after each of `actions`, starting from `held`."""
+    """Yields, after each of `actions`, the number of forward passes whose activations are held; `held` is that number before
+    them."""
     for action in actions:
         held += _change(action)
         yield held
