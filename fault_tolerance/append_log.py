@@ -38,7 +38,7 @@ class AppendLog:
         return self.write()
 
     def write(self) -> bool:
-        """Write the lines that are still unwritten. Returns whether all were written."""
+        """Tries to write the lines that are still unwritten. Returns whether none is left."""
         if not self._waiting:
             return True
         try:
@@ -56,7 +56,7 @@ class AppendLog:
         return True
 
     def drop(self) -> None:
-        """Discard the unwritten lines."""
+        """Discards the unwritten lines, which are then never written."""
         self._waiting.clear()
 
     def truncate(self, size: int) -> None:
@@ -73,7 +73,7 @@ class AppendLog:
         try:
             write_atomic(self.path, data)
         except OSError as error:
-            log.warning("%s stays as it is, with lines that no longer count (%s); make room", self.path, error.strerror)
+            log.warning("%s stays as it is, with lines that are out of date (%s); make room", self.path, error.strerror)
             return
         self.close()  # the descriptor still refers to the old file
 
@@ -89,7 +89,8 @@ class AppendLog:
         return self._descriptor
 
     def _append(self, line: bytes) -> None:
-        """Append `line`, normally by a single write, so that lines of several processes do not mix. Raises OSError."""
+        """Append `line`, normally by a single write, so that lines of several processes do not mix. Raises OSError if the line
+        cannot be written completely."""
         descriptor = self._open()
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":  # the last line was cut short

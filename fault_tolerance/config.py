@@ -17,9 +17,11 @@ class CheckpointConfig:
     keep: int = 2
     """The number of newest undamaged checkpoints that stay on disk; older checkpoints are removed."""
     replica_every: int = 0
-    """Steps between copies of every rank's state to the memory of its node and, on several nodes, of another node; 0: no copies."""
+    """Steps between replicas: copies of every rank's state in the memory of its own node and, on several nodes, of another node; 0:
+    no replicas."""
     resume: bool = False
-    """Resume from the newest checkpoint of the run directory. If there is none, the run starts from the beginning and logs that."""
+    """Whether to resume from the newest checkpoint in the run directory. If there is no checkpoint, the run starts from the
+    beginning and logs that."""
     asynchronous: bool = field(default=True, metadata={"key": "async"})
     """Whether checkpoints are written in the background during training. This needs host memory for a copy of the rank's part."""
     timeout_seconds: float | None = None
@@ -46,7 +48,8 @@ class RestartConfig:
     """Seconds of pause before the first restart. Every further pause is twice as long, but at most a minute. If a start cannot read
     the checkpoints, four further attempts to read them follow after such pauses."""
     same_step_limit: int = 2
-    """Number of failures at the same step, without progress in between, after which the run ends (exit code 76)."""
+    """Number of failures at the same step, without progress in between, after which the run ends (exit code 76) or, with
+    restart.elastic=true, goes on without the rank at fault if it was the same rank each time."""
     elastic: bool = False
     """Whether the run continues with fewer ranks and a smaller layout if ranks are lost for good, and grows when they return."""
     min_workers: int = 1
@@ -87,8 +90,8 @@ class GuardConfig:
 
     retry: compute the step again from the same weights and samples. If it is good then, the hardware was at fault and the step is
     applied. If it is bad in the same way, there is no update; after a spike the samples are used some steps later, else never.
-    skip: no update; the samples count as used. rollback: go back to a checkpoint and leave out the samples that led here. stop: end
-    the run.
+    skip: no update; the step's samples are not used again. rollback: go back to a checkpoint and leave out the samples that led
+    here. stop: end the run.
     """
 
     on_nonfinite: str = "retry"

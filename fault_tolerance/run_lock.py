@@ -55,7 +55,7 @@ def hold(run_dir: Path, job: str = "") -> Iterator[None]:
 
 
 def refuse_if_held(run_dir: Path, job: str = "") -> None:
-    """Raises RecipeError if another job uses `run_dir`. Changes nothing."""
+    """Raises RecipeError if another job uses `run_dir` (after waiting for up to a second). Changes nothing."""
     try:
         descriptor = os.open(RunDirectory(run_dir).lock, os.O_RDWR)
     except OSError:
@@ -112,7 +112,7 @@ def _about_this_process(job: str) -> bytes:
 
 
 def _about(descriptor: int) -> dict[str, Any]:
-    """Returns what the holder of the lock has written about itself; {} if that cannot be read."""
+    """Returns what the process that locks the file last has written about itself; {} if there is nothing valid."""
     try:
         about = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:

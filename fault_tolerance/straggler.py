@@ -55,7 +55,7 @@ class WorkClock:
             self._go()
 
     def lap(self) -> tuple[float, float]:
-        """Ends a step; returns (seconds of own work, processor seconds that the process used during them)."""
+        """Ends a step; returns (seconds of the rank's own work in it, processor seconds that the process used during that work)."""
         self._halt()
         own_and_cpu = self._own, self._used
         self._own = self._used = 0.0
@@ -86,7 +86,8 @@ class Window:
 
 @dataclass
 class Straggler:
-    """A rank that is, or was, slower than its peers. The times are per step, of the last window in which it was slow."""
+    """A rank that is, or was, slower than its peers. Times and ratios are those of the last window in which it was slow, times per
+    step."""
 
     rank: int
     since_step: int

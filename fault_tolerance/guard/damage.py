@@ -22,7 +22,7 @@ from bagualu.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Damage:
-    """A damaged tensor, or a damaged working copy, on one rank."""
+    """A damaged tensor of optimizer state, or a damaged copy of working weights, on one rank."""
 
     kind: str
     """How it was detected. "state": it differs from its seal; "replica": it differs from other holders of the same state, an update
@@ -34,7 +34,7 @@ class Damage:
     """Global rank whose state is damaged; for kind "copy", the global rank that owns the state from which the working weights are
     made."""
     axis: str = ""
-    """The mesh axis along which other ranks hold the same state; "" if no other rank does."""
+    """The mesh axis along which other ranks hold the same state; "" if no other rank holds it."""
     place: int = 0
     """Index of the damaged shard among the shards that all ranks along `axis` hold; 0 without an axis."""
     holders: tuple[int, ...] = ()
@@ -97,7 +97,8 @@ class DamageCheck:
         self._engine.publish()
 
     def _state(self) -> torch.Tensor:
-        """Returns the checksums of this rank's state, int64 [shards, kinds of tensors]; 0 for kinds that a shard does not have."""
+        """Returns the checksums of this rank's optimizer state, int64 [shards, kinds of tensors]; 0 for kinds that a shard does not
+        have."""
         rows = [torch.stack([checksum(tensor) for tensor in shard.tensors.values()]) for shard in self._engine.shards()]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 

@@ -17,7 +17,7 @@ confirms the good result."""
 
 @dataclass(frozen=True)
 class Situation:
-    """What is known after an attempt at a step; the same on every rank."""
+    """What the guard knows after an attempt at a step; the same on every rank."""
 
     cause: Cause | None
     """What is wrong with the newest attempt at the step; None if nothing is wrong."""
@@ -26,7 +26,7 @@ class Situation:
     same: bool | None
     """Whether the newest attempt gave the same bits as an earlier attempt on every rank; None if that is not known."""
     repairable: bool = True
-    """Whether another rank holds an intact copy of all damaged state."""
+    """Whether every damaged piece of state has an intact copy on another rank; true if nothing is damaged."""
     setbacks: int = 0
     """Number of steps in a row before this step that were left out, deferred or rolled back."""
 

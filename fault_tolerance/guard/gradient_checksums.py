@@ -34,7 +34,7 @@ class Attempts:
         self._own.append(checksum(gradients))
 
     def end(self) -> None:
-        """Completes the checksums of an attempt. Call it after its gradients are reduced."""
+        """Completes the checksums of an attempt. Call this after the attempt's gradients are reduced."""
         self._made.append((combine(torch.stack(self._own)), None))
         self._own.clear()
         if self.earlier:
@@ -60,7 +60,8 @@ class Attempts:
         return [*before, *[torch.zeros_like(zero)] * (MOST_ATTEMPTS - 1 - len(before))]
 
     def as_json(self) -> list[list[int]]:
-        """Returns [checksum of this rank's own gradient, checksum of the reduced gradient] for each attempt."""
+        """Returns [checksum of this rank's own gradient, checksum of the reduced gradient] for each attempt at the current step, in
+        order."""
         if self._made:
             self.keep()
         return [_both(attempt).tolist() for attempt in self._made]

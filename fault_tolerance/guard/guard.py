@@ -38,7 +38,8 @@ class StepValues:
     loss: float
     """Loss in nats per token."""
     norm: float
-    """Norm of the whole gradient, divided by the loss scale; not finite if any part of the gradient on any rank is not."""
+    """Norm of the gradient with respect to all weights, divided by the loss scale; not finite if any part of the gradient on any
+    rank is not finite."""
     found: Sequence[float]
     """The values that `Guard.inspect` returned after this attempt, summed over all ranks."""
     scale_can_fall: bool = False
@@ -70,9 +71,11 @@ class Guard:
         self._count = 0
         self._step = 0
         self._late: int | None = None
-        """The earlier step whose deferred samples are being computed now; None if the step's own samples are."""
+        """The earlier step whose deferred samples are being computed now; None while the current step's own samples are
+        computed."""
         self._pending: GuardDecision | None = None
-        """A decision to defer samples that still waits for the check of the weights; None if there is none."""
+        """A decision to defer samples that is not returned yet, because the weights are checked first; None if no decision
+        waits."""
         self._values = (0.0, 0.0)
         """Loss and gradient norm of the newest attempt at the samples that `judge` decides about (not those recomputed to judge the
         weights)."""
@@ -87,7 +90,7 @@ class Guard:
             engine.before_reduction = self._attempts.before_reduction
 
     def leaves_out(self, step: int) -> str | None:
-        """Returns the reason why `step` (counted from 1) must not be trained on; None if it may be."""
+        """Returns the reason why the samples of `step` (counted from 1) must not be trained on; None if they may."""
         return self.memory.left_out.get(step)
 
     def begin(self, step: int) -> int:
@@ -112,7 +115,7 @@ class Guard:
 
     @property
     def weighing(self) -> bool:
-        """Whether samples that were applied before are being computed again to judge the weights."""
+        """Whether the samples of the newest committed step are being computed again to judge the weights."""
         return self._pending is not None
 
     def inspect(self, step: int) -> list[torch.Tensor]:
@@ -201,7 +204,8 @@ class Guard:
 
     @property
     def strongest(self) -> float:
-        """The gradient norm to which the update of the newest attempt is clipped; infinite if there is no bound."""
+        """The gradient norm to which the gradient of the newest attempt is clipped before its update; infinite if the guard sets no
+        bound."""
         return self.memory.strongest() if self._limited else math.inf
 
     def judge_update(self, step: int, spoilt: Sequence[tuple[int, str]]) -> GuardDecision:
@@ -242,7 +246,8 @@ class Guard:
         self.expect(step + 1)
 
     def expect(self, step: int) -> None:
-        """Drops the seal after an intended change of the state. Takes a new seal if `step`, the next step, checks the state."""
+        """Drops the seal after an intended change of the state. Takes a new seal if the state is checked in `step`, the next
+        step."""
         self._damage.break_seal()
         if self._checks(step):
             self._damage.seal()

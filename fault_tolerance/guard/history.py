@@ -77,7 +77,8 @@ class Memory:
         return grown and self.spike(step, loss, norm) is not None
 
     def due(self, step: int, last: int | None = None) -> int | None:
-        """Returns a step whose deferred samples should be trained on before those of `step` (from 1), or None.
+        """Returns the first step whose deferred samples should be trained on before those of `step` (from 1); None if no step's
+        should.
 
         Deferred samples are due when their loss and norm are no longer a spike, after a quarter of guard.spike_window steps, or if
         the steps that are left up to `last`, the run's last step, are needed for deferred samples.
@@ -94,7 +95,7 @@ class Memory:
         return self.config.spike_factor * median(values) if values and self.config.spike_factor else float("inf")
 
     def learn(self, step: int, loss: float, norm: float, verdict: GuardDecision) -> None:
-        """Records the decision about `step`."""
+        """Records the decision about `step` and its own samples; `loss` and `norm` are those of its newest attempt."""
         self.counts.computed_again += verdict.attempts > 1 and verdict.cause is not None
         if verdict.action is GuardAction.COMMIT or (verdict.deferred and verdict.cause is not Cause.DIVERGED):
             self._note(step, loss, norm)
@@ -168,7 +169,8 @@ class Memory:
 
     @staticmethod
     def is_one(saved: Any) -> bool:
-        """Returns whether `saved` can be loaded: a result of `as_json`, including older versions that did not defer samples."""
+        """Returns whether `load` accepts `saved`: a result of `as_json`, of this version or of an older version that did not defer
+        samples."""
         try:
             memory = Memory.empty(GuardConfig())
             memory.load(saved)
@@ -193,7 +195,8 @@ class Memory:
         self.counts = Counts(**saved["counts"])
 
     def keep(self, other: "Memory") -> None:
-        """Takes over left-out steps, setbacks and counts from `other`, the memory before the run went back to a checkpoint."""
+        """Takes over left-out steps, setbacks, `furthest` and counts from `other`, the memory before the run went back to a
+        checkpoint. Call this on the memory loaded from that checkpoint."""
         self.left_out |= other.left_out
         self.deferred = {step: figures for step, figures in self.deferred.items() if step not in self.left_out}
         self.setbacks, self.furthest, self.counts = other.setbacks, other.furthest, other.counts

@@ -15,7 +15,7 @@ from bagualu.fault_tolerance.injection.slowness import Slowness
 
 
 class PlannedError(RuntimeError):
-    """The error of a planned exception."""
+    """The error that the planned fault `exception` raises."""
 
 
 def _one_of(*choices: str) -> str:
@@ -41,7 +41,7 @@ class Kill(Fault):
 
 @dataclass(frozen=True)
 class Raise(Fault):
-    """The rank raises an error that is not caught."""
+    """The rank raises a PlannedError, which nothing catches."""
 
     kind = "exception"
     ends_process = True

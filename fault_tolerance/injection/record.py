@@ -34,7 +34,7 @@ class Record:
     def strikes(self) -> list[dict[str, Any]]:
         """Returns the faults that have struck, in order, each with the keys fault, step, wall and, if it was recorded, did.
 
-        Damaged lines do not count: a fault whose line was cut short did not strike, and a `did` that was cut short is missing.
+        Damaged lines are skipped: a fault whose line was cut short did not strike, and a `did` that was cut short is missing.
         """
         strikes: list[dict[str, Any]] = []
         for entry in jsonl.read(self.path):
@@ -47,5 +47,5 @@ class Record:
         return strikes
 
     def struck(self) -> Counter[str]:
-        """Returns how often each fault, by its text, has struck."""
+        """Returns how often each fault has struck, by the fault's text."""
         return Counter(entry["fault"] for entry in self.strikes())

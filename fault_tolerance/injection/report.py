@@ -35,7 +35,7 @@ class Outcome:
     steps_lost: int | None
     """The number of steps that the restarted workers repeated."""
     state: str
-    """SURVIVED, NO_EFFECT, NOT_FOUND, NEVER or ENDED."""
+    """What the fault led to: SURVIVED, NO_EFFECT, NOT_FOUND, NEVER (it did not strike) or ENDED (it ended the run)."""
 
 
 @dataclass(frozen=True)

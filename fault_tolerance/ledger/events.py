@@ -95,9 +95,10 @@ class Ledger:
 
 
 def read(run_dir: Path) -> list[Event]:
-    """Returns every event of the run once; [] if there are none. Damaged lines are skipped.
+    """Returns the events in the ledger of the run in directory `run_dir`, without repetitions; [] if there are none. Damaged lines
+    are skipped.
 
-    If all events have the same clock, they are sorted by it, because a line may have been written late for lack of space.
+    If all events have the same clock, they are sorted by `monotonic`, because a line may have been written late for lack of space.
     """
     events = list(dict.fromkeys(filter(None, map(_event, jsonl.read(RunDirectory(run_dir).ledger)))))
     if len({event.clock for event in events}) == 1:

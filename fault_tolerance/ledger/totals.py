@@ -31,7 +31,7 @@ _ALWAYS = ("launched", *_BEGINS)
 
 @dataclass
 class _Stretch:
-    """Consecutive microseconds of the same category; `step` is the step of "productive" ones."""
+    """A period of the run in a single category; `step` is the step trained in a "productive" period."""
 
     microseconds: int
     category: str
@@ -91,7 +91,7 @@ def _stretches(events: list[Event]) -> list[_Stretch]:
 
 
 def _close(stretches: list[_Stretch], microseconds: int, phase: str, step: int, event: Event) -> None:
-    """Appends the stretch of time in `phase` that `event` ends."""
+    """Appends the stretches of the `microseconds` in `phase` before `event`: for a failure two, before and after it happened."""
     if event.what == "failed":
         since = event.wall if event.since is None else event.since
         unseen = min(microseconds, max(0, round((event.wall - since) * 1e6)))

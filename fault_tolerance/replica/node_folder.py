@@ -53,7 +53,8 @@ class Site:
         return self.nodes.beside(self.group.rank)
 
     def on_all(self, function: Callable[[], T]) -> T:
-        """Calls `function` and returns its result. If it fails on any rank, raises the same error on every rank. Collective."""
+        """Calls `function` and returns this rank's result. If it fails on any rank, raises the same error on every rank (see
+        checkpoint/agree.py). Collective."""
         return on_all(function, self.group)
 
     def begin(self) -> None:

@@ -89,8 +89,8 @@ class Replica:
         return folder
 
     def _verified(self, folder: Path) -> dict[int, ShardTable]:
-        """Returns the tables of the undamaged parts in `folder` that are assigned to this rank; the ranks of a node divide the
-        parts among them."""
+        """Returns the tables, by part, of the undamaged parts in `folder` among those that this rank verifies; the ranks of a node
+        divide all parts there among them."""
         beside, verified = self.site.beside, {}
         for part in parts_in(folder)[beside.index(self.site.group.rank) :: len(beside)]:
             try:
@@ -152,7 +152,8 @@ class Replica:
 
 
 def survey(site: Site) -> list[Replica]:
-    """Returns the replicas of this run whose parts all exist on some node, newest first; the same on every rank. Collective."""
+    """Returns the replicas of this run whose parts all exist on some node, at least one of them on a node that is not `Site.stale`,
+    newest first; the same on every rank. Collective."""
     answers = gather_json({"stale": site.stale, "held": _held(site.root) if site.leads else []}, site.group)
     holders: dict[Origin, set[int]] = {}
     current: set[Origin] = set()

@@ -115,7 +115,7 @@ class Replicas:
         site.on_all(lambda: self._commit(temporary, step))
 
     def _copy(self, temporary: Path, origin: Origin) -> None:
-        """Sends this rank's part to its partner and verifies the parts that it receives."""
+        """Sends this rank's part to its partner on the next node and verifies the parts that this rank receives. Collective."""
         site, group = self.site, self.site.group
         names = (shard_name, table_name)
         own = torch.tensor([_size(temporary / name(group.rank)) for name in names], device=group.device)
@@ -147,7 +147,7 @@ class Replicas:
         self.site.on_all(lambda: self.site.forget(GENERATIONS, step))
 
     def remove(self) -> None:
-        """Removes all replicas at the end of the run."""
+        """Removes all replicas and their folder at the end of the run."""
         site = self.site
         site.group.barrier()
         if site.leads:

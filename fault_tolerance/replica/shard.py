@@ -26,7 +26,7 @@ class Origin:
 
     step: int
     session: str
-    """Identifies the start of the run that made the save."""
+    """Identifies the start of the run that made the save; sorts after the sessions of earlier starts."""
     run: str
     ranks: int
     """The number of ranks that made the save, which is the number of its parts."""
@@ -55,7 +55,7 @@ class ShardTable:
         return ShardTable(Origin(**fields["origin"]), fields["metadata"], fields["report"])
 
     def manifest(self, rank: int) -> Manifest:
-        """Returns a manifest of the shard of `rank` alone."""
+        """Returns a manifest of this part alone, which is that of `rank`."""
         return gathered(self.origin.step, self.metadata, [rank], [self.report])
 
 

@@ -120,7 +120,7 @@ class Beat:
     """The number of steps that this process has begun."""
     point: str
     operation: str
-    """The operation that the rank waits for; empty if it does not wait."""
+    """Name of the operation that the rank waits for; empty if the rank does not wait."""
     line: Line | None
     number: int
     since: float

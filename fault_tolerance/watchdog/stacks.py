@@ -27,7 +27,8 @@ middle."""
 
 
 def show_on_signal(folder: Path, rank: int) -> None:
-    """Makes this process write the stacks of its threads to `folder` whenever it receives SIGNAL."""
+    """Makes this process, that of `rank`, append the stacks of all its threads to a file in `folder` whenever it receives
+    SIGNAL."""
     folder.mkdir(parents=True, exist_ok=True)
     faulthandler.register(SIGNAL, file=_file(folder, rank).open("w"), all_threads=True, chain=False)  # it keeps the file open
 

@@ -47,14 +47,14 @@ class Seen:
     steps_begun: int = 0
     point: str = "start"
     operation: str = ""
-    """The operation that the rank waits for; empty if it does not wait."""
+    """Name of the operation that the rank waits for; empty if the rank does not wait."""
     line: Line | None = None
     number: int = 0
     counts: Mapping[Line, int] = field(default_factory=dict)
     silent_seconds: float = 0.0
     """Seconds since the last change in the rank's heartbeat."""
     cpu_seconds: float = 0.0
-    """Processor time that all threads of the rank's process have used during `silent_seconds`."""
+    """Seconds of processor time that all threads of the rank's process have used during `silent_seconds`."""
     process: str = "running"
     """State of the rank's process, as psutil names it; "gone" if the process does not exist."""
 
@@ -131,7 +131,7 @@ def _first_end(waiting: list[Seen], seen: Mapping[int, Seen], patience: Patience
 
 
 def _is_late(state: Seen, others: list[Seen]) -> bool:
-    """Returns whether another rank has joined a collective that this rank has not joined yet."""
+    """Returns whether another rank has joined a collective of `state`'s rank that this rank has not joined yet."""
     return any(
         count > state.counts.get(line, 0)
         for other in others

@@ -43,7 +43,7 @@ class Watchdog:
         self._pulses = {rank: _Pulse() for rank in processes}
 
     def look(self) -> HangDiagnosis | None:
-        """Returns the diagnosis if the run makes no progress; None if it may still continue or it is too early to look again."""
+        """Returns the diagnosis if the run makes no progress; None if the run may still go on or it is too early to look again."""
         now = self._clock()
         if now - self._last < self.interval:
             return None

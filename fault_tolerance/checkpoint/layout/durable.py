@@ -9,7 +9,8 @@ from pathlib import Path
 
 
 class Disk:
-    """The storage to which this process writes checkpoints. A planned fault can fill it (fault_tolerance/injection)."""
+    """The storage to which this process writes checkpoints. A planned fault can make it behave as if full
+    (fault_tolerance/injection)."""
 
     def __init__(self) -> None:
         self._refused: deque[str] = deque()
@@ -31,8 +32,8 @@ DISK = Disk()
 
 @contextmanager
 def durable_file(path: Path) -> Iterator[int]:
-    """Creates the file `path` and yields its descriptor. When the `with` block has ended without an error, the data are durable;
-    the file's name is durable only after an fsync of the directory.
+    """Creates the file `path`, which must not exist, and yields its descriptor. When the `with` block has ended without an error,
+    the data are durable; the file's name is durable only after an fsync of the directory.
 
     Raises OSError.
     """
@@ -61,7 +62,7 @@ def make_directory(path: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Makes the names in directory `path` durable. Raises OSError."""
+    """Makes the creation, renaming and removal of names in the directory `path` durable. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -23,7 +23,7 @@ from bagualu.parallel.boxes import Box, cover_problem
 
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 16 * 2**20
-"""Bytes per block: a multiple of every element size, so that every block begins at an element boundary."""
+"""Bytes of each hashed block of a box: a multiple of every element size, so that every block begins at an element boundary."""
 
 DTYPES = {
     "float64": ("F64", 8), "int64": ("I64", 8), "float32": ("F32", 4), "int32": ("I32", 4), "float16": ("F16", 2),
@@ -43,7 +43,7 @@ class CheckpointStorageError(CheckpointError, StorageError):
 
 
 class SupersededError(CheckpointError):
-    """A later start of the run has taken over its checkpoints. This start can no longer save."""
+    """A later start of the run has taken over the run's checkpoints, so this start can no longer save checkpoints."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ _HEXADECIMAL = re.compile("[0-9a-f]*")
 
 
 def encode(name: str, boxes: Sequence[StoredBox], files: dict[str, int]) -> bytes:
-    """Returns the line of tensor `name`; `files` maps file names to their indices."""
+    """Returns the line that holds `boxes`, those of tensor `name`; `files` maps file names to their indices in the manifest."""
     columns = {
         "files": [files[box.file] for box in boxes],
         "offsets": [box.offset for box in boxes],

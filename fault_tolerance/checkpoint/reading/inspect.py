@@ -89,10 +89,11 @@ def damage(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int
 
 
 def _gaps(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int, StoredBox]]) -> Iterable[str]:
-    """Yields a line for each range of bytes of a shard that belongs to two boxes, or to none, so that no hash covers it."""
+    """Yields a line for each range of bytes of the shard `name` that belongs to two boxes, or to no box, so that no hash covers
+    it."""
     spans = sorted((box.start, box.start + size) for _, size, box in boxes if size)
     about = manifest.files[name]
     for (_, end), (begin, _) in pairwise([(0, about.header_bytes), *spans, (about.bytes, about.bytes)]):
         if end != begin:
             what = "belong to no tensor" if end < begin else "belong to two tensors"
-            yield f"{path}: bytes {min(begin, end)} to {max(begin, end)} of {name} {what}; save it again with this version"
+            yield f"{path}: bytes {min(begin, end)} to {max(begin, end)} of {name} {what}; save the checkpoint again with this version"

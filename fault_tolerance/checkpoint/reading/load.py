@@ -42,7 +42,7 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Job:
-    """A block of a stored box."""
+    """A task for a thread: to read block number `block` of a stored box, verify it and copy it to the tensors that requested it."""
 
     wanted: _Wanted
     block: int
@@ -71,7 +71,7 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """Hash of the manifest. Ranks with equal digests see the same checkpoint."""
+        """Hash of the manifest's content. Ranks with equal digests see the same checkpoint."""
         return self._manifest.digest
 
     @property
@@ -172,7 +172,8 @@ class Checkpoint:
 
 
 def _runs(jobs: list[_Job]) -> list[list[_Job]]:
-    """Returns the jobs in the order of their bytes on disk, grouped into runs within a file."""
+    """Returns the jobs in the order of their bytes on disk, grouped into runs: jobs in the same file with about _RUN_BYTES
+    together."""
     jobs.sort(key=lambda job: (job.wanted.stored.file, job.wanted.stored.start, job.block))
     runs: list[list[_Job]] = []
     taken = 0

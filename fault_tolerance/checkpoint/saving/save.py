@@ -59,8 +59,8 @@ class _Save:
 class Saver:
     """Saves checkpoints on a rank, one at a time. All ranks call `start`, `advance` and `conclude` together, on their main threads.
 
-    Storage that does not respond for `timeout_seconds` counts as failed. This must be well below the group's timeout, because the
-    other ranks wait in collectives.
+    If a rank's writing, or the commit, takes longer than `timeout_seconds`, the save fails. That time must be well below the
+    group's timeout, because the other ranks wait in collectives meanwhile.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Saver:
 
     @property
     def under_way(self) -> bool:
-        """Whether a save has been started and not concluded; the same on every rank."""
+        """Whether a save has been started and is neither committed nor given up; the same on every rank."""
         return self._under_way is not None
 
     def status(self) -> tuple[float, float]:
@@ -252,7 +252,8 @@ class Saver:
         self._damaged = damaged
 
     def _prune(self, just_saved: Path) -> None:
-        """Removes old checkpoints. The save is committed, so a failure to remove is only logged."""
+        """Removes old checkpoints (see `prune`). The new checkpoint is committed already, so a failure to remove others is only
+        logged."""
         try:
             self.fence.check()
             prune(self.fence.root, self.keep, just_saved, self._damaged)

@@ -11,7 +11,7 @@ _ALIGNMENT = 64
 
 
 class Snapshot:
-    """A buffer in host memory as large as the pieces, reused by every save. It is pinned memory if the pieces are on a GPU."""
+    """A buffer in host memory for copies of the pieces, reused by every save. It is pinned memory if the pieces are on a GPU."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
