@@ -102,7 +102,7 @@ class ParallelConfig:
             raise RecipeError(f"parallel.balance={self.balance} has no effect with parallel.pipeline=1, where one stage holds all "
                               "layers; give parallel.balance=uniform or parallel.pipeline=2")  # fmt: skip
         if self.sequence and self.tensor == 1:
-            raise RecipeError("parallel.sequence=true needs parallel.tensor of at least 2; give parallel.sequence=false or parallel.tensor=2")
+            raise RecipeError("parallel.sequence=true needs parallel.tensor of at least 2; drop it or raise parallel.tensor")
 
     @property
     def rebalance_every(self) -> int:

@@ -96,4 +96,4 @@ def _gaps(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int,
     for (_, end), (begin, _) in pairwise([(0, about.header_bytes), *spans, (about.bytes, about.bytes)]):
         if end != begin:
             what = "belong to no tensor" if end < begin else "belong to two tensors"
-            yield f"{path}: bytes {min(begin, end)} to {max(begin, end)} of {name} {what}; save the checkpoint again with this version"
+            yield f"{path}: bytes {min(begin, end)} to {max(begin, end)} of {name} {what}; save it again with this version"
