@@ -120,7 +120,7 @@ class Judge:
     peers: Sequence[Sequence[int]]
     ratio: float
     history: list[Straggler] = field(default_factory=list)
-    """All ranks ever flagged, in the order of the flags."""
+    """An object for every time that a rank was flagged, in that order; a rank that was flagged twice has two."""
     _slow: dict[int, deque[bool]] = field(default_factory=dict)
     _quiet: dict[int, int] = field(default_factory=dict)
 
@@ -189,8 +189,8 @@ class Stragglers:
             world.monitor.observers.append(self._clock)
 
     def after_step(self, step: int, seconds: float) -> list[Straggler]:
-        """Records that step `step` (from 1) took `seconds`. Returns the ranks that are now flagged or cleared, the same on every
-        rank. Collective at the end of a window."""
+        """Records that step `step` (from 1) took `seconds`. At the end of a window, this is collective and returns the ranks that
+        become flagged or cleared, the same on every rank; otherwise, and after the first window, it returns []."""
         if not self._judges:
             return []
         own, cpu = self._clock.lap()

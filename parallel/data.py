@@ -213,7 +213,8 @@ class GradientReducer:
         self._sinks: list[GradientSink] = []
         self._handles: list[RemovableHandle] = []
         self._reduced_early = [bucket for bucket in buckets if not _waits_for_all(bucket)]
-        """Buckets whose reduction starts during the backward pass, in order, as soon as they are complete."""
+        """The buckets whose reduction starts during the backward pass, in order: each as soon as it and all earlier ones are
+        complete."""
         self._begun = 0
         """How many buckets of `_reduced_early` have begun their reduction in this step's backward passes."""
         for bucket in buckets:

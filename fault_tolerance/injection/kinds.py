@@ -132,7 +132,8 @@ class Nan(Fault):
 
 @dataclass(frozen=True)
 class Flip(Fault):
-    """The highest bit of the fraction of a weight, master weight, moment or gradient element on this rank flips."""
+    """In one element of this rank's weights, master weights, moments or gradient (`what`), the highest bit of the fraction
+    flips."""
 
     kind = "flip"
     points = ("data",)

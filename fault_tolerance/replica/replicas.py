@@ -143,7 +143,8 @@ class Replicas:
             os.rename(temporary, final)
 
     def forget_after(self, step: int) -> None:
-        """Removes the replicas of steps after `step`, the step to which the run goes back. Raises CheckpointError."""
+        """Removes the replicas of steps after `step`, the step to which the run goes back, and of the others all but the newest
+        GENERATIONS. Raises CheckpointError on every rank if that fails on any rank."""
         self.site.on_all(lambda: self.site.forget(GENERATIONS, step))
 
     def remove(self) -> None:

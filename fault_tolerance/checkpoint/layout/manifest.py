@@ -92,7 +92,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 class _Boxes(Sequence[StoredBox]):
-    """The boxes of a tensor, read at their first use."""
+    """The boxes of a tensor, which are read from manifest.json and verified at their first use."""
 
     def __init__(self, read: Callable[[], tuple[StoredBox, ...]]) -> None:
         self._read = read
