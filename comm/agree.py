@@ -15,7 +15,8 @@ T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """A function that all ranks ran has failed on at least one. The message names the first such rank and counts the others."""
+    """A function that all ranks ran has failed on at least one. The message names a rank on which it failed and says on how many
+    others it failed."""
 
 
 def on_all(
@@ -24,11 +25,12 @@ def on_all(
     error: type[Exception] = RankError,
     transient: type[Exception] | None = None,
 ) -> T:
-    """Calls `function` and returns its result if it raised on no rank. Collective; `function` itself may be too.
+    """Calls `function` and returns this rank's result if the function raised on no rank. Collective; `function` itself may be too.
 
-    Otherwise every rank raises the same exception, with a message of one line: RecipeError if any rank raised one (the message
-    names no rank, since every rank would refuse), else `error`. If every failed rank raised `transient`, a subclass of `error` for
-    problems that may pass, that is raised instead. A CommunicationError is raised immediately, without asking the other ranks.
+    Otherwise every rank raises the same exception, with a message of one line: RecipeError if the function raised a RecipeError on
+    any rank (the message names no rank, since every rank would refuse); else `transient`, a subclass of `error` for problems that
+    may pass, if every failure is a `transient`; else `error`. If the function raises a CommunicationError, this rank raises it
+    immediately and takes part in no agreement, since the ranks can no longer communicate.
     """
     result: list[T] = []
     own: list[str] | None = None
@@ -54,12 +56,12 @@ def on_all(
 
 
 def any_rank(value: bool, group: Group) -> bool:
-    """Returns whether `value` is true on any rank. Collective."""
+    """Returns whether `value` is true on any rank of the group. Collective."""
     return maximum(float(value), group) > 0
 
 
 def maximum(value: float, group: Group) -> float:
-    """Returns the largest `value` of all ranks. Collective."""
+    """Returns the largest `value` that any rank of the group passes. Collective."""
     return _reduced(value, group, "max")
 
 
@@ -69,7 +71,8 @@ def total(value: float, group: Group) -> float:
 
 
 def totals(values: Sequence[float], group: Group) -> list[float]:
-    """Returns the sum over all ranks of each of `values`, in float64. Every rank gives equally many. Collective."""
+    """Returns, for each index of `values`, the sum over all ranks, in float64. Every rank passes equally many values.
+    Collective."""
     tensor = torch.tensor(values, dtype=torch.float64, device=group.device)
     if values:
         group.all_reduce(tensor)
@@ -77,12 +80,13 @@ def totals(values: Sequence[float], group: Group) -> list[float]:
 
 
 def meet(group: Group) -> None:
-    """Waits until every rank has called it. Collective."""
+    """Waits until every rank of `group` has called this function. Collective."""
     group.barrier()
 
 
 def first_different(value: Any, group: Group) -> tuple[int, Any, Any] | None:
-    """Returns the first position whose JSON value differs from position 0's, with its value and that of position 0.
+    """Returns (position, its value, the value of position 0) for the first position whose JSON value differs from that of position
+    0.
 
     Returns None if all ranks have the same value. Collective. The values themselves are gathered only if they differ.
     """
@@ -99,7 +103,7 @@ def first_different(value: Any, group: Group) -> tuple[int, Any, Any] | None:
 
 
 def gather(value: float, group: Group) -> list[float]:
-    """Returns the `value` of every rank, in order of position, on every rank. Collective."""
+    """Returns the list of all ranks' `value`s, in order of position, on every rank. Collective."""
     own = torch.tensor([value], dtype=torch.float64, device=group.device)
     values = torch.empty(group.size, dtype=torch.float64, device=group.device)
     group.all_gather(values, own)

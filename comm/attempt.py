@@ -1,9 +1,10 @@
-"""Makes sure that the processes of a run start together. Every attempt to train has a name, with which its keys begin.
+"""Makes sure that the processes of a run start together. Every attempt to start has a name, with which its keys in the store begin.
 
 A launcher that restarts workers after a failure may give them the same store as before (torchrun does), which still contains the
 addresses of dead processes. So rank 0 opens an attempt under a new name, and the other ranks take their seats in it. If a rank's
-seat is already taken, that attempt is an old one, and the rank waits for the next name. When all seats are taken, rank 0 lets the
-ranks begin; a rank that sees earlier that the attempt cannot begin reports the reason to all ranks.
+seat is already taken, that attempt is an old one (or this rank was restarted during it), and the rank waits for the next name. When
+all seats are taken, rank 0 lets the ranks begin; a rank that sees earlier that the attempt cannot begin reports the reason to all
+ranks.
 """
 
 import json
@@ -19,7 +20,7 @@ from bagualu.comm.world import World
 _CURRENT = "bagualu/attempt"
 _BEGIN, _REFUSED, _BROKEN = "begin", "refused", "broken"
 _MOST_NAMED = 8
-"""The most ranks that a message lists."""
+"""The most missing ranks that the error message of rank 0 lists."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class _Attempt:
     name: str
     size: int
     backend: str
-    """The backend of rank 0."""
+    """Name of the backend that rank 0 uses; every rank must use the same."""
 
 
 class _Seats:
@@ -38,7 +39,7 @@ class _Seats:
         self.keys = PrefixStore(f"bagualu/attempts/{attempt.name}", store)
 
     def take(self, rank: int) -> bool:
-        """Takes the seat of `rank`; returns False if a process has it already."""
+        """Takes the seat of `rank` and returns True; returns False if a process has taken that seat before."""
         if self.keys.add(f"seat/{rank}", 1) > 1:
             return False
         self.keys.add("taken", 1)
@@ -49,15 +50,16 @@ class _Seats:
         return int(self.keys.add("taken", 0)) == self.attempt.size
 
     def free(self) -> list[int]:
-        """Returns the ranks whose seats are not taken."""
+        """Returns the ranks whose seats no process has taken."""
         return [rank for rank in range(self.attempt.size) if not self.keys.check([f"seat/{rank}"])]
 
     def decide(self, decision: str, reason: str = "") -> None:
-        """Tells all ranks whether the attempt begins, is refused or is broken. Only the first decision counts."""
+        """Stores for all ranks whether the attempt begins, is refused or is broken, unless such a decision is stored already."""
         self.keys.compare_set("decision", "", json.dumps([decision, reason]))
 
     def decision(self) -> tuple[str, str] | None:
-        """Returns the decision about the attempt and its reason; None if it is still open. Raises RecipeError if it was refused."""
+        """Returns (decision about the attempt, reason); None if nothing is decided yet. Raises RecipeError if the attempt was
+        refused."""
         if not self.keys.check(["decision"]):
             return None
         decision, reason = json.loads(self.keys.get("decision"))
@@ -70,7 +72,8 @@ def join(store: Store, world: World, backend: str, timeout_seconds: float) -> St
     """Waits until all `world.size` ranks have joined the same attempt and returns a store for the keys of that attempt.
 
     `store` is reachable by all ranks and may contain keys of earlier attempts. Raises RecipeError on all ranks if their backends
-    differ, and CommunicationError if a rank does not join in time.
+    differ, and CommunicationError if a rank does not join within `timeout_seconds` or, on rank 0, if a rank was restarted while
+    others waited for it.
     """
     deadline = time.monotonic() + timeout_seconds
     if world.rank == 0:
@@ -92,7 +95,8 @@ def join(store: Store, world: World, backend: str, timeout_seconds: float) -> St
 
 
 def _open(store: Store, attempt: _Attempt, deadline: float, timeout_seconds: float) -> Store:
-    """Opens the attempt as rank 0, waits until it begins and returns its store. Raises RecipeError, CommunicationError."""
+    """Opens the attempt as rank 0, waits until it begins and returns its store. Raises RecipeError if it is refused,
+    CommunicationError if it is broken or ranks are missing at the deadline."""
     seats = _Seats(store, attempt)
     seats.take(0)
     store.set(_CURRENT, json.dumps(asdict(attempt)))
@@ -109,7 +113,7 @@ def _open(store: Store, attempt: _Attempt, deadline: float, timeout_seconds: flo
 
 
 def _attempts(store: Store, deadline: float, timeout_seconds: float) -> Iterator[_Attempt]:
-    """Yields the current attempt repeatedly. Raises CommunicationError at the deadline."""
+    """Yields the attempt that rank 0 has opened last, again and again. Raises CommunicationError at the deadline."""
     for _ in _until(deadline):
         if store.check([_CURRENT]):
             yield _Attempt(**json.loads(store.get(_CURRENT)))
@@ -117,10 +121,11 @@ def _attempts(store: Store, deadline: float, timeout_seconds: float) -> Iterator
 
 
 def _begins(seats: _Seats, store: Store, deadline: float) -> bool:
-    """Waits for the decision about the attempt and returns whether it begins. Returns False if it is over and another may follow,
-    or if the deadline has passed.
+    """Waits for the decision about the attempt and returns whether the attempt begins. Returns False if it is broken, if rank 0 has
+    opened another attempt, or if the deadline has passed. Raises RecipeError if it is refused.
 
-    A broken attempt is no failure of this rank: its other ranks may have died earlier and left a seat free.
+    A broken attempt is no failure of this rank: the attempt may be an old one, of processes that have died and left this rank's
+    seat free.
     """
     for _ in _until(deadline):
         if decided := seats.decision():
@@ -131,7 +136,7 @@ def _begins(seats: _Seats, store: Store, deadline: float) -> bool:
 
 
 def _until(deadline: float) -> Iterator[None]:
-    """Yields immediately and then at increasing intervals until the deadline."""
+    """Yields immediately and then after increasing pauses (at most 0.2 s) until time.monotonic() has reached `deadline`."""
     pause = 0.005
     yield
     while time.monotonic() < deadline:

@@ -20,7 +20,8 @@ class Work(Protocol):
     """A communication in progress."""
 
     def wait(self) -> None:
-        """Returns once the result is available (on an accelerator, to kernels launched from now on). Raises CommunicationError."""
+        """Returns once the result is available (on an accelerator, to kernels launched from now on). Raises CommunicationError if
+        the communication failed."""
 
 
 class Transport(Protocol):
@@ -51,7 +52,8 @@ class Transport(Protocol):
 
     def barrier(self) -> Work: ...
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Makes a tensor as `Group.lend` describes, or returns None on every rank if sharing memory gains nothing."""
+        """Makes a tensor as `Group.lend` describes, or returns None on every rank if memory cannot be shared or sharing gains
+        nothing."""
 
 
 class Backend(Protocol):
@@ -61,7 +63,8 @@ class Backend(Protocol):
 
     def __init__(self, world: World, timeout_seconds: float) -> None: ...
     def transport(self, ranks: tuple[int, ...], name: str) -> Transport:
-        """Returns a new transport between `ranks`, global ranks that include this one. All of them call this in the same order."""
+        """Returns a new transport between `ranks`, global ranks that include this rank. All of these ranks call this method, and
+        make the groups that they have in common in the same order."""
 
     def close(self) -> None: ...
 

@@ -9,7 +9,8 @@ from bagualu.comm.errors import RecipeError
 
 
 def require_at_least(least: float, section: str, part: Any, *names: str) -> None:
-    """Raises RecipeError if any of `part`'s fields `names` is below `least`. A field that is None is not checked."""
+    """Raises RecipeError if any of `part`'s fields `names` is below `least`. A field that is None is not checked. `section` is the
+    key of `part` in the recipe, for the message."""
     for name in names:
         value = getattr(part, name)
         if value is not None and value < least:
@@ -19,7 +20,8 @@ def require_at_least(least: float, section: str, part: Any, *names: str) -> None
 
 
 def require_at_most(most: float, section: str, part: Any, *names: str) -> None:
-    """Raises RecipeError if any of `part`'s fields `names` is above `most`. A field that is None is not checked."""
+    """Raises RecipeError if any of `part`'s fields `names` is above `most`. A field that is None is not checked. `section` is the
+    key of `part` in the recipe, for the message."""
     for name in names:
         value = getattr(part, name)
         if value is not None and value > most:
@@ -27,7 +29,8 @@ def require_at_most(most: float, section: str, part: Any, *names: str) -> None:
 
 
 def require_finite(recipe: Any) -> None:
-    """Raises RecipeError if any value in `recipe`, a tree of dataclasses, is infinite or NaN or a list with such a number."""
+    """Raises RecipeError if any value in `recipe`, a tree of dataclasses, is infinite, NaN, or a list that contains such a
+    number."""
     for key, value, default in _keys(recipe, ""):
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
@@ -36,7 +39,7 @@ def require_finite(recipe: Any) -> None:
 
 
 def _keys(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (key, value, default) for every leaf of a section."""
+    """Yields (full key, value, default) for every field of `section` and its subsections that is not itself a section."""
     unchanged = type(section)()
     for field in fields(section):
         key, value = prefix + str(field.metadata.get("key", field.name)), getattr(section, field.name)
@@ -56,7 +59,8 @@ RANGES = {
 
 
 def require_representable(section: str, part: Any, dtype: str, *names: str, zero: bool = True) -> None:
-    """Raises RecipeError if any of `part`'s fields `names` is too small or too large for a normal number of `dtype`.
+    """Raises RecipeError if any of `part`'s fields `names` is not a positive normal number of `dtype`: too small, negative, or too
+    large.
 
     `zero` says whether the value 0 is allowed.
     """
@@ -71,14 +75,16 @@ def require_representable(section: str, part: Any, dtype: str, *names: str, zero
 
 
 def require_text(section: str, part: Any, **examples: str) -> None:
-    """Raises RecipeError if a field of `part` that `examples` names is blank; the message offers `examples[name]`."""
+    """Raises RecipeError if a text field of `part` that `examples` names is empty or only white space; the message offers
+    `examples[name]`."""
     for name, example in examples.items():
         if not getattr(part, name).strip():
             raise RecipeError(f"{section}.{name} is empty; give a value, e.g. {section}.{name}={example}")
 
 
 def require_known_home(section: str, part: Any, *names: str) -> None:
-    """Raises RecipeError if a path in any of `part`'s fields `names` begins with the home directory of an unknown user."""
+    """Raises RecipeError if a path in any of `part`'s fields `names` still begins with `~`: the home directory of an unknown user,
+    since others have been expanded before."""
     for name in names:
         value = getattr(part, name)
         if value is not None and value.startswith("~"):  # the home directory of a known user has been expanded before

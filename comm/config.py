@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from bagualu.comm.errors import RecipeError
 
 AUTO = "auto"
-"""The backend that fits the machine, chosen before workers start (trainer/recipe/choose_backend.py)."""
+"""Value of `comm.backend` that stands for the backend that fits the machine; it is replaced before workers start
+(trainer/recipe/choose_backend.py)."""
 
 
 @dataclass
@@ -16,13 +17,15 @@ class CommConfig:
     """gloo | nccl | simulated | auto: nccl where the workers have GPUs, else gloo | any name registered under the entry point group
     `bagualu.backends`."""
     device: str = "cpu"
-    """Device of the ranks of `simulated`: cpu | cuda, where all ranks share one GPU. Every other backend determines its own."""
+    """Device of the ranks of the backend `simulated`: cpu | cuda, where all ranks share one GPU. Every other backend determines its
+    own device."""
     timeout_seconds: float = 600.0
-    """A collective that takes longer than this fails on every rank."""
+    """Seconds after which an unfinished communication between ranks, or an unfinished attempt to connect them, fails."""
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the ranks certainly use no accelerator. A registered backend may use one, and `auto` may resolve to nccl."""
+        """Whether the ranks certainly use no accelerator. False for `auto`, which may become nccl, and for a backend of another
+        package, which may use an accelerator."""
         return self.backend == "gloo" or (self.backend == "simulated" and self.device == "cpu")
 
     def validate(self) -> None:

@@ -7,6 +7,7 @@
     scatter_to     its own slice of the sum of x          concatenates the gradients of all ranks
     all_to_all     rows of x move to other ranks          moves the gradients' rows back
 
+A gradient here is that of the loss with respect to the function's result; the backward pass turns it into that with respect to x.
 copy_to and reduce_from enclose a tensor-parallel block (Megatron-LM's f and g, arXiv 1909.08053, section 3); gather_from and
 scatter_to replace them under sequence parallelism (arXiv 2205.05198, section 4.2).
 """
@@ -19,12 +20,14 @@ from bagualu.comm.group import Group
 
 
 def copy_to(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Returns x [any shape], the same on every rank. Ranks may use it differently: backward sums their gradients."""
+    """Returns x [any shape], which is the same on every rank. Ranks may use the result differently: the backward pass sums the
+    ranks' gradients."""
     return x if group.size == 1 else _Copy.apply(x, group)
 
 
 def reduce_from(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Returns the sum of x over the group's ranks, in the shape of x, on every rank."""
+    """Returns the sum of x over the group's ranks, in the shape of x, on every rank. The gradient of the result must be the same on
+    all of them."""
     return x if group.size == 1 else _Reduce.apply(x, group)
 
 
@@ -39,7 +42,8 @@ def scatter_to(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
 
 
 def all_to_all(x: torch.Tensor, group: Group, output_splits: list[int], input_splits: list[int]) -> torch.Tensor:
-    """Sends rows of x [sum(input_splits), ...] to each rank and returns those received, [sum(output_splits), ...]."""
+    """Sends input_splits[i] rows of x [sum(input_splits), ...] to position i and returns the rows received, [sum(output_splits),
+    ...], of which output_splits[i] come from position i."""
     return x if group.size == 1 else _AllToAll.apply(x, group, output_splits, input_splits)
 
 

@@ -2,12 +2,14 @@
 
 
 class RecipeError(ValueError):
-    """A recipe, layout or input cannot work. The message is a single line that contains the fix; the exit code is 2."""
+    """A recipe, layout or input cannot work. The message is a single line that contains the fix; the program then ends with exit
+    code 2."""
 
 
 class CommunicationError(RuntimeError):
-    """A collective could not finish: another rank was lost, timed out or called a different collective."""
+    """Ranks could not connect, or a communication could not finish: another rank was lost, timed out or called a different
+    collective."""
 
 
 class StorageError(RuntimeError):
-    """Storage that cannot be read or written now but may recover. It does not mean that stored data are damaged."""
+    """Storage cannot be read or written now but may recover. This error does not mean that stored data are damaged."""

@@ -1,9 +1,10 @@
 """Gloo: CPU tensors over TCP. This backend runs everywhere.
 
-reduce_scatter, all_gather and the sum over two ranks are direct exchanges rather than Gloo's own collectives. They send as many
-bytes as a ring, but take a third to a half of its time over loopback (docs/performance.md). Sums run in rank order, so a gradient
-has the same bits whichever rank computes it. Between ranks of one machine, a synchronous collective of medium size goes through
-shared memory (shared_memory.py), with the same sums.
+reduce_scatter, all_gather and a small all_reduce that sums over two ranks are direct exchanges between all pairs of ranks rather
+than Gloo's own collectives. They send as many bytes as a ring, but take a third to a half of its time over loopback
+(docs/performance.md). Their sums run in rank order, so a gradient has the same bits whichever rank computes it. Between ranks of
+one machine, these three collectives go through shared memory (shared_memory.py) if they are synchronous and of medium size, with
+the same sums.
 """
 
 import weakref
@@ -18,12 +19,13 @@ from bagualu.comm.shared_memory import SLOT_BYTES, SLOTS, Slots, share
 from bagualu.comm.torch_transport import TorchBackend, TorchTransport, TorchWork
 
 _MANY = 2**21
-"""The largest all_reduce, in elements, in which two ranks send each other the whole tensor; above it, this saves no time."""
+"""The largest tensor, in elements, that two ranks sum by sending each other all of it; for larger ones Gloo's all_reduce is as
+fast."""
 LEAST_SHARED_BYTES = 2**19
-"""The smallest tensor, in bytes, that is exchanged through shared memory. A smaller one arrives over the network as fast as the
-header of such an exchange (tests/bench/exchange.py)."""
+"""The smallest tensor of a rank, in bytes, that is exchanged through shared memory. A smaller tensor arrives over the network as
+fast as the header of such an exchange (tests/bench/exchange.py)."""
 _MOST_SHARING = 16
-"""The largest group, in ranks, that tries to share memory."""
+"""The number of ranks of the largest group that tries to share memory."""
 _OPS = ("lend", "all_reduce", "all_gather", "reduce_scatter")
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -41,8 +43,8 @@ class Exchange:
 
 @dataclass(frozen=True)
 class HeaderExchange:
-    """An exchange of small headers with every other rank. `wait` raises CommunicationError unless all ranks are in the same
-    collective."""
+    """An exchange of small headers with every other rank. `wait` raises CommunicationError unless all ranks sent the same header,
+    that is, are in the same call of the same collective with tensors of the same size."""
 
     exchange: Exchange
     sent: torch.Tensor
@@ -97,7 +99,8 @@ class GlooTransport(TorchTransport):
         super().__init__(group, ranks, name)
         memories = share(SLOTS * SLOT_BYTES, self._gather) if 1 < len(ranks) <= _MOST_SHARING else None
         self.slots = Slots(memories, self.position) if memories else None
-        """Shared memory; None unless every rank of the group can map the memory of every other."""
+        """Shared memory; None if the group has one rank or more than _MOST_SHARING, or if a rank cannot map the memory of
+        another."""
         self._lent: dict[int, list[torch.Tensor]] = {}
         """Maps the id of each live tensor that this rank lends to the tensors that the other positions lent in the same call."""
         self._headers_sent = 0
@@ -157,14 +160,16 @@ class GlooTransport(TorchTransport):
     def _through_memory(self, op: str, contents: torch.Tensor, asynchronous: bool) -> list[torch.Tensor] | None:
         """Exchanges `contents` through shared memory and returns those of every position.
 
-        Returns None on all ranks if the exchange has to go over the network.
+        Returns None on all ranks if the exchange has to go over the network: without shared memory, with `asynchronous`, or if
+        `contents` is too small or too large.
         """
         if self.slots is None or asynchronous or not LEAST_SHARED_BYTES <= _bytes(contents) <= SLOT_BYTES:
             return None
         return self.slots.exchange(contents, lambda: self._exchange_headers(op, contents).wait())
 
     def _exchange_headers(self, op: str, contents: torch.Tensor) -> HeaderExchange:
-        """Starts to tell every other rank that `contents` can be read in shared memory; returns the exchange to wait for."""
+        """Starts to send a header about this call of `op` to every other rank and returns the exchange to wait for. A rank sends
+        its header once the others may read its `contents` in shared memory."""
         self._headers_sent += 1
         header = torch.tensor([_OPS.index(op), _bytes(contents), contents.itemsize, self._headers_sent])
         received = [torch.empty_like(header) for _ in self.ranks]
@@ -185,7 +190,7 @@ class GlooTransport(TorchTransport):
     def _exchange(self, op: str, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]) -> Exchange:
         """Starts to send outgoing[i] to position i and to receive incoming[i] from it; returns the exchange to wait for.
 
-        It starts with the next position rather than position 0, which spreads the load.
+        Each rank starts with the position after its own rather than with position 0, which spreads the load.
         """
         size, here, messages = len(outgoing), self.position, []
         for distance in range(1, size):

@@ -24,7 +24,8 @@ class Done:
 
 @dataclass
 class _Watched:
-    """A communication in progress that reports to the monitor when it is waited for, as operation `number` of lines[line]."""
+    """A communication in progress that reports to the monitor when a caller waits for it: operation `number` of
+    monitor.lines[line]."""
 
     work: Work
     what: str
@@ -42,9 +43,10 @@ class _Watched:
 class Group:
     """A fixed sequence of ranks. A position is an index into `ranks`; `rank` is this process's own position.
 
-    Collectives return `Work`. It has finished already unless `asynchronous` is true, which must be the same on every rank of the
-    group. Tensors must be contiguous and on the backend's device; ValueError otherwise. A group of a single rank communicates
-    nothing.
+    Collectives and messages return `Work`. It has finished already unless `asynchronous` is true; in a collective, this flag must
+    be the same on every rank of the group. Tensors must be on `device` and contiguous, and those of a call must have the same
+    dtype; ValueError if they are not contiguous or differ in dtype. In a group of a single rank, collectives communicate nothing,
+    and send and receive raise ValueError.
     """
 
     name: str
@@ -52,7 +54,7 @@ class Group:
     rank: int
     transport: Transport | None
     device: torch.device = _HOST
-    """The device of the tensors that are communicated."""
+    """The device on which all communicated tensors must be."""
     monitor: Monitor = field(default_factory=Monitor, compare=False, repr=False)
 
     @property
@@ -60,14 +62,15 @@ class Group:
         return len(self.ranks)
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", asynchronous: bool = False) -> Work:
-        """Replaces tensor by its sum (or maximum) over all ranks of the group."""
+        """Replaces tensor by its elementwise sum, or with op="max" its maximum, over all ranks of the group."""
         self._check(tensor)
         if (transport := self.transport) is None:
             return Done()
         return self._join("all_reduce", lambda: transport.all_reduce(tensor, op, asynchronous), asynchronous)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
-        """Fills output [size * n, ...] with the inputs [n, ...] of all positions, concatenated."""
+        """Fills output [size * n, ...] with the inputs [n, ...] of all positions, concatenated in order. Raises ValueError if sizes
+        do not fit."""
         self._check(output, input)
         if output.numel() != input.numel() * self.size:
             raise ValueError(f"all_gather in group {self.name}: output must hold {self.size} x {tuple(input.shape)}, "
@@ -78,7 +81,8 @@ class Group:
         return self._join("all_gather", lambda: transport.all_gather(output, input, asynchronous), asynchronous)
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
-        """Fills output [n, ...] with this rank's slice of the sum of the inputs [size * n, ...]."""
+        """Fills output [n, ...] with this position's slice of the sum of all inputs [size * n, ...]. Raises ValueError if sizes do
+        not fit."""
         self._check(output, input)
         if input.numel() != output.numel() * self.size:
             raise ValueError(f"reduce_scatter in group {self.name}: input must hold {self.size} x {tuple(output.shape)}, "
@@ -96,7 +100,8 @@ class Group:
         input_splits: list[int] | None = None,
         asynchronous: bool = False,
     ) -> Work:
-        """Sends input_splits[i] rows of dim 0 to position i and receives output_splits[i] rows from it. Default: equal splits."""
+        """Sends input_splits[i] rows of dim 0 to position i and receives output_splits[i] rows from it. Default: equal splits.
+        Raises ValueError if the splits do not add up to the rows."""
         self._check(output, input)
         output_splits = self._splits(output, output_splits)
         input_splits = self._splits(input, input_splits)
@@ -124,7 +129,7 @@ class Group:
         return self._join("send", lambda: transport.send(tensor, destination), asynchronous, line)
 
     def receive(self, tensor: torch.Tensor, source: int, asynchronous: bool = False) -> Work:
-        """Fills tensor with a message from position `source`."""
+        """Fills tensor with the next message from position `source`."""
         self._check(tensor)
         transport = self._peer(source)
         line = Line(self.name, (self.ranks[source], self.ranks[self.rank]), messages=True)
@@ -139,16 +144,16 @@ class Group:
         return values
 
     def barrier(self) -> None:
-        """Waits until every rank of the group has called it."""
+        """Waits until every rank of the group has called this method."""
         if (transport := self.transport) is not None:
             self._join("barrier", transport.barrier, asynchronous=False)
 
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
         """Makes a tensor of zeros [numel] that `reduce_scatter` sums without copying: the other ranks read it in place.
 
-        All ranks of the group call this together; it returns None on all of them if an ordinary tensor is as fast. Only the
-        whole tensor is read in place, not a view. After a reduce_scatter, write to the tensor only once every rank has waited for
-        it, e.g. after a barrier; it is not enough that this rank has waited.
+        All ranks of the group call this together; it returns None on all of them if their memory cannot be shared or an ordinary
+        tensor is as fast. Only the whole tensor is read in place, not a view. After a reduce_scatter, write to the tensor only once
+        every rank has waited for that reduce_scatter, e.g. after a barrier; it is not enough that this rank has waited.
         """
         if (transport := self.transport) is None:
             return None
@@ -201,7 +206,7 @@ class Group:
 
 
 class Communicator:
-    """One rank's connection to all other ranks; makes its groups. Close it after use."""
+    """One rank's connection to all other ranks; `group` makes the rank's groups. Call `close` after use."""
 
     def __init__(self, backend: Backend, world: World, monitor: Monitor | None = None) -> None:
         self.backend = backend
@@ -215,7 +220,8 @@ class Communicator:
         self.world = self.group(tuple(range(world.size)), "world")
 
     def group(self, ranks: tuple[int, ...], name: str) -> Group:
-        """Returns the group of `ranks`, global ranks that include this one. All of them call this in the same order."""
+        """Returns a new group of `ranks`, global ranks that include this rank. All of these ranks call this method, and make the
+        groups that they have in common in the same order."""
         position = ranks.index(self.rank)
         if len(ranks) == 1:
             return Group(name, ranks, position, None, self.device, self.monitor)
@@ -226,7 +232,8 @@ class Communicator:
         return Group(name, ranks, position, transport, self.device, self.monitor)
 
     def given_up(self) -> bool:
-        """Returns whether a communication between ranks that are threads of this process has failed. All later ones then fail too.
+        """Returns whether a communication between ranks that are threads of this process has failed. All their later communications
+        then fail too.
 
         Always False if each rank is a process.
         """
@@ -237,8 +244,8 @@ class Communicator:
 
 
 def connect(backend: str, world: World, timeout_seconds: float = 600.0, monitor: Monitor | None = None) -> Communicator:
-    """Connects this process to all others through the named backend and returns the connection; `monitor` records what the rank
-    does.
+    """Connects this process to the other processes of `world` through the named backend and returns the connection. Groups report
+    their communications to `monitor`.
 
     Raises RecipeError if the backend is unknown or cannot run on this machine, CommunicationError if a rank cannot be reached.
     """

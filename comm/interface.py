@@ -19,7 +19,7 @@ def addresses_towards(host: str, port: int) -> tuple[str, str]:
 
 
 def interface_of(address: str) -> str | None:
-    """Returns the name of this machine's network interface that has `address`; None if there is none."""
+    """Returns the name of this machine's network interface that has `address`; None if no interface has it."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in addresses):
             return name

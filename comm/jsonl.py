@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 _SEPARATORS = re.compile(rb"[\n\0]+")
-"""A power failure can leave zero bytes where a file had grown; the text before and after them counts as separate lines."""
+"""What separates lines: line ends, and zero bytes, which a power failure can leave where a file had grown."""
 
 
 def lines(data: bytes) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """Returns the non-blank lines of `data`, without line ends, each with its JSON object, or None if the line is damaged."""
+    """Returns (line without its end, its JSON object) for every non-blank line of `data`; None instead of the object if the line is
+    damaged."""
     return [(line, _object(line)) for line in _SEPARATORS.split(data) if line.strip()]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the whole objects of a file in order; [] if there is no file. Skips damaged lines. Raises OSError."""
+    """Returns the JSON objects in the undamaged lines of a file, in order; [] if there is no file. Raises OSError if the file
+    cannot be read."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -38,7 +40,8 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """Returns `value` as JSON, with null for every number that is not finite. NaN is not valid JSON; other readers fail on it."""
+    """Returns `value` as JSON, with null in place of every float that is not finite. (NaN is not valid JSON; other programs fail on
+    it.)"""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

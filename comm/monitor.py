@@ -1,6 +1,7 @@
 """Records what a rank is doing: its step, its phase within the step, and the communication it waits for.
 
-There is no other record of this. Observers (the watchdog, the ledger, planned faults) are called on every change.
+There is no other record of this. Observers (the watchdog, the ledger, planned faults) are called when a phase begins and when
+waiting begins or ends.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,8 @@ Counts: TypeAlias = "list[int] | memoryview[int]"
 
 
 class Phase(StrEnum):
-    """A part of a rank's work: its name in reports and planned faults, and the activity to which its time is counted."""
+    """A part of a rank's work. Its value is its name in reports and planned faults; `activity` is that to which the ledger adds its
+    time."""
 
     FETCH = "fetch", "start"
     LOAD = "load", "start"
@@ -37,7 +39,7 @@ class Phase(StrEnum):
     PUBLISH = "publish", "checkpoint"
 
     activity: str
-    """Activity to which the time is counted: start, train, discarded, validation, balance or checkpoint."""
+    """The activity to which the ledger adds the phase's time: start, train, discarded, validation, balance or checkpoint."""
 
     def __new__(cls, name: str, activity: str) -> "Phase":
         member = str.__new__(cls, name)
@@ -46,25 +48,27 @@ class Phase(StrEnum):
 
 
 class Observer(Protocol):
-    """An object whose methods are called on every change, on the rank's own thread. Their exceptions reach the rank's code."""
+    """An object that the monitor calls when a phase begins and when waiting begins or ends, on the thread that reports it.
+    Exceptions of its methods reach the rank's code."""
 
     def at(self, point: Phase, step: int) -> None:
         """Called when the rank begins the phase `point` of `step`."""
 
     def waits(self, what: str | None) -> None:
-        """Called with e.g. "all_reduce in data" when the rank begins to wait for other ranks, and with None when it stops."""
+        """Called with e.g. "all_reduce in world" (operation and group) when the rank begins to wait for other ranks, and with None
+        when the rank stops waiting."""
 
 
 @dataclass(frozen=True)
 class Line:
     """A sequence of operations, numbered from 1: a group's collectives, or the messages from one of its ranks to another.
 
-    Operation n cannot end before all ranks of the line have joined it: the others wait for the rank whose count is lowest.
+    A rank that waits for operation n waits for those ranks of the line that have joined fewer than n operations.
     """
 
     group: str
     ranks: tuple[int, ...]
-    """The group's ranks; for messages, the source and the destination."""
+    """The group's ranks; for messages, the source and the destination, as global ranks."""
     messages: bool = False
 
     def __str__(self) -> str:
@@ -72,7 +76,8 @@ class Line:
 
 
 class Waiting(NamedTuple):
-    """The operation that a rank waits for: operation `number` of Monitor.lines[line]."""
+    """What a rank waits for: the operation called `operation` (e.g. "all_reduce"), which is number `number` of
+    Monitor.lines[line]."""
 
     operation: str
     line: int
@@ -84,16 +89,17 @@ class Monitor:
 
     def __init__(self) -> None:
         self.step = 0
-        """The current step, from 1; 0 before the first."""
+        """The current step, from 1; 0 before the first step."""
         self.point = "start"
-        """Name of the newest phase; "start" before the first."""
+        """Name of the phase that began last; "start" before any phase."""
         self.waiting: Waiting | None = None
         self.observers: list[Observer] = []
         self.lines: list[Line] = []
         self.counts: Counts = [0] * 16
-        """The number of operations that this rank has joined, by index of the line."""
+        """counts[i] is the number of operations of lines[i] that this rank has joined; entries after the last line are 0."""
         self.grow_counts: Callable[[Counts], Counts] = lambda counts: [*counts, *[0] * len(counts)]
-        """Returns a longer copy of full counts. An observer that keeps them in shared memory replaces this function."""
+        """Called with `counts` when a new line needs an entry beyond its end; returns a longer copy. An observer that keeps
+        `counts` in shared memory replaces this function."""
         self._index: dict[Line, int] = {}
 
     def at(self, phase: Phase) -> None:
@@ -103,7 +109,7 @@ class Monitor:
             observer.at(phase, self.step)
 
     def line(self, line: Line) -> int:
-        """Returns the index of `line` in `lines` and `counts`, adding it if it is new."""
+        """Returns the index of `line` in `lines` and `counts`, and adds the line to both if it is new."""
         index = self._index.get(line)
         if index is None:
             index = self._index[line] = len(self.lines)
@@ -113,7 +119,7 @@ class Monitor:
         return index
 
     def joins(self, line: int) -> int:
-        """Records that the rank joins the next operation of lines[line] and returns the operation's number."""
+        """Records that the rank joins the next operation of lines[line] and returns the operation's number in that line, from 1."""
         self.counts[line] = number = self.counts[line] + 1
         return number
 

@@ -9,7 +9,7 @@ from bagualu.comm.group import Group
 
 
 def gather_json(value: Any, group: Group) -> list[Any]:
-    """Returns the value of every rank, in order of position, on every rank. Collective."""
+    """Returns the list of all ranks' `value`s, in order of position, on every rank. Collective."""
     data = _encode(value)
     length = torch.tensor([data.numel()], device=group.device)
     lengths = torch.empty(group.size, dtype=length.dtype, device=group.device)
@@ -24,10 +24,10 @@ def gather_json(value: Any, group: Group) -> list[Any]:
 
 
 def collect_json(value: Any, group: Group) -> list[Any] | None:
-    """Returns the value of every rank, in order of position, on position 0, and None on the others. Collective.
+    """Returns the values of all ranks, in order of position, on position 0, and None on all other positions. Collective.
 
-    Values go up a binomial tree: position 0 receives log2(size) values and decodes them all; every other rank holds only those of
-    its own branch, undecoded.
+    Values go up a binomial tree: position 0 receives them as at most ceil(log2(size)) bundles and decodes them all; every other
+    rank bundles only the values of its own branch, undecoded.
     """
     branch, distance = json.dumps(value).encode(), 1
     while distance < group.size:

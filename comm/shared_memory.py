@@ -33,8 +33,8 @@ class Slots:
     def exchange(self, contents: torch.Tensor, exchange_headers: Callable[[], None]) -> list[torch.Tensor]:
         """Returns the contents of every position; read them before the next exchange.
 
-        `contents` has the same shape and dtype on every rank and at most SLOT_BYTES bytes. `exchange_headers` tells the other
-        ranks that this rank has copied its contents, and returns once all of them have reported the same.
+        `contents` has the same shape and dtype on every rank and at most SLOT_BYTES bytes. `exchange_headers` tells the other ranks
+        that this rank has copied its contents, and returns once each of them has told this rank likewise.
         """
         start = self._exchanges % SLOTS * SLOT_BYTES
         self._exchanges += 1
@@ -65,7 +65,7 @@ def share(nbytes: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[t
 
 
 def _create(nbytes: int, token: int) -> int:
-    """Returns a file descriptor of new memory that begins with `token`, or -1 if the system cannot provide it."""
+    """Returns a file descriptor of new memory that begins with `token`, or -1 if the system cannot provide such memory."""
     try:
         descriptor = os.memfd_create(_NAME)
     except (AttributeError, OSError):

@@ -22,7 +22,7 @@ from bagualu.comm.world import World
 
 T = TypeVar("T")
 _GRACE_SECONDS = 1.0
-"""Time that ranks get to end after the run was given up; threads that still run then are abandoned."""
+"""Time that all ranks together get to end after `hung` has given a reason; threads that still run afterwards are abandoned."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -42,7 +42,7 @@ class Call:
 
 
 class Hub:
-    """The object through which the threads communicate."""
+    """The object through which the threads, one per rank, communicate."""
 
     def __init__(self, size: int, timeout_seconds: float, device: torch.device) -> None:
         self.timeout_seconds = timeout_seconds
@@ -55,11 +55,12 @@ class Hub:
 
     @property
     def failed(self) -> bool:
-        """Whether a communication has failed. Every later one then fails too."""
+        """Whether a communication has failed. Every later communication then fails too."""
         return self._failure is not None
 
     def join(self, key: tuple[Any, ...], rank: int, call: Call, tensors: Tensors) -> Call:
-        """Adds this rank's tensors to the call under `key` and returns that call. The last rank to join performs it."""
+        """Adds this rank's tensors to the call under `key` and returns that call. The last rank to join performs it. Raises
+        CommunicationError if a communication has failed before or another rank's call under `key` differs."""
         with self._changed:
             self._raise_failure()
             first = self._calls.setdefault(key, call)
@@ -79,7 +80,8 @@ class Hub:
         return first
 
     def wait(self, rank: int, call: Call) -> None:
-        """Waits until `call` is done. Raises CommunicationError on a deadlock, a timeout or another rank's failure."""
+        """Waits until all ranks of `call` have joined it and it is done. Raises CommunicationError on a deadlock, a timeout or
+        another rank's failure."""
         with self._changed:
             self._waiting[rank] = call
             try:
@@ -92,7 +94,8 @@ class Hub:
                 del self._waiting[rank]
 
     def leave(self, rank: int, error: BaseException | None) -> None:
-        """Records that the thread of `rank` has ended. Waiting ranks fail if it ended in an error or if they are now deadlocked."""
+        """Records that the thread of `rank` has ended. Waiting ranks fail if the thread ended with `error` or if they are now
+        deadlocked; `error` None: it ended normally."""
         with self._changed:
             self._running.discard(rank)
             if error is not None and self._failure is None:
@@ -102,7 +105,8 @@ class Hub:
             self._changed.notify_all()
 
     def give_up(self, why: str) -> None:
-        """Makes every communication fail with the message `why`: those that ranks wait for now and all later ones."""
+        """Makes every communication fail with the message `why`: those that ranks wait for now and all later ones. If a
+        communication has failed before, its message stays."""
         with self._changed:
             self._failure = self._failure or why
             self._changed.notify_all()
@@ -275,8 +279,8 @@ def run(
 ) -> list[T]:
     """Runs `function(communicator)` on `size` ranks, each a thread with `threads` compute threads, and returns results by rank.
 
-    Raises the first error that is not a CommunicationError, if there is one, else the first error, with a note that names its rank.
-    All ranks share `device`. On a GPU they also share its stream, so kernels run in the order in which the ranks launch them.
+    If ranks fail, raises the first error that is not a CommunicationError, or else the first error, with a note that names its
+    rank. All ranks share `device`. On a GPU they also share its stream, so kernels run in the order in which the ranks launch them.
 
     `hung` is called repeatedly. It returns None, or the reason why the ranks make no progress. If it returns a reason, the ranks
     that wait fail, those that go on running are abandoned (a thread cannot be killed), and this raises CommunicationError.
@@ -314,7 +318,7 @@ def run(
 
 
 def _join(workers: list[threading.Thread], hub: Hub, hung: Callable[[], str | None]) -> None:
-    """Waits for the threads to end. Raises CommunicationError if `hung` gives a reason why they will not."""
+    """Waits for the threads to end. Raises CommunicationError if `hung` returns a reason why the ranks make no progress."""
     while any(worker.is_alive() for worker in workers):
         for worker in workers:
             worker.join(0.05)

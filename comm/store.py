@@ -26,7 +26,8 @@ def serve(address: str, port: int, timeout: timedelta) -> TCPStore:
 
 
 def store_of(world: World, timeout: timedelta) -> Store:
-    """Returns the store through which the processes of `world` find each other. Raises RuntimeError, OSError."""
+    """Returns the store through which the processes of `world` find each other. Raises RuntimeError or OSError if this process
+    cannot serve or reach the store."""
     if world.serves:
         return serve(*world.serves, timeout)
     store: Store = next(rendezvous(world.rendezvous, world.rank, world.size, timeout=timeout))[0]

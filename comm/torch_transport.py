@@ -25,7 +25,8 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 @dataclass
 class TorchWork:
-    """A torch work handle. Its errors name the call, its tensors stay alive until it ends, and `wait` may be called again."""
+    """A torch work handle. Its errors name the call, its tensors stay alive until `wait` has returned, and a second `wait` returns
+    at once."""
 
     work: dist.Work | None
     op: str
@@ -111,7 +112,8 @@ class TorchTransport:
 
 
 class TorchBackend:
-    """A rank's connection through torch's default process group, which this class creates and destroys."""
+    """A rank's connection through torch's default process group, which this class creates and destroys. A world of a single rank
+    without a rendezvous has none."""
 
     torch_name: str
     device: torch.device

@@ -9,7 +9,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.interface import LOOPBACK, addresses_towards, interface_of
 
 ENVIRONMENT = "env://"
-"""The rendezvous for processes that find each other through the launcher's environment variables."""
+"""Value of `World.rendezvous` for processes that find each other through the launcher's environment variables."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,19 @@ class World:
     rendezvous: str = ""
     """URL at which the processes meet, in torch.distributed's notation. A single process needs none."""
     serves: tuple[str, int] | None = None
-    """Address and port at which this process must serve the store; None if another rank or an agent of the launcher serves it."""
+    """Address and port at which this process must serve the store; None if another rank or an agent of the launcher serves the
+    store, or no store is needed."""
     one_machine: bool = False
     """Whether all processes are known to run on one machine."""
     hub: Any = None
-    """The `Hub` that connects the threads of the backend `simulated`; None if each rank is a process."""
+    """The `Hub` through which ranks that are threads of this process communicate (backend `simulated`); None if each rank is a
+    process."""
 
     @staticmethod
     def from_environment() -> "World":
         """Returns the world that torchrun's variables describe, or a world of one rank if `RANK` is not set.
 
-        Raises RecipeError if `RANK` is set but another variable is missing.
+        Raises RecipeError if `RANK` is set but WORLD_SIZE, MASTER_ADDR or MASTER_PORT is missing.
         """
         if "RANK" not in os.environ:
             return World(0, 1)
@@ -52,8 +54,8 @@ class World:
 
 
 def listen_on_one_interface(world: World) -> None:
-    """Restricts Gloo and NCCL in this process to the network interface that leads to the other processes. On a single machine this
-    is the loopback interface.
+    """Restricts Gloo and NCCL in this process to the network interface that leads to the other processes: the loopback interface if
+    all processes are known to run on one machine. Does nothing unless the rendezvous is ENVIRONMENT.
 
     By default they listen at the address of the host name, which may be wrong or reachable from anywhere. On several machines, an
     interface that the user has chosen (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) is kept.
@@ -98,7 +100,8 @@ class Tasks:
         return None
 
     def refusal(self) -> str:
-        """Returns an error message that gives the command which starts the same number of ranks."""
+        """Returns an error message that gives a torchrun command which starts as many ranks (rounded up to the same number per
+        node)."""
         ranks = -(-self.count // self.nodes)
         torchrun = f"torchrun --nproc-per-node={ranks}"
         if self.nodes > 1:

@@ -1,5 +1,5 @@
-"""A file to which lines are appended. If the disk is full, lines are written later or, at worst, the oldest are lost; the run goes
-on."""
+"""A file to which lines are appended. If the disk is full, lines are written later or, at worst, the oldest unwritten lines are
+lost; the run goes on."""
 
 import contextlib
 import logging
@@ -10,18 +10,19 @@ from pathlib import Path
 from bagualu.fault_tolerance.files import write_atomic
 
 _MOST_WAITING = 10_000
-"""How many unwritten lines are kept; beyond this the oldest are dropped."""
+"""How many unwritten lines are kept in memory; beyond this number the oldest of them are dropped."""
 log = logging.getLogger(__name__)
 
 
 class AppendLog:
     """Appends each line to `path` immediately, normally in a single write.
 
-    Lines that cannot be written are kept in memory and retried on the next `add` or `write`. Repeated failures log one warning
-    until a write succeeds.
+    Lines that cannot be written are kept in memory and retried on the next `add` or `write`. The first failure logs a warning;
+    later failures log none until a write has succeeded in between.
 
     `shared` says that other processes append too. If a write fails in the middle of a line, its first part then stays in the file
-    and the next line starts after a line break; if not `shared`, that part is removed. With `durable`, every write ends with fsync.
+    and the next line starts after a line break; if not `shared`, that part is removed. With `durable`, each call that writes lines
+    ends with an fsync.
     """
 
     def __init__(self, path: Path, shared: bool = False, durable: bool = False) -> None:
@@ -31,12 +32,13 @@ class AppendLog:
         self._warned = False
 
     def add(self, line: str) -> bool:
-        """Append `line`, given without a line break. Returns whether it and all lines before it are written."""
+        """Append `line`, given without a line break. Returns whether this line and all lines added before it are now in the
+        file."""
         self._waiting.append(line.encode() + b"\n")
         return self.write()
 
     def write(self) -> bool:
-        """Write the lines that are still unwritten. Returns whether all were written."""
+        """Tries to write the lines that are still unwritten. Returns whether none is left."""
         if not self._waiting:
             return True
         try:
@@ -54,11 +56,11 @@ class AppendLog:
         return True
 
     def drop(self) -> None:
-        """Discard the unwritten lines."""
+        """Discards the unwritten lines, which are then never written."""
         self._waiting.clear()
 
     def truncate(self, size: int) -> None:
-        """Truncate the file to its first `size` bytes, and discard the unwritten lines. Raises OSError."""
+        """Truncate the file to its first `size` bytes, and discard the unwritten lines. Raises OSError if that fails."""
         self.drop()
         os.ftruncate(self._open(), size)
 
@@ -71,7 +73,7 @@ class AppendLog:
         try:
             write_atomic(self.path, data)
         except OSError as error:
-            log.warning("%s stays as it is, with lines that no longer count (%s); make room", self.path, error.strerror)
+            log.warning("%s stays as it is, with lines that are out of date (%s); make room", self.path, error.strerror)
             return
         self.close()  # the descriptor still refers to the old file
 
@@ -87,7 +89,8 @@ class AppendLog:
         return self._descriptor
 
     def _append(self, line: bytes) -> None:
-        """Append `line`, normally by a single write, so that lines of several processes do not mix. Raises OSError."""
+        """Append `line`, normally by a single write, so that lines of several processes do not mix. Raises OSError if the line
+        cannot be written completely."""
         descriptor = self._open()
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":  # the last line was cut short

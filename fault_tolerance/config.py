@@ -13,18 +13,20 @@ class CheckpointConfig:
     """`checkpoint.*` of a recipe."""
 
     every: int = 100
-    """Steps between checkpoints; 0: only at the end of the run or when it is asked to stop."""
+    """Steps between checkpoints; 0: checkpoints are saved only at the end of the run or when the run is asked to stop."""
     keep: int = 2
-    """The number of newest checkpoints that stay on disk."""
+    """The number of newest undamaged checkpoints that stay on disk; older checkpoints are removed."""
     replica_every: int = 0
-    """Steps between copies of every rank's state to the memory of its node and, on several nodes, of another node; 0: no copies."""
+    """Steps between replicas: copies of every rank's state in the memory of its own node and, on several nodes, of another node; 0:
+    no replicas."""
     resume: bool = False
-    """Resume from the newest checkpoint of the run directory. If there is none, the run starts from the beginning and logs that."""
+    """Whether to resume from the newest checkpoint in the run directory. If there is no checkpoint, the run starts from the
+    beginning and logs that."""
     asynchronous: bool = field(default=True, metadata={"key": "async"})
     """Whether checkpoints are written in the background during training. This needs host memory for a copy of the rank's part."""
     timeout_seconds: float | None = None
-    """Time for a rank's part of a save, or for its commit, after which the save has failed. Default: half of
-    comm.timeout_seconds."""
+    """Seconds that a rank may take to write its part of a save, or rank 0 to commit the save, before the save fails. Default: half
+    of comm.timeout_seconds."""
 
     def validate(self) -> None:
         if self.every < 0:
@@ -41,29 +43,31 @@ class RestartConfig:
     """`restart.*` of a recipe: what the launcher does when a rank is lost."""
 
     limit: int = 3
-    """The most restarts of workers after failures during a launch; 0: none."""
+    """The most times that a launch restarts workers after failures; 0: never."""
     backoff_seconds: float = 1.0
-    """Pause before the first restart. Every further pause is twice as long, but at most a minute. If checkpoints cannot be read,
-    four further attempts follow after such pauses."""
+    """Seconds of pause before the first restart. Every further pause is twice as long, but at most a minute. If a start cannot read
+    the checkpoints, four further attempts to read them follow after such pauses."""
     same_step_limit: int = 2
-    """Number of failures at the same step, without progress in between, after which the run ends (exit code 76)."""
+    """Number of failures at the same step, without progress in between, after which the run ends (exit code 76) or, with
+    restart.elastic=true, goes on without the rank at fault if it was the same rank each time."""
     elastic: bool = False
     """Whether the run continues with fewer ranks and a smaller layout if ranks are lost for good, and grows when they return."""
     min_workers: int = 1
     """The fewest ranks with which the run continues, if restart.elastic=true."""
     wait_seconds: int = 300
-    """How long nodes wait for each other, at the start and after a loss. Then the run continues without the missing nodes
-    (restart.elastic=true) or fails."""
+    """Seconds that nodes wait for each other, at the start and after a node is lost. Then the run continues without the missing
+    nodes (restart.elastic=true) or fails."""
     hang_seconds: float = 300.0
-    """Time without progress of a rank, or of waiting for such a rank, after which the run's processes are ended; 0: never. At most
-    three quarters of comm.timeout_seconds count, even if this value is greater."""
+    """Seconds for which a rank makes no progress, or waits for such a rank, before the run's processes are ended; 0: never. If this
+    value is greater than three quarters of comm.timeout_seconds, those three quarters apply."""
     long_hang_seconds: float = 1800.0
-    """The same time for phases that may take long without visible progress: start, first step (compilation), validation, reading
-    and writing checkpoints. Once another rank has waited for three quarters of comm.timeout_seconds, restart.hang_seconds applies
-    instead."""
+    """Seconds that take the place of restart.hang_seconds in phases that may take long without visible progress: start, first step
+    (compilation), validation, reading and writing checkpoints. Once another rank has waited for three quarters of
+    comm.timeout_seconds, restart.hang_seconds applies in these phases too."""
 
     def pause_seconds(self, number: int) -> float:
-        """Returns the pause before attempt `number` after the first (from 1)."""
+        """Returns the seconds of pause before restart `number`, or before further attempt `number` to read checkpoints, counted
+        from 1."""
         return min(_LONGEST_PAUSE_SECONDS, self.backoff_seconds * 2.0 ** min(number - 1, 30))
 
     def validate(self) -> None:
@@ -86,8 +90,8 @@ class GuardConfig:
 
     retry: compute the step again from the same weights and samples. If it is good then, the hardware was at fault and the step is
     applied. If it is bad in the same way, there is no update; after a spike the samples are used some steps later, else never.
-    skip: no update; the samples count as used. rollback: go back to a checkpoint and leave out the samples that led here. stop: end
-    the run.
+    skip: no update; the step's samples are not used again. rollback: go back to a checkpoint and leave out the samples that led
+    here. stop: end the run.
     """
 
     on_nonfinite: str = "retry"
@@ -99,24 +103,26 @@ class GuardConfig:
     """retry | rollback | stop: for ranks that should hold or compute the same but do not. retry repairs what it can from another
     rank and rolls back if no rank holds a copy; no samples are left out."""
     spike_factor: float = 10.0
-    """A gradient norm this many times the usual value, and beyond its scatter, is a spike; 0: no check. The usual value is derived
-    from the median of the window, its third largest value and earlier hard steps (docs/design/guard.md)."""
+    """A gradient norm this many times the usual value, and beyond the usual scatter of norms, is a spike; 0: no check for such
+    spikes. The usual value is derived from the median of the window, its third largest value and earlier hard steps
+    (docs/design/guard.md)."""
     loss_spike_factor: float = 2.0
-    """The same factor for the loss; 0: no check."""
+    """A loss this many times the usual value, and beyond the usual scatter of losses, is a spike; 0: no check for such spikes."""
     spike_window: int = 64
-    """The number of previous steps that determine what is usual. Deferred samples are used at the latest after a quarter of as many
-    steps."""
+    """The number of previous steps whose losses and gradient norms determine what is usual. Deferred samples are trained on after a
+    quarter of as many steps at the latest."""
     rollback_window: int = 1
-    """Number of steps, the bad step being the last, whose samples are left out after a rollback."""
+    """Number of steps whose samples are left out after a rollback: the bad step and those just before it."""
     limit: int = 5
-    """The number of steps skipped, deferred or rolled back in a row after which the run stops."""
+    """The most steps in a row that may be skipped, deferred or rolled back (float16 overflows aside); the next such step ends the
+    run."""
     check_every: int = 10
     """Steps between checks of weights and optimizer state for damage, in addition to the check after every checkpoint; 0: never.
     For optimizer state that no other rank holds, checksums are taken at the end of the previous step and compared at the check, so
     only damage in the step before a check is detected."""
     audit_every: int = 0
-    """Steps between audits, in which gradients are computed twice and compared. Each audit costs a gradient computation; 0:
-    never."""
+    """Steps between audits, in which gradients are computed twice and compared. Each audit costs one more computation of the
+    gradients; 0: no audits."""
     leave_out: list[int] = field(default_factory=list)
     """Steps, from 1, whose samples are not used for training."""
 
@@ -155,9 +161,11 @@ class StragglerConfig:
     """`straggler.*` of a recipe."""
 
     ratio: float = 1.5
-    """A rank is slow if its own work takes this many times as long as its peers'; 0: no check."""
+    """A rank is slow in a window if its own work takes more than this many times as long as its peers' (their median); 0: no
+    check."""
     window_seconds: float = 10.0
-    """Length of a window over which work is summed (5 to 1000 steps). A rank is flagged after 4 slow windows among its last 5."""
+    """Approximate length, in seconds, of a window over which work is summed; a window has 5 to 1000 steps. A rank is flagged after
+    4 slow windows among its last 5."""
 
     def validate(self) -> None:
         if self.ratio and self.ratio <= 1:

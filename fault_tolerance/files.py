@@ -7,9 +7,10 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces the content of `path` by `data`, durably and atomically: a reader sees either the old content or all of `data`.
+    """Replaces the content of `path` by `data`, atomically and with an fsync of the data: a reader sees either the old content or
+    all of `data`.
 
-    Raises OSError; then `path` is unchanged and the temporary file beside it has been removed.
+    Raises OSError if that fails; then `path` is unchanged, and the temporary file beside it has been removed if possible.
     """
     new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 BEGUN = "begun"
-"""Name of a file in a launch's scratch folder. It exists once workers of this launch have opened the run's checkpoints."""
+"""Name of a file in a launch's scratch folder. The file exists once workers of this launch have taken over the run's folder of
+checkpoints."""
 
 
 JOB_SCRIPT_BEGINS = "#!/bin/bash\n# Bagualu run "
@@ -81,7 +82,7 @@ class RunDirectory:
         return self.logs / f"slurm-{job}.log"
 
     def log(self, rank: int) -> Path:
-        """Returns the path of the output of a rank."""
+        """Returns the path of the file with the output of `rank`."""
         return self.logs / f"rank-{rank}.log"
 
     def has_begun(self) -> bool:

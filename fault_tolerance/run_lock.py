@@ -23,7 +23,8 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.run_directory import RunDirectory
 
 _SURE_SECONDS = 1.0
-"""A lock that is held for longer belongs to a job, not to a check, and by then that job has written its name into the file."""
+"""A lock that a process holds for longer is that of a job, not of a check such as `refuse_if_held`, and by then that job has
+written about itself into the file."""
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -35,7 +36,8 @@ def hold(run_dir: Path, job: str = "") -> Iterator[None]:
     because on a network file system the lock of a crashed node may outlive it for a minute, and the fence keeps that start from
     committing.
 
-    Raises RecipeError if another job uses the directory or it cannot be written.
+    Raises RecipeError if another job uses the directory, or if the directory cannot be written or locked. A file system without
+    locks is not refused.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,7 @@ def hold(run_dir: Path, job: str = "") -> Iterator[None]:
 
 
 def refuse_if_held(run_dir: Path, job: str = "") -> None:
-    """Raises RecipeError if another job uses `run_dir`. Changes nothing."""
+    """Raises RecipeError if another job uses `run_dir` (after waiting for up to a second). Changes nothing."""
     try:
         descriptor = os.open(RunDirectory(run_dir).lock, os.O_RDWR)
     except OSError:
@@ -65,7 +67,8 @@ def refuse_if_held(run_dir: Path, job: str = "") -> None:
 
 
 def may_be_in_use(run_dir: Path) -> bool:
-    """Returns whether another process holds the lock of `run_dir`; True also if that cannot be determined. Changes nothing."""
+    """Returns whether another process holds the lock of `run_dir`; True also if that cannot be determined; False if there is no
+    lock file. Changes nothing."""
     try:
         descriptor = os.open(RunDirectory(run_dir).lock, os.O_RDWR)
     except FileNotFoundError:
@@ -83,7 +86,8 @@ def may_be_in_use(run_dir: Path) -> bool:
 
 
 def _lock(descriptor: int, run_dir: Path, job: str) -> None:
-    """Takes the lock, unless another start of `job` holds it. Raises RecipeError."""
+    """Takes the lock, unless another start of `job` holds it or the file system has no locks. Raises RecipeError if another job
+    still holds it after _SURE_SECONDS."""
     deadline = time.monotonic() + _SURE_SECONDS
     while True:
         try:
@@ -108,7 +112,7 @@ def _about_this_process(job: str) -> bytes:
 
 
 def _about(descriptor: int) -> dict[str, Any]:
-    """Returns what the holder of the lock has written about itself; {} if that cannot be read."""
+    """Returns what the process that locks the file last has written about itself; {} if there is nothing valid."""
     try:
         about = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:

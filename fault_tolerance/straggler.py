@@ -24,9 +24,10 @@ from bagualu.parallel.layout import Layout
 _WINDOWS, _SLOW = 5, 4
 """A rank is flagged if _SLOW of its last _WINDOWS windows were slow; an occasional long step makes only a single window slow."""
 _QUIET = 3
-"""A flagged rank is cleared after this many windows in a row without slowness."""
+"""A flagged rank is cleared after this many windows in a row in which it is clearly faster than the limit: less than half as far
+above its peers as straggler.ratio, or by too little to matter."""
 _MATTERS = 0.05
-"""Fraction of a window's time that the slowness must at least cost to count."""
+"""A rank is slow in a window only if its own time exceeds its peers' by more than this fraction of the window's time."""
 _FEWEST_STEPS, _MOST_STEPS = 5, 1000
 """The least and greatest number of steps in a window."""
 
@@ -54,7 +55,7 @@ class WorkClock:
             self._go()
 
     def lap(self) -> tuple[float, float]:
-        """Ends a step; returns (seconds of own work, processor seconds that the process used during them)."""
+        """Ends a step; returns (seconds of the rank's own work in it, processor seconds that the process used during that work)."""
         self._halt()
         own_and_cpu = self._own, self._used
         self._own = self._used = 0.0
@@ -85,19 +86,20 @@ class Window:
 
 @dataclass
 class Straggler:
-    """A rank that is, or was, slower than its peers. The times are per step, of the last window in which it was slow."""
+    """A rank that is, or was, slower than its peers. Times and ratios are those of the last window in which it was slow, times per
+    step."""
 
     rank: int
     since_step: int
-    """The step at which it was flagged."""
+    """The step after which the rank was flagged."""
     until_step: int | None = None
-    """The step at which it was cleared; None if it is still slow."""
+    """The step after which the rank was cleared; None if it is still flagged as slow."""
     ratio: float = 0.0
-    """Its own seconds divided by the median of its peers'."""
+    """The rank's own seconds divided by the median of its peers' own seconds."""
     own_seconds: float = 0.0
     peer_seconds: float = 0.0
     cpu_share: float = 0.0
-    """Processor seconds per second of its own work."""
+    """Processor seconds that the rank's process used per second of the rank's own work."""
     peer_cpu_share: float = 0.0
 
     def __str__(self) -> str:
@@ -118,18 +120,18 @@ class Judge:
     peers: Sequence[Sequence[int]]
     ratio: float
     history: list[Straggler] = field(default_factory=list)
-    """All ranks ever flagged, in the order of the flags."""
+    """An object for every time that a rank was flagged, in that order; a rank that was flagged twice has two."""
     _slow: dict[int, deque[bool]] = field(default_factory=dict)
     _quiet: dict[int, int] = field(default_factory=dict)
 
     @property
     def flagged(self) -> list[Straggler]:
-        """The ranks that are slow now."""
+        """Those in `history` that are flagged now and not cleared."""
         return [straggler for straggler in self.history if straggler.until_step is None]
 
     def add(self, step: int, steps: int, windows: Sequence[Window]) -> list[Straggler]:
-        """Adds the times of every rank, by rank, over `steps` steps up to `step`; returns the ranks that are flagged or cleared by
-        them."""
+        """Adds the times of every rank, by rank, over `steps` steps up to `step`; returns the ranks that become flagged or cleared,
+        as objects in `history`."""
         changed = []
         for group in self.peers:
             for rank in group:
@@ -187,8 +189,8 @@ class Stragglers:
             world.monitor.observers.append(self._clock)
 
     def after_step(self, step: int, seconds: float) -> list[Straggler]:
-        """Records that step `step` (from 1) took `seconds`. Returns the ranks that are now flagged or cleared, the same on every
-        rank. Collective at the end of a window."""
+        """Records that step `step` (from 1) took `seconds`. At the end of a window, this is collective and returns the ranks that
+        become flagged or cleared, the same on every rank; otherwise, and after the first window, it returns []."""
         if not self._judges:
             return []
         own, cpu = self._clock.lap()
@@ -206,11 +208,11 @@ class Stragglers:
         return self._judge.add(step, steps, windows)
 
     def now(self) -> list[dict[str, Any]]:
-        """Returns the ranks that are slow now, with their times, as plain JSON."""
+        """Returns the ranks that are flagged as slow now, with the fields of Straggler, as plain JSON."""
         return [asdict(straggler) for straggler in self._judge.flagged]
 
     def ever(self) -> list[dict[str, Any]]:
-        """Returns all ranks that were ever slow, as plain JSON."""
+        """Returns all ranks that were ever flagged as slow by this process, with the fields of Straggler, as plain JSON."""
         return [asdict(straggler) for straggler in self._judge.history]
 
     def _exchange(self) -> list[Window]:

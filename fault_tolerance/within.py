@@ -10,7 +10,8 @@ T = TypeVar("T")
 
 
 def within(seconds: float, look: Callable[[], T]) -> T:
-    """Calls `look` and returns its result or raises its error. Raises StorageError if it does not end within `seconds`."""
+    """Calls `look` in a thread and returns its result or raises its error. If `look` does not end within `seconds`, raises
+    StorageError and leaves the thread running."""
     returned: list[T] = []
     raised: list[BaseException] = []
 

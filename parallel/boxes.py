@@ -79,9 +79,9 @@ class TensorPiece:
 def flat_range_to_boxes(shape: Sequence[int], start: int, stop: int) -> list[tuple[int, Box]]:
     """Converts elements [start, stop) of the flattened (row-major) tensor of `shape` to the fewest boxes.
 
-    Returns (flat start, box) in flat order; a box holds the flat elements from its flat start to flat start + box.elements - 1. In
-    two dims there are at most three boxes: a part of the first row, whole rows, and a part of the last row. In more dims each
-    partial row is divided in the same way. Raises ValueError for a range that does not lie in the tensor.
+    Returns a list of (flat start, box) in flat order; a box holds the flat elements from its flat start to flat start +
+    box.elements - 1. In two dims there are at most three boxes: a part of the first row, whole rows, and a part of the last row. In
+    more dims each partial row is divided in the same way. Raises ValueError for a range that does not lie in the tensor.
     """
     shape = tuple(shape)
     if not 0 <= start <= stop <= prod(shape):

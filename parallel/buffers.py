@@ -21,10 +21,11 @@ class Buffer:
     group: Group
     """The ranks that hold the same elements and process different samples."""
     owned: bool
-    """Whether this rank's copy is the one that checkpoints hold."""
+    """Whether checkpoints store this rank's copy, of all ranks that hold the same elements."""
 
     def piece(self, tensor: torch.Tensor) -> TensorPiece:
-        """Returns this rank's box of the global tensor, with the values of `tensor`."""
+        """Returns this rank's box of the global tensor, whose values are in `tensor` (of the shape of `self.tensor`) or are to be
+        filled in there."""
         shape, box = self.tensor.global_shape, self.tensor.box  # type: ignore[attr-defined]
         return TensorPiece(f"buffer/{self.name}", shape, box.offset, tensor)
 

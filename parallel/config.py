@@ -19,13 +19,13 @@ class RebalanceConfig:
     """`parallel.rebalance.*`: moves layers between pipeline ranks during a run."""
 
     every: int | None = None
-    """Steps between comparisons of the ranks' pass times; 0: layers never move. Default: 10 with balance=measured or analytic
-    (0 with train.compile, where every move would compile again), otherwise 0."""
+    """Steps between comparisons of the ranks' pass times; 0: layers never move. Default: 10 with balance=measured or analytic and
+    several pipeline ranks (but 0 with train.compile, where every move would compile again), otherwise 0."""
     threshold: float = 0.05
-    """The least gain for which layers move, as a fraction of the step time."""
+    """The least predicted gain for which layers move, as a fraction of the step time."""
     windows: int = 3
-    """Comparisons in a row that must show this gain before layers move. Every move doubles the number for a while, so that layers
-    do not oscillate."""
+    """Number of comparisons in a row that must show a gain of at least `threshold` before layers move. Every move doubles the
+    number for a while, so that layers do not oscillate."""
 
     def validate(self) -> None:
         require_at_least(0, "parallel.rebalance", self, "every")
@@ -40,16 +40,16 @@ class ParallelConfig:
     """`parallel.*` of a recipe: the degree of every axis, and the settings of each mechanism."""
 
     data: int | None = None
-    """Number of replicas of the model. Default: the world size divided by the other degrees."""
+    """Number of replicas of the model. Default: the world size divided by tensor x pipeline x context."""
     tensor: int = 1
-    """Number of ranks that share every matrix multiplication."""
+    """Number of ranks over which the matrix multiplications of a layer are split."""
     pipeline: int = 1
     """Number of ranks over which the layers are split."""
     expert: int = 1
-    """Number of ranks that share the experts. They are taken from the data x context ranks, so this degree divides their
-    product."""
+    """Number of ranks over which the experts are split. These ranks are taken from the data x context ranks, so this degree divides
+    their product."""
     context: int = 1
-    """Number of ranks that share a sequence."""
+    """Number of ranks that share a sequence. Only 1 is supported so far."""
     sequence: bool = False
     """Whether activations between tensor-parallel blocks are split along the sequence, over the tensor axis."""
     virtual_stages: int | None = None
@@ -72,9 +72,10 @@ class ParallelConfig:
     with a number per pipeline rank. Default: no limit."""
     rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
     zero: int = 1
-    """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it."""
+    """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it among them."""
     bucket_bytes: int = 25 * 2**20
-    """Approximate size of a gradient bucket. Each bucket is reduced as soon as it is complete, during the backward pass."""
+    """Approximate bytes of gradients in a bucket. Most buckets are reduced as soon as they are complete, during the backward pass;
+    those that are reduced over a second group too, after it."""
 
     def validate(self) -> None:
         """Raises RecipeError for settings that are invalid for every world size."""
@@ -105,7 +106,8 @@ class ParallelConfig:
 
     @property
     def rebalance_every(self) -> int:
-        """Steps between comparisons that may move layers; 0: layers never move."""
+        """Steps between comparisons that may move layers, with the default resolved except for train.compile; 0: layers never
+        move."""
         if self.pipeline == 1:
             return 0
         if self.rebalance.every is None:
@@ -113,7 +115,8 @@ class ParallelConfig:
         return self.rebalance.every
 
     def layout(self, world: int) -> Layout:
-        """Returns the layout of `world` ranks, with the data degree inferred if it is left out. Raises RecipeError."""
+        """Returns the layout of `world` ranks, with the data degree inferred if it is left out. Raises RecipeError if the degrees
+        do not fit `world` or one another."""
         fixed = self.tensor * self.pipeline * self.context
         product = f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"
         if self.data is None and world % fixed:

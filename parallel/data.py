@@ -38,13 +38,16 @@ class BucketKind:
     reduction_axis: str
     """The mesh axis over which gradients are summed and, under ZeRO-1, optimizer state is partitioned."""
     partial_over: str | None
-    """An axis over which each rank computes only a part of the gradient, so that it is summed first; None if there is none."""
+    """An axis along which each rank computes only a part of the gradient, which is therefore summed over this axis first; None if
+    there is no such axis."""
     tied: bool
     """Whether the first and the last stage hold the parameter on different ranks, so that its gradient is summed over both."""
     copied_over: str | None
-    """A further axis along which ranks hold the same elements and compute the same gradient; None if there is none."""
+    """A further axis along which ranks hold the same elements and, after the reductions, the same gradient; None if there is
+    none."""
     counted: bool
-    """Whether the norm and checkpoints count this rank's copy rather than a copy on another stage or tensor rank."""
+    """Whether the gradient norm and checkpoints include this rank's copy of the parameters rather than a copy on another stage or
+    tensor rank."""
     treatment: Hashable
     """How the optimizer treats the parameters; it alone knows what this means."""
 
@@ -61,7 +64,8 @@ class Entry:
     """The part of the global tensor that this rank holds, including padding."""
     start: int
     uses: int
-    """Number of gradients per micro-batch: 2 if the embedding and the head of this rank are the same tensor, else 1."""
+    """Number of gradients that each micro-batch adds to the bucket for this parameter: 2 if the embedding and the head of this rank
+    are the same tensor, else 1."""
 
 
 @dataclass
@@ -78,13 +82,13 @@ class Bucket:
     lent: bool = False
     """Whether other ranks read the gradients in this rank's memory (see `Group.lend`)."""
     pending: int = 0
-    """The number of gradients that are still to be added in this step."""
+    """The number of gradients that are still to be added to this bucket in this step."""
     work: list[Work] = field(default_factory=list)
-    """The reductions in progress."""
+    """The reductions of this bucket in progress."""
 
     @property
     def shard(self) -> slice:
-        """The range of this rank's part in the flat tensors."""
+        """The range of this rank's shard in the flat tensors: all of them unless the bucket is partitioned."""
         numel = self.weights.numel()
         part = numel // self.group.size if self.partitioned else numel
         begin = part * self.group.rank if self.partitioned else 0
@@ -111,11 +115,12 @@ class Bucket:
 
     @property
     def owned(self) -> bool:
-        """Whether this rank's shard, among all copies, counts in the norm and is saved in checkpoints."""
+        """Whether this rank's copy of the shard is the one that the gradient norm includes and checkpoints save."""
         return self.kind.counted and (self.partitioned or self.group.rank == 0)
 
     def shard_entries(self) -> Iterator[tuple[Entry, int, int, int]]:
-        """Yields (entry, start in the shard, start in the parameter, elements) for every parameter that overlaps the shard."""
+        """Yields (entry, first element in the shard, first element in the flattened parameter, number of elements) for the part of
+        every parameter that lies in the shard."""
         begin, end = self.shard.start, self.shard.stop
         for entry in self.entries:
             low, high = max(begin, entry.start), min(end, entry.start + entry.parameter.numel())
@@ -193,7 +198,8 @@ def _build(
 
 
 class GradientReducer:
-    """Adds the gradients of a step's micro-batches to the buckets, and starts to reduce a bucket once it is complete."""
+    """Adds the gradients of a step's micro-batches to the buckets, and reduces the buckets: most during the backward pass, once
+    they and all earlier ones are complete."""
 
     def __init__(self, buckets: list[Bucket], mesh: Mesh, fused: Callable[[str], bool] = lambda _: False) -> None:
         """`fused` returns whether the kernels of the parameter with this name add its gradient straight to the bucket
@@ -201,15 +207,17 @@ class GradientReducer:
         self.buckets = buckets
         self.mesh = mesh
         self.put_off: list[Callable[[], None]] | None = None
-        """Deferred computations of gradients; None while nothing is deferred."""
+        """Functions that compute the weight gradients deferred so far; None outside `putting_off`, where no gradient is
+        deferred."""
         self.before_reduction: Callable[[torch.Tensor], None] | None = None
         """Called with each bucket's gradients when this rank's are complete and before other ranks' are added; None: no call."""
         self._sinks: list[GradientSink] = []
         self._handles: list[RemovableHandle] = []
         self._reduced_early = [bucket for bucket in buckets if not _waits_for_all(bucket)]
-        """Buckets whose reduction starts during the backward pass, in order, as soon as they are complete."""
+        """The buckets whose reduction starts during the backward pass, in order: each as soon as it and all earlier ones are
+        complete."""
         self._begun = 0
-        """How many of those reductions have been started during this step."""
+        """How many buckets of `_reduced_early` have begun their reduction in this step's backward passes."""
         for bucket in buckets:
             for entry in bucket.entries:
                 sink = GradientSink(self, bucket, _gradient_of(entry, bucket))
@@ -219,8 +227,8 @@ class GradientReducer:
                 self._sinks.append(sink)
 
     def lend(self) -> None:
-        """Where possible, lets the other ranks read the gradients of partitioned buckets in this rank's memory, so that none are
-        sent.
+        """Where possible, lets the other ranks read the gradients of partitioned buckets in this rank's memory, so that their
+        reduction sends no gradients.
 
         All ranks of a group call this between steps, for their buckets in the same order.
         """
@@ -233,8 +241,7 @@ class GradientReducer:
             sink.view = _gradient_of(entry, bucket)
 
     def begin(self, micro_batches: int) -> None:
-        """Prepares for a step in which each parameter takes part in `micro_batches` backward passes. Call it before the first
-        of them."""
+        """Prepares for a step with `micro_batches` backward passes for each parameter. Call it before the first backward pass."""
         for sink in self._sinks:
             sink.fresh = True
         self._begun = 0
@@ -242,8 +249,8 @@ class GradientReducer:
             bucket.pending = sum(entry.uses for entry in bucket.entries) * micro_batches
 
     def finish(self) -> None:
-        """Finishes all reductions; call it after the last backward pass. Then shard_gradients of every bucket holds the reduced
-        gradient."""
+        """Finishes all reductions; call it after the last backward pass. Then `shard_gradients` of every bucket is the gradient
+        summed over micro-batches and ranks."""
         for sink in self._sinks:
             if sink.fresh:  # its parameter took no part in this step's loss
                 sink.view.zero_()
@@ -261,8 +268,8 @@ class GradientReducer:
 
     @contextmanager
     def putting_off(self) -> Iterator[list[Callable[[], None]]]:
-        """Within this context, sinks defer the gradients of weights. Yields the list to which the functions that compute them are
-        added."""
+        """Within this context, sinks defer the gradients of weights. Yields the list to which they add the functions that compute
+        these gradients."""
         self.put_off = []
         try:
             yield self.put_off
@@ -316,7 +323,8 @@ class GradientSink:
     bucket: Bucket
     view: torch.Tensor
     fresh: bool = False
-    """Whether no gradient of this step has been added yet."""
+    """Whether no gradient of this step has been added to `view` yet; then it still holds old values, which the first gradient
+    overwrites."""
 
     def take(self, parameter: torch.Tensor) -> None:
         """Adds the gradient that autograd has accumulated, if any, to the bucket and drops it. This is the parameter's hook."""
@@ -331,7 +339,7 @@ class GradientSink:
         self._run_or_defer(partial(self._add_products, lefts, rights))
 
     def add_rows(self, rows: torch.Tensor, indices: torch.Tensor) -> None:
-        """Adds rows [N, H] to the rows `indices` [N] of a matrix [V, H]."""
+        """Adds rows [N, H] to the rows `indices` [N] of the gradient of a matrix [V, H]."""
         self._run_or_defer(partial(self._add_rows, rows, indices))
 
     def add_computed(self, compute: Callable[[], torch.Tensor]) -> None:

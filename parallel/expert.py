@@ -20,11 +20,11 @@ class Routed:
     counts: list[int]
     """The number of rows of each expert on this rank."""
     order: torch.Tensor | None = None
-    """For each row, its index in the order of arrival; None if the rows did not move."""
+    """For each of `rows`, its index in the order in which rows arrived; None if the rows did not move."""
     sent: tuple[int, ...] = ()
-    """The number of rows sent to each rank."""
+    """The number of rows that this rank sent to each rank of the group; empty if the rows did not move."""
     received: tuple[int, ...] = ()
-    """The number of rows received from each rank."""
+    """The number of rows that this rank received from each rank of the group; empty if the rows did not move."""
 
 
 class LocalExperts:
@@ -44,7 +44,8 @@ class LocalExperts:
 
 
 class ExpertParallel(LocalExperts):
-    """Routes rows to experts that are split over `group` in order. A layer takes two all-to-alls of rows and one of counts."""
+    """Routes rows to experts that are split over `group` in order. The forward pass of a layer takes two all-to-alls of rows and
+    one of numbers of rows."""
 
     def __init__(self, group: Group) -> None:
         self.group = group

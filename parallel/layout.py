@@ -31,7 +31,7 @@ class Layout:
         return self.data * self.context
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Returns the coordinate of `rank` on every axis, including the derived axes fold, expert and replica."""
+        """Returns the coordinate of `rank` on every axis, including the derived axes fold, expert, replica and world."""
         rest, tensor = divmod(rank, self.tensor)
         rest, context = divmod(rest, self.context)
         pipeline, data = divmod(rest, self.data)
@@ -43,13 +43,13 @@ class Layout:
         }  # fmt: skip
 
     def size(self, axis: str) -> int:
-        """Returns the number of ranks along `axis`."""
+        """Returns the number of ranks along `axis`, which may be a derived axis (see `peers`)."""
         if axis == "replica":
             return self.fold // self.expert
         return int(getattr(self, axis))
 
     def rank(self, pipeline: int, fold: int, tensor: int) -> int:
-        """Returns the rank at these coordinates."""
+        """Returns the global rank at these coordinates; `fold` is that on the derived axis data x context."""
         return (pipeline * self.fold + fold) * self.tensor + tensor
 
     def peers(self, axis: str, rank: int) -> tuple[int, ...]:

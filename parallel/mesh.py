@@ -60,11 +60,12 @@ class Mesh:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank reports the metrics of its tensor group, whose ranks all compute the same values."""
+        """Whether this rank reports metrics on behalf of its tensor group, whose ranks all compute the same values."""
         return self.at("tensor") == 0
 
     def sum_over(self, axis: str, *values: torch.Tensor) -> list[float]:
-        """Returns the sums of scalars over the ranks along `axis`, in float64, with a single reduction."""
+        """Returns, for each of `values`, scalars of this rank, the sum over the ranks along `axis`, in float64, with a single
+        reduction. Collective."""
         together = torch.stack([value.double() for value in values])
         self.group(axis).all_reduce(together)
         return self.group(axis).read(together)

@@ -12,7 +12,8 @@ from bagualu.comm.group import Group
 from bagualu.parallel.boxes import Box, TensorPiece
 
 Table = dict[str, list[Any]]
-"""The boxes that a rank holds and wants, without values."""
+"""The boxes that a rank holds and wants, without values: {"held": [...], "wanted": [...]}, with (tensor name, offset, shape) for
+each."""
 
 
 def table(held: Sequence[TensorPiece], wanted: Sequence[TensorPiece]) -> Table:
@@ -27,7 +28,8 @@ class Relocation:
     """A rank's part in a move between the ranks of a group."""
 
     def __init__(self, held: Sequence[TensorPiece], wanted: Sequence[TensorPiece], tables: Sequence[Table], group: Group) -> None:
-        """`tables[i]` is the table of position i; no two ranks hold the same element.
+        """`tables[i]` is the table of position i, and the tables contain no element twice among those held. All tensors have the
+        same dtype.
 
         Raises ValueError if no rank holds an element that this rank wants.
         """
@@ -48,7 +50,7 @@ class Relocation:
         self._receive_buffers = [_buffer(tensors, group.device) if i != here else None for i, tensors in enumerate(self._incoming)]
 
     def run(self) -> None:
-        """Moves all values. Collective. It allocates no memory.
+        """Copies all values to the tensors that want them. Collective. It allocates no memory.
 
         Each pair of ranks exchanges at most one message in each direction; all ranks go through the pairs in the same order.
         """
@@ -89,7 +91,7 @@ def _split(buffer: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tens
 
 Boxes = list[tuple[str, Box]]
 ByName = dict[str, list[tuple[int, Box]]]
-"""For each tensor name, its boxes as (index in the list, box)."""
+"""For each tensor name, its boxes as (index in the rank's list of all boxes, box)."""
 
 
 def _boxes(rows: list[Any]) -> Boxes:

@@ -53,7 +53,7 @@ def _materialise(model: nn.Module, plan: ShardingPlan, mesh: Mesh, dtype: torch.
 
 
 def _values(name: str, whole: tuple[int, ...], box: Box, fill: Fill) -> torch.Tensor:
-    """The values of `box`; zeros where it goes beyond the global tensor of shape `whole`."""
+    """Returns the values of `box`, with zeros where it goes beyond the global tensor of shape `whole`."""
     if box.inside(whole):
         return fill(name, whole, box)
     values = torch.zeros(box.shape)

@@ -14,20 +14,23 @@ from bagualu.parallel.layout import Layout
 
 BoundaryKind = Literal["block", "embedding", "head", "experts"]
 InitialValues = Literal["normal", "residual", "ones", "zeros"]
-"""What a run begins with; residual: normal with a smaller deviation, for matrices that write into the residual stream."""
+"""The kind of values with which a parameter or buffer begins a run; residual: normal with a smaller deviation, for matrices that
+write into the residual stream."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a parameter or a buffer is distributed over the mesh. Every axis that is not named holds copies."""
+    """How a parameter or a buffer is distributed over the mesh. Ranks along an axis that is not named hold copies."""
 
     shards: tuple[tuple[int, str], ...] = ()
-    """(dim, axis) pairs: the dim is split into equal parts along the axis."""
+    """Pairs (tensor dim, mesh axis): the dim is split into equal parts over the ranks along the axis."""
     partial_over: str | None = None
-    """The axis whose ranks hold copies, of which each computes only a part of the gradient: the whole is the sum over the axis."""
+    """The axis whose ranks hold copies, of which each computes only a part of the gradient: the whole gradient is the sum over the
+    axis. None: no such axis."""
     initial: InitialValues = "normal"
     rows: int | None = None
-    """The number of elements of the first dim that belong to the parameter; those after them are padding, always zero."""
+    """The number of elements of the first dim that belong to the parameter; those after them are padding, always zero. None: no
+    padding."""
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -39,11 +42,12 @@ class Placement:
         return "replica" if "expert" in self.axes else "fold"
 
     def unpadded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """A padded `shape` without the padding."""
+        """Returns `shape`, that of the padded parameter, without the padding."""
         return shape if self.rows is None else (self.rows, *shape[1:])
 
     def box(self, name: str, shape: tuple[int, ...], layout: Layout, coordinates: dict[str, int]) -> Box:
-        """Returns the box of the global tensor `name` of `shape` at `coordinates`. Raises RecipeError if a dim does not divide."""
+        """Returns the box that the rank at `coordinates` holds of the global tensor `name` of (padded) `shape`. Raises RecipeError
+        if a dim does not divide."""
         offset, local = [0] * len(shape), list(shape)
         for dim, axis in self.shards:
             degree = layout.size(axis)
@@ -57,20 +61,22 @@ class Placement:
         return Box(tuple(offset), tuple(local))
 
     def counted(self, layout: Layout, coordinates: dict[str, int]) -> bool:
-        """Whether this rank's copy counts in the norm and in checkpoints: of the copies along the tensor axis, only one does."""
+        """Returns whether the gradient norm and checkpoints include the copy of the rank at `coordinates`: of copies along the
+        tensor axis, only the first."""
         return "tensor" in self.axes or coordinates["tensor"] == 0
 
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """Maps names of parameters and buffers to placements. Patterns are shell-style; the first match counts, and every name needs
-    one."""
+    """Maps names of parameters and buffers to placements. Patterns are shell-style; the first pattern that matches a name applies,
+    and every name needs a match."""
 
     placements: tuple[tuple[str, Placement], ...]
     boundaries: tuple[tuple[str, BoundaryKind], ...] = ()
     """(module-name pattern, kind) of modules whose inputs or outputs change layout (see tensor.py)."""
     tied: dict[str, str] = field(default_factory=dict)
-    """Local name -> name of the parameter that it is a copy of, on the same stage or on another."""
+    """Maps the local name of a tied parameter to the global name of the parameter that it is a copy of, on the same stage or on
+    another."""
 
     def global_name(self, name: str) -> str:
         return self.tied.get(name, name)

@@ -23,7 +23,8 @@ _SEQUENCE_DIM = 1
 
 
 def enter(x: torch.Tensor, group: Group, sequence: bool) -> torch.Tensor:
-    """Returns the input of a block, x for the whole sequence [B, S, H]. The backward pass sums the gradients over the group."""
+    """Returns the input of a block, x for the whole sequence [B, S, H]. The backward pass sums the gradients with respect to that
+    input over the group."""
     return gather_from(x, group, _SEQUENCE_DIM) if sequence else copy_to(x, group)
 
 
@@ -33,7 +34,8 @@ def leave(x: torch.Tensor, group: Group, sequence: bool) -> torch.Tensor:
 
 
 def wrap_block(module: nn.Module, group: Group, sequence: bool, leaves: bool = True) -> None:
-    """Applies `enter` to the first input of `module` and, if its output is a partial sum, `leave` to its first output."""
+    """Applies `enter` to the first input of `module` and, if `leaves` (the module's output is a partial sum), `leave` to its first
+    output."""
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (enter(args[0], group, sequence), *args[1:])

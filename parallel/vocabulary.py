@@ -19,7 +19,7 @@ from bagualu.parallel.data import gradient_sink
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 IGNORED = -100
-"""The label of a token that does not count in the loss."""
+"""The label of a token that adds nothing to the loss."""
 
 
 def embedding(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -66,9 +66,10 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Returns the sum over tokens of -log softmax(x @ weight.T)[label], a scalar in at least float32.
 
-    x [N, H] is the same on every rank of `group`. weight [V, H] is this rank's rows. labels [N] are IGNORED where a token does not
-    count. `vocabulary` is the number of real rows over all ranks; the rows after them are padding and not part of the softmax.
-    The gradient of x is this rank's part of a sum over the group.
+    x [N, H] is the same on every rank of `group`. weight [V, H] is this rank's rows. labels [N] are IGNORED for tokens that add
+    nothing to the loss. `vocabulary` is the number of real rows over all ranks; the rows after them are padding and not part of the
+    softmax. The gradient of the loss with respect to x is only this rank's part; the whole gradient is the sum over the group (see
+    `enter` in tensor.py).
     """
     loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group, torch.is_grad_enabled())
     return loss
@@ -128,8 +129,8 @@ def _plus_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.T
 
 
 def _loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None) -> torch.Tensor:
-    """Returns a chunk's summed loss and turns `logits` [n, V] into their gradient. `target` [n] is relative to this rank's first
-    row."""
+    """Returns a chunk's summed loss and overwrites `logits` [n, V] with the gradient of that loss with respect to them. `counts`
+    [n]: whether the token adds to the loss. `target` [n] is relative to this rank's first row."""
     here = counts & (target >= 0) & (target < logits.shape[1])
     row = torch.where(here, target, 0).unsqueeze(1)
     high = logits.amax(1, keepdim=True) if logits.shape[1] else logits.new_full((logits.shape[0], 1), -torch.inf)

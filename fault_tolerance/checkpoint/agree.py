@@ -11,8 +11,10 @@ T = TypeVar("T")
 
 
 def on_all(function: Callable[[], T], group: Group) -> T:
-    """Calls `function` and returns its result if it raised on no rank, like `bagualu.comm.agree.on_all`. Collective.
+    """Calls `function` and returns this rank's result if the function raised on no rank, like `bagualu.comm.agree.on_all`.
+    Collective.
 
-    Otherwise every rank raises the same error: RecipeError, CheckpointError, or CheckpointStorageError if only storage failed.
+    Otherwise every rank raises the same error: RecipeError if any rank raised one, CheckpointStorageError if every failure was of
+    that class, else CheckpointError. A CommunicationError is raised at once, on its own rank alone.
     """
     return agree.on_all(function, group, CheckpointError, CheckpointStorageError)

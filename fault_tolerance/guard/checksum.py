@@ -21,7 +21,7 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def combine(values: torch.Tensor) -> torch.Tensor:
-    """Returns one int64 checksum of the int64 values [N]; it depends on their order."""
+    """Returns the checksum, an int64 scalar, of the int64 values [N]; it depends on the order of the values."""
     weights = torch.arange(values.numel(), dtype=torch.int64, device=values.device).mul_(2 * _SPREAD % 2**63).add_(_SPREAD)
     return (weights * values).sum()
 

@@ -22,21 +22,24 @@ from bagualu.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Damage:
-    """A damaged tensor, or a damaged working copy, on one rank."""
+    """A damaged tensor of optimizer state, or a damaged copy of working weights, on one rank."""
 
     kind: str
-    """How it was detected. "state": it differs from its seal; "replica": it differs from other holders of the same state; "copy":
-    the working weights differ from the owner's master weights."""
+    """How it was detected. "state": it differs from its seal; "replica": it differs from other holders of the same state, an update
+    left it non-finite, or a working copy is wrong and there is no seal. "copy": the working weights differ from the intact owner's
+    master weights."""
     what: str
     """Description for messages, e.g. "exp_avg of layers.3.down.weight and 4 more"."""
     owner: int
-    """Global rank whose state is damaged; for a copy, the rank whose working weights it should equal."""
+    """Global rank whose state is damaged; for kind "copy", the global rank that owns the state from which the working weights are
+    made."""
     axis: str = ""
-    """The mesh axis along which other ranks hold the same state; "" if no other rank does."""
+    """The mesh axis along which other ranks hold the same state; "" if no other rank holds it."""
     place: int = 0
-    """Index of the shard among those that all ranks along this axis hold."""
+    """Index of the damaged shard among the shards that all ranks along `axis` hold; 0 without an axis."""
     holders: tuple[int, ...] = ()
-    """Global ranks that hold the same state, including the damaged rank; empty if no other rank does."""
+    """Global ranks that hold the same state, including the damaged rank; empty if no other rank holds it. For a working copy
+    without a seal, the two ranks that differ."""
 
 
 class DamageCheck:
@@ -57,15 +60,16 @@ class DamageCheck:
         return self._seal is not None
 
     def seal(self) -> None:
-        """Take checksums of the optimizer state, which must not change until `break_seal`."""
+        """Takes checksums of the optimizer state, which must not change until `break_seal` is called."""
         self._seal = self._state().tolist()
 
     def break_seal(self) -> None:
-        """Drop the checksums, before an intended change of the state."""
+        """Drops the checksums that `seal` took; call this when the state is changed on purpose."""
         self._seal = None
 
     def inspect(self) -> bool:
-        """Compare all state and weights. Returns whether this rank is damaged and lists the damage in `found`.
+        """Compares all state with the seal (if any) and other holders, and working weights with their owners' master weights.
+        Returns whether this rank is damaged, and lists its damage in `found`.
 
         Collective.
         """
@@ -75,14 +79,14 @@ class DamageCheck:
         return bool(self.found)
 
     def not_finite(self, spoilt: Sequence[tuple[int, str]]) -> list[Damage]:
-        """Returns a Damage for each tensor of this rank's state that an update left non-finite, given as (index of the shard,
-        kind)."""
+        """Returns a Damage for each tensor of this rank's state that an update left non-finite, given as (index of the shard, kind
+        of tensor)."""
         return [self._damaged_state("replica", index, kind) for index, kind in spoilt]
 
     def repair(self, damages: Sequence[Sequence[Damage]]) -> None:
-        """Repair state by a copy from another holder, and working copies from the master weights.
+        """Repairs damaged state by a copy from an intact holder, and makes all working weights again from the master weights.
 
-        Collective. `damages` lists the damage of each rank, the same on every rank; it must be `repairable`.
+        Collective. `damages[r]` is the damage of global rank r, the same on every rank; it must be `repairable`.
         """
         for damage in _distinct(damages):
             if damage.axis and self.rank in damage.holders:
@@ -93,7 +97,8 @@ class DamageCheck:
         self._engine.publish()
 
     def _state(self) -> torch.Tensor:
-        """Returns the checksums of this rank's state, int64 [shards, kinds of tensors]; 0 for kinds that a shard does not have."""
+        """Returns the checksums of this rank's optimizer state, int64 [shards, kinds of tensors]; 0 for kinds that a shard does not
+        have."""
         rows = [torch.stack([checksum(tensor) for tensor in shard.tensors.values()]) for shard in self._engine.shards()]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
@@ -121,7 +126,7 @@ class DamageCheck:
         return damages
 
     def _sharing_axes(self) -> list[str]:
-        """Returns the axes of more than one rank along which all ranks hold the same optimizer state for some bucket."""
+        """Returns the axes of more than one rank along which all ranks hold the same optimizer state of at least one shard."""
         axes = ("fold", "replica", "tensor", "ends")
         return [axis for axis in axes if self._shared(axis) and self._mesh.group(axis).size > 1]
 
@@ -176,7 +181,7 @@ def from_json(rows: Sequence[dict[str, Any]]) -> list[Damage]:
 
 
 def blame(damages: Sequence[Sequence[Damage]]) -> list[list[Damage]]:
-    """Returns the damages of every rank without those that another rank's damage explains.
+    """Returns the damages of every rank, by rank, without those that another rank's damage explains.
 
     A broken seal proves damage. A rank that only differs from a rank with a broken seal is not damaged.
     """
@@ -190,18 +195,19 @@ def blame(damages: Sequence[Sequence[Damage]]) -> list[list[Damage]]:
 
 
 def repairable(damages: Sequence[Sequence[Damage]]) -> bool:
-    """Returns whether some rank holds an intact copy of each damaged piece of state. Working copies can always be recomputed."""
+    """Returns whether each damaged piece of state has an intact copy on some rank. Damage of kind "copy" is always repairable:
+    working weights can be made again."""
     return all(_intact_holder(damage, damages) >= 0 for own in damages for damage in own if damage.kind != "copy")
 
 
 def _distinct(damages: Sequence[Sequence[Damage]]) -> list[Damage]:
-    """Returns one Damage for every damaged piece of state, in the same order on all ranks."""
+    """Returns one Damage for every damaged piece of state (none of kind "copy"), in the same order on all ranks."""
     pieces = {(damage.axis, damage.place, damage.holders): damage for own in damages for damage in own if damage.kind != "copy"}
     return list(pieces.values())
 
 
 def _intact_holder(damage: Damage, damages: Sequence[Sequence[Damage]]) -> int:
-    """Returns a rank that holds an undamaged copy of the same state; -1 if there is none."""
+    """Returns the first global rank that holds an undamaged copy of the state that `damage` is about; -1 if no rank does."""
     piece = (damage.axis, damage.place, damage.holders)
     for holder in damage.holders if damage.axis else ():
         if all((other.axis, other.place, other.holders) != piece or other.kind == "copy" for other in damages[holder]):
@@ -218,7 +224,8 @@ def _gather(own: torch.Tensor, group: Group) -> list[Any]:
 
 
 def _differs_from_majority(values: list[int], own: int) -> bool:
-    """Returns whether values[own] differs from the majority's value. Without a majority, every value counts as differing."""
+    """Returns whether values[own] differs from the value of the majority. If `values` differ and no value has a majority, returns
+    True for every `own`."""
     value, count = Counter(values).most_common(1)[0]
     if len(set(values)) == 1:
         return False

@@ -11,27 +11,28 @@ from bagualu.fault_tolerance.config import GuardConfig
 from bagualu.fault_tolerance.guard.verdict import SPIKES, Cause, GuardAction
 
 MOST_ATTEMPTS = 4
-"""One more than a single fault needs: the faulty attempt, one that reveals the fault, and one that confirms the good result."""
+"""The most attempts at a step, one more than a single fault needs: the faulty attempt, one that reveals the fault, and one that
+confirms the good result."""
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What is known after an attempt at a step; the same on every rank."""
+    """What the guard knows after an attempt at a step; the same on every rank."""
 
     cause: Cause | None
-    """What is wrong with the newest attempt; None if nothing is."""
+    """What is wrong with the newest attempt at the step; None if nothing is wrong."""
     attempts: int
-    """How often the step has been computed."""
+    """How often the step has been computed so far, including the newest attempt."""
     same: bool | None
     """Whether the newest attempt gave the same bits as an earlier attempt on every rank; None if that is not known."""
     repairable: bool = True
-    """Whether another rank holds an intact copy of all damaged state."""
+    """Whether every damaged piece of state has an intact copy on another rank; true if nothing is damaged."""
     setbacks: int = 0
-    """Number of steps in a row before this one that were left out, deferred or rolled back."""
+    """Number of steps in a row before this step that were left out, deferred or rolled back."""
 
 
 def decide(config: GuardConfig, now: Situation) -> GuardAction:
-    """Returns what to do about the step after an attempt at it."""
+    """Returns what to do about the step after the attempt that `now` describes."""
     if now.cause is None:
         return GuardAction.COMMIT
     if now.cause is Cause.OVERFLOW:
@@ -45,7 +46,8 @@ def decide(config: GuardConfig, now: Situation) -> GuardAction:
 
 
 def policy(config: GuardConfig, cause: Cause) -> str:
-    """Returns the recipe's policy for a cause: guard.on_nonfinite, guard.on_spike or guard.on_disagreement."""
+    """Returns the recipe's policy for a cause: guard.on_nonfinite, guard.on_spike or, for every other cause,
+    guard.on_disagreement."""
     if cause is Cause.NONFINITE:
         return config.on_nonfinite
     return config.on_spike if cause in SPIKES else config.on_disagreement

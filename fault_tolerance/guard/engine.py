@@ -17,13 +17,13 @@ class StateShard:
     """Description for messages, e.g. "layers.3.down.weight and 4 more"."""
     tensors: Mapping[str, torch.Tensor]
     """The tensors of the state by kind: first "weight" (the master weights, or a buffer), then, if there are any, the moments and
-    "step" (the number of updates). They are not copies."""
+    "step" (the number of updates). They are the state itself, not copies of it."""
     axis: str
     """The mesh axis along which ranks hold copies of the working weights."""
     group: Group
     """The ranks along `axis`."""
     held_along: Sequence[str]
-    """Mesh axes along which all ranks hold the same state."""
+    """Mesh axes along which all ranks hold the same optimizer state as this shard; empty if no other rank holds it."""
     copies: Sequence[torch.Tensor]
     """This rank's copies of working weights: one tensor for each rank of the group if each owns a part, else a single tensor."""
     partitioned: bool
@@ -32,14 +32,14 @@ class StateShard:
 
 class GuardedEngine(Protocol):
     before_reduction: Callable[[torch.Tensor], None] | None
-    """Called with each tensor of gradients when this rank's contribution is complete and before others are added to it. The order
-    is the same in every attempt at a step. None: no call."""
+    """Called with each flat tensor of gradients of the weights when this rank's contribution is complete and before other ranks'
+    are added. The order of the calls is the same in every attempt at a step. None: no call."""
 
     def reduced_gradients(self) -> Iterator[torch.Tensor]:
-        """Yields the reduced gradients with which this rank updates its state."""
+        """Yields the gradients, reduced over all ranks, with which this rank updates its part of the optimizer state."""
 
     def shards(self) -> Sequence[StateShard]:
-        """Returns this rank's state. The number and the order of the shards never change."""
+        """Returns the shards of this rank's optimizer state. Their number and order never change."""
 
     def publish(self) -> None:
         """Overwrites the working weights of all ranks with those made from the master weights. Collective."""

@@ -20,10 +20,10 @@ def is_finite(values: torch.Tensor) -> bool:
 def after_update(config: GuardConfig, repairable: bool, again: bool, setbacks: int) -> GuardAction:
     """Returns what to do about a step whose update left non-finite values on some rank.
 
-    If it is `repairable`, another rank holds the same state with finite values. Then the hardware of the first rank is at fault,
+    `repairable` says that another rank holds the same state with finite values. Then the hardware of the first rank is at fault,
     and COMMIT means that the step is committed after a repair. Otherwise the state before the step is lost and must come from a
     checkpoint. `again` says that the run has already gone back from this step or a later one; then the settings are at fault, and
-    the run ends. `setbacks` counts steps in a row that were left out, deferred or rolled back before this one.
+    the run ends. `setbacks` is the number of steps in a row before this step that were left out, deferred or rolled back.
     """
     if repairable and config.on_disagreement == "retry":
         return GuardAction.COMMIT

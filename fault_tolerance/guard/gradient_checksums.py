@@ -21,11 +21,11 @@ class Attempts:
         self._engine = engine
         self._own: list[torch.Tensor] = []
         self._made: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        """For each attempt, the checksums of this rank's own gradient and of the reduced gradient; the latter is None until
+        """For each attempt, the checksums of this rank's own gradient and of the reduced gradient; the second is None until it is
         needed."""
 
     def begin(self) -> None:
-        """Start a new step: forget all attempts."""
+        """Starts a new step: forgets the attempts at the previous step."""
         self._own.clear()
         self._made.clear()
 
@@ -34,14 +34,15 @@ class Attempts:
         self._own.append(checksum(gradients))
 
     def end(self) -> None:
-        """Completes the checksums of an attempt. Call it after its gradients are reduced."""
+        """Completes the checksums of an attempt. Call this after the attempt's gradients are reduced."""
         self._made.append((combine(torch.stack(self._own)), None))
         self._own.clear()
         if self.earlier:
             self.keep()
 
     def keep(self) -> None:
-        """Compute the newest attempt's missing checksum, before another attempt overwrites its reduced gradient."""
+        """Computes the checksum of the newest attempt's reduced gradient, unless it exists, before another attempt overwrites that
+        gradient."""
         own, reduced = self._made[-1]
         if reduced is None:
             reduced = combine(torch.stack([checksum(gradients) for gradients in self._engine.reduced_gradients()]))
@@ -49,16 +50,18 @@ class Attempts:
 
     @property
     def earlier(self) -> int:
-        """The number of attempts before the newest."""
+        """The number of attempts at the current step before the newest attempt."""
         return max(0, len(self._made) - 1)
 
     def differing(self, zero: torch.Tensor) -> list[torch.Tensor]:
-        """Returns MOST_ATTEMPTS - 1 scalars like `zero`: 1 for each earlier attempt that the newest differs from, else 0."""
+        """Returns MOST_ATTEMPTS - 1 scalars like `zero`, one for each earlier attempt: 1 if the newest attempt's checksums on this
+        rank differ from it, else 0; also 0 for attempts that were not made."""
         before = [(_both(self._made[-1]) != _both(attempt)).any().to(zero.dtype) for attempt in self._made[:-1]]
         return [*before, *[torch.zeros_like(zero)] * (MOST_ATTEMPTS - 1 - len(before))]
 
     def as_json(self) -> list[list[int]]:
-        """Returns [checksum of this rank's own gradient, checksum of the reduced gradient] for each attempt."""
+        """Returns [checksum of this rank's own gradient, checksum of the reduced gradient] for each attempt at the current step, in
+        order."""
         if self._made:
             self.keep()
         return [_both(attempt).tolist() for attempt in self._made]
@@ -71,7 +74,8 @@ def _both(attempt: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
 
 
 def culprits(table: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    """Returns the ranks whose attempts differ; `table` has each rank's `Attempts.as_json` under "attempts".
+    """Returns the ranks whose attempts differ from one another; () if none do. `table` has each rank's `Attempts.as_json` under
+    "attempts".
 
     The ranks' own gradients are compared first, because a fault in a rank's own gradient also changes the reduced gradients of
     other ranks. If an activation with which other ranks compute is wrong (tensor or pipeline parallel), those ranks are named too.

@@ -38,18 +38,19 @@ class StepValues:
     loss: float
     """Loss in nats per token."""
     norm: float
-    """Norm of the whole gradient, divided by the loss scale; not finite if any part of the gradient on any rank is not."""
+    """Norm of the gradient with respect to all weights, divided by the loss scale; not finite if any part of the gradient on any
+    rank is not finite."""
     found: Sequence[float]
-    """The values that `Guard.inspect` returned, summed over all ranks."""
+    """The values that `Guard.inspect` returned after this attempt, summed over all ranks."""
     scale_can_fall: bool = False
-    """Whether a smaller loss scale could make the gradient finite."""
+    """Whether the loss scale can fall further, which could make a non-finite gradient finite (float16)."""
 
 
 class Guard:
     """The guard of one rank. Its `memory` is saved in checkpoints.
 
-    `saves_every` is the number of steps between checkpoints, 0 if there are none. `repeatable` says whether computing a step again
-    gives the same bits. `steps` is the number of steps of the run, None if it has no end.
+    `saves_every` is the number of steps between checkpoints, 0 if none are saved during the run. `repeatable` says whether
+    computing a step again gives the same bits. `steps` is the number of steps of the run, None if it has no end.
     """
 
     def __init__(
@@ -70,22 +71,26 @@ class Guard:
         self._count = 0
         self._step = 0
         self._late: int | None = None
-        """The earlier step whose deferred samples are being computed now; None if the step's own samples are."""
+        """The earlier step whose deferred samples are being computed now; None while the current step's own samples are
+        computed."""
         self._pending: GuardDecision | None = None
-        """A decision to defer samples that still waits for the check of the weights; None if there is none."""
+        """A decision to defer samples that is not returned yet, because the weights are checked first; None if no decision
+        waits."""
         self._values = (0.0, 0.0)
-        """Loss and gradient norm of the newest attempt at the samples to be judged."""
+        """Loss and gradient norm of the newest attempt at the samples that `judge` decides about (not those recomputed to judge the
+        weights)."""
         self._limited = False
-        """Whether the newest attempt is a spike that is applied nevertheless, with its gradient clipped to `strongest`."""
+        """Whether the newest attempt is a spike whose update is applied nevertheless, with its gradient clipped to `strongest`."""
         self.clean = 0
         """The last step after which the state is known to be undamaged; checkpoints of later steps may contain damage."""
         self._first: tuple[Cause, tuple[int, ...], str] | None = None
-        """The first thing that was wrong with the step: its cause, the ranks at fault, and a description."""
+        """The first thing that was wrong with the present samples: (cause, ranks at fault, description); None while nothing was
+        wrong."""
         if self._compares:
             engine.before_reduction = self._attempts.before_reduction
 
     def leaves_out(self, step: int) -> str | None:
-        """Returns the reason why `step` (counted from 1) must not be trained on; None if it may be."""
+        """Returns the reason why the samples of `step` (counted from 1) must not be trained on; None if they may."""
         return self.memory.left_out.get(step)
 
     def begin(self, step: int) -> int:
@@ -110,13 +115,15 @@ class Guard:
 
     @property
     def weighing(self) -> bool:
-        """Whether samples that were applied before are being computed again to judge the weights."""
+        """Whether the samples of the newest committed step are being computed again to judge the weights."""
         return self._pending is not None
 
     def inspect(self, step: int) -> list[torch.Tensor]:
-        """Check this rank's state after the gradients of an attempt are reduced. Returns float64 scalars for `StepValues.found`.
+        """Checks this rank's state after the gradients of an attempt are reduced. Returns float64 scalars to be summed over the
+        ranks for `StepValues.found`.
 
-        Collective in the steps that `guard.check_every` selects, and once something was wrong with an attempt at this step.
+        Collective in the steps that `_checks` selects (guard.check_every, and after a save), and once something was wrong with an
+        attempt at this step.
         """
         self._count += 1
         # Once something is wrong, the state is checked too: a damaged weight gives the same wrong bits in every attempt.
@@ -129,7 +136,7 @@ class Guard:
     def judge(self, step: int, figures: StepValues) -> GuardDecision:
         """Returns the decision about `step`, the same on every rank.
 
-        After RETRY the caller computes `samples` from the same weights. Collective if something is wrong.
+        After RETRY the caller computes the samples of step `self.samples` from the same weights. Collective if something is wrong.
         """
         if self._pending:
             verdict, self._pending = self._pending, None
@@ -197,7 +204,8 @@ class Guard:
 
     @property
     def strongest(self) -> float:
-        """The gradient norm to which the update of the newest attempt is clipped; infinite if there is no bound."""
+        """The gradient norm to which the gradient of the newest attempt is clipped before its update; infinite if the guard sets no
+        bound."""
         return self.memory.strongest() if self._limited else math.inf
 
     def judge_update(self, step: int, spoilt: Sequence[tuple[int, str]]) -> GuardDecision:
@@ -220,8 +228,8 @@ class Guard:
         return GuardDecision(action, Cause.UPDATE, ranks, self._count, text=text)
 
     def finish(self, verdict: GuardDecision) -> int | None:
-        """Record the decision about the samples, after their update if they had one. Returns the step whose samples to compute next
-        as part of the same step; None if the step has ended."""
+        """Records the decision about the samples computed last, after their update if they had one. Returns the step whose samples
+        to compute next as part of the same step; None if the step has ended."""
         if self._late is None:
             self.memory.learn(self._step, *self._values, verdict)
             self.expect(self._step + 1)
@@ -232,13 +240,14 @@ class Guard:
         return None if verdict.action in (GuardAction.ROLLBACK, GuardAction.STOP) else self._start()
 
     def load(self, saved: dict[str, Any], step: int) -> None:
-        """Continues after `step` steps. `saved` is what `memory.as_json` returned when the checkpoint was saved."""
+        """Continues from a checkpoint of `step` steps. `saved` is what `memory.as_json` returned when that checkpoint was saved."""
         self.memory.load(saved)
         self.clean = step
         self.expect(step + 1)
 
     def expect(self, step: int) -> None:
-        """Drops the seal after an intended change of the state. Takes a new seal if `step`, the next step, checks the state."""
+        """Drops the seal after an intended change of the state. Takes a new seal if the state is checked in `step`, the next
+        step."""
         self._damage.break_seal()
         if self._checks(step):
             self._damage.seal()

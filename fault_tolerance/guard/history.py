@@ -31,17 +31,18 @@ class Memory:
     left_out: dict[int, str] = field(default_factory=dict)
     """Steps whose samples are never trained on, each with the reason."""
     deferred: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """Steps whose samples are trained on later, with their loss and gradient norm."""
+    """Steps whose samples are trained on later, each with the (loss, gradient norm) that made it a spike."""
     setbacks: int = 0
-    """Number of steps left out, deferred or rolled back since a step after `furthest` was last committed."""
+    """Number of steps left out, deferred or rolled back since the last commit of a step that was later than `furthest` at that
+    time."""
     furthest: int = 0
     """The last step in which something was wrong, float16 overflows aside."""
     hard_row: int = 0
-    """How many of the latest steps in a row were hard, i.e. above the usual values (spike.py)."""
+    """How many of the latest steps in a row were hard: loss or gradient norm far above the usual values (spike.py)."""
     diverged_row: int = 0
-    """How many of the latest steps in a row were deferred with the cause DIVERGED."""
+    """How many steps were deferred with the cause DIVERGED since a step was last committed or deferred for another cause."""
     newest: tuple[int, float, float] | None = None
-    """The newest committed step with its loss and gradient norm; None if there is none."""
+    """(step, loss, gradient norm) of the newest committed step; None if no step is committed yet."""
     overflows: int = 0
     """Number of steps left out because of a float16 overflow."""
     counts: Counts = field(default_factory=Counts)
@@ -53,7 +54,8 @@ class Memory:
         return Memory(config, History(config.spike_window), History(config.spike_window), left_out)
 
     def spike(self, step: int, loss: float, norm: float) -> Cause | None:
-        """Returns NORM or LOSS if that value of `step` is a spike compared with the steps before, otherwise None."""
+        """Returns Cause.NORM if `norm` of `step` is a spike compared with the steps before, else Cause.LOSS if `loss` is, else
+        None."""
         if self.norms.stands_out(norm, self.config.spike_factor, step, self.hard_row):
             return Cause.NORM
         return Cause.LOSS if self.losses.stands_out(loss, self.config.loss_spike_factor, step, self.hard_row) else None
@@ -75,7 +77,8 @@ class Memory:
         return grown and self.spike(step, loss, norm) is not None
 
     def due(self, step: int, last: int | None = None) -> int | None:
-        """Returns a step whose deferred samples should be trained on before those of `step` (from 1), or None.
+        """Returns the first step whose deferred samples should be trained on before those of `step` (from 1); None if no step's
+        should.
 
         Deferred samples are due when their loss and norm are no longer a spike, after a quarter of guard.spike_window steps, or if
         the steps that are left up to `last`, the run's last step, are needed for deferred samples.
@@ -92,7 +95,7 @@ class Memory:
         return self.config.spike_factor * median(values) if values and self.config.spike_factor else float("inf")
 
     def learn(self, step: int, loss: float, norm: float, verdict: GuardDecision) -> None:
-        """Records the decision about `step`."""
+        """Records the decision about `step` and its own samples; `loss` and `norm` are those of its newest attempt."""
         self.counts.computed_again += verdict.attempts > 1 and verdict.cause is not None
         if verdict.action is GuardAction.COMMIT or (verdict.deferred and verdict.cause is not Cause.DIVERGED):
             self._note(step, loss, norm)
@@ -117,7 +120,7 @@ class Memory:
             self.left_out[step] = str(verdict.cause)
 
     def learn_late(self, step: int, loss: float, norm: float, verdict: GuardDecision, now: int) -> None:
-        """Record the decision about the deferred samples of `step`, which were computed again at step `now`."""
+        """Records the decision about the deferred samples of `step`, which were computed again at step `now`."""
         if verdict.action is GuardAction.COMMIT:
             del self.deferred[step]
             self.losses.add(loss)
@@ -137,7 +140,8 @@ class Memory:
             self.left_out.setdefault(step, why)
 
     def left_out_steps(self, step: int) -> int:
-        """Returns how many steps up to `step` were not trained on: left out, deferred, or skipped after an overflow."""
+        """Returns how many steps up to `step` were not trained on (so far): left out, deferred, or skipped after a float16
+        overflow."""
         return sum(old <= step for old in (*self.left_out, *self.deferred)) + self.overflows
 
     def as_json(self) -> dict[str, Any]:
@@ -159,12 +163,14 @@ class Memory:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Returns the counts and the skipped steps, for the summary of a run."""
+        """Returns the fields of `counts`, and as "skipped_steps" the sorted steps left out or still deferred, for the summary of a
+        run."""
         return {**asdict(self.counts), "skipped_steps": sorted({*self.left_out, *self.deferred})}
 
     @staticmethod
     def is_one(saved: Any) -> bool:
-        """Returns whether `saved` can be loaded: a result of `as_json`, including older versions that did not defer samples."""
+        """Returns whether `load` accepts `saved`: a result of `as_json`, of this version or of an older version that did not defer
+        samples."""
         try:
             memory = Memory.empty(GuardConfig())
             memory.load(saved)
@@ -175,7 +181,7 @@ class Memory:
             return False
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Continues from a result of `as_json`. Steps in guard.leave_out of the recipe stay left out."""
+        """Replaces this memory by `saved`, a result of `as_json`. Steps in guard.leave_out of the recipe stay left out."""
         self.losses.load(saved["losses"], saved.get("hard_losses", ()))
         self.norms.load(saved["norms"], saved.get("hard_norms", ()))
         self.left_out |= {int(step): why for step, why in saved["skipped_steps"].items()}
@@ -189,13 +195,14 @@ class Memory:
         self.counts = Counts(**saved["counts"])
 
     def keep(self, other: "Memory") -> None:
-        """Takes over left-out steps, setbacks and counts from `other`, the memory before the run went back to a checkpoint."""
+        """Takes over left-out steps, setbacks, `furthest` and counts from `other`, the memory before the run went back to a
+        checkpoint. Call this on the memory loaded from that checkpoint."""
         self.left_out |= other.left_out
         self.deferred = {step: figures for step, figures in self.deferred.items() if step not in self.left_out}
         self.setbacks, self.furthest, self.counts = other.setbacks, other.furthest, other.counts
 
     def _note(self, step: int, loss: float, norm: float) -> None:
-        """Records whether the loss or the norm of `step` was hard."""
+        """Records which of loss and norm of `step` were hard, and whether any was."""
         hard_loss = self.losses.is_hard(loss, self.config.loss_spike_factor)
         hard_norm = self.norms.is_hard(norm, self.config.spike_factor)
         if hard_loss:

@@ -13,14 +13,16 @@ _REPLACE = "replace that hardware"
 
 
 def finding(cause: Cause, loss: float, norm: float, damaged: Sequence[str]) -> str:
-    """Returns the part of the message that says what is wrong: the names in `damaged`, or else the loss and the gradient norm."""
+    """Returns the part of the message that says what is wrong: the names in `damaged` if there are any, else the loss and the
+    gradient norm (for GRADIENTS, only the cause)."""
     if damaged:
         return f"{cause}: {'; '.join(damaged)}"
     return str(cause) if cause is Cause.GRADIENTS else f"{cause}: loss {loss:g}, gradient norm {norm:g}"
 
 
 def diagnosis(cause: Cause, ranks: Sequence[int], same: bool | None) -> str:
-    """Returns the part that says whether the hardware, or the data and code, is the cause; "" if repeated attempts show neither.
+    """Returns the part of the message that says whether the hardware, or the data and code, is the cause; "" if repeated attempts
+    show neither.
 
     `ranks` are those whose attempts differ. `same` says whether the newest attempt gave the same bits as an earlier attempt; None
     if that is unknown.
@@ -33,7 +35,8 @@ def diagnosis(cause: Cause, ranks: Sequence[int], same: bool | None) -> str:
 
 
 def ending(cause: Cause, action: GuardAction, ranks: Sequence[int], setbacks: int, step: int) -> str:
-    """Returns the part that says what is done about `step` (counted from 1) and, if the run ends, what the user can do."""
+    """Returns the part of the message that says what is done about `step` (counted from 1) and, if the run ends, what the user can
+    do."""
     if action is not GuardAction.STOP:
         return {GuardAction.COMMIT: "the step was applied", GuardAction.SKIP: "the step was left out",
                 GuardAction.ROLLBACK: "back to a checkpoint"}.get(action, "once more")  # fmt: skip
@@ -57,7 +60,7 @@ def after_update(step: int, action: GuardAction, damaged: Sequence[str], again: 
 
 
 def by_rank(rank: int, things: Sequence[str]) -> str:
-    """Returns what is damaged on a rank: the first three names and the number of others."""
+    """Returns a text with the rank and the names of what is damaged there: the first three of `things` and the number of others."""
     more = f" and {len(things) - 3} more" if len(things) > 3 else ""
     return f"rank {rank}: {', '.join(things[:3])}{more}"
 

@@ -22,24 +22,27 @@ from statistics import median
 
 _SCATTER = 5.0
 _LARGEST = 0.05
-"""Position of `large`, counted from the largest value, as a share of the window's size; at least the second largest."""
+"""Position of `large`, counted from the largest value (1 is the largest), as a fraction of the window's size; at least 2."""
 _HARD_WINDOWS, _HARD_LEAST, _HARD_NEWEST = 4, 4, 8
 IN_A_ROW = 2
-"""After this many hard steps in a row, the next one may be as hard without being a spike."""
+"""After this many hard steps in a row, the next step may be as hard as recent hard steps without being a spike."""
 
 
 @dataclass
 class History:
-    """The newest `window` positive values of the loss or the gradient norm. Before a quarter of them exist, nothing is a spike."""
+    """The newest `window` positive values of the loss or the gradient norm. Before a quarter of `window` values (at least 4) exist,
+    nothing is a spike."""
 
     window: int
     values: list[float] = field(default_factory=list)
     """Values of committed steps, oldest first."""
     hard: list[tuple[int, float]] = field(default_factory=list)
-    """(step, value) of hard steps, including those whose samples were deferred."""
+    """(step, value) of the steps of the last four windows in which this value was hard, including steps whose samples were
+    deferred."""
 
     def stands_out(self, value: float, factor: float, step: int = 0, row: int = 0) -> bool:
-        """Returns whether `value` at `step` is a spike. Always False if `factor` is 0 or `value` is not finite.
+        """Returns whether `value` at `step` is a spike. Always False if `factor` is 0, `value` is not finite and positive, or there
+        are too few values yet.
 
         `row` is the number of hard steps in a row just before.
         """
@@ -50,11 +53,11 @@ class History:
         return far and not self._is_like_others(value, margin, step, row)
 
     def is_hard(self, value: float, factor: float) -> bool:
-        """Returns whether `value` is far above most of the window; False if it is not finite."""
+        """Returns whether `value` is hard: above the usual bar or `factor` x large. False where `stands_out` cannot judge."""
         return self._judges(value, factor) and (value > factor * self._large() or self._above_usual(value, factor))
 
     def add(self, value: float) -> None:
-        """Record the value of a committed step."""
+        """Records the value of a committed step; a value of 0 is left out."""
         if value > 0:  # zero has no logarithm, and a gradient of zero is no measure for spikes
             self.values = [*self.values, value][-self.window :]
 
@@ -63,7 +66,7 @@ class History:
         self.hard = [*self._recent(step), (step, value)]
 
     def load(self, values: Sequence[float], hard: Sequence[Sequence[float]] = ()) -> None:
-        """Replace the history with saved `values` and `hard`."""
+        """Replaces the history by saved `values`, of which the newest `window` are kept, and saved `hard`, pairs (step, value)."""
         self.values = list(values)[-self.window :]
         self.hard = [(int(step), float(value)) for step, value in hard]
 

@@ -8,7 +8,7 @@ class GuardAction(StrEnum):
     COMMIT = "commit"
     """Apply the update on every rank."""
     SKIP = "skip"
-    """No update; the step's samples count as used, or are deferred (`GuardDecision.deferred`)."""
+    """Make no update; the step's samples are never trained on, or later if they are deferred (`GuardDecision.deferred`)."""
     RETRY = "retry"
     """Compute the step again from the same weights and samples."""
     ROLLBACK = "rollback"
@@ -27,7 +27,7 @@ class Cause(StrEnum):
     WEIGHTS = "weights of a replica damaged"
     STATE = "optimizer state damaged"
     DIVERGED = "weights diverged"
-    """Samples that were already trained on give a spike too."""
+    """Samples that were trained on before give a spike too when computed again, so the weights are wrong."""
 
 
 SPIKES = (Cause.NORM, Cause.LOSS)
@@ -41,11 +41,11 @@ class GuardDecision:
 
     action: GuardAction
     cause: Cause | None = None
-    """What was wrong, even if the step was committed in the end; None if nothing was."""
+    """What was wrong with the step, even if the step was committed in the end; None if nothing was wrong."""
     ranks: tuple[int, ...] = ()
     """The ranks at fault; empty if they are not known."""
     attempts: int = 1
-    """How often the step was computed."""
+    """How often the step was computed, including the first time."""
     deferred: bool = False
     """Whether the samples of a skipped step are trained on later."""
     text: str = ""

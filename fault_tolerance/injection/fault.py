@@ -31,26 +31,28 @@ class Scene(Protocol):
         there is none."""
 
     def given_up(self) -> bool:
-        """Returns whether the ranks are threads and the other ranks have given up waiting."""
+        """Returns whether the ranks are threads and their communication has failed, so that nothing waits for this rank any
+        more."""
 
     def spoil_gradient(self, how: Literal["nan", "flip"]) -> str:
-        """Makes an element of this rank's gradient NaN, or flips one of its bits, in the next backward pass; returns the
-        name of the element."""
+        """Makes an element of the gradient of this rank's weights NaN ("nan"), or flips one of its bits ("flip"), in the next
+        backward pass; returns a text that names the element."""
 
     def flip(self, what: str) -> str:
-        """Flips a bit of an element of this rank's `what`: "weight", "master" weight or "moment". Returns the name of the
+        """Flips a bit of an element of this rank's `what`: "weight", "master" weight or "moment". Returns a text that names the
         element."""
 
 
 @dataclass(frozen=True)
 class Fault(ABC):
-    """A fault that strikes `rank` once, when it first reaches phase `at` in step `step` (from 1) or later."""
+    """A fault that strikes `rank` once, when that rank first begins phase `at` in step `step` or later (from 1; 0: before the first
+    step)."""
 
     kind: ClassVar[str]
     points: ClassVar[tuple[str, ...]] = ()
-    """The phases at whose beginning the fault can strike; empty: all."""
+    """The phases at whose beginning the fault can strike; empty: all phases."""
     ends_process: ClassVar[bool] = False
-    """Whether the fault makes the rank's process unable to continue."""
+    """Whether the fault makes the rank's process unable to continue training."""
 
     step: int
     rank: int = 0
@@ -58,7 +60,8 @@ class Fault(ABC):
 
     @abstractmethod
     def strike(self, scene: Scene) -> str | None:
-        """Causes the fault. Returns details that the fault's own text lacks, e.g. the changed byte; None if there are none."""
+        """Causes the fault. Returns what happened as far as the fault's own text does not say it, e.g. the changed byte; None if
+        there is nothing to add."""
 
     def __str__(self) -> str:
         """Returns the text of the fault as it is typed in a recipe."""

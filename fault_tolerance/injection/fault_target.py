@@ -70,8 +70,8 @@ class RankScene:
         return f"element 0 of {name}"
 
     def _vector(self) -> tuple[str, torch.nn.Parameter]:
-        """Returns the name and the weight of a norm: every step uses it, and its gradient goes through autograd, not straight to a
-        bucket."""
+        """Returns the name and the weight of the first normalisation layer (the first parameter of one dim): every step uses it,
+        and its gradient goes through autograd, not straight to a bucket."""
         return next((name, parameter) for name, parameter in self.model().named_parameters() if parameter.ndim == 1)
 
 

@@ -15,7 +15,7 @@ from bagualu.fault_tolerance.injection.slowness import Slowness
 
 
 class PlannedError(RuntimeError):
-    """The error of a planned exception."""
+    """The error that the planned fault `exception` raises."""
 
 
 def _one_of(*choices: str) -> str:
@@ -26,7 +26,7 @@ def _one_of(*choices: str) -> str:
 
 @dataclass(frozen=True)
 class Kill(Fault):
-    """The process ends as after kill -9."""
+    """The rank's process is killed as by kill -9; a rank that is a thread ends alone, with ProcessKilled."""
 
     kind = "kill"
     ends_process = True
@@ -41,7 +41,7 @@ class Kill(Fault):
 
 @dataclass(frozen=True)
 class Raise(Fault):
-    """The rank raises an error that is not caught."""
+    """The rank raises a PlannedError, which nothing catches."""
 
     kind = "exception"
     ends_process = True
@@ -53,7 +53,7 @@ class Raise(Fault):
 
 @dataclass(frozen=True)
 class Stop(Fault):
-    """The process stops for `seconds`, as after SIGSTOP."""
+    """The rank's process stops for `seconds`, as after SIGSTOP; by default forever."""
 
     kind = "stop"
     at: str = "backward"
@@ -73,7 +73,7 @@ class Stop(Fault):
 
 @dataclass(frozen=True)
 class Slow(Fault):
-    """The rank computes `factor` times as long for `steps` steps."""
+    """Computation takes the rank `factor` times as long for `steps` steps."""
 
     kind = "slow"
     steps: int = 5
@@ -86,7 +86,7 @@ class Slow(Fault):
 
 @dataclass(frozen=True)
 class Corrupt(Fault):
-    """A bit of the newest committed checkpoint or replica flips."""
+    """A bit in a shard of the newest committed checkpoint or replica (`what`) flips; nothing happens if there is none."""
 
     kind = "corrupt"
     what: str = _one_of("checkpoint", "replica")
@@ -121,7 +121,7 @@ class FullDisk(Fault):
 
 @dataclass(frozen=True)
 class Nan(Fault):
-    """An element of the gradient that this rank computes becomes NaN."""
+    """An element of the gradient of the weights that this rank computes in this step becomes NaN."""
 
     kind = "nan"
     points = ("data",)
@@ -132,7 +132,8 @@ class Nan(Fault):
 
 @dataclass(frozen=True)
 class Flip(Fault):
-    """The highest bit of the fraction of a weight, master weight, moment or gradient element on this rank flips."""
+    """In one element of this rank's weights, master weights, moments or gradient (`what`), the highest bit of the fraction
+    flips."""
 
     kind = "flip"
     points = ("data",)
@@ -144,7 +145,7 @@ class Flip(Fault):
 
 @dataclass(frozen=True)
 class DropLink(Fault):
-    """All communications of this rank, from this point on, fail or never end."""
+    """From this point on, all communications of this rank fail (how=raise) or never end (how=block)."""
 
     kind = "drop_link"
     ends_process = True

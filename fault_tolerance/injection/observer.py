@@ -7,7 +7,8 @@ from bagualu.fault_tolerance.injection.record import Record
 
 
 class PlannedFaults:
-    """Observes the rank's monitor and causes each fault of the plan once in a run, however often the run is restarted."""
+    """Observes the rank's monitor and causes each fault that the plan has for this rank once in a run, however often the run is
+    restarted."""
 
     def __init__(self, plan: Sequence[Fault], scene: Scene, record: Record) -> None:
         self.scene, self.record = scene, record

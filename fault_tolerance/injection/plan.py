@@ -17,10 +17,10 @@ from bagualu.fault_tolerance.injection.kinds import KINDS
 
 EXAMPLE = "faults=[kill@step=5:rank=2:at=backward]"
 DRAWN = ("kill", "exception", "stop", "slow", "corrupt", "full_disk", "nan", "drop_link")
-"""Kinds after which every recipe quickly continues with the same bits. flip is not among them: its outcome depends on the guard's
-next check."""
+"""The kinds of faults that random:COUNT draws: those after which every recipe quickly continues with the same bits. flip is not
+among them: its outcome depends on the guard's next check."""
 _STOPPED_SECONDS = 0.5
-"""Duration of a drawn stop, too short to count as a hang."""
+"""Seconds of a drawn stop, too short for the watchdog to take it for a hang."""
 _AGAINST_CHECKPOINTS = ("corrupt", "full_disk")
 _IN_EVERY_STEP = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.REDUCE, Phase.AGREE, Phase.OPTIMIZER)
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "a word"}
@@ -35,11 +35,13 @@ class Setting:
     ranks: int
     checkpoint_every: int
     retries: bool = True
-    """Whether a step that is not finite is computed again; otherwise its samples, or the run, would be lost."""
+    """Whether a step with non-finite values is computed again. If not, no "nan" is drawn by default, because it would cost the
+    step's samples or end the run."""
 
 
 def resolve(faults: Any, setting: Setting) -> list[Fault]:
-    """Returns the faults in `faults` of a recipe, a text or a list of texts. Raises RecipeError."""
+    """Returns the faults in `faults` of a recipe, a text or a list of texts. Raises RecipeError if one is invalid, or its rank or
+    step does not exist in the run."""
     plan = [parse(text) for text in expand(faults, setting)]
     for fault in plan:
         if not 0 <= fault.rank < setting.ranks:
@@ -50,7 +52,8 @@ def resolve(faults: Any, setting: Setting) -> list[Fault]:
 
 
 def expand(faults: Any, setting: Setting) -> list[str]:
-    """Returns a text per fault, with every random:COUNT drawn. Raises RecipeError."""
+    """Returns a text per fault, with every random:COUNT replaced by the faults drawn for it. Raises RecipeError if `faults` is not
+    a text or list of texts, or a draw is invalid."""
     texts = [faults] if isinstance(faults, str) else faults
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise RecipeError(f"faults={faults!r} is not a list of faults; give e.g. {EXAMPLE}, or faults=random:20")
@@ -59,7 +62,7 @@ def expand(faults: Any, setting: Setting) -> list[str]:
 
 
 def parse(text: str) -> Fault:
-    """Returns the fault that `text` describes. Raises RecipeError."""
+    """Returns the fault that `text` describes, e.g. "kill@step=5:rank=2". Raises RecipeError if the text is invalid."""
     kind, _, rest = text.partition("@")
     if kind not in KINDS:
         raise RecipeError(f"faults: {text!r} has an unknown kind; give one of {', '.join(KINDS)}, e.g. {EXAMPLE}")
@@ -111,7 +114,7 @@ def _random(text: str, setting: Setting) -> list[Fault]:
 
 
 def draw(count: int, setting: Setting, kinds: tuple[str, ...] = DRAWN) -> list[Fault]:
-    """Returns `count` random faults, sorted by step. The result depends only on the arguments.
+    """Returns `count` random faults of `kinds`, sorted by step. The result depends only on the arguments.
 
     No two faults are in the same step. Faults that damage or prevent checkpoints are so rare that an intact checkpoint always
     remains. Raises RecipeError if there are not enough steps.

@@ -12,14 +12,16 @@ from bagualu.fault_tolerance.injection.fault import Fault
 
 
 class Record:
-    """A file with a JSON object per line. A fault's line is durable before the fault strikes; a second line may add what it did."""
+    """A file with a JSON object per line. A fault's line is durable before the fault strikes; a second line may add what the fault
+    did."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lines = AppendLog(path, shared=True, durable=True)
 
     def add(self, fault: Fault, step: int, did: str | None = None) -> bool:
-        """Records that `fault` strikes now, in `step`, or what it `did`. Returns False if that could not be written."""
+        """Records that `fault` strikes now, in `step`, or, if `did` is given, what the fault did. Returns whether the line was
+        written."""
         line: dict[str, Any] = {"fault": str(fault), "step": step, "wall": time.time()}
         if did is not None:
             line["did"] = did
@@ -32,7 +34,7 @@ class Record:
     def strikes(self) -> list[dict[str, Any]]:
         """Returns the faults that have struck, in order, each with the keys fault, step, wall and, if it was recorded, did.
 
-        Damaged lines do not count: a fault whose line was cut short did not strike, and a `did` that was cut short is missing.
+        Damaged lines are skipped: a fault whose line was cut short did not strike, and a `did` that was cut short is missing.
         """
         strikes: list[dict[str, Any]] = []
         for entry in jsonl.read(self.path):
@@ -45,5 +47,5 @@ class Record:
         return strikes
 
     def struck(self) -> Counter[str]:
-        """Returns how often each fault, by its text, has struck."""
+        """Returns how often each fault has struck, by the fault's text."""
         return Counter(entry["fault"] for entry in self.strikes())

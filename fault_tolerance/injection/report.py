@@ -12,34 +12,35 @@ from bagualu.fault_tolerance.ledger.events import Event
 
 UNNOTICED = "-"
 SURVIVED, NO_EFFECT, NOT_FOUND, NEVER, ENDED = "survived", "took no effect", "not found", "did not strike", "ended the run"
-"""The states of a fault. A fault that took no effect tests nothing; a fault that was not found may still be in the weights."""
+"""The values of `Outcome.state`. A fault that took no effect tests nothing; the damage of a fault that was not found may still be
+in the weights."""
 _PROGRESS = ("train", "checkpoint", "validation", "ended")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The consequences of a planned fault. Seconds and steps are None if nothing had to be recovered."""
+    """The consequences of a planned fault. `recovery_seconds` and `steps_lost` are None if no restart followed."""
 
     fault: str
     struck_at: int | None
-    """The step in which it struck; None if it did not strike."""
+    """The step in which the fault struck; None if the fault did not strike."""
     did: str
     """Details of what the fault did, e.g. the changed byte; "" if there are none."""
     noticed: str
-    """How the launcher or the ranks noticed it, and which rank they named."""
+    """How the launcher or the ranks noticed the fault, and which rank they named; UNNOTICED if they did not notice it."""
     answered: str
-    """How the run reacted."""
+    """How the run reacted to the fault; "" if the fault did not strike."""
     recovery_seconds: float | None
-    """Time from the strike until restarted workers have finished a step."""
+    """Seconds from the strike until restarted workers had finished their first step."""
     steps_lost: int | None
-    """The number of steps that were repeated."""
+    """The number of steps that the restarted workers repeated."""
     state: str
-    """SURVIVED, NO_EFFECT, NOT_FOUND, NEVER or ENDED."""
+    """What the fault led to: SURVIVED, NO_EFFECT, NOT_FOUND, NEVER (it did not strike) or ENDED (it ended the run)."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The records of a run from which its outcomes are determined."""
+    """The records of a run from which the outcomes of its planned faults are determined."""
 
     strikes: Sequence[dict[str, Any]]
     """The result of `Record.strikes`."""
@@ -51,7 +52,7 @@ class Trace:
 
 
 def outcomes(plan: Sequence[str], trace: Trace) -> list[Outcome]:
-    """Returns an outcome for each fault of `plan`, in the order in which they struck; those that did not strike come last."""
+    """Returns an outcome for each fault of `plan`, in the order in which the faults struck; those that did not strike come last."""
     results, ahead, strikes = [], list(plan), trace.strikes
     for index, strike in enumerate(strikes):
         if strike["fault"] not in ahead:  # it belongs to an earlier plan
@@ -118,7 +119,7 @@ def _within(fault: Fault, strike: dict[str, Any], trace: Trace) -> tuple[str, st
 
 
 def _taken_back(strike: dict[str, Any], events: Sequence[Event]) -> bool:
-    """Returns whether the run went back behind the struck step within the same start, after discarding a step."""
+    """Returns whether, before any restart, the run discarded a step and went back to a checkpoint from before the struck step."""
     later = [event for event in events if event.wall >= strike["wall"] and event.what in ("discarded", "train", "failed", "ended")]
     for event, after in pairwise(later):
         if event.what == "failed":
@@ -129,7 +130,7 @@ def _taken_back(strike: dict[str, Any], events: Sequence[Event]) -> bool:
 
 
 def _thrown_away(strike: dict[str, Any], events: Sequence[Event]) -> bool:
-    """Returns whether the struck step was discarded within the same start."""
+    """Returns whether the first step that was discarded after the strike, before any restart, is the struck step."""
     later = (event for event in events if event.wall >= strike["wall"] and event.what in ("discarded", "failed", "ended"))
     first = next(later, None)
     return first is not None and (first.what, first.step) == ("discarded", strike["step"])

@@ -49,9 +49,10 @@ class Event:
     wall: float
     monotonic: float
     clock: str
-    """Identifies the clock of `monotonic`: readings of the same clock can be compared."""
+    """Identifies the clock of `monotonic`; only times of events with the same `clock` can be compared."""
     writer: str = ""
-    """Identifies a start of rank 0, or a launcher. Events that an older writer adds after a newer writer has begun do not count."""
+    """Identifies a start of rank 0, or a launcher. Events that an older writer adds after a newer writer has begun are ignored
+    (totals.py)."""
     step: int = 0
     since: float | None = None
     rank: int | None = None
@@ -60,8 +61,8 @@ class Event:
 
 
 class Ledger:
-    """Appends events of `writer` (see Event) to the ledger. No method raises: an event for which there is no space is written
-    later."""
+    """Appends events of `writer` (see Event) to the ledger. Storage errors raise nothing: an event for which there is no space is
+    written later."""
 
     def __init__(self, run_dir: Path, writer: str = "") -> None:
         self.path = RunDirectory(run_dir).ledger
@@ -79,7 +80,7 @@ class Ledger:
         moment: Moment | None = None,
         seconds: float | None = None,
     ) -> None:
-        """Appends an event that happens now, or happened at `moment`. The other arguments are fields of Event."""
+        """Appends an event that happens now, or happened at `moment` if that is given. The other arguments are fields of Event."""
         when = moment or Moment.now()
         event = Event(what, when.wall, when.monotonic, self._clock, self._writer, step, since, rank, cause, seconds)
         fields = {name: value for name, value in asdict(event).items() if value not in ("", None)}
@@ -94,9 +95,10 @@ class Ledger:
 
 
 def read(run_dir: Path) -> list[Event]:
-    """Returns every event of the run once; [] if there are none. Damaged lines are skipped.
+    """Returns the events in the ledger of the run in directory `run_dir`, without repetitions; [] if there are none. Damaged lines
+    are skipped.
 
-    If all events have the same clock, they are sorted by it, because a line may have been written late for lack of space.
+    If all events have the same clock, they are sorted by `monotonic`, because a line may have been written late for lack of space.
     """
     events = list(dict.fromkeys(filter(None, map(_event, jsonl.read(RunDirectory(run_dir).ledger)))))
     if len({event.clock for event in events}) == 1:

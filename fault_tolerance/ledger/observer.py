@@ -5,7 +5,8 @@ from bagualu.fault_tolerance.ledger.events import Ledger
 
 
 class LedgerObserver:
-    """Observes the monitor and records every change of step or activity: a line of some 150 bytes, about once per step."""
+    """Observes rank 0's monitor and adds an event to `ledger` at every change of step or activity: a line of some 150 bytes, about
+    once per step."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger

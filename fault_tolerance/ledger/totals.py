@@ -21,16 +21,17 @@ PHASES = {
     "launched": "start", "started": "start", "joined": "start", "start": "start", "train": "train",
     "checkpoint": "checkpoint", "validation": "validation", "balance": "balance", "failed": "waiting", "ended": "waiting",
 }  # fmt: skip
-"""The phase that begins with each event."""
+"""The phase that begins with each kind of event (`Event.what`); other events are treated separately."""
 _BEGINS = ("joined", "started")
-"""The first event of a start of rank 0, and that of a launcher whose workers include rank 0."""
+"""The first event that each start of rank 0 writes, and the event that a launcher writes when it starts workers that include rank
+0."""
 _ALWAYS = ("launched", *_BEGINS)
-"""Events that count even if their writer is not the newest."""
+"""Events that `current` keeps even if their writer is not the newest."""
 
 
 @dataclass
 class _Stretch:
-    """Consecutive microseconds of the same category; `step` is the step of "productive" ones."""
+    """A period of the run in a single category; `step` is the step trained in a "productive" period."""
 
     microseconds: int
     category: str
@@ -39,9 +40,9 @@ class _Stretch:
 
 def attribute(events: Sequence[Event]) -> dict[str, Any]:
     """Returns a dictionary with the seconds of each category, their sum `wall`, `effective_training_time_ratio` (productive / wall)
-    and `restarts`.
+    and `restarts` (the number of failures that the launcher noticed in order to restart).
 
-    The time between the end of a finished run and a later launch that continues it does not count. Without events it returns {}.
+    The time between the end of a finished run and a later launch that continues it is in no category. Without events it returns {}.
     """
     if not events:
         return {}
@@ -90,7 +91,7 @@ def _stretches(events: list[Event]) -> list[_Stretch]:
 
 
 def _close(stretches: list[_Stretch], microseconds: int, phase: str, step: int, event: Event) -> None:
-    """Appends the stretch of time in `phase` that `event` ends."""
+    """Appends the stretches of the `microseconds` in `phase` before `event`: for a failure two, before and after it happened."""
     if event.what == "failed":
         since = event.wall if event.since is None else event.since
         unseen = min(microseconds, max(0, round((event.wall - since) * 1e6)))

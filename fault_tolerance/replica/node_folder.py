@@ -1,4 +1,4 @@
-"""Determines a rank's node and manages the in-memory folder that the ranks of a node share.
+"""Determines a rank's node and manages the in-memory folder of replicas that the ranks of a node share.
 
 scratch/replicas/.node              identifies the node
                  .session           the newest start of the run in which this node has taken part
@@ -30,8 +30,8 @@ _SESSION = ".session"
 
 @dataclass(frozen=True)
 class Site:
-    """The folder of this rank's node. `run` identifies the run; `session` identifies this start of the run and sorts after the
-    sessions of earlier starts."""
+    """The folder of this rank's node. `run` identifies the run; `session`, its present start, sorts after the sessions of earlier
+    starts."""
 
     root: Path
     nodes: NodeMap
@@ -39,25 +39,26 @@ class Site:
     run: str
     session: str
     stale: bool
-    """Whether this node did not take part in the newest session before this start that any node has recorded. A replica whose parts
-    are held only by such nodes is not used."""
+    """Whether the run went on without this node before this start: the folder of another node records a later session than this
+    node's folder. A replica that exists only on such nodes is not used."""
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is the one of its node that changes the shared folder."""
+        """Whether this rank acts for its node: only this rank of the node removes and renames replicas in the shared folder."""
         return self.nodes.leads(self.group.rank)
 
     @property
     def beside(self) -> tuple[int, ...]:
-        """The positions of the ranks on this node."""
+        """The positions in the group of the ranks on this node, including this rank."""
         return self.nodes.beside(self.group.rank)
 
     def on_all(self, function: Callable[[], T]) -> T:
-        """Calls `function` and returns its result. If it fails on any rank, raises the same error on every rank. Collective."""
+        """Calls `function` and returns this rank's result. If it fails on any rank, raises the same error on every rank (see
+        checkpoint/agree.py). Collective."""
         return on_all(function, self.group)
 
     def begin(self) -> None:
-        """Records that this node takes part in the session. Raises OSError."""
+        """Records in the node's folder that this node takes part in `session`. Raises OSError."""
         if self.leads:
             unfinished = self.root / f"{_SESSION}-new"
             unfinished.write_text(json.dumps({"run": self.run, "session": self.session}))
@@ -66,7 +67,7 @@ class Site:
     def forget(self, keep: int = 0, after: int = -1) -> None:
         """Keeps the newest `keep` replicas of steps up to `after` (negative: of all steps) and removes the others.
 
-        Raises CheckpointError.
+        Only the rank that `leads` does this. Raises CheckpointError if a replica cannot be removed.
         """
         if self.leads:
             held = list_checkpoints(self.root)
@@ -76,14 +77,14 @@ class Site:
                 discard(path)
 
     def free_bytes(self) -> int:
-        """Returns the memory available to replicas on this node, including what they use now."""
+        """Returns the bytes of memory available to replicas on this node, including what replicas use now."""
         taken = sum(file.stat().st_size for file in self.root.rglob("*") if file.is_file())
         return min(shutil.disk_usage(self.root).free, psutil.virtual_memory().available) + taken
 
 
 def open_site(scratch: Path, run: str, session: str, group: Group) -> Site:
     """Determines which ranks share nodes, removes replicas that can no longer be used, and returns this rank's site. Collective.
-    Raises OSError."""
+    Raises OSError or CheckpointError if the folder cannot be used or cleared."""
     root = scratch / REPLICAS
     root.mkdir(parents=True, exist_ok=True)
     answers = gather_json({"node": node_token(root), "session": _session(root, run)}, group)
@@ -99,7 +100,7 @@ def open_site(scratch: Path, run: str, session: str, group: Group) -> Site:
 
 
 def _session(root: Path, run: str) -> str:
-    """Returns the newest session of this run in which the node has taken part; empty if there is none."""
+    """Returns the latest session of `run` in which this node has taken part, as its folder records; "" if it records none."""
     try:
         session = json.loads((root / _SESSION).read_text())
     except (OSError, ValueError):

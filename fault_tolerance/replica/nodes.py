@@ -44,7 +44,8 @@ class NodeMap:
 
     @cached_property
     def partners(self) -> tuple[int | None, ...]:
-        """For each position, the position on the next node that keeps the copy of its state; None if there is only one node."""
+        """For each position, the position on the next node that keeps the copy of that position's state; None for all if there is
+        only one node."""
         if self.count == 1:
             return (None,) * len(self.of)
         partners: list[int | None] = [None] * len(self.of)
@@ -56,7 +57,7 @@ class NodeMap:
 
     @cached_property
     def kept_for(self) -> tuple[tuple[int, ...], ...]:
-        """For each position, the positions whose copies it keeps."""
+        """For each position, the positions on other nodes whose state it keeps a copy of."""
         kept: list[list[int]] = [[] for _ in self.of]
         for position, partner in enumerate(self.partners):
             if partner is not None:

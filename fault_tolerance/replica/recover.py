@@ -1,8 +1,8 @@
 """Recovers replicas after a restart: finds those that the nodes still hold and makes a checkpoint directory that every node can
 read.
 
-A part counts as held only if all its bytes match their hashes. A node receives the shards that it needs but does not hold from a
-node that holds them.
+A node is taken to hold a part only if all bytes of the part match their hashes. A node receives the shards that it needs but does
+not hold from a node that holds them.
 """
 
 import logging
@@ -39,8 +39,8 @@ Wanted = Iterable[tuple[str, Box]]
 
 
 def _held(root: Path) -> list[dict[str, Any]]:
-    """Returns the saves of which a node's folder holds parts, according to a quick check: {"origin": fields of Origin, "ranks":
-    [...]}."""
+    """Returns the saves of which the node's folder `root` holds parts whose table and size are right (their bytes are not read):
+    {"origin": fields of Origin, "ranks": [...]}."""
     held: list[dict[str, Any]] = []
     for path in list_checkpoints(root):
         ranks: dict[Origin, list[int]] = {}
@@ -69,7 +69,8 @@ class Replica:
         return replica_name(self.step)
 
     def fetch(self, wanted: Wanted) -> Path:
-        """Makes the boxes `wanted` readable on this node and returns the path of a checkpoint directory in the node's memory.
+        """Makes the boxes `wanted` by this rank readable on its node and returns the path of a checkpoint directory in the node's
+        memory.
 
         Collective. Raises CheckpointError on every rank if all copies of a part are damaged or memory runs out.
         """
@@ -88,8 +89,8 @@ class Replica:
         return folder
 
     def _verified(self, folder: Path) -> dict[int, ShardTable]:
-        """Returns the tables of the undamaged parts in `folder` that are assigned to this rank; the ranks of a node divide the
-        parts among them."""
+        """Returns the tables, by part, of the undamaged parts in `folder` among those that this rank verifies; the ranks of a node
+        divide all parts there among them."""
         beside, verified = self.site.beside, {}
         for part in parts_in(folder)[beside.index(self.site.group.rank) :: len(beside)]:
             try:
@@ -99,7 +100,8 @@ class Replica:
         return verified
 
     def _holders(self, own: list[int]) -> dict[int, list[int]]:
-        """Returns, by part, the positions that verified a copy on their node. Raises CheckpointError if a part has none."""
+        """Returns, by part, the positions that have verified a copy on their node; `own` are the parts that this rank has verified.
+        Collective. Raises CheckpointError if no position has verified a part."""
         holders: dict[int, list[int]] = {part: [] for part in range(self.origin.ranks)}
         for position, parts in enumerate(gather_json(own, self.site.group)):
             for part in parts:
@@ -110,7 +112,7 @@ class Replica:
         return holders
 
     def _tables(self, own: dict[int, ShardTable]) -> dict[int, ShardTable]:
-        """Returns the tables of all parts, by part, each sent by a rank that holds the part. Collective."""
+        """Returns the tables of all parts, by part; `own` are those that this rank sends to the others. Collective."""
         texts = {part: table.encode().decode() for part, table in own.items()}
         answers = gather_json(texts, self.site.group)
         return {int(part): ShardTable.decode(text.encode()) for answer in answers for part, text in answer.items()}
@@ -129,7 +131,8 @@ class Replica:
         return transfers
 
     def _receive(self, transfers: list[Transfer], folder: Path, arriving: Path, tables: dict[int, ShardTable]) -> None:
-        """Takes part in the transfers; verifies received parts and moves them into `folder`. Raises OSError, CheckpointError."""
+        """Takes part in the transfers, verifies the parts that this rank receives and moves them into `folder`. Raises OSError, or
+        CheckpointError if a received part is damaged."""
         arriving.mkdir(exist_ok=True)
         deliver(transfers, folder, arriving, self.site.group)
         for transfer in transfers:
@@ -149,7 +152,8 @@ class Replica:
 
 
 def survey(site: Site) -> list[Replica]:
-    """Returns the replicas of this run whose parts all exist on some node, newest first; the same on every rank. Collective."""
+    """Returns the replicas of this run whose parts all exist on some node, at least one of them on a node that is not `Site.stale`,
+    newest first; the same on every rank. Collective."""
     answers = gather_json({"stale": site.stale, "held": _held(site.root) if site.leads else []}, site.group)
     holders: dict[Origin, set[int]] = {}
     current: set[Origin] = set()
@@ -180,7 +184,7 @@ def replica_name(step: int) -> str:
 
 
 def shards_of(manifest: Manifest, wanted: Wanted) -> set[str]:
-    """Returns the names of the shards that contain elements of the wanted boxes."""
+    """Returns the names of the shards in `manifest` that contain elements of the boxes `wanted`."""
     return {
         stored.file
         for name, box in wanted

@@ -1,4 +1,4 @@
-"""Keeps each rank's state in memory: on its own node and, if there are several nodes, on a partner's node.
+"""Keeps copies (replicas) of each rank's state in memory: on its own node and, if there are several nodes, on a partner's node.
 
     every rank    writes its part | sends it to the partner, verifies what it received | waits | the node's leader renames | waits
     Until the second wait ends, the previous replica is the newest; afterwards every node has the new replica.
@@ -30,12 +30,12 @@ from bagualu.parallel.boxes import TensorPiece
 
 GENERATIONS = 2
 _MARGIN = 1.05
-"""Factor by which a replica may exceed its tensors: headers, tables and partly used pages."""
+"""Factor by which a replica may take more memory than its tensors: headers, tables and partly used pages."""
 log = logging.getLogger(__name__)
 
 
 class Replicas:
-    """The replicas of a run, for the ranks of `group`. Every method is collective over the group."""
+    """The replicas of a run, for the ranks of `group`. Every method is collective over the group, as is the constructor."""
 
     def __init__(self, scratch: Path, run: str, session: str, group: Group) -> None:
         """`scratch` is a folder in memory that this node's ranks share. `run` identifies the run, the same for all its starts.
@@ -48,7 +48,8 @@ class Replicas:
         """Whether a replica could not be made, e.g. because memory ran out; then this process makes no more replicas."""
 
     def check_room(self, own_bytes: int) -> None:
-        """Raises RecipeError on every rank if a node has too little memory for replicas; this rank's part takes `own_bytes`."""
+        """Raises RecipeError on every rank if a node has too little memory for replicas; the tensors of this rank's part take
+        `own_bytes`."""
         site, nodes = self.site, self.site.nodes
         room = {"free": site.free_bytes(), "folder": str(site.root.parent)} if site.leads else {}
         answers = gather_json({"bytes": own_bytes, **room}, site.group)
@@ -63,12 +64,13 @@ class Replicas:
                 )
 
     def candidates(self) -> list[Replica]:
-        """Returns the replicas to resume from, newest first: those whose parts all exist, according to a quick check."""
+        """Returns the replicas to resume from, newest first: those whose parts all exist on some node. A quick check has found no
+        damage in them."""
         return survey(self.site)
 
     def start(self, step: int | None) -> None:
         """Begins this start of the run, which has resumed from the replica of `step` (None: from no replica). Removes the replicas
-        of later steps; with None, all replicas."""
+        of steps after `step` and, of the others, all but the newest GENERATIONS; with None, all replicas."""
 
         def settle() -> None:
             self.site.forget(GENERATIONS if step is not None else 0, -1 if step is None else step)
@@ -77,7 +79,8 @@ class Replicas:
         self.site.on_all(settle)
 
     def keep(self, step: int, pieces: Iterable[TensorPiece], metadata: dict[str, Any]) -> None:
-        """Keeps the state after `step` steps. If this fails, a warning is logged and no more replicas are made; the run goes on.
+        """Makes a replica of the state after `step` steps. If this fails, a warning is logged and this process makes no more
+        replicas; the run goes on.
 
         The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON, the same on all
         ranks.
@@ -112,7 +115,7 @@ class Replicas:
         site.on_all(lambda: self._commit(temporary, step))
 
     def _copy(self, temporary: Path, origin: Origin) -> None:
-        """Sends this rank's part to its partner and verifies the parts that it receives."""
+        """Sends this rank's part to its partner on the next node and verifies the parts that this rank receives. Collective."""
         site, group = self.site, self.site.group
         names = (shard_name, table_name)
         own = torch.tensor([_size(temporary / name(group.rank)) for name in names], device=group.device)
@@ -140,11 +143,12 @@ class Replicas:
             os.rename(temporary, final)
 
     def forget_after(self, step: int) -> None:
-        """Removes the replicas of steps after `step`, the step to which the run goes back. Raises CheckpointError."""
+        """Removes the replicas of steps after `step`, the step to which the run goes back, and of the others all but the newest
+        GENERATIONS. Raises CheckpointError on every rank if that fails on any rank."""
         self.site.on_all(lambda: self.site.forget(GENERATIONS, step))
 
     def remove(self) -> None:
-        """Removes all replicas at the end of the run."""
+        """Removes all replicas and their folder at the end of the run."""
         site = self.site
         site.group.barrier()
         if site.leads:

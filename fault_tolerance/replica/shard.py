@@ -26,10 +26,10 @@ class Origin:
 
     step: int
     session: str
-    """Identifies the start of the run that made the save."""
+    """Identifies the start of the run that made the save; sorts after the sessions of earlier starts."""
     run: str
     ranks: int
-    """The number of parts of the save."""
+    """The number of ranks that made the save, which is the number of its parts."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ShardTable:
 
     @staticmethod
     def decode(raw: bytes) -> "ShardTable":
-        """Returns the table that `encode` made. Raises ValueError if any byte has changed."""
+        """Returns the table that `encode` made. Raises ValueError if any byte of `raw` has changed."""
         hashed, content = raw[:_HASH_LENGTH], raw[_HASH_LENGTH:]
         if digest(content).encode() != hashed:
             raise ValueError("does not match its own hash")
@@ -55,7 +55,7 @@ class ShardTable:
         return ShardTable(Origin(**fields["origin"]), fields["metadata"], fields["report"])
 
     def manifest(self, rank: int) -> Manifest:
-        """Returns a manifest of the shard of `rank` alone."""
+        """Returns a manifest of this part alone, which is that of `rank`."""
         return gathered(self.origin.step, self.metadata, [rank], [self.report])
 
 
@@ -78,18 +78,20 @@ def parts_in(folder: Path) -> list[int]:
 
 
 def write_part(folder: Path, rank: int, pieces: Iterable[TensorPiece], metadata: dict[str, Any], origin: Origin) -> None:
-    """Writes the table of `rank` and, if it has any elements, its shard. Raises OSError, ValueError."""
+    """Writes the table of `rank` and, unless `pieces` have no elements, its shard. Raises OSError if writing fails, ValueError if
+    pieces or metadata are invalid."""
     write_table(folder, rank, ShardTable(origin, metadata, write_shard(folder / shard_name(rank), pieces)))
 
 
 def write_table(folder: Path, rank: int, table: ShardTable) -> None:
-    """Writes the table of `rank`. Raises OSError, ValueError."""
+    """Writes the table of `rank` durably to a new file. Raises OSError, or ValueError if its content is not plain JSON."""
     with durable_file(folder / table_name(rank)) as descriptor:
         write_all(descriptor, table.encode())
 
 
 def read_table(folder: Path, rank: int) -> ShardTable:
-    """Returns the table of `rank`'s part in `folder` after checking the size of the shard. Raises CheckpointError."""
+    """Returns the table of `rank`'s part in `folder` after checking the table's hash and the size of the shard. Raises
+    CheckpointError if either is wrong."""
     path = folder / table_name(rank)
     try:
         table = ShardTable.decode(path.read_bytes())
@@ -104,7 +106,8 @@ def read_table(folder: Path, rank: int) -> ShardTable:
 
 
 def verify_part(folder: Path, rank: int, origin: Origin) -> ShardTable:
-    """Returns the table of `rank`'s part after verifying every byte of its shard. Raises CheckpointError."""
+    """Returns the table of `rank`'s part in `folder` after verifying every byte of its shard. Raises CheckpointError if the part is
+    damaged or does not belong to `origin`."""
     table = read_table(folder, rank)
     if table.origin != origin:
         raise CheckpointError(f"{folder / table_name(rank)} belongs to another save")

@@ -13,7 +13,7 @@ import torch
 from bagualu.comm.group import Group
 
 CHUNK_BYTES = 16 * 2**20
-"""The most bytes that a rank sends to another in a round."""
+"""The most bytes that a rank sends to any one other rank in a round."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class _Chunk:
 def deliver(transfers: Sequence[Transfer], outbox: Path, inbox: Path, group: Group) -> None:
     """Copies files from the sources' `outbox` to the destinations' `inbox`. Collective: all ranks pass the same transfers.
 
-    The caller verifies what arrives. A rank that cannot read or write still takes part in all rounds, so that no rank waits for it,
-    and raises OSError afterwards.
+    The caller verifies what arrives. A rank that cannot read or write a file still takes part in all rounds, so that no rank waits
+    for it, and raises OSError afterwards.
     """
     pairs: dict[tuple[int, int], list[_Chunk]] = {}
     for transfer in transfers:

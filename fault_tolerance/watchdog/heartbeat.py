@@ -25,7 +25,7 @@ _RECORD = struct.Struct("<QqQ16s16sqQdQ")
 was read while it was being written."""
 _COUNTS_AT = 128
 _LINES = 512
-"""The number of counts for which there is room at first."""
+"""The number of lines of operations whose counts the file has room for at first."""
 
 
 _PACK, _NOW = _RECORD.pack_into, time.monotonic
@@ -40,7 +40,7 @@ class _Encoded(dict[str, bytes]):
 
 
 class Heartbeat:
-    """Observes a rank's monitor and writes what it reports to the heartbeat. A call costs about a microsecond
+    """Observes a rank's monitor and writes what the monitor reports to the rank's heartbeat. A call costs about a microsecond
     (tests/bench/heartbeat.py)."""
 
     def __init__(self, folder: Path, rank: int, monitor: Monitor) -> None:
@@ -113,22 +113,23 @@ class Beat:
     started: float
     """Time at which the heartbeat was created, in seconds of the machine's monotonic clock."""
     beats: int
-    """The number of changes so far. If it is the same in two readings, nothing has changed in between."""
+    """The number of records that the rank has written so far. If two readings have the same number, the rank has reported nothing
+    in between."""
     step: int
     steps_begun: int
     """The number of steps that this process has begun."""
     point: str
     operation: str
-    """The operation that the rank waits for; empty if it does not wait."""
+    """Name of the operation that the rank waits for; empty if the rank does not wait."""
     line: Line | None
     number: int
     since: float
-    """Time of the last change, on the clock of `started`."""
+    """Time of the last record, in seconds of the machine's monotonic clock."""
     counts: dict[Line, int]
 
 
 def read(folder: Path, rank: int) -> Beat | None:
-    """Returns the heartbeat of `rank`; None if it does not exist yet or is being written at this moment."""
+    """Returns the heartbeat of `rank`; None if it does not exist yet, is incomplete, or is being written at this moment."""
     path = folder / f"rank-{rank:05d}.beat"
     try:
         raw = path.read_bytes()
@@ -150,7 +151,8 @@ def read(folder: Path, rank: int) -> Beat | None:
 
 
 def read_beats(folder: Path, rank: int) -> int:
-    """Returns only the number of changes in the heartbeat of `rank`; 0 if it does not exist yet."""
+    """Returns only `Beat.beats` of the heartbeat of `rank`; 0 if the heartbeat cannot be read, e.g. because it does not exist
+    yet."""
     try:
         with (folder / f"rank-{rank:05d}.beat").open("rb") as file:
             return int.from_bytes(file.read(8), "little")

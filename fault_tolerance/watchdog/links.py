@@ -25,7 +25,7 @@ class LostLink:
     here: Address
     there: Address
     peer: int | None
-    """The rank at the other end; None if it is not on this machine."""
+    """The rank at the other end of the connection; None if that end is none of the processes examined, e.g. on another machine."""
     unacknowledged_bytes: int
     repeats: int
 
@@ -44,7 +44,7 @@ class _Connection:
 
 
 def lost_links(processes: Mapping[int, int]) -> list[LostLink]:
-    """Returns the lost links of `processes`, the process id of each rank."""
+    """Returns the connections of `processes` (the process id of each rank) whose data are sent again and not acknowledged."""
     of_rank = {rank: _connections(pid) for rank, pid in processes.items()}
     owner = {(link.here, link.there): rank for rank, connections in of_rank.items() for link in connections}
     return [
@@ -56,7 +56,8 @@ def lost_links(processes: Mapping[int, int]) -> list[LostLink]:
 
 
 def cut_off(links: list[LostLink]) -> int | None:
-    """Returns the rank at an end of every lost link if there is exactly one such rank, else None."""
+    """Returns the rank that is at an end of every one of `links`, if there is exactly one such rank and the links join at least two
+    different pairs of ends; else None."""
     ends = [{link.rank, link.peer} - {None} for link in links]
     count = Counter(rank for ranks in ends for rank in ranks)
     everywhere = [rank for rank, times in count.items() if times == len(links)]
@@ -88,7 +89,8 @@ def _sockets(pid: int) -> set[str]:
 
 
 def _address(text: str) -> Address:
-    """Returns the address and port of ADDRESS:PORT in hexadecimal; the address is in 32-bit words in the machine's byte order."""
+    """Returns (address, port) from `text`, ADDRESS:PORT in hexadecimal; the address is in 32-bit words in the machine's byte
+    order."""
     address, port = text.split(":")
     raw = b"".join(struct.pack("=I", int(address[i : i + 8], 16)) for i in range(0, len(address), 8))
     mapped = len(raw) == 16 and raw[:12] == bytes(10) + b"\xff\xff"

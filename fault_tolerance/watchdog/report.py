@@ -11,7 +11,8 @@ from bagualu.fault_tolerance.watchdog.verdict import HangDiagnosis, Seen
 def write_report(
     folder: Path, verdict: HangDiagnosis, seen: Mapping[int, Seen], stacks: Mapping[int, str], links: Sequence[LostLink]
 ) -> Path:
-    """Writes the report to `folder` under an unused name and returns its path."""
+    """Writes a report of the hang to `folder`, in a file with an unused name, and returns its path. `seen` and `stacks` are by
+    rank."""
     folder.mkdir(parents=True, exist_ok=True)
     first = folder / f"hang-{time.strftime('%Y%m%d-%H%M%S')}.txt"
     path, number = first, 1

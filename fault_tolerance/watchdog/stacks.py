@@ -20,13 +20,15 @@ from bagualu.fault_tolerance.watchdog.verdict import GONE, STOPPED
 
 SIGNAL = signal.SIGUSR2
 _PATIENCE_SECONDS = 2.0
-"""Time that processes get to write their stacks."""
+"""Seconds that processes get to write their stacks, and that killed processes get to disappear."""
 _QUIET_SECONDS = 0.3
-"""A stack that has not grown for this long is complete; on a busy machine the writer may pause in the middle."""
+"""A stack that has not grown for this many seconds is taken to be complete; on a busy machine the writer may pause in the
+middle."""
 
 
 def show_on_signal(folder: Path, rank: int) -> None:
-    """Makes this process write the stacks of its threads to `folder` whenever it receives SIGNAL."""
+    """Makes this process, that of `rank`, append the stacks of all its threads to a file in `folder` whenever it receives
+    SIGNAL."""
     folder.mkdir(parents=True, exist_ok=True)
     faulthandler.register(SIGNAL, file=_file(folder, rank).open("w"), all_threads=True, chain=False)  # it keeps the file open
 
@@ -52,7 +54,8 @@ def end_all(folder: Path, processes: Mapping[int, int]) -> dict[int, str]:
 
 
 def _ask(folder: Path, processes: Mapping[int, int], continue_first: bool = False) -> dict[int, str]:
-    """Signals the processes and returns the stacks they write. With `continue_first`, also continues stopped processes."""
+    """Asks the processes by SIGNAL for their stacks and returns, by rank, those written in time. With `continue_first`, also
+    continues the processes, which are stopped."""
     asked = {rank: pid for rank, pid in processes.items() if _file(folder, rank).exists()}  # SIGNAL would kill the others
     begin = {rank: _file(folder, rank).stat().st_size for rank in asked}  # earlier stacks come before this
     for pid in asked.values():

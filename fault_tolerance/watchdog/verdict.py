@@ -21,20 +21,21 @@ GONE = ("zombie", "dead", "gone")
 LONG_POINTS = frozenset({"start", *(phase for phase in Phase if phase.activity != "train")})
 """Phases that may take long without visible progress."""
 SPARE = "spare"
-"""The phase of a rank that has no work."""
+"""The phase (`Seen.point`) of a rank that has no work; such ranks are not judged."""
 _SILENT = "it computes, or is stuck in native code, and makes no progress"
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a rank may go without any change before that counts as a hang."""
+    """The seconds that a rank may go without any change in its heartbeat before the run is taken to hang."""
 
     hang_seconds: float
     long_seconds: float
-    """The limit in a phase that may take long, and until the process has finished its first step (compilation)."""
+    """The limit, instead of `hang_seconds`, in a phase that may take long, and until the process has finished its first step
+    (compilation)."""
     wait_seconds: float = math.inf
-    """Waiting time after which a rank will soon give up. For the rank it waits for, the limit is then `hang_seconds` in every
-    phase."""
+    """Waiting time after which a rank will soon give up. Once a rank has waited for so long, the limit for the ranks it waits for
+    is `hang_seconds` in every phase."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class Seen:
     steps_begun: int = 0
     point: str = "start"
     operation: str = ""
-    """The operation that the rank waits for; empty if it does not wait."""
+    """Name of the operation that the rank waits for; empty if the rank does not wait."""
     line: Line | None = None
     number: int = 0
     counts: Mapping[Line, int] = field(default_factory=dict)
     silent_seconds: float = 0.0
-    """Time since the rank's last change."""
+    """Seconds since the last change in the rank's heartbeat."""
     cpu_seconds: float = 0.0
-    """Processor time that all threads of the rank's process have used during `silent_seconds`."""
+    """Seconds of processor time that all threads of the rank's process have used during `silent_seconds`."""
     process: str = "running"
     """State of the rank's process, as psutil names it; "gone" if the process does not exist."""
 
@@ -86,7 +87,7 @@ class HangDiagnosis:
     culprits: tuple[int, ...]
     why: str
     suspects: tuple[int, ...] = ()
-    """The ranks among which the culprit must be; the culprits if they are known."""
+    """The ranks among which the culprit must be; the same as `culprits` if they are known."""
 
 
 def judge(seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
@@ -106,9 +107,10 @@ def judge(seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
 
 
 def missed_by(rank: int, seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
-    """Returns which rank kept `rank` waiting, which has just given up; None if `seen` does not show it.
+    """Returns the diagnosis of which ranks kept `rank` waiting until it gave up, just now; None if `seen` does not show that.
 
-    Only ranks that have been silent for as long as `patience` allows count. Others may themselves have waited until a moment ago.
+    Only ranks without a change for as long as `patience` allows can be culprits. Others may themselves have waited until a moment
+    ago.
     """
     state = seen.get(rank)
     if state is None or not state.waits or not state.overdue(patience):
@@ -129,7 +131,7 @@ def _first_end(waiting: list[Seen], seen: Mapping[int, Seen], patience: Patience
 
 
 def _is_late(state: Seen, others: list[Seen]) -> bool:
-    """Returns whether another rank has joined a collective that this rank has not joined yet."""
+    """Returns whether another rank has joined a collective of `state`'s rank that this rank has not joined yet."""
     return any(
         count > state.counts.get(line, 0)
         for other in others
@@ -167,8 +169,8 @@ def _follow(state: Seen, seen: Mapping[int, Seen], patience: Patience) -> HangDi
 
 
 def _behind(state: Seen, seen: Mapping[int, Seen]) -> list[int]:
-    """Returns the ranks of the line of `state` that have not joined its operation. Ranks of other nodes count only if none here is
-    behind, since their counts are unknown."""
+    """Returns the ranks of the line of `state` that have not joined its operation. If no rank of this node is behind, returns those
+    of other nodes, since their counts are unknown."""
     assert state.line is not None
     others = [rank for rank in state.line.ranks if rank != state.rank]
     here = [rank for rank in others if rank in seen and seen[rank].counts.get(state.line, 0) < state.number]

@@ -13,16 +13,17 @@ from bagualu.fault_tolerance.watchdog.verdict import GONE, HangDiagnosis, Patien
 
 @dataclass
 class _Pulse:
-    """A rank's heartbeat when the watchdog last looked."""
+    """What the watchdog knew of a rank's heartbeat when it last looked."""
 
     beats: int = 0
     silent_seconds: float = 0.0
     cpu_seconds: float = 0.0
-    """Processor time of the process when its silence began."""
+    """Seconds of processor time that the rank's process had used when the heartbeat stopped changing."""
 
 
 class Watchdog:
-    """Watches a generation of workers. `look` may be called often; it acts at most every `interval` seconds.
+    """Watches the workers of this machine from one start of the workers to the next. `look` may be called often; it acts at most
+    every `interval` seconds.
 
     Silence is summed over the watchdog's own looks, not read from a clock. So time in which the launcher or the whole machine was
     stopped does not count.
@@ -42,7 +43,7 @@ class Watchdog:
         self._pulses = {rank: _Pulse() for rank in processes}
 
     def look(self) -> HangDiagnosis | None:
-        """Returns the diagnosis if the run makes no progress; None if it may still continue or it is too early to look again."""
+        """Returns the diagnosis if the run makes no progress; None if the run may still go on or it is too early to look again."""
         now = self._clock()
         if now - self._last < self.interval:
             return None
@@ -55,7 +56,7 @@ class Watchdog:
         return judge(self.seen(), self._patience)
 
     def seen(self) -> dict[int, Seen]:
-        """Returns the present state of every rank."""
+        """Returns the present state of every rank on this machine, by rank."""
         return {rank: self._see(rank, pulse) for rank, pulse in self._pulses.items()}
 
     def _update(self, rank: int, pulse: _Pulse, passed: float) -> None:
@@ -81,8 +82,8 @@ class Watchdog:
 
 
 def seen_now(folder: Path) -> dict[int, Seen]:
-    """Returns the state of every rank with a heartbeat in `folder` and a live process; its silence is the age of its last
-    change."""
+    """Returns, by rank, the state of every rank with a heartbeat in `folder` and a live process; `silent_seconds` is the age of its
+    last record, and `cpu_seconds` is 0."""
     states = {}
     for path in folder.glob("rank-*.beat"):
         beat = read(folder, int(path.stem.removeprefix("rank-")))

@@ -7,12 +7,12 @@ from bagualu.comm.errors import RecipeError
 
 
 def shares(total_micro_batches: int, speeds: Sequence[float]) -> list[int]:
-    """Returns the number of micro-batches of each replica, at least one each, such that the slowest replica ends as early as
-    possible.
+    """Returns the number of micro-batches of each replica, at least one each, such that the replica that ends last ends as early as
+    possible. `speeds` are relative to one another.
 
-    Each further micro-batch goes to the replica that would finish it first; of several, the first is chosen. This is optimal,
-    because the latest end never decreases as micro-batches are added. Fractions make the result exact. Raises RecipeError if there
-    are fewer micro-batches than replicas.
+    Each further micro-batch goes to the replica that would finish it first; if several would finish it at the same time, to the
+    first of them. This is optimal, because the latest end never decreases as micro-batches are added. Fractions make the result
+    exact. Raises RecipeError if there are fewer micro-batches than replicas.
     """
     if total_micro_batches < len(speeds):
         raise RecipeError(f"{total_micro_batches} micro-batches are fewer than {len(speeds)} replicas; give train.micro_batch a "

@@ -11,7 +11,8 @@ import torch
 
 
 def backward(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
-    """Adds to the gradient of every leaf the derivative of the sum of all `(output * gradient).sum()`.
+    """Adds to the gradient of every leaf tensor the derivative, with respect to that leaf, of the sum of all `(output *
+    gradient).sum()`.
 
     Raises ValueError if a gradient's shape differs from its output's.
     """

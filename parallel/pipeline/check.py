@@ -19,7 +19,7 @@ from bagualu.parallel.pipeline.schedules.schedule import (
 
 _SPLIT = (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
 _RELEASES = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
-"""The passes after which a stage no longer holds the activations of the forward pass."""
+"""The passes after which the activations of the stage's forward pass of that micro-batch are freed."""
 
 
 class ScheduleError(ValueError):
@@ -28,7 +28,7 @@ class ScheduleError(ValueError):
 
 @dataclass(frozen=True)
 class Report:
-    """The memory that a correct schedule needs, counted in forward passes whose activations are held."""
+    """The activation memory that a correct schedule needs, counted in forward passes whose activations are in memory."""
 
     peak_in_flight: list[int]
     """For each rank, the most forward passes, of all its stages together, whose activations are held at the same time. With v
@@ -38,7 +38,7 @@ class Report:
 
 
 def check(schedule: Schedule) -> Report:
-    """Returns the schedule's memory need. Raises ScheduleError if the schedule is wrong.
+    """Returns the schedule's need of activation memory. Raises ScheduleError if the schedule is wrong.
 
     A correct schedule does every micro-batch at every stage forward and then backward exactly once, the backward pass whole or as I
     and then W. Each pass comes after the message it needs and before the message it feeds. And all ranks reach the end of their
@@ -77,7 +77,7 @@ def _chain(stage: int, micro_batch: int, position: dict[Action, int], placement:
 
 
 def _local_dependencies(rank: int, actions: list[Action], placement: StagePlacement) -> list[tuple[Action, Action]]:
-    """Returns (earlier, later) pairs of this rank's passes: the later pass needs the earlier pass's result, without a message."""
+    """Returns pairs (earlier, later) of this rank's passes: the later pass needs the earlier pass's result, without a message."""
     gives = {part: action for action in actions if action.kind in PASSES for part in parts(action)}
     return [
         (gives[needed], action)
@@ -105,7 +105,8 @@ def channel(action: Action, placement: StagePlacement) -> Channel:
 
 def run_dry(schedule: Schedule) -> list[tuple[int, Action]]:
     """Returns (rank, action) of all actions in an order in which they can be executed: each rank runs until it needs a message that
-    has not been sent. Raises ScheduleError if the ranks deadlock or a receive gets another message than its own."""
+    has not been sent. Raises ScheduleError if the ranks deadlock or the next message of a receive's channel is not the one that it
+    expects."""
     inboxes: dict[Channel, deque[Action]] = {}
     done: list[tuple[int, Action]] = []
     next_index = [0] * len(schedule.actions)
@@ -144,7 +145,7 @@ def received_as(send: Action) -> Action:
 
 
 def _peaks(actions: list[Action]) -> tuple[int, dict[int, int]]:
-    """Returns the most forward passes that the rank, and each of its stages, holds at the same time."""
+    """Returns (of the rank, by stage) the most forward passes whose activations are in memory at the same time."""
     held: Counter[int] = Counter()
     peak, peaks = 0, Counter[int]()
     for action in actions:

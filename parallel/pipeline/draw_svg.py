@@ -68,7 +68,7 @@ def draw_picture(title: str, panels: list[Panel], chunks: int, path: Path) -> No
 
 
 def _width(timeline: Timeline) -> float:
-    """Returns a width, in inches, at which most boxes have room for their number."""
+    """Returns a width of the picture, in inches, at which most boxes have room for the number of their micro-batch."""
     spans = list(_spans(timeline))
     digits = len(str(max(span.action.micro_batch for span in spans)))
     typical = sorted(float(span.end - span.start) for span in spans)[len(spans) // 4] or 1.0
@@ -120,8 +120,8 @@ def _corners(start: float, end: float, rank: int) -> list[tuple[float, float]]:
 
 
 def _write_numbers(axes: Axes, boxes: list[tuple[int, Span]], chunks: int, points_per_time: float) -> None:
-    """Writes the micro-batch into every box that is wide enough, as outlines, because thousands of text objects would take
-    minutes."""
+    """Writes the number of the micro-batch into every box that is wide enough, as outlines, because thousands of text objects would
+    take minutes."""
     figure = axes.get_figure()
     assert figure is not None
     scale = Affine2D().scale(1 / 72) + figure.dpi_scale_trans

@@ -5,9 +5,9 @@ from bagualu.parallel.pipeline.timeline import per_kind, simulate
 
 
 def draw(schedule: Schedule) -> str:
-    """Returns a drawing with a line per rank. Time runs to the right; each pass takes a step.
+    """Returns a drawing with a line per rank. Time runs to the right; each pass takes one time step.
 
-    A dot is a step in which a rank waits. In schedules that split backward passes, a whole backward pass takes two steps; the
+    A dot is a time step in which a rank waits. In schedules that split backward passes, a whole backward pass takes two steps; the
     second is shown as --.
     """
     splits = any(action.kind == Kind.WEIGHT_GRADIENT for actions in schedule.actions for action in actions)

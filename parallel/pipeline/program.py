@@ -8,12 +8,12 @@ from bagualu.parallel.pipeline.schedules.schedule import RECEIVES, SENDS, Action
 
 @dataclass(frozen=True)
 class Program:
-    """The actions of a rank, and the sends that are known to be received after each of its receives."""
+    """The actions of a rank and, for each of its receives, the sends that other ranks are then known to have received."""
 
     actions: list[Action]
     arrived: dict[Action, list[Action]] = field(default_factory=dict)
-    """For a receive, the earlier sends of this rank that have certainly been received when it ends. Waiting for them takes no time,
-    and then their tensors can be freed."""
+    """For a receive, the earlier sends of this rank that other ranks have certainly received when that receive ends. Waiting for
+    them takes no time, and then their tensors can be freed."""
 
 
 def program(schedule: Schedule, rank: int) -> Program:

@@ -17,7 +17,7 @@ from bagualu.parallel.pipeline.timeline import Cost, Span, Timeline
 
 @dataclass(frozen=True)
 class Measured:
-    """A measured step of a run; times are in seconds from its first pass."""
+    """A measured step of a run; times are in seconds from the start of the step's first pass."""
 
     step: int
     timeline: Timeline
@@ -34,7 +34,8 @@ class Measured:
 
 
 def read_measured(path: Path) -> Measured:
-    """Returns the last step in `path`. Raises RecipeError if the file is missing, empty or invalid."""
+    """Returns the step with the highest number in the file `path`. Raises RecipeError if the file is missing, empty or invalid, or
+    lacks a rank in that step."""
     if not path.exists():
         raise RecipeError(f"{path} does not exist; give the directory of a run that has trained with parallel.pipeline=2 or more")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -48,32 +49,33 @@ def read_measured(path: Path) -> Measured:
         if step == last:
             ranks[rank].append(Span(span.action, span.start - origin, span.end - origin))
     if not all(ranks):
-        raise RecipeError(f"{path} has no pass of rank {ranks.index([])} in step {last}; let the run write it again")
+        raise RecipeError(f"{path} has no pass of rank {ranks.index([])} in step {last}; run it again to write a new file")
     return Measured(last, Timeline([sorted(spans, key=lambda span: span.start) for spans in ranks]), path.name)
 
 
 def _row(path: Path, number: int, line: str) -> tuple[int, int, Span]:
-    """Returns (step, rank, pass) of a line. Raises RecipeError."""
+    """Returns (step, pipeline rank, pass) of a line. Raises RecipeError if the line is invalid."""
     try:
         row = json.loads(line)
         action = Action(Kind(row["kind"]), int(row["micro_batch"]), int(row["stage"]))
         step, rank, span = int(row["step"]), int(row["rank"]), Span(action, float(row["start"]), float(row["end"]))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise RecipeError(f"{path}, line {number}: not a pipeline pass ({error}); let the run write it again") from error
+        raise RecipeError(f"{path}, line {number}: not a pipeline pass ({error}); run it again to write a new file") from error
     if min(action.micro_batch, action.stage, rank) < 0 or not 0 <= span.end - span.start < math.inf:
-        raise RecipeError(f"{path}, line {number}: negative index or end before start; let the run write it again")
+        raise RecipeError(f"{path}, line {number}: negative index or end before start; run it again to write a new file")
     return step, rank, span
 
 
 def check_against(measured: Measured, schedule: Schedule) -> None:
-    """Raises RecipeError unless the measured passes are exactly those of `schedule`."""
+    """Raises RecipeError unless the measured passes of each rank are exactly those of `schedule`, in any order. Both must have the
+    same number of ranks."""
     for rank, planned in enumerate(schedule.actions):
         done = Counter(span.action for span in measured.timeline.ranks[rank])
         for action in Counter(planned) | done:
             if done[action] != planned.count(action):
                 raise RecipeError(
                     f"{measured.file}: rank {rank} did {action} {done[action]} times, but the run's schedule has it "
-                    f"{planned.count(action)} times; let the run write it again"
+                    f"{planned.count(action)} times; run it again to write a new file"
                 )
 
 

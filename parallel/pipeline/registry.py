@@ -52,8 +52,8 @@ def splits_backward(name: str) -> bool:
 
 
 def compute_schedule(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Schedule:
-    """Returns the schedule `name`, without messages. Raises RecipeError if the schedule does not exist or does not support
-    `chunks` stages per rank."""
+    """Returns the schedule `name`, without messages; `chunks` None: its default number of stages per rank. Raises RecipeError if
+    there is no such schedule or it does not support `chunks` stages per rank."""
     placement = place(name, ranks, chunks)
     return Schedule(placement, micro_batches, FAMILIES[name].generate(placement, micro_batches))
 

@@ -26,8 +26,8 @@ class Slices(Protocol):
         """Runs the rank's stage number `chunk` and returns (output, auxiliary).
 
         inputs are token ids [B, S] for the model's first stage, else activations. labels [B, S] are given to its last stage only.
-        The output is the activations for the next stage, or on the last stage the summed loss, a scalar. auxiliary is a scalar, the
-        sum of this stage's own losses (0 if it has none).
+        The output is the activations for the next stage, or on the last stage the sum of the tokens' losses, a scalar. auxiliary is
+        a scalar, the sum of this stage's own losses (0 if it has none).
         """
 
 
@@ -35,8 +35,8 @@ class WeightGradients(Protocol):
     """An object that can defer weight gradients to the W passes of zero-bubble schedules."""
 
     def putting_off(self) -> AbstractContextManager[list[Callable[[], None]]]:
-        """Within this context, weight gradients are deferred. Yields the list to which the functions that compute them are
-        added."""
+        """Within this context, weight gradients are deferred. Yields the list to which the functions that compute these gradients
+        are added."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Seeds:
 
 @dataclass
 class StageTotals:
-    """Sums over this rank's micro-batches: the loss if it holds the last stage, and the auxiliary losses of its stages."""
+    """Sums over this rank's micro-batches: the losses of all tokens (0 if the rank does not hold the last stage), and the auxiliary
+    losses of the rank's stages."""
 
     loss: torch.Tensor
     auxiliary: torch.Tensor
@@ -79,7 +80,7 @@ class _Run:
     seeds: Seeds | None
     totals: StageTotals
     receives: Iterator[Action]
-    """The receives that have not been started yet, in the order of the list."""
+    """The receives of the program that have not been started yet, in the program's order."""
 
 
 Key = tuple[int, int]
@@ -112,7 +113,7 @@ class PipelineRunner:
     def run(self, program: Program, micro_batches: list[MicroBatch], seeds: Seeds | None) -> StageTotals:
         """Executes this rank's program over its micro-batches and returns the sums of their losses.
 
-        Without `seeds`, the program must have only forward passes, and no gradients are computed.
+        If `seeds` is None, the program must have only forward passes, and no gradients are computed.
         """
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         receives: Iterator[Action] = (action for action in program.actions if action.kind in RECEIVES)
@@ -188,7 +189,8 @@ class PipelineRunner:
         inputs[action.micro_batch, action.stage + step] = tensor
 
     def _post_ahead(self, run: _Run) -> None:
-        """On the CPU, starts the next receive of the list before the pass that needs it, so that it overlaps with computation.
+        """On the CPU, starts the program's next receive before the program reaches it, so that it overlaps with computation.
+        Elsewhere does nothing.
 
         On an accelerator, a waiting receive would occupy the stream or the cores that the computation needs.
         """

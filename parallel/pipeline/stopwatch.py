@@ -26,7 +26,7 @@ class Stopwatch:
         self._accelerated = device.type != "cpu"
         self._begin = self._now()
         self.began = 0.0
-        """The time at which the last run began, on the host's clock (`time.perf_counter`)."""
+        """The time of the last `begin`, in seconds of `time.perf_counter`; 0.0 before the first."""
         self._marks: list[tuple[Action, float | torch.Event, float | torch.Event]] = []
 
     def begin(self) -> None:
@@ -42,7 +42,8 @@ class Stopwatch:
         self._marks.append((action, start, self._now()))
 
     def passes(self) -> list[Timed]:
-        """Returns the passes of the last run in order."""
+        """Returns the passes since the last `begin`, in order, with their times. On an accelerator it waits for the last of
+        them."""
         if self._marks and isinstance(self._marks[-1][2], torch.Event):
             self._marks[-1][2].synchronize()
         return [Timed(action, self._since_begin(start), self._since_begin(end)) for action, start, end in self._marks]

@@ -15,7 +15,7 @@ Cost = Callable[[Action], Time]
 
 @dataclass(frozen=True)
 class Span:
-    """A pass that runs from `start` to `end`."""
+    """A pass that runs from `start` to `end`, in the unit of the costs."""
 
     action: Action
     start: Time
@@ -42,15 +42,15 @@ class Timeline:
 
     @property
     def bubble(self) -> Time:
-        """The fraction of all ranks' time, until the last pass ends, in which ranks wait."""
+        """The fraction of all ranks' time, from 0 until the last pass of any rank ends, in which ranks wait."""
         return self._waiting(self.end)
 
     @property
     def own_bubble(self) -> Time:
         """The bubble as formula.py defines it: the fraction of the time `longest` in which ranks do not compute, on average.
 
-        It ignores that ranks start and end at different times. A step is only that short if nothing synchronises the ranks between
-        two steps.
+        It ignores that ranks start and end at different times. Steps follow each other with so little waiting only if nothing
+        synchronises the ranks between them.
         """
         return self._waiting(self.longest)
 
@@ -59,7 +59,8 @@ class Timeline:
 
 
 def per_kind(forward: Time = 1, input_gradient: Time = 1, weight_gradient: Time = 0) -> Cost:
-    """Returns the cost function with equal costs at every stage. A whole backward pass costs as much as I and W together."""
+    """Returns a cost function in which a pass costs the same at every stage. A whole backward pass costs as much as I and W
+    together."""
     table = {
         Kind.FORWARD: forward,
         Kind.BACKWARD: input_gradient + weight_gradient,
@@ -70,7 +71,8 @@ def per_kind(forward: Time = 1, input_gradient: Time = 1, weight_gradient: Time 
 
 
 def simulate(schedule: Schedule, cost: Cost, message: Time = 0) -> Timeline:
-    """Returns the times of all passes. `message` is the duration of a message between two ranks; only its receiver waits for it.
+    """Returns the times of all passes, of which `cost` gives the durations. `message` is the duration of a message between two
+    ranks; only its receiver waits for it.
 
     Raises ValueError if passes wait for each other.
     """

@@ -21,23 +21,24 @@ from bagualu.fault_tolerance.checkpoint.layout.format import (
 )
 
 PORTION_BYTES = 2**18
-"""The amount of data that is hashed and moved at a time, small enough to stay in the processor's cache in between."""
+"""The number of bytes that are hashed and then written, or read and then hashed, at a time: few enough to stay in the processor's
+cache in between."""
 
 
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP)
-"""Errors of a file that is missing or is not a regular file: the storage itself works."""
+"""Error numbers of a file that is missing or is not a regular file; they show that the storage itself works."""
 
 
 def unreadable(what: str, error: OSError) -> CheckpointError:
-    """Returns the error to raise for `what`, e.g. "PATH: NAME cannot be read": CheckpointStorageError if storage does not work at
-    the moment, CheckpointError if the file is damaged."""
+    """Returns the error to raise for `what`, e.g. "PATH: NAME cannot be read": CheckpointError if the file is missing or not a
+    regular file, else CheckpointStorageError, because its storage does not work at the moment."""
     if error.errno in _NO_FILE:
         return CheckpointError(f"{what} ({error.strerror}); {REMEDY}")
     return CheckpointStorageError(f"{what} now ({error.strerror}); see whether its storage answers")
 
 
 def portions(data: memoryview, block_bytes: int) -> Iterator[tuple[memoryview, bool]]:
-    """Yields `data` in portions, each with whether it ends a block."""
+    """Yields (portion, whether it ends a block) for consecutive portions of `data`, which begins at the start of a block."""
     for block in range(0, len(data), block_bytes):
         stop = min(block + block_bytes, len(data))
         for begin in range(block, stop, PORTION_BYTES):
@@ -46,7 +47,8 @@ def portions(data: memoryview, block_bytes: int) -> Iterator[tuple[memoryview, b
 
 
 def write_hashed(descriptor: int, data: memoryview, block_bytes: int) -> list[str]:
-    """Writes `data` and returns the hash of every block, taken from memory before the bytes are written. Raises OSError."""
+    """Writes `data` and returns the hash of each of its blocks, taken from memory before the block's bytes are written. Raises
+    OSError."""
     hashes, hasher = [], xxhash.xxh3_128()
     for portion, last in portions(data, block_bytes):
         hasher.update(portion)
@@ -58,8 +60,8 @@ def write_hashed(descriptor: int, data: memoryview, block_bytes: int) -> list[st
 
 
 def open_file(path: Path) -> FileIO:
-    """Returns a regular file, opened for reading. Raises OSError for anything else, e.g. a symbolic link or a pipe, without
-    blocking."""
+    """Returns the regular file `path`, opened for reading. Raises OSError for anything else, e.g. a symbolic link or a pipe,
+    without blocking."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -71,7 +73,8 @@ def open_file(path: Path) -> FileIO:
 
 
 def open_shard(path: Path, manifest: Manifest, name: str, check_header: bool = True) -> FileIO:
-    """Returns the opened shard `name` of the checkpoint at `path`, after verifying its size and, with `check_header`, its header.
+    """Returns the shard file `name` of the checkpoint at `path`, opened for reading, after verifying its size and, with
+    `check_header`, its header.
 
     Raises CheckpointError.
     """
@@ -93,9 +96,11 @@ def open_shard(path: Path, manifest: Manifest, name: str, check_header: bool = T
 
 
 def read_blocks(file: FileIO, where: str, stored: StoredBox, block_bytes: int, first: int, into: memoryview) -> None:
-    """Fills `into` with the verified bytes of `stored` from block `first` on. `where` begins the error message.
+    """Fills `into` with bytes of `stored` from the start of its block `first` on, and verifies them. `where` begins the error
+    message.
 
-    `into` ends at the end of a block. Raises CheckpointError; then the bytes in `into` must not be used.
+    `into` is as long as one or more whole blocks (the last block of `stored` may be shorter). Raises CheckpointError if a block
+    does not match its hash or cannot be read; then the bytes in `into` must not be used.
     """
     hasher, block = xxhash.xxh3_128(), first
     try:
@@ -114,7 +119,8 @@ def read_blocks(file: FileIO, where: str, stored: StoredBox, block_bytes: int, f
 
 
 def damaged_blocks(file: FileIO, where: str, stored: StoredBox, size: int, block_bytes: int, buffer: bytearray) -> Iterator[str]:
-    """Yields an error message for each damaged block of `stored`, a box of `size` bytes. `buffer` has room for a block."""
+    """Yields an error message for each block of `stored`, a box of `size` bytes, that is damaged or cannot be read. `buffer` has
+    room for a block."""
     for block in range(len(stored.hashes)):
         try:
             read_blocks(file, where, stored, block_bytes, block, memoryview(buffer)[: size - block * block_bytes])

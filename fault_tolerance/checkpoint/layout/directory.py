@@ -17,7 +17,8 @@ SAVING, _REMOVING = ".saving-", ".removing-"
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Returns the committed checkpoints under `root`, lowest step first, including damaged ones, which fail when opened."""
+    """Returns the committed checkpoints under `root`, lowest step first, including damaged ones, which raise an error only when
+    they are read."""
     if not root.is_dir():
         return []
     checkpoints = [(step_of(path), path) for path in root.iterdir() if step_of(path) is not None and path.is_dir()]
@@ -36,7 +37,7 @@ def temporary_for(root: Path, step: int, owner: str) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Removes a checkpoint. It is renamed first, so that it stops counting as a checkpoint before the slow deletion begins.
+    """Removes a checkpoint. It is renamed first, so that it is no longer a checkpoint before the slow deletion begins.
 
     Raises CheckpointError.
     """
@@ -49,7 +50,8 @@ def discard(path: Path) -> None:
 
 
 def clear_stale(root: Path) -> None:
-    """Removes what interrupted saves and removals have left. A save that is still running fails, because its directory is gone.
+    """Removes everything under `root` that interrupted saves and removals have left. A save that is still running fails, because
+    its directory is gone.
 
     Files that cannot be deleted (a network file system keeps files that a process has open) stay for the next call. Raises OSError.
     """
@@ -62,14 +64,16 @@ def clear_stale(root: Path) -> None:
 
 
 def doom(path: Path) -> Path:
-    """Renames `path` so that it counts neither as a checkpoint nor as a save in progress; returns the new path. Raises OSError."""
+    """Renames `path` to a name that is neither a checkpoint's nor that of a save in progress; returns the new path. Raises
+    OSError."""
     doomed = path.with_name(f"{_REMOVING}{path.name.removeprefix(SAVING)}-{secrets.token_hex(4)}")
     os.rename(path, doomed)
     return doomed
 
 
 def delete(path: Path, ignore_errors: bool = True) -> None:
-    """Deletes a directory, file or link that `doom` has renamed. Raises OSError unless `ignore_errors`."""
+    """Deletes a directory, file or link that `doom` has renamed. With `ignore_errors`, files of a directory that cannot be deleted
+    stay. Otherwise, and for a file or link that cannot be deleted, raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors)
     else:

@@ -9,29 +9,31 @@ from pathlib import Path
 
 
 class Disk:
-    """The storage to which this process writes checkpoints. A planned fault can fill it (fault_tolerance/injection)."""
+    """The storage to which this process writes checkpoints. A planned fault can make it behave as if full
+    (fault_tolerance/injection)."""
 
     def __init__(self) -> None:
         self._refused: deque[str] = deque()
 
     def refuse(self, writes: int, why: str) -> None:
-        """Makes the next `writes` writes fail as on a full disk, with the reason `why`."""
+        """Makes the next `writes` calls of `check` fail as on a full disk, with the reason `why`, in addition to those requested
+        before."""
         self._refused.extend([why] * writes)
 
     def check(self) -> None:
-        """Called before every write. Raises OSError if a planned fault makes it fail."""
+        """`write_all` calls this before it writes. Raises OSError if a planned fault makes this write fail."""
         if self._refused:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {self._refused.popleft()}")
 
 
 DISK = Disk()
-"""Shared by the whole process, because a full disk affects every writer."""
+"""The only Disk of this process: a full disk affects every writer in it."""
 
 
 @contextmanager
 def durable_file(path: Path) -> Iterator[int]:
-    """Creates the file `path` and yields its descriptor. When the `with` block ends, the data are durable; the file's name is
-    durable only after an fsync of the directory.
+    """Creates the file `path`, which must not exist, and yields its descriptor. When the `with` block has ended without an error,
+    the data are durable; the file's name is durable only after an fsync of the directory.
 
     Raises OSError.
     """
@@ -60,7 +62,7 @@ def make_directory(path: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Makes the names in directory `path` durable. Raises OSError."""
+    """Makes the creation, renaming and removal of names in the directory `path` durable. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -23,13 +23,13 @@ from bagualu.parallel.boxes import Box, cover_problem
 
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 16 * 2**20
-"""Bytes per block: a multiple of every element size, so that every block begins at an element boundary."""
+"""Bytes of each hashed block of a box: a multiple of every element size, so that every block begins at an element boundary."""
 
 DTYPES = {
     "float64": ("F64", 8), "int64": ("I64", 8), "float32": ("F32", 4), "int32": ("I32", 4), "float16": ("F16", 2),
     "bfloat16": ("BF16", 2), "int16": ("I16", 2), "int8": ("I8", 1), "uint8": ("U8", 1), "bool": ("BOOL", 1),
 }  # fmt: skip
-"""torch dtype -> (safetensors name, bytes per element)."""
+"""Maps the name of each torch dtype that can be stored to (safetensors name, bytes per element)."""
 
 REMEDY = "restore it from a copy or use an earlier checkpoint"
 
@@ -39,16 +39,17 @@ class CheckpointError(RuntimeError):
 
 
 class CheckpointStorageError(CheckpointError, StorageError):
-    """The storage of a checkpoint cannot be written or read at the moment."""
+    """The storage of a checkpoint cannot be written or read at the moment, which does not mean that the checkpoint is damaged."""
 
 
 class SupersededError(CheckpointError):
-    """A later start of the run has taken over its checkpoints. This start can no longer save."""
+    """A later start of the run has taken over the run's checkpoints, so this start can no longer save checkpoints."""
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """The size of a shard, and the size and hash of its safetensors header, including the 8-byte length."""
+    """The size of a shard in bytes, and the size in bytes and the hash of its safetensors header, including the header's 8-byte
+    length."""
 
     bytes: int
     header_bytes: int
@@ -98,15 +99,17 @@ class Manifest:
     files: dict[str, StoredFile] = field(default_factory=dict)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     digest: str = ""
-    """Hash of the content, if the manifest was read from a file. Ranks with equal digests see the same checkpoint."""
+    """Hash of the manifest's content, if the manifest was read from a file; else "". Ranks with equal digests see the same
+    checkpoint."""
 
     @property
     def bytes(self) -> int:
-        """The size of all shards together."""
+        """The size of all shards together, in bytes."""
         return sum(file.bytes for file in self.files.values())
 
     def problem(self) -> str | None:
-        """Returns the name of a tensor whose boxes do not cover it exactly once, and why; None if all tensors are complete."""
+        """Returns a text that names a tensor whose boxes do not cover it exactly once, and says why; None if the boxes of every
+        tensor do."""
         for name, tensor in self.tensors.items():
             wrong = cover_problem(tensor.shape, [stored.box for stored in tensor.boxes])
             if wrong:

@@ -41,13 +41,13 @@ _OPEN, _CONTENT, _TABLES, _CLOSE = b'{"hash":"', b'","content":', b',"tables":[\
 _FIELDS = {"format", "step", "metadata", "block_bytes", "files", "tensors"}
 _MOST_LINE_BYTES = 2**30
 _MOST_HEADER_BYTES = 100_000_000
-"""The largest header that the safetensors library reads."""
+"""The largest header of a shard, in bytes, that the safetensors library reads."""
 _MOST_BLOCK_BYTES = 2**28
-"""The largest block that is accepted. It bounds the memory for data that are not yet verified."""
+"""The largest block, in bytes, that a manifest may state. It bounds the memory for data that are not verified yet."""
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Returns the bytes of manifest.json. Raises ValueError for metadata that JSON does not preserve."""
+    """Returns the bytes of manifest.json. Raises ValueError or TypeError for metadata that JSON does not preserve."""
     if json.loads(json.dumps(manifest.metadata, allow_nan=False)) != manifest.metadata:
         raise ValueError("metadata must be plain JSON: string keys, lists (no tuples), finite numbers, strings")
     numbers = {name: number for number, name in enumerate(manifest.files)}
@@ -70,7 +70,8 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Returns the verified manifest of the checkpoint at `path`. The boxes of a tensor are read and verified at their first use.
+    """Returns the verified manifest of the checkpoint at `path`. The boxes of a tensor are read from the file and verified at their
+    first use.
 
     Raises CheckpointError, here and at that first use.
     """
@@ -91,7 +92,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 class _Boxes(Sequence[StoredBox]):
-    """The boxes of a tensor, read at their first use."""
+    """The boxes of a tensor, which are read from manifest.json and verified at their first use."""
 
     def __init__(self, read: Callable[[], tuple[StoredBox, ...]]) -> None:
         self._read = read
@@ -114,8 +115,8 @@ class _Boxes(Sequence[StoredBox]):
 
 
 def _decode(first: bytes, size: int, path: Path) -> Manifest:
-    """Returns the manifest in the `first` line of the file `path`, a file of `size` bytes. Raises ValueError with a message that
-    lacks the subject, e.g. "does not match its own hash"."""
+    """Returns the manifest that the `first` line of the file `path` contains, a file of `size` bytes. Raises ValueError with a
+    message that lacks the subject, e.g. "does not match its own hash"."""
     begin = len(_OPEN) + table.HASH_LENGTH
     hashed, content = first[len(_OPEN) : begin], first[begin + len(_CONTENT) : -len(_TABLES)]
     if first != _OPEN + hashed + _CONTENT + content + _TABLES or digest(content).encode() != hashed:
@@ -152,7 +153,8 @@ def _file(name: str, about: Any) -> StoredFile:
 
 
 def _tensor(name: str, about: Any) -> tuple[StoredTensor, int, str]:
-    """Returns a tensor without its boxes, and the size and hash of its table's line. Raises ValueError."""
+    """Returns (tensor without its boxes, size in bytes of its table's line, hash of that line) from the manifest's entry `about`.
+    Raises ValueError if the entry is invalid."""
     if type(about) is not list or len(about) != 4 or type(about[0]) is not str or about[0] not in DTYPES:
         raise ValueError(f"has an invalid entry for tensor {name}")
     tensor = StoredTensor(table.whole_numbers(about[1]), about[0], ())
@@ -167,7 +169,8 @@ def _tensor(name: str, about: Any) -> tuple[StoredTensor, int, str]:
 def _table(
     path: Path, at: int, length: int, expected: str, name: str, tensor: StoredTensor, manifest: Manifest, files: list[str]
 ) -> tuple[StoredBox, ...]:
-    """Returns the boxes in the line of `length` bytes at byte `at` of the manifest. Raises CheckpointError."""
+    """Returns the boxes of tensor `name` from the line of `length` bytes at byte `at` of the manifest. Raises CheckpointError if
+    the line cannot be read or is damaged."""
     where = f"{path.parent}: {path.name}: the table of tensor {name}"
     try:
         with open_file(path) as file:

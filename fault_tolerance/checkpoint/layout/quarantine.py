@@ -1,4 +1,4 @@
-"""Renames damaged checkpoints that a run skipped when it resumed, so that the same steps can be saved again."""
+"""Renames damaged checkpoints that a run skipped when it resumed, so that checkpoints of the same steps can be saved."""
 
 import os
 import secrets
@@ -10,7 +10,7 @@ _DAMAGED = "damaged-"
 
 
 def set_aside(path: Path) -> Path:
-    """Renames the checkpoint at `path`, so that it no longer counts as one; returns the new path. Renaming it back restores it.
+    """Renames the checkpoint at `path` to a name that is no checkpoint's; returns the new path. Renaming it back restores it.
 
     Raises OSError.
     """
@@ -21,5 +21,5 @@ def set_aside(path: Path) -> Path:
 
 
 def list_set_aside(root: Path) -> list[Path]:
-    """Returns the paths under `root` that `set_aside` has made."""
+    """Returns the checkpoints under `root` that `set_aside` has renamed, sorted by name."""
     return sorted(root.glob(f"{_DAMAGED}step-*"))

@@ -1,4 +1,4 @@
-"""Writes a rank's pieces to a safetensors file."""
+"""Writes the pieces of tensors that a rank holds to a safetensors file."""
 
 import json
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from bagualu.parallel.boxes import TensorPiece
 
 
 def key_of(piece: TensorPiece) -> str:
-    """Returns the name of a piece within its shard: the tensor's name, and the offset unless the piece is the whole tensor."""
+    """Returns the name of a piece within its shard: the tensor's name if the piece is the whole tensor, else NAME@OFFSET."""
     whole = piece.box.shape == tuple(piece.global_shape)
     return piece.name if whole else f"{piece.name}@{','.join(map(str, piece.offset))}"
 
@@ -35,8 +35,9 @@ def check_piece(piece: TensorPiece) -> None:
 def write_shard(path: Path, pieces: Iterable[TensorPiece]) -> dict[str, Any]:
     """Writes `pieces` durably to the new file `path` and returns a report, in plain JSON, for the manifest.
 
-    The report is {"file": fields of StoredFile, "boxes": [{"name", "global_shape", "dtype", "stored": fields of StoredBox}]}. If
-    this rank has no elements at all, it writes no file and "file" is None. Raises OSError, ValueError.
+    The report is {"file": fields of StoredFile, "boxes": [{"name", "global_shape", "dtype", "stored": fields of StoredBox}]}.
+    Pieces without elements are left out, unless the whole tensor has none; if no piece remains, no file is written and "file" is
+    None. Raises OSError if writing fails, ValueError if a piece is invalid or given twice.
     """
     checked = []
     for piece in pieces:
@@ -63,7 +64,8 @@ def write_shard(path: Path, pieces: Iterable[TensorPiece]) -> dict[str, Any]:
 
 
 def _header(pieces: list[TensorPiece]) -> bytes:
-    """Returns the safetensors header: an 8-byte length and JSON, padded to a multiple of eight bytes. Raises ValueError."""
+    """Returns the safetensors header: an 8-byte length and JSON, padded to a multiple of eight bytes. Raises ValueError if a piece
+    is given twice."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for piece in pieces:
@@ -80,6 +82,7 @@ def _header(pieces: list[TensorPiece]) -> bytes:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """Returns the bytes of the elements, row-major, in host memory. Copies them only if they are not stored like that already."""
+    """Returns the bytes of the elements, row-major, in host memory. Copies them only if the tensor is on a device or not row-major
+    in memory."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

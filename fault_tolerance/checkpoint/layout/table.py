@@ -21,7 +21,7 @@ _HEXADECIMAL = re.compile("[0-9a-f]*")
 
 
 def encode(name: str, boxes: Sequence[StoredBox], files: dict[str, int]) -> bytes:
-    """Returns the line of tensor `name`; `files` maps file names to their indices."""
+    """Returns the line that holds `boxes`, those of tensor `name`; `files` maps file names to their indices in the manifest."""
     columns = {
         "files": [files[box.file] for box in boxes],
         "offsets": [box.offset for box in boxes],
@@ -33,9 +33,11 @@ def encode(name: str, boxes: Sequence[StoredBox], files: dict[str, int]) -> byte
 
 
 def decode(line: bytes, name: str, tensor: StoredTensor, manifest: Manifest, files: list[str]) -> tuple[StoredBox, ...]:
-    """Returns the boxes of `tensor`, called `name`, from a line that `encode` made. `files` are the manifest's, in its order.
+    """Returns the boxes of `tensor`, called `name`, from a line that `encode` made. `files` are the names of the manifest's files,
+    in its order.
 
-    Raises ValueError unless the boxes lie within their files and cover the tensor exactly once. Its message lacks the subject.
+    Raises ValueError unless the boxes lie within their files and cover the tensor exactly once. The error's message lacks its
+    subject, e.g. "has columns that are not lists of equal length".
     """
     fields = json.loads(line)
     if type(fields) is not dict or fields.keys() != {"tensor", *_COLUMNS} or fields["tensor"] != name:
@@ -55,7 +57,7 @@ def decode(line: bytes, name: str, tensor: StoredTensor, manifest: Manifest, fil
 
 
 def _indices(column: list[Any], dims: int) -> list[tuple[int, ...]]:
-    """Returns offsets or shapes, each of `dims` integers. Raises ValueError."""
+    """Returns the offsets or shapes in `column` as tuples of `dims` integers each. Raises ValueError if they are anything else."""
     if any(type(index) is not list or len(index) != dims for index in column):
         raise ValueError(f"has offsets or shapes that are not {dims} numbers")
     whole_numbers([n for index in column for n in index])
@@ -72,7 +74,8 @@ def _box(
 
 
 def whole_numbers(value: Any) -> tuple[int, ...]:
-    """Returns a list of integers, each at least 0 and less than 2**63, as a tuple. Raises ValueError."""
+    """Returns `value`, a list of integers, each at least 0 and less than 2**63, as a tuple. Raises ValueError if it is anything
+    else."""
     whole = type(value) is list and set(map(type, value)) <= {int}
     if not whole or not 0 <= min(value, default=0) <= max(value, default=0) < _LARGEST:
         raise ValueError(f"has {str(value)[:40]} instead of whole numbers")
@@ -80,7 +83,7 @@ def whole_numbers(value: Any) -> tuple[int, ...]:
 
 
 def hashes(value: Any, count: int) -> tuple[str, ...]:
-    """Returns the `count` hashes that a string consists of. Raises ValueError if it does not."""
+    """Returns the `count` hashes of which the string `value` consists. Raises ValueError if it is anything else."""
     if type(value) is not str or len(value) != count * HASH_LENGTH or not _HEXADECIMAL.fullmatch(value):
         raise ValueError(f"has {str(value)[:40]} instead of {count} hashes")
     return (value,) if count == 1 else tuple(value[at : at + HASH_LENGTH] for at in range(0, len(value), HASH_LENGTH))

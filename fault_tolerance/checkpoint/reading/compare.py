@@ -9,14 +9,16 @@ from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 
 _MAY_DIFFER = ("layout",)
 _GUARD_HISTORY = ("counts", "furthest", "setbacks")
-"""Fields of metadata["guard"] that count past bad steps and are not part of the training state."""
+"""Fields of metadata["guard"] that describe past bad steps and are not part of the training state; differences in them are
+ignored."""
 
 _MOST_SHOWN = 60
-"""The most characters that are shown of a value that differs."""
+"""The most characters of each differing value that a line shows."""
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Compares two checkpoints and returns a line per difference; [] if there is none. Raises CheckpointError.
+    """Compares the checkpoints at two paths and returns a line per differing metadata key or tensor; [] if all are equal. Layout
+    and the guard's record of past bad steps may differ. Raises CheckpointError if one of them cannot be read.
 
     Only one tensor of each checkpoint is in memory at a time.
     """
@@ -56,7 +58,8 @@ def _bytes(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 def _state_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the part of the metadata that belongs to the training state."""
+    """Returns the metadata without what may differ between two equal training states; of the guard's skipped steps only the
+    numbers."""
     metadata = {key: value for key, value in checkpoint.metadata.items() if key not in _MAY_DIFFER}
     if isinstance(guard := metadata.get("guard"), dict):
         metadata["guard"] = {key: value for key, value in guard.items() if key not in _GUARD_HISTORY}

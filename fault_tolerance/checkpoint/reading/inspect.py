@@ -23,7 +23,7 @@ def describe_one(path: Path) -> dict[str, Any]:
 
     Keys: path, step, saved (seconds since the epoch), bytes, tensors (a count), shards (a count), layout (metadata["layout"], if
     any), metadata, problem. `problem` is None, or the problem found by a quick check (manifest, size and header of every shard);
-    `verify` reads everything. If the manifest is damaged, only path, step and problem are not None.
+    `verify` reads everything. If the manifest cannot be read, only path, step and problem are not None.
     """
     row: dict[str, Any] = dict.fromkeys(("path", "step", "saved", "bytes", "tensors", "shards", "layout", "metadata", "problem"))
     row.update(path=str(path), step=step_of(path))
@@ -39,7 +39,8 @@ def describe_one(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path, threads: int = 1) -> list[str]:
-    """Reads every byte of the checkpoint at `path` and returns a line per problem; [] if it is whole."""
+    """Reads every byte of the checkpoint at `path`, in `threads` threads, and returns a line per problem; [] if the checkpoint is
+    undamaged."""
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
@@ -59,7 +60,7 @@ def verify(path: Path, threads: int = 1) -> list[str]:
 
 
 def is_whole(path: Path) -> bool:
-    """Returns whether a quick check (manifest, size and header of every shard) finds no problem."""
+    """Returns whether a quick check of the checkpoint at `path` (manifest, size and header of every shard) finds no problem."""
     try:
         check_files(path, read_manifest(path))
     except CheckpointError:
@@ -68,13 +69,14 @@ def is_whole(path: Path) -> bool:
 
 
 def check_files(path: Path, manifest: Manifest) -> None:
-    """Raises CheckpointError for the first shard that is missing or has a wrong size or header."""
+    """Raises CheckpointError for the first shard that cannot be opened or has a wrong size or header."""
     for name in manifest.files:
         open_shard(path, manifest, name).close()
 
 
 def damage(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int, StoredBox]]) -> list[str]:
-    """Reads the shard `name` and returns a line per problem: its damaged blocks, and bytes that belong to no box or to two."""
+    """Reads the shard `name` and returns a line per problem: damaged blocks, and bytes that belong to no box or to two. `boxes`:
+    (tensor name, bytes, box) of every box in it."""
     problems = list(_gaps(path, manifest, name, boxes))
     try:
         with open_shard(path, manifest, name) as shard:
@@ -87,7 +89,8 @@ def damage(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int
 
 
 def _gaps(path: Path, manifest: Manifest, name: str, boxes: list[tuple[str, int, StoredBox]]) -> Iterable[str]:
-    """Yields a line for each range of bytes of a shard that belongs to two boxes, or to none, so that no hash covers it."""
+    """Yields a line for each range of bytes of the shard `name` that belongs to two boxes, or to no box, so that no hash covers
+    it."""
     spans = sorted((box.start, box.start + size) for _, size, box in boxes if size)
     about = manifest.files[name]
     for (_, end), (begin, _) in pairwise([(0, about.header_bytes), *spans, (about.bytes, about.bytes)]):

@@ -22,12 +22,12 @@ from bagualu.fault_tolerance.checkpoint.layout.manifest import read_manifest
 from bagualu.parallel.boxes import Box, TensorPiece, flat_range_to_boxes
 
 _RUN_BYTES = 2**26
-"""Approximate bytes that a thread reads from a file before it takes its next jobs."""
+"""Approximate bytes that a thread reads from a file before it takes other jobs."""
 
 
 @dataclass
 class _Wanted:
-    """A stored box, and the requested parts of it."""
+    """A stored box of which parts are requested, and those parts."""
 
     name: str
     tensor: StoredTensor
@@ -42,18 +42,18 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Job:
-    """A block of a stored box."""
+    """A task for a thread: to read block number `block` of a stored box, verify it and copy it to the tensors that requested it."""
 
     wanted: _Wanted
     block: int
     parts: Sequence[tuple[Box, torch.Tensor]]
-    """The parts that overlap the block, as in `_Wanted.parts`."""
+    """Those of `wanted.parts` that may overlap the block."""
 
 
 class Checkpoint:
     """A committed checkpoint, open for reading. Its manifest is verified when it is opened.
 
-    The constructor and every method raise CheckpointError: one line with path, tensor, problem and fix.
+    The constructor and the methods that read raise CheckpointError: one line with path, tensor, problem and fix.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,7 +71,7 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """Hash of the manifest. Ranks with equal digests see the same checkpoint."""
+        """Hash of the manifest's content. Ranks with equal digests see the same checkpoint."""
         return self._manifest.digest
 
     @property
@@ -85,10 +85,11 @@ class Checkpoint:
         self.read_all([TensorPiece(name, shape, offset, out)])
 
     def read_all(self, pieces: Iterable[TensorPiece], threads: int = 1) -> None:
-        """Fills the tensor of every piece.
+        """Fills the tensor of every piece with stored values, in `threads` threads.
 
-        The tensors must have the stored dtype; their strides and devices do not matter. Only the blocks that hold requested
-        elements are read, and each of them is verified. After an error the tensors may hold anything and must not be used.
+        The tensors must have the stored dtype; their strides and devices do not matter. Only blocks between the first and the last
+        requested element of a box are read, and each of them is verified. After an error the tensors may hold anything and must not
+        be used.
         """
         runs = _runs(self._jobs(pieces))
         if threads == 1 or len(runs) < 2:
@@ -130,7 +131,7 @@ class Checkpoint:
         return tensor
 
     def _blocks(self, wanted: _Wanted) -> Iterable[_Job]:
-        """Returns jobs for the blocks of a stored box that contain requested elements."""
+        """Returns jobs for the blocks of a stored box from the first to the last that contains elements of a requested part."""
         per_block = self._manifest.block_bytes // wanted.tensor.item_bytes
         shape = wanted.stored.shape
         parts: defaultdict[int, list[tuple[Box, torch.Tensor]]] = defaultdict(list)
@@ -171,7 +172,8 @@ class Checkpoint:
 
 
 def _runs(jobs: list[_Job]) -> list[list[_Job]]:
-    """Returns the jobs in the order of their bytes on disk, grouped into runs within a file."""
+    """Returns the jobs in the order of their bytes on disk, grouped into runs: jobs in the same file with about _RUN_BYTES
+    together."""
     jobs.sort(key=lambda job: (job.wanted.stored.file, job.wanted.stored.start, job.block))
     runs: list[list[_Job]] = []
     taken = 0
@@ -185,8 +187,8 @@ def _runs(jobs: list[_Job]) -> list[list[_Job]]:
 
 
 def _straight(job: _Job, begin: int, end: int) -> torch.Tensor | None:
-    """Returns a flat view of the destination if elements `begin` to `end` - 1 of the stored box can be read straight into it, else
-    None."""
+    """Returns a flat view of the part of the requesting tensor into which elements `begin` to `end` - 1 of the stored box, the
+    job's block, can be read straight; None if they must be copied from a buffer."""
     if len(job.parts) > 1:
         return None
     (part, out), shape = job.parts[0], job.wanted.stored.shape

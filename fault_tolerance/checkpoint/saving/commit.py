@@ -32,11 +32,11 @@ class Claim:
         self._taken_by: str | None = None
 
     def commit(self) -> bool:
-        """Claims the save for the commit; returns False if it has been given up before."""
+        """Claims the save for the commit; returns False if the save has been given up before, else True."""
         return self._take("commit")
 
     def give_up(self) -> bool:
-        """Claims the save for giving it up; returns False if it has been committed before."""
+        """Claims the save for giving it up; returns False if the save has been committed before, else True."""
         return self._take("give up")
 
     @property
@@ -52,7 +52,8 @@ class Claim:
 def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest, claim: Claim) -> None:
     """Writes the manifest and renames `temporary` to `final`, which makes it a checkpoint, unless the save has been given up.
 
-    If the save is given up during the rename, the rename is undone. Raises OSError, ValueError, CheckpointError.
+    If the save is given up during the rename, or the rename cannot be made durable, it is undone. Raises OSError, ValueError or
+    CheckpointError if the save is not committed.
     """
     for name, file in manifest.files.items():
         if not (temporary / name).exists() or (temporary / name).stat().st_size != file.bytes:
@@ -76,8 +77,8 @@ def commit(fence: Fence, temporary: Path, final: Path, manifest: Manifest, claim
 
 
 def _take_back(final: Path, why: str) -> None:
-    """Renames `final`, so that it is no longer a checkpoint, and deletes it. Raises CheckpointError, with the reason `why`, if it
-    cannot be renamed."""
+    """Renames `final`, so that it is no longer a checkpoint, and deletes it. Raises CheckpointError, with `why`, the reason for
+    undoing the commit, if `final` cannot be renamed."""
     try:
         doomed = doom(final)
     except OSError as error:
@@ -86,7 +87,8 @@ def _take_back(final: Path, why: str) -> None:
 
 
 def manifest_of(step: int, metadata: dict[str, Any], ranks: Sequence[int], reports: Sequence[dict[str, Any]]) -> Manifest:
-    """Returns the manifest that combines the reports of all ranks. Raises CheckpointError if they do not make up whole tensors."""
+    """Returns the manifest that combines the reports of all ranks (see `write_shard`). Raises CheckpointError if their boxes do not
+    cover every tensor exactly once, or ranks disagree on a tensor's shape or dtype."""
     manifest = gathered(step, metadata, ranks, reports)
     wrong = manifest.problem()
     if wrong:

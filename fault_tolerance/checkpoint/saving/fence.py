@@ -1,9 +1,9 @@
-"""Ensures that only the newest start of a run commits checkpoints, even if a process of an earlier start is still alive.
+"""Ensures that only the latest start of a run commits checkpoints, even if a process of an earlier start is still alive.
 
-There is no lock that a kill -9 could leave behind. The file `.epoch` names the newest start. To take the fence, a start replaces
+There is no lock that a kill -9 could leave behind. The file `.epoch` names the latest start. To take the fence, a start replaces
 that file by a rename and then sets aside every save in progress. A process that saves makes its directory FIRST and reads `.epoch`
-THEN. So either it sees the newer start, or its directory existed in time to be set aside, and its final rename fails
-(docs/design/checkpoint_format.md).
+THEN. So either it sees that a later start has taken the fence, or its directory existed in time to be set aside, and its final
+rename fails (docs/design/checkpoint_format.md).
 """
 
 import os
@@ -24,16 +24,18 @@ class Fence:
 
     root: Path
     epoch: int
-    """The number of starts of the run so far, including this one."""
+    """The number of this start: how many starts of the run, including this start, have taken the fence."""
     token: str
-    """Random text that distinguishes two simultaneous starts that read the same number; the last rename wins."""
+    """Random text that distinguishes two simultaneous starts with the same number; the start that renames `.epoch` last has the
+    fence."""
 
     @staticmethod
     def take(root: Path, begun: bool = False) -> "Fence":
-        """Takes the right to commit under `root` from every earlier start and returns it. Raises OSError, CheckpointError.
+        """Takes the right to commit under `root` from every earlier start and returns it. Raises OSError if `root` cannot be
+        written, CheckpointError if the run has `begun` but `.epoch` is missing.
 
         Creates `root` unless the run has already `begun`. Choose the checkpoint to resume from after this call: only from then on
-        can no earlier start commit another one.
+        can no earlier start commit another checkpoint.
         """
         if begun and not (root / EPOCH).exists():  # a new folder would make this a run without checkpoints
             raise CheckpointError(f"the run has begun there but {EPOCH} is missing; see whether its storage is mounted")
@@ -48,7 +50,7 @@ class Fence:
         return fence
 
     def check(self) -> None:
-        """Raises SupersededError if a later start has taken the fence, CheckpointStorageError if that cannot be determined."""
+        """Raises SupersededError if a later start has taken the fence, CheckpointStorageError if `.epoch` cannot be read."""
         try:
             line = (self.root / EPOCH).read_bytes()
         except OSError as error:

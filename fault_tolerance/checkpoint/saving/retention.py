@@ -8,10 +8,11 @@ from bagualu.fault_tolerance.checkpoint.reading.inspect import is_whole
 
 
 def prune(root: Path, keep: int, just_saved: Path, damaged: Collection[str] = ()) -> None:
-    """Removes old checkpoints: keeps the newest `keep` whole ones and everything newer than the oldest of those.
+    """Removes old checkpoints: keeps the newest `keep` undamaged checkpoints and all checkpoints, even damaged ones, that are newer
+    than the oldest of those.
 
-    A damaged checkpoint, according to a quick check or to `damaged` (names), does not count towards `keep`. `just_saved` is never
-    removed. Raises CheckpointError.
+    A checkpoint is damaged if a quick check finds a problem or `damaged` contains its name; `just_saved` is taken to be undamaged
+    and is never removed. Raises CheckpointError if a checkpoint cannot be removed.
     """
     whole = 0
     for path in reversed(list_checkpoints(root)):

@@ -41,24 +41,26 @@ class _Save:
     metadata: dict[str, Any]
     temporary: Path
     job: Job | None
-    """This rank's work until the next `advance`: its part, then on rank 0 the commit."""
+    """This rank's work until the next `advance`: first writing its part, then the commit on rank 0 and None on the others."""
     deadline: float
-    """The monotonic time by which the job must be done."""
+    """The time by which `job` must be done, on the clock time.monotonic()."""
     committing: bool = False
-    """Whether every part is durable; the same on every rank."""
+    """Whether every rank's part is durable, so that rank 0 commits; the same on every rank."""
     claim: Claim = field(default_factory=Claim)
-    """Keeps a reported failure true: a commit that completes after the report undoes itself."""
+    """Decides between committing and giving up. A commit that ends after this rank has given the save up undoes itself, so "not
+    saved" stays true."""
     report: dict[str, Any] | None = None
-    """What `write_shard` returned for this rank's part, once that is durable; None before."""
+    """What `write_shard` returned for this rank's part, with the damage found in earlier checkpoints; None until all parts are
+    gathered."""
     failed: Outcome | None = None
-    """The error because of which this rank has given up the save; None if it has not."""
+    """The error because of which this rank has given up the save; None if it has not given it up."""
 
 
 class Saver:
     """Saves checkpoints on a rank, one at a time. All ranks call `start`, `advance` and `conclude` together, on their main threads.
 
-    Storage that does not respond for `timeout_seconds` counts as failed. This must be well below the group's timeout, because the
-    other ranks wait in collectives.
+    If a rank's writing, or the commit, takes longer than `timeout_seconds`, the save fails. That time must be well below the
+    group's timeout, because the other ranks wait in collectives meanwhile.
     """
 
     def __init__(
@@ -76,19 +78,21 @@ class Saver:
         self._attempts = 0
         self._look_back = LookBack(keep)
         self._looks_back = False
-        """Whether an earlier checkpoint will be verified when training continues; after the last save it is not."""
+        """Whether the next call of `status` without a save in progress shall verify an earlier checkpoint. So none is verified
+        after the last save."""
         self._damaged: set[str] = set()
-        """Names of checkpoints that a rank has found damaged; known only on rank 0."""
+        """Names of checkpoints of which any rank has found its own shard damaged; filled only on rank 0."""
 
     @property
     def under_way(self) -> bool:
-        """Whether a save has been started and not concluded; the same on every rank."""
+        """Whether a save has been started and is neither committed nor given up; the same on every rank."""
         return self._under_way is not None
 
     def status(self) -> tuple[float, float]:
-        """Returns (1.0 while this rank's writer works on the save in progress, else 0.0; 1.0 if that has failed, else 0.0).
+        """Returns (1.0 while this rank's writer thread works on the save in progress, else 0.0; 1.0 if that work has failed, else
+        0.0). Without a save in progress, it may begin to verify an earlier checkpoint.
 
-        Sum both over the ranks. If the first sum is 0 or the second is not, `advance` does not have to wait.
+        Sum both over the ranks. If the first sum is 0 or the second is greater than 0, `advance` does not have to wait.
         """
         if self._under_way is None:
             if self._looks_back:
@@ -99,11 +103,11 @@ class Saver:
         return float(outcome is None), float(outcome is not None and "error" in outcome)
 
     def start(self, step: int, pieces: Iterable[TensorPiece], metadata: dict[str, Any]) -> None:
-        """Begins to save `step` and returns immediately. The tensors must not change before `conclude`, unless a Snapshot made
-        them.
+        """Begins to save `step` and returns immediately. The tensors of `pieces` must not change before all parts are written.
+        Training may go on if they are copies that a Snapshot made.
 
-        The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON; only position
-        0's is written. A committed checkpoint is never changed: the save fails if `step` has one already.
+        The pieces of all ranks together hold every element of every tensor exactly once. `metadata` is plain JSON; only that of
+        position 0 is written. A committed checkpoint is never changed: the save fails if `step` has one already.
         """
         if self._under_way is not None:
             raise ValueError(f"step {self._under_way.step} is still being saved; conclude it first")
@@ -115,7 +119,8 @@ class Saver:
         self._under_way = _Save(step, metadata, temporary, part, self._deadline())
 
     def conclude(self) -> Path:
-        """Waits for the save in progress, commits it and returns its path. Collective. Raises the errors of `advance`."""
+        """Waits for the save in progress, commits it and returns the path of the checkpoint. Collective. Raises the errors of
+        `advance`."""
         while (path := self.advance()) is None:
             pass
         return path
@@ -124,9 +129,9 @@ class Saver:
         """Advances the save in progress. The first call returns None when rank 0 begins to commit; the second waits for the commit
         and returns the checkpoint's path. Collective.
 
-        Use wait=False when `status` has shown that a rank failed; then it does not wait for parts that are still being written. If
-        any rank failed, it raises on every rank: SupersededError, CheckpointStorageError if only storage has failed, else
-        CheckpointError. The save is then given up, and the earlier checkpoints are unchanged.
+        Use wait=False when `status` has shown that a rank failed; then the first call does not wait for parts that are still being
+        written. If any rank failed, it raises on every rank: SupersededError if any rank saw a later start; CheckpointStorageError
+        if only storage has failed; else CheckpointError. The save is then given up, and the earlier checkpoints are unchanged.
         """
         save = self._under_way
         assert save is not None
@@ -150,18 +155,21 @@ class Saver:
         return final
 
     def rest(self) -> None:
-        """Waits until this rank's writer has finished its work, e.g. removing old checkpoints."""
+        """Waits, at most `timeout_seconds`, until this rank's writer thread has finished its work, e.g. removing old
+        checkpoints."""
         self._writer.rest(self.timeout_seconds)
 
     def close(self, wait: bool = True) -> None:
-        """Ends saving. With `wait`, lets the writer finish, e.g. removing old checkpoints."""
+        """Ends saving. With `wait`, waits, at most `timeout_seconds`, until the writer thread has finished its work, e.g. removing
+        old checkpoints."""
         self._writer.close(self.timeout_seconds if wait else 0)
 
     def _deadline(self) -> float:
         return time.monotonic() + self.timeout_seconds
 
     def _outcome(self, save: _Save, wait: bool = False) -> Outcome | None:
-        """Returns the outcome of this rank's job; None if it is still running within its time and `wait` is false."""
+        """Returns the outcome of this rank's job; None if it is still running before its deadline and `wait` is false. An error
+        gives the save up, unless the commit came first."""
         if save.job is None:
             return {"done": None}
         left = save.deadline - time.monotonic()
@@ -194,7 +202,7 @@ class Saver:
         return shared
 
     def _committed(self, save: _Save) -> Outcome:
-        """Returns rank 0's outcome of the commit, on every rank."""
+        """Waits for rank 0's commit and returns its outcome on every rank. Collective."""
         own = self._outcome(save, wait=True)
         if own and "error" in own:
             own = {**own, "error": f"rank {self.group.ranks[0]}: {own['error']}"}
@@ -202,8 +210,8 @@ class Saver:
         return shared
 
     def _fenced(self, job: Callable[..., T], *args: Any) -> T:
-        """Runs `job` in the writer thread and returns its result. If it fails because a later start has removed its files, raises
-        SupersededError instead of OSError."""
+        """Runs `job` in the writer thread and returns its result. If it raises OSError and a later start has taken the fence (and
+        so removed its files), raises SupersededError instead."""
         try:
             return job(*args)
         except OSError:
@@ -233,7 +241,8 @@ class Saver:
         commit(self.fence, save.temporary, self.fence.root / step_name(save.step), manifest, save.claim)
 
     def _note_damage(self, reports: list[dict[str, Any]]) -> None:
-        """Logs and records the damage that ranks have found in checkpoints that they wrote earlier."""
+        """Records the checkpoints in which ranks have found their own shards damaged, as their reports say, and logs those not
+        recorded before."""
         damaged: set[str] = set()
         for rank, report in zip(self.group.ranks, reports, strict=True):
             for name, why in report["damaged"].items():
@@ -243,7 +252,8 @@ class Saver:
         self._damaged = damaged
 
     def _prune(self, just_saved: Path) -> None:
-        """Removes old checkpoints. The save is committed, so a failure to remove is only logged."""
+        """Removes old checkpoints (see `prune`). The new checkpoint is committed already, so a failure to remove others is only
+        logged."""
         try:
             self.fence.check()
             prune(self.fence.root, self.keep, just_saved, self._damaged)
@@ -252,10 +262,10 @@ class Saver:
 
 
 def take_fence(root: Path, group: Group, timeout_seconds: float = _TIMEOUT_SECONDS, begun: bool = False) -> Fence:
-    """Takes the fence of `root` on position 0 and returns it on all ranks of `group`. `begun` says whether the run already has
-    checkpoints there; only position 0's value counts.
+    """Takes the fence of `root` on position 0 and returns it on all ranks of `group`. `begun` says whether the run has already
+    taken a fence there; only the value on position 0 is used.
 
-    Collective. Raises CheckpointError on every rank.
+    Collective. Raises CheckpointError on every rank if that fails or takes longer than `timeout_seconds`.
     """
     verdict = None
     if group.rank == 0:
@@ -290,14 +300,15 @@ def save(
 
 
 def _clear_failed(temporary: Path, fence: Fence) -> None:
-    """Removes what failed saves of this start have left, except `temporary`. Raises OSError."""
+    """Removes the directories that earlier, failed saves of this start have left, but not `temporary`, that of the present save.
+    Raises OSError."""
     for path in list(fence.root.glob(f"{SAVING}*-{fence.token}-*")):
         if path != temporary:
             delete(doom(path))
 
 
 def _remove_quietly(temporary: Path) -> None:
-    """Removes the files of a failed save. Those that cannot be removed now are removed by the next save."""
+    """Removes the files of a failed save without raising an error. The next save or start removes those that remain."""
     doomed = temporary
     with contextlib.suppress(OSError):
         doomed = doom(temporary)

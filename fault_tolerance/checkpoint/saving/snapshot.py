@@ -1,4 +1,4 @@
-"""Copies pieces to host memory, so that training can change the originals while the copies are written."""
+"""Copies pieces of tensors to host memory, so that training can change the originals while the copies are written."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,13 +11,13 @@ _ALIGNMENT = 64
 
 
 class Snapshot:
-    """A buffer in host memory as large as the pieces, reused by every save. It is pinned memory if the pieces are on a GPU."""
+    """A buffer in host memory for copies of the pieces, reused by every save. It is pinned memory if the pieces are on a GPU."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def take(self, pieces: Iterable[TensorPiece]) -> list[TensorPiece]:
-        """Returns copies of the pieces in the buffer. They overwrite those of the previous call."""
+        """Returns copies of `pieces` in the buffer. They overwrite the copies that the previous call returned."""
         originals = list(pieces)
         sizes = [piece.tensor.numel() * piece.tensor.element_size() for piece in originals]
         starts = [0]

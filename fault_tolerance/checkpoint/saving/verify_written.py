@@ -1,7 +1,7 @@
 """Verifies written checkpoints before older ones are removed.
 
-After a commit, every rank reads its own shard of the checkpoint that will be the oldest after the next save, and compares it with
-the hashes that it took before writing. So no checkpoint is removed before a newer one has been verified completely.
+After a commit, every rank reads its own shard of the checkpoint that will be the oldest kept after the next save, and compares it
+with the hashes that it took before writing. So no checkpoint is removed before a newer one has been verified completely.
 """
 
 import contextlib
@@ -20,18 +20,19 @@ class LookBack:
 
     def __init__(self, keep: int) -> None:
         self.damaged: dict[str, str] = {}
-        """Damage found in this rank's shards, by name of the checkpoint."""
+        """For each checkpoint in which this rank's shard is damaged, by name: the first problem."""
         self._keep = keep
         self._written: list[tuple[Path, dict[str, Any]]] = []
 
     def wrote(self, checkpoint: Path, report: dict[str, Any]) -> None:
-        """Records that `checkpoint` is committed; `report` is what write_shard returned for this rank's part."""
+        """Records that `checkpoint` is committed. `report` is what `write_shard` returned for this rank's part."""
         self._written = [written for written in self._written if written[0].name < checkpoint.name][1 - self._keep :]
         self._written.append((checkpoint, report))
         self.damaged.pop(checkpoint.name, None)
 
     def check(self) -> None:
-        """Reads this rank's shard of the checkpoint that will be the oldest after the next save; adds damage to `damaged`."""
+        """Reads this rank's shard of the checkpoint that will be the oldest kept after the next save; adds what is wrong to
+        `damaged`. Does nothing with keep=1 or before `keep` - 1 checkpoints exist."""
         if not 1 < self._keep <= len(self._written) + 1:
             return
         checkpoint, report = self._written[1 - self._keep]

@@ -8,13 +8,13 @@ from typing import Any
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, CheckpointStorageError, SupersededError
 
 Outcome = dict[str, Any]
-"""{"done": the job's result} or {"error": a line of text, "kind": a key of KINDS}: plain JSON, so that it can be sent to other
-ranks."""
+"""The result of a job: {"done": what its function returned} or {"error": a line of text, "kind": a key of KINDS}; plain JSON, so
+that it can be sent to other ranks."""
 KINDS: dict[str, type[CheckpointError]] = {
     "superseded": SupersededError, "other": CheckpointError, "storage": CheckpointStorageError,
 }  # fmt: skip
-"""The exception for each kind of error. If ranks fail with several kinds, the first in this order is raised: only if all errors are
-storage errors is another attempt worthwhile."""
+"""The exception for each kind of error. If ranks fail with several kinds, the first in this order is raised. So "storage", after
+which another attempt is worthwhile, is raised only if all errors are of that kind."""
 
 
 class Job:
@@ -37,7 +37,8 @@ class Job:
         self._finished.set()
 
     def wait(self, seconds: float) -> Outcome:
-        """Waits for the call and returns its outcome, or an error if it has not finished within `seconds`."""
+        """Waits for the call and returns its outcome; if it has not finished within `seconds`, returns an outcome with an error of
+        kind "storage"."""
         self._finished.wait(max(0.0, seconds))
         return self.outcome or {
             "error": "the storage has not answered for checkpoint.timeout_seconds; see whether it hangs", "kind": "storage",
@@ -53,7 +54,7 @@ class Writer:
         self._thread: threading.Thread | None = None
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Job:
-        """Returns a job that runs function(*args) after everything submitted before."""
+        """Queues a call of function(*args), to be made after all calls submitted before, and returns its job without waiting."""
         if self._thread is None:
             # A daemon thread, so that a process can end while storage hangs.
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -63,11 +64,12 @@ class Writer:
         return job
 
     def rest(self, seconds: float) -> None:
-        """Waits, at most `seconds`, until everything submitted is done."""
+        """Waits, at most `seconds`, until all jobs submitted so far have ended."""
         self.submit(_nothing).wait(seconds)
 
     def close(self, seconds: float) -> None:
-        """Lets everything submitted finish, within `seconds`. Nothing may be submitted afterwards."""
+        """Ends the thread after all jobs submitted so far and waits for that, at most `seconds`. Nothing may be submitted
+        afterwards."""
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join(max(0.0, seconds))

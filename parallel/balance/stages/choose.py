@@ -28,8 +28,9 @@ def choose_split(
     the slowest rank) is near the least possible, the one with the least predicted step time (refine.py). Equal arguments give equal
     results.
 
-    `speeds`, relative to the device of the table, and `caps`, in bytes, are by pipeline rank. `recompute`: none | full | auto; auto
-    recomputes only where a cap requires it. Raises RecipeError if there are fewer layers than stages or no split fits the caps.
+    `speeds`, relative to the device of the table (None: all 1.0), and `caps`, the most bytes of memory (None: no limit), are by
+    pipeline rank. `recompute`: none | full | auto; auto recomputes only where a cap requires it. Raises RecipeError if there are
+    fewer layers than stages, if no split fits the caps, or if the search ended before it found one that fits.
     """
     ranks, layers, stages = schedule.placement.ranks, len(table.layers), schedule.placement.stages
     require_layers(layers, schedule.placement)
@@ -49,7 +50,8 @@ def choose_split(
 def take_split(
     slices: list[range], table: CostTable, schedule: Schedule, caps: Sequence[int] | None = None, recompute: str = "none"
 ) -> Split:
-    """Returns the split into the given `slices`, with its forecast. Raises RecipeError if it does not fit the memory `caps`."""
+    """Returns the split into the given `slices`, the layers of each stage, with its forecast at equal speeds. Raises RecipeError if
+    it does not fit the memory `caps`."""
     problem = Problem(table, schedule, [1.0] * schedule.placement.ranks, caps, recompute)
     pieces = [(piece.start, piece.stop) for piece in slices]
     if any(problem.cost(rank, mine) is None for rank, mine in enumerate(by_rank(problem, pieces))):
@@ -94,7 +96,8 @@ def _no_split_fits(problem: Problem) -> RecipeError:
 
 
 def _does_not_fit(problem: Problem, pieces: list[Piece], prefix: str, others: list[str]) -> RecipeError:
-    """Returns the error for `pieces`: it names the rank that lacks the most memory, and caps that suffice."""
+    """Returns the error for `pieces`: it names the rank whose memory need exceeds its cap by the largest factor, and caps that
+    suffice."""
     caps, needs = problem.caps or [], _needs(problem, pieces)
     rank = max(range(len(caps)), key=lambda r: needs[r] / max(1, caps[r]))
     if len(set(caps)) == 1:
@@ -106,7 +109,7 @@ def _does_not_fit(problem: Problem, pieces: list[Piece], prefix: str, others: li
 
 
 def _needs(problem: Problem, pieces: list[Piece]) -> list[int]:
-    """Returns the bytes that each rank needs, with as much recomputation as the recipe allows."""
+    """Returns the bytes of memory that each rank needs for `pieces`, with the allowed recomputation that needs least."""
     ways = problem.ways(problem.placement.chunks)
     return [min(problem.memory(rank, mine, way) for way in ways) for rank, mine in enumerate(by_rank(problem, pieces))]
 

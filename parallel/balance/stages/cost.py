@@ -17,14 +17,15 @@ class LayerCost:
     input_gradient_seconds: float
     weight_gradient_seconds: float
     state_bytes: int = 0
-    """Memory held all the time: weights, gradients, this rank's part of the optimizer state."""
+    """Memory that the layer takes all the time: its weights, their gradients, and this rank's part of the optimizer state."""
     activation_bytes: int = 0
-    """Memory held for each micro-batch from its forward pass to its backward pass, or to I (the input gradient) if that is
-    split."""
+    """Memory that the layer takes for each micro-batch from its forward pass to its backward pass or, if the backward pass is
+    split, to the end of I (the input gradient)."""
     input_bytes: int = 0
-    """The part of activation_bytes that remains under recomputation: the layer's input."""
+    """The part of activation_bytes that the layer still takes if it recomputes activations: its input."""
     operand_bytes: int = 0
-    """Memory held for each micro-batch between I and W (the weight gradient): the operands of W's matrix products."""
+    """Memory that the layer takes for each micro-batch between I (the input gradient) and W (the weight gradient), if the backward
+    pass is split: the operands of W's matrix products."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class CostTable:
 
     @staticmethod
     def from_json(text: str) -> "CostTable":
-        """Returns the table that `to_json` has converted to `text`. Raises ValueError, KeyError or TypeError for other text."""
+        """Returns the table that `to_json` has converted to `text`. Raises ValueError, KeyError or TypeError for text that
+        `to_json` did not make."""
         raw = json.loads(text)
         layers = [LayerCost(**layer) for layer in raw["layers"]]
         embedding, head = LayerCost(**raw["embedding"]), LayerCost(**raw["head"])

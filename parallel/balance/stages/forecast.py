@@ -17,15 +17,15 @@ class Forecast:
     speeds: list[float]
     """The speed of each pipeline rank, relative to the device of the cost table."""
     memory_bytes: list[int]
-    """The peak memory of each rank."""
+    """The peak memory of each pipeline rank, in bytes."""
     bottleneck_seconds: float
-    """The time of the slowest rank, over all its stages."""
+    """The computing time of the slowest rank per micro-batch, over all its stages."""
     step_seconds: float
-    """The time of all forward and backward passes of a step on the schedule, including waiting."""
+    """The time from the first to the last pass of a whole step on the schedule, including waiting."""
     source: str
-    """The origin of the costs, as in CostTable."""
+    """The origin of the costs, for messages, as in `CostTable.source`."""
     least_seconds: float = 0.0
-    """A proven lower bound for the bottleneck of any split."""
+    """A proven lower bound for the bottleneck of any split; 0.0 if no search has proven a bound."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def by_rank(problem: Problem, pieces: list[Piece]) -> list[tuple[Piece, ...]]:
 
 
 def forecast_split(problem: Problem, pieces: list[Piece]) -> Split:
-    """Returns the split into `pieces`, by stage, with its forecast. Raises ValueError if they do not fit the caps."""
+    """Returns the split into `pieces`, by stage, with its forecast. Raises ValueError if a rank's pieces exceed its memory cap."""
     recompute = [False] * len(pieces)
     seconds, memory = [], []
     for rank, mine in enumerate(by_rank(problem, pieces)):
@@ -73,8 +73,8 @@ def forecast_split(problem: Problem, pieces: list[Piece]) -> Split:
 
 
 def step_seconds(problem: Problem, times: list[StageTimes]) -> float:
-    """Returns the time at which the last pass of the schedule ends. Messages take no time here, since every split sends equally
-    many."""
+    """Returns the seconds from the start of a step until its last pass ends; `times` is by stage. Messages take no time here, since
+    every split sends equally many."""
     table = {}
     for stage, stage_times in enumerate(times):
         table[Kind.FORWARD, stage] = stage_times.forward

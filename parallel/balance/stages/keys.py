@@ -8,12 +8,12 @@ from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.split import require_layers, split_layers
 
 COMPUTED = ("measured", "analytic")
-"""Values of parallel.balance for which the split is computed from costs."""
+"""Values of parallel.balance for which the split of layers into stages is computed from costs."""
 
 
 def validate_split(balance: Any, layers: int, placement: StagePlacement, memory_bytes: Any, recompute: str) -> None:
-    """Raises RecipeError for a split that no costs can make valid: more stages than layers, a list that does not add up, or
-    recompute=auto without a memory cap."""
+    """Raises RecipeError for settings of the split that are wrong whatever the layers cost: more stages than layers, a list that
+    does not add up, or recompute=auto without a memory cap."""
     require_layers(layers, placement)
     if balance not in COMPUTED:
         split_layers(layers, placement, balance)
@@ -23,7 +23,8 @@ def validate_split(balance: Any, layers: int, placement: StagePlacement, memory_
 
 
 def validate_speeds(speeds: Any, ranks: int, balance: Any) -> None:
-    """Raises RecipeError unless `speeds` is None, "measured" or a positive number per rank, or if it has no effect."""
+    """Raises RecipeError unless `speeds` is None, "measured" or a list with a positive number per pipeline rank, and if `speeds` is
+    given although `balance` does not compute the split from costs."""
     if speeds is None:
         return
     if balance not in COMPUTED:
@@ -39,7 +40,8 @@ def validate_speeds(speeds: Any, ranks: int, balance: Any) -> None:
 
 
 def memory_caps(memory_bytes: Any, ranks: int) -> list[int] | None:
-    """Returns the memory cap of each pipeline rank, in bytes; None if there is no limit. Raises RecipeError."""
+    """Returns the memory cap of each pipeline rank, in bytes; None if there is no limit. Raises RecipeError unless `memory_bytes`
+    is None, a positive integer or a list of one per rank."""
     if memory_bytes is None:
         return None
     caps = [memory_bytes] * ranks if type(memory_bytes) is int else _numbers(memory_bytes, (int,))
@@ -50,8 +52,8 @@ def memory_caps(memory_bytes: Any, ranks: int) -> list[int] | None:
 
 
 def validate_shares(shares: Any, micro_batches: int, data: int, expert: int) -> None:
-    """Raises RecipeError unless `shares` is None, "measured" or divides a step's `micro_batches` among `data` ranks, at least one
-    each."""
+    """Raises RecipeError unless `shares` is None, "measured" or a list that divides a step's `micro_batches` among `data` ranks, at
+    least one each. If it is not None, it also requires `expert` 1 and at least `data` micro-batches."""
     if shares is None:
         return
     if expert > 1:

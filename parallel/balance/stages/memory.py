@@ -7,12 +7,13 @@ held until I (the input gradient), and the operands of the weight gradients from
 from bagualu.parallel.pipeline.schedules.schedule import Action, Kind, Schedule
 
 Moment = tuple[tuple[int, int], ...]
-"""For each stage of a rank, in order, two numbers of micro-batches: those whose activations and those whose operands are held."""
+"""For each stage of a rank, in order, two numbers of micro-batches: those whose activations, and those whose operands of the weight
+gradient, the rank holds at this moment."""
 
 
 def worst_moments(schedule: Schedule) -> list[list[Moment]]:
-    """Returns, by rank, the moments that no other moment equals or exceeds in every count. The peak is always at one of them,
-    however many bytes a micro-batch takes at each stage."""
+    """Returns, by rank, the moments that no other moment equals or exceeds in every number. The rank's peak of memory is always at
+    one of them, however many bytes a micro-batch takes at each stage."""
     placement = schedule.placement
     return [_worst(actions, placement.stages_of(rank)) for rank, actions in enumerate(schedule.actions)]
 

@@ -29,9 +29,9 @@ from operator import add
 from bagualu.parallel.balance.stages.problem import Piece, Problem
 
 WORK = 200_000
-"""Number of choices that a search may examine before it stops: about a second, or a few seconds if there are memory caps."""
+"""Number of choices that each search may examine before it stops: about a second, or a few seconds if there are memory caps."""
 _STEPS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, inf)
-"""Bounds to try, as fractions above the lowest possible bound."""
+"""Bounds of the bottleneck to try one after the other, as fractions above the lowest possible bound."""
 _ROUNDING = 1e-9
 _SUMS = 200_000
 
@@ -53,12 +53,12 @@ class Solution:
 
 
 class GaveUp(Exception):
-    """The search ended without a split before it was exhaustive."""
+    """The search reached its limit of work before it found a split or could prove that none fits."""
 
 
 def solve(problem: Problem, work: int = WORK) -> Solution | None:
-    """Returns the split of least bottleneck; None if no split fits the caps. Raises GaveUp if `work` choices did not
-    suffice to decide."""
+    """Returns the split of least bottleneck, or the best found if a search of `work` choices did not suffice to prove it best; None
+    if no split fits the caps. Raises GaveUp if the searches found no split but could not prove that none fits."""
     room = _Room(problem)
     least = _least_bound(room)
     if least is None:
@@ -82,7 +82,7 @@ def solve(problem: Problem, work: int = WORK) -> Solution | None:
 def _improved(room: "_Room", found: tuple[float, list[Piece]], floor: float, proves: bool, work: int) -> Solution:
     """Returns the best split, given the split `found` and a lower bound `floor` of the bottleneck.
 
-    Searches further only if `found` is above the floor and the searches so far were exhaustive (`proves`).
+    Searches further only if the bottleneck of `found` is above `floor` and no earlier search was cut short (`proves`).
     """
     value, pieces = found
     if value > floor * (1 + _ROUNDING) and proves:
@@ -116,7 +116,8 @@ class _Room:
         return bound * (1 + _ROUNDING) * self.problem.speeds[rank] - self.edges[rank]
 
     def at_most(self, rank: int, bound: float) -> float:
-        """Returns the most seconds of layers, at speed 1.0, within `bound`; negative if the rank exceeds it even without layers."""
+        """Returns the most seconds of layers, at speed 1.0, within `bound`; negative if the rank exceeds `bound` even without
+        layers."""
         limit = self.limit(rank, bound)
         if self._sums is not None and limit >= 0:
             limit = self._sums[bisect_right(self._sums, limit) - 1]
@@ -136,7 +137,8 @@ def _most_layers(problem: Problem, rank: int) -> int:
 
 
 def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:
-    """Returns every total of seconds that `runs` runs of consecutive layers can have, sorted; None if there are too many.
+    """Returns every total of seconds that `runs` runs of consecutive layers can have, sorted; None if computing them would take too
+    long.
 
     Layers of equal seconds are counted instead of added, so that the order of the layers does not change a total.
     """
@@ -157,7 +159,8 @@ def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:
 
 
 def _least_bound(room: _Room) -> float | None:
-    """Returns the lowest bottleneck at which the ranks have room for all layers, ignoring their order; None if there is none."""
+    """Returns the lowest bottleneck at which the ranks have room for all layers, ignoring the layers' order; None if the memory
+    caps leave too little room at any bottleneck."""
     low, high = 0.0, (room.total + sum(room.edges)) / min(room.problem.speeds)
     if sum(room.most_layers) < room.problem.layers or not room.suffices(high):
         return None
@@ -181,7 +184,8 @@ class _Search:
         self.known: dict[tuple[int, Gaps], tuple[float, tuple[Piece, ...], Gaps]] = {}
 
     def run(self) -> tuple[float, list[Piece]] | None:
-        """Returns (bottleneck, pieces by stage); None if no split is within the bound. Raises _TooMuchWork."""
+        """Returns (bottleneck in seconds, pieces by stage); None if no split that fits the caps is within the bound. Raises
+        _TooMuchWork."""
         best, start = inf, None
         for gaps in self._starts():
             value = self._best(0, gaps) if self.possible else inf
@@ -205,7 +209,7 @@ class _Search:
         self.later, self.later_layers = room, layers
 
     def _starts(self) -> Iterator[Gaps]:
-        """Yields the possible initial gaps, those of most equal size first."""
+        """Yields the possible gaps before rank 0 takes its pieces, those of most equal size first."""
         ranks, layers = self.placement.ranks, self.problem.layers
         needs = [eaters * ranks for eaters in self.eaters]
         even = [layers * need // sum(needs) for need in accumulate(needs)][:-1]
@@ -222,7 +226,8 @@ class _Search:
                 return
 
     def _best(self, rank: int, gaps: Gaps) -> float:
-        """Returns the least bottleneck of the ranks from `rank` on that share `gaps`; inf if it exceeds the bound."""
+        """Returns the least bottleneck, over the ranks from `rank` on, with which these ranks can take all of `gaps`; inf if no way
+        is within the bound. Stops at the first way whose bottleneck is at most `enough`."""
         if rank == self.placement.ranks:
             return 0.0
         if (rank, gaps) in self.known:
@@ -268,8 +273,8 @@ class _Search:
                 yield total, (piece, *pieces), end
 
     def _cuts(self, rank: int, gap: Piece, chunk: int, most: float, least: float) -> Iterator[tuple[Piece, Piece]]:
-        """Yields (piece, rest of the gap) for a chunk that takes at most `most` seconds and, if it is the last, at least
-        `least`."""
+        """Yields (piece, rest of the gap) for a chunk that takes at most `most` seconds and, if it is the rank's last chunk, at
+        least `least`."""
         low, high = gap
         sums, last = self.left_seconds, chunk + 1 == self.placement.chunks
         down = self.placement.v_shaped and chunk % 2 == 1

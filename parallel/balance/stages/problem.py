@@ -16,7 +16,7 @@ Piece = tuple[int, int]
 
 @dataclass(frozen=True)
 class RankCost:
-    """The cost of all stages of a rank for a micro-batch."""
+    """The cost of all stages of a rank for a single micro-batch: seconds for all its passes, without waiting."""
 
     stage_seconds: tuple[float, ...]
     """The time of each stage, at the rank's own speed."""
@@ -34,7 +34,7 @@ class StageTimes:
 
     forward: float
     input_gradient: float
-    """Time of the input gradient, including the second forward pass if activations are recomputed."""
+    """Time to compute the gradient of the stage's input, including the second forward pass if activations are recomputed."""
     weight_gradient: float
 
     @property
@@ -43,8 +43,8 @@ class StageTimes:
 
 
 class Problem:
-    """Computes the costs of splits. `speeds` are by rank, relative to the device of the cost table; `caps` are bytes by rank, or
-    None for no limit.
+    """Computes the costs of splits. `speeds` are by rank, relative to the device of the cost table; `caps` are bytes of memory by
+    rank, or None for no limit.
 
     `recompute` is none, full or auto. With auto, stages recompute activations only if the rank's cap requires it, in the fastest
     combination that fits.
@@ -66,26 +66,27 @@ class Problem:
         self._known: dict[tuple[int, tuple[Piece, ...]], RankCost | None] = {}
 
     def least_seconds(self) -> list[float]:
-        """Returns the least possible time of each layer, in seconds at speed 1.0."""
+        """Returns the least possible time of all passes of each layer for a micro-batch, in seconds at speed 1.0."""
         again = self.recompute == "full"
         return [(1 + again) * layer.forward_seconds + layer.input_gradient_seconds + layer.weight_gradient_seconds
                 for layer in self.table.layers]  # fmt: skip
 
     def edge_seconds(self, rank: int) -> float:
-        """Returns the seconds, at speed 1.0, of the embedding and the head if `rank` holds them."""
+        """Returns the seconds per micro-batch, at speed 1.0, of all passes of the embedding and the head if `rank` holds them."""
         edges = [self.table.embedding] * (0 in self.stages_of[rank])
         edges += [self.table.head] * (self.placement.stages - 1 in self.stages_of[rank])
         return sum(edge.forward_seconds + edge.input_gradient_seconds + edge.weight_gradient_seconds for edge in edges)
 
     def stage_times(self, stage: int, piece: Piece, again: bool) -> StageTimes:
-        """Returns the times of `stage` if it holds the layers `piece`; `again` says whether it recomputes activations."""
+        """Returns the times of `stage` if it holds the layers `piece`; `again` says whether the stage recomputes activations."""
         forward = self._sum("forward_seconds", stage, piece)
         gradient = self._sum("input_gradient_seconds", stage, piece) + again * self._layers("forward_seconds", piece)
         speed = self.speeds[self.placement.rank_of(stage)]
         return StageTimes(forward / speed, gradient / speed, self._sum("weight_gradient_seconds", stage, piece) / speed)
 
     def cost(self, rank: int, pieces: tuple[Piece, ...]) -> RankCost | None:
-        """Returns the cost of `rank` for `pieces`, the layers of its stages in order; None if they exceed its cap."""
+        """Returns the cost of `rank` for `pieces`, the layers of its stages in order, with the fastest allowed recomputation that
+        fits; None if none fits the rank's memory cap."""
         key = (rank, pieces)
         if key not in self._known:
             costs = [RankCost(self._seconds(rank, pieces, way), way) for way in self.ways(len(pieces))]
@@ -94,8 +95,8 @@ class Problem:
         return self._known[key]
 
     def memory(self, rank: int, pieces: tuple[Piece, ...], recompute: tuple[bool, ...]) -> int:
-        """Returns the peak memory of `rank` in bytes: state, activations and operands in flight, and the activations of the largest
-        recomputed layer."""
+        """Returns the peak memory of `rank` in bytes: state, activations and operands in flight, and the recomputed activations of
+        the layer where they are largest."""
         stages = self.stages_of[rank]
         total = sum(self._sum("state_bytes", stage, piece) for stage, piece in zip(stages, pieces, strict=True))
         if {0, self.placement.stages - 1} <= set(stages):
@@ -109,7 +110,7 @@ class Problem:
         return int(total + peak + max((layer.activation_bytes - layer.input_bytes for layer in again), default=0))
 
     def least_memory(self, rank: int) -> list[float]:
-        """Returns the least memory, in bytes, that each layer adds to `rank` on any of the rank's stages."""
+        """Returns, for each layer, the least memory, in bytes, that it adds to `rank`, whichever of the rank's stages holds it."""
         fullest = max(self.moments[rank], key=lambda moment: sum(activations for activations, _ in moment))
         held = min(activations for activations, _ in fullest)
         kept = attrgetter("activation_bytes" if self.recompute == "none" else "input_bytes")
@@ -128,7 +129,7 @@ class Problem:
         return tuple(self.stage_times(*stage).total for stage in zip(self.stages_of[rank], pieces, recompute, strict=True))
 
     def _held(self, stage: int, piece: Piece, again: bool) -> tuple[int, int]:
-        """Returns the bytes that a micro-batch holds at a stage: (activations, operands)."""
+        """Returns the bytes of memory that a micro-batch takes at a stage: (activations, operands of the weight gradient)."""
         edges = self._sum("activation_bytes", stage, piece) - self._layers("activation_bytes", piece)
         kept = self._layers("input_bytes" if again else "activation_bytes", piece)
         return int(edges + kept), int(self._sum("operand_bytes", stage, piece))

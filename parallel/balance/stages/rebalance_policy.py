@@ -1,11 +1,12 @@
 """Decides from measured times whether layers should move to other ranks during a run.
 
 A rank's current speed is the time that its layers take according to the cost table, divided by the time that it was busy with a
-micro-batch. The best split for these speeds is chosen as at the start. Layers move when the new split shortens a step by a
-sufficient fraction, in each of several windows in a row, and the remaining steps gain more than the move costs.
+micro-batch. The best split for these speeds is chosen as at the start. A window is a number of steps over which times are measured.
+Layers move when the new split would shorten a step by a sufficient fraction, in each of several windows in a row, and the remaining
+steps gain more than the move costs.
 
-To prevent oscillation, every move doubles the number of windows in a row that the next move needs. A doubling is undone after many
-windows without anything to gain, so slowness that comes and goes moves layers only if it lasts long.
+To prevent oscillation, every move, even one that fails, doubles the number of windows in a row that the next move needs. A doubling
+is undone after many windows without anything to gain, so slowness that comes and goes moves layers only if it lasts long.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.pipeline.schedules.schedule import Schedule
 
 _FORGETS_AFTER = 8
-"""A doubling is undone after `patience` times this number of windows without a gain."""
+"""A doubling is undone after `Watch.patience` times this number of windows in a row without a sufficient gain."""
 _NEARLY = 0.02
 
 
@@ -31,9 +32,9 @@ class Proposal:
     speeds: list[float]
     """The speed of each pipeline rank, relative to the device of the cost table."""
     now_seconds: float
-    """Predicted seconds of a step's passes with the present split."""
+    """Predicted seconds of all passes of a step with the present split, at these speeds."""
     then_seconds: float
-    """Predicted seconds of a step's passes with the proposed split."""
+    """Predicted seconds of all passes of a step with the proposed split, at these speeds."""
 
 
 class Watch:
@@ -49,22 +50,23 @@ class Watch:
         caps: Sequence[int] | None = None,
         recompute: str = "none",
     ) -> None:
-        """A move must gain at least the fraction `threshold` of a step in each of `windows` windows in a row."""
+        """A move must shorten a step by at least the fraction `threshold` in each of `windows` windows in a row. `split` is the
+        present split; `caps` and `recompute` are as in `choose_split`."""
         self._table, self._schedule, self._caps, self._recompute = table, schedule, caps, recompute
         self._split = split
         self._threshold, self._windows = threshold, windows
         self._seen: list[list[float]] = []
-        """The ranks' speeds in the latest windows in a row in which a move would have been worthwhile."""
+        """For each of the latest windows in a row in which a move would have gained enough: the ranks' speeds."""
         self._caution = 0
-        """How often `patience` is doubled: once for every move, less the doublings that were undone."""
+        """How often `patience` is doubled at present: once for every move or failed move, less the doublings that were undone."""
         self._quiet = 0
-        """The number of windows in a row without anything to gain."""
+        """The number of latest windows in a row in which no move would have gained enough."""
         self._chosen: tuple[list[float], Split] | None = None
         """The last speeds for which a split was chosen, and that split; None before the first choice."""
 
     @property
     def patience(self) -> int:
-        """The number of windows in a row that a move needs."""
+        """The number of windows in a row in which the next move must gain enough before it is made."""
         return self._windows << self._caution
 
     def after_window(
@@ -72,8 +74,8 @@ class Watch:
     ) -> Proposal | None:
         """Returns the move to make after a window; None if layers should stay.
 
-        `busy_seconds` is the time that each pipeline rank was busy with a micro-batch. `move_seconds` returns the time that a move
-        to a split takes.
+        `busy_seconds` is the time per micro-batch that each pipeline rank computed in this window. `steps_left` is the number of
+        steps that the run still has. `move_seconds` returns the seconds that a move to a split takes.
         """
         self._seen.append(self._speeds(busy_seconds))
         if self._best(self._seen[-1]) is None:
@@ -95,7 +97,7 @@ class Watch:
         self._caution += 1
 
     def failed(self) -> None:
-        """Records that a move failed. The next attempt has to wait as long as after a move."""
+        """Records that a move failed: the present split stays, and the next move needs twice as many windows, as after a move."""
         self._seen, self._quiet = [], 0
         self._caution += 1
 
@@ -115,7 +117,7 @@ class Watch:
         return [seconds / busy for seconds, busy in zip(expected, busy_seconds, strict=True)]
 
     def _best(self, speeds: list[float]) -> Proposal | None:
-        """Returns the best split for these speeds if it gains enough over the present split, else None."""
+        """Returns a proposal of the best split for these speeds; None if it does not shorten a step by the threshold."""
         problem = self._problem(speeds)
         pieces = [(piece.start, piece.stop) for piece in self._split.slices]
         costs = [problem.cost(rank, mine) for rank, mine in enumerate(by_rank(problem, pieces))]
@@ -136,7 +138,7 @@ class Watch:
         return last[1]
 
     def _gains(self, split: Split, speeds: list[float]) -> bool:
-        """Returns whether `split` gains enough over the present split at these speeds."""
+        """Returns whether, at these speeds, `split` shortens a step of the present split by the threshold."""
         problem = self._problem(speeds)
         return self._step_seconds(split, problem) <= self._step_seconds(self._split, problem) * (1 - self._threshold)
 

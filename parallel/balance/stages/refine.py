@@ -1,8 +1,9 @@
 """Turns a split of least bottleneck into the split that the schedule runs fastest.
 
 The bottleneck alone does not determine how long the pipeline takes to fill and drain, nor the load of the other ranks, and many
-splits share it. So splits near the optimum are timed on the schedule itself. Of the timed splits whose bottleneck is at most
-`TOLERANCE` above the optimum, the result is the split with the least predicted step time; of several, the first, the most even.
+splits share it. So splits near the optimum are timed on the schedule itself. Of the timed splits whose bottleneck exceeds the least
+by at most the fraction `TOLERANCE`, the result is the split with the least predicted step time, or the most even if several have
+it.
 
 Candidates come from moving a layer from any stage to any other, or moving two borders by a layer each, first to make ranks and
 stages even, then to lower the time. If there are few splits, all of them are candidates.
@@ -17,7 +18,8 @@ from bagualu.parallel.balance.stages.problem import Piece, Problem, RankCost
 
 TOLERANCE = 0.03
 PASSES = 60_000
-"""Number of passes of the schedule that may be simulated in total: about a second."""
+"""Number of passes that may be simulated in total to time splits, which takes about a second; at least _LEAST_TIMED splits are
+timed."""
 _LEAST_TIMED = 6
 _EVENING = 20_000
 _FEW = 2_000
@@ -25,7 +27,8 @@ _ROUNDING = 1e-9
 
 
 def refine(problem: Problem, pieces: list[Piece]) -> list[Piece]:
-    """Returns an improved split, as described above. `pieces`, by stage, is a split with the least bottleneck."""
+    """Returns an improved split, as the beginning of this file describes. `pieces`, by stage, is a split with the least
+    bottleneck."""
     loads = _loads(problem, pieces)
     assert loads is not None
     optimum = _bottleneck(loads)
@@ -64,7 +67,8 @@ def _timed(problem: Problem, pieces: list[Piece]) -> float:
 
 
 def _even(problem: Problem, pieces: list[Piece], bottleneck: float, spread: float) -> list[Piece]:
-    """Returns a split in which ranks and stages are more even and all ranks stay within `bottleneck`."""
+    """Returns a split in which ranks and stages are as even as single moves can make them and all ranks stay within `bottleneck`;
+    `spread` is the unevenness of `pieces`."""
     current, budget = pieces, _EVENING
     moved = True
     while moved and budget > 0:
@@ -79,7 +83,7 @@ def _even(problem: Problem, pieces: list[Piece], bottleneck: float, spread: floa
 
 
 def _loads(problem: Problem, pieces: list[Piece]) -> list[RankCost] | None:
-    """Returns the cost of every rank; None if a rank exceeds its cap."""
+    """Returns the cost of every rank for `pieces`, by stage; None if a rank exceeds its memory cap."""
     costs = [problem.cost(rank, mine) for rank, mine in enumerate(by_rank(problem, pieces))]
     return None if None in costs else [cost for cost in costs if cost is not None]
 

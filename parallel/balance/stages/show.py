@@ -7,10 +7,11 @@ from bagualu.parallel.layout import StagePlacement
 
 
 def show_split(split: Split, placement: StagePlacement, measured: Sequence[tuple[float, float]] | None = None) -> str:
-    """Returns a table with a row per stage: its rank and layers and, if the costs are known, the rank's speed, milliseconds of a
-    micro-batch's forward and whole backward pass, and, at the rank's first stage, the rank's memory.
+    """Returns a table with a row per stage: its rank and layers; if any stage recomputes activations, whether this one does; and,
+    if the costs are known, the rank's speed, the milliseconds of a micro-batch's forward and whole backward pass, and, at the
+    rank's first stage, the rank's memory. A last line then gives the predicted times of the whole split.
 
-    `measured` holds the measured (forward, backward) seconds of each stage.
+    `measured` holds the measured (forward, backward) seconds per micro-batch of each stage; None: no such columns.
     """
     forecast = split.forecast
     head = ["stage", "rank", "layers", "count"]

@@ -32,7 +32,7 @@ class Size:
 
     @property
     def work(self) -> Time:
-        """The time for which a rank computes."""
+        """The time for which each rank computes in a step."""
         return self.micro_batches * self.chunks * (self.forward + self.backward)
 
     @property
@@ -51,13 +51,13 @@ class Formula:
     peak: Callable[[Size], int]
     """Returns the most forward passes, of all stages of a rank, whose activations the rank holds at the same time."""
     bound: bool = False
-    """Whether `bubble` is an upper bound rather than exact."""
+    """Whether `bubble` returns an upper bound of the bubble rather than the exact bubble."""
     least: Callable[[int], int] = lambda ranks: 1
     """Returns, for a number of ranks, the least number of micro-batches for which `bubble` and `peak` hold."""
 
     def share(self, size: Size) -> Time | None:
         """Returns the bubble as a fraction of the time between the first and the last pass of the rank that takes longest; None if
-        there is no formula for this size."""
+        no formula is published for this size."""
         bubble = self.bubble(size) if size.micro_batches >= self.least(size.ranks) else None
         return None if bubble is None else share(bubble, bubble + size.work)
 

@@ -51,7 +51,7 @@ class Schedule:
     placement: StagePlacement
     micro_batches: int
     actions: list[list[Action]]
-    """The list of actions of each rank."""
+    """For each pipeline rank, its actions in order."""
 
 
 def forward_only(placement: StagePlacement, micro_batches: int) -> Schedule:

@@ -9,9 +9,9 @@ from bagualu.parallel.pipeline.schedules.schedule import Action, Kind, dependenc
 def squeeze(schedule: list[list[Action]], placement: StagePlacement) -> list[list[Action]]:
     """Returns the same passes with less waiting (the squeezing and reordering of arXiv 2405.15362, in a single sweep).
 
-    All passes count as one step. In each step, every rank does the first pass of its list whose inputs are available. It never
-    holds more activations than its own list would at its peak, and passes of the same kind at the same stage keep their order.
-    Raises ValueError if passes wait for each other.
+    Every pass is taken to last one time step. In each time step, every rank does the first pass of its list whose inputs are
+    available. It never holds more activations than its own list would at its peak, and passes of the same kind at the same stage
+    keep their order. Raises ValueError if passes wait for each other.
     """
     ranks = [_Rank(list(actions)) for actions in schedule]
     done: set[Action] = set()
@@ -31,7 +31,8 @@ class _Rank:
         self._most = max(_held_after_each(actions, 0))
 
     def take(self, done: set[Action], placement: StagePlacement) -> Action | None:
-        """Removes and returns the first pass that can run now; None if there is none."""
+        """Removes and returns the first pass of the list that can run now without exceeding the rank's peak of activations; None if
+        no pass can."""
         seen: set[tuple[Kind, int]] = set()
         kinds = 3 * placement.chunks
         peak = self._held
@@ -57,7 +58,8 @@ def _change(action: Action) -> int:
 
 
 def _held_after_each(actions: list[Action], held: int) -> Iterator[int]:
-    """Yields the number of forward passes held after each of `actions`, starting from `held`."""
+    """Yields, after each of `actions`, the number of forward passes whose activations are held; `held` is that number before
+    them."""
     for action in actions:
         held += _change(action)
         yield held

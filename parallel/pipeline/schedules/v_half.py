@@ -51,7 +51,7 @@ def _repeated(placement: StagePlacement, rank: int, micro_batches: int) -> dict[
 
 
 def _with_weight_gradients(times: dict[int, Action]) -> list[Action]:
-    """Returns all passes in the order of their times, with each W in the first free step after its I."""
+    """Returns all passes in the order of their times, with each W in the first free time step after its I."""
     waiting: deque[Action] = deque()
     actions = []
     for time in range(max(times) + 1):
