@@ -15,7 +15,8 @@ from bagualu.trainer.process.stop_request import STOP_SIGNALS
 
 
 def start(modules: list[str], folder: Path) -> None:
-    """Start the server, which begins to import `modules`, and return immediately. Environment variables must be set before.
+    """Start the server, which begins to import `modules`, and return immediately. The environment variables of the workers must be
+    set before. `folder` is the launch's scratch folder.
 
     Call this and `running` on the main thread: the server dies with the thread that starts it.
     """

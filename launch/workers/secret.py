@@ -28,7 +28,8 @@ _WRITE_SECONDS = 10
 def of_the_job(run_dir: Path) -> str:
     """Returns the secret shared by all agents of the job in `run_dir`.
 
-    Raises RecipeError when the secret is too short, or its file is readable by other users or cannot be read or written.
+    Raises RecipeError when the secret in the environment is too short, or when the secret's file is incomplete, belongs to or can
+    be read by other users, or cannot be read or written.
     """
     given = os.environ.pop(VARIABLE, None)  # removed, because child processes do not need it
     if given is None:
@@ -79,7 +80,7 @@ def _read(path: Path) -> str:
 
 
 class Seal:
-    """Signs the values that the agents of one run write into their store, and verifies those of other agents."""
+    """Signs the values that an agent of a run writes into the agents' store, and verifies the values that other agents wrote."""
 
     def __init__(self, secret: str, run: str) -> None:
         """`run` is the run's id: a value that was signed for another run of the same job is not valid here."""
