@@ -47,7 +47,7 @@ class Killed(BaseException):
 
 
 class Left(BaseException):
-    """Raised after a request to stop, if the agent is waiting for other nodes and has no workers yet."""
+    """Raised after a request to stop while the agent waits for other nodes and so has no workers that could save."""
 
 
 class LostPeer(Exception):
@@ -73,7 +73,7 @@ class Agent(ElasticAgent):
         Args:
             arguments: the arguments with which every worker of this machine is started.
             rendezvous: the rendezvous through which this agent finds the agents of the other nodes.
-            stop: whether the run was asked to stop.
+            stop: the request to stop; calling it returns whether the run was asked to stop.
             watchers: objects that are called when workers start or fail, and may report failures themselves, such as a hang.
         """
         spec = WorkerSpec(

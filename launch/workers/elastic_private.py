@@ -130,7 +130,7 @@ class ElasticAgent(LocalElasticAgent):
     """
 
     def __init__(self, spec: WorkerSpec, exit_seconds: float) -> None:
-        """`exit_seconds` is how long this agent waits for those of other nodes at the end of a run."""
+        """`exit_seconds` is how long this agent waits for the agents of other nodes at the end of a run."""
         super().__init__(spec, NoLogs(), start_method="forkserver", exit_barrier_timeout=exit_seconds)
 
     @property

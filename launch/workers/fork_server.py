@@ -1,7 +1,8 @@
 """Manages the fork server, the process that workers are forked from. It imports torch once, while the launcher prepares the run.
 
-Signals that ask to stop are blocked in it, and in every worker until the worker installs its handlers. So a Ctrl-C during start-up
-stays pending instead of being lost or killing a worker half-way. The server dies with the launcher (fork_server_preload.py).
+Signals that ask to stop are blocked in the server, and in every worker until the worker installs its handlers. So a Ctrl-C during
+start-up stays pending instead of being lost or killing a worker half-way. The server dies with the launcher
+(fork_server_preload.py).
 """
 
 import multiprocessing

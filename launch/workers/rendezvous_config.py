@@ -12,7 +12,7 @@ class Meeting:
     port: int
     """Port at which the rendezvous store listens."""
     id: str
-    """Name that distinguishes this run from others that use the same host and port."""
+    """Name that distinguishes this start of the run from other starts and runs that use the same host and port (--id)."""
     job: str
     """Name that distinguishes the run's job from others that use its directory; it stays the same when the job is requeued."""
     nodes: int

@@ -10,14 +10,14 @@ from bagualu.trainer.recipe.config import Recipe
 
 @dataclass(frozen=True)
 class RestartDecision:
-    """The decision about a failure."""
+    """The decision whether, when and with which ranks the workers are restarted after a failure."""
 
     failure: Failure
     """The failure as it is reported; for a crash loop, with kind "loop"."""
     again: bool
     """Whether the workers are restarted."""
     pause_seconds: float = 0.0
-    """Time to wait before the restart."""
+    """Seconds to wait before the restart; 0 without a restart."""
     without_rank: bool = False
     """Whether the failed rank is left out of the restart, because restarting with it did not help."""
 

@@ -1,7 +1,8 @@
 """The secret that the agents of a job share, and the signatures that they make with it.
 
-It comes from the environment variable BAGUALU_SECRET, which the script of `bagualu slurm` sets, or else from the file `.secret` in
-the run directory, which the first agent creates, readable by its user alone. It is never passed as an argument and never printed.
+The secret comes from the environment variable BAGUALU_SECRET, which the script of `bagualu slurm` sets, or else from the file
+`.secret` in the run directory, which the first agent creates, readable by its user alone. It is never passed as an argument and
+never printed.
 """
 
 import hashlib
@@ -88,7 +89,7 @@ class Seal:
         self._complained: set[str] = set()
 
     def sign(self, name: str, text: str) -> str:
-        """Returns the signature and `text`, to be stored together under `name`."""
+        """Returns one string of the signature and `text`, to be stored under `name`; the signature is valid only for that name."""
         return f"{self._signature(name, text)} {text}"
 
     def opened(self, name: str, value: bytes) -> str | None:

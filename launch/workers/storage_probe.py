@@ -37,7 +37,8 @@ def check(recipe: Recipe, job: str = "") -> None:
 
 
 def choose_backend(recipe: Recipe, workers: int) -> tuple[Recipe, Choice]:
-    """Returns the recipe with comm.backend=auto replaced by a real backend, and the reason (trainer/recipe/choose_backend.py).
+    """Returns the recipe with comm.backend=auto replaced by a real backend, and that choice with its reason
+    (trainer/recipe/choose_backend.py).
 
     Reads the run directory, because a resumed run keeps its backend. Raises RecipeError when the storage does not answer.
     """

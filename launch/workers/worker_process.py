@@ -50,7 +50,8 @@ class WorkerArguments:
 
 
 def main(arguments: WorkerArguments) -> dict[str, Any]:
-    """Run one worker and return its summary. A failure is written to the scratch folder and ends the process with exit code 1."""
+    """Run one worker and return the run's summary; a spare worker returns that of the training ranks. A failure is written to the
+    scratch folder and ends the process with exit code 1."""
     leave_out_what_is_there()  # the collector need not look at the modules from the fork server
     workers = len(arguments.slots)
     stop = StopRequest()

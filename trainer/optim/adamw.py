@@ -28,7 +28,8 @@ class ShardedAdamW:
         self.config = config
         self._shards = [_shard(_master(bucket)) for bucket in buckets]
         self._probed = torch.zeros((), dtype=torch.float64, device=buckets[0].weights.device)
-        """Not finite if the last step left values that are not finite; in rare cases also if all are finite."""
+        """A sum that is not finite if the last `step` left values that are not finite; in rare cases also if all values are
+        finite."""
 
     def step(self, lr: float, gradient_factor: float) -> None:
         """Updates this rank's shards with the reduced gradients times `gradient_factor` (clipping, loss scale).
@@ -61,8 +62,8 @@ class ShardedAdamW:
         self._look(working, square)
 
     def _look(self, working: torch.Tensor, square: torch.Tensor) -> None:
-        """Probes a piece of the updated weights and squares. A first moment that is not finite shows in the weight; an infinite
-        second moment does not."""
+        """Probes a piece of the updated weights and second moments for values that are not finite. A first moment that is not
+        finite shows in the weight; an infinite second moment does not."""
         self._probed += probe(working)
         self._probed += probe(square)
 
