@@ -114,7 +114,7 @@ def _require_unchanged(file: TextFile) -> None:
     except OSError as error:
         raise _unreadable(file, error) from error
     if (status.st_size, status.st_mtime_ns) != (file.size_bytes, file.modified_nanoseconds):
-        raise RecipeError(f"{printable(file.path)} has changed while it was read; start again when data.source is left alone")
+        raise RecipeError(f"{printable(file.path)} has changed while it was read; start again when data.source no longer changes")
 
 
 def _unreadable(file: TextFile, error: OSError) -> RecipeError:
