@@ -116,7 +116,7 @@ def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | N
         if why.kind != "recipe":
             traceback.print_exc()
         if why.kind != "recipe" or world.rank == 0:
-            advice = "the ranks that only lost a peer say so" if world.size > 1 else what_next(why)
+            advice = "if it only lost a peer, see the other ranks' last lines" if world.size > 1 else what_next(why)
             print(last_words(why, advice), file=sys.stderr, flush=True)
         os._exit(REFUSED if why.kind == "recipe" else FAILED)  # skips destructors, which would wait for lost peers
     if world.rank == 0:

@@ -1,6 +1,6 @@
 """One optimizer step: forward and backward of every micro-batch, reduce, agree, decide, and only then clip, update and share.
 
-The step is a transaction: the update happens on every rank or on none, decided by figures that every rank holds alike
+The step is a transaction: the update happens on every rank or on none, decided by values that are the same on every rank
 (fault_tolerance/guard). A step that is computed again begins from the same weights and samples, because nothing has changed them.
 """
 
@@ -33,7 +33,7 @@ class StepResult:
     balance_loss: float
     """Load-balancing loss, averaged over sequences, summed over layers; 1 per mixture layer when the load is even."""
     grad_norm: float
-    """Norm of the whole model's gradient before clipping, each element counted once."""
+    """Norm of the whole model's gradient before clipping and without the loss scale, each element counted once."""
     lr: float
     """Learning rate of the step, also if no update was applied."""
     verdict: GuardDecision

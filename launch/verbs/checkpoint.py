@@ -1,4 +1,4 @@
-"""`bagualu checkpoint list|verify RUN_DIR`: lists the checkpoints of a run, and reports damage."""
+"""`bagualu checkpoint list|verify RUN_DIR|CHECKPOINT`: lists checkpoints and reports damage."""
 
 import datetime
 import sys

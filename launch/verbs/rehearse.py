@@ -31,7 +31,7 @@ from bagualu.trainer.recipe.compose import compose, save_recipe
 from bagualu.trainer.recipe.config import Recipe
 
 _WIDTH = 120
-"""The least width of the table, in columns."""
+"""The least width of the printed table of faults, in columns."""
 _NUMBERS = ("step", "recovery", "steps lost")
 
 
@@ -82,7 +82,7 @@ def _run(
 
 
 def _in(folder: Path, recipe: Recipe) -> Recipe:
-    """Returns the recipe of the same run in `folder`, starting from step 0."""
+    """Returns the recipe with run.dir=`folder` and checkpoint.resume=false, so that the run starts there from step 0."""
     return replace(
         recipe, run=replace(recipe.run, dir=str(folder)), checkpoint=replace(recipe.checkpoint, resume=False)
     )  # fmt: skip

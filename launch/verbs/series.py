@@ -47,7 +47,8 @@ class Series:
         return self._exit_code(), self._documents
 
     def _check(self, number: int, job: SweepJob) -> None:
-        """Record a job as refused if its run directory cannot be used, and as done if it has finished before."""
+        """Record a job as refused if its run directory cannot be used, and as done if, with checkpoint.resume=true, it has done all
+        its steps before."""
         try:
             storage_probe.check(job.recipe)
         except RecipeError as error:

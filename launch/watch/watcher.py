@@ -30,4 +30,4 @@ class Watcher:
         return None
 
     def failed(self, generation: int, failure: Failure, again: bool) -> None:
-        """Called when `generation` has ended with `failure`. `again` says whether another generation follows."""
+        """Called when the workers of `generation` have ended with `failure`. `again` says whether workers are started again."""

@@ -39,7 +39,7 @@ from bagualu.trainer.process.stop_request import STOP_SIGNALS, StopRequest
 _GRACE_SECONDS = 0.5
 """How long the peers of a dead worker may take to notice its death and write down what failed."""
 _EXIT_SECONDS = 30
-"""How long to wait at the end of a run for the agents of other nodes, and for a killed worker to exit."""
+"""How long to wait at the end of a run for the agents of other nodes, and for each killed worker to exit."""
 
 
 class Killed(BaseException):
@@ -47,7 +47,7 @@ class Killed(BaseException):
 
 
 class Left(BaseException):
-    """Raised after a request to stop, if the agent is waiting for other nodes and has no workers yet."""
+    """Raised after a request to stop while the agent waits for other nodes and so has no workers that could save."""
 
 
 class LostPeer(Exception):
@@ -73,7 +73,7 @@ class Agent(ElasticAgent):
         Args:
             arguments: the arguments with which every worker of this machine is started.
             rendezvous: the rendezvous through which this agent finds the agents of the other nodes.
-            stop: whether the run was asked to stop.
+            stop: the request to stop; calling it returns whether the run was asked to stop.
             watchers: objects that are called when workers start or fail, and may report failures themselves, such as a hang.
         """
         spec = WorkerSpec(
@@ -105,7 +105,7 @@ class Agent(ElasticAgent):
 
     @property
     def nodes(self) -> int:
-        """The number of nodes that take part in this generation."""
+        """The number of nodes that take part in this generation; 1 before the nodes have met."""
         return self.group.group_world_size or 1
 
     @property
@@ -114,7 +114,7 @@ class Agent(ElasticAgent):
 
     @property
     def phase(self) -> str:
-        """What the workers of this machine are doing, for messages: "start", "step 12", or a wait for other nodes."""
+        """What the workers of this machine are doing, for messages: "start", "step 12", or "meeting the other nodes"."""
         if self.group.state != WorkerState.HEALTHY:
             return "meeting the other nodes"
         beats = beats_of(self._beats, self._ranks())
@@ -148,7 +148,8 @@ class Agent(ElasticAgent):
             signal.signal(signal.SIGTSTP, before)
 
     def _on_suspend(self, number: int, frame: FrameType | None) -> None:
-        """Stop the workers, then this process; continue them when it continues. They are not in the terminal's process group."""
+        """Suspend the workers, then this process; continue the workers when this process continues. They are not in the terminal's
+        process group, so Ctrl-Z does not reach them."""
         self._signal_workers(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
         self._signal_workers(signal.SIGCONT)
@@ -174,7 +175,7 @@ class Agent(ElasticAgent):
         """Meet the other nodes. Returns False if the rendezvous must be repeated, because a node died before it announced its
         workers.
 
-        Raises LostPeer when the restart policy does not allow that.
+        Such a death counts as a failure. Raises LostPeer when the restart policy does not allow another try.
         """
         try:
             super().meet()
@@ -226,8 +227,9 @@ class Agent(ElasticAgent):
         return result
 
     def _fail(self, seen: Failure | None) -> None:
-        """Kill all workers after a worker's death, or after the failure `seen` of a watcher, and decide whether they are
-        restarted."""
+        """Kill all workers of this machine after a worker's death, or after the failure `seen` that a watcher reported, and decide
+        whether they are restarted. If the workers were only stopping to let a waiting node join, they are, and nothing counts as a
+        failure."""
         deadline = time.monotonic() + (0 if seen else _GRACE_SECONDS)
         while len(self._exit_codes()) < len(self._pids) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -277,7 +279,7 @@ class Agent(ElasticAgent):
             time.sleep(0.05)
 
     def _end_spares(self) -> None:
-        """End the spare workers, which the layout does not use, once the ranks that train have finished."""
+        """Let the spare workers of this machine, which the layout does not use, end once the ranks that train have finished."""
         if self.group.workers[0].world_size == self.arguments.training:
             return
         training = [worker for worker in self.group.workers if worker.global_rank < self.arguments.training]
@@ -318,7 +320,7 @@ class Agent(ElasticAgent):
         return agent_messages.Board(store, nodes.seal, f"{nodes.get_run_id()}/{nodes.round}")
 
     def _exit_codes(self) -> dict[int, int]:
-        """Return the exit codes of the workers that have failed, by local rank."""
+        """Returns the exit codes other than 0 of the workers of this machine that have ended, by local rank."""
         return {local: process.exitcode for local, process in enumerate(self.processes()) if process.exitcode}
 
 

@@ -37,7 +37,8 @@ class Board:
             expected = stored if stored != expected else b""  # overwrite the unsigned value, or start over if it was deleted
 
     def read(self, key: str) -> str | None:
-        """Returns the text that an agent has written under `key`; None if there is none."""
+        """Returns the text that an agent has written under `key`; None if there is none or it is not signed by an agent of the
+        run."""
         return self._seal.opened(self._name(key), self.store.get(key)) if self.store.check([key]) else None
 
     def _signed(self, key: str, text: str) -> str:
@@ -48,8 +49,8 @@ class Board:
 
 
 class Ending:
-    """The end of the run, published to all nodes by the first node that knows it. If the store cannot be reached, all methods do
-    nothing."""
+    """Tells all nodes how the run ended: the first node that knows publishes it. If the store cannot be reached, the methods do
+    nothing and raise no error."""
 
     def __init__(self, board: Board) -> None:
         """`board` must be the board that all rounds of the rendezvous share."""
@@ -78,14 +79,14 @@ class Ending:
         return None
 
     def leave(self) -> None:
-        """Count this agent among those that no longer use the store. The count is not signed: forging it only makes the host leave
-        sooner."""
+        """Count this agent among those that no longer use the store. The count is not signed: forging it only makes the store's
+        host leave sooner."""
         with contextlib.suppress(RuntimeError):
             self._board.store.add(_LEFT, 1)
 
     def await_leaving(self, nodes: int, patience_seconds: float, stop: Callable[[], bool] = lambda: False) -> None:
-        """Wait until `nodes` agents have left or `patience_seconds` have passed. The store's host calls this, because it leaves
-        last."""
+        """Wait until `nodes` agents have called `leave`, `patience_seconds` have passed or `stop()` is true. The store's host calls
+        this, because it leaves last."""
         deadline = time.monotonic() + patience_seconds
         with contextlib.suppress(RuntimeError):
             while self._board.store.add(_LEFT, 0) < nodes and time.monotonic() < deadline and not stop():
@@ -93,12 +94,13 @@ class Ending:
 
 
 def backend_of_all(board: Board, own: str) -> str:
-    """Returns the backend that the first node published; publishes `own` if no node has. All nodes must use the same backend."""
+    """Publishes `own`, this node's backend, if no node has published its backend yet. Returns the published backend, which all
+    nodes must use. Raises RuntimeError if the store cannot be reached."""
     return board.write_first(_BACKEND, own)
 
 
 def ask_to_regroup(board: Board) -> None:
-    """Tell the agents of this round that the workers are stopping only so that a waiting node can join."""
+    """Tell the agents of this round of the rendezvous that the workers are stopping only so that a waiting node can join."""
     board.write(_REGROUP)
 
 
@@ -113,7 +115,7 @@ def say_trained(board: Board, summary: dict[str, Any]) -> None:
 
 
 def trained(board: Board) -> dict[str, Any] | None:
-    """Returns the summary that an agent of this round has published with `say_trained`; None if there is none yet."""
+    """Returns the summary that an agent of this round has published with `say_trained`; None if no agent has."""
     written = board.read(_TRAINED)
     summary: dict[str, Any] | None = None if written is None else json.loads(written)
     return summary

@@ -10,7 +10,8 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def fitted(recipe: Recipe, ranks: int) -> tuple[Recipe, int]:
-    """Returns the recipe with the valid layout of at most `ranks` ranks that is nearest to its own, and that layout's rank count.
+    """Returns the recipe with the valid layout of at most `ranks` ranks that is nearest to its own, and the number of ranks of that
+    layout. If `ranks` suffice for its own layout, the recipe is returned unchanged.
 
     The global batch stays the same: fewer data ranks accumulate over more micro-batches. Raises RecipeError when no valid layout
     of at least restart.min_workers ranks fits.
@@ -29,8 +30,9 @@ def fitted(recipe: Recipe, ranks: int) -> tuple[Recipe, int]:
 def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
     """Returns the recipe with the degrees of `layout`, without the settings that do not apply to it.
 
-    Settings that are lists per rank or stage no longer match: layers are then split evenly, and every rank gets the smallest memory
-    cap.
+    If the number of stages changes, lists per stage or pipeline rank no longer match: layers are then split evenly, listed speeds
+    are dropped, and every rank gets the smallest memory cap. A list of shares is dropped unless the number of data ranks is still
+    that of parallel.data.
     """
     given = recipe.parallel
     pipeline_stays, data_stays = layout.pipeline == given.pipeline, layout.data == given.data

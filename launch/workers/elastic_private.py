@@ -50,7 +50,7 @@ class NodeRendezvous(DynamicRendezvousHandler):
         return sorted(node.addr for node in self._met - heard - {self._this_node})
 
     def present(self) -> int:
-        """Returns how many agents take part in the rendezvous or wait to join, including this one."""
+        """Returns how many agents, one on each node, take part in the rendezvous or wait to join, including this agent."""
         state = self._state_holder.state
         return len({*state.participants, *state.wait_list, self._this_node})
 
@@ -78,7 +78,7 @@ class SignedBackend(C10dRendezvousBackend):
     def __init__(self, store: Store, run_id: str, seal: Seal) -> None:
         self._seal = seal
         self._newest: bytes | None = None
-        """The newest state with a valid signature."""
+        """The newest state with a valid signature that this agent has read or written; None before the first."""
         super().__init__(store, run_id)
 
     def get_state(self) -> tuple[bytes, Token] | None:
@@ -130,12 +130,12 @@ class ElasticAgent(LocalElasticAgent):
     """
 
     def __init__(self, spec: WorkerSpec, exit_seconds: float) -> None:
-        """`exit_seconds` is how long this agent waits for those of other nodes at the end of a run."""
+        """`exit_seconds` is how long this agent waits for the agents of other nodes at the end of a run."""
         super().__init__(spec, NoLogs(), start_method="forkserver", exit_barrier_timeout=exit_seconds)
 
     @property
     def group(self) -> WorkerGroup:
-        """The workers of this machine in the present generation."""
+        """The workers of this machine in the present generation, and their ranks."""
         group: WorkerGroup = self._worker_group
         return group
 
@@ -149,7 +149,8 @@ class ElasticAgent(LocalElasticAgent):
         return pids
 
     def look(self) -> RunResult:
-        """Returns whether the workers are still running, have failed, or have all ended."""
+        """Returns elastic's result: whether the workers are still running, have failed, or have all returned, and their return
+        values."""
         result: RunResult = super()._monitor_workers(self.group)
         return result
 
@@ -158,7 +159,7 @@ class ElasticAgent(LocalElasticAgent):
         super()._restart_workers(self.group)
 
     def allow_restart(self, allowed: bool) -> None:
-        """Set whether elastic may begin another generation after this one."""
+        """Set whether elastic may begin another generation of workers after the present one."""
         self._remaining_restarts = int(allowed)
 
     def processes(self) -> list[Any]:
@@ -168,7 +169,7 @@ class ElasticAgent(LocalElasticAgent):
         return list(self._pcontext._pc.processes)
 
     def returned(self) -> dict[int, Any]:
-        """Returns the return values of the workers that have ended, by local rank."""
+        """Returns the return values of the workers that have returned so far, by local rank."""
         assert isinstance(self._pcontext, MultiprocessContext)
         returned: dict[int, Any] = self._pcontext._return_values
         return returned

@@ -15,7 +15,7 @@ class Ended:
     summary: dict[str, Any] | None = None
     failure: Failure | None = None
     prints_summary: bool = True
-    """Whether this node prints the summary; on several nodes, only the node with rank 0 does."""
+    """Whether this node prints the summary at the end; on several nodes, only the node with rank 0 does."""
 
 
 def refused(error: RecipeError) -> Ended:

@@ -1,7 +1,8 @@
 """Manages the fork server, the process that workers are forked from. It imports torch once, while the launcher prepares the run.
 
-Signals that ask to stop are blocked in it, and in every worker until the worker installs its handlers. So a Ctrl-C during start-up
-stays pending instead of being lost or killing a worker half-way. The server dies with the launcher (fork_server_preload.py).
+Signals that ask to stop are blocked in the server, and in every worker until the worker installs its handlers. So a Ctrl-C during
+start-up stays pending instead of being lost or killing a worker half-way. The server dies with the launcher
+(fork_server_preload.py).
 """
 
 import multiprocessing
@@ -15,7 +16,8 @@ from bagualu.trainer.process.stop_request import STOP_SIGNALS
 
 
 def start(modules: list[str], folder: Path) -> None:
-    """Start the server, which begins to import `modules`, and return immediately. Environment variables must be set before.
+    """Start the server, which begins to import `modules`, and return immediately. The environment variables of the workers must be
+    set before. `folder` is the launch's scratch folder.
 
     Call this and `running` on the main thread: the server dies with the thread that starts it.
     """

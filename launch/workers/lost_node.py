@@ -44,7 +44,7 @@ class LostNode:
 
 
 def gone(missing: list[str], phase: str, step: int = 0) -> Failure:
-    """Returns the failure caused by the loss of the nodes `missing` (addresses)."""
+    """Returns the failure of a run that lost the nodes with the addresses `missing`; []: the node is unknown."""
     who = f"node {', '.join(missing)}" if missing else "a node"
     cause = f"{who} is gone: its agent sent no heartbeat for {SILENT_SECONDS} s while the others waited for it"
     return Failure(-1, phase, cause, time.time(), "peer", step)
@@ -57,7 +57,8 @@ def beats_of(folder: Path, pids: Mapping[int, int]) -> dict[int, Beat | None]:
 
 
 def has_begun(folder: Path, rank: int, pid: int) -> bool:
-    """Returns whether process `pid` has begun a step or is a spare worker, which never begins any."""
+    """Returns whether process `pid`, which runs `rank`, has begun a step or is a spare worker, which never begins a step. True also
+    while the heartbeat that shows this is being written."""
     beat = read(folder, rank)
     if beat is None:
         return read_beats(folder, rank) > 0  # unreadable because it is being written right now
@@ -65,7 +66,7 @@ def has_begun(folder: Path, rank: int, pid: int) -> bool:
 
 
 def where(step: int) -> str:
-    """Returns the description for messages of where a run is whose newest step is `step`."""
+    """Returns, for messages, where a run is: "step N" for the newest step N that it has begun, or "start" for 0."""
     return f"step {step}" if step else "start"
 
 

@@ -28,11 +28,12 @@ from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe.config import Recipe
 
 _TELL_SECONDS = 30
-"""How long the store's host, if it cannot take part in the run, waits for the other nodes to read the reason."""
+"""How long the store's host, if it cannot take part in the run, waits at most for the other nodes to read the reason. Also how
+long a node that cannot take part looks for the store."""
 
 _STOPPED_SECONDS = 3
-"""How long the store's host, if it was asked to stop, waits for the other nodes to read that. If all nodes were asked, none reads
-it."""
+"""How long the store's host, if it was asked to stop before all nodes had joined, waits for the other nodes to read that. If all
+nodes were asked to stop, none of them reads it."""
 
 
 def run_processes(
@@ -138,14 +139,15 @@ def _tell_early(
 
 
 def _tell(ended: Ended, store: rendezvous.RendezvousStore, ending: Ending) -> None:
-    """Publish to the agents of the other nodes how the run ended, then leave the rendezvous and its store."""
+    """Publish to the agents of the other nodes how the run ended, then close the rendezvous and leave its store."""
     ending.say({"summary": ended.summary, "failure": ended.failure and ended.failure.as_dict()})
     store.handler.shutdown()
     ending.leave()
 
 
 def _run_agent(agent: Agent, store: rendezvous.RendezvousStore, ending: Ending, meeting: Meeting | None) -> Ended:
-    """Run the agent until the run ends, tell the other nodes how it ended, and return that."""
+    """Run the agent until the run ends, tell the other nodes how it ended, and return that. A stopped node that does not host the
+    store tells nothing, because the others may go on."""
     try:
         with agent.suspending():
             ended = _supervise(agent, ending)

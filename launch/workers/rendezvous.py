@@ -23,7 +23,7 @@ from bagualu.launch.workers.rendezvous_config import Meeting
 from bagualu.launch.workers.secret import Seal, of_this_process
 
 REGROUP_SECONDS = 300
-"""Time that the workers get to save and stop when a waiting node is to join."""
+"""The most seconds that the workers get to save and stop when a waiting node is to join."""
 _HEARTBEAT_SECONDS, _MISSED_HEARTBEATS = 1, 8
 SILENT_SECONDS = _HEARTBEAT_SECONDS * _MISSED_HEARTBEATS
 """An agent that has sent no heartbeat for this long is considered dead."""
@@ -45,7 +45,8 @@ class RendezvousStore:
 
 
 def here(port: int | None) -> RendezvousStore:
-    """Returns a rendezvous for this machine alone, at its loopback address. Raises OSError when the port is taken."""
+    """Returns a rendezvous for this machine alone, at its loopback address. `port`: None for a free port. Raises OSError when the
+    port is taken."""
     store = serve(LOOPBACK, port or 0, timedelta(seconds=_STORE_SECONDS))
     run_id = uuid.uuid4().hex
     seal = Seal(of_this_process(), run_id)
@@ -55,7 +56,8 @@ def here(port: int | None) -> RendezvousStore:
 def among(meeting: Meeting, config: RestartConfig, stop: Callable[[], bool]) -> RendezvousStore:
     """Returns the rendezvous of `meeting`. This process hosts its store if this machine is the host.
 
-    Raises RendezvousError when the store cannot be reached within restart.wait_seconds, or when `stop()` becomes true.
+    Raises RendezvousError when the store cannot be reached within restart.wait_seconds, or `stop()` becomes true before;
+    RecipeError when the store cannot listen at its port; OSError when the host's name is unknown or no route leads there.
     """
     join, last_call = config.wait_seconds, 1
     if config.elastic:
@@ -68,7 +70,8 @@ def among(meeting: Meeting, config: RestartConfig, stop: Callable[[], bool]) -> 
 
 
 def is_host(meeting: Meeting) -> bool:
-    """Returns whether this machine is the host of the meeting. Raises OSError when the host cannot be reached."""
+    """Returns whether this machine is the host of the meeting. Raises OSError when the host's name is unknown or no route leads
+    there."""
     own_address, its_address = addresses_towards(meeting.host, meeting.port)
     return own_address == its_address  # elastic compares names, which may stand for another address of this machine
 
@@ -88,7 +91,8 @@ def _hosted(port: int, address: str) -> TCPStore | None:
 
 
 def _reached(meeting: Meeting, address: str, wait_seconds: float, stop: Callable[[], bool]) -> TCPStore:
-    """Returns a connection to the store that another process hosts. Raises RendezvousConnectionError after `wait_seconds`."""
+    """Returns a connection to the store that another process hosts. Raises RendezvousConnectionError if there is none after
+    `wait_seconds`, or once `stop()` is true."""
     deadline = time.monotonic() + wait_seconds
     while True:
         _await_host(address, meeting.port, deadline, stop)
@@ -99,7 +103,8 @@ def _reached(meeting: Meeting, address: str, wait_seconds: float, stop: Callable
 
 
 def _await_host(host: str, port: int, deadline: float, stop: Callable[[], bool]) -> None:
-    """Wait until a process listens at host:port; the machine with the store may start last. torch's own wait ignores signals."""
+    """Wait until a process listens at host:port; the machine with the store may start last. Raises RendezvousConnectionError after
+    `deadline` or once `stop()` is true. torch's own wait ignores signals."""
     while not stop() and time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
             return

@@ -10,13 +10,14 @@ class Meeting:
     host: str
     """Name or address, reachable from the other nodes, of the node whose agent hosts the rendezvous store."""
     port: int
+    """Port at which the rendezvous store listens."""
     id: str
-    """Name that distinguishes this run from others that use the same host and port."""
+    """Name that distinguishes this start of the run from other starts and runs that use the same host and port (--id)."""
     job: str
     """Name that distinguishes the run's job from others that use its directory; it stays the same when the job is requeued."""
     nodes: int
-    """The largest number of nodes."""
+    """The largest number of nodes that take part in the run (launch.nodes)."""
     fewest: int
-    """The smallest number of nodes that the run can go on with."""
+    """The smallest number of nodes with which the run can start or go on; the same as `nodes` unless restart.elastic=true."""
     secret: str = field(repr=False)
     """The secret with which the agents sign their messages (secret.py)."""

@@ -10,34 +10,34 @@ from bagualu.trainer.recipe.config import Recipe
 
 @dataclass(frozen=True)
 class RestartDecision:
-    """The decision about a failure."""
+    """The decision whether, when and with which ranks the workers are restarted after a failure."""
 
     failure: Failure
     """The failure as it is reported; for a crash loop, with kind "loop"."""
     again: bool
     """Whether the workers are restarted."""
     pause_seconds: float = 0.0
-    """Time to wait before the restart."""
+    """Seconds to wait before the restart; 0 without a restart."""
     without_rank: bool = False
     """Whether the failed rank is left out of the restart, because restarting with it did not help."""
 
 
 @dataclass
 class Restarts:
-    """Counts the restarts of one launch and decides about each failure."""
+    """Counts the restarts of one launch and decides after each failure whether the workers are restarted."""
 
     config: RestartConfig
     count: int = 0
     _failed: list[Failure] = field(default_factory=list)
-    """Failures since the run last failed at a later step than ever before."""
+    """Failures since the run last got further, beginning with the first failure at the latest step that has failed."""
     _dropped: int = 0
-    """Number of ranks that were given up since then."""
+    """Number of ranks that were left out of restarts since the first failure in `_failed`."""
 
     def decide(self, failure: Failure, elsewhere: bool = False, may_drop: bool = False) -> RestartDecision:
         """Records a failure and returns the decision about it.
 
-        `elsewhere` says that the cause is on another node, whose own agent checks for a crash loop; `may_drop`, that a valid layout
-        exists without the failed rank.
+        `elsewhere` says that the cause is on another node, whose own agent checks for a crash loop, so that this method does not;
+        `may_drop`, that a valid layout exists without the failed rank.
         """
         config = self.config
         if failure.kind in ("recipe", "final"):
@@ -58,7 +58,7 @@ class Restarts:
         return RestartDecision(failure, again=True, pause_seconds=config.pause_seconds(self.count), without_rank=drop)
 
     def _times(self, failure: Failure) -> int:
-        """Records `failure` and returns how often its step has failed without the run getting further."""
+        """Records `failure` and returns how often its step has failed, this failure included, without a failure at a later step."""
         if failure.step > max((earlier.step for earlier in self._failed), default=-1):
             self._failed, self._dropped = [], 0
         self._failed.append(failure)
@@ -69,7 +69,8 @@ class Restarts:
 
 
 def announcement(decision: RestartDecision, restarts: Restarts, recipe: Recipe, begun: bool = False) -> str:
-    """Returns the line printed before a restart: what failed, the number of the restart, and where training resumes."""
+    """Returns the line printed before a restart: what failed, how many restarts there were, and where training resumes. `begun`: as
+    for `storage_probe.newest`."""
     failure = decision.failure
     start = f"from {newest(recipe, begun) or 'the beginning'}"
     start += " or a later replica in memory" if recipe.checkpoint.replica_every else ""

@@ -41,6 +41,7 @@ def run(
 
     Args:
         overrides: the command-line overrides, which the suggested next commands repeat.
+        entrypoint: the function that ranks run, as "module:function"; None: the trainer.
         quiet_stdout: whether stdout is kept free for the output of --json.
         stop: the request to stop. Its signal handlers are installed and stay installed. A caller with several runs passes the same
             object to each run, and a run does not begin after a request to stop.
@@ -106,7 +107,8 @@ def _failed(failure: Failure, recipe: Recipe, begun: bool) -> tuple[int, dict[st
 
 
 def _advice(recipe: Recipe, failure: Failure, begun: bool) -> str:
-    """Returns what the user can do after a failure: which log to read, how to resume. `begun` is that of `storage_probe.newest`."""
+    """Returns what the user can do after a failure: which log to read, how to resume. `begun`: whether this launch has opened the
+    run's checkpoints."""
     log = RunDirectory(recipe.run.dir).log(failure.rank)
     parts = [f"see {log}"] if log.exists() else []
     if storage_probe.newest(recipe, begun):
@@ -119,7 +121,8 @@ def _advice(recipe: Recipe, failure: Failure, begun: bool) -> str:
 
 
 def _start_again(directory: Path) -> str:
-    """Returns the advice for a run without a checkpoint. It never suggests removing a directory that another job may be using."""
+    """Returns the advice for a failed run without a checkpoint. It never suggests removing a directory that another job may be
+    using."""
     if run_lock.may_be_in_use(directory):
         return "give another run.dir and start again"
     return f"give another run.dir or remove {directory}, and start again"

@@ -69,7 +69,8 @@ def _make(folder: Path) -> int:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Remove this user's folders whose launcher is dead. A lock that cannot be opened belongs to another user."""
+    """Remove the scratch folders below `root` whose launcher is dead, if they are this user's. A lock that cannot be opened belongs
+    to another user."""
     for path in root.glob(f"{_PREFIX}*/{_LOCK}"):
         try:
             lock = os.open(path, os.O_RDWR)

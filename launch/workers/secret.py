@@ -1,7 +1,8 @@
 """The secret that the agents of a job share, and the signatures that they make with it.
 
-It comes from the environment variable BAGUALU_SECRET, which the script of `bagualu slurm` sets, or else from the file `.secret` in
-the run directory, which the first agent creates, readable by its user alone. It is never passed as an argument and never printed.
+The secret comes from the environment variable BAGUALU_SECRET, which the script of `bagualu slurm` sets, or else from the file
+`.secret` in the run directory, which the first agent creates, readable by its user alone. It is never passed as an argument and
+never printed.
 """
 
 import hashlib
@@ -28,7 +29,8 @@ _WRITE_SECONDS = 10
 def of_the_job(run_dir: Path) -> str:
     """Returns the secret shared by all agents of the job in `run_dir`.
 
-    Raises RecipeError when the secret is too short, or its file is readable by other users or cannot be read or written.
+    Raises RecipeError when the secret in the environment is too short, or when the secret's file is incomplete, belongs to or can
+    be read by other users, or cannot be read or written.
     """
     given = os.environ.pop(VARIABLE, None)  # removed, because child processes do not need it
     if given is None:
@@ -79,7 +81,7 @@ def _read(path: Path) -> str:
 
 
 class Seal:
-    """Signs the values that the agents of one run write into their store, and verifies those of other agents."""
+    """Signs the values that an agent of a run writes into the agents' store, and verifies the values that other agents wrote."""
 
     def __init__(self, secret: str, run: str) -> None:
         """`run` is the run's id: a value that was signed for another run of the same job is not valid here."""
@@ -87,7 +89,7 @@ class Seal:
         self._complained: set[str] = set()
 
     def sign(self, name: str, text: str) -> str:
-        """Returns the signature and `text`, to be stored together under `name`."""
+        """Returns one string of the signature and `text`, to be stored under `name`; the signature is valid only for that name."""
         return f"{self._signature(name, text)} {text}"
 
     def opened(self, name: str, value: bytes) -> str | None:

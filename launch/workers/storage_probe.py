@@ -19,7 +19,8 @@ _UNKNOWN = "its newest checkpoint, when its storage answers"
 
 
 def check(recipe: Recipe, job: str = "") -> None:
-    """Raises RecipeError if another job uses the run directory, or if it does not fit the recipe or is not writable."""
+    """Raises RecipeError if a job other than `job` uses the run directory, or if the directory does not fit the recipe
+    (`check_run_directory`), cannot be read or written, or does not answer in time."""
     directory = Path(recipe.run.dir)
 
     def look() -> None:
@@ -36,7 +37,8 @@ def check(recipe: Recipe, job: str = "") -> None:
 
 
 def choose_backend(recipe: Recipe, workers: int) -> tuple[Recipe, Choice]:
-    """Returns the recipe with comm.backend=auto replaced by a real backend, and the reason (trainer/recipe/choose_backend.py).
+    """Returns the recipe with comm.backend=auto replaced by a real backend, and that choice with its reason
+    (trainer/recipe/choose_backend.py).
 
     Reads the run directory, because a resumed run keeps its backend. Raises RecipeError when the storage does not answer.
     """
@@ -52,7 +54,8 @@ def begun(scratch: Path) -> bool:
 
 
 def newest(recipe: Recipe, begun: bool = False) -> str | None:
-    """Returns the name of the checkpoint that the run would resume from, for messages; None if there is none.
+    """Returns, for messages, the name of the checkpoint that the run would resume from; None if there is none. If the storage does
+    not answer or its checkpoints should be there but are not, returns a text that says so.
 
     `begun` says whether this launch has opened the run's checkpoints.
     """

@@ -35,7 +35,7 @@ def run_threads(
     stop: StopRequest,
     watchers: Sequence[Watcher] = (),
 ) -> Ended:
-    """Train with `world` threads of this process (comm.backend=simulated) and return how the run ended.
+    """Train with `world` threads of this process (comm.backend=simulated), with restarts, and return how the run ended.
 
     `folder` and `stop` are those of `run_processes`.
     """

@@ -30,11 +30,11 @@ def clear_failures(scratch: Path) -> None:
 
 
 def failures(scratch: Path, exit_codes: Mapping[int, int], processes: Mapping[int, int], metrics: Path) -> list[Failure]:
-    """Returns the failures that ranks of this machine wrote, and a failure for each other rank in `exit_codes` that ended
-    abnormally.
+    """Returns the failures that ranks of this machine wrote, and a failure for each rank in `exit_codes` that was killed by a
+    signal (even if it wrote a failure) or ended with another code than 0 without writing a failure.
 
-    `processes` maps every rank here to its process id. The step of a rank that wrote no failure comes from its last heartbeat, or
-    else from the other failures, or else from `metrics` (metrics.jsonl).
+    `processes` maps every rank here to its process id. The step in a failure that is added comes from the rank's last heartbeat, or
+    else from the written failures, or else from `metrics` (metrics.jsonl).
     """
     written = [Failure(**json.loads(path.read_text())) for path in sorted((scratch / _FAILURES).glob("*.json"))]
     reported = {failure.rank for failure in written}

@@ -37,7 +37,7 @@ class WorkerArguments:
 
     recipe: Recipe
     slots: tuple[int, ...]
-    """A number for each worker of this machine: the index of its GPU, if it has one."""
+    """A number for each worker of this machine, by its local rank: the index of the GPU that the worker uses, if any."""
     training: int
     """The number of ranks that train; workers with this rank or a higher rank are spare."""
     entrypoint: str
@@ -50,7 +50,8 @@ class WorkerArguments:
 
 
 def main(arguments: WorkerArguments) -> dict[str, Any]:
-    """Run one worker and return its summary. A failure is written to the scratch folder and ends the process with exit code 1."""
+    """Run one worker and return the run's summary; a spare worker returns that of the training ranks. A failure is written to the
+    scratch folder and ends the process with exit code 1."""
     leave_out_what_is_there()  # the collector need not look at the modules from the fork server
     workers = len(arguments.slots)
     stop = StopRequest()
@@ -108,5 +109,5 @@ def release(scratch: Path, summary: dict[str, Any]) -> None:
 
 
 def hold(scratch: Path) -> None:
-    """Make spare workers wait, until `release` is called."""
+    """Make the spare workers of the next generation on this machine wait until `release` is called."""
     (scratch / _RELEASED).unlink(missing_ok=True)

@@ -67,7 +67,7 @@ def _load(path: Path, depends_on: dict[str, Any]) -> dict[str, MeasuredCosts] | 
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["depends_on"] != depends_on:
-            raise ValueError("it is of something else")
+            raise ValueError("it is for another model, device or version")
         return {kind: MeasuredCosts(**one) for kind, one in stored["figures"].items()}
     except FileNotFoundError:
         return None

@@ -135,6 +135,6 @@ def relative_speeds(rates: list[float], layout: Layout) -> list[float]:
 
 
 def _slowest(rates: list[float], layout: Layout, axis: str) -> list[float]:
-    """Returns, by coordinate on `axis`, the lowest rate of the ranks with that coordinate."""
+    """Returns, by coordinate on `axis`, the lowest of the `rates` (FLOP/s) of the ranks with that coordinate."""
     at = [layout.coordinates(rank)[axis] for rank in range(layout.world)]
     return [min(rate for rate, place in zip(rates, at, strict=True) if place == here) for here in range(layout.size(axis))]

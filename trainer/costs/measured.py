@@ -126,7 +126,8 @@ class _Sink(GradientSink):
 
 
 class _Folded(LocalExperts):
-    """Sends all rows to this rank's experts, without communication: as many rows as the rank receives under an even load."""
+    """An exchange without communication: this rank's experts process all of its own rows, which are as many as a rank receives
+    under an even load."""
 
     def __init__(self, degree: int) -> None:
         self.degree = degree

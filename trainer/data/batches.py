@@ -142,7 +142,7 @@ class Batches:
         if tokens.size and tokens.max() >= self._vocab:  # the loss would be silently wrong: no rank holds such a row
             index = int(ids[tokens.max(axis=1).argmax()])
             raise RecipeError(f"sequence {index} of data.source={self._source} has token {tokens.max()}, but model.vocab="
-                              f"{self._vocab}; give the data.cache that belongs to it, or another")  # fmt: skip
+                              f"{self._vocab}; give an empty data.cache, in which it is prepared anew")  # fmt: skip
         both = torch.from_numpy(tokens)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 

@@ -15,8 +15,8 @@ from bagualu.comm.errors import StorageError
 _TOKENIZER, SPLITS = "tokenizer.json", ("train.bin", "validation.bin")
 """The file of the tokenizer; SPLITS: the files of the training tokens and of the validation tokens."""
 _BLOCK_BYTES = 2**16
-"""The unit in which tokens are read and verified; a memory map would read as much ahead. The hashes take 128 MB per terabyte of
-tokens."""
+"""The number of bytes in which tokens are read and verified; a memory map would read as much ahead. The hashes take 128 MB per
+terabyte of tokens."""
 _PORTION = 2**20
 
 

@@ -16,7 +16,7 @@ from bagualu.trainer.data.listing import TextFile, printable
 
 PIECE_BYTES = 2**18
 _LONGEST = 2**20
-"""The most characters of a piece of text in which no word ends; then it is cut in the middle of a word."""
+"""The most characters that a piece of text grows to while no word ends in it; then it is cut in the middle of a word."""
 _LINE_BLOCK = 2**16
 _FARTHEST = 0.25
 """How far a cut may be moved back from the requested share to a line or word end, as a fraction of the smaller part's size."""
@@ -114,7 +114,7 @@ def _require_unchanged(file: TextFile) -> None:
     except OSError as error:
         raise _unreadable(file, error) from error
     if (status.st_size, status.st_mtime_ns) != (file.size_bytes, file.modified_nanoseconds):
-        raise RecipeError(f"{printable(file.path)} has changed while it was read; start again when data.source is left alone")
+        raise RecipeError(f"{printable(file.path)} has changed while it was read; start again when data.source no longer changes")
 
 
 def _unreadable(file: TextFile, error: OSError) -> RecipeError:

@@ -7,7 +7,7 @@ from bagualu.trainer.data.config import DataConfig
 
 @dataclass(frozen=True)
 class CorpusRequest:
-    """The requirements of a run for its corpus."""
+    """What a run requires of its corpus. `vocab`: the number of entries of the vocabulary."""
 
     data: DataConfig
     vocab: int

@@ -37,11 +37,12 @@ class OptimConfig:
     clip_norm: float = 1.0
     """If the norm of the whole model's gradient is larger than this, the gradient is scaled down to it; 0 turns clipping off."""
     schedule: str = "cosine"
-    """cosine | wsd (warmup, stable, decay) | constant; all begin with a linear warmup. docs/guides/learning_rate.md shows the
-    curves."""
+    """The curve of the learning rate: cosine | wsd (warmup, stable, decay) | constant; all begin with a linear warmup.
+    docs/guides/learning_rate.md shows the curves."""
     warmup_steps: int = 20
     final_lr_ratio: float = 0.1
-    """The rate of the last step under cosine and wsd, as a share of lr. With 0, the rate would reach 0 one step after the last."""
+    """The learning rate of the last step under cosine and wsd, as a fraction of lr. With 0, the rate would reach 0 one step after
+    the last."""
     decay_fraction: float = 0.2
     """wsd only: the share of train.steps, at the end, in which the learning rate decays linearly."""
 

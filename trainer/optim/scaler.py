@@ -25,8 +25,8 @@ class LossScaler:
         return self.enabled and self.scale > 1.0
 
     def update(self, finite: bool) -> None:
-        """Adjusts the scale after a step, given whether its gradients were finite. The caller discards a step whose gradients were
-        not."""
+        """Adjusts the loss scale after a step, given whether its gradients were finite. The caller discards a step with gradients
+        that are not."""
         if not self.enabled:
             return
         self.good_steps = self.good_steps + 1 if finite else 0

@@ -28,7 +28,8 @@ class ShardedOptimizer:
         self._rule, self._moments = rule_of(config), config.moments
         self._shards = [_shard(_master(bucket), self._moments) for bucket in buckets]
         self._probed = torch.zeros((), dtype=torch.float64, device=buckets[0].weights.device)
-        """Not finite if the last step left values that are not finite; in rare cases also if all are finite."""
+        """A sum that is not finite if the last `step` left values that are not finite; in rare cases also if all values are
+        finite."""
 
     def step(self, lr: float, gradient_factor: float) -> None:
         """Updates this rank's shards with the reduced gradients times `gradient_factor` (clipping, loss scale).

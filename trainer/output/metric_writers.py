@@ -25,7 +25,8 @@ class Sink(Protocol):
         ...
 
     def rewind(self, step: int) -> None:
-        """Discards the records of steps after `step`: the run has gone back to it and will do them again."""
+        """Discards the records of steps after `step`: the run has gone back to the state after `step` steps and will do later steps
+        again."""
         ...
 
     def close(self) -> None:

@@ -25,7 +25,8 @@ class Progress:
     """A sink that shows the progress of the run: a bar on a terminal, lines elsewhere. It writes to stderr by default."""
 
     def __init__(self, steps: int, every: int = 10, mode: str = "auto", stream: TextIO | None = None) -> None:
-        """`steps`: number of steps of the whole run. `every`: steps between lines. `mode`: auto | bar | lines | off."""
+        """`steps`: number of steps of the whole run. `every`: steps between lines. `mode`: auto (a bar if `stream` is a terminal,
+        else lines) | bar | lines | off."""
         self._stream = sys.stderr if stream is None else stream
         self._steps, self._every = steps, every
         self._mode = ("bar" if self._stream.isatty() else "lines") if mode == "auto" else mode

@@ -141,7 +141,7 @@ def _run_id(path: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the error as a single line."""
+    """Returns the error as a single line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 

@@ -11,12 +11,12 @@ from bagualu.fault_tolerance.injection.fault import ProcessKilled
 DONE = 0
 FAILED = 1
 REFUSED = 2
-"""The command line or the recipe is wrong."""
+"""Exit code: the command line or the recipe is wrong."""
 STOPPED = 75
-"""The run stopped on request, with a checkpoint saved or before it did anything: nothing is lost, and the same command with
-checkpoint.resume=true continues or begins it."""
+"""Exit code: the run stopped on request, with a checkpoint saved or before it did anything: nothing is lost, and the same command
+with checkpoint.resume=true continues or begins it."""
 LOOPED = 76
-"""The run was in a crash loop: the same step failed repeatedly, so starting the same command again will not help."""
+"""Exit code: the run was in a crash loop: the same step failed repeatedly, so starting the same command again will not help."""
 
 
 INTERRUPTED = 130
@@ -49,7 +49,7 @@ class Failure:
     step: int = 0
     """The step in progress (from 1); 0 before the first."""
     missing: dict[str, Any] | None = None
-    """The lost peer, if this rank could determine it: its "rank", "step" and "phase", and "why" it is to blame."""
+    """The lost peer, if this rank could determine it: its "rank", "step" and "phase", and "why" it is to blame; None otherwise."""
 
     @property
     def who(self) -> str:

@@ -9,7 +9,7 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
-"""The option of prctl(2)."""
+"""The option of prctl(2) that chooses the signal for this process when its parent ends."""
 
 
 def die_with(parent: int) -> None:

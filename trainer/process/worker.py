@@ -1,4 +1,5 @@
-"""Runs a rank: connects, trains and disconnects. It is the same under `bagualu train`, torchrun and SLURM, and in a thread."""
+"""Runs a rank: connects, trains and disconnects. The code is the same for `bagualu train`, `bagualu slurm` and torchrun; `train`
+also runs a rank in a thread."""
 
 import pkgutil
 import time

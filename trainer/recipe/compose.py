@@ -157,5 +157,5 @@ def _fix(cause: Exception) -> str:
     if isinstance(cause, GrammarParseError | InterpolationResolutionError):
         return r"correct it, or write \${ in a text that is to hold ${"
     if isinstance(cause, MissingMandatoryValue):
-        return "??? stands for a value that is missing; give another"
+        return "??? stands for a value that is missing; give that key a value"
     return "`bagualu train --help` lists recipes, --cfg job prints one"

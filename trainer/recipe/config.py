@@ -55,15 +55,16 @@ class TrainConfig:
     micro_batch: int = 1
     """The number of sequences that a data rank passes through the model together."""
     dtype: str = "float32"
-    """float64 | float32 | bfloat16 | float16; the 16-bit ones keep float32 master weights in the optimizer."""
+    """The dtype of weights and activations: float64 | float32 | bfloat16 | float16. With the 16-bit dtypes, the optimizer keeps
+    float32 master weights."""
     recompute: str = "none"
     """none keeps every activation for the backward pass; full keeps only the input of each layer and computes the rest again; auto
     does as full on those stages of a pipeline that would otherwise exceed parallel.memory_bytes, and as none on the others."""
     compile: bool = False
     """Whether to compile each decoder layer with torch.compile."""
     deterministic: bool = True
-    """Use only kernels that return the same bits every time, as those of a CPU do. false lets a GPU use faster kernels for
-    attention; then a resumed run is the same only up to rounding, and hardware faults cannot be detected by computing again."""
+    """Whether to use only kernels that return the same bits every time, as those of a CPU do. false lets a GPU use faster kernels
+    for attention; then a resumed run is the same only up to rounding, and hardware faults cannot be detected by computing again."""
     validate_every: int = 0
     """Steps between validations; 0 validates only after the last step."""
     validation_sequences: int = 64
@@ -136,7 +137,8 @@ class LogConfig:
     """`log.*`: what is shown and recorded."""
 
     wandb: str = "disabled"
-    """disabled | offline | online. If W&B fails, a line is printed and the run continues offline; it never ends the run."""
+    """Whether metrics go to Weights & Biases: disabled | offline (into the run directory) | online. If W&B fails, a line is printed
+    and the run continues offline, or without W&B; a failure of W&B never ends the run."""
     wandb_project: str = "bagualu"
     progress: str = "auto"
     """How progress is shown on stderr: auto (a bar on a terminal, lines elsewhere) | bar | lines | off."""

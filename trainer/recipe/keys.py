@@ -28,7 +28,7 @@ WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text
 
 
 def options(group: str) -> list[str]:
-    """Returns the choices of a group: the names of the files in its folder."""
+    """Returns the choices of a group: the names of the files in its folder of Bagualu's own recipes."""
     folder = files("bagualu.recipes") / group
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 

@@ -76,7 +76,8 @@ class Checkpoints:
     run."""
 
     def __init__(self, state: TrainerState, fence: Fence, newest: Path | None = None, ledger: Ledger | None = None) -> None:
-        """`newest`: as the attribute. `ledger`: records every commit, on the rank that has a ledger."""
+        """`newest`: the newest checkpoint of the run so far, None if there is none. `ledger`: records every commit; None on ranks
+        without a ledger."""
         config = state.recipe.checkpoint
         self.state, self.asynchronous, self.newest = state, config.asynchronous, newest
         """`newest`: the newest committed checkpoint of this run; at first `Resumed.checkpoint`; None if there is none."""

@@ -24,22 +24,25 @@ class MoEConfig:
     top_k: int = 2
     """The number of experts that process each token. Routing is dropless: every token reaches all of its experts."""
     ffn: int = 704
-    """Hidden width of one expert."""
+    """Hidden width of each expert's feed-forward."""
     shared_experts: int = 0
-    """Experts that every token passes, each as wide as a routed one."""
+    """The number of experts that every token passes, each as wide as a routed expert."""
     every: int = 1
     """Layer i (from 0) is a mixture when (i + 1) is divisible by this."""
     router: str = "softmax"
-    """softmax: probabilities over all experts; the results of the top k are weighted by them."""
+    """How the router weights experts. softmax, the only choice: it gives each token probabilities over all experts, and the results
+    of the top k are weighted by these probabilities."""
     renormalise: bool | None = None
-    """Divide the probabilities of the top k by their sum, so that the weights of a token sum to 1. Left out: true for top_k of 2 or
-    more, false for 1, whose probability divided by itself is always 1, so that the router would learn nothing from the loss."""
+    """Whether to divide the probabilities of the top k by their sum, so that the weights of a token sum to 1. Left out: true for
+    top_k of 2 or more, false for 1, whose probability divided by itself is always 1, so that the router would learn nothing from
+    the loss."""
     bias_rate: float | None = None
     """Balance the load by a bias for each expert, which is added to its probability when the top k are chosen, but not to its
     weight. After every applied step the bias of an expert rises by bias_rate if the expert got fewer tokens than the mean, and
     falls by bias_rate if it got more. 0 keeps the biases as they are; left out, there are no biases."""
     balance_loss: float = 0.01
-    """Weight of the load-balancing loss, per sequence, averaged over the sequences of the global batch, summed over layers."""
+    """Weight of the load-balancing loss in the objective. That loss is computed per sequence, averaged over the sequences of the
+    global batch and summed over layers."""
 
     @property
     def has_bias(self) -> bool:
@@ -58,7 +61,7 @@ class ModelConfig:
     hidden: int = 256
     heads: int = 4
     kv_heads: int | None = None
-    """Key and value heads; left out, as many as heads."""
+    """The number of key and value heads; left out, as many as model.heads."""
     ffn: int = 688
     vocab: int = 4096
     vocab_multiple: int = 1

@@ -22,7 +22,7 @@ from bagualu.trainer.operators.linear import linears
 
 
 class Embedding(Linear):
-    """Weight [V, H]; `lookup` is replaced where the vocabulary is split."""
+    """Weight [V, H]: a vector for each token id. `lookup` is replaced where the vocabulary is split over ranks."""
 
     def __init__(self, vocabulary: int, hidden: int) -> None:
         super().__init__(hidden, vocabulary)
@@ -34,7 +34,8 @@ class Embedding(Linear):
 
 
 class Head(Linear):
-    """Weight [V, H]: the projection to the vocabulary, with the loss in one; `loss` is replaced where the vocabulary is split."""
+    """Weight [V, H]: the projection to the vocabulary, computed together with the loss. `loss` is replaced where the vocabulary is
+    split over ranks."""
 
     def __init__(self, vocabulary: int, hidden: int, real: int) -> None:
         super().__init__(hidden, vocabulary)
@@ -46,7 +47,8 @@ class Head(Linear):
         return self.logits(x) if labels is None else self.loss(x.flatten(0, 1), self.weight, labels.flatten())
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, S, H] -> [B, S, V] in at least float32, without the vocabulary's padding; of this rank's rows where it is split"""
+        """x [B, S, H] -> logits [B, S, V] in at least float32, without the vocabulary's padding; only those of this rank's part of
+        the vocabulary where it is split over ranks"""
         return linears(x, self.weight[: self.real], wide=True, dtype=accurate_dtype(x.dtype))[0]
 
 
