@@ -90,7 +90,7 @@ def first_different(value: Any, group: Group) -> tuple[int, Any, Any] | None:
 
     Returns None if all ranks have the same value. Collective. The values themselves are gathered only if they differ.
     """
-    digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).digest()  # a float64 holds it exactly
+    digest = hashlib.blake2b(_as_text(value).encode(), digest_size=6).digest()  # a float64 holds it exactly
     number = float(int.from_bytes(digest))
     ends = torch.tensor([number, -number], dtype=torch.float64, device=group.device)
     group.all_reduce(ends, "max")
@@ -98,8 +98,12 @@ def first_different(value: Any, group: Group) -> tuple[int, Any, Any] | None:
     if largest == -smallest:
         return None
     values = gather_json(value, group)
-    position = next(position for position, other in enumerate(values) if other != values[0])
+    position = next(position for position, other in enumerate(values) if _as_text(other) != _as_text(values[0]))
     return position, values[position], values[0]
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def gather(value: float, group: Group) -> list[float]:

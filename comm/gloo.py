@@ -188,7 +188,8 @@ class GlooTransport(TorchTransport):
         return rows
 
     def _exchange(self, op: str, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]) -> Exchange:
-        """Starts to send outgoing[i] to position i and to receive incoming[i] from it; returns the exchange to wait for.
+        """Starts to send outgoing[i] to every other position i and to receive incoming[i] from it; returns the exchange to wait
+        for. It does not touch this rank's own incoming[self.position], which the caller fills.
 
         Each rank starts with the position after its own rather than with position 0, which spreads the load.
         """

@@ -117,7 +117,7 @@ def draw(count: int, setting: Setting, kinds: tuple[str, ...] = DRAWN) -> list[F
     """Returns `count` random faults of `kinds`, sorted by step. The result depends only on the arguments.
 
     No two faults are in the same step. Faults that damage or prevent checkpoints are so rare that an intact checkpoint always
-    remains. Raises RecipeError if there are not enough steps.
+    remains, unless `kinds` has no other faults. Raises RecipeError if there are not enough steps.
     """
     generator = random.Random(f"{setting.seed}/{count}/{setting.steps}/{setting.ranks}/{setting.checkpoint_every}/{kinds}")
     if count >= setting.steps:

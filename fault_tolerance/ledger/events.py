@@ -114,7 +114,8 @@ def _event(fields: dict[str, Any]) -> Event | None:
         return None
     texts = all(type(text) is str for text in (event.what, event.clock, event.writer, event.cause))
     numbers = jsonl.number(event.wall) and jsonl.number(event.monotonic) and type(event.step) is int
-    optional = (event.since is None or jsonl.number(event.since)) and (event.rank is None or type(event.rank) is int)
+    optional = all(value is None or jsonl.number(value) for value in (event.since, event.seconds))
+    optional = optional and (event.rank is None or type(event.rank) is int)
     return event if texts and numbers and optional else None
 
 

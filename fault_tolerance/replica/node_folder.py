@@ -73,7 +73,7 @@ class Site:
             held = list_checkpoints(self.root)
             later = [path for path in held if after >= 0 and (step_of(path) or 0) > after]
             earlier = [path for path in held if path not in later]
-            for path in [*later, *earlier[: len(earlier) - keep]]:
+            for path in [*later, *earlier[: max(0, len(earlier) - keep)]]:
                 discard(path)
 
     def free_bytes(self) -> int:
@@ -86,8 +86,12 @@ def open_site(scratch: Path, run: str, session: str, group: Group) -> Site:
     """Determines which ranks share nodes, removes replicas that can no longer be used, and returns this rank's site. Collective.
     Raises OSError or CheckpointError if the folder cannot be used or cleared."""
     root = scratch / REPLICAS
-    root.mkdir(parents=True, exist_ok=True)
-    answers = gather_json({"node": node_token(root), "session": _session(root, run)}, group)
+
+    def look() -> dict[str, str]:
+        root.mkdir(parents=True, exist_ok=True)
+        return {"node": node_token(root), "session": _session(root, run)}
+
+    answers = gather_json(on_all(look, group), group)
     nodes = NodeMap.by_token([answer["node"] for answer in answers])
     sessions = [answer["session"] for answer in answers]
     if nodes.leads(group.rank):

@@ -160,8 +160,9 @@ def _show(document: dict[str, Any]) -> None:
             print(f"the guard left out the samples of steps {steps}, as its policy says, so the final state is compared with "
                   f"that of a run with {typed}:")  # fmt: skip
             other += f" of {typed}"
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         print(f"final state equal to {other}, bit for bit" if not differing
-              else f"final state differs from {other}: {differing[0]} and {len(differing) - 1} more")  # fmt: skip
+              else f"final state differs from {other}: {differing[0]}{more}")  # fmt: skip
     ledger = document["ledger"]
     print(
         "wall time",

@@ -31,18 +31,19 @@ def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
     """Returns the recipe with the degrees of `layout`, without the settings that do not apply to it.
 
     If the number of stages changes, lists per stage or pipeline rank no longer match: layers are then split evenly, listed speeds
-    are dropped, and every rank gets the smallest memory cap. A list of shares is dropped unless the number of data ranks is still
-    that of parallel.data.
+    are dropped, and every rank gets the smallest memory cap. A list of shares is dropped if its length is no longer the number of
+    data ranks.
     """
     given = recipe.parallel
-    pipeline_stays, data_stays = layout.pipeline == given.pipeline, layout.data == given.data
+    pipeline_stays = layout.pipeline == given.pipeline
+    shares_fit = isinstance(given.shares, str) or (given.shares is not None and len(given.shares) == layout.data)
     balance_stays = pipeline_stays or (isinstance(given.balance, str) and layout.pipeline > 1)
     parallel = replace(
         given,
         balance=given.balance if balance_stays else "uniform",
         speeds=given.speeds if balance_stays and (pipeline_stays or given.speeds == "measured") else None,
         memory_bytes=given.memory_bytes if pipeline_stays or not isinstance(given.memory_bytes, list) else min(given.memory_bytes),
-        shares=given.shares if data_stays or given.shares == "measured" else None,
+        shares=given.shares if shares_fit else None,
         rebalance=given.rebalance if layout.pipeline > 1 else RebalanceConfig(),
         data=layout.data,
         tensor=layout.tensor,

@@ -48,20 +48,28 @@ def run_threads(
                 watcher.started(generation, dict.fromkeys(range(world), os.getpid()))
             try:
                 ended = _run_threads_once(resuming(recipe) if generation else recipe, world, entrypoint, stop, folder, watchers)
+                if ended.failure is None:
+                    return ended
+                decision = restarts.decide(ended.failure)
+                again = decision.again and not stop()
+                for watcher in watchers:
+                    watcher.failed(generation, decision.failure, again)
+                if again:
+                    print(f"bagualu: {announcement(decision, restarts, recipe, begun(folder))}", file=sys.stderr, flush=True)
+                    _pause(decision.pause_seconds, stop)
+                if not again or stop():
+                    return Ended(failure=decision.failure)
             except KeyboardInterrupt:
                 atexit.register(_leave_threads)
                 return killed()
-            if ended.failure is None:
-                return ended
-            decision = restarts.decide(ended.failure)
-            again = decision.again and not stop()
-            for watcher in watchers:
-                watcher.failed(generation, decision.failure, again)
-            if not again:
-                return Ended(failure=decision.failure)
-            print(f"bagualu: {announcement(decision, restarts, recipe, begun(folder))}", file=sys.stderr, flush=True)
-            time.sleep(decision.pause_seconds)
             generation += 1
+
+
+def _pause(seconds: float, stop: StopRequest) -> None:
+    """Waits, but no longer than until the process is asked to stop."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not stop():
+        time.sleep(0.05)
 
 
 def _leave_threads() -> None:

@@ -72,3 +72,4 @@ def test_the_first_rank_with_another_value_is_named(backend: str) -> None:
     assert run(backend, 3, compared, [{"a": [1, "x"], "b": 2}] * 3) == [None] * 3
     assert run(backend, 3, compared, ["x", "x", "y"]) == [(2, "y", "x")] * 3
     assert run(backend, 3, compared, [1, 2, 3]) == [(1, 2, 1)] * 3
+    assert run(backend, 3, compared, [[1], [1], [1.0]]) == [(2, [1.0], [1])] * 3, "written otherwise is another value"

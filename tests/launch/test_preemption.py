@@ -11,8 +11,10 @@ from filelock import FileLock
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest, list_checkpoints
 from bagualu.launch.cli import main
 from bagualu.launch.workers import threads
+from bagualu.launch.workers.ended import Ended
 from bagualu.launch.workers.scratch import scratch
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.process.failure import Failure
 from bagualu.trainer.process.stop_request import STOP_SIGNALS, StopRequest
 from tests.launch.survival import SMALL, finish, small
 from tests.standing import assert_stood, figures
@@ -61,6 +63,20 @@ def test_wherever_it_comes_there_is_one_commit_and_the_run_goes_on_from_it(tmp_p
     assert f"saved step {stopped}" in capfd.readouterr().err
     assert train(folder, "checkpoint.resume=true", "run.name=undisturbed").summary["ended"] == "done"
     assert_stood(folder, reference, 0)
+
+
+def test_a_stop_ends_the_pause_before_a_restart(tmp_path, monkeypatch):
+    stop, starts = StopRequest(), []
+
+    def failing(*_):
+        starts.append(1)
+        return Ended(failure=Failure(0, "step", "x", 0.0))
+
+    monkeypatch.setattr(threads, "_run_threads_once", failing)
+    monkeypatch.setattr(threads.time, "sleep", lambda _: setattr(stop, "asked", True))
+    recipe = small(tmp_path, *WORDS, "restart.backoff_seconds=600")
+    ended = threads.run_threads(recipe, 2, "tests.launch.faulty:train", False, tmp_path, stop)
+    assert (len(starts), ended.failure.cause) == (1, "x")
 
 
 def test_a_grace_too_short_leaves_the_checkpoint_before_and_says_not_saved(start, reference, capsys):

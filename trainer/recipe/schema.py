@@ -31,7 +31,8 @@ def to_recipe(config: Any) -> Recipe:
 
 
 def _spelled(node: Any, section: type[Any]) -> DictConfig:
-    """Returns `section`, whose values are in the OmegaConf node `node`, as a tree of typed values by key."""
+    """Returns the OmegaConf tree `node` of the dataclass `section` with each field under the key that the user types (`async` for
+    `asynchronous`). The values keep their types, and the tree refuses other keys."""
     hints, content = get_type_hints(section), {}
     for field in fields(section):
         child = node._get_node(field.name)

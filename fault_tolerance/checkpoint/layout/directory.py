@@ -5,6 +5,7 @@ Nothing else is ever loaded. Names that begin with `.saving-` or `.removing-` be
 were interrupted when their process died.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -72,9 +73,10 @@ def doom(path: Path) -> Path:
 
 
 def delete(path: Path, ignore_errors: bool = True) -> None:
-    """Deletes a directory, file or link that `doom` has renamed. With `ignore_errors`, files of a directory that cannot be deleted
-    stay. Otherwise, and for a file or link that cannot be deleted, raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors)
-    else:
-        path.unlink(missing_ok=ignore_errors)
+    """Deletes a directory, file or link that `doom` has renamed. With `ignore_errors`, what cannot be deleted stays; otherwise
+    raises OSError."""
+    with contextlib.suppress(OSError) if ignore_errors else contextlib.nullcontext():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors)
+        else:
+            path.unlink()

@@ -3,7 +3,8 @@
 import pytest
 
 from bagualu.comm.errors import RecipeError
-from bagualu.launch.workers.elastic_layout import fitted
+from bagualu.launch.workers.elastic_layout import fitted, with_layout
+from bagualu.parallel.layout import Layout
 from bagualu.trainer.recipe.compose import compose
 
 
@@ -47,6 +48,14 @@ def test_lists_by_rank_do_not_outlive_their_ranks():
     assert (used, recipe.parallel.balance, recipe.parallel.memory_bytes) == (3, "uniform", 5000000000)
     recipe, used = fitted(compose(["recipe=tiny", "restart.elastic=true", *base]), 1)
     assert (used, recipe.parallel.rebalance.every) == (1, None)
+
+
+def test_shares_of_data_ranks_stay_while_their_number_does():
+    words = ["recipe=tiny_dense", "restart.elastic=true", "parallel.pipeline=2", "launch.workers=4", "data.global_batch=16",
+             "parallel.shares=[5,11]", "train.micro_batch=1"]  # fmt: skip
+    recipe = compose(words)
+    assert with_layout(recipe, Layout(data=2)).parallel.shares == [5, 11]
+    assert with_layout(recipe, Layout(data=1, pipeline=2)).parallel.shares is None
 
 
 def test_layers_that_all_lie_on_one_rank_are_not_balanced():

@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from bagualu.fault_tolerance.checkpoint.layout.directory import discard, latest, list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.directory import delete, discard, latest, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, step_name
 from bagualu.fault_tolerance.checkpoint.reading.inspect import describe, verify
 from bagualu.fault_tolerance.checkpoint.saving.commit import commit
@@ -103,6 +104,20 @@ def test_discarding_what_is_not_there_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="step-00000003 cannot be removed"):
         discard(tmp_path / "step-00000003")
     assert "manifest.json cannot be read" in verify(tmp_path / "step-00000003")[0]
+
+
+def test_what_cannot_be_deleted_stays_for_the_next_call(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+
+    def refuse(path, **_):
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    delete(file)
+    assert file.exists()
+    with pytest.raises(PermissionError):
+        delete(file, ignore_errors=False)
 
 
 def test_listing_and_verifying_need_no_torch():
