@@ -1,4 +1,5 @@
-"""The command `bagualu`. It imports neither torch nor, before a recipe is composed, Hydra, so that help is fast."""
+"""The command `bagualu`. It imports Hydra only to compose a recipe, and torch only to start workers or compare checkpoints, so that
+help is fast."""
 
 import sys
 from typing import Any

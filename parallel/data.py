@@ -137,7 +137,7 @@ def build_buckets(
     uses: Callable[[torch.nn.Parameter], int] = lambda _: 1,
     treat: Callable[[str, torch.nn.Parameter], Hashable] = lambda name, parameter: None,
 ) -> list[Bucket]:
-    """Moves the model's parameters into flat buckets; the parameters become views of them.
+    """Moves the model's parameters, except frozen ones, into flat buckets; the parameters become views of them.
 
     Parameters need `global_shape` and `box` (see parallelize.py). They are visited last to first, roughly the order in which the
     backward pass finishes them. The buckets are the same on every rank of a group, because plan and order are the same. `uses`
@@ -145,7 +145,7 @@ def build_buckets(
     """
     open_buckets: dict[BucketKind, list[tuple[str, torch.nn.Parameter]]] = {}
     buckets: list[Bucket] = []
-    for local_name, parameter in reversed(list(model.named_parameters())):
+    for local_name, parameter in reversed([named for named in model.named_parameters() if named[1].requires_grad]):
         name = plan.global_name(local_name)
         kind = _kind(name, local_name, treat(name, parameter), plan, mesh)
         members = open_buckets.setdefault(kind, [])

@@ -101,10 +101,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_x is not None:
                 grad_logits = logits.to(rows.dtype)
                 torch.mm(grad_logits, rows, out=grad_x[here])
-                grad_rows = _plus_product(grad_rows, grad_logits.T, chunk)
-        if grad_x is not None and grad_rows is not None:
+                if ctx.needs_input_grad[1]:
+                    grad_rows = _plus_product(grad_rows, grad_logits.T, chunk)
+        if grad_x is not None:
             padding = weight.shape[0] - valid
-            ctx.save_for_backward(grad_x.to(x.dtype), F.pad(grad_rows, (0, 0, 0, padding)) if padding else grad_rows)
+            grad_weight = F.pad(grad_rows, (0, 0, 0, padding)) if padding and grad_rows is not None else grad_rows
+            ctx.save_for_backward(grad_x.to(x.dtype), grad_weight)
             ctx.sink = gradient_sink(weight)
         return total
 
@@ -113,6 +115,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0]  # kept as a scalar, which does not widen the products; rounding it to 16 bits would bias all of them
         rest: tuple[torch.Tensor | None, ...] = (None,) * 4
+        if grad_weight is None:
+            return grad_x * scale, None, *rest
         if ctx.sink is not None:
             ctx.sink.add(grad_weight, scale)
             return grad_x * scale, None, *rest

@@ -35,7 +35,7 @@ class Attempts:
 
     def end(self) -> None:
         """Completes the checksums of an attempt. Call this after the attempt's gradients are reduced."""
-        self._made.append((combine(torch.stack(self._own)), None))
+        self._made.append((_together(self._own), None))
         self._own.clear()
         if self.earlier:
             self.keep()
@@ -45,7 +45,7 @@ class Attempts:
         gradient."""
         own, reduced = self._made[-1]
         if reduced is None:
-            reduced = combine(torch.stack([checksum(gradients) for gradients in self._engine.reduced_gradients()]))
+            reduced = _together([checksum(gradients) for gradients in self._engine.reduced_gradients()])
             self._made[-1] = own, reduced
 
     @property
@@ -56,7 +56,7 @@ class Attempts:
     def differing(self, zero: torch.Tensor) -> list[torch.Tensor]:
         """Returns MOST_ATTEMPTS - 1 scalars like `zero`, one for each earlier attempt: 1 if the newest attempt's checksums on this
         rank differ from it, else 0; also 0 for attempts that were not made."""
-        before = [(_both(self._made[-1]) != _both(attempt)).any().to(zero.dtype) for attempt in self._made[:-1]]
+        before = [(_both(self._made[-1]) != _both(attempt)).any().to(zero) for attempt in self._made[:-1]]
         return [*before, *[torch.zeros_like(zero)] * (MOST_ATTEMPTS - 1 - len(before))]
 
     def as_json(self) -> list[list[int]]:
@@ -65,6 +65,11 @@ class Attempts:
         if self._made:
             self.keep()
         return [_both(attempt).tolist() for attempt in self._made]
+
+
+def _together(checksums: list[torch.Tensor]) -> torch.Tensor:
+    """Returns one checksum for all; 0 for none, on a rank whose parameters are all frozen."""
+    return combine(torch.stack(checksums)) if checksums else torch.zeros((), dtype=torch.int64)
 
 
 def _both(attempt: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:

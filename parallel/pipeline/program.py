@@ -1,4 +1,4 @@
-"""A rank's part of a schedule, and the sends that other ranks must have received at each point of it."""
+"""A rank's part of a schedule and, for each of its receives, which of its own earlier sends have certainly arrived by then."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from bagualu.parallel.pipeline.schedules.schedule import RECEIVES, SENDS, Action
 
 @dataclass(frozen=True)
 class Program:
-    """The actions of a rank and, for each of its receives, the sends that other ranks are then known to have received."""
+    """The actions of a rank and, for each of its receives, its earlier sends that other ranks have certainly received by then."""
 
     actions: list[Action]
     arrived: dict[Action, list[Action]] = field(default_factory=dict)

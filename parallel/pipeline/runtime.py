@@ -159,11 +159,10 @@ class PipelineRunner:
             gradient = torch.full_like(saved.output, seeds.loss)
         else:
             gradient = self._gradients.pop(key)
-        outputs, gradients = [saved.output], [gradient]
-        if saved.auxiliary.requires_grad:
-            outputs.append(saved.auxiliary)
-            gradients.append(torch.full_like(saved.auxiliary, seeds.auxiliary))
-        backward(outputs, gradients)
+        ends = [(saved.output, gradient), (saved.auxiliary, torch.full_like(saved.auxiliary, seeds.auxiliary))]
+        ends = [end for end in ends if end[0].requires_grad]  # without mixtures or, in the first stage, with all of it frozen
+        if ends:
+            backward(*zip(*ends, strict=True))
         if action.stage > 0:
             assert saved.inputs.grad is not None
             self._pass_on(action, saved.inputs.grad, Kind.SEND_GRADIENT, -1)

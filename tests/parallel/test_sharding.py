@@ -20,7 +20,7 @@ VARIANTS = {
     "dense": ModelConfig(**SIZES),
     "grouped_tied": ModelConfig(**SIZES, kv_heads=4, tie_embeddings=True),
     "moe": ModelConfig(**SIZES, moe=MoEConfig(experts=8, ffn=8)),
-    "moe_every_2_shared": ModelConfig(**SIZES, moe=MoEConfig(experts=8, ffn=8, every=2, shared_experts=2)),
+    "moe_every_2_shared": ModelConfig(**SIZES, moe=MoEConfig(experts=8, ffn=8, every=2, shared_experts=2, bias_rate=0.1)),
 }
 SPLIT = {  # what each kind of parameter has to look like on tensor 2 x expert 4, of its whole shape
     "embedding.weight": (32, 16), "head.weight": (32, 16), "norm.weight": (16,),
@@ -62,7 +62,7 @@ def test_no_pattern_of_the_plan_is_dead() -> None:
     names, modules = set(), set()
     for config in VARIANTS.values():
         model = model_of(config)
-        names |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        names |= {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
         modules |= {name for name, _ in model.named_modules()}
     plan = decoder_plan(VARIANTS["moe"], sequence=True)
     first = {next(pattern for pattern, _ in plan.placements if fnmatchcase(name, pattern)) for name in names}
@@ -80,7 +80,8 @@ def test_boxes_of_the_ranks_that_count_make_up_every_tensor(variant: str, tensor
     divisors = [n for n in (1, 2, 4, 8) if fold % n == 0] if config.moe.experts else [1]
     layout = Layout(data=fold, tensor=tensor, expert=data.draw(st.sampled_from(divisors)))
     plan = decoder_plan(config, sequence=False)
-    for name, parameter in model_of(config).named_parameters():
+    model = model_of(config)
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         placement = plan.placement(name)
         boxes = []
         for rank in range(layout.world):
@@ -99,5 +100,5 @@ def test_a_dim_that_does_not_divide_and_a_parameter_nobody_placed_are_errors() -
     layout = Layout(tensor=3)
     with pytest.raises(RecipeError, match=r"w \[8, 2\] cannot be split .* over tensor 3; give parallel.tensor a divisor of 8"):
         Placement(((0, "tensor"),)).box("w", (8, 2), layout, layout.coordinates(0))
-    with pytest.raises(KeyError, match="no pattern of the sharding plan covers the parameter stray"):
+    with pytest.raises(KeyError, match="no pattern of the sharding plan covers stray"):
         ShardingPlan((("w*", Placement()),)).placement("stray")

@@ -79,7 +79,7 @@ class Injection:
             state = bucket.weights.chunk(bucket.group.size)
             return state[(bucket.group.rank + 1) % bucket.group.size]
         if where == "buffer":
-            return self.state.engine.buffers[0].tensor
+            return self.state.engine.untrained[0].tensor
         return self.state.engine.optimizer.shards()[0][where]
 
 

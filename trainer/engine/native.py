@@ -12,10 +12,10 @@ import torch
 from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.boxes import Box, TensorPiece
-from bagualu.parallel.buffers import Buffer, buffers_of
 from bagualu.parallel.data import Bucket, GradientReducer, build_buckets
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill, parallelize
+from bagualu.parallel.untrained import Untrained, untrained_of
 from bagualu.trainer.models.decoder.initialise import initial_values
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.models.decoder.plan import decoder_plan
@@ -28,13 +28,21 @@ class NativeEngine:
     """The `Engine` of protocol.py, over flat gradient buckets and ShardedOptimizer."""
 
     def __init__(
-        self, model: Decoder, buckets: list[Bucket], buffers: list[Buffer], reducer: GradientReducer, optimizer: ShardedOptimizer
+        self,
+        model: Decoder,
+        buckets: list[Bucket],
+        untrained: list[Untrained],
+        reducer: GradientReducer,
+        optimizer: ShardedOptimizer,
+        device: torch.device,
     ) -> None:
-        self.model, self.buckets, self.buffers, self.reducer, self.optimizer = model, buckets, buffers, reducer, optimizer
+        self.model, self.buckets, self.untrained, self.reducer, self.optimizer = model, buckets, untrained, reducer, optimizer
+        self._device = device
 
     @property
     def parameters(self) -> int:
-        return sum(count for bucket in self.buckets if bucket.owned for *_, count in bucket.shard_entries())
+        trained = sum(count for bucket in self.buckets if bucket.owned for *_, count in bucket.shard_entries())
+        return trained + sum(one.tensor.numel() for one in self.untrained if one.owned and one.kind == "weight")
 
     @property
     def before_reduction(self) -> Callable[[torch.Tensor], None] | None:
@@ -60,7 +68,7 @@ class NativeEngine:
         return norms[True] + norms[False] * 0.0  # a copy does not count, but makes the sum not finite when it is not
 
     def _zero(self) -> torch.Tensor:
-        return torch.zeros((), dtype=torch.float64, device=self.buckets[0].weights.device)
+        return torch.zeros((), dtype=torch.float64, device=self._device)
 
     def reduced_gradients(self) -> Iterator[torch.Tensor]:
         return (bucket.shard_gradients for bucket in self.buckets)
@@ -79,14 +87,15 @@ class NativeEngine:
 
     def pieces(self) -> Iterator[TensorPiece]:
         yield from self.optimizer.pieces()
-        yield from (buffer.piece(buffer.tensor) for buffer in self.buffers if buffer.owned)
+        owned = (one for one in self.untrained if one.owned)
+        yield from filter(None, (one.piece(one.tensor.to(one.saved_dtype)) for one in owned))
 
     def incoming(self) -> "NativeIncoming":
         return NativeIncoming(self)
 
     def shards(self) -> list[StateShard]:
         trained = [_state_shard(*both) for both in zip(self.buckets, self.optimizer.shards(), strict=True)]
-        return trained + [_buffer_shard(buffer) for buffer in self.buffers]
+        return trained + [_untrained_shard(one) for one in self.untrained]
 
     def open(self) -> None:
         self.reducer.lend()
@@ -100,16 +109,16 @@ class NativeIncoming:
 
     def __init__(self, engine: NativeEngine) -> None:
         self._trained = engine.optimizer.incoming()
-        self._buffers = [(buffer, torch.zeros_like(buffer.tensor, device="cpu")) for buffer in engine.buffers]
+        self._untrained = [(one, torch.zeros_like(one.tensor, dtype=one.saved_dtype, device="cpu")) for one in engine.untrained]
 
     def pieces(self) -> Iterator[TensorPiece]:
         yield from self._trained.pieces()
-        yield from (buffer.piece(fresh) for buffer, fresh in self._buffers)
+        yield from filter(None, (one.piece(fresh) for one, fresh in self._untrained))
 
     def apply(self, updates: int) -> None:
         self._trained.apply(updates)
-        for buffer, fresh in self._buffers:
-            buffer.tensor.copy_(fresh)
+        for one, fresh in self._untrained:
+            one.tensor.copy_(fresh)
 
 
 def _state_shard(bucket: Bucket, tensors: dict[str, torch.Tensor]) -> StateShard:
@@ -127,10 +136,10 @@ def _state_shard(bucket: Bucket, tensors: dict[str, torch.Tensor]) -> StateShard
     )
 
 
-def _buffer_shard(buffer: Buffer) -> StateShard:
-    axis = buffer.placement.reduction_axis
-    held_along = [axis] if "tensor" in buffer.placement.axes else [axis, "tensor"]
-    return StateShard(buffer.name, {"weight": buffer.tensor}, axis, buffer.group, held_along, (buffer.tensor,), partitioned=False)
+def _untrained_shard(one: Untrained) -> StateShard:
+    axis, tensor = one.placement.reduction_axis, one.tensor.detach()
+    held_along = [axis] if "tensor" in one.placement.axes else [axis, "tensor"]
+    return StateShard(one.name, {"weight": tensor}, axis, one.group, held_along, (tensor,), partitioned=False)
 
 
 def seeded_values(recipe: Recipe) -> Fill:
@@ -153,6 +162,8 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
     with torch.device("meta"):
         model = Decoder(config, slices, mesh.first_stage, mesh.last_stage, recompute)
     parallelize(model, plan, mesh, parallel.sequence, getattr(torch, recipe.train.dtype), fill)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not recipe.optim.freezes(plan.global_name(name)))
     if recipe.train.compile:
         for layer in model.layers.values():
             layer.compile()
@@ -162,7 +173,9 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
 
     buckets = build_buckets(model, plan, mesh, parallel.zero, parallel.bucket_bytes, model.uses, treat)
     reducer = GradientReducer(buckets, mesh, fused=_sinks(recipe))
-    return NativeEngine(model, buckets, buffers_of(model, plan, mesh), reducer, ShardedOptimizer(buckets, recipe.optim))
+    device = mesh.group("world").device
+    optimizer = ShardedOptimizer(buckets, recipe.optim, device)
+    return NativeEngine(model, buckets, untrained_of(model, plan, mesh), reducer, optimizer, device)
 
 
 def _sinks(recipe: Recipe) -> Callable[[str], bool]:

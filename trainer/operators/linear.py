@@ -55,9 +55,9 @@ class _Linears(torch.autograd.Function):
         rows = _times(x, factor).reshape(-1, x.shape[-1]).to(dtype)
         grad_rows: torch.Tensor | None = None
         grad_weights = []
-        for grad, weight, sink in zip(grads, weights, ctx.sinks, strict=True):
+        for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[4:], strict=True):
             columns = grad.reshape(-1, grad.shape[-1]).to(dtype)
-            grad_weights.append(_weight_gradient(sink, weight, [columns.T], [rows]))
+            grad_weights.append(_weight_gradient(sink, weight, [columns.T], [rows]) if trained else None)
             if ctx.needs_input_grad[2]:
                 widened = weight.to(dtype)
                 grad_rows = columns @ widened if grad_rows is None else grad_rows.addmm_(columns, widened)
@@ -115,11 +115,11 @@ class _GroupedLinears(torch.autograd.Function):
         grad_input = torch.zeros_like(x, dtype=dtype)
         rows, into = _times(x, factor).to(dtype).split(ctx.counts), grad_input.split(ctx.counts)
         grad_weights = []
-        for grad, weight, sink in zip(grads, weights, ctx.sinks, strict=True):
+        for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[3:], strict=True):
             columns = grad.to(dtype).split(ctx.counts)
             for grad_rows, column, expert in zip(into, columns, weight, strict=True):
                 grad_rows.addmm_(column, expert.to(dtype))
-            grad_weights.append(_weight_gradient(sink, weight, [column.T for column in columns], rows))
+            grad_weights.append(_weight_gradient(sink, weight, [column.T for column in columns], rows) if trained else None)
         return *_of_factors(grad_input.to(x.dtype), x, factor), None, *grad_weights
 
 
@@ -135,14 +135,14 @@ def _grouped_backward(
     rows, ends = _times(x, factor), ctx.ends
     grad_input: torch.Tensor | None = None
     grad_weights: list[torch.Tensor | None] = []
-    for grad, weight, sink in zip(grads, weights, ctx.sinks, strict=True):
+    for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[3:], strict=True):
         columns = grad.contiguous()
         through = F.grouped_mm(columns, weight, offs=ends)
         grad_input = through if grad_input is None else grad_input.add_(through)
         compute = partial(F.grouped_mm, columns.T, rows, offs=ends)
         if sink is not None:
             sink.add_computed(compute)
-        grad_weights.append(compute().to(accurate_dtype(weight.dtype)) if sink is None else None)
+        grad_weights.append(compute().to(accurate_dtype(weight.dtype)) if trained and sink is None else None)
     assert grad_input is not None
     return *_of_factors(grad_input, x, factor), None, *grad_weights
 

@@ -32,8 +32,9 @@ class OptimConfig:
     """Weight decay of parameters of two or more dims; weights of norms are not decayed. Decoupled from the gradient for adamw and
     lion, added to it for sgd, as torch does."""
     groups: list[Any] = field(default_factory=list)
-    """Parameters with a learning rate or a weight decay of their own, e.g. [{pattern: "*.router.weight", lr: 1e-4}]. The first
-    entry whose pattern matches a parameter's name counts; a rate follows the same schedule as optim.lr."""
+    """Parameters with a learning rate or a weight decay of their own, e.g. [{pattern: "*.router.weight", lr: 1e-4}], or that are
+    not trained ({pattern: "layers.0.*", frozen: true}). The first entry whose pattern matches a parameter's name counts; a rate
+    follows the same schedule as optim.lr."""
     clip_norm: float = 1.0
     """If the norm of the whole model's gradient is larger than this, the gradient is scaled down to it; 0 turns clipping off."""
     schedule: str = "cosine"
@@ -69,6 +70,11 @@ class OptimConfig:
         decayed = dims >= 2 or (group is not None and group.weight_decay is not None)
         return Treatment(lr / self.lr if self.lr else 0.0, decay if decayed else 0.0)
 
+    def freezes(self, name: str) -> bool:
+        """Returns whether the parameter `name` is not trained."""
+        group = group_of(self.parameter_groups, name)
+        return group is not None and group.frozen
+
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raises RecipeError for a group that no parameter of the model belongs to. `names`: those of all parameters."""
         groups, found = self.parameter_groups, list(names)
@@ -79,6 +85,8 @@ class OptimConfig:
                 why = "matches no parameter" if not any(fnmatchcase(name, group.pattern) for name in found) else (
                       "matches only parameters of earlier groups")  # fmt: skip
                 raise RecipeError(f"optim.groups: {group.pattern} {why}; give another pattern, e.g. one that matches {some}")
+        if all(map(self.freezes, found)):
+            raise RecipeError("optim.groups freezes all parameters; leave some of them to train")
 
     def decay_steps(self, steps: int) -> int:
         """Returns in how many of `steps` steps the learning rate decays under wsd."""

@@ -27,6 +27,8 @@ class ParameterGroup:
     """Takes the place of optim.lr; None for no change."""
     weight_decay: float | None = None
     """Takes the place of optim.weight_decay, for parameters of any number of dims; None for no change."""
+    frozen: bool = False
+    """Whether the parameters are not trained at all: they have no gradient and no optimizer state."""
 
     @staticmethod
     def read(entry: Any) -> "ParameterGroup":
@@ -34,15 +36,22 @@ class ParameterGroup:
         example = 'e.g. optim.groups=[{pattern: "*.norm.weight", lr: 1e-4}]'
         if not isinstance(entry, dict) or not isinstance(entry.get("pattern"), str):
             raise RecipeError(f"optim.groups: {entry} has no pattern of parameter names; {example}")
-        for key in entry.keys() - {"pattern", "lr", "weight_decay"}:
-            raise RecipeError(f"optim.groups: {entry} has the unknown key {key}; there are pattern, lr and weight_decay, {example}")
+        for key in entry.keys() - {"pattern", "lr", "weight_decay", "frozen"}:
+            raise RecipeError(f"optim.groups: {entry} has the unknown key {key}; there are pattern, lr, weight_decay and frozen, "
+                              f"{example}")  # fmt: skip
         for key in ("lr", "weight_decay"):
             value = entry.get(key)
             number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
             if value is not None and not number:
                 raise RecipeError(f"optim.groups: {key}={value} of {entry['pattern']} must be a number of at least 0; {example}")
-        if entry.get("lr") is None and entry.get("weight_decay") is None:
-            raise RecipeError(f"optim.groups: {entry['pattern']} changes nothing; give it an lr or a weight_decay, {example}")
+        if not isinstance(entry.get("frozen", False), bool):
+            raise RecipeError(f"optim.groups: frozen={entry['frozen']} of {entry['pattern']} must be true or false")
+        rates = [key for key in ("lr", "weight_decay") if entry.get(key) is not None]
+        if entry.get("frozen") and rates:
+            raise RecipeError(f"optim.groups: {rates[0]} of {entry['pattern']} has no effect with frozen: true; leave one out")
+        if not entry.get("frozen") and not rates:
+            raise RecipeError(f"optim.groups: {entry['pattern']} changes nothing; give it an lr, a weight_decay or frozen: true, "
+                              f"{example}")  # fmt: skip
         return ParameterGroup(**entry)
 
 

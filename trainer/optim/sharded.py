@@ -23,11 +23,11 @@ class ShardedOptimizer:
     """Updates this rank's shard of every bucket; `share` then gathers the working weights. With partitioned buckets this is
     ZeRO-1."""
 
-    def __init__(self, buckets: list[Bucket], config: OptimConfig) -> None:
+    def __init__(self, buckets: list[Bucket], config: OptimConfig, device: torch.device | None = None) -> None:
         self.buckets = buckets
         self._rule, self._moments = rule_of(config), config.moments
         self._shards = [_shard(_master(bucket), self._moments) for bucket in buckets]
-        self._probed = torch.zeros((), dtype=torch.float64, device=buckets[0].weights.device)
+        self._probed = torch.zeros((), dtype=torch.float64, device=device)
         """A sum that is not finite if the last `step` left values that are not finite; in rare cases also if all values are
         finite."""
 

@@ -157,7 +157,14 @@ def _check_tensors(
         if stored.get(piece.name) not in [(shape, piece.tensor.dtype) for shape in shapes]:
             has = "{} {}".format(*stored[piece.name]) if piece.name in stored else "not in it"
             raise CheckpointError(f"{checkpoint.path}: tensor {piece.name} is {has}; the model has {piece.global_shape} "
-                                  f"{piece.tensor.dtype}; load it into the model that wrote it")  # fmt: skip
+                                  f"{piece.tensor.dtype}; {_other_model(piece.name)}")  # fmt: skip
+
+
+def _other_model(tensor: str) -> str:
+    """Returns what to do about a checkpoint that lacks `tensor`, or that alone has it."""
+    if tensor.partition("/")[0] in ("weight", "buffer"):
+        return "load it into the model that wrote it"
+    return "freeze the same parameters (optim.groups) as the run that wrote it"
 
 
 def finite_pieces(pieces: Iterable[TensorPiece]) -> Iterator[TensorPiece]:
@@ -183,8 +190,7 @@ def _check_none_is_left(state: TrainerState, checkpoint: Checkpoint, own: set[st
     left = [name for name, count in zip(names, wanted, strict=True) if not count]
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-        raise CheckpointError(f"{checkpoint.path}: tensor {left[0]}{more} is unknown to the model; load it into the model that "
-                              "wrote it")  # fmt: skip
+        raise CheckpointError(f"{checkpoint.path}: tensor {left[0]}{more} is unknown to the model; {_other_model(left[0])}")
 
 
 def identity(state: TrainerState) -> dict[str, Any]:

@@ -41,8 +41,8 @@ WRONG = [
     (["optim.groups=[x]"], "x has no pattern of parameter names; e.g. optim.groups="),
     (["optim.groups=[{lr: 1}]"], "has no pattern of parameter names"),
     (["optim.groups=[{pattern: 1, lr: 1}]"], "has no pattern of parameter names"),
-    ([ONE + ", rate: 1}]"], "unknown key rate; there are pattern, lr and weight_decay"),
-    ([ONE + "}]"], "head.weight changes nothing; give it an lr or a weight_decay"),
+    ([ONE + ", rate: 1}]"], "unknown key rate; there are pattern, lr, weight_decay and frozen"),
+    ([ONE + "}]"], "head.weight changes nothing; give it an lr, a weight_decay or frozen: true"),
     ([ONE + ", lr: -1}]"], "lr=-1 of head.weight must be a number of at least 0"),
     ([ONE + ", lr: true}]"], "lr=True of head.weight must be a number of at least 0"),
     ([ONE + ", lr: inf}]"], "lr=inf of head.weight must be a number of at least 0"),
@@ -54,6 +54,9 @@ WRONG = [
         ["optim.groups=[{pattern: '*', lr: 1}, {pattern: head.weight, lr: 1}]"],
         "matches only parameters of earlier groups",
     ),
+    ([ONE + ", frozen: 1}]"], "frozen=1 of head.weight must be true or false"),
+    ([ONE + ", frozen: true, lr: 1}]"], "lr of head.weight has no effect with frozen: true; leave one out"),
+    (["optim.groups=[{pattern: '*', frozen: true}]"], "freezes all parameters; leave some of them to train"),
     ([ONE + ", lr: 10, weight_decay: 1}]"], "of head.weight is more than 2"),
 ]
 

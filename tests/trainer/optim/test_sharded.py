@@ -51,28 +51,33 @@ def plain(recipe: Recipe, follow: list[Weights] | None = None) -> tuple[list[flo
     for parameter in working.parameters():
         parameter.grad_dtype = wide  # no gradient is rounded on its way to the optimizer
     optim = recipe.optim
-    groups = []
+    groups, trained = [], {}
     for name, master in masters.items():
         chosen = next((group for group in optim.groups if fnmatch(name, group["pattern"])), {})
+        if chosen.get("frozen"):
+            working.get_parameter(name).requires_grad_(False)
+            continue
+        trained[name] = master
         decay = chosen.get("weight_decay", optim.weight_decay if master.dim() > 1 else 0.0)
         groups.append({"params": [master], "weight_decay": decay, "factor": chosen.get("lr", optim.lr) / optim.lr})
     torchs = oracle(optim, groups)
     losses, grad_norms = [], []
     for step in range(STEPS):
         batch = local_micro_batches(parts, step)
-        for master in masters.values():
+        for master in trained.values():
             master.grad = torch.zeros_like(master)
         total = 0.0
         for micro in batch:
             loss, balance = working(micro.inputs, micro.labels)
             share = loss / (len(batch) * micro.labels.numel())
             (share + recipe.model.moe.balance_loss * balance / recipe.data.global_batch).backward()
-            for name, parameter in working.named_parameters():
-                masters[name].grad += parameter.grad
+            for name, master in trained.items():
+                parameter = working.get_parameter(name)
+                master.grad += parameter.grad
                 parameter.grad = None
             total += share.item()
         losses.append(total)
-        grad_norms.append(clip_grad_norm_(masters.values(), optim.clip_norm or float("inf")).item())
+        grad_norms.append(clip_grad_norm_(trained.values(), optim.clip_norm or float("inf")).item())
         for group in torchs.param_groups:
             group["lr"] = group["factor"] * learning_rate(optim, step, recipe.train.steps)
         torchs.step()
@@ -85,7 +90,7 @@ def plain(recipe: Recipe, follow: list[Weights] | None = None) -> tuple[list[flo
                     parameter.copy_(follow[step][name])
     state = {f"weight/{name}": master.detach().numpy() for name, master in masters.items()}
     for moment in optim.moments:
-        state |= {f"{moment}/{name}": torchs.state[master][moment].numpy() for name, master in masters.items()}
+        state |= {f"{moment}/{name}": torchs.state[master][moment].numpy() for name, master in trained.items()}
     return losses, grad_norms, state
 
 
@@ -117,9 +122,8 @@ class PaperLion(torch.optim.Optimizer):
 
 
 def alone(dtype: str, model: dict[str, object]) -> Recipe:
-    return small_recipe(
-        train__dtype=dtype, train__steps=8, train__micro_batch=2, model__layers=2, **{"optim__epsilon": 1e-5, **model}
-    )
+    defaults = {"train__dtype": dtype, "train__steps": 8, "train__micro_batch": 2, "model__layers": 2, "optim__epsilon": 1e-5}
+    return small_recipe(**{**defaults, **model})
 
 
 @functools.cache
@@ -169,6 +173,56 @@ GROUPS = [
     {"pattern": "*norm.weight", "weight_decay": 0.3},
     {"pattern": "layers.1.*", "lr": 2e-2},
 ]
+
+
+FROZEN: dict[str, list[dict[str, object]]] = {
+    "embedding": [{"pattern": "embedding.weight", "frozen": True}],
+    "head and norms": [{"pattern": "head.weight", "frozen": True}, {"pattern": "*norm.weight", "frozen": True}],
+    "first layer": [{"pattern": "embedding.weight", "frozen": True}, {"pattern": "layers.0.*", "frozen": True}],
+    "first stage": [{"pattern": name, "frozen": True} for name in ("embedding.weight", "layers.0.*", "layers.1.*")],
+    "all but experts": [{"pattern": "*.experts.*", "lr": 1e-2}, {"pattern": "*", "frozen": True}],
+    "all but a norm": [{"pattern": "layers.0.attention_norm.weight", "lr": 1e-2}, {"pattern": "*", "frozen": True}],
+}
+SPREAD: list[dict[str, object]] = [
+    {}, {"data": 2, "expert": 2}, {"data": 2, "zero": 0}, {"tensor": 2, "sequence": True}, {"pipeline": 2},
+    {"pipeline": 2, "schedule": "zb_v"}, {"pipeline": 2, "data": 2, "schedule": "zb_h1"},
+    {"tensor": 2, "pipeline": 2, "schedule": "interleaved_1f1b"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN.keys())
+def test_frozen_parameters_stay_and_the_rest_trains_as_if_they_were_constants(frozen: list[dict[str, object]], dtype: str) -> None:
+    changes: dict[str, object] = {**MOE, "optim__groups": frozen, "model__layers": 4}
+    losses, norms, state = plain(alone(dtype, changes)) if dtype == "float64" else ([], [], {})
+    for layout in SPREAD:
+        stages = {"train__micro_batch": 1} if "schedule" in layout else {}
+        recipe = alone(dtype, {**changes, **{f"parallel__{key}": value for key, value in layout.items()}, **stages})
+        recipe.validate(recipe.world_size())
+        ranks = run("simulated", recipe.world_size(), trained_from, recipe)
+        before, after = (gather([rank[which] for rank in ranks]) for which in (0, 1))
+        for name, values in after.items():
+            kind, _, parameter = name.partition("/")
+            if recipe.optim.freezes(parameter):
+                assert kind == "weight", "no optimizer state"
+                assert np.array_equal(values, before[name]), name
+        if dtype == "float64":
+            for own_losses, own_norms in (rank[2] for rank in ranks):
+                np.testing.assert_allclose(own_losses, losses, rtol=1e-9)
+                np.testing.assert_allclose(own_norms, norms, rtol=1e-9)
+            assert after.keys() == state.keys()
+            for name, expected in state.items():
+                np.testing.assert_allclose(after[name], expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max(), err_msg=name)
+
+
+def trained_from(communicator: Communicator, recipe: Recipe) -> tuple[Any, Any, tuple[list[float], list[float]]]:
+    """The state before and after, and losses and norms. The guard looks at every step."""
+    recipe = replace(recipe, guard=replace(recipe.guard, check_every=1))
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    before = pieces_of(state)
+    results = [train_step(state, step) for step in range(STEPS)]
+    assert all(result.committed and result.verdict.attempts == 1 for result in results)
+    return before, pieces_of(state), ([r.loss for r in results], [r.grad_norm for r in results])
 
 
 @pytest.mark.parametrize("groups", [[], GROUPS], ids=["alike", "groups"])

@@ -12,6 +12,7 @@ import torch
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import Corpus, prepare
 from bagualu.trainer.recipe.config import Recipe
@@ -113,6 +114,39 @@ def test_the_same_layout_goes_on_to_the_bit(
         assert repr(results) == repr(straight)  # a norm may be nan, where float16 overflows
         assert_equal_bits(after_loading, at_stop)
         assert_equal_bits(end, at_end)
+
+
+FROZEN = [{"pattern": name, "frozen": True} for name in ("embedding.weight", "layers.0.*", "*.router.weight")]
+
+
+def load_half(communicator: Communicator, recipe: Recipe) -> Any:
+    parts = resumed(communicator, recipe)
+    return pieces_of(parts)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_frozen_parameters_are_saved_and_loaded_on_any_layout(tmp_path: Path, dtype: str) -> None:
+    """In a checkpoint they are weights like the others, without moments."""
+
+    def recipe(layout: dict[str, object], frozen: list[dict[str, object]]) -> Recipe:
+        return recipe_for(tmp_path, "moe_tied", layout, train__dtype=dtype, optim__groups=frozen)
+
+    first = recipe({"data": 2, "pipeline": 2}, FROZEN)
+    for straight, at_end, at_stop, after_loading, results, end in run("simulated", 4, in_two_halves, first):
+        assert repr(results) == repr(straight)
+        assert_equal_bits(after_loading, at_stop)
+        assert_equal_bits(end, at_end)
+    saved = gather(run("simulated", 4, load_half, first))
+    assert "weight/layers.0.attention.query.weight" in saved
+    assert "exp_avg/layers.0.attention.query.weight" not in saved
+    for layout in ({}, {"tensor": 2}, {"data": 2, "expert": 2, "pipeline": 2}):
+        other = recipe(layout, FROZEN)
+        loaded = gather(run("simulated", other.world_size(), load_half, other))
+        assert loaded.keys() == saved.keys()
+        assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
+    for frozen in ([], [*FROZEN, {"pattern": "layers.1.*", "frozen": True}]):
+        with pytest.raises(CheckpointError, match=r"freeze the same parameters \(optim\.groups\) as the run that wrote it"):
+            run("simulated", 1, load_half, recipe({}, frozen))
 
 
 def overflow_before_and_after(communicator: Communicator, recipe: Recipe) -> Any:
@@ -332,7 +366,7 @@ def biases(communicator: Communicator, recipe: Recipe) -> list[float]:
     """Of the first mixture, after a step that follows the checkpoint."""
     parts = resumed(communicator, recipe)
     train_step(parts, HALF)
-    return parts.engine.buffers[0].tensor.tolist()
+    return parts.engine.untrained[0].tensor.tolist()
 
 
 def test_the_rate_of_biases_may_change_and_0_keeps_them(tmp_path: Path) -> None:
