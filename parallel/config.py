@@ -72,7 +72,8 @@ class ParallelConfig:
     with a number per pipeline rank. Default: no limit."""
     rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
     zero: int = 1
-    """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it among them."""
+    """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it among them, 2 partitions gradients too:
+    they are reduced after every micro-batch, and each rank keeps its part. docs/guides/memory.md compares them."""
     bucket_bytes: int = 25 * 2**20
     """Approximate bytes of gradients in a bucket. Most buckets are reduced as soon as they are complete, during the backward pass;
     those that are reduced over a second group too, after it."""
@@ -88,8 +89,8 @@ class ParallelConfig:
         if self.engine != "native":
             raise RecipeError(f"parallel.engine={self.engine} is unknown; give parallel.engine=native")
         placement = place(self.schedule, self.pipeline, self.virtual_stages)
-        if self.zero not in (0, 1):
-            raise RecipeError(f"parallel.zero={self.zero} is not supported; give parallel.zero=0 or parallel.zero=1")
+        if self.zero not in (0, 1, 2):
+            raise RecipeError(f"parallel.zero={self.zero} is not supported; give parallel.zero=0, 1 or 2")
         if self.bucket_bytes < 1:
             raise RecipeError(f"parallel.bucket_bytes={self.bucket_bytes} must be positive, e.g. parallel.bucket_bytes=26214400")
         validate_speeds(self.speeds, self.pipeline, self.balance)

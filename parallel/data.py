@@ -1,4 +1,4 @@
-"""Data parallelism: flat gradient buckets that are reduced during the backward pass, and their partition under ZeRO-1.
+"""Data parallelism: flat gradient buckets that are reduced during the backward pass, and their partition under ZeRO-1 and ZeRO-2.
 
 Parameters with equal properties for reduction, norm and update (`BucketKind`) share buckets. A bucket is a flat tensor of working
 weights and a flat tensor of gradients; this rank's shard is a slice of both. So reduction, norm and optimizer work on a few large
@@ -10,6 +10,7 @@ gradient of a single micro-batch is as accurate as the chip's matrix product, si
 compiled layer returns it in the weight's dtype.
 """
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from bagualu.parallel.precision import accurate_dtype, on_nvidia
 from bagualu.parallel.sharding import ShardingPlan
 
 _NORM_PIECE = 2**10
+_MOST_IN_FLIGHT = 2
+"""The number of reductions under ZeRO-2 that may be in progress at the same time."""
 _SHARD_MULTIPLE = 8
 """Number of elements of which every shard's bounds are a multiple, so that a shard of any dtype can be read as 64-bit integers."""
 
@@ -79,10 +82,17 @@ class Bucket:
     partitioned: bool
     weights: torch.Tensor
     gradients: torch.Tensor
+    """The gradients of this rank. If `reduced` is not None, they exist only while those of a micro-batch are being added, and are
+    empty in between."""
+    reduced: torch.Tensor | None = None
+    """Under ZeRO-2, this rank's shard of the gradients of all ranks, summed over the micro-batches so far. None: the gradients of
+    all micro-batches are added to `gradients`, and the shard is a part of them."""
     lent: bool = False
     """Whether other ranks read the gradients in this rank's memory (see `Group.lend`)."""
     pending: int = 0
-    """The number of gradients that are still to be added to this bucket in this step."""
+    """The number of gradients that are still to be added to this bucket before its next reduction."""
+    reductions: int = 0
+    """Under ZeRO-2, the number of reductions, one for each micro-batch, that are still to begin in this step."""
     work: list[Work] = field(default_factory=list)
     """The reductions of this bucket in progress."""
 
@@ -100,7 +110,7 @@ class Bucket:
 
     @property
     def shard_gradients(self) -> torch.Tensor:
-        return self.gradients[self.shard]
+        return self.gradients[self.shard] if self.reduced is None else self.reduced
 
     def norm_squared(self) -> torch.Tensor:
         """Returns the squared norm of the shard's gradient, a float64 scalar.
@@ -184,7 +194,10 @@ def _build(
     whole = group.size * _SHARD_MULTIPLE
     padded = -(-numel // whole) * whole
     weights = torch.zeros(padded, dtype=first.dtype, device=first.device)
-    gradients = torch.zeros(padded, dtype=accurate_dtype(first.dtype), device=first.device)
+    sharded = zero >= 2 and partitioned and not _crosses_two_groups(kind)
+    dtype = accurate_dtype(first.dtype)
+    gradients = torch.zeros(0 if sharded else padded, dtype=dtype, device=first.device)
+    reduced = torch.zeros(padded // group.size, dtype=dtype, device=first.device) if sharded else None
     entries, start = [], 0
     for name, parameter in members:
         view = weights[start : start + parameter.numel()].view_as(parameter)
@@ -194,7 +207,7 @@ def _build(
         shape, box = parameter.global_shape, parameter.box  # type: ignore[attr-defined]
         entries.append(Entry(name, parameter, shape, box, start, uses(parameter)))
         start += parameter.numel()
-    return Bucket(kind, group, entries, partitioned, weights, gradients)
+    return Bucket(kind, group, entries, partitioned, weights, gradients, reduced)
 
 
 class GradientReducer:
@@ -213,14 +226,20 @@ class GradientReducer:
         """Called with each bucket's gradients when this rank's are complete and before other ranks' are added; None: no call."""
         self._sinks: list[GradientSink] = []
         self._handles: list[RemovableHandle] = []
-        self._reduced_early = [bucket for bucket in buckets if not _waits_for_all(bucket)]
+        self._reduced_early = [bucket for bucket in buckets if bucket.reduced is None and not _crosses_two_groups(bucket.kind)]
         """The buckets whose reduction starts during the backward pass, in order: each as soon as it and all earlier ones are
         complete."""
         self._begun = 0
         """How many buckets of `_reduced_early` have begun their reduction in this step's backward passes."""
+        self._sharded = [bucket for bucket in buckets if bucket.reduced is not None]
+        self._in_flight: deque[tuple[Bucket, Work, torch.Tensor, torch.Tensor]] = deque()
+        """Reductions of `_sharded` in progress, oldest first: (bucket, work, its result, the gradients that it reads)."""
+        self._sinks_of: dict[int, list[tuple[Entry, GradientSink]]] = {}
+        """The sinks of each bucket, by the bucket's id."""
         for bucket in buckets:
             for entry in bucket.entries:
                 sink = GradientSink(self, bucket, _gradient_of(entry, bucket))
+                self._sinks_of.setdefault(id(bucket), []).append((entry, sink))
                 self._handles.append(entry.parameter.register_post_accumulate_grad_hook(sink.take))
                 if fused(entry.name):
                     entry.parameter.gradient_sink = sink  # type: ignore[attr-defined]
@@ -233,7 +252,8 @@ class GradientReducer:
         All ranks of a group call this between steps, for their buckets in the same order.
         """
         for bucket in self.buckets:
-            lent = bucket.group.lend(bucket.gradients.numel(), bucket.gradients.dtype) if bucket.partitioned else None
+            lends = bucket.partitioned and bucket.reduced is None
+            lent = bucket.group.lend(bucket.gradients.numel(), bucket.gradients.dtype) if lends else None
             if lent is not None:
                 bucket.gradients, bucket.lent = lent, True
         parameters = ((entry, bucket) for bucket in self.buckets for entry in bucket.entries)
@@ -246,7 +266,12 @@ class GradientReducer:
             sink.fresh = True
         self._begun = 0
         for bucket in self.buckets:
-            bucket.pending = sum(entry.uses for entry in bucket.entries) * micro_batches
+            bucket.pending = sum(entry.uses for entry in bucket.entries)
+            if bucket.reduced is None:
+                bucket.pending *= micro_batches
+            else:
+                bucket.reductions = micro_batches
+                bucket.reduced.zero_()
 
     def finish(self) -> None:
         """Finishes all reductions; call it after the last backward pass. Then `shard_gradients` of every bucket is the gradient
@@ -256,8 +281,13 @@ class GradientReducer:
                 sink.view.zero_()
         for bucket in self._reduced_early[self._begun :]:
             self._reduce(bucket)
+        for bucket in self._sharded:
+            while bucket.reductions:
+                self._reduce_part(bucket)
+        while self._in_flight:
+            self._add_oldest()
         for bucket in self.buckets:
-            if _waits_for_all(bucket):
+            if _crosses_two_groups(bucket.kind):
                 self._reduce(bucket)
         for bucket in self.buckets:
             for work in bucket.work:
@@ -283,6 +313,10 @@ class GradientReducer:
         complete them in different orders.
         """
         bucket.pending -= 1
+        if bucket.reduced is not None:
+            if bucket.pending == 0:
+                self._reduce_part(bucket)
+            return
         while self._begun < len(self._reduced_early) and self._reduced_early[self._begun].pending == 0:
             self._begun += 1
             self._reduce(self._reduced_early[self._begun - 1])
@@ -296,6 +330,46 @@ class GradientReducer:
             for entry in bucket.entries:
                 if gradient_sink(entry.parameter) is not None:
                     del entry.parameter.gradient_sink  # type: ignore[attr-defined]
+
+    def prepare(self, bucket: Bucket) -> None:
+        """Allocates the gradients of a bucket that has none. Call before a gradient is added to it."""
+        if bucket.reduced is not None and not bucket.gradients.numel():
+            bucket.gradients = bucket.reduced.new_empty(bucket.weights.numel())
+            last = bucket.entries[-1]
+            bucket.gradients[last.start + last.parameter.numel() :] = 0  # padding
+            for entry, sink in self._sinks_of[id(bucket)]:
+                sink.view, sink.fresh = _gradient_of(entry, bucket), True
+
+    def _reduce_part(self, bucket: Bucket) -> None:
+        """Starts to reduce the gradients that were added since the bucket's last reduction, and releases them afterwards.
+
+        Ranks of a group have the same number of micro-batches and add gradients in the same order, so they reduce in the same
+        order. At most two reductions are in progress, so that only two buckets' gradients are held besides those being added.
+        """
+        assert bucket.reduced is not None
+        self.mesh.monitor.at(Phase.BUCKET)
+        self.prepare(bucket)
+        for _, sink in self._sinks_of[id(bucket)]:
+            if sink.fresh:
+                sink.view.zero_()
+                sink.fresh = False
+            sink.view = bucket.reduced[:0]  # otherwise it would keep the gradients alive
+        if self.before_reduction is not None:
+            self.before_reduction(bucket.gradients)
+        if len(self._in_flight) == _MOST_IN_FLIGHT:
+            self._add_oldest()
+        result = torch.empty_like(bucket.reduced)
+        work = bucket.group.reduce_scatter(result, bucket.gradients, asynchronous=True)
+        self._in_flight.append((bucket, work, result, bucket.gradients))
+        bucket.gradients = bucket.reduced[:0]
+        bucket.reductions -= 1
+        bucket.pending = sum(entry.uses for entry in bucket.entries)
+
+    def _add_oldest(self) -> None:
+        bucket, work, result, _ = self._in_flight.popleft()
+        work.wait()
+        assert bucket.reduced is not None
+        bucket.reduced.add_(result)
 
     def _reduce(self, bucket: Bucket) -> None:
         self.mesh.monitor.at(Phase.BUCKET)
@@ -312,6 +386,8 @@ class GradientReducer:
 
 
 def _gradient_of(entry: Entry, bucket: Bucket) -> torch.Tensor:
+    if not bucket.gradients.numel():
+        return bucket.gradients
     return bucket.gradients[entry.start : entry.start + entry.parameter.numel()].view_as(entry.parameter)
 
 
@@ -348,6 +424,7 @@ class GradientSink:
 
     def add(self, gradient: torch.Tensor, factor: torch.Tensor | None = None) -> None:
         """Adds an existing gradient, in the parameter's shape, times an optional scalar. This is never deferred."""
+        self.reducer.prepare(self.bucket)
         if factor is None:
             self._add(gradient)
         elif self.fresh:
@@ -361,6 +438,7 @@ class GradientSink:
 
     def _run_or_defer(self, work: Callable[[], None]) -> None:
         def run() -> None:
+            self.reducer.prepare(self.bucket)
             work()
             self._counted()
 
@@ -396,10 +474,10 @@ def gradient_sink(parameter: torch.Tensor) -> GradientSink | None:
     return getattr(parameter, "gradient_sink", None)
 
 
-def _waits_for_all(bucket: Bucket) -> bool:
+def _crosses_two_groups(kind: BucketKind) -> bool:
     """Returns whether the bucket is also reduced over a second group. Such buckets are reduced last, in the same order on every
     rank, so that no two ranks wait for each other in different groups."""
-    return bucket.kind.tied or bucket.kind.partial_over is not None
+    return kind.tied or kind.partial_over is not None
 
 
 def gather_weights(buckets: list[Bucket]) -> None:

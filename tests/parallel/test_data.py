@@ -129,7 +129,7 @@ def reduced(communicator: Communicator, zero: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("zero", [0, 1, 2])
 @pytest.mark.parametrize("size", [1, 2])
 def test_gradients_are_summed_and_those_of_skipped_parameters_are_zero(backend: str, zero: int, size: int) -> None:
     run(backend, size, reduced, zero)
@@ -225,6 +225,35 @@ def test_zero_1_holds_a_share_of_masters_and_moments_and_zero_0_all(size: int) -
         assert total / size <= masters < total / size + 8 * buckets  # less than eight elements of padding a bucket
     for masters, _, buckets in run("simulated", size, elements, 0):
         assert total <= masters < total + 8 * size * buckets
+
+
+def alive(communicator: Communicator, bucket_bytes: int) -> tuple[int, int, int]:
+    """Most bytes of whole gradients that this rank holds at any time of a step under ZeRO-2; those of all buckets; of shards."""
+    model, buckets, reducer = built(communicator, 2, bucket_bytes, layers=24)
+    whole = sum(bucket.weights.numel() * 8 for bucket in buckets)
+    most, prepare = 0, reducer.prepare
+
+    def watched(bucket: Bucket) -> None:
+        nonlocal most
+        prepare(bucket)
+        in_flight = sum(gradients.nbytes for _, _, _, gradients in reducer._in_flight)
+        most = max(most, in_flight + sum(bucket.gradients.nbytes for bucket in buckets))
+
+    reducer.prepare = watched  # type: ignore[method-assign]
+    for _ in range(2):
+        reducer.begin(3)
+        for _ in range(3):
+            model(torch.ones(2, WIDTH, dtype=torch.float64)).backward()
+        reducer.finish()
+        assert not any(bucket.gradients.numel() for bucket in buckets), "nothing of them is left between steps"
+    return most, whole, sum(bucket.shard_gradients.nbytes for bucket in buckets)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_2_holds_a_share_of_the_gradients_and_few_buckets_while_it_adds(backend: str) -> None:
+    for most, whole, shards in run(backend, 2, alive, 600):
+        assert shards == whole / 2
+        assert most <= 4 * 1200 < whole, "two that are reduced, one that is added to, and that of scale"
 
 
 def updated(communicator: Communicator) -> None:

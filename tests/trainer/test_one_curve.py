@@ -49,6 +49,10 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("dense", {"data": 2, "tensor": 2, "pipeline": 2}),
     ("dense", {"data": 2, "tensor": 2, "pipeline": 2, "sequence": True}),
     ("dense", {"data": 8}),
+    ("dense", {"data": 2, "zero": 2}),
+    ("dense", {"data": 4, "tensor": 2, "sequence": True, "zero": 2}),
+    ("dense_tied", {"data": 2, "pipeline": 2, "zero": 2}),
+    ("moe_tied", {"data": 4, "expert": 2, "zero": 2}),
     # tied embeddings, on one stage and across the first and the last
     ("dense_tied", {"data": 2}),
     ("dense_tied", {"tensor": 2}),
@@ -96,6 +100,7 @@ SCHEDULED: list[tuple[str, dict[str, object]]] = [
         for name in SCHEDULES
     ),
     *(("moe_tied_9_layers", {"pipeline": 4, "schedule": name, "data": 2, "zero": 0}) for name in SCHEDULES),
+    *(("moe_tied_9_layers", {"pipeline": 2, "schedule": name, "data": 2, "zero": 2, "bucket_bytes": 512}) for name in SCHEDULES),
     ("moe_tied_9_layers", {"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 4}),
     ("moe_tied_9_layers", {"pipeline": 3, "schedule": "zb_v", "balance": [2, 1, 1, 3, 1, 1]}),
     ("dense_tied", {"data": 2, "shares": [5, 3]}),

@@ -123,7 +123,8 @@ def _state_bytes(work: ModelWork, name: str, shape: tuple[int, ...]) -> int:
     elements = prod(placement.box(name, shape, work.layout, work.layout.coordinates(0)).shape)
     share = work.layout.size(placement.reduction_axis) if work.zero else 1
     masters = work.item_bytes < work.accurate_bytes
-    return elements * (work.item_bytes + work.accurate_bytes) + elements * work.accurate_bytes * (masters + work.moments) // share
+    gradients = elements * work.accurate_bytes // (share if work.zero >= 2 else 1)
+    return elements * work.item_bytes + gradients + elements * work.accurate_bytes * (masters + work.moments) // share
 
 
 def embedding_held(work: ModelWork) -> Held:

@@ -100,6 +100,9 @@ class _Shelf:
     def count(self, _: Any) -> None:
         """Does nothing, since nothing is reduced."""
 
+    def prepare(self, _: Any) -> None:
+        """Does nothing, since the sinks have memory of their own."""
+
     def compute(self) -> None:
         """Runs the deferred work, then forgets it and its operands."""
         with torch.no_grad():

@@ -143,7 +143,9 @@ def _widened(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_widened")
-@pytest.mark.parametrize("layout", [{}, {"data": 2}, {"data": 2, "zero": 0}], ids=["alone", "zero_1", "zero_0"])
+@pytest.mark.parametrize(
+    "layout", [{}, {"data": 2}, {"data": 2, "zero": 0}, {"data": 2, "zero": 2}], ids=["alone", "zero_1", "zero_0", "zero_2"]
+)
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_updates_are_those_of_torch(name: str, dtype: str, layout: dict[str, int]) -> None:
     model, relative = MODELS[name], RELATIVE[dtype]

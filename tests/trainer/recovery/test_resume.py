@@ -97,6 +97,7 @@ LAYOUTS: list[tuple[str, dict[str, object], tuple[str, ...]]] = [
     ("dense_tied_5_layers", {"data": 2, "pipeline": 2}, ("float64", "float16")),
     ("dense", {"tensor": 2, "data": 2, "sequence": True, "zero": 0}, ("float32", "bfloat16")),
     ("moe", {"data": 2, "expert": 2}, DTYPES),
+    ("moe_tied", {"data": 2, "pipeline": 2, "zero": 2}, ("float64", "bfloat16", "float16")),
     ("moe_tied", {"data": 2, "tensor": 2, "expert": 2, "pipeline": 2}, ("bfloat16",)),
 ]
 CASES = [(model, layout, dtype) for model, layout, dtypes in LAYOUTS for dtype in dtypes]
