@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from bagualu.parallel import precision, vocabulary
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.vocabulary import IGNORED, linear_cross_entropy
-from bagualu.trainer.operators import rotary
+from bagualu.trainer.operators import linear, rotary
 from bagualu.trainer.operators.attention import attention_in_blocks, causal_attention
 from bagualu.trainer.operators.linear import grouped_linears, linears
 from bagualu.trainer.operators.norm import rms_norm
@@ -243,3 +243,21 @@ def test_gradients_of_a_frozen_input_are_not_computed() -> None:
     x, weight = draw(3, 4).detach(), draw(5, 4)
     linears(x, weight)[0].sum().backward()
     torch.testing.assert_close(weight.grad, x.sum(0).expand(5, 4))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_gradient_of_a_frozen_weight_is_not_computed(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.Size] = []
+
+    def watched(sink: object, weight: torch.Tensor, *_: object) -> torch.Tensor:
+        asked.append(weight.shape)
+        return torch.zeros_like(weight)
+
+    monkeypatch.setattr(linear, "_weight_gradient", watched)
+    x = torch.randn(6, 4, requires_grad=True)
+    shapes = [(2, 3, 4), (2, 5, 4)] if grouped else [(3, 4), (5, 4)]
+    frozen, trained = (torch.randn(shape, requires_grad=needed) for shape, needed in zip(shapes, (False, True), strict=True))
+    outputs = grouped_linears(x, [2, 4], frozen, trained) if grouped else linears(x, frozen, trained)
+    sum(output.sum() for output in outputs).backward()
+    assert asked == [trained.shape]
+    assert x.grad is not None
