@@ -1,4 +1,5 @@
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data import reading
+from bagualu.trainer.data.config import DataConfig
+from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.data.listing import TextFile
 from bagualu.trainer.data.reading import Part, cut, whole
 from bagualu.trainer.data.tokenizer import Encoder, train_tokenizer
@@ -92,3 +95,17 @@ def test_a_file_cut_short_while_it_is_read_is_refused(tmp_path):
     (tmp_path / "text").write_bytes(b"some")
     with pytest.raises(RecipeError, match="has changed while it was read"):
         list(Part(file, 2, 9).pieces())
+
+
+def test_preparing_a_text_takes_a_fraction_of_its_bytes_of_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "PIECE_BYTES", 2**13)
+    text = words(2_000, seed=1)
+    file = file_of(tmp_path, text.encode() * 400)
+    config = DataConfig(source=file.path, sequence_length=16, cache=str(tmp_path / "cache"))
+    tracemalloc.start()
+    try:
+        prepare(config, 300)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < file.size_bytes / 2

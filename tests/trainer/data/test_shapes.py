@@ -9,6 +9,7 @@ import pytest
 
 from bagualu.comm.errors import RecipeError
 from bagualu.launch import cli
+from bagualu.trainer.data import build
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import Corpus, prepare, show_data
 from bagualu.trainer.recipe.compose import compose, save_recipe
@@ -236,6 +237,19 @@ def test_the_advice_on_a_vocabulary_too_large_holds_at_once(tmp_path: Path, text
     config.sequence_length = advice.get("data.sequence_length", config.sequence_length)
     corpus = prepare(config, advice["model.vocab"], **request)
     assert (config.sequence_length % multiple, corpus.vocab) == (0, advice["model.vocab"])
+
+
+def test_it_holds_where_a_smaller_vocabulary_is_trained_on_less_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "SAMPLE_CHARACTERS_PER_ENTRY", 4)
+    source = files(tmp_path / "text", a=words(5_000, seed=3))
+    config = DataConfig(source=str(source), sequence_length=16, cache=str(tmp_path / "cache"))
+    with pytest.raises(RecipeError, match=r"yields only \d+ tokens; give model\.vocab=\d+") as refused:
+        prepare(config, 10_000)
+    yielded = re.search(r"yields only (\d+)", str(refused.value))
+    advised = typed(str(refused.value))["model.vocab"]
+    assert yielded is not None
+    assert advised < int(yielded[1]), "trained on less, it would yield fewer again"
+    assert prepare(config, advised).vocab == advised
 
 
 def test_the_advice_on_a_sequence_too_long_holds_for_both_parts(tmp_path: Path) -> None:
