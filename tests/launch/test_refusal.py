@@ -1,17 +1,21 @@
-"""A node that is refused: the others end with its reason, and nobody is told to remove another job's run."""
+"""A node that is refused: the others end with its reason, and nobody is told to remove another job's run. Who leaves last."""
 
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
 
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.config import RestartConfig
-from bagualu.launch.workers import processes, rendezvous
+from bagualu.launch import node
+from bagualu.launch.workers import processes, rendezvous, secret
 from bagualu.launch.workers.agent_messages import Ending, backend_of_all
 from bagualu.launch.workers.ended import refused
 from bagualu.launch.workers.run import _advice
@@ -99,3 +103,45 @@ def test_only_a_run_directory_with_a_free_lock_is_to_be_removed(tmp_path):
     finally:
         holder.communicate()
     assert _advice(recipe(folder), failed, begun=False) == advice
+
+
+def test_a_node_that_finds_the_run_directory_in_use_tells_the_others(tmp_path, meeting, monkeypatch):
+    place, folder, heard = meeting(), tmp_path / "run", []
+    folder.mkdir()
+    monkeypatch.setenv(secret.VARIABLE, place.secret)
+
+    def listen():
+        ending = Ending(rendezvous.among(place, CONFIG, never).board)
+        heard.append(ending.heard(30))
+        ending.leave()
+
+    other = threading.Thread(target=listen, daemon=True)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        other.start()
+        words = ["recipe=tiny", "launch.nodes=2", "restart.wait_seconds=5", "checkpoint.resume=true", f"run.dir={folder}"]
+        assert node.main(["--meet", f"{place.host}:{place.port}", "--id", place.id, *words]) == 2
+    finally:
+        holder.communicate()
+    other.join(60)
+    assert f"run.dir={folder} is in use by " in Failure(**heard[0]["failure"]).cause
+
+
+@pytest.mark.parametrize("ended", ["done", "stopped"])
+def test_the_node_with_the_store_leaves_last_at_a_healthy_end(meeting, ended):
+    """Else the others, which still ask, print the traces of torch's store."""
+    host, other = (rendezvous.among(meeting(), CONFIG, never) for _ in range(2))
+    agent = SimpleNamespace(
+        suspending=nullcontext, stop_asked=False, run=lambda: RunResult(WorkerState.SUCCEEDED), failure=None,
+        summary={"ended": ended}, has_rank_0=True, nodes=2,
+    )  # fmt: skip
+    ends = threading.Thread(target=processes._run_agent, args=(agent, host, Ending(host.board), meeting()), daemon=True)
+    ends.start()
+    ending = Ending(other.board)
+    assert ending.heard(30) == {"summary": {"ended": ended}, "failure": None}
+    ends.join(0.5)
+    assert ends.is_alive()
+    ending.leave()
+    ends.join(30)
+    assert not ends.is_alive()
