@@ -145,6 +145,13 @@ def test_a_preempted_job_goes_back_into_the_queue(job, code):
     assert job.calls("scontrol requeue") == ["scontrol requeue 7"]
 
 
+def test_so_does_one_that_was_preempted_before_its_agents_had_begun(job):
+    """srun itself then ends with 143, and no agent has said how the run ended."""
+    job.says(preempted="2026-01-01T10:00:00")
+    assert job.ends(NODE="1", SRUN_CODE="143")[0] == 143
+    assert job.calls("scontrol requeue") == ["scontrol requeue 7"]
+
+
 def test_so_does_a_job_that_saves_after_slurm_has_ended_it_for_its_time_limit(job):
     job.says(state="COMPLETING", reason="TimeLimit")
     running = job.start(code=75, stays=True, saves=3)
@@ -215,7 +222,7 @@ def test_the_loss_of_a_node_ends_neither_the_job_nor_srun_and_the_log_says_what_
     assert "SLURM has taken nodes from this job, which has 1 left" in said
     assert "does not grow back" in said
     assert "scancel --batch --signal=USR1 7" in said
-    assert " --no-kill " in job.calls("srun")[0]
+    assert " --kill-on-bad-exit=0 --no-kill " in job.calls("srun")[0]
     assert "\n#SBATCH --no-kill\n" in (job.folder / "job.sbatch").read_text()
 
 
