@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from bagualu.comm.errors import RecipeError
+from bagualu.trainer.data import build, reading
 from bagualu.trainer.data.build import documents
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import bits_per_byte, default_cache, prepare
@@ -225,3 +226,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused(folder, what):
         os.utime(path, ns=(1, 1))
     with pytest.raises(RecipeError, match=r"0\.txt (has changed while it was read|cannot be read)"):
         texts_of(folder, files=files)
+
+
+def test_the_tokenizer_is_trained_on_no_more_text_than_it_is_said_to_be(folder, monkeypatch):
+    monkeypatch.setattr(reading, "PIECE_BYTES", 100)
+    parts = [reading.whole(file) for file in find_files(str(folder))]
+    assert sum(part.size_bytes for part in parts) > 10_000
+    assert [sum(map(len, build._sample(parts, most))) for most in (1, 99, 2_345)] == [1, 99, 2_345]
