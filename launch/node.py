@@ -8,6 +8,7 @@ which the agents find each other. If a node's agent dies, start it again with th
 
 import argparse
 import contextlib
+import functools
 import sys
 from pathlib import Path
 
@@ -43,18 +44,19 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
         address = _address(given.meet)
     except RecipeError as error:
         return _refused(error)
+    key = functools.cache(lambda: secret.of_the_job(Path(recipe.run.dir)))  # it takes the secret out of the environment
     try:
         recipe, backend = storage_probe.choose_backend(recipe, workers)
         preflight.check(recipe, recipe.world_size())
         preflight.check_login(recipe)
         storage_probe.check(recipe, job)
-        meeting = _meeting(recipe, address, given.id, job, workers)
+        meeting = _meeting(recipe, address, given.id, job, workers, key())
         save_recipe(recipe)
     except RecipeError as error:  # perhaps on this node only, and the others may be waiting for it
         code = _refused(error)
         if recipe.launch.nodes > 1:
             with contextlib.suppress(RecipeError):
-                tell_refusal(recipe, workers, error, stop, _meeting(recipe, address, given.id, job, workers))
+                tell_refusal(recipe, workers, error, stop, _meeting(recipe, address, given.id, job, workers, key()))
         return code
     layout, nodes = recipe.validate(recipe.world_size()), recipe.launch.nodes
     print(f"{recipe.run.name}: {layout} as {workers} processes on each of {nodes} nodes with {backend}, in {recipe.run.dir}",
@@ -92,12 +94,12 @@ def _address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _meeting(recipe: Recipe, address: tuple[str, int], id: str, job: str, workers: int) -> Meeting:
-    """Returns the description of this run's rendezvous. Raises RecipeError when the job's secret cannot be used."""
+def _meeting(recipe: Recipe, address: tuple[str, int], id: str, job: str, workers: int, key: str) -> Meeting:
+    """Returns the description of this run's rendezvous; `key` is the job's secret."""
     nodes, fewest = recipe.launch.nodes, recipe.launch.nodes
     if recipe.restart.elastic:
         fewest = -(-recipe.restart.min_workers // workers)
-    return Meeting(*address, id, job, nodes, fewest, secret.of_the_job(Path(recipe.run.dir)))
+    return Meeting(*address, id, job, nodes, fewest, key)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.trainer.assemble import TrainerState, assemble
@@ -23,7 +24,13 @@ class Curve:
 
 
 def pieces_of(state: TrainerState) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
-    return [(p.name, p.global_shape, p.offset, p.tensor.detach().clone().cpu().numpy()) for p in state.engine.pieces()]
+    return [(p.name, p.global_shape, p.offset, as_numpy(p.tensor)) for p in state.engine.pieces()]
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A copy; numpy has no bfloat16, so that comes as its bits."""
+    copy = tensor.detach().clone().cpu()
+    return (copy.view(torch.int16) if copy.dtype == torch.bfloat16 else copy).numpy()
 
 
 def train(communicator: Communicator, recipe: Recipe, steps: int) -> Curve:

@@ -128,6 +128,27 @@ def test_a_node_that_finds_the_run_directory_in_use_tells_the_others(tmp_path, m
     assert f"run.dir={folder} is in use by " in Failure(**heard[0]["failure"]).cause
 
 
+def test_a_node_that_cannot_write_the_recipe_tells_the_others_with_the_same_secret(tmp_path, meeting, monkeypatch):
+    place, heard = meeting(), []
+    monkeypatch.setenv(secret.VARIABLE, place.secret)
+
+    def full(recipe):
+        raise RecipeError("the disk is full")
+
+    def listen():
+        ending = Ending(rendezvous.among(place, CONFIG, never).board)
+        heard.append(ending.heard(30))
+        ending.leave()
+
+    monkeypatch.setattr(node, "save_recipe", full)
+    other = threading.Thread(target=listen, daemon=True)
+    other.start()
+    words = ["recipe=tiny", "launch.nodes=2", "restart.wait_seconds=5", "checkpoint.resume=true", f"run.dir={tmp_path}/run"]
+    assert node.main(["--meet", f"{place.host}:{place.port}", "--id", place.id, *words]) == 2
+    other.join(60)
+    assert Failure(**heard[0]["failure"]).cause == "the disk is full"
+
+
 def test_the_node_with_the_store_leaves_last_at_a_healthy_end(meeting):
     """Else the others, which still ask, print the traces of torch's store."""
     host, other = (rendezvous.among(meeting(), CONFIG, never) for _ in range(2))

@@ -40,6 +40,8 @@ class ModelWork:
     """Whether sequence parallelism is on."""
     moments: int = 2
     """The number of moments that the optimizer keeps of each parameter."""
+    half_moments: bool = False
+    """Whether moments are bfloat16 rather than in the dtype of master weights."""
 
     @property
     def tokens(self) -> int:
@@ -48,6 +50,11 @@ class ModelWork:
     @property
     def item_bytes(self) -> int:
         return _ITEM_BYTES[self.dtype]
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of all moments of a parameter element."""
+        return self.moments * (2 if self.half_moments else self.accurate_bytes)
 
     @property
     def accurate_bytes(self) -> int:
@@ -104,7 +111,7 @@ def saved_bytes(work: ModelWork, index: int) -> int:
     """Returns the bytes of a whole decoder layer, over all ranks, in a checkpoint: its master weights, moments and buffers."""
     trained = sum(prod(shape) for shape in layer_shapes(work.model, index).values())
     buffers = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
-    return (trained * (1 + work.moments) + buffers) * work.accurate_bytes
+    return (trained + buffers) * work.accurate_bytes + trained * work.moment_bytes
 
 
 def end_bytes(work: ModelWork) -> tuple[int, int, int]:
@@ -124,7 +131,12 @@ def _state_bytes(work: ModelWork, name: str, shape: tuple[int, ...]) -> int:
     share = work.layout.size(placement.reduction_axis) if work.zero else 1
     masters = work.item_bytes < work.accurate_bytes
     gradients = elements * work.accurate_bytes // (share if work.zero >= 2 else 1)
-    return elements * work.item_bytes + gradients + elements * work.accurate_bytes * (masters + work.moments) // share
+    return (
+        elements * work.item_bytes
+        + gradients
+        + elements * work.accurate_bytes * masters // share
+        + elements * work.moment_bytes // share
+    )
 
 
 def embedding_held(work: ModelWork) -> Held:

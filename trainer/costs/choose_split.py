@@ -77,6 +77,7 @@ def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
         recipe.parallel.zero,
         recipe.parallel.sequence,
         len(recipe.optim.moments),
+        recipe.optim.moments_dtype == "bfloat16",
     )
 
 

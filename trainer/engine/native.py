@@ -1,6 +1,6 @@
 """The project's own engine: flat gradient buckets (parallel/data.py) and an optimizer over their shards.
 
-An engine is built at the start of a run, and a new one whenever layers move to other ranks.
+An engine is built at the start of a run, and a new engine whenever layers move to other ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ class NativeEngine:
     @property
     def parameters(self) -> int:
         trained = sum(count for bucket in self.buckets if bucket.owned for *_, count in bucket.shard_entries())
-        return trained + sum(one.tensor.numel() for one in self.untrained if one.owned and one.kind == "weight")
+        return trained + sum(part.tensor.numel() for part in self.untrained if part.owned and part.kind == "weight")
 
     @property
     def before_reduction(self) -> Callable[[torch.Tensor], None] | None:
@@ -87,15 +87,15 @@ class NativeEngine:
 
     def pieces(self) -> Iterator[TensorPiece]:
         yield from self.optimizer.pieces()
-        owned = (one for one in self.untrained if one.owned)
-        yield from filter(None, (one.piece(one.tensor.to(one.saved_dtype)) for one in owned))
+        owned = (part for part in self.untrained if part.owned)
+        yield from filter(None, (part.piece(part.tensor.to(part.saved_dtype)) for part in owned))
 
     def incoming(self) -> "NativeIncoming":
         return NativeIncoming(self)
 
     def shards(self) -> list[StateShard]:
         trained = [_state_shard(*both) for both in zip(self.buckets, self.optimizer.shards(), strict=True)]
-        return trained + [_untrained_shard(one) for one in self.untrained]
+        return trained + [_untrained_shard(part) for part in self.untrained]
 
     def open(self) -> None:
         self.reducer.lend()
@@ -109,16 +109,16 @@ class NativeIncoming:
 
     def __init__(self, engine: NativeEngine) -> None:
         self._trained = engine.optimizer.incoming()
-        self._untrained = [(one, torch.zeros_like(one.tensor, dtype=one.saved_dtype, device="cpu")) for one in engine.untrained]
+        self._untrained = [(part, torch.zeros_like(part.tensor, dtype=part.saved_dtype, device="cpu")) for part in engine.untrained]
 
     def pieces(self) -> Iterator[TensorPiece]:
         yield from self._trained.pieces()
-        yield from filter(None, (one.piece(fresh) for one, fresh in self._untrained))
+        yield from filter(None, (part.piece(fresh) for part, fresh in self._untrained))
 
     def apply(self, updates: int) -> None:
         self._trained.apply(updates)
-        for one, fresh in self._untrained:
-            one.tensor.copy_(fresh)
+        for part, fresh in self._untrained:
+            part.tensor.copy_(fresh)
 
 
 def _state_shard(bucket: Bucket, tensors: dict[str, torch.Tensor]) -> StateShard:
@@ -136,10 +136,10 @@ def _state_shard(bucket: Bucket, tensors: dict[str, torch.Tensor]) -> StateShard
     )
 
 
-def _untrained_shard(one: Untrained) -> StateShard:
-    axis, tensor = one.placement.reduction_axis, one.tensor.detach()
-    held_along = [axis] if "tensor" in one.placement.axes else [axis, "tensor"]
-    return StateShard(one.name, {"weight": tensor}, axis, one.group, held_along, (tensor,), partitioned=False)
+def _untrained_shard(part: Untrained) -> StateShard:
+    axis, tensor = part.placement.reduction_axis, part.tensor.detach()
+    held_along = [axis] if "tensor" in part.placement.axes else [axis, "tensor"]
+    return StateShard(part.name, {"weight": tensor}, axis, part.group, held_along, (tensor,), partitioned=False)
 
 
 def seeded_values(recipe: Recipe) -> Fill:
@@ -174,7 +174,7 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
     buckets = build_buckets(model, plan, mesh, parallel.zero, parallel.bucket_bytes, model.uses, treat)
     reducer = GradientReducer(buckets, mesh, fused=_sinks(recipe))
     device = mesh.group("world").device
-    optimizer = ShardedOptimizer(buckets, recipe.optim, device)
+    optimizer = ShardedOptimizer(buckets, recipe.optim, device, recipe.run.seed)
     return NativeEngine(model, buckets, untrained_of(model, plan, mesh), reducer, optimizer, device)
 
 

@@ -35,6 +35,9 @@ class OptimConfig:
     """Parameters with a learning rate or a weight decay of their own, e.g. [{pattern: "*.router.weight", lr: 1e-4}], or that are
     not trained ({pattern: "layers.0.*", frozen: true}). The first entry whose pattern matches a parameter's name counts; a rate
     follows the same schedule as optim.lr."""
+    moments_dtype: str = "float32"
+    """float32: moments have the dtype of the master weights (float64 in a float64 model); bfloat16: half the memory, with
+    stochastic rounding whose bits depend on run.seed, the parameter, the element and the step alone."""
     clip_norm: float = 1.0
     """If the norm of the whole model's gradient is larger than this, the gradient is scaled down to it; 0 turns clipping off."""
     schedule: str = "cosine"
@@ -77,15 +80,15 @@ class OptimConfig:
 
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raises RecipeError for a group that no parameter of the model belongs to. `names`: those of all parameters."""
-        groups, found = self.parameter_groups, list(names)
-        used = {group_of(groups, name) for name in found}
+        groups, existing = self.parameter_groups, list(names)
+        used = {group_of(groups, name) for name in existing}
         for group in groups:
             if group not in used:
-                some = ", ".join(found[:: max(1, len(found) // 4)][:4])
-                why = "matches no parameter" if not any(fnmatchcase(name, group.pattern) for name in found) else (
+                some = ", ".join(existing[:: max(1, len(existing) // 4)][:4])
+                why = "matches no parameter" if not any(fnmatchcase(name, group.pattern) for name in existing) else (
                       "matches only parameters of earlier groups")  # fmt: skip
                 raise RecipeError(f"optim.groups: {group.pattern} {why}; give another pattern, e.g. one that matches {some}")
-        if all(map(self.freezes, found)):
+        if all(map(self.freezes, existing)):
             raise RecipeError("optim.groups freezes all parameters; leave some of them to train")
 
     def decay_steps(self, steps: int) -> int:
@@ -107,6 +110,12 @@ class OptimConfig:
             raise RecipeError(f"optim.name={self.name} is unknown; give one of {', '.join(RULES)}")
         if self.schedule not in SCHEDULES:
             raise RecipeError(f"optim.schedule={self.schedule} is unknown; give one of {', '.join(SCHEDULES)}")
+        if self.moments_dtype not in ("float32", "bfloat16"):
+            raise RecipeError(f"optim.moments_dtype={self.moments_dtype} is unknown; give one of float32, bfloat16")
+        if self.moments_dtype == "bfloat16" and dtype == "float64":
+            raise RecipeError("optim.moments_dtype=bfloat16 does not go with train.dtype=float64; give optim.moments_dtype=float32")
+        if self.moments_dtype == "bfloat16" and not self.moments:
+            raise RecipeError("optim.moments_dtype=bfloat16 has no effect with optim.momentum=0, without moments; leave it out")
         if not 0 <= self.momentum < 1:
             raise RecipeError(f"optim.momentum={self.momentum} must lie in [0, 1), e.g. optim.momentum={OptimConfig.momentum}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

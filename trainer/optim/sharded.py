@@ -13,6 +13,7 @@ from bagualu.parallel.boxes import TensorPiece, flat_range_to_boxes
 from bagualu.parallel.data import Bucket, gather_weights
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.groups import Treatment
+from bagualu.trainer.optim.rounding import element_numbers, noise, round_stochastically
 from bagualu.trainer.optim.rules import rule_of
 
 _PIECE = 2**19
@@ -23,10 +24,13 @@ class ShardedOptimizer:
     """Updates this rank's shard of every bucket; `share` then gathers the working weights. With partitioned buckets this is
     ZeRO-1."""
 
-    def __init__(self, buckets: list[Bucket], config: OptimConfig, device: torch.device | None = None) -> None:
+    def __init__(self, buckets: list[Bucket], config: OptimConfig, device: torch.device | None = None, seed: int = 0) -> None:
+        """`seed` determines how moments in bfloat16 are rounded."""
         self.buckets = buckets
-        self._rule, self._moments = rule_of(config), config.moments
-        self._shards = [_shard(_master(bucket), self._moments) for bucket in buckets]
+        self._rule, self._moments, self._seed = rule_of(config), config.moments, seed
+        self._half = config.moments_dtype == "bfloat16"
+        dtype = torch.bfloat16 if self._half else None
+        self._shards = [_shard(_master(bucket), self._moments, dtype) for bucket in buckets]
         self._probed = torch.zeros((), dtype=torch.float64, device=device)
         """A sum that is not finite if the last `step` left values that are not finite; in rare cases also if all values are
         finite."""
@@ -46,7 +50,8 @@ class ShardedOptimizer:
         """Updates a piece of a shard, and probes the result while it is still in the processor's cache, which is much faster than
         reading it from memory again."""
         gradient, working = bucket.shard_gradients[piece], bucket.shard_weights[piece]
-        weight, moments = shard["weight"][piece], {moment: shard[moment][piece] for moment in self._moments}
+        weight, kept = shard["weight"][piece], {moment: shard[moment][piece] for moment in self._moments}
+        moments = {moment: values.to(weight.dtype) for moment, values in kept.items()}  # the same tensors unless they are bfloat16
         treatment = bucket.kind.treatment
         assert isinstance(treatment, Treatment)
         if gradient_factor != 1.0:
@@ -54,9 +59,28 @@ class ShardedOptimizer:
         self._rule.update(weight, gradient, moments, shard["step"], lr * treatment.lr_factor, treatment.weight_decay)
         if weight.data_ptr() != working.data_ptr():
             working.copy_(weight)
+        if self._half:
+            self._round(bucket, piece, moments, kept, int(shard["step"]))
         self._probed += probe(working)
         if self._rule.telling:
             self._probed += probe(moments[self._rule.telling])
+            if self._half:  # rounding up may exceed the range
+                self._probed += probe(kept[self._rule.telling])
+
+    def _round(
+        self, bucket: Bucket, piece: slice, moments: dict[str, torch.Tensor], kept: dict[str, torch.Tensor], step: int
+    ) -> None:
+        """Rounds `moments` of a piece of a shard stochastically to `kept`."""
+        for entry, in_shard, in_parameter, numel in bucket.shard_entries():
+            begin, end = max(piece.start, in_shard), min(piece.stop, in_shard + numel)
+            if begin >= end:
+                continue
+            first = in_parameter + begin - in_shard
+            numbers = element_numbers(entry, first, first + end - begin, self._probed.device)
+            here = slice(begin - piece.start, end - piece.start)
+            bits = noise(self._seed, entry.name, numbers, step)
+            for half, (moment, values) in enumerate(moments.items()):  # at most two moments, each with 16 bits of its own
+                kept[moment][here] = round_stochastically(values[here], (bits >> 16 * half) & 0xFFFF)
 
     def spoilt(self) -> list[tuple[int, str]]:
         """Returns (bucket index, kind of state) of every tensor of this rank's state that the last `step` left not finite."""
@@ -137,9 +161,9 @@ def _slices(shard: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, shard.numel(), size))
 
 
-def _shard(master: torch.Tensor, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def _shard(master: torch.Tensor, kinds: tuple[str, ...], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Returns the optimizer state of a shard before the first update, by kind; `master` becomes its master weights, not a copy."""
-    moments = {moment: torch.zeros_like(master) for moment in kinds}
+    moments = {moment: torch.zeros_like(master, dtype=dtype) for moment in kinds}
     return {"weight": master, **moments, "step": torch.zeros((), dtype=torch.float32, device=master.device)}
 
 

@@ -273,6 +273,10 @@ def _check_moments(state: TrainerState, checkpoint: Checkpoint) -> None:
         held, kept = (" and ".join(sorted(names)) or "no moments" for names in (saved, optim.moments))
         raise RecipeError(f"{checkpoint.path} holds {held}, but optim.name={optim.name} keeps {kept}; give the optim.name (and for "
                           "sgd the optim.momentum) that the run began with, or another run.dir to start anew")  # fmt: skip
+    dtypes = {dtype for tensor, (_, dtype) in checkpoint.tensors.items() if tensor.partition("/")[0] in saved}
+    before = "bfloat16" if torch.bfloat16 in dtypes else "float32"
+    if saved and before != optim.moments_dtype:
+        raise _other(checkpoint.path, "optim.moments_dtype", before, optim.moments_dtype, f"give optim.moments_dtype={before}")
 
 
 def _check_dtype(saved: str, here: str, path: Path) -> None:
