@@ -4,6 +4,7 @@ Checkpoints contain the same boxes, so every change of layout that works through
 """
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ class Relocation:
     """A rank's part in a move between the ranks of a group."""
 
     def __init__(self, held: Sequence[TensorPiece], wanted: Sequence[TensorPiece], tables: Sequence[Table], group: Group) -> None:
-        """`tables[i]` is the table of position i, and the tables contain no element twice among those held. All tensors have the
-        same dtype.
+        """`tables[i]` is the table of position i, and the tables contain no element twice among those held. Pieces of the
+        same name have the same dtype on all ranks.
 
         Raises ValueError if no rank holds an element that this rank wants.
         """
@@ -78,9 +79,11 @@ class Relocation:
 
 
 def _buffer(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor | None:
-    """Returns a flat tensor with room for all `tensors`; None if there are none."""
-    elements = sum(tensor.numel() for tensor in tensors)
-    return torch.empty(elements, dtype=tensors[0].dtype, device=device) if tensors else None
+    """Returns a flat tensor with room for all `tensors`, in a dtype that holds the values of each; None if there are none."""
+    if not tensors:
+        return None
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
 
 
 def _split(buffer: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -24,6 +24,8 @@ class Untrained:
     placement: Placement
     group: Group
     """The ranks that hold the same elements and process different samples."""
+    tied: bool
+    """Whether the first and the last stage hold the parameter on different ranks."""
     owned: bool
     """Whether this rank's copy is the one that checkpoints hold."""
 
@@ -51,6 +53,6 @@ def _untrained_of(model: torch.nn.Module, plan: ShardingPlan, mesh: Mesh) -> Ite
         name = plan.global_name(local_name)
         placement = plan.placement(name)
         group = mesh.group(placement.reduction_axis)
-        copy_elsewhere = name in plan.tied.values() and local_name != name
-        owned = group.rank == 0 and placement.counted(mesh.layout, mesh.coordinates) and not copy_elsewhere
-        yield Untrained(kind, name, tensor, placement, group, owned)
+        tied = name in plan.tied.values() and "ends" in mesh.groups and mesh.group("ends").size > 1
+        counted = placement.counted(mesh.layout, mesh.coordinates) and not (tied and local_name != name)
+        yield Untrained(kind, name, tensor, placement, group, tied, group.rank == 0 and counted)

@@ -1,7 +1,7 @@
 """Gives planned faults access to a rank: its model, its optimizer state and its folders."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,7 +45,10 @@ class RankScene:
         return self.communicator.given_up()
 
     def spoil_gradient(self, how: Literal["nan", "flip"]) -> str:
-        name, parameter = self._vector()
+        found = next(((name, parameter) for name, parameter in self._vectors() if parameter.requires_grad), None)
+        if found is None:
+            return "nothing, because every norm of this rank is frozen"
+        name, parameter = found
 
         def spoil(gradient: torch.Tensor) -> torch.Tensor:
             handle.remove()
@@ -63,16 +66,21 @@ class RankScene:
         name: str
         tensor: torch.Tensor
         if what == "weight":
-            name, tensor = self._vector()
+            name, tensor = next(self._vectors())
         else:
-            name, tensor = next((piece.name, piece.tensor) for piece in self.state() if piece.name.startswith(_KINDS[what]))
+            frozen = {f"weight/{name}" for name, parameter in self.model().named_parameters() if not parameter.requires_grad}
+            pieces = (piece for piece in self.state() if piece.name.startswith(_KINDS[what]) and piece.name not in frozen)
+            piece = next(pieces, None)
+            if piece is None:
+                return f"nothing, because this rank has no {what}"
+            name, tensor = piece.name, piece.tensor
         flip_bit(tensor.detach().view(-1)[:1])
         return f"element 0 of {name}"
 
-    def _vector(self) -> tuple[str, torch.nn.Parameter]:
-        """Returns the name and the weight of the first normalisation layer (the first parameter of one dim): every step uses it,
-        and its gradient goes through autograd, not straight to a bucket."""
-        return next((name, parameter) for name, parameter in self.model().named_parameters() if parameter.ndim == 1)
+    def _vectors(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Yields the names and the weights of the normalisation layers (parameters of one dim): every step uses them, and their
+        gradients go through autograd, not straight to a bucket."""
+        return ((name, parameter) for name, parameter in self.model().named_parameters() if parameter.ndim == 1)
 
 
 def flip_bit(cell: torch.Tensor) -> None:

@@ -187,6 +187,26 @@ def leaking(communicator: Communicator, recipe: Recipe) -> int:
     return sum(ref() is not None for ref in before)
 
 
+def there_and_back(communicator: Communicator, recipe: Recipe) -> list[Any]:
+    """The state before layers move away, and after they have come back."""
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    train_step(state, 0)
+    before = pieces_of(state)
+    move(state, split_of(5, 2), 1)
+    move(state, split_of(3, 4), 1)
+    return [before, pieces_of(state)]
+
+
+def test_what_moves_keeps_its_dtype_and_every_bit() -> None:
+    """Master weights in float32, moments in bfloat16, biases, and frozen weights that are bfloat16 themselves."""
+    recipe = recipe_for(pipeline=2, data=2, zero=2, balance=[3, 4])
+    recipe.train.dtype, recipe.optim.moments_dtype = "bfloat16", "bfloat16"
+    recipe.optim.groups = [{"pattern": "layers.3.*", "frozen": True}]
+    for before, after in run("simulated", 4, there_and_back, recipe):
+        for (name, *_, one), (_, *_, two) in zip(before, after, strict=True):
+            assert one.tobytes() == two.tobytes(), name
+
+
 def test_nothing_is_kept_of_what_was_there_before() -> None:
     assert run("gloo", 2, leaking, recipe_for(pipeline=2, balance=[3, 4])) == [0, 0]
 

@@ -35,13 +35,15 @@ class ModelWork:
     micro_batch: int
     dtype: str
     zero: int = 1
-    """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it."""
+    """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it, 2 also partitions most gradients."""
     sequence: bool = False
     """Whether sequence parallelism is on."""
     moments: int = 2
     """The number of moments that the optimizer keeps of each parameter."""
     half_moments: bool = False
     """Whether moments are bfloat16 rather than in the dtype of master weights."""
+    frozen: frozenset[str] = frozenset()
+    """The names of parameters that are not trained."""
 
     @property
     def tokens(self) -> int:
@@ -109,9 +111,11 @@ def layer_bytes(work: ModelWork, index: int) -> int:
 
 def saved_bytes(work: ModelWork, index: int) -> int:
     """Returns the bytes of a whole decoder layer, over all ranks, in a checkpoint: its master weights, moments and buffers."""
-    trained = sum(prod(shape) for shape in layer_shapes(work.model, index).values())
+    shapes = {f"layers.{index}.{name}": shape for name, shape in layer_shapes(work.model, index).items()}
+    trained = sum(prod(shape) for name, shape in shapes.items() if name not in work.frozen)
     buffers = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
-    return (trained + buffers) * work.accurate_bytes + trained * work.moment_bytes
+    weights = sum(map(prod, shapes.values()))
+    return (weights + buffers) * work.accurate_bytes + trained * work.moment_bytes
 
 
 def end_bytes(work: ModelWork) -> tuple[int, int, int]:
@@ -125,18 +129,19 @@ def end_bytes(work: ModelWork) -> tuple[int, int, int]:
 
 def _state_bytes(work: ModelWork, name: str, shape: tuple[int, ...]) -> int:
     """Returns the bytes of a parameter's working weight, its gradient, and a rank's part of its moments and, if the working weight
-    is 16-bit, of its master weight."""
+    is 16-bit, of its master weight; of a frozen one only the working weight."""
     placement = decoder_plan(work.model, work.sequence).placement(name)
     elements = prod(placement.box(name, shape, work.layout, work.layout.coordinates(0)).shape)
+    if name in work.frozen:
+        return elements * work.item_bytes
     share = work.layout.size(placement.reduction_axis) if work.zero else 1
-    masters = work.item_bytes < work.accurate_bytes
-    gradients = elements * work.accurate_bytes // (share if work.zero >= 2 else 1)
-    return (
-        elements * work.item_bytes
-        + gradients
-        + elements * work.accurate_bytes * masters // share
-        + elements * work.moment_bytes // share
+    over_two_axes = (placement.partial_over is not None and work.layout.size(placement.partial_over) > 1) or (
+        name == "embedding.weight" and work.model.tie_embeddings and work.layout.pipeline > 1
     )
+    masters = work.item_bytes < work.accurate_bytes
+    gradients = elements * work.accurate_bytes // (share if work.zero >= 2 and not over_two_axes else 1)
+    optimizer = elements * (work.accurate_bytes * masters + work.moment_bytes)
+    return elements * work.item_bytes + gradients + optimizer // share
 
 
 def embedding_held(work: ModelWork) -> Held:

@@ -27,6 +27,7 @@ from bagualu.trainer.costs.cache import device_name, figures
 from bagualu.trainer.costs.measured import measured_table
 from bagualu.trainer.costs.throughput import matmul_ceiling
 from bagualu.trainer.data.corpus import default_cache
+from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.recipe.config import Recipe
 
 ALIKE = 0.05
@@ -78,6 +79,7 @@ def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
         recipe.parallel.sequence,
         len(recipe.optim.moments),
         recipe.optim.moments_dtype == "bfloat16",
+        frozenset(filter(recipe.optim.freezes, parameter_shapes(recipe.model))) if recipe.optim.groups else frozenset(),
     )
 
 

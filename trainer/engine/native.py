@@ -138,7 +138,7 @@ def _state_shard(bucket: Bucket, tensors: dict[str, torch.Tensor]) -> StateShard
 
 def _untrained_shard(part: Untrained) -> StateShard:
     axis, tensor = part.placement.reduction_axis, part.tensor.detach()
-    held_along = [axis] if "tensor" in part.placement.axes else [axis, "tensor"]
+    held_along = [axis, *([] if "tensor" in part.placement.axes else ["tensor"]), *(["ends"] if part.tied else [])]
     return StateShard(part.name, {"weight": tensor}, axis, part.group, held_along, (tensor,), partitioned=False)
 
 

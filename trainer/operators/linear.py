@@ -58,7 +58,7 @@ class _Linears(torch.autograd.Function):
         for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[4:], strict=True):
             columns = grad.reshape(-1, grad.shape[-1]).to(dtype)
             grad_weights.append(_weight_gradient(sink, weight, [columns.T], [rows]) if trained else None)
-            if ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
                 widened = weight.to(dtype)
                 grad_rows = columns @ widened if grad_rows is None else grad_rows.addmm_(columns, widened)
         grad_input = None if grad_rows is None else grad_rows.to(x.dtype).view_as(x)

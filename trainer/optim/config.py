@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from bagualu.comm.checks import refuse_unused, require_at_least, require_representable
+from bagualu.comm.checks import RANGES, refuse_unused, require_at_least, require_representable
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.optim.groups import ParameterGroup, Treatment, group_of
 
@@ -81,9 +81,9 @@ class OptimConfig:
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raises RecipeError for a group that no parameter of the model belongs to. `names`: those of all parameters."""
         groups, existing = self.parameter_groups, list(names)
-        used = {group_of(groups, name) for name in existing}
+        used = {id(group_of(groups, name)) for name in existing}
         for group in groups:
-            if group not in used:
+            if id(group) not in used:
                 some = ", ".join(existing[:: max(1, len(existing) // 4)][:4])
                 why = "matches no parameter" if not any(fnmatchcase(name, group.pattern) for name in existing) else (
                       "matches only parameters of earlier groups")  # fmt: skip
@@ -124,11 +124,20 @@ class OptimConfig:
         require_representable("optim", self, dtype, "lr", "weight_decay", "clip_norm")
         require_representable("optim", self, dtype, "epsilon", zero=False)
         refuse_unused("optim", self, RULES[self.name], f"optim.name={self.name}")
-        for group in (None, *self.parameter_groups):
-            lr, decay = self.rates(group)
+        for group in self.parameter_groups:
+            for key in ("lr", "weight_decay"):
+                value, (least, most) = getattr(group, key), RANGES[dtype]
+                if value and not least <= value <= most:
+                    raise RecipeError(f"optim.groups: {key}={value} of {group.pattern} cannot be computed with in {dtype}; give 0 "
+                                      f"or a number between {least:.3g} and {most:.3g}")  # fmt: skip
+            if group.lr and not self.lr:
+                raise RecipeError(f"optim.groups: lr={group.lr} of {group.pattern} follows the schedule of optim.lr, which is 0; "
+                                  f"give optim.lr={group.lr}, and freeze what is not to be trained")  # fmt: skip
+        for some in (None, *self.parameter_groups):
+            lr, decay = self.rates(some)
             if lr * decay > 2:
                 example = f"optim.lr={OptimConfig.lr} optim.weight_decay={OptimConfig.weight_decay}"
-                where = f" of {group.pattern}" if group else ""
+                where = f" of {some.pattern}" if some else ""
                 raise RecipeError(f"optim.lr={lr} times optim.weight_decay={decay}{where} is more than 2, so that the decay "
                                   f"makes weights grow; give smaller ones, e.g. {example}")  # fmt: skip
         for name in ("final_lr_ratio", "decay_fraction"):

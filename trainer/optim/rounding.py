@@ -46,4 +46,5 @@ def noise(seed: int, name: str, numbers: torch.Tensor, step: int) -> torch.Tenso
 def round_stochastically(values: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """Returns float32 `values` as bfloat16: each becomes one of its two neighbours, on average itself. `bits`: 16 random bits for
     each. A value that bfloat16 holds stays what it is; so do infinity and NaN."""
-    return (values.view(torch.int32) + bits).bitwise_and_(~_LOW).view(torch.float32).to(torch.bfloat16)
+    rounded = (values.view(torch.int32) + bits).bitwise_and_(~_LOW).view(torch.float32)
+    return rounded.masked_fill_(values.isnan(), torch.nan).to(torch.bfloat16)  # one whose bits are all set became 0

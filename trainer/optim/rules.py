@@ -52,7 +52,10 @@ class SGD:
     """Gradient descent with momentum, as torch.optim.SGD: the decay is added to the gradient, and so to the momentum."""
 
     momentum: float
-    telling: str | None = None
+
+    @property
+    def telling(self) -> str | None:
+        return "momentum_buffer" if self.momentum else None
 
     def update(
         self, weight: torch.Tensor, gradient: torch.Tensor, moments: Mapping[str, torch.Tensor], step: torch.Tensor, lr: float,

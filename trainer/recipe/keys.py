@@ -157,7 +157,7 @@ def _expected(hint: Any) -> str:
         return WORDS[hint]
     inner = [argument for argument in getattr(hint, "__args__", ()) if argument is not type(None)]
     if getattr(hint, "__origin__", None) is list:
-        return f"a list like [a,b] ({WORDS[inner[0]]} each)"
+        return f"a list like [a,b] ({WORDS[inner[0]]} each)" if inner[0] in WORDS else "a list"
     return " or ".join([*(WORDS.get(argument, str(argument)) for argument in inner), "null"])
 
 

@@ -27,6 +27,7 @@ from bagualu.trainer.data.config import RANDOM
 from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.plan import decoder_plan
+from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.recipe.config import DTYPES
 
 _FINGERPRINT = "data fingerprint"
@@ -157,14 +158,7 @@ def _check_tensors(
         if stored.get(piece.name) not in [(shape, piece.tensor.dtype) for shape in shapes]:
             has = "{} {}".format(*stored[piece.name]) if piece.name in stored else "not in it"
             raise CheckpointError(f"{checkpoint.path}: tensor {piece.name} is {has}; the model has {piece.global_shape} "
-                                  f"{piece.tensor.dtype}; {_other_model(piece.name)}")  # fmt: skip
-
-
-def _other_model(tensor: str) -> str:
-    """Returns what to do about a checkpoint that lacks `tensor`, or that alone has it."""
-    if tensor.partition("/")[0] in ("weight", "buffer"):
-        return "load it into the model that wrote it"
-    return "freeze the same parameters (optim.groups) as the run that wrote it"
+                                  f"{piece.tensor.dtype}; load it into the model that wrote it")  # fmt: skip
 
 
 def finite_pieces(pieces: Iterable[TensorPiece]) -> Iterator[TensorPiece]:
@@ -190,7 +184,9 @@ def _check_none_is_left(state: TrainerState, checkpoint: Checkpoint, own: set[st
     left = [name for name, count in zip(names, wanted, strict=True) if not count]
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-        raise CheckpointError(f"{checkpoint.path}: tensor {left[0]}{more} is unknown to the model; {_other_model(left[0])}")
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {left[0]}{more} is unknown to the model; load it into the model that wrote it"
+        )
 
 
 def identity(state: TrainerState) -> dict[str, Any]:
@@ -266,7 +262,7 @@ def _typed(value: object) -> str:
 
 
 def _check_moments(state: TrainerState, checkpoint: Checkpoint) -> None:
-    """Raises RecipeError if the checkpoint holds the moments of another optimizer."""
+    """Raises RecipeError if the checkpoint holds the moments of another optimizer, or of other parameters."""
     saved = {tensor.partition("/")[0] for tensor in checkpoint.tensors} - {"weight", "buffer"}
     optim = state.recipe.optim
     if saved != set(optim.moments):
@@ -277,6 +273,12 @@ def _check_moments(state: TrainerState, checkpoint: Checkpoint) -> None:
     before = "bfloat16" if torch.bfloat16 in dtypes else "float32"
     if saved and before != optim.moments_dtype:
         raise _other(checkpoint.path, "optim.moments_dtype", before, optim.moments_dtype, f"give optim.moments_dtype={before}")
+    for name in parameter_shapes(state.recipe.model) if saved else ():
+        frozen = f"{optim.moments[0]}/{name}" not in checkpoint.tensors
+        if frozen != optim.freezes(name):
+            did, does = ("frozen", "trains") if frozen else ("trained", "freezes")
+            raise RecipeError(f"{checkpoint.path} was saved with {name} {did}, but the recipe {does} it; freeze the same "
+                              "parameters in optim.groups, or give another run.dir to start anew")  # fmt: skip
 
 
 def _check_dtype(saved: str, here: str, path: Path) -> None:

@@ -239,3 +239,17 @@ def test_only_its_own_rank_and_point_are_struck(tmp_path: Path) -> None:
     faults.at(Phase.BACKWARD, 2)
     faults.at(Phase.FORWARD, 3)
     assert faults.ahead == [Kill(3, 1), Kill(3, 1, "data")]
+
+
+def test_frozen_parameters_are_passed_over_and_a_rank_without_others_is_spared(tmp_path: Path) -> None:
+    """Pipeline rank 0 (ranks 0 and 1) has nothing but frozen parameters, rank 1 the first norm of its layer frozen."""
+    names = ("embedding.weight", "layers.0.*", "layers.1.attention_norm.weight")
+    plan = ["flip@step=2:rank=0:what=gradient", "flip@step=3:rank=0:what=moment", "flip@step=4:rank=0:what=master",
+            "nan@step=5:rank=2"]  # fmt: skip
+    groups = [{"pattern": name, "frozen": True} for name in names]
+    summary = start(recipe_in(tmp_path, *plan, optim__groups=groups, train__dtype="bfloat16"))
+    assert summary["ended"] == "done"
+    did = [strike["did"] for strike in strikes(tmp_path)]
+    assert did[:3] == ["nothing, because every norm of this rank is frozen", "nothing, because this rank has no moment",
+                       "nothing, because this rank has no master"]  # fmt: skip
+    assert did[3] == "element 0 of the gradient of layers.1.feed_forward_norm.weight"

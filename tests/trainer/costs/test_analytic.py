@@ -65,14 +65,21 @@ def state_held(communicator: Communicator, recipe: Recipe) -> tuple[int, int, in
     state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     held = pads = 0
     for bucket, shard in zip(state.engine.buckets, state.engine.optimizer.shards(), strict=True):
-        tensors = [bucket.weights, bucket.gradients, shard["exp_avg"], shard["exp_avg_sq"]]
+        gradients = bucket.gradients if bucket.reduced is None else bucket.reduced
+        tensors = [bucket.weights, gradients, shard["exp_avg"], shard["exp_avg_sq"]]
         tensors += [shard["weight"]] if shard["weight"].data_ptr() != bucket.shard_weights.data_ptr() else []
         held += sum(tensor.nbytes for tensor in tensors)
         pads += (bucket.group.size * 8 + 8) * sum(tensor.element_size() for tensor in tensors)
+    held += sum(part.tensor.nbytes for part in state.engine.untrained)
     table = analytic_table(work_of(recipe, state.mesh.layout))
     said = sum(table.layers[layer].state_bytes for layer in map(int, state.engine.model.layers))
     said += table.embedding.state_bytes * state.mesh.first_stage + table.head.state_bytes * state.mesh.last_stage
     return held, pads, said
+
+
+TIED = {"model__tie_embeddings": True, "data__global_batch": 8}
+ZERO_2 = {"parallel__zero": 2, "train__dtype": "bfloat16", "optim__moments_dtype": "bfloat16"}
+FROZEN = {"optim__groups": [{"pattern": name, "frozen": True} for name in ("embedding.weight", "layers.0.*", "*.router.weight")]}
 
 
 @pytest.mark.parametrize(
@@ -83,8 +90,20 @@ def state_held(communicator: Communicator, recipe: Recipe) -> tuple[int, int, in
         (4, {"parallel__tensor": 2, **MIXTURE, "train__dtype": "bfloat16"}),
         (4, {"parallel__expert": 2, **MIXTURE}),
         (4, {"parallel__data": 4, "parallel__zero": 0, "train__dtype": "float32"}),
+        (8, {"parallel__data": 4, "parallel__pipeline": 2, **TIED, **ZERO_2}),
+        (8, {"parallel__data": 4, "parallel__tensor": 2, "parallel__sequence": True, **MIXTURE, **ZERO_2}),
+        (4, {"parallel__data": 2, "parallel__pipeline": 2, **FROZEN, "model__moe__bias_rate": 0.1, **MIXTURE}),
     ],
-    ids=["one rank", "pipeline", "tensor x data, mixture", "expert x data, mixture", "not partitioned"],
+    ids=[
+        "one rank",
+        "pipeline",
+        "tensor x data, mixture",
+        "expert x data, mixture",
+        "not partitioned",
+        "zero 2, tied ends",
+        "zero 2, sequence",
+        "frozen and biases",
+    ],
 )
 def test_state_is_what_ranks_hold(ranks: int, changes: dict[str, object]) -> None:
     for held, pads, said in run("simulated", ranks, state_held, small_recipe(**changes)):

@@ -57,6 +57,12 @@ WRONG = [
     ([ONE + ", frozen: 1}]"], "frozen=1 of head.weight must be true or false"),
     ([ONE + ", frozen: true, lr: 1}]"], "lr of head.weight has no effect with frozen: true; leave one out"),
     (["optim.groups=[{pattern: '*', frozen: true}]"], "freezes all parameters; leave some of them to train"),
+    (["optim.lr=0", ONE + ", lr: 0.01}]"], "follows the schedule of optim.lr, which is 0; give optim.lr=0.01, and freeze"),
+    ([ONE + ", lr: 1e300, weight_decay: 0}]"], "lr=1e+300 of head.weight cannot be computed with in float32"),
+    ([ONE + ", lr: 1" + "0" * 400 + "}]"], "of head.weight cannot be computed with in float32"),
+    ([ONE + ", weight_decay: 1e-300}]"], "weight_decay=1e-300 of head.weight cannot be computed with in float32"),
+    (["optim.groups=null"], "optim.groups takes a list, not None"),
+    ([ONE + ", lr: 1}, {pattern: head.weight, lr: 1}]"], "matches only parameters of earlier groups"),
     ([ONE + ", lr: 10, weight_decay: 1}]"], "of head.weight is more than 2"),
 ]
 

@@ -107,12 +107,11 @@ class Decoder(Model):
         self._loads.clear()
 
     def end_step(self, group: Group) -> None:
-        if self._bias_rate and self._loads:
-            own = torch.stack(list(self._loads.values()))
-            loads = torch.tensor(totals(own.flatten().tolist(), group)).view(own.shape).to(own.device)
-            update_biases(
-                loads, [self.get_buffer(f"layers.{index}.feed_forward.router.bias") for index in self._loads], self._bias_rate
-            )
+        loads = {i: load for i, load in self._loads.items() if self.get_parameter(f"{_router(i)}.weight").requires_grad}
+        if self._bias_rate and loads:
+            own = torch.stack(list(loads.values()))
+            summed = torch.tensor(totals(own.flatten().tolist(), group)).view(own.shape).to(own.device)
+            update_biases(summed, [self.get_buffer(f"{_router(index)}.bias") for index in loads], self._bias_rate)
 
     def forward(
         self, inputs: torch.Tensor, labels: torch.Tensor | None = None, place: int = 0
@@ -125,7 +124,7 @@ class Decoder(Model):
             layer = self.layers[str(index)]
             x, loss, load = (
                 checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
-                if self.recompute[place] and x.requires_grad
+                if self.recompute[place] and torch.is_grad_enabled()
                 else layer(x)
             )
             if loss is not None:
@@ -135,3 +134,7 @@ class Decoder(Model):
         if self.head is not None and self.norm is not None and place == len(self.slices) - 1:
             x = self.head(self.norm(x), labels)
         return x, balance
+
+
+def _router(layer: int) -> str:
+    return f"layers.{layer}.feed_forward.router"

@@ -111,6 +111,23 @@ def test_recomputing_changes_no_bit(variant: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_the_first_layer_is_recomputed_too_where_the_embedding_is_frozen() -> None:
+    """Its input needs no gradient then."""
+    config, passes = config_of("dense"), 0
+    model = filled(config, torch.float64, recompute=True)
+    assert model.embedding is not None
+    model.embedding.weight.requires_grad_(False)
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    model.layers["0"].register_forward_pre_hook(count)
+    loss, _ = model(*tokens(config))
+    loss.backward()
+    assert passes == 2
+
+
 @pytest.mark.parametrize("variant", ["grouped_query", "moe_every_2_shared"])
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_16_bit_losses_are_float32_and_near(variant: str, dtype: torch.dtype, relative: float) -> None:

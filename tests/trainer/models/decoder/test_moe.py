@@ -76,10 +76,10 @@ def test_biases_rise_where_experts_got_few_tokens_and_fall_where_they_got_many()
     assert [bias.tolist() for bias in biases] == [[0.25, -0.25, -0.25, 0.25], [1.0, 1.0, 1.0, 1.0]]
 
 
-def spread(rate: float | None) -> float:
+def spread(rate: float | None, **changes: object) -> float:
     """How far the loads of the experts are from even after 60 steps without a balance loss: fullest / mean."""
     recipe = small_recipe(model__layers=1, model__moe__experts=8, model__moe__ffn=8, model__moe__bias_rate=rate, optim__lr=1e-3,
-                          model__moe__balance_loss=0.0, data__sequence_length=32, train__steps=60)  # fmt: skip
+                          model__moe__balance_loss=0.0, data__sequence_length=32, train__steps=60, **changes)  # fmt: skip
     return run("simulated", 1, fullest_of, recipe)[0]
 
 
@@ -129,3 +129,8 @@ def test_to_renormalise_one_probability_is_refused() -> None:
 def test_to_renormalise_a_dense_model_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"model\.moe\.renormalise=.* has no effect with model\.moe\.experts=0"):
         small_recipe(model__moe__renormalise=False).validate(1)
+
+
+def test_biases_of_a_frozen_router_stay() -> None:
+    frozen = [{"pattern": "*.router.weight", "frozen": True}]
+    assert spread(0.02, optim__groups=frozen) == spread(0.0, optim__groups=frozen)
