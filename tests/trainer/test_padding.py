@@ -118,7 +118,7 @@ def test_another_padding_is_not_another_run(tmp_path: Path) -> None:
     save_recipe(before)
     run("simulated", 1, trained, before)
     preflight.check_run_directory(recipe_in(tmp_path, 97, 2, model__vocab_multiple=2, checkpoint__resume=True))
-    with pytest.raises(RecipeError, match=r"model\.vocab=97 there"):
+    with pytest.raises(RecipeError, match=r"has model\.vocab=97, not 98"):
         preflight.check_run_directory(recipe_in(tmp_path, 98, 2, checkpoint__resume=True))
 
 

@@ -142,7 +142,7 @@ def test_numbers_and_switches_are_what_they_were():
         ('run.name="a"b', "quote a value"),
         ("run.name=${", r"\${"),
         ("run.name=${HOME}", r"write \${ in a text"),
-        ("run.name=???", "give another"),
+        ("run.name=???", "give that key a value"),
         ("run.name=\udcff", "UTF-8"),
         ("run.name=[a]", "takes text"),
         ("faults={a: 1,", "quote a value"),

@@ -60,10 +60,10 @@ class Sleepers:
         time.sleep(seconds)
 
     def _layer(self) -> Any:
-        def forward(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        def forward(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, None, None]:
             mixture = isinstance(layer.feed_forward, MixtureOfExperts)
             seconds = self.mixture_seconds if mixture else self.dense_seconds
-            return _Sleep.apply(x, layer.attention.query.weight, partial(self.sleep, seconds)), None
+            return _Sleep.apply(x, layer.attention.query.weight, partial(self.sleep, seconds)), None, None
 
         return forward
 
