@@ -197,7 +197,7 @@ SPREAD: list[dict[str, object]] = [
 def test_frozen_parameters_stay_and_the_rest_trains_as_if_they_were_constants(frozen: list[dict[str, object]], dtype: str) -> None:
     changes: dict[str, object] = {**MOE, "optim__groups": frozen, "model__layers": 4}
     losses, norms, state = plain(alone(dtype, changes)) if dtype == "float64" else ([], [], {})
-    for layout in SPREAD:
+    for layout in SPREAD if dtype == "float64" else SPREAD[-2:]:
         stages = {"train__micro_batch": 1} if "schedule" in layout else {}
         recipe = alone(dtype, {**changes, **{f"parallel__{key}": value for key, value in layout.items()}, **stages})
         recipe.validate(recipe.world_size())
