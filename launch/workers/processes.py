@@ -162,7 +162,8 @@ def _run_agent(agent: Agent, store: rendezvous.RendezvousStore, ending: Ending, 
         else:
             _tell(ended, store, ending)
         if store.hosts:  # the host leaves last, because the others still read from its store
-            ending.await_leaving(store.handler.present() if stopped else agent.nodes, LEAVE_SECONDS)
+            met = agent.nodes > 1 and not stopped  # else some may be waiting to meet
+            ending.await_leaving(agent.nodes if met else store.handler.present(), LEAVE_SECONDS)
     return ended
 
 
