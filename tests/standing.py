@@ -39,7 +39,7 @@ _OF_TROUBLE = ("cause", "ranks", "attempts", "layers_of_stages")
 
 
 def assert_stood(run_dir: Path, reference: Path, lost_at_most: int, seconds: float | None = None, exact: bool = True) -> None:
-    """Of a run that met faults and is done, against the one that nothing happened to; both trained by `train_noting_samples`.
+    """Asserts that a run that met faults ended like `reference`, a run without faults. Both were trained by `train_noting_samples`.
 
     `lost_at_most`: finished steps that one failure may have cost. `seconds`: the wall time of the run, seen from outside. `exact`:
     to the bit; else up to the order of sums, since another layout has done some of it.
@@ -230,6 +230,6 @@ def _failures(events: list[Event]) -> list[tuple[int, int]]:
 
 
 def assert_names_rank_phase_and_cause(last_words: str) -> None:
-    """Of a run that ended badly; where no rank is at fault they say so."""
+    """Asserts that the last line of a failed run names the rank at fault, or says that there is none, and the phase and the cause."""
     found = re.match(r"bagualu: failed: (rank \d+|no single rank), ([^:]+(?::\d+ in \w+\))?): (.+); \S", last_words)
     assert found, last_words

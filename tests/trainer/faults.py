@@ -176,7 +176,7 @@ def train(
 
 
 def left_out_steps(endings: list[Ending]) -> int:
-    """As every rank says."""
+    """Returns how many steps were left out, and asserts that all ranks agree on it."""
     (count,) = {ending.left_out_steps for ending in endings}
     assert count is not None
     return count

@@ -117,7 +117,7 @@ def test_state_and_weights_are_the_same_bits_after_moving_there_and_back() -> No
 
 
 def failing(communicator: Communicator, recipe: Recipe, where: str) -> Curve:
-    """As `train`, but before step 2 layers should move, and rank 1 cannot."""
+    """Does what `train` does, but layers are to move before step 2, and rank 1 fails to move them."""
     state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     initial, results = pieces_of(state), [train_step(state, 0)]
     stages, model, before = state.engine, state.runner.model, bits(state)

@@ -90,7 +90,7 @@ class Job:
         return job.wait(60), self.said
 
     def signal_agents(self) -> None:
-        """As SLURM signals a step: every process of it."""
+        """Sends SIGTERM to every process of the step, as SLURM does."""
         os.killpg(int((self.folder / "agent").read_text()), signal.SIGTERM)
 
     def calls(self, command: str) -> list[str]:

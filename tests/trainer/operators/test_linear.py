@@ -141,7 +141,8 @@ def test_gradients_reach_weights_rounded_once_where_the_chip_multiplies(dtype: t
 
 
 def _weight_gradient_errors(dtype: torch.dtype) -> dict[str, float]:
-    """By kernel, relative to the largest. `grad_dtype` is how a gradient bucket asks for wide ones."""
+    """Returns, for each kernel, the error of its weight gradient relative to the largest value. Gradient buckets ask for wide
+    gradients by `grad_dtype`."""
     errors = {}
     labels = torch.arange(30) % 5
     linear: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

@@ -363,7 +363,7 @@ def saved_at_half(communicator: Communicator, recipe: Recipe) -> None:
 
 
 def biases(communicator: Communicator, recipe: Recipe) -> list[float]:
-    """Of the first mixture, after a step that follows the checkpoint."""
+    """Resumes from the checkpoint, trains a step, and returns the biases of the first mixture."""
     parts = resumed(communicator, recipe)
     train_step(parts, HALF)
     return parts.engine.untrained[0].tensor.tolist()

@@ -165,7 +165,7 @@ def in_pieces(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_attention_and_positions_can_be_replaced(recompute: bool) -> None:
-    """By a plain attention nothing changes; by angles of a later segment neither, because only differences of angles count."""
+    """A plain attention changes nothing. Angles of a later segment change nothing either: only differences of angles matter."""
     config = config_of("grouped_query")
     inputs, labels = tokens(config)
     results = []
