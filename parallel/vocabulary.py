@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from bagualu.comm.differentiable import reduce_from, scatter_to
 from bagualu.comm.group import Group
 from bagualu.parallel.config import HEAD_CHUNK_TOKENS
-from bagualu.parallel.data import gradient_sink
+from bagualu.parallel.data.reducer import gradient_sink
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
 IGNORED = -100

@@ -230,6 +230,6 @@ def _failures(events: list[Event]) -> list[tuple[int, int]]:
 
 
 def assert_names_rank_phase_and_cause(last_words: str) -> None:
-    """Asserts that the last line of a failed run names the rank at fault, or says that there is none, and the phase and the cause."""
+    """Asserts that the last line of a failed run names phase and cause, and the rank at fault or that there is none."""
     found = re.match(r"bagualu: failed: (rank \d+|no single rank), ([^:]+(?::\d+ in \w+\))?): (.+); \S", last_words)
     assert found, last_words

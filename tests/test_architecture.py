@@ -48,6 +48,7 @@ ROOMS = {
     "launch/workers": ("watch",),
     "parallel/balance": (),
     "parallel/balance/stages": ("pipeline", "pipeline/schedules"),
+    "parallel/data": (),
     "parallel/pipeline": ("pipeline/schedules",),
     "parallel/pipeline/schedules": (),
     "trainer/costs": ("data", "models/decoder", "recipe"),

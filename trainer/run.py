@@ -101,19 +101,13 @@ def train(
             ending["mfu"] *= before / ceiling
         summary = {
             **ending,
-            "steps": recipe.train.steps,
+            **_facts(state),
             "damaged": resumed.damaged + ending["damaged"],
             "seconds": time.perf_counter() - started,
-            "layout": str(state.mesh.layout),
-            "micro_batches_of_data_ranks": state.shares,
-            "layers_of_stages": [len(layers) for layers in state.split.slices],
-            **_tokens(state.corpus),
-            "parameters": _parameters(state),
             "flops_per_token": flops_per_token,
             "matmul_ceiling_flops": ceiling,
             "peak_memory_bytes": _peak_memory_bytes(state, communicator),
             **close_ledger(ledger, recipe, communicator, ending["ended"]),
-            "run_dir": recipe.run.dir,
         }
         if communicator.rank == 0:
             write_summary(Path(recipe.run.dir), summary)
@@ -122,6 +116,19 @@ def train(
         for sink in sinks:
             sink.close()
     return summary
+
+
+def _facts(state: TrainerState) -> dict[str, Any]:
+    """Returns the part of the summary that says what was trained, and on which layout. Collective."""
+    return {
+        "steps": state.recipe.train.steps,
+        "layout": str(state.mesh.layout),
+        "micro_batches_of_data_ranks": state.shares,
+        "layers_of_stages": [len(layers) for layers in state.split.slices],
+        **_tokens(state.corpus),
+        "parameters": _parameters(state),
+        "run_dir": state.recipe.run.dir,
+    }
 
 
 def _state_will_be_read(recipe: Recipe, communicator: Communicator) -> bool:

@@ -12,7 +12,8 @@ from torch import nn
 from bagualu.comm import gloo
 from bagualu.comm.group import Communicator, Group
 from bagualu.parallel.boxes import Box
-from bagualu.parallel.data import Bucket, GradientReducer, build_buckets, gather_weights
+from bagualu.parallel.data.bucket import Bucket, build_buckets, gather_weights
+from bagualu.parallel.data.reducer import GradientReducer
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import parallelize

@@ -9,7 +9,7 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.straggler import Stragglers
-from bagualu.parallel.data import Bucket
+from bagualu.parallel.data.bucket import Bucket
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.loop import Loop

@@ -2,7 +2,7 @@
 head) with the recipe's micro-batch and dtype.
 
 The weight gradients, which a split backward pass computes in its second part, are timed separately: parameters have gradient sinks
-as in a run (parallel/data.py), which defer them. Gradients that are never deferred (norms, the head, all weights of a compiled
+as in a run (parallel/data), which defer them. Gradients that are never deferred (norms, the head, all weights of a compiled
 layer) count as part of the input gradient, as in a run.
 
 Under tensor or expert parallelism, a rank's slices run without the communication around them, and norms run on the whole sequence
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
-from bagualu.parallel.data import GradientSink
+from bagualu.parallel.data.reducer import GradientSink
 from bagualu.parallel.expert import LocalExperts, Routed
 from bagualu.parallel.pipeline.backward import backward
 from bagualu.parallel.precision import accurate_dtype

@@ -1,4 +1,4 @@
-"""The project's own engine: flat gradient buckets (parallel/data.py) and an optimizer over their shards.
+"""The project's own engine: flat gradient buckets (parallel/data) and an optimizer over their shards.
 
 An engine is built at the start of a run, and a new engine whenever layers move to other ranks.
 """
@@ -12,7 +12,8 @@ import torch
 from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.boxes import Box, TensorPiece
-from bagualu.parallel.data import Bucket, GradientReducer, build_buckets
+from bagualu.parallel.data.bucket import Bucket, build_buckets
+from bagualu.parallel.data.reducer import GradientReducer
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill, parallelize
 from bagualu.parallel.untrained import Untrained, untrained_of

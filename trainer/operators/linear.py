@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bagualu.parallel.data import GradientSink, gradient_sink
+from bagualu.parallel.data.reducer import GradientSink, gradient_sink
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype, on_nvidia
 
 _GROUPED_MULTIPLE = 8

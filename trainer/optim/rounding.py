@@ -9,7 +9,7 @@ import hashlib
 import torch
 
 from bagualu.parallel.boxes import flat_range_to_boxes
-from bagualu.parallel.data import Entry
+from bagualu.parallel.data.bucket import Entry
 
 _LOW = 0xFFFF
 """The bits of a float32 that a bfloat16 lacks."""

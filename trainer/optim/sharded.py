@@ -10,7 +10,7 @@ import torch
 
 from bagualu.fault_tolerance.guard.finite import is_finite, probe
 from bagualu.parallel.boxes import TensorPiece, flat_range_to_boxes
-from bagualu.parallel.data import Bucket, gather_weights
+from bagualu.parallel.data.bucket import Bucket, gather_weights
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.groups import Treatment
 from bagualu.trainer.optim.rounding import element_numbers, noise, round_stochastically

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bagualu.comm.monitor import Monitor
-from bagualu.parallel.data import gradient_sink
+from bagualu.parallel.data.reducer import gradient_sink
 from bagualu.trainer.models.decoder.model import Head, Layer
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts
 
