@@ -13,6 +13,9 @@ HEAD_CHUNK_TOKENS = 2**10
 """Tokens per chunk in the fused head and loss (vocabulary.py). Every chunk reads the whole weight and its gradient, so small chunks
 are slow; the products of larger chunks could overflow float16 before any loss scale can prevent it."""
 
+ENGINES = {"native": (1, 0, 2)}
+"""The ZeRO stages that each engine has, the default first."""
+
 
 @dataclass
 class RebalanceConfig:
@@ -55,7 +58,7 @@ class ParallelConfig:
     virtual_stages: int | None = None
     """Number of stages per rank. Default: 1, or 2 for schedules that need several (interleaved_1f1b, zb_v, v_half, dualpipe_v)."""
     engine: str = "native"
-    """The engine that holds weights and optimizer state: native (Bagualu's own)."""
+    """The engine that holds weights, gradients and optimizer state: native (Bagualu's own)."""
     schedule: str = "1f1b"
     """Pipeline schedule: gpipe | 1f1b | interleaved_1f1b | zb_h1 | zb_v | v_half | dualpipe_v."""
     balance: Any = "uniform"
@@ -71,9 +74,9 @@ class ParallelConfig:
     """The most memory, in bytes, that a rank may use for weights, gradients, optimizer state and activations: a number, or a list
     with a number per pipeline rank. Default: no limit."""
     rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
-    zero: int = 1
+    zero: int | None = None
     """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it among them, 2 partitions gradients too:
-    they are reduced after every micro-batch, and each rank keeps its part. docs/guides/memory.md compares them."""
+    they are reduced after every micro-batch, and each rank keeps its part. docs/guides/memory.md compares them. Default: 1."""
     bucket_bytes: int = 25 * 2**20
     """Approximate bytes of gradients in a bucket. Most buckets are reduced as soon as they are complete, during the backward pass;
     those that are reduced over a second group too, after it."""
@@ -86,11 +89,15 @@ class ParallelConfig:
                 raise RecipeError(f"parallel.{axis}={degree} must be at least 1; leave it out or give parallel.{axis}=1")
         if self.context != 1:
             raise RecipeError(f"parallel.context={self.context} is not supported yet; give parallel.context=1")
-        if self.engine != "native":
-            raise RecipeError(f"parallel.engine={self.engine} is unknown; give parallel.engine=native")
+        if self.engine not in ENGINES:
+            raise RecipeError(f"parallel.engine={self.engine} is unknown; give one of {', '.join(ENGINES)}")
         placement = place(self.schedule, self.pipeline, self.virtual_stages)
-        if self.zero not in (0, 1, 2):
-            raise RecipeError(f"parallel.zero={self.zero} is not supported; give parallel.zero=0, 1 or 2")
+        if self.zero_stage not in ENGINES[self.engine]:
+            able = [name for name, stages in ENGINES.items() if self.zero_stage in stages]
+            *others, last = sorted(ENGINES[self.engine])
+            stages = f"{', '.join(map(str, others))} or {last}" if others else last
+            raise RecipeError(f"parallel.engine={self.engine} has no parallel.zero={self.zero}; give parallel.zero={stages}"
+                              + (f", or parallel.engine={able[0]}" if able else ""))  # fmt: skip
         if self.bucket_bytes < 1:
             raise RecipeError(f"parallel.bucket_bytes={self.bucket_bytes} must be positive, e.g. parallel.bucket_bytes=26214400")
         validate_speeds(self.speeds, self.pipeline, self.balance)
@@ -104,6 +111,11 @@ class ParallelConfig:
                               "layers; give parallel.balance=uniform or parallel.pipeline=2")  # fmt: skip
         if self.sequence and self.tensor == 1:
             raise RecipeError("parallel.sequence=true needs parallel.tensor of at least 2; drop it or raise parallel.tensor")
+
+    @property
+    def zero_stage(self) -> int:
+        """`zero` with the default resolved."""
+        return next(iter(ENGINES[self.engine])) if self.zero is None else self.zero
 
     @property
     def rebalance_every(self) -> int:

@@ -19,7 +19,8 @@ from bagualu.parallel.pipeline.schedules.schedule import Schedule, with_messages
 from bagualu.trainer.costs.choose_split import agree_on_shares, agree_on_split
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.corpus import Corpus
-from bagualu.trainer.engine.native import hold, seeded_values
+from bagualu.trainer.engine.build import hold
+from bagualu.trainer.engine.local_model import seeded_values
 from bagualu.trainer.engine.protocol import Engine
 from bagualu.trainer.optim.scaler import LossScaler
 from bagualu.trainer.recipe.config import Recipe

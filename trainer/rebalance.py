@@ -22,7 +22,8 @@ from bagualu.parallel.move_state import Relocation, table
 from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.costs.analytic import analytic_table, saved_bytes
 from bagualu.trainer.costs.choose_split import work_of
-from bagualu.trainer.engine.native import hold, no_values
+from bagualu.trainer.engine.build import hold
+from bagualu.trainer.engine.local_model import no_values
 from bagualu.trainer.engine.protocol import Engine, IncomingState
 
 _BYTES_PER_SECOND = 5e8

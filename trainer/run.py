@@ -25,7 +25,7 @@ from bagualu.parallel.parallelize import Fill
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.data.corpus import Corpus, prepare, show_data
-from bagualu.trainer.engine.native import no_values
+from bagualu.trainer.engine.local_model import no_values
 from bagualu.trainer.loop import Loop
 from bagualu.trainer.observers import close_ledger, open_ledger, plan_faults
 from bagualu.trainer.output.metric_writers import JsonlSink, Sink

@@ -90,6 +90,10 @@ class Bucket:
     """The reductions of this bucket in progress."""
 
     @property
+    def treatment(self) -> Hashable:
+        return self.kind.treatment
+
+    @property
     def shard(self) -> slice:
         """The range of this rank's shard in the flat tensors: all of them unless the bucket is partitioned."""
         numel = self.weights.numel()

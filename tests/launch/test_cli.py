@@ -92,7 +92,7 @@ def test_help_lists_every_verb_and_every_recipe(capsys):
         (["train", "launch.nodes=0"], "launch.nodes=0 must be at least 1"),
         (["train", "parallel.tensor=0"], "give parallel.tensor=1"),
         (["train", "parallel.balance=3"], "give uniform, analytic, measured or a list of 2 layer counts"),
-        (["train", "parallel.engine=fsdp"], "give parallel.engine=native"),
+        (["train", "parallel.engine=ddp"], "parallel.engine=ddp is unknown; give one of native"),
         (["train", "parallel.virtual_stages=2"], "give parallel.virtual_stages=1"),
         (["train", "model.initial_std=-1"], "e.g. model.initial_std=0.02"),
         (["train", "train.compile=true", "comm.backend=simulated"], "give train.compile=false"),

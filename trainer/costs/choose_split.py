@@ -75,7 +75,7 @@ def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
         recipe.data.sequence_length,
         recipe.train.micro_batch,
         recipe.train.dtype,
-        recipe.parallel.zero,
+        recipe.parallel.zero_stage,
         recipe.parallel.sequence,
         len(recipe.optim.moments),
         recipe.optim.moments_dtype == "bfloat16",

@@ -5,21 +5,19 @@ An engine is built at the start of a run, and a new engine whenever layers move 
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import partial
 
 import torch
 
 from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.balance.stages.forecast import Split
-from bagualu.parallel.boxes import Box, TensorPiece
-from bagualu.parallel.data.bucket import Bucket, build_buckets
+from bagualu.parallel.boxes import TensorPiece
+from bagualu.parallel.data.bucket import Bucket, build_buckets, gather_weights
 from bagualu.parallel.data.reducer import GradientReducer
 from bagualu.parallel.mesh import Mesh
-from bagualu.parallel.parallelize import Fill, parallelize
+from bagualu.parallel.parallelize import Fill
 from bagualu.parallel.untrained import Untrained, untrained_of
-from bagualu.trainer.models.decoder.initialise import initial_values
+from bagualu.trainer.engine.local_model import local_model
 from bagualu.trainer.models.decoder.model import Decoder
-from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.optim.groups import Treatment
 from bagualu.trainer.optim.sharded import ShardedOptimizer
 from bagualu.trainer.recipe.config import Recipe
@@ -81,10 +79,11 @@ class NativeEngine:
         return self.optimizer.spoilt()
 
     def share(self) -> None:
-        self.optimizer.share()
+        gather_weights(self.buckets)
 
     def publish(self) -> None:
         self.optimizer.publish()
+        self.share()
 
     def pieces(self) -> Iterator[TensorPiece]:
         yield from self.optimizer.pieces()
@@ -109,6 +108,7 @@ class NativeIncoming:
     """The `IncomingState` (protocol.py) of a NativeEngine: host memory for every weight, moment and buffer of this rank."""
 
     def __init__(self, engine: NativeEngine) -> None:
+        self._engine = engine
         self._trained = engine.optimizer.incoming()
         self._untrained = [(part, torch.zeros_like(part.tensor, dtype=part.saved_dtype, device="cpu")) for part in engine.untrained]
 
@@ -120,6 +120,7 @@ class NativeIncoming:
         self._trained.apply(updates)
         for part, fresh in self._untrained:
             part.tensor.copy_(fresh)
+        self._engine.share()
 
 
 def _state_shard(bucket: Bucket, tensors: dict[str, torch.Tensor]) -> StateShard:
@@ -143,36 +144,15 @@ def _untrained_shard(part: Untrained) -> StateShard:
     return StateShard(part.name, {"weight": tensor}, axis, part.group, held_along, (tensor,), partitioned=False)
 
 
-def seeded_values(recipe: Recipe) -> Fill:
-    """Returns the function that makes a new run's weights and buffers, with weights drawn from run.seed."""
-    plan = decoder_plan(recipe.model, recipe.parallel.sequence)
-    return partial(initial_values, plan, recipe.run.seed, recipe.model.initial_std, recipe.model.layers)
-
-
-def no_values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
-    """Returns zeros of the shape of `box`, for values that are read from a checkpoint or received from another rank afterwards."""
-    return torch.zeros(box.shape)
-
-
 def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
     """Builds an engine that holds this rank's stages of `split`, with weights and buffers from `fill`."""
-    config, parallel = recipe.model.padded_over(mesh.layout.tensor), recipe.parallel
-    slices = [split.slices[stage] for stage in mesh.stages]
-    recompute = [split.recompute[stage] for stage in mesh.stages]
-    plan = decoder_plan(config, parallel.sequence)
-    with torch.device("meta"):
-        model = Decoder(config, slices, mesh.first_stage, mesh.last_stage, recompute)
-    parallelize(model, plan, mesh, parallel.sequence, getattr(torch, recipe.train.dtype), fill)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not recipe.optim.freezes(plan.global_name(name)))
-    if recipe.train.compile:
-        for layer in model.layers.values():
-            layer.compile()
+    parallel = recipe.parallel
+    model, plan = local_model(recipe, mesh, split, fill, getattr(torch, recipe.train.dtype))
 
     def treat(name: str, parameter: torch.nn.Parameter) -> Treatment:
         return recipe.optim.treatment(name, parameter.ndim)
 
-    buckets = build_buckets(model, plan, mesh, parallel.zero, parallel.bucket_bytes, model.uses, treat)
+    buckets = build_buckets(model, plan, mesh, parallel.zero_stage, parallel.bucket_bytes, model.uses, treat)
     reducer = GradientReducer(buckets, mesh, fused=_sinks(recipe))
     device = mesh.group("world").device
     optimizer = ShardedOptimizer(buckets, recipe.optim, device, recipe.run.seed)

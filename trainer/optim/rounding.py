@@ -9,13 +9,13 @@ import hashlib
 import torch
 
 from bagualu.parallel.boxes import flat_range_to_boxes
-from bagualu.parallel.data.bucket import Entry
+from bagualu.parallel.data.shard import ShardEntry
 
 _LOW = 0xFFFF
 """The bits of a float32 that a bfloat16 lacks."""
 
 
-def element_numbers(entry: Entry, start: int, stop: int, device: torch.device) -> torch.Tensor:
+def element_numbers(entry: ShardEntry, start: int, stop: int, device: torch.device) -> torch.Tensor:
     """Returns the flat indices in the global tensor, int64 [stop - start], of elements start .. stop - 1 of a parameter's part."""
     strides = [1]
     for size in reversed(entry.global_shape[1:]):

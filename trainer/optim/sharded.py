@@ -1,16 +1,16 @@
-"""An optimizer over the shards of the gradient buckets: a rank holds master weights and moments only for its own shards.
+"""An optimizer over shards of parameters: a rank holds master weights and moments only for its own shards.
 
 For 16-bit models, shards have separate float32 master weights and the working weights are these, rounded; otherwise the working
 weights are the master weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from bagualu.fault_tolerance.guard.finite import is_finite, probe
 from bagualu.parallel.boxes import TensorPiece, flat_range_to_boxes
-from bagualu.parallel.data.bucket import Bucket, gather_weights
+from bagualu.parallel.data.shard import Shard
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.groups import Treatment
 from bagualu.trainer.optim.rounding import element_numbers, noise, round_stochastically
@@ -21,16 +21,15 @@ _PIECE = 2**19
 
 
 class ShardedOptimizer:
-    """Updates this rank's shard of every bucket; `share` then gathers the working weights. With partitioned buckets this is
-    ZeRO-1."""
+    """Updates this rank's shards. The engine then sends the working weights to the ranks that need them."""
 
-    def __init__(self, buckets: list[Bucket], config: OptimConfig, device: torch.device | None = None, seed: int = 0) -> None:
+    def __init__(self, parts: Sequence[Shard], config: OptimConfig, device: torch.device | None = None, seed: int = 0) -> None:
         """`seed` determines how moments in bfloat16 are rounded."""
-        self.buckets = buckets
+        self.parts = parts
         self._rule, self._moments, self._seed = rule_of(config), config.moments, seed
         self._half = config.moments_dtype == "bfloat16"
         dtype = torch.bfloat16 if self._half else None
-        self._shards = [_shard(_master(bucket), self._moments, dtype) for bucket in buckets]
+        self._shards = [_shard(_master(part), self._moments, dtype) for part in parts]
         self._probed = torch.zeros((), dtype=torch.float64, device=device)
         """A sum that is not finite if the last `step` left values that are not finite; in rare cases also if all values are
         finite."""
@@ -38,21 +37,21 @@ class ShardedOptimizer:
     def step(self, lr: float, gradient_factor: float) -> None:
         """Updates this rank's shards with the reduced gradients times `gradient_factor` (clipping, loss scale).
 
-        The other ranks get the new weights only by `share`. Before that, `spoilt` tells which values are not finite.
+        `spoilt` tells which values are then not finite.
         """
         self._probed.zero_()
-        for bucket, shard in zip(self.buckets, self._shards, strict=True):
+        for part, shard in zip(self.parts, self._shards, strict=True):
             shard["step"] += 1
-            for piece in _slices(bucket.shard_gradients):
-                self._update(bucket, shard, piece, lr, gradient_factor)
+            for piece in _slices(part.shard_gradients):
+                self._update(part, shard, piece, lr, gradient_factor)
 
-    def _update(self, bucket: Bucket, shard: dict[str, torch.Tensor], piece: slice, lr: float, gradient_factor: float) -> None:
+    def _update(self, part: Shard, shard: dict[str, torch.Tensor], piece: slice, lr: float, gradient_factor: float) -> None:
         """Updates a piece of a shard, and probes the result while it is still in the processor's cache, which is much faster than
         reading it from memory again."""
-        gradient, working = bucket.shard_gradients[piece], bucket.shard_weights[piece]
+        gradient, working = part.shard_gradients[piece], part.shard_weights[piece]
         weight, kept = shard["weight"][piece], {moment: shard[moment][piece] for moment in self._moments}
         moments = {moment: values.to(weight.dtype) for moment, values in kept.items()}  # the same tensors unless they are bfloat16
-        treatment = bucket.kind.treatment
+        treatment = part.treatment
         assert isinstance(treatment, Treatment)
         if gradient_factor != 1.0:
             gradient.mul_(gradient_factor)
@@ -60,18 +59,16 @@ class ShardedOptimizer:
         if weight.data_ptr() != working.data_ptr():
             working.copy_(weight)
         if self._half:
-            self._round(bucket, piece, moments, kept, int(shard["step"]))
+            self._round(part, piece, moments, kept, int(shard["step"]))
         self._probed += probe(working)
         if self._rule.telling:
             self._probed += probe(moments[self._rule.telling])
             if self._half:  # rounding up may exceed the range
                 self._probed += probe(kept[self._rule.telling])
 
-    def _round(
-        self, bucket: Bucket, piece: slice, moments: dict[str, torch.Tensor], kept: dict[str, torch.Tensor], step: int
-    ) -> None:
+    def _round(self, part: Shard, piece: slice, moments: dict[str, torch.Tensor], kept: dict[str, torch.Tensor], step: int) -> None:
         """Rounds `moments` of a piece of a shard stochastically to `kept`."""
-        for entry, in_shard, in_parameter, numel in bucket.shard_entries():
+        for entry, in_shard, in_parameter, numel in part.shard_entries():
             begin, end = max(piece.start, in_shard), min(piece.stop, in_shard + numel)
             if begin >= end:
                 continue
@@ -83,18 +80,18 @@ class ShardedOptimizer:
                 kept[moment][here] = round_stochastically(values[here], (bits >> 16 * half) & 0xFFFF)
 
     def spoilt(self) -> list[tuple[int, str]]:
-        """Returns (bucket index, kind of state) of every tensor of this rank's state that the last `step` left not finite."""
+        """Returns (index of the shard, kind of state) of every tensor of this rank's state that the last `step` left not finite."""
         if torch.isfinite(self._probed):
             return []
         found = []
-        for index, (bucket, shard) in enumerate(zip(self.buckets, self._shards, strict=True)):
+        for index, (part, shard) in enumerate(zip(self.parts, self._shards, strict=True)):
             found += [(index, kind) for kind, tensor in _saved(shard).items() if not is_finite(tensor)]
-            if is_finite(shard["weight"]) and not is_finite(bucket.shard_weights):  # the master weight exceeds the range of float16
+            if is_finite(shard["weight"]) and not is_finite(part.shard_weights):  # the master weight exceeds the range of float16
                 found.append((index, "working copy"))
         return found
 
     def shards(self) -> list[dict[str, torch.Tensor]]:
-        """Returns this rank's shard of the state of each bucket, by kind: weight (the master), the moments, step (number of
+        """Returns this rank's shard of the state of each part, by kind: weight (the master), the moments, step (number of
         updates).
 
         These are the tensors themselves, not copies.
@@ -102,29 +99,24 @@ class ShardedOptimizer:
         return self._shards
 
     def publish(self) -> None:
-        """Computes the working weights of all ranks from the master weights. Collective."""
-        for bucket, shard in zip(self.buckets, self._shards, strict=True):
-            if shard["weight"].data_ptr() != bucket.shard_weights.data_ptr():
-                bucket.shard_weights.copy_(shard["weight"])
-        self.share()
-
-    def share(self) -> None:
-        """Exchanges the shards of the working weights, so that every rank has all of them. Collective."""
-        gather_weights(self.buckets)
+        """Computes the working weights of this rank's shards from the master weights."""
+        for part, shard in zip(self.parts, self._shards, strict=True):
+            if shard["weight"].data_ptr() != part.shard_weights.data_ptr():
+                part.shard_weights.copy_(shard["weight"])
 
     def pieces(self) -> Iterator[TensorPiece]:
         """Yields the master weights and moments of the elements that this rank owns, as boxes of the global tensors."""
-        for bucket, shard in zip(self.buckets, self._shards, strict=True):
-            if bucket.owned:
+        for part, shard in zip(self.parts, self._shards, strict=True):
+            if part.owned:
                 for kind, tensor in _saved(shard).items():
-                    yield from _pieces(kind, bucket, tensor)
+                    yield from _pieces(kind, part, tensor)
 
     def incoming(self) -> "Incoming":
         """Returns new host memory to read a state into."""
         return Incoming(self)
 
     def _put(self, place: int, fresh: dict[str, torch.Tensor], updates: int) -> None:
-        """Makes `fresh`, in host memory, the state of the bucket at index `place`, after `updates` updates. On a CPU the tensors of
+        """Makes `fresh`, in host memory, the state of the shard at index `place`, after `updates` updates. On a CPU the tensors of
         `fresh` become the moments without a copy."""
         shard = self._shards[place]
         shard["weight"].copy_(fresh["weight"])  # in place: it may be the working weights themselves
@@ -142,13 +134,13 @@ class Incoming:
 
     def pieces(self) -> Iterator[TensorPiece]:
         """Yields the memory to fill: every box of weights and moments that this rank holds."""
-        for bucket, fresh in zip(self._optimizer.buckets, self._fresh, strict=True):
+        for part, fresh in zip(self._optimizer.parts, self._fresh, strict=True):
             for kind, tensor in fresh.items():
-                yield from _pieces(kind, bucket, tensor)
+                yield from _pieces(kind, part, tensor)
 
     def apply(self, updates: int) -> None:
-        """Makes the state that was read the state of the optimizer and the model. `updates`: the number of updates that led to it.
-        Collective."""
+        """Makes the state that was read that of the optimizer, and of the working weights of this rank's shards. `updates`: the
+        number of updates that led to it."""
         for place, fresh in enumerate(self._fresh):
             self._optimizer._put(place, fresh, updates)
         self._optimizer.publish()
@@ -177,15 +169,15 @@ def _fresh(shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {kind: torch.zeros(tensor.shape, dtype=tensor.dtype) for kind, tensor in _saved(shard).items()}
 
 
-def _master(bucket: Bucket) -> torch.Tensor:
-    working = bucket.shard_weights.detach()
-    return working if working.dtype == bucket.gradients.dtype else working.to(bucket.gradients.dtype)
+def _master(part: Shard) -> torch.Tensor:
+    working = part.shard_weights.detach()
+    return working if working.dtype == part.shard_gradients.dtype else working.to(part.shard_gradients.dtype)
 
 
-def _pieces(kind: str, bucket: Bucket, tensor: torch.Tensor) -> Iterator[TensorPiece]:
+def _pieces(kind: str, part: Shard, tensor: torch.Tensor) -> Iterator[TensorPiece]:
     """Yields every box of a global tensor `kind`/parameter that the shard `tensor` holds, as a view of `tensor`, without
     padding."""
-    for entry, in_shard, in_parameter, numel in bucket.shard_entries():
+    for entry, in_shard, in_parameter, numel in part.shard_entries():
         for flat, box in flat_range_to_boxes(entry.box.shape, in_parameter, in_parameter + numel):
             start = in_shard + flat - in_parameter
             view, held = tensor[start : start + box.elements].view(box.shape), box.shift(entry.box.offset)
