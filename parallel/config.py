@@ -13,7 +13,7 @@ HEAD_CHUNK_TOKENS = 2**10
 """Tokens per chunk in the fused head and loss (vocabulary.py). Every chunk reads the whole weight and its gradient, so small chunks
 are slow; the products of larger chunks could overflow float16 before any loss scale can prevent it."""
 
-ENGINES = {"native": (1, 0, 2)}
+ENGINES = {"native": (1, 0, 2, 3)}
 """The ZeRO stages that each engine has, the default first."""
 
 
@@ -76,7 +76,8 @@ class ParallelConfig:
     rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
     zero: int | None = None
     """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it among them, 2 partitions gradients too:
-    they are reduced after every micro-batch, and each rank keeps its part. docs/guides/memory.md compares them. Default: 1."""
+    they are reduced after every micro-batch, and each rank keeps its part, 3 partitions weights too: those of a layer are gathered
+    when it computes. docs/guides/memory.md compares them. Default: 1."""
     bucket_bytes: int = 25 * 2**20
     """Approximate bytes of gradients in a bucket. Most buckets are reduced as soon as they are complete, during the backward pass;
     those that are reduced over a second group too, after it."""

@@ -8,6 +8,7 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.engine.native import NativeEngine
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
 
@@ -25,6 +26,15 @@ class Curve:
 
 def pieces_of(state: TrainerState) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
     return [(p.name, p.global_shape, p.offset, as_numpy(p.tensor)) for p in state.engine.pieces()]
+
+
+def working_tensors(state: TrainerState) -> list[tuple[str, torch.Tensor]]:
+    """This rank's buffers and working weights; under ZeRO-3, whose weights have no memory between steps, its shards of them."""
+    model, engine = state.engine.model, state.engine
+    assert isinstance(engine, NativeEngine)
+    kept = [(f"{index}/kept", bucket.kept) for index, bucket in enumerate(engine.buckets) if bucket.kept is not None]
+    whole = [(name, parameter) for name, parameter in model.named_parameters() if parameter.untyped_storage().nbytes()]
+    return [*model.named_buffers(), *kept, *whole]
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:

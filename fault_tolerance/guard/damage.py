@@ -144,7 +144,7 @@ class DamageCheck:
             for place, (index, own) in enumerate(zip(members, copies, strict=True)):
                 shard = shards[index]
                 for part, copy in enumerate(own.tolist()):
-                    owner = part if shard.partitioned else shard.group.rank
+                    owner = part if len(own) > 1 else shard.group.rank
                     if copy != truths[owner][place]:
                         damages.append(self._bad_copy(shard, shard.group.ranks[owner]))
         return damages

@@ -25,9 +25,8 @@ class StateShard:
     held_along: Sequence[str]
     """Mesh axes along which all ranks hold the same optimizer state as this shard; empty if no other rank holds it."""
     copies: Sequence[torch.Tensor]
-    """This rank's copies of working weights: one tensor for each rank of the group if each owns a part, else a single tensor."""
-    partitioned: bool
-    """Whether each rank of the group owns a part of the working weights."""
+    """This rank's copies of working weights: one tensor for each rank of the group if each owns a part and this rank holds all
+    parts, else the single tensor that is made from this shard."""
 
 
 class GuardedEngine(Protocol):

@@ -1,4 +1,4 @@
-"""Flat buckets of weights and gradients, and their partition over the data ranks under ZeRO-1 and ZeRO-2.
+"""Flat buckets of weights and gradients, and their partition over the data ranks under ZeRO-1, 2 and 3.
 
 Parameters with equal properties for reduction, norm and update (`BucketKind`) share buckets. A bucket is a flat tensor of working
 weights and a flat tensor of gradients; this rank's shard is a slice of both. So reduction, norm and optimizer work on a few large
@@ -10,7 +10,7 @@ gradient of a single micro-batch is as accurate as the chip's matrix product, si
 compiled layer returns it in the weight's dtype.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +32,7 @@ class BucketKind:
     """The properties that all parameters of a bucket share."""
 
     reduction_axis: str
-    """The mesh axis over which gradients are summed and, under ZeRO-1, optimizer state is partitioned."""
+    """The mesh axis over which gradients are summed and, with ZeRO, optimizer state is partitioned."""
     partial_over: str | None
     """An axis along which each rank computes only a part of the gradient, which is therefore summed over this axis first; None if
     there is no such axis."""
@@ -74,18 +74,21 @@ class Bucket:
     entries: list[Entry]
     partitioned: bool
     weights: torch.Tensor
+    """The working weights. If `kept` is not None, they have memory only while they are used (gather.py)."""
     gradients: torch.Tensor
     """The gradients of this rank. If `reduced` is not None, they exist only while those of a micro-batch are being added, and are
     empty in between."""
     reduced: torch.Tensor | None = None
-    """Under ZeRO-2, this rank's shard of the gradients of all ranks, summed over the micro-batches so far. None: the gradients of
-    all micro-batches are added to `gradients`, and the shard is a part of them."""
+    """Under ZeRO-2 and 3, this rank's shard of the gradients of all ranks, summed over the micro-batches so far. None: the
+    gradients of all micro-batches are added to `gradients`, and the shard is a part of them."""
+    kept: torch.Tensor | None = None
+    """Under ZeRO-3, this rank's shard of the working weights, all that stays of them. None: the shard is a part of `weights`."""
     lent: bool = False
     """Whether other ranks read the gradients in this rank's memory (see `Group.lend`)."""
     pending: int = 0
     """The number of gradients that are still to be added to this bucket before its next reduction."""
     reductions: int = 0
-    """Under ZeRO-2, the number of reductions, one for each micro-batch, that are still to begin in this step."""
+    """Under ZeRO-2 and 3, the number of reductions, one for each micro-batch, that are still to begin in this step."""
     work: list[Work] = field(default_factory=list)
     """The reductions of this bucket in progress."""
 
@@ -103,7 +106,7 @@ class Bucket:
 
     @property
     def shard_weights(self) -> torch.Tensor:
-        return self.weights[self.shard]
+        return self.weights[self.shard] if self.kept is None else self.kept
 
     @property
     def shard_gradients(self) -> torch.Tensor:
@@ -143,23 +146,27 @@ def build_buckets(
     bucket_bytes: int,
     uses: Callable[[torch.nn.Parameter], int] = lambda _: 1,
     treat: Callable[[str, torch.nn.Parameter], Hashable] = lambda name, parameter: None,
+    units: Sequence[torch.nn.Module] = (),
 ) -> list[Bucket]:
     """Moves the model's parameters, except frozen ones, into flat buckets; the parameters become views of them.
 
     Parameters need `global_shape` and `box` (see parallelize.py). They are visited last to first, roughly the order in which the
     backward pass finishes them. The buckets are the same on every rank of a group, because plan and order are the same. `uses`
-    returns `Entry.uses` of a parameter, `treat` its `BucketKind.treatment`, given its global name.
+    returns `Entry.uses` of a parameter, `treat` its `BucketKind.treatment`, given its global name. `units`, for ZeRO-3, are the
+    modules whose weights are gathered together: no bucket then holds parameters of two of them.
     """
-    open_buckets: dict[BucketKind, list[tuple[str, torch.nn.Parameter]]] = {}
+    unit_of = {id(parameter): number for number, unit in enumerate(units) for parameter in unit.parameters()} if zero == 3 else {}
+    open_buckets: dict[tuple[BucketKind, int | None], list[tuple[str, torch.nn.Parameter]]] = {}
     buckets: list[Bucket] = []
     for local_name, parameter in reversed([named for named in model.named_parameters() if named[1].requires_grad]):
         name = plan.global_name(local_name)
-        kind = _kind(name, local_name, treat(name, parameter), plan, mesh)
-        members = open_buckets.setdefault(kind, [])
+        kind, unit = _kind(name, local_name, treat(name, parameter), plan, mesh), unit_of.get(id(parameter))
+        members = open_buckets.setdefault((kind, unit), [])
         members.append((name, parameter))
-        if sum(p.numel() for _, p in members) * accurate_dtype(parameter.dtype).itemsize >= bucket_bytes:
-            buckets.append(_build(kind, open_buckets.pop(kind), mesh, zero, uses))
-    buckets.extend(_build(kind, members, mesh, zero, uses) for kind, members in open_buckets.items())
+        full = sum(p.numel() for _, p in members) * accurate_dtype(parameter.dtype).itemsize >= bucket_bytes
+        if full:
+            buckets.append(_build(kind, open_buckets.pop((kind, unit)), mesh, zero, uses))
+    buckets.extend(_build(kind, members, mesh, zero, uses) for (kind, _), members in open_buckets.items())
     return buckets
 
 
@@ -204,7 +211,10 @@ def _build(
         shape, box = parameter.global_shape, parameter.box  # type: ignore[attr-defined]
         entries.append(Entry(name, parameter, shape, box, start, uses(parameter)))
         start += parameter.numel()
-    return Bucket(kind, group, entries, partitioned, weights, gradients, reduced)
+    bucket = Bucket(kind, group, entries, partitioned, weights, gradients, reduced)
+    if zero == 3 and partitioned:
+        bucket.kept = bucket.shard_weights.clone()
+    return bucket
 
 
 def crosses_two_groups(kind: BucketKind) -> bool:
@@ -214,10 +224,11 @@ def crosses_two_groups(kind: BucketKind) -> bool:
 
 
 def gather_weights(buckets: list[Bucket]) -> None:
-    """Gathers the updated shards of partitioned buckets, so that every rank has all working weights again. Collective."""
+    """Gathers the updated shards of partitioned buckets, so that every rank has all working weights again, except under ZeRO-3,
+    which gathers weights when they are used. Collective."""
     works = []
     for bucket in buckets:
-        if bucket.partitioned:
+        if bucket.partitioned and bucket.kept is None:
             works.append(bucket.group.all_gather(bucket.weights, bucket.shard_weights, asynchronous=True))
     for work in works:
         work.wait()

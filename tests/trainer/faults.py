@@ -18,6 +18,7 @@ from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recovery.resume import resume
 from bagualu.trainer.recovery.saving import Checkpoints, take_checkpoints
 from bagualu.trainer.recovery.state import checkpoints_of
+from tests.parity import working_tensors
 
 Bits = dict[str, np.ndarray]
 
@@ -28,7 +29,8 @@ class Fault:
 
     where: str
     """gradient: its own, before the reduction; reduced: its shard of the reduced one; copy: its working copy of a shard that
-    another rank owns; weight | exp_avg | exp_avg_sq: its shard of the optimizer state; buffer: its first buffer."""
+    another rank owns (under ZeRO-3 of its own shard, the only one); weight | exp_avg | exp_avg_sq: its shard of the optimizer
+    state; buffer: its first buffer."""
     how: str = "bit"
     """bit: one mantissa bit, the value stays finite and of its size; huge: times 1e6; nan; inf; or a number to put there."""
     rank: int = 1
@@ -76,6 +78,8 @@ class Injection:
             return buckets[0].shard_gradients
         if where == "copy":
             bucket = next(bucket for bucket in buckets if bucket.partitioned)
+            if bucket.kept is not None:
+                return bucket.kept
             state = bucket.weights.chunk(bucket.group.size)
             return state[(bucket.group.rank + 1) % bucket.group.size]
         if where == "buffer":
@@ -141,9 +145,7 @@ class Ending:
 
 
 def bits_of(state: TrainerState) -> Bits:
-    model = state.engine.model
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    bits = {name: tensor.detach().clone().view(torch.uint8).cpu().numpy() for name, tensor in tensors}
+    bits = {name: tensor.detach().clone().view(torch.uint8).cpu().numpy() for name, tensor in working_tensors(state)}
     for index, shard in enumerate(state.engine.optimizer.shards()):
         bits |= {f"{index}/{kind}": tensor.detach().clone().cpu().numpy() for kind, tensor in shard.items()}
     memory = state.guard.memory

@@ -18,7 +18,13 @@ def trained(communicator, folder, *words):
 @COMPILES
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler (g++ on PATH)")
 @pytest.mark.parametrize(
-    "words", [["parallel.data=2"], ["parallel.data=1", "parallel.tensor=2", "parallel.sequence=true"], ["parallel.pipeline=2"]]
+    "words",
+    [
+        ["parallel.data=2"],
+        ["parallel.data=2", "parallel.zero=3"],
+        ["parallel.data=1", "parallel.tensor=2", "parallel.sequence=true"],
+        ["parallel.pipeline=2"],
+    ],
 )
 def test_compiled_and_eager_are_one_curve(tmp_path, monkeypatch, words):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))

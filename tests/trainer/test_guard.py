@@ -26,6 +26,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "sequence": {"parallel__data": 2, "parallel__tensor": 2, "parallel__sequence": True, "train__micro_batch": 2},
     "pipeline": {"parallel__data": 2, "parallel__pipeline": 2, "model__tie_embeddings": True, "train__dtype": "float32"},
     "sharded": {"parallel__data": 2, "parallel__zero": 2, "parallel__bucket_bytes": 2048},
+    "gathered": {"parallel__data": 2, "parallel__zero": 3, "train__dtype": "bfloat16"},
     "expert": {"parallel__data": 4, "parallel__expert": 2, "train__dtype": "bfloat16", **MOE},
 }
 GLOO = ("replicated", "pipeline", "expert")

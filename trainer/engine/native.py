@@ -3,15 +3,17 @@
 An engine is built at the start of a run, and a new engine whenever layers move to other ranks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 
 from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.balance.stages.forecast import Split
+from bagualu.parallel.balance.stages.keys import memory_caps
 from bagualu.parallel.boxes import TensorPiece
 from bagualu.parallel.data.bucket import Bucket, build_buckets, gather_weights
+from bagualu.parallel.data.gather import WeightGatherer
 from bagualu.parallel.data.reducer import GradientReducer
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill
@@ -33,9 +35,14 @@ class NativeEngine:
         untrained: list[Untrained],
         reducer: GradientReducer,
         optimizer: ShardedOptimizer,
+        gatherer: WeightGatherer | None,
         device: torch.device,
     ) -> None:
+        """`gatherer`: under ZeRO-3, what gathers weights when they are used; else None."""
         self.model, self.buckets, self.untrained, self.reducer, self.optimizer = model, buckets, untrained, reducer, optimizer
+        self.gatherer = gatherer
+        if gatherer is not None:
+            model.call = gatherer
         self._device = device
 
     @property
@@ -53,12 +60,16 @@ class NativeEngine:
 
     def begin(self, micro_batches: int) -> None:
         self.reducer.begin(micro_batches)
+        if self.gatherer is not None:
+            self.gatherer.begin()
 
     def putting_off(self) -> AbstractContextManager[list[Callable[[], None]]]:
         return self.reducer.putting_off()
 
     def finish(self) -> None:
         self.reducer.finish()
+        if self.gatherer is not None:
+            self.gatherer.end()
 
     def norm_squared(self) -> torch.Tensor:
         norms = {owned: self._zero() for owned in (True, False)}
@@ -79,7 +90,8 @@ class NativeEngine:
         return self.optimizer.spoilt()
 
     def share(self) -> None:
-        gather_weights(self.buckets)
+        if self.gatherer is None:
+            gather_weights(self.buckets)
 
     def publish(self) -> None:
         self.optimizer.publish()
@@ -102,6 +114,8 @@ class NativeEngine:
 
     def close(self) -> None:
         self.reducer.close()
+        if self.gatherer is not None:  # it and the model refer to each other
+            del self.model.call
 
 
 class NativeIncoming:
@@ -133,15 +147,20 @@ def _state_shard(bucket: Bucket, tensors: dict[str, torch.Tensor]) -> StateShard
         axis=kind.reduction_axis,
         group=bucket.group,
         held_along=[*held_along, "ends"] if kind.tied else held_along,
-        copies=bucket.weights.chunk(bucket.group.size) if bucket.partitioned else (bucket.weights,),
-        partitioned=bucket.partitioned,
+        copies=_copies(bucket),
     )
+
+
+def _copies(bucket: Bucket) -> Sequence[torch.Tensor]:
+    if bucket.kept is not None:
+        return (bucket.kept,)
+    return bucket.weights.chunk(bucket.group.size) if bucket.partitioned else (bucket.weights,)
 
 
 def _untrained_shard(part: Untrained) -> StateShard:
     axis, tensor = part.placement.reduction_axis, part.tensor.detach()
     held_along = [axis, *([] if "tensor" in part.placement.axes else ["tensor"]), *(["ends"] if part.tied else [])]
-    return StateShard(part.name, {"weight": tensor}, axis, part.group, held_along, (tensor,), partitioned=False)
+    return StateShard(part.name, {"weight": tensor}, axis, part.group, held_along, (tensor,))
 
 
 def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
@@ -152,11 +171,22 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
     def treat(name: str, parameter: torch.nn.Parameter) -> Treatment:
         return recipe.optim.treatment(name, parameter.ndim)
 
-    buckets = build_buckets(model, plan, mesh, parallel.zero_stage, parallel.bucket_bytes, model.uses, treat)
+    zero = parallel.zero_stage
+    buckets = build_buckets(model, plan, mesh, zero, parallel.bucket_bytes, model.uses, treat, model.units)
+    gatherer = WeightGatherer(model.units, buckets, _spare(recipe, mesh, split), model.reads_weights_again) if zero == 3 else None
     reducer = GradientReducer(buckets, mesh, fused=_sinks(recipe))
     device = mesh.group("world").device
     optimizer = ShardedOptimizer(buckets, recipe.optim, device, recipe.run.seed)
-    return NativeEngine(model, buckets, untrained_of(model, plan, mesh), reducer, optimizer, device)
+    return NativeEngine(model, buckets, untrained_of(model, plan, mesh), reducer, optimizer, gatherer, device)
+
+
+def _spare(recipe: Recipe, mesh: Mesh, split: Split) -> int:
+    """Returns how many bytes of gathered weights this rank can keep for a whole step within parallel.memory_bytes; 0 without that
+    limit."""
+    caps, rank = memory_caps(recipe.parallel.memory_bytes, mesh.layout.pipeline), mesh.at("pipeline")
+    if caps is None or split.forecast is None:
+        return 0
+    return max(0, caps[rank] - split.forecast.memory_bytes[rank])
 
 
 def _sinks(recipe: Recipe) -> Callable[[str], bool]:

@@ -1,5 +1,8 @@
 """The interface of a rank's part of a model, the same for all families of models."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from torch import nn
 
 from bagualu.comm.group import Group
@@ -8,9 +11,27 @@ from bagualu.comm.group import Group
 class Model(nn.Module):
     """One rank's layers; `forward` has the arguments and results of the pipeline's `Slices`."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.call: Callable[..., Any] = _call
+        """Calls a module of `units` with its inputs. ZeRO-3 replaces it, to gather the module's weights before."""
+
+    @property
+    def units(self) -> Sequence[nn.Module]:
+        """The modules that `forward` calls, in order, which together hold all parameters."""
+        raise NotImplementedError
+
+    def reads_weights_again(self, unit: nn.Module) -> bool:
+        """Returns whether the backward pass of `unit` reads its weights, as the forward pass does."""
+        return True
+
     def begin_step(self) -> None:
         """Call before the first forward pass of an attempt at a step."""
 
     def end_step(self, group: Group) -> None:
         """Changes the model's buffers after a step whose update was applied. `group`: the ranks that hold the same layers and
         process different samples. Collective."""
+
+
+def _call(module: nn.Module, *inputs: Any) -> Any:
+    return module(*inputs)

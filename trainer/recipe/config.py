@@ -267,9 +267,10 @@ class Recipe:
                               f"{self.train.micro_batch} for a data rank, more than {MOST_MICRO_BATCHES}; "
                               f"give data.global_batch={self.data.global_batch * MOST_MICRO_BATCHES // most} or less")  # fmt: skip
 
-        if self.parallel.zero_stage == 2 and len(set(self.declared_shares(layout) or [0, 1])) > 1:
+        if self.parallel.zero_stage >= 2 and len(set(self.declared_shares(layout) or [0, 1])) > 1:
             raise RecipeError(f"parallel.shares={self.parallel.shares} gives data ranks different numbers of micro-batches, and "
-                              "parallel.zero=2 reduces after each; leave it out, or give parallel.zero=1")  # fmt: skip
+                              f"parallel.zero={self.parallel.zero} reduces after each; leave it out, or give "
+                              "parallel.zero=1")  # fmt: skip
 
     def _validate_model(self, layout: Layout) -> None:
         if self.parallel.sequence and self.data.sequence_length % layout.tensor:

@@ -18,7 +18,7 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"parallel__data": -2}, "give parallel.data=1", {"parallel__data": 1}),
     ({"parallel__context": 2}, "give parallel.context=1", {"parallel__context": 1}),
     ({"parallel__schedule": "zigzag"}, "give one of gpipe, 1f1b", {"parallel__schedule": "gpipe"}),
-    ({"parallel__zero": 4}, "give parallel.zero=0, 1 or 2", {"parallel__zero": 1}),
+    ({"parallel__zero": 4}, "give parallel.zero=0, 1, 2 or 3", {"parallel__zero": 3}),
     (
         {"parallel__zero": 2, "parallel__data": 2, "parallel__shares": [3, 5]},
         "leave it out, or give parallel.zero=1",

@@ -17,7 +17,7 @@ from bagualu.trainer.data.corpus import Corpus, prepare
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import StepResult, train_step
 from tests.harness import ON_GPU, run
-from tests.parity import gather, pieces_of, small_recipe
+from tests.parity import gather, pieces_of, small_recipe, working_tensors
 from tests.trainer.states import load_state, save_state
 
 HALF, WHOLE = 3, 5
@@ -61,9 +61,7 @@ def resumed(communicator: Communicator, recipe: Recipe) -> TrainerState:
 
 def everything(parts: TrainerState) -> dict[str, np.ndarray]:
     """All that the next step depends on, on this rank, as bytes."""
-    model = parts.engine.model
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    state = {name: tensor.detach().clone().view(torch.uint8).cpu().numpy() for name, tensor in tensors}
+    state = {name: tensor.detach().clone().view(torch.uint8).cpu().numpy() for name, tensor in working_tensors(parts)}
     for index, shard in enumerate(parts.engine.optimizer.shards()):
         state |= {f"{index}/{key}": value.cpu().numpy().copy() for key, value in shard.items()}
     scaler = parts.scaler
@@ -98,6 +96,7 @@ LAYOUTS: list[tuple[str, dict[str, object], tuple[str, ...]]] = [
     ("moe", {"data": 2, "expert": 2}, DTYPES),
     ("moe_tied", {"data": 2, "pipeline": 2, "zero": 2}, ("float64", "bfloat16", "float16")),
     ("moe_tied", {"data": 2, "tensor": 2, "expert": 2, "pipeline": 2}, ("bfloat16",)),
+    ("moe_tied", {"data": 2, "pipeline": 2, "zero": 3}, ("bfloat16",)),
 ]
 CASES = [(model, layout, dtype) for model, layout, dtypes in LAYOUTS for dtype in dtypes]
 
@@ -196,7 +195,8 @@ MOVES: list[tuple[str, dict[str, object], list[dict[str, object]]]] = [
         [{}, {"data": 2, "expert": 2}, {"data": 8, "expert": 4}, {"tensor": 2},
          {"data": 2, "expert": 2, "tensor": 2, "pipeline": 2}],
     ),
-    ("moe_tied", {"data": 2, "expert": 2, "pipeline": 2}, [{}, {"data": 2, "zero": 0}, {"data": 4, "expert": 4, "tensor": 2}]),
+    ("moe_tied", {"data": 2, "expert": 2, "pipeline": 2}, [{}, {"data": 2, "zero": 3}, {"data": 4, "expert": 4, "tensor": 2}]),
+    ("moe_tied", {"data": 2, "expert": 2, "zero": 3}, [{}, {"data": 2, "zero": 0}, {"data": 4, "expert": 2, "zero": 3}]),
 ]  # fmt: skip
 
 

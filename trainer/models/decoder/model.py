@@ -98,6 +98,13 @@ class Decoder(Model):
         """By the number of the layer, how many tokens each of its experts [E] got since `begin_step`; filled only if there are
         biases to change."""
 
+    @property
+    def units(self) -> list[nn.Module]:
+        return [unit for unit in (self.embedding, *self.layers.values(), self.norm, self.head) if unit is not None]
+
+    def reads_weights_again(self, unit: nn.Module) -> bool:
+        return unit is not self.embedding and unit is not self.head  # the head's gradients are computed in the forward pass
+
     def uses(self, parameter: nn.Parameter) -> int:
         """Returns how many gradients `parameter` gets per micro-batch: 2 for a weight that is both embedding and head, else 1."""
         ends = (self.embedding, self.head)
@@ -118,21 +125,21 @@ class Decoder(Model):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the slice at index `place` on tokens [B, S] or hidden states [B, S, H]. Returns the hidden states, or after the head
         the loss summed over tokens (the logits if there are no labels), and the sum of the slice's balance losses."""
-        x = self.embedding(inputs) if self.embedding is not None and place == 0 else inputs
+        x = self.call(self.embedding, inputs) if self.embedding is not None and place == 0 else inputs
         balance = x.new_zeros((), dtype=accurate_dtype(x.dtype))
         for index in self.slices[place]:
             layer = self.layers[str(index)]
             x, loss, load = (
-                checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+                checkpoint(self.call, layer, x, use_reentrant=False, preserve_rng_state=False)
                 if self.recompute[place] and torch.is_grad_enabled()
-                else layer(x)
+                else self.call(layer, x)
             )
             if loss is not None:
                 balance = balance + loss
             if load is not None and self._bias_rate and torch.is_grad_enabled():
                 self._loads[index] = self._loads.get(index, 0) + load
         if self.head is not None and self.norm is not None and place == len(self.slices) - 1:
-            x = self.head(self.norm(x), labels)
+            x = self.call(self.head, self.call(self.norm, x), labels)
         return x, balance
 
 
