@@ -193,9 +193,9 @@ class GlooTransport(TorchTransport):
 
         Each rank starts with the position after its own rather than with position 0, which spreads the load.
         """
-        size, here, messages = len(outgoing), self.position, []
+        size, own, messages = len(outgoing), self.position, []
         for distance in range(1, size):
-            to, source = (here + distance) % size, (here - distance) % size
+            to, source = (own + distance) % size, (own - distance) % size
             messages.append(self._message(op, dist.isend, outgoing[to], to))
             messages.append(self._message(op, dist.irecv, incoming[source], source))
         return Exchange(tuple(messages))

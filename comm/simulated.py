@@ -65,8 +65,8 @@ class Hub:
             self._raise_failure()
             first = self._calls.setdefault(key, call)
             if first.signature != call.signature:
-                here = f"rank {rank} calls {call.what} {call.signature}"
-                self._fail(f"{here}, but rank {next(iter(first.arrived))} calls {first.what} {first.signature}")
+                own = f"rank {rank} calls {call.what} {call.signature}"
+                self._fail(f"{own}, but rank {next(iter(first.arrived))} calls {first.what} {first.signature}")
             first.arrived[rank] = tensors
             last = not first.missing()
             if last:
