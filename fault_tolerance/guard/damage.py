@@ -35,7 +35,7 @@ class Damage:
     made."""
     axis: str = ""
     """The mesh axis along which other ranks hold the same state; "" if no other rank holds it."""
-    place: int = 0
+    index: int = 0
     """Index of the damaged shard among the shards that all ranks along `axis` hold; 0 without an axis."""
     holders: tuple[int, ...] = ()
     """Global ranks that hold the same state, including the damaged rank; empty if no other rank holds it. For a working copy
@@ -48,7 +48,7 @@ class DamageCheck:
     def __init__(self, engine: GuardedEngine, mesh: Mesh) -> None:
         self._engine, self._mesh = engine, mesh
         self._seal: list[list[int]] | None = None
-        self.found: list[Damage] = []
+        self.damages: list[Damage] = []
 
     @property
     def rank(self) -> int:
@@ -69,14 +69,14 @@ class DamageCheck:
 
     def inspect(self) -> bool:
         """Compares all state with the seal (if any) and other holders, and working weights with their owners' master weights.
-        Returns whether this rank is damaged, and lists its damage in `found`.
+        Returns whether this rank is damaged, and lists its damage in `damages`.
 
         Collective.
         """
         state = self._state()
         rows: list[list[int]] = state.tolist()
-        self.found = self._broken(rows) + self._different_replicas(state) + self._bad_copies(state)
-        return bool(self.found)
+        self.damages = self._broken(rows) + self._different_replicas(state) + self._bad_copies(state)
+        return bool(self.damages)
 
     def not_finite(self, spoilt: Sequence[tuple[int, str]]) -> list[Damage]:
         """Returns a Damage for each tensor of this rank's state that an update left non-finite, given as (index of the shard, kind
@@ -92,7 +92,7 @@ class DamageCheck:
             if damage.axis and self.rank in damage.holders:
                 group = self._mesh.group(damage.axis)
                 source = group.ranks.index(_intact_holder(damage, damages))
-                for tensor in self._engine.shards()[self._shared(damage.axis)[damage.place]].tensors.values():
+                for tensor in self._engine.shards()[self._shared(damage.axis)[damage.index]].tensors.values():
                     group.broadcast(tensor, source)
         self._engine.publish()
 
@@ -119,9 +119,9 @@ class DamageCheck:
         for axis in self._sharing_axes():
             members, group = self._shared(axis), self._mesh.group(axis)
             table = _gather(state[members], group)
-            for place, index in enumerate(members):
+            for position, index in enumerate(members):
                 for column, kind in enumerate(shards[index].tensors):
-                    if _differs_from_majority([row[place][column] for row in table], group.rank):
+                    if _differs_from_majority([row[position][column] for row in table], group.rank):
                         damages.append(self._damaged_state("replica", index, kind, axis))
         return damages
 
@@ -141,11 +141,11 @@ class DamageCheck:
             members = [index for index, shard in enumerate(shards) if shard.axis == axis]
             copies = [torch.stack([checksum(part) for part in shards[index].copies]) for index in members]
             truths = _gather(torch.stack([self._truth(index, state) for index in members]), self._mesh.group(axis))
-            for place, (index, own) in enumerate(zip(members, copies, strict=True)):
+            for position, (index, own) in enumerate(zip(members, copies, strict=True)):
                 shard = shards[index]
                 for part, copy in enumerate(own.tolist()):
                     owner = part if len(own) > 1 else shard.group.rank
-                    if copy != truths[owner][place]:
+                    if copy != truths[owner][position]:
                         damages.append(self._bad_copy(shard, shard.group.ranks[owner]))
         return damages
 
@@ -164,7 +164,7 @@ class DamageCheck:
 
     def _damaged_state(self, kind: str, index: int, what: str, axis: str | None = None) -> Damage:
         shard = self._engine.shards()[index]
-        axis = next((one for one in self._sharing_axes() if one in shard.held_along), "") if axis is None else axis
+        axis = next((shared for shared in self._sharing_axes() if shared in shard.held_along), "") if axis is None else axis
         name = f"{what} of {shard.name}"
         if not axis:
             return Damage(kind, name, self.rank)
@@ -202,15 +202,15 @@ def repairable(damages: Sequence[Sequence[Damage]]) -> bool:
 
 def _distinct(damages: Sequence[Sequence[Damage]]) -> list[Damage]:
     """Returns one Damage for every damaged piece of state (none of kind "copy"), in the same order on all ranks."""
-    pieces = {(damage.axis, damage.place, damage.holders): damage for own in damages for damage in own if damage.kind != "copy"}
+    pieces = {(damage.axis, damage.index, damage.holders): damage for own in damages for damage in own if damage.kind != "copy"}
     return list(pieces.values())
 
 
 def _intact_holder(damage: Damage, damages: Sequence[Sequence[Damage]]) -> int:
     """Returns the first global rank that holds an undamaged copy of the state that `damage` is about; -1 if no rank does."""
-    piece = (damage.axis, damage.place, damage.holders)
+    piece = (damage.axis, damage.index, damage.holders)
     for holder in damage.holders if damage.axis else ():
-        if all((other.axis, other.place, other.holders) != piece or other.kind == "copy" for other in damages[holder]):
+        if all((other.axis, other.index, other.holders) != piece or other.kind == "copy" for other in damages[holder]):
             return holder
     return -1
 

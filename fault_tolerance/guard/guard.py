@@ -40,7 +40,7 @@ class StepValues:
     norm: float
     """Norm of the gradient with respect to all weights, divided by the loss scale; not finite if any part of the gradient on any
     rank is not finite."""
-    found: Sequence[float]
+    inspected: Sequence[float]
     """The values that `Guard.inspect` returned after this attempt, summed over all ranks."""
     scale_can_fall: bool = False
     """Whether the loss scale can fall further, which could make a non-finite gradient finite (float16)."""
@@ -100,7 +100,7 @@ class Guard:
 
     def _start(self) -> int:
         self._attempts.begin()
-        self._damage.found = []
+        self._damage.damages = []
         self._count, self._first, self._pending = 0, None, None
         if self._checks(self._step) and not self._damage.sealed:
             self._damage.seal()
@@ -120,7 +120,7 @@ class Guard:
 
     def inspect(self, step: int) -> list[torch.Tensor]:
         """Checks this rank's state after the gradients of an attempt are reduced. Returns float64 scalars to be summed over the
-        ranks for `StepValues.found`.
+        ranks for `StepValues.inspected`.
 
         Collective in the steps that `_checks` selects (guard.check_every, and after a save), and once something was wrong with an
         attempt at this step.
@@ -142,7 +142,7 @@ class Guard:
             verdict, self._pending = self._pending, None
             return self._weigh(step, verdict, figures)
         self._values = figures.loss, figures.norm
-        damaged, *differing = figures.found
+        damaged, *differing = figures.inspected
         differing = differing[: self._attempts.earlier]
         table = self._gather_details() if damaged or any(differing) else []
         damages = damage.blame([damage.from_json(row["damage"]) for row in table])
@@ -267,7 +267,7 @@ class Guard:
     def _gather_details(self) -> list[dict[str, Any]]:
         """Returns the gradient checksums and the damages of every rank, by rank. Collective."""
         world = self._mesh.group("world")
-        own = {"attempts": self._attempts.as_json(), "damage": damage.as_json(self._damage.found)}
+        own = {"attempts": self._attempts.as_json(), "damage": damage.as_json(self._damage.damages)}
         return gather_json(own, world)
 
     def _verdict(self, step: int, action: GuardAction, ranks: tuple[int, ...], same: bool | None, deferred: bool) -> GuardDecision:

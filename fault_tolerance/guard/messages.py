@@ -59,10 +59,10 @@ def after_update(step: int, action: GuardAction, damaged: Sequence[str], again: 
     return f"step {step}: {Cause.UPDATE}: {'; '.join(damaged)}; {ends[action]}"
 
 
-def by_rank(rank: int, things: Sequence[str]) -> str:
-    """Returns a text with the rank and the names of what is damaged there: the first three of `things` and the number of others."""
-    more = f" and {len(things) - 3} more" if len(things) > 3 else ""
-    return f"rank {rank}: {', '.join(things[:3])}{more}"
+def by_rank(rank: int, names: Sequence[str]) -> str:
+    """Returns a text with the rank and the names of what is damaged there: the first three of `names` and the number of others."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"rank {rank}: {', '.join(names[:3])}{more}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -45,10 +45,10 @@ class RankScene:
         return self.communicator.given_up()
 
     def spoil_gradient(self, how: Literal["nan", "flip"]) -> str:
-        found = next(((name, parameter) for name, parameter in self._vectors() if parameter.requires_grad), None)
-        if found is None:
+        trainable = next(((name, parameter) for name, parameter in self._vectors() if parameter.requires_grad), None)
+        if trainable is None:
             return "nothing, because every norm of this rank is frozen"
-        name, parameter = found
+        name, parameter = trainable
 
         def spoil(gradient: torch.Tensor) -> torch.Tensor:
             handle.remove()

@@ -122,8 +122,8 @@ class Replica:
         nodes, transfers = self.site.nodes, []
         wanted_shards = gather_json(sorted(shards_of(manifest, wanted)), self.site.group)
         for node, members in enumerate(nodes.members):
-            here = {shard_name(part) for part, positions in holders.items() if any(nodes.of[p] == node for p in positions)}
-            missing = sorted({name for member in members for name in wanted_shards[member]} - here)
+            present = {shard_name(part) for part, positions in holders.items() if any(nodes.of[p] == node for p in positions)}
+            missing = sorted({name for member in members for name in wanted_shards[member]} - present)
             for turn, name in enumerate(missing):
                 sources = holders[part_of(name)]
                 destination = members[turn % len(members)]

@@ -54,12 +54,12 @@ class Replicas:
         room = {"free": site.free_bytes(), "folder": str(site.root.parent)} if site.leads else {}
         answers = gather_json({"bytes": own_bytes, **room}, site.group)
         for node, members in enumerate(nodes.members):
-            here, leader = [*members, *(other for member in members for other in nodes.kept_for[member])], answers[members[0]]
-            needs = GENERATIONS * int(_MARGIN * sum(answers[position]["bytes"] for position in here))
+            kept, leader = [*members, *(other for member in members for other in nodes.kept_for[member])], answers[members[0]]
+            needs = GENERATIONS * int(_MARGIN * sum(answers[position]["bytes"] for position in kept))
             if leader["free"] < needs:
                 raise RecipeError(
                     f"checkpoint.replica_every needs {_gigabytes(needs)} of memory in {leader['folder']} on node {node} (rank "
-                    f"{site.group.ranks[members[0]]}), {GENERATIONS} generations of {len(here)} ranks' state, but has "
+                    f"{site.group.ranks[members[0]]}), {GENERATIONS} generations of {len(kept)} ranks' state, but has "
                     f"{_gigabytes(leader['free'])}; give it more (a bigger /dev/shm, more nodes) or checkpoint.replica_every=0"
                 )
 

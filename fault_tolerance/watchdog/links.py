@@ -22,8 +22,8 @@ class LostLink:
     """A connection with data that the other end does not acknowledge."""
 
     rank: int
-    here: Address
-    there: Address
+    local: Address
+    remote: Address
     peer: int | None
     """The rank at the other end of the connection; None if that end is none of the processes examined, e.g. on another machine."""
     unacknowledged_bytes: int
@@ -31,14 +31,14 @@ class LostLink:
 
     def __str__(self) -> str:
         name = "" if self.peer is None else f" (rank {self.peer})"
-        return (f"rank {self.rank} at {_text(self.here)} to {_text(self.there)}{name}: {self.unacknowledged_bytes} bytes not "
+        return (f"rank {self.rank} at {_text(self.local)} to {_text(self.remote)}{name}: {self.unacknowledged_bytes} bytes not "
                 f"acknowledged, sent again {self.repeats} times")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Connection:
-    here: Address
-    there: Address
+    local: Address
+    remote: Address
     unacknowledged_bytes: int
     repeats: int
 
@@ -46,9 +46,9 @@ class _Connection:
 def lost_links(processes: Mapping[int, int]) -> list[LostLink]:
     """Returns the connections of `processes` (the process id of each rank) whose data are sent again and not acknowledged."""
     of_rank = {rank: _connections(pid) for rank, pid in processes.items()}
-    owner = {(link.here, link.there): rank for rank, connections in of_rank.items() for link in connections}
+    owner = {(link.local, link.remote): rank for rank, connections in of_rank.items() for link in connections}
     return [
-        LostLink(rank, link.here, link.there, owner.get((link.there, link.here)), link.unacknowledged_bytes, link.repeats)
+        LostLink(rank, link.local, link.remote, owner.get((link.remote, link.local)), link.unacknowledged_bytes, link.repeats)
         for rank, connections in of_rank.items()
         for link in connections
         if link.repeats and link.unacknowledged_bytes

@@ -86,8 +86,6 @@ class HangDiagnosis:
 
     culprits: tuple[int, ...]
     why: str
-    suspects: tuple[int, ...] = ()
-    """The ranks among which the culprit must be; the same as `culprits` if they are known."""
 
 
 def judge(seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
@@ -155,7 +153,7 @@ def _follow(state: Seen, seen: Mapping[int, Seen], patience: Patience) -> HangDi
             if path[0].silent_seconds < 2 * patience.hang_seconds:
                 return None  # the watchdog of the node of those ranks sees more and decides first
             what = f"rank {state.rank} {state.doing()}; ranks {_list(behind)}, on another node, have not joined it"
-            return HangDiagnosis((), what, tuple(behind))
+            return HangDiagnosis((), what)
         if gone := [other for other in known if other.process in GONE]:
             return _culprits(gone, "it has ended while others wait for it")
         if any(not other.overdue(patience) for other in known):
@@ -173,8 +171,8 @@ def _behind(state: Seen, seen: Mapping[int, Seen]) -> list[int]:
     of other nodes, since their counts are unknown."""
     assert state.line is not None
     others = [rank for rank in state.line.ranks if rank != state.rank]
-    here = [rank for rank in others if rank in seen and seen[rank].counts.get(state.line, 0) < state.number]
-    return here or [rank for rank in others if rank not in seen]
+    behind = [rank for rank in others if rank in seen and seen[rank].counts.get(state.line, 0) < state.number]
+    return behind or [rank for rank in others if rank not in seen]
 
 
 def _all_have_joined(state: Seen, seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
@@ -193,13 +191,12 @@ def _all_have_joined(state: Seen, seen: Mapping[int, Seen], patience: Patience) 
 
 
 def _culprits(ranks: list[Seen], why: str) -> HangDiagnosis:
-    numbers = tuple(state.rank for state in ranks)
     each = "; ".join(f"rank {state.rank} {state.doing()}" for state in ranks)
-    return HangDiagnosis(numbers, f"{each}: {why}", numbers)
+    return HangDiagnosis(tuple(state.rank for state in ranks), f"{each}: {why}")
 
 
 def _nobody(ranks: list[Seen], why: str) -> HangDiagnosis:
-    return HangDiagnosis((), f"ranks {_list([state.rank for state in ranks])}: {why}", tuple(state.rank for state in ranks))
+    return HangDiagnosis((), f"ranks {_list([state.rank for state in ranks])}: {why}")
 
 
 def _list(ranks: list[int]) -> str:

@@ -13,7 +13,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, step_of
 from bagualu.fault_tolerance.checkpoint.layout.quarantine import list_set_aside
-from bagualu.fault_tolerance.checkpoint.reading.inspect import describe_one, verify
+from bagualu.fault_tolerance.checkpoint.reading.inspect import describe, verify
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.verbs.usage import CommandLine
 from bagualu.trainer.process.environment import cores
@@ -26,7 +26,7 @@ def checkpoint(request: CommandLine) -> tuple[int, Any]:
     """Print a table of a run's checkpoints. Returns the exit code and the object that --json prints. The exit code is 1 if a
     problem was found in a checkpoint (`list` looks quickly, `verify` at every byte); checkpoints set aside do not count.
 
-    The object is a list with the result of `inspect.describe_one` for each checkpoint, with a list `problems` instead of `problem`,
+    The object is a list with the result of `inspect.describe` for each checkpoint, with a list `problems` instead of `problem`,
     and without the guard's long history. Raises RecipeError.
     """
     if len(request.overrides) != 2 or request.overrides[0] not in ("list", "verify"):
@@ -61,7 +61,7 @@ def _find(given: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _row(path: Path, everything: bool) -> dict[str, Any]:
-    row = describe_one(path)
+    row = describe(path)
     if isinstance(guard := (row["metadata"] or {}).get("guard"), dict):  # without the long history, which only the run needs
         row["metadata"] = {**row["metadata"], "guard": {key: value for key, value in guard.items() if key not in _HISTORY}}
     quick = row.pop("problem")

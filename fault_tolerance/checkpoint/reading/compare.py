@@ -16,13 +16,13 @@ _MOST_SHOWN = 60
 """The most characters of each differing value that a line shows."""
 
 
-def differences(one: Path, other: Path) -> list[str]:
+def differences(left: Path, right: Path) -> list[str]:
     """Compares the checkpoints at two paths and returns a line per differing metadata key or tensor; [] if all are equal. Layout
     and the guard's record of past bad steps may differ. Raises CheckpointError if one of them cannot be read.
 
     Only one tensor of each checkpoint is in memory at a time.
     """
-    first, second = Checkpoint(one), Checkpoint(other)
+    first, second = Checkpoint(left), Checkpoint(right)
     metadata, other_metadata = _state_metadata(first), _state_metadata(second)
     lines = [
         "metadata " + _first_difference(key, metadata.get(key), other_metadata.get(key))

@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.fault_tolerance.checkpoint.layout.blocks import damaged_blocks, open_shard
-from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, CheckpointError, Manifest, StoredBox, step_of
 from bagualu.fault_tolerance.checkpoint.layout.manifest import read_manifest
 
 
-def describe(root: Path) -> list[dict[str, Any]]:
-    """Returns `describe_one` of every checkpoint under `root`, lowest step first."""
-    return [describe_one(path) for path in list_checkpoints(root)]
-
-
-def describe_one(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
     """Returns a description of the checkpoint at `path`, as plain JSON, without reading its data.
 
     Keys: path, step, saved (seconds since the epoch), bytes, tensors (a count), shards (a count), layout (metadata["layout"], if

@@ -177,7 +177,7 @@ def test_damage_is_described_without_hiding_the_others(tmp_path, save_step):
         save_step(tmp_path, step, 2, keep=3)
     (tmp_path / "step-00000020" / "manifest.json").unlink()
     (tmp_path / "step-00000030" / "rank-00001.safetensors").write_bytes(b"")
-    rows = describe(tmp_path)
+    rows = [describe(path) for path in list_checkpoints(tmp_path)]
     assert [row["step"] for row in rows] == [10, 20, 30]
     assert (rows[0]["layout"], rows[0]["tensors"], rows[0]["problem"]) == ("data 2", 4, None)
     assert rows[0]["bytes"] == sum(path.stat().st_size for path in (tmp_path / "step-00000010").glob("rank-*"))

@@ -160,8 +160,7 @@ def test_ranks_that_wait_for_each_other_are_named_together_and_nobody_as_the_cul
     verdict = judge(seen, PATIENCE)
     assert verdict is not None
     assert verdict.culprits == ()
-    assert verdict.suspects == (0, 1)
-    assert "each other" in verdict.why
+    assert verdict.why.startswith("ranks 0, 1: they wait for each other")
 
 
 def test_a_rank_on_another_node_is_left_to_its_own_watchdog_for_a_while() -> None:
