@@ -7,7 +7,7 @@ from bagualu.comm.checks import require_at_least
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.balance.stages.keys import COMPUTED, memory_caps, validate_speeds
 from bagualu.parallel.layout import Layout
-from bagualu.parallel.pipeline.registry import place
+from bagualu.parallel.pipeline.registry import placement_of
 
 HEAD_CHUNK_TOKENS = 2**10
 """Tokens per chunk in the fused head and loss (vocabulary.py). Every chunk reads the whole weight and its gradient, so small chunks
@@ -92,7 +92,7 @@ class ParallelConfig:
             raise RecipeError(f"parallel.context={self.context} is not supported yet; give parallel.context=1")
         if self.engine not in ENGINES:
             raise RecipeError(f"parallel.engine={self.engine} is unknown; give one of {', '.join(ENGINES)}")
-        placement = place(self.schedule, self.pipeline, self.virtual_stages)
+        placement = placement_of(self.schedule, self.pipeline, self.virtual_stages)
         if self.zero_stage not in ENGINES[self.engine]:
             able = [name for name, stages in ENGINES.items() if self.zero_stage in stages]
             *others, last = sorted(ENGINES[self.engine])

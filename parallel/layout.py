@@ -8,8 +8,6 @@ step, crosses far ranks (BaGuaLu's MoDa layout, PPoPP'22, section 4).
 
 from dataclasses import dataclass
 
-AXES = ("pipeline", "data", "context", "tensor")
-
 
 @dataclass(frozen=True)
 class Layout:

@@ -101,11 +101,11 @@ def _open_connections(mesh: Mesh, communicator: Communicator) -> None:
     Some backends (NCCL) connect two ranks at their first message, and both block until then. The first messages of a schedule come
     in an order in which ranks would block each other forever.
     """
-    here, element = mesh.at("pipeline"), torch.zeros(1, device=communicator.device)
+    own, element = mesh.at("pipeline"), torch.zeros(1, device=communicator.device)
     for gradients, source, destination in _connections(mesh.placement):
-        if source == here:
+        if source == own:
             mesh.messages(gradients, source, destination).send(element, destination)
-        elif destination == here:
+        elif destination == own:
             mesh.messages(gradients, source, destination).receive(element, source)
 
 

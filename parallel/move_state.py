@@ -37,32 +37,32 @@ class Relocation:
         self._group = group
         holders = [_by_name(entry["held"]) for entry in tables]
         seekers = [_boxes(entry["wanted"]) for entry in tables]
-        here = group.rank
+        own = group.rank
         self._outgoing = [
-            [_view(held[index], common) for _, index, common in _intersections(seeker, holders[here])] for seeker in seekers
+            [_view(held[index], common) for _, index, common in _intersections(seeker, holders[own])] for seeker in seekers
         ]
         self._incoming = [
-            [_view(wanted[index], common) for index, _, common in _intersections(seekers[here], holder)] for holder in holders
+            [_view(wanted[index], common) for index, _, common in _intersections(seekers[own], holder)] for holder in holders
         ]
-        missing = _first_missing(seekers[here], holders)
+        missing = _first_missing(seekers[own], holders)
         if missing is not None:
             raise ValueError(f"this rank needs a part of {missing} that no rank holds")
-        self._send_buffers = [_buffer(tensors, group.device) if i != here else None for i, tensors in enumerate(self._outgoing)]
-        self._receive_buffers = [_buffer(tensors, group.device) if i != here else None for i, tensors in enumerate(self._incoming)]
+        self._send_buffers = [_buffer(tensors, group.device) if i != own else None for i, tensors in enumerate(self._outgoing)]
+        self._receive_buffers = [_buffer(tensors, group.device) if i != own else None for i, tensors in enumerate(self._incoming)]
 
     def run(self) -> None:
         """Copies all values to the tensors that want them. Collective. It allocates no memory.
 
         Each pair of ranks exchanges at most one message in each direction; all ranks go through the pairs in the same order.
         """
-        here, group, works = self._group.rank, self._group, []
-        for target, held in zip(self._incoming[here], self._outgoing[here], strict=True):
+        own, group, works = self._group.rank, self._group, []
+        for target, held in zip(self._incoming[own], self._outgoing[own], strict=True):
             target.copy_(held)
         for low in range(group.size):
             for high in range(low + 1, group.size):
                 for source, destination in ((low, high), (high, low)):
-                    outgoing = self._send_buffers[destination] if source == here else None
-                    incoming = self._receive_buffers[source] if destination == here else None
+                    outgoing = self._send_buffers[destination] if source == own else None
+                    incoming = self._receive_buffers[source] if destination == own else None
                     if outgoing is not None:
                         tensors = self._outgoing[destination]
                         for part, tensor in zip(_split(outgoing, tensors), tensors, strict=True):

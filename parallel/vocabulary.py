@@ -94,13 +94,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_rows: torch.Tensor | None = None
         total = x.new_zeros((), dtype=accurate_dtype(x.dtype))
         for begin in range(0, max(1, x.shape[0]), HEAD_CHUNK_TOKENS):
-            here = slice(begin, begin + HEAD_CHUNK_TOKENS)
-            chunk = x[here].to(rows.dtype)
+            tokens = slice(begin, begin + HEAD_CHUNK_TOKENS)
+            chunk = x[tokens].to(rows.dtype)
             logits = (chunk @ rows.T).to(total.dtype)
-            total += _loss_and_gradient(logits, labels[here] - start, labels[here] != IGNORED, group)
+            total += _loss_and_gradient(logits, labels[tokens] - start, labels[tokens] != IGNORED, group)
             if grad_x is not None:
                 grad_logits = logits.to(rows.dtype)
-                torch.mm(grad_logits, rows, out=grad_x[here])
+                torch.mm(grad_logits, rows, out=grad_x[tokens])
                 if ctx.needs_input_grad[1]:
                     grad_rows = _plus_product(grad_rows, grad_logits.T, chunk)
         if grad_x is not None:
@@ -135,15 +135,15 @@ def _plus_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.T
 def _loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None) -> torch.Tensor:
     """Returns a chunk's summed loss and overwrites `logits` [n, V] with the gradient of that loss with respect to them. `counts`
     [n]: whether the token adds to the loss. `target` [n] is relative to this rank's first row."""
-    here = counts & (target >= 0) & (target < logits.shape[1])
-    row = torch.where(here, target, 0).unsqueeze(1)
+    owned = counts & (target >= 0) & (target < logits.shape[1])
+    row = torch.where(owned, target, 0).unsqueeze(1)
     high = logits.amax(1, keepdim=True) if logits.shape[1] else logits.new_full((logits.shape[0], 1), -torch.inf)
     if group and group.size > 1:
         group.all_reduce(high, "max")
     logits -= high
     sums = logits.new_zeros((2, logits.shape[0]))
     if logits.shape[1]:
-        sums[0] = torch.where(here, logits.gather(1, row).squeeze(1), 0)
+        sums[0] = torch.where(owned, logits.gather(1, row).squeeze(1), 0)
         logits.exp_()
         sums[1] = logits.sum(1)
     if group and group.size > 1:
@@ -151,5 +151,5 @@ def _loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch
     loss = torch.where(counts, sums[1].log() - sums[0], 0).sum()
     logits *= torch.where(counts, sums[1].reciprocal(), 0).unsqueeze(1)
     if logits.shape[1]:
-        logits.scatter_add_(1, row, -here.to(logits.dtype).unsqueeze(1))
+        logits.scatter_add_(1, row, -owned.to(logits.dtype).unsqueeze(1))
     return loss

@@ -42,7 +42,7 @@ class _Plan:
 
     @property
     def peaks(self) -> list[int]:
-        return check(with_messages(self.schedule)).peak_in_flight
+        return check(with_messages(self.schedule))
 
     @property
     def formula_bubble(self) -> Time | None:

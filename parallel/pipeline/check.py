@@ -1,8 +1,7 @@
 """Checks that a schedule is complete, in a valid order and free of deadlock, before it runs."""
 
 from collections import Counter, deque
-from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.schedules.schedule import (
@@ -26,19 +25,10 @@ class ScheduleError(ValueError):
     """A schedule is wrong. The message names the rank and the action."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """The activation memory that a correct schedule needs, counted in forward passes whose activations are in memory."""
-
-    peak_in_flight: list[int]
-    """For each rank, the most forward passes, of all its stages together, whose activations are held at the same time. With v
-    chunks, each pass counts for 1/v of the rank's layers."""
-    peak_by_stage: list[int]
-    """For each stage, the most forward passes of this stage whose activations are held at the same time."""
-
-
-def check(schedule: Schedule) -> Report:
-    """Returns the schedule's need of activation memory. Raises ScheduleError if the schedule is wrong.
+def check(schedule: Schedule) -> list[int]:
+    """Returns the activation memory that the schedule needs: for each rank, the most forward passes, of all its stages together,
+    whose activations are held at the same time. With v chunks, each pass counts for 1/v of the rank's layers. Raises ScheduleError
+    if the schedule is wrong.
 
     A correct schedule does every micro-batch at every stage forward and then backward exactly once, the backward pass whole or as I
     and then W. Each pass comes after the message it needs and before the message it feeds. And all ranks reach the end of their
@@ -47,9 +37,7 @@ def check(schedule: Schedule) -> Report:
     for rank, actions in enumerate(schedule.actions):
         _check_rank(rank, actions, schedule)
     run_dry(schedule)
-    by_rank = [_peaks(actions) for actions in schedule.actions]
-    own = {stage: peak for _, peaks in by_rank for stage, peak in peaks.items()}
-    return Report([peak for peak, _ in by_rank], [own[stage] for stage in range(schedule.placement.stages)])
+    return [_peak(actions) for actions in schedule.actions]
 
 
 def _check_rank(rank: int, actions: list[Action], schedule: Schedule) -> None:
@@ -97,10 +85,10 @@ def channel(action: Action, placement: StagePlacement) -> Channel:
     stage."""
     kind = Kind.RECEIVE_ACTIVATION if action.kind in (Kind.RECEIVE_ACTIVATION, Kind.SEND_ACTIVATION) else Kind.RECEIVE_GRADIENT
     ahead = 1 if kind == Kind.RECEIVE_ACTIVATION else -1
-    here = placement.rank_of(action.stage)
+    rank = placement.rank_of(action.stage)
     if action.kind in SENDS:
-        return kind, here, placement.rank_of(action.stage + ahead)
-    return kind, placement.rank_of(action.stage - ahead), here
+        return kind, rank, placement.rank_of(action.stage + ahead)
+    return kind, placement.rank_of(action.stage - ahead), rank
 
 
 def run_dry(schedule: Schedule) -> list[tuple[int, Action]]:
@@ -144,12 +132,6 @@ def received_as(send: Action) -> Action:
     return Action(Kind.RECEIVE_GRADIENT, send.micro_batch, send.stage - 1)
 
 
-def _peaks(actions: list[Action]) -> tuple[int, dict[int, int]]:
-    """Returns (of the rank, by stage) the most forward passes whose activations are in memory at the same time."""
-    held: Counter[int] = Counter()
-    peak, peaks = 0, Counter[int]()
-    for action in actions:
-        held[action.stage] += (action.kind == Kind.FORWARD) - (action.kind in _RELEASES)
-        peak = max(peak, held.total())
-        peaks[action.stage] = max(peaks[action.stage], held[action.stage])
-    return peak, dict(peaks)
+def _peak(actions: list[Action]) -> int:
+    """Returns the most forward passes whose activations are in memory at the same time."""
+    return max(accumulate((action.kind == Kind.FORWARD) - (action.kind in _RELEASES) for action in actions), default=0)

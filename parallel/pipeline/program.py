@@ -27,16 +27,16 @@ def program(schedule: Schedule, rank: int) -> Program:
     in_transit: dict[Action, list[int]] = {}
     sent: list[Action] = []
     arrived: dict[Action, list[Action]] = {}
-    for here, action in run_dry(schedule):
+    for current, action in run_dry(schedule):
         if action.kind in SENDS:
-            in_transit[received_as(action)] = list(known[here])
-            if here == rank:
+            in_transit[received_as(action)] = list(known[current])
+            if current == rank:
                 sent.append(action)
         elif action.kind in RECEIVES:
-            known[here] = [max(pair) for pair in zip(known[here], in_transit.pop(action), strict=True)]
-        known[here][here] = positions[here][action] + 1
-        if here == rank and action.kind in RECEIVES:
-            received = [send for send in sent if _is_received(send, schedule, positions, known[here])]
+            known[current] = [max(pair) for pair in zip(known[current], in_transit.pop(action), strict=True)]
+        known[current][current] = positions[current][action] + 1
+        if current == rank and action.kind in RECEIVES:
+            received = [send for send in sent if _is_received(send, schedule, positions, known[current])]
             if received:
                 arrived[action] = received
                 sent = [send for send in sent if send not in received]

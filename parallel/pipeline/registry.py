@@ -39,7 +39,7 @@ class Family:
         return StagePlacement(ranks, chosen, self.v_shaped)
 
 
-def place(name: str, ranks: int, chunks: int | None = None) -> StagePlacement:
+def placement_of(name: str, ranks: int, chunks: int | None = None) -> StagePlacement:
     """Returns the placement of the schedule `name`. Raises RecipeError for an unknown name or an unsupported number of chunks."""
     if name not in FAMILIES:
         raise RecipeError(f"parallel.schedule={name} is unknown; give one of {', '.join(FAMILIES)}")
@@ -54,7 +54,7 @@ def splits_backward(name: str) -> bool:
 def compute_schedule(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Schedule:
     """Returns the schedule `name`, without messages; `chunks` None: its default number of stages per rank. Raises RecipeError if
     there is no such schedule or it does not support `chunks` stages per rank."""
-    placement = place(name, ranks, chunks)
+    placement = placement_of(name, ranks, chunks)
     return Schedule(placement, micro_batches, FAMILIES[name].generate(placement, micro_batches))
 
 

@@ -100,8 +100,8 @@ def simulate(schedule: Schedule, cost: Cost, message: Time = 0) -> Timeline:
 def _arrival(schedule: Schedule, action: Action, ends: dict[Action, Time], message: Time) -> Time | None:
     """Returns the time at which all results that the pass needs are available; None if one of them has no time yet."""
     rank_of = schedule.placement.rank_of
-    needed = dependencies(action, schedule.placement)
-    if not all(one in ends for one in needed):
+    inputs = dependencies(action, schedule.placement)
+    if not all(needed in ends for needed in inputs):
         return None
-    here = rank_of(action.stage)
-    return max((ends[one] + (0 if rank_of(one.stage) == here else message) for one in needed), default=0)
+    rank = rank_of(action.stage)
+    return max((ends[needed] + (0 if rank_of(needed.stage) == rank else message) for needed in inputs), default=0)

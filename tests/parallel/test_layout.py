@@ -6,8 +6,9 @@ from math import prod
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bagualu.parallel.layout import AXES, Layout
+from bagualu.parallel.layout import Layout
 
+AXES = ("pipeline", "data", "context", "tensor")
 DERIVED = ("fold", "expert", "replica", "world")
 SAME = {
     "pipeline": ("fold", "tensor"), "tensor": ("fold", "pipeline"), "data": ("context", "tensor", "pipeline"),

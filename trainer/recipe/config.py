@@ -18,7 +18,7 @@ from bagualu.parallel.balance.stages.keys import validate_shares, validate_split
 from bagualu.parallel.balance.stages.problem import RECOMPUTE
 from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.layout import Layout
-from bagualu.parallel.pipeline.registry import place, splits_backward
+from bagualu.parallel.pipeline.registry import placement_of, splits_backward
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
@@ -298,7 +298,7 @@ class Recipe:
 
     def _validate_pipeline(self, layout: Layout) -> None:
         parallel = self.parallel
-        placement = place(parallel.schedule, layout.pipeline, parallel.virtual_stages)
+        placement = placement_of(parallel.schedule, layout.pipeline, parallel.virtual_stages)
         validate_split(parallel.balance, self.model.layers, placement, parallel.memory_bytes, self.train.recompute)
         if self.train.compile and splits_backward(parallel.schedule):
             raise RecipeError(f"parallel.schedule={parallel.schedule} takes the backward pass in two parts, which compiled layers "

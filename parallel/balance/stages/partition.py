@@ -67,24 +67,24 @@ def solve(problem: Problem, work: int = WORK) -> Solution | None:
     for step in _STEPS:
         bound = max(least, 1e-300) * (1 + step)  # positive even if all costs are 0
         try:
-            found = _Search(room, bound, bound, work).run()
+            split = _Search(room, bound, bound, work).run()
         except _TooMuchWork:
             proves = False
             continue
-        if found is not None:
-            return _improved(room, found, floor, proves, work)
+        if split is not None:
+            return _improved(room, split, floor, proves, work)
         floor = bound if proves else floor
     if not proves:
         raise GaveUp
     return None
 
 
-def _improved(room: "_Room", found: tuple[float, list[Piece]], floor: float, proves: bool, work: int) -> Solution:
-    """Returns the best split, given the split `found` and a lower bound `floor` of the bottleneck.
+def _improved(room: "_Room", split: tuple[float, list[Piece]], floor: float, proves: bool, work: int) -> Solution:
+    """Returns the best split, given a first `split` and a lower bound `floor` of the bottleneck.
 
-    Searches further only if the bottleneck of `found` is above `floor` and no earlier search was cut short (`proves`).
+    Searches further only if the bottleneck of `split` is above `floor` and no earlier search was cut short (`proves`).
     """
-    value, pieces = found
+    value, pieces = split
     if value > floor * (1 + _ROUNDING) and proves:
         try:
             better = _Search(room, value * (1 - 2 * _ROUNDING), floor, work).run()

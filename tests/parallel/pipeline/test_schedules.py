@@ -8,7 +8,7 @@ import pytest
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.draw_text import draw, short
-from bagualu.parallel.pipeline.registry import FAMILIES, SCHEDULES, compute_schedule, place
+from bagualu.parallel.pipeline.registry import FAMILIES, SCHEDULES, compute_schedule, placement_of
 from bagualu.parallel.pipeline.schedules import dualpipe_v, interleaved, one_stage, v_half, zb_v
 from bagualu.parallel.pipeline.schedules.schedule import Action, Kind, Schedule, forward_only, with_messages
 from bagualu.parallel.pipeline.timeline import per_kind, simulate
@@ -99,9 +99,9 @@ def test_validation_goes_forward_only_chunk_after_chunk() -> None:
 
 
 def test_where_the_stages_lie() -> None:
-    assert [place("interleaved_1f1b", 3).rank_of(stage) for stage in range(6)] == [0, 1, 2, 0, 1, 2]
-    assert [place("zb_v", 3).rank_of(stage) for stage in range(6)] == [0, 1, 2, 2, 1, 0]
-    assert place("interleaved_1f1b", 2, 3).stages == 6
+    assert [placement_of("interleaved_1f1b", 3).rank_of(stage) for stage in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert [placement_of("zb_v", 3).rank_of(stage) for stage in range(6)] == [0, 1, 2, 2, 1, 0]
+    assert placement_of("interleaved_1f1b", 2, 3).stages == 6
 
 
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:

@@ -16,7 +16,7 @@ from tests.parallel.balance.examples import all_forward_then_backward
 def test_a_schedule_of_one_stage_a_rank_has_the_peak_that_the_checker_reports(name: str) -> None:
     for ranks, micro_batches in ((1, 3), (4, 2), (4, 9)):
         schedule = with_messages(compute_schedule(name, ranks, micro_batches))
-        assert worst_moments(schedule) == [[((peak, 0),)] for peak in check(schedule).peak_in_flight]
+        assert worst_moments(schedule) == [[((peak, 0),)] for peak in check(schedule)]
 
 
 def test_two_stages_and_a_split_backward_have_several_worst_moments() -> None:
