@@ -22,7 +22,7 @@ from bagualu.trainer.output.log_file import copy_to_log
 from bagualu.trainer.output.progress import summary_text
 from bagualu.trainer.output.summary import Start
 from bagualu.trainer.process import environment
-from bagualu.trainer.process.failure import DONE, FAILED, REFUSED, STOPPED, Failure, last_words, what_next
+from bagualu.trainer.process.failure import DONE, FAILED, REFUSED, STOPPED, Failure, last_line, what_next
 from bagualu.trainer.process.garbage_collection import uncollected
 from bagualu.trainer.process.parent_death import die_with
 from bagualu.trainer.process.stop_request import StopRequest
@@ -117,7 +117,7 @@ def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | N
             traceback.print_exc()
         if why.kind != "recipe" or world.rank == 0:
             advice = "if it only lost a peer, see the other ranks' last lines" if world.size > 1 else what_next(why)
-            print(last_words(why, advice), file=sys.stderr, flush=True)
+            print(last_line(why, advice), file=sys.stderr, flush=True)
         os._exit(REFUSED if why.kind == "recipe" else FAILED)  # skips destructors, which would wait for lost peers
     if world.rank == 0:
         print(summary_text(summary))

@@ -42,16 +42,16 @@ def validate(state: TrainerState) -> Validation | None:
 def _share(state: TrainerState, count: int) -> list[MicroBatch]:
     """Returns, in whole micro-batches, this data rank's share of `count` sequences that are spread evenly over the validation
     split. Rows that fill up the last micro-batches have labels that the loss ignores."""
-    size, ranks, place = state.recipe.train.micro_batch, state.mesh.layout.data, state.mesh.at("data")
+    size, ranks, data_rank = state.recipe.train.micro_batch, state.mesh.layout.data, state.mesh.at("data")
     chosen = [index * state.batches.validation_count // count for index in range(count)]
     rounds = -(-count // (size * ranks))
     shares = []
     for index in range(rounds):
-        start = (index * ranks + place) * size
-        here = [state.batches.validation(number, 1) for number in chosen[start : start + size]]
+        start = (index * ranks + data_rank) * size
+        sequences = [state.batches.validation(number, 1) for number in chosen[start : start + size]]
         inputs = torch.zeros(size, state.recipe.data.sequence_length, dtype=torch.int64)
         labels = torch.full_like(inputs, IGNORED)
-        for row, (tokens, targets) in enumerate(here):
+        for row, (tokens, targets) in enumerate(sequences):
             inputs[row], labels[row] = tokens[0], targets[0]
         shares.append(MicroBatch(inputs.to(state.device), labels.to(state.device)))
     return shares

@@ -112,14 +112,14 @@ class Rebalancer:
         layout, group = self.state.mesh.layout, self.state.mesh.group("world")
         seconds = gather(busy, group)  # the pipeline axis varies slowest, so ranks with the same coordinate are contiguous
         each = group.size // layout.pipeline
-        return [max(seconds[place * each : (place + 1) * each]) for place in range(layout.pipeline)]
+        return [max(seconds[coordinate * each : (coordinate + 1) * each]) for coordinate in range(layout.pipeline)]
 
     def _decide(self, busy: list[float], steps_left: int) -> Proposal | None:
         """Returns rank 0's proposal on every rank; None if layers should stay. Collective."""
-        found = self.watch.after_window(busy, steps_left, self._move_seconds) if self.watch else None
-        told = [found.split.to_json(), found.speeds, found.now_seconds, found.then_seconds] if found else None
-        told = broadcast_json(told, self.state.mesh.group("world"))
-        return Proposal(Split.from_json(told[0]), *told[1:]) if told else None
+        proposal = self.watch.after_window(busy, steps_left, self._move_seconds) if self.watch else None
+        message = [proposal.split.to_json(), proposal.speeds, proposal.now_seconds, proposal.then_seconds] if proposal else None
+        message = broadcast_json(message, self.state.mesh.group("world"))
+        return Proposal(Split.from_json(message[0]), *message[1:]) if message else None
 
     def _move_seconds(self, split: Split) -> float:
         """Estimates the seconds that a move to `split` takes, at the speed of the last successful move (at first an assumed
@@ -128,9 +128,9 @@ class Rebalancer:
 
     def _bytes_to_move(self, split: Split) -> int:
         """Returns the bytes of master weights, moments and buffers of the layers that would change ranks."""
-        place, work = self.state.mesh.placement, work_of(self.state.recipe, self.state.mesh.layout)
-        before, after = (_rank_of_layers(one, place.rank_of) for one in (self.state.split, split))
-        return sum(saved_bytes(work, i) for i, (one, other) in enumerate(zip(before, after, strict=True)) if one != other)
+        placement, work = self.state.mesh.placement, work_of(self.state.recipe, self.state.mesh.layout)
+        before, after = (_rank_of_layers(either, placement.rank_of) for either in (self.state.split, split))
+        return sum(saved_bytes(work, i) for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new)
 
     def _move(self, proposal: Proposal, step: int) -> Move:
         before, started = [len(piece) for piece in self.state.split.slices], time.perf_counter()

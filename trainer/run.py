@@ -134,11 +134,11 @@ def _facts(state: TrainerState) -> dict[str, Any]:
 def _state_will_be_read(recipe: Recipe, communicator: Communicator) -> bool:
     """Returns whether the run is to resume and has checkpoints, so that no initial weights need to be drawn. False also if rank 0
     cannot list the checkpoints now. Collective."""
-    found = False
+    has_checkpoints = False
     if recipe.checkpoint.resume and communicator.rank == 0:
         with contextlib.suppress(OSError):  # storage that cannot be read now is waited for later
-            found = bool(list_checkpoints(RunDirectory(recipe.run.dir).checkpoints))
-    return bool(broadcast_json(found, communicator.world))
+            has_checkpoints = bool(list_checkpoints(RunDirectory(recipe.run.dir).checkpoints))
+    return bool(broadcast_json(has_checkpoints, communicator.world))
 
 
 def _corpus(recipe: Recipe) -> Corpus:

@@ -90,7 +90,7 @@ def train_step(
         agreed = _agree(state, totals, tokens, guard.inspect(number), report)
         if not guard.weighing:
             judged = agreed
-        verdict = guard.judge(number, StepValues(agreed.loss, agreed.norm, agreed.found, state.scaler.can_fall))
+        verdict = guard.judge(number, StepValues(agreed.loss, agreed.norm, agreed.inspected, state.scaler.can_fall))
         if verdict.action is GuardAction.RETRY:
             monitor.at(Phase.DISCARD)
             samples = guard.samples
@@ -173,12 +173,12 @@ def _seeds(state: TrainerState, tokens: float) -> Seeds:
 
 @dataclass(frozen=True)
 class _Agreed:
-    """The results of an attempt, reduced over all ranks: fields as in StepResult, and `found`, the sums of `Guard.inspect`."""
+    """The results of an attempt, reduced over all ranks: fields as in StepResult, and `inspected`, the sums of `Guard.inspect`."""
 
     loss: float
     balance: float
     norm: float
-    found: list[float]
+    inspected: list[float]
     stop: bool
     saving: tuple[float, float]
 

@@ -10,7 +10,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.verbs.sweep import SweepJob
 from bagualu.launch.workers import storage_probe
-from bagualu.trainer.process.failure import DONE, FAILED, INTERRUPTED, REFUSED, STOPPED, Failure, last_words, os_error, what_next
+from bagualu.trainer.process.failure import DONE, FAILED, INTERRUPTED, REFUSED, STOPPED, Failure, last_line, os_error, what_next
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe.config import Recipe
 
@@ -97,19 +97,19 @@ class Series:
             why = document.get("error") or document.get("cause")
             print(f"  {how}: {document['run_dir']}" + (f": {why}" if why else ""), file=sys.stderr)
         for number in [number for number in rest if self._codes.get(number) == self._exit_code()][:1]:
-            if words := _last_words(self._documents[number]):
-                print(words, file=sys.stderr)
+            if line := _last_line(self._documents[number]):
+                print(line, file=sys.stderr)
         sys.stderr.flush()
 
 
-def _last_words(document: dict[str, Any]) -> str | None:
+def _last_line(document: dict[str, Any]) -> str | None:
     """Returns the last line that a job printed, from its `document`; None if the document holds neither an error nor a failure."""
     if "error" in document:
         return f"bagualu: error: {document['error']}"
     if "rank" not in document:
         return f"bagualu: failed: {document['cause']}" if "cause" in document else None
     failure = Failure(**{field.name: document[field.name] for field in fields(Failure)})
-    return last_words(failure, f"in {document['run_dir']}: {what_next(failure)}")
+    return last_line(failure, f"in {document['run_dir']}: {what_next(failure)}")
 
 
 def _summary_if_done(recipe: Recipe) -> dict[str, Any] | None:

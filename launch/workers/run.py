@@ -18,7 +18,7 @@ from bagualu.launch.workers import fork_server, storage_probe
 from bagualu.launch.workers.rendezvous_config import Meeting
 from bagualu.launch.workers.scratch import scratch
 from bagualu.trainer.process import environment
-from bagualu.trainer.process.failure import DONE, STOPPED, Failure, last_words, what_next
+from bagualu.trainer.process.failure import DONE, STOPPED, Failure, last_line, what_next
 from bagualu.trainer.process.garbage_collection import uncollected
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe.config import Recipe
@@ -100,7 +100,7 @@ def tell_refusal(recipe: Recipe, workers: int, error: RecipeError, stop: StopReq
 def _failed(failure: Failure, recipe: Recipe, begun: bool) -> tuple[int, dict[str, Any]]:
     if sys.stderr.isatty():
         print("\x1b[?25h", file=sys.stderr)  # leave the line of an interrupted progress bar, and show the cursor that it had hidden
-    print(last_words(failure, _advice(recipe, failure, begun)), file=sys.stderr, flush=True)
+    print(last_line(failure, _advice(recipe, failure, begun)), file=sys.stderr, flush=True)
     ended = {"recipe": "refused", "stopped": "stopped"}.get(failure.kind, "failed")
     refusal = {"error": failure.cause} if ended == "refused" else {}
     return failure.exit_code, {"ended": ended, **failure.as_dict(), **refusal}

@@ -104,14 +104,14 @@ class Batches:
 
     def sample_ids(self, step: int) -> NDArray[np.int64]:
         """Returns the indices of the training sequences that step `step` consumes, in order, [global_batch]."""
-        places = np.arange(step * self._global_batch, (step + 1) * self._global_batch, dtype=np.int64)
+        positions = np.arange(step * self._global_batch, (step + 1) * self._global_batch, dtype=np.int64)
         if not self._shuffled:
-            return places
-        epochs, offsets = np.divmod(places, self.train_count)
-        ids = np.empty_like(places)
+            return positions
+        epochs, offsets = np.divmod(positions, self.train_count)
+        ids = np.empty_like(positions)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            ids[here] = _shuffle(offsets[here], self.train_count, self._seed, int(epoch))
+            in_epoch = epochs == epoch
+            ids[in_epoch] = _shuffle(offsets[in_epoch], self.train_count, self._seed, int(epoch))
         return ids
 
     def batch(self, step: int, start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -147,8 +147,8 @@ class Batches:
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
-def _shuffle(places: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Returns the index of the sequence at each position in `places`, all below `count`, of an epoch: a permutation, computed for
+def _shuffle(positions: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Returns the index of the sequence at each of the `positions`, all below `count`, of an epoch: a permutation, computed for
     each position separately.
 
     A Feistel network permutes the numbers below the smallest 4 ** n >= count; a result outside `count` goes through it again until
@@ -158,15 +158,15 @@ def _shuffle(places: NDArray[np.int64], count: int, seed: int, epoch: int) -> ND
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
     keys = _random_words(seed, epoch, _ORDER, _ROUNDS)
-    found = places.astype(np.uint64)
-    outside = np.ones(len(found), bool)
+    shuffled = positions.astype(np.uint64)
+    outside = np.ones(len(shuffled), bool)
     while outside.any():
-        left, right = found[outside] >> half, found[outside] & low
+        left, right = shuffled[outside] >> half, shuffled[outside] & low
         for key in keys:
             left, right = right, left ^ (_mixed(right ^ key) & low)
-        found[outside] = left << half | right
-        outside = found >= count
-    return found.astype(np.int64)
+        shuffled[outside] = left << half | right
+        outside = shuffled >= count
+    return shuffled.astype(np.int64)
 
 
 def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:

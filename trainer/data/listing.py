@@ -84,10 +84,10 @@ class Tree:
         folders = []
         try:
             with os.scandir(folder) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
+                listed = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise _unlisted(folder, error) from error
-        for entry in found:
+        for entry in listed:
             if entry.name.startswith("."):
                 continue
             status = _status(entry)

@@ -148,9 +148,9 @@ def _line_end(file: TextFile, least: int, most: int) -> int | None:
     stop = most
     while stop > least:
         start = max(least, stop - _LINE_BLOCK)
-        found = _read(file, start, stop).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
+        newline = _read(file, start, stop).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
         stop = start
     return None
 
@@ -158,8 +158,8 @@ def _line_end(file: TextFile, least: int, most: int) -> int | None:
 def _word_start(file: TextFile, least: int, most: int) -> int | None:
     """Returns the last offset in least .. most at which white space begins; None if there is none in the last _LINE_BLOCK bytes."""
     start = max(least, most - _LINE_BLOCK)
-    found = [match.start() for match in re.finditer(rb"(?<![\s])[ \t\r\n]", _read(file, start, most))]
-    return start + found[-1] if found and start + found[-1] > 0 else None
+    offsets = [match.start() for match in re.finditer(rb"(?<![\s])[ \t\r\n]", _read(file, start, most))]
+    return start + offsets[-1] if offsets and start + offsets[-1] > 0 else None
 
 
 def _read(file: TextFile, start: int, stop: int) -> bytes:

@@ -63,10 +63,10 @@ class PipelineRecorder:
             }
             for timed in stopwatch.passes()
         ]
-        told = {"clock": clock(), "met": self._met, "began": stopwatch.began, "passes": passes}
-        ranks = gather_json(told, mesh.group("pipeline"))
+        record = {"clock": clock(), "met": self._met, "began": stopwatch.began, "passes": passes}
+        records = gather_json(record, mesh.group("pipeline"))
         if mesh.at("world") == 0:
-            self._write(_aligned(ranks))
+            self._write(_aligned(records))
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         placement = self._state.mesh.placement
@@ -80,21 +80,21 @@ class PipelineRecorder:
             log.warning("%s was not written: %s", path.name, error)
 
 
-def _aligned(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _aligned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns all passes with times relative to when the first rank left the barrier before the step. Ranks on another machine have
     a different clock; they are assumed to have left the barrier at the same moment."""
     rows = []
-    for told in ranks:
-        met = ranks[0]["met"] if told["clock"] == ranks[0]["clock"] else told["met"]
-        shift = told["began"] - met
-        rows += [{**row, "start": row["start"] + shift, "end": row["end"] + shift} for row in told["passes"]]
+    for record in records:
+        met = records[0]["met"] if record["clock"] == records[0]["clock"] else record["met"]
+        shift = record["began"] - met
+        rows += [{**row, "start": row["start"] + shift, "end": row["end"] + shift} for row in record["passes"]]
     return rows
 
 
 def _measured(rows: list[dict[str, Any]], stages: int) -> list[tuple[float, float]]:
     """Returns the seconds of a forward pass and of a whole backward pass of a micro-batch, by stage: medians over the
     micro-batches."""
-    found = []
+    medians = []
     for stage in range(stages):
         forward: dict[int, float] = {}
         backward: dict[int, float] = {}
@@ -102,5 +102,5 @@ def _measured(rows: list[dict[str, Any]], stages: int) -> list[tuple[float, floa
             if row["stage"] == stage:
                 side = forward if row["kind"] == Kind.FORWARD else backward
                 side[row["micro_batch"]] = side.get(row["micro_batch"], 0.0) + row["end"] - row["start"]
-        found.append((median(forward.values()), median(backward.values())))
-    return found
+        medians.append((median(forward.values()), median(backward.values())))
+    return medians

@@ -127,8 +127,8 @@ def _spent(ledger: Mapping[str, float]) -> str:
     """Describes where unproductive time went, largest part first, without parts below a thousandth of the wall time; "" if there
     are none."""
     least = ledger.get("wall", 0.0) / 1000
-    others = {name: ledger[name] for name in CATEGORIES if name != "productive" and ledger.get(name, 0.0) > least}
-    return ", ".join(f"{name} {seconds / ledger['wall']:.1%}" for name, seconds in sorted(others.items(), key=lambda one: -one[1]))
+    others = [name for name in CATEGORIES if name != "productive" and ledger.get(name, 0.0) > least]
+    return ", ".join(f"{name} {ledger[name] / ledger['wall']:.1%}" for name in sorted(others, key=lambda name: -ledger[name]))
 
 
 def next_commands(
@@ -137,8 +137,8 @@ def next_commands(
     """Returns (purpose, command) pairs to type after a run of `PROGRAM train OVERRIDES` that has done `step` of `steps` steps with
     the schedule of `optim`."""
 
-    def command(words: Sequence[str]) -> str:
-        return shlex.join([program, "train", *words])
+    def command(arguments: Sequence[str]) -> str:
+        return shlex.join([program, "train", *arguments])
 
     own = [o for o in overrides if not o.startswith("checkpoint.resume=")]
     if step < steps:

@@ -37,16 +37,16 @@ log = logging.getLogger(__name__)
 def read(run_dir: Path) -> dict[str, Any]:
     """Returns the content of summary.json; {} if there is no such file or it is damaged. Raises OSError."""
     with suppress(FileNotFoundError, ValueError):
-        found = json.loads(RunDirectory(run_dir).summary.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        summary = json.loads(RunDirectory(run_dir).summary.read_text(encoding="utf-8"))
+        return summary if isinstance(summary, dict) else {}
     return {}
 
 
 def final(run_dir: Path) -> dict[str, Any]:
     """Returns the final values of the latest start that has any; {} if none has. Raises OSError."""
-    found = read(run_dir)
-    previous = found.get("previous")
-    return found if _has_figures(found) else previous if isinstance(previous, dict) else {}
+    summary = read(run_dir)
+    previous = summary.get("previous")
+    return summary if _has_figures(summary) else previous if isinstance(previous, dict) else {}
 
 
 def write(run_dir: Path, summary: dict[str, Any]) -> None:

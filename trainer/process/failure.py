@@ -76,8 +76,8 @@ def failure(rank: int, phase: str, error: BaseException, time: float, step: int 
     cause = text if kind == "recipe" else f"{type(error).__name__}: {text}".rstrip(": ")
     root = Path(__file__).resolve().parents[2]
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(root)]
-    place = f" ({Path(own[-1].filename).relative_to(root)}:{own[-1].lineno} in {own[-1].name})" if own else ""
-    return Failure(rank, phase + place, cause, time, kind, step)
+    location = f" ({Path(own[-1].filename).relative_to(root)}:{own[-1].lineno} in {own[-1].name})" if own else ""
+    return Failure(rank, phase + location, cause, time, kind, step)
 
 
 def first(failures: list[Failure]) -> Failure:
@@ -88,7 +88,7 @@ def first(failures: list[Failure]) -> Failure:
     ranks that lost a peer, those that know which peer come first.
     """
     order = {"recipe": 0, "killed": 1, "peer": 3}
-    return min(failures, key=lambda one: (order.get(one.kind, 2), one.missing is None, one.time, one.rank))
+    return min(failures, key=lambda failure: (order.get(failure.kind, 2), failure.missing is None, failure.time, failure.rank))
 
 
 def at_fault(failure: Failure, unwatched: bool) -> Failure:
@@ -103,8 +103,8 @@ def at_fault(failure: Failure, unwatched: bool) -> Failure:
     if failure.missing is None:
         who = "who is missing is unknown" + (": set restart.hang_seconds" if unwatched else "")
         return replace(failure, rank=-1, cause=f"{noticed}; {who}")
-    found = failure.missing
-    return Failure(found["rank"], found["phase"], f"{found['why']}; {noticed}", failure.time, "hung", found["step"])
+    peer = failure.missing
+    return Failure(peer["rank"], peer["phase"], f"{peer['why']}; {noticed}", failure.time, "hung", peer["step"])
 
 
 def os_error(error: OSError) -> str:
@@ -124,7 +124,7 @@ def what_next(failure: Failure) -> str:
     return _WHAT_NEXT.get(failure.kind, "go on with checkpoint.resume=true")
 
 
-def last_words(failure: Failure, advice: str) -> str:
+def last_line(failure: Failure, advice: str) -> str:
     """Returns the last line that a failed run prints."""
     if failure.kind == "recipe":
         return f"bagualu: error: {failure.cause}"

@@ -78,10 +78,10 @@ def _with_missing(what: Failure, scratch: Path | None, timeout_seconds: float) -
         return what
     patience = Patience(_LONG * timeout_seconds, _LONG * timeout_seconds)
     seen = seen_now(scratch / HEARTBEATS)
-    found = missed_by(what.rank, seen, patience)
-    if found is None:
+    diagnosis = missed_by(what.rank, seen, patience)
+    if diagnosis is None:
         return what
-    rank = found.culprits[0]
-    one = seen[rank]
-    phase = f"step {one.step}, {one.point}" if one.step else one.point
-    return replace(what, missing={"rank": rank, "step": one.step, "phase": phase, "why": found.why})
+    rank = diagnosis.culprits[0]
+    peer = seen[rank]
+    phase = f"step {peer.step}, {peer.point}" if peer.step else peer.point
+    return replace(what, missing={"rank": rank, "step": peer.step, "phase": phase, "why": diagnosis.why})

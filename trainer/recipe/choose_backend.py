@@ -97,5 +97,5 @@ def _torch_has_cuda() -> bool:
         text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
     except OSError:
         return True  # if it was not, NCCL reports that itself
-    found = re.search(r"^cuda\b[^=]*=\s*(.+)$", text, re.MULTILINE)
-    return found is None or found[1].strip() != "None"
+    cuda = re.search(r"^cuda\b[^=]*=\s*(.+)$", text, re.MULTILINE)
+    return cuda is None or cuda[1].strip() != "None"

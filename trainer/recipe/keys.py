@@ -24,7 +24,7 @@ SEARCHPATH = "hydra.searchpath"
 """The only key of Hydra itself that is accepted: folders with the user's own recipes."""
 _TEXT_OR_LIST = ("faults",)
 """Keys that take text or a list of text although their type in `Recipe` is Any."""
-WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
 def options(group: str) -> list[str]:
@@ -35,14 +35,14 @@ def options(group: str) -> list[str]:
 
 def keys(node: type[Any] = Recipe, prefix: str = "") -> dict[str, Any]:
     """Returns every leaf key with its type, e.g. {"model.moe.experts": int}."""
-    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     hints = get_type_hints(node)
     for field in fields(node):
         if is_dataclass(hints[field.name]):
-            found |= keys(hints[field.name], f"{prefix}{key_of(field)}.")
+            types |= keys(hints[field.name], f"{prefix}{key_of(field)}.")
         else:
-            found[prefix + key_of(field)] = hints[field.name]
-    return found
+            types[prefix + key_of(field)] = hints[field.name]
+    return types
 
 
 def kind_of(key: str) -> ValueKind:
@@ -109,10 +109,10 @@ def _nearest(key: str, known: list[str]) -> str:
     same_tail = [name for name in known if name.rsplit(".", 1)[-1] == tail]
     near = get_close_matches(key, [*same_tail, *known], n=1, cutoff=0.75)
     tails = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    near_tail = [tails[word] for word in get_close_matches(tail, list(tails), n=1, cutoff=0.75)]
+    near_tail = [tails[name] for name in get_close_matches(tail, list(tails), n=1, cutoff=0.75)]
     holding = [name for name in known if len(tail) > 3 and tail in name.rsplit(".", 1)[-1]]
-    found = near or same_tail or near_tail or holding
-    return f"did you mean {' or '.join(found[:3])}?" if found else "see all keys with --cfg job"
+    suggestions = near or same_tail or near_tail or holding
+    return f"did you mean {' or '.join(suggestions[:3])}?" if suggestions else "see all keys with --cfg job"
 
 
 def _check_choice(override: Override, group: str, value: Any) -> None:
@@ -153,12 +153,12 @@ def _schema() -> DictConfig:
 
 
 def _expected(hint: Any) -> str:
-    if hint in WORDS:
-        return WORDS[hint]
+    if hint in TYPE_NAMES:
+        return TYPE_NAMES[hint]
     inner = [argument for argument in getattr(hint, "__args__", ()) if argument is not type(None)]
     if getattr(hint, "__origin__", None) is list:
-        return f"a list like [a,b] ({WORDS[inner[0]]} each)" if inner[0] in WORDS else "a list"
-    return " or ".join([*(WORDS.get(argument, str(argument)) for argument in inner), "null"])
+        return f"a list like [a,b] ({TYPE_NAMES[inner[0]]} each)" if inner[0] in TYPE_NAMES else "a list"
+    return " or ".join([*(TYPE_NAMES.get(argument, str(argument)) for argument in inner), "null"])
 
 
 def _typed(value: Any) -> str:

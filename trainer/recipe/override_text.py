@@ -59,15 +59,15 @@ def typed(value: Any) -> str:
 
 def _in_quotes(text: str) -> str:
     """Returns `text` in quotes. In Hydra's grammar a backslash is an escape only directly before a quote."""
-    return '"' + re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'
+    return '"' + re.sub(r'(\\*)("|\Z)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), text) + '"'
 
 
 def escaped(text: str) -> str:
     """Returns `text` escaped so that OmegaConf reads it as exactly `text`, with no interpolation of ${...}."""
     if "${" not in text:
         return text
-    doubled = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
-    return re.sub(r"(\\+)\Z", lambda found: found[1] * 2, doubled)
+    doubled = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+    return re.sub(r"(\\+)\Z", lambda match: match[1] * 2, doubled)
 
 
 def spelled(override: str, kind_of: KindOf) -> str:
@@ -91,14 +91,14 @@ class _Reader:
     def values(self, key: str, closing: str) -> str:
         """Reads the values between commas up to and including `closing`, or to the end of the text if `closing` is empty. Returns
         them as text, joined by commas and followed by `closing`."""
-        found: list[str] = []
+        parts: list[str] = []
         while not self._at(closing):
-            found.append(self._value(key, closing))
+            parts.append(self._value(key, closing))
             self._go_on_after_value(closing)
         if self.text[: self.at].rstrip(" \t").endswith(","):
             raise ValueError(f"{self.text[: self.at]} ends in a comma")
         self.at += 1
-        return ",".join(found) + closing
+        return ",".join(parts) + closing
 
     def _at(self, closing: str) -> bool:
         """Returns whether, after white space, `closing` follows, or the end of the text if `closing` is empty."""
@@ -134,22 +134,22 @@ class _Reader:
         return self._plain(key, closing)
 
     def _quoted(self) -> str:
-        found = _QUOTED.match(self.text, self.at)
-        if found is None:
+        match = _QUOTED.match(self.text, self.at)
+        if match is None:
             raise ValueError(f"{self.text[self.at :]} has no closing quote")
-        self.at = found.end()
-        return found[1]
+        self.at = match.end()
+        return match[1]
 
     def _entries(self, key: str) -> str:
         """Reads the entries of a dictionary up to and including the closing brace; returns them as text."""
         entries: list[str] = []
         self._skip_space()
         while self.text[self.at : self.at + 1] != "}":
-            found = _KEY.match(self.text, self.at)
-            if found is None:
+            match = _KEY.match(self.text, self.at)
+            if match is None:
                 raise ValueError(f"{self.text[self.at :]} is no entry of a dictionary")
-            self.at = found.end()
-            entries.append(f"{found[1]}: " + self._value(f"{key}.{found[1]}", "}"))
+            self.at = match.end()
+            entries.append(f"{match[1]}: " + self._value(f"{key}.{match[1]}", "}"))
             self._go_on_after_value("}")
             self._skip_space()
         self.at += 1
@@ -159,8 +159,8 @@ class _Reader:
         """Returns whether the parenthesis that opens just before `at` is closed, and the value ends where it closes."""
         depth = 1
         while at < len(self.text) and depth:
-            if found := _QUOTED.match(self.text, at):
-                at = found.end()
+            if match := _QUOTED.match(self.text, at):
+                at = match.end()
                 continue
             depth += {"(": 1, ")": -1}.get(self.text[at], 0)
             at += 1

@@ -46,8 +46,8 @@ def check(recipe: Recipe, world: int) -> None:
     if recipe.comm.backend not in known:
         raise RecipeError(f"comm.backend={recipe.comm.backend} is unknown; give one of {', '.join(known)}")
     if recipe.train.compile and _torch() < _COMPILES:
-        least, found = ".".join(map(str, _COMPILES)), version("torch")
-        raise RecipeError(f"train.compile=true needs torch {least} or newer: torch {found} loses gradients of compiled layers; "
+        least, installed = ".".join(map(str, _COMPILES)), version("torch")
+        raise RecipeError(f"train.compile=true needs torch {least} or newer: torch {installed} loses gradients of compiled layers; "
                           f"give train.compile=false")  # fmt: skip
     if recipe.data.source != RANDOM:
         require_vocab(recipe.model.vocab)

@@ -22,19 +22,19 @@ def require_same_recipe(recipe: Recipe, communicator: Communicator) -> None:
     data.cache may differ: it does not affect the run, and each node may have its own.
     """
     own = plain(replace(recipe, data=replace(recipe.data, cache=None)))
-    if found := first_different(own, communicator.world):
-        rank, theirs, first = found
+    if difference := first_different(own, communicator.world):
+        rank, theirs, first = difference
         raise RecipeError(_difference(rank, _by_key(theirs), _by_key(first)))
 
 
 def _difference(rank: int, theirs: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     keys = [key for key in first if theirs.get(key) != first[key]]
-    here, there = (", ".join(f"{key}={typed(values[key])}" for key in keys[:_SHOWN]) for values in (theirs, first))
+    own, other = (", ".join(f"{key}={typed(values[key])}" for key in keys[:_SHOWN]) for values in (theirs, first))
     more = f" ({len(keys) - _SHOWN} more keys differ)" if len(keys) > _SHOWN else ""
     fix = f"give every rank the same {keys[0]}"
     if any(isinstance(first[key], str) for key in keys):
         fix += ", with the time or the name written out where ${now:...} or ${oc.env:...} makes it"
-    return f"rank {rank} has {here} and rank 0 has {there}{more}; {fix}"
+    return f"rank {rank} has {own} and rank 0 has {other}{more}; {fix}"
 
 
 def _by_key(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,8 +17,8 @@ def require_login() -> None:
     instead = "run `wandb login`, set WANDB_API_KEY, or give log.wandb=offline"
     try:
         server = wandb_setup.singleton().settings.base_url
-        found = authenticate_session(host=server, source="bagualu", prompt=False, update_session=False)
+        login = authenticate_session(host=server, source="bagualu", prompt=False, update_session=False)
     except Exception as error:  # a key or a WANDB_ variable that W&B cannot read
         raise RecipeError(f"log.wandb=online: {' '.join(str(error).split())[:300]} Correct it: {instead}") from error
-    if found is None:
+    if login is None:
         raise RecipeError(f"log.wandb=online, but there is no API key for {server}; {instead}")

@@ -48,8 +48,8 @@ class Replication:
 
     def candidates(self) -> list["Kept"]:
         """Returns the replicas from which the run may resume, newest first; [] if the recipe does not ask to resume."""
-        found = self.replicas.candidates() if self.state.recipe.checkpoint.resume else []
-        return [Kept(self.state, replica) for replica in found]
+        replicas = self.replicas.candidates() if self.state.recipe.checkpoint.resume else []
+        return [Kept(self.state, replica) for replica in replicas]
 
     def start(self, resumed: Resumed) -> None:
         """Starts replication after the run has resumed. If it resumed from a replica, removes the replicas of later steps, else

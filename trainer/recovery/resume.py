@@ -109,7 +109,7 @@ def resume(state: TrainerState, others: Sequence[Candidate] = (), stop: Callable
     chosen, problems = choose(state, candidates, stop)
     whole = [path for path in stored if path.name not in problems]
     newest = whole[-1] if whole else None
-    return Resumed(chosen.step, newest, chosen.name, tell(state, candidates, problems, chosen))
+    return Resumed(chosen.step, newest, chosen.name, report_damaged(state, candidates, problems, chosen))
 
 
 class _Patience:
@@ -201,15 +201,15 @@ def choose(
         else:
             return _newest_after_all(state, candidates[: at + 1], problems)
     root = checkpoints_of(state)
-    told = "; ".join(f"{name}: {_short(str(problem), root / name)}" for name, problem in problems.items())
+    reasons = "; ".join(f"{name}: {_short(str(problem), root / name)}" for name, problem in problems.items())
     list_stored(state, stop, patience)  # if storage has gone altogether, this raises CheckpointStorageError: nothing is damaged
     if any(isinstance(problem, CheckpointStorageError) for problem in problems.values()):
         raise CheckpointStorageError(
-            f"none of the {len(problems)} states of {state.recipe.run.dir} can be read now ({told}); nothing was changed, see "
+            f"none of the {len(problems)} states of {state.recipe.run.dir} can be read now ({reasons}); nothing was changed, see "
             "whether its storage is mounted and answers"
         )
     raise NothingWholeError(
-        f"none of the {len(problems)} states of {state.recipe.run.dir} can be used ({told}); restore one of them from a copy, "
+        f"none of the {len(problems)} states of {state.recipe.run.dir} can be used ({reasons}); restore one of them from a copy, "
         "or start anew with another run.dir"
     )
 
@@ -238,14 +238,14 @@ def _require_same(state: TrainerState, candidates: Sequence[Candidate]) -> None:
     """Raises RecipeError on every rank, naming the rank, if a rank reads other data or another disk than rank 0. Collective."""
     names = ", ".join(candidate.name for candidate in candidates) or "none"
     own = {"other data": state.corpus.fingerprint, "other checkpoints": names}
-    if found := first_different(own, state.mesh.group("world")):
-        rank, theirs, first = found
+    if difference := first_different(own, state.mesh.group("world")):
+        rank, theirs, first = difference
         what = next(what for what in own if theirs[what] != first[what])
         raise RecipeError(f"rank {rank} has {what} than rank 0 ({theirs[what]} and {first[what]}); give every rank the same "
                           f"data.source, Python version and a run.dir on a disk that all nodes share")  # fmt: skip
 
 
-def tell(
+def report_damaged(
     state: TrainerState, candidates: Sequence[Candidate], problems: dict[str, CheckpointError], used: Candidate
 ) -> list[dict[str, Any]]:
     """Renames the damaged checkpoints, logs the problems on rank 0, and returns `Resumed.damaged`, the same on every rank.
@@ -265,8 +265,8 @@ def tell(
             if moved:
                 log.warning("%s is now called %s", candidate.name, moved)
             entries.append({"checkpoint": candidate.name, "problem": str(problem), "used": used.name, "set_aside": moved})
-    told: list[dict[str, Any]] = broadcast_json(entries, state.mesh.group("world"))
-    return told
+    agreed: list[dict[str, Any]] = broadcast_json(entries, state.mesh.group("world"))
+    return agreed
 
 
 def _set_aside(path: Path) -> str | None:

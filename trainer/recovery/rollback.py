@@ -12,7 +12,7 @@ from bagualu.fault_tolerance.checkpoint.layout.format import step_of
 from bagualu.fault_tolerance.guard.verdict import DISAGREEMENTS, Cause, GuardDecision
 from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.process.failure import GuardError
-from bagualu.trainer.recovery.resume import Resumed, Stored, choose, list_stored, tell
+from bagualu.trainer.recovery.resume import Resumed, Stored, choose, list_stored, report_damaged
 from bagualu.trainer.recovery.state import checkpoints_of
 
 
@@ -33,14 +33,14 @@ def roll_back(state: TrainerState, step: int, verdict: GuardDecision, stop: Call
     if verdict.cause is Cause.UPDATE:  # checkpoints of earlier steps hold finite values
         at_most = step - 1
     stored = list_stored(state, stop)
-    found: Any = broadcast_json(_candidates(stored, at_most, by_data), world)
-    candidates = [Stored(root / name) for name in found["names"]]
+    listed: Any = broadcast_json(_candidates(stored, at_most, by_data), world)
+    candidates = [Stored(root / name) for name in listed["names"]]
     if not candidates:
-        why = _nothing_to_go_back_to(found["later"], at_most, verdict.cause is Cause.UPDATE)
+        why = _nothing_to_go_back_to(listed["later"], at_most, verdict.cause is Cause.UPDATE)
         raise GuardError(f"{verdict.text}; {why}")
     memory = deepcopy(state.guard.memory)
     chosen, problems = choose(state, candidates, stop)
-    done, damaged = chosen.step, tell(state, candidates, problems, chosen)
+    done, damaged = chosen.step, report_damaged(state, candidates, problems, chosen)
     state.guard.memory.keep(memory)
     if by_data:
         state.guard.memory.leave_out(max(done + 1, step - window + 1), step, str(verdict.cause))

@@ -44,9 +44,9 @@ def take_checkpoints(state: TrainerState, scratch: Path | None = None) -> Fence:
     directory cannot be read now.
     """
     group, mark = state.mesh.group("world"), scratch / BEGUN if scratch else None
-    here = on_all(lambda: (mark is not None and mark.exists()) or _has_begun(Path(state.recipe.run.dir)), group)
+    begun = on_all(lambda: (mark is not None and mark.exists()) or _has_begun(Path(state.recipe.run.dir)), group)
     try:
-        fence = take_fence(checkpoints_of(state), group, _patience(state), any_rank(here, group))
+        fence = take_fence(checkpoints_of(state), group, _patience(state), any_rank(begun, group))
     except CheckpointError as error:
         if state.recipe.checkpoint.resume:
             raise CheckpointStorageError(str(error)) from error

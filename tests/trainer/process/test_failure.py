@@ -5,7 +5,7 @@ import re
 import pytest
 
 from bagualu.comm.errors import CommunicationError, RecipeError
-from bagualu.trainer.process.failure import Failure, at_fault, failure, first, last_words, what_next
+from bagualu.trainer.process.failure import Failure, at_fault, failure, first, last_line, what_next
 from bagualu.trainer.recipe.compose import compose
 
 
@@ -28,7 +28,7 @@ def test_an_error_of_a_ranks_own_goes_before_lost_peers_and_a_kill_before_errors
 
 @pytest.mark.parametrize("text", ["", "one line", "two\nlines"])
 def test_the_last_words_are_one_line(text):
-    line = last_words(failure(2, "train", caught(ValueError(text)), 0.0), "see the log")
+    line = last_line(failure(2, "train", caught(ValueError(text)), 0.0), "see the log")
     assert line.startswith("bagualu: failed: rank 2, train")
     assert line.endswith("; see the log")
     assert "\n" not in line
@@ -41,8 +41,8 @@ def test_the_phase_tells_the_place_in_our_own_code():
 
 
 def test_a_refusal_is_told_as_one():
-    words = last_words(failure(1, "train", caught(RecipeError("give x=1")), 0.0), "unused")
-    assert words == "bagualu: error: give x=1"
+    line = last_line(failure(1, "train", caught(RecipeError("give x=1")), 0.0), "unused")
+    assert line == "bagualu: error: give x=1"
 
 
 MISSING = {"rank": 2, "step": 5, "phase": "step 5, forward", "why": "rank 2 is at forward of step 5, 600 s without a change"}
@@ -61,7 +61,7 @@ def test_who_lost_a_peer_is_not_named_but_who_was_missing():
 @pytest.mark.parametrize(("unwatched", "fix"), [(True, ": set restart.hang_seconds"), (False, "")])
 def test_who_lost_a_peer_is_not_named_where_it_is_not_known_who_was_missing(unwatched, fix):
     told = at_fault(first([gave_up(0, 1.0), gave_up(1, 2.0)]), unwatched)
-    line = last_words(told, "see the log")
+    line = last_line(told, "see the log")
     assert line == ("bagualu: failed: no single rank, step 5, reduce: noticed by rank 0: CommunicationError: all_reduce timed out; "
                     f"who is missing is unknown{fix}; see the log")  # fmt: skip
     assert (told.kind, told.step) == ("peer", 5)
