@@ -15,18 +15,18 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
     """Run a command line (None: that of this process) and return its exit code. Ranks run `entrypoint`, given as "module:function";
     None: the trainer."""
     streams.secure()
-    words = sys.argv[1:] if arguments is None else arguments
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code, document = _run_guarded(words, entrypoint)
+        code, document = _run_guarded(arguments, entrypoint)
     except KeyboardInterrupt:
         print("bagualu: interrupted by Ctrl-C", file=sys.stderr)
         code, document = _INTERRUPTED, {"ended": "interrupted"}
-    if "--json" in words and document is not None:
+    if "--json" in arguments and document is not None:
         print(dumps(document, indent=2))
     return code
 
 
-def _run_guarded(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
+def _run_guarded(arguments: list[str], entrypoint: str | None) -> tuple[int, Any]:
     """Does and returns what `_run` does, but prints a RecipeError or OSError as one line instead of raising it, and returns its
     exit code and the object that --json prints."""
     # Everything else of Bagualu is imported inside this function, so that a Ctrl-C during these imports prints its line too.
@@ -34,7 +34,7 @@ def _run_guarded(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
     from bagualu.trainer.process.failure import FAILED, REFUSED, os_error
 
     try:
-        return _run(words, entrypoint)
+        return _run(arguments, entrypoint)
     except RecipeError as error:
         print(f"bagualu: error: {error}", file=sys.stderr)
         return REFUSED, {"ended": "refused", "error": str(error)}
@@ -43,11 +43,11 @@ def _run_guarded(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
         return FAILED, {"ended": "failed", "cause": os_error(error)}
 
 
-def _run(words: list[str], entrypoint: str | None) -> tuple[int, Any]:
+def _run(arguments: list[str], entrypoint: str | None) -> tuple[int, Any]:
     """Run a command line. Returns the exit code and the object that --json prints."""
     from bagualu.launch.verbs import usage
 
-    request = usage.read(words)
+    request = usage.read(arguments)
     if request.help:
         from bagualu.trainer.process.failure import DONE
 

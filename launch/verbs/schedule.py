@@ -65,20 +65,20 @@ def schedule(request: CommandLine) -> tuple[int, Any]:
     return DONE, _document(plan, measured, out)
 
 
-def _read(words: list[str]) -> dict[str, str]:
+def _read(arguments: list[str]) -> dict[str, str]:
     """Returns the key=value arguments as a dictionary; an argument that is a run directory gets the key `run`. Raises
     RecipeError."""
     given: dict[str, str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or (key not in SCHEDULE_KEYS and ("/" in key or Path(word).is_dir())):  # run directories of sweeps contain =
-            key, value = "run", os.path.expanduser(word)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or (key not in SCHEDULE_KEYS and ("/" in key or Path(argument).is_dir())):  # sweep directories contain =
+            key, value = "run", os.path.expanduser(argument)
         elif key not in SCHEDULE_KEYS:
             near = [_IN_A_RECIPE[key]] if key in _IN_A_RECIPE else get_close_matches(key, SCHEDULE_KEYS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SCHEDULE_KEYS)}"
             raise RecipeError(f"schedule has no key {key}; {hint}")
         if key in given:
-            raise RecipeError(f"{word} is the second {key}; give one")
+            raise RecipeError(f"{argument} is the second {key}; give one")
         given[key] = value
     unused = [key for key in given if key not in ("run", "out", "message")] if "run" in given else []
     if unused:

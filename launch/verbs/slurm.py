@@ -87,7 +87,7 @@ def script(recipe: Recipe, overrides: list[str]) -> str:
     checkpoint."""
     folder = Path(recipe.run.dir).absolute()
     own = [text for text in overrides if not re.match(r"(checkpoint\.resume|run\.dir)=", text)]
-    words = [*(_settled(text, recipe) for text in own), f"run.dir={typed(str(folder))}", "checkpoint.resume=true"]
+    arguments = [*(_settled(text, recipe) for text in own), f"run.dir={typed(str(folder))}", "checkpoint.resume=true"]
     slurm = recipe.launch.slurm
     run = RunDirectory(folder)
     header = _HEADER.format(
@@ -103,7 +103,7 @@ def script(recipe: Recipe, overrides: list[str]) -> str:
         setup=setup_lines.shell(slurm.setup),
         python=shlex.quote(sys.executable),
         port=recipe.launch.port or f"$(({_PORT} + SLURM_JOB_ID % 10000))",
-        overrides=" \\\n        ".join(map(shlex.quote, words)),
+        overrides=" \\\n        ".join(map(shlex.quote, arguments)),
     )
     return header + (files("bagualu.launch.batch") / "job.sh").read_text(encoding="utf-8")
 

@@ -86,7 +86,7 @@ def _open_store(recipe: Recipe, meeting: Meeting | None, stop: StopRequest) -> r
     if meeting:
         return rendezvous.among(meeting, recipe.restart, stop)
     try:
-        return rendezvous.here(recipe.launch.port)
+        return rendezvous.on_this_machine(recipe.launch.port)
     except OSError as error:
         raise RecipeError(f"launch.port={recipe.launch.port} cannot be used ({error.strerror}); "
                           f"give another, or leave it out for a free one") from error  # fmt: skip

@@ -44,7 +44,7 @@ class RendezvousStore:
     """Whether this process hosts the store."""
 
 
-def here(port: int | None) -> RendezvousStore:
+def on_this_machine(port: int | None) -> RendezvousStore:
     """Returns a rendezvous for this machine alone, at its loopback address. `port`: None for a free port. Raises OSError when the
     port is taken."""
     store = serve(LOOPBACK, port or 0, timedelta(seconds=_STORE_SECONDS))
