@@ -42,14 +42,10 @@ class Untrained:
         return own and TensorPiece(f"{self.kind}/{self.name}", whole, own.offset, tensor[own.slices(box.offset)])
 
 
-def untrained_of(model: torch.nn.Module, plan: ShardingPlan, mesh: Mesh) -> list[Untrained]:
-    """Returns the buffers and frozen parameters of this rank's part of a model, in the order of its modules."""
-    return list(_untrained_of(model, plan, mesh))
-
-
-def _untrained_of(model: torch.nn.Module, plan: ShardingPlan, mesh: Mesh) -> Iterator[Untrained]:
-    frozen = [("weight", name, tensor) for name, tensor in model.named_parameters() if not tensor.requires_grad]
-    for kind, local_name, tensor in [("buffer", *named) for named in model.named_buffers()] + frozen:
+def untrained_of(model: torch.nn.Module, plan: ShardingPlan, mesh: Mesh, frozen: bool = True) -> Iterator[Untrained]:
+    """Yields the buffers and, with `frozen`, the frozen parameters of this rank's part of a model, in the order of its modules."""
+    parameters = [("weight", *named) for named in model.named_parameters() if frozen and not named[1].requires_grad]
+    for kind, local_name, tensor in [("buffer", *named) for named in model.named_buffers()] + parameters:
         name = plan.global_name(local_name)
         placement = plan.placement(name)
         group = mesh.group(placement.reduction_axis)

@@ -44,6 +44,8 @@ class BucketKind:
     counted: bool
     """Whether the gradient norm and checkpoints include this rank's copy of the parameters rather than a copy on another stage or
     tensor rank."""
+    trained: bool
+    """Whether the parameters have gradients."""
     treatment: Hashable
     """How the optimizer treats the parameters; it alone knows what this means."""
 
@@ -139,38 +141,44 @@ class Bucket:
 
 
 def build_buckets(
-    model: torch.nn.Module,
+    parameters: Sequence[tuple[str, torch.nn.Parameter]],
     plan: ShardingPlan,
     mesh: Mesh,
     zero: int,
     bucket_bytes: int,
     uses: Callable[[torch.nn.Parameter], int] = lambda _: 1,
     treat: Callable[[str, torch.nn.Parameter], Hashable] = lambda name, parameter: None,
-    units: Sequence[torch.nn.Module] = (),
 ) -> list[Bucket]:
-    """Moves the model's parameters, except frozen ones, into flat buckets; the parameters become views of them.
+    """Moves parameters, given with their names on this rank, into flat buckets, of which they become views.
 
     Parameters need `global_shape` and `box` (see parallelize.py). They are visited last to first, roughly the order in which the
     backward pass finishes them. The buckets are the same on every rank of a group, because plan and order are the same. `uses`
-    returns `Entry.uses` of a parameter, `treat` its `BucketKind.treatment`, given its global name. `units`, for ZeRO-3, are the
-    modules whose weights are gathered together: no bucket then holds parameters of two of them.
+    returns `Entry.uses` of a parameter, `treat` its `BucketKind.treatment`, given its global name. Frozen parameters get buckets
+    under ZeRO-3, which divides their weights; under other stages they stay as they are.
     """
-    unit_of = {id(parameter): number for number, unit in enumerate(units) for parameter in unit.parameters()} if zero == 3 else {}
-    open_buckets: dict[tuple[BucketKind, int | None], list[tuple[str, torch.nn.Parameter]]] = {}
+    open_buckets: dict[BucketKind, list[tuple[str, torch.nn.Parameter]]] = {}
     buckets: list[Bucket] = []
-    for local_name, parameter in reversed([named for named in model.named_parameters() if named[1].requires_grad]):
+    for local_name, parameter in reversed(parameters):
+        if not parameter.requires_grad and zero < 3:
+            continue
         name = plan.global_name(local_name)
-        kind, unit = _kind(name, local_name, treat(name, parameter), plan, mesh), unit_of.get(id(parameter))
-        members = open_buckets.setdefault((kind, unit), [])
+        kind = _kind(name, local_name, parameter, treat, plan, mesh)
+        members = open_buckets.setdefault(kind, [])
         members.append((name, parameter))
-        full = sum(p.numel() for _, p in members) * accurate_dtype(parameter.dtype).itemsize >= bucket_bytes
-        if full:
-            buckets.append(_build(kind, open_buckets.pop((kind, unit)), mesh, zero, uses))
-    buckets.extend(_build(kind, members, mesh, zero, uses) for (kind, _), members in open_buckets.items())
+        if sum(p.numel() for _, p in members) * accurate_dtype(parameter.dtype).itemsize >= bucket_bytes:
+            buckets.append(_build(kind, open_buckets.pop(kind), mesh, zero, uses))
+    buckets.extend(_build(kind, members, mesh, zero, uses) for kind, members in open_buckets.items())
     return buckets
 
 
-def _kind(name: str, local_name: str, treatment: Hashable, plan: ShardingPlan, mesh: Mesh) -> BucketKind:
+def _kind(
+    name: str,
+    local_name: str,
+    parameter: torch.nn.Parameter,
+    treat: Callable[[str, torch.nn.Parameter], Hashable],
+    plan: ShardingPlan,
+    mesh: Mesh,
+) -> BucketKind:
     placement = plan.placement(name)
     tied = name in plan.tied.values() and "ends" in mesh.groups and mesh.group("ends").size > 1
     copy_elsewhere = tied and local_name != name
@@ -180,7 +188,8 @@ def _kind(name: str, local_name: str, treatment: Hashable, plan: ShardingPlan, m
         tied=tied,
         copied_over="tensor" if "tensor" not in placement.axes and mesh.group("tensor").size > 1 else None,
         counted=placement.counted(mesh.layout, mesh.coordinates) and not copy_elsewhere,
-        treatment=treatment,
+        trained=parameter.requires_grad,
+        treatment=treat(name, parameter) if parameter.requires_grad else None,
     )
 
 
@@ -198,22 +207,24 @@ def _build(
     whole = group.size * _SHARD_MULTIPLE
     padded = -(-numel // whole) * whole
     weights = torch.zeros(padded, dtype=first.dtype, device=first.device)
-    sharded = zero >= 2 and partitioned and not crosses_two_groups(kind)
+    sharded = kind.trained and zero >= 2 and partitioned and not crosses_two_groups(kind)
     dtype = accurate_dtype(first.dtype)
-    gradients = torch.zeros(0 if sharded else padded, dtype=dtype, device=first.device)
+    gradients = torch.zeros(padded if kind.trained and not sharded else 0, dtype=dtype, device=first.device)
     reduced = torch.zeros(padded // group.size, dtype=dtype, device=first.device) if sharded else None
     entries, start = [], 0
     for name, parameter in members:
         view = weights[start : start + parameter.numel()].view_as(parameter)
         view.copy_(parameter.detach())
         parameter.data = view
-        parameter.grad_dtype = gradients.dtype  # otherwise autograd rounds float32 sums of kernels to the weight's dtype
+        if kind.trained:
+            parameter.grad_dtype = gradients.dtype  # otherwise autograd rounds float32 sums of kernels to the weight's dtype
         shape, box = parameter.global_shape, parameter.box  # type: ignore[attr-defined]
         entries.append(Entry(name, parameter, shape, box, start, uses(parameter)))
         start += parameter.numel()
     bucket = Bucket(kind, group, entries, partitioned, weights, gradients, reduced)
     if zero == 3 and partitioned:
         bucket.kept = bucket.shard_weights.clone()
+        weights.untyped_storage().resize_(0)
     return bucket
 
 

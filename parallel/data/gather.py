@@ -76,7 +76,6 @@ class WeightGatherer:
         for weights in divided:
             keep_bytes -= weights.bucket.weights.numel() * weights.bucket.weights.itemsize
             weights.kept = keep_bytes >= 0
-            weights.free()
         self._weights = divided
         self._units: dict[nn.Module, _Unit] = {}
         for module in modules:

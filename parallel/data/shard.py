@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from bagualu.parallel.boxes import Box
+from bagualu.parallel.boxes import Box, TensorPiece, flat_range_to_boxes
 
 
 class ShardEntry(Protocol):
@@ -46,3 +46,14 @@ class Shard(Protocol):
     def shard_entries(self) -> Iterator[tuple[ShardEntry, int, int, int]]:
         """Yields (entry, first element in the shard, first element in the parameter's flattened box, number of elements) for the
         part of every parameter that lies in the shard."""
+
+
+def shard_pieces(kind: str, part: Shard, tensor: torch.Tensor) -> Iterator[TensorPiece]:
+    """Yields every box of a global tensor `kind`/parameter that the shard `tensor` holds, as a view of `tensor`, without
+    padding."""
+    for entry, in_shard, in_parameter, numel in part.shard_entries():
+        for flat, box in flat_range_to_boxes(entry.box.shape, in_parameter, in_parameter + numel):
+            start = in_shard + flat - in_parameter
+            view, held = tensor[start : start + box.elements].view(box.shape), box.shift(entry.box.offset)
+            if own := held.within(entry.global_shape):
+                yield TensorPiece(f"{kind}/{entry.name}", entry.global_shape, own.offset, view[own.slices(held.offset)])

@@ -1,8 +1,10 @@
 """Builds this rank's part of the model, before an engine takes hold of its parameters."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import nn
 
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.boxes import Box
@@ -13,6 +15,9 @@ from bagualu.trainer.models.decoder.initialise import initial_values
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.recipe.config import Recipe
+
+Take = Callable[[Decoder, ShardingPlan, list[tuple[str, nn.Parameter]]], None]
+"""Called with the model, its plan, and some of its parameters with their names on this rank."""
 
 
 def seeded_values(recipe: Recipe) -> Fill:
@@ -26,18 +31,32 @@ def no_values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
     return torch.zeros(box.shape)
 
 
-def local_model(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill, dtype: torch.dtype) -> tuple[Decoder, ShardingPlan]:
+def local_model(
+    recipe: Recipe, mesh: Mesh, split: Split, fill: Fill, dtype: torch.dtype, take: Take = lambda model, plan, parameters: None
+) -> tuple[Decoder, ShardingPlan]:
     """Returns this rank's stages of `split`, with weights of `dtype` and buffers from `fill`, and the plan by which they are
-    sharded. Frozen parameters have requires_grad=False."""
+    sharded. Frozen parameters have requires_grad=False.
+
+    `take` is called for each of the model's `units` as soon as its parameters exist, with those that no unit before it has; it may
+    free what this rank need not hold.
+    """
     config, parallel = recipe.model.padded_over(mesh.layout.tensor), recipe.parallel
     slices = [split.slices[stage] for stage in mesh.stages]
     recompute = [split.recompute[stage] for stage in mesh.stages]
     plan = decoder_plan(config, parallel.sequence)
     with torch.device("meta"):
         model = Decoder(config, slices, mesh.first_stage, mesh.last_stage, recompute)
-    parallelize(model, plan, mesh, parallel.sequence, dtype, fill)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not recipe.optim.freezes(plan.global_name(name)))
+    taken: set[int] = set()
+
+    def filled(unit: nn.Module) -> None:
+        own = {id(parameter) for parameter in unit.parameters()} - taken
+        parameters = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in own]
+        for name, parameter in parameters:
+            parameter.requires_grad_(not recipe.optim.freezes(plan.global_name(name)))
+        taken.update(own)
+        take(model, plan, parameters)
+
+    parallelize(model, plan, mesh, parallel.sequence, dtype, fill, model.units, filled)
     if recipe.train.compile:
         for layer in model.layers.values():
             layer.compile()

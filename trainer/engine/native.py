@@ -15,8 +15,10 @@ from bagualu.parallel.boxes import TensorPiece
 from bagualu.parallel.data.bucket import Bucket, build_buckets, gather_weights
 from bagualu.parallel.data.gather import WeightGatherer
 from bagualu.parallel.data.reducer import GradientReducer
+from bagualu.parallel.data.shard import shard_pieces
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill
+from bagualu.parallel.sharding import ShardingPlan
 from bagualu.parallel.untrained import Untrained, untrained_of
 from bagualu.trainer.engine.local_model import local_model
 from bagualu.trainer.models.decoder.model import Decoder
@@ -32,23 +34,25 @@ class NativeEngine:
         self,
         model: Decoder,
         buckets: list[Bucket],
+        frozen: list[Bucket],
         untrained: list[Untrained],
         reducer: GradientReducer,
         optimizer: ShardedOptimizer,
         gatherer: WeightGatherer | None,
         device: torch.device,
     ) -> None:
-        """`gatherer`: under ZeRO-3, what gathers weights when they are used; else None."""
-        self.model, self.buckets, self.untrained, self.reducer, self.optimizer = model, buckets, untrained, reducer, optimizer
-        self.gatherer = gatherer
+        """`frozen`: the buckets of frozen parameters under ZeRO-3; under other stages these parameters are in `untrained`.
+        `gatherer`: under ZeRO-3, what gathers weights when they are used; else None."""
+        self.model, self.buckets, self.frozen, self.untrained = model, buckets, frozen, untrained
+        self.reducer, self.optimizer, self.gatherer = reducer, optimizer, gatherer
         if gatherer is not None:
             model.call = gatherer
         self._device = device
 
     @property
     def parameters(self) -> int:
-        trained = sum(count for bucket in self.buckets if bucket.owned for *_, count in bucket.shard_entries())
-        return trained + sum(part.tensor.numel() for part in self.untrained if part.owned and part.kind == "weight")
+        divided = sum(count for bucket in [*self.buckets, *self.frozen] if bucket.owned for *_, count in bucket.shard_entries())
+        return divided + sum(part.tensor.numel() for part in self.untrained if part.owned and part.kind == "weight")
 
     @property
     def before_reduction(self) -> Callable[[torch.Tensor], None] | None:
@@ -99,6 +103,9 @@ class NativeEngine:
 
     def pieces(self) -> Iterator[TensorPiece]:
         yield from self.optimizer.pieces()
+        for bucket in self.frozen:
+            if bucket.owned:
+                yield from shard_pieces("weight", bucket, bucket.shard_weights.to(bucket.gradients.dtype))
         owned = (part for part in self.untrained if part.owned)
         yield from filter(None, (part.piece(part.tensor.to(part.saved_dtype)) for part in owned))
 
@@ -107,7 +114,8 @@ class NativeEngine:
 
     def shards(self) -> list[StateShard]:
         trained = [_state_shard(*both) for both in zip(self.buckets, self.optimizer.shards(), strict=True)]
-        return trained + [_untrained_shard(part) for part in self.untrained]
+        frozen = [_state_shard(bucket, {"weight": bucket.shard_weights}) for bucket in self.frozen]
+        return trained + frozen + [_untrained_shard(part) for part in self.untrained]
 
     def open(self) -> None:
         self.reducer.lend()
@@ -124,14 +132,19 @@ class NativeIncoming:
     def __init__(self, engine: NativeEngine) -> None:
         self._engine = engine
         self._trained = engine.optimizer.incoming()
+        self._frozen = [(b, torch.zeros_like(b.shard_weights, dtype=b.gradients.dtype, device="cpu")) for b in engine.frozen]
         self._untrained = [(part, torch.zeros_like(part.tensor, dtype=part.saved_dtype, device="cpu")) for part in engine.untrained]
 
     def pieces(self) -> Iterator[TensorPiece]:
         yield from self._trained.pieces()
+        for bucket, fresh in self._frozen:
+            yield from shard_pieces("weight", bucket, fresh)
         yield from filter(None, (part.piece(fresh) for part, fresh in self._untrained))
 
     def apply(self, updates: int) -> None:
         self._trained.apply(updates)
+        for bucket, fresh in self._frozen:
+            bucket.shard_weights.copy_(fresh)
         for part, fresh in self._untrained:
             part.tensor.copy_(fresh)
         self._engine.share()
@@ -166,18 +179,27 @@ def _untrained_shard(part: Untrained) -> StateShard:
 def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
     """Builds an engine that holds this rank's stages of `split`, with weights and buffers from `fill`."""
     parallel = recipe.parallel
-    model, plan = local_model(recipe, mesh, split, fill, getattr(torch, recipe.train.dtype))
+    zero, buckets = parallel.zero_stage, list[Bucket]()
 
     def treat(name: str, parameter: torch.nn.Parameter) -> Treatment:
         return recipe.optim.treatment(name, parameter.ndim)
 
-    zero = parallel.zero_stage
-    buckets = build_buckets(model, plan, mesh, zero, parallel.bucket_bytes, model.uses, treat, model.units)
-    gatherer = WeightGatherer(model.units, buckets, _spare(recipe, mesh, split), model.reads_weights_again) if zero == 3 else None
-    reducer = GradientReducer(buckets, mesh, fused=_sinks(recipe))
-    device = mesh.group("world").device
-    optimizer = ShardedOptimizer(buckets, recipe.optim, device, recipe.run.seed)
-    return NativeEngine(model, buckets, untrained_of(model, plan, mesh), reducer, optimizer, gatherer, device)
+    def take(model: Decoder, plan: ShardingPlan, parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
+        buckets[:0] = build_buckets(parameters, plan, mesh, zero, parallel.bucket_bytes, model.uses, treat)
+
+    dtype, device = getattr(torch, recipe.train.dtype), mesh.group("world").device
+    if zero == 3:  # unit by unit, so that not even at the start a rank holds all weights
+        model, plan = local_model(recipe, mesh, split, fill, dtype, take)
+        gatherer = WeightGatherer(model.units, buckets, _spare(recipe, mesh, split), model.reads_weights_again)
+    else:
+        model, plan = local_model(recipe, mesh, split, fill, dtype)
+        take(model, plan, list(model.named_parameters()))
+        gatherer = None
+    trained, frozen = ([bucket for bucket in buckets if bucket.kind.trained is wanted] for wanted in (True, False))
+    reducer = GradientReducer(trained, mesh, fused=_sinks(recipe))
+    optimizer = ShardedOptimizer(trained, recipe.optim, device, recipe.run.seed)
+    untrained = list(untrained_of(model, plan, mesh, frozen=zero < 3))
+    return NativeEngine(model, trained, frozen, untrained, reducer, optimizer, gatherer, device)
 
 
 def _spare(recipe: Recipe, mesh: Mesh, split: Split) -> int:

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bagualu.fault_tolerance.guard.finite import is_finite, probe
-from bagualu.parallel.boxes import TensorPiece, flat_range_to_boxes
-from bagualu.parallel.data.shard import Shard
+from bagualu.parallel.boxes import TensorPiece
+from bagualu.parallel.data.shard import Shard, shard_pieces
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.groups import Treatment
 from bagualu.trainer.optim.rounding import element_numbers, noise, round_stochastically
@@ -109,7 +109,7 @@ class ShardedOptimizer:
         for part, shard in zip(self.parts, self._shards, strict=True):
             if part.owned:
                 for kind, tensor in _saved(shard).items():
-                    yield from _pieces(kind, part, tensor)
+                    yield from shard_pieces(kind, part, tensor)
 
     def incoming(self) -> "Incoming":
         """Returns new host memory to read a state into."""
@@ -136,7 +136,7 @@ class Incoming:
         """Yields the memory to fill: every box of weights and moments that this rank holds."""
         for part, fresh in zip(self._optimizer.parts, self._fresh, strict=True):
             for kind, tensor in fresh.items():
-                yield from _pieces(kind, part, tensor)
+                yield from shard_pieces(kind, part, tensor)
 
     def apply(self, updates: int) -> None:
         """Makes the state that was read that of the optimizer, and of the working weights of this rank's shards. `updates`: the
@@ -172,14 +172,3 @@ def _fresh(shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _master(part: Shard) -> torch.Tensor:
     working = part.shard_weights.detach()
     return working if working.dtype == part.shard_gradients.dtype else working.to(part.shard_gradients.dtype)
-
-
-def _pieces(kind: str, part: Shard, tensor: torch.Tensor) -> Iterator[TensorPiece]:
-    """Yields every box of a global tensor `kind`/parameter that the shard `tensor` holds, as a view of `tensor`, without
-    padding."""
-    for entry, in_shard, in_parameter, numel in part.shard_entries():
-        for flat, box in flat_range_to_boxes(entry.box.shape, in_parameter, in_parameter + numel):
-            start = in_shard + flat - in_parameter
-            view, held = tensor[start : start + box.elements].view(box.shape), box.shift(entry.box.offset)
-            if own := held.within(entry.global_shape):
-                yield TensorPiece(f"{kind}/{entry.name}", entry.global_shape, own.offset, view[own.slices(held.offset)])

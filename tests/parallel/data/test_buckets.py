@@ -58,7 +58,7 @@ def built(
     with torch.device("meta"):
         model = Chain(layers)
     parallelize(model, PLAN, mesh, False, dtype, values)
-    buckets = build_buckets(model, PLAN, mesh, zero, bucket_bytes, treat=treat)
+    buckets = build_buckets(list(model.named_parameters()), PLAN, mesh, zero, bucket_bytes, treat=treat)
     reducer = GradientReducer(buckets, mesh)
     reducer.lend()
     return model, buckets, reducer
@@ -279,7 +279,7 @@ def one_parameter(communicator: Communicator, rows: int, bucket_bytes: int) -> f
     mesh = Mesh.build(Layout(), communicator)
     model.to("meta")
     parallelize(model, PLAN, mesh, False, torch.float32, values)
-    buckets = build_buckets(model, PLAN, mesh, zero=1, bucket_bytes=bucket_bytes)
+    buckets = build_buckets(list(model.named_parameters()), PLAN, mesh, zero=1, bucket_bytes=bucket_bytes)
     for bucket in buckets:
         bucket.gradients.fill_(0.1)
     elements = sum(entry.parameter.numel() for bucket in buckets for entry in bucket.entries)
@@ -298,7 +298,7 @@ def put_off_and_done(communicator: Communicator) -> None:
     with torch.device("meta"):
         model = Chain(2)
     parallelize(model, PLAN, mesh, False, torch.float64, values)
-    buckets = build_buckets(model, PLAN, mesh, zero=1, bucket_bytes=1)
+    buckets = build_buckets(list(model.named_parameters()), PLAN, mesh, zero=1, bucket_bytes=1)
     reducer = GradientReducer(buckets, mesh, fused=lambda name: name.startswith("weights"))
     assert not hasattr(model.scale, "gradient_sink")
     left, right, sink = torch.randn(2, WIDTH, 3).double(), torch.randn(2, 3, WIDTH).double(), model.weights[0].gradient_sink

@@ -1,12 +1,16 @@
 """Native ZeRO-3: weights have memory while their module computes and while the module before it does, and at no other time."""
 
+import gc
 from dataclasses import replace
 
 import pytest
+import torch
 
 from bagualu.comm.group import Communicator
+from bagualu.parallel.boxes import Box
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.engine.local_model import seeded_values
 from bagualu.trainer.engine.native import NativeEngine
 from bagualu.trainer.evaluate import validate
 from bagualu.trainer.recipe.config import Recipe
@@ -130,6 +134,26 @@ def resident(communicator: Communicator, recipe: Recipe) -> tuple[int, int]:
 def test_between_steps_a_rank_has_only_its_shard() -> None:
     for stays, whole in run("simulated", 4, resident, data_2(parallel__data=4, train__micro_batch=2)):
         assert stays == whole / 4
+
+
+def most_at_the_start(communicator: Communicator, recipe: Recipe) -> tuple[int, int]:
+    """The most bytes of parameters alive when another is filled, and those of the whole model."""
+    fill, most = seeded_values(recipe), 0
+
+    def watched(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
+        nonlocal most
+        parameters = [held for held in gc.get_objects() if isinstance(held, torch.nn.Parameter) and held.device.type == "cpu"]
+        most = max(most, sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}.values()))
+        return fill(name, shape, box)
+
+    engine = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab), watched).engine
+    return most, sum(parameter.nbytes for parameter in engine.model.parameters())
+
+
+@pytest.mark.parametrize("frozen", [[], [{"pattern": "layers.*", "frozen": True}]], ids=["trained", "frozen"])
+def test_a_rank_never_holds_the_whole_model_not_even_at_the_start(frozen: list[dict[str, object]]) -> None:
+    for most, whole in run("gloo", 2, most_at_the_start, data_2(model__layers=12, optim__groups=frozen)):
+        assert 0 < most < whole / 6
 
 
 def test_a_step_that_is_computed_again_begins_with_gathered_weights_freed() -> None:

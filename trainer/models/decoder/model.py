@@ -91,7 +91,8 @@ class Decoder(Model):
         self.layers = nn.ModuleDict({str(index): Layer(config, index) for layers in slices for index in layers})
         self.norm = RMSNorm(config.hidden, config.norm_epsilon) if last else None
         self.head = Head(config.padded_vocab, config.hidden, config.vocab) if last else None
-        if config.tie_embeddings and self.head is not None and self.embedding is not None:
+        self._tied = config.tie_embeddings and first and last
+        if self.head is not None and self.embedding is not None and self._tied:
             self.head.weight = self.embedding.weight
         self._bias_rate = config.moe.bias_rate
         self._loads: dict[int, torch.Tensor] = {}
@@ -107,8 +108,7 @@ class Decoder(Model):
 
     def uses(self, parameter: nn.Parameter) -> int:
         """Returns how many gradients `parameter` gets per micro-batch: 2 for a weight that is both embedding and head, else 1."""
-        ends = (self.embedding, self.head)
-        return max(1, sum(end is not None and end.weight is parameter for end in ends))
+        return 2 if self._tied and self.embedding is not None and parameter is self.embedding.weight else 1
 
     def begin_step(self) -> None:
         self._loads.clear()
