@@ -2,11 +2,13 @@
 
 import gc
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
-from bagualu.comm.group import Communicator
+from bagualu.comm.group import Communicator, Group
 from bagualu.parallel.boxes import Box
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
@@ -80,6 +82,46 @@ def test_recomputed_layers_are_gathered_no_more_often() -> None:
         again = [unit for unit, _ in second]
         assert [unit for index, unit in enumerate(again) if again[index - 1] != unit] == VISITS
         assert all(len(present) <= 2 for _, present in second)
+
+
+class Counting:
+    """A group that counts how often weights are gathered over it."""
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.gathers = group, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.gathers += name == "all_gather"
+        return getattr(self.group, name)
+
+
+def gathers(communicator: Communicator, recipe: Recipe) -> tuple[list[tuple[int, int]], int]:
+    """The units that begin to compute in the second step, each with its number of buckets, and how often one is gathered in it."""
+    state = begin(communicator, recipe)
+    assert isinstance(state.engine, NativeEngine)
+    gatherer, log = state.engine.gatherer, list[tuple[int, int]]()
+    assert gatherer is not None
+    train_step(state, 0)
+    acquire = gatherer.acquire
+    for weights in gatherer._weights:
+        group = Counting(weights.bucket.group)
+        weights.bucket.group = group  # type: ignore[assignment]
+
+    def watched(unit: Any) -> None:
+        log.append((gatherer._order.index(unit), len(unit.weights)))
+        acquire(unit)
+
+    gatherer.acquire = watched  # type: ignore[method-assign]
+    train_step(state, 1)
+    return log, sum(weights.bucket.group.gathers for weights in gatherer._weights)  # type: ignore[attr-defined]
+
+
+def test_weights_that_are_used_next_again_stay() -> None:
+    """One layer on each pipeline rank: its backward pass of a micro-batch follows, or is followed by, a forward pass."""
+    layout = {"parallel__pipeline": 2, "model__layers": 2, "train__micro_batch": 1, "parallel__bucket_bytes": 10**6}
+    for units, count in run("simulated", 4, gathers, data_2(**layout)):
+        assert count == sum(unit[1] for before, unit in pairwise([None, *units]) if unit != before)
+        assert count < sum(buckets for _, buckets in units)
 
 
 def kept(communicator: Communicator, recipe: Recipe) -> tuple[list[int], list[int]]:
