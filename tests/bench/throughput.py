@@ -43,16 +43,15 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--logs", type=Path, help="folder for the contestants' logs (default: a new one in /tmp)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and every sample here")
     options = parser.parse_args(argv)
-    cores = len(os.sched_getaffinity(0))
     options.contestants = options.contestants or (ON_GPU if options.device == "cuda" else DEFAULT)
     try:
-        options.entries = [parse(name, cores) for name in options.contestants]
+        options.entries = [parse(name, cores()) for name in options.contestants]
         for entry in options.entries:
             if options.device == "cuda" and (entry.program not in ("plain", "bagualu") or entry.processes > 1):
                 raise ValueError(f"{entry.name} is not measured on a GPU; give plain and bagualu in one process")
             cores_of(0, entry.processes, entry.threads)
         if options.baseline:
-            options.baseline = parse(options.baseline, cores).name
+            options.baseline = parse(options.baseline, cores()).name
             if options.baseline not in [entry.name for entry in options.entries]:
                 raise ValueError(f"--baseline {options.baseline} is not among the contestants; add it to --contestants")
     except ValueError as error:
@@ -62,7 +61,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def measured_ceiling(device: str, allocator: str, before: dict[str, float]) -> dict[str, float]:
     """FLOP/s of the best square matmul on all cores or the GPU, by dtype; never less than `before`, as others may disturb."""
-    variables = environment(len(os.sched_getaffinity(0)), allocator)
+    variables = environment(cores(), allocator)
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BENCH), variables.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "contest.ceiling", device]
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, check=True)
@@ -100,7 +99,12 @@ def alternate(recipe: str, options: argparse.Namespace) -> tuple[dict[Entry, lis
     return {entry: samples[entry] for entry in running}, failures
 
 
-def main(argv: list[str]) -> int:
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def measure(argv: list[str]) -> dict[str, Any]:
+    """Runs the benchmark, prints its tables and returns everything measured."""
     options = arguments(argv)
     options.logs = options.logs or Path(tempfile.mkdtemp(prefix="bench-logs-"))
     options.logs.mkdir(parents=True, exist_ok=True)
@@ -125,7 +129,11 @@ def main(argv: list[str]) -> int:
         print(table(recipe, SHAPES[recipe], results), end="\n\n", flush=True)
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return 1 if document["failures"] else 0
+    return document
+
+
+def main(argv: list[str]) -> int:
+    return 1 if measure(argv)["failures"] else 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from bagualu.parallel.pipeline.registry import SCHEDULES
-from contest.entry import Entry
+from contest.entry import ENGINE_STAGES, Entry
 from contest.runs import Ended, train
 from contest.shapes import SHAPES
 from contest.team import Sample
@@ -23,6 +23,9 @@ def overrides(entry: Entry, recipe: str) -> list[str]:
     ]
     if pipeline:
         changed.append("parallel.balance=measured")
+    if entry.variant in ENGINE_STAGES:
+        engine, stage = ENGINE_STAGES[entry.variant]
+        changed += [f"parallel.engine={engine}", f"parallel.zero={stage}"]
     if entry.variant in SCHEDULES:
         changed.append(f"parallel.schedule={entry.variant}")
     return changed + ([f"parallel.{entry.axis}={entry.processes}"] if entry.axis else [])

@@ -3,17 +3,21 @@
 import re
 from dataclasses import dataclass
 
+from bagualu.parallel.config import ENGINES
 from bagualu.parallel.pipeline.registry import SCHEDULES
 
-BASELINES = ("plain", "ddp", "fsdp", "deepspeed", "torchtp", "torchpp")
+BASELINES = ("plain", "ddp", "fsdp", "deepspeed", "deepspeed2", "deepspeed3", "torchtp", "torchpp")
+"""fsdp is ZeRO-3; deepspeed is ZeRO-1, or the stage that follows its name."""
 AXES = ("data", "tensor", "pipeline", "expert")
 """pipeline: with the recipe's own schedule."""
+ENGINE_STAGES = {f"{engine}{stage}": (engine, stage) for engine, stages in ENGINES.items() for stage in stages}
+"""Data ranks of Bagualu with this engine and ZeRO stage."""
 PRECISIONS = ("bf16", "bf16wide", "autocast", "f32")
 """bf16: bfloat16 weights and arithmetic. bf16wide: bfloat16 weights, but matmul and attention in float32. autocast:
 float32 weights under torch.autocast. f32: float32 throughout. The first two keep float32 master weights."""
 GRAMMAR = "PROGRAM[-VARIANT][-compiled][@PROCESSESxTHREADS]"
 NAME = re.compile(
-    r"(?P<program>[a-z]+)(-(?P<variant>(?!compiled)[a-z0-9_]+))?(?P<compiled>-compiled)?"
+    r"(?P<program>[a-z]+\d?)(-(?P<variant>(?!compiled)[a-z0-9_]+))?(?P<compiled>-compiled)?"
     r"(@(?P<processes>[1-9]\d*)x(?P<threads>[1-9]\d*))?"
 )
 
@@ -23,9 +27,10 @@ class Entry:
     """One contestant: a program, its variant, and the processes x threads that it gets."""
 
     program: str
-    """plain | ddp | fsdp | deepspeed | torchtp | torchpp | bagualu."""
+    """One of BASELINES, or bagualu."""
     variant: str
-    """Baselines: the precision. Bagualu: the axis that more than one process is spent on, or the schedule of a pipeline."""
+    """Baselines: the precision. Bagualu: the axis that more than one process is spent on, the schedule of a pipeline, or engine and
+    ZeRO stage of data ranks."""
     compiled: bool
     processes: int
     threads: int
@@ -33,7 +38,7 @@ class Entry:
     @property
     def axis(self) -> str:
         """What Bagualu spends more than one process on."""
-        return "pipeline" if self.variant in SCHEDULES else self.variant
+        return "pipeline" if self.variant in SCHEDULES else "data" if self.variant in ENGINE_STAGES else self.variant
 
     @property
     def name(self) -> str:
@@ -55,7 +60,7 @@ def parse(text: str, cores: int) -> Entry:
     if program in BASELINES:
         allowed, variant = PRECISIONS, variant or "bf16"
     elif program == "bagualu":
-        allowed = ("", *AXES, *SCHEDULES)
+        allowed = ("", *AXES, *SCHEDULES, *ENGINE_STAGES)
     else:
         raise ValueError(f"contestant {text!r}: no such program; give one of {', '.join((*BASELINES, 'bagualu'))}")
     if variant not in allowed:

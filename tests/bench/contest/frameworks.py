@@ -1,5 +1,6 @@
 """The plain model under torch's and DeepSpeed's own parallelism, used directly. Each builder makes one Step."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ def fsdp(shape: Shape, precision: str) -> Step:
     return step
 
 
-def deepspeed_zero1(shape: Shape, precision: str) -> Step:
-    """DeepSpeed ZeRO-1 with its own bfloat16 engine around torch's AdamW."""
+def deepspeed_zero(stage: int, shape: Shape, precision: str) -> Step:
+    """DeepSpeed ZeRO with its own bfloat16 engine around torch's AdamW."""
     import deepspeed
 
     model = build_model(shape, precision)
@@ -58,7 +59,7 @@ def deepspeed_zero1(shape: Shape, precision: str) -> Step:
         "train_batch_size": shape.batch,
         "train_micro_batch_size_per_gpu": shape.batch // dist.get_world_size(),
         "gradient_clipping": CLIP_NORM,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": stage},
         "bf16": {"enabled": precision.startswith("bf16")},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -75,7 +76,8 @@ def deepspeed_zero1(shape: Shape, precision: str) -> Step:
 
 
 BUILDERS = {
-    "ddp": ddp, "fsdp": fsdp, "deepspeed": deepspeed_zero1, "torchtp": tensor_parallel, "torchpp": pipeline_parallel,
+    "ddp": ddp, "fsdp": fsdp, "deepspeed": partial(deepspeed_zero, 1), "deepspeed2": partial(deepspeed_zero, 2),
+    "deepspeed3": partial(deepspeed_zero, 3), "torchtp": tensor_parallel, "torchpp": pipeline_parallel,
 }  # fmt: skip
 SHARE_THE_MODEL = ("torchtp", "torchpp")
 """Every process sees the whole batch; under the others each has its part of it."""
