@@ -24,8 +24,10 @@ class Untrained:
     placement: Placement
     group: Group
     """The ranks that hold the same elements and process different samples."""
-    tied: bool
-    """Whether the first and the last stage hold the parameter on different ranks."""
+    held_along: tuple[str, ...]
+    """Mesh axes along which all ranks hold the same elements."""
+    counted: bool
+    """Whether checkpoints hold this rank's elements rather than a copy of them on another stage or tensor rank."""
     owned: bool
     """Whether this rank's copy is the one that checkpoints hold."""
 
@@ -51,4 +53,5 @@ def untrained_of(model: torch.nn.Module, plan: ShardingPlan, mesh: Mesh, frozen:
         group = mesh.group(placement.reduction_axis)
         tied = name in plan.tied.values() and "ends" in mesh.groups and mesh.group("ends").size > 1
         counted = placement.counted(mesh.layout, mesh.coordinates) and not (tied and local_name != name)
-        yield Untrained(kind, name, tensor, placement, group, tied, group.rank == 0 and counted)
+        held_along = (placement.reduction_axis, *([] if "tensor" in placement.axes else ["tensor"]), *(["ends"] if tied else []))
+        yield Untrained(kind, name, tensor, placement, group, held_along, counted, group.rank == 0 and counted)

@@ -22,7 +22,6 @@ from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.sharding import ShardingPlan
 
-_NORM_PIECE = 2**10
 _SHARD_MULTIPLE = 8
 """Number of elements of which every shard's bounds are a multiple, so that a shard of any dtype can be read as 64-bit integers."""
 
@@ -114,17 +113,6 @@ class Bucket:
     def shard_gradients(self) -> torch.Tensor:
         return self.gradients[self.shard] if self.reduced is None else self.reduced
 
-    def norm_squared(self) -> torch.Tensor:
-        """Returns the squared norm of the shard's gradient, a float64 scalar.
-
-        It sums float32 norms of short pieces in float64. So it loses no digits and does not depend on the number of threads.
-        """
-        whole = self.shard_gradients.numel() // _NORM_PIECE * _NORM_PIECE
-        pieces = torch.linalg.vector_norm(self.shard_gradients[:whole].view(-1, _NORM_PIECE), dim=1)
-        rest = torch.linalg.vector_norm(self.shard_gradients[whole:])
-        squared: torch.Tensor = pieces.double().square().sum() + rest.double().square()
-        return squared
-
     @property
     def owned(self) -> bool:
         """Whether this rank's copy of the shard is the one that the gradient norm includes and checkpoints save."""
@@ -162,7 +150,7 @@ def build_buckets(
         if not parameter.requires_grad and zero < 3:
             continue
         name = plan.global_name(local_name)
-        kind = _kind(name, local_name, parameter, treat, plan, mesh)
+        kind = kind_of(name, local_name, parameter, treat, plan, mesh)
         members = open_buckets.setdefault(kind, [])
         members.append((name, parameter))
         if sum(p.numel() for _, p in members) * accurate_dtype(parameter.dtype).itemsize >= bucket_bytes:
@@ -171,7 +159,7 @@ def build_buckets(
     return buckets
 
 
-def _kind(
+def kind_of(
     name: str,
     local_name: str,
     parameter: torch.nn.Parameter,
@@ -179,6 +167,7 @@ def _kind(
     plan: ShardingPlan,
     mesh: Mesh,
 ) -> BucketKind:
+    """Returns the kind of the parameter `name`, on this rank `local_name`."""
     placement = plan.placement(name)
     tied = name in plan.tied.values() and "ends" in mesh.groups and mesh.group("ends").size > 1
     copy_elsewhere = tied and local_name != name

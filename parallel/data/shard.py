@@ -7,6 +7,8 @@ import torch
 
 from bagualu.parallel.boxes import Box, TensorPiece, flat_range_to_boxes
 
+_NORM_PIECE = 2**10
+
 
 class ShardEntry(Protocol):
     """A parameter of which a shard holds a part."""
@@ -21,7 +23,7 @@ class ShardEntry(Protocol):
 
     @property
     def box(self) -> Box:
-        """The part of the global tensor that the ranks of the shard's group hold together, including padding."""
+        """The box of the global tensor, including padding, of whose flattened elements the shard holds a range."""
 
 
 class Shard(Protocol):
@@ -57,3 +59,15 @@ def shard_pieces(kind: str, part: Shard, tensor: torch.Tensor) -> Iterator[Tenso
             view, held = tensor[start : start + box.elements].view(box.shape), box.shift(entry.box.offset)
             if own := held.within(entry.global_shape):
                 yield TensorPiece(f"{kind}/{entry.name}", entry.global_shape, own.offset, view[own.slices(held.offset)])
+
+
+def norm_squared(gradients: torch.Tensor) -> torch.Tensor:
+    """Returns the squared norm of `gradients` [n], a float64 scalar.
+
+    It sums float32 norms of short pieces in float64. So it loses no digits and does not depend on the number of threads.
+    """
+    whole = gradients.numel() // _NORM_PIECE * _NORM_PIECE
+    pieces = torch.linalg.vector_norm(gradients[:whole].view(-1, _NORM_PIECE), dim=1)
+    rest = torch.linalg.vector_norm(gradients[whole:])
+    squared: torch.Tensor = pieces.double().square().sum() + rest.double().square()
+    return squared

@@ -3,7 +3,7 @@
 An engine is built at the start of a run, and a new engine whenever layers move to other ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,24 +11,23 @@ import torch
 from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.keys import memory_caps
-from bagualu.parallel.boxes import TensorPiece
 from bagualu.parallel.data.bucket import Bucket, build_buckets, gather_weights
 from bagualu.parallel.data.gather import WeightGatherer
 from bagualu.parallel.data.reducer import GradientReducer
-from bagualu.parallel.data.shard import shard_pieces
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill
 from bagualu.parallel.sharding import ShardingPlan
 from bagualu.parallel.untrained import Untrained, untrained_of
 from bagualu.trainer.engine.local_model import local_model
+from bagualu.trainer.engine.sharded import ShardedEngine, untrained_shard
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.optim.groups import Treatment
 from bagualu.trainer.optim.sharded import ShardedOptimizer
 from bagualu.trainer.recipe.config import Recipe
 
 
-class NativeEngine:
-    """The `Engine` of protocol.py, over flat gradient buckets and ShardedOptimizer."""
+class NativeEngine(ShardedEngine):
+    """The `Engine` of protocol.py, over flat gradient buckets."""
 
     def __init__(
         self,
@@ -43,16 +42,10 @@ class NativeEngine:
     ) -> None:
         """`frozen`: the buckets of frozen parameters under ZeRO-3; under other stages these parameters are in `untrained`.
         `gatherer`: under ZeRO-3, what gathers weights when they are used; else None."""
-        self.model, self.buckets, self.frozen, self.untrained = model, buckets, frozen, untrained
-        self.reducer, self.optimizer, self.gatherer = reducer, optimizer, gatherer
+        super().__init__(model, buckets, frozen, untrained, optimizer, device)
+        self.buckets, self.reducer, self.gatherer, self._frozen = buckets, reducer, gatherer, frozen
         if gatherer is not None:
             model.call = gatherer
-        self._device = device
-
-    @property
-    def parameters(self) -> int:
-        divided = sum(count for bucket in [*self.buckets, *self.frozen] if bucket.owned for *_, count in bucket.shard_entries())
-        return divided + sum(part.tensor.numel() for part in self.untrained if part.owned and part.kind == "weight")
 
     @property
     def before_reduction(self) -> Callable[[torch.Tensor], None] | None:
@@ -75,47 +68,14 @@ class NativeEngine:
         if self.gatherer is not None:
             self.gatherer.end()
 
-    def norm_squared(self) -> torch.Tensor:
-        norms = {owned: self._zero() for owned in (True, False)}
-        for bucket in self.buckets:
-            norms[bucket.owned] += bucket.norm_squared()
-        return norms[True] + norms[False] * 0.0  # a copy does not count, but makes the sum not finite when it is not
-
-    def _zero(self) -> torch.Tensor:
-        return torch.zeros((), dtype=torch.float64, device=self._device)
-
-    def reduced_gradients(self) -> Iterator[torch.Tensor]:
-        return (bucket.shard_gradients for bucket in self.buckets)
-
-    def step(self, lr: float, gradient_factor: float) -> None:
-        self.optimizer.step(lr, gradient_factor)
-
-    def spoilt(self) -> list[tuple[int, str]]:
-        return self.optimizer.spoilt()
-
     def share(self) -> None:
         if self.gatherer is None:
             gather_weights(self.buckets)
 
-    def publish(self) -> None:
-        self.optimizer.publish()
-        self.share()
-
-    def pieces(self) -> Iterator[TensorPiece]:
-        yield from self.optimizer.pieces()
-        for bucket in self.frozen:
-            if bucket.owned:
-                yield from shard_pieces("weight", bucket, bucket.shard_weights.to(bucket.gradients.dtype))
-        owned = (part for part in self.untrained if part.owned)
-        yield from filter(None, (part.piece(part.tensor.to(part.saved_dtype)) for part in owned))
-
-    def incoming(self) -> "NativeIncoming":
-        return NativeIncoming(self)
-
     def shards(self) -> list[StateShard]:
         trained = [_state_shard(*both) for both in zip(self.buckets, self.optimizer.shards(), strict=True)]
-        frozen = [_state_shard(bucket, {"weight": bucket.shard_weights}) for bucket in self.frozen]
-        return trained + frozen + [_untrained_shard(part) for part in self.untrained]
+        frozen = [_state_shard(bucket, {"weight": bucket.shard_weights}) for bucket in self._frozen]
+        return trained + frozen + [untrained_shard(part) for part in self.untrained]
 
     def open(self) -> None:
         self.reducer.lend()
@@ -124,30 +84,6 @@ class NativeEngine:
         self.reducer.close()
         if self.gatherer is not None:  # it and the model refer to each other
             del self.model.call
-
-
-class NativeIncoming:
-    """The `IncomingState` (protocol.py) of a NativeEngine: host memory for every weight, moment and buffer of this rank."""
-
-    def __init__(self, engine: NativeEngine) -> None:
-        self._engine = engine
-        self._trained = engine.optimizer.incoming()
-        self._frozen = [(b, torch.zeros_like(b.shard_weights, dtype=b.gradients.dtype, device="cpu")) for b in engine.frozen]
-        self._untrained = [(part, torch.zeros_like(part.tensor, dtype=part.saved_dtype, device="cpu")) for part in engine.untrained]
-
-    def pieces(self) -> Iterator[TensorPiece]:
-        yield from self._trained.pieces()
-        for bucket, fresh in self._frozen:
-            yield from shard_pieces("weight", bucket, fresh)
-        yield from filter(None, (part.piece(fresh) for part, fresh in self._untrained))
-
-    def apply(self, updates: int) -> None:
-        self._trained.apply(updates)
-        for bucket, fresh in self._frozen:
-            bucket.shard_weights.copy_(fresh)
-        for part, fresh in self._untrained:
-            part.tensor.copy_(fresh)
-        self._engine.share()
 
 
 def _state_shard(bucket: Bucket, tensors: dict[str, torch.Tensor]) -> StateShard:
@@ -168,12 +104,6 @@ def _copies(bucket: Bucket) -> Sequence[torch.Tensor]:
     if bucket.kept is not None:
         return (bucket.kept,)
     return bucket.weights.chunk(bucket.group.size) if bucket.partitioned else (bucket.weights,)
-
-
-def _untrained_shard(part: Untrained) -> StateShard:
-    axis, tensor = part.placement.reduction_axis, part.tensor.detach()
-    held_along = [axis, *([] if "tensor" in part.placement.axes else ["tensor"]), *(["ends"] if part.tied else [])]
-    return StateShard(part.name, {"weight": tensor}, axis, part.group, held_along, (tensor,))
 
 
 def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:

@@ -1,0 +1,112 @@
+"""The part of an engine that does not depend on how gradients are reduced and weights are shared: the update of shards, the state
+that checkpoints hold, and the gradient norm."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from bagualu.fault_tolerance.guard.engine import StateShard
+from bagualu.parallel.boxes import TensorPiece
+from bagualu.parallel.data.shard import Shard, norm_squared, shard_pieces
+from bagualu.parallel.precision import accurate_dtype
+from bagualu.parallel.untrained import Untrained
+from bagualu.trainer.models.decoder.model import Decoder
+from bagualu.trainer.optim.sharded import ShardedOptimizer
+
+
+class ShardedEngine:
+    """An `Engine` (protocol.py) without begin, putting_off, finish, share, shards, open and close. It updates `parts`, this rank's
+    shards of the trained parameters, with `optimizer`. `frozen` are shards whose weights stay; frozen parameters that are not
+    divided among ranks are in `untrained`, with the buffers."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        parts: Sequence[Shard],
+        frozen: Sequence[Shard],
+        untrained: list[Untrained],
+        optimizer: ShardedOptimizer,
+        device: torch.device,
+    ) -> None:
+        self.model, self.frozen, self.untrained, self.optimizer = model, frozen, untrained, optimizer
+        self._parts, self._device = parts, device
+
+    @property
+    def parameters(self) -> int:
+        divided = sum(count for part in [*self._parts, *self.frozen] if part.owned for *_, count in part.shard_entries())
+        return divided + sum(part.tensor.numel() for part in self.untrained if part.owned and part.kind == "weight")
+
+    def leaves(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.model.named_parameters()
+
+    def norm_squared(self) -> torch.Tensor:
+        norms = {owned: self._zero() for owned in (True, False)}
+        for part in self._parts:
+            norms[part.owned] += norm_squared(part.shard_gradients)
+        return norms[True] + norms[False] * 0.0  # a copy does not count, but makes the sum not finite when it is not
+
+    def _zero(self) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self._device)
+
+    def reduced_gradients(self) -> Iterator[torch.Tensor]:
+        return (part.shard_gradients for part in self._parts)
+
+    def step(self, lr: float, gradient_factor: float) -> None:
+        self.optimizer.step(lr, gradient_factor)
+
+    def spoilt(self) -> list[tuple[int, str]]:
+        return self.optimizer.spoilt()
+
+    def share(self) -> None:
+        """Exchanges the updated working weights, as `Engine` says."""
+        raise NotImplementedError
+
+    def publish(self) -> None:
+        self.optimizer.publish()
+        self.share()
+
+    def pieces(self) -> Iterator[TensorPiece]:
+        yield from self.optimizer.pieces()
+        for part in self.frozen:
+            if part.owned:
+                yield from shard_pieces("weight", part, part.shard_weights.to(accurate_dtype(part.shard_weights.dtype)))
+        owned = (part for part in self.untrained if part.owned)
+        yield from filter(None, (part.piece(part.tensor.to(part.saved_dtype)) for part in owned))
+
+    def incoming(self) -> "IncomingShards":
+        return IncomingShards(self)
+
+
+class IncomingShards:
+    """The `IncomingState` (protocol.py) of a ShardedEngine: host memory for every weight, moment and buffer of this rank."""
+
+    def __init__(self, engine: ShardedEngine) -> None:
+        self._engine = engine
+        self._trained = engine.optimizer.incoming()
+        self._frozen = [(part, _fresh(part.shard_weights)) for part in engine.frozen]
+        self._untrained = [(part, _fresh(part.tensor)) for part in engine.untrained]
+
+    def pieces(self) -> Iterator[TensorPiece]:
+        yield from self._trained.pieces()
+        for part, fresh in self._frozen:
+            yield from shard_pieces("weight", part, fresh)
+        yield from filter(None, (part.piece(fresh) for part, fresh in self._untrained))
+
+    def apply(self, updates: int) -> None:
+        self._trained.apply(updates)
+        for shard, fresh in self._frozen:
+            shard.shard_weights.copy_(fresh)
+        for part, fresh in self._untrained:
+            part.tensor.copy_(fresh)
+        self._engine.share()
+
+
+def untrained_shard(part: Untrained) -> StateShard:
+    """Returns a buffer or frozen parameter as the guard sees it."""
+    tensor = part.tensor.detach()
+    return StateShard(part.name, {"weight": tensor}, part.placement.reduction_axis, part.group, part.held_along, (tensor,))
+
+
+def _fresh(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns zeroed host memory for what a checkpoint holds of `tensor`, in at least float32."""
+    return torch.zeros_like(tensor, dtype=accurate_dtype(tensor.dtype), device="cpu")
