@@ -47,5 +47,5 @@ def plan_faults(state: TrainerState, communicator: Communicator, scratch: Path |
     plan = state.recipe.planned_faults(max(communicator.size, state.recipe.world_size()))
     if plan:
         replicas = scratch / REPLICAS if scratch else None
-        scene = RankScene(communicator, lambda: state.engine.model, lambda: state.engine.pieces(), run_dir.checkpoints, replicas)
+        scene = RankScene(communicator, lambda: state.engine.leaves(), lambda: state.engine.pieces(), run_dir.checkpoints, replicas)
         communicator.monitor.observers.append(PlannedFaults(plan, scene, Record(run_dir.faults)))

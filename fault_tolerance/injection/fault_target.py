@@ -18,10 +18,11 @@ _KINDS = {"master": "weight/", "moment": "exp_avg/"}
 
 @dataclass
 class RankScene:
-    """The `Scene` of a real rank. `model` returns the rank's present model, `state` views of the pieces of its optimizer state."""
+    """The `Scene` of a real rank. `leaves` returns the names and tensors of its parameters as backward passes know them, `state`
+    views of the pieces of its optimizer state."""
 
     communicator: Communicator
-    model: Callable[[], torch.nn.Module]
+    leaves: Callable[[], Iterable[tuple[str, torch.Tensor]]]
     state: Callable[[], Iterable[TensorPiece]]
     checkpoints: Path
     replicas: Path | None
@@ -67,8 +68,10 @@ class RankScene:
         tensor: torch.Tensor
         if what == "weight":
             name, tensor = next(self._vectors())
+            if not tensor.untyped_storage().nbytes():
+                return "nothing, because this rank holds weights only while it computes with them"
         else:
-            frozen = {f"weight/{name}" for name, parameter in self.model().named_parameters() if not parameter.requires_grad}
+            frozen = {f"weight/{name}" for name, leaf in self.leaves() if not leaf.requires_grad}
             pieces = (piece for piece in self.state() if piece.name.startswith(_KINDS[what]) and piece.name not in frozen)
             piece = next(pieces, None)
             if piece is None:
@@ -77,10 +80,10 @@ class RankScene:
         flip_bit(tensor.detach().view(-1)[:1])
         return f"element 0 of {name}"
 
-    def _vectors(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    def _vectors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the names and the weights of the normalisation layers (parameters of one dim): every step uses them, and their
         gradients go through autograd, not straight to a bucket."""
-        return ((name, parameter) for name, parameter in self.model().named_parameters() if parameter.ndim == 1)
+        return ((name, leaf) for name, leaf in self.leaves() if leaf.ndim == 1)
 
 
 def flip_bit(cell: torch.Tensor) -> None:

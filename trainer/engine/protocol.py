@@ -39,6 +39,10 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
         """The number of parameter elements that this rank counts. Each element counts on one rank: the sum over ranks is the
         model's size."""
 
+    def leaves(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the name and the tensor of every parameter of this rank as backward passes know it: a leaf of autograd's graph. It
+        may have no memory between passes."""
+
     def begin(self, micro_batches: int) -> None:
         """Prepares for a step in which each parameter takes part in `micro_batches` backward passes."""
 
