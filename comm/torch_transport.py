@@ -14,6 +14,7 @@ import torch.distributed as dist
 from bagualu.comm.attempt import join
 from bagualu.comm.backend import ReduceOp, Work
 from bagualu.comm.errors import CommunicationError, RecipeError
+from bagualu.comm.group import Group
 from bagualu.comm.store import store_of
 from bagualu.comm.world import World, listen_on_one_interface
 
@@ -153,6 +154,13 @@ class TorchBackend:
         for transport in self._transports:
             transport.close()
         self._transports.clear()
+
+
+def process_group(group: Group) -> dist.ProcessGroup:
+    """Returns the torch process group of `group`, which has at least two ranks. Raises RecipeError if its backend has none."""
+    if not isinstance(group.transport, TorchTransport):
+        raise RecipeError("comm.backend has no torch process groups, which parallel.engine=fsdp needs; give parallel.engine=native")
+    return group.transport.group
 
 
 def _first_line(error: Exception) -> str:

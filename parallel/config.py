@@ -3,17 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from bagualu.comm.checks import require_at_least
+from bagualu.comm.checks import refuse_unused, require_at_least
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.balance.stages.keys import COMPUTED, memory_caps, validate_speeds
 from bagualu.parallel.layout import Layout
-from bagualu.parallel.pipeline.registry import placement_of
+from bagualu.parallel.pipeline.registry import placement_of, splits_backward
 
 HEAD_CHUNK_TOKENS = 2**10
 """Tokens per chunk in the fused head and loss (vocabulary.py). Every chunk reads the whole weight and its gradient, so small chunks
 are slow; the products of larger chunks could overflow float16 before any loss scale can prevent it."""
 
-ENGINES = {"native": (1, 0, 2, 3)}
+ENGINES = {"native": (1, 0, 2, 3), "fsdp": (3,)}
 """The ZeRO stages that each engine has, the default first."""
 
 
@@ -58,7 +58,7 @@ class ParallelConfig:
     virtual_stages: int | None = None
     """Number of stages per rank. Default: 1, or 2 for schedules that need several (interleaved_1f1b, zb_v, v_half, dualpipe_v)."""
     engine: str = "native"
-    """The engine that holds weights, gradients and optimizer state: native (Bagualu's own)."""
+    """The engine that holds weights, gradients and optimizer state: native (Bagualu's own) | fsdp (torch's fully_shard)."""
     schedule: str = "1f1b"
     """Pipeline schedule: gpipe | 1f1b | interleaved_1f1b | zb_h1 | zb_v | v_half | dualpipe_v."""
     balance: Any = "uniform"
@@ -77,7 +77,10 @@ class ParallelConfig:
     zero: int | None = None
     """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it among them, 2 partitions gradients too:
     they are reduced after every micro-batch, and each rank keeps its part, 3 partitions weights too: those of a layer are gathered
-    when it computes. docs/guides/memory.md compares them. Default: 1."""
+    when it computes. docs/guides/memory.md compares them. Default: 1, or 3 with engine=fsdp."""
+    shard: int | None = None
+    """The number of neighbouring data ranks that share one copy of the weights, for engine=fsdp: e.g. those of a node, so that
+    weights are only gathered within nodes. Default: all data ranks."""
     bucket_bytes: int = 25 * 2**20
     """Approximate bytes of gradients in a bucket. Most buckets are reduced as soon as they are complete, during the backward pass;
     those that are reduced over a second group too, after it."""
@@ -99,6 +102,11 @@ class ParallelConfig:
             stages = f"{', '.join(map(str, others))} or {last}" if others else last
             raise RecipeError(f"parallel.engine={self.engine} has no parallel.zero={self.zero}; give parallel.zero={stages}"
                               + (f", or parallel.engine={able[0]}" if able else ""))  # fmt: skip
+        if self.engine == "fsdp":
+            self._validate_fsdp()
+        elif self.shard is not None:
+            raise RecipeError(f"parallel.shard={self.shard} has no effect with parallel.engine={self.engine}; leave it out or give "
+                              "parallel.engine=fsdp")  # fmt: skip
         if self.bucket_bytes < 1:
             raise RecipeError(f"parallel.bucket_bytes={self.bucket_bytes} must be positive, e.g. parallel.bucket_bytes=26214400")
         validate_speeds(self.speeds, self.pipeline, self.balance)
@@ -112,6 +120,15 @@ class ParallelConfig:
                               "layers; give parallel.balance=uniform or parallel.pipeline=2")  # fmt: skip
         if self.sequence and self.tensor == 1:
             raise RecipeError("parallel.sequence=true needs parallel.tensor of at least 2; drop it or raise parallel.tensor")
+
+    def _validate_fsdp(self) -> None:
+        if splits_backward(self.schedule):
+            raise RecipeError(f"parallel.schedule={self.schedule} takes the backward pass in two parts, which parallel.engine=fsdp "
+                              "cannot; give parallel.schedule=1f1b or parallel.engine=native")  # fmt: skip
+        if self.shard is not None and self.shard < 2:
+            raise RecipeError(f"parallel.shard={self.shard} must be at least 2 ranks; leave it out, or give parallel.engine=native "
+                              "with parallel.zero=0 to hold all weights on every data rank")  # fmt: skip
+        refuse_unused("parallel", self, ["bucket_bytes"], "parallel.engine=fsdp")
 
     @property
     def zero_stage(self) -> int:
@@ -147,4 +164,10 @@ class ParallelConfig:
                 f"parallel.expert={self.expert} must divide data x context = {data * self.context}; "
                 f"give one of {[n for n in range(1, data * self.context + 1) if data * self.context % n == 0]}"
             )
-        return Layout(self.pipeline, data, self.context, self.tensor, self.expert)
+        layout = Layout(self.pipeline, data, self.context, self.tensor, self.expert, self.shard)
+        fits = [n for n in range(2, layout.fold + 1) if layout.fold % n == 0 and (n <= self.expert or n % self.expert == 0)]
+        if self.shard is not None and self.shard not in fits:
+            raise RecipeError(f"parallel.shard={self.shard} must divide data x context = {layout.fold}, and be a multiple of "
+                              f"parallel.expert={self.expert} if it is larger; " +
+                              (f"give one of {fits}" if fits else "leave it out"))  # fmt: skip
+        return layout

@@ -8,16 +8,21 @@ step, crosses far ranks (BaGuaLu's MoDa layout, PPoPP'22, section 4).
 
 from dataclasses import dataclass
 
+SHARD, COPIES = "_shard", "_copies"
+"""Endings of the names of the two tiers into which Layout.shard divides an axis (see Layout.peers)."""
+
 
 @dataclass(frozen=True)
 class Layout:
-    """The degree of every axis. `expert` divides data * context and adds no ranks of its own."""
+    """The degree of every axis. `expert` and `shard` divide data * context and add no ranks of their own."""
 
     pipeline: int = 1
     data: int = 1
     context: int = 1
     tensor: int = 1
     expert: int = 1
+    shard: int | None = None
+    """The number of neighbours in the fold that hold one copy of the dense weights together; None: all ranks of the fold."""
 
     @property
     def world(self) -> int:
@@ -44,6 +49,11 @@ class Layout:
         """Returns the number of ranks along `axis`, which may be a derived axis (see `peers`)."""
         if axis == "replica":
             return self.fold // self.expert
+        if axis.endswith(SHARD):
+            whole = self.size(axis.removesuffix(SHARD))
+            return max(1, whole * (self.shard or self.fold) // self.fold)
+        if axis.endswith(COPIES):
+            return self.size(axis.removesuffix(COPIES)) // self.size(axis.removesuffix(COPIES) + SHARD)
         return int(getattr(self, axis))
 
     def rank(self, pipeline: int, fold: int, tensor: int) -> int:
@@ -54,12 +64,18 @@ class Layout:
         """Returns `rank` and the ranks that differ from it on `axis` alone, in the order of their coordinates.
 
         Axes: pipeline, data, context, tensor, expert (ranks with the other experts), replica (ranks with the same experts), fold
-        (ranks with the same dense parameters), world.
+        (ranks with the same dense parameters), world; and for fold and replica each, axis + SHARD (the ranks that hold one copy of
+        the weights together) and axis + COPIES (the ranks that hold the same part of different copies).
         """
         at = self.coordinates(rank)
         pipeline, fold, tensor = at["pipeline"], at["fold"], at["tensor"]
         if axis == "world":
             return tuple(range(self.world))
+        if axis.endswith((SHARD, COPIES)):
+            whole = axis.removesuffix(SHARD).removesuffix(COPIES)
+            ranks, together = self.peers(whole, rank), self.size(whole + SHARD)
+            first, place = divmod(at[whole], together)
+            return ranks[first * together :][:together] if axis.endswith(SHARD) else ranks[place::together]
         if axis == "pipeline":
             return tuple(self.rank(stage, fold, tensor) for stage in range(self.pipeline))
         if axis == "tensor":

@@ -6,7 +6,7 @@ import torch
 
 from bagualu.comm.group import Communicator, Group
 from bagualu.comm.monitor import Monitor
-from bagualu.parallel.layout import Layout, StagePlacement
+from bagualu.parallel.layout import COPIES, SHARD, Layout, StagePlacement
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Mesh:
 
     Groups: tensor; pipeline and further groups of the same ranks (see `messages`); fold (ranks with the same dense parameters);
     expert (ranks with the other experts); replica (ranks with the same experts); ends (the ranks of the first and the last stage,
-    for tied embeddings; only those ranks have it); world.
+    for tied embeddings; only those ranks have it); world; with Layout.shard also the two tiers of fold and replica (Layout.peers).
     """
 
     layout: Layout
@@ -34,7 +34,8 @@ class Mesh:
         placement = placement or StagePlacement(layout.pipeline)
         at = layout.coordinates(rank)
         groups = {"world": communicator.world}
-        for axis in ("tensor", "fold", "expert", "replica", "pipeline"):
+        tiers = [axis + tier for axis in ("fold", "replica") for tier in (SHARD, COPIES)] if layout.shard else []
+        for axis in ("tensor", "fold", "expert", "replica", "pipeline", *tiers):
             groups[axis] = communicator.group(layout.peers(axis, rank), axis)
         pipeline = layout.peers("pipeline", rank)
         for name in ("pipeline_back", *_RETURNING) if placement.chunks > 1 else ("pipeline_back",):

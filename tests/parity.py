@@ -8,7 +8,6 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.engine.native import NativeEngine
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
 
@@ -28,13 +27,18 @@ def pieces_of(state: TrainerState) -> list[tuple[str, tuple[int, ...], tuple[int
     return [(p.name, p.global_shape, p.offset, as_numpy(p.tensor)) for p in state.engine.pieces()]
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that FSDP2 divides; any other tensor itself."""
+    with torch.no_grad():
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def working_tensors(state: TrainerState) -> list[tuple[str, torch.Tensor]]:
-    """This rank's buffers and working weights; under ZeRO-3, whose weights have no memory between steps, its shards of them."""
-    model, engine = state.engine.model, state.engine
-    assert isinstance(engine, NativeEngine)
-    kept = [(f"{index}/kept", bucket.kept) for index, bucket in enumerate(engine.buckets) if bucket.kept is not None]
-    whole = [(name, parameter) for name, parameter in model.named_parameters() if parameter.untyped_storage().nbytes()]
-    return [*model.named_buffers(), *kept, *whole]
+    """This rank's buffers and working weights; of weights that ranks divide, its part."""
+    model, buckets = state.engine.model, getattr(state.engine, "buckets", [])
+    kept = [(f"{index}/kept", bucket.kept) for index, bucket in enumerate(buckets) if bucket.kept is not None]
+    parameters = [(name, local(parameter)) for name, parameter in model.named_parameters()]
+    return [*model.named_buffers(), *kept, *(named for named in parameters if named[1].untyped_storage().nbytes())]
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -17,6 +17,7 @@ import torch
 from bagualu.comm.group import Group
 from bagualu.fault_tolerance.guard.checksum import checksum
 from bagualu.fault_tolerance.guard.engine import GuardedEngine, StateShard
+from bagualu.parallel.layout import COPIES
 from bagualu.parallel.mesh import Mesh
 
 
@@ -127,7 +128,7 @@ class DamageCheck:
 
     def _sharing_axes(self) -> list[str]:
         """Returns the axes of more than one rank along which all ranks hold the same optimizer state of at least one shard."""
-        axes = ("fold", "replica", "tensor", "ends")
+        axes = ("fold", "replica", "fold" + COPIES, "replica" + COPIES, "tensor", "ends")
         return [axis for axis in axes if self._shared(axis) and self._mesh.group(axis).size > 1]
 
     def _shared(self, axis: str) -> list[int]:

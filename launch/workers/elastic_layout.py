@@ -32,7 +32,7 @@ def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
 
     If the number of stages changes, lists per stage or pipeline rank no longer match: layers are then split evenly, listed speeds
     are dropped, and every rank gets the smallest memory cap. A list of shares is dropped if its length is no longer the number of
-    data ranks.
+    data ranks, and parallel.shard if it no longer divides them.
     """
     given = recipe.parallel
     pipeline_stays = layout.pipeline == given.pipeline
@@ -44,6 +44,7 @@ def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
         speeds=given.speeds if balance_stays and (pipeline_stays or given.speeds == "measured") else None,
         memory_bytes=given.memory_bytes if pipeline_stays or not isinstance(given.memory_bytes, list) else min(given.memory_bytes),
         shares=given.shares if shares_fit else None,
+        shard=given.shard if given.shard and layout.fold % given.shard == 0 else None,
         rebalance=given.rebalance if layout.pipeline > 1 else RebalanceConfig(),
         data=layout.data,
         tensor=layout.tensor,

@@ -150,7 +150,8 @@ def build_buckets(
         if not parameter.requires_grad and zero < 3:
             continue
         name = plan.global_name(local_name)
-        kind = kind_of(name, local_name, parameter, treat, plan, mesh)
+        trained = parameter.requires_grad
+        kind = kind_of(name, local_name, treat(name, parameter) if trained else None, plan, mesh, trained)
         members = open_buckets.setdefault(kind, [])
         members.append((name, parameter))
         if sum(p.numel() for _, p in members) * accurate_dtype(parameter.dtype).itemsize >= bucket_bytes:
@@ -159,14 +160,7 @@ def build_buckets(
     return buckets
 
 
-def kind_of(
-    name: str,
-    local_name: str,
-    parameter: torch.nn.Parameter,
-    treat: Callable[[str, torch.nn.Parameter], Hashable],
-    plan: ShardingPlan,
-    mesh: Mesh,
-) -> BucketKind:
+def kind_of(name: str, local_name: str, treatment: Hashable, plan: ShardingPlan, mesh: Mesh, trained: bool = True) -> BucketKind:
     """Returns the kind of the parameter `name`, on this rank `local_name`."""
     placement = plan.placement(name)
     tied = name in plan.tied.values() and "ends" in mesh.groups and mesh.group("ends").size > 1
@@ -177,8 +171,8 @@ def kind_of(
         tied=tied,
         copied_over="tensor" if "tensor" not in placement.axes and mesh.group("tensor").size > 1 else None,
         counted=placement.counted(mesh.layout, mesh.coordinates) and not copy_elsewhere,
-        trained=parameter.requires_grad,
-        treatment=treat(name, parameter) if parameter.requires_grad else None,
+        trained=trained,
+        treatment=treatment,
     )
 
 

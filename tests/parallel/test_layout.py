@@ -1,12 +1,13 @@
 """Rank arithmetic: every rank has its own coordinates, and every axis parts the world into groups that agree."""
 
 import itertools
+from dataclasses import replace
 from math import prod
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bagualu.parallel.layout import Layout
+from bagualu.parallel.layout import COPIES, SHARD, Layout
 
 AXES = ("pipeline", "data", "context", "tensor")
 DERIVED = ("fold", "expert", "replica", "world")
@@ -76,3 +77,23 @@ def test_sixteen_ranks_by_hand() -> None:
 def test_a_layout_reads_as_the_axes_that_are_used() -> None:
     assert str(Layout(pipeline=2, data=4, expert=2)) == "data 4 x pipeline 2 x expert 2"
     assert str(Layout()) == "one rank"
+
+
+@given(layouts())
+def test_tiers_part_an_axis_into_neighbours_and_those_with_the_same_place_among_them(layout: Layout) -> None:
+    """For every number of ranks that may share a copy of the weights; experts are shared by at most as many."""
+    fits = [n for n in range(2, layout.fold + 1) if layout.fold % n == 0 and (n <= layout.expert or n % layout.expert == 0)]
+    for shard in [None, *fits]:
+        tiered = replace(layout, shard=shard)
+        assert tiered.size("fold" + SHARD) == (shard or layout.fold)
+        assert tiered.size("replica" + SHARD) * layout.expert <= max(layout.expert, tiered.size("fold" + SHARD))
+        for whole, rank in itertools.product(("fold", "replica"), range(layout.world)):
+            peers = layout.peers(whole, rank)
+            together, copies = tiered.peers(whole + SHARD, rank), tiered.peers(whole + COPIES, rank)
+            assert (len(together), len(copies)) == (tiered.size(whole + SHARD), tiered.size(whole + COPIES))
+            assert set(together) & set(copies) == {rank}
+            first = peers.index(together[0])
+            assert peers[first : first + len(together)] == together, "neighbours"
+            grid = {peer for one in together for peer in tiered.peers(whole + COPIES, one)}
+            assert grid == set(peers)
+            assert {tiered.peers(whole + SHARD, peer) for peer in together} == {together}

@@ -12,6 +12,7 @@ from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.parallel.data.bucket import Bucket
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.engine.fsdp import FsdpEngine
 from bagualu.trainer.loop import Loop
 from bagualu.trainer.process.failure import GuardError
 from bagualu.trainer.recipe.config import Recipe
@@ -62,7 +63,12 @@ class Injection:
         here = point == fault.point and self.state.mesh.at("world") == fault.rank
         if not here or not fault.step <= step < fault.step + fault.steps:
             return
-        first_bucket = point != "bucket" or not any(b.work for b in self.state.engine.buckets)
+        if isinstance(engine := self.state.engine, FsdpEngine) and fault.where == "gradient":
+            if not self.done:
+                self.done += 1
+                spoil_reduction(engine, fault.how)
+            return
+        first_bucket = point != "bucket" or not any(b.work for b in engine.buckets)
         if first_bucket and (fault.always or not self.done):
             self.done += 1
             spoil(self._tensor(), fault.how, self.done)
@@ -71,20 +77,20 @@ class Injection:
         return None
 
     def _tensor(self) -> torch.Tensor:
-        buckets, where = self.state.engine.buckets, self.fault.where
+        engine, where = self.state.engine, self.fault.where
         if where == "gradient":
-            return complete(buckets).gradients
+            return complete(engine.buckets).gradients
         if where == "reduced":
-            return buckets[0].shard_gradients
+            return next(engine.reduced_gradients())
         if where == "copy":
-            bucket = next(bucket for bucket in buckets if bucket.partitioned)
+            bucket = next(bucket for bucket in engine.buckets if bucket.partitioned)
             if bucket.kept is not None:
                 return bucket.kept
             state = bucket.weights.chunk(bucket.group.size)
             return state[(bucket.group.rank + 1) % bucket.group.size]
         if where == "buffer":
-            return self.state.engine.untrained[0].tensor
-        return self.state.engine.optimizer.shards()[0][where]
+            return engine.untrained[0].tensor
+        return engine.optimizer.shards()[0][where]
 
 
 def complete(buckets: list[Bucket]) -> Bucket:
@@ -92,6 +98,19 @@ def complete(buckets: list[Bucket]) -> Bucket:
     ready = [bucket for bucket in buckets if bucket.pending == 0]
     at_once = [bucket for bucket in ready if not bucket.kind.tied and not bucket.kind.partial_over]
     return (at_once or ready)[0]
+
+
+def spoil_reduction(engine: FsdpEngine, how: str) -> None:
+    """Spoils the gradients of the reduction that is about to begin, before the guard sees them."""
+    guard = engine.before_reduction
+
+    def spoiled(gradients: torch.Tensor) -> None:
+        engine.before_reduction = guard
+        spoil(gradients, how, 1)
+        if guard is not None:
+            guard(gradients)
+
+    engine.before_reduction = spoiled
 
 
 def spoil(tensor: torch.Tensor, how: str, time: int) -> None:

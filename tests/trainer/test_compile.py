@@ -22,6 +22,7 @@ def trained(communicator, folder, *words):
     [
         ["parallel.data=2"],
         ["parallel.data=2", "parallel.zero=3"],
+        ["parallel.data=2", "parallel.engine=fsdp"],
         ["parallel.data=1", "parallel.tensor=2", "parallel.sequence=true"],
         ["parallel.pipeline=2"],
     ],

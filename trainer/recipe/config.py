@@ -205,6 +205,9 @@ class Recipe:
                 "train.compile=true cannot run on comm.backend=simulated, whose ranks are threads of one process; "
                 "give train.compile=false or comm.backend=gloo"
             )
+        if self.parallel.engine == "fsdp" and self.comm.backend == "simulated":
+            raise RecipeError("parallel.engine=fsdp needs torch process groups, which comm.backend=simulated does not have; give "
+                              "parallel.engine=native or comm.backend=gloo")  # fmt: skip
         patience = self.comm.timeout_seconds / 2
         if (self.checkpoint.timeout_seconds or 0) > patience:
             raise RecipeError(f"checkpoint.timeout_seconds={self.checkpoint.timeout_seconds} must be at most half of "
@@ -268,9 +271,11 @@ class Recipe:
                               f"give data.global_batch={self.data.global_batch * MOST_MICRO_BATCHES // most} or less")  # fmt: skip
 
         if self.parallel.zero_stage >= 2 and len(set(self.declared_shares(layout) or [0, 1])) > 1:
+            engine, stage = self.parallel.engine, self.parallel.zero
+            each, fix = ((f"parallel.zero={stage} reduces after each", "parallel.zero=1") if engine == "native" else
+                         (f"parallel.engine={engine} gathers weights for each", "parallel.engine=native"))  # fmt: skip
             raise RecipeError(f"parallel.shares={self.parallel.shares} gives data ranks different numbers of micro-batches, and "
-                              f"parallel.zero={self.parallel.zero} reduces after each; leave it out, or give "
-                              "parallel.zero=1")  # fmt: skip
+                              f"{each}; leave it out, or give {fix}")  # fmt: skip
 
     def _validate_model(self, layout: Layout) -> None:
         if self.parallel.sequence and self.data.sequence_length % layout.tensor:

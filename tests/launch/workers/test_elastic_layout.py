@@ -68,3 +68,11 @@ def test_layers_that_all_lie_on_one_rank_are_not_balanced():
 def test_too_few_are_refused_with_the_fix():
     with pytest.raises(RecipeError, match=r"1 workers are left of 4.*restart.min_workers=1"):
         fit(1, "launch.workers=4", "parallel.data=4", "parallel.pipeline=1", "restart.min_workers=2")
+
+
+def test_a_part_of_the_data_ranks_shares_weights_while_it_divides_them():
+    recipe = compose(["recipe=tiny_dense", "restart.elastic=true", "parallel.data=8", "parallel.pipeline=1", "parallel.engine=fsdp",
+                      "parallel.shard=4", "data.global_batch=8", "train.micro_batch=1"])  # fmt: skip
+    assert with_layout(recipe, Layout(data=4)).parallel.shard == 4
+    assert with_layout(recipe, Layout(data=2)).parallel.shard is None
+    assert fitted(recipe, 5)[1] == 4

@@ -10,6 +10,7 @@ from bagualu.trainer.recipe.config import Recipe
 from tests.parity import small_recipe
 
 MOE: dict[str, Any] = {"model__moe__experts": 4, "model__moe__ffn": 8}
+FSDP: dict[str, Any] = {"parallel__engine": "fsdp", "parallel__bucket_bytes": 25 * 2**20}
 
 # what is wrong, the fix as the message says it, what to change
 CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
@@ -28,6 +29,35 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"parallel__zero": 2, "parallel__data": 2, "parallel__shares": "measured"},
         "leave it out, or give parallel.zero=1",
         {"parallel__shares": None},
+    ),
+    # what the engine on torch's FSDP2 has not
+    ({"parallel__engine": "torch"}, "give one of native, fsdp", FSDP),
+    ({"parallel__zero": 3}, "or parallel.engine=fsdp", FSDP),
+    ({**FSDP, "parallel__zero": 1}, "give parallel.zero=3, or parallel.engine=native", {"parallel__engine": "native"}),
+    ({**FSDP, "parallel__zero": 0}, "give parallel.zero=3, or parallel.engine=native", {"parallel__zero": 3}),
+    ({"parallel__engine": "fsdp"}, "give parallel.bucket_bytes=26214400", {"parallel__bucket_bytes": 26214400}),
+    ({**FSDP, "comm__backend": "simulated"}, "give parallel.engine=native or comm.backend=gloo", {"comm__backend": "gloo"}),
+    ({**FSDP, "comm__backend": "simulated"}, "give parallel.engine=native", {"parallel__engine": "native"}),
+    (
+        {**FSDP, "parallel__pipeline": 2, "parallel__schedule": "zb_h1"},
+        "give parallel.schedule=1f1b or parallel.engine=native",
+        {"parallel__schedule": "1f1b"},
+    ),
+    (
+        {**FSDP, "parallel__pipeline": 2, "parallel__schedule": "dualpipe_v"},
+        "parallel.engine=native",
+        {"parallel__engine": "native"},
+    ),
+    ({**FSDP, "parallel__data": 2, "parallel__shares": [3, 5]}, "give parallel.engine=native", {"parallel__engine": "native"}),
+    ({**FSDP, "parallel__data": 2, "parallel__shares": "measured"}, "leave it out", {"parallel__shares": None}),
+    ({"parallel__data": 4, "parallel__shard": 2}, "has no effect with parallel.engine=native; leave it out", FSDP),
+    ({**FSDP, "parallel__data": 4, "parallel__shard": 1}, "must be at least 2 ranks; leave it out", {"parallel__shard": None}),
+    ({**FSDP, "parallel__data": 4, "parallel__shard": 3}, "give one of [2, 4]", {"parallel__shard": 4}),
+    ({**FSDP, "parallel__data": 1, "parallel__shard": 2}, "leave it out", {"parallel__shard": None}),
+    (
+        {**FSDP, **MOE, "data__global_batch": 12, "parallel__data": 12, "parallel__expert": 4, "parallel__shard": 6},
+        "give one of [2, 3, 4, 12]",
+        {"parallel__shard": 4},
     ),
     ({"parallel__bucket_bytes": 0}, "e.g. parallel.bucket_bytes=26214400", {"parallel__bucket_bytes": 26214400}),
     ({"parallel__sequence": True}, "raise parallel.tensor", {"parallel__tensor": 2}),

@@ -17,7 +17,7 @@ from bagualu.trainer.data.corpus import Corpus, prepare
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import StepResult, train_step
 from tests.harness import ON_GPU, run
-from tests.parity import gather, pieces_of, small_recipe, working_tensors
+from tests.parity import as_numpy, gather, pieces_of, small_recipe, working_tensors
 from tests.trainer.states import load_state, save_state
 
 HALF, WHOLE = 3, 5
@@ -63,7 +63,7 @@ def everything(parts: TrainerState) -> dict[str, np.ndarray]:
     """All that the next step depends on, on this rank, as bytes."""
     state = {name: tensor.detach().clone().view(torch.uint8).cpu().numpy() for name, tensor in working_tensors(parts)}
     for index, shard in enumerate(parts.engine.optimizer.shards()):
-        state |= {f"{index}/{key}": value.cpu().numpy().copy() for key, value in shard.items()}
+        state |= {f"{index}/{key}": as_numpy(value) for key, value in shard.items()}
     scaler = parts.scaler
     return state | {"counters": np.array([parts.updates, scaler.scale, scaler.good_steps])}
 

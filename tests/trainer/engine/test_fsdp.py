@@ -1,0 +1,364 @@
+"""The engine on torch's FSDP2: it trains the curve of one process, over every axis, and none of FSDP2's traps changes a bit of it.
+
+All over Gloo, since the ranks of `simulated` have no process groups.
+"""
+
+import hashlib
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.group import Communicator
+from bagualu.comm.torch_transport import process_group
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest
+from bagualu.trainer import rebalance
+from bagualu.trainer.assemble import TrainerState, assemble
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.evaluate import validate
+from bagualu.trainer.operators.linear import linears
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.step import train_step
+from tests.harness import run
+from tests.parity import Curve, assert_same, gather, pieces_of, small_recipe, train
+from tests.trainer import test_guard, test_rebalance
+from tests.trainer.faults import Fault, assert_same_bits, gradient
+from tests.trainer.recovery import test_resume
+from tests.trainer.states import load_state, save_state
+from tests.trainer.test_one_curve import BATCH, MODELS, STEPS, name_of
+
+FROZEN = [{"pattern": name, "frozen": True} for name in ("embedding.weight", "layers.0.*", "layers.1.attention.*")]
+FSDP = {"engine": "fsdp", "bucket_bytes": 25 * 2**20}
+Case = tuple[str, dict[str, Any], dict[str, Any]]
+"""Model, layout, and what else differs from the defaults."""
+LAYOUTS: list[Case] = [
+    ("dense", {"data": 2}, {}),
+    ("dense_tied", {"data": 2, "pipeline": 2}, {}),
+    ("dense_tied_padded", {"data": 2, "tensor": 2, "sequence": True}, {}),
+    ("dense_5_layers_gqa", {"data": 2, "pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, {}),
+    ("moe_tied", {"data": 4, "expert": 2}, {}),
+    ("moe", {"data": 2, "expert": 2}, {}),  # each expert on a single rank
+    ("moe", {"data": 3}, {"data__global_batch": 6}),  # nothing divides over three ranks, the third has no experts
+    ("moe", {"data": 4}, {"model__moe__experts": 2}),  # fewer experts than ranks: their columns are divided
+    ("dense", {"data": 4, "shard": 2}, {"optim__groups": FROZEN}),
+    ("moe_tied", {"data": 4, "expert": 2, "shard": 2}, {"train__recompute": "full"}),
+]
+MANY: list[Case] = [
+    ("dense", {"data": 1}, {}),
+    ("dense", {"data": 8}, {}),
+    ("dense_tied", {"data": 8, "shard": 4}, {"optim__name": "lion"}),
+    ("dense", {"data": 4, "pipeline": 2, "schedule": "gpipe"}, {"train__recompute": "full"}),
+    ("dense_tied", {"data": 2, "pipeline": 4}, {"optim__groups": FROZEN}),
+    ("dense_tied", {"data": 2, "pipeline": 2, "tensor": 2, "sequence": True}, {"optim__name": "sgd"}),
+    ("dense_tied", {"data": 2, "schedule": "interleaved_1f1b", "virtual_stages": 3}, {}),
+    ("dense_tied", {"data": 4, "shard": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, {}),
+    ("dense_tied_padded", {"data": 2, "tensor": 4}, {"optim__groups": FROZEN}),
+    ("dense_tied_padded", {"data": 2, "pipeline": 3}, {}),
+    ("moe", {"data": 4, "expert": 4}, {}),
+    ("moe", {"data": 4, "expert": 2, "tensor": 2}, {"optim__groups": FROZEN}),
+    ("moe", {"data": 8, "expert": 2, "shard": 4}, {}),
+    ("moe_tied", {"data": 8, "expert": 4, "shard": 2}, {"optim__name": "sgd"}),
+    ("moe_tied", {"data": 4, "expert": 2, "pipeline": 2, "shard": 2}, {}),
+    ("moe_tied", {"data": 2, "expert": 2, "tensor": 2, "pipeline": 2, "sequence": True}, {"train__recompute": "full"}),
+    ("moe_everywhere_5_layers", {"data": 8, "expert": 4}, {}),
+    ("moe_tied_5_layers", {"data": 2, "expert": 2, "tensor": 2, "sequence": True, "pipeline": 2,
+                           "schedule": "interleaved_1f1b"}, {}),
+    ("moe_tied_9_layers", {"data": 4, "pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 4, "shard": 2}, {}),
+]  # fmt: skip
+
+
+def settings(model: str, layout: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    shape = {f"model__{key}": value for key, value in MODELS[model].items()}
+    return {**shape, **{f"parallel__{key}": value for key, value in layout.items()}, **changes}
+
+
+def recipe_for(model: str, layout: dict[str, Any], **changes: Any) -> Recipe:
+    return small_recipe(**settings(model, {**FSDP, **layout}, changes))
+
+
+def state_of(communicator: Communicator, recipe: Recipe) -> TrainerState:
+    return assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+
+
+CURVES: dict[str, Curve] = {}
+
+
+def alone(model: str, changes: dict[str, Any]) -> Curve:
+    """The curve of one process with the native engine that takes the whole batch at once."""
+    key = f"{model} {changes}"
+    if key not in CURVES:
+        micro_batch = changes.get("data__global_batch", BATCH)
+        recipe = small_recipe(**settings(model, {}, {**changes, "train__micro_batch": micro_batch}))
+        CURVES[key] = run("simulated", 1, train, recipe, STEPS)[0]
+    return CURVES[key]
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "changes"),
+    [*LAYOUTS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MANY)],
+    ids=[f"{model}-{name_of(layout)}-{name_of(changes)}"[:80] for model, layout, changes in [*LAYOUTS, *MANY]],
+)
+def test_layout_trains_the_curve_of_one_process(model: str, layout: dict[str, Any], changes: dict[str, Any]) -> None:
+    in_replica = changes.get("data__global_batch", BATCH) // layout["data"]
+    micro_batch = 2 if in_replica >= 2 * layout.get("pipeline", 1) else 1
+    recipe = recipe_for(model, layout, **{**changes, "train__micro_batch": micro_batch})
+    assert_same(run("gloo", recipe.world_size(), train, recipe, STEPS), [alone(model, changes)])
+
+
+def train_with_a_rare_expert(communicator: Communicator, recipe: Recipe) -> Curve:
+    """Every token chooses expert 3 in steps 1 and 4, none in the others."""
+    state = state_of(communicator, recipe)
+    initial, results = pieces_of(state), []
+    for step in range(5):
+        for _, biases in state.engine.model.named_buffers():
+            biases[3] = 2.0 if step in (0, 3) else -2.0
+        results.append(train_step(state, step))
+        loads = state.engine.model._loads.values()
+        assert all((load[3] > 0) == (step in (0, 3)) for load in loads)
+    figures = [[r.loss for r in results], [r.balance_loss for r in results], [r.grad_norm for r in results]]
+    return Curve(*figures, pieces_of(state), initial)
+
+
+@pytest.mark.parametrize("layout", [{"data": 2}, {"data": 4, "expert": 2}, {"data": 2, "expert": 2, "pipeline": 2}], ids=name_of)
+def test_an_expert_that_gets_tokens_in_two_steps_only_trains_as_in_one_process(layout: dict[str, Any]) -> None:
+    expected = run("simulated", 1, train_with_a_rare_expert, small_recipe(**settings("moe_tied", {}, {})))
+    recipe = recipe_for("moe_tied", layout, train__micro_batch=2 if "pipeline" not in layout else 1)
+    assert_same(run("gloo", recipe.world_size(), train_with_a_rare_expert, recipe), expected)
+
+
+def train_without_up_on_rank_0(communicator: Communicator, recipe: Recipe) -> Curve:
+    """Rank 0 leaves a matrix of its first layer out, and sums no gradient for it; the matrix before it has the same shape."""
+    state = state_of(communicator, recipe)
+    if communicator.rank == 0:
+        block = state.engine.model.layers["0"].feed_forward
+        block.forward = lambda x: linears(F.silu(linears(x, block.gate.weight)[0]), block.down.weight)[0]
+    initial, results = pieces_of(state), [train_step(state, step) for step in range(STEPS)]
+    return Curve([r.loss for r in results], [0.0] * STEPS, [r.grad_norm for r in results], pieces_of(state), initial)
+
+
+def test_a_parameter_that_only_some_ranks_use_gets_the_gradients_of_these_alone() -> None:
+    """FSDP2 would leave it out of what a rank sends, so that gradients of different parameters are added up."""
+    expected = run("gloo", 2, train_without_up_on_rank_0, small_recipe(parallel__data=2))
+    assert_same(run("gloo", 2, train_without_up_on_rank_0, recipe_for("dense", {"data": 2})), expected)
+
+
+def losses_around_an_update(communicator: Communicator, recipe: Recipe) -> list[float]:
+    """Validation losses: of the initial weights, after a step, and of the initial weights, which are loaded again."""
+    state = state_of(communicator, recipe)
+    saved = {(piece.name, piece.offset): piece.tensor.clone() for piece in state.engine.pieces()}
+    losses = [validate(state)]
+    train_step(state, 0)
+    losses.append(validate(state))
+    incoming = state.engine.incoming()
+    for piece in incoming.pieces():
+        piece.tensor.copy_(saved[piece.name, piece.offset])
+    incoming.apply(0)
+    losses.append(validate(state))
+    assert all(losses)
+    return [loss.loss for loss in losses if loss]
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"), [("dense", {"data": 2}), ("dense_tied", {"data": 2}), ("dense", {"data": 2, "pipeline": 2})]
+)
+def test_weights_that_a_validation_gathered_are_not_used_after_they_have_changed(model: str, layout: dict[str, Any]) -> None:
+    recipe = recipe_for(model, layout, train__validation_sequences=4)
+    for before, after, again in run("gloo", recipe.world_size(), losses_around_an_update, recipe):
+        assert before == again != after
+
+
+def first_norm(communicator: Communicator, recipe: Recipe) -> float:
+    return train_step(state_of(communicator, recipe), 0).grad_norm
+
+
+def test_gradients_of_16_bit_weights_are_summed_in_float32() -> None:
+    """Over micro-batches, over ranks, and where a kernel computes in float32."""
+    changes = {"train__dtype": "bfloat16", "data__global_batch": 32}
+    native = small_recipe(**settings("dense_tied", {"data": 2}, changes))
+    (expected, _), found = (
+        run("gloo", 2, first_norm, native),
+        run("gloo", 2, first_norm, recipe_for("dense_tied", {"data": 2}, **changes)),
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def frozen_and_gathered(communicator: Communicator, recipe: Recipe) -> tuple[bool, list[str], list[str]]:
+    """Whether frozen weights are as they were; which parameters have a gradient though frozen; whose weights are still here."""
+    state = state_of(communicator, recipe)
+    before = [part.tensor.clone() for part in state.engine.untrained]
+    train_step(state, 0)
+    validate(state)
+    train_step(state, 1)
+    same = all(torch.equal(part.tensor, old) for part, old in zip(state.engine.untrained, before, strict=True))
+    assert before
+    graded = [name for name, leaf in state.engine.leaves() if leaf.grad is not None and not leaf.requires_grad]
+    return same, graded, [name for name, leaf in state.engine.leaves() if leaf.untyped_storage().nbytes()]
+
+
+@pytest.mark.parametrize("layout", [{"data": 2}, {"data": 2, "pipeline": 2}], ids=name_of)
+def test_frozen_weights_stay_as_they_are_and_no_rank_keeps_weights_of_others(layout: dict[str, Any]) -> None:
+    recipe = recipe_for("dense_tied", layout, train__dtype="bfloat16", optim__groups=FROZEN)
+    assert run("gloo", recipe.world_size(), frozen_and_gathered, recipe) == [(True, [], [])] * recipe.world_size()
+
+
+class Calls:
+    """Counts a rank's collectives."""
+
+    def __init__(self) -> None:
+        self.counts = Counter[str]()
+
+    def at(self, point: str, step: int) -> None:
+        return None
+
+    def waits(self, what: str | None) -> None:
+        self.counts[what or ""] += 1
+
+
+def collectives(communicator: Communicator, recipe: Recipe) -> tuple[int, int, int]:
+    """In a step: the gathers of weights and the reductions of gradients among ranks that share a copy of them, and over copies."""
+    state, calls, over_copies, all_reduce = state_of(communicator, recipe), Calls(), 0, dist.all_reduce
+    copies = process_group(state.mesh.group("fold_copies")) if recipe.parallel.shard else None
+
+    def counting(*given: Any, **options: Any) -> Any:
+        nonlocal over_copies
+        over_copies += copies is not None and any(one is copies for one in (*given, *options.values()))
+        return all_reduce(*given, **options)
+
+    train_step(state, 0)
+    communicator.monitor.observers.append(calls)
+    dist.all_reduce = counting
+    train_step(state, 1)
+    dist.all_reduce = all_reduce
+    axis = "fold_shard" if copies else "fold"
+    return calls.counts[f"all_gather in {axis}"], calls.counts[f"reduce_scatter in {axis}"], over_copies
+
+
+def test_weights_are_gathered_for_each_pass_of_a_single_stage_and_once_a_step_in_a_pipeline() -> None:
+    """Of 4 layers and two ends, over 4 or 2 micro-batches. A head is kept until its backward pass, an embedding is not needed in
+    it. Gradients are summed over copies of the weights once a step."""
+    assert run("gloo", 2, collectives, recipe_for("dense", {"data": 2})) == [(4 * (2 * 4 + 2), 4 * 6, 0)] * 2
+    assert run("gloo", 4, collectives, recipe_for("dense", {"data": 2, "pipeline": 2})) == [(2 + 1, 4 * 3, 0)] * 4
+    assert run("gloo", 4, collectives, recipe_for("dense", {"data": 4, "shard": 2})) == [(2 * (2 * 4 + 2), 2 * 6, 6)] * 4
+
+
+GUARDED: list[tuple[dict[str, Any], Fault, bool]] = [  # layout, fault, whether the run goes back to a checkpoint
+    ({"data": 2}, gradient("nan"), False),
+    ({"data": 2}, gradient(), False),
+    ({"data": 2}, Fault("exp_avg"), True),
+    ({"data": 2, "pipeline": 2}, Fault("weight", rank=3), True),
+    ({"data": 4, "shard": 2}, Fault("exp_avg", rank=3), False),  # the rank with the same part of the other copy repairs it
+]
+
+
+@pytest.mark.parametrize(("layout", "fault", "back"), GUARDED, ids=lambda value: str(value).replace(" ", "")[:60])
+def test_after_a_fault_the_run_is_the_one_without_it(tmp_path: Path, layout: dict[str, Any], fault: Fault, back: bool) -> None:
+    changes = {f"parallel__{key}": value for key, value in {**FSDP, **layout}.items()}
+    recipe = test_guard.recipe_in(tmp_path, "data", checkpoint__every=3, checkpoint__keep=4, **changes)
+    found = test_guard.runs("gloo", recipe, fault)
+    assert found[0].error == ""
+    assert_same_bits(found, test_guard.straight("gloo", "data", test_guard.STEPS, **changes))
+    assert found[0].guard["rolled_back"] == back
+    if not back:
+        assert found[0].line(test_guard.BAD)["ranks"] == [fault.rank]
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "changes"),
+    [
+        ("dense_tied_5_layers", {"data": 2, "pipeline": 2}, {"train__dtype": "float16"}),
+        ("moe_tied", {"data": 4, "expert": 2, "shard": 2}, {"train__dtype": "bfloat16", "optim__moments_dtype": "bfloat16"}),
+    ],
+)
+def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path, model: str, layout: dict[str, Any], changes: dict[str, Any]) -> None:
+    recipe = test_resume.recipe_for(tmp_path, model, {**FSDP, **layout}, **changes)
+    for straight, at_end, at_stop, after_loading, results, end in run(
+        "gloo", recipe.world_size(), test_resume.in_two_halves, recipe
+    ):
+        assert repr(results) == repr(straight)
+        test_resume.assert_equal_bits(after_loading, at_stop)
+        test_resume.assert_equal_bits(end, at_end)
+
+
+def loaded_and_saved(communicator: Communicator, recipe: Recipe, done: int) -> list[Any]:
+    """The state before and after a step from the newest checkpoint, which is then saved."""
+    state = state_of(communicator, recipe)
+    if done:
+        path = latest(Path(recipe.run.dir) / "checkpoints")
+        assert path is not None
+        assert load_state(state, path) == done
+    before = pieces_of(state)
+    train_step(state, done)
+    save_state(state, done + 1)
+    return [before, pieces_of(state)]
+
+
+CHAINS = [("native", "fsdp", "native"), ("fsdp", "native", "fsdp"), ("fsdp", "fsdp", "fsdp")]
+
+
+@pytest.mark.parametrize("engines", CHAINS, ids="-".join)
+def test_a_run_changes_engine_and_ranks_at_a_checkpoint(tmp_path: Path, engines: tuple[str, ...]) -> None:
+    """On 2, 4 and 1 ranks: every weight and moment is read as it was written, and the curve is that of one process."""
+    saved = None
+    for done, (engine, ranks) in enumerate(zip(engines, (2, 4, 1), strict=True)):
+        layout = {"data": ranks, "expert": 2 if ranks == 4 else 1, **(FSDP if engine == "fsdp" else {})}
+        recipe = small_recipe(**settings("moe_tied", layout, {"run__dir": str(tmp_path), "train__micro_batch": 2}))
+        found = run("gloo", ranks, loaded_and_saved, recipe, done)
+        before, after = (gather([rank[which] for rank in found]) for which in (0, 1))
+        assert saved is None or hashes(before) == hashes(saved)
+        saved = after
+    expected = gather([alone("moe_tied", {}).pieces])
+    assert saved is not None
+    assert saved.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(saved[name], values, rtol=1e-9, atol=1e-9 * np.abs(values).max(), err_msg=name)
+
+
+def hashes(tensors: dict[str, np.ndarray]) -> dict[str, str]:
+    return {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in tensors.items()}
+
+
+INTERLEAVED = {"pipeline": 2, "data": 2, "expert": 2, "schedule": "interleaved_1f1b"}
+MOVES: list[tuple[dict[str, Any], list[tuple[int, ...]]]] = [
+    ({"pipeline": 2, "data": 2}, [(3, 4), (6, 1), (1, 6)]),
+    (INTERLEAVED, [(2, 2, 2, 1), (4, 1, 1, 1), (1, 1, 1, 4)]),
+]
+
+
+@pytest.mark.parametrize(("layout", "splits"), MOVES, ids=lambda case: "-".join(map(str, case)).replace(" ", "")[:60])
+def test_layers_move_as_with_the_native_engine(layout: dict[str, Any], splits: list[tuple[int, ...]]) -> None:
+    expected = run("simulated", 1, train, test_rebalance.recipe_for(), 3)
+    recipe = test_rebalance.recipe_for(**{**FSDP, **layout}, balance=list(splits[0]))
+    moving = [test_rebalance.split_of(*counts) for counts in splits]
+    assert_same(run("gloo", recipe.world_size(), test_rebalance.train_moving, recipe, moving), expected)
+
+
+def leaking(communicator: Communicator, recipe: Recipe) -> int:
+    """The bytes of weights, masters and gradients that are still there of engines whose layers have moved away."""
+    state, before = state_of(communicator, recipe), []
+    for step, counts in enumerate(((5, 2), (2, 5), (3, 4))):
+        train_step(state, step)
+        before += [weakref.ref(part.shard_weights.untyped_storage()) for part in state.engine.parts]
+        before += [weakref.ref(leaf.untyped_storage()) for _, leaf in state.engine.leaves()]
+        rebalance.move(state, test_rebalance.split_of(*counts), step + 1)
+    return sum(storage.nbytes() for ref in before if (storage := ref()) is not None)
+
+
+def test_no_memory_is_kept_of_layers_that_have_moved_away() -> None:
+    assert run("gloo", 4, leaking, test_rebalance.recipe_for(**FSDP, pipeline=2, data=2, balance=[3, 4])) == [0] * 4
+
+
+def without_process_groups(communicator: Communicator) -> str:
+    with pytest.raises(RecipeError) as error:
+        process_group(communicator.world)
+    return str(error.value)
+
+
+def test_a_backend_without_process_groups_is_refused_with_the_engine_that_needs_none() -> None:
+    assert all("give parallel.engine=native" in text for text in run("simulated", 2, without_process_groups))
