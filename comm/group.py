@@ -7,9 +7,11 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from bagualu.comm.backend import Backend, ReduceOp, Transport, Work, backend_class
 from bagualu.comm.monitor import Line, Monitor
+from bagualu.comm.torch_transport import TorchTransport, process_group_of_one
 from bagualu.comm.world import World
 
 _HOST = torch.device("cpu")
@@ -60,6 +62,16 @@ class Group:
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    @property
+    def process_group(self) -> ProcessGroup:
+        """torch.distributed's process group of these ranks, for a library that communicates by itself. The monitor does not see its
+        communications. Raises ValueError if the backend does not use torch.distributed."""
+        if self.transport is None:
+            return self._alone
+        if not isinstance(self.transport, TorchTransport):
+            raise ValueError(f"group {self.name}: {type(self.transport).__name__} has no process group of torch.distributed")
+        return self.transport.group
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", asynchronous: bool = False) -> Work:
         """Replaces tensor by its elementwise sum, or with op="max" its maximum, over all ranks of the group."""
@@ -172,6 +184,10 @@ class Group:
         work.wait()
         self.monitor.goes_on()
         return work
+
+    @cached_property
+    def _alone(self) -> ProcessGroup:
+        return process_group_of_one(self.device)
 
     @cached_property
     def _collectives(self) -> int:

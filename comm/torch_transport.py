@@ -14,8 +14,7 @@ import torch.distributed as dist
 from bagualu.comm.attempt import join
 from bagualu.comm.backend import ReduceOp, Work
 from bagualu.comm.errors import CommunicationError, RecipeError
-from bagualu.comm.group import Group
-from bagualu.comm.store import store_of
+from bagualu.comm.store import HashStore, store_of
 from bagualu.comm.world import World, listen_on_one_interface
 
 # torch 2.13 renamed these functions and deprecated the old names.
@@ -156,11 +155,13 @@ class TorchBackend:
         self._transports.clear()
 
 
-def process_group(group: Group) -> dist.ProcessGroup:
-    """Returns the torch process group of `group`, which has at least two ranks. Raises RecipeError if its backend has none."""
-    if not isinstance(group.transport, TorchTransport):
-        raise RecipeError("comm.backend has no torch process groups, which parallel.engine=fsdp needs; give parallel.engine=native")
-    return group.transport.group
+def process_group_of_one(device: torch.device) -> dist.ProcessGroup:
+    """Returns a new process group of this rank alone. Starts torch.distributed if a world of one rank has done without it so far;
+    `TorchBackend.close` ends it."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1)
+    group: dist.ProcessGroup = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return group
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 from bagualu.comm.group import Group
 from bagualu.comm.monitor import Monitor, Phase
-from bagualu.comm.torch_transport import process_group
 from bagualu.parallel.layout import COPIES, SHARD
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.precision import accurate_dtype
@@ -170,7 +169,7 @@ def _device_mesh(mesh: Mesh, axis: str) -> DeviceMesh:
     """Returns torch's mesh of the ranks along `axis`: with several copies of the weights, copies x ranks that share a copy."""
     device, shard = mesh.group("world").device.type, shard_group(mesh, axis)
     if not mesh.layout.shard or mesh.group(axis + COPIES).size == 1:
-        return DeviceMesh.from_group(process_group(shard), device)
-    groups = [process_group(mesh.group(axis + COPIES)), process_group(shard)]
+        return DeviceMesh.from_group(shard.process_group, device)
+    groups = [mesh.group(axis + COPIES).process_group, shard.process_group]
     ranks = torch.tensor(mesh.group(axis).ranks).view(-1, shard.size)
     return DeviceMesh.from_group(groups, device, ranks, mesh_dim_names=("copies", "shard"))
