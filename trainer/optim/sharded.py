@@ -39,11 +39,20 @@ class ShardedOptimizer:
 
         `spoilt` tells which values are then not finite.
         """
+        self.begin_step()
+        for place in range(len(self.parts)):
+            self.step_shard(place, lr, gradient_factor)
+
+    def begin_step(self) -> None:
+        """Call before the calls of `step_shard` for all shards, which together do what `step` does."""
         self._probed.zero_()
-        for part, shard in zip(self.parts, self._shards, strict=True):
-            shard["step"] += 1
-            for piece in _slices(part.shard_gradients):
-                self._update(part, shard, piece, lr, gradient_factor)
+
+    def step_shard(self, place: int, lr: float, gradient_factor: float) -> None:
+        """Updates the shard of the part at index `place`."""
+        part, shard = self.parts[place], self._shards[place]
+        shard["step"] += 1
+        for piece in _slices(part.shard_gradients):
+            self._update(part, shard, piece, lr, gradient_factor)
 
     def _update(self, part: Shard, shard: dict[str, torch.Tensor], piece: slice, lr: float, gradient_factor: float) -> None:
         """Updates a piece of a shard, and probes the result while it is still in the processor's cache, which is much faster than

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.comm.torch_transport import process_group
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.trainer import rebalance
 from bagualu.trainer.assemble import TrainerState, assemble
@@ -224,7 +223,7 @@ class Calls:
 def collectives(communicator: Communicator, recipe: Recipe) -> tuple[int, int, int]:
     """In a step: the gathers of weights and the reductions of gradients among ranks that share a copy of them, and over copies."""
     state, calls, over_copies, all_reduce = state_of(communicator, recipe), Calls(), 0, dist.all_reduce
-    copies = process_group(state.mesh.group("fold_copies")) if recipe.parallel.shard else None
+    copies = state.mesh.group("fold_copies").process_group if recipe.parallel.shard else None
 
     def counting(*given: Any, **options: Any) -> Any:
         nonlocal over_copies
@@ -356,7 +355,7 @@ def test_no_memory_is_kept_of_layers_that_have_moved_away() -> None:
 
 def without_process_groups(communicator: Communicator) -> str:
     with pytest.raises(RecipeError) as error:
-        process_group(communicator.world)
+        _ = communicator.world.process_group
     return str(error.value)
 
 
