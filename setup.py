@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
+DEEPSPEED = ["deepspeed==0.19.8"]  # the version that trainer/recipe/deepspeed.py asks for
 FOLDERS = ("comm", "parallel", "fault_tolerance", "trainer", "launch", "recipes")
 
 
@@ -39,9 +40,10 @@ setup(
         "wandb>=0.31",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "safetensors>=0.4", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"],
+        "deepspeed": DEEPSPEED,
+        "test": ["pytest>=8.0", "safetensors>=0.4", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", *DEEPSPEED],
         "lint": ["ruff>=0.5", "mypy>=1.10", "types-psutil", "types-PyYAML"],
-        "bench": ["deepspeed>=0.16"],
+        "bench": DEEPSPEED,
     },
     entry_points={
         "console_scripts": ["bagualu = bagualu.launch.cli:main"],

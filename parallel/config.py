@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from bagualu.comm.checks import refuse_unused, require_at_least
+from bagualu.comm.checks import refuse_unused, require_at_least, require_known_home
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.balance.stages.keys import COMPUTED, memory_caps, validate_speeds
 from bagualu.parallel.layout import Layout
@@ -13,7 +13,7 @@ HEAD_CHUNK_TOKENS = 2**10
 """Tokens per chunk in the fused head and loss (vocabulary.py). Every chunk reads the whole weight and its gradient, so small chunks
 are slow; the products of larger chunks could overflow float16 before any loss scale can prevent it."""
 
-ENGINES = {"native": (1, 0, 2, 3), "fsdp": (3,)}
+ENGINES = {"native": (1, 0, 2, 3), "fsdp": (3,), "deepspeed": (1, 2, 3)}
 """The ZeRO stages that each engine has, the default first."""
 
 
@@ -39,6 +39,23 @@ class RebalanceConfig:
 
 
 @dataclass
+class DeepSpeedConfig:
+    """`parallel.deepspeed.*`: settings of parallel.engine=deepspeed."""
+
+    config: str | None = field(default=None, metadata={"path": True})
+    """A file with a configuration of DeepSpeed in JSON. Keys that the recipe decides (batch sizes, optimizer, clipping, precision,
+    stage, schedule) must agree with it; DeepSpeed gets the others, of how it works (docs/guides/memory.md). Default: no file."""
+    offload: str = "none"
+    """What DeepSpeed keeps in the memory of the host and not of the device: none; optimizer (master weights and moments, which the
+    CPU then updates); parameters (with parallel.zero=3: also each rank's part of the weights)."""
+
+    def validate(self) -> None:
+        require_known_home("parallel.deepspeed", self, "config")
+        if self.offload not in ("none", "optimizer", "parameters"):
+            raise RecipeError(f"parallel.deepspeed.offload={self.offload} is unknown; give one of none, optimizer, parameters")
+
+
+@dataclass
 class ParallelConfig:
     """`parallel.*` of a recipe: the degree of every axis, and the settings of each mechanism."""
 
@@ -58,7 +75,9 @@ class ParallelConfig:
     virtual_stages: int | None = None
     """Number of stages per rank. Default: 1, or 2 for schedules that need several (interleaved_1f1b, zb_v, v_half, dualpipe_v)."""
     engine: str = "native"
-    """The engine that holds weights, gradients and optimizer state: native (Bagualu's own) | fsdp (torch's fully_shard)."""
+    """The engine that holds weights, gradients and optimizer state: native (Bagualu's own) | fsdp (torch's fully_shard) |
+    deepspeed (DeepSpeed's). docs/guides/memory.md compares them."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     schedule: str = "1f1b"
     """Pipeline schedule: gpipe | 1f1b | interleaved_1f1b | zb_h1 | zb_v | v_half | dualpipe_v."""
     balance: Any = "uniform"
@@ -95,6 +114,9 @@ class ParallelConfig:
             raise RecipeError(f"parallel.context={self.context} is not supported yet; give parallel.context=1")
         if self.engine not in ENGINES:
             raise RecipeError(f"parallel.engine={self.engine} is unknown; give one of {', '.join(ENGINES)}")
+        self.deepspeed.validate()
+        if self.engine != "deepspeed":
+            refuse_unused("parallel.deepspeed", self.deepspeed, ["config", "offload"], f"parallel.engine={self.engine}")
         placement = placement_of(self.schedule, self.pipeline, self.virtual_stages)
         if self.zero_stage not in ENGINES[self.engine]:
             able = [name for name, stages in ENGINES.items() if self.zero_stage in stages]

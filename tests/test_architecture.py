@@ -26,6 +26,7 @@ READS_ENVIRONMENT = {
     "trainer/process/environment.py",  # allocator settings a person has made
     "trainer/__main__.py",  # starts itself again with its environment as it should be
     "trainer/data/corpus.py",  # where caches lie
+    "trainer/engine/deepspeed_library.py",  # which chip DeepSpeed is to use, and the rank on it
     "launch/workers/run.py",  # the environment that workers are started in
     "launch/workers/fork_server.py",  # tells the fork server whose it is
     "launch/workers/fork_server_preload.py",  # where the fork server reads it

@@ -8,7 +8,7 @@ from bagualu.parallel.parallelize import Fill
 from bagualu.trainer.engine.protocol import Engine
 from bagualu.trainer.recipe.config import Recipe
 
-_MODULES = {"native": "native", "fsdp": "fsdp"}
+_MODULES = {"native": "native", "fsdp": "fsdp", "deepspeed": "deepspeed"}
 """The modules beside this one whose function `hold` builds an engine, by `parallel.engine`. Only the one that is asked for is
 imported, so that the library behind an engine need not be installed for the others."""
 

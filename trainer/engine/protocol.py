@@ -34,6 +34,10 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
     def model(self) -> Model:
         """This rank's layers, whose parameters and buffers are the working state."""
 
+    def run(self, inputs: torch.Tensor, labels: torch.Tensor | None, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs this rank's stage number `chunk`, as `Slices` of the pipeline's runtime does: the forward pass of `model`, with what
+        the engine has to do around it."""
+
     @property
     def parameters(self) -> int:
         """The number of parameter elements that this rank counts. Each element counts on one rank: the sum over ranks is the

@@ -8,6 +8,7 @@ import torch
 from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.boxes import TensorPiece
 from bagualu.parallel.data.shard import Shard, norm_squared, shard_pieces
+from bagualu.parallel.pipeline.runtime import Slices
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.untrained import Untrained
 from bagualu.trainer.models.decoder.model import Decoder
@@ -28,6 +29,7 @@ class ShardedEngine:
         optimizer: ShardedOptimizer,
         device: torch.device,
     ) -> None:
+        self.run: Slices = model
         self.model, self.frozen, self.untrained, self.optimizer = model, frozen, untrained, optimizer
         self._parts, self._device = parts, device
 
@@ -98,7 +100,7 @@ class IncomingShards:
             shard.shard_weights.copy_(fresh)
         for part, fresh in self._untrained:
             part.tensor.copy_(fresh)
-        self._engine.share()
+        self._engine.publish()
 
 
 def untrained_shard(part: Untrained) -> StateShard:

@@ -148,11 +148,9 @@ class Incoming:
                 yield from shard_pieces(kind, part, tensor)
 
     def apply(self, updates: int) -> None:
-        """Makes the state that was read that of the optimizer, and of the working weights of this rank's shards. `updates`: the
-        number of updates that led to it."""
+        """Makes the state that was read that of the optimizer. `updates`: the number of updates that led to it."""
         for place, fresh in enumerate(self._fresh):
             self._optimizer._put(place, fresh, updates)
-        self._optimizer.publish()
 
 
 def _slices(shard: torch.Tensor) -> Iterator[slice]:

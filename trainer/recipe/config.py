@@ -5,7 +5,7 @@ involve several sections.
 """
 
 from dataclasses import dataclass, field
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 from bagualu.comm.checks import require_at_least, require_finite, require_known_home, require_text
@@ -23,6 +23,7 @@ from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.optim.config import OptimConfig
+from bagualu.trainer.recipe.deepspeed import DeepSpeedTerms
 
 MOST_MICRO_BATCHES = 2**16
 """The most micro-batches of a data rank in a step: all their passes are planned before the first pass runs."""
@@ -217,6 +218,8 @@ class Recipe:
         self._validate_micro_batches(layout)
         self._validate_model(layout)
         self._validate_pipeline(layout)
+        if self.parallel.engine == "deepspeed":
+            self.deepspeed_terms(layout).validate()
         self.planned_faults(max(world, self.world_size()))  # a run that resumes with fewer ranks keeps its plan
         return layout
 
@@ -229,6 +232,21 @@ class Recipe:
         if self.parallel.shares == "measured":
             return None
         return list(self.parallel.shares or [self.micro_batches() // layout.data] * layout.data)
+
+    def deepspeed_terms(self, layout: Layout) -> DeepSpeedTerms:
+        """Returns what DeepSpeed has to do with of this recipe."""
+        return DeepSpeedTerms(
+            parallel=self.parallel,
+            optim=self.optim,
+            layout=layout,
+            dtype=self.train.dtype,
+            compiles=self.train.compile,
+            simulated=self.comm.backend == "simulated",
+            global_batch=self.data.global_batch,
+            micro_batch=self.train.micro_batch,
+            accumulation=(self.declared_shares(layout) or [1])[0],
+            elements=sum(map(prod, parameter_shapes(self.model).values())),
+        )
 
     def planned_faults(self, world: int) -> list[Fault]:
         """Returns the faults that `faults` describes, on `world` ranks. Raises RecipeError."""

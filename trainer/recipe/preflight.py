@@ -17,6 +17,7 @@ from bagualu.trainer.data.sources import require_files
 from bagualu.trainer.recipe.choose_backend import gpu_count, registered
 from bagualu.trainer.recipe.compose import load_recipe
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.deepspeed import require_deepspeed
 from bagualu.trainer.recipe.override_text import typed
 from bagualu.trainer.recipe.wandb_login import require_login
 
@@ -39,9 +40,11 @@ def workers_per_node(recipe: Recipe) -> int:
 
 
 def check(recipe: Recipe, world: int) -> None:
-    """Checks the recipe for `world` ranks, the backend and the version of torch that it needs, and the text that it names. Raises
-    RecipeError."""
+    """Checks the recipe for `world` ranks, the backend and the versions of torch and DeepSpeed that it needs, and the text that it
+    names. Raises RecipeError."""
     recipe.validate(world)
+    if recipe.parallel.engine == "deepspeed":
+        require_deepspeed()
     known = [AUTO, *registered()]
     if recipe.comm.backend not in known:
         raise RecipeError(f"comm.backend={recipe.comm.backend} is unknown; give one of {', '.join(known)}")
