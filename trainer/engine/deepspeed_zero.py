@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from bagualu.comm.group import Group
 from bagualu.comm.torch_transport import process_group_of_one
 from bagualu.parallel.data.bucket import Entry
+from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.engine.deepspeed_library import quiet
 from bagualu.trainer.engine.deepspeed_parts import Members, ZeroPart, flat_part, joined, require_layout, sharded_part
 
@@ -167,9 +168,12 @@ class FlatZero(Zero):
             if self._adds_in_flat_tensors:
                 yield self.engine.optimizer.get_grads_for_reduction()[0][place][entry.start :][: entry.parameter.numel()]
                 continue
-            if entry.parameter.grad is None:
-                entry.parameter.grad = torch.zeros_like(entry.parameter)
-            yield entry.parameter.grad
+            zero = self.engine.optimizer
+            gradient = zero.get_gradient_for_reduction(entry.parameter)
+            if gradient is None:
+                gradient = torch.zeros_like(entry.parameter, dtype=accurate_dtype(entry.parameter.dtype))
+                setattr(entry.parameter, "grad_accum" if zero.use_grad_accum_attribute else "grad", gradient)
+            yield gradient
 
     def reduce(self, ends: Group | None, before: Callable[[torch.Tensor], None] | None) -> None:
         """Reduces, in ZeRO-1, the gradients of a step; those that the first and the last stage share over `ends` first. Calls
