@@ -32,7 +32,6 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     # what the engine on torch's FSDP2 has not
     ({"parallel__engine": "torch"}, "give one of native, fsdp", FSDP),
-    ({"parallel__zero": 3}, "or parallel.engine=fsdp", FSDP),
     ({**FSDP, "parallel__zero": 1}, "give parallel.zero=3, or parallel.engine=native", {"parallel__engine": "native"}),
     ({**FSDP, "parallel__zero": 0}, "give parallel.zero=3, or parallel.engine=native", {"parallel__zero": 3}),
     ({"parallel__engine": "fsdp"}, "give parallel.bucket_bytes=26214400", {"parallel__bucket_bytes": 26214400}),
