@@ -34,42 +34,63 @@ class Relocation:
 
         Raises ValueError if no rank holds an element that this rank wants.
         """
-        self._group = group
         holders = [_by_name(entry["held"]) for entry in tables]
         seekers = [_boxes(entry["wanted"]) for entry in tables]
         own = group.rank
-        self._outgoing = [
-            [_view(held[index], common) for _, index, common in _intersections(seeker, holders[own])] for seeker in seekers
-        ]
-        self._incoming = [
+        outgoing = [[_view(held[index], common) for _, index, common in _intersections(seeker, holders[own])] for seeker in seekers]
+        incoming = [
             [_view(wanted[index], common) for index, _, common in _intersections(seekers[own], holder)] for holder in holders
         ]
         missing = _first_missing(seekers[own], holders)
         if missing is not None:
             raise ValueError(f"this rank needs a part of {missing} that no rank holds")
-        self._send_buffers = [_buffer(tensors, group.device) if i != own else None for i, tensors in enumerate(self._outgoing)]
-        self._receive_buffers = [_buffer(tensors, group.device) if i != own else None for i, tensors in enumerate(self._incoming)]
+        self._copy = PairwiseCopy(outgoing, incoming, group)
 
     def run(self) -> None:
-        """Copies all values to the tensors that want them. Collective. It allocates no memory.
+        """Copies all values to the tensors that want them. Collective. It allocates no memory."""
+        self._copy.run()
+
+
+class PairwiseCopy:
+    """A rank's part in copying tensors between the ranks of a group, with the buffers for its messages."""
+
+    def __init__(
+        self,
+        outgoing: Sequence[list[torch.Tensor]],
+        incoming: Sequence[list[torch.Tensor]],
+        group: Group,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """outgoing[i] are copied to the tensors of the same shapes that position i has as incoming[this rank's position].
+
+        They travel in `dtype`, by default one that holds the values of all tensors of a message; then its tensors have the same
+        dtypes on both sides.
+        """
+        self._group, self._outgoing, self._incoming = group, outgoing, incoming
+        self._send_buffers, self._receive_buffers = (
+            [_buffer(tensors, group.device, dtype) if i != group.rank else None for i, tensors in enumerate(both)]
+            for both in (outgoing, incoming)
+        )
+
+    def run(self) -> None:
+        """Copies the tensors. Collective among the ranks that have tensors for each other. It allocates no memory.
 
         Each pair of ranks exchanges at most one message in each direction; all ranks go through the pairs in the same order.
         """
         own, group, works = self._group.rank, self._group, []
         for target, held in zip(self._incoming[own], self._outgoing[own], strict=True):
             target.copy_(held)
-        for low in range(group.size):
-            for high in range(low + 1, group.size):
-                for source, destination in ((low, high), (high, low)):
-                    outgoing = self._send_buffers[destination] if source == own else None
-                    incoming = self._receive_buffers[source] if destination == own else None
-                    if outgoing is not None:
-                        tensors = self._outgoing[destination]
-                        for part, tensor in zip(_split(outgoing, tensors), tensors, strict=True):
-                            part.copy_(tensor)
-                        works.append(group.send(outgoing, destination, asynchronous=True))
-                    elif incoming is not None:
-                        works.append(group.receive(incoming, source, asynchronous=True))
+        for other in range(group.size):
+            for source in sorted((own, other)):  # the pair's message from the lower position comes first
+                outgoing = self._send_buffers[other] if source == own else None
+                incoming = self._receive_buffers[other] if source == other else None
+                if outgoing is not None:
+                    tensors = self._outgoing[other]
+                    for part, tensor in zip(_split(outgoing, tensors), tensors, strict=True):
+                        part.copy_(tensor)
+                    works.append(group.send(outgoing, other, asynchronous=True))
+                elif incoming is not None:
+                    works.append(group.receive(incoming, other, asynchronous=True))
         for work in works:
             work.wait()
         for buffer, targets in zip(self._receive_buffers, self._incoming, strict=True):
@@ -78,11 +99,12 @@ class Relocation:
                     target.copy_(part)
 
 
-def _buffer(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor | None:
-    """Returns a flat tensor with room for all `tensors`, in a dtype that holds the values of each; None if there are none."""
+def _buffer(tensors: list[torch.Tensor], device: torch.device, dtype: torch.dtype | None) -> torch.Tensor | None:
+    """Returns a flat tensor with room for all `tensors`, by default in a dtype that holds the values of each; None if there are
+    none."""
     if not tensors:
         return None
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     return torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
 
 

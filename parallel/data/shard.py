@@ -39,7 +39,8 @@ class Shard(Protocol):
 
     @property
     def shard_gradients(self) -> torch.Tensor:
-        """The reduced gradients [n], in the dtype of the master weights."""
+        """The reduced gradients [n], in the dtype of the master weights. The optimizer may overwrite them, and until the end
+        of its update this is the same memory."""
 
     @property
     def owned(self) -> bool:

@@ -49,6 +49,8 @@ def move(communicator: Communicator, seed: int) -> int:
 
     tables = [table(empty(h), empty(w)) for h, w in zip(before, after, strict=True)]
     Relocation(held, wanted, tables, communicator.world).run()
+    messages = [line.ranks for line in communicator.monitor.lines if line.messages]
+    assert messages == sorted(messages, key=lambda ends: (min(ends), max(ends), ends)), "a rank could wait forever over NCCL"
     for part in wanted:
         assert torch.equal(part.tensor, whole(part.name)[part.box.slices((0,) * len(part.box.shape))]), part
     return len(wanted)

@@ -30,8 +30,8 @@ class Fault:
 
     where: str
     """gradient: its own, before the reduction; reduced: its shard of the reduced one; copy: its working copy of a shard that
-    another rank owns (under ZeRO-3 of its own shard, the only one); weight | exp_avg | exp_avg_sq: its shard of the optimizer
-    state; buffer: its first buffer."""
+    another rank owns (under ZeRO-3 of its own shard, the only one); weight | exp_avg | exp_avg_sq | momentum_buffer: its
+    first shard of the optimizer state that has it; buffer: its first buffer."""
     how: str = "bit"
     """bit: one mantissa bit, the value stays finite and of its size; huge: times 1e6; nan; inf; or a number to put there."""
     rank: int = 1
@@ -90,7 +90,7 @@ class Injection:
             return state[(bucket.group.rank + 1) % bucket.group.size]
         if where == "buffer":
             return engine.untrained[0].tensor
-        return engine.optimizer.shards()[0][where]
+        return next(shard[where] for shard in engine.optimizer.shards() if where in shard)
 
 
 def complete(buckets: list[Bucket]) -> Bucket:

@@ -77,6 +77,16 @@ def test_state_that_is_damaged_right_before_the_update_leaves_no_trace(tmp_path:
         assert found[0].guard["rolled_back"] == 1
 
 
+@pytest.mark.parametrize("layout", ["zero_1", "zero_0", "tensor"])
+def test_a_momentum_that_spoils_the_update_of_a_whole_matrix_leaves_no_trace(tmp_path: Path, layout: str) -> None:
+    """The rank that makes the matrix orthogonal spoils it for all that hold a part."""
+    changes = {"optim__name": "muon"}
+    found = runs(recipe_in(tmp_path / "found", layout, **changes), Fault("momentum_buffer", "nan", point="optimizer", step=BAD))
+    assert found[0].error == ""
+    assert found[0].guard["rolled_back"] == 1
+    assert_same_bits(found, runs(recipe_in(tmp_path / "straight", layout, **changes)))
+
+
 def test_the_same_over_processes(tmp_path: Path) -> None:
     found = runs(recipe_in(tmp_path / "found", "zero_1"), Fault("exp_avg_sq", "inf", point="optimizer", step=BAD), "gloo")
     assert (found[0].error, found[0].guard["rolled_back"]) == ("", 1)

@@ -131,10 +131,19 @@ def recipe_for(model: str, layout: dict[str, object], **changes: object) -> Reci
     )
 
 
+# Muon, for which every matrix is brought together from the ranks that hold it
+BY_MUON: list[tuple[str, dict[str, Any]]] = [
+    ("dense_5_layers_gqa", {"data": 4, "tensor": 2}),
+    ("dense_tied", {"data": 2, "pipeline": 2, "schedule": "zb_v"}),
+    ("moe", {"data": 2, "expert": 2, "tensor": 2, "sequence": True, "zero": 2}),
+    ("moe_tied", {"data": 4, "expert": 2, "pipeline": 2, "zero": 0}),
+]
+
+
 @functools.cache
-def alone(model: str) -> Curve:
+def alone(model: str, optimizer: str = "adamw") -> Curve:
     """The curve of one process that takes the whole batch at once."""
-    return run("simulated", 1, train, recipe_for(model, {}, train__micro_batch=BATCH), STEPS)[0]
+    return run("simulated", 1, train, recipe_for(model, {}, train__micro_batch=BATCH, optim__name=optimizer), STEPS)[0]
 
 
 def name_of(layout: dict[str, object]) -> str:
@@ -148,6 +157,13 @@ def test_layout_trains_the_same_curve(backend: str, model: str, layout: dict[str
     stages, in_replica = layout.get("pipeline", 1), BATCH // layout.get("data", 1)
     recipe = recipe_for(model, layout, train__micro_batch=2 if in_replica >= 2 * stages else 1)
     assert_same(run(backend, recipe.world_size(), train, recipe, STEPS), [alone(model)])
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
+@pytest.mark.parametrize(("model", "layout"), BY_MUON, ids=[f"{m}-{name_of(x)}" for m, x in BY_MUON])
+def test_muon_trains_the_same_curve(backend: str, model: str, layout: dict[str, Any]) -> None:
+    recipe = recipe_for(model, layout, optim__name="muon")
+    assert_same(run(backend, recipe.world_size(), train, recipe, STEPS), [alone(model, "muon")])
 
 
 @pytest.mark.parametrize(("model", "layout"), SCHEDULED, ids=[f"{m}-{name_of(x)}" for m, x in SCHEDULED])

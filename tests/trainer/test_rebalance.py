@@ -4,6 +4,7 @@ import gc
 import json
 import threading
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,15 @@ def test_the_curve_is_that_of_one_process(alone: list[Curve], layout: dict[str, 
     recipe = recipe_for(**layout, balance=list(splits[0]))
     moving = [split_of(*counts) for counts in splits]
     assert_same(run("simulated", recipe.world_size(), train_moving, recipe, moving), alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_muon_brings_together_the_matrices_of_moved_layers(backend: str) -> None:
+    recipe = recipe_for(pipeline=2, data=2, expert=2, balance=[3, 4])
+    recipe.optim.name = "muon"
+    alone = replace(recipe, parallel=recipe_for().parallel)
+    moving = [split_of(3, 4), split_of(6, 1), split_of(1, 6)]
+    assert_same(run(backend, 4, train_moving, recipe, moving), run("simulated", 1, train, alone, 3))
 
 
 def test_over_processes(alone: list[Curve]) -> None:

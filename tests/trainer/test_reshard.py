@@ -33,11 +33,12 @@ AFTER: dict[str, list[Layout]] = {
 }  # fmt: skip
 
 
-def recipe_for(folder: Path, model: dict[str, object], layout: Layout, micro_batch: int = 1) -> Recipe:
+def recipe_for(folder: Path, model: dict[str, object], layout: Layout, micro_batch: int = 1, optimizer: str = "adamw") -> Recipe:
     return small_recipe(
         run__dir=str(folder),
         data__global_batch=24,
         train__micro_batch=micro_batch,
+        optim__name=optimizer,
         **{f"model__{key}": value for key, value in model.items()},
         **{f"parallel__{key}": value for key, value in layout.items()},
     )
@@ -79,6 +80,18 @@ def test_eight_ranks_are_read_by_one_to_six(tmp_path: Path, name: str, model: di
         assert hashes([pieces for pieces, _ in ranks]) == expected, layout
         assert {updates for _, updates in ranks} == {STEPS}
     assert worlds >= {1, 2, 3, 4, 6}
+
+
+def test_each_parameter_keeps_the_moments_of_its_optimizer(tmp_path: Path) -> None:
+    expected = hashes(run("simulated", 8, train_and_save, recipe_for(tmp_path, MIXTURE, BEFORE[1][2], 6, "muon")))
+    matrices = {name.partition("/")[2] for name in expected if name.startswith("momentum_buffer/")}
+    others = {name.partition("/")[2] for name in expected if name.startswith("exp_avg/")}
+    assert matrices | others == {name.partition("/")[2] for name in expected}
+    assert {"layers.1.feed_forward.experts.up", "layers.1.feed_forward.router.weight"} <= matrices
+    assert not matrices & others
+    for layout in ({"tensor": 3, "data": 2}, {"data": 2, "expert": 2, "pipeline": 3}):
+        recipe = recipe_for(tmp_path, MIXTURE, layout, optimizer="muon")
+        assert hashes([pieces for pieces, _ in run("simulated", recipe.world_size(), loaded, recipe)]) == expected, layout
 
 
 def test_the_same_over_processes(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ Shapes: T tokens of a micro-batch, H hidden, A width of all heads, C width of ke
 per token.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 
 from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
@@ -38,8 +39,8 @@ class ModelWork:
     """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it, 2 also partitions most gradients."""
     sequence: bool = False
     """Whether sequence parallelism is on."""
-    moments: int = 2
-    """The number of moments that the optimizer keeps of each parameter."""
+    moments: Mapping[str, int] = field(default_factory=dict)
+    """The number of moments that the optimizer keeps of each parameter, by name; two of a parameter that is not in it."""
     half_moments: bool = False
     """Whether moments are bfloat16 rather than in the dtype of master weights."""
     frozen: frozenset[str] = frozenset()
@@ -53,10 +54,9 @@ class ModelWork:
     def item_bytes(self) -> int:
         return _ITEM_BYTES[self.dtype]
 
-    @property
-    def moment_bytes(self) -> int:
-        """Bytes of all moments of a parameter element."""
-        return self.moments * (2 if self.half_moments else self.accurate_bytes)
+    def moment_bytes(self, name: str) -> int:
+        """Returns the bytes of all moments of an element of the parameter `name`; 0 for a frozen one."""
+        return 0 if name in self.frozen else self.moments.get(name, 2) * (2 if self.half_moments else self.accurate_bytes)
 
     @property
     def accurate_bytes(self) -> int:
@@ -112,10 +112,10 @@ def layer_bytes(work: ModelWork, index: int) -> int:
 def saved_bytes(work: ModelWork, index: int) -> int:
     """Returns the bytes of a whole decoder layer, over all ranks, in a checkpoint: its master weights, moments and buffers."""
     shapes = {f"layers.{index}.{name}": shape for name, shape in layer_shapes(work.model, index).items()}
-    trained = sum(prod(shape) for name, shape in shapes.items() if name not in work.frozen)
+    moments = sum(prod(shape) * work.moment_bytes(name) for name, shape in shapes.items())
     buffers = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
     weights = sum(map(prod, shapes.values()))
-    return (weights + buffers) * work.accurate_bytes + trained * work.moment_bytes
+    return (weights + buffers) * work.accurate_bytes + moments
 
 
 def end_bytes(work: ModelWork) -> tuple[int, int, int]:
@@ -130,7 +130,9 @@ def end_bytes(work: ModelWork) -> tuple[int, int, int]:
 def _state_bytes(work: ModelWork, name: str, shape: tuple[int, ...]) -> int:
     """Returns the bytes of a parameter's working weight, its gradient, and a rank's part of its moments and, if the working weight
     is 16-bit, of its master weight; of a frozen one only the working weight."""
-    placement = decoder_plan(work.model, work.sequence).placement(name)
+    plan = decoder_plan(work.model, work.sequence)
+    name = plan.global_name(name)
+    placement = plan.placement(name)
     elements = prod(placement.box(name, shape, work.layout, work.layout.coordinates(0)).shape)
     if name in work.frozen:
         return elements * work.item_bytes
@@ -140,7 +142,7 @@ def _state_bytes(work: ModelWork, name: str, shape: tuple[int, ...]) -> int:
     )
     masters = work.item_bytes < work.accurate_bytes
     gradients = elements * work.accurate_bytes // (share if work.zero >= 2 and not over_two_axes else 1)
-    optimizer = elements * (work.accurate_bytes * masters + work.moment_bytes)
+    optimizer = elements * (work.accurate_bytes * masters + work.moment_bytes(name))
     return elements * work.item_bytes + gradients + optimizer // share
 
 

@@ -69,6 +69,7 @@ def agree_on_split(
 
 def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
     """Returns the properties of a rank's work, under `recipe` and `layout`, on which its costs depend."""
+    optim, shapes = recipe.optim, parameter_shapes(recipe.model)
     return ModelWork(
         recipe.model.padded_over(layout.tensor),
         layout,
@@ -77,9 +78,9 @@ def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
         recipe.train.dtype,
         recipe.parallel.zero_stage,
         recipe.parallel.sequence,
-        len(recipe.optim.moments),
-        recipe.optim.moments_dtype == "bfloat16",
-        frozenset(filter(recipe.optim.freezes, parameter_shapes(recipe.model))) if recipe.optim.groups else frozenset(),
+        {name: len(optim.moments(optim.treatment(name, len(shape)).optimizer)) for name, shape in shapes.items()},
+        optim.moments_dtype == "bfloat16",
+        frozenset(filter(optim.freezes, shapes)) if optim.groups else frozenset(),
     )
 
 

@@ -68,7 +68,7 @@ class DeepSpeedEngine(ShardedEngine):
         self._places = {part.shard_weights.data_ptr(): place for place, part in enumerate(parts)}
         divided = list(_frozen_parts(frozen, mesh)) if self._stage == 3 else []
         untrained = list(untrained_of(model, plan, mesh, frozen=self._stage < 3))
-        super().__init__(model, parts, divided, untrained, optimizer, device)
+        super().__init__(model, parts, divided, untrained, optimizer, mesh.group("world"))
         self._frozen, self.run = divided, self._run
         if self._stage == 3:
             self.publish()  # the working weights get the zeros that `sharded_part` has set
@@ -158,9 +158,6 @@ class DeepSpeedEngine(ShardedEngine):
         trained = [part.state(next(states), zero.copies(place)) for zero in self._zeros for place, part in enumerate(zero.parts)]
         frozen = [part.state({"weight": part.shard_weights}, [part.shard_weights]) for part in self._frozen]
         return trained + frozen + [untrained_shard(part) for part in self.untrained]
-
-    def open(self) -> None:
-        """Does nothing: DeepSpeed has its own buffers."""
 
     def close(self) -> None:
         for handle in self._handles:

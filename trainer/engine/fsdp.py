@@ -85,7 +85,7 @@ class FsdpEngine(ShardedEngine):
         optimizer: ShardedOptimizer,
         mesh: Mesh,
     ) -> None:
-        super().__init__(model, parts, [], untrained, optimizer, mesh.group("world").device)
+        super().__init__(model, parts, [], untrained, optimizer, mesh.group("world"))
         self.units, self.parts, self._mesh = units, parts, mesh
         self._leaves: dict[str, torch.Tensor] = dict(model.named_parameters())
         self._before_reduction: Callable[[torch.Tensor], None] | None = None
@@ -144,6 +144,7 @@ class FsdpEngine(ShardedEngine):
     def open(self) -> None:
         """Gathers every unit once, to learn the leaves of autograd's graph. Their gradients are then in at least float32, as the
         kernels compute them."""
+        super().open()
         for unit in self.units:
             unit.module.unshard()
             for name in unit.names:

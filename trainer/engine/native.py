@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from bagualu.comm.group import Group
 from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.keys import memory_caps
@@ -38,11 +39,11 @@ class NativeEngine(ShardedEngine):
         reducer: GradientReducer,
         optimizer: ShardedOptimizer,
         gatherer: WeightGatherer | None,
-        device: torch.device,
+        world: Group,
     ) -> None:
         """`frozen`: the buckets of frozen parameters under ZeRO-3; under other stages these parameters are in `untrained`.
         `gatherer`: under ZeRO-3, what gathers weights when they are used; else None."""
-        super().__init__(model, buckets, frozen, untrained, optimizer, device)
+        super().__init__(model, buckets, frozen, untrained, optimizer, world)
         self.buckets, self.reducer, self.gatherer, self._frozen = buckets, reducer, gatherer, frozen
         if gatherer is not None:
             model.call = gatherer
@@ -79,6 +80,7 @@ class NativeEngine(ShardedEngine):
 
     def open(self) -> None:
         self.reducer.lend()
+        super().open()
 
     def close(self) -> None:
         self.reducer.close()
@@ -117,7 +119,7 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
     def take(model: Decoder, plan: ShardingPlan, parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
         buckets[:0] = build_buckets(parameters, plan, mesh, zero, parallel.bucket_bytes, model.uses, treat)
 
-    dtype, device = getattr(torch, recipe.train.dtype), mesh.group("world").device
+    dtype, world = getattr(torch, recipe.train.dtype), mesh.group("world")
     if zero == 3:  # unit by unit, so that not even at the start a rank holds all weights
         model, plan = local_model(recipe, mesh, split, fill, dtype, take)
         gatherer = WeightGatherer(model.units, buckets, _spare(recipe, mesh, split), model.reads_weights_again)
@@ -127,9 +129,9 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
         gatherer = None
     trained, frozen = ([bucket for bucket in buckets if bucket.kind.trained is wanted] for wanted in (True, False))
     reducer = GradientReducer(trained, mesh, fused=_sinks(recipe))
-    optimizer = ShardedOptimizer(trained, recipe.optim, device, recipe.run.seed)
+    optimizer = ShardedOptimizer(trained, recipe.optim, world.device, recipe.run.seed)
     untrained = list(untrained_of(model, plan, mesh, frozen=zero < 3))
-    return NativeEngine(model, trained, frozen, untrained, reducer, optimizer, gatherer, device)
+    return NativeEngine(model, trained, frozen, untrained, reducer, optimizer, gatherer, world)
 
 
 def _spare(recipe: Recipe, mesh: Mesh, split: Split) -> int:

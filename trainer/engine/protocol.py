@@ -59,8 +59,8 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
         updates weights is not."""
 
     def step(self, lr: float, gradient_factor: float) -> None:
-        """Updates this rank's state with the gradients times `gradient_factor` (clipping, loss scale). Other ranks' weights do not
-        change before `share`."""
+        """Updates this rank's state with the gradients times `gradient_factor` (clipping, loss scale). Other ranks' working
+        weights do not change before `share`. Collective."""
 
     def spoilt(self) -> list[tuple[int, str]]:
         """Returns (index in `shards()`, kind of state) of every tensor of this rank that the last `step` left not finite."""
@@ -75,8 +75,8 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
         """Returns new memory to read a state into."""
 
     def open(self) -> None:
-        """Sets up gradient buffers that other ranks can read in place, where that is faster. Call before the first step, when all
-        ranks hold their layers. Collective."""
+        """Sets up what ranks use together: gradient buffers that other ranks can read in place, where that is faster, and the
+        routes of matrices that an update needs whole. Call before the first step, when all ranks hold their layers. Collective."""
 
     def close(self) -> None:
         """Removes the hooks that tie the model to this engine. Neither the engine nor its model is used afterwards."""

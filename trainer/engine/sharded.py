@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from bagualu.comm.group import Group
 from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.boxes import TensorPiece
 from bagualu.parallel.data.shard import Shard, norm_squared, shard_pieces
@@ -16,7 +17,7 @@ from bagualu.trainer.optim.sharded import ShardedOptimizer
 
 
 class ShardedEngine:
-    """An `Engine` (protocol.py) without begin, putting_off, finish, share, shards, open and close. It updates `parts`, this rank's
+    """An `Engine` (protocol.py) without begin, putting_off, finish, share, shards and close. It updates `parts`, this rank's
     shards of the trained parameters, with `optimizer`. `frozen` are shards whose weights stay; frozen parameters that are not
     divided among ranks are in `untrained`, with the buffers."""
 
@@ -27,11 +28,11 @@ class ShardedEngine:
         frozen: Sequence[Shard],
         untrained: list[Untrained],
         optimizer: ShardedOptimizer,
-        device: torch.device,
+        world: Group,
     ) -> None:
         self.run: Slices = model
         self.model, self.frozen, self.untrained, self.optimizer = model, frozen, untrained, optimizer
-        self._parts, self._device = parts, device
+        self._parts, self._world = parts, world
 
     @property
     def parameters(self) -> int:
@@ -48,7 +49,7 @@ class ShardedEngine:
         return norms[True] + norms[False] * 0.0  # a copy does not count, but makes the sum not finite when it is not
 
     def _zero(self) -> torch.Tensor:
-        return torch.zeros((), dtype=torch.float64, device=self._device)
+        return torch.zeros((), dtype=torch.float64, device=self._world.device)
 
     def reduced_gradients(self) -> Iterator[torch.Tensor]:
         return (part.shard_gradients for part in self._parts)
@@ -58,6 +59,9 @@ class ShardedEngine:
 
     def spoilt(self) -> list[tuple[int, str]]:
         return self.optimizer.spoilt()
+
+    def open(self) -> None:
+        self.optimizer.open(self._world)
 
     def share(self) -> None:
         """Exchanges the updated working weights, as `Engine` says."""

@@ -1,6 +1,6 @@
 """The `optim` section of a recipe."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,8 +10,17 @@ from bagualu.comm.errors import RecipeError
 from bagualu.trainer.optim.groups import ParameterGroup, Treatment, group_of
 
 SCHEDULES = ("cosine", "wsd", "constant")
-RULES = {"adamw": ["momentum"], "lion": ["momentum", "epsilon"], "sgd": ["betas", "epsilon"]}
+RULES = {
+    "adamw": ["momentum", "adjust_lr"],
+    "lion": ["momentum", "epsilon", "adjust_lr"],
+    "muon": [],
+    "sgd": ["betas", "epsilon", "adjust_lr"],
+}
 """The optimizers, each with the keys that it does not use."""
+ADJUSTMENTS = ("match_rms_adamw", "original")
+_VOCABULARY = ("embedding.weight", "head.weight")
+"""Matrices for which muon uses AdamW. Their rows stand for tokens, of which each step changes a few: orthogonal updates are for the
+matrices between the layers' activations."""
 
 
 @dataclass
@@ -19,22 +28,27 @@ class OptimConfig:
     """`optim.*` of a recipe."""
 
     name: str = "adamw"
-    """adamw | lion | sgd; docs/guides/optimizers.md describes them."""
+    """adamw | lion | muon | sgd; docs/guides/optimizers.md describes them. muon updates the hidden matrices, each expert's by
+    itself; embedding, head and vectors are updated by AdamW, with the same lr and the betas and epsilon below."""
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """adamw: how much of the first and of the second moment each step keeps. lion: how much of the average counts in the update,
     and how much of it each step keeps; [0.9,0.99] is usual."""
-    momentum: float = 0.9
-    """sgd only: how much of the momentum each step keeps; 0 for none."""
+    momentum: float | None = None
+    """sgd and muon: how much of the momentum each step keeps; 0 for none. Default: 0.9 for sgd, 0.95 for muon."""
+    adjust_lr: str = "match_rms_adamw"
+    """muon only: by what the learning rate of a matrix [A, B] is multiplied, as in torch.optim.Muon. match_rms_adamw:
+    0.2 * sqrt(max(A, B)), so that updates are as large as AdamW's and the same lr serves both; original: sqrt(max(1, A / B))."""
     epsilon: float = 1e-8
-    """adamw only: added to the root of the second moment."""
+    """adamw, also under muon: added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Weight decay of parameters of two or more dims; weights of norms are not decayed. Decoupled from the gradient for adamw and
-    lion, added to it for sgd, as torch does."""
+    """Weight decay of parameters of two or more dims; weights of norms are not decayed. Decoupled from the gradient for adamw,
+    lion and muon, added to it for sgd, as torch does."""
     groups: list[Any] = field(default_factory=list)
-    """Parameters with a learning rate or a weight decay of their own, e.g. [{pattern: "*.router.weight", lr: 1e-4}], or that are
-    not trained ({pattern: "layers.0.*", frozen: true}). The first entry whose pattern matches a parameter's name counts; a rate
-    follows the same schedule as optim.lr."""
+    """Parameters with a learning rate or a weight decay of their own, e.g. [{pattern: "*.router.weight", lr: 1e-4}], that muon is
+    to leave to AdamW or not ({pattern: "*.router.weight", optimizer: adamw}), or that are not trained ({pattern: "layers.0.*",
+    frozen: true}). The first entry whose pattern matches a parameter's name counts; a rate follows the same schedule as
+    optim.lr."""
     moments_dtype: str = "float32"
     """float32: moments have the dtype of the master weights (float64 in a float64 model); bfloat16: half the memory, with
     stochastic rounding whose bits depend on run.seed, the parameter, the element and the step alone."""
@@ -51,10 +65,15 @@ class OptimConfig:
     """wsd only: the share of train.steps, at the end, in which the learning rate decays linearly."""
 
     @property
-    def moments(self) -> tuple[str, ...]:
-        """The names of the moments that the optimizer keeps of each parameter, as in checkpoints."""
-        momentum = ("momentum_buffer",) if self.momentum else ()
-        return {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "sgd": momentum}[self.name]
+    def momentum_kept(self) -> float:
+        """`momentum` with the default resolved."""
+        return {"muon": 0.95}.get(self.name, 0.9) if self.momentum is None else self.momentum
+
+    def moments(self, optimizer: str) -> tuple[str, ...]:
+        """Returns the names of the moments, as in checkpoints, that are kept of each parameter with this optimizer
+        (`Treatment.optimizer`)."""
+        momentum = ("momentum_buffer",) if self.momentum_kept else ()
+        return {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "muon": momentum, "sgd": momentum}[optimizer]
 
     @property
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -71,16 +90,19 @@ class OptimConfig:
         group = group_of(self.parameter_groups, name)
         lr, decay = self.rates(group)
         decayed = dims >= 2 or (group is not None and group.weight_decay is not None)
-        return Treatment(lr / self.lr if self.lr else 0.0, decay if decayed else 0.0)
+        own = "adamw" if self.name == "muon" and (dims < 2 or name in _VOCABULARY) else self.name
+        optimizer = own if group is None or group.optimizer is None else group.optimizer
+        return Treatment(lr / self.lr if self.lr else 0.0, decay if decayed else 0.0, optimizer)
 
     def freezes(self, name: str) -> bool:
         """Returns whether the parameter `name` is not trained."""
         group = group_of(self.parameter_groups, name)
         return group is not None and group.frozen
 
-    def check_patterns(self, names: Iterable[str]) -> None:
-        """Raises RecipeError for a group that no parameter of the model belongs to. `names`: those of all parameters."""
-        groups, existing = self.parameter_groups, list(names)
+    def check_patterns(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises RecipeError for a group that no parameter of the model belongs to or that wants muon for a vector, and if muon has
+        no matrix to train. `shapes`: those of all parameters, by name."""
+        groups, existing = self.parameter_groups, list(shapes)
         used = {id(group_of(groups, name)) for name in existing}
         for group in groups:
             if id(group) not in used:
@@ -90,6 +112,13 @@ class OptimConfig:
                 raise RecipeError(f"optim.groups: {group.pattern} {why}; give another pattern, e.g. one that matches {some}")
         if all(map(self.freezes, existing)):
             raise RecipeError("optim.groups freezes all parameters; leave some of them to train")
+        by_muon = [name for name in existing if self.treatment(name, len(shapes[name])).optimizer == "muon"]
+        for name in by_muon:
+            if len(shapes[name]) < 2 and (wrong := group_of(groups, name)):
+                raise RecipeError(f"optim.groups: {wrong.pattern} with optimizer: muon matches {name}, which is no matrix; give a "
+                                  "pattern of matrices, or optimizer: adamw")  # fmt: skip
+        if self.name == "muon" and all(map(self.freezes, by_muon)):
+            raise RecipeError("optim.groups leaves optim.name=muon no matrix to train; give optim.name=adamw, or leave it some")
 
     def decay_steps(self, steps: int) -> int:
         """Returns in how many of `steps` steps the learning rate decays under wsd."""
@@ -114,10 +143,12 @@ class OptimConfig:
             raise RecipeError(f"optim.moments_dtype={self.moments_dtype} is unknown; give one of float32, bfloat16")
         if self.moments_dtype == "bfloat16" and dtype == "float64":
             raise RecipeError("optim.moments_dtype=bfloat16 does not go with train.dtype=float64; give optim.moments_dtype=float32")
-        if self.moments_dtype == "bfloat16" and not self.moments:
+        if self.adjust_lr not in ADJUSTMENTS:
+            raise RecipeError(f"optim.adjust_lr={self.adjust_lr} is unknown; give one of {', '.join(ADJUSTMENTS)}")
+        if self.moments_dtype == "bfloat16" and not self.moments(self.name) and self.name != "muon":
             raise RecipeError("optim.moments_dtype=bfloat16 has no effect with optim.momentum=0, without moments; leave it out")
-        if not 0 <= self.momentum < 1:
-            raise RecipeError(f"optim.momentum={self.momentum} must lie in [0, 1), e.g. optim.momentum={OptimConfig.momentum}")
+        if not 0 <= self.momentum_kept < 1:
+            raise RecipeError(f"optim.momentum={self.momentum} must lie in [0, 1), e.g. optim.momentum=0.9")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"optim.betas={self.betas} must be two numbers in [0, 1), e.g. optim.betas=[0.9,0.95]")
         require_at_least(0, "optim", self, "lr", "epsilon", "weight_decay", "clip_norm", "warmup_steps")
@@ -130,6 +161,9 @@ class OptimConfig:
                 if value and not least <= value <= most:
                     raise RecipeError(f"optim.groups: {key}={value} of {group.pattern} cannot be computed with in {dtype}; give 0 "
                                       f"or a number between {least:.3g} and {most:.3g}")  # fmt: skip
+            if group.optimizer and self.name != "muon":
+                raise RecipeError(f"optim.groups: optimizer={group.optimizer} of {group.pattern} has no effect with optim.name="
+                                  f"{self.name}; leave it out, or give optim.name=muon")  # fmt: skip
             if group.lr and not self.lr:
                 raise RecipeError(f"optim.groups: lr={group.lr} of {group.pattern} follows the schedule of optim.lr, which is 0; "
                                   f"give optim.lr={group.lr}, and freeze what is not to be trained")  # fmt: skip

@@ -15,6 +15,8 @@ class Treatment:
     lr_factor: float
     """Multiplies the learning rate of every step."""
     weight_decay: float
+    optimizer: str
+    """adamw | lion | muon | sgd"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class ParameterGroup:
     """Takes the place of optim.lr; None for no change."""
     weight_decay: float | None = None
     """Takes the place of optim.weight_decay, for parameters of any number of dims; None for no change."""
+    optimizer: str | None = None
+    """adamw or muon under optim.name=muon; None for no change."""
     frozen: bool = False
     """Whether the parameters are not trained at all: they have no gradient and no optimizer state."""
 
@@ -36,22 +40,24 @@ class ParameterGroup:
         example = 'e.g. optim.groups=[{pattern: "*.norm.weight", lr: 1e-4}]'
         if not isinstance(entry, dict) or not isinstance(entry.get("pattern"), str):
             raise RecipeError(f"optim.groups: {entry} has no pattern of parameter names; {example}")
-        for key in entry.keys() - {"pattern", "lr", "weight_decay", "frozen"}:
-            raise RecipeError(f"optim.groups: {entry} has the unknown key {key}; there are pattern, lr, weight_decay and frozen, "
-                              f"{example}")  # fmt: skip
+        for key in entry.keys() - {"pattern", "lr", "weight_decay", "optimizer", "frozen"}:
+            raise RecipeError(f"optim.groups: {entry} has the unknown key {key}; there are pattern, lr, weight_decay, optimizer "
+                              f"and frozen, {example}")  # fmt: skip
         for key in ("lr", "weight_decay"):
             value = entry.get(key)
             number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
             if value is not None and not number:
                 raise RecipeError(f"optim.groups: {key}={value} of {entry['pattern']} must be a number of at least 0; {example}")
+        if entry.get("optimizer") not in (None, "adamw", "muon"):
+            raise RecipeError(f"optim.groups: optimizer={entry['optimizer']} of {entry['pattern']} must be adamw or muon")
         if not isinstance(entry.get("frozen", False), bool):
             raise RecipeError(f"optim.groups: frozen={entry['frozen']} of {entry['pattern']} must be true or false")
-        rates = [key for key in ("lr", "weight_decay") if entry.get(key) is not None]
-        if entry.get("frozen") and rates:
-            raise RecipeError(f"optim.groups: {rates[0]} of {entry['pattern']} has no effect with frozen: true; leave one out")
-        if not entry.get("frozen") and not rates:
-            raise RecipeError(f"optim.groups: {entry['pattern']} changes nothing; give it an lr, a weight_decay or frozen: true, "
-                              f"{example}")  # fmt: skip
+        changes = [key for key in ("lr", "weight_decay", "optimizer") if entry.get(key) is not None]
+        if entry.get("frozen") and changes:
+            raise RecipeError(f"optim.groups: {changes[0]} of {entry['pattern']} has no effect with frozen: true; leave one out")
+        if not entry.get("frozen") and not changes:
+            raise RecipeError(f"optim.groups: {entry['pattern']} changes nothing; give it an lr, a weight_decay, an optimizer or "
+                              f"frozen: true, {example}")  # fmt: skip
         return ParameterGroup(**entry)
 
 

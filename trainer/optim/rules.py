@@ -86,9 +86,49 @@ class Lion:
         average.lerp_(gradient, 1 - self.betas[1])
 
 
-def rule_of(config: OptimConfig) -> Rule:
-    """Returns the rule that `optim.name` names."""
+@dataclass(frozen=True)
+class MuonMomentum:
+    """The first half of Muon's update: Nesterov momentum takes the gradient's place, and weights stay as they are.
+
+    muon.py makes whole matrices of it orthogonal before `MuonStep`. As in torch.optim.Muon, the momentum is an average.
+    """
+
+    momentum: float
+
+    @property
+    def telling(self) -> str | None:
+        return "momentum_buffer" if self.momentum else None
+
+    def update(
+        self, weight: torch.Tensor, gradient: torch.Tensor, moments: Mapping[str, torch.Tensor], step: torch.Tensor, lr: float,
+        weight_decay: float,
+    ) -> None:  # fmt: skip
+        if self.momentum:
+            gradient.lerp_(moments["momentum_buffer"].lerp_(gradient, 1 - self.momentum), self.momentum)
+
+
+@dataclass(frozen=True)
+class MuonStep:
+    """The second half of Muon's update: a step against `gradient`, by then orthogonal, with decoupled weight decay."""
+
+    telling: str | None = None
+
+    def update(
+        self, weight: torch.Tensor, gradient: torch.Tensor, moments: Mapping[str, torch.Tensor], step: torch.Tensor, lr: float,
+        weight_decay: float,
+    ) -> None:  # fmt: skip
+        if weight_decay:
+            weight.mul_(1 - lr * weight_decay)
+        weight.add_(gradient, alpha=-lr)
+
+
+def rule_of(config: OptimConfig, optimizer: str) -> Rule:
+    """Returns the rule of `Treatment.optimizer`; of muon the first half."""
     first, second = config.betas
-    if config.name == "sgd":
-        return SGD(config.momentum)
-    return Lion((first, second)) if config.name == "lion" else AdamW((first, second), config.epsilon)
+    rules: dict[str, Rule] = {
+        "adamw": AdamW((first, second), config.epsilon),
+        "lion": Lion((first, second)),
+        "muon": MuonMomentum(config.momentum_kept),
+        "sgd": SGD(config.momentum_kept),
+    }
+    return rules[optimizer]

@@ -4,17 +4,20 @@ For 16-bit models, shards have separate float32 master weights and the working w
 weights are the master weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from bagualu.comm.group import Group
 from bagualu.fault_tolerance.guard.finite import is_finite, probe
 from bagualu.parallel.boxes import TensorPiece
 from bagualu.parallel.data.shard import Shard, shard_pieces
+from bagualu.parallel.matrices import WholeMatrices
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.groups import Treatment
+from bagualu.trainer.optim.muon import adjustment, cost, orthogonalise
 from bagualu.trainer.optim.rounding import element_numbers, noise, round_stochastically
-from bagualu.trainer.optim.rules import rule_of
+from bagualu.trainer.optim.rules import MuonStep, Rule, rule_of
 
 _PIECE = 2**19
 """The number of elements that a CPU updates in one call: their weights, moments and gradients fit into its cache."""
@@ -25,55 +28,88 @@ class ShardedOptimizer:
 
     def __init__(self, parts: Sequence[Shard], config: OptimConfig, device: torch.device | None = None, seed: int = 0) -> None:
         """`seed` determines how moments in bfloat16 are rounded."""
-        self.parts = parts
-        self._rule, self._moments, self._seed = rule_of(config), config.moments, seed
+        self.parts, self._config, self._seed = parts, config, seed
         self._half = config.moments_dtype == "bfloat16"
         dtype = torch.bfloat16 if self._half else None
-        self._shards = [_shard(_master(part), self._moments, dtype) for part in parts]
+        self._shards = [_shard(_master(part), config.moments(_treatment(part).optimizer), dtype) for part in parts]
+        self._by_muon = [both for both in zip(parts, self._shards, strict=True) if _treatment(both[0]).optimizer == "muon"]
+        self._matrices: WholeMatrices | None = None
+        """The matrices that muon updates; None for other optimizers."""
         self._probed = torch.zeros((), dtype=torch.float64, device=device)
         """A sum that is not finite if the last `step` left values that are not finite; in rare cases also if all values are
         finite."""
 
+    def open(self, group: Group) -> None:
+        """Finds out which ranks of `group`, all ranks, hold the other parts of the matrices that muon updates. Call it before the
+        first `step`. Collective."""
+        if self._config.name == "muon":
+            self._matrices = WholeMatrices(list(self._of_muon(lambda part: part.shard_weights)), cost, group)
+
     def step(self, lr: float, gradient_factor: float) -> None:
-        """Updates this rank's shards with the reduced gradients times `gradient_factor` (clipping, loss scale).
+        """Updates this rank's shards with the reduced gradients times `gradient_factor` (clipping, loss scale), and overwrites the
+        gradients. Collective.
 
         `spoilt` tells which values are then not finite.
         """
         self.begin_step()
-        for place in range(len(self.parts)):
-            self.step_shard(place, lr, gradient_factor)
+        for index in range(len(self.parts)):
+            self.step_shard(index, lr, gradient_factor)
+        if self._config.name == "muon":
+            self._orthogonalise()
+            for part, shard in self._by_muon:
+                for piece in _slices(part.shard_gradients):
+                    self._update(part, shard, piece, MuonStep(), (), lr, 1.0)
 
     def begin_step(self) -> None:
-        """Call before the calls of `step_shard` for all shards, which together do what `step` does."""
+        """Call before the calls of `step_shard` for all shards, which together do what `step` does without Muon."""
         self._probed.zero_()
 
-    def step_shard(self, place: int, lr: float, gradient_factor: float) -> None:
-        """Updates the shard of the part at index `place`."""
-        part, shard = self.parts[place], self._shards[place]
+    def step_shard(self, index: int, lr: float, gradient_factor: float) -> None:
+        """Updates the shard of the part at this index."""
+        part, shard = self.parts[index], self._shards[index]
+        optimizer = _treatment(part).optimizer
+        rule, moments = rule_of(self._config, optimizer), self._config.moments(optimizer)
         shard["step"] += 1
         for piece in _slices(part.shard_gradients):
-            self._update(part, shard, piece, lr, gradient_factor)
+            self._update(part, shard, piece, rule, moments, lr, gradient_factor)
 
-    def _update(self, part: Shard, shard: dict[str, torch.Tensor], piece: slice, lr: float, gradient_factor: float) -> None:
-        """Updates a piece of a shard, and probes the result while it is still in the processor's cache, which is much faster than
-        reading it from memory again."""
+    def _update(
+        self, part: Shard, shard: Mapping[str, torch.Tensor], piece: slice, rule: Rule, kinds: Sequence[str], lr: float,
+        gradient_factor: float,
+    ) -> None:  # fmt: skip
+        """Updates a piece of a shard, with its moments of these `kinds`, and probes the result while it is still in the processor's
+        cache, which is much faster than reading it from memory again."""
         gradient, working = part.shard_gradients[piece], part.shard_weights[piece]
-        weight, kept = shard["weight"][piece], {moment: shard[moment][piece] for moment in self._moments}
+        weight, kept = shard["weight"][piece], {moment: shard[moment][piece] for moment in kinds}
         moments = {moment: values.to(weight.dtype) for moment, values in kept.items()}  # the same tensors unless they are bfloat16
-        treatment = part.treatment
-        assert isinstance(treatment, Treatment)
+        treatment = _treatment(part)
         if gradient_factor != 1.0:
             gradient.mul_(gradient_factor)
-        self._rule.update(weight, gradient, moments, shard["step"], lr * treatment.lr_factor, treatment.weight_decay)
+        rule.update(weight, gradient, moments, shard["step"], lr * treatment.lr_factor, treatment.weight_decay)
         if weight.data_ptr() != working.data_ptr():
             working.copy_(weight)
-        if self._half:
+        if self._half and moments:
             self._round(part, piece, moments, kept, int(shard["step"]))
         self._probed += probe(working)
-        if self._rule.telling:
-            self._probed += probe(moments[self._rule.telling])
+        if rule.telling:
+            self._probed += probe(moments[rule.telling])
             if self._half:  # rounding up may exceed the range
-                self._probed += probe(kept[self._rule.telling])
+                self._probed += probe(kept[rule.telling])
+
+    def _of_muon(self, tensor: Callable[[Shard], torch.Tensor]) -> Iterator[TensorPiece]:
+        """Yields what `tensor` returns for this rank's shards that muon updates, as boxes of the global tensors."""
+        return (piece for part, _ in self._by_muon for piece in shard_pieces("direction", part, tensor(part)))
+
+    def _orthogonalise(self) -> None:
+        """Replaces the momenta in the gradients of muon's shards by the directions in which their matrices move: orthogonal, and
+        scaled as optim.adjust_lr says."""
+        assert self._matrices is not None, "open comes before step"
+        momenta = list(self._of_muon(lambda part: part.shard_gradients))
+        wide = momenta and momenta[0].tensor.dtype == torch.float64
+        self._matrices.replace(momenta, orthogonalise, torch.float64 if wide else torch.bfloat16)
+        for part, _ in self._by_muon:
+            for entry, start, _, numel in part.shard_entries():
+                part.shard_gradients[start : start + numel].mul_(adjustment(self._config.adjust_lr, entry.global_shape))
 
     def _round(self, part: Shard, piece: slice, moments: dict[str, torch.Tensor], kept: dict[str, torch.Tensor], step: int) -> None:
         """Rounds `moments` of a piece of a shard stochastically to `kept`."""
@@ -129,7 +165,7 @@ class ShardedOptimizer:
         `fresh` become the moments without a copy."""
         shard = self._shards[place]
         shard["weight"].copy_(fresh["weight"])  # in place: it may be the working weights themselves
-        for moment in self._moments:
+        for moment in fresh.keys() - {"weight"}:
             shard[moment] = fresh[moment].to(shard["weight"].device)
         shard["step"].fill_(updates)
 
@@ -151,6 +187,11 @@ class Incoming:
         """Makes the state that was read that of the optimizer. `updates`: the number of updates that led to it."""
         for place, fresh in enumerate(self._fresh):
             self._optimizer._put(place, fresh, updates)
+
+
+def _treatment(part: Shard) -> Treatment:
+    assert isinstance(part.treatment, Treatment)
+    return part.treatment
 
 
 def _slices(shard: torch.Tensor) -> Iterator[slice]:

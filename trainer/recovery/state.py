@@ -263,22 +263,28 @@ def _typed(value: object) -> str:
 
 def _check_moments(state: TrainerState, checkpoint: Checkpoint) -> None:
     """Raises RecipeError if the checkpoint holds the moments of another optimizer, or of other parameters."""
+    optim, shapes = state.recipe.optim, parameter_shapes(state.recipe.model)
     saved = {tensor.partition("/")[0] for tensor in checkpoint.tensors} - {"weight", "buffer"}
-    optim = state.recipe.optim
-    if saved != set(optim.moments):
-        held, kept = (" and ".join(sorted(names)) or "no moments" for names in (saved, optim.moments))
-        raise RecipeError(f"{checkpoint.path} holds {held}, but optim.name={optim.name} keeps {kept}; give the optim.name (and for "
-                          "sgd the optim.momentum) that the run began with, or another run.dir to start anew")  # fmt: skip
+    optimizers = {name: optim.treatment(name, len(shape)).optimizer for name, shape in shapes.items()}
+    wanted = {moment for name, optimizer in optimizers.items() if not optim.freezes(name) for moment in optim.moments(optimizer)}
+    if saved != wanted:
+        held, keeps = (" and ".join(sorted(names)) or "no moments" for names in (saved, wanted))
+        raise RecipeError(f"{checkpoint.path} holds {held}, but optim.name={optim.name} keeps {keeps}; give the optim.name (and "
+                          "the optim.momentum) that the run began with, or another run.dir to start anew")  # fmt: skip
     dtypes = {dtype for tensor, (_, dtype) in checkpoint.tensors.items() if tensor.partition("/")[0] in saved}
     before = "bfloat16" if torch.bfloat16 in dtypes else "float32"
     if saved and before != optim.moments_dtype:
         raise _other(checkpoint.path, "optim.moments_dtype", before, optim.moments_dtype, f"give optim.moments_dtype={before}")
-    for name in parameter_shapes(state.recipe.model) if saved else ():
-        frozen = f"{optim.moments[0]}/{name}" not in checkpoint.tensors
-        if frozen != optim.freezes(name):
+    for name, optimizer in optimizers.items():
+        own, kept = {moment for moment in saved if f"{moment}/{name}" in checkpoint.tensors}, optim.moments(optimizer)
+        frozen = not own
+        if kept and frozen != optim.freezes(name):
             did, does = ("frozen", "trains") if frozen else ("trained", "freezes")
             raise RecipeError(f"{checkpoint.path} was saved with {name} {did}, but the recipe {does} it; freeze the same "
                               "parameters in optim.groups, or give another run.dir to start anew")  # fmt: skip
+        if kept and own not in (set(), set(kept)):
+            raise RecipeError(f"{checkpoint.path} holds {' and '.join(sorted(own))} of {name}, which the recipe leaves to "
+                              f"{optimizer}; give it the other in optim.groups, or another run.dir to start anew")  # fmt: skip
 
 
 def _check_dtype(saved: str, here: str, path: Path) -> None:

@@ -66,7 +66,7 @@ def state_held(communicator: Communicator, recipe: Recipe) -> tuple[int, int, in
     held = pads = 0
     for bucket, shard in zip(state.engine.buckets, state.engine.optimizer.shards(), strict=True):
         gradients = bucket.gradients if bucket.reduced is None else bucket.reduced
-        tensors = [bucket.weights, gradients, shard["exp_avg"], shard["exp_avg_sq"]]
+        tensors = [bucket.weights, gradients, *(tensor for kind, tensor in shard.items() if kind not in ("weight", "step"))]
         tensors += [shard["weight"]] if shard["weight"].data_ptr() != bucket.shard_weights.data_ptr() else []
         held += sum(tensor.nbytes for tensor in tensors)
         pads += (bucket.group.size * 8 + 8) * sum(tensor.element_size() for tensor in tensors)
@@ -92,6 +92,8 @@ FROZEN = {"optim__groups": [{"pattern": name, "frozen": True} for name in ("embe
         (4, {"parallel__data": 4, "parallel__zero": 0, "train__dtype": "float32"}),
         (8, {"parallel__data": 4, "parallel__pipeline": 2, **TIED, **ZERO_2}),
         (8, {"parallel__data": 4, "parallel__tensor": 2, "parallel__sequence": True, **MIXTURE, **ZERO_2}),
+        (8, {"parallel__data": 4, "parallel__pipeline": 2, **TIED, **ZERO_2, **MIXTURE, "optim__name": "muon"}),
+        (4, {"parallel__data": 2, "parallel__pipeline": 2, **TIED, **FROZEN, **MIXTURE}),
         (4, {"parallel__data": 2, "parallel__pipeline": 2, **FROZEN, "model__moe__bias_rate": 0.1, **MIXTURE}),
     ],
     ids=[
@@ -102,6 +104,8 @@ FROZEN = {"optim__groups": [{"pattern": name, "frozen": True} for name in ("embe
         "not partitioned",
         "zero 2, tied ends",
         "zero 2, sequence",
+        "muon",
+        "frozen and tied",
         "frozen and biases",
     ],
 )

@@ -23,26 +23,27 @@ def test_groups_are_typed_saved_and_read(tmp_path: Path) -> None:
     recipe = compose(["recipe=tiny_dense", TYPED, f"run.dir={tmp_path}"])
     assert load_recipe(save_recipe(recipe)).optim == recipe.optim
     recipe.optim.lr, recipe.optim.weight_decay = 1e-3, 0.2
-    assert recipe.optim.treatment("layers.0.attention.query.weight", 2) == Treatment(0.1, 0.2)
-    assert recipe.optim.treatment("layers.0.attention_norm.weight", 1) == Treatment(0.1, 0.0)
-    assert recipe.optim.treatment("layers.1.feed_forward.norm.weight", 1) == Treatment(1.0, 0.1)
-    assert recipe.optim.treatment("head.weight", 2) == Treatment(1.0, 0.2)
+    assert recipe.optim.treatment("layers.0.attention.query.weight", 2) == Treatment(0.1, 0.2, "adamw")
+    assert recipe.optim.treatment("layers.0.attention_norm.weight", 1) == Treatment(0.1, 0.0, "adamw")
+    assert recipe.optim.treatment("layers.1.feed_forward.norm.weight", 1) == Treatment(1.0, 0.1, "adamw")
+    assert recipe.optim.treatment("head.weight", 2) == Treatment(1.0, 0.2, "adamw")
 
 
+MUON = "optim.name=muon"
 ONE = "optim.groups=[{pattern: head.weight"
 WRONG = [
-    (["optim.name=adam"], "optim.name=adam is unknown; give one of adamw, lion, sgd"),
+    (["optim.name=adam"], "optim.name=adam is unknown; give one of adamw, lion, muon, sgd"),
     (
         ["optim.name=sgd", "optim.betas=[0.5,0.5]"],
         "has no effect with optim.name=sgd; change optim.name or give optim.betas=",
     ),
-    (["optim.momentum=0.5"], "has no effect with optim.name=adamw"),
+    (["optim.momentum=0.5"], "has no effect with optim.name=adamw; change optim.name or leave it out"),
     (["optim.name=sgd", "optim.momentum=1"], "must lie in [0, 1), e.g. optim.momentum=0.9"),
     (["optim.groups=[x]"], "x has no pattern of parameter names; e.g. optim.groups="),
     (["optim.groups=[{lr: 1}]"], "has no pattern of parameter names"),
     (["optim.groups=[{pattern: 1, lr: 1}]"], "has no pattern of parameter names"),
-    ([ONE + ", rate: 1}]"], "unknown key rate; there are pattern, lr, weight_decay and frozen"),
-    ([ONE + "}]"], "head.weight changes nothing; give it an lr, a weight_decay or frozen: true"),
+    ([ONE + ", rate: 1}]"], "unknown key rate; there are pattern, lr, weight_decay, optimizer and frozen"),
+    ([ONE + "}]"], "head.weight changes nothing; give it an lr, a weight_decay, an optimizer or frozen: true"),
     ([ONE + ", lr: -1}]"], "lr=-1 of head.weight must be a number of at least 0"),
     ([ONE + ", lr: true}]"], "lr=True of head.weight must be a number of at least 0"),
     ([ONE + ", lr: inf}]"], "lr=inf of head.weight must be a number of at least 0"),
@@ -64,6 +65,28 @@ WRONG = [
     (["optim.groups=null"], "optim.groups takes a list, not None"),
     ([ONE + ", lr: 1}, {pattern: head.weight, lr: 1}]"], "matches only parameters of earlier groups"),
     ([ONE + ", lr: 10, weight_decay: 1}]"], "of head.weight is more than 2"),
+    ([ONE + ", optimizer: adamw}]"], "optimizer=adamw of head.weight has no effect with optim.name=adamw; leave it out, or give"),
+    ([MUON, ONE + ", optimizer: sgd}]"], "optimizer=sgd of head.weight must be adamw or muon"),
+    ([MUON, ONE + ", optimizer: [muon]}]"], "optimizer=['muon'] of head.weight must be adamw or muon"),
+    ([MUON, ONE + ", optimizer: muon, frozen: true}]"], "optimizer of head.weight has no effect with frozen: true"),
+    (
+        [MUON, "optim.groups=[{pattern: 'layers.0.*', optimizer: muon}]"],
+        "layers.0.* with optimizer: muon matches layers.0.attention_norm.weight, which is no matrix; give a pattern of matrices",
+    ),
+    (
+        [MUON, "optim.groups=[{pattern: '*.weight', optimizer: adamw}]"],
+        "leaves optim.name=muon no matrix to train; give optim.name=",
+    ),
+    (
+        [MUON, "optim.groups=[{pattern: '*norm.weight', lr: 1e-3}, {pattern: '*', frozen: true}]"],
+        "leaves optim.name=muon no matrix to train; give optim.name=adamw",
+    ),
+    ([MUON, "optim.adjust_lr=rms"], "optim.adjust_lr=rms is unknown; give one of match_rms_adamw, original"),
+    (
+        ["optim.adjust_lr=original"],
+        "has no effect with optim.name=adamw; change optim.name or give optim.adjust_lr=match_rms_adamw",
+    ),
+    ([MUON, "optim.momentum=1"], "must lie in [0, 1), e.g. optim.momentum=0.9"),
 ]
 
 
@@ -85,10 +108,23 @@ def load_one(communicator: Communicator, recipe: Recipe) -> None:
 
 
 SGD = {"optim__name": "sgd"}
+BY_MUON = {"optim__name": "muon"}
+OTHERWISE = {**BY_MUON, "optim__groups": [{"pattern": "*.query.weight", "optimizer": "adamw"}]}
 OTHERS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"optim__name": "lion"}, "holds exp_avg and exp_avg_sq, but optim.name=lion keeps exp_avg;"),
     (SGD, {}, "holds momentum_buffer, but optim.name=adamw keeps exp_avg and exp_avg_sq;"),
     (SGD, {**SGD, "optim__momentum": 0.0}, "holds momentum_buffer, but optim.name=sgd keeps no moments;"),
+    (BY_MUON, {}, "holds exp_avg and exp_avg_sq and momentum_buffer, but optim.name=adamw keeps exp_avg and exp_avg_sq;"),
+    (
+        BY_MUON,
+        OTHERWISE,
+        "holds momentum_buffer of layers.0.attention.query.weight, which the recipe leaves to adamw; give it the other",
+    ),
+    (
+        OTHERWISE,
+        BY_MUON,
+        "holds exp_avg and exp_avg_sq of layers.0.attention.query.weight, which the recipe leaves to muon; give it",
+    ),
 ]
 
 

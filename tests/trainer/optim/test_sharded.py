@@ -59,7 +59,9 @@ def plain(recipe: Recipe, follow: list[Weights] | None = None) -> tuple[list[flo
             continue
         trained[name] = master
         decay = chosen.get("weight_decay", optim.weight_decay if master.dim() > 1 else 0.0)
-        groups.append({"params": [master], "weight_decay": decay, "factor": chosen.get("lr", optim.lr) / optim.lr})
+        factor = chosen.get("lr", optim.lr) / optim.lr
+        own = chosen.get("optimizer") or ("adamw" if master.dim() < 2 or name in ("embedding.weight", "head.weight") else "muon")
+        groups.append({"params": [master], "weight_decay": decay, "factor": factor, "optimizer": own})
     torchs = oracle(optim, groups)
     losses, grad_norms = [], []
     for step in range(STEPS):
@@ -89,8 +91,9 @@ def plain(recipe: Recipe, follow: list[Weights] | None = None) -> tuple[list[flo
                     torch.testing.assert_close(parameter, follow[step][name], **near)
                     parameter.copy_(follow[step][name])
     state = {f"weight/{name}": master.detach().numpy() for name, master in masters.items()}
-    for moment in optim.moments:
-        state |= {f"{moment}/{name}": torchs.state[master][moment].numpy() for name, master in trained.items()}
+    for name, master in trained.items():
+        moments = optim.moments(optim.treatment(name, master.ndim).optimizer)
+        state |= {f"{moment}/{name}": torchs.state[master][moment].numpy() for moment in moments}
     return losses, grad_norms, state
 
 
@@ -98,10 +101,45 @@ def oracle(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Opti
     """The same optimizer by somebody else; torch has no Lion, so that is written as its paper writes it."""
     first, second = optim.betas
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, momentum=optim.momentum)
+        return torch.optim.SGD(groups, momentum=optim.momentum_kept)
     if optim.name == "lion":
         return PaperLion(groups, first, second)
+    if optim.name == "muon":
+        return PlainMuon(optim, groups, betas=(first, second), eps=optim.epsilon)
     return torch.optim.AdamW(groups, betas=(first, second), eps=optim.epsilon)
+
+
+class PlainMuon(torch.optim.AdamW):
+    """torch's Muon in the dtype of the weights, on whole matrices, each expert's by itself; AdamW for the rest."""
+
+    def __init__(self, optim: OptimConfig, groups: list[dict[str, Any]], **rest: Any) -> None:
+        super().__init__(groups, **rest)
+        self.momentum, self.original = 0.95 if optim.momentum is None else optim.momentum, optim.adjust_lr == "original"
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"] if group["optimizer"] == "muon" else ():
+                buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                buffer.lerp_(weight.grad, 1 - self.momentum)
+                update = weight.grad.lerp(buffer, self.momentum)
+                weight *= 1 - group["lr"] * group["weight_decay"]
+                for matrix, direction in zip(weight, update, strict=True) if weight.dim() == 3 else [(weight, update)]:
+                    a, b = matrix.shape
+                    ratio = max(1, a / b) ** 0.5 if self.original else 0.2 * max(a, b) ** 0.5
+                    matrix -= group["lr"] * ratio * newton_schulz(direction)
+                weight.grad = None  # nothing is left to AdamW
+        super().step()
+
+
+def newton_schulz(x: torch.Tensor) -> torch.Tensor:
+    """As https://kellerjordan.github.io/posts/muon/ writes it."""
+    tall = x.shape[0] > x.shape[1]
+    x = (x.T if tall else x) / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
 
 
 class PaperLion(torch.optim.Optimizer):
@@ -169,6 +207,8 @@ OPTIMIZERS: dict[str, dict[str, object]] = {
     "lion": {"name": "lion", "betas": [0.9, 0.99], "epsilon": 1e-8},
     "sgd": {"name": "sgd", "epsilon": 1e-8},
     "sgd without momentum": {"name": "sgd", "momentum": 0.0, "epsilon": 1e-8},
+    "muon": {"name": "muon", "epsilon": 1e-5},
+    "muon as the original": {"name": "muon", "epsilon": 1e-5, "adjust_lr": "original", "momentum": 0.5},
 }
 GROUPS = [
     {"pattern": "*attention*.weight", "lr": 3e-3, "weight_decay": 0.0},

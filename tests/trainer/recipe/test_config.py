@@ -11,6 +11,8 @@ from tests.parity import small_recipe
 
 MOE: dict[str, Any] = {"model__moe__experts": 4, "model__moe__ffn": 8}
 FSDP: dict[str, Any] = {"parallel__engine": "fsdp", "parallel__bucket_bytes": 25 * 2**20}
+MUON: dict[str, Any] = {"optim__name": "muon"}
+VECTOR, MATRICES = ({"pattern": pattern, "optimizer": "muon"} for pattern in ("*norm.weight", "*.query.weight"))
 
 # what is wrong, the fix as the message says it, what to change
 CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
@@ -112,7 +114,11 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"train__steps": 0}, "must be at least 1", {"train__steps": 1}),
     ({"train__micro_batch": 0}, "must be at least 1", {"train__micro_batch": 1}),
     ({"train__validate_every": -1}, "must be at least 0", {"train__validate_every": 0}),
-    ({"optim__name": "adam"}, "give one of adamw, lion, sgd", {"optim__name": "adamw"}),
+    ({"optim__name": "adam"}, "give one of adamw, lion, muon, sgd", {"optim__name": "adamw"}),
+    ({**MUON, "optim__adjust_lr": "rms"}, "give one of match_rms_adamw, original", {"optim__adjust_lr": "original"}),
+    ({"optim__adjust_lr": "original"}, "give optim.adjust_lr=match_rms_adamw", {"optim__adjust_lr": "match_rms_adamw"}),
+    ({**MUON, "optim__groups": [VECTOR]}, "give a pattern of matrices", {"optim__groups": [MATRICES]}),
+    ({"optim__groups": [MATRICES]}, "give optim.name=muon", MUON),
     ({"optim__schedule": "linear"}, "give one of cosine, wsd, constant", {"optim__schedule": "wsd"}),
     ({"optim__betas": [0.9, 1.0]}, "e.g. optim.betas=[0.9,0.95]", {"optim__betas": [0.9, 0.95]}),
     ({"optim__betas": [0.9]}, "e.g. optim.betas=[0.9,0.95]", {"optim__betas": [0.9, 0.95]}),
