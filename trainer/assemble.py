@@ -35,10 +35,9 @@ class TrainerState:
     shares: list[int]
     """The number of micro-batches in a step, for each data rank."""
     split: Split
-    """The layers of each stage, and whether the stage recomputes activations."""
+    """The layers of each stage, and what they recompute."""
     costs: CostTable | None
-    """The costs of layers from which `split` was computed or checked; None if neither parallel.balance nor parallel.memory_bytes
-    needs costs."""
+    """The costs of layers from which `split` was computed or checked; None if the recipe needs no costs."""
     engine: Engine
     """This rank's layers, gradients and optimizer state."""
     corpus: Corpus

@@ -74,7 +74,7 @@ def open_rebalancer(state: TrainerState) -> "Rebalancer | None":
         caps = memory_caps(parallel.memory_bytes, parallel.pipeline)
         watch = Watch(
             table, state.heaviest, state.split, parallel.rebalance.threshold, parallel.rebalance.windows, caps,
-            state.recipe.train.recompute,
+            state.recipe.activations(),
         )  # fmt: skip
     return Rebalancer(state, watch, parallel.rebalance_every)
 

@@ -52,7 +52,7 @@ def recipe_for(**layout: object) -> Recipe:
 
 def split_of(*counts: int) -> Split:
     borders = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
-    return Split([range(*pair) for pair in pairwise(borders)], [False] * len(counts))
+    return Split([range(*pair) for pair in pairwise(borders)], ["none"] * sum(counts))
 
 
 def train_moving(communicator: Communicator, recipe: Recipe, splits: list[Split]) -> Curve:

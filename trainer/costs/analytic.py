@@ -18,7 +18,7 @@ from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.parallel.config import HEAD_CHUNK_TOKENS
 from bagualu.parallel.layout import Layout
 from bagualu.trainer.models.decoder.config import ModelConfig
-from bagualu.trainer.models.decoder.flops import Flops, head_flops, layer_flops
+from bagualu.trainer.models.decoder.flops import attention_flops, head_flops, layer_flops
 from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes
 
@@ -71,6 +71,7 @@ class Held:
     activation_bytes: int
     input_bytes: int
     operand_bytes: int
+    attention_bytes: int = 0
 
 
 def analytic_table(work: ModelWork) -> CostTable:
@@ -79,18 +80,22 @@ def analytic_table(work: ModelWork) -> CostTable:
     embedding_bytes, head_bytes, tied_bytes = end_bytes(work)
     embedding = LayerCost("embedding", 0.0, 0.0, 0.0, embedding_bytes, *_in_order(embedding_held(work)))
     head = LayerCost("head", _seconds(work, head_flops(model).total) / tensor, 0.0, 0.0, head_bytes, *_in_order(head_held(work)))
-    layers = [_layer(work, index, layer_flops(model, index, work.sequence_length)) for index in range(model.layers)]
+    layers = [_layer(work, index) for index in range(model.layers)]
     return CostTable(embedding, layers, head, "FLOPs at 1 TFLOP/s", tied_bytes)
 
 
-def _layer(work: ModelWork, index: int, flops: Flops) -> LayerCost:
+def _layer(work: ModelWork, index: int) -> LayerCost:
+    flops, held = layer_flops(work.model, index, work.sequence_length), layer_held(work, index)
+    attention = attention_flops(work.model, work.sequence_length)
     return LayerCost(
         f"layer {index}",
         _seconds(work, flops.forward) / work.layout.tensor,
         _seconds(work, flops.input_gradient) / work.layout.tensor,
         _seconds(work, flops.weight_gradient) / work.layout.tensor,
         layer_bytes(work, index),
-        *_in_order(layer_held(work, index)),
+        *_in_order(held),
+        _seconds(work, attention.forward) / work.layout.tensor,
+        held.attention_bytes,
     )
 
 
@@ -173,12 +178,13 @@ def layer_held(work: ModelWork, index: int) -> Held:
     model, tensor, item = work.model, work.layout.tensor, work.item_bytes
     heads, narrow = model.heads * model.head_dim // tensor, model.key_value_heads * model.head_dim // tensor
     between = work.tokens // (tensor if work.sequence else 1)
-    norms = 2 * between * (model.hidden * item + work.accurate_bytes)  # inputs and scales
+    norm = between * (model.hidden * item + work.accurate_bytes)  # input and scale
     # The projections' input; query, key and value, expanded to all heads; the result; the softmax statistics, if they are kept.
     attention = work.tokens * ((model.hidden + 4 * heads) * item + model.heads // tensor * work.accurate_bytes)
     attention_operands = work.tokens * (2 * model.hidden + 2 * heads + 2 * narrow) * item
     mixed = _mixture_held(work) if model.is_moe_layer(index) else _swiglu_held(work, work.tokens, model.ffn // tensor)
-    return Held(norms + attention + mixed[0], between * model.hidden * item, attention_operands + mixed[1])
+    held = 2 * norm + attention + mixed[0]
+    return Held(held, between * model.hidden * item, attention_operands + mixed[1], norm + attention)
 
 
 def _swiglu_held(work: ModelWork, rows: int, ffn: int) -> tuple[int, int]:

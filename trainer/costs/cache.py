@@ -19,7 +19,7 @@ from bagualu.fault_tolerance.files import write_atomic
 from bagualu.trainer.costs.analytic import ModelWork
 from bagualu.trainer.costs.measured import MeasuredCosts, measure
 
-FORMAT = 1
+FORMAT = 2
 """A number in the KEY of a cache file. Raise it when what is measured, or how it is measured, changes."""
 
 log = logging.getLogger(__name__)

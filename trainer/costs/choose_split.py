@@ -40,25 +40,26 @@ def agree_on_split(
 ) -> tuple[Split, CostTable | None]:
     """Returns the split that `parallel.balance` asks for, and the costs that were used for it (None if none were). Collective.
 
-    balance=uniform and lists of layers need no costs, or with `parallel.memory_bytes` only analytic costs, to check that limit and
-    to choose the stages that recompute. Raises RecipeError on every rank if no split fits the memory caps.
+    balance=uniform and lists of layers need no costs, unless a limit of memory must be kept to (parallel.memory_bytes or
+    train.recompute=bytes:N). Raises RecipeError on every rank if no split fits the limits.
     """
-    parallel, train = recipe.parallel, recipe.train
-    caps = memory_caps(parallel.memory_bytes, layout.pipeline)
-    work = work_of(recipe, layout)
+    parallel, activations = recipe.parallel, recipe.activations()
+    caps, slices = memory_caps(parallel.memory_bytes, layout.pipeline), None
     if parallel.balance not in COMPUTED:
         slices = split_layers(recipe.model.layers, schedule.placement, parallel.balance)
-        if caps is None:
-            return Split(slices, [train.recompute == "full"] * len(slices)), None
-        table = analytic_table(work)
-        return take_split(slices, table, schedule, caps, train.recompute), table
+        if caps is None and activations.most_bytes is None:
+            return Split(slices, [activations.of_layer(layer) for layer in range(recipe.model.layers)]), None
     speeds = _speeds(recipe, layout, communicator)
     answer: dict[str, Any] = {}
     if communicator.rank == 0:
-        table = _table(recipe, work, communicator.device)
+        table = _table(recipe, work_of(recipe, layout), communicator.device)
         answer["table"] = table.to_json()
         try:
-            answer["split"] = choose_split(table, schedule, speeds, caps, train.recompute).to_json()
+            if slices is None:
+                split = choose_split(table, schedule, speeds, caps, activations)
+            else:
+                split = take_split(slices, table, schedule, caps, activations)
+            answer["split"] = split.to_json()
         except RecipeError as error:
             answer["refusal"] = str(error)
     answer = broadcast_json(answer, communicator.world)
@@ -85,7 +86,10 @@ def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
 
 
 def _table(recipe: Recipe, work: ModelWork, device: torch.device) -> CostTable:
-    if recipe.parallel.balance == "analytic":
+    """Returns measured costs with balance=measured, and to keep to a number of bytes of activations unless balance=analytic; else
+    analytic costs."""
+    keeps_to_bytes = recipe.activations().most_bytes is not None and recipe.parallel.balance != "analytic"
+    if recipe.parallel.balance != "measured" and not keeps_to_bytes:
         return analytic_table(work)
     cache = Path(recipe.data.cache) if recipe.data.cache else default_cache()
     found = figures(cache, work, device, recipe.train.compile)

@@ -43,9 +43,15 @@ class MeasuredCosts:
     forward_seconds: float
     input_gradient_seconds: float
     weight_gradient_seconds: float
+    attention_seconds: float
     activation_bytes: int
     input_bytes: int
     operand_bytes: int
+    attention_bytes: int
+
+
+Times = tuple[float, float, float, float]
+"""Seconds of the forward pass, the input gradient, the weight gradient, and attention's part of the forward pass."""
 
 
 def measure(
@@ -57,7 +63,7 @@ def measure(
     rounds, as many as fit into about `budget_seconds`."""
     samples = _samples(work, device, compiled)
     bytes_of = {name: sample.bytes_held() for name, sample in samples.items()}  # also the warm-up
-    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in samples}
+    times: dict[str, list[Times]] = {name: [] for name in samples}
     started = time.perf_counter()
     for rounds in range(_MOST_ROUNDS):
         if rounds >= _LEAST_ROUNDS and time.perf_counter() - started > budget_seconds:
@@ -67,9 +73,9 @@ def measure(
     return {name: MeasuredCosts(*_medians(times[name]), *bytes_of[name]) for name in samples}
 
 
-def _medians(rows: list[tuple[float, float, float]]) -> tuple[float, float, float]:
-    first, second, third = (statistics.median(column) for column in zip(*rows, strict=True))
-    return first, second, third
+def _medians(rows: list[Times]) -> Times:
+    first, second, third, fourth = (statistics.median(column) for column in zip(*rows, strict=True))
+    return first, second, third, fourth
 
 
 def measured_table(work: ModelWork, figures: dict[str, MeasuredCosts], source: str) -> CostTable:
@@ -87,6 +93,7 @@ def _cost(name: str, found: MeasuredCosts, state_bytes: int) -> LayerCost:
     return LayerCost(
         name, found.forward_seconds, found.input_gradient_seconds, found.weight_gradient_seconds,
         state_bytes, found.activation_bytes, found.input_bytes, found.operand_bytes,
+        found.attention_seconds, found.attention_bytes,
     )  # fmt: skip
 
 
@@ -141,16 +148,18 @@ class _Folded(LocalExperts):
 
 @dataclass
 class _Sample:
-    """A layer with a rank's slices of its weights. `run` takes an input and returns the outputs where the backward pass begins."""
+    """A layer with a rank's slices of its weights. `run` takes an input and returns the outputs where the backward pass begins;
+    `attend`, the layer's attention with its norm, does the same. None for embedding and head."""
 
     module: nn.Module
     new_input: Callable[[], torch.Tensor]
     run: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+    attend: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None
     device: torch.device
     shelf: _Shelf
 
-    def times(self) -> tuple[float, float, float]:
-        """Runs the layer once and returns the seconds of the forward pass, the input gradient and the weight gradient."""
+    def times(self) -> Times:
+        """Runs the layer once, and its attention once more, and returns how long that took."""
         inputs = self.new_input()
         moments = [self._now()]
         outputs = self.run(inputs)
@@ -159,22 +168,29 @@ class _Sample:
         moments.append(self._now())
         self.shelf.compute()
         moments.append(self._now())
-        first, second, third = (later - earlier for earlier, later in pairwise(moments))
-        return first, second, third
+        if self.attend is not None:
+            self.attend(inputs)
+        moments.append(self._now())
+        first, second, third, fourth = (later - earlier for earlier, later in pairwise(moments))
+        return first, second, third, fourth
 
-    def bytes_held(self) -> tuple[int, int, int]:
-        """Returns the bytes that the layer keeps for its backward pass (activations), of its input, and of the weight gradients'
-        operands.
-
-        Storage that two forward passes share (weights, positions) does not count as activations."""
-        first, second = self._saved(), self._saved()
-        activations = sum(size for place, size in second.storages.items() if place not in first.storages)
-        self._backward(second.outputs)
+    def bytes_held(self) -> tuple[int, int, int, int]:
+        """Returns the bytes that the layer keeps for its backward pass (activations), of its input, of the weight gradients'
+        operands, and attention's part of the activations."""
+        activations, saved = self._activations(self.run)
+        self._backward(saved.outputs)
         operands = _storages(self.shelf.operands)
         self.shelf.clear()
-        return activations, second.inputs.nbytes, sum(operands.values())
+        attention = self._activations(self.attend)[0] if self.attend is not None else 0
+        return activations, saved.inputs.nbytes, sum(operands.values()), attention
 
-    def _saved(self) -> "_Saved":
+    def _activations(self, run: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> tuple[int, "_Saved"]:
+        """Returns the bytes that `run` keeps for the backward pass, and what was saved. Storage that two forward passes share
+        (weights, positions) does not count."""
+        first, second = self._saved(run), self._saved(run)
+        return sum(size for place, size in second.storages.items() if place not in first.storages), second
+
+    def _saved(self, run: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> "_Saved":
         inputs, tensors = self.new_input(), list[torch.Tensor]()
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -182,7 +198,7 @@ class _Sample:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = self.run(inputs)
+            outputs = run(inputs)
         return _Saved(inputs, outputs, _storages(tensors))
 
     def _backward(self, outputs: tuple[torch.Tensor, ...]) -> None:
@@ -222,7 +238,8 @@ def _samples(work: ModelWork, device: torch.device, compiled: bool) -> dict[str,
         shelf = _localise(module, prefix, work, device, draw, fused=not compiled)
         if compiled:
             module.compile()
-        return _Sample(module, new_input, run, device, shelf)
+        attend = (lambda x: (module.attend(x),)) if isinstance(module, Layer) else None
+        return _Sample(module, new_input, run, attend, device, shelf)
 
     with torch.device("meta"):
         embedding, head = Embedding(model.padded_vocab, model.hidden), _NormAndHead(work)

@@ -12,7 +12,7 @@ from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill, parallelize
 from bagualu.parallel.sharding import ShardingPlan
 from bagualu.trainer.models.decoder.initialise import initial_values
-from bagualu.trainer.models.decoder.model import Decoder
+from bagualu.trainer.models.decoder.model import Decoder, Layer
 from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.recipe.config import Recipe
 
@@ -42,10 +42,9 @@ def local_model(
     """
     config, parallel = recipe.model.padded_over(mesh.layout.tensor), recipe.parallel
     slices = [split.slices[stage] for stage in mesh.stages]
-    recompute = [split.recompute[stage] for stage in mesh.stages]
     plan = decoder_plan(config, parallel.sequence)
     with torch.device("meta"):
-        model = Decoder(config, slices, mesh.first_stage, mesh.last_stage, recompute)
+        model = Decoder(config, slices, mesh.first_stage, mesh.last_stage, split.recompute, recipe.train.offload_bytes)
     taken: set[int] = set()
 
     def filled(unit: nn.Module) -> None:
@@ -58,6 +57,7 @@ def local_model(
 
     parallelize(model, plan, mesh, parallel.sequence, dtype, fill, model.units, filled)
     if recipe.train.compile:
-        for layer in model.layers.values():
-            layer.compile()
+        for layer in model.modules():
+            if isinstance(layer, Layer):
+                layer.compile_for(recipe.data.sequence_length)
     return model, plan

@@ -14,8 +14,8 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig, StragglerConfig
 from bagualu.fault_tolerance.injection.fault import Fault
 from bagualu.fault_tolerance.injection.plan import Setting, expand, resolve
+from bagualu.parallel.balance.stages.activations import Activations, read_activations
 from bagualu.parallel.balance.stages.keys import validate_shares, validate_split
-from bagualu.parallel.balance.stages.problem import RECOMPUTE
 from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.registry import placement_of, splits_backward
@@ -58,9 +58,14 @@ class TrainConfig:
     dtype: str = "float32"
     """The dtype of weights and activations: float64 | float32 | bfloat16 | float16. With the 16-bit dtypes, the optimizer keeps
     float32 master weights."""
-    recompute: str = "none"
-    """none keeps every activation for the backward pass; full keeps only the input of each layer and computes the rest again; auto
-    does as full on those stages of a pipeline that would otherwise exceed parallel.memory_bytes, and as none on the others."""
+    recompute: Any = "none"
+    """Which activations the backward pass computes again instead of keeping them: none; full, all of each layer but its input;
+    attention, those of the attention of each layer; experts, those of each mixture of experts; every:N, all of every N-th layer; a
+    list with the numbers of layers (from 0), all of these; auto, all of as many layers as parallel.memory_bytes requires; bytes:N,
+    all of as many layers as it takes for each rank to keep at most N bytes. docs/guides/memory.md compares them."""
+    offload_bytes: int = 0
+    """The most bytes of activations that each rank keeps in host memory, instead of device memory, until its backward pass needs
+    them; 0: none."""
     compile: bool = False
     """Whether to compile each decoder layer with torch.compile."""
     deterministic: bool = True
@@ -74,8 +79,6 @@ class TrainConfig:
     def validate(self) -> None:
         if self.dtype not in DTYPES:
             raise RecipeError(f"train.dtype={self.dtype} is unknown; give one of {', '.join(DTYPES)}")
-        if self.recompute not in RECOMPUTE:
-            raise RecipeError(f"train.recompute={self.recompute} is unknown; give one of {', '.join(RECOMPUTE)}")
         require_at_least(1, "train", self, "steps", "micro_batch")
         require_at_least(0, "train", self, "validate_every", "validation_sequences")
 
@@ -223,6 +226,11 @@ class Recipe:
         self.planned_faults(max(world, self.world_size()))  # a run that resumes with fewer ranks keeps its plan
         return layout
 
+    def activations(self) -> Activations:
+        """Returns what train.recompute and train.offload_bytes mean for this model. Raises RecipeError."""
+        mixtures = [self.model.is_moe_layer(layer) for layer in range(self.model.layers)]
+        return read_activations(self.train.recompute, self.train.offload_bytes, mixtures)
+
     def micro_batches(self) -> int:
         """Returns the number of micro-batches in a step, summed over all data ranks."""
         return self.data.global_batch // self.train.micro_batch
@@ -322,6 +330,7 @@ class Recipe:
     def _validate_pipeline(self, layout: Layout) -> None:
         parallel = self.parallel
         placement = placement_of(parallel.schedule, layout.pipeline, parallel.virtual_stages)
+        self.activations()
         validate_split(parallel.balance, self.model.layers, placement, parallel.memory_bytes, self.train.recompute)
         if self.train.compile and splits_backward(parallel.schedule):
             raise RecipeError(f"parallel.schedule={parallel.schedule} takes the backward pass in two parts, which compiled layers "

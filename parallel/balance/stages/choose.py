@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from bagualu.comm.errors import RecipeError
+from bagualu.parallel.balance.stages.activations import ALL_KEPT, Activations
 from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.forecast import Split, by_rank, forecast_split
 from bagualu.parallel.balance.stages.partition import GaveUp, Solution, solve
@@ -22,19 +23,19 @@ def choose_split(
     schedule: Schedule,
     speeds: Sequence[float] | None = None,
     caps: Sequence[int] | None = None,
-    recompute: str = "none",
+    activations: Activations = ALL_KEPT,
 ) -> Split:
     """Returns the best split of the table's layers over the stages of `schedule`: among the splits whose bottleneck (the time of
     the slowest rank) is near the least possible, the one with the least predicted step time (refine.py). Equal arguments give equal
     results.
 
     `speeds`, relative to the device of the table (None: all 1.0), and `caps`, the most bytes of memory (None: no limit), are by
-    pipeline rank. `recompute`: none | full | auto; auto recomputes only where a cap requires it. Raises RecipeError if there are
-    fewer layers than stages, if no split fits the caps, or if the search ended before it found one that fits.
+    pipeline rank. Raises RecipeError if there are fewer layers than stages, if no split fits `caps` and `activations`, or if the
+    search ended before it found one that fits.
     """
     ranks, layers, stages = schedule.placement.ranks, len(table.layers), schedule.placement.stages
     require_layers(layers, schedule.placement)
-    problem = Problem(table, schedule, speeds or [1.0] * ranks, caps, recompute)
+    problem = Problem(table, schedule, speeds or [1.0] * ranks, caps, activations)
     try:
         solution = solve(problem)
     except GaveUp:
@@ -48,23 +49,28 @@ def choose_split(
 
 
 def take_split(
-    slices: list[range], table: CostTable, schedule: Schedule, caps: Sequence[int] | None = None, recompute: str = "none"
+    slices: list[range],
+    table: CostTable,
+    schedule: Schedule,
+    caps: Sequence[int] | None = None,
+    activations: Activations = ALL_KEPT,
 ) -> Split:
     """Returns the split into the given `slices`, the layers of each stage, with its forecast at equal speeds. Raises RecipeError if
-    it does not fit the memory `caps`."""
-    problem = Problem(table, schedule, [1.0] * schedule.placement.ranks, caps, recompute)
+    it does not fit the memory `caps` and `activations`."""
+    problem = Problem(table, schedule, [1.0] * schedule.placement.ranks, caps, activations)
     pieces = [(piece.start, piece.stop) for piece in slices]
-    if any(problem.cost(rank, mine) is None for rank, mine in enumerate(by_rank(problem, pieces))):
-        counts = ",".join(str(len(piece)) for piece in slices)
-        others = ["parallel.balance=analytic"]
-        if recompute == "none" and _fits(_with_recompute(problem), pieces):
+    if not _fits(problem, pieces):
+        several, counts = len(slices) > 1, ",".join(str(len(piece)) for piece in slices)
+        others = ["parallel.balance=analytic"] if several else []
+        if activations.recompute is not None and _fits(_with_recompute(problem), pieces):
             others.insert(0, "train.recompute=auto")
-        raise _does_not_fit(problem, pieces, f"parallel.balance=[{counts}]: ", others)
+        raise _does_not_fit(problem, pieces, f"parallel.balance=[{counts}]: " if several else "", others)
     return forecast_split(problem, pieces)
 
 
 def _with_recompute(problem: Problem) -> Problem:
-    return Problem(problem.table, problem.schedule, problem.speeds, problem.caps, "auto")
+    activations = replace(problem.activations, recompute=None)
+    return Problem(problem.table, problem.schedule, problem.speeds, problem.caps, activations)
 
 
 def _fits(problem: Problem, pieces: list[Piece]) -> bool:
@@ -80,57 +86,87 @@ def _solution(problem: Problem) -> Solution | None:
 
 def _undecided(problem: Problem) -> RecipeError:
     """Returns the error for a search that ended before it could decide whether a split fits."""
-    assert problem.caps is not None
     pieces = _least_demanding(problem)
-    works = ",".join(map(str, map(max, zip(_needs(problem, pieces), problem.caps, strict=True))))
     counts = ",".join(str(stop - start) for start, stop in pieces)
-    return RecipeError(f"found no split that fits parallel.memory_bytes={problem.caps}, but the search was cut short; "
-                       f"parallel.balance=[{counts}] is near and fits; give it with parallel.memory_bytes=[{works}]")  # fmt: skip
+    limits = " and ".join(_limits(problem, [(0, 0)] * len(problem.speeds)))
+    works = " ".join(_limits(problem, _needs(problem, pieces)))
+    return RecipeError(f"found no split that fits {limits}, but the search was cut short; "
+                       f"parallel.balance=[{counts}] is near and fits; give it with {works}")  # fmt: skip
 
 
 def _no_split_fits(problem: Problem) -> RecipeError:
     others = []
-    if problem.recompute == "none" and _solution(_with_recompute(problem)) is not None:
+    if problem.activations.recompute is not None and _solution(_with_recompute(problem)) is not None:
         others.append("train.recompute=auto")
     return _does_not_fit(problem, _least_demanding(problem), "", others)
 
 
 def _does_not_fit(problem: Problem, pieces: list[Piece], prefix: str, others: list[str]) -> RecipeError:
-    """Returns the error for `pieces`: it names the rank whose memory need exceeds its cap by the largest factor, and caps that
-    suffice."""
-    caps, needs = problem.caps or [], _needs(problem, pieces)
-    rank = max(range(len(caps)), key=lambda r: needs[r] / max(1, caps[r]))
-    if len(set(caps)) == 1:
-        works = f"parallel.memory_bytes={max(needs)}"
+    """Returns the error for `pieces`: it names the rank that exceeds its limits by the largest factor, and limits that suffice.
+    `others` are fixes that leave the limits as they are."""
+    needs, most = _needs(problem, pieces), problem.activations.most_bytes
+    rank = max(range(len(needs)), key=lambda rank: _factor(problem, rank, needs[rank]))
+    memory, activations = needs[rank]
+    if most is not None and activations > most:
+        what = (f"activations of {activations} bytes with all its layers recomputed, {activations - most} more than "
+                f"train.recompute=bytes:{most} allows")  # fmt: skip
     else:
-        works = "parallel.memory_bytes=[" + ",".join(map(str, map(max, zip(needs, caps, strict=True)))) + "]"
-    return RecipeError(f"{prefix}pipeline rank {rank} needs {needs[rank]} bytes but parallel.memory_bytes allows "
-                       f"{caps[rank]}; give {' or '.join([*others, works])}")  # fmt: skip
+        assert problem.caps is not None
+        what = f"{memory} bytes but parallel.memory_bytes allows {problem.caps[rank]}"
+    works = " ".join(_limits(problem, needs))
+    return RecipeError(f"{prefix}pipeline rank {rank} needs {what}; give {' or '.join([*others, works])}")
 
 
-def _needs(problem: Problem, pieces: list[Piece]) -> list[int]:
-    """Returns the bytes of memory that each rank needs for `pieces`, with the allowed recomputation that needs least."""
-    ways = problem.ways(problem.placement.chunks)
-    return [min(problem.memory(rank, mine, way) for way in ways) for rank, mine in enumerate(by_rank(problem, pieces))]
+Needs = tuple[int, int]
+"""The least bytes that a rank needs: of all memory, and of memory for activations."""
+
+
+def _needs(problem: Problem, pieces: list[Piece]) -> list[Needs]:
+    """Returns what each rank needs for `pieces`, with the allowed recomputation that needs least."""
+    return [problem.least_bytes(rank, mine) for rank, mine in enumerate(by_rank(problem, pieces))]
+
+
+def _factor(problem: Problem, rank: int, needs: Needs) -> float:
+    """Returns the largest ratio of what `rank` needs to what a limit allows."""
+    limits = [problem.caps[rank] if problem.caps else None, problem.activations.most_bytes]
+    return max(need / max(1, limit) for need, limit in zip(needs, limits, strict=True) if limit is not None)
+
+
+def _limits(problem: Problem, needs: list[Needs]) -> list[str]:
+    """Returns the limits of memory as the user types them, those that do not suffice for `needs` raised."""
+    found, most, caps = [], problem.activations.most_bytes, problem.caps
+    if caps is not None:
+        works = [max(cap, memory) for cap, (memory, _) in zip(caps, needs, strict=True)]
+        same = len(set(caps)) == 1
+        found.append(f"parallel.memory_bytes={max(works) if same else '[' + ','.join(map(str, works)) + ']'}")
+    if most is not None:
+        found.append(f"train.recompute=bytes:{max(most, *(activations for _, activations in needs))}")
+    return found
 
 
 def _least_demanding(problem: Problem) -> list[Piece]:
-    """Returns a split whose largest ratio of a rank's memory to its cap is near the least possible."""
-    assert problem.caps is not None
+    """Returns a split whose largest ratio of what a rank needs to what a limit allows is near the least possible."""
     layers, stages = problem.layers, problem.placement.stages
     borders = [layers * stage // stages for stage in range(stages + 1)]
     best = list(pairwise(borders))
 
     def factor(pieces: list[Piece]) -> float:
-        return max(need / max(1, cap) for need, cap in zip(_needs(problem, pieces), problem.caps or (), strict=True))
+        return max(_factor(problem, rank, needs) for rank, needs in enumerate(_needs(problem, pieces)))
 
     low, high = 1.0, factor(best)
     for _ in range(_DIAGNOSIS_STEPS):
         middle = (low + high) / 2
-        caps = [int(max(1, cap) * middle) for cap in problem.caps]
-        solution = _solution(Problem(problem.table, problem.schedule, problem.speeds, caps, problem.recompute))
+        solution = _solution(_scaled(problem, middle))
         if solution is None:
             low = middle
         else:
             best, high = solution.pieces, factor(solution.pieces)
     return best
+
+
+def _scaled(problem: Problem, factor: float) -> Problem:
+    """Returns `problem` with all limits multiplied by `factor`."""
+    caps = None if problem.caps is None else [int(max(1, cap) * factor) for cap in problem.caps]
+    most = problem.activations.most_bytes
+    activations = replace(problem.activations, most_bytes=None if most is None else int(most * factor))
+    return Problem(problem.table, problem.schedule, problem.speeds, caps, activations)

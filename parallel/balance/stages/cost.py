@@ -22,16 +22,34 @@ class LayerCost:
     """Memory that the layer takes for each micro-batch from its forward pass to its backward pass or, if the backward pass is
     split, to the end of I (the input gradient)."""
     input_bytes: int = 0
-    """The part of activation_bytes that the layer still takes if it recomputes activations: its input."""
+    """The part of activation_bytes that the layer still takes if it recomputes all activations: its input."""
     operand_bytes: int = 0
     """Memory that the layer takes for each micro-batch between I (the input gradient) and W (the weight gradient), if the backward
     pass is split: the operands of W's matrix products."""
+    attention_seconds: float = 0.0
+    """The part of forward_seconds for attention and its norm. The rest is for the feed-forward or the mixture of experts."""
+    attention_bytes: int = 0
+    """The part of activation_bytes for attention and its norm, their input included."""
+
+    def again_seconds(self, recompute: str) -> float:
+        """Returns the time in which the backward pass computes activations again. `recompute` is the part of the layer that it
+        computes again: none, attention, experts or full."""
+        return {"none": 0.0, "attention": self.attention_seconds, "experts": self.forward_seconds - self.attention_seconds,
+                "full": self.forward_seconds}[recompute]  # fmt: skip
+
+    def kept_bytes(self, recompute: str) -> int:
+        """Returns what is left of activation_bytes if the part `recompute` of the layer is computed again from its input."""
+        return {"none": self.activation_bytes, "attention": self.activation_bytes - self.attention_bytes + self.input_bytes,
+                "experts": self.attention_bytes + self.input_bytes, "full": self.input_bytes}[recompute]  # fmt: skip
+
+    def working_bytes(self, recompute: str) -> int:
+        """Returns the most bytes of activations that the layer takes during its own backward pass."""
+        return max(self.kept_bytes(recompute), self.attention_bytes) if recompute == "attention" else self.activation_bytes
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """The costs of a model. Under recomputation, a layer's forward pass runs a second time at the start of its backward pass;
-    embedding and head are never recomputed."""
+    """The costs of a model. Embedding and head never recompute activations."""
 
     embedding: LayerCost
     layers: list[LayerCost]

@@ -30,10 +30,11 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Split:
-    """The layers of each stage, and whether the stage recomputes activations in its backward pass."""
+    """The layers of each stage, and what the backward pass computes again."""
 
     slices: list[range]
-    recompute: list[bool]
+    recompute: list[str]
+    """For each layer of the model, the part that its backward pass computes again: none, attention, experts or full."""
     forecast: Forecast | None = field(default=None, compare=False)
     """The predicted cost; None if no costs were computed."""
 
@@ -56,19 +57,19 @@ def by_rank(problem: Problem, pieces: list[Piece]) -> list[tuple[Piece, ...]]:
 
 def forecast_split(problem: Problem, pieces: list[Piece]) -> Split:
     """Returns the split into `pieces`, by stage, with its forecast. Raises ValueError if a rank's pieces exceed its memory cap."""
-    recompute = [False] * len(pieces)
+    chosen: frozenset[int] = frozenset()
     seconds, memory = [], []
     for rank, mine in enumerate(by_rank(problem, pieces)):
         cost = problem.cost(rank, mine)
         if cost is None:
             raise ValueError(f"the stages {mine} do not fit rank {rank}")
         seconds.append(cost.seconds)
-        memory.append(problem.memory(rank, mine, cost.recompute))
-        for stage, again in zip(problem.stages_of[rank], cost.recompute, strict=True):
-            recompute[stage] = again
-    times = [problem.stage_times(stage, piece, recompute[stage]) for stage, piece in enumerate(pieces)]
+        memory.append(problem.memory(rank, mine, cost.chosen))
+        chosen |= cost.chosen
+    times = [problem.stage_times(stage, piece, chosen) for stage, piece in enumerate(pieces)]
     step = step_seconds(problem, times)
     forecast = Forecast(times, problem.speeds, memory, max(seconds), step, problem.table.source)
+    recompute = [problem.activations.of_layer(layer, chosen) for layer in range(problem.layers)]
     return Split([range(*piece) for piece in pieces], recompute, forecast)
 
 

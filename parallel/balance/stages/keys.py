@@ -11,7 +11,7 @@ COMPUTED = ("measured", "analytic")
 """Values of parallel.balance for which the split of layers into stages is computed from costs."""
 
 
-def validate_split(balance: Any, layers: int, placement: StagePlacement, memory_bytes: Any, recompute: str) -> None:
+def validate_split(balance: Any, layers: int, placement: StagePlacement, memory_bytes: Any, recompute: Any) -> None:
     """Raises RecipeError for settings of the split that are wrong whatever the layers cost: more stages than layers, a list that
     does not add up, or recompute=auto without a memory cap."""
     require_layers(layers, placement)

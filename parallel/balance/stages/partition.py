@@ -133,7 +133,7 @@ def _most_layers(problem: Problem, rank: int) -> int:
     if problem.caps is None:
         return problem.layers
     sizes = accumulate(sorted(problem.least_memory(rank)))
-    return sum(size <= problem.caps[rank] for size in sizes)
+    return sum(size <= problem.caps[rank] + problem.activations.offload_bytes for size in sizes)
 
 
 def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:

@@ -1,15 +1,17 @@
 """Computes the time and memory of any split of a model's layers over the stages of a schedule."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, product
+from itertools import accumulate
 from operator import attrgetter
 
+from bagualu.parallel.balance.stages.activations import ALL_KEPT, Activations
 from bagualu.parallel.balance.stages.cost import CostTable
-from bagualu.parallel.balance.stages.memory import worst_moments
+from bagualu.parallel.balance.stages.memory import Moment, worst_moments
 from bagualu.parallel.pipeline.schedules.schedule import Schedule
 
-RECOMPUTE = ("none", "full", "auto")
+_NOTHING: frozenset[int] = frozenset()
 Piece = tuple[int, int]
 """The layers of a stage: piece[0] to piece[1] - 1."""
 
@@ -20,8 +22,8 @@ class RankCost:
 
     stage_seconds: tuple[float, ...]
     """The time of each stage, at the rank's own speed."""
-    recompute: tuple[bool, ...]
-    """For each stage, whether it recomputes activations."""
+    chosen: frozenset[int]
+    """The layers that were chosen to recompute all their activations."""
 
     @property
     def seconds(self) -> float:
@@ -42,34 +44,52 @@ class StageTimes:
         return self.forward + self.input_gradient + self.weight_gradient
 
 
+@dataclass(frozen=True)
+class _Held:
+    """The bytes of memory that a stage takes for one micro-batch."""
+
+    activations: int
+    operands: int
+    layers: int
+    """The part of `activations` that belongs to decoder layers, which may be in host memory."""
+    more: int
+    """How much more than `activations` the backward pass takes for a moment, when a layer computes its activations again."""
+    largest: int
+    """The most bytes of activations that one of the layers keeps."""
+
+
 class Problem:
     """Computes the costs of splits. `speeds` are by rank, relative to the device of the cost table; `caps` are bytes of memory by
     rank, or None for no limit.
 
-    `recompute` is none, full or auto. With auto, stages recompute activations only if the rank's cap requires it, in the fastest
-    combination that fits.
+    If `activations` leaves the layers that recompute to choice, a rank recomputes no more than its limits require.
     """
 
     def __init__(
-        self, table: CostTable, schedule: Schedule, speeds: Sequence[float], caps: Sequence[int] | None, recompute: str = "none"
+        self,
+        table: CostTable,
+        schedule: Schedule,
+        speeds: Sequence[float],
+        caps: Sequence[int] | None,
+        activations: Activations = ALL_KEPT,
     ) -> None:
         self.table, self.schedule, self.placement = table, schedule, schedule.placement
         self.layers = len(table.layers)
-        self.speeds, self.caps, self.recompute = list(speeds), None if caps is None else list(caps), recompute
+        self.speeds, self.caps, self.activations = list(speeds), None if caps is None else list(caps), activations
         self.moments = worst_moments(schedule)
         self.stages_of = [self.placement.stages_of(rank) for rank in range(self.placement.ranks)]
         self._sums = {
             name: list(accumulate(map(attrgetter(name), table.layers), initial=0))
-            for name in ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds",
-                         "state_bytes", "activation_bytes", "input_bytes", "operand_bytes")
-        }  # fmt: skip
+            for name in ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds", "state_bytes", "operand_bytes")
+        }
+        self._again = [layer.again_seconds(activations.of_layer(i)) for i, layer in enumerate(table.layers)]
+        self._sums["again"] = list(accumulate(self._again, initial=0))
         self._known: dict[tuple[int, tuple[Piece, ...]], RankCost | None] = {}
 
     def least_seconds(self) -> list[float]:
         """Returns the least possible time of all passes of each layer for a micro-batch, in seconds at speed 1.0."""
-        again = self.recompute == "full"
-        return [(1 + again) * layer.forward_seconds + layer.input_gradient_seconds + layer.weight_gradient_seconds
-                for layer in self.table.layers]  # fmt: skip
+        return [again + layer.forward_seconds + layer.input_gradient_seconds + layer.weight_gradient_seconds
+                for again, layer in zip(self._again, self.table.layers, strict=True)]  # fmt: skip
 
     def edge_seconds(self, rank: int) -> float:
         """Returns the seconds per micro-batch, at speed 1.0, of all passes of the embedding and the head if `rank` holds them."""
@@ -77,62 +97,102 @@ class Problem:
         edges += [self.table.head] * (self.placement.stages - 1 in self.stages_of[rank])
         return sum(edge.forward_seconds + edge.input_gradient_seconds + edge.weight_gradient_seconds for edge in edges)
 
-    def stage_times(self, stage: int, piece: Piece, again: bool) -> StageTimes:
-        """Returns the times of `stage` if it holds the layers `piece`; `again` says whether the stage recomputes activations."""
-        forward = self._sum("forward_seconds", stage, piece)
-        gradient = self._sum("input_gradient_seconds", stage, piece) + again * self._layers("forward_seconds", piece)
+    def stage_times(self, stage: int, piece: Piece, chosen: frozenset[int] = _NOTHING) -> StageTimes:
+        """Returns the times of `stage` if it holds the layers `piece`, of which those `chosen` recompute all their activations."""
+        again = self._layers("again", piece)
+        again += sum(self.table.layers[i].forward_seconds - self._again[i] for i in chosen if piece[0] <= i < piece[1])
+        forward, gradient = self._sum("forward_seconds", stage, piece), self._sum("input_gradient_seconds", stage, piece) + again
         speed = self.speeds[self.placement.rank_of(stage)]
         return StageTimes(forward / speed, gradient / speed, self._sum("weight_gradient_seconds", stage, piece) / speed)
 
     def cost(self, rank: int, pieces: tuple[Piece, ...]) -> RankCost | None:
-        """Returns the cost of `rank` for `pieces`, the layers of its stages in order, with the fastest allowed recomputation that
-        fits; None if none fits the rank's memory cap."""
+        """Returns the cost of `rank` for `pieces`, the layers of its stages in order; None if they do not fit its limits, whatever
+        is recomputed."""
         key = (rank, pieces)
         if key not in self._known:
-            costs = [RankCost(self._seconds(rank, pieces, way), way) for way in self.ways(len(pieces))]
-            costs.sort(key=lambda cost: (cost.seconds, sum(cost.recompute)))
-            self._known[key] = next((cost for cost in costs if self._fits(rank, pieces, cost.recompute)), None)
+            chosen = self._choose(rank, pieces)
+            self._known[key] = None if chosen is None else RankCost(self._seconds(rank, pieces, chosen), chosen)
         return self._known[key]
 
-    def memory(self, rank: int, pieces: tuple[Piece, ...], recompute: tuple[bool, ...]) -> int:
-        """Returns the peak memory of `rank` in bytes: state, activations and operands in flight, and the recomputed activations of
-        the layer where they are largest."""
+    def memory(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int] = _NOTHING) -> int:
+        """Returns the peak memory of `rank` in bytes: its state, and `activation_bytes`."""
         stages = self.stages_of[rank]
         total = sum(self._sum("state_bytes", stage, piece) for stage, piece in zip(stages, pieces, strict=True))
         if {0, self.placement.stages - 1} <= set(stages):
             total -= self.table.tied_bytes
-        held = [self._held(stage, piece, again) for stage, piece, again in zip(stages, pieces, recompute, strict=True)]
-        peak = max(
-            sum(a * activations + o * operands for (a, o), (activations, operands) in zip(moment, held, strict=True))
-            for moment in self.moments[rank]
-        )
-        again = [self.table.layers[i] for piece, yes in zip(pieces, recompute, strict=True) if yes for i in range(*piece)]
-        return int(total + peak + max((layer.activation_bytes - layer.input_bytes for layer in again), default=0))
+        return int(total) + self.activation_bytes(rank, pieces, chosen)
+
+    def activation_bytes(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int] = _NOTHING) -> int:
+        """Returns the most bytes of device memory that `rank` takes for activations: those in flight with the operands of weight
+        gradients, and those of a layer that computes them again."""
+        held = [self._held(stage, piece, chosen) for stage, piece in zip(self.stages_of[rank], pieces, strict=True)]
+        stays = 2 * max(one.largest for one in held)  # of a layer that is computed and one on its way to or from the host
+
+        def at(moment: Moment) -> int:
+            pairs = list(zip(moment, held, strict=True))
+            total = sum(a * one.activations + o * one.operands for (a, o), one in pairs)
+            movable = sum(a * one.layers for (a, _), one in pairs) - stays
+            return total - min(self.activations.offload_bytes, max(0, movable))
+
+        return max(map(at, self.moments[rank])) + max(one.more for one in held)
+
+    def least_bytes(self, rank: int, pieces: tuple[Piece, ...]) -> tuple[int, int]:
+        """Returns `memory` and `activation_bytes` if all layers recompute that may be chosen to."""
+        chosen = _NOTHING if self.activations.recompute is not None else frozenset(i for piece in pieces for i in range(*piece))
+        return self.memory(rank, pieces, chosen), self.activation_bytes(rank, pieces, chosen)
 
     def least_memory(self, rank: int) -> list[float]:
-        """Returns, for each layer, the least memory, in bytes, that it adds to `rank`, whichever of the rank's stages holds it."""
+        """Returns, for each layer, the least memory, in bytes, that it adds to `rank`, whichever of the rank's stages holds it and
+        without what is in host memory."""
         fullest = max(self.moments[rank], key=lambda moment: sum(activations for activations, _ in moment))
-        held = min(activations for activations, _ in fullest)
-        kept = attrgetter("activation_bytes" if self.recompute == "none" else "input_bytes")
-        return [layer.state_bytes + held * min(kept(layer), layer.activation_bytes) for layer in self.table.layers]
+        held, everything = min(activations for activations, _ in fullest), frozenset(range(self.layers))
+        return [layer.state_bytes + held * min(layer.kept_bytes(self.activations.of_layer(i, everything)), layer.activation_bytes)
+                for i, layer in enumerate(self.table.layers)]  # fmt: skip
 
-    def ways(self, stages: int) -> list[tuple[bool, ...]]:
-        """Returns the allowed combinations of recomputation for a rank's stages: for each stage, whether it recomputes."""
-        if self.recompute == "auto" and self.caps is not None:
-            return list(product((False, True), repeat=stages))
-        return [(self.recompute == "full",) * stages]
+    def _choose(self, rank: int, pieces: tuple[Piece, ...]) -> frozenset[int] | None:
+        """Returns the layers of `pieces` that must be chosen to recompute so that `rank` keeps to its limits; None if it cannot.
 
-    def _fits(self, rank: int, pieces: tuple[Piece, ...], recompute: tuple[bool, ...]) -> bool:
-        return self.caps is None or self.memory(rank, pieces, recompute) <= self.caps[rank]
+        Layers come in the order of the bytes that they free per second of recomputation, and among equal layers the first come
+        first: what they compute again needs memory only when the activations of later layers are gone. So the recomputation takes
+        at most one layer's forward pass longer than the best choice.
+        """
+        if self._fits(rank, pieces, _NOTHING):
+            return _NOTHING
+        if self.activations.recompute is not None:
+            return None
+        fullest = max(self.moments[rank], key=lambda moment: sum(activations for activations, _ in moment))
+        worth = {}
+        for (held, _), piece in zip(fullest, pieces, strict=True):
+            for i in range(*piece):
+                layer = self.table.layers[i]
+                worth[i] = held * (layer.activation_bytes - layer.input_bytes) / max(layer.forward_seconds, 1e-300)
+        order = sorted(worth, key=lambda i: (-worth[i], i))
+        count = bisect_left(range(1, len(order) + 1), True, key=lambda count: self._fits(rank, pieces, frozenset(order[:count])))
+        return frozenset(order[: count + 1]) if count < len(order) else None
 
-    def _seconds(self, rank: int, pieces: tuple[Piece, ...], recompute: tuple[bool, ...]) -> tuple[float, ...]:
-        return tuple(self.stage_times(*stage).total for stage in zip(self.stages_of[rank], pieces, recompute, strict=True))
+    def _fits(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int]) -> bool:
+        most = self.activations.most_bytes
+        if most is not None and self.activation_bytes(rank, pieces, chosen) > most:
+            return False
+        return self.caps is None or self.memory(rank, pieces, chosen) <= self.caps[rank]
 
-    def _held(self, stage: int, piece: Piece, again: bool) -> tuple[int, int]:
-        """Returns the bytes of memory that a micro-batch takes at a stage: (activations, operands of the weight gradient)."""
-        edges = self._sum("activation_bytes", stage, piece) - self._layers("activation_bytes", piece)
-        kept = self._layers("input_bytes" if again else "activation_bytes", piece)
-        return int(edges + kept), int(self._sum("operand_bytes", stage, piece))
+    def _seconds(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int]) -> tuple[float, ...]:
+        return tuple(
+            self.stage_times(stage, piece, chosen).total for stage, piece in zip(self.stages_of[rank], pieces, strict=True)
+        )
+
+    def _held(self, stage: int, piece: Piece, chosen: frozenset[int]) -> _Held:
+        before = self.table.embedding.activation_bytes if stage == 0 else 0
+        kept = highest = before
+        largest = 0
+        for i in range(*piece):
+            layer, recompute = self.table.layers[i], self.activations.of_layer(i, chosen)
+            highest = max(highest, kept + layer.working_bytes(recompute))  # when later layers are done with their backward pass
+            kept += layer.kept_bytes(recompute)
+            largest = max(largest, layer.kept_bytes(recompute))
+        total = kept + (self.table.head.activation_bytes if stage == self.placement.stages - 1 else 0)
+        operands = int(self._sum("operand_bytes", stage, piece))
+        return _Held(int(total), operands, int(kept - before), int(max(0, highest - total)), int(largest))
 
     def _layers(self, name: str, piece: Piece) -> float:
         sums: list[float] = self._sums[name]

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from bagualu.parallel.balance.stages.activations import ALL_KEPT, Activations
 from bagualu.parallel.balance.stages.choose import choose_split
 from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.forecast import Split, by_rank, step_seconds
-from bagualu.parallel.balance.stages.problem import Problem
+from bagualu.parallel.balance.stages.problem import Problem, StageTimes
 from bagualu.parallel.pipeline.schedules.schedule import Schedule
 
 _FORGETS_AFTER = 8
@@ -48,11 +49,11 @@ class Watch:
         threshold: float,
         windows: int,
         caps: Sequence[int] | None = None,
-        recompute: str = "none",
+        activations: Activations = ALL_KEPT,
     ) -> None:
         """A move must shorten a step by at least the fraction `threshold` in each of `windows` windows in a row. `split` is the
-        present split; `caps` and `recompute` are as in `choose_split`."""
-        self._table, self._schedule, self._caps, self._recompute = table, schedule, caps, recompute
+        present split; `caps` and `activations` are as in `choose_split`."""
+        self._table, self._schedule, self._caps, self._activations = table, schedule, caps, activations
         self._split = split
         self._threshold, self._windows = threshold, windows
         self._seen: list[list[float]] = []
@@ -109,11 +110,8 @@ class Watch:
 
     def _speeds(self, busy_seconds: Sequence[float]) -> list[float]:
         even = self._problem([1.0] * len(busy_seconds))
-        pieces = [(piece.start, piece.stop) for piece in self._split.slices]
-        again = self._split.recompute
-        expected = [
-            sum(even.stage_times(stage, pieces[stage], again[stage]).total for stage in stages) for stages in even.stages_of
-        ]
+        times = self._times(self._split, even)
+        expected = [sum(times[stage].total for stage in stages) for stages in even.stages_of]
         return [seconds / busy for seconds, busy in zip(expected, busy_seconds, strict=True)]
 
     def _best(self, speeds: list[float]) -> Proposal | None:
@@ -133,7 +131,7 @@ class Watch:
         takes long."""
         last = self._chosen
         if last is None or any(abs(new / old - 1) > _NEARLY for new, old in zip(speeds, last[0], strict=True)):
-            last = speeds, choose_split(self._table, self._schedule, speeds, self._caps, self._recompute)
+            last = speeds, choose_split(self._table, self._schedule, speeds, self._caps, self._activations)
             self._chosen = last
         return last[1]
 
@@ -143,11 +141,11 @@ class Watch:
         return self._step_seconds(split, problem) <= self._step_seconds(self._split, problem) * (1 - self._threshold)
 
     def _step_seconds(self, split: Split, problem: Problem) -> float:
-        times = [
-            problem.stage_times(stage, (piece.start, piece.stop), again)
-            for stage, (piece, again) in enumerate(zip(split.slices, split.recompute, strict=True))
-        ]
-        return step_seconds(problem, times)
+        return step_seconds(problem, self._times(split, problem))
+
+    def _times(self, split: Split, problem: Problem) -> list[StageTimes]:
+        full = frozenset(layer for layer, part in enumerate(split.recompute) if part == "full")
+        return [problem.stage_times(stage, (piece.start, piece.stop), full) for stage, piece in enumerate(split.slices)]
 
     def _problem(self, speeds: list[float]) -> Problem:
-        return Problem(self._table, self._schedule, speeds, self._caps, self._recompute)
+        return Problem(self._table, self._schedule, speeds, self._caps, self._activations)

@@ -7,15 +7,16 @@ from bagualu.parallel.layout import StagePlacement
 
 
 def show_split(split: Split, placement: StagePlacement, measured: Sequence[tuple[float, float]] | None = None) -> str:
-    """Returns a table with a row per stage: its rank and layers; if any stage recomputes activations, whether this one does; and,
-    if the costs are known, the rank's speed, the milliseconds of a micro-batch's forward and whole backward pass, and, at the
-    rank's first stage, the rank's memory. A last line then gives the predicted times of the whole split.
+    """Returns a table with a row per stage: its rank and layers; if any layer recomputes activations, what this stage's layers
+    recompute; and, if the costs are known, the rank's speed, the milliseconds of a micro-batch's forward and whole backward pass,
+    and, at the rank's first stage, the rank's memory. A last line then gives the predicted times of the whole split.
 
     `measured` holds the measured (forward, backward) seconds per micro-batch of each stage; None: no such columns.
     """
     forecast = split.forecast
     head = ["stage", "rank", "layers", "count"]
-    if any(split.recompute):
+    recomputes = any(part != "none" for part in split.recompute)
+    if recomputes:
         head.append("recompute")
     if forecast is not None:
         head += ["speed", "forward ms", "backward ms", "rank's memory MiB"]
@@ -25,8 +26,8 @@ def show_split(split: Split, placement: StagePlacement, measured: Sequence[tuple
     for stage, layers in enumerate(split.slices):
         rank = placement.rank_of(stage)
         row = [str(stage), str(rank), f"{layers.start}-{layers.stop - 1}", str(len(layers))]
-        if any(split.recompute):
-            row.append("yes" if split.recompute[stage] else "no")
+        if recomputes:
+            row.append(_recomputed([split.recompute[layer] for layer in layers]))
         if forecast is not None:
             times = forecast.times[stage]
             first = placement.stages_of(rank)[0] == stage
@@ -41,6 +42,13 @@ def show_split(split: Split, placement: StagePlacement, measured: Sequence[tuple
         lines.append(f"predicted ({forecast.source}): slowest rank {_milliseconds(forecast.bottleneck_seconds)} ms per micro-batch"
                      f"{least}, {_milliseconds(forecast.step_seconds)} ms for the passes of a step")  # fmt: skip
     return "\n".join(lines)
+
+
+def _recomputed(parts: list[str]) -> str:
+    """Returns what the layers of a stage recompute, given the part of each, e.g. full, or full in 3."""
+    found = sorted(set(parts) - {"none"})
+    every = len(found) == 1 and "none" not in parts
+    return ", ".join(part if every else f"{part} in {parts.count(part)}" for part in found) or "none"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from itertools import combinations, pairwise
 
+from bagualu.parallel.balance.stages.activations import Activations
 from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.parallel.balance.stages.forecast import by_rank
 from bagualu.parallel.balance.stages.problem import Piece, Problem
@@ -28,12 +29,24 @@ def random_layer(rng: random.Random, name: str, kinds: int | None = None) -> Lay
         rng = random.Random(rng.randrange(kinds))
     forward, gradient, weight = (rng.uniform(0.1, 2.0) for _ in range(3))
     sizes = [rng.randint(1, 9) for _ in range(4)]
-    return LayerCost(name, forward, gradient, weight, sizes[0], sizes[1] + sizes[2], sizes[2], sizes[3])
+    activations, attention = sizes[1] + sizes[2], rng.random()
+    attention_bytes = sizes[2] + int(attention * sizes[1])
+    return LayerCost(
+        name, forward, gradient, weight, sizes[0], activations, sizes[2], sizes[3], attention * forward, attention_bytes
+    )
 
 
 def random_table(rng: random.Random, layers: int, kinds: int | None = None) -> CostTable:
     embedding, head = random_layer(rng, "embedding"), random_layer(rng, "head")
     return CostTable(embedding, [random_layer(rng, f"layer {i}", kinds) for i in range(layers)], head, "drawn", rng.randint(0, 1))
+
+
+def random_activations(rng: random.Random, layers: int) -> Activations:
+    """Recomputation that is chosen or given by layer, with and without host memory."""
+    given = tuple(rng.choice(["none", "attention", "experts", "full"]) for _ in range(layers))
+    recompute = rng.choice([(), ("full",) * layers, given, None, None])
+    most = rng.randint(5, 60) * layers // 4 if recompute is None and rng.random() < 0.5 else None
+    return Activations(recompute, most, rng.choice([0, 0, rng.randint(1, 40)]))
 
 
 def every_split(problem: Problem) -> Iterator[list[Piece]]:

@@ -64,8 +64,8 @@ def test_caps_that_do_not_fit_are_refused_on_every_rank(balance: object) -> None
 
 
 def test_uniform_and_lists_need_no_costs() -> None:
-    assert run("simulated", 4, agreed, recipe(train__recompute="full"))[3] == Split([range(2), range(2, 4)], [True, True])
-    assert run("simulated", 4, agreed, recipe(parallel__balance=[1, 3]))[0] == Split([range(1), range(1, 4)], [False, False])
+    assert run("simulated", 4, agreed, recipe(train__recompute="full"))[3] == Split([range(2), range(2, 4)], ["full"] * 4)
+    assert run("simulated", 4, agreed, recipe(parallel__balance=[1, 3]))[0] == Split([range(1), range(1, 4)], ["none"] * 4)
 
 
 def agreed_shares(communicator: Communicator, recipe: Recipe) -> list[int]:

@@ -40,19 +40,24 @@ class Flops:
         return self.forward + self.input_gradient + self.weight_gradient
 
 
+def attention_flops(model: ModelConfig, sequence_length: int) -> Flops:
+    """Returns the FLOPs of a layer's attention, with its projections, for a token of a sequence of `sequence_length` tokens."""
+    head_width, key_value_width = model.heads * model.head_dim, model.key_value_heads * model.head_dim
+    projections = 2 * model.hidden * (2 * head_width + 2 * key_value_width)
+    keys = (sequence_length + 1) / 2
+    return Flops(float(projections), 2 * (2 * head_width * keys))
+
+
 def layer_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flops:
     """Returns the FLOPs of decoder layer `layer` (from 0) for a token of a sequence of `sequence_length` tokens."""
-    hidden, head_width = model.hidden, model.heads * model.head_dim
-    key_value_width = model.key_value_heads * model.head_dim
-    projections = 2 * hidden * (2 * head_width + 2 * key_value_width)
-    keys = (sequence_length + 1) / 2
-    swiglu = 3 * 2 * hidden  # for each unit of a feed-forward's width
+    swiglu = 3 * 2 * model.hidden  # for each unit of a feed-forward's width
     if model.is_moe_layer(layer):
         moe = model.moe
-        feed_forward = swiglu * moe.ffn * (moe.top_k + moe.shared_experts) + 2 * hidden * moe.experts
+        feed_forward = swiglu * moe.ffn * (moe.top_k + moe.shared_experts) + 2 * model.hidden * moe.experts
     else:
         feed_forward = swiglu * model.ffn
-    return Flops(float(projections + feed_forward), 2 * (2 * head_width * keys))
+    attention = attention_flops(model, sequence_length)
+    return Flops(attention.weights + feed_forward, attention.attention)
 
 
 def head_flops(model: ModelConfig) -> Flops:

@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from bagualu.comm.agree import totals
 from bagualu.comm.group import Group
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.vocabulary import embedding, linear_cross_entropy
+from bagualu.trainer.models.activations import HostMemory, run
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.layers import Attention, FeedForward, Linear, RMSNorm
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts, update_biases
@@ -53,10 +53,12 @@ class Head(Linear):
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward, each added to the residual stream. With `recompute` attention or experts, the backward
+    pass computes this part again from its input."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(self, config: ModelConfig, index: int, recompute: str = "none") -> None:
         super().__init__()
+        self.recompute = recompute
         self.attention_norm = RMSNorm(config.hidden, config.norm_epsilon)
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.hidden, config.norm_epsilon)
@@ -66,11 +68,27 @@ class Layer(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """x [B, S, H] -> output [B, S, H] and, for a mixture, the balance loss and the load of its experts [E], else None and
         None"""
-        x = x + self.attention(self.attention_norm(x))
-        output = self.feed_forward(self.feed_forward_norm(x))
+        x = x + run(self.attend, x, again=self.recompute == "attention")
+        output = run(self.feed, x, again=self.recompute == "experts")
         if isinstance(output, tuple):
             return x + output[0], output[1], output[2]
         return x + output, None, None
+
+    def compile_for(self, length: int) -> None:
+        """Compiles the layer; it will run on sequences of `length` tokens."""
+        # A pass that finds its angles has another graph than a pass that computes them, and recomputation must repeat the graph.
+        self.attention.positions(length, self.attention_norm.weight.dtype, self.attention_norm.weight.device)
+        self.compile()
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, S, H] -> [B, S, H], what attention adds to it"""
+        added: torch.Tensor = self.attention(self.attention_norm(x))
+        return added
+
+    def feed(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [B, S, H] -> what the feed-forward or the mixture returns"""
+        added: torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.feed_forward(self.feed_forward_norm(x))
+        return added
 
 
 class Decoder(Model):
@@ -81,14 +99,22 @@ class Decoder(Model):
     """
 
     def __init__(
-        self, config: ModelConfig, slices: Sequence[range], first: bool = True, last: bool = True, recompute: Sequence[bool] = ()
+        self,
+        config: ModelConfig,
+        slices: Sequence[range],
+        first: bool = True,
+        last: bool = True,
+        recompute: Sequence[str] = (),
+        offload_bytes: int = 0,
     ) -> None:
-        """`recompute`: for each slice, whether its backward pass computes its layers again from their inputs."""
+        """`recompute`: for each layer of the whole model, the part that its backward pass computes again: none, attention, experts
+        or full; empty: none. `offload_bytes`: the most bytes of the layers' activations that may be in host memory."""
         super().__init__()
         self.slices = list(slices)
-        self.recompute = list(recompute) or [False] * len(self.slices)
+        self.recompute = list(recompute) or ["none"] * config.layers
+        self.host_memory = HostMemory(offload_bytes)
         self.embedding = Embedding(config.padded_vocab, config.hidden) if first else None
-        self.layers = nn.ModuleDict({str(index): Layer(config, index) for layers in slices for index in layers})
+        self.layers = nn.ModuleDict({str(i): Layer(config, i, self.recompute[i]) for layers in slices for i in layers})
         self.norm = RMSNorm(config.hidden, config.norm_epsilon) if last else None
         self.head = Head(config.padded_vocab, config.hidden, config.vocab) if last else None
         self._tied = config.tie_embeddings and first and last
@@ -127,13 +153,11 @@ class Decoder(Model):
         the loss summed over tokens (the logits if there are no labels), and the sum of the slice's balance losses."""
         x = self.call(self.embedding, inputs) if self.embedding is not None and place == 0 else inputs
         balance = x.new_zeros((), dtype=accurate_dtype(x.dtype))
+        saving = self.host_memory.begin_pass()
         for index in self.slices[place]:
             layer = self.layers[str(index)]
-            x, loss, load = (
-                checkpoint(self.call, layer, x, use_reentrant=False, preserve_rng_state=False)
-                if self.recompute[place] and torch.is_grad_enabled()
-                else self.call(layer, x)
-            )
+            with saving(layer):
+                x, loss, load = run(partial(self.call, layer), x, again=self.recompute[index] == "full")
             if loss is not None:
                 balance = balance + loss
             if load is not None and self._bias_rate and torch.is_grad_enabled():

@@ -1,5 +1,8 @@
 """The worst moments of a schedule, against the checker and against counting."""
 
+import random
+from dataclasses import replace
+
 import pytest
 
 from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
@@ -8,8 +11,8 @@ from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.check import check
 from bagualu.parallel.pipeline.registry import compute_schedule
-from bagualu.parallel.pipeline.schedules.schedule import with_messages
-from tests.parallel.balance.examples import all_forward_then_backward
+from bagualu.parallel.pipeline.schedules.schedule import Kind, with_messages
+from tests.parallel.balance.examples import all_forward_then_backward, random_activations, random_table
 
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
@@ -25,6 +28,40 @@ def test_two_stages_and_a_split_backward_have_several_worst_moments() -> None:
     assert worst_moments(schedule) == [[((2, 0), (a, 2 - a)) for a in (2, 1, 0)] + [((1, 1), (0, 2)), ((0, 2), (0, 2))]]
 
 
+def counted(problem: Problem, chosen: frozenset[int]) -> int:
+    """The most bytes that a rank with one stage holds, counted from layer to layer through its passes."""
+    table, actions = problem.table, problem.schedule.actions[0]
+    parts = [problem.activations.of_layer(i, chosen) for i in range(problem.layers)]
+    held = most = 0
+    for action in actions:
+        if action.kind == Kind.FORWARD:
+            held += table.embedding.activation_bytes + table.head.activation_bytes
+            held += sum(layer.kept_bytes(part) for layer, part in zip(table.layers, parts, strict=True))
+            most = max(most, held)
+        else:
+            held -= table.head.activation_bytes
+            for layer, part in reversed(list(zip(table.layers, parts, strict=True))):
+                most = max(most, held - layer.kept_bytes(part) + layer.working_bytes(part))
+                held -= layer.kept_bytes(part)
+            held -= table.embedding.activation_bytes
+    assert held == 0
+    return most
+
+
+def test_the_peak_is_that_counted_from_layer_to_layer() -> None:
+    rng, above = random.Random(1), 0
+    for _ in range(200):
+        layers = rng.randint(1, 6)
+        schedule = compute_schedule("1f1b", 1, rng.randint(1, 3)) if rng.random() < 0.5 else \
+            all_forward_then_backward(StagePlacement(1), rng.randint(1, 3))  # fmt: skip
+        activations = replace(random_activations(rng, layers), offload_bytes=0)
+        problem = Problem(random_table(rng, layers), schedule, [1.0], None, activations)
+        chosen = frozenset(i for i in range(layers) if rng.random() < 0.5)
+        assert problem.activation_bytes(0, ((0, layers),), chosen) == counted(problem, chosen)
+        above += problem.activation_bytes(0, ((0, layers),), chosen) > problem.activation_bytes(0, ((0, layers),), frozenset())
+    assert above == 0  # to recompute more never takes more
+
+
 def test_memory_is_the_peak_of_the_whole_rank_not_the_sum_of_peaks() -> None:
     layer = LayerCost("layer", 1, 1, 1, state_bytes=1000, activation_bytes=100, input_bytes=10, operand_bytes=7)
     nothing = LayerCost("", 0, 0, 0)
@@ -32,8 +69,8 @@ def test_memory_is_the_peak_of_the_whole_rank_not_the_sum_of_peaks() -> None:
         CostTable(nothing, [layer] * 2, nothing, ""), all_forward_then_backward(StagePlacement(1, 2), 2, True), [1.0], None
     )
     pieces = ((0, 1), (1, 2))
-    assert problem.memory(0, pieces, (False, False)) == 2000 + 400
-    assert problem.memory(0, pieces, (False, True)) == 2000 + 200 + 2 * 10 + 90  # a layer's own activations while it is used
+    assert problem.memory(0, pieces) == 2000 + 400
+    assert problem.memory(0, pieces, frozenset([1])) == 2000 + 200 + 2 * 10 + 90  # a layer's own activations while it is used
     heavy = LayerCost("layer", 1, 1, 1, state_bytes=1000, activation_bytes=100, input_bytes=10, operand_bytes=130)
     problem = Problem(CostTable(nothing, [heavy] * 2, nothing, ""), problem.schedule, [1.0], None)
-    assert problem.memory(0, pieces, (False, False)) == 2000 + 4 * 130
+    assert problem.memory(0, pieces) == 2000 + 4 * 130

@@ -7,7 +7,7 @@ import pytest
 from bagualu.parallel.balance.stages.partition import solve
 from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.layout import StagePlacement
-from tests.parallel.balance.examples import all_forward_then_backward, bottleneck, every_split, random_table
+from tests.parallel.balance.examples import all_forward_then_backward, bottleneck, every_split, random_activations, random_table
 
 PLACEMENTS = [StagePlacement(ranks, chunks, v) for ranks in (1, 2, 3, 4) for chunks in (1, 2, 3) for v in (False, True)
               if ranks * chunks <= 6 and not (v and chunks == 1)]  # fmt: skip
@@ -19,13 +19,12 @@ def random_problem(rng: random.Random) -> Problem:
     schedule = all_forward_then_backward(placement, rng.randint(1, 3), rng.random() < 0.3)
     speeds = [1.0] * placement.ranks if rng.random() < 0.4 else [rng.uniform(0.3, 1.5) for _ in range(placement.ranks)]
     table = random_table(rng, layers, rng.choice([1, 2, None]))
-    recompute = rng.choice(["none", "full", "auto"])
     caps = None
     if rng.random() < 0.6:
         whole = Problem(table, schedule, speeds, None)
-        scale = whole.memory(0, ((0, layers),) + ((layers, layers),) * (placement.chunks - 1), (False,) * placement.chunks)
+        scale = whole.memory(0, ((0, layers),) + ((layers, layers),) * (placement.chunks - 1))
         caps = [int(scale * rng.uniform(0.2, 1.4) / placement.ranks + 10) for _ in speeds]
-    return Problem(table, schedule, speeds, caps, recompute)
+    return Problem(table, schedule, speeds, caps, random_activations(rng, layers))
 
 
 @pytest.mark.parametrize("cases", [600, pytest.param(4000, marks=pytest.mark.slow)])

@@ -37,9 +37,7 @@ class Cluster:
 
     def window(self, speeds: list[float], steps_left: int = 1000, move_seconds: float = 1.0) -> Split | None:
         problem = Problem(TABLE, self.schedule, speeds, None)
-        times = [
-            problem.stage_times(stage, (piece.start, piece.stop), False).total for stage, piece in enumerate(self.split.slices)
-        ]
+        times = [problem.stage_times(stage, (piece.start, piece.stop)).total for stage, piece in enumerate(self.split.slices)]
         busy = [
             sum(times[stage] for stage in stages) * (1 + self.random.uniform(-self.noise, self.noise))
             for stages in problem.stages_of
@@ -140,7 +138,7 @@ def test_a_move_that_failed_is_not_tried_again_at_once() -> None:
     for _ in range(60):
         pieces = [(piece.start, piece.stop) for piece in cluster.split.slices]
         problem = Problem(TABLE, cluster.schedule, slow, None)
-        busy = [sum(problem.stage_times(stage, pieces[stage], False).total for stage in mine) for mine in problem.stages_of]
+        busy = [sum(problem.stage_times(stage, pieces[stage]).total for stage in mine) for mine in problem.stages_of]
         if cluster.watch.after_window(busy, 1000, lambda _: 1.0):
             tries += 1
             cluster.watch.failed()

@@ -22,11 +22,11 @@ def test_with_costs_and_measured_times() -> None:
 
 
 def test_without_costs_there_are_the_layers() -> None:
-    split = Split([range(2), range(2, 3), range(3, 5), range(5, 6)], [False, True, False, False])
+    split = Split([range(2), range(2, 3), range(3, 5), range(5, 6)], ["attention", "attention", "full", "none", "full", "none"])
     assert show_split(split, StagePlacement(2, 2, True)).splitlines() == [
         "stage  rank  layers  count  recompute",
-        "    0     0     0-1      2         no",
-        "    1     1     2-2      1        yes",
-        "    2     1     3-4      2         no",
-        "    3     0     5-5      1         no",
+        "    0     0     0-1      2  attention",
+        "    1     1     2-2      1       full",
+        "    2     1     3-4      2  full in 1",
+        "    3     0     5-5      1       none",
     ]

@@ -1,7 +1,11 @@
 """The serial decoder against the naive reference: what every layout is compared with is right itself."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.model import Decoder
@@ -27,9 +31,9 @@ def config_of(variant: str) -> ModelConfig:
     return ModelConfig(**{"layers": 3, "hidden": 16, "heads": 2, "ffn": 10, "vocab": 24, **VARIANTS[variant]})
 
 
-def filled(config: ModelConfig, dtype: torch.dtype, recompute: bool = False) -> Decoder:
+def filled(config: ModelConfig, dtype: torch.dtype, recompute: Sequence[str] = (), offload_bytes: int = 0) -> Decoder:
     """Weights large enough that every nonlinearity is felt; norms off 1."""
-    model = Decoder(config, [range(config.layers)], recompute=[recompute]).to(dtype)
+    model = Decoder(config, [range(config.layers)], recompute=recompute, offload_bytes=offload_bytes).to(dtype)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4
@@ -90,42 +94,65 @@ def test_stages_one_after_the_other_are_the_whole() -> None:
     torch.testing.assert_close((x, total), whole(inputs, labels), rtol=1e-12, atol=0)
 
 
+def counted(modules: dict[str, nn.Module]) -> dict[str, int]:
+    """How often each of the modules is called from now on."""
+    calls = dict.fromkeys(modules, 0)
+
+    def count(name: str) -> Callable[..., None]:
+        def add(*_: object) -> None:
+            calls[name] += 1
+
+        return add
+
+    for name, module in modules.items():
+        module.register_forward_pre_hook(count(name))
+    return calls
+
+
 @pytest.mark.parametrize("variant", ["dense", "moe_every_2_shared"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_recomputing_changes_no_bit(variant: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("recompute", "attention", "experts"),
+    [(("full",) * 3, 2, 2), (("attention",) * 3, 2, 1), (("none", "experts", "full"), 1, 2), (("full", "none", "attention"), 1, 1)],
+)
+@pytest.mark.parametrize("offload_bytes", [0, 5000, 2**30])
+def test_recomputing_and_host_memory_change_no_bit(
+    variant: str, dtype: torch.dtype, recompute: tuple[str, ...], attention: int, experts: int, offload_bytes: int
+) -> None:
+    """Only those parts of layer 1 run twice that must, and no token is counted twice."""
     config = config_of(variant)
-    results = []
-    for recompute in (False, True):
-        model = filled(config, dtype, recompute)
-        passes = 0
-
-        def count(*_: object) -> None:
-            nonlocal passes
-            passes += 1
-
-        model.layers["1"].register_forward_pre_hook(count)
+    config.moe = replace(config.moe, bias_rate=0.1 if config.moe.experts else None)
+    results, loads = [], []
+    for parts, offload in (((), 0), (recompute, offload_bytes)):
+        model = filled(config, dtype, parts, offload)
+        layer = model.layers["1"]
+        calls = counted({"layer": layer, "attention": layer.attention, "experts": layer.feed_forward})
         loss, balance = model(*tokens(config))
+        assert (model.host_memory.bytes > 0) == (offload > 0)
+        assert model.host_memory.bytes <= offload
         (loss + balance).backward()
-        assert passes == 1 + recompute
+        assert model.host_memory.bytes == 0
+        assert calls == {"layer": 1 + (bool(parts) and recompute[1] == "full"), "attention": attention if parts else 1,
+                         "experts": experts if parts else 1}  # fmt: skip
         results.append([loss.detach(), balance.detach(), *(p.grad for p in model.parameters())])
+        loads.append(model._loads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert loads[0].keys() == loads[1].keys() == {i for i in range(3) if config.is_moe_layer(i)}
+    for index, load in loads[0].items():
+        assert torch.equal(load, loads[1][index])
+        assert load.sum() == BATCH * LENGTH * config.moe.top_k
 
 
 def test_the_first_layer_is_recomputed_too_where_the_embedding_is_frozen() -> None:
     """Its input needs no gradient then."""
-    config, passes = config_of("dense"), 0
-    model = filled(config, torch.float64, recompute=True)
+    config = config_of("dense")
+    model = filled(config, torch.float64, ["full"] * 3)
     assert model.embedding is not None
     model.embedding.weight.requires_grad_(False)
-
-    def count(*_: object) -> None:
-        nonlocal passes
-        passes += 1
-
-    model.layers["0"].register_forward_pre_hook(count)
+    calls = counted({"layer": model.layers["0"]})
     loss, _ = model(*tokens(config))
     loss.backward()
-    assert passes == 2
+    assert calls == {"layer": 2}
 
 
 @pytest.mark.parametrize("variant", ["grouped_query", "moe_every_2_shared"])
@@ -163,14 +190,14 @@ def in_pieces(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
     return torch.cat(rows, dim=2)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_attention_and_positions_can_be_replaced(recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
+def test_attention_and_positions_can_be_replaced(recompute: str) -> None:
     """A plain attention changes nothing. Angles of a later segment change nothing either: only differences of angles matter."""
     config = config_of("grouped_query")
     inputs, labels = tokens(config)
     results = []
     for replaced in (False, True):
-        model = filled(config, torch.float64, recompute)
+        model = filled(config, torch.float64, [recompute] * 3)
         for layer in model.layers.values() if replaced else ():
             later = layer.attention.positions
             layer.attention.attend = in_pieces
