@@ -110,8 +110,8 @@ class DeepSpeedTerms:
             raise RecipeError(f"train.compile=true does not go with {engine}, which changes parameters that compiled layers hold; "
                               f"give train.compile=false or {instead}")  # fmt: skip
         if self.optim.name == "muon":
-            raise RecipeError(f"optim.name=muon does not go with {engine}, which updates parts of matrices one after the other; give "
-                              f"optim.name=adamw or {instead}")  # fmt: skip
+            raise RecipeError(f"optim.name=muon does not go with {engine}, which updates parts of matrices one after the other; "
+                              f"give optim.name=adamw or {instead}")  # fmt: skip
         if splits_backward(parallel.schedule):
             raise RecipeError(f"parallel.schedule={parallel.schedule} takes the backward pass in two parts, which {engine} cannot; "
                               "give parallel.schedule=1f1b or parallel.engine=native")  # fmt: skip
