@@ -10,6 +10,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from bagualu.comm.backend import Backend, ReduceOp, Transport, Work, backend_class
+from bagualu.comm.errors import RecipeError
 from bagualu.comm.monitor import Line, Monitor
 from bagualu.comm.torch_transport import TorchTransport, process_group_of_one
 from bagualu.comm.world import World
@@ -66,11 +67,12 @@ class Group:
     @property
     def process_group(self) -> ProcessGroup:
         """torch.distributed's process group of these ranks, for a library that communicates by itself. The monitor does not see its
-        communications. Raises ValueError if the backend does not use torch.distributed."""
+        communications. Raises RecipeError if the backend does not use torch.distributed."""
         if self.transport is None:
             return self._alone
         if not isinstance(self.transport, TorchTransport):
-            raise ValueError(f"group {self.name}: {type(self.transport).__name__} has no process group of torch.distributed")
+            raise RecipeError(f"comm.backend uses {type(self.transport).__name__}, not torch.distributed, which this parallel.engine "
+                              "needs; give parallel.engine=native")  # fmt: skip
         return self.transport.group
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", asynchronous: bool = False) -> Work:

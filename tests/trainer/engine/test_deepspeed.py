@@ -362,7 +362,7 @@ def damaged(communicator: Communicator, recipe: Recipe, what: str) -> tuple[list
         (shard.copies[0] if what == "working" else shard.tensors["weight"]).view(-1)[3] += 1.0
     check.inspect()
     world = state.mesh.group("world")
-    found = [from_json(rows) for rows in gather_json(as_json(check.found), world)]
+    found = [from_json(rows) for rows in gather_json(as_json(check.damages), world)]
     if what == "working":
         check.repair(found)
     again = check.inspect()
@@ -408,7 +408,7 @@ def beyond_the_end(communicator: Communicator, recipe: Recipe) -> list[bool]:
     old = [torch.full((size,), torch.nan) for size in range(1, 4096) for _ in range(3)]
     del old
     state = fresh(communicator, recipe)
-    used = [sum(count for *_, count in part.shard_entries()) for part in state.engine._optimizer.parts]
+    used = [sum(count for *_, count in part.shard_entries()) for part in state.engine.optimizer.parts]
     ends = [tensor for shard in state.engine.shards()[: len(used)] for tensor in (shard.tensors["weight"], *shard.copies)]
     state.engine.close()
     answer = [int(tensor.count_nonzero()) <= count for tensor, count in zip(ends, [n for n in used for _ in (0, 1)], strict=True)]

@@ -38,7 +38,7 @@ FSDP = {"engine": "fsdp", "bucket_bytes": 25 * 2**20}
 Case = tuple[str, dict[str, Any], dict[str, Any]]
 """Model, layout, and what else differs from the defaults."""
 LAYOUTS: list[Case] = [
-    ("dense", {"data": 2}, {}),
+    ("dense", {"data": 2}, {"optim__name": "muon"}),
     ("dense_tied", {"data": 2, "pipeline": 2}, {}),
     ("dense_tied_padded", {"data": 2, "tensor": 2, "sequence": True}, {}),
     ("dense_5_layers_gqa", {"data": 2, "pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, {}),

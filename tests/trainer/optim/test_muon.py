@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bagualu.comm.group import Communicator
+from bagualu.parallel.data.shard import shard_pieces
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
-from bagualu.trainer.optim import sharded
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.muon import cost, orthogonalise
 from bagualu.trainer.recipe.config import Recipe
@@ -77,7 +77,7 @@ def recorded(communicator: Communicator, recipe: Recipe, steps: int) -> tuple[Pi
 
     def step(lr: float, factor: float) -> None:
         owned = [part for part in state.engine.buckets if part.owned]
-        pieces = [piece for part in owned for piece in sharded._pieces("gradient", part, part.shard_gradients)]
+        pieces = [piece for part in owned for piece in shard_pieces("gradient", part, part.shard_gradients)]
         gradients.append([(piece.name, piece.global_shape, piece.offset, as_numpy(piece.tensor)) for piece in pieces])
         rates.append((lr, factor))
         update(lr, factor)
@@ -178,7 +178,7 @@ OWN = [
 ]
 SPREAD: list[dict[str, object]] = [
     {"data": 2, "tensor": 2, "zero": 0, "sequence": True},
-    {"data": 4, "expert": 2, "zero": 2},
+    {"data": 4, "expert": 2, "zero": 3},
     {"pipeline": 2, "data": 2, "schedule": "zb_h1"},
     {"pipeline": 2, "tensor": 2, "data": 2, "expert": 2},
 ]
