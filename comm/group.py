@@ -71,8 +71,8 @@ class Group:
         if self.transport is None:
             return self._alone
         if not isinstance(self.transport, TorchTransport):
-            raise RecipeError(f"comm.backend uses {type(self.transport).__name__}, not torch.distributed, which this parallel.engine "
-                              "needs; give parallel.engine=native")  # fmt: skip
+            raise RecipeError(f"comm.backend uses {type(self.transport).__name__}, not torch.distributed, which this "
+                              "parallel.engine needs; give parallel.engine=native")  # fmt: skip
         return self.transport.group
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", asynchronous: bool = False) -> Work:
