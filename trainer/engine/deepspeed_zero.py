@@ -233,11 +233,8 @@ class ShardedZero(Zero):
     def publish(self) -> None:
         for place, part in enumerate(self.parts):
             self.copies(place)[0].copy_(part.shard_weights)
-        whole = self.engine.optimizer.persistent_parameters  # small ones that DeepSpeed keeps whole on all ranks
-        for parameter in whole:
-            parameter.partition()
-        if whole:
-            whole[0].all_gather(whole)
+        for parameter in self.engine.optimizer.persistent_parameters:  # of which DeepSpeed keeps a whole copy on every rank
+            parameter.partition()  # drops that copy; DeepSpeed gathers a new one when it needs it
 
     def close(self) -> None:
         super().close()
