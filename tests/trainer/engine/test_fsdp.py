@@ -132,20 +132,20 @@ def test_an_expert_that_gets_tokens_in_two_steps_only_trains_as_in_one_process(l
     assert_same(run("gloo", recipe.world_size(), train_with_a_rare_expert, recipe), expected)
 
 
-def train_without_up_on_rank_0(communicator: Communicator, recipe: Recipe) -> Curve:
-    """Rank 0 leaves a matrix of its first layer out, and sums no gradient for it; the matrix before it has the same shape."""
+def train_using_other_halves(communicator: Communicator, recipe: Recipe) -> Curve:
+    """Each rank leaves one of two matrices of the same shape out of its first layer, and has no gradient for it."""
     state = state_of(communicator, recipe)
-    if communicator.rank == 0:
-        block = state.engine.model.layers["0"].feed_forward
-        block.forward = lambda x: linears(F.silu(linears(x, block.gate.weight)[0]), block.down.weight)[0]
+    block = state.engine.model.layers["0"].feed_forward
+    used = (block.gate, block.up)[communicator.rank]
+    block.forward = lambda x: linears(F.silu(linears(x, used.weight)[0]), block.down.weight)[0]
     initial, results = pieces_of(state), [train_step(state, step) for step in range(STEPS)]
     return Curve([r.loss for r in results], [0.0] * STEPS, [r.grad_norm for r in results], pieces_of(state), initial)
 
 
 def test_a_parameter_that_only_some_ranks_use_gets_the_gradients_of_these_alone() -> None:
-    """FSDP2 would leave it out of what a rank sends, so that gradients of different parameters are added up."""
-    expected = run("gloo", 2, train_without_up_on_rank_0, small_recipe(parallel__data=2))
-    assert_same(run("gloo", 2, train_without_up_on_rank_0, recipe_for("dense", {"data": 2})), expected)
+    """FSDP2 would send what there is, of either matrix, and add the two up without an error."""
+    expected = run("gloo", 2, train_using_other_halves, small_recipe(parallel__data=2))
+    assert_same(run("gloo", 2, train_using_other_halves, recipe_for("dense", {"data": 2})), expected)
 
 
 def losses_around_an_update(communicator: Communicator, recipe: Recipe) -> list[float]:
@@ -173,38 +173,47 @@ def test_weights_that_a_validation_gathered_are_not_used_after_they_have_changed
         assert before == again != after
 
 
-def first_norm(communicator: Communicator, recipe: Recipe) -> float:
-    return train_step(state_of(communicator, recipe), 0).grad_norm
+def first_norm(communicator: Communicator, recipe: Recipe) -> tuple[float, list[Any]]:
+    """The gradient norm of the first step, and the master weights with which it begins."""
+    state = state_of(communicator, recipe)
+    return train_step(state, 0).grad_norm, pieces_of(state_of(communicator, recipe))
 
 
-def test_gradients_of_16_bit_weights_are_summed_in_float32() -> None:
+def test_gradients_of_16_bit_weights_are_summed_in_float32_and_masters_begin_as_the_weights() -> None:
     """Over micro-batches, over ranks, and where a kernel computes in float32."""
     changes = {"train__dtype": "bfloat16", "data__global_batch": 32}
-    native = small_recipe(**settings("dense_tied", {"data": 2}, changes))
-    (expected, _), found = (
-        run("gloo", 2, first_norm, native),
-        run("gloo", 2, first_norm, recipe_for("dense_tied", {"data": 2}, **changes)),
-    )
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    native = run("gloo", 2, first_norm, small_recipe(**settings("dense_tied", {"data": 2}, changes)))
+    found = run("gloo", 2, first_norm, recipe_for("dense_tied", {"data": 2}, **changes))
+    np.testing.assert_allclose([norm for norm, _ in found], [norm for norm, _ in native], rtol=1e-6)
+    assert hashes(gather([pieces for _, pieces in found])) == hashes(gather([pieces for _, pieces in native]))
 
 
-def frozen_and_gathered(communicator: Communicator, recipe: Recipe) -> tuple[bool, list[str], list[str]]:
-    """Whether frozen weights are as they were; which parameters have a gradient though frozen; whose weights are still here."""
+def frozen_and_gathered(communicator: Communicator, recipe: Recipe) -> tuple[bool, list[str], list[list[str]]]:
+    """Whether frozen weights are as they were; which parameters have a gradient though frozen; whose weights this rank still has
+    after the backward passes of a step, and after the step."""
     state = state_of(communicator, recipe)
-    before = [part.tensor.clone() for part in state.engine.untrained]
+    engine = state.engine
+    before, norm_squared = [part.tensor.clone() for part in engine.untrained], engine.norm_squared
+    gathered: list[list[str]] = []
+
+    def look() -> torch.Tensor:
+        gathered.append([name for name, leaf in engine.leaves() if leaf.untyped_storage().nbytes()])
+        return norm_squared()
+
+    engine.norm_squared = look
     train_step(state, 0)
     validate(state)
     train_step(state, 1)
-    same = all(torch.equal(part.tensor, old) for part, old in zip(state.engine.untrained, before, strict=True))
-    assert before
-    graded = [name for name, leaf in state.engine.leaves() if leaf.grad is not None and not leaf.requires_grad]
-    return same, graded, [name for name, leaf in state.engine.leaves() if leaf.untyped_storage().nbytes()]
+    look()
+    assert {tensor.dtype for tensor in before} == {torch.bfloat16}, "frozen weights need no masters"
+    same = all(torch.equal(part.tensor, old) for part, old in zip(engine.untrained, before, strict=True))
+    return same, [name for name, leaf in engine.leaves() if leaf.grad is not None and not leaf.requires_grad], gathered
 
 
 @pytest.mark.parametrize("layout", [{"data": 2}, {"data": 2, "pipeline": 2}], ids=name_of)
 def test_frozen_weights_stay_as_they_are_and_no_rank_keeps_weights_of_others(layout: dict[str, Any]) -> None:
     recipe = recipe_for("dense_tied", layout, train__dtype="bfloat16", optim__groups=FROZEN)
-    assert run("gloo", recipe.world_size(), frozen_and_gathered, recipe) == [(True, [], [])] * recipe.world_size()
+    assert run("gloo", recipe.world_size(), frozen_and_gathered, recipe) == [(True, [], [[]] * 3)] * recipe.world_size()
 
 
 class Calls:
