@@ -69,7 +69,7 @@ def _materialise(
             shape = tuple(meta.shape)
             box = plan.placement(global_name).box(global_name, shape, mesh.layout, mesh.coordinates)
             whole = plan.placement(global_name).unpadded(shape)
-            values, trained = _values(global_name, whole, box, fill), isinstance(meta, nn.Parameter)
+            values, trained = box_values(global_name, whole, box, fill), isinstance(meta, nn.Parameter)
             values = values.to(device=device, dtype=dtype if trained else accurate_dtype(dtype))
             made[id(meta)] = nn.Parameter(values) if trained else values
             made[id(meta)].global_shape = whole  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ def _materialise(
         setattr(module, key, made[id(meta)])
 
 
-def _values(name: str, whole: tuple[int, ...], box: Box, fill: Fill) -> torch.Tensor:
+def box_values(name: str, whole: tuple[int, ...], box: Box, fill: Fill) -> torch.Tensor:
     """Returns the values of `box`, with zeros where it goes beyond the global tensor of shape `whole`."""
     if box.inside(whole):
         return fill(name, whole, box)

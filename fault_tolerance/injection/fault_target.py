@@ -68,8 +68,6 @@ class RankScene:
         tensor: torch.Tensor
         if what == "weight":
             name, tensor = next(self._vectors())
-            if not tensor.untyped_storage().nbytes():
-                return "nothing, because this rank holds weights only while it computes with them"
         else:
             frozen = {f"weight/{name}" for name, leaf in self.leaves() if not leaf.requires_grad}
             pieces = (piece for piece in self.state() if piece.name.startswith(_KINDS[what]) and piece.name not in frozen)

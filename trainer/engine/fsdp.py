@@ -18,7 +18,7 @@ from bagualu.parallel.boxes import Box
 from bagualu.parallel.data.bucket import BucketKind, kind_of
 from bagualu.parallel.layout import COPIES
 from bagualu.parallel.mesh import Mesh
-from bagualu.parallel.parallelize import Fill
+from bagualu.parallel.parallelize import Fill, box_values
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.sharding import ShardingPlan
 from bagualu.parallel.untrained import Untrained, untrained_of
@@ -26,6 +26,7 @@ from bagualu.trainer.engine.fsdp_units import Unit, fully_sharded, shard_group, 
 from bagualu.trainer.engine.local_model import local_model
 from bagualu.trainer.engine.sharded import ShardedEngine, untrained_shard
 from bagualu.trainer.models.decoder.model import Decoder
+from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.optim.sharded import ShardedOptimizer
 from bagualu.trainer.recipe.config import Recipe
 
@@ -163,30 +164,34 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> FsdpEngine:
     """Builds an engine that holds this rank's stages of `split`, with weights and buffers from `fill`.
 
     Raises RecipeError if the communication backend has no torch process groups."""
-    dtype = getattr(torch, recipe.train.dtype)
-    model, plan = local_model(recipe, mesh, split, fill, accurate_dtype(dtype))
+    device, dtype = mesh.group("world").device, getattr(torch, recipe.train.dtype)
+    parameters = parameter_shapes(recipe.model)
+
+    def later(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
+        """Returns a tensor without memory of its own for a parameter, and the values of a buffer."""
+        nothing = torch.zeros((), dtype=accurate_dtype(dtype), device=device)
+        return nothing.expand(box.shape) if name in parameters else fill(name, shape, box)
+
+    model, plan = local_model(recipe, mesh, split, later, accurate_dtype(dtype))
     boxes = {name: (parameter.global_shape, parameter.box) for name, parameter in model.named_parameters()}  # type: ignore[attr-defined]
-    _prepare(model, plan, mesh, dtype)
-    units = fully_sharded(model, plan, mesh, dtype)
+
+    def materialise(local_name: str, parameter: torch.nn.Parameter) -> None:
+        """Weights are rounded to `dtype`, in which the model computes. Those that FSDP2 divides and the optimizer updates are then
+        kept in at least float32: they are the master weights."""
+        name = plan.global_name(local_name)
+        values = box_values(name, *boxes[local_name], fill).to(device, dtype)
+        divided = shard_group(mesh, plan.placement(name).reduction_axis).size > 1
+        parameter.data = values.to(accurate_dtype(dtype)) if divided and parameter.requires_grad else values
+        if not divided:
+            _accumulating(parameter)
+
+    units = fully_sharded(model, plan, mesh, dtype, materialise)
     for name, parameter in model.named_parameters():
         parameter.global_shape, parameter.box = boxes[name]  # type: ignore[attr-defined]
     parts = [_part(*named, recipe, plan, mesh) for named in model.named_parameters() if named[1].requires_grad]
     untrained = [_divided(part, mesh) if isinstance(part.tensor, DTensor) else part for part in untrained_of(model, plan, mesh)]
     optimizer = ShardedOptimizer(parts, recipe.optim, mesh.group("world").device, recipe.run.seed)
     return FsdpEngine(model, units, parts, untrained, optimizer, mesh)
-
-
-@torch.no_grad()
-def _prepare(model: Decoder, plan: ShardingPlan, mesh: Mesh, dtype: torch.dtype) -> None:
-    """Rounds weights to `dtype`, in which the model computes. Those that FSDP2 divides and the optimizer updates stay in at least
-    float32: they are the master weights."""
-    for name, parameter in model.named_parameters():
-        axis = plan.placement(plan.global_name(name)).reduction_axis
-        if parameter.requires_grad and shard_group(mesh, axis).size > 1:
-            parameter.copy_(parameter.to(dtype))
-        else:
-            parameter.data = parameter.to(dtype)
-            _accumulating(parameter)
 
 
 def _accumulating(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

@@ -83,25 +83,32 @@ def shard_group(mesh: Mesh, axis: str) -> Group:
     return mesh.group(axis + SHARD if mesh.layout.shard else axis)
 
 
-def fully_sharded(model: Decoder, plan: ShardingPlan, mesh: Mesh, dtype: torch.dtype) -> list[Unit]:
+Materialise = Callable[[str, nn.Parameter], None]
+"""Gives a parameter, whose name in the model is given too, memory and its values."""
+
+
+def fully_sharded(model: Decoder, plan: ShardingPlan, mesh: Mesh, dtype: torch.dtype, materialise: Materialise) -> list[Unit]:
     """Divides the model's parameters among the ranks that hold one copy of them together, and returns the units. Modules then
     compute in `dtype`; gradients are summed, not averaged, in at least float32. A parameter that a rank does not share stays as it
-    is.
+    is. Each parameter is materialised just before it is divided, so that a rank never holds more than one whole unit.
 
     With one stage, a unit is gathered for each pass and freed after it, except the head, whose backward pass follows its forward
     pass. With several, the schedule comes back to a stage while it still holds other micro-batches: a unit is gathered by the
     first pass of a step, and stays until `reshard`. In both cases gradients are reduced after every backward pass, so that a rank
     holds whole gradients of one unit only.
     """
-    return _Sharding(model, plan, mesh, dtype).units()
+    return _Sharding(model, plan, mesh, dtype, materialise).units()
 
 
 class _Sharding:
-    def __init__(self, model: Decoder, plan: ShardingPlan, mesh: Mesh, dtype: torch.dtype) -> None:
-        self.model, self.plan, self.mesh = model, plan, mesh
+    def __init__(self, model: Decoder, plan: ShardingPlan, mesh: Mesh, dtype: torch.dtype, materialise: Materialise) -> None:
+        self.model, self.plan, self.mesh, self.materialise = model, plan, mesh, materialise
         self.policy = MixedPrecisionPolicy(dtype, accurate_dtype(dtype), cast_forward_inputs=False)
         self.meshes = {axis: _device_mesh(mesh, axis) for axis in ("fold", "replica") if shard_group(mesh, axis).size > 1}
-        self.alone = {parameter for name, parameter in model.named_parameters() if self._axis(name) not in self.meshes}
+        alone = {name: parameter for name, parameter in model.named_parameters() if self._axis(name) not in self.meshes}
+        for name, parameter in alone.items():
+            materialise(name, parameter)
+        self.alone = set(alone.values())
 
     def _axis(self, name: str) -> str:
         return self.plan.placement(self.plan.global_name(name)).reduction_axis
@@ -135,6 +142,8 @@ class _Sharding:
     def _unit(self, modules: list[nn.Module], axis: str, frees: bool) -> Unit:
         group, inside = shard_group(self.mesh, axis), {p for module in modules for p in module.parameters()} - self.alone
         parameters = {n: p for n, p in self.model.named_parameters() if p in inside and not isinstance(p, DTensor)}
+        for name, parameter in parameters.items():
+            self.materialise(name, parameter)
         several = modules == [self.model] and self.mesh.placement.stages > 1
         elements = sum(_padded_elements(p, group.size) for p in parameters.values() if p.requires_grad)
         module, *_ = fully_shard(

@@ -13,6 +13,7 @@ from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig, StragglerConfig
 from bagualu.fault_tolerance.injection.fault import Fault
+from bagualu.fault_tolerance.injection.kinds import Flip
 from bagualu.fault_tolerance.injection.plan import Setting, expand, resolve
 from bagualu.parallel.balance.stages.activations import Activations, read_activations
 from bagualu.parallel.balance.stages.keys import validate_shares, validate_split
@@ -223,7 +224,7 @@ class Recipe:
         self._validate_pipeline(layout)
         if self.parallel.engine == "deepspeed":
             self.deepspeed_terms(layout).validate()
-        self.planned_faults(max(world, self.world_size()))  # a run that resumes with fewer ranks keeps its plan
+        self._validate_faults(max(world, self.world_size()))  # a run that resumes with fewer ranks keeps its plan
         return layout
 
     def activations(self) -> Activations:
@@ -263,6 +264,12 @@ class Recipe:
     def expanded_faults(self) -> list[str]:
         """Returns `faults` with random faults drawn, so that the plan stays the same on fewer ranks. Raises RecipeError."""
         return expand(self.faults, self._setting(max(1, self.world_size())))
+
+    def _validate_faults(self, world: int) -> None:
+        for fault in self.planned_faults(world):
+            if isinstance(fault, Flip) and fault.what == "weight" and self.parallel.zero_stage == 3:
+                raise RecipeError(f"faults: {fault} flips a weight, but with parallel.zero=3 a rank holds weights only while it "
+                                  "computes; give what=master, or parallel.engine=native with parallel.zero=1")  # fmt: skip
 
     def _setting(self, world: int) -> Setting:
         retries = self.guard.on_nonfinite == "retry" and self.train.dtype != "float16"  # float16 overflows are skipped instead

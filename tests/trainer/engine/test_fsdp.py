@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
@@ -22,6 +23,7 @@ from bagualu.trainer import rebalance
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.evaluate import validate
+from bagualu.trainer.observers import plan_faults
 from bagualu.trainer.operators.linear import linears
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
@@ -216,6 +218,27 @@ def test_frozen_weights_stay_as_they_are_and_no_rank_keeps_weights_of_others(lay
     assert run("gloo", recipe.world_size(), frozen_and_gathered, recipe) == [(True, [], [[]] * 3)] * recipe.world_size()
 
 
+def most_at_the_start(communicator: Communicator, recipe: Recipe) -> tuple[int, int, int]:
+    """Bytes that this rank allocates to build its engine: the most at a time, those that stay, and those of its largest unit."""
+    corpus = prepare(recipe.data, recipe.model.vocab)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        state = assemble(recipe, communicator, corpus)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    leaves = dict(state.engine.leaves())
+    return most, now, max(sum(leaves[name].nbytes for name in unit.names) for unit in state.engine.units)
+
+
+def test_a_rank_never_holds_more_than_one_unit_of_weights_before_they_are_divided() -> None:
+    """One that was drawn, its copy in another dtype, and the same once more for the ranks' gather."""
+    recipe = recipe_for("dense_8_layers", {"data": 4}, model__hidden=64, model__ffn=256, train__dtype="float32")
+    for most, stay, unit in run("gloo", 4, most_at_the_start, recipe):
+        assert most - stay < 3 * unit
+
+
 class Calls:
     """Counts a rank's collectives."""
 
@@ -275,6 +298,23 @@ def test_after_a_fault_the_run_is_the_one_without_it(tmp_path: Path, layout: dic
     assert found[0].guard["rolled_back"] == back
     if not back:
         assert found[0].line(test_guard.BAD)["ranks"] == [fault.rank]
+
+
+def train_under_faults(communicator: Communicator, recipe: Recipe) -> tuple[Curve, list[tuple[int, ...]]]:
+    """The curve, and the ranks that the guard found at fault in each step."""
+    state = state_of(communicator, recipe)
+    plan_faults(state, communicator, None)
+    initial, results = pieces_of(state), [train_step(state, step) for step in range(STEPS)]
+    curve = Curve([r.loss for r in results], [0.0] * STEPS, [r.grad_norm for r in results], pieces_of(state), initial)
+    return curve, [result.verdict.ranks for result in results]
+
+
+def test_planned_faults_strike_what_a_backward_pass_computes(tmp_path: Path) -> None:
+    faults = ["nan@step=2:rank=1", "flip@step=3:rank=0:what=gradient"]
+    changes = {"run__dir": str(tmp_path), "faults": faults, "guard__audit_every": 1, "train__micro_batch": 2}
+    found = run("gloo", 2, train_under_faults, recipe_for("dense", {"data": 2}, **changes))
+    assert_same([curve for curve, _ in found], [alone("dense", {})])
+    assert [ranks for _, ranks in found] == [[(), (1,), (0,)]] * 2
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "parallel.engine=native",
         {"parallel__engine": "native"},
     ),
+    ({**FSDP, "faults": ["flip@step=2"]}, "give what=master", {"faults": ["flip@step=2:what=master"]}),
+    ({**FSDP, "faults": ["flip@step=2:what=weight"]}, "or parallel.engine=native", {"parallel__engine": "native"}),
     ({**FSDP, "parallel__data": 2, "parallel__shares": [3, 5]}, "give parallel.engine=native", {"parallel__engine": "native"}),
     ({**FSDP, "parallel__data": 2, "parallel__shares": "measured"}, "leave it out", {"parallel__shares": None}),
     ({"parallel__data": 4, "parallel__shard": 2}, "has no effect with parallel.engine=native; leave it out", FSDP),
