@@ -57,9 +57,8 @@ class HostMemory:
             here = _LayerPass(self, layer, before)
             with torch.autograd.graph.saved_tensors_hooks(here.pack, here.unpack):
                 yield
-            if self._leaving is not None:
-                self._leaving.free()
-            before = self._leaving = here
+            self.free(here)
+            before = here
 
         return saving
 
@@ -73,6 +72,13 @@ class HostMemory:
             found = self._known[storage.data_ptr()] = _Storage(self, device, host, self.copy(host, device))
             self.bytes += storage.nbytes()
         return found
+
+    def free(self, here: "_LayerPass") -> None:
+        """Frees the activations of the latest layer on the device, unless that is the layer `here`, which is the latest from now
+        on."""
+        if self._leaving is not None and self._leaving is not here:
+            self._leaving.free()
+        self._leaving = here
 
     def forget(self, address: int) -> None:
         """Call when the storage at `address` is no longer on the device."""
@@ -183,6 +189,7 @@ class _LayerPass:
         return _Saved(storage, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def unpack(self, saved: _Saved | torch.Tensor) -> torch.Tensor:
+        self.memory.free(self)
         if self.before is not None:
             self.before.fetch()
             self.before = None

@@ -88,7 +88,7 @@ def _undecided(problem: Problem) -> RecipeError:
     """Returns the error for a search that ended before it could decide whether a split fits."""
     pieces = _least_demanding(problem)
     counts = ",".join(str(stop - start) for start, stop in pieces)
-    limits = " and ".join(_limits(problem, [(0, 0)] * len(problem.speeds)))
+    limits = " and ".join(_limits(problem))
     works = " ".join(_limits(problem, _needs(problem, pieces)))
     return RecipeError(f"found no split that fits {limits}, but the search was cut short; "
                        f"parallel.balance=[{counts}] is near and fits; give it with {works}")  # fmt: skip
@@ -113,7 +113,7 @@ def _does_not_fit(problem: Problem, pieces: list[Piece], prefix: str, others: li
     else:
         assert problem.caps is not None
         what = f"{memory} bytes but parallel.memory_bytes allows {problem.caps[rank]}"
-    works = " ".join(_limits(problem, needs))
+    works = " ".join(limit for limit in _limits(problem, needs) if limit not in _limits(problem))
     return RecipeError(f"{prefix}pipeline rank {rank} needs {what}; give {' or '.join([*others, works])}")
 
 
@@ -132,9 +132,10 @@ def _factor(problem: Problem, rank: int, needs: Needs) -> float:
     return max(need / max(1, limit) for need, limit in zip(needs, limits, strict=True) if limit is not None)
 
 
-def _limits(problem: Problem, needs: list[Needs]) -> list[str]:
+def _limits(problem: Problem, needs: list[Needs] | None = None) -> list[str]:
     """Returns the limits of memory as the user types them, those that do not suffice for `needs` raised."""
     found, most, caps = [], problem.activations.most_bytes, problem.caps
+    needs = needs or [(0, 0)] * len(problem.speeds)
     if caps is not None:
         works = [max(cap, memory) for cap, (memory, _) in zip(caps, needs, strict=True)]
         same = len(set(caps)) == 1

@@ -1,8 +1,11 @@
 """Finds the moments at which a schedule needs most memory, for stages of any size.
 
 A micro-batch's activations at a stage are held from its forward pass to its backward pass. If the backward pass is split, they are
-held until I (the input gradient), and the operands of the weight gradients from I to W (the weight gradient).
+held until I (the input gradient), and the operands of the weight gradients from I to W (the weight gradient). While B or I runs, it
+takes memory for gradients and intermediate results besides.
 """
+
+from collections.abc import Iterator
 
 from bagualu.parallel.pipeline.schedules.schedule import Action, Kind, Schedule
 
@@ -18,15 +21,39 @@ def worst_moments(schedule: Schedule) -> list[list[Moment]]:
     return [_worst(actions, placement.stages_of(rank)) for rank, actions in enumerate(schedule.actions)]
 
 
+def worst_passes(schedule: Schedule) -> list[list[tuple[int, Moment]]]:
+    """Returns, by rank, pairs (index of the stage among the rank's stages, moment): the moments at which B or I of that stage
+    begins, without those that another moment at which it begins equals or exceeds in every number."""
+    placement = schedule.placement
+    return [_worst_passes(actions, placement.stages_of(rank)) for rank, actions in enumerate(schedule.actions)]
+
+
 def _worst(actions: list[Action], stages: list[int]) -> list[Moment]:
+    return _uncovered({after for _, _, after in _moments(actions, stages)})
+
+
+def _worst_passes(actions: list[Action], stages: list[int]) -> list[tuple[int, Moment]]:
+    begun: dict[int, set[Moment]] = {}
+    for action, before, _ in _moments(actions, stages):
+        if action.kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
+            begun.setdefault(stages.index(action.stage), set()).add(before)
+    return [(chunk, moment) for chunk, moments in begun.items() for moment in _uncovered(moments)]
+
+
+def _moments(actions: list[Action], stages: list[int]) -> Iterator[tuple[Action, Moment, Moment]]:
+    """Yields every pass with the moment before and the moment after it."""
     held = {stage: [0, 0] for stage in stages}
-    moments: set[Moment] = set()
+    before: Moment = tuple((0, 0) for _ in stages)
     for action in actions:
-        change = _CHANGES.get(action.kind)
-        if change:
+        if change := _CHANGES.get(action.kind):
             held[action.stage][0] += change[0]
             held[action.stage][1] += change[1]
-            moments.add(tuple((activations, operands) for activations, operands in held.values()))
+            after = tuple((activations, operands) for activations, operands in held.values())
+            yield action, before, after
+            before = after
+
+
+def _uncovered(moments: set[Moment]) -> list[Moment]:
     return [moment for moment in sorted(moments, reverse=True) if not any(_covers(other, moment) for other in moments)]
 
 

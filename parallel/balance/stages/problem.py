@@ -8,8 +8,8 @@ from operator import attrgetter
 
 from bagualu.parallel.balance.stages.activations import ALL_KEPT, Activations
 from bagualu.parallel.balance.stages.cost import CostTable
-from bagualu.parallel.balance.stages.memory import Moment, worst_moments
-from bagualu.parallel.pipeline.schedules.schedule import Schedule
+from bagualu.parallel.balance.stages.memory import Moment, worst_moments, worst_passes
+from bagualu.parallel.pipeline.schedules.schedule import Kind, Schedule
 
 _NOTHING: frozenset[int] = frozenset()
 Piece = tuple[int, int]
@@ -46,16 +46,18 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class _Held:
-    """The bytes of memory that a stage takes for one micro-batch."""
+    """Bytes of memory that a micro-batch takes at a stage."""
 
     activations: int
+    """Until its B or I is done."""
     operands: int
-    layers: int
-    """The part of `activations` that belongs to decoder layers, which may be in host memory."""
+    """Operands of the weight gradients, from I to W."""
     more: int
-    """How much more than `activations` the backward pass takes for a moment, when a layer computes its activations again."""
+    """Beyond `activations`, for a moment of its B or I, in which a layer computes activations again."""
+    movable: int
+    """The part of `activations` that may be in host memory: what decoder layers keep."""
     largest: int
-    """The most bytes of activations that one of the layers keeps."""
+    """The most of `activations` that belongs to one layer."""
 
 
 class Problem:
@@ -76,7 +78,8 @@ class Problem:
         self.table, self.schedule, self.placement = table, schedule, schedule.placement
         self.layers = len(table.layers)
         self.speeds, self.caps, self.activations = list(speeds), None if caps is None else list(caps), activations
-        self.moments = worst_moments(schedule)
+        self.moments, self.passes = worst_moments(schedule), worst_passes(schedule)
+        self._splits = any(action.kind == Kind.INPUT_GRADIENT for actions in schedule.actions for action in actions)
         self.stages_of = [self.placement.stages_of(rank) for rank in range(self.placement.ranks)]
         self._sums = {
             name: list(accumulate(map(attrgetter(name), table.layers), initial=0))
@@ -115,31 +118,30 @@ class Problem:
         return self._known[key]
 
     def memory(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int] = _NOTHING) -> int:
-        """Returns the peak memory of `rank` in bytes: its state, and `activation_bytes`."""
+        """Returns the peak memory of `rank` in bytes: state and `transient_bytes`."""
         stages = self.stages_of[rank]
         total = sum(self._sum("state_bytes", stage, piece) for stage, piece in zip(stages, pieces, strict=True))
         if {0, self.placement.stages - 1} <= set(stages):
             total -= self.table.tied_bytes
-        return int(total) + self.activation_bytes(rank, pieces, chosen)
+        return int(total) + self.transient_bytes(rank, pieces, chosen)
 
-    def activation_bytes(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int] = _NOTHING) -> int:
+    def transient_bytes(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int] = _NOTHING) -> int:
         """Returns the most bytes of device memory that `rank` takes for activations: those in flight with the operands of weight
-        gradients, and those of a layer that computes them again."""
+        gradients, and what a backward pass takes beyond those of its own micro-batch."""
         held = [self._held(stage, piece, chosen) for stage, piece in zip(self.stages_of[rank], pieces, strict=True)]
-        stays = 2 * max(one.largest for one in held)  # of a layer that is computed and one on its way to or from the host
 
         def at(moment: Moment) -> int:
             pairs = list(zip(moment, held, strict=True))
             total = sum(a * one.activations + o * one.operands for (a, o), one in pairs)
-            movable = sum(a * one.layers for (a, _), one in pairs) - stays
-            return total - min(self.activations.offload_bytes, max(0, movable))
+            return total - self._in_host_memory([(a, one) for (a, _), one in pairs])
 
-        return max(map(at, self.moments[rank])) + max(one.more for one in held)
+        passes = (at(moment) + held[chunk].more for chunk, moment in self.passes[rank])
+        return max(*map(at, self.moments[rank]), *passes)
 
     def least_bytes(self, rank: int, pieces: tuple[Piece, ...]) -> tuple[int, int]:
-        """Returns `memory` and `activation_bytes` if all layers recompute that may be chosen to."""
+        """Returns `memory` and `transient_bytes` if all layers recompute that may be chosen to."""
         chosen = _NOTHING if self.activations.recompute is not None else frozenset(i for piece in pieces for i in range(*piece))
-        return self.memory(rank, pieces, chosen), self.activation_bytes(rank, pieces, chosen)
+        return self.memory(rank, pieces, chosen), self.transient_bytes(rank, pieces, chosen)
 
     def least_memory(self, rank: int) -> list[float]:
         """Returns, for each layer, the least memory, in bytes, that it adds to `rank`, whichever of the rank's stages holds it and
@@ -170,9 +172,20 @@ class Problem:
         count = bisect_left(range(1, len(order) + 1), True, key=lambda count: self._fits(rank, pieces, frozenset(order[:count])))
         return frozenset(order[: count + 1]) if count < len(order) else None
 
+    def _in_host_memory(self, held: list[tuple[int, _Held]]) -> int:
+        """Returns the bytes of activations that are in host memory when `held` micro-batches are in flight at the rank's stages.
+
+        Two layers are on the device: one that computes and one on its way. If a single micro-batch is in flight, these are its last
+        layers, which are the last to leave; else they come back from the host.
+        """
+        most, movable = self.activations.offload_bytes, sum(count * one.movable for count, one in held)
+        two = 2 * max(one.largest for _, one in held)
+        alone = sum(count for count, _ in held) == 1
+        return min(most, max(0, movable - two)) if alone else max(0, min(most, movable) - two)
+
     def _fits(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int]) -> bool:
         most = self.activations.most_bytes
-        if most is not None and self.activation_bytes(rank, pieces, chosen) > most:
+        if most is not None and self.transient_bytes(rank, pieces, chosen) > most:
             return False
         return self.caps is None or self.memory(rank, pieces, chosen) <= self.caps[rank]
 
@@ -183,16 +196,17 @@ class Problem:
 
     def _held(self, stage: int, piece: Piece, chosen: frozenset[int]) -> _Held:
         before = self.table.embedding.activation_bytes if stage == 0 else 0
-        kept = highest = before
-        largest = 0
-        for i in range(*piece):
-            layer, recompute = self.table.layers[i], self.activations.of_layer(i, chosen)
-            highest = max(highest, kept + layer.working_bytes(recompute))  # when later layers are done with their backward pass
-            kept += layer.kept_bytes(recompute)
-            largest = max(largest, layer.kept_bytes(recompute))
-        total = kept + (self.table.head.activation_bytes if stage == self.placement.stages - 1 else 0)
+        layers = [(self.table.layers[i], self.activations.of_layer(i, chosen)) for i in range(*piece)]
+        sizes = [layer.kept_bytes(recompute) for layer, recompute in layers]
+        kept = before + sum(sizes) + (self.table.head.activation_bytes if stage == self.placement.stages - 1 else 0)
+        highest, below, operands = 0, before + sum(sizes), 0
+        for (layer, recompute), size in zip(reversed(layers), reversed(sizes), strict=True):
+            below -= size
+            highest = max(highest, below + layer.working_bytes(recompute) + operands)  # the pass of the layer, after those above
+            operands += layer.operand_bytes if self._splits else 0
         operands = int(self._sum("operand_bytes", stage, piece))
-        return _Held(int(total), operands, int(kept - before), int(max(0, highest - total)), int(largest))
+        movable = sum(sizes) - (layers[0][0].input_bytes if stage > 0 and layers else 0)  # the pipeline holds the stage's input
+        return _Held(kept, operands, max(0, highest - kept), movable, max(sizes, default=0))
 
     def _layers(self, name: str, piece: Piece) -> float:
         sums: list[float] = self._sums[name]
