@@ -8,7 +8,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.pipeline.registry import SCHEDULES, splits_backward
+from bagualu.parallel.balance.stages.forecast import by_rank
+from bagualu.parallel.balance.stages.problem import Problem
+from bagualu.parallel.pipeline.registry import SCHEDULES, compute_schedule
+from bagualu.parallel.pipeline.split import split_layers
+from bagualu.trainer.costs.analytic import analytic_table
+from bagualu.trainer.costs.choose_split import work_of
 from bagualu.trainer.recipe.config import Recipe
 from tests.harness import BACKENDS, ON_GPU, run
 from tests.parity import Curve, assert_same, small_recipe, train
@@ -178,10 +183,57 @@ def test_thirty_layers_on_four_stages_are_thirty() -> None:
     assert {f"weight/layers.{i}.attention.query.weight" for i in range(30)} <= weights
 
 
-@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if splits_backward(name)])
-def test_recompute_does_not_matter_to_a_backward_pass_in_two_parts(schedule: str) -> None:
-    recipe = recipe_for("moe_tied", {"pipeline": 2, "data": 2, "schedule": schedule}, train__recompute="full")
-    assert_same(run("simulated", 4, train, recipe, STEPS), [alone("moe_tied")])
+WAYS: list[tuple[object, int]] = [
+    ("full", 0), ("attention", 0), ("experts", 0), ("every:2", 4000), ([1, 3, 4], 0), ("bytes", 0),
+    ("none", 4000), ("none", 2**30), ("attention", 2**30), ("full", 4000), ("bytes", 4000),
+]  # fmt: skip
+"""What is recomputed, and how many bytes of activations may be in host memory."""
+AXES: list[dict[str, object]] = [
+    {"pipeline": 2, "data": 2, "expert": 2},
+    {"pipeline": 2, "data": 2, "expert": 2, "tensor": 2, "sequence": True},
+    {"pipeline": 2, "tensor": 2, "zero": 0},
+    {"pipeline": 2, "data": 2, "zero": 2, "bucket_bytes": 512},
+    {"pipeline": 2, "data": 2, "zero": 3, "expert": 2},
+]
+
+
+def recomputing(layout: dict[str, object], recompute: object, offload_bytes: int) -> Recipe:
+    """For the recompute "bytes": a rank keeps as many as lie in the middle between all activations and the fewest."""
+    recipe = recipe_for("moe_tied_5_layers", layout, train__offload_bytes=offload_bytes, train__recompute=recompute)
+    if recompute == "bytes":
+        recipe.train.recompute = "auto"
+        recipe.parallel.memory_bytes = 10**9
+        degrees = recipe.validate(recipe.world_size())
+        schedule = compute_schedule(recipe.parallel.schedule, degrees.pipeline, BATCH // degrees.data)
+        problem = Problem(analytic_table(work_of(recipe, degrees)), schedule, [1.0, 1.0], None, recipe.activations())
+        slices = split_layers(recipe.model.layers, schedule.placement, "uniform")
+        pieces = by_rank(problem, [(piece.start, piece.stop) for piece in slices])
+        most = max(problem.transient_bytes(rank, mine) for rank, mine in enumerate(pieces))
+        least = max(problem.least_bytes(rank, mine)[1] for rank, mine in enumerate(pieces))
+        recipe.train.recompute, recipe.parallel.memory_bytes = f"bytes:{(most + least) // 2}", None
+    return recipe
+
+
+def assert_recomputing_does_not_matter(layout: dict[str, object], recompute: object, offload_bytes: int) -> None:
+    recipe = recomputing(layout, recompute, offload_bytes)
+    assert_same(run("simulated", recipe.world_size(), train, recipe, STEPS), [alone("moe_tied_5_layers")])
+
+
+@pytest.mark.parametrize(("recompute", "offload_bytes"), WAYS, ids=str)
+def test_recompute_and_host_memory_do_not_matter(recompute: object, offload_bytes: int) -> None:
+    """Every way once, with one of the schedules and axes."""
+    way = WAYS.index((recompute, offload_bytes))
+    layout = {**AXES[way % len(AXES)], "schedule": SCHEDULES[way % len(SCHEDULES)]}
+    assert_recomputing_does_not_matter(layout, recompute, offload_bytes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("recompute", "offload_bytes"), WAYS, ids=str)
+def test_recompute_and_host_memory_do_not_matter_to_any_schedule(recompute: object, offload_bytes: int, schedule: str) -> None:
+    """All pairs of a way and a schedule, and all pairs of either and axes."""
+    way, number = WAYS.index((recompute, offload_bytes)), SCHEDULES.index(schedule)
+    assert_recomputing_does_not_matter({**AXES[(way + number) % len(AXES)], "schedule": schedule}, recompute, offload_bytes)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
@@ -190,14 +242,6 @@ def test_micro_batch_does_not_matter(model: str, micro_batch: int) -> None:
     layout: dict[str, object] = {"data": 2, "pipeline": 2}
     recipe = recipe_for(model, layout, train__micro_batch=micro_batch)
     assert_same(run("simulated", 4, train, recipe, STEPS), [alone(model)])
-
-
-@pytest.mark.parametrize("model", ["dense", "moe"])
-def test_recompute_does_not_matter(model: str) -> None:
-    recipe = recipe_for(
-        model, {"data": 2, "tensor": 2, "pipeline": 2, "sequence": True}, train__recompute="full", train__micro_batch=2
-    )
-    assert_same(run("simulated", 8, train, recipe, STEPS), [alone(model)])
 
 
 @st.composite

@@ -129,9 +129,13 @@ def test_recipes_of_ones_own_are_found_and_checked_alike(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_saved_recipe_is_read_back_as_it_was(tmp_path):
-    recipe = compose(["parallel.balance=[3,1]", f"run.dir={tmp_path}/deep/run"])
+@pytest.mark.parametrize(
+    ("recompute", "meant"), [("[0,2]", [0, 2]), ("every:2", "every:2"), ("bytes:1000", "bytes:1000"), ("none", "none")]
+)
+def test_a_saved_recipe_is_read_back_as_it_was(tmp_path, recompute, meant):
+    recipe = compose(["parallel.balance=[3,1]", f"run.dir={tmp_path}/deep/run", f"train.recompute={recompute}"])
     assert load_recipe(save_recipe(recipe)) == recipe
+    assert recipe.train.recompute == meant
     assert "balance:\n  - 3\n  - 1\n" in resolved_yaml(recipe)
     assert as_dict(recipe)["parallel"]["balance"] == [3, 1]
 
