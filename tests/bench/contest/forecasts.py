@@ -12,8 +12,8 @@ from bagualu.parallel.pipeline.registry import compute_schedule
 from bagualu.parallel.pipeline.schedules.schedule import Schedule
 from bagualu.parallel.pipeline.split import split_layers
 from bagualu.trainer.costs.cache import device_name, figures
-from bagualu.trainer.costs.choose_split import work_of
 from bagualu.trainer.costs.measured import measured_table
+from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.recipe.config import Recipe
 
 

@@ -2,7 +2,8 @@
 
     cd tests/bench && python -m contest.memory_recipes > memory_recipes.txt
 
-The list in memory_recipes.txt was drawn before the first measurement. A recipe is a list of overrides. Layouts have at most 4 ranks, models at most 50 million parameters, so that two cores measure all.
+The list in memory_recipes.txt was drawn before the first measurement. A recipe is a list of overrides. Layouts have at most 4
+ranks, models at most 50 million parameters, so that two cores can measure all of them.
 """
 
 import random
