@@ -52,7 +52,7 @@ ROOMS = {
     "parallel/data": (),
     "parallel/pipeline": ("pipeline/schedules",),
     "parallel/pipeline/schedules": (),
-    "trainer/costs": ("data", "models/decoder", "recipe"),
+    "trainer/costs": ("data", "models/decoder", "optim", "recipe"),
     "trainer/data": (),
     "trainer/engine": ("models", "models/decoder", "optim", "recipe"),
     "trainer/models": (),
@@ -168,6 +168,7 @@ def test_the_trainer_calls_no_collective_by_hand_outside_its_engines():
 PRIVATE_NAMES_OF_TORCH = {
     "comm/store.py": {"_C", "_distributed_c10d"},  # stores, which torch.distributed re-exports without types
     "launch/workers/elastic_private.py": {"_NodeDesc"},
+    "trainer/costs/tensor_memory.py": {"_python_dispatch"},
     "trainer/operators/attention.py": {"_softmax_backward_data"},
     "trainer/optim/rules.py": {"_fused_adamw_"},
 }
