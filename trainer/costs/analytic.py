@@ -16,7 +16,7 @@ from math import prod
 
 from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.parallel.config import HEAD_CHUNK_TOKENS
-from bagualu.parallel.layout import Layout
+from bagualu.parallel.layout import SHARD, Layout
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.flops import attention_flops, head_flops, layer_flops
 from bagualu.trainer.models.decoder.plan import decoder_plan
@@ -36,7 +36,8 @@ class ModelWork:
     micro_batch: int
     dtype: str
     zero: int = 1
-    """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it, 2 also partitions most gradients."""
+    """ZeRO stage: 0 replicates the optimizer state over the data ranks, 1 partitions it, 2 also partitions most gradients, 3 all
+    gradients and weights."""
     sequence: bool = False
     """Whether sequence parallelism is on."""
     moments: Mapping[str, int] = field(default_factory=dict)
@@ -139,6 +140,8 @@ def _state_bytes(work: ModelWork, name: str, shape: tuple[int, ...]) -> int:
     name = plan.global_name(name)
     placement = plan.placement(name)
     elements = prod(placement.box(name, shape, work.layout, work.layout.coordinates(0)).shape)
+    if work.zero == 3:
+        return _divided_bytes(work, name, elements, work.layout.size(placement.reduction_axis + SHARD))
     if name in work.frozen:
         return elements * work.item_bytes
     share = work.layout.size(placement.reduction_axis) if work.zero else 1
@@ -149,6 +152,18 @@ def _state_bytes(work: ModelWork, name: str, shape: tuple[int, ...]) -> int:
     gradients = elements * work.accurate_bytes // (share if work.zero >= 2 and not over_two_axes else 1)
     optimizer = elements * (work.accurate_bytes * masters + work.moment_bytes(name))
     return elements * work.item_bytes + gradients + optimizer // share
+
+
+def _divided_bytes(work: ModelWork, name: str, elements: int, share: int) -> int:
+    """Returns the bytes of a rank's part of a parameter of `elements` elements that `share` ranks divide: the weight, which the
+    optimizer updates, its gradient and moments. A rank of a pipeline holds the working weights of its stages whole too. Not
+    counted: a layer whose weights are gathered for a single pass."""
+    item, wide = work.item_bytes, work.accurate_bytes
+    if share == 1:  # nothing is divided or gathered
+        masters = wide if item < wide else 0
+        return elements * (item if name in work.frozen else item + wide + masters + work.moment_bytes)
+    gathered = elements * item if work.layout.pipeline > 1 else 0
+    return gathered + elements * (item if name in work.frozen else 2 * wide + work.moment_bytes) // share
 
 
 def embedding_held(work: ModelWork) -> Held:

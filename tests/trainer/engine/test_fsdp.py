@@ -21,6 +21,8 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.trainer import rebalance
 from bagualu.trainer.assemble import TrainerState, assemble
+from bagualu.trainer.costs.analytic import analytic_table
+from bagualu.trainer.costs.choose_split import work_of
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.evaluate import validate
 from bagualu.trainer.observers import plan_faults
@@ -127,7 +129,11 @@ def train_with_a_rare_expert(communicator: Communicator, recipe: Recipe) -> Curv
     return Curve(*figures, pieces_of(state), initial)
 
 
-@pytest.mark.parametrize("layout", [{"data": 2}, {"data": 4, "expert": 2}, {"data": 2, "expert": 2, "pipeline": 2}], ids=name_of)
+@pytest.mark.parametrize(
+    "layout",
+    [{"data": 2}, {"data": 4, "expert": 2}, pytest.param({"data": 2, "expert": 2, "pipeline": 2}, marks=pytest.mark.slow)],
+    ids=name_of,
+)
 def test_an_expert_that_gets_tokens_in_two_steps_only_trains_as_in_one_process(layout: dict[str, Any]) -> None:
     expected = run("simulated", 1, train_with_a_rare_expert, small_recipe(**settings("moe_tied", {}, {})))
     recipe = recipe_for("moe_tied", layout, train__micro_batch=2 if "pipeline" not in layout else 1)
@@ -234,9 +240,50 @@ def most_at_the_start(communicator: Communicator, recipe: Recipe) -> tuple[int, 
 
 def test_a_rank_never_holds_more_than_one_unit_of_weights_before_they_are_divided() -> None:
     """One that was drawn, its copy in another dtype, and the same once more for the ranks' gather."""
-    recipe = recipe_for("dense_8_layers", {"data": 4}, model__hidden=64, model__ffn=256, train__dtype="float32")
+    changes = {"model__hidden": 64, "model__ffn": 256, "train__dtype": "float32", "optim__name": "sgd", "optim__momentum": 0.0}
+    recipe = recipe_for("dense_8_layers", {"data": 4}, **changes)
     for most, stay, unit in run("gloo", 4, most_at_the_start, recipe):
         assert most - stay < 3 * unit
+
+
+def state_held(communicator: Communicator, recipe: Recipe) -> tuple[int, int]:
+    """Bytes of weights, gradients and optimizer that this rank has in a step, and what the cost table says."""
+    state = state_of(communicator, recipe)
+    engine, gathered = state.engine, [0]
+    divided = {name for unit in engine.units for name in unit.names}
+    leaves = [leaf for name, leaf in engine.leaves() if name in divided]
+    engine.before_reduction = lambda _: gathered.append(sum(leaf.untyped_storage().nbytes() for leaf in leaves))
+    train_step(state, 0)
+    held = max(gathered) if state.mesh.placement.stages > 1 else 0
+    for part, shard in zip(engine.parts, engine.optimizer.shards(), strict=True):
+        tensors = [part.shard_weights, part.shard_gradients, *(shard[kind] for kind in recipe.optim.moments)]
+        tensors += [shard["weight"]] if shard["weight"].dtype != part.shard_weights.dtype else []
+        held += sum(tensor.nbytes for tensor in tensors)
+    held += sum(part.tensor.nbytes for part in engine.untrained)
+    table = analytic_table(work_of(recipe, state.mesh.layout))
+    said = sum(table.layers[layer].state_bytes for layer in map(int, engine.model.layers))
+    said += table.embedding.state_bytes * state.mesh.first_stage + table.head.state_bytes * state.mesh.last_stage
+    return held, said
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "changes"),
+    [
+        ("dense", {"data": 2}, {"train__dtype": "float32"}),
+        (
+            "moe",
+            {"data": 2, "expert": 2},
+            {"train__dtype": "bfloat16", "optim__groups": FROZEN, "optim__moments_dtype": "bfloat16"},
+        ),
+        ("dense_tied", {"data": 2, "pipeline": 2}, {"train__dtype": "bfloat16", "optim__groups": FROZEN[1:]}),
+        ("dense", {"data": 4, "shard": 2}, {}),
+    ],
+    ids=["one stage", "experts on single ranks", "pipeline", "two copies"],
+)
+def test_the_cost_table_counts_what_a_rank_holds(model: str, layout: dict[str, Any], changes: dict[str, Any]) -> None:
+    recipe = recipe_for(model, layout, train__micro_batch=2, **changes)
+    for held, said in run("gloo", recipe.world_size(), state_held, recipe):
+        assert held == said
 
 
 class Calls:
@@ -347,7 +394,11 @@ def loaded_and_saved(communicator: Communicator, recipe: Recipe, done: int) -> l
     return [before, pieces_of(state)]
 
 
-CHAINS = [("native", "fsdp", "native"), ("fsdp", "native", "fsdp"), ("fsdp", "fsdp", "fsdp")]
+CHAINS = [
+    ("native", "fsdp", "native"),
+    ("fsdp", "native", "fsdp"),
+    pytest.param(("fsdp", "fsdp", "fsdp"), marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("engines", CHAINS, ids="-".join)
@@ -373,9 +424,9 @@ def hashes(tensors: dict[str, np.ndarray]) -> dict[str, str]:
 
 
 INTERLEAVED = {"pipeline": 2, "data": 2, "expert": 2, "schedule": "interleaved_1f1b"}
-MOVES: list[tuple[dict[str, Any], list[tuple[int, ...]]]] = [
+MOVES = [
     ({"pipeline": 2, "data": 2}, [(3, 4), (6, 1), (1, 6)]),
-    (INTERLEAVED, [(2, 2, 2, 1), (4, 1, 1, 1), (1, 1, 1, 4)]),
+    pytest.param(INTERLEAVED, [(2, 2, 2, 1), (4, 1, 1, 1), (1, 1, 1, 4)], marks=pytest.mark.slow),
 ]
 
 
