@@ -10,6 +10,7 @@ from bagualu.trainer.costs.analytic import FLOPS_PER_SECOND, ModelWork, analytic
 from bagualu.trainer.costs.choose_split import work_of
 from bagualu.trainer.costs.throughput import model_flops_per_token
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.models.activations import run as run_layer
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.model import Decoder, Layer
 from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes, parameter_shapes
@@ -58,6 +59,46 @@ def test_seconds_add_up_to_the_models_flops_and_the_head_is_all_forward() -> Non
     assert seconds == pytest.approx(24 * model_flops_per_token(work.model, 8) / FLOPS_PER_SECOND)
     assert table.head.forward_seconds == pytest.approx(24 * 6 * 16 * 64 / FLOPS_PER_SECOND)
     assert table.head.input_gradient_seconds == table.head.weight_gradient_seconds == 0
+
+
+def kept(layer: Layer, x: torch.Tensor, again: bool) -> list[torch.Tensor]:
+    """The tensors that a forward pass keeps for its backward pass; `again`: all of it is computed again."""
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run_layer(layer, x, again)
+    return saved
+
+
+def storages(tensors: list[torch.Tensor]) -> dict[int, int]:
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+@pytest.mark.parametrize(("layer", "parts"), [(0, ("none", "attention", "full")), (1, ("none", "attention", "experts", "full"))])
+def test_recomputation_leaves_what_the_model_keeps(layer: int, parts: tuple[str, ...]) -> None:
+    cost = analytic_table(ModelWork(moe_model(), Layout(), sequence_length=32, micro_batch=4, dtype="float64")).layers[layer]
+    for part in parts:
+        module = Layer(moe_model(), layer, part).double()
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        first, second = (torch.randn(4, 32, 16, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        shared, both = kept(module, first, part == "full"), kept(module, second, part == "full")
+        own = sum(size for address, size in storages(both).items() if address not in storages(shared))
+        assert own == pytest.approx(cost.kept_bytes(part), rel=0.2 if layer else 0), part
+
+
+def test_the_parts_of_a_layer_add_up() -> None:
+    for cost in analytic_table(ModelWork(moe_model(), Layout(), sequence_length=8, micro_batch=3, dtype="float32")).layers:
+        assert 0 < cost.attention_seconds < cost.forward_seconds
+        assert cost.again_seconds("attention") + cost.again_seconds("experts") == pytest.approx(cost.again_seconds("full"))
+        assert cost.again_seconds("none") == 0
+        freed = [cost.activation_bytes - cost.kept_bytes(part) for part in ("none", "attention", "experts", "full")]
+        assert freed[0] == 0 < min(freed[1:])
+        assert freed[1] + freed[2] == freed[3] - cost.input_bytes  # the input of the second part
 
 
 def state_held(communicator: Communicator, recipe: Recipe) -> tuple[int, int, int]:

@@ -68,6 +68,18 @@ def test_uniform_and_lists_need_no_costs() -> None:
     assert run("simulated", 4, agreed, recipe(parallel__balance=[1, 3]))[0] == Split([range(1), range(1, 4)], ["none"] * 4)
 
 
+@pytest.mark.parametrize(("balance", "source"), [("uniform", "measured"), ("measured", "measured"), ("analytic", "FLOPs")])
+def test_a_number_of_bytes_is_kept_to_with_measured_costs(balance: str, source: str, tmp_path: Path) -> None:
+    shared = {"parallel__balance": balance, "data__cache": str(tmp_path)}
+    refused = run("simulated", 4, agreed, recipe(train__recompute="bytes:1", **shared))
+    least = int(str(refused[0]).rsplit("bytes:", 1)[1])
+    splits = run("simulated", 4, agreed, recipe(train__recompute=f"bytes:{least}", **shared))
+    assert all(split == splits[0] for split in splits)
+    assert "full" in splits[0].recompute
+    assert splits[0].forecast.source.startswith(source)
+    assert set(run("simulated", 4, agreed, recipe(train__recompute="bytes:1000000000", **shared))[0].recompute) == {"none"}
+
+
 def agreed_shares(communicator: Communicator, recipe: Recipe) -> list[int]:
     return agree_on_shares(recipe, recipe.validate(communicator.size), communicator)
 

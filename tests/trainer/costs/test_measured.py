@@ -34,6 +34,7 @@ def test_bytes_held_are_those_that_shapes_give(dtype: str, layout: Layout, micro
         if not widened:
             assert one.activation_bytes == pytest.approx(other.activation_bytes, rel=0.2)
             assert one.operand_bytes == pytest.approx(other.operand_bytes, rel=0.25)
+            assert one.attention_bytes == pytest.approx(other.attention_bytes, rel=0.2)
 
 
 def native_bfloat16() -> bool:
@@ -50,6 +51,8 @@ def test_every_kind_is_timed_and_the_head_goes_back_in_its_forward_pass() -> Non
         assert found[kind].forward_seconds > 0
         assert found[kind].input_gradient_seconds > 0
     assert found["dense"].weight_gradient_seconds > 0
+    assert found["dense"].attention_seconds > 0
+    assert found["head"].attention_bytes == found["embedding"].attention_bytes == 0
     assert found["embedding"].operand_bytes > 0
     assert found["head"].operand_bytes == 0
 
