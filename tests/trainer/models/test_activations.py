@@ -1,19 +1,17 @@
 """What a rank keeps of its activations, counted: by recomputation up to a number of bytes, and with a part in host memory."""
 
 import gc
-import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bagualu.comm.group import Communicator
 from bagualu.comm.monitor import Phase
 from bagualu.parallel.layout import Layout
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.costs.analytic import ModelWork, analytic_table
+from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.activations import HostMemory
 from bagualu.trainer.models.decoder.config import ModelConfig
@@ -32,42 +30,27 @@ OTHERS = {name: 2**13 + (count + 1) * OUTPUT for name, count in (("1f1b", 2), ("
 """Bytes, at most, of token ids, of outputs of stages in flight, and of a message on its way."""
 
 
-class DeviceBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that are made within it and still exist, but for those in host memory."""
+class DeviceBytes(TensorMemory):
+    """Counts the bytes of tensors that are made within it and still exist, but for those in host memory."""
 
     def __init__(self, host: HostMemory) -> None:
         super().__init__()
-        self.host, self.alive, self.most = host, 0, 0
-        self.known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.host, self.most = host, 0
         self.between_passes = 0
         """The most bytes at the beginning of a pass."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(results):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given | self.known.keys():
-                self._add(tensor.untyped_storage())
-        self.most = max(self.most, self.bytes)
-        return results
+    def __torch_dispatch__(self, *call: Any) -> Any:
+        result = super().__torch_dispatch__(*call)
+        self.most = max(self.most, self.on_device)
+        return result
 
     @property
-    def bytes(self) -> int:
-        return self.alive - self.host.bytes
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-
-        def gone(_: object) -> None:
-            self.alive -= size
-            del self.known[key]
-
-        self.alive += size
-        self.known[key] = weakref.ref(storage, gone)
+    def on_device(self) -> int:
+        return self.bytes - self.host.bytes
 
     def at(self, phase: Phase, step: int) -> None:
         if phase in (Phase.FORWARD, Phase.BACKWARD):
-            self.between_passes = max(self.between_passes, self.bytes)
+            self.between_passes = max(self.between_passes, self.on_device)
 
     def waits(self, what: str | None) -> None:
         """Observers of a monitor have this method."""
