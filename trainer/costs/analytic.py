@@ -161,9 +161,9 @@ def _divided_bytes(work: ModelWork, name: str, elements: int, share: int) -> int
     item, wide = work.item_bytes, work.accurate_bytes
     if share == 1:  # nothing is divided or gathered
         masters = wide if item < wide else 0
-        return elements * (item if name in work.frozen else item + wide + masters + work.moment_bytes)
+        return elements * (item if name in work.frozen else item + wide + masters + work.moment_bytes(name))
     gathered = elements * item if work.layout.pipeline > 1 else 0
-    return gathered + elements * (item if name in work.frozen else 2 * wide + work.moment_bytes) // share
+    return gathered + elements * (item if name in work.frozen else 2 * wide + work.moment_bytes(name)) // share
 
 
 def embedding_held(work: ModelWork) -> Held:
