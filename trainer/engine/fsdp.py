@@ -153,11 +153,13 @@ class FsdpEngine(ShardedEngine):
             unit.module.reshard()
 
     def close(self) -> None:
-        """Frees the weights, because FSDP2 keeps modules in reference cycles."""
+        """Frees the weights, because FSDP2 keeps modules in reference cycles. Python's garbage collector frees those that were read
+        as NumPy arrays, e.g. for a checkpoint: torch does not let them go before."""
         self._free()
         for part in self.parts:
             part.drop_gradient()
-            part.shard_weights.untyped_storage().resize_(0)
+            if (storage := part.shard_weights.untyped_storage()).resizable():
+                storage.resize_(0)
 
 
 def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> FsdpEngine:
