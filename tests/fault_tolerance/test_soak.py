@@ -105,12 +105,20 @@ def soak_as_processes(folder: Path, leftovers: Leftovers, count: int, *more: str
 
 
 @LINUX
-def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        pytest.param(["parallel.engine=fsdp"], marks=pytest.mark.slow),
+        pytest.param(["parallel.engine=fsdp", "checkpoint.replica_every=1"], marks=pytest.mark.slow),
+    ],
+)
+def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers, more: list[str]) -> None:
     planned = (
         "faults=[kill@step=3:rank=2:at=reduce, slow@step=5:rank=0:steps=2, corrupt@step=6, exception@step=7:rank=0:at=optimizer, "
         "stop@step=10:rank=3:seconds=0.5, kill@step=14:rank=0:at=backward]"
     )
-    soak_as_processes(tmp_path, leftovers, 6, "checkpoint.every=2", "checkpoint.async=false", "train.steps=16", planned)
+    soak_as_processes(tmp_path, leftovers, 6, "checkpoint.every=2", "checkpoint.async=false", "train.steps=16", planned, *more)
 
 
 @LINUX
