@@ -25,6 +25,7 @@ RECIPE = [
     "train.dtype=float64", "train.validate_every=10", "train.validation_sequences=3", "log.progress=off",
     f"checkpoint.every={EVERY}", "parallel.data=2", "parallel.pipeline=2",
 ]  # fmt: skip
+ON_DEEPSPEED = ["parallel.pipeline=1", "parallel.data=4", "train.dtype=float32"]
 ENTRYPOINT = "tests.standing:train_noting_samples"
 
 
@@ -111,7 +112,13 @@ def soak_as_processes(folder: Path, leftovers: Leftovers, count: int, *more: str
         [],
         pytest.param(["parallel.engine=fsdp"], marks=pytest.mark.slow),
         pytest.param(["parallel.engine=fsdp", "checkpoint.replica_every=1"], marks=pytest.mark.slow),
+        pytest.param(["parallel.zero=3"], marks=pytest.mark.slow),
+        *(
+            pytest.param(["parallel.engine=deepspeed", f"parallel.zero={stage}", *ON_DEEPSPEED], marks=pytest.mark.slow)
+            for stage in (1, 2, 3)
+        ),
     ],
+    ids=lambda more: " ".join(more[:2]),
 )
 def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers, more: list[str]) -> None:
     planned = (
