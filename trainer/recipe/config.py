@@ -222,9 +222,10 @@ class Recipe:
         self._validate_micro_batches(layout)
         self._validate_model(layout)
         self._validate_pipeline(layout)
+        faults = self.planned_faults(max(world, self.world_size()))  # a run that resumes with fewer ranks keeps its plan
         if self.parallel.engine == "deepspeed":
             self.deepspeed_terms(layout).validate()
-        self._validate_faults(max(world, self.world_size()))  # a run that resumes with fewer ranks keeps its plan
+        self._validate_faults(faults)
         return layout
 
     def activations(self) -> Activations:
@@ -265,8 +266,8 @@ class Recipe:
         """Returns `faults` with random faults drawn, so that the plan stays the same on fewer ranks. Raises RecipeError."""
         return expand(self.faults, self._setting(max(1, self.world_size())))
 
-    def _validate_faults(self, world: int) -> None:
-        for fault in self.planned_faults(world):
+    def _validate_faults(self, faults: list[Fault]) -> None:
+        for fault in faults:
             if isinstance(fault, Flip) and fault.what == "weight" and self.parallel.zero_stage == 3:
                 raise RecipeError(f"faults: {fault} flips a weight, but with parallel.zero=3 a rank holds weights only while it "
                                   "computes; give what=master, or parallel.engine=native with parallel.zero=1")  # fmt: skip
