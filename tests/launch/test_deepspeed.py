@@ -1,0 +1,67 @@
+"""A run on DeepSpeed as people start it: nothing is compiled or printed, no other library is asked where the ranks are."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORDS = (
+    *("recipe=tiny_dense", "model.layers=2", "model.hidden=32", "model.heads=2", "model.ffn=64", "data=random", "model.vocab=256"),
+    *("data.sequence_length=32", "data.global_batch=4", "train.micro_batch=2", "parallel.data=2", "parallel.pipeline=1"),
+    *("train.validation_sequences=0", "optim.warmup_steps=1", "optim.schedule=constant", "log.every=1"),
+)  # fmt: skip
+
+
+def bagualu(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, object]]:
+    """Runs `bagualu train --json` where no compiler, no ninja and no DeepSpeed launcher can be found."""
+    tools = folder / "no tools"
+    if not tools.exists():
+        tools.mkdir()
+        (tools / "sh").symlink_to("/bin/sh")
+    own = {"PATH": str(tools), "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
+    kept = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "DS_ACCELERATOR")}
+    done = subprocess.run(
+        [sys.executable, "-m", "bagualu.launch.cli", "train", *WORDS, f"run.dir={folder / 'run'}", "--json", *words],
+        capture_output=True, text=True, env={**kept, **own}, cwd=folder, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done, json.loads(done.stdout)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records}
+
+
+def assert_quiet(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
+    logs = "".join(path.read_text() for path in (folder / "run" / "logs").iterdir())
+    for text in (done.stderr, logs):
+        assert "[WARNING]" not in text
+        assert "DeepSpeed" not in text
+        assert "deprecated" not in text
+    assert not (folder / "compiled").exists()
+
+
+def test_a_run_compiles_nothing_and_prints_only_its_own(tmp_path: Path) -> None:
+    done, summary = bagualu(tmp_path, "parallel.engine=deepspeed", "parallel.zero=1", "train.dtype=bfloat16", "train.steps=3")
+    assert summary["ended"] == "done"
+    assert_quiet(tmp_path, done)
+    assert not list((tmp_path / "run").rglob("*.pt"))
+
+
+@pytest.mark.slow
+def test_a_run_changes_its_engine_when_it_resumes(tmp_path: Path) -> None:
+    """It trains the losses of the run that stays on the native engine."""
+    (tmp_path / "native").mkdir()
+    bagualu(tmp_path / "native", "train.steps=9")
+    for engine, zero, steps in (("deepspeed", 3, 3), ("native", 2, 6), ("deepspeed", 2, 9)):
+        resume = "true" if steps > 3 else "false"
+        words = (f"parallel.engine={engine}", f"parallel.zero={zero}", f"train.steps={steps}", f"checkpoint.resume={resume}")
+        done, _ = bagualu(tmp_path, *words)
+        assert_quiet(tmp_path, done)
+    expected = losses(tmp_path / "native")
+    assert losses(tmp_path) == pytest.approx(expected, rel=2e-5)
+    assert len(expected) == 9
