@@ -269,8 +269,9 @@ class Recipe:
     def _validate_faults(self, faults: list[Fault]) -> None:
         for fault in faults:
             if isinstance(fault, Flip) and fault.what == "weight" and self.parallel.zero_stage == 3:
+                instead = "parallel.engine=native" if self.parallel.engine == "fsdp" else "parallel.zero=2"
                 raise RecipeError(f"faults: {fault} flips a weight, but with parallel.zero=3 a rank holds weights only while it "
-                                  "computes; give what=master, or parallel.engine=native with parallel.zero=1")  # fmt: skip
+                                  f"computes; give what=master or {instead}")  # fmt: skip
 
     def _setting(self, world: int) -> Setting:
         retries = self.guard.on_nonfinite == "retry" and self.train.dtype != "float16"  # float16 overflows are skipped instead
@@ -306,8 +307,8 @@ class Recipe:
 
         if self.parallel.zero_stage >= 2 and len(set(self.declared_shares(layout) or [0, 1])) > 1:
             engine, stage = self.parallel.engine, self.parallel.zero
-            each, fix = ((f"parallel.zero={stage} reduces after each", "parallel.zero=1") if engine == "native" else
-                         (f"parallel.engine={engine} gathers weights for each", "parallel.engine=native"))  # fmt: skip
+            each, fix = (("parallel.engine=fsdp gathers weights for each", "parallel.engine=native") if engine == "fsdp" else
+                         (f"parallel.zero={stage} reduces after each", "parallel.zero=1"))  # fmt: skip
             raise RecipeError(f"parallel.shares={self.parallel.shares} gives data ranks different numbers of micro-batches, and "
                               f"{each}; leave it out, or give {fix}")  # fmt: skip
 

@@ -27,9 +27,8 @@ def settings(**keys: Any) -> dict[str, Any]:
 # what is wrong, the fix as the message says it, what to change
 CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"parallel__zero": 0}, "give parallel.zero=1, 2 or 3, or parallel.engine=native", {"parallel__zero": 3}),
-    ({"parallel__engine": "native", "parallel__zero": 3}, "or parallel.engine=deepspeed", {"parallel__engine": "deepspeed"}),
     ({"comm__backend": "simulated"}, "give comm.backend=gloo or parallel.engine=native", {"comm__backend": "gloo"}),
-    ({"train__dtype": "float64"}, "give parallel.engine=native or train.dtype=float32", {"parallel__engine": "native"}),
+    ({"train__dtype": "float64"}, "or train.dtype=float32", {"train__dtype": "float32"}),
     ({"train__dtype": "float16"}, "give train.dtype=bfloat16 or parallel.engine=native", {"train__dtype": "bfloat16"}),
     ({"train__compile": True}, "give train.compile=false or parallel.engine=native", {"train__compile": False}),
     (
