@@ -24,7 +24,9 @@ class Activations:
 
     def of_layer(self, layer: int, chosen: frozenset[int] = frozenset()) -> str:
         """Returns what `layer` computes again, given the set of layers that were `chosen` to recompute in full."""
-        return self.recompute[layer] if self.recompute else "full" if layer in chosen else "none"
+        if self.recompute is None:
+            return "full" if layer in chosen else "none"
+        return self.recompute[layer] if self.recompute else "none"
 
 
 ALL_KEPT = Activations()

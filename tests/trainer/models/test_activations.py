@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from bagualu.comm.group import Communicator
 from bagualu.comm.monitor import Phase
@@ -122,6 +123,41 @@ def test_all_activations_leave_once_and_no_weight_does() -> None:
     assert model.host_memory.bytes == sum(layer.activation_bytes for layer in table.layers) + held_by_others
     loss.backward()
     assert model.host_memory.bytes == 0
+
+
+class Product(nn.Module):
+    """Keeps its input, and a view of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(HIDDEN))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T
+
+
+def test_a_layers_input_leaves_but_no_view_of_a_weight_nor_the_input_of_a_stage() -> None:
+    memory, first, layers = HostMemory(2**30), torch.ones(SEQUENCE, HIDDEN, requires_grad=True), [Product(), Product()]
+    saving, x, in_host = memory.begin_pass(), first, []
+    for layer in layers:
+        with saving(layer):
+            x = layer(x)
+        in_host.append(memory.bytes)
+    assert in_host == [0, first.nbytes]
+    x.sum().backward()
+    assert all(torch.equal(layer.weight.grad, torch.full((HIDDEN, HIDDEN), float(SEQUENCE))) for layer in layers)
+
+
+def test_activations_come_back_a_layer_ahead() -> None:
+    memory, x = HostMemory(2**30), torch.ones(1000, requires_grad=True) + 1
+    saving, in_host = memory.begin_pass(), []
+    for _ in range(4):
+        x.register_hook(lambda _: in_host.append(memory.bytes // 4000))
+        with saving(nn.Identity()):
+            x = x.sin()  # keeps x
+    assert memory.bytes == 4 * 4000
+    x.sum().backward()
+    assert in_host == [2, 1, 0, 0]
 
 
 def test_what_is_never_used_leaves_the_host_too() -> None:

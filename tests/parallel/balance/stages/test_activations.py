@@ -28,6 +28,11 @@ def test_every_layer_has_its_part(recompute: Any, expected: list[str]) -> None:
     assert [found.of_layer(layer) for layer in range(5)] == expected
 
 
+def test_what_is_not_left_to_choice_stays() -> None:
+    assert Activations().of_layer(1, frozenset([1])) == "none"
+    assert Activations(("none", "attention")).of_layer(1, frozenset([1])) == "attention"
+
+
 @pytest.mark.parametrize(("recompute", "most"), [("auto", None), ("bytes:12", 12)])
 def test_layers_are_left_to_choice(recompute: str, most: int | None) -> None:
     found = read_activations(recompute, 7, MIXTURES)

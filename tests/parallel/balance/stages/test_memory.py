@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from bagualu.parallel.balance.stages.activations import Activations
 from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.parallel.balance.stages.memory import worst_moments
 from bagualu.parallel.balance.stages.problem import Problem
@@ -75,6 +76,7 @@ def test_memory_is_the_peak_of_the_whole_rank_not_the_sum_of_peaks() -> None:
     )
     pieces = ((0, 1), (1, 2))
     assert problem.memory(0, pieces) == 2000 + 400
+    problem = Problem(problem.table, problem.schedule, [1.0], None, Activations(None))
     assert problem.memory(0, pieces, frozenset([1])) == 2000 + 200 + 2 * 10 + 90  # a layer's own activations while it is used
     heavy = LayerCost("layer", 1, 1, 1, state_bytes=1000, activation_bytes=100, input_bytes=10, operand_bytes=130)
     problem = Problem(CostTable(nothing, [heavy] * 2, nothing, ""), problem.schedule, [1.0], None)
