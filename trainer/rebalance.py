@@ -20,8 +20,9 @@ from bagualu.parallel.balance.stages.keys import memory_caps
 from bagualu.parallel.balance.stages.rebalance_policy import Proposal, Watch
 from bagualu.parallel.move_state import Relocation, table
 from bagualu.trainer.assemble import TrainerState
-from bagualu.trainer.costs.analytic import analytic_table, saved_bytes
-from bagualu.trainer.costs.choose_split import work_of
+from bagualu.trainer.costs.analytic import analytic_table
+from bagualu.trainer.costs.state import saved_bytes
+from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.engine.build import hold
 from bagualu.trainer.engine.local_model import no_values
 from bagualu.trainer.engine.protocol import Engine, IncomingState

@@ -13,7 +13,7 @@ from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.pipeline.registry import SCHEDULES, compute_schedule
 from bagualu.parallel.pipeline.split import split_layers
 from bagualu.trainer.costs.analytic import analytic_table
-from bagualu.trainer.costs.choose_split import work_of
+from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.recipe.config import Recipe
 from tests.harness import BACKENDS, ON_GPU, run
 from tests.parity import Curve, assert_same, small_recipe, train

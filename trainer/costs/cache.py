@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from bagualu.fault_tolerance.files import write_atomic
-from bagualu.trainer.costs.analytic import ModelWork
 from bagualu.trainer.costs.measured import MeasuredCosts, measure
+from bagualu.trainer.costs.work import ModelWork
 
-FORMAT = 2
+FORMAT = 3
 """A number in the KEY of a cache file. Raise it when what is measured, or how it is measured, changes."""
 
 log = logging.getLogger(__name__)

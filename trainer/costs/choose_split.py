@@ -22,12 +22,12 @@ from bagualu.parallel.balance.stages.keys import COMPUTED, memory_caps
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.schedules.schedule import Schedule
 from bagualu.parallel.pipeline.split import split_layers
-from bagualu.trainer.costs.analytic import ModelWork, analytic_table
+from bagualu.trainer.costs.analytic import analytic_table
 from bagualu.trainer.costs.cache import device_name, figures
 from bagualu.trainer.costs.measured import measured_table
 from bagualu.trainer.costs.throughput import matmul_ceiling
+from bagualu.trainer.costs.work import ModelWork, work_of
 from bagualu.trainer.data.corpus import default_cache
-from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.recipe.config import Recipe
 
 ALIKE = 0.05
@@ -66,23 +66,6 @@ def agree_on_split(
     if "refusal" in answer:
         raise RecipeError(answer["refusal"])
     return Split.from_json(answer["split"]), CostTable.from_json(answer["table"])
-
-
-def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
-    """Returns the properties of a rank's work, under `recipe` and `layout`, on which its costs depend."""
-    optim, shapes = recipe.optim, parameter_shapes(recipe.model)
-    return ModelWork(
-        recipe.model.padded_over(layout.tensor),
-        layout,
-        recipe.data.sequence_length,
-        recipe.train.micro_batch,
-        recipe.train.dtype,
-        recipe.parallel.zero_stage,
-        recipe.parallel.sequence,
-        {name: len(optim.moments(optim.treatment(name, len(shape)).optimizer)) for name, shape in shapes.items()},
-        optim.moments_dtype == "bfloat16",
-        frozenset(filter(optim.freezes, shapes)) if optim.groups else frozenset(),
-    )
 
 
 def _table(recipe: Recipe, work: ModelWork, device: torch.device) -> CostTable:

@@ -24,8 +24,10 @@ from bagualu.parallel.data.reducer import GradientSink
 from bagualu.parallel.expert import LocalExperts, Routed
 from bagualu.parallel.pipeline.backward import backward
 from bagualu.parallel.precision import accurate_dtype
-from bagualu.trainer.costs.analytic import ModelWork, end_bytes, layer_bytes
+from bagualu.trainer.costs.analytic import end_bytes, layer_bytes, output_bytes
+from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.costs.throughput import synchronize
+from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.models.decoder.layers import RMSNorm
 from bagualu.trainer.models.decoder.model import Embedding, Head, Layer
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts
@@ -48,6 +50,7 @@ class MeasuredCosts:
     input_bytes: int
     operand_bytes: int
     attention_bytes: int
+    work_bytes: int
 
 
 Times = tuple[float, float, float, float]
@@ -86,14 +89,14 @@ def measured_table(work: ModelWork, figures: dict[str, MeasuredCosts], source: s
         for index in range(work.model.layers)
     ]
     embedding, head = (_cost(name, figures[name], size) for name, size in (("embedding", embedding_bytes), ("head", head_bytes)))
-    return CostTable(embedding, layers, head, source, tied_bytes)
+    return CostTable(embedding, layers, head, source, tied_bytes, output_bytes(work))
 
 
 def _cost(name: str, found: MeasuredCosts, state_bytes: int) -> LayerCost:
     return LayerCost(
         name, found.forward_seconds, found.input_gradient_seconds, found.weight_gradient_seconds,
         state_bytes, found.activation_bytes, found.input_bytes, found.operand_bytes,
-        found.attention_seconds, found.attention_bytes,
+        found.attention_seconds, found.attention_bytes, found.work_bytes,
     )  # fmt: skip
 
 
@@ -101,10 +104,14 @@ class _Shelf:
     """Stands in for the GradientReducer: its sinks defer all the work that they can, and nothing is reduced."""
 
     def __init__(self) -> None:
-        self.put_off: list[Callable[[], None]] = []
+        self.put_off: list[Callable[[], None]] | None = []
+        """The deferred work; None while nothing is deferred."""
         self.operands: list[torch.Tensor] = []
 
     def count(self, _: Any) -> None:
+        """Does nothing, since nothing is reduced."""
+
+    def settle(self) -> None:
         """Does nothing, since nothing is reduced."""
 
     def prepare(self, _: Any) -> None:
@@ -113,13 +120,18 @@ class _Shelf:
     def compute(self) -> None:
         """Runs the deferred work, then forgets it and its operands."""
         with torch.no_grad():
-            for do in self.put_off:
+            for do in self.put_off or ():
                 do()
         self.clear()
 
     def clear(self) -> None:
-        self.put_off.clear()
+        self.put_off = []
         self.operands.clear()
+
+    def record(self, *operands: torch.Tensor) -> None:
+        """Keeps the operands of work that is deferred."""
+        if self.put_off is not None:
+            self.operands += operands
 
 
 @dataclass
@@ -127,11 +139,11 @@ class _Sink(GradientSink):
     """A gradient sink that also records the operands of the work that it defers."""
 
     def add_products(self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
-        self.reducer.operands += [*lefts, *rights]  # type: ignore[attr-defined]
+        self.reducer.record(*lefts, *rights)  # type: ignore[attr-defined]
         super().add_products(lefts, rights)
 
     def add_rows(self, rows: torch.Tensor, indices: torch.Tensor) -> None:
-        self.reducer.operands += [rows, indices]  # type: ignore[attr-defined]
+        self.reducer.record(rows, indices)  # type: ignore[attr-defined]
         super().add_rows(rows, indices)
 
 
@@ -174,15 +186,27 @@ class _Sample:
         first, second, third, fourth = (later - earlier for earlier, later in pairwise(moments))
         return first, second, third, fourth
 
-    def bytes_held(self) -> tuple[int, int, int, int]:
+    def bytes_held(self) -> tuple[int, int, int, int, int]:
         """Returns the bytes that the layer keeps for its backward pass (activations), of its input, of the weight gradients'
-        operands, and attention's part of the activations."""
+        operands, attention's part of the activations, and the most that its passes take besides the activations."""
         activations, saved = self._activations(self.run)
         self._backward(saved.outputs)
         operands = _storages(self.shelf.operands)
         self.shelf.clear()
         attention = self._activations(self.attend)[0] if self.attend is not None else 0
-        return activations, saved.inputs.nbytes, sum(operands.values()), attention
+        return activations, saved.inputs.nbytes, sum(operands.values()), attention, self._most() - activations
+
+    def _most(self) -> int:
+        """Returns the most bytes that exist during a forward and a backward pass, without deferring weight gradients: activations,
+        gradients and intermediate results, but not the layer's output, which belongs to the next layer."""
+        self.shelf.put_off = None
+        with TensorMemory() as memory:
+            inputs = self.new_input()
+            outputs = self.run(inputs)
+            own = sum(_storages(outputs).values())
+            self._backward(outputs)
+        self.shelf.clear()
+        return memory.peak - own
 
     def _activations(self, run: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> tuple[int, "_Saved"]:
         """Returns the bytes that `run` keeps for the backward pass, and what was saved. Storage that two forward passes share

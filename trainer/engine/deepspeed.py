@@ -5,7 +5,7 @@ project's own: the rules of the optimizer, which DeepSpeed calls with its flat p
 step; and checkpoints, for which nothing of DeepSpeed is written.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -158,6 +158,9 @@ class DeepSpeedEngine(ShardedEngine):
         trained = [part.state(next(states), zero.copies(place)) for zero in self._zeros for place, part in enumerate(zero.parts)]
         frozen = [part.state({"weight": part.shard_weights}, [part.shard_weights]) for part in self._frozen]
         return trained + frozen + [untrained_shard(part) for part in self.untrained]
+
+    def working_weights(self) -> Iterator[Sequence[torch.Tensor]]:
+        return (zero.copies(place) for zero in self._zeros for place in range(len(zero.parts)))
 
     def close(self) -> None:
         for handle in self._handles:

@@ -5,7 +5,7 @@ that hold the same. The optimizer updates this rank's part of each parameter, in
 from. So between steps no rank holds weights of others.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -85,9 +85,11 @@ class FsdpEngine(ShardedEngine):
         untrained: list[Untrained],
         optimizer: ShardedOptimizer,
         mesh: Mesh,
+        dtype: torch.dtype,
     ) -> None:
+        """`dtype`: that of the working weights."""
         super().__init__(model, parts, [], untrained, optimizer, mesh.group("world"))
-        self.units, self.parts, self._mesh = units, parts, mesh
+        self.units, self.parts, self._mesh, self._dtype = units, parts, mesh, dtype
         self._leaves: dict[str, torch.Tensor] = dict(model.named_parameters())
         self._before_reduction: Callable[[torch.Tensor], None] | None = None
 
@@ -103,6 +105,9 @@ class FsdpEngine(ShardedEngine):
 
     def leaves(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._leaves.items()
+
+    def working_weights(self) -> Iterator[Sequence[torch.Tensor]]:
+        return ((part.shard_weights,) if part.shard_weights.dtype == self._dtype else () for part in self.parts)
 
     def begin(self, micro_batches: int) -> None:
         for part in self.parts:
@@ -193,7 +198,7 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> FsdpEngine:
     parts = [_part(*named, recipe, plan, mesh) for named in model.named_parameters() if named[1].requires_grad]
     untrained = [_divided(part, mesh) if isinstance(part.tensor, DTensor) else part for part in untrained_of(model, plan, mesh)]
     optimizer = ShardedOptimizer(parts, recipe.optim, mesh.group("world").device, recipe.run.seed)
-    return FsdpEngine(model, units, parts, untrained, optimizer, mesh)
+    return FsdpEngine(model, units, parts, untrained, optimizer, mesh, dtype)
 
 
 def _accumulating(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

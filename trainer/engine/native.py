@@ -3,7 +3,7 @@
 An engine is built at the start of a run, and a new engine whenever layers move to other ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -15,6 +15,7 @@ from bagualu.parallel.balance.stages.keys import memory_caps
 from bagualu.parallel.data.bucket import Bucket, build_buckets, gather_weights
 from bagualu.parallel.data.gather import WeightGatherer
 from bagualu.parallel.data.reducer import GradientReducer
+from bagualu.parallel.memory_kinds import GRADIENTS
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill
 from bagualu.parallel.sharding import ShardingPlan
@@ -72,6 +73,13 @@ class NativeEngine(ShardedEngine):
     def share(self) -> None:
         if self.gatherer is None:
             gather_weights(self.buckets)
+
+    def held(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from super().held()
+        yield from ((GRADIENTS, bucket.gradients) for bucket in self.buckets)
+
+    def working_weights(self) -> Iterator[Sequence[torch.Tensor]]:
+        return ((bucket.weights, bucket.shard_weights) for bucket in self.buckets)
 
     def shards(self) -> list[StateShard]:
         trained = [_state_shard(*both) for both in zip(self.buckets, self.optimizer.shards(), strict=True)]

@@ -68,6 +68,10 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
     def share(self) -> None:
         """Exchanges the updated working weights: every rank sends its part and receives the other parts. Collective."""
 
+    def held(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (kind, tensor) for every tensor that this rank keeps between steps, by the kinds of parallel/memory_kinds.py.
+        Several tensors may have the same storage."""
+
     def pieces(self) -> Iterator[TensorPiece]:
         """Yields what checkpoints hold: the master weights, moments and buffers that this rank owns, as boxes of global tensors."""
 

@@ -9,6 +9,7 @@ from bagualu.comm.group import Group
 from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.boxes import TensorPiece
 from bagualu.parallel.data.shard import Shard, norm_squared, shard_pieces
+from bagualu.parallel.memory_kinds import BUFFERS, GRADIENTS, MASTERS, MOMENTS, PARAMETERS
 from bagualu.parallel.pipeline.runtime import Slices
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.untrained import Untrained
@@ -17,9 +18,9 @@ from bagualu.trainer.optim.sharded import ShardedOptimizer
 
 
 class ShardedEngine:
-    """An `Engine` (protocol.py) without begin, putting_off, finish, share, shards and close. It updates `parts`, this rank's
-    shards of the trained parameters, with `optimizer`. `frozen` are shards whose weights stay; frozen parameters that are not
-    divided among ranks are in `untrained`, with the buffers."""
+    """An `Engine` (protocol.py) without begin, putting_off, finish, share, shards, working_weights and close. It updates `parts`,
+    this rank's shards of the trained parameters, with `optimizer`. `frozen` are shards whose weights stay; frozen parameters that
+    are not divided among ranks are in `untrained`, with the buffers."""
 
     def __init__(
         self,
@@ -70,6 +71,20 @@ class ShardedEngine:
     def publish(self) -> None:
         self.optimizer.publish()
         self.share()
+
+    def working_weights(self) -> Iterator[Sequence[torch.Tensor]]:
+        """Yields, for each of `parts`, the working weights that this rank keeps between steps."""
+        raise NotImplementedError
+
+    def held(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for part, state, working in zip(self._parts, self.optimizer.shards(), self.working_weights(), strict=True):
+            yield from ((PARAMETERS, tensor) for tensor in working)
+            yield GRADIENTS, part.shard_gradients
+            if state["weight"].data_ptr() not in {tensor.data_ptr() for tensor in working}:
+                yield MASTERS, state["weight"]
+            yield from ((MOMENTS, tensor) for kind, tensor in state.items() if kind not in ("weight", "step"))
+        yield from ((PARAMETERS, part.shard_weights) for part in self.frozen)
+        yield from ((PARAMETERS if part.kind == "weight" else BUFFERS, part.tensor) for part in self.untrained)
 
     def pieces(self) -> Iterator[TensorPiece]:
         yield from self.optimizer.pieces()

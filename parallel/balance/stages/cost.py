@@ -30,6 +30,9 @@ class LayerCost:
     """The part of forward_seconds for attention and its norm. The rest is for the feed-forward or the mixture of experts."""
     attention_bytes: int = 0
     """The part of activation_bytes for attention and its norm, their input included."""
+    work_bytes: int = 0
+    """The most memory that the layer takes besides activation_bytes while one of its passes runs: gradients of activations and
+    intermediate results."""
 
     def again_seconds(self, recompute: str) -> float:
         """Returns the time in which the backward pass computes activations again. `recompute` is the part of the layer that it
@@ -58,6 +61,8 @@ class CostTable:
     """The origin of the costs, for messages, e.g. "measured on 2 threads of ..."."""
     tied_bytes: int = 0
     """Bytes of state that embedding and head each include, but that exist only once if the same rank holds both."""
+    output_bytes: int = 0
+    """Bytes of a stage's output for a micro-batch, which the rank keeps until the backward pass of the stage; 0 after the head."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -69,4 +74,4 @@ class CostTable:
         raw = json.loads(text)
         layers = [LayerCost(**layer) for layer in raw["layers"]]
         embedding, head = LayerCost(**raw["embedding"]), LayerCost(**raw["head"])
-        return CostTable(embedding, layers, head, raw["source"], raw["tied_bytes"])
+        return CostTable(embedding, layers, head, raw["source"], raw["tied_bytes"], raw["output_bytes"])

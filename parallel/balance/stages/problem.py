@@ -49,11 +49,11 @@ class _Held:
     """Bytes of memory that a micro-batch takes at a stage."""
 
     activations: int
-    """Until its B or I is done."""
+    """Until its B or I is done, with the stage's output."""
     operands: int
     """Operands of the weight gradients, from I to W."""
     more: int
-    """Beyond `activations`, for a moment of its B or I, in which a layer computes activations again."""
+    """Beyond `activations`, for a moment of its B or I, or of the head's forward pass, after which B or I comes next."""
     movable: int
     """The part of `activations` that may be in host memory: what decoder layers keep."""
     largest: int
@@ -126,8 +126,8 @@ class Problem:
         return int(total) + self.transient_bytes(rank, pieces, chosen)
 
     def transient_bytes(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int] = _NOTHING) -> int:
-        """Returns the most bytes of device memory that `rank` takes for activations: those in flight with the operands of weight
-        gradients, and what a backward pass takes beyond those of its own micro-batch."""
+        """Returns the most bytes of device memory that `rank` takes besides its state: activations and operands of weight gradients
+        in flight, and what a pass takes beyond those of its own micro-batch."""
         held = [self._held(stage, piece, chosen) for stage, piece in zip(self.stages_of[rank], pieces, strict=True)]
 
         def at(moment: Moment) -> int:
@@ -195,18 +195,23 @@ class Problem:
         )
 
     def _held(self, stage: int, piece: Piece, chosen: frozenset[int]) -> _Held:
-        before = self.table.embedding.activation_bytes if stage == 0 else 0
+        first, last = stage == 0, stage == self.placement.stages - 1
+        embedding, head = self.table.embedding, self.table.head
         layers = [(self.table.layers[i], self.activations.of_layer(i, chosen)) for i in range(*piece)]
         sizes = [layer.kept_bytes(recompute) for layer, recompute in layers]
-        kept = before + sum(sizes) + (self.table.head.activation_bytes if stage == self.placement.stages - 1 else 0)
-        highest, below, operands = 0, before + sum(sizes), 0
+        below = first * embedding.activation_bytes + sum(sizes)
+        kept = below + last * head.activation_bytes
+        highest, operands = last * (kept + head.work_bytes), 0
         for (layer, recompute), size in zip(reversed(layers), reversed(sizes), strict=True):
             below -= size
-            highest = max(highest, below + layer.working_bytes(recompute) + operands)  # the pass of the layer, after those above
+            working = layer.working_bytes(recompute) + layer.work_bytes
+            highest = max(highest, below + working + operands)  # the pass of the layer, after those above
             operands += layer.operand_bytes if self._splits else 0
+        highest = max(highest, first * (below + embedding.work_bytes + operands))
+        movable = sum(sizes) - (layers[0][0].input_bytes if not first and layers else 0)  # the pipeline holds the stage's input
+        output = 0 if last else self.table.output_bytes
         operands = int(self._sum("operand_bytes", stage, piece))
-        movable = sum(sizes) - (layers[0][0].input_bytes if stage > 0 and layers else 0)  # the pipeline holds the stage's input
-        return _Held(kept, operands, max(0, highest - kept), movable, max(sizes, default=0))
+        return _Held(kept + output, operands, max(0, highest - kept), movable, max(sizes, default=0))
 
     def _layers(self, name: str, piece: Piece) -> float:
         sums: list[float] = self._sums[name]

@@ -6,9 +6,9 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.parallel.layout import Layout
 from bagualu.trainer.assemble import assemble
-from bagualu.trainer.costs.analytic import FLOPS_PER_SECOND, ModelWork, analytic_table
-from bagualu.trainer.costs.choose_split import work_of
+from bagualu.trainer.costs.analytic import FLOPS_PER_SECOND, analytic_table
 from bagualu.trainer.costs.throughput import model_flops_per_token
+from bagualu.trainer.costs.work import ModelWork, work_of
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.activations import run as run_layer
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
@@ -102,20 +102,17 @@ def test_the_parts_of_a_layer_add_up() -> None:
 
 
 def state_held(communicator: Communicator, recipe: Recipe) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer that this rank has; what pads them at the most; what the table says."""
+    """Bytes of weights, gradients, optimizer and buffers that this rank has; what pads them at the most; what the table says."""
     state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    held = pads = 0
-    for bucket, shard in zip(state.engine.buckets, state.engine.optimizer.shards(), strict=True):
-        gradients = bucket.gradients if bucket.reduced is None else bucket.reduced
-        tensors = [bucket.weights, gradients, *(tensor for kind, tensor in shard.items() if kind not in ("weight", "step"))]
-        tensors += [shard["weight"]] if shard["weight"].data_ptr() != bucket.shard_weights.data_ptr() else []
-        held += sum(tensor.nbytes for tensor in tensors)
-        pads += (bucket.group.size * 8 + 8) * sum(tensor.element_size() for tensor in tensors)
-    held += sum(part.tensor.nbytes for part in state.engine.untrained)
+    held = [tensor.untyped_storage() for _, tensor in state.engine.held()]
+    pads = sum((bucket.group.size * 8 + 8) * 8 * 5 for bucket in state.engine.buckets)
     table = analytic_table(work_of(recipe, state.mesh.layout))
-    said = sum(table.layers[layer].state_bytes for layer in map(int, state.engine.model.layers))
+    layers = list(map(int, state.engine.model.layers))
+    said = sum(table.layers[layer].state_bytes for layer in layers)
     said += table.embedding.state_bytes * state.mesh.first_stage + table.head.state_bytes * state.mesh.last_stage
-    return held, pads, said
+    said -= table.tied_bytes * state.mesh.first_stage * state.mesh.last_stage
+    angles = 2 * recipe.data.sequence_length * recipe.model.head_dim * work_of(recipe, state.mesh.layout).accurate_bytes
+    return sum(one.nbytes() for one in {one.data_ptr(): one for one in held}.values()), pads, said - angles * len(layers)
 
 
 TIED = {"model__tie_embeddings": True, "data__global_batch": 8}

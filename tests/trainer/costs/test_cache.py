@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bagualu.parallel.layout import Layout
-from bagualu.trainer.costs.analytic import ModelWork
 from bagualu.trainer.costs.cache import figures
+from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.models.decoder.config import ModelConfig
 
 WORK = ModelWork(ModelConfig(2, 16, 2, 2, 24, 32), Layout(), sequence_length=8, micro_batch=1, dtype="float32")

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from bagualu.parallel.layout import Layout
-from bagualu.trainer.costs.analytic import ModelWork, analytic_table
+from bagualu.trainer.costs.analytic import analytic_table
 from bagualu.trainer.costs.measured import measure, measured_table
+from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.trainer import rebalance
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.analytic import analytic_table
-from bagualu.trainer.costs.choose_split import work_of
+from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.evaluate import validate
 from bagualu.trainer.observers import plan_faults

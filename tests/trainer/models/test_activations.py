@@ -11,8 +11,9 @@ from bagualu.comm.group import Communicator
 from bagualu.comm.monitor import Phase
 from bagualu.parallel.layout import Layout
 from bagualu.trainer.assemble import assemble
-from bagualu.trainer.costs.analytic import ModelWork, analytic_table
+from bagualu.trainer.costs.analytic import analytic_table
 from bagualu.trainer.costs.tensor_memory import TensorMemory
+from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.activations import HostMemory
 from bagualu.trainer.models.decoder.config import ModelConfig

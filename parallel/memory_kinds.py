@@ -1,0 +1,15 @@
+"""The kinds of memory that a rank takes, by which it is predicted and counted. Each has a key in summary.json."""
+
+PARAMETERS = "parameters"
+"""Working weights, also of frozen parameters."""
+GRADIENTS = "gradients"
+MASTERS = "master_weights"
+"""Weights in at least float32 that the optimizer keeps besides 16-bit working weights."""
+MOMENTS = "moments"
+ACTIVATIONS = "activations"
+"""What micro-batches in flight keep for their backward passes, and intermediate results of passes and updates."""
+BUFFERS = "buffers"
+"""Tensors of the model that no optimizer updates, angles of positions, and the tokens of a step."""
+COMMUNICATION = "communication"
+"""Gradients in reduction under ZeRO-2 and 3, gathered weights under ZeRO-3, and messages between stages."""
+KINDS = (PARAMETERS, GRADIENTS, MASTERS, MOMENTS, ACTIVATIONS, BUFFERS, COMMUNICATION)

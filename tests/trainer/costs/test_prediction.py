@@ -1,0 +1,101 @@
+"""Memory predicted from the recipe alone, against the tensors that ranks really hold."""
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+from bagualu.comm.group import Communicator
+from bagualu.parallel.memory_kinds import ACTIVATIONS, BUFFERS, COMMUNICATION, GRADIENTS, KINDS, MASTERS, MOMENTS, PARAMETERS
+from bagualu.trainer.assemble import TrainerState, assemble
+from bagualu.trainer.costs.prediction import Memory, fullest, predict
+from bagualu.trainer.costs.tensor_memory import TensorMemory
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.step import train_step
+from tests.harness import run
+from tests.parity import small_recipe
+
+MIXTURE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__shared_experts": 1, "model__moe__every": 2}
+TIED = {"model__tie_embeddings": True}
+HALF = {"train__dtype": "bfloat16", "optim__moments_dtype": "bfloat16"}
+FROZEN = {"optim__groups": [{"pattern": name, "frozen": True} for name in ("embedding.weight", "layers.0.*", "*.router.weight")]}
+STATE = (PARAMETERS, GRADIENTS, MASTERS, MOMENTS)
+
+
+def named(value: int | dict[str, object]) -> str:
+    return " ".join(f"{key.split('__')[-1]}={one}" for key, one in value.items()) if isinstance(value, dict) else str(value)
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(one.nbytes() for one in {id(one): one for one in (tensor.untyped_storage() for tensor in tensors)}.values())
+
+
+def predicted(state: TrainerState) -> Memory:
+    """Of this rank."""
+    memories = predict(state.recipe, state.mesh.layout, state.split, state.heaviest)
+    return memories[state.mesh.at("pipeline")]
+
+
+def kinds(communicator: Communicator, recipe: Recipe) -> tuple[dict[str, int], Memory]:
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    held = list(state.engine.held())
+    return {kind: bytes_of(tensor for own, tensor in held if own == kind) for kind in KINDS}, predicted(state)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {"optim__name": "lion"}),
+        (2, {"parallel__pipeline": 2, "train__dtype": "bfloat16", **TIED}),
+        (2, {"parallel__zero": 0, "train__dtype": "float16"}),
+        (2, {"parallel__zero": 1, "train__dtype": "float16"}),
+        (4, {"parallel__tensor": 2, **MIXTURE, **HALF}),
+        (4, {"parallel__expert": 2, **MIXTURE, "parallel__zero": 3}),
+        (4, {"parallel__data": 2, "parallel__pipeline": 2, **TIED, "parallel__zero": 2, **HALF}),
+        (4, {"parallel__pipeline": 2, **TIED, "parallel__zero": 2, "parallel__schedule": "zb_v"}),
+        (8, {"parallel__tensor": 2, "parallel__sequence": True, **MIXTURE, "parallel__zero": 3, **HALF, "model__vocab": 61}),
+        (4, {"parallel__pipeline": 2, **FROZEN, "model__moe__bias_rate": 0.1, **MIXTURE, "parallel__zero": 3}),
+    ],
+    ids=named,
+)
+def test_state_is_predicted_to_the_byte(ranks: int, changes: dict[str, object]) -> None:
+    for held, said in run("simulated", ranks, kinds, small_recipe(**changes)):
+        assert {kind: held[kind] for kind in STATE} == {kind: said[kind] for kind in STATE}
+        assert sum(said.values()) > sum(held.values())
+
+
+def counted(communicator: Communicator, recipe: Recipe) -> tuple[int, Memory]:
+    """The peak of this rank in two steps, and what is predicted."""
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    with TensorMemory() as memory:
+        memory.hold(tensor for _, tensor in state.engine.held())
+        for step in range(2):
+            train_step(state, step)
+    return memory.peak, predicted(state)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {"train__dtype": "float32", "train__recompute": "full"}),
+        (1, {**MIXTURE, "train__dtype": "bfloat16", "train__micro_batch": 2}),
+        (1, {**HALF, "train__dtype": "float16", "model__kv_heads": 2}),
+        (2, {"parallel__tensor": 2, "parallel__sequence": True, **MIXTURE}),
+        (2, {"parallel__pipeline": 2, "parallel__schedule": "zb_v", "train__recompute": "full"}),
+        (2, {"parallel__data": 2, "parallel__zero": 0}),
+        (2, {"parallel__data": 2, "parallel__zero": 2, "train__dtype": "bfloat16"}),
+        (2, {"parallel__data": 2, "parallel__zero": 3, "train__dtype": "bfloat16"}),
+    ],
+    ids=named,
+)
+def test_the_peak_is_predicted(ranks: int, changes: dict[str, object]) -> None:
+    sizes = {"model__hidden": 64, "model__ffn": 160, "model__vocab": 512, "data__sequence_length": 128}
+    recipe = small_recipe(**{"parallel__bucket_bytes": 2**17, **sizes, **changes})
+    results = run("gloo", ranks, counted, recipe)
+    for peak, said in results:
+        assert sum(said.values()) == pytest.approx(peak, rel=0.05)
+    most = fullest([said for _, said in results])
+    assert most[ACTIVATIONS] > 0
+    assert most[BUFFERS] > 0
+    assert (most[COMMUNICATION] > 0) == (recipe.parallel.pipeline > 1 or recipe.parallel.zero_stage >= 2)

@@ -1,0 +1,172 @@
+"""The bytes of activations that a micro-batch takes in each layer, computed from shapes.
+
+`activation_bytes` are what a layer keeps for its backward pass; `work_bytes` what it takes besides while its passes compute. For a
+decoder layer this is most during the backward pass, in the feed-forward or in attention, whichever is computed; for the head in the
+forward pass. The formulas follow the code of models/decoder and operators, whose tensors they count.
+
+Under sequence parallelism, a rank holds only its slice of the sequence between blocks, but the whole sequence inside them.
+
+Shapes: T tokens of a micro-batch, H hidden, A width of all heads, C width of keys and values, F feed-forward, E experts, K experts
+per token, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from bagualu.parallel.config import HEAD_CHUNK_TOKENS
+from bagualu.trainer.costs.work import ModelWork
+
+_BLOCK_ROWS, _BLOCK_ELEMENTS = 2**6, 2**20
+"""The most rows, and elements, of the attention weights in a block (operators/attention.py)."""
+_INDEX_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a rank holds in a layer for one micro-batch; the fields are those of LayerCost."""
+
+    activation_bytes: int
+    input_bytes: int
+    operand_bytes: int
+    work_bytes: int
+    attention_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Bytes of a part of a layer."""
+
+    kept: int
+    """For the backward pass."""
+    operands: int
+    """Of the products that compute weight gradients."""
+    work: int
+    """Beyond `kept`, at the most, during the backward pass."""
+
+
+def embedding_held(work: ModelWork) -> Held:
+    """Returns the bytes that the embedding holds: as activations the token ids, as operands the ids and the gradient of the
+    output."""
+    ids, rows = _INDEX_BYTES * work.tokens, work.tokens * work.model.hidden
+    gradient = work.tokens_between * work.model.hidden * work.item_bytes
+    return Held(ids, ids, ids + gradient, gradient + rows * work.accurate_bytes * (work.item_bytes < work.accurate_bytes))
+
+
+def head_held(work: ModelWork) -> Held:
+    """Returns the bytes that the final norm and the head hold: the norm's input and scale, and the gradients of the loss with
+    respect to the head's input and weight, which the forward pass computes. In it the logits of a chunk exist in the dtype of
+    products and in at least float32; and, while those of the next chunk are computed, those of the chunk before."""
+    hidden, item, product, accurate = work.model.hidden, work.item_bytes, work.product_bytes, work.accurate_bytes
+    columns = work.model.padded_vocab // work.layout.tensor
+    inputs, scales = work.tokens_between * hidden * item, work.tokens_between * accurate
+    several = work.tokens > HEAD_CHUNK_TOKENS  # then the weight's gradient is a sum, which is in at least float32
+    gradients = inside_bytes(work) + columns * hidden * (accurate if several else product)
+    chunk = min(work.tokens, HEAD_CHUNK_TOKENS)
+    second = min(work.tokens - chunk, HEAD_CHUNK_TOKENS)
+    logits = columns * (accurate + product * (product < accurate))
+    highest = max((chunk + second) * logits, (second or chunk) * logits + columns * hidden * product * several)
+    normed = inside_bytes(work) + (inputs if work.sequence else 0)
+    widened = (columns + work.tokens + chunk) * hidden * product if work.widens else 0  # weight, input's gradient, chunk
+    return Held(inputs + scales + gradients, inputs, 0, highest + normed + widened)
+
+
+def layer_held(work: ModelWork, index: int) -> Held:
+    """Returns the bytes that a rank holds of one micro-batch in a decoder layer."""
+    stream = work.tokens_between * work.model.hidden * work.item_bytes
+    norm = stream + work.tokens_between * work.accurate_bytes  # input and scale
+    attention, second = _attention(work), _mixture(work) if work.model.is_moe_layer(index) else _feed_forward(work)
+    gathered = inside_bytes(work) if work.sequence else 0  # the gradient of a block's output, for the whole sequence
+    highest = max(
+        gathered + second.work,
+        _norm_work(work) - second.kept,
+        gathered + attention.work - norm - second.kept,
+    )
+    kept = 2 * norm + attention.kept + second.kept
+    return Held(kept, stream, attention.operands + second.operands, stream + max(0, highest), norm + attention.kept)
+
+
+def inside_bytes(work: ModelWork) -> int:
+    """Returns the bytes of the input of a block, which is the whole sequence."""
+    return work.tokens * work.model.hidden * work.item_bytes
+
+
+def _norm_work(work: ModelWork) -> int:
+    """Returns the bytes that the backward pass of a norm takes: the gradient of its output, before and after it is summed over the
+    tensor ranks, and on a CPU, in at least float32, input and gradient if they are not, their product and the result."""
+    wide = work.tokens_between * work.model.hidden * work.accurate_bytes
+    converts = work.item_bytes < work.accurate_bytes
+    results = work.tokens_between * work.model.hidden * work.item_bytes
+    return inside_bytes(work) * (2 if work.layout.tensor > 1 else 1) + (wide * (4 if converts else 2) * work.on_cpu or results)
+
+
+def _products(work: ModelWork, elements: int) -> tuple[int, int]:
+    """Returns the bytes of (a weight's gradient before it is added to the bucket, the weight in the dtype of products), 0 where a
+    kernel needs no such copy. `elements`: of the weight."""
+    added = elements * work.product_bytes if work.on_cpu and work.product_bytes < work.accurate_bytes else 0
+    return added, elements * work.product_bytes if work.widens else 0
+
+
+def _attention(work: ModelWork) -> _Block:
+    """Kept are the projections' input; query, key and value, on a CPU expanded to all heads; the result; and the statistics of the
+    softmax, unless it is computed in blocks."""
+    model, tokens, product, accurate = work.model, work.tokens, work.product_bytes, work.accurate_bytes
+    heads, narrow = (width * model.head_dim // work.layout.tensor for width in (model.heads, model.key_value_heads))
+    own = heads if work.on_cpu else narrow  # of key and value
+    statistics = 0 if work.attends_in_blocks else tokens * model.heads // work.layout.tensor * accurate
+    kept = inside_bytes(work) + tokens * (2 * heads + 2 * own) * product + statistics
+    operands = tokens * (2 * model.hidden + 2 * heads + 2 * narrow) * product
+    width = tokens * heads
+    gradients = width * product + tokens * (heads + 2 * own) * product  # of the result; of query, key and value
+    if work.attends_in_blocks:  # copies by head of what is not expanded, two also wide; the gradients wide too; no result is kept
+        copies = 4 if narrow == heads else 2
+        sequences, rows = work.micro_batch * model.heads // work.layout.tensor, min(work.sequence_length, _BLOCK_ROWS)
+        at_once = min(sequences, max(1, _BLOCK_ELEMENTS // (rows * work.sequence_length)))
+        block = at_once * rows * work.sequence_length
+        before = block - at_once * rows * rows  # the block before has fewer keys; its three tensors exist until the next ones do
+        blocks = max(2 * accurate * block + (2 * accurate + product) * before,
+                     (2 * accurate + product) * block + 3 * width * product)  # fmt: skip
+        kernel = width * (copies * product + 5 * accurate) + blocks
+    else:
+        kernel = gradients
+    rotated = width * product * 3 + width * (3 * accurate if product < accurate else 2 * product) - width * 4 * product
+    added, widened = _products(work, model.hidden * heads)
+    columns = tokens * model.hidden * product * work.widens  # the gradient of the block's output
+    return _Block(kept, operands, columns + max(kernel, rotated * work.on_cpu, added + widened))
+
+
+def _feed_forward(work: ModelWork) -> _Block:
+    return _swiglu(work, work.tokens, work.model.ffn // work.layout.tensor)
+
+
+def _swiglu(work: ModelWork, rows: int, ffn: int) -> _Block:
+    """Kept are the input, gate, silu(gate) and up; the products' operands are their inputs and the gradients of their outputs. The
+    backward pass of the last product takes most: its input, once more, that input's gradient and the gradients of its two
+    factors."""
+    hidden, item, product = work.model.hidden, work.item_bytes, work.product_bytes
+    added, widened = _products(work, hidden * ffn)
+    columns = rows * hidden * product * work.widens  # the gradient of the output
+    factors = rows * ffn * (2 * product + 2 * item + item * work.widens)
+    first = rows * (ffn * (product - item) + 2 * hidden * product) + 2 * widened if work.widens else 0  # the products before
+    return _Block(
+        kept=rows * (hidden + 3 * ffn) * item,
+        operands=rows * (2 * hidden + 3 * ffn) * product,
+        work=max(columns + max(rows * ffn * product + added, factors) + widened, first),
+    )
+
+
+def _mixture(work: ModelWork) -> _Block:
+    """Under an even load, the experts of a rank get K rows per token. Kept are the input, the router's probabilities, the order of
+    the rows, the experts' activations, and their results, by expert and by token."""
+    moe, tensor, accurate = work.model.moe, work.layout.tensor, work.accurate_bytes
+    rows, own = work.tokens * moe.top_k, inside_bytes(work)
+    results, experts = own * moe.top_k, _swiglu(work, work.tokens * moe.top_k, moe.ffn // tensor)
+    router = work.tokens * moe.experts * accurate + rows * (3 * _INDEX_BYTES + 2 * accurate)
+    kept = own + router + experts.kept + 2 * results
+    wide_input = work.tokens * work.model.hidden * accurate
+    operands = experts.operands + work.tokens * moe.experts * accurate + wide_input
+    highest = max(2 * results, experts.work - results)  # in the weighted sum; in the experts, when the results are gone
+    if moe.shared_experts:
+        shared = _swiglu(work, work.tokens, moe.shared_experts * moe.ffn // tensor)
+        kept += shared.kept - own
+        operands += shared.operands - (0 if work.item_bytes < accurate else wide_input)
+        highest = max(highest + 2 * own - shared.kept, shared.work)
+    return _Block(kept, operands, highest)

@@ -1,0 +1,108 @@
+"""Predicts the most memory that each rank of a run takes, by kind, from the recipe alone.
+
+The prediction has the state of each rank (state.py, with the padding of buckets.py), and the schedule's moment at which
+activations take most (activations.py, parallel/balance/stages). It leaves out what a transport keeps for itself, such as NCCL's
+buffers, the copies for checkpoints that are written in the background, and the matrices that muon brings together. Of FSDP2's and
+DeepSpeed's own buffers it has only those of `unit_transfers`, so a run with these engines takes more.
+"""
+
+from collections import Counter
+from dataclasses import replace
+
+from bagualu.parallel.balance.stages.activations import Activations
+from bagualu.parallel.balance.stages.cost import CostTable
+from bagualu.parallel.balance.stages.forecast import Split
+from bagualu.parallel.balance.stages.problem import Problem
+from bagualu.parallel.layout import Layout
+from bagualu.parallel.memory_kinds import ACTIVATIONS, BUFFERS, COMMUNICATION, KINDS
+from bagualu.parallel.pipeline.schedules.schedule import Schedule
+from bagualu.trainer.costs.activations import inside_bytes
+from bagualu.trainer.costs.analytic import analytic_table
+from bagualu.trainer.costs.buckets import (
+    PlannedBucket,
+    Transfers,
+    buckets_state,
+    plan_buckets,
+    reductions_at_the_end,
+    transfers,
+    unit_transfers,
+)
+from bagualu.trainer.costs.state import EMBEDDING, layer_state, parameter_state, rank_parameters
+from bagualu.trainer.costs.work import ModelWork, work_of
+from bagualu.trainer.models.decoder.plan import decoder_plan
+from bagualu.trainer.optim.config import OptimConfig
+from bagualu.trainer.recipe.config import Recipe
+
+Memory = dict[str, int]
+"""Bytes by kind (memory_kinds.KINDS), which add up to the most that a rank takes at once."""
+_TOKEN_BYTES = 16
+"""Of a token's input and label."""
+_UPDATED_AT_ONCE = 2**19
+"""The number of elements that a CPU updates at once (optim/sharded.py)."""
+_ROUNDING_BYTES = 40
+"""Bytes per element for stochastic rounding: moments in float32, numbers of elements and random bits."""
+
+
+def fullest(memories: list[Memory]) -> Memory:
+    """Returns the memory of the rank that takes most."""
+    return max(memories, key=lambda memory: sum(memory.values()))
+
+
+def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule) -> list[Memory]:
+    """Returns the memory of each pipeline rank; data and tensor ranks take the same. `schedule`: of the data ranks with the most
+    micro-batches."""
+    work = work_of(recipe, layout)
+    table = analytic_table(work)
+    # On a CPU, what is in "host memory" is in the same memory.
+    activations = Activations(tuple(split.recompute), offload_bytes=0 if work.on_cpu else recipe.train.offload_bytes)
+    memories = []
+    for rank in range(layout.pipeline):
+        stages = schedule.placement.stages_of(rank)
+        layers = [layer for stage in stages for layer in split.slices[stage]]
+        native = work.engine == "native"
+        buckets = plan_buckets(work, recipe.optim, recipe.parallel.bucket_bytes, layers) if native else []
+        state = buckets_state(work, buckets) + _outside_buckets(work, layers)
+        state[BUFFERS] += _TOKEN_BYTES * work.tokens * schedule.micro_batches
+        pieces = tuple((split.slices[stage].start, split.slices[stage].stop) for stage in stages)
+        moved = unit_transfers(work, layers) if work.engine == "fsdp" else transfers(work, buckets, layers, schedule.micro_batches)
+        alone, together = (
+            Problem(costs, schedule, [1.0] * layout.pipeline, None, activations).transient_bytes(rank, pieces)
+            for costs in (table, _with_transfers(work, table, moved))
+        )
+        messages = 2 * table.output_bytes if layout.pipeline > 1 else 0  # one that is sent and one that is received
+        state[ACTIVATIONS] += max(alone, _update_bytes(work, recipe.optim, buckets))
+        last = reductions_at_the_end(work, buckets, one_machine=recipe.launch.nodes == 1)
+        state[COMMUNICATION] += max(together + messages, last) - alone
+        memories.append({kind: state[kind] for kind in KINDS})
+    return memories
+
+
+def _outside_buckets(work: ModelWork, layers: list[int]) -> Counter[str]:
+    """Returns the bytes, by kind, of buffers and of parameters that are in no bucket: frozen ones below ZeRO-3, and all those of
+    libraries."""
+    state = Counter({BUFFERS: sum(layer_state(work, layer)[BUFFERS] for layer in layers)})
+    for name, shape, _ in rank_parameters(work, layers):
+        frozen = decoder_plan(work.model, work.sequence).global_name(name) in work.frozen
+        if work.engine != "native" or (frozen and work.zero < 3):
+            state += parameter_state(work, name, shape)
+    return state
+
+
+def _with_transfers(work: ModelWork, table: CostTable, moved: Transfers) -> CostTable:
+    """Returns `table` with what is held for transfers while a layer computes as part of its work."""
+    norm, head = work.model.layers, work.model.layers + 1
+    after_loss = inside_bytes(work) + max(moved.backward[head], moved.backward[norm])
+    before_loss = table.head.work_bytes + moved.forward[head]
+    return replace(
+        table,
+        embedding=replace(table.embedding, work_bytes=table.embedding.work_bytes + moved.backward[EMBEDDING]),
+        layers=[replace(one, work_bytes=one.work_bytes + moved.backward[i]) for i, one in enumerate(table.layers)],
+        head=replace(table.head, work_bytes=max(before_loss, after_loss)),
+    )
+
+
+def _update_bytes(work: ModelWork, optim: OptimConfig, buckets: list[PlannedBucket]) -> int:
+    """Returns the most bytes that the update of a piece of a shard takes for intermediate results."""
+    elements = max((bucket.padded // (bucket.ranks if work.zero else 1) for bucket in buckets), default=0)
+    each = _ROUNDING_BYTES if work.half_moments else work.accurate_bytes if optim.name == "lion" else 0
+    return each * (min(elements, _UPDATED_AT_ONCE) if work.on_cpu else elements)

@@ -1,0 +1,120 @@
+"""The bytes of the state that a rank keeps between steps, by kind, computed from shapes without padding."""
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+
+from bagualu.parallel.layout import SHARD
+from bagualu.parallel.memory_kinds import BUFFERS, COMMUNICATION, GRADIENTS, MASTERS, MOMENTS, PARAMETERS
+from bagualu.parallel.sharding import Placement
+from bagualu.trainer.costs.work import ModelWork
+from bagualu.trainer.models.decoder.plan import decoder_plan
+from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes
+
+EMBEDDING = -1
+"""The unit of the embedding. Layers have their own numbers, the last norm the number of layers, the head the next number."""
+
+
+def layer_state(work: ModelWork, index: int) -> Counter[str]:
+    """Returns the bytes, by kind, that a rank holds of a decoder layer; `buffers` include the angles of its positions."""
+    state = Counter({BUFFERS: sum(prod(shape) for shape in layer_buffers(work.model, index).values()) * work.accurate_bytes})
+    state[BUFFERS] += 2 * work.sequence_length * work.model.head_dim * work.accurate_bytes
+    for name, shape in layer_shapes(work.model, index).items():
+        state += parameter_state(work, f"layers.{index}.{name}", shape)
+    return state
+
+
+def end_state(work: ModelWork) -> tuple[Counter[str], Counter[str]]:
+    """Returns the bytes, by kind, of the embedding, and of the head with the final norm. If embeddings are tied, both include the
+    weight that they share."""
+    vocabulary = (work.model.padded_vocab, work.model.hidden)
+    head = parameter_state(work, "head.weight", vocabulary) + parameter_state(work, "norm.weight", (work.model.hidden,))
+    return parameter_state(work, "embedding.weight", vocabulary), head
+
+
+def saved_bytes(work: ModelWork, index: int) -> int:
+    """Returns the bytes of a whole decoder layer, over all ranks, in a checkpoint: its master weights, moments and buffers."""
+    shapes = {f"layers.{index}.{name}": shape for name, shape in layer_shapes(work.model, index).items()}
+    moments = sum(prod(shape) * work.moment_bytes(name) for name, shape in shapes.items())
+    buffers = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
+    weights = sum(map(prod, shapes.values()))
+    return (weights + buffers) * work.accurate_bytes + moments
+
+
+def rank_parameters(work: ModelWork, layers: list[int]) -> list[tuple[str, tuple[int, ...], list[int]]]:
+    """Returns (local name, global shape, units that read it) of the parameters of a rank that holds these layers, the embedding
+    with layer 0 and the head with the last layer, in the order of the model."""
+    model, last = work.model, work.model.layers
+    vocabulary, ends = (model.padded_vocab, model.hidden), (0 in layers, last - 1 in layers)
+    one = model.tie_embeddings and all(ends)
+    found: list[tuple[str, tuple[int, ...], list[int]]] = []
+    if ends[0]:
+        found.append(("embedding.weight", vocabulary, [EMBEDDING, last + 1] if one else [EMBEDDING]))
+    found += [(f"layers.{i}.{name}", shape, [i]) for i in layers for name, shape in layer_shapes(model, i).items()]
+    if ends[1]:
+        found.append(("norm.weight", (model.hidden,), [last]))
+    return found + ([("head.weight", vocabulary, [last + 1])] if ends[1] and not one else [])
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank would hold of a parameter, or of several that are alike, if ZeRO divided nothing."""
+
+    name: str
+    """The global name, of one of them if there are several."""
+    elements: int
+    ranks: int
+    """The number of ranks among which ZeRO divides the elements."""
+    over_two_axes: bool
+    """Whether the gradient is summed over a second axis too, so that it is kept whole, except by FSDP2."""
+
+
+def part_of(work: ModelWork, name: str, shape: tuple[int, ...]) -> Part:
+    """Returns the part of the parameter that has this local name and this global shape."""
+    plan = decoder_plan(work.model, work.sequence)
+    placement, name = plan.placement(name), plan.global_name(name)
+    elements = prod(placement.box(name, shape, work.layout, work.layout.coordinates(0)).shape)
+    tied = name in plan.tied.values() and work.ends_apart
+    return Part(name, elements, work.layout.size(placement.reduction_axis + SHARD), tied or is_partial(work, placement))
+
+
+def is_partial(work: ModelWork, placement: Placement) -> bool:
+    """Returns whether each rank along a second axis computes only a part of the gradient."""
+    return placement.partial_over is not None and work.layout.size(placement.partial_over) > 1
+
+
+def parameter_state(work: ModelWork, name: str, shape: tuple[int, ...]) -> Counter[str]:
+    """Returns the bytes, by kind, that a rank holds of the parameter that has this local name and this global shape."""
+    return divided_state(work, part_of(work, name, shape))
+
+
+def divided_state(work: ModelWork, part: Part) -> Counter[str]:
+    """Returns the bytes, by kind, that a rank holds of `part`: working weights and, if it is trained, gradients, moments and master
+    weights; these only for 16-bit working weights, except that DeepSpeed always has them. What DeepSpeed keeps in host memory,
+    apart from that of the device, does not count."""
+    elements, item, wide, trained = part.elements, work.item_bytes, work.accurate_bytes, part.name not in work.frozen
+    if work.engine == "fsdp" and part.ranks > 1:
+        return _gathered_from_masters(work, part)
+    share = [part.ranks if work.zero >= stage else 1 for stage in range(4)]
+    state = Counter({PARAMETERS: elements * item // share[3]})
+    if trained:
+        state[GRADIENTS] = elements * wide // (1 if part.over_two_axes else share[2])
+        state[MASTERS] = elements * wide // share[1] if item < wide or work.engine == "deepspeed" else 0
+        state[MOMENTS] = elements * work.moment_bytes(part.name) // share[1]
+    elsewhere = {"none": (), "optimizer": (GRADIENTS, MASTERS, MOMENTS), "parameters": (PARAMETERS, GRADIENTS, MASTERS, MOMENTS)}
+    return Counter({kind: size for kind, size in state.items() if work.on_cpu or kind not in elsewhere[work.offload]})
+
+
+def _gathered_from_masters(work: ModelWork, part: Part) -> Counter[str]:
+    """Returns the bytes of a part that FSDP2 divides. It gathers working weights from what the optimizer updates, and a rank with
+    several stages keeps those that it has gathered."""
+    elements, wide, trained = part.elements, work.accurate_bytes, part.name not in work.frozen
+    gathered = elements * work.item_bytes if work.stages > 1 else 0
+    if not trained:
+        return Counter({PARAMETERS: elements * work.item_bytes // part.ranks, COMMUNICATION: gathered})
+    return Counter({
+        MASTERS if work.item_bytes < wide else PARAMETERS: elements * wide // part.ranks,
+        GRADIENTS: elements * wide // part.ranks,
+        MOMENTS: elements * work.moment_bytes(part.name) // part.ranks,
+        COMMUNICATION: gathered,
+    })  # fmt: skip
