@@ -135,9 +135,7 @@ class GlooTransport(TorchTransport):
         if all_inputs := self._through_memory("reduce_scatter", input.view(-1), asynchronous):
             _sum([whole.chunk(len(self.ranks))[self.position] for whole in all_inputs], output.view(-1))
             return _DONE
-        incoming = [torch.empty_like(part) for part in outgoing]
-        if outgoing:
-            incoming[self.position] = outgoing[self.position]
+        incoming = [part if position == self.position else torch.empty_like(part) for position, part in enumerate(outgoing)]
         return Summing(self._exchange("reduce_scatter", outgoing, incoming), incoming, output.view(-1))
 
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:

@@ -90,6 +90,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         valid = max(0, min(weight.shape[0], vocabulary - start))
         rows = weight[:valid].to(multiply_dtype(weight))
         backward = differentiate and any(ctx.needs_input_grad[:2])  # needs_input_grad is true under no_grad too
+        sink = gradient_sink(weight)
+        if backward and sink is not None:
+            sink.settle()  # logits take the most memory of a whole step
         grad_x = torch.empty_like(x, dtype=rows.dtype) if backward else None
         grad_rows: torch.Tensor | None = None
         total = x.new_zeros((), dtype=accurate_dtype(x.dtype))
@@ -107,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             padding = weight.shape[0] - valid
             grad_weight = F.pad(grad_rows, (0, 0, 0, padding)) if padding and grad_rows is not None else grad_rows
             ctx.save_for_backward(grad_x.to(x.dtype), grad_weight)
-            ctx.sink = gradient_sink(weight)
+            ctx.sink = sink
         return total
 
     @staticmethod

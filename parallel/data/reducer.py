@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from statistics import median_high
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -40,8 +41,9 @@ class GradientReducer:
         self._begun = 0
         """How many buckets of `_reduced_early` have begun their reduction in this step's backward passes."""
         self._sharded = [bucket for bucket in buckets if bucket.reduced is not None]
-        self._in_flight: deque[tuple[Bucket, Work, torch.Tensor, torch.Tensor]] = deque()
-        """Reductions of `_sharded` in progress, oldest first: (bucket, work, its result, the gradients that it reads)."""
+        self._in_flight: deque[tuple[Bucket, Work, torch.Tensor]] = deque()
+        """Reductions of `_sharded` in progress, oldest first: (bucket, work, its result, a part of the gradients that it reads)."""
+        self._most_held = _most_held([_gradient_bytes(bucket) for bucket in self._sharded])
         self._sinks_of: dict[int, list[tuple[Entry, GradientSink]]] = {}
         """The sinks of each bucket, by the bucket's id."""
         for bucket in buckets:
@@ -90,8 +92,7 @@ class GradientReducer:
         for bucket in self._sharded:
             while bucket.reductions:
                 self._reduce_part(bucket)
-        while self._in_flight:
-            self._add_oldest()
+        self.settle()
         for bucket in self.buckets:
             if crosses_two_groups(bucket.kind):
                 self._reduce(bucket)
@@ -143,6 +144,8 @@ class GradientReducer:
     def prepare(self, bucket: Bucket) -> None:
         """Allocates the gradients of a bucket that has none. Call before a gradient is added to it."""
         if bucket.reduced is not None and not bucket.gradients.numel():
+            while self._in_flight and self._held_in_flight() + _gradient_bytes(bucket) > self._most_held:
+                self._add_oldest()
             bucket.gradients = bucket.reduced.new_empty(bucket.weights.numel())
             last = bucket.entries[-1]
             bucket.gradients[last.start + last.parameter.numel() :] = 0  # padding
@@ -167,15 +170,23 @@ class GradientReducer:
             self.before_reduction(bucket.gradients)
         if len(self._in_flight) == _MOST_IN_FLIGHT:
             self._add_oldest()
-        result = torch.empty_like(bucket.reduced)
+        result = bucket.gradients[bucket.shard]
         work = bucket.group.reduce_scatter(result, bucket.gradients, asynchronous=True)
-        self._in_flight.append((bucket, work, result, bucket.gradients))
+        self._in_flight.append((bucket, work, result))
         bucket.gradients = bucket.reduced[:0]
         bucket.reductions -= 1
         bucket.pending = sum(entry.uses for entry in bucket.entries)
 
+    def settle(self) -> None:
+        """Waits for the reductions of ZeRO-2 and 3 in progress, and frees their gradients."""
+        while self._in_flight:
+            self._add_oldest()
+
+    def _held_in_flight(self) -> int:
+        return sum(_gradient_bytes(bucket) for bucket, *_ in self._in_flight)
+
     def _add_oldest(self) -> None:
-        bucket, work, result, _ = self._in_flight.popleft()
+        bucket, work, result = self._in_flight.popleft()
         work.wait()
         assert bucket.reduced is not None
         bucket.reduced.add_(result)
@@ -192,6 +203,18 @@ class GradientReducer:
             bucket.work.append(bucket.group.reduce_scatter(bucket.shard_gradients, bucket.gradients, asynchronous=True))
         elif bucket.group.size > 1:
             bucket.work.append(bucket.group.all_reduce(bucket.gradients, asynchronous=True))
+
+
+def _gradient_bytes(bucket: Bucket) -> int:
+    """Returns the bytes of the gradients of a whole bucket under ZeRO-2 and 3."""
+    return 0 if bucket.reduced is None else bucket.weights.numel() * bucket.reduced.itemsize
+
+
+def _most_held(sizes: list[int]) -> int:
+    """Returns the most bytes of gradients that reductions in progress and a bucket that begins may hold together, given those of
+    the buckets: as many as the largest bucket and two usual ones. So the matrix of a large vocabulary does not wait in memory for
+    its reduction while another large bucket begins."""
+    return max(sizes, default=0) + _MOST_IN_FLIGHT * (median_high(sizes) if sizes else 0)
 
 
 def _gradient_of(entry: Entry, bucket: Bucket) -> torch.Tensor:
@@ -230,6 +253,10 @@ class GradientSink:
     def add_computed(self, compute: Callable[[], torch.Tensor]) -> None:
         """Adds the gradient, in the parameter's shape, that `compute` returns."""
         self._run_or_defer(lambda: self._add(compute()))
+
+    def settle(self) -> None:
+        """Call before much memory is needed: frees gradients that are being reduced, as soon as they are."""
+        self.reducer.settle()
 
     def add(self, gradient: torch.Tensor, factor: torch.Tensor | None = None) -> None:
         """Adds an existing gradient, in the parameter's shape, times an optional scalar. This is never deferred."""

@@ -19,6 +19,7 @@ from bagualu.parallel.layout import Layout
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import parallelize
 from bagualu.parallel.sharding import Placement, ShardingPlan
+from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.groups import Treatment
 from bagualu.trainer.optim.sharded import ShardedOptimizer
@@ -238,7 +239,7 @@ def alive(communicator: Communicator, bucket_bytes: int) -> tuple[int, int, int]
     def watched(bucket: Bucket) -> None:
         nonlocal most
         prepare(bucket)
-        in_flight = sum(gradients.nbytes for _, _, _, gradients in reducer._in_flight)
+        in_flight = sum(result.untyped_storage().nbytes() for _, _, result in reducer._in_flight)
         most = max(most, in_flight + sum(bucket.gradients.nbytes for bucket in buckets))
 
     reducer.prepare = watched  # type: ignore[method-assign]
@@ -256,6 +257,41 @@ def test_zero_2_holds_a_share_of_the_gradients_and_few_buckets_while_it_adds(bac
     for most, whole, shards in run(backend, 2, alive, 600):
         assert shards == whole / 2
         assert most <= 4 * 1200 < whole, "two that are reduced, one that is added to, and that of scale"
+
+
+class Ends(nn.Module):
+    """A chain between two large matrices, such as those of an embedding and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.empty(WIDTH, 200))
+        self.chain = Chain(8)
+        self.last = nn.Parameter(torch.empty(200, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.chain(x @ self.first.T) + (x @ self.last).sum()
+
+
+def held_with_large_ends(communicator: Communicator) -> int:
+    """Most bytes of tensors that exist while two micro-batches are computed, beyond what existed before and activations."""
+    mesh = Mesh.build(Layout(data=communicator.size), communicator)
+    with torch.device("meta"):
+        model = Ends()
+    parallelize(model, PLAN, mesh, False, torch.float64, values)
+    buckets = build_buckets(list(model.named_parameters()), PLAN, mesh, 2, 400, treat=treat)
+    reducer = GradientReducer(buckets, mesh)
+    reducer.begin(2)
+    with TensorMemory() as memory:
+        for _ in range(2):
+            model(torch.ones(1, 200, dtype=torch.float64)).backward()
+        reducer.finish()
+    return memory.peak
+
+
+def test_of_large_buckets_only_one_is_held_under_zero_2() -> None:
+    large = 200 * WIDTH * 8
+    for most in run("gloo", 2, held_with_large_ends):
+        assert most < 3 * large, "its gradients, half of them once more from the other rank, and those that autograd adds to them"
 
 
 def updated(communicator: Communicator) -> None:
