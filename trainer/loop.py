@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,8 @@ class Loop:
     stragglers: Stragglers
     replication: Replication | None = None
     rebalancer: Rebalancer | None = None
+    counting: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Makes the context in which a step is computed."""
     _due: bool = False
     """Whether a periodic checkpoint is due; it is saved after the next step whose update is applied."""
     _damaged: list[dict[str, Any]] = field(default_factory=list)
@@ -55,7 +58,8 @@ class Loop:
         while step < steps and not stopped:
             timeline.before_step(step)
             started = time.perf_counter()
-            result = train_step(self.state, step, self.stop, self.checkpoints.status)
+            with self.counting():
+                result = train_step(self.state, step, self.stop, self.checkpoints.status)
             seconds = time.perf_counter() - started
             self._after_step(step, result, seconds)
             timeline.after_step(step, computed=result.verdict.attempts > 0)

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_tok
 from bagualu.trainer.data.corpus import Corpus, prepare, show_data
 from bagualu.trainer.engine.local_model import no_values
 from bagualu.trainer.loop import Loop
+from bagualu.trainer.memory import PeakMemory, process_bytes
 from bagualu.trainer.observers import close_ledger, open_ledger, plan_faults
 from bagualu.trainer.output.metric_writers import JsonlSink, Sink
 from bagualu.trainer.output.progress import Progress
@@ -82,16 +82,19 @@ def train(
         if communicator.rank == 0:
             write_summary(Path(recipe.run.dir), finished)
         return finished
-    ceiling = _ceiling(state, communicator)
+    ceiling, memory = _ceiling(state, communicator), PeakMemory(state, communicator)
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
     if communicator.rank == 0:
-        for remark in remarks(recipe, resumed.step):
+        for remark in [memory.remark(), *remarks(recipe, resumed.step)]:
             print(remark, file=sys.stderr, flush=True)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
     checkpoints = Checkpoints(state, fence, resumed.checkpoint, ledger)
     stragglers = Stragglers(recipe.straggler, state.mesh.layout, communicator.world)
     try:
-        loop = Loop(state, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication, open_rebalancer(state))
+        loop = Loop(
+            state, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication, open_rebalancer(state),
+            memory.counting,
+        )  # fmt: skip
         ending = loop.run(resumed.step)
         checkpoints.close()
         if replication:
@@ -106,6 +109,7 @@ def train(
             "seconds": time.perf_counter() - started,
             "flops_per_token": flops_per_token,
             "matmul_ceiling_flops": ceiling,
+            "memory": memory.summary(),
             "peak_memory_bytes": _peak_memory_bytes(state, communicator),
             **close_ledger(ledger, recipe, communicator, ending["ended"]),
         }
@@ -200,10 +204,7 @@ def _parameters(state: TrainerState) -> int:
 def _peak_memory_bytes(state: TrainerState, communicator: Communicator) -> int:
     """Returns the peak memory in bytes, summed over ranks: on a CUDA device the memory allocated there, else that of the processes.
     Memory that processes share is then counted once for each of them. Collective."""
-    if state.device.type == "cuda":
-        own = torch.cuda.max_memory_allocated(state.device)
-    else:
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    own = torch.cuda.max_memory_allocated(state.device) if state.device.type == "cuda" else process_bytes()
     if communicator.one_process and communicator.rank > 0:
         own = 0  # rank 0 reports the memory of the process that they share
     return int(total(own, communicator.world))

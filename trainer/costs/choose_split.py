@@ -15,16 +15,14 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.comm.objects import broadcast_json
 from bagualu.parallel.balance.replicas import shares
-from bagualu.parallel.balance.stages.choose import choose_split, take_split
 from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.forecast import Split
-from bagualu.parallel.balance.stages.keys import COMPUTED, memory_caps
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.schedules.schedule import Schedule
-from bagualu.parallel.pipeline.split import split_layers
 from bagualu.trainer.costs.analytic import analytic_table
 from bagualu.trainer.costs.cache import device_name, figures
 from bagualu.trainer.costs.measured import measured_table
+from bagualu.trainer.costs.plan_split import measures, needs_costs, plan_split, split_by
 from bagualu.trainer.costs.throughput import matmul_ceiling
 from bagualu.trainer.costs.work import ModelWork, work_of
 from bagualu.trainer.data.corpus import default_cache
@@ -40,26 +38,17 @@ def agree_on_split(
 ) -> tuple[Split, CostTable | None]:
     """Returns the split that `parallel.balance` asks for, and the costs that were used for it (None if none were). Collective.
 
-    balance=uniform and lists of layers need no costs, unless a limit of memory must be kept to (parallel.memory_bytes or
-    train.recompute=bytes:N). Raises RecipeError on every rank if no split fits the limits.
+    Raises RecipeError on every rank if no split fits the limits of memory (parallel.memory_bytes or train.recompute=bytes:N).
     """
-    parallel, activations = recipe.parallel, recipe.activations()
-    caps, slices = memory_caps(parallel.memory_bytes, layout.pipeline), None
-    if parallel.balance not in COMPUTED:
-        slices = split_layers(recipe.model.layers, schedule.placement, parallel.balance)
-        if caps is None and activations.most_bytes is None:
-            return Split(slices, [activations.of_layer(layer) for layer in range(recipe.model.layers)]), None
+    if not needs_costs(recipe):
+        return plan_split(recipe, layout, schedule)
     speeds = _speeds(recipe, layout, communicator)
     answer: dict[str, Any] = {}
     if communicator.rank == 0:
         table = _table(recipe, work_of(recipe, layout), communicator.device)
         answer["table"] = table.to_json()
         try:
-            if slices is None:
-                split = choose_split(table, schedule, speeds, caps, activations)
-            else:
-                split = take_split(slices, table, schedule, caps, activations)
-            answer["split"] = split.to_json()
+            answer["split"] = split_by(recipe, table, schedule, speeds).to_json()
         except RecipeError as error:
             answer["refusal"] = str(error)
     answer = broadcast_json(answer, communicator.world)
@@ -69,10 +58,7 @@ def agree_on_split(
 
 
 def _table(recipe: Recipe, work: ModelWork, device: torch.device) -> CostTable:
-    """Returns measured costs with balance=measured, and to keep to a number of bytes of activations unless balance=analytic; else
-    analytic costs."""
-    keeps_to_bytes = recipe.activations().most_bytes is not None and recipe.parallel.balance != "analytic"
-    if recipe.parallel.balance != "measured" and not keeps_to_bytes:
+    if not measures(recipe):
         return analytic_table(work)
     cache = Path(recipe.data.cache) if recipe.data.cache else default_cache()
     found = figures(cache, work, device, recipe.train.compile)

@@ -48,9 +48,21 @@ def fullest(memories: list[Memory]) -> Memory:
     return max(memories, key=lambda memory: sum(memory.values()))
 
 
-def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule) -> list[Memory]:
+def memory_text(memory: Memory) -> str:
+    """Formats the memory of a rank as a sum of its kinds."""
+    kinds = (f"{size_text(size)} {kind.replace('_', ' ')}" for kind, size in memory.items() if size)
+    return f"{size_text(sum(memory.values()))} ({', '.join(kinds)})"
+
+
+def size_text(size: int) -> str:
+    """Formats a number of bytes in GiB, MiB or KiB."""
+    unit, name = next(((2**power, name) for power, name in ((30, "GiB"), (20, "MiB")) if size >= 2**power), (2**10, "KiB"))
+    return f"{size / unit:.1f} {name}"
+
+
+def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule, micro_batches: int | None = None) -> list[Memory]:
     """Returns the memory of each pipeline rank; data and tensor ranks take the same. `schedule`: of the data ranks with the most
-    micro-batches."""
+    micro-batches; `micro_batches` is their number, by default that of the schedule."""
     work = work_of(recipe, layout)
     table = analytic_table(work)
     # On a CPU, what is in "host memory" is in the same memory.
@@ -62,7 +74,7 @@ def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule) ->
         native = work.engine == "native"
         buckets = plan_buckets(work, recipe.optim, recipe.parallel.bucket_bytes, layers) if native else []
         state = buckets_state(work, buckets) + _outside_buckets(work, layers)
-        state[BUFFERS] += _TOKEN_BYTES * work.tokens * schedule.micro_batches
+        state[BUFFERS] += _TOKEN_BYTES * work.tokens * (micro_batches or schedule.micro_batches)
         pieces = tuple((split.slices[stage].start, split.slices[stage].stop) for stage in stages)
         moved = unit_transfers(work, layers) if work.engine == "fsdp" else transfers(work, buckets, layers, schedule.micro_batches)
         alone, together = (

@@ -105,14 +105,16 @@ def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, 
     """Returns the closing summary as text, without the values that `summary` lacks.
 
     Reads `ended` (done | stopped | ...), `step`, `steps`, `seconds`, `loss`, `validation_loss`, `validation_bits_per_byte`,
-    `tokens_per_second`, `mfu`, `tokens`, `left_out_steps` (a count), `effective_training_time_ratio`, `ledger`, `run_dir`,
-    `checkpoint`.
+    `tokens_per_second`, `mfu`, `tokens`, `memory`, `left_out_steps` (a count), `effective_training_time_ratio`, `ledger`,
+    `run_dir`, `checkpoint`.
     `next_commands`: (purpose, command) pairs, shown at the end.
     """
     head = f"{summary.get('ended', 'done')}: step {summary['step']}/{summary['steps']}"
     if summary.get("seconds") is not None:
         head += f" in {duration(summary['seconds'])}"
     rows = [(name, form.format(summary[key])) for key, name, form in _ROWS if summary.get(key) is not None]
+    if memory := summary.get("memory"):
+        rows.append(("memory", _memory(memory)))
     if left_out := summary.get("left_out_steps"):
         rows.append(("left out", f"the samples of {left_out} of {summary['step']} steps (guard.* and metrics.jsonl say why)"))
     rows += [("other time", spent)] if (spent := _spent(summary.get("ledger", {}))) else []
@@ -121,6 +123,13 @@ def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, 
     if next_commands:
         lines += ["", "next", *(f"{name:<{width}}  {command}" for name, command in next_commands)]
     return "\n".join(lines)
+
+
+def _memory(memory: Mapping[str, Any]) -> str:
+    """Describes the memory of the fullest rank, measured if that was possible, and predicted."""
+    predicted = f"{sum(memory['predicted'].values()) / 2**20:,.1f} MiB predicted"
+    measured = f"{memory['measured'] / 2**20:,.1f} MiB of tensors, " if memory["measured"] else ""
+    return f"{measured}{predicted}, on the fullest rank; its process {memory['process'] / 2**20:,.0f} MiB"
 
 
 def _spent(ledger: Mapping[str, float]) -> str:
