@@ -17,7 +17,7 @@ from bagualu.comm.interface import addresses_towards
 from bagualu.launch.workers import secret, storage_probe
 from bagualu.launch.workers.rendezvous_config import Meeting
 from bagualu.launch.workers.run import run, tell_refusal
-from bagualu.trainer.costs.fits import check_memory
+from bagualu.trainer.costs.fits import check_memory, device_of
 from bagualu.trainer.output import streams
 from bagualu.trainer.process.failure import REFUSED
 from bagualu.trainer.process.stop_request import StopRequest
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
     try:
         recipe, backend = storage_probe.choose_backend(recipe, workers)
         preflight.check(recipe, recipe.world_size())
-        check_memory(recipe, recipe.world_size(), workers)
+        check_memory(recipe, recipe.world_size(), device_of(recipe, workers))
         preflight.check_login(recipe)
         storage_probe.check(recipe, job)
         meeting = _meeting(recipe, address, given.id, job, workers, key())

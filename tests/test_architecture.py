@@ -268,6 +268,7 @@ def test_a_recipe_is_composed_checked_and_refused_without_torch():
     loaded = loaded_after(
         "from bagualu.launch.cli import main\n"
         "assert main(['train', 'parallel.tensor=5']) == 2\n"
+        "assert main(['train', 'recipe=llama3_8b', 'comm.backend=gloo', 'model.layers=2000']) == 2\n"
         "assert main(['slurm', 'recipe=llama3_8b', '--print']) == 0\n"
         "assert main(['train', '--cfg', 'job']) == 0"
     )

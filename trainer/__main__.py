@@ -17,7 +17,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.world import Tasks, World
 from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.run_directory import RunDirectory
-from bagualu.trainer.costs.fits import check_memory
+from bagualu.trainer.costs.fits import check_memory, device_of
 from bagualu.trainer.output import streams
 from bagualu.trainer.output.log_file import copy_to_log
 from bagualu.trainer.output.progress import summary_text
@@ -64,7 +64,7 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
         preflight.check(recipe, world.size)
         if recipe.comm.backend == "simulated":
             raise RecipeError("comm.backend=simulated is for `bagualu train`; give comm.backend=gloo or nccl here")
-        check_memory(recipe, world.size, local_workers)
+        check_memory(recipe, world.size, device_of(recipe, local_workers))
         if world.rank == 0 and _PREPARED not in os.environ:
             run_lock.refuse_if_held(Path(recipe.run.dir))
             preflight.check_run_directory(recipe)

@@ -23,7 +23,7 @@ from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.verbs.usage import SEVERAL, CommandLine
 from bagualu.launch.workers import storage_probe
 from bagualu.launch.workers.run import run
-from bagualu.trainer.costs.fits import check_memory
+from bagualu.trainer.costs.fits import check_memory, device_of
 from bagualu.trainer.process.failure import DONE, FAILED, STOPPED
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
@@ -56,7 +56,7 @@ def rehearse(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
     rehearsed = _in(folder / "rehearsed", replace(recipe, faults=faults, restart=restart))
     preflight.check(rehearsed, rehearsed.world_size())
     preflight.check_machine(rehearsed)
-    check_memory(rehearsed, rehearsed.world_size(), workers)
+    check_memory(rehearsed, rehearsed.world_size(), device_of(rehearsed, workers))
     stop = StopRequest()
     code, summary = _run(rehearsed, backend, workers, request, entrypoint, stop)
     reference, left_out = None, []

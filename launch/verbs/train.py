@@ -10,7 +10,7 @@ from bagualu.launch.verbs.sweep import jobs
 from bagualu.launch.verbs.usage import SEVERAL, CommandLine
 from bagualu.launch.workers import storage_probe
 from bagualu.launch.workers.run import run
-from bagualu.trainer.costs.fits import check_memory
+from bagualu.trainer.costs.fits import check_memory, device_of
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.choose_backend import Choice
@@ -46,7 +46,7 @@ def _check(recipe: Recipe) -> None:
     recipe, _ = storage_probe.choose_backend(recipe, workers)
     preflight.check(recipe, recipe.world_size())
     preflight.check_machine(recipe)
-    check_memory(recipe, recipe.world_size(), workers)
+    check_memory(recipe, recipe.world_size(), device_of(recipe, workers))
 
 
 def _beginning(recipe: Recipe, workers: int, backend: Choice) -> str:

@@ -28,10 +28,10 @@ class Device:
     """Whose it is, as part of a sentence."""
 
 
-def check_memory(recipe: Recipe, world: int, workers: int) -> None:
-    """Raises RecipeError if a rank of the run on `world` ranks, of which `workers` are on this machine, cannot fit its device or
-    parallel.memory_bytes. A recipe that is not refused may still need more than the prediction."""
-    layout, device = recipe.validate(world), device_of(recipe, workers)
+def check_memory(recipe: Recipe, world: int, device: Device | None) -> None:
+    """Raises RecipeError if a rank of the run on `world` ranks cannot fit its device or parallel.memory_bytes. A recipe that is not
+    refused may still need more than the prediction."""
+    layout = recipe.validate(world)
     try:
         memory = fullest(_memories(recipe, layout))
     except RecipeError as error:  # no split fits parallel.memory_bytes
@@ -92,8 +92,17 @@ def _fixes(recipe: Recipe, world: int, device: Device | None) -> list[str]:
         if _valid(recipe, together | change, world):
             together |= change
             if _fits(recipe, together, world, device):
-                return [_typed(together)]
+                return [_typed(_without_unneeded(recipe, together, world, device))]
     return []
+
+
+def _without_unneeded(recipe: Recipe, changes: dict[str, Any], world: int, device: Device | None) -> dict[str, Any]:
+    """Returns those of `changes`, with which the recipe fits, that are needed for it."""
+    for key in list(changes):
+        fewer = {other: value for other, value in changes.items() if other != key}
+        if _fits(recipe, fewer, world, device):
+            changes = fewer
+    return changes
 
 
 def _changes(recipe: Recipe, world: int) -> Iterator[dict[str, Any]]:
