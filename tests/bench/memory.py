@@ -5,7 +5,8 @@
 
 The peak is what summary.json has as memory.measured: the most bytes of tensors on the fullest rank in two steps, memory that ranks
 share once. Ideal are parameters, gradients, master weights and moments by the stage's formula, at stage 3 with the largest layer
-gathered and the next one besides, and everything else as measured at native stage 0. `--json FILE` writes machine, versions and rows.
+gathered and the next one besides, and everything else as measured at native stage 0. `--json FILE` writes machine, versions and
+rows.
 """
 
 import argparse

@@ -58,12 +58,13 @@ def head_held(work: ModelWork) -> Held:
     hidden, item, product, accurate = work.model.hidden, work.item_bytes, work.product_bytes, work.accurate_bytes
     columns = work.model.padded_vocab // work.layout.tensor
     inputs, scales = work.tokens_between * hidden * item, work.tokens_between * accurate
+    trained = columns * hidden * (("embedding.weight" if work.model.tie_embeddings else "head.weight") not in work.frozen)
     several = work.tokens > HEAD_CHUNK_TOKENS  # then the weight's gradient is a sum, which is in at least float32
-    gradients = inside_bytes(work) + columns * hidden * (accurate if several else product)
+    gradients = inside_bytes(work) + trained * (accurate if several else product)
     chunk = min(work.tokens, HEAD_CHUNK_TOKENS)
     second = min(work.tokens - chunk, HEAD_CHUNK_TOKENS)
     logits = columns * (accurate + product * (product < accurate))
-    highest = max((chunk + second) * logits, (second or chunk) * logits + columns * hidden * product * several)
+    highest = max((chunk + second) * logits, (second or chunk) * logits + trained * product * several)
     normed = inside_bytes(work) + (inputs if work.sequence else 0)
     widened = (columns + work.tokens + chunk) * hidden * product if work.widens else 0  # weight, input's gradient, chunk
     return Held(inputs + scales + gradients, inputs, 0, highest + normed + widened)
@@ -71,6 +72,8 @@ def head_held(work: ModelWork) -> Held:
 
 def layer_held(work: ModelWork, index: int) -> Held:
     """Returns the bytes that a rank holds of one micro-batch in a decoder layer."""
+    if not work.passes_gradients(index):
+        return Held(0, 0, 0, 0)
     stream = work.tokens_between * work.model.hidden * work.item_bytes
     norm = stream + work.tokens_between * work.accurate_bytes  # input and scale
     attention, second = _attention(work), _mixture(work) if work.model.is_moe_layer(index) else _feed_forward(work)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 from bagualu.comm.config import AUTO
@@ -76,10 +77,24 @@ class ModelWork:
         """Bytes per element of the operands of matrix products."""
         return self.accurate_bytes if self.widens else self.item_bytes
 
+    def passes_gradients(self, layer: int) -> bool:
+        """Returns whether gradients go back into decoder layer `layer`. They do not if the layer, all layers before it and the
+        embedding are frozen, unless it is in a later stage, whose inputs always get a gradient. (Of layers that are split
+        unevenly, this holds for those that an even split puts into the first stage.)"""
+        if "embedding.weight" not in self.frozen:
+            return True
+        first = {"embedding.weight", *(name for name in parameter_shapes(self.model) if _layer_of(name) <= layer)}
+        return not first <= self.frozen or layer >= self.model.layers // self.stages
+
     @property
     def attends_in_blocks(self) -> bool:
         """Whether attention is computed in blocks rather than by torch's kernel (operators/attention.py)."""
         return self.on_cpu and self.dtype == "bfloat16" and not self.widens and self.sequence_length <= 2**9
+
+
+def _layer_of(name: str) -> float:
+    """Returns the number of the layer of a parameter; infinity for one outside the layers."""
+    return int(name.split(".")[1]) if name.startswith("layers.") else inf
 
 
 def work_of(recipe: Recipe, layout: Layout) -> ModelWork:

@@ -83,6 +83,7 @@ def counted(communicator: Communicator, recipe: Recipe) -> tuple[int, Memory]:
         (1, {**HALF, "train__dtype": "float16", "model__kv_heads": 2}),
         (2, {"parallel__tensor": 2, "parallel__sequence": True, **MIXTURE}),
         (2, {"parallel__pipeline": 2, "parallel__schedule": "zb_v", "train__recompute": "full"}),
+        (1, {**FROZEN, **TIED, **MIXTURE}),
         (2, {"parallel__data": 2, "parallel__zero": 0}),
         (2, {"parallel__data": 2, "parallel__zero": 2, "train__dtype": "bfloat16"}),
         (2, {"parallel__data": 2, "parallel__zero": 3, "train__dtype": "bfloat16"}),
