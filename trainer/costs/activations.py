@@ -64,9 +64,11 @@ def head_held(work: ModelWork) -> Held:
     chunk = min(work.tokens, HEAD_CHUNK_TOKENS)
     second = min(work.tokens - chunk, HEAD_CHUNK_TOKENS)
     logits = columns * (accurate + product * (product < accurate))
-    highest = max((chunk + second) * logits, (second or chunk) * logits + trained * product * several)
+    last, added = second or chunk, trained * product * (several and product < accurate)
+    widened = (columns + work.tokens + last) * hidden * product * work.widens  # weight, input's gradient, chunk
+    without_result = inside_bytes(work) * work.widens  # the input's gradient is rounded at the end
+    highest = max((chunk + second) * logits - without_result, last * logits + added)
     normed = inside_bytes(work) + (inputs if work.sequence else 0)
-    widened = (columns + work.tokens + chunk) * hidden * product if work.widens else 0  # weight, input's gradient, chunk
     return Held(inputs + scales + gradients, inputs, 0, highest + normed + widened)
 
 
@@ -126,6 +128,7 @@ def _attention(work: ModelWork) -> _Block:
         block = at_once * rows * work.sequence_length
         before = block - at_once * rows * rows  # the block before has fewer keys; its three tensors exist until the next ones do
         blocks = max(2 * accurate * block + (2 * accurate + product) * before,
+                     (3 * accurate + product) * block + product * before,
                      (2 * accurate + product) * block + 3 * width * product)  # fmt: skip
         kernel = width * (copies * product + 5 * accurate) + blocks
     else:
