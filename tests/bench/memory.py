@@ -25,7 +25,7 @@ from contest.report import table_of
 from contest.runs import train
 
 from bagualu.parallel.config import ENGINES
-from bagualu.trainer.costs.state import divided_state
+from bagualu.trainer.costs.state import parameter_state
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.models.decoder.shapes import layer_shapes, parameter_shapes
 from bagualu.trainer.recipe.compose import compose
@@ -76,10 +76,9 @@ def state(words: list[str], zero: int) -> int:
     recipe = compose([*words, f"parallel.zero={zero}", "comm.backend=gloo"])
     layout = recipe.validate(recipe.world_size())
     work = work_of(recipe, layout)
-    elements = sum(map(prod, parameter_shapes(recipe.model).values()))
     layers = [sum(map(prod, layer_shapes(recipe.model, index).values())) for index in range(recipe.model.layers)]
     gathered = 2 * max(layers) * work.item_bytes if zero == 3 else 0
-    return divided_state(work, elements, layout.data, over_two_axes=False).total() + gathered
+    return sum(parameter_state(work, *named).total() for named in parameter_shapes(recipe.model).items()) + gathered
 
 
 def predicted(options: argparse.Namespace, folder: Path) -> Iterator[Row]:

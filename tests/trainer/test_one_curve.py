@@ -208,7 +208,7 @@ def recomputing(layout: dict[str, object], recompute: object, offload_bytes: int
         problem = Problem(analytic_table(work_of(recipe, degrees)), schedule, [1.0, 1.0], None, recipe.activations())
         slices = split_layers(recipe.model.layers, schedule.placement, "uniform")
         pieces = by_rank(problem, [(piece.start, piece.stop) for piece in slices])
-        most = max(problem.transient_bytes(rank, mine) for rank, mine in enumerate(pieces))
+        most = max(problem.activation_bytes(rank, mine) for rank, mine in enumerate(pieces))
         least = max(problem.least_bytes(rank, mine)[1] for rank, mine in enumerate(pieces))
         recipe.train.recompute, recipe.parallel.memory_bytes = f"bytes:{(most + least) // 2}", None
     return recipe

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from statistics import median_high
 
-from bagualu.trainer.costs.state import EMBEDDING, Part, divided_state, is_partial, part_of, rank_parameters
+from bagualu.trainer.costs.state import EMBEDDING, StatePart, divided_state, is_partial, part_of, rank_parameters
 from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.optim.config import OptimConfig
@@ -75,7 +75,7 @@ def plan_buckets(work: ModelWork, optim: OptimConfig, bucket_bytes: int, layers:
 
 def buckets_state(work: ModelWork, buckets: list[PlannedBucket]) -> Counter[str]:
     """Returns the bytes, by kind, that a rank holds of the parameters in buckets, padding included."""
-    states = (divided_state(work, Part(bucket.name, bucket.padded, bucket.ranks, bucket.over_two_axes)) for bucket in buckets)
+    states = (divided_state(work, StatePart(bucket.name, bucket.padded, bucket.ranks, bucket.over_two_axes)) for bucket in buckets)
     return sum(states, Counter[str]())
 
 
@@ -90,25 +90,25 @@ class Transfers:
 def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: list[int], micro_batches: int) -> Transfers:
     """Returns what a rank that holds these layers holds for transfers during a step with `micro_batches`."""
     last = work.model.layers
-    again = layers + ([last] if last - 1 in layers else [])  # the units whose weights the backward pass reads too
-    units = [EMBEDDING] * (0 in layers) + again + [last + 1] * (last - 1 in layers)
+    ends = (0 in layers, last - 1 in layers)
+    units = [EMBEDDING] * ends[0] + layers + [last, last + 1] * ends[1]
+    again = [i for i in layers if work.passes_gradients(i)] + [last] * ends[1]  # whose weights the backward pass reads too
     reducing = _Reducing(work, [one for one in buckets if one.trained and one.partitioned and not one.over_two_axes])
     for _ in range(min(2, micro_batches)) if work.zero >= 2 else ():
-        if last - 1 in layers:  # the head waits for all reductions before its forward pass
+        if ends[1]:  # the head waits for all reductions before its forward pass
             reducing.settle()
         for unit in reversed(units):
             reducing.backward(unit)
     gathered = _gathered(work, buckets) if work.zero == 3 else Counter[int]()
-    after, below = zip(units, [*units[1:], again[-1]], strict=True), zip(again, [units[0], *again[:-1]], strict=True)
+    after, below = zip(units, [*units[1:], (again or units)[-1]], strict=True), zip(again, [units[0], *again], strict=False)
     forward, backward = (Counter({one: gathered[one] + gathered[other] for one, other in pairs}) for pairs in (after, below))
     return Transfers(forward, reducing.most + backward)
 
 
 def unit_transfers(work: ModelWork, layers: list[int]) -> Transfers:
-    """Returns what a rank holds at least for transfers under FSDP2, which has no buckets: the gathered weights of a unit, in the
-    backward pass also those of the unit that comes next, and the gradients of a unit of which the backward pass is done. A rank
-    with several stages keeps gathered weights, which are part of its state. The copies that FSDP2 makes for its collectives are
-    not counted."""
+    """Returns what a rank holds at least for transfers under FSDP2, which has no buckets: the gathered weights of a unit, on an
+    accelerator in the backward pass also those of the unit that comes next, and the gradients of the unit. A rank with several
+    stages keeps gathered weights, which are part of its state. The copies that FSDP2 makes for its collectives are not counted."""
     weights, gradients, last = Counter[int](), Counter[int](), work.model.layers
     for name, shape, units in rank_parameters(work, layers):
         part = part_of(work, name, shape)
@@ -116,7 +116,9 @@ def unit_transfers(work: ModelWork, layers: list[int]) -> Transfers:
             weights[unit] += part.elements * work.item_bytes * (work.stages == 1)
             gradients[unit] += part.elements * work.accurate_bytes * (part.name not in work.frozen)
     weights[last] += weights[last + 1]  # the last norm and the head are one unit
-    backward = Counter({i: weights[i] + weights[i - 1] * (i - 1 in layers) + gradients[i] for i in [*layers, last]})
+    backward = Counter(
+        {i: weights[i] + gradients[i] + weights[i - 1] * (i - 1 in layers and not work.on_cpu) for i in [*layers, last]}
+    )
     return Transfers(weights, backward + Counter({EMBEDDING: gradients[EMBEDDING]}))
 
 

@@ -57,7 +57,7 @@ def rank_parameters(work: ModelWork, layers: list[int]) -> list[tuple[str, tuple
 
 
 @dataclass(frozen=True)
-class Part:
+class StatePart:
     """What a rank would hold of a parameter, or of several that are alike, if ZeRO divided nothing."""
 
     name: str
@@ -69,13 +69,13 @@ class Part:
     """Whether the gradient is summed over a second axis too, so that it is kept whole, except by FSDP2."""
 
 
-def part_of(work: ModelWork, name: str, shape: tuple[int, ...]) -> Part:
+def part_of(work: ModelWork, name: str, shape: tuple[int, ...]) -> StatePart:
     """Returns the part of the parameter that has this local name and this global shape."""
     plan = decoder_plan(work.model, work.sequence)
     placement, name = plan.placement(name), plan.global_name(name)
     elements = prod(placement.box(name, shape, work.layout, work.layout.coordinates(0)).shape)
     tied = name in plan.tied.values() and work.ends_apart
-    return Part(name, elements, work.layout.size(placement.reduction_axis + SHARD), tied or is_partial(work, placement))
+    return StatePart(name, elements, work.layout.size(placement.reduction_axis + SHARD), tied or is_partial(work, placement))
 
 
 def is_partial(work: ModelWork, placement: Placement) -> bool:
@@ -88,7 +88,7 @@ def parameter_state(work: ModelWork, name: str, shape: tuple[int, ...]) -> Count
     return divided_state(work, part_of(work, name, shape))
 
 
-def divided_state(work: ModelWork, part: Part) -> Counter[str]:
+def divided_state(work: ModelWork, part: StatePart) -> Counter[str]:
     """Returns the bytes, by kind, that a rank holds of `part`: working weights and, if it is trained, gradients, moments and master
     weights; these only for 16-bit working weights, except that DeepSpeed always has them. What DeepSpeed keeps in host memory,
     apart from that of the device, does not count."""
@@ -105,7 +105,7 @@ def divided_state(work: ModelWork, part: Part) -> Counter[str]:
     return Counter({kind: size for kind, size in state.items() if work.on_cpu or kind not in elsewhere[work.offload]})
 
 
-def _gathered_from_masters(work: ModelWork, part: Part) -> Counter[str]:
+def _gathered_from_masters(work: ModelWork, part: StatePart) -> Counter[str]:
     """Returns the bytes of a part that FSDP2 divides. It gathers working weights from what the optimizer updates, and a rank with
     several stages keeps those that it has gathered."""
     elements, wide, trained = part.elements, work.accurate_bytes, part.name not in work.frozen

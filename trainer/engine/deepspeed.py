@@ -19,6 +19,7 @@ from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.data.bucket import BucketKind, Entry, kind_of
 from bagualu.parallel.data.shard import norm_squared
+from bagualu.parallel.memory_kinds import GRADIENTS
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill
 from bagualu.parallel.precision import accurate_dtype
@@ -158,6 +159,10 @@ class DeepSpeedEngine(ShardedEngine):
         trained = [part.state(next(states), zero.copies(place)) for zero in self._zeros for place, part in enumerate(zero.parts)]
         frozen = [part.state({"weight": part.shard_weights}, [part.shard_weights]) for part in self._frozen]
         return trained + frozen + [untrained_shard(part) for part in self.untrained]
+
+    def held(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from super().held()
+        yield from ((GRADIENTS, gradients) for zero in self._zeros for gradients in zero.flat_gradients())
 
     def working_weights(self) -> Iterator[Sequence[torch.Tensor]]:
         return (zero.copies(place) for zero in self._zeros for place in range(len(zero.parts)))

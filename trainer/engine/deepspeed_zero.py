@@ -107,6 +107,10 @@ class Zero:
         """Returns the reduced gradient of the part at index `place`, in pieces, one after the other."""
         raise NotImplementedError
 
+    def flat_gradients(self) -> Sequence[torch.Tensor]:
+        """Returns the tensors that hold whole gradients of this rank also between steps."""
+        return []
+
     def copies(self, place: int) -> Sequence[torch.Tensor]:
         """Returns this rank's copies of the working weights of the part at index `place`, as in StateShard."""
         raise NotImplementedError
@@ -148,6 +152,9 @@ class FlatZero(Zero):
     def _adds_in_flat_tensors(self) -> bool:
         """Whether DeepSpeed uses its optimizer for bfloat16 in ZeRO-1, which adds all gradients to flat tensors in float32."""
         return hasattr(self.engine.optimizer, "get_grads_for_reduction")
+
+    def flat_gradients(self) -> Sequence[torch.Tensor]:
+        return list(self.engine.optimizer.get_grads_for_reduction()[0]) if self._adds_in_flat_tensors else []
 
     def begin(self) -> None:
         for partition in self._optimizer.partitions():

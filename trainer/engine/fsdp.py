@@ -17,6 +17,7 @@ from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.boxes import Box
 from bagualu.parallel.data.bucket import BucketKind, kind_of
 from bagualu.parallel.layout import COPIES
+from bagualu.parallel.memory_kinds import COMMUNICATION
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill, box_values
 from bagualu.parallel.precision import accurate_dtype
@@ -105,6 +106,10 @@ class FsdpEngine(ShardedEngine):
 
     def leaves(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._leaves.items()
+
+    def held(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from super().held()
+        yield from ((COMMUNICATION, self._leaves[name]) for unit in self.units for name in unit.names)  # without memory at present
 
     def working_weights(self) -> Iterator[Sequence[torch.Tensor]]:
         return ((part.shard_weights,) if part.shard_weights.dtype == self._dtype else () for part in self.parts)

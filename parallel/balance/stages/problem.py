@@ -127,8 +127,16 @@ class Problem:
 
     def transient_bytes(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int] = _NOTHING) -> int:
         """Returns the most bytes of device memory that `rank` takes besides its state: activations and operands of weight gradients
-        in flight, and what a pass takes beyond those of its own micro-batch."""
-        held = [self._held(stage, piece, chosen) for stage, piece in zip(self.stages_of[rank], pieces, strict=True)]
+        in flight, outputs of stages, and what a pass takes beyond those of its own micro-batch."""
+        return self._most(rank, [self._held(*both, chosen) for both in zip(self.stages_of[rank], pieces, strict=True)])
+
+    def activation_bytes(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int] = _NOTHING) -> int:
+        """Returns the part of `transient_bytes` that `activations.most_bytes` limits: without outputs of stages, gradients and
+        intermediate results."""
+        return self._most(rank, [self._held(*both, chosen, alone=True) for both in zip(self.stages_of[rank], pieces, strict=True)])
+
+    def _most(self, rank: int, held: list[_Held]) -> int:
+        """Returns the most bytes that `rank` takes at a time if its stages take `held` for each micro-batch."""
 
         def at(moment: Moment) -> int:
             pairs = list(zip(moment, held, strict=True))
@@ -139,9 +147,9 @@ class Problem:
         return max(*map(at, self.moments[rank]), *passes)
 
     def least_bytes(self, rank: int, pieces: tuple[Piece, ...]) -> tuple[int, int]:
-        """Returns `memory` and `transient_bytes` if all layers recompute that may be chosen to."""
+        """Returns `memory` and `activation_bytes` if all layers recompute that may be chosen to."""
         chosen = _NOTHING if self.activations.recompute is not None else frozenset(i for piece in pieces for i in range(*piece))
-        return self.memory(rank, pieces, chosen), self.transient_bytes(rank, pieces, chosen)
+        return self.memory(rank, pieces, chosen), self.activation_bytes(rank, pieces, chosen)
 
     def least_memory(self, rank: int) -> list[float]:
         """Returns, for each layer, the least memory, in bytes, that it adds to `rank`, whichever of the rank's stages holds it and
@@ -185,7 +193,7 @@ class Problem:
 
     def _fits(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int]) -> bool:
         most = self.activations.most_bytes
-        if most is not None and self.transient_bytes(rank, pieces, chosen) > most:
+        if most is not None and self.activation_bytes(rank, pieces, chosen) > most:
             return False
         return self.caps is None or self.memory(rank, pieces, chosen) <= self.caps[rank]
 
@@ -194,22 +202,23 @@ class Problem:
             self.stage_times(stage, piece, chosen).total for stage, piece in zip(self.stages_of[rank], pieces, strict=True)
         )
 
-    def _held(self, stage: int, piece: Piece, chosen: frozenset[int]) -> _Held:
+    def _held(self, stage: int, piece: Piece, chosen: frozenset[int], alone: bool = False) -> _Held:
+        """`alone`: only activations and operands, without what is taken besides them."""
         first, last = stage == 0, stage == self.placement.stages - 1
-        embedding, head = self.table.embedding, self.table.head
+        embedding, head, besides = self.table.embedding, self.table.head, not alone
         layers = [(self.table.layers[i], self.activations.of_layer(i, chosen)) for i in range(*piece)]
         sizes = [layer.kept_bytes(recompute) for layer, recompute in layers]
         below = first * embedding.activation_bytes + sum(sizes)
         kept = below + last * head.activation_bytes
-        highest, operands = last * (kept + head.work_bytes), 0
+        highest, operands = last * (kept + besides * head.work_bytes), 0
         for (layer, recompute), size in zip(reversed(layers), reversed(sizes), strict=True):
             below -= size
-            working = layer.working_bytes(recompute) + layer.work_bytes
+            working = layer.working_bytes(recompute) + besides * layer.work_bytes
             highest = max(highest, below + working + operands)  # the pass of the layer, after those above
             operands += layer.operand_bytes if self._splits else 0
-        highest = max(highest, first * (below + embedding.work_bytes + operands))
+        highest = max(highest, first * (below + besides * embedding.work_bytes + operands))
         movable = sum(sizes) - (layers[0][0].input_bytes if not first and layers else 0)  # the pipeline holds the stage's input
-        output = 0 if last else self.table.output_bytes
+        output = 0 if last else besides * self.table.output_bytes
         operands = int(self._sum("operand_bytes", stage, piece))
         return _Held(kept + output, operands, max(0, highest - kept), movable, max(sizes, default=0))
 

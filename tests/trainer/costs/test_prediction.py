@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bagualu.comm.group import Communicator
+from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.memory_kinds import ACTIVATIONS, BUFFERS, COMMUNICATION, GRADIENTS, KINDS, MASTERS, MOMENTS, PARAMETERS
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.prediction import Memory, fullest, predict
@@ -56,6 +57,8 @@ def kinds(communicator: Communicator, recipe: Recipe) -> tuple[dict[str, int], M
         (4, {"parallel__pipeline": 2, **TIED, "parallel__zero": 2, "parallel__schedule": "zb_v"}),
         (8, {"parallel__tensor": 2, "parallel__sequence": True, **MIXTURE, "parallel__zero": 3, **HALF, "model__vocab": 61}),
         (4, {"parallel__pipeline": 2, **FROZEN, "model__moe__bias_rate": 0.1, **MIXTURE, "parallel__zero": 3}),
+        (4, {"parallel__data": 2, "parallel__tensor": 2, **MIXTURE, **HALF, "optim__name": "muon"}),
+        (2, {**FROZEN, **TIED, **MIXTURE, "train__dtype": "bfloat16", "parallel__zero": 3, "optim__name": "muon"}),
     ],
     ids=named,
 )
@@ -63,6 +66,33 @@ def test_state_is_predicted_to_the_byte(ranks: int, changes: dict[str, object]) 
     for held, said in run("simulated", ranks, kinds, small_recipe(**changes)):
         assert {kind: held[kind] for kind in STATE} == {kind: said[kind] for kind in STATE}
         assert sum(said.values()) > sum(held.values())
+
+
+WHOLE = {"parallel__bucket_bytes": ParallelConfig.bucket_bytes}  # fsdp has no buckets
+LIBRARY = [
+    {**WHOLE, "parallel__engine": "fsdp", "train__dtype": "float64"},
+    {**WHOLE, "parallel__engine": "fsdp", "train__dtype": "bfloat16", "optim__name": "muon", **MIXTURE},
+    {**WHOLE, "parallel__engine": "fsdp", "parallel__pipeline": 2, **TIED, **FROZEN, **HALF, **MIXTURE},
+    {**WHOLE, "parallel__engine": "fsdp", "parallel__shard": 2, "train__dtype": "float16"},
+    {"parallel__engine": "deepspeed", "parallel__zero": 1, "parallel__pipeline": 2, **HALF, **TIED},
+    {"parallel__engine": "deepspeed", "parallel__zero": 2, "train__dtype": "float32", **FROZEN, **MIXTURE},
+    {"parallel__engine": "deepspeed", "parallel__zero": 3, "train__dtype": "bfloat16", **FROZEN, **MIXTURE},
+]
+
+
+@pytest.mark.parametrize("changes", LIBRARY, ids=named)
+def test_state_of_other_engines_is_predicted_but_for_padding(changes: dict[str, object]) -> None:
+    """Their gradients do not exist before the first step."""
+    for held, said in run("gloo", 4, kinds, small_recipe(**changes)):
+        for kind in (PARAMETERS, MASTERS, MOMENTS):
+            assert said[kind] == pytest.approx(held[kind], rel=0.02), kind
+
+
+@pytest.mark.parametrize("changes", LIBRARY, ids=named)
+def test_other_engines_take_what_is_predicted_and_buffers_of_their_own(changes: dict[str, object]) -> None:
+    sizes = {"model__hidden": 64, "model__ffn": 160, "model__vocab": 512, "data__sequence_length": 128}
+    for peak, said in run("gloo", 4, counted, small_recipe(**sizes, **changes)):
+        assert 0.8 * peak < sum(said.values()) < 1.05 * peak
 
 
 def counted(communicator: Communicator, recipe: Recipe) -> tuple[int, Memory]:

@@ -249,21 +249,26 @@ def test_a_rank_never_holds_more_than_one_unit_of_weights_before_they_are_divide
 def state_held(communicator: Communicator, recipe: Recipe) -> tuple[int, int]:
     """Bytes of weights, gradients and optimizer that this rank has in a step, and what the cost table says."""
     state = state_of(communicator, recipe)
-    engine, gathered = state.engine, [0]
+    engine, gathered, work = state.engine, [0], work_of(recipe, state.mesh.layout)
     divided = {name for unit in engine.units for name in unit.names}
     leaves = [leaf for name, leaf in engine.leaves() if name in divided]
     engine.before_reduction = lambda _: gathered.append(sum(leaf.untyped_storage().nbytes() for leaf in leaves))
     train_step(state, 0)
     held = max(gathered) if state.mesh.placement.stages > 1 else 0
     for part, shard in zip(engine.parts, engine.optimizer.shards(), strict=True):
-        tensors = [part.shard_weights, part.shard_gradients, *(shard[kind] for kind in recipe.optim.moments)]
+        tensors = [
+            part.shard_weights,
+            part.shard_gradients,
+            *(tensor for kind, tensor in shard.items() if kind not in ("weight", "step")),
+        ]
         tensors += [shard["weight"]] if shard["weight"].dtype != part.shard_weights.dtype else []
         held += sum(tensor.nbytes for tensor in tensors)
     held += sum(part.tensor.nbytes for part in engine.untrained)
-    table = analytic_table(work_of(recipe, state.mesh.layout))
+    table = analytic_table(work)
     said = sum(table.layers[layer].state_bytes for layer in map(int, engine.model.layers))
     said += table.embedding.state_bytes * state.mesh.first_stage + table.head.state_bytes * state.mesh.last_stage
-    return held, said
+    angles = 2 * recipe.data.sequence_length * recipe.model.head_dim * work.accurate_bytes
+    return held, said - angles * len(engine.model.layers)
 
 
 @pytest.mark.parametrize(
