@@ -60,7 +60,7 @@ class TrainerState:
         """Replaces split and engine after `step` steps. `engine` holds this rank's stages of `split`. A new guard for the engine
         takes over the memory of the previous guard."""
         self.split, self.engine = split, engine
-        self.runner.model, self.runner.weight_gradients = engine.run, engine
+        self.runner.model, self.runner.weight_gradients = engine.slices, engine
         before, self.guard = self.guard, _guard(self.recipe, self.mesh, engine)
         self.guard.load(before.memory.as_json(), step)
         self.guard.clean = before.clean
@@ -91,7 +91,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus, fill: F
     engine.open()
     length = recipe.data.sequence_length // (layout.tensor if parallel.sequence else 1)
     runner = PipelineRunner(
-        model=engine.run,
+        model=engine.slices,
         mesh=mesh,
         weight_gradients=engine,
         activation_shape=(recipe.train.micro_batch, length, recipe.model.hidden),

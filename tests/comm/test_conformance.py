@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from bagualu.comm.errors import CommunicationError
 from bagualu.comm.group import Communicator, Group, connect
@@ -239,6 +240,36 @@ def test_a_group_of_one_communicates_nothing() -> None:
     c.world.barrier()
     expect(out, torch.ones(2, 2))
     c.close()
+
+
+def through_torch(c: Communicator) -> list[float]:
+    """What a library that communicates by itself sums over all ranks, and over this rank alone."""
+    x = torch.full((3,), c.rank + 1.0)
+    dist.all_reduce(x, group=c.world.process_group)
+    alone = c.group((c.rank,), "alone")
+    dist.all_reduce(x, group=alone.process_group)
+    assert alone.process_group is alone.process_group
+    return x.tolist()
+
+
+def test_a_library_communicates_through_a_group_s_process_group() -> None:
+    assert run("gloo", 3, through_torch) == [[6.0] * 3] * 3
+    assert run("gloo", 1, through_torch) == [[1.0] * 3]
+    c = connect("gloo", World(0, 1))  # without a rendezvous
+    try:
+        assert through_torch(c) == [1.0] * 3
+    finally:
+        c.close()
+    assert not dist.is_initialized()
+
+
+def no_process_group(c: Communicator) -> None:
+    with pytest.raises(ValueError, match="group world: SimulatedTransport has no process group"):
+        _ = c.world.process_group
+
+
+def test_ranks_that_are_threads_have_no_process_group() -> None:
+    run("simulated", 2, no_process_group)
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from bagualu.parallel.data.shard import norm_squared
 from bagualu.parallel.memory_kinds import GRADIENTS
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill
+from bagualu.parallel.pipeline.runtime import Slices
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.sharding import ShardingPlan
 from bagualu.parallel.untrained import untrained_of
@@ -70,7 +71,7 @@ class DeepSpeedEngine(ShardedEngine):
         divided = list(_frozen_parts(frozen, mesh)) if self._stage == 3 else []
         untrained = list(untrained_of(model, plan, mesh, frozen=self._stage < 3))
         super().__init__(model, parts, divided, untrained, optimizer, mesh.group("world"))
-        self._frozen, self.run = divided, self._run
+        self._frozen = divided
         if self._stage == 3:
             self.publish()  # the working weights get the zeros that `sharded_part` has set
 
@@ -89,13 +90,17 @@ class DeepSpeedEngine(ShardedEngine):
         if self.before_reduction is not None and parameter.grad is not None:
             self.before_reduction(parameter.grad)
 
+    @property
+    def slices(self) -> Slices:
+        # In ZeRO-1 DeepSpeed reduces after the last pass, and need not know of the passes of a pipeline.
+        return self.model if self._stage == 1 else self._run
+
     def _run(self, inputs: torch.Tensor, labels: torch.Tensor | None, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._stage > 1 and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             self._passes -= 1
             for zero in self._zeros:
                 zero.engine.set_gradient_accumulation_boundary(self._passes == 0)
-        # In ZeRO-1 DeepSpeed reduces after the last pass, and need not know of the passes of a pipeline.
-        outputs: tuple[torch.Tensor, torch.Tensor] = (self._call if self._stage > 1 else self.model)(inputs, labels, chunk)
+        outputs: tuple[torch.Tensor, torch.Tensor] = self._call(inputs, labels, chunk)
         return outputs
 
     def begin(self, micro_batches: int) -> None:

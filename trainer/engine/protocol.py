@@ -11,7 +11,7 @@ import torch
 
 from bagualu.fault_tolerance.guard.engine import GuardedEngine
 from bagualu.parallel.boxes import TensorPiece
-from bagualu.parallel.pipeline.runtime import WeightGradients
+from bagualu.parallel.pipeline.runtime import Slices, WeightGradients
 from bagualu.trainer.models.model import Model
 
 
@@ -34,9 +34,9 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
     def model(self) -> Model:
         """This rank's layers, whose parameters and buffers are the working state."""
 
-    def run(self, inputs: torch.Tensor, labels: torch.Tensor | None, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs this rank's stage number `chunk`, as `Slices` of the pipeline's runtime does: the forward pass of `model`, with what
-        the engine has to do around it."""
+    @property
+    def slices(self) -> Slices:
+        """What runs a stage of this rank: `model`, or what the engine puts around it."""
 
     @property
     def parameters(self) -> int:

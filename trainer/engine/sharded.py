@@ -31,9 +31,12 @@ class ShardedEngine:
         optimizer: ShardedOptimizer,
         world: Group,
     ) -> None:
-        self.run: Slices = model
         self.model, self.frozen, self.untrained, self.optimizer = model, frozen, untrained, optimizer
         self._parts, self._world = parts, world
+
+    @property
+    def slices(self) -> Slices:
+        return self.model
 
     @property
     def parameters(self) -> int:

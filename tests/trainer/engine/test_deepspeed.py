@@ -1,6 +1,7 @@
 """parallel.engine=deepspeed trains the curve of one process, and none of the ways in which DeepSpeed differs shows."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from bagualu.parallel.config import DeepSpeedConfig
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.engine.deepspeed import DeepSpeedEngine
+from bagualu.trainer.engine.deepspeed_library import load
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import StepResult, train_step
 from tests.harness import run
@@ -477,6 +479,25 @@ def test_engines_follow_one_another_in_a_process(settings: Callable[..., DeepSpe
     keys = {"parallel__deepspeed": settings()}
     run("gloo", 1, train, recipe_for(3, **keys))  # so that rank 0 has had one more than rank 1
     assert run("gloo", 2, in_one_process, recipe_for(3, **keys), keys) == [(0, False)] * 2
+
+
+def reported(communicator: Communicator) -> list[str]:
+    """What of DeepSpeed's log reaches the log of this process."""
+    load(communicator.device)
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    try:
+        for level in ("info", "warning", "error"):
+            getattr(deepspeed_module("utils").logger, level)("%s of DeepSpeed", level)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    return [*seen, *map(str, deepspeed_module("utils").logger.handlers)]
+
+
+def test_errors_of_deepspeed_come_to_the_log_and_nothing_else() -> None:
+    assert run("gloo", 1, reported) == [["error of DeepSpeed"]]
 
 
 def configured(communicator: Communicator, recipe: Recipe) -> list[Any]:
