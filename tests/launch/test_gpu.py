@@ -38,7 +38,16 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("words", [[], ["train.recompute=full"], pytest.param(["train.compile=true"], marks=COMPILES)], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["train.recompute=full"],
+        ["train.recompute=attention", "train.offload_bytes=100000000"],
+        pytest.param(["train.compile=true"], marks=COMPILES),
+    ],
+    ids=str,
+)
 def test_it_is_the_curve_of_the_cpu(tmp_path: Path, on_cpu: Path, words: list[str]) -> None:
     bagualu("train", tmp_path / "run", *MOE, "comm.backend=nccl", *words)
     assert_same_curve(tmp_path / "run", on_cpu)

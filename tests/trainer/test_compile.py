@@ -23,6 +23,8 @@ def trained(communicator, folder, *words):
         ["parallel.data=2"],
         ["parallel.data=2", "parallel.zero=3"],
         ["parallel.data=2", "parallel.engine=fsdp"],
+        ["parallel.data=2", "train.recompute=full"],
+        ["parallel.tensor=2", "parallel.sequence=true", "train.recompute=attention", "train.offload_bytes=100000"],
         ["parallel.data=1", "parallel.tensor=2", "parallel.sequence=true"],
         ["parallel.pipeline=2"],
     ],

@@ -161,6 +161,27 @@ def test_activations_come_back_a_layer_ahead() -> None:
     assert in_host == [2, 1, 0, 0]
 
 
+@pytest.mark.gpu
+def test_the_allocators_peak_falls_on_a_gpu() -> None:
+    """By what is offloaded, but for a few layers, and no bit changes."""
+    results, peaks = [], []
+    for offload_bytes in (0, 2**30):
+        config = ModelConfig(layers=8, hidden=512, heads=8, kv_heads=8, ffn=1024, vocab=512)
+        model = Decoder(config, [range(8)], offload_bytes=offload_bytes).to("cuda", torch.bfloat16)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator("cuda").manual_seed(1))
+        tokens = torch.arange(4096, device="cuda").view(8, 512) % config.vocab
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss, _ = model(tokens, tokens)
+        loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(plain, moved) for plain, moved in zip(*results, strict=True))
+    layer = 8 * 512 * 2 * (2 * 512 + 5 * 512 + 512 + 3 * 1024)
+    assert peaks[0] - peaks[1] > 4 * layer
+
+
 def test_what_is_never_used_leaves_the_host_too() -> None:
     model, tokens, _ = decoder(2**30)
     loss, _ = model(tokens, tokens)
