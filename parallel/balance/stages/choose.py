@@ -61,7 +61,7 @@ def take_split(
     pieces = [(piece.start, piece.stop) for piece in slices]
     if not _fits(problem, pieces):
         several, counts = len(slices) > 1, ",".join(str(len(piece)) for piece in slices)
-        others = ["parallel.balance=analytic"] if several else []
+        others = ["parallel.balance=analytic"] if several and _solution(problem) is not None else []
         if activations.recompute is not None and _fits(_with_recompute(problem), pieces):
             others.insert(0, "train.recompute=auto")
         raise _does_not_fit(problem, pieces, f"parallel.balance=[{counts}]: " if several else "", others)
