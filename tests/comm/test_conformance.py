@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bagualu.comm.errors import CommunicationError
+from bagualu.comm.errors import CommunicationError, RecipeError
 from bagualu.comm.group import Communicator, Group, connect
 from bagualu.comm.world import World
 from tests.harness import BACKENDS, ON_GPU, WorkerFailed, run
@@ -264,7 +264,7 @@ def test_a_library_communicates_through_a_group_s_process_group() -> None:
 
 
 def no_process_group(c: Communicator) -> None:
-    with pytest.raises(ValueError, match="group world: SimulatedTransport has no process group"):
+    with pytest.raises(RecipeError, match=r"uses SimulatedTransport, not torch\.distributed"):
         _ = c.world.process_group
 
 

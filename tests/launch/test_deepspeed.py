@@ -40,8 +40,10 @@ def assert_quiet(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
     """`done` has printed what every run prints, and has compiled nothing."""
     assert done.stdout.startswith("done: step ")
     for log in (folder / "run" / "logs").iterdir():
-        assert [line for line in log.read_text().splitlines() if not line.startswith(("data: ", "step ", "saved "))] == []
-    assert len(done.stderr.splitlines()) == 2 + done.stderr.count("\nstep ")
+        assert [
+            line for line in log.read_text().splitlines() if not line.startswith(("data: ", "memory ", "step ", "saved "))
+        ] == []
+    assert len(done.stderr.splitlines()) == 3 + done.stderr.count("\nstep ")
     assert not (folder / "compiled").exists()
 
 
