@@ -4,11 +4,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 _LEAST_BYTES = 2**8
@@ -44,17 +42,17 @@ class HostMemory:
         """The storages that were saved and are still on the device, by their address there."""
         self._stream: torch.cuda.Stream | None = None
 
-    def begin_pass(self) -> Callable[[nn.Module], AbstractContextManager[None]]:
-        """Returns a function for a forward pass. Called with each of the layers in order, it returns the context to run the layer
+    def begin_pass(self) -> Callable[[], AbstractContextManager[None]]:
+        """Returns a function for a forward pass. Called for each of the layers in order, it returns the context to run the layer
         in."""
         if not self.limit_bytes or not torch.is_grad_enabled():
-            return lambda _: nullcontext()
+            return nullcontext
         before: _LayerPass | None = None
 
         @contextmanager
-        def saving(layer: nn.Module) -> Iterator[None]:
+        def saving() -> Iterator[None]:
             nonlocal before
-            here = _LayerPass(self, layer, before)
+            here = _LayerPass(self, before)
             with torch.autograd.graph.saved_tensors_hooks(here.pack, here.unpack):
                 yield
             self.free(here)
@@ -175,14 +173,12 @@ class _LayerPass:
     """The activations that a layer saves in one forward pass."""
 
     memory: HostMemory
-    layer: nn.Module
     before: "_LayerPass | None"
     """The layer before it in the same forward pass, whose backward pass comes next."""
     storages: list[weakref.ref[_Storage]] = field(default_factory=list)
-    _weights: set[int] | None = None
 
     def pack(self, tensor: torch.Tensor) -> _Saved | torch.Tensor:
-        storage = self.memory.take(tensor) if self._may_move(tensor) else None
+        storage = self.memory.take(tensor) if _is_activation(tensor) else None
         if storage is None:
             return tensor.detach()
         self.storages.append(weakref.ref(storage))
@@ -212,12 +208,9 @@ class _LayerPass:
     def _living(self) -> list[_Storage]:
         return [storage for reference in self.storages if (storage := reference()) is not None]
 
-    def _may_move(self, tensor: torch.Tensor) -> bool:
-        """Returns whether `tensor` is an activation: no weight, no view of a weight, and not the input of a stage, which the
-        pipeline holds."""
-        if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or (tensor.is_leaf and tensor.requires_grad):
-            return False
-        if self._weights is None:  # not before: an engine may gather weights when the layer begins
-            weights = chain(self.layer.parameters(), self.layer.buffers())
-            self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
-        return tensor.untyped_storage().data_ptr() not in self._weights
+
+def _is_activation(tensor: torch.Tensor) -> bool:
+    """Returns whether `tensor` is an activation: no weight, no view of a weight, and not the input of a stage, which the pipeline
+    holds."""
+    whole = tensor if tensor._base is None else tensor._base
+    return type(whole) is torch.Tensor and whole.layout is torch.strided and not (whole.is_leaf and whole.requires_grad)

@@ -136,6 +136,7 @@ MORE_CURVES: list[tuple[int, int, dict[str, Any]]] = [
     (2, 4, {"parallel__tensor": 2, **FROZEN}),
     (3, 1, FROZEN),
     (3, 2, {**TIED, "train__recompute": "full"}),
+    (3, 2, {**MOE, "train__recompute": "experts", "train__offload_bytes": 2**20}),
     (3, 3, {"data__global_batch": 12}),
     (3, 4, {"parallel__tensor": 2, "parallel__sequence": True, **BIASED}),
     (3, 2, {"optim__name": "sgd", **MOE}),
@@ -149,7 +150,7 @@ def curve_name(case: tuple[int, int, dict[str, Any]]) -> str:
 @pytest.mark.parametrize("case", [*CURVES, *(pytest.param(one, marks=SLOW) for one in MORE_CURVES)], ids=curve_name)
 def test_trains_the_curve_of_one_process(case: tuple[int, int, dict[str, Any]], settings: Callable[..., DeepSpeedConfig]) -> None:
     zero, world, changes = case
-    model = {key: value for key, value in changes.items() if not key.startswith("parallel__") and key != "train__recompute"}
+    model = {key: value for key, value in changes.items() if not key.startswith(("parallel__", "train__"))}
     recipe = recipe_for(zero, parallel__deepspeed=settings(), **changes)
     assert_same_curve(run("gloo", world, train, recipe), alone(**model))
 

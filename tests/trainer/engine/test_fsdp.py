@@ -52,6 +52,7 @@ LAYOUTS: list[Case] = [
     ("moe", {"data": 4}, {"model__moe__experts": 2}),  # fewer experts than ranks: their columns are divided
     ("dense", {"data": 4, "shard": 2}, {"optim__groups": FROZEN}),
     ("moe_tied", {"data": 4, "expert": 2, "shard": 2}, {"train__recompute": "full"}),
+    ("moe_tied", {"data": 4, "expert": 2}, {"train__recompute": "experts", "train__offload_bytes": 2**20}),
 ]
 MANY: list[Case] = [
     ("dense", {"data": 1}, {}),
@@ -59,6 +60,8 @@ MANY: list[Case] = [
     ("dense_tied", {"data": 8, "shard": 4}, {"optim__name": "lion"}),
     ("dense", {"data": 4, "pipeline": 2, "schedule": "gpipe"}, {"train__recompute": "full"}),
     ("dense_tied", {"data": 2, "pipeline": 4}, {"optim__groups": FROZEN}),
+    ("moe_tied", {"data": 2, "expert": 2, "pipeline": 2}, {"train__recompute": [1, 2], "train__offload_bytes": 4000}),
+    ("dense", {"data": 2, "tensor": 2, "sequence": True}, {"train__recompute": "attention", "train__offload_bytes": 2**20}),
     ("dense_tied", {"data": 2, "pipeline": 2, "tensor": 2, "sequence": True}, {"optim__name": "sgd"}),
     ("dense_tied", {"data": 2, "schedule": "interleaved_1f1b", "virtual_stages": 3}, {}),
     ("dense_tied", {"data": 4, "shard": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, {}),

@@ -156,7 +156,7 @@ class Decoder(Model):
         saving = self.host_memory.begin_pass()
         for index in self.slices[place]:
             layer = self.layers[str(index)]
-            with saving(layer):
+            with saving():
                 x, loss, load = run(partial(self.call, layer), x, again=self.recompute[index] == "full")
             if loss is not None:
                 balance = balance + loss
