@@ -7,6 +7,7 @@ and only then is the old state released. A failure before that changes nothing. 
 optimizer state in host memory.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -183,6 +184,8 @@ def move(state: TrainerState, split: Split, step: int) -> None:
     incoming.apply(state.updates)
     state.take(split, made[0], step)
     before.close()
+    del before
+    gc.collect()  # DeepSpeed's engine refers to itself, and would keep its memory until Python looks for such objects
 
 
 def _rank_of_layers(split: Split, rank_of: Callable[[int], int]) -> list[int]:

@@ -134,6 +134,8 @@ class Zero:
     def close(self) -> None:
         self.engine.destroy()
         self._library.utils.groups.mpu = None
+        for entry in (entry for entries in self.members.values() for entry in entries):
+            vars(entry.parameter).clear()  # DeepSpeed's functions there refer to the parameter, and would keep it
 
 
 class FlatZero(Zero):
@@ -157,6 +159,8 @@ class FlatZero(Zero):
         return list(self.engine.optimizer.get_grads_for_reduction()[0]) if self._adds_in_flat_tensors else []
 
     def begin(self) -> None:
+        if self._adds_in_flat_tensors:
+            return  # its step clears them
         for partition in self._optimizer.partitions():
             if partition.grad is not None:  # with offload
                 partition.grad.zero_()

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.engine.deepspeed import DeepSpeedEngine
 from bagualu.trainer.engine.deepspeed_library import load
+from bagualu.trainer.rebalance import move
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import StepResult, train_step
 from tests.harness import run
 from tests.parity import gather, pieces_of, small_recipe
 from tests.trainer.states import load_state, save_state
+from tests.trainer.test_rebalance import split_of
 
 STEPS = 5
 RELATIVE = 2e-5
@@ -470,6 +473,30 @@ def in_one_process(communicator: Communicator, recipe: Recipe, keys: dict[str, A
         fresh(communicator, recipe_for(zero, **keys)).engine.close()
         held.append(len(deepspeed_module("runtime.zero.parameter_offload").FWD_MODULE_STACK))
     return held[-1] - held[0], deepspeed_module("utils.groups").mpu is not None
+
+
+def train_moving(communicator: Communicator, recipe: Recipe) -> tuple[Trained, int]:
+    """Moves layers before the steps 2, 3 and 4. Returns also the bytes of weights, master weights and gradients that are still
+    there of engines whose layers have moved away."""
+    state, before = fresh(communicator, recipe), []
+    initial, results = pieces_of(state), []
+    for step in range(STEPS):
+        if step in (1, 2, 3):
+            before += [weakref.ref(tensor.untyped_storage()) for _, tensor in state.engine.held()]
+            move(state, split_of(*((1, 3), (3, 1), (2, 2))[step - 1]), step)
+        results.append(train_step(state, step))
+    trained = Trained(results, initial, pieces_of(state), state.engine.parameters)
+    state.engine.close()
+    return trained, sum(storage.nbytes() for ref in before if (storage := ref()) is not None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_move_and_nothing_is_kept_of_them(dtype: str) -> None:
+    layout = {"parallel__pipeline": 2, "parallel__data": 2, "parallel__balance": [2, 2]}
+    moved = run("gloo", 4, train_moving, recipe_for(1, **layout, train__dtype=dtype))
+    assert [kept for _, kept in moved] == [0] * 4
+    if dtype == "float32":
+        assert_same_curve([trained for trained, _ in moved], alone())
 
 
 def deepspeed_module(name: str) -> Any:
