@@ -245,6 +245,7 @@ class Recipe:
 
     def deepspeed_terms(self, layout: Layout) -> DeepSpeedTerms:
         """Returns what DeepSpeed has to do with of this recipe."""
+        shares = set(self.declared_shares(layout) or ())
         return DeepSpeedTerms(
             parallel=self.parallel,
             optim=self.optim,
@@ -254,7 +255,7 @@ class Recipe:
             simulated=self.comm.backend == "simulated",
             global_batch=self.data.global_batch,
             micro_batch=self.train.micro_batch,
-            accumulation=(self.declared_shares(layout) or [1])[0],
+            accumulation=shares.pop() if len(shares) == 1 and not self.restart.elastic else None,
             elements=sum(map(prod, parameter_shapes(self.model).values())),
         )
 

@@ -63,8 +63,8 @@ class DeepSpeedTerms:
     """Whether the ranks are threads of one process."""
     global_batch: int
     micro_batch: int
-    accumulation: int
-    """The number of micro-batches of the first data rank in a step."""
+    accumulation: int | None
+    """The number of micro-batches of a data rank in a step; None if ranks differ in it, or it may change between starts."""
     elements: int
     """The number of elements of the model's parameters."""
 
@@ -194,6 +194,8 @@ class DeepSpeedTerms:
         zero, offload = f"parallel.zero={self.stage}", f"parallel.deepspeed.offload={parallel.deepspeed.offload}"
         in_float32 = "gradients are added in float32"
         each = f"{batch} with train.micro_batch={self.micro_batch} is {self.accumulation} on each of {self.layout.data} data ranks"
+        if self.accumulation is None:
+            each = "the number is not the same for all data ranks (parallel.shares) or all starts (restart.elastic)"
         same = {"lr": "lr", "betas": "betas", "eps": "epsilon", "weight_decay": "weight_decay", "momentum": "momentum"}
         return {
             "train_batch_size": (self.global_batch, batch),

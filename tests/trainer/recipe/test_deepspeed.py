@@ -147,6 +147,12 @@ DIFFERENT: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         ],
     ),
     (
+        {"gradient_accumulation_steps": 2},
+        {"restart__elastic": True},
+        ["gradient_accumulation_steps=2 but the number is not the same for all data ranks (parallel.shares) or all starts"],
+    ),
+    ({"gradient_accumulation_steps": 2}, {"parallel__shares": [3, 1]}, ["gradient_accumulation_steps=2 but the number is not"]),
+    (
         {"optimizer": {"type": "Lamb", "params": {"lr": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0.0, "adam_w_mode": False}}},
         {},
         [
