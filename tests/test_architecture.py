@@ -190,6 +190,15 @@ def test_private_names_of_torch_are_used_in_few_files():
     assert {file: names for file, names in found.items() if names} == PRIVATE_NAMES_OF_TORCH
 
 
+def test_engines_use_what_their_libraries_publish_and_never_their_checkpoints():
+    for path in (path for path in SOURCES if name(path).startswith("trainer/engine/")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                private = node.attr[0] == "_" and not node.attr.startswith("__")
+                assert not private or ast.unparse(node.value) == "self", f"{name(path)}: {ast.unparse(node)}"
+                assert node.attr not in {"save_checkpoint", "load_checkpoint", "save_16bit_model"}, name(path)
+
+
 def test_the_files_of_a_run_are_named_once():
     run = RunDirectory("run")
     names = {getattr(run, key).name for key, value in vars(RunDirectory).items() if isinstance(value, property)}
