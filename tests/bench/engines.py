@@ -3,7 +3,8 @@
     python tests/bench/engines.py --rounds 10 --json out.json
 
 Two data ranks; contestants take turns as in throughput.py. A ratio is the median of the rounds' ratios, with the least and the
-largest. DeepSpeed must be installed.
+largest. The libraries have Bagualu's precision: gradients added and sent in float32. `--precision bf16` has DDP and DeepSpeed do
+that in bfloat16, their default, so that they send half as much. DeepSpeed must be installed.
 """
 
 import statistics
@@ -24,7 +25,8 @@ def pairs(precision: str) -> list[tuple[str, str]]:
     """Names of contestants: ours, and the one that it is divided by."""
     compared = [(ours, theirs) for ours, theirs in DIRECT.items() if ours in ENGINE_STAGES]
     compared += [(ours, theirs) for ours, several in SAME_STAGE.items() for theirs in several]
-    return [(f"bagualu-{ours}", f"{theirs}-{precision}") for ours, theirs in compared]
+    sums = {"fsdp": precision.removesuffix("sum32")}  # which has no others
+    return [(f"bagualu-{ours}", f"{theirs}-{sums.get(theirs, precision)}") for ours, theirs in compared]
 
 
 def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
@@ -34,7 +36,7 @@ def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
 
 
 def main(argv: list[str]) -> int:
-    precision = next((argv[index + 1] for index, word in enumerate(argv) if word == "--precision"), "bf16")
+    precision = next((argv[index + 1] for index, word in enumerate(argv) if word == "--precision"), "bf16sum32")
     rest = [word for index, word in enumerate(argv) if "--precision" not in argv[max(0, index - 1) : index + 1]]
     compared = pairs(precision)
     names = list(dict.fromkeys(name for pair in compared for name in pair))

@@ -12,9 +12,10 @@ AXES = ("data", "tensor", "pipeline", "expert")
 """pipeline: with the recipe's own schedule."""
 ENGINE_STAGES = {f"{engine}{stage}": (engine, stage) for engine, stages in ENGINES.items() for stage in stages}
 """Data ranks of Bagualu with this engine and ZeRO stage."""
-PRECISIONS = ("bf16", "bf16wide", "autocast", "f32")
+PRECISIONS = ("bf16", "bf16wide", "bf16sum32", "bf16widesum32", "autocast", "f32")
 """bf16: bfloat16 weights and arithmetic. bf16wide: bfloat16 weights, but matmul and attention in float32. autocast:
-float32 weights under torch.autocast. f32: float32 throughout. The first two keep float32 master weights."""
+float32 weights under torch.autocast. f32: float32 throughout. All with bfloat16 weights keep float32 master weights. DDP and
+DeepSpeed also add and send gradients in bfloat16, with sum32 in float32, as FSDP2 and Bagualu always do."""
 GRAMMAR = "PROGRAM[-VARIANT][-compiled][@PROCESSESxTHREADS]"
 NAME = re.compile(
     r"(?P<program>[a-z]+\d?)(-(?P<variant>(?!compiled)[a-z0-9_]+))?(?P<compiled>-compiled)?"
@@ -58,7 +59,9 @@ def parse(text: str, cores: int) -> Entry:
     program, variant, compiled = match["program"], match["variant"] or "", bool(match["compiled"])
     allowed: tuple[str, ...]
     if program in BASELINES:
-        allowed, variant = PRECISIONS, variant or "bf16"
+        sends = program == "ddp" or program.startswith("deepspeed")
+        allowed = tuple(name for name in PRECISIONS if sends or not name.endswith("sum32"))
+        variant = variant or "bf16"
     elif program == "bagualu":
         allowed = ("", *AXES, *SCHEDULES, *ENGINE_STAGES)
     else:

@@ -14,10 +14,19 @@ from contest.shapes import Shape
 
 
 def ddp(shape: Shape, precision: str) -> Step:
-    """torch DistributedDataParallel; gradients are reduced in the weights' dtype, in views of its buckets."""
+    """torch DistributedDataParallel; gradients are reduced in the weights' dtype or in float32, in views of its buckets."""
     model = build_model(shape, precision)
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if precision.endswith("sum32"):
+        wrapped.register_comm_hook(None, _mean_in_float32)
     return stepper(wrapped, optimizer_for(model, precision), precision)
+
+
+def _mean_in_float32(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    gradients = bucket.buffer()
+    wide = gradients.float().div_(dist.get_world_size())
+    reduced = dist.all_reduce(wide, async_op=True).get_future()
+    return reduced.then(lambda done: gradients.copy_(done.value()[0]))
 
 
 def fsdp(shape: Shape, precision: str) -> Step:
@@ -29,7 +38,7 @@ def fsdp(shape: Shape, precision: str) -> Step:
     if precision.startswith("bf16"):
         for module in model.modules():
             if isinstance(module, Linear | Attention):
-                module.wide = precision == "bf16wide"
+                module.wide = precision.startswith("bf16wide")
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     else:
         policy = MixedPrecisionPolicy()
@@ -64,6 +73,8 @@ def deepspeed_zero(stage: int, shape: Shape, precision: str) -> Step:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    if precision.endswith("sum32"):
+        config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     engine = deepspeed.initialize(model=model, optimizer=adamw(model.parameters()), config=config)[0]
 
     def step(inputs: Tensor, labels: Tensor) -> float:

@@ -21,7 +21,7 @@ def build_model(shape: Shape, precision: str, seed: int = 0, device: str = "cpu"
         raise ValueError(f"precision {precision} is unknown; give one of {', '.join(PRECISIONS)}")
     torch.manual_seed(seed)
     with torch.device(device):
-        model = Decoder(shape, wide=precision == "bf16wide")
+        model = Decoder(shape, wide=precision.startswith("bf16wide"))
     return cast_weights(model, torch.bfloat16) if precision.startswith("bf16") else model
 
 
