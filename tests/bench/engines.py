@@ -7,46 +7,62 @@ largest. The libraries have Bagualu's precision: gradients added and sent in flo
 that in bfloat16, their default, so that they send half as much. DeepSpeed must be installed.
 """
 
+import argparse
+import json
 import statistics
 import sys
+from pathlib import Path
 from typing import Any
 
 import throughput
-from contest.entry import ENGINE_STAGES, parse
+from contest.entry import ENGINE_STAGES, PRECISIONS, parse
 
 DIRECT = {"native0": "ddp", "native1": "ddp", "fsdp3": "fsdp", "deepspeed1": "deepspeed", "deepspeed2": "deepspeed2",
           "deepspeed3": "deepspeed3"}  # fmt: skip
 """What a library does by itself, by the engine and stage that stands on it or, for DDP, does the same."""
 SAME_STAGE = {"native1": ("deepspeed",), "native2": ("deepspeed2",), "native3": ("deepspeed3", "fsdp")}
 """The loops of other libraries that native stages are compared with."""
+Pair = tuple[str, str]
+"""Names of contestants: ours, and the one that it is divided by."""
 
 
-def pairs(precision: str) -> list[tuple[str, str]]:
-    """Names of contestants: ours, and the one that it is divided by."""
+def pairs(precision: str) -> list[Pair]:
     compared = [(ours, theirs) for ours, theirs in DIRECT.items() if ours in ENGINE_STAGES]
     compared += [(ours, theirs) for ours, several in SAME_STAGE.items() for theirs in several]
     sums = {"fsdp": precision.removesuffix("sum32")}  # which has no others
     return [(f"bagualu-{ours}", f"{theirs}-{sums.get(theirs, precision)}") for ours, theirs in compared]
 
 
-def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
-    """Tokens/s of ours over theirs, by round."""
-    seconds = [[statistics.median(sample["step_seconds"]) for sample in row["samples"]] for row in (ours, theirs)]
-    return [slow / fast for fast, slow in zip(*seconds, strict=True)]
+def ratios(compared: list[Pair], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tokens/s of ours over theirs by round, for the pairs of which both were measured."""
+    measured = {row["contestant"]: [statistics.median(sample["step_seconds"]) for sample in row["samples"]] for row in rows}
+    table = []
+    for pair in compared:
+        ours, theirs = (measured.get(parse(name, throughput.cores()).name) for name in pair)
+        if ours is None or theirs is None:
+            print(f"{pair[0]} / {pair[1]}: not both were measured", file=sys.stderr)
+            continue
+        by_round = [slow / fast for fast, slow in zip(ours, theirs, strict=True)]
+        figures = {"median": statistics.median(by_round), "min": min(by_round), "max": max(by_round)}
+        table.append({"ours": pair[0], "theirs": pair[1], **figures, "rounds": by_round})
+    return table
 
 
 def main(argv: list[str]) -> int:
-    precision = next((argv[index + 1] for index, word in enumerate(argv) if word == "--precision"), "bf16sum32")
-    rest = [word for index, word in enumerate(argv) if "--precision" not in argv[max(0, index - 1) : index + 1]]
-    compared = pairs(precision)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="Other options are those of throughput.py, without --contestants.")  # fmt: skip
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16sum32", help="of the libraries (default bf16sum32)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions, every sample and ratio here")
+    options, others = parser.parse_known_args(argv)
+    compared = pairs(options.precision)
     names = list(dict.fromkeys(name for pair in compared for name in pair))
-    document = throughput.measure([*rest, "--contestants", *names])
-    rows = {row["contestant"]: row for row in document["recipes"].get("bench_dense", [])}
-    for pair in compared:
-        ours, theirs = (rows.get(parse(name, throughput.cores()).name) for name in pair)
-        if ours and theirs:
-            by_round = ratios(ours, theirs)
-            print(f"{pair[0]:20} / {pair[1]:18} {statistics.median(by_round):.2f} ({min(by_round):.2f} to {max(by_round):.2f})")
+    document = throughput.measure([*others, "--contestants", *names])
+    document["ratios"] = {recipe: ratios(compared, rows) for recipe, rows in document["recipes"].items()}
+    for recipe, table in document["ratios"].items():
+        for row in table:
+            print(f"{recipe} {row['ours']:19} / {row['theirs']:20} {row['median']:.2f} ({row['min']:.2f} to {row['max']:.2f})")
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 1 if document["failures"] else 0
 
 

@@ -2,15 +2,17 @@
 
     python tests/bench/memory.py division --processes 2 4      # every engine and ZeRO stage on bench_dense_124m
     python tests/bench/memory.py predicted                     # the 12 recipes of memory_recipes.txt
+    python tests/bench/memory.py predicted --engines           # the 12 recipes of memory_engine_recipes.txt
 
 The peak is what summary.json has as memory.measured: the most bytes of tensors on the fullest rank in two steps, memory that ranks
 share once. Ideal are parameters, gradients, master weights and moments by the stage's formula, at stage 3 with the largest layer
-gathered and the next one besides, and everything else as measured at native stage 0. `--json FILE` writes machine, versions and
-rows.
+gathered and the next one besides, and everything else as measured at native stage 0. Where FSDP2 is among the engines, a last row
+has the peak of a loop that uses it directly, on the plain model (contest/). `--json FILE` writes machine, versions and rows.
 """
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -20,9 +22,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from contest.entry import Entry
 from contest.environment import machine, versions
 from contest.report import table_of
 from contest.runs import train
+from contest.team import Team
 
 from bagualu.parallel.config import ENGINES
 from bagualu.trainer.costs.state import parameter_state
@@ -30,7 +34,8 @@ from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.models.decoder.shapes import layer_shapes, parameter_shapes
 from bagualu.trainer.recipe.compose import compose
 
-RECIPES = Path(__file__).parent / "memory_recipes.txt"
+LISTS = {engines: Path(__file__).parent / f"memory{'_engine' * engines}_recipes.txt" for engines in (False, True)}
+"""Files of recipes; that of engines also has stage 3 of the native engine."""
 MIB = 2**20
 Row = dict[str, Any]
 
@@ -42,7 +47,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     division.add_argument("--recipe", default="bench_dense_124m")
     division.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="data ranks (default 2 4)")
     division.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    predicted.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="lines of memory_recipes.txt, from 1")
+    predicted.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="lines of the list, from 1")
+    predicted.add_argument("--engines", action="store_true", help="the list of recipes over engines")
     for one in (division, predicted):
         one.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and rows here")
         one.add_argument("--folder", type=Path, help="keep logs here (default: a new folder in /tmp)")
@@ -69,6 +75,19 @@ def division(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
                     measured[engine, zero] = memory_of(changed, folder, f"{processes}-{engine}-{zero}")
                 ideal = state(changed, zero) + besides
                 yield row(measured[engine, zero], {"engine": engine, "zero": zero, "processes": processes}, ideal)
+        if "fsdp" in options.engines and processes <= len(os.sched_getaffinity(0)):  # a contestant has a core for each process
+            memory = {"predicted": None, "measured": fsdp_itself(options.recipe, processes, folder), "process": None}
+            ideal = state([*words, "parallel.engine=fsdp"], 3) + besides
+            yield row(memory, {"engine": "fully_shard itself", "zero": 3, "processes": processes}, ideal)
+
+
+def fsdp_itself(recipe: str, processes: int, folder: Path) -> float:
+    """Returns the peak bytes of a rank that trains the plain model in a loop over FSDP2."""
+    team = Team(Entry("fsdp", "bf16", False, processes, 1), recipe, "tuned", 0, folder, "cpu", tensors=True)
+    try:
+        return team.measure(2).peak_memory_bytes / processes
+    finally:
+        team.close()
 
 
 def state(words: list[str], zero: int) -> int:
@@ -82,7 +101,7 @@ def state(words: list[str], zero: int) -> int:
 
 
 def predicted(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    for number, line in enumerate(RECIPES.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(LISTS[options.engines].read_text(encoding="utf-8").splitlines(), 1):
         if options.only is None or number in options.only:
             words = shlex.split(line.replace("'", "\\'"))
             short = " ".join(word.rpartition(".")[2] for word in words[1:] if word.startswith(("parallel", "train")))
@@ -90,11 +109,12 @@ def predicted(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
 
 
 def row(memory: dict[str, Any], named: Row, ideal: int | None) -> Row:
-    said, measured = sum(memory["predicted"].values()), memory["measured"]
-    figures = {"measured MiB": measured / MIB, "predicted MiB": said / MIB, "predicted / measured": said / measured}
+    said, measured = sum(memory["predicted"].values()) if memory["predicted"] else None, memory["measured"]
+    figures: Row = {"measured MiB": measured / MIB, "predicted MiB": said and said / MIB}
+    figures["predicted / measured"] = said and said / measured
     if ideal is not None:
         figures |= {"ideal MiB": ideal / MIB, "measured / ideal": measured / ideal}
-    return named | figures | {"process MiB": memory["process"] / MIB, "kinds": memory["predicted"]}
+    return named | figures | {"process MiB": memory["process"] and memory["process"] / MIB, "kinds": memory["predicted"]}
 
 
 def main(argv: list[str]) -> int:

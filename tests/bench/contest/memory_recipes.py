@@ -1,12 +1,14 @@
 """Draws the recipes whose memory is predicted and then measured (memory.py) from a grid. Free of torch.
 
     cd tests/bench && python -m contest.memory_recipes > memory_recipes.txt
+    cd tests/bench && python -m contest.memory_recipes engines > memory_engine_recipes.txt
 
-The list in memory_recipes.txt was drawn before the first measurement. A recipe is a list of overrides. Layouts have at most 4
+Both lists were drawn before the first measurement of any of their recipes. A recipe is a list of overrides. Layouts have at most 4
 ranks, models at most 50 million parameters, so that two cores can measure all of them.
 """
 
 import random
+import sys
 from itertools import count
 from typing import Any
 
@@ -54,15 +56,28 @@ GRID: dict[str, list[str]] = {
     "optimizer": ["", "optim.moments_dtype=bfloat16", "optim.name=lion", "optim.name=sgd optim.momentum=0"],
     "groups": ["", "optim.groups=[{pattern:embedding.weight,frozen:true},{pattern:'layers.0.*',frozen:true}]"],
 }
+ENGINES = GRID | {
+    "zero": [
+        "parallel.zero=3",
+        "parallel.zero=3 parallel.memory_bytes=2000000000",
+        "parallel.engine=fsdp",
+        "parallel.engine=fsdp parallel.shard=2",
+        *(f"parallel.engine=deepspeed parallel.zero={stage}" for stage in (1, 2, 3)),
+    ],
+    "recompute": [f"train.recompute={which}" for which in ("none", "full", "attention", "every:2")],
+    "optimizer": ["", "optim.moments_dtype=bfloat16", "optim.name=lion", "optim.name=muon"],
+    "offload": ["", "", "train.offload_bytes=20000000"],
+}
+"""The grid of engines, and of stages that divide weights too."""
 ONE_RANK_IN_THE_PIPELINE = "parallel.schedule=1f1b"
 """The schedule of a drawn recipe whose layout has no pipeline, where every schedule does the same."""
 
 
-def draw() -> list[list[str]]:
-    """Draws the recipes: a value of each row of the grid, again where the recipe is refused or drawn already."""
+def draw(grid: dict[str, list[str]]) -> list[list[str]]:
+    """Draws the recipes: a value of each row of `grid`, again where the recipe is refused or drawn already."""
     generator, drawn = random.Random(SEED), list[list[str]]()
     for _ in count():
-        chosen = {row: generator.choice(values) for row, values in GRID.items()}
+        chosen = {row: generator.choice(values) for row, values in grid.items()}
         if "pipeline" not in chosen["layout"]:
             chosen["schedule"] = ONE_RANK_IN_THE_PIPELINE
         words = ["recipe=bench_dense", *(word for value in chosen.values() for word in value.split())]
@@ -83,4 +98,4 @@ def _valid(words: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    print("\n".join(" ".join(words) for words in draw()))
+    print("\n".join(" ".join(words) for words in draw(ENGINES if sys.argv[1:] == ["engines"] else GRID)))

@@ -40,15 +40,19 @@ class Contestant(Protocol):
 class Team:
     """The processes of one baseline, alive for the whole benchmark and blocked on stdin between rounds."""
 
-    def __init__(self, entry: Entry, recipe: str, allocator: str, warmup: int, logs: Path, device: str) -> None:
-        """Start the processes; the first turn begins with `warmup` untimed steps (compilation happens there)."""
+    def __init__(
+        self, entry: Entry, recipe: str, allocator: str, warmup: int, logs: Path, device: str, tensors: bool = False
+    ) -> None:
+        """Start the processes; the first turn begins with `warmup` untimed steps (compilation happens there). `tensors`: peaks are
+        those of the tensors' bytes in the steps, not of the processes."""
         self.entry, self.untimed, self.log = entry, warmup, logs / f"{recipe}-{entry.name}.log"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "contest.worker", "--framework", entry.program, "--precision", entry.variant,
                    "--recipe", recipe, "--processes", str(entry.processes), "--threads", str(entry.threads),
-                   "--port", str(port), "--device", device, *(["--compiled"] if entry.compiled else [])]  # fmt: skip
+                   "--port", str(port), "--device", device, *(["--compiled"] if entry.compiled else []),
+                   *(["--tensors"] if tensors else [])]  # fmt: skip
         variables = environment(entry.threads, allocator)
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BENCH), variables.get("PYTHONPATH"))))
         with self.log.open("w", encoding="utf-8") as log:

@@ -6,12 +6,14 @@ print to stderr.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from contest.environment import cores_of
 from contest.shapes import SHAPES
@@ -28,6 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--device", required=True)
+    parser.add_argument("--tensors", action="store_true", help="the peak is that of the tensors' bytes in the steps")
     return parser.parse_args()
 
 
@@ -36,6 +39,19 @@ def private_stdout() -> IO[str]:
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
     return answers
+
+
+def counter_of_tensors() -> Any:
+    """Returns a counter that knows all tensors of this process."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    from bagualu.trainer.costs.tensor_memory import TensorMemory
+
+    counter = TensorMemory()
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    counter.hold(tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return counter
 
 
 def peak_memory_bytes(device: str) -> int:
@@ -65,6 +81,7 @@ def serve(options: argparse.Namespace, answers: IO[str]) -> None:
     together = options.framework in SHARE_THE_MODEL
     generator = torch.Generator().manual_seed(0 if together else options.rank)
     mine = shape.batch if together else shape.batch // options.processes
+    counter = counter_of_tensors() if options.tensors else nullcontext()
     for line in sys.stdin:
         seconds, cpu_seconds, losses = [], [], []
         for _ in range(json.loads(line)["steps"]):
@@ -73,11 +90,13 @@ def serve(options: argparse.Namespace, answers: IO[str]) -> None:
             start, cpu_start = time.perf_counter(), time.process_time()
             tokens = torch.randint(shape.vocab, (mine, shape.sequence + 1), generator=generator)
             tokens = tokens.to(options.device)
-            losses.append(step(tokens[:, :-1], tokens[:, 1:]))  # a number: whatever a GPU was given is done
+            with counter:
+                losses.append(step(tokens[:, :-1], tokens[:, 1:]))  # a number: whatever a GPU was given is done
             seconds.append(time.perf_counter() - start)
             cpu_seconds.append(time.process_time() - cpu_start)
         times = {"step_seconds": seconds, "cpu_seconds": cpu_seconds}
-        answers.write(json.dumps({**times, "losses": losses, "peak_memory_bytes": peak_memory_bytes(options.device)}) + "\n")
+        peak = counter.peak if options.tensors else peak_memory_bytes(options.device)
+        answers.write(json.dumps({**times, "losses": losses, "peak_memory_bytes": peak}) + "\n")
     if distributed:
         dist.destroy_process_group()
 
