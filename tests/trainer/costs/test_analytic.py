@@ -1,5 +1,8 @@
 """Costs from shapes, against the model itself: names and shapes, bytes that are really held, FLOPs that add up."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from bagualu.trainer.models.activations import run as run_layer
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.model import Decoder, Layer
 from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes, parameter_shapes
+from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 from tests.harness import run
 from tests.parity import small_recipe
@@ -150,3 +154,22 @@ FROZEN = {"optim__groups": [{"pattern": name, "frozen": True} for name in ("embe
 def test_state_is_what_ranks_hold(ranks: int, changes: dict[str, object]) -> None:
     for held, pads, said in run("simulated", ranks, state_held, small_recipe(**changes)):
         assert said <= held <= said + pads
+
+
+def shares(recipe_name: str, part: str) -> tuple[float, float]:
+    """Returns which share of its activations a layer keeps if it recomputes `part`, and by which share its passes take longer."""
+    recipe = compose([f"recipe={recipe_name}", "train.dtype=bfloat16", "comm.backend=gloo"])
+    layer = analytic_table(work_of(recipe, recipe.validate(1))).layers[0]
+    seconds = layer.forward_seconds + layer.input_gradient_seconds + layer.weight_gradient_seconds
+    return layer.kept_bytes(part) / layer.activation_bytes, layer.again_seconds(part) / seconds
+
+
+SHARES = [("bench_dense_124m", "attention"), ("bench_moe", "experts"), ("bench_dense_124m", "full")]
+
+
+@pytest.mark.parametrize(("recipe", "part"), SHARES)
+def test_the_guide_says_what_recomputation_saves_and_costs(recipe: str, part: str) -> None:
+    guide = (Path(__file__).parents[3] / "docs/guides/memory.md").read_text(encoding="utf-8")
+    (row,) = (line for line in guide.splitlines() if line.startswith(f"| `{part}` |"))
+    *_, kept, longer = re.findall(r"(\d+)%", row)
+    assert [f"{share:.0%}" for share in shares(recipe, part)] == [f"{kept}%", f"{longer}%"]
