@@ -197,7 +197,7 @@ class FlatZero(Zero):
                     ends.all_reduce(gradient)
         self._use_own_group()
         self.engine.set_gradient_accumulation_boundary(True)
-        self.engine.allreduce_gradients()
+        self.engine.allreduce_gradients(bucket_size=0)  # each flat tensor by itself: of several, DeepSpeed would make a copy
 
     def copies(self, place: int) -> Sequence[torch.Tensor]:
         entries, part = list(self.members.values())[place], self.parts[place]
