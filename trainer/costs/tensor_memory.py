@@ -25,8 +25,9 @@ class TensorMemory(TorchDispatchMode):
         self._bytes = 0
         self._held: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         """By the id of a storage: a reference that does not keep it alive, and its bytes when they were last read."""
-        self._resized: set[int] = set()
-        """The ids of storages whose size has changed, as engines change that of gathered weights."""
+        self._resizable: set[int] = set()
+        """The ids of storages that were empty when they were given to `hold`: those of gathered weights, which engines resize
+        without an operation that would show it."""
         self._freed: deque[int] = deque()
         """The bytes of freed storages that are still part of `_bytes`. Any thread may free a storage, this thread counts."""
 
@@ -35,9 +36,12 @@ class TensorMemory(TorchDispatchMode):
         return self
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Counts tensors that this rank holds already."""
+        """Counts tensors that this rank holds already. Of these, empty ones alone may be resized later by their storage."""
         for tensor in tensors:
-            self._count(tensor.untyped_storage())
+            storage = tensor.untyped_storage()
+            self._count(storage)
+            if not storage.nbytes():
+                self._resizable.add(id(storage))
 
     @property
     def bytes(self) -> int:
@@ -56,7 +60,7 @@ class TensorMemory(TorchDispatchMode):
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if id(storage) not in self._held and not _among(storage, args) and not _among(storage, named.values()):
+                if id(storage) in self._held or not (_among(storage, args) or _among(storage, named.values())):
                     self._count(storage)
         return result
 
@@ -66,29 +70,36 @@ class TensorMemory(TorchDispatchMode):
         return False
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)  # the same for all tensors of the storage, as long as it exists
-        if key in self._held or storage.device.type == "meta":  # of a tensor without values
+        """Counts a storage with its present size, whether it is new or the operation has resized it."""
+        if storage.device.type == "meta":  # of a tensor without values
             return
+        if id(storage) not in self._held:
+            self._add(storage)
+        elif not self._changed(storage):
+            return
+        for key in tuple(self._resizable):
+            reference, _ = self._held.get(key, (None, 0))
+            if reference is not None and (resizable := reference()) is not None:
+                self._changed(resizable)
+        self.peak = max(self.peak, self.bytes)
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)  # the same for all tensors of the storage, as long as it exists
 
         def forget(_: Any) -> None:
             self._freed.append(self._held.pop(key)[1])
-            self._resized.discard(key)
+            self._resizable.discard(key)
 
         self._held[key] = weakref.ref(storage, forget), storage.nbytes()
-        self._bytes += storage.nbytes()
-        self._measure_again(list(self._resized))
-        if self.bytes > self.peak:
-            self._measure_again(list(self._held))
-            self.peak = max(self.peak, self.bytes)
+        self._bytes += self._held[key][1]
 
-    def _measure_again(self, keys: list[int]) -> None:
-        for key in keys:
-            reference, before = self._held.get(key, (None, 0))
-            storage = reference() if reference else None
-            if storage is not None and reference is not None and (now := storage.nbytes()) != before:
-                self._held[key] = reference, now
-                self._bytes += now - before
-                self._resized.add(key)
+    def _changed(self, storage: torch.UntypedStorage) -> bool:
+        """Reads the size of a counted storage, and returns whether it has changed."""
+        reference, before = self._held[id(storage)]
+        now = storage.nbytes()
+        self._held[id(storage)] = reference, now
+        self._bytes += now - before
+        return now != before
 
 
 def _among(storage: torch.UntypedStorage, arguments: Iterable[Any]) -> bool:

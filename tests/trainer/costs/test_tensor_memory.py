@@ -72,18 +72,51 @@ def test_the_inside_of_a_backward_pass_counts() -> None:
 
 
 def test_a_storage_that_is_resized_counts_as_large_as_it_is() -> None:
+    gathered = kib(100)
+    gathered.untyped_storage().resize_(0)
     with TensorMemory() as memory:
-        gathered = kib(100)
-        gathered.untyped_storage().resize_(0)
+        memory.hold([gathered])
         own = kib(30)
-        assert (memory.bytes, memory.peak) == (30 * KIB, 100 * KIB)
+        assert (memory.bytes, memory.peak) == (30 * KIB, 30 * KIB)
         gathered.untyped_storage().resize_(90 * KIB)
         more = kib(10)
         assert memory.peak == 130 * KIB
         gathered.untyped_storage().resize_(0)
-        del own, more
+        large = kib(80)
+        assert (memory.bytes, memory.peak) == (120 * KIB, 130 * KIB)
+        del own, more, large
         kib(1)
     assert (memory.bytes, memory.peak) == (0, 130 * KIB)
+
+
+def test_an_operation_that_resizes_its_result_is_seen() -> None:
+    with TensorMemory() as memory:
+        result = torch.empty(0, dtype=torch.uint8)
+        torch.add(kib(20), 1, out=result)
+        assert (memory.bytes, memory.peak) == (20 * KIB, 40 * KIB)
+        result.resize_(50 * KIB)
+    assert memory.peak == 50 * KIB
+
+
+@pytest.mark.parametrize("living", [100, 200])
+def test_a_tensor_costs_the_same_however_many_there_are(living: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one of them sets a new peak."""
+    reads, nbytes = list[int](), torch.UntypedStorage.nbytes
+
+    def counted(storage: torch.UntypedStorage) -> int:
+        reads.append(nbytes(storage))
+        return reads[-1]
+
+    empty = [kib(1) for _ in range(3)]
+    for tensor in empty:
+        tensor.untyped_storage().resize_(0)
+    monkeypatch.setattr(torch.UntypedStorage, "nbytes", counted)
+    with TensorMemory() as memory:
+        memory.hold(empty)
+        reads.clear()
+        tensors = [kib(1) for _ in range(living)]
+    assert memory.peak == living * KIB == sum(tensor.nbytes for tensor in tensors)
+    assert len(reads) <= (len(empty) + 2) * living
 
 
 def test_another_thread_may_free_what_this_one_made() -> None:
