@@ -87,14 +87,14 @@ class Transfers:
     backward: Counter[int]
 
 
-def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: list[int], micro_batches: int) -> Transfers:
-    """Returns what a rank that holds these layers holds for transfers during a step with `micro_batches`."""
+def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: list[int], passes: int) -> Transfers:
+    """Returns what a rank that holds these layers holds for transfers during the last of `passes` backward passes of a step."""
     last = work.model.layers
     ends = (0 in layers, last - 1 in layers)
     units = [EMBEDDING] * ends[0] + layers + [last, last + 1] * ends[1]
     again = [i for i in layers if work.passes_gradients(i)] + [last] * ends[1]  # whose weights the backward pass reads too
     reducing = _Reducing(work, [one for one in buckets if one.trained and one.partitioned and not one.over_two_axes])
-    for _ in range(min(2, micro_batches)) if work.zero >= 2 else ():
+    for _ in range(passes) if work.zero >= 2 else ():
         if ends[1]:  # the head waits for all reductions before its forward pass
             reducing.settle()
         for unit in reversed(units):

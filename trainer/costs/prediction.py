@@ -2,16 +2,19 @@
 
 The prediction has the state of each rank (state.py, with the padding of buckets.py), and the schedule's moment at which
 activations take most (activations.py, parallel/balance/stages). It leaves out what a transport keeps for itself, such as NCCL's
-buffers, the copies for checkpoints that are written in the background, and the matrices that muon brings together. Of FSDP2's and
-DeepSpeed's own buffers it has only those of `unit_transfers`, so a run with these engines takes more.
+buffers, the copies for checkpoints that are written in the background, and the matrices that muon brings together. Of FSDP2's own
+buffers it has only those of `unit_transfers`, so a run with this engine may take more.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from bagualu.parallel.balance.stages.activations import Activations
 from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.forecast import Split
+from bagualu.parallel.balance.stages.memory import worst_passes
 from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.memory_kinds import ACTIVATIONS, BUFFERS, COMMUNICATION, KINDS
@@ -27,6 +30,7 @@ from bagualu.trainer.costs.buckets import (
     transfers,
     unit_transfers,
 )
+from bagualu.trainer.costs.deepspeed_memory import deepspeed_buffers, deepspeed_transfers
 from bagualu.trainer.costs.state import EMBEDDING, layer_state, parameter_state, rank_parameters
 from bagualu.trainer.costs.work import ModelWork, work_of
 from bagualu.trainer.models.decoder.plan import decoder_plan
@@ -75,18 +79,37 @@ def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule, mi
         buckets = plan_buckets(work, recipe.optim, recipe.parallel.bucket_bytes, layers) if native else []
         state = buckets_state(work, buckets) + _outside_buckets(work, layers)
         state[BUFFERS] += _TOKEN_BYTES * work.tokens * (micro_batches or schedule.micro_batches)
+        if work.engine == "deepspeed":
+            state[COMMUNICATION] += deepspeed_buffers(work, _zero_optimization(recipe, layout))
         pieces = tuple((split.slices[stage].start, split.slices[stage].stop) for stage in stages)
-        moved = unit_transfers(work, layers) if work.engine == "fsdp" else transfers(work, buckets, layers, schedule.micro_batches)
-        alone, together = (
-            Problem(costs, schedule, [1.0] * layout.pipeline, None, activations).transient_bytes(rank, pieces)
-            for costs in (table, _with_transfers(work, table, moved))
-        )
+        alone = Problem(table, schedule, [1.0] * layout.pipeline, None, activations).transient_bytes(rank, pieces)
+        together = 0
+        for first in (True, False):  # in the first backward pass of a step, no reductions of another are in progress
+            moved = _moved(recipe, work, buckets, layers, 1 if first else 2)
+            problem = Problem(_with_transfers(work, table, moved), schedule, [1.0] * layout.pipeline, None, activations)
+            passes = worst_passes(schedule, first)[rank]
+            together = max(together, problem.transient_bytes(rank, pieces, passes=passes))
         messages = 2 * table.output_bytes if layout.pipeline > 1 else 0  # one that is sent and one that is received
         state[ACTIVATIONS] += max(alone, _update_bytes(work, recipe.optim, buckets))
         last = reductions_at_the_end(work, buckets, one_machine=recipe.launch.nodes == 1)
         state[COMMUNICATION] += max(together + messages, last) - alone
         memories.append({kind: state[kind] for kind in KINDS})
     return memories
+
+
+def _moved(recipe: Recipe, work: ModelWork, buckets: list[PlannedBucket], layers: list[int], passes: int) -> Transfers:
+    """Returns what a rank that holds these layers holds for transfers in the last of `passes` backward passes."""
+    if work.engine == "fsdp":
+        return unit_transfers(work, layers)
+    if work.engine == "deepspeed":
+        return deepspeed_transfers(work, _zero_optimization(recipe, work.layout), layers)
+    return transfers(work, buckets, layers, passes)
+
+
+def _zero_optimization(recipe: Recipe, layout: Layout) -> Mapping[str, Any]:
+    """Returns the section zero_optimization of DeepSpeed's configuration."""
+    section: Mapping[str, Any] = recipe.deepspeed_terms(layout).library_config()["zero_optimization"]
+    return section
 
 
 def _outside_buckets(work: ModelWork, layers: list[int]) -> Counter[str]:
@@ -105,11 +128,12 @@ def _with_transfers(work: ModelWork, table: CostTable, moved: Transfers) -> Cost
     norm, head = work.model.layers, work.model.layers + 1
     after_loss = inside_bytes(work) + max(moved.backward[head], moved.backward[norm])
     before_loss = table.head.work_bytes + moved.forward[head]
+    last_layer = table.output_bytes + moved.forward[norm - 1] - table.head.activation_bytes  # its forward pass
     return replace(
         table,
         embedding=replace(table.embedding, work_bytes=table.embedding.work_bytes + moved.backward[EMBEDDING]),
         layers=[replace(one, work_bytes=one.work_bytes + moved.backward[i]) for i, one in enumerate(table.layers)],
-        head=replace(table.head, work_bytes=max(before_loss, after_loss)),
+        head=replace(table.head, work_bytes=max(before_loss, after_loss, last_layer)),
     )
 
 

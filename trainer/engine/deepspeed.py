@@ -19,7 +19,7 @@ from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.data.bucket import BucketKind, Entry, kind_of
 from bagualu.parallel.data.shard import norm_squared
-from bagualu.parallel.memory_kinds import GRADIENTS
+from bagualu.parallel.memory_kinds import COMMUNICATION, GRADIENTS
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill
 from bagualu.parallel.pipeline.runtime import Slices
@@ -168,6 +168,7 @@ class DeepSpeedEngine(ShardedEngine):
     def held(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from super().held()
         yield from ((GRADIENTS, gradients) for zero in self._zeros for gradients in zero.flat_gradients())
+        yield from ((COMMUNICATION, buffer) for zero in self._zeros for buffer in zero.reduction_buffers())
 
     def working_weights(self) -> Iterator[Sequence[torch.Tensor]]:
         return (zero.copies(place) for zero in self._zeros for place in range(len(zero.parts)))

@@ -108,7 +108,11 @@ class Zero:
         raise NotImplementedError
 
     def flat_gradients(self) -> Sequence[torch.Tensor]:
-        """Returns the tensors that hold whole gradients of this rank also between steps."""
+        """Returns the tensors that hold gradients of this rank also between steps."""
+        return []
+
+    def reduction_buffers(self) -> Sequence[torch.Tensor]:
+        """Returns the tensors in which gradients are collected for their reduction, if they exist from the start."""
         return []
 
     def copies(self, place: int) -> Sequence[torch.Tensor]:
@@ -236,6 +240,13 @@ class ShardedZero(Zero):
     def gradients(self, place: int) -> Sequence[torch.Tensor]:
         entries = list(self.members.values())[place]
         return [self._library.utils.safe_get_local_grad(entry.parameter) for entry in entries]
+
+    def flat_gradients(self) -> Sequence[torch.Tensor]:
+        return [self.engine.optimizer.grad_partitions_flat_buffer]
+
+    def reduction_buffers(self) -> Sequence[torch.Tensor]:
+        buffers = (bucket.buffer for bucket in self.engine.optimizer.ipg_buckets.values())
+        return [buffer for buffer in buffers if buffer is not None]
 
     def copies(self, place: int) -> Sequence[torch.Tensor]:
         parameters: list[Any] = [entry.parameter for entry in list(self.members.values())[place]]

@@ -21,22 +21,26 @@ def worst_moments(schedule: Schedule) -> list[list[Moment]]:
     return [_worst(actions, placement.stages_of(rank)) for rank, actions in enumerate(schedule.actions)]
 
 
-def worst_passes(schedule: Schedule) -> list[list[tuple[int, Moment]]]:
+def worst_passes(schedule: Schedule, first: bool | None = None) -> list[list[tuple[int, Moment]]]:
     """Returns, by rank, pairs (index of the stage among the rank's stages, moment): the moments at which B or I of that stage
-    begins, without those that another moment at which it begins equals or exceeds in every number."""
+    begins, without those that another moment at which it begins equals or exceeds in every number. `first`: only the first B or I
+    of each stage (True), only those after it (False), or all (None)."""
     placement = schedule.placement
-    return [_worst_passes(actions, placement.stages_of(rank)) for rank, actions in enumerate(schedule.actions)]
+    return [_worst_passes(actions, placement.stages_of(rank), first) for rank, actions in enumerate(schedule.actions)]
 
 
 def _worst(actions: list[Action], stages: list[int]) -> list[Moment]:
     return _uncovered({after for _, _, after in _moments(actions, stages)})
 
 
-def _worst_passes(actions: list[Action], stages: list[int]) -> list[tuple[int, Moment]]:
+def _worst_passes(actions: list[Action], stages: list[int], first: bool | None) -> list[tuple[int, Moment]]:
     begun: dict[int, set[Moment]] = {}
+    seen: set[int] = set()
     for action, before, _ in _moments(actions, stages):
         if action.kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
-            begun.setdefault(stages.index(action.stage), set()).add(before)
+            if first in (None, action.stage not in seen):
+                begun.setdefault(stages.index(action.stage), set()).add(before)
+            seen.add(action.stage)
     return [(chunk, moment) for chunk, moments in begun.items() for moment in _uncovered(moments)]
 
 

@@ -125,26 +125,35 @@ class Problem:
             total -= self.table.tied_bytes
         return int(total) + self.transient_bytes(rank, pieces, chosen)
 
-    def transient_bytes(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int] = _NOTHING) -> int:
+    def transient_bytes(
+        self,
+        rank: int,
+        pieces: tuple[Piece, ...],
+        chosen: frozenset[int] = _NOTHING,
+        passes: list[tuple[int, Moment]] | None = None,
+    ) -> int:
         """Returns the most bytes of device memory that `rank` takes besides its state: activations and operands of weight gradients
-        in flight, outputs of stages, and what a pass takes beyond those of its own micro-batch."""
-        return self._most(rank, [self._held(*both, chosen) for both in zip(self.stages_of[rank], pieces, strict=True)])
+        in flight, outputs of stages, and what a pass takes beyond those of its own micro-batch. `passes`: as `worst_passes` returns
+        them, those to consider; None: all."""
+        held = [self._held(*both, chosen) for both in zip(self.stages_of[rank], pieces, strict=True)]
+        return self._most(rank, held, self.passes[rank] if passes is None else passes)
 
     def activation_bytes(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int] = _NOTHING) -> int:
         """Returns the part of `transient_bytes` that `activations.most_bytes` limits: without outputs of stages, gradients and
         intermediate results."""
-        return self._most(rank, [self._held(*both, chosen, alone=True) for both in zip(self.stages_of[rank], pieces, strict=True)])
+        held = [self._held(*both, chosen, alone=True) for both in zip(self.stages_of[rank], pieces, strict=True)]
+        return self._most(rank, held, self.passes[rank])
 
-    def _most(self, rank: int, held: list[_Held]) -> int:
-        """Returns the most bytes that `rank` takes at a time if its stages take `held` for each micro-batch."""
+    def _most(self, rank: int, held: list[_Held], passes: list[tuple[int, Moment]]) -> int:
+        """Returns the most bytes that `rank` takes at a time, in any of `passes` or between them, if its stages take `held` for
+        each micro-batch."""
 
         def at(moment: Moment) -> int:
             pairs = list(zip(moment, held, strict=True))
             total = sum(a * one.activations + o * one.operands for (a, o), one in pairs)
             return total - self._in_host_memory([(a, one) for (a, _), one in pairs])
 
-        passes = (at(moment) + held[chunk].more for chunk, moment in self.passes[rank])
-        return max(*map(at, self.moments[rank]), *passes)
+        return max([*map(at, self.moments[rank]), *(at(moment) + held[chunk].more for chunk, moment in passes)])
 
     def least_bytes(self, rank: int, pieces: tuple[Piece, ...]) -> tuple[int, int]:
         """Returns `memory` and `activation_bytes` if all layers recompute that may be chosen to."""

@@ -92,7 +92,8 @@ def test_state_of_other_engines_is_predicted_but_for_padding(changes: dict[str, 
 def test_other_engines_take_what_is_predicted_and_buffers_of_their_own(changes: dict[str, object]) -> None:
     sizes = {"model__hidden": 64, "model__ffn": 160, "model__vocab": 512, "data__sequence_length": 128}
     for peak, said in run("gloo", 4, counted, small_recipe(**sizes, **changes)):
-        assert 0.8 * peak < sum(said.values()) < 1.05 * peak
+        least = 0.9 if "deepspeed" in changes.values() else 0.8
+        assert least * peak < sum(said.values()) < 1.05 * peak
 
 
 def counted(communicator: Communicator, recipe: Recipe) -> tuple[int, Memory]:
@@ -103,6 +104,10 @@ def counted(communicator: Communicator, recipe: Recipe) -> tuple[int, Memory]:
         for step in range(2):
             train_step(state, step)
     return memory.peak, predicted(state)
+
+
+TWO_BATCHES = {"parallel__data": 2, "parallel__pipeline": 2, "data__global_batch": 4}
+"""Both micro-batches are in flight only before the first backward pass, when no gradients are in reduction."""
 
 
 @pytest.mark.parametrize(
@@ -117,6 +122,8 @@ def counted(communicator: Communicator, recipe: Recipe) -> tuple[int, Memory]:
         (2, {"parallel__data": 2, "parallel__zero": 0}),
         (2, {"parallel__data": 2, "parallel__zero": 2, "train__dtype": "bfloat16"}),
         (2, {"parallel__data": 2, "parallel__zero": 3, "train__dtype": "bfloat16"}),
+        (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 2}),
+        (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 3}),
     ],
     ids=named,
 )
