@@ -15,7 +15,8 @@ class Mesh:
 
     Groups: tensor; pipeline and further groups of the same ranks (see `messages`); fold (ranks with the same dense parameters);
     expert (ranks with the other experts); replica (ranks with the same experts); ends (the ranks of the first and the last stage,
-    for tied embeddings; only those ranks have it); world; with Layout.shard also the two tiers of fold and replica (Layout.peers).
+    for tied embeddings; only those ranks have it); world; alone (this rank); with Layout.shard also the two tiers of fold and
+    replica (Layout.peers).
     """
 
     layout: Layout
@@ -33,7 +34,7 @@ class Mesh:
         rank = communicator.rank
         placement = placement or StagePlacement(layout.pipeline)
         at = layout.coordinates(rank)
-        groups = {"world": communicator.world}
+        groups = {"world": communicator.world, "alone": communicator.group((rank,), "alone")}
         tiers = [axis + tier for axis in ("fold", "replica") for tier in (SHARD, COPIES)] if layout.shard else []
         for axis in ("tensor", "fold", "expert", "replica", "pipeline", *tiers):
             groups[axis] = communicator.group(layout.peers(axis, rank), axis)

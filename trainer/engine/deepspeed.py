@@ -28,7 +28,7 @@ from bagualu.parallel.sharding import ShardingPlan
 from bagualu.parallel.untrained import untrained_of
 from bagualu.trainer.engine.deepspeed_library import load
 from bagualu.trainer.engine.deepspeed_parts import Members, ZeroPart, sharded_part
-from bagualu.trainer.engine.deepspeed_zero import FlatZero, ShardedZero, Subset, Zero
+from bagualu.trainer.engine.deepspeed_zero import FlatZero, Ranks, ShardedZero, Subset, Zero
 from bagualu.trainer.engine.local_model import local_model
 from bagualu.trainer.engine.sharded import ShardedEngine, untrained_shard
 from bagualu.trainer.models.decoder.model import Decoder
@@ -58,10 +58,11 @@ class DeepSpeedEngine(ShardedEngine):
             members = {kind: entries for kind, entries in trained.items() if _divided_over(kind, mesh) == axis}
             if not members:
                 continue
+            ranks = Ranks(mesh.group(axis), mesh.group("alone"))
             zero = (
-                ShardedZero(library, model, members, mesh.group(axis), config)
+                ShardedZero(library, model, members, ranks, config)
                 if self._stage == 3
-                else FlatZero(library, Subset(members, self._call), members, mesh.group(axis), config)
+                else FlatZero(library, Subset(members, self._call), members, ranks, config)
             )
             self._zeros.append(zero)
             self._call = zero.engine

@@ -5,6 +5,7 @@ the place of an optimizer of torch in it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from bagualu.comm.group import Group
-from bagualu.comm.torch_transport import process_group_of_one
 from bagualu.parallel.data.bucket import Entry
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.engine.deepspeed_library import quiet
@@ -41,6 +41,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         return [partition for group in self.param_groups for partition in group["params"]]
 
 
+@dataclass
 class Ranks:
     """What DeepSpeed asks about groups of ranks, by its own names (an "mpu").
 
@@ -48,20 +49,22 @@ class Ranks:
     rank says that it is alone.
     """
 
-    def __init__(self, data: Group) -> None:
-        self._data, self._alone = data, process_group_of_one(data.device)
+    data: Group
+    """The ranks that divide the parameters."""
+    alone: Group
+    """This rank."""
 
     def get_data_parallel_group(self) -> ProcessGroup:
-        return self._data.process_group
+        return self.data.process_group
 
     def get_data_parallel_world_size(self) -> int:
-        return self._data.size
+        return self.data.size
 
     def get_data_parallel_rank(self) -> int:
-        return self._data.rank
+        return self.data.rank
 
     def get_model_parallel_group(self) -> ProcessGroup:
-        return self._alone
+        return self.alone.process_group
 
     def get_model_parallel_world_size(self) -> int:
         return 1
@@ -87,11 +90,11 @@ class Subset(nn.Module):
 class Zero:
     """An engine of DeepSpeed around `module`, and this rank's parts of its trained parameters, `members`. Collective."""
 
-    def __init__(self, library: Any, module: nn.Module, members: Members, group: Group, config: dict[str, Any]) -> None:
-        self.members, self.group = members, group
-        self.scale = float(group.size)
+    def __init__(self, library: Any, module: nn.Module, members: Members, ranks: Ranks, config: dict[str, Any]) -> None:
+        self.members, self.group = members, ranks.data
+        self.scale = float(self.group.size)
         """The factor between DeepSpeed's gradients, averages over the ranks, and their sums."""
-        self._library, self._optimizer, self._ranks = library, FlatOptimizer(list(members.values())), Ranks(group)
+        self._library, self._optimizer, self._ranks = library, FlatOptimizer(list(members.values())), ranks
         with quiet():
             self.engine, *_ = library.initialize(model=module, optimizer=self._optimizer, config=config, mpu=self._ranks)
         self.parts = list(self._parts())
@@ -215,11 +218,11 @@ class FlatZero(Zero):
 class ShardedZero(Zero):
     """ZeRO-3: every rank has its part of each parameter, and all of a layer's only while it computes with them."""
 
-    def __init__(self, library: Any, module: nn.Module, members: Members, group: Group, config: dict[str, Any]) -> None:
+    def __init__(self, library: Any, module: nn.Module, members: Members, ranks: Ranks, config: dict[str, Any]) -> None:
         # DeepSpeed numbers the parameters and modules of a process, and requires that the numbers are the same on all ranks. They
         # may have built different models before.
         library.zero.Init.param_id = 0
-        super().__init__(library, module, members, group, config)
+        super().__init__(library, module, members, ranks, config)
         for number, part in enumerate(module.modules()):
             part.ds_id = number  # type: ignore[assignment]
 

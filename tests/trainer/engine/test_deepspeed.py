@@ -1,7 +1,9 @@
 """parallel.engine=deepspeed trains the curve of one process, and none of the ways in which DeepSpeed differs shows."""
 
+import gc
 import json
 import logging
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -475,28 +477,31 @@ def in_one_process(communicator: Communicator, recipe: Recipe, keys: dict[str, A
     return held[-1] - held[0], deepspeed_module("utils.groups").mpu is not None
 
 
-def train_moving(communicator: Communicator, recipe: Recipe) -> tuple[Trained, int]:
+def train_moving(communicator: Communicator, recipe: Recipe) -> tuple[Trained, int, int]:
     """Moves layers before the steps 2, 3 and 4. Returns also the bytes of weights, master weights and gradients that are still
-    there of engines whose layers have moved away."""
-    state, before = fresh(communicator, recipe), []
+    there of engines whose layers have moved away, and how many threads the moves have started (a process group has three)."""
+    gc.collect()  # process groups of earlier tests
+    state, before, threads = fresh(communicator, recipe), [], list[int]()
     initial, results = pieces_of(state), []
     for step in range(STEPS):
         if step in (1, 2, 3):
             before += [weakref.ref(tensor.untyped_storage()) for _, tensor in state.engine.held()]
             move(state, split_of(*((1, 3), (3, 1), (2, 2))[step - 1]), step)
         results.append(train_step(state, step))
+        threads.append(len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else 0)
     trained = Trained(results, initial, pieces_of(state), state.engine.parameters)
     state.engine.close()
-    return trained, sum(storage.nbytes() for ref in before if (storage := ref()) is not None)
+    kept = sum(storage.nbytes() for ref in before if (storage := ref()) is not None)
+    return trained, kept, threads[-1] - threads[0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layers_move_and_nothing_is_kept_of_them(dtype: str) -> None:
     layout = {"parallel__pipeline": 2, "parallel__data": 2, "parallel__balance": [2, 2]}
     moved = run("gloo", 4, train_moving, recipe_for(1, **layout, train__dtype=dtype))
-    assert [kept for _, kept in moved] == [0] * 4
+    assert [(kept, threads) for _, kept, threads in moved] == [(0, 0)] * 4
     if dtype == "float32":
-        assert_same_curve([trained for trained, _ in moved], alone())
+        assert_same_curve([trained for trained, *_ in moved], alone())
 
 
 def deepspeed_module(name: str) -> Any:
