@@ -123,7 +123,7 @@ class ParallelConfig:
             *others, last = sorted(ENGINES[self.engine])
             stages = f"{', '.join(map(str, others))} or {last}" if others else last
             raise RecipeError(f"parallel.engine={self.engine} has no parallel.zero={self.zero}; give parallel.zero={stages}"
-                              + (f", or parallel.engine={able[0]}" if able else ""))  # fmt: skip
+                              + (f", or parallel.engine={' or '.join(able)}" if able else ""))  # fmt: skip
         if self.engine == "fsdp":
             self._validate_fsdp()
         elif self.shard is not None:

@@ -308,8 +308,9 @@ class Recipe:
 
         if self.parallel.zero_stage >= 2 and len(set(self.declared_shares(layout) or [0, 1])) > 1:
             engine, stage = self.parallel.engine, self.parallel.zero
-            each, fix = (("parallel.engine=fsdp gathers weights for each", "parallel.engine=native") if engine == "fsdp" else
-                         (f"parallel.zero={stage} reduces after each", "parallel.zero=1"))  # fmt: skip
+            each, fix = f"parallel.zero={stage} reduces after each with every engine", "parallel.zero=1"
+            if engine == "fsdp":
+                each, fix = "parallel.engine=fsdp gathers weights for each", f"{fix} with parallel.engine=native or deepspeed"
             raise RecipeError(f"parallel.shares={self.parallel.shares} gives data ranks different numbers of micro-batches, and "
                               f"{each}; leave it out, or give {fix}")  # fmt: skip
 

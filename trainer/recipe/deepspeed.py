@@ -93,10 +93,9 @@ class DeepSpeedTerms:
     def validate(self) -> None:
         """Raises RecipeError for what parallel.engine=deepspeed cannot do, and for a file that contradicts the recipe."""
         parallel, layout, stage = self.parallel, self.layout, self.stage
-        engine, instead = (
-            "parallel.engine=deepspeed",
-            f"parallel.engine={' or '.join(name for name in ENGINES if name != 'deepspeed')}",
-        )
+        engine = "parallel.engine=deepspeed"
+        able = [name for name, stages in ENGINES.items() if name != "deepspeed" and (parallel.zero is None or stage in stages)]
+        instead = f"parallel.engine={' or '.join(able)}"
         if self.simulated:
             raise RecipeError(f"{engine} needs a process for each rank, and comm.backend=simulated has threads; give "
                               "comm.backend=gloo or parallel.engine=native")  # fmt: skip
@@ -117,10 +116,11 @@ class DeepSpeedTerms:
                               "give parallel.schedule=1f1b or parallel.engine=native")  # fmt: skip
         if stage >= 2 and layout.pipeline > 1:
             raise RecipeError(f"parallel.zero={stage} does not go with parallel.pipeline={layout.pipeline} under {engine}, which "
-                              "reduces in every backward pass; give parallel.zero=1 or parallel.engine=native")  # fmt: skip
+                              f"reduces in every backward pass; give parallel.zero=1 or {instead}")  # fmt: skip
         if stage >= 2 and (parallel.schedule != "1f1b" or placement_of(parallel.schedule, 1, parallel.virtual_stages).stages > 1):
-            raise RecipeError(f"parallel.schedule={parallel.schedule} with parallel.zero={stage} does not go with {engine}, whose "
-                              "backward passes must follow their forward passes; give parallel.schedule=1f1b")  # fmt: skip
+            raise RecipeError(f"parallel.schedule={parallel.schedule} with parallel.zero={stage} does not go with {engine}, "
+                              "whose backward passes must follow their forward passes; give parallel.schedule=1f1b or "
+                              f"{instead}")  # fmt: skip
         if stage == 3 and layout.expert > 1:
             raise RecipeError(f"parallel.zero=3 does not go with parallel.expert={layout.expert} under {engine}, which divides all "
                               f"parameters among the same ranks; give parallel.zero=2, parallel.expert=1 or {instead}")  # fmt: skip

@@ -34,7 +34,12 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     # what the engine on torch's FSDP2 has not
     ({"parallel__engine": "torch"}, "give one of native, fsdp", FSDP),
-    ({**FSDP, "parallel__zero": 1}, "give parallel.zero=3, or parallel.engine=native", {"parallel__engine": "native"}),
+    ({**FSDP, "parallel__zero": 1}, "give parallel.zero=3, or parallel.engine=native or deepspeed", {"parallel__engine": "native"}),
+    (
+        {**FSDP, "parallel__zero": 2, "train__dtype": "float32"},
+        "give parallel.zero=3, or parallel.engine=native or deepspeed",
+        {"parallel__engine": "deepspeed"},
+    ),
     ({**FSDP, "parallel__zero": 0}, "give parallel.zero=3, or parallel.engine=native", {"parallel__zero": 3}),
     ({"parallel__engine": "fsdp"}, "give parallel.bucket_bytes=26214400", {"parallel__bucket_bytes": 26214400}),
     ({**FSDP, "comm__backend": "simulated"}, "give parallel.engine=native or comm.backend=gloo", {"comm__backend": "gloo"}),
@@ -51,7 +56,11 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     ({**FSDP, "faults": ["flip@step=2"]}, "give what=master", {"faults": ["flip@step=2:what=master"]}),
     ({**FSDP, "faults": ["flip@step=2:what=weight"]}, "or parallel.engine=native", {"parallel__engine": "native"}),
-    ({**FSDP, "parallel__data": 2, "parallel__shares": [3, 5]}, "give parallel.engine=native", {"parallel__engine": "native"}),
+    (
+        {**FSDP, "parallel__zero": 3, "parallel__data": 2, "parallel__shares": [3, 5], "train__dtype": "float32"},
+        "give parallel.zero=1 with parallel.engine=native or deepspeed",
+        {"parallel__zero": 1, "parallel__engine": "deepspeed"},
+    ),
     ({**FSDP, "parallel__data": 2, "parallel__shares": "measured"}, "leave it out", {"parallel__shares": None}),
     ({"parallel__data": 4, "parallel__shard": 2}, "has no effect with parallel.engine=native; leave it out", FSDP),
     ({**FSDP, "parallel__data": 4, "parallel__shard": 1}, "must be at least 2 ranks; leave it out", {"parallel__shard": None}),

@@ -1,6 +1,7 @@
 """What DeepSpeed cannot do, and a file of its configuration that contradicts the recipe, is refused in one line with the fix."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.config import DeepSpeedConfig
+from bagualu.parallel.config import DeepSpeedConfig, ParallelConfig
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.deepspeed import VERSION, require_deepspeed
 from tests.parity import small_recipe
@@ -42,11 +43,21 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"parallel__engine": "native"},
     ),
     ({"parallel__pipeline": 2, "parallel__zero": 3}, "give parallel.zero=1 or", {"parallel__zero": 1}),
-    ({"parallel__schedule": "gpipe", "parallel__zero": 2}, "give parallel.schedule=1f1b", {"parallel__schedule": "1f1b"}),
+    (
+        {"parallel__schedule": "gpipe", "parallel__zero": 2},
+        "give parallel.schedule=1f1b or parallel.engine=native",
+        {"parallel__schedule": "1f1b"},
+    ),
     (
         {"parallel__schedule": "interleaved_1f1b", "parallel__zero": 3},
-        "give parallel.schedule=1f1b",
+        "give parallel.schedule=1f1b or parallel.engine=native or fsdp",
         {"parallel__schedule": "1f1b"},
+    ),
+    ({"optim__name": "muon"}, "give optim.name=adamw or parallel.engine=native or fsdp", {"optim__name": "adamw"}),
+    (
+        {"optim__name": "muon", "parallel__zero": 2},
+        "give optim.name=adamw or parallel.engine=native",
+        {"parallel__engine": "native"},
     ),
     (
         {**MOE, "parallel__data": 2, "parallel__expert": 2, "parallel__zero": 3},
@@ -89,6 +100,16 @@ def test_what_deepspeed_cannot_do_is_refused_with_the_fix(wrong: dict[str, Any],
     assert "\n" not in str(error.value)
     repaired = recipe_for(**{**wrong, **fix})
     repaired.validate(repaired.world_size())
+
+
+@pytest.mark.parametrize("wrong", [case[0] for case in CASES])
+def test_every_engine_that_a_refusal_names_can_do_it(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as error:
+        recipe_for(**wrong).validate(recipe_for(**wrong).world_size())
+    _, fix = str(error.value).split("; ")
+    for name in re.findall(r"(?:parallel\.engine=| or )(native|fsdp)\b", fix):
+        other = recipe_for(**{**wrong, "parallel__engine": name, "parallel__bucket_bytes": ParallelConfig.bucket_bytes})
+        other.validate(other.world_size())
 
 
 def with_file(tmp_path: Path, content: Any, **changes: Any) -> Recipe:
