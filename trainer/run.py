@@ -85,7 +85,8 @@ def train(
     ceiling, memory = _ceiling(state, communicator), PeakMemory(state, communicator)
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
     if communicator.rank == 0:
-        for remark in [memory.remark(), *remarks(recipe, resumed.step)]:
+        about_file = recipe.deepspeed_terms(state.mesh.layout).remarks()
+        for remark in [memory.remark(), *remarks(recipe, resumed.step), *about_file]:
             print(remark, file=sys.stderr, flush=True)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
     checkpoints = Checkpoints(state, fence, resumed.checkpoint, ledger)

@@ -15,6 +15,9 @@ WORDS = (
 )  # fmt: skip
 
 
+ABOUT_FILE = "parallel.deepspeed.config="
+
+
 def bagualu(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs `bagualu train` where neither a compiler nor ninja can be found."""
     tools = folder / "no tools"
@@ -37,19 +40,26 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def assert_quiet(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
-    """`done` has printed what every run prints, and has compiled nothing."""
+    """`done` has printed what every run prints, and perhaps a line about its file, and has compiled nothing."""
     assert done.stdout.startswith("done: step ")
+    usual = ("data: ", "memory ", "step ", "saved ", ABOUT_FILE)
     for log in (folder / "run" / "logs").iterdir():
-        assert [
-            line for line in log.read_text().splitlines() if not line.startswith(("data: ", "memory ", "step ", "saved "))
-        ] == []
-    assert len(done.stderr.splitlines()) == 3 + done.stderr.count("\nstep ")
+        assert [line for line in log.read_text().splitlines() if not line.startswith(usual)] == []
+    assert len(done.stderr.splitlines()) == 3 + done.stderr.count("\nstep ") + done.stderr.count(f"\n{ABOUT_FILE}")
     assert not (folder / "compiled").exists()
 
 
 def test_a_run_compiles_nothing_and_prints_only_its_own(tmp_path: Path) -> None:
-    done = bagualu(tmp_path, "parallel.engine=deepspeed", "parallel.zero=1", "train.dtype=bfloat16", "train.steps=3")
+    """Also with a file that wants DeepSpeed to print, and whose defaults the recipe replaces."""
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"steps_per_print": 1, "wall_clock_breakdown": False}))
+    words = ("parallel.zero=1", "train.dtype=bfloat16", "train.steps=3", "optim.clip_norm=0.5", f"parallel.deepspeed.config={file}")
+    done = bagualu(tmp_path, "parallel.engine=deepspeed", *words)
     assert_quiet(tmp_path, done)
+    assert [line for line in done.stderr.splitlines() if line.startswith(ABOUT_FILE)] == [
+        f"{ABOUT_FILE}{file} leaves out keys that the recipe decides: "
+        "optim.clip_norm=0.5, not DeepSpeed's default gradient_clipping=1.0"
+    ]
     assert not list((tmp_path / "run").rglob("*.pt"))
 
 

@@ -1,11 +1,7 @@
 """What parallel.engine=deepspeed can do, and the configuration that DeepSpeed gets, in DeepSpeed's own keys."""
 
-import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
@@ -13,30 +9,18 @@ from bagualu.parallel.config import ENGINES, ParallelConfig
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.registry import placement_of, splits_backward
 from bagualu.trainer.optim.config import OptimConfig
+from bagualu.trainer.recipe.deepspeed_file import Decision, DeepSpeedFile, number, text_in
 
 VERSION = "0.19.8"
 """The version of DeepSpeed that this version of Bagualu has been tested with; others divide and name their tensors differently."""
-_FILE = "parallel.deepspeed.config"
-_PASSED = {
-    *("comms_logger", "csv_monitor", "dump_state", "flops_profiler", "log_level", "memory_breakdown", "steps_per_print"),
-    *("tensorboard", "wall_clock_breakdown"),
-    *(f"zero_optimization.{key}" for key in (
-        "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "enable_sanity_checks", "log_trace_cache_warnings",
-        "offload_optimizer.pin_memory", "offload_param.pin_memory", "overlap_comm", "reduce_bucket_size", "reduce_scatter",
-        "use_multi_rank_bucket_allreduce", "stage3_allgather_sequential", "stage3_max_live_parameters", "stage3_max_reuse_distance",
-        "stage3_model_persistence_threshold", "stage3_module_granularity_threshold", "stage3_param_persistence_threshold",
-        "stage3_prefetch_bucket_size", "stage3_use_all_reduce_for_fetch_params",
-    )),
-}  # fmt: skip
-"""DeepSpeed's keys and sections that a file may hold whatever the recipe says: they change how DeepSpeed works, not its results."""
-_OWN_KEYS = {
-    "activation_checkpointing": "train.recompute", "amp": "train.dtype", "torch_autocast": "train.dtype", "wandb": "log.wandb",
-    "checkpoint": "checkpoint.*", "compile": "train.compile", "expert_parallel": "parallel.expert", "pipeline": "parallel.pipeline",
-    "sequence_parallel_size": "parallel.context", "tensor_parallel": "parallel.tensor",
-}  # fmt: skip
-"""The recipe's key for what a section of DeepSpeed's configuration does."""
 _OPTIMIZERS = {"adamw": ("adamw", "adam"), "lion": ("lion",), "sgd": ("sgd",)}
 """DeepSpeed's names, in small letters, of each optimizer. Its Adam is AdamW, unless adam_w_mode is false."""
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
+    "lion": {"lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0},
+    "sgd": {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0},
+}
+"""The parameters of each optimizer, with the defaults that they have in DeepSpeed."""
 
 
 def require_deepspeed() -> None:
@@ -162,103 +146,69 @@ class DeepSpeedTerms:
 
     def _from_file(self) -> dict[str, Any]:
         """Returns the keys of parallel.deepspeed.config that DeepSpeed is to have; none without a file. Raises RecipeError."""
-        name = self.parallel.deepspeed.config
-        if name is None:
-            return {}
-        try:
-            whole = json.loads(Path(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"{_FILE}={name} cannot be read ({error}); give a file of DeepSpeed's configuration in JSON"
-            ) from error
-        if not isinstance(whole, dict):
-            raise RecipeError(f"{_FILE}={name} holds no JSON object; give a file of DeepSpeed's configuration in JSON")
-        decided, differ, passed = self._decided(), [], {}
-        for key, value in _flat(whole):
-            if key in decided and value != "auto" and not _same(value, decided[key][0]):
-                differ.append(f"{key}={json.dumps(value)} but {decided[key][1]}")
-            if any(key == one or key.startswith(f"{one}.") for one in _PASSED):
-                if value != "auto":
-                    passed[key] = value
-            elif key not in decided and not key.startswith("scheduler.params."):  # scheduler.type stands for the whole section
-                raise RecipeError(f"{_FILE}={name}: {_unknown(key, decided)}")
-        if differ:
-            raise RecipeError(f"{_FILE}={name} contradicts the recipe: {'; '.join(differ)}; make them agree, or leave "
-                              "these keys of the file out")  # fmt: skip
-        return _nested(passed)
+        file = self._file()
+        return {} if file is None else file.passed(self._decided(file))
 
-    def _decided(self) -> dict[str, tuple[object, str]]:
-        """Returns what the recipe decides of DeepSpeed's configuration: for each key, its value, and the recipe's key and value."""
+    def remarks(self) -> list[str]:
+        """Returns the lines to print before a run about the file of parallel.deepspeed.config. Raises RecipeError if it cannot be
+        read."""
+        file = self._file()
+        line = None if file is None else file.replaced_defaults(self._decided(file))
+        return [] if line is None else [line]
+
+    def _file(self) -> DeepSpeedFile | None:
+        name = self.parallel.deepspeed.config
+        return None if name is None else DeepSpeedFile.read(name)
+
+    def _decided(self, file: DeepSpeedFile) -> dict[str, Decision]:
+        """Returns what the recipe decides of DeepSpeed's configuration, by DeepSpeed's keys."""
         optim, parallel = self.optim, self.parallel
-        batch, dtype, name = f"data.global_batch={self.global_batch}", f"train.dtype={self.dtype}", f"optim.name={optim.name}"
+        batch, dtype = f"data.global_batch={self.global_batch}", f"train.dtype={self.dtype}"
         zero, offload = f"parallel.zero={self.stage}", f"parallel.deepspeed.offload={parallel.deepspeed.offload}"
         in_float32 = "gradients are added in float32"
+        without = f"{zero} with {dtype} adds gradients in float32 only without it (leave it out)"
         each = f"{batch} with train.micro_batch={self.micro_batch} is {self.accumulation} on each of {self.layout.data} data ranks"
         if self.accumulation is None:
             each = "the number is not the same for all data ranks (parallel.shares) or all starts (restart.elastic)"
-        same = {"lr": "lr", "betas": "betas", "eps": "epsilon", "weight_decay": "weight_decay", "momentum": "momentum"}
         return {
-            "train_batch_size": (self.global_batch, batch),
-            "train_micro_batch_size_per_gpu": (self.micro_batch, f"train.micro_batch={self.micro_batch}"),
-            "gradient_accumulation_steps": (self.accumulation, each),
-            "gradient_clipping": (optim.clip_norm, f"optim.clip_norm={optim.clip_norm}"),
-            "gradient_allreduce_op": ("mean", "the engine knows its gradients as means"),
-            "communication_data_type": ("fp32", in_float32),
-            "data_types.grad_accum_dtype": ("fp32", in_float32),
-            "fp16.enabled": (False, dtype),
-            "bf16.enabled": (self.half, dtype),
-            "bf16.check_grad_overflow": (False, "the guard decides about gradients"),
-            "bf16.immediate_grad_update": (True, in_float32),
-            "optimizer.type": (_OPTIMIZERS[optim.name], name),
-            **{f"optimizer.params.{key}": (getattr(optim, own), f"optim.{own}={getattr(optim, own)}") for key, own in same.items()},
-            "optimizer.params.adam_w_mode": (True, name),
-            "optimizer.params.torch_adam": (True, name),
-            "scheduler.type": (None, f"optim.schedule={optim.schedule}"),
-            "zero_optimization.stage": (self.stage, zero),
-            "zero_optimization.offload_optimizer.device": (self.offloads[0], offload),
-            "zero_optimization.offload_param.device": (self.offloads[1], offload),
-            "zero_optimization.sub_group_size": (_AtLeast(self.elements), f"the model has {self.elements} parameters"),
-            **{f"zero_optimization.{key}": (value, f"{zero} with {dtype}") for key, value in self.in_order_to_add.items()},
+            "train_batch_size": Decision(self.global_batch, batch),
+            "train_micro_batch_size_per_gpu": Decision(self.micro_batch, f"train.micro_batch={self.micro_batch}"),
+            "gradient_accumulation_steps": Decision(self.accumulation, each),
+            "gradient_clipping": Decision(optim.clip_norm, f"optim.clip_norm={optim.clip_norm}", 1.0),
+            "gradient_allreduce_op": Decision("mean", "the engine knows its gradients as means"),
+            "communication_data_type": Decision("fp32", in_float32),
+            "data_types.grad_accum_dtype": Decision("fp32", in_float32),
+            "fp16.enabled": Decision(False, dtype),
+            "bf16.enabled": Decision(self.half, dtype),
+            "bf16.check_grad_overflow": Decision(False, "the guard decides about gradients"),
+            "bf16.immediate_grad_update": Decision(True, in_float32),
+            **self._decided_optimizer(file),
+            "zero_optimization.stage": Decision(self.stage, zero),
+            "zero_optimization.offload_optimizer.device": Decision(self.offloads[0], offload),
+            "zero_optimization.offload_param.device": Decision(self.offloads[1], offload),
+            "zero_optimization.sub_group_size": Decision(number(self.elements), f"the model has {self.elements} parameters"),
+            **{f"zero_optimization.{key}": Decision(value, without) for key, value in self.in_order_to_add.items()},
         }
 
-
-class _AtLeast(int):
-    """A number that any number of at least this size agrees with."""
-
-
-def _same(value: object, expected: object) -> bool:
-    if isinstance(expected, _AtLeast):
-        return isinstance(value, int | float) and value >= expected
-    if isinstance(expected, tuple):
-        return isinstance(value, str) and value.lower() in expected
-    return value == expected and isinstance(value, bool) == isinstance(expected, bool)
-
-
-def _unknown(key: str, agreed: Mapping[str, object]) -> str:
-    """Returns why a file may not hold `key`, and what to do."""
-    section = key.partition(".")[0]
-    if section in _OWN_KEYS:
-        return f"{key} is decided by {_OWN_KEYS[section]} of the recipe; leave {section} out of the file"
-    near = get_close_matches(key, [*agreed, *_PASSED], 1)
-    return f"{key} cannot be used here; " + (f"did you mean {near[0]}? " if near else "") + "leave it out of the file"
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (key with its sections, value) for every value of a configuration that is not a section."""
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the configuration of which `flat` has the values, as `_flat` yields them."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *path, last = key.split(".")
-        section = nested
-        for one in path:
-            section = section.setdefault(one, {})
-        section[last] = value
-    return nested
+    def _decided_optimizer(self, file: DeepSpeedFile) -> dict[str, Decision]:
+        optim = self.optim
+        name, defaults = f"optim.name={optim.name}", dict(_DEFAULTS[optim.name])
+        if file.values.get("optimizer.params.torch_adam"):
+            defaults["weight_decay"] = 0.01  # torch's own default
+        given = {
+            "lr": ("lr", optim.lr), "betas": ("betas", optim.betas), "eps": ("epsilon", optim.epsilon),
+            "momentum": ("momentum", optim.momentum_kept), "weight_decay": ("weight_decay", optim.weight_decay),
+        }  # fmt: skip
+        constant = optim.schedule == "constant" and not optim.warmup_steps
+        return {
+            "optimizer.type": Decision(text_in(*_OPTIMIZERS[optim.name], capitals=True), name),
+            **{
+                f"optimizer.params.{key}": Decision(value, f"optim.{own}={value}", defaults[key])
+                if key in defaults
+                else Decision(None, f"{name} has none")
+                for key, (own, value) in given.items()
+            },
+            "optimizer.params.adam_w_mode": Decision(True, name),
+            "optimizer.params.torch_adam": Decision(True, name),
+            "scheduler.type": Decision(None, f"optim.schedule={optim.schedule}", None if constant else "none"),
+        }

@@ -194,12 +194,21 @@ DIFFERENT: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         {},
         ["bf16.enabled=true but train.dtype=float32", "fp16.enabled=true but train.dtype=float32"],
     ),
+    ({"optimizer": {"type": "Muon", "params": {"lr": 0.01}}}, {}, ['optimizer.type="Muon" but optim.name=adamw']),
+    (
+        {"optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.8, "betas": [0.9, 0.999]}}},
+        {"optim__name": "sgd", "optim__weight_decay": 0.0},
+        ["optimizer.params.momentum=0.8 but optim.momentum=0.9", "optimizer.params.betas=[0.9, 0.999] but optim.name=sgd has none"],
+    ),
     ({"bf16": {"enabled": False}}, {"train__dtype": "bfloat16"}, ["bf16.enabled=false but train.dtype=bfloat16"]),
     ({"communication_data_type": "bf16"}, {}, ['communication_data_type="bf16" but gradients are added in float32']),
     (
         {"zero_optimization": {"overlap_comm": True}},
         {},
-        ["zero_optimization.overlap_comm=true but parallel.zero=1 with train.dtype=float32"],
+        [
+            "zero_optimization.overlap_comm=true but parallel.zero=1 with train.dtype=float32 adds gradients in float32 only "
+            "without it (leave it out)"
+        ],
     ),
     (
         {"zero_optimization": {"contiguous_gradients": True}},
@@ -239,24 +248,158 @@ def test_each_key_that_contradicts_the_recipe_is_named(
     [
         ("{", "cannot be read"),
         ("[]", "holds no JSON object"),
+        ("[" * 200_000, "nested too deep"),
+        ('{"a":' * 200_000, "nested too deep"),
+        ({"gradient_cliping": 1.0}, "gradient_cliping (did you mean gradient_clipping?); leave them out of the file"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "cannot be used here: zero_optimization.zero_quantized_weights"),
+        ({"compression_training": {"weight_quantization": {}, "x": 1}}, "cannot be used here: compression_training.x;"),
+        ({"fp16": {"enable": True}}, "fp16.enable (did you mean fp16.enabled?)"),
+        ({"tensorboard": {"enabled": True, "path": "x"}}, "cannot be used here: tensorboard.path"),
+        ({"a\nb": [[1]], "train_batch_size": [[8]]}, "train_batch_size=[...] but data.global_batch=8"),
+        ({f"k{number}": 1 for number in range(100)}, "; and 80 more; leave them out"),
         (
-            {"gradient_cliping": 1.0},
-            "gradient_cliping cannot be used here; did you mean gradient_clipping? leave it out of the file",
+            {"activation_checkpointing": {"partition_activations": True, "profile": True}, "wandb": {"enabled": True}},
+            "cannot be used here: activation_checkpointing, which is decided by train.recompute of the recipe; wandb, which is "
+            "decided by log.wandb of the recipe; leave",
         ),
-        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights cannot be used here"),
-        ({"compression_training": {"weight_quantization": {}, "x": 1}}, "compression_training.x cannot be used here"),
-        (
-            {"activation_checkpointing": {"partition_activations": True}},
-            "activation_checkpointing.partition_activations is decided by train.recompute of the recipe; leave activation_",
-        ),
-        ({"wandb": {"enabled": True}}, "wandb.enabled is decided by log.wandb of the recipe"),
     ],
+    ids=lambda one: str(one)[:30],
 )
 def test_a_key_that_has_no_place_here_is_refused(tmp_path: Path, content: Any, said: str) -> None:
     with pytest.raises(RecipeError) as error:
         with_file(tmp_path, content).validate(2)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_one_message_names_all_that_is_wrong(tmp_path: Path) -> None:
+    content = {
+        "train_batch_size": 16,
+        "steps_per_print": "often",
+        "zero_optimization": {"reduce_bucket_size": "huge", "overlap_comm": "yes", "unknown": 1},
+        "amp": {"enabled": "auto"},
+    }
+    with pytest.raises(RecipeError) as error:
+        with_file(tmp_path, content, parallel__zero=2).validate(2)
+    for said in (
+        "ds.json contradicts the recipe: train_batch_size=16 but data.global_batch=8; make",
+        '. It has values that DeepSpeed cannot use: steps_per_print="often" is not a whole number of at least 1; ',
+        'zero_optimization.reduce_bucket_size="huge" is not a whole number of at least 1; ',
+        'zero_optimization.overlap_comm="yes" is not true or false; ',
+        ". It has keys that cannot be used here: zero_optimization.unknown",
+        "amp, which is decided by train.dtype of the recipe",
+    ):
+        assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("steps_per_print", [0, -1, 1.5, True, float("nan"), float("inf"), [1]]),
+        ("wall_clock_breakdown", [1, "true"]),
+        ("log_level", ["INFO", 3]),
+        ("comms_logger.prof_ops", ["all_reduce", [1]]),
+        ("flops_profiler.module_depth", [-2]),
+        ("flops_profiler.recompute_fwd_factor", [-0.5, "0"]),
+        ("tensorboard.output_path", [1]),
+        ("zero_optimization.stage3_max_live_parameters", [-1, 2**63]),
+        ("zero_optimization.allgather_bucket_size", [0, 3]),
+        ("zero_optimization.offload_optimizer.pin_memory", ["no"]),
+    ],
+)
+def test_a_value_that_deepspeed_cannot_use_is_refused(tmp_path: Path, key: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(RecipeError, match=f"DeepSpeed cannot use: {key}="):
+            with_file(tmp_path, nested(key, value)).validate(2)
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """Returns the file that has `value` at `key`."""
+    for section in reversed(key.split(".")):
+        value = {section: value}
+    return value
+
+
+HUGGING_FACE: dict[str, Any] = {
+    "fp16": {
+        "enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
+        "min_loss_scale": 1,
+    },
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+    "zero_optimization": {
+        "stage": 3, "offload_optimizer": {"device": "none", "pin_memory": True}, "offload_param": None, "overlap_comm": True,
+        "contiguous_gradients": True, "sub_group_size": 1e9, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": 2000, "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False,
+}  # fmt: skip
+"""The file for ZeRO-3 that programs on Hugging Face's Trainer use, but for its scheduler."""
+
+
+def test_a_file_for_hugging_face_s_trainer_agrees(tmp_path: Path) -> None:
+    recipe = with_file(tmp_path, HUGGING_FACE, parallel__zero=3)
+    terms = recipe.deepspeed_terms(recipe.validate(2))
+    config = terms.library_config()
+    assert config["zero_optimization"]["stage3_max_live_parameters"] == 1e9
+    assert "fp16" not in config
+    assert not {key for key in config["zero_optimization"] if key.startswith("stage3_gather")}
+    assert len(terms.remarks()) == 1
+    assert terms.remarks()[0].endswith('decides: optim.schedule=cosine, not DeepSpeed\'s default scheduler.type="none"')
+
+
+def test_a_file_of_sgd_with_the_momentum_that_the_recipe_has_by_default_agrees(tmp_path: Path) -> None:
+    content = {"optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1}}}
+    with_file(tmp_path, content, optim__name="sgd").validate(2)
+
+
+# the file, the recipe, the values of the recipe that replace defaults of DeepSpeed
+LEFT_OUT: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
+    ({"steps_per_print": 10}, {}, ["optim.clip_norm=0.05, not DeepSpeed's default gradient_clipping=1.0"]),
+    ({"gradient_clipping": "auto"}, {}, []),
+    ({"gradient_clipping": None}, {"optim__clip_norm": 1.0}, []),
+    (
+        {"gradient_clipping": 0.05, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}},
+        {"optim__schedule": "constant", "optim__warmup_steps": 0},
+        [
+            "optim.betas=[0.9, 0.95], not DeepSpeed's default optimizer.params.betas=[0.9, 0.999]",
+            "optim.weight_decay=0.1, not DeepSpeed's default optimizer.params.weight_decay=0.0",
+        ],
+    ),
+    (
+        {
+            "gradient_clipping": 0.05,
+            "optimizer": {"type": "Adam", "params": {"torch_adam": True, "lr": 0.01, "betas": [0.9, 0.999]}},
+        },
+        {"optim__betas": [0.9, 0.999], "optim__weight_decay": 0.0},
+        [
+            "optim.weight_decay=0.0, not DeepSpeed's default optimizer.params.weight_decay=0.01",
+            'optim.schedule=cosine, not DeepSpeed\'s default scheduler.type="none"',
+        ],
+    ),
+    (
+        {"gradient_clipping": 0.05, "optimizer": {"type": "SGD"}},
+        {
+            "optim__name": "sgd",
+            "optim__lr": 1e-3,
+            "optim__weight_decay": 0.0,
+            "optim__schedule": "constant",
+            "optim__warmup_steps": 0,
+        },
+        ["optim.momentum=0.9, not DeepSpeed's default optimizer.params.momentum=0.0"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "changes", "said"), LEFT_OUT)
+def test_defaults_of_deepspeed_that_the_recipe_replaces_are_told(
+    tmp_path: Path, content: dict[str, Any], changes: dict[str, Any], said: list[str]
+) -> None:
+    recipe = with_file(tmp_path, content, **changes)
+    remarks = recipe.deepspeed_terms(recipe.validate(2)).remarks()
+    assert [remark.split(" leaves out keys that the recipe decides: ")[1].split("; ") for remark in remarks] == [said] * bool(said)
 
 
 def test_another_version_of_deepspeed_or_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
