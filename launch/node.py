@@ -22,7 +22,7 @@ from bagualu.trainer.output import streams
 from bagualu.trainer.process.failure import REFUSED
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
-from bagualu.trainer.recipe.compose import compose, save_recipe
+from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 
 
@@ -53,7 +53,6 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
         preflight.check_login(recipe)
         storage_probe.check(recipe, job)
         meeting = _meeting(recipe, address, given.id, job, workers, key())
-        save_recipe(recipe)
     except RecipeError as error:  # perhaps on this node only, and the others may be waiting for it
         code = _refused(error)
         if recipe.launch.nodes > 1:

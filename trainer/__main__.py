@@ -21,7 +21,7 @@ from bagualu.trainer.costs.fits import check_memory, device_of
 from bagualu.trainer.output import streams
 from bagualu.trainer.output.log_file import copy_to_log
 from bagualu.trainer.output.progress import summary_text
-from bagualu.trainer.output.summary import Start
+from bagualu.trainer.output.start import Start
 from bagualu.trainer.process import environment
 from bagualu.trainer.process.failure import DONE, FAILED, REFUSED, STOPPED, Failure, last_line, what_next
 from bagualu.trainer.process.garbage_collection import uncollected
@@ -29,7 +29,7 @@ from bagualu.trainer.process.parent_death import die_with
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.choose_backend import choose_backend
-from bagualu.trainer.recipe.compose import compose, save_recipe
+from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 
 _PREPARED = "BAGUALU_PREPARED"
@@ -105,7 +105,7 @@ def _train(recipe: Recipe, world: World, local_workers: int, entrypoint: str | N
     torch.set_num_threads(environment.threads(recipe.launch, local_workers))
     start = Start(recipe)
     if world.rank == 0:
-        save_recipe(recipe)
+        start.save_recipe()
         start.begin()
     stop = StopRequest()
     stop.tell.append(copy_to_log(RunDirectory(recipe.run.dir).log(world.rank)))

@@ -28,7 +28,7 @@ from bagualu.trainer.process.failure import DONE, FAILED, STOPPED
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.choose_backend import Choice
-from bagualu.trainer.recipe.compose import compose, save_recipe
+from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 
 _WIDTH = 120
@@ -78,7 +78,6 @@ def rehearse(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
 def _run(
     recipe: Recipe, backend: Choice, workers: int, request: CommandLine, entrypoint: str | None, stop: StopRequest
 ) -> tuple[int, Any]:
-    save_recipe(recipe)
     print(f"bagualu: {recipe.run.dir}, {len(recipe.faults)} faults planned, with {backend}", file=sys.stderr, flush=True)
     return run(recipe, workers, request.overrides, entrypoint, quiet_stdout=True, stop=stop)
 

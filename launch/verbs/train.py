@@ -14,7 +14,7 @@ from bagualu.trainer.costs.fits import check_memory, device_of
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.choose_backend import Choice
-from bagualu.trainer.recipe.compose import compose, save_recipe
+from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 
 
@@ -26,7 +26,6 @@ def train(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
         workers = preflight.workers_per_node(recipe)
         recipe, backend = storage_probe.choose_backend(recipe, workers)
         with run_lock.hold(Path(recipe.run.dir)):
-            save_recipe(recipe)
             print(_beginning(recipe, workers, backend), file=sys.stderr, flush=True)
             return run(recipe, workers, overrides, entrypoint, request.json, stop)
 

@@ -133,6 +133,7 @@ def test_a_node_that_cannot_write_the_recipe_tells_the_others_with_the_same_secr
     monkeypatch.setenv(secret.VARIABLE, place.secret)
 
     def full(recipe):
+        other.start()  # this node hosts the store already
         raise RecipeError("the disk is full")
 
     def listen():
@@ -140,9 +141,8 @@ def test_a_node_that_cannot_write_the_recipe_tells_the_others_with_the_same_secr
         heard.append(ending.heard(30))
         ending.leave()
 
-    monkeypatch.setattr(node, "save_recipe", full)
+    monkeypatch.setattr("bagualu.trainer.output.start.save_recipe", full)
     other = threading.Thread(target=listen, daemon=True)
-    other.start()
     words = ["recipe=tiny", "launch.nodes=2", "restart.wait_seconds=5", "checkpoint.resume=true", f"run.dir={tmp_path}/run"]
     assert node.main(["--meet", f"{place.host}:{place.port}", "--id", place.id, *words]) == 2
     other.join(60)

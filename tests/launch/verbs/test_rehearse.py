@@ -19,12 +19,12 @@ from bagualu.launch.verbs import rehearse
 from bagualu.launch.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def save_recipe(recipe):
-    save(recipe)
+def run_after_signal(recipe, *arguments, **named):
     if not recipe.faults:  # before the second run
         os.kill(os.getpid(), signal.{signal})
+    return run(recipe, *arguments, **named)
 
-save, rehearse.save_recipe = rehearse.save_recipe, save_recipe
+run, rehearse.run = rehearse.run, run_after_signal
 sys.exit(main())
 """
 

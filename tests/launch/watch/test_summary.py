@@ -1,4 +1,5 @@
-"""summary.json under the real command: running while it runs, and then how it ended, whoever could say it."""
+"""summary.json under the real command: running while it runs, and then how it ended, whoever could say it. What workers refuse
+changes neither it nor config.yaml."""
 
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import pytest
 
 from bagualu.trainer.process.failure import DONE, FAILED, REFUSED, STOPPED
+from bagualu.trainer.recipe.compose import compose, save_recipe
 
 BEFORE = {"ended": "done", "step": 4, "steps": 4, "loss": 1.5}
 SIMULATED = ["comm.backend=simulated", "parallel.data=1", "parallel.pipeline=1", "parallel.expert=1", "restart.limit=0"]
@@ -54,11 +56,15 @@ def test_after_a_kill_of_everything_it_is_still_running(start, tmp_path):
     assert (summary_of(done)["ended"], summary_of(done)["step"]) == ("done", 3)
 
 
-def test_what_workers_refuse_leaves_it_as_it_was(start, tmp_path):
+@pytest.mark.parametrize("words", [SIMULATED, ["launch.workers=1", *SIMULATED[1:]]], ids=["simulated", "gloo"])
+def test_what_workers_refuse_leaves_both_files_as_they_were(start, tmp_path, words):
     write_before(tmp_path / "run")
+    recipe = save_recipe(compose(["recipe=tiny", f"run.dir={tmp_path}/run", "optim.lr=0.5"]))
+    before = recipe.read_text()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "short.txt").write_text("too short")
-    run = start(*SIMULATED, f"data.source={tmp_path}/text", "model.vocab=257", entrypoint="bagualu.trainer.run:train")
+    run = start(*words, f"data.source={tmp_path}/text", "model.vocab=257", entrypoint="bagualu.trainer.run:train")
     code, _, err = run.end()
     assert code == REFUSED, err
     assert summary_of(run) == BEFORE
+    assert recipe.read_text() == before

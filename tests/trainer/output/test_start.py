@@ -9,7 +9,7 @@ import pytest
 
 from bagualu.fault_tolerance import run_lock
 from bagualu.trainer.output import summary
-from bagualu.trainer.output.summary import Start
+from bagualu.trainer.output.start import Start
 from bagualu.trainer.process.failure import Failure
 from tests.fault_tolerance.test_append_log import room_for
 from tests.parity import small_recipe
@@ -54,15 +54,21 @@ def test_the_figures_of_the_last_start_that_had_some_outlive_many_that_fail(tmp_
 
 
 @pytest.mark.parametrize("before", [None, DONE, {"ended": "failed", "failure": {}}])
-def test_a_refused_recipe_leaves_the_file_as_it_was(tmp_path: Path, before: dict[str, Any] | None) -> None:
+def test_a_refused_recipe_leaves_the_files_as_they_were(tmp_path: Path, before: dict[str, Any] | None) -> None:
     start = start_in(tmp_path, before)
+    if before:
+        (tmp_path / "config.yaml").write_text("the recipe before")
     start.refuse()
     assert summary.read(tmp_path) == (before or {})
+    start.save_recipe()
+    assert "steps: 8" in (tmp_path / "config.yaml").read_text()
     start.begin()
     start.begin()  # a second generation of workers
     start.refuse()
     assert summary.read(tmp_path) == (before or {})
-    assert [path.name for path in tmp_path.iterdir()] == (["summary.json"] if before else [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["config.yaml", "summary.json"] if before else [])
+    if before:
+        assert (tmp_path / "config.yaml").read_text() == "the recipe before"
 
 
 def test_asked_to_stop_before_the_first_step_is_stopped_and_hides_no_figures(tmp_path: Path) -> None:
