@@ -158,6 +158,11 @@ class ParallelConfig:
         return next(iter(ENGINES[self.engine])) if self.zero is None else self.zero
 
     @property
+    def engine_text(self) -> str:
+        """The engine, with its ZeRO stage if it has several, as printed: e.g. "native, ZeRO-1"."""
+        return self.engine + (f", ZeRO-{self.zero_stage}" if len(ENGINES[self.engine]) > 1 else "")
+
+    @property
     def rebalance_every(self) -> int:
         """Steps between comparisons that may move layers, with the default resolved except for train.compile; 0: layers never
         move."""

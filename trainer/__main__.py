@@ -77,8 +77,9 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
     try:
         with run_lock.hold(Path(recipe.run.dir)) if world.rank == 0 else nullcontext():
             if world.rank == 0:
-                print(f"{recipe.run.name}: {recipe.validate(world.size)} as {world.size} processes with {backend}, "
-                      f"in {recipe.run.dir}", file=sys.stderr, flush=True)  # fmt: skip
+                layout = f"{recipe.validate(world.size)} ({recipe.parallel.engine_text})"
+                print(f"{recipe.run.name}: {layout} as {world.size} processes with {backend}, in {recipe.run.dir}",
+                      file=sys.stderr, flush=True)  # fmt: skip
             return _train(recipe, world, local_workers, entrypoint)
     except RecipeError as error:  # another job has taken the run directory meanwhile
         print(f"bagualu: error: {error}", file=sys.stderr)

@@ -23,7 +23,7 @@ def open_ledger(recipe: Recipe, communicator: Communicator) -> Ledger | None:
     if communicator.rank:
         return None
     ledger = Ledger(Path(recipe.run.dir), writer=secrets.token_hex(4))
-    ledger.add("joined")
+    ledger.add("joined", engine=recipe.parallel.engine_text)
     communicator.monitor.observers.append(LedgerObserver(ledger))
     return ledger
 

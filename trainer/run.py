@@ -124,10 +124,12 @@ def train(
 
 
 def _facts(state: TrainerState) -> dict[str, Any]:
-    """Returns the part of the summary that says what was trained, and on which layout. Collective."""
+    """Returns the part of the summary that says what was trained, and on which layout and engine. Collective."""
     return {
         "steps": state.recipe.train.steps,
         "layout": str(state.mesh.layout),
+        "engine": state.recipe.parallel.engine,
+        "zero": state.recipe.parallel.zero_stage,
         "micro_batches_of_data_ranks": state.shares,
         "layers_of_stages": [len(layers) for layers in state.split.slices],
         **_tokens(state.corpus),

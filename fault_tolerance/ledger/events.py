@@ -36,7 +36,7 @@ class Event:
     what        meaning
     launched    a launcher starts
     started     the launcher starts workers
-    joined      rank 0 has joined and starts
+    joined      rank 0 has joined and starts with `engine`
     train       rank 0 trains in step `step` (from 1)
     start, validation, checkpoint, balance    rank 0 begins this activity
     discarded   the result of `step` was discarded
@@ -58,6 +58,8 @@ class Event:
     rank: int | None = None
     cause: str = ""
     seconds: float | None = None
+    engine: str = ""
+    """The engine and its ZeRO stage, e.g. "native, ZeRO-1"."""
 
 
 class Ledger:
@@ -79,10 +81,11 @@ class Ledger:
         cause: str = "",
         moment: Moment | None = None,
         seconds: float | None = None,
+        engine: str = "",
     ) -> None:
         """Appends an event that happens now, or happened at `moment` if that is given. The other arguments are fields of Event."""
         when = moment or Moment.now()
-        event = Event(what, when.wall, when.monotonic, self._clock, self._writer, step, since, rank, cause, seconds)
+        event = Event(what, when.wall, when.monotonic, self._clock, self._writer, step, since, rank, cause, seconds, engine)
         fields = {name: value for name, value in asdict(event).items() if value not in ("", None)}
         self._lines.add(json.dumps(fields))
 
@@ -112,7 +115,7 @@ def _event(fields: dict[str, Any]) -> Event | None:
         event = Event(**fields)
     except TypeError:
         return None
-    texts = all(type(text) is str for text in (event.what, event.clock, event.writer, event.cause))
+    texts = all(type(text) is str for text in (event.what, event.clock, event.writer, event.cause, event.engine))
     numbers = jsonl.number(event.wall) and jsonl.number(event.monotonic) and type(event.step) is int
     optional = all(value is None or jsonl.number(value) for value in (event.since, event.seconds))
     optional = optional and (event.rank is None or type(event.rank) is int)

@@ -78,7 +78,8 @@ def rehearse(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
 def _run(
     recipe: Recipe, backend: Choice, workers: int, request: CommandLine, entrypoint: str | None, stop: StopRequest
 ) -> tuple[int, Any]:
-    print(f"bagualu: {recipe.run.dir}, {len(recipe.faults)} faults planned, with {backend}", file=sys.stderr, flush=True)
+    print(f"bagualu: {recipe.run.dir}, {len(recipe.faults)} faults planned ({recipe.parallel.engine_text}), with {backend}",
+          file=sys.stderr, flush=True)  # fmt: skip
     return run(recipe, workers, request.overrides, entrypoint, quiet_stdout=True, stop=stop)
 
 

@@ -49,7 +49,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def _beginning(recipe: Recipe, workers: int, backend: Choice) -> str:
-    """Returns the first line that a run prints: its layout, workers, backend and directory, and for a run that resumes the
+    """Returns the first line that a run prints: its layout, engine, workers, backend and directory, and for a run that resumes the
     checkpoint that it resumes from."""
     kinds = ("thread", "threads of this process") if recipe.comm.backend == "simulated" else ("process", "processes")
     kind = kinds[workers > 1]
@@ -57,4 +57,5 @@ def _beginning(recipe: Recipe, workers: int, backend: Choice) -> str:
     if recipe.checkpoint.resume:
         checkpoint = storage_probe.newest(recipe)
         start = f", from {checkpoint}" if checkpoint else ", from the start: there is no checkpoint to resume from"
-    return f"{recipe.run.name}: {recipe.validate(workers)} as {workers} {kind} with {backend}, in {recipe.run.dir}{start}"
+    layout = f"{recipe.validate(workers)} ({recipe.parallel.engine_text})"
+    return f"{recipe.run.name}: {layout} as {workers} {kind} with {backend}, in {recipe.run.dir}{start}"

@@ -160,7 +160,7 @@ def test_a_stop_on_one_node_saves_and_stops_all_and_until_then_another_job_is_re
     assert (run.folder / "config.yaml").stat().st_mtime_ns == config.st_mtime_ns
     agents[1].send_signal(signal.SIGUSR1)
     assert [agent.wait(60) for agent in agents] == [75, 75], run.said()
-    assert run.said().count(" as 2 processes on each of 2 nodes with comm.backend=") == 2
+    assert run.said().count(" (native, ZeRO-1) as 2 processes on each of 2 nodes with comm.backend=") == 2
     assert "frame #" not in run.said(), "the store's host has left before the other"
     assert latest(run.folder / "checkpoints").name == f"step-{run.steps():08}"
     finish(run.folder, *WORDS)

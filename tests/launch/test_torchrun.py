@@ -83,5 +83,5 @@ def test_after_a_death_while_connecting_and_another_in_a_step_the_run_goes_on_by
     assert (folder / "died-while-connecting").exists()
     assert (folder / "kill-5-forward").exists()
     assert done.returncode == 0, done.stderr
-    assert " as 2 processes with comm.backend=" in done.stderr
+    assert " (native, ZeRO-1) as 2 processes with comm.backend=" in done.stderr
     assert_stood(folder, undisturbed(small(folder, *WORDS), "gloo"), 4)

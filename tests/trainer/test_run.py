@@ -14,9 +14,10 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest, list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointStorageError
-from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
+from bagualu.fault_tolerance.checkpoint.reading.inspect import describe, verify
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH, Fence
 from bagualu.fault_tolerance.ledger.events import read
+from bagualu.parallel.config import ParallelConfig
 from bagualu.trainer import loop
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import TrainerState
@@ -68,6 +69,25 @@ def until(communicator: Communicator, recipe: Recipe, rank: int, stop_at: int) -
         return communicator.rank == rank and asked == stop_at
 
     return train_noting_samples(recipe, communicator, stop)
+
+
+def trained(communicator: Communicator, recipe: Recipe) -> dict[str, Any]:
+    return whole_run.train(recipe, communicator)
+
+
+@pytest.mark.parametrize("begins_with", ["fsdp", "native"])
+def test_summary_checkpoints_and_ledger_say_which_engine_ran(tmp_path: Path, begins_with: str) -> None:
+    engines = {"fsdp": ("fsdp", 3, "fsdp"), "native": ("native", 2, "native, ZeRO-2")}
+    kinds = [engines.pop(begins_with), *engines.values()]
+    for start, (engine, zero, _) in enumerate(kinds):
+        kind = {"parallel__engine": engine, "parallel__zero": zero, "parallel__bucket_bytes": ParallelConfig.bucket_bytes}
+        recipe = recipe_in(tmp_path, **kind, train__steps=2 * start + 2)
+        recipe.checkpoint.resume = start > 0
+        summary, _ = run("gloo", 2, trained, recipe)
+        assert (summary["engine"], summary["zero"]) == (engine, zero)
+    saved = [describe(path)["metadata"] for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert [(metadata["engine"], metadata["zero"]) for metadata in saved] == [kind[:2] for kind in kinds]
+    assert [event.engine for event in read(tmp_path) if event.what == "joined"] == [kind[2] for kind in kinds]
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])

@@ -53,6 +53,8 @@ def metadata_of(state: TrainerState, step: int) -> dict[str, Any]:
         "scaler": {"scale": state.scaler.scale, "good_steps": state.scaler.good_steps},
         "guard": state.guard.memory.as_json(),
         "layout": {axis: state.mesh.layout.size(axis) for axis in ("data", "tensor", "pipeline", "expert", "context")},
+        "engine": recipe.parallel.engine,
+        "zero": recipe.parallel.zero_stage,
         "dtype": recipe.train.dtype,
         "identity": identity(state),
     }

@@ -7,7 +7,7 @@ import torch
 
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 
-_MAY_DIFFER = ("layout",)
+_MAY_DIFFER = ("layout", "engine", "zero")
 _GUARD_HISTORY = ("counts", "furthest", "setbacks")
 """Fields of metadata["guard"] that describe past bad steps and are not part of the training state; differences in them are
 ignored."""
@@ -17,8 +17,8 @@ _MOST_SHOWN = 60
 
 
 def differences(left: Path, right: Path) -> list[str]:
-    """Compares the checkpoints at two paths and returns a line per differing metadata key or tensor; [] if all are equal. Layout
-    and the guard's record of past bad steps may differ. Raises CheckpointError if one of them cannot be read.
+    """Compares the checkpoints at two paths and returns a line per differing metadata key or tensor; [] if all are equal. Layout,
+    engine and the guard's record of past bad steps may differ. Raises CheckpointError if one of them cannot be read.
 
     Only one tensor of each checkpoint is in memory at a time.
     """

@@ -97,7 +97,7 @@ def test_the_first_line_says_which_it_is_and_config_yaml_holds_it(machine, capsy
              "checkpoint.every=0", "train.validation_sequences=0", f"run.dir={tmp_path}/run"]  # fmt: skip
     assert main(["train", *words], entrypoint="tests.trainer.recipe.test_choose_backend:nothing") == 0
     first = capsys.readouterr().err.splitlines()[0]
-    assert "as 1 process with comm.backend=gloo (no NVIDIA GPU here), in " in first
+    assert "one rank (native, ZeRO-1) as 1 process with comm.backend=gloo (no NVIDIA GPU here), in " in first
     assert load_recipe(tmp_path / "run" / "config.yaml").comm.backend == "gloo"
 
 

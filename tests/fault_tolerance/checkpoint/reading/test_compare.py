@@ -18,7 +18,7 @@ def saved(root: Path, ranks: int, weight: torch.Tensor, **metadata: object) -> P
     def rank_main(communicator: Communicator) -> Path:
         begin = communicator.rank * rows
         piece = TensorPiece("weight/a", tuple(weight.shape), (begin, 0), weight[begin : begin + rows])
-        return save(root, 4, [piece], {"step": 4, "layout": {"data": ranks}, **metadata}, communicator.world, keep=1)
+        return save(root, 4, [piece], {"step": 4, "layout": {"data": ranks}, "zero": ranks, **metadata}, communicator.world, keep=1)
 
     return simulated.run(ranks, rank_main)[0]
 
