@@ -1,8 +1,10 @@
 """The `optim` section of a recipe."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any
 
 from bagualu.comm.checks import RANGES, refuse_unused, require_at_least, require_representable
@@ -74,6 +76,25 @@ class OptimConfig:
         (`Treatment.optimizer`)."""
         momentum = ("momentum_buffer",) if self.momentum_kept else ()
         return {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "muon": momentum, "sgd": momentum}[optimizer]
+
+    def all_moments(self, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+        """Returns the names of the moments that are kept of any parameter. `shapes`: those of all parameters, by name."""
+        trained = [(name, len(shape)) for name, shape in shapes.items() if not self.freezes(name)]
+        return {moment for name, dims in trained for moment in self.moments(self.treatment(name, dims).optimizer)}
+
+    def to_keep(self, moments: set[str], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """Returns the least change of optim.name and optim.momentum, as typed, with which exactly `moments` are kept; None if there
+        is no such change. `shapes`: those of all parameters, by name."""
+        fitting = []
+        for name, momentum in product(RULES, dict.fromkeys((self.momentum, None, 0.0))):
+            other = replace(self, name=name, momentum=momentum)
+            with suppress(RecipeError):
+                other.validate()
+                if other.all_moments(shapes) == moments:
+                    changes = [f"optim.name={name}"] if name != self.name else []
+                    changes += [f"optim.momentum={'null' if momentum is None else momentum}"] if momentum != self.momentum else []
+                    fitting.append(changes)
+        return " ".join(min(fitting, key=len)) if fitting else None
 
     @property
     def parameter_groups(self) -> list[ParameterGroup]:

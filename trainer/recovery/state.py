@@ -268,11 +268,12 @@ def _check_moments(state: TrainerState, checkpoint: Checkpoint) -> None:
     optim, shapes = state.recipe.optim, parameter_shapes(state.recipe.model)
     saved = {tensor.partition("/")[0] for tensor in checkpoint.tensors} - {"weight", "buffer"}
     optimizers = {name: optim.treatment(name, len(shape)).optimizer for name, shape in shapes.items()}
-    wanted = {moment for name, optimizer in optimizers.items() if not optim.freezes(name) for moment in optim.moments(optimizer)}
+    wanted = optim.all_moments(shapes)
     if saved != wanted:
         held, keeps = (" and ".join(sorted(names)) or "no moments" for names in (saved, wanted))
-        raise RecipeError(f"{checkpoint.path} holds {held}, but optim.name={optim.name} keeps {keeps}; give the optim.name (and "
-                          "the optim.momentum) that the run began with, or another run.dir to start anew")  # fmt: skip
+        fix = optim.to_keep(saved, shapes) or "the keys of optim that the run began with"
+        raise RecipeError(f"{checkpoint.path} holds {held}, but optim.name={optim.name} keeps {keeps}; give {fix} to go on with "
+                          "it, or another run.dir to start anew")  # fmt: skip
     dtypes = {dtype for tensor, (_, dtype) in checkpoint.tensors.items() if tensor.partition("/")[0] in saved}
     before = "bfloat16" if torch.bfloat16 in dtypes else "float32"
     if saved and before != optim.moments_dtype:

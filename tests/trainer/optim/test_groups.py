@@ -111,10 +111,29 @@ SGD = {"optim__name": "sgd"}
 BY_MUON = {"optim__name": "muon"}
 OTHERWISE = {**BY_MUON, "optim__groups": [{"pattern": "*.query.weight", "optimizer": "adamw"}]}
 OTHERS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({}, {"optim__name": "lion"}, "holds exp_avg and exp_avg_sq, but optim.name=lion keeps exp_avg;"),
-    (SGD, {}, "holds momentum_buffer, but optim.name=adamw keeps exp_avg and exp_avg_sq;"),
-    (SGD, {**SGD, "optim__momentum": 0.0}, "holds momentum_buffer, but optim.name=sgd keeps no moments;"),
-    (BY_MUON, {}, "holds exp_avg and exp_avg_sq and momentum_buffer, but optim.name=adamw keeps exp_avg and exp_avg_sq;"),
+    (
+        {},
+        {"optim__name": "lion"},
+        "holds exp_avg and exp_avg_sq, but optim.name=lion keeps exp_avg; give optim.name=adamw to go",
+    ),
+    (SGD, {}, "holds momentum_buffer, but optim.name=adamw keeps exp_avg and exp_avg_sq; give optim.name=sgd to"),
+    (
+        SGD,
+        {**SGD, "optim__momentum": 0.0},
+        "momentum_buffer, but optim.name=sgd keeps no moments; give optim.momentum=null to",
+    ),
+    (
+        {**SGD, "optim__momentum": 0.0},
+        {},
+        "holds no moments, but optim.name=adamw keeps exp_avg and exp_avg_sq; give optim.name=sgd optim.momentum=0.0 to go on",
+    ),
+    ({"optim__name": "lion"}, {**SGD, "optim__momentum": 0.5}, "; give optim.name=lion optim.momentum=null to go on"),
+    ({**SGD, "optim__groups": [{"pattern": "layers.*", "frozen": True}]}, {}, "; give optim.name=sgd to go on"),
+    (
+        BY_MUON,
+        {},
+        " and momentum_buffer, but optim.name=adamw keeps exp_avg and exp_avg_sq; give optim.name=muon to go on",
+    ),
     (
         BY_MUON,
         OTHERWISE,
