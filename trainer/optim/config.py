@@ -47,8 +47,8 @@ class OptimConfig:
     """Weight decay of parameters of two or more dims; weights of norms are not decayed. Decoupled from the gradient for adamw,
     lion and muon, added to it for sgd, as torch does."""
     groups: list[Any] = field(default_factory=list)
-    """Parameters with a learning rate or a weight decay of their own, e.g. [{pattern: "*.router.weight", lr: 1e-4}], that muon is
-    to leave to AdamW or not ({pattern: "*.router.weight", optimizer: adamw}), or that are not trained ({pattern: "layers.0.*",
+    """Parameters with a learning rate or a weight decay of their own, e.g. [{pattern: "*norm.weight", lr: 1e-4}], that muon is to
+    leave to AdamW or not ({pattern: "*.router.weight", optimizer: adamw}), or that are not trained ({pattern: "layers.0.*",
     frozen: true}). The first entry whose pattern matches a parameter's name counts; a rate follows the same schedule as
     optim.lr."""
     moments_dtype: str = "float32"

@@ -7,6 +7,9 @@ from typing import Any
 
 from bagualu.comm.errors import RecipeError
 
+_EXAMPLE = """e.g. 'optim.groups=[{pattern: "*norm.weight", lr: 1e-4}]'"""
+"""Shown in refusals, in quotes for a shell."""
+
 
 @dataclass(frozen=True)
 class Treatment:
@@ -24,7 +27,7 @@ class ParameterGroup:
     """An entry of `optim.groups`. A parameter belongs to the first entry whose pattern matches its global name."""
 
     pattern: str
-    """Shell-style, e.g. "*.norm.weight" or "layers.0.*"."""
+    """Shell-style, e.g. "*norm.weight" or "layers.0.*"."""
     lr: float | None = None
     """Takes the place of optim.lr; None for no change."""
     weight_decay: float | None = None
@@ -37,17 +40,16 @@ class ParameterGroup:
     @staticmethod
     def read(entry: Any) -> "ParameterGroup":
         """Returns the group that an entry of the recipe describes. Raises RecipeError for an entry that describes none."""
-        example = 'e.g. optim.groups=[{pattern: "*.norm.weight", lr: 1e-4}]'
         if not isinstance(entry, dict) or not isinstance(entry.get("pattern"), str):
-            raise RecipeError(f"optim.groups: {entry} has no pattern of parameter names; {example}")
+            raise RecipeError(f"optim.groups: {entry} has no pattern of parameter names; {_EXAMPLE}")
         for key in entry.keys() - {"pattern", "lr", "weight_decay", "optimizer", "frozen"}:
             raise RecipeError(f"optim.groups: {entry} has the unknown key {key}; there are pattern, lr, weight_decay, optimizer "
-                              f"and frozen, {example}")  # fmt: skip
+                              f"and frozen, {_EXAMPLE}")  # fmt: skip
         for key in ("lr", "weight_decay"):
             value = entry.get(key)
             number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
             if value is not None and not number:
-                raise RecipeError(f"optim.groups: {key}={value} of {entry['pattern']} must be a number of at least 0; {example}")
+                raise RecipeError(f"optim.groups: {key}={value} of {entry['pattern']} must be a number of at least 0; {_EXAMPLE}")
         if entry.get("optimizer") not in (None, "adamw", "muon"):
             raise RecipeError(f"optim.groups: optimizer={entry['optimizer']} of {entry['pattern']} must be adamw or muon")
         if not isinstance(entry.get("frozen", False), bool):
@@ -57,7 +59,7 @@ class ParameterGroup:
             raise RecipeError(f"optim.groups: {changes[0]} of {entry['pattern']} has no effect with frozen: true; leave one out")
         if not entry.get("frozen") and not changes:
             raise RecipeError(f"optim.groups: {entry['pattern']} changes nothing; give it an lr, a weight_decay, an optimizer or "
-                              f"frozen: true, {example}")  # fmt: skip
+                              f"frozen: true, {_EXAMPLE}")  # fmt: skip
         return ParameterGroup(**entry)
 
 

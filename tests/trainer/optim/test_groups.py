@@ -1,5 +1,6 @@
 """`optim.name` and `optim.groups` as a person types them, right and wrong."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.optim.groups import Treatment
 from bagualu.trainer.recipe.compose import compose, load_recipe, save_recipe
 from bagualu.trainer.recipe.config import Recipe
@@ -29,6 +31,18 @@ def test_groups_are_typed_saved_and_read(tmp_path: Path) -> None:
     assert recipe.optim.treatment("head.weight", 2) == Treatment(1.0, 0.2, "adamw")
 
 
+@pytest.mark.parametrize("recipe", ["tiny_dense", "moe_tiny"])
+def test_the_example_in_a_refusal_is_accepted_as_typed(recipe: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        compose([f"recipe={recipe}", "optim.groups=[{lr: 1}]"]).validate(1)
+    (example,) = shlex.split(str(refused.value).partition("e.g. ")[2])
+    typed = compose([f"recipe={recipe}", example])
+    typed.validate(typed.world_size())
+    norms = [name for name in parameter_shapes(typed.model) if typed.optim.treatment(name, 1).lr_factor != 1]
+    assert norms[-1] == "norm.weight"
+    assert "layers.0.attention_norm.weight" in norms
+
+
 MUON = "optim.name=muon"
 ONE = "optim.groups=[{pattern: head.weight"
 WRONG = [
@@ -39,7 +53,7 @@ WRONG = [
     ),
     (["optim.momentum=0.5"], "has no effect with optim.name=adamw; change optim.name or leave it out"),
     (["optim.name=sgd", "optim.momentum=1"], "must lie in [0, 1), e.g. optim.momentum=0.9"),
-    (["optim.groups=[x]"], "x has no pattern of parameter names; e.g. optim.groups="),
+    (["optim.groups=[x]"], "x has no pattern of parameter names; e.g. 'optim.groups="),
     (["optim.groups=[{lr: 1}]"], "has no pattern of parameter names"),
     (["optim.groups=[{pattern: 1, lr: 1}]"], "has no pattern of parameter names"),
     ([ONE + ", rate: 1}]"], "unknown key rate; there are pattern, lr, weight_decay, optimizer and frozen"),
