@@ -62,21 +62,24 @@ def any_rank(value: bool, group: Group) -> bool:
 
 def maximum(value: float, group: Group) -> float:
     """Returns the largest `value` that any rank of the group passes. Collective."""
-    return _reduced(value, group, "max")
+    return maxima([value], group)[0]
 
 
 def total(value: float, group: Group) -> float:
     """Returns the sum of every rank's `value`, in float64: exact for whole numbers up to 2**53. Collective."""
-    return _reduced(value, group, "sum")
+    return totals([value], group)[0]
 
 
 def totals(values: Sequence[float], group: Group) -> list[float]:
     """Returns, for each index of `values`, the sum over all ranks, in float64. Every rank passes equally many values.
     Collective."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=group.device)
-    if values:
-        group.all_reduce(tensor)
-    return group.read(tensor)
+    return _reduced(values, group, "sum")
+
+
+def maxima(values: Sequence[float], group: Group) -> list[float]:
+    """Returns, for each index of `values`, the largest value that any rank passes. Every rank passes equally many values.
+    Collective."""
+    return _reduced(values, group, "max")
 
 
 def meet(group: Group) -> None:
@@ -114,10 +117,11 @@ def gather(value: float, group: Group) -> list[float]:
     return group.read(values)
 
 
-def _reduced(value: float, group: Group, op: Any) -> float:
-    tensor = torch.tensor([value], dtype=torch.float64, device=group.device)
-    group.all_reduce(tensor, op)
-    return float(group.read(tensor)[0])
+def _reduced(values: Sequence[float], group: Group, op: Any) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64, device=group.device)
+    if values:
+        group.all_reduce(tensor, op)
+    return group.read(tensor)
 
 
 def _kind(problem: Exception, transient: type[Exception] | None) -> str:

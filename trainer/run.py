@@ -26,7 +26,7 @@ from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_tok
 from bagualu.trainer.data.corpus import Corpus, prepare, show_data
 from bagualu.trainer.engine.local_model import no_values
 from bagualu.trainer.loop import Loop
-from bagualu.trainer.memory import PeakMemory, process_bytes
+from bagualu.trainer.memory import PeakMemory
 from bagualu.trainer.observers import close_ledger, open_ledger, plan_faults
 from bagualu.trainer.output.metric_writers import JsonlSink, Sink
 from bagualu.trainer.output.progress import Progress
@@ -111,7 +111,7 @@ def train(
             "flops_per_token": flops_per_token,
             "matmul_ceiling_flops": ceiling,
             "memory": memory.summary(),
-            "peak_memory_bytes": _peak_memory_bytes(state, communicator),
+            "peak_memory_bytes": memory.sum_of_peaks(),
             **close_ledger(ledger, recipe, communicator, ending["ended"]),
         }
         if communicator.rank == 0:
@@ -202,12 +202,3 @@ def _sinks(recipe: Recipe, first_step: int) -> list[Sink]:
 def _parameters(state: TrainerState) -> int:
     """Returns the number of elements of the whole model's parameters, each counted once. Collective."""
     return int(total(state.engine.parameters, state.mesh.group("world")))
-
-
-def _peak_memory_bytes(state: TrainerState, communicator: Communicator) -> int:
-    """Returns the peak memory in bytes, summed over ranks: on a CUDA device the memory allocated there, else that of the processes.
-    Memory that processes share is then counted once for each of them. Collective."""
-    own = torch.cuda.max_memory_allocated(state.device) if state.device.type == "cuda" else process_bytes()
-    if communicator.one_process and communicator.rank > 0:
-        own = 0  # rank 0 reports the memory of the process that they share
-    return int(total(own, communicator.world))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bagualu.comm.agree import RankError, any_rank, first_different, gather, maximum, on_all, total, totals
+from bagualu.comm.agree import RankError, any_rank, first_different, gather, maxima, maximum, on_all, total, totals
 from bagualu.comm.errors import CommunicationError, RecipeError
 from bagualu.comm.group import Communicator
 from tests.harness import run
@@ -54,12 +54,13 @@ def figures(communicator: Communicator) -> list[object]:
         gather(rank, group),
         totals([rank, 1.0], group),
         totals([], group),
+        maxima([rank, -rank], group),
     ]
 
 
 @pytest.mark.parametrize("backend", ["gloo", "simulated"])
 def test_scalars_are_reduced_over_all_ranks(backend: str) -> None:
-    expected = [True, False, 0.0, 3 * 2.0**50 + 3, [0.0, 1.0, 2.0], [3.0, 3.0], []]
+    expected = [True, False, 0.0, 3 * 2.0**50 + 3, [0.0, 1.0, 2.0], [3.0, 3.0], [], [2.0, 0.0]]
     assert run(backend, 3, figures) == [expected] * 3
 
 

@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, repeat
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from bagualu.fault_tolerance.ledger.totals import CATEGORIES
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.schedule import learning_rate, same_curve
 from bagualu.trainer.output.metric_writers import Record
+from bagualu.trainer.show_memory import show_measurement
 
 _SMOOTHING = 0.1
 """Weight of the newest step in the exponential mean of step times, from which the remaining time is estimated."""
@@ -114,7 +116,7 @@ def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, 
         head += f" in {duration(summary['seconds'])}"
     rows = [(name, form.format(summary[key])) for key, name, form in _ROWS if summary.get(key) is not None]
     if memory := summary.get("memory"):
-        rows.append(("memory", _memory(memory)))
+        rows += zip(chain(["memory"], repeat("")), show_measurement(memory), strict=False)
     if left_out := summary.get("left_out_steps"):
         rows.append(("left out", f"the samples of {left_out} of {summary['step']} steps (guard.* and metrics.jsonl say why)"))
     rows += [("other time", spent)] if (spent := _spent(summary.get("ledger", {}))) else []
@@ -123,13 +125,6 @@ def summary_text(summary: Mapping[str, Any], next_commands: Sequence[tuple[str, 
     if next_commands:
         lines += ["", "next", *(f"{name:<{width}}  {command}" for name, command in next_commands)]
     return "\n".join(lines)
-
-
-def _memory(memory: Mapping[str, Any]) -> str:
-    """Describes the memory of the fullest rank, measured if that was possible, and predicted."""
-    predicted = f"{sum(memory['predicted'].values()) / 2**20:,.1f} MiB predicted"
-    measured = f"{memory['measured'] / 2**20:,.1f} MiB of tensors, " if memory["measured"] else ""
-    return f"{measured}{predicted}, on the fullest rank; its process {memory['process'] / 2**20:,.0f} MiB"
 
 
 def _spent(ledger: Mapping[str, float]) -> str:

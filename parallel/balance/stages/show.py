@@ -36,7 +36,7 @@ def show_split(split: Split, placement: StagePlacement, measured: Sequence[tuple
         if measured is not None:
             row += [_milliseconds(seconds) for seconds in measured[stage]]
         rows.append(row)
-    lines = _aligned(rows)
+    lines = aligned(rows)
     if forecast is not None:
         least = f" (lower bound {_milliseconds(forecast.least_seconds)})" if forecast.least_seconds else ""
         lines.append(f"predicted ({forecast.source}): slowest rank {_milliseconds(forecast.bottleneck_seconds)} ms per micro-batch"
@@ -55,6 +55,7 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.3g}" if seconds < 1 else f"{seconds * 1000:.0f}"
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Returns a line per row, with the cells of a column aligned at their right ends."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
