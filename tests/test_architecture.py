@@ -14,6 +14,7 @@ from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.verbs import usage
 from bagualu.launch.verbs.schedule import schedule
 from bagualu.launch.verbs.sweep import jobs
+from bagualu.trainer.costs.fits import Device, check_memory
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.compose import compose
 
@@ -339,6 +340,11 @@ def guide_commands():
     return [line for line in lines if "hydra.searchpath" not in line]
 
 
+def check(recipe, world):
+    preflight.check(recipe, world)
+    check_memory(recipe, world, Device(80 * 2**30, "its GPU"))  # what users are told to type needs no larger one
+
+
 @pytest.mark.parametrize(
     "command",
     [*readme_commands("bagualu "), *readme_commands("torchrun "), *readme_commands("python -m bagualu"), *guide_commands()],
@@ -351,10 +357,10 @@ def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, 
     words = shlex.split(command)
     if words[0] == "torchrun":
         world = int(words[words.index("--nproc-per-node") + 1])
-        return preflight.check(compose(words[words.index("bagualu.trainer") + 1 :]), world)
+        return check(compose(words[words.index("bagualu.trainer") + 1 :]), world)
     if words[0] == "python":
         recipe = compose(words[words.index("--id") + 2 :])
-        return preflight.check(recipe, recipe.world_size())
+        return check(recipe, recipe.world_size())
     request = usage.read(words[1:])
     if request.help:
         return None
@@ -367,5 +373,5 @@ def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, 
         return None
     recipes = [job.recipe for job in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
     for recipe in recipes:
-        preflight.check(recipe, recipe.world_size())
+        check(recipe, recipe.world_size())
     return None
