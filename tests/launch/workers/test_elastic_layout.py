@@ -76,3 +76,39 @@ def test_a_part_of_the_data_ranks_shares_weights_while_it_divides_them():
     assert with_layout(recipe, Layout(data=4)).parallel.shard == 4
     assert with_layout(recipe, Layout(data=2)).parallel.shard is None
     assert fitted(recipe, 5)[1] == 4
+
+
+FOUR = ("launch.workers=4", "parallel.pipeline=1", "data.global_batch=12", "train.micro_batch=1", "comm.backend=gloo",
+        "train.dtype=float32")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "layout"),
+    [
+        *((f"parallel.engine=deepspeed parallel.zero={zero}", (3, 1, 1, 3)) for zero in (1, 2, 3)),
+        ("parallel.engine=deepspeed parallel.zero=3 parallel.data=2 parallel.tensor=2", (1, 2, 1, 2)),
+        ("parallel.engine=deepspeed parallel.zero=1 parallel.data=2 parallel.pipeline=2", (1, 1, 2, 2)),
+        ("parallel.engine=deepspeed parallel.zero=1 parallel.shares=[2,2,3,5]", (3, 1, 1, 3)),
+        ("parallel.engine=deepspeed parallel.zero=2 data.global_batch=8", (2, 1, 1, 2)),
+        ("parallel.engine=fsdp", (3, 1, 1, 3)),
+        ("parallel.engine=fsdp parallel.shard=2", (3, 1, 1, 3)),
+        ("parallel.engine=fsdp parallel.data=2 parallel.pipeline=2", (1, 1, 2, 2)),
+    ],
+)
+def test_three_of_four_workers_take_a_layout_that_their_engine_can_run(words: str, layout: tuple[int, int, int, int]) -> None:
+    base = ["recipe=tiny_dense", "restart.elastic=true", *FOUR, *words.split()]
+    before = compose(base)
+    assert before.validate(4).world == 4
+    recipe, used = fitted(before, 3)
+    taken = recipe.validate(used)
+    assert (taken.data, taken.tensor, taken.pipeline, used) == layout
+    assert (recipe.parallel.engine, recipe.parallel.zero_stage) == (before.parallel.engine, before.parallel.zero_stage)
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_experts_of_a_deepspeed_engine_stay_divided(zero: int) -> None:
+    words = ["recipe=tiny", "restart.elastic=true", *FOUR, "parallel.data=4", "parallel.expert=2", "parallel.engine=deepspeed",
+             f"parallel.zero={zero}"]  # fmt: skip
+    recipe, used = fitted(compose(words), 3)
+    layout = recipe.validate(used)
+    assert (used, layout.data, layout.expert) == (2, 2, 2)
