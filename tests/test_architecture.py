@@ -3,6 +3,7 @@
 import ast
 import functools
 import graphlib
+import re
 import shlex
 import subprocess
 import sys
@@ -198,6 +199,38 @@ def test_engines_use_what_their_libraries_publish_and_never_their_checkpoints():
                 private = node.attr[0] == "_" and not node.attr.startswith("__")
                 assert not private or ast.unparse(node.value) == "self", f"{name(path)}: {ast.unparse(node)}"
                 assert node.attr not in {"save_checkpoint", "load_checkpoint", "save_16bit_model"}, name(path)
+
+
+USED_OF_DEEPSPEED = {
+    "initialize",
+    "ops.__compatible_ops__",
+    "runtime.zero.parameter_offload.FWD_MODULE_STACK",
+    "zero.Init.param_id",
+    *(f"utils.{name}" for name in ("groups.mpu", "safe_get_local_fp32_param", "safe_get_local_grad", "safe_set_local_grad")),
+    *(f"engine.{name}" for name in (
+        "allreduce_gradients", "destroy", "module", "param_names", "set_gradient_accumulation_boundary", "step", "was_step_applied",
+    )),
+    *(f"engine.optimizer.{name}" for name in (
+        "averaged_gradients", "fp32_partitioned_groups_flat", "get_gradient_for_reduction", "get_grads_for_reduction",
+        "persistent_parameters", "state_dict", "update_lp_params", "use_grad_accum_attribute",
+    )),
+    *(f"parameter.{name}" for name in ("ds_id", "ds_numel", "ds_tensor", "partition", "partition_numel")),
+}  # fmt: skip
+"""What the engine uses of DeepSpeed's modules, engine, optimizer and parameters. DeepSpeed documents few of these names: its next
+version may change them, and trainer/recipe/deepspeed.py accepts one version."""
+
+
+def test_each_use_of_deepspeed_is_known():
+    found = set()
+    for path in (path for path in SOURCES if name(path).startswith("trainer/engine/deepspeed")):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+        found |= {f"parameter.{node.attr}" for node in nodes if re.fullmatch(r"ds_\w+|partition(_numel)?", node.attr)}
+        for used in {ast.unparse(node) for node in nodes} - {ast.unparse(node.value) for node in nodes}:
+            if library := re.fullmatch(r"(?:self\._)?library\.([\w.]+)", used):
+                found.add(library[1])
+            elif engine := re.search(r"\b(?:self|zero)\.(engine(?:\.optimizer)?\.\w+)", used):
+                found.add(engine[1])
+    assert found == USED_OF_DEEPSPEED
 
 
 def test_the_files_of_a_run_are_named_once():

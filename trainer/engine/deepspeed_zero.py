@@ -1,7 +1,12 @@
-"""DeepSpeed's ZeRO for the parameters that one group of ranks divides, through what DeepSpeed publishes.
+"""DeepSpeed's ZeRO for the parameters that one group of ranks divides.
 
 A `Zero` owns an engine of DeepSpeed and knows where that keeps gradients, master weights and working weights. `FlatOptimizer` takes
 the place of an optimizer of torch in it.
+
+DeepSpeed's documented accessors (`safe_get_local_grad` and its kin) serve where they return the tensors themselves, in ZeRO-3.
+Those for ZeRO-1 and 2, and all with offload, return copies, and none drops what DeepSpeed keeps of an earlier engine. Then this
+module uses attributes that DeepSpeed does not document. tests/test_architecture.py lists them; recipe/deepspeed.py accepts only the
+version that has them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -186,11 +191,11 @@ class FlatZero(Zero):
             if self._adds_in_flat_tensors:
                 yield self.engine.optimizer.get_grads_for_reduction()[0][place][entry.start :][: entry.parameter.numel()]
                 continue
-            zero = self.engine.optimizer
-            gradient = zero.get_gradient_for_reduction(entry.parameter)
+            gradient = self.engine.optimizer.get_gradient_for_reduction(entry.parameter)
             if gradient is None:
                 gradient = torch.zeros_like(entry.parameter, dtype=accurate_dtype(entry.parameter.dtype))
-                setattr(entry.parameter, "grad_accum" if zero.use_grad_accum_attribute else "grad", gradient)
+                kept_as = "grad_accum" if self.engine.optimizer.use_grad_accum_attribute else "grad"
+                setattr(entry.parameter, kept_as, gradient)
             yield gradient
 
     def reduce(self, ends: Group | None, before: Callable[[torch.Tensor], None] | None) -> None:
