@@ -194,7 +194,7 @@ class ParallelConfig:
         layout = Layout(self.pipeline, data, self.context, self.tensor, self.expert, self.shard)
         fits = [n for n in range(2, layout.fold + 1) if layout.fold % n == 0 and (n <= self.expert or n % self.expert == 0)]
         if self.shard is not None and self.shard not in fits:
-            raise RecipeError(f"parallel.shard={self.shard} must divide data x context = {layout.fold}, and be a multiple of "
-                              f"parallel.expert={self.expert} if it is larger; " +
+            multiple = f", and be a multiple of parallel.expert={self.expert} if it is larger" if self.expert > 1 else ""
+            raise RecipeError(f"parallel.shard={self.shard} must divide data x context = {layout.fold}{multiple}; " +
                               (f"give one of {fits}" if fits else "leave it out"))  # fmt: skip
         return layout

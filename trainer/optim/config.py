@@ -9,7 +9,7 @@ from typing import Any
 
 from bagualu.comm.checks import RANGES, refuse_unused, require_at_least, require_representable
 from bagualu.comm.errors import RecipeError
-from bagualu.trainer.optim.groups import ParameterGroup, Treatment, group_of
+from bagualu.trainer.optim.groups import EXAMPLE, ParameterGroup, Treatment, group_of
 
 SCHEDULES = ("cosine", "wsd", "constant")
 RULES = {
@@ -46,7 +46,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Weight decay of parameters of two or more dims; weights of norms are not decayed. Decoupled from the gradient for adamw,
     lion and muon, added to it for sgd, as torch does."""
-    groups: list[Any] = field(default_factory=list)
+    groups: list[Any] = field(default_factory=list, metadata={"example": EXAMPLE})
     """Parameters with a learning rate or a weight decay of their own, e.g. [{pattern: "*norm.weight", lr: 1e-4}], that muon is to
     leave to AdamW or not ({pattern: "*.router.weight", optimizer: adamw}), or that are not trained ({pattern: "layers.0.*",
     frozen: true}). The first entry whose pattern matches a parameter's name counts; a rate follows the same schedule as

@@ -7,8 +7,9 @@ from typing import Any
 
 from bagualu.comm.errors import RecipeError
 
-_EXAMPLE = """e.g. 'optim.groups=[{pattern: "*norm.weight", lr: 1e-4}]'"""
-"""Shown in refusals, in quotes for a shell."""
+EXAMPLE = '[{pattern: "*norm.weight", lr: 1e-4}]'
+"""A value of `optim.groups`, as typed."""
+_EXAMPLE = f"e.g. 'optim.groups={EXAMPLE}'"
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class TrainConfig:
     attention, those of the attention of each layer; experts, those of each mixture of experts; every:N, all of every N-th layer; a
     list with the numbers of layers (from 0), all of these; auto, all of as many layers as parallel.memory_bytes requires; bytes:N,
     all of as many layers as it takes for each rank to keep at most N bytes. docs/guides/memory.md compares them."""
-    offload_bytes: int = 0
+    offload_bytes: int = field(default=0, metadata={"example": "1073741824"})
     """The most bytes of activations that each rank keeps in host memory, instead of device memory, until its backward pass needs
     them; 0: none."""
     compile: bool = False

@@ -2,7 +2,9 @@
 
 import functools
 import math
-from dataclasses import fields, is_dataclass
+import shlex
+from collections.abc import Iterator
+from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from types import NoneType, UnionType
@@ -14,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.recipe.override_text import ValueKind
+from bagualu.trainer.recipe.override_text import ValueKind, typed
 from bagualu.trainer.recipe.plain import key_of
 from bagualu.trainer.recipe.schema import schema
 
@@ -33,16 +35,19 @@ def options(group: str) -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def keys(node: type[Any] = Recipe, prefix: str = "") -> dict[str, Any]:
+def keys() -> dict[str, Any]:
     """Returns every leaf key with its type, e.g. {"model.moe.experts": int}."""
-    types: dict[str, Any] = {}
+    return {key: hint for key, hint, _ in _leaves(Recipe)}
+
+
+def _leaves(node: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
+    """Yields (key, type, field) of every leaf key."""
     hints = get_type_hints(node)
     for field in fields(node):
         if is_dataclass(hints[field.name]):
-            types |= keys(hints[field.name], f"{prefix}{key_of(field)}.")
+            yield from _leaves(hints[field.name], f"{prefix}{key_of(field)}.")
         else:
-            types[prefix + key_of(field)] = hints[field.name]
-    return types
+            yield prefix + key_of(field), hints[field.name], field
 
 
 def kind_of(key: str) -> ValueKind:
@@ -127,19 +132,18 @@ def _check_values(override: Override, value: Any) -> None:
     """Raises RecipeError for a value that its key cannot take. Values with an interpolation are left to Hydra."""
     if isinstance(value, str) and "${" in value:
         return
-    key = override.key_or_group
+    key, given = override.key_or_group, repr(value) if isinstance(value, str) else override.input_line.partition("=")[2]
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{override.input_line}: {key} must be a finite number")
     if keys().get(key) is bool and not isinstance(value, bool | str):
-        raise RecipeError(f"{override.input_line}: {key} takes true or false, not {value!r}")
+        raise RecipeError(f"{override.input_line}: {key} takes true or false, not {given}")
     try:
         OmegaConf.update(_copy(key.split(".")[0]), key, value, merge=True)
     except (OmegaConfBaseException, ValueError) as error:
-        if isinstance(value, dict):
+        if key not in keys():
             raise RecipeError(f"{override.input_line}: {str(error).splitlines()[0]}; give the keys one by one") from error
-        default = OmegaConf.select(schema(), key)
-        example = f", e.g. {key}={_typed(default)}" if default is not None else ""
-        raise RecipeError(f"{override.input_line}: {key} takes {_expected(keys()[key])}, not {value!r}{example}") from error
+        example = f", e.g. {_example(key)}" if _example(key) else ""
+        raise RecipeError(f"{override.input_line}: {key} takes {_expected(keys()[key])}, not {given}{example}") from error
 
 
 def _copy(section: str) -> DictConfig:
@@ -153,6 +157,8 @@ def _schema() -> DictConfig:
 
 
 def _expected(hint: Any) -> str:
+    if hint is Any:  # refused only for a dictionary in place of a list
+        return "text or a list"
     if hint in TYPE_NAMES:
         return TYPE_NAMES[hint]
     inner = [argument for argument in getattr(hint, "__args__", ()) if argument is not type(None)]
@@ -161,8 +167,14 @@ def _expected(hint: Any) -> str:
     return " or ".join([*(TYPE_NAMES.get(argument, str(argument)) for argument in inner), "null"])
 
 
-def _typed(value: Any) -> str:
-    """Returns a value as the user would type it."""
-    if OmegaConf.is_list(value):
-        return "[" + ",".join(_typed(item) for item in value) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _example(key: str) -> str | None:
+    """Returns an override of a leaf key, in quotes if a shell needs them, with the example of its field, or else with the default;
+    None if that is null."""
+    field = next(field for name, _, field in _leaves(Recipe) if name == key)
+    if "example" in field.metadata:
+        text = f"{key}={field.metadata['example']}"
+        return shlex.quote(text) if " " in text else text
+    default = OmegaConf.select(schema(), key)
+    if default is None:
+        return None
+    return f"{key}={typed(OmegaConf.to_container(default) if OmegaConf.is_config(default) else default)}"

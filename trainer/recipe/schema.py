@@ -1,7 +1,8 @@
 """Describes the recipe to Hydra and YAML: the keys, types and defaults of the dataclasses, with keys as the user types them.
 
 A field whose key is no valid name in Python (checkpoint.async) has the key in its metadata; only this module and plain.py use it. A
-field that holds a path is marked in its metadata too; only this module expands ~ and ~user at the start of a path.
+field that holds a path is marked in its metadata too; only this module expands ~ and ~user at the start of a path. A field whose
+default is no example of its values (0 for none) has one in its metadata, as typed, which keys.py shows.
 """
 
 import os

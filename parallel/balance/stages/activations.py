@@ -53,20 +53,26 @@ def _by_layer(recompute: Any, mixtures: Sequence[bool]) -> tuple[str, ...]:
     if recompute == "experts":
         return tuple("experts" if mixture else "none" for mixture in mixtures)
     if isinstance(recompute, Sequence) and not isinstance(recompute, str):
-        full = _listed(list(recompute), layers)
+        full = _listed(list(recompute), mixtures)
     elif (step := _number(recompute, "every:", "every:2")) is not None:
         full = set(layers[::step])
     else:
-        raise RecipeError(f"train.recompute={recompute} is unknown; give one of {FORMS}")
+        typed = "null" if recompute is None else str(recompute).lower() if isinstance(recompute, bool) else recompute
+        raise RecipeError(f"train.recompute={typed} is unknown; give one of {FORMS}")
     return tuple("full" if layer in full else "none" for layer in layers)
 
 
-def _listed(numbers: list[Any], layers: range) -> set[int]:
+def _listed(numbers: list[Any], mixtures: Sequence[bool]) -> set[int]:
+    layers = range(len(mixtures))
     fits = sorted({number for number in numbers if type(number) is int and number in layers})
     if not numbers or len(fits) != len(numbers):
-        instead = f"train.recompute=[{','.join(map(str, fits))}]" if fits else "train.recompute=none"
+        parts = [part for part in ("attention", "experts") if part in numbers and (any(mixtures) or part != "experts")]
+        if fits or not parts:
+            instead = f"[{','.join(map(str, fits or layers[:2]))}]" if numbers else "none"
+        else:
+            instead = " or ".join([*parts, "full"])
         raise RecipeError(f"train.recompute=[{','.join(map(str, numbers))}] must name layers from 0 to {layers[-1]}, each once; "
-                          f"give {instead}")  # fmt: skip
+                          f"give train.recompute={instead}")  # fmt: skip
     return set(fits)
 
 

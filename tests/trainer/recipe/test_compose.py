@@ -78,7 +78,15 @@ WRONG = [
     ("~model.layers", "cannot remove"),
     ("train.steps=abc", "train.steps takes an integer, not 'abc', e.g. train.steps=100"),
     ("train.steps=10.7", "an integer, not 10.7"),
-    ("train.steps=null", "an integer, not None"),
+    ("train.steps=null", "an integer, not null"),
+    ("train.compile=null", "true or false, not null"),
+    ("train.steps={a: 1}", "train.steps takes an integer, not {a: 1}, e.g. train.steps=100"),
+    ("faults={a: b}", "faults takes text or a list, not {a: b}"),
+    ("optim={nme: sgd}", "give the keys one by one"),
+    *(
+        (f"train.offload_bytes={given}", f"not {shown}, e.g. train.offload_bytes=1073741824")
+        for given, shown in [("10GB", "'10GB'"), ("null", "null"), ("true", "true"), ("1e9", "1e9")]
+    ),
     ("parallel.data=x", "an integer or null"),
     ("optim.lr=fast", "a number, not 'fast'"),
     ("optim.lr=nan", "finite"),
