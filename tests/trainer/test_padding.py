@@ -1,5 +1,6 @@
 """Padding of the vocabulary is no part of a run: whatever the tensor degree, weights begin alike and any checkpoint is read."""
 
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.checkpoint.saving.save import save
 from bagualu.launch.workers.elastic_layout import fitted
 from bagualu.parallel.boxes import TensorPiece
+from bagualu.parallel.config import ENGINES, ParallelConfig
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.compose import save_recipe
 from bagualu.trainer.recipe.config import Recipe
@@ -75,6 +78,22 @@ def test_the_curve_of_a_padded_model_is_that_of_the_model_without_padding(tmp_pa
     plain = run("simulated", 1, train, recipe_in(tmp_path, 61, **tied), STEPS)
     padded = recipe_in(tmp_path, 61, 3, **changes)
     assert_same(run("simulated", padded.world_size(), train, padded, STEPS), plain)
+
+
+def counted(communicator: Communicator, recipe: Recipe) -> int:
+    state = made(communicator, recipe)
+    count = state.engine.parameters
+    state.engine.close()
+    return count
+
+
+@pytest.mark.parametrize("changes", [{}, {"optim__groups": [{"pattern": "embedding.weight", "frozen": True}]}], ids=["", "frozen"])
+@pytest.mark.parametrize(("engine", "stage"), [(engine, stage) for engine, stages in ENGINES.items() for stage in stages])
+def test_padding_is_not_counted_as_parameters(tmp_path: Path, engine: str, stage: int, changes: dict[str, object]) -> None:
+    kind = {"parallel__engine": engine, "parallel__zero": stage, "parallel__bucket_bytes": ParallelConfig.bucket_bytes}
+    recipe = recipe_in(tmp_path, 61, 2, parallel__data=2, train__dtype="float32", **kind, **changes)
+    counts = run("gloo", 4, counted, recipe)
+    assert sum(counts) == sum(prod(shape) for shape in parameter_shapes(recipe.model).values())
 
 
 def saved_with_padding(communicator: Communicator, recipe: Recipe, multiple: int) -> list:  # type: ignore[type-arg]

@@ -41,7 +41,7 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
     @property
     def parameters(self) -> int:
         """The number of parameter elements that this rank counts. Each element counts on one rank: the sum over ranks is the
-        model's size."""
+        model's size, without the padding of its vocabulary."""
 
     def leaves(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the name and the tensor of every parameter of this rank as backward passes know it: a leaf of autograd's graph. It

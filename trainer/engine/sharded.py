@@ -40,8 +40,10 @@ class ShardedEngine:
 
     @property
     def parameters(self) -> int:
-        divided = sum(count for part in [*self._parts, *self.frozen] if part.owned for *_, count in part.shard_entries())
-        return divided + sum(part.tensor.numel() for part in self.untrained if part.owned and part.kind == "weight")
+        shards = (part for part in [*self._parts, *self.frozen] if part.owned)
+        pieces = [piece for part in shards for piece in shard_pieces("weight", part, part.shard_weights)]
+        whole = [part.piece(part.tensor) for part in self.untrained if part.owned and part.kind == "weight"]
+        return sum(piece.tensor.numel() for piece in [*pieces, *filter(None, whole)])
 
     def leaves(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self.model.named_parameters()
