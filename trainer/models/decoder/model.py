@@ -147,14 +147,14 @@ class Decoder(Model):
             update_biases(summed, [self.get_buffer(f"{_router(index)}.bias") for index in loads], self._bias_rate)
 
     def forward(
-        self, inputs: torch.Tensor, labels: torch.Tensor | None = None, place: int = 0
+        self, inputs: torch.Tensor, labels: torch.Tensor | None = None, chunk: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the slice at index `place` on tokens [B, S] or hidden states [B, S, H]. Returns the hidden states, or after the head
+        """Runs the slice at index `chunk` on tokens [B, S] or hidden states [B, S, H]. Returns the hidden states, or after the head
         the loss summed over tokens (the logits if there are no labels), and the sum of the slice's balance losses."""
-        x = self.call(self.embedding, inputs) if self.embedding is not None and place == 0 else inputs
+        x = self.call(self.embedding, inputs) if self.embedding is not None and chunk == 0 else inputs
         balance = x.new_zeros((), dtype=accurate_dtype(x.dtype))
         saving = self.host_memory.begin_pass()
-        for index in self.slices[place]:
+        for index in self.slices[chunk]:
             layer = self.layers[str(index)]
             with saving():
                 x, loss, load = run(partial(self.call, layer), x, again=self.recompute[index] == "full")
@@ -162,7 +162,7 @@ class Decoder(Model):
                 balance = balance + loss
             if load is not None and self._bias_rate and torch.is_grad_enabled():
                 self._loads[index] = self._loads.get(index, 0) + load
-        if self.head is not None and self.norm is not None and place == len(self.slices) - 1:
+        if self.head is not None and self.norm is not None and chunk == len(self.slices) - 1:
             x = self.call(self.head, self.call(self.norm, x), labels)
         return x, balance
 
