@@ -9,10 +9,9 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.straggler import Stragglers
-from bagualu.parallel.data.bucket import Bucket
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.engine.fsdp import FsdpEngine
+from bagualu.trainer.engine.protocol import Engine
 from bagualu.trainer.loop import Loop
 from bagualu.trainer.process.failure import GuardError
 from bagualu.trainer.recipe.config import Recipe
@@ -29,9 +28,10 @@ class Fault:
     """At `point` of `step` (from 1) rank `rank` finds `how` in `where`; only the first time, unless `always`."""
 
     where: str
-    """gradient: its own, before the reduction; reduced: its shard of the reduced one; copy: its working copy of a shard that
-    another rank owns (under ZeRO-3 of its own shard, the only one); weight | exp_avg | exp_avg_sq | momentum_buffer: its
-    first shard of the optimizer state that has it; buffer: its first buffer."""
+    """gradient: its own, the first that is reduced after `point`, before the guard sees it and other ranks' are added; reduced: its
+    shard of the reduced one; copy: its working copy of a shard that another rank owns (under ZeRO-3 of its own shard, the only
+    one); weight | exp_avg | exp_avg_sq | momentum_buffer: its first shard of the optimizer state that has it; buffer: its first
+    buffer."""
     how: str = "bit"
     """bit: one mantissa bit, the value stays finite and of its size; huge: times 1e6; nan; inf; or a number to put there."""
     rank: int = 1
@@ -43,7 +43,7 @@ class Fault:
 
 
 def gradient(how: str = "bit", **changes: Any) -> Fault:
-    return Fault("gradient", how, point="bucket", **changes)
+    return Fault("gradient", how, point="data", **changes)
 
 
 def reduced(how: str = "bit", **changes: Any) -> Fault:
@@ -63,50 +63,35 @@ class Injection:
         here = point == fault.point and self.state.mesh.at("world") == fault.rank
         if not here or not fault.step <= step < fault.step + fault.steps:
             return
-        if isinstance(engine := self.state.engine, FsdpEngine) and fault.where == "gradient":
-            if not self.done:
-                self.done += 1
-                spoil_reduction(engine, fault.how)
-            return
-        first_bucket = point != "bucket" or not any(b.work for b in engine.buckets)
-        if first_bucket and (fault.always or not self.done):
+        if fault.always or not self.done:
             self.done += 1
-            spoil(self._tensor(), fault.how, self.done)
+            if fault.where == "gradient":
+                spoil_reduction(self.state.engine, fault.how, self.done)
+            else:
+                spoil(self._tensor(), fault.how, self.done)
 
     def waits(self, what: str | None) -> None:
         return None
 
     def _tensor(self) -> torch.Tensor:
         engine, where = self.state.engine, self.fault.where
-        if where == "gradient":
-            return complete(engine.buckets).gradients
         if where == "reduced":
             return next(engine.reduced_gradients())
         if where == "copy":
-            bucket = next(bucket for bucket in engine.buckets if bucket.partitioned)
-            if bucket.kept is not None:
-                return bucket.kept
-            state = bucket.weights.chunk(bucket.group.size)
-            return state[(bucket.group.rank + 1) % bucket.group.size]
+            shard = next(shard for shard in engine.shards() if shard.group.size > 1)
+            return shard.copies[(shard.group.rank + 1) % len(shard.copies)]
         if where == "buffer":
             return engine.untrained[0].tensor
         return next(shard[where] for shard in engine.optimizer.shards() if where in shard)
 
 
-def complete(buckets: list[Bucket]) -> Bucket:
-    """The bucket that is about to be reduced, when it is the first of its step."""
-    ready = [bucket for bucket in buckets if bucket.pending == 0]
-    at_once = [bucket for bucket in ready if not bucket.kind.tied and not bucket.kind.partial_over]
-    return (at_once or ready)[0]
-
-
-def spoil_reduction(engine: FsdpEngine, how: str) -> None:
-    """Spoils the gradients of the reduction that is about to begin, before the guard sees them."""
+def spoil_reduction(engine: Engine, how: str, time: int) -> None:
+    """Spoils the gradients that are reduced next, before the guard sees them."""
     guard = engine.before_reduction
 
     def spoiled(gradients: torch.Tensor) -> None:
         engine.before_reduction = guard
-        spoil(gradients, how, 1)
+        spoil(gradients, how, time)
         if guard is not None:
             guard(gradients)
 
@@ -115,6 +100,7 @@ def spoil_reduction(engine: FsdpEngine, how: str) -> None:
 
 def spoil(tensor: torch.Tensor, how: str, time: int) -> None:
     """One element, the largest, so that it matters. "random": another value every time; "scramble": all elements."""
+    tensor = tensor.detach().view(-1)
     place = tensor.abs().argmax()
     if how == "bit":
         kind, bit = {8: (torch.int64, 50), 4: (torch.int32, 21), 2: (torch.int16, 5)}[tensor.element_size()]
@@ -167,6 +153,8 @@ def bits_of(state: TrainerState) -> Bits:
     bits = {name: tensor.detach().clone().view(torch.uint8).cpu().numpy() for name, tensor in working_tensors(state)}
     for index, shard in enumerate(state.engine.optimizer.shards()):
         bits |= {f"{index}/{kind}": tensor.detach().clone().cpu().numpy() for kind, tensor in shard.items()}
+    for index, held in enumerate(state.engine.shards()):
+        bits |= {f"{index}/copy {at}": copy.detach().clone().view(torch.uint8).cpu().numpy() for at, copy in enumerate(held.copies)}
     memory = state.guard.memory
     figures = [state.updates, state.scaler.scale, state.scaler.good_steps, *memory.losses.values, *memory.norms.values]
     return bits | {"figures": np.array(figures)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bagualu.trainer.recipe.config import Recipe
-from tests.trainer.faults import Ending, Fault, assert_same_bits, left_out_steps
+from tests.trainer.faults import Ending, Fault, assert_same_bits, gradient, left_out_steps
 from tests.trainer.test_guard import SPIKED, Clean, Learnable, recipe_in, runs
 
 BAD = Learnable.bad_step
@@ -84,7 +84,7 @@ def test_another_kind_of_text_costs_no_sample(tmp_path: Path) -> None:
 
 def test_a_fault_of_the_hardware_while_they_are_computed_later_leaves_no_trace(tmp_path: Path) -> None:
     straight = runs("simulated", recipe(tmp_path / "straight"), None, Learnable)
-    fault = Fault("gradient", "nan", step=LATE, point="bucket")
+    fault = gradient("nan", step=LATE)
     found = runs("simulated", recipe(tmp_path / "found"), fault, Learnable)
     assert_same_bits(found, straight)
     assert left_out_steps(found) == 0
