@@ -265,7 +265,9 @@ def trained_from(communicator: Communicator, recipe: Recipe) -> tuple[Any, Any, 
     before = pieces_of(state)
     results = [train_step(state, step) for step in range(STEPS)]
     assert all(result.committed and result.verdict.attempts == 1 for result in results)
-    return before, pieces_of(state), ([r.loss for r in results], [r.grad_norm for r in results])
+    after = pieces_of(state)
+    state.engine.close()
+    return before, after, ([r.loss for r in results], [r.grad_norm for r in results])
 
 
 @pytest.mark.parametrize("groups", [[], GROUPS], ids=["alike", "groups"])
@@ -273,7 +275,10 @@ def trained_from(communicator: Communicator, recipe: Recipe) -> tuple[Any, Any, 
 def test_every_optimizer_is_its_oracle_on_every_axis(optim: str, groups: list[object]) -> None:
     changes = {**MOE, **{f"optim__{key}": value for key, value in OPTIMIZERS[optim].items()}, "optim__groups": groups}
     losses, norms, state = plain(alone("float64", changes))
-    layouts = [{}, {"data": 2, "expert": 2}, {"data": 2, "zero": 0}, {"tensor": 2, "pipeline": 2}]
+    layouts: list[dict[str, object]] = [
+        {}, {"data": 2, "expert": 2}, {"data": 2, "zero": 0}, {"tensor": 2, "pipeline": 2}, {"data": 2, "expert": 2, "zero": 2},
+        {"data": 2, "tensor": 2, "zero": 3},
+    ]  # fmt: skip
     for layout in layouts:
         recipe = alone("float64", {**changes, **{f"parallel__{key}": value for key, value in layout.items()}})
         recipe.validate(recipe.world_size())
