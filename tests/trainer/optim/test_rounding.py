@@ -72,25 +72,57 @@ def test_the_bits_are_even_and_do_not_repeat() -> None:
 def numbered(communicator: Communicator, recipe: Recipe) -> list[Any]:
     """The numbers that this rank gives its elements, as boxes."""
     state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    for bucket, shard in zip(state.engine.buckets, state.engine.optimizer.shards(), strict=True):
+    optimizer = state.engine.optimizer
+    for part, shard in zip(optimizer.parts, optimizer.shards(), strict=True):
         shard["weight"] = torch.zeros(shard["weight"].numel(), dtype=torch.float64)
-        for entry, in_shard, in_parameter, numel in bucket.shard_entries():
+        for entry, in_shard, in_parameter, numel in part.shard_entries():
             own = element_numbers(entry, in_parameter, in_parameter + numel, torch.device("cpu"))
             shard["weight"][in_shard : in_shard + numel] = own.double()
-    return [piece for piece in pieces_of(state) if piece[0].startswith("weight/")]
+    pieces = [piece for piece in pieces_of(state) if piece[0].startswith("weight/")]
+    state.engine.close()
+    return pieces
 
 
 MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "model__vocab": 61}
 LAYOUTS: list[dict[str, object]] = [
     {}, {"data": 2}, {"data": 3, "zero": 2}, {"tensor": 2}, {"data": 2, "tensor": 2, "expert": 2, "pipeline": 2},
+    {"data": 4, "expert": 2, "tensor": 2, "zero": 3},
 ]  # fmt: skip
+FSDP: dict[str, object] = {"engine": "fsdp", "bucket_bytes": Recipe().parallel.bucket_bytes}
+ON_PROCESSES: list[dict[str, object]] = [
+    {**FSDP, "data": 2, "tensor": 2},
+    {**FSDP, "data": 4},  # two experts, whose columns are divided
+    {"engine": "deepspeed", "data": 3, "zero": 1},
+    {"engine": "deepspeed", "data": 2, "tensor": 2, "zero": 3},
+]
+MORE_ON_PROCESSES: list[dict[str, object]] = [
+    {**FSDP, "data": 3},
+    {**FSDP, "data": 4, "expert": 2},
+    {**FSDP, "data": 4, "expert": 2, "shard": 2, "pipeline": 2},
+    {"engine": "deepspeed", "data": 2, "expert": 2, "zero": 1, "pipeline": 2},
+    {"engine": "deepspeed", "data": 4, "expert": 2, "zero": 2},
+    {"engine": "deepspeed", "data": 3, "zero": 3},
+]
+
+
+def assert_numbered(layout: dict[str, object], backend: str, **changes: Any) -> None:
+    parallel = {f"parallel__{key}": value for key, value in layout.items()}
+    recipe = small_recipe(**{**MOE, **HALF, "data__global_batch": 12, **parallel, **changes})
+    for name, numbers in gather(run(backend, recipe.world_size(), numbered, recipe)).items():
+        assert np.array_equal(numbers.flatten(), np.arange(numbers.size)), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_element_has_its_number_in_the_whole_tensor(layout: dict[str, object]) -> None:
-    recipe = small_recipe(**MOE, **HALF, data__global_batch=12, **{f"parallel__{key}": value for key, value in layout.items()})
-    for name, numbers in gather(run("simulated", recipe.world_size(), numbered, recipe)).items():
-        assert np.array_equal(numbers.flatten(), np.arange(numbers.size)), name
+    assert_numbered(layout, "simulated")
+
+
+@pytest.mark.parametrize(
+    "layout", [*ON_PROCESSES, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MORE_ON_PROCESSES)], ids=str
+)
+def test_every_element_has_its_number_with_every_engine(layout: dict[str, object]) -> None:
+    experts = 2 if layout == ON_PROCESSES[1] else 4
+    assert_numbered(layout, "gloo", model__moe__experts=experts, model__layers=2)
 
 
 def trained(communicator: Communicator, recipe: Recipe) -> tuple[list[float], list[Any], set[torch.dtype]]:
