@@ -136,7 +136,7 @@ def test_what_comes_out_bad_every_time_is_left_out(tmp_path: Path, layout: str, 
 
 
 def test_a_rank_that_never_computes_the_same_twice_ends_the_run_and_is_named(tmp_path: Path) -> None:
-    found = runs("simulated", recipe_in(tmp_path, "data"), Fault("gradient", "random", point="bucket", always=True))
+    found = runs("simulated", recipe_in(tmp_path, "data"), gradient("random", always=True))
     assert "other bits on rank 1: the cause is the hardware, not the data or the code" in found[0].error
     assert "replace that hardware" in found[0].error
     assert_same_bits(found, straight("simulated", "data", BAD - 1))
@@ -196,6 +196,26 @@ def test_a_loss_spike_by_a_corrupted_sample_is_not_learnt_from(tmp_path: Path, l
     assert found[0].guard["skipped_steps"] == out
     assert found[0].guard["rolled_back"] == (policy == "rollback")
     assert found[0].saved[-2:] == ["step-00000015", "step-00000016"]
+
+
+QUICK: dict[str, dict[str, Any]] = {
+    "sgd": {"optim__lr": 0.2, "optim__momentum": 0.5, "optim__clip_norm": 1.0}, "muon": {"optim__lr": 0.05},
+    "lion": {"optim__lr": 0.05},
+}  # fmt: skip
+"""Settings with which each optimizer soon knows what is learnable."""
+
+
+@pytest.mark.parametrize(("optimizer", "layout"), [("sgd", "sharded"), ("muon", "gathered"), ("lion", "replicated")])
+def test_every_optimizer_leaves_out_what_is_not_finite_and_what_spikes(tmp_path: Path, optimizer: str, layout: str) -> None:
+    """Moments and weights are to the bit those of a run that was told to leave the step out."""
+    by = {"optim__name": optimizer}
+    found = runs("simulated", recipe_in(tmp_path / "nan", layout, **by), gradient("nan", always=True))
+    assert_same_bits(found, left_out([BAD], layout, tmp_path / "without", **by))
+    assert found[0].guard["skipped_steps"] == [BAD]
+    spiked = {**by, **SPIKED, **QUICK[optimizer], "data__global_batch": 8}
+    found = runs("simulated", recipe_in(tmp_path / "spike", "data", guard__on_spike="skip", **spiked), None, Learnable)
+    assert_same_bits(found, left_out([Learnable.bad_step], "data", tmp_path / "clean", None, Clean, **spiked))
+    assert found[0].guard["skipped_steps"] == [Learnable.bad_step]
 
 
 def test_a_run_that_was_stopped_remembers_what_is_usual_and_what_is_left_out(tmp_path: Path) -> None:
