@@ -85,7 +85,7 @@ class OptimConfig:
     def to_keep(self, moments: set[str], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         """Returns the least change of optim.name and optim.momentum, as typed, with which exactly `moments` are kept; None if there
         is no such change. `shapes`: those of all parameters, by name."""
-        fitting = []
+        fitting: list[list[str]] = []
         for name, momentum in product(RULES, dict.fromkeys((self.momentum, None, 0.0))):
             other = replace(self, name=name, momentum=momentum)
             with suppress(RecipeError):
@@ -94,7 +94,8 @@ class OptimConfig:
                     changes = [f"optim.name={name}"] if name != self.name else []
                     changes += [f"optim.momentum={'null' if momentum is None else momentum}"] if momentum != self.momentum else []
                     fitting.append(changes)
-        return " ".join(min(fitting, key=len)) if fitting else None
+        least = min(fitting, key=len, default=None)
+        return None if least is None else " ".join(least)
 
     @property
     def parameter_groups(self) -> list[ParameterGroup]:
