@@ -212,7 +212,8 @@ USED_OF_DEEPSPEED = {
     )),
     *(f"engine.optimizer.{name}" for name in (
         "averaged_gradients", "fp32_partitioned_groups_flat", "get_gradient_for_reduction", "get_grads_for_reduction",
-        "persistent_parameters", "state_dict", "update_lp_params", "use_grad_accum_attribute",
+        "grad_partitions_flat_buffer", "ipg_buckets", "persistent_parameters", "state_dict", "update_lp_params",
+        "use_grad_accum_attribute",
     )),
     *(f"parameter.{name}" for name in ("ds_id", "ds_numel", "ds_tensor", "partition", "partition_numel")),
 }  # fmt: skip
