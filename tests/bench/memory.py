@@ -12,7 +12,6 @@ has the peak of a loop that uses it directly, on the plain model (contest/). `--
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -75,7 +74,7 @@ def division(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
                     measured[engine, zero] = memory_of(changed, folder, f"{processes}-{engine}-{zero}")
                 ideal = state(changed, zero) + besides
                 yield row(measured[engine, zero], {"engine": engine, "zero": zero, "processes": processes}, ideal)
-        if "fsdp" in options.engines and processes <= len(os.sched_getaffinity(0)):  # a contestant has a core for each process
+        if "fsdp" in options.engines:
             memory = {"predicted": None, "measured": fsdp_itself(options.recipe, processes, folder), "process": None}
             ideal = state([*words, "parallel.engine=fsdp"], 3) + besides
             yield row(memory, {"engine": "fully_shard itself", "zero": 3, "processes": processes}, ideal)

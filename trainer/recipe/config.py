@@ -270,7 +270,7 @@ class Recipe:
     def _validate_faults(self, faults: list[Fault]) -> None:
         for fault in faults:
             if isinstance(fault, Flip) and fault.what == "weight" and self.parallel.zero_stage == 3:
-                instead = "parallel.engine=native" if self.parallel.engine == "fsdp" else "parallel.zero=2"
+                instead = "parallel.engine=native parallel.zero=2" if self.parallel.engine == "fsdp" else "parallel.zero=2"
                 raise RecipeError(f"faults: {fault} flips a weight, but with parallel.zero=3 a rank holds weights only while it "
                                   f"computes; give what=master or {instead}")  # fmt: skip
 

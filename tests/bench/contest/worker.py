@@ -104,7 +104,8 @@ def serve(options: argparse.Namespace, answers: IO[str]) -> None:
 def main() -> None:
     answers = private_stdout()
     options = arguments()
-    os.sched_setaffinity(0, cores_of(options.rank, options.processes, options.threads))  # before torch counts the cores
+    if not options.tensors:
+        os.sched_setaffinity(0, cores_of(options.rank, options.processes, options.threads))  # before torch counts the cores
     serve(options, answers)
 
 
