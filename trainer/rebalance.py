@@ -10,7 +10,7 @@ optimizer state in host memory.
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from bagualu.comm.agree import gather, on_all
@@ -22,6 +22,7 @@ from bagualu.parallel.balance.stages.rebalance_policy import Proposal, Watch
 from bagualu.parallel.move_state import Relocation, table
 from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.costs.analytic import analytic_table
+from bagualu.trainer.costs.predicted_split import keeps_to_caps, with_prediction
 from bagualu.trainer.costs.state import saved_bytes
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.engine.build import hold
@@ -119,6 +120,10 @@ class Rebalancer:
     def _decide(self, busy: list[float], steps_left: int) -> Proposal | None:
         """Returns rank 0's proposal on every rank; None if layers should stay. Collective."""
         proposal = self.watch.after_window(busy, steps_left, self._move_seconds) if self.watch else None
+        if proposal:
+            recipe, layout = self.state.recipe, self.state.mesh.layout
+            proposal = replace(proposal, split=with_prediction(recipe, layout, proposal.split, self.state.heaviest))
+            proposal = proposal if keeps_to_caps(recipe, proposal.split) else None
         message = [proposal.split.to_json(), proposal.speeds, proposal.now_seconds, proposal.then_seconds] if proposal else None
         message = broadcast_json(message, self.state.mesh.group("world"))
         return Proposal(Split.from_json(message[0]), *message[1:]) if message else None

@@ -6,6 +6,7 @@ are gathered while it computes, and so are those of the unit that comes next.
 """
 
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import median_high
 
@@ -87,8 +88,9 @@ class Transfers:
     backward: Counter[int]
 
 
-def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: list[int], passes: int) -> Transfers:
-    """Returns what a rank that holds these layers holds for transfers during the last of `passes` backward passes of a step."""
+def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: list[int], passes: int, keep_bytes: int = 0) -> Transfers:
+    """Returns what a rank that holds these layers holds for transfers during the last of `passes` backward passes of a step. Up to
+    `keep_bytes` of gathered weights stay through the step."""
     last = work.model.layers
     ends = (0 in layers, last - 1 in layers)
     units = [EMBEDDING] * ends[0] + layers + [last, last + 1] * ends[1]
@@ -99,9 +101,14 @@ def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: list[int], 
             reducing.settle()
         for unit in reversed(units):
             reducing.backward(unit)
-    gathered = _gathered(work, buckets) if work.zero == 3 else Counter[int]()
+    weights = list(_gathered(work, buckets, keep_bytes)) if work.zero == 3 else []
+
+    def gathered(*used: int) -> int:
+        return sum(size for size, kept, own in weights if kept or own.intersection(used))
+
     after, below = zip(units, [*units[1:], (again or units)[-1]], strict=True), zip(again, [units[0], *again], strict=False)
-    forward, backward = (Counter({one: gathered[one] + gathered[other] for one, other in pairs}) for pairs in (after, below))
+    forward = Counter({unit: gathered(unit, following) for unit, following in after})
+    backward = Counter(dict.fromkeys(units, gathered()) | {unit: gathered(unit, following) for unit, following in below})
     return Transfers(forward, reducing.most + backward)
 
 
@@ -133,13 +140,14 @@ def reductions_at_the_end(work: ModelWork, buckets: list[PlannedBucket], one_mac
     return 0 if one_machine else sum(b.padded * work.accurate_bytes * (b.ranks - 1) // b.ranks for b in several)
 
 
-def _gathered(work: ModelWork, buckets: list[PlannedBucket]) -> Counter[int]:
-    """Returns the bytes of the weights of each unit."""
-    gathered = Counter[int]()
+def _gathered(work: ModelWork, buckets: list[PlannedBucket], keep_bytes: int) -> Iterator[tuple[int, bool, set[int]]]:
+    """Yields (bytes, whether they stay through a step, the units that use them) for the weights of each bucket, as
+    parallel/data/gather.py chooses those that stay."""
     for bucket in buckets:
-        for unit in set(bucket.units) if bucket.partitioned else ():
-            gathered[unit] += bucket.padded * work.item_bytes
-    return gathered
+        if bucket.partitioned:
+            size = bucket.padded * work.item_bytes
+            keep_bytes -= size
+            yield size, keep_bytes >= 0, set(bucket.units)
 
 
 class _Reducing:

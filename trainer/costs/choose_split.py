@@ -46,9 +46,9 @@ def agree_on_split(
     answer: dict[str, Any] = {}
     if communicator.rank == 0:
         table = _table(recipe, work_of(recipe, layout), communicator.device)
-        answer["table"] = table.to_json()
         try:
-            answer["split"] = split_by(recipe, table, schedule, speeds).to_json()
+            split, table = split_by(recipe, layout, table, schedule, speeds)
+            answer["split"], answer["table"] = split.to_json(), table.to_json()
         except RecipeError as error:
             answer["refusal"] = str(error)
     answer = broadcast_json(answer, communicator.world)

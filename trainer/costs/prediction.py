@@ -71,6 +71,9 @@ def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule, mi
     table = analytic_table(work)
     # On a CPU, what is in "host memory" is in the same memory.
     activations = Activations(tuple(split.recompute), offload_bytes=0 if work.on_cpu else recipe.train.offload_bytes)
+    spare = split.forecast.spare_bytes if split.forecast and split.forecast.spare_bytes else [0] * layout.pipeline
+    problem = Problem(table, schedule, [1.0] * layout.pipeline, None, activations)
+    passes = {first: worst_passes(schedule, first) for first in (True, False)}
     memories = []
     for rank in range(layout.pipeline):
         stages = schedule.placement.stages_of(rank)
@@ -82,13 +85,12 @@ def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule, mi
         if work.engine == "deepspeed":
             state[COMMUNICATION] += deepspeed_buffers(work, _zero_optimization(recipe, layout))
         pieces = tuple((split.slices[stage].start, split.slices[stage].stop) for stage in stages)
-        alone = Problem(table, schedule, [1.0] * layout.pipeline, None, activations).transient_bytes(rank, pieces)
+        alone = problem.transient_bytes(rank, pieces)
         together = 0
-        for first in (True, False):  # in the first backward pass of a step, no reductions of another are in progress
-            moved = _moved(recipe, work, buckets, layers, 1 if first else 2)
-            problem = Problem(_with_transfers(work, table, moved), schedule, [1.0] * layout.pipeline, None, activations)
-            passes = worst_passes(schedule, first)[rank]
-            together = max(together, problem.transient_bytes(rank, pieces, passes=passes))
+        for first, of in passes.items():  # in the first backward pass of a step, no reductions of another are in progress
+            moved = _moved(recipe, work, buckets, layers, 1 if first else 2, spare[rank])
+            moving = problem.with_table(_with_transfers(work, table, moved))
+            together = max(together, moving.transient_bytes(rank, pieces, passes=of[rank]))
         messages = 2 * table.output_bytes if layout.pipeline > 1 else 0  # one that is sent and one that is received
         state[ACTIVATIONS] += max(alone, _update_bytes(work, recipe.optim, buckets))
         last = reductions_at_the_end(work, buckets, one_machine=recipe.launch.nodes == 1)
@@ -97,13 +99,16 @@ def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule, mi
     return memories
 
 
-def _moved(recipe: Recipe, work: ModelWork, buckets: list[PlannedBucket], layers: list[int], passes: int) -> Transfers:
-    """Returns what a rank that holds these layers holds for transfers in the last of `passes` backward passes."""
+def _moved(
+    recipe: Recipe, work: ModelWork, buckets: list[PlannedBucket], layers: list[int], passes: int, keep_bytes: int
+) -> Transfers:
+    """Returns what a rank that holds these layers holds for transfers in the last of `passes` backward passes, if it may keep
+    `keep_bytes` of gathered weights."""
     if work.engine == "fsdp":
         return unit_transfers(work, layers)
     if work.engine == "deepspeed":
         return deepspeed_transfers(work, _zero_optimization(recipe, work.layout), layers)
-    return transfers(work, buckets, layers, passes)
+    return transfers(work, buckets, layers, passes, keep_bytes)
 
 
 def _zero_optimization(recipe: Recipe, layout: Layout) -> Mapping[str, Any]:

@@ -11,7 +11,6 @@ import torch
 from bagualu.comm.group import Group
 from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.balance.stages.forecast import Split
-from bagualu.parallel.balance.stages.keys import memory_caps
 from bagualu.parallel.data.bucket import Bucket, build_buckets, gather_weights
 from bagualu.parallel.data.gather import WeightGatherer
 from bagualu.parallel.data.reducer import GradientReducer
@@ -130,7 +129,7 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
     dtype, world = getattr(torch, recipe.train.dtype), mesh.group("world")
     if zero == 3:  # unit by unit, so that not even at the start a rank holds all weights
         model, plan = local_model(recipe, mesh, split, fill, dtype, take)
-        gatherer = WeightGatherer(model.units, buckets, _spare(recipe, mesh, split), model.reads_weights_again)
+        gatherer = WeightGatherer(model.units, buckets, _spare(mesh, split), model.reads_weights_again)
     else:
         model, plan = local_model(recipe, mesh, split, fill, dtype)
         take(model, plan, list(model.named_parameters()))
@@ -142,13 +141,11 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
     return NativeEngine(model, trained, frozen, untrained, reducer, optimizer, gatherer, world)
 
 
-def _spare(recipe: Recipe, mesh: Mesh, split: Split) -> int:
+def _spare(mesh: Mesh, split: Split) -> int:
     """Returns how many bytes of gathered weights this rank can keep for a whole step within parallel.memory_bytes; 0 without that
     limit."""
-    caps, rank = memory_caps(recipe.parallel.memory_bytes, mesh.layout.pipeline), mesh.at("pipeline")
-    if caps is None or split.forecast is None:
-        return 0
-    return max(0, caps[rank] - split.forecast.memory_bytes[rank])
+    spare = split.forecast.spare_bytes if split.forecast else []
+    return spare[mesh.at("pipeline")] if spare else 0
 
 
 def _sinks(recipe: Recipe) -> Callable[[str], bool]:

@@ -91,7 +91,7 @@ def _undecided(problem: Problem) -> RecipeError:
     limits = " and ".join(_limits(problem))
     works = " ".join(_limits(problem, _needs(problem, pieces)))
     return RecipeError(f"found no split that fits {limits}, but the search was cut short; "
-                       f"parallel.balance=[{counts}] is near and fits; give it with {works}")  # fmt: skip
+                       f"give parallel.balance=[{counts}] {works}, which is near and fits")  # fmt: skip
 
 
 def _no_split_fits(problem: Problem) -> RecipeError:

@@ -5,7 +5,7 @@ includes the loss. The trainer measures the costs or computes them from shapes.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class CostTable:
     """Bytes of state that embedding and head each include, but that exist only once if the same rank holds both."""
     output_bytes: int = 0
     """Bytes of a stage's output for a micro-batch, which the rank keeps until the backward pass of the stage; 0 after the head."""
+    reserved_bytes: list[int] = field(default_factory=list)
+    """For each pipeline rank, bytes that it takes besides what its layers take, such as those of transfers; empty: none."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -74,4 +76,4 @@ class CostTable:
         raw = json.loads(text)
         layers = [LayerCost(**layer) for layer in raw["layers"]]
         embedding, head = LayerCost(**raw["embedding"]), LayerCost(**raw["head"])
-        return CostTable(embedding, layers, head, raw["source"], raw["tied_bytes"], raw["output_bytes"])
+        return CostTable(embedding, layers, head, raw["source"], raw["tied_bytes"], raw["output_bytes"], raw["reserved_bytes"])

@@ -26,6 +26,8 @@ class Forecast:
     """The origin of the costs, for messages, as in `CostTable.source`."""
     least_seconds: float = 0.0
     """A proven lower bound for the bottleneck of any split; 0.0 if no search has proven a bound."""
+    spare_bytes: list[int] = field(default_factory=list)
+    """How many bytes of gathered weights each pipeline rank may keep through a step within its memory cap; empty: none."""
 
 
 @dataclass(frozen=True)

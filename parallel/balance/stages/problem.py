@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import attrgetter
@@ -75,17 +76,26 @@ class Problem:
         caps: Sequence[int] | None,
         activations: Activations = ALL_KEPT,
     ) -> None:
-        self.table, self.schedule, self.placement = table, schedule, schedule.placement
-        self.layers = len(table.layers)
+        self.schedule, self.placement = schedule, schedule.placement
         self.speeds, self.caps, self.activations = list(speeds), None if caps is None else list(caps), activations
         self.moments, self.passes = worst_moments(schedule), worst_passes(schedule)
         self._splits = any(action.kind == Kind.INPUT_GRADIENT for actions in schedule.actions for action in actions)
         self.stages_of = [self.placement.stages_of(rank) for rank in range(self.placement.ranks)]
+        self._take(table)
+
+    def with_table(self, table: CostTable) -> "Problem":
+        """Returns the same problem with the costs of `table`."""
+        other = copy(self)
+        other._take(table)
+        return other
+
+    def _take(self, table: CostTable) -> None:
+        self.table, self.layers = table, len(table.layers)
         self._sums = {
             name: list(accumulate(map(attrgetter(name), table.layers), initial=0))
             for name in ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds", "state_bytes", "operand_bytes")
         }
-        self._again = [layer.again_seconds(activations.of_layer(i)) for i, layer in enumerate(table.layers)]
+        self._again = [layer.again_seconds(self.activations.of_layer(i)) for i, layer in enumerate(table.layers)]
         self._sums["again"] = list(accumulate(self._again, initial=0))
         self._known: dict[tuple[int, tuple[Piece, ...]], RankCost | None] = {}
 
@@ -118,12 +128,13 @@ class Problem:
         return self._known[key]
 
     def memory(self, rank: int, pieces: tuple[Piece, ...], chosen: frozenset[int] = _NOTHING) -> int:
-        """Returns the peak memory of `rank` in bytes: state and `transient_bytes`."""
+        """Returns the peak memory of `rank` in bytes: state, `transient_bytes` and what the table reserves."""
         stages = self.stages_of[rank]
         total = sum(self._sum("state_bytes", stage, piece) for stage, piece in zip(stages, pieces, strict=True))
         if {0, self.placement.stages - 1} <= set(stages):
             total -= self.table.tied_bytes
-        return int(total) + self.transient_bytes(rank, pieces, chosen)
+        reserved = self.table.reserved_bytes[rank] if self.table.reserved_bytes else 0
+        return int(total) + reserved + self.transient_bytes(rank, pieces, chosen)
 
     def transient_bytes(
         self,

@@ -122,6 +122,8 @@ TWO_BATCHES = {"parallel__data": 2, "parallel__pipeline": 2, "data__global_batch
         (2, {"parallel__data": 2, "parallel__zero": 0}),
         (2, {"parallel__data": 2, "parallel__zero": 2, "train__dtype": "bfloat16"}),
         (2, {"parallel__data": 2, "parallel__zero": 3, "train__dtype": "bfloat16"}),
+        (2, {"parallel__data": 2, "parallel__zero": 3, "parallel__memory_bytes": 10**9}),
+        (2, {"parallel__data": 2, "parallel__zero": 3, "parallel__memory_bytes": 11_000_000}),
         (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 2}),
         (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 3}),
     ],
