@@ -6,7 +6,11 @@ from bagualu.comm.errors import RecipeError
 from bagualu.parallel.config import RebalanceConfig
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.shrink_layout import largest_layout
+from bagualu.trainer.costs.fits import device_of, fits
+from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.config import Recipe
+
+_OTHERWISE = "give a data.global_batch that fewer data ranks divide, or less to hold for each rank, e.g. parallel.zero=3"
 
 
 def fitted(recipe: Recipe, ranks: int) -> tuple[Recipe, int]:
@@ -21,7 +25,7 @@ def fitted(recipe: Recipe, ranks: int) -> tuple[Recipe, int]:
         return recipe, full.world
     best = largest_layout(full, ranks, lambda layout: _valid(recipe, layout))
     if best is None or best.world < recipe.restart.min_workers:
-        fix = f"give restart.min_workers={best.world}" if best else "give a data.global_batch that fewer data ranks divide"
+        fix = f"give restart.min_workers={best.world}" if best else _OTHERWISE
         raise RecipeError(f"{ranks} workers are left of {full.world}, too few for a valid layout with at "
                           f"least restart.min_workers={recipe.restart.min_workers}; bring workers back, or {fix}")  # fmt: skip
     return with_layout(recipe, best), best.world
@@ -57,8 +61,11 @@ def with_layout(recipe: Recipe, layout: Layout) -> Recipe:
 
 
 def _valid(recipe: Recipe, layout: Layout) -> bool:
+    """Returns whether the recipe can run with this layout, and its ranks fit their devices and parallel.memory_bytes."""
     try:
-        with_layout(recipe, layout).validate(layout.world)
+        fewer = with_layout(recipe, layout)
+        fewer.validate(layout.world)
     except RecipeError:
         return False
-    return True
+    workers = layout.world if recipe.launch.nodes == 1 else preflight.workers_per_node(recipe)
+    return fits(fewer, layout.world, device_of(fewer, workers))

@@ -14,7 +14,13 @@ from bagualu.trainer.costs.prediction import Memory, fullest, memory_text, predi
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.device_memory import cpu_bytes, gpu_bytes
 
+_TOLERANCE = 0.05
+"""By this fraction a prediction may be too high: a recipe is refused only if it needs more of its device than this beyond it."""
+_MEASURED_LESS = 0.1
+"""By this fraction measured activations may be smaller than those computed from shapes."""
 _MOST_FIXES = 2
+_MOST_DOUBLINGS = 7
+_SMALLER = "a smaller model or a shorter data.sequence_length"
 _FEW = 2**9
 """More micro-batches than this are not planned in full, unless all of them are in flight at once."""
 
@@ -30,26 +36,23 @@ class Device:
 
 def check_memory(recipe: Recipe, world: int, device: Device | None) -> None:
     """Raises RecipeError if a rank of the run on `world` ranks cannot fit its device or parallel.memory_bytes. A recipe that is not
-    refused may still need more than the prediction."""
+    refused may still need more than the prediction, or more than the device by less than `_TOLERANCE`."""
     layout = recipe.validate(world)
     try:
         memory = fullest(_memories(recipe, layout))
-    except RecipeError as error:  # no split fits parallel.memory_bytes
+    except RecipeError as error:  # no split fits the limits
         excess, _, other_fixes = str(error).partition("; give ")
         raise RecipeError(f"{excess}; give {' or '.join([*_fixes(recipe, world, device), other_fixes])}") from error
     need = sum(memory.values())
-    if device is None or need <= device.memory_bytes:
+    if device is None or need <= device.memory_bytes * (1 + _TOLERANCE):
         return
-    fixes = _fixes(recipe, world, device) or ["more ranks, a smaller model or a shorter data.sequence_length"]
+    fixes = _fixes(recipe, world, device) or _more_ranks(recipe, world, device) or [_SMALLER]
     raise RecipeError(f"the fullest rank needs {memory_text(memory)}: {size_text(need - device.memory_bytes)} more than the "
                       f"{size_text(device.memory_bytes)} of {device.what}; give {' or '.join(fixes)}")  # fmt: skip
 
 
 def device_of(recipe: Recipe, workers: int) -> Device | None:
-    """Returns the device of each of `workers` ranks on this machine; None if its memory is not known, or if parallel.memory_bytes
-    takes its place."""
-    if recipe.parallel.memory_bytes is not None:
-        return None
+    """Returns the device of each of `workers` ranks on this machine; None if its memory is not known."""
     if recipe.comm.on_cpu:
         each = f"each of {workers} workers on this machine" if workers > 1 else "this machine"
         return Device(cpu_bytes() // workers, each)
@@ -58,24 +61,33 @@ def device_of(recipe: Recipe, workers: int) -> Device | None:
     return None if size is None else Device(size // shared, "its GPU")
 
 
+def fits(recipe: Recipe, world: int, device: Device | None) -> bool:
+    """Returns whether `check_memory` accepts a valid recipe."""
+    with suppress(RecipeError):
+        need = sum(fullest(_memories(recipe, recipe.validate(world))).values())
+        return device is None or need <= device.memory_bytes * (1 + _TOLERANCE)
+    return False
+
+
 def _memories(recipe: Recipe, layout: Layout) -> list[Memory]:
-    """Returns the memory of each pipeline rank. Raises RecipeError if no split fits parallel.memory_bytes."""
+    """Returns the memory of each pipeline rank. Raises RecipeError if no split fits parallel.memory_bytes and train.recompute."""
     parallel = recipe.parallel
     micro_batches = max(recipe.declared_shares(layout) or [recipe.micro_batches() // layout.data])
     planned = micro_batches
     if parallel.schedule != "gpipe" and micro_batches > _FEW:  # the number in flight depends on the number of stages alone
         planned = _FEW + (micro_batches - _FEW) % layout.pipeline
     schedule = compute_schedule(parallel.schedule, layout.pipeline, planned, parallel.virtual_stages)
-    measured = measures(recipe) or parallel.speeds == "measured"
-    split, _ = plan_split(_without_limits(recipe) if measured else recipe, layout, schedule)
+    try:
+        split, _ = plan_split(recipe, layout, schedule, micro_batches)
+    except RecipeError:
+        most = recipe.activations().most_bytes
+        if most is None or not measures(recipe):
+            raise
+        loose = _changed(recipe, {"train.recompute": f"bytes:{int(most * (1 + _MEASURED_LESS))}"})
+        with suppress(RecipeError):  # the run itself decides, with the bytes that it measures
+            return predict(recipe, layout, plan_split(loose, layout, schedule, micro_batches)[0], schedule, micro_batches)
+        raise
     return predict(recipe, layout, split, schedule, micro_batches)
-
-
-def _without_limits(recipe: Recipe) -> Recipe:
-    """Returns the recipe without limits of memory, which the run itself checks with the costs that it measures. All layers
-    recompute that may be chosen to, so that what the recipe needs is not overestimated."""
-    recompute = "full" if recipe.activations().recompute is None else recipe.train.recompute
-    return _changed(recipe, {"parallel.memory_bytes": None, "train.recompute": recompute})
 
 
 def _fixes(recipe: Recipe, world: int, device: Device | None) -> list[str]:
@@ -106,18 +118,23 @@ def _without_unneeded(recipe: Recipe, changes: dict[str, Any], world: int, devic
 
 
 def _changes(recipe: Recipe, world: int) -> Iterator[dict[str, Any]]:
-    """Yields changes that save memory, the cheapest first: those that divide more of the state, recomputation, smaller
-    micro-batches, and more of the ranks for the pipeline or the tensor axis in place of the data axis."""
+    """Yields changes that save memory, the cheapest first: those that divide more of the state, recomputation, host memory, smaller
+    micro-batches, another engine, and more of the ranks for the pipeline or the tensor axis in place of the data axis."""
     parallel, layout = recipe.parallel, recipe.parallel.layout(world)
     if layout.fold > 1:
         for zero in sorted(ENGINES[parallel.engine]):
             if zero > parallel.zero_stage:
                 yield {"parallel.zero": zero}
-    if set(recipe.activations().recompute or ["full"]) != {"full"}:
-        yield {"train.recompute": "full"}
+        if parallel.shard:
+            yield from ({"parallel.shard": more} for more in range(parallel.shard + 1, layout.fold + 1) if layout.fold % more == 0)
+    yield from _recomputations(recipe)
+    if not recipe.comm.on_cpu:
+        yield from _host_memory(recipe)
     size = recipe.train.micro_batch
     while size := size // 2:
         yield {"train.micro_batch": size}
+    if layout.fold > 1 and parallel.engine != "native":
+        yield {"parallel.engine": "native", "parallel.zero": 3}
     degree = 2
     while layout.data % degree == 0:
         for axis in ("pipeline", "tensor"):
@@ -126,11 +143,50 @@ def _changes(recipe: Recipe, world: int) -> Iterator[dict[str, Any]]:
         degree *= 2
 
 
+def _recomputations(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Yields the values of train.recompute that compute more again than the recipe's, those that compute least first."""
+    now = set(recipe.activations().recompute or ["none" if recipe.activations().recompute == () else "full"])
+    if now == {"none"}:
+        yield {"train.recompute": "attention"}
+        if recipe.model.moe.experts:
+            yield {"train.recompute": "experts"}
+    if now != {"full"}:
+        yield {"train.recompute": "full"}
+
+
+def _host_memory(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Yields changes that keep state or activations in host memory, apart from that of the device."""
+    if recipe.parallel.engine == "deepspeed" and recipe.parallel.deepspeed.offload == "none":
+        yield {"parallel.deepspeed.offload": "optimizer"}
+    for power in range(30, 37):
+        if 2**power > recipe.train.offload_bytes:
+            yield {"train.offload_bytes": 2**power}
+
+
+def _more_ranks(recipe: Recipe, world: int, device: Device) -> list[str]:
+    """Returns the smallest number of ranks of this device, a power of two times `world`, with which the recipe fits if they divide
+    more of the state and all layers recompute, and the changes; an empty list if none fits."""
+    layout = recipe.parallel.layout(world)
+    for factor in (2**power for power in range(1, _MOST_DOUBLINGS + 1)):
+        for axis, more in (("data", {"parallel.zero": 3, "train.recompute": "full"}), ("pipeline", {"train.recompute": "full"})):
+            wider = _changed(recipe, {f"parallel.{axis}": layout.size(axis) * factor})
+            if _fits(wider, more, world * factor, device):
+                needed = _without_unneeded(wider, more, world * factor, device)
+                typed = _typed({f"parallel.{axis}": layout.size(axis) * factor} | needed)
+                return [f"{world * factor} ranks with as much memory each: {typed}"]
+    return []
+
+
 def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     for key, value in changes.items():
-        section, field = key.split(".")
-        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{field: value})})
+        recipe = _with(recipe, key.split("."), value)
     return recipe
+
+
+def _with(config: Any, path: list[str], value: object) -> Any:
+    """Returns `config` with `value` at `path`, the names of its sections and of a field."""
+    first, *others = path
+    return replace(config, **{first: _with(getattr(config, first), others, value) if others else value})
 
 
 def _valid(recipe: Recipe, changes: dict[str, Any], world: int) -> bool:

@@ -70,6 +70,18 @@ def test_too_few_are_refused_with_the_fix():
         fit(1, "launch.workers=4", "parallel.data=4", "parallel.pipeline=1", "restart.min_workers=2")
 
 
+def test_ranks_that_would_not_fit_their_memory_are_not_left():
+    words = ["recipe=tiny_dense", "restart.elastic=true", "parallel.data=4", "parallel.zero=3", "train.micro_batch=1"]
+    for limit, used in ((37_000_000, 2), (10**9, 1)):
+        recipe = compose([*words, f"parallel.memory_bytes={limit}"])
+        assert fitted(recipe, 2)[1] == 2
+        if used == 1:
+            assert fitted(recipe, 1)[1] == 1
+        else:
+            with pytest.raises(RecipeError, match=r"1 workers are left of 4.*parallel.zero=3"):
+                fitted(recipe, 1)
+
+
 def test_a_part_of_the_data_ranks_shares_weights_while_it_divides_them():
     recipe = compose(["recipe=tiny_dense", "restart.elastic=true", "parallel.data=8", "parallel.pipeline=1", "parallel.engine=fsdp",
                       "parallel.shard=4", "data.global_batch=8", "train.micro_batch=1"])  # fmt: skip
