@@ -142,6 +142,8 @@ BY_MUON: list[tuple[str, dict[str, Any]]] = [
     ("dense_tied", {"data": 2, "pipeline": 2, "schedule": "zb_v"}),
     ("moe", {"data": 2, "expert": 2, "tensor": 2, "sequence": True, "zero": 2}),
     ("moe_tied", {"data": 4, "expert": 2, "pipeline": 2, "zero": 0}),
+    ("dense_tied", {"data": 2, "pipeline": 2, "zero": 2}),
+    ("dense", {"data": 2, "tensor": 2, "zero": 3}),
 ]
 
 
@@ -251,7 +253,7 @@ def recipes(draw: st.DrawFn) -> tuple[str, Recipe]:
     layout = {
         "data": draw(degree), "tensor": draw(degree), "pipeline": draw(st.integers(1, 4)), "expert": draw(degree),
         "sequence": draw(st.booleans()), "schedule": draw(st.sampled_from(SCHEDULES)),
-        "zero": draw(st.sampled_from([0, 1])), "bucket_bytes": draw(st.sampled_from([1, 4096, 2**20])),
+        "zero": draw(st.integers(0, 3)), "bucket_bytes": draw(st.sampled_from([1, 4096, 2**20])),
     }  # fmt: skip
     return model, recipe_for(model, layout, train__micro_batch=draw(st.sampled_from([1, 2])))
 

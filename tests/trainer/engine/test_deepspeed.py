@@ -122,9 +122,9 @@ def assert_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
 # stage, ranks, what differs from data parallel ranks alone
 CURVES: list[tuple[int, int, dict[str, Any]]] = [
     (1, 2, {}),
-    (2, 4, {"parallel__tensor": 2, "parallel__sequence": True}),
+    (2, 4, {"parallel__tensor": 2, "parallel__sequence": True, "optim__name": "sgd"}),
     (3, 4, {"parallel__tensor": 2, **FROZEN, **BIASED}),
-    (2, 2, {"parallel__expert": 2, **BIASED, **FROZEN}),
+    (2, 2, {"parallel__expert": 2, **BIASED, **FROZEN, "optim__name": "lion"}),
 ]
 MORE_CURVES: list[tuple[int, int, dict[str, Any]]] = [
     (1, 1, {}),
@@ -134,6 +134,10 @@ MORE_CURVES: list[tuple[int, int, dict[str, Any]]] = [
     (1, 2, {"parallel__shares": [3, 1]}),
     (1, 2, {"parallel__pipeline": 2}),
     (1, 4, {"parallel__pipeline": 2, **TIED, "parallel__schedule": "interleaved_1f1b"}),
+    (1, 4, {"parallel__pipeline": 2, "parallel__tensor": 2, **TIED}),
+    (1, 8, {"parallel__pipeline": 2, "parallel__tensor": 2, "parallel__expert": 2, **BIASED, "parallel__schedule": "gpipe"}),
+    (2, 8, {"parallel__tensor": 2, "parallel__expert": 4, **MOE}),
+    (3, 8, TIED),
     (2, 1, TIED),
     (2, 3, {"data__global_batch": 12}),
     (2, 4, {"parallel__expert": 2, **MOE, "train__recompute": "full"}),

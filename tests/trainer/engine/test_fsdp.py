@@ -45,16 +45,22 @@ LAYOUTS: list[Case] = [
     ("dense", {"data": 2}, {"optim__name": "muon"}),
     ("dense_tied", {"data": 2, "pipeline": 2}, {}),
     ("dense_tied_padded", {"data": 2, "tensor": 2, "sequence": True}, {}),
-    ("dense_5_layers_gqa", {"data": 2, "pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, {}),
+    ("dense_5_layers_gqa", {"data": 2, "pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2},
+     {"optim__name": "sgd"}),
     ("moe_tied", {"data": 4, "expert": 2}, {}),
-    ("moe", {"data": 2, "expert": 2}, {}),  # each expert on a single rank
+    ("moe", {"data": 2, "expert": 2}, {"optim__name": "lion"}),  # each expert on a single rank
     ("moe", {"data": 3}, {"data__global_batch": 6}),  # nothing divides over three ranks, the third has no experts
     ("moe", {"data": 4}, {"model__moe__experts": 2}),  # fewer experts than ranks: their columns are divided
     ("dense", {"data": 4, "shard": 2}, {"optim__groups": FROZEN}),
     ("moe_tied", {"data": 4, "expert": 2, "shard": 2}, {"train__recompute": "full"}),
     ("moe_tied", {"data": 4, "expert": 2}, {"train__recompute": "experts", "train__offload_bytes": 2**20}),
-]
+]  # fmt: skip
 MANY: list[Case] = [
+    ("dense_tied_padded", {"data": 2, "tensor": 2, "sequence": True}, {"optim__name": "muon"}),
+    ("moe_tied", {"data": 4, "expert": 2}, {"optim__name": "muon"}),
+    ("moe", {"data": 4}, {"optim__name": "muon", "model__moe__experts": 2}),
+    ("dense_tied", {"data": 2, "pipeline": 2}, {"optim__name": "muon"}),
+    ("moe_tied", {"data": 4, "expert": 2, "shard": 2}, {"optim__name": "muon", "optim__groups": FROZEN}),
     ("dense", {"data": 1}, {}),
     ("dense", {"data": 8}, {}),
     ("dense_tied", {"data": 8, "shard": 4}, {"optim__name": "lion"}),
@@ -143,12 +149,16 @@ def test_an_expert_that_gets_tokens_in_two_steps_only_trains_as_in_one_process(l
     assert_same(run("gloo", recipe.world_size(), train_with_a_rare_expert, recipe), expected)
 
 
+def use_one_half(state: TrainerState, which: int) -> None:
+    block: Any = state.engine.model.layers["0"].feed_forward
+    used = (block.gate, block.up)[which]
+    block.forward = lambda x: linears(F.silu(linears(x, used.weight)[0]), block.down.weight)[0]
+
+
 def train_using_other_halves(communicator: Communicator, recipe: Recipe) -> Curve:
     """Each rank leaves one of two matrices of the same shape out of its first layer, and has no gradient for it."""
     state = state_of(communicator, recipe)
-    block = state.engine.model.layers["0"].feed_forward
-    used = (block.gate, block.up)[communicator.rank]
-    block.forward = lambda x: linears(F.silu(linears(x, used.weight)[0]), block.down.weight)[0]
+    use_one_half(state, communicator.rank)
     initial, results = pieces_of(state), [train_step(state, step) for step in range(STEPS)]
     return Curve([r.loss for r in results], [0.0] * STEPS, [r.grad_norm for r in results], pieces_of(state), initial)
 
@@ -157,6 +167,22 @@ def test_a_parameter_that_only_some_ranks_use_gets_the_gradients_of_these_alone(
     """FSDP2 would send what there is, of either matrix, and add the two up without an error."""
     expected = run("gloo", 2, train_using_other_halves, small_recipe(parallel__data=2))
     assert_same(run("gloo", 2, train_using_other_halves, recipe_for("dense", {"data": 2})), expected)
+
+
+def with_reductions_of_a_part(communicator: Communicator, recipe: Recipe) -> str:
+    """Each rank leaves another matrix out, and FSDP2 does not fill in the zeros of what has no gradient. Returns the error."""
+    state = state_of(communicator, recipe)
+    for unit in state.engine.units:
+        unit.module.set_reduce_scatter_unused_params(False)
+    use_one_half(state, communicator.rank)
+    with pytest.raises(RuntimeError) as error:
+        train_step(state, 0)
+    return str(error.value)
+
+
+def test_gradients_of_different_parameters_are_never_added_to_each_other() -> None:
+    for text in run("gloo", 2, with_reductions_of_a_part, recipe_for("dense", {"data": 2})):
+        assert "a parameter has no gradient on this rank" in text
 
 
 def losses_around_an_update(communicator: Communicator, recipe: Recipe) -> list[float]:
