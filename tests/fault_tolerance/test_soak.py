@@ -113,19 +113,23 @@ def soak_as_processes(folder: Path, leftovers: Leftovers, count: int, *more: str
         pytest.param(["parallel.engine=fsdp"], marks=pytest.mark.slow),
         pytest.param(["parallel.engine=fsdp", "checkpoint.replica_every=1"], marks=pytest.mark.slow),
         pytest.param(["parallel.zero=3"], marks=pytest.mark.slow),
+        pytest.param(["parallel.zero=3", "checkpoint.replica_every=1"], marks=pytest.mark.slow),
         *(
             pytest.param(["parallel.engine=deepspeed", f"parallel.zero={stage}", *ON_DEEPSPEED], marks=pytest.mark.slow)
             for stage in (1, 2, 3)
         ),
+        pytest.param(
+            ["parallel.engine=deepspeed", "parallel.zero=3", *ON_DEEPSPEED, "checkpoint.replica_every=1"], marks=pytest.mark.slow
+        ),
     ],
-    ids=lambda more: " ".join(more[:2]),
+    ids=lambda more: " ".join([*more[:2], *more[-1:]] if "replica" in " ".join(more) else more[:2]),
 )
 def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers, more: list[str]) -> None:
     planned = (
         "faults=[kill@step=3:rank=2:at=reduce, slow@step=5:rank=0:steps=2, corrupt@step=6, exception@step=7:rank=0:at=optimizer, "
-        "stop@step=10:rank=3:seconds=0.5, kill@step=14:rank=0:at=backward]"
+        "stop@step=10:rank=3:seconds=0.5, nan@step=11:rank=1, full_disk@step=12:rank=2, kill@step=14:rank=0:at=backward]"
     )
-    soak_as_processes(tmp_path, leftovers, 6, "checkpoint.every=2", "checkpoint.async=false", "train.steps=16", planned, *more)
+    soak_as_processes(tmp_path, leftovers, 8, "checkpoint.every=2", "checkpoint.async=false", "train.steps=16", planned, *more)
 
 
 @LINUX

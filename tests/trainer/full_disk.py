@@ -1,5 +1,5 @@
-"""Program for a mount namespace of its own: `unshare -rm python full_disk.py FOLDER BACKEND`; writes FOLDER/found.json, and leaves
-a copy of the run in FOLDER/run.
+"""Program for a mount namespace of its own: `unshare -rm python full_disk.py FOLDER BACKEND [WORD ...]`; writes
+FOLDER/found.json, and leaves a copy of the run in FOLDER/run.
 
 Trains on a small disk of its own, which another job fills in step 6 and makes room on when the run has been started for the fourth
 time. Meanwhile a rank fails, so that the run is started again on a disk without room.
@@ -70,11 +70,11 @@ def train(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], 
     return train_noting_samples(recipe, communicator, stop, scratch, disk.parent)
 
 
-def on_small_disk(folder: Path, backend: str) -> dict[str, Any]:
+def on_small_disk(folder: Path, *words: str) -> dict[str, Any]:
     disk = folder / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)], check=True)
-    code = main(["train", *RECIPE, f"comm.backend={backend}", f"run.dir={disk}/run"], "full_disk:train")
+    code = main(["train", *RECIPE, *words, f"run.dir={disk}/run"], "full_disk:train")
     shutil.copytree(disk / "run", folder / "run")
     for notes in folder.glob("samples-*.jsonl"):
         notes.rename(folder / "run" / notes.name)
@@ -82,7 +82,7 @@ def on_small_disk(folder: Path, backend: str) -> dict[str, Any]:
     full.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(full)], check=True)
     fill(full)
-    refused = main(["train", *RECIPE, f"comm.backend={backend}", f"run.dir={full}/run"], "full_disk:train")
+    refused = main(["train", *RECIPE, *words, f"run.dir={full}/run"], "full_disk:train")
     checkpoints = list_checkpoints(disk / "run" / "checkpoints")
     return {
         "code": code, "refused": refused, "starts": [(folder / f"starts-{rank}").stat().st_size for rank in (0, 1)],
@@ -92,5 +92,5 @@ def on_small_disk(folder: Path, backend: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = on_small_disk(Path(sys.argv[1]), sys.argv[2])
+    found = on_small_disk(Path(sys.argv[1]), f"comm.backend={sys.argv[2]}", *sys.argv[3:])
     (Path(sys.argv[1]) / "found.json").write_text(json.dumps(found))

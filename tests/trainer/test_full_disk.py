@@ -20,12 +20,25 @@ PATHS = f"{HERE}:{HERE.parents[1]}"
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs `unshare -rm` with mounts (root, or user namespaces)")
-@pytest.mark.parametrize("backend", ["simulated", pytest.param("gloo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("simulated", []),
+        *(
+            pytest.param("gloo", words, marks=pytest.mark.slow)
+            for words in (
+                [], ["parallel.zero=3"], ["parallel.engine=fsdp"],
+                *(["parallel.engine=deepspeed", f"parallel.zero={stage}", "train.dtype=float32"] for stage in (1, 2, 3)),
+            )
+        ),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else value,
+)  # fmt: skip
 def test_a_run_outlives_a_full_disk_even_when_it_is_started_again_there(
-    tmp_path: Path, undisturbed: Undisturbed, leftovers: Leftovers, backend: str
+    tmp_path: Path, undisturbed: Undisturbed, leftovers: Leftovers, backend: str, words: list[str]
 ) -> None:
     started = time.monotonic()
-    command = ["unshare", "-rm", sys.executable, str(HERE / "full_disk.py"), str(tmp_path), backend]
+    command = ["unshare", "-rm", sys.executable, str(HERE / "full_disk.py"), str(tmp_path), backend, *words]
     done = subprocess.run(command, capture_output=True, text=True, env={**leftovers.environment, "PYTHONPATH": PATHS})
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stderr
