@@ -274,7 +274,7 @@ def test_a_search_that_was_given_up_is_no_proof_that_nothing_fits(monkeypatch: p
     monkeypatch.setattr(choose, "solve", lambda problem, work=1: solve(problem, 1))
     said = refusal(table, schedule, [30, 30, 30, 30])
     assert "found no split that fits" in said
-    listed = re.search(r"parallel\.balance=\[([\d,]+)\] is near and fits; give it with parallel\.memory_bytes=([\d,]+)", said)
+    listed = re.search(r"; give parallel\.balance=\[([\d,]+)\] parallel\.memory_bytes=([\d,]+), which is near and fits", said)
     assert listed
     wanted, caps = [int(one) for one in listed[1].split(",")], [int(listed[2])] * 4
     edges = [sum(wanted[:stage]) for stage in range(5)]
