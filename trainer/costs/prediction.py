@@ -69,7 +69,6 @@ def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule, mi
     micro-batches; `micro_batches` is their number, by default that of the schedule."""
     work = work_of(recipe, layout)
     table = analytic_table(work)
-    # On a CPU, what is in "host memory" is in the same memory.
     activations = Activations(tuple(split.recompute), offload_bytes=0 if work.on_cpu else recipe.train.offload_bytes)
     spare = split.forecast.spare_bytes if split.forecast and split.forecast.spare_bytes else [0] * layout.pipeline
     problem = Problem(table, schedule, [1.0] * layout.pipeline, None, activations)
@@ -93,6 +92,9 @@ def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule, mi
             together = max(together, moving.transient_bytes(rank, pieces, passes=of[rank]))
         messages = 2 * table.output_bytes if layout.pipeline > 1 else 0  # one that is sent and one that is received
         state[ACTIVATIONS] += max(alone, _update_bytes(work, recipe.optim, buckets))
+        if work.on_cpu:  # "host memory" is the same memory, and for a while holds a second copy of a layer's activations
+            kept = (table.layers[layer].kept_bytes(activations.of_layer(layer, frozenset())) for layer in layers if layer >= 0)
+            state[ACTIVATIONS] += min(recipe.train.offload_bytes, max(kept, default=0))
         last = reductions_at_the_end(work, buckets, one_machine=recipe.launch.nodes == 1)
         state[COMMUNICATION] += max(together + messages, last) - alone
         memories.append({kind: state[kind] for kind in KINDS})

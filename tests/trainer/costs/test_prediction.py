@@ -124,6 +124,7 @@ TWO_BATCHES = {"parallel__data": 2, "parallel__pipeline": 2, "data__global_batch
         (2, {"parallel__data": 2, "parallel__zero": 3, "train__dtype": "bfloat16"}),
         (2, {"parallel__data": 2, "parallel__zero": 3, "parallel__memory_bytes": 10**9}),
         (2, {"parallel__data": 2, "parallel__zero": 3, "parallel__memory_bytes": 11_000_000}),
+        (1, {"train__offload_bytes": 2**30}),
         (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 2}),
         (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 3}),
     ],
