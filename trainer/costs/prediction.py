@@ -92,13 +92,22 @@ def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule, mi
             together = max(together, moving.transient_bytes(rank, pieces, passes=of[rank]))
         messages = 2 * table.output_bytes if layout.pipeline > 1 else 0  # one that is sent and one that is received
         state[ACTIVATIONS] += max(alone, _update_bytes(work, recipe.optim, buckets))
-        if work.on_cpu:  # "host memory" is the same memory, and for a while holds a second copy of a layer's activations
-            kept = (table.layers[layer].kept_bytes(activations.of_layer(layer, frozenset())) for layer in layers if layer >= 0)
-            state[ACTIVATIONS] += min(recipe.train.offload_bytes, max(kept, default=0))
+        if work.on_cpu:
+            state[ACTIVATIONS] += _copied(problem, rank, [split.slices[stage] for stage in stages], recipe.train.offload_bytes)
         last = reductions_at_the_end(work, buckets, one_machine=recipe.launch.nodes == 1)
         state[COMMUNICATION] += max(together + messages, last) - alone
         memories.append({kind: state[kind] for kind in KINDS})
     return memories
+
+
+def _copied(problem: Problem, rank: int, stages: list[range], offload_bytes: int) -> int:
+    """Returns the bytes of a CPU's memory that hold activations a second time: those of the layer on its way to "host memory", which
+    is the same memory, unless only layers before it have room there."""
+    kept = [[problem.table.layers[i].kept_bytes(problem.activations.of_layer(i)) for i in stage] for stage in stages]
+    moments = (zip(moment, kept, strict=True) for moment in problem.moments[rank])
+    movable = max(sum(held * sum(layers) for (held, _), layers in moment) for moment in moments)
+    largest = max((layer for layers in kept for layer in layers), default=0)
+    return max(0, min(largest, offload_bytes - (movable - largest)))
 
 
 def _moved(
