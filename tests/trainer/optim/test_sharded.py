@@ -28,12 +28,13 @@ Weights = dict[str, torch.Tensor]
 
 
 def trained(communicator: Communicator, recipe: Recipe) -> tuple[list[float], list[float], list[object], list[Weights]]:
-    """Losses, norms, the state at the end, and the working weights after every step."""
+    """Losses, norms, the state at the end, and the working weights after every step as far as the rank keeps them."""
     parts = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     results, weights = [], []
     for step in range(STEPS):
         results.append(train_step(parts, step))
-        weights.append({name: p.detach().clone() for name, p in parts.engine.model.named_parameters()})
+        kept = [named for named in parts.engine.model.named_parameters() if named[1].untyped_storage().nbytes()]
+        weights.append({name: parameter.detach().clone() for name, parameter in kept})
     return [r.loss for r in results], [r.grad_norm for r in results], pieces_of(parts), weights
 
 
