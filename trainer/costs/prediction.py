@@ -101,8 +101,8 @@ def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule, mi
 
 
 def _copied(problem: Problem, rank: int, stages: list[range], offload_bytes: int) -> int:
-    """Returns the bytes of a CPU's memory that hold activations a second time: those of the layer on its way to "host memory", which
-    is the same memory, unless only layers before it have room there."""
+    """Returns the bytes of a CPU's memory that hold activations a second time: those of the layer on its way to "host memory",
+    which is the same memory, unless only layers before it have room there."""
     kept = [[problem.table.layers[i].kept_bytes(problem.activations.of_layer(i)) for i in stage] for stage in stages]
     moments = (zip(moment, kept, strict=True) for moment in problem.moments[rank])
     movable = max(sum(held * sum(layers) for (held, _), layers in moment) for moment in moments)
