@@ -137,7 +137,7 @@ MORE_CURVES: list[tuple[int, int, dict[str, Any]]] = [
     (1, 4, {"parallel__pipeline": 2, "parallel__tensor": 2, **TIED}),
     (1, 8, {"parallel__pipeline": 2, "parallel__tensor": 2, "parallel__expert": 2, **BIASED, "parallel__schedule": "gpipe"}),
     (2, 8, {"parallel__tensor": 2, "parallel__expert": 4, **MOE}),
-    (3, 8, TIED),
+    (3, 8, {**TIED, "train__micro_batch": 1}),
     (2, 1, TIED),
     (2, 3, {"data__global_batch": 12}),
     (2, 4, {"parallel__expert": 2, **MOE, "train__recompute": "full"}),
