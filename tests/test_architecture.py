@@ -340,6 +340,15 @@ def test_a_run_does_without_torchs_compiler_and_without_collecting_what_torch_is
     assert not loaded & {"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy"}
 
 
+def test_a_cluster_is_described_and_its_collectives_are_costed_without_torch_and_hydra():
+    loaded = loaded_after(
+        "from bagualu.comm.cluster_file import load_cluster\n"
+        "from bagualu.comm.cost import collective_seconds\n"
+        "assert collective_seconds(load_cluster('h100'), 'all_reduce', 1e6, range(64)) > 0"
+    )
+    assert not loaded & {"torch", "hydra", "omegaconf"}
+
+
 def test_a_worker_does_without_hydra():
     """Its recipe has been composed."""
     assert not loaded_after("import bagualu.launch.workers.worker_process, bagualu.trainer.run") & {"hydra", "omegaconf"}
