@@ -6,13 +6,11 @@ are gathered while it computes, and so are those of the unit that comes next.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import median_high
 
 from bagualu.trainer.costs.state import EMBEDDING, StatePart, divided_state, is_partial, part_of, rank_parameters
 from bagualu.trainer.costs.work import ModelWork
-from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.optim.config import OptimConfig
 
 _SHARD_MULTIPLE = 8
@@ -50,7 +48,7 @@ class PlannedBucket:
 
 def plan_buckets(work: ModelWork, optim: OptimConfig, bucket_bytes: int, layers: list[int]) -> list[PlannedBucket]:
     """Returns the buckets of a rank that holds these layers, the embedding with layer 0 and the head with the last layer."""
-    plan = decoder_plan(work.model, work.sequence)
+    plan = work.plan
     building: dict[object, PlannedBucket] = {}
     buckets: list[PlannedBucket] = []
     for name, shape, units in reversed(rank_parameters(work, layers)):
@@ -101,10 +99,10 @@ def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: list[int], 
             reducing.settle()
         for unit in reversed(units):
             reducing.backward(unit)
-    weights = list(_gathered(work, buckets, keep_bytes)) if work.zero == 3 else []
+    kept, freed = _gathered(work, buckets, keep_bytes) if work.zero == 3 else (0, {})
 
     def gathered(*used: int) -> int:
-        return sum(size for size, kept, own in weights if kept or own.intersection(used))
+        return kept + sum({index: size for unit in used for index, size in freed.get(unit, {}).items()}.values())
 
     after, below = zip(units, [*units[1:], (again or units)[-1]], strict=True), zip(again, [units[0], *again], strict=False)
     forward = Counter({unit: gathered(unit, following) for unit, following in after})
@@ -140,14 +138,20 @@ def reductions_at_the_end(work: ModelWork, buckets: list[PlannedBucket], one_mac
     return 0 if one_machine else sum(b.padded * work.accurate_bytes * (b.ranks - 1) // b.ranks for b in several)
 
 
-def _gathered(work: ModelWork, buckets: list[PlannedBucket], keep_bytes: int) -> Iterator[tuple[int, bool, set[int]]]:
-    """Yields (bytes, whether they stay through a step, the units that use them) for the weights of each bucket, as
-    parallel/data/gather.py chooses those that stay."""
-    for bucket in buckets:
+def _gathered(work: ModelWork, buckets: list[PlannedBucket], keep_bytes: int) -> tuple[int, dict[int, dict[int, int]]]:
+    """Returns the bytes of gathered weights that stay through a step, as parallel/data/gather.py chooses them, and by unit those
+    that are there only for it, by the index of their bucket."""
+    kept, freed = 0, dict[int, dict[int, int]]()
+    for index, bucket in enumerate(buckets):
         if bucket.partitioned:
             size = bucket.padded * work.item_bytes
             keep_bytes -= size
-            yield size, keep_bytes >= 0, set(bucket.units)
+            if keep_bytes >= 0:
+                kept += size
+                continue
+            for unit in bucket.units:
+                freed.setdefault(unit, {})[index] = size
+    return kept, freed
 
 
 class _Reducing:
@@ -160,6 +164,12 @@ class _Reducing:
         self._ranks = [bucket.ranks for bucket in buckets]
         self._pending = [list(bucket.units) for bucket in buckets]
         self._all = [list(bucket.units) for bucket in buckets]
+        self._of_unit: dict[int, list[int]] = {}
+        for index, bucket in enumerate(buckets):
+            for unit in dict.fromkeys(bucket.units):
+                self._of_unit.setdefault(unit, []).append(index)
+        self._begun_bytes = 0
+        """Of the buckets to which some of their gradients have been added."""
         self._limit = max(self._bytes, default=0) + _MOST_IN_FLIGHT * (median_high(self._bytes) if self._bytes else 0)
         self._receives = work.on_cpu  # elsewhere the sum is computed where the gradients are
         self._in_flight: deque[int] = deque()
@@ -175,14 +185,17 @@ class _Reducing:
 
     def backward(self, unit: int) -> None:
         self.most[unit] = self.in_flight_bytes
-        for index, pending in enumerate(self._pending):
+        for index in self._of_unit.get(unit, ()):
+            pending = self._pending[index]
             while unit in pending:
                 if len(pending) == len(self._all[index]):
                     self._make_room(self._bytes[index])
+                    self._begun_bytes += self._bytes[index]
                 pending.remove(unit)
                 self._record(unit)
                 if not pending:
                     self._pending[index] = list(self._all[index])
+                    self._begun_bytes -= self._bytes[index]
                     if len(self._in_flight) == _MOST_IN_FLIGHT:
                         self._in_flight.popleft()
                     self._in_flight.append(index)
@@ -197,5 +210,4 @@ class _Reducing:
             self._in_flight.popleft()
 
     def _record(self, unit: int) -> None:
-        begun = (i for i, pending in enumerate(self._pending) if len(pending) < len(self._all[i]))
-        self.most[unit] = max(self.most[unit], sum(self._bytes[i] for i in begun) + self.in_flight_bytes)
+        self.most[unit] = max(self.most[unit], self._begun_bytes + self.in_flight_bytes)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
@@ -11,6 +12,8 @@ from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.registry import compute_schedule
 from bagualu.trainer.costs.plan_split import measures, plan_split
 from bagualu.trainer.costs.prediction import Memory, fullest, memory_text, predict, size_text
+from bagualu.trainer.costs.work import ITEM_BYTES
+from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.device_memory import cpu_bytes, gpu_bytes
 
@@ -199,9 +202,17 @@ def _valid(recipe: Recipe, changes: dict[str, Any], world: int) -> bool:
 def _fits(recipe: Recipe, changes: dict[str, Any], world: int, device: Device | None) -> bool:
     with suppress(RecipeError):
         changed = _changed(recipe, changes)
-        need = sum(fullest(_memories(changed, changed.validate(world))).values())
+        layout = changed.validate(world)
+        if device is not None and _weights_bytes(changed) > device.memory_bytes * world:
+            return False  # without a prediction, which takes long for thousands of layers
+        need = sum(fullest(_memories(changed, layout)).values())
         return device is None or need <= device.memory_bytes
     return False
+
+
+def _weights_bytes(recipe: Recipe) -> int:
+    """Returns the bytes of one copy of the model's weights, which all ranks together hold at least."""
+    return sum(map(prod, parameter_shapes(recipe.model).values())) * ITEM_BYTES[recipe.train.dtype]
 
 
 def _typed(changes: dict[str, Any]) -> str:

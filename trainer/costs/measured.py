@@ -31,7 +31,6 @@ from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.models.decoder.layers import RMSNorm
 from bagualu.trainer.models.decoder.model import Embedding, Head, Layer
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts
-from bagualu.trainer.models.decoder.plan import decoder_plan
 
 BUDGET_SECONDS = 1.0
 _LEAST_ROUNDS = 3
@@ -300,7 +299,7 @@ def _localise(module: nn.Module, prefix: str, work: ModelWork, device: torch.dev
     and each buffer by zeros.
     Returns the shelf that collects the deferred gradients. With `fused`, kernels write gradients straight to the parameters'
     sinks."""
-    plan, dtype = decoder_plan(work.model, work.sequence), getattr(torch, work.dtype)
+    plan, dtype = work.plan, getattr(torch, work.dtype)
     shelf = _Shelf()
     for module_name, part in module.named_modules():
         for key, meta in list(part.named_parameters(recurse=False)):

@@ -33,7 +33,6 @@ from bagualu.trainer.costs.buckets import (
 from bagualu.trainer.costs.deepspeed_memory import deepspeed_buffers, deepspeed_transfers
 from bagualu.trainer.costs.state import EMBEDDING, layer_state, parameter_state, rank_parameters
 from bagualu.trainer.costs.work import ModelWork, work_of
-from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.recipe.config import Recipe
 
@@ -133,7 +132,7 @@ def _outside_buckets(work: ModelWork, layers: list[int]) -> Counter[str]:
     libraries."""
     state = Counter({BUFFERS: sum(layer_state(work, layer)[BUFFERS] for layer in layers)})
     for name, shape, _ in rank_parameters(work, layers):
-        frozen = decoder_plan(work.model, work.sequence).global_name(name) in work.frozen
+        frozen = work.plan.global_name(name) in work.frozen
         if work.engine != "native" or (frozen and work.zero < 3):
             state += parameter_state(work, name, shape)
     return state
@@ -148,7 +147,10 @@ def _with_transfers(work: ModelWork, table: CostTable, moved: Transfers) -> Cost
     return replace(
         table,
         embedding=replace(table.embedding, work_bytes=table.embedding.work_bytes + moved.backward[EMBEDDING]),
-        layers=[replace(one, work_bytes=one.work_bytes + moved.backward[i]) for i, one in enumerate(table.layers)],
+        layers=[
+            replace(one, work_bytes=one.work_bytes + moved.backward[i]) if moved.backward[i] else one
+            for i, one in enumerate(table.layers)
+        ],
         head=replace(table.head, work_bytes=max(before_loss, after_loss, last_layer)),
     )
 

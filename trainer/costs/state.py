@@ -8,7 +8,6 @@ from bagualu.parallel.layout import SHARD
 from bagualu.parallel.memory_kinds import BUFFERS, COMMUNICATION, GRADIENTS, MASTERS, MOMENTS, PARAMETERS
 from bagualu.parallel.sharding import Placement
 from bagualu.trainer.costs.work import ModelWork
-from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes
 
 EMBEDDING = -1
@@ -71,7 +70,7 @@ class StatePart:
 
 def part_of(work: ModelWork, name: str, shape: tuple[int, ...]) -> StatePart:
     """Returns the part of the parameter that has this local name and this global shape."""
-    plan = decoder_plan(work.model, work.sequence)
+    plan = work.plan
     placement, name = plan.placement(name), plan.global_name(name)
     elements = prod(placement.box(name, shape, work.layout, work.layout.coordinates(0)).shape)
     tied = name in plan.tied.values() and work.ends_apart

@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import inf
 from pathlib import Path
 
 from bagualu.comm.config import AUTO
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.registry import placement_of
+from bagualu.parallel.sharding import ShardingPlan
 from bagualu.trainer.models.decoder.config import ModelConfig
+from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.recipe.config import Recipe
 
-_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _MULTIPLIES = {"bfloat16": ("amx_bf16", "avx512_bf16"), "float16": ("amx_fp16", "avx512_fp16")}
 """The instruction sets, as Linux names them, of which a CPU needs one to multiply matrices of a 16-bit dtype."""
 
@@ -50,6 +53,10 @@ class ModelWork:
     widens: bool = False
     """Whether matrices of a 16-bit dtype are multiplied in float32 (parallel/precision.py)."""
 
+    @cached_property
+    def plan(self) -> ShardingPlan:
+        return decoder_plan(self.model, self.sequence)
+
     @property
     def tokens(self) -> int:
         return self.micro_batch * self.sequence_length
@@ -61,7 +68,7 @@ class ModelWork:
 
     @property
     def item_bytes(self) -> int:
-        return _ITEM_BYTES[self.dtype]
+        return ITEM_BYTES[self.dtype]
 
     def moment_bytes(self, name: str) -> int:
         """Returns the bytes of all moments of an element of the parameter `name`; 0 for a frozen one."""
