@@ -73,7 +73,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus, fill: F
     invalid recipe, also if only the data or the device show that it is (model.vocab, parallel.memory_bytes, guard.audit_every).
     """
     layout = recipe.validate(communicator.size)
-    if communicator.device.type != "cpu":
+    if communicator.device.type not in ("cpu", "meta"):
         _choose_kernels(recipe.train.deterministic)
     if corpus.vocab != recipe.model.vocab:
         raise RecipeError(f"the data have {corpus.vocab} tokens, not {recipe.model.vocab}; give model.vocab={corpus.vocab}")

@@ -17,6 +17,7 @@ from bagualu.parallel.pipeline.backward import backward
 from bagualu.parallel.pipeline.program import Program
 from bagualu.parallel.pipeline.schedules.schedule import PASSES, RECEIVES, Action, Kind
 from bagualu.parallel.pipeline.stopwatch import Stopwatch
+from bagualu.parallel.precision import chip_of
 
 
 class Slices(Protocol):
@@ -193,7 +194,7 @@ class PipelineRunner:
 
         On an accelerator, a waiting receive would occupy the stream or the cores that the computation needs.
         """
-        if self.device.type == "cpu":
+        if chip_of(self.device) == "cpu":
             self._post(next(run.receives, None))
 
     def _post(self, action: Action | None) -> None:

@@ -20,10 +20,11 @@ class Timed:
 
 
 class Stopwatch:
-    """Measures times on the device. On an accelerator it uses events, so the host waits only when the times are read."""
+    """Measures times on the device. On an accelerator it uses events, so the host waits only when the times are read. On the meta
+    device, which computes nothing, it measures the host's time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._accelerated = device.type != "cpu"
+        self._accelerated = device.type not in ("cpu", "meta")
         self._begin = self._now()
         self.began = 0.0
         """The time of the last `begin`, in seconds of `time.perf_counter`; 0.0 before the first."""

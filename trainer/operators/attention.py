@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bagualu.parallel.precision import HALF, accurate_dtype, multiply_dtype, on_nvidia
+from bagualu.parallel.precision import HALF, accurate_dtype, chip_of, multiply_dtype, on_nvidia
+from bagualu.trainer.operators import fused
 
 _LONGEST = 2**9
 """The longest sequence, in tokens, for which `attention_in_blocks` is used; for longer ones torch's kernel is as fast."""
@@ -25,12 +26,18 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     dtype = multiply_dtype(query)
     shared = query.shape[1] // key.shape[1]
     if dtype in HALF and on_nvidia(query):  # this kernel reads shared heads without expanding them
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared > 1)
+        return _by_kernel(query, key, value)
     key, value = (t.to(dtype).repeat_interleave(shared, dim=1) if shared > 1 else t.to(dtype) for t in (key, value))
     short = query.shape[2] <= _LONGEST and not torch.compiler.is_compiling()
-    if query.device.type == "cpu" and dtype == torch.bfloat16 and short:
+    if chip_of(query.device) == "cpu" and dtype == torch.bfloat16 and short:
         return attention_in_blocks(query, key, value)
-    return F.scaled_dot_product_attention(query.to(dtype), key, value, is_causal=True).to(query.dtype)
+    return _by_kernel(query.to(dtype), key, value).to(query.dtype)
+
+
+def _by_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if query.is_meta:
+        return fused.attention(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] > key.shape[1])
 
 
 def attention_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

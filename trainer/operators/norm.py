@@ -5,13 +5,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bagualu.parallel.precision import accurate_dtype
+from bagualu.parallel.precision import accurate_dtype, chip_of
+from bagualu.trainer.operators import fused
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Returns x / sqrt(mean(x^2) + epsilon) * weight over the last dim, computed in at least float32 (arXiv 1910.07467, equation
     4)."""
-    if x.device.type == "cuda":  # torch has a fused kernel for it, which accumulates in float32
+    if chip_of(x.device) == "cuda":  # torch has a fused kernel for it, which accumulates in float32
+        if x.is_meta:
+            return fused.rms_norm(x, weight)
         return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
     normed: torch.Tensor = _RMSNorm.apply(x, weight, epsilon)
     return normed

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from bagualu.parallel.precision import accurate_dtype
+from bagualu.parallel.precision import accurate_dtype, chip_of
 
 
 class RotaryPositions:
@@ -47,7 +47,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
-    if x.is_cuda and not torch.compiler.is_compiling():
+    if chip_of(x.device) == "cuda" and not torch.compiler.is_compiling():
         return _rotated_by_halves(x, cos, sin, direction)
     other = x.roll(x.shape[-1] // 2, -1).to(cos.dtype)
     return (x.to(cos.dtype) * cos.unsqueeze(1)).addcmul_(other, sin.unsqueeze(1), value=direction).to(x.dtype)
