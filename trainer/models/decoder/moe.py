@@ -80,7 +80,7 @@ class MixtureOfExperts(nn.Module):
         weights, chosen = self.router.choose(probabilities)
         experts = chosen.flatten()  # [N]
         order = experts.argsort(stable=True)
-        counts = experts.bincount(minlength=probabilities.shape[-1])
+        counts = experts.new_zeros(probabilities.shape[-1]).scatter_add_(0, experts, torch.ones_like(experts))
         results = self.experts(tokens[order // self.router.top_k], counts)
         by_token = torch.empty_like(results).index_copy(0, order, results).view(*chosen.shape, -1)  # [B, S, K, H]
         mixed = (by_token * weights.to(x.dtype).unsqueeze(-1)).sum(2)
