@@ -82,6 +82,13 @@ def maxima(values: Sequence[float], group: Group) -> list[float]:
     return _reduced(values, group, "max")
 
 
+def summed(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """Returns the sum of every rank's `tensor`, in float64. Collective."""
+    values = tensor.double()
+    group.all_reduce(values)
+    return values
+
+
 def meet(group: Group) -> None:
     """Waits until every rank of `group` has called this function. Collective."""
     group.barrier()

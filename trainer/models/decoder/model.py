@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from bagualu.comm.agree import totals
+from bagualu.comm.agree import summed
 from bagualu.comm.group import Group
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.vocabulary import embedding, linear_cross_entropy
@@ -142,9 +142,11 @@ class Decoder(Model):
     def end_step(self, group: Group) -> None:
         loads = {i: load for i, load in self._loads.items() if self.get_parameter(f"{_router(i)}.weight").requires_grad}
         if self._bias_rate and loads:
-            own = torch.stack(list(loads.values()))
-            summed = torch.tensor(totals(own.flatten().tolist(), group)).view(own.shape).to(own.device)
-            update_biases(summed, [self.get_buffer(f"{_router(index)}.bias") for index in loads], self._bias_rate)
+            update_biases(
+                summed(torch.stack(list(loads.values())), group),
+                [self.get_buffer(f"{_router(index)}.bias") for index in loads],
+                self._bias_rate,
+            )
 
     def forward(
         self, inputs: torch.Tensor, labels: torch.Tensor | None = None, chunk: int = 0
