@@ -154,7 +154,8 @@ class Group:
 
         During a step, every value that is copied from the device to the host is read here: sums, token counts, rows per expert.
         """
-        values: list[Any] = tensor.tolist()
+        # Without values, as in a trace, all numbers are 0: of the flags that ranks send each other, none is set.
+        values: list[Any] = (torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor).tolist()
         return values
 
     def barrier(self) -> None:

@@ -85,7 +85,8 @@ class ShardedEngine:
         for part, state, working in zip(self._parts, self.optimizer.shards(), self.working_weights(), strict=True):
             yield from ((PARAMETERS, tensor) for tensor in working)
             yield GRADIENTS, part.shard_gradients
-            if state["weight"].data_ptr() not in {tensor.data_ptr() for tensor in working}:
+            storages = [tensor.untyped_storage() for tensor in working]
+            if all(state["weight"].untyped_storage() is not storage for storage in storages):
                 yield MASTERS, state["weight"]
             yield from ((MOMENTS, tensor) for kind, tensor in state.items() if kind not in ("weight", "step"))
         yield from ((PARAMETERS, part.shard_weights) for part in self.frozen)

@@ -4,7 +4,9 @@ For 16-bit models, shards have separate float32 master weights and the working w
 weights are the master weights.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from bagualu.fault_tolerance.guard.finite import is_finite, probe
 from bagualu.parallel.boxes import TensorPiece
 from bagualu.parallel.data.shard import Shard, shard_pieces
 from bagualu.parallel.matrices import WholeMatrices
+from bagualu.parallel.precision import chip_of
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.groups import Treatment
 from bagualu.trainer.optim.muon import adjustment, cost, orthogonalise
@@ -33,6 +36,8 @@ class ShardedOptimizer:
         dtype = torch.bfloat16 if self._half else None
         self._shards = [_shard(_master(part), config.moments(_treatment(part).optimizer), dtype) for part in parts]
         self._by_muon = [both for both in zip(parts, self._shards, strict=True) if _treatment(both[0]).optimizer == "muon"]
+        self._read: Callable[[torch.Tensor], list[Any]] = torch.Tensor.tolist
+        """Returns the values of a tensor."""
         self._matrices: WholeMatrices | None = None
         """The matrices that muon updates; None for other optimizers."""
         self._probed = torch.zeros((), dtype=torch.float64, device=device)
@@ -42,6 +47,7 @@ class ShardedOptimizer:
     def open(self, group: Group) -> None:
         """Finds out which ranks of `group`, all ranks, hold the other parts of the matrices that muon updates. Call it before the
         first `step`. Collective."""
+        self._read = group.read
         if self._config.name == "muon":
             self._matrices = WholeMatrices(list(self._of_muon(lambda part: part.shard_weights)), cost, group)
 
@@ -86,10 +92,11 @@ class ShardedOptimizer:
         if gradient_factor != 1.0:
             gradient.mul_(gradient_factor)
         rule.update(weight, gradient, moments, shard["step"], lr * treatment.lr_factor, treatment.weight_decay)
-        if weight.data_ptr() != working.data_ptr():
+        if not _same_memory(weight, working):
             working.copy_(weight)
         if self._half and moments:
-            self._round(part, piece, moments, kept, int(shard["step"]))
+            (step,) = self._read(shard["step"].view(1))
+            self._round(part, piece, moments, kept, int(step))
         self._probed += probe(working)
         if rule.telling:
             self._probed += probe(moments[rule.telling])
@@ -126,7 +133,7 @@ class ShardedOptimizer:
 
     def spoilt(self) -> list[tuple[int, str]]:
         """Returns (index of the shard, kind of state) of every tensor of this rank's state that the last `step` left not finite."""
-        if torch.isfinite(self._probed):
+        if all(map(math.isfinite, self._read(self._probed.view(1)))):
             return []
         found = []
         for index, (part, shard) in enumerate(zip(self.parts, self._shards, strict=True)):
@@ -146,7 +153,7 @@ class ShardedOptimizer:
     def publish(self) -> None:
         """Computes the working weights of this rank's shards from the master weights."""
         for part, shard in zip(self.parts, self._shards, strict=True):
-            if shard["weight"].data_ptr() != part.shard_weights.data_ptr():
+            if not _same_memory(shard["weight"], part.shard_weights):
                 part.shard_weights.copy_(shard["weight"])
 
     def pieces(self) -> Iterator[TensorPiece]:
@@ -194,10 +201,14 @@ def _treatment(part: Shard) -> Treatment:
     return part.treatment
 
 
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage() is other.untyped_storage() and one.storage_offset() == other.storage_offset()
+
+
 def _slices(shard: torch.Tensor) -> Iterator[slice]:
     """Yields the slices of a shard that are updated one after the other. An accelerator, slow to launch, updates the whole shard in
     one call."""
-    size = _PIECE if shard.device.type == "cpu" else max(1, shard.numel())
+    size = _PIECE if chip_of(shard.device) == "cpu" else max(1, shard.numel())
     return (slice(start, start + size) for start in range(0, shard.numel(), size))
 
 
