@@ -27,15 +27,36 @@ class Routed:
     """The number of rows that this rank received from each rank of the group; empty if the rows did not move."""
 
 
+class Loads:
+    """Reads how many rows go to which expert. Where tensors have no values, a subclass says it instead."""
+
+    def of_experts(self, counts: torch.Tensor, rows: int) -> list[int]:
+        """Returns the number of rows of each expert, given it on the device [E]. They sum to `rows`."""
+        values: list[int] = counts.tolist()
+        return values
+
+    def exchanged(
+        self, counts: torch.Tensor, arriving: torch.Tensor, rows: int, group: Group
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Returns the numbers of rows that this rank sends to each position of `group`, that it receives from each, and of each of
+        its own experts, given the rows for each expert [E] and those that arrive [group.size, e]. It sends `rows` altogether."""
+        size = group.size
+        # A single transfer to the host, because the accelerator waits for each transfer.
+        sums = group.read(torch.cat((counts.view(size, -1).sum(1), arriving.sum(1), arriving.sum(0))))
+        return sums[:size], sums[size : 2 * size], sums[2 * size :]
+
+
 class LocalExperts:
     """Routes rows to experts that are all on this rank, which needs no communication."""
+
+    loads = Loads()
 
     def dispatch(self, rows: torch.Tensor, counts: torch.Tensor) -> Routed:
         """Brings each row to the rank of its expert and returns the rows that this rank's experts process.
 
         rows [N, H] are sorted by expert; counts [E] is the number of rows of each expert.
         """
-        return Routed(rows, counts.tolist())
+        return Routed(rows, self.loads.of_experts(counts, rows.shape[0]))
 
     def combine(self, results: torch.Tensor, routed: Routed) -> torch.Tensor:
         """Sends results, one per row of `routed.rows`, back and returns them [N, H] in the order of the rows given to
@@ -54,9 +75,7 @@ class ExpertParallel(LocalExperts):
         arriving = torch.empty_like(counts)
         self.group.all_to_all(arriving, counts)
         size, per_source = self.group.size, arriving.view(self.group.size, -1)
-        # A single transfer to the host, because the accelerator waits for each transfer.
-        sums = self.group.read(torch.cat((counts.view(size, -1).sum(1), per_source.sum(1), per_source.sum(0))))
-        sent, received, per_expert = sums[:size], sums[size : 2 * size], sums[2 * size :]
+        sent, received, per_expert = self.loads.exchanged(counts, per_source, rows.shape[0], self.group)
         arrived = all_to_all(rows, self.group, received, sent)
         # Rows arrive sorted by source, then by expert; the experts need them sorted by expert.
         experts = torch.arange(per_source.shape[1], device=rows.device).repeat(size)
