@@ -29,14 +29,15 @@ def element_numbers(entry: ShardEntry, start: int, stop: int, device: torch.devi
     return torch.cat(numbers) if numbers else torch.empty(0, dtype=torch.int64, device=device)
 
 
-def noise(seed: int, name: str, numbers: torch.Tensor, step: int) -> torch.Tensor:
-    """Returns 32 random bits, int32, for each element of the parameter `name`, given its number, in update `step`.
+def noise(seed: int, name: str, numbers: torch.Tensor, step: int, elements: int) -> torch.Tensor:
+    """Returns 32 random bits, int32, for each element of the parameter `name` of so many `elements`, given its number, in update
+    `step`.
 
     They are MurmurHash3's finalizer of the number plus a hash of the rest: 32-bit products are vectors on every chip.
     """
     digest = hashlib.blake2b(f"{seed}/{name}/{step}".encode(), digest_size=8).digest()
     bits = (numbers + int.from_bytes(digest[:4])).to(torch.int32)
-    if numbers.numel() and int(numbers[-1]) >= 2**32:
+    if elements > 2**32:
         bits ^= ((numbers >> 32) * int.from_bytes(digest[4:])).to(torch.int32)
     for shift, multiplier in ((16, -0x7A143595), (13, -0x3D4D51CB)):  # 0x85ebca6b and 0xc2b2ae35, signed
         bits.bitwise_xor_((bits >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(multiplier)

@@ -127,7 +127,7 @@ class ShardedOptimizer:
             first = in_parameter + begin - in_shard
             numbers = element_numbers(entry, first, first + end - begin, self._probed.device)
             here = slice(begin - piece.start, end - piece.start)
-            bits = noise(self._seed, entry.name, numbers, step)
+            bits = noise(self._seed, entry.name, numbers, step, math.prod(entry.global_shape))
             for half, (moment, values) in enumerate(moments.items()):  # at most two moments, each with 16 bits of its own
                 kept[moment][here] = round_stochastically(values[here], (bits >> 16 * half) & 0xFFFF)
 

@@ -28,7 +28,7 @@ def test_values_become_a_neighbour_and_on_average_themselves() -> None:
     count, total = 4000, torch.zeros(500, dtype=torch.float64)
     numbers, exact = torch.arange(500), values.double()
     for step in range(count):
-        rounded = round_stochastically(values, noise(0, "t", numbers, step) & 0xFFFF).double()
+        rounded = round_stochastically(values, noise(0, "t", numbers, step, len(numbers)) & 0xFFFF).double()
         assert ((rounded - exact).abs() < exact.abs() / 128).all(), "less than the distance of two neighbours"
         total += rounded
     error = (total / count - exact).abs() / (exact.abs() / 128)
@@ -57,12 +57,12 @@ def test_the_bits_are_those_of_the_hash() -> None:
 
     for numbers in ([0, 1, 2, 1000, 2**31 + 5], [7, 2**40, 2**40 + 1]):
         for step in (1, 2, 12345):
-            found = noise(7, "w", torch.tensor(numbers), step)
+            found = noise(7, "w", torch.tensor(numbers), step, max(numbers) + 1)
             assert [bits % 2**32 for bits in found.tolist()] == [mixed(number, step) for number in numbers]
 
 
 def test_the_bits_are_even_and_do_not_repeat() -> None:
-    words = torch.stack([noise(0, name, torch.arange(2**14), step) for name in ("a", "b") for step in (1, 2)])
+    words = torch.stack([noise(0, name, torch.arange(2**14), step, 2**14) for name in ("a", "b") for step in (1, 2)])
     bits = torch.cat([words & 0xFFFF, (words >> 16) & 0xFFFF]).double()
     assert (bits.mean(1) / 65535 - 0.5).abs().max() < 0.01
     assert (torch.corrcoef(bits) - torch.eye(8)).abs().max() < 0.04
