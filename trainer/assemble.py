@@ -16,6 +16,7 @@ from bagualu.parallel.pipeline.program import Program, program
 from bagualu.parallel.pipeline.registry import compute_schedule
 from bagualu.parallel.pipeline.runtime import PipelineRunner
 from bagualu.parallel.pipeline.schedules.schedule import Schedule, with_messages
+from bagualu.parallel.precision import chip_of
 from bagualu.trainer.costs.choose_split import agree_on_shares, agree_on_split
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.corpus import Corpus
@@ -66,10 +67,17 @@ class TrainerState:
         self.guard.clean = before.clean
 
 
-def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus, fill: Fill | None = None) -> TrainerState:
+def assemble(
+    recipe: Recipe,
+    communicator: Communicator,
+    corpus: Corpus,
+    fill: Fill | None = None,
+    split: tuple[Split, CostTable | None] | None = None,
+) -> TrainerState:
     """Builds the state with which this rank trains. Collective.
 
-    `fill` gives the initial values of weights and buffers; by default they are drawn from run.seed. Raises RecipeError for an
+    `fill` gives the initial values of weights and buffers; by default they are drawn from run.seed. `split` gives the layers of
+    each stage, and the costs from which they were computed, if any; by default the ranks agree on them. Raises RecipeError for an
     invalid recipe, also if only the data or the device show that it is (model.vocab, parallel.memory_bytes, guard.audit_every).
     """
     layout = recipe.validate(communicator.size)
@@ -86,8 +94,8 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus, fill: F
     )
     check(schedule)
     mesh = Mesh.build(layout, communicator, schedule.placement)
-    split, costs = agree_on_split(recipe, layout, heaviest, communicator)
-    engine = hold(recipe, mesh, split, fill or seeded_values(recipe))
+    layers, costs = split or agree_on_split(recipe, layout, heaviest, communicator)
+    engine = hold(recipe, mesh, layers, fill or seeded_values(recipe))
     engine.open()
     length = recipe.data.sequence_length // (layout.tensor if parallel.sequence else 1)
     runner = PipelineRunner(
@@ -102,7 +110,7 @@ def assemble(recipe: Recipe, communicator: Communicator, corpus: Corpus, fill: F
         recipe=recipe,
         mesh=mesh,
         shares=shares,
-        split=split,
+        split=layers,
         costs=costs,
         engine=engine,
         corpus=corpus,
@@ -127,7 +135,7 @@ def _choose_kernels(deterministic: bool) -> None:
 
 def _guard(recipe: Recipe, mesh: Mesh, engine: Engine) -> Guard:
     device = mesh.group("world").device
-    repeatable = recipe.train.deterministic and device.type in ("cpu", "cuda")
+    repeatable = recipe.train.deterministic and chip_of(device) in ("cpu", "cuda")
     if recipe.guard.audit_every and not repeatable:
         raise RecipeError(f"guard.audit_every={recipe.guard.audit_every} compares two computations bit by bit, which {device.type} "
                           "devices are not known to repeat; give guard.audit_every=0")  # fmt: skip
