@@ -88,6 +88,10 @@ Key = tuple[int, int]
 """A pair (micro-batch, stage)."""
 
 
+def _ignore(action: Action | None) -> None:
+    return None
+
+
 @dataclass
 class PipelineRunner:
     """Runs this rank's stages. Activations between stages have shape `activation_shape` and dtype `activation_dtype`."""
@@ -98,6 +102,8 @@ class PipelineRunner:
     activation_shape: tuple[int, ...]
     activation_dtype: torch.dtype
     device: torch.device
+    reached: Callable[[Action | None], None] = field(default=_ignore)
+    """Called before each action of the program, with None after the last."""
     stopwatch: Stopwatch = field(init=False)
     """The times of the passes of the last run."""
     _saved: dict[Key, _Saved] = field(default_factory=dict)
@@ -122,6 +128,7 @@ class PipelineRunner:
         self.stopwatch.begin()
         self._post_ahead(run)
         for action in program.actions:
+            self.reached(action)
             if action.kind in PASSES:
                 with self.stopwatch.timing(action):
                     _DO[action.kind](self, action, run)
@@ -129,6 +136,7 @@ class PipelineRunner:
                 _DO[action.kind](self, action, run)
             for send in program.arrived.get(action, ()):
                 self._sends.pop(send).wait()  # returns immediately and frees the tensor
+        self.reached(None)
         for work in self._sends.values():
             work.wait()
         self._sends.clear()
