@@ -65,6 +65,7 @@ ROOMS = {
     "trainer/process": ("recipe",),
     "trainer/recipe": ("data", "models/decoder", "optim"),
     "trainer/recovery": ("data", "models/decoder", "process", "recipe"),
+    "trainer/simulation": ("costs", "data", "models/decoder", "recipe"),
 }
 """By room, which others of the same top folder it may import, besides the files of the top folder itself."""
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
@@ -174,6 +175,7 @@ PRIVATE_NAMES_OF_TORCH = {
     "trainer/costs/tensor_memory.py": {"_python_dispatch"},
     "trainer/operators/attention.py": {"_softmax_backward_data"},
     "trainer/optim/rules.py": {"_fused_adamw_"},
+    "trainer/simulation/trace.py": {"_python_dispatch"},
 }
 """What each file uses of torch that torch does not publish. In elastic_private.py also attributes of elastic's classes."""
 _OF_ELASTIC = {"_worker_group", "_pcontext", "_remaining_restarts", "_state_holder", "_this_node", "_shared_tcp_store_server"}

@@ -1,0 +1,179 @@
+"""A trace has what real ranks do: their communications, the FLOPs of their products and the memory of their tensors."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bagualu.comm.group import Communicator
+from bagualu.comm.recording import Communication, RecordingBackend, Waited
+from bagualu.comm.world import World
+from bagualu.parallel.memory_kinds import KINDS
+from bagualu.trainer.assemble import TrainerState, assemble
+from bagualu.trainer.costs.tensor_memory import TensorMemory
+from bagualu.trainer.costs.throughput import model_flops_per_token
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.models.decoder.flops import attention_flops
+from bagualu.trainer.models.decoder.layers import FeedForward
+from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.simulation.events import RankTrace
+from bagualu.trainer.simulation.trace import Traced, trace
+from bagualu.trainer.step import train_step
+from tests.harness import run
+
+SMALL = ["data.source=random", "data.sequence_length=32", "data.global_batch=8", "train.micro_batch=1"]
+CUBE = ["parallel.data=2", "parallel.pipeline=2", "parallel.tensor=2"]
+
+
+def recipe_of(*words: str) -> Recipe:
+    return compose([words[0], *SMALL, *words[1:]])
+
+
+def state_of(recipe: Recipe, communicator: Communicator) -> TrainerState:
+    return assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+
+
+def recorded(communicator: Communicator, recipe: Recipe) -> list[Communication | Waited]:
+    """What a real rank does in its second step."""
+    events: list[Communication | Waited] = []
+    world = World(communicator.rank, communicator.size, communicator.rank)
+    backend = RecordingBackend(world, 1.0, communicator.backend, lambda event, tensors: events.append(event))
+    state = state_of(recipe, Communicator(backend, world, communicator.monitor))
+    train_step(state, 0)
+    events.clear()
+    train_step(state, 1)
+    return events
+
+
+def communications(events: list[Any], routed: bool = False) -> list[tuple[Any, ...]]:
+    """Each call without its number, and each wait with how many calls ago its own was. `routed`: without the bytes of rows that a
+    router sends to the experts of other ranks."""
+    numbers: list[int] = []
+    told: list[tuple[Any, ...]] = []
+    for event in events:
+        if isinstance(event, Communication):
+            numbers.append(event.number)
+            size = 0 if routed and event.kind == "all_to_all" else event.bytes
+            told.append((event.kind, event.group, event.size, size, event.peer))
+        elif isinstance(event, Waited):
+            told.append(("waited", len(numbers) - numbers.index(event.number)))
+    return told
+
+
+def events_of(traced: RankTrace) -> list[Any]:
+    return [event for _, event in traced.events()]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recipe=tiny_dense", *CUBE],
+        ["recipe=moe_tiny", *CUBE],
+        ["recipe=moe_tiny", *CUBE, "parallel.expert=2", "optim.moments_dtype=bfloat16", "model.moe.bias_rate=0.001"],
+        ["recipe=tiny_dense", *CUBE, "parallel.sequence=true", "parallel.zero=3", "train.recompute=full"],
+        ["recipe=tiny_dense", *CUBE, "parallel.schedule=zb_v", "parallel.zero=2"],
+    ],
+    ids=["dense", "mixture", "experts", "zero-3", "zb-v"],
+)
+def test_every_rank_communicates_as_in_its_trace(words: list[str]) -> None:
+    recipe = recipe_of(*words)
+    real = run("simulated", 8, recorded, recipe)
+    for rank in range(8):
+        traced = trace(recipe, 8, rank, Traced("cpu"))
+        routed = recipe.parallel.expert > 1
+        assert communications(events_of(traced), routed) == communications(real[rank], routed)
+
+
+@pytest.mark.parametrize("words", [["recipe=tiny_dense"], ["recipe=moe_tiny"]])
+@pytest.mark.parametrize("chip", ["cpu", "cuda"])
+def test_products_have_the_flops_of_the_formula(words: list[str], chip: str) -> None:
+    recipe = recipe_of(*words, "train.dtype=bfloat16" if chip == "cuda" else "train.dtype=float32")
+    model, length = recipe.model, recipe.data.sequence_length
+    tokens = recipe.data.global_batch * length
+    flops = Counter[str]()
+    for operator in trace(recipe, 1, 0, Traced(chip)).operators():
+        if "attention" in operator.name:
+            flops["backward" if "backward" in operator.name else "forward"] += operator.flops
+        elif all(1 not in given.shape for given in operator.inputs):  # a norm on the CPU sums by a product with a vector
+            flops["products"] += operator.flops
+    attention = attention_flops(model, length).attention * model.layers * tokens
+    assert flops["forward"] == attention
+    assert flops["backward"] == 2.5 * attention  # of a kernel that computes the scores again
+    assert flops["products"] == model_flops_per_token(model, length) * tokens - 3 * attention
+
+
+def test_tensors_stand_for_those_of_the_chip() -> None:
+    recipe = recipe_of("recipe=moe_tiny", "train.dtype=bfloat16")
+    traced = {chip: trace(recipe, 1, 0, Traced(chip)) for chip in ("cpu", "cuda")}
+    names = {chip: {operator.name.split(".")[1] for operator in one.operators()} for chip, one in traced.items()}
+    fused = {"rms_norm", "rms_norm_backward", "_scaled_dot_product_flash_attention", "_grouped_mm", "_fused_adamw_"}
+    assert fused <= names["cuda"]
+    assert fused & names["cpu"] == {"_fused_adamw_"}
+
+
+def peak_of(communicator: Communicator, recipe: Recipe) -> int:
+    state = state_of(recipe, communicator)
+    train_step(state, 0)
+    with TensorMemory() as memory:
+        memory.hold(tensor for _, tensor in state.engine.held())
+        train_step(state, 1)
+    return memory.peak
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recipe=tiny_dense"],
+        ["recipe=moe_tiny"],
+        ["recipe=tiny_dense", "parallel.pipeline=2", "parallel.schedule=1f1b"],
+        ["recipe=tiny_dense", "parallel.data=2", "parallel.zero=3"],
+        ["recipe=tiny_dense", "parallel.data=2", "parallel.zero=2", "train.recompute=full"],
+    ],
+)
+def test_a_trace_takes_the_memory_of_a_run(words: list[str]) -> None:
+    recipe = recipe_of(*words, "model.hidden=96", "model.ffn=256", "data.sequence_length=128", "train.micro_batch=2")
+    world = recipe.world_size()
+    for rank, real in enumerate(run("gloo", world, peak_of, recipe)):
+        peak = trace(recipe, world, rank, Traced("cpu")).peak()
+        assert peak.bytes == pytest.approx(real, rel=0.1)
+        assert sum(peak.by_kind.values()) == peak.bytes
+        assert set(peak.by_kind) <= set(KINDS)
+
+
+class Twice(nn.Module):
+    """A layer that no part of the tracer knows."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first: torch.Tensor = self.inner(x)
+        return self.inner(torch.erf(first)) + first
+
+
+def with_new_layer(*arguments: Any) -> TrainerState:
+    state = assemble(*arguments)
+    for module in state.engine.model.modules():
+        if isinstance(getattr(module, "feed_forward", None), FeedForward):
+            module.feed_forward = Twice(module.feed_forward)
+    return state
+
+
+def test_a_new_type_of_layer_is_in_the_trace() -> None:
+    recipe = recipe_of("recipe=tiny_dense")
+    before, after = (trace(recipe, 1, 0, Traced("cpu", assemble=made)) for made in (assemble, with_new_layer))
+    extra = 18 * recipe.model.hidden * recipe.model.ffn * recipe.model.layers * recipe.data.global_batch * 32
+    assert after.flops() - before.flops() == extra
+    assert not any(operator.name.startswith("aten.erf") for operator in before.operators())
+    assert any(operator.name.startswith("aten.erf") for operator in after.operators())
+    assert after.peak().bytes > before.peak().bytes
+
+
+def test_every_expert_gets_its_share() -> None:
+    recipe = recipe_of("recipe=moe_tiny", "parallel.data=2", "parallel.expert=2")
+    even, uneven = (trace(recipe, 2, 0, Traced("cpu", shares)) for shares in (None, [0.4, 0.4, 0.1, 0.1]))
+    assert even.flops() < uneven.flops()

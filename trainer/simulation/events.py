@@ -1,0 +1,118 @@
+"""What a trace consists of: the operators, communications, allocations and frees of a rank in one step, in order."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+from bagualu.comm.recording import Communication, Waited
+from bagualu.parallel.pipeline.schedules.schedule import Action
+
+
+class TensorType(NamedTuple):
+    dtype: str
+    """Without "torch.", e.g. bfloat16."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """A kernel that the rank runs. Views of tensors and allocations alone are none."""
+
+    name: str
+    """As torch calls it, e.g. aten.mm.default."""
+    inputs: tuple[TensorType, ...]
+    outputs: tuple[TensorType, ...]
+    read_bytes: int
+    written_bytes: int
+    flops: int
+    """Of matrix products and attention, a multiplication and an addition each; 0 for any other operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """The rank takes memory: a new block, or more for one that changes its size."""
+
+    block: int
+    """An index into `RankTrace.kinds`."""
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """The rank gives memory back: a block, or a part of one that changes its size."""
+
+    block: int
+    bytes: int
+
+
+Event = Operator | Communication | Waited | Allocation | Free
+
+
+@dataclass(slots=True)
+class Section:
+    """Events that belong together: an action of the pipeline's program, or what a phase of the step does outside the program."""
+
+    phase: str
+    """The value of the `Phase` in which the section begins."""
+    action: Action | None
+    """The action: a pass for a micro-batch at a stage, or a message; None outside the program."""
+    events: list[Event] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most memory that a rank holds at once."""
+
+    bytes: int
+    by_kind: dict[str, int]
+    section: Section
+    """Where in the step that is."""
+
+
+@dataclass
+class RankTrace:
+    """A step of a rank."""
+
+    rank: int
+    sections: list[Section]
+    """The first, of the phase "start", allocates what the rank holds before the step."""
+    kinds: list[str]
+    """The kind (parallel/memory_kinds.py) of each block of memory."""
+
+    def events(self) -> Iterator[tuple[Section, Event]]:
+        """Yields each event with its section."""
+        return ((section, event) for section in self.sections for event in section.events)
+
+    def operators(self) -> Iterator[Operator]:
+        return (event for _, event in self.events() if isinstance(event, Operator))
+
+    def calls(self) -> Iterator[Communication]:
+        """Yields the communications in the order in which the rank begins them."""
+        return (event for _, event in self.events() if isinstance(event, Communication))
+
+    def flops(self) -> int:
+        """Returns the FLOPs of the step on this rank, with those of recomputation."""
+        return sum(operator.flops for operator in self.operators())
+
+    def peak(self) -> Peak:
+        """Returns the first moment at which the rank holds most memory."""
+        total = most = moment = 0
+        where = self.sections[0]
+        for index, (section, event) in enumerate(self.events()):
+            total += _change(event)
+            if total > most:
+                most, where, moment = total, section, index
+        held = Counter[str]()
+        for _, event in islice(self.events(), moment + 1):
+            if isinstance(event, Allocation | Free):
+                held[self.kinds[event.block]] += _change(event)
+        return Peak(most, {kind: size for kind, size in held.items() if size}, where)
+
+
+def _change(event: Event) -> int:
+    """Returns the bytes by which `event` changes the memory that is held."""
+    if isinstance(event, Allocation):
+        return event.bytes
+    return -event.bytes if isinstance(event, Free) else 0

@@ -1,0 +1,320 @@
+"""Traces a training step of any rank of any world: runs `train_step` itself on tensors without values and writes down what it does.
+
+The rank's state is assembled as in a run, but on the meta device and over `RecordingBackend`. A dispatch mode sees every operator
+of forward passes, backward passes and updates, and every storage that these make or free. So the trace holds what the trainer
+does, whatever that is: there is no other description of the model or the schedule here.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.group import Communicator
+from bagualu.comm.monitor import Monitor, Phase
+from bagualu.comm.recording import Communication, RecordingBackend, Waited
+from bagualu.comm.world import World
+from bagualu.parallel.balance.stages.cost import CostTable
+from bagualu.parallel.balance.stages.forecast import Split
+from bagualu.parallel.boxes import Box
+from bagualu.parallel.layout import Layout
+from bagualu.parallel.memory_kinds import ACTIVATIONS, BUFFERS, COMMUNICATION
+from bagualu.parallel.pipeline.registry import compute_schedule
+from bagualu.parallel.pipeline.schedules.schedule import Action, Schedule, with_messages
+from bagualu.trainer.assemble import TrainerState, assemble
+from bagualu.trainer.costs.plan_split import plan_split
+from bagualu.trainer.data.config import RANDOM
+from bagualu.trainer.data.corpus import Corpus
+from bagualu.trainer.data.split import NOTHING
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.simulation.events import Allocation, Event, Free, Operator, RankTrace, Section, TensorType
+from bagualu.trainer.simulation.flops import flops_of
+from bagualu.trainer.simulation.loads import GivenLoads, balanced, give
+from bagualu.trainer.step import train_step
+
+_OVERWRITES = ("aten::copy_", "aten::zero_", "aten::fill_")
+"""In-place operators that do not read what they write to."""
+_COMPUTE_NOTHING = (
+    *("aten::empty", "aten::new_empty", "aten::detach", "aten::lift_fresh", "aten::_unsafe_view", "aten::squeeze_"),
+    *("aten::unsqueeze_", "aten::transpose_", "aten::set_", "aten::resize_", "prim::"),
+)
+"""The beginnings of the names of operators that only make views, besides those that say so, or only allocate."""
+
+
+class Tracer(TorchDispatchMode):
+    """Within this context, writes down the operators of the thread, and the memory of its tensors on the meta device. `chip` is the
+    type of the device for which these stand (`precision.chip_of`)."""
+
+    def __init__(self, chip: str) -> None:
+        super().__init__()
+        self.chip = chip
+        self.sections: list[Section] = [Section("start", None)]
+        self.kinds: list[str] = []
+        self._phase = "start"
+        self._action: Action | None = None
+        self._blocks: dict[int, tuple[int, weakref.ref[torch.UntypedStorage], int]] = {}
+        """By the id of a storage: its block, a reference that does not keep it alive, and its bytes when last read."""
+        self._resized: set[int] = set()
+        """The ids of storages whose size has changed, as ZeRO-3 changes that of gathered weights."""
+        self._known: dict[Any, Operator] = {}
+        """Every operator that was seen, so that equal ones are one object."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        result = func(*args, **named)
+        given, made = [*_tensors(args), *_tensors(named.values())], list(_tensors((result,)))
+        self._measure(self._resized)
+        for tensor in made:
+            if tensor.is_meta:
+                self._count(tensor)
+        if _computes(func) and any(tensor.is_meta for tensor in (made or given)):
+            self._write(self._operator(func, args, named, result, given, made))
+        return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Returns that torch need not import its compiler to keep it from compiling this class."""
+        return False
+
+    def begin(self, held: Iterable[tuple[str, Tensor]]) -> None:
+        """Forgets what was written. A section "start" allocates what exists now: `held`, as pairs (kind, tensor), and buffers."""
+        self._resized.update(self._blocks)
+        self._measure(self._resized)
+        self._resized.clear()
+        for block, *_ in list(self._blocks.values()):
+            self.kinds[block] = BUFFERS
+        for kind, tensor in held:
+            self._set_kind(tensor, kind)
+        self.sections = [Section("start", None, [Allocation(block, size) for block, _, size in list(self._blocks.values())])]
+
+    def end(self) -> list[Section]:
+        """Returns the sections that have events."""
+        sections, self.sections = self.sections, [Section("end", None)]  # what is freed from now on is not in the trace
+        return [section for section in sections if section.events]
+
+    def reached(self, action: Action | None) -> None:
+        """Begins a section for an action of the program; None: the program has ended."""
+        self._action = action
+        self.sections.append(Section(self._phase, action))
+
+    def at(self, point: Phase, step: int) -> None:
+        """Begins a section for a phase of the step; within an action, only gives its section the name of the first phase."""
+        self._phase = point.value
+        if self._action is None:
+            self.sections.append(Section(self._phase, None))
+        elif not self.sections[-1].events:
+            self.sections[-1].phase = self._phase
+
+    def waits(self, what: str | None) -> None:
+        """Does nothing: the transport writes down what the rank waits for."""
+
+    def call(self, event: Communication | Waited, tensors: Sequence[Tensor]) -> None:
+        """Writes down a communication of these tensors."""
+        self._measure([*self._resized, *(id(tensor.untyped_storage()) for tensor in tensors)])
+        if isinstance(event, Communication) and (event.kind in ("send", "receive") or event.group.startswith(("fold", "replica"))):
+            for tensor in tensors:
+                if self._kind(tensor) == ACTIVATIONS or id(tensor.untyped_storage()) in self._resized:
+                    self._set_kind(tensor, COMMUNICATION)
+        self._write(event)
+
+    def _write(self, event: Event) -> None:
+        self.sections[-1].events.append(event)
+
+    def _count(self, tensor: Tensor) -> None:
+        """Writes the storage of `tensor` down as new memory, unless it is known."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._blocks:
+            return
+        block = len(self.kinds)
+        self.kinds.append(BUFFERS if self._phase == Phase.DATA else ACTIVATIONS)
+
+        def forget(_: Any) -> None:
+            self._resized.discard(key)
+            self._write(Free(block, self._blocks.pop(key)[2]))
+
+        self._blocks[key] = block, weakref.ref(storage, forget), storage.nbytes()
+        self._write(Allocation(block, storage.nbytes()))
+
+    def _kind(self, tensor: Tensor) -> str | None:
+        known = self._blocks.get(id(tensor.untyped_storage()))
+        return self.kinds[known[0]] if known else None
+
+    def _set_kind(self, tensor: Tensor, kind: str) -> None:
+        if known := self._blocks.get(id(tensor.untyped_storage())):
+            self.kinds[known[0]] = kind
+
+    def _measure(self, keys: Iterable[int]) -> None:
+        """Writes down by how much the storages with these ids have grown or shrunk."""
+        for key in list(keys):
+            if (known := self._blocks.get(key)) is None or (storage := known[1]()) is None:
+                continue
+            block, reference, before = known
+            if change := storage.nbytes() - before:
+                self._blocks[key] = block, reference, before + change
+                self._resized.add(key)
+                self._write(Allocation(block, change) if change > 0 else Free(block, -change))
+
+    def _operator(
+        self, func: Any, args: Sequence[Any], named: Mapping[str, Any], result: Any, given: list[Tensor], made: list[Tensor]
+    ) -> Operator:
+        flags = tuple(arg for arg in args if isinstance(arg, bool))
+        key = func, flags, *((tensor.dtype, tensor.shape, tensor.stride()) for tensor in (*given, *made))
+        if (known := self._known.get(key)) is None:
+            reads, writes = _read_and_written(func, args, named)
+            known = self._known[key] = Operator(
+                name=str(func),
+                inputs=tuple(map(_type_of, given)),
+                outputs=tuple(map(_type_of, made)),
+                read_bytes=sum(map(_bytes_of, reads)),
+                written_bytes=sum(map(_bytes_of, writes or made)),
+                flops=flops_of(func, args, named, result),
+            )
+        return known
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yields the tensors among `values` and in lists in them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
+def _type_of(tensor: Tensor) -> TensorType:
+    return TensorType(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Returns the bytes of the elements of `tensor`; of expanded elements once."""
+    return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
+
+
+@lru_cache(None)
+def _computes(func: Any) -> bool:
+    """Returns whether an operator runs a kernel: it neither only makes a view nor only allocates."""
+    name = func._schema.name
+    views = [value for value in func._schema.returns if value.alias_info is not None and not value.alias_info.is_write]
+    return not views and not name.startswith(_COMPUTE_NOTHING)
+
+
+def _read_and_written(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the arguments that an operator reads, and those that it changes."""
+    reads: list[Tensor] = []
+    writes: list[Tensor] = []
+    overwrites = func._schema.name in _OVERWRITES
+    for index, argument in enumerate(func._schema.arguments):
+        value = args[index] if index < len(args) else named.get(argument.name)
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        tensors = list(_tensors((value,)))
+        writes += tensors if changed else []
+        reads += [] if changed and (overwrites or argument.is_out) else tensors
+    return reads, writes
+
+
+class _Shapes:
+    """Batches of tokens without values."""
+
+    def __init__(self, sequence_length: int) -> None:
+        self._length = sequence_length
+
+    def batch(self, step: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+        return self._tokens(count), self._tokens(count)
+
+    def _tokens(self, count: int) -> Tensor:
+        return torch.empty(count, self._length, dtype=torch.int64, device="meta")
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a trace is made with."""
+
+    chip: str = "cuda"
+    """The type of the ranks' device: cpu | cuda | that of another accelerator."""
+    shares: Sequence[float] | None = None
+    """The share of each expert of a layer in the rows that every rank's router sends; None: equal shares."""
+    assemble: Callable[..., TrainerState] = assemble
+    """Makes the state that is traced."""
+
+
+def without_values(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
+    """Returns an initial value for `assemble`: only its shape."""
+    return torch.empty(box.shape, device="meta")
+
+
+def traceable(recipe: Recipe) -> Recipe:
+    """Returns the recipe as it is traced: without text and the guard's periodic checks, and with parallel.engine=fsdp as ZeRO-3 of
+    the native engine. Raises RecipeError for what cannot be traced."""
+    parallel = recipe.parallel
+    if parallel.engine == "deepspeed":
+        raise RecipeError("parallel.engine=deepspeed cannot be simulated; give parallel.engine=native parallel.zero="
+                          f"{parallel.zero_stage}, which divides the same state")  # fmt: skip
+    if parallel.shares == "measured":
+        raise RecipeError("parallel.shares=measured needs ranks that measure; give the number of micro-batches of each data rank, "
+                          "or leave it out")  # fmt: skip
+    for key, given, works in (
+        ("train.compile", recipe.train.compile, "train.compile=false"),
+        ("train.offload_bytes", recipe.train.offload_bytes, "train.offload_bytes=0"),
+        ("optim.name", recipe.optim.name == "muon" and "muon", "optim.name=adamw"),
+    ):
+        if given:
+            raise RecipeError(f"{key}={given} cannot be simulated yet; give {works}")
+    if parallel.engine == "fsdp":
+        parallel = replace(parallel, engine="native", zero=3, shard=None)
+    guard = replace(recipe.guard, check_every=0, audit_every=0, leave_out=[])
+    return replace(recipe, parallel=parallel, guard=guard, data=replace(recipe.data, source=RANDOM))
+
+
+def trace(
+    recipe: Recipe, world: int, rank: int, how: Traced | None = None, split: tuple[Split, CostTable | None] | None = None
+) -> RankTrace:
+    """Traces the second step of `rank` in a world of `world` ranks; in the first, ZeRO-3 does not know yet what to gather next.
+
+    `split`: the layers of each stage, and their costs; by default as `plan_split` chooses them. Raises RecipeError if the recipe is
+    wrong for that world or cannot be traced.
+    """
+    how, recipe = how or Traced(), traceable(recipe)
+    tracer = Tracer(how.chip)
+    backend = RecordingBackend(World(rank, world, rank), 1.0, write=tracer.call)
+    monitor = Monitor()
+    communicator = Communicator(backend, backend.world, monitor)
+    with tracer:
+        state = how.assemble(recipe, communicator, _no_text(recipe), without_values, split or plan(recipe, world))
+        state.batches = _Shapes(recipe.data.sequence_length)  # type: ignore[assignment]
+        if recipe.model.moe.experts:
+            give(state.engine.model, GivenLoads(how.shares or balanced(recipe.model.moe.experts)))
+        train_step(state, 0)
+        gc.collect()
+        tracer.begin(state.engine.held())
+        monitor.observers.append(tracer)
+        state.runner.reached = tracer.reached
+        train_step(state, 1)
+    return RankTrace(rank, tracer.end(), list(tracer.kinds))
+
+
+def plan(recipe: Recipe, world: int) -> tuple[Split, CostTable | None]:
+    """Returns the split of a run, and the costs from which it was computed, without measuring any."""
+    layout = recipe.validate(world)
+    return plan_split(recipe, layout, schedule_of(recipe, layout, max(recipe.declared_shares(layout) or [])))
+
+
+def schedule_of(recipe: Recipe, layout: Layout, micro_batches: int) -> Schedule:
+    """Returns the schedule with its messages, as `assemble` makes it."""
+    parallel = recipe.parallel
+    return with_messages(compute_schedule(parallel.schedule, layout.pipeline, micro_batches, parallel.virtual_stages))
+
+
+def _no_text(recipe: Recipe) -> Corpus:
+    nothing, sizes = np.zeros(0, np.uint32), np.zeros(recipe.model.vocab, np.int64)
+    return Corpus(recipe.model.vocab, nothing, nothing, sizes, RANDOM, None, NOTHING.kind)
