@@ -5,6 +5,7 @@ conveniences. To support a new chip, implement the methods below, register the c
 `bagualu.backends` and pass the conformance suite (tests/comm/test_conformance.py).
 """
 
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Literal, Protocol
 
@@ -62,7 +63,7 @@ class Backend(Protocol):
     device: torch.device
 
     def __init__(self, world: World, timeout_seconds: float) -> None: ...
-    def transport(self, ranks: tuple[int, ...], name: str) -> Transport:
+    def transport(self, ranks: Sequence[int], name: str) -> Transport:
         """Returns a new transport between `ranks`, global ranks that include this rank. All of these ranks call this method, and
         make the groups that they have in common in the same order."""
 

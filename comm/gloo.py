@@ -8,6 +8,7 @@ the same sums.
 """
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +96,7 @@ def _sum(parts: list[torch.Tensor], output: torch.Tensor) -> None:
 
 
 class GlooTransport(TorchTransport):
-    def __init__(self, group: dist.ProcessGroup, ranks: tuple[int, ...], name: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], name: str) -> None:
         super().__init__(group, ranks, name)
         memories = share(SLOTS * SLOT_BYTES, self._gather) if 1 < len(ranks) <= _MOST_SHARING else None
         self.slots = Slots(memories, self.position) if memories else None

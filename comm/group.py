@@ -1,6 +1,6 @@
 """`Group`: a sequence of ranks and the collectives between them, the same on every backend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -53,7 +53,7 @@ class Group:
     """
 
     name: str
-    ranks: tuple[int, ...]
+    ranks: Sequence[int]
     rank: int
     transport: Transport | None
     device: torch.device = _HOST
@@ -236,9 +236,9 @@ class Communicator:
         self.one_process = world.hub is not None
         """Whether all ranks are threads of this process."""
         self._hub = world.hub
-        self.world = self.group(tuple(range(world.size)), "world")
+        self.world = self.group(range(world.size), "world")
 
-    def group(self, ranks: tuple[int, ...], name: str) -> Group:
+    def group(self, ranks: Sequence[int], name: str) -> Group:
         """Returns a new group of `ranks`, global ranks that include this rank. All of these ranks call this method, and make the
         groups that they have in common in the same order."""
         position = ranks.index(self.rank)

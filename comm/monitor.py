@@ -4,7 +4,7 @@ There is no other record of this. Observers (the watchdog, the ledger, planned f
 waiting begins or ends.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol, TypeAlias
@@ -67,7 +67,7 @@ class Line:
     """
 
     group: str
-    ranks: tuple[int, ...]
+    ranks: Sequence[int]
     """The group's ranks; for messages, the source and the destination, as global ranks."""
     messages: bool = False
 

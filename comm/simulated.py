@@ -9,7 +9,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ class Call:
 
     what: str
     signature: tuple[Any, ...]
-    ranks: tuple[int, ...]
+    ranks: Sequence[int]
     carry_out: Callable[[list[Tensors]], None]
     arrived: dict[int, Tensors] = field(default_factory=dict)
     done: bool = False
@@ -142,7 +142,7 @@ class SimulatedTransport:
     """The collectives of a group of threads. The n-th call of each rank in the group belongs together, as does the n-th message
     between two ranks."""
 
-    def __init__(self, hub: Hub, key: tuple[Any, ...], ranks: tuple[int, ...], rank: int) -> None:
+    def __init__(self, hub: Hub, key: tuple[Any, ...], ranks: Sequence[int], rank: int) -> None:
         self.hub = hub
         self.key = key
         self.ranks = ranks
@@ -259,9 +259,9 @@ class SimulatedBackend:
             )
         self.world = world
         self.device = world.hub.device if world.hub else torch.device("cpu")
-        self._made: dict[tuple[int, ...], int] = {}
+        self._made: dict[Sequence[int], int] = {}
 
-    def transport(self, ranks: tuple[int, ...], name: str) -> SimulatedTransport:
+    def transport(self, ranks: Sequence[int], name: str) -> SimulatedTransport:
         count = self._made[ranks] = self._made.get(ranks, 0) + 1
         return SimulatedTransport(self.world.hub, (name, ranks, count), ranks, self.world.rank)
 

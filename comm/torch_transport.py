@@ -4,7 +4,7 @@ A vendor's backend (hccl, xccl, ...) subclasses `TorchBackend`, sets its `torch_
 point group `bagualu.backends`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -46,7 +46,7 @@ class TorchWork:
 class TorchTransport:
     """The collectives of one torch process group. No call blocks."""
 
-    def __init__(self, group: dist.ProcessGroup, ranks: tuple[int, ...], name: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], name: str) -> None:
         self.group = group
         self.ranks = ranks
         self.name = name
@@ -141,7 +141,7 @@ class TorchBackend:
                     f"rank {world.rank} could not join {world.size} ranks at {world.rendezvous}: {_first_line(error)}"
                 ) from error
 
-    def transport(self, ranks: tuple[int, ...], name: str) -> TorchTransport:
+    def transport(self, ranks: Sequence[int], name: str) -> TorchTransport:
         # Only members take part in making a group, so a rank's cost grows with its own groups, not with all groups of the world.
         group = dist.new_group(list(ranks), timeout=self.timeout, backend=self.torch_name, use_local_synchronization=True)
         self._transports.append(self.transport_class(group, ranks, name))

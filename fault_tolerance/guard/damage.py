@@ -169,7 +169,7 @@ class DamageCheck:
         name = f"{what} of {shard.name}"
         if not axis:
             return Damage(kind, name, self.rank)
-        return Damage(kind, name, self.rank, axis, self._shared(axis).index(index), self._mesh.group(axis).ranks)
+        return Damage(kind, name, self.rank, axis, self._shared(axis).index(index), tuple(self._mesh.group(axis).ranks))
 
 
 def as_json(damages: Sequence[Damage]) -> list[dict[str, Any]]:

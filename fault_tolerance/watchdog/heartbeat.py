@@ -13,7 +13,7 @@ import os
 import struct
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from bagualu.comm.monitor import Counts, Line, Monitor
@@ -84,7 +84,7 @@ class Heartbeat:
     def _describe(self) -> None:
         new = self._monitor.lines[self._described :]
         with self._lines.open("a") as file:
-            file.writelines(json.dumps(asdict(line)) + "\n" for line in new)
+            file.writelines(json.dumps({**vars(line), "ranks": list(line.ranks)}) + "\n" for line in new)
         self._described += len(new)
 
     def _grow(self, counts: Counts) -> Counts:
