@@ -9,11 +9,13 @@ from torch import nn
 
 from bagualu.comm.group import Communicator
 from bagualu.comm.monitor import Phase
+from bagualu.parallel.balance.stages.activations import Activations
+from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.layout import Layout
-from bagualu.trainer.assemble import assemble
+from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.analytic import analytic_table
 from bagualu.trainer.costs.tensor_memory import TensorMemory
-from bagualu.trainer.costs.work import ModelWork
+from bagualu.trainer.costs.work import ModelWork, work_of
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.activations import HostMemory
 from bagualu.trainer.models.decoder.config import ModelConfig
@@ -64,9 +66,16 @@ def counted(communicator: Communicator, recipe: Recipe) -> tuple[int, int, int, 
         state.mesh.monitor.observers.append(device)
         loss = train_step(state, 1).loss
     assert state.engine.model.host_memory.bytes == 0
-    assert state.split.forecast is not None
-    forecast = state.split.forecast.memory_bytes[state.mesh.at("pipeline")]
-    return device.between_passes, device.most, forecast, state.split.recompute, loss
+    return device.between_passes, device.most, forecast_on_a_device(state), state.split.recompute, loss
+
+
+def forecast_on_a_device(state: TrainerState) -> int:
+    """The most bytes besides the state that are forecast for this rank if the memory of its device is not that of the host."""
+    layout, slices = state.mesh.layout, [state.split.slices[stage] for stage in state.mesh.stages]
+    activations = Activations(tuple(state.split.recompute), offload_bytes=state.recipe.train.offload_bytes)
+    table = analytic_table(work_of(state.recipe, layout))
+    problem = Problem(table, state.schedule, [1.0] * layout.pipeline, None, activations)
+    return problem.transient_bytes(state.mesh.at("pipeline"), tuple((piece.start, piece.stop) for piece in slices))
 
 
 def recipe(**changes: Any) -> Recipe:
