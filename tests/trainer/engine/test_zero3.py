@@ -197,7 +197,10 @@ def most_at_the_start(communicator: Communicator, recipe: Recipe) -> tuple[int, 
     return most, sum(parameter.nbytes for parameter in engine.model.parameters())
 
 
-@pytest.mark.parametrize("frozen", [[], [{"pattern": "layers.*", "frozen": True}]], ids=["trained", "frozen"])
+@pytest.mark.parametrize(
+    "frozen",
+    [pytest.param([], id="trained"), pytest.param([{"pattern": "layers.*", "frozen": True}], id="frozen", marks=pytest.mark.slow)],
+)
 def test_a_rank_never_holds_the_whole_model_not_even_at_the_start(frozen: list[dict[str, object]]) -> None:
     for most, whole in run("gloo", 2, most_at_the_start, data_2(model__layers=12, optim__groups=frozen)):
         assert 0 < most < whole / 6

@@ -38,10 +38,10 @@ def sections_of(traced: RankTrace) -> list[Any]:
 @pytest.mark.parametrize(
     "words",
     [
-        ["parallel.schedule=1f1b", "model.layers=8", "parallel.sequence=true"],
+        pytest.param(["parallel.schedule=1f1b", "model.layers=8", "parallel.sequence=true"], marks=pytest.mark.slow),
         ["parallel.schedule=1f1b", "model.layers=7", "train.recompute=every:2", "parallel.zero=2"],
-        ["parallel.schedule=zb_h1", "model.layers=8", "model.tie_embeddings=true"],
-        ["parallel.schedule=interleaved_1f1b", "model.layers=8"],
+        pytest.param(["parallel.schedule=zb_h1", "model.layers=8", "model.tie_embeddings=true"], marks=pytest.mark.slow),
+        pytest.param(["parallel.schedule=interleaved_1f1b", "model.layers=8"], marks=pytest.mark.slow),
         ["parallel.schedule=zb_v", "model.layers=8", "parallel.zero=0"],
     ],
 )
