@@ -287,7 +287,7 @@ def with_own_folder(communicator: Communicator, recipe: Recipe) -> None:
 
 
 def test_a_rank_with_another_run_directory_is_refused_before_it_makes_one(tmp_path: Path) -> None:
-    """As ${now:} makes them under torchrun; before anything else, where the ranks would not meet. data.cache may differ."""
+    """Under torchrun, ${now:} gives each rank another name. The ranks compare names before anything else. data.cache may differ."""
     said = (
         f'rank 1 has run.name="it 1", run.dir={tmp_path}/run-1 and rank 0 has run.name="it 0", run.dir={tmp_path}/run-0; '
         "give every rank the same run.name, with the time or the name written out where ${now:...} or ${oc.env:...} makes it"

@@ -1,5 +1,5 @@
-"""summary.json under the real command: running while it runs, and then how it ended, whoever could say it. What workers refuse
-changes neither it nor config.yaml."""
+"""summary.json under the real command: it says "running" while the run lasts, and then how the run ended. A start that
+workers refuse changes neither this file nor config.yaml."""
 
 import json
 import os

@@ -33,7 +33,7 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def predicted(state: TrainerState) -> Memory:
-    """Of this rank."""
+    """Returns the memory that is predicted for this rank."""
     memories = predict(state.recipe, state.mesh.layout, state.split, state.heaviest)
     return memories[state.mesh.at("pipeline")]
 

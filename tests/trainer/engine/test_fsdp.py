@@ -353,8 +353,8 @@ def collectives(communicator: Communicator, recipe: Recipe) -> tuple[int, int, i
 
 
 def test_weights_are_gathered_for_each_pass_of_a_single_stage_and_once_a_step_in_a_pipeline() -> None:
-    """Of 4 layers and two ends, over 4 or 2 micro-batches. A head is kept until its backward pass, an embedding is not needed in
-    it. Gradients are summed over copies of the weights once a step."""
+    """The model has 4 layers and two ends, and a rank 4 or 2 micro-batches. The head's weights stay until its backward pass; the
+    embedding's backward pass does not need them. Gradients are summed over copies of the weights once a step."""
     assert run("gloo", 2, collectives, recipe_for("dense", {"data": 2})) == [(4 * (2 * 4 + 2), 4 * 6, 0)] * 2
     assert run("gloo", 4, collectives, recipe_for("dense", {"data": 2, "pipeline": 2})) == [(2 + 1, 4 * 3, 0)] * 4
     assert run("gloo", 4, collectives, recipe_for("dense", {"data": 4, "shard": 2})) == [(2 * (2 * 4 + 2), 2 * 6, 6)] * 4

@@ -39,7 +39,7 @@ def with_memory(state: TrainerState) -> list[int]:
 
 
 def visits(communicator: Communicator, recipe: Recipe, steps: int) -> list[list[Visit]]:
-    """Of each step, and then of a validation."""
+    """Returns the visits of each step, and then those of a validation."""
     state = begin(communicator, recipe)
     assert isinstance(state.engine, NativeEngine)
     gatherer, log = state.engine.gatherer, list[Visit]()

@@ -170,7 +170,7 @@ def test_activations_come_back_a_layer_ahead() -> None:
 
 @pytest.mark.gpu
 def test_the_allocators_peak_falls_on_a_gpu() -> None:
-    """By what is offloaded, but for a few layers, and no bit changes."""
+    """The peak falls by the bytes that are offloaded, except those of a few layers, and no bit of the results changes."""
     results, peaks = [], []
     for offload_bytes in (0, 2**30):
         config = ModelConfig(layers=8, hidden=512, heads=8, kv_heads=8, ffn=1024, vocab=512)

@@ -134,7 +134,7 @@ class PlainMuon(torch.optim.AdamW):
 
 
 def newton_schulz(x: torch.Tensor) -> torch.Tensor:
-    """As https://kellerjordan.github.io/posts/muon/ writes it."""
+    """Returns the result of five iterations, written as on https://kellerjordan.github.io/posts/muon/."""
     tall = x.shape[0] > x.shape[1]
     x = (x.T if tall else x) / x.norm().clamp(min=1e-7)
     for _ in range(5):

@@ -185,7 +185,7 @@ def test_keys_are_those_of_the_dataclasses():
 
 
 def test_a_value_is_not_judged_by_what_was_given_before():
-    """As in a sweep, or where one process composes several recipes."""
+    """A sweep composes several recipes in one process."""
     for override in parse([f"parallel.balance={value}" for value in ("[3,5]", "{a:1}", "[3,5]", "measured")]):
         check_override(override)
 
