@@ -9,6 +9,7 @@ module uses attributes that DeepSpeed does not document. tests/test_architecture
 version that has them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,7 +93,7 @@ class Subset(nn.Module):
         return self._call(*inputs)
 
 
-class Zero:
+class Zero(ABC):
     """An engine of DeepSpeed around `module`, and this rank's parts of its trained parameters, `members`. Collective."""
 
     def __init__(self, library: Any, module: nn.Module, members: Members, ranks: Ranks, config: dict[str, Any]) -> None:
@@ -104,16 +105,17 @@ class Zero:
             self.engine, *_ = library.initialize(model=module, optimizer=self._optimizer, config=config, mpu=self._ranks)
         self.parts = list(self._parts())
 
+    @abstractmethod
     def _parts(self) -> Iterator[ZeroPart]:
-        raise NotImplementedError
+        """Yields this rank's part of the parameters of each of `members`."""
 
+    @abstractmethod
     def begin(self) -> None:
         """Clears gradients that DeepSpeed would use again for a parameter that takes no part in the next step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradients(self, place: int) -> Sequence[torch.Tensor]:
         """Returns the reduced gradient of the part at index `place`, in pieces, one after the other."""
-        raise NotImplementedError
 
     def flat_gradients(self) -> Sequence[torch.Tensor]:
         """Returns the tensors that hold gradients of this rank also between steps."""
@@ -123,13 +125,13 @@ class Zero:
         """Returns the tensors in which gradients are collected for their reduction, if they exist from the start."""
         return []
 
+    @abstractmethod
     def copies(self, place: int) -> Sequence[torch.Tensor]:
         """Returns this rank's copies of the working weights of the part at index `place`, as in StateShard."""
-        raise NotImplementedError
 
+    @abstractmethod
     def publish(self) -> None:
         """Makes the working weights of all ranks anew from the master weights. Collective."""
-        raise NotImplementedError
 
     def step(self, update: Update | None) -> bool:
         """Does DeepSpeed's step, which leaves no gradients behind, also if it changes no weights (`update` None). Returns whether

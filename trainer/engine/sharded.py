@@ -1,6 +1,7 @@
 """The part of an engine that does not depend on how gradients are reduced and weights are shared: the update of shards, the state
 that checkpoints hold, and the gradient norm."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.optim.sharded import ShardedOptimizer
 
 
-class ShardedEngine:
+class ShardedEngine(ABC):
     """An `Engine` (protocol.py) without begin, putting_off, finish, share, shards, working_weights and close. It updates `parts`,
     this rank's shards of the trained parameters, with `optimizer`. `frozen` are shards whose weights stay; frozen parameters that
     are not divided among ranks are in `untrained`, with the buffers."""
@@ -69,17 +70,17 @@ class ShardedEngine:
     def open(self) -> None:
         self.optimizer.open(self._world)
 
+    @abstractmethod
     def share(self) -> None:
         """Exchanges the updated working weights, as `Engine` says."""
-        raise NotImplementedError
 
     def publish(self) -> None:
         self.optimizer.publish()
         self.share()
 
+    @abstractmethod
     def working_weights(self) -> Iterator[Sequence[torch.Tensor]]:
         """Yields, for each of `parts`, the working weights that this rank keeps between steps."""
-        raise NotImplementedError
 
     def held(self) -> Iterator[tuple[str, torch.Tensor]]:
         for part, state, working in zip(self._parts, self.optimizer.shards(), self.working_weights(), strict=True):

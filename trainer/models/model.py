@@ -1,5 +1,6 @@
 """The interface of a rank's part of a model, the same for all families of models."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import nn
 from bagualu.comm.group import Group
 
 
-class Model(nn.Module):
+class Model(nn.Module, ABC):
     """One rank's layers; `forward` has the arguments and results of the pipeline's `Slices`."""
 
     def __init__(self) -> None:
@@ -17,9 +18,9 @@ class Model(nn.Module):
         """Calls a module of `units` with its inputs. ZeRO-3 replaces it, to gather the module's weights before."""
 
     @property
+    @abstractmethod
     def units(self) -> Sequence[nn.Module]:
         """The modules that `forward` calls, in order, which together hold all parameters."""
-        raise NotImplementedError
 
     def reads_weights_again(self, unit: nn.Module) -> bool:
         """Returns whether the backward pass of `unit` reads its weights, as the forward pass does."""

@@ -29,6 +29,7 @@ from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.recipe.config import DTYPES
+from bagualu.trainer.recipe.override_text import typed
 
 _FINGERPRINT = "data fingerprint"
 _RENORMALISE = "model.moe.renormalise"
@@ -216,7 +217,7 @@ def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> 
                     f"{path} was saved with {key}={saved.get(key)} but the recipe has {here.get(key)}; with "
                     "model.moe.top_k=1 its router learnt nothing from the loss: give another run.dir to start anew"
                 )
-            raise _other(path, key, saved.get(key), here.get(key), f"give {key}={_typed(saved.get(key))}")
+            raise _other(path, key, saved.get(key), here.get(key), f"give {key}={typed(saved.get(key))}")
     if saved.get(_FINGERPRINT) != here[_FINGERPRINT]:
         raise _other_text(saved, here, path)
 
@@ -254,13 +255,8 @@ def _split_as(before: str, here: str) -> str:
 
 
 def _other(path: Path, key: str, saved: object, here: object, fix: str) -> RecipeError:
-    return RecipeError(f"{path} was saved with {key}={_typed(saved)} but the recipe has {_typed(here)}; {fix} to go on with it, or "
+    return RecipeError(f"{path} was saved with {key}={typed(saved)} but the recipe has {typed(here)}; {fix} to go on with it, or "
                        "another run.dir to start anew")  # fmt: skip
-
-
-def _typed(value: object) -> str:
-    """Returns `value` as it is typed on the command line."""
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _check_moments(state: TrainerState, checkpoint: Checkpoint) -> None:
