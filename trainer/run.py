@@ -37,8 +37,8 @@ from bagualu.trainer.output.wandb_sink import WandbSink
 from bagualu.trainer.rebalance import open_rebalancer
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.same_recipe import require_same_recipe
-from bagualu.trainer.recovery.replication import open_replication
-from bagualu.trainer.recovery.resume import resume
+from bagualu.trainer.recovery.replication import Replication, open_replication
+from bagualu.trainer.recovery.resume import Resumed, resume
 from bagualu.trainer.recovery.saving import Checkpoints, take_checkpoints
 
 
@@ -71,12 +71,7 @@ def train(
         print(show_split(state.split, state.mesh.placement), file=sys.stderr, flush=True)
     fence = take_checkpoints(state, scratch)
     replication = open_replication(state, scratch, fence)
-    resumed = resume(state, replication.candidates() if replication else [], stop)
-    if comes and resumed.source is None:
-        raise CheckpointStorageError(f"the checkpoints of {recipe.run.dir}, there when it began to start, are gone; see whether "
-                                     "its storage is mounted")  # fmt: skip
-    if replication:
-        replication.start(resumed)
+    resumed = _resumed(state, replication, comes, stop)
     if finished := _finished(recipe, resumed.step):
         close_ledger(ledger, recipe, communicator, "done")
         if communicator.rank == 0:
@@ -86,8 +81,7 @@ def train(
     flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
     if communicator.rank == 0:
         about_file = recipe.deepspeed_terms(state.mesh.layout).remarks()
-        for remark in [memory.remark(), *remarks(recipe, resumed.step), *about_file]:
-            print(remark, file=sys.stderr, flush=True)
+        print(*[memory.remark(), *remarks(recipe, resumed.step), *about_file], sep="\n", file=sys.stderr, flush=True)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
     checkpoints = Checkpoints(state, fence, resumed.checkpoint, ledger)
     stragglers = Stragglers(recipe.straggler, state.mesh.layout, communicator.world)
@@ -105,13 +99,11 @@ def train(
             ending["mfu"] *= before / ceiling
         summary = {
             **ending,
-            **_facts(state),
+            **_facts(state, memory),
             "damaged": resumed.damaged + ending["damaged"],
             "seconds": time.perf_counter() - started,
             "flops_per_token": flops_per_token,
             "matmul_ceiling_flops": ceiling,
-            "memory": memory.summary(),
-            "peak_memory_bytes": memory.sum_of_peaks(),
             **close_ledger(ledger, recipe, communicator, ending["ended"]),
         }
         if communicator.rank == 0:
@@ -123,8 +115,20 @@ def train(
     return summary
 
 
-def _facts(state: TrainerState) -> dict[str, Any]:
-    """Returns the part of the summary that says what was trained, and on which layout and engine. Collective."""
+def _resumed(state: TrainerState, replication: Replication | None, comes: bool, stop: Callable[[], bool]) -> Resumed:
+    """Reads the state of an earlier start, if there is one. `comes`: whether there was one when this start began. Collective."""
+    resumed = resume(state, replication.candidates() if replication else [], stop)
+    if comes and resumed.source is None:
+        raise CheckpointStorageError(f"the checkpoints of {state.recipe.run.dir}, there when it began to start, are gone; see "
+                                     "whether its storage is mounted")  # fmt: skip
+    if replication:
+        replication.start(resumed)
+    return resumed
+
+
+def _facts(state: TrainerState, memory: PeakMemory) -> dict[str, Any]:
+    """Returns the part of the summary that says what was trained, on which layout and engine, and what memory it took.
+    Collective."""
     return {
         "steps": state.recipe.train.steps,
         "layout": str(state.mesh.layout),
@@ -135,6 +139,8 @@ def _facts(state: TrainerState) -> dict[str, Any]:
         **_tokens(state.corpus),
         "parameters": _parameters(state),
         "run_dir": state.recipe.run.dir,
+        "memory": memory.summary(),
+        "peak_memory_bytes": memory.sum_of_peaks(),
     }
 
 
