@@ -44,8 +44,13 @@ def check_memory(recipe: Recipe, world: int, device: Device | None) -> None:
     try:
         memory = fullest(_memories(recipe, layout))
     except RecipeError as error:  # no split fits the limits
-        excess, _, other_fixes = str(error).partition("; give ")
-        raise RecipeError(f"{excess}; give {' or '.join([*_fixes(recipe, world, device), other_fixes])}") from error
+        excess, _, other_fix = str(error).partition("; give ")
+        fixes = _fixes(recipe, world, device)
+        if "parallel.memory_bytes=" not in other_fix or fits(_changed(recipe, {"parallel.memory_bytes": None}), world, device):
+            fixes.append(other_fix)  # a higher limit only if the device has as much
+        elif not fixes and device is not None:
+            fixes = _more_ranks(recipe, world, device)
+        raise RecipeError(f"{excess}; give {' or '.join(fixes or [_SMALLER])}") from error
     need = sum(memory.values())
     if device is None or need <= device.memory_bytes * (1 + _TOLERANCE):
         return

@@ -148,3 +148,11 @@ def test_the_advice_has_every_kind_of_change(changes: dict[str, Any], world: int
         except RecipeError as error:
             lines.append(str(error).partition("; give ")[2])
     assert any(fix in line for line in lines), lines
+
+
+def test_a_limit_that_the_device_does_not_have_is_not_advised() -> None:
+    recipe = small_recipe(parallel__memory_bytes=1000, train__micro_batch=1)
+    need = sum(fullest(memories(small_recipe(train__micro_batch=1), 1)).values())
+    for device, advised in ((need, True), (need // 2, False)):
+        fix = refusal(recipe, 1, Device(device, "this machine")).partition("; give ")[2]
+        assert ("parallel.memory_bytes=" in fix) == advised, fix
