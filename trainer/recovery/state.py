@@ -229,18 +229,18 @@ def _other_text(saved: dict[str, Any], here: dict[str, Any], path: Path) -> Reci
     if source != here["data.source"] and RANDOM in (source, here["data.source"]):
         return _other(path, "data.source", source, here["data.source"], f"give data.source={source}")
     if _SPLIT not in saved and here[_KIND] != "files":
-        reason = f"{here[_SPLIT]} (an earlier version kept whole files for validation, whatever share of the text they are)"
-        return _other(path, _SPLIT, "files", reason, "give data.split=files")
+        remark = " (an earlier version kept whole files for validation, whatever share of the text they are)"
+        return _other(path, _SPLIT, "files", here[_SPLIT], "give data.split=files", remark)
     if (before := saved.get(_SPLIT, here[_SPLIT])) != here[_SPLIT]:
         fix = f"give {_split_as(before, here[_SPLIT])}"
-        return _other(path, _SPLIT, before, f"{here[_SPLIT]}, which trains on other tokens", fix)
+        return _other(path, _SPLIT, before, here[_SPLIT], fix, ", which trains on other tokens")
     fraction = saved.get("data.validation_fraction", here["data.validation_fraction"])
     if fraction != here["data.validation_fraction"]:
         return _other(path, "data.validation_fraction", fraction, here["data.validation_fraction"],
                       f"give data.validation_fraction={fraction}")  # fmt: skip
     if source != here["data.source"]:
-        reason = f"{here['data.source']}, whose tokens are not the same ({_FINGERPRINT} {saved.get(_FINGERPRINT)} and {tokens})"
-        return _other(path, "data.source", source, reason, "give the text that the run began with")
+        remark = f", whose tokens are not the same ({_FINGERPRINT} {saved.get(_FINGERPRINT)} and {tokens})"
+        return _other(path, "data.source", source, here["data.source"], "give the text that the run began with", remark)
     fix = f"put the text of data.source={source} back as it was"
     if _SPLIT not in saved:
         fix += ", without links to folders, which an earlier version left out (it read the files of runs instead),"
@@ -254,9 +254,10 @@ def _split_as(before: str, here: str) -> str:
     return "train.validation_sequences=64" if here == NOTHING.kind and before != "files" else f"data.split={before}"
 
 
-def _other(path: Path, key: str, saved: object, here: object, fix: str) -> RecipeError:
-    return RecipeError(f"{path} was saved with {key}={typed(saved)} but the recipe has {typed(here)}; {fix} to go on with it, or "
-                       "another run.dir to start anew")  # fmt: skip
+def _other(path: Path, key: str, saved: object, here: object, fix: str, remark: str = "") -> RecipeError:
+    """Returns the error for a checkpoint of a run with another value of `key`; `remark` follows the value that the recipe has."""
+    return RecipeError(f"{path} was saved with {key}={typed(saved)} but the recipe has {typed(here)}{remark}; {fix} to go on with "
+                       "it, or another run.dir to start anew")  # fmt: skip
 
 
 def _check_moments(state: TrainerState, checkpoint: Checkpoint) -> None:

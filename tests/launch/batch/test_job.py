@@ -281,7 +281,7 @@ def test_a_setup_line_that_may_fail_and_what_lines_do_stays_done(job, tmp_path):
 
 
 def test_a_job_that_is_stopped_during_its_setup_has_lost_nothing(job):
-    running = job.start(f'launch.slurm.setup=["touch {job.folder}/begun; sleep 1"]')
+    running = job.start(f'launch.slurm.setup=["touch {job.folder}/begun; sleep 30"]')
     _until(lambda: job.begun)
     running.send_signal(15)
     running.wait(60)
