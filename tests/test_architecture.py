@@ -54,6 +54,7 @@ ROOMS = {
     "parallel/data": (),
     "parallel/pipeline": ("pipeline/schedules",),
     "parallel/pipeline/schedules": (),
+    "parallel/simulation": ("pipeline/schedules",),
     "trainer/costs": ("data", "models/decoder", "optim", "recipe"),
     "trainer/data": (),
     "trainer/engine": ("models", "models/decoder", "optim", "recipe"),

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from bagualu.comm.calls import Communication, Waited
 from bagualu.comm.group import Communicator
-from bagualu.comm.recording import Communication, RecordingBackend, Waited
+from bagualu.comm.recording import RecordingBackend
 from bagualu.comm.world import World
 from tests.harness import run
 

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from bagualu.comm.recording import Communication, Waited
+from bagualu.comm.calls import Communication, Waited
 from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.layout import Layout, StagePlacement
 from bagualu.parallel.pipeline.schedules.schedule import Action, Kind
+from bagualu.parallel.simulation.events import Event, RankTrace, Role, Section
 from bagualu.trainer.costs.plan_split import plan_split
 from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.events import Event, RankTrace, Section
 from bagualu.trainer.simulation.loads import balanced
 from bagualu.trainer.simulation.trace import Traced, schedule_of, trace, traceable
 
@@ -28,20 +28,6 @@ _TOWARDS = {Kind.RECEIVE_ACTIVATION: -1, Kind.SEND_ACTIVATION: 1, Kind.RECEIVE_G
 """For each kind of message, whether the other rank holds the next stage (1) or the previous one (-1)."""
 Part: TypeAlias = "tuple[object, ...]"
 """What determines the passes of a pipeline rank."""
-
-
-@dataclass(frozen=True)
-class Role:
-    """The ranks at a pipeline coordinate that do the same in a step."""
-
-    trace: RankTrace
-    """The step of one of them."""
-    ranks: int
-    """The number of ranks of the world that do this."""
-    pipeline: int
-    """Their coordinate on the pipeline axis."""
-    micro_batches: int
-    """The number of micro-batches of each of them in a step."""
 
 
 @dataclass(frozen=True)

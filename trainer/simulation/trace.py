@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bagualu.comm.calls import Communication, Waited
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.comm.monitor import Monitor, Phase
-from bagualu.comm.recording import Communication, RecordingBackend, Waited
+from bagualu.comm.recording import RecordingBackend
 from bagualu.comm.world import World
 from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.forecast import Split
@@ -29,13 +30,13 @@ from bagualu.parallel.layout import Layout
 from bagualu.parallel.memory_kinds import ACTIVATIONS, BUFFERS, COMMUNICATION
 from bagualu.parallel.pipeline.registry import compute_schedule
 from bagualu.parallel.pipeline.schedules.schedule import Action, Schedule, with_messages
+from bagualu.parallel.simulation.events import Allocation, Event, Free, Operator, RankTrace, Section, TensorType
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.plan_split import plan_split
 from bagualu.trainer.data.config import RANDOM
 from bagualu.trainer.data.corpus import Corpus
 from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.events import Allocation, Event, Free, Operator, RankTrace, Section, TensorType
 from bagualu.trainer.simulation.flops import flops_of
 from bagualu.trainer.simulation.loads import GivenLoads, balanced, give
 from bagualu.trainer.step import train_step

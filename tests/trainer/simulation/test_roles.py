@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from bagualu.comm.calls import Communication
 from bagualu.comm.errors import RecipeError
-from bagualu.comm.recording import Communication
+from bagualu.parallel.simulation.events import Operator, RankTrace
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.events import Operator, RankTrace
 from bagualu.trainer.simulation.loads import divide, skewed
 from bagualu.trainer.simulation.roles import trace_world
 from bagualu.trainer.simulation.trace import Traced, trace

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from bagualu.comm.calls import Communication, Waited
 from bagualu.comm.group import Communicator
-from bagualu.comm.recording import Communication, RecordingBackend, Waited
+from bagualu.comm.recording import RecordingBackend
 from bagualu.comm.world import World
 from bagualu.parallel.memory_kinds import KINDS
+from bagualu.parallel.simulation.events import RankTrace
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.costs.throughput import model_flops_per_token
@@ -19,7 +21,6 @@ from bagualu.trainer.models.decoder.flops import attention_flops
 from bagualu.trainer.models.decoder.layers import FeedForward
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.events import RankTrace
 from bagualu.trainer.simulation.trace import Traced, trace
 from bagualu.trainer.step import train_step
 from tests.harness import run

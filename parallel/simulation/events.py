@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
-from bagualu.comm.recording import Communication, Waited
+from bagualu.comm.calls import Communication, Waited
 from bagualu.parallel.pipeline.schedules.schedule import Action
 
 
@@ -109,6 +109,20 @@ class RankTrace:
             if isinstance(event, Allocation | Free):
                 held[self.kinds[event.block]] += _change(event)
         return Peak(most, {kind: size for kind, size in held.items() if size}, where)
+
+
+@dataclass(frozen=True)
+class Role:
+    """The ranks at a pipeline coordinate that do the same in a step."""
+
+    trace: RankTrace
+    """The step of one of them."""
+    ranks: int
+    """The number of ranks of the world that do this."""
+    pipeline: int
+    """Their coordinate on the pipeline axis."""
+    micro_batches: int
+    """The number of micro-batches of each of them in a step."""
 
 
 def _change(event: Event) -> int:
