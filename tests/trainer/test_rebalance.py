@@ -69,13 +69,17 @@ def train_moving(communicator: Communicator, recipe: Recipe, splits: list[Split]
     return Curve(*figures, pieces_of(state), initial)
 
 
-CASES: list[tuple[dict[str, object], list[tuple[int, ...]]]] = [
+Case = tuple[dict[str, object], list[tuple[int, ...]]]
+SLOW_CASES: list[Case] = [
     ({"pipeline": 2}, [(3, 4), (6, 1), (1, 6)]),
     ({"pipeline": 4, "data": 2, "schedule": "zb_h1"}, [(2, 2, 2, 1), (1, 1, 4, 1), (3, 1, 1, 2)]),
+    ({"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, [(2, 2, 2, 1), (4, 1, 1, 1), (1, 1, 1, 4)]),
+]
+CASES: list[Any] = [
     ({"pipeline": 2, "data": 2, "zero": 0}, [(3, 4), (5, 2), (4, 3)]),
     ({"pipeline": 2, "data": 2, "expert": 2, "tensor": 2, "sequence": True}, [(3, 4), (5, 2), (2, 5)]),
     ({"pipeline": 2, "data": 2, "schedule": "zb_v"}, [(2, 2, 2, 1), (1, 3, 1, 2), (1, 1, 1, 4)]),
-    ({"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, [(2, 2, 2, 1), (4, 1, 1, 1), (1, 1, 1, 4)]),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
 ]
 
 

@@ -72,7 +72,7 @@ def events_of(traced: RankTrace) -> list[Any]:
     "words",
     [
         ["recipe=tiny_dense", *CUBE],
-        ["recipe=moe_tiny", *CUBE],
+        pytest.param(["recipe=moe_tiny", *CUBE], marks=pytest.mark.slow),
         ["recipe=moe_tiny", *CUBE, "parallel.expert=2", "optim.moments_dtype=bfloat16", "model.moe.bias_rate=0.001"],
         ["recipe=tiny_dense", *CUBE, "parallel.sequence=true", "parallel.zero=3", "train.recompute=full"],
         ["recipe=tiny_dense", *CUBE, "parallel.schedule=zb_v", "parallel.zero=2"],
