@@ -14,6 +14,7 @@ from bagualu.parallel.sharding import Placement, ShardingPlan
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.models.decoder.plan import decoder_plan
+from tests.trainer.models.styles import STYLES
 
 SIZES = {"layers": 4, "hidden": 16, "heads": 4, "ffn": 24, "vocab": 64}
 VARIANTS = {
@@ -21,10 +22,12 @@ VARIANTS = {
     "grouped_tied": ModelConfig(**SIZES, kv_heads=4, tie_embeddings=True),
     "moe": ModelConfig(**SIZES, moe=MoEConfig(experts=8, ffn=8)),
     "moe_every_2_shared": ModelConfig(**SIZES, moe=MoEConfig(experts=8, ffn=8, every=2, shared_experts=2, bias_rate=0.1)),
+    **{style: ModelConfig(**SIZES, **changes) for style, changes in STYLES.items()},
 }
 SPLIT = {  # what each kind of parameter has to look like on tensor 2 x expert 4, of its whole shape
     "embedding.weight": (32, 16), "head.weight": (32, 16), "norm.weight": (16,),
     "attention_norm.weight": (16,), "feed_forward_norm.weight": (16,),
+    "norm.bias": (16,), "attention_norm.bias": (16,), "feed_forward_norm.bias": (16,),
     "attention.query.weight": (8, 16), "attention.key.weight": (8, 16), "attention.value.weight": (8, 16),
     "attention.output.weight": (16, 8), "feed_forward.gate.weight": (12, 16), "feed_forward.up.weight": (12, 16),
     "feed_forward.down.weight": (16, 12), "feed_forward.router.weight": (8, 16),
@@ -51,10 +54,10 @@ def test_every_parameter_is_placed_as_intended(variant: str) -> None:
 
 @pytest.mark.parametrize("sequence", [False, True])
 def test_which_gradients_are_partial_over_the_tensor_axis(sequence: bool) -> None:
-    config = VARIANTS["moe_every_2_shared"]
-    plan = decoder_plan(config, sequence)
-    for name, _ in model_of(config).named_parameters():
-        partial = name.endswith("router.weight") or (sequence and name.endswith("norm.weight"))
+    names = {name for config in VARIANTS.values() for name, _ in model_of(config).named_parameters()}
+    plan = decoder_plan(VARIANTS["moe_every_2_shared"], sequence)
+    for name in names:
+        partial = name.endswith("router.weight") or (sequence and name.endswith(("norm.weight", "norm.bias")))
         assert plan.placement(name).partial_over == ("tensor" if partial else None), name
 
 

@@ -57,7 +57,7 @@ def head_held(work: ModelWork) -> Held:
     products and in at least float32; and, while those of the next chunk are computed, those of the chunk before."""
     hidden, item, product, accurate = work.model.hidden, work.item_bytes, work.product_bytes, work.accurate_bytes
     columns = work.model.padded_vocab // work.layout.tensor
-    inputs, scales = work.tokens_between * hidden * item, work.tokens_between * accurate
+    inputs, scales = work.tokens_between * hidden * item, _norm_statistics(work)
     trained = columns * hidden * (("embedding.weight" if work.model.tie_embeddings else "head.weight") not in work.frozen)
     several = work.tokens > HEAD_CHUNK_TOKENS  # then the weight's gradient is a sum, which is in at least float32
     gradients = inside_bytes(work) + trained * (accurate if several else product)
@@ -77,8 +77,8 @@ def layer_held(work: ModelWork, index: int) -> Held:
     if not work.passes_gradients(index):
         return Held(0, 0, 0, 0)
     stream = work.tokens_between * work.model.hidden * work.item_bytes
-    norm = stream + work.tokens_between * work.accurate_bytes  # input and scale
-    attention, second = _attention(work), _mixture(work) if work.model.is_moe_layer(index) else _feed_forward(work)
+    norm = stream + _norm_statistics(work)
+    attention, second = _attention(work), _second_block(work, index)
     gathered = inside_bytes(work) if work.sequence else 0  # the gradient of a block's output, for the whole sequence
     highest = max(
         gathered + second.work,
@@ -94,13 +94,22 @@ def inside_bytes(work: ModelWork) -> int:
     return work.tokens * work.model.hidden * work.item_bytes
 
 
+def _norm_statistics(work: ModelWork) -> int:
+    """Returns the bytes that a norm keeps besides its input: the scale of each token, and with LayerNorm its mean."""
+    return work.tokens_between * work.accurate_bytes * (2 if work.model.norm == "layer" else 1)
+
+
 def _norm_work(work: ModelWork) -> int:
     """Returns the bytes that the backward pass of a norm takes: the gradient of its output, before and after it is summed over the
-    tensor ranks, and on a CPU, in at least float32, input and gradient if they are not, their product and the result."""
+    tensor ranks, and the result, on a CPU also in at least float32, with input and gradient if they are not; with RMSNorm, the product
+    of these two."""
     wide = work.tokens_between * work.model.hidden * work.accurate_bytes
     converts = work.item_bytes < work.accurate_bytes
     results = work.tokens_between * work.model.hidden * work.item_bytes
-    return inside_bytes(work) * (2 if work.layout.tensor > 1 else 1) + (wide * (4 if converts else 2) * work.on_cpu or results)
+    on_cpu = wide * (4 if converts else 2)
+    if work.model.norm == "layer":
+        on_cpu = 3 * wide + results if converts else results
+    return inside_bytes(work) * (2 if work.layout.tensor > 1 else 1) + (on_cpu if work.on_cpu else results)
 
 
 def _products(work: ModelWork, elements: int) -> tuple[int, int]:
@@ -139,23 +148,30 @@ def _attention(work: ModelWork) -> _Block:
     return _Block(kept, operands, columns + max(kernel, rotated * work.on_cpu, added + widened))
 
 
-def _feed_forward(work: ModelWork) -> _Block:
-    return _swiglu(work, work.tokens, work.model.ffn // work.layout.tensor)
+def _second_block(work: ModelWork, index: int) -> _Block:
+    if work.model.is_moe_layer(index):
+        return _mixture(work)
+    return _feed_forward(work, work.tokens, work.model.ffn // work.layout.tensor)
 
 
-def _swiglu(work: ModelWork, rows: int, ffn: int) -> _Block:
-    """Kept are the input, gate, silu(gate) and up; the products' operands are their inputs and the gradients of their outputs. The
-    backward pass of the last product takes most: its input, once more, that input's gradient and the gradients of its two
+def _feed_forward(work: ModelWork, rows: int, ffn: int) -> _Block:
+    """The feed-forward of a layer or of an expert. Kept are the input and, with a gate, gate, silu(gate) and up, else up and
+    gelu(up); the products' operands are their inputs and the gradients of their outputs. The backward pass of the last product
+    takes most: its input, once more, that input's gradient and, with a gate, the gradients of its two
     factors."""
-    hidden, item, product = work.model.hidden, work.item_bytes, work.product_bytes
+    hidden, item, product, gated = work.model.hidden, work.item_bytes, work.product_bytes, work.model.gated
     added, widened = _products(work, hidden * ffn)
     columns = rows * hidden * product * work.widens  # the gradient of the output
-    factors = rows * ffn * (2 * product + 2 * item + item * work.widens)
-    first = rows * (ffn * (product - item) + 2 * hidden * product) + 2 * widened if work.widens else 0  # the products before
+    # With a gate, the factors' product is an operand of its own; without one, gelu(up) itself is, or its copy in another dtype.
+    operand = rows * ffn * product * (gated or work.widens)
+    factors = operand + rows * ffn * (product + 2 * item * gated + item * work.widens)
+    matrices = 3 if gated else 2
+    before = rows * (ffn * (product - item) + 2 * hidden * product) + (matrices - 1) * widened  # in the products before
+    first = before if work.widens else 0
     return _Block(
-        kept=rows * (hidden + 3 * ffn) * item,
-        operands=rows * (2 * hidden + 3 * ffn) * product,
-        work=max(columns + max(rows * ffn * product + added, factors) + widened, first),
+        kept=rows * (hidden + matrices * ffn) * item,
+        operands=rows * (2 * hidden + matrices * ffn) * product,
+        work=max(columns + max(operand + added, factors) + widened, first),
     )
 
 
@@ -164,14 +180,14 @@ def _mixture(work: ModelWork) -> _Block:
     the rows, the experts' activations, and their results, by expert and by token."""
     moe, tensor, accurate = work.model.moe, work.layout.tensor, work.accurate_bytes
     rows, own = work.tokens * moe.top_k, inside_bytes(work)
-    results, experts = own * moe.top_k, _swiglu(work, work.tokens * moe.top_k, moe.ffn // tensor)
+    results, experts = own * moe.top_k, _feed_forward(work, work.tokens * moe.top_k, moe.ffn // tensor)
     router = work.tokens * moe.experts * accurate + rows * (3 * _INDEX_BYTES + 2 * accurate)
     kept = own + router + experts.kept + 2 * results
     wide_input = work.tokens * work.model.hidden * accurate
     operands = experts.operands + work.tokens * moe.experts * accurate + wide_input
     highest = max(2 * results, experts.work - results)  # in the weighted sum; in the experts, when the results are gone
     if moe.shared_experts:
-        shared = _swiglu(work, work.tokens, moe.shared_experts * moe.ffn // tensor)
+        shared = _feed_forward(work, work.tokens, moe.shared_experts * moe.ffn // tensor)
         kept += shared.kept - own
         operands += shared.operands - (0 if work.item_bytes < accurate else wide_input)
         highest = max(highest + 2 * own - shared.kept, shared.work)

@@ -28,7 +28,7 @@ from bagualu.trainer.costs.analytic import end_bytes, layer_bytes, output_bytes
 from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.costs.throughput import synchronize
 from bagualu.trainer.costs.work import ModelWork
-from bagualu.trainer.models.decoder.layers import RMSNorm
+from bagualu.trainer.models.decoder.layers import norm_of
 from bagualu.trainer.models.decoder.model import Embedding, Head, Layer
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts
 
@@ -286,7 +286,7 @@ def _outputs_of(layer: Layer) -> Callable[[torch.Tensor], tuple[torch.Tensor, ..
 class _NormAndHead(nn.Module):
     def __init__(self, work: ModelWork) -> None:
         super().__init__()
-        self.norm = RMSNorm(work.model.hidden, work.model.norm_epsilon)
+        self.norm = norm_of(work.model)
         self.head = Head(work.model.padded_vocab, work.model.hidden, work.model.vocab)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from bagualu.parallel.layout import SHARD
 from bagualu.parallel.memory_kinds import BUFFERS, COMMUNICATION, GRADIENTS, MASTERS, MOMENTS, PARAMETERS
 from bagualu.parallel.sharding import Placement
 from bagualu.trainer.costs.work import ModelWork
-from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes
+from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes, norm_shapes
 
 EMBEDDING = -1
 """The unit of the embedding. Layers have their own numbers, the last norm the number of layers, the head the next number."""
@@ -27,7 +27,8 @@ def end_state(work: ModelWork) -> tuple[Counter[str], Counter[str]]:
     """Returns the bytes, by kind, of the embedding, and of the head with the final norm. If embeddings are tied, both include the
     weight that they share."""
     vocabulary = (work.model.padded_vocab, work.model.hidden)
-    head = parameter_state(work, "head.weight", vocabulary) + parameter_state(work, "norm.weight", (work.model.hidden,))
+    last = {"head.weight": vocabulary, **norm_shapes(work.model, "norm")}
+    head = sum((parameter_state(work, name, shape) for name, shape in last.items()), Counter[str]())
     return parameter_state(work, "embedding.weight", vocabulary), head
 
 
@@ -51,7 +52,7 @@ def rank_parameters(work: ModelWork, layers: list[int]) -> list[tuple[str, tuple
         found.append(("embedding.weight", vocabulary, [EMBEDDING, last + 1] if one else [EMBEDDING]))
     found += [(f"layers.{i}.{name}", shape, [i]) for i in layers for name, shape in layer_shapes(model, i).items()]
     if ends[1]:
-        found.append(("norm.weight", (model.hidden,), [last]))
+        found += [(name, shape, [last]) for name, shape in norm_shapes(model, "norm").items()]
     return found + ([("head.weight", vocabulary, [last + 1])] if ends[1] and not one else [])
 
 

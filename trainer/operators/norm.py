@@ -1,4 +1,4 @@
-"""RMS normalisation. Shapes: N rows, H width."""
+"""RMS and layer normalisation. Shapes: N rows, H width."""
 
 from typing import Any
 
@@ -17,6 +17,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
             return fused.rms_norm(x, weight)
         return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
     normed: torch.Tensor = _RMSNorm.apply(x, weight, epsilon)
+    return normed
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Returns (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias over the last dim, computed in at least float32 (arXiv
+    1607.06450, section 3)."""
+    if chip_of(x.device) == "cuda":  # whose kernel accumulates in float32
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, epsilon)
+    normed: torch.Tensor = _LayerNorm.apply(x, weight, bias, epsilon)
     return normed
 
 
@@ -43,3 +52,24 @@ class _RMSNorm(torch.autograd.Function):
         along = torch.mv(products, factors).unsqueeze(1).mul_(scale).div_(x.shape[-1]).mul_(scale).mul_(scale)
         grad_x = (grad * factors).mul_(scale).addcmul_(wide, along, value=-1)
         return grad_x.to(x.dtype).view_as(x), grad_weight, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Applies torch's kernel in at least float32, in which it also returns the gradients of weight and bias, but saves x in its own
+    dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
+        dtype = accurate_dtype(x.dtype)
+        normed, mean, scale = torch.native_layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), epsilon)
+        ctx.save_for_backward(x, weight, bias, mean, scale)
+        return normed.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight, bias, mean, scale = ctx.saved_tensors
+        dtype = scale.dtype
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grads[0].to(dtype), x.to(dtype), x.shape[-1:], mean, scale, weight.to(dtype), bias.to(dtype), ctx.needs_input_grad[:3]
+        )
+        return None if grad_x is None else grad_x.to(x.dtype), grad_weight, grad_bias, None

@@ -204,10 +204,10 @@ def identity(state: TrainerState) -> dict[str, Any]:
 
 
 def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
-    """Raises RecipeError if the checkpoint belongs to another run. Checkpoints without `renormalise` were written when weights were
-    always renormalised. Padding of the vocabulary and the rate of biases may differ, and keys of the text if the tokens are the
-    same."""
-    saved = {_RENORMALISE: True, **saved}
+    """Raises RecipeError if the checkpoint belongs to another run. A key of the model that the checkpoint lacks is newer; before it
+    existed, models were as its default says. Padding of the vocabulary and the rate of biases may differ, and keys of the text if
+    the tokens are the same."""
+    saved = ModelConfig().identity() | saved
     saved.pop("model.vocab_multiple", None)
     # The text comes last: if the vocabulary differs, so do the tokens, and the message should name the vocabulary.
     for key in sorted((saved.keys() | here.keys()) - _OF_TEXT):

@@ -10,6 +10,7 @@ from bagualu.comm.group import Communicator
 from bagualu.parallel.layout import Layout
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.costs.analytic import FLOPS_PER_SECOND, analytic_table
+from bagualu.trainer.costs.state import rank_parameters
 from bagualu.trainer.costs.throughput import model_flops_per_token
 from bagualu.trainer.costs.work import ModelWork, work_of
 from bagualu.trainer.data.corpus import prepare
@@ -21,6 +22,7 @@ from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 from tests.harness import run
 from tests.parity import small_recipe
+from tests.trainer.models.styles import STYLES
 
 MIXTURE = {
     "model__moe__experts": 4,
@@ -31,28 +33,34 @@ MIXTURE = {
 }
 
 
-def moe_model(layers: int = 2) -> ModelConfig:
-    return ModelConfig(layers, 16, 4, 2, 24, 64, moe=MoEConfig(4, 2, 8, shared_experts=1, every=2))
+def moe_model(layers: int = 2, style: str = "llama") -> ModelConfig:
+    return ModelConfig(layers, 16, 4, 2, 24, 64, moe=MoEConfig(4, 2, 8, shared_experts=1, every=2), **STYLES[style])
 
 
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("layer", [0, 1])
-def test_the_shapes_are_those_of_the_model(layer: int) -> None:
-    model = moe_model()
+def test_the_shapes_are_those_of_the_model(layer: int, style: str) -> None:
+    model = moe_model(style=style)
     model.moe.bias_rate = 0.0
     with torch.device("meta"):
         module = Layer(model, layer)
-    assert layer_shapes(model, layer) == {name: tuple(p.shape) for name, p in module.named_parameters()}
+    assert list(layer_shapes(model, layer).items()) == [(name, tuple(p.shape)) for name, p in module.named_parameters()]
     assert layer_buffers(model, layer) == {name: tuple(b.shape) for name, b in module.named_buffers()}
     assert not layer_buffers(moe_model(), layer)
 
 
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_shapes_of_all_parameters_are_those_of_the_model(tied: bool) -> None:
-    model = moe_model(3)
+def test_the_shapes_of_all_parameters_are_those_of_the_model(tied: bool, style: str) -> None:
+    """And in its order, in which a rank's buckets are planned."""
+    model = moe_model(3, style)
     model.tie_embeddings = tied
     with torch.device("meta"):
         module = Decoder(model, [range(3)])
-    assert parameter_shapes(model) == {name: tuple(p.shape) for name, p in module.named_parameters()}
+    shapes = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+    assert list(parameter_shapes(model).items()) == shapes
+    work = ModelWork(model, Layout(), sequence_length=8, micro_batch=1, dtype="float32")
+    assert [(name, shape) for name, shape, _ in rank_parameters(work, [0, 1, 2])] == shapes
 
 
 def test_seconds_add_up_to_the_models_flops_and_the_head_is_all_forward() -> None:
@@ -82,11 +90,13 @@ def storages(tensors: list[torch.Tensor]) -> dict[int, int]:
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize(("layer", "parts"), [(0, ("none", "attention", "full")), (1, ("none", "attention", "experts", "full"))])
-def test_recomputation_leaves_what_the_model_keeps(layer: int, parts: tuple[str, ...]) -> None:
-    cost = analytic_table(ModelWork(moe_model(), Layout(), sequence_length=32, micro_batch=4, dtype="float64")).layers[layer]
+def test_recomputation_leaves_what_the_model_keeps(layer: int, parts: tuple[str, ...], style: str) -> None:
+    model = moe_model(style=style)
+    cost = analytic_table(ModelWork(model, Layout(), sequence_length=32, micro_batch=4, dtype="float64")).layers[layer]
     for part in parts:
-        module = Layer(moe_model(), layer, part).double()
+        module = Layer(model, layer, part).double()
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         first, second = (torch.randn(4, 32, 16, dtype=torch.float64, requires_grad=True) for _ in range(2))

@@ -8,12 +8,14 @@ from bagualu.trainer.costs.analytic import analytic_table
 from bagualu.trainer.costs.measured import measure, measured_table
 from bagualu.trainer.costs.work import ModelWork, cpu_multiplies
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+from tests.trainer.models.styles import STYLES
 
 CPU = torch.device("cpu")
 
 
-def work(dtype: str = "float32", layout: Layout | None = None, micro_batch: int = 2) -> ModelWork:
-    model = ModelConfig(4, 64, 4, 2, 96, 512, vocab_multiple=64, moe=MoEConfig(4, 2, 32, shared_experts=1, every=2))
+def work(dtype: str = "float32", layout: Layout | None = None, micro_batch: int = 2, style: str = "llama") -> ModelWork:
+    mixture = MoEConfig(4, 2, 32, shared_experts=1, every=2)
+    model = ModelConfig(4, 64, 4, 2, 96, 512, vocab_multiple=64, moe=mixture, **STYLES[style])
     return ModelWork(
         model, layout or Layout(), sequence_length=32, micro_batch=micro_batch, dtype=dtype, widens=not cpu_multiplies(dtype)
     )
@@ -22,8 +24,9 @@ def work(dtype: str = "float32", layout: Layout | None = None, micro_batch: int 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(data=2, tensor=2, expert=2)], ids=str)
 @pytest.mark.parametrize("micro_batch", [2, 40])  # one chunk of the head's, or more
-def test_bytes_held_are_those_that_shapes_give(dtype: str, layout: Layout, micro_batch: int) -> None:
-    here = work(dtype, layout, micro_batch)
+@pytest.mark.parametrize("style", STYLES)
+def test_bytes_held_are_those_that_shapes_give(dtype: str, layout: Layout, micro_batch: int, style: str) -> None:
+    here = work(dtype, layout, micro_batch, style)
     measured, analytic = measured_table(here, measure(here, CPU, compiled=False, budget_seconds=0), ""), analytic_table(here)
     pairs = [
         (measured.embedding, analytic.embedding),

@@ -16,11 +16,13 @@ from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
 from tests.harness import run
 from tests.parity import small_recipe
+from tests.trainer.models.styles import STYLES
 
 MIXTURE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__shared_experts": 1, "model__moe__every": 2}
 TIED = {"model__tie_embeddings": True}
 HALF = {"train__dtype": "bfloat16", "optim__moments_dtype": "bfloat16"}
 FROZEN = {"optim__groups": [{"pattern": name, "frozen": True} for name in ("embedding.weight", "layers.0.*", "*.router.weight")]}
+STYLED = {style: {f"model__{key}": value for key, value in changes.items()} for style, changes in STYLES.items()}
 STATE = (PARAMETERS, GRADIENTS, MASTERS, MOMENTS)
 
 
@@ -59,6 +61,8 @@ def kinds(communicator: Communicator, recipe: Recipe) -> tuple[dict[str, int], M
         (4, {"parallel__pipeline": 2, **FROZEN, "model__moe__bias_rate": 0.1, **MIXTURE, "parallel__zero": 3}),
         (4, {"parallel__data": 2, "parallel__tensor": 2, **MIXTURE, **HALF, "optim__name": "muon"}),
         (2, {**FROZEN, **TIED, **MIXTURE, "train__dtype": "bfloat16", "parallel__zero": 3, "optim__name": "muon"}),
+        *((4, {"parallel__data": 2, "parallel__tensor": 2, **changes, **HALF}) for changes in STYLED.values()),
+        *((4, {"parallel__pipeline": 2, **TIED, **changes, "parallel__zero": 3}) for changes in STYLED.values()),
     ],
     ids=named,
 )
@@ -127,6 +131,9 @@ TWO_BATCHES = {"parallel__data": 2, "parallel__pipeline": 2, "data__global_batch
         (1, {"train__offload_bytes": 2**30}),
         (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 2}),
         (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 3}),
+        *((1, {**changes, "train__dtype": "float32"}) for changes in STYLED.values()),
+        *((2, {**changes, "parallel__zero": 3, "train__dtype": "bfloat16"}) for changes in STYLED.values()),
+        *((2, {**changes, "parallel__tensor": 2, "parallel__sequence": True}) for changes in STYLED.values()),
     ],
     ids=named,
 )

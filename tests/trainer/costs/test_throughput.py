@@ -5,6 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+from tests.trainer.models.styles import STYLES
 
 SHAPE = {"layers": 3, "hidden": 24, "heads": 6, "kv_heads": 2, "ffn": 40, "vocab": 50, "vocab_multiple": 32}
 S = 7
@@ -14,9 +15,10 @@ def weight(*shape: int) -> Tensor:
     return torch.zeros(shape, requires_grad=True)
 
 
-def swiglu(x: Tensor, width: int) -> Tensor:
+def feed_forward(x: Tensor, width: int, gated: bool) -> Tensor:
     hidden = x.shape[1]
-    return ((x @ weight(hidden, width)) * (x @ weight(hidden, width))) @ weight(width, hidden)
+    inner = x @ weight(hidden, width)
+    return (inner * (x @ weight(hidden, width)) if gated else inner) @ weight(width, hidden)
 
 
 def attention(x: Tensor, config: ModelConfig) -> Tensor:
@@ -32,15 +34,15 @@ def attention(x: Tensor, config: ModelConfig) -> Tensor:
 def counted_flops(config: ModelConfig) -> int:
     """FLOPs of forward and backward of a model that has the right products and nothing else."""
     x = torch.zeros(S, config.hidden, requires_grad=True)
-    moe = config.moe
+    moe, gated = config.moe, config.activation == "swiglu"
     with FlopCounterMode(display=False) as counter:
         for layer in range(config.layers):
             x = attention(x, config)
             if config.is_moe_layer(layer):
-                routed = sum(swiglu(x, moe.ffn) for _ in range(moe.top_k + moe.shared_experts))
+                routed = sum(feed_forward(x, moe.ffn, gated) for _ in range(moe.top_k + moe.shared_experts))
                 x = routed + (x @ weight(config.hidden, moe.experts)).sum(1, keepdim=True)
             else:
-                x = swiglu(x, config.ffn)
+                x = feed_forward(x, config.ffn, gated)
         (x @ weight(config.hidden, config.vocab)).sum().backward()
     return counter.get_total_flops()
 
@@ -54,9 +56,9 @@ def counted_flops(config: ModelConfig) -> int:
     ],
     ids=["dense", "moe", "moe every other layer"],
 )
-@pytest.mark.parametrize("kv_heads", [None, 2])
-def test_flops_are_those_of_the_products(moe, kv_heads):
-    config = ModelConfig(**(SHAPE | {"kv_heads": kv_heads}), moe=moe)
+@pytest.mark.parametrize("options", [{"kv_heads": None}, *STYLES.values()], ids=str)
+def test_flops_are_those_of_the_products(moe, options):
+    config = ModelConfig(**(SHAPE | options), moe=moe)
     config.validate()
     assert model_flops_per_token(config, S) * S == counted_flops(config)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from bagualu.trainer.models.decoder.config import ModelConfig
 
 Weights = dict[str, torch.Tensor]
+PARTS = ("gate", "up", "down")
 
 
 def losses(config: ModelConfig, weights: Weights, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,21 +20,25 @@ def losses(config: ModelConfig, weights: Weights, inputs: torch.Tensor, labels: 
     balance = x.new_zeros(())
     for layer in range(config.layers):
         own = {name.removeprefix(f"layers.{layer}."): w for name, w in weights.items() if name.startswith(f"layers.{layer}.")}
-        x = x + torch.stack([attention(config, own, row) for row in normed(config, own["attention_norm.weight"], x)])
-        rows = normed(config, own["feed_forward_norm.weight"], x)
+        x = x + torch.stack([attention(config, own, row) for row in normed(config, own, "attention_norm", x)])
+        rows = normed(config, own, "feed_forward_norm", x)
         if "feed_forward.router.weight" in own:
             mixed = [mixture(config, own, row) for row in rows]
             x = x + torch.stack([output for output, _ in mixed])
             balance = balance + torch.stack([loss for _, loss in mixed]).sum()
         else:
-            x = x + swiglu(*(own[f"feed_forward.{part}.weight"] for part in ("gate", "up", "down")), rows)
-    x = normed(config, weights["norm.weight"], x)
+            x = x + feed_forward(config, {part: own.get(f"feed_forward.{part}.weight") for part in PARTS}, rows)
+    x = normed(config, weights, "norm", x)
     head = weights["embedding.weight"] if config.tie_embeddings else weights["head.weight"]
     logits = x @ head[: config.vocab].T
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100), balance
 
 
-def normed(config: ModelConfig, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def normed(config: ModelConfig, own: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    weight, bias = own[f"{name}.weight"], own.get(f"{name}.bias")
+    if config.norm == "layer":
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / ((centred * centred).mean(-1, keepdim=True) + config.norm_epsilon).sqrt() * weight + bias
     return x / ((x * x).mean(-1, keepdim=True) + config.norm_epsilon).sqrt() * weight
 
 
@@ -64,9 +69,16 @@ def turned(config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([pairs.real, pairs.imag], -1)
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    gated = x @ gate.T
-    return (gated * torch.sigmoid(gated) * (x @ up.T)) @ down.T
+def feed_forward(config: ModelConfig, parts: dict[str, torch.Tensor | None], x: torch.Tensor) -> torch.Tensor:
+    """`parts`: gate, up and down; no gate for gelu."""
+    assert (parts["gate"] is None) == (config.activation == "gelu")
+    inner = x @ parts["up"].T
+    if config.activation == "gelu":
+        activated = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+    else:
+        gated = x @ parts["gate"].T
+        activated = gated * torch.sigmoid(gated) * inner
+    return activated @ parts["down"].T
 
 
 def mixture(config: ModelConfig, own: Weights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,11 +92,12 @@ def mixture(config: ModelConfig, own: Weights, x: torch.Tensor) -> tuple[torch.T
         total = sum(probabilities[e] for e in best) if moe.top_k > 1 else 1.0
         output = torch.zeros_like(token)
         for e in best:
-            parts = (own[f"feed_forward.experts.{part}"][e] for part in ("gate", "up", "down"))
-            output = output + probabilities[e] / total * swiglu(*parts, token)
+            parts = {part: own.get(f"feed_forward.experts.{part}") for part in PARTS}
+            one = {part: None if weight is None else weight[e] for part, weight in parts.items()}
+            output = output + probabilities[e] / total * feed_forward(config, one, token)
             counts[e] += 1
         if moe.shared_experts:
-            output = output + swiglu(*(own[f"feed_forward.shared.{part}.weight"] for part in ("gate", "up", "down")), token)
+            output = output + feed_forward(config, {part: own.get(f"feed_forward.shared.{part}.weight") for part in PARTS}, token)
         outputs.append(output)
         all_probabilities.append(probabilities)
     mean = torch.stack(all_probabilities).mean(0)

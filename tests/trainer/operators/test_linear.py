@@ -16,7 +16,7 @@ from bagualu.parallel.vocabulary import IGNORED, linear_cross_entropy
 from bagualu.trainer.operators import linear, rotary
 from bagualu.trainer.operators.attention import attention_in_blocks, causal_attention
 from bagualu.trainer.operators.linear import grouped_linears, linears
-from bagualu.trainer.operators.norm import rms_norm
+from bagualu.trainer.operators.norm import layer_norm, rms_norm
 from bagualu.trainer.operators.rotary import rotate
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -52,6 +52,7 @@ KERNELS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]]]] = {
     "grouped_linears_of_a_product": (lambda x, y, w: grouped_linears(x, COUNTS, w, factor=y)[0], [(5, 4), (5, 4), (5, 3, 4)]),
     "grouped_linears_no_rows": (lambda x, w: grouped_linears(x, [0, 0], w)[0], [(0, 4), (2, 3, 4)]),
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-2), [(2, 3, 4), (4,)]),
+    "layer_norm": (lambda x, w, b: layer_norm(x, w, b, 1e-2), [(2, 3, 4), (4,), (4,)]),
     "rotate": (lambda x: rotate(x, COS.to(x.device), SIN.to(x.device)), [(2, 3, 2, 4)]),
     "causal_attention": (causal_attention, [(2, 2, 3, 4)] * 3),
     "causal_attention_in_blocks": (attention_in_blocks, [(2, 2, 3, 4)] * 3),
@@ -100,6 +101,7 @@ ON_GPU: dict[str, list[tuple[int, ...]]] = {
     "grouped_linears_of_a_product": [(5, 128), (5, 128), (5, 256, 128)],
     "grouped_linears_no_rows": [(0, 64), (2, 128, 64)],
     "rms_norm": [(2, 64, 256), (256,)],
+    "layer_norm": [(2, 64, 256), (256,), (256,)],
     "rotate": [(2, 3, 2, 4)],
     "causal_attention": [(2, 4, 128, 64)] * 3,
     "causal_attention_shared_heads": [(2, 4, 128, 64), (2, 2, 128, 64), (2, 2, 128, 64)],

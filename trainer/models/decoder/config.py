@@ -11,6 +11,8 @@ LARGEST = 2**24
 """The largest width, vocabulary or number of experts that is accepted. A larger value is a typing error that would otherwise show
 only when memory is full."""
 MOST_LAYERS = 2**14
+CHOICES = {"norm": ("rms", "layer"), "activation": ("swiglu", "gelu")}
+"""The values of the keys of `model.*` that are names."""
 _RAREST = 10.0
 """No initial weight is further from 0 than this many standard deviations."""
 
@@ -55,7 +57,7 @@ class MoEConfig:
 
 @dataclass
 class ModelConfig:
-    """`model.*`: a Llama-style decoder (RMSNorm, rotary positions, SwiGLU, grouped-query attention)."""
+    """`model.*`: a decoder; by default in the style of Llama (RMSNorm, rotary positions, SwiGLU, grouped-query attention)."""
 
     layers: int = 4
     hidden: int = 256
@@ -69,6 +71,10 @@ class ModelConfig:
     take no part in the softmax and are in no checkpoint, so a run may resume with another multiple."""
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
+    activation: str = "swiglu"
+    """The feed-forward, also that of experts: swiglu (with a gate) | gelu (without a gate, GELU in its tanh form)."""
+    norm: str = "rms"
+    """How hidden states are normalised: rms (RMSNorm, with a weight) | layer (LayerNorm, with a weight and a bias)."""
     norm_epsilon: float = 1e-5
     initial_std: float = 0.02
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -80,6 +86,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether a feed-forward has a gate, a third matrix."""
+        return self.activation == "swiglu"
 
     @property
     def padded_vocab(self) -> int:
@@ -112,6 +123,9 @@ class ModelConfig:
         require_at_most(LARGEST, "model", self, "hidden", "heads", "ffn", "vocab", "vocab_multiple")
         require_at_least(0, "model.moe", self.moe, "experts")
         require_at_most(LARGEST, "model.moe", self.moe, "experts", "ffn")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise RecipeError(f"model.{name}={getattr(self, name)} is unknown; give one of {', '.join(choices)}")
         for name in ("rope_theta", "norm_epsilon", "initial_std"):
             if getattr(self, name) <= 0:
                 raise RecipeError(

@@ -50,12 +50,12 @@ def attention_flops(model: ModelConfig, sequence_length: int) -> Flops:
 
 def layer_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flops:
     """Returns the FLOPs of decoder layer `layer` (from 0) for a token of a sequence of `sequence_length` tokens."""
-    swiglu = 3 * 2 * model.hidden  # for each unit of a feed-forward's width
+    unit = (3 if model.gated else 2) * 2 * model.hidden  # for each unit of a feed-forward's width
     if model.is_moe_layer(layer):
         moe = model.moe
-        feed_forward = swiglu * moe.ffn * (moe.top_k + moe.shared_experts) + 2 * model.hidden * moe.experts
+        feed_forward = unit * moe.ffn * (moe.top_k + moe.shared_experts) + 2 * model.hidden * moe.experts
     else:
-        feed_forward = swiglu * model.ffn
+        feed_forward = unit * model.ffn
     attention = attention_flops(model, sequence_length)
     return Flops(attention.weights + feed_forward, attention.attention)
 

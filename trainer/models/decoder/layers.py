@@ -5,6 +5,7 @@ the number of its heads or columns from its weights, so it works on a whole matr
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,10 @@ from torch import nn
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.operators.attention import causal_attention
 from bagualu.trainer.operators.linear import linears
-from bagualu.trainer.operators.norm import rms_norm
+from bagualu.trainer.operators.norm import layer_norm, rms_norm
 from bagualu.trainer.operators.rotary import RotaryPositions, rotate
 
+gelu = partial(F.gelu, approximate="tanh")
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Positions = Callable[[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]]
 """(S, dtype of the activations, device) -> cos and sin [S, D]; see `operators.rotary`."""
@@ -38,6 +40,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.epsilon)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self.weight, self.bias, self.epsilon)
+
+
+def norm_of(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """Returns a norm of the hidden states [..., H]."""
+    return (RMSNorm if config.norm == "rms" else LayerNorm)(config.hidden, config.norm_epsilon)
 
 
 class Attention(nn.Module):
@@ -69,15 +87,19 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202). Without a gate: down(gelu(up(x))), with the tanh form of GELU (arXiv
+    1606.08415, section 2)."""
 
-    def __init__(self, hidden: int, ffn: int) -> None:
+    def __init__(self, config: ModelConfig, ffn: int) -> None:
         super().__init__()
-        self.gate = Linear(hidden, ffn)
-        self.up = Linear(hidden, ffn)
-        self.down = Linear(ffn, hidden)
+        self.gate = Linear(config.hidden, ffn) if config.gated else None
+        self.up = Linear(config.hidden, ffn)
+        self.down = Linear(ffn, config.hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., H] -> [..., H]"""
+        if self.gate is None:
+            (up,) = linears(x, self.up.weight)
+            return linears(gelu(up), self.down.weight)[0]
         gate, up = linears(x, self.gate.weight, self.up.weight)
         return linears(F.silu(gate), self.down.weight, factor=up)[0]

@@ -15,7 +15,7 @@ from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.vocabulary import embedding, linear_cross_entropy
 from bagualu.trainer.models.activations import HostMemory, run
 from bagualu.trainer.models.decoder.config import ModelConfig
-from bagualu.trainer.models.decoder.layers import Attention, FeedForward, Linear, RMSNorm
+from bagualu.trainer.models.decoder.layers import Attention, FeedForward, Linear, norm_of
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts, update_biases
 from bagualu.trainer.models.model import Model
 from bagualu.trainer.operators.linear import linears
@@ -59,11 +59,11 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, recompute: str = "none") -> None:
         super().__init__()
         self.recompute = recompute
-        self.attention_norm = RMSNorm(config.hidden, config.norm_epsilon)
+        self.attention_norm = norm_of(config)
         self.attention = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.hidden, config.norm_epsilon)
+        self.feed_forward_norm = norm_of(config)
         mixture = config.is_moe_layer(index)
-        self.feed_forward = MixtureOfExperts(config) if mixture else FeedForward(config.hidden, config.ffn)
+        self.feed_forward = MixtureOfExperts(config) if mixture else FeedForward(config, config.ffn)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """x [B, S, H] -> output [B, S, H] and, for a mixture, the balance loss and the load of its experts [E], else None and
@@ -115,7 +115,7 @@ class Decoder(Model):
         self.host_memory = HostMemory(offload_bytes)
         self.embedding = Embedding(config.padded_vocab, config.hidden) if first else None
         self.layers = nn.ModuleDict({str(i): Layer(config, i, self.recompute[i]) for layers in slices for i in layers})
-        self.norm = RMSNorm(config.hidden, config.norm_epsilon) if last else None
+        self.norm = norm_of(config) if last else None
         self.head = Head(config.padded_vocab, config.hidden, config.vocab) if last else None
         self._tied = config.tie_embeddings and first and last
         if self.head is not None and self.embedding is not None and self._tied:

@@ -15,26 +15,31 @@ from torch import nn
 from bagualu.parallel.expert import LocalExperts
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
-from bagualu.trainer.models.decoder.layers import FeedForward, Linear
+from bagualu.trainer.models.decoder.layers import FeedForward, Linear, gelu
 from bagualu.trainer.operators.linear import grouped_linears, linears
 
 
 class Experts(nn.Module):
-    """The experts on this rank, each a SwiGLU: gate and up [E, F, H], down [E, H, F]."""
+    """The experts on this rank, each a feed-forward: gate, if there is one, and up [E, F, H], down [E, H, F]."""
 
-    def __init__(self, hidden: int, config: MoEConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.empty(config.experts, config.ffn, hidden))
-        self.up = nn.Parameter(torch.empty(config.experts, config.ffn, hidden))
-        self.down = nn.Parameter(torch.empty(config.experts, hidden, config.ffn))
+        shape = config.moe.experts, config.moe.ffn, config.hidden
+        self.gate = nn.Parameter(torch.empty(shape)) if config.gated else None
+        self.up = nn.Parameter(torch.empty(shape))
+        self.down = nn.Parameter(torch.empty(config.moe.experts, config.hidden, config.moe.ffn))
         self.exchange = LocalExperts()
 
     def forward(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """rows [N, H] sorted by expert, counts [E] the number of rows of each expert of the layer -> results [N, H] in the same
         order"""
         routed = self.exchange.dispatch(rows, counts)
-        gate, up = grouped_linears(routed.rows, routed.counts, self.gate, self.up)
-        (results,) = grouped_linears(F.silu(gate), routed.counts, self.down, factor=up)
+        if self.gate is None:
+            (up,) = grouped_linears(routed.rows, routed.counts, self.up)
+            (results,) = grouped_linears(gelu(up), routed.counts, self.down)
+        else:
+            gate, up = grouped_linears(routed.rows, routed.counts, self.gate, self.up)
+            (results,) = grouped_linears(F.silu(gate), routed.counts, self.down, factor=up)
         return self.exchange.combine(results, routed)
 
 
@@ -70,8 +75,8 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.router = Router(config.hidden, config.moe)
-        self.experts = Experts(config.hidden, config.moe)
-        self.shared = FeedForward(config.hidden, config.moe.shared_experts * config.moe.ffn) if config.moe.shared_experts else None
+        self.experts = Experts(config)
+        self.shared = FeedForward(config, config.moe.shared_experts * config.moe.ffn) if config.moe.shared_experts else None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [B, S, H] -> [B, S, H], loss, load [E]"""

@@ -18,10 +18,12 @@ def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
     so each rank has only a part of their gradient."""
     vocabulary = replace(ROWS, rows=config.vocab)
     norm = Placement(partial_over="tensor" if sequence else None, initial="ones")
+    zeros = replace(norm, initial="zeros")
     placements = (
         ("embedding.weight", vocabulary),
         ("head.weight", vocabulary),
         ("*norm.weight", norm),
+        ("*norm.bias", zeros),
         ("layers.*.attention.output.weight", COLUMNS),
         ("layers.*.attention.*.weight", ROWS),
         # All tensor ranks route the same tokens, but each sees only a part of the experts' results.

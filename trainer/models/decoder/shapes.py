@@ -8,27 +8,33 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     vocabulary = (model.vocab, model.hidden)
     layers = {f"layers.{i}.{name}": shape for i in range(model.layers) for name, shape in layer_shapes(model, i).items()}
     head = {} if model.tie_embeddings else {"head.weight": vocabulary}
-    return {"embedding.weight": vocabulary, **layers, "norm.weight": (model.hidden,), **head}
+    return {"embedding.weight": vocabulary, **layers, **norm_shapes(model, "norm"), **head}
+
+
+def norm_shapes(model: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the parameters of the norm `name` of hidden states."""
+    parts = ("weight", "bias") if model.norm == "layer" else ("weight",)
+    return {f"{name}.{part}": (model.hidden,) for part in parts}
 
 
 def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
     """Returns the global shapes of a decoder layer's parameters, by name."""
     hidden, heads, narrow = model.hidden, model.heads * model.head_dim, model.key_value_heads * model.head_dim
     shapes: dict[str, tuple[int, ...]] = {
-        "attention_norm.weight": (hidden,),
+        **norm_shapes(model, "attention_norm"),
         "attention.query.weight": (heads, hidden),
         "attention.key.weight": (narrow, hidden),
         "attention.value.weight": (narrow, hidden),
         "attention.output.weight": (hidden, heads),
-        "feed_forward_norm.weight": (hidden,),
+        **norm_shapes(model, "feed_forward_norm"),
     }
     if not model.is_moe_layer(index):
-        return shapes | _swiglu("feed_forward", hidden, model.ffn)
+        return shapes | _feed_forward(model, "feed_forward", model.ffn)
     moe = model.moe
     shapes["feed_forward.router.weight"] = (moe.experts, hidden)
-    shapes |= {f"feed_forward.experts.{name}": (moe.experts, moe.ffn, hidden) for name in ("gate", "up")}
+    shapes |= {f"feed_forward.experts.{name}": (moe.experts, moe.ffn, hidden) for name in _inputs(model)}
     shapes["feed_forward.experts.down"] = (moe.experts, hidden, moe.ffn)
-    return shapes | (_swiglu("feed_forward.shared", hidden, moe.shared_experts * moe.ffn) if moe.shared_experts else {})
+    return shapes | (_feed_forward(model, "feed_forward.shared", moe.shared_experts * moe.ffn) if moe.shared_experts else {})
 
 
 def layer_buffers(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
@@ -36,5 +42,11 @@ def layer_buffers(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
     return {"feed_forward.router.bias": (model.moe.experts,)} if model.is_moe_layer(index) and model.moe.has_bias else {}
 
 
-def _swiglu(name: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.gate.weight": (ffn, hidden), f"{name}.up.weight": (ffn, hidden), f"{name}.down.weight": (hidden, ffn)}
+def _inputs(model: ModelConfig) -> tuple[str, ...]:
+    """Returns the names of the matrices of a feed-forward that read its input."""
+    return ("gate", "up") if model.gated else ("up",)
+
+
+def _feed_forward(model: ModelConfig, name: str, ffn: int) -> dict[str, tuple[int, ...]]:
+    first = {f"{name}.{part}.weight": (ffn, model.hidden) for part in _inputs(model)}
+    return first | {f"{name}.down.weight": (model.hidden, ffn)}
