@@ -54,6 +54,7 @@ ROOMS = {
     "parallel/data": (),
     "parallel/pipeline": ("pipeline/schedules",),
     "parallel/pipeline/schedules": (),
+    "parallel/planner": ("pipeline",),
     "parallel/simulation": ("pipeline/schedules",),
     "trainer/costs": ("data", "models/decoder", "optim", "recipe"),
     "trainer/data": (),

@@ -1,0 +1,300 @@
+"""Finds the layouts with the shortest steps among those that fit, best first.
+
+An estimate is cheap, a prediction of memory costs more, and an exact prediction of the step most. So layouts come in the order of
+their estimates, from a heap that also holds degrees whose layouts have not been estimated yet, with a lower bound of their steps.
+Memory is predicted in that order, until enough layouts fit and each value of each key has a layout that shows what it costs. The
+first of those that fit are then predicted exactly, which decides their order.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
+from itertools import count
+from typing import Generic, Protocol, TypeVar
+
+from bagualu.parallel.planner.layouts import Degrees, PlannedLayout, SearchSpace, degrees, layouts, recomputes
+
+Exact = TypeVar("Exact", bound="ExactCost")
+
+
+class ExactCost(Protocol):
+    """An exact prediction."""
+
+    @property
+    def step_seconds(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """The estimated seconds of a step by cause, which add up to the step."""
+
+    seconds: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Need:
+    """The memory that a layout needs."""
+
+    bytes: int
+    """On the rank that needs most."""
+    excess_bytes: int
+    """How much more than its device has a rank needs at the most; at most 0 for a layout that fits."""
+
+
+class Costs(Protocol[Exact]):
+    """What layouts cost."""
+
+    def least_seconds(self, of: Degrees) -> float:
+        """Returns a lower bound of the estimates of all layouts of these degrees."""
+        ...
+
+    def estimate(self, layout: PlannedLayout) -> StepParts | None:
+        """Returns the estimate of a step; None if the recipe cannot run in this layout."""
+        ...
+
+    def need(self, layout: PlannedLayout) -> Need | None:
+        """Returns the predicted memory; None if the recipe cannot run in this layout."""
+        ...
+
+    def variations(self, layout: PlannedLayout) -> Iterable[PlannedLayout]:
+        """Yields layouts that differ in what the enumeration leaves alone: the split of layers, the shares of data ranks."""
+        ...
+
+    def exact(self, layout: PlannedLayout) -> tuple[Exact, Need]:
+        """Returns the exact prediction, and the memory that it has."""
+        ...
+
+
+@dataclass(frozen=True)
+class RankedLayout(Generic[Exact]):
+    """A layout with what is known of its cost."""
+
+    layout: PlannedLayout
+    parts: StepParts
+    need: Need
+    exact: Exact | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.need.excess_bytes <= 0
+
+
+@dataclass
+class Plan(Generic[Exact]):
+    """The result of a search."""
+
+    ranked: list[RankedLayout[Exact]] = field(default_factory=list)
+    """Those that were predicted exactly, best first."""
+    others: list[RankedLayout[Exact]] = field(default_factory=list)
+    """Others whose memory was predicted, in the order of their estimates: some fit, some do not."""
+    estimated: int = 0
+    """The number of layouts whose step was estimated."""
+    complete: bool = True
+    """Whether all layouts were estimated that could be better than those of the result."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a search goes on."""
+
+    fitting: int = 24
+    """The number of layouts that fit among which the exact prediction decides."""
+    estimate_seconds: float = 25.0
+    """After this time no further layout is estimated."""
+    total_seconds: float = 50.0
+    """No further layout is predicted exactly if that may end after this time."""
+    most_exact: int = 12
+    most_tries: int = 16
+    """The number of layouts with the same value of a key of which memory is predicted in vain, to find one that fits."""
+    near: float = 1.25
+    """Layouts whose estimate exceeds the least by more than this factor are not predicted exactly."""
+
+
+def search(space: SearchSpace, costs: Costs[Exact], effort: Effort, now: Callable[[], float]) -> Plan[Exact]:
+    """Returns the best layouts of `space`. `now` returns the time in seconds. The result has no `ranked` layouts if none fits."""
+    start = now()
+    walk = _Walk(space, costs, effort, lambda: now() - start)
+    walk.run()
+    fitting = sorted((one for one in walk.seen.values() if one.fits), key=lambda one: one.parts.total)
+    fitting += [one for layout in fitting[: effort.most_exact] for one in walk.varied(layout.layout) if one.fits]
+    fitting.sort(key=lambda one: one.parts.total)
+    ranked, too_large = _predicted(fitting, costs, effort, lambda: now() - start)
+    done = {one.layout for one in ranked}
+    others = {one.layout: one for one in [*walk.seen.values(), *fitting, *too_large] if one.layout not in done}
+    by_estimate = sorted(others.values(), key=lambda one: one.parts.total)
+    return Plan(sorted(ranked, key=_exact_seconds), by_estimate, walk.estimated, walk.complete)
+
+
+def _predicted(
+    fitting: Sequence[RankedLayout[Exact]], costs: Costs[Exact], effort: Effort, elapsed: Callable[[], float]
+) -> tuple[list[RankedLayout[Exact]], list[RankedLayout[Exact]]]:
+    """Returns the first of the layouts that were found to fit with their exact predictions: those that do fit, and those that do
+    not."""
+    ranked: list[RankedLayout[Exact]] = []
+    too_large: list[RankedLayout[Exact]] = []
+    longest = 0.0
+    for one in fitting:
+        begun = elapsed()
+        late = begun + longest > effort.total_seconds or one.parts.total > effort.near * fitting[0].parts.total
+        if len(ranked) == effort.most_exact or (ranked and late):
+            break
+        exact, need = costs.exact(one.layout)
+        longest = max(longest, elapsed() - begun)
+        found = replace(one, exact=exact, need=need)
+        (ranked if found.fits else too_large).append(found)
+    return ranked, too_large
+
+
+def _exact_seconds(one: RankedLayout[Exact]) -> float:
+    assert one.exact is not None
+    return one.exact.step_seconds
+
+
+class _Walk(Generic[Exact]):
+    """Goes through layouts in the order of their estimates and predicts their memory."""
+
+    def __init__(self, space: SearchSpace, costs: Costs[Exact], effort: Effort, elapsed: Callable[[], float]) -> None:
+        self.seen: dict[PlannedLayout, RankedLayout[Exact]] = {}
+        self.estimated = 0
+        self.complete = True
+        self._space, self._costs, self._effort, self._elapsed = space, costs, effort, elapsed
+        self._numbers = count()
+        self._heap: list[tuple[float, int, Degrees | tuple[PlannedLayout, StepParts]]] = []
+        self._fitting = 0
+        self._open = set[Pair]()
+        """The values of which no layout that fits was seen yet, as pairs (key, value)."""
+        self._tries = Counter[Pair]()
+        self._too_large: dict[object, list[PlannedLayout]] = {}
+        """Layouts that do not fit, by what must be equal for `_needs_as_much`."""
+        self._smallest: dict[object, int] = {}
+        """The smallest micro-batch, by `_division`."""
+        self._may: dict[object, bool] = {}
+        """Whether the layout that needs least memory fits, by structure and ZeRO stage."""
+
+    def run(self) -> None:
+        self._begin()
+        while self._heap and (self._open or not self._enough):
+            if self._elapsed() > self._effort.estimate_seconds and self._fitting:
+                self.complete = self.complete and self._enough
+                return
+            _, _, node = heappop(self._heap)
+            if isinstance(node, Degrees):
+                for layout in layouts(self._space, node):
+                    if self._tells(layout):
+                        self._estimate(layout)
+            elif self._tells(node[0]) and self._may_fit(node[0]) and self._see(*node):
+                self._fitting += 1
+
+    def varied(self, layout: PlannedLayout) -> Iterator[RankedLayout[Exact]]:
+        """Yields the variations of a layout with their costs."""
+        for other in self._costs.variations(layout):
+            parts, need = self._costs.estimate(other), self._costs.need(other)
+            if parts is not None and need is not None:
+                self.estimated += 1
+                yield RankedLayout(other, parts, need)
+
+    @property
+    def _enough(self) -> bool:
+        return self._fitting >= self._effort.fitting
+
+    def _begin(self) -> None:
+        examples: dict[tuple[int, bool], Degrees] = {}
+        for of in degrees(self._space):
+            if self._elapsed() > self._effort.estimate_seconds / 2:
+                self.complete = False
+                break
+            self._push(self._costs.least_seconds(of), of)
+            division = _division(of)
+            self._smallest[division] = min(of.micro_batch, self._smallest.get(division, of.micro_batch))
+            self._open |= _pairs(of.values())
+            examples[of.pipeline, of.data > 1] = of
+        for of in examples.values():
+            for layout in layouts(self._space, of):
+                self._open |= _pairs(layout.values())
+
+    def _push(self, seconds: float, node: Degrees | tuple[PlannedLayout, StepParts]) -> None:
+        heappush(self._heap, (seconds, next(self._numbers), node))
+
+    def _estimate(self, layout: PlannedLayout) -> None:
+        for candidate in (layout, *(self._costs.variations(layout) if self._space.unequal else ())):
+            if (parts := self._costs.estimate(candidate)) is not None:
+                self.estimated += 1
+                self._push(parts.total, (candidate, parts))
+
+    def _tells(self, layout: PlannedLayout) -> bool:
+        """Returns whether `layout` is worth looking at: it may be among the best, or has a value that none has yet."""
+        if self._enough and self._open.isdisjoint(_pairs(layout.values())):
+            return False
+        return not any(_needs_as_much(layout, other) for other in self._too_large.get(_structure(layout), ()))
+
+    def _may_fit(self, layout: PlannedLayout) -> bool:
+        """Returns whether the layout with the same structure and ZeRO stage that needs least memory fits."""
+        key = _structure(layout), layout.zero, layout.shares
+        if key not in self._may:
+            of = replace(layout.degrees, micro_batch=self._smallest[_division(layout.degrees)])
+            leanest = replace(layout, degrees=of, recompute=recomputes(self._space)[-1])
+            alone = layout.shares is not None or leanest == layout
+            parts = None if alone else self._costs.estimate(leanest)
+            self._may[key] = parts is None or self._see(leanest, parts)
+        return self._may[key]
+
+    def _see(self, layout: PlannedLayout, parts: StepParts) -> bool:
+        """Predicts the memory of `layout`; returns whether it fits."""
+        pairs = _pairs(layout.values())
+        if layout not in self.seen:
+            if (need := self._costs.need(layout)) is None:
+                return False
+            self.seen[layout] = RankedLayout(layout, parts, need)
+            if not self.seen[layout].fits:
+                self._too_large.setdefault(_structure(layout), []).append(layout)
+        if self.seen[layout].fits:
+            self._open -= pairs
+        elif self._enough:
+            self._tries.update(pairs & self._open)
+            self._open -= {pair for pair in pairs if self._tries[pair] >= self._effort.most_tries}
+        return self.seen[layout].fits
+
+
+Pair = tuple[str, str]
+_IMPLIED = ("parallel.data", "parallel.virtual_stages", "parallel.balance", "parallel.shares")
+"""Keys whose values follow from others."""
+
+
+def _pairs(values: Mapping[str, object]) -> set[Pair]:
+    return {(key, str(value)) for key, value in values.items() if key not in _IMPLIED}
+
+
+def _division(of: Degrees) -> object:
+    return of.data, of.tensor, of.pipeline, of.expert, of.sequence
+
+
+def _structure(layout: PlannedLayout) -> object:
+    return _division(layout.degrees), layout.schedule, layout.virtual_stages, layout.balance
+
+
+_LIGHTER = {"none": ("attention", "experts", "every:4", "every:2", "full"), "every:4": ("every:2", "full"), "every:2": ("full",),
+            "attention": ("full",), "experts": ("full",)}  # fmt: skip
+"""For each value of train.recompute, those that take less memory whatever the model."""
+
+
+def _needs_as_much(layout: PlannedLayout, other: PlannedLayout) -> bool:
+    """Returns whether `layout` needs at least as much memory as `other`, which has the same structure."""
+    return (
+        layout.degrees.micro_batch >= other.degrees.micro_batch
+        and (layout.zero or 0) <= (other.zero or 0)
+        and (layout.recompute == other.recompute or other.recompute in _LIGHTER.get(str(layout.recompute), ()))
+        and layout.shares == other.shares
+    )
+
+
+def slower_by(one: StepParts, other: StepParts) -> list[tuple[str, float]]:
+    """Returns by how many seconds each part of a step is longer in `one` than in `other`, the longest first, without those that are
+    shorter."""
+    parts = one.seconds.keys() | other.seconds.keys()
+    differences = [(part, one.seconds.get(part, 0.0) - other.seconds.get(part, 0.0)) for part in parts]
+    return sorted(((part, by) for part, by in differences if by > 0), key=lambda pair: (-pair[1], pair[0]))
