@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
+from bagualu.parallel.balance.stages.keys import COMPUTED
 from bagualu.parallel.config import ENGINES
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.registry import compute_schedule
@@ -14,6 +15,7 @@ from bagualu.trainer.costs.plan_split import measures, plan_split
 from bagualu.trainer.costs.prediction import Memory, fullest, memory_text, predict, size_text
 from bagualu.trainer.costs.work import ITEM_BYTES
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
+from bagualu.trainer.recipe.changed import changed
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.device_memory import cpu_bytes, gpu_bytes
 
@@ -24,8 +26,11 @@ _MEASURED_LESS = 0.1
 _MOST_FIXES = 2
 _MOST_DOUBLINGS = 7
 _SMALLER = "a smaller model or a shorter data.sequence_length"
+_ROUNDS = 3
+"""From this many micro-batches per pipeline rank on, further ones repeat what is in flight already."""
 _FEW = 2**9
-"""More micro-batches than this are not planned in full, unless all of them are in flight at once."""
+"""The same where the groups of interleaved_1f1b have more micro-batches than there are ranks, and about the same for splits that
+are computed from the time of a step."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,11 @@ def check_memory(recipe: Recipe, world: int, device: Device | None) -> None:
     refused may still need more than the prediction, or more than the device by less than `_TOLERANCE`."""
     layout = recipe.validate(world)
     try:
-        memory = fullest(_memories(recipe, layout))
+        memory = fullest(memories(recipe, layout))
     except RecipeError as error:  # no split fits the limits
         excess, _, other_fix = str(error).partition("; give ")
         fixes = _fixes(recipe, world, device)
-        if "parallel.memory_bytes=" not in other_fix or fits(_changed(recipe, {"parallel.memory_bytes": None}), world, device):
+        if "parallel.memory_bytes=" not in other_fix or fits(changed(recipe, {"parallel.memory_bytes": None}), world, device):
             fixes.append(other_fix)  # a higher limit only if the device has as much
         elif not fixes and device is not None:
             fixes = _more_ranks(recipe, world, device)
@@ -72,18 +77,16 @@ def device_of(recipe: Recipe, workers: int) -> Device | None:
 def fits(recipe: Recipe, world: int, device: Device | None) -> bool:
     """Returns whether `check_memory` accepts a valid recipe."""
     with suppress(RecipeError):
-        need = sum(fullest(_memories(recipe, recipe.validate(world))).values())
+        need = sum(fullest(memories(recipe, recipe.validate(world))).values())
         return device is None or need <= device.memory_bytes * (1 + _TOLERANCE)
     return False
 
 
-def _memories(recipe: Recipe, layout: Layout) -> list[Memory]:
+def memories(recipe: Recipe, layout: Layout) -> list[Memory]:
     """Returns the memory of each pipeline rank. Raises RecipeError if no split fits parallel.memory_bytes and train.recompute."""
     parallel = recipe.parallel
     micro_batches = max(recipe.declared_shares(layout) or [recipe.micro_batches() // layout.data])
-    planned = micro_batches
-    if parallel.schedule != "gpipe" and micro_batches > _FEW:  # the number in flight depends on the number of stages alone
-        planned = _FEW + (micro_batches - _FEW) % layout.pipeline
+    planned = _planned(recipe, layout.pipeline, micro_batches)
     schedule = compute_schedule(parallel.schedule, layout.pipeline, planned, parallel.virtual_stages)
     try:
         split, _ = plan_split(recipe, layout, schedule, micro_batches)
@@ -91,11 +94,21 @@ def _memories(recipe: Recipe, layout: Layout) -> list[Memory]:
         most = recipe.activations().most_bytes
         if most is None or not measures(recipe):
             raise
-        loose = _changed(recipe, {"train.recompute": f"bytes:{int(most * (1 + _MEASURED_LESS))}"})
+        loose = changed(recipe, {"train.recompute": f"bytes:{int(most * (1 + _MEASURED_LESS))}"})
         with suppress(RecipeError):  # the run itself decides, with the bytes that it measures
             return predict(recipe, layout, plan_split(loose, layout, schedule, micro_batches)[0], schedule, micro_batches)
         raise
     return predict(recipe, layout, split, schedule, micro_batches)
+
+
+def _planned(recipe: Recipe, ranks: int, micro_batches: int) -> int:
+    """Returns the least number of micro-batches known to have the same moments of most memory as `micro_batches`."""
+    schedule = recipe.parallel.schedule
+    if schedule == "gpipe":  # all of them are in flight at once
+        return micro_batches
+    uneven = schedule == "interleaved_1f1b" and micro_batches % ranks
+    few = _FEW if uneven or recipe.parallel.balance in COMPUTED else _ROUNDS * ranks
+    return few + (micro_batches - few) % ranks if micro_batches > few else micro_batches
 
 
 def _fixes(recipe: Recipe, world: int, device: Device | None) -> list[str]:
@@ -177,7 +190,7 @@ def _more_ranks(recipe: Recipe, world: int, device: Device) -> list[str]:
     layout = recipe.parallel.layout(world)
     for factor in (2**power for power in range(1, _MOST_DOUBLINGS + 1)):
         for axis, more in (("data", {"parallel.zero": 3, "train.recompute": "full"}), ("pipeline", {"train.recompute": "full"})):
-            wider = _changed(recipe, {f"parallel.{axis}": layout.size(axis) * factor})
+            wider = changed(recipe, {f"parallel.{axis}": layout.size(axis) * factor})
             if _fits(wider, more, world * factor, device):
                 needed = _without_unneeded(wider, more, world * factor, device)
                 typed = _typed({f"parallel.{axis}": layout.size(axis) * factor} | needed)
@@ -185,32 +198,20 @@ def _more_ranks(recipe: Recipe, world: int, device: Device) -> list[str]:
     return []
 
 
-def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    for key, value in changes.items():
-        recipe = _with(recipe, key.split("."), value)
-    return recipe
-
-
-def _with(config: Any, path: list[str], value: object) -> Any:
-    """Returns `config` with `value` at `path`, the names of its sections and of a field."""
-    first, *others = path
-    return replace(config, **{first: _with(getattr(config, first), others, value) if others else value})
-
-
 def _valid(recipe: Recipe, changes: dict[str, Any], world: int) -> bool:
     with suppress(RecipeError):
-        _changed(recipe, changes).validate(world)
+        changed(recipe, changes).validate(world)
         return True
     return False
 
 
 def _fits(recipe: Recipe, changes: dict[str, Any], world: int, device: Device | None) -> bool:
     with suppress(RecipeError):
-        changed = _changed(recipe, changes)
-        layout = changed.validate(world)
-        if device is not None and _weights_bytes(changed) > device.memory_bytes * world:
+        other = changed(recipe, changes)
+        layout = other.validate(world)
+        if device is not None and _weights_bytes(other) > device.memory_bytes * world:
             return False  # without a prediction, which takes long for thousands of layers
-        need = sum(fullest(_memories(changed, layout)).values())
+        need = sum(fullest(memories(other, layout)).values())
         return device is None or need <= device.memory_bytes
     return False
 

@@ -31,7 +31,7 @@ from bagualu.trainer.costs.buckets import (
     unit_transfers,
 )
 from bagualu.trainer.costs.deepspeed_memory import deepspeed_buffers, deepspeed_transfers
-from bagualu.trainer.costs.state import EMBEDDING, layer_state, parameter_state, rank_parameters
+from bagualu.trainer.costs.state import EMBEDDING, buffer_bytes, parameter_state, rank_parameters
 from bagualu.trainer.costs.work import ModelWork, work_of
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.recipe.config import Recipe
@@ -130,7 +130,7 @@ def _zero_optimization(recipe: Recipe, layout: Layout) -> Mapping[str, Any]:
 def _outside_buckets(work: ModelWork, layers: list[int]) -> Counter[str]:
     """Returns the bytes, by kind, of buffers and of parameters that are in no bucket: frozen ones below ZeRO-3, and all those of
     libraries."""
-    state = Counter({BUFFERS: sum(layer_state(work, layer)[BUFFERS] for layer in layers)})
+    state = Counter({BUFFERS: sum(buffer_bytes(work, layer) for layer in layers)})
     for name, shape, _ in rank_parameters(work, layers):
         frozen = work.plan.global_name(name) in work.frozen
         if work.engine != "native" or (frozen and work.zero < 3):

@@ -16,11 +16,16 @@ EMBEDDING = -1
 
 def layer_state(work: ModelWork, index: int) -> Counter[str]:
     """Returns the bytes, by kind, that a rank holds of a decoder layer; `buffers` include the angles of its positions."""
-    state = Counter({BUFFERS: sum(prod(shape) for shape in layer_buffers(work.model, index).values()) * work.accurate_bytes})
-    state[BUFFERS] += 2 * work.sequence_length * work.model.head_dim * work.accurate_bytes
+    state = Counter({BUFFERS: buffer_bytes(work, index)})
     for name, shape in layer_shapes(work.model, index).items():
         state += parameter_state(work, f"layers.{index}.{name}", shape)
     return state
+
+
+def buffer_bytes(work: ModelWork, index: int) -> int:
+    """Returns the bytes of a decoder layer's buffers on a rank, those of the angles of its positions included."""
+    elements = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
+    return (elements + 2 * work.sequence_length * work.model.head_dim) * work.accurate_bytes
 
 
 def end_state(work: ModelWork) -> tuple[Counter[str], Counter[str]]:
@@ -71,11 +76,19 @@ class StatePart:
 
 def part_of(work: ModelWork, name: str, shape: tuple[int, ...]) -> StatePart:
     """Returns the part of the parameter that has this local name and this global shape."""
-    plan = work.plan
-    placement, name = plan.placement(name), plan.global_name(name)
-    elements = prod(placement.box(name, shape, work.layout, work.layout.coordinates(0)).shape)
-    tied = name in plan.tied.values() and work.ends_apart
-    return StatePart(name, elements, work.layout.size(placement.reduction_axis + SHARD), tied or is_partial(work, placement))
+    key = shape, _without_number(name)
+    if (known := work.known.get(key)) is None:
+        placement, layout = work.plan.placement(name), work.layout
+        elements = prod(placement.box(name, shape, layout, layout.coordinates(0)).shape)
+        tied = work.plan.global_name(name) in work.plan.tied.values() and work.ends_apart
+        known = elements, layout.size(placement.reduction_axis + SHARD), tied or is_partial(work, placement)
+        work.known[key] = known
+    return StatePart(work.plan.global_name(name), *known)
+
+
+def _without_number(name: str) -> str:
+    """Returns the name of a parameter without the number of its layer, on which its placement does not depend."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name
 
 
 def is_partial(work: ModelWork, placement: Placement) -> bool:
@@ -92,6 +105,13 @@ def divided_state(work: ModelWork, part: StatePart) -> Counter[str]:
     """Returns the bytes, by kind, that a rank holds of `part`: working weights and, if it is trained, gradients, moments and master
     weights; these only for 16-bit working weights, except that DeepSpeed always has them. What DeepSpeed keeps in host memory,
     apart from that of the device, does not count."""
+    key = part.elements, part.ranks, part.over_two_axes, part.name in work.frozen, work.moments.get(part.name)
+    if (known := work.known.get(key)) is None:
+        known = work.known[key] = _divided_state(work, part)
+    return Counter(known)
+
+
+def _divided_state(work: ModelWork, part: StatePart) -> Counter[str]:
     elements, item, wide, trained = part.elements, work.item_bytes, work.accurate_bytes, part.name not in work.frozen
     if work.engine == "fsdp" and part.ranks > 1:
         return _gathered_from_masters(work, part)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
 from pathlib import Path
+from typing import Any
 
 from bagualu.comm.config import AUTO
 from bagualu.parallel.layout import Layout
@@ -52,6 +53,11 @@ class ModelWork:
     """Whether the ranks compute on CPUs, by operations that take more memory for intermediate results than an accelerator's."""
     widens: bool = False
     """Whether matrices of a 16-bit dtype are multiplied in float32 (parallel/precision.py)."""
+
+    @cached_property
+    def known(self) -> dict[object, Any]:
+        """What state.py has computed of this work, since most layers are alike."""
+        return {}
 
     @cached_property
     def plan(self) -> ShardingPlan:

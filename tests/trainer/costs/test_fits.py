@@ -7,6 +7,7 @@ import pytest
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.pipeline.registry import compute_schedule
+from bagualu.trainer.costs import fits
 from bagualu.trainer.costs.fits import Device, check_memory, device_of
 from bagualu.trainer.costs.plan_split import plan_split
 from bagualu.trainer.costs.prediction import Memory, fullest, predict
@@ -156,3 +157,14 @@ def test_a_limit_that_the_device_does_not_have_is_not_advised() -> None:
     for device, advised in ((need, True), (need // 2, False)):
         fix = refusal(recipe, 1, Device(device, "this machine")).partition("; give ")[2]
         assert ("parallel.memory_bytes=" in fix) == advised, fix
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_v", "v_half", "dualpipe_v"])
+@pytest.mark.parametrize("micro_batches", [1, 5, 7, 14, 22, 33])
+def test_not_all_micro_batches_need_planning(schedule: str, micro_batches: int) -> None:
+    """The schedules of many micro-batches are long, and what is in flight repeats."""
+    for zero in (1, 2, 3):
+        recipe = small_recipe(
+            parallel__pipeline=2, parallel__schedule=schedule, parallel__zero=zero, data__global_batch=2 * micro_batches
+        )
+        assert fits.memories(recipe, recipe.validate(4)) == memories(recipe, 4)
