@@ -60,34 +60,29 @@ class Layout:
         """Returns the global rank at these coordinates; `fold` is that on the derived axis data x context."""
         return (pipeline * self.fold + fold) * self.tensor + tensor
 
-    def peers(self, axis: str, rank: int) -> tuple[int, ...]:
+    def peers(self, axis: str, rank: int) -> range:
         """Returns `rank` and the ranks that differ from it on `axis` alone, in the order of their coordinates.
 
         Axes: pipeline, data, context, tensor, expert (ranks with the other experts), replica (ranks with the same experts), fold
         (ranks with the same dense parameters), world; and for fold and replica each, axis + SHARD (the ranks that hold one copy of
         the weights together) and axis + COPIES (the ranks that hold the same part of different copies).
         """
-        at = self.coordinates(rank)
-        pipeline, fold, tensor = at["pipeline"], at["fold"], at["tensor"]
         if axis == "world":
-            return tuple(range(self.world))
+            return range(self.world)
+        at = self.coordinates(rank)
         if axis.endswith((SHARD, COPIES)):
             whole = axis.removesuffix(SHARD).removesuffix(COPIES)
             ranks, together = self.peers(whole, rank), self.size(whole + SHARD)
             first, place = divmod(at[whole], together)
             return ranks[first * together :][:together] if axis.endswith(SHARD) else ranks[place::together]
-        if axis == "pipeline":
-            return tuple(self.rank(stage, fold, tensor) for stage in range(self.pipeline))
-        if axis == "tensor":
-            return tuple(self.rank(pipeline, fold, t) for t in range(self.tensor))
-        folds = {
-            "fold": range(self.fold),
-            "data": range(at["context"], self.fold, self.context),
-            "context": range(at["data"] * self.context, (at["data"] + 1) * self.context),
-            "expert": range(at["replica"] * self.expert, (at["replica"] + 1) * self.expert),
-            "replica": range(at["expert"], self.fold, self.expert),
-        }[axis]
-        return tuple(self.rank(pipeline, f, tensor) for f in folds)
+        apart = {
+            "pipeline": self.fold * self.tensor,
+            "data": self.context * self.tensor,
+            "replica": self.expert * self.tensor,
+            "tensor": 1,
+        }.get(axis, self.tensor)
+        first = rank - at[axis] * apart
+        return range(first, first + self.size(axis) * apart, apart)
 
     def __str__(self) -> str:
         parts = [f"{axis} {self.size(axis)}" for axis in ("data", "tensor", "pipeline", "expert", "context")]
