@@ -36,6 +36,8 @@ class Call:
     carry_out: Callable[[list[Tensors]], None]
     arrived: dict[int, Tensors] = field(default_factory=dict)
     done: bool = False
+    changed: threading.Condition | None = None
+    """Wakes the ranks that wait for this call, and no others; None if none has waited for it."""
 
     def missing(self) -> list[int]:
         return [rank for rank in self.ranks if rank not in self.arrived]
@@ -47,7 +49,7 @@ class Hub:
     def __init__(self, size: int, timeout_seconds: float, device: torch.device) -> None:
         self.timeout_seconds = timeout_seconds
         self.device = device
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._calls: dict[tuple[Any, ...], Call] = {}
         self._waiting: dict[int, Call] = {}
         self._running = set(range(size))
@@ -61,7 +63,7 @@ class Hub:
     def join(self, key: tuple[Any, ...], rank: int, call: Call, tensors: Tensors) -> Call:
         """Adds this rank's tensors to the call under `key` and returns that call. The last rank to join performs it. Raises
         CommunicationError if a communication has failed before or another rank's call under `key` differs."""
-        with self._changed:
+        with self._lock:
             self._raise_failure()
             first = self._calls.setdefault(key, call)
             if first.signature != call.signature:
@@ -74,19 +76,21 @@ class Hub:
         if last:
             with torch.no_grad():
                 first.carry_out([first.arrived[member] for member in first.ranks])
-            with self._changed:
+            with self._lock:
                 first.done = True
-                self._changed.notify_all()
+                if first.changed is not None:
+                    first.changed.notify_all()
         return first
 
     def wait(self, rank: int, call: Call) -> None:
         """Waits until all ranks of `call` have joined it and it is done. Raises CommunicationError on a deadlock, a timeout or
         another rank's failure."""
-        with self._changed:
+        with self._lock:
             self._waiting[rank] = call
+            call.changed = call.changed or threading.Condition(self._lock)
             try:
                 self._find_deadlock()
-                if not self._changed.wait_for(lambda: call.done or self._failure, self.timeout_seconds):
+                if not call.changed.wait_for(lambda: call.done or self._failure, self.timeout_seconds):
                     self._fail(f"{call.what} has waited {self.timeout_seconds} s for ranks {call.missing()}")
                 if not call.done:
                     self._raise_failure()
@@ -96,22 +100,30 @@ class Hub:
     def leave(self, rank: int, error: BaseException | None) -> None:
         """Records that the thread of `rank` has ended. Waiting ranks fail if the thread ended with `error` or if they are now
         deadlocked; `error` None: it ended normally."""
-        with self._changed:
+        with self._lock:
             self._running.discard(rank)
             if error is not None and self._failure is None:
                 self._failure = f"rank {rank} failed: {type(error).__name__}: {error}"
             with contextlib.suppress(CommunicationError):  # the waiting ranks raise the recorded failure
                 self._find_deadlock()
-            self._changed.notify_all()
+            if self._failure is not None:
+                self._wake_all()
 
     def give_up(self, why: str) -> None:
         """Makes every communication fail with the message `why`: those that ranks wait for now and all later ones. If a
         communication has failed before, its message stays."""
-        with self._changed:
+        with self._lock:
             self._failure = self._failure or why
-            self._changed.notify_all()
+            self._wake_all()
+
+    def _wake_all(self) -> None:
+        for call in self._waiting.values():
+            if call.changed is not None:
+                call.changed.notify_all()
 
     def _find_deadlock(self) -> None:
+        if len(self._waiting) < len(self._running):
+            return
         stuck = all(rank in self._waiting and self._waiting[rank].missing() for rank in self._running)
         if stuck and self._running and self._failure is None:
             lines = [f"rank {rank} waits in {call.what} for ranks {call.missing()}" for rank, call in self._waiting.items()]
@@ -119,7 +131,7 @@ class Hub:
 
     def _fail(self, message: str) -> None:
         self._failure = message
-        self._changed.notify_all()
+        self._wake_all()
         raise CommunicationError(message)
 
     def _raise_failure(self) -> None:
