@@ -1,25 +1,27 @@
 """Finds ranks that are slower than ranks with the same work.
 
 A rank's own time is the part of a step in which it does not wait for other ranks. In a synchronous run, every rank's step takes as
-long as the slowest rank's, so only own times show which rank that is. They are summed over a window of steps and exchanged with a
-small collective, and every rank draws the same conclusion from the same values. A rank is compared with its peers, the ranks of its
-pipeline stage with the same experts: another stage, or experts with more tokens, may simply have more work. A rank without peers is
-not judged.
+long as the slowest rank's, so only own times show which rank that is. A rank is compared with its peers, the ranks of its pipeline
+stage with the same experts: another stage, or experts with more tokens, may simply have more work. A rank without peers is not
+judged. Peers exchange the sums of their own times over a window of steps, and draw the same conclusion from the same values. The
+other ranks hear only of slow ranks, so that no rank holds the times of the whole world.
 """
 
 import math
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
 
+from bagualu.comm.agree import maxima
 from bagualu.comm.group import Group
+from bagualu.comm.objects import broadcast_json, collect_json
 from bagualu.fault_tolerance.config import StragglerConfig
-from bagualu.parallel.layout import Layout
 
 _WINDOWS, _SLOW = 5, 4
 """A rank is flagged if _SLOW of its last _WINDOWS windows were slow; an occasional long step makes only a single window slow."""
@@ -112,76 +114,81 @@ class Straggler:
 
 @dataclass
 class Judge:
-    """Decides from windows of times which ranks are slow. The result depends only on the sequence of windows.
+    """Decides from windows of times which of several ranks with the same work are slow. The result depends only on the sequence of
+    windows. `ratio` is straggler.ratio."""
 
-    `peers` are disjoint lists of ranks; the ranks of a list are compared with each other. `ratio` is straggler.ratio.
-    """
-
-    peers: Sequence[Sequence[int]]
     ratio: float
     history: list[Straggler] = field(default_factory=list)
     """An object for every time that a rank was flagged, in that order; a rank that was flagged twice has two."""
     _slow: dict[int, deque[bool]] = field(default_factory=dict)
     _quiet: dict[int, int] = field(default_factory=dict)
+    _flagged: dict[int, Straggler] = field(default_factory=dict)
 
     @property
     def flagged(self) -> list[Straggler]:
         """Those in `history` that are flagged now and not cleared."""
-        return [straggler for straggler in self.history if straggler.until_step is None]
+        return list(self._flagged.values())
 
-    def add(self, step: int, steps: int, windows: Sequence[Window]) -> list[Straggler]:
+    def add(self, step: int, steps: int, windows: Mapping[int, Window]) -> list[Straggler]:
         """Adds the times of every rank, by rank, over `steps` steps up to `step`; returns the ranks that become flagged or cleared,
         as objects in `history`."""
-        changed = []
-        for group in self.peers:
-            for rank in group:
-                others = [windows[peer] for peer in group if peer != rank]
-                if others and self._judge(step, steps, rank, windows[rank], others):
-                    changed.append(next(straggler for straggler in reversed(self.history) if straggler.rank == rank))
-        return changed
+        if len(windows) < 2:
+            return []
+        ordered = sorted(window.own for window in windows.values())
+        found = (self._judge(step, steps, rank, windows, ordered) for rank in windows)
+        return [straggler for straggler in found if straggler is not None]
 
-    def _judge(self, step: int, steps: int, rank: int, own: Window, others: list[Window]) -> bool:
-        typical = median(other.own for other in others)
+    def _judge(self, step: int, steps: int, rank: int, windows: Mapping[int, Window], ordered: list[float]) -> Straggler | None:
+        """`ordered`: the own times of all windows, ascending."""
+        own = windows[rank]
+        typical = median_without(ordered, own.own)
         ratio = own.own / max(typical, 1e-9)
         matters = own.own - typical > _MATTERS * own.wall
         slow = self._slow.setdefault(rank, deque(maxlen=_WINDOWS))
         slow.append(ratio > self.ratio and matters)
         recovered = ratio < 1 + (self.ratio - 1) / 2 or not matters
         self._quiet[rank] = self._quiet.get(rank, 0) + 1 if recovered else 0
-        current = next((straggler for straggler in self.flagged if straggler.rank == rank), None)
+        current = self._flagged.get(rank)
         if current is not None and self._quiet[rank] >= _QUIET:
             current.until_step = step
             slow.clear()
-            return True
+            return self._flagged.pop(rank)
         if not slow or not slow[-1]:
-            return False
+            return None
         fresh = current is None and sum(slow) >= _SLOW
         if fresh:
-            current = Straggler(rank, step)
+            current = self._flagged[rank] = Straggler(rank, step)
             self.history.append(current)
         if current is not None:
             current.ratio, current.own_seconds, current.peer_seconds = ratio, own.own / steps, typical / steps
-            current.cpu_share = own.cpu / max(own.own, 1e-9)
-            current.peer_cpu_share = median(other.cpu / max(other.own, 1e-9) for other in others)
-        return fresh
+            current.cpu_share = _cpu_share(own)
+            current.peer_cpu_share = median(_cpu_share(other) for peer, other in windows.items() if peer != rank)
+        return current if fresh else None
 
 
-def same_work(layout: Layout) -> list[list[int]]:
-    """Returns groups of ranks with the same work: the ranks of a pipeline stage with the same experts."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for rank in range(layout.world):
-        at = layout.coordinates(rank)
-        groups.setdefault((at["pipeline"], at["expert"]), []).append(rank)
-    return list(groups.values())
+def _cpu_share(window: Window) -> float:
+    return window.cpu / max(window.own, 1e-9)
+
+
+def median_without(ordered: Sequence[float], value: float) -> float:
+    """Returns the median of `ordered`, which is sorted, without one element that equals `value`."""
+    left_out, others = bisect_left(ordered, value), len(ordered) - 1
+    middles = {(others - 1) // 2, others // 2}
+    return sum(ordered[index + (index >= left_out)] for index in middles) / len(middles)
 
 
 class Stragglers:
-    """Measures this rank's work, exchanges it with all ranks of `world`, and judges all of them."""
+    """Measures this rank's work, exchanges it with the ranks that do the same work, and tells all of `world` which are slow."""
 
-    def __init__(self, config: StragglerConfig, layout: Layout, world: Group) -> None:
-        self._config, self._world = config, world
-        self._judge = Judge(same_work(layout), config.ratio)
-        self._judges = bool(config.ratio) and any(len(group) > 1 for group in self._judge.peers)
+    def __init__(self, config: StragglerConfig, world: Group, along: Sequence[Group]) -> None:
+        """`along`: groups that this rank is in; the ranks that do the same work are those that differ from it along these groups,
+        in any of them. The first ranks of all groups together report."""
+        self._config, self._world, self._along = config, world, [group for group in along if group.size > 1]
+        self._judge = Judge(config.ratio)
+        self._reports = all(group.rank == 0 for group in self._along)
+        self._known: list[Straggler] = []
+        """The history of all ranks."""
+        self._judges = bool(config.ratio and self._along)
         self._clock = WorkClock()
         self._own = self._cpu = self._wall = 0.0
         self._steps, self._due, self._warm = 0, _FEWEST_STEPS, False
@@ -198,25 +205,35 @@ class Stragglers:
         if self._steps < self._due:
             return []
         windows, steps = self._exchange(), self._steps
+        changed = self._judge.add(step, steps, windows) if self._warm else []
+        wall, slow = maxima([self._wall, float(bool(changed or self._judge.flagged))], self._world)
         self._own = self._cpu = self._wall = 0.0
         self._steps = 0
-        step_seconds = max(window.wall for window in windows) / steps
-        self._due = min(_MOST_STEPS, max(_FEWEST_STEPS, math.ceil(self._config.window_seconds / max(step_seconds, 1e-6))))
-        if not self._warm:  # the first window includes warming up; it only determines the length of the next
-            self._warm = True
-            return []
-        return self._judge.add(step, steps, windows)
+        self._due = min(_MOST_STEPS, max(_FEWEST_STEPS, math.ceil(self._config.window_seconds / max(wall / steps, 1e-6))))
+        self._warm = True  # the first window includes warming up; it only determines the length of the next
+        return self._tell(step) if slow else []
 
     def now(self) -> list[dict[str, Any]]:
         """Returns the ranks that are flagged as slow now, with the fields of Straggler, as plain JSON."""
-        return [asdict(straggler) for straggler in self._judge.flagged]
+        return [asdict(straggler) for straggler in self._known if straggler.until_step is None]
 
     def ever(self) -> list[dict[str, Any]]:
         """Returns all ranks that were ever flagged as slow by this process, with the fields of Straggler, as plain JSON."""
-        return [asdict(straggler) for straggler in self._judge.history]
+        return [asdict(straggler) for straggler in self._known]
 
-    def _exchange(self) -> list[Window]:
-        own = torch.tensor([[self._own, self._cpu, self._wall]], dtype=torch.float64, device=self._world.device)
-        windows = own.new_empty(self._world.size, 3)
-        self._world.all_gather(windows, own)
-        return [Window(*times) for times in windows.tolist()]
+    def _exchange(self) -> dict[int, Window]:
+        """Returns the times of this rank and of the ranks with the same work, by rank. Collective."""
+        rows = torch.tensor([[self._world.rank, self._own, self._cpu, self._wall]], dtype=torch.float64, device=self._world.device)
+        for group in self._along:
+            gathered = rows.new_empty(group.size * len(rows), 4)
+            group.all_gather(gathered, rows)
+            rows = gathered
+        return {int(rank): Window(*times) for rank, *times in self._world.read(rows)}
+
+    def _tell(self, step: int) -> list[Straggler]:
+        """Brings `_known` up to date on all ranks and returns those in it that changed at `step`. Collective."""
+        own = [asdict(straggler) for straggler in self._judge.history] if self._reports else []
+        collected = collect_json(own, self._world) or []
+        told = broadcast_json([straggler for several in collected for straggler in several], self._world)
+        self._known = sorted((Straggler(**fields) for fields in told), key=lambda straggler: straggler.since_step)
+        return [straggler for straggler in self._known if step in (straggler.since_step, straggler.until_step)]

@@ -84,7 +84,7 @@ def train(
         print(*[memory.remark(), *remarks(recipe, resumed.step), *about_file], sep="\n", file=sys.stderr, flush=True)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
     checkpoints = Checkpoints(state, fence, resumed.checkpoint, ledger)
-    stragglers = Stragglers(recipe.straggler, state.mesh.layout, communicator.world)
+    stragglers = Stragglers(recipe.straggler, communicator.world, [state.mesh.group(axis) for axis in ("tensor", "replica")])
     try:
         loop = Loop(
             state, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication, open_rebalancer(state),

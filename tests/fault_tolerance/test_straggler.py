@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from hypothesis import strategies as st
 from bagualu.comm.group import Communicator
 from bagualu.comm.monitor import Phase
 from bagualu.fault_tolerance.config import StragglerConfig
-from bagualu.fault_tolerance.straggler import Judge, Stragglers, Window, WorkClock, same_work
+from bagualu.fault_tolerance.straggler import Judge, Stragglers, Window, WorkClock, median_without
 from bagualu.parallel.layout import Layout
+from bagualu.parallel.mesh import Mesh
 from tests.harness import run
 
 
@@ -28,16 +31,16 @@ def noisy(random: random.Random, work: float, tails: float) -> float:
     return sum(step + (work * random.paretovariate(1.5) if random.random() < tails else 0) for step in steps)
 
 
-def windows(random: random.Random, work: list[float], tails: float) -> list[Window]:
+def windows(random: random.Random, work: list[float], tails: float) -> dict[int, Window]:
     own = [noisy(random, one, tails) for one in work]
-    return [Window(one, one, 1.1 * max(own)) for one in own]
+    return {rank: Window(one, one, 1.1 * max(own)) for rank, one in enumerate(own)}
 
 
 @given(st.integers(0, 2**32), st.integers(2, 16), st.sampled_from([0.0, 0.01, 0.02]))
 @settings(max_examples=60, derandomize=True)  # noise without a variance fools every judge now and then
 def test_noise_with_heavy_tails_flags_nobody(seed: int, ranks: int, tails: float) -> None:
     source = random.Random(seed)
-    judge = Judge([range(ranks)], 1.5)
+    judge = Judge(1.5)
     for window in range(100):  # 2000 steps
         judge.add(20 * window, 20, windows(source, [1.0] * ranks, tails))
     assert judge.history == []
@@ -49,7 +52,7 @@ def test_a_slow_rank_is_flagged_within_a_few_windows_and_cleared_when_it_has_rec
     seed: int, ranks: int, factor: float, data: st.DataObject
 ) -> None:
     slow = data.draw(st.integers(0, ranks - 1))
-    source, judge = random.Random(seed), Judge([range(ranks)], 1.5)
+    source, judge = random.Random(seed), Judge(1.5)
     step = 0
 
     def several(count: int, work: list[float]) -> None:
@@ -68,28 +71,58 @@ def test_a_slow_rank_is_flagged_within_a_few_windows_and_cleared_when_it_has_rec
     assert [one.rank for one in judge.history] == [slow]
 
 
-def test_only_ranks_that_do_the_same_work_are_compared() -> None:
-    layout = Layout(pipeline=2, data=4, expert=2)
-    assert same_work(layout) == [[0, 2], [1, 3], [4, 6], [5, 7]]
-    judge, source = Judge(same_work(layout), 1.5), random.Random(0)
-    for window in range(100):  # the second stage is three times as heavy, the second experts get more and more tokens
-        drift = 1 + window / 20
-        work = [(3.0 if rank >= 4 else 1.0) * (drift if rank % 2 else 1.0) for rank in range(8)]
-        judge.add(window, 1, windows(source, work, 0.01))
-    assert judge.history == []
+class Slow(WorkClock):
+    """A clock on which every step takes this rank `seconds` of its own work."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    def lap(self) -> tuple[float, float]:
+        return self._seconds, self._seconds
+
+
+def judged(communicator: Communicator) -> tuple[list[tuple[int, int]], list[int], list[dict[str, Any]]]:
+    """Steps of 8 ranks, of which the second stage has three times as much work, the second experts twice as much, and rank 6, in
+    the second half, five times; (step, rank) of those that become slow, the peers' ranks, and what is known at the end."""
+    layout, rank = Layout(pipeline=2, data=4, expert=2), communicator.rank
+    mesh = Mesh.build(layout, communicator)
+    stragglers = Stragglers(StragglerConfig(window_seconds=1e-9), communicator.world, [mesh.group("tensor"), mesh.group("replica")])
+    work = (3.0 if rank >= 4 else 1.0) * (2.0 if rank % 2 else 1.0)
+    found = []
+    for step in range(1, 101):
+        stragglers._clock = Slow(work * (5.0 if rank == 6 and step > 50 else 1.0))
+        found += [(step, one.rank) for one in stragglers.after_step(step, 40.0)]
+    return found, sorted(stragglers._exchange()), stragglers.ever()
+
+
+def test_only_ranks_that_do_the_same_work_are_compared_and_all_hear_of_slow_ones() -> None:
+    results = run("simulated", 8, judged)
+    assert [peers for _, peers, _ in results] == [[0, 2], [1, 3], [0, 2], [1, 3], [4, 6], [5, 7], [4, 6], [5, 7]]
+    assert {tuple(found) for found, _, _ in results} == {((70, 6),)}
+    (known,) = results[0][2]
+    assert (known["rank"], known["ratio"], known["own_seconds"], known["peer_seconds"]) == (6, 5.0, 15.0, 3.0)
+    assert all(told == [known] for _, _, told in results)
+
+
+@given(st.lists(st.floats(0, 100), min_size=2, max_size=12), st.data())
+def test_a_rank_is_compared_with_the_median_of_the_others(times: list[float], data: st.DataObject) -> None:
+    left_out = data.draw(st.integers(0, len(times) - 1))
+    others = [time for index, time in enumerate(times) if index != left_out]
+    assert median_without(sorted(times), times[left_out]) == pytest.approx(median(others))
 
 
 def test_slowness_that_costs_next_to_nothing_is_none() -> None:
-    judge = Judge([[0, 1]], 1.5)
+    judge = Judge(1.5)
     for window in range(10):
-        judge.add(window, 1, [Window(0.001, 0.001, 1.0), Window(0.004, 0.004, 1.0)])
+        judge.add(window, 1, {0: Window(0.001, 0.001, 1.0), 1: Window(0.004, 0.004, 1.0)})
     assert judge.history == []
 
 
 def test_the_evidence_tells_a_stopped_process_from_one_with_more_to_do() -> None:
-    judge = Judge([[0, 1, 2]], 1.5)
+    judge = Judge(1.5)
     for window in range(4):
-        changed = judge.add(window, 10, [Window(1, 1, 3), Window(3, 1, 3), Window(1, 1, 3)])
+        changed = judge.add(window, 10, {0: Window(1, 1, 3), 1: Window(3, 1, 3), 2: Window(1, 1, 3)})
     assert [one.rank for one in changed] == [1]
     assert str(changed[0]) == ("rank 1 is slow: 0.3 s of its own work a step, its peers 0.1 s (3.0x), on a processor 33% of that "
                                "time, its peers 100%")  # fmt: skip
@@ -128,7 +161,7 @@ def steps(communicator: Communicator, folder: str, seconds: float, until_flagged
     """Steps of some 5 ms of work each, until rank 0 has done them for `seconds`; (step, rank) of whoever is flagged."""
     (Path(folder) / f"{communicator.rank}.pid").write_text(str(os.getpid()))
     monitor, found = communicator.monitor, []
-    stragglers = Stragglers(CONFIG, Layout(data=communicator.size), communicator.world)
+    stragglers = Stragglers(CONFIG, communicator.world, [communicator.world])
     matrix, elapsed, begun, step = torch.ones(200, 200), torch.zeros(1), time.perf_counter(), 0
     while elapsed < seconds:
         started, step = time.perf_counter(), step + 1

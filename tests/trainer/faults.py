@@ -172,7 +172,7 @@ def train(
         state.mesh.monitor.observers.append(Injection(state, fault))
     checkpoints, records, error = Checkpoints(state, take_checkpoints(state)), Records(), ""
     ending: dict[str, Any] = {"damaged": []}
-    stragglers = Stragglers(recipe.straggler, state.mesh.layout, communicator.world)
+    stragglers = Stragglers(recipe.straggler, communicator.world, [state.mesh.group(axis) for axis in ("tensor", "replica")])
     try:
         loop = Loop(state, [records], lambda: state.mesh.monitor.step == stop_at, 1e-9, checkpoints, stragglers)
         ending = loop.run(resume(state).step)

@@ -4,6 +4,7 @@ Measured costs and speeds differ between ranks and between measurements. So rank
 all ranks, and broadcasts the result: a split, or the error that refuses the recipe.
 """
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -113,5 +114,8 @@ def relative_speeds(rates: list[float], layout: Layout) -> list[float]:
 
 def _slowest(rates: list[float], layout: Layout, axis: str) -> list[float]:
     """Returns, by coordinate on `axis`, the lowest of the `rates` (FLOP/s) of the ranks with that coordinate."""
-    at = [layout.coordinates(rank)[axis] for rank in range(layout.world)]
-    return [min(rate for rate, place in zip(rates, at, strict=True) if place == here) for here in range(layout.size(axis))]
+    slowest = [math.inf] * layout.size(axis)
+    for rank, rate in enumerate(rates):
+        at = layout.coordinates(rank)[axis]
+        slowest[at] = min(slowest[at], rate)
+    return slowest
