@@ -1,6 +1,7 @@
 """Invariant 1: any valid layout trains the same curve as one process, in float64 to 1e-9, on Gloo and simulated."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -173,11 +174,29 @@ def test_muon_trains_the_same_curve(backend: str, model: str, layout: dict[str, 
     assert_same(run(backend, recipe.world_size(), train, recipe, STEPS), [alone(model, "muon")])
 
 
-@pytest.mark.parametrize(("model", "layout"), SCHEDULED, ids=[f"{m}-{name_of(x)}" for m, x in SCHEDULED])
-def test_schedule_trains_the_same_curve(model: str, layout: dict[str, object]) -> None:
-    over_processes = model == "dense_tied" and layout.get("pipeline") == 2
+SLOW = pytest.mark.slow
+
+
+def on_both(cases: Sequence[tuple[str, dict[str, Any]]], over_processes: Callable[..., bool] = lambda model, layout: False) -> Any:
+    """Marks a test with these cases on each backend: on Gloo if `over_processes` says so, else simulated, and on the other if slow
+    tests run."""
+    quick = ["gloo" if over_processes(*case) else "simulated" for case in cases]
+    return pytest.mark.parametrize(
+        ("backend", "model", "layout"),
+        [
+            pytest.param(
+                backend, *case, id=f"{case[0]}-{name_of(case[1])}-{backend}", marks=[pytest.mark.slow] * (backend != usual)
+            )
+            for backend in BACKENDS
+            for case, usual in zip(cases, quick, strict=True)
+        ],
+    )
+
+
+@on_both(SCHEDULED, lambda model, layout: model == "dense_tied" and layout.get("pipeline") == 2)
+def test_schedule_trains_the_same_curve(backend: str, model: str, layout: dict[str, object]) -> None:
     recipe = recipe_for(model, layout, train__micro_batch=2 if model == "dense_30_layers" else 1)
-    assert_same(run("gloo" if over_processes else "simulated", recipe.world_size(), train, recipe, STEPS), [alone(model)])
+    assert_same(run(backend, recipe.world_size(), train, recipe, STEPS), [alone(model)])
 
 
 def test_thirty_layers_on_four_stages_are_thirty() -> None:
@@ -216,17 +235,20 @@ def recomputing(layout: dict[str, object], recompute: object, offload_bytes: int
     return recipe
 
 
-def assert_recomputing_does_not_matter(layout: dict[str, object], recompute: object, offload_bytes: int) -> None:
+def assert_recomputing_does_not_matter(
+    layout: dict[str, object], recompute: object, offload_bytes: int, backend: str = "simulated"
+) -> None:
     recipe = recomputing(layout, recompute, offload_bytes)
-    assert_same(run("simulated", recipe.world_size(), train, recipe, STEPS), [alone("moe_tied_5_layers")])
+    assert_same(run(backend, recipe.world_size(), train, recipe, STEPS), [alone("moe_tied_5_layers")])
 
 
+@pytest.mark.parametrize("backend", [pytest.param("gloo", marks=pytest.mark.slow), "simulated"])
 @pytest.mark.parametrize(("recompute", "offload_bytes"), WAYS, ids=str)
-def test_recompute_and_host_memory_do_not_matter(recompute: object, offload_bytes: int) -> None:
+def test_recompute_and_host_memory_do_not_matter(backend: str, recompute: object, offload_bytes: int) -> None:
     """Every way once, with one of the schedules and axes."""
     way = WAYS.index((recompute, offload_bytes))
     layout = {**AXES[way % len(AXES)], "schedule": SCHEDULES[way % len(SCHEDULES)]}
-    assert_recomputing_does_not_matter(layout, recompute, offload_bytes)
+    assert_recomputing_does_not_matter(layout, recompute, offload_bytes, backend)
 
 
 @pytest.mark.slow
@@ -239,11 +261,10 @@ def test_recompute_and_host_memory_do_not_matter_to_any_schedule(recompute: obje
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
-@pytest.mark.parametrize("model", ["dense", "moe"])
-def test_micro_batch_does_not_matter(model: str, micro_batch: int) -> None:
-    layout: dict[str, object] = {"data": 2, "pipeline": 2}
+@on_both([(model, {"data": 2, "pipeline": 2}) for model in ("dense", "moe")])
+def test_micro_batch_does_not_matter(backend: str, model: str, layout: dict[str, object], micro_batch: int) -> None:
     recipe = recipe_for(model, layout, train__micro_batch=micro_batch)
-    assert_same(run("simulated", 4, train, recipe, STEPS), [alone(model)])
+    assert_same(run(backend, 4, train, recipe, STEPS), [alone(model)])
 
 
 @st.composite
@@ -268,16 +289,17 @@ def test_any_valid_layout_trains_the_same_curve(drawn: tuple[str, Recipe]) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
 @drawing(max_examples=40)
 @given(recipes())
-def test_many_valid_layouts_train_the_same_curve(drawn: tuple[str, Recipe]) -> None:
-    assert_trains_the_same_curve(*drawn)
+def test_many_valid_layouts_train_the_same_curve(backend: str, drawn: tuple[str, Recipe]) -> None:
+    assert_trains_the_same_curve(*drawn, backend)
 
 
-def assert_trains_the_same_curve(model: str, recipe: Recipe) -> None:
+def assert_trains_the_same_curve(model: str, recipe: Recipe, backend: str = "simulated") -> None:
     world = recipe.world_size()
     assume(world <= 8 and _valid(recipe, world))
-    assert_same(run("simulated", world, train, recipe, STEPS), [alone(model)])
+    assert_same(run(backend, world, train, recipe, STEPS), [alone(model)])
 
 
 def _valid(recipe: Recipe, world: int) -> bool:
