@@ -1,9 +1,11 @@
 """Validation: computes the loss on a fixed set of held-out sequences, and the bits per byte of their text."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from bagualu.comm.agree import summed
 from bagualu.parallel.pipeline.program import program
 from bagualu.parallel.pipeline.runtime import MicroBatch
 from bagualu.parallel.pipeline.schedules.schedule import forward_only, with_messages
@@ -18,6 +20,13 @@ class Validation:
     """Mean cross-entropy, in nats per token."""
     bits_per_byte: float | None
     """Cross-entropy in bits per byte of text; None if the tokens stand for no text (random data)."""
+    expert_loads: dict[int, list[int]]
+    """By the number of each mixture layer, how many tokens each expert got."""
+
+    @property
+    def expert_imbalance(self) -> float:
+        """How many times the mean load the fullest expert has, the most of all layers."""
+        return max(max(loads) * len(loads) / max(1, sum(loads)) for loads in self.expert_loads.values())
 
 
 def validate(state: TrainerState) -> Validation | None:
@@ -28,7 +37,8 @@ def validate(state: TrainerState) -> Validation | None:
         return None
     micro_batches = _share(state, count)
     schedule = with_messages(forward_only(state.mesh.placement, len(micro_batches)))
-    totals = state.runner.run(program(schedule, state.mesh.at("pipeline")), micro_batches, seeds=None)
+    with state.engine.model.counting_loads() as loads:
+        totals = state.runner.run(program(schedule, state.mesh.at("pipeline")), micro_batches, seeds=None)
     labels = torch.stack([batch.labels for batch in micro_batches])
     counted = labels[labels != IGNORED]
     text_bytes = torch.as_tensor(state.corpus.token_bytes, device=state.device)[counted].sum()
@@ -36,7 +46,20 @@ def validate(state: TrainerState) -> Validation | None:
     once = float(state.mesh.last_stage and state.mesh.reports)
     tokens_here = counted.new_tensor(counted.numel())
     nats, total_bytes, tokens = state.mesh.sum_over("world", totals.loss * once, text_bytes * once, tokens_here * once)
-    return Validation(nats / max(1.0, tokens), bits_per_byte(nats, total_bytes))
+    return Validation(nats / max(1.0, tokens), bits_per_byte(nats, total_bytes), _sum_loads(state, loads))
+
+
+def _sum_loads(state: TrainerState, loads: Mapping[int, torch.Tensor]) -> dict[int, list[int]]:
+    """Returns the loads of the experts of all layers, given those of this rank's tokens and layers. Collective."""
+    model, world = state.recipe.model, state.mesh.group("world")
+    layers = [layer for layer in range(model.layers) if model.is_moe_layer(layer)]
+    if not layers:
+        return {}
+    counts = torch.zeros(len(layers), model.moe.experts, dtype=torch.float64, device=state.device)
+    for index, layer in enumerate(layers):
+        if layer in loads and state.mesh.reports:
+            counts[index] = loads[layer]
+    return {layer: list(map(int, row)) for layer, row in zip(layers, world.read(summed(counts, world)), strict=True)}
 
 
 def _share(state: TrainerState, count: int) -> list[MicroBatch]:

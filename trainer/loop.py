@@ -74,6 +74,9 @@ class Loop:
             validation = None if stopped and step < steps else self._validation(step)
             if validation:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
+                if loads := validation.expert_loads:
+                    record |= {"expert_loads": {str(layer): counts for layer, counts in loads.items()},
+                               "expert_imbalance": validation.expert_imbalance}  # fmt: skip
             self.checkpoints.still_ours()
             for sink in self.sinks:
                 sink.write(record)

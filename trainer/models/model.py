@@ -1,9 +1,11 @@
 """The interface of a rank's part of a model, the same for all families of models."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from bagualu.comm.group import Group
@@ -25,6 +27,12 @@ class Model(nn.Module, ABC):
     def reads_weights_again(self, unit: nn.Module) -> bool:
         """Returns whether the backward pass of `unit` reads its weights, as the forward pass does."""
         return True
+
+    @contextmanager
+    def counting_loads(self) -> Iterator[dict[int, torch.Tensor]]:
+        """Within this context, yields how many tokens each expert [E] of a mixture gets in forward passes without gradients, by the
+        number of the layer; nothing for a model without mixtures."""
+        yield {}
 
     def begin_step(self) -> None:
         """Call before the first forward pass of an attempt at a step."""

@@ -2,7 +2,9 @@
 
 A record is a flat dict for an optimizer step: `step` (steps done, from 1), `loss`, `grad_norm`, `lr`, `tokens`,
 `tokens_per_second`, `step_seconds`, `mfu`, `checkpoint_seconds` (how long training stood still for checkpoints since the
-previous record), and what else applies, e.g. `validation_loss`, `validation_bits_per_byte`, `checkpoint_error`.
+previous record), and what else applies, e.g. `validation_loss`, `validation_bits_per_byte`, `checkpoint_error`; with mixtures of
+experts at each validation `expert_loads` (how many of its tokens each expert of a layer got, by the number of the layer) and
+`expert_imbalance`.
 """
 
 import logging

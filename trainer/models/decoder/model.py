@@ -3,7 +3,8 @@
 Shapes: B micro-batch, S sequence, H hidden, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -124,6 +125,8 @@ class Decoder(Model):
         self._loads: dict[int, torch.Tensor] = {}
         """By the number of the layer, how many tokens each of its experts [E] got since `begin_step`; filled only if there are
         biases to change."""
+        self._counted: dict[int, torch.Tensor] | None = None
+        """The same within `counting_loads`; None outside."""
 
     @property
     def units(self) -> list[nn.Module]:
@@ -135,6 +138,14 @@ class Decoder(Model):
     def uses(self, parameter: nn.Parameter) -> int:
         """Returns how many gradients `parameter` gets per micro-batch: 2 for a weight that is both embedding and head, else 1."""
         return 2 if self._tied and self.embedding is not None and parameter is self.embedding.weight else 1
+
+    @contextmanager
+    def counting_loads(self) -> Iterator[dict[int, torch.Tensor]]:
+        self._counted = {}
+        try:
+            yield self._counted
+        finally:
+            self._counted = None
 
     def begin_step(self) -> None:
         self._loads.clear()
@@ -162,8 +173,9 @@ class Decoder(Model):
                 x, loss, load = run(partial(self.call, layer), x, again=self.recompute[index] == "full")
             if loss is not None:
                 balance = balance + loss
-            if load is not None and self._bias_rate and torch.is_grad_enabled():
-                self._loads[index] = self._loads.get(index, 0) + load
+            loads = self._counted if not torch.is_grad_enabled() else self._loads if self._bias_rate else None
+            if load is not None and loads is not None:
+                loads[index] = loads.get(index, 0) + load
         if self.head is not None and self.norm is not None and chunk == len(self.slices) - 1:
             x = self.call(self.head, self.call(self.norm, x), labels)
         return x, balance
