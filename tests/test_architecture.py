@@ -40,6 +40,7 @@ ROOMS = {
     "fault_tolerance/checkpoint/layout": (),
     "fault_tolerance/checkpoint/reading": ("checkpoint/layout",),
     "fault_tolerance/checkpoint/saving": ("checkpoint/layout", "checkpoint/reading"),
+    "fault_tolerance/forecast": ("ledger",),
     "fault_tolerance/guard": (),
     "fault_tolerance/injection": ("checkpoint/layout", "ledger"),
     "fault_tolerance/ledger": (),
@@ -351,6 +352,11 @@ def test_a_cluster_is_described_and_its_collectives_are_costed_without_torch_and
         "from bagualu.comm.cost import collective_seconds\n"
         "assert collective_seconds(load_cluster('h100'), 'all_reduce', 1e6, range(64)) > 0"
     )
+    assert not loaded & {"torch", "hydra", "omegaconf"}
+
+
+def test_failures_are_forecast_without_torch_and_hydra():
+    loaded = loaded_after("import bagualu.fault_tolerance.forecast.influence, bagualu.fault_tolerance.forecast.report")
     assert not loaded & {"torch", "hydra", "omegaconf"}
 
 
