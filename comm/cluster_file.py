@@ -1,12 +1,13 @@
 """Reads clusters from YAML files: recipes/cluster/*.yaml, or files of the user. A recipe names one by `cluster=NAME`.
 
-A file describes a cluster of one kind of chip (`chip`, `tiers`, ...), or joins other clusters into a mixed one (`parts`, `joint`).
+A file describes a cluster of one kind of chip (`chip`, `tiers`, ...) or a machine whose processors its ranks share (`ranks`), or it
+joins other clusters into a mixed one (`parts`, `joint`).
 docs/design/clusters.md lists the keys. Errors name the file, the key and what to give.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -16,11 +17,17 @@ import yaml
 
 from bagualu.comm.cost import ALGORITHMS
 from bagualu.comm.errors import RecipeError
-from bagualu.comm.topology import Chip, Cluster, ClusterPart, LinkTier, ShapeEfficiency, Storage
+from bagualu.comm.topology import Chip, Cluster, ClusterPart, LinkTier, OperatorTime, ShapeEfficiency, Storage
 
-_Read = TypeVar("_Read", Chip, LinkTier, Storage, ShapeEfficiency)
+_Read = TypeVar("_Read", Chip, LinkTier, Storage, ShapeEfficiency, OperatorTime)
 _SINGLE = ("chip", "tiers", "start_seconds", "devices", "algorithms", "storage", "failures_per_device_hour")
+_SHARED = ("ranks", "failures_per_device_hour")
+_OF_RANKS = ("chip", "tiers", "start_seconds", "storage")
 _MIXED = ("parts", "joint", "start_seconds", "algorithms", "storage")
+_NO_LINKS = LinkTier("none", 0.0, math.inf)
+"""The links of a rank that is alone."""
+THIS = "this"
+"""The name of the cluster that `bagualu doctor` measures and writes into the cache folder."""
 _EXAMPLES = {
     "chip": "a section with name, vendor, matmul_flops_per_second, ...",
     "tiers": "a section with one section per tier of links, from the innermost",
@@ -30,7 +37,8 @@ _EXAMPLES = {
 
 
 def cluster_names(folders: Sequence[Path] = ()) -> list[str]:
-    """Returns the names that `cluster=` takes: of Bagualu's own files and of those in `folders`."""
+    """Returns the names that `cluster=` takes: of Bagualu's own files and of those in `folders`. `this` is there only once it
+    has been measured."""
     own = [entry.name for entry in (files("bagualu.recipes") / "cluster").iterdir()]
     names = [*own, *(entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir())]
     return sorted({name.removesuffix(".yaml") for name in names if name.endswith(".yaml")})
@@ -54,6 +62,8 @@ def read_cluster(values: Any, name: str, source: str, folders: Sequence[Path] = 
     if not isinstance(values, Mapping):
         raise RecipeError(f"{source}: the file must hold keys and values; give chip, tiers, ...")
     top = _Section(source, "", values)
+    if "ranks" in values:
+        return _shared(top, name)
     mixed = "parts" in values
     top.check_keys(_MIXED if mixed else _SINGLE)
     parts = _parts(top.filled("parts"), folders) if mixed else (_part(top),)
@@ -63,8 +73,32 @@ def read_cluster(values: Any, name: str, source: str, folders: Sequence[Path] = 
         start_seconds=top.number("start_seconds"),
         joint=_joint(top.section("joint")) if mixed else None,
         algorithms=_algorithms(top),
-        storage=top.section("storage").read(Storage) if top.gives("storage") else None,
+        storage=_storage(top),
     )
+
+
+def _shared(top: "_Section", name: str) -> Cluster:
+    """Returns a machine whose processors its ranks share: `ranks` has a section for each number of ranks."""
+    top.check_keys(_SHARED)
+    sections = top.section("ranks").values
+    if not sections or not all(isinstance(number, int) and number >= 1 for number in sections):
+        raise top.refuse(
+            "ranks", "must have a section for each number of ranks, e.g. 2: {chip: ..., tiers: ..., start_seconds: ...}"
+        )
+    by_ranks = {}
+    for number, values in sections.items():
+        section = _Section(top.source, f"ranks.{number}", values)
+        section.check_keys(_OF_RANKS)
+        alone = number == 1 and not section.gives("tiers")
+        part = ClusterPart(
+            chip=section.section("chip").read(Chip),
+            tiers=(_NO_LINKS,) if alone else _tiers(section.filled("tiers")),
+            devices=number,
+            failures_per_device_hour=_failures(top),
+        )
+        start = 0.0 if alone and not section.gives("start_seconds") else section.number("start_seconds")
+        by_ranks[number] = Cluster(name, (part,), start, storage=_storage(section))
+    return replace(by_ranks[max(by_ranks)], by_ranks=by_ranks)
 
 
 def _path(name: str, folders: Sequence[Path]) -> Path:
@@ -75,6 +109,8 @@ def _path(name: str, folders: Sequence[Path]) -> Path:
             raise RecipeError(f"cluster={name} is no file; give one of {', '.join(known)}, or a .yaml file")
         return Path(name)
     if name not in known:
+        if name == THIS:
+            raise RecipeError("cluster=this has not been measured yet; run bagualu doctor")
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean cluster={near[0]}? " if near else ""
         raise RecipeError(f"cluster={name} is unknown; {hint}There are {', '.join(known)}; or give a .yaml file")
@@ -165,9 +201,19 @@ class _Section:
         present = [field for field in own if _required(field) or self.gives(field.name)]
         return kind(**given, **{field.name: self._value(field, hints[field.name]) for field in present})
 
+    def _choice(self, key: str, values: Sequence[str]) -> str:
+        """Returns one of `values`. Raises RecipeError if it is another."""
+        if self.values[key] not in values:
+            raise self.refuse(key, f"must be {' or '.join(values)}")
+        return str(self.values[key])
+
     def _value(self, field: Field[Any], hint: Any) -> Any:
         if field.name == "efficiency":
-            return _efficiency(self.filled("efficiency"))
+            return _rows(self.filled("efficiency"), ShapeEfficiency, "[{m: 4096, n: 4096, k: 4096, fraction: 0.8}]")
+        if field.name == "type":
+            return self._choice("type", ("cpu", "cuda"))
+        if field.name == "operators":
+            return _rows(self.filled("operators"), OperatorTime, "[{dtype: bfloat16, work: 2097152, seconds: 1.0e-04}]")
         example = field.metadata.get("example")
         example = f"{field.name}: {example}" if example else None
         if hint is str:
@@ -185,14 +231,14 @@ def _required(field: Field[Any]) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
-def _efficiency(section: _Section) -> dict[str, tuple[ShapeEfficiency, ...]]:
-    """Returns the efficiencies of each dtype, a list of sections with m, n, k and fraction."""
+def _rows(section: _Section, kind: type[_Read], example: str) -> dict[str, tuple[_Read, ...]]:
+    """Returns, for each key of `section`, a list of instances of the dataclass `kind`."""
     tables = {}
-    for dtype, rows in section.values.items():
+    for name, rows in section.values.items():
         if not isinstance(rows, list) or not rows:
-            raise section.refuse(dtype, "must be a list, e.g. [{m: 4096, n: 4096, k: 4096, fraction: 0.8}]")
-        sections = [_Section(section.source, f"{section.full(dtype)}[{index}]", row) for index, row in enumerate(rows)]
-        tables[str(dtype)] = tuple(row.read(ShapeEfficiency) for row in sections)
+            raise section.refuse(name, f"must be a list, e.g. {example}")
+        sections = [_Section(section.source, f"{section.full(name)}[{index}]", row) for index, row in enumerate(rows)]
+        tables[str(name)] = tuple(row.read(kind) for row in sections)
     return tables
 
 
@@ -213,8 +259,16 @@ def _part(top: _Section) -> ClusterPart:
         chip=top.section("chip").read(Chip),
         tiers=_tiers(top.filled("tiers")),
         devices=top.whole("devices") if top.gives("devices") else None,
-        failures_per_device_hour=top.numbers("failures_per_device_hour") if top.gives("failures_per_device_hour") else {},
+        failures_per_device_hour=_failures(top),
     )
+
+
+def _failures(top: _Section) -> dict[str, float]:
+    return top.numbers("failures_per_device_hour") if top.gives("failures_per_device_hour") else {}
+
+
+def _storage(top: _Section) -> Storage | None:
+    return top.section("storage").read(Storage) if top.gives("storage") else None
 
 
 def _tiers(section: _Section) -> tuple[LinkTier, ...]:

@@ -6,7 +6,7 @@ group of a layout (parallel/layout.py) has a constant stride. Nothing here costs
 ranks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import gcd
 
@@ -21,6 +21,17 @@ class ShapeEfficiency:
     n: int
     k: int
     fraction: float = field(metadata={"most": 1.0})
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """The measured time of an operator on tensors of some size."""
+
+    dtype: str = field(metadata={"example": "bfloat16"})
+    """The dtype of its first tensor."""
+    work: float = field(metadata={"example": "2097152"})
+    """The floating-point operations of matrix products; of other operators the bytes that are read and written."""
+    seconds: float = field(metadata={"example": "1.0e-04"})
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,11 @@ class Chip:
     """Memory that the driver reports as used although no tensor uses it: the context, kernels, buffers of collectives."""
     efficiency: Mapping[str, tuple[ShapeEfficiency, ...]] = field(default_factory=dict)
     """For each dtype, measured efficiencies of matrix products. Empty: not measured."""
+    operators: Mapping[str, tuple[OperatorTime, ...]] = field(default_factory=dict)
+    """For operators by torch's names, e.g. aten.silu.default, their measured times. Empty: not measured."""
+    type: str = "cuda"
+    """cpu, or cuda for a GPU and every other accelerator, which run the same operators. A CPU begins an operator only when the one
+    before has ended, and its own processors move what ranks send each other."""
 
     def peak(self, dtype: str) -> float:
         """Returns the peak of matrix products of `dtype`, in floating-point operations per second. Raises RecipeError if it is
@@ -128,6 +144,9 @@ class Cluster:
     """The algorithms that the collective library has (comm/cost.py); empty: all."""
     storage: Storage | None = None
     """None: unknown."""
+    by_ranks: Mapping[int, "Cluster"] = field(default_factory=dict)
+    """For a machine whose processors the ranks share, what it is like for each number of ranks that was measured; the other fields
+    are those of the largest number. Empty: the figures hold for any number of ranks."""
 
     @property
     def devices(self) -> int | None:
@@ -138,10 +157,17 @@ class Cluster:
     def for_world(self, world: int) -> "Cluster":
         """Returns the cluster with exactly `world` devices, of a mixed cluster the same share of each part.
 
-        Raises RecipeError if there are not so many, or if a part's share is not a number of whole domains of its innermost tier.
+        Raises RecipeError if there are not so many, if a part's share is not a number of whole domains of its innermost tier, or if
+        a machine whose processors the ranks share was not measured with so many.
         """
         if world < 1:
             raise RecipeError(f"world={world} must be at least 1, e.g. world=8")
+        if self.by_ranks:
+            if world not in self.by_ranks:
+                measured = " or ".join(map(str, sorted(self.by_ranks)))
+                raise RecipeError(f"world={world}: cluster={self.name} was measured with {measured} ranks, which share its "
+                                  f"processors; give world={_nearest(world, self.by_ranks)}")  # fmt: skip
+            return self.by_ranks[world]
         if self.devices is not None and world > self.devices:
             raise RecipeError(f"world={world}: cluster={self.name} has {self.devices} devices; give world={self.devices} or less")
         if self.joint is None:
@@ -210,6 +236,10 @@ class Cluster:
         while any(unit * times % (part.tiers[0].devices or 1) for unit, part in zip(units, self.parts, strict=True)):
             times += 1
         return sum(units) * times
+
+
+def _nearest(number: int, others: Iterable[int]) -> int:
+    return min(others, key=lambda other: abs(other - number))
 
 
 def as_range(ranks: "range | tuple[int, ...]") -> range:

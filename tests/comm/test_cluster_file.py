@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from bagualu.comm.cluster_file import cluster_names, load_cluster, read_cluster
+from bagualu.comm.cost import collective_seconds
 from bagualu.comm.errors import RecipeError
-from bagualu.comm.topology import ShapeEfficiency
+from bagualu.comm.topology import OperatorTime, ShapeEfficiency
 
 FOLDER = Path(__file__).parents[2] / "recipes/cluster"
 SINGLE = """
@@ -36,6 +37,25 @@ parts:
   a100_80gb: {devices: 8}
 joint: {latency_seconds: 5.0e-06, bytes_per_second: 1.0e+10}
 start_seconds: 1.0e-05
+"""
+SHARED = """
+ranks:
+  1:
+    chip: &chip
+      name: cores
+      vendor: vendor
+      type: cpu
+      matmul_flops_per_second: {bfloat16: 8.0e+11}
+      memory_bytes: 32000000000
+      memory_bytes_per_second: 2.0e+10
+      launch_seconds: 5.0e-06
+      context_bytes: 300000000
+      operators: {aten.silu.default: [{dtype: bfloat16, work: 2097152, seconds: 1.0e-04}]}
+  2:
+    chip: {<<: *chip, memory_bytes: 16000000000, matmul_flops_per_second: {bfloat16: 4.0e+11}}
+    tiers: {loopback: {latency_seconds: 5.0e-05, bytes_per_second: 2.0e+09}}
+    start_seconds: 1.0e-05
+    storage: {read_bytes_per_second: 1.0e+09, write_bytes_per_second: 1.0e+08, device_bytes_per_second: 1.0e+09}
 """
 
 
@@ -109,6 +129,45 @@ def test_numbers_may_be_written_without_point_or_sign() -> None:
     """YAML 1.1 reads 1e11 as text."""
     cluster = read_cluster(document(SINGLE.replace("1.0e+11", "1e11")), "test", "test.yaml")
     assert cluster.parts[0].tiers[0].bytes_per_second == 1e11
+
+
+def test_ranks_that_share_processors_have_the_figures_measured_with_as_many() -> None:
+    cluster = read_cluster(document(SHARED), "this", "this.yaml")
+    alone, two = (cluster.for_world(world) for world in (1, 2))
+    assert [one.parts[0].chip.memory_bytes for one in (alone, two)] == [32 * 10**9, 16 * 10**9]
+    assert [one.devices for one in (alone, two)] == [1, 2]
+    assert collective_seconds(alone, "all_reduce", 1e6, range(1)) == 0
+    assert collective_seconds(two, "p2p", 2e9, range(2)) == pytest.approx(1.0, rel=0.001)
+    assert [one.storage is not None for one in (alone, two)] == [False, True]
+    assert alone.parts[0].chip.operators == {"aten.silu.default": (OperatorTime("bfloat16", 2097152, 1e-4),)}
+    with pytest.raises(RecipeError, match=r"world=3: cluster=this was measured with 1 or 2 ranks.*give world=2"):
+        cluster.for_world(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "fix"),
+    [
+        (lambda values: values.update(ranks={}), "must have a section for each number of ranks"),
+        (lambda values: values.update(ranks={"two": values["ranks"][2]}), "must have a section for each number of ranks"),
+        (lambda values: values.update(devices=2), "unknown key devices"),
+        (lambda values: values["ranks"][2].pop("tiers"), "ranks.2.tiers is missing"),
+        (lambda values: values["ranks"][2].update(start_second=1), "did you mean ranks.2.start_seconds"),
+        (lambda values: values["ranks"][1]["chip"].update(type="gpu"), "type=gpu must be cpu or cuda"),
+        (lambda values: values["ranks"][1]["chip"].update(operators={"aten.silu.default": 1.0}), "must be a list, e.g. .*work"),
+        (lambda values: values["ranks"][1]["chip"]["operators"]["aten.silu.default"][0].update(seconds=0), "seconds=0 must be a"),
+    ],
+)
+def test_a_shared_machine_is_refused_with_key_and_fix(change: Callable[[Any], Any], fix: str) -> None:
+    with pytest.raises(RecipeError, match=fix) as refused:
+        read_cluster(document(SHARED, change), "this", "this.yaml")
+    assert "this.yaml" in str(refused.value)
+
+
+def test_this_is_known_once_it_has_been_measured(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^cluster=this has not been measured yet; run bagualu doctor$"):
+        load_cluster("this", [tmp_path])
+    (tmp_path / "this.yaml").write_text(SHARED)
+    assert load_cluster("this", [tmp_path]).for_world(2).name == "this"
 
 
 def test_an_efficiency_table_is_read_and_may_be_left_out() -> None:
