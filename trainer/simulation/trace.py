@@ -73,12 +73,12 @@ class Tracer(TorchDispatchMode):
     ) -> Any:
         named = kwargs or {}
         result = func(*args, **named)
-        given, made = [*_tensors(args), *_tensors(named.values())], list(_tensors((result,)))
+        given, made = [*tensors_of(args), *tensors_of(named.values())], list(tensors_of((result,)))
         self._measure(self._resized)
         for tensor in made:
             if tensor.is_meta:
                 self._count(tensor)
-        if _computes(func) and any(tensor.is_meta for tensor in (made or given)):
+        if computes(func) and any(tensor.is_meta for tensor in (made or given)):
             self._write(self._operator(func, args, named, result, given, made))
         return result
 
@@ -172,25 +172,32 @@ class Tracer(TorchDispatchMode):
         flags = tuple(arg for arg in args if isinstance(arg, bool))
         key = func, flags, *((tensor.dtype, tensor.shape, tensor.stride()) for tensor in (*given, *made))
         if (known := self._known.get(key)) is None:
-            reads, writes = _read_and_written(func, args, named)
-            known = self._known[key] = Operator(
-                name=str(func),
-                inputs=tuple(map(_type_of, given)),
-                outputs=tuple(map(_type_of, made)),
-                read_bytes=sum(map(_bytes_of, reads)),
-                written_bytes=sum(map(_bytes_of, writes or made)),
-                flops=flops_of(func, args, named, result),
-            )
+            known = self._known[key] = operator_of(func, args, named, result, given, made)
         return known
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def operator_of(
+    func: Any, args: Sequence[Any], named: Mapping[str, Any], result: Any, given: Sequence[Tensor], made: Sequence[Tensor]
+) -> Operator:
+    """Returns the description of a call of `func`; `given` are the tensors among its arguments, `made` those of its result."""
+    reads, writes = _read_and_written(func, args, named)
+    return Operator(
+        name=str(func),
+        inputs=tuple(map(_type_of, given)),
+        outputs=tuple(map(_type_of, made)),
+        read_bytes=sum(map(_bytes_of, reads)),
+        written_bytes=sum(map(_bytes_of, writes or made)),
+        flops=flops_of(func, args, named, result),
+    )
+
+
+def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
     """Yields the tensors among `values` and in lists in them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, tuple | list):
-            yield from _tensors(value)
+            yield from tensors_of(value)
 
 
 def _type_of(tensor: Tensor) -> TensorType:
@@ -203,7 +210,7 @@ def _bytes_of(tensor: Tensor) -> int:
 
 
 @lru_cache(None)
-def _computes(func: Any) -> bool:
+def computes(func: Any) -> bool:
     """Returns whether an operator runs a kernel: it neither only makes a view nor only allocates."""
     name = func._schema.name
     views = [value for value in func._schema.returns if value.alias_info is not None and not value.alias_info.is_write]
@@ -218,7 +225,7 @@ def _read_and_written(func: Any, args: Sequence[Any], named: Mapping[str, Any]) 
     for index, argument in enumerate(func._schema.arguments):
         value = args[index] if index < len(args) else named.get(argument.name)
         changed = argument.alias_info is not None and argument.alias_info.is_write
-        tensors = list(_tensors((value,)))
+        tensors = list(tensors_of((value,)))
         writes += tensors if changed else []
         reads += [] if changed and (overwrites or argument.is_out) else tensors
     return reads, writes
