@@ -47,7 +47,8 @@ ROOMS = {
     "fault_tolerance/replica": ("checkpoint", "checkpoint/layout", "checkpoint/saving"),
     "fault_tolerance/watchdog": (),
     "launch/batch": (),
-    "launch/verbs": ("batch", "workers"),
+    "launch/machine": ("workers",),
+    "launch/verbs": ("batch", "machine", "workers"),
     "launch/watch": (),
     "launch/workers": ("watch",),
     "parallel/balance": (),
@@ -73,7 +74,7 @@ ROOMS = {
 """By room, which others of the same top folder it may import, besides the files of the top folder itself."""
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
     "launch/cli.py": {  # errors, outcome and usage too: a Ctrl-C while they are imported is answered
-        *(f"bagualu.launch.verbs.{verb}" for verb in ("checkpoint", "rehearse", "schedule", "show_recipe")),
+        *(f"bagualu.launch.verbs.{verb}" for verb in ("checkpoint", "doctor", "rehearse", "schedule", "show_recipe")),
         *(f"bagualu.launch.verbs.{verb}" for verb in ("slurm", "train", "usage")),
         "bagualu.comm.errors",
         "bagualu.trainer.process.failure",
@@ -178,6 +179,7 @@ PRIVATE_NAMES_OF_TORCH = {
     "trainer/costs/tensor_memory.py": {"_python_dispatch"},
     "trainer/operators/attention.py": {"_softmax_backward_data"},
     "trainer/optim/rules.py": {"_fused_adamw_"},
+    "trainer/simulation/timed.py": {"_python_dispatch"},
     "trainer/simulation/trace.py": {"_python_dispatch"},
 }
 """What each file uses of torch that torch does not publish. In elastic_private.py also attributes of elastic's classes."""
@@ -310,7 +312,8 @@ def loaded_after(statements):
 
 
 def test_help_needs_neither_torch_nor_hydra():
-    loaded = loaded_after("from bagualu.launch.cli import main\nmain(['--help'])\nmain(['train', '--help'])")
+    pages = "main(['--help']), main(['train', '--help']), main(['doctor', '--help']), main(['doctor', '--qick'])"
+    loaded = loaded_after(f"from bagualu.launch.cli import main\n{pages}")
     assert not loaded & {"torch", "hydra", "omegaconf"}
 
 
@@ -417,6 +420,9 @@ def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, 
         return check(recipe, recipe.world_size())
     request = usage.read(words[1:])
     if request.help:
+        return None
+    if request.verb == "doctor":
+        assert {word.partition("=")[0] for word in request.overrides} <= set(usage.DOCTOR_KEYS)
         return None
     if request.verb == "checkpoint":
         assert request.overrides[0] in ("list", "verify")

@@ -16,6 +16,7 @@ VERBS = {
     "rehearse": "train under planned faults, and report which were survived",
     "checkpoint": "list the checkpoints of a run, or verify every byte of them",
     "schedule": "draw a pipeline schedule, and the times that a run measured",
+    "doctor": "measure what this machine can do, and say what is wrong with it",
 }
 
 _HELP = """\
@@ -141,6 +142,27 @@ options:
   -h, --help  this page"""
 
 
+_DOCTOR = """\
+usage: bagualu doctor [key=value ...] [--quick] [--json]
+
+Measures this machine as a run uses it: matrix products of each dtype, operators, memory, communication between ranks,
+and the disk of run directories. Ranks that share a CPU are measured alone and together. Says which backends work, what
+is wrong and what to do about it, and writes the figures as cluster=this into the cache folder. Takes about a minute.
+
+keys:
+  launch.workers          measure this number of workers only; default: one for each GPU, or 1, 2, 4 ... up to the cores
+  launch.threads launch.affinity launch.allocator    as in a run
+  comm.backend            default auto: nccl where torch can use GPUs, else gloo
+  run.dir                 where runs will be, for the figures of its disk
+  data.cache              the cache folder, default ~/.cache/bagualu
+
+options:
+  --quick     few sizes of everything, in seconds, which makes predictions less accurate
+  --json      print one JSON document on stdout, all else on stderr
+  -h, --help  this page"""
+
+
+DOCTOR_KEYS = ("launch.workers", "launch.threads", "launch.affinity", "launch.allocator", "comm.backend", "run.dir", "data.cache")
 SCHEDULE_KEYS = ("name", "stages", "micro_batches", "chunks", "forward", "input", "weight", "message", "out")
 SEVERAL = {
     "train": "add -m to run them one after the other",
@@ -148,6 +170,7 @@ SEVERAL = {
     "rehearse": "one rehearsal takes one value of each key; rehearse each value by itself",
     "checkpoint": "`bagualu checkpoint` looks at one run; give each by itself",
     "schedule": "one schedule takes one value of each key; draw each by itself",
+    "doctor": "`bagualu doctor` takes one value of each key",
 }
 """For each verb, the advice that is printed when a key was given several values."""
 
@@ -170,6 +193,8 @@ class CommandLine:
     """Whether --print was given: print the batch script and do nothing."""
     compare: bool = True
     """False with --no-compare: leave out the rehearsal's run without faults."""
+    quick: bool = False
+    """Whether --quick was given: measure few sizes."""
 
 
 _LONG = {"-h": "--help", "-m": "--multirun", "-c": "--cfg"}
@@ -179,12 +204,13 @@ _OPTIONS = {
     "--multirun": ("train",),
     "--print": ("slurm",),
     "--no-compare": ("rehearse",),
+    "--quick": ("doctor",),
     "--cfg": ("train", "slurm", "rehearse"),
 }
 """Every option, and the verbs that accept it."""
 _SETS = {
     "--help": ("help", True), "--json": ("json", True), "--multirun": ("multirun", True), "--print": ("print_script", True),
-    "--no-compare": ("compare", False), "--cfg": ("print_recipe", True),
+    "--no-compare": ("compare", False), "--quick": ("quick", True), "--cfg": ("print_recipe", True),
 }  # fmt: skip
 """The field of CommandLine that each option sets, and the value that the field gets."""
 
@@ -242,8 +268,8 @@ def unknown_option(option: str, verb: str) -> str:
 
 def _meant_key(name: str, verb: str) -> str | None:
     """Returns the key that was probably meant by the option --NAME; None if no key is like it."""
-    if verb == "schedule":
-        return name if name in SCHEDULE_KEYS else None
+    if own := {"schedule": SCHEDULE_KEYS, "doctor": DOCTOR_KEYS}.get(verb):
+        return next((key for key in own if name in (key, key.rsplit(".", 1)[-1])), None)
     if verb == "checkpoint":
         return None
     from bagualu.trainer.recipe.keys import keys  # Hydra's library
@@ -256,8 +282,8 @@ def page(verb: str) -> str:
     """Returns the help page of a verb as text; for an empty string, the page with the list of verbs."""
     if not verb:
         return _HELP.format(verbs="\n".join(f"  {name:<12}{what}" for name, what in VERBS.items()))
-    if verb == "checkpoint":
-        return _CHECKPOINT
+    if verb in ("checkpoint", "doctor"):
+        return {"checkpoint": _CHECKPOINT, "doctor": _DOCTOR}[verb]
     if verb == "schedule":
         return _SCHEDULE.format(names=" ".join(FAMILIES))
     if verb == "rehearse":

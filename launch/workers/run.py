@@ -15,6 +15,7 @@ from bagualu.launch.watch.hang import HangCheck
 from bagualu.launch.watch.ledger import LedgerWatcher
 from bagualu.launch.watch.summary import SummaryWatcher
 from bagualu.launch.workers import fork_server, storage_probe
+from bagualu.launch.workers.ended import Ended
 from bagualu.launch.workers.rendezvous_config import Meeting
 from bagualu.launch.workers.scratch import scratch
 from bagualu.trainer.process import environment
@@ -86,6 +87,22 @@ def run(
         following = [] if meeting else next_commands(overrides, recipe.optim, done, steps, typed)
         print(summary_text(ended.summary, following))
     return STOPPED if ended.summary["ended"] == "stopped" else DONE, ended.summary
+
+
+def call_on_workers(recipe: Recipe, workers: int, entrypoint: str, stop: StopRequest) -> Ended:
+    """Starts `workers` workers on this machine as a run of the recipe does, with its threads, cores and allocator, and calls
+    `entrypoint` on each in place of the trainer. Returns what the first returned, as the summary, or why it failed. Nothing is
+    written to run.dir but logs, and nothing is printed to stdout."""
+    stop.install()
+    with scratch() as folder, _environment(environment.variables(recipe.launch, workers)):
+        fork_server.start(["bagualu.launch.workers.worker_process", _ELASTIC, entrypoint.split(":")[0]], folder)
+        with uncollected():
+            from bagualu.launch.workers import processes  # it imports torch, while the fork server does the same
+
+        ended = processes.run_processes(recipe, workers, entrypoint, True, folder, stop)
+        stop.install()  # the agent had replaced the signal handlers
+        fork_server.stop()
+    return ended
 
 
 def tell_refusal(recipe: Recipe, workers: int, error: RecipeError, stop: StopRequest, meeting: Meeting) -> None:

@@ -62,7 +62,7 @@ def _usable_gpus(workers: int) -> tuple[int, str]:
     gpus = gpu_count()
     if not gpus:
         return 0, "no NVIDIA GPU here"
-    if not _torch_has_cuda():
+    if not torch_has_cuda():
         return 0, "the installed torch is built without CUDA, so the GPUs here are not used"
     if gpus < workers:
         return gpus, f"{gpus} GPU{'s' * (gpus > 1)} here for {workers} workers"
@@ -87,7 +87,7 @@ def gpu_count() -> int:
     return count.value
 
 
-def _torch_has_cuda() -> bool:
+def torch_has_cuda() -> bool:
     """Returns whether the installed torch was built for NVIDIA GPUs, according to its version.py; True if that file does not
     tell."""
     spec = find_spec("torch")

@@ -24,7 +24,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
     def make(gpus: int, torch_has_cuda: bool = True) -> None:
         monkeypatch.setattr(chooser, "gpu_count", lambda: gpus)
         monkeypatch.setattr(preflight, "gpu_count", lambda: gpus)
-        monkeypatch.setattr(chooser, "_torch_has_cuda", lambda: torch_has_cuda)
+        monkeypatch.setattr(chooser, "torch_has_cuda", lambda: torch_has_cuda)
 
     return make
 

@@ -1,0 +1,138 @@
+"""What a rank does for `bagualu doctor`: the functions that the launcher starts on each worker in place of the trainer."""
+
+import resource
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagualu.comm.group import Communicator
+from bagualu.comm.objects import broadcast_json, gather_json
+from bagualu.launch.machine import links, plan, products
+from bagualu.launch.machine.figures import OperatorSample, RankFigures, by_octave, of_all, rank_figures
+from bagualu.launch.machine.plan import Plan, Sample
+from bagualu.parallel.simulation.events import Operator
+from bagualu.parallel.simulation.measured_times import dtype_of, work_of
+from bagualu.trainer.costs.cache import device_name
+from bagualu.trainer.data.config import RANDOM, DataConfig
+from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+from bagualu.trainer.recipe.config import Recipe, TrainConfig
+from bagualu.trainer.recipe.device_memory import cpu_bytes
+from bagualu.trainer.simulation.timed import Timed, operator_times, step_seconds
+
+_TINY = Sample(16, 16, 300, 1, "bfloat16", experts=2, layers=8, sequence_length=8)
+"""A model whose operators take no time but that of starting them."""
+_STEPS, _TINY_STEPS = 3, 12
+_LEAST_SECONDS = 1e-6
+"""Python starts no operator sooner than that."""
+
+
+class Stopped(Exception):
+    """The user has asked to stop."""
+
+
+def measure(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], scratch: Path | None = None) -> dict[str, Any]:
+    """Returns the figures of the mean rank, as `RankFigures.as_dict` does; an empty dictionary if the user has asked to stop."""
+    return _measure(communicator, stop, plan.FULL)
+
+
+def measure_quickly(
+    recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], scratch: Path | None = None
+) -> dict[str, Any]:
+    """Does the same as `measure` with few shapes and sizes, in seconds."""
+    return _measure(communicator, stop, plan.QUICK)
+
+
+def check(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], scratch: Path | None = None) -> dict[str, Any]:
+    """Returns whether the sum of a one from each rank is the number of ranks."""
+    ones = torch.ones(1024, device=communicator.device)
+    communicator.world.all_reduce(ones)
+    return {"works": ones.tolist() == [float(communicator.size)] * ones.numel()}
+
+
+def _measure(communicator: Communicator, stop: Callable[[], bool], how: Plan) -> dict[str, Any]:
+    def meet() -> None:
+        """Waits for the other ranks. Raises Stopped on all of them if the first was asked to stop."""
+        if broadcast_json(stop(), communicator.world) if communicator.size > 1 else stop():
+            raise Stopped
+
+    try:
+        own = figures_of_rank(communicator, how, meet)
+    except Stopped:
+        return {}
+    return of_all([rank_figures(each) for each in gather_json(own.as_dict(), communicator.world)]).as_dict()
+
+
+def figures_of_rank(communicator: Communicator, how: Plan, meet: Callable[[], None]) -> RankFigures:
+    """Returns what this rank measures; `meet` waits for the others."""
+    device = communicator.device
+    on_cpu = device.type == "cpu"
+    before = _used_bytes(device)
+    times, spread = products.product_times(plan.DTYPES, device, how, meet)
+    copies = products.copy_bytes_per_second(device, how, meet)
+    meet()
+    tiny = operator_times(_recipe(_TINY), _TINY_STEPS) if on_cpu else []
+    return RankFigures(
+        ranks=communicator.size,
+        device=device.type,
+        name=device_name(device),
+        threads=torch.get_num_threads(),
+        memory_bytes=cpu_bytes() // communicator.size if on_cpu else _gpu_bytes(device),
+        context_bytes=before,
+        products=times,
+        copy_bytes_per_second=copies,
+        launch_seconds=_between_operators(tiny) if on_cpu else products.launch_seconds(device, how.rounds),
+        operators=_operators(how, tiny, meet) if on_cpu else [],
+        links=links.link_times(communicator.world, how) if communicator.size > 1 else [],
+        spread=spread,
+    )
+
+
+def _used_bytes(device: torch.device) -> int:
+    """Returns the memory that the rank uses without tensors: of a CPU the process's, of a GPU the driver's."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    torch.mm(torch.ones(2, 2, device=device), torch.ones(2, 2, device=device))  # the library for products is part of the context
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
+def _gpu_bytes(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[1])
+
+
+def _operators(how: Plan, tiny: Sequence[Timed], meet: Callable[[], None]) -> list[OperatorSample]:
+    """Returns the times of all operators but products of two matrices in steps of the sample models, and in those of the `tiny`
+    model, which take least."""
+    timed = [*tiny, *(one for sample in how.samples for one in operator_times(_recipe(sample), _STEPS, meet))]
+    return by_octave(
+        [
+            OperatorSample(operator.name, dtype_of(operator), work_of(operator), seconds)
+            for operator, seconds in timed
+            if not _is_product(operator)
+        ]
+    )
+
+
+def _between_operators(tiny: Sequence[Timed]) -> float:
+    """Returns the time of a step of the tiny model that is spent outside operators, for each of them: in Python, and in starting
+    them."""
+    count = len(tiny) // _TINY_STEPS
+    inside = sum(min(seconds for _, seconds in tiny[index::count]) for index in range(count))
+    return max(_LEAST_SECONDS, (min(step_seconds(_recipe(_TINY), _TINY_STEPS)) - inside) / count)
+
+
+def _is_product(operator: Operator) -> bool:
+    """Returns whether the operator is a product of two matrices, which product_times measures by shape."""
+    return operator.flops > 0 and all(len(tensor.shape) <= 2 for tensor in operator.inputs)
+
+
+def _recipe(sample: Sample) -> Recipe:
+    """Returns the recipe of a sample, whose heads are 64 wide, or one head if it is narrower."""
+    model = ModelConfig(
+        layers=sample.layers, hidden=sample.hidden, heads=max(1, sample.hidden // 64), ffn=sample.ffn, vocab=sample.vocab,
+        moe=MoEConfig(experts=sample.experts, ffn=sample.ffn),
+    )  # fmt: skip
+    data = DataConfig(source=RANDOM, sequence_length=sample.sequence_length, global_batch=sample.micro_batch)
+    return Recipe(model=model, data=data, train=TrainConfig(steps=100, micro_batch=sample.micro_batch, dtype=sample.dtype))

@@ -1,0 +1,41 @@
+"""What ranks measure: each thing of the plan, on the sizes of the plan."""
+
+from dataclasses import replace
+
+from bagualu.comm.cost import KINDS
+from bagualu.comm.group import Communicator
+from bagualu.launch.machine.figures import RankFigures
+from bagualu.launch.machine.plan import QUICK, Grid
+from bagualu.launch.machine.worker import check, figures_of_rank
+from bagualu.trainer.recipe.config import Recipe
+from tests.harness import run
+
+PLAN = replace(
+    QUICK, cpu=Grid((32,), (16, 64)), few=Grid((32,), (16,)), product_seconds=1e-4, copied_bytes=2**20, message_bytes=(1024, 4096)
+)
+
+
+def figures(communicator: Communicator) -> RankFigures:
+    return figures_of_rank(communicator, PLAN, communicator.world.barrier)
+
+
+def works(communicator: Communicator) -> bool:
+    return bool(check(Recipe(), communicator, lambda: False)["works"])
+
+
+def test_a_rank_measures_each_thing_of_the_plan() -> None:
+    one, other = run("gloo", 2, figures)
+    shapes = [(product.dtype, product.m, product.n, product.k) for product in one.products]
+    assert len({shape for shape in shapes if shape[0] == "bfloat16"}) == 4
+    assert {dtype for dtype, *_ in shapes} >= {"float64", "float32", "bfloat16"}
+    assert {(link.kind, link.bytes) for link in one.links} == {(kind, size) for kind in KINDS for size in (1024, 4096)}
+    names = {sample.name for sample in one.operators}
+    assert {"aten.silu.default", "aten.bmm.default", "aten._fused_adamw_.default", "aten.embedding.default"} <= names
+    assert not names & {"aten.mm.default", "aten.addmm_.default", "aten.view.default", "aten.empty.memory_format"}
+    assert min(one.copy_bytes_per_second, one.launch_seconds, one.memory_bytes, one.context_bytes) > 0
+    assert (one.device, one.ranks, other.ranks) == ("cpu", 2, 2)
+    assert all(sample.seconds > 0 for sample in one.operators)
+
+
+def test_a_backend_that_sums_rightly_works() -> None:
+    assert run("gloo", 2, works) == [True, True]
