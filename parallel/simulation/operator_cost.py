@@ -3,6 +3,9 @@
 A kernel takes the longest of three times: its floating-point operations by the chip's matmul peak, its bytes by the bandwidth of
 the chip's memory, and the fixed time of a launch.
 
+On a CPU the launch comes in addition to the kernel, and where times of an operator were measured on the chip (measured_times.py),
+these count instead.
+
 The part of the peak that a product [m, k] x [k, n] reaches. A chip divides the m n results into tiles, computes as many tiles at a
 time as it has cores, and goes through k once for each of them. So its time is about
 
@@ -28,6 +31,7 @@ import numpy.typing as npt
 
 from bagualu.comm.topology import Chip, ShapeEfficiency
 from bagualu.parallel.simulation.events import Operator, TensorType
+from bagualu.parallel.simulation.measured_times import measured_seconds
 
 Matrix: TypeAlias = npt.NDArray[np.float64]
 Vector: TypeAlias = npt.NDArray[np.float64]
@@ -60,11 +64,15 @@ class Product:
 
 def operator_seconds(chip: Chip, operator: Operator) -> float:
     """Returns the seconds of `operator` on `chip`. Raises RecipeError if the chip has no peak for the dtype of its products."""
+    if (measured := measured_seconds(chip, operator)) is not None:
+        return chip.launch_seconds + measured
     computed = 0.0
     if operator.flops:
         product = product_of(operator)
         computed = operator.flops / rate(chip, product) if product else operator.flops / chip.peak(_dtype(operator.inputs[0]))
-    return max(chip.launch_seconds, computed, moved_bytes(operator) / chip.memory_bytes_per_second)
+    kernel = max(computed, moved_bytes(operator) / chip.memory_bytes_per_second)
+    # A CPU itself computes what an operator is, and so begins it only when the one before has ended.
+    return chip.launch_seconds + kernel if chip.type == "cpu" else max(chip.launch_seconds, kernel)
 
 
 def moved_bytes(operator: Operator) -> int:

@@ -7,7 +7,7 @@ import pytest
 
 from bagualu.comm.cluster_file import load_cluster
 from bagualu.comm.errors import RecipeError
-from bagualu.comm.topology import Chip, ShapeEfficiency
+from bagualu.comm.topology import Chip, OperatorTime, ShapeEfficiency
 from bagualu.parallel.simulation.events import Operator, TensorType
 from bagualu.parallel.simulation.operator_cost import Product, efficiency, operator_seconds, product_of, rate
 
@@ -55,6 +55,19 @@ def test_an_entry_that_no_smooth_form_explains_is_met_and_felt_around() -> None:
     assert efficiency(table, odd.m, odd.n, odd.k) == pytest.approx(0.3, rel=1e-3)
     assert 0.3 < efficiency(table, 4096, 8192, 5000) < measured(4096, 8192, 5000)
     assert efficiency(table, 256, 512, 64) == pytest.approx(measured(256, 512, 64), rel=1e-3)
+
+
+def test_a_cpu_launches_an_operator_only_when_the_one_before_has_ended(chip: Chip) -> None:
+    large, slow = product(8192, 4096, 1024), replace(chip, launch_seconds=1.0)
+    assert operator_seconds(replace(slow, type="cpu"), large) == pytest.approx(1.0 + operator_seconds(chip, large))
+    assert operator_seconds(slow, large) == 1.0
+
+
+def test_measured_times_of_an_operator_come_before_its_bytes(chip: Chip) -> None:
+    silu = operator("aten.silu.default", [(1024, 1024)], (1024, 1024))
+    measured = replace(chip, operators={"aten.silu.default": (OperatorTime("bfloat16", 2**22, 0.5),)})
+    assert operator_seconds(measured, silu) == pytest.approx(0.5 + chip.launch_seconds)
+    assert operator_seconds(measured, replace(silu, name="aten.exp.default")) < 0.1
 
 
 def test_a_product_takes_its_flops_by_what_it_reaches_of_the_peak(chip: Chip) -> None:
