@@ -10,57 +10,49 @@ from dataclasses import dataclass
 import torch
 
 from bagualu.comm.backend import Backend, ReduceOp, Transport, Work
-from bagualu.comm.calls import Communication, Waited
+from bagualu.comm.calls import Communication, Pending, Waited
 from bagualu.comm.world import World
 
 Write = Callable[[Communication | Waited, Sequence[torch.Tensor]], None]
 """Called with each event and, for a call, its tensors."""
 
 
-class Recorder:
-    """Numbers the calls of a rank and passes them to `write`, in order."""
-
-    def __init__(self, write: Write) -> None:
-        self.write = write
-        self._calls = 0
-
-    def begin(
-        self, kind: str, group: str, size: int, size_bytes: int, tensors: Sequence[torch.Tensor] = (), peer: int | None = None
-    ) -> int:
-        """Writes a call down and returns its number."""
-        number, self._calls = self._calls, self._calls + 1
-        self.write(Communication(number, kind, group, size, size_bytes, peer), tensors)
-        return number
-
-
-@dataclass
+@dataclass(eq=False)
 class RecordedWork:
     """A communication that was written down; `work` is None if none is carried out."""
 
     work: Work | None
-    number: int
-    recorder: Recorder
+    call: Communication
+    write: Write
+    pending: "Pending[RecordedWork]"
+    """The communications of this rank for which it has not waited."""
     waited: bool = False
+
+    def __post_init__(self) -> None:
+        self.pending.begin(self.call, self)
 
     def wait(self) -> None:
         if self.work is not None:
             self.work.wait()
         if not self.waited:
             self.waited = True
-            self.recorder.write(Waited(self.number), ())
+            self.write(self.pending.waited(self.call, self), ())
 
 
 class RecordingTransport:
     """The `Transport` of a group that writes its calls down, and passes them to `inner`, if there is one."""
 
-    def __init__(self, inner: Transport | None, ranks: Sequence[int], name: str, recorder: Recorder) -> None:
-        self.inner, self.ranks, self.name, self.recorder = inner, ranks, name, recorder
+    def __init__(
+        self, inner: Transport | None, ranks: Sequence[int], name: str, write: Write, pending: Pending[RecordedWork]
+    ) -> None:  # fmt: skip
+        self.inner, self.ranks, self.name, self.write, self._pending = inner, ranks, name, write, pending
 
     def _record(
         self, kind: str, size_bytes: int, call: Callable[[Transport], Work], *tensors: torch.Tensor, peer: int | None = None
     ) -> RecordedWork:
-        number = self.recorder.begin(kind, self.name, len(self.ranks), size_bytes, tensors, peer)
-        return RecordedWork(call(self.inner) if self.inner is not None else None, number, self.recorder)
+        begun = Communication(kind, self.name, len(self.ranks), size_bytes, peer)
+        self.write(begun, tensors)
+        return RecordedWork(call(self.inner) if self.inner is not None else None, begun, self.write, self._pending)
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp, asynchronous: bool) -> Work:
         return self._record("all_reduce", tensor.nbytes, lambda inner: inner.all_reduce(tensor, op, asynchronous), tensor)
@@ -95,7 +87,7 @@ class RecordingTransport:
         return self._record("barrier", 0, lambda inner: inner.barrier())
 
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
-        self.recorder.begin("lend", self.name, len(self.ranks), numel * dtype.itemsize)
+        self.write(Communication("lend", self.name, len(self.ranks), numel * dtype.itemsize), ())
         return self.inner.lend(numel, dtype) if self.inner is not None else None
 
 
@@ -105,12 +97,13 @@ class RecordingBackend:
     def __init__(
         self, world: World, timeout_seconds: float, inner: Backend | None = None, write: Write = lambda event, tensors: None
     ) -> None:  # fmt: skip
-        self.world, self.inner, self.recorder = world, inner, Recorder(write)
+        self.world, self.inner, self.write = world, inner, write
+        self._pending = Pending[RecordedWork]()
         self.device = inner.device if inner is not None else torch.device("meta")
 
     def transport(self, ranks: Sequence[int], name: str) -> RecordingTransport:
         inner = self.inner.transport(ranks, name) if self.inner is not None else None
-        return RecordingTransport(inner, ranks, name, self.recorder)
+        return RecordingTransport(inner, ranks, name, self.write, self._pending)
 
     def close(self) -> None:
         if self.inner is not None:

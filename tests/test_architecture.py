@@ -57,7 +57,7 @@ ROOMS = {
     "parallel/pipeline": ("pipeline/schedules",),
     "parallel/pipeline/schedules": (),
     "parallel/planner": ("pipeline",),
-    "parallel/simulation": ("pipeline/schedules",),
+    "parallel/simulation": ("pipeline", "pipeline/schedules"),
     "trainer/costs": ("data", "models/decoder", "optim", "recipe"),
     "trainer/data": (),
     "trainer/engine": ("models", "models/decoder", "optim", "recipe"),

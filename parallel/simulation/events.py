@@ -59,6 +59,7 @@ class Section:
     action: Action | None
     """The action: a pass for a micro-batch at a stage, or a message; None outside the program."""
     events: list[Event] = field(default_factory=list)
+    """Not to be changed once the trace is made: sections of actions that do the same share this list."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ class Role:
     """Their coordinate on the pipeline axis."""
     micro_batches: int
     """The number of micro-batches of each of them in a step."""
+    coordinates: tuple[range, ...] = ()
+    """Their coordinates on the fold axis (data x context); empty: all that there are."""
 
 
 def _change(event: Event) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from bagualu.comm.calls import Communication, Waited
+from bagualu.comm.calls import Communication, Pending, Waited
 from bagualu.comm.group import Communicator
 from bagualu.comm.recording import RecordingBackend
 from bagualu.comm.world import World
@@ -38,15 +38,29 @@ def test_calls_are_written_down_in_order_with_their_bytes_and_waits() -> None:
     communicator, events = alone(1, 2)
     assert talk(communicator).is_meta
     assert events == [
-        Communication(0, "all_reduce", "world", 2, 24),
-        Waited(0),
-        Communication(1, "reduce_scatter", "world", 2, 24),
-        Communication(2, "all_to_all", "world", 2, 32),
-        Waited(2),
-        Waited(1),
-        Communication(3, "receive", "world", 2, 24, peer=0),
-        Waited(3),
+        Communication("all_reduce", "world", 2, 24),
+        Waited("all_reduce", "world"),
+        Communication("reduce_scatter", "world", 2, 24),
+        Communication("all_to_all", "world", 2, 32),
+        Waited("all_to_all", "world"),
+        Waited("reduce_scatter", "world"),
+        Communication("receive", "world", 2, 24, peer=0),
+        Waited("receive", "world", 0),
     ]
+
+
+def test_a_wait_says_which_of_the_calls_under_way_has_ended() -> None:
+    communicator, events = alone(0, 2)
+    group, values = communicator.world, torch.ones(2, device=communicator.device)
+    first, second, third = (group.all_reduce(values, asynchronous=True) for _ in range(3))
+    second.wait()
+    third.wait()
+    first.wait()
+    assert [event.index for event in events[3:]] == [1, 1, 0]
+    pending = Pending[int]()
+    for number, call in enumerate(events[:3]):
+        pending.begin(call, number)
+    assert [pending.end(waited) for waited in events[3:]] == [1, 2, 0]
 
 
 def test_a_group_of_one_rank_communicates_nothing() -> None:

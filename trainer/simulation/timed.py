@@ -15,7 +15,7 @@ from bagualu.parallel.simulation.events import Operator
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.trace import computes, operator_of, tensors_of
+from bagualu.trainer.simulation.operators import Operators, computes, tensors_in
 from bagualu.trainer.step import train_step
 
 Timed = tuple[Operator, float]
@@ -28,6 +28,7 @@ class OperatorTimer(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.timed: list[Timed] = []
+        self._operators = Operators()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -37,8 +38,8 @@ class OperatorTimer(TorchDispatchMode):
         result = func(*args, **named)
         seconds = time.perf_counter() - started
         if computes(func):
-            given, made = [*tensors_of(args), *tensors_of(named.values())], list(tensors_of((result,)))
-            self.timed.append((operator_of(func, args, named, result, given, made), seconds))
+            given, made = [*tensors_in(args), *tensors_in(named.values())], list(tensors_in((result,)))
+            self.timed.append((self._operators.of(func, args, named, result, given, made), seconds))
         return result
 
     @classmethod

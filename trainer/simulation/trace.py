@@ -7,9 +7,8 @@ does, whatever that is: there is no other description of the model or the schedu
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,26 +27,19 @@ from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.boxes import Box
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.memory_kinds import ACTIVATIONS, BUFFERS, COMMUNICATION
+from bagualu.parallel.pipeline.program import Program
 from bagualu.parallel.pipeline.registry import compute_schedule
 from bagualu.parallel.pipeline.schedules.schedule import Action, Schedule, with_messages
-from bagualu.parallel.simulation.events import Allocation, Event, Free, Operator, RankTrace, Section, TensorType
+from bagualu.parallel.simulation.events import Allocation, Event, Free, RankTrace, Section
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.plan_split import plan_split
 from bagualu.trainer.data.config import RANDOM
 from bagualu.trainer.data.corpus import Corpus
 from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.flops import flops_of
-from bagualu.trainer.simulation.loads import GivenLoads, balanced, give
+from bagualu.trainer.simulation.loads import Shares, by_layer, give
+from bagualu.trainer.simulation.operators import Operators, computes, tensors_in
 from bagualu.trainer.step import train_step
-
-_OVERWRITES = ("aten::copy_", "aten::zero_", "aten::fill_")
-"""In-place operators that do not read what they write to."""
-_COMPUTE_NOTHING = (
-    *("aten::empty", "aten::new_empty", "aten::detach", "aten::lift_fresh", "aten::_unsafe_view", "aten::squeeze_"),
-    *("aten::unsqueeze_", "aten::transpose_", "aten::set_", "aten::resize_", "prim::"),
-)
-"""The beginnings of the names of operators that only make views, besides those that say so, or only allocate."""
 
 
 class Tracer(TorchDispatchMode):
@@ -63,23 +55,23 @@ class Tracer(TorchDispatchMode):
         self._action: Action | None = None
         self._blocks: dict[int, tuple[int, weakref.ref[torch.UntypedStorage], int]] = {}
         """By the id of a storage: its block, a reference that does not keep it alive, and its bytes when last read."""
-        self._resized: set[int] = set()
-        """The ids of storages whose size has changed, as ZeRO-3 changes that of gathered weights."""
-        self._known: dict[Any, Operator] = {}
-        """Every operator that was seen, so that equal ones are one object."""
+        self._resized: dict[int, None] = {}
+        """The ids of storages whose size has changed, as ZeRO-3 changes that of gathered weights, in the order of their first
+        change."""
+        self._operators = Operators()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
         result = func(*args, **named)
-        given, made = [*tensors_of(args), *tensors_of(named.values())], list(tensors_of((result,)))
+        given, made = [*tensors_in(args), *tensors_in(named.values())], list(tensors_in((result,)))
         self._measure(self._resized)
         for tensor in made:
             if tensor.is_meta:
                 self._count(tensor)
         if computes(func) and any(tensor.is_meta for tensor in (made or given)):
-            self._write(self._operator(func, args, named, result, given, made))
+            self._write(self._operators.of(func, args, named, result, given, made))
         return result
 
     @classmethod
@@ -89,7 +81,7 @@ class Tracer(TorchDispatchMode):
 
     def begin(self, held: Iterable[tuple[str, Tensor]]) -> None:
         """Forgets what was written. A section "start" allocates what exists now: `held`, as pairs (kind, tensor), and buffers."""
-        self._resized.update(self._blocks)
+        self._resized.update(dict.fromkeys(self._blocks))
         self._measure(self._resized)
         self._resized.clear()
         for block, *_ in list(self._blocks.values()):
@@ -106,13 +98,17 @@ class Tracer(TorchDispatchMode):
     def reached(self, action: Action | None) -> None:
         """Begins a section for an action of the program; None: the program has ended."""
         self._action = action
-        self.sections.append(Section(self._phase, action))
+        self._begin(Section(self._phase, action))
+
+    def _begin(self, section: Section) -> None:
+        self._measure(self._resized)
+        self.sections.append(section)
 
     def at(self, point: Phase, step: int) -> None:
         """Begins a section for a phase of the step; within an action, only gives its section the name of the first phase."""
         self._phase = point.value
         if self._action is None:
-            self.sections.append(Section(self._phase, None))
+            self._begin(Section(self._phase, None))
         elif not self.sections[-1].events:
             self.sections[-1].phase = self._phase
 
@@ -141,7 +137,7 @@ class Tracer(TorchDispatchMode):
         self.kinds.append(BUFFERS if self._phase == Phase.DATA else ACTIVATIONS)
 
         def forget(_: Any) -> None:
-            self._resized.discard(key)
+            self._resized.pop(key, None)
             self._write(Free(block, self._blocks.pop(key)[2]))
 
         self._blocks[key] = block, weakref.ref(storage, forget), storage.nbytes()
@@ -163,72 +159,8 @@ class Tracer(TorchDispatchMode):
             block, reference, before = known
             if change := storage.nbytes() - before:
                 self._blocks[key] = block, reference, before + change
-                self._resized.add(key)
+                self._resized[key] = None
                 self._write(Allocation(block, change) if change > 0 else Free(block, -change))
-
-    def _operator(
-        self, func: Any, args: Sequence[Any], named: Mapping[str, Any], result: Any, given: list[Tensor], made: list[Tensor]
-    ) -> Operator:
-        flags = tuple(arg for arg in args if isinstance(arg, bool))
-        key = func, flags, *((tensor.dtype, tensor.shape, tensor.stride()) for tensor in (*given, *made))
-        if (known := self._known.get(key)) is None:
-            known = self._known[key] = operator_of(func, args, named, result, given, made)
-        return known
-
-
-def operator_of(
-    func: Any, args: Sequence[Any], named: Mapping[str, Any], result: Any, given: Sequence[Tensor], made: Sequence[Tensor]
-) -> Operator:
-    """Returns the description of a call of `func`; `given` are the tensors among its arguments, `made` those of its result."""
-    reads, writes = _read_and_written(func, args, named)
-    return Operator(
-        name=str(func),
-        inputs=tuple(map(_type_of, given)),
-        outputs=tuple(map(_type_of, made)),
-        read_bytes=sum(map(_bytes_of, reads)),
-        written_bytes=sum(map(_bytes_of, writes or made)),
-        flops=flops_of(func, args, named, result),
-    )
-
-
-def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yields the tensors among `values` and in lists in them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from tensors_of(value)
-
-
-def _type_of(tensor: Tensor) -> TensorType:
-    return TensorType(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-
-
-def _bytes_of(tensor: Tensor) -> int:
-    """Returns the bytes of the elements of `tensor`; of expanded elements once."""
-    return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
-
-
-@lru_cache(None)
-def computes(func: Any) -> bool:
-    """Returns whether an operator runs a kernel: it neither only makes a view nor only allocates."""
-    name = func._schema.name
-    views = [value for value in func._schema.returns if value.alias_info is not None and not value.alias_info.is_write]
-    return not views and not name.startswith(_COMPUTE_NOTHING)
-
-
-def _read_and_written(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the arguments that an operator reads, and those that it changes."""
-    reads: list[Tensor] = []
-    writes: list[Tensor] = []
-    overwrites = func._schema.name in _OVERWRITES
-    for index, argument in enumerate(func._schema.arguments):
-        value = args[index] if index < len(args) else named.get(argument.name)
-        changed = argument.alias_info is not None and argument.alias_info.is_write
-        tensors = list(tensors_of((value,)))
-        writes += tensors if changed else []
-        reads += [] if changed and (overwrites or argument.is_out) else tensors
-    return reads, writes
 
 
 class _Shapes:
@@ -250,7 +182,7 @@ class Traced:
 
     chip: str = "cuda"
     """The type of the ranks' device: cpu | cuda | that of another accelerator."""
-    shares: Sequence[float] | None = None
+    shares: Shares | None = None
     """The share of each expert of a layer in the rows that every rank's router sends; None: equal shares."""
     assemble: Callable[..., TrainerState] = assemble
     """Makes the state that is traced."""
@@ -285,12 +217,18 @@ def traceable(recipe: Recipe) -> Recipe:
 
 
 def trace(
-    recipe: Recipe, world: int, rank: int, how: Traced | None = None, split: tuple[Split, CostTable | None] | None = None
+    recipe: Recipe,
+    world: int,
+    rank: int,
+    how: Traced | None = None,
+    split: tuple[Split, CostTable | None] | None = None,
+    program: Program | None = None,
 ) -> RankTrace:
     """Traces the second step of `rank` in a world of `world` ranks; in the first, ZeRO-3 does not know yet what to gather next.
 
-    `split`: the layers of each stage, and their costs; by default as `plan_split` chooses them. Raises RecipeError if the recipe is
-    wrong for that world or cannot be traced.
+    `split`: the layers of each stage, and their costs; by default as `plan_split` chooses them. `program`: what the rank does, for
+    as many micro-batches as the recipe gives it; by default its part of the schedule. Raises RecipeError if the recipe is wrong for
+    that world or cannot be traced.
     """
     how, recipe = how or Traced(), traceable(recipe)
     tracer = Tracer(how.chip)
@@ -299,9 +237,9 @@ def trace(
     communicator = Communicator(backend, backend.world, monitor)
     with tracer:
         state = how.assemble(recipe, communicator, _no_text(recipe), without_values, split or plan(recipe, world))
+        state.program = program or state.program
         state.batches = _Shapes(recipe.data.sequence_length)  # type: ignore[assignment]
-        if recipe.model.moe.experts:
-            give(state.engine.model, GivenLoads(how.shares or balanced(recipe.model.moe.experts)))
+        give(state.engine.model, by_layer(how.shares, recipe.model))
         train_step(state, 0)
         gc.collect()
         tracer.begin(state.engine.held())

@@ -1,17 +1,16 @@
 """A role's trace is that of each of its ranks, composed of few passes or traced as a whole."""
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from bagualu.comm.calls import Communication
+from bagualu.comm.calls import Communication, Pending, Waited
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.simulation.events import Operator, RankTrace
+from bagualu.parallel.pipeline.registry import SCHEDULES
+from bagualu.parallel.simulation.events import Allocation, Free, Operator, RankTrace
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.loads import divide, skewed
 from bagualu.trainer.simulation.roles import trace_world
 from bagualu.trainer.simulation.trace import Traced, trace
 
@@ -23,45 +22,77 @@ def recipe_of(name: str, *words: str) -> Recipe:
 
 
 def sections_of(traced: RankTrace) -> list[Any]:
-    """The actions and phases, each with its communications and operators, but those on a few numbers: some of these have one for
-    each micro-batch, as the count of labels and the checksum of checksums."""
+    """The actions and phases with their events: blocks of memory by their kind, and outside the program no operators on a few
+    numbers and no memory, since the batches and the count of labels are as many as the micro-batches."""
     found = []
     for section in traced.sections:
-        operators = [event for event in section.events if isinstance(event, Operator)]
-        operators = [operator for operator in operators if operator.read_bytes + operator.written_bytes > 512]
-        calls = [replace(event, number=0) for event in section.events if isinstance(event, Communication)]
-        if operators or calls:
-            found.append((section.action or section.phase, Counter(operators), calls))
+        events: list[Any] = []
+        for event in section.events:
+            if isinstance(event, Operator) and not section.action and event.read_bytes + event.written_bytes <= 4096:
+                continue
+            if not isinstance(event, Allocation | Free):
+                events.append(event)
+            elif section.action:
+                events.append((type(event), traced.kinds[event.block], event.bytes))
+        if events:
+            found.append((section.action or section.phase, events))
     return found
+
+
+CUBE = ["parallel.pipeline=4", "parallel.data=2", "parallel.tensor=2", "data.global_batch=14"]
+LONG = [*CUBE, "data.global_batch=22"]
+KEPT, SMALL_BUCKETS = "parallel.memory_bytes=5000000", "parallel.bucket_bytes=20000"
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(["parallel.schedule=1f1b", "model.layers=8", "parallel.sequence=true"], marks=pytest.mark.slow),
-        ["parallel.schedule=1f1b", "model.layers=7", "train.recompute=every:2", "parallel.zero=2"],
-        pytest.param(["parallel.schedule=zb_h1", "model.layers=8", "model.tie_embeddings=true"], marks=pytest.mark.slow),
-        pytest.param(["parallel.schedule=interleaved_1f1b", "model.layers=8"], marks=pytest.mark.slow),
-        ["parallel.schedule=zb_v", "model.layers=8", "parallel.zero=0"],
+        pytest.param([*CUBE, "parallel.schedule=1f1b", "model.layers=8", "parallel.sequence=true"], marks=pytest.mark.slow),
+        [*CUBE, "parallel.schedule=1f1b", "model.layers=7", "train.recompute=every:2", "parallel.zero=2"],
+        pytest.param([*CUBE, "parallel.schedule=zb_h1", "model.layers=8", "model.tie_embeddings=true"], marks=pytest.mark.slow),
+        pytest.param([*CUBE, "parallel.schedule=interleaved_1f1b", "model.layers=8"], marks=pytest.mark.slow),
+        [*CUBE, "parallel.schedule=zb_v", "model.layers=8", "parallel.zero=0"],
+        ["parallel.data=2", "data.global_batch=18", "parallel.zero=3", "train.recompute=full"],
+        ["parallel.data=2", "data.global_batch=18", "parallel.zero=3", KEPT, "model.layers=4"],
+        *(
+            pytest.param([*LONG, f"parallel.schedule={schedule}", "model.layers=8", *more], marks=pytest.mark.slow)
+            for schedule in SCHEDULES
+            for more in (["parallel.zero=2"], ["parallel.zero=2", SMALL_BUCKETS], ["parallel.zero=3"], ["parallel.zero=3", KEPT])
+        ),
     ],
 )
 def test_a_composed_step_is_the_step_that_is_traced_as_a_whole(words: list[str]) -> None:
-    recipe = recipe_of("tiny_dense", "parallel.pipeline=4", "parallel.data=2", "parallel.tensor=2", "data.global_batch=14", *words)
-    roles = trace_world(recipe, 16)
-    assert [(role.pipeline, role.ranks, role.micro_batches) for role in roles] == [(rank, 4, 7) for rank in range(4)]
+    recipe = recipe_of("tiny_dense", *words)
+    world = recipe.world_size()
+    roles = trace_world(recipe, world)
+    assert sum(role.ranks for role in roles) == world
     for role in roles:
-        whole = trace(recipe, 16, role.trace.rank)
+        whole = trace(recipe, world, role.trace.rank)
         for ours, wholes in zip(sections_of(role.trace), sections_of(whole), strict=True):
             assert ours == wholes
         assert role.trace.flops() == whole.flops()
         assert role.trace.peak().bytes == pytest.approx(whole.peak().bytes, rel=0.01)
 
 
-def test_calls_of_a_composed_step_have_numbers_of_their_own() -> None:
-    recipe = recipe_of("tiny_dense", "parallel.pipeline=4", "parallel.schedule=1f1b", "data.global_batch=9")
-    for role in trace_world(recipe, 4):
-        numbers = [call.number for call in role.trace.calls()]
-        assert numbers == list(range(len(numbers)))
+def test_a_step_of_many_micro_batches_is_composed_of_few() -> None:
+    recipe = recipe_of("tiny_dense", "parallel.data=2", "data.global_batch=400", "parallel.zero=3")
+    (role,) = trace_world(recipe, 2)
+    passes = [section for section in role.trace.sections if section.action]
+    assert len(passes) == 400
+    assert len({id(section.events) for section in passes}) < 20
+
+
+def test_a_composed_step_waits_for_every_call_once() -> None:
+    recipe = recipe_of("tiny_dense", "parallel.pipeline=4", "parallel.data=2", "parallel.zero=3", "data.global_batch=18")
+    for role in trace_world(recipe, 8):
+        pending, under_way = Pending[int](), set[int]()
+        for number, (_, event) in enumerate(role.trace.events()):
+            if isinstance(event, Communication):
+                pending.begin(event, number)
+                under_way.add(number)
+            elif isinstance(event, Waited):
+                under_way.remove(pending.end(event))
+        assert not under_way
 
 
 def test_ranks_whose_experts_get_more_rows_have_a_role_of_their_own() -> None:
@@ -69,8 +100,23 @@ def test_ranks_whose_experts_get_more_rows_have_a_role_of_their_own() -> None:
     even, uneven = trace_world(recipe, 4), trace_world(recipe, 4, Traced(shares=[0.4, 0.3, 0.2, 0.1]))
     assert [role.ranks for role in even] == [4]
     assert [role.ranks for role in uneven] == [2, 2]
+    assert [role.coordinates for role in even + uneven] == [(range(4),), (range(0, 4, 2),), (range(1, 4, 2),)]
     more, fewer = (role.trace.flops() for role in uneven)
     assert more > even[0].trace.flops() > fewer
+
+
+def test_layers_whose_experts_have_other_loads_are_traced_apart() -> None:
+    recipe = recipe_of("moe_tiny", "parallel.pipeline=4", "parallel.data=2", "parallel.expert=2", "data.global_batch=8")
+    fuller = [0.4, 0.4, 0.1, 0.1]
+    roles = trace_world(recipe, 8, Traced(shares={0: fuller, 1: fuller[::-1], 2: fuller, 3: fuller}))
+    expected = trace_world(recipe, 8, Traced(shares=fuller))
+    flops = {(role.pipeline, role.coordinates): role.trace.flops() for role in roles}
+    uniform = {(role.pipeline, role.coordinates): role.trace.flops() for role in expected}
+    first, second = ((range(0, 2, 2),), (range(1, 2, 2),))
+    for pipeline in range(4):
+        other = second if pipeline == 1 else first
+        assert flops[pipeline, first] == uniform[pipeline, other]
+    assert uniform[1, first] > uniform[1, second]
 
 
 def test_ranks_with_more_micro_batches_have_a_role_of_their_own() -> None:
@@ -86,13 +132,6 @@ def test_a_large_world_takes_no_more_than_its_roles() -> None:
     assert roles[1].trace.kinds is roles[2].trace.kinds  # traced once
     names = Counter(operator.name for operator in roles[1].trace.operators())
     assert names["bagualu.rms_norm.default"] == 2 * 2 * 8 * 8  # of 8 layers and micro-batches, recomputed: no step was left out
-
-
-def test_shares_of_experts() -> None:
-    assert divide(10, [0.5, 0.25, 0.25]) == [5, 3, 2]
-    assert sum(divide(1001, skewed(64, 1.7))) == 1001
-    assert max(skewed(8, 1.5)) == pytest.approx(1.5 / 8)
-    assert sum(skewed(8, 1.5)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bagualu.comm.calls import Communication, Waited
+from bagualu.comm.calls import Communication, Pending, Waited
 from bagualu.comm.group import Communicator
 from bagualu.comm.recording import RecordingBackend
 from bagualu.comm.world import World
@@ -50,17 +50,18 @@ def recorded(communicator: Communicator, recipe: Recipe) -> list[Communication |
 
 
 def communications(events: list[Any], routed: bool = False) -> list[tuple[Any, ...]]:
-    """Each call without its number, and each wait with how many calls ago its own was. `routed`: without the bytes of rows that a
-    router sends to the experts of other ranks."""
-    numbers: list[int] = []
+    """Each call, and each wait with the number of its call. `routed`: without the bytes of rows that a router sends to the experts
+    of other ranks."""
+    pending, calls = Pending[int](), 0
     told: list[tuple[Any, ...]] = []
     for event in events:
         if isinstance(event, Communication):
-            numbers.append(event.number)
+            pending.begin(event, calls)
+            calls += 1
             size = 0 if routed and event.kind == "all_to_all" else event.bytes
             told.append((event.kind, event.group, event.size, size, event.peer))
         elif isinstance(event, Waited):
-            told.append(("waited", len(numbers) - numbers.index(event.number)))
+            told.append(("waited", pending.end(event)))
     return told
 
 
