@@ -36,7 +36,8 @@ def parallelize(
        padding, and `box`, which may extend beyond it. So does every buffer, in at least float32. `units` are modules that together
        hold all parameters and buffers, by default the model; `take` is called with each as soon as it is filled, and may free what
        this rank need not hold before the next is filled.
-    2. Modules that match the plan's boundaries get the communication of the tensor and expert axes.
+    2. Modules that match the plan's boundaries get the communication of the tensor and expert axes, or learn which heads or which
+       slice of the sequence are this rank's.
     """
     device = mesh.group("world").device
     names = {module: name for name, module in model.named_modules()}
@@ -97,6 +98,15 @@ def _embedding(module: Any, mesh: Mesh, sequence: bool) -> None:
         module.lookup = partial(sharded_embedding, group=mesh.group("tensor"), sequence=sequence)
 
 
+def _positions(module: Any, mesh: Mesh, sequence: bool) -> None:
+    if sequence:
+        module.slice = mesh.at("tensor")
+
+
+def _heads(module: Any, mesh: Mesh, sequence: bool) -> None:
+    module.first = mesh.at("tensor") * module.heads // mesh.layout.tensor
+
+
 def _head(module: Any, mesh: Mesh, sequence: bool) -> None:
     if mesh.group("tensor").size > 1:
         wrap_block(module, mesh.group("tensor"), sequence, leaves=False)
@@ -111,6 +121,8 @@ def _experts(module: Any, mesh: Mesh, sequence: bool) -> None:
 _BOUNDARIES: dict[str, Callable[[Any, Mesh, bool], None]] = {
     "block": _block,
     "embedding": _embedding,
+    "positions": _positions,
+    "heads": _heads,
     "head": _head,
     "experts": _experts,
 }

@@ -27,7 +27,7 @@ VARIANTS = {
 SPLIT = {  # what each kind of parameter has to look like on tensor 2 x expert 4, of its whole shape
     "embedding.weight": (32, 16), "head.weight": (32, 16), "norm.weight": (16,),
     "attention_norm.weight": (16,), "feed_forward_norm.weight": (16,),
-    "norm.bias": (16,), "attention_norm.bias": (16,), "feed_forward_norm.bias": (16,),
+    "embedding.positions.weight": (160, 16), "norm.bias": (16,), "attention_norm.bias": (16,), "feed_forward_norm.bias": (16,),
     "attention.query.weight": (8, 16), "attention.key.weight": (8, 16), "attention.value.weight": (8, 16),
     "attention.output.weight": (16, 8), "feed_forward.gate.weight": (12, 16), "feed_forward.up.weight": (12, 16),
     "feed_forward.down.weight": (16, 12), "feed_forward.router.weight": (8, 16),
@@ -57,7 +57,8 @@ def test_which_gradients_are_partial_over_the_tensor_axis(sequence: bool) -> Non
     names = {name for config in VARIANTS.values() for name, _ in model_of(config).named_parameters()}
     plan = decoder_plan(VARIANTS["moe_every_2_shared"], sequence)
     for name in names:
-        partial = name.endswith("router.weight") or (sequence and name.endswith(("norm.weight", "norm.bias")))
+        sliced = name.endswith(("norm.weight", "norm.bias")) or name == "embedding.positions.weight"
+        partial = name.endswith("router.weight") or (sequence and sliced)
         assert plan.placement(name).partial_over == ("tensor" if partial else None), name
 
 

@@ -18,6 +18,7 @@ from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.recipe.config import Recipe
 from tests.harness import BACKENDS, ON_GPU, run
 from tests.parity import Curve, assert_same, small_recipe, train
+from tests.trainer.models.styles import STYLES
 
 STEPS, BATCH = 3, 8
 
@@ -34,6 +35,8 @@ MODELS = {
     "dense_30_layers": {"layers": 30},
     "moe_tied_5_layers": {**MOE, "tie_embeddings": True, "layers": 5, "moe__bias_rate": 0.05},
     "moe_tied_9_layers": {**MOE, "tie_embeddings": True, "layers": 9},
+    **STYLES,
+    **{f"{style}_moe": {**changes, **MOE} for style, changes in STYLES.items()},
 }
 
 # data, tensor, pipeline, expert, then what differs from the defaults
@@ -101,6 +104,21 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("moe_everywhere_5_layers", {"data": 2, "tensor": 2, "expert": 2, "pipeline": 2, "balance": [2, 3], "zero": 0}),
 ]
 
+# Layouts that together have every axis, ZeRO stage and kind of backward pass; models in the style of published ones on each.
+OF_STYLES: list[tuple[str, dict[str, Any]]] = [
+    ("", {"data": 2, "tensor": 2, "sequence": True, "zero": 3}),
+    ("", {"data": 2, "tensor": 2, "pipeline": 2, "schedule": "zb_v", "zero": 2, "bucket_bytes": 512}),
+    ("_moe", {"data": 2, "expert": 2, "tensor": 2, "pipeline": 2, "sequence": True}),
+]
+MORE_OF_STYLES: list[tuple[str, dict[str, Any]]] = [
+    ("", {"data": 4}),
+    ("", {"tensor": 4}),
+    ("", {"pipeline": 4}),
+    ("", {"data": 2, "pipeline": 2, "zero": 3}),
+    ("", {"tensor": 2, "pipeline": 2, "sequence": True, "schedule": "dualpipe_v"}),
+    ("_moe", {"data": 4, "expert": 2, "zero": 3}),
+    ("_moe", {"data": 2, "tensor": 2, "pipeline": 2, "schedule": "interleaved_1f1b", "zero": 0}),
+]
 
 # Every other schedule: with data parallel ranks, and then with all axes, tied embeddings and stages that differ in length: two
 # pipeline ranks have up to 4 of them, four have up to 8.
@@ -145,6 +163,7 @@ BY_MUON: list[tuple[str, dict[str, Any]]] = [
     ("moe_tied", {"data": 4, "expert": 2, "pipeline": 2, "zero": 0}),
     ("dense_tied", {"data": 2, "pipeline": 2, "zero": 2}),
     ("dense", {"data": 2, "tensor": 2, "zero": 3}),
+    *((style, {"data": 2, "tensor": 2}) for style in STYLES),
 ]
 
 
@@ -165,6 +184,34 @@ def test_layout_trains_the_same_curve(backend: str, model: str, layout: dict[str
     stages, in_replica = layout.get("pipeline", 1), BATCH // layout.get("data", 1)
     recipe = recipe_for(model, layout, train__micro_batch=2 if in_replica >= 2 * stages else 1)
     assert_same(run(backend, recipe.world_size(), train, recipe, STEPS), [alone(model)])
+
+
+def assert_style_trains_the_same_curve(backend: str, model: str, layout: dict[str, Any]) -> None:
+    recipe = recipe_for(model, layout)
+    assert_same(run(backend, recipe.world_size(), train, recipe, STEPS), [alone(model)])
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("kind", "layout"), OF_STYLES, ids=[f"{kind}-{name_of(x)}" for kind, x in OF_STYLES])
+def test_models_as_published_train_the_same_curve(kind: str, layout: dict[str, Any], style: str) -> None:
+    assert_style_trains_the_same_curve("simulated", style + kind, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("kind", "layout"), [*OF_STYLES, *MORE_OF_STYLES], ids=[f"{kind}-{name_of(x)}" for kind, x in [*OF_STYLES, *MORE_OF_STYLES]]
+)
+def test_models_as_published_train_the_same_curve_on_more_layouts(kind: str, layout: dict[str, Any], style: str) -> None:
+    assert_style_trains_the_same_curve("gloo", style + kind, layout)
+
+
+@pytest.mark.parametrize("recompute", ["full", "attention", "every:2"])
+@pytest.mark.parametrize("style", STYLES)
+def test_recompute_and_host_memory_do_not_matter_to_models_as_published(style: str, recompute: str) -> None:
+    layout, changes = {"data": 2, "pipeline": 2, "zero": 2}, {"train__recompute": recompute, "train__offload_bytes": 4000}
+    recipe = recipe_for(style, layout, **changes)
+    assert_same(run("simulated", recipe.world_size(), train, recipe, STEPS), [alone(style)])
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])

@@ -18,6 +18,8 @@ from bagualu.trainer.costs.work import ModelWork
 _BLOCK_ROWS, _BLOCK_ELEMENTS = 2**6, 2**20
 """The most rows, and elements, of the attention weights in a block (operators/attention.py)."""
 _INDEX_BYTES = 8
+_ADDED_WIDTH = 8
+"""Elements that slopes add to the width of a head, except where attention is computed in blocks (operators/alibi.py)."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,19 @@ class _Block:
 
 
 def embedding_held(work: ModelWork) -> Held:
-    """Returns the bytes that the embedding holds: as activations the token ids, as operands the ids and the gradient of the
-    output."""
+    """Returns the bytes that the embedding holds: as activations the token ids and the positions of a sequence, as operands the ids,
+    the positions of all sequences and the gradient of the output. Learned positions are a second result in the forward pass."""
     ids, rows = _INDEX_BYTES * work.tokens, work.tokens * work.model.hidden
+    learned = work.model.positions == "learned"
+    positions = _INDEX_BYTES * work.tokens_between * learned
     gradient = work.tokens_between * work.model.hidden * work.item_bytes
-    return Held(ids, ids, ids + gradient, gradient + rows * work.accurate_bytes * (work.item_bytes < work.accurate_bytes))
+    widened = rows * work.accurate_bytes * (work.item_bytes < work.accurate_bytes)
+    return Held(
+        ids + positions // work.micro_batch,
+        ids,
+        ids + positions + gradient,
+        max(gradient + widened + positions, 2 * gradient * learned),
+    )
 
 
 def head_held(work: ModelWork) -> Held:
@@ -101,8 +111,8 @@ def _norm_statistics(work: ModelWork) -> int:
 
 def _norm_work(work: ModelWork) -> int:
     """Returns the bytes that the backward pass of a norm takes: the gradient of its output, before and after it is summed over the
-    tensor ranks, and the result, on a CPU also in at least float32, with input and gradient if they are not; with RMSNorm, the product
-    of these two."""
+    tensor ranks, and the result, on a CPU also in at least float32, with input and gradient if they are not; with RMSNorm, the
+    product of these two."""
     wide = work.tokens_between * work.model.hidden * work.accurate_bytes
     converts = work.item_bytes < work.accurate_bytes
     results = work.tokens_between * work.model.hidden * work.item_bytes
@@ -125,11 +135,14 @@ def _attention(work: ModelWork) -> _Block:
     model, tokens, product, accurate = work.model, work.tokens, work.product_bytes, work.accurate_bytes
     heads, narrow = (width * model.head_dim // work.layout.tensor for width in (model.heads, model.key_value_heads))
     own = heads if work.on_cpu else narrow  # of key and value
+    added = _ADDED_WIDTH * (model.positions == "alibi" and not work.attends_in_blocks)
+    wide, wide_own = (width * (model.head_dim + added) // model.head_dim for width in (heads, own))
     statistics = 0 if work.attends_in_blocks else tokens * model.heads // work.layout.tensor * accurate
-    kept = inside_bytes(work) + tokens * (2 * heads + 2 * own) * product + statistics
+    kept = inside_bytes(work) + tokens * (2 * wide + 2 * wide_own + heads * (added > 0)) * product + statistics
     operands = tokens * (2 * model.hidden + 2 * heads + 2 * narrow) * product
     width = tokens * heads
-    gradients = width * product + tokens * (heads + 2 * own) * product  # of the result; of query, key and value
+    # Of the result, also with what slopes add to it; of query, key and value.
+    gradients = (width + tokens * wide * (added > 0)) * product + tokens * (wide + 2 * wide_own) * product
     if work.attends_in_blocks:  # copies by head of what is not expanded, two also wide; the gradients wide too; no result is kept
         copies = 4 if narrow == heads else 2
         sequences, rows = work.micro_batch * model.heads // work.layout.tensor, min(work.sequence_length, _BLOCK_ROWS)
@@ -143,9 +156,10 @@ def _attention(work: ModelWork) -> _Block:
     else:
         kernel = gradients
     rotated = width * product * 3 + width * (3 * accurate if product < accurate else 2 * product) - width * 4 * product
-    added, widened = _products(work, model.hidden * heads)
+    summed, widened = _products(work, model.hidden * heads)
     columns = tokens * model.hidden * product * work.widens  # the gradient of the block's output
-    return _Block(kept, operands, columns + max(kernel, rotated * work.on_cpu, added + widened))
+    rotates = work.on_cpu and model.positions == "rotary"
+    return _Block(kept, operands, columns + max(kernel, rotated * rotates, summed + widened))
 
 
 def _second_block(work: ModelWork, index: int) -> _Block:

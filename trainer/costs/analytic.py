@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.trainer.costs.activations import embedding_held, head_held, layer_held
-from bagualu.trainer.costs.state import end_state, layer_state
+from bagualu.trainer.costs.state import end_state, layer_state, parameter_state
 from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.models.decoder.flops import attention_flops, head_flops, layer_flops
 
@@ -53,7 +53,8 @@ def end_bytes(work: ModelWork) -> tuple[int, int, int]:
     """Returns three numbers of bytes of state on a rank: of the embedding, of the head with the final norm, and those that both
     include but that exist only once if the same rank holds both (0 unless embeddings are tied)."""
     embedding, head = (state.total() for state in end_state(work))
-    return embedding, head, embedding if work.model.tie_embeddings else 0
+    shared = parameter_state(work, "embedding.weight", (work.model.padded_vocab, work.model.hidden)).total()
+    return embedding, head, shared if work.model.tie_embeddings else 0
 
 
 def output_bytes(work: ModelWork) -> int:

@@ -265,7 +265,7 @@ def _samples(work: ModelWork, device: torch.device, compiled: bool) -> dict[str,
         return _Sample(module, new_input, run, attend, device, shelf)
 
     with torch.device("meta"):
-        embedding, head = Embedding(model.padded_vocab, model.hidden), _NormAndHead(work)
+        embedding, head = Embedding(model), _NormAndHead(work)
         firsts = {model.is_moe_layer(index): index for index in reversed(range(model.layers))}
         layers = {index: Layer(model, index) for index in firsts.values()}
     found = {"embedding": sample(embedding, "embedding.", lambda: tokens(embedding.weight.shape[0]), lambda x: (embedding(x),))}

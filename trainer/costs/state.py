@@ -8,14 +8,15 @@ from bagualu.parallel.layout import SHARD
 from bagualu.parallel.memory_kinds import BUFFERS, COMMUNICATION, GRADIENTS, MASTERS, MOMENTS, PARAMETERS
 from bagualu.parallel.sharding import Placement
 from bagualu.trainer.costs.work import ModelWork
-from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes, norm_shapes
+from bagualu.trainer.models.decoder.shapes import embedding_shapes, layer_buffers, layer_shapes, norm_shapes
 
 EMBEDDING = -1
 """The unit of the embedding. Layers have their own numbers, the last norm the number of layers, the head the next number."""
 
 
 def layer_state(work: ModelWork, index: int) -> Counter[str]:
-    """Returns the bytes, by kind, that a rank holds of a decoder layer; `buffers` include the angles of its positions."""
+    """Returns the bytes, by kind, that a rank holds of a decoder layer; `buffers` include the angles of its positions, or its
+    slopes."""
     state = Counter({BUFFERS: buffer_bytes(work, index)})
     for name, shape in layer_shapes(work.model, index).items():
         state += parameter_state(work, f"layers.{index}.{name}", shape)
@@ -23,18 +24,22 @@ def layer_state(work: ModelWork, index: int) -> Counter[str]:
 
 
 def buffer_bytes(work: ModelWork, index: int) -> int:
-    """Returns the bytes of a decoder layer's buffers on a rank, those of the angles of its positions included."""
+    """Returns the bytes of a decoder layer's buffers on a rank, with the angles of its positions, or its slopes."""
     elements = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
-    return (elements + 2 * work.sequence_length * work.model.head_dim) * work.accurate_bytes
+    angles, slopes = 2 * work.sequence_length * work.model.head_dim, work.model.heads // work.layout.tensor
+    return (elements + {"rotary": angles, "alibi": slopes}.get(work.model.positions, 0)) * work.accurate_bytes
 
 
 def end_state(work: ModelWork) -> tuple[Counter[str], Counter[str]]:
     """Returns the bytes, by kind, of the embedding, and of the head with the final norm. If embeddings are tied, both include the
     weight that they share."""
     vocabulary = (work.model.padded_vocab, work.model.hidden)
-    last = {"head.weight": vocabulary, **norm_shapes(work.model, "norm")}
-    head = sum((parameter_state(work, name, shape) for name, shape in last.items()), Counter[str]())
-    return parameter_state(work, "embedding.weight", vocabulary), head
+    first, last = embedding_shapes(work.model, work.model.padded_vocab), norm_shapes(work.model, "norm")
+    embedding, head = (
+        sum((parameter_state(work, name, shape) for name, shape in shapes.items()), Counter[str]())
+        for shapes in (first, {"head.weight": vocabulary, **last})
+    )
+    return embedding, head
 
 
 def saved_bytes(work: ModelWork, index: int) -> int:
@@ -54,7 +59,8 @@ def rank_parameters(work: ModelWork, layers: list[int]) -> list[tuple[str, tuple
     one = model.tie_embeddings and all(ends)
     found: list[tuple[str, tuple[int, ...], list[int]]] = []
     if ends[0]:
-        found.append(("embedding.weight", vocabulary, [EMBEDDING, last + 1] if one else [EMBEDDING]))
+        found += [(name, shape, [EMBEDDING]) for name, shape in embedding_shapes(model, model.padded_vocab).items()]
+        found[0][2].extend([last + 1] * one)
     found += [(f"layers.{i}.{name}", shape, [i]) for i in layers for name, shape in layer_shapes(model, i).items()]
     if ends[1]:
         found += [(name, shape, [last]) for name, shape in norm_shapes(model, "norm").items()]

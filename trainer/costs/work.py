@@ -96,7 +96,7 @@ class ModelWork:
         unevenly, this holds for those that an even split puts into the first stage.)"""
         if "embedding.weight" not in self.frozen:
             return True
-        first = {"embedding.weight", *(name for name in parameter_shapes(self.model) if _layer_of(name) <= layer)}
+        first = {name for name in parameter_shapes(self.model) if name.startswith("embedding") or _layer_of(name) <= layer}
         return not first <= self.frozen or layer >= self.model.layers // self.stages
 
     @property

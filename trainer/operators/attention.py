@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from bagualu.parallel.precision import HALF, accurate_dtype, chip_of, multiply_dtype, on_nvidia
 from bagualu.trainer.operators import fused
+from bagualu.trainer.operators.alibi import distances, extended
 
 _LONGEST = 2**9
 """The longest sequence, in tokens, for which `attention_in_blocks` is used; for longer ones torch's kernel is as fast."""
@@ -20,59 +21,72 @@ _BLOCK_ELEMENTS = 2**20
 """The number of attention weights computed in one block: few enough for the caches, many enough for several threads."""
 
 
-def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None = None
+) -> torch.Tensor:
     """Returns attention's output [B, A, S, D] for query [B, A, S, D], key and value [B, A / g, S, D], each shared by g query
-    heads."""
+    heads. With `slopes` [A], each score is changed by the slope of its head times the position of the key minus that of the query
+    (ALiBi)."""
     dtype = multiply_dtype(query)
     shared = query.shape[1] // key.shape[1]
     if dtype in HALF and on_nvidia(query):  # this kernel reads shared heads without expanding them
-        return _by_kernel(query, key, value)
+        return _by_kernel(query, key, value, slopes)
     key, value = (t.to(dtype).repeat_interleave(shared, dim=1) if shared > 1 else t.to(dtype) for t in (key, value))
     short = query.shape[2] <= _LONGEST and not torch.compiler.is_compiling()
     if chip_of(query.device) == "cpu" and dtype == torch.bfloat16 and short:
-        return attention_in_blocks(query, key, value)
-    return _by_kernel(query.to(dtype), key, value).to(query.dtype)
+        return attention_in_blocks(query, key, value, slopes)
+    return _by_kernel(query.to(dtype), key, value, slopes).to(query.dtype)
 
 
-def _by_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _by_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None) -> torch.Tensor:
+    width, scale = query.shape[-1], None
+    if slopes is not None:
+        scale = 1 / math.sqrt(width)
+        query, key, value = extended(query, key, value, slopes)
     if query.is_meta:
-        return fused.attention(query, key, value)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] > key.shape[1])
+        output = fused.attention(query, key, value, scale)
+    else:
+        grouped = query.shape[1] > key.shape[1]
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    return output if slopes is None else output[..., :width]
 
 
-def attention_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Returns the output [B, A, S, D] of causal attention for query, key and value [B, A, S, D].
+def attention_in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns the output [B, A, S, D] of causal attention for query, key and value [B, A, S, D]; `slopes` [A] as in
+    `causal_attention`.
 
     Each block is a range of rows of many heads, multiplied with the keys that these rows may see. torch's kernel takes one head
     after the other, in products too small to use the processor fully (docs/performance.md). Scores and their softmax are in at
     least float32, and are computed again in the backward pass.
     """
-    mixed: torch.Tensor = _InBlocks.apply(query, key, value)
+    mixed: torch.Tensor = _InBlocks.apply(query, key, value, slopes)
     return mixed
 
 
 class _InBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value)
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value, slopes)
         queries, keys, values = _scaled(query), _wide(key), _heads(value)
         mixed = torch.empty_like(values)
         for heads, rows in _blocks(values):
             seen = slice(rows.stop)
-            weights = _weights(queries[heads, rows], keys[heads, seen]).to(values.dtype)
+            weights = _weights(queries[heads, rows], keys[heads, seen], _of_heads(slopes, heads)).to(values.dtype)
             mixed[heads, rows] = torch.bmm(weights, values[heads, seen])
         return mixed.view(query.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        query, key, value = ctx.saved_tensors
+        query, key, value, slopes = ctx.saved_tensors
         wide_queries, wide_keys = _scaled(query), _wide(key)
         queries, keys, values, grad = _heads(query), _heads(key), _heads(value), _heads(grads[0])
         grad_queries = torch.empty_like(wide_queries)
         grad_keys, grad_values = torch.zeros_like(wide_keys), torch.zeros_like(wide_keys)
         for heads, rows in _blocks(values):
             seen = slice(rows.stop)
-            weights = _weights(wide_queries[heads, rows], wide_keys[heads, seen])
+            weights = _weights(wide_queries[heads, rows], wide_keys[heads, seen], _of_heads(slopes, heads))
             grad_weights = torch.bmm(grad[heads, rows], values[heads, seen].mT).to(weights.dtype)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).to(values.dtype)
             grad_queries[heads, rows] = torch.bmm(grad_scores, keys[heads, seen])
@@ -80,7 +94,7 @@ class _InBlocks(torch.autograd.Function):
             grad_values[heads, seen].add_(torch.bmm(weights.to(values.dtype).mT, grad[heads, rows]))
         grad_queries /= math.sqrt(query.shape[-1])
         grad_keys /= math.sqrt(query.shape[-1])
-        return tuple(t.to(values.dtype).view(grads[0].shape) for t in (grad_queries, grad_keys, grad_values))
+        return *(t.to(values.dtype).view(grads[0].shape) for t in (grad_queries, grad_keys, grad_values)), None
 
 
 def _heads(x: torch.Tensor) -> torch.Tensor:
@@ -102,13 +116,20 @@ def _blocks(heads: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     at_once = max(1, _BLOCK_ELEMENTS // (min(length, _BLOCK_ROWS) * length))
     for head in range(0, count, at_once):
         for row in range(0, length, _BLOCK_ROWS):
-            yield slice(head, head + at_once), slice(row, min(length, row + _BLOCK_ROWS))
+            yield slice(head, min(count, head + at_once)), slice(row, min(length, row + _BLOCK_ROWS))
 
 
-def _weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def _of_heads(slopes: torch.Tensor | None, heads: slice) -> torch.Tensor | None:
+    """Returns the slopes [h] of `heads`, a range of all heads of all sequences, given those of a sequence's heads [A]."""
+    return None if slopes is None else slopes[torch.arange(heads.start, heads.stop, device=slopes.device) % slopes.shape[0]]
+
+
+def _weights(queries: torch.Tensor, keys: torch.Tensor, slopes: torch.Tensor | None) -> torch.Tensor:
     """Returns the softmax [h, r, s] of queries [h, r, D] with keys [h, s, D]. The queries are the last r of s tokens, and each sees
-    only keys up to its own token."""
+    only keys up to its own token. `slopes`: [h]."""
     scores = torch.bmm(queries, keys.mT)
     rows = queries.shape[1]
+    if slopes is not None:
+        scores.addcmul_(slopes.view(-1, 1, 1), distances(rows, keys.shape[1], scores))
     scores[..., -rows:].add_(scores.new_full((rows, rows), -torch.inf).triu_(1))
     return torch.softmax(scores, -1)

@@ -15,12 +15,13 @@ _LIBRARY.define("rms_norm(Tensor x, Tensor weight) -> (Tensor, Tensor)")
 _LIBRARY.define("rms_norm_backward(Tensor grad, Tensor x, Tensor scale, Tensor weight) -> (Tensor, Tensor)")
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Returns the output [B, A, S, D] of the chip's kernel for causal attention; key and value may have fewer heads."""
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Returns the output [B, A, S, D] of the chip's kernel for causal attention; key and value may have fewer heads. `scale`: of
+    scores, by default 1 / sqrt(D)."""
     kernels = torch.ops.aten
     cpu = chip_of(query.device) == "cpu"
     kernel = kernels._scaled_dot_product_flash_attention_for_cpu if cpu else kernels._scaled_dot_product_flash_attention
-    output: torch.Tensor = kernel(query, key, value, 0.0, True)[0]
+    output: torch.Tensor = kernel(query, key, value, 0.0, True, scale=scale)[0]
     return output
 
 

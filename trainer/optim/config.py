@@ -20,7 +20,7 @@ RULES = {
 }
 """The optimizers, each with the keys that it does not use."""
 ADJUSTMENTS = ("match_rms_adamw", "original")
-_VOCABULARY = ("embedding.weight", "head.weight")
+_TABLES = ("embedding.weight", "embedding.positions.weight", "head.weight")
 """Matrices for which muon uses AdamW. Their rows stand for tokens, of which each step changes a few: orthogonal updates are for the
 matrices between the layers' activations."""
 
@@ -112,7 +112,7 @@ class OptimConfig:
         group = group_of(self.parameter_groups, name)
         lr, decay = self.rates(group)
         decayed = dims >= 2 or (group is not None and group.weight_decay is not None)
-        own = "adamw" if self.name == "muon" and (dims < 2 or name in _VOCABULARY) else self.name
+        own = "adamw" if self.name == "muon" and (dims < 2 or name in _TABLES) else self.name
         optimizer = own if group is None or group.optimizer is None else group.optimizer
         return Treatment(lr / self.lr if self.lr else 0.0, decay if decayed else 0.0, optimizer)
 

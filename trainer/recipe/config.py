@@ -21,7 +21,7 @@ from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.registry import placement_of, splits_backward
 from bagualu.trainer.data.config import DataConfig
-from bagualu.trainer.models.decoder.config import ModelConfig
+from bagualu.trainer.models.decoder.config import LONGEST_ALIBI, ModelConfig
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.recipe.deepspeed import DeepSpeedTerms
@@ -318,6 +318,13 @@ class Recipe:
         if self.parallel.sequence and self.data.sequence_length % layout.tensor:
             raise RecipeError(f"data.sequence_length={self.data.sequence_length} does not divide over parallel.tensor="
                               f"{layout.tensor} as parallel.sequence=true needs; change one of them")  # fmt: skip
+        length = self.data.sequence_length
+        if (self.model.max_positions or length) < length:
+            raise RecipeError(f"data.sequence_length={length} is more than model.max_positions={self.model.max_positions}; give "
+                              f"model.max_positions={length} or shorter sequences")  # fmt: skip
+        if self.model.positions == "alibi" and length > LONGEST_ALIBI:
+            raise RecipeError(f"data.sequence_length={length} is more than the {LONGEST_ALIBI} positions that "
+                              "model.positions=alibi tells apart; give shorter sequences or other positions")  # fmt: skip
         model, tensor = self.model, layout.tensor
         named = {"model.heads": model.heads, "model.kv_heads": model.key_value_heads}
         if not (model.moe.experts and model.moe.every == 1):

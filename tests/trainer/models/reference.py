@@ -17,6 +17,8 @@ PARTS = ("gate", "up", "down")
 def losses(config: ModelConfig, weights: Weights, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross-entropy over the labels that are not -100, and the balance loss summed over sequences and layers."""
     x = weights["embedding.weight"][inputs]
+    if config.positions == "learned":
+        x = x + torch.stack([weights["embedding.positions.weight"][position] for position in range(inputs.shape[1])])
     balance = x.new_zeros(())
     for layer in range(config.layers):
         own = {name.removeprefix(f"layers.{layer}."): w for name, w in weights.items() if name.startswith(f"layers.{layer}.")}
@@ -53,14 +55,26 @@ def attention(config: ModelConfig, own: Weights, x: torch.Tensor) -> torch.Tenso
         key = turned(config, x @ own["attention.key.weight"][key_rows].T)
         value = x @ own["attention.value.weight"][key_rows].T
         scores = query @ key.T / math.sqrt(width)
+        if config.positions == "alibi":
+            scores = scores + slope(config.heads, head) * torch.tensor([[k - q for k in range(len(x))] for q in range(len(x))])
         scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
         outputs.append(weights @ value)
     return torch.cat(outputs, -1) @ own["attention.output.weight"].T
 
 
+def slope(heads: int, head: int) -> float:
+    """Of head `head` (from 0): as in the code of the paper's authors."""
+    below = 2 ** math.floor(math.log2(heads))
+    if head < below:
+        return 2 ** (-8 / below * (head + 1))
+    return [2 ** (-8 / (2 * below) * (other + 1)) for other in range(0, 2 * below, 2)][head - below]
+
+
 def turned(config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
-    """x [S, D]: the pair (i, i + D / 2) as one complex number, turned by position * theta^(-2i / D)."""
+    """x [S, D]; with rotary positions, the pair (i, i + D / 2) as one complex number, turned by position * theta^(-2i / D)."""
+    if config.positions != "rotary":
+        return x
     half = config.head_dim // 2
     pairs = torch.complex(x[:, :half].contiguous(), x[:, half:].contiguous())
     speeds = torch.tensor([config.rope_theta ** (-2 * i / config.head_dim) for i in range(half)], dtype=torch.float64)

@@ -4,5 +4,7 @@ from typing import Any
 
 STYLES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "gpt": {"norm": "layer", "activation": "gelu"},
+    "gpt": {"norm": "layer", "activation": "gelu", "positions": "learned", "max_positions": 160, "tie_embeddings": True},
+    "mpt": {"norm": "layer", "activation": "gelu", "positions": "alibi"},
+    "no_positions": {"positions": "none"},
 }

@@ -5,8 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from bagualu.parallel import precision
+from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.operators import attention
+from bagualu.trainer.operators.alibi import Slopes
 from bagualu.trainer.operators.attention import attention_in_blocks, causal_attention
+from tests.trainer.models.reference import slope
 
 
 def draw(batch: int, length: int, heads: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -15,13 +18,29 @@ def draw(batch: int, length: int, heads: int, width: int, seed: int, dtype: torc
     return drawn.to(dtype).transpose(1, 2).requires_grad_()
 
 
+SLOPES = torch.tensor([0.7, 0.2, 0.003], dtype=torch.float64)
+
+
+def masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """torch's attention with a mask that is written out."""
+    positions = torch.arange(query.shape[2], dtype=query.dtype)
+    distances = positions - positions.unsqueeze(1)
+    mask = torch.zeros_like(distances) if slopes is None else slopes.to(query.dtype).view(-1, 1, 1) * distances
+    return F.scaled_dot_product_attention(query, key, value, mask.masked_fill(distances > 0, -torch.inf))
+
+
 @pytest.mark.parametrize(("rows", "elements"), [(64, 2**20), (1, 1), (3, 50), (7, 260), (100, 10)])
-def test_it_does_not_depend_on_the_blocks(rows: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slopes", [None, SLOPES], ids=["", "slopes"])
+def test_it_does_not_depend_on_the_blocks(
+    rows: int, elements: int, slopes: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One block, blocks that leave a rest of rows and of heads, blocks of one row: all are torch's attention."""
     monkeypatch.setattr(attention, "_BLOCK_ROWS", rows)
     monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", elements)
     inputs = [draw(2, 9, 3, 4, seed) for seed in range(3)]
-    results = attention_in_blocks(*inputs), F.scaled_dot_product_attention(*inputs, is_causal=True)
+    results = attention_in_blocks(*inputs, slopes), masked_attention(*inputs, slopes)
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
     seed = draw(2, 9, 3, 4, 3).detach()
     for own, reference in zip(*(torch.autograd.grad(result, inputs, seed) for result in results), strict=True):
@@ -70,3 +89,32 @@ def test_it_is_taken_for_short_sequences_of_bfloat16_that_the_processor_multipli
     assert found.dtype == dtype
     wide = (t.double().repeat_interleave(2 // t.shape[1], dim=1) for t in (query, key, value))
     torch.testing.assert_close(found.double(), F.scaled_dot_product_attention(*wide, is_causal=True), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "error"),
+    [(torch.float64, 70, 1e-12), (torch.float32, 600, 1e-4), (torch.bfloat16, 70, 1e-2), (torch.bfloat16, 2100, 1e-2),
+     (torch.float16, 600, 2e-3)],
+    ids=str,
+)  # fmt: skip
+def test_slopes_and_positions_are_not_rounded(dtype: torch.dtype, length: int, error: float) -> None:
+    """Relative to exact values in the Euclidean norm; slopes of no power of 2, and heads that share keys."""
+    narrow = [draw(1, length, heads, 8, seed, dtype).detach().requires_grad_() for seed, heads in enumerate((6, 3, 3, 6))]
+    slopes = torch.tensor([0.7, 0.3, 0.1, 0.03, 0.007, 0.0007], dtype=torch.float64)
+    exact = [x.detach().double().requires_grad_() for x in narrow]
+    shared = (x.repeat_interleave(2, 1) for x in exact[1:3])
+    result, expected = causal_attention(*narrow[:3], slopes.to(accurate_dtype(dtype))), masked_attention(exact[0], *shared, slopes)
+    assert result.dtype == dtype
+    found = [result, *torch.autograd.grad(result, narrow[:3], narrow[3])]
+    for own, reference in zip(found, [expected, *torch.autograd.grad(expected, exact[:3], exact[3])], strict=True):
+        assert (own.double() - reference).norm() <= error * reference.norm()
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8, 12, 112])
+def test_every_rank_has_the_slopes_of_its_heads(heads: int) -> None:
+    given = (torch.float64, torch.device("cpu"))
+    whole = Slopes(heads)(heads, *given)
+    assert whole.tolist() == pytest.approx([slope(heads, head) for head in range(heads)], rel=1e-12)
+    second = Slopes(heads)
+    second.first = heads // 2
+    assert torch.equal(second(heads - heads // 2, *given), whole[heads // 2 :])

@@ -42,6 +42,7 @@ def angles(length: int, half: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 COUNTS = [0, 3, 0, 2, 0]
 COS, SIN = angles(3, 2)
+SLOPES = torch.tensor([0.3, 0.07])
 
 # name: function of tensors, their shapes
 KERNELS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]]]] = {
@@ -55,6 +56,8 @@ KERNELS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]]]] = {
     "layer_norm": (lambda x, w, b: layer_norm(x, w, b, 1e-2), [(2, 3, 4), (4,), (4,)]),
     "rotate": (lambda x: rotate(x, COS.to(x.device), SIN.to(x.device)), [(2, 3, 2, 4)]),
     "causal_attention": (causal_attention, [(2, 2, 3, 4)] * 3),
+    "causal_attention_with_slopes": (lambda q, k, v: causal_attention(q, k, v, SLOPES.to(q.device)), [(2, 2, 3, 4)] * 3),
+    "causal_attention_with_slopes_in_blocks": (lambda q, k, v: attention_in_blocks(q, k, v, SLOPES), [(2, 2, 3, 4)] * 3),
     "causal_attention_in_blocks": (attention_in_blocks, [(2, 2, 3, 4)] * 3),
     "causal_attention_shared_heads": (causal_attention, [(1, 4, 3, 2), (1, 2, 3, 2), (1, 2, 3, 2)]),
 }
@@ -104,6 +107,7 @@ ON_GPU: dict[str, list[tuple[int, ...]]] = {
     "layer_norm": [(2, 64, 256), (256,), (256,)],
     "rotate": [(2, 3, 2, 4)],
     "causal_attention": [(2, 4, 128, 64)] * 3,
+    "causal_attention_with_slopes": [(2, 2, 128, 64)] * 3,
     "causal_attention_shared_heads": [(2, 4, 128, 64), (2, 2, 128, 64), (2, 2, 128, 64)],
 }
 """Shapes that the fused kernels of a GPU take."""

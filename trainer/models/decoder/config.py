@@ -11,7 +11,10 @@ LARGEST = 2**24
 """The largest width, vocabulary or number of experts that is accepted. A larger value is a typing error that would otherwise show
 only when memory is full."""
 MOST_LAYERS = 2**14
-CHOICES = {"norm": ("rms", "layer"), "activation": ("swiglu", "gelu")}
+LONGEST_ALIBI = 2**16
+"""The most positions that `operators.alibi` tells apart."""
+CHOICES = {"norm": ("rms", "layer"), "activation": ("swiglu", "gelu"),
+           "positions": ("rotary", "learned", "alibi", "none")}  # fmt: skip
 """The values of the keys of `model.*` that are names."""
 _RAREST = 10.0
 """No initial weight is further from 0 than this many standard deviations."""
@@ -70,6 +73,11 @@ class ModelConfig:
     """Rows of the embedding and of the head are padded up to a multiple of this, and of parallel.tensor. Rows of padding are zero,
     take no part in the softmax and are in no checkpoint, so a run may resume with another multiple."""
     tie_embeddings: bool = False
+    positions: str = "rotary"
+    """How attention knows the order of tokens: rotary (rotated queries and keys) | learned (a vector for each position, added to
+    the embedding) | alibi (a bias that falls with the distance, arXiv 2108.12409) | none (by causality alone)."""
+    max_positions: int | None = field(default=None, metadata={"example": "2048"})
+    """learned only: the number of vectors, at least data.sequence_length."""
     rope_theta: float = 10000.0
     activation: str = "swiglu"
     """The feed-forward, also that of experts: swiglu (with a gate) | gelu (without a gate, GELU in its tanh form)."""
@@ -139,17 +147,29 @@ class ModelConfig:
         if self.hidden % self.heads:
             raise RecipeError(f"model.hidden={self.hidden} is not divisible by model.heads={self.heads}; "
                               f"give model.hidden={-(-self.hidden // (2 * self.heads)) * 2 * self.heads}")  # fmt: skip
-        if self.head_dim % 2:
+        if self.positions == "rotary" and self.head_dim % 2:
             raise RecipeError(f"model.hidden={self.hidden} / model.heads={self.heads} = {self.head_dim} must be even for rotary "
                               f"positions; give model.hidden={(self.head_dim + 1) * self.heads}")  # fmt: skip
         if self.key_value_heads < 1 or self.heads % self.key_value_heads:
             fits = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
             raise RecipeError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}; give one of {fits}")
+        self._validate_positions()
         if self.moe.experts:
             self._validate_moe(dtype)
         else:
             others = [key.name for key in fields(MoEConfig) if key.name != "experts"]
             refuse_unused("model.moe", self.moe, others, "model.moe.experts=0")
+
+    def _validate_positions(self) -> None:
+        if self.positions != "rotary":
+            refuse_unused("model", self, ["rope_theta"], f"model.positions={self.positions}")
+        if self.positions != "learned":
+            refuse_unused("model", self, ["max_positions"], f"model.positions={self.positions}")
+        elif self.max_positions is None:
+            raise RecipeError("model.positions=learned needs the number of positions, at least data.sequence_length; give e.g. "
+                              "model.max_positions=2048")  # fmt: skip
+        require_at_least(1, "model", self, "max_positions")
+        require_at_most(LARGEST, "model", self, "max_positions")
 
     def _validate_moe(self, dtype: str) -> None:
         moe = self.moe

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from bagualu.trainer.models.decoder.config import ModelConfig
+from bagualu.trainer.operators.alibi import Slopes
 from bagualu.trainer.operators.attention import causal_attention
 from bagualu.trainer.operators.linear import linears
 from bagualu.trainer.operators.norm import layer_norm, rms_norm
 from bagualu.trainer.operators.rotary import RotaryPositions, rotate
 
 gelu = partial(F.gelu, approximate="tanh")
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attend = Callable[..., torch.Tensor]
 Positions = Callable[[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]]
 """(S, dtype of the activations, device) -> cos and sin [S, D]; see `operators.rotary`."""
 
@@ -62,8 +63,9 @@ class Attention(nn.Module):
     """Self-attention with grouped key and value heads (arXiv 2305.13245).
 
     Two attributes can be replaced, by a chip's own kernel, parallelism over the sequence or generation with a cache: `attend` mixes
-    query [B, A, S, D] with key and value, which have fewer heads if heads are grouped, to [B, A, S, D]; `positions` gives cos and
-    sin of the rotary angles of the S tokens that this rank holds.
+    query [B, A, S, D] with key and value, which have fewer heads if heads are grouped, to [B, A, S, D], and gets the slopes [A] as
+    a fourth argument if the model has any (`operators.alibi`); `positions`, None without rotary positions, gives cos and sin of the
+    angles of the S tokens that this rank holds.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -73,17 +75,28 @@ class Attention(nn.Module):
         self.key = Linear(config.hidden, config.key_value_heads * config.head_dim)
         self.value = Linear(config.hidden, config.key_value_heads * config.head_dim)
         self.output = Linear(config.hidden, config.hidden)
-        self.positions: Positions = RotaryPositions(config.head_dim, config.rope_theta)
+        rotary, alibi = config.positions == "rotary", config.positions == "alibi"
+        self.positions: Positions | None = RotaryPositions(config.head_dim, config.rope_theta) if rotary else None
+        self.slopes = Slopes(config.heads) if alibi else None
         self.attend: Attend = causal_attention
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, H] -> [B, S, H]"""
-        cos, sin = self.positions(x.shape[1], x.dtype, x.device)
         projected = linears(x, self.query.weight, self.key.weight, self.value.weight, wide=True)
         query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)  # [B, S, A, D]
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        mixed = self.attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        if self.positions is not None:
+            cos, sin = self.positions(x.shape[1], x.dtype, x.device)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        slopes = () if self.slopes is None else (self.slopes(query.shape[2], x.dtype, x.device),)
+        mixed = self.attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *slopes)
         return linears(mixed.transpose(1, 2).flatten(2), self.output.weight)[0]
+
+    def prepare(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Computes what passes over sequences of `length` tokens of `dtype` find instead of computing it themselves."""
+        if self.positions is not None:
+            self.positions(length, dtype, device)
+        if self.slopes is not None:
+            self.slopes(self.query.weight.shape[0] // self.head_dim, dtype, device)
 
 
 class FeedForward(nn.Module):

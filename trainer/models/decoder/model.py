@@ -1,6 +1,6 @@
 """The decoder, or any slices of its layers, with the embedding and the head where they belong.
 
-Shapes: B micro-batch, S sequence, H hidden, V vocabulary.
+Shapes: B micro-batch, S sequence, H hidden, V vocabulary, P positions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,16 +22,33 @@ from bagualu.trainer.models.model import Model
 from bagualu.trainer.operators.linear import linears
 
 
-class Embedding(Linear):
-    """Weight [V, H]: a vector for each token id. `lookup` is replaced where the vocabulary is split over ranks."""
+class LearnedPositions(Linear):
+    """Weight [P, H]: a vector for each position. `slice` is the number of the slice of the sequence that this rank holds."""
 
-    def __init__(self, vocabulary: int, hidden: int) -> None:
-        super().__init__(hidden, vocabulary)
+    def __init__(self, positions: int, hidden: int) -> None:
+        super().__init__(hidden, positions)
+        self.slice = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, S, H] -> x plus the vectors of its positions"""
+        length = x.shape[1]
+        positions = torch.arange(self.slice * length, (self.slice + 1) * length, device=x.device)
+        return x + embedding(positions.expand(x.shape[:2]), self.weight)
+
+
+class Embedding(Linear):
+    """Weight [V, H]: a vector for each token id, to which that of its position is added if positions are learned. `lookup` is
+    replaced where the vocabulary is split over ranks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.hidden, config.padded_vocab)
+        self.positions = LearnedPositions(config.max_positions, config.hidden) if config.max_positions else None
         self.lookup = embedding
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B, S] -> [B, S, H]"""
-        return self.lookup(tokens, self.weight)
+        rows: torch.Tensor = self.lookup(tokens, self.weight)
+        return rows if self.positions is None else self.positions(rows)
 
 
 class Head(Linear):
@@ -78,7 +95,7 @@ class Layer(nn.Module):
     def compile_for(self, length: int) -> None:
         """Compiles the layer; it will run on sequences of `length` tokens."""
         # A pass that finds its angles has another graph than a pass that computes them, and recomputation must repeat the graph.
-        self.attention.positions(length, self.attention_norm.weight.dtype, self.attention_norm.weight.device)
+        self.attention.prepare(length, self.attention_norm.weight.dtype, self.attention_norm.weight.device)
         self.compile()
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,7 +131,7 @@ class Decoder(Model):
         self.slices = list(slices)
         self.recompute = list(recompute) or ["none"] * config.layers
         self.host_memory = HostMemory(offload_bytes)
-        self.embedding = Embedding(config.padded_vocab, config.hidden) if first else None
+        self.embedding = Embedding(config) if first else None
         self.layers = nn.ModuleDict({str(i): Layer(config, i, self.recompute[i]) for layers in slices for i in layers})
         self.norm = norm_of(config) if last else None
         self.head = Head(config.padded_vocab, config.hidden, config.vocab) if last else None

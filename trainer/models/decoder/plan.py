@@ -14,14 +14,15 @@ outputs are summed (row parallel in Megatron's terms)."""
 
 
 def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
-    """Returns the placement of every parameter and buffer. With `sequence` (parallelism), norms see only a slice of the sequence,
-    so each rank has only a part of their gradient."""
+    """Returns the placement of every parameter and buffer. With `sequence` (parallelism), norms and learned positions see only a
+    slice of the sequence, so each rank has only a part of their gradient."""
     vocabulary = replace(ROWS, rows=config.vocab)
     norm = Placement(partial_over="tensor" if sequence else None, initial="ones")
     zeros = replace(norm, initial="zeros")
     placements = (
         ("embedding.weight", vocabulary),
         ("head.weight", vocabulary),
+        ("embedding.positions.weight", replace(norm, initial="normal")),
         ("*norm.weight", norm),
         ("*norm.bias", zeros),
         ("layers.*.attention.output.weight", COLUMNS),
@@ -36,7 +37,9 @@ def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
     )
     boundaries: tuple[tuple[str, BoundaryKind], ...] = (
         ("embedding", "embedding"),
+        ("embedding.positions", "positions"),
         ("layers.*.attention", "block"),
+        ("layers.*.attention.slopes", "heads"),
         ("layers.*.feed_forward", "block"),
         ("layers.*.feed_forward.experts", "experts"),
         ("head", "head"),

@@ -8,7 +8,13 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     vocabulary = (model.vocab, model.hidden)
     layers = {f"layers.{i}.{name}": shape for i in range(model.layers) for name, shape in layer_shapes(model, i).items()}
     head = {} if model.tie_embeddings else {"head.weight": vocabulary}
-    return {"embedding.weight": vocabulary, **layers, **norm_shapes(model, "norm"), **head}
+    return {**embedding_shapes(model, model.vocab), **layers, **norm_shapes(model, "norm"), **head}
+
+
+def embedding_shapes(model: ModelConfig, rows: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the parameters of the embedding, whose vocabulary has `rows` rows."""
+    positions = {"embedding.positions.weight": (model.max_positions, model.hidden)} if model.max_positions else {}
+    return {"embedding.weight": (rows, model.hidden), **positions}
 
 
 def norm_shapes(model: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ from torch import nn
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.model import Decoder
 from tests.trainer.models import reference
+from tests.trainer.models.styles import STYLES
 
 MOE = MoEConfig(experts=4, top_k=2, ffn=6)
 VARIANTS = {
@@ -21,11 +22,16 @@ VARIANTS = {
     "padded_tied": {"vocab": 29, "vocab_multiple": 8, "tie_embeddings": True},
     "layer_norm": {"norm": "layer"},
     "gelu": {"activation": "gelu"},
+    "learned": {"positions": "learned", "max_positions": 6},
+    "alibi": {"positions": "alibi", "heads": 4, "kv_heads": 2},
+    "alibi_of_other_numbers_of_heads": {"positions": "alibi", "hidden": 18, "heads": 6},
+    "no_positions": {"positions": "none"},
     "moe": {"moe": MOE},
     "moe_gelu_shared": {"activation": "gelu", "moe": MoEConfig(experts=4, top_k=2, ffn=6, every=2, shared_experts=1)},
     "moe_every_2_shared": {"moe": MoEConfig(experts=5, top_k=3, ffn=6, every=2, shared_experts=2)},
     "moe_top_1_tied": {"moe": MoEConfig(experts=3, top_k=1, ffn=6), "tie_embeddings": True},
     "moe_all": {"moe": MoEConfig(experts=3, top_k=3, ffn=6)},
+    **STYLES,
 }
 BATCH, LENGTH = 2, 5
 
@@ -112,7 +118,7 @@ def counted(modules: dict[str, nn.Module]) -> dict[str, int]:
     return calls
 
 
-@pytest.mark.parametrize("variant", ["dense", "moe_every_2_shared"])
+@pytest.mark.parametrize("variant", ["dense", "moe_every_2_shared", "gpt", "mpt"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
     ("recompute", "attention", "experts"),
@@ -158,7 +164,7 @@ def test_the_first_layer_is_recomputed_too_where_the_embedding_is_frozen() -> No
     assert calls == {"layer": 2}
 
 
-@pytest.mark.parametrize("variant", ["grouped_query", "moe_every_2_shared"])
+@pytest.mark.parametrize("variant", ["grouped_query", "moe_every_2_shared", *STYLES])
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_16_bit_losses_are_float32_and_near(variant: str, dtype: torch.dtype, relative: float) -> None:
     config = config_of(variant)
