@@ -46,8 +46,9 @@ class _Block:
 
 
 def embedding_held(work: ModelWork) -> Held:
-    """Returns the bytes that the embedding holds: as activations the token ids and the positions of a sequence, as operands the ids,
-    the positions of all sequences and the gradient of the output. Learned positions are a second result in the forward pass."""
+    """Returns the bytes that the embedding holds: as activations the token ids and the positions of a sequence, as operands the
+    ids, the positions of all sequences and the gradient of the output. Learned positions are a second result in the forward
+    pass."""
     ids, rows = _INDEX_BYTES * work.tokens, work.tokens * work.model.hidden
     learned = work.model.positions == "learned"
     positions = _INDEX_BYTES * work.tokens_between * learned
