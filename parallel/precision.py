@@ -5,6 +5,9 @@ of bfloat16 numbers are exact in float32. A CPU without bfloat16 instructions ru
 float32 (docs/performance.md), so there the operands are widened before the multiplication and the result is rounded.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -25,6 +28,19 @@ def chip_of(device: torch.device) -> str:
     if device.type != "meta":
         return device.type
     return str(getattr(_get_current_dispatch_mode(), "chip", "meta"))
+
+
+def linear_products(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Returns a context for the matrix products of a linear layer, those of its forward and its backward pass. It says so to the
+    dispatch mode around a computation without values, in which such products may stand for products in another dtype.
+
+    `tensor` is one of their operands.
+    """
+    enter = getattr(_get_current_dispatch_mode(), "linear_products", None) if tensor.is_meta else None
+    return _NOTHING if enter is None else enter()
+
+
+_NOTHING = nullcontext()
 
 
 def multiply_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ from bagualu.comm.backend import Work
 from bagualu.comm.monitor import Phase
 from bagualu.parallel.data.bucket import Bucket, Entry, crosses_two_groups
 from bagualu.parallel.mesh import Mesh
-from bagualu.parallel.precision import on_nvidia
+from bagualu.parallel.precision import linear_products, on_nvidia
 
 _MOST_IN_FLIGHT = 2
 """The number of reductions under ZeRO-2 that may be in progress at the same time."""
@@ -285,15 +285,19 @@ class GradientSink:
 
     def _add_products(self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
         views = self.view.unsqueeze(0) if self.view.ndim == 2 else self.view
-        for view, left, right in zip(views, lefts, rights, strict=True):
-            if left.dtype == view.dtype:
-                torch.addmm(view, left, right, beta=0 if self.fresh else 1, out=view)
-            elif on_nvidia(view):  # its matrix product can return the float32 sums before they are rounded
-                torch.addmm(view, left, right, out_dtype=view.dtype, beta=0 if self.fresh else 1, out=view)
-            elif self.fresh:
-                view.copy_(left @ right)
-            else:
-                view.add_(left @ right)
+        with linear_products(self.view):
+            for view, left, right in zip(views, lefts, rights, strict=True):
+                self._add_product(view, left, right)
+
+    def _add_product(self, view: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        if left.dtype == view.dtype:
+            torch.addmm(view, left, right, beta=0 if self.fresh else 1, out=view)
+        elif on_nvidia(view):  # its matrix product can return the float32 sums before they are rounded
+            torch.addmm(view, left, right, out_dtype=view.dtype, beta=0 if self.fresh else 1, out=view)
+        elif self.fresh:
+            view.copy_(left @ right)
+        else:
+            view.add_(left @ right)
 
     def _add_rows(self, rows: torch.Tensor, indices: torch.Tensor) -> None:
         if self.fresh:

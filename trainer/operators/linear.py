@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from bagualu.parallel.data.reducer import GradientSink, gradient_sink
-from bagualu.parallel.precision import accurate_dtype, multiply_dtype, on_nvidia
+from bagualu.parallel.precision import accurate_dtype, linear_products, multiply_dtype, on_nvidia
 
 _GROUPED_MULTIPLE = 8
 """The kernel for several experts needs rows of a multiple of this many elements: 16 bytes of bfloat16."""
@@ -46,7 +46,8 @@ class _Linears(torch.autograd.Function):
         ctx.save_for_backward(x, factor, *weights)
         ctx.dtype, ctx.sinks = dtype, [gradient_sink(weight) for weight in weights]
         rows = _times(x, factor).to(dtype)
-        return tuple(F.linear(rows, weight.to(dtype)).to(dtype if wide else weight.dtype) for weight in weights)
+        with linear_products(x):
+            return tuple(F.linear(rows, weight.to(dtype)).to(dtype if wide else weight.dtype) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -55,12 +56,13 @@ class _Linears(torch.autograd.Function):
         rows = _times(x, factor).reshape(-1, x.shape[-1]).to(dtype)
         grad_rows: torch.Tensor | None = None
         grad_weights = []
-        for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[4:], strict=True):
-            columns = grad.reshape(-1, grad.shape[-1]).to(dtype)
-            grad_weights.append(_weight_gradient(sink, weight, [columns.T], [rows]) if trained else None)
-            if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-                widened = weight.to(dtype)
-                grad_rows = columns @ widened if grad_rows is None else grad_rows.addmm_(columns, widened)
+        with linear_products(x):
+            for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[4:], strict=True):
+                columns = grad.reshape(-1, grad.shape[-1]).to(dtype)
+                grad_weights.append(_weight_gradient(sink, weight, [columns.T], [rows]) if trained else None)
+                if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+                    widened = weight.to(dtype)
+                    grad_rows = columns @ widened if grad_rows is None else grad_rows.addmm_(columns, widened)
         grad_input = None if grad_rows is None else grad_rows.to(x.dtype).view_as(x)
         return None, None, *_of_factors(grad_input, x, factor), *grad_weights
 
@@ -97,36 +99,44 @@ class _GroupedLinears(torch.autograd.Function):
         if _in_one_kernel(x, *weights):
             rows = _times(x, factor)
             ctx.ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x.device)
-            return tuple(F.grouped_mm(rows, weight.mT, offs=ctx.ends) for weight in weights)
+            with linear_products(x):
+                return tuple(F.grouped_mm(rows, weight.mT, offs=ctx.ends) for weight in weights)
         dtype = multiply_dtype(x)
         parts = _times(x, factor).to(dtype).split(counts)
         outputs = [x.new_empty(x.shape[0], weight.shape[1], dtype=dtype) for weight in weights]
-        for output, weight in zip(outputs, weights, strict=True):
-            for part, out, expert in zip(parts, output.split(counts), weight, strict=True):
-                torch.mm(part, expert.T.to(dtype), out=out)
+        with linear_products(x):
+            for output, weight in zip(outputs, weights, strict=True):
+                for part, out, expert in zip(parts, output.split(counts), weight, strict=True):
+                    torch.mm(part, expert.T.to(dtype), out=out)
         return tuple(output.to(x.dtype) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, factor, *weights = ctx.saved_tensors
-        if ctx.ends is not None:
-            return _grouped_backward(ctx, x, factor, weights, grads)
-        dtype = multiply_dtype(x)
-        grad_input = torch.zeros_like(x, dtype=dtype)
-        rows, into = _times(x, factor).to(dtype).split(ctx.counts), grad_input.split(ctx.counts)
-        grad_weights = []
-        for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[3:], strict=True):
-            columns = grad.to(dtype).split(ctx.counts)
-            for grad_rows, column, expert in zip(into, columns, weight, strict=True):
-                grad_rows.addmm_(column, expert.to(dtype))
-            grad_weights.append(_weight_gradient(sink, weight, [column.T for column in columns], rows) if trained else None)
-        return *_of_factors(grad_input.to(x.dtype), x, factor), None, *grad_weights
+        with linear_products(x):
+            by_experts = _grouped_backward if ctx.ends is not None else _separate_backward
+            return by_experts(ctx, x, factor, weights, grads)
 
 
 def _in_one_kernel(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Whether the device has a kernel for the products of all experts together that accepts these tensors."""
     whole = all(size % _GROUPED_MULTIPLE == 0 for weight in weights for size in weight.shape[1:])
     return on_nvidia(x) and x.dtype == torch.bfloat16 and x.shape[0] > 0 and whole
+
+
+def _separate_backward(
+    ctx: Any, x: torch.Tensor, factor: torch.Tensor | None, weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
+) -> Any:
+    dtype = multiply_dtype(x)
+    grad_input = torch.zeros_like(x, dtype=dtype)
+    rows, into = _times(x, factor).to(dtype).split(ctx.counts), grad_input.split(ctx.counts)
+    grad_weights = []
+    for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[3:], strict=True):
+        columns = grad.to(dtype).split(ctx.counts)
+        for grad_rows, column, expert in zip(into, columns, weight, strict=True):
+            grad_rows.addmm_(column, expert.to(dtype))
+        grad_weights.append(_weight_gradient(sink, weight, [column.T for column in columns], rows) if trained else None)
+    return *_of_factors(grad_input.to(x.dtype), x, factor), None, *grad_weights
 
 
 def _grouped_backward(
@@ -139,12 +149,19 @@ def _grouped_backward(
         columns = grad.contiguous()
         through = F.grouped_mm(columns, weight, offs=ends)
         grad_input = through if grad_input is None else grad_input.add_(through)
-        compute = partial(F.grouped_mm, columns.T, rows, offs=ends)
+        compute = partial(_experts_gradient, columns, rows, ends)
         if sink is not None:
             sink.add_computed(compute)
         grad_weights.append(compute().to(accurate_dtype(weight.dtype)) if trained and sink is None else None)
     assert grad_input is not None
     return *_of_factors(grad_input, x, factor), None, *grad_weights
+
+
+def _experts_gradient(columns: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Returns the gradients [E, O, I] of the weights of experts, given the gradients of their outputs [N, O] and their inputs [N,
+    I], of which expert e has the rows up to ends[e]. It may run later than the rest of the backward pass."""
+    with linear_products(rows):
+        return F.grouped_mm(columns.T, rows, offs=ends)
 
 
 def _weight_gradient(

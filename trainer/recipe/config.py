@@ -31,6 +31,8 @@ MOST_MICRO_BATCHES = 2**16
 SEEDS = range(-(2**63), 2**64)
 """The seeds that torch accepts."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+PREDICTED_DTYPE = "float8"
+"""A dtype whose runs can be predicted but not trained."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class TrainConfig:
     """The number of sequences that a data rank passes through the model together."""
     dtype: str = "float32"
     """The dtype of weights and activations: float64 | float32 | bfloat16 | float16. With the 16-bit dtypes, the optimizer keeps
-    float32 master weights."""
+    float32 master weights. float8 can only be predicted: as bfloat16, with the matrix products of linear layers in float8."""
     recompute: Any = "none"
     """Which activations the backward pass computes again instead of keeping them: none; full, all of each layer but its input;
     attention, those of the attention of each layer; experts, those of each mixture of experts; every:N, all of every N-th layer; a
@@ -78,6 +80,8 @@ class TrainConfig:
     """Sequences of the validation split that each validation uses, always the same; 0 turns validation off."""
 
     def validate(self) -> None:
+        if self.dtype == PREDICTED_DTYPE:
+            raise RecipeError("train.dtype=float8 can be predicted but not trained; give train.dtype=bfloat16")
         if self.dtype not in DTYPES:
             raise RecipeError(f"train.dtype={self.dtype} is unknown; give one of {', '.join(DTYPES)}")
         require_at_least(1, "train", self, "steps", "micro_batch")

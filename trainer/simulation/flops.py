@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 Formula = Callable[..., int]
@@ -22,6 +23,13 @@ def flops_of(operator: Any, arguments: Sequence[Any], named: Mapping[str, Any], 
     if counted := flop_registry.get(packet):
         return int(counted(*arguments, **named, out_val=result))
     return 0
+
+
+def factors_of(operator: Any, arguments: Sequence[Any]) -> list[Tensor]:
+    """Returns the matrices that a call of `operator` multiplies, without one to which their product is added; [] if it multiplies
+    none or is no plain product."""
+    first = _FACTORS.get(_not_in_place(operator.overloadpacket))
+    return [] if first is None else list(arguments[first : first + 2])
 
 
 def _not_in_place(packet: Any) -> Any:
@@ -63,3 +71,5 @@ _FORMULAS: dict[Any, Formula] = {
     _ATEN._grouped_mm: _grouped,
     _ATEN.addmm: _added,
 }
+_FACTORS = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN._grouped_mm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1}
+"""The index of the first of two matrices among the arguments of a product."""

@@ -7,7 +7,8 @@ does, whatever that is: there is no other description of the model or the schedu
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,9 +37,10 @@ from bagualu.trainer.costs.plan_split import plan_split
 from bagualu.trainer.data.config import RANDOM
 from bagualu.trainer.data.corpus import Corpus
 from bagualu.trainer.data.split import NOTHING
-from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.config import PREDICTED_DTYPE, Recipe
+from bagualu.trainer.simulation.flops import factors_of
 from bagualu.trainer.simulation.loads import Shares, by_layer, give
-from bagualu.trainer.simulation.operators import Operators, computes, tensors_in
+from bagualu.trainer.simulation.operators import Operators, computes, converted, tensors_in
 from bagualu.trainer.step import train_step
 
 
@@ -46,9 +48,10 @@ class Tracer(TorchDispatchMode):
     """Within this context, writes down the operators of the thread, and the memory of its tensors on the meta device. `chip` is the
     type of the device for which these stand (`precision.chip_of`)."""
 
-    def __init__(self, chip: str) -> None:
+    def __init__(self, chip: str, float8: bool = False) -> None:
+        """`float8`: whether products of linear layers with factors in bfloat16 stand for products in float8."""
         super().__init__()
-        self.chip = chip
+        self.chip, self._float8 = chip, float8
         self.sections: list[Section] = [Section("start", None)]
         self.kinds: list[str] = []
         self._phase = "start"
@@ -59,6 +62,9 @@ class Tracer(TorchDispatchMode):
         """The ids of storages whose size has changed, as ZeRO-3 changes that of gathered weights, in the order of their first
         change."""
         self._operators = Operators()
+        self._converted: dict[tuple[int, int, int], int] | None = None
+        """Within the products of a linear layer, the blocks of memory of factors in float8, by the block of the factor in bfloat16,
+        its offset and size."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -71,8 +77,37 @@ class Tracer(TorchDispatchMode):
             if tensor.is_meta:
                 self._count(tensor)
         if computes(func) and any(tensor.is_meta for tensor in (made or given)):
-            self._write(self._operators.of(func, args, named, result, given, made))
+            self._write(self._operators.of(func, args, named, result, given, made, self._convert(func, args)))
         return result
+
+    @contextmanager
+    def linear_products(self) -> Iterator[None]:
+        """See `precision.linear_products`. Each factor is converted to float8 once within this context, by a kernel of its own."""
+        if not self._float8 or self._converted is not None:
+            yield
+            return
+        self._converted = {}
+        try:
+            yield
+        finally:
+            for (*_, size), block in self._converted.items():
+                self._write(Free(block, size))
+            self._converted = None
+
+    def _convert(self, func: Any, args: Sequence[Any]) -> list[Tensor]:
+        """Returns the factors of a product of a linear layer that stand for tensors in float8; [] outside `linear_products`. Writes
+        down the kernels that make those that there are not yet."""
+        if self._converted is None:
+            return []
+        factors = [tensor for tensor in factors_of(func, args) if tensor.dtype == torch.bfloat16]
+        for factor in factors:
+            key = self._blocks[id(factor.untyped_storage())][0], factor.storage_offset(), factor.numel()
+            if key not in self._converted:
+                self._converted[key] = len(self.kinds)
+                self.kinds.append(ACTIVATIONS)
+                self._write(Allocation(self._converted[key], factor.numel()))
+                self._write(converted(factor))
+        return factors
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -186,6 +221,10 @@ class Traced:
     """The share of each expert of a layer in the rows that every rank's router sends; None: equal shares."""
     assemble: Callable[..., TrainerState] = assemble
     """Makes the state that is traced."""
+    float8: bool = False
+    """Whether matrix products of linear layers, with their gradients, are in float8; train.dtype=float8 implies it. Each operand is
+    converted by a kernel of its own. All else is as with bfloat16: attention, norms, routers, the head with the loss, what is saved
+    for backward passes, communication and master weights."""
 
 
 def without_values(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
@@ -194,8 +233,9 @@ def without_values(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
 
 
 def traceable(recipe: Recipe) -> Recipe:
-    """Returns the recipe as it is traced: without text and the guard's periodic checks, and with parallel.engine=fsdp as ZeRO-3 of
-    the native engine. Raises RecipeError for what cannot be traced."""
+    """Returns the recipe as it is traced: without text and the guard's periodic checks, with parallel.engine=fsdp as ZeRO-3 of the
+    native engine, and with train.dtype=float8 as bfloat16, from which `in_float8` tells the difference. Raises RecipeError for what
+    cannot be traced."""
     parallel = recipe.parallel
     if parallel.engine == "deepspeed":
         raise RecipeError("parallel.engine=deepspeed cannot be simulated; give parallel.engine=native parallel.zero="
@@ -213,7 +253,13 @@ def traceable(recipe: Recipe) -> Recipe:
     if parallel.engine == "fsdp":
         parallel = replace(parallel, engine="native", zero=3, shard=None)
     guard = replace(recipe.guard, check_every=0, audit_every=0, leave_out=[])
-    return replace(recipe, parallel=parallel, guard=guard, data=replace(recipe.data, source=RANDOM))
+    train = replace(recipe.train, dtype="bfloat16") if recipe.train.dtype == PREDICTED_DTYPE else recipe.train
+    return replace(recipe, parallel=parallel, guard=guard, train=train, data=replace(recipe.data, source=RANDOM))
+
+
+def in_float8(recipe: Recipe, how: Traced) -> Traced:
+    """Returns `how`, with float8 if the recipe asks for it."""
+    return replace(how, float8=how.float8 or recipe.train.dtype == PREDICTED_DTYPE)
 
 
 def trace(
@@ -230,8 +276,8 @@ def trace(
     as many micro-batches as the recipe gives it; by default its part of the schedule. Raises RecipeError if the recipe is wrong for
     that world or cannot be traced.
     """
-    how, recipe = how or Traced(), traceable(recipe)
-    tracer = Tracer(how.chip)
+    recipe, how = traceable(recipe), in_float8(recipe, how or Traced())
+    tracer = Tracer(how.chip, how.float8)
     backend = RecordingBackend(World(rank, world, rank), 1.0, write=tracer.call)
     monitor = Monitor()
     communicator = Communicator(backend, backend.world, monitor)

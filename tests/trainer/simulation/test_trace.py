@@ -1,5 +1,6 @@
 """A trace has what real ranks do: their communications, the FLOPs of their products and the memory of their tensors."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from bagualu.comm.calls import Communication, Pending, Waited
+from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.comm.recording import RecordingBackend
 from bagualu.comm.world import World
@@ -17,10 +19,11 @@ from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.costs.throughput import model_flops_per_token
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.models.decoder.flops import attention_flops
+from bagualu.trainer.models.decoder.flops import attention_flops, layer_flops
 from bagualu.trainer.models.decoder.layers import FeedForward
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.simulation.operators import FLOAT8
 from bagualu.trainer.simulation.trace import Traced, trace
 from bagualu.trainer.step import train_step
 from tests.harness import run
@@ -179,3 +182,31 @@ def test_every_expert_gets_its_share() -> None:
     recipe = recipe_of("recipe=moe_tiny", "parallel.data=2", "parallel.expert=2")
     even, uneven = (trace(recipe, 2, 0, Traced("cpu", shares)) for shares in (None, [0.4, 0.4, 0.1, 0.1]))
     assert even.flops() < uneven.flops()
+
+
+def test_products_of_linear_layers_are_in_float8_if_the_recipe_asks_for_it() -> None:
+    words = ["parallel.pipeline=2", "parallel.schedule=zb_h1", "data.global_batch=2"]
+    half, narrow = (
+        trace(recipe_of("recipe=moe_tiny", f"train.dtype={dtype}", *words), 2, 1) for dtype in ("bfloat16", "float8")
+    )  # fmt: skip
+    products = {dtype: [one for one in traced.operators() if one.flops] for dtype, traced in (("16", half), ("8", narrow))}
+    assert [one.flops for one in products["8"]] == [one.flops for one in products["16"]]
+    changed = Counter[str]()
+    for before, after in zip(products["16"], products["8"], strict=True):
+        narrowed = [given for given in after.inputs if given.dtype == FLOAT8]
+        assert len(narrowed) in (0, 2)
+        assert before.read_bytes - after.read_bytes == sum(math.prod(given.shape) for given in narrowed)
+        assert before.outputs == after.outputs
+        changed[after.name] += after.flops if narrowed else 0
+    model = recipe_of("recipe=moe_tiny").model
+    router = 2 * model.hidden * model.moe.experts  # in float32
+    assert changed.total() == sum(3 * (layer_flops(model, layer, 32).weights - router) for layer in (2, 3)) * 2 * 32
+    assert not {name for name, flops in changed.items() if flops and "attention" in name}
+    conversions = [one for one in narrow.operators() if one.name == "bagualu.to_float8"]
+    assert conversions
+    assert not [one for one in half.operators() if one.name == "bagualu.to_float8"]
+
+
+def test_float8_is_refused_in_training() -> None:
+    with pytest.raises(RecipeError, match="can be predicted but not trained; give train"):
+        recipe_of("recipe=tiny_dense", "train.dtype=float8").validate(1)
