@@ -286,13 +286,23 @@ def trace(
         state.program = program or state.program
         state.batches = _Shapes(recipe.data.sequence_length)  # type: ignore[assignment]
         give(state.engine.model, by_layer(how.shares, recipe.model))
-        train_step(state, 0)
+        _first_step(state)
         gc.collect()
         tracer.begin(state.engine.held())
         monitor.observers.append(tracer)
         state.runner.reached = tracer.reached
         train_step(state, 1)
     return RankTrace(rank, tracer.end(), list(tracer.kinds))
+
+
+def _first_step(state: TrainerState) -> None:
+    """Runs a first step, of a single micro-batch unless ZeRO-3 is to learn in it in which order weights are used."""
+    shares, program = state.shares, state.program
+    if state.recipe.parallel.zero_stage < 3:
+        state.shares = [1] * len(shares)
+        state.program = Program([action for action in program.actions if action.micro_batch == 0])
+    train_step(state, 0)
+    state.shares, state.program = shares, program
 
 
 def plan(recipe: Recipe, world: int) -> tuple[Split, CostTable | None]:
