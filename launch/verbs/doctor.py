@@ -24,7 +24,7 @@ from bagualu.launch.verbs.usage import DOCTOR_KEYS, SEVERAL, CommandLine
 from bagualu.launch.workers.run import call_on_workers
 from bagualu.trainer.data.config import RANDOM, DataConfig
 from bagualu.trainer.data.corpus import cache_folder
-from bagualu.trainer.process.failure import DONE, INTERRUPTED, os_error
+from bagualu.trainer.process.failure import DONE, FAILED, INTERRUPTED, os_error
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe.choose_backend import choose_backend, registered
 from bagualu.trainer.recipe.compose import compose
@@ -59,7 +59,7 @@ def doctor(request: CommandLine) -> tuple[int, Any]:
         return INTERRUPTED, {"ended": "interrupted"}
     if not request.json:
         print("\n".join(_report(found)))
-    return DONE, _document(found)
+    return DONE if found.measured else FAILED, _document(found)
 
 
 def _recipe(arguments: Sequence[str]) -> Recipe:

@@ -1,8 +1,10 @@
 """`bagualu doctor`: one JSON document with the promised keys, a cluster that can be used, and refusals with the fix."""
 
 import json
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,13 @@ import pytest
 from bagualu.comm.cluster_file import load_cluster
 from bagualu.comm.cost import collective_seconds
 from bagualu.launch import cli
+from bagualu.launch.machine import worker_names
+from bagualu.launch.verbs import doctor
 from bagualu.launch.verbs.usage import DOCTOR_KEYS
+from bagualu.trainer.process.stop_request import StopRequest
+from bagualu.trainer.recipe.config import Recipe
+from tests.launch.machine.test_cluster_text import LINKS
+from tests.launch.machine.test_figures import ONE
 from tests.leftovers import Leftovers
 
 ROOT = Path(__file__).parents[3]
@@ -61,6 +69,62 @@ def test_wrong_words_are_refused_with_the_fix(capsys: pytest.CaptureFixture[str]
     assert out == ""
     assert len(err.splitlines()) == 1
     assert fix in err
+
+
+@pytest.fixture
+def without_measuring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[int, str]]:
+    """Workers that answer at once, and a small file for the disk. Returns the numbers of workers and what they were asked."""
+    asked: list[tuple[int, str]] = []
+
+    def answer(recipe: Recipe, backend: str, ranks: int, entrypoint: str, stop: StopRequest) -> dict[str, Any] | str:
+        asked.append((ranks, entrypoint))
+        return replace(ONE, ranks=ranks, links=LINKS if ranks > 1 else []).as_dict()
+
+    monkeypatch.setattr(doctor, "_call", answer)
+    for name in ("FULL", "QUICK"):
+        monkeypatch.setattr(doctor, name, replace(getattr(doctor, name), disk_bytes=2**20))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+GUIDE = [line.strip() for line in (ROOT / "docs/guides/doctor.md").read_text().splitlines() if line.startswith("    bagualu ")]
+
+
+@pytest.mark.parametrize("command", GUIDE)
+def test_the_commands_of_the_guide_report_what_was_measured(
+    command: str, without_measuring: list[tuple[int, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(command)[1:]
+    assert cli.main(words) == 0
+    report = capsys.readouterr().out
+    assert {"--quick" in words} == {entrypoint == worker_names.MEASURE_QUICKLY for _, entrypoint in without_measuring}
+    if "launch.workers=2" in words:
+        assert [ranks for ranks, _ in without_measuring] == [2]
+    for beginning in ("versions", "cpu", "backends", "disk", "cluster", "problems", "  products", "  memory"):
+        assert f"\n{beginning} " in f"\n{report}"
+    assert max(map(len, report.splitlines())) < 200
+
+
+def test_a_backend_that_fails_is_a_problem_and_no_cluster_is_written(
+    without_measuring: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "_call", lambda *arguments: "CommunicationError: no route to host")
+    assert cli.main(["doctor", "--json", "comm.backend=gloo"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["cluster_file"], found["matmul_flops_per_second"]) == (None, None)
+    (gloo,) = [backend for backend in found["backends"] if backend["name"] == "gloo"]
+    assert gloo == {"name": "gloo", "works": False, "why": "CommunicationError: no route to host"}
+    assert any("loopback" in problem["fix"] for problem in found["problems"])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_refused(
+    without_measuring: list[tuple[int, str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.main(["doctor", "data.cache=file/cache"]) == 2
+    assert "give data.cache=FOLDER with room to write" in capsys.readouterr().err
 
 
 def test_the_help_page_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
