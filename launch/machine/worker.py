@@ -72,7 +72,7 @@ def figures_of_rank(communicator: Communicator, how: Plan, meet: Callable[[], No
     times, spread = products.product_times(plan.DTYPES, device, how, meet)
     copies = products.copy_bytes_per_second(device, how, meet)
     meet()
-    tiny = operator_times(_recipe(_TINY), _TINY_STEPS) if on_cpu else []
+    tiny = operator_times(recipe_of(_TINY), _TINY_STEPS) if on_cpu else []
     return RankFigures(
         ranks=communicator.size,
         device=device.type,
@@ -105,7 +105,7 @@ def _gpu_bytes(device: torch.device) -> int:
 def _operators(how: Plan, tiny: Sequence[Timed], meet: Callable[[], None]) -> list[OperatorSample]:
     """Returns the times of all operators but products of two matrices in steps of the sample models, and in those of the `tiny`
     model, which take least."""
-    timed = [*tiny, *(one for sample in how.samples for one in operator_times(_recipe(sample), _STEPS, meet))]
+    timed = [*tiny, *(one for sample in how.samples for one in operator_times(recipe_of(sample), _STEPS, meet))]
     return by_octave(
         [
             OperatorSample(operator.name, dtype_of(operator), work_of(operator), seconds)
@@ -120,7 +120,7 @@ def _between_operators(tiny: Sequence[Timed]) -> float:
     them."""
     count = len(tiny) // _TINY_STEPS
     inside = sum(min(seconds for _, seconds in tiny[index::count]) for index in range(count))
-    return max(_LEAST_SECONDS, (min(step_seconds(_recipe(_TINY), _TINY_STEPS)) - inside) / count)
+    return max(_LEAST_SECONDS, (min(step_seconds(recipe_of(_TINY), _TINY_STEPS)) - inside) / count)
 
 
 def _is_product(operator: Operator) -> bool:
@@ -128,11 +128,11 @@ def _is_product(operator: Operator) -> bool:
     return operator.flops > 0 and all(len(tensor.shape) <= 2 for tensor in operator.inputs)
 
 
-def _recipe(sample: Sample) -> Recipe:
+def recipe_of(sample: Sample) -> Recipe:
     """Returns the recipe of a sample, whose heads are 64 wide, or one head if it is narrower."""
     model = ModelConfig(
         layers=sample.layers, hidden=sample.hidden, heads=max(1, sample.hidden // 64), ffn=sample.ffn, vocab=sample.vocab,
-        moe=MoEConfig(experts=sample.experts, ffn=sample.ffn),
+        moe=MoEConfig(experts=sample.experts, ffn=sample.ffn) if sample.experts else MoEConfig(),
     )  # fmt: skip
     data = DataConfig(source=RANDOM, sequence_length=sample.sequence_length, global_batch=sample.micro_batch)
     return Recipe(model=model, data=data, train=TrainConfig(steps=100, micro_batch=sample.micro_batch, dtype=sample.dtype))

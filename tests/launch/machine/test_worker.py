@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
+
 from bagualu.comm.cost import KINDS
 from bagualu.comm.group import Communicator
 from bagualu.launch.machine.figures import RankFigures
-from bagualu.launch.machine.plan import QUICK, Grid
-from bagualu.launch.machine.worker import check, figures_of_rank
+from bagualu.launch.machine.plan import FULL, QUICK, Grid, Sample
+from bagualu.launch.machine.worker import check, figures_of_rank, recipe_of
 from bagualu.trainer.recipe.config import Recipe
 from tests.harness import run
 
@@ -35,6 +37,13 @@ def test_a_rank_measures_each_thing_of_the_plan() -> None:
     assert min(one.copy_bytes_per_second, one.launch_seconds, one.memory_bytes, one.context_bytes) > 0
     assert (one.device, one.ranks, other.ranks) == ("cpu", 2, 2)
     assert all(sample.seconds > 0 for sample in one.operators)
+
+
+@pytest.mark.parametrize("sample", [*FULL.samples, *QUICK.samples], ids=str)
+def test_a_sample_is_a_valid_recipe_of_one_rank(sample: Sample) -> None:
+    recipe = recipe_of(sample)
+    assert recipe.validate(1).world == 1
+    assert recipe.micro_batches() == 1
 
 
 def test_a_backend_that_sums_rightly_works() -> None:
