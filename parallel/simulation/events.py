@@ -102,13 +102,13 @@ class RankTrace:
         total = most = moment = 0
         where = self.sections[0]
         for index, (section, event) in enumerate(self.events()):
-            total += _change(event)
+            total += changed_bytes(event)
             if total > most:
                 most, where, moment = total, section, index
         held = Counter[str]()
         for _, event in islice(self.events(), moment + 1):
             if isinstance(event, Allocation | Free):
-                held[self.kinds[event.block]] += _change(event)
+                held[self.kinds[event.block]] += changed_bytes(event)
         return Peak(most, {kind: size for kind, size in held.items() if size}, where)
 
 
@@ -128,7 +128,7 @@ class Role:
     """Their coordinates on the fold axis (data x context); empty: all that there are."""
 
 
-def _change(event: Event) -> int:
+def changed_bytes(event: Event) -> int:
     """Returns the bytes by which `event` changes the memory that is held."""
     if isinstance(event, Allocation):
         return event.bytes

@@ -6,7 +6,7 @@ from itertools import pairwise
 from bagualu.comm.calls import Communication, Waited
 from bagualu.comm.clock import MESSAGES, Lane, Prices
 from bagualu.comm.topology import as_range
-from bagualu.parallel.layout import COPIES, SHARD, Layout
+from bagualu.parallel.layout import Layout
 from bagualu.parallel.simulation.events import Event, Operator, Role
 
 _ALONG_PIPELINE = ("pipeline", "ends")
@@ -49,7 +49,9 @@ class Lanes:
 
     def alone(self, member: int, prices: Prices) -> set[Lane]:
         """Returns the lanes whose calls cannot overlap with anything else: this role is their only member, waits at once for each
-        of their calls, and has no other calls over the same tier of links."""
+        of their calls, and has no other calls over the same tier of links. On a CPU, whose processors do all, there are none."""
+        if prices.moved_by_processor(self._rank(member)):
+            return set()
         found: dict[Lane, bool] = {}
         for (kind, group, peer), waits_at_once in self._called[member].items():
             lane = self.of(member, kind, group, peer)
@@ -105,7 +107,7 @@ class Lanes:
 def _connect(first: list[int], coordinates: Sequence[Sequence[range]], axis: str, layout: Layout) -> None:
     """Gives those classes the same number in `first` whose `coordinates` on the fold lie in the same groups of `axis`. Classes of
     unknown coordinates are connected with all."""
-    holders: dict[object, int] = {}
+    holders: dict[int, int] = {}
     for index, ranges in enumerate(coordinates):
         for coordinate in (one for one_range in ranges or (range(layout.fold),) for one in one_range):
             other = holders.setdefault(group_at(axis, coordinate, layout), index)
@@ -116,23 +118,18 @@ def _connect(first: list[int], coordinates: Sequence[Sequence[range]], axis: str
                     return
 
 
-def group_at(axis: str, fold: int, layout: Layout) -> tuple[int, ...]:
-    """Returns what tells the group of `axis`, one of those within the fold, that has the coordinate `fold` from the others."""
-    if axis.endswith((SHARD, COPIES)):
-        whole = axis.removesuffix(SHARD).removesuffix(COPIES)
-        place, within = (fold, ()) if whole == "fold" else (fold // layout.expert, (fold % layout.expert,))
-        first, inside = divmod(place, layout.size(whole + SHARD))
-        return (first if axis.endswith(SHARD) else inside, *within)
+def group_at(axis: str, fold: int, layout: Layout) -> int:
+    """Returns what tells the group of `axis`, an axis within the fold, that has the coordinate `fold` from the others."""
     match axis:
         case "expert":
-            return (fold // layout.expert,)
+            return fold // layout.expert
         case "replica":
-            return (fold % layout.expert,)
+            return fold % layout.expert
         case "context":
-            return (fold // layout.context,)
+            return fold // layout.context
         case "data":
-            return (fold % layout.context,)
-    return ()
+            return fold % layout.context
+    return 0
 
 
 def _called(role: Role) -> dict[tuple[str, str, int | None], bool]:

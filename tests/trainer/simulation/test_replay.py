@@ -67,7 +67,7 @@ def test_a_pipeline_of_every_schedule(schedule: str) -> None:
     [
         ("tiny_dense", ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch=2"], {"tensor"}),
         ("tiny_dense", ["parallel.data=4", "parallel.zero=3", "train.recompute=full"], {"fold"}),
-        ("tiny_dense", ["parallel.data=4", "parallel.zero=2", "parallel.shard=2"], {"fold_shard", "fold_copies"}),
+        ("tiny_dense", ["parallel.data=4", "parallel.zero=2"], {"fold"}),
         ("tiny_dense", ["parallel.pipeline=2", "parallel.schedule=1f1b", "model.tie_embeddings=true"], {"ends", "pipeline"}),
         ("moe_tiny", ["parallel.data=4", "parallel.expert=2", "parallel.tensor=2"], {"tensor", "expert", "fold", "replica"}),
     ],
