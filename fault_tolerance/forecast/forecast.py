@@ -35,10 +35,12 @@ class Workload:
     step_seconds: float
     state_bytes: float
     """What a checkpoint holds, over all ranks."""
-    replica_devices: int = 1
-    """Devices of a data-parallel replica: tensor x pipeline x context."""
+    replicas: int = 1
+    """Data-parallel replicas."""
     micro_batches: int | None = None
-    """Of a replica in a step; None: divides evenly."""
+    """Of a replica in a step."""
+    equal_shares: bool = True
+    """Whether all replicas must have equally many (parallel.shares)."""
     writers: int | None = None
     """Ranks that write a part of a checkpoint; None: all."""
 
@@ -124,8 +126,9 @@ def run_model(
         + assumptions.warm_up_steps * work.step_seconds,
         check_steps=settings.guard.check_every,
         nodes=math.ceil(work.world / node_devices),
-        nodes_per_replica=math.ceil(work.replica_devices / node_devices),
+        replicas=work.replicas,
         micro_batches=work.micro_batches,
+        equal_shares=work.equal_shares,
         spares=spares,
         swap_seconds=restart.wait_seconds if restart.elastic and spares is not None else assumptions.swap_seconds,
         repair_seconds=assumptions.repair_hours * 3600,

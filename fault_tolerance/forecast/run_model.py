@@ -4,6 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bagualu.comm.errors import RecipeError
 
 MICROSECONDS = 1_000_000
@@ -58,10 +61,13 @@ class RunModel:
     check_steps: int = 0
     """Steps between the checks that find silent failures; 0: they are found at once."""
     nodes: int = 1
-    nodes_per_replica: int = 1
-    """Nodes of one data-parallel replica, or 1 if a node holds several. A run that has lost a node does without a whole replica."""
+    replicas: int = 1
+    """Data-parallel replicas. A run that has lost a node does without those that do not fit on the others."""
     micro_batches: int | None = None
-    """Micro-batches of a replica in a step. With fewer replicas some have one more; None: the work divides evenly."""
+    """Micro-batches of a replica in a step; None: so many that any number of replicas can share them equally."""
+    equal_shares: bool = False
+    """Whether each replica must have as many micro-batches as the others, so that a run that shrinks does without all replicas
+    beyond a number that divides those of a step. Otherwise some have one more."""
     spares: int | None = None
     """Nodes that stand by; None: always enough."""
     swap_seconds: float = 0.0
@@ -73,10 +79,6 @@ class RunModel:
     rejoin: bool = True
     """Whether a repaired node joins an elastic run at once, which costs a save and a start; otherwise it joins at the next
     failure."""
-
-    @property
-    def replicas(self) -> int:
-        return self.nodes // self.nodes_per_replica
 
     @property
     def mean_seconds_between_failures(self) -> float:
@@ -95,17 +97,24 @@ class RunModel:
             value = getattr(self, entry.name)
             if isinstance(value, float | int) and not isinstance(value, bool):
                 _require(value, "failures", entry.name, float(entry.metadata.get("most", math.inf)))
-        for name in ("checkpoint_steps", "nodes", "nodes_per_replica"):
+        for name in ("checkpoint_steps", "nodes", "replicas"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"failures: {name}={getattr(self, name)} must be at least 1, e.g. {name}=1")
         if self.step_seconds * MICROSECONDS < 1:
             raise RecipeError(f"failures: step_seconds={self.step_seconds} must be at least a microsecond, e.g. step_seconds=10.0")
-        if self.nodes < self.nodes_per_replica:
-            raise RecipeError(f"failures: nodes={self.nodes} must be at least nodes_per_replica={self.nodes_per_replica}")
         if self.repair_seconds == 0 and self.spares is not None:
             raise RecipeError(
                 f"failures: spares={self.spares} needs the time of a repair; give repair_hours=24, or leave out spares"
             )
+
+    def usable_replicas(self) -> NDArray[np.int64]:
+        """Returns with how many replicas an elastic run goes on if 0, 1, ... or all of its nodes can be used."""
+        counts = np.arange(self.replicas + 1)
+        if self.equal_shares and self.micro_batches is not None:
+            divides = self.replicas * self.micro_batches % np.maximum(counts, 1) == 0
+            counts = np.maximum.accumulate(np.where(divides, counts, 0))
+        usable: NDArray[np.int64] = counts[np.arange(self.nodes + 1) * self.replicas // self.nodes]
+        return usable
 
     def step_seconds_with(self, replicas: int) -> float:
         """Returns the time of a step in which `replicas` of the replicas do all the work."""

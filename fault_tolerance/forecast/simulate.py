@@ -99,6 +99,7 @@ class _Runs:
         self.silent = np.array([kind.silent for kind in kinds] or [False])
         self.loses = np.array([kind.loses_node for kind in kinds] or [False])
         self.detection = np.array([_micro(kind.detection_seconds) for kind in kinds] or [0])
+        self.usable = model.usable_replicas()
         self.repair_time = max(1.0, model.repair_seconds * MICROSECONDS)
         self.pauses = np.array([_micro(pause) for pause in model.pauses])
         slowed = _micro(model.durable_seconds * model.slowdown)
@@ -199,7 +200,7 @@ class _Runs:
         self.out += lost_node
         short = self.out > model.spares
         if model.elastic:
-            short = model.nodes + model.spares - self.out < model.nodes_per_replica
+            short = self._usable() < 1
         with np.errstate(divide="ignore", invalid="ignore"):
             wait = -np.log1p(-uniform[3]) * self.repair_time / self.out
         waiting = lost_node & short
@@ -215,5 +216,10 @@ class _Runs:
         self.elapsed = np.where(restarted, 0, self.elapsed)
         self.begun = np.where(restarted, self.reached, self.begun)
         if model.spares is not None and model.elastic:
-            left = (model.nodes + model.spares - self.out) // model.nodes_per_replica
-            self.replicas = np.where(restarted, np.minimum(left, model.replicas), self.replicas)
+            self.replicas = np.where(restarted, self._usable(), self.replicas)
+
+    def _usable(self) -> Integers:
+        """Returns the number of replicas with which each run can go on."""
+        left: Integers = (self.model.nodes + (self.model.spares or 0) - self.out).clip(0, self.model.nodes)
+        usable: Integers = self.usable[left]
+        return usable

@@ -73,14 +73,17 @@ class Mechanism:
 def work(world: int) -> Workload:
     tokens = SEQUENCES * SEQUENCE_LENGTH
     seconds = 6 * PARAMETERS * tokens / (REPLICA * FLOPS_PER_SECOND)
-    return Workload(world, seconds, STATE_BYTES_PER_PARAMETER * PARAMETERS, REPLICA, SEQUENCES)
+    return Workload(world, seconds, STATE_BYTES_PER_PARAMETER * PARAMETERS, world // REPLICA, SEQUENCES)
 
 
-def modelled(world: int, assumptions: Assumptions, spares: int | None = None, rejoin: bool = True, **given: Any) -> RunModel:
+def modelled(
+    world: int, assumptions: Assumptions, spares: int | None = None, rejoin: bool = True, equal_shares: bool = True, **given: Any
+) -> RunModel:  # fmt: skip
     """Returns the model of the job; `given` are keys of checkpoint.* and restart.*."""
     restart = RestartConfig(**{key: given.pop(key) for key in list(given) if hasattr(RestartConfig(), key)})
     settings = Settings(CheckpointConfig(**given), restart, GuardConfig())
-    return run_model(load_cluster("h100"), work(world), settings, assumptions, spares, rejoin)
+    job = replace(work(world), equal_shares=equal_shares)
+    return run_model(load_cluster("h100"), job, settings, assumptions, spares, rejoin)
 
 
 def mechanisms(scenario: Scenario, assumptions: Assumptions) -> Iterator[Mechanism]:
@@ -99,7 +102,9 @@ def mechanisms(scenario: Scenario, assumptions: Assumptions) -> Iterator[Mechani
     yield Mechanism("spare nodes", model(spares=scenario.spares, **steady))
     elastic = {"elastic": True, "wait_seconds": 10, **steady}
     yield Mechanism("restart.elastic=true, no spare nodes, nodes rejoin at once", model(spares=0, **elastic))
-    yield Mechanism("the same, nodes rejoin at the next failure", model(spares=0, rejoin=False, **elastic))
+    uneven = {"equal_shares": False, **elastic}
+    yield Mechanism("the same, parallel.shares=measured", model(spares=0, **uneven))
+    yield Mechanism("the same, nodes rejoin at the next failure", model(spares=0, rejoin=False, **uneven))
     later = {"spares": scenario.spares, "rejoin": False, **elastic}
     yield Mechanism("restart.elastic=true, spare nodes, nodes rejoin at the next failure", model(**later))
     quick = replace(assumptions, connect_seconds_per_device=24 / 96_000)

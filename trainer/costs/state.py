@@ -8,7 +8,7 @@ from bagualu.parallel.layout import SHARD
 from bagualu.parallel.memory_kinds import BUFFERS, COMMUNICATION, GRADIENTS, MASTERS, MOMENTS, PARAMETERS
 from bagualu.parallel.sharding import Placement
 from bagualu.trainer.costs.work import ModelWork
-from bagualu.trainer.models.decoder.shapes import embedding_shapes, layer_buffers, layer_shapes, norm_shapes
+from bagualu.trainer.models.decoder.shapes import embedding_shapes, layer_buffers, layer_shapes, norm_shapes, parameter_shapes
 
 EMBEDDING = -1
 """The unit of the embedding. Layers have their own numbers, the last norm the number of layers, the head the next number."""
@@ -49,6 +49,13 @@ def saved_bytes(work: ModelWork, index: int) -> int:
     buffers = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
     weights = sum(map(prod, shapes.values()))
     return (weights + buffers) * work.accurate_bytes + moments
+
+
+def checkpoint_bytes(work: ModelWork) -> int:
+    """Returns the bytes of the tensors in a checkpoint, over all ranks."""
+    ends = {name: shape for name, shape in parameter_shapes(work.model).items() if not name.startswith("layers.")}
+    outside = sum(prod(shape) * (work.accurate_bytes + work.moment_bytes(name)) for name, shape in ends.items())
+    return outside + sum(saved_bytes(work, index) for index in range(work.model.layers))
 
 
 def rank_parameters(work: ModelWork, layers: list[int]) -> list[tuple[str, tuple[int, ...], list[int]]]:

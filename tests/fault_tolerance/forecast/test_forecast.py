@@ -19,7 +19,7 @@ from bagualu.fault_tolerance.forecast.report import FailureReport
 
 DAY = 86400.0
 H100 = load_cluster("h100")
-WORK = Workload(16_384, 10.0, 405e9 * 12, replica_devices=128, micro_batches=16)
+WORK = Workload(16_384, 10.0, 405e9 * 12, replicas=128, micro_batches=16)
 SETTINGS = Settings(CheckpointConfig(), RestartConfig(), GuardConfig())
 GIVEN = Assumptions()
 
@@ -74,9 +74,10 @@ def test_software_alone_does_not_take_its_node_away():
 
 
 def test_nodes_and_replicas_come_from_the_layout():
-    assert (modelled().nodes, modelled().nodes_per_replica, modelled().replicas) == (2048, 16, 128)
-    small = modelled(replace(WORK, replica_devices=2))
-    assert (small.nodes_per_replica, small.replicas) == (1, 2048)
+    model = modelled(replace(WORK, equal_shares=False))
+    assert (model.nodes, model.usable_replicas()[2047]) == (2048, 127)
+    assert modelled().usable_replicas()[2047] == 64  # the next number that divides 2,048 sequences
+    assert modelled(replace(WORK, replicas=8192, equal_shares=False)).usable_replicas()[2047] == 8188
 
 
 def test_the_failures_of_a_mixed_cluster_are_those_of_its_parts():
@@ -111,12 +112,15 @@ def test_every_assumption_has_an_effect():
     """In a run that has everything; spare nodes join by themselves in an elastic run, so swap_seconds counts in others only."""
     assert BETTER.keys() | WORSE.keys() | SWAPPED.keys() == {entry.name for entry in fields(Assumptions)}
     slow = replace(H100, storage=replace(H100.storage, read_bytes_per_second=1e6, write_bytes_per_second=1e6))
-    base = GIVEN.changed({"exit_seconds": 9.0, "workers_seconds": 60.0, "replica_loss": 0.3, "copy_bytes_per_second": 1e7,
-                          "verify_bytes_per_second": 1e6, "replica_bytes_per_second": 1e7})  # fmt: skip
+    base = GIVEN.changed({
+        "exit_seconds": 9.0, "workers_seconds": 60.0, "resume_seconds": 60.0, "replica_loss": 0.3, "copy_bytes_per_second": 1e7,
+        "verify_bytes_per_second": 1e6, "replica_bytes_per_second": 1e7,
+    })  # fmt: skip
     settings = Settings(CheckpointConfig(every=200, replica_every=20), RestartConfig(elastic=True), GuardConfig())
 
     def progress(settings=settings, **changes):
-        model = modelled(settings=settings, assumptions=base.changed(changes), cluster=slow, spares=1)
+        work = replace(WORK, equal_shares=False)
+        model = modelled(work, settings, base.changed(changes), slow, spares=1)
         return forecast(model, 15 * DAY, runs=40).progress.mean
 
     for name, value in BETTER.items():

@@ -17,7 +17,7 @@ SILENT = Interruption("silent", 1 / 50_000, 0.0, silent=True)
 FULL = RunModel(
     4.3, (ENDS, HANGS, SILENT), checkpoint_steps=60, save_seconds=1.7, durable_seconds=40.0, slowdown=0.02, read_seconds=20.0,
     replica_steps=7, replica_seconds=0.4, restore_seconds=2.0, replica_loss=0.2, pauses=[1.0, 2.0, 4.0], start_seconds=90.0,
-    check_steps=10, nodes=64, nodes_per_replica=4, micro_batches=8, spares=2, swap_seconds=11.0, repair_seconds=6 * 3600.0,
+    check_steps=10, nodes=64, replicas=16, micro_batches=8, spares=2, swap_seconds=11.0, repair_seconds=6 * 3600.0,
 )  # fmt: skip
 """With everything that a run can have."""
 VARIANTS = {
@@ -25,7 +25,8 @@ VARIANTS = {
     "elastic": replace(FULL, elastic=True),
     "elastic, later": replace(FULL, elastic=True, rejoin=False),
     "no spares needed": replace(FULL, spares=None),
-    "hardly any nodes": replace(FULL, nodes=4, spares=0, elastic=True),
+    "hardly any nodes": replace(FULL, nodes=4, replicas=1, spares=0, elastic=True),
+    "equal shares": replace(FULL, spares=0, elastic=True, equal_shares=True),
     "storage alone": replace(FULL, replica_steps=0),
     "slow storage": replace(FULL, durable_seconds=900.0),
 }
@@ -89,7 +90,7 @@ def test_a_run_that_waits_for_repairs_is_up_as_often_as_a_queue_says(spares):
     lost = replace(ENDS, per_second=1 / between, detection_seconds=0.0)
     model = RunModel(1.0, [lost], checkpoint_steps=1, nodes=100, spares=spares, repair_seconds=repair)
     weights = [(repair / between) ** out / math.factorial(out) for out in range(spares + 2)]
-    totals = simulate(model, 2000 * between, 50, seed=4)
+    totals = simulate(model, 1000 * between, 50, seed=4)
     surely(1 - totals.microseconds["waiting"] / totals.wall, sum(weights[:-1]) / sum(weights))
 
 
@@ -97,9 +98,10 @@ def test_a_run_that_waits_for_repairs_is_up_as_often_as_a_queue_says(spares):
 def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(rejoin):
     """Each of 20 nodes is up `up` of the time, whatever the others do; a step is as much slower as nodes are missing."""
     between, repair = 5000.0, 9000.0
-    model = RunModel(1.0, [replace(ENDS, per_second=1 / between, detection_seconds=0.0)], checkpoint_steps=1, nodes=20, spares=0,
-                     repair_seconds=repair, elastic=True, rejoin=rejoin)  # fmt: skip
-    totals = simulate(model, 2000 * between, 50, seed=4)
+    lost = replace(ENDS, per_second=1 / between, detection_seconds=0.0)
+    model = RunModel(1.0, [lost], checkpoint_steps=1, nodes=20, replicas=20, spares=0, repair_seconds=repair, elastic=True,
+                     rejoin=rejoin)  # fmt: skip
+    totals = simulate(model, 1000 * between, 50, seed=4)
     up = 1 / (1 + repair / (20 * between))
     assert totals.ratio.mean() > 0.99
     if rejoin:
@@ -111,9 +113,13 @@ def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(rejoin):
 
 
 def test_an_uneven_share_of_micro_batches_slows_a_step_by_a_whole_one():
-    model = RunModel(8.0, nodes=128, nodes_per_replica=2, micro_batches=4)
+    model = RunModel(8.0, nodes=128, replicas=64, micro_batches=4)
     assert model.step_seconds_with(64) == 8.0
     assert model.step_seconds_with(63) == 10.0
+    assert model.usable_replicas()[[0, 1, 2, 127, 128]].tolist() == [0, 0, 1, 63, 64]
+    equal = replace(model, equal_shares=True)
+    assert equal.usable_replicas()[[0, 1, 2, 127, 128]].tolist() == [0, 0, 1, 32, 64]
+    assert replace(model, replicas=256).usable_replicas()[[1, 127]].tolist() == [2, 254]
     assert replace(model, micro_batches=None).step_seconds_with(63) == pytest.approx(8.0 * 64 / 63)
 
 
@@ -219,7 +225,7 @@ IMPOSSIBLE = {
     "save": ({"save_seconds": -1.0}, "save_seconds=-1.0"),
     "pause": ({"pauses": [1.0, -2.0]}, "pauses=-2.0"),
     "spares": ({"spares": -1}, "spares=-1"),
-    "nodes": ({"nodes": 3}, "nodes=3"),
+    "nodes": ({"nodes": 0}, "nodes=0"),
     "repair": ({"repair_seconds": 0.0}, "repair_hours"),
 }
 

@@ -1,0 +1,81 @@
+"""What a recipe says about its failures: the state that it saves, who writes it, what is answered."""
+
+from dataclasses import replace
+
+import pytest
+
+from bagualu.comm.cluster_file import load_cluster
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.group import Communicator
+from bagualu.trainer.assemble import assemble
+from bagualu.trainer.costs.state import checkpoint_bytes
+from bagualu.trainer.costs.work import work_of
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.simulation.failures import FailureQuestion, failure_report, settings_of, workload
+from tests.harness import run
+from tests.parity import small_recipe
+
+MIXTURE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2}
+H100 = load_cluster("h100")
+
+
+def written(communicator: Communicator, recipe: Recipe) -> int:
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    return sum(piece.tensor.nbytes for piece in state.engine.pieces())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {"train__dtype": "bfloat16", "model__tie_embeddings": True}),
+        (2, {"parallel__data": 2, "optim__name": "muon", "model__tie_embeddings": False}),
+        (2, {"parallel__data": 2, "parallel__zero": 0, **MIXTURE}),
+        (4, {"parallel__data": 2, "parallel__tensor": 2, "optim__moments_dtype": "bfloat16", "train__dtype": "bfloat16"}),
+        (4, {"parallel__data": 4, "parallel__engine": "fsdp", "parallel__shard": 2, "parallel__bucket_bytes": 26214400}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_holds_what_is_computed_and_is_written_by_as_many_ranks(ranks, changes):
+    recipe = small_recipe(**changes)
+    layout = recipe.validate(ranks)
+    parts = run("gloo" if recipe.parallel.engine == "fsdp" else "simulated", ranks, written, recipe)
+    assert sum(parts) == checkpoint_bytes(work_of(recipe, layout))
+    work = workload(recipe, layout, 1.0)
+    assert work.state_bytes == sum(parts)
+    if not recipe.model.moe.experts:
+        assert sum(part > sum(parts) / ranks / 10 for part in parts) == work.writers
+
+
+def asked(recipe, world, cluster=H100, **question):
+    layout = recipe.validate(world)
+    return failure_report(recipe, cluster.for_world(world), layout, 10.0, FailureQuestion(**question))
+
+
+def big(*words):
+    return compose(["recipe=llama3_8b", "parallel.data=64", "comm.backend=nccl", "data.global_batch=1024", *words])
+
+
+def test_the_layout_and_the_settings_are_those_of_the_recipe():
+    recipe = big("checkpoint.every=50", "restart.hang_seconds=120", "comm.timeout_seconds=900")
+    layout = recipe.validate(512)
+    work = workload(recipe, layout, 10.0)
+    assert (work.world, work.replicas, work.micro_batches, work.equal_shares) == (512, 64, 16, True)
+    assert work.state_bytes == pytest.approx(8.03e9 * 12, rel=0.01)
+    settings = settings_of(recipe)
+    assert (settings.checkpoint.every, settings.hang_seconds) == (50, 120)
+
+
+def test_the_same_question_has_the_same_answer():
+    report = asked(big(), 512, days=3.0)
+    assert report.lines() == asked(big(), 512, days=3.0).lines()
+    assert " failures in 3 days" in report.lines()[0]
+
+
+def test_a_cluster_without_failure_rates_is_passed_over_unless_they_were_asked_for():
+    silent = replace(H100, parts=(replace(H100.parts[0], failures_per_device_hour={}),))
+    assert asked(big(), 512, silent) is None
+    assert asked(big(), 512, replace(H100, storage=None)) is None
+    with pytest.raises(RecipeError, match="has no failures_per_device_hour"):
+        asked(big(), 512, silent, asked=True)
