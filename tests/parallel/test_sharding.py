@@ -36,6 +36,11 @@ SPLIT = {  # what each kind of parameter has to look like on tensor 2 x expert 4
     "feed_forward.shared.down.weight": (16, 8),
 }  # fmt: skip
 
+WIDE = {  # with heads of 12 elements instead of 4
+    **{f"attention.{part}.weight": (24, 16) for part in ("query", "key", "value")}, "attention.output.weight": (16, 24),
+    **{f"attention.{part}_norm.weight": (12,) for part in ("query", "key")},
+}  # fmt: skip
+
 
 def model_of(config: ModelConfig) -> Decoder:
     with torch.device("meta"):
@@ -48,7 +53,8 @@ def test_every_parameter_is_placed_as_intended(variant: str) -> None:
     plan = decoder_plan(config, sequence=False)
     for name, parameter in model_of(config).named_parameters():
         box = plan.placement(name).box(name, tuple(parameter.shape), layout, layout.coordinates(3))
-        assert box.shape == SPLIT[name.split(".", 2)[-1] if name.startswith("layers.") else name], name
+        split = SPLIT | (WIDE if config.head_dim else {})
+        assert box.shape == split[name.split(".", 2)[-1] if name.startswith("layers.") else name], name
         assert plan.placement(name).reduction_axis == ("replica" if "experts" in name else "fold")
 
 
@@ -58,7 +64,7 @@ def test_which_gradients_are_partial_over_the_tensor_axis(sequence: bool) -> Non
     plan = decoder_plan(VARIANTS["moe_every_2_shared"], sequence)
     for name in names:
         sliced = name.endswith(("norm.weight", "norm.bias")) or name == "embedding.positions.weight"
-        partial = name.endswith("router.weight") or (sequence and sliced)
+        partial = name.endswith(("router.weight", "query_norm.weight", "key_norm.weight")) or (sequence and sliced)
         assert plan.placement(name).partial_over == ("tensor" if partial else None), name
 
 

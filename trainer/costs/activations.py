@@ -131,15 +131,17 @@ def _products(work: ModelWork, elements: int) -> tuple[int, int]:
 
 
 def _attention(work: ModelWork) -> _Block:
-    """Kept are the projections' input; query, key and value, on a CPU expanded to all heads; the result; and the statistics of the
-    softmax, unless it is computed in blocks."""
+    """Kept are the projections' input; query, key and value, on a CPU expanded to all heads; the result; the statistics of the
+    softmax, unless it is computed in blocks; and what norms of query and key were given, with the scales of heads."""
     model, tokens, product, accurate = work.model, work.tokens, work.product_bytes, work.accurate_bytes
-    heads, narrow = (width * model.head_dim // work.layout.tensor for width in (model.heads, model.key_value_heads))
+    heads, narrow = (width * model.head_width // work.layout.tensor for width in (model.heads, model.key_value_heads))
     own = heads if work.on_cpu else narrow  # of key and value
     added = _ADDED_WIDTH * (model.positions == "alibi" and not work.attends_in_blocks)
-    wide, wide_own = (width * (model.head_dim + added) // model.head_dim for width in (heads, own))
+    wide, wide_own = (width * (model.head_width + added) // model.head_width for width in (heads, own))
     statistics = 0 if work.attends_in_blocks else tokens * model.heads // work.layout.tensor * accurate
     kept = inside_bytes(work) + tokens * (2 * wide + 2 * wide_own + heads * (added > 0)) * product + statistics
+    normed = model.qk_norm * tokens * (heads + narrow)  # elements
+    kept += normed * product + normed // model.head_width * accurate
     operands = tokens * (2 * model.hidden + 2 * heads + 2 * narrow) * product
     width = tokens * heads
     # Of the result, also with what slopes add to it; of query, key and value.

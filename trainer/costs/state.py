@@ -26,7 +26,7 @@ def layer_state(work: ModelWork, index: int) -> Counter[str]:
 def buffer_bytes(work: ModelWork, index: int) -> int:
     """Returns the bytes of a decoder layer's buffers on a rank, with the angles of its positions, or its slopes."""
     elements = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
-    angles, slopes = 2 * work.sequence_length * work.model.head_dim, work.model.heads // work.layout.tensor
+    angles, slopes = 2 * work.sequence_length * work.model.head_width, work.model.heads // work.layout.tensor
     return (elements + {"rotary": angles, "alibi": slopes}.get(work.model.positions, 0)) * work.accurate_bytes
 
 

@@ -125,7 +125,7 @@ def state_held(communicator: Communicator, recipe: Recipe) -> tuple[int, int, in
     said = sum(table.layers[layer].state_bytes for layer in layers)
     said += table.embedding.state_bytes * state.mesh.first_stage + table.head.state_bytes * state.mesh.last_stage
     said -= table.tied_bytes * state.mesh.first_stage * state.mesh.last_stage
-    angles = 2 * recipe.data.sequence_length * recipe.model.head_dim * work_of(recipe, state.mesh.layout).accurate_bytes
+    angles = 2 * recipe.data.sequence_length * recipe.model.head_width * work_of(recipe, state.mesh.layout).accurate_bytes
     return sum(one.nbytes() for one in {one.data_ptr(): one for one in held}.values()), pads, said - angles * len(layers)
 
 

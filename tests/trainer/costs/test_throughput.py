@@ -23,9 +23,9 @@ def feed_forward(x: Tensor, width: int, gated: bool) -> Tensor:
 
 def attention(x: Tensor, config: ModelConfig) -> Tensor:
     """Every query against the keys it may see and no others, x: [S, hidden]."""
-    width, narrow = config.heads * config.head_dim, config.key_value_heads * config.head_dim
-    q = (x @ weight(config.hidden, width)).view(S, config.heads, config.head_dim).transpose(0, 1)
-    k, v = ((x @ weight(config.hidden, narrow)).view(S, -1, config.head_dim).transpose(0, 1) for _ in range(2))
+    width, narrow = config.heads * config.head_width, config.key_value_heads * config.head_width
+    q = (x @ weight(config.hidden, width)).view(S, config.heads, config.head_width).transpose(0, 1)
+    k, v = ((x @ weight(config.hidden, narrow)).view(S, -1, config.head_width).transpose(0, 1) for _ in range(2))
     k, v = (t.repeat_interleave(config.heads // config.key_value_heads, 0) for t in (k, v))
     rows = [torch.bmm(torch.bmm(q[:, i : i + 1], k[:, : i + 1].transpose(1, 2)), v[:, : i + 1]) for i in range(S)]
     return torch.cat(rows, 1).transpose(0, 1).reshape(S, width) @ weight(width, config.hidden)

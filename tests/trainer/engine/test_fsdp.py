@@ -296,7 +296,7 @@ def state_held(communicator: Communicator, recipe: Recipe) -> tuple[int, int]:
     table = analytic_table(work)
     said = sum(table.layers[layer].state_bytes for layer in map(int, engine.model.layers))
     said += table.embedding.state_bytes * state.mesh.first_stage + table.head.state_bytes * state.mesh.last_stage
-    angles = 2 * recipe.data.sequence_length * recipe.model.head_dim * work.accurate_bytes
+    angles = 2 * recipe.data.sequence_length * recipe.model.head_width * work.accurate_bytes
     return held, said - angles * len(engine.model.layers)
 
 

@@ -46,13 +46,13 @@ def normed(config: ModelConfig, own: Weights, name: str, x: torch.Tensor) -> tor
 
 def attention(config: ModelConfig, own: Weights, x: torch.Tensor) -> torch.Tensor:
     """x [S, H], one sequence; head by head, softmax of masked scores written out."""
-    width, shared = config.head_dim, config.heads // config.key_value_heads
+    width, shared = config.head_width, config.heads // config.key_value_heads
     outputs = []
     for head in range(config.heads):
         own_rows = slice(head * width, (head + 1) * width)
         key_rows = slice(head // shared * width, (head // shared + 1) * width)
-        query = turned(config, x @ own["attention.query.weight"][own_rows].T)
-        key = turned(config, x @ own["attention.key.weight"][key_rows].T)
+        query = turned(config, of_head(config, own, "query", x, own_rows))
+        key = turned(config, of_head(config, own, "key", x, key_rows))
         value = x @ own["attention.value.weight"][key_rows].T
         scores = query @ key.T / math.sqrt(width)
         if config.positions == "alibi":
@@ -61,6 +61,15 @@ def attention(config: ModelConfig, own: Weights, x: torch.Tensor) -> torch.Tenso
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
         outputs.append(weights @ value)
     return torch.cat(outputs, -1) @ own["attention.output.weight"].T
+
+
+def of_head(config: ModelConfig, own: Weights, part: str, x: torch.Tensor, rows: slice) -> torch.Tensor:
+    """x [S, H] -> query or key of a head [S, D]"""
+    projected = x @ own[f"attention.{part}.weight"][rows].T
+    if config.qk_norm:
+        length = ((projected * projected).mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
+        projected = projected / length * own[f"attention.{part}_norm.weight"]
+    return projected
 
 
 def slope(heads: int, head: int) -> float:
@@ -75,9 +84,9 @@ def turned(config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
     """x [S, D]; with rotary positions, the pair (i, i + D / 2) as one complex number, turned by position * theta^(-2i / D)."""
     if config.positions != "rotary":
         return x
-    half = config.head_dim // 2
+    half = config.head_width // 2
     pairs = torch.complex(x[:, :half].contiguous(), x[:, half:].contiguous())
-    speeds = torch.tensor([config.rope_theta ** (-2 * i / config.head_dim) for i in range(half)], dtype=torch.float64)
+    speeds = torch.tensor([config.rope_theta ** (-2 * i / config.head_width) for i in range(half)], dtype=torch.float64)
     angles = torch.stack([position * speeds for position in range(len(x))])
     pairs = pairs * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([pairs.real, pairs.imag], -1)

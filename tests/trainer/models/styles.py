@@ -6,5 +6,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt": {"norm": "layer", "activation": "gelu", "positions": "learned", "max_positions": 160, "tie_embeddings": True},
     "mpt": {"norm": "layer", "activation": "gelu", "positions": "alibi"},
+    "qwen3": {"head_dim": 12, "qk_norm": True},
     "no_positions": {"positions": "none"},
 }

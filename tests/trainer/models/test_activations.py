@@ -126,7 +126,7 @@ def test_all_activations_leave_once_and_no_weight_does() -> None:
     model, tokens, config = decoder(2**30)
     loss, _ = model(tokens, tokens)
     table = analytic_table(ModelWork(config, Layout(), SEQUENCE, 2, "float64"))
-    angles = 2 * SEQUENCE * config.head_dim * 8
+    angles = 2 * SEQUENCE * config.head_width * 8
     held_by_others = angles  # of the last layer; those of the layers before it were found to be held by the model anyway
     assert model.host_memory.bytes == sum(layer.activation_bytes for layer in table.layers) + held_by_others
     loss.backward()

@@ -73,6 +73,11 @@ class ModelConfig:
     """Rows of the embedding and of the head are padded up to a multiple of this, and of parallel.tensor. Rows of padding are zero,
     take no part in the softmax and are in no checkpoint, so a run may resume with another multiple."""
     tie_embeddings: bool = False
+    head_dim: int | None = field(default=None, metadata={"example": "128"})
+    """The width of a head; left out, model.hidden / model.heads."""
+    qk_norm: bool = False
+    """Whether query and key are normalised before attention, head by head: an RMSNorm over the width of a head, with a weight that
+    all heads share, as in Qwen3 (arXiv 2505.09388)."""
     positions: str = "rotary"
     """How attention knows the order of tokens: rotary (rotated queries and keys) | learned (a vector for each position, added to
     the embedding) | alibi (a bias that falls with the distance, arXiv 2108.12409) | none (by causality alone)."""
@@ -92,8 +97,8 @@ class ModelConfig:
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
+    def head_width(self) -> int:
+        return self.hidden // self.heads if self.head_dim is None else self.head_dim
 
     @property
     def gated(self) -> bool:
@@ -110,8 +115,9 @@ class ModelConfig:
 
     def identity(self) -> dict[str, Any]:
         """Returns the values of `model.*`, by recipe key, that must be equal for a checkpoint to fit the model: all keys except
-        model.vocab_multiple. If `renormalise` was left out, the value that it stands for."""
+        model.vocab_multiple. Those of `renormalise` and `head_dim` are the same whether they were given or left out."""
         own = {f"model.{key}": value for key, value in asdict(self).items() if key not in ("moe", "vocab_multiple")}
+        own["model.head_dim"] = None if self.heads * self.head_width == self.hidden else self.head_width
         moe = asdict(self.moe) | {"renormalise": self.moe.renormalises}
         return own | {f"model.moe.{key}": value for key, value in moe.items()}
 
@@ -144,21 +150,30 @@ class ModelConfig:
         if self.initial_std > RANGES[dtype][1] / _RAREST:
             raise RecipeError(f"model.initial_std={self.initial_std} makes initial weights that {dtype} cannot hold; "
                               f"give model.initial_std={ModelConfig.initial_std}")  # fmt: skip
-        if self.hidden % self.heads:
-            raise RecipeError(f"model.hidden={self.hidden} is not divisible by model.heads={self.heads}; "
-                              f"give model.hidden={-(-self.hidden // (2 * self.heads)) * 2 * self.heads}")  # fmt: skip
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise RecipeError(f"model.hidden={self.hidden} / model.heads={self.heads} = {self.head_dim} must be even for rotary "
-                              f"positions; give model.hidden={(self.head_dim + 1) * self.heads}")  # fmt: skip
-        if self.key_value_heads < 1 or self.heads % self.key_value_heads:
-            fits = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
-            raise RecipeError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}; give one of {fits}")
+        self._validate_heads()
         self._validate_positions()
         if self.moe.experts:
             self._validate_moe(dtype)
         else:
             others = [key.name for key in fields(MoEConfig) if key.name != "experts"]
             refuse_unused("model.moe", self.moe, others, "model.moe.experts=0")
+
+    def _validate_heads(self) -> None:
+        require_at_least(1, "model", self, "head_dim")
+        require_at_most(LARGEST, "model", self, "head_dim")
+        if self.head_dim is None and self.hidden % self.heads:
+            fits = -(-self.hidden // (2 * self.heads)) * 2 * self.heads
+            raise RecipeError(f"model.hidden={self.hidden} is not divisible by model.heads={self.heads}; give model.hidden={fits} "
+                              "or model.head_dim")  # fmt: skip
+        if self.positions == "rotary" and self.head_width % 2:
+            given, fix = f"model.head_dim={self.head_dim}", f"model.head_dim={self.head_width + 1}"
+            if self.head_dim is None:
+                given = f"model.hidden={self.hidden} / model.heads={self.heads} = {self.head_width}"
+                fix = f"model.hidden={(self.head_width + 1) * self.heads}"
+            raise RecipeError(f"{given} must be even for rotary positions; give {fix}")
+        if self.key_value_heads < 1 or self.heads % self.key_value_heads:
+            fits = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            raise RecipeError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}; give one of {fits}")
 
     def _validate_positions(self) -> None:
         if self.positions != "rotary":

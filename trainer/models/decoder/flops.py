@@ -42,7 +42,7 @@ class Flops:
 
 def attention_flops(model: ModelConfig, sequence_length: int) -> Flops:
     """Returns the FLOPs of a layer's attention, with its projections, for a token of a sequence of `sequence_length` tokens."""
-    head_width, key_value_width = model.heads * model.head_dim, model.key_value_heads * model.head_dim
+    head_width, key_value_width = model.heads * model.head_width, model.key_value_heads * model.head_width
     projections = 2 * model.hidden * (2 * head_width + 2 * key_value_width)
     keys = (sequence_length + 1) / 2
     return Flops(float(projections), 2 * (2 * head_width * keys))

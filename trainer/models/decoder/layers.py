@@ -70,13 +70,17 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.query = Linear(config.hidden, config.hidden)
-        self.key = Linear(config.hidden, config.key_value_heads * config.head_dim)
-        self.value = Linear(config.hidden, config.key_value_heads * config.head_dim)
-        self.output = Linear(config.hidden, config.hidden)
+        self.head_dim = config.head_width
+        wide, narrow = (heads * config.head_width for heads in (config.heads, config.key_value_heads))
+        self.query = Linear(config.hidden, wide)
+        self.key = Linear(config.hidden, narrow)
+        self.value = Linear(config.hidden, narrow)
+        self.output = Linear(wide, config.hidden)
+        self.query_norm, self.key_norm = (
+            RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None for _ in range(2)
+        )
         rotary, alibi = config.positions == "rotary", config.positions == "alibi"
-        self.positions: Positions | None = RotaryPositions(config.head_dim, config.rope_theta) if rotary else None
+        self.positions: Positions | None = RotaryPositions(config.head_width, config.rope_theta) if rotary else None
         self.slopes = Slopes(config.heads) if alibi else None
         self.attend: Attend = causal_attention
 
@@ -84,6 +88,8 @@ class Attention(nn.Module):
         """x [B, S, H] -> [B, S, H]"""
         projected = linears(x, self.query.weight, self.key.weight, self.value.weight, wide=True)
         query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)  # [B, S, A, D]
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         if self.positions is not None:
             cos, sin = self.positions(x.shape[1], x.dtype, x.device)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)

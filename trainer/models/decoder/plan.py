@@ -23,6 +23,8 @@ def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
         ("embedding.weight", vocabulary),
         ("head.weight", vocabulary),
         ("embedding.positions.weight", replace(norm, initial="normal")),
+        # Each tensor rank normalises its own heads, so it has only a part of the gradient of the weight that all heads share.
+        ("layers.*.attention.*_norm.weight", Placement(partial_over="tensor", initial="ones")),
         ("*norm.weight", norm),
         ("*norm.bias", zeros),
         ("layers.*.attention.output.weight", COLUMNS),

@@ -25,13 +25,14 @@ def norm_shapes(model: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
 
 def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
     """Returns the global shapes of a decoder layer's parameters, by name."""
-    hidden, heads, narrow = model.hidden, model.heads * model.head_dim, model.key_value_heads * model.head_dim
+    hidden, heads, narrow = model.hidden, model.heads * model.head_width, model.key_value_heads * model.head_width
     shapes: dict[str, tuple[int, ...]] = {
         **norm_shapes(model, "attention_norm"),
         "attention.query.weight": (heads, hidden),
         "attention.key.weight": (narrow, hidden),
         "attention.value.weight": (narrow, hidden),
         "attention.output.weight": (hidden, heads),
+        **{f"attention.{name}_norm.weight": (model.head_width,) for name in ("query", "key") if model.qk_norm},
         **norm_shapes(model, "feed_forward_norm"),
     }
     if not model.is_moe_layer(index):
