@@ -1,8 +1,8 @@
 """What was measured on this machine, as plain values: between the ranks that measure, the report and the cluster file."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 
@@ -107,19 +107,20 @@ def of_all(ranks: Sequence[RankFigures]) -> RankFigures:
         products=products,
         copy_bytes_per_second=median(rank.copy_bytes_per_second for rank in ranks),
         launch_seconds=median(rank.launch_seconds for rank in ranks),
-        operators=by_octave([sample for rank in ranks for sample in rank.operators], median),
+        operators=by_octave([sample for rank in ranks for sample in rank.operators]),
         links=first.links,
         spread=max(rank.spread for rank in ranks),
     )
 
 
-def by_octave(samples: Sequence[OperatorSample], of: Callable[[Iterable[float]], float] = usual) -> list[OperatorSample]:
-    """Returns one sample for each operator, dtype and octave of work: the median work, and `of` the times for a unit of work."""
+def by_octave(samples: Sequence[OperatorSample]) -> list[OperatorSample]:
+    """Returns one sample for each operator, dtype and octave of work: the median work, and the mean time for a unit of work. The
+    mean, because an operator is called in different ways, e.g. on tensors that are contiguous and on others."""
     groups: dict[tuple[str, str, int], list[OperatorSample]] = {}
     for sample in samples:
         groups.setdefault((sample.name, sample.dtype, int(max(1.0, sample.work)).bit_length()), []).append(sample)
     return [
-        OperatorSample(name, dtype, work, work * of(one.seconds / max(1.0, one.work) for one in group))
+        OperatorSample(name, dtype, work, work * mean(one.seconds / max(1.0, one.work) for one in group))
         for (name, dtype, _), group in sorted(groups.items())
         if (work := max(1.0, median(one.work for one in group)))
     ]

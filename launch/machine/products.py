@@ -41,31 +41,36 @@ def product_times(dtypes: Iterable[str], device: torch.device, plan: Plan, meet:
         for shape in dict.fromkeys((grid if name in TRAINED else plan.few).shapes())
         if works(getattr(torch, name), device)
     ]
+    most = max([_CACHES_BYTES // 2, *(m * k + n * k + m * n for _, (m, n, k) in wanted)])
+    pools = {name: _pool(most, getattr(torch, name), device) for name in dict.fromkeys(name for name, _ in wanted)}
     rounds: list[list[list[float]]] = []
     for _ in range(plan.rounds):
         meet()
-        rounds.append([_product_calls(shape, getattr(torch, name), device, plan.product_seconds) for name, shape in wanted])
+        rounds.append([_product_calls(shape, *pools[name], plan.product_seconds) for name, shape in wanted])
     times = [ProductTime(name, *shape, usual(chain(*calls))) for (name, shape), *calls in zip(wanted, *rounds, strict=True)]
     apart = [max(map(usual, calls)) / min(map(usual, calls)) - 1 for calls in zip(*rounds, strict=True)]
     return times, median(apart or [0.0])
 
 
-def _product_calls(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, least: float) -> list[float]:
+def _pool(count: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns operands and room for results, [count] each. Operands are random: an accelerator multiplies constants faster, because
+    they take less power."""
+    operands = torch.rand(count, device=device).to(dtype)
+    return operands, torch.empty_like(operands)
+
+
+def _product_calls(shape: tuple[int, int, int], operands: torch.Tensor, results: torch.Tensor, least: float) -> list[float]:
     """Returns the times of a linear layer's product: rows [m, k] by the transpose of a weight [n, k]."""
     m, n, k = shape
-    size = (m * k + n * k + m * n) * dtype.itemsize
-
-    def operands() -> tuple[torch.Tensor, ...]:
-        rows, weight = (torch.rand(height, k, device=device).to(dtype) for height in (m, n))
-        return rows, weight, torch.empty(m, n, dtype=dtype, device=device)
-
-    sets = [operands() for _ in range(max(1, min(_MOST_SETS, _CACHES_BYTES // size)))]
+    size = m * k + n * k + m * n
+    sets = max(1, min(_MOST_SETS, _CACHES_BYTES // (size * operands.itemsize)))
 
     def call(index: int) -> None:
-        rows, weight, out = sets[index % len(sets)]
-        torch.mm(rows, weight.T, out=out)
+        first = index % sets * size
+        rows, weight = operands[first : first + m * k], operands[first + m * k : first + (m + n) * k]
+        torch.mm(rows.view(m, k), weight.view(n, k).T, out=results[first : first + m * n].view(m, n))
 
-    return calls_seconds(call, device, least)
+    return calls_seconds(call, operands.device, least)
 
 
 def calls_seconds(call: Callable[[int], None], device: torch.device, least: float) -> list[float]:

@@ -10,7 +10,7 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.comm.objects import broadcast_json, gather_json
 from bagualu.launch.machine import links, plan, products
-from bagualu.launch.machine.figures import OperatorSample, RankFigures, by_octave, of_all, rank_figures
+from bagualu.launch.machine.figures import OperatorSample, RankFigures, by_octave, of_all, rank_figures, usual
 from bagualu.launch.machine.plan import Plan, Sample
 from bagualu.parallel.simulation.events import Operator
 from bagualu.parallel.simulation.measured_times import dtype_of, work_of
@@ -23,7 +23,7 @@ from bagualu.trainer.simulation.timed import Timed, operator_times, step_seconds
 
 _TINY = Sample(16, 16, 300, 1, "bfloat16", experts=2, layers=8, sequence_length=8)
 """A model whose operators take no time but that of starting them."""
-_STEPS, _TINY_STEPS = 3, 12
+_STEPS, _TINY_STEPS = 5, 12
 _LEAST_SECONDS = 1e-6
 """Python starts no operator sooner than that."""
 
@@ -105,22 +105,27 @@ def _gpu_bytes(device: torch.device) -> int:
 def _operators(how: Plan, tiny: Sequence[Timed], meet: Callable[[], None]) -> list[OperatorSample]:
     """Returns the times of all operators but products of two matrices in steps of the sample models, and in those of the `tiny`
     model, which take least."""
-    timed = [*tiny, *(one for sample in how.samples for one in operator_times(recipe_of(sample), _STEPS, meet))]
+    timed = [one for sample in how.samples for one in _each(operator_times(recipe_of(sample), _STEPS, meet), _STEPS)]
     return by_octave(
         [
             OperatorSample(operator.name, dtype_of(operator), work_of(operator), seconds)
-            for operator, seconds in timed
+            for operator, seconds in [*_each(tiny, _TINY_STEPS), *timed]
             if not _is_product(operator)
         ]
     )
 
 
+def _each(timed: Sequence[Timed], steps: int) -> list[Timed]:
+    """Returns each operator of a step with its usual time in `steps` steps, which do the same."""
+    count = len(timed) // steps
+    return [(timed[index][0], usual(seconds for _, seconds in timed[index::count])) for index in range(count)]
+
+
 def _between_operators(tiny: Sequence[Timed]) -> float:
     """Returns the time of a step of the tiny model that is spent outside operators, for each of them: in Python, and in starting
     them."""
-    count = len(tiny) // _TINY_STEPS
-    inside = sum(min(seconds for _, seconds in tiny[index::count]) for index in range(count))
-    return max(_LEAST_SECONDS, (min(step_seconds(recipe_of(_TINY), _TINY_STEPS)) - inside) / count)
+    inside = [seconds for _, seconds in _each(tiny, _TINY_STEPS)]
+    return max(_LEAST_SECONDS, (usual(step_seconds(recipe_of(_TINY), _TINY_STEPS)) - sum(inside)) / len(inside))
 
 
 def _is_product(operator: Operator) -> bool:

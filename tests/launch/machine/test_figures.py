@@ -48,12 +48,12 @@ def test_the_usual_time_is_the_lower_quartile() -> None:
 
 def test_samples_of_an_operator_are_joined_by_dtype_and_octave_of_work() -> None:
     samples = [OperatorSample(name, dtype, work, seconds) for name, dtype, work, seconds in (
-        ("mul", "float32", 1024, 1.0), ("mul", "float32", 2000, 4.0), ("mul", "float32", 1500, 9.0),
+        ("mul", "float32", 1024, 1024.0), ("mul", "float32", 2000, 4000.0), ("mul", "float32", 1500, 4500.0),
         ("mul", "float32", 2048, 4.0), ("mul", "bfloat16", 1024, 5.0), ("add", "float32", 0, 6.0),
     )]  # fmt: skip
     assert by_octave(samples) == [
         OperatorSample("add", "float32", 1.0, 6.0),
         OperatorSample("mul", "bfloat16", 1024, 5.0),
-        OperatorSample("mul", "float32", 1500, 1500 / 1024),
+        OperatorSample("mul", "float32", 1500, 3000.0),
         OperatorSample("mul", "float32", 2048, 4.0),
     ]
