@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
-from bagualu.comm.cost import ALGORITHMS
+from bagualu.comm.cost import ALGORITHMS, KINDS
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Chip, Cluster, ClusterPart, LinkTier, OperatorTime, ShapeEfficiency, Storage
 
@@ -201,6 +201,12 @@ class _Section:
         present = [field for field in own if _required(field) or self.gives(field.name)]
         return kind(**given, **{field.name: self._value(field, hints[field.name]) for field in present})
 
+    @staticmethod
+    def _relative(section: "_Section") -> dict[str, float]:
+        """Returns a number for each kind of communication that the section names."""
+        section.check_keys(tuple(KINDS))
+        return {kind: section.number(kind) for kind in section.values}
+
     def _choice(self, key: str, values: Sequence[str]) -> str:
         """Returns one of `values`. Raises RecipeError if it is another."""
         if self.values[key] not in values:
@@ -210,6 +216,8 @@ class _Section:
     def _value(self, field: Field[Any], hint: Any) -> Any:
         if field.name == "efficiency":
             return _rows(self.filled("efficiency"), ShapeEfficiency, "[{m: 4096, n: 4096, k: 4096, fraction: 0.8}]")
+        if field.name == "relative":
+            return self._relative(self.filled("relative"))
         if field.name == "type":
             return self._choice("type", ("cpu", "cuda"))
         if field.name == "operators":

@@ -96,7 +96,7 @@ def collective_cost(
         raise ValueError(f"p2p is between two ranks, not {len(group)}")
     if len(group) == 1:
         return CollectiveCost(algorithm or KINDS[kind][0], 0.0, 0.0)
-    uses = _uses(cluster.levels(group), len(group), groups, sharers)
+    uses = _uses(kind, cluster.levels(group), len(group), groups, sharers)
     names = [algorithm] if algorithm else [name for name in KINDS[kind] if _available(cluster, name)]
     costs = [_cost(kind, name, message_bytes, uses, len(group), cluster.start_seconds) for name in names]
     return min(costs, key=lambda cost: cost.seconds)
@@ -185,15 +185,17 @@ def _message(uses: list[_Use], size: float) -> tuple[float, float]:
     return use.latency, size / use.single
 
 
-def _uses(levels: tuple[Level, ...], n: int, groups: int | None, sharers: int) -> list[_Use]:
-    """Returns the use of each tier by a group of `n` ranks. What crosses a tier passes the links of the tiers below it too."""
+def _uses(kind: str, levels: tuple[Level, ...], n: int, groups: int | None, sharers: int) -> list[_Use]:
+    """Returns the use of each tier by a `kind` of collective of `n` ranks. What crosses a tier passes the links of the tiers below
+    it too."""
     uses, inner, domains, share, single = [], 1, n, inf, inf
     for level in levels:
         size = ceil(level.most / inner)
         together = level.below / inner if groups is None else groups  # groups that cross out of a domain of the tier below
-        share = min(share, _crossing(level, min(level.below, together * inner)) / sharers)
-        single = min(single, _crossing(level, max(1.0, min(level.below, together))) / sharers)
-        peers = max(1, size - 1) * level.peer_bytes_per_second / sharers
+        part = level.relative.get(kind, 1.0) / sharers
+        share = min(share, _crossing(level, min(level.below, together * inner)) * part)
+        single = min(single, _crossing(level, max(1.0, min(level.below, together))) * part)
+        peers = max(1, size - 1) * level.peer_bytes_per_second * part
         uses.append(
             _Use(
                 latency=level.latency_seconds,
@@ -202,7 +204,7 @@ def _uses(levels: tuple[Level, ...], n: int, groups: int | None, sharers: int) -
                 ranks=level.most,
                 hops=domains - level.domains,
                 share=min(share, peers),
-                single=min(single, level.peer_bytes_per_second / sharers),
+                single=min(single, level.peer_bytes_per_second * part),
             )
         )
         inner, domains = level.most, level.domains

@@ -82,6 +82,9 @@ class LinkTier:
     of switches, each tier counts all that is lost below it too."""
     peer_bytes_per_second: float | None = None
     """Bandwidth between two devices, if less than bytes_per_second: each pair has its own link. Innermost tier only."""
+    relative: Mapping[str, float] = field(default_factory=dict)
+    """For kinds of communication (comm/cost.py), how many times bytes_per_second they reach, e.g. 1.3 for an all_reduce that the
+    switch helps. 1 for kinds that are not here."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ class Level:
     """The number of domains of this tier that hold ranks of the group."""
     most: int
     """The most ranks of the group in one domain."""
+    relative: Mapping[str, float] = field(default_factory=dict)
+    """For kinds of communication, how many times these bandwidths they reach."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +273,7 @@ def _level(part: ClusterPart, index: int, first: int, own: range) -> Level:
     domains, most = (1, len(own)) if tier.devices is None else (_domains(own, tier.devices), _most(own, tier.devices))
     peer = tier.bytes_per_second if tier.peer_bytes_per_second is None else tier.peer_bytes_per_second
     uplink = below * tier.bytes_per_second / tier.oversubscription
-    return Level(tier.name, tier.latency_seconds, tier.bytes_per_second, peer, below, uplink, domains, most)
+    return Level(tier.name, tier.latency_seconds, tier.bytes_per_second, peer, below, uplink, domains, most, tier.relative)
 
 
 def _slowest(levels: list[Level]) -> Level:
@@ -283,13 +288,15 @@ def _slowest(levels: list[Level]) -> Level:
         * min(level.below for level in levels),
         domains=sum(level.domains for level in levels),
         most=max(level.most for level in levels),
+        relative={kind: min(level.relative.get(kind, 1.0) for level in levels) for level in levels for kind in level.relative},
     )
 
 
 def _joined(tier: LinkTier, sizes: list[int], count: int) -> Level:
     """Returns the level of the links between parts of `sizes` devices for a group of `count` ranks."""
     bandwidth, below = tier.bytes_per_second, min(sizes)
-    return Level(tier.name, tier.latency_seconds, bandwidth, bandwidth, below, below * bandwidth / tier.oversubscription, 1, count)
+    uplink = below * bandwidth / tier.oversubscription
+    return Level(tier.name, tier.latency_seconds, bandwidth, bandwidth, below, uplink, 1, count, tier.relative)
 
 
 def _domains(ranks: range, size: int) -> int:

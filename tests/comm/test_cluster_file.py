@@ -53,7 +53,7 @@ ranks:
       operators: {aten.silu.default: [{dtype: bfloat16, work: 2097152, seconds: 1.0e-04}]}
   2:
     chip: {<<: *chip, memory_bytes: 16000000000, matmul_flops_per_second: {bfloat16: 4.0e+11}}
-    tiers: {loopback: {latency_seconds: 5.0e-05, bytes_per_second: 2.0e+09}}
+    tiers: {loopback: {latency_seconds: 5.0e-05, bytes_per_second: 2.0e+09, relative: {all_reduce: 3}}}
     start_seconds: 1.0e-05
     storage: {read_bytes_per_second: 1.0e+09, write_bytes_per_second: 1.0e+08, device_bytes_per_second: 1.0e+09}
 """
@@ -138,6 +138,8 @@ def test_ranks_that_share_processors_have_the_figures_measured_with_as_many() ->
     assert [one.devices for one in (alone, two)] == [1, 2]
     assert collective_seconds(alone, "all_reduce", 1e6, range(1)) == 0
     assert collective_seconds(two, "p2p", 2e9, range(2)) == pytest.approx(1.0, rel=0.001)
+    assert collective_seconds(two, "all_gather", 4e9, range(2)) == pytest.approx(1.0, rel=0.001)
+    assert collective_seconds(two, "all_reduce", 6e9, range(2)) == pytest.approx(1.0, rel=0.001)
     assert [one.storage is not None for one in (alone, two)] == [False, True]
     assert alone.parts[0].chip.operators == {"aten.silu.default": (OperatorTime("bfloat16", 2097152, 1e-4),)}
     with pytest.raises(RecipeError, match=r"world=3: cluster=this was measured with 1 or 2 ranks.*give world=2"):
@@ -151,6 +153,8 @@ def test_ranks_that_share_processors_have_the_figures_measured_with_as_many() ->
         (lambda values: values.update(ranks={"two": values["ranks"][2]}), "must have a section for each number of ranks"),
         (lambda values: values.update(devices=2), "unknown key devices"),
         (lambda values: values["ranks"][2].pop("tiers"), "ranks.2.tiers is missing"),
+        (lambda values: values["ranks"][2]["tiers"]["loopback"]["relative"].update(gather=2), "unknown key .*relative.gather"),
+        (lambda values: values["ranks"][2]["tiers"]["loopback"]["relative"].update(p2p=0), "p2p=0 must be a finite"),
         (lambda values: values["ranks"][2].update(start_second=1), "did you mean ranks.2.start_seconds"),
         (lambda values: values["ranks"][1]["chip"].update(type="gpu"), "type=gpu must be cpu or cuda"),
         (lambda values: values["ranks"][1]["chip"].update(operators={"aten.silu.default": 1.0}), "must be a list, e.g. .*work"),
