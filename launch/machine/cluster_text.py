@@ -63,7 +63,11 @@ def _chip(one: RankFigures) -> dict[str, Any]:
 
 
 def _tiers(links: Links) -> dict[str, Any]:
-    tier = {"latency_seconds": _short(links.latency_seconds), "bytes_per_second": _short(links.bytes_per_second)}
+    tier = {
+        "latency_seconds": _short(links.latency_seconds),
+        "bytes_per_second": _short(links.bytes_per_second),
+        "relative": {kind: _short(factor) for kind, factor in links.relative.items()},
+    }
     return {"tiers": {"machine": tier}, "start_seconds": _short(links.start_seconds)}
 
 

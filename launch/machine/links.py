@@ -27,25 +27,29 @@ def link_times(group: Group, plan: Plan) -> list[LinkTime]:
 
 
 def _calls(group: Group, size: int) -> dict[str, Callable[[], None]]:
-    """Returns, by kind, what a rank does for a communication of `size` bytes."""
+    """Returns, by kind, what a rank does for a communication of `size` bytes: each as the trainer does it. Gradients are summed in
+    memory that ranks lend each other, where that is possible."""
     count = size // 4 // group.size * group.size
-    whole = torch.zeros(count, device=group.device)
-    other, part = torch.zeros_like(whole), torch.zeros(count // group.size, device=group.device)
+    whole, other, part = (torch.zeros(numbers, device=group.device) for numbers in (count, count, count // group.size))
+    lent = group.lend(count, torch.float32)
+    gradients = whole if lent is None else lent
 
     def message() -> None:
-        if group.rank == 0:
-            group.send(whole, 1)
-            group.receive(whole, 1)
-        elif group.rank == 1:
-            group.receive(whole, 0)
-            group.send(whole, 0)
+        if group.rank < 2:
+            arriving = group.receive(other, 1 - group.rank, asynchronous=True)
+            if group.rank == 1:
+                arriving.wait()
+            sent = group.send(whole, 1 - group.rank, asynchronous=True)
+            if group.rank == 0:
+                arriving.wait()
+            sent.wait()
 
     return {
-        "all_reduce": lambda: group.all_reduce(whole, asynchronous=True).wait(),
+        "all_reduce": lambda: group.all_reduce(whole).wait(),
         "all_gather": lambda: group.all_gather(whole, part, asynchronous=True).wait(),
-        "reduce_scatter": lambda: group.reduce_scatter(part, whole, asynchronous=True).wait(),
-        "all_to_all": lambda: group.all_to_all(other, whole, asynchronous=True).wait(),
-        "broadcast": lambda: group.broadcast(whole, asynchronous=True).wait(),
+        "reduce_scatter": lambda: group.reduce_scatter(part, gradients, asynchronous=True).wait(),
+        "all_to_all": lambda: group.all_to_all(other, whole).wait(),
+        "broadcast": lambda: group.broadcast(whole).wait(),
         "p2p": message,
     }
 
