@@ -7,13 +7,13 @@ import torch
 
 from bagualu.comm.group import Group
 from bagualu.launch.machine.figures import LinkTime, usual
-from bagualu.launch.machine.plan import Plan
+from bagualu.launch.machine.plan import MeasuringPlan
 from bagualu.trainer.costs.throughput import synchronize
 
 _MOST_REPEATS = 200
 
 
-def link_times(group: Group, plan: Plan) -> list[LinkTime]:
+def link_times(group: Group, plan: MeasuringPlan) -> list[LinkTime]:
     """Returns the time of each kind of communication in `group` for each size. Collective.
 
     Sizes are those of comm/cost.py: of the whole buffer, which is the output of an all_gather and the input of the others.

@@ -54,7 +54,7 @@ _SAMPLES = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeasuringPlan:
     """Shapes, sizes and repetitions of all that is measured. The models of `samples` have other sizes than the recipes that come
     with Bagualu, so what is predicted for these was not measured for them."""
 
@@ -74,8 +74,8 @@ class Plan:
     disk_bytes: int = 256 * MIB
 
 
-FULL = Plan()
-QUICK = Plan(
+FULL = MeasuringPlan()
+QUICK = MeasuringPlan(
     cpu=Grid((64, 512), (128, 512)),
     gpu=Grid((512, 4096), (1024, 4096)),
     few=Grid((256,), (256,)),

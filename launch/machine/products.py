@@ -8,7 +8,7 @@ from statistics import median
 import torch
 
 from bagualu.launch.machine.figures import ProductTime, usual
-from bagualu.launch.machine.plan import TRAINED, Plan
+from bagualu.launch.machine.plan import TRAINED, MeasuringPlan
 from bagualu.trainer.costs.throughput import synchronize
 
 _CACHES_BYTES = 2**26
@@ -32,7 +32,7 @@ def works(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def product_times(dtypes: Iterable[str], device: torch.device, plan: Plan, meet: Meet) -> tuple[list[ProductTime], float]:
+def product_times(dtypes: Iterable[str], device: torch.device, plan: MeasuringPlan, meet: Meet) -> tuple[list[ProductTime], float]:
     """Returns the times of the products of `plan`, and by which fraction a time differed between rounds, in the median."""
     grid = plan.cpu if device.type == "cpu" else plan.gpu
     wanted = [
@@ -47,7 +47,10 @@ def product_times(dtypes: Iterable[str], device: torch.device, plan: Plan, meet:
     for _ in range(plan.rounds):
         meet()
         rounds.append([_product_calls(shape, *pools[name], plan.product_seconds) for name, shape in wanted])
-    times = [ProductTime(name, *shape, usual(chain(*calls))) for (name, shape), *calls in zip(wanted, *rounds, strict=True)]
+    times = [
+        ProductTime(name, m, n, k, usual(chain(*calls)))
+        for (name, (m, n, k)), calls in zip(wanted, zip(*rounds, strict=True), strict=True)
+    ]
     apart = [max(map(usual, calls)) / min(map(usual, calls)) - 1 for calls in zip(*rounds, strict=True)]
     return times, median(apart or [0.0])
 
@@ -89,7 +92,7 @@ def calls_seconds(call: Callable[[int], None], device: torch.device, least: floa
     return seconds
 
 
-def copy_bytes_per_second(device: torch.device, plan: Plan, meet: Meet) -> float:
+def copy_bytes_per_second(device: torch.device, plan: MeasuringPlan, meet: Meet) -> float:
     """Returns the bytes per second that are read and written by a copy within the device's memory."""
     source = torch.ones(plan.copied_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

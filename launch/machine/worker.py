@@ -11,7 +11,7 @@ from bagualu.comm.group import Communicator
 from bagualu.comm.objects import broadcast_json, gather_json
 from bagualu.launch.machine import links, plan, products
 from bagualu.launch.machine.figures import OperatorSample, RankFigures, by_octave, of_all, rank_figures, usual
-from bagualu.launch.machine.plan import Plan, Sample
+from bagualu.launch.machine.plan import MeasuringPlan, Sample
 from bagualu.parallel.simulation.events import Operator
 from bagualu.parallel.simulation.measured_times import dtype_of, work_of
 from bagualu.trainer.costs.cache import device_name
@@ -51,7 +51,7 @@ def check(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], 
     return {"works": ones.tolist() == [float(communicator.size)] * ones.numel()}
 
 
-def _measure(communicator: Communicator, stop: Callable[[], bool], how: Plan) -> dict[str, Any]:
+def _measure(communicator: Communicator, stop: Callable[[], bool], how: MeasuringPlan) -> dict[str, Any]:
     def meet() -> None:
         """Waits for the other ranks. Raises Stopped on all of them if the first was asked to stop."""
         if broadcast_json(stop(), communicator.world) if communicator.size > 1 else stop():
@@ -64,7 +64,7 @@ def _measure(communicator: Communicator, stop: Callable[[], bool], how: Plan) ->
     return of_all([rank_figures(each) for each in gather_json(own.as_dict(), communicator.world)]).as_dict()
 
 
-def figures_of_rank(communicator: Communicator, how: Plan, meet: Callable[[], None]) -> RankFigures:
+def figures_of_rank(communicator: Communicator, how: MeasuringPlan, meet: Callable[[], None]) -> RankFigures:
     """Returns what this rank measures; `meet` waits for the others."""
     device = communicator.device
     on_cpu = device.type == "cpu"
@@ -102,7 +102,7 @@ def _gpu_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[1])
 
 
-def _operators(how: Plan, tiny: Sequence[Timed], meet: Callable[[], None]) -> list[OperatorSample]:
+def _operators(how: MeasuringPlan, tiny: Sequence[Timed], meet: Callable[[], None]) -> list[OperatorSample]:
     """Returns the times of all operators but products of two matrices in steps of the sample models, and in those of the `tiny`
     model, which take least."""
     timed = [one for sample in how.samples for one in _each(operator_times(recipe_of(sample), _STEPS, meet), _STEPS)]
