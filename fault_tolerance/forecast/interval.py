@@ -89,8 +89,8 @@ def _fitted(intervals: NDArray[np.int64], progress: NDArray[np.float64]) -> tupl
     logarithms = np.log(intervals)
     curvature, slope, _ = np.polyfit(logarithms, progress, 2)
     if curvature >= 0:
-        best = int(intervals[progress.argmax()])
-        return best, best, best
+        highest = int(intervals[progress.argmax()])
+        return highest, highest, highest
     top = -slope / (2 * curvature)
     width = math.acosh(1 + _FLAT / (-2 * curvature))  # of the cost a/x + b x, which has this curvature at its minimum
     best, shortest, longest = (math.exp(min(max(at, logarithms[0]), most)) for at, most in (

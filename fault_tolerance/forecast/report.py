@@ -30,8 +30,12 @@ class FailureReport:
     """restart.limit of the recipe."""
 
     def lines(self) -> list[str]:
-        """Returns the report for a reader."""
-        return [*self._failures(), *self._time(), *self._interval(), *self._assumptions()]
+        """Returns the report for a reader. Each line begins with what it is about, or with spaces if the line before says that."""
+        parts = {"failures": self._failures(), "training": self._training(), "lost": self._lost(), "saves": self._saves(),
+                 "moved by": self._moved_by()}  # fmt: skip
+        return [
+            f"{title if first else '':<9}{line}".rstrip() for title, lines in parts.items() for first, line in _with_first(lines)
+        ]
 
     def document(self) -> dict[str, Any]:
         """Returns the report for a program; infinite figures are null."""
@@ -54,45 +58,53 @@ class FailureReport:
         }
 
     def _failures(self) -> Iterator[str]:
-        if not self.time.failures.mean:
-            yield f"no failures in {_span(self.time.seconds)}"
-            return
+        failures, span = self.time.failures, _span(self.time.seconds)
         rates: dict[str, float] = {}
         for kind in self.model.interruptions:
             rates[kind.component] = rates.get(kind.component, 0.0) + kind.per_second
         total = sum(rates.values())
+        if not total:
+            yield f"none in {span}"
+            return
         shares = ", ".join(f"{name} {rate / total:.0%}" for name, rate in rates.items() if rate)
-        failures = self.time.failures
-        yield (f"{failures.mean:.0f} failures in {_span(self.time.seconds)} ({failures.low:.0f} to {failures.high:.0f}), "
-               f"one every {_span(1 / total)}: {shares}")  # fmt: skip
+        runs = f"90% of runs {failures.low:.0f} to {failures.high:.0f}"
+        yield f"{failures.mean:.3g} in {span} ({runs}), one every {_span(1 / total)}: {shares}"
         if self.restart_limit < failures.high:
-            yield (f"restart.limit={self.restart_limit} would end the launch after so many restarts; "
-                   f"give restart.limit={_above(failures.high)}")  # fmt: skip
+            yield f"restart.limit={self.restart_limit} would end the launch; give restart.limit={_above(failures.high)}"
 
-    def _time(self) -> Iterator[str]:
-        yield f"effective training time {_ratio(self.time.ratio)}"
+    def _training(self) -> Iterator[str]:
+        yield f"{_ratio(self.time.ratio)} effective training time"
         if self.time.ratio.mean - self.time.progress.mean > 0.0005:
-            yield f"some steps are slower: progress {_ratio(self.time.progress)} of a run without failures and checkpoints"
+            yield f"{_ratio(self.time.progress)} of the steps of a run without failures and saves: some steps are slower"
+
+    def _lost(self) -> Iterator[str]:
         other = {name: seconds for name, seconds in self.time.categories.items() if name != "productive" and seconds}
         shares = sorted(((seconds / self.time.seconds, name) for name, seconds in other.items()), reverse=True)
-        yield "the rest: " + ", ".join(f"{name} {share:.2%}" for share, name in shares)
+        yield ", ".join(f"{name if name != 'lost' else 'repeated steps'} {share:.2%}" for share, name in shares) or "nothing"
 
-    def _interval(self) -> Iterator[str]:
-        if self.best is None or self.at_best is None:
-            return
+    def _saves(self) -> Iterator[str]:
         best = self.best
-        yield (f"best checkpoint.every={best.steps} ({_span(best.steps * self.model.step_seconds)}): effective training time "
-               f"{self.at_best.ratio.mean:.1%}; {best.shortest} to {best.longest} cost at most 0.1% more; "
-               f"Young {_steps(best.young)}, Daly {_steps(best.daly)}")  # fmt: skip
+        if best is None or self.at_best is None:
+            return
+        flat = "" if best.shortest == best.longest else f"{best.shortest} to {best.longest} cost at most 0.1% more; "
+        interval = f"{best.steps} ({_span(best.steps * self.model.step_seconds)})"
+        formulas = f"Young {_steps(best.young)}, Daly {_steps(best.daly)}"
+        yield f"best checkpoint.every={interval}: {self.at_best.ratio.mean:.1%}; {flat}{formulas}"
 
-    def _assumptions(self) -> Iterator[str]:
+    def _moved_by(self) -> Iterator[str]:
         for influence in self.influences[:_NAMED]:
-            yield (f"{influence.name}={influence.value:g}: from {influence.low:g} to {influence.high:g}, progress goes from "
-                   f"{influence.progress_at_low:.1%} to {influence.progress_at_high:.1%}")  # fmt: skip
+            yield (f"{influence.name}={influence.value:.3g}: {influence.progress_at_low:.1%} at {influence.low:.3g}, "
+                   f"{influence.progress_at_high:.1%} at {influence.high:.3g}")  # fmt: skip
+
+
+def _with_first(lines: Iterator[str]) -> Iterator[tuple[bool, str]]:
+    """Yields (whether it is the first, line)."""
+    for index, line in enumerate(lines):
+        yield not index, line
 
 
 def _ratio(estimate: Estimate) -> str:
-    return f"{estimate.mean:.1%} (90% of runs {estimate.low:.1%} to {estimate.high:.1%}; mean +-{estimate.mean_error:.2%})"
+    return f"{estimate.mean:.1%} (90% of runs {estimate.low:.1%} to {estimate.high:.1%}; the mean +-{estimate.mean_error:.2%})"
 
 
 def _steps(steps: float) -> str:

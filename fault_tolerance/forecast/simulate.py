@@ -39,13 +39,13 @@ class RunTotals:
     @property
     def ratio(self) -> Floats:
         """The effective training time ratio of the ledger: productive time / wall time."""
-        return self.microseconds["productive"] / self.wall
+        return self.microseconds["productive"].astype(np.float64) / self.wall
 
     @property
     def progress(self) -> Floats:
         """The steps that survived, as a fraction of those of a run without failures and checkpoints. It is less than `ratio` if
         steps were slower: with fewer replicas, or beside the writing of checkpoints."""
-        return self.steps * (self.step / self.wall)
+        return self.steps.astype(np.float64) * (self.step / self.wall)
 
 
 def simulate(model: RunModel, seconds: float, runs: int, seed: int, intervals: Sequence[int] = ()) -> RunTotals:
@@ -177,7 +177,7 @@ class _Runs:
         model = self.model
         self.failures += failed
         every = model.replica_steps or 1
-        from_replica = failed & ~silent & (uniform[2] >= model.replica_loss) & (model.replica_steps > 0)
+        from_replica: Booleans = failed & ~silent & (uniform[2] >= model.replica_loss) & (model.replica_steps > 0)
         kept = np.maximum(np.maximum(self.begun, self.reached // every * every), self.stored)
         lost = np.where(from_replica, (self.reached - kept) * step, failed * self.unstored)
         self.totals["productive"] -= lost

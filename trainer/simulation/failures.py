@@ -52,7 +52,7 @@ def failure_report(
         model=model,
         time=time,
         best=best,
-        at_best=best and forecast(replace(model, checkpoint_steps=best.steps), seconds, _RUNS),
+        at_best=None if best is None else forecast(replace(model, checkpoint_steps=best.steps), seconds, _RUNS),
         influences=influences(modelled, question.assumptions, seconds, _RUNS_OF_INFLUENCES),
         assumptions=question.assumptions,
         restart_limit=recipe.restart.limit,

@@ -16,6 +16,7 @@ from bagualu.fault_tolerance.forecast.forecast import Settings, Workload, foreca
 from bagualu.fault_tolerance.forecast.influence import influences
 from bagualu.fault_tolerance.forecast.interval import best_interval
 from bagualu.fault_tolerance.forecast.report import FailureReport
+from bagualu.fault_tolerance.forecast.run_model import RunModel
 
 DAY = 86400.0
 H100 = load_cluster("h100")
@@ -164,15 +165,23 @@ def report(settings=SETTINGS, **others):
 
 def test_the_report_says_what_comes_out():
     lines = report().lines()
-    assert lines[0].startswith("109 failures in 14 days (")
+    assert lines[0].startswith("failures 109 in 14 days (90% of runs ")
     assert "one every 3.09 h: gpu 47%, gpu_memory 17%, software 15%, host 11%, network 10%" in lines[0]
-    assert lines[1].startswith("restart.limit=3 would end the launch")
-    assert "effective training time 93." in lines[2]
-    assert "90% of runs" in lines[2]
-    assert "lost 4." in lines[3]
-    assert lines[4].startswith("best checkpoint.every=")
+    assert lines[1].startswith("         restart.limit=3 would end the launch; give restart.limit=2")
+    assert lines[2].startswith("training 93.")
+    assert lines[3].startswith("lost     repeated steps 4.")
+    assert lines[4].startswith("saves    best checkpoint.every=")
     assert "Young" in lines[4]
-    assert lines[5].startswith("failure_factor=1: from 0.5 to 1.72, progress goes from 9")
+    assert lines[5].startswith("moved by failure_factor=1: 9")
+    assert lines[6].startswith("         ")
+    assert all(len(line) <= 132 for line in lines)
+
+
+def test_a_run_that_never_fails_is_reported():
+    time = forecast(RunModel(10.0), DAY, 5)
+    lines = FailureReport(RunModel(10.0), time, None, None, [], GIVEN, 3).lines()
+    whole = "100.0% (90% of runs 100.0% to 100.0%; the mean +-0.00%) effective training time"
+    assert lines == ["failures none in 24 h", f"training {whole}", "lost     nothing"]
 
 
 def test_the_report_warns_of_slower_steps():
