@@ -30,6 +30,8 @@ SPLIT = {  # what each kind of parameter has to look like on tensor 2 x expert 4
     "embedding.positions.weight": (160, 16), "norm.bias": (16,), "attention_norm.bias": (16,), "feed_forward_norm.bias": (16,),
     "attention.query.weight": (8, 16), "attention.key.weight": (8, 16), "attention.value.weight": (8, 16),
     "attention.output.weight": (16, 8), "feed_forward.gate.weight": (12, 16), "feed_forward.up.weight": (12, 16),
+    **{f"attention.{part}.bias": (8,) for part in ("query", "key", "value")}, "attention.output.bias": (16,),
+    "feed_forward.up.bias": (12,), "feed_forward.down.bias": (16,),
     "feed_forward.down.weight": (16, 12), "feed_forward.router.weight": (8, 16),
     "feed_forward.experts.gate": (2, 4, 16), "feed_forward.experts.up": (2, 4, 16), "feed_forward.experts.down": (2, 16, 4),
     "feed_forward.shared.gate.weight": (8, 16), "feed_forward.shared.up.weight": (8, 16),
@@ -63,7 +65,7 @@ def test_which_gradients_are_partial_over_the_tensor_axis(sequence: bool) -> Non
     names = {name for config in VARIANTS.values() for name, _ in model_of(config).named_parameters()}
     plan = decoder_plan(VARIANTS["moe_every_2_shared"], sequence)
     for name in names:
-        sliced = name.endswith(("norm.weight", "norm.bias")) or name == "embedding.positions.weight"
+        sliced = name.endswith(("norm.weight", "norm.bias", "output.bias", "down.bias")) or name == "embedding.positions.weight"
         partial = name.endswith(("router.weight", "query_norm.weight", "key_norm.weight")) or (sequence and sliced)
         assert plan.placement(name).partial_over == ("tensor" if partial else None), name
 

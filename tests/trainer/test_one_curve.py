@@ -18,6 +18,7 @@ from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.recipe.config import Recipe
 from tests.harness import BACKENDS, ON_GPU, run
 from tests.parity import Curve, assert_same, small_recipe, train
+from tests.trainer.models.reference import unfelt
 from tests.trainer.models.styles import STYLES
 
 STEPS, BATCH = 3, 8
@@ -186,9 +187,13 @@ def test_layout_trains_the_same_curve(backend: str, model: str, layout: dict[str
     assert_same(run(backend, recipe.world_size(), train, recipe, STEPS), [alone(model)])
 
 
-def assert_style_trains_the_same_curve(backend: str, model: str, layout: dict[str, Any]) -> None:
-    recipe = recipe_for(model, layout)
-    assert_same(run(backend, recipe.world_size(), train, recipe, STEPS), [alone(model)])
+def assert_style_trains_the_same_curve(backend: str, model: str, layout: dict[str, Any], **changes: object) -> None:
+    recipe = recipe_for(model, layout, **changes)
+    assert_same_as_alone(run(backend, recipe.world_size(), train, recipe, STEPS), model, recipe)
+
+
+def assert_same_as_alone(curves: list[Curve], model: str, recipe: Recipe) -> None:
+    assert_same(curves, [alone(model, recipe.optim.name)], unfelt=".key.bias" if unfelt(recipe.model) else None)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -209,16 +214,15 @@ def test_models_as_published_train_the_same_curve_on_more_layouts(kind: str, lay
 @pytest.mark.parametrize("recompute", ["full", "attention", "every:2"])
 @pytest.mark.parametrize("style", STYLES)
 def test_recompute_and_host_memory_do_not_matter_to_models_as_published(style: str, recompute: str) -> None:
-    layout, changes = {"data": 2, "pipeline": 2, "zero": 2}, {"train__recompute": recompute, "train__offload_bytes": 4000}
-    recipe = recipe_for(style, layout, **changes)
-    assert_same(run("simulated", recipe.world_size(), train, recipe, STEPS), [alone(style)])
+    layout = {"data": 2, "pipeline": 2, "zero": 2}
+    assert_style_trains_the_same_curve("simulated", style, layout, train__recompute=recompute, train__offload_bytes=4000)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
 @pytest.mark.parametrize(("model", "layout"), BY_MUON, ids=[f"{m}-{name_of(x)}" for m, x in BY_MUON])
 def test_muon_trains_the_same_curve(backend: str, model: str, layout: dict[str, Any]) -> None:
     recipe = recipe_for(model, layout, optim__name="muon")
-    assert_same(run(backend, recipe.world_size(), train, recipe, STEPS), [alone(model, "muon")])
+    assert_same_as_alone(run(backend, recipe.world_size(), train, recipe, STEPS), model, recipe)
 
 
 SLOW = pytest.mark.slow
@@ -346,7 +350,7 @@ def test_many_valid_layouts_train_the_same_curve(backend: str, drawn: tuple[str,
 def assert_trains_the_same_curve(model: str, recipe: Recipe, backend: str = "simulated") -> None:
     world = recipe.world_size()
     assume(world <= 8 and _valid(recipe, world))
-    assert_same(run(backend, world, train, recipe, STEPS), [alone(model)])
+    assert_same_as_alone(run(backend, world, train, recipe, STEPS), model, recipe)
 
 
 def _valid(recipe: Recipe, world: int) -> bool:

@@ -24,30 +24,37 @@ _GROUPED_MULTIPLE = 8
 def linears(
     x: torch.Tensor,
     *weights: torch.Tensor,
+    biases: Sequence[torch.Tensor | None] = (),
     factor: torch.Tensor | None = None,
     wide: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Multiplies x [..., I] by each weight [O, I]; returns an output [..., O] for each, in the weights' dtype.
+    """Multiplies x [..., I] by each weight [O, I], and adds its bias [O] if it has one; returns an output [..., O] for each, in the
+    weights' dtype. `biases`: one for each weight, or none at all.
 
     With `factor`, of x's shape, the input is x * factor, a product that is computed again in the backward pass instead of saved.
     `dtype` is that of the multiplication, by default `multiply_dtype`. With `wide`, outputs stay in that dtype, for callers that
     continue to compute in it.
     """
-    outputs: tuple[torch.Tensor, ...] = _Linears.apply(wide, dtype or multiply_dtype(weights[0]), x, factor, *weights)
+    kind = wide, dtype or multiply_dtype(weights[0]), len(weights)
+    outputs: tuple[torch.Tensor, ...] = _Linears.apply(*kind, x, factor, *weights, *biases)
     return outputs
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, wide: bool, dtype: torch.dtype, x: torch.Tensor, factor: torch.Tensor | None, *weights: torch.Tensor
+        ctx: Any, wide: bool, dtype: torch.dtype, count: int, x: torch.Tensor, factor: torch.Tensor | None, *given: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
+        weights, biases = given[:count], given[count:] or (None,) * count
         ctx.save_for_backward(x, factor, *weights)
         ctx.dtype, ctx.sinks = dtype, [gradient_sink(weight) for weight in weights]
-        rows = _times(x, factor).to(dtype)
+        rows, outputs = _times(x, factor).to(dtype), []
         with linear_products(x):
-            return tuple(F.linear(rows, weight.to(dtype)).to(dtype if wide else weight.dtype) for weight in weights)
+            for weight, bias in zip(weights, biases, strict=True):
+                output = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+                outputs.append(output.to(dtype if wide else weight.dtype))
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -55,16 +62,41 @@ class _Linears(torch.autograd.Function):
         dtype = ctx.dtype
         rows = _times(x, factor).reshape(-1, x.shape[-1]).to(dtype)
         grad_rows: torch.Tensor | None = None
-        grad_weights = []
+        needed, count = ctx.needs_input_grad[5:], len(weights)
+        grad_weights: list[torch.Tensor | None] = []
+        grad_biases: list[torch.Tensor | None] = [None] * (len(needed) - count)
         with linear_products(x):
-            for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[4:], strict=True):
+            for index, (grad, weight, sink) in enumerate(zip(grads, weights, ctx.sinks, strict=True)):
                 columns = grad.reshape(-1, grad.shape[-1]).to(dtype)
-                grad_weights.append(_weight_gradient(sink, weight, [columns.T], [rows]) if trained else None)
-                if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+                grad_weights.append(_weight_gradient(sink, weight, [columns.T], [rows]) if needed[index] else None)
+                if grad_biases and needed[count + index]:
+                    grad_biases[index] = _sum_of_rows(columns)
+                if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
                     widened = weight.to(dtype)
                     grad_rows = columns @ widened if grad_rows is None else grad_rows.addmm_(columns, widened)
         grad_input = None if grad_rows is None else grad_rows.to(x.dtype).view_as(x)
-        return None, None, *_of_factors(grad_input, x, factor), *grad_weights
+        return None, None, None, *_of_factors(grad_input, x, factor), *grad_weights, *grad_biases
+
+
+def plus_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Returns x [..., O] + bias [O]."""
+    added: torch.Tensor = _PlusBias.apply(x, bias)
+    return added
+
+
+class _PlusBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return x + bias
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0], _sum_of_rows(grads[0].flatten(0, -2)) if ctx.needs_input_grad[1] else None
+
+
+def _sum_of_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Returns the sum [O] of rows [N, O] in at least float32, which torch's own gradient of a bias would round."""
+    return rows.sum(0, dtype=accurate_dtype(rows.dtype))
 
 
 def _times(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from bagualu.trainer.models.decoder.config import ModelConfig
 
 Weights = dict[str, torch.Tensor]
-PARTS = ("gate", "up", "down")
 
 
 def losses(config: ModelConfig, weights: Weights, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +28,7 @@ def losses(config: ModelConfig, weights: Weights, inputs: torch.Tensor, labels: 
             x = x + torch.stack([output for output, _ in mixed])
             balance = balance + torch.stack([loss for _, loss in mixed]).sum()
         else:
-            x = x + feed_forward(config, {part: own.get(f"feed_forward.{part}.weight") for part in PARTS}, rows)
+            x = x + feed_forward(config, parts_of(own, "feed_forward."), rows)
     x = normed(config, weights, "norm", x)
     head = weights["embedding.weight"] if config.tie_embeddings else weights["head.weight"]
     logits = x @ head[: config.vocab].T
@@ -53,23 +52,39 @@ def attention(config: ModelConfig, own: Weights, x: torch.Tensor) -> torch.Tenso
         key_rows = slice(head // shared * width, (head // shared + 1) * width)
         query = turned(config, of_head(config, own, "query", x, own_rows))
         key = turned(config, of_head(config, own, "key", x, key_rows))
-        value = x @ own["attention.value.weight"][key_rows].T
+        value = linear(own, "attention.value", x, key_rows)
         scores = query @ key.T / math.sqrt(width)
         if config.positions == "alibi":
             scores = scores + slope(config.heads, head) * torch.tensor([[k - q for k in range(len(x))] for q in range(len(x))])
         scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
         outputs.append(weights @ value)
-    return torch.cat(outputs, -1) @ own["attention.output.weight"].T
+    return linear(own, "attention.output", torch.cat(outputs, -1))
+
+
+def parts_of(own: Weights, prefix: str) -> Weights:
+    return {name.removeprefix(prefix): weight for name, weight in own.items() if name.startswith(prefix)}
+
+
+def linear(own: Weights, name: str, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+    """x times the `rows` of a weight, plus those of its bias if it has one"""
+    bias = own.get(f"{name}.bias")
+    product = x @ own[f"{name}.weight"][rows].T
+    return product if bias is None else product + bias[rows]
 
 
 def of_head(config: ModelConfig, own: Weights, part: str, x: torch.Tensor, rows: slice) -> torch.Tensor:
     """x [S, H] -> query or key of a head [S, D]"""
-    projected = x @ own[f"attention.{part}.weight"][rows].T
+    projected = linear(own, f"attention.{part}", x, rows)
     if config.qk_norm:
         length = ((projected * projected).mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
         projected = projected / length * own[f"attention.{part}_norm.weight"]
     return projected
+
+
+def unfelt(config: ModelConfig) -> bool:
+    """Whether a bias of keys, the same for all positions, changes all scores of a query alike, so that softmax takes it out."""
+    return config.positions != "rotary" and not config.qk_norm
 
 
 def slope(heads: int, head: int) -> float:
@@ -92,16 +107,16 @@ def turned(config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([pairs.real, pairs.imag], -1)
 
 
-def feed_forward(config: ModelConfig, parts: dict[str, torch.Tensor | None], x: torch.Tensor) -> torch.Tensor:
-    """`parts`: gate, up and down; no gate for gelu."""
-    assert (parts["gate"] is None) == (config.activation == "gelu")
-    inner = x @ parts["up"].T
+def feed_forward(config: ModelConfig, parts: Weights, x: torch.Tensor) -> torch.Tensor:
+    """`parts`: weights, and biases if any, of gate, up and down; no gate for gelu."""
+    assert ("gate.weight" in parts) == (config.activation == "swiglu")
+    inner = linear(parts, "up", x)
     if config.activation == "gelu":
         activated = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
     else:
-        gated = x @ parts["gate"].T
+        gated = linear(parts, "gate", x)
         activated = gated * torch.sigmoid(gated) * inner
-    return activated @ parts["down"].T
+    return linear(parts, "down", activated)
 
 
 def mixture(config: ModelConfig, own: Weights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,12 +130,11 @@ def mixture(config: ModelConfig, own: Weights, x: torch.Tensor) -> tuple[torch.T
         total = sum(probabilities[e] for e in best) if moe.top_k > 1 else 1.0
         output = torch.zeros_like(token)
         for e in best:
-            parts = {part: own.get(f"feed_forward.experts.{part}") for part in PARTS}
-            one = {part: None if weight is None else weight[e] for part, weight in parts.items()}
-            output = output + probabilities[e] / total * feed_forward(config, one, token)
+            expert = {f"{part}.weight": weight[e] for part, weight in parts_of(own, "feed_forward.experts.").items()}
+            output = output + probabilities[e] / total * feed_forward(config, expert, token)
             counts[e] += 1
         if moe.shared_experts:
-            output = output + feed_forward(config, {part: own.get(f"feed_forward.shared.{part}.weight") for part in PARTS}, token)
+            output = output + feed_forward(config, parts_of(own, "feed_forward.shared."), token)
         outputs.append(output)
         all_probabilities.append(probabilities)
     mean = torch.stack(all_probabilities).mean(0)

@@ -4,8 +4,16 @@ from typing import Any
 
 STYLES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "gpt": {"norm": "layer", "activation": "gelu", "positions": "learned", "max_positions": 160, "tie_embeddings": True},
+    "gpt": {
+        "norm": "layer",
+        "activation": "gelu",
+        "positions": "learned",
+        "max_positions": 160,
+        "tie_embeddings": True,
+        "bias": "all",
+    },
     "mpt": {"norm": "layer", "activation": "gelu", "positions": "alibi"},
+    "qwen2": {"bias": "attention"},
     "qwen3": {"head_dim": 12, "qk_norm": True},
     "no_positions": {"positions": "none"},
 }

@@ -15,7 +15,7 @@ from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.vocabulary import IGNORED, linear_cross_entropy
 from bagualu.trainer.operators import linear, rotary
 from bagualu.trainer.operators.attention import attention_in_blocks, causal_attention
-from bagualu.trainer.operators.linear import grouped_linears, linears
+from bagualu.trainer.operators.linear import grouped_linears, linears, plus_bias
 from bagualu.trainer.operators.norm import layer_norm, rms_norm
 from bagualu.trainer.operators.rotary import rotate
 
@@ -47,6 +47,11 @@ SLOPES = torch.tensor([0.3, 0.07])
 # name: function of tensors, their shapes
 KERNELS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]]]] = {
     "linears": (lambda x, a, b, c: linears(x, a, b, c), [(2, 3, 4), (5, 4), (1, 4), (3, 4)]),
+    "linears_with_biases": (
+        lambda x, a, b, c, d, e: linears(x, a, b, c, biases=[d, None, e]),
+        [(2, 3, 4), (5, 4), (1, 4), (3, 4), (5,), (3,)],
+    ),
+    "plus_bias": (lambda x, b: plus_bias(x, b), [(2, 3, 4), (4,)]),
     "one_linear": (lambda x, a: linears(x, a)[0], [(3, 4), (5, 4)]),
     "grouped_linears": (lambda x, v, w: torch.cat(grouped_linears(x, COUNTS, v, w), 1), [(5, 4), (5, 3, 4), (5, 2, 4)]),
     "linears_of_a_product": (lambda x, y, a, b: linears(x, a, b, factor=y), [(2, 3, 4), (2, 3, 4), (5, 4), (1, 4)]),
@@ -144,6 +149,18 @@ def test_gradients_reach_weights_rounded_once_where_the_chip_multiplies(dtype: t
     """The head's twice: its logits' gradient is multiplied in 16 bits too."""
     for name, error in _weight_gradient_errors(dtype).items():
         assert error < torch.finfo(dtype).eps / 2 * (2 if name == "head" else 1), name
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gradients_of_biases_are_not_rounded(dtype: torch.dtype) -> None:
+    """Gradient buckets ask for wide gradients by `grad_dtype`."""
+    for kernel in (lambda x, b: linears(x, torch.eye(5, dtype=dtype), biases=[b], dtype=dtype)[0], plus_bias):
+        bias = torch.zeros(5, dtype=dtype, requires_grad=True)
+        bias.grad_dtype = torch.float32
+        grad = draw(300, 5).detach().to(dtype)
+        kernel(torch.zeros(300, 5, dtype=dtype), bias).backward(grad)
+        assert bias.grad is not None
+        torch.testing.assert_close(bias.grad.double(), grad.double().sum(0), rtol=1e-5, atol=1e-5)
 
 
 def _weight_gradient_errors(dtype: torch.dtype) -> dict[str, float]:

@@ -14,7 +14,7 @@ MOST_LAYERS = 2**14
 LONGEST_ALIBI = 2**16
 """The most positions that `operators.alibi` tells apart."""
 CHOICES = {"norm": ("rms", "layer"), "activation": ("swiglu", "gelu"),
-           "positions": ("rotary", "learned", "alibi", "none")}  # fmt: skip
+           "positions": ("rotary", "learned", "alibi", "none"), "bias": ("none", "attention", "all")}  # fmt: skip
 """The values of the keys of `model.*` that are names."""
 _RAREST = 10.0
 """No initial weight is further from 0 than this many standard deviations."""
@@ -86,6 +86,9 @@ class ModelConfig:
     rope_theta: float = 10000.0
     activation: str = "swiglu"
     """The feed-forward, also that of experts: swiglu (with a gate) | gelu (without a gate, GELU in its tanh form)."""
+    bias: str = "none"
+    """Which linear layers have a bias: none | attention (query, key and value, as in Qwen2) | all (of attention and feed-forward,
+    as in GPT-2 and BLOOM; never routers, experts and the head)."""
     norm: str = "rms"
     """How hidden states are normalised: rms (RMSNorm, with a weight) | layer (LayerNorm, with a weight and a bias)."""
     norm_epsilon: float = 1e-5

@@ -25,12 +25,18 @@ Positions = Callable[[int, torch.dtype, torch.device], tuple[torch.Tensor, torch
 
 
 class Linear(nn.Module):
-    """Holds a weight [O, I]. The parent module applies it, so that several weights with the same input go through `linears`
-    together."""
+    """Holds a weight [O, I] and, if there is one, a bias [O]. The parent module applies them, so that several weights with the same
+    input go through `linears` together."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+
+def project(x: torch.Tensor, *layers: Linear, wide: bool = False) -> tuple[torch.Tensor, ...]:
+    """x [..., I] -> an output [..., O] of each linear layer"""
+    return linears(x, *(layer.weight for layer in layers), biases=[layer.bias for layer in layers], wide=wide)
 
 
 class RMSNorm(nn.Module):
@@ -72,10 +78,11 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_width
         wide, narrow = (heads * config.head_width for heads in (config.heads, config.key_value_heads))
-        self.query = Linear(config.hidden, wide)
-        self.key = Linear(config.hidden, narrow)
-        self.value = Linear(config.hidden, narrow)
-        self.output = Linear(wide, config.hidden)
+        biased = config.bias != "none"
+        self.query = Linear(config.hidden, wide, biased)
+        self.key = Linear(config.hidden, narrow, biased)
+        self.value = Linear(config.hidden, narrow, biased)
+        self.output = Linear(wide, config.hidden, config.bias == "all")
         self.query_norm, self.key_norm = (
             RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None for _ in range(2)
         )
@@ -85,8 +92,8 @@ class Attention(nn.Module):
         self.attend: Attend = causal_attention
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, S, H] -> [B, S, H]"""
-        projected = linears(x, self.query.weight, self.key.weight, self.value.weight, wide=True)
+        """x [B, S, H] -> [B, S, H], without the output's bias"""
+        projected = project(x, self.query, self.key, self.value, wide=True)
         query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)  # [B, S, A, D]
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -109,16 +116,16 @@ class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202). Without a gate: down(gelu(up(x))), with the tanh form of GELU (arXiv
     1606.08415, section 2)."""
 
-    def __init__(self, config: ModelConfig, ffn: int) -> None:
+    def __init__(self, config: ModelConfig, ffn: int, bias: bool) -> None:
         super().__init__()
-        self.gate = Linear(config.hidden, ffn) if config.gated else None
-        self.up = Linear(config.hidden, ffn)
-        self.down = Linear(ffn, config.hidden)
+        self.gate = Linear(config.hidden, ffn, bias) if config.gated else None
+        self.up = Linear(config.hidden, ffn, bias)
+        self.down = Linear(ffn, config.hidden, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., H] -> [..., H]"""
+        """x [..., H] -> [..., H], without the bias of `down`"""
         if self.gate is None:
-            (up,) = linears(x, self.up.weight)
+            (up,) = project(x, self.up)
             return linears(gelu(up), self.down.weight)[0]
-        gate, up = linears(x, self.gate.weight, self.up.weight)
+        gate, up = project(x, self.gate, self.up)
         return linears(F.silu(gate), self.down.weight, factor=up)[0]

@@ -19,7 +19,7 @@ from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.layers import Attention, FeedForward, Linear, norm_of
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts, update_biases
 from bagualu.trainer.models.model import Model
-from bagualu.trainer.operators.linear import linears
+from bagualu.trainer.operators.linear import linears, plus_bias
 
 
 class LearnedPositions(Linear):
@@ -81,7 +81,7 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.feed_forward_norm = norm_of(config)
         mixture = config.is_moe_layer(index)
-        self.feed_forward = MixtureOfExperts(config) if mixture else FeedForward(config, config.ffn)
+        self.feed_forward = MixtureOfExperts(config) if mixture else FeedForward(config, config.ffn, bias=config.bias == "all")
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """x [B, S, H] -> output [B, S, H] and, for a mixture, the balance loss and the load of its experts [E], else None and
@@ -100,13 +100,20 @@ class Layer(nn.Module):
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, H] -> [B, S, H], what attention adds to it"""
-        added: torch.Tensor = self.attention(self.attention_norm(x))
-        return added
+        return _with_bias(self.attention(self.attention_norm(x)), self.attention.output)
 
     def feed(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [B, S, H] -> what the feed-forward or the mixture returns"""
         added: torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.feed_forward(self.feed_forward_norm(x))
+        if isinstance(added, torch.Tensor):
+            return _with_bias(added, self.feed_forward.down)
         return added
+
+
+def _with_bias(added: torch.Tensor, last: Linear) -> torch.Tensor:
+    """Adds the bias, if there is one, of the last linear layer of a block to the block's output. That happens here, outside of the
+    block, because the block's own output may be one of several parts that are summed."""
+    return added if last.bias is None else plus_bias(added, last.bias)
 
 
 class Decoder(Model):

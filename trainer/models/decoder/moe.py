@@ -15,7 +15,7 @@ from torch import nn
 from bagualu.parallel.expert import LocalExperts
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
-from bagualu.trainer.models.decoder.layers import FeedForward, Linear, gelu
+from bagualu.trainer.models.decoder.layers import FeedForward, gelu
 from bagualu.trainer.operators.linear import grouped_linears, linears
 
 
@@ -43,13 +43,14 @@ class Experts(nn.Module):
         return self.exchange.combine(results, routed)
 
 
-class Router(Linear):
+class Router(nn.Module):
     """Weight [E, H]. `bias` [E] is a buffer, which `update_biases` changes and no gradient does; None without bias_rate."""
 
     bias: torch.Tensor | None
 
     def __init__(self, hidden: int, config: MoEConfig) -> None:
-        super().__init__(hidden, config.experts)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.experts, hidden))
         self.top_k, self.renormalises = config.top_k, config.renormalises
         self.register_buffer("bias", torch.zeros(config.experts) if config.has_bias else None)
 
@@ -76,7 +77,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router = Router(config.hidden, config.moe)
         self.experts = Experts(config)
-        self.shared = FeedForward(config, config.moe.shared_experts * config.moe.ffn) if config.moe.shared_experts else None
+        shared = config.moe.shared_experts
+        self.shared = FeedForward(config, shared * config.moe.ffn, bias=False) if shared else None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [B, S, H] -> [B, S, H], loss, load [E]"""

@@ -14,8 +14,8 @@ outputs are summed (row parallel in Megatron's terms)."""
 
 
 def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
-    """Returns the placement of every parameter and buffer. With `sequence` (parallelism), norms and learned positions see only a
-    slice of the sequence, so each rank has only a part of their gradient."""
+    """Returns the placement of every parameter and buffer. With `sequence` (parallelism), norms, learned positions and
+    the biases of a block's output see only a slice of the sequence, so each rank has only a part of their gradient."""
     vocabulary = replace(ROWS, rows=config.vocab)
     norm = Placement(partial_over="tensor" if sequence else None, initial="ones")
     zeros = replace(norm, initial="zeros")
@@ -28,14 +28,18 @@ def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
         ("*norm.weight", norm),
         ("*norm.bias", zeros),
         ("layers.*.attention.output.weight", COLUMNS),
+        ("layers.*.attention.output.bias", zeros),
         ("layers.*.attention.*.weight", ROWS),
+        ("layers.*.attention.*.bias", replace(ROWS, initial="zeros")),
         # All tensor ranks route the same tokens, but each sees only a part of the experts' results.
         ("layers.*.feed_forward.router.weight", Placement(partial_over="tensor")),
         ("layers.*.feed_forward.router.bias", Placement(initial="zeros")),
         ("layers.*.feed_forward.experts.down", Placement(((0, "expert"), (2, "tensor")), initial="residual")),
         ("layers.*.feed_forward.experts.*", Placement(((0, "expert"), (1, "tensor")))),
         ("layers.*.down.weight", COLUMNS),
+        ("layers.*.down.bias", zeros),
         ("layers.*.feed_forward.*.weight", ROWS),
+        ("layers.*.feed_forward.*.bias", replace(ROWS, initial="zeros")),
     )
     boundaries: tuple[tuple[str, BoundaryKind], ...] = (
         ("embedding", "embedding"),

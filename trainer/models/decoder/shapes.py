@@ -28,20 +28,20 @@ def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
     hidden, heads, narrow = model.hidden, model.heads * model.head_width, model.key_value_heads * model.head_width
     shapes: dict[str, tuple[int, ...]] = {
         **norm_shapes(model, "attention_norm"),
-        "attention.query.weight": (heads, hidden),
-        "attention.key.weight": (narrow, hidden),
-        "attention.value.weight": (narrow, hidden),
-        "attention.output.weight": (hidden, heads),
+        **_linear("attention.query", heads, hidden, model.bias != "none"),
+        **_linear("attention.key", narrow, hidden, model.bias != "none"),
+        **_linear("attention.value", narrow, hidden, model.bias != "none"),
+        **_linear("attention.output", hidden, heads, model.bias == "all"),
         **{f"attention.{name}_norm.weight": (model.head_width,) for name in ("query", "key") if model.qk_norm},
         **norm_shapes(model, "feed_forward_norm"),
     }
     if not model.is_moe_layer(index):
-        return shapes | _feed_forward(model, "feed_forward", model.ffn)
+        return shapes | _feed_forward(model, "feed_forward", model.ffn, model.bias == "all")
     moe = model.moe
     shapes["feed_forward.router.weight"] = (moe.experts, hidden)
     shapes |= {f"feed_forward.experts.{name}": (moe.experts, moe.ffn, hidden) for name in _inputs(model)}
     shapes["feed_forward.experts.down"] = (moe.experts, hidden, moe.ffn)
-    return shapes | (_feed_forward(model, "feed_forward.shared", moe.shared_experts * moe.ffn) if moe.shared_experts else {})
+    return shapes | (_feed_forward(model, "feed_forward.shared", moe.shared_experts * moe.ffn, False) if moe.shared_experts else {})
 
 
 def layer_buffers(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
@@ -54,6 +54,10 @@ def _inputs(model: ModelConfig) -> tuple[str, ...]:
     return ("gate", "up") if model.gated else ("up",)
 
 
-def _feed_forward(model: ModelConfig, name: str, ffn: int) -> dict[str, tuple[int, ...]]:
-    first = {f"{name}.{part}.weight": (ffn, model.hidden) for part in _inputs(model)}
-    return first | {f"{name}.down.weight": (model.hidden, ffn)}
+def _feed_forward(model: ModelConfig, name: str, ffn: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    shapes = dict.fromkeys(_inputs(model), (ffn, model.hidden)) | {"down": (model.hidden, ffn)}
+    return {key: value for part, shape in shapes.items() for key, value in _linear(f"{name}.{part}", *shape, bias).items()}
+
+
+def _linear(name: str, outputs: int, inputs: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
