@@ -27,7 +27,8 @@ VARIANTS = {
 SPLIT = {  # what each kind of parameter has to look like on tensor 2 x expert 4, of its whole shape
     "embedding.weight": (32, 16), "head.weight": (32, 16), "norm.weight": (16,),
     "attention_norm.weight": (16,), "feed_forward_norm.weight": (16,),
-    "embedding.positions.weight": (160, 16), "norm.bias": (16,), "attention_norm.bias": (16,), "feed_forward_norm.bias": (16,),
+    "embedding.positions.weight": (160, 16), "norm.bias": (16,),
+    "embedding_norm.weight": (16,), "embedding_norm.bias": (16,), "attention_norm.bias": (16,), "feed_forward_norm.bias": (16,),
     "attention.query.weight": (8, 16), "attention.key.weight": (8, 16), "attention.value.weight": (8, 16),
     "attention.output.weight": (16, 8), "feed_forward.gate.weight": (12, 16), "feed_forward.up.weight": (12, 16),
     **{f"attention.{part}.bias": (8,) for part in ("query", "key", "value")}, "attention.output.bias": (16,),

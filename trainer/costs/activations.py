@@ -46,19 +46,21 @@ class _Block:
 
 
 def embedding_held(work: ModelWork) -> Held:
-    """Returns the bytes that the embedding holds: as activations the token ids and the positions of a sequence, as operands the
-    ids, the positions of all sequences and the gradient of the output. Learned positions are a second result in the forward
-    pass."""
+    """Returns the bytes that the embedding holds: as activations the token ids, the positions of a sequence and what a norm after
+    it was given, as operands the ids, the positions of all sequences and the gradient of the output. Learned positions are a second
+    result in the forward pass."""
     ids, rows = _INDEX_BYTES * work.tokens, work.tokens * work.model.hidden
     learned = work.model.positions == "learned"
     positions = _INDEX_BYTES * work.tokens_between * learned
     gradient = work.tokens_between * work.model.hidden * work.item_bytes
     widened = rows * work.accurate_bytes * (work.item_bytes < work.accurate_bytes)
+    norm = gradient + _norm_statistics(work) if work.model.embedding_norm else 0
+    most = max(gradient + widened + positions, 2 * gradient * learned)
     return Held(
-        ids + positions // work.micro_batch,
+        ids + positions // work.micro_batch + norm,
         ids,
         ids + positions + gradient,
-        max(gradient + widened + positions, 2 * gradient * learned),
+        max(most - norm, gradient + _norm_results(work)) if norm else most,
     )
 
 
@@ -111,16 +113,18 @@ def _norm_statistics(work: ModelWork) -> int:
 
 
 def _norm_work(work: ModelWork) -> int:
-    """Returns the bytes that the backward pass of a norm takes: the gradient of its output, before and after it is summed over the
-    tensor ranks, and the result, on a CPU also in at least float32, with input and gradient if they are not; with RMSNorm, the
-    product of these two."""
-    wide = work.tokens_between * work.model.hidden * work.accurate_bytes
-    converts = work.item_bytes < work.accurate_bytes
+    """Returns the bytes that the backward pass of a norm before a block takes: the gradient of its output, before and after it is
+    summed over the tensor ranks, and what it computes."""
+    return inside_bytes(work) * (2 if work.layout.tensor > 1 else 1) + _norm_results(work)
+
+
+def _norm_results(work: ModelWork) -> int:
+    """Returns the bytes that the backward pass of a norm computes at once: the result, on a CPU in at least float32, with input and
+    gradient if they are not, and with RMSNorm the product of these two."""
     results = work.tokens_between * work.model.hidden * work.item_bytes
-    on_cpu = wide * (4 if converts else 2)
-    if work.model.norm == "layer":
-        on_cpu = 3 * wide + results if converts else results
-    return inside_bytes(work) * (2 if work.layout.tensor > 1 else 1) + (on_cpu if work.on_cpu else results)
+    wide = work.tokens_between * work.model.hidden * work.accurate_bytes
+    converted = 2 if work.item_bytes < work.accurate_bytes else 0
+    return wide * (1 + converted + (work.model.norm == "rms")) if work.on_cpu else results
 
 
 def _products(work: ModelWork, elements: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from statistics import median_high
 
-from bagualu.trainer.costs.state import EMBEDDING, StatePart, divided_state, is_partial, part_of, rank_parameters
+from bagualu.trainer.costs.state import EMBEDDING, EMBEDDING_NORM, StatePart, divided_state, is_partial, part_of, rank_parameters
 from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.optim.config import OptimConfig
 
@@ -91,8 +91,10 @@ def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: list[int], 
     `keep_bytes` of gathered weights stay through the step."""
     last = work.model.layers
     ends = (0 in layers, last - 1 in layers)
-    units = [EMBEDDING] * ends[0] + layers + [last, last + 1] * ends[1]
-    again = [i for i in layers if work.passes_gradients(i)] + [last] * ends[1]  # whose weights the backward pass reads too
+    normed = [EMBEDDING_NORM] * (ends[0] and work.model.embedding_norm)
+    units = [EMBEDDING] * ends[0] + normed + layers + [last, last + 1] * ends[1]
+    # Those whose weights the backward pass reads too.
+    again = [i for i in [*normed, *layers] if work.passes_gradients(max(i, 0))] + [last] * ends[1]
     reducing = _Reducing(work, [one for one in buckets if one.trained and one.partitioned and not one.over_two_axes])
     for _ in range(passes) if work.zero >= 2 else ():
         if ends[1]:  # the head waits for all reductions before its forward pass
@@ -124,7 +126,8 @@ def unit_transfers(work: ModelWork, layers: list[int]) -> Transfers:
     backward = Counter(
         {i: weights[i] + gradients[i] + weights[i - 1] * (i - 1 in layers and not work.on_cpu) for i in [*layers, last]}
     )
-    return Transfers(weights, backward + Counter({EMBEDDING: gradients[EMBEDDING]}))
+    backward[EMBEDDING] = max(gradients[EMBEDDING], weights[EMBEDDING_NORM] + gradients[EMBEDDING_NORM])
+    return Transfers(weights, backward)
 
 
 def reductions_at_the_end(work: ModelWork, buckets: list[PlannedBucket], one_machine: bool) -> int:

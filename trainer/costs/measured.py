@@ -265,22 +265,34 @@ def _samples(work: ModelWork, device: torch.device, compiled: bool) -> dict[str,
         return _Sample(module, new_input, run, attend, device, shelf)
 
     with torch.device("meta"):
-        embedding, head = Embedding(model), _NormAndHead(work)
+        embedding, head = _EmbeddingAndNorm(work), _NormAndHead(work)
         firsts = {model.is_moe_layer(index): index for index in reversed(range(model.layers))}
         layers = {index: Layer(model, index) for index in firsts.values()}
-    found = {"embedding": sample(embedding, "embedding.", lambda: tokens(embedding.weight.shape[0]), lambda x: (embedding(x),))}
+    rows = model.padded_vocab // work.layout.tensor
+    found = {"embedding": sample(embedding, "", lambda: tokens(rows), lambda x: (embedding(x),))}
     for mixture, index in firsts.items():
         layer = layers[index]
         if isinstance(layer.feed_forward, MixtureOfExperts):
             layer.feed_forward.experts.exchange = _Folded(work.layout.expert)
         found["mixture" if mixture else "dense"] = sample(layer, f"layers.{index}.", hidden, _outputs_of(layer), compiled)
-    labels = tokens(min(model.vocab, model.padded_vocab // work.layout.tensor))
+    labels = tokens(min(model.vocab, rows))
     found["head"] = sample(head, "", hidden, lambda x: (head(x, labels),))
     return found
 
 
 def _outputs_of(layer: Layer) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
     return lambda x: tuple(output for output in layer(x)[:2] if output is not None)
+
+
+class _EmbeddingAndNorm(nn.Module):
+    def __init__(self, work: ModelWork) -> None:
+        super().__init__()
+        self.embedding = Embedding(work.model)
+        self.embedding_norm = norm_of(work.model) if work.model.embedding_norm else None
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = self.embedding(tokens)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
 
 class _NormAndHead(nn.Module):

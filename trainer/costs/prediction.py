@@ -31,7 +31,7 @@ from bagualu.trainer.costs.buckets import (
     unit_transfers,
 )
 from bagualu.trainer.costs.deepspeed_memory import deepspeed_buffers, deepspeed_transfers
-from bagualu.trainer.costs.state import EMBEDDING, buffer_bytes, parameter_state, rank_parameters
+from bagualu.trainer.costs.state import EMBEDDING, EMBEDDING_NORM, buffer_bytes, parameter_state, rank_parameters
 from bagualu.trainer.costs.work import ModelWork, work_of
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.recipe.config import Recipe
@@ -143,10 +143,11 @@ def _with_transfers(work: ModelWork, table: CostTable, moved: Transfers) -> Cost
     norm, head = work.model.layers, work.model.layers + 1
     after_loss = inside_bytes(work) + max(moved.backward[head], moved.backward[norm])
     before_loss = table.head.work_bytes + moved.forward[head]
+    embedding = max(moved.backward[EMBEDDING], moved.backward[EMBEDDING_NORM])
     last_layer = table.output_bytes + moved.forward[norm - 1] - table.head.activation_bytes  # its forward pass
     return replace(
         table,
-        embedding=replace(table.embedding, work_bytes=table.embedding.work_bytes + moved.backward[EMBEDDING]),
+        embedding=replace(table.embedding, work_bytes=table.embedding.work_bytes + embedding),
         layers=[
             replace(one, work_bytes=one.work_bytes + moved.backward[i]) if moved.backward[i] else one
             for i, one in enumerate(table.layers)

@@ -12,6 +12,8 @@ from bagualu.trainer.models.decoder.shapes import embedding_shapes, layer_buffer
 
 EMBEDDING = -1
 """The unit of the embedding. Layers have their own numbers, the last norm the number of layers, the head the next number."""
+EMBEDDING_NORM = -2
+"""The unit of the embedding's norm."""
 
 
 def layer_state(work: ModelWork, index: int) -> Counter[str]:
@@ -66,7 +68,8 @@ def rank_parameters(work: ModelWork, layers: list[int]) -> list[tuple[str, tuple
     one = model.tie_embeddings and all(ends)
     found: list[tuple[str, tuple[int, ...], list[int]]] = []
     if ends[0]:
-        found += [(name, shape, [EMBEDDING]) for name, shape in embedding_shapes(model, model.padded_vocab).items()]
+        for name, shape in embedding_shapes(model, model.padded_vocab).items():
+            found.append((name, shape, [EMBEDDING_NORM if name.startswith("embedding_norm") else EMBEDDING]))
         found[0][2].extend([last + 1] * one)
     found += [(f"layers.{i}.{name}", shape, [i]) for i in layers for name, shape in layer_shapes(model, i).items()]
     if ends[1]:

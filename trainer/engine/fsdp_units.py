@@ -1,8 +1,8 @@
 """Applies torch's `fully_shard` to a rank's part of a model, over process groups that the run already has.
 
 A unit is a set of modules whose parameters are gathered in one call and reduced in one call: a decoder layer without its experts,
-the experts of a layer, the embedding, the final norm with the head. If embedding and head are one tensor on this rank, they and the
-norm are a unit, which belongs to the model itself.
+the experts of a layer, the embedding, its norm, the final norm with the head. If embedding and head are one tensor on this rank,
+they and the final norm are a unit, which belongs to the model itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,6 +119,8 @@ class _Sharding:
         model, frees = self.model, self.mesh.placement.stages == 1
         units = [self._unit([experts], "replica", frees) for experts in self._experts()]
         units += [self._unit([layer], "fold", frees) for layer in model.layers.values()]
+        if model.embedding_norm is not None:
+            units.append(self._unit([model.embedding_norm], "fold", frees))
         embedding, norm, head = model.embedding, model.norm, model.head
         if embedding is None or head is None or embedding.weight is not head.weight:
             if embedding is not None:

@@ -18,6 +18,8 @@ def losses(config: ModelConfig, weights: Weights, inputs: torch.Tensor, labels: 
     x = weights["embedding.weight"][inputs]
     if config.positions == "learned":
         x = x + torch.stack([weights["embedding.positions.weight"][position] for position in range(inputs.shape[1])])
+    if config.embedding_norm:
+        x = normed(config, weights, "embedding_norm", x)
     balance = x.new_zeros(())
     for layer in range(config.layers):
         own = {name.removeprefix(f"layers.{layer}."): w for name, w in weights.items() if name.startswith(f"layers.{layer}.")}

@@ -91,6 +91,8 @@ class ModelConfig:
     as in GPT-2 and BLOOM; never routers, experts and the head)."""
     norm: str = "rms"
     """How hidden states are normalised: rms (RMSNorm, with a weight) | layer (LayerNorm, with a weight and a bias)."""
+    embedding_norm: bool = False
+    """Whether the embedding is normalised before the first layer, as in BLOOM (arXiv 2211.05100)."""
     norm_epsilon: float = 1e-5
     initial_std: float = 0.02
     moe: MoEConfig = field(default_factory=MoEConfig)

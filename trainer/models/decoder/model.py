@@ -117,8 +117,8 @@ def _with_bias(added: torch.Tensor, last: Linear) -> torch.Tensor:
 
 
 class Decoder(Model):
-    """Slices of the model's layers, in order; with `first` the embedding before the first slice, with `last` the final norm and the
-    head after the last one.
+    """Slices of the model's layers, in order; with `first` the embedding, and its norm if it has one, before the first slice, with
+    `last` the final norm and the head after the last one.
 
     Layers keep the number they have in the whole model, so a parameter's name is the same wherever it lies.
     """
@@ -139,6 +139,7 @@ class Decoder(Model):
         self.recompute = list(recompute) or ["none"] * config.layers
         self.host_memory = HostMemory(offload_bytes)
         self.embedding = Embedding(config) if first else None
+        self.embedding_norm = norm_of(config) if first and config.embedding_norm else None
         self.layers = nn.ModuleDict({str(i): Layer(config, i, self.recompute[i]) for layers in slices for i in layers})
         self.norm = norm_of(config) if last else None
         self.head = Head(config.padded_vocab, config.hidden, config.vocab) if last else None
@@ -154,7 +155,8 @@ class Decoder(Model):
 
     @property
     def units(self) -> list[nn.Module]:
-        return [unit for unit in (self.embedding, *self.layers.values(), self.norm, self.head) if unit is not None]
+        units = (self.embedding, self.embedding_norm, *self.layers.values(), self.norm, self.head)
+        return [unit for unit in units if unit is not None]
 
     def reads_weights_again(self, unit: nn.Module) -> bool:
         return unit is not self.embedding and unit is not self.head  # the head's gradients are computed in the forward pass
@@ -188,7 +190,10 @@ class Decoder(Model):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the slice at index `chunk` on tokens [B, S] or hidden states [B, S, H]. Returns the hidden states, or after the head
         the loss summed over tokens (the logits if there are no labels), and the sum of the slice's balance losses."""
-        x = self.call(self.embedding, inputs) if self.embedding is not None and chunk == 0 else inputs
+        x = inputs
+        for unit in (self.embedding, self.embedding_norm):
+            if unit is not None and chunk == 0:
+                x = self.call(unit, x)
         balance = x.new_zeros((), dtype=accurate_dtype(x.dtype))
         saving = self.host_memory.begin_pass()
         for index in self.slices[chunk]:

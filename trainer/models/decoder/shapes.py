@@ -12,9 +12,10 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def embedding_shapes(model: ModelConfig, rows: int) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the parameters of the embedding, whose vocabulary has `rows` rows."""
+    """Returns the shapes of the parameters of the embedding, whose vocabulary has `rows` rows, and of its norm."""
+    norm = norm_shapes(model, "embedding_norm") if model.embedding_norm else {}
     positions = {"embedding.positions.weight": (model.max_positions, model.hidden)} if model.max_positions else {}
-    return {"embedding.weight": (rows, model.hidden), **positions}
+    return {"embedding.weight": (rows, model.hidden), **positions, **norm}
 
 
 def norm_shapes(model: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:

@@ -25,6 +25,7 @@ VARIANTS = {
     "learned": {"positions": "learned", "max_positions": 6},
     "alibi": {"positions": "alibi", "heads": 4, "kv_heads": 2},
     "alibi_of_other_numbers_of_heads": {"positions": "alibi", "hidden": 18, "heads": 6},
+    "embedding_norm": {"embedding_norm": True},
     "no_positions": {"positions": "none"},
     "wide_heads": {"head_dim": 12, "heads": 4, "kv_heads": 2},
     "narrow_heads": {"head_dim": 3, "heads": 5, "positions": "none"},
@@ -125,7 +126,7 @@ def counted(modules: dict[str, nn.Module]) -> dict[str, int]:
     return calls
 
 
-@pytest.mark.parametrize("variant", ["dense", "moe_every_2_shared", "gpt", "mpt"])
+@pytest.mark.parametrize("variant", ["dense", "moe_every_2_shared", "gpt", "bloom"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
     ("recompute", "attention", "experts"),
