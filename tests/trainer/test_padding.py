@@ -110,7 +110,9 @@ def saved_with_padding(communicator: Communicator, recipe: Recipe, multiple: int
             pieces.append(piece)
     metadata = metadata_of(state, STEPS)
     metadata["identity"]["model.vocab_multiple"] = multiple
-    del metadata["identity"]["model.moe.renormalise"], metadata["identity"]["model.moe.bias_rate"]  # older than both
+    for key in ("moe.renormalise", "moe.bias_rate", "norm", "activation", "positions", "max_positions", "head_dim", "qk_norm",
+                "bias", "embedding_norm"):  # fmt: skip
+        del metadata["identity"][f"model.{key}"]  # the checkpoint is older
     save(checkpoints_of(state), STEPS, pieces, metadata, state.mesh.group("world"), 2)
     return pieces_of(state)
 

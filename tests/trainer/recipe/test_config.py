@@ -11,6 +11,7 @@ from tests.parity import small_recipe
 
 MOE: dict[str, Any] = {"model__moe__experts": 4, "model__moe__ffn": 8}
 FSDP: dict[str, Any] = {"parallel__engine": "fsdp", "parallel__bucket_bytes": 25 * 2**20}
+LEARNED = {"model__positions": "learned", "model__max_positions": 8}
 MUON: dict[str, Any] = {"optim__name": "muon"}
 VECTOR, MATRICES = ({"pattern": pattern, "optimizer": "muon"} for pattern in ("*norm.weight", "*.query.weight"))
 
@@ -117,6 +118,19 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"model__hidden": 18}, "give model.hidden=24", {"model__hidden": 24}),
     ({"model__hidden": 20}, "give model.hidden=24", {"model__hidden": 24}),
     ({"model__kv_heads": 3}, "give one of [1, 2, 4]", {"model__kv_heads": 2}),
+    ({"model__norm": "batch"}, "give one of rms, layer", {"model__norm": "layer"}),
+    ({"model__activation": "relu"}, "give one of swiglu, gelu", {"model__activation": "gelu"}),
+    ({"model__positions": "rope"}, "give one of rotary, learned, alibi, none", {"model__positions": "none"}),
+    ({"model__bias": "qkv"}, "give one of none, attention, all", {"model__bias": "attention"}),
+    ({"model__positions": "alibi", "model__rope_theta": 1e6}, "or give model.rope_theta=10000.0", {"model__positions": "rotary"}),
+    ({"model__positions": "learned"}, "give e.g. model.max_positions=2048", {"model__max_positions": 2048}),
+    ({**LEARNED, "model__max_positions": 7}, "give model.max_positions=8", {"model__max_positions": 8}),
+    ({**LEARNED, "model__max_positions": 0}, "must be at least 1", {"model__max_positions": 8}),
+    ({"model__max_positions": 8}, "change model.positions or leave it out", LEARNED),
+    ({"model__positions": "alibi", "data__sequence_length": 2**16 + 1}, "give shorter sequences", {"data__sequence_length": 2**16}),
+    ({"model__hidden": 18}, "or model.head_dim", {"model__head_dim": 4}),
+    ({"model__head_dim": 5}, "model.head_dim=5 must be even for rotary positions; give model.head_dim=6", {"model__head_dim": 6}),
+    ({"model__head_dim": 0}, "must be at least 1, or leave it out", {"model__head_dim": None}),
     ({"model__layers": 0}, "model.layers=0 must be at least 1", {"model__layers": 1}),
     ({"model__vocab_multiple": 0}, "must be at least 1", {"model__vocab_multiple": 1}),
     # training

@@ -27,9 +27,13 @@ from bagualu.trainer.simulation.operators import FLOAT8
 from bagualu.trainer.simulation.trace import Traced, trace
 from bagualu.trainer.step import train_step
 from tests.harness import run
+from tests.trainer.models.styles import STYLES
 
 SMALL = ["data.source=random", "data.sequence_length=32", "data.global_batch=8", "train.micro_batch=1"]
 CUBE = ["parallel.data=2", "parallel.pipeline=2", "parallel.tensor=2"]
+
+
+STYLED = {style: [f"model.{key}={value}" for key, value in changes.items()] for style, changes in STYLES.items()}
 
 
 def recipe_of(*words: str) -> Recipe:
@@ -80,8 +84,10 @@ def events_of(traced: RankTrace) -> list[Any]:
         ["recipe=moe_tiny", *CUBE, "parallel.expert=2", "optim.moments_dtype=bfloat16", "model.moe.bias_rate=0.001"],
         ["recipe=tiny_dense", *CUBE, "parallel.sequence=true", "parallel.zero=3", "train.recompute=full"],
         ["recipe=tiny_dense", *CUBE, "parallel.schedule=zb_v", "parallel.zero=2"],
+        ["recipe=tiny_dense", *CUBE, *STYLED["bloom"], "parallel.sequence=true", "parallel.zero=3"],
+        ["recipe=moe_tiny", *CUBE, *STYLED["qwen3"], "parallel.zero=2"],
     ],
-    ids=["dense", "mixture", "experts", "zero-3", "zb-v"],
+    ids=["dense", "mixture", "experts", "zero-3", "zb-v", "bloom", "qwen3"],
 )
 def test_every_rank_communicates_as_in_its_trace(words: list[str]) -> None:
     recipe = recipe_of(*words)
@@ -136,6 +142,7 @@ def peak_of(communicator: Communicator, recipe: Recipe) -> int:
         ["recipe=tiny_dense", "parallel.pipeline=2", "parallel.schedule=1f1b"],
         ["recipe=tiny_dense", "parallel.data=2", "parallel.zero=3"],
         ["recipe=tiny_dense", "parallel.data=2", "parallel.zero=2", "train.recompute=full"],
+        *(["recipe=tiny_dense", *words] for words in STYLED.values()),
     ],
 )
 def test_a_trace_takes_the_memory_of_a_run(words: list[str]) -> None:
@@ -176,6 +183,24 @@ def test_a_new_type_of_layer_is_in_the_trace() -> None:
     assert not any(operator.name.startswith("aten.erf") for operator in before.operators())
     assert any(operator.name.startswith("aten.erf") for operator in after.operators())
     assert after.peak().bytes > before.peak().bytes
+
+
+@pytest.mark.parametrize("chip", ["cpu", "cuda"])
+@pytest.mark.parametrize("style", [style for style in STYLES if style != "llama"])
+def test_another_model_is_another_trace(style: str, chip: str) -> None:
+    """Its products have the FLOPs of the formula, but for slopes, which make heads wider."""
+    recipe = recipe_of("recipe=tiny_dense", "train.dtype=bfloat16" if chip == "cuda" else "train.dtype=float32", *STYLED[style])
+    plain = trace(recipe_of("recipe=tiny_dense", f"train.dtype={recipe.train.dtype}"), 1, 0, Traced(chip))
+    model, length, traced = recipe.model, recipe.data.sequence_length, trace(recipe, 1, 0, Traced(chip))
+    tokens = recipe.data.global_batch * length
+    attention = attention_flops(model, length).attention * model.layers * tokens
+    kernels = sum(operator.flops for operator in traced.operators() if "attention" in operator.name)
+    wider = 1 + 8 / model.head_width * (model.positions == "alibi")
+    assert kernels == pytest.approx(3.5 * attention * wider)
+    products = [one for one in traced.operators() if "attention" not in one.name and all(1 not in x.shape for x in one.inputs)]
+    assert sum(one.flops for one in products) == model_flops_per_token(model, length) * tokens - 3 * attention
+    counts = [Counter(operator.name for operator in one.operators()) for one in (plain, traced)]
+    assert counts[0] != counts[1]
 
 
 def test_every_expert_gets_its_share() -> None:

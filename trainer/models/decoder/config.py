@@ -167,8 +167,8 @@ class ModelConfig:
         require_at_least(1, "model", self, "head_dim")
         require_at_most(LARGEST, "model", self, "head_dim")
         if self.head_dim is None and self.hidden % self.heads:
-            fits = -(-self.hidden // (2 * self.heads)) * 2 * self.heads
-            raise RecipeError(f"model.hidden={self.hidden} is not divisible by model.heads={self.heads}; give model.hidden={fits} "
+            more = -(-self.hidden // (2 * self.heads)) * 2 * self.heads
+            raise RecipeError(f"model.hidden={self.hidden} is not divisible by model.heads={self.heads}; give model.hidden={more} "
                               "or model.head_dim")  # fmt: skip
         if self.positions == "rotary" and self.head_width % 2:
             given, fix = f"model.head_dim={self.head_dim}", f"model.head_dim={self.head_width + 1}"

@@ -105,7 +105,7 @@ class Layer(nn.Module):
     def feed(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [B, S, H] -> what the feed-forward or the mixture returns"""
         added: torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.feed_forward(self.feed_forward_norm(x))
-        if isinstance(added, torch.Tensor):
+        if isinstance(added, torch.Tensor) and isinstance(self.feed_forward, FeedForward):
             return _with_bias(added, self.feed_forward.down)
         return added
 

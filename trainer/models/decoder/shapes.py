@@ -61,4 +61,5 @@ def _feed_forward(model: ModelConfig, name: str, ffn: int, bias: bool) -> dict[s
 
 
 def _linear(name: str, outputs: int, inputs: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (outputs, inputs)}
+    return shapes | ({f"{name}.bias": (outputs,)} if bias else {})
