@@ -49,6 +49,10 @@ class Chip:
     """Fixed time of an operator on the device, whatever its size."""
     context_bytes: int = field(metadata={"example": "1000000000"})
     """Memory that the driver reports as used although no tensor uses it: the context, kernels, buffers of collectives."""
+    cores: int | None = field(default=None, metadata={"example": "132"})
+    """Units that compute tiles of a matrix product side by side, e.g. the streaming multiprocessors of a GPU. None: not known."""
+    memory_fraction: float = field(default=1.0, metadata={"most": 1.0})
+    """The part of memory_bytes_per_second that a kernel reaches which only reads and writes."""
     efficiency: Mapping[str, tuple[ShapeEfficiency, ...]] = field(default_factory=dict)
     """For each dtype, measured efficiencies of matrix products. Empty: not measured."""
     operators: Mapping[str, tuple[OperatorTime, ...]] = field(default_factory=dict)

@@ -88,7 +88,7 @@ def held_out_errors() -> tuple[HeldOutError, ...]:
 
 
 def read_errors(text: str) -> list[HeldOutError]:
-    return [HeldOutError(**row) for row in yaml.safe_load(text)["rows"]]
+    return [HeldOutError(**row) for row in yaml.safe_load(text)["rows"] or []]
 
 
 def write_errors(errors: Iterable[HeldOutError], source: str) -> str:

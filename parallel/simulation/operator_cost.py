@@ -6,24 +6,25 @@ the chip's memory, and the fixed time of a launch.
 On a CPU the launch comes in addition to the kernel, and where times of an operator were measured on the chip (measured_times.py),
 these count instead.
 
-The part of the peak that a product [m, k] x [k, n] reaches. A chip divides the m n results into tiles, computes as many tiles at a
-time as it has cores, and goes through k once for each of them. So its time is about
+The part of the peak that a product [m, k] x [k, n] reaches. A chip divides the m n results into tiles, and computes as many tiles
+at a time as it has cores; in the last round of tiles some cores are idle. At the start and at the end of each tile nothing is
+multiplied. So for the library's best size of tiles, which are T and fill R rounds, the time is about
 
-    a mnk + b mn + c k + d        (in units of the time at the peak)
+    (a + b / k) R cores tile / mn     in units of the time at the peak
 
-a: the rate with all cores busy. b: the start and the end of each tile, when nothing is multiplied. c: cores that are idle because
-there are fewer tiles than cores, or in the last round of tiles. d: a fixed time. The coefficients are those that fit the chip's
-table of measured efficiencies best; what they leave over at each entry of the table is interpolated between entries, in proportion.
-So a few entries do, and an entry itself is met exactly.
+(NVIDIA, Matrix Multiplication Background, "Tile Quantization" and "Wave Quantization"). Where there are few tiles and k is large,
+several cores share a tile. If the number of cores is not known, the time is about a + b / k + c / mn + d / mnk. The coefficients
+are those that fit the chip's table of measured efficiencies best; what they leave over at each entry is interpolated between
+entries. So a few entries do, and an entry itself is met exactly.
 
 Shapes: B batch, A heads, Q queries, K keys, D width of a head, E experts.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
-from math import exp, inf, log, log2, prod
+from math import ceil, exp, inf, log, log2, prod
 from typing import TypeAlias
 
 import numpy as np
@@ -39,6 +40,15 @@ Vector: TypeAlias = npt.NDArray[np.float64]
 ALIGNED_BYTES = 16
 """An NVIDIA chip's matrix units take rows of a multiple of this; others go through its vector units, at the float32 peak.
 https://docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication/ (requirements of Tensor Cores)"""
+TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.91), (128, 64, 0.83), (64, 128, 0.83), (64, 64, 0.77))
+"""Rows and columns of the tiles that libraries have, from the most efficient, and their speed."""
+PARTS = (1, 2, 4, 8)
+LEAST_DEPTH = 1024
+"""The k of a tile is divided among cores only into parts of at least this many elements."""
+TYPICAL_START = 64
+"""For the choice of a tile: its start and end take as long as this many elements of k."""
+FUSED_ATTENTION = 0.65
+"""The speed of fused attention as a part of that of products of the same shapes: the softmax stands between them."""
 _UNMEASURED = (
     ShapeEfficiency(8192, 8192, 8192, 0.75),
     ShapeEfficiency(512, 512, 8192, 0.25),
@@ -69,8 +79,9 @@ def operator_seconds(chip: Chip, operator: Operator) -> float:
     computed = 0.0
     if operator.flops:
         product = product_of(operator)
-        computed = operator.flops / rate(chip, product) if product else operator.flops / chip.peak(_dtype(operator.inputs[0]))
-    kernel = max(computed, moved_bytes(operator) / chip.memory_bytes_per_second)
+        speed = rate(chip, product) if product else chip.peak(_dtype(operator.inputs[0]))
+        computed = operator.flops / (speed * FUSED_ATTENTION if is_attention(operator) else speed)
+    kernel = max(computed, moved_bytes(operator) / (chip.memory_bytes_per_second * chip.memory_fraction))
     # A CPU itself computes what an operator is, and so begins it only when the one before has ended.
     return chip.launch_seconds + kernel if chip.type == "cpu" else max(chip.launch_seconds, kernel)
 
@@ -84,8 +95,7 @@ def moved_bytes(operator: Operator) -> int:
 
 def rate(chip: Chip, product: Product) -> float:
     """Returns the floating-point operations per second of a product. Raises RecipeError if the chip has no peak for its dtype."""
-    reached = efficiency(_table(chip, product.dtype), product.count * product.m, product.n, product.k)
-    return chip.peak(product.dtype if _aligned(chip, product) else "float32") * reached
+    return chip.peak(product.dtype if _aligned(chip, product) else "float32") * efficiency(chip, product)
 
 
 def product_of(operator: Operator) -> Product | None:
@@ -93,7 +103,7 @@ def product_of(operator: Operator) -> Product | None:
     that is not known."""
     tensors = [tensor for tensor in operator.inputs if len(tensor.shape) >= 2]
     kind = operator.name.removeprefix("aten.").split(".")[0]
-    if any(name in kind for name in _ATTENTION):
+    if is_attention(operator):
         query, key = _queries(kind, tensors)
         return Product(prod(query.shape[:-2]), query.shape[-2], max(1, key.shape[-2] // 2), query.shape[-1], _dtype(query))
     if "addmm" in kind or "baddbmm" in kind:
@@ -105,6 +115,11 @@ def product_of(operator: Operator) -> Product | None:
         return _grouped(left, right)
     count = left.shape[0] if len(left.shape) == 3 else 1
     return Product(count, left.shape[-2], right.shape[-1], left.shape[-1], _dtype(left))
+
+
+def is_attention(operator: Operator) -> bool:
+    """Returns whether an operator is a kernel of fused attention."""
+    return any(name in operator.name for name in _ATTENTION)
 
 
 def _queries(kind: str, tensors: Sequence[TensorType]) -> tuple[TensorType, TensorType]:
@@ -139,36 +154,68 @@ def _table(chip: Chip, dtype: str) -> tuple[ShapeEfficiency, ...]:
     return _UNMEASURED
 
 
-def efficiency(table: tuple[ShapeEfficiency, ...], m: int, n: int, k: int) -> float:
-    """Returns the part of the peak, above 0 and at most 1, of a product [m, k] x [k, n] by a table of measured ones."""
-    return _form(table)(m * n, k)
+def efficiency(chip: Chip, product: Product) -> float:
+    """Returns the part of the peak, above 0 and at most 1, that a product reaches."""
+    swap = 0.0 if chip.cores is None else chip.peak(product.dtype) / chip.memory_bytes_per_second
+    return _form(_table(chip, product.dtype), chip.cores, swap)(product)
 
 
 class _Form:
-    """1 / fraction = a + b / k + c / mn + d / mnk, and what this leaves over at the entries of the table."""
+    """The form of the efficiencies of a chip, and what it leaves over at the entries of the table."""
 
-    def __init__(self, table: Sequence[ShapeEfficiency]) -> None:
-        terms = np.array([_terms(entry.m * entry.n, entry.k) for entry in table])
+    def __init__(self, table: Sequence[ShapeEfficiency], cores: int | None, swap: float) -> None:
+        """`swap`: floating-point operations in the time in which a byte of memory is moved."""
+        self._terms = lru_cache(4096)(partial(terms_of, cores, swap))
+        products = [Product(1, entry.m, entry.n, entry.k, "") for entry in table]
+        terms = np.array([self._terms(product.count, product.m, product.n, product.k) for product in products])
         wanted = np.array([1 / entry.fraction for entry in table])
         self._coefficients = nonnegative(terms / wanted[:, None], np.ones(len(table)))
-        self._places = [(log2(entry.m * entry.n) / 2, log2(entry.k)) for entry in table]
+        self._places = [_place(product) for product in products]
         self._left = [log(value) for value in wanted / (terms @ self._coefficients)]
 
-    def __call__(self, area: int, k: int) -> float:
-        inverse = float(_terms(area, k) @ self._coefficients)
-        x, y = log2(area) / 2, log2(k)
+    def __call__(self, product: Product) -> float:
+        inverse = float(self._terms(product.count, product.m, product.n, product.k) @ self._coefficients)
+        x, y = _place(product)
         weights = [1 / ((x - u) ** 2 + (y - v) ** 2 + 1e-12) ** 2 for u, v in self._places]
         left = sum(weight * value for weight, value in zip(weights, self._left, strict=True)) / sum(weights)
         return min(1.0, 1 / (inverse * exp(left)))
 
 
-def _terms(area: int, k: int) -> Vector:
-    return np.array([1.0, 1 / k, 1 / area, 1 / (area * k)])
+def _place(product: Product) -> tuple[float, float]:
+    """Returns where a product lies between the entries of a table: the logarithms of the side of its result and of k."""
+    return log2(product.count * product.m * product.n) / 2, log2(product.k)
+
+
+def terms_of(cores: int | None, swap: float, count: int, m: int, n: int, k: int) -> Vector:
+    """Returns the terms of 1 / fraction, each with a coefficient of its own."""
+    area = count * m * n
+    if cores is None:
+        return np.array([1.0, 1 / k, 1 / area, 1 / (area * k)])
+    times = [
+        _tiled(cores, swap, count, m, n, k, tile, parts)
+        for tile in TILES
+        for parts in PARTS
+        if parts == 1 or k >= parts * LEAST_DEPTH
+    ]
+    return np.array(min(times, key=lambda time: time[0] + time[1] * TYPICAL_START))
+
+
+def _tiled(
+    cores: int, swap: float, count: int, m: int, n: int, k: int, tile: tuple[int, int, float], parts: int
+) -> tuple[float, float]:
+    """Returns what a product takes with tiles of a size, in units of the time at the peak: while multiplying, and for each element
+    of k that the start and end of a tile take as long as. With `parts`, as many cores share a tile, each with a part of k, and
+    their results are written in float32 and added."""
+    rows, columns, speed = tile
+    tiles = count * ceil(m / rows) * ceil(n / columns) * parts
+    computed = ceil(tiles / cores) * cores * rows * columns / (count * m * n * parts * speed)
+    added = 0.0 if parts == 1 else (parts + 1) * 4 * swap / (2 * k)
+    return computed + added, computed * parts / k
 
 
 @lru_cache(64)
-def _form(table: tuple[ShapeEfficiency, ...]) -> _Form:
-    return _Form(table)
+def _form(table: tuple[ShapeEfficiency, ...], cores: int | None, swap: float) -> _Form:
+    return _Form(table, cores, swap)
 
 
 def nonnegative(terms: Matrix, wanted: Vector) -> Vector:

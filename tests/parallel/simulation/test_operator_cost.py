@@ -7,9 +7,9 @@ import pytest
 
 from bagualu.comm.cluster_file import load_cluster
 from bagualu.comm.errors import RecipeError
-from bagualu.comm.topology import Chip, OperatorTime, ShapeEfficiency
+from bagualu.comm.topology import Chip, ShapeEfficiency
 from bagualu.parallel.simulation.events import Operator, TensorType
-from bagualu.parallel.simulation.operator_cost import Product, efficiency, operator_seconds, product_of, rate
+from bagualu.parallel.simulation.operator_cost import FUSED_ATTENTION, Product, efficiency, operator_seconds, product_of, rate
 
 SHAPES = [(m, n, k) for m in (256, 2048, 8192) for n in (512, 4096) for k in (64, 1024, 16384)]
 
@@ -25,7 +25,13 @@ TABLE = tuple(ShapeEfficiency(m, n, k, measured(m, n, k)) for m, n, k in SHAPES)
 
 @pytest.fixture
 def chip() -> Chip:
-    return replace(load_cluster("a100_80gb").parts[0].chip, efficiency={"bfloat16": TABLE})
+    """A GPU of which the number of cores is not known."""
+    found = load_cluster("a100_80gb").parts[0].chip
+    return replace(found, cores=None, memory_fraction=1.0, efficiency={"bfloat16": TABLE})
+
+
+def reached(chip: Chip, m: int, n: int, k: int) -> float:
+    return efficiency(chip, Product(1, m, n, k, "bfloat16"))
 
 
 def operator(
@@ -40,34 +46,54 @@ def product(m: int, n: int, k: int) -> Operator:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_efficiency_of_the_table_is_met(shape: tuple[int, int, int]) -> None:
-    assert efficiency(TABLE, *shape) == pytest.approx(measured(*shape), rel=1e-3)
+def test_an_efficiency_of_the_table_is_met(chip: Chip, shape: tuple[int, int, int]) -> None:
+    assert reached(chip, *shape) == pytest.approx(measured(*shape), rel=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(1000, 3000, 500), (4096, 4096, 4096), (57344, 14336, 2048), (128, 128, 128)])
-def test_an_efficiency_between_and_beyond_the_table_follows_the_shape(shape: tuple[int, int, int]) -> None:
-    assert efficiency(TABLE, *shape) == pytest.approx(measured(*shape), rel=0.02)
+def test_an_efficiency_between_and_beyond_the_table_follows_the_shape(chip: Chip, shape: tuple[int, int, int]) -> None:
+    assert reached(chip, *shape) == pytest.approx(measured(*shape), rel=0.02)
 
 
-def test_an_entry_that_no_smooth_form_explains_is_met_and_felt_around() -> None:
-    odd = ShapeEfficiency(4096, 8192, 4096, 0.3)
-    table = (*TABLE, odd)
-    assert efficiency(table, odd.m, odd.n, odd.k) == pytest.approx(0.3, rel=1e-3)
-    assert 0.3 < efficiency(table, 4096, 8192, 5000) < measured(4096, 8192, 5000)
-    assert efficiency(table, 256, 512, 64) == pytest.approx(measured(256, 512, 64), rel=1e-3)
+def test_an_entry_that_no_smooth_form_explains_is_met_and_felt_around(chip: Chip) -> None:
+    odd = replace(chip, efficiency={"bfloat16": (*TABLE, ShapeEfficiency(4096, 8192, 4096, 0.3))})
+    assert reached(odd, 4096, 8192, 4096) == pytest.approx(0.3, rel=1e-3)
+    assert 0.3 < reached(odd, 4096, 8192, 5000) < measured(4096, 8192, 5000)
+    assert reached(odd, 256, 512, 64) == pytest.approx(measured(256, 512, 64), rel=1e-3)
 
 
-def test_a_cpu_launches_an_operator_only_when_the_one_before_has_ended(chip: Chip) -> None:
-    large, slow = product(8192, 4096, 1024), replace(chip, launch_seconds=1.0)
-    assert operator_seconds(replace(slow, type="cpu"), large) == pytest.approx(1.0 + operator_seconds(chip, large))
-    assert operator_seconds(slow, large) == 1.0
+@pytest.fixture
+def gpu(chip: Chip) -> Chip:
+    """A GPU with 108 cores, of which one product was measured."""
+    return replace(chip, cores=108, efficiency={"bfloat16": (ShapeEfficiency(8192, 8192, 8192, 0.75),)})
 
 
-def test_measured_times_of_an_operator_come_before_its_bytes(chip: Chip) -> None:
-    silu = operator("aten.silu.default", [(1024, 1024)], (1024, 1024))
-    measured = replace(chip, operators={"aten.silu.default": (OperatorTime("bfloat16", 2**22, 0.5),)})
-    assert operator_seconds(measured, silu) == pytest.approx(0.5 + chip.launch_seconds)
-    assert operator_seconds(measured, replace(silu, name="aten.exp.default")) < 0.1
+def test_cores_are_idle_in_the_last_round_of_tiles(gpu: Chip) -> None:
+    full, more = 256 * 108, 256 * 109  # rows of tiles of 256 x 128
+    assert reached(gpu, full, 128, 1000) > 1.4 * reached(gpu, more, 128, 1000)
+    assert reached(gpu, 10 * full, 128, 1000) < 1.15 * reached(gpu, 10 * full + 256, 128, 1000)
+
+
+def test_a_product_with_few_results_and_a_large_k_is_divided_among_cores(gpu: Chip) -> None:
+    assert reached(gpu, 256, 256, 16384) > 2 * reached(gpu, 256, 256, 1024)
+
+
+def test_a_tile_that_is_not_full_takes_as_long_as_a_full_one(gpu: Chip) -> None:
+    assert reached(gpu, 8192, 8192 + 8, 4096) < reached(gpu, 8192, 8192, 4096)
+    assert reached(gpu, 8192, 16, 4096) < reached(gpu, 8192, 64, 4096) / 3
+
+
+def test_attention_is_slower_than_a_product_of_its_size(chip: Chip) -> None:
+    shape, flops = (2, 8, 4096, 128), 2 * 2 * 16 * 4096 * 2048 * 128
+    fused = operator("aten._scaled_dot_product_flash_attention.default", [shape, shape, shape], shape, flops)
+    speed = rate(chip, Product(16, 4096, 2048, 128, "bfloat16")) * FUSED_ATTENTION
+    assert operator_seconds(chip, fused) == pytest.approx(flops / speed)
+
+
+def test_a_kernel_reaches_a_part_of_the_bandwidth(chip: Chip) -> None:
+    added = operator("aten.add.Tensor", [(8192, 8192), (8192, 8192)], (8192, 8192))
+    slower = replace(chip, memory_fraction=0.5)
+    assert operator_seconds(slower, added) == pytest.approx(2 * operator_seconds(chip, added))
 
 
 def test_a_product_takes_its_flops_by_what_it_reaches_of_the_peak(chip: Chip) -> None:
