@@ -41,6 +41,7 @@ from bagualu.trainer.recipe.config import PREDICTED_DTYPE, Recipe
 from bagualu.trainer.simulation.flops import factors_of
 from bagualu.trainer.simulation.loads import Shares, by_layer, give
 from bagualu.trainer.simulation.operators import Operators, computes, converted, tensors_in
+from bagualu.trainer.simulation.repeated import Repeated
 from bagualu.trainer.step import train_step
 
 
@@ -61,7 +62,7 @@ class Tracer(TorchDispatchMode):
         self._resized: dict[int, None] = {}
         """The ids of storages whose size has changed, as ZeRO-3 changes that of gathered weights, in the order of their first
         change."""
-        self._operators = Operators()
+        self._operators, self._repeated = Operators(), Repeated()
         self._converted: dict[tuple[int, int, int], int] | None = None
         """Within the products of a linear layer, the blocks of memory of factors in float8, by the block of the factor in bfloat16,
         its offset and size."""
@@ -70,7 +71,7 @@ class Tracer(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
-        result = func(*args, **named)
+        result = self._repeated.call(func, args, named)
         given, made = [*tensors_in(args), *tensors_in(named.values())], list(tensors_in((result,)))
         self._measure(self._resized)
         for tensor in made:
