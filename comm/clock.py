@@ -63,7 +63,8 @@ class Begin(NamedTuple):
     bytes: int
 
 
-class Wait(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Wait:
     """The rank waits for a call: of those of this lane and kind for which it has not waited, that at `index`, the oldest first.
     Does nothing if there is no such call, which then began before the step."""
 
@@ -81,7 +82,7 @@ Price = tuple[float, float]
 """Seconds of a call that do not depend on its size, and seconds of its transfer if no other call uses the links."""
 
 
-class Span(NamedTuple):
+class StreamSpan(NamedTuple):
     """Something that a stream did from `start` to `end`, in seconds."""
 
     stream: str
@@ -140,7 +141,7 @@ class _Call:
     start: float = inf
     end: float = inf
     """Infinite until it has ended."""
-    waiting: "list[Program]" = field(default_factory=list)
+    waiting: "list[StreamProgram]" = field(default_factory=list)
     links: tuple[_Link, ...] = ()
     remaining: float = 0.0
     """Seconds of transfer that were left at `since`, if no other call used the links."""
@@ -152,7 +153,7 @@ class _Call:
 
 
 @dataclass(eq=False)
-class Program:
+class StreamProgram:
     """What a member does, and what became of it."""
 
     index: int
@@ -169,7 +170,7 @@ class Program:
     """For each group, seconds in which the computation stream waited for a call that its members had reached."""
     held_up: dict[tuple[str, int], float] = field(default_factory=dict)
     """For each group and member, seconds in which the computation stream waited for a call which that member reached last."""
-    spans: list[Span] = field(default_factory=list)
+    spans: list[StreamSpan] = field(default_factory=list)
     pending: dict[tuple[Lane, str], list[_Call]] = field(default_factory=dict)
     blocked: _Call | None = None
 
@@ -209,7 +210,7 @@ class Clock:
 
     def __init__(self, programs: Sequence[tuple[int, Iterable[Item]]], prices: Prices, records: bool = False) -> None:
         """`programs`: for each member, a rank that it stands for, and its items."""
-        self.programs = [Program(index, rank, iter(items)) for index, (rank, items) in enumerate(programs)]
+        self.programs = [StreamProgram(index, rank, iter(items)) for index, (rank, items) in enumerate(programs)]
         self.end = 0.0
         """When all computations and calls have ended."""
         self.last_group = ""
@@ -238,7 +239,7 @@ class Clock:
     def _at(self, time: float, happens: Callable[[], None]) -> None:
         heapq.heappush(self._due, (time, next(self._order), happens))
 
-    def _go_on(self, program: Program) -> None:
+    def _go_on(self, program: StreamProgram) -> None:
         """Runs a program until it begins a call in the future, waits or ends."""
         for item in program.items:
             if isinstance(item, Compute):
@@ -254,14 +255,14 @@ class Clock:
             else:
                 program.marks.append(program.time)
 
-    def _compute(self, program: Program, item: Compute) -> None:
+    def _compute(self, program: StreamProgram, item: Compute) -> None:
         start = program.time
         program.time += item.seconds
         program.computed += item.seconds
         if self._records:
-            program.spans.append(Span(COMPUTE, item.name, start, program.time))
+            program.spans.append(StreamSpan(COMPUTE, item.name, start, program.time))
 
-    def _begin_later(self, program: Program, item: Begin) -> None:
+    def _begin_later(self, program: StreamProgram, item: Begin) -> None:
         def begin() -> None:
             if program.time > self._now:  # it was delayed meanwhile
                 self._begin_later(program, item)
@@ -271,7 +272,7 @@ class Clock:
 
         self._at(program.time, begin)
 
-    def _begin(self, program: Program, item: Begin) -> None:
+    def _begin(self, program: StreamProgram, item: Begin) -> None:
         lane = item.lane
         if (queue := self._queues.get(lane)) is None:
             queue = self._queues[lane] = _Queue(dict.fromkeys(lane.members, 0))
@@ -289,7 +290,7 @@ class Clock:
         if position == 0:
             self._start(call)
 
-    def _wait(self, program: Program, item: Wait) -> bool:
+    def _wait(self, program: StreamProgram, item: Wait) -> bool:
         """Returns whether the program can go on: not if the call has not ended."""
         pending = program.pending.get((item.lane, item.kind))
         if not pending or item.index >= len(pending):
@@ -369,7 +370,7 @@ class Clock:
         if self._records:
             for member in call.lane.members:
                 kind = call.kind if call.kind not in MESSAGES else MESSAGES[member == call.lane.members[1]]
-                self.programs[member].spans.append(Span(call.lane.name, kind, call.start, call.end, call.number))
+                self.programs[member].spans.append(StreamSpan(call.lane.name, kind, call.start, call.end, call.number))
         if queue.calls:
             self._start(queue.calls[0])
         for program in call.waiting:

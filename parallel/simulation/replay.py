@@ -5,13 +5,13 @@ clock; the times of its operators come from a callable, those of its calls from 
 computed once for each distinct section, since the sections of a composed trace share their events.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from bagualu.comm.clock import Clock, Item, Prices, Program, Span
+from bagualu.comm.clock import Clock, Item, Prices, StreamProgram, StreamSpan
 from bagualu.comm.topology import Cluster
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.simulation.chips import divided_by_chip
@@ -61,7 +61,7 @@ class ReplayedRole:
     """For each section, when it begins and when it holds most memory, one after the other."""
     end_seconds: float
     """When its computation stream has ended."""
-    spans: Sequence[Span]
+    spans: Sequence[StreamSpan]
     """What its streams did, if asked for, in the order of their ends. The spans of a call have the same number on all its roles."""
 
     @cached_property
@@ -77,8 +77,11 @@ class ReplayedRole:
         """Yields, for each section, what is held when it begins and when it holds most."""
         held = Counter[str]()
         for index, (section, timed) in enumerate(zip(self.role.trace.sections, self.timed, strict=True)):
-            for seconds, more in ((self.marks[2 * index], {}), (self.marks[2 * index + 1], timed.most_by_kind)):
-                by_kind = {kind: size for kind in held | more if (size := held[kind] + more.get(kind, 0))}
+            for seconds, more in (
+                (self.marks[2 * index], Counter[str]()),
+                (self.marks[2 * index + 1], Counter(timed.most_by_kind)),
+            ):
+                by_kind = {kind: size for kind in {**held, **more} if (size := held[kind] + more[kind])}
                 yield MemoryMoment(seconds, sum(by_kind.values()), by_kind, section)
             held.update(timed.change_by_kind)
 
@@ -148,7 +151,7 @@ def replay(
     last = max(clock.programs, key=lambda program: program.time)
     rest = clock.end - last.time, clock.last_group
 
-    def result(program: Program) -> ReplayedRole:
+    def result(program: StreamProgram) -> ReplayedRole:
         role, sections = roles[program.index], timed[program.index]
         apart = {member: other.pipeline != role.pipeline for member, other in enumerate(roles)}
         late = {**program.held_up, ("", last.index): last.time - program.time}
@@ -182,10 +185,10 @@ def _items(sections: Sequence[TimedSection]) -> Iterator[Item]:
 
 def _sums(
     role: Role, sections: Sequence[TimedSection], waited: Mapping[str, float], rest: tuple[float, str]
-) -> tuple[Counter[str], Counter[str], Counter[str]]:
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     """Returns the seconds of computation by phase and by kind of operator, and those of exposed communication by group. `rest`:
     seconds, after the last computation of all ranks has ended, in which a call of this group goes on."""
-    busy, operators, exposed = Counter[str](), Counter[str](), Counter[str](waited)
+    busy, operators, exposed = (defaultdict[str, float](float) for _ in range(3))
     for section, timed in zip(role.trace.sections, sections, strict=True):
         busy[section.phase] += timed.busy_seconds
     times = Counter(id(timed) for timed in sections)
@@ -195,7 +198,13 @@ def _sums(
                 total[name] += times[id(timed)] * seconds
     seconds, group = rest
     exposed[group] += seconds
-    return +busy, +operators, +exposed
+    for group, seconds in waited.items():
+        exposed[group] += seconds
+    return _positive(busy), _positive(operators), _positive(exposed)
+
+
+def _positive(times: Mapping[str, float]) -> dict[str, float]:
+    return {name: seconds for name, seconds in times.items() if seconds > 0}
 
 
 def _peak(role: Role, sections: Sequence[TimedSection], marks: Sequence[float]) -> MemoryMoment:

@@ -1,6 +1,6 @@
 """What a section of a role takes: the items of its program (comm/clock.py), with their times."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -71,7 +71,8 @@ class SectionTimer:
 
     def _time(self, events: Sequence[Event]) -> TimedSection:
         memory = _Memory.of(events, self.kinds)
-        program, operators, exposed = _Items(self.each_operator), Counter[str](), Counter[str]()
+        program = _Items(self.each_operator)
+        operators, exposed = defaultdict[str, float](float), defaultdict[str, float](float)
         program.add(Mark())
         for index, event in enumerate(events):
             if index == memory.fullest:
@@ -88,7 +89,7 @@ class SectionTimer:
             program.add(Mark())
         return TimedSection(program.finished(), operators, exposed, memory.change, memory.most)
 
-    def _begin(self, call: Communication, program: "_Items", exposed: Counter[str]) -> None:
+    def _begin(self, call: Communication, program: "_Items", exposed: defaultdict[str, float]) -> None:
         lane = self.lanes.of(self.member, call.kind, call.group, call.peer)
         if lane not in self._alone:
             program.add(Begin(lane, call.kind, call.bytes))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from bagualu.comm.clock import Begin, Clock, Compute, Item, Lane, Mark, Price, Prices, Span, Wait
+from bagualu.comm.clock import Begin, Clock, Compute, Item, Lane, Mark, Price, Prices, StreamSpan, Wait
 from bagualu.comm.cluster_file import load_cluster
 from bagualu.comm.cost import collective_cost
 from bagualu.comm.errors import CommunicationError
@@ -163,8 +163,8 @@ def test_spans_of_a_call_have_one_number_on_all_ranks() -> None:
         [*call(there, 2, "receive"), Compute(3, "add")],
         records=True,
     ).programs
-    assert sender.spans == [Span("compute", "mm", 0, 1), Span("pipeline", "send", 1, 4, 0)]
-    assert receiver.spans == [Span("pipeline", "receive", 1, 4, 0), Span("compute", "add", 4, 7)]
+    assert sender.spans == [StreamSpan("compute", "mm", 0, 1), StreamSpan("pipeline", "send", 1, 4, 0)]
+    assert receiver.spans == [StreamSpan("pipeline", "receive", 1, 4, 0), StreamSpan("compute", "add", 4, 7)]
 
 
 def stuck_messages() -> list[list[Item]]:
