@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-from bagualu.comm.backend import ReduceOp
+from bagualu.comm.backend import Backend, ReduceOp
 from bagualu.comm.errors import CommunicationError, RecipeError
 from bagualu.comm.group import Communicator
+from bagualu.comm.virtual_clock import ClockedBackend, VirtualClock
 from bagualu.comm.world import World
 
 T = TypeVar("T")
@@ -74,7 +76,8 @@ class Hub:
             if last:
                 del self._calls[key]
         if last:
-            with torch.no_grad():
+            # What the last rank does here for all ranks is no computation of its own, which a dispatch mode might count.
+            with torch.no_grad(), _disable_current_modes():
                 first.carry_out([first.arrived[member] for member in first.ranks])
             with self._lock:
                 first.done = True
@@ -288,6 +291,7 @@ def run(
     threads: int = 1,
     hung: Callable[[], str | None] = lambda: None,
     device: str = "cpu",
+    clock: VirtualClock | None = None,
 ) -> list[T]:
     """Runs `function(communicator)` on `size` ranks, each a thread with `threads` compute threads, and returns results by rank.
 
@@ -296,6 +300,7 @@ def run(
 
     `hung` is called repeatedly. It returns None, or the reason why the ranks make no progress. If it returns a reason, the ranks
     that wait fail, those that go on running are abandoned (a thread cannot be killed), and this raises CommunicationError.
+    `clock`: the clock that is told what the ranks do.
     """
     if device == "cuda" and not torch.cuda.device_count():
         raise RecipeError("comm.device=cuda needs a GPU, but this torch sees none; give comm.device=cpu")
@@ -311,8 +316,10 @@ def run(
         torch.autograd.set_multithreading_enabled(False)
         try:
             world = World(rank, size, rank, hub=hub)
-            communicator = Communicator(SimulatedBackend(world, timeout_seconds), world)
-            results[rank] = function(communicator)
+            backend: Backend = SimulatedBackend(world, timeout_seconds)
+            if clock is not None:
+                backend = ClockedBackend(world, timeout_seconds, backend, clock)
+            results[rank] = function(Communicator(backend, world))
         except BaseException as caught:
             error = caught
             errors.append((rank, caught))

@@ -173,12 +173,14 @@ def test_the_trainer_calls_no_collective_by_hand_outside_its_engines():
 
 
 PRIVATE_NAMES_OF_TORCH = {
+    "comm/simulated.py": {"_python_dispatch", "_disable_current_modes"},
     "comm/store.py": {"_C", "_distributed_c10d"},  # stores, which torch.distributed re-exports without types
     "launch/workers/elastic_private.py": {"_NodeDesc"},
     "parallel/precision.py": {"_python_dispatch", "_get_current_dispatch_mode"},
     "trainer/costs/tensor_memory.py": {"_python_dispatch"},
     "trainer/operators/attention.py": {"_softmax_backward_data"},
     "trainer/optim/rules.py": {"_fused_adamw_"},
+    "trainer/simulation/step_clock.py": {"_python_dispatch"},
     "trainer/simulation/timed.py": {"_python_dispatch"},
     "trainer/simulation/trace.py": {"_python_dispatch"},
 }

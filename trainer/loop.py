@@ -21,6 +21,7 @@ from bagualu.trainer.rebalance import Rebalancer
 from bagualu.trainer.recovery.replication import Replication
 from bagualu.trainer.recovery.rollback import roll_back
 from bagualu.trainer.recovery.saving import Checkpoints
+from bagualu.trainer.simulation.step_clock import StepClock
 from bagualu.trainer.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class Loop:
     rebalancer: Rebalancer | None = None
     counting: Callable[[], AbstractContextManager[None]] = nullcontext
     """Makes the context in which a step is computed."""
+    clock: StepClock | None = None
+    """The virtual time of the steps on a described cluster; None without one."""
     _due: bool = False
     """Whether a periodic checkpoint is due; it is saved after the next step whose update is applied."""
     _damaged: list[dict[str, Any]] = field(default_factory=list)
@@ -58,7 +61,7 @@ class Loop:
         while step < steps and not stopped:
             timeline.before_step(step)
             started = time.perf_counter()
-            with self.counting():
+            with self.counting(), self.clock.timing() if self.clock else nullcontext():
                 result = train_step(self.state, step, self.stop, self.checkpoints.status)
             seconds = time.perf_counter() - started
             self._after_step(step, result, seconds)
@@ -132,6 +135,8 @@ class Loop:
             "mfu": tokens * self.seconds_per_token_at_ceiling / seconds,
             **self.checkpoints.record(),
         }
+        if self.clock is not None:
+            record["virtual_step_seconds"] = self.clock.step_seconds
         if self.state.recipe.model.moe.experts:
             record["balance_loss"] = result.balance_loss
         if self.state.scaler.enabled:

@@ -40,6 +40,7 @@ from bagualu.trainer.recipe.same_recipe import require_same_recipe
 from bagualu.trainer.recovery.replication import Replication, open_replication
 from bagualu.trainer.recovery.resume import Resumed, resume
 from bagualu.trainer.recovery.saving import Checkpoints, take_checkpoints
+from bagualu.trainer.simulation.step_clock import open_step_clock
 
 
 def train(
@@ -88,7 +89,7 @@ def train(
     try:
         loop = Loop(
             state, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication, open_rebalancer(state),
-            memory.counting,
+            memory.counting, open_step_clock(communicator),
         )  # fmt: skip
         ending = loop.run(resumed.step)
         checkpoints.close()

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm import simulated
+from bagualu.comm.cluster_file import load_cluster
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
+from bagualu.comm.virtual_clock import VirtualClock
 from bagualu.fault_tolerance.injection.fault import ProcessKilled
 from bagualu.fault_tolerance.watchdog.heartbeat import HEARTBEATS, Heartbeat
 from bagualu.launch.watch.watcher import Watcher
@@ -95,8 +97,10 @@ def _run_threads_once(
         return seen[0].cause if seen else None
 
     threads = environment.threads(recipe.launch, world)
+    clock = VirtualClock(world, load_cluster(recipe.cluster)) if recipe.cluster else None
     try:
-        return Ended(summary=simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads, hung, recipe.comm.device)[0])
+        summaries = simulated.run(world, rank_main, recipe.comm.timeout_seconds, threads, hung, recipe.comm.device, clock)
+        return Ended(summary=summaries[0])
     except (Exception, ProcessKilled) as error:
         if not isinstance(error, RecipeError):  # its message says everything; no traceback is needed
             traceback.print_exception(error)

@@ -148,7 +148,7 @@ class GradientReducer:
                 self._add_oldest()
             bucket.gradients = bucket.reduced.new_empty(bucket.weights.numel())
             last = bucket.entries[-1]
-            bucket.gradients[last.start + last.parameter.numel() :] = 0  # padding
+            bucket.gradients[last.start + last.parameter.numel() :].zero_()  # padding
             for entry, sink in self._sinks_of[id(bucket)]:
                 sink.view, sink.fresh = _gradient_of(entry, bucket), True
 

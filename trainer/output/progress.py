@@ -79,6 +79,8 @@ class Progress:
             yield f"{rate:,.0f} tok/s"
         if (mfu := record.get("mfu")) is not None:
             yield f"MFU {mfu:.1%}"
+        if (virtual := record.get("virtual_step_seconds")) is not None:
+            yield f"virtual {virtual:.3g} s"
         if self._step_seconds is not None:
             yield f"{duration(self._step_seconds * (self._steps - step))} left"
 

@@ -24,7 +24,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.files import write_atomic
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.recipe.keys import SEARCHPATH, check_key, check_override, kind_of
+from bagualu.trainer.recipe.keys import CLUSTER, SEARCHPATH, check_key, check_override, kind_of
 from bagualu.trainer.recipe.override_text import ValueKind, escaped, quoted, spelled
 from bagualu.trainer.recipe.plain import plain
 from bagualu.trainer.recipe.schema import schema, to_recipe
@@ -53,9 +53,13 @@ def compose(overrides: Sequence[str], several: str = ONE_VALUE) -> Recipe:
     keep_text_in_recipe_files()
     try:
         with initialize_config_module(RECIPES, version_base="1.3"):
-            recipe = to_recipe(hydra_compose("config", overrides=list(map(_for_hydra, parsed))))
+            others = [_for_hydra(override) for override in parsed if override.key_or_group != CLUSTER]
+            recipe = to_recipe(hydra_compose("config", overrides=others))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(_one_line(error)) from error
+    for override in parsed:
+        if override.key_or_group == CLUSTER:
+            recipe.cluster = None if override.value() is None else os.path.expanduser(str(override.value()))
     recipe.faults = recipe.expanded_faults()
     return recipe
 

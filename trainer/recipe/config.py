@@ -9,6 +9,7 @@ from math import gcd, prod
 from typing import Any
 
 from bagualu.comm.checks import require_at_least, require_finite, require_known_home, require_text
+from bagualu.comm.cluster_file import load_cluster
 from bagualu.comm.config import CommConfig
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig, StragglerConfig
@@ -182,6 +183,9 @@ class Recipe:
     straggler: StragglerConfig = field(default_factory=StragglerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    cluster: str | None = field(default=None, metadata={"path": True})
+    """With comm.backend=simulated, a described cluster (recipes/cluster/, or a file that ends in .yaml): metrics.jsonl also says
+    what each step would take there. Default: none."""
     faults: Any = field(default_factory=list)
     """Faults to inject, to test whether the run survives them: a list of faults (injection/kinds.py), or random:COUNT."""
 
@@ -214,6 +218,8 @@ class Recipe:
                 "train.compile=true cannot run on comm.backend=simulated, whose ranks are threads of one process; "
                 "give train.compile=false or comm.backend=gloo"
             )
+        if self.cluster is not None:
+            self._validate_cluster(self.cluster, world)
         if self.parallel.engine == "fsdp" and self.comm.backend == "simulated":
             raise RecipeError("parallel.engine=fsdp needs torch process groups, which comm.backend=simulated does not have; give "
                               "parallel.engine=native or comm.backend=gloo")  # fmt: skip
@@ -281,6 +287,12 @@ class Recipe:
     def _setting(self, world: int) -> Setting:
         retries = self.guard.on_nonfinite == "retry" and self.train.dtype != "float16"  # float16 overflows are skipped instead
         return Setting(self.run.seed, self.train.steps, world, self.checkpoint.every, retries)
+
+    def _validate_cluster(self, name: str, world: int) -> None:
+        if self.comm.backend != "simulated":
+            raise RecipeError(f"cluster={name} is for ranks that are simulated, whose steps it times; give comm.backend=simulated, "
+                              "or leave it out")  # fmt: skip
+        load_cluster(name).for_world(world)
 
     def _validate_batch(self, layout: Layout) -> None:
         if self.parallel.shares is not None:

@@ -24,6 +24,8 @@ GROUPS = ("recipe", "model", "data")
 """Folders of recipes/ from which the user chooses a file by `group=option`."""
 SEARCHPATH = "hydra.searchpath"
 """The only key of Hydra itself that is accepted: folders with the user's own recipes."""
+CLUSTER = "cluster"
+"""The key that has the name of a folder of recipes/: Hydra would take it for a group of its files, so it never sees it."""
 _TEXT_OR_LIST = ("faults",)
 """Keys that take text or a list of text although their type in `Recipe` is Any."""
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}

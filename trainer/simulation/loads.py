@@ -125,6 +125,7 @@ class GivenLoads(Loads):
     def exchanged(
         self, counts: torch.Tensor, arriving: torch.Tensor, rows: int, group: Group
     ) -> tuple[list[int], list[int], list[int]]:
+        super().exchanged(counts, arriving, rows, group)  # the kernels that count rows are part of the step
         by_expert = divide(rows, self._shares)
         own = len(by_expert) // group.size
         sent = [sum(by_expert[position * own : (position + 1) * own]) for position in range(group.size)]

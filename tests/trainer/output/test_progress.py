@@ -51,6 +51,12 @@ def test_off_is_silent_and_the_mode_can_be_forced():
     assert stream.getvalue().startswith("step  1/25  loss")
 
 
+def test_the_time_of_a_step_on_a_described_cluster_is_shown():
+    stream = io.StringIO()
+    Progress(5, every=1, stream=stream).write(record(1, virtual_step_seconds=0.012345))
+    assert "  virtual 0.0123 s  " in stream.getvalue()
+
+
 def test_figures_that_are_not_known_are_left_out():
     stream = io.StringIO()
     Progress(5, every=1, stream=stream).write({"step": 1, "loss": 2.0})

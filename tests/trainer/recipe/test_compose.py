@@ -184,6 +184,15 @@ def test_keys_are_those_of_the_dataclasses():
     assert set(as_dict(Recipe())) == {key.split(".")[0] for key in keys()}
 
 
+def test_a_cluster_is_a_key_although_recipes_have_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert compose(["cluster=h100"]).cluster == "h100"
+    assert compose(["cluster=a100_80gb", "cluster=null"]).cluster is None
+    assert compose(["cluster='~/my.yaml'"]).cluster == f"{tmp_path}/my.yaml"
+    recipe = compose(["cluster=h100", f"run.dir={tmp_path}"])
+    assert load_recipe(save_recipe(recipe)) == recipe
+
+
 def test_a_value_is_not_judged_by_what_was_given_before():
     """A sweep composes several recipes in one process."""
     for override in parse([f"parallel.balance={value}" for value in ("[3,5]", "{a:1}", "[3,5]", "measured")]):
