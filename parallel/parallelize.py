@@ -82,9 +82,11 @@ def box_values(name: str, whole: tuple[int, ...], box: Box, fill: Fill) -> torch
     """Returns the values of `box`, with zeros where it goes beyond the global tensor of shape `whole`."""
     if box.inside(whole):
         return fill(name, whole, box)
-    values = torch.zeros(box.shape)
-    if own := box.within(whole):
-        values[own.slices(box.offset)] = fill(name, whole, own)
+    own = box.within(whole)
+    part = fill(name, whole, own) if own else None
+    values = torch.zeros(box.shape, device=None if part is None else part.device)
+    if own and part is not None:
+        values[own.slices(box.offset)] = part
     return values
 
 

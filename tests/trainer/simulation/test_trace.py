@@ -203,6 +203,15 @@ def test_another_model_is_another_trace(style: str, chip: str) -> None:
     assert counts[0] != counts[1]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rows_that_pad_the_vocabulary_are_in_the_trace(rank: int) -> None:
+    recipe = recipe_of("recipe=tiny_dense", "model.vocab=1000", "model.vocab_multiple=384", "parallel.tensor=2", "parallel.data=1")
+    [looked_up] = {
+        operator.inputs[0].shape for operator in trace(recipe, 2, rank).operators() if operator.name == "aten.embedding.default"
+    }
+    assert looked_up[0] == 1152 // 2
+
+
 def test_every_expert_gets_its_share() -> None:
     recipe = recipe_of("recipe=moe_tiny", "parallel.data=2", "parallel.expert=2")
     even, uneven = (trace(recipe, 2, 0, Traced("cpu", shares)) for shares in (None, [0.4, 0.4, 0.1, 0.1]))
