@@ -41,7 +41,7 @@ from bagualu.trainer.recipe.config import PREDICTED_DTYPE, Recipe
 from bagualu.trainer.simulation.flops import factors_of
 from bagualu.trainer.simulation.loads import Shares, by_layer, give
 from bagualu.trainer.simulation.operators import Operators, computes, converted, tensors_in
-from bagualu.trainer.simulation.repeated import Repeated
+from bagualu.trainer.simulation.results import Results
 from bagualu.trainer.step import train_step
 
 
@@ -62,7 +62,7 @@ class Tracer(TorchDispatchMode):
         self._resized: dict[int, None] = {}
         """The ids of storages whose size has changed, as ZeRO-3 changes that of gathered weights, in the order of their first
         change."""
-        self._operators, self._repeated = Operators(), Repeated()
+        self._operators, self._results = Operators(), Results()
         self._converted: dict[tuple[int, int, int], int] | None = None
         """Within the products of a linear layer, the blocks of memory of factors in float8, by the block of the factor in bfloat16,
         its offset and size."""
@@ -71,8 +71,9 @@ class Tracer(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
-        result = self._repeated.call(func, args, named)
-        given, made = [*tensors_in(args), *tensors_in(named.values())], list(tensors_in((result,)))
+        given = [*tensors_in(args), *tensors_in(named.values())]
+        result = self._results.of(func, args, named, given)
+        made = list(tensors_in((result,)))
         self._measure(self._resized)
         for tensor in made:
             if tensor.is_meta:
@@ -278,6 +279,7 @@ def trace(
     that world or cannot be traced.
     """
     recipe, how = traceable(recipe), in_float8(recipe, how or Traced())
+    gc.freeze()  # so that collections, before the second step and during both, do not walk through everything that is imported
     tracer = Tracer(how.chip, how.float8)
     backend = RecordingBackend(World(rank, world, rank), 1.0, write=tracer.call)
     monitor = Monitor()
@@ -293,6 +295,7 @@ def trace(
         monitor.observers.append(tracer)
         state.runner.reached = tracer.reached
         train_step(state, 1)
+    gc.unfreeze()
     return RankTrace(rank, tracer.end(), list(tracer.kinds))
 
 
