@@ -1,8 +1,8 @@
 """Refuses a recipe whose ranks need more memory than their devices have, and names the changes that make it fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -24,6 +24,7 @@ _TOLERANCE = 0.05
 _MEASURED_LESS = 0.1
 """By this fraction measured activations may be smaller than those computed from shapes."""
 _MOST_FIXES = 2
+_OFFLOAD = "train.offload_bytes"
 _MOST_DOUBLINGS = 7
 _SMALLER = "a smaller model or a shorter data.sequence_length"
 _ROUNDS = 3
@@ -56,12 +57,26 @@ def check_memory(recipe: Recipe, world: int, device: Device | None) -> None:
         elif not fixes and device is not None:
             fixes = _more_ranks(recipe, world, device)
         raise RecipeError(f"{excess}; give {' or '.join(fixes or [_SMALLER])}") from error
-    need = sum(memory.values())
-    if device is None or need <= device.memory_bytes * (1 + _TOLERANCE):
+    if device is None or sum(memory.values()) <= device.memory_bytes * (1 + _TOLERANCE):
         return
-    fixes = _fixes(recipe, world, device) or _more_ranks(recipe, world, device) or [_SMALLER]
-    raise RecipeError(f"the fullest rank needs {memory_text(memory)}: {size_text(need - device.memory_bytes)} more than the "
-                      f"{size_text(device.memory_bytes)} of {device.what}; give {' or '.join(fixes)}")  # fmt: skip
+    raise RecipeError(excess_text(memory, device, _fixes(recipe, world, device) or _more_ranks(recipe, world, device)))
+
+
+def what_fits(recipe: Recipe, world: int, device: Device, memory: Memory) -> list[str]:
+    """Returns changes, as typed, with which a recipe fits whose fullest rank was found by a trace to need `memory`, more than the
+    device has. What is predicted of changed recipes is corrected by as much as the prediction of this one is wrong. Activations in
+    host memory are not among the changes, because a trace cannot have them."""
+    predicted = sum(fullest(memories(recipe, recipe.validate(world))).values())
+    comparable = replace(device, memory_bytes=device.memory_bytes * predicted // sum(memory.values()))
+    fixes = [fix for fix in _fixes(recipe, world, comparable) if _OFFLOAD not in fix]
+    return fixes or _more_ranks(recipe, world, comparable)
+
+
+def excess_text(memory: Memory, device: Device, fixes: Sequence[str]) -> str:
+    """Returns the message that refuses a recipe whose fullest rank needs `memory`, more than the device has."""
+    more = size_text(sum(memory.values()) - device.memory_bytes)
+    has = f"the {size_text(device.memory_bytes)} of {device.what}"
+    return f"the fullest rank needs {memory_text(memory)}: {more} more than {has}; give {' or '.join(fixes or [_SMALLER])}"
 
 
 def device_of(recipe: Recipe, workers: int) -> Device | None:
@@ -181,7 +196,7 @@ def _host_memory(recipe: Recipe) -> Iterator[dict[str, Any]]:
         yield {"parallel.deepspeed.offload": "optimizer"}
     for power in range(30, 37):
         if 2**power > recipe.train.offload_bytes:
-            yield {"train.offload_bytes": 2**power}
+            yield {_OFFLOAD: 2**power}
 
 
 def _more_ranks(recipe: Recipe, world: int, device: Device) -> list[str]:
