@@ -17,19 +17,19 @@ from matplotlib.transforms import Affine2D
 from bagualu.parallel.pipeline.schedules.schedule import Kind
 from bagualu.parallel.pipeline.timeline import Span, Timeline
 
-_COLOURS = {
+COLOURS = {
     Kind.FORWARD: "#2f6db3",
     Kind.BACKWARD: "#b5404a",
     Kind.INPUT_GRADIENT: "#e08a2c",
     Kind.WEIGHT_GRADIENT: "#3d9155",
 }
-_NAMES = {
+NAMES = {
     Kind.FORWARD: "F forward",
     Kind.BACKWARD: "B backward",
     Kind.INPUT_GRADIENT: "I input gradient",
     Kind.WEIGHT_GRADIENT: "W weight gradient",
 }
-_WAITING = "#eceef1"
+WAITING = "#eceef1"
 _LIGHTEST = 0.6
 """The fraction of white in the colour of a rank's last chunk."""
 
@@ -106,7 +106,7 @@ def _draw_panel(figure: Figure, panel: Panel, chunks: int, size: tuple[float, fl
 def _draw_passes(axes: Axes, timeline: Timeline, chunks: int, points_per_time: float) -> None:
     ranks = range(len(timeline.ranks))
     waiting = [_corners(0.0, float(timeline.end), rank) for rank in ranks]
-    axes.add_collection(PolyCollection(waiting, facecolors=_WAITING, edgecolors="none"))
+    axes.add_collection(PolyCollection(waiting, facecolors=WAITING, edgecolors="none"))
     boxes = [(rank, span) for rank in ranks for span in timeline.ranks[rank]]
     corners = [_corners(float(span.start), float(span.end), rank) for rank, span in boxes]
     colours = [_colour(span.action.kind, span.action.stage // len(ranks), chunks) for _, span in boxes]
@@ -144,7 +144,7 @@ def _number(box: tuple[int, Span]) -> int:
 
 def _colour(kind: Kind, chunk: int, chunks: int) -> tuple[float, float, float]:
     white = _LIGHTEST * chunk / (chunks - 1) if chunks > 1 else 0.0
-    red, green, blue = (part + (1 - part) * white for part in to_rgb(_COLOURS[kind]))
+    red, green, blue = (part + (1 - part) * white for part in to_rgb(COLOURS[kind]))
     return red, green, blue
 
 
@@ -155,11 +155,11 @@ def _ink(colour: tuple[float, float, float]) -> str:
 
 def _legend(figure: Figure, kinds: set[Kind], chunks: int, left: float, total: float) -> None:
     """Adds a legend with each kind of pass, and with each chunk in its shade of the forward colour."""
-    handles = [Patch(facecolor=_colour(kind, 0, chunks), label=_NAMES[kind]) for kind in _COLOURS if kind in kinds]
+    handles = [Patch(facecolor=_colour(kind, 0, chunks), label=NAMES[kind]) for kind in COLOURS if kind in kinds]
     if chunks > 1:
         handles += [
             Patch(facecolor=_colour(Kind.FORWARD, chunk, chunks), label=f"F of chunk {chunk}") for chunk in range(1, chunks)
         ]
-    handles.append(Patch(facecolor=_WAITING, label="waits"))
+    handles.append(Patch(facecolor=WAITING, label="waits"))
     figure.legend(handles=handles, ncols=len(handles), loc="center left", bbox_to_anchor=(left, 1 - 0.58 / total), fontsize=8,
                   borderpad=0, frameon=False, handlelength=1.2, handleheight=1.0, columnspacing=1.4)  # fmt: skip
