@@ -62,6 +62,10 @@ def _run(arguments: list[str], entrypoint: str | None) -> tuple[int, Any]:
 
         return schedule(request)
     # Imported only now, because these need Hydra or torch.
+    if request.verb == "simulate":
+        from bagualu.launch.verbs.simulate import simulate
+
+        return simulate(request)
     if request.verb == "doctor":
         from bagualu.launch.verbs.doctor import doctor
 

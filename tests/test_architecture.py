@@ -13,11 +13,13 @@ import pytest
 
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.verbs import usage
+from bagualu.launch.verbs.question import read_question
 from bagualu.launch.verbs.schedule import schedule
 from bagualu.launch.verbs.sweep import jobs
 from bagualu.trainer.costs.fits import Device, check_memory
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.simulation.setting import in_trained_dtype
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ("comm", "parallel", "fault_tolerance", "trainer", "launch")
@@ -75,11 +77,17 @@ ROOMS = {
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
     "launch/cli.py": {  # errors, outcome and usage too: a Ctrl-C while they are imported is answered
         *(f"bagualu.launch.verbs.{verb}" for verb in ("checkpoint", "doctor", "rehearse", "schedule", "show_recipe")),
-        *(f"bagualu.launch.verbs.{verb}" for verb in ("slurm", "train", "usage")),
+        *(f"bagualu.launch.verbs.{verb}" for verb in ("simulate", "slurm", "train", "usage")),
         "bagualu.comm.errors",
         "bagualu.trainer.process.failure",
     },
     "launch/verbs/rehearse.py": {"bagualu.fault_tolerance.checkpoint.reading.compare"},
+    "launch/verbs/simulate.py": {  # torch; matplotlib
+        "bagualu.launch.verbs.draw_prediction",
+        "bagualu.launch.verbs.prediction_text",
+        "bagualu.trainer.simulation.loads",
+        "bagualu.trainer.simulation.predict",
+    },
     "launch/verbs/schedule.py": {"bagualu.parallel.pipeline.draw_svg", "bagualu.trainer.recipe.compose"},  # matplotlib; Hydra
     "launch/verbs/usage.py": {"bagualu.trainer.recipe.keys"},  # Hydra
     "launch/workers/run.py": {"bagualu.launch.workers", "bagualu.trainer.output.progress"},
@@ -325,7 +333,8 @@ def test_a_recipe_is_composed_checked_and_refused_without_torch():
         "assert main(['train', 'parallel.tensor=5']) == 2\n"
         "assert main(['train', 'recipe=llama3_8b', 'comm.backend=gloo', 'model.layers=2000']) == 2\n"
         "assert main(['slurm', 'recipe=llama3_8b', '--print']) == 0\n"
-        "assert main(['train', '--cfg', 'job']) == 0"
+        "assert main(['train', '--cfg', 'job']) == 0\n"
+        "assert main(['simulate', 'cluster=h100', 'world=7']) == 2"
     )
     assert "hydra" in loaded
     assert "torch" not in loaded
@@ -433,6 +442,11 @@ def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, 
         of_a_run = request.overrides[0].startswith("runs/")  # tests/launch/verbs/test_schedule.py draws one
         assert of_a_run or schedule(request)[0] == 0
         return None
+    if request.verb == "simulate":
+        question = read_question(request)
+        chip = question.cluster.parts[0].chip
+        device = Device(chip.memory_bytes - chip.context_bytes, chip.name)
+        return check_memory(in_trained_dtype(question.recipe), question.world, device)
     recipes = [job.recipe for job in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
     for recipe in recipes:
         check(recipe, recipe.world_size())

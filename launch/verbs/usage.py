@@ -1,10 +1,12 @@
 """The help pages, and the parser of verbs and options. Imports neither torch nor Hydra, so that help is fast."""
 
 import shlex
+import textwrap
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib.resources import files
 
+from bagualu.comm.cluster_file import cluster_names
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.monitor import Phase
 from bagualu.fault_tolerance.injection.kinds import KINDS
@@ -16,6 +18,7 @@ VERBS = {
     "rehearse": "train under planned faults, and report which were survived",
     "checkpoint": "list the checkpoints of a run, or verify every byte of them",
     "schedule": "draw a pipeline schedule, and the times that a run measured",
+    "simulate": "predict a training step on a cluster that need not be here: time, memory, what limits",
     "doctor": "measure what this machine can do, and say what is wrong with it",
 }
 
@@ -141,6 +144,30 @@ options:
   --json      print one JSON document on stdout, with every pass and its times
   -h, --help  this page"""
 
+_SIMULATE = """\
+usage: bagualu simulate recipe=NAME cluster=NAME world=N [key=value ...] [loads=LOADS] [out=FILE] [trace=FILE] [--json]
+
+Predicts a step of `bagualu train` with this recipe on N devices of a described cluster. The trainer itself takes the
+step, once for each kind of rank, with tensors that have no values, and the cluster's figures say how long each of its
+operators and messages takes. Needs no GPU. Prints the step's time, what it consists of, the memory of each pipeline
+rank, and whether that fits (exit code 2 if it does not, with what would make it fit).
+
+clusters:
+{clusters}
+
+keys, besides all those of a recipe (bagualu train --cfg job):
+  cluster           a cluster from the list above; this, which is this machine as `bagualu doctor` measured it; or a file
+                    of yours that ends in .yaml (docs/design/clusters.md)
+  world             the number of devices, one rank each; data ranks are what the other degrees leave
+  loads             how tokens spread over the experts of a layer: balanced (default); skewed:R, R times the mean for the
+                    fullest, and for each other the same fraction of the one before it; or RUN_DIR, as in that run
+  train.dtype=float8    for prediction only: products of linear layers take the cluster's float8 peak
+  out               FILE.png, FILE.svg or FILE.html: draw what each kind of rank does in the step
+  trace             FILE.json: the same for https://ui.perfetto.dev
+
+options:
+  --json      print one JSON document on stdout
+  -h, --help  this page"""
 
 _DOCTOR = """\
 usage: bagualu doctor [key=value ...] [--quick] [--json]
@@ -164,12 +191,15 @@ options:
 
 DOCTOR_KEYS = ("launch.workers", "launch.threads", "launch.affinity", "launch.allocator", "comm.backend", "run.dir", "data.cache")
 SCHEDULE_KEYS = ("name", "stages", "micro_batches", "chunks", "forward", "input", "weight", "message", "out")
+SIMULATE_KEYS = ("cluster", "world", "loads", "out", "trace")
+"""The keys of `bagualu simulate` that are no keys of a recipe."""
 SEVERAL = {
     "train": "add -m to run them one after the other",
     "slurm": "one job takes one value of each key; submit a job for each, or run one after the other here with `bagualu train -m`",
     "rehearse": "one rehearsal takes one value of each key; rehearse each value by itself",
     "checkpoint": "`bagualu checkpoint` looks at one run; give each by itself",
     "schedule": "one schedule takes one value of each key; draw each by itself",
+    "simulate": "one prediction takes one value of each key; simulate each by itself",
     "doctor": "`bagualu doctor` takes one value of each key",
 }
 """For each verb, the advice that is printed when a key was given several values."""
@@ -268,6 +298,8 @@ def unknown_option(option: str, verb: str) -> str:
 
 def _meant_key(name: str, verb: str) -> str | None:
     """Returns the key that was probably meant by the option --NAME; None if no key is like it."""
+    if verb == "simulate" and name in SIMULATE_KEYS:
+        return name
     if own := {"schedule": SCHEDULE_KEYS, "doctor": DOCTOR_KEYS}.get(verb):
         return next((key for key in own if name in (key, key.rsplit(".", 1)[-1])), None)
     if verb == "checkpoint":
@@ -288,6 +320,8 @@ def page(verb: str) -> str:
         return _SCHEDULE.format(names=" ".join(FAMILIES))
     if verb == "rehearse":
         return _REHEARSE.format(kinds="\n".join(_kinds()), points=" ".join(Phase))
+    if verb == "simulate":
+        return _SIMULATE.format(clusters=textwrap.fill(" ".join(cluster_names()), 116, initial_indent="  ", subsequent_indent="  "))
     return {"train": _TRAIN, "slurm": _SLURM}[verb].format(recipes="\n".join(_recipes()))
 
 

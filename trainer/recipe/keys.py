@@ -83,6 +83,9 @@ def check_key(override: Override) -> None:
         raise RecipeError(f"{override.input_line}: the only key of Hydra itself that works here is {SEARCHPATH}")
     if override.type == OverrideType.DEL:
         raise RecipeError(f"{override.input_line} cannot remove a key; give {key}=null or another value")
+    if key == "world":
+        raise RecipeError(f"{override.input_line} is for `bagualu simulate`; a run has launch.nodes x launch.workers ranks, or the "
+                          "product of its parallel degrees")  # fmt: skip
     if key not in known and key not in _sections() and key not in (SEARCHPATH, *GROUPS):
         raise RecipeError(f"unknown key {key}; {_nearest(key, list(known))}")
 

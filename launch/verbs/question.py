@@ -1,0 +1,112 @@
+"""Reads what is to be predicted from the words of a command line, without torch."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bagualu.comm.cluster_file import cluster_names, load_cluster
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.topology import Cluster
+from bagualu.launch.verbs.usage import SEVERAL, SIMULATE_KEYS, CommandLine
+from bagualu.trainer.costs.fits import check_memory
+from bagualu.trainer.data.corpus import cache_folder
+from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.simulation.setting import in_trained_dtype, on_cluster
+
+_EXAMPLE = "e.g. bagualu simulate recipe=llama3_8b cluster=h100 world=512"
+_PICTURES = (".png", ".svg", ".html")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be predicted."""
+
+    recipe: Recipe
+    cluster: Cluster
+    world: int
+    loads: str
+    """How tokens spread over experts, as `loads.read_shares` takes it."""
+    out: Path | None
+    trace: Path | None
+
+
+def read_question(request: CommandLine) -> Question:
+    """Returns what the words of the command line ask. Raises RecipeError."""
+    own, overrides = split_words(request.overrides, SIMULATE_KEYS)
+    for key, example in (("cluster", f"cluster=NAME (one of {', '.join(cluster_names())}, or a .yaml file)"),
+                         ("world", "world=N, the number of devices")):  # fmt: skip
+        if not own.get(key):
+            raise RecipeError(f"simulate needs {example}; {_EXAMPLE}")
+    world, out, trace = _whole("world", own["world"]), _path(own, "out", _PICTURES), _path(own, "trace", (".json",))
+    recipe = with_data_left_over(compose(overrides, SEVERAL["simulate"]), overrides, world)
+    cluster = load_cluster(os.path.expanduser(own["cluster"]), [cache_folder(recipe.data)])  # cluster=this lies there
+    if loads := own.get("loads"):
+        _check_loads(loads, recipe.model.moe.experts)
+    cluster = cluster.for_world(world)
+    recipe = on_cluster(recipe, cluster)
+    check_memory(in_trained_dtype(recipe), world, None)  # without a device: only whether a split fits parallel.memory_bytes
+    return Question(recipe, cluster, world, own.get("loads", "balanced"), out, trace)
+
+
+def split_words(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Returns the values of `keys`, which are no keys of a recipe, and the other words. Raises RecipeError for a key that is given
+    twice."""
+    own: dict[str, str] = {}
+    others = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key not in keys or not equals:
+            others.append(word)
+        elif key in own:
+            raise RecipeError(f"{word} is the second {key}; give one")
+        else:
+            own[key] = value
+    return own, others
+
+
+def with_data_left_over(recipe: Recipe, overrides: Sequence[str], world: int) -> Recipe:
+    """Returns the recipe for `world` ranks: if it names a number of data ranks for another world, they are instead those that the
+    other degrees leave, unless the user gave that number."""
+    given = any(word.partition("=")[0] == "parallel.data" for word in overrides)
+    parallel = recipe.parallel
+    ranks = (parallel.data or 1) * parallel.tensor * parallel.pipeline * parallel.context
+    if parallel.data is None or given or ranks == world:
+        return recipe
+    return replace(recipe, parallel=replace(parallel, data=None))
+
+
+def _whole(key: str, value: str) -> int:
+    """Returns the whole number `value` of at least 1. Raises RecipeError if it is none."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        several = f"; {SEVERAL['simulate']}" if "," in value else ""
+        raise RecipeError(f"{key}={value} must be a whole number of at least 1, e.g. {key}=512{several}")
+    return number
+
+
+def _check_loads(loads: str, experts: int) -> None:
+    """Raises RecipeError for loads of a dense model, and for `loads` that `read_shares` cannot know."""
+    if not experts:
+        raise RecipeError(f"loads={loads} has no effect on a model without experts; leave it out")
+    if loads != "balanced" and not loads.startswith("skewed:") and not Path(loads).is_dir():
+        raise RecipeError(f"loads={loads} is neither balanced nor skewed:R nor the directory of a run; give e.g. loads=skewed:1.5")
+
+
+def _path(own: dict[str, str], key: str, endings: Sequence[str]) -> Path | None:
+    """Returns the path that `key` names; None if it is not given. Raises RecipeError for another ending or a folder that is not
+    there."""
+    if key not in own:
+        return None
+    path = Path(os.path.expanduser(own[key]))
+    if path.suffix not in endings:
+        named = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
+        example = path.with_suffix(endings[0]) if path.name else f"step{endings[0]}"
+        raise RecipeError(f"{key}={own[key]} must end in {named}; give {key}={example}")
+    if not path.parent.is_dir():
+        raise RecipeError(f"{path.parent} does not exist; make it, or give {key}={path.name}")
+    return path

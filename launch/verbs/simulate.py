@@ -1,0 +1,47 @@
+"""`bagualu simulate recipe=NAME cluster=NAME world=N`: predicts a training step on a described cluster.
+
+Torch and matplotlib are imported only once the recipe and the cluster are known to be right.
+"""
+
+import sys
+from typing import Any
+
+from bagualu.launch.verbs.question import read_question
+from bagualu.launch.verbs.usage import CommandLine
+from bagualu.parallel.simulation.trace_events import write_trace
+from bagualu.trainer.process.failure import DONE, REFUSED
+
+
+def simulate(request: CommandLine) -> tuple[int, Any]:
+    """Print the prediction of a step, and draw it or write it as a trace if `out` or `trace` is given. Returns the exit code and
+    the object that --json prints. Raises RecipeError.
+
+    A recipe that does not fit the memory of its devices is predicted too; the exit code is then REFUSED.
+    """
+    question = read_question(request)
+    from bagualu.launch.verbs.prediction_text import as_document, excess, report_text
+    from bagualu.trainer.simulation.loads import read_shares
+    from bagualu.trainer.simulation.predict import predict
+
+    wanted = "operators" if question.trace is not None else "calls" if question.out is not None else None
+    shares = read_shares(question.loads, question.recipe.model) if question.recipe.model.moe.experts else None
+    prediction = predict(question.recipe, question.cluster, question.world, shares, wanted)
+    files = {"out": question.out, "trace": question.trace}
+    document = as_document(prediction) | {key: None if path is None else str(path) for key, path in files.items()}
+    report = report_text(prediction)
+    if not request.json:
+        print(report)
+    if question.out is not None:
+        from bagualu.launch.verbs.draw_prediction import draw_prediction
+
+        draw_prediction(prediction, report, question.out)
+    if question.trace is not None:
+        write_trace(prediction.replayed, question.trace)
+    for path in files.values():
+        if path is not None and not request.json:
+            print(f"written: {path}")
+    if prediction.fits:
+        return DONE, document
+    error = excess(prediction)
+    print(f"bagualu: error: {error}", file=sys.stderr)
+    return REFUSED, document | {"ended": "refused", "error": error}
