@@ -41,8 +41,10 @@ def product_times(dtypes: Iterable[str], device: torch.device, plan: MeasuringPl
         for shape in dict.fromkeys((grid if name in TRAINED else plan.few).shapes())
         if works(getattr(torch, name), device)
     ]
-    most = max([_CACHES_BYTES // 2, *(m * k + n * k + m * n for _, (m, n, k) in wanted)])
-    pools = {name: _pool(most, getattr(torch, name), device) for name in dict.fromkeys(name for name, _ in wanted)}
+    sizes: dict[str, int] = {}
+    for name, (m, n, k) in wanted:
+        sizes[name] = max(sizes.get(name, 0), m * k + n * k + m * n)
+    pools = {name: _pool(size, getattr(torch, name), device) for name, size in sizes.items()}
     rounds: list[list[list[float]]] = []
     for _ in range(plan.rounds):
         meet()
@@ -55,10 +57,10 @@ def product_times(dtypes: Iterable[str], device: torch.device, plan: MeasuringPl
     return times, median(apart or [0.0])
 
 
-def _pool(count: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns operands and room for results, [count] each. Operands are random: an accelerator multiplies constants faster, because
-    they take less power."""
-    operands = torch.rand(count, device=device).to(dtype)
+def _pool(least: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns operands and room for results: `least` numbers each, or more if that is less than the caches hold. Operands are
+    random: an accelerator multiplies constants faster, because they take less power."""
+    operands = torch.rand(max(least, _CACHES_BYTES // dtype.itemsize), device=device).to(dtype)
     return operands, torch.empty_like(operands)
 
 
