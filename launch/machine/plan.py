@@ -42,12 +42,14 @@ class Sample:
 
 _OF_A_CPU = Grid((16, 64, 256, 1024, 2048), (64, 256, 512, 1280), wide=(8192, 8), narrow=(512,))
 _OF_A_GPU = Grid((128, 512, 2048, 8192), (512, 1024, 2048, 4096, 8192), wide=(32768, 64), narrow=(2048, 4096))
+_SMALL = Sample(320, 960, 4096, 1, "bfloat16", layers=4)
 _SAMPLES = (
+    Sample(16, 16, 300, 1, "bfloat16", experts=2, sequence_length=8),
     Sample(384, 1024, 6144, 4, "bfloat16"),
     Sample(768, 1600, 10240, 8, "bfloat16", layers=1),
     Sample(640, 576, 5120, 8, "bfloat16", experts=8, layers=1),
     Sample(320, 448, 4096, 1, "bfloat16", experts=4),
-    Sample(320, 960, 4096, 1, "bfloat16", layers=4),
+    _SMALL,
     Sample(384, 1024, 6144, 4, "float32"),
     Sample(640, 576, 5120, 4, "float32", experts=8, layers=1),
 )
@@ -68,6 +70,8 @@ class MeasuringPlan:
     """The least time for which a product is repeated in a round."""
     copied_bytes: int = 256 * MIB
     samples: tuple[Sample, ...] = _SAMPLES
+    between: Sample = _SMALL
+    """The model whose step shows what passes between operators."""
     message_bytes: tuple[int, ...] = (2**10, 2**14, 2**17, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
     message_seconds: float = 0.05
     """The least time for which a communication is repeated."""
@@ -75,6 +79,7 @@ class MeasuringPlan:
 
 
 FULL = MeasuringPlan()
+_TINY = Sample(64, 128, 512, 1, "bfloat16", experts=4, layers=1, sequence_length=64)
 QUICK = MeasuringPlan(
     cpu=Grid((64, 512), (128, 512)),
     gpu=Grid((512, 4096), (1024, 4096)),
@@ -82,7 +87,8 @@ QUICK = MeasuringPlan(
     rounds=2,
     product_seconds=0.001,
     copied_bytes=32 * MIB,
-    samples=(Sample(64, 128, 512, 1, "bfloat16", experts=4, layers=1, sequence_length=64),),
+    samples=(_TINY,),
+    between=_TINY,
     message_bytes=(2**10, MIB, 8 * MIB),
     message_seconds=0.01,
     disk_bytes=16 * MIB,

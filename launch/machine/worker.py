@@ -1,7 +1,7 @@
 """What a rank does for `bagualu doctor`: the functions that the launcher starts on each worker in place of the trainer."""
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from bagualu.trainer.recipe.config import Recipe, TrainConfig
 from bagualu.trainer.recipe.device_memory import cpu_bytes
 from bagualu.trainer.simulation.timed import Timed, operator_times, step_seconds
 
-_TINY = Sample(16, 16, 300, 1, "bfloat16", experts=2, layers=8, sequence_length=8)
-"""A model whose operators take no time but that of starting them."""
-_STEPS, _TINY_STEPS = 5, 12
+_STEPS = 5
+"""Steps of a sample that are timed."""
 _LEAST_SECONDS = 1e-6
 """Python starts no operator sooner than that."""
 
@@ -71,8 +70,6 @@ def figures_of_rank(communicator: Communicator, how: MeasuringPlan, meet: Callab
     before = _used_bytes(device)
     times, spread = products.product_times(plan.DTYPES, device, how, meet)
     copies = products.copy_bytes_per_second(device, how, meet)
-    meet()
-    tiny = operator_times(recipe_of(_TINY), _TINY_STEPS) if on_cpu else []
     return RankFigures(
         ranks=communicator.size,
         device=device.type,
@@ -82,8 +79,8 @@ def figures_of_rank(communicator: Communicator, how: MeasuringPlan, meet: Callab
         context_bytes=before,
         products=times,
         copy_bytes_per_second=copies,
-        launch_seconds=_between_operators(tiny) if on_cpu else products.launch_seconds(device, how.rounds),
-        operators=_operators(how, tiny, meet) if on_cpu else [],
+        launch_seconds=_between_operators(how, meet) if on_cpu else products.launch_seconds(device, how.rounds),
+        operators=_operators(how, meet) if on_cpu else [],
         links=links.link_times(communicator.world, how) if communicator.size > 1 else [],
         spread=spread,
     )
@@ -102,30 +99,31 @@ def _gpu_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[1])
 
 
-def _operators(how: MeasuringPlan, tiny: Sequence[Timed], meet: Callable[[], None]) -> list[OperatorSample]:
-    """Returns the times of all operators but products of two matrices in steps of the sample models, and in those of the `tiny`
-    model, which take least."""
-    timed = [one for sample in how.samples for one in _each(operator_times(recipe_of(sample), _STEPS, meet), _STEPS)]
+def _operators(how: MeasuringPlan, meet: Callable[[], None]) -> list[OperatorSample]:
+    """Returns the times of all operators but products of two matrices in steps of the sample models."""
     return by_octave(
         [
             OperatorSample(operator.name, dtype_of(operator), work_of(operator), seconds)
-            for operator, seconds in [*_each(tiny, _TINY_STEPS), *timed]
+            for sample in how.samples
+            for operator, seconds in _one_step(recipe_of(sample), meet)
             if not _is_product(operator)
         ]
     )
 
 
-def _each(timed: Sequence[Timed], steps: int) -> list[Timed]:
-    """Returns each operator of a step with its usual time in `steps` steps, which do the same."""
-    count = len(timed) // steps
+def _one_step(recipe: Recipe, meet: Callable[[], None]) -> list[Timed]:
+    """Returns the operators of a step, each with its usual time in several steps, which do the same."""
+    timed = operator_times(recipe, _STEPS, meet)
+    count = len(timed) // _STEPS
     return [(timed[index][0], usual(seconds for _, seconds in timed[index::count])) for index in range(count)]
 
 
-def _between_operators(tiny: Sequence[Timed]) -> float:
-    """Returns the time of a step of the tiny model that is spent outside operators, for each of them: in Python, and in starting
-    them."""
-    inside = [seconds for _, seconds in _each(tiny, _TINY_STEPS)]
-    return max(_LEAST_SECONDS, (usual(step_seconds(recipe_of(_TINY), _TINY_STEPS)) - sum(inside)) / len(inside))
+def _between_operators(how: MeasuringPlan, meet: Callable[[], None]) -> float:
+    """Returns the time of a step that is spent outside operators, for each of them: in Python, and in starting them. The model is
+    so small that this is much of the step, and so large that the processor finds no more in its caches than in other steps."""
+    recipe = recipe_of(how.between)
+    inside = [seconds for _, seconds in _one_step(recipe, meet)]
+    return max(_LEAST_SECONDS, (usual(step_seconds(recipe, 2 * _STEPS, meet)) - sum(inside)) / len(inside))
 
 
 def _is_product(operator: Operator) -> bool:

@@ -70,12 +70,14 @@ def operator_times(recipe: Recipe, steps: int, meet: Callable[[], None] = lambda
     return timer.timed
 
 
-def step_seconds(recipe: Recipe, steps: int) -> list[float]:
-    """Returns the times of `steps` steps of the recipe, run by this rank alone, after a first one."""
+def step_seconds(recipe: Recipe, steps: int, meet: Callable[[], None] = lambda: None) -> list[float]:
+    """Returns the times of `steps` steps of the recipe, run by this rank alone, after a first one. `meet` as in
+    `operator_times`."""
     state = alone(recipe)
     train_step(state, 0)
     seconds = []
     for step in range(1, steps + 1):
+        meet()
         started = time.perf_counter()
         train_step(state, step)
         seconds.append(time.perf_counter() - started)
