@@ -38,8 +38,8 @@ Matrix: TypeAlias = npt.NDArray[np.float64]
 Vector: TypeAlias = npt.NDArray[np.float64]
 
 ALIGNED_BYTES = 16
-"""An NVIDIA chip's matrix units take rows of a multiple of this; others go through its vector units, at the float32 peak.
-https://docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication/ (requirements of Tensor Cores)"""
+"""A kernel for many products at a time on an NVIDIA chip needs rows of a multiple of this for its matrix units. Others go through
+the vector units, at the float32 peak: https://docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication/"""
 TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.91), (128, 64, 0.83), (64, 128, 0.83), (64, 64, 0.77))
 """Rows and columns of the tiles that libraries have, from the most efficient, and their speed."""
 PARTS = (1, 2, 4, 8)
@@ -52,7 +52,7 @@ FUSED_ATTENTION = 0.65
 _UNMEASURED = (
     ShapeEfficiency(8192, 8192, 8192, 0.75),
     ShapeEfficiency(512, 512, 8192, 0.25),
-    ShapeEfficiency(8192, 8192, 256, 0.5),
+    ShapeEfficiency(8192, 8192, 256, 0.62),
 )
 """The table of a chip without one: an estimate."""
 _HALF = ("bfloat16", "float16")
@@ -142,7 +142,7 @@ def _dtype(tensor: TensorType) -> str:
 
 def _aligned(chip: Chip, product: Product) -> bool:
     elements = ALIGNED_BYTES // {"float8": 1, "bfloat16": 2, "float16": 2, "float32": 4}.get(product.dtype, ALIGNED_BYTES)
-    return chip.vendor != "NVIDIA" or product.n % elements == product.k % elements == 0
+    return chip.vendor != "NVIDIA" or product.count == 1 or product.n % elements == product.k % elements == 0
 
 
 def _table(chip: Chip, dtype: str) -> tuple[ShapeEfficiency, ...]:
