@@ -1,0 +1,84 @@
+"""The models of published runs, by name: what a recipe must say of each family beside the sizes that a row gives."""
+
+import re
+from dataclasses import dataclass
+
+
+class Unknown(Exception):
+    """A row that cannot be described, with the reason."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models whose names begin in the same way."""
+
+    pattern: str
+    options: tuple[str, ...] = ()
+    """Overrides of `model.*`; {seq_len} stands for the length of sequences."""
+    tied: bool = False
+    missing: str | None = None
+    """What no recipe can describe; None: nothing."""
+
+
+_GPT = ("model.norm=layer", "model.activation=gelu")
+_LEARNED = ("model.positions=learned", "model.max_positions={seq_len}")
+# ALiBi has no weights, and the kernels of these frameworks add it where they scale or multiply the scores anyway: it costs nothing.
+FAMILIES = (
+    Family(r"gpt[\s_-]?oss", missing="attention sinks and windows (GPT-OSS)"),
+    Family(r"deepseek", missing="latent attention (DeepSeek)"),
+    Family(r"kimi", missing="latent attention (Kimi)"),
+    Family(r"gpt|mt-nlg|megatron|opt\b|opt-", (*_GPT, *_LEARNED), tied=True),
+    Family(r"bloom", (*_GPT, "model.positions=none"), tied=True),
+    Family(r"mpt", (*_GPT, *_LEARNED), tied=True),
+    Family(r"llama[-_ ]?3\.2[-_ ]?[13]b", ("model.rope_theta=500000",), tied=True),
+    Family(r"llama[-_ ]?4", missing="chunked attention and interleaved mixtures (Llama 4)"),
+    Family(r"llama[-_ ]?3", ("model.rope_theta=500000",)),
+    Family(r"llama"),
+    Family(r"mixtral", ("model.rope_theta=1000000",)),
+    Family(r"qwen3[-_ ]?next", missing="linear attention (Qwen3-Next)"),
+    Family(r"qwen3", ("model.rope_theta=1000000", "model.qk_norm=true", "model.head_dim=128")),
+    Family(r"qwen2", missing="biases of query, key and value (Qwen2)"),
+    Family(r"nemotron", missing="the squared ReLU (Nemotron)"),
+    Family(r"gemma", missing="windows of attention and norms after blocks (Gemma)"),
+    Family(r"palm", missing="attention and feed-forward side by side (PaLM)"),
+)
+"""The first pattern that begins a name counts. Where a family is missing from the list, its rows are left out."""
+
+
+def family_of(model: str) -> Family:
+    """Returns the family of a model. Raises Unknown if it has none, or one that no recipe can describe."""
+    for family in FAMILIES:
+        if re.match(family.pattern, model.strip().lower()):
+            if family.missing:
+                raise Unknown(f"the model cannot be described: {family.missing}")
+            return family
+    raise Unknown(f"the architecture of {model or 'a model without a name'} is not known")
+
+
+@dataclass(frozen=True)
+class Framework:
+    """What the software of a run does by default, as its documentation says."""
+
+    pattern: str
+    attention: str
+    """fused: one kernel that keeps no scores (flash attention, arXiv 2205.14135, from 2022-05 on); unfused: two products, the
+    softmax of their scores in one kernel, and dropout, as Megatron-LM did before it."""
+    sequence: bool = False
+    """Whether activations between the tensor-parallel parts are split over the sequence where a row does not say so."""
+    pads_vocabulary: int = 1
+    """The vocabulary is padded to a multiple of this times the tensor degree, and the loss is computed over all of it."""
+
+
+FRAMEWORKS = (
+    Framework(r"megatron-deepspeed|megatron-lm 20(19|20|21|22)|deepspeed", "unfused", pads_vocabulary=128),
+    Framework(r"megatron-bridge|nemo|megatron-core|megatron-lm|primus", "fused", sequence=True, pads_vocabulary=128),
+    Framework(r"composer|torchtitan|fsdp|maxtext", "fused"),
+)
+
+
+def framework_of(name: str) -> Framework:
+    """Returns what is known of a framework. Raises Unknown for one that is not in the list."""
+    for framework in FRAMEWORKS:
+        if re.match(framework.pattern, name.strip().lower()):
+            return framework
+    raise Unknown(f"the framework {name or '(not given)'} is not known")
