@@ -1,7 +1,7 @@
 """Which roles take part in a call: the lanes (comm/clock.py) of the roles of a world."""
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Collection, Iterator, Sequence
+from itertools import combinations, pairwise, product
 
 from bagualu.comm.calls import Communication, Waited
 from bagualu.comm.clock import MESSAGES, Lane, Prices
@@ -107,29 +107,29 @@ class Lanes:
 def _connect(first: list[int], coordinates: Sequence[Sequence[range]], axis: str, layout: Layout) -> None:
     """Gives those classes the same number in `first` whose `coordinates` on the fold lie in the same groups of `axis`. Classes of
     unknown coordinates are connected with all."""
-    holders: dict[int, int] = {}
-    for index, ranges in enumerate(coordinates):
-        for coordinate in (one for one_range in ranges or (range(layout.fold),) for one in one_range):
-            other = holders.setdefault(group_at(axis, coordinate, layout), index)
-            if first[other] != first[index]:
-                old, new = sorted((first[other], first[index]), reverse=True)
-                first[:] = [new if one == old else one for one in first]
-                if not any(first):
-                    return
+    groups = [[_groups(axis, one, layout) for one in ranges or (range(layout.fold),)] for ranges in coordinates]
+    for (one, ours), (other, theirs) in combinations(enumerate(groups), 2):
+        if first[one] != first[other] and any(_meet(*pair) for pair in product(ours, theirs)):
+            old, new = max(first[one], first[other]), min(first[one], first[other])
+            first[:] = [new if number == old else number for number in first]
 
 
-def group_at(axis: str, fold: int, layout: Layout) -> int:
-    """Returns what tells the group of `axis`, an axis within the fold, that has the coordinate `fold` from the others."""
+def _groups(axis: str, coordinates: range, layout: Layout) -> Collection[int]:
+    """Returns the numbers of the groups of `axis`, an axis within the fold, in which these coordinates on the fold lie."""
+    start, step = coordinates.start, coordinates.step
     match axis:
-        case "expert":
-            return fold // layout.expert
-        case "replica":
-            return fold % layout.expert
-        case "context":
-            return fold // layout.context
-        case "data":
-            return fold % layout.context
-    return 0
+        case "replica" | "data":  # every so many-th coordinate, so the numbers repeat
+            apart = layout.expert if axis == "replica" else layout.context
+            return {(start + step * index) % apart for index in range(min(apart, len(coordinates)))}
+        case "expert" | "context":  # so many neighbours
+            together = layout.expert if axis == "expert" else layout.context
+            return range(start // together, coordinates[-1] // together + 1, max(1, step // together))
+    return range(1)
+
+
+def _meet(first: Collection[int], second: Collection[int]) -> bool:
+    few, many = sorted((first, second), key=len)
+    return any(number in many for number in few)
 
 
 def _called(role: Role) -> dict[tuple[str, str, int | None], bool]:
