@@ -51,6 +51,12 @@ def test_a_collective_begins_when_its_last_rank_reaches_it() -> None:
     assert first.exposed == second.exposed == {"fold": 5}
 
 
+def test_the_largest_part_decides_what_a_call_takes() -> None:
+    both = lane("expert", 0, 1)
+    for sizes in ((4, 2), (2, 4)):
+        assert run(*([Compute(at), *call(both, size)] for at, size in enumerate(sizes))).end == 6
+
+
 def test_computation_goes_on_beside_a_call_until_the_rank_waits_for_it() -> None:
     alone = lane("fold", 0)
     for computes, exposed in ((2, 3), (5, 0), (9, 0)):
