@@ -14,7 +14,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from bagualu.comm.clock import COMPUTE, Span
+from bagualu.comm.clock import COMPUTE, StreamSpan
 from bagualu.parallel.pipeline.draw_svg import COLOURS, NAMES, WAITING
 from bagualu.parallel.pipeline.schedules.schedule import PASSES
 from bagualu.parallel.simulation.events import Section
@@ -145,7 +145,7 @@ def _colour_in(section: Section) -> str:
     return COLOURS[section.action.kind] if section.action is not None and section.action.kind in PASSES else _OTHER
 
 
-def _colour_of(span: Span) -> str:
+def _colour_of(span: StreamSpan) -> str:
     return _AXES.get(span.stream.split()[0], _REDUCTIONS)
 
 

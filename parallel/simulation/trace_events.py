@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from bagualu.comm.clock import COMPUTE, MESSAGES, Span
+from bagualu.comm.clock import COMPUTE, MESSAGES, StreamSpan
 from bagualu.parallel.simulation.replay import Replayed, ReplayedRole
 
 TraceEvent: TypeAlias = dict[str, Any]
@@ -49,7 +49,7 @@ def _of_role(process: int, replayed: ReplayedRole) -> Iterator[TraceEvent]:
         yield {"ph": "C", "name": "memory of tensors, bytes", "pid": process, "ts": _microseconds(moment.seconds), "args": by_kind}
 
 
-def _of_span(span: Span, process: int, thread: int) -> Iterator[TraceEvent]:
+def _of_span(span: StreamSpan, process: int, thread: int) -> Iterator[TraceEvent]:
     yield _slice(span.name or "computes", process, thread, span.start, span.end)
     if span.call is not None and span.name in MESSAGES:
         sends = span.name == MESSAGES[0]
