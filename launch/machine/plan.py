@@ -64,7 +64,7 @@ class MeasuringPlan:
     gpu: Grid = _OF_A_GPU
     few: Grid = Grid((256, 1024), (256, 1024))
     """The shapes for dtypes that are not `TRAINED`."""
-    rounds: int = 3
+    rounds: int = 2
     """How often everything is measured; the median counts."""
     product_seconds: float = 0.004
     """The least time for which a product is repeated in a round."""

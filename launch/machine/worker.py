@@ -21,7 +21,7 @@ from bagualu.trainer.recipe.config import Recipe, TrainConfig
 from bagualu.trainer.recipe.device_memory import cpu_bytes
 from bagualu.trainer.simulation.timed import Timed, operator_times, step_seconds
 
-_STEPS = 5
+_STEPS = 4
 """Steps of a sample that are timed."""
 _LEAST_SECONDS = 1e-6
 """Python starts no operator sooner than that."""

@@ -41,9 +41,13 @@ class Bagualu:
         self.log = logs / f"{recipe}-{entry.name}.log"
 
     def measure(self, steps: int) -> Sample:
+        return self.measure_words([f"recipe={self.recipe}", *overrides(self.entry, self.recipe)], steps)
+
+    def measure_words(self, words: list[str], steps: int) -> Sample:
+        """Runs the recipe that `words` give."""
         with tempfile.TemporaryDirectory(prefix="bagualu-bench-") as folder:
-            words = [f"recipe={self.recipe}", f"train.steps={self.warmup + steps}", *overrides(self.entry, self.recipe)]
-            run = train([*words, *self.extra], Path(folder) / "run", self.log, self.entry.threads, self.allocator)
+            words = [*words, f"train.steps={self.warmup + steps}", *self.extra]
+            run = train(words, Path(folder) / "run", self.log, self.entry.threads, self.allocator)
             return sample(run, self.warmup)
 
     def close(self) -> None:
