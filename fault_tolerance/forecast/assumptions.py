@@ -33,7 +33,7 @@ class Assumptions:
         "assumed: cluster files count silent faults among those of the chip. High: 6 of the 419 of Llama 3, found by checks",
     )  # fmt: skip
     exit_seconds: float = _figure(
-        0.1, 0.1, 5.0, "measured: until the launcher sees that a process has ended (ledger of a rehearsal)"
+        0.1, 0.1, 5.0, "measured: the launcher looks ten times a second (ledger of a rehearsal: detection)"
     )  # fmt: skip
     workers_seconds: float = _figure(
         0.4, 0.4, 30.0, _RECOVERY + "; assumed: all nodes start at the same time, as quickly as one"
@@ -60,7 +60,8 @@ class Assumptions:
         1.0e10, 4.0e9, 2.0e10, "measured: tests/bench/checkpoint_load.py, bytes in the page cache, hashed and put into tensors"
     )  # fmt: skip
     replica_bytes_per_second: float = _figure(
-        1.0e9, 2.5e8, 1.0e10, "measured: tests/bench/recovery.py --replication, state of a rank, with a copy on another node"
+        1.0e9, 2.5e8, 1.0e10,
+        "assumed: state of a rank, copied to memory and to another node's; tests/bench/recovery.py --replication measures it",
     )  # fmt: skip
     replica_loss: float = _figure(
         0.01, 0.0, 0.1, "assumed: the fraction of failures that take a node and the next one, so that no replica is left"

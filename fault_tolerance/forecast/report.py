@@ -68,7 +68,7 @@ class FailureReport:
             return
         shares = ", ".join(f"{name} {rate / total:.0%}" for name, rate in rates.items() if rate)
         runs = f"90% of runs {failures.low:.0f} to {failures.high:.0f}"
-        yield f"{failures.mean:.3g} in {span} ({runs}), one every {_span(1 / total)}: {shares}"
+        yield f"{_count(failures.mean)} in {span} ({runs}), one every {_span(1 / total)}: {shares}"
         if self.restart_limit < failures.high:
             yield f"restart.limit={self.restart_limit} would end the launch; give restart.limit={_above(failures.high)}"
 
@@ -88,7 +88,7 @@ class FailureReport:
             return
         flat = "" if best.shortest == best.longest else f"{best.shortest} to {best.longest} cost at most 0.1% more; "
         interval = f"{best.steps} ({_span(best.steps * self.model.step_seconds)})"
-        formulas = f"Young {_steps(best.young)}, Daly {_steps(best.daly)}"
+        formulas = f"Young {_count(best.young)}, Daly {_count(best.daly)}"
         yield f"best checkpoint.every={interval}: {self.at_best.ratio.mean:.1%}; {flat}{formulas}"
 
     def _moved_by(self) -> Iterator[str]:
@@ -107,8 +107,8 @@ def _ratio(estimate: Estimate) -> str:
     return f"{estimate.mean:.1%} (90% of runs {estimate.low:.1%} to {estimate.high:.1%}; the mean +-{estimate.mean_error:.2%})"
 
 
-def _steps(steps: float) -> str:
-    return f"{steps:.3g}" if steps < 1000 else f"{steps:.0f}"
+def _count(number: float) -> str:
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
 
 
 def _above(count: float) -> int:

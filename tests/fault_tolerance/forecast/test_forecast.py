@@ -5,6 +5,7 @@ import json
 import math
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -222,3 +223,10 @@ def test_a_wrong_assumption_is_refused_with_the_fix(key, value, named):
     with pytest.raises(RecipeError, match=named) as refused:
         GIVEN.changed({key: value})
     assert "\n" not in str(refused.value)
+
+
+def test_the_page_lists_every_assumption_with_its_value_and_source():
+    page = (Path(__file__).parents[3] / "docs/design/failures.md").read_text()
+    for entry in fields(Assumptions):
+        low, high, source = (entry.metadata[name] for name in ("low", "high", "source"))
+        assert f"| `{entry.name}` | {entry.default:.3g} | {low:.3g} to {high:.3g} | {source} |" in page, entry.name
