@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.forecast.assumptions import Assumptions
+from bagualu.launch.verbs.usage import FAILURE_KEYS
 from bagualu.trainer.simulation.failures import FailureQuestion
 
 _ASSUME = "assume."
@@ -16,7 +17,7 @@ def split_failure_words(words: Sequence[str]) -> tuple[FailureQuestion, list[str
     others = []
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or not (key in ("days", "spares") or key.startswith(_ASSUME)):
+        if not equals or not (key in FAILURE_KEYS or key.startswith(_ASSUME)):
             others.append(word)
         elif key in own:
             raise RecipeError(f"{word} is the second {key}; give one")

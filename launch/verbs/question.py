@@ -8,11 +8,13 @@ from pathlib import Path
 from bagualu.comm.cluster_file import cluster_names, load_cluster
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Cluster
+from bagualu.launch.verbs.failure_words import split_failure_words
 from bagualu.launch.verbs.usage import SEVERAL, SIMULATE_KEYS, CommandLine
 from bagualu.trainer.costs.fits import check_memory
 from bagualu.trainer.data.corpus import cache_folder
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.simulation.failures import FailureQuestion
 from bagualu.trainer.simulation.setting import in_trained_dtype, on_cluster
 
 _EXAMPLE = "e.g. bagualu simulate recipe=llama3_8b cluster=h100 world=512"
@@ -30,11 +32,13 @@ class Question:
     """How tokens spread over experts, as `loads.read_shares` takes it."""
     out: Path | None
     trace: Path | None
+    failures: FailureQuestion
 
 
 def read_question(request: CommandLine) -> Question:
     """Returns what the words of the command line ask. Raises RecipeError."""
-    own, overrides = split_words(request.overrides, SIMULATE_KEYS)
+    failures, words = split_failure_words(request.overrides)
+    own, overrides = split_words(words, SIMULATE_KEYS)
     for key, example in (("cluster", f"cluster=NAME (one of {', '.join(cluster_names())}, or a .yaml file)"),
                          ("world", "world=N, the number of devices")):  # fmt: skip
         if not own.get(key):
@@ -47,7 +51,7 @@ def read_question(request: CommandLine) -> Question:
     cluster = cluster.for_world(world)
     recipe = on_cluster(recipe, cluster)
     check_memory(in_trained_dtype(recipe), world, None)  # without a device: only whether a split fits parallel.memory_bytes
-    return Question(recipe, cluster, world, own.get("loads", "balanced"), out, trace)
+    return Question(recipe, cluster, world, own.get("loads", "balanced"), out, trace, failures)
 
 
 def split_words(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -10,11 +10,13 @@ from bagualu.launch.verbs.question import read_question
 from bagualu.launch.verbs.usage import CommandLine
 from bagualu.parallel.simulation.trace_events import write_trace
 from bagualu.trainer.process.failure import DONE, REFUSED
+from bagualu.trainer.simulation.failures import failure_report
+from bagualu.trainer.simulation.setting import in_trained_dtype
 
 
 def simulate(request: CommandLine) -> tuple[int, Any]:
-    """Print the prediction of a step, and draw it or write it as a trace if `out` or `trace` is given. Returns the exit code and
-    the object that --json prints. Raises RecipeError.
+    """Print the prediction of a step and of what failures will cost, and draw the step or write it as a trace if `out` or `trace`
+    is given. Returns the exit code and the object that --json prints. Raises RecipeError.
 
     A recipe that does not fit the memory of its devices is predicted too; the exit code is then REFUSED.
     """
@@ -27,8 +29,13 @@ def simulate(request: CommandLine) -> tuple[int, Any]:
     shares = read_shares(question.loads, question.recipe.model) if question.recipe.model.moe.experts else None
     prediction = predict(question.recipe, question.cluster, question.world, shares, wanted)
     files = {"out": question.out, "trace": question.trace}
+    failures = None
+    if prediction.fits:
+        recipe, layout = in_trained_dtype(prediction.recipe), prediction.layout
+        failures = failure_report(recipe, prediction.cluster, layout, prediction.step_seconds, question.failures)
     document = as_document(prediction) | {key: None if path is None else str(path) for key, path in files.items()}
-    report = report_text(prediction)
+    document["failures"] = None if failures is None else failures.document()
+    report = "\n".join([report_text(prediction), *([] if failures is None else ["", *failures.lines()])])
     if not request.json:
         print(report)
     if question.out is not None:

@@ -162,6 +162,9 @@ keys, besides all those of a recipe (bagualu train --cfg job):
   loads             how tokens spread over the experts of a layer: balanced (default); skewed:R, R times the mean for the
                     fullest, and for each other the same fraction of the one before it; or RUN_DIR, as in that run
   train.dtype=float8    for prediction only: products of linear layers take the cluster's float8 peak
+  days              length of the run whose failures are forecast (default 14), if the cluster's file has failure rates
+  spares            nodes that stand by for those that fail; left out: always enough
+  assume.NAME       another figure for that forecast, e.g. assume.repair_hours=6 (docs/design/failures.md lists them)
   out               FILE.png, FILE.svg or FILE.html: draw what each kind of rank does in the step
   trace             FILE.json: the same for https://ui.perfetto.dev
 
@@ -192,7 +195,9 @@ options:
 DOCTOR_KEYS = ("launch.workers", "launch.threads", "launch.affinity", "launch.allocator", "comm.backend", "run.dir", "data.cache")
 SCHEDULE_KEYS = ("name", "stages", "micro_batches", "chunks", "forward", "input", "weight", "message", "out")
 SIMULATE_KEYS = ("cluster", "world", "loads", "out", "trace")
-"""The keys of `bagualu simulate` that are no keys of a recipe."""
+"""The keys of `bagualu simulate` that are no keys of a recipe, besides those of failures."""
+FAILURE_KEYS = ("days", "spares")
+"""The keys about failures, besides assume.NAME."""
 SEVERAL = {
     "train": "add -m to run them one after the other",
     "slurm": "one job takes one value of each key; submit a job for each, or run one after the other here with `bagualu train -m`",
@@ -298,7 +303,7 @@ def unknown_option(option: str, verb: str) -> str:
 
 def _meant_key(name: str, verb: str) -> str | None:
     """Returns the key that was probably meant by the option --NAME; None if no key is like it."""
-    if verb == "simulate" and name in SIMULATE_KEYS:
+    if verb == "simulate" and name in (*SIMULATE_KEYS, *FAILURE_KEYS):
         return name
     if own := {"schedule": SCHEDULE_KEYS, "doctor": DOCTOR_KEYS}.get(verb):
         return next((key for key in own if name in (key, key.rsplit(".", 1)[-1])), None)

@@ -101,6 +101,30 @@ def test_a_model_that_does_not_fit_is_predicted_and_refused_with_what_would_make
     assert predicted(capsys, *words, fix[1])["fits"] is True
 
 
+def test_it_forecasts_what_failures_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    """A rate at which 8 devices fail often."""
+    words = ["days=2", "assume.failure_factor=300", "spares=1", "restart.limit=500"]
+    failures = predicted(capsys, *TINY, *words)["failures"]
+    ratio = failures["effective_training_time_ratio"]
+    assert 0 < ratio["low"] < ratio["mean"] < ratio["high"] < 1
+    assert sum(failures["categories"].values()) == pytest.approx(2 * 86400)
+    assert failures["assumptions"]["failure_factor"]["value"] == 300
+    assert cli.main([*TINY, *words]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^failures \S+ in 2 days ", out, re.MULTILINE)
+    assert f"training {ratio['mean']:.1%} (90% of runs " in out
+    assert max(map(len, out.splitlines())) <= 132
+
+
+def test_a_cluster_that_never_fails_has_no_forecast(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shipped = (Path(__file__).parents[3] / "recipes/cluster/h100.yaml").read_text()
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(shipped.partition("failures_per_device_hour:")[0])
+    words = [*TINY[:2], f"cluster={mine}", "world=8"]
+    assert predicted(capsys, *words)["failures"] is None
+    assert "has no failures_per_device_hour, which a forecast of failures needs" in refused(capsys, *words, "days=3")
+
+
 def test_data_ranks_are_what_the_other_degrees_leave(capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs 4 ranks but the world has 8" in refused(capsys, *TINY, "parallel.data=2")
     assert "8 ranks do not divide" not in refused(capsys, *TINY[:-1], "world=7", "parallel.tensor=3")
@@ -130,6 +154,10 @@ def test_data_ranks_are_what_the_other_degrees_leave(capsys: pytest.CaptureFixtu
         (["cluster=h100", "world=8", "recipe=tiny_dense", "loads=skewed:1.5"], "has no effect on a model without experts"),
         (["cluster=h100", "world=8", "parallel.engine=deepspeed"], "give parallel.engine=native parallel.zero=1"),
         (["cluster=sw26010pro", "world=8", "train.dtype=float8"], "no matmul peak is known for SW26010-Pro; give one of float64"),
+        (["cluster=h100", "world=8", "days=0"], "days=0 must be a number above 0"),
+        (["cluster=h100", "world=8", "spares=-1"], "spares=-1 must be a whole number of nodes, at least 0"),
+        (["cluster=h100", "world=8", "assume.repair_hour=1"], "unknown assumption repair_hour; did you mean repair_hours?"),
+        (["cluster=h100", "world=8", "--days=8"], "keys have no dashes, give days=8"),
         (["cluster=h100", "world=8", "--world=8"], "keys have no dashes, give world=8"),
         (["cluster=h100", "world=8", "-m"], "unknown option -m: one prediction takes one value of each key"),
     ],
