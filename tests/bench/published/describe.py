@@ -48,6 +48,8 @@ LARGEST_DIFFERENCE = 0.05
 class Run:
     """A run as it can be predicted."""
 
+    words: tuple[str, ...]
+    """The overrides of its recipe."""
     recipe: Recipe
     cluster: Cluster
     world: int
@@ -70,7 +72,7 @@ def describe(row: Row) -> Run:
         raise Unknown(f"the recipe is refused: {error}") from error
     _check_parameters(row, recipe)
     stages = (0, recipe.parallel.pipeline - 1) if "first/last stage" in row.text("mem_kind") else None
-    return Run(recipe, cluster, world, _attention(row, framework), stages)
+    return Run(tuple(words), recipe, cluster, world, _attention(row, framework), stages)
 
 
 @lru_cache(1)

@@ -11,7 +11,6 @@ from bagualu.comm.topology import Chip, Cluster
 from bagualu.parallel.simulation.events import Operator, Role
 from bagualu.parallel.simulation.operator_cost import operator_seconds
 from bagualu.parallel.simulation.replay import Replayed, replay
-from bagualu.trainer.recipe.compose import resolved_yaml
 from bagualu.trainer.simulation.roles import trace_world
 from bagualu.trainer.simulation.trace import Traced
 
@@ -69,7 +68,7 @@ class Traces:
         return roles
 
     def _path(self, run: Run, folder: Path) -> Path:
-        text = f"{run.attention} {run.world}\n{resolved_yaml(run.recipe)}"
+        text = " ".join([*run.words, str(run.world), run.attention])
         return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.pickle"
 
 
