@@ -24,7 +24,7 @@ _RUNS_MODULES = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRADIENT)
 _COMPUTES_GRADIENTS = (Kind.BACKWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
 _COMPLETES_GRADIENTS = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
 _IN_FLIGHT = 2
-"""The number of reductions under ZeRO-2 and 3 that may be in progress at the same time. A pass begins at least one."""
+"""The number of reductions under ZeRO-2 and 3 that may be in progress at the same time."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Carried:
     """Weights that stay until the end of the step once they are gathered (ZeRO-3)."""
     reductions: bool = False
     """Reductions of a micro-batch's gradients that have not ended (ZeRO-2 and 3)."""
+    parts: bool = False
+    """Buckets that hold gradients of one stage and wait for those of another stage of the rank (ZeRO-2)."""
 
 
 class Case(NamedTuple):
@@ -62,7 +64,7 @@ def cases(actions: Sequence[Action], placement: StagePlacement, carried: Carried
     labels = _labels(actions)
     around = _around(actions) if carried.gathered else {}
     done: dict[int, frozenset[tuple[Kind, int]]] = {}  # by micro-batch, its passes so far: the last that has a tensor frees it
-    gradients = _gradients(actions, labels, placement.stages - 1, carried.reductions)
+    gradients = _gradients(actions, labels, placement.stages - 1, carried)
     found = []
     for index, (action, label, (state, led)) in enumerate(zip(actions, labels, gradients, strict=True)):
         neighbours = [None if other is None else labels[other] for other in around.get(index, ())]
@@ -134,33 +136,48 @@ def _around(actions: Sequence[Action]) -> dict[int, tuple[int | None, int | None
 
 
 def _gradients(
-    actions: Sequence[Action], labels: Sequence[_Label], last_stage: int, reductions: bool
+    actions: Sequence[Action], labels: Sequence[_Label], last_stage: int, carried: Carried
 ) -> Iterator[tuple[Hashable, set[int]]]:
-    """Yields for each action what of earlier actions determines when it reduces gradients, and their micro-batches. `reductions` as
-    in `Carried`."""
-    recent: list[int] = []  # the passes whose reductions may be in progress
-    deferred: dict[int, list[int]] = {label.stage: [] for label in labels}  # by stage, the micro-batches with an I and no W so far
+    """Yields for each action what of earlier actions determines when it reduces gradients, and their micro-batches."""
+    computes = [action.kind in _COMPUTES_GRADIENTS for action in actions]
+    settles = [
+        action.kind == Kind.FORWARD and action.stage == last_stage for action in actions
+    ]  # the head waits for all reductions
+    # What is computed before a bucket has all gradients of a micro-batch: some of the backward passes of a stage or of all stages.
+    whole = [(action.micro_batch, 0 if carried.parts else action.stage) for action in actions]
+    passes = Counter(key for key, one in zip(whole, computes, strict=True) if one)
+    recent: list[int] = []  # the passes whose reductions may be in progress, or whose gradients a bucket may hold
+    begun: dict[tuple[int, int], list[_Label]] = {}
     complete: set[_Label] = set()
-    for index, (action, label) in enumerate(zip(actions, labels, strict=True)):
-        settles = action.kind == Kind.FORWARD and action.stage == last_stage  # the head waits for all reductions
-        computes = action.kind in _COMPUTES_GRADIENTS
-        if reductions and (settles or computes):
-            counts = tuple(map(len, deferred.values())) if computes else ()
-            led = {actions[earlier].micro_batch for earlier in recent}.union(*deferred.values() if computes else ())
-            yield (tuple(labels[earlier][:2] for earlier in recent), counts), led
+    for index, label in enumerate(labels):
+        if carried.reductions and (settles[index] or computes[index]):
+            parts = Counter(part[:2] for done in begun.values() for part in done)
+            led = {actions[earlier].micro_batch for earlier in recent} | {micro_batch for micro_batch, _ in begun}
+            yield (tuple(labels[earlier][:2] for earlier in recent), frozenset(parts.items())), led
         else:  # buckets are reduced in their order, which may not be that in which they are complete
-            yield frozenset(complete) if computes and label.last else None, set()
-        if settles:
-            recent = []
-        if computes:
-            recent.append(index)
-            completing = [earlier for earlier in recent if actions[earlier].kind in _COMPLETES_GRADIENTS]
-            recent = recent[recent.index(completing[-_IN_FLIGHT]) :] if len(completing) >= _IN_FLIGHT else recent
+            yield frozenset(complete) if computes[index] and label.last else None, set()
+        if settles[index] and not (recent and settles[recent[-1]]):
+            recent = [*recent, index] if carried.parts else []
+        if computes[index]:
+            recent = _from_last_reductions([*recent, index], labels, carried)
             complete |= {label} if label.last else set()
-        if action.kind == Kind.INPUT_GRADIENT:
-            deferred[label.stage].append(action.micro_batch)
-        elif action.kind == Kind.WEIGHT_GRADIENT:
-            deferred[label.stage].remove(action.micro_batch)
+            done = begun.setdefault(whole[index], [])
+            done.append(label)
+            if len(done) == passes[whole[index]]:
+                del begun[whole[index]]
+
+
+def _from_last_reductions(recent: list[int], labels: Sequence[_Label], carried: Carried) -> list[int]:
+    """Returns the end of `recent` in which as many passes complete gradients as reductions may be in progress at the same time and,
+    if buckets wait for several stages, passes of all of them."""
+    missing, completed = {label.stage for label in labels} if carried.parts else set(), 0
+    for count, index in enumerate(reversed(recent), 1):
+        if labels[index].kind in _COMPLETES_GRADIENTS:
+            missing.discard(labels[index].stage)
+            completed += 1
+        if not missing and completed >= _IN_FLIGHT:
+            return recent[-count:]
+    return recent
 
 
 def _outside(sections: Sequence[Section]) -> tuple[list[Section], list[Section]]:

@@ -105,7 +105,7 @@ def _composed(
 def _carried(recipe: Recipe, split: Split) -> Carried:
     """Returns what passes leave to later passes."""
     stage, spare = recipe.parallel.zero_stage, split.forecast.spare_bytes if split.forecast else []
-    return Carried(gathered=stage == 3, kept=stage == 3 and any(spare), reductions=stage >= 2)
+    return Carried(gathered=stage == 3, kept=stage == 3 and any(spare), reductions=stage >= 2, parts=stage == 2)
 
 
 def folds(recipe: Recipe, layout: Layout, how: Traced) -> list[Fold]:

@@ -103,7 +103,7 @@ class Tracer(TorchDispatchMode):
             return []
         factors = [tensor for tensor in factors_of(func, args) if tensor.dtype == torch.bfloat16]
         for factor in factors:
-            key = self._blocks[id(factor.untyped_storage())][0], factor.storage_offset(), factor.numel()
+            key = self._blocks[id(factor.untyped_storage())][0], int(factor.storage_offset()), factor.numel()
             if key not in self._converted:
                 self._converted[key] = len(self.kinds)
                 self.kinds.append(ACTIVATIONS)
