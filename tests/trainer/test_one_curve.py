@@ -218,6 +218,12 @@ def test_recompute_and_host_memory_do_not_matter_to_models_as_published(style: s
     assert_style_trains_the_same_curve("simulated", style, layout, train__recompute=recompute, train__offload_bytes=4000)
 
 
+@pytest.mark.slow
+def test_sixty_four_ranks_of_one_process_train_the_same_curve() -> None:
+    recipe = recipe_for("moe", {"data": 4, "tensor": 4, "pipeline": 4, "expert": 4}, train__micro_batch=1)
+    assert_same(run("simulated", 64, train, recipe, STEPS), [alone("moe")])
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
 @pytest.mark.parametrize(("model", "layout"), BY_MUON, ids=[f"{m}-{name_of(x)}" for m, x in BY_MUON])
 def test_muon_trains_the_same_curve(backend: str, model: str, layout: dict[str, Any]) -> None:
