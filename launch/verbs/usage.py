@@ -46,16 +46,14 @@ recipes:
 
 keys (all of them: --cfg job):
   run.dir                 the run's directory, default runs/NAME
-  train.steps train.micro_batch train.dtype
+  train.steps train.micro_batch train.dtype   checkpoint.every checkpoint.keep checkpoint.async
   data.source             stdlib, random, a text file or a folder of them
   data.validation_fraction  share of the text kept for validation; train.validation_sequences=0 keeps nothing
   data.global_batch       sequences of one optimizer step, over all ranks
-  model.layers model.hidden model.heads model.moe.experts ...
-  parallel.data parallel.tensor parallel.pipeline parallel.expert
+  model.layers model.hidden model.heads model.moe.experts ...   parallel.data parallel.tensor parallel.pipeline ...
   comm.backend            auto (nccl where the workers have GPUs, else gloo), gloo, nccl, or simulated: all ranks as
                           threads of one process
   comm.device=cuda        for simulated: on one GPU, which all ranks share
-  checkpoint.every checkpoint.keep checkpoint.async
   checkpoint.resume=true  continue from the newest checkpoint of run.dir
   restart.limit           how often failed workers are restarted
   restart.elastic=true    continue with a smaller layout when workers are lost for good

@@ -47,7 +47,7 @@ def test_help_lists_every_verb_and_every_recipe(capsys):
     ("words", "fix"),
     [
         (["trian"], "did you mean bagualu train?"),
-        (["recipe=tiny"], "there are train, slurm, rehearse, checkpoint, schedule, doctor"),
+        (["recipe=tiny"], "there are train, slurm, rehearse, checkpoint, schedule, simulate, doctor"),
         (["checkpoint"], "bagualu checkpoint list runs/tiny"),
         (["checkpoint", "list", "/no/such/run"], "/no/such/run/checkpoints does not exist"),
         (["train", "--frobnicate"], "bagualu train --help"),
