@@ -20,7 +20,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Chip, Cluster, ClusterPart, LinkTier, OperatorTime, ShapeEfficiency, Storage
 
 _Read = TypeVar("_Read", Chip, LinkTier, Storage, ShapeEfficiency, OperatorTime)
-_SINGLE = ("chip", "tiers", "start_seconds", "devices", "algorithms", "storage", "failures_per_device_hour")
+_SINGLE = ("chip", "tiers", "start_seconds", "devices", "node_devices", "algorithms", "storage", "failures_per_device_hour")
 _SHARED = ("ranks", "failures_per_device_hour")
 _OF_RANKS = ("chip", "tiers", "start_seconds", "storage")
 _MIXED = ("parts", "joint", "start_seconds", "algorithms", "storage")
@@ -267,6 +267,7 @@ def _part(top: _Section) -> ClusterPart:
         chip=top.section("chip").read(Chip),
         tiers=_tiers(top.filled("tiers")),
         devices=top.whole("devices") if top.gives("devices") else None,
+        node_devices=top.whole("node_devices") if top.gives("node_devices") else None,
         failures_per_device_hour=_failures(top),
     )
 

@@ -114,6 +114,8 @@ class ClusterPart:
     """None: any number."""
     failures_per_device_hour: Mapping[str, float] = field(default_factory=dict)
     """For each component, how often it interrupts a job, per device and hour. Empty: unknown."""
+    node_devices: int | None = None
+    """The number of devices of a machine; None: as many as the innermost tier of links joins."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,12 @@ class Cluster:
         """The number of devices; None: any number."""
         counts = [part.devices for part in self.parts]
         return None if None in counts else sum(count for count in counts if count is not None)
+
+    @property
+    def node_devices(self) -> int:
+        """The number of devices of a machine; of machines that differ, the smallest number."""
+        inner = [part.tiers[0].devices if part.tiers else 1 for part in self.parts]
+        return min(part.node_devices or joined or part.devices or 1 for part, joined in zip(self.parts, inner, strict=True))
 
     def for_world(self, world: int) -> "Cluster":
         """Returns the cluster with exactly `world` devices, of a mixed cluster the same share of each part.
