@@ -6,7 +6,7 @@ innermost tier of links, because they wait for each other several times in every
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd
 from typing import Any
 
@@ -180,6 +180,46 @@ def _divisors(number: int, most: int | None = None) -> list[int]:
     return [divisor for divisor in range(1, min(number, most or number) + 1) if number % divisor == 0]
 
 
+def neighbours(space: SearchSpace, layout: PlannedLayout) -> Iterator[PlannedLayout]:
+    """Yields the layouts that differ from `layout` in one choice, besides what follows from it: the number of data ranks, and where
+    one of the two has no tensor or pipeline axis or a single data rank, what needs one."""
+    own = layout.degrees
+    for of in degrees(space):
+        free = {"sequence"} if of.tensor != own.tensor and 1 in (of.tensor, own.tensor) else set()
+        free |= {"zero"} if 1 in (of.data, own.data) else set()
+        free |= {"schedule"} if of.pipeline != own.pipeline and 1 in (of.pipeline, own.pipeline) else set()
+        if sum(name not in free and getattr(of, name) != getattr(own, name) for name in _CHOICES) > 1:
+            continue
+        for other in layouts(space, of):
+            differs = {name for name in _CHOICES if getattr(of, name) != getattr(own, name)}
+            differs |= {name for name in ("recompute", "zero") if getattr(other, name) != getattr(layout, name)}
+            stages = of.pipeline == own.pipeline and other.virtual_stages != layout.virtual_stages
+            differs |= {"schedule"} if stages or other.schedule != layout.schedule else set()
+            if len(differs - free) == 1:
+                yield _as_unequal(other, layout)
+
+
+_CHOICES = ("tensor", "pipeline", "expert", "micro_batch", "sequence")
+"""The degrees that do not follow from others."""
+
+
+def _as_unequal(other: PlannedLayout, layout: PlannedLayout) -> PlannedLayout:
+    """Returns `other` with the split and the shares of `layout` where these apply to it."""
+    same_stages = (other.degrees.pipeline, other.schedule, other.virtual_stages) == (
+        layout.degrees.pipeline, layout.schedule, layout.virtual_stages,
+    )  # fmt: skip
+    same_data = (other.degrees.data, other.degrees.micro_batch) == (layout.degrees.data, layout.degrees.micro_batch)
+    return replace(
+        other,
+        balance=layout.balance if same_stages else other.balance,
+        shares=layout.shares if same_data and other.degrees.expert == 1 and other.zero in (0, 1) else other.shares,
+    )
+
+
+_LEAN_SCHEDULES = ("1f1b", "v_half")
+"""The schedules that hold fewest activations."""
+
+
 def leanest(space: SearchSpace) -> Iterator[PlannedLayout]:
     """Yields, for each way to divide the model, the layouts that take least memory. If none of them fits, no layout does."""
     smallest: dict[tuple[object, ...], Degrees] = {}
@@ -192,4 +232,5 @@ def leanest(space: SearchSpace) -> Iterator[PlannedLayout]:
         leanest_of: dict[tuple[object, ...], PlannedLayout] = {}
         for layout in layouts(space, of):  # recomputation and ZeRO stages are in ascending order of what they save
             leanest_of[layout.schedule, layout.virtual_stages] = layout
-        yield from leanest_of.values()
+        few = [layout for layout in leanest_of.values() if layout.schedule in _LEAN_SCHEDULES]
+        yield from few or leanest_of.values()

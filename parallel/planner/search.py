@@ -2,18 +2,17 @@
 
 An estimate is cheap, a prediction of memory costs more, and an exact prediction of the step most. So layouts come in the order of
 their estimates, from a heap that also holds degrees whose layouts have not been estimated yet, with a lower bound of their steps.
-Memory is predicted in that order, until enough layouts fit and each value of each key has a layout that shows what it costs. The
-first of those that fit are then predicted exactly, which decides their order.
+Memory is predicted in that order, until enough layouts fit. The first of these are then predicted exactly, which decides their
+order. What other choices cost is seen from layouts that differ from the best in one of them.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
-from bagualu.parallel.planner.layouts import Degrees, PlannedLayout, SearchSpace, degrees, layouts, recomputes
+from bagualu.parallel.planner.layouts import Degrees, PlannedLayout, SearchSpace, degrees, layouts, neighbours, recomputes
 
 Exact = TypeVar("Exact", bound="ExactCost")
 
@@ -109,8 +108,6 @@ class Effort:
     total_seconds: float = 50.0
     """No further layout is predicted exactly if that may end after this time."""
     most_exact: int = 12
-    most_tries: int = 16
-    """The number of layouts with the same value of a key of which memory is predicted in vain, to find one that fits."""
     near: float = 1.25
     """Layouts whose estimate exceeds the least by more than this factor are not predicted exactly."""
 
@@ -124,10 +121,12 @@ def search(space: SearchSpace, costs: Costs[Exact], effort: Effort, now: Callabl
     fitting += [one for layout in fitting[: effort.most_exact] for one in walk.varied(layout.layout) if one.fits]
     fitting.sort(key=lambda one: one.parts.total)
     ranked, too_large = _predicted(fitting, costs, effort, lambda: now() - start)
+    ranked.sort(key=_exact_seconds)
     done = {one.layout for one in ranked}
-    others = {one.layout: one for one in [*walk.seen.values(), *fitting, *too_large] if one.layout not in done}
+    changed = [found for other in neighbours(space, ranked[0].layout) if (found := walk.known(other))] if ranked else []
+    others = {one.layout: one for one in [*walk.seen.values(), *fitting, *changed, *too_large] if one.layout not in done}
     by_estimate = sorted(others.values(), key=lambda one: one.parts.total)
-    return Plan(sorted(ranked, key=_exact_seconds), by_estimate, walk.estimated, walk.complete)
+    return Plan(ranked, by_estimate, walk.estimated, walk.complete)
 
 
 def _predicted(
@@ -166,9 +165,6 @@ class _Walk(Generic[Exact]):
         self._numbers = count()
         self._heap: list[tuple[float, int, Degrees | tuple[PlannedLayout, StepParts]]] = []
         self._fitting = 0
-        self._open = set[Pair]()
-        """The values of which no layout that fits was seen yet, as pairs (key, value)."""
-        self._tries = Counter[Pair]()
         self._too_large: dict[object, list[PlannedLayout]] = {}
         """Layouts that do not fit, by what must be equal for `_needs_as_much`."""
         self._smallest: dict[object, int] = {}
@@ -178,7 +174,7 @@ class _Walk(Generic[Exact]):
 
     def run(self) -> None:
         self._begin()
-        while self._heap and (self._open or not self._enough):
+        while self._heap and not self._enough:
             if self._elapsed() > self._effort.estimate_seconds and self._fitting:
                 self.complete = self.complete and self._enough
                 return
@@ -193,17 +189,24 @@ class _Walk(Generic[Exact]):
     def varied(self, layout: PlannedLayout) -> Iterator[RankedLayout[Exact]]:
         """Yields the variations of a layout with their costs."""
         for other in self._costs.variations(layout):
-            parts, need = self._costs.estimate(other), self._costs.need(other)
-            if parts is not None and need is not None:
-                self.estimated += 1
-                yield RankedLayout(other, parts, need)
+            if (found := self.known(other)) is not None:
+                yield found
+
+    def known(self, layout: PlannedLayout) -> RankedLayout[Exact] | None:
+        """Returns a layout with its costs; None if the recipe cannot run in it."""
+        if layout not in self.seen:
+            parts, need = self._costs.estimate(layout), self._costs.need(layout)
+            if parts is None or need is None:
+                return None
+            self.estimated += 1
+            self.seen[layout] = RankedLayout(layout, parts, need)
+        return self.seen[layout]
 
     @property
     def _enough(self) -> bool:
         return self._fitting >= self._effort.fitting
 
     def _begin(self) -> None:
-        examples: dict[tuple[int, bool], Degrees] = {}
         for of in degrees(self._space):
             if self._elapsed() > self._effort.estimate_seconds / 2:
                 self.complete = False
@@ -211,11 +214,6 @@ class _Walk(Generic[Exact]):
             self._push(self._costs.least_seconds(of), of)
             division = _division(of)
             self._smallest[division] = min(of.micro_batch, self._smallest.get(division, of.micro_batch))
-            self._open |= _pairs(of.values())
-            examples[of.pipeline, of.data > 1] = of
-        for of in examples.values():
-            for layout in layouts(self._space, of):
-                self._open |= _pairs(layout.values())
 
     def _push(self, seconds: float, node: Degrees | tuple[PlannedLayout, StepParts]) -> None:
         heappush(self._heap, (seconds, next(self._numbers), node))
@@ -227,9 +225,7 @@ class _Walk(Generic[Exact]):
                 self._push(parts.total, (candidate, parts))
 
     def _tells(self, layout: PlannedLayout) -> bool:
-        """Returns whether `layout` is worth looking at: it may be among the best, or has a value that none has yet."""
-        if self._enough and self._open.isdisjoint(_pairs(layout.values())):
-            return False
+        """Returns whether `layout` may fit, as far as those tell that were found not to."""
         return not any(_needs_as_much(layout, other) for other in self._too_large.get(_structure(layout), ()))
 
     def _may_fit(self, layout: PlannedLayout) -> bool:
@@ -245,28 +241,13 @@ class _Walk(Generic[Exact]):
 
     def _see(self, layout: PlannedLayout, parts: StepParts) -> bool:
         """Predicts the memory of `layout`; returns whether it fits."""
-        pairs = _pairs(layout.values())
         if layout not in self.seen:
             if (need := self._costs.need(layout)) is None:
                 return False
             self.seen[layout] = RankedLayout(layout, parts, need)
             if not self.seen[layout].fits:
                 self._too_large.setdefault(_structure(layout), []).append(layout)
-        if self.seen[layout].fits:
-            self._open -= pairs
-        elif self._enough:
-            self._tries.update(pairs & self._open)
-            self._open -= {pair for pair in pairs if self._tries[pair] >= self._effort.most_tries}
         return self.seen[layout].fits
-
-
-Pair = tuple[str, str]
-_IMPLIED = ("parallel.data", "parallel.virtual_stages", "parallel.balance", "parallel.shares")
-"""Keys whose values follow from others."""
-
-
-def _pairs(values: Mapping[str, object]) -> set[Pair]:
-    return {(key, str(value)) for key, value in values.items() if key not in _IMPLIED}
 
 
 def _division(of: Degrees) -> object:

@@ -6,7 +6,7 @@ from math import prod
 import pytest
 
 from bagualu.parallel.pipeline.registry import placement_of
-from bagualu.parallel.planner.layouts import MOST_TOKENS, SearchSpace, degrees, layouts, leanest
+from bagualu.parallel.planner.layouts import MOST_TOKENS, Degrees, PlannedLayout, SearchSpace, degrees, layouts, leanest, neighbours
 
 DENSE = SearchSpace(
     world=16, layers=8, widths=(8, 4, 96), experts=0, global_batch=32, sequence_length=64, most_tensor=8, zero_stages=(0, 1, 2, 3)
@@ -125,3 +125,34 @@ def test_the_leanest_layouts_recompute_everything_and_divide_most():
 def test_all_ranks_are_used():
     for of in degrees(MIXTURE):
         assert prod((of.data, of.tensor, of.pipeline)) == MIXTURE.world
+
+
+def test_neighbours_differ_in_one_choice():
+    layout = PlannedLayout(Degrees(4, 2, 2, 2, 2, True), "zb_h1", None, "full", 2)
+    found = list(neighbours(MIXTURE, layout))
+    assert set(found) < set(all_of(MIXTURE))
+    values = layout.values()
+    implied = {"parallel.data", "parallel.virtual_stages"}
+    seen = {}
+    for other in found:
+        keys = {key for key, value in other.values().items() if value != values[key]} - implied
+        if other.degrees.tensor == 1:
+            keys -= {"parallel.sequence"}
+        if other.degrees.pipeline == 1:
+            keys -= {"parallel.schedule"}
+        (key,) = keys
+        seen.setdefault(key, set()).add(other.values()[key])
+    assert seen == {
+        "parallel.tensor": {1, 4}, "parallel.pipeline": {1, 4}, "parallel.expert": {1, 4}, "train.micro_batch": {1, 4, 8},
+        "parallel.sequence": {False}, "parallel.zero": {1, 3},
+        "train.recompute": {"none", "attention", "experts", "every:4", "every:2"},
+        "parallel.schedule": {"1f1b", "interleaved_1f1b", "zb_v", "v_half", "dualpipe_v"},
+    }  # fmt: skip
+
+
+def test_neighbours_keep_an_uneven_split_where_it_applies():
+    layout = PlannedLayout(Degrees(4, 2, 2, 1, 2, True), "1f1b", None, "full", 1, balance=(5, 3))
+    found = list(neighbours(DENSE, layout))
+    for other in found:
+        same = other.degrees.pipeline == 2 and other.schedule == "1f1b"
+        assert other.balance == ((5, 3) if same else "uniform")

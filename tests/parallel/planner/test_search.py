@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from bagualu.parallel.planner.layouts import SearchSpace, degrees, layouts
+from bagualu.parallel.planner.layouts import SearchSpace, degrees, layouts, neighbours
 from bagualu.parallel.planner.search import Effort, Need, StepParts, search, slower_by
 
 SPACE = SearchSpace(
@@ -81,7 +81,7 @@ def test_the_best_layout_that_fits_comes_first():
     assert [one.exact.step_seconds for one in plan.ranked] == sorted(one.exact.step_seconds for one in plan.ranked)
     assert plan.complete
     assert plan.estimated < every / 2
-    assert len(costs.needs) < plan.estimated
+    assert len(costs.needs) < every / 2
     assert len(costs.exacts) <= Effort.most_exact
 
 
@@ -104,15 +104,10 @@ def test_a_layout_that_the_exact_prediction_does_not_fit_is_not_proposed():
     assert any(not one.fits and one.layout.schedule == "1f1b" for one in plan.others)
 
 
-def test_every_value_has_a_layout_that_shows_what_it_costs():
-    costs = MadeUp()
-    plan = search(SPACE, costs, Effort(fitting=3), Clock(0))
-    every = [layout for of in degrees(SPACE) for layout in layouts(SPACE, of)]
-    shown = [*plan.ranked, *plan.others]
-    for key in ("parallel.tensor", "parallel.pipeline", "train.micro_batch", "train.recompute", "parallel.zero"):
-        assert {one.layout.values()[key] for one in shown} == {layout.values()[key] for layout in every}
-    fitting = {one.layout.values()["parallel.tensor"] for one in shown if one.fits}
-    assert fitting == {layout.degrees.tensor for layout in every if costs.bytes(layout) <= costs.limit}
+def test_layouts_that_differ_in_one_choice_show_what_it_costs():
+    plan = search(SPACE, MadeUp(), Effort(fitting=3), Clock(0))
+    best, shown = plan.ranked[0].layout, [one.layout for one in [*plan.ranked, *plan.others]]
+    assert set(neighbours(SPACE, best)) <= set(shown)
 
 
 def test_what_needs_as_much_memory_as_one_that_does_not_fit_is_not_asked_for():
