@@ -238,6 +238,16 @@ class Recipe:
         self._validate_faults(faults)
         return layout
 
+    def tensor_widths(self) -> dict[str, int]:
+        """Returns, by key, the numbers of the model that parallel.tensor must divide."""
+        model = self.model
+        named = {"model.heads": model.heads, "model.kv_heads": model.key_value_heads}
+        if not (model.moe.experts and model.moe.every == 1):
+            named["model.ffn"] = model.ffn
+        if model.moe.experts:
+            named["model.moe.ffn"] = model.moe.ffn
+        return named
+
     def activations(self) -> Activations:
         """Returns what train.recompute and train.offload_bytes mean for this model. Raises RecipeError."""
         mixtures = [self.model.is_moe_layer(layer) for layer in range(self.model.layers)]
@@ -341,12 +351,7 @@ class Recipe:
         if self.model.positions == "alibi" and length > LONGEST_ALIBI:
             raise RecipeError(f"data.sequence_length={length} is more than the {LONGEST_ALIBI} positions that "
                               "model.positions=alibi tells apart; give shorter sequences or other positions")  # fmt: skip
-        model, tensor = self.model, layout.tensor
-        named = {"model.heads": model.heads, "model.kv_heads": model.key_value_heads}
-        if not (model.moe.experts and model.moe.every == 1):
-            named["model.ffn"] = model.ffn
-        if model.moe.experts:
-            named["model.moe.ffn"] = model.moe.ffn
+        model, tensor, named = self.model, layout.tensor, self.tensor_widths()
         common = gcd(*named.values())
         for name, value in named.items():
             if value % tensor:

@@ -1,0 +1,100 @@
+"""Estimates of steps are near what the replay of their whole traces predicts."""
+
+from functools import cache
+
+import pytest
+
+from bagualu.comm.cluster_file import load_cluster
+from bagualu.parallel.planner.layouts import Degrees, PlannedLayout, degrees, layouts
+from bagualu.parallel.simulation.operator_cost import operator_seconds
+from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.simulation.estimate import StepEstimator
+from bagualu.trainer.simulation.layout_costs import LayoutCosts
+from bagualu.trainer.simulation.passes import Division, LayerKind, LayerTraces
+from bagualu.trainer.simulation.predict import predict
+from bagualu.trainer.simulation.search_space import plannable, search_space
+from bagualu.trainer.simulation.trace import Traced
+
+SIZES = ["model.layers=8", "model.hidden=2048", "model.heads=16", "model.kv_heads=16", "model.vocab=32000", "train.dtype=bfloat16"]
+SHAPE = [*SIZES, "data.source=random", "data.sequence_length=4096", "data.global_batch=32"]
+DENSE = ["recipe=tiny_dense", *SHAPE, "model.ffn=8192"]
+MIXTURE = ["recipe=moe_tiny", *SHAPE, "model.ffn=8192", "model.moe.experts=8", "model.moe.ffn=2048"]
+
+
+@cache
+def costs_of(words: tuple[str, ...], world: int, cluster: str = "h100") -> LayoutCosts:
+    sized = load_cluster(cluster).for_world(world)
+    recipe = plannable(compose(list(words)), sized, [])
+    estimator = StepEstimator(recipe, sized, world, LayerTraces(recipe, Traced()), operator_seconds)
+    return LayoutCosts(recipe, estimator, lambda other: predict(other, sized, world))
+
+
+def layout(data, tensor=1, pipeline=1, expert=1, micro_batch=1, schedule="1f1b", stages=None, recompute="none", zero=1):
+    return PlannedLayout(Degrees(data, tensor, pipeline, expert, micro_batch, tensor > 1), schedule, stages, recompute, zero)
+
+
+@pytest.mark.parametrize(
+    ("words", "one"),
+    [
+        (DENSE, layout(8, 2, recompute="attention")),
+        (DENSE, layout(4, 2, 2, micro_batch=2)),
+        (DENSE, layout(4, pipeline=4, schedule="zb_v", recompute="full")),
+        (DENSE, layout(16, zero=3)),
+        (DENSE, layout(8, pipeline=2, schedule="interleaved_1f1b", stages=2, zero=2)),
+        (MIXTURE, layout(8, 2, expert=4, recompute="experts")),
+        (MIXTURE, layout(8, pipeline=2, expert=2, schedule="zb_h1")),
+    ],
+)
+def test_an_estimate_is_near_the_prediction(words, one):
+    costs = costs_of(tuple(words), 16)
+    exact, need = costs.exact(one)
+    assert costs.estimate(one).total == pytest.approx(exact.step_seconds, rel=0.12)
+    assert costs.need(one).bytes == pytest.approx(need.bytes, rel=0.12)
+
+
+def test_no_layout_is_estimated_to_take_less_than_the_bound_of_its_degrees():
+    costs = costs_of(tuple(DENSE), 16)
+    space = search_space(costs.recipe, load_cluster("h100").for_world(16), 16, [])
+    for of in [one for one in degrees(space) if one.micro_batch == 1 and one.tensor <= 2][::3]:
+        least = costs.least_seconds(of)
+        assert all(costs.estimate(one).total >= least * (1 - 1e-9) for one in layouts(space, of))
+
+
+def test_layers_are_traced_once_for_each_way_to_divide_them():
+    recipe = costs_of(tuple(DENSE), 16).recipe
+    traces = LayerTraces(recipe, Traced())
+    division = Division(tensor=2, expert=1, sequence=True, micro_batch=1)
+    assert traces.of(division, LayerKind.DENSE) is traces.of(division, LayerKind.DENSE)
+    again = traces.of(Division(2, 1, True, 1, "full"), LayerKind.DENSE)
+    assert again is not traces.of(division, LayerKind.DENSE)
+    last = traces.of(division, LayerKind.LAST)
+    assert last is traces.of(Division(2, 1, True, 4, "full"), LayerKind.LAST)
+    assert last.besides is LayerKind.DENSE
+
+
+def test_recomputation_adds_what_is_computed_again():
+    costs = costs_of(tuple(DENSE), 16)
+    steps = {part: costs.estimate(layout(16, recompute=part)) for part in ("none", "attention", "every:2", "full")}
+    assert steps["none"].seconds["recomputation"] == 0
+    assert 0 < steps["attention"].seconds["recomputation"] < steps["full"].seconds["recomputation"]
+    assert steps["every:2"].seconds["recomputation"] == pytest.approx(steps["full"].seconds["recomputation"] / 2)
+
+
+def test_slower_chips_get_fewer_layers_and_fewer_micro_batches():
+    costs = costs_of((*DENSE, "data.global_batch=64"), 16, "mixed_h100_a100")
+    (split,) = costs.variations(layout(4, 2, 2))
+    assert sum(split.balance) == 8
+    assert split.balance[0] > split.balance[1]  # the first ranks are the H100
+    assert costs.estimate(split).total < costs.estimate(layout(4, 2, 2)).total
+    (shared,) = costs.variations(layout(8, 2))
+    assert sum(shared.shares) == 64
+    assert min(shared.shares[:4]) > max(shared.shares[4:])
+    assert costs.estimate(shared).total < costs.estimate(layout(8, 2)).total
+    assert costs.exact(shared)[0].step_seconds < costs.exact(layout(8, 2))[0].step_seconds
+
+
+def test_layers_are_divided_unevenly_where_the_head_weighs_much():
+    heavy = costs_of((*DENSE, "model.vocab=256000", "model.layers=12"), 16)
+    (split,) = heavy.variations(layout(4, pipeline=4))
+    assert split.balance[-1] < split.balance[1]
+    assert heavy.estimate(split).total < heavy.estimate(layout(4, pipeline=4)).total

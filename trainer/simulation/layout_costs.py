@@ -1,0 +1,134 @@
+"""What layouts of a recipe cost on a cluster, for the search of parallel/planner: estimates, memory and exact predictions."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.topology import Cluster
+from bagualu.parallel.balance.replicas import shares
+from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
+from bagualu.parallel.balance.stages.partition import GaveUp, solve
+from bagualu.parallel.balance.stages.problem import Problem
+from bagualu.parallel.layout import StagePlacement
+from bagualu.parallel.pipeline.registry import compute_schedule, placement_of
+from bagualu.parallel.planner.layouts import Degrees, PlannedLayout
+from bagualu.parallel.planner.search import Need, StepParts
+from bagualu.trainer.costs.fits import memories
+from bagualu.trainer.recipe.changed import changed
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.simulation.estimate import Block, StepEstimator
+from bagualu.trainer.simulation.passes import Division, LayerKind, LayerPasses
+from bagualu.trainer.simulation.predict import Prediction
+from bagualu.trainer.simulation.setting import in_trained_dtype
+
+_ALIKE = 0.02
+"""Layers are divided unevenly only if the slowest rank of an even division takes longer than the mean by more than this part."""
+_WORK = 20_000
+"""The choices that a search for a division may examine (partition.py), a tenth of those at the start of a run."""
+
+
+class LayoutCosts:
+    """The `Costs` of one recipe on one cluster, which has as many devices as the world."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        estimator: StepEstimator,
+        predict: Callable[[Recipe], Prediction],
+        choosable: Sequence[str] = ("parallel.balance", "parallel.shares"),
+    ) -> None:
+        """`choosable`: those of the two keys that `variations` may choose."""
+        self.recipe, self.refusal = recipe, ""
+        self._estimator, self._predict, self._choosable = estimator, predict, choosable
+        self._splits: dict[object, tuple[int, ...] | None] = {}
+
+    def recipe_of(self, layout: PlannedLayout) -> Recipe:
+        """Returns the recipe in this layout."""
+        return changed(self.recipe, layout.values())
+
+    def least_seconds(self, of: Degrees) -> float:
+        return self._estimator.least_seconds(of)
+
+    def estimate(self, layout: PlannedLayout) -> StepParts:
+        return self._estimator.estimate(layout)
+
+    def need(self, layout: PlannedLayout) -> Need | None:
+        recipe = in_trained_dtype(self.recipe_of(layout))
+        try:
+            found = memories(recipe, recipe.validate(self._estimator.world))
+        except RecipeError as error:
+            self.refusal = str(error)
+            return None
+        totals = [sum(memory.values()) for memory in found]
+        blocks = self._estimator.blocks(layout.degrees.pipeline)
+        excess = max(total - block.memory_bytes for total, block in zip(totals, blocks, strict=True))
+        return Need(max(totals), excess)
+
+    def variations(self, layout: PlannedLayout) -> Iterator[PlannedLayout]:
+        placement = placement_of(layout.schedule, layout.degrees.pipeline, layout.virtual_stages)
+        if placement.ranks > 1 and layout.balance == "uniform" and "parallel.balance" in self._choosable:
+            if split := self._split(layout, placement):
+                yield replace(layout, balance=split)
+        elif placement.ranks == 1 and layout.shares is None and "parallel.shares" in self._choosable:
+            yield from self._shared(layout)
+
+    def exact(self, layout: PlannedLayout) -> tuple[Prediction, Need]:
+        prediction = self._predict(self.recipe_of(layout))
+        fullest = prediction.fullest
+        return prediction, Need(fullest.peak.bytes, -fullest.spare_bytes)
+
+    def _split(self, layout: PlannedLayout, placement: StagePlacement) -> tuple[int, ...] | None:
+        """Returns numbers of layers per stage with which the slowest rank takes less time; None if an even division is as good."""
+        blocks = self._estimator.blocks(placement.ranks)
+        seconds = [rank.total for rank in self._estimator.rank_passes(layout, placement, blocks)]
+        if max(seconds) <= (1 + _ALIKE) * sum(seconds) / len(seconds):
+            return None
+        key = placement, Division.of(layout.degrees), layout.recompute
+        if key not in self._splits:
+            self._splits[key] = self._solved(layout, placement, blocks)
+        return self._splits[key]
+
+    def _solved(self, layout: PlannedLayout, placement: StagePlacement, blocks: Sequence[Block]) -> tuple[int, ...] | None:
+        table = self._table(layout, blocks[0])
+        layers = [self._layer_seconds(layout, block) for block in blocks]
+        speeds = [layers[0] / each for each in layers]
+        schedule = compute_schedule(layout.schedule, placement.ranks, 1, layout.virtual_stages)
+        try:
+            solution = solve(Problem(table, schedule, speeds, None), _WORK)
+        except GaveUp:
+            return None
+        return tuple(stop - start for start, stop in solution.pieces) if solution else None
+
+    def _layer_seconds(self, layout: PlannedLayout, block: Block) -> float:
+        """Returns the seconds of all layers for a micro-batch on the chips of `block`."""
+        return sum(self._layers(layout, block)[layer].total for layer in range(self.recipe.model.layers))
+
+    def _layers(self, layout: PlannedLayout, block: Block) -> list[LayerPasses]:
+        kinds = [
+            LayerKind.MIXTURE if self.recipe.model.is_moe_layer(i) else LayerKind.DENSE for i in range(self.recipe.model.layers)
+        ]
+        parts = self._estimator.recomputed(layout.recompute)
+        divisions = [Division.of(layout.degrees, part) for part in parts]
+        return [self._estimator.passes(block, *both) for both in zip(divisions, kinds, strict=True)]
+
+    def _table(self, layout: PlannedLayout, block: Block) -> CostTable:
+        """Returns the times of all layers on the chips of `block`, recomputation included."""
+        ends = [self._estimator.passes(block, Division.of(layout.degrees), unit) for unit in (LayerKind.FIRST, LayerKind.LAST)]
+        embedding, head = (_cost(name, passes) for name, passes in zip(("embedding", "head"), ends, strict=True))
+        layers = [_cost(f"layer {i}", passes) for i, passes in enumerate(self._layers(layout, block))]
+        return CostTable(embedding, layers, head, "traces of single layers")
+
+    def _shared(self, layout: PlannedLayout) -> Iterator[PlannedLayout]:
+        """Yields the layout with micro-batches for each data rank in proportion to the speed of its chips, if they differ."""
+        of = layout.degrees
+        cluster: Cluster = self._estimator.cluster
+        if len(cluster.parts) == 1 or of.data == 1 or of.expert > 1 or self._estimator.zero(layout) > 1:
+            return
+        seconds = [self._layer_seconds(layout, self._estimator.block(d * of.tensor, (d + 1) * of.tensor)) for d in range(of.data)]
+        micro_batches = self.recipe.data.global_batch // of.micro_batch
+        if len(set(seconds)) > 1 and micro_batches >= of.data:
+            yield replace(layout, shares=tuple(shares(micro_batches, [1 / each for each in seconds])))
+
+
+def _cost(name: str, passes: LayerPasses) -> LayerCost:
+    return LayerCost(name, passes.forward.total, passes.input_gradient.total, passes.weight_gradient.total)

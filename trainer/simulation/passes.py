@@ -1,0 +1,196 @@
+"""What the passes of single layers cost a rank, from traces of models of a few layers.
+
+A plan compares thousands of layouts, of which few can be traced as a whole. But the passes of a layer depend only on how it is
+divided, so a stage with one layer is traced instead, once for each way to divide it. The first and the last stage also hold the
+embedding and the head, whose passes are what these stages do besides their layer. The three stages are those of a pipeline with a
+schedule that splits backward passes, so the trace tells the gradient of the input from that of the weights.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from functools import cached_property
+
+from bagualu.comm.calls import Communication, Pending, Waited
+from bagualu.parallel.pipeline.schedules.schedule import Kind
+from bagualu.parallel.planner.layouts import Degrees
+from bagualu.parallel.simulation.events import Event, Operator
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.simulation.trace import Traced, trace
+
+_STAGES = 3
+_SCHEDULE = "zb_h1"
+_MICRO_BATCHES, _TAKEN = 2, 1
+"""The number of micro-batches, and that whose passes are taken: not the first, which does not add to gradients."""
+PASS_KINDS = (Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """What a pass takes on a chip."""
+
+    seconds: float = 0.0
+    """Of its kernels."""
+    waits: Mapping[str, float] = field(default_factory=dict)
+    """The seconds in which it waits for communication, by mesh axis."""
+
+    @cached_property
+    def total(self) -> float:
+        return self.seconds + sum(self.waits.values())
+
+    def times(self, factor: int) -> "PassCost":
+        return PassCost(factor * self.seconds, {axis: factor * seconds for axis, seconds in self.waits.items()})
+
+    def less(self, other: "PassCost") -> "PassCost":
+        """Returns what is left without `other`, nothing below 0."""
+        waits = {axis: max(0.0, seconds - other.waits.get(axis, 0.0)) for axis, seconds in self.waits.items()}
+        return PassCost(max(0.0, self.seconds - other.seconds), waits)
+
+
+@dataclass(frozen=True)
+class LayerPasses:
+    """The passes of a layer for a micro-batch."""
+
+    forward: PassCost
+    input_gradient: PassCost
+    weight_gradient: PassCost
+
+    def times(self, factor: int) -> "LayerPasses":
+        return LayerPasses(*(one.times(factor) for one in (self.forward, self.input_gradient, self.weight_gradient)))
+
+    def less(self, other: "LayerPasses") -> "LayerPasses":
+        return LayerPasses(
+            self.forward.less(other.forward),
+            self.input_gradient.less(other.input_gradient),
+            self.weight_gradient.less(other.weight_gradient),
+        )
+
+    @cached_property
+    def total(self) -> float:
+        return self.forward.total + self.input_gradient.total + self.weight_gradient.total
+
+    @cached_property
+    def seconds(self) -> float:
+        """Of the kernels of all three."""
+        return self.forward.seconds + self.input_gradient.seconds + self.weight_gradient.seconds
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a layer is divided, and what its backward pass computes again: all that its passes depend on."""
+
+    tensor: int
+    expert: int
+    sequence: bool
+    micro_batch: int
+    recompute: str = "none"
+
+    @staticmethod
+    def of(degrees: Degrees, recompute: str = "none") -> "Division":
+        return Division(degrees.tensor, degrees.expert, degrees.sequence, degrees.micro_batch, recompute)
+
+
+class LayerKind(Enum):
+    """What a stage consists of."""
+
+    DENSE = "a dense layer"
+    MIXTURE = "a layer with a mixture of experts"
+    FIRST = "the embedding"
+    LAST = "the last norm and the head, with the loss"
+
+
+@dataclass(frozen=True)
+class KindTrace:
+    """What a stage with a unit does."""
+
+    passes: Mapping[Kind, Sequence[Event]]
+    """The events of its passes for a micro-batch."""
+    update_bytes: int
+    """Bytes that the kernels after the passes read and write: for the norm of its gradients and the update of its weights."""
+    besides: LayerKind | None
+    """The layer that the stage holds besides the unit; None: none."""
+
+
+class LayerTraces:
+    """Traces the layers of a recipe's model, each only once for each division."""
+
+    def __init__(self, recipe: Recipe, how: Traced) -> None:
+        self._recipe, self._how = recipe, how
+        self._known: dict[tuple[Division, LayerKind], KindTrace] = {}
+
+    def of(self, division: Division, unit: LayerKind) -> KindTrace:
+        """Returns the trace of a stage with `unit`; of the embedding and the head without recomputation and division of experts,
+        and for a single sequence."""
+        if unit in (LayerKind.FIRST, LayerKind.LAST):
+            division = replace(division, recompute="none", expert=1, micro_batch=1)
+        if (division, unit) not in self._known:
+            self._known[division, unit] = self._trace(division, unit)
+        return self._known[division, unit]
+
+    def _trace(self, division: Division, unit: LayerKind) -> KindTrace:
+        counts, stage = self._stages(unit)
+        small = self._small(division, counts)
+        ranks = division.expert * division.tensor
+        traced = trace(small, len(counts) * ranks, stage * ranks, self._how)
+        passes: dict[Kind, list[Event]] = {kind: [] for kind in PASS_KINDS}
+        last = max(index for index, section in enumerate(traced.sections) if section.action is not None)
+        for section in traced.sections:
+            if section.action is not None and section.action.kind in passes and section.action.micro_batch == _TAKEN:
+                passes[section.action.kind] += section.events
+        after = [event for section in traced.sections[last + 1 :] for event in section.events if isinstance(event, Operator)]
+        update_bytes = sum(operator.read_bytes + operator.written_bytes for operator in after)
+        layer = {LayerKind.FIRST: 0, LayerKind.LAST: sum(counts) - 1}.get(unit)
+        mixture = layer is not None and small.model.is_moe_layer(layer)
+        return KindTrace(passes, update_bytes, None if layer is None else LayerKind.MIXTURE if mixture else LayerKind.DENSE)
+
+    def _stages(self, unit: LayerKind) -> tuple[list[int], int]:
+        """Returns the numbers of layers of the stages of a small model, and the stage that holds `unit` and a layer, or that is
+        `unit`."""
+        moe = self._recipe.model.moe
+        if unit in (LayerKind.FIRST, LayerKind.LAST):
+            return [1, max(1, moe.every - 2), 1], 0 if unit is LayerKind.FIRST else _STAGES - 1
+        layer = next(i for i in range(1, moe.every + 2) if self._recipe.model.is_moe_layer(i) == (unit is LayerKind.MIXTURE))
+        return [layer, 1, max(1, moe.every - layer - 1)], 1
+
+    def _small(self, division: Division, counts: list[int]) -> Recipe:
+        """Returns the recipe of a model whose stages have `counts` layers."""
+        recipe = self._recipe
+        parallel = replace(
+            recipe.parallel, data=division.expert, tensor=division.tensor, pipeline=len(counts), expert=division.expert,
+            sequence=division.sequence, schedule=_SCHEDULE, virtual_stages=None, balance=counts, speeds=None, shares=None,
+            memory_bytes=None, zero=1, engine="native", shard=None,
+        )  # fmt: skip
+        return replace(
+            recipe,
+            model=replace(recipe.model, layers=sum(counts)),
+            parallel=parallel,
+            train=replace(recipe.train, micro_batch=division.micro_batch, recompute=division.recompute),
+            data=replace(recipe.data, global_batch=division.expert * _MICRO_BATCHES * division.micro_batch),
+            optim=replace(recipe.optim, groups=[]),
+            launch=replace(recipe.launch, workers=None, nodes=1),
+            faults=[],
+        )
+
+
+def pass_cost(
+    events: Iterable[Event], operator_seconds: Callable[[Operator], float], call_seconds: Callable[[Communication], float]
+) -> PassCost:
+    """Returns the cost of a pass in which communications of the same axis follow each other and run beside the kernels until the
+    rank waits for them."""
+    now = kernels = 0.0
+    pending, free, waits = Pending[float](), Counter[str](), Counter[str]()
+    for event in events:
+        if isinstance(event, Operator):
+            seconds = operator_seconds(event)
+            now, kernels = now + seconds, kernels + seconds
+        elif isinstance(event, Communication):
+            free[event.group] = max(now, free[event.group]) + call_seconds(event)  # type: ignore[assignment]
+            pending.begin(event, free[event.group])
+        elif isinstance(event, Waited):
+            with suppress(LookupError):  # of a call that another pass began
+                end = pending.end(event)
+                waits[event.group] += max(0.0, end - now)  # type: ignore[assignment]
+                now = max(now, end)
+    return PassCost(kernels, dict(waits))
