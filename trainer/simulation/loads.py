@@ -6,10 +6,11 @@ Shapes: E experts, all those of a layer.
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -76,22 +77,31 @@ def read_shares(text: str, model: ModelConfig) -> Shares:
     return skewed(experts, ratio)
 
 
-def by_layer(shares: Shares | None, model: ModelConfig) -> dict[int, list[float]]:
-    """Returns the shares of each mixture layer; None: equal shares."""
+def by_layer(shares: Shares | None, model: ModelConfig) -> dict[int, Sequence[float]]:
+    """Returns the shares of each mixture layer; None: equal shares. Layers with the same shares have the same object."""
     layers = [layer for layer in range(model.layers) if model.is_moe_layer(layer)]
     if isinstance(shares, Mapping):
-        return {layer: list(shares[layer]) for layer in layers}
-    return {layer: list(shares or balanced(model.moe.experts)) for layer in layers}
+        return {layer: shares[layer] for layer in layers}
+    return dict.fromkeys(layers, shares or balanced(model.moe.experts)) if layers else {}
 
 
-def in_classes(shares: Mapping[int, Sequence[float]], ranks: int) -> dict[int, list[float]]:
+def distinct(shares: Mapping[int, Sequence[float]]) -> dict[int, Sequence[float]]:
+    """Returns the different objects among `shares`, by their id."""
+    return {id(one): one for one in shares.values()}
+
+
+def in_classes(shares: Mapping[int, Sequence[float]], ranks: int) -> dict[int, Sequence[float]]:
     """Returns shares with which the experts of at most MOST_CLASSES of `ranks` expert ranks differ.
 
     If more of them differ, those of each layer are sorted by their load. The fullest, for which all wait, keeps its own; the others
     get the mean of a group of neighbours.
     """
-    ranks_differ = len({tuple(tuple(_of_rank(one, rank, ranks)) for one in shares.values()) for rank in range(ranks)})
-    return {layer: _in_classes(one, ranks) if ranks_differ > MOST_CLASSES else list(one) for layer, one in shares.items()}
+    found = distinct(shares)
+    ranks_differ = len({tuple(tuple(_of_rank(one, rank, ranks)) for one in found.values()) for rank in range(ranks)})
+    if ranks_differ <= MOST_CLASSES:
+        return dict(shares)
+    classed = {key: _in_classes(one, ranks) for key, one in found.items()}
+    return {layer: classed[id(one)] for layer, one in shares.items()}
 
 
 def _of_rank(shares: Sequence[float], rank: int, ranks: int) -> Sequence[float]:
@@ -109,8 +119,9 @@ def _in_classes(shares: Sequence[float], ranks: int) -> list[float]:
 
 def divide(rows: int, shares: Sequence[float]) -> list[int]:
     """Returns whole numbers that sum to `rows`, each less than 1 away from its share of them."""
-    ends = [round(end * rows / sum(shares)) for end in accumulate(shares)]
-    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    ends = np.cumsum(shares)
+    counts: list[int] = np.diff(np.rint(ends * rows / ends[-1]), prepend=0.0).astype(np.int64).tolist()
+    return counts
 
 
 class GivenLoads(Loads):
@@ -118,6 +129,7 @@ class GivenLoads(Loads):
 
     def __init__(self, shares: Sequence[float]) -> None:
         self._shares = shares
+        self._known: dict[tuple[int, int, int], tuple[list[int], list[int], list[int]]] = {}
 
     def of_experts(self, counts: torch.Tensor, rows: int) -> list[int]:
         return divide(rows, self._shares)
@@ -125,17 +137,21 @@ class GivenLoads(Loads):
     def exchanged(
         self, counts: torch.Tensor, arriving: torch.Tensor, rows: int, group: Group
     ) -> tuple[list[int], list[int], list[int]]:
+        """Of few rows for many ranks, each rank sends to some ranks only; what a rank receives is what it receives on average."""
         super().exchanged(counts, arriving, rows, group)  # the kernels that count rows are part of the step
-        by_expert = divide(rows, self._shares)
-        own = len(by_expert) // group.size
-        sent = [sum(by_expert[position * own : (position + 1) * own]) for position in range(group.size)]
-        here = by_expert[group.rank * own : (group.rank + 1) * own]
-        return sent, [sent[group.rank]] * group.size, [rows * group.size for rows in here]
+        key = rows, group.rank, group.size
+        if key not in self._known:
+            own = len(self._shares) // group.size
+            sent = np.reshape(divide(rows, self._shares), (group.size, own)).sum(1).tolist()
+            here = divide(rows * group.size, self._shares)[group.rank * own : (group.rank + 1) * own]
+            self._known[key] = sent, divide(sum(here), [1.0] * group.size), here
+        return self._known[key]
 
 
 def give(model: nn.Module, shares: Mapping[int, Sequence[float]]) -> None:
     """Makes the mixtures of the layers of `model` take these shares instead of reading their router's choice."""
-    loads = {layer: GivenLoads(of_layer) for layer, of_layer in shares.items()}
+    given = {key: GivenLoads(one) for key, one in distinct(shares).items()}
+    loads = {layer: given[id(one)] for layer, one in shares.items()}
     for name, module in model.named_modules():
         layer = _LAYER.match(name)
         for held in vars(module).values():

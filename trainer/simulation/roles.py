@@ -20,7 +20,7 @@ from bagualu.parallel.simulation.events import RankTrace, Role
 from bagualu.trainer.costs.plan_split import plan_split
 from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.loads import by_layer, in_classes
+from bagualu.trainer.simulation.loads import by_layer, distinct, in_classes
 from bagualu.trainer.simulation.trace import Traced, in_float8, schedule_of, trace, traceable
 
 Part: TypeAlias = "tuple[object, ...]"
@@ -112,7 +112,7 @@ def folds(recipe: Recipe, layout: Layout, how: Traced) -> list[Fold]:
     """Returns the classes of ranks of the fold that differ in their work."""
     declared = recipe.declared_shares(layout)
     assert declared is not None, "traceable refuses measured shares"
-    own, shares = recipe.model.moe.experts // layout.expert, by_layer(how.shares, recipe.model)
+    own, shares = recipe.model.moe.experts // layout.expert, distinct(by_layer(how.shares, recipe.model))
     experts: dict[Hashable, list[int]] = {}
     for expert in range(layout.expert):
         here = tuple(tuple(of_layer[expert * own : (expert + 1) * own]) for of_layer in shares.values())
@@ -134,7 +134,7 @@ def parts(recipe: Recipe, placement: StagePlacement, split: Split, how: Traced) 
     their experts, what they compute again, whether it is the first or the last, and in which directions its messages go; and the
     bytes of gathered weights that the rank may keep."""
     model, spare = recipe.model, split.forecast.spare_bytes if split.forecast else []
-    shares = {layer: tuple(of_layer) for layer, of_layer in by_layer(how.shares, model).items()}
+    shares = {layer: id(of_layer) for layer, of_layer in by_layer(how.shares, model).items()}
     for rank in range(placement.ranks):
         stages = placement.stages_of(rank)
         layers = tuple(

@@ -2,8 +2,11 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,7 +14,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.run import train
-from bagualu.trainer.simulation.loads import MOST_CLASSES, by_layer, divide, in_classes, read_shares, skewed
+from bagualu.trainer.simulation.loads import MOST_CLASSES, GivenLoads, balanced, by_layer, divide, in_classes, read_shares, skewed
 from tests.harness import run
 
 MODEL = ModelConfig(layers=4, moe=MoEConfig(experts=64, top_k=2, ffn=32, every=2))
@@ -30,6 +33,30 @@ def test_the_fullest_of_skewed_experts_has_the_given_times_the_mean(experts: int
 def test_rows_are_divided_into_whole_numbers() -> None:
     assert divide(10, [0.5, 0.25, 0.25]) == [5, 3, 2]
     assert sum(divide(1001, skewed(64, 17))) == 1001
+
+
+@pytest.mark.parametrize("rank", [0, 1, 999])
+def test_a_rank_receives_its_share_of_few_rows_of_many_ranks(rank: int) -> None:
+    """Each of 1,000 ranks sends 32 rows, which cannot be spread over 1,000 experts."""
+    counts = torch.empty(0)
+    sent, received, here = GivenLoads(balanced(1000)).exchanged(counts, counts, 32, group_of(rank, 1000))
+    assert (sum(sent), sum(received), here) == (32, 32, [32])
+    assert (len(sent), len(received), max(received)) == (1000, 1000, 1)
+
+
+def test_rows_that_are_sent_are_received() -> None:
+    shares, size = skewed(8, 3), 4
+    loads, counts = GivenLoads(shares), torch.empty(0)
+    exchanged = [loads.exchanged(counts, counts, 1000, group_of(rank, size)) for rank in range(size)]
+    assert sum(sum(received) for _, received, _ in exchanged) == sum(sum(sent) for sent, _, _ in exchanged) == 4000
+    for rank, (_, received, here) in enumerate(exchanged):
+        assert sum(received) == sum(here)
+        assert here == [pytest.approx(4000 * share, abs=1) for share in shares[2 * rank : 2 * rank + 2]]
+
+
+def group_of(rank: int, size: int) -> Any:
+    """What stands for the group of `size` ranks on `rank`."""
+    return SimpleNamespace(rank=rank, size=size)
 
 
 @pytest.mark.parametrize(
