@@ -4,7 +4,7 @@ Torch and matplotlib are imported only once the recipe and the cluster are known
 """
 
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from bagualu.launch.verbs.question import read_question
 from bagualu.launch.verbs.usage import CommandLine
@@ -25,7 +25,9 @@ def simulate(request: CommandLine) -> tuple[int, Any]:
     from bagualu.trainer.simulation.loads import read_shares
     from bagualu.trainer.simulation.predict import predict
 
-    wanted = "operators" if question.trace is not None else "calls" if question.out is not None else None
+    wanted: Literal["calls", "operators"] | None = None
+    if question.out is not None or question.trace is not None:
+        wanted = "calls" if question.trace is None else "operators"
     shares = read_shares(question.loads, question.recipe.model) if question.recipe.model.moe.experts else None
     prediction = predict(question.recipe, question.cluster, question.world, shares, wanted)
     files = {"out": question.out, "trace": question.trace}

@@ -301,7 +301,7 @@ class Recipe:
     def _validate_cluster(self, name: str, world: int) -> None:
         if self.comm.backend != "simulated":
             raise RecipeError(f"cluster={name} is for ranks that are simulated, whose steps it times; give comm.backend=simulated, "
-                              "or leave it out")  # fmt: skip
+                              "leave it out, or predict the run with `bagualu simulate`")  # fmt: skip
         load_cluster(name).for_world(world)
 
     def _validate_batch(self, layout: Layout) -> None:
