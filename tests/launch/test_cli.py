@@ -9,6 +9,7 @@ import pytest
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.launch import cli
+from bagualu.launch.verbs.usage import VERBS
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.compose import compose, save_recipe
 
@@ -47,7 +48,7 @@ def test_help_lists_every_verb_and_every_recipe(capsys):
     ("words", "fix"),
     [
         (["trian"], "did you mean bagualu train?"),
-        (["recipe=tiny"], "there are train, slurm, rehearse, checkpoint, schedule, simulate, doctor"),
+        (["recipe=tiny"], f"there are {', '.join(VERBS)}"),
         (["checkpoint"], "bagualu checkpoint list runs/tiny"),
         (["checkpoint", "list", "/no/such/run"], "/no/such/run/checkpoints does not exist"),
         (["train", "--frobnicate"], "bagualu train --help"),
