@@ -13,6 +13,7 @@ import pytest
 
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.verbs import usage
+from bagualu.launch.verbs.plan import read_plan
 from bagualu.launch.verbs.question import read_question
 from bagualu.launch.verbs.schedule import schedule
 from bagualu.launch.verbs.sweep import jobs
@@ -77,11 +78,16 @@ ROOMS = {
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
     "launch/cli.py": {  # errors, outcome and usage too: a Ctrl-C while they are imported is answered
         *(f"bagualu.launch.verbs.{verb}" for verb in ("checkpoint", "doctor", "rehearse", "schedule", "show_recipe")),
-        *(f"bagualu.launch.verbs.{verb}" for verb in ("simulate", "slurm", "train", "usage")),
+        *(f"bagualu.launch.verbs.{verb}" for verb in ("plan", "simulate", "slurm", "train", "usage")),
         "bagualu.comm.errors",
         "bagualu.trainer.process.failure",
     },
     "launch/verbs/rehearse.py": {"bagualu.fault_tolerance.checkpoint.reading.compare"},
+    "launch/verbs/plan.py": {  # torch
+        "bagualu.launch.verbs.plan_text",
+        "bagualu.trainer.simulation.loads",
+        "bagualu.trainer.simulation.planning",
+    },
     "launch/verbs/simulate.py": {  # torch; matplotlib
         "bagualu.launch.verbs.draw_prediction",
         "bagualu.launch.verbs.prediction_text",
@@ -334,7 +340,8 @@ def test_a_recipe_is_composed_checked_and_refused_without_torch():
         "assert main(['train', 'recipe=llama3_8b', 'comm.backend=gloo', 'model.layers=2000']) == 2\n"
         "assert main(['slurm', 'recipe=llama3_8b', '--print']) == 0\n"
         "assert main(['train', '--cfg', 'job']) == 0\n"
-        "assert main(['simulate', 'cluster=h100', 'world=7']) == 2"
+        "assert main(['simulate', 'cluster=h100', 'world=7']) == 2\n"
+        "assert main(['plan', 'cluster=h100', 'world=23']) == 2"
     )
     assert "hydra" in loaded
     assert "torch" not in loaded
@@ -441,6 +448,9 @@ def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, 
     if request.verb == "schedule":
         of_a_run = request.overrides[0].startswith("runs/")  # tests/launch/verbs/test_schedule.py draws one
         assert of_a_run or schedule(request)[0] == 0
+        return None
+    if request.verb == "plan":
+        read_plan(request)
         return None
     if request.verb == "simulate":
         question = read_question(request)

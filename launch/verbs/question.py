@@ -1,7 +1,7 @@
 """Reads what is to be predicted from the words of a command line, without torch."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.failures import FailureQuestion
 from bagualu.trainer.simulation.setting import in_trained_dtype, on_cluster
 
-_EXAMPLE = "e.g. bagualu simulate recipe=llama3_8b cluster=h100 world=512"
 _PICTURES = (".png", ".svg", ".html")
 
 
@@ -39,19 +38,28 @@ def read_question(request: CommandLine) -> Question:
     """Returns what the words of the command line ask. Raises RecipeError."""
     failures, words = split_failure_words(request.overrides)
     own, overrides = split_words(words, SIMULATE_KEYS)
-    for key, example in (("cluster", f"cluster=NAME (one of {', '.join(cluster_names())}, or a .yaml file)"),
-                         ("world", "world=N, the number of devices")):  # fmt: skip
-        if not own.get(key):
-            raise RecipeError(f"simulate needs {example}; {_EXAMPLE}")
-    world, out, trace = _whole("world", own["world"]), _path(own, "out", _PICTURES), _path(own, "trace", (".json",))
+    require_devices("simulate", own)
+    world, out, trace = whole("world", own["world"]), _path(own, "out", _PICTURES), _path(own, "trace", (".json",))
     recipe = with_data_left_over(compose(overrides, SEVERAL["simulate"]), overrides, world)
-    cluster = load_cluster(os.path.expanduser(own["cluster"]), [cache_folder(recipe.data)])  # cluster=this lies there
     if loads := own.get("loads"):
-        _check_loads(loads, recipe.model.moe.experts)
-    cluster = cluster.for_world(world)
+        check_loads(loads, recipe.model.moe.experts)
+    cluster = read_cluster_of(own, recipe).for_world(world)
     recipe = on_cluster(recipe, cluster)
     check_memory(in_trained_dtype(recipe), world, None)  # without a device: only whether a split fits parallel.memory_bytes
     return Question(recipe, cluster, world, own.get("loads", "balanced"), out, trace, failures)
+
+
+def require_devices(verb: str, own: Mapping[str, str]) -> None:
+    """Raises RecipeError if the words leave out the cluster or the number of devices."""
+    for key, example in (("cluster", f"cluster=NAME (one of {', '.join(cluster_names())}, or a .yaml file)"),
+                         ("world", "world=N, the number of devices")):  # fmt: skip
+        if not own.get(key):
+            raise RecipeError(f"{verb} needs {example}; e.g. bagualu {verb} recipe=llama3_8b cluster=h100 world=512")
+
+
+def read_cluster_of(own: Mapping[str, str], recipe: Recipe) -> Cluster:
+    """Returns the cluster that the words name. Raises RecipeError."""
+    return load_cluster(os.path.expanduser(own["cluster"]), [cache_folder(recipe.data)])  # cluster=this lies there
 
 
 def split_words(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -81,19 +89,19 @@ def with_data_left_over(recipe: Recipe, overrides: Sequence[str], world: int) ->
     return replace(recipe, parallel=replace(parallel, data=None))
 
 
-def _whole(key: str, value: str) -> int:
+def whole(key: str, value: str) -> int:
     """Returns the whole number `value` of at least 1. Raises RecipeError if it is none."""
     try:
         number = int(value)
     except ValueError:
         number = 0
     if number < 1:
-        several = f"; {SEVERAL['simulate']}" if "," in value else ""
+        several = "; one value at a time" if "," in value else ""
         raise RecipeError(f"{key}={value} must be a whole number of at least 1, e.g. {key}=512{several}")
     return number
 
 
-def _check_loads(loads: str, experts: int) -> None:
+def check_loads(loads: str, experts: int) -> None:
     """Raises RecipeError for loads of a dense model, and for `loads` that `read_shares` cannot know."""
     if not experts:
         raise RecipeError(f"loads={loads} has no effect on a model without experts; leave it out")

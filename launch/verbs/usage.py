@@ -19,6 +19,7 @@ VERBS = {
     "checkpoint": "list the checkpoints of a run, or verify every byte of them",
     "schedule": "draw a pipeline schedule, and the times that a run measured",
     "simulate": "predict a training step on a cluster that need not be here: time, memory, what limits",
+    "plan": "find the layout with which a recipe trains fastest on such a cluster, and the command for it",
     "doctor": "measure what this machine can do, and say what is wrong with it",
 }
 
@@ -170,6 +171,30 @@ options:
   --json      print one JSON document on stdout
   -h, --help  this page"""
 
+_PLAN = """\
+usage: bagualu plan recipe=NAME cluster=NAME world=N [key=value ...] [top=N] [seconds=N] [loads=LOADS] [--json]
+
+Finds the layouts with which a recipe trains fastest on N devices of a described cluster: degrees of data, tensor,
+pipeline and expert parallelism, micro-batch, schedule, recomputation, ZeRO stage, sequence parallelism, the split of
+layers and, where chips differ, the shares of data ranks. Layouts that do not fit their devices are left out. The best
+by an estimate are predicted as `bagualu simulate` does. Prints them with the reasons why the others are slower, the
+command that runs the best, and what other choices cost. Keys that you give keep their values.
+
+clusters:
+{clusters}
+
+keys, besides all those of a recipe (bagualu train --cfg job):
+  cluster, world    as for bagualu simulate
+  parallel.tensor=8 train.micro_batch=1 ...     what to keep; all other keys of a layout are searched
+  top               how many layouts to print, default 10
+  seconds           about how long the search may take, default 50
+  loads             as for bagualu simulate
+  train.dtype=float8    for prediction only
+
+options:
+  --json      print one JSON document on stdout
+  -h, --help  this page"""
+
 _DOCTOR = """\
 usage: bagualu doctor [key=value ...] [--quick] [--json]
 
@@ -196,6 +221,8 @@ SIMULATE_KEYS = ("cluster", "world", "loads", "out", "trace")
 """The keys of `bagualu simulate` that are no keys of a recipe, besides those of failures."""
 FAILURE_KEYS = ("days", "spares")
 """The keys about failures, besides assume.NAME."""
+PLAN_KEYS = ("cluster", "world", "loads", "top", "seconds")
+"""The same of `bagualu plan`."""
 SEVERAL = {
     "train": "add -m to run them one after the other",
     "slurm": "one job takes one value of each key; submit a job for each, or run one after the other here with `bagualu train -m`",
@@ -203,6 +230,7 @@ SEVERAL = {
     "checkpoint": "`bagualu checkpoint` looks at one run; give each by itself",
     "schedule": "one schedule takes one value of each key; draw each by itself",
     "simulate": "one prediction takes one value of each key; simulate each by itself",
+    "plan": "a plan keeps the one value that is given; leave the key out to search its values",
     "doctor": "`bagualu doctor` takes one value of each key",
 }
 """For each verb, the advice that is printed when a key was given several values."""
@@ -301,7 +329,7 @@ def unknown_option(option: str, verb: str) -> str:
 
 def _meant_key(name: str, verb: str) -> str | None:
     """Returns the key that was probably meant by the option --NAME; None if no key is like it."""
-    if verb == "simulate" and name in (*SIMULATE_KEYS, *FAILURE_KEYS):
+    if name in {"simulate": (*SIMULATE_KEYS, *FAILURE_KEYS), "plan": PLAN_KEYS}.get(verb, ()):
         return name
     if own := {"schedule": SCHEDULE_KEYS, "doctor": DOCTOR_KEYS}.get(verb):
         return next((key for key in own if name in (key, key.rsplit(".", 1)[-1])), None)
@@ -323,8 +351,9 @@ def page(verb: str) -> str:
         return _SCHEDULE.format(names=" ".join(FAMILIES))
     if verb == "rehearse":
         return _REHEARSE.format(kinds="\n".join(_kinds()), points=" ".join(Phase))
-    if verb == "simulate":
-        return _SIMULATE.format(clusters=textwrap.fill(" ".join(cluster_names()), 116, initial_indent="  ", subsequent_indent="  "))
+    if text := {"simulate": _SIMULATE, "plan": _PLAN}.get(verb):
+        names = textwrap.fill(" ".join(cluster_names()), 116, initial_indent="  ", subsequent_indent="  ")
+        return text.format(clusters=names)
     return {"train": _TRAIN, "slurm": _SLURM}[verb].format(recipes="\n".join(_recipes()))
 
 

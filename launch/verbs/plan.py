@@ -1,0 +1,94 @@
+"""`bagualu plan recipe=NAME cluster=NAME world=N`: finds the layouts with which a recipe trains fastest on a described cluster.
+
+Torch, which the traces need, is imported only once the recipe and the cluster are known to be right.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.topology import Cluster
+from bagualu.launch.verbs.plan_command import command, key_of, layout_keys, machine_keys
+from bagualu.launch.verbs.question import check_loads, read_cluster_of, require_devices, split_words, whole
+from bagualu.launch.verbs.usage import PLAN_KEYS, SEVERAL, CommandLine
+from bagualu.parallel.planner.search import Effort
+from bagualu.trainer.process.failure import DONE
+from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recipe.config import PREDICTED_DTYPE, Recipe
+from bagualu.trainer.simulation.search_space import plannable, search_space
+
+_DEFAULTS = {"top": "10", "seconds": "50"}
+_LEAST_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class PlanQuestion:
+    """What is to be planned."""
+
+    recipe: Recipe
+    words: list[str]
+    """The overrides of which the recipe was composed."""
+    cluster: Cluster
+    world: int
+    top: int
+    """How many layouts are wanted."""
+    effort: Effort
+    loads: str | None
+    """How tokens spread over experts, as `loads.read_shares` takes it."""
+
+    @property
+    def given(self) -> list[str]:
+        """The keys that keep their values."""
+        return [key_of(word) for word in self.words]
+
+
+def plan(request: CommandLine) -> tuple[int, Any]:
+    """Print the best layouts, the command that runs the best of them, and what other choices cost. Returns the exit code and the
+    object that --json prints. Raises RecipeError."""
+    started = time.perf_counter()
+    question = read_plan(request)
+    recipe, world = question.recipe, question.world
+    from bagualu.launch.verbs.plan_text import as_choice, as_plan, choice_lines, other_choices, table
+    from bagualu.trainer.simulation.loads import read_shares
+    from bagualu.trainer.simulation.planning import find_layouts
+
+    shares = read_shares(question.loads, recipe.model) if question.loads else None
+    found = find_layouts(
+        recipe, question.cluster, world, question.given, question.effort, lambda: time.perf_counter() - started, shares
+    )
+    machines = machine_keys(recipe, question.given, question.cluster.for_world(world), world)
+    nodes = machines.get("launch.nodes", recipe.launch.nodes)
+    plans = []
+    for one in found.ranked[: question.top]:
+        layout = layout_keys(recipe, one.layout.values())
+        own = {key: value for key, value in layout.items() if key not in question.given}
+        plans.append(as_plan(one, layout, command(question.words, own | machines, nodes), found.ranked[0]))
+    if not request.json:
+        chips = " and ".join(part.chip.name for part in question.cluster.parts)
+        print(f"{recipe.run.name} on {world} x {chips}: {found.estimated} layouts estimated, {len(found.ranked)} predicted, in "
+              f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+        print("\n".join(["", *table(found, question.top), "", "the best layout:", f"  {plans[0]['command']}"]))
+        if recipe.train.dtype == PREDICTED_DTYPE:
+            print(f"  (train.dtype={PREDICTED_DTYPE} can be predicted but not trained yet)")
+        print("\n".join(["", "other choices, each in the best layout found that has it:", *choice_lines(found)]))
+    others = [as_choice(keys, one, layout_keys(recipe, one.layout.values()), found.ranked[0]) for keys, one in other_choices(found)]
+    return DONE, {"plans": plans, "others": others, "estimated": found.estimated, "complete": found.complete}
+
+
+def read_plan(request: CommandLine) -> PlanQuestion:
+    """Returns what the words of the command line ask. Raises RecipeError, also if no layout divides."""
+    own, words = split_words(request.overrides, PLAN_KEYS)
+    require_devices("plan", own)
+    world, top, seconds = (whole(key, (_DEFAULTS | own)[key]) for key in ("world", "top", "seconds"))
+    if seconds < _LEAST_SECONDS:
+        raise RecipeError(f"seconds={seconds} is less than a search takes; give seconds={_LEAST_SECONDS} or more")
+    recipe = compose(words, SEVERAL["plan"])
+    if loads := own.get("loads"):
+        check_loads(loads, recipe.model.moe.experts)
+    cluster = read_cluster_of(own, recipe)
+    effort = Effort(estimate_seconds=0.45 * seconds, total_seconds=0.85 * seconds, most_exact=max(top, Effort.most_exact))
+    question = PlanQuestion(recipe, words, cluster, world, top, effort, loads)
+    sized = cluster.for_world(world)
+    search_space(plannable(recipe, sized, question.given), sized, world, question.given)
+    return question
