@@ -279,12 +279,11 @@ def trace(
     that world or cannot be traced.
     """
     recipe, how = traceable(recipe), in_float8(recipe, how or Traced())
-    gc.freeze()  # so that collections, before the second step and during both, do not walk through everything that is imported
     tracer = Tracer(how.chip, how.float8)
     backend = RecordingBackend(World(rank, world, rank), 1.0, write=tracer.call)
     monitor = Monitor()
     communicator = Communicator(backend, backend.world, monitor)
-    with tracer:
+    with _quick_collections(), tracer:
         state = how.assemble(recipe, communicator, _no_text(recipe), without_values, split or plan(recipe, world))
         state.program = program or state.program
         state.batches = _Shapes(recipe.data.sequence_length)  # type: ignore[assignment]
@@ -295,8 +294,17 @@ def trace(
         monitor.observers.append(tracer)
         state.runner.reached = tracer.reached
         train_step(state, 1)
-    gc.unfreeze()
     return RankTrace(rank, tracer.end(), list(tracer.kinds))
+
+
+@contextmanager
+def _quick_collections() -> Iterator[None]:
+    """Within this context, garbage collections do not walk through what exists when it begins, such as all that is imported."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _first_step(state: TrainerState) -> None:
