@@ -15,6 +15,7 @@ from typing import Generic, Protocol, TypeVar
 from bagualu.parallel.planner.layouts import Degrees, PlannedLayout, SearchSpace, degrees, layouts, neighbours, recomputes
 
 Exact = TypeVar("Exact", bound="ExactCost")
+ExactOf = TypeVar("ExactOf", bound="ExactCost", covariant=True)
 
 
 class ExactCost(Protocol):
@@ -45,7 +46,7 @@ class Need:
     """How much more than its device has a rank needs at the most; at most 0 for a layout that fits."""
 
 
-class Costs(Protocol[Exact]):
+class Costs(Protocol[ExactOf]):
     """What layouts cost."""
 
     def least_seconds(self, of: Degrees) -> float:
@@ -64,7 +65,7 @@ class Costs(Protocol[Exact]):
         """Yields layouts that differ in what the enumeration leaves alone: the split of layers, the shares of data ranks."""
         ...
 
-    def exact(self, layout: PlannedLayout) -> tuple[Exact, Need]:
+    def exact(self, layout: PlannedLayout) -> tuple[ExactOf, Need]:
         """Returns the exact prediction, and the memory that it has."""
         ...
 

@@ -139,8 +139,8 @@ class StepEstimator:
             "bubble": self._bubble(layout, placement, ranks, micro_batches, message),
             "update": self._update_seconds(of, blocks[slowest], held, zero),
         }
-        for axis, each in own.waits.items():
-            seconds[f"{axis} communication"] = micro_batches * each
+        for axis, waited in own.waits.items():
+            seconds[f"{axis} communication"] = micro_batches * waited
         for name, each in self._moved(of, start, held, own, zero, splits_backward(layout.schedule)).items():
             often = zero == 3 or (zero == 2 and name == _REDUCTION)
             seconds[name] = micro_batches * each if often else each
