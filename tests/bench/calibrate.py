@@ -32,7 +32,7 @@ from bagualu.parallel.simulation.events import Role
 from bagualu.parallel.simulation.operator_cost import terms_of
 
 SOURCE = "python tests/bench/calibrate.py RUNS.csv --write, from step times of single nodes"
-DIES = {"a100_40gb": "A100", "a100_80gb": "A100", "h100": "H100", "b200": "B200", "b300": "B200"}
+DIES = {"a100_40gb": "A100", "a100": "A100", "h100": "H100", "b200": "B200", "b300": "B200"}
 """The clusters whose chips have the same matrix units."""
 NEAREST = {"A100": (), "H100": ("h200", "h800"), "B200": ("gb200", "gb300")}
 """By die, the clusters without rows of single nodes that get its table, from the earliest die."""

@@ -25,7 +25,7 @@ SHAPES = [(m, n, k) for m in (1024, 4096, 16384) for n in (1024, 5120) for k in 
 
 @pytest.fixture
 def chip() -> Chip:
-    return load_cluster("a100_80gb").parts[0].chip
+    return load_cluster("a100").parts[0].chip
 
 
 def product(m: int, n: int, k: int) -> Operator:
@@ -70,13 +70,13 @@ def test_the_level_alone_is_found(chip: Chip) -> None:
 
 
 def test_a_table_in_a_cluster_file_gives_operators_the_times_of_the_fit(chip: Chip) -> None:
-    text = (Path(__file__).parents[2] / "recipes" / "cluster" / "a100_80gb.yaml").read_text()
+    text = (Path(__file__).parents[2] / "recipes" / "cluster" / "a100.yaml").read_text()
     table = [ShapeEfficiency(8192, 8192, 64, 0.502), ShapeEfficiency(8192, 8192, 8192, 0.705)]
     once = with_tables(text, {"float16": table}, "a program")
     twice = with_tables(once, {"float16": table}, "a program")
     assert once == twice
     assert once.count("a program") == 1
-    written = read_cluster(yaml.safe_load(once), "a100_80gb", "text").parts[0].chip
+    written = read_cluster(yaml.safe_load(once), "a100", "text").parts[0].chip
     assert written.efficiency == {"float16": tuple(table)}
     assert replace(written, efficiency=chip.efficiency) == chip
     assert operator_seconds(written, product(8192, 8192, 8192)) != operator_seconds(

@@ -67,7 +67,7 @@ def test_a_row_becomes_a_recipe_on_a_cluster() -> None:
     assert (model.activation, model.norm, model.tie_embeddings, model.vocab) == ("gelu", "layer", True, 51200)
     assert (parallel.data, parallel.tensor, parallel.pipeline, parallel.zero, parallel.schedule) == (16, 8, 4, 1, "1f1b")
     assert (run.recipe.train.dtype, run.recipe.train.recompute, run.recipe.train.micro_batch) == ("float16", "full", 2)
-    assert (run.world, run.attention, run.cluster.name) == (512, "unfused", "a100_80gb")
+    assert (run.world, run.attention, run.cluster.name) == (512, "unfused", "a100")
     assert [tier.bytes_per_second for tier in run.cluster.parts[0].tiers] == [2.35e11, 1.25e10]
 
 

@@ -34,7 +34,7 @@ failures_per_device_hour: {all: 1.0e-05}
 MIXED = """
 parts:
   h100: {devices: 16}
-  a100_80gb: {devices: 8}
+  a100: {devices: 8}
 joint: {latency_seconds: 5.0e-06, bytes_per_second: 1.0e+10}
 start_seconds: 1.0e-05
 """
@@ -77,7 +77,7 @@ def test_the_clusters_that_ship_are_complete(name: str) -> None:
 
 
 def test_the_clusters_that_are_promised_ship() -> None:
-    promised = {"a100_40gb", "a100_80gb", "h100", "h200", "h800", "b200", "gb200", "gb300", "mi300x", "sw26010pro", "ascend910b"}
+    promised = {"a100_40gb", "a100", "h100", "h200", "h800", "b200", "gb200", "gb300", "mi300x", "sw26010pro", "ascend910b"}
     assert promised <= set(cluster_names())
     assert len([name for name in cluster_names() if load_cluster(name).joint is not None]) == 1
 
@@ -185,7 +185,7 @@ def test_an_efficiency_table_is_read_and_may_be_left_out() -> None:
 def test_a_mixed_cluster_takes_its_parts_from_other_files() -> None:
     cluster = read_cluster(document(MIXED), "test", "test.yaml")
     assert [(part.chip.vendor, part.devices) for part in cluster.parts] == [("NVIDIA", 16), ("NVIDIA", 8)]
-    assert cluster.parts[1] == load_cluster("a100_80gb").for_world(8).parts[0]
+    assert cluster.parts[1] == load_cluster("a100").for_world(8).parts[0]
     assert cluster.devices == 24
 
 
@@ -207,9 +207,9 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_all_others() -> None:
     with pytest.raises(RecipeError) as refusal:
         load_cluster("h10")
     message = str(refusal.value)
-    assert message.startswith("cluster=h10 is unknown; did you mean cluster=h100? There are a100_40gb, a100_80gb, ")
+    assert message.startswith("cluster=h10 is unknown; did you mean cluster=h100? There are a100, a100_40gb, ")
     assert "\n" not in message
-    with pytest.raises(RecipeError, match=r"cluster=x\.yaml is no file; give one of a100_40gb"):
+    with pytest.raises(RecipeError, match=r"cluster=x\.yaml is no file; give one of a100"):
         load_cluster("x.yaml")
 
 

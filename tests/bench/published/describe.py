@@ -21,7 +21,7 @@ from .rows import Row
 
 CHIPS = (
     (r"a100.*40gb", "a100_40gb"),
-    (r"a100", "a100_80gb"),
+    (r"a100", "a100"),
     (r"h100.*(94|96|64)gb", None),
     (r"(h100|h800|h200|gb200|gb300|b200|b300|mi300x)\b", ""),
 )

@@ -4,22 +4,22 @@ import pytest
 
 from bagualu.parallel.simulation.error_band import HeldOutError, error_band, read_errors, write_errors
 
-SMALL = [HeldOutError("a100_80gb", 8, 10**9, "dense", 0.01 * (index - 10)) for index in range(21)]
-LARGE = [HeldOutError("a100_80gb", 512, 10**11, "dense", 0.25) for _ in range(20)]
+SMALL = [HeldOutError("a100", 8, 10**9, "dense", 0.01 * (index - 10)) for index in range(21)]
+LARGE = [HeldOutError("a100", 512, 10**11, "dense", 0.25) for _ in range(20)]
 MIXTURES = [HeldOutError("h100", 256, 10**11, "moe", -0.2) for _ in range(20)]
 ALL = [*SMALL, *LARGE, *MIXTURES]
 
 
 def test_the_band_is_that_of_the_nearest_runs() -> None:
-    band = error_band("a100_80gb", 384, 2 * 10**11, "dense", ALL)
+    band = error_band("a100", 384, 2 * 10**11, "dense", ALL)
     assert band is not None
     assert not band.beyond
     assert (band.least, band.most) == (pytest.approx(0.8), pytest.approx(0.8))  # they were predicted a quarter too slow
-    assert (band.chips, band.devices, band.rows) == (("a100_80gb",), (512, 512), 20)
+    assert (band.chips, band.devices, band.rows) == (("a100",), (512, 512), 20)
 
 
 def test_eight_of_ten_nearest_runs_lie_within_the_band() -> None:
-    band = error_band("a100_80gb", 8, 10**9, "dense", SMALL)
+    band = error_band("a100", 8, 10**9, "dense", SMALL)
     assert band is not None
     inside = [run for run in SMALL if band.least <= 1 / (1 + run.error) <= band.most]
     assert band.least < 1 < band.most

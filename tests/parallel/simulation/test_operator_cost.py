@@ -26,7 +26,7 @@ TABLE = tuple(ShapeEfficiency(m, n, k, measured(m, n, k)) for m, n, k in SHAPES)
 @pytest.fixture
 def chip() -> Chip:
     """A GPU of which the number of cores is not known."""
-    found = load_cluster("a100_80gb").parts[0].chip
+    found = load_cluster("a100").parts[0].chip
     return replace(found, cores=None, memory_fraction=1.0, efficiency={"bfloat16": TABLE})
 
 

@@ -87,7 +87,7 @@ def test_the_recipes_own_backend_does_not_matter() -> None:
 
 
 def test_a_dtype_that_the_chip_does_not_multiply_is_refused() -> None:
-    cluster = load_cluster("a100_80gb")
+    cluster = load_cluster("a100")
     chip = replace(cluster.parts[0].chip, matmul_flops_per_second={"float16": 3.12e14})
     with pytest.raises(RecipeError, match="no matmul peak is known for A100"):
         predict(recipe_of(), replace(cluster, parts=(replace(cluster.parts[0], chip=chip),)), 16)
