@@ -15,7 +15,8 @@ multiplied. So for the library's best size of tiles, which are T and fill R roun
 (NVIDIA, Matrix Multiplication Background, "Tile Quantization" and "Wave Quantization"). Where there are few tiles and k is large,
 several cores share a tile. If the number of cores is not known, the time is about a + b / k + c / mn + d / mnk. The coefficients
 are those that fit the chip's table of measured efficiencies best; what they leave over at each entry is interpolated between
-entries. So a few entries do, and an entry itself is met exactly.
+entries. So a few entries do, and an entry itself is met exactly. No product is faster than the fastest of the table, because what
+limits large products is the power that a chip may draw, and not their shape.
 
 Shapes: B batch, A heads, Q queries, K keys, D width of a head, E experts.
 """
@@ -172,13 +173,14 @@ class _Form:
         self._coefficients = nonnegative(terms / wanted[:, None], np.ones(len(table)))
         self._places = [_place(product) for product in products]
         self._left = [log(value) for value in wanted / (terms @ self._coefficients)]
+        self._most = max(entry.fraction for entry in table)
 
     def __call__(self, product: Product) -> float:
         inverse = float(self._terms(product.count, product.m, product.n, product.k) @ self._coefficients)
         x, y = _place(product)
         weights = [1 / ((x - u) ** 2 + (y - v) ** 2 + 1e-12) ** 2 for u, v in self._places]
         left = sum(weight * value for weight, value in zip(weights, self._left, strict=True)) / sum(weights)
-        return min(1.0, 1 / (inverse * exp(left)))
+        return min(self._most, 1 / (inverse * exp(left)))
 
 
 def _place(product: Product) -> tuple[float, float]:

@@ -78,6 +78,11 @@ def test_a_product_with_few_results_and_a_large_k_is_divided_among_cores(gpu: Ch
     assert reached(gpu, 256, 256, 16384) > 2 * reached(gpu, 256, 256, 1024)
 
 
+def test_no_product_is_faster_than_the_fastest_that_was_measured(gpu: Chip) -> None:
+    slow_start = replace(gpu, efficiency={"bfloat16": (*gpu.efficiency["bfloat16"], ShapeEfficiency(8192, 8192, 64, 0.3))})
+    assert reached(slow_start, 65536, 65536, 65536) == 0.75
+
+
 def test_a_tile_that_is_not_full_takes_as_long_as_a_full_one(gpu: Chip) -> None:
     assert reached(gpu, 8192, 8192 + 8, 4096) < reached(gpu, 8192, 8192, 4096)
     assert reached(gpu, 8192, 16, 4096) < reached(gpu, 8192, 64, 4096) / 3
