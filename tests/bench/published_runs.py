@@ -12,20 +12,27 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from math import prod
 from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are programs, not an installed package
 
-from published.predicted import Predicted, Traces, as_json, predicted
+from published.predicted import TEST, Predicted, Traces, as_json, predicted
 from published.report import report
 from published.rows import Row, read_rows
+
+from bagualu.parallel.simulation.error_band import HeldOutError, write_errors
+from bagualu.trainer.models.decoder.shapes import parameter_shapes
+
+ERRORS_SOURCE = "python tests/bench/published_runs.py RUNS.csv --errors recipes/held_out_errors.yaml"
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, metavar="RUNS.csv")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows here")
+    parser.add_argument("--errors", type=Path, metavar="FILE", help="write the errors of test rows here, for `bagualu simulate`")
     parser.add_argument("--traces", type=Path, metavar="FOLDER", help="keep traces here, for programs of the same version")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", metavar="TEXT", help="only rows with this text in their source or model")
@@ -48,11 +55,26 @@ def chosen(given: argparse.Namespace) -> list[Row]:
     return rows[:: given.every]
 
 
+def held_out(rows: Sequence[Predicted]) -> list[HeldOutError]:
+    """Returns the errors of the step times of test rows."""
+    found = []
+    for row in rows:
+        if row.used == TEST and row.run and row.figures and row.published.step_seconds:
+            model = row.run.recipe.model
+            parameters = sum(prod(shape) for shape in parameter_shapes(model).values())
+            error = row.figures.step_seconds / row.published.step_seconds - 1
+            kind = "moe" if model.moe.experts else "dense"
+            found.append(HeldOutError(row.run.cluster.name, row.run.world, parameters, kind, error))
+    return found
+
+
 def main() -> None:
     given = arguments()
     rows = predict_all(chosen(given), Traces(given.traces), given.processes)
     if given.json:
         given.json.write_text(json.dumps({"rows": [as_json(row) for row in rows]}, indent=1) + "\n", encoding="utf-8")
+    if given.errors:
+        given.errors.write_text(write_errors(held_out(rows), ERRORS_SOURCE), encoding="utf-8")
     print(report(rows))
 
 
