@@ -9,12 +9,14 @@ order. What other choices cost is seen from layouts that differ from the best in
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
-from itertools import count
+from itertools import count, takewhile
 from typing import Generic, Protocol, TypeVar
 
 from bagualu.parallel.planner.layouts import Degrees, PlannedLayout, SearchSpace, degrees, layouts, neighbours, recomputes
 
 Exact = TypeVar("Exact", bound="ExactCost")
+_EXTRA = 1.2
+"""Variations of the best layouts may take this much longer than estimates."""
 ExactOf = TypeVar("ExactOf", bound="ExactCost", covariant=True)
 
 
@@ -119,12 +121,14 @@ def search(space: SearchSpace, costs: Costs[Exact], effort: Effort, now: Callabl
     walk = _Walk(space, costs, effort, lambda: now() - start)
     walk.run()
     fitting = sorted((one for one in walk.seen.values() if one.fits), key=lambda one: one.parts.total)
-    fitting += [one for layout in fitting[: effort.most_exact] for one in walk.varied(layout.layout) if one.fits]
+    in_time = takewhile(lambda _: now() - start <= effort.estimate_seconds * _EXTRA, fitting[: effort.most_exact])
+    fitting = fitting + [one for layout in in_time for one in walk.varied(layout.layout) if one.fits]
     fitting.sort(key=lambda one: one.parts.total)
     ranked, too_large = _predicted(fitting, costs, effort, lambda: now() - start)
     ranked.sort(key=_exact_seconds)
     done = {one.layout for one in ranked}
-    changed = [found for other in neighbours(space, ranked[0].layout) if (found := walk.known(other))] if ranked else []
+    changes = takewhile(lambda _: now() - start <= effort.total_seconds, neighbours(space, ranked[0].layout) if ranked else ())
+    changed = [found for other in changes if (found := walk.known(other))]
     others = {one.layout: one for one in [*walk.seen.values(), *fitting, *changed, *too_large] if one.layout not in done}
     by_estimate = sorted(others.values(), key=lambda one: one.parts.total)
     return Plan(ranked, by_estimate, walk.estimated, walk.complete)
