@@ -6,7 +6,8 @@ Machine 0 has the rank that commits, machine 1 the store where the agents meet: 
 same storage. The third commit of machine 0 is held up after the vote of all ranks; then the link is cut. As soon as machine 1 has
 started anew by itself, machine 0, whose ranks do not end before that, is let go, and then the link comes back.
 
-Not collected by pytest. Leaves in FOLDER the run and what the agents said (agent-0, agent-1); prints one JSON object.
+Not collected by pytest. Leaves in FOLDER the run and what the agents said (agent-0, agent-1); the run has a file `started-4` if it
+took machine 0 back before its end. Prints one JSON object.
 """
 
 import json
@@ -90,6 +91,7 @@ def main(folder: Path, how: str, words: list[str]) -> None:
             wire.carry(lambda: ended() or epoch.read_text() != first)
             (run / "let_go").touch()
             wire.carry(lambda: ended() or _tries(run) == 3)
+            (run / "started-4").unlink(missing_ok=True)
             wire.weather = Weather()
             (run / "slow").unlink()
             wire.carry(ended)

@@ -44,7 +44,10 @@ def test_one_side_at_most_commits(tmp_path: Path, undisturbed: Undisturbed, left
     steps = [step for step, _ in committed]
     assert steps == sorted(set(steps)), "no step by both"
     assert steps[-1] == 18
-    assert [machine for step, machine in committed if step > refused[0]] == [1] * steps[::-1].index(refused[0])
+    later = [machine for step, machine in committed if step > refused[0]]
+    if not (tmp_path / "run" / "started-4").exists():  # on a busy machine the run may take machine 0 back before its end
+        assert later == [1] * steps[::-1].index(refused[0])
+    assert later == sorted(later, reverse=True), "machine 0 commits only once the run has taken it back"
     assert told["codes"][1] == 0, said
     if told["codes"][0]:  # else the link was there again in time for it to hear how the run had ended
         assert_names_rank_phase_and_cause(said[0].splitlines()[-1])  # a rank that lost its peers, or the store that is gone
