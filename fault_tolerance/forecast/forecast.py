@@ -107,16 +107,15 @@ def run_model(
     """
     checkpoint, restart = settings.checkpoint, settings.restart
     assumptions.validate()
-    parts = cluster.for_world(work.world).parts
-    if cluster.storage is None or not all(part.failures_per_device_hour for part in parts):
+    used = cluster.for_world(work.world)
+    if cluster.storage is None or not all(part.failures_per_device_hour for part in used.parts):
         missing = "storage" if cluster.storage is None else "failures_per_device_hour"
         raise RecipeError(f"cluster={cluster.name} has no {missing}, which a forecast of failures needs; give it in the file")
     if spares is not None and spares < 0:
         raise RecipeError(f"spares={spares} must be at least 0, e.g. spares=8, or leave it out if lost nodes are replaced at once")
-    node_devices = parts[0].tiers[0].devices or 1
     model = RunModel(
         step_seconds=work.step_seconds,
-        interruptions=_interruptions(cluster.for_world(work.world), settings.hang_seconds, assumptions),
+        interruptions=_interruptions(used, settings.hang_seconds, assumptions),
         checkpoint_steps=checkpoint.every or _NEVER,
         replica_steps=checkpoint.replica_every,
         replica_loss=assumptions.replica_loss,
@@ -125,7 +124,7 @@ def run_model(
         + assumptions.connect_seconds_per_device * work.world
         + assumptions.warm_up_steps * work.step_seconds,
         check_steps=settings.guard.check_every,
-        nodes=math.ceil(work.world / node_devices),
+        nodes=math.ceil(work.world / used.node_devices),
         replicas=work.replicas,
         micro_batches=work.micro_batches,
         equal_shares=work.equal_shares,

@@ -80,7 +80,7 @@ def operator_seconds(chip: Chip, operator: Operator) -> float:
     computed = 0.0
     if operator.flops:
         product = product_of(operator)
-        speed = rate(chip, product) if product else chip.peak(_dtype(operator.inputs[0]))
+        speed = rate(chip, product, is_attention(operator)) if product else chip.peak(_dtype(operator.inputs[0]))
         computed = operator.flops / (speed * FUSED_ATTENTION if is_attention(operator) else speed)
     kernel = max(computed, moved_bytes(operator) / (chip.memory_bytes_per_second * chip.memory_fraction))
     # A CPU itself computes what an operator is, and so begins it only when the one before has ended.
@@ -94,9 +94,10 @@ def moved_bytes(operator: Operator) -> int:
     return operator.read_bytes + operator.written_bytes
 
 
-def rate(chip: Chip, product: Product) -> float:
-    """Returns the floating-point operations per second of a product. Raises RecipeError if the chip has no peak for its dtype."""
-    return chip.peak(product.dtype if _aligned(chip, product) else "float32") * efficiency(chip, product)
+def rate(chip: Chip, product: Product, padded: bool = False) -> float:
+    """Returns the floating-point operations per second of a product. `padded`: whether its kernel pads rows that the chip's matrix
+    units do not take, as kernels of fused attention do. Raises RecipeError if the chip has no peak for its dtype."""
+    return chip.peak(product.dtype if padded or _aligned(chip, product) else "float32") * efficiency(chip, product)
 
 
 def product_of(operator: Operator) -> Product | None:

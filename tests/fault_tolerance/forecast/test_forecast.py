@@ -75,6 +75,13 @@ def test_software_alone_does_not_take_its_node_away():
     assert {kind.component for kind in modelled().interruptions if not kind.loses_node} == {"software", "silent"}
 
 
+def test_a_node_is_a_machine_and_not_all_that_fast_links_join():
+    rates = {"gpu": 1e-5}
+    gb200 = load_cluster("gb200")
+    cluster = replace(gb200, storage=H100.storage, parts=(replace(gb200.parts[0], failures_per_device_hour=rates),))
+    assert modelled(replace(WORK, world=512), cluster=cluster).nodes == 128
+
+
 def test_nodes_and_replicas_come_from_the_layout():
     model = modelled(replace(WORK, equal_shares=False))
     assert (model.nodes, model.usable_replicas()[2047]) == (2048, 127)

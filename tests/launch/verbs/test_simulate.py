@@ -133,13 +133,13 @@ def test_data_ranks_are_what_the_other_degrees_leave(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("words", "fix"),
     [
-        ([], "simulate needs cluster=NAME (one of a100_40gb, "),
+        ([], "simulate needs cluster=NAME (one of a100, a100_40gb, "),
         (["cluster=h100"], "simulate needs world=N, the number of devices; e.g. bagualu simulate recipe=llama3_8b cluster=h100"),
         (["cluster=h1000", "world=8"], "cluster=h1000 is unknown; did you mean cluster=h100?"),
         (["cluster=/no/such.yaml", "world=8"], "cluster=/no/such.yaml is no file"),
         (["cluster=h100", "world=eight"], "world=eight must be a whole number of at least 1, e.g. world=512"),
         (["cluster=h100", "world=0"], "world=0 must be a whole number of at least 1"),
-        (["cluster=h100", "world=8,16"], "one prediction takes one value of each key; simulate each by itself"),
+        (["cluster=h100", "world=8,16"], "world=8,16 must be a whole number of at least 1, e.g. world=512; one value at a time"),
         (["cluster=h100", "world=8", "world=16"], "world=16 is the second world; give one"),
         (["cluster=h100", "world=7"], "7 ranks do not divide into tensor 1 x pipeline 2 x context 1 = 2; use 6 ranks"),
         (["cluster=h100", "world=96"], "data.global_batch=16 does not divide over 48 data ranks; give data.global_batch=96"),

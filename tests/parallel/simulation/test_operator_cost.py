@@ -95,6 +95,16 @@ def test_attention_is_slower_than_a_product_of_its_size(chip: Chip) -> None:
     assert operator_seconds(chip, fused) == pytest.approx(flops / speed)
 
 
+def test_attention_over_an_odd_number_of_tokens_takes_hardly_longer(chip: Chip) -> None:
+    def seconds(tokens: int) -> float:
+        shape = (2, 8, tokens, 128)
+        return operator_seconds(
+            chip, operator("aten._scaled_dot_product_flash_attention.default", [shape] * 3, shape, 2 * 16 * tokens * tokens * 128)
+        )
+
+    assert seconds(4088) == pytest.approx(seconds(4096), rel=0.05)
+
+
 def test_a_kernel_reaches_a_part_of_the_bandwidth(chip: Chip) -> None:
     added = operator("aten.add.Tensor", [(8192, 8192), (8192, 8192)], (8192, 8192))
     slower = replace(chip, memory_fraction=0.5)
