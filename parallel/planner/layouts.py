@@ -221,7 +221,8 @@ _LEAN_SCHEDULES = ("1f1b", "v_half")
 
 
 def leanest(space: SearchSpace) -> Iterator[PlannedLayout]:
-    """Yields, for each way to divide the model, the layouts that take least memory. If none of them fits, no layout does."""
+    """Yields, for each way to divide the model, the layouts with equal stages that take least memory. If none of them fits, no
+    layout with equal stages does."""
     smallest: dict[tuple[object, ...], Degrees] = {}
     for of in degrees(space):
         key = of.data, of.tensor, of.pipeline, of.expert
