@@ -194,8 +194,7 @@ PRIVATE_NAMES_OF_TORCH = {
     "trainer/costs/tensor_memory.py": {"_python_dispatch"},
     "trainer/operators/attention.py": {"_softmax_backward_data"},
     "trainer/optim/rules.py": {"_fused_adamw_"},
-    "trainer/simulation/step_clock.py": {"_python_dispatch"},
-    "trainer/simulation/timed.py": {"_python_dispatch"},
+    "trainer/simulation/operators.py": {"_python_dispatch"},
     "trainer/simulation/trace.py": {"_python_dispatch"},
 }
 """What each file uses of torch that torch does not publish. In elastic_private.py also attributes of elastic's classes."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.forecast.assumptions import Assumptions
+from bagualu.launch.verbs.own_words import split_words
 from bagualu.launch.verbs.usage import FAILURE_KEYS
 from bagualu.trainer.simulation.failures import FailureQuestion
 
@@ -13,16 +14,7 @@ _ASSUME = "assume."
 
 def split_failure_words(words: Sequence[str]) -> tuple[FailureQuestion, list[str]]:
     """Returns what the words ask about failures, and the other words. Raises RecipeError for an unknown or impossible figure."""
-    own: dict[str, str] = {}
-    others = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not (key in FAILURE_KEYS or key.startswith(_ASSUME)):
-            others.append(word)
-        elif key in own:
-            raise RecipeError(f"{word} is the second {key}; give one")
-        else:
-            own[key] = value
+    own, others = split_words(words, lambda key: key in FAILURE_KEYS or key.startswith(_ASSUME))
     assumed = {key.removeprefix(_ASSUME): value for key, value in own.items() if key.startswith(_ASSUME)}
     question = FailureQuestion(
         days=_days(own["days"]) if "days" in own else FailureQuestion.days,

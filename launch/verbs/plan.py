@@ -9,8 +9,9 @@ from typing import Any
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Cluster
+from bagualu.launch.verbs.own_words import split_words
 from bagualu.launch.verbs.plan_command import command, key_of, layout_keys, machine_keys
-from bagualu.launch.verbs.question import check_loads, read_cluster_of, require_devices, split_words, whole
+from bagualu.launch.verbs.question import check_loads, read_cluster_of, require_devices, whole
 from bagualu.launch.verbs.usage import PLAN_KEYS, SEVERAL, CommandLine
 from bagualu.parallel.planner.search import Effort
 from bagualu.trainer.process.failure import DONE
@@ -78,7 +79,7 @@ def plan(request: CommandLine) -> tuple[int, Any]:
 
 def read_plan(request: CommandLine) -> PlanQuestion:
     """Returns what the words of the command line ask. Raises RecipeError, also if no layout divides."""
-    own, words = split_words(request.overrides, PLAN_KEYS)
+    own, words = split_words(request.overrides, PLAN_KEYS.__contains__)
     require_devices("plan", own)
     world, top, seconds = (whole(key, (_DEFAULTS | own)[key]) for key in ("world", "top", "seconds"))
     if seconds < _LEAST_SECONDS:

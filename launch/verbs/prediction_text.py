@@ -105,7 +105,7 @@ def _band(prediction: Prediction) -> ErrorBand | None:
 def _band_text(band: ErrorBand) -> str:
     fewest, most = band.devices
     runs = f"{band.rows} published runs most like this one ({', '.join(band.chips)}, {fewest:,} to {most:,} devices)"
-    beyond = "; none of them is nearly as large" if band.beyond else ""
+    beyond = "; none is on this chip, of this kind and nearly as large" if band.beyond else ""
     return f"{PART:.0%} of the {runs} took {band.least:.2f} to {band.most:.2f} times what is predicted for them{beyond}"
 
 

@@ -9,6 +9,7 @@ from bagualu.comm.cluster_file import cluster_names, load_cluster
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Cluster
 from bagualu.launch.verbs.failure_words import split_failure_words
+from bagualu.launch.verbs.own_words import split_words
 from bagualu.launch.verbs.usage import SEVERAL, SIMULATE_KEYS, CommandLine
 from bagualu.trainer.costs.fits import check_memory
 from bagualu.trainer.data.corpus import cache_folder
@@ -37,7 +38,7 @@ class Question:
 def read_question(request: CommandLine) -> Question:
     """Returns what the words of the command line ask. Raises RecipeError."""
     failures, words = split_failure_words(request.overrides)
-    own, overrides = split_words(words, SIMULATE_KEYS)
+    own, overrides = split_words(words, SIMULATE_KEYS.__contains__)
     require_devices("simulate", own)
     world, out, trace = whole("world", own["world"]), _path(own, "out", _PICTURES), _path(own, "trace", (".json",))
     recipe = with_data_left_over(compose(overrides, SEVERAL["simulate"]), overrides, world)
@@ -60,22 +61,6 @@ def require_devices(verb: str, own: Mapping[str, str]) -> None:
 def read_cluster_of(own: Mapping[str, str], recipe: Recipe) -> Cluster:
     """Returns the cluster that the words name. Raises RecipeError."""
     return load_cluster(os.path.expanduser(own["cluster"]), [cache_folder(recipe.data)])  # cluster=this lies there
-
-
-def split_words(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Returns the values of `keys`, which are no keys of a recipe, and the other words. Raises RecipeError for a key that is given
-    twice."""
-    own: dict[str, str] = {}
-    others = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key not in keys or not equals:
-            others.append(word)
-        elif key in own:
-            raise RecipeError(f"{word} is the second {key}; give one")
-        else:
-            own[key] = value
-    return own, others
 
 
 def with_data_left_over(recipe: Recipe, overrides: Sequence[str], world: int) -> Recipe:

@@ -158,7 +158,8 @@ CONFIG = StragglerConfig(window_seconds=0.5)
 
 
 def steps(communicator: Communicator, folder: str, seconds: float, until_flagged: bool) -> list[tuple[int, int]]:
-    """Steps of some 5 ms of work each, until rank 0 has done them for `seconds`; (step, rank) of whoever is flagged."""
+    """Runs steps of about 5 ms of work each, until rank 0 has done so for `seconds`. Returns (step, rank) for each rank that is
+    flagged as slow."""
     (Path(folder) / f"{communicator.rank}.pid").write_text(str(os.getpid()))
     monitor, found = communicator.monitor, []
     stragglers = Stragglers(CONFIG, communicator.world, [communicator.world])

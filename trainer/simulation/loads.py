@@ -137,7 +137,7 @@ class GivenLoads(Loads):
     def exchanged(
         self, counts: torch.Tensor, arriving: torch.Tensor, rows: int, group: Group
     ) -> tuple[list[int], list[int], list[int]]:
-        """Of few rows for many ranks, each rank sends to some ranks only; what a rank receives is what it receives on average."""
+        """If there are fewer rows than ranks, each rank sends to some ranks only, and a rank receives what it gets on average."""
         super().exchanged(counts, arriving, rows, group)  # the kernels that count rows are part of the step
         key = rows, group.rank, group.size
         if key not in self._known:

@@ -1,10 +1,12 @@
 """Describes the operators that torch runs: their shapes, dtypes, bytes and FLOPs."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bagualu.parallel.simulation.events import Operator, TensorType
 from bagualu.trainer.simulation.flops import flops_of
@@ -51,6 +53,31 @@ class Operators:
                 flops=flops_of(func, args, named, result),
             )
         return known
+
+
+class EachOperator(TorchDispatchMode):
+    """Within this context, passes each operator of the thread to `seen`, with the seconds that its call took."""
+
+    def __init__(self, seen: Callable[[Operator, float], None]) -> None:
+        super().__init__()
+        self._seen, self._operators = seen, Operators()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        started = time.perf_counter()
+        result = func(*args, **named)
+        seconds = time.perf_counter() - started
+        if computes(func):
+            given, made = [*tensors_in(args), *tensors_in(named.values())], list(tensors_in((result,)))
+            self._seen(self._operators.of(func, args, named, result, given, made), seconds)
+        return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Returns that torch need not import its compiler to keep it from compiling this class."""
+        return False
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -73,7 +73,7 @@ class LayerPasses:
 
     @cached_property
     def seconds(self) -> float:
-        """Of the kernels of all three."""
+        """The time of the kernels of all three passes."""
         return self.forward.seconds + self.input_gradient.seconds + self.weight_gradient.seconds
 
 

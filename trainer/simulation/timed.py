@@ -4,10 +4,7 @@ The operators are described as in a trace (trace.py). Their order, and so what l
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from torch.utils._python_dispatch import TorchDispatchMode
+from collections.abc import Callable
 
 from bagualu.comm.group import Communicator, connect
 from bagualu.comm.world import World
@@ -15,37 +12,11 @@ from bagualu.parallel.simulation.events import Operator
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.operators import Operators, computes, tensors_in
+from bagualu.trainer.simulation.operators import EachOperator
 from bagualu.trainer.step import train_step
 
 Timed = tuple[Operator, float]
 """An operator and the seconds that a call of it took."""
-
-
-class OperatorTimer(TorchDispatchMode):
-    """Within this context, times the operators of the thread, on a device that runs them at once, as a CPU does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.timed: list[Timed] = []
-        self._operators = Operators()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        named = kwargs or {}
-        started = time.perf_counter()
-        result = func(*args, **named)
-        seconds = time.perf_counter() - started
-        if computes(func):
-            given, made = [*tensors_in(args), *tensors_in(named.values())], list(tensors_in((result,)))
-            self.timed.append((self._operators.of(func, args, named, result, given, made), seconds))
-        return result
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Returns that torch need not import its compiler to keep it from compiling this class."""
-        return False
 
 
 def alone(recipe: Recipe) -> TrainerState:
@@ -62,12 +33,13 @@ def operator_times(recipe: Recipe, steps: int, meet: Callable[[], None] = lambda
     because it allocates. `meet` is called before each step that is timed."""
     state = alone(recipe)
     train_step(state, 0)
-    timer = OperatorTimer()
+    timed: list[Timed] = []
+    timer = EachOperator(lambda operator, seconds: timed.append((operator, seconds)))
     for step in range(1, steps + 1):
         meet()
         with timer:
             train_step(state, step)
-    return timer.timed
+    return timed
 
 
 def step_seconds(recipe: Recipe, steps: int, meet: Callable[[], None] = lambda: None) -> list[float]:

@@ -16,7 +16,7 @@ HANG = ("restart.hang_seconds=3", "restart.long_hang_seconds=60")
 
 @pytest.fixture(scope="module")
 def reference(undisturbed, tmp_path_factory):
-    """By backend: sums over four ranks have another order on each."""
+    """Returns a function from a backend to its undisturbed run. Backends sum over four ranks in different orders."""
     return lambda backend: undisturbed(small(tmp_path_factory.mktemp("unused"), *FOUR), backend)
 
 

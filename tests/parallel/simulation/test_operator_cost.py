@@ -64,7 +64,7 @@ def test_an_entry_that_no_smooth_form_explains_is_met_and_felt_around(chip: Chip
 
 @pytest.fixture
 def gpu(chip: Chip) -> Chip:
-    """A GPU with 108 cores, of which one product was measured."""
+    """A GPU with 108 cores on which a single product was measured."""
     return replace(chip, cores=108, efficiency={"bfloat16": (ShapeEfficiency(8192, 8192, 8192, 0.75),)})
 
 

@@ -90,7 +90,7 @@ def unfelt(config: ModelConfig) -> bool:
 
 
 def slope(heads: int, head: int) -> float:
-    """Of head `head` (from 0): as in the code of the paper's authors."""
+    """Returns the slope of a head (`head` counts from 0), by the rule in the code of the paper's authors."""
     below = 2 ** math.floor(math.log2(heads))
     if head < below:
         return 2 ** (-8 / below * (head + 1))
