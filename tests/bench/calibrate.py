@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are programs, not an installed package
 
 from published.describe import Run
-from published.fit import Measured, Values, Vector, fit, fit_level, path_of, seconds
+from published.fit import Measured, Values, Vector, fit, path_of, seconds
 from published.predicted import CALIBRATION, Traces, replayed_of, use_of
 from published.report import quantile
 from published.rows import Row, read_rows
@@ -80,17 +80,19 @@ def samples(rows: Sequence[Row], traces: Traces, known: bool) -> list[Sample]:
 
 
 def shape_of(sample: Sample) -> tuple[str, ...]:
-    """Returns what determines the shapes of products."""
-    return tuple(sample.row.text(column) for column in ("hidden", "tp", "mbs", "seq_len", "precision"))
+    """Returns what determines the shapes of products, with their dtype at the end."""
+    columns = tuple(sample.row.text(column) for column in ("hidden", "tp", "mbs", "seq_len"))
+    return (*columns, sample.run.recipe.train.dtype)
 
 
 def measured(sample: Sample, values: Values) -> Measured:
     """Returns what is on the path of a row, and what the replay adds to it with these values."""
     part = sample.run.cluster.parts[0]
-    chip = replace(part.chip, efficiency=tables(part.chip, values), memory_fraction=values.memory_fraction)
+    chip = replace(part.chip, efficiency=tables(part.chip, values))
     replayed = replayed_of(sample.run, sample.roles, replace(sample.run.cluster, parts=(replace(part, chip=chip),)))
     slowest = max(replayed.roles, key=lambda role: role.busy_seconds).role
-    one = Measured(chip, sample.seconds, path_of(slowest, sample.run.recipe.parallel.pipeline), sample.weight)
+    path = path_of(slowest, sample.run.recipe.parallel.pipeline)
+    one = Measured(chip, sample.seconds, path, sample.weight, attention_slower=sample.run.attention_slower)
     alone = seconds([one], replace(values, dispatch_seconds=0.0), GROUPS)[0]
     return replace(one, rest_seconds=max(0.0, replayed.step_seconds - alone))
 
@@ -105,8 +107,7 @@ def tables(chip: Chip, values: Values) -> dict[str, tuple[ShapeEfficiency, ...]]
 
 
 def _entry(chip: Chip, dtype: str, side: int, depth: int, coefficients: Vector) -> ShapeEfficiency:
-    cores = chip.cores or 132
-    terms = terms_of(cores, chip.peak(dtype) / chip.memory_bytes_per_second, 1, side, side, depth)
+    terms = terms_of(chip.cores, chip.peak(dtype) / chip.memory_bytes_per_second, 1, side, side, depth)
     return ShapeEfficiency(side, side, depth, min(1.0, 1 / float(terms @ coefficients)))
 
 
@@ -114,10 +115,10 @@ def calibrate(found: Sequence[Sample], before: Values) -> Values:
     """Returns the values of a die, of which `before` are those of the die before it."""
     dtypes = {GROUPS[sample.run.recipe.train.dtype] for sample in found} | {"half"}
     values = replace(before, products={name: before.products.get(name, before.products["half"]) for name in sorted(dtypes)})
-    whole = len(set(map(shape_of, found))) >= LEAST_SHAPES
+    shapes = Counter(GROUPS[sample[-1]] for sample in set(map(shape_of, found)))
+    levels = [name for name in values.products if shapes[name] < LEAST_SHAPES]
     for _ in range(ITERATIONS):
-        runs = [measured(sample, values) for sample in found]
-        values = fit(runs, values, GROUPS) if whole else fit_level(runs, values, GROUPS)
+        values = fit([measured(sample, values) for sample in found], values, GROUPS, levels)
     return values
 
 
@@ -128,7 +129,7 @@ def show(name: str, found: Sequence[Sample], values: Values, rows: bool) -> None
     print(f"{name}: {len(found)} rows, error median {quantile(sizes, 0.5):.1%}, 90% {quantile(sizes, 0.9):.1%}")
     for group, coefficients in values.products.items():
         print(f"  {group}: {' '.join(f'{value:.4g}' for value in coefficients)}")
-    print(f"  memory {values.memory_fraction:.3f}, launch {values.launch_seconds:.2g} s, host {values.dispatch_seconds:.2g} s")
+    print(f"  the host starts an operator in {values.dispatch_seconds:.2g} s")
     for sample, error in zip(found, off, strict=True) if rows else ():
         print("   ", *(f"{sample.row.text(key):>9}" for key in ("model", "hidden", "tp", "pp", "mbs", "seq_len")), f"{error:+.1%}")
 
@@ -144,14 +145,14 @@ def write(die: str, values: Values) -> None:
 def main() -> None:
     given = arguments()
     found = samples(list(read_rows(given.runs)), Traces(given.traces), given.known)
-    values = Values({"half": START}, 0.8, 4e-6, 5e-5)
+    values = Values({"half": START}, 5e-5)
     for die in NEAREST:
         own = [sample for sample in found if DIES.get(sample.run.cluster.name) == die]
         if own:
             values = calibrate(own, values)
             show(die, own, values, given.rows)
-        if given.write:
-            write(die, values)
+            if given.write:
+                write(die, values)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,29 @@ def test_a_row_becomes_a_recipe_on_a_cluster() -> None:
     assert [tier.bytes_per_second for tier in run.cluster.parts[0].tiers] == [2.35e11, 1.25e10]
 
 
+@pytest.mark.parametrize(
+    ("hardware", "cluster"),
+    [("A100-40GB", "a100_40gb"), ("A100 SXM 40 GB", "a100_40gb"), ("A100-SXM-80GB", "a100"), ("GB200 (NVL72)", "gb200")],
+)
+def test_a_chip_is_found_by_its_name_and_memory(hardware: str, cluster: str) -> None:
+    assert describe(row(hardware=hardware, precision="bf16")).cluster.name == cluster
+
+
+def test_biases_are_those_of_the_family() -> None:
+    assert describe(row()).recipe.model.bias == "all"
+    assert describe(row(LLAMA, model="Qwen2.5-72B", params_b="")).recipe.model.bias == "attention"
+
+
+def test_a_kernel_of_attention_is_slower_on_chips_it_was_not_written_for() -> None:
+    mpt = {"model": "MPT-30b", "framework": "Composer/FSDP", "sharding": "FSDP FULL_SHARD", "params_b": "", "gbs": "1024"}
+    runs = [
+        describe(row(**mpt, dp="512", tp="1", pp="1", hardware=hardware, precision="bf16"))
+        for hardware in ("A100-80GB", "H100-80GB")
+    ]
+    assert 1 < runs[0].attention_slower < runs[1].attention_slower
+    assert describe(row(LLAMA)).attention_slower == 1
+
+
 def test_columns_that_are_empty_mean_what_the_framework_does() -> None:
     run = describe(row(LLAMA))
     parallel = run.recipe.parallel
@@ -110,6 +133,9 @@ def test_memory_that_is_stated_of_the_ends_of_the_pipeline() -> None:
         ({"model": "Falcon-40B"}, "the architecture of Falcon-40B is not known"),
         ({"hardware": "TPU v5p"}, "no cluster file of TPU v5p"),
         ({"hardware": "H100-SXM-96GB HBM2e 500W"}, "no cluster file of H100-SXM-96GB"),
+        ({"hardware": "H100 PCIe 80GB"}, "no cluster file of H100 PCIe"),
+        ({"hardware": "GH200 96GB"}, "no cluster file of GH200"),
+        ({"hardware": "A100X"}, "no cluster file of A100X"),
         ({"framework": "JAX"}, "the framework JAX is not known"),
         ({"dp": "32"}, r"the degrees \(32, 8, 4, 1\) do not multiply to 512 devices"),
         ({"gbs": ""}, "the column gbs is missing"),

@@ -16,17 +16,17 @@ from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import PREDICTED_DTYPE, Recipe
 
-from .families import Framework, Unknown, family_of, framework_of
+from .families import KERNELS, Framework, Unknown, family_of, framework_of
 from .rows import Row
 
 CHIPS = (
-    (r"a100.*40gb", "a100_40gb"),
-    (r"a100", "a100"),
-    (r"h100.*(94|96|64)gb", None),
-    (r"(h100|h800|h200|gb200|gb300|b200|b300|mi300x)\b", ""),
+    (r"\bpcie|\bnvl\b|h100.*\b(94|96|64)\s?gb", None),
+    (r"\ba100\b.*\b40\s?gb", "a100_40gb"),
+    (r"\ba100\b", "a100"),
+    (r"\b(h100|h800|h200|gb200|gb300|b200|b300|mi300x)\b", ""),
 )
 """Patterns of the column `hardware` and the cluster with this chip: "", that of the name that was found; None: there is no file of
-it, only one of a chip with another memory."""
+it, only one of a chip of the same name with another memory or other links."""
 DTYPES = ((r"fp16|amp_fp16|float16", "float16"), (r"bf16|amp_bf16|bfloat16", "bfloat16"), (r"fp32|float32", "float32"),
           (r"(mx|amp_)?fp8|float8", "float8"))  # fmt: skip
 """Patterns that begin the column `precision`, and the dtype of matrix products."""
@@ -55,6 +55,8 @@ class Run:
     world: int
     attention: str
     """fused | unfused | unfused_again: unfused, of which the backward pass computes the scores again."""
+    attention_slower: float
+    """How much longer its kernel of fused attention takes than the best for its chip."""
     stages: tuple[int, ...] | None
     """The pipeline ranks of which the memory is stated; None: all."""
 
@@ -72,7 +74,9 @@ def describe(row: Row) -> Run:
         raise Unknown(f"the recipe is refused: {error}") from error
     _check_parameters(row, recipe)
     stages = (0, recipe.parallel.pipeline - 1) if "first/last stage" in row.text("mem_kind") else None
-    return Run(tuple(words), recipe, cluster, world, _attention(row, framework), stages)
+    chip = cluster.parts[0].chip.name.split()[0]
+    slower = KERNELS.get(framework.kernel, {}).get(chip, 1.0)
+    return Run(tuple(words), recipe, cluster, world, _attention(row, framework), slower, stages)
 
 
 @lru_cache(1)

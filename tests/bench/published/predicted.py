@@ -9,7 +9,7 @@ from pathlib import Path
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Chip, Cluster
 from bagualu.parallel.simulation.events import Operator, Role
-from bagualu.parallel.simulation.operator_cost import operator_seconds
+from bagualu.parallel.simulation.operator_cost import is_attention, operator_seconds
 from bagualu.parallel.simulation.replay import Replayed, replay
 from bagualu.trainer.simulation.roles import trace_world
 from bagualu.trainer.simulation.trace import Traced
@@ -105,16 +105,17 @@ def predict(run: Run, published: Published, traces: Traces) -> Figures:
 
 def replayed_of(run: Run, roles: Sequence[Role], cluster: Cluster) -> Replayed:
     """Returns the step of the roles of a run on `cluster`."""
-    return replay(roles, run.recipe.parallel.layout(run.world), cluster, seconds_on(cluster.parts[0].chip))
+    return replay(roles, run.recipe.parallel.layout(run.world), cluster, seconds_on(cluster.parts[0].chip, run.attention_slower))
 
 
-def seconds_on(chip: Chip) -> Callable[[int, Operator], float]:
-    """Returns the times of operators on a chip, of each kind and shape computed once."""
+def seconds_on(chip: Chip, attention_slower: float) -> Callable[[int, Operator], float]:
+    """Returns the times of operators on a chip, of each kind and shape computed once; those of fused attention that much longer."""
     known: dict[Operator, float] = {}
 
     def seconds(rank: int, operator: Operator) -> float:
         if (found := known.get(operator)) is None:
-            found = known[operator] = operator_seconds(chip, operator)
+            slower = attention_slower if is_attention(operator) else 1.0
+            found = known[operator] = operator_seconds(chip, operator) * slower
         return found
 
     return seconds
