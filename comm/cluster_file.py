@@ -20,8 +20,8 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Chip, Cluster, ClusterPart, LinkTier, OperatorTime, ShapeEfficiency, Storage
 
 _Read = TypeVar("_Read", Chip, LinkTier, Storage, ShapeEfficiency, OperatorTime)
-_SINGLE = ("chip", "tiers", "start_seconds", "devices", "node_devices", "algorithms", "storage", "failures_per_device_hour")
-_SHARED = ("ranks", "failures_per_device_hour")
+_SHARED = ("ranks", "failures_per_device_hour", "quick")
+_SINGLE = ("chip", "tiers", "start_seconds", "devices", "node_devices", "algorithms", "storage", *_SHARED[1:])
 _OF_RANKS = ("chip", "tiers", "start_seconds", "storage")
 _MIXED = ("parts", "joint", "start_seconds", "algorithms", "storage")
 _NO_LINKS = LinkTier("none", 0.0, math.inf)
@@ -74,6 +74,7 @@ def read_cluster(values: Any, name: str, source: str, folders: Sequence[Path] = 
         joint=_joint(top.section("joint")) if mixed else None,
         algorithms=_algorithms(top),
         storage=_storage(top),
+        quick=top.truth("quick"),
     )
 
 
@@ -97,7 +98,7 @@ def _shared(top: "_Section", name: str) -> Cluster:
             failures_per_device_hour=_failures(top),
         )
         start = 0.0 if alone and not section.gives("start_seconds") else section.number("start_seconds")
-        by_ranks[number] = Cluster(name, (part,), start, storage=_storage(section))
+        by_ranks[number] = Cluster(name, (part,), start, storage=_storage(section), quick=top.truth("quick"))
     return replace(by_ranks[max(by_ranks)], by_ranks=by_ranks)
 
 
@@ -187,6 +188,12 @@ class _Section:
         if number != int(number):
             raise self.refuse(key, f"must be a whole number, e.g. {key}: {max(1, round(number))}")
         return int(number)
+
+    def truth(self, key: str) -> bool:
+        """Returns whether `key` is true; false if it is missing. Raises RecipeError if it is neither."""
+        if not isinstance(self.values.get(key) or False, bool):
+            raise self.refuse(key, "must be true or false")
+        return bool(self.values.get(key))
 
     def numbers(self, key: str) -> dict[str, float]:
         """Returns the numbers above 0 of a section, by key."""

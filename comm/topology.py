@@ -155,6 +155,8 @@ class Cluster:
     """The algorithms that the collective library has (comm/cost.py); empty: all."""
     storage: Storage | None = None
     """None: unknown."""
+    quick: bool = False
+    """Whether the figures come from few and short measurements (`bagualu doctor --quick`)."""
     by_ranks: Mapping[int, "Cluster"] = field(default_factory=dict)
     """For a machine whose processors the ranks share, what it is like for each number of ranks that was measured; the other fields
     are those of the largest number. Empty: the figures hold for any number of ranks."""

@@ -12,15 +12,17 @@ from bagualu.launch.machine.fit_links import Links, fit
 
 _HEADER = """\
 # This machine, measured by `bagualu doctor` on {day}: {name}.
-# Written anew each time, so change nothing here; copy it under another name to keep it.
+# It writes this file anew, so change nothing here; copy it under another name to keep it.
 """
 
 
-def cluster_text(measured: Sequence[RankFigures], disk: DiskFigures | None) -> str:
-    """Returns the YAML of a cluster with the figures `measured`, one for each number of ranks."""
+def cluster_text(measured: Sequence[RankFigures], disk: DiskFigures | None, quick: bool = False) -> str:
+    """Returns the YAML of a cluster with the figures `measured`, one for each number of ranks. `quick`: whether few sizes of
+    everything were measured."""
     first = measured[0]
     header = _HEADER.format(day=datetime.date.today().isoformat(), name=first.name)
-    return header + yaml.safe_dump(cluster_values(measured, disk), sort_keys=False, width=130, default_flow_style=None)
+    values = {**({"quick": True} if quick else {}), **cluster_values(measured, disk)}
+    return header + yaml.safe_dump(values, sort_keys=False, width=130, default_flow_style=None)
 
 
 def cluster_values(measured: Sequence[RankFigures], disk: DiskFigures | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from bagualu.comm.cluster_file import THIS
+from bagualu.comm.cluster_file import THIS, load_cluster
 from bagualu.comm.config import AUTO
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.files import write_atomic
@@ -45,7 +45,9 @@ class _Diagnosis:
     disk: DiskFigures | None
     problems: list[MachineProblem]
     cluster_file: Path | None
-    """Where cluster=this was written; None if nothing could be measured."""
+    """The file of cluster=this; None if nothing could be measured."""
+    cluster_written: bool
+    """Whether the figures were written into that file; otherwise it keeps those of a full measurement."""
 
 
 def doctor(request: CommandLine) -> tuple[int, Any]:
@@ -101,8 +103,12 @@ def _examine(recipe: Recipe, quick: bool, stop: StopRequest) -> _Diagnosis | Non
         states[name] = states[name] or _state(recipe, name, seen, stop)
         if stop():
             return None
-    cluster = _write(cache_folder(recipe.data), measured, disk) if measured else None
-    return _Diagnosis(seen, states, measured, disk, problems(seen, states, disk, measured, disk_error), cluster)
+    cache = cache_folder(recipe.data)
+    cluster = cache / f"{THIS}.yaml" if measured else None
+    written = cluster is not None and not (quick and _measured_fully(cache))
+    if cluster is not None and written:
+        _write(cluster, cluster_text(measured, disk, quick))
+    return _Diagnosis(seen, states, measured, disk, problems(seen, states, disk, measured, disk_error), cluster, written)
 
 
 def _say(text: str) -> None:
@@ -155,15 +161,21 @@ def _state(recipe: Recipe, backend: str, seen: Facts, stop: StopRequest) -> str:
     return _WORKS if outcome.get("works") else "it sums wrongly"
 
 
-def _write(cache: Path, measured: Sequence[RankFigures], disk: DiskFigures | None) -> Path:
-    """Writes the cluster into the cache folder and returns the file. Raises RecipeError if that fails."""
-    path = cache / f"{THIS}.yaml"
+def _measured_fully(cache: Path) -> bool:
+    """Returns whether the cache folder has a cluster=this that can be used and that no quick measurement wrote."""
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, cluster_text(measured, disk).encode())
+        return not load_cluster(THIS, [cache]).quick
+    except RecipeError:
+        return False
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file into the cache folder. Raises RecipeError if that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text.encode())
     except OSError as error:
         raise RecipeError(f"cannot write {path} ({error.strerror}); give data.cache=FOLDER with room to write") from error
-    return path
 
 
 def _report(found: _Diagnosis) -> Iterator[str]:
@@ -182,7 +194,8 @@ def _report(found: _Diagnosis) -> Iterator[str]:
         yield (f"disk       {disk.path}: writes {_rate(disk.write_bytes_per_second)}, reads {_rate(disk.read_bytes_per_second)}, "
                f"{_bytes(disk.free_bytes)} free")  # fmt: skip
     if found.cluster_file is not None:
-        yield f"cluster    cluster=this is {found.cluster_file}"
+        keeps = "" if found.cluster_written else ", which keeps what was measured without --quick"
+        yield f"cluster    cluster=this is {found.cluster_file}{keeps}"
     yield f"problems   {len(found.problems) or 'none'}"
     yield from (f"  {problem}" for problem in found.problems)
 
@@ -223,6 +236,7 @@ def _document(found: _Diagnosis) -> dict[str, Any]:
         "versions": {"python": found.facts.python, "system": found.facts.system, **found.facts.versions},
         "problems": [asdict(problem) for problem in found.problems],
         "cluster_file": str(found.cluster_file) if found.cluster_file is not None else None,
+        "cluster_written": found.cluster_written,
     }
 
 

@@ -83,6 +83,9 @@ def caption(prediction: Prediction) -> Iterator[str]:
     yield f"step     {seconds_text(seconds)} for {tokens:,} tokens: {each:,.4g} tokens/s on each device, {all_:,.0f} on all"
     if band := _band(prediction):
         yield f"error    {_band_text(band)}"
+    if prediction.cluster.quick:
+        name = prediction.cluster.name
+        yield f"figures  of {name}.yaml come from a quick measurement, which makes this less accurate: run bagualu doctor"
     peak = prediction.peak_flops_per_second / prediction.layout.world / 1e12
     again = f"HFU {prediction.hfu:.1%}, which counts what is computed again too"
     yield f"MFU      {prediction.mfu:.1%} of {peak:.4g} TFLOP/s ({recipe.train.dtype}); {again}"

@@ -210,7 +210,8 @@ keys:
   data.cache              the cache folder, default ~/.cache/bagualu
 
 options:
-  --quick     few sizes of everything, in seconds, which makes predictions less accurate
+  --quick     few sizes of everything, in seconds, which makes predictions less accurate; a cluster=this that was measured
+              in full is kept
   --json      print one JSON document on stdout, all else on stderr
   -h, --help  this page"""
 

@@ -272,6 +272,7 @@ def refusals() -> list[tuple[str, Callable[[Any], Any], str]]:
         ),
         (SINGLE, lambda v: v["storage"].pop("write_bytes_per_second"), "storage.write_bytes_per_second is missing"),
         (SINGLE, lambda v: v["failures_per_device_hour"].update(all=-1), "failures_per_device_hour.all=-1 must be a finite number"),
+        (SINGLE, lambda v: v.update(quick="maybe"), "quick=maybe must be true or false"),
         (SINGLE, lambda v: v.update(devices=0), "devices=0 must be a finite number above 0"),
         (SINGLE, lambda v: v.update(algorithms=["rings", "mesh"]), "algorithms=['rings', 'mesh'] must be a list of ring, rings"),
         (SINGLE, lambda v: v.update(algorithms=["tree"]), "algorithms=['tree'] must be a list of ring, rings"),

@@ -119,6 +119,37 @@ def test_a_backend_that_fails_is_a_problem_and_no_cluster_is_written(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "kept"), [("", "--quick", True), ("--quick", "--quick", False), ("--quick", "", False), ("", "", False)]
+)
+def test_a_quick_measurement_replaces_no_full_one(
+    before: str, now: str, kept: bool, without_measuring: list[tuple[int, str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "cache/bagualu/this.yaml"
+    for word in (before, now):
+        if file.is_file():
+            file.write_text(f"{file.read_text()}# written before\n")
+        capsys.readouterr()
+        assert cli.main(["doctor", *filter(None, [word])]) == 0
+    report = capsys.readouterr().out
+    assert ("# written before" in file.read_text()) is kept
+    assert ("keeps" in report) is kept
+    assert load_cluster("this", [file.parent]).quick is (now == "--quick" and not kept)
+    assert cli.main(["doctor", "--json", *filter(None, [now])]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["cluster_file"], found["cluster_written"]) == (str(file), not kept)
+
+
+def test_a_file_that_cannot_be_read_is_replaced_by_a_quick_measurement(
+    without_measuring: list[tuple[int, str]], tmp_path: Path
+) -> None:
+    file = tmp_path / "cache/bagualu/this.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("chip: 3")
+    assert cli.main(["doctor", "--quick"]) == 0
+    assert load_cluster("this", [file.parent]).quick
+
+
 def test_a_cache_that_cannot_be_written_is_refused(
     without_measuring: list[tuple[int, str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -101,6 +101,15 @@ def test_a_model_that_does_not_fit_is_predicted_and_refused_with_what_would_make
     assert predicted(capsys, *words, fix[1])["fits"] is True
 
 
+def test_figures_of_a_quick_measurement_are_said_to_be_such(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shipped = (Path(__file__).parents[3] / "recipes/cluster/h100.yaml").read_text()
+    for quick in (True, False):
+        (tmp_path / "mine.yaml").write_text(f"quick: {str(quick).lower()}\n{shipped}")
+        assert cli.main([*TINY[:2], f"cluster={tmp_path}/mine.yaml", "world=8"]) == 0
+        line = "figures  of mine.yaml come from a quick measurement, which makes this less accurate: run bagualu doctor"
+        assert (line in capsys.readouterr().out.splitlines()) is quick
+
+
 def test_it_forecasts_what_failures_cost(capsys: pytest.CaptureFixture[str]) -> None:
     """A rate at which 8 devices fail often."""
     words = ["days=2", "assume.failure_factor=300", "spares=1", "restart.limit=500"]
