@@ -102,7 +102,8 @@ def caption(prediction: Prediction) -> Iterator[str]:
 def _band(prediction: Prediction) -> ErrorBand | None:
     model = prediction.recipe.model
     parameters = sum(map(prod, parameter_shapes(model).values()))
-    return error_band(prediction.cluster.name, prediction.layout.world, parameters, "moe" if model.moe.experts else "dense")
+    chip = " and ".join(part.chip.name for part in prediction.cluster.parts)
+    return error_band(chip, prediction.layout.world, parameters, "moe" if model.moe.experts else "dense")
 
 
 def _band_text(band: ErrorBand) -> str:

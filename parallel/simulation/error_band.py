@@ -30,7 +30,7 @@ class HeldOutError:
     """A published run, to which nothing was fitted, and the error of its prediction."""
 
     chip: str
-    """The name of the cluster with this chip, e.g. h100."""
+    """The name of the chip (`chip.name` of a cluster file), e.g. H100 SXM5 80GB. Several cluster files may have the same."""
     devices: int
     parameters: int
     kind: str
@@ -61,7 +61,8 @@ def error_band(
     """Returns the band for a run, from the errors of the runs that are nearest in devices, parameters, chip and kind. None if there
     are none.
 
-    `chip`: the name of the cluster. `kind`: dense or moe. `errors`: by default those that ship.
+    `chip`: its name; that of a mixed cluster has those of all, as no published run does. `kind`: dense or moe. `errors`: by default
+    those that ship.
     """
     known = held_out_errors() if errors is None else errors
     if not known:

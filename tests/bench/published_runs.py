@@ -64,7 +64,7 @@ def held_out(rows: Sequence[Predicted]) -> list[HeldOutError]:
             parameters = sum(prod(shape) for shape in parameter_shapes(model).values())
             error = row.figures.step_seconds / row.published.step_seconds - 1
             kind = "moe" if model.moe.experts else "dense"
-            found.append(HeldOutError(row.run.cluster.name, row.run.world, parameters, kind, error))
+            found.append(HeldOutError(row.run.cluster.parts[0].chip.name, row.run.world, parameters, kind, error))
     return found
 
 

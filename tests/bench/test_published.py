@@ -9,8 +9,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are programs, n
 
 from published.describe import describe
 from published.families import Unknown
+from published.predicted import TEST, Figures, Predicted
 from published.report import correlation, quantile
 from published.rows import Row
+from published_runs import held_out
 
 GPT = {
     "run_id": "1", "model": "GPT-39.1B", "params_b": "39.1", "layers": "48", "hidden": "8192", "heads": "64", "kv_heads": "64",
@@ -152,6 +154,15 @@ def test_memory_that_is_stated_of_the_ends_of_the_pipeline() -> None:
 def test_a_row_that_cannot_be_described_says_why(cells: dict[str, str], reason: str) -> None:
     with pytest.raises(Unknown, match=reason):
         describe(row(**cells))
+
+
+def test_a_held_out_error_names_the_chip() -> None:
+    """Several cluster files may describe the same chip."""
+    of, run = row(), describe(row())
+    (error,) = held_out([Predicted(of, TEST, "", of.published()[0], run, Figures(14.7 * 1.25, 0, True))])
+    assert (error.chip, error.devices, error.kind) == (run.cluster.parts[0].chip.name, 512, "dense")
+    assert error.chip.startswith("A100 ")
+    assert error.error == pytest.approx(0.25)
 
 
 def test_quantiles_and_rank_correlation() -> None:

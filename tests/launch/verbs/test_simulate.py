@@ -14,6 +14,8 @@ import pytest
 from bagualu.comm.cluster_file import load_cluster
 from bagualu.launch import cli
 from bagualu.parallel.memory_kinds import KINDS
+from bagualu.parallel.simulation import error_band
+from bagualu.parallel.simulation.error_band import HeldOutError
 
 GUIDE = Path(__file__).parents[3] / "docs/guides/planning.md"
 COMMANDS = [line.strip() for line in GUIDE.read_text().splitlines() if line.startswith("    bagualu simulate ")]
@@ -99,6 +101,17 @@ def test_a_model_that_does_not_fit_is_predicted_and_refused_with_what_would_make
     fix = re.search(r"; give (\S+?)( or |$)", err)
     assert fix is not None
     assert predicted(capsys, *words, fix[1])["fits"] is True
+
+
+def test_the_error_band_is_that_of_the_chip_whatever_the_file_is_called(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = [HeldOutError(chip, 8, 10**6, "moe", error) for chip, error in (("H100 SXM5 80GB", 0.25), ("H200 SXM 141GB", -0.5))]
+    monkeypatch.setattr(error_band, "held_out_errors", lambda: [one for one in known for _ in range(20)])
+    (tmp_path / "mine.yaml").write_text((Path(__file__).parents[3] / "recipes/cluster/h100.yaml").read_text())
+    for cluster in ("h100", f"{tmp_path}/mine.yaml"):
+        band = predicted(capsys, *TINY[:2], f"cluster={cluster}", "world=8")["error_band"]
+        assert (band["chips"], band["beyond"], band["least"]) == (["H100 SXM5 80GB"], False, pytest.approx(0.8))
 
 
 def test_figures_of_a_quick_measurement_are_said_to_be_such(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
