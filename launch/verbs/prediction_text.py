@@ -34,6 +34,8 @@ def as_document(prediction: Prediction) -> dict[str, Any]:
         "layout": {axis: layout.size(axis) for axis in ("data", "tensor", "pipeline", "expert", "context")},
         "dtype": recipe.train.dtype,
         "step_seconds": prediction.step_seconds,
+        "stragglers": prediction.stragglers,
+        "slowest_pace": prediction.slowest_pace,
         "error_band": None if band is None else asdict(band),
         "tokens": prediction.tokens,
         "tokens_per_second_per_device": prediction.tokens_per_second_per_device,
@@ -86,6 +88,9 @@ def caption(prediction: Prediction) -> Iterator[str]:
     if prediction.cluster.quick:
         name = prediction.cluster.name
         yield f"figures  of {name}.yaml come from a quick measurement, which makes this less accurate: run bagualu doctor"
+    if prediction.stragglers:
+        longer = f"computes {prediction.slowest_pace - 1:.1%} longer than the mean rank"
+        yield f"slowest  {longer}, if the times of ranks have a standard deviation of {prediction.stragglers:.3g}"
     peak = prediction.peak_flops_per_second / prediction.layout.world / 1e12
     again = f"HFU {prediction.hfu:.1%}, which counts what is computed again too"
     yield f"MFU      {prediction.mfu:.1%} of {peak:.4g} TFLOP/s ({recipe.train.dtype}); {again}"

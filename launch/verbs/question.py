@@ -1,5 +1,6 @@
 """Reads what is to be predicted from the words of a command line, without torch."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ class Question:
     out: Path | None
     trace: Path | None
     failures: FailureQuestion
+    stragglers: float
+    """The standard deviation of the ranks' times, as a fraction of the mean."""
 
 
 def read_question(request: CommandLine) -> Question:
@@ -47,7 +50,7 @@ def read_question(request: CommandLine) -> Question:
     cluster = read_cluster_of(own, recipe).for_world(world)
     recipe = on_cluster(recipe, cluster)
     check_memory(in_trained_dtype(recipe), world, None)  # without a device: only whether a split fits parallel.memory_bytes
-    return Question(recipe, cluster, world, own.get("loads", "balanced"), out, trace, failures)
+    return Question(recipe, cluster, world, own.get("loads", "balanced"), out, trace, failures, _fraction(own, "stragglers"))
 
 
 def require_devices(verb: str, own: Mapping[str, str]) -> None:
@@ -92,6 +95,18 @@ def check_loads(loads: str, experts: int) -> None:
         raise RecipeError(f"loads={loads} has no effect on a model without experts; leave it out")
     if loads != "balanced" and not loads.startswith("skewed:") and not Path(loads).is_dir():
         raise RecipeError(f"loads={loads} is neither balanced nor skewed:R nor the directory of a run; give e.g. loads=skewed:1.5")
+
+
+def _fraction(own: Mapping[str, str], key: str) -> float:
+    """Returns the fraction below 1 that `key` names; 0 if it is not given. Raises RecipeError if it is none."""
+    text = own.get(key, "0")
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = math.nan
+    if not 0 <= fraction < 1:
+        raise RecipeError(f"{key}={text} must be a fraction of at least 0 and below 1, e.g. {key}=0.02 for 2%")
+    return fraction
 
 
 def _path(own: dict[str, str], key: str, endings: Sequence[str]) -> Path | None:

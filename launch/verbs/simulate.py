@@ -29,7 +29,7 @@ def simulate(request: CommandLine) -> tuple[int, Any]:
     if question.out is not None or question.trace is not None:
         wanted = "calls" if question.trace is None else "operators"
     shares = read_shares(question.loads, question.recipe.model) if question.recipe.model.moe.experts else None
-    prediction = predict(question.recipe, question.cluster, question.world, shares, wanted)
+    prediction = predict(question.recipe, question.cluster, question.world, shares, wanted, question.stragglers)
     files = {"out": question.out, "trace": question.trace}
     failures = None
     if prediction.fits:

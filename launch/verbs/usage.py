@@ -160,6 +160,8 @@ keys, besides all those of a recipe (bagualu train --cfg job):
   world             the number of devices, one rank each; data ranks are what the other degrees leave
   loads             how tokens spread over the experts of a layer: balanced (default); skewed:R, R times the mean for the
                     fullest, and for each other the same fraction of the one before it; or RUN_DIR, as in that run
+  stragglers        standard deviation of the time that ranks take for the same work, as a fraction, e.g. 0.02; default 0.
+                    All wait for the slowest of so many
   train.dtype=float8    for prediction only: products of linear layers take the cluster's float8 peak
   days              length of the run whose failures are forecast (default 14), if the cluster's file has failure rates
   spares            nodes that stand by for those that fail; left out: always enough
@@ -218,7 +220,7 @@ options:
 
 DOCTOR_KEYS = ("launch.workers", "launch.threads", "launch.affinity", "launch.allocator", "comm.backend", "run.dir", "data.cache")
 SCHEDULE_KEYS = ("name", "stages", "micro_batches", "chunks", "forward", "input", "weight", "message", "out")
-SIMULATE_KEYS = ("cluster", "world", "loads", "out", "trace")
+SIMULATE_KEYS = ("cluster", "world", "loads", "stragglers", "out", "trace")
 """The keys of `bagualu simulate` that are no keys of a recipe, besides those of failures."""
 FAILURE_KEYS = ("days", "spares")
 """The keys about failures, besides assume.NAME."""

@@ -39,7 +39,7 @@ class MemoryMoment:
 
 @dataclass(frozen=True)
 class ReplayedRole:
-    """The step of a role. Its busy, exposed and waiting times add up to the time of the step."""
+    """The step of a role: what its ranks do on average. Busy, exposed and waiting times add up to the time of the step."""
 
     role: Role
     step_seconds: float
@@ -53,6 +53,8 @@ class ReplayedRole:
     """Seconds in which it waits for other ranks of the pipeline: the bubble."""
     imbalance_seconds: float
     """Seconds in which it waits for ranks at its own pipeline coordinate that have more work."""
+    pace: float
+    """How many times as long as its mean rank its slowest rank computes (stragglers.py)."""
     peak: MemoryMoment
     """The first moment at which it holds most memory."""
     timed: Sequence[TimedSection]
@@ -67,6 +69,11 @@ class ReplayedRole:
     @cached_property
     def busy_seconds(self) -> float:
         return sum(self.busy.values())
+
+    @property
+    def straggler_seconds(self) -> float:
+        """Seconds in which its mean rank waits for its slowest."""
+        return (self.pace - 1) * self.busy_seconds
 
     def passes(self) -> Iterator[tuple[Section, float, float]]:
         """Yields each section with its begin and end on the computation stream."""
@@ -116,21 +123,20 @@ def replay(
     operator_seconds: OperatorSeconds,
     spans: Literal["calls", "operators"] | None = None,
     deviation: float = 0.0,
-    seed: int | None = None,
     plain: bool = False,
 ) -> Replayed:
     """Returns the times of a step that all `roles` of a world begin together. Roles whose ranks have different chips are divided.
 
     `spans`: whether to keep those of calls and the stretches between them, or those of calls and operators; None: neither.
-    `deviation`: the standard deviation of the times of ranks, as a fraction (stragglers.py), with `seed`. `plain`: walks over every
-    event of every section instead of over what distinct sections take; slower, with the same result.
+    `deviation`: the standard deviation of the times of ranks, as a fraction (stragglers.py). `plain`: walks over every event of
+    every section instead of over what distinct sections take; slower, with the same result.
 
     Raises CommunicationError if the ranks wait for each other forever or begin different calls, ValueError if roles are missing or
     the cluster has too few devices.
     """
     roles = divided_by_chip(roles, layout, cluster)
     prices, lanes = Prices(cluster), Lanes(roles, layout)
-    paces = slowest_paces([role.ranks for role in roles], deviation, seed)
+    paces = slowest_paces([role.ranks for role in roles], deviation)
     timers = [
         SectionTimer(
             member=member,
@@ -157,14 +163,16 @@ def replay(
         late = {**program.held_up, ("", last.index): last.time - program.time}
         waiting = {far: sum(seconds for (_, who), seconds in late.items() if apart[who] is far) for far in (True, False)}
         busy, operators, exposed = _sums(role, sections, program.exposed, rest)
+        pace = paces[program.index]
         return ReplayedRole(
             role=role,
             step_seconds=clock.end,
-            busy=busy,
-            operators=operators,
+            busy={phase: seconds / pace for phase, seconds in busy.items()},
+            operators={kind: seconds / pace for kind, seconds in operators.items()},
             exposed=exposed,
             pipeline_seconds=waiting[True],
             imbalance_seconds=waiting[False],
+            pace=pace,
             peak=_peak(role, sections, program.marks),
             timed=sections,
             marks=program.marks,

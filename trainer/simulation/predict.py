@@ -54,6 +54,8 @@ class Prediction:
     """With exactly the devices of the world."""
     layout: Layout
     replayed: Replayed
+    stragglers: float
+    """The standard deviation of the ranks' times, as a fraction."""
     tokens: int
     """Of a step, over all ranks."""
     peak_flops_per_second: float
@@ -82,6 +84,11 @@ class Prediction:
         return self.executed_flops / self.step_seconds / self.peak_flops_per_second
 
     @property
+    def slowest_pace(self) -> float:
+        """How many times as long as the mean rank the slowest computes."""
+        return max(role.pace for role in self.replayed.roles)
+
+    @property
     def fullest(self) -> RankMemory:
         """The memory of the ranks that have least to spare."""
         return min(self.memory, key=lambda memory: memory.spare_bytes)
@@ -97,14 +104,18 @@ class Prediction:
         computed = {kind: mean(lambda role, kind=kind: role.operators.get(kind, 0.0)) for kind in kinds}  # type: ignore[misc]
         exposed = {f"{axis} communication": seconds for axis, seconds in self.replayed.exposed().items()}
         waits = {"waiting in the pipeline": mean(lambda role: role.pipeline_seconds),
-                 "waiting for ranks with more work": mean(lambda role: role.imbalance_seconds)}  # fmt: skip
+                 "waiting for ranks with more work": mean(lambda role: role.imbalance_seconds),
+                 "waiting for stragglers": mean(lambda role: role.straggler_seconds)}  # fmt: skip
         return {what: seconds for what, seconds in (computed | exposed | waits).items() if seconds > 0}
 
 
-def predict(recipe: Recipe, cluster: Cluster, world: int, shares: Shares | None = None, spans: Spans = None) -> Prediction:
+def predict(
+    recipe: Recipe, cluster: Cluster, world: int, shares: Shares | None = None, spans: Spans = None, stragglers: float = 0.0
+) -> Prediction:
     """Returns the prediction of a step on `world` devices of `cluster`.
 
-    `shares`: of the tokens of a layer, those of each expert; None: equal shares. `spans`: as for `replay`.
+    `shares`: of the tokens of a layer, those of each expert; None: equal shares. `spans`: as for `replay`. `stragglers`: the
+    standard deviation of the ranks' times, as a fraction.
     Raises RecipeError if the recipe is wrong for that world, cannot be traced, or needs a figure that the cluster does not have.
     """
     cluster = cluster.for_world(world)
@@ -116,13 +127,14 @@ def predict(recipe: Recipe, cluster: Cluster, world: int, shares: Shares | None 
     def seconds(rank: int, operator: Operator) -> float:
         return operator_seconds(cluster.part_of(rank).chip, operator)
 
-    replayed = replay(roles, layout, cluster, seconds, spans)
+    replayed = replay(roles, layout, cluster, seconds, spans, stragglers)
     tokens = recipe.data.global_batch * recipe.data.sequence_length
     return Prediction(
         recipe=recipe,
         cluster=cluster,
         layout=layout,
         replayed=replayed,
+        stragglers=stragglers,
         tokens=tokens,
         peak_flops_per_second=peaks,
         model_flops=tokens * model_flops_per_token(recipe.model, recipe.data.sequence_length),

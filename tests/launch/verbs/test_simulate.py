@@ -176,6 +176,10 @@ def test_data_ranks_are_what_the_other_degrees_leave(capsys: pytest.CaptureFixtu
         (["cluster=h100", "world=8", "recipe=tiny_dense", "loads=skewed:1.5"], "has no effect on a model without experts"),
         (["cluster=h100", "world=8", "parallel.engine=deepspeed"], "give parallel.engine=native parallel.zero=1"),
         (["cluster=sw26010pro", "world=8", "train.dtype=float8"], "no matmul peak is known for SW26010-Pro; give one of float64"),
+        (["cluster=h100", "world=8", "stragglers=2%"], "stragglers=2% must be a fraction of at least 0 and below 1, e.g. stragg"),
+        (["cluster=h100", "world=8", "stragglers=2"], "stragglers=2 must be a fraction"),
+        (["cluster=h100", "world=8", "stragglers=-0.1"], "stragglers=-0.1 must be a fraction"),
+        (["cluster=h100", "world=8", "stragglers=nan"], "stragglers=nan must be a fraction"),
         (["cluster=h100", "world=8", "days=0"], "days=0 must be a number above 0"),
         (["cluster=h100", "world=8", "spares=-1"], "spares=-1 must be a whole number of nodes, at least 0"),
         (["cluster=h100", "world=8", "assume.repair_hour=1"], "unknown assumption repair_hour; did you mean repair_hours?"),
@@ -239,6 +243,25 @@ def test_a_skewed_load_takes_longer(capsys: pytest.CaptureFixture[str]) -> None:
     assert skewed["step_seconds"] > balanced["step_seconds"]
     assert "waiting for ranks with more work" in skewed["parts_seconds"]
     assert "waiting for ranks with more work" not in balanced["parts_seconds"]
+
+
+def test_all_wait_for_the_slowest_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    """With more ranks the slowest is slower."""
+    wide = ["recipe=tiny_dense", "model.ffn=8192", "data.sequence_length=2048", "data.global_batch=512", "train.micro_batch=1"]
+    paces = []
+    for world in (8, 512):
+        words = ["simulate", *wide, "cluster=h100", f"world={world}"]
+        alike, apart = (predicted(capsys, *words, *more) for more in ([], ["stragglers=0.05"]))
+        assert (alike["stragglers"], alike["slowest_pace"], apart["stragglers"]) == (0, 1, 0.05)
+        assert "waiting for stragglers" not in alike["parts_seconds"]
+        waited = apart["parts_seconds"]["waiting for stragglers"]
+        assert 0 < apart["step_seconds"] - alike["step_seconds"] <= waited * 1.001
+        assert apart["parts_seconds"]["products"] == pytest.approx(alike["parts_seconds"]["products"])
+        assert sum(apart["parts_seconds"].values()) == pytest.approx(apart["step_seconds"])
+        paces.append(apart["slowest_pace"])
+    assert 1.05 < paces[0] < paces[1] < 1.2
+    assert cli.main([*words, "stragglers=0.05"]) == 0
+    assert f"slowest  computes {paces[1] - 1:.1%} longer than the mean rank" in capsys.readouterr().out
 
 
 def test_pictures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
