@@ -45,8 +45,12 @@ class RestartConfig:
     limit: int = 3
     """The most times that a launch restarts workers after failures; 0: never."""
     backoff_seconds: float = 1.0
-    """Seconds of pause before the first restart. Every further pause is twice as long, but at most a minute. If a start cannot read
-    the checkpoints, four further attempts to read them follow after such pauses."""
+    """Seconds of pause before the first restart. Every further pause is twice as long, but at most a minute; see
+    restart.backoff_reset_seconds. If a start cannot read the checkpoints, four further attempts to read them follow after such
+    pauses."""
+    backoff_reset_seconds: float = 600.0
+    """Seconds from a restart to the next failure after which pauses begin anew with restart.backoff_seconds. 10 minutes are what
+    Kubernetes takes for containers. 0: all pauses are equal."""
     same_step_limit: int = 2
     """Number of failures at the same step, without progress in between, after which the run ends (exit code 76) or, with
     restart.elastic=true, goes on without the rank at fault if it was the same rank each time."""
@@ -71,10 +75,12 @@ class RestartConfig:
         return min(_LONGEST_PAUSE_SECONDS, self.backoff_seconds * 2.0 ** min(number - 1, 30))
 
     def validate(self) -> None:
-        require_at_least(0, "restart", self, "limit", "backoff_seconds")
+        require_at_least(0, "restart", self, "limit", "backoff_seconds", "backoff_reset_seconds")
         require_at_least(1, "restart", self, "same_step_limit", "min_workers", "wait_seconds")
         require_at_least(0, "restart", self, "hang_seconds")
         require_at_least(self.hang_seconds, "restart", self, "long_hang_seconds")
+        if not self.backoff_seconds:
+            refuse_unused("restart", self, ["backoff_reset_seconds"], "restart.backoff_seconds=0")
         if not self.hang_seconds:
             refuse_unused("restart", self, ["long_hang_seconds"], "restart.hang_seconds=0")
         if not self.elastic:

@@ -120,6 +120,7 @@ def run_model(
         replica_steps=checkpoint.replica_every,
         replica_loss=assumptions.replica_loss,
         pauses=[restart.pause_seconds(number) for number in range(1, _RESTARTS_WITH_OWN_PAUSE + 1)],
+        healthy_seconds=restart.backoff_reset_seconds,
         start_seconds=assumptions.workers_seconds
         + assumptions.connect_seconds_per_device * work.world
         + assumptions.warm_up_steps * work.step_seconds,

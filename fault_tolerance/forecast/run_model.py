@@ -56,6 +56,8 @@ class RunModel:
     pauses: Sequence[float] = (0.0,)
     """Seconds of pause between a failure that has been noticed and the restart: for the first restart of a launch, the second and
     so on; the last value holds for all further ones."""
+    healthy_seconds: float = 600.0
+    """Time from a restart until the next failure is noticed after which the pauses begin with the first again."""
     start_seconds: float = 0.0
     """From the start of workers to their first step, without reading the state. Failures strike during a start too."""
     check_steps: int = 0

@@ -92,7 +92,9 @@ class _Runs:
         """Nodes under repair."""
         self.replicas = zeros() + model.replicas
         self.totals = {name: zeros() for name in CATEGORIES}
-        self.failures, self.restarts, self.rejoins = zeros(), zeros(), zeros()
+        self.failures, self.rejoins = zeros(), zeros()
+        self.paused, self.restarted = zeros(), zeros()
+        """Pauses since they last began with the first, and when the last one ended."""
         kinds = model.interruptions
         self.rate = sum(kind.per_second for kind in kinds)
         self.cumulative = np.cumsum([kind.per_second for kind in kinds]) / (self.rate or 1.0)
@@ -192,8 +194,11 @@ class _Runs:
         loud = failed & ~silent
         lost_node = loud & self.loses[kind]
         self._charge("detection", loud * self.detection[kind])
-        pause = self.pauses[np.minimum(self.restarts, len(self.pauses) - 1)]
-        self.restarts += loud
+        healthy = self.now - self.restarted >= _micro(model.healthy_seconds)
+        self.paused = np.where(loud & healthy, 0, self.paused)
+        pause = self.pauses[np.minimum(self.paused, len(self.pauses) - 1)]
+        self.paused += loud
+        self.restarted = np.where(loud, self.now + pause, self.restarted)
         self._charge("waiting", loud * pause + lost_node * _micro(model.swap_seconds))
         if model.spares is None:
             return

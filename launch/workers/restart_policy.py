@@ -1,5 +1,7 @@
 """Decides whether a run is restarted after a failure: at most restart.limit times, with growing pauses, and not in a crash loop."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from bagualu.fault_tolerance.config import RestartConfig
@@ -27,7 +29,13 @@ class Restarts:
     """Counts the restarts of one launch and decides after each failure whether the workers are restarted."""
 
     config: RestartConfig
+    clock: Callable[[], float] = time.monotonic
+    """Seconds from any moment on."""
     count: int = 0
+    _pauses: int = 0
+    """The number of pauses since they last began anew."""
+    _restarted: float = 0.0
+    """When the last pause ends."""
     _failed: list[Failure] = field(default_factory=list)
     """Failures since the run last got further, beginning with the first failure at the latest step that has failed."""
     _dropped: int = 0
@@ -55,7 +63,17 @@ class Restarts:
             return RestartDecision(replace(failure, cause=failure.cause + spent), again=False)
         self._dropped += drop
         self.count += 1
-        return RestartDecision(failure, again=True, pause_seconds=config.pause_seconds(self.count), without_rank=drop)
+        return RestartDecision(failure, again=True, pause_seconds=self._pause(), without_rank=drop)
+
+    def _pause(self) -> float:
+        """Returns the seconds of the pause that begins now: the first again if the workers ran long enough since the last, starting
+        included, for a pause is to keep failures apart that follow each other at once."""
+        if max(0.0, self.clock() - self._restarted) >= self.config.backoff_reset_seconds:
+            self._pauses = 0
+        self._pauses += 1
+        seconds = self.config.pause_seconds(self._pauses)
+        self._restarted = self.clock() + seconds
+        return seconds
 
     def _times(self, failure: Failure) -> int:
         """Records `failure` and returns how often its step has failed, this failure included, without a failure at a later step."""

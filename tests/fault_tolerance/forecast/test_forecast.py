@@ -63,6 +63,8 @@ def test_the_recipe_says_which_mechanisms_there_are():
     elastic = modelled(settings=replace(SETTINGS, restart=RestartConfig(elastic=True, wait_seconds=77)), spares=1)
     assert (elastic.elastic, elastic.swap_seconds, elastic.spares) == (True, 77, 1)
     assert modelled().pauses[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert modelled().healthy_seconds == 600
+    assert modelled(settings=replace(SETTINGS, restart=RestartConfig(backoff_reset_seconds=7.0))).healthy_seconds == 7
 
 
 @pytest.mark.parametrize(("hang", "timeout", "noticed"), [(300.0, 600.0, 300.0), (300.0, 200.0, 150.0), (0.0, 600.0, 600.0)])
@@ -173,7 +175,7 @@ def report(settings=SETTINGS, **others):
 
 def test_the_report_says_what_comes_out():
     lines = report().lines()
-    assert lines[0].startswith("failures 109 in 14 days (90% of runs ")
+    assert lines[0].startswith("failures 110 in 14 days (90% of runs ")
     assert "one every 3.09 h: gpu 47%, gpu_memory 17%, software 15%, host 11%, network 10%" in lines[0]
     assert lines[1].startswith("         restart.limit=3 would end the launch; give restart.limit=2")
     assert lines[2].startswith("training 93.")

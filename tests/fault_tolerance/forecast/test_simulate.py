@@ -186,12 +186,25 @@ def test_silent_faults_are_no_restarts():
     assert not totals.microseconds["waiting"].any()
     assert not totals.microseconds["detection"].any()
     kinds = [replace(ENDS, loses_node=False, per_second=1e-4), replace(SILENT, per_second=1e-3)]
-    early = simulate(RunModel(1.0, kinds, pauses=[0.0] * 40 + [50.0]), DAY, 40, seed=1)
+    early = simulate(RunModel(1.0, kinds, pauses=[0.0] * 40 + [50.0], healthy_seconds=DAY), DAY, 40, seed=1)
     assert not early.microseconds["waiting"].any()  # of some 95 faults fewer than 40 restart processes
 
 
+@pytest.mark.parametrize(("healthy", "detection"), [(600.0, 0.0), (600.0, 250.0), (200.0, 250.0)])
+def test_pauses_begin_anew_once_a_run_was_healthy(healthy, detection):
+    """A failure every M seconds comes later than H after a restart with probability exp(-H / M), and is noticed after D."""
+    between, pauses = 900.0, [1.0, 2.0, 4.0, 8.0]
+    kind = replace(ENDS, per_second=1 / between, detection_seconds=detection, loses_node=False)
+    model = RunModel(1.0, [kind], pauses=pauses, healthy_seconds=healthy, start_seconds=50.0)
+    anew = min(1.0, math.exp((detection - healthy) / between))
+    expected = sum(pause * anew * (1 - anew) ** index for index, pause in enumerate(pauses[:-1])) + pauses[-1] * (1 - anew) ** 3
+    totals = simulate(model, 1000 * between, 100, seed=1)
+    pause = totals.microseconds["waiting"] / 1e6 / totals.failures
+    assert pause.mean() == pytest.approx(expected, rel=0.02)
+
+
 def test_pauses_grow_with_each_restart_of_a_launch():
-    model = RunModel(1.0, [replace(ENDS, loses_node=False)], pauses=[1.0, 2.0, 4.0, 8.0])
+    model = RunModel(1.0, [replace(ENDS, loses_node=False)], pauses=[1.0, 2.0, 4.0, 8.0], healthy_seconds=DAY)
     totals = simulate(model, DAY, 40, seed=1)
     waiting, restarts = totals.microseconds["waiting"][0], totals.failures[0]
     assert (waiting == (7 + 8 * (restarts - 3)) * 10**6)[restarts >= 3].all()

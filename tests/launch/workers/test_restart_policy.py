@@ -35,6 +35,35 @@ def test_every_pause_is_twice_the_last_up_to_a_minute():
     assert [many.decide(lost(step)).pause_seconds for step in range(1, 10)] == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
 
 
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize(("healthy", "pauses"), [(600.0, [1, 2, 4, 1, 2, 4]), (601.0, [1, 2, 4, 8, 16, 32]), (0.0, [1] * 6)])
+def test_the_pauses_begin_anew_once_a_run_was_healthy(healthy, pauses):
+    clock = Clock()
+    several = Restarts(RestartConfig(limit=100, backoff_reset_seconds=healthy), clock)
+    found = []
+    for step, seconds in enumerate([5.0, 5.0, 5.0, 600.0, 5.0, 5.0], 1):
+        clock.now += seconds
+        found.append(several.decide(lost(step)).pause_seconds)
+        clock.now += found[-1]  # the workers start when the pause is over
+    assert found == pauses
+
+
+def test_a_pause_that_goes_on_is_no_time_in_which_a_run_is_healthy():
+    clock = Clock()
+    several = Restarts(RestartConfig(limit=100, backoff_seconds=40.0, backoff_reset_seconds=50.0), clock)
+    assert several.decide(lost(1)).pause_seconds == 40
+    clock.now += 80.0
+    assert several.decide(lost(2)).pause_seconds == 60  # 40 s after the restart
+
+
 @pytest.mark.parametrize(("kind", "code"), [("recipe", REFUSED), ("final", FAILED)])
 def test_what_would_only_happen_again_is_not_tried_again(kind, code):
     verdict = restarts().decide(lost(3, kind=kind))
@@ -110,9 +139,15 @@ def test_the_announcement_says_what_where_which_and_whence(tmp_path):
     assert announcement(one.decide(lost(8)), one, recipe).endswith("restart 2 of 5 in 4 s, from step-00000005")
 
 
-@pytest.mark.parametrize("wrong", ["limit=-1", "backoff_seconds=-1", "same_step_limit=0", "min_workers=0", "wait_seconds=0",
-                                   "min_workers=2"])  # fmt: skip
+@pytest.mark.parametrize("wrong", ["limit=-1", "backoff_seconds=-1", "backoff_reset_seconds=-1", "same_step_limit=0",
+                                   "min_workers=0", "wait_seconds=0", "min_workers=2"])  # fmt: skip
 def test_a_wrong_value_is_refused_with_the_fix(wrong):
     recipe = compose([f"restart.{wrong}"])
     with pytest.raises(ValueError, match=r"restart\.\w+=.*(e\.g\.|give) restart\.\w+="):
+        recipe.validate(recipe.world_size())
+
+
+def test_a_reset_of_pauses_that_are_all_0_is_refused():
+    recipe = compose(["restart.backoff_seconds=0", "restart.backoff_reset_seconds=60"])
+    with pytest.raises(ValueError, match=r"restart\.backoff_reset_seconds=60\.0 has no effect with restart\.backoff_seconds=0"):
         recipe.validate(recipe.world_size())
