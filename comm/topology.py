@@ -207,18 +207,6 @@ class Cluster:
                 return part
         raise ValueError(f"cluster {self.name} has devices 0 to {(self.devices or 0) - 1}, not {rank}")
 
-    def tier_between(self, rank: int, other: int) -> LinkTier | None:
-        """Returns the tier whose links join two ranks; None if they are the same rank. Raises ValueError for an unknown device."""
-        part = self.part_of(rank)
-        if self.part_of(other) is not part:
-            return self.joint
-        if rank == other:
-            return None
-        first = next(first for first, candidate in self._placed() if candidate is part)
-        return next(
-            tier for tier in part.tiers if tier.devices is None or (rank - first) // tier.devices == (other - first) // tier.devices
-        )
-
     def levels(self, ranks: range) -> tuple[Level, ...]:
         """Returns the tiers that the group `ranks` (ascending) uses, from the innermost to the first in which a single domain holds
         the whole group. Raises ValueError if the group is empty or the cluster has no such devices."""

@@ -1,15 +1,16 @@
-"""A forecast as lines of text and as a JSON document."""
+"""A forecast with the best interval and the influence of each assumption, as lines of text and as a JSON document."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from bagualu.fault_tolerance.forecast.assumptions import Assumptions
-from bagualu.fault_tolerance.forecast.forecast import EffectiveTime, Estimate
-from bagualu.fault_tolerance.forecast.influence import Influence
-from bagualu.fault_tolerance.forecast.interval import BestInterval
+from bagualu.fault_tolerance.forecast.forecast import EffectiveTime, Estimate, forecast
+from bagualu.fault_tolerance.forecast.influence import Influence, influences
+from bagualu.fault_tolerance.forecast.interval import BestInterval, best_interval
 from bagualu.fault_tolerance.forecast.run_model import RunModel
+from bagualu.parallel.simulation.seconds_text import span_text
 
 _NAMED = 3
 """The number of assumptions that the text names."""
@@ -58,7 +59,7 @@ class FailureReport:
         }
 
     def _failures(self) -> Iterator[str]:
-        failures, span = self.time.failures, _span(self.time.seconds)
+        failures, span = self.time.failures, span_text(self.time.seconds)
         rates: dict[str, float] = {}
         for kind in self.model.interruptions:
             rates[kind.component] = rates.get(kind.component, 0.0) + kind.per_second
@@ -68,7 +69,7 @@ class FailureReport:
             return
         shares = ", ".join(f"{name} {rate / total:.0%}" for name, rate in rates.items() if rate)
         runs = f"90% of runs {failures.low:.0f} to {failures.high:.0f}"
-        yield f"{_count(failures.mean)} in {span} ({runs}), one every {_span(1 / total)}: {shares}"
+        yield f"{_count(failures.mean)} in {span} ({runs}), one every {span_text(1 / total)}: {shares}"
         if self.restart_limit < failures.high:
             yield f"restart.limit={self.restart_limit} would end the launch; give restart.limit={_above(failures.high)}"
 
@@ -87,7 +88,7 @@ class FailureReport:
         if best is None or self.at_best is None:
             return
         flat = "" if best.shortest == best.longest else f"{best.shortest} to {best.longest} cost at most 0.1% more; "
-        interval = f"{best.steps} ({_span(best.steps * self.model.step_seconds)})"
+        interval = f"{best.steps} ({span_text(best.steps * self.model.step_seconds)})"
         formulas = f"Young {_count(best.young)}, Daly {_count(best.daly)}"
         yield f"best checkpoint.every={interval}: {self.at_best.ratio.mean:.1%}; {flat}{formulas}"
 
@@ -95,6 +96,29 @@ class FailureReport:
         for influence in self.influences[:_NAMED]:
             yield (f"{influence.name}={influence.value:.3g}: {influence.progress_at_low:.1%} at {influence.low:.3g}, "
                    f"{influence.progress_at_high:.1%} at {influence.high:.3g}")  # fmt: skip
+
+
+def report_on(
+    modelled: Callable[[Assumptions], RunModel],
+    assumptions: Assumptions,
+    seconds: float,
+    restart_limit: int,
+    runs: int = 200,
+    runs_of_influences: int = 40,
+) -> FailureReport:
+    """Returns everything about runs of `seconds` that `modelled` describes. The same question has the same answer. Raises
+    RecipeError if a figure is impossible."""
+    model = modelled(assumptions)
+    time, best = forecast(model, seconds, runs), best_interval(model, seconds, runs, seed=0)
+    return FailureReport(
+        model=model,
+        time=time,
+        best=best,
+        at_best=None if best is None else forecast(replace(model, checkpoint_steps=best.steps), seconds, runs),
+        influences=influences(modelled, assumptions, seconds, runs_of_influences),
+        assumptions=assumptions,
+        restart_limit=restart_limit,
+    )
 
 
 def _with_first(lines: Iterator[str]) -> Iterator[tuple[bool, str]]:
@@ -118,11 +142,3 @@ def _above(count: float) -> int:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _span(seconds: float) -> str:
-    """Returns a time in a unit that suits it."""
-    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"

@@ -8,6 +8,7 @@ from typing import Any
 
 from bagualu.parallel.memory_kinds import KINDS
 from bagualu.parallel.simulation.error_band import PART, ErrorBand, error_band
+from bagualu.parallel.simulation.seconds_text import seconds_text, span_text
 from bagualu.trainer.costs.fits import Device, excess_text, what_fits
 from bagualu.trainer.costs.prediction import size_text
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
@@ -15,7 +16,6 @@ from bagualu.trainer.simulation.predict import Prediction, RankMemory
 from bagualu.trainer.simulation.setting import in_trained_dtype
 
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"))
-_PERIODS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
 
 
 def report_text(prediction: Prediction) -> str:
@@ -101,7 +101,7 @@ def caption(prediction: Prediction) -> Iterator[str]:
     has = f"of {size_text(fullest.limit_bytes)} that its chip has for them"
     yield f"memory   {size_text(fullest.peak.bytes)} of tensors on the fullest rank, {has}: {room}"
     steps = recipe.train.steps
-    yield f"run      train.steps={steps} take {_duration(steps * seconds)} without interruption, for {steps * tokens:.4g} tokens"
+    yield f"run      train.steps={steps} take {span_text(steps * seconds)} without interruption, for {steps * tokens:.4g} tokens"
 
 
 def _band(prediction: Prediction) -> ErrorBand | None:
@@ -146,16 +146,3 @@ def _memory(prediction: Prediction) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for *numbers, moment in rows:
         yield "  ".join(["", *(cell.rjust(width) for cell, width in zip(numbers, widths[:-1], strict=True)), moment])
-
-
-def seconds_text(seconds: float) -> str:
-    """Formats seconds, in ms or us if they are less than one."""
-    for factor, unit in ((1.0, "s"), (1e3, "ms")):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.4g} {unit}"
-    return f"{seconds * 1e6:.4g} us"
-
-
-def _duration(seconds: float) -> str:
-    period = next((period for period in _PERIODS if seconds >= period[0]), None)
-    return seconds_text(seconds) if period is None else f"{seconds / period[0]:,.3g} {period[1]}"

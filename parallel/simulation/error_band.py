@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
-from math import ceil, log2
+from math import log2
 
+import numpy as np
 import yaml
 
 FILE = "held_out_errors.yaml"
@@ -69,12 +70,13 @@ def error_band(
         return None
     wanted = HeldOutError(chip, devices, parameters, kind, 0.0)
     nearest = sorted(known, key=lambda other: _distance(wanted, other))[:NEAREST]
-    ratios = sorted(1 / (1 + other.error) for other in nearest)
     outside = (1 - PART) / 2
+    ratios = [1 / (1 + other.error) for other in nearest]
+    least, most = np.quantile(ratios, [outside, 1 - outside], method="inverted_cdf")  # ratios themselves, not values between them
     counts = [other.devices for other in nearest]
     return ErrorBand(
-        least=_quantile(ratios, outside),
-        most=_quantile(ratios, 1 - outside),
+        least=float(least),
+        most=float(most),
         rows=len(nearest),
         chips=tuple(sorted({other.chip for other in nearest})),
         devices=(min(counts), max(counts)),
@@ -106,7 +108,3 @@ def _distance(run: HeldOutError, other: HeldOutError) -> float:
 def _within(run: HeldOutError, other: HeldOutError) -> bool:
     close = run.devices <= _FAR * other.devices and run.parameters <= _FAR * other.parameters
     return close and (run.chip, run.kind) == (other.chip, other.kind)
-
-
-def _quantile(ordered: Sequence[float], fraction: float) -> float:
-    return ordered[min(len(ordered) - 1, max(0, ceil(fraction * len(ordered)) - 1))]

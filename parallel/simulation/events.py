@@ -1,9 +1,7 @@
 """What a trace consists of: the operators, communications, allocations and frees of a rank in one step, in order."""
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import NamedTuple
 
 from bagualu.comm.calls import Communication, Waited
@@ -62,16 +60,6 @@ class Section:
     """Not to be changed once the trace is made: sections of actions that do the same share this list."""
 
 
-@dataclass(frozen=True)
-class Peak:
-    """The most memory that a rank holds at once."""
-
-    bytes: int
-    by_kind: dict[str, int]
-    section: Section
-    """Where in the step that is."""
-
-
 @dataclass
 class RankTrace:
     """A step of a rank."""
@@ -96,20 +84,6 @@ class RankTrace:
     def flops(self) -> int:
         """Returns the FLOPs of the step on this rank, with those of recomputation."""
         return sum(operator.flops for operator in self.operators())
-
-    def peak(self) -> Peak:
-        """Returns the first moment at which the rank holds most memory."""
-        total = most = moment = 0
-        where = self.sections[0]
-        for index, (section, event) in enumerate(self.events()):
-            total += changed_bytes(event)
-            if total > most:
-                most, where, moment = total, section, index
-        held = Counter[str]()
-        for _, event in islice(self.events(), moment + 1):
-            if isinstance(event, Allocation | Free):
-                held[self.kinds[event.block]] += changed_bytes(event)
-        return Peak(most, {kind: size for kind, size in held.items() if size}, where)
 
 
 @dataclass(frozen=True)

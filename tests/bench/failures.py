@@ -22,9 +22,8 @@ from bagualu.comm.cluster_file import load_cluster
 from bagualu.fault_tolerance.config import CheckpointConfig, GuardConfig, RestartConfig
 from bagualu.fault_tolerance.forecast.assumptions import Assumptions
 from bagualu.fault_tolerance.forecast.forecast import EffectiveTime, Settings, Workload, forecast, run_model
-from bagualu.fault_tolerance.forecast.influence import influences
 from bagualu.fault_tolerance.forecast.interval import best_interval
-from bagualu.fault_tolerance.forecast.report import FailureReport
+from bagualu.fault_tolerance.forecast.report import FailureReport, report_on
 from bagualu.fault_tolerance.forecast.run_model import RunModel
 
 DAYS = 54
@@ -126,16 +125,6 @@ def figures(time: EffectiveTime) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def reported(world: int, assumptions: Assumptions, runs: int) -> FailureReport:
-    """The job as it is by default."""
-    model = modelled(world, assumptions)
-    seconds = DAYS * 86400.0
-    best = best_interval(model, seconds, runs, seed=0)
-    at_best = None if best is None else forecast(replace(model, checkpoint_steps=best.steps), seconds, runs)
-    moved = influences(lambda changed: modelled(world, changed), assumptions, seconds)
-    return FailureReport(model, forecast(model, seconds, runs), best, at_best, moved, assumptions, RestartConfig().limit)
-
-
 def measured() -> dict[str, float]:
     """Returns assumptions measured on this machine, by a rehearsal of two kills and by the recovery bench."""
     with tempfile.TemporaryDirectory() as name:
@@ -206,7 +195,10 @@ def main(argv: list[str]) -> None:
     scenarios = []
     for scenario in SCENARIOS:
         assumed = replace(assumptions, failure_factor=scenario.failure_factor)
-        report = reported(scenario.world, assumed, options.runs)
+        world = scenario.world
+        report = report_on(
+            lambda changed, world=world: modelled(world, changed), assumed, DAYS * 86400.0, RestartConfig().limit, options.runs, 100
+        )
         print(f"\n{scenario.name}, {DAYS} days\n" + "\n".join(f"  {line}" for line in report.lines()))
         print(f"  published: {scenario.published}\n\n{influence_table(report)}")
         rows = [row(mechanism, options.runs) for mechanism in mechanisms(scenario, assumed)]

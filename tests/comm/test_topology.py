@@ -48,19 +48,11 @@ def test_levels_end_with_the_first_tier_that_holds_the_whole_group() -> None:
     assert [level.name for level in cluster.levels(range(0, 64, 32))] == ["node", "pod", "network"]
 
 
-def test_the_tier_between_two_devices() -> None:
-    cluster = single(NODE, POD, NETWORK)
-    assert cluster.tier_between(3, 3) is None
-    assert cluster.tier_between(0, 7) is NODE
-    assert cluster.tier_between(7, 8) is POD
-    assert cluster.tier_between(31, 32) is NETWORK
-    joint = LinkTier("joint", 9e-6, 1e9)
-    two = mixed(16, 16, joint)
-    assert two.tier_between(15, 16) is joint
-    assert two.tier_between(16, 19) == two.parts[1].tiers[0]
-    assert two.tier_between(16, 20) is NETWORK
+def test_a_device_that_is_not_there_is_refused() -> None:
+    two = mixed(16, 16, LinkTier("joint", 9e-6, 1e9))
+    assert two.part_of(31) is two.parts[1]
     with pytest.raises(ValueError, match="devices 0 to 31, not 32"):
-        two.tier_between(0, 32)
+        two.part_of(32)
 
 
 def test_the_levels_of_a_large_group_are_computed_without_listing_it() -> None:

@@ -1,20 +1,16 @@
 """Forecasts what failures cost a recipe on a described cluster, given the time of a step."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from bagualu.comm.topology import Cluster
 from bagualu.fault_tolerance.forecast.assumptions import Assumptions
-from bagualu.fault_tolerance.forecast.forecast import Settings, Workload, forecast, run_model
-from bagualu.fault_tolerance.forecast.influence import influences
-from bagualu.fault_tolerance.forecast.interval import best_interval
-from bagualu.fault_tolerance.forecast.report import FailureReport
+from bagualu.fault_tolerance.forecast.forecast import Settings, Workload, run_model
+from bagualu.fault_tolerance.forecast.report import FailureReport, report_on
 from bagualu.fault_tolerance.forecast.run_model import RunModel
 from bagualu.parallel.layout import Layout
 from bagualu.trainer.costs.state import checkpoint_bytes
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.recipe.config import Recipe
-
-_RUNS, _RUNS_OF_INFLUENCES = 200, 40
 
 
 @dataclass(frozen=True)
@@ -41,22 +37,12 @@ def failure_report(
     known = cluster.storage is not None and all(part.failures_per_device_hour for part in cluster.parts)
     if not known and not question.asked:
         return None
-    work, settings, seconds = workload(recipe, layout, step_seconds), settings_of(recipe), question.days * 86400
+    work, settings = workload(recipe, layout, step_seconds), settings_of(recipe)
 
     def modelled(assumptions: Assumptions) -> RunModel:
         return run_model(cluster, work, settings, assumptions, question.spares)
 
-    model = modelled(question.assumptions)
-    time, best = forecast(model, seconds, _RUNS), best_interval(model, seconds, _RUNS, seed=0)
-    return FailureReport(
-        model=model,
-        time=time,
-        best=best,
-        at_best=None if best is None else forecast(replace(model, checkpoint_steps=best.steps), seconds, _RUNS),
-        influences=influences(modelled, question.assumptions, seconds, _RUNS_OF_INFLUENCES),
-        assumptions=question.assumptions,
-        restart_limit=recipe.restart.limit,
-    )
+    return report_on(modelled, question.assumptions, question.days * 86400, recipe.restart.limit)
 
 
 def workload(recipe: Recipe, layout: Layout, step_seconds: float) -> Workload:

@@ -18,6 +18,7 @@ from bagualu.parallel.pipeline.schedules.schedule import PASSES, SENDS, Action, 
 from bagualu.parallel.pipeline.timeline import per_kind, simulate
 from bagualu.parallel.simulation.events import Allocation, Event, Free, Operator, RankTrace, Role, Section
 from bagualu.parallel.simulation.replay import Replayed, replay
+from tests.parallel.simulation.held import peak
 
 MB = 10**6
 CLUSTER = load_cluster("h100")
@@ -221,7 +222,7 @@ def test_memory_has_a_peak_at_a_moment() -> None:
     grows = section(Allocation(1, 50), takes(1), Allocation(1, 30), Free(1, 30), takes(1))
     shrinks = section(takes(1), Allocation(1, 40), takes(2), Free(1, 90), phase="backward")
     (result,) = run([role(grows, shrinks)], Layout()).roles
-    trace = result.role.trace.peak()
+    trace = peak(result.role.trace)
     assert (
         (result.peak.bytes, dict(result.peak.by_kind))
         == (trace.bytes, trace.by_kind)

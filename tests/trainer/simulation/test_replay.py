@@ -12,6 +12,7 @@ from bagualu.parallel.simulation.replay import Replayed, ReplayedRole, replay
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.simulation.roles import trace_world
 from bagualu.trainer.simulation.trace import Traced
+from tests.parallel.simulation.held import peak
 
 SMALL = ["data.source=random", "data.sequence_length=32", "model.hidden=48", "model.ffn=96", "model.layers=8"]
 SLOW = ("gpipe", "zb_h1", "v_half", "dualpipe_v")
@@ -42,7 +43,7 @@ def replayed(name: str, *words: str, devices: int = 2, shares: list[float] | Non
         assert list(parts(ours)) == pytest.approx(list(parts(plains)), rel=1e-9, abs=1e-12)
         assert ours.marks == pytest.approx(plains.marks, rel=1e-12)
         assert (ours.peak.bytes, ours.peak.by_kind) == (plains.peak.bytes, plains.peak.by_kind)
-        traced = ours.role.trace.peak()
+        traced = peak(ours.role.trace)
         assert (ours.peak.bytes, ours.peak.by_kind, ours.peak.section) == (traced.bytes, traced.by_kind, traced.section)
         seconds = sum(seconds_of(0, operator) for operator in ours.role.trace.operators())
         assert ours.busy_seconds == pytest.approx(seconds, rel=1e-9)

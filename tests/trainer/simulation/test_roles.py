@@ -13,6 +13,7 @@ from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.roles import trace_world
 from bagualu.trainer.simulation.trace import Traced, trace
+from tests.parallel.simulation.held import peak
 
 SMALL = ["data.source=random", "data.sequence_length=32", "train.micro_batch=1", "model.hidden=48", "model.ffn=96"]
 
@@ -71,7 +72,7 @@ def test_a_composed_step_is_the_step_that_is_traced_as_a_whole(words: list[str])
         for ours, wholes in zip(sections_of(role.trace), sections_of(whole), strict=True):
             assert ours == wholes
         assert role.trace.flops() == whole.flops()
-        assert role.trace.peak().bytes == pytest.approx(whole.peak().bytes, rel=0.01)
+        assert peak(role.trace).bytes == pytest.approx(peak(whole).bytes, rel=0.01)
 
 
 def test_a_step_of_many_micro_batches_is_composed_of_few() -> None:
