@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,7 @@ def train(
     ledger = open_ledger(recipe, communicator)
     comes = _state_will_be_read(recipe, communicator)
     state = assemble(recipe, communicator, _corpus(recipe), no_values if comes else None)
-    if communicator.rank == 0:
-        print(show_data(state.corpus, recipe.data.source), file=sys.stderr, flush=True)
-    plan_faults(state, communicator, scratch)
-    if state.costs and communicator.rank == 0:
-        print(show_split(state.split, state.mesh.placement), file=sys.stderr, flush=True)
+    _announce(state, communicator, scratch)
     fence = take_checkpoints(state, scratch)
     replication = open_replication(state, scratch, fence)
     resumed = _resumed(state, replication, comes, stop)
@@ -78,33 +74,18 @@ def train(
         if communicator.rank == 0:
             write_summary(Path(recipe.run.dir), finished)
         return finished
-    ceiling, memory = _ceiling(state, communicator), PeakMemory(state, communicator)
-    flops_per_token = model_flops_per_token(recipe.model, recipe.data.sequence_length)
-    if communicator.rank == 0:
-        about_file = recipe.deepspeed_terms(state.mesh.layout).remarks()
-        print(*[memory.remark(), *remarks(recipe, resumed.step), *about_file], sep="\n", file=sys.stderr, flush=True)
+    figures = _Figures.of(state, communicator, resumed.step)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
     checkpoints = Checkpoints(state, fence, resumed.checkpoint, ledger)
-    stragglers = Stragglers(recipe.straggler, communicator.world, [state.mesh.group(axis) for axis in ("tensor", "replica")])
     try:
-        loop = Loop(
-            state, sinks, stop, flops_per_token / ceiling, checkpoints, stragglers, replication, open_rebalancer(state),
-            memory.counting, open_step_clock(communicator),
-        )  # fmt: skip
-        ending = loop.run(resumed.step)
+        ending = _loop(state, communicator, stop, sinks, figures, checkpoints, replication).run(resumed.step)
         checkpoints.close()
         if replication:
             replication.replicas.remove()
-        if ending["ended"] == "done" and "mfu" in ending:  # at the start, other programs or ranks may have used the machine
-            before, ceiling = ceiling, max(ceiling, _ceiling(state, communicator))
-            ending["mfu"] *= before / ceiling
         summary = {
-            **ending,
-            **_facts(state, memory),
+            **figures.summary(ending),
             "damaged": resumed.damaged + ending["damaged"],
             "seconds": time.perf_counter() - started,
-            "flops_per_token": flops_per_token,
-            "matmul_ceiling_flops": ceiling,
             **close_ledger(ledger, recipe, communicator, ending["ended"]),
         }
         if communicator.rank == 0:
@@ -114,6 +95,71 @@ def train(
         for sink in sinks:
             sink.close()
     return summary
+
+
+@dataclass
+class _Figures:
+    """What the steps of a run are measured against."""
+
+    state: TrainerState
+    communicator: Communicator
+    memory: PeakMemory
+    flops_per_token: float
+    ceiling: float
+    """FLOP/s that matrix products reach, summed over all ranks."""
+
+    @staticmethod
+    def of(state: TrainerState, communicator: Communicator, first_step: int) -> "_Figures":
+        """Measures and predicts; rank 0 prints what there is to say of a run that goes on after `first_step` steps. Collective."""
+        recipe = state.recipe
+        ceiling, memory = _ceiling(state, communicator), PeakMemory(state, communicator)
+        if communicator.rank == 0:
+            about_file = recipe.deepspeed_terms(state.mesh.layout).remarks()
+            print(*[memory.remark(), *remarks(recipe, first_step), *about_file], sep="\n", file=sys.stderr, flush=True)
+        return _Figures(state, communicator, memory, model_flops_per_token(recipe.model, recipe.data.sequence_length), ceiling)
+
+    def summary(self, ending: dict[str, Any]) -> dict[str, Any]:
+        """Returns the summary fields of a run's `ending` with these figures. Collective."""
+        mfu: dict[str, float] = {}
+        if ending["ended"] == "done" and "mfu" in ending:  # at the start, other programs or ranks may have used the machine
+            before, self.ceiling = self.ceiling, max(self.ceiling, _ceiling(self.state, self.communicator))
+            mfu = {"mfu": ending["mfu"] * before / self.ceiling}
+        figures = {"flops_per_token": self.flops_per_token, "matmul_ceiling_flops": self.ceiling}
+        return {**ending, **mfu, **_facts(self.state, self.memory), **figures}
+
+
+def _announce(state: TrainerState, communicator: Communicator, scratch: Path | None) -> None:
+    """Plans the faults of this rank; rank 0 prints what is trained on, and how the layers are divided if that was computed."""
+    if communicator.rank == 0:
+        print(show_data(state.corpus, state.recipe.data.source), file=sys.stderr, flush=True)
+    plan_faults(state, communicator, scratch)
+    if state.costs and communicator.rank == 0:
+        print(show_split(state.split, state.mesh.placement), file=sys.stderr, flush=True)
+
+
+def _loop(
+    state: TrainerState,
+    communicator: Communicator,
+    stop: Callable[[], bool],
+    sinks: list[Sink],
+    figures: _Figures,
+    checkpoints: Checkpoints,
+    replication: Replication | None,
+) -> Loop:
+    return Loop(
+        state=state,
+        sinks=sinks,
+        stop=stop,
+        seconds_per_token_at_ceiling=figures.flops_per_token / figures.ceiling,
+        checkpoints=checkpoints,
+        stragglers=Stragglers(
+            state.recipe.straggler, communicator.world, [state.mesh.group(axis) for axis in ("tensor", "replica")]
+        ),
+        replication=replication,
+        rebalancer=open_rebalancer(state),
+        counting=figures.memory.counting,
+        clock=open_step_clock(communicator),
+    )
 
 
 def _resumed(state: TrainerState, replication: Replication | None, comes: bool, stop: Callable[[], bool]) -> Resumed:
