@@ -21,6 +21,7 @@ from bagualu.trainer.costs.fits import Device, check_memory
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.simulation.setting import in_trained_dtype
+from tests.trainer.data.token_files import write_examples
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ("comm", "parallel", "fault_tolerance", "trainer", "launch")
@@ -428,6 +429,8 @@ def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, 
     for folder in ("my_texts", "texts/a, b"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "text").write_text("some words")
+    write_examples(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = shlex.split(command)
     if words[0] == "torchrun":
         world = int(words[words.index("--nproc-per-node") + 1])

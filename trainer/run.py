@@ -220,8 +220,8 @@ def _corpus(recipe: Recipe) -> Corpus:
 
 def _tokens(corpus: Corpus) -> dict[str, int | None]:
     """Returns the numbers of training and validation tokens, for the summary; None for random tokens, which never run out."""
-    random = corpus.tokenizer_path is None
-    return {"train_tokens": None if random else len(corpus.train), "validation_tokens": None if random else len(corpus.validation)}
+    train, validation = (None if corpus.endless else len(tokens) for tokens in (corpus.train, corpus.validation))
+    return {"train_tokens": train, "validation_tokens": validation}
 
 
 def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.config import RANDOM, DataConfig
 from bagualu.trainer.data.corpus import Corpus, require_sequence
-from bagualu.trainer.data.prepared import AnyTokens, DataError
+from bagualu.trainer.data.mapped import AnyTokens, MappedTokens
+from bagualu.trainer.data.prepared import DataError
 
 RANDOM_SEQUENCES = 2**31
 """The number of sequences that a set of random sequences reports, although it never runs out; validation sequences are spread
@@ -50,6 +51,8 @@ class StoredSequences:
 
     def read(self, index: int) -> NDArray[Any]:
         start = index * self._length
+        if isinstance(self._tokens, MappedTokens):
+            self._tokens.require_unchanged()
         return self._tokens[start : start + self._length + 1]
 
 
@@ -137,8 +140,7 @@ class Batches:
             try:
                 tokens[row] = sequences.read(int(index))
             except DataError as error:
-                raise DataError(f"sequence {index} of data.source={self._source} is lost: {error}; start again, which prepares the "
-                                "corpus anew") from error  # fmt: skip
+                raise DataError(f"sequence {index} of data.source={self._source} is lost: {error}") from error
         if tokens.size and tokens.max() >= self._vocab:  # the loss would be silently wrong: no rank holds such a row
             index = int(ids[tokens.max(axis=1).argmax()])
             raise RecipeError(f"sequence {index} of data.source={self._source} has token {tokens.max()}, but model.vocab="

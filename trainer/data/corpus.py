@@ -29,11 +29,14 @@ from numpy.typing import NDArray
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.build import build
 from bagualu.trainer.data.config import RANDOM, STDLIB, DataConfig, require_vocab
+from bagualu.trainer.data.formats import OF_TOKENS, format_of
 from bagualu.trainer.data.listing import SourceError, TextFile
-from bagualu.trainer.data.prepared import AnyTokens, open_splits
+from bagualu.trainer.data.mapped import AnyTokens
+from bagualu.trainer.data.prepared import open_splits
 from bagualu.trainer.data.request import CorpusRequest
-from bagualu.trainer.data.sources import find_files
+from bagualu.trainer.data.sources import find_files, require_files
 from bagualu.trainer.data.split import NOTHING
+from bagualu.trainer.data.token_corpus import open_tokens
 from bagualu.trainer.data.tokenizer import load_tokenizer, token_bytes
 
 FORMAT = 3
@@ -48,7 +51,7 @@ class Corpus:
 
     Files are joined, each ended by the end-of-file token. That token stands for 0 bytes: predicting it
     adds to the loss and not to the bytes, so bits per byte is never too low. For `data.source=random` the arrays are
-    empty, there is no tokenizer and no token stands for any bytes.
+    empty; then, and for files of token ids, there is no tokenizer and no token stands for any bytes.
     """
 
     vocab: int
@@ -61,9 +64,15 @@ class Corpus:
     fingerprint: str
     """Hash of the tokenizer and of every token: equal on two machines when they train on the same data."""
     tokenizer_path: Path | None
-    """The file for `tokenizer.load_tokenizer`; None for random tokens."""
+    """The file for `tokenizer.load_tokenizer`; None for random tokens and files of token ids."""
     split: str = "files"
-    """How the text was split: `TextSplit.kind`, which is "none" if nothing is kept for validation."""
+    """How the text was split: `TextSplit.kind`, which is "none" if nothing is kept for validation; "tail" if the last tokens of
+    files of token ids are, "apart" if other files are."""
+
+    @property
+    def endless(self) -> bool:
+        """Whether tokens are random, so that they never run out."""
+        return not len(self.train)
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float | None:
@@ -73,7 +82,7 @@ def bits_per_byte(nats: float, text_bytes: float) -> float | None:
 
 def show_data(corpus: Corpus, source: str) -> str:
     """Returns a line for people: how many tokens there are for training and for validation, or that random tokens never run out."""
-    if corpus.tokenizer_path is None:
+    if corpus.endless:
         return f"data: {source} tokens without end"
     train, validation = len(corpus.train), len(corpus.validation)
     kept = f"{validation:,} ({validation / (train + validation):.1%})" if validation else "none"
@@ -102,16 +111,21 @@ def prepare(
     """Returns the corpus of `config`, tokenised with exactly `vocab` entries. Several processes may call this at the same time.
 
     `validation`, `length_multiple`: as in `CorpusRequest`. `run_dir`: a folder that is not read as text.
-    Takes seconds the first time; after that it only reads the corpus once. Raises RecipeError if the source is not text, or too
-    small for one sequence or for the vocabulary; SourceError if the source is missing or empty, or if the cache cannot be used.
+    Takes seconds the first time; after that it only reads the corpus once, and files of token ids not at all. Raises RecipeError if
+    the source is not of its format, or too small for one sequence or for the vocabulary; SourceError if the source is missing or
+    empty, or if the cache cannot be used.
     """
     if config.source == RANDOM:
         nothing = np.zeros(0, np.uint32)
         return Corpus(vocab, nothing, nothing, np.zeros(vocab, np.int64), f"random-{vocab}", None, NOTHING.kind)
-    require_vocab(vocab)
-    request = CorpusRequest(config, vocab, validation, length_multiple)
     cache = cache_folder(config)
-    files = find_files(config.source, [str(cache), *([run_dir] if run_dir else [])])
+    apart = [str(cache), *([run_dir] if run_dir else [])]
+    if (kind := format_of(config.source, config.format, apart)) in OF_TOKENS:
+        return _of_tokens(config, kind, vocab, validation, apart, length_multiple)
+    require_vocab(vocab)
+    _require_text_keys(config)
+    request = CorpusRequest(config, vocab, validation, length_multiple)
+    files = find_files(config.source, apart)
     folder = cache / _key(request, files)
     try:
         corpus = _load(folder, vocab)
@@ -122,6 +136,45 @@ def prepare(
     except OSError as error:
         problem = f"cannot prepare the corpus in {cache} ({error}); give data.cache=FOLDER that answers, with room to write"
         raise SourceError(problem) from error
+    require_sequence(corpus, config, length_multiple)
+    return corpus
+
+
+def check_source(
+    config: DataConfig, vocab: int, *, validation: bool = True, run_dir: str | None = None, length_multiple: int = 1
+) -> None:
+    """Checks, before a run starts, that `prepare` will find what it needs, as far as is known without preparing text: files of
+    token ids are checked completely, text only for whether it can be read. Raises as `prepare` does."""
+    if config.source == RANDOM:
+        return
+    apart = [config.cache] if config.cache else []
+    apart += [run_dir] if run_dir else []
+    if format_of(config.source, config.format, apart) in OF_TOKENS:
+        prepare(config, vocab, validation=validation, run_dir=run_dir, length_multiple=length_multiple)
+        return
+    require_vocab(vocab)
+    _require_text_keys(config)
+    if config.source != STDLIB:
+        require_files(config.source, apart)
+
+
+def _require_text_keys(config: DataConfig) -> None:
+    for key, value in (("token_dtype", config.token_dtype), ("validation", config.validation)):
+        if value is not None:
+            raise RecipeError(f"data.{key}={value} is for files of token ids, and data.source={config.source} is text; leave it "
+                              "out, or give data.format=megatron, llmc or olmo")  # fmt: skip
+
+
+def _of_tokens(config: DataConfig, kind: str, vocab: int, validation: bool, apart: Sequence[str], length_multiple: int) -> Corpus:
+    cache, keep = cache_folder(config), CorpusRequest(config, vocab, validation).keeps_validation
+    try:
+        opened = open_tokens(config, kind, vocab, cache, keep, apart)
+    except OSError as error:
+        raise SourceError(f"data.source={config.source} cannot be opened with data.cache={cache} ({error}); see whether both "
+                          "answer, and give data.cache=FOLDER that can be written") from error  # fmt: skip
+    split = NOTHING.kind if not keep else "tail" if config.validation is None else "apart"
+    nothing = np.zeros(vocab, np.int64)
+    corpus = Corpus(vocab, opened.train, opened.validation, nothing, opened.fingerprint, None, split)
     require_sequence(corpus, config, length_multiple)
     return corpus
 

@@ -4,7 +4,7 @@ import os
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -18,6 +18,7 @@ _BLOCK_BYTES = 2**16
 """The number of bytes in which tokens are read and verified; a memory map would read as much ahead. The hashes take 128 MB per
 terabyte of tokens."""
 _PORTION = 2**20
+_REMEDY = "start again, which prepares the corpus anew"
 
 
 class DataError(RuntimeError):
@@ -67,7 +68,9 @@ class Tokens:
         data = self._read(begin, end)
         for block, at in enumerate(range(0, len(data), _BLOCK_BYTES), first):
             if xxhash.xxh3_64_intdigest(data[at : at + _BLOCK_BYTES]) != self._hashes[block]:
-                raise DataError(f"{self.path} was changed while it was in use, in the block at byte {block * _BLOCK_BYTES}")
+                raise DataError(
+                    f"{self.path} was changed while it was in use, in the block at byte {block * _BLOCK_BYTES}; {_REMEDY}"
+                )
         return np.frombuffer(data, self._dtype)[(start * item - begin) // item : (stop * item - begin) // item]
 
     def _read(self, begin: int, end: int) -> bytes:
@@ -79,13 +82,9 @@ class Tokens:
                 raise StorageError(f"{self.path} cannot be read now ({error.strerror}); see whether its storage answers") from error
             if not portion:
                 raise DataError(f"{self.path} was cut short while it was in use: it ends at byte {begin + len(data)} or before, "
-                                f"and had {self._bytes}")  # fmt: skip
+                                f"and had {self._bytes}; {_REMEDY}")  # fmt: skip
             data += portion
         return data
-
-
-AnyTokens: TypeAlias = "NDArray[Any] | Tokens"
-"""A flat array of tokens, in memory or on storage."""
 
 
 def open_splits(folder: Path, vocab: int) -> tuple[Tokens, Tokens, str]:

@@ -12,8 +12,8 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.fault_tolerance.checkpoint.layout.format import step_of
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.fault_tolerance.run_directory import RunDirectory
-from bagualu.trainer.data.config import RANDOM, STDLIB, require_vocab
-from bagualu.trainer.data.sources import require_files
+from bagualu.trainer.data.config import RANDOM
+from bagualu.trainer.data.corpus import check_source
 from bagualu.trainer.recipe.choose_backend import gpu_count, registered
 from bagualu.trainer.recipe.compose import load_recipe
 from bagualu.trainer.recipe.config import Recipe
@@ -52,11 +52,13 @@ def check(recipe: Recipe, world: int) -> None:
         least, installed = ".".join(map(str, _COMPILES)), version("torch")
         raise RecipeError(f"train.compile=true needs torch {least} or newer: torch {installed} loses gradients of compiled layers; "
                           f"give train.compile=false")  # fmt: skip
-    if recipe.data.source != RANDOM:
-        require_vocab(recipe.model.vocab)
-    if recipe.data.source not in (STDLIB, RANDOM):
-        cache = [] if recipe.data.cache is None else [recipe.data.cache]
-        require_files(recipe.data.source, [recipe.run.dir, *cache])
+    check_source(
+        recipe.data,
+        recipe.model.vocab,
+        validation=recipe.train.validation_sequences > 0,
+        run_dir=recipe.run.dir,
+        length_multiple=recipe.parallel.tensor if recipe.parallel.sequence else 1,
+    )
 
 
 def _torch() -> tuple[int, int]:

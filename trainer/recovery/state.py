@@ -36,7 +36,7 @@ _RENORMALISE = "model.moe.renormalise"
 _SPLIT, _KIND = "data.split", "data split in fact"
 """Keys of the dictionary that `identity` returns: how the text was to be split (none: nothing is kept for validation), and how it
 was in fact. Checkpoints of earlier versions lack both: those versions kept whole files."""
-_OF_TEXT = {_FINGERPRINT, _SPLIT, _KIND, "data.source", "data.validation_fraction"}
+_OF_TEXT = {_FINGERPRINT, _SPLIT, _KIND, "data.source", "data.validation", "data.validation_fraction"}
 """Keys that may differ if the fingerprint proves that the tokens are the same, for example because the text was moved."""
 
 
@@ -197,7 +197,8 @@ def identity(state: TrainerState) -> dict[str, Any]:
     `_check_identity` says which may differ."""
     recipe = state.recipe
     data = {"data.sequence_length": recipe.data.sequence_length, "data.global_batch": recipe.data.global_batch}
-    text = {"data.source": recipe.data.source, "data.validation_fraction": recipe.data.validation_fraction,
+    text = {"data.source": recipe.data.source, "data.validation": recipe.data.validation,
+            "data.validation_fraction": recipe.data.validation_fraction,
             _SPLIT: recipe.data.split if state.corpus.split != NOTHING.kind else NOTHING.kind, _KIND: state.corpus.split,
             _FINGERPRINT: state.corpus.fingerprint}  # fmt: skip
     return recipe.model.identity() | data | {"run.seed": recipe.run.seed} | text
@@ -234,6 +235,8 @@ def _other_text(saved: dict[str, Any], here: dict[str, Any], path: Path) -> Reci
     if (before := saved.get(_SPLIT, here[_SPLIT])) != here[_SPLIT]:
         fix = f"give {_split_as(before, here[_SPLIT])}"
         return _other(path, _SPLIT, before, here[_SPLIT], fix, ", which trains on other tokens")
+    if (apart := saved.get("data.validation")) != here["data.validation"]:
+        return _other(path, "data.validation", apart, here["data.validation"], f"give data.validation={typed(apart)}")
     fraction = saved.get("data.validation_fraction", here["data.validation_fraction"])
     if fraction != here["data.validation_fraction"]:
         return _other(path, "data.validation_fraction", fraction, here["data.validation_fraction"],
