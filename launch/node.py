@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
     layout, nodes = recipe.validate(recipe.world_size()), recipe.launch.nodes
     print(f"{recipe.run.name}: {layout} ({recipe.parallel.engine_text}) as {workers} processes on each of {nodes} nodes "
           f"with {backend}, in {recipe.run.dir}", file=sys.stderr, flush=True)  # fmt: skip
-    code, _ = run(recipe, workers, given.overrides, entrypoint, False, stop, meeting)
+    code, _ = run(recipe, workers, entrypoint, False, stop, meeting)
     return code
 
 

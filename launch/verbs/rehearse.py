@@ -58,13 +58,13 @@ def rehearse(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
     preflight.check_machine(rehearsed)
     check_memory(rehearsed, rehearsed.world_size(), device_of(rehearsed, workers))
     stop = StopRequest()
-    code, summary = _run(rehearsed, backend, workers, request, entrypoint, stop)
+    code, summary = _run(rehearsed, backend, workers, entrypoint, stop)
     reference, left_out = None, []
     if request.compare and code == DONE:
         left_out = sorted(set(summary["guard"]["skipped_steps"]) - set(recipe.guard.leave_out))
         guard = replace(recipe.guard, leave_out=[*recipe.guard.leave_out, *left_out])
         reference = _in(folder / "uninterrupted", replace(recipe, faults=[], guard=guard))
-        code, ended = _run(reference, backend, workers, request, entrypoint, stop)
+        code, ended = _run(reference, backend, workers, entrypoint, stop)
         if code != DONE:
             return code, ended
     document = _document(rehearsed, summary, reference) | {"left_out": left_out}
@@ -75,12 +75,10 @@ def rehearse(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
     return DONE if document["as_promised"] else FAILED, document
 
 
-def _run(
-    recipe: Recipe, backend: Choice, workers: int, request: CommandLine, entrypoint: str | None, stop: StopRequest
-) -> tuple[int, Any]:
+def _run(recipe: Recipe, backend: Choice, workers: int, entrypoint: str | None, stop: StopRequest) -> tuple[int, Any]:
     print(f"bagualu: {recipe.run.dir}, {len(recipe.faults)} faults planned ({recipe.parallel.engine_text}), with {backend}",
           file=sys.stderr, flush=True)  # fmt: skip
-    return run(recipe, workers, request.overrides, entrypoint, quiet_stdout=True, stop=stop)
+    return run(recipe, workers, entrypoint, quiet_stdout=True, stop=stop)
 
 
 def _in(folder: Path, recipe: Recipe) -> Recipe:

@@ -14,7 +14,7 @@ from bagualu.trainer.process.failure import DONE, FAILED, INTERRUPTED, REFUSED, 
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe.config import Recipe
 
-Run = Callable[[Recipe, list[str]], tuple[int, dict[str, Any]]]
+Run = Callable[[Recipe], tuple[int, dict[str, Any]]]
 """A function that runs one job and returns its exit code and the object that --json prints for it."""
 _NOT_BEGUN = "not begun"
 
@@ -60,7 +60,7 @@ class Series:
 
     def _run(self, run: Run, number: int, job: SweepJob) -> int:
         try:
-            return self._ended(number, *run(job.recipe, job.overrides))
+            return self._ended(number, *run(job.recipe))
         except RecipeError as error:  # another job has taken the run directory in the meantime
             return self._refuse(number, error)
         except OSError as error:

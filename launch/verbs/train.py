@@ -22,18 +22,18 @@ def train(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
     """Train, or with -m run every job of a sweep. Returns the exit code and the object that --json prints. Raises RecipeError."""
     stop = StopRequest()
 
-    def train_once(recipe: Recipe, overrides: list[str]) -> tuple[int, dict[str, Any]]:
+    def train_once(recipe: Recipe) -> tuple[int, dict[str, Any]]:
         workers = preflight.workers_per_node(recipe)
         recipe, backend = storage_probe.choose_backend(recipe, workers)
         with run_lock.hold(Path(recipe.run.dir)):
             print(_beginning(recipe, workers, backend), file=sys.stderr, flush=True)
-            return run(recipe, workers, overrides, entrypoint, request.json, stop)
+            return run(recipe, workers, entrypoint, request.json, stop)
 
     if not request.multirun:
         recipe = compose(request.overrides, SEVERAL[request.verb])
         _check(recipe)
         storage_probe.check(recipe)
-        return train_once(recipe, request.overrides)
+        return train_once(recipe)
     series = Series(jobs(request.overrides), stop)
     for job in series.jobs:  # all recipes are checked before the first job runs
         _check(job.recipe)

@@ -32,7 +32,6 @@ _COMPILER = "torch._dynamo"
 def run(
     recipe: Recipe,
     workers: int,
-    overrides: list[str],
     entrypoint: str | None,
     quiet_stdout: bool,
     stop: StopRequest,
@@ -41,7 +40,6 @@ def run(
     """Train with `workers` workers on this machine, alone or with the other nodes of `meeting`.
 
     Args:
-        overrides: the command-line overrides, which the suggested next commands repeat.
         entrypoint: the function that ranks run, as "module:function"; None: the trainer.
         quiet_stdout: whether stdout is kept free for the output of --json.
         stop: the request to stop. Its signal handlers are installed and stay installed. A caller with several runs passes the same
@@ -84,7 +82,7 @@ def run(
 
         typed = "bagualu" if shutil.which("bagualu") else sys.argv[0]  # not on the PATH if the environment is not activated
         done, steps = ended.summary["step"], ended.summary["steps"]
-        following = [] if meeting else next_commands(overrides, recipe.optim, done, steps, typed)
+        following = [] if meeting else next_commands(recipe.run.dir, recipe.optim, done, steps, typed)
         print(summary_text(ended.summary, following))
     return STOPPED if ended.summary["ended"] == "stopped" else DONE, ended.summary
 

@@ -14,6 +14,7 @@ from bagualu.fault_tolerance.ledger.totals import CATEGORIES
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.schedule import learning_rate, same_curve
 from bagualu.trainer.output.metric_writers import Record
+from bagualu.trainer.recipe.override_text import typed
 from bagualu.trainer.show_memory import show_measurement
 
 _SMOOTHING = 0.1
@@ -137,24 +138,17 @@ def _spent(ledger: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {ledger[name] / ledger['wall']:.1%}" for name in sorted(others, key=lambda name: -ledger[name]))
 
 
-def next_commands(
-    overrides: Sequence[str], optim: OptimConfig, step: int, steps: int, program: str = "bagualu"
-) -> list[tuple[str, str]]:
-    """Returns (purpose, command) pairs to type after a run of `PROGRAM train OVERRIDES` that has done `step` of `steps` steps with
-    the schedule of `optim`."""
-
-    def command(arguments: Sequence[str]) -> str:
-        return shlex.join([program, "train", *arguments])
-
-    own = [o for o in overrides if not o.startswith("checkpoint.resume=")]
+def next_commands(run_dir: str, optim: OptimConfig, step: int, steps: int, program: str = "bagualu") -> list[tuple[str, str]]:
+    """Returns (purpose, command) pairs to type, with `program` for bagualu, after a start of the run in `run_dir` that has done
+    `step` of `steps` steps with the schedule of `optim`. The other keys of the run stand in its config.yaml."""
+    resume = ["train", f"run.dir={typed(run_dir)}", "checkpoint.resume=true"]
     if step < steps:
-        return [("go on", command([*own, "checkpoint.resume=true"]))]
+        return [("go on", shlex.join([program, *resume]))]
     kind, changes = _further(optim, steps)
-    kept = [o for o in own if o.partition("=")[0] not in changes]
-    further = [f"{key}={value}" for key, value in changes.items()]
+    larger = ["train", "recipe=bench_dense", "data.source=stdlib", "train.steps=1000"]
     return [
-        (kind, command([*kept, *further, "checkpoint.resume=true"])),
-        ("larger", command(["recipe=bench_dense", "data.source=stdlib", "train.steps=1000"])),
+        (kind, shlex.join([program, *resume, *(f"{key}={value}" for key, value in changes.items())])),
+        ("larger", shlex.join([program, *larger])),
     ]
 
 

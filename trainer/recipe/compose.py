@@ -24,21 +24,24 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.files import write_atomic
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.recipe.keys import CLUSTER, SEARCHPATH, check_key, check_override, kind_of
+from bagualu.trainer.recipe.keys import CLUSTER, GROUPS, SEARCHPATH, check_key, check_override, kind_of
 from bagualu.trainer.recipe.override_text import ValueKind, escaped, quoted, spelled
 from bagualu.trainer.recipe.plain import plain
 from bagualu.trainer.recipe.schema import schema, to_recipe
 from bagualu.trainer.recipe.yaml_text import keep_text_in_recipe_files, read_yaml, write_yaml
 
 RECIPES = "bagualu.recipes"
+_BASE = "base"
+"""The name under which Hydra finds the recipe that overrides change, if it is none of recipes/."""
 
 ONE_VALUE = "one run takes one value of each key; `bagualu train -m` runs several one after the other"
 
 
-def compose(overrides: Sequence[str], several: str = ONE_VALUE) -> Recipe:
+def compose(overrides: Sequence[str], several: str = ONE_VALUE, base: Recipe | None = None) -> Recipe:
     """Returns the recipe that `overrides`, in Hydra's override grammar, select and change. Raises RecipeError.
 
-    `several` is the advice to print if a key is given several values, which a single recipe cannot have.
+    `several` is the advice to print if a key is given several values, which a single recipe cannot have. `base` is the recipe that
+    they change; left out, it is that of the run that they resume, if they name no recipe themselves, else that of recipes/.
     """
     parsed = parse(overrides)
     own_recipes = any(override.key_or_group == SEARCHPATH for override in parsed)
@@ -49,12 +52,16 @@ def compose(overrides: Sequence[str], several: str = ONE_VALUE) -> Recipe:
             comma = "" if kind_of(key) is ValueKind.OTHER else f", or quote a value that holds a comma: '{key}=\"a, b\"'"
             raise RecipeError(f"{override.input_line} gives several values; {several}{comma}")
         check_override(override, own_recipes)
-    ConfigStore.instance().store(name="schema", node=schema())
+    base = base or _recipe_of_resumed_run(parsed)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema())
+    if base is not None:
+        store.store(name=_BASE, node=OmegaConf.merge(schema(), OmegaConf.create(_escaped(plain(base)))))
     keep_text_in_recipe_files()
     try:
         with initialize_config_module(RECIPES, version_base="1.3"):
             others = [_for_hydra(override) for override in parsed if override.key_or_group != CLUSTER]
-            recipe = to_recipe(hydra_compose("config", overrides=others))
+            recipe = to_recipe(hydra_compose("config" if base is None else _BASE, overrides=others))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(_one_line(error)) from error
     for override in parsed:
@@ -62,6 +69,17 @@ def compose(overrides: Sequence[str], several: str = ONE_VALUE) -> Recipe:
             recipe.cluster = None if override.value() is None else os.path.expanduser(str(override.value()))
     recipe.faults = recipe.expanded_faults()
     return recipe
+
+
+def _recipe_of_resumed_run(parsed: Sequence[Override]) -> Recipe | None:
+    """Returns the recipe in config.yaml of the run that the overrides resume: they give its run.dir and checkpoint.resume=true, and
+    choose no recipe, model or data by name. None otherwise, or if there is no such file. Raises RecipeError."""
+    values = {override.key_or_group: override.value() for override in parsed}
+    run_dir = values.get("run.dir")
+    if values.get("checkpoint.resume") is not True or not isinstance(run_dir, str) or values.keys() & {*GROUPS}:
+        return None
+    config = RunDirectory(os.path.expanduser(run_dir)).config
+    return load_recipe(config) if config.is_file() else None
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:

@@ -25,7 +25,7 @@ def swept(tmp_path):
         listed = ",".join(map(str, range(len(ends))))
         series = Series(jobs([f"run.seed={listed}", f"run.dir={tmp_path}/run", *overrides]), stop)
 
-        def one(recipe, overrides):
+        def one(recipe):
             run.append(recipe.run.seed)
             ended = ends[recipe.run.seed]
             if isinstance(ended, BaseException):

@@ -72,7 +72,7 @@ def test_the_summary_says_how_it_went_and_what_to_type():
     text = summary_text(
         {"ended": "done", "step": 30, "steps": 30, "seconds": 183, "loss": 3.21, "validation_bits_per_byte": 2.1,
          "tokens_per_second": 5812.0, "mfu": 0.12, "run_dir": "runs/tiny", "mystery": 1},
-        next_commands(["recipe=tiny"], OptimConfig(schedule="constant"), 30, 30),
+        next_commands("runs/tiny", OptimConfig(schedule="constant"), 30, 30),
     )  # fmt: skip
     assert text.splitlines() == [
         "done: step 30/30 in 3:03",
@@ -84,16 +84,12 @@ def test_the_summary_says_how_it_went_and_what_to_type():
         "run         runs/tiny",
         "",
         "next",
-        "train on    bagualu train recipe=tiny train.steps=60 checkpoint.resume=true",
+        "train on    bagualu train run.dir=runs/tiny checkpoint.resume=true train.steps=60",
         "larger      bagualu train recipe=bench_dense data.source=stdlib train.steps=1000",
     ]
 
 
-def test_a_run_that_was_stopped_is_told_to_go_on_with_its_own_settings():
-    overrides = ["recipe=tiny", "parallel.balance=[3, 3]", "checkpoint.resume=false"]
-    assert next_commands([], OptimConfig(), 10, 30, ".venv/bin/bagualu") == [
-        ("go on", ".venv/bin/bagualu train checkpoint.resume=true")
-    ]
-    assert next_commands(overrides, OptimConfig(), 10, 30) == [
-        ("go on", "bagualu train recipe=tiny 'parallel.balance=[3, 3]' checkpoint.resume=true")
+def test_a_run_that_was_stopped_is_told_to_go_on():
+    assert next_commands("runs/a, b", OptimConfig(), 10, 30, ".venv/bin/bagualu") == [
+        ("go on", ".venv/bin/bagualu train 'run.dir=\"runs/a, b\"' checkpoint.resume=true"),
     ]

@@ -9,7 +9,7 @@ from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.schedule import learning_rate
 from bagualu.trainer.output.progress import next_commands
 from bagualu.trainer.output.rate import remarks
-from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recipe.compose import compose, save_recipe
 from bagualu.trainer.recipe.config import Recipe
 from tests.parity import small_recipe
 
@@ -86,9 +86,9 @@ OPTIMS = [
 
 @pytest.mark.parametrize("overrides", OPTIMS, ids=" ".join)
 def test_the_command_to_train_on_is_valid_and_keeps_the_rate(tmp_path: Path, overrides: list[str]) -> None:
-    given = ["recipe=tiny", *overrides, "train.steps=30"]
-    first = compose(given)
-    (kind, command), _ = next_commands(given, first.optim, 30, 30)
+    first = compose(["recipe=tiny", *overrides, "train.steps=30", f"run.dir={tmp_path}/run"])
+    save_recipe(first)
+    (kind, command), _ = next_commands(first.run.dir, first.optim, 30, 30)
     assert kind in ("train on", "train on, rate kept")
     second = compose(command.split()[2:])
     second.validate(second.world_size())
@@ -99,9 +99,8 @@ def test_the_command_to_train_on_is_valid_and_keeps_the_rate(tmp_path: Path, ove
 
 
 def test_a_jump_that_cannot_be_avoided_stands_in_the_proposal() -> None:
-    given = ["recipe=tiny", "optim.final_lr_ratio=0", "train.steps=100"]
-    optim = compose(given).optim
-    (kind, command), _ = next_commands(given, optim, 100, 100)
+    optim = compose(["recipe=tiny", "optim.final_lr_ratio=0", "train.steps=100"]).optim
+    (kind, command), _ = next_commands("runs/tiny", optim, 100, 100)
     jump = learning_rate(optim, 100, 200) / learning_rate(optim, 99, 100)
     assert kind == f"train on, rate x {jump:.0f}"
-    assert command == "bagualu train recipe=tiny optim.final_lr_ratio=0 train.steps=200 checkpoint.resume=true"
+    assert command == "bagualu train run.dir=runs/tiny checkpoint.resume=true train.steps=200"

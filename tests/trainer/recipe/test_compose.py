@@ -229,3 +229,40 @@ def test_a_run_whose_recipe_names_its_home_directory_by_a_tilde_is_the_same_run(
     path.write_text(path.read_text().replace(f"source: {tmp_path}", "source: ~"))
     assert "source: ~/text" in path.read_text()
     assert load_recipe(path).data.source == f"{tmp_path}/text"
+
+
+def a_run(folder, *overrides):
+    save_recipe(compose([f"run.dir={folder}", *overrides]))
+    return f"run.dir={folder}"
+
+
+RESUME = "checkpoint.resume=true"
+
+
+def test_a_run_that_is_resumed_without_a_recipe_keeps_its_own(tmp_path):
+    given = ["recipe=tiny_dense", "optim.lr=0.007", "parallel.balance=[3,1]", "parallel.pipeline=2", "run.name=a ${b}"]
+    run = a_run(tmp_path / "run", *(word.replace("$", "\\$") for word in given), "data.cache=~/c")
+    then, now = load_recipe(tmp_path / "run/config.yaml"), compose([run, RESUME])
+    assert (now.run.name, now.optim.lr, now.parallel.balance, now.model.moe.experts) == ("a ${b}", 0.007, [3, 1], 0)
+    then.checkpoint.resume = True
+    assert as_dict(now) == as_dict(then)
+    now = compose([run, RESUME, "train.steps=7", "parallel.pipeline=1", "parallel.balance=uniform"])
+    assert (now.train.steps, now.parallel.pipeline, now.optim.lr) == (7, 1, 0.007)
+
+
+@pytest.mark.parametrize("words", [["recipe=moe_tiny", RESUME], ["model=tiny_moe", RESUME], [], ["checkpoint.resume=false"]])
+def test_a_recipe_that_is_named_or_a_run_that_begins_takes_nothing_from_an_earlier_run(tmp_path, words):
+    run = a_run(tmp_path / "run", "recipe=tiny_dense", "optim.lr=0.007")
+    recipe = compose([run, *words])
+    assert (recipe.optim.lr, recipe.model.moe.experts) == (0.003, 4)
+
+
+def test_a_run_that_has_not_begun_takes_the_recipe_that_is_named_by_default(tmp_path):
+    assert compose([f"run.dir={tmp_path}/run", RESUME]).run.name == "tiny"
+
+
+def test_a_run_whose_recipe_cannot_be_read_is_not_resumed_with_another(tmp_path):
+    run = a_run(tmp_path / "run", "recipe=tiny_dense")
+    (tmp_path / "run/config.yaml").write_text("model: {depth: 3}")
+    with pytest.raises(RecipeError, match=r"config\.yaml is not a recipe this version can read"):
+        compose([run, RESUME])
