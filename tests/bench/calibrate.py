@@ -42,7 +42,8 @@ START = np.array([1.3, 60.0])
 SIDES, DEPTHS = (512, 2048, 8192), (64, 256, 1024, 8192)
 """A table has an entry for each of these as m = n, and as k."""
 LEAST_SHAPES = 12
-"""With fewer different shapes, only the level of a table is fitted, and its form is that of the die before."""
+"""With fewer different shapes of a dtype, only the level of its table is fitted, and its form is that of the die before. Without
+any, the whole table is that of the die before."""
 ITERATIONS = 3
 """How often the replay is repeated with what was found, since what it adds depends on it."""
 
@@ -116,9 +117,10 @@ def calibrate(found: Sequence[Sample], before: Values) -> Values:
     dtypes = {GROUPS[sample.run.recipe.train.dtype] for sample in found} | {"half"}
     values = replace(before, products={name: before.products.get(name, before.products["half"]) for name in sorted(dtypes)})
     shapes = Counter(GROUPS[sample[-1]] for sample in set(map(shape_of, found)))
-    levels = [name for name in values.products if shapes[name] < LEAST_SHAPES]
+    whole = [name for name in shapes if shapes[name] >= LEAST_SHAPES]
+    levels = [name for name in shapes if shapes[name] < LEAST_SHAPES]
     for _ in range(ITERATIONS):
-        values = fit([measured(sample, values) for sample in found], values, GROUPS, levels)
+        values = fit([measured(sample, values) for sample in found], values, GROUPS, whole, levels)
     return values
 
 

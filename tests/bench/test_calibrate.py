@@ -50,7 +50,7 @@ def runs(chip: Chip, values: Values) -> list[Measured]:
 
 def test_values_are_found_from_times_that_were_made_with_them(chip: Chip) -> None:
     start = Values({"half": np.array([1.2, 30.0])}, 5e-5)
-    found = fit(runs(chip, TRUE), start, GROUPS)
+    found = fit(runs(chip, TRUE), start, GROUPS, ["half"])
     assert found.products["half"] == pytest.approx(TRUE.products["half"], rel=0.03)
     assert found.dispatch_seconds == pytest.approx(TRUE.dispatch_seconds, rel=0.03)
 
@@ -58,14 +58,20 @@ def test_values_are_found_from_times_that_were_made_with_them(chip: Chip) -> Non
 def test_rows_that_nothing_explains_change_little(chip: Chip) -> None:
     true = runs(chip, TRUE)
     odd = [replace(run, seconds=run.seconds * (2.0 if index in (3, 9) else 1.0)) for index, run in enumerate(true)]
-    off = seconds(true, fit(odd, TRUE, GROUPS), GROUPS) / np.array([run.seconds for run in true]) - 1
+    off = seconds(true, fit(odd, TRUE, GROUPS, ["half"]), GROUPS) / np.array([run.seconds for run in true]) - 1
     assert np.median(np.abs(off)) < 0.02
 
 
 def test_the_level_alone_is_found(chip: Chip) -> None:
     slower = replace(TRUE, products={"half": 1.3 * TRUE.products["half"]})
     large = [run for run in runs(chip, slower) if run.parts[0].calls == 8 and run.seconds > 0.5]
-    assert fit(large, TRUE, GROUPS, ["half"]).products["half"] == pytest.approx(slower.products["half"], rel=0.03)
+    assert fit(large, TRUE, GROUPS, [], ["half"]).products["half"] == pytest.approx(slower.products["half"], rel=0.03)
+
+
+def test_coefficients_of_a_dtype_that_no_run_has_stay(chip: Chip) -> None:
+    start = replace(TRUE, products={**TRUE.products, "float8": np.array([2.0, 10.0])})
+    found = fit(runs(chip, TRUE), start, GROUPS, ["half"])
+    assert (found.products["float8"] == start.products["float8"]).all()
 
 
 def test_a_table_in_a_cluster_file_gives_operators_the_times_of_the_fit(chip: Chip) -> None:

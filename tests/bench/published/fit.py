@@ -89,14 +89,17 @@ def _calls(events: Sequence[Event]) -> int:
     return sum(isinstance(event, Communication) for event in events)
 
 
-def fit(runs: Sequence[Measured], start: Values, group: Mapping[str, str], levels: Collection[str] = ()) -> Values:
-    """Returns the values that fit the runs best. `group`: for each dtype of products, the name of its coefficients; those in
-    `levels` keep their ratio, and only their level is sought."""
+def fit(
+    runs: Sequence[Measured], start: Values, group: Mapping[str, str], whole: Collection[str], levels: Collection[str] = ()
+) -> Values:
+    """Returns the values that fit the runs best. `group`: for each dtype of products, the name of its coefficients. Those named in
+    `whole` are sought, those in `levels` keep their ratio while their level is sought, and others stay as they are."""
     arrays = [_Run(run, group, start) for run in runs]
     measured = np.array([run.seconds for run in runs])
     counted = np.array([run.weight for run in runs])
-    bases = {name: vector[:, None] if name in levels else np.eye(len(vector)) for name, vector in start.products.items()}
-    bases[_HOST] = np.eye(1)
+    bases = {name: np.eye(len(start.products[name])) for name in whole} | {name: start.products[name][:, None] for name in levels}
+    if whole:  # from a level alone, the host's time cannot be told
+        bases[_HOST] = np.eye(1)
     """The columns of each name's values of which a combination is sought."""
     values = start
     for _ in range(ROUNDS):
@@ -104,24 +107,25 @@ def fit(runs: Sequence[Measured], start: Values, group: Mapping[str, str], level
         terms = np.array(
             [np.concatenate([row.get(name, np.zeros(len(base))) @ base for name, base in bases.items()]) for row in rows]
         )
-        rest = np.array([row[_REST][0] for row in rows])
+        rest = np.array([_sum({name: vector for name, vector in row.items() if name not in bases}, values) for row in rows])
         off = np.abs(np.array([_sum(row, values) for row in rows]) - measured) / measured
         weights = counted / np.maximum(1.0, off / _NEAR) / measured
         found = nonnegative(terms * weights[:, None], (measured - rest) * weights)
-        after = _between(values, _values(bases, found))
+        after = _between(values, _with(values, bases, found))
         if all(np.allclose(_get(after, name), _get(values, name), rtol=1e-3) for name in bases):
             break
         values = after
     return values
 
 
-def _values(bases: Mapping[str, Matrix], found: Vector) -> Values:
-    """Returns the values that have these parts of the columns of `bases`."""
-    products, place = {}, 0
+def _with(values: Values, bases: Mapping[str, Matrix], found: Vector) -> Values:
+    """Returns the values with these parts of the columns of `bases`."""
+    sought, place = {}, 0
     for name, base in bases.items():
-        products[name] = base @ found[place : place + base.shape[1]]
+        sought[name] = base @ found[place : place + base.shape[1]]
         place += base.shape[1]
-    return Values(products, float(products.pop(_HOST)[0]))
+    host = sought.pop(_HOST, None)
+    return Values({**values.products, **sought}, values.dispatch_seconds if host is None else float(host[0]))
 
 
 def _between(left: Values, right: Values) -> Values:
