@@ -57,6 +57,7 @@ def _chip(one: RankFigures) -> dict[str, Any]:
         "matmul_flops_per_second": {dtype: _short(rate) for dtype, rate in peaks.items()},
         "memory_bytes": one.memory_bytes,
         "memory_bytes_per_second": _short(one.copy_bytes_per_second),
+        **({"cores": one.cores} if one.cores else {}),
         "launch_seconds": max(1e-9, _short(one.launch_seconds)),
         "context_bytes": max(1, one.context_bytes),
         "efficiency": efficiency,

@@ -60,6 +60,8 @@ class RankFigures:
     launch_seconds: float = 0.0
     operators: list[OperatorSample] = field(default_factory=list)
     links: list[LinkTime] = field(default_factory=list)
+    cores: int | None = None
+    """Units of an accelerator that compute tiles of a product side by side; None for a CPU, or if they are not known."""
     spread: float = 0.0
     """By which fraction the time of a product differed between rounds, in the median."""
 
@@ -109,6 +111,7 @@ def of_all(ranks: Sequence[RankFigures]) -> RankFigures:
         launch_seconds=median(rank.launch_seconds for rank in ranks),
         operators=by_octave([sample for rank in ranks for sample in rank.operators]),
         links=first.links,
+        cores=first.cores,
         spread=max(rank.spread for rank in ranks),
     )
 

@@ -82,6 +82,7 @@ def figures_of_rank(communicator: Communicator, how: MeasuringPlan, meet: Callab
         launch_seconds=_between_operators(how, meet) if on_cpu else products.launch_seconds(device, how.rounds),
         operators=_operators(how, meet) if on_cpu else [],
         links=links.link_times(communicator.world, how) if communicator.size > 1 else [],
+        cores=_multiprocessors(device),
         spread=spread,
     )
 
@@ -97,6 +98,11 @@ def _used_bytes(device: torch.device) -> int:
 
 def _gpu_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[1])
+
+
+def _multiprocessors(device: torch.device) -> int | None:
+    """Returns the number of streaming multiprocessors of a GPU; None for other devices."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else None
 
 
 def _operators(how: MeasuringPlan, meet: Callable[[], None]) -> list[OperatorSample]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bagualu.comm.cluster_file import load_cluster
 from bagualu.trainer.process import environment
 from tests.harness import COMPILES
 from tests.launch.survival import SMALL
@@ -76,3 +77,23 @@ def test_faults_leave_no_trace(tmp_path: Path, dtype: str) -> None:
     assert document["as_promised"]
     assert document["equal"]
     assert document["ledger"]["restarts"] == 2
+
+
+def test_doctor_measures_the_gpu_and_predicts_runs_on_it(tmp_path: Path) -> None:
+    code = "import sys; from bagualu.launch.cli import main; sys.exit(main())"
+    cache = f"data.cache={tmp_path}/cache"
+    commands = [
+        ["doctor", "--quick", "comm.backend=nccl", "launch.workers=1", cache, f"run.dir={tmp_path}/run"],
+        ["simulate", "recipe=bench_dense_1b", "cluster=this", "world=1", cache],
+    ]
+    for words in commands:
+        done = subprocess.run([sys.executable, "-c", code, *words, "--json"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        document: dict[str, Any] = json.loads(done.stdout)
+        if words[0] == "doctor":
+            assert document["ranks"][0]["device"] == "cuda"
+            assert document["matmul_flops_per_second"]["bfloat16"] > 1e13
+    assert document["fits"]
+    chip = load_cluster("this", [tmp_path / "cache"]).for_world(1).parts[0].chip
+    assert (chip.type, chip.vendor) == ("cuda", "NVIDIA")
+    assert chip.cores

@@ -33,8 +33,10 @@ def test_ranks_of_a_cpu_have_figures_for_each_number_of_ranks() -> None:
 
 
 def test_ranks_with_a_gpu_each_have_the_same_figures_whatever_their_number() -> None:
-    cluster = read(replace(ONE, ranks=4, device="cuda", operators=[], links=[replace(one, ranks=4) for one in LINKS]))
-    assert (cluster.devices, cluster.for_world(2).parts[0].chip.type) == (4, "cuda")
+    links = [replace(one, ranks=4) for one in LINKS]
+    cluster = read(replace(ONE, ranks=4, device="cuda", name="NVIDIA H200", cores=132, operators=[], links=links))
+    chip = cluster.for_world(2).parts[0].chip
+    assert (cluster.devices, chip.type, chip.vendor, chip.cores) == (4, "cuda", "NVIDIA", 132)
 
 
 def test_a_single_gpu_has_no_links() -> None:

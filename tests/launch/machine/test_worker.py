@@ -35,7 +35,7 @@ def test_a_rank_measures_each_thing_of_the_plan() -> None:
     assert {"aten.silu.default", "aten.bmm.default", "aten._fused_adamw_.default", "aten.embedding.default"} <= names
     assert not names & {"aten.mm.default", "aten.addmm_.default", "aten.view.default", "aten.empty.memory_format"}
     assert min(one.copy_bytes_per_second, one.launch_seconds, one.memory_bytes, one.context_bytes) > 0
-    assert (one.device, one.ranks, other.ranks) == ("cpu", 2, 2)
+    assert (one.device, one.ranks, other.ranks, one.cores) == ("cpu", 2, 2, None)
     assert all(sample.seconds > 0 for sample in one.operators)
 
 
