@@ -15,6 +15,7 @@ from bagualu.trainer.simulation.roles import trace_world
 from bagualu.trainer.simulation.trace import Traced
 
 from .attention import assemble_with
+from .blocking import blocking
 from .describe import Run, describe
 from .families import Unknown
 from .rows import Published, Row
@@ -56,6 +57,10 @@ class Traces:
 
     def of(self, run: Run) -> Sequence[Role]:
         """Returns the roles of a run. Raises RecipeError if it cannot be traced."""
+        roles = self._traced(run)
+        return blocking(roles) if run.blocking else roles
+
+    def _traced(self, run: Run) -> Sequence[Role]:
         if self._folder is None:
             return _trace(run)
         path = self._path(run, self._folder)
