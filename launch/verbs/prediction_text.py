@@ -64,7 +64,7 @@ def as_document(prediction: Prediction) -> dict[str, Any]:
 def excess(prediction: Prediction) -> str:
     """Returns by how much the fullest rank of a prediction is too full, and what would make it fit."""
     fullest = prediction.fullest
-    chip = prediction.cluster.part_of(prediction.layout.rank(fullest.pipeline, 0, 0)).chip
+    chip = fullest.chip
     device = Device(fullest.limit_bytes, f"{chip.name} without the {size_text(chip.context_bytes)} that its driver takes")
     memory = {kind: fullest.peak.by_kind.get(kind, 0) for kind in KINDS}
     return excess_text(memory, device, what_fits(in_trained_dtype(prediction.recipe), prediction.layout.world, device, memory))

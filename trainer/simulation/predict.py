@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from bagualu.comm.topology import Cluster
+from bagualu.comm.topology import Chip, Cluster
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.simulation.events import Operator
 from bagualu.parallel.simulation.operator_cost import operator_seconds
@@ -29,8 +29,13 @@ class RankMemory:
     pipeline: int
     peak: MemoryMoment
     """The fullest moment: bytes of tensors, by kind, and what the rank does then."""
-    limit_bytes: int
-    """What its chip has for tensors: its memory without what the driver takes."""
+    chip: Chip
+    """Theirs: on a mixed cluster, ranks at one coordinate may have different chips."""
+
+    @property
+    def limit_bytes(self) -> int:
+        """What the chip has for tensors: its memory without what the driver takes."""
+        return self.chip.memory_bytes - self.chip.context_bytes
 
     @property
     def spare_bytes(self) -> int:
@@ -147,8 +152,7 @@ def _memory(roles: Sequence[ReplayedRole], cluster: Cluster) -> list[RankMemory]
     """Returns the memory of each coordinate of the pipeline."""
     found: dict[int, RankMemory] = {}
     for replayed in roles:
-        chip = cluster.part_of(replayed.role.trace.rank).chip
-        memory = RankMemory(replayed.role.pipeline, replayed.peak, chip.memory_bytes - chip.context_bytes)
+        memory = RankMemory(replayed.role.pipeline, replayed.peak, cluster.part_of(replayed.role.trace.rank).chip)
         known = found.get(memory.pipeline)
         if known is None or memory.spare_bytes < known.spare_bytes:
             found[memory.pipeline] = memory
