@@ -15,6 +15,7 @@ from bagualu.trainer.simulation.layout_costs import LayoutCosts
 from bagualu.trainer.simulation.loads import Shares
 from bagualu.trainer.simulation.passes import LayerTraces
 from bagualu.trainer.simulation.predict import Prediction, predict
+from bagualu.trainer.simulation.results import Results
 from bagualu.trainer.simulation.search_space import choosable, plannable, search_space
 from bagualu.trainer.simulation.setting import chip_type
 from bagualu.trainer.simulation.trace import Traced, traceable
@@ -52,9 +53,12 @@ def find_layouts(
 
 
 def _costs(recipe: Recipe, cluster: Cluster, world: int, given: Sequence[str], shares: Shares | None) -> LayoutCosts:
-    traces = LayerTraces(recipe, Traced(chip=chip_type(cluster), shares=shares))
+    results = Results()
+    traces = LayerTraces(recipe, Traced(chip=chip_type(cluster), shares=shares, results=results))
     estimator = StepEstimator(recipe, cluster, world, traces, operator_seconds)
-    return LayoutCosts(recipe, estimator, lambda other: predict(other, cluster, world, shares), choosable(recipe, given))
+    return LayoutCosts(
+        recipe, estimator, lambda other: predict(other, cluster, world, shares, results=results), choosable(recipe, given)
+    )
 
 
 def _least_need(space: SearchSpace, costs: LayoutCosts) -> tuple[PlannedLayout, Need] | None:

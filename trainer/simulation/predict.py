@@ -14,6 +14,7 @@ from bagualu.parallel.simulation.replay import MemoryMoment, Replayed, ReplayedR
 from bagualu.trainer.costs.throughput import model_flops_per_token
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.loads import Shares
+from bagualu.trainer.simulation.results import Results
 from bagualu.trainer.simulation.roles import trace_world
 from bagualu.trainer.simulation.setting import chip_type, in_trained_dtype, on_cluster
 from bagualu.trainer.simulation.trace import Traced
@@ -115,19 +116,25 @@ class Prediction:
 
 
 def predict(
-    recipe: Recipe, cluster: Cluster, world: int, shares: Shares | None = None, spans: Spans = None, stragglers: float = 0.0
+    recipe: Recipe,
+    cluster: Cluster,
+    world: int,
+    shares: Shares | None = None,
+    spans: Spans = None,
+    stragglers: float = 0.0,
+    results: Results | None = None,
 ) -> Prediction:
     """Returns the prediction of a step on `world` devices of `cluster`.
 
     `shares`: of the tokens of a layer, those of each expert; None: equal shares. `spans`: as for `replay`. `stragglers`: the
-    standard deviation of the ranks' times, as a fraction.
+    standard deviation of the ranks' times, as a fraction. `results`: those that other traces share with this one (`Traced`).
     Raises RecipeError if the recipe is wrong for that world, cannot be traced, or needs a figure that the cluster does not have.
     """
     cluster = cluster.for_world(world)
     recipe = on_cluster(recipe, cluster)
     layout = in_trained_dtype(recipe).validate(world)
     peaks = sum((part.devices or 0) * part.chip.peak(recipe.train.dtype) for part in cluster.parts)
-    roles = trace_world(recipe, world, Traced(chip=chip_type(cluster), shares=shares))
+    roles = trace_world(recipe, world, Traced(chip=chip_type(cluster), shares=shares, results=results or Results()))
 
     def seconds(rank: int, operator: Operator) -> float:
         return operator_seconds(cluster.part_of(rank).chip, operator)

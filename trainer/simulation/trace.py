@@ -9,7 +9,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,9 @@ class Tracer(TorchDispatchMode):
     """Within this context, writes down the operators of the thread, and the memory of its tensors on the meta device. `chip` is the
     type of the device for which these stand (`precision.chip_of`)."""
 
-    def __init__(self, chip: str, float8: bool = False) -> None:
-        """`float8`: whether products of linear layers with factors in bfloat16 stand for products in float8."""
+    def __init__(self, chip: str, float8: bool, results: Results) -> None:
+        """`float8`: whether products of linear layers with factors in bfloat16 stand for products in float8. `results`: those of
+        operators that other traces have run."""
         super().__init__()
         self.chip, self._float8 = chip, float8
         self.sections: list[Section] = [Section("start", None)]
@@ -62,7 +63,7 @@ class Tracer(TorchDispatchMode):
         self._resized: dict[int, None] = {}
         """The ids of storages whose size has changed, as ZeRO-3 changes that of gathered weights, in the order of their first
         change."""
-        self._operators, self._results = Operators(), Results()
+        self._operators, self._results = Operators(), results
         self._converted: dict[tuple[int, int, int], int] | None = None
         """Within the products of a linear layer, the blocks of memory of factors in float8, by the block of the factor in bfloat16,
         its offset and size."""
@@ -223,6 +224,8 @@ class Traced:
     """The share of each expert of a layer in the rows that every rank's router sends; None: equal shares."""
     assemble: Callable[..., TrainerState] = assemble
     """Makes the state that is traced."""
+    results: Results = field(default_factory=Results, compare=False)
+    """The results of operators. Traces that share them run equal operators only once."""
     float8: bool = False
     """Whether matrix products of linear layers, with their gradients, are in float8; train.dtype=float8 implies it. Each operand is
     converted by a kernel of its own. All else is as with bfloat16: attention, norms, routers, the head with the loss, what is saved
@@ -279,7 +282,7 @@ def trace(
     that world or cannot be traced.
     """
     recipe, how = traceable(recipe), in_float8(recipe, how or Traced())
-    tracer = Tracer(how.chip, how.float8)
+    tracer = Tracer(how.chip, how.float8, how.results)
     backend = RecordingBackend(World(rank, world, rank), 1.0, write=tracer.call)
     monitor = Monitor()
     communicator = Communicator(backend, backend.world, monitor)

@@ -90,3 +90,12 @@ def test_a_trace_is_the_same_if_every_operator_runs(chip: str, monkeypatch: pyte
     made = trace(recipe, 2, 1, Traced(chip))
     monkeypatch.setattr(Results, "of", lambda self, func, args, named, given: func(*args, **named))
     assert made == trace(recipe, 2, 1, Traced(chip))
+
+
+def test_traces_that_share_results_are_the_same_and_run_no_operator_again() -> None:
+    recipe = compose(["recipe=tiny_dense", "data.source=random", "data.sequence_length=32", "data.global_batch=4"])
+    shared = Traced("cuda", results=Results())
+    first, known = trace(recipe, 1, 0, shared), len(shared.results._known)
+    assert known
+    assert trace(recipe, 1, 0, shared) == first == trace(recipe, 1, 0, Traced("cuda"))
+    assert len(shared.results._known) == known
