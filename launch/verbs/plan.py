@@ -50,7 +50,7 @@ def plan(request: CommandLine) -> tuple[int, Any]:
     started = time.perf_counter()
     question = read_plan(request)
     recipe, world = question.recipe, question.world
-    from bagualu.launch.verbs.plan_text import as_choice, as_plan, choice_lines, other_choices, table
+    from bagualu.launch.verbs.plan_text import as_choice, as_plan, choice_lines, notes, other_choices, table
     from bagualu.trainer.simulation.loads import read_shares
     from bagualu.trainer.simulation.planning import find_layouts
 
@@ -67,12 +67,13 @@ def plan(request: CommandLine) -> tuple[int, Any]:
         plans.append(as_plan(one, layout, command(question.words, own | machines, nodes), found.ranked[0]))
     if not request.json:
         chips = " and ".join(part.chip.name for part in question.cluster.parts)
-        print(f"{recipe.run.name} on {world} x {chips}: {found.estimated} layouts estimated, {len(found.ranked)} predicted, in "
-              f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+        print(f"{recipe.run.name} on {world} x {chips}: {found.estimated} layouts estimated, the best {len(found.ranked)} of them "
+              f"predicted, in {time.perf_counter() - started:.0f} s")  # fmt: skip
         print("\n".join(["", *table(found, question.top), "", "the best layout:", f"  {plans[0]['command']}"]))
         if recipe.train.dtype == PREDICTED_DTYPE:
             print(f"  (train.dtype={PREDICTED_DTYPE} can be predicted but not trained yet)")
         print("\n".join(["", "other choices, each in the best layout found that has it:", *choice_lines(found)]))
+        print("\n".join(["", *notes(found, question.top)]))
     others = [as_choice(keys, one, layout_keys(recipe, one.layout.values()), found.ranked[0]) for keys, one in other_choices(found)]
     return DONE, {"plans": plans, "others": others, "estimated": found.estimated, "complete": found.complete}
 

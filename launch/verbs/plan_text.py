@@ -6,6 +6,7 @@ from typing import Any
 from bagualu.parallel.balance.stages.show import aligned
 from bagualu.parallel.planner.layouts import KEYS
 from bagualu.parallel.planner.search import Plan, RankedLayout, StepParts, slower_by
+from bagualu.parallel.simulation.step_parts import legend
 from bagualu.trainer.costs.prediction import size_text
 from bagualu.trainer.recipe.override_text import typed
 from bagualu.trainer.simulation.predict import Prediction
@@ -19,8 +20,17 @@ _IMPLIED = ("parallel.data", "parallel.balance", "parallel.shares", "parallel.vi
 _COLUMNS = {
     "data": "parallel.data", "tensor": "parallel.tensor", "pipeline": "parallel.pipeline", "expert": "parallel.expert",
     "micro-batch": "train.micro_batch", "schedule": "parallel.schedule", "recompute": "train.recompute", "zero": "parallel.zero",
-    "sequence": "parallel.sequence",
+    "sequence": "parallel.sequence", "layers of stages": "parallel.balance", "shares": "parallel.shares",
 }  # fmt: skip
+_USUAL = (None, 1, False, "uniform")
+"""Values of which a column would show nothing new."""
+_MOST_NUMBERS = 8
+"""A column shows longer lists by their least and largest number."""
+_NOTES = (
+    "step s: the predicted seconds of a training step. MFU: the part of the chips' peak that the model's own FLOPs take.",
+    "memory: tensors on the fullest rank. zero: the ZeRO stage. schedule xN: with N stages on each pipeline rank.",
+    "because of: the parts of the step that take longest compared with the best layout, and how much longer.",
+)
 
 
 def parts_of(one: Ranked) -> StepParts:
@@ -58,7 +68,7 @@ def table(plan: Plan[Prediction], top: int) -> list[str]:
     """Returns a line for each of the `top` best layouts, with the reasons why it is slower than the best."""
     shown = plan.ranked[:top]
     columns = [name for name, key in _COLUMNS.items() if name in ("data", "tensor", "pipeline") or _varied(shown, key)]
-    rows = [["", "step s", "tokens/s/device", "mfu", "memory", *columns, "slower", "because of"]]
+    rows = [["", "step s", "tokens/s/device", "MFU", "memory", *columns, "slower", "because of"]]
     best = parts_of(shown[0])
     for number, one in enumerate(shown, 1):
         assert one.exact is not None
@@ -73,7 +83,7 @@ def table(plan: Plan[Prediction], top: int) -> list[str]:
 
 
 def _varied(shown: Sequence[Ranked], key: str) -> bool:
-    return any(one.layout.values()[key] not in (None, 1, False) for one in shown)
+    return any(one.layout.values()[key] not in _USUAL for one in shown)
 
 
 def _cell(values: Mapping[str, Any], column: str) -> str:
@@ -81,7 +91,27 @@ def _cell(values: Mapping[str, Any], column: str) -> str:
     if column == "schedule" and values["parallel.pipeline"] == 1:
         return "-"
     stages = values["parallel.virtual_stages"]
-    return f"{value} x{stages}" if column == "schedule" and stages else "default" if value is None else typed(value)
+    if column == "schedule" and stages:
+        return f"{value} x{stages}"
+    if isinstance(value, list):
+        return ",".join(map(str, value)) if len(value) <= _MOST_NUMBERS else f"{min(value)} to {max(value)}"
+    return "default" if value is None else typed(value)
+
+
+def notes(plan: Plan[Prediction], top: int) -> list[str]:
+    """Returns lines that explain the words of the table and of the other choices."""
+    best = plan.ranked[0]
+    compared = [(parts_of(one), parts_of(best)) for one in plan.ranked[1:top]]
+    compared += [_compared(one, best) for _, one in other_choices(plan) if one.fits]
+    named = [part for own, other in compared for part, _ in reasons(own, other)]
+    about = ["about: not predicted, but estimated from single layers."] if any(
+        one.exact is None and one.fits for _, one in other_choices(plan)) else []  # fmt: skip
+    return [*_NOTES, *about, *legend(named)]
+
+
+def _compared(one: Ranked, best: Ranked) -> tuple[StepParts, StepParts]:
+    """Returns the parts of both steps: predicted or, if that of `one` was only estimated, both estimated."""
+    return (parts_of(one), parts_of(best)) if one.exact is not None else (one.parts, best.parts)
 
 
 def choice_lines(plan: Plan[Prediction]) -> list[str]:
@@ -89,9 +119,10 @@ def choice_lines(plan: Plan[Prediction]) -> list[str]:
     best = plan.ranked[0]
     rows = []
     for keys, one in other_choices(plan):
-        own, compared = (parts_of(one), parts_of(best)) if one.exact is not None else (one.parts, best.parts)
+        own, compared = _compared(one, best)
         if one.fits:
-            rows.append((keys, f"{own.total / compared.total - 1:+.1%}", _because(reasons(own, compared))))
+            about = "" if one.exact is not None else "about "
+            rows.append((keys, f"{about}{own.total / compared.total - 1:+.1%}", _because(reasons(own, compared))))
         else:
             rows.append((keys, "does not fit", f"{size_text(one.need.excess_bytes)} more than its device has"))
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
@@ -121,7 +152,7 @@ def as_plan(one: Ranked, layout: Mapping[str, Any], command: str, best: Ranked) 
 
 def as_choice(keys: str, one: Ranked, layout: Mapping[str, Any], best: Ranked) -> dict[str, Any]:
     """Returns another choice as an object for JSON."""
-    own, compared = (parts_of(one), parts_of(best)) if one.exact is not None else (one.parts, best.parts)
+    own, compared = _compared(one, best)
     return {
         "choice": keys,
         "layout": dict(layout),

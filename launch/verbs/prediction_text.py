@@ -9,6 +9,7 @@ from typing import Any
 from bagualu.parallel.memory_kinds import KINDS
 from bagualu.parallel.simulation.error_band import PART, ErrorBand, error_band
 from bagualu.parallel.simulation.seconds_text import seconds_text, span_text
+from bagualu.parallel.simulation.step_parts import meaning
 from bagualu.trainer.costs.fits import Device, excess_text, what_fits
 from bagualu.trainer.costs.prediction import size_text
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
@@ -124,7 +125,7 @@ def _parts(prediction: Prediction) -> Iterator[str]:
     width = max(len(what) for what, _ in parts)
     yield "where the step goes, the mean of all ranks; communication only where no computation hides it"
     for what, seconds in parts:
-        yield f"  {what:<{width}}  {seconds_text(seconds):>9}  {seconds / prediction.step_seconds:>6.1%}"
+        yield f"  {what:<{width}}  {seconds_text(seconds):>9}  {seconds / prediction.step_seconds:>6.1%}  {meaning(what)}".rstrip()
 
 
 def _memory(prediction: Prediction) -> Iterator[str]:

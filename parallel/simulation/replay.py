@@ -46,7 +46,7 @@ class ReplayedRole:
     busy: Mapping[str, float]
     """Seconds in which it computes, by phase (the values of `Phase`)."""
     operators: Mapping[str, float]
-    """The same by kind of operator: products, attention and others."""
+    """The same by kind of operator (step_parts.py)."""
     exposed: Mapping[str, float]
     """Seconds in which it waits for communication, by the group's mesh axis. Messages of the pipeline are those of "pipeline"."""
     pipeline_seconds: float

@@ -9,6 +9,7 @@ from bagualu.comm.calls import Communication, Waited
 from bagualu.comm.clock import Begin, Compute, Item, Lane, Mark, Prices, Wait
 from bagualu.parallel.simulation.events import Allocation, Event, Free, Operator, Section, changed_bytes
 from bagualu.parallel.simulation.lanes import Lanes, takes_time
+from bagualu.parallel.simulation.step_parts import ATTENTION, OTHER_KERNELS, PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class SectionTimer:
                 program.add(Mark())
             if isinstance(event, Operator):
                 seconds = self._seconds_of(event)
-                operators[_kind_of(event)] += seconds
+                operators[kind_of(event)] += seconds
                 program.compute(seconds, event.name)
             elif isinstance(event, Communication) and takes_time(event):
                 self._begin(event, program, exposed)
@@ -164,5 +165,6 @@ def _by_kind(events: Sequence[Event], kinds: Sequence[str]) -> Counter[str]:
     return found
 
 
-def _kind_of(operator: Operator) -> str:
-    return "others" if not operator.flops else "attention" if "attention" in operator.name else "products"
+def kind_of(operator: Operator) -> str:
+    """Returns the part of a step to which an operator belongs (step_parts.py)."""
+    return OTHER_KERNELS if not operator.flops else ATTENTION if "attention" in operator.name else PRODUCTS

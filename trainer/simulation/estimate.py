@@ -25,6 +25,7 @@ from bagualu.parallel.pipeline.timeline import per_kind, simulate
 from bagualu.parallel.planner.layouts import Degrees, PlannedLayout
 from bagualu.parallel.planner.search import StepParts
 from bagualu.parallel.simulation.events import Operator
+from bagualu.parallel.simulation.step_parts import IN_PIPELINE, OTHER_KERNELS, communication
 from bagualu.trainer.costs.state import part_of, rank_parameters
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.recipe.config import Recipe
@@ -34,7 +35,6 @@ from bagualu.trainer.simulation.setting import in_trained_dtype
 OperatorSeconds = Callable[[Chip, Operator], float]
 _CALLS = {"send": "p2p", "receive": "p2p", "barrier": "all_reduce"}
 """What the calls of a transport are to the cost model, where they have another name there."""
-_GATHERING, _REDUCTION = "gathering weights", "reducing gradients"
 _BESIDE = 0.5
 """The part of the first half of a split backward pass beside which gradients of the second half are reduced."""
 _RATIO, _FEW_RANKS = 4, 8
@@ -61,10 +61,8 @@ class RankPasses:
     forward: float = 0.0
     input_gradient: float = 0.0
     weight_gradient: float = 0.0
-    again: float = 0.0
-    """The part of input_gradient in which activations are computed again."""
-    waits: Counter[str] = field(default_factory=Counter)
-    """The part of all three in which the rank waits for communication, by axis."""
+    parts: Counter[str] = field(default_factory=Counter)
+    """What all three consist of, by the names of step_parts.py."""
     messages: int = 0
     """The number of messages that the rank receives."""
 
@@ -72,15 +70,16 @@ class RankPasses:
     def total(self) -> float:
         return self.forward + self.input_gradient + self.weight_gradient
 
-    def add(self, plain: LayerPasses, recomputed: LayerPasses, layers: int) -> None:
-        """Adds layers that recompute; `plain` are their passes if they do not."""
-        self.forward += layers * recomputed.forward.total
-        self.input_gradient += layers * recomputed.input_gradient.total
-        self.weight_gradient += layers * recomputed.weight_gradient.total
-        self.again += layers * (recomputed.seconds - plain.seconds)
-        for one in (recomputed.forward, recomputed.input_gradient, recomputed.weight_gradient):
+    def add(self, passes: LayerPasses, layers: int) -> None:
+        """Adds a number of layers with these passes."""
+        self.forward += layers * passes.forward.total
+        self.input_gradient += layers * passes.input_gradient.total
+        self.weight_gradient += layers * passes.weight_gradient.total
+        for one in (passes.forward, passes.input_gradient, passes.weight_gradient):
+            for kind, seconds in one.kernels.items():
+                self.parts[kind] += layers * seconds  # type: ignore[assignment]
             for axis, seconds in one.waits.items():
-                self.waits[axis] += layers * seconds  # type: ignore[assignment]
+                self.parts[communication(axis)] += layers * seconds  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -132,18 +131,17 @@ class StepEstimator:
         slowest = max(range(of.pipeline), key=lambda rank: ranks[rank].total + ranks[rank].messages * message)
         own, held = ranks[slowest], self._rank_holding(layout, placement, slowest)
         start = self._blocks(of.pipeline)[slowest].start
-        seconds = {
-            "kernels": micro_batches * (own.total - own.again - sum(own.waits.values())),
-            "recomputation": micro_batches * own.again,
-            "messages between stages": micro_batches * own.messages * message,
-            "bubble": self._bubble(layout, placement, ranks, micro_batches, message),
-            "update": self._update_seconds(of, blocks[slowest], held, zero),
+        seconds = Counter({part: micro_batches * each for part, each in own.parts.items()})
+        gathering, reduction = self._moved(of, start, held, own, zero, splits_backward(layout.schedule))
+        besides = {
+            communication("pipeline"): micro_batches * own.messages * message,
+            IN_PIPELINE: self._bubble(layout, placement, ranks, micro_batches, message),
+            OTHER_KERNELS: self._update_seconds(of, blocks[slowest], held, zero),
+            communication("fold"): gathering * (micro_batches if zero == 3 else 1)
+            + reduction * (micro_batches if zero >= 2 else 1),
         }
-        for axis, waited in own.waits.items():
-            seconds[f"{axis} communication"] = micro_batches * waited
-        for name, each in self._moved(of, start, held, own, zero, splits_backward(layout.schedule)).items():
-            often = zero == 3 or (zero == 2 and name == _REDUCTION)
-            seconds[name] = micro_batches * each if often else each
+        for part, each in besides.items():
+            seconds[part] += each  # type: ignore[assignment]
         return StepParts(seconds)
 
     def micro_batches(self, of: Degrees) -> int:
@@ -170,9 +168,7 @@ class StepEstimator:
             passes = RankPasses()
             for stage in placement.stages_of(rank):
                 for (unit, part), layers in counts[stage].items():
-                    plain = self.passes(block, Division.of(of), unit)
-                    again = plain if part == "none" else self.passes(block, Division.of(of, part), unit)
-                    passes.add(plain, again, layers)
+                    passes.add(self.passes(block, Division.of(of, part), unit), layers)
                 passes.messages += sum(placement.neighbour(stage, step) is not None for step in (-1, 1))
             found.append(passes)
         return found
@@ -297,8 +293,8 @@ class StepEstimator:
                 elements[work.plan.placement(name).reduction_axis] += part_of(work, name, shape).elements
         return Holding(elements["fold"], elements["replica"])
 
-    def _moved(self, of: Degrees, start: int, held: Holding, own: RankPasses, zero: int, split: bool) -> dict[str, float]:
-        """Returns the seconds in which a rank waits for the reduction of gradients and the gathering of weights: in a step or,
+    def _moved(self, of: Degrees, start: int, held: Holding, own: RankPasses, zero: int, split: bool) -> tuple[float, float]:
+        """Returns the seconds in which a rank waits for the gathering of weights and the reduction of gradients: in a step or,
         where a ZeRO stage does it for each micro-batch, in a micro-batch. `start`: the first rank at its pipeline coordinate.
         `split`: whether backward passes are split."""
         axes = ((held.fold, of.tensor, of.data), (held.replica, of.tensor * of.expert, of.data // of.expert))
@@ -310,8 +306,8 @@ class StepEstimator:
             forward_late = max(gathered / layers, gathered - own.forward)
             backward_late = max((gathered + reduced) / layers, gathered + reduced - backward)
             late, moved = forward_late + backward_late, 2 * gathered + reduced or 1.0
-            return {_GATHERING: late * 2 * gathered / moved, _REDUCTION: late * reduced / moved}
-        return {_GATHERING: gathered, _REDUCTION: max(reduced / layers, reduced - backward)}
+            return late * 2 * gathered / moved, late * reduced / moved
+        return gathered, max(reduced / layers, reduced - backward)
 
     def _buckets(self, kind: str, size_bytes: int, start: int, stride: int, size: int) -> float:
         """Returns the seconds of a collective on all elements of a rank, bucket by bucket."""

@@ -17,6 +17,7 @@ from bagualu.comm.calls import Communication, Pending, Waited
 from bagualu.parallel.pipeline.schedules.schedule import Kind
 from bagualu.parallel.planner.layouts import Degrees
 from bagualu.parallel.simulation.events import Event, Operator
+from bagualu.parallel.simulation.timed import kind_of
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.trace import Traced, trace
 
@@ -31,22 +32,23 @@ PASS_KINDS = (Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
 class PassCost:
     """What a pass takes on a chip."""
 
-    seconds: float = 0.0
-    """Of its kernels."""
+    kernels: Mapping[str, float] = field(default_factory=dict)
+    """The seconds of its kernels, by kind (`kind_of`)."""
     waits: Mapping[str, float] = field(default_factory=dict)
     """The seconds in which it waits for communication, by mesh axis."""
 
     @cached_property
     def total(self) -> float:
-        return self.seconds + sum(self.waits.values())
+        return sum(self.kernels.values()) + sum(self.waits.values())
 
     def times(self, factor: int) -> "PassCost":
-        return PassCost(factor * self.seconds, {axis: factor * seconds for axis, seconds in self.waits.items()})
+        kernels, waits = ({name: factor * each for name, each in part.items()} for part in (self.kernels, self.waits))
+        return PassCost(kernels, waits)
 
     def less(self, other: "PassCost") -> "PassCost":
         """Returns what is left without `other`, nothing below 0."""
-        waits = {axis: max(0.0, seconds - other.waits.get(axis, 0.0)) for axis, seconds in self.waits.items()}
-        return PassCost(max(0.0, self.seconds - other.seconds), waits)
+        pairs = (self.kernels, other.kernels), (self.waits, other.waits)
+        return PassCost(*({name: max(0.0, each - less.get(name, 0.0)) for name, each in own.items()} for own, less in pairs))
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,6 @@ class LayerPasses:
     @cached_property
     def total(self) -> float:
         return self.forward.total + self.input_gradient.total + self.weight_gradient.total
-
-    @cached_property
-    def seconds(self) -> float:
-        """The time of the kernels of all three passes."""
-        return self.forward.seconds + self.input_gradient.seconds + self.weight_gradient.seconds
 
 
 @dataclass(frozen=True)
@@ -179,12 +176,13 @@ def pass_cost(
 ) -> PassCost:
     """Returns the cost of a pass in which communications of the same axis follow each other and run beside the kernels until the
     rank waits for them."""
-    now = kernels = 0.0
-    pending, free, waits = Pending[float](), Counter[str](), Counter[str]()
+    now = 0.0
+    pending, free, waits, kernels = Pending[float](), Counter[str](), Counter[str](), Counter[str]()
     for event in events:
         if isinstance(event, Operator):
             seconds = operator_seconds(event)
-            now, kernels = now + seconds, kernels + seconds
+            now += seconds
+            kernels[kind_of(event)] += seconds  # type: ignore[assignment]
         elif isinstance(event, Communication):
             free[event.group] = max(now, free[event.group]) + call_seconds(event)  # type: ignore[assignment]
             pending.begin(event, free[event.group])
@@ -193,4 +191,4 @@ def pass_cost(
                 end = pending.end(event)
                 waits[event.group] += max(0.0, end - now)  # type: ignore[assignment]
                 now = max(now, end)
-    return PassCost(kernels, dict(waits))
+    return PassCost(dict(kernels), dict(waits))

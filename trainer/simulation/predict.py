@@ -2,6 +2,7 @@
 times that the cluster's figures give.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -11,6 +12,7 @@ from bagualu.parallel.layout import Layout
 from bagualu.parallel.simulation.events import Operator
 from bagualu.parallel.simulation.operator_cost import operator_seconds
 from bagualu.parallel.simulation.replay import MemoryMoment, Replayed, ReplayedRole, replay
+from bagualu.parallel.simulation.step_parts import FOR_OTHERS, FOR_STRAGGLERS, IN_PIPELINE, communication
 from bagualu.trainer.costs.throughput import model_flops_per_token
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.loads import Shares
@@ -104,14 +106,15 @@ class Prediction:
         return self.fullest.spare_bytes >= 0
 
     def parts(self) -> dict[str, float]:
-        """Returns the seconds of what a step consists of, the mean of all ranks: they add up to the step."""
+        """Returns the seconds of the parts of a step (step_parts.py), the mean of all ranks: they add up to the step."""
         mean = self.replayed.mean
         kinds = sorted({kind for role in self.replayed.roles for kind in role.operators})
         computed = {kind: mean(lambda role, kind=kind: role.operators.get(kind, 0.0)) for kind in kinds}  # type: ignore[misc]
-        exposed = {f"{axis} communication": seconds for axis, seconds in self.replayed.exposed().items()}
-        waits = {"waiting in the pipeline": mean(lambda role: role.pipeline_seconds),
-                 "waiting for ranks with more work": mean(lambda role: role.imbalance_seconds),
-                 "waiting for stragglers": mean(lambda role: role.straggler_seconds)}  # fmt: skip
+        exposed = Counter[str]()
+        for group, seconds in self.replayed.exposed().items():
+            exposed[communication(group)] += seconds  # type: ignore[assignment]
+        waits = {IN_PIPELINE: mean(lambda role: role.pipeline_seconds), FOR_OTHERS: mean(lambda role: role.imbalance_seconds),
+                 FOR_STRAGGLERS: mean(lambda role: role.straggler_seconds)}  # fmt: skip
         return {what: seconds for what, seconds in (computed | exposed | waits).items() if seconds > 0}
 
 

@@ -1,6 +1,7 @@
 """`bagualu plan`: its command is that of the layout it names, and its JSON and text say why others lose."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -114,7 +115,20 @@ def test_the_table_names_the_winner_and_why_others_lose(capsys):
     lines = printed.out.splitlines()
     (line,) = [line.strip() for line in lines if line.startswith("  bagualu ")]
     composed(line)[1].validate(8)
-    assert any("train.recompute=full" in line and "recomputation +" in line for line in lines)
+    assert any("train.recompute=full" in line and "matrix products +" in line for line in lines)
+
+
+def test_every_word_of_the_text_is_explained(capsys):
+    code, printed = run(capsys, *WORDS, *KEPT, "cluster=h100", "world=8", "top=3")
+    assert code == 0
+    lines = printed.out.splitlines()
+    parts = {part for line in lines for part in re.findall(r"(?:^|  |, )([a-z ]+?) \+[\d.e-]+ s", line)}
+    assert parts
+    assert {part for part in parts if not any(line.startswith(f"  {part} ") for line in lines)} == set()
+    for word in ("MFU: ", "memory: ", "zero: ", "because of: "):
+        assert word in printed.out
+    assert ("about: " in printed.out) == any(re.search(r"  about \+", line) for line in lines)
+    assert max(map(len, lines[-len(parts) - 4 :])) <= 132
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,28 @@ def test_layers_are_traced_once_for_each_way_to_divide_them():
 
 def test_recomputation_adds_what_is_computed_again():
     costs = costs_of(tuple(DENSE), 16)
-    steps = {part: costs.estimate(layout(16, recompute=part)) for part in ("none", "attention", "every:2", "full")}
-    assert steps["none"].seconds["recomputation"] == 0
-    assert 0 < steps["attention"].seconds["recomputation"] < steps["full"].seconds["recomputation"]
-    assert steps["every:2"].seconds["recomputation"] == pytest.approx(steps["full"].seconds["recomputation"] / 2)
+    steps = {part: costs.estimate(layout(16, recompute=part)).seconds for part in ("none", "attention", "every:2", "full")}
+    kinds = ("matrix products", "attention", "other kernels")
+    again = {part: sum(step[kind] - steps["none"][kind] for kind in kinds) for part, step in steps.items()}
+    assert 0 < again["attention"] < again["full"]
+    assert again["every:2"] == pytest.approx(again["full"] / 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "one"),
+    [
+        (DENSE, layout(4, 2, 2, micro_batch=2, recompute="full", zero=2)),
+        (DENSE, layout(4, pipeline=4, schedule="zb_v", zero=3)),
+        (MIXTURE, layout(8, pipeline=2, expert=2)),
+    ],
+)
+def test_an_estimate_has_the_parts_of_a_prediction(words, one):
+    """By the same names, so that both can be shown in one table."""
+    costs = costs_of(tuple(words), 16)
+    parts = costs.exact(one)[0].parts()
+    estimated = {part for part, seconds in costs.estimate(one).seconds.items() if seconds > 0}
+    assert estimated <= parts.keys()
+    assert parts.keys() - estimated <= {"agreement of all ranks", "waiting for ranks with more work", "data communication"}
 
 
 def test_slower_chips_get_fewer_layers_and_fewer_micro_batches():

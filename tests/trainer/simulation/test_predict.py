@@ -54,7 +54,13 @@ def test_a_cluster_twice_as_fast_in_everything_takes_half_the_time(usual: Predic
 
 def test_the_parts_add_up_to_the_step(usual: Prediction) -> None:
     assert sum(usual.parts().values()) == pytest.approx(usual.step_seconds, rel=1e-9)
-    assert {"products", "attention", "others", "tensor communication", "waiting in the pipeline"} <= usual.parts().keys()
+    assert {
+        "matrix products",
+        "attention",
+        "other kernels",
+        "tensor communication",
+        "waiting in the pipeline",
+    } <= usual.parts().keys()
 
 
 def test_recomputation_raises_what_is_executed_and_not_what_the_model_needs(usual: Prediction) -> None:
@@ -79,6 +85,16 @@ def test_a_mixed_cluster_has_the_peaks_and_limits_of_its_parts() -> None:
     assert prediction.peak_flops_per_second == pytest.approx(8 * sum(peaks))
     limits = [part.chip.memory_bytes - part.chip.context_bytes for part in prediction.cluster.parts]
     assert [memory.limit_bytes for memory in prediction.memory] == limits
+    assert [memory.chip for memory in prediction.memory] == [part.chip for part in prediction.cluster.parts]
+
+
+def test_the_fullest_rank_is_that_whose_chip_has_least_to_spare() -> None:
+    """Without a pipeline, ranks at its only coordinate have different chips, and those with the smaller chip are not the first."""
+    large, small = load_cluster("mixed_h100_a100").parts
+    small = replace(small, chip=replace(small.chip, memory_bytes=small.chip.memory_bytes // 2))
+    prediction = predict(recipe_of(), replace(load_cluster("mixed_h100_a100"), parts=(large, small)), 16)
+    assert prediction.fullest.chip == small.chip
+    assert prediction.fullest.limit_bytes == small.chip.memory_bytes - small.chip.context_bytes
 
 
 def test_the_recipes_own_backend_does_not_matter() -> None:
