@@ -57,8 +57,8 @@ class Run:
     """fused | unfused | unfused_again: unfused, of which the backward pass computes the scores again."""
     attention_slower: float
     """How much longer its kernel of fused attention takes than the best for its chip."""
-    blocking: bool
-    """Whether it waits for each collective where it begins it."""
+    overlap: str
+    """What it computes beside collectives: see Framework."""
     stages: tuple[int, ...] | None
     """The pipeline ranks of which the memory is stated; None: all."""
 
@@ -78,7 +78,7 @@ def describe(row: Row) -> Run:
     stages = (0, recipe.parallel.pipeline - 1) if "first/last stage" in row.text("mem_kind") else None
     chip = cluster.parts[0].chip.name.split()[0]
     slower = KERNELS.get(framework.kernel, {}).get(chip, 1.0)
-    return Run(tuple(words), recipe, cluster, world, _attention(row, framework), slower, framework.blocking, stages)
+    return Run(tuple(words), recipe, cluster, world, _attention(row, framework), slower, framework.overlap, stages)
 
 
 @lru_cache(1)

@@ -66,9 +66,10 @@ class Framework:
     softmax of their scores in one kernel, and dropout, as Megatron-LM did before it."""
     kernel: str = ""
     """The kernel of fused attention, if it is one of KERNELS."""
-    blocking: bool = False
-    """Whether it waits for each collective where it begins it: before Megatron-LM's --async-tensor-model-parallel-allreduce (end of
-    2021) and --overlap-grad-reduce (2023), and with DeepSpeed's overlap_comm, which is false by default."""
+    overlap: str = ""
+    """What it computes beside collectives (overlap.py): "" what the trainer does. "blocking": nothing, as Megatron-LM before
+    --async-tensor-model-parallel-allreduce (end of 2021) and --overlap-grad-reduce (2023), and DeepSpeed, whose overlap_comm is by
+    default false. "chunked": products in chunks, as with tp_comm_overlap, which NVIDIA's performance recipes set."""
     sequence: bool = False
     """Whether activations between the tensor-parallel parts are split over the sequence where a row does not say so."""
     pads_vocabulary: int = 1
@@ -84,9 +85,10 @@ FlashAttention in Triton (arXiv 2307.08691, section 4.1). It does without the in
 of its peak, where kernels with them reach 0.5 and more (arXiv 2407.08608, abstract and section 4.1)."""
 
 FRAMEWORKS = (
-    Framework(r"megatron-deepspeed|megatron-lm 20(19|20|21)|deepspeed", "unfused", blocking=True, pads_vocabulary=128),
+    Framework(r"megatron-deepspeed|megatron-lm 20(19|20|21)|deepspeed", "unfused", overlap="blocking", pads_vocabulary=128),
     Framework(r"megatron-lm 2022", "unfused", pads_vocabulary=128),
-    Framework(r"megatron-bridge|nemo|megatron-core|megatron-lm|primus", "fused", sequence=True, pads_vocabulary=128),
+    Framework(r"megatron-bridge|nemo", "fused", overlap="chunked", sequence=True, pads_vocabulary=128),
+    Framework(r"megatron-core|megatron-lm|primus", "fused", sequence=True, pads_vocabulary=128),
     Framework(r"composer", "fused", "triton"),
     Framework(r"torchtitan|fsdp", "fused", "flash 2"),
     Framework(r"maxtext", "fused"),

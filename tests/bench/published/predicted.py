@@ -15,9 +15,9 @@ from bagualu.trainer.simulation.roles import trace_world
 from bagualu.trainer.simulation.trace import Traced
 
 from .attention import assemble_with
-from .blocking import blocking
 from .describe import Run, describe
 from .families import Unknown
+from .overlap import blocking, chunked
 from .rows import Published, Row
 
 CALIBRATION, TEST, LEFT_OUT = "calibration", "test", "left out"
@@ -58,7 +58,9 @@ class Traces:
     def of(self, run: Run) -> Sequence[Role]:
         """Returns the roles of a run. Raises RecipeError if it cannot be traced."""
         roles = self._traced(run)
-        return blocking(roles) if run.blocking else roles
+        if run.overlap == "blocking":
+            return blocking(roles, run.recipe.parallel.zero)
+        return chunked(roles) if run.overlap == "chunked" else roles
 
     def _traced(self, run: Run) -> Sequence[Role]:
         if self._folder is None:
