@@ -85,7 +85,7 @@ def caption(prediction: Prediction) -> Iterator[str]:
     each, all_ = prediction.tokens_per_second_per_device, tokens / seconds
     yield f"step     {seconds_text(seconds)} for {tokens:,} tokens: {each:,.4g} tokens/s on each device, {all_:,.0f} on all"
     if band := _band(prediction):
-        yield f"error    {_band_text(band)}"
+        yield from _band_text(band)
     if prediction.cluster.quick:
         name = prediction.cluster.name
         yield f"figures  of {name}.yaml come from a quick measurement, which makes this less accurate: run bagualu doctor"
@@ -112,11 +112,13 @@ def _band(prediction: Prediction) -> ErrorBand | None:
     return error_band(chip, prediction.layout.world, parameters, "moe" if model.moe.experts else "dense")
 
 
-def _band_text(band: ErrorBand) -> str:
+def _band_text(band: ErrorBand) -> Iterator[str]:
+    """Yields the band, and below it which runs it is taken from."""
     fewest, most = band.devices
-    runs = f"{band.rows} published runs most like this one ({', '.join(band.chips)}, {fewest:,} to {most:,} devices)"
+    took = f"took {band.least:.2f} to {band.most:.2f} times what is predicted for them"
+    yield f"error    {PART:.0%} of the {band.rows} published runs most like this one {took}"
     beyond = "; none is on this chip, of this kind and nearly as large" if band.beyond else ""
-    return f"{PART:.0%} of the {runs} took {band.least:.2f} to {band.most:.2f} times what is predicted for them{beyond}"
+    yield f"         they are of {fewest:,} to {most:,} devices: {', '.join(band.chips)}{beyond}"
 
 
 def _parts(prediction: Prediction) -> Iterator[str]:

@@ -84,12 +84,13 @@ def test_the_clusters_that_are_promised_ship() -> None:
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_figure_names_its_source(path: Path) -> None:
-    """A number of the list at the top, which names a document, or the word that says that there is none."""
+    """A number of the list at the top, which names a document, or the word that says that there is none. A table of efficiencies
+    has one source."""
     text = path.read_text()
     listed = set(re.findall(r"^# (\[\d+\]) \S", text, re.MULTILINE))
     used = set()
     for line in text.splitlines():
-        if re.match(r"\s*\w+: (\d|\[)", line):
+        if re.match(r"\s*(\w+: (\d|\[)|efficiency:)", line):
             comment = line.partition(" # ")[2]
             assert re.match(r"\[\d+\]|estimate: |an example", comment), line
             used |= set(re.findall(r"\[\d+\]", comment))

@@ -69,9 +69,8 @@ class DataConfig:
         made = self.source in (STDLIB, RANDOM)
         for name in ("format", "token_dtype", "validation"):
             if made and (given := getattr(self, name)) is not None:
-                raise RecipeError(
-                    f"data.{name}={given} is for files, and data.source={self.source} has none; leave it out, or give data.source=PATH"
-                )
+                what = f"data.{name}={given} is for files, and data.source={self.source} has none"
+                raise RecipeError(f"{what}; leave it out, or give data.source=PATH")
 
 
 def _is_utf8(name: str) -> bool:

@@ -59,6 +59,8 @@ class Run:
     """How much longer its kernel of fused attention takes than the best for its chip."""
     overlap: str
     """What it computes beside collectives: see Framework."""
+    recompute_known: bool
+    """Whether the row says what is computed again; where it does not, nothing is."""
     stages: tuple[int, ...] | None
     """The pipeline ranks of which the memory is stated; None: all."""
 
@@ -78,7 +80,17 @@ def describe(row: Row) -> Run:
     stages = (0, recipe.parallel.pipeline - 1) if "first/last stage" in row.text("mem_kind") else None
     chip = cluster.parts[0].chip.name.split()[0]
     slower = KERNELS.get(framework.kernel, {}).get(chip, 1.0)
-    return Run(tuple(words), recipe, cluster, world, _attention(row, framework), slower, framework.overlap, stages)
+    return Run(
+        tuple(words),
+        recipe,
+        cluster,
+        world,
+        _attention(row, framework),
+        slower,
+        framework.overlap,
+        bool(row.text("recompute")),
+        stages,
+    )
 
 
 @lru_cache(1)

@@ -30,7 +30,8 @@ class Figures:
     step_seconds: float
     memory_bytes: int
     """Of the fullest device of those whose memory is stated, with `context_bytes` where the driver reports it."""
-    fits: bool
+    fits: bool | None
+    """None: the row does not say what is computed again, of which the memory depends."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def predict(run: Run, published: Published, traces: Traces) -> Figures:
     for role in replayed.roles:
         peaks[role.role.pipeline] = max(peaks[role.role.pipeline], role.peak.bytes)
     stated = [size for pipeline, size in peaks.items() if run.stages is None or pipeline in run.stages]
-    fits = max(peaks.values()) + chip.context_bytes <= chip.memory_bytes
+    fits = max(peaks.values()) + chip.context_bytes <= chip.memory_bytes if run.recompute_known else None
     return Figures(replayed.step_seconds, max(stated) + context, fits)
 
 

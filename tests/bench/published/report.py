@@ -74,7 +74,7 @@ def _table(title: str, groups: Sequence[tuple[str, Sequence[Predicted]]], figure
 
 
 def _fits(rows: Sequence[Predicted]) -> str:
-    found = [row for row in rows if row.figures and row.published.fits is not None]
+    found = [row for row in rows if row.figures and row.figures.fits is not None and row.published.fits is not None]
     ran_out = [row for row in found if not row.published.fits]
     right = [row for row in ran_out if row.figures and not row.figures.fits]
     wrong = [row for row in found if row.published.fits and row.figures and not row.figures.fits]

@@ -16,6 +16,7 @@ from bagualu.launch import cli
 from bagualu.parallel.memory_kinds import KINDS
 from bagualu.parallel.simulation import error_band
 from bagualu.parallel.simulation.error_band import HeldOutError
+from bagualu.parallel.simulation.step_parts import PRODUCTS
 
 GUIDE = Path(__file__).parents[3] / "docs/guides/planning.md"
 COMMANDS = [line.strip() for line in GUIDE.read_text().splitlines() if line.startswith("    bagualu simulate ")]
@@ -106,7 +107,7 @@ def test_a_model_that_does_not_fit_is_predicted_and_refused_with_what_would_make
 def test_the_error_band_is_that_of_the_chip_whatever_the_file_is_called(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = [HeldOutError(chip, 8, 10**6, "moe", error) for chip, error in (("H100 SXM5 80GB", 0.25), ("H200 SXM 141GB", -0.5))]
+    known = [HeldOutError(chip, 8, 10**7, "moe", error) for chip, error in (("H100 SXM5 80GB", 0.25), ("H200 SXM 141GB", -0.5))]
     monkeypatch.setattr(error_band, "held_out_errors", lambda: [one for one in known for _ in range(20)])
     (tmp_path / "mine.yaml").write_text((Path(__file__).parents[3] / "recipes/cluster/h100.yaml").read_text())
     for cluster in ("h100", f"{tmp_path}/mine.yaml"):
@@ -256,7 +257,7 @@ def test_all_wait_for_the_slowest_rank(capsys: pytest.CaptureFixture[str]) -> No
         assert "waiting for stragglers" not in alike["parts_seconds"]
         waited = apart["parts_seconds"]["waiting for stragglers"]
         assert 0 < apart["step_seconds"] - alike["step_seconds"] <= waited * 1.001
-        assert apart["parts_seconds"]["products"] == pytest.approx(alike["parts_seconds"]["products"])
+        assert apart["parts_seconds"][PRODUCTS] == pytest.approx(alike["parts_seconds"][PRODUCTS])
         assert sum(apart["parts_seconds"].values()) == pytest.approx(apart["step_seconds"])
         paces.append(apart["slowest_pace"])
     assert 1.05 < paces[0] < paces[1] < 1.2
