@@ -174,7 +174,8 @@ class Cluster:
         return min(part.node_devices or joined or part.devices or 1 for part, joined in zip(self.parts, inner, strict=True))
 
     def for_world(self, world: int) -> "Cluster":
-        """Returns the cluster with exactly `world` devices, of a mixed cluster the same share of each part.
+        """Returns the cluster with exactly `world` devices, of a mixed cluster the same share of each part. Large domains that
+        `world` does not fill are used alike: of 72 devices, 64 are, if `world` is 256.
 
         Raises RecipeError if there are not so many, if a part's share is not a number of whole domains of its innermost tier, or if
         a machine whose processors the ranks share was not measured with so many.
@@ -190,7 +191,7 @@ class Cluster:
         if self.devices is not None and world > self.devices:
             raise RecipeError(f"world={world}: cluster={self.name} has {self.devices} devices; give world={self.devices} or less")
         if self.joint is None:
-            return replace(self, parts=(replace(self.parts[0], devices=world),))
+            return replace(self, parts=(replace(_used_alike(self.parts[0], world), devices=world),))
         step = self._world_step()
         if world % step:
             near = max(step, world - world % step)
@@ -258,6 +259,24 @@ def as_range(ranks: "range | tuple[int, ...]") -> range:
     if not ordered or stride < 1 or ordered != list(found := range(ordered[0], ordered[-1] + 1, stride)):
         raise ValueError(f"ranks {ordered[:8]} have no constant stride")
     return found
+
+
+LEAST_USED = 0.88
+"""A job leaves at most the rest of each domain to others: 8 of 72 devices, but not 1 of 8."""
+
+
+def _used_alike(part: ClusterPart, world: int) -> ClusterPart:
+    """Returns the part whose innermost domains each have as many devices as the job takes of them: the most that divide `world`,
+    where that leaves few over. Schedulers place jobs so (SLURM's --segment), since groups would otherwise lie across domains."""
+    if not part.tiers or part.tiers[0].devices is None or world <= part.tiers[0].devices:
+        return part
+    inner, *outer = part.tiers
+    domain = inner.devices or 1
+    used = max(count for count in range(1, domain + 1) if world % count == 0)
+    whole = all(tier.devices is None or tier.devices % used == 0 for tier in outer)
+    if used < LEAST_USED * domain or not whole:
+        return part
+    return replace(part, tiers=(replace(inner, devices=used), *outer))
 
 
 def _within(ranks: range, first: int, end: int | None) -> range:

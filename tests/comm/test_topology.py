@@ -85,6 +85,16 @@ def test_a_world_takes_devices_of_each_part_in_proportion() -> None:
         two.for_world(30)
 
 
+@pytest.mark.parametrize(("world", "used"), [(256, 64), (576, 72), (64, 72), (100, 72), (72 * 10 + 5, 72)])
+def test_of_large_domains_a_job_takes_as_many_devices_of_each(world: int, used: int) -> None:
+    rack = replace(NODE, devices=72)
+    assert single(rack, NETWORK).for_world(world).parts[0].tiers[0].devices == used
+
+
+def test_nodes_of_a_few_devices_are_filled() -> None:
+    assert single(NODE, NETWORK).for_world(14).parts[0].tiers[0].devices == NODE.devices == 8
+
+
 def test_a_group_of_several_chips_has_the_slowest_figures_of_its_parts() -> None:
     joint = LinkTier("joint", 9e-6, 1e9, oversubscription=4.0)
     two = mixed(16, 16, joint)
