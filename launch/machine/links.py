@@ -10,6 +10,9 @@ from bagualu.launch.machine.figures import LinkTime, usual
 from bagualu.launch.machine.plan import MeasuringPlan
 from bagualu.trainer.costs.throughput import synchronize
 
+_FEWEST_REPEATS = 2
+"""After so many repeats, and whenever there are twice as many, ranks agree whether these are enough. They do not settle the number
+by the time of one call: on a busy machine a call that happened to be quick would ask for hundreds that are not."""
 _MOST_REPEATS = 200
 
 
@@ -55,26 +58,26 @@ def _calls(group: Group, size: int) -> dict[str, Callable[[], None]]:
 
 
 def _seconds(call: Callable[[], None], group: Group, least: float) -> float:
-    """Returns the usual time of `call`, repeated as often as all ranks agree on."""
+    """Returns the usual time of `call`, repeated until it has taken `least` seconds on one of the ranks."""
     call()
-    repeats = _repeats(call, group, least)
+    seconds: list[float] = []
     group.barrier()
-    seconds = []
-    for _ in range(repeats):
-        synchronize(group.device)
-        started = time.perf_counter()
-        call()
-        synchronize(group.device)
-        seconds.append(time.perf_counter() - started)
+    while len(seconds) < _MOST_REPEATS and (not seconds or _most(sum(seconds), group) < least):
+        more = min(max(_FEWEST_REPEATS, len(seconds)), _MOST_REPEATS - len(seconds))
+        seconds += [_once(call, group) for _ in range(more)]
     return usual(seconds)
 
 
-def _repeats(call: Callable[[], None], group: Group, least: float) -> int:
-    """Returns how often `call` must be repeated to take `least` seconds, the same on every rank."""
-    group.barrier()
+def _once(call: Callable[[], None], group: Group) -> float:
+    synchronize(group.device)
     started = time.perf_counter()
     call()
     synchronize(group.device)
-    wanted = torch.tensor([least / max(1e-6, time.perf_counter() - started)], dtype=torch.float64, device=group.device)
-    group.all_reduce(wanted, op="max")
-    return max(2, min(_MOST_REPEATS, int(wanted)))
+    return time.perf_counter() - started
+
+
+def _most(seconds: float, group: Group) -> float:
+    """Returns the most of what the ranks give, the same on all of them. Collective."""
+    most = torch.tensor([seconds], dtype=torch.float64, device=group.device)
+    group.all_reduce(most, op="max")
+    return float(most)
