@@ -23,6 +23,8 @@ from bagualu.comm.virtual_clock import ClockedBackend, VirtualClock
 from bagualu.comm.world import World
 
 T = TypeVar("T")
+_LOOK_SECONDS = 0.05
+"""How often `hung` is called, however many ranks there are."""
 _GRACE_SECONDS = 1.0
 """Time that all ranks together get to end after `hung` has given a reason; threads that still run afterwards are abandoned."""
 Tensors = dict[str, torch.Tensor]
@@ -338,9 +340,8 @@ def run(
 
 def _join(workers: list[threading.Thread], hub: Hub, hung: Callable[[], str | None]) -> None:
     """Waits for the threads to end. Raises CommunicationError if `hung` returns a reason why the ranks make no progress."""
-    while any(worker.is_alive() for worker in workers):
-        for worker in workers:
-            worker.join(0.05)
+    while alive := [worker for worker in workers if worker.is_alive()]:
+        alive[0].join(_LOOK_SECONDS)
         if why := hung():
             hub.give_up(why)
             deadline = time.monotonic() + _GRACE_SECONDS

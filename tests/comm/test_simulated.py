@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from bagualu.comm import simulated
 from bagualu.comm.errors import CommunicationError
@@ -36,3 +37,29 @@ def test_a_rank_that_never_comes_does_not_keep_the_others_nor_the_caller() -> No
     while 1 not in told:  # it comes too late, and changes nothing
         time.sleep(0.01)
     assert told[1] == "rank 1 stands still"
+
+
+class Busy:
+    """In place of a rank's thread: it goes on until `clock` is at the time `until`; waiting for it moves that clock."""
+
+    clock = 0.0
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+
+    def is_alive(self) -> bool:
+        return Busy.clock < self.until
+
+    def join(self, timeout: float) -> None:
+        Busy.clock += timeout
+
+
+def test_ranks_are_looked_at_equally_often_however_many_there_are() -> None:
+    looks = 0
+
+    def hung() -> None:
+        nonlocal looks
+        looks += 1
+
+    simulated._join([Busy(1.0) for _ in range(100)], simulated.Hub(100, 1.0, torch.device("cpu")), hung)  # type: ignore[arg-type]
+    assert looks >= 20
