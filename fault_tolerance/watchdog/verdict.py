@@ -34,8 +34,8 @@ class Patience:
     """The limit, instead of `hang_seconds`, in a phase that may take long, and until the process has finished its first step
     (compilation)."""
     wait_seconds: float = math.inf
-    """Waiting time after which a rank will soon give up. Once a rank has waited for so long, the limit for the ranks it waits for
-    is `hang_seconds` in every phase."""
+    """Waiting time (`Seen.waited_seconds`) after which a rank will soon give up. Once a rank has waited for so long, the limit for
+    the ranks it waits for is `hang_seconds` in every phase."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class Seen:
     counts: Mapping[Line, int] = field(default_factory=dict)
     silent_seconds: float = 0.0
     """Seconds since the last change in the rank's heartbeat."""
+    waited_seconds: float = 0.0
+    """Seconds since a rank that waits began to wait, by the clock by which it gives up. `silent_seconds` may be less: time in which
+    nobody could look at the rank is not in it."""
     cpu_seconds: float = 0.0
     """Seconds of processor time that all threads of the rank's process have used during `silent_seconds`."""
     process: str = "running"
@@ -141,7 +144,7 @@ def _is_late(state: Seen, others: list[Seen]) -> bool:
 def _follow(state: Seen, seen: Mapping[int, Seen], patience: Patience) -> HangDiagnosis | None:
     """Follows the chain of waits from a rank that has waited too long and returns the diagnosis at its end; None if a rank in it
     may still make progress."""
-    if state.silent_seconds >= patience.wait_seconds:
+    if max(state.waited_seconds, state.silent_seconds) >= patience.wait_seconds:
         patience = replace(patience, long_seconds=patience.hang_seconds)
     path = [state]
     while True:

@@ -77,7 +77,7 @@ class Watchdog:
         return Seen(
             rank=rank, step=beat.step, steps_begun=beat.steps_begun, point=beat.point, operation=beat.operation, line=beat.line,
             number=beat.number, counts=beat.counts, silent_seconds=pulse.silent_seconds if beat.beats == pulse.beats else 0.0,
-            cpu_seconds=used, process=state,
+            waited_seconds=time.monotonic() - beat.since if beat.line else 0.0, cpu_seconds=used, process=state,
         )  # fmt: skip
 
 

@@ -50,22 +50,23 @@ class HangCheck(Watcher):
         diagnosis = self._watchdog.look() if self._watchdog else None
         if self._watchdog is None or diagnosis is None:
             return None
-        seen, links = self._watchdog.seen(), lost_links(self._processes)
+        of_threads = self._stacks_of_threads()  # at once: those that wait may give up soon
+        seen, links = self._watchdog.seen(), lost_links(self._processes) if of_threads is None else []
         self._watchdog = None  # this generation is over
         diagnosis = _with_links(diagnosis, links)
-        report = write_report(self._logs, diagnosis, seen, self._end(), links)
+        shown = stacks.end_all(self._folder, self._processes) if of_threads is None else of_threads
+        report = write_report(self._logs, diagnosis, seen, shown, links)
         rank = diagnosis.culprits[0] if diagnosis.culprits else -1
         step = seen[rank].step if rank >= 0 else max(beat.step for beat in seen.values())
         phase = f"step {step}" if step else "start"
         return Failure(rank, phase, f"the run stood still: {diagnosis.why}; report: {report}", time.time(), "hung", step)
 
-    def _end(self) -> dict[int, str]:
-        """Kill the worker processes and return the stacks of the ranks that could still write theirs, by rank. If the ranks are
-        threads of this process, return their stacks without ending them."""
-        if set(self._processes.values()) == {os.getpid()}:
-            beats = {rank: read(self._folder, rank) for rank in self._processes}
-            return stacks.of_threads({rank: beat.thread for rank, beat in beats.items() if beat})
-        return stacks.end_all(self._folder, self._processes)
+    def _stacks_of_threads(self) -> dict[int, str] | None:
+        """Returns the stacks of the ranks, by rank, if they are threads of this process, which cannot be ended; else None."""
+        if set(self._processes.values()) != {os.getpid()}:
+            return None
+        beats = {rank: read(self._folder, rank) for rank in self._processes}
+        return stacks.of_threads({rank: beat.thread for rank, beat in beats.items() if beat})
 
 
 def _with_links(diagnosis: HangDiagnosis, links: list[LostLink]) -> HangDiagnosis:

@@ -130,10 +130,12 @@ def test_before_those_that_wait_give_up_the_one_they_wait_for_is_named_wherever_
     seen = stand_still(4, [WORLD], Halt(2, 0, joined=False))
     seen[2] = replace(seen[2], point=point, steps_begun=1, silent_seconds=1700)
     waiting = {rank: replace(one, silent_seconds=451) for rank, one in seen.items() if one.waits}
+    by_their_clocks = {rank: replace(one, silent_seconds=300, waited_seconds=451) for rank, one in seen.items() if one.waits}
     assert judge(seen, patience) is None
-    verdict = judge({**seen, **waiting}, patience)
-    assert verdict is not None
-    assert verdict.culprits == (2,)
+    for late in (waiting, by_their_clocks):
+        verdict = judge({**seen, **late}, patience)
+        assert verdict is not None
+        assert verdict.culprits == (2,)
     assert judge({**seen, **waiting, 2: replace(seen[2], silent_seconds=299)}, patience) is None  # it does come on
 
 

@@ -1,9 +1,10 @@
 """How long is too long: silence is counted over looks at the heartbeats."""
 
 import os
+import time
 from pathlib import Path
 
-from bagualu.comm.monitor import Monitor, Phase
+from bagualu.comm.monitor import Line, Monitor, Phase
 from bagualu.fault_tolerance.watchdog.heartbeat import Heartbeat
 from bagualu.fault_tolerance.watchdog.verdict import HangDiagnosis, Patience
 from bagualu.fault_tolerance.watchdog.watch import Watchdog
@@ -63,6 +64,20 @@ def test_the_time_in_which_the_watchdog_itself_was_stopped_counts_for_nobody(tmp
     assert world.watchdog.look() is None
     assert world.pass_time(3, 0) is None
     assert world.pass_time(5, 0) is not None
+
+
+def test_how_long_a_rank_has_waited_is_read_from_the_clock_by_which_it_gives_up(tmp_path: Path) -> None:
+    """Also while the watchdog could not look."""
+    world = World(tmp_path)
+    world.come_on(0, 1)
+    waits = world.monitors[0]
+    waits.waits("all_reduce", line := waits.line(Line("world", (0, 1))), waits.joins(line))
+    time.sleep(0.05)
+    seen = world.watchdog.seen()
+    assert seen[0].waited_seconds >= 0.05
+    assert (seen[0].silent_seconds, seen[1].waited_seconds) == (0, 0)
+    waits.goes_on()
+    assert world.watchdog.seen()[0].waited_seconds == 0
 
 
 def test_looking_more_often_changes_nothing(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_each_rank_that_stands_still_is_named_with_its_stack_and_the_run_goes_on
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("hold-2-1-forward", ["comm.timeout_seconds=6"]), pytest.param("hold-2-5-forward", [], marks=pytest.mark.slow)],
+    [("hold-2-1-forward", ["comm.timeout_seconds=8"]), pytest.param("hold-2-5-forward", [], marks=pytest.mark.slow)],
 )
 def test_a_rank_that_runs_as_a_thread_is_found_in_the_same_way(start, reference, name, words):
     """Also in its first step, where much is allowed, before the others give up."""
