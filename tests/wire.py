@@ -1,19 +1,17 @@
 """A network that misbehaves: machines are network namespaces of this one, and every frame between them is carried by hand.
 
-    with Wire([pid, pid, ...]) as wire:        # processes that each have a network of their own (`own_network`)
+    with Wire([pid, pid, ...]) as wire:        # processes that each have a network of their own (tests/namespaces.py)
         wire.weather = Weather(loss=0.05)
         wire.carry(lambda: everything_is_done)  # until then
 
-Machine i has the address `address(i)` and the interface `eth0`. Whoever makes it must be root of its namespaces: run the
-script under `unshare -rn`. Nothing stands between the machines' own TCP and this but frames, so what is lost is sent
+Machine i has the address `address(i)` and the interface `eth0`. Whoever makes it must be root of its namespaces: see
+`tests.namespaces.become_root`. Nothing stands between the machines' own TCP and this but frames, so what is lost is sent
 again, what is garbled fails its checksum, and what is cut off is silent: as on a real network. Linux only.
 """
 
 import array
-import ctypes
 import fcntl
 import heapq
-import os
 import random
 import select
 import socket
@@ -26,7 +24,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-_NEW_NETWORK = 0x40000000
+from tests.namespaces import join_network
+
 _ALL_FRAMES, _OUTGOING = 3, 4
 _IPV4, _ARP = b"\x08\x00", b"\x08\x06"
 _TCP, _RESET_FLAG = 6, 4
@@ -60,17 +59,6 @@ def why_not() -> str:
         return subprocess.run(command, capture_output=True, text=True).stderr.strip()
     except FileNotFoundError as error:
         return str(error)
-
-
-def own_network() -> None:
-    """This process leaves its network for one of its own, without any link yet."""
-    _system("unshare", _NEW_NETWORK)
-
-
-def join_network(pid: int) -> None:
-    """This process, or thread, goes over to the network of process `pid`."""
-    with open(f"/proc/{pid}/ns/net") as network:
-        _system("setns", network.fileno(), _NEW_NETWORK)
 
 
 class Wire:
@@ -218,12 +206,6 @@ def _garbled(frame: bytes, dice: random.Random) -> bytes:
     spoilt = bytearray(frame)
     spoilt[dice.randrange(14, len(frame))] ^= 1 << dice.randrange(8)
     return bytes(spoilt)
-
-
-def _system(name: str, *arguments: int) -> None:
-    """A system call that Python has no name for. Raises OSError."""
-    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
-        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
 
 
 def _do(command: str) -> None:

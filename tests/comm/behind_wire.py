@@ -23,7 +23,8 @@ import torch
 from bagualu.comm.errors import CommunicationError
 from bagualu.comm.group import Group, connect
 from bagualu.comm.world import World
-from tests.wire import Weather, Wire, own_network
+from tests.namespaces import own_network
+from tests.wire import Weather, Wire
 
 RANKS, STEPS, FAIR_STEPS = 4, 15, 5
 _SOON_SECONDS, _LATE_SECONDS = 5.0, 60.0

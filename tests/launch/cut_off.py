@@ -26,7 +26,8 @@ from bagualu.trainer.recipe.config import Recipe
 from tests.launch import faulty
 from tests.launch.survival import SMALL
 from tests.launch.together import FOLDER, MACHINE, have_come, tell_them_to_meet
-from tests.wire import Weather, Wire, address, own_network
+from tests.namespaces import own_network
+from tests.wire import Weather, Wire, address
 
 CUTS = {"both": {(0, 1), (1, 0)}, "from_0": {(0, 1)}, "from_1": {(1, 0)}}
 _AGENT = "import sys; from tests.launch.together import agent; sys.exit(agent(sys.argv[1:], 'tests.launch.cut_off:train'))"

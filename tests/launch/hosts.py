@@ -40,7 +40,8 @@ from bagualu.trainer.recipe.config import Recipe
 from tests.launch import faulty
 from tests.launch.survival import SMALL
 from tests.launch.together import FOLDER, MACHINE, have_come, tell_them_to_meet
-from tests.wire import Weather, Wire, address, join_network, own_network
+from tests.namespaces import join_network, own_network
+from tests.wire import Weather, Wire, address
 
 MACHINES = 3
 GO_ON = ("back", "worker", "late")

@@ -1,4 +1,4 @@
-"""Program for a mount namespace of its own: `unshare -rm python lost_mount.py FOLDER WHAT`; writes FOLDER/found.json.
+"""A run in a mount namespace of its own: run_as_root("tests.launch.lost_mount", [FOLDER, WHAT], "mounts", ...).
 
 The checkpoints of a run of 4 Gloo ranks lie on a mount of their own, which goes away and comes back (`remount`), stays away
 (`unmount`), or on a file system that is read-only (`read-only`).
@@ -72,8 +72,9 @@ def read_only(folder: Path) -> dict[str, Any]:
     return {"first": first, "codes": codes, "starts": starts, "resumed": resumed}
 
 
-if __name__ == "__main__":
-    place = Path(sys.argv[1])
+def script(folder: str, what: str) -> None:
+    """Writes FOLDER/found.json."""
+    place = Path(folder)
     prepare(place)
-    document = {"remount": remount, "unmount": unmount, "read-only": read_only}[sys.argv[2]](place)
+    document = {"remount": remount, "unmount": unmount, "read-only": read_only}[what](place)
     (place / "found.json").write_text(json.dumps(document))

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.warm import Launcher
+from tests.launch.warm import Forked, Launcher, fork_from_here, run_as_root
 from tests.leftovers import Leftovers
+from tests.wire import why_not
 
+NONE = why_not()
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 PROBE = "tests.launch.test_warm"
 
@@ -27,6 +29,30 @@ def main(entrypoint: str) -> int:
         "environment": dict(os.environ), "entrypoint": entrypoint,
     }))  # fmt: skip
     return 7
+
+
+CHILD = "import json, os, sys; print(json.dumps([os.getppid(), os.readlink('/proc/self/ns/net'), sys.argv[1:]])); {}"
+
+
+def script(*words: str) -> None:
+    """What is run in a network of its own: starts processes there."""
+    fork_from_here()
+    told = []
+    for end in ("sys.exit(7)", "raise ValueError", "pass"):
+        with Forked(CHILD.format(end), words, cwd=Path.cwd(), env=os.environ) as child:
+            out, err = child.communicate()
+            told.append([json.loads(out), child.returncode, err.count("ValueError")])
+    print(json.dumps([os.getpid(), os.geteuid(), os.readlink("/proc/self/ns/net"), told]))
+
+
+@pytest.mark.skipif(bool(NONE), reason=f"needs network namespaces, as root or unprivileged: {NONE}")
+def test_a_program_is_root_of_its_network_and_what_it_forks_is_there_too(leftovers: Leftovers) -> None:
+    done = run_as_root(PROBE, ["a", "b c"], "network", leftovers.environment)
+    assert done.returncode == 0, done.stderr
+    pid, user, network, told = json.loads(done.stdout)
+    assert user == 0
+    assert network != os.readlink("/proc/self/ns/net")
+    assert told == [[[pid, network, ["a", "b c"]], *ended] for ended in ([7, 0], [1, 1], [0, 0])]
 
 
 def test_it_has_what_it_would_have(tmp_path: Path, leftovers: Leftovers) -> None:

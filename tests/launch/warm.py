@@ -1,11 +1,12 @@
-"""Launchers, and the fork servers of their workers, forked from one process that has imported what they import: torch takes each of
-them some seconds.
+"""Launchers, the fork servers of their workers, and other programs, forked from one process that has imported what they import:
+torch takes each of them some seconds.
 
 Where starting and dying are the subject, a launcher is started as people start it. What is forked has the parent, the session, the
 environment and the open files that it would have. What only a new program takes from its environment it does not have: settings of
 the C allocator, and what libraries read when they are loaded, so nothing that uses a GPU can be started so.
 """
 
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -22,14 +23,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from multiprocessing import util
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from bagualu.trainer.process.parent_death import die_with
 from tests.leftovers import hold_mark
+from tests.namespaces import Kind
 
 _IMPORTED = (
     "bagualu.launch.cli", "bagualu.launch.verbs.train", "bagualu.launch.verbs.rehearse", "bagualu.launch.node",
@@ -44,21 +46,19 @@ _HIGH = 500
 ROOT = Path(__file__).parents[2]
 
 
-class Launcher(subprocess.Popen[str]):
-    """`main(words, entrypoint)` of `module` as a process and a session of its own. `env` is marked (tests/leftovers.py)."""
+class Forked(subprocess.Popen[str]):
+    """A Python program as a process and a session of its own; `words` are its arguments. `env` is marked (tests/leftovers.py)."""
 
     def __init__(
         self,
-        words: list[str],
-        entrypoint: str,
-        module: str = "bagualu.launch.cli",
+        program: str,
+        words: Sequence[str],
         *,
         cwd: Path,
         env: Mapping[str, str],
-        stdout: int = subprocess.PIPE,
-        stderr: int | IO[str] = subprocess.PIPE,
+        stdout: int | None = subprocess.PIPE,
+        stderr: int | IO[str] | None = subprocess.PIPE,
     ) -> None:
-        program = f"import sys; from {module} import main; sys.exit(main(entrypoint={entrypoint!r}))"
         super().__init__([program, *words], text=True, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
 
     def _execute_child(self, *given: Any) -> None:  # the one part of Popen that starts a process
@@ -71,13 +71,35 @@ class Launcher(subprocess.Popen[str]):
         self._close_pipe_fds(*(own[name] for name in inspect.signature(self._close_pipe_fds).parameters))  # type: ignore[attr-defined]
 
 
+class Launcher(Forked):
+    """`main(words, entrypoint)` of `module`."""
+
+    def __init__(self, words: Sequence[str], entrypoint: str | None, module: str = "bagualu.launch.cli", **options: Any) -> None:
+        super().__init__(f"import sys; from {module} import main; sys.exit(main(entrypoint={entrypoint!r}))", words, **options)
+
+
+def run_as_root(
+    module: str, words: Sequence[str], kind: Kind, env: Mapping[str, str], *paths: Path, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Runs `script(*words)` of `module` as root of a network, or of mounts, of its own. `paths`: where it finds more modules."""
+    program = f"import sys; from tests.namespaces import become_root; become_root({kind!r}); "
+    program += f"from {module} import script; script(*sys.argv[1:])"
+    env = {**env, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *paths)))}
+    with Forked(program, words, cwd=ROOT, env=env) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
 def _fork(program: str, words: Sequence[str], folder: Path, environment: Mapping[str, str], files: Mapping[int, int]) -> int:
     """A child of this process that runs `program`, with open files by their number there; its process id."""
     request = {
         "program": program, "words": list(words), "folder": str(folder), "environment": dict(environment), "numbers": list(files),
         "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
     }  # fmt: skip
-    address, _ = _server()
+    address = _server()
     _adopt(True)  # a process whose parent has ended, which is what the server makes of it
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
@@ -93,18 +115,60 @@ def _adopt(wanted: bool) -> None:
         raise OSError("prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
-@functools.cache
-def _server() -> tuple[str, subprocess.Popen[bytes]]:
-    """Where the process is asked that launchers are forked from, and that one; it ends with this process."""
-    address = f"\0bagualu-tests-{secrets.token_hex(8)}"
-    program = f"from tests.launch.warm import serve; serve({address!r}, {os.getpid()})"
-    server = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert server.stdout is not None
-    assert server.stdout.readline()
-    return address, server
+_servers: dict[int, tuple[str, Any]] = {}
+"""By the process that asks (a fork inherits those of its parent): where it asks, and the process there, if this one knows it."""
+
+
+def _server() -> str:
+    """Where the process is asked that launchers are forked from; it ends with this process."""
+    if os.getpid() not in _servers:
+        address = _new_address()
+        program = f"from tests.launch.warm import serve; serve({address!r}, {os.getpid()})"
+        server = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert server.stdout is not None
+        assert server.stdout.readline()
+        _servers[os.getpid()] = address, server
+    return _servers[os.getpid()][0]
+
+
+def fork_from_here() -> None:
+    """What this process starts from now on is forked from what it is now, in the namespaces that it is in."""
+    address, parent = _new_address(), os.getpid()
+    told, tells = os.pipe()
+    sys.stdout.flush()
+    if os.fork() == 0:
+        os.setsid()
+        os.dup2(tells, sys.stdout.fileno())
+        _let_go_of_files([])
+        _end_with(functools.partial(serve, address, parent))
+    os.close(tells)
+    with os.fdopen(told) as pipe:
+        assert pipe.readline()
+    _servers[parent] = address, None
+
+
+def _new_address() -> str:
+    return f"\0bagualu-tests-{secrets.token_hex(8)}"
+
+
+def _end_with(function: Callable[[], None]) -> NoReturn:
+    """End this process as a program that calls `function` does, whatever it was forked in the middle of."""
+    code = 0
+    try:
+        function()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(OSError, ValueError):
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def serve(address: str, parent: int) -> None:

@@ -1,5 +1,5 @@
-"""Program for a mount namespace of its own: `unshare -rm python full_disk.py FOLDER BACKEND [WORD ...]`; writes
-FOLDER/found.json, and leaves a copy of the run in FOLDER/run.
+"""A run in a mount namespace of its own, which `script` is started in. It writes FOLDER/found.json, and leaves a copy of the run in
+FOLDER/run.
 
 Trains on a small disk of its own, which another job fills in step 6 and makes room on when the run has been started for the fourth
 time. Meanwhile a rank fails, so that the run is started again on a disk without room.
@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +90,6 @@ def on_small_disk(folder: Path, *words: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-if __name__ == "__main__":
-    found = on_small_disk(Path(sys.argv[1]), f"comm.backend={sys.argv[2]}", *sys.argv[3:])
-    (Path(sys.argv[1]) / "found.json").write_text(json.dumps(found))
+def script(folder: str, backend: str, *words: str) -> None:
+    found = on_small_disk(Path(folder), f"comm.backend={backend}", *words)
+    (Path(folder) / "found.json").write_text(json.dumps(found))

@@ -1,8 +1,6 @@
 """A disk that is full for a while costs a run its saves and some steps, whatever else writes there; then it goes on."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,13 +8,13 @@ import pytest
 
 from bagualu.trainer.recipe.compose import load_recipe
 from tests.conftest import Undisturbed
+from tests.launch.warm import run_as_root
 from tests.leftovers import Leftovers
 from tests.mounts import can_mount
 from tests.standing import assert_stood
 from tests.trainer.full_disk import FAILS_IN
 
 HERE = Path(__file__).parent
-PATHS = f"{HERE}:{HERE.parents[1]}"
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs `unshare -rm` with mounts (root, or user namespaces)")
@@ -38,8 +36,8 @@ def test_a_run_outlives_a_full_disk_even_when_it_is_started_again_there(
     tmp_path: Path, undisturbed: Undisturbed, leftovers: Leftovers, backend: str, words: list[str]
 ) -> None:
     started = time.monotonic()
-    command = ["unshare", "-rm", sys.executable, str(HERE / "full_disk.py"), str(tmp_path), backend, *words]
-    done = subprocess.run(command, capture_output=True, text=True, env={**leftovers.environment, "PYTHONPATH": PATHS})
+    arguments = [str(tmp_path), backend, *words]
+    done = run_as_root("tests.trainer.full_disk", arguments, "mounts", leftovers.environment, HERE)
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())

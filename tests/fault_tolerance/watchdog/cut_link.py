@@ -26,7 +26,7 @@ from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.process.worker import work
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
-from tests.wire import join_network
+from tests.namespaces import join_network
 
 _RANKS, _PORT = 4, 29511
 

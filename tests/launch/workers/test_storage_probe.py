@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -25,6 +24,8 @@ from bagualu.launch.workers import storage_probe
 from bagualu.launch.workers.restart_policy import Restarts, announcement
 from bagualu.trainer.process.failure import Failure
 from tests.launch.survival import MOST_LOST, SMALL, finish, small
+from tests.launch.warm import run_as_root
+from tests.leftovers import Leftovers
 from tests.mounts import can_mount
 from tests.standing import assert_names_rank_phase_and_cause, assert_stood
 
@@ -142,12 +143,10 @@ def test_the_launcher_does_not_wait_for_ever_for_a_run_directory(
     assert storage_probe.newest(small(tmp_path, *WORDS)) is None
 
 
-def in_namespace(folder: Path, what: str) -> tuple[dict[str, Any], str]:
+def in_namespace(folder: Path, what: str, leftovers: Leftovers) -> tuple[dict[str, Any], str]:
     """What the program found, and what it said."""
     here = Path(__file__).parents[1]
-    command = ["unshare", "-rm", sys.executable, str(here / "lost_mount.py"), str(folder), what]
-    path = os.pathsep.join([str(here), str(here.parents[1])])
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    done = run_as_root("tests.launch.lost_mount", [str(folder), what], "mounts", leftovers.environment, here)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "found.json").read_text()), done.stderr
 
@@ -163,8 +162,10 @@ def place_of(folder: Path) -> Path:
 
 
 @MOUNTS
-def test_checkpoints_whose_mount_goes_and_comes_back_cost_the_saves_between(tmp_path: Path, reference: Path) -> None:
-    found, err = in_namespace(tmp_path, "remount")
+def test_checkpoints_whose_mount_goes_and_comes_back_cost_the_saves_between(
+    tmp_path: Path, reference: Path, leftovers: Leftovers
+) -> None:
+    found, err = in_namespace(tmp_path, "remount", leftovers)
     assert found["code"] == 0, err
     assert re.search(r"step 6 was not saved: rank \d.*see whether its storage is still mounted", err), err
     assert "killed by SIGKILL" in err
@@ -176,8 +177,10 @@ def test_checkpoints_whose_mount_goes_and_comes_back_cost_the_saves_between(tmp_
 
 
 @MOUNTS
-def test_a_run_whose_checkpoints_stay_away_ends_and_never_begins_anew(tmp_path: Path, reference: Path) -> None:
-    found, err = in_namespace(tmp_path, "unmount")
+def test_a_run_whose_checkpoints_stay_away_ends_and_never_begins_anew(
+    tmp_path: Path, reference: Path, leftovers: Leftovers
+) -> None:
+    found, err = in_namespace(tmp_path, "unmount", leftovers)
     assert (found["code"], found["again"], found["resumed"]) == (1, 2, 0), err
     failed = next(line for line in err.splitlines() if line.startswith("bagualu: failed"))
     assert_names_rank_phase_and_cause(failed)
@@ -192,8 +195,8 @@ def test_a_run_whose_checkpoints_stay_away_ends_and_never_begins_anew(tmp_path: 
 
 
 @MOUNTS
-def test_a_read_only_run_directory_is_refused_in_one_line_before_anything_starts(tmp_path: Path) -> None:
-    found, err = in_namespace(tmp_path, "read-only")
+def test_a_read_only_run_directory_is_refused_in_one_line_before_anything_starts(tmp_path: Path, leftovers: Leftovers) -> None:
+    found, err = in_namespace(tmp_path, "read-only", leftovers)
     assert (found["first"], found["resumed"], found["starts"]) == (0, 0, 1), err
     assert found["codes"] == [2] * 5
     said = err.split("-- refused\n")[1:]
