@@ -22,6 +22,7 @@ from tests.trainer.models.reference import unfelt
 from tests.trainer.models.styles import STYLES
 
 STEPS, BATCH = 3, 8
+SLOW = pytest.mark.slow
 
 MOE = {"moe__experts": 4, "moe__ffn": 8, "moe__every": 2, "moe__shared_experts": 1}
 MODELS = {
@@ -178,8 +179,38 @@ def name_of(layout: dict[str, object]) -> str:
     return "-".join(f"{key}{value}".replace(" ", "") for key, value in layout.items())
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
-@pytest.mark.parametrize(("model", "layout"), LAYOUTS, ids=[f"{m}-{name_of(x)}" for m, x in LAYOUTS])
+def on_both(
+    cases: Sequence[tuple[str, dict[str, Any]]], over_processes: Callable[..., bool] | None = None, on_gpu: bool = False
+) -> Any:
+    """Marks a test with these cases on each backend: on Gloo if `over_processes` says so, else simulated, and on the other if slow
+    tests run. By default each case is on the backend on which more of its choices have not been yet."""
+    quick = _in_turns(cases) if over_processes is None else ["gloo" if over_processes(*case) else "simulated" for case in cases]
+    return pytest.mark.parametrize(
+        ("backend", "model", "layout"),
+        [
+            pytest.param(backend, *case, id=f"{case[0]}-{name_of(case[1])}-{backend}", marks=marks)
+            for name in (*BACKENDS, *([ON_GPU] if on_gpu else []))
+            for case, usual in zip(cases, quick, strict=True)
+            for backend, marks in [
+                (name, [SLOW] * (name != usual)) if isinstance(name, str) else (name.values[0], list(name.marks))
+            ]
+        ],
+    )
+
+
+def _in_turns(cases: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    been: dict[str, set[str]] = {backend: set() for backend in BACKENDS}
+    found = []
+    for model, layout in cases:
+        choices = {model, *(f"{key}={value}" for key, value in layout.items())}
+        new = {backend: len(choices - been[backend]) for backend in BACKENDS}
+        backend = max(BACKENDS, key=lambda name: (new[name], -found.count(name)))
+        been[backend] |= choices
+        found.append(backend)
+    return found
+
+
+@on_both(LAYOUTS, on_gpu=True)
 def test_layout_trains_the_same_curve(backend: str, model: str, layout: dict[str, Any]) -> None:
     """Two sequences at once where every stage still has one to work on."""
     stages, in_replica = layout.get("pipeline", 1), BATCH // layout.get("data", 1)
@@ -224,30 +255,10 @@ def test_sixty_four_ranks_of_one_process_train_the_same_curve() -> None:
     assert_same(run("simulated", 64, train, recipe, STEPS), [alone("moe")])
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
-@pytest.mark.parametrize(("model", "layout"), BY_MUON, ids=[f"{m}-{name_of(x)}" for m, x in BY_MUON])
+@on_both(BY_MUON, on_gpu=True)
 def test_muon_trains_the_same_curve(backend: str, model: str, layout: dict[str, Any]) -> None:
     recipe = recipe_for(model, layout, optim__name="muon")
     assert_same_as_alone(run(backend, recipe.world_size(), train, recipe, STEPS), model, recipe)
-
-
-SLOW = pytest.mark.slow
-
-
-def on_both(cases: Sequence[tuple[str, dict[str, Any]]], over_processes: Callable[..., bool] = lambda model, layout: False) -> Any:
-    """Marks a test with these cases on each backend: on Gloo if `over_processes` says so, else simulated, and on the other if slow
-    tests run."""
-    quick = ["gloo" if over_processes(*case) else "simulated" for case in cases]
-    return pytest.mark.parametrize(
-        ("backend", "model", "layout"),
-        [
-            pytest.param(
-                backend, *case, id=f"{case[0]}-{name_of(case[1])}-{backend}", marks=[pytest.mark.slow] * (backend != usual)
-            )
-            for backend in BACKENDS
-            for case, usual in zip(cases, quick, strict=True)
-        ],
-    )
 
 
 @on_both(SCHEDULED, lambda model, layout: model == "dense_tied" and layout.get("pipeline") == 2)
