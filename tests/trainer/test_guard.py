@@ -49,22 +49,28 @@ def runs(backend: str, recipe: Recipe, *args: Any) -> list[Ending]:
     return endings
 
 
-def cases() -> list[Any]:
-    """Faults on every layout, on threads; the rest of them on one layout, and some on processes too."""
-    found = []
-    for layout, changes in LAYOUTS.items():
+def cases(first: int) -> list[Any]:
+    """Faults on every layout, on threads; the rest of them on one layout, and some on processes too. Of the product of faults and
+    layouts every second case is slow, from the case `first` on, so that each fault, and each layout, has half of the others."""
+    found: list[tuple[str, str, Fault]] = []
+    quick: list[tuple[str, str, Fault]] = []
+    for number, (layout, changes) in enumerate(LAYOUTS.items(), first):
         last = small_recipe(**changes).world_size() - 1
         held = Fault("exp_avg_sq") if layout == "replicated" else Fault("copy", rank=last)
         faults = [gradient("nan", rank=last), gradient(rank=last), Fault("exp_avg", rank=last), held]
         faults += [Fault("buffer", rank=last)] if layout == "expert" else []
         found += [("simulated", layout, fault) for fault in faults]
-        found += [("gloo", layout, fault) for fault in faults[1::2] if layout in GLOO]
+        quick += [("simulated", layout, fault) for fault in faults[number % 2 :: 2]]
+        found += (processes := [("gloo", layout, fault) for fault in faults[1::2] if layout in GLOO])
+        quick += processes[number % 2 :: 2]
     more = [gradient("huge"), reduced("nan"), reduced(), Fault("weight", rank=0), Fault("exp_avg_sq", "nan"), Fault("copy", "nan")]
-    found += [("simulated", "data", fault) for fault in more]
+    found += (alone := [("simulated", "data", fault) for fault in more])
+    quick += alone
     on_gpu = [(str(ON_GPU.values[0]), layout, fault) for backend, layout, fault in found if backend == "simulated"]
+    slow = [case for case in found if case not in quick]
     return [
         pytest.param(backend, layout, fault, id=f"{backend}-{layout}-{fault.where}-{fault.how}", marks=marks)
-        for cases, marks in ((found, ()), (on_gpu, ON_GPU.marks))
+        for cases, marks in ((quick, ()), (slow, pytest.mark.slow), (on_gpu, ON_GPU.marks))
         for backend, layout, fault in cases
     ]
 
@@ -85,7 +91,7 @@ def straight(backend: str, layout: str, steps: int, **changes: Any) -> list[Endi
         return runs(backend, recipe_in(Path(folder), layout, train__steps=steps, **changes))
 
 
-@pytest.mark.parametrize(("backend", "layout", "fault"), cases())
+@pytest.mark.parametrize(("backend", "layout", "fault"), cases(0))
 def test_a_fault_stops_the_run_before_any_rank_applies_the_step(tmp_path: Path, backend: str, layout: str, fault: Fault) -> None:
     """The strictest policy: all that is not damaged itself is bit for bit what it was after the step before."""
     policy = followed("stop")
@@ -101,7 +107,7 @@ def test_a_fault_stops_the_run_before_any_rank_applies_the_step(tmp_path: Path, 
     assert_same_bits(found, before)
 
 
-@pytest.mark.parametrize(("backend", "layout", "fault"), cases())
+@pytest.mark.parametrize(("backend", "layout", "fault"), cases(1))
 def test_after_a_retry_a_repair_or_a_return_the_run_is_the_one_without_the_fault(
     tmp_path: Path, backend: str, layout: str, fault: Fault
 ) -> None:
