@@ -6,13 +6,14 @@ are exact for weights, gradients and optimizer state; activations.py has the for
 The head computes its gradients in its forward pass (parallel/vocabulary.py). So all of its time counts as forward.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.trainer.costs.activations import embedding_held, head_held, layer_held
 from bagualu.trainer.costs.state import end_state, layer_state, parameter_state
 from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.models.decoder.flops import attention_flops, head_flops, layer_flops
+from bagualu.trainer.models.decoder.shapes import layer_shapes
 
 FLOPS_PER_SECOND = 1e12
 
@@ -23,7 +24,15 @@ def analytic_table(work: ModelWork) -> CostTable:
     embedding_bytes, head_bytes, tied_bytes = end_bytes(work)
     embedding = LayerCost("embedding", 0.0, 0.0, 0.0, embedding_bytes, **asdict(embedding_held(work)))
     head = LayerCost("head", _seconds(work, head_flops(model).total) / tensor, 0.0, 0.0, head_bytes, **asdict(head_held(work)))
-    layers = [_layer(work, index) for index in range(model.layers)]
+    layers: list[LayerCost] = []
+    alike: dict[object, LayerCost] = {}
+    for index in range(model.layers):
+        shapes = layer_shapes(model, index)
+        moments = tuple(work.moments.get(f"layers.{index}.{name}") for name in shapes)
+        kind = tuple(shapes.items()), moments, index if work.frozen else None
+        if kind not in alike:
+            alike[kind] = _layer(work, index)
+        layers.append(replace(alike[kind], name=f"layer {index}"))
     return CostTable(embedding, layers, head, "FLOPs at 1 TFLOP/s", tied_bytes, output_bytes(work))
 
 

@@ -9,7 +9,16 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from statistics import median_high
 
-from bagualu.trainer.costs.state import EMBEDDING, EMBEDDING_NORM, StatePart, divided_state, is_partial, part_of, rank_parameters
+from bagualu.trainer.costs.state import (
+    EMBEDDING,
+    EMBEDDING_NORM,
+    StatePart,
+    divided_state,
+    is_partial,
+    part_of,
+    placement_of,
+    rank_parameters,
+)
 from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.optim.config import OptimConfig
 
@@ -52,7 +61,7 @@ def plan_buckets(work: ModelWork, optim: OptimConfig, bucket_bytes: int, layers:
     building: dict[object, PlannedBucket] = {}
     buckets: list[PlannedBucket] = []
     for name, shape, units in reversed(rank_parameters(work, layers)):
-        part, placement = part_of(work, name, shape), plan.placement(name)
+        part, placement = part_of(work, name, shape), placement_of(work, name)
         trained = part.name not in work.frozen
         if not trained and work.zero < 3:
             continue

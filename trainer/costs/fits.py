@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -11,6 +12,7 @@ from bagualu.parallel.balance.stages.keys import COMPUTED
 from bagualu.parallel.config import ENGINES
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.registry import compute_schedule
+from bagualu.parallel.pipeline.schedules.schedule import Schedule
 from bagualu.trainer.costs.plan_split import measures, plan_split
 from bagualu.trainer.costs.prediction import Memory, fullest, memory_text, predict, size_text
 from bagualu.trainer.costs.work import ITEM_BYTES
@@ -99,10 +101,7 @@ def fits(recipe: Recipe, world: int, device: Device | None) -> bool:
 
 def memories(recipe: Recipe, layout: Layout) -> list[Memory]:
     """Returns the memory of each pipeline rank. Raises RecipeError if no split fits parallel.memory_bytes and train.recompute."""
-    parallel = recipe.parallel
-    micro_batches = max(recipe.declared_shares(layout) or [recipe.micro_batches() // layout.data])
-    planned = _planned(recipe, layout.pipeline, micro_batches)
-    schedule = compute_schedule(parallel.schedule, layout.pipeline, planned, parallel.virtual_stages)
+    schedule, micro_batches = memory_schedule(recipe, layout)
     try:
         split, _ = plan_split(recipe, layout, schedule, micro_batches)
     except RecipeError:
@@ -114,6 +113,21 @@ def memories(recipe: Recipe, layout: Layout) -> list[Memory]:
             return predict(recipe, layout, plan_split(loose, layout, schedule, micro_batches)[0], schedule, micro_batches)
         raise
     return predict(recipe, layout, split, schedule, micro_batches)
+
+
+def memory_schedule(recipe: Recipe, layout: Layout) -> tuple[Schedule, int]:
+    """Returns a schedule with the moments of most memory of a run, and the run's number of micro-batches for each data rank, which
+    may be larger than that of the schedule."""
+    parallel = recipe.parallel
+    micro_batches = max(recipe.declared_shares(layout) or [recipe.micro_batches() // layout.data])
+    planned = _planned(recipe, layout.pipeline, micro_batches)
+    return _schedule(parallel.schedule, layout.pipeline, planned, parallel.virtual_stages), micro_batches
+
+
+@lru_cache(maxsize=64)
+def _schedule(name: str, ranks: int, micro_batches: int, chunks: int | None) -> Schedule:
+    """Returns `compute_schedule`, once for all layouts that differ in other things only."""
+    return compute_schedule(name, ranks, micro_batches, chunks)
 
 
 def _planned(recipe: Recipe, ranks: int, micro_batches: int) -> int:

@@ -94,12 +94,21 @@ def part_of(work: ModelWork, name: str, shape: tuple[int, ...]) -> StatePart:
     """Returns the part of the parameter that has this local name and this global shape."""
     key = shape, _without_number(name)
     if (known := work.known.get(key)) is None:
-        placement, layout = work.plan.placement(name), work.layout
+        placement, layout = placement_of(work, name), work.layout
         elements = prod(placement.box(name, shape, layout, layout.coordinates(0)).shape)
         tied = work.plan.global_name(name) in work.plan.tied.values() and work.ends_apart
         known = elements, layout.size(placement.reduction_axis + SHARD), tied or is_partial(work, placement)
         work.known[key] = known
     return StatePart(work.plan.global_name(name), *known)
+
+
+def placement_of(work: ModelWork, name: str) -> Placement:
+    """Returns where the plan puts the parameter that has this local name."""
+    key = "placement", _without_number(name)
+    if (known := work.known.get(key)) is None:
+        known = work.known[key] = work.plan.placement(name)
+    found: Placement = known
+    return found
 
 
 def _without_number(name: str) -> str:

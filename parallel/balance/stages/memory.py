@@ -17,16 +17,22 @@ gradient, the rank holds at this moment."""
 def worst_moments(schedule: Schedule) -> list[list[Moment]]:
     """Returns, by rank, the moments that no other moment equals or exceeds in every number. The rank's peak of memory is always at
     one of them, however many bytes a micro-batch takes at each stage."""
-    placement = schedule.placement
-    return [_worst(actions, placement.stages_of(rank)) for rank, actions in enumerate(schedule.actions)]
+    placement, known = schedule.placement, schedule.known
+    if "worst_moments" not in known:
+        known["worst_moments"] = [_worst(actions, placement.stages_of(rank)) for rank, actions in enumerate(schedule.actions)]
+    found: list[list[Moment]] = known["worst_moments"]
+    return found
 
 
 def worst_passes(schedule: Schedule, first: bool | None = None) -> list[list[tuple[int, Moment]]]:
     """Returns, by rank, pairs (index of the stage among the rank's stages, moment): the moments at which B or I of that stage
     begins, without those that another moment at which it begins equals or exceeds in every number. `first`: only the first B or I
     of each stage (True), only those after it (False), or all (None)."""
-    placement = schedule.placement
-    return [_worst_passes(actions, placement.stages_of(rank), first) for rank, actions in enumerate(schedule.actions)]
+    placement, known, name = schedule.placement, schedule.known, f"worst_passes {first}"
+    if name not in known:
+        known[name] = [_worst_passes(actions, placement.stages_of(rank), first) for rank, actions in enumerate(schedule.actions)]
+    found: list[list[tuple[int, Moment]]] = known[name]
+    return found
 
 
 def _worst(actions: list[Action], stages: list[int]) -> list[Moment]:
@@ -58,11 +64,17 @@ def _moments(actions: list[Action], stages: list[int]) -> Iterator[tuple[Action,
 
 
 def _uncovered(moments: set[Moment]) -> list[Moment]:
-    return [moment for moment in sorted(moments, reverse=True) if not any(_covers(other, moment) for other in moments)]
+    """Returns the moments that no other covers. Those that cover a moment come before it in this order, and one of them is not
+    covered itself."""
+    found: list[Moment] = []
+    for moment in sorted(moments, reverse=True):
+        if not any(_covers(other, moment) for other in found):
+            found.append(moment)
+    return found
 
 
 _CHANGES = {Kind.FORWARD: (1, 0), Kind.BACKWARD: (-1, 0), Kind.INPUT_GRADIENT: (-1, 1), Kind.WEIGHT_GRADIENT: (0, -1)}
 
 
 def _covers(other: Moment, moment: Moment) -> bool:
-    return other != moment and all(a >= c and b >= d for (a, b), (c, d) in zip(other, moment, strict=True))
+    return all(a >= c and b >= d for (a, b), (c, d) in zip(other, moment, strict=True))

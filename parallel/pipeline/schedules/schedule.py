@@ -9,8 +9,9 @@ stage waits. If a rank has several stages, F3' is a pass of its second stage.
 (timeline.py), drawn (draw_text.py) and executed (runtime.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from bagualu.parallel.layout import StagePlacement
 
@@ -52,6 +53,8 @@ class Schedule:
     micro_batches: int
     actions: list[list[Action]]
     """For each pipeline rank, its actions in order."""
+    known: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What follows from the actions and takes long to compute, by name, once it was asked for."""
 
 
 def forward_only(placement: StagePlacement, micro_batches: int) -> Schedule:
