@@ -2,7 +2,8 @@
 
 Left out is what another choice is never worse than: gpipe (1f1b takes as long and holds fewer activations) and ZeRO-0 (ZeRO-1
 sends as many bytes and holds less). A key that the user gives is kept, so both can still be asked for. Tensor ranks stay within the
-innermost tier of links, because they wait for each other several times in every layer.
+innermost tier of links, because they wait for each other several times in every layer. They have sequence parallelism, which sends
+as much and holds less; what it is worth is seen from `without_sequence`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,15 +109,18 @@ class SearchSpace:
         return [value for value in possible if value not in _WORSE.get(key, ())] or list(possible)
 
 
-def degrees(space: SearchSpace) -> Iterator[Degrees]:
-    """Yields all degrees and micro-batches that divide."""
+def degrees(space: SearchSpace, plain: bool = False) -> Iterator[Degrees]:
+    """Yields all degrees and micro-batches that divide; if `plain`, also those of tensor ranks without sequence parallelism."""
     for tensor in space.chosen("parallel.tensor", _tensor(space)):
         for pipeline in space.chosen("parallel.pipeline", _divisors(space.world // tensor, space.layers)):
             data, rest = divmod(space.world, tensor * pipeline)
             if rest or not data or space.fixed.get("parallel.data") not in (None, data):
                 continue
             for expert in space.chosen("parallel.expert", _divisors(gcd(space.experts, data)) if space.experts else [1]):
-                yield from _micro_batches(space, data, tensor, pipeline, expert)
+                for of in _micro_batches(space, data, tensor, pipeline, expert):
+                    yield of
+                    if plain and of.sequence and "parallel.sequence" not in space.fixed:
+                        yield replace(of, sequence=False)
 
 
 def _tensor(space: SearchSpace) -> list[int]:
@@ -130,7 +134,7 @@ def _micro_batches(space: SearchSpace, data: int, tensor: int, pipeline: int, ex
     if rest or data % expert:
         return
     possible = _divisors(each, max(1, MOST_TOKENS // space.sequence_length))
-    divided = [True, False] if tensor > 1 and space.sequence_length % tensor == 0 else [False]
+    divided = [tensor > 1 and space.sequence_length % tensor == 0]
     for micro_batch in space.chosen("train.micro_batch", possible):
         for sequence in space.chosen("parallel.sequence", divided):
             if each % micro_batch == 0 and (tensor > 1 or not sequence):
@@ -148,8 +152,21 @@ def layouts(space: SearchSpace, of: Degrees) -> Iterator[PlannedLayout]:
                 yield PlannedLayout(of, schedule, stages, recompute, zero, balance, shares)
 
 
+def heavier(space: SearchSpace, layout: PlannedLayout) -> Iterator[PlannedLayout]:
+    """Yields, for a layout that recomputes least, those that recompute more. Their steps take longer, so that they are worth
+    considering only if `layout` does not fit."""
+    least, *others = recomputes(space)
+    yield from (replace(layout, recompute=value) for value in others if layout.recompute == least)
+
+
+def without_sequence(space: SearchSpace, layout: PlannedLayout) -> Iterator[PlannedLayout]:
+    """Yields the layout without sequence parallelism, if it has it and need not."""
+    if layout.degrees.sequence and "parallel.sequence" not in space.fixed:
+        yield replace(layout, degrees=replace(layout.degrees, sequence=False))
+
+
 def recomputes(space: SearchSpace) -> Sequence[Any]:
-    """Returns values of train.recompute; the last needs least memory."""
+    """Returns values of train.recompute; the first takes least time, the last needs least memory."""
     possible = ["none", "attention", *(["experts"] if space.experts else []), "every:4", "every:2", "full"]
     return space.chosen("train.recompute", possible)
 
@@ -184,7 +201,7 @@ def neighbours(space: SearchSpace, layout: PlannedLayout) -> Iterator[PlannedLay
     """Yields the layouts that differ from `layout` in one choice, besides what follows from it: the number of data ranks, and where
     one of the two has no tensor or pipeline axis or a single data rank, what needs one."""
     own = layout.degrees
-    for of in degrees(space):
+    for of in degrees(space, plain=True):
         free = {"sequence"} if of.tensor != own.tensor and 1 in (of.tensor, own.tensor) else set()
         free |= {"zero"} if 1 in (of.data, own.data) else set()
         free |= {"schedule"} if of.pipeline != own.pipeline and 1 in (of.pipeline, own.pipeline) else set()
@@ -222,7 +239,7 @@ _LEAN_SCHEDULES = ("1f1b", "v_half")
 
 def leanest(space: SearchSpace) -> Iterator[PlannedLayout]:
     """Yields, for each way to divide the model, the layouts with equal stages that take least memory. If none of them fits, no
-    layout with equal stages does."""
+    layout with equal stages does, but one with unequal stages may."""
     smallest: dict[tuple[object, ...], Degrees] = {}
     for of in degrees(space):
         key = of.data, of.tensor, of.pipeline, of.expert

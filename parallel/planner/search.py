@@ -2,8 +2,9 @@
 
 An estimate is cheap, a prediction of memory costs more, and an exact prediction of the step most. So layouts come in the order of
 their estimates, from a heap that also holds degrees whose layouts have not been estimated yet, with a lower bound of their steps.
-Memory is predicted in that order, until enough layouts fit. The first of these are then predicted exactly, which decides their
-order. What other choices cost is seen from layouts that differ from the best in one of them.
+Memory is predicted in that order, until enough layouts fit. Recomputation, which only makes a step longer, is considered where a
+layout does not fit without it. The first that fit are then predicted exactly, which decides their order. What other choices cost is
+seen from layouts that differ from the best in one of them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,9 +13,22 @@ from heapq import heappop, heappush
 from itertools import count, takewhile
 from typing import Generic, Protocol, TypeVar
 
-from bagualu.parallel.planner.layouts import Degrees, PlannedLayout, SearchSpace, degrees, layouts, neighbours, recomputes
+from bagualu.parallel.planner.layouts import (
+    Degrees,
+    PlannedLayout,
+    SearchSpace,
+    degrees,
+    heavier,
+    layouts,
+    leanest,
+    neighbours,
+    recomputes,
+    without_sequence,
+)
 
 Exact = TypeVar("Exact", bound="ExactCost")
+_MOST_UNEQUAL = 12
+"""The number of layouts for which unequal stages are tried before it is said that none fits."""
 _EXTRA = 1.2
 """Variations of the best layouts may take this much longer than estimates."""
 ExactOf = TypeVar("ExactOf", bound="ExactCost", covariant=True)
@@ -46,6 +60,8 @@ class Need:
     """On the rank that needs most."""
     excess_bytes: int
     """How much more than its device has a rank needs at the most; at most 0 for a layout that fits."""
+    filled: float = 1.0
+    """What all ranks need of the memory of all devices: if it is more than 1, another split of the layers hardly fits either."""
 
 
 class Costs(Protocol[ExactOf]):
@@ -65,6 +81,10 @@ class Costs(Protocol[ExactOf]):
 
     def variations(self, layout: PlannedLayout) -> Iterable[PlannedLayout]:
         """Yields layouts that differ in what the enumeration leaves alone: the split of layers, the shares of data ranks."""
+        ...
+
+    def fitted(self, layout: PlannedLayout) -> PlannedLayout | None:
+        """Returns `layout` with unequal stages with which it fits; None if none were found, or it may not have them."""
         ...
 
     def exact(self, layout: PlannedLayout) -> tuple[ExactOf, Need]:
@@ -115,11 +135,36 @@ class Effort:
     """Layouts whose estimate exceeds the least by more than this factor are not predicted exactly."""
 
 
-def search(space: SearchSpace, costs: Costs[Exact], effort: Effort, now: Callable[[], float]) -> Plan[Exact]:
-    """Returns the best layouts of `space`. `now` returns the time in seconds. The result has no `ranked` layouts if none fits."""
+def leanest_need(space: SearchSpace, costs: Costs[Exact]) -> tuple[PlannedLayout, Need] | None:
+    """Returns a layout that fits, with equal stages if there is one; if none does, that which exceeds its devices least; None if
+    none can run."""
+    needs: list[tuple[PlannedLayout, Need]] = []
+    for layout in leanest(space):
+        if (need := costs.need(layout)) is not None:
+            needs.append((layout, need))
+            if need.excess_bytes <= 0:
+                return layout, need
+    tried = sorted((one for one in needs if one[1].filled <= 1), key=lambda one: one[1].filled)[:_MOST_UNEQUAL]
+    for layout, _ in tried:
+        if (found := costs.fitted(layout)) and (need := costs.need(found)) and need.excess_bytes <= 0:
+            return found, need
+    return min(needs, key=lambda one: one[1].excess_bytes, default=None)
+
+
+def search(
+    space: SearchSpace,
+    costs: Costs[Exact],
+    effort: Effort,
+    now: Callable[[], float],
+    known: Iterable[PlannedLayout] = (),
+) -> Plan[Exact]:
+    """Returns the best layouts of `space`. `now` returns the time in seconds. `known`: layouts that fit, which are compared with
+    those that are found. The result has no `ranked` layouts if none fits."""
     start = now()
     walk = _Walk(space, costs, effort, lambda: now() - start)
     walk.run()
+    for layout in known:
+        walk.known(layout)
     fitting = sorted((one for one in walk.seen.values() if one.fits), key=lambda one: one.parts.total)
     in_time = takewhile(lambda _: now() - start <= effort.estimate_seconds * _EXTRA, fitting[: effort.most_exact])
     fitting = fitting + [one for layout in in_time for one in walk.varied(layout.layout) if one.fits]
@@ -174,8 +219,12 @@ class _Walk(Generic[Exact]):
         """Layouts that do not fit, by what must be equal for `_needs_as_much`."""
         self._smallest: dict[object, int] = {}
         """The smallest micro-batch, by `_division`."""
+        self._refitted: dict[PlannedLayout, PlannedLayout | None] = {}
+        """For layouts with equal stages that do not fit, those with unequal stages that do."""
         self._may: dict[object, bool] = {}
         """Whether the layout that needs least memory fits, by structure and ZeRO stage."""
+        self._bases: dict[PlannedLayout, PlannedLayout] = {}
+        """The layouts that were estimated, with those of which they are variations, or themselves."""
 
     def run(self) -> None:
         self._begin()
@@ -185,15 +234,15 @@ class _Walk(Generic[Exact]):
                 return
             _, _, node = heappop(self._heap)
             if isinstance(node, Degrees):
-                for layout in layouts(self._space, node):
-                    if self._tells(layout):
-                        self._estimate(layout)
+                self._estimate_all(one for one in layouts(self._space, node) if one.recompute == recomputes(self._space)[0])
             elif self._tells(node[0]) and self._may_fit(node[0]) and self._see(*node):
                 self._fitting += 1
+            else:
+                self._replace(node[0])
 
     def varied(self, layout: PlannedLayout) -> Iterator[RankedLayout[Exact]]:
         """Yields the variations of a layout with their costs."""
-        for other in self._costs.variations(layout):
+        for other in (*self._costs.variations(layout), *without_sequence(self._space, layout)):
             if (found := self.known(other)) is not None:
                 yield found
 
@@ -223,11 +272,36 @@ class _Walk(Generic[Exact]):
     def _push(self, seconds: float, node: Degrees | tuple[PlannedLayout, StepParts]) -> None:
         heappush(self._heap, (seconds, next(self._numbers), node))
 
+    def _estimate_all(self, found: Iterable[PlannedLayout]) -> None:
+        for layout in found:
+            if self._space.unequal or self._tells(layout):  # unequal stages may fit where equal ones do not
+                self._estimate(layout)
+
     def _estimate(self, layout: PlannedLayout) -> None:
         for candidate in (layout, *(self._costs.variations(layout) if self._space.unequal else ())):
-            if (parts := self._costs.estimate(candidate)) is not None:
+            if candidate not in self._bases and (parts := self._costs.estimate(candidate)) is not None:
+                self._bases[candidate] = layout
                 self.estimated += 1
                 self._push(parts.total, (candidate, parts))
+
+    def _replace(self, layout: PlannedLayout) -> None:
+        """Adds what may fit in place of `layout`, which does not: more recomputation and, on a mixed cluster, unequal stages."""
+        even = self._bases[layout]
+        self._estimate_all(heavier(self._space, even))
+        if self._space.unequal:
+            self._refit(even)
+
+    def _refit(self, even: PlannedLayout) -> None:
+        """Adds `even`, which has equal stages and does not fit, with unequal stages with which it fits, if the layout with the same
+        structure and ZeRO stage that needs least memory has such stages."""
+        lean = replace(even, degrees=self._with_least(even.degrees), recompute=recomputes(self._space)[-1])
+        for one in (lean, even):
+            if one not in self._refitted:
+                self._refitted[one] = self._costs.fitted(one)
+                if (found := self._refitted[one]) is not None:
+                    self._estimate(found)
+            if self._refitted[one] is None:
+                return
 
     def _tells(self, layout: PlannedLayout) -> bool:
         """Returns whether `layout` may fit, as far as those tell that were found not to."""
@@ -237,12 +311,14 @@ class _Walk(Generic[Exact]):
         """Returns whether the layout with the same structure and ZeRO stage that needs least memory fits."""
         key = _structure(layout), layout.zero, layout.shares
         if key not in self._may:
-            of = replace(layout.degrees, micro_batch=self._smallest[_division(layout.degrees)])
-            leanest = replace(layout, degrees=of, recompute=recomputes(self._space)[-1])
-            alone = layout.shares is not None or leanest == layout
-            parts = None if alone else self._costs.estimate(leanest)
-            self._may[key] = parts is None or self._see(leanest, parts)
+            lean = replace(layout, degrees=self._with_least(layout.degrees), recompute=recomputes(self._space)[-1])
+            alone = layout.shares is not None or lean == layout
+            parts = None if alone else self._costs.estimate(lean)
+            self._may[key] = parts is None or self._see(lean, parts)
         return self._may[key]
+
+    def _with_least(self, of: Degrees) -> Degrees:
+        return replace(of, micro_batch=self._smallest[_division(of)])
 
     def _see(self, layout: PlannedLayout, parts: StepParts) -> bool:
         """Predicts the memory of `layout`; returns whether it fits."""

@@ -7,6 +7,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Cluster
 from bagualu.parallel.balance.replicas import shares
 from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
+from bagualu.parallel.balance.stages.keys import memory_caps
 from bagualu.parallel.balance.stages.partition import GaveUp, solve
 from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.layout import StagePlacement
@@ -17,6 +18,7 @@ from bagualu.trainer.costs.fits import memories
 from bagualu.trainer.recipe.changed import changed
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.estimate import Block, StepEstimator
+from bagualu.trainer.simulation.fitting_split import fitting_split
 from bagualu.trainer.simulation.passes import Division, LayerKind, LayerPasses
 from bagualu.trainer.simulation.predict import Prediction
 from bagualu.trainer.simulation.setting import in_trained_dtype
@@ -62,7 +64,21 @@ class LayoutCosts:
         totals = [sum(memory.values()) for memory in found]
         blocks = self._estimator.blocks(layout.degrees.pipeline)
         excess = max(total - block.memory_bytes for total, block in zip(totals, blocks, strict=True))
-        return Need(max(totals), excess)
+        return Need(max(totals), excess, sum(totals) / sum(block.memory_bytes for block in blocks))
+
+    def fitted(self, layout: PlannedLayout) -> PlannedLayout | None:
+        if layout.degrees.pipeline == 1 or "parallel.balance" not in self._choosable:
+            return None
+        if (need := self.need(layout)) is None or need.filled > 1:
+            return None
+        recipe, blocks = in_trained_dtype(self.recipe_of(layout)), self._estimator.blocks(layout.degrees.pipeline)
+        plain = replace(layout, recompute="none")
+        limits = memory_caps(recipe.parallel.memory_bytes, len(blocks)) or [block.memory_bytes for block in blocks]
+        limits = [min(limit, block.memory_bytes) for limit, block in zip(limits, blocks, strict=True)]
+        split = fitting_split(
+            recipe, recipe.validate(self._estimator.world), self._table(plain, blocks[0]), self._speeds(plain, blocks), limits
+        )
+        return None if split is None else replace(layout, balance=split)
 
     def variations(self, layout: PlannedLayout) -> Iterator[PlannedLayout]:
         placement = placement_of(layout.schedule, layout.degrees.pipeline, layout.virtual_stages)
@@ -89,15 +105,18 @@ class LayoutCosts:
         return self._splits[key]
 
     def _solved(self, layout: PlannedLayout, placement: StagePlacement, blocks: Sequence[Block]) -> tuple[int, ...] | None:
-        table = self._table(layout, blocks[0])
-        layers = [self._layer_seconds(layout, block) for block in blocks]
-        speeds = [layers[0] / each for each in layers]
+        table, speeds = self._table(layout, blocks[0]), self._speeds(layout, blocks)
         schedule = compute_schedule(layout.schedule, placement.ranks, 1, layout.virtual_stages)
         try:
             solution = solve(Problem(table, schedule, speeds, None), _WORK)
         except GaveUp:
             return None
         return tuple(stop - start for start, stop in solution.pieces) if solution else None
+
+    def _speeds(self, layout: PlannedLayout, blocks: Sequence[Block]) -> list[float]:
+        """Returns the speeds of the ranks at each coordinate of the pipeline, that of the first being 1."""
+        layers = [self._layer_seconds(layout, block) for block in blocks]
+        return [layers[0] / each for each in layers]
 
     def _layer_seconds(self, layout: PlannedLayout, block: Block) -> float:
         """Returns the seconds of all layers for a micro-batch on the chips of `block`."""

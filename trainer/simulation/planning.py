@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from bagualu.comm.cluster_file import cluster_names, load_cluster
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Cluster
-from bagualu.parallel.planner.layouts import KEYS, PlannedLayout, SearchSpace, leanest
-from bagualu.parallel.planner.search import Effort, Need, Plan, search
+from bagualu.parallel.planner.layouts import KEYS, PlannedLayout
+from bagualu.parallel.planner.search import Effort, Need, Plan, leanest_need, search
 from bagualu.parallel.simulation.operator_cost import operator_seconds
 from bagualu.trainer.costs.prediction import size_text
 from bagualu.trainer.recipe.config import Recipe
@@ -41,14 +41,15 @@ def find_layouts(
     traceable(recipe)  # or raises
     space = search_space(recipe, sized, world, given)
     costs = _costs(recipe, sized, world, given, shares)
-    least = _least_need(space, costs)
+    least = leanest_need(space, costs)
     if least is None:
         raise RecipeError(costs.refusal)
     if least[1].excess_bytes > 0:
         raise RecipeError(_too_large(recipe, cluster, world, given, *least))
-    plan = search(space, costs, effort, now)
+    plan = search(space, costs, effort, now, [least[0]])
     if not plan.ranked:
-        raise RecipeError(f"no layout was found that fits; give the search more time, or parallel keys near {_named(least[0])}")
+        raise RecipeError("no layout was found that fits as predicted, only some that nearly do; give the search more time, or "
+                          f"parallel keys near {_named(least[0])}")  # fmt: skip
     return plan
 
 
@@ -59,18 +60,6 @@ def _costs(recipe: Recipe, cluster: Cluster, world: int, given: Sequence[str], s
     return LayoutCosts(
         recipe, estimator, lambda other: predict(other, cluster, world, shares, results=results), choosable(recipe, given)
     )
-
-
-def _least_need(space: SearchSpace, costs: LayoutCosts) -> tuple[PlannedLayout, Need] | None:
-    """Returns the first layout that fits or, if none does, that which exceeds its devices least; None if none can run."""
-    best: tuple[PlannedLayout, Need] | None = None
-    for layout in leanest(space):
-        need = costs.need(layout)
-        if need is not None and (best is None or need.excess_bytes < best[1].excess_bytes):
-            best = layout, need
-            if need.excess_bytes <= 0:
-                break
-    return best
 
 
 def _too_large(recipe: Recipe, cluster: Cluster, world: int, given: Sequence[str], layout: PlannedLayout, need: Need) -> str:
@@ -100,7 +89,7 @@ def _fits(recipe: Recipe, cluster: Cluster, world: int, given: Sequence[str]) ->
         space = search_space(recipe, sized, world, given)
     except RecipeError:
         return False
-    least = _least_need(space, _costs(recipe, sized, world, given, None))
+    least = leanest_need(space, _costs(recipe, sized, world, given, None))
     return least is not None and least[1].excess_bytes <= 0
 
 

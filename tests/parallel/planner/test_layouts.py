@@ -6,7 +6,18 @@ from math import prod
 import pytest
 
 from bagualu.parallel.pipeline.registry import placement_of
-from bagualu.parallel.planner.layouts import MOST_TOKENS, Degrees, PlannedLayout, SearchSpace, degrees, layouts, leanest, neighbours
+from bagualu.parallel.planner.layouts import (
+    MOST_TOKENS,
+    Degrees,
+    PlannedLayout,
+    SearchSpace,
+    degrees,
+    heavier,
+    layouts,
+    leanest,
+    neighbours,
+    without_sequence,
+)
 
 DENSE = SearchSpace(
     world=16, layers=8, widths=(8, 4, 96), experts=0, global_batch=32, sequence_length=64, most_tensor=8, zero_stages=(0, 1, 2, 3)
@@ -52,9 +63,26 @@ def test_micro_batches_divide_and_are_not_larger_than_helps():
 
 
 def test_sequence_parallelism_needs_tensor_ranks_and_a_length_that_divides():
-    assert all(of.tensor > 1 for of in degrees(DENSE) if of.sequence)
-    assert {of.sequence for of in degrees(DENSE)} == {True, False}
+    assert all(of.sequence == (of.tensor > 1) for of in degrees(DENSE))
     assert not any(of.sequence for of in degrees(replace(DENSE, sequence_length=63)))
+
+
+def test_what_sequence_parallelism_is_worth_is_seen_from_layouts_without_it():
+    both = list(degrees(DENSE, plain=True))
+    assert {(of.tensor > 1, of.sequence) for of in both} == {(False, False), (True, False), (True, True)}
+    assert len(both) == len(set(both))
+    (other,) = without_sequence(DENSE, PlannedLayout(Degrees(4, 2, 2, 1, 1, True), "1f1b", None, "none", 1))
+    assert not other.degrees.sequence
+    kept = replace(DENSE, fixed={"parallel.sequence": True})
+    assert all(of.sequence for of in degrees(kept, plain=True))
+    assert not list(without_sequence(kept, replace(other, degrees=Degrees(4, 2, 2, 1, 1, True))))
+
+
+def test_what_recomputes_more_is_considered_for_a_layout_that_recomputes_least():
+    layout = PlannedLayout(Degrees(4, 2, 2, 1, 1, True), "1f1b", None, "none", 1)
+    assert [one.recompute for one in heavier(DENSE, layout)] == ["attention", "every:4", "every:2", "full"]
+    assert not list(heavier(DENSE, replace(layout, recompute="attention")))
+    assert not list(heavier(replace(DENSE, fixed={"train.recompute": "full"}), replace(layout, recompute="full")))
 
 
 def test_layouts_have_every_schedule_recomputation_and_zero_stage_once():
@@ -130,7 +158,7 @@ def test_all_ranks_are_used():
 def test_neighbours_differ_in_one_choice():
     layout = PlannedLayout(Degrees(4, 2, 2, 2, 2, True), "zb_h1", None, "full", 2)
     found = list(neighbours(MIXTURE, layout))
-    assert set(found) < set(all_of(MIXTURE))
+    assert set(found) < {other for of in degrees(MIXTURE, plain=True) for other in layouts(MIXTURE, of)}
     values = layout.values()
     implied = {"parallel.data", "parallel.virtual_stages"}
     seen = {}

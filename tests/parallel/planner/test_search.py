@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from bagualu.parallel.planner.layouts import SearchSpace, degrees, layouts, neighbours
-from bagualu.parallel.planner.search import Effort, Need, StepParts, search, slower_by
+from bagualu.parallel.planner.search import Effort, Need, StepParts, leanest_need, search, slower_by
 
 SPACE = SearchSpace(
     world=16, layers=8, widths=(8, 8), experts=0, global_batch=32, sequence_length=64, most_tensor=8, zero_stages=(1, 2, 3)
@@ -50,6 +50,9 @@ class MadeUp:
 
     def variations(self, layout):
         return ()
+
+    def fitted(self, layout):
+        return None
 
     def exact(self, layout):
         self.exacts.append(layout)
@@ -161,6 +164,54 @@ def test_variations_of_the_best_are_predicted_too():
     assert plan.ranked[0].layout.balance == (1, 7)
     unequal = search(replace(SPACE, unequal=True), Varied(), Effort(), Clock(0))
     assert unequal.ranked[0].layout.balance == (1, 7)
+
+
+class OnlyUnequal(MadeUp):
+    """Only layouts with unequal stages fit, those with the least layouts' memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def bytes(self, layout):
+        return super().bytes(layout) + (10_000 if layout.balance == "uniform" else 0)
+
+    def fitted(self, layout):
+        self.asked.append(layout)
+        found = replace(layout, balance=(5, 3))
+        return found if layout.degrees.pipeline == 2 and self.bytes(found) <= self.limit else None
+
+
+def test_unequal_stages_are_tried_before_it_is_said_that_nothing_fits():
+    found, need = leanest_need(SPACE, OnlyUnequal())
+    assert found.balance == (5, 3)
+    assert need.excess_bytes <= 0
+    nowhere = OnlyUnequal()
+    nowhere.limit = 0
+    found, need = leanest_need(SPACE, nowhere)
+    assert (found.balance, need.excess_bytes > 0) == ("uniform", True)
+    assert len(nowhere.asked) > 1
+
+
+def test_unequal_stages_are_not_tried_where_all_memory_together_is_too_small():
+    class Full(OnlyUnequal):
+        def need(self, layout):
+            return replace(super().need(layout), filled=1.5)
+
+    costs = Full()
+    assert leanest_need(SPACE, costs)[1].excess_bytes > 0
+    assert costs.asked == []
+
+
+@pytest.mark.parametrize("unequal", [True, False])
+def test_layouts_with_unequal_stages_are_ranked_where_only_these_fit(unequal):
+    """On a mixed cluster the search finds the best of them itself; else it has the one that is known."""
+    costs, space = OnlyUnequal(), replace(SPACE, unequal=unequal)
+    known, _ = leanest_need(space, costs)
+    plan = search(space, costs, Effort(), Clock(0), [known])
+    assert {one.layout.balance for one in plan.ranked} == {(5, 3)}
+    best = plan.ranked[0].exact.step_seconds
+    assert best < StepParts(costs.parts(known)).total if unequal else best == StepParts(costs.parts(known)).total
 
 
 def test_parts_say_why_a_step_is_slower():

@@ -4,12 +4,13 @@ import random
 import re
 from contextlib import suppress
 from functools import cache
+from importlib.resources import files
 
 import pytest
 
 from bagualu.comm.cluster_file import load_cluster
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.planner.layouts import degrees, layouts
+from bagualu.parallel.planner.layouts import Degrees, PlannedLayout, degrees, layouts
 from bagualu.parallel.planner.search import Effort
 from bagualu.trainer.costs.fits import Device, check_memory
 from bagualu.trainer.recipe import preflight
@@ -73,6 +74,36 @@ def test_a_mixed_cluster_gets_unequal_stages_or_shares():
     plan = find([*DENSE, *FEW, "parallel.tensor=4"], cluster="mixed_h100_a100")
     best = plan.ranked[0].layout
     assert best.balance != "uniform" or best.shares is not None
+
+
+def shrunk(tmp_path, part):
+    """A mixed cluster from files whose A100 have only `part` of the memory that equal stages need there, and the layout."""
+    words = [*DENSE, "parallel.tensor=1", "parallel.pipeline=2", "parallel.schedule=1f1b", "parallel.sequence=false",
+             "train.micro_batch=1", "train.recompute=full", "parallel.zero=1"]  # fmt: skip
+    costs = costs_of(tuple(words), 16)
+    of = Degrees(data=8, tensor=1, pipeline=2, expert=1, micro_batch=1, sequence=False)
+    need = costs.need(PlannedLayout(of, "1f1b", None, "full", 1))
+    for name, file in {"mine": "mixed_h100_a100", "small": "a100"}.items():
+        text = (files("bagualu.recipes") / "cluster" / f"{file}.yaml").read_text()
+        chip = load_cluster("a100").parts[0].chip
+        text = re.sub(r"(?m)^  a100:", "  small:", text)
+        text = re.sub(r"(?m)^  memory_bytes: .*", f"  memory_bytes: {chip.context_bytes + int(part * need.bytes)}", text)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return words, load_cluster(str(tmp_path / "mine.yaml"), [tmp_path])
+
+
+def test_a_mixed_cluster_whose_smaller_chips_do_not_hold_equal_stages_gets_unequal_ones(tmp_path):
+    words, cluster = shrunk(tmp_path, 0.8)
+    plan = find_layouts(compose(words), cluster, 16, given(words), QUICK, lambda: 0.0)
+    first, second = plan.ranked[0].layout.balance
+    assert first > second
+    assert plan.ranked[0].exact.fits
+
+
+def test_a_mixed_cluster_is_refused_only_if_unequal_stages_do_not_fit_either(tmp_path):
+    words, cluster = shrunk(tmp_path, 0.1)
+    with pytest.raises(RecipeError, match="no layout on world=16 fits"):
+        find_layouts(compose(words), cluster, 16, given(words), QUICK, lambda: 0.0)
 
 
 def test_products_in_float8_are_planned():
