@@ -6,7 +6,7 @@ and the gathering of weights follow from the elements that a rank holds. The est
 has: how axes share links, and how ranks of different speed come to wait. It only says which layouts are worth predicting.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -131,7 +131,7 @@ class StepEstimator:
         slowest = max(range(of.pipeline), key=lambda rank: ranks[rank].total + ranks[rank].messages * message)
         own, held = ranks[slowest], self._rank_holding(layout, placement, slowest)
         start = self._blocks(of.pipeline)[slowest].start
-        seconds = Counter({part: micro_batches * each for part, each in own.parts.items()})
+        seconds = defaultdict[str, float](float, {part: micro_batches * each for part, each in own.parts.items()})
         gathering, reduction = self._moved(of, start, held, own, zero, splits_backward(layout.schedule))
         besides = {
             communication("pipeline"): micro_batches * own.messages * message,
@@ -141,7 +141,7 @@ class StepEstimator:
             + reduction * (micro_batches if zero >= 2 else 1),
         }
         for part, each in besides.items():
-            seconds[part] += each  # type: ignore[assignment]
+            seconds[part] += each
         return StepParts(seconds)
 
     def micro_batches(self, of: Degrees) -> int:

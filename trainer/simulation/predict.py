@@ -2,7 +2,7 @@
 times that the cluster's figures give.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -110,9 +110,9 @@ class Prediction:
         mean = self.replayed.mean
         kinds = sorted({kind for role in self.replayed.roles for kind in role.operators})
         computed = {kind: mean(lambda role, kind=kind: role.operators.get(kind, 0.0)) for kind in kinds}  # type: ignore[misc]
-        exposed = Counter[str]()
+        exposed = defaultdict[str, float](float)
         for group, seconds in self.replayed.exposed().items():
-            exposed[communication(group)] += seconds  # type: ignore[assignment]
+            exposed[communication(group)] += seconds
         waits = {IN_PIPELINE: mean(lambda role: role.pipeline_seconds), FOR_OTHERS: mean(lambda role: role.imbalance_seconds),
                  FOR_STRAGGLERS: mean(lambda role: role.straggler_seconds)}  # fmt: skip
         return {what: seconds for what, seconds in (computed | exposed | waits).items() if seconds > 0}
