@@ -71,7 +71,7 @@ class FailureReport:
         runs = f"90% of runs {failures.low:.0f} to {failures.high:.0f}"
         yield f"{_count(failures.mean)} in {span} ({runs}), one every {span_text(1 / total)}: {shares}"
         if self.restart_limit < failures.high:
-            yield f"restart.limit={self.restart_limit} would end the launch; give restart.limit={_above(failures.high)}"
+            yield f"restart.limit={self.restart_limit} would end the launch; give restart.limit={enough_restarts(failures)}"
 
     def _training(self) -> Iterator[str]:
         yield f"{_ratio(self.time.ratio)} effective training time"
@@ -135,9 +135,9 @@ def _count(number: float) -> str:
     return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
 
 
-def _above(count: float) -> int:
-    """Returns a round number of at least twice `count`."""
-    return 10 * math.ceil(count / 5)
+def enough_restarts(failures: Estimate) -> int:
+    """Returns a round number of restarts, at least twice what 95% of runs need."""
+    return 10 * math.ceil(failures.high / 5)
 
 
 def _finite(value: float) -> float | None:

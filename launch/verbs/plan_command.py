@@ -9,6 +9,7 @@ from bagualu.comm.topology import Cluster
 from bagualu.trainer.recipe.changed import value_of
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.override_text import typed
+from bagualu.trainer.simulation.failures import RunLength
 
 _ALWAYS = ("parallel.data", "parallel.tensor", "parallel.pipeline", "train.micro_batch", "train.recompute", "parallel.zero")
 """Keys that the command sets even where the recipe has the same value."""
@@ -23,6 +24,12 @@ def layout_keys(recipe: Recipe, values: Mapping[str, Any]) -> dict[str, Any]:
     if recipe.parallel.speeds is not None and values["parallel.balance"] != recipe.parallel.balance:
         found["parallel.speeds"] = None
     return found
+
+
+def length_keys(recipe: Recipe, length: RunLength) -> dict[str, Any]:
+    """Returns the values of the keys with which a run ends in time, where they differ from the recipe's."""
+    values = {"train.steps": length.steps, "checkpoint.every": length.checkpoint_steps, "restart.limit": length.restart_limit}
+    return {key: value for key, value in values.items() if value != value_of(recipe, key)}
 
 
 def machine_keys(recipe: Recipe, given: Sequence[str], cluster: Cluster, world: int) -> dict[str, Any]:

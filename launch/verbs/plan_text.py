@@ -9,6 +9,7 @@ from bagualu.parallel.planner.search import Plan, RankedLayout, StepParts, slowe
 from bagualu.parallel.simulation.step_parts import legend
 from bagualu.trainer.costs.prediction import size_text
 from bagualu.trainer.recipe.override_text import typed
+from bagualu.trainer.simulation.failures import RunLength
 from bagualu.trainer.simulation.predict import Prediction
 
 Ranked = RankedLayout[Prediction]
@@ -96,6 +97,12 @@ def _cell(values: Mapping[str, Any], column: str) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value)) if len(value) <= _MOST_NUMBERS else f"{min(value)} to {max(value)}"
     return "default" if value is None else typed(value)
+
+
+def length_text(length: RunLength, step_tokens: int) -> str:
+    """Returns what fits into the time that was asked for. `step_tokens`: the tokens of a step."""
+    return (f"in {length.days:g} days: train.steps={length.steps}, {length.steps * step_tokens:.3g} tokens, end in time in 95% of "
+            f"runs\n  {length.effective.mean:.1%} of the time is training, the rest goes to failures and checkpoints")  # fmt: skip
 
 
 def notes(plan: Plan[Prediction], top: int) -> list[str]:

@@ -174,7 +174,7 @@ options:
   -h, --help  this page"""
 
 _PLAN = """\
-usage: bagualu plan recipe=NAME cluster=NAME world=N [key=value ...] [top=N] [seconds=N] [loads=LOADS] [--json]
+usage: bagualu plan recipe=NAME cluster=NAME world=N [key=value ...] [days=N] [top=N] [seconds=N] [loads=LOADS] [--json]
 
 Finds the layouts with which a recipe trains fastest on N devices of a described cluster: degrees of data, tensor,
 pipeline and expert parallelism, micro-batch, schedule, recomputation, ZeRO stage, sequence parallelism, the split of
@@ -192,6 +192,9 @@ keys, besides all those of a recipe (bagualu train --cfg job):
   seconds           about how long the search may take, default 50
   loads             as for bagualu simulate
   train.dtype=float8    for prediction only
+  days              how long you have the devices: the command of the best layout gets the train.steps that fit, with the
+                    failures that the cluster's file forecasts, and checkpoint.every and restart.limit for them
+  spares, assume.NAME   as for bagualu simulate
 
 options:
   --json      print one JSON document on stdout
@@ -332,7 +335,7 @@ def unknown_option(option: str, verb: str) -> str:
 
 def _meant_key(name: str, verb: str) -> str | None:
     """Returns the key that was probably meant by the option --NAME; None if no key is like it."""
-    if name in {"simulate": (*SIMULATE_KEYS, *FAILURE_KEYS), "plan": PLAN_KEYS}.get(verb, ()):
+    if name in {"simulate": (*SIMULATE_KEYS, *FAILURE_KEYS), "plan": (*PLAN_KEYS, *FAILURE_KEYS)}.get(verb, ()):
         return name
     if own := {"schedule": SCHEDULE_KEYS, "doctor": DOCTOR_KEYS}.get(verb):
         return next((key for key in own if name in (key, key.rsplit(".", 1)[-1])), None)

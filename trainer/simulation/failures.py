@@ -1,16 +1,20 @@
 """Forecasts what failures cost a recipe on a described cluster, given the time of a step."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Cluster
 from bagualu.fault_tolerance.forecast.assumptions import Assumptions
-from bagualu.fault_tolerance.forecast.forecast import Settings, Workload, run_model
-from bagualu.fault_tolerance.forecast.report import FailureReport, report_on
+from bagualu.fault_tolerance.forecast.forecast import Estimate, Settings, Workload, forecast, run_model
+from bagualu.fault_tolerance.forecast.interval import best_interval
+from bagualu.fault_tolerance.forecast.report import FailureReport, enough_restarts, report_on
 from bagualu.fault_tolerance.forecast.run_model import RunModel
 from bagualu.parallel.layout import Layout
 from bagualu.trainer.costs.state import checkpoint_bytes
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.recipe.config import Recipe
+
+_RUNS = 200
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,48 @@ def failure_report(
         return run_model(cluster, work, settings, assumptions, question.spares)
 
     return report_on(modelled, question.assumptions, question.days * 86400, recipe.restart.limit)
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """What fits into a time with failures."""
+
+    days: float
+    steps: int
+    """Those that 95% of the simulated runs reach."""
+    checkpoint_steps: int
+    """The longest interval between checkpoints that costs at most 0.1% of the time more than the best."""
+    restart_limit: int
+    """How often the launch may restart: the recipe's restart.limit or, if that is too low, one that suffices."""
+    effective: Estimate
+    """Effective training time."""
+
+
+def run_length(recipe: Recipe, cluster: Cluster, layout: Layout, step_seconds: float, question: FailureQuestion) -> RunLength:
+    """Returns how many steps of `recipe` fit into `question.days`, if they take `step_seconds` each on `cluster`, which has exactly
+    the devices of `layout`. Raises RecipeError as `run_model` does, or if the time is shorter than a step."""
+    work, seconds = workload(recipe, layout, step_seconds), question.days * 86400
+    model = run_model(cluster, work, settings_of(recipe), question.assumptions, question.spares)
+    if best := best_interval(model, seconds, _RUNS, seed=0):
+        model = replace(model, checkpoint_steps=best.longest)
+    time = forecast(model, seconds, _RUNS)
+    steps = int(time.progress.low * seconds / step_seconds)
+    if steps < 1:
+        raise RecipeError(f"days={question.days:g} is shorter than a step of {step_seconds:.3g} s; give more days or a smaller "
+                          "data.global_batch")  # fmt: skip
+    limit = recipe.restart.limit
+    return RunLength(
+        days=question.days,
+        steps=steps,
+        checkpoint_steps=min(steps, model.checkpoint_steps),
+        restart_limit=enough_restarts(time.failures) if limit < time.failures.high else limit,
+        effective=time.ratio,
+    )
+
+
+def require_forecast(recipe: Recipe, cluster: Cluster, question: FailureQuestion) -> None:
+    """Raises RecipeError if `cluster` has not the figures for a forecast, or a figure is impossible."""
+    run_model(cluster, Workload(cluster.devices or 1, 1.0, 1.0), settings_of(recipe), question.assumptions, question.spares)
 
 
 def workload(recipe: Recipe, layout: Layout, step_seconds: float) -> Workload:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,13 @@ from bagualu.launch.cli import main
 from bagualu.launch.verbs.plan_command import command, layout_keys, machine_keys
 from bagualu.trainer.recipe.changed import changed, value_of
 from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.simulation.failures import FailureQuestion, run_length
 
+GUIDE = (Path(__file__).parents[3] / "docs/guides/planning.md").read_text()
+COMMANDS = [line.strip() for line in GUIDE.splitlines() if line.startswith("    bagualu plan ")]
+SMALL = ["model.hidden=64", "model.heads=8", "model.kv_heads=8", "model.ffn=64", "model.vocab=512", "data.sequence_length=32",
+         "train.micro_batch=1", "parallel.tensor=8", "parallel.zero=1", "seconds=5"]  # fmt: skip
+"""Makes the commands of the guide take little time; tests/test_architecture.py checks them as they are."""
 WORDS = [
     *("recipe=tiny_dense", "model.layers=8", "model.hidden=1024", "model.heads=8", "model.kv_heads=8", "model.ffn=4096"),
     *("data.source=random", "data.sequence_length=2048", "data.global_batch=32", "train.dtype=bfloat16"),
@@ -74,6 +81,52 @@ def test_ranks_start_on_the_machines_of_the_cluster(words, cluster, world, verb,
     assert (found, planned.launch.workers, planned.launch.nodes) == (verb, workers, nodes)
     assert planned.world_size() == world
     assert planned.launch.slurm.gpus_per_node in (None, workers)
+
+
+@pytest.mark.parametrize("line", COMMANDS[1:])
+def test_the_commands_of_the_guide_plan(capsys, line):
+    words = shlex.split(line)[2:]
+    own = [word.partition("=")[0] for word in words]
+    code, printed = run(capsys, *words, *(word for word in SMALL if word.partition("=")[0] not in own))
+    assert code == 0
+    assert len([line for line in printed.out.splitlines() if line.startswith("  bagualu ")]) == 1
+
+
+def test_the_guide_leads_from_two_weeks_to_a_command_that_ends_in_time(capsys, tmp_path, monkeypatch):
+    """The command that the first plan of the guide prints is one that slurm takes and simulate predicts to end in time."""
+    monkeypatch.chdir(tmp_path)
+    words = [*shlex.split(COMMANDS[0])[2:], *SMALL]
+    assert {"world=512", "cluster=h100", "days=14"} <= set(words)
+    code, printed = run(capsys, *words, "--json")
+    assert code == 0
+    found = json.loads(printed.out)
+    line, length = found["plans"][0]["command"], found["run"]
+    planned = composed(line)[1]
+    assert planned.train.steps == length["steps"]
+    assert (planned.checkpoint.every, planned.restart.limit) == (length["checkpoint_steps"], length["restart_limit"])
+    assert length["tokens"] == planned.train.steps * planned.data.global_batch * planned.data.sequence_length
+    assert 0.9 * 14 * 86400 < planned.train.steps * found["plans"][0]["step_seconds"] < 14 * 86400
+    assert planned.world_size() == 512
+    assert main([*shlex.split(line)[1:], "--print"]) == 0
+    assert "--nodes=64" in capsys.readouterr().out
+    kept = [word for word in shlex.split(line)[2:] if not word.startswith("launch.")]
+    assert main(["simulate", *kept, "cluster=h100", "world=512", "days=14", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["step_seconds"] == pytest.approx(found["plans"][0]["step_seconds"])
+    assert again["failures"]["failures"]["high"] <= planned.restart.limit
+
+
+def test_the_last_command_of_the_guide_has_the_steps_that_fit():
+    """Into 14 days, at the step that the guide shows for the layout of the recipe."""
+    (step,) = re.findall(r"^    step +([\d.]+) s for", GUIDE, re.MULTILINE)
+    (line,) = [line.strip() for line in GUIDE.splitlines() if line.startswith("    bagualu slurm ")]
+    recipe = compose([word for word in shlex.split(line)[2:] if word != "--print"])
+    cluster = load_cluster("h100").for_world(512)
+    length = run_length(recipe, cluster, recipe.validate(512), float(step), FailureQuestion(days=14))
+    assert (recipe.train.steps, recipe.checkpoint.every) == (length.steps, length.checkpoint_steps)
+    assert recipe.restart.limit == length.restart_limit
+    assert f"{14 * 86400 / float(step):,.0f} such steps" in GUIDE
+    assert f"{length.steps * recipe.data.global_batch * recipe.data.sequence_length:.2e}".replace("e+", "e") in GUIDE
 
 
 def run(capsys, *words):
@@ -142,6 +195,7 @@ def test_every_word_of_the_text_is_explained(capsys):
         (["cluster=h100", "world=8", "loads=skewed:2"], "has no effect on a model without experts"),
         (["cluster=h100", "world=29"], "give world=28"),
         (["cluster=mixed_h100_a100", "world=24"], "give a multiple of 16"),
+        (["cluster=h100", "world=8", "days=never"], "days=never must be a number above 0"),
     ],
 )
 def test_wrong_words_are_refused(capsys, words, says):

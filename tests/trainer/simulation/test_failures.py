@@ -13,7 +13,7 @@ from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.failures import FailureQuestion, failure_report, settings_of, workload
+from bagualu.trainer.simulation.failures import FailureQuestion, failure_report, run_length, settings_of, workload
 from tests.harness import run
 from tests.parity import small_recipe
 
@@ -80,3 +80,27 @@ def test_a_cluster_without_failure_rates_is_passed_over_unless_they_were_asked_f
     assert asked(big(), 512, replace(H100, storage=None)) is None
     with pytest.raises(RecipeError, match="has no failures_per_device_hour"):
         asked(big(), 512, silent, asked=True)
+
+
+def length(recipe, **question):
+    return run_length(recipe, H100.for_world(512), recipe.validate(512), 10.0, FailureQuestion(**question))
+
+
+def test_as_many_steps_are_advised_as_fit_into_the_time_with_failures():
+    recipe, steps = big(), 14 * 86400 / 10.0
+    short, long, report = length(recipe, days=7), length(recipe, days=14), asked(recipe, 512, days=14)
+    assert 0.98 * report.at_best.progress.low * steps < long.steps < report.at_best.progress.mean * steps
+    assert 1.9 < long.steps / short.steps < 2.2
+    assert long.checkpoint_steps == report.best.longest
+    assert report.at_best.ratio.mean - 0.003 < long.effective.mean < report.at_best.ratio.mean
+
+
+def test_the_launch_may_restart_as_often_as_is_needed():
+    often, rarely = (length(big("restart.limit=3"), days=days) for days in (60, 0.01))
+    assert often.restart_limit > asked(big(), 512, days=60).time.failures.high
+    assert rarely.restart_limit == 3
+
+
+def test_a_time_shorter_than_a_step_is_refused():
+    with pytest.raises(RecipeError, match=r"days=0\.0001 is shorter than a step of 10 s; give more days"):
+        length(big(), days=0.0001)
