@@ -124,7 +124,7 @@ class Plan(Generic[Exact]):
 class Effort:
     """How long a search goes on."""
 
-    fitting: int = 24
+    fitting: int = 16
     """The number of layouts that fit among which the exact prediction decides."""
     estimate_seconds: float = 25.0
     """After this time no further layout is estimated."""
