@@ -131,8 +131,10 @@ class Effort:
     total_seconds: float = 50.0
     """No further layout is predicted exactly if that may end after this time."""
     most_exact: int = 12
+    least_exact: int = 5
+    """So many are predicted exactly if there is time, whatever their estimates."""
     near: float = 1.25
-    """Layouts whose estimate exceeds the least by more than this factor are not predicted exactly."""
+    """Beyond these, layouts whose estimate exceeds the least by more than this factor are not predicted exactly."""
 
 
 def leanest_need(space: SearchSpace, costs: Costs[Exact]) -> tuple[PlannedLayout, Need] | None:
@@ -189,8 +191,8 @@ def _predicted(
     longest = 0.0
     for one in fitting:
         begun = elapsed()
-        late = begun + longest > effort.total_seconds or one.parts.total > effort.near * fitting[0].parts.total
-        if len(ranked) == effort.most_exact or (ranked and late):
+        late, far = begun + longest > effort.total_seconds, one.parts.total > effort.near * fitting[0].parts.total
+        if len(ranked) == effort.most_exact or (ranked and late) or (len(ranked) >= effort.least_exact and far):
             break
         exact, need = costs.exact(one.layout)
         longest = max(longest, elapsed() - begun)

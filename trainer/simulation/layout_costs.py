@@ -26,8 +26,8 @@ from bagualu.trainer.simulation.setting import in_trained_dtype
 _ALIKE = 0.02
 """Layers are divided unevenly only if the slowest rank of an even division takes longer than the mean by more than this part."""
 _WORK = 5_000
-"""The choices that a search for a division may examine (partition.py). Those for two stages on each rank need fewer; with more, some
-would take as long as a prediction."""
+"""The choices that a search for a division may examine (partition.py). Up to two stages on each rank need fewer; with more, some
+searches would take as long as a prediction."""
 
 
 class LayoutCosts:

@@ -95,6 +95,12 @@ def test_exact_predictions_decide_the_order():
     assert plan.ranked[0].layout.recompute != "none"
 
 
+def test_some_layouts_are_predicted_whatever_their_estimates():
+    for least in (1, 5):  # with this `near`, all estimates are too far from the least
+        plan = search(SPACE, MadeUp(), Effort(near=0.0, least_exact=least), Clock(0))
+        assert len(plan.ranked) == least
+
+
 def test_a_layout_that_the_exact_prediction_does_not_fit_is_not_proposed():
     class Stricter(MadeUp):
         def exact(self, layout):
