@@ -123,10 +123,11 @@ def test_the_last_command_of_the_guide_has_the_steps_that_fit():
     recipe = compose([word for word in shlex.split(line)[2:] if word != "--print"])
     cluster = load_cluster("h100").for_world(512)
     length = run_length(recipe, cluster, recipe.validate(512), float(step), FailureQuestion(days=14))
-    assert (recipe.train.steps, recipe.checkpoint.every) == (length.steps, length.checkpoint_steps)
-    assert recipe.restart.limit == length.restart_limit
+    assert 0.98 * length.steps < recipe.train.steps <= length.steps
+    assert 0.8 * length.checkpoint_steps < recipe.checkpoint.every <= length.checkpoint_steps
+    assert recipe.restart.limit >= length.restart_limit
     assert f"{14 * 86400 / float(step):,.0f} such steps" in GUIDE
-    assert f"{length.steps * recipe.data.global_batch * recipe.data.sequence_length:.2e}".replace("e+", "e") in GUIDE
+    assert f"{recipe.train.steps * recipe.data.global_batch * recipe.data.sequence_length:.2e}".replace("e+", "e") in GUIDE
 
 
 def run(capsys, *words):
