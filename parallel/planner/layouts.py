@@ -12,6 +12,7 @@ from math import gcd
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
+from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.registry import FAMILIES, placement_of, splits_backward
 
 MOST_TOKENS = 2**15
@@ -190,6 +191,18 @@ def _stages_each(space: SearchSpace, pipeline: int) -> list[int]:
     possible = range(2, min(_MOST_STAGES_EACH, space.layers // pipeline) + 1)
     even = [stages for stages in possible if space.layers % (pipeline * stages) == 0]
     return even or [stages for stages in possible if stages in _UNEVEN]
+
+
+def evened(counts: Sequence[int], placement: StagePlacement) -> tuple[int, ...]:
+    """Returns numbers of layers per stage with which each rank has as many layers as with `counts`, and each of its stages as many
+    as the others, the first ones a layer more. A rank's time does not show what long stages make others wait."""
+    found = list(counts)
+    for rank in range(placement.ranks):
+        stages = placement.stages_of(rank)
+        each, rest = divmod(sum(counts[stage] for stage in stages), len(stages))
+        for index, stage in enumerate(stages):
+            found[stage] = each + (index < rest)
+    return tuple(found)
 
 
 def _divisors(number: int, most: int | None = None) -> list[int]:

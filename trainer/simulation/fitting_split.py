@@ -9,12 +9,13 @@ from dataclasses import replace
 
 from bagualu.parallel.balance.stages.choose import take_split
 from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
-from bagualu.parallel.balance.stages.forecast import Split, forecast_split
+from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.partition import GaveUp, solve
 from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.schedules.schedule import Schedule
 from bagualu.parallel.pipeline.split import split_layers
+from bagualu.parallel.planner.layouts import evened
 from bagualu.trainer.costs.analytic import analytic_table
 from bagualu.trainer.costs.fits import memory_schedule
 from bagualu.trainer.costs.predicted_split import with_reserved
@@ -49,9 +50,12 @@ def fitting_split(
             return None
         if solution is None:
             return None
-        split = forecast_split(problem, solution.pieces)
-        if _fits(recipe, layout, split, schedule, micro_batches, limits):
-            return tuple(map(len, split.slices))
+        found = tuple(stop - start for start, stop in solution.pieces)
+        for counts in (evened(found, schedule.placement), found):
+            slices = split_layers(recipe.model.layers, schedule.placement, list(counts))
+            split = take_split(slices, table, schedule, None, activations)
+            if _fits(recipe, layout, split, schedule, micro_batches, limits):
+                return counts
     return None
 
 

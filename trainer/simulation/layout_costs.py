@@ -12,7 +12,8 @@ from bagualu.parallel.balance.stages.partition import GaveUp, solve
 from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.pipeline.registry import compute_schedule, placement_of
-from bagualu.parallel.planner.layouts import Degrees, PlannedLayout
+from bagualu.parallel.pipeline.split import split_layers
+from bagualu.parallel.planner.layouts import Degrees, PlannedLayout, evened
 from bagualu.parallel.planner.search import Need, StepParts
 from bagualu.trainer.costs.fits import memories
 from bagualu.trainer.recipe.changed import changed
@@ -112,7 +113,16 @@ class LayoutCosts:
             solution = solve(Problem(table, schedule, speeds, None), _WORK)
         except GaveUp:
             return None
-        return tuple(stop - start for start, stop in solution.pieces) if solution else None
+        if solution is None:
+            return None
+        found = tuple(stop - start for start, stop in solution.pieces)
+        even, uniform = evened(found, placement), tuple(map(len, split_layers(self.recipe.model.layers, placement, "uniform")))
+        slowest = {
+            counts: max(rank.total for rank in self._estimator.rank_passes(replace(layout, balance=counts), placement, blocks))
+            for counts in (found, even)
+        }
+        chosen = even if slowest[even] <= (1 + _ALIKE) * slowest[found] else found
+        return None if chosen == uniform else chosen
 
     def _speeds(self, layout: PlannedLayout, blocks: Sequence[Block]) -> list[float]:
         """Returns the speeds of the ranks at each coordinate of the pipeline, that of the first being 1."""

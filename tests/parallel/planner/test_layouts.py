@@ -12,6 +12,7 @@ from bagualu.parallel.planner.layouts import (
     PlannedLayout,
     SearchSpace,
     degrees,
+    evened,
     heavier,
     layouts,
     leanest,
@@ -176,6 +177,12 @@ def test_neighbours_differ_in_one_choice():
         "train.recompute": {"none", "attention", "experts", "every:4", "every:2"},
         "parallel.schedule": {"1f1b", "interleaved_1f1b", "zb_v", "v_half", "dualpipe_v"},
     }  # fmt: skip
+
+
+def test_the_stages_of_a_rank_get_equally_many_layers():
+    assert evened((5, 3, 5, 19), placement_of("zb_v", 2)) == (12, 4, 4, 12)
+    assert evened((1, 4, 6, 5), placement_of("interleaved_1f1b", 2, 2)) == (4, 5, 3, 4)
+    assert evened((5, 3), placement_of("1f1b", 2)) == (5, 3)
 
 
 def test_neighbours_keep_an_uneven_split_where_it_applies():

@@ -104,6 +104,9 @@ def test_slower_chips_get_fewer_layers_and_fewer_micro_batches():
     assert sum(split.balance) == 8
     assert split.balance[0] > split.balance[1]  # the first ranks are the H100
     assert costs.estimate(split).total < costs.estimate(layout(4, 2, 2)).total
+    (folded,) = costs.variations(layout(4, 2, 2, schedule="zb_v"))
+    assert folded.balance[0] - folded.balance[3] in (0, 1)  # both of the first rank
+    assert folded.balance[0] > folded.balance[1]
     (shared,) = costs.variations(layout(8, 2))
     assert sum(shared.shares) == 64
     assert min(shared.shares[:4]) > max(shared.shares[4:])
