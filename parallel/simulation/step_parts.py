@@ -11,7 +11,7 @@ _BETWEEN_STAGES, _OF_DATA, _OF_ENDS, _OF_ALL = (
 _OF_GROUPS = {"pipeline": _BETWEEN_STAGES, "fold": _OF_DATA, "replica": _OF_DATA, "ends": _OF_ENDS, "world": _OF_ALL}
 """The communication of groups that do not have the name of an axis of parallel.*, by the group's name without its tier."""
 _MEANINGS = {
-    PRODUCTS: "also those that train.recompute computes again",
+    PRODUCTS: "of linear layers, also those that train.recompute computes again",
     ATTENTION: "queries with keys and values, also what is computed again",
     OTHER_KERNELS: "norms, activation functions, copies and the update of weights",
     "tensor communication": "tensor ranks exchange their parts of each layer's activations",
