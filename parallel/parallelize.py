@@ -37,7 +37,7 @@ def parallelize(
        hold all parameters and buffers, by default the model; `take` is called with each as soon as it is filled, and may free what
        this rank need not hold before the next is filled.
     2. Modules that match the plan's boundaries get the communication of the tensor and expert axes, or learn which heads or which
-       slice of the sequence are this rank's.
+       slice of the sequence are this rank's. A norm whose width is split gets the group that holds its parts.
     """
     device = mesh.group("world").device
     names = {module: name for name, module in model.named_modules()}
@@ -109,6 +109,11 @@ def _heads(module: Any, mesh: Mesh, sequence: bool) -> None:
     module.first = mesh.at("tensor") * module.heads // mesh.layout.tensor
 
 
+def _norm(module: Any, mesh: Mesh, sequence: bool) -> None:
+    if mesh.group("tensor").size > 1:
+        module.group = mesh.group("tensor")
+
+
 def _head(module: Any, mesh: Mesh, sequence: bool) -> None:
     if mesh.group("tensor").size > 1:
         wrap_block(module, mesh.group("tensor"), sequence, leaves=False)
@@ -125,6 +130,7 @@ _BOUNDARIES: dict[str, Callable[[Any, Mesh, bool], None]] = {
     "embedding": _embedding,
     "positions": _positions,
     "heads": _heads,
+    "norm": _norm,
     "head": _head,
     "experts": _experts,
 }

@@ -12,7 +12,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.parallel.boxes import Box
 from bagualu.parallel.layout import Layout
 
-BoundaryKind = Literal["block", "embedding", "positions", "heads", "head", "experts"]
+BoundaryKind = Literal["block", "embedding", "positions", "heads", "norm", "head", "experts"]
 InitialValues = Literal["normal", "residual", "ones", "zeros"]
 """The kind of values with which a parameter or buffer begins a run; residual: normal with a smaller deviation, for matrices that
 write into the residual stream."""

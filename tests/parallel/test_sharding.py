@@ -32,6 +32,7 @@ SPLIT = {  # what each kind of parameter has to look like on tensor 2 x expert 4
     "attention.query.weight": (8, 16), "attention.key.weight": (8, 16), "attention.value.weight": (8, 16),
     "attention.output.weight": (16, 8), "feed_forward.gate.weight": (12, 16), "feed_forward.up.weight": (12, 16),
     **{f"attention.{part}.bias": (8,) for part in ("query", "key", "value")}, "attention.output.bias": (16,),
+    **{f"attention.{part}_norm.weight": (8,) for part in ("query", "key")},  # over all heads
     "feed_forward.up.bias": (12,), "feed_forward.down.bias": (16,),
     "feed_forward.down.weight": (16, 12), "feed_forward.router.weight": (8, 16),
     "feed_forward.experts.gate": (2, 4, 16), "feed_forward.experts.up": (2, 4, 16), "feed_forward.experts.down": (2, 16, 4),
@@ -69,6 +70,8 @@ def test_which_gradients_are_partial_over_the_tensor_axis(sequence: bool) -> Non
         sliced = name.endswith(("norm.weight", "norm.bias", "output.bias", "down.bias")) or name == "embedding.positions.weight"
         partial = name.endswith(("router.weight", "query_norm.weight", "key_norm.weight")) or (sequence and sliced)
         assert plan.placement(name).partial_over == ("tensor" if partial else None), name
+    for part in ("query", "key"):  # each rank has the whole gradient of its elements
+        assert decoder_plan(VARIANTS["olmo3"], sequence).placement(f"layers.0.attention.{part}_norm.weight").partial_over is None
 
 
 def test_no_pattern_of_the_plan_is_dead() -> None:

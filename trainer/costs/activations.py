@@ -91,13 +91,20 @@ def layer_held(work: ModelWork, index: int) -> Held:
         return Held(0, 0, 0, 0)
     stream = work.tokens_between * work.model.hidden * work.item_bytes
     norm = stream + _norm_statistics(work)
-    attention, second = _attention(work), _second_block(work, index)
+    attention, second = _attention(work, index), _second_block(work, index)
     gathered = inside_bytes(work) if work.sequence else 0  # the gradient of a block's output, for the whole sequence
-    highest = max(
-        gathered + second.work,
-        _norm_work(work) - second.kept,
-        gathered + attention.work - norm - second.kept,
-    )
+    if work.model.norm_position == "after":  # the gradient that a norm returns exists besides that of the residual stream
+        highest = max(
+            _norm_results(work) + stream,
+            gathered + second.work + stream - norm,
+            gathered + attention.work + stream - 2 * norm - second.kept,
+        )
+    else:
+        highest = max(
+            gathered + second.work,
+            _norm_work(work) - second.kept,
+            gathered + attention.work - norm - second.kept,
+        )
     kept = 2 * norm + attention.kept + second.kept
     return Held(kept, stream, attention.operands + second.operands, stream + max(0, highest), norm + attention.kept)
 
@@ -134,32 +141,37 @@ def _products(work: ModelWork, elements: int) -> tuple[int, int]:
     return added, elements * work.product_bytes if work.widens else 0
 
 
-def _attention(work: ModelWork) -> _Block:
+def _attention(work: ModelWork, index: int) -> _Block:
     """Kept are the projections' input; query, key and value, on a CPU expanded to all heads; the result; the statistics of the
     softmax, unless it is computed in blocks; and what norms of query and key were given, with the scales of heads."""
     model, tokens, product, accurate = work.model, work.tokens, work.product_bytes, work.accurate_bytes
+    in_blocks = work.attends_in_blocks(index)
     heads, narrow = (width * model.head_width // work.layout.tensor for width in (model.heads, model.key_value_heads))
     own = heads if work.on_cpu else narrow  # of key and value
-    added = _ADDED_WIDTH * (model.positions == "alibi" and not work.attends_in_blocks)
+    added = _ADDED_WIDTH * (model.positions == "alibi" and not in_blocks)
     wide, wide_own = (width * (model.head_width + added) // model.head_width for width in (heads, own))
-    statistics = 0 if work.attends_in_blocks else tokens * model.heads // work.layout.tensor * accurate
+    statistics = 0 if in_blocks else tokens * model.heads // work.layout.tensor * accurate
     kept = inside_bytes(work) + tokens * (2 * wide + 2 * wide_own + heads * (added > 0)) * product + statistics
     normed = model.qk_norm * tokens * (heads + narrow)  # elements
-    kept += normed * product + normed // model.head_width * accurate
+    kept += normed * product + (2 * tokens if model.qk_norm_over == "all" else normed // model.head_width) * accurate
     operands = tokens * (2 * model.hidden + 2 * heads + 2 * narrow) * product
     width = tokens * heads
     # Of the result, also with what slopes add to it; of query, key and value.
     gradients = (width + tokens * wide * (added > 0)) * product + tokens * (wide + 2 * wide_own) * product
-    if work.attends_in_blocks:  # copies by head of what is not expanded, two also wide; the gradients wide too; no result is kept
-        copies = 4 if narrow == heads else 2
+    if in_blocks:  # copies by head of what is not expanded, two also wide; the gradients wide too; no result is kept
         sequences, rows = work.micro_batch * model.heads // work.layout.tensor, min(work.sequence_length, _BLOCK_ROWS)
-        at_once = min(sequences, max(1, _BLOCK_ELEMENTS // (rows * work.sequence_length)))
-        block = at_once * rows * work.sequence_length
-        before = block - at_once * rows * rows  # the block before has fewer keys; its three tensors exist until the next ones do
+        keys = min(work.sequence_length, work.keys(index) + _BLOCK_ROWS - 1)
+        at_once = min(sequences, max(1, _BLOCK_ELEMENTS // (rows * keys)))
+        block = at_once * rows * keys
+        # The block before, with fewer keys unless a window limits them; its three tensors exist until the next ones do.
+        before = block if keys < work.sequence_length else block - at_once * rows * rows
+        narrowed = product if product < accurate else 0  # a copy in the dtype of products
+        # One more is the gradient of the result, unless it takes the place of the result, which is freed by then.
+        copies = (4 if narrow == heads else 2) + (product == work.item_bytes == accurate)
         blocks = max(2 * accurate * block + (2 * accurate + product) * before,
-                     (3 * accurate + product) * block + product * before,
-                     (2 * accurate + product) * block + 3 * width * product)  # fmt: skip
-        kernel = width * (copies * product + 5 * accurate) + blocks
+                     (3 * accurate + narrowed) * block + product * before,
+                     (2 * accurate + product) * block + 3 * width * narrowed)  # fmt: skip
+        kernel = width * (copies * product + 5 * accurate - work.item_bytes * work.widens) + blocks
     else:
         kernel = gradients
     rotated = width * product * 3 + width * (3 * accurate if product < accurate else 2 * product) - width * 4 * product

@@ -37,7 +37,7 @@ def analytic_table(work: ModelWork) -> CostTable:
 
 
 def _layer(work: ModelWork, index: int) -> LayerCost:
-    flops, attention = layer_flops(work.model, index, work.sequence_length), attention_flops(work.model, work.sequence_length)
+    flops, attention = (count(work.model, index, work.sequence_length) for count in (layer_flops, attention_flops))
     return LayerCost(
         f"layer {index}",
         _seconds(work, flops.forward) / work.layout.tensor,

@@ -28,6 +28,7 @@ from bagualu.trainer.costs.analytic import end_bytes, layer_bytes, output_bytes
 from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.costs.throughput import synchronize
 from bagualu.trainer.costs.work import ModelWork
+from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.layers import norm_of
 from bagualu.trainer.models.decoder.model import Embedding, Head, Layer
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts
@@ -84,11 +85,17 @@ def measured_table(work: ModelWork, figures: dict[str, MeasuredCosts], source: s
     """Returns the costs of the whole model, given those of its kinds of layers; state bytes are computed from shapes."""
     embedding_bytes, head_bytes, tied_bytes = end_bytes(work)
     layers = [
-        _cost(f"layer {index}", figures["mixture" if work.model.is_moe_layer(index) else "dense"], layer_bytes(work, index))
+        _cost(f"layer {index}", figures[_kind_of(work.model, index)], layer_bytes(work, index))
         for index in range(work.model.layers)
     ]
     embedding, head = (_cost(name, figures[name], size) for name, size in (("embedding", embedding_bytes), ("head", head_bytes)))
     return CostTable(embedding, layers, head, source, tied_bytes, output_bytes(work))
+
+
+def _kind_of(model: ModelConfig, layer: int) -> str:
+    """Returns the name of the kind of `layer`; layers of a kind cost the same."""
+    block, window = "mixture" if model.is_moe_layer(layer) else "dense", model.window_of(layer)
+    return block if window is None else f"{block} with a window of {window}"
 
 
 def _cost(name: str, found: MeasuredCosts, state_bytes: int) -> LayerCost:
@@ -266,15 +273,15 @@ def _samples(work: ModelWork, device: torch.device, compiled: bool) -> dict[str,
 
     with torch.device("meta"):
         embedding, head = _EmbeddingAndNorm(work), _NormAndHead(work)
-        firsts = {model.is_moe_layer(index): index for index in reversed(range(model.layers))}
+        firsts = {_kind_of(model, index): index for index in reversed(range(model.layers))}
         layers = {index: Layer(model, index) for index in firsts.values()}
     rows = model.padded_vocab // work.layout.tensor
     found = {"embedding": sample(embedding, "", lambda: tokens(rows), lambda x: (embedding(x),))}
-    for mixture, index in firsts.items():
+    for kind, index in firsts.items():
         layer = layers[index]
         if isinstance(layer.feed_forward, MixtureOfExperts):
             layer.feed_forward.experts.exchange = _Folded(work.layout.expert)
-        found["mixture" if mixture else "dense"] = sample(layer, f"layers.{index}.", hidden, _outputs_of(layer), compiled)
+        found[kind] = sample(layer, f"layers.{index}.", hidden, _outputs_of(layer), compiled)
     labels = tokens(min(model.vocab, rows))
     found["head"] = sample(head, "", hidden, lambda x: (head(x, labels),))
     return found

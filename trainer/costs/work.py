@@ -99,10 +99,14 @@ class ModelWork:
         first = {name for name in parameter_shapes(self.model) if name.startswith("embedding") or _layer_of(name) <= layer}
         return not first <= self.frozen or layer >= self.model.layers // self.stages
 
-    @property
-    def attends_in_blocks(self) -> bool:
-        """Whether attention is computed in blocks rather than by torch's kernel (operators/attention.py)."""
-        return self.on_cpu and self.dtype == "bfloat16" and not self.widens and self.sequence_length <= 2**9
+    def attends_in_blocks(self, layer: int) -> bool:
+        """Returns whether the attention of `layer` is computed in blocks rather than by torch's kernel (operators/attention.py)."""
+        short = self.dtype == "bfloat16" and not self.widens and self.sequence_length <= 2**9
+        return self.on_cpu and (short or self.keys(layer) < self.sequence_length)
+
+    def keys(self, layer: int) -> int:
+        """Returns the most tokens that a token attends to in `layer`."""
+        return min(self.model.window_of(layer) or self.sequence_length, self.sequence_length)
 
 
 def _layer_of(name: str) -> float:

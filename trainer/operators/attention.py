@@ -22,58 +22,82 @@ _BLOCK_ELEMENTS = 2**20
 
 
 def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None = None, window: int | None = None
 ) -> torch.Tensor:
     """Returns attention's output [B, A, S, D] for query [B, A, S, D], key and value [B, A / g, S, D], each shared by g query
     heads. With `slopes` [A], each score is changed by the slope of its head times the position of the key minus that of the query
-    (ALiBi)."""
-    dtype = multiply_dtype(query)
+    (ALiBi). With a `window`, each token attends to its latest `window` tokens only, its own included.
+
+    torch's kernels know no window and compute what a mask then removes; in blocks, most of that is left out."""
+    dtype, length = multiply_dtype(query), query.shape[2]
     shared = query.shape[1] // key.shape[1]
-    if dtype in HALF and on_nvidia(query):  # this kernel reads shared heads without expanding them
+    window = None if window is None or window >= length else window
+    if dtype in HALF and on_nvidia(query) and window is None:  # this kernel reads shared heads without expanding them
         return _by_kernel(query, key, value, slopes)
+    in_blocks = window is not None or (dtype == torch.bfloat16 and length <= _LONGEST)
+    in_blocks = in_blocks and chip_of(query.device) == "cpu" and not torch.compiler.is_compiling()
+    if in_blocks and dtype == torch.float16:
+        dtype = torch.float32  # products of gradients would leave the range of float16
     key, value = (t.to(dtype).repeat_interleave(shared, dim=1) if shared > 1 else t.to(dtype) for t in (key, value))
-    short = query.shape[2] <= _LONGEST and not torch.compiler.is_compiling()
-    if chip_of(query.device) == "cpu" and dtype == torch.bfloat16 and short:
-        return attention_in_blocks(query, key, value, slopes)
-    return _by_kernel(query.to(dtype), key, value, slopes).to(query.dtype)
+    if in_blocks:
+        return attention_in_blocks(query.to(dtype), key, value, slopes, window).to(query.dtype)
+    return _by_kernel(query.to(dtype), key, value, slopes, window).to(query.dtype)
 
 
-def _by_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None) -> torch.Tensor:
+def _by_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None, window: int | None = None
+) -> torch.Tensor:
     width, scale = query.shape[-1], None
     if slopes is not None:
         scale = 1 / math.sqrt(width)
         query, key, value = extended(query, key, value, slopes)
     if query.is_meta:
         output = fused.attention(query, key, value, scale)
+    elif window is not None:
+        mask = _in_window(query.shape[2], key.shape[2], window, query.device)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     else:
         grouped = query.shape[1] > key.shape[1]
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
     return output if slopes is None else output[..., :width]
 
 
+def _in_window(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
+    """Returns which keys [queries, keys] each query attends to, where the queries are the last of `keys` tokens."""
+    distance = torch.arange(keys - queries, keys, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+    return (distance >= 0) & (distance < window)
+
+
 def attention_in_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None = None, window: int | None = None
 ) -> torch.Tensor:
-    """Returns the output [B, A, S, D] of causal attention for query, key and value [B, A, S, D]; `slopes` [A] as in
+    """Returns the output [B, A, S, D] of causal attention for query, key and value [B, A, S, D]; `slopes` [A] and `window` as in
     `causal_attention`.
 
     Each block is a range of rows of many heads, multiplied with the keys that these rows may see. torch's kernel takes one head
     after the other, in products too small to use the processor fully (docs/performance.md). Scores and their softmax are in at
     least float32, and are computed again in the backward pass.
     """
-    mixed: torch.Tensor = _InBlocks.apply(query, key, value, slopes)
+    mixed: torch.Tensor = _InBlocks.apply(query, key, value, slopes, window)
     return mixed
 
 
 class _InBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slopes: torch.Tensor | None,
+        window: int | None,
+    ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value, slopes)
+        ctx.window = window
         queries, keys, values = _scaled(query), _wide(key), _heads(value)
         mixed = torch.empty_like(values)
-        for heads, rows in _blocks(values):
-            seen = slice(rows.stop)
-            weights = _weights(queries[heads, rows], keys[heads, seen], _of_heads(slopes, heads)).to(values.dtype)
+        for heads, rows, seen in _blocks(values, window):
+            weights = _weights(queries[heads, rows], keys[heads, seen], _of_heads(slopes, heads), window).to(values.dtype)
             mixed[heads, rows] = torch.bmm(weights, values[heads, seen])
         return mixed.view(query.shape)
 
@@ -84,9 +108,8 @@ class _InBlocks(torch.autograd.Function):
         queries, keys, values, grad = _heads(query), _heads(key), _heads(value), _heads(grads[0])
         grad_queries = torch.empty_like(wide_queries)
         grad_keys, grad_values = torch.zeros_like(wide_keys), torch.zeros_like(wide_keys)
-        for heads, rows in _blocks(values):
-            seen = slice(rows.stop)
-            weights = _weights(wide_queries[heads, rows], wide_keys[heads, seen], _of_heads(slopes, heads))
+        for heads, rows, seen in _blocks(values, ctx.window):
+            weights = _weights(wide_queries[heads, rows], wide_keys[heads, seen], _of_heads(slopes, heads), ctx.window)
             grad_weights = torch.bmm(grad[heads, rows], values[heads, seen].mT).to(weights.dtype)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).to(values.dtype)
             grad_queries[heads, rows] = torch.bmm(grad_scores, keys[heads, seen])
@@ -94,7 +117,7 @@ class _InBlocks(torch.autograd.Function):
             grad_values[heads, seen].add_(torch.bmm(weights.to(values.dtype).mT, grad[heads, rows]))
         grad_queries /= math.sqrt(query.shape[-1])
         grad_keys /= math.sqrt(query.shape[-1])
-        return *(t.to(values.dtype).view(grads[0].shape) for t in (grad_queries, grad_keys, grad_values)), None
+        return *(t.to(values.dtype).view(grads[0].shape) for t in (grad_queries, grad_keys, grad_values)), None, None
 
 
 def _heads(x: torch.Tensor) -> torch.Tensor:
@@ -110,13 +133,15 @@ def _scaled(query: torch.Tensor) -> torch.Tensor:
     return _wide(query) / math.sqrt(query.shape[-1])
 
 
-def _blocks(heads: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yields the slices (heads, rows) of every block of a tensor [H, S, D]."""
+def _blocks(heads: torch.Tensor, window: int | None) -> Iterator[tuple[slice, slice, slice]]:
+    """Yields the slices (heads, rows, keys that the rows may see) of every block of a tensor [H, S, D]."""
     count, length, _ = heads.shape
-    at_once = max(1, _BLOCK_ELEMENTS // (min(length, _BLOCK_ROWS) * length))
+    before = length if window is None else window - 1
+    at_once = max(1, _BLOCK_ELEMENTS // (min(length, _BLOCK_ROWS) * min(length, _BLOCK_ROWS + before)))
     for head in range(0, count, at_once):
         for row in range(0, length, _BLOCK_ROWS):
-            yield slice(head, min(count, head + at_once)), slice(row, min(length, row + _BLOCK_ROWS))
+            rows = slice(row, min(length, row + _BLOCK_ROWS))
+            yield slice(head, min(count, head + at_once)), rows, slice(max(0, row - before), rows.stop)
 
 
 def _of_heads(slopes: torch.Tensor | None, heads: slice) -> torch.Tensor | None:
@@ -124,12 +149,14 @@ def _of_heads(slopes: torch.Tensor | None, heads: slice) -> torch.Tensor | None:
     return None if slopes is None else slopes[torch.arange(heads.start, heads.stop, device=slopes.device) % slopes.shape[0]]
 
 
-def _weights(queries: torch.Tensor, keys: torch.Tensor, slopes: torch.Tensor | None) -> torch.Tensor:
+def _weights(queries: torch.Tensor, keys: torch.Tensor, slopes: torch.Tensor | None, window: int | None = None) -> torch.Tensor:
     """Returns the softmax [h, r, s] of queries [h, r, D] with keys [h, s, D]. The queries are the last r of s tokens, and each sees
-    only keys up to its own token. `slopes`: [h]."""
+    only keys up to its own token, at most `window`. `slopes`: [h]."""
     scores = torch.bmm(queries, keys.mT)
     rows = queries.shape[1]
     if slopes is not None:
         scores.addcmul_(slopes.view(-1, 1, 1), distances(rows, keys.shape[1], scores))
     scores[..., -rows:].add_(scores.new_full((rows, rows), -torch.inf).triu_(1))
+    if window is not None and (older := scores.shape[-1] - window) > 0:  # keys that the last query does not see
+        scores[..., :older].add_(scores.new_full((rows, older), -torch.inf).tril_(older - rows))
     return torch.softmax(scores, -1)

@@ -5,18 +5,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bagualu.comm.agree import summed
+from bagualu.comm.group import Group
 from bagualu.parallel.precision import accurate_dtype, chip_of
 from bagualu.trainer.operators import fused
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, group: Group | None = None) -> torch.Tensor:
     """Returns x / sqrt(mean(x^2) + epsilon) * weight over the last dim, computed in at least float32 (arXiv 1910.07467, equation
-    4)."""
-    if chip_of(x.device) == "cuda":  # torch has a fused kernel for it, which accumulates in float32
+    4). `group`: the ranks whose x are equal parts of that dim; None if this rank has the whole. Collective over it."""
+    if chip_of(x.device) == "cuda" and group is None:  # torch has a fused kernel for it, which accumulates in float32
         if x.is_meta:
             return fused.rms_norm(x, weight)
         return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
-    normed: torch.Tensor = _RMSNorm.apply(x, weight, epsilon)
+    normed: torch.Tensor = _RMSNorm.apply(x, weight, epsilon, group)
     return normed
 
 
@@ -34,11 +36,12 @@ class _RMSNorm(torch.autograd.Function):
     takes twice as long."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, group: Group | None) -> torch.Tensor:
         dtype = accurate_dtype(x.dtype)
         wide = x.to(dtype)
         length: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.group, ctx.width = group, x.shape[-1] * (group.size if group else 1)
+        scale = _total(length.square_(), group).div_(ctx.width).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (wide * scale).mul_(weight.to(dtype)).to(x.dtype)
 
@@ -49,9 +52,15 @@ class _RMSNorm(torch.autograd.Function):
         wide, grad, factors = x.flatten(0, -2).to(dtype), grads[0].flatten(0, -2).to(dtype), weight.to(dtype)
         products = wide * grad
         grad_weight = scale.squeeze(1) @ products
-        along = torch.mv(products, factors).unsqueeze(1).mul_(scale).div_(x.shape[-1]).mul_(scale).mul_(scale)
+        total = _total(torch.mv(products, factors).unsqueeze(1), ctx.group)
+        along = total.mul_(scale).div_(ctx.width).mul_(scale).mul_(scale)
         grad_x = (grad * factors).mul_(scale).addcmul_(wide, along, value=-1)
-        return grad_x.to(x.dtype).view_as(x), grad_weight, None
+        return grad_x.to(x.dtype).view_as(x), grad_weight, None, None
+
+
+def _total(sums: torch.Tensor, group: Group | None) -> torch.Tensor:
+    """Returns the sum of `sums` over the ranks of `group`, which may be the same memory."""
+    return sums if group is None else summed(sums, group).to(sums.dtype)
 
 
 class _LayerNorm(torch.autograd.Function):

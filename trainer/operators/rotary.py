@@ -1,5 +1,7 @@
 """Rotary positions. Shapes: B batch, A heads, S sequence, D head width."""
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,20 +9,42 @@ import torch
 from bagualu.parallel.precision import accurate_dtype, chip_of
 
 
-class RotaryPositions:
-    """Returns, when called, cos and sin [S, D] of the angles position * theta^(-2i / D) for `rotate`, computed in float64 and
-    returned in at least float32. It keeps only the latest result."""
+@dataclass(frozen=True)
+class Scaling:
+    """Slows down slow rotations for sequences longer than those of an earlier training, as Llama 3.1 does (arXiv 2407.21783; the
+    formula is that of the authors' code): a rotation that turns at most `low` times within `positions` tokens is `factor` times
+    slower, a rotation that turns at least `high` times is unchanged, and between the two the speed is interpolated."""
 
-    def __init__(self, head_dim: int, theta: float) -> None:
+    factor: float
+    low: float
+    high: float
+    positions: int
+
+    def __call__(self, speeds: torch.Tensor) -> torch.Tensor:
+        """speeds [D / 2], angles by which a position is rotated -> the speeds to use instead"""
+        turns = self.positions * speeds / (2 * math.pi)
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return speeds * (kept + (1 - kept) / self.factor)
+
+
+class RotaryPositions:
+    """Returns, when called, cos and sin [S, D] of the angles position * theta^(-2i / D), with the speeds theta^(-2i / D) changed by
+    `scaling`, for `rotate`, computed in float64 and returned in at least float32. It keeps only the latest result."""
+
+    def __init__(self, head_dim: int, theta: float, scaling: Scaling | None = None) -> None:
         self.head_dim = head_dim
         self.theta = theta
+        self.scaling = scaling
         self._kept: dict[tuple[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         key = (length, dtype, device)
         if key not in self._kept:
             steps = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
-            angles = torch.arange(length, dtype=torch.float64, device=device).outer(self.theta ** (-steps / self.head_dim))
+            speeds = self.theta ** (-steps / self.head_dim)
+            if self.scaling is not None:
+                speeds = self.scaling(speeds)
+            angles = torch.arange(length, dtype=torch.float64, device=device).outer(speeds)
             both = torch.cat((-angles, angles), -1)
             self._kept = {key: (both.cos().to(accurate_dtype(dtype)), both.sin().to(accurate_dtype(dtype)))}
         return self._kept[key]

@@ -23,14 +23,17 @@ def losses(config: ModelConfig, weights: Weights, inputs: torch.Tensor, labels: 
     balance = x.new_zeros(())
     for layer in range(config.layers):
         own = {name.removeprefix(f"layers.{layer}."): w for name, w in weights.items() if name.startswith(f"layers.{layer}.")}
-        x = x + torch.stack([attention(config, own, row) for row in normed(config, own, "attention_norm", x)])
-        rows = normed(config, own, "feed_forward_norm", x)
+        rows = x if config.norm_position == "after" else normed(config, own, "attention_norm", x)
+        added = torch.stack([attention(config, own, row, layer) for row in rows])
+        x = x + (normed(config, own, "attention_norm", added) if config.norm_position == "after" else added)
+        rows = x if config.norm_position == "after" else normed(config, own, "feed_forward_norm", x)
         if "feed_forward.router.weight" in own:
             mixed = [mixture(config, own, row) for row in rows]
-            x = x + torch.stack([output for output, _ in mixed])
+            added = torch.stack([output for output, _ in mixed])
             balance = balance + torch.stack([loss for _, loss in mixed]).sum()
         else:
-            x = x + feed_forward(config, parts_of(own, "feed_forward."), rows)
+            added = feed_forward(config, parts_of(own, "feed_forward."), rows)
+        x = x + (normed(config, own, "feed_forward_norm", added) if config.norm_position == "after" else added)
     x = normed(config, weights, "norm", x)
     head = weights["embedding.weight"] if config.tie_embeddings else weights["head.weight"]
     logits = x @ head[: config.vocab].T
@@ -45,7 +48,7 @@ def normed(config: ModelConfig, own: Weights, name: str, x: torch.Tensor) -> tor
     return x / ((x * x).mean(-1, keepdim=True) + config.norm_epsilon).sqrt() * weight
 
 
-def attention(config: ModelConfig, own: Weights, x: torch.Tensor) -> torch.Tensor:
+def attention(config: ModelConfig, own: Weights, x: torch.Tensor, layer: int) -> torch.Tensor:
     """x [S, H], one sequence; head by head, softmax of masked scores written out."""
     width, shared = config.head_width, config.heads // config.key_value_heads
     outputs = []
@@ -59,6 +62,10 @@ def attention(config: ModelConfig, own: Weights, x: torch.Tensor) -> torch.Tenso
         if config.positions == "alibi":
             scores = scores + slope(config.heads, head) * torch.tensor([[k - q for k in range(len(x))] for q in range(len(x))])
         scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+        everywhere = config.full_attention_every and (layer + 1) % config.full_attention_every == 0
+        if config.window and not everywhere:
+            far = [[q - k >= config.window for k in range(len(x))] for q in range(len(x))]
+            scores = scores.masked_fill(torch.tensor(far), -torch.inf)
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
         outputs.append(weights @ value)
     return linear(own, "attention.output", torch.cat(outputs, -1))
@@ -78,7 +85,11 @@ def linear(own: Weights, name: str, x: torch.Tensor, rows: slice = slice(None)) 
 def of_head(config: ModelConfig, own: Weights, part: str, x: torch.Tensor, rows: slice) -> torch.Tensor:
     """x [S, H] -> query or key of a head [S, D]"""
     projected = linear(own, f"attention.{part}", x, rows)
-    if config.qk_norm:
+    if config.qk_norm and config.qk_norm_over == "all":
+        whole = linear(own, f"attention.{part}", x)
+        length = ((whole * whole).mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
+        projected = projected / length * own[f"attention.{part}_norm.weight"][rows]
+    elif config.qk_norm:
         length = ((projected * projected).mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
         projected = projected / length * own[f"attention.{part}_norm.weight"]
     return projected
@@ -103,10 +114,25 @@ def turned(config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
         return x
     half = config.head_width // 2
     pairs = torch.complex(x[:, :half].contiguous(), x[:, half:].contiguous())
-    speeds = torch.tensor([config.rope_theta ** (-2 * i / config.head_width) for i in range(half)], dtype=torch.float64)
+    speeds = torch.tensor([speed(config, i) for i in range(half)], dtype=torch.float64)
     angles = torch.stack([position * speeds for position in range(len(x))])
     pairs = pairs * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([pairs.real, pairs.imag], -1)
+
+
+def speed(config: ModelConfig, pair: int) -> float:
+    """Returns the angle by which pair `pair` is turned from one position to the next. Scaled as published by Meta."""
+    plain = config.rope_theta ** (-2 * pair / config.head_width)
+    if config.rope_scaling == "none":
+        return plain
+    original, low, high = config.rope_original_positions, config.rope_low_frequency_factor, config.rope_high_frequency_factor
+    wavelength = 2 * math.pi / plain
+    if wavelength < original / high:
+        return plain
+    if wavelength > original / low:
+        return plain / config.rope_factor
+    smooth = (original / wavelength - low) / (high - low)
+    return (1 - smooth) * plain / config.rope_factor + smooth * plain
 
 
 def feed_forward(config: ModelConfig, parts: Weights, x: torch.Tensor) -> torch.Tensor:

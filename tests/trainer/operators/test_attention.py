@@ -22,25 +22,31 @@ SLOPES = torch.tensor([0.7, 0.2, 0.003], dtype=torch.float64)
 
 
 def masked_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slopes: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """torch's attention with a mask that is written out."""
     positions = torch.arange(query.shape[2], dtype=query.dtype)
     distances = positions - positions.unsqueeze(1)
     mask = torch.zeros_like(distances) if slopes is None else slopes.to(query.dtype).view(-1, 1, 1) * distances
-    return F.scaled_dot_product_attention(query, key, value, mask.masked_fill(distances > 0, -torch.inf))
+    hidden = (distances > 0) | (-distances >= (window or query.shape[2]))
+    return F.scaled_dot_product_attention(query, key, value, mask.masked_fill(hidden, -torch.inf))
 
 
 @pytest.mark.parametrize(("rows", "elements"), [(64, 2**20), (1, 1), (3, 50), (7, 260), (100, 10)])
 @pytest.mark.parametrize("slopes", [None, SLOPES], ids=["", "slopes"])
+@pytest.mark.parametrize("window", [None, 1, 4, 9, 20])
 def test_it_does_not_depend_on_the_blocks(
-    rows: int, elements: int, slopes: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+    rows: int, elements: int, slopes: torch.Tensor | None, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One block, blocks that leave a rest of rows and of heads, blocks of one row: all are torch's attention."""
     monkeypatch.setattr(attention, "_BLOCK_ROWS", rows)
     monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", elements)
     inputs = [draw(2, 9, 3, 4, seed) for seed in range(3)]
-    results = attention_in_blocks(*inputs, slopes), masked_attention(*inputs, slopes)
+    results = attention_in_blocks(*inputs, slopes, window), masked_attention(*inputs, slopes, window)
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
     seed = draw(2, 9, 3, 4, 3).detach()
     for own, reference in zip(*(torch.autograd.grad(result, inputs, seed) for result in results), strict=True):
@@ -108,6 +114,23 @@ def test_slopes_and_positions_are_not_rounded(dtype: torch.dtype, length: int, e
     found = [result, *torch.autograd.grad(result, narrow[:3], narrow[3])]
     for own, reference in zip(found, [expected, *torch.autograd.grad(expected, exact[:3], exact[3])], strict=True):
         assert (own.double() - reference).norm() <= error * reference.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("slopes", [None, torch.tensor([0.7, 0.2, 0.3, 0.003])], ids=["", "slopes"])
+def test_a_window_hides_older_keys(
+    dtype: torch.dtype, compiling: bool, slopes: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With heads that share keys, in blocks and, where the layer is compiled, by torch's kernel."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    query, key, value = (draw(1, 150, heads, 8, seed, dtype).detach() for seed, heads in enumerate((4, 2, 2)))
+    exact = query.double(), *(x.double().repeat_interleave(2, 1) for x in (key, value))
+    slopes = None if slopes is None else slopes.to(accurate_dtype(dtype))
+    found, expected = causal_attention(query, key, value, slopes, 70), masked_attention(*exact, slopes, 70)
+    assert found.dtype == dtype
+    error = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    assert (found.double() - expected).norm() <= error * expected.norm()
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8, 12, 112])

@@ -58,6 +58,7 @@ KERNELS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]]]] = {
     "grouped_linears_of_a_product": (lambda x, y, w: grouped_linears(x, COUNTS, w, factor=y)[0], [(5, 4), (5, 4), (5, 3, 4)]),
     "grouped_linears_no_rows": (lambda x, w: grouped_linears(x, [0, 0], w)[0], [(0, 4), (2, 3, 4)]),
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-2), [(2, 3, 4), (4,)]),
+    "causal_attention_in_a_window": (lambda q, k, v: causal_attention(q, k, v, window=2), [(2, 2, 3, 4)] * 3),
     "layer_norm": (lambda x, w, b: layer_norm(x, w, b, 1e-2), [(2, 3, 4), (4,), (4,)]),
     "rotate": (lambda x: rotate(x, COS.to(x.device), SIN.to(x.device)), [(2, 3, 2, 4)]),
     "causal_attention": (causal_attention, [(2, 2, 3, 4)] * 3),

@@ -131,6 +131,25 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"model__hidden": 18}, "or model.head_dim", {"model__head_dim": 4}),
     ({"model__head_dim": 5}, "model.head_dim=5 must be even for rotary positions; give model.head_dim=6", {"model__head_dim": 6}),
     ({"model__head_dim": 0}, "must be at least 1, or leave it out", {"model__head_dim": None}),
+    ({"model__qk_norm_over": "all"}, "change model.qk_norm or give model.qk_norm_over=head", {"model__qk_norm": True}),
+    ({"model__window": 0}, "model.window=0 must be at least 1", {"model__window": 1}),
+    ({"model__full_attention_every": 2}, "no effect with model.window=null; change model.window or", {"model__window": 4}),
+    (
+        {"model__window": 4, "model__full_attention_every": 1},
+        "give model.full_attention_every=2 or more",
+        {"model__full_attention_every": 2},
+    ),
+    ({"model__rope_factor": 4.0}, "change model.rope_scaling or give model.rope_factor=8.0", {"model__rope_scaling": "llama3"}),
+    (
+        {"model__rope_scaling": "llama3", "model__rope_low_frequency_factor": 4.0},
+        "give e.g. model.rope_low_frequency_factor=1.0",
+        {"model__rope_low_frequency_factor": 1.0},
+    ),
+    (
+        {"model__positions": "none", "model__rope_scaling": "llama3"},
+        "no effect with model.positions=none",
+        {"model__positions": "rotary"},
+    ),
     ({"model__layers": 0}, "model.layers=0 must be at least 1", {"model__layers": 1}),
     ({"model__vocab_multiple": 0}, "must be at least 1", {"model__vocab_multiple": 1}),
     # training

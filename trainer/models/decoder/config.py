@@ -14,8 +14,11 @@ MOST_LAYERS = 2**14
 LONGEST_ALIBI = 2**16
 """The most positions that `operators.alibi` tells apart."""
 CHOICES = {"norm": ("rms", "layer"), "activation": ("swiglu", "gelu"),
-           "positions": ("rotary", "learned", "alibi", "none"), "bias": ("none", "attention", "all")}  # fmt: skip
+           "positions": ("rotary", "learned", "alibi", "none"), "bias": ("none", "attention", "all"),
+          "norm_position": ("before", "after"), "qk_norm_over": ("head", "all"), "rope_scaling": ("none", "llama3")}  # fmt: skip
 """The values of the keys of `model.*` that are names."""
+_SCALING = ("rope_factor", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_positions")
+"""The keys that take effect with model.rope_scaling only."""
 _RAREST = 10.0
 """No initial weight is further from 0 than this many standard deviations."""
 
@@ -76,14 +79,33 @@ class ModelConfig:
     head_dim: int | None = field(default=None, metadata={"example": "128"})
     """The width of a head; left out, model.hidden / model.heads."""
     qk_norm: bool = False
-    """Whether query and key are normalised before attention, head by head: an RMSNorm over the width of a head, with a weight that
-    all heads share, as in Qwen3 (arXiv 2505.09388)."""
+    """Whether query and key are normalised before attention by an RMSNorm; `qk_norm_over` says over what."""
+    qk_norm_over: str = "head"
+    """head: over the width of each head, with a weight that all heads share, as in Qwen3 (arXiv 2505.09388) | all: over all heads
+    together, with a weight for each element, as in OLMo 2 (arXiv 2501.00656)."""
     positions: str = "rotary"
     """How attention knows the order of tokens: rotary (rotated queries and keys) | learned (a vector for each position, added to
     the embedding) | alibi (a bias that falls with the distance, arXiv 2108.12409) | none (by causality alone)."""
     max_positions: int | None = field(default=None, metadata={"example": "2048"})
     """learned only: the number of vectors, at least data.sequence_length."""
     rope_theta: float = 10000.0
+    rope_scaling: str = "none"
+    """How the angles of rotary positions are changed for sequences longer than those of an earlier training: none | llama3 (slow
+    rotations become slower still by rope_factor, as in Llama 3.1, arXiv 2407.21783)."""
+    rope_factor: float = 8.0
+    """llama3 only: the factor by which slow rotations are slowed down."""
+    rope_low_frequency_factor: float = 1.0
+    """llama3 only: rotations that turn less often than this within rope_original_positions are slowed down by the whole factor."""
+    rope_high_frequency_factor: float = 4.0
+    """llama3 only: rotations that turn more often than this within rope_original_positions stay as they are; those between the two
+    are slowed down in part."""
+    rope_original_positions: int = 8192
+    """llama3 only: the length of the sequences of the earlier training."""
+    window: int | None = field(default=None, metadata={"example": "4096"})
+    """The number of latest tokens, its own included, that each token attends to (arXiv 2310.06825, section 2); left out, all."""
+    full_attention_every: int | None = field(default=None, metadata={"example": "4"})
+    """With model.window, layer i (from 0) attends to all tokens nevertheless when (i + 1) is divisible by this; left out, none
+    does."""
     activation: str = "swiglu"
     """The feed-forward, also that of experts: swiglu (with a gate) | gelu (without a gate, GELU in its tanh form)."""
     bias: str = "none"
@@ -91,6 +113,9 @@ class ModelConfig:
     as in GPT-2 and BLOOM; never routers, experts and the head)."""
     norm: str = "rms"
     """How hidden states are normalised: rms (RMSNorm, with a weight) | layer (LayerNorm, with a weight and a bias)."""
+    norm_position: str = "before"
+    """Where a layer's norms are: before (each normalises the input of attention or feed-forward) | after (their output, before it
+    is added to the hidden states, as in OLMo 2, arXiv 2501.00656)."""
     embedding_norm: bool = False
     """Whether the embedding is normalised before the first layer, as in BLOOM (arXiv 2211.05100)."""
     norm_epsilon: float = 1e-5
@@ -132,6 +157,11 @@ class ModelConfig:
         of biases may change; only whether there are biases belongs to the model."""
         return (saved is None) == (here is None) if key == "model.moe.bias_rate" else bool(saved == here)
 
+    def window_of(self, layer: int) -> int | None:
+        """Returns how many tokens, its own included, a token attends to in `layer` (from 0); None for all."""
+        every = self.full_attention_every
+        return None if every and (layer + 1) % every == 0 else self.window
+
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe.experts > 0 and (layer + 1) % self.moe.every == 0
 
@@ -151,6 +181,7 @@ class ModelConfig:
                     f"model.{name}={getattr(self, name)} must be positive, e.g. model.{name}={getattr(ModelConfig, name)}"
                 )
         require_representable("model", self, "float64" if dtype == "float64" else "float32", "norm_epsilon", "rope_theta")
+        self._validate_window()
         require_representable("model", self, dtype, "initial_std")
         if self.initial_std > RANGES[dtype][1] / _RAREST:
             raise RecipeError(f"model.initial_std={self.initial_std} makes initial weights that {dtype} cannot hold; "
@@ -179,10 +210,32 @@ class ModelConfig:
         if self.key_value_heads < 1 or self.heads % self.key_value_heads:
             fits = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
             raise RecipeError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}; give one of {fits}")
+        if not self.qk_norm:
+            refuse_unused("model", self, ["qk_norm_over"], "model.qk_norm=false")
+
+    def _validate_window(self) -> None:
+        require_at_least(1, "model", self, "window", "full_attention_every")
+        if self.window is None:
+            refuse_unused("model", self, ["full_attention_every"], "model.window=null")
+        elif self.full_attention_every == 1:
+            raise RecipeError(f"model.full_attention_every=1 leaves no layer with model.window={self.window}; leave model.window "
+                              "out or give model.full_attention_every=2 or more")  # fmt: skip
+
+    def _validate_scaling(self) -> None:
+        if self.rope_scaling == "none":
+            return refuse_unused("model", self, list(_SCALING), "model.rope_scaling=none")
+        require_at_least(1, "model", self, "rope_factor", "rope_original_positions")
+        low, high = self.rope_low_frequency_factor, self.rope_high_frequency_factor
+        if not 0 < low < high:
+            raise RecipeError(f"model.rope_low_frequency_factor={low} must be above 0 and below model.rope_high_frequency_factor="
+                              f"{high}; give e.g. model.rope_low_frequency_factor={abs(high) / 4}")  # fmt: skip
+        return None
 
     def _validate_positions(self) -> None:
-        if self.positions != "rotary":
-            refuse_unused("model", self, ["rope_theta"], f"model.positions={self.positions}")
+        if self.positions == "rotary":
+            self._validate_scaling()
+        else:
+            refuse_unused("model", self, ["rope_theta", "rope_scaling", *_SCALING], f"model.positions={self.positions}")
         if self.positions != "learned":
             refuse_unused("model", self, ["max_positions"], f"model.positions={self.positions}")
         elif self.max_positions is None:

@@ -3,7 +3,7 @@
 Convention: that of PaLM (Chowdhery et al. 2022, appendix B: 2 FLOPs for each weight a token is multiplied with, plus attention),
 and where PaLM leaves it open or counts too much:
 - the embedding lookup multiplies nothing and is left out; the head counts, with the vocabulary without padding;
-- causal attention counts the half that is needed, (S + 1) / 2 keys for the average token, where PaLM counts all S;
+- causal attention counts what is needed, without a window (S + 1) / 2 keys for the average token, where PaLM counts all S;
 - of the experts only those a token passes count (top k and shared), and the router.
 Norms, activations, rotary positions and softmax are left out. A product's backward pass costs it twice: once for the gradient of
 its input, once for that of its weight; attention's own products have two inputs and no weight.
@@ -40,11 +40,13 @@ class Flops:
         return self.forward + self.input_gradient + self.weight_gradient
 
 
-def attention_flops(model: ModelConfig, sequence_length: int) -> Flops:
-    """Returns the FLOPs of a layer's attention, with its projections, for a token of a sequence of `sequence_length` tokens."""
+def attention_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flops:
+    """Returns the FLOPs of the attention of `layer` (from 0), with its projections, for a token of a sequence of `sequence_length`
+    tokens."""
     head_width, key_value_width = model.heads * model.head_width, model.key_value_heads * model.head_width
     projections = 2 * model.hidden * (2 * head_width + 2 * key_value_width)
-    keys = (sequence_length + 1) / 2
+    window = min(model.window_of(layer) or sequence_length, sequence_length)
+    keys = window - window * (window - 1) / (2 * sequence_length)  # the first tokens of a sequence have fewer before them
     return Flops(float(projections), 2 * (2 * head_width * keys))
 
 
@@ -56,7 +58,7 @@ def layer_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flops:
         feed_forward = unit * moe.ffn * (moe.top_k + moe.shared_experts) + 2 * model.hidden * moe.experts
     else:
         feed_forward = unit * model.ffn
-    attention = attention_flops(model, sequence_length)
+    attention = attention_flops(model, layer, sequence_length)
     return Flops(attention.weights + feed_forward, attention.attention)
 
 

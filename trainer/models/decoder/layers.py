@@ -4,19 +4,20 @@ Shapes: B micro-batch, S sequence, H hidden, A heads on this rank, D head width,
 the number of its heads or columns from its weights, so it works on a whole matrix and on a part of one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bagualu.comm.group import Group
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.operators.alibi import Slopes
 from bagualu.trainer.operators.attention import causal_attention
 from bagualu.trainer.operators.linear import linears
 from bagualu.trainer.operators.norm import layer_norm, rms_norm
-from bagualu.trainer.operators.rotary import RotaryPositions, rotate
+from bagualu.trainer.operators.rotary import RotaryPositions, Scaling, rotate
 
 gelu = partial(F.gelu, approximate="tanh")
 Attend = Callable[..., torch.Tensor]
@@ -40,13 +41,16 @@ def project(x: torch.Tensor, *layers: Linear, wide: bool = False) -> tuple[torch
 
 
 class RMSNorm(nn.Module):
+    """`group` is set where the width is split over ranks: those that hold its parts."""
+
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.epsilon = epsilon
+        self.group: Group | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.epsilon)
+        return rms_norm(x, self.weight, self.epsilon, self.group)
 
 
 class LayerNorm(nn.Module):
@@ -71,32 +75,35 @@ class Attention(nn.Module):
     Two attributes can be replaced, by a chip's own kernel, parallelism over the sequence or generation with a cache: `attend` mixes
     query [B, A, S, D] with key and value, which have fewer heads if heads are grouped, to [B, A, S, D], and gets the slopes [A] as
     a fourth argument if the model has any (`operators.alibi`); `positions`, None without rotary positions, gives cos and sin of the
-    angles of the S tokens that this rank holds.
+    angles of the S tokens that this rank holds. Whatever replaces `attend` must let each token attend to its latest `window` tokens
+    only, unless `window` is None.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, window: int | None = None) -> None:
         super().__init__()
-        self.head_dim = config.head_width
+        self.head_dim, self.window, self.norms_all_heads = config.head_width, window, config.qk_norm_over == "all"
         wide, narrow = (heads * config.head_width for heads in (config.heads, config.key_value_heads))
         biased = config.bias != "none"
         self.query = Linear(config.hidden, wide, biased)
         self.key = Linear(config.hidden, narrow, biased)
         self.value = Linear(config.hidden, narrow, biased)
         self.output = Linear(wide, config.hidden, config.bias == "all")
-        self.query_norm, self.key_norm = (
-            RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None for _ in range(2)
-        )
-        rotary, alibi = config.positions == "rotary", config.positions == "alibi"
-        self.positions: Positions | None = RotaryPositions(config.head_width, config.rope_theta) if rotary else None
-        self.slopes = Slopes(config.heads) if alibi else None
-        self.attend: Attend = causal_attention
+        normed = (wide, narrow) if self.norms_all_heads else (self.head_dim, self.head_dim)
+        self.query_norm, self.key_norm = (RMSNorm(n, config.norm_epsilon) if config.qk_norm else None for n in normed)
+        self.positions: Positions | None = _rotations(config) if config.positions == "rotary" else None
+        self.slopes = Slopes(config.heads) if config.positions == "alibi" else None
+        self.attend: Attend = causal_attention if window is None else partial(causal_attention, window=window)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, H] -> [B, S, H], without the output's bias"""
         projected = project(x, self.query, self.key, self.value, wide=True)
-        query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)  # [B, S, A, D]
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = projected
+        norms = self.query_norm, self.key_norm
+        if self.norms_all_heads:
+            query, key = _normed(norms, query, key)
+        query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in (query, key, value))  # [B, S, A, D]
+        if not self.norms_all_heads:
+            query, key = _normed(norms, query, key)
         if self.positions is not None:
             cos, sin = self.positions(x.shape[1], x.dtype, x.device)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
@@ -110,6 +117,17 @@ class Attention(nn.Module):
             self.positions(length, dtype, device)
         if self.slopes is not None:
             self.slopes(self.query.weight.shape[0] // self.head_dim, dtype, device)
+
+
+def _rotations(config: ModelConfig) -> RotaryPositions:
+    scaling = Scaling(
+        config.rope_factor, config.rope_low_frequency_factor, config.rope_high_frequency_factor, config.rope_original_positions
+    )
+    return RotaryPositions(config.head_width, config.rope_theta, None if config.rope_scaling == "none" else scaling)
+
+
+def _normed(norms: Sequence[RMSNorm | None], *x: torch.Tensor) -> list[torch.Tensor]:
+    return [one if norm is None else norm(one) for norm, one in zip(norms, x, strict=True)]
 
 
 class FeedForward(nn.Module):

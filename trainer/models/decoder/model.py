@@ -71,14 +71,14 @@ class Head(Linear):
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream. With `recompute` attention or experts, the backward
-    pass computes this part again from its input."""
+    """Attention and feed-forward, each added to the residual stream, with a norm before or after it. With `recompute` attention or
+    experts, the backward pass computes this part again from its input."""
 
     def __init__(self, config: ModelConfig, index: int, recompute: str = "none") -> None:
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.norms_after = recompute, config.norm_position == "after"
         self.attention_norm = norm_of(config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, config.window_of(index))
         self.feed_forward_norm = norm_of(config)
         mixture = config.is_moe_layer(index)
         self.feed_forward = MixtureOfExperts(config) if mixture else FeedForward(config, config.ffn, bias=config.bias == "all")
@@ -100,14 +100,17 @@ class Layer(nn.Module):
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, H] -> [B, S, H], what attention adds to it"""
-        return _with_bias(self.attention(self.attention_norm(x)), self.attention.output)
+        added = _with_bias(self.attention(x if self.norms_after else self.attention_norm(x)), self.attention.output)
+        return self.attention_norm(added) if self.norms_after else added
 
     def feed(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [B, S, H] -> what the feed-forward or the mixture returns"""
-        added: torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.feed_forward(self.feed_forward_norm(x))
-        if isinstance(added, torch.Tensor) and isinstance(self.feed_forward, FeedForward):
-            return _with_bias(added, self.feed_forward.down)
-        return added
+        """x [B, S, H] -> what is to be added to x, and for a mixture the other two results of `MixtureOfExperts`"""
+        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+        result = self.feed_forward(x if self.norms_after else self.feed_forward_norm(x))
+        if isinstance(result, tuple):
+            return (self.feed_forward_norm(result[0]), *result[1:]) if self.norms_after else result
+        added = _with_bias(result, self.feed_forward.down) if isinstance(self.feed_forward, FeedForward) else result
+        return self.feed_forward_norm(added) if self.norms_after else added
 
 
 def _with_bias(added: torch.Tensor, last: Linear) -> torch.Tensor:

@@ -18,13 +18,15 @@ def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
     the biases of a block's output see only a slice of the sequence, so each rank has only a part of their gradient."""
     vocabulary = replace(ROWS, rows=config.vocab)
     norm = Placement(partial_over="tensor" if sequence else None, initial="ones")
+    of_heads = Placement(partial_over="tensor", initial="ones")
+    over_all = config.qk_norm_over == "all"
     zeros = replace(norm, initial="zeros")
     placements = (
         ("embedding.weight", vocabulary),
         ("head.weight", vocabulary),
         ("embedding.positions.weight", replace(norm, initial="normal")),
-        # Each tensor rank normalises its own heads, so it has only a part of the gradient of the weight that all heads share.
-        ("layers.*.attention.*_norm.weight", Placement(partial_over="tensor", initial="ones")),
+        # Each tensor rank normalises its own heads, so it has only a part of the gradient of a weight that all heads share.
+        ("layers.*.attention.*_norm.weight", replace(ROWS, initial="ones") if over_all else of_heads),
         ("*norm.weight", norm),
         ("*norm.bias", zeros),
         ("layers.*.attention.output.weight", COLUMNS),
@@ -46,6 +48,7 @@ def decoder_plan(config: ModelConfig, sequence: bool) -> ShardingPlan:
         ("embedding.positions", "positions"),
         ("layers.*.attention", "block"),
         ("layers.*.attention.slopes", "heads"),
+        *((("layers.*.attention.*_norm", "norm"),) if over_all else ()),
         ("layers.*.feed_forward", "block"),
         ("layers.*.feed_forward.experts", "experts"),
         ("head", "head"),

@@ -33,7 +33,7 @@ def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
         **_linear("attention.key", narrow, hidden, model.bias != "none"),
         **_linear("attention.value", narrow, hidden, model.bias != "none"),
         **_linear("attention.output", hidden, heads, model.bias == "all"),
-        **{f"attention.{name}_norm.weight": (model.head_width,) for name in ("query", "key") if model.qk_norm},
+        **(_query_and_key_norms(model) if model.qk_norm else {}),
         **norm_shapes(model, "feed_forward_norm"),
     }
     if not model.is_moe_layer(index):
@@ -48,6 +48,11 @@ def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
 def layer_buffers(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
     """Returns the global shapes of a decoder layer's buffers, by name; {} if it has none."""
     return {"feed_forward.router.bias": (model.moe.experts,)} if model.is_moe_layer(index) and model.moe.has_bias else {}
+
+
+def _query_and_key_norms(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    heads = (model.heads, model.key_value_heads) if model.qk_norm_over == "all" else (1, 1)
+    return {f"attention.{name}_norm.weight": (n * model.head_width,) for name, n in zip(("query", "key"), heads, strict=True)}
 
 
 def _inputs(model: ModelConfig) -> tuple[str, ...]:
