@@ -41,7 +41,15 @@ setup(
     ],
     extras_require={
         "deepspeed": DEEPSPEED,
-        "test": ["pytest>=8.0", "safetensors>=0.4", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", *DEEPSPEED],
+        "test": [
+            "pytest>=8.0",
+            "safetensors>=0.4",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "transformers>=5.0",
+            *DEEPSPEED,
+        ],
         "lint": ["ruff>=0.5", "mypy>=1.10", "types-psutil", "types-PyYAML"],
         "bench": DEEPSPEED,
     },

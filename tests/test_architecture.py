@@ -67,6 +67,7 @@ ROOMS = {
     "trainer/engine": ("models", "models/decoder", "optim", "recipe"),
     "trainer/models": (),
     "trainer/models/decoder": ("models", "operators"),
+    "trainer/models/hugging_face": ("models/decoder",),
     "trainer/operators": (),
     "trainer/optim": (),
     "trainer/output": ("optim", "process", "recipe"),

@@ -1,0 +1,240 @@
+"""Translates config.json of Hugging Face to keys of `model.*` and back. It does not import torch."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bagualu.comm.errors import RecipeError
+from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+from bagualu.trainer.models.hugging_face.families import DEFAULTS, FAMILIES, ModelFamily, family_of
+
+_NAMES = {
+    "num_hidden_layers": "layers", "hidden_size": "hidden", "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
+    "vocab_size": "vocab", "tie_word_embeddings": "tie_embeddings", "rms_norm_eps": "norm_epsilon",
+    "initializer_range": "initial_std",
+}  # fmt: skip
+"""Maps fields of config.json to keys of `model.*` with the same values."""
+_REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")
+_SCALING = {
+    "factor": "rope_factor",
+    "low_freq_factor": "rope_low_frequency_factor",
+    "high_freq_factor": "rope_high_frequency_factor",
+    "original_max_position_embeddings": "rope_original_positions",
+}
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"), "attention_dropout": (0, None), "pretraining_tp": (1, None), "router_jitter_noise": (0, None),
+    "mlp_only_layers": ([], None), "partial_rotary_factor": (1, None), "quantization_config": (None,), "auto_map": (None,),
+    "is_encoder_decoder": (False,), "chunk_size_feed_forward": (0,),
+}  # fmt: skip
+"""Fields whose other values would make another model, or train it otherwise, with the values that are the decoder's."""
+_OF_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
+_WITHOUT_EFFECT = _OF_TOKENS | {
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "output_router_logits",
+    "router_aux_loss_coef", "_name_or_path", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id",
+    "problem_type", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "experts_implementation",
+}  # fmt: skip
+"""Fields on which the logits of a model do not depend."""
+_READ = {"head_dim", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "sliding_window",
+         "use_sliding_window", "max_window_layers", "layer_types", "intermediate_size"}  # fmt: skip
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What config.json says."""
+
+    family: ModelFamily
+    model: ModelConfig
+    kept: dict[str, Any] = field(default_factory=dict)
+    """Fields of tokens and positions, which an export repeats."""
+
+
+def read_config(config: Mapping[str, Any], where: str) -> Description:
+    """Returns the model that the fields `config` describe. `where`: the file, for messages. Raises RecipeError for an architecture
+    or a field that the decoder does not have, by name."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise RecipeError(f"{where} is of model_type={config.get('model_type')}, which the decoder is not; there are "
+                          f"{', '.join(FAMILIES)}")  # fmt: skip
+    if "num_experts" in family.mixture and "num_local_experts" in config:  # the name that transformers 5 writes
+        others = {name: value for name, value in config.items() if name != "num_local_experts"}
+        config = {"num_experts": config["num_local_experts"], **others}
+    named = config.get("architectures") or [family.architecture]
+    if named != [family.architecture]:
+        raise RecipeError(f"{where} is of architectures={named}; only {family.architecture} has the parameters of a decoder with a "
+                          "head for the next token")  # fmt: skip
+    _refuse_unknown(config, family, where)
+    if missing := [name for name in _REQUIRED if config.get(name) is None]:
+        raise RecipeError(f"{where} lacks {', '.join(missing)}; give the whole directory as it was published")
+    fields = {**DEFAULTS, **family.defaults, **config}
+    try:
+        model = ModelConfig(**_keys(fields, config, family, where))
+        model.validate()
+    except (TypeError, ValueError, KeyError) as error:
+        raise RecipeError(f"{where} has a value of a wrong kind ({error}); give the file as it was published") from error
+    except RecipeError as error:
+        raise RecipeError(f"{where} describes no model that can be trained: {error}") from error
+    return Description(family, model, {name: config[name] for name in sorted(_OF_TOKENS & config.keys())})
+
+
+def _refuse_unknown(config: Mapping[str, Any], family: ModelFamily, where: str) -> None:
+    known = _NAMES.keys() | _ONLY.keys() | _WITHOUT_EFFECT | _READ | family.mixture.keys() | family.defaults.keys()
+    if unknown := sorted(config.keys() - known):
+        named = ", ".join(f"{name}={config[name]}" for name in unknown)
+        raise RecipeError(f"{where} has {named}, which the decoder does not know; "
+                          "remove the field if the model does not depend on it")  # fmt: skip
+    for name, allowed in _ONLY.items():
+        if name in config and config[name] not in allowed:
+            raise RecipeError(f"{where} has {name}={config[name]}, but the decoder has only {name}={allowed[0]}")
+
+
+def _keys(fields: Mapping[str, Any], given: Mapping[str, Any], family: ModelFamily, where: str) -> dict[str, Any]:
+    """Returns the keys of `model.*`. `fields`: those of config.json with defaults; `given`: without."""
+    keys: dict[str, Any] = {key: fields[name] for name, key in _NAMES.items() if name in fields}
+    window, every = _window(fields, given, family, where)
+    keys |= {**family.fixed, "bias": _bias(fields, family, where), "window": window, "full_attention_every": every}
+    keys |= _rope(fields, given, where)
+    width = fields.get("head_dim")
+    if width is not None and family.head_dim and width * fields["num_attention_heads"] != fields["hidden_size"]:
+        keys["head_dim"] = width
+    elif width is not None and not family.head_dim and width * fields["num_attention_heads"] != fields["hidden_size"]:
+        raise RecipeError(
+            f"{where} has head_dim={width}, but heads of {family.model_type} are hidden_size / num_attention_heads wide"
+        )
+    if not family.mixture:
+        return keys | {"ffn": fields["intermediate_size"]}
+    moe = {key: fields[name] for name, key in family.mixture.items() if name in fields}
+    if family.model_type == "mixtral":
+        moe["renormalise"] = True
+    else:
+        keys["ffn"] = fields["intermediate_size"]
+    return keys | {"moe": MoEConfig(**moe)}
+
+
+def _bias(fields: Mapping[str, Any], family: ModelFamily, where: str) -> str:
+    attention, feed_forward = bool(fields.get("attention_bias")), bool(fields.get("mlp_bias"))
+    fixed = str(family.fixed.get("bias", "none"))
+    if not attention and not feed_forward:
+        return fixed
+    if family.model_type == "llama" and attention and feed_forward:
+        return "all"
+    raise RecipeError(f"{where} has attention_bias={attention} and mlp_bias={feed_forward}; of biases that config.json chooses, "
+                      "the decoder has only those of Llama with both")  # fmt: skip
+
+
+def _rope(fields: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns the keys of rotary positions from the old fields (rope_theta and rope_scaling), the new one (rope_parameters), or
+    both if they agree."""
+    found = list(_ropes(given))
+    old = {"rope_theta": given.get("rope_theta"), **(given.get("rope_scaling") or {})}
+    if not found or any(value is not None for value in old.values()):
+        found.append(old)
+    read = [_rope_keys({**fields, **{key: value for key, value in one.items() if value is not None}}, one, where) for one in found]
+    if any(one != read[0] for one in read):
+        raise RecipeError(f"{where} gives the angles of positions more than once, and not the same (rope_theta, rope_scaling, "
+                          "rope_parameters); the decoder has the same angles in all layers")  # fmt: skip
+    return read[0]
+
+
+def _ropes(given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields what rope_parameters holds: the angles of all layers or, nested, those of each kind of attention."""
+    parameters = given.get("rope_parameters") or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    yield from nested or ([parameters] if parameters else [])
+
+
+def _rope_keys(fields: Mapping[str, Any], own: Mapping[str, Any], where: str) -> dict[str, Any]:
+    kind = own.get("rope_type") or own.get("type") or "default"
+    if kind not in ("default", "llama3") or own.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise RecipeError(f"{where} has rope_type={kind}, partial_rotary_factor={own.get('partial_rotary_factor', 1)}; the decoder "
+                          "has rope_type=default and llama3, over whole heads")  # fmt: skip
+    keys: dict[str, Any] = {"rope_theta": float(fields["rope_theta"])}
+    if kind == "default":
+        return keys
+    values = {"original_max_position_embeddings": fields.get("max_position_embeddings"), **own}
+    if missing := [name for name in _SCALING if values.get(name) is None]:
+        raise RecipeError(f"{where} has rope_type=llama3 without {', '.join(missing)}")
+    scaled = {key: type(getattr(ModelConfig, key))(values[name]) for name, key in _SCALING.items()}
+    return keys | {"rope_scaling": "llama3"} | scaled
+
+
+def _window(fields: Mapping[str, Any], given: Mapping[str, Any], family: ModelFamily, where: str) -> tuple[int | None, int | None]:
+    """Returns model.window and model.full_attention_every."""
+    size, layers = fields.get("sliding_window"), fields["num_hidden_layers"]
+    if family.window == "none" or (family.model_type.startswith("qwen") and not fields.get("use_sliding_window")):
+        size = None
+    kinds = fields.get("layer_types")
+    if kinds is None and family.window == "late":
+        kinds = [_SLIDING if layer >= fields.get("max_window_layers", 28) else _FULL for layer in range(layers)]
+    elif kinds is None and family.window == "layer_types":
+        kinds = [_FULL if (layer + 1) % 4 == 0 else _SLIDING for layer in range(layers)]
+    if size is None:
+        if _SLIDING in (given.get("layer_types") or ()):
+            raise RecipeError(f"{where} has layer_types={given['layer_types']} without a sliding_window in use")
+        return None, None
+    if kinds is None or set(kinds) == {_SLIDING}:
+        return size, None
+    if set(kinds) == {_FULL}:
+        return None, None
+    every = kinds.index(_FULL) + 1 if _FULL in kinds else 0
+    if kinds != [_FULL if every and (layer + 1) % every == 0 else _SLIDING for layer in range(layers)]:
+        raise RecipeError(f"{where} has a window in layers that model.full_attention_every does not describe: {kinds}")
+    return size, every
+
+
+def write_config(model: ModelConfig, dtype: str, kept: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """Returns the fields of config.json for `model`, with weights of `dtype`, by the names that transformers 5 reads and by those
+    of 4.57. `kept`: fields of tokens and positions of the model's origin. `longest`: the number of positions unless `kept` has it.
+    Raises RecipeError for a model that no family of transformers describes."""
+    family = family_of(model)
+    if family is None:
+        raise RecipeError(f"no architecture of transformers that is known here ({', '.join(FAMILIES)}) describes this model: "
+                          f"{_unusual(model)}")  # fmt: skip
+    fields: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    fields |= {name: getattr(model, key) for name, key in _NAMES.items()}
+    fields |= {"num_key_value_heads": model.key_value_heads, "hidden_act": "silu", "use_cache": True, "attention_dropout": 0.0}
+    fields |= {"intermediate_size": model.ffn, "dtype": dtype, "torch_dtype": dtype}
+    fields |= {"max_position_embeddings": longest, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **kept}
+    if family.head_dim:
+        fields["head_dim"] = model.head_width
+    if family.model_type == "llama":
+        fields |= {"attention_bias": model.bias == "all", "mlp_bias": model.bias == "all"}
+    fields |= {name: getattr(model.moe, key) for name, key in family.mixture.items()}
+    if "norm_topk_prob" in family.mixture:
+        fields |= {"norm_topk_prob": model.moe.renormalises, "mlp_only_layers": [], "num_local_experts": model.moe.experts}
+    return fields | _window_fields(model, family) | _rope_fields(model, family)
+
+
+def _rope_fields(model: ModelConfig, family: ModelFamily) -> dict[str, Any]:
+    angles: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_type": "default"}
+    scaling = None
+    if model.rope_scaling != "none":
+        scaling = {"rope_type": model.rope_scaling, **{name: getattr(model, key) for name, key in _SCALING.items()}}
+        angles |= scaling
+    both = {_SLIDING: dict(angles), _FULL: dict(angles)} if family.window == "layer_types" else angles
+    return {"rope_theta": model.rope_theta, "rope_scaling": scaling, "rope_parameters": both}
+
+
+def _window_fields(model: ModelConfig, family: ModelFamily) -> dict[str, Any]:
+    if family.window == "none":
+        return {}
+    windows = [model.window_of(layer) for layer in range(model.layers)]
+    fields: dict[str, Any] = {"sliding_window": model.window}
+    if family.model_type.startswith("qwen"):
+        fields["use_sliding_window"] = model.window is not None
+    if family.window in ("late", "layer_types"):
+        fields["layer_types"] = [_FULL if window is None else _SLIDING for window in windows]
+    if family.window == "late":
+        fields["max_window_layers"] = model.layers if model.window is None else 0
+    return fields
+
+
+def _unusual(model: ModelConfig) -> str:
+    plain = ModelConfig()
+    names = ("norm", "norm_position", "activation", "positions", "bias", "embedding_norm", "qk_norm", "qk_norm_over", "window",
+             "full_attention_every", "head_dim")  # fmt: skip
+    values = [f"model.{name}={getattr(model, name)}" for name in names if getattr(model, name) != getattr(plain, name)]
+    if model.moe.experts:
+        values += [f"model.moe.{name}={getattr(model.moe, name)}"
+                   for name in ("experts", "shared_experts", "every", "bias_rate", "renormalise")]  # fmt: skip
+    return " ".join(values)
