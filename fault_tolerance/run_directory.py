@@ -53,6 +53,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def hugging_face(self) -> Path:
+        """The folder with configuration and tokenizer of the model of Hugging Face that the run began with (trainer/conversion)."""
+        return self.path / "hugging_face"
+
+    @property
     def logs(self) -> Path:
         """The folder with the output of the ranks and of the batch job."""
         return self.path / "logs"

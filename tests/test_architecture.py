@@ -62,6 +62,7 @@ ROOMS = {
     "parallel/pipeline/schedules": (),
     "parallel/planner": ("pipeline",),
     "parallel/simulation": ("pipeline", "pipeline/schedules"),
+    "trainer/conversion": ("models/decoder", "models/hugging_face", "recipe"),
     "trainer/costs": ("data", "models/decoder", "optim", "recipe"),
     "trainer/data": (),
     "trainer/engine": ("models", "models/decoder", "optim", "recipe"),
@@ -84,6 +85,7 @@ DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from
         "bagualu.comm.errors",
         "bagualu.trainer.process.failure",
     },
+    "launch/verbs/checkpoint.py": {"bagualu.trainer.conversion.export_model", "bagualu.trainer.conversion.import_model"},  # torch
     "launch/verbs/rehearse.py": {"bagualu.fault_tolerance.checkpoint.reading.compare"},
     "launch/verbs/plan.py": {  # torch
         "bagualu.launch.verbs.plan_text",
@@ -446,7 +448,7 @@ def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, 
         assert {word.partition("=")[0] for word in request.overrides} <= set(usage.DOCTOR_KEYS)
         return None
     if request.verb == "checkpoint":
-        assert request.overrides[0] in ("list", "verify")
+        assert request.overrides[0] in ("list", "verify", "import", "export")
         return None
     if request.verb == "schedule":
         of_a_run = request.overrides[0].startswith("runs/")  # tests/launch/verbs/test_schedule.py draws one

@@ -1,4 +1,4 @@
-"""`bagualu checkpoint list|verify RUN_DIR|CHECKPOINT`: lists checkpoints and reports damage."""
+"""`bagualu checkpoint`: lists checkpoints and reports damage; brings models of Hugging Face in and out."""
 
 import datetime
 import sys
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
-from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, step_of
+from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, CheckpointError, step_of
 from bagualu.fault_tolerance.checkpoint.layout.quarantine import list_set_aside
 from bagualu.fault_tolerance.checkpoint.reading.inspect import describe, verify
 from bagualu.fault_tolerance.run_directory import RunDirectory
@@ -23,16 +23,19 @@ _HISTORY = ("losses", "norms")
 
 
 def checkpoint(request: CommandLine) -> tuple[int, Any]:
-    """Print a table of a run's checkpoints. Returns the exit code and the object that --json prints. The exit code is 1 if a
-    problem was found in a checkpoint (`list` looks quickly, `verify` at every byte); checkpoints set aside do not count.
+    """Print a table of a run's checkpoints, or convert a model. Returns the exit code and the object that --json prints. The exit
+    code is 1 if a problem was found in a checkpoint (`list` looks quickly, `verify` at every byte); checkpoints set aside do not
+    count.
 
     The object is a list with the result of `inspect.describe` for each checkpoint, with a list `problems` instead of `problem`,
-    and without the guard's long history. Raises RecipeError.
+    and without the guard's long history; of a conversion, path, parameters and bytes. Raises RecipeError.
     """
+    if request.overrides[:1] in (["import"], ["export"]):
+        return _convert(request)
     if len(request.overrides) != 2 or request.overrides[0] not in ("list", "verify"):
         given = " ".join(request.overrides) or "nothing"
         raise RecipeError(
-            f"checkpoint takes list or verify and a run directory or a checkpoint, not {given}; "
+            f"checkpoint takes list or verify and a run directory or a checkpoint, or import or export, not {given}; "
             "e.g. bagualu checkpoint list runs/tiny"
         )
     what, given = request.overrides
@@ -45,6 +48,33 @@ def checkpoint(request: CommandLine) -> tuple[int, Any]:
         for path in aside:
             print(f"set aside as damaged: {path}")
     return FAILED if any(row["problems"] for row in rows) else DONE, rows
+
+
+def _convert(request: CommandLine) -> tuple[int, Any]:
+    """Imports or exports a model. Raises RecipeError."""
+    what, *rest = request.overrides
+    words = dict(word.split("=", 1) for word in rest if "=" in word and word.split("=", 1)[0] in ("to", "dtype"))
+    paths = [word for word in rest if word.split("=", 1)[0] not in words]
+    if len(paths) != 1 or not words.get("to") or (what == "import" and "dtype" in words) or len(words) + 1 != len(rest):
+        example = {"import": "checkpoint import HF_DIR to=RUN", "export": "checkpoint export RUN_OR_CHECKPOINT to=HF_DIR"}[what]
+        raise RecipeError(f"checkpoint {what} cannot take {' '.join(rest) or 'nothing'}; give bagualu {example}")
+    source, to = (Path(text).expanduser() for text in (paths[0], words["to"]))
+    if not source.is_dir():
+        raise RecipeError(f"{source} is no directory; give that of {'a model' if what == 'import' else 'a run or of a checkpoint'}")
+    try:
+        if what == "import":
+            from bagualu.trainer.conversion.import_model import import_model
+
+            result = import_model(source, to)
+        else:
+            from bagualu.trainer.conversion.export_model import export_model
+
+            result = export_model(source, to, words.get("dtype"))
+    except CheckpointError as error:
+        raise RecipeError(str(error)) from error
+    if not request.json:
+        print(f"{result['parameters']:,} parameters, {_size(result['bytes'])}: {result['path']}")
+    return DONE, result
 
 
 def _find(given: Path) -> tuple[list[Path], list[Path]]:

@@ -16,7 +16,7 @@ VERBS = {
     "train": "train on this machine",
     "slurm": "write a SLURM batch script and submit it",
     "rehearse": "train under planned faults, and report which were survived",
-    "checkpoint": "list the checkpoints of a run, or verify every byte of them",
+    "checkpoint": "list the checkpoints of a run, verify every byte; bring models of Hugging Face in and out",
     "schedule": "draw a pipeline schedule, and the times that a run measured",
     "simulate": "predict a training step on a cluster that need not be here: time, memory, what limits",
     "plan": "find the layout with which a recipe trains fastest on such a cluster, and the command for it",
@@ -115,9 +115,14 @@ options:
 
 _CHECKPOINT = """\
 usage: bagualu checkpoint list|verify RUN_DIR|CHECKPOINT [--json]
+       bagualu checkpoint import HF_DIR to=RUN_DIR [--json]
+       bagualu checkpoint export RUN_DIR|CHECKPOINT to=HF_DIR [dtype=DTYPE] [--json]
 
 list    steps, sizes, the layout that wrote them, and problems that a quick look at every file shows
 verify  the same after checking every byte on all cores; names every damaged block, exit code 1 if there is any
+import  a model in the files of Hugging Face becomes a run that has done no step, from which any layout can go on
+export  the weights of a checkpoint, by default the newest of a run, become a model that transformers loads; dtype is
+        float64, float32, bfloat16 or float16, by default that of the training
 
 Give a run directory, or one checkpoint in it (runs/tiny/checkpoints/step-00000010)."""
 

@@ -121,12 +121,13 @@ def check_run_directory(recipe: Recipe) -> None:
     differences = {
         key: (model[key], now) for key, now in recipe.model.identity().items() if not then.model.fits(key, model[key], now)
     }
-    for section, key in _KEPT:
+    imported = not run.has_begun() and newest is not None and step_of(newest) == 0  # no data have been trained on
+    for section, key in () if imported else _KEPT:
         was, now = getattr(getattr(then, section), key), getattr(getattr(recipe, section), key)
         if was != now:
             differences[f"{section}.{key}"] = (was, now)
     sources = then.data.source, recipe.data.source
-    if sources[0] != sources[1] and RANDOM in sources:
+    if sources[0] != sources[1] and RANDOM in sources and not imported:
         differences["data.source"] = sources
     for key, (was, now) in differences.items():
         what = "model" if key.startswith("model.") else "text" if key.startswith("data.") else "run"

@@ -33,6 +33,8 @@ from bagualu.trainer.recipe.override_text import typed
 
 _FINGERPRINT = "data fingerprint"
 _RENORMALISE = "model.moe.renormalise"
+_WEIGHTS = "weight/"
+"""How the names of weights in a checkpoint begin."""
 _SPLIT, _KIND = "data.split", "data split in fact"
 """Keys of the dictionary that `identity` returns: how the text was to be split (none: nothing is kept for validation), and how it
 was in fact. Checkpoints of earlier versions lack both: those versions kept whole files."""
@@ -72,6 +74,8 @@ class Saved:
     dtype: str
     identity: dict[str, Any]
     guard: dict[str, Any]
+    imported: bool
+    """Whether the weights come from elsewhere: the checkpoint has no moments, and no data have been trained on."""
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> "Saved":
@@ -95,7 +99,7 @@ class Saved:
         if wrong:
             name, value = next(iter(wrong.items()))
             raise CheckpointError(f"{checkpoint.path}: metadata says {name}={str(value)[:40]}, which no run saves; {REMEDY}")
-        return Saved(**fields)
+        return Saved(**fields, imported="imported" in metadata)
 
 
 def take_state(state: TrainerState, open_checkpoint: Callable[[], Checkpoint]) -> int:
@@ -113,7 +117,7 @@ def take_state(state: TrainerState, open_checkpoint: Callable[[], Checkpoint]) -
         raise RecipeError(f"the ranks see different checkpoints at {checkpoint.path}; put run.dir on a disk that all nodes share")
     saved = on_all(lambda: _check(state, checkpoint), group)
     incoming = state.engine.incoming()
-    wanted = list(incoming.pieces())
+    wanted = [piece for piece in incoming.pieces() if not saved.imported or piece.name.startswith(_WEIGHTS)]
     on_all(lambda: _check_tensors(checkpoint, wanted, _padded_before(state, saved)), group)
     _check_none_is_left(state, checkpoint, {piece.name for piece in wanted})
     monitor.at(Phase.VERIFY)
@@ -131,8 +135,9 @@ def take_state(state: TrainerState, open_checkpoint: Callable[[], Checkpoint]) -
 
 def _check(state: TrainerState, checkpoint: Checkpoint) -> Saved:
     saved = Saved.of(checkpoint)
-    _check_identity(saved.identity, identity(state), checkpoint.path)
-    _check_moments(state, checkpoint)
+    _check_identity(saved.identity, identity(state), checkpoint.path, saved.imported)
+    if not saved.imported:
+        _check_moments(state, checkpoint)
     _check_dtype(saved.dtype, state.recipe.train.dtype, checkpoint.path)
     return saved
 
@@ -204,10 +209,12 @@ def identity(state: TrainerState) -> dict[str, Any]:
     return recipe.model.identity() | data | {"run.seed": recipe.run.seed} | text
 
 
-def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
-    """Raises RecipeError if the checkpoint belongs to another run. A key of the model that the checkpoint lacks is newer; before it
-    existed, models were as its default says. Padding of the vocabulary and the rate of biases may differ, and keys of the text if
-    the tokens are the same."""
+def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path, imported: bool = False) -> None:
+    """Raises RecipeError if the checkpoint belongs to another run, or if it is `imported`, to another model. A key of the model
+    that the checkpoint lacks is newer; before it existed, models were as its default says. Padding of the vocabulary and the rate
+    of biases may differ, and keys of the text if the tokens are the same."""
+    if imported:
+        here = {key: value for key, value in here.items() if key.startswith("model.")}
     saved = ModelConfig().identity() | saved
     saved.pop("model.vocab_multiple", None)
     # The text comes last: if the vocabulary differs, so do the tokens, and the message should name the vocabulary.
@@ -219,7 +226,7 @@ def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path) -> 
                     "model.moe.top_k=1 its router learnt nothing from the loss: give another run.dir to start anew"
                 )
             raise _other(path, key, saved.get(key), here.get(key), f"give {key}={typed(saved.get(key))}")
-    if saved.get(_FINGERPRINT) != here[_FINGERPRINT]:
+    if saved.get(_FINGERPRINT) != here.get(_FINGERPRINT):
         raise _other_text(saved, here, path)
 
 

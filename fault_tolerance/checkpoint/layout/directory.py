@@ -11,8 +11,10 @@ import secrets
 import shutil
 from pathlib import Path
 
+from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.layout.durable import fsync_directory
-from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError, step_name, step_of
+from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, CheckpointError, step_name, step_of
+from bagualu.fault_tolerance.run_directory import RunDirectory
 
 SAVING, _REMOVING = ".saving-", ".removing-"
 
@@ -30,6 +32,18 @@ def latest(root: Path) -> Path | None:
     """Returns the committed checkpoint with the highest step; None if there is none."""
     checkpoints = list_checkpoints(root)
     return checkpoints[-1] if checkpoints else None
+
+
+def checkpoint_at(path: Path) -> Path:
+    """Returns `path` if it is a checkpoint, or the newest checkpoint of the run whose directory it is. Raises RecipeError if it is
+    neither."""
+    if path.is_dir() and (step_of(path) is not None or (path / MANIFEST).exists()):
+        return path
+    newest = latest(RunDirectory(path).checkpoints)
+    if newest is None:
+        what = "holds no checkpoint" if path.is_dir() else "is no directory"
+        raise RecipeError(f"{path} {what}; give a run that has saved a checkpoint, or a checkpoint")
+    return newest
 
 
 def temporary_for(root: Path, step: int, owner: str) -> Path:

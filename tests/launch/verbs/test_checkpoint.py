@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bagualu.comm.group import Group
 from bagualu.fault_tolerance.checkpoint.layout import format
@@ -13,6 +14,7 @@ from bagualu.fault_tolerance.checkpoint.layout.quarantine import set_aside
 from bagualu.fault_tolerance.checkpoint.saving.save import save
 from bagualu.launch import cli
 from bagualu.parallel.boxes import TensorPiece
+from tests.trainer.models.hugging_face.published import publish
 
 
 @pytest.fixture
@@ -89,3 +91,45 @@ def test_a_flipped_byte_is_found_and_told_in_json(run_dir: Path, capsys: pytest.
     first, second = json.loads(capsys.readouterr().out)
     assert first["problems"] == []
     assert "weight/a" in second["problems"][0]
+
+
+def test_a_model_of_hugging_face_comes_in_and_goes_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    publish("llama", tmp_path / "published", torch.bfloat16)
+    assert cli.main(["checkpoint", "import", str(tmp_path / "published"), f"to={tmp_path}/run", "--json"]) == 0
+    brought = json.loads(capsys.readouterr().out)
+    assert brought["path"] == str(tmp_path / "run/checkpoints/step-00000000")
+    assert cli.main(["checkpoint", "verify", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert cli.main(["checkpoint", "export", str(tmp_path / "run"), f"to={tmp_path}/exported", "dtype=float32"]) == 0
+    taken = capsys.readouterr().out
+    assert taken.startswith(f"{brought['parameters']:,} parameters, ")
+    assert taken.endswith(f": {tmp_path}/exported\n")
+    assert 2 * brought["bytes"] == sum(tensor.nbytes for tensor in load_file(tmp_path / "exported/model.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["import", "PUBLISHED"], "give bagualu checkpoint import HF_DIR to=RUN"),
+        (["import", "PUBLISHED", "to="], "give bagualu checkpoint import HF_DIR to=RUN"),
+        (["import", "PUBLISHED", "to=RUN", "dtype=float32"], "give bagualu checkpoint import HF_DIR to=RUN"),
+        (["import", "NONE", "to=RUN"], "NONE is no directory; give that of a model"),
+        (["import", "PUBLISHED", "to=PUBLISHED"], "PUBLISHED is not empty; give another directory"),
+        (["export", "PUBLISHED", "to=OTHER"], "PUBLISHED holds no checkpoint; give a run that has saved"),
+        (["export", "run", "to=PUBLISHED"], "PUBLISHED exists and is not empty"),
+        (["export", "run", "to=OTHER", "dtype=int8"], "dtype=int8 is unknown; give one of float64, float32"),
+        (["export", "run", "other", "to=OTHER"], "give bagualu checkpoint export RUN_OR_CHECKPOINT to=HF_DIR"),
+    ],
+)
+def test_conversions_that_cannot_be_done_are_refused(
+    words: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    publish("llama", tmp_path / "PUBLISHED")
+    (tmp_path / "RUN").mkdir()
+    if "run" in words:
+        assert cli.main(["checkpoint", "import", "PUBLISHED", "to=run"]) == 0
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["checkpoint", *words]) == 2
+    assert expected in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

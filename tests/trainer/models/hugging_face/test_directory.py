@@ -1,0 +1,124 @@
+"""A directory that does not hold a model as the decoder knows it is refused with what is wrong in it, all of it by name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bagualu.comm.errors import RecipeError
+from bagualu.trainer.models.decoder.config import ModelConfig
+from bagualu.trainer.models.hugging_face.config import write_config
+from bagualu.trainer.models.hugging_face.directory import open_model
+from tests.trainer.models.hugging_face.published import publish
+
+
+def changed(**fields: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text()) | fields
+        (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value != "left out"}))
+
+    return change
+
+
+def with_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def rewrite(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors")
+
+    return rewrite
+
+
+def cut(left_out: int) -> Callable[[Path], None]:
+    def shorten(path: Path) -> None:
+        data = (path / "model.safetensors").read_bytes()
+        (path / "model.safetensors").write_bytes(data[: len(data) - left_out if left_out > 0 else 100])
+
+    return shorten
+
+
+def tokenizer(path: Path) -> None:
+    (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 96}}, "added_tokens": []}))
+
+
+NORM, OUTPUT = "model.norm.weight", "model.layers.1.self_attn.o_proj.weight"
+CASES = {
+    "architecture": (changed(model_type="gemma3"), "model_type=gemma3, which the decoder is not; there are llama, mistral"),
+    "class": (changed(architectures=["LlamaForSequenceClassification"]), "only LlamaForCausalLM"),
+    "field": (changed(logit_scale=2.0, other=1), "has logit_scale=2.0, other=1, which the decoder does not know"),
+    "value": (changed(hidden_act="gelu"), "has hidden_act=gelu, but the decoder has only hidden_act=silu"),
+    "quantised": (changed(quantization_config={"bits": 4}), "quantization_config="),
+    "scaling": (changed(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "has rope_type=yarn"),
+    "contradiction": (changed(rope_theta=7.0), "more than once, and not the same"),
+    "biases": (changed(attention_bias=True), "attention_bias=True and mlp_bias=False"),
+    "lacking field": (changed(hidden_size="left out"), "lacks hidden_size"),
+    "invalid": (changed(num_key_value_heads=3), "must divide model.heads=4"),
+    "missing": (with_tensors(lambda t: (t.pop(NORM), t.pop(OUTPUT))), f"it lacks {OUTPUT}, {NORM}; give"),
+    "surplus": (with_tensors(lambda t: t.update(a=torch.zeros(2), b=torch.zeros(2))), "it has besides a, b; give"),
+    "both": (with_tensors(lambda t: t.update({"b": t.pop(NORM)})), f"it lacks {NORM} and has besides b; give"),
+    "shape": (with_tensors(lambda t: t.update({NORM: torch.zeros(31), OUTPUT: torch.zeros(32, 8)})),
+              f"{NORM} [31] instead of [32]"),
+    "integers": (with_tensors(lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int8)})), "has weights of I8"),
+    "cut off": (cut(10), "model.safetensors is cut off: it has"),
+    "cut off in the header": (cut(0), "is cut off within its header"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), "has neither model.safetensors nor"),
+    "no configuration": (lambda path: (path / "config.json").unlink(), "config.json cannot be read (No such file"),
+    "no JSON": (lambda path: (path / "config.json").write_text("{"), "config.json is not JSON"),
+    "tokenizer": (tokenizer, "tokenizer.json has ids up to 96, but the model has vocab_size=96"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_wrong_is_said_in_one_line(case: str, tmp_path: Path) -> None:
+    publish("llama", tmp_path)
+    spoil, expected = CASES[case]
+    open_model(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(RecipeError) as refused:
+        open_model(tmp_path)
+    assert expected in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_shards_that_the_index_names_must_be_there(tmp_path: Path) -> None:
+    publish("llama", tmp_path, max_shard_size="30KB")
+    gone = min(tmp_path.glob("model-*.safetensors"))
+    gone.unlink()
+    with pytest.raises(RecipeError, match=f"lacks {gone.name}, which"):
+        open_model(tmp_path)
+
+
+def test_a_copy_of_a_tied_head_and_angles_of_old_files_are_left(tmp_path: Path) -> None:
+    publish("qwen2", tmp_path)
+    with_tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone(),
+                                     "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))(tmp_path)  # fmt: skip
+    assert "lm_head.weight" not in open_model(tmp_path).tensors
+
+
+OF_NO_FAMILY: list[dict[str, Any]] = [
+    {"norm": "layer"},
+    {"activation": "gelu"},
+    {"positions": "none"},
+    {"bias": "attention", "qk_norm": True},
+    {"embedding_norm": True},
+    {"qk_norm": True, "norm_position": "after"},
+]
+
+
+@pytest.mark.parametrize("changes", OF_NO_FAMILY, ids=str)
+def test_a_model_of_no_family_is_not_exported(changes: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="describes this model: model"):
+        write_config(ModelConfig(**changes), "float32", {}, 64)
+
+
+def test_angles_are_written_by_their_old_names_too() -> None:
+    config = write_config(ModelConfig(rope_theta=5e5, rope_scaling="llama3"), "bfloat16", {}, 64)
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}  # fmt: skip
+    assert (config["rope_theta"], config["rope_scaling"]) == (5e5, scaling)
+    assert config["rope_parameters"] == {"rope_theta": 5e5, **scaling}
+    assert (config["torch_dtype"], config["dtype"]) == ("bfloat16", "bfloat16")

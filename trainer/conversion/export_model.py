@@ -1,0 +1,144 @@
+"""Writes the weights of a checkpoint as a model of Hugging Face. One process, which holds a small part of one tensor at a time."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.layout.directory import checkpoint_at
+from bagualu.fault_tolerance.checkpoint.layout.durable import durable_file, fsync_directory, write_all
+from bagualu.fault_tolerance.checkpoint.layout.format import DTYPES
+from bagualu.fault_tolerance.checkpoint.layout.shard import bytes_of, encode_header
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
+from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.trainer.conversion.portions import portions
+from bagualu.trainer.models.decoder.identity import model_of
+from bagualu.trainer.models.hugging_face.config import write_config
+from bagualu.trainer.models.hugging_face.directory import BESIDES, CONFIG, GENERATION, INDEX, SINGLE
+from bagualu.trainer.models.hugging_face.families import family_of
+from bagualu.trainer.models.hugging_face.names import FilePart, parts_of
+
+SHARD_BYTES = 5 * 10**9
+"""The most bytes of weights in a file, unless a single tensor has more."""
+EXPORTED = ("float64", "float32", "bfloat16", "float16")
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+
+
+def export_model(given: Path, to: Path, dtype: str | None = None) -> dict[str, Any]:
+    """Exports the checkpoint `given`, or the newest of the run `given`, to the new directory `to`, with weights of `dtype`, by
+    default that of the run's training. Returns the path, the number of parameters and the bytes of the weights.
+
+    Raises RecipeError for a model that no family of transformers describes, and CheckpointError if the checkpoint cannot be read.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise RecipeError(f"{to} exists and is not empty; give another directory, or remove it first")
+    checkpoint = Checkpoint(checkpoint_at(given))
+    identity = checkpoint.metadata.get("identity") or {}
+    model, dtype = model_of(identity), dtype or str(checkpoint.metadata.get("dtype"))
+    if dtype not in EXPORTED:
+        raise RecipeError(f"dtype={dtype} is unknown; give one of {', '.join(EXPORTED)}")
+    beside = RunDirectory(checkpoint.path.resolve().parent.parent).hugging_face
+    before = json.loads((beside / CONFIG).read_text(encoding="utf-8")) if (beside / CONFIG).is_file() else {}
+    kept = {name: before[name] for name in _KEPT if name in before}
+    length = max(int(identity.get("data.sequence_length", 0)), int(kept.get("max_position_embeddings") or 0)) or 2048
+    config = write_config(model, dtype, {**kept, "max_position_embeddings": length}, length)
+    family = family_of(model)
+    assert family is not None  # or write_config had raised
+    parts = parts_of(model, family)
+    writing = to.with_name(f".{to.name}-{secrets.token_hex(4)}")
+    try:
+        writing.mkdir(parents=True)
+        size = _write_weights(writing, checkpoint, parts, dtype)
+        _write_json(writing / CONFIG, config)
+        _write_besides(writing, beside, config)
+        fsync_directory(writing)
+        if to.exists():
+            to.rmdir()
+        os.rename(writing, to)
+        fsync_directory(to.parent)
+    except OSError as error:
+        raise RecipeError(f"{to} cannot be written ({error.strerror}); make room there or give another directory") from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return {"path": str(to), "parameters": sum(prod(part.shape) for part in parts), "bytes": size}
+
+
+def _write_weights(folder: Path, checkpoint: Checkpoint, parts: list[FilePart], dtype: str) -> int:
+    """Writes all tensors, in one file or in several with an index; returns their bytes."""
+    item_bytes = DTYPES[dtype][1]
+    shards = list(_shards(parts, item_bytes))
+    several = len(shards) > 1
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards):
+        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if several else SINGLE
+        _write_shard(folder / name, checkpoint, shard, dtype)
+        places |= {part.tensor: name for part in shard}
+    total = sum(prod(part.shape) for part in parts) * item_bytes
+    if several:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    return total
+
+
+def _shards(parts: list[FilePart], item_bytes: int) -> Iterator[list[FilePart]]:
+    """Yields consecutive parts that fit into a file together."""
+    shard: list[FilePart] = []
+    held = 0
+    for part in parts:
+        size = prod(part.shape) * item_bytes
+        if shard and held + size > SHARD_BYTES:
+            yield shard
+            shard, held = [], 0
+        shard.append(part)
+        held += size
+    yield shard
+
+
+def _write_shard(path: Path, checkpoint: Checkpoint, parts: list[FilePart], dtype: str) -> None:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    name, item_bytes = DTYPES[dtype]
+    at = 0
+    for part in parts:
+        end = at + prod(part.shape) * item_bytes
+        entries[part.tensor] = {"dtype": name, "shape": list(part.shape), "data_offsets": [at, end]}
+        at = end
+    with durable_file(path) as file:
+        write_all(file, encode_header(entries))
+        for part in parts:
+            for values in _values(checkpoint, part):
+                write_all(file, bytes_of(values.to(getattr(torch, dtype))))
+
+
+def _values(checkpoint: Checkpoint, part: FilePart) -> Iterator[torch.Tensor]:
+    """Yields the values of a tensor of the files, a portion at a time, as the checkpoint holds them."""
+    stored = f"weight/{part.parameter}"
+    if stored not in checkpoint.tensors:
+        raise RecipeError(f"{checkpoint.path} has no tensor {stored}, which its model needs; export a checkpoint that is whole")
+    dtype, leading = checkpoint.tensors[stored][1], len(part.box.shape) - len(part.shape)
+    for box in portions(part.shape):
+        values = torch.empty(part.box.shape[:leading] + box.shape, dtype=dtype)
+        inner = replace(box, offset=(0,) * leading + box.offset, shape=part.box.shape[:leading] + box.shape)
+        checkpoint.read(stored, inner.shift(part.box.offset).offset, values)
+        yield values
+
+
+def _write_besides(folder: Path, beside: Path, config: Mapping[str, Any]) -> None:
+    """Copies the files that belong to the model that the run began with; without a file on generation, writes one."""
+    for name in BESIDES:
+        if (beside / name).is_file():
+            shutil.copyfile(beside / name, folder / name)
+    if not (folder / GENERATION).exists():
+        ids = {name: config[name] for name in _KEPT[:3] if config[name] is not None}
+        _write_json(folder / GENERATION, {"_from_model_config": True, **ids})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with durable_file(path) as file:
+        write_all(file, (json.dumps(value, indent=2) + "\n").encode())
