@@ -73,7 +73,7 @@ ROOMS = {
     "trainer/optim": (),
     "trainer/output": ("optim", "process", "recipe"),
     "trainer/process": ("recipe",),
-    "trainer/recipe": ("data", "models/decoder", "optim"),
+    "trainer/recipe": ("data", "models/decoder", "models/hugging_face", "optim"),
     "trainer/recovery": ("data", "models/decoder", "process", "recipe"),
     "trainer/simulation": ("costs", "data", "models/decoder", "recipe"),
 }

@@ -22,6 +22,7 @@ from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.parallel.balance.stages.show import show_split
 from bagualu.parallel.parallelize import Fill
 from bagualu.trainer.assemble import TrainerState, assemble
+from bagualu.trainer.conversion.origin import keep_origin, values_of
 from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.data.corpus import Corpus, prepare, show_data
 from bagualu.trainer.engine.local_model import no_values
@@ -64,7 +65,9 @@ def train(
     require_same_recipe(recipe, communicator)
     ledger = open_ledger(recipe, communicator)
     comes = _state_will_be_read(recipe, communicator)
-    state = assemble(recipe, communicator, _corpus(recipe), no_values if comes else None)
+    state = assemble(recipe, communicator, _corpus(recipe), no_values if comes else values_of(recipe))
+    if recipe.model.origin and not comes and communicator.rank == 0:
+        keep_origin(recipe)
     _announce(state, communicator, scratch)
     fence = take_checkpoints(state, scratch)
     replication = open_replication(state, scratch, fence)

@@ -25,6 +25,7 @@ from bagualu.fault_tolerance.files import write_atomic
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.keys import CLUSTER, GROUPS, SEARCHPATH, check_key, check_override, kind_of
+from bagualu.trainer.recipe.origin import with_origin
 from bagualu.trainer.recipe.override_text import ValueKind, escaped, quoted, spelled
 from bagualu.trainer.recipe.plain import plain
 from bagualu.trainer.recipe.schema import schema, to_recipe
@@ -68,6 +69,9 @@ def compose(overrides: Sequence[str], several: str = ONE_VALUE, base: Recipe | N
         if override.key_or_group == CLUSTER:
             recipe.cluster = None if override.value() is None else os.path.expanduser(str(override.value()))
     recipe.faults = recipe.expanded_faults()
+    given = {override.key_or_group for override in parsed}
+    if recipe.model.origin is not None and (base is None or "model.from" in given):  # a resumed run has the keys, perhaps no origin
+        recipe.model = with_origin(recipe.model, given)
     return recipe
 
 

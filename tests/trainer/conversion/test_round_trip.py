@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
 from bagualu.trainer.conversion import export_model as exporting
@@ -16,6 +17,7 @@ from bagualu.trainer.conversion.import_model import import_model
 from bagualu.trainer.models.hugging_face.directory import open_model
 from bagualu.trainer.recipe.compose import load_recipe
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.preflight import check_run_directory
 from bagualu.trainer.run import train
 from tests.harness import run
 from tests.trainer.models.hugging_face.published import NAMES, logits, publish
@@ -100,3 +102,16 @@ def test_a_step_on_any_layout_gives_the_same_model(name: str, tmp_path: Path) ->
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(own_logits(tmp_path / "exported0", torch.float64), found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_an_imported_run_takes_any_data_but_no_other_model(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "published")
+    import_model(tmp_path / "published", tmp_path / "run")
+    recipe = load_recipe(tmp_path / "run/config.yaml")
+    recipe.checkpoint.resume = True
+    recipe.data = replace(recipe.data, source="random", sequence_length=16, global_batch=4)
+    recipe.run.seed = 7
+    check_run_directory(recipe)
+    recipe.model = replace(recipe.model, ffn=64)
+    with pytest.raises(RecipeError, match=r"has model\.ffn=48, not 64"):
+        check_run_directory(recipe)

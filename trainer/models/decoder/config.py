@@ -121,6 +121,9 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     initial_std: float = 0.02
     moe: MoEConfig = field(default_factory=MoEConfig)
+    origin: str | None = field(default=None, metadata={"key": "from", "path": True})
+    """`model.from`: where the weights come from with which the run begins: a directory of Hugging Face, a run or a checkpoint. The
+    other keys of the model then come from there too. Left out: weights are drawn from run.seed."""
 
     @property
     def key_value_heads(self) -> int:
@@ -145,8 +148,9 @@ class ModelConfig:
 
     def identity(self) -> dict[str, Any]:
         """Returns the values of `model.*`, by recipe key, that must be equal for a checkpoint to fit the model: all keys except
-        model.vocab_multiple. Those of `renormalise` and `head_dim` are the same whether they were given or left out."""
-        own = {f"model.{key}": value for key, value in asdict(self).items() if key not in ("moe", "vocab_multiple")}
+        model.vocab_multiple and model.from. Those of `renormalise` and `head_dim` are the same whether they were given or left
+        out."""
+        own = {f"model.{key}": value for key, value in asdict(self).items() if key not in ("moe", "vocab_multiple", "origin")}
         own["model.head_dim"] = None if self.heads * self.head_width == self.hidden else self.head_width
         moe = asdict(self.moe) | {"renormalise": self.moe.renormalises}
         return own | {f"model.moe.{key}": value for key, value in moe.items()}

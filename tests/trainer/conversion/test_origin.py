@@ -1,0 +1,128 @@
+"""A run begins with the weights that model.from names, on any layout; the keys of the model come from there."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.group import Communicator
+from bagualu.trainer.assemble import assemble
+from bagualu.trainer.conversion.export_model import export_model
+from bagualu.trainer.conversion.import_model import import_model
+from bagualu.trainer.conversion.origin import values_of
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.models.hugging_face.directory import open_model
+from bagualu.trainer.models.hugging_face.read import Reader
+from bagualu.trainer.recipe.compose import compose, save_recipe
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.run import train
+from tests.harness import run
+from tests.parity import gather, pieces_of
+from tests.trainer.models.hugging_face.published import publish
+
+SMALL = shlex.split(
+    "recipe=tiny_dense data.source=random data.sequence_length=8 data.global_batch=8 train.micro_batch=1 train.steps=1 "
+    "train.validation_sequences=0 optim.lr=1e-2 optim.warmup_steps=1 comm.backend=simulated log.progress=off checkpoint.every=1"
+)
+LAYOUTS = [
+    [],
+    ["parallel.data=2", "parallel.tensor=2", "parallel.sequence=true"],
+    ["parallel.data=2", "parallel.pipeline=2", "parallel.zero=2"],
+    ["parallel.data=4", "parallel.zero=3"],
+]
+
+
+def begun(communicator: Communicator, recipe: Recipe) -> Any:
+    return pieces_of(assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab), values_of(recipe)))
+
+
+def trained(communicator: Communicator, recipe: Recipe) -> dict[str, Any]:
+    return train(recipe, communicator)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("name", "more"), [("qwen3_moe", ["parallel.expert=2"]), ("olmo3", []), ("qwen2", [])])
+def test_every_rank_begins_with_its_part(name: str, more: list[str], layout: list[str], tmp_path: Path) -> None:
+    publish(name, tmp_path / "published")
+    found = open_model(tmp_path / "published")
+    words = [*SMALL, *layout, *(more if "parallel.data=2" in layout else []), f"model.from={tmp_path}/published"]
+    recipe = compose(words)
+    weights = gather(run("simulated", recipe.world_size(), begun, recipe))
+    for part in found.parts:
+        expected = Reader(found).fill(part.parameter, part.box.stop, part.box)
+        got = torch.from_numpy(weights[f"weight/{part.parameter}"])[part.box.slices((0,) * len(part.box.shape))]
+        assert torch.equal(got, expected), part.parameter
+
+
+def test_a_run_goes_on_from_a_run_and_from_a_checkpoint_with_weights_alone(tmp_path: Path) -> None:
+    publish("qwen3_moe", tmp_path / "published")
+    first = compose([*SMALL, "train.steps=2", f"model.from={tmp_path}/published", f"run.dir={tmp_path}/first"])
+    run("simulated", 1, trained, first)
+    export_model(tmp_path / "first", tmp_path / "exported")
+    assert (tmp_path / "first/hugging_face/config.json").is_file()
+    expected = open_model(tmp_path / "exported")
+    for origin in ("first", "first/checkpoints/step-00000002"):
+        recipe = compose([*SMALL, f"model.from={tmp_path}/{origin}", f"run.dir={tmp_path}/second", "parallel.data=2"])
+        assert recipe.model.hidden == 32
+        weights = gather(run("simulated", 2, begun, recipe))
+        for part in expected.parts:
+            own = torch.from_numpy(weights[f"weight/{part.parameter}"])[part.box.slices((0,) * len(part.box.shape))]
+            assert torch.equal(own, Reader(expected).fill(part.parameter, part.box.stop, part.box))
+        assert not any(moment.any() for name, moment in weights.items() if not name.startswith("weight/"))
+
+
+def test_an_import_and_its_origin_train_the_same(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "published", torch.float64)
+    import_model(tmp_path / "published", tmp_path / "imported")
+    words = [*SMALL, "train.dtype=float64", f"model.from={tmp_path}/published"]
+    run("simulated", 1, trained, compose([*words, f"run.dir={tmp_path}/straight"]))
+    run("simulated", 1, trained, compose([*words, f"run.dir={tmp_path}/imported", "checkpoint.resume=true"]))
+    for name in ("straight", "imported"):
+        export_model(tmp_path / name, tmp_path / f"exported-{name}")
+    one, other = ((tmp_path / f"exported-{name}/model.safetensors").read_bytes() for name in ("straight", "imported"))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("model.hidden=64", "model.hidden=64 contradicts model.from="),
+        ("model.kv_heads=4", "whose model has model.kv_heads=2; leave model.kv_heads out"),
+        ("model.moe.top_k=1", "model.moe.top_k=1 contradicts"),
+        ("model.moe.bias_rate=0.1", "model.moe.bias_rate=0.1 contradicts"),
+        ("model.window=4", "model.window=4 contradicts"),
+    ],
+)
+def test_a_key_that_contradicts_is_refused(word: str, expected: str, tmp_path: Path) -> None:
+    publish("qwen3_moe", tmp_path)
+    with pytest.raises(RecipeError, match=expected):
+        compose([*SMALL, f"model.from={tmp_path}", word])
+
+
+def test_a_recipes_own_model_gives_way_and_keys_of_training_stay(tmp_path: Path) -> None:
+    publish("qwen3_moe", tmp_path)
+    words = ["recipe=tiny_dense", f"model.from={tmp_path}", "model.hidden=32", "model.kv_heads=2", "model.vocab_multiple=64",
+             "model.moe.balance_loss=0.5"]  # fmt: skip
+    model = compose(words).model
+    assert (model.layers, model.vocab_multiple, model.moe.balance_loss, model.moe.experts) == (4, 64, 0.5, 4)
+
+
+def test_what_holds_no_weights_is_refused(tmp_path: Path) -> None:
+    refusals = {tmp_path: "holds no checkpoint; give .*, or a model of Hugging Face", tmp_path / "none": "is no directory"}
+    for path, expected in refusals.items():
+        with pytest.raises(RecipeError, match=expected):
+            compose([*SMALL, f"model.from={path}"])
+
+
+def test_a_run_resumes_without_its_origin(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "published")
+    begins = compose([*SMALL, f"model.from={tmp_path}/published", f"run.dir={tmp_path}/run"])
+    save_recipe(begins)
+    (tmp_path / "published").rename(tmp_path / "moved")
+    goes_on = [f"run.dir={tmp_path}/run", "checkpoint.resume=true"]
+    assert compose(goes_on).model == begins.model
+    with pytest.raises(RecipeError, match="is no directory"):
+        compose([*goes_on, f"model.from={tmp_path}/published"])

@@ -1,0 +1,62 @@
+"""Takes the keys of the model from where its weights come (model.from). It does not import torch."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.layout.directory import checkpoint_at
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
+from bagualu.fault_tolerance.checkpoint.layout.manifest import read_manifest
+from bagualu.trainer.models.decoder.config import ModelConfig
+from bagualu.trainer.models.decoder.identity import model_of
+from bagualu.trainer.models.hugging_face.directory import is_hugging_face, open_model
+from bagualu.trainer.recipe.override_text import typed
+
+_OF_TRAINING = ("vocab_multiple", "initial_std", "moe.balance_loss")
+"""Keys of `model.*` that do not belong to the weights, so that a recipe may give others."""
+
+
+def model_at(path: Path) -> ModelConfig:
+    """Returns the model whose weights are at `path`: a directory of Hugging Face, a run or a checkpoint. Raises RecipeError."""
+    if is_hugging_face(path):
+        return open_model(path).description.model
+    try:
+        checkpoint = checkpoint_at(path)
+    except RecipeError as error:
+        raise RecipeError(f"{error}, or a model of Hugging Face") from error
+    try:
+        return model_of(read_manifest(checkpoint).metadata.get("identity") or {})
+    except CheckpointError as error:
+        raise RecipeError(str(error)) from error
+
+
+def with_origin(model: ModelConfig, given: Collection[str]) -> ModelConfig:
+    """Returns `model` with the keys of the model whose weights model.from names. Raises RecipeError if one of the keys `given`,
+    those that the user typed, contradicts them."""
+    assert model.origin is not None
+    found = model_at(Path(model.origin))
+    for key in sorted(given):
+        name = key.removeprefix("model.")
+        if key == name or name in (*_OF_TRAINING, "from"):
+            continue
+        here, there = _value(model, name), _value(found, name)
+        if not ModelConfig.fits(key, there, here):
+            raise RecipeError(f"{key}={typed(here)} contradicts model.from={model.origin}, whose model has {key}={typed(there)}; "
+                              f"leave {key} out")  # fmt: skip
+    moe = found.moe
+    if moe.experts:
+        moe = replace(moe, balance_loss=model.moe.balance_loss)
+    if "model.moe.bias_rate" in given:
+        moe = replace(moe, bias_rate=model.moe.bias_rate)
+    return replace(found, origin=model.origin, vocab_multiple=model.vocab_multiple, initial_std=model.initial_std, moe=moe)
+
+
+def _value(model: ModelConfig, name: str) -> Any:
+    """Returns the value of the key `name`, without model. before it, as it takes effect."""
+    effective = {"head_dim": "head_width", "kv_heads": "key_value_heads", "moe.renormalise": "moe.renormalises"}
+    value: Any = model
+    for part in effective.get(name, name).split("."):
+        value = getattr(value, part)
+    return value
