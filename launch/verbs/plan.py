@@ -67,7 +67,7 @@ def plan(request: CommandLine) -> tuple[int, Any]:
     nodes = machines.get("launch.nodes", recipe.launch.nodes)
     step_tokens = recipe.data.global_batch * recipe.data.sequence_length
     length = _length(found.ranked[0], question.failures) if question.failures.asked else None
-    plans = []
+    plans: list[dict[str, Any]] = []
     for one in found.ranked[: question.top]:
         layout = layout_keys(recipe, one.layout.values())
         own = {key: value for key, value in layout.items() if key not in question.given}
