@@ -49,7 +49,6 @@ keys (all of them: --cfg job):
   run.dir                 the run's directory, default runs/NAME
   train.steps train.micro_batch train.dtype   checkpoint.every checkpoint.keep checkpoint.async
   data.source             stdlib, random, a text file or a folder of them
-  data.validation_fraction  share of the text kept for validation; train.validation_sequences=0 keeps nothing
   data.global_batch       sequences of one optimizer step, over all ranks
   model.layers model.hidden model.heads model.moe.experts ...   parallel.data parallel.tensor parallel.pipeline ...
   model.from              begin with the weights in a directory of Hugging Face, a run or a checkpoint
