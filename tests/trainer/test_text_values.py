@@ -234,10 +234,11 @@ def test_the_recipes_of_the_page_are_composed(tmp_path, monkeypatch):
     (tmp_path / "recipes/recipe").mkdir(parents=True)
     (tmp_path / "recipes/recipe/mine.yaml").write_text("".join(line[4:] for line in file.splitlines(keepends=True)))
     commands = [shlex.split(line)[2:] for line in page.splitlines() if line.startswith("    bagualu train ")]
-    dated, quoted_source, own, swept = commands
+    dated, quoted_source, own, resumed, changed, swept = commands
     assert compose(dated).run.name == "2024_01_01"
     assert compose(dated).launch.slurm.setup == ["module load cuda", "echo 007"]
     assert (compose(quoted_source).data.source, compose(quoted_source).run.name) == ("texts/a, b", "八卦炉")
     assert (compose(own).run.name, compose(own).train.steps) == ("2024_01_01", 50)
+    assert resumed == changed[:2] == ["run.dir=runs/tiny", "checkpoint.resume=true"]
     assert swept[0] == "-m"
     assert [override.is_sweep_override() for override in parse(swept[1:])] == [False, True, True]
