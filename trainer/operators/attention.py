@@ -44,6 +44,29 @@ def causal_attention(
     return _by_kernel(query.to(dtype), key, value, slopes, window).to(query.dtype)
 
 
+def attention_to_seen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    distances: torch.Tensor,
+    slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns attention's output [B, A, S, D] for query [B, A, S, D], key and value [B, G, C, D], each shared by A / G query heads,
+    in which each query sees only the keys for which `seen` [B, 1, S, C] is true, at least one of them. `slopes` [A] as in
+    `causal_attention`; `distances` [S, C] is the position of each key minus that of each query."""
+    batch, heads, length, width = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    rows = heads // groups * length  # heads that share a key are more rows for it, so that keys need not be repeated
+    if slopes is None:
+        mask = seen.unsqueeze(2).expand(-1, 1, heads // groups, -1, -1).reshape(-1, 1, rows, keys)
+    else:
+        biases = slopes.view(-1, 1, 1) * distances.to(slopes.dtype)
+        mask = torch.where(seen, biases, -torch.inf).to(query.dtype).view(batch, groups, rows, keys)
+    mixed = F.scaled_dot_product_attention(query.reshape(batch, groups, rows, width), key, value, attn_mask=mask)
+    return mixed.reshape(batch, heads, length, width)
+
+
 def _by_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None, window: int | None = None
 ) -> torch.Tensor:

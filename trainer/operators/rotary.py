@@ -52,8 +52,8 @@ class RotaryPositions:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Returns x [B, S, A, D] with each pair of elements (i, i + D / 2) rotated by its angle (arXiv 2104.09864, section 3.2.2, in
-    the half-split order of Llama weights published in Hugging Face form). cos and sin [S, D] hold each angle twice; the first sine
-    is negated."""
+    the half-split order of Llama weights published in Hugging Face form). cos and sin [S, D], or [B, S, D] for sequences with
+    positions of their own, hold each angle twice; the first sine is negated."""
     rotated: torch.Tensor = _Rotate.apply(x, cos, sin)
     return rotated
 
@@ -74,7 +74,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: i
     if chip_of(x.device) == "cuda" and not torch.compiler.is_compiling():
         return _rotated_by_halves(x, cos, sin, direction)
     other = x.roll(x.shape[-1] // 2, -1).to(cos.dtype)
-    return (x.to(cos.dtype) * cos.unsqueeze(1)).addcmul_(other, sin.unsqueeze(1), value=direction).to(x.dtype)
+    return (x.to(cos.dtype) * cos.unsqueeze(-2)).addcmul_(other, sin.unsqueeze(-2), value=direction).to(x.dtype)
 
 
 def _rotated_by_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
@@ -83,6 +83,6 @@ def _rotated_by_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, di
     rotated, half = torch.empty_like(x), x.shape[-1] // 2
     low, high = slice(half), slice(half, None)
     for here, there in ((low, high), (high, low)):
-        turned = x[..., here] * cos[:, None, here]
-        torch.addcmul(turned, x[..., there], sin[:, None, here], value=direction, out=rotated[..., here])
+        turned = x[..., here] * cos[..., None, here]
+        torch.addcmul(turned, x[..., there], sin[..., None, here], value=direction, out=rotated[..., here])
     return rotated

@@ -3,7 +3,7 @@
 Shapes: B micro-batch, S sequence, H hidden, V vocabulary, P positions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -23,17 +23,23 @@ from bagualu.trainer.operators.linear import linears, plus_bias
 
 
 class LearnedPositions(Linear):
-    """Weight [P, H]: a vector for each position. `slice` is the number of the slice of the sequence that this rank holds."""
+    """Weight [P, H]: a vector for each position. `slice` is the number of the slice of the sequence that this rank holds. `given`
+    returns the positions of the whole sequence [B, S]; without it they count from 0."""
 
     def __init__(self, positions: int, hidden: int) -> None:
         super().__init__(hidden, positions)
         self.slice = 0
+        self.given: Callable[[], torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, H] -> x plus the vectors of its positions"""
         length = x.shape[1]
-        positions = torch.arange(self.slice * length, (self.slice + 1) * length, device=x.device)
-        return x + embedding(positions.expand(x.shape[:2]), self.weight)
+        own = slice(self.slice * length, (self.slice + 1) * length)
+        if self.given is None:
+            positions = torch.arange(own.start, own.stop, device=x.device).expand(x.shape[:2])
+        else:
+            positions = self.given()[:, own]
+        return x + embedding(positions, self.weight)
 
 
 class Embedding(Linear):
@@ -53,16 +59,17 @@ class Embedding(Linear):
 
 class Head(Linear):
     """Weight [V, H]: the projection to the vocabulary, computed together with the loss. `loss` is replaced where the vocabulary is
-    split over ranks."""
+    split over ranks, `columns` where only the logits of some tokens of each sequence are needed."""
 
     def __init__(self, vocabulary: int, hidden: int, real: int) -> None:
         super().__init__(hidden, vocabulary)
         self.real = real
         self.loss = partial(linear_cross_entropy, vocabulary=real)
+        self.columns = slice(None)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, S, H], labels [B, S] -> the loss summed over tokens; without labels the logits"""
-        return self.logits(x) if labels is None else self.loss(x.flatten(0, 1), self.weight, labels.flatten())
+        return self.logits(x[:, self.columns]) if labels is None else self.loss(x.flatten(0, 1), self.weight, labels.flatten())
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, H] -> logits [B, S, V] in at least float32, without the vocabulary's padding; only those of this rank's part of

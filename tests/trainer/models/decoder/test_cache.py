@@ -1,0 +1,103 @@
+"""Logits with a cache of keys and values are those without, for every kind of positions and layers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bagualu.trainer.models.decoder import cache
+from bagualu.trainer.models.decoder.cache import cached
+from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+from bagualu.trainer.models.decoder.model import Decoder
+
+SMALL = ModelConfig(layers=2, hidden=24, heads=4, kv_heads=2, ffn=32, vocab=50)
+MODELS = {
+    "rotary": SMALL,
+    "learned": replace(SMALL, positions="learned", max_positions=40, norm="layer", activation="gelu", bias="all"),
+    "alibi": replace(SMALL, positions="alibi", kv_heads=None, embedding_norm=True),
+    "alibi, grouped heads": replace(SMALL, positions="alibi"),
+    "no positions": replace(SMALL, positions="none", kv_heads=1),
+    "normalised heads": replace(SMALL, qk_norm=True, head_dim=8, bias="attention", tie_embeddings=True),
+    "mixture": replace(SMALL, moe=MoEConfig(experts=4, top_k=2, ffn=16, shared_experts=1, every=2, bias_rate=0.0)),
+}
+LENGTHS = (11, 3, 7)
+"""The tokens of three prompts, which are continued by STEPS tokens each."""
+STEPS = 6
+
+
+def a_model(config, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = Decoder(config, [range(config.layers)]).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def of_cache(model, sequences, parts, width=1):
+    """The logits [sequences, V] after each part of all sequences, given in turn; `width` as in `Columns.adding`, at least."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    longest = int(lengths.max())
+    padded = torch.stack([torch.cat((torch.full((longest - len(s),), 9), s)) for s in sequences])
+    logits, done = [], 0
+    with torch.no_grad(), cached(model, longest - lengths) as columns:
+        for part in parts:
+            tokens = padded[:, done : done + part]
+            tokens = torch.cat((tokens.new_full((len(tokens), max(0, width - part)), 5), tokens), 1)
+            with columns.adding(part, tokens.shape[1]):
+                logits.append(model(tokens)[0][:, -1])
+            done += part
+    return logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_without_a_cache(name):
+    model = a_model(MODELS[name])
+    whole = [torch.randint(50, (length + STEPS,)) for length in LENGTHS]
+    with torch.no_grad():
+        wanted = [model(sequence.unsqueeze(0))[0][0] for sequence in whole]
+    for parts in ([max(LENGTHS), *[1] * STEPS], [max(LENGTHS) + 2, 1, STEPS - 3]):
+        for logits, end in zip(of_cache(model, whole, parts), torch.tensor(parts).cumsum(0).tolist(), strict=True):
+            missing = max(LENGTHS) + STEPS - end
+            torch.testing.assert_close(logits, torch.stack([w[-1 - missing] for w in wanted]), rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        again = [model(sequence.unsqueeze(0))[0][0] for sequence in whole]
+    assert all(map(torch.equal, again, wanted)), "the model is as before"
+
+
+def test_columns_before_the_tokens_of_a_pass_change_nothing():
+    """As with sequence parallelism, which needs a number of columns that its ranks divide."""
+    model = a_model(MODELS["mixture"])
+    whole = [torch.randint(50, (length,)) for length in LENGTHS]
+    parts = [8, 1, 2]
+    for narrow, wide in zip(of_cache(model, whole, parts), of_cache(model, whole, parts, width=4), strict=True):
+        torch.testing.assert_close(wide, narrow, rtol=1e-12, atol=1e-12)
+
+
+def test_a_cache_grows_while_it_is_in_use_and_its_padding_is_never_seen(monkeypatch):
+    model = a_model(MODELS["rotary"])
+    whole = [torch.randint(50, (length,)) for length in (9, 5)]
+    wanted = of_cache(model, whole, [9])
+    monkeypatch.setattr(cache, "GROWTH", 2)
+    parts = [4, 1, 1, 3]
+    torch.testing.assert_close(of_cache(model, whole, parts)[-1], wanted[0], rtol=1e-12, atol=1e-12)
+    other = [torch.cat((torch.tensor([7]), whole[0][1:])), whole[1]]
+    first, second = of_cache(model, other, parts)[-1]
+    assert not torch.allclose(first, wanted[0][0])
+    torch.testing.assert_close(second, wanted[0][1], rtol=1e-12, atol=1e-12)
+
+
+def test_caches_have_a_multiple_of_64_columns():
+    columns = cache.Columns(torch.tensor([0]))
+    for added, capacity in ((1, 64), (63, 64), (1, 128), (200, 320)):
+        with columns.adding(added, added):
+            assert (columns.capacity, columns.seen.shape[-1]) == (capacity, capacity)
+
+
+def test_half_precision_is_close():
+    model = a_model(MODELS["rotary"], torch.float32)
+    whole = [torch.randint(50, (length,)) for length in LENGTHS]
+    wanted = of_cache(model, whole, [9, 1, 1])[-1]
+    model = model.to(torch.bfloat16)
+    logits = of_cache(model, whole, [9, 1, 1])[-1]
+    assert logits.dtype == torch.float32
+    assert (logits - wanted).norm() < 0.03 * wanted.norm()

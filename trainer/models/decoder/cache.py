@@ -1,0 +1,130 @@
+"""Runs a decoder on the next tokens of sequences, given keys and values of attention for the tokens before them.
+
+Shapes: B sequences, S columns of a pass, C columns of the cache, A query heads, G key heads, D head width.
+
+The sequences of a batch end in the same column. Shorter ones begin later: `padding` columns before them hold tokens that no other
+token sees. The modules are those that train; inside `cached`, attention keeps keys and values, and positions count from each
+sequence's own beginning.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from bagualu.parallel.precision import multiply_dtype
+from bagualu.trainer.models.decoder.layers import Attention, Positions
+from bagualu.trainer.models.decoder.model import Head, LearnedPositions
+from bagualu.trainer.operators.attention import attention_to_seen
+
+GROWTH = 64
+"""Caches grow by this many columns at a time: processors that generate code for each shape of a product then see few shapes."""
+
+
+class Columns:
+    """Which columns of the cache are filled, and which of them the tokens of a pass fill and see; the same for all layers."""
+
+    def __init__(self, padding: torch.Tensor) -> None:
+        """padding [B]: the number of columns before the first token of each sequence."""
+        self.padding = padding
+        self.filled = 0
+        """The number of columns filled by earlier passes."""
+        self.added = 0
+        """The number of columns that the current pass adds: the last of its S."""
+        self.positions = padding.new_zeros(0)
+        """The position of each token of the current pass in its sequence [B, S], 0 for padding."""
+        self.seen = padding.new_zeros(0, dtype=torch.bool)
+        """Whether each token of the current pass sees each column [B, 1, S, C]."""
+        self.distances = padding.new_zeros(0)
+        """The number of each column minus that of the token's own column [S, C]."""
+
+    @property
+    def capacity(self) -> int:
+        """The number of columns C that caches have in the current pass."""
+        return -(-(self.filled + self.added) // GROWTH) * GROWTH
+
+    @contextmanager
+    def adding(self, added: int, width: int) -> Iterator[None]:
+        """Makes the context of a pass over `width` columns of tokens, of which the last `added` continue the sequences. Those
+        before them are not kept; their results mean nothing."""
+        self.added = added
+        device, end = self.padding.device, self.filled + added
+        own = torch.arange(end - width, end, device=device)
+        columns = torch.arange(self.capacity, device=device)
+        self.positions = (own - self.padding.unsqueeze(1)).clamp(min=0)
+        self.distances = columns - own.unsqueeze(1)
+        self.seen = ((self.distances <= 0) & (columns >= self.padding.view(-1, 1, 1))).unsqueeze(1)
+        self.seen[..., 0] |= ~self.seen.any(-1)  # the softmax of padding, which sees nothing, would not be a number
+        yield
+        self.filled = end
+
+
+class _LayerCache:
+    """Takes the place of an attention's `attend`: adds the new keys and values to those before, and attends to all of them."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Keys and values [B, G, C, D]."""
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        columns, dtype = self._columns, multiply_dtype(query)
+        keys, values = self._kept = self._room(key, dtype)
+        new = slice(columns.filled, columns.filled + columns.added)
+        keys[:, :, new], values[:, :, new] = key[:, :, -columns.added :], value[:, :, -columns.added :]
+        mixed = attention_to_seen(query.to(dtype), keys, values, columns.seen, columns.distances, slopes)
+        return mixed.to(query.dtype)
+
+    def _room(self, like: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns keys and values with as many columns as the current pass needs; those not filled are zero."""
+        capacity = self._columns.capacity
+        if self._kept is not None and self._kept[0].shape[2] == capacity:
+            return self._kept
+        batch, heads, _, width = like.shape
+        keys, values = (like.new_zeros((batch, heads, capacity, width), dtype=dtype) for _ in range(2))
+        for before, larger in zip(self._kept or (), (keys, values), strict=False):
+            larger[:, :, : before.shape[2]] = before
+        return keys, values
+
+
+def _angles(columns: Columns, positions: Positions) -> Positions:
+    """Returns the function that takes the place of `positions`, an attention's rotary positions, in a pass."""
+
+    def angles(length: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = positions(columns.capacity, dtype, device)
+        return cos[columns.positions], sin[columns.positions]
+
+    return angles
+
+
+@contextmanager
+def cached(model: nn.Module, padding: torch.Tensor) -> Iterator[Columns]:
+    """Inside this context, every pass of `model` within `adding` of the yielded object continues the sequences of a batch, and
+    without labels the head returns the logits of their last tokens [B, 1, V]. Afterwards the model is as before.
+
+    padding [B] is on the model's device. Gradients must be off.
+    """
+    columns, undo = Columns(padding), list[Callable[[], None]]()
+
+    def replace(module: nn.Module, name: str, value: object) -> None:
+        undo.append(partial(setattr, module, name, getattr(module, name)))
+        setattr(module, name, value)
+
+    for module in model.modules():
+        if isinstance(module, Attention):
+            replace(module, "attend", _LayerCache(columns))
+            if module.positions is not None:
+                replace(module, "positions", _angles(columns, module.positions))
+        elif isinstance(module, LearnedPositions):
+            replace(module, "given", lambda: columns.positions)
+        elif isinstance(module, Head):
+            replace(module, "columns", slice(-1, None))
+    try:
+        yield columns
+    finally:
+        for restore in undo:
+            restore()
