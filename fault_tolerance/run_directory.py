@@ -23,6 +23,11 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def tokenizer(self) -> Path:
+        """File with the tokenizer of the run's text; none if its tokens stand for no text."""
+        return self.path / "tokenizer.json"
+
+    @property
     def metrics(self) -> Path:
         """File with a line of JSON for each step (trainer/output/metric_writers.py)."""
         return self.path / "metrics.jsonl"

@@ -272,6 +272,7 @@ def test_the_files_of_a_run_are_named_once():
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.strip("/").split("/")[0] in names
     ]
     elsewhere = {(".lock", f"trainer/data/{each}.py") for each in ("corpus", "scan")}  # locks of prepared data in the cache folder
+    elsewhere |= {("tokenizer.json", f"trainer/data/{each}.py") for each in ("build", "corpus", "listing", "prepared")}
     assert set(spelt) - elsewhere == {(one, "fault_tolerance/run_directory.py") for one in names}
     script = (ROOT / "launch/batch/job.sh").read_text()
     assert [one for one in names if f"/{one}" in script] == []

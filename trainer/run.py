@@ -1,6 +1,7 @@
 """A whole run on a rank: assemble, resume, train, summarise. Every rank calls `train` with the same recipe."""
 
 import contextlib
+import logging
 import math
 import sys
 import time
@@ -17,6 +18,7 @@ from bagualu.comm.group import Communicator
 from bagualu.comm.objects import broadcast_json
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointStorageError
+from bagualu.fault_tolerance.files import write_atomic
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.parallel.balance.stages.show import show_split
@@ -42,6 +44,8 @@ from bagualu.trainer.recovery.replication import Replication, open_replication
 from bagualu.trainer.recovery.resume import Resumed, resume
 from bagualu.trainer.recovery.saving import Checkpoints, take_checkpoints
 from bagualu.trainer.simulation.step_clock import open_step_clock
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -70,6 +74,8 @@ def train(
         keep_origin(recipe)
     _announce(state, communicator, scratch)
     fence = take_checkpoints(state, scratch)
+    if communicator.rank == 0:
+        _keep_tokenizer(state.corpus, RunDirectory(recipe.run.dir).tokenizer)
     replication = open_replication(state, scratch, fence)
     resumed = _resumed(state, replication, comes, stop)
     if finished := _finished(recipe, resumed.step):
@@ -219,6 +225,16 @@ def _corpus(recipe: Recipe) -> Corpus:
         if recipe.checkpoint.resume:
             raise StorageError(str(error)) from error
         raise
+
+
+def _keep_tokenizer(corpus: Corpus, path: Path) -> None:
+    """Copies the corpus's tokenizer, if it has one, to `path`, so that texts can be generated wherever the run is. If that fails,
+    it logs a warning."""
+    try:
+        if corpus.tokenizer_path is not None:
+            write_atomic(path, corpus.tokenizer_path.read_bytes())
+    except OSError as error:
+        log.warning("%s cannot be written (%s); `bagualu generate` will only take tokens", path, error.strerror)
 
 
 def _tokens(corpus: Corpus) -> dict[str, int | None]:
