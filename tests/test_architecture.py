@@ -13,6 +13,7 @@ import pytest
 
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.launch.verbs import usage
+from bagualu.launch.verbs.generate import read_sampling
 from bagualu.launch.verbs.plan import read_plan
 from bagualu.launch.verbs.question import read_question
 from bagualu.launch.verbs.schedule import schedule
@@ -66,6 +67,7 @@ ROOMS = {
     "trainer/costs": ("data", "models/decoder", "optim", "recipe"),
     "trainer/data": (),
     "trainer/engine": ("models", "models/decoder", "optim", "recipe"),
+    "trainer/generation": ("data", "engine", "models/decoder", "recipe"),
     "trainer/models": (),
     "trainer/models/decoder": ("models", "operators"),
     "trainer/models/hugging_face": ("models/decoder",),
@@ -81,11 +83,12 @@ ROOMS = {
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
     "launch/cli.py": {  # errors, outcome and usage too: a Ctrl-C while they are imported is answered
         *(f"bagualu.launch.verbs.{verb}" for verb in ("checkpoint", "doctor", "rehearse", "schedule", "show_recipe")),
-        *(f"bagualu.launch.verbs.{verb}" for verb in ("plan", "simulate", "slurm", "train", "usage")),
+        *(f"bagualu.launch.verbs.{verb}" for verb in ("generate", "plan", "simulate", "slurm", "train", "usage")),
         "bagualu.comm.errors",
         "bagualu.trainer.process.failure",
     },
     "launch/verbs/checkpoint.py": {"bagualu.trainer.conversion.export_model", "bagualu.trainer.conversion.import_model"},  # torch
+    "launch/verbs/generate.py": {"bagualu.trainer.data.tokenizer"},  # a library, before the prompts are known to be needed
     "launch/verbs/rehearse.py": {"bagualu.fault_tolerance.checkpoint.reading.compare"},
     "launch/verbs/plan.py": {  # torch
         "bagualu.launch.verbs.plan_text",
@@ -451,6 +454,9 @@ def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, 
     if request.verb == "checkpoint":
         assert request.overrides[0] in ("list", "verify", "import", "export")
         return None
+    if request.verb == "generate":
+        assert request.overrides[0].startswith("runs/")  # tests/launch/verbs/test_generate.py runs the commands of its guide
+        return read_sampling(request).validate()
     if request.verb == "schedule":
         of_a_run = request.overrides[0].startswith("runs/")  # tests/launch/verbs/test_schedule.py draws one
         assert of_a_run or schedule(request)[0] == 0

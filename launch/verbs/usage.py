@@ -17,6 +17,7 @@ VERBS = {
     "slurm": "write a SLURM batch script and submit it",
     "rehearse": "train under planned faults, and report which were survived",
     "checkpoint": "list the checkpoints of a run, verify every byte; bring models of Hugging Face in and out",
+    "generate": "continue texts with a trained model",
     "schedule": "draw a pipeline schedule, and the times that a run measured",
     "simulate": "predict a training step on a cluster that need not be here: time, memory, what limits",
     "plan": "find the layout with which a recipe trains fastest on such a cluster, and the command for it",
@@ -125,6 +126,34 @@ export  the weights of a checkpoint, by default the newest of a run, become a mo
         float64, float32, bfloat16 or float16, by default that of the training
 
 Give a run directory, or one checkpoint in it (runs/tiny/checkpoints/step-00000010)."""
+
+_GENERATE = """\
+usage: bagualu generate RUN_DIR|CHECKPOINT --prompt TEXT [options] [key=value ...]
+
+Continues each prompt with the model of a run: its newest checkpoint, or the one that is given. Text is written while it is
+generated, one prompt after the other. On several ranks the tokens are the same, up to rounding.
+
+prompts (all may be repeated):
+  --prompt TEXT           "" stands for the beginning of a document
+  --prompt-file FILE      one prompt a line; - reads them from stdin
+  --tokens 5,17,101       a prompt as tokens, for a model without a tokenizer
+
+options:
+  --max-new-tokens N      default 128
+  --temperature T         0 (default) takes the most probable token; else one is drawn, from a flatter distribution the larger T is
+  --top-p P               draw from the fewest most probable tokens with probability P together; default 1, all
+  --min-p P               draw none less probable than P times the most probable; default 0
+  --repetition-penalty R  more than 1 makes tokens that the text holds less probable; default 1
+  --seed N                of what is drawn, default 0
+  --stop TEXT             end a text before TEXT; may be repeated
+  --ignore-eos            go on after the end of a document
+  --json                  print one JSON document on stdout when all texts have ended, and stream nothing
+  -h, --help              this page
+
+keys:
+  parallel.tensor parallel.pipeline parallel.expert parallel.data    a layout, by default one process
+  train.dtype                                                        default: that of the run
+  comm.backend comm.device comm.timeout_seconds launch.threads launch.affinity launch.allocator launch.port    as in a run"""
 
 _SCHEDULE = """\
 usage: bagualu schedule name=NAME stages=N micro_batches=M [chunks=V] [key=value ...] [--json]
@@ -239,6 +268,7 @@ SEVERAL = {
     "slurm": "one job takes one value of each key; submit a job for each, or run one after the other here with `bagualu train -m`",
     "rehearse": "one rehearsal takes one value of each key; rehearse each value by itself",
     "checkpoint": "`bagualu checkpoint` looks at one run; give each by itself",
+    "generate": "one model is loaded in one layout; generate with each value by itself",
     "schedule": "one schedule takes one value of each key; draw each by itself",
     "simulate": "one prediction takes one value of each key; simulate each by itself",
     "plan": "a plan keeps the one value that is given; leave the key out to search its values",
@@ -267,8 +297,17 @@ class CommandLine:
     """False with --no-compare: leave out the rehearsal's run without faults."""
     quick: bool = False
     """Whether --quick was given: measure few sizes."""
+    ignore_eos: bool = False
+    """Whether --ignore-eos was given: go on after the end of a document."""
+    values: list[tuple[str, str]] = field(default_factory=list)
+    """The options with a value, in the order given."""
 
 
+_WITH_VALUE = (
+    *("--prompt", "--prompt-file", "--tokens", "--max-new-tokens", "--temperature", "--top-p", "--min-p", "--repetition-penalty"),
+    *("--seed", "--stop"),
+)
+"""Options that take a value: the next argument, or what follows = in the same one."""
 _LONG = {"-h": "--help", "-m": "--multirun", "-c": "--cfg"}
 _OPTIONS = {
     "--help": tuple(VERBS),
@@ -278,11 +317,14 @@ _OPTIONS = {
     "--no-compare": ("rehearse",),
     "--quick": ("doctor",),
     "--cfg": ("train", "slurm", "rehearse"),
+    "--ignore-eos": ("generate",),
+    **dict.fromkeys(_WITH_VALUE, ("generate",)),
 }
 """Every option, and the verbs that accept it."""
 _SETS = {
     "--help": ("help", True), "--json": ("json", True), "--multirun": ("multirun", True), "--print": ("print_script", True),
     "--no-compare": ("compare", False), "--quick": ("quick", True), "--cfg": ("print_recipe", True),
+    "--ignore-eos": ("ignore_eos", True),
 }  # fmt: skip
 """The field of CommandLine that each option sets, and the value that the field gets."""
 
@@ -302,6 +344,12 @@ def read(arguments: list[str]) -> CommandLine:
             request.overrides.append(option)
             continue
         name = _LONG.get(option, option)
+        given, equals, value = option.partition("=")
+        if given in _WITH_VALUE and verb in _OPTIONS[given]:
+            if not equals and not rest:
+                raise RecipeError(f"{given} takes a value, e.g. {_example(given)}; see bagualu {verb} --help")
+            request.values.append((given, value if equals else rest.pop(0)))
+            continue
         if verb not in _OPTIONS.get(name, ()):
             raise RecipeError(unknown_option(option, verb))
         if name == "--cfg" and option == argument and rest[:1] != ["job"]:
@@ -310,6 +358,12 @@ def read(arguments: list[str]) -> CommandLine:
             rest.pop(0)
         setattr(request, *_SETS[name])
     return request
+
+
+def _example(option: str) -> str:
+    """Returns an option with an example of its value."""
+    texts = {"--prompt": "'def '", "--prompt-file": "prompts.txt", "--tokens": "5,17,101", "--stop": "'\\n\\n'"}
+    return f"{option} {texts.get(option, 1)}"
 
 
 def _instead_of_verb(arguments: list[str]) -> str:
@@ -344,7 +398,7 @@ def _meant_key(name: str, verb: str) -> str | None:
         return name
     if own := {"schedule": SCHEDULE_KEYS, "doctor": DOCTOR_KEYS}.get(verb):
         return next((key for key in own if name in (key, key.rsplit(".", 1)[-1])), None)
-    if verb == "checkpoint":
+    if verb in ("checkpoint", "generate"):
         return None
     from bagualu.trainer.recipe.keys import keys  # Hydra's library
 
@@ -356,8 +410,8 @@ def page(verb: str) -> str:
     """Returns the help page of a verb as text; for an empty string, the page with the list of verbs."""
     if not verb:
         return _HELP.format(verbs="\n".join(f"  {name:<12}{what}" for name, what in VERBS.items()))
-    if verb in ("checkpoint", "doctor"):
-        return {"checkpoint": _CHECKPOINT, "doctor": _DOCTOR}[verb]
+    if verb in ("checkpoint", "doctor", "generate"):
+        return {"checkpoint": _CHECKPOINT, "doctor": _DOCTOR, "generate": _GENERATE}[verb]
     if verb == "schedule":
         return _SCHEDULE.format(names=" ".join(FAMILIES))
     if verb == "rehearse":

@@ -87,20 +87,30 @@ def run(
     return STOPPED if ended.summary["ended"] == "stopped" else DONE, ended.summary
 
 
-def call_on_workers(recipe: Recipe, workers: int, entrypoint: str, stop: StopRequest) -> Ended:
+def call_on_workers(recipe: Recipe, workers: int, entrypoint: str, stop: StopRequest, quiet_stdout: bool = True) -> Ended:
     """Starts `workers` workers on this machine as a run of the recipe does, with its threads, cores and allocator, and calls
     `entrypoint` on each in place of the trainer. Returns what the first returned, as the summary, or why it failed. Nothing is
-    written to run.dir but logs, and nothing is printed to stdout."""
+    written to run.dir but logs, and with `quiet_stdout` nothing to stdout."""
     stop.install()
     with scratch() as folder, _environment(environment.variables(recipe.launch, workers)):
         fork_server.start(["bagualu.launch.workers.worker_process", _ELASTIC, entrypoint.split(":")[0]], folder)
         with uncollected():
             from bagualu.launch.workers import processes  # it imports torch, while the fork server does the same
 
-        ended = processes.run_processes(recipe, workers, entrypoint, True, folder, stop)
+        ended = processes.run_processes(recipe, workers, entrypoint, quiet_stdout, folder, stop)
         stop.install()  # the agent had replaced the signal handlers
         fork_server.stop()
     return ended
+
+
+def call_on_threads(recipe: Recipe, ranks: int, entrypoint: str, stop: StopRequest, quiet_stdout: bool) -> Ended:
+    """Does what `call_on_workers` does on `ranks` ranks that are threads of this process."""
+    stop.install()
+    with scratch() as folder:
+        with uncollected():
+            from bagualu.launch.workers import threads  # it imports torch
+
+        return threads.run_threads(recipe, ranks, entrypoint, quiet_stdout, folder, stop)
 
 
 def tell_refusal(recipe: Recipe, workers: int, error: RecipeError, stop: StopRequest, meeting: Meeting) -> None:

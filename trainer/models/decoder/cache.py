@@ -56,7 +56,10 @@ class Columns:
         self.positions = (own - self.padding.unsqueeze(1)).clamp(min=0)
         self.distances = columns - own.unsqueeze(1)
         self.seen = ((self.distances <= 0) & (columns >= self.padding.view(-1, 1, 1))).unsqueeze(1)
-        self.seen[..., 0] |= ~self.seen.any(-1)  # the softmax of padding, which sees nothing, would not be a number
+        # Padding sees itself, and tokens before the first column see that: the softmax of nothing is not a number, and no weight
+        # of 0 takes such a value out of a sum.
+        self.seen |= self.distances == 0
+        self.seen[..., 0] |= own < 0
         yield
         self.filled = end
 
@@ -64,8 +67,9 @@ class Columns:
 class _LayerCache:
     """Takes the place of an attention's `attend`: adds the new keys and values to those before, and attends to all of them."""
 
-    def __init__(self, columns: Columns) -> None:
-        self._columns = columns
+    def __init__(self, columns: Columns, window: int | None = None) -> None:
+        """`window`: each token sees only the latest tokens, as many as this with itself; None: all."""
+        self._columns, self._window = columns, window
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
         """Keys and values [B, G, C, D]."""
 
@@ -76,7 +80,8 @@ class _LayerCache:
         keys, values = self._kept = self._room(key, dtype)
         new = slice(columns.filled, columns.filled + columns.added)
         keys[:, :, new], values[:, :, new] = key[:, :, -columns.added :], value[:, :, -columns.added :]
-        mixed = attention_to_seen(query.to(dtype), keys, values, columns.seen, columns.distances, slopes)
+        seen = columns.seen if self._window is None else columns.seen & (columns.distances > -self._window)
+        mixed = attention_to_seen(query.to(dtype), keys, values, seen, columns.distances, slopes)
         return mixed.to(query.dtype)
 
     def _room(self, like: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,9 +107,9 @@ def _angles(columns: Columns, positions: Positions) -> Positions:
 
 
 @contextmanager
-def cached(model: nn.Module, padding: torch.Tensor) -> Iterator[Columns]:
+def cached(model: nn.Module, padding: torch.Tensor, last: int = 1) -> Iterator[Columns]:
     """Inside this context, every pass of `model` within `adding` of the yielded object continues the sequences of a batch, and
-    without labels the head returns the logits of their last tokens [B, 1, V]. Afterwards the model is as before.
+    without labels the head returns the logits of their `last` tokens [B, last, V]. Afterwards the model is as before.
 
     padding [B] is on the model's device. Gradients must be off.
     """
@@ -116,13 +121,13 @@ def cached(model: nn.Module, padding: torch.Tensor) -> Iterator[Columns]:
 
     for module in model.modules():
         if isinstance(module, Attention):
-            replace(module, "attend", _LayerCache(columns))
+            replace(module, "attend", _LayerCache(columns, getattr(module, "window", None)))
             if module.positions is not None:
                 replace(module, "positions", _angles(columns, module.positions))
         elif isinstance(module, LearnedPositions):
             replace(module, "given", lambda: columns.positions)
         elif isinstance(module, Head):
-            replace(module, "columns", slice(-1, None))
+            replace(module, "columns", slice(-last, None))
     try:
         yield columns
     finally:

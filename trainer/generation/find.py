@@ -1,0 +1,74 @@
+"""Finds what a trained model consists of, given its run or one of its checkpoints. Does not import torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest
+from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, step_of
+from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.trainer.data.config import RANDOM, DataConfig
+from bagualu.trainer.recipe.compose import compose, load_recipe, parse
+from bagualu.trainer.recipe.config import Recipe, RunConfig, TrainConfig
+
+LAYOUT_KEYS = (
+    *(f"parallel.{axis}" for axis in ("tensor", "pipeline", "expert", "data")),
+    "train.dtype",
+    *(f"comm.{key}" for key in ("backend", "device", "timeout_seconds")),
+    *(f"launch.{key}" for key in ("threads", "affinity", "allocator", "port")),
+)
+"""The keys of a recipe that change how a trained model is computed, and not which model it is."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint, and what its run says about it."""
+
+    recipe: Recipe
+    """The recipe of the run."""
+    run_dir: Path
+    checkpoint: Path
+    tokenizer: Path | None
+    """The file of the tokenizer; None if the run keeps none."""
+
+
+def find_model(given: Path) -> TrainedModel:
+    """Returns the model in the newest checkpoint of the run directory `given`, or in the checkpoint `given`. Raises RecipeError if
+    there is none."""
+    if not given.exists():
+        raise RecipeError(f"{given} does not exist; give the directory of a run, or one of its checkpoints")
+    is_checkpoint = step_of(given) is not None or (given / MANIFEST).exists()
+    run = RunDirectory(given.resolve().parents[1] if is_checkpoint else given)
+    checkpoint = given if is_checkpoint else latest(run.checkpoints)
+    if checkpoint is None and not run.config.exists():
+        raise RecipeError(f"{given} is neither a run nor a checkpoint; give the directory of a run, e.g. runs/tiny")
+    if checkpoint is None:
+        raise RecipeError(f"{given} has no checkpoint yet; one is saved every checkpoint.every steps, when the run ends, and when "
+                          "Ctrl-C stops it")  # fmt: skip
+    if not run.config.exists():
+        raise RecipeError(f"{checkpoint} is not in a run: {run.config} is missing, which describes its model; put it back")
+    tokenizer = run.tokenizer
+    return TrainedModel(load_recipe(run.config), run.path.resolve(), checkpoint, tokenizer if tokenizer.exists() else None)
+
+
+def compose_layout(
+    verb: str, trained: TrainedModel, overrides: Sequence[str], folder: str, several: str, data_keys: Sequence[str] = ()
+) -> Recipe:
+    """Returns a recipe with the run's model and dtype and the layout that `overrides` give, by default one process. `folder` takes
+    the place of the run's directory. With `data_keys`, keys of its data that may be given too, it also has the run's data. Raises
+    RecipeError, also for a key that changes nothing here."""
+    then, known = trained.recipe, (*data_keys, *LAYOUT_KEYS)
+    data = then.data if data_keys else DataConfig(source=RANDOM, sequence_length=then.data.sequence_length)
+    base = Recipe(
+        run=RunConfig(name=then.run.name, dir=folder, seed=then.run.seed), model=then.model, data=data,
+        train=TrainConfig(dtype=then.train.dtype, micro_batch=then.train.micro_batch),
+    )  # fmt: skip
+    recipe = compose(overrides, several, base)
+    for override in parse(overrides):
+        if override.key_or_group not in known:
+            fixed = "is that of the run" if override.key_or_group.startswith("model") else "changes nothing here"
+            raise RecipeError(f"{override.key_or_group} {fixed}; `bagualu {verb}` takes {', '.join(known)}")
+    recipe.parallel.validate()
+    data = replace(recipe.data, global_batch=recipe.world_size() * recipe.train.micro_batch)  # which data ranks divide
+    return replace(recipe, data=data, restart=replace(recipe.restart, limit=0))

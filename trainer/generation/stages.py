@@ -1,0 +1,94 @@
+"""A model that continues sequences, split over the ranks of any layout.
+
+Shapes: B sequences, S tokens of a pass, V vocabulary, H hidden.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bagualu.comm.differentiable import gather_from
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.checkpoint.agree import on_all
+from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
+from bagualu.parallel.balance.stages.forecast import Split
+from bagualu.parallel.boxes import Box
+from bagualu.parallel.layout import StagePlacement
+from bagualu.parallel.mesh import Mesh
+from bagualu.parallel.parallelize import Fill
+from bagualu.parallel.pipeline.relay import relay
+from bagualu.parallel.pipeline.split import split_layers
+from bagualu.trainer.engine.local_model import local_model
+from bagualu.trainer.models.decoder.cache import Columns
+from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.override_text import typed
+
+
+@dataclass(frozen=True)
+class Stages:
+    """This rank's stages. `run` computes one of them, as the pipeline's `Slices` do; `model` holds its modules."""
+
+    recipe: Recipe
+    mesh: Mesh
+    model: nn.Module
+    run: Callable[[torch.Tensor, torch.Tensor | None, int], tuple[torch.Tensor, torch.Tensor]]
+
+    def logits(self, tokens: torch.Tensor, columns: Columns) -> torch.Tensor | None:
+        """Continues each sequence by tokens [B, S]. Returns the logits after the last of them [B, L, V], of as many as `cached` was
+        told, on the ranks of the last stage, None on the others. Collective over tensor, pipeline and expert ranks."""
+        tensor, model = self.mesh.group("tensor"), self.recipe.model
+        added = tokens.shape[1]
+        ranks = tensor.size if self.recipe.parallel.sequence else 1
+        width = -(-added // ranks) * ranks
+        if width > added:
+            tokens = torch.cat((tokens.new_zeros(len(tokens), width - added), tokens), 1)
+        shape = (len(tokens), width // ranks, model.hidden)
+        with columns.adding(added, width):
+            logits = relay(self.mesh, self._stage, tokens, shape, getattr(torch, self.recipe.train.dtype))
+        return None if logits is None else gather_from(logits, tensor, 2)[..., : model.vocab]
+
+    def _stage(self, x: torch.Tensor, chunk: int) -> torch.Tensor:
+        return self.run(x, None, chunk)[0]
+
+
+def load_stages(recipe: Recipe, communicator: Communicator, path: Path) -> Stages:
+    """Returns this rank's stages with the weights of the checkpoint at `path`, of which it reads no others. Collective. Raises
+    RecipeError if the checkpoint is of another model, CheckpointError if it is damaged."""
+    layout = recipe.validate(communicator.size)
+    mesh = Mesh.build(layout, communicator, StagePlacement(layout.pipeline))
+    split = Split(split_layers(recipe.model.layers, mesh.placement), ["none"] * recipe.model.layers)
+
+    def load() -> nn.Module:
+        checkpoint = Checkpoint(path)
+        _require_model(recipe, checkpoint)
+        return local_model(recipe, mesh, split, _stored_values(checkpoint), getattr(torch, recipe.train.dtype))[0]
+
+    model = on_all(load, communicator.world)
+    return Stages(recipe, mesh, model, model)
+
+
+def _require_model(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Raises RecipeError unless the recipe's model is the one that the checkpoint was saved with."""
+    saved = checkpoint.metadata.get("identity")
+    for key, here in recipe.model.identity().items() if isinstance(saved, dict) else ():
+        if key in saved and not recipe.model.fits(key, saved[key], here):
+            raise RecipeError(f"{checkpoint.path} was saved with {key}={typed(saved[key])} but config.yaml of its run has "
+                              f"{typed(here)}; put that file back as it was")  # fmt: skip
+
+
+def _stored_values(checkpoint: Checkpoint) -> Fill:
+    """Returns the function that reads weights and buffers from the checkpoint."""
+
+    def values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
+        kind = "weight" if f"weight/{name}" in checkpoint.tensors else "buffer"
+        stored = f"{kind}/{name}"
+        dtype = checkpoint.tensors[stored][1] if stored in checkpoint.tensors else torch.float32
+        out = torch.empty(box.shape, dtype=dtype)
+        checkpoint.read(stored, box.offset, out)
+        return out
+
+    return values
