@@ -66,6 +66,10 @@ def _run(arguments: list[str], entrypoint: str | None) -> tuple[int, Any]:
         from bagualu.launch.verbs.simulate import simulate
 
         return simulate(request)
+    if request.verb == "evaluate":
+        from bagualu.launch.verbs.evaluate import evaluate
+
+        return evaluate(request)
     if request.verb == "generate":
         from bagualu.launch.verbs.generate import generate
 

@@ -67,7 +67,7 @@ ROOMS = {
     "trainer/costs": ("data", "models/decoder", "optim", "recipe"),
     "trainer/data": (),
     "trainer/engine": ("models", "models/decoder", "optim", "recipe"),
-    "trainer/generation": ("data", "engine", "models/decoder", "recipe"),
+    "trainer/generation": ("data", "engine", "models/decoder", "recipe", "recovery"),
     "trainer/models": (),
     "trainer/models/decoder": ("models", "operators"),
     "trainer/models/hugging_face": ("models/decoder",),
@@ -83,7 +83,7 @@ ROOMS = {
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
     "launch/cli.py": {  # errors, outcome and usage too: a Ctrl-C while they are imported is answered
         *(f"bagualu.launch.verbs.{verb}" for verb in ("checkpoint", "doctor", "rehearse", "schedule", "show_recipe")),
-        *(f"bagualu.launch.verbs.{verb}" for verb in ("generate", "plan", "simulate", "slurm", "train", "usage")),
+        *(f"bagualu.launch.verbs.{verb}" for verb in ("evaluate", "generate", "plan", "simulate", "slurm", "train", "usage")),
         "bagualu.comm.errors",
         "bagualu.trainer.process.failure",
     },
@@ -454,7 +454,7 @@ def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, 
     if request.verb == "checkpoint":
         assert request.overrides[0] in ("list", "verify", "import", "export")
         return None
-    if request.verb == "generate":
+    if request.verb in ("generate", "evaluate"):
         assert request.overrides[0].startswith("runs/")  # tests/launch/verbs/test_generate.py runs the commands of its guide
         return read_sampling(request).validate()
     if request.verb == "schedule":

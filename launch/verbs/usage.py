@@ -18,6 +18,7 @@ VERBS = {
     "rehearse": "train under planned faults, and report which were survived",
     "checkpoint": "list the checkpoints of a run, verify every byte; bring models of Hugging Face in and out",
     "generate": "continue texts with a trained model",
+    "evaluate": "measure how well a trained model predicts text",
     "schedule": "draw a pipeline schedule, and the times that a run measured",
     "simulate": "predict a training step on a cluster that need not be here: time, memory, what limits",
     "plan": "find the layout with which a recipe trains fastest on such a cluster, and the command for it",
@@ -155,6 +156,25 @@ keys:
   train.dtype                                                        default: that of the run
   comm.backend comm.device comm.timeout_seconds launch.threads launch.affinity launch.allocator launch.port    as in a run"""
 
+_EVALUATE = """\
+usage: bagualu evaluate RUN_DIR|CHECKPOINT [data.source=TEXT] [sequences=N] [key=value ...] [--json]
+
+Prints the loss (nats per token), perplexity and bits per byte of the model of a run: its newest checkpoint, or the one that
+is given. Without data.source on the text that the run kept for validation, with it on all of that text.
+
+keys:
+  data.source            a text file or a folder of text files
+  sequences              the most sequences to evaluate, spread evenly; default: all (of random tokens, 64)
+  data.sequence_length   default: as the run was trained
+  data.cache train.micro_batch                                       as in the run
+  parallel.tensor parallel.pipeline parallel.expert parallel.data    a layout, by default one process
+  train.dtype                                                        default: that of the run
+  comm.backend comm.device comm.timeout_seconds launch.threads launch.affinity launch.allocator launch.port    as in a run
+
+options:
+  --json      print one JSON document on stdout
+  -h, --help  this page"""
+
 _SCHEDULE = """\
 usage: bagualu schedule name=NAME stages=N micro_batches=M [chunks=V] [key=value ...] [--json]
        bagualu schedule RUN_DIR [out=FILE] [--json]
@@ -269,6 +289,7 @@ SEVERAL = {
     "rehearse": "one rehearsal takes one value of each key; rehearse each value by itself",
     "checkpoint": "`bagualu checkpoint` looks at one run; give each by itself",
     "generate": "one model is loaded in one layout; generate with each value by itself",
+    "evaluate": "one model is loaded in one layout; evaluate with each value by itself",
     "schedule": "one schedule takes one value of each key; draw each by itself",
     "simulate": "one prediction takes one value of each key; simulate each by itself",
     "plan": "a plan keeps the one value that is given; leave the key out to search its values",
@@ -398,7 +419,7 @@ def _meant_key(name: str, verb: str) -> str | None:
         return name
     if own := {"schedule": SCHEDULE_KEYS, "doctor": DOCTOR_KEYS}.get(verb):
         return next((key for key in own if name in (key, key.rsplit(".", 1)[-1])), None)
-    if verb in ("checkpoint", "generate"):
+    if verb in ("checkpoint", "evaluate", "generate"):
         return None
     from bagualu.trainer.recipe.keys import keys  # Hydra's library
 
@@ -410,8 +431,8 @@ def page(verb: str) -> str:
     """Returns the help page of a verb as text; for an empty string, the page with the list of verbs."""
     if not verb:
         return _HELP.format(verbs="\n".join(f"  {name:<12}{what}" for name, what in VERBS.items()))
-    if verb in ("checkpoint", "doctor", "generate"):
-        return {"checkpoint": _CHECKPOINT, "doctor": _DOCTOR, "generate": _GENERATE}[verb]
+    if verb in ("checkpoint", "doctor", "evaluate", "generate"):
+        return {"checkpoint": _CHECKPOINT, "doctor": _DOCTOR, "evaluate": _EVALUATE, "generate": _GENERATE}[verb]
     if verb == "schedule":
         return _SCHEDULE.format(names=" ".join(FAMILIES))
     if verb == "rehearse":

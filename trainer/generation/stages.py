@@ -51,6 +51,18 @@ class Stages:
             logits = relay(self.mesh, self._stage, tokens, shape, getattr(torch, self.recipe.train.dtype))
         return None if logits is None else gather_from(logits, tensor, 2)[..., : model.vocab]
 
+    def loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
+        """Returns the loss, summed over the labels [B, S] of tokens [B, S], on the ranks of the last stage, None on the others.
+        Collective over tensor, pipeline and expert ranks."""
+        last = len(self.mesh.stages) - 1 if self.mesh.last_stage else None
+        ranks = self.mesh.group("tensor").size if self.recipe.parallel.sequence else 1
+        shape = (len(tokens), tokens.shape[1] // ranks, self.recipe.model.hidden)
+
+        def run(x: torch.Tensor, chunk: int) -> torch.Tensor:
+            return self.run(x, labels if chunk == last else None, chunk)[0]
+
+        return relay(self.mesh, run, tokens, shape, getattr(torch, self.recipe.train.dtype))
+
     def _stage(self, x: torch.Tensor, chunk: int) -> torch.Tensor:
         return self.run(x, None, chunk)[0]
 

@@ -31,14 +31,14 @@ from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.recipe.config import DTYPES
 from bagualu.trainer.recipe.override_text import typed
 
-_FINGERPRINT = "data fingerprint"
+FINGERPRINT = "data fingerprint"
 _RENORMALISE = "model.moe.renormalise"
 _WEIGHTS = "weight/"
 """How the names of weights in a checkpoint begin."""
 _SPLIT, _KIND = "data.split", "data split in fact"
 """Keys of the dictionary that `identity` returns: how the text was to be split (none: nothing is kept for validation), and how it
 was in fact. Checkpoints of earlier versions lack both: those versions kept whole files."""
-_OF_TEXT = {_FINGERPRINT, _SPLIT, _KIND, "data.source", "data.validation", "data.validation_fraction"}
+_OF_TEXT = {FINGERPRINT, _SPLIT, _KIND, "data.source", "data.validation", "data.validation_fraction"}
 """Keys that may differ if the fingerprint proves that the tokens are the same, for example because the text was moved."""
 
 
@@ -205,7 +205,7 @@ def identity(state: TrainerState) -> dict[str, Any]:
     text = {"data.source": recipe.data.source, "data.validation": recipe.data.validation,
             "data.validation_fraction": recipe.data.validation_fraction,
             _SPLIT: recipe.data.split if state.corpus.split != NOTHING.kind else NOTHING.kind, _KIND: state.corpus.split,
-            _FINGERPRINT: state.corpus.fingerprint}  # fmt: skip
+            FINGERPRINT: state.corpus.fingerprint}  # fmt: skip
     return recipe.model.identity() | data | {"run.seed": recipe.run.seed} | text
 
 
@@ -226,14 +226,14 @@ def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path, imp
                     "model.moe.top_k=1 its router learnt nothing from the loss: give another run.dir to start anew"
                 )
             raise _other(path, key, saved.get(key), here.get(key), f"give {key}={typed(saved.get(key))}")
-    if saved.get(_FINGERPRINT) != here.get(_FINGERPRINT):
+    if saved.get(FINGERPRINT) != here.get(FINGERPRINT):
         raise _other_text(saved, here, path)
 
 
 def _other_text(saved: dict[str, Any], here: dict[str, Any], path: Path) -> RecipeError:
     """Returns the error for a run whose tokens differ from those it was trained on; it names the key that changed and how to undo
     that."""
-    source, tokens = saved.get("data.source"), here[_FINGERPRINT]
+    source, tokens = saved.get("data.source"), here[FINGERPRINT]
     if source != here["data.source"] and RANDOM in (source, here["data.source"]):
         return _other(path, "data.source", source, here["data.source"], f"give data.source={source}")
     if _SPLIT not in saved and here[_KIND] != "files":
@@ -249,12 +249,12 @@ def _other_text(saved: dict[str, Any], here: dict[str, Any], path: Path) -> Reci
         return _other(path, "data.validation_fraction", fraction, here["data.validation_fraction"],
                       f"give data.validation_fraction={fraction}")  # fmt: skip
     if source != here["data.source"]:
-        remark = f", whose tokens are not the same ({_FINGERPRINT} {saved.get(_FINGERPRINT)} and {tokens})"
+        remark = f", whose tokens are not the same ({FINGERPRINT} {saved.get(FINGERPRINT)} and {tokens})"
         return _other(path, "data.source", source, here["data.source"], "give the text that the run began with", remark)
     fix = f"put the text of data.source={source} back as it was"
     if _SPLIT not in saved:
         fix += ", without links to folders, which an earlier version left out (it read the files of runs instead),"
-    return _other(path, _FINGERPRINT, saved.get(_FINGERPRINT), tokens, fix)
+    return _other(path, FINGERPRINT, saved.get(FINGERPRINT), tokens, fix)
 
 
 def _split_as(before: str, here: str) -> str:

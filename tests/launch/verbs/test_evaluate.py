@@ -1,0 +1,156 @@
+"""`bagualu evaluate`: the loss that training measured too, the same in every layout, and other text by hand."""
+
+import json
+import math
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bagualu.comm import simulated
+from bagualu.launch.cli import main
+from bagualu.launch.verbs.usage import _OPTIONS, page
+from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer
+from bagualu.trainer.generation.find import compose_layout, find_model
+from bagualu.trainer.generation.stages import load_stages
+from tests.launch.verbs.test_generate import ROOT, SMALL
+
+GUIDE = (ROOT / "docs/guides/generate.md").read_text(encoding="utf-8")
+COMMANDS = [line.strip() for line in GUIDE.splitlines() if line.startswith("    bagualu evaluate ")]
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with runs/tiny and its summary, trained on the README; runs/unkept, without validation; runs/random."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for name, words in (("text", "README.md"), ("my_texts", "CONTRIBUTING.md")):
+        (folder / name).mkdir()
+        shutil.copy(ROOT / words, folder / name)
+    words = [*SMALL, "train.dtype=float64", "train.micro_batch=2", f"data.cache={folder}/cache"]
+    kept = ["train.validation_sequences=1000", "data.validation_fraction=0.2", f"data.source={folder}/text"]
+    assert main(["train", *words, *kept, f"run.dir={folder}/runs/tiny"]) == 0
+    assert main(["train", *words, f"data.source={folder}/text", "train.steps=1", f"run.dir={folder}/runs/unkept"]) == 0
+    assert main(["train", *words, "data.source=random", "train.steps=1", f"run.dir={folder}/runs/random"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    return runs
+
+
+def document(capsys, *words):
+    capsys.readouterr()
+    assert main(["evaluate", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_on_the_text_kept_for_validation_it_is_what_training_measured(here, capsys):
+    summary = json.loads((here / "runs/tiny/summary.json").read_text())
+    found = document(capsys, "runs/tiny")
+    assert found["loss"] == pytest.approx(summary["validation_loss"], rel=1e-12)
+    assert found["bits_per_byte"] == pytest.approx(summary["validation_bits_per_byte"], rel=1e-12)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-12)
+    assert found["tokens"] == found["sequences"] * LENGTH
+    assert found["checkpoint"].endswith("step-00000004")
+    assert main(["evaluate", "runs/tiny"]) == 0
+    assert f"{found['loss']:.4f} nats/token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", [["parallel.tensor=2"], ["parallel.pipeline=2"], ["parallel.expert=2"], ["parallel.data=3"]])
+def test_layouts_give_the_same_loss(here, capsys, layout):
+    words = ["runs/tiny", "sequences=7"]
+    alone = document(capsys, *words)
+    found = document(capsys, *words, *layout, "comm.backend=simulated")
+    assert alone["sequences"] == found["sequences"] == 7
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-9)
+    assert found["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-9)
+    assert found["tokens"] == alone["tokens"]
+
+
+def by_hand(folder: Path, text: str) -> tuple[float, float]:
+    """Nats per token and bits per byte of all whole sequences of the text."""
+    trained = find_model(folder / "runs/tiny")
+    recipe = compose_layout("evaluate", trained, [], str(folder), "")
+
+    def model(communicator):
+        return load_stages(recipe, communicator, trained.checkpoint).model
+
+    (decoder,) = simulated.run(1, model)
+    tokenizer = load_tokenizer(folder / "runs/tiny/tokenizer.json")
+    tokens = [*tokenizer.encode(text).ids, END_OF_FILE_TOKEN]
+    nats, count, size = 0.0, 0, 0
+    for start in range(0, (len(tokens) - 1) // LENGTH * LENGTH, LENGTH):
+        window = tokens[start : start + LENGTH + 1]
+        with torch.no_grad():
+            logits = decoder(torch.tensor([window[:-1]]))[0][0]
+        nats += float(F.cross_entropy(logits, torch.tensor(window[1:]), reduction="sum"))
+        count += LENGTH
+        size += len(tokenizer.decode(window[1:]).encode(errors="replace"))
+    return nats / count, nats / math.log(2) / size
+
+
+def test_on_other_text_all_of_it_is_read_with_the_tokenizer_of_the_run(here, capsys):
+    loss, bits = by_hand(here, (here / "my_texts/CONTRIBUTING.md").read_text())
+    found = document(capsys, "runs/tiny", "data.source=my_texts")
+    assert (found["loss"], found["bits_per_byte"]) == (pytest.approx(loss, rel=1e-9), pytest.approx(bits, rel=0.01))
+    assert found["source"] == "my_texts"
+    assert document(capsys, "runs/unkept", "data.source=my_texts")["loss"] != found["loss"]
+
+
+def test_random_tokens_have_a_loss_and_no_bytes(here, capsys):
+    found = document(capsys, "runs/random")
+    assert (found["sequences"], found["bits_per_byte"]) == (64, None)
+    assert found["loss"] == pytest.approx(math.log(300), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        ([], "e.g. bagualu evaluate runs/tiny"),
+        (["runs/tny"], "runs/tny does not exist"),
+        (["runs/tiny", "sequences=0"], "sequences=0"),
+        (["runs/tiny", "sequences=many"], "sequences=many"),
+        (["runs/tiny", "data.source=nothing"], "data.source=nothing is not there"),
+        (["runs/tiny", "data.sequence_length=100000"], "give data.sequence_length="),
+        (["runs/tiny", "parallel.tensor=3"], "model.heads=4 is not divisible by parallel.tensor=3"),
+        (["runs/tiny", "model.layers=3"], "model.layers is that of the run; `bagualu evaluate` takes data.source"),
+        (["runs/tiny", "data.global_batch=3"], "data.global_batch changes nothing here"),
+        (["runs/unkept"], "the run keeps no text for validation (train.validation_sequences=0); give other text as data.source"),
+        (["runs/random", "data.source=my_texts"], "keeps no tokenizer.json to read it with; leave data.source out"),
+    ],
+)
+def test_wrong_input_is_one_line_with_the_fix(here, capsys, words, fix):
+    capsys.readouterr()
+    assert main(["evaluate", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert fix in err
+
+
+def test_text_that_has_changed_is_not_taken_for_text_that_the_model_has_not_seen(here, capsys, tmp_path):
+    (tmp_path / "text").mkdir()
+    shutil.copy(here / "text/README.md", tmp_path / "text")
+    words = [f"data.source={tmp_path}/text", f"run.dir={tmp_path}/run", "train.validation_sequences=4", f"data.cache={here}/cache"]
+    assert main(["train", *SMALL, *words, "train.steps=1"]) == 0
+    with (tmp_path / "text/README.md").open("a") as file:
+        file.write("and one more line\n")
+    capsys.readouterr()
+    assert main(["evaluate", f"{tmp_path}/run"]) == 2
+    assert "is not the one that the run was trained on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_guide_evaluate(here, capsys, command):
+    assert main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out
+
+
+def test_help_names_the_options():
+    assert all(("evaluate" in verbs) == (option in page("evaluate")) for option, verbs in _OPTIONS.items())
