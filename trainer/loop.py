@@ -21,6 +21,7 @@ from bagualu.trainer.rebalance import Rebalancer
 from bagualu.trainer.recovery.replication import Replication
 from bagualu.trainer.recovery.rollback import roll_back
 from bagualu.trainer.recovery.saving import Checkpoints
+from bagualu.trainer.sample import show_sample
 from bagualu.trainer.simulation.step_clock import StepClock
 from bagualu.trainer.step import StepResult, train_step
 
@@ -83,6 +84,8 @@ class Loop:
             self.checkpoints.still_ours()
             for sink in self.sinks:
                 sink.write(record)
+            if self._samples_after(step, stopped):
+                show_sample(self.state, step)
             if self.replication and result.committed:  # else the state itself may be damaged
                 self.replication.after_step(step)
             self._due |= bool(every) and step % every == 0
@@ -205,6 +208,10 @@ class Loop:
             "tokens_per_second": self._tokens_per_step / seconds,
             "mfu": self._tokens_per_step * self.seconds_per_token_at_ceiling / seconds,
         }
+
+    def _samples_after(self, step: int, stopped: bool) -> bool:
+        steps, every = self.state.recipe.train.steps, self.state.recipe.train.sample_every
+        return every > 0 and (step == steps or (step % every == 0 and not stopped))
 
     def _validation(self, step: int) -> Validation | None:
         train = self.state.recipe.train

@@ -138,15 +138,21 @@ def _spent(ledger: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {ledger[name] / ledger['wall']:.1%}" for name in sorted(others, key=lambda name: -ledger[name]))
 
 
-def next_commands(run_dir: str, optim: OptimConfig, step: int, steps: int, program: str = "bagualu") -> list[tuple[str, str]]:
+def next_commands(
+    run_dir: str, optim: OptimConfig, step: int, steps: int, text: bool = True, program: str = "bagualu"
+) -> list[tuple[str, str]]:
     """Returns (purpose, command) pairs to type, with `program` for bagualu, after a start of the run in `run_dir` that has done
-    `step` of `steps` steps with the schedule of `optim`. The other keys of the run stand in its config.yaml."""
+    `step` of `steps` steps with the schedule of `optim`. The other keys of the run stand in its config.yaml. `text`: whether its
+    tokens stand for text."""
     resume = ["train", f"run.dir={typed(run_dir)}", "checkpoint.resume=true"]
+    prompt = ["--prompt", "The", "--temperature", "0.8"] if text else ["--tokens", "1,2,3"]
+    says = ("it says", shlex.join([program, "generate", run_dir, *prompt]))
     if step < steps:
-        return [("go on", shlex.join([program, *resume]))]
+        return [("go on", shlex.join([program, *resume])), says]
     kind, changes = _further(optim, steps)
     larger = ["train", "recipe=bench_dense", "data.source=stdlib", "train.steps=1000"]
     return [
+        says,
         (kind, shlex.join([program, *resume, *(f"{key}={value}" for key, value in changes.items())])),
         ("larger", shlex.join([program, *larger])),
     ]

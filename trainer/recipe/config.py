@@ -79,6 +79,9 @@ class TrainConfig:
     """Steps between validations; 0 validates only after the last step."""
     validation_sequences: int = 64
     """Sequences of the validation split that each validation uses, always the same; 0 turns validation off."""
+    sample_every: int = field(default=0, metadata={"example": "100"})
+    """Steps between samples: the beginning of a text that the model makes up is printed then and after the last step; 0: never.
+    Random tokens are not shown."""
 
     def validate(self) -> None:
         if self.dtype == PREDICTED_DTYPE:
@@ -86,7 +89,7 @@ class TrainConfig:
         if self.dtype not in DTYPES:
             raise RecipeError(f"train.dtype={self.dtype} is unknown; give one of {', '.join(DTYPES)}")
         require_at_least(1, "train", self, "steps", "micro_batch")
-        require_at_least(0, "train", self, "validate_every", "validation_sequences")
+        require_at_least(0, "train", self, "validate_every", "validation_sequences", "sample_every")
 
 
 @dataclass

@@ -84,12 +84,14 @@ def test_the_summary_says_how_it_went_and_what_to_type():
         "run         runs/tiny",
         "",
         "next",
+        "it says     bagualu generate runs/tiny --prompt The --temperature 0.8",
         "train on    bagualu train run.dir=runs/tiny checkpoint.resume=true train.steps=60",
         "larger      bagualu train recipe=bench_dense data.source=stdlib train.steps=1000",
     ]
 
 
 def test_a_run_that_was_stopped_is_told_to_go_on():
-    assert next_commands("runs/a, b", OptimConfig(), 10, 30, ".venv/bin/bagualu") == [
+    assert next_commands("runs/a, b", OptimConfig(), 10, 30, False, ".venv/bin/bagualu") == [
         ("go on", ".venv/bin/bagualu train 'run.dir=\"runs/a, b\"' checkpoint.resume=true"),
+        ("it says", ".venv/bin/bagualu generate 'runs/a, b' --tokens 1,2,3"),
     ]

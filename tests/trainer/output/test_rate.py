@@ -88,7 +88,7 @@ OPTIMS = [
 def test_the_command_to_train_on_is_valid_and_keeps_the_rate(tmp_path: Path, overrides: list[str]) -> None:
     first = compose(["recipe=tiny", *overrides, "train.steps=30", f"run.dir={tmp_path}/run"])
     save_recipe(first)
-    (kind, command), _ = next_commands(first.run.dir, first.optim, 30, 30)
+    _, (kind, command), _ = next_commands(first.run.dir, first.optim, 30, 30)
     assert kind in ("train on", "train on, rate kept")
     second = compose(command.split()[2:])
     second.validate(second.world_size())
@@ -100,7 +100,7 @@ def test_the_command_to_train_on_is_valid_and_keeps_the_rate(tmp_path: Path, ove
 
 def test_a_jump_that_cannot_be_avoided_stands_in_the_proposal() -> None:
     optim = compose(["recipe=tiny", "optim.final_lr_ratio=0", "train.steps=100"]).optim
-    (kind, command), _ = next_commands("runs/tiny", optim, 100, 100)
+    _, (kind, command), _ = next_commands("runs/tiny", optim, 100, 100)
     jump = learning_rate(optim, 100, 200) / learning_rate(optim, 99, 100)
     assert kind == f"train on, rate x {jump:.0f}"
     assert command == "bagualu train run.dir=runs/tiny checkpoint.resume=true train.steps=200"

@@ -177,6 +177,7 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"train__steps": 0}, "must be at least 1", {"train__steps": 1}),
     ({"train__micro_batch": 0}, "must be at least 1", {"train__micro_batch": 1}),
     ({"train__validate_every": -1}, "must be at least 0", {"train__validate_every": 0}),
+    ({"train__sample_every": -1}, "must be at least 0", {"train__sample_every": 0}),
     ({"optim__name": "adam"}, "give one of adamw, lion, muon, sgd", {"optim__name": "adamw"}),
     ({**MUON, "optim__adjust_lr": "rms"}, "give one of match_rms_adamw, original", {"optim__adjust_lr": "original"}),
     ({"optim__adjust_lr": "original"}, "give optim.adjust_lr=match_rms_adamw", {"optim__adjust_lr": "match_rms_adamw"}),

@@ -1,0 +1,69 @@
+"""Samples during training: the same text on every layout and engine, and a state that does not feel them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bagualu.comm.group import Communicator
+from bagualu.trainer import run as whole_run
+from bagualu.trainer.data.tokenizer import load_tokenizer
+from bagualu.trainer.recipe.config import Recipe
+from tests.harness import run
+from tests.parity import small_recipe
+
+MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2}
+LAYOUTS: list[dict[str, object]] = [
+    {"parallel__tensor": 2, "parallel__sequence": True},
+    {"parallel__pipeline": 2, "parallel__schedule": "zb_v", "parallel__virtual_stages": 2},
+    {"parallel__data": 2, "parallel__expert": 2},
+    {"parallel__data": 2, "parallel__zero": 3},
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    shutil.copy(Path(__file__).parents[2] / "README.md", folder)
+    return folder
+
+
+def recipe_in(folder: Path, text: Path, **changes: object) -> Recipe:
+    words = {"train__steps": 3, "train__sample_every": 2, "data__source": str(text), "data__cache": str(text.parent / "cache")}
+    return small_recipe(run__dir=str(folder), model__vocab=300, log__progress="off", **MOE, **{**words, **changes})
+
+
+def trained(communicator: Communicator, recipe: Recipe) -> float:
+    return float(whole_run.train(recipe, communicator)["loss"])
+
+
+def samples(err: str) -> list[str]:
+    """The lines from the first sample on, without those of anything else."""
+    lines = err.splitlines()
+    return [line for line in lines if line.startswith(("    ", "step ")) and "loss" not in line]
+
+
+def test_samples_come_every_so_often_and_at_the_end_alike_on_every_layout(
+    tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
+    (loss,) = run("simulated", 1, trained, recipe_in(tmp_path / "alone", text))
+    wanted = samples(capfd.readouterr().err)
+    assert [line for line in wanted if line.startswith("step ")] == ["step 2: a sample", "step 3: a sample"]
+    assert len(wanted) >= 4
+    assert load_tokenizer(tmp_path / "alone/tokenizer.json").get_vocab_size() == 300
+    for number, layout in enumerate(LAYOUTS):
+        recipe = recipe_in(tmp_path / str(number), text, **layout)
+        losses = run("simulated", recipe.world_size(), trained, recipe)
+        assert samples(capfd.readouterr().err) == wanted, layout
+        assert losses == pytest.approx([loss] * len(losses), rel=1e-9)
+    quiet = recipe_in(tmp_path / "quiet", text, train__sample_every=0)
+    assert run("simulated", 1, trained, quiet) == [loss], "bit for bit"
+    assert samples(capfd.readouterr().err) == []
+
+
+def test_random_tokens_are_not_shown(tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_in(tmp_path, text, data__source="random", train__steps=1, train__sample_every=1)
+    run("simulated", 1, trained, recipe)
+    assert samples(capfd.readouterr().err) == []
+    assert not (tmp_path / "tokenizer.json").exists()
