@@ -41,6 +41,7 @@ setup(
     ],
     extras_require={
         "deepspeed": DEEPSPEED,
+        "harness": ["lm_eval==0.4.13"],
         "test": [
             "pytest>=8.0",
             "safetensors>=0.4",

@@ -1,0 +1,117 @@
+"""lm-evaluation-harness drives a checkpoint: its scores are those computed by hand, on tasks that are made here."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.group import Communicator
+from bagualu.trainer import run as whole_run
+from bagualu.trainer.recipe.compose import save_recipe
+from bagualu.trainer.recipe.config import Recipe
+from tests.harness import run
+from tests.parity import small_recipe
+
+pytest.importorskip("lm_eval")
+
+from bagualu.trainer.generation.harness import HarnessModel
+
+SEQUENCE = 8
+
+
+def trained(communicator: Communicator, recipe: Recipe) -> None:
+    whole_run.train(recipe, communicator)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("harness")
+    (folder / "text").mkdir()
+    shutil.copy(Path(__file__).parents[3] / "README.md", folder / "text")
+    recipe = small_recipe(run__dir=str(folder / "run"), data__source=str(folder / "text"), data__cache=str(folder / "cache"),
+                          model__vocab=300, log__progress="off", train__validation_sequences=0)  # fmt: skip
+    save_recipe(recipe)
+    run("simulated", 1, trained, recipe)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> HarnessModel:
+    return HarnessModel(str(folder / "run"), batch=2)
+
+
+def by_hand(model: HarnessModel, tokens: list[int], scored: int) -> tuple[float, bool]:
+    """Of the last `scored` tokens, without a cache and without other sequences."""
+    with torch.no_grad():
+        logits = model._stages.model(torch.tensor([tokens[:-1]]))[0][0, -scored:]
+    wanted = torch.tensor(tokens[-scored:])
+    return float(logits.log_softmax(-1)[range(scored), wanted].sum()), bool((logits.argmax(-1) == wanted).all())
+
+
+def asked(*args: Any) -> SimpleNamespace:
+    return SimpleNamespace(args=args)
+
+
+def test_log_likelihoods_are_those_by_hand(model: HarnessModel) -> None:
+    pairs = [("bagualu train", " recipe=tiny"), ("", "the run"), ("a ", "checkpoint of any layout, and more of it"), ("x", "y")]
+    found = model.loglikelihood([asked(*pair) for pair in pairs], disable_tqdm=True)
+    for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
+        whole = model.tok_encode(context + continuation)
+        before = len(model.tok_encode(context.rstrip()))
+        tokens = whole if context else [0, *whole]
+        scored = len(whole) - before
+        assert (pytest.approx(value, rel=1e-9), greedy) == by_hand(model, tokens, scored)
+
+
+def test_a_text_is_scored_in_windows_of_the_length_that_was_trained(model: HarnessModel) -> None:
+    text = "Bagualu trains dense and mixture-of-experts decoders over many ranks."
+    tokens, total = [0, *model.tok_encode(text)], 0.0
+    for start in range(0, len(tokens) - 1, SEQUENCE):
+        scored = tokens[start + 1 : start + 1 + SEQUENCE]
+        first = max(0, start + len(scored) - SEQUENCE)
+        total += by_hand(model, tokens[first : start + 1 + len(scored)], len(scored))[0]
+    assert model.loglikelihood_rolling([asked(text)]) == [pytest.approx(total, rel=1e-9)]
+
+
+def test_generation_is_greedy_and_ends_at_a_text(model: HarnessModel) -> None:
+    (whole,) = model.generate_until([asked("the ", {"until": [], "max_gen_toks": 12})])
+    with torch.no_grad():
+        first = int(model._stages.model(torch.tensor([model.tok_encode("the ")]))[0][0, -1].argmax())
+    assert whole.startswith(model._text.decode([first]))
+    stop = whole[1:3]
+    (cut,) = model.generate_until([asked("the ", {"until": [stop], "max_gen_toks": 12, "do_sample": False})])
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_a_task_of_multiple_choice_runs(model: HarnessModel, tmp_path: Path) -> None:
+    import lm_eval
+
+    choices = [" tiny", " a layout of ranks"]
+    documents = [{"question": f"run {number} of", "choices": choices, "answer": number % 2} for number in range(4)]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    files = {"data_files": {"test": str(tmp_path / "task.jsonl")}, "cache_dir": str(tmp_path / "cache")}
+    task = {
+        "task": "local", "dataset_path": "json", "dataset_kwargs": files,
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "question", "doc_to_choice": "choices",
+        "doc_to_target": "answer", "target_delimiter": "", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    results = lm_eval.simple_evaluate(model, tasks=[task], bootstrap_iters=0)
+    right = 0
+    for document in documents:
+        scores = model.loglikelihood([asked(document["question"], choice) for choice in document["choices"]], disable_tqdm=True)
+        right += max(range(2), key=lambda choice: scores[choice][0]) == document["answer"]
+    assert math.isclose(results["results"]["local"]["acc,none"], right / len(documents))
+
+
+def test_a_run_without_text_is_refused(tmp_path: Path) -> None:
+    recipe = small_recipe(run__dir=str(tmp_path / "run"), log__progress="off", train__steps=1)
+    save_recipe(recipe)
+    run("simulated", 1, trained, recipe)
+    with pytest.raises(RecipeError, match="keeps no tokenizer"):
+        HarnessModel(str(tmp_path / "run"))

@@ -1,0 +1,114 @@
+"""Lets EleutherAI's lm-evaluation-harness drive a checkpoint (`pip install bagualu[harness]`).
+
+import lm_eval
+from bagualu.trainer.generation.harness import HarnessModel
+
+print(lm_eval.simple_evaluate(HarnessModel("runs/tiny"), tasks=["hellaswag"])["results"])
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from bagualu.comm import simulated
+from bagualu.comm.errors import RecipeError
+from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer
+from bagualu.trainer.generation.find import compose_layout, find_model
+from bagualu.trainer.generation.generate import generate
+from bagualu.trainer.generation.request import Sampling, require_tokens
+from bagualu.trainer.generation.stages import load_stages
+from bagualu.trainer.generation.text import GrowingText
+from bagualu.trainer.models.decoder.cache import cached
+
+_MAX_NEW_TOKENS = 256
+
+
+class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no types
+    """The model of a run or a checkpoint, computed in this process."""
+
+    def __init__(self, given: str, batch: int = 8, dtype: str | None = None) -> None:
+        """`batch`: the most sequences that are computed together. `dtype`: as train.dtype; left out, that of the run. Raises
+        RecipeError."""
+        super().__init__()
+        trained = find_model(Path(given).expanduser())
+        if trained.tokenizer is None:
+            raise RecipeError(f"{given} keeps no tokenizer.json, and the harness gives text; train on text")
+        words = [] if dtype is None else [f"train.dtype={dtype}"]
+        self._recipe = compose_layout("evaluate", trained, words, str(trained.run_dir), "give one dtype")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        (self._stages,) = simulated.run(
+            1, lambda rank: load_stages(self._recipe, rank, trained.checkpoint), threads=torch.get_num_threads(), device=device
+        )
+        self._text, self._batch = load_tokenizer(trained.tokenizer), batch
+
+    @property
+    def eot_token_id(self) -> int:
+        return END_OF_FILE_TOKEN
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        tokens: list[int] = self._text.encode(string, add_special_tokens=add_special_tokens is not False).ids
+        return tokens
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Returns the log-likelihood of each text, in windows as long as the sequences that the model was trained on."""
+        totals = []
+        for request in requests:
+            tokens, length = self.tok_encode(request.args[0]), self._recipe.data.sequence_length
+            windows = map(make_disjoint_window, get_rolling_token_windows(tokens, self.eot_token_id, length, 1))
+            totals.append(sum(value for value, _ in self._score(list(windows))))
+        return totals
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        return self._score([(context, continuation) for _, context, continuation in requests])
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Returns for each pair (context, continuation) the log-likelihood of the continuation, and whether each of its tokens is
+        the most probable one. Contexts lose their beginning where the model has too few positions."""
+        results: dict[int, tuple[float, bool]] = {}
+        order = sorted(range(len(pairs)), key=lambda number: -sum(map(len, pairs[number])))
+        for start in range(0, len(order), self._batch):
+            numbers = order[start : start + self._batch]
+            results |= dict(zip(numbers, self._score_together([pairs[number] for number in numbers]), strict=True))
+        return [results[number] for number in range(len(pairs))]
+
+    @torch.no_grad()
+    def _score_together(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        most = self._recipe.model.max_positions
+        inputs = [(context + continuation)[:-1][-most if most else None :] for context, continuation in pairs]
+        last, longest = max(len(continuation) for _, continuation in pairs), max(map(len, inputs))
+        device = self._stages.mesh.group("world").device
+        padding = torch.tensor([longest - len(tokens) for tokens in inputs], device=device)
+        rows = torch.tensor([[0] * (longest - len(tokens)) + tokens for tokens in inputs], device=device)
+        with cached(self._stages.model, padding, last) as columns:
+            logits = self._stages.logits(rows, columns)
+        assert logits is not None
+        results = []
+        for row, (_, continuation) in zip(logits, pairs, strict=True):
+            of_tokens, wanted = row[-len(continuation) :], torch.tensor(continuation, device=device)
+            values = of_tokens.log_softmax(-1).gather(-1, wanted.unsqueeze(-1))
+            results.append((float(values.sum()), bool((of_tokens.argmax(-1) == wanted).all())))
+        return results
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        return [self._continue(*request.args) for request in requests]
+
+    def _continue(self, context: str, options: dict[str, Any]) -> str:
+        until = options.get("until") or []
+        sampling = Sampling(
+            max_new_tokens=options.get("max_gen_toks", _MAX_NEW_TOKENS),
+            temperature=float(options.get("temperature") or 1.0) if options.get("do_sample") else 0.0,
+            top_p=float(options.get("top_p") or 1.0) if options.get("do_sample") else 1.0,
+            stop=(until,) if isinstance(until, str) else tuple(filter(None, until)),
+        )
+        sampling.validate()
+        prompt = self.tok_encode(context) or [self.eot_token_id]
+        if most := self._recipe.model.max_positions:
+            prompt = prompt[-max(1, most - sampling.max_new_tokens) :]
+        require_tokens([prompt], sampling, self._recipe.model)
+        text = GrowingText(self._text, prompt, sampling.max_new_tokens, sampling.stop, self.eot_token_id)
+        generate(self._stages, [prompt], [text], sampling)
+        return text.text or ""
