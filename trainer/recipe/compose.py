@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
+from bagualu.comm.config import AUTO
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.files import write_atomic
 from bagualu.fault_tolerance.run_directory import RunDirectory
@@ -83,7 +84,12 @@ def _recipe_of_resumed_run(parsed: Sequence[Override]) -> Recipe | None:
     if values.get("checkpoint.resume") is not True or not isinstance(run_dir, str) or values.keys() & {*GROUPS}:
         return None
     config = RunDirectory(os.path.expanduser(run_dir)).config
-    return load_recipe(config) if config.is_file() else None
+    if not config.is_file():
+        return None
+    recipe = load_recipe(config)
+    if recipe.comm.backend in ("gloo", "nccl"):  # perhaps what took the place of auto, which keeps it where this machine can
+        recipe.comm.backend = AUTO
+    return recipe
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:

@@ -257,6 +257,12 @@ def test_a_recipe_that_is_named_or_a_run_that_begins_takes_nothing_from_an_earli
     assert (recipe.optim.lr, recipe.model.moe.experts) == (0.003, 4)
 
 
+@pytest.mark.parametrize(("began", "now"), [("gloo", "auto"), ("nccl", "auto"), ("simulated", "simulated")])
+def test_a_resumed_run_chooses_its_backend_as_if_its_recipe_were_typed_again(tmp_path, began, now):
+    """Its config.yaml has the backend that took the place of auto, on a machine that had GPUs or had none."""
+    assert compose([a_run(tmp_path / "run", f"comm.backend={began}"), RESUME]).comm.backend == now
+
+
 def test_a_run_that_has_not_begun_takes_the_recipe_that_is_named_by_default(tmp_path):
     assert compose([f"run.dir={tmp_path}/run", RESUME]).run.name == "tiny"
 
