@@ -230,7 +230,8 @@ def test_a_config_edited_by_hand_keeps_its_text(tmp_path):
 def test_the_recipes_of_the_page_are_composed(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     page = (Path(__file__).parents[2] / "docs/guides/recipes.md").read_text(encoding="utf-8")
-    file = page[page.index("    # @package") : page.index("## Sweeps")]
+    file = page[page.index("    # @package") :]
+    file = file[: file.index("\n\n") + 1]
     (tmp_path / "recipes/recipe").mkdir(parents=True)
     (tmp_path / "recipes/recipe/mine.yaml").write_text("".join(line[4:] for line in file.splitlines(keepends=True)))
     commands = [shlex.split(line)[2:] for line in page.splitlines() if line.startswith("    bagualu train ")]
