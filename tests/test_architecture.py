@@ -67,7 +67,7 @@ ROOMS = {
     "trainer/costs": ("data", "models/decoder", "optim", "recipe"),
     "trainer/data": (),
     "trainer/engine": ("models", "models/decoder", "optim", "recipe"),
-    "trainer/generation": ("data", "engine", "models/decoder", "recipe", "recovery"),
+    "trainer/generation": ("conversion", "data", "engine", "models/decoder", "recipe", "recovery"),
     "trainer/models": (),
     "trainer/models/decoder": ("models", "operators"),
     "trainer/models/hugging_face": ("models/decoder",),
@@ -276,6 +276,7 @@ def test_the_files_of_a_run_are_named_once():
     ]
     elsewhere = {(".lock", f"trainer/data/{each}.py") for each in ("corpus", "scan")}  # locks of prepared data in the cache folder
     elsewhere |= {("tokenizer.json", f"trainer/data/{each}.py") for each in ("build", "corpus", "listing", "prepared")}
+    elsewhere.add(("tokenizer.json", "trainer/models/hugging_face/directory.py"))
     assert set(spelt) - elsewhere == {(one, "fault_tolerance/run_directory.py") for one in names}
     script = (ROOT / "launch/batch/job.sh").read_text()
     assert [one for one in names if f"/{one}" in script] == []

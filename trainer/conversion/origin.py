@@ -25,7 +25,7 @@ def values_of(recipe: Recipe) -> Fill | None:
     path = Path(recipe.model.origin)
     if is_hugging_face(path):
         return Reader(open_model(path)).fill
-    return _Stored(Checkpoint(checkpoint_at(path))).fill
+    return StoredWeights(Checkpoint(checkpoint_at(path))).fill
 
 
 def keep_origin(recipe: Recipe) -> None:
@@ -41,7 +41,7 @@ def keep_origin(recipe: Recipe) -> None:
         shutil.copytree(before, run.hugging_face, dirs_exist_ok=True)
 
 
-class _Stored:
+class StoredWeights:
     """The weights and buffers in a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:

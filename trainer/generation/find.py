@@ -48,8 +48,9 @@ def find_model(given: Path) -> TrainedModel:
                           "Ctrl-C stops it")  # fmt: skip
     if not run.config.exists():
         raise RecipeError(f"{checkpoint} is not in a run: {run.config} is missing, which describes its model; put it back")
-    tokenizer = run.tokenizer
-    return TrainedModel(load_recipe(run.config), run.path.resolve(), checkpoint, tokenizer if tokenizer.exists() else None)
+    files = (run.tokenizer, run.hugging_face / run.tokenizer.name)
+    tokenizer = next((file for file in files if file.exists()), None)
+    return TrainedModel(load_recipe(run.config), run.path.resolve(), checkpoint, tokenizer)
 
 
 def compose_layout(
@@ -61,7 +62,7 @@ def compose_layout(
     then, known = trained.recipe, (*data_keys, *LAYOUT_KEYS)
     data = then.data if data_keys else DataConfig(source=RANDOM, sequence_length=then.data.sequence_length)
     base = Recipe(
-        run=RunConfig(name=then.run.name, dir=folder, seed=then.run.seed), model=then.model, data=data,
+        run=RunConfig(name=then.run.name, dir=folder, seed=then.run.seed), model=replace(then.model, origin=None), data=data,
         train=TrainConfig(dtype=then.train.dtype, micro_batch=then.train.micro_batch),
     )  # fmt: skip
     recipe = compose(overrides, several, base)

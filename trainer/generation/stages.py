@@ -16,12 +16,11 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.parallel.balance.stages.forecast import Split
-from bagualu.parallel.boxes import Box
 from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.mesh import Mesh
-from bagualu.parallel.parallelize import Fill
 from bagualu.parallel.pipeline.relay import relay
 from bagualu.parallel.pipeline.split import split_layers
+from bagualu.trainer.conversion.origin import StoredWeights
 from bagualu.trainer.engine.local_model import local_model
 from bagualu.trainer.models.decoder.cache import Columns
 from bagualu.trainer.recipe.config import Recipe
@@ -77,7 +76,7 @@ def load_stages(recipe: Recipe, communicator: Communicator, path: Path) -> Stage
     def load() -> nn.Module:
         checkpoint = Checkpoint(path)
         _require_model(recipe, checkpoint)
-        return local_model(recipe, mesh, split, _stored_values(checkpoint), getattr(torch, recipe.train.dtype))[0]
+        return local_model(recipe, mesh, split, StoredWeights(checkpoint).fill, getattr(torch, recipe.train.dtype))[0]
 
     model = on_all(load, communicator.world)
     return Stages(recipe, mesh, model, model)
@@ -90,17 +89,3 @@ def _require_model(recipe: Recipe, checkpoint: Checkpoint) -> None:
         if key in saved and not recipe.model.fits(key, saved[key], here):
             raise RecipeError(f"{checkpoint.path} was saved with {key}={typed(saved[key])} but config.yaml of its run has "
                               f"{typed(here)}; put that file back as it was")  # fmt: skip
-
-
-def _stored_values(checkpoint: Checkpoint) -> Fill:
-    """Returns the function that reads weights and buffers from the checkpoint."""
-
-    def values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
-        kind = "weight" if f"weight/{name}" in checkpoint.tensors else "buffer"
-        stored = f"{kind}/{name}"
-        dtype = checkpoint.tensors[stored][1] if stored in checkpoint.tensors else torch.float32
-        out = torch.empty(box.shape, dtype=dtype)
-        checkpoint.read(stored, box.offset, out)
-        return out
-
-    return values

@@ -121,7 +121,7 @@ def cached(model: nn.Module, padding: torch.Tensor, last: int = 1) -> Iterator[C
 
     for module in model.modules():
         if isinstance(module, Attention):
-            replace(module, "attend", _LayerCache(columns, getattr(module, "window", None)))
+            replace(module, "attend", _LayerCache(columns, module.window))
             if module.positions is not None:
                 replace(module, "positions", _angles(columns, module.positions))
         elif isinstance(module, LearnedPositions):
