@@ -178,7 +178,7 @@ def test_the_report_says_what_comes_out():
     assert lines[0].startswith("failures 110 in 14 days (90% of runs ")
     assert "one every 3.09 h: gpu 47%, gpu_memory 17%, software 15%, host 11%, network 10%" in lines[0]
     assert lines[1].startswith("         restart.limit=3 would end the launch; give restart.limit=2")
-    assert lines[2].startswith("training 93.")
+    assert lines[2].startswith("training 94.")
     assert lines[3].startswith("lost     repeated steps 4.")
     assert lines[4].startswith("saves    best checkpoint.every=")
     assert "Young" in lines[4]
