@@ -35,7 +35,7 @@ def test_where_torch_is_there_nothing_changes() -> None:
     before = gc.get_freeze_count()
     with uncollected():
         assert gc.isenabled()
-    assert gc.get_freeze_count() == before
+    assert gc.get_freeze_count() <= before  # some of those that were frozen before may have ended
 
 
 def test_a_collector_that_was_off_stays_off() -> None:
