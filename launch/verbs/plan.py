@@ -111,7 +111,7 @@ def read_plan(request: CommandLine) -> PlanQuestion:
     if loads := own.get("loads"):
         check_loads(loads, recipe.model.moe.experts)
     cluster = read_cluster_of(own, recipe)
-    effort = Effort(estimate_seconds=0.45 * seconds, total_seconds=0.85 * seconds, most_exact=max(top, Effort.most_exact))
+    effort = Effort(estimate_seconds=0.4 * seconds, total_seconds=0.95 * seconds, most_exact=max(top, Effort.most_exact))
     question = PlanQuestion(recipe, words, cluster, world, top, effort, loads, failures)
     sized = cluster.for_world(world)
     if failures.asked:

@@ -31,6 +31,8 @@ _MOST_UNEQUAL = 12
 """The number of layouts for which unequal stages are tried before it is said that none fits."""
 _EXTRA = 1.2
 """Variations of the best layouts may take this much longer than estimates."""
+_AFTER = 1.1
+"""What other choices cost may take this much longer than exact predictions."""
 ExactOf = TypeVar("ExactOf", bound="ExactCost", covariant=True)
 
 
@@ -174,7 +176,9 @@ def search(
     ranked, too_large = _predicted(fitting, costs, effort, lambda: now() - start)
     ranked.sort(key=_exact_seconds)
     done = {one.layout for one in ranked}
-    changes = takewhile(lambda _: now() - start <= effort.total_seconds, neighbours(space, ranked[0].layout) if ranked else ())
+    changes = takewhile(
+        lambda _: now() - start <= effort.total_seconds * _AFTER, neighbours(space, ranked[0].layout) if ranked else ()
+    )
     changed = [found for other in changes if (found := walk.known(other))]
     others = {one.layout: one for one in [*walk.seen.values(), *fitting, *changed, *too_large] if one.layout not in done}
     by_estimate = sorted(others.values(), key=lambda one: one.parts.total)

@@ -119,6 +119,19 @@ def test_layouts_that_differ_in_one_choice_show_what_it_costs():
     assert set(neighbours(SPACE, best)) <= set(shown)
 
 
+def test_what_other_choices_cost_has_time_after_the_predictions():
+    clock, takes = Clock(0), iter([4.0, 6.5])
+
+    class Slow(MadeUp):
+        def exact(self, layout):
+            clock.time += next(takes)
+            return super().exact(layout)
+
+    plan = search(SPACE, Slow(), Effort(total_seconds=10), clock)
+    assert len(plan.ranked) == 2
+    assert set(neighbours(SPACE, plan.ranked[0].layout)) <= {one.layout for one in [*plan.ranked, *plan.others]}
+
+
 def test_what_needs_as_much_memory_as_one_that_does_not_fit_is_not_asked_for():
     costs = MadeUp()
     costs.limit = 150
