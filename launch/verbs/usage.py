@@ -131,8 +131,8 @@ Give a run directory, or one checkpoint in it (runs/tiny/checkpoints/step-000000
 _GENERATE = """\
 usage: bagualu generate RUN_DIR|CHECKPOINT --prompt TEXT [options] [key=value ...]
 
-Continues each prompt with the model of a run: its newest checkpoint, or the one that is given. Text is written while it is
-generated, one prompt after the other. On several ranks the tokens are the same, up to rounding.
+Continues each prompt with the model of a run: its newest checkpoint, or the one that is given. Text is written while
+it is generated, one prompt after the other. On several ranks the tokens are the same, up to rounding.
 
 prompts (all may be repeated):
   --prompt TEXT           "" stands for the beginning of a document
@@ -141,7 +141,7 @@ prompts (all may be repeated):
 
 options:
   --max-new-tokens N      default 128
-  --temperature T         0 (default) takes the most probable token; else one is drawn, from a flatter distribution the larger T is
+  --temperature T         0 (default) takes the most probable token; else one is drawn, more evenly for a larger T
   --top-p P               draw from the fewest most probable tokens with probability P together; default 1, all
   --min-p P               draw none less probable than P times the most probable; default 0
   --repetition-penalty R  more than 1 makes tokens that the text holds less probable; default 1
@@ -154,13 +154,14 @@ options:
 keys:
   parallel.tensor parallel.pipeline parallel.expert parallel.data    a layout, by default one process
   train.dtype                                                        default: that of the run
-  comm.backend comm.device comm.timeout_seconds launch.threads launch.affinity launch.allocator launch.port    as in a run"""
+  comm.backend comm.device comm.timeout_seconds                      as in a run
+  launch.threads launch.affinity launch.allocator launch.port        as in a run"""
 
 _EVALUATE = """\
 usage: bagualu evaluate RUN_DIR|CHECKPOINT [data.source=TEXT] [sequences=N] [key=value ...] [--json]
 
-Prints the loss (nats per token), perplexity and bits per byte of the model of a run: its newest checkpoint, or the one that
-is given. Without data.source on the text that the run kept for validation, with it on all of that text.
+Prints the loss (nats per token), perplexity and bits per byte of the model of a run: its newest checkpoint, or the
+one that is given. Without data.source on the text that the run kept for validation, with it on all of that text.
 
 keys:
   data.source            a text file or a folder of text files
@@ -169,7 +170,8 @@ keys:
   data.cache train.micro_batch                                       as in the run
   parallel.tensor parallel.pipeline parallel.expert parallel.data    a layout, by default one process
   train.dtype                                                        default: that of the run
-  comm.backend comm.device comm.timeout_seconds launch.threads launch.affinity launch.allocator launch.port    as in a run
+  comm.backend comm.device comm.timeout_seconds                      as in a run
+  launch.threads launch.affinity launch.allocator launch.port        as in a run
 
 options:
   --json      print one JSON document on stdout

@@ -24,7 +24,10 @@ def refused(capsys, *words):
     return err
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["slurm", "-h", "recipe=tiny"], ["schedule", "-h"]])
+WITH_PAGES = ("train", "schedule", "generate", "evaluate")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["slurm", "-h", "recipe=tiny"], *([verb, "--help"] for verb in WITH_PAGES)])
 def test_help_comes_on_stdout(capsys, words):
     assert cli.main(words) == 0
     out, err = capsys.readouterr()
