@@ -237,10 +237,11 @@ def _keep_tokenizer(corpus: Corpus, path: Path) -> None:
         log.warning("%s cannot be written (%s); `bagualu generate` will only take tokens", path, error.strerror)
 
 
-def _tokens(corpus: Corpus) -> dict[str, int | None]:
-    """Returns the numbers of training and validation tokens, for the summary; None for random tokens, which never run out."""
+def _tokens(corpus: Corpus) -> dict[str, int | bool | None]:
+    """Returns, for the summary, the numbers of training and validation tokens, None for random tokens, which never run out; and
+    whether tokens stand for `text`."""
     train, validation = (None if corpus.endless else len(tokens) for tokens in (corpus.train, corpus.validation))
-    return {"train_tokens": train, "validation_tokens": validation}
+    return {"train_tokens": train, "validation_tokens": validation, "text": corpus.tokenizer_path is not None}
 
 
 def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:

@@ -81,7 +81,7 @@ def run(
         from bagualu.trainer.output.progress import next_commands, summary_text
 
         typed = "bagualu" if shutil.which("bagualu") else sys.argv[0]  # not on the PATH if the environment is not activated
-        done, steps, text = ended.summary["step"], ended.summary["steps"], ended.summary.get("train_tokens") is not None
+        done, steps, text = ended.summary["step"], ended.summary["steps"], bool(ended.summary.get("text"))
         following = [] if meeting else next_commands(recipe.run.dir, recipe.optim, done, steps, text, typed)
         print(summary_text(ended.summary, following))
     return STOPPED if ended.summary["ended"] == "stopped" else DONE, ended.summary
