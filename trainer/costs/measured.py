@@ -225,7 +225,7 @@ class _Sample:
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             tensors.append(tensor)
-            return tensor
+            return tensor.detach()  # a node that keeps its own result through a hook is a cycle in C++: no collection frees it
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             outputs = run(inputs)

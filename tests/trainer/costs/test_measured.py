@@ -1,11 +1,14 @@
 """The warm-up: every kind of layer, nothing of the run disturbed, bytes that agree with the shapes."""
 
+import gc
+
 import pytest
 import torch
 
 from bagualu.parallel.layout import Layout
 from bagualu.trainer.costs.analytic import analytic_table
 from bagualu.trainer.costs.measured import measure, measured_table
+from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.costs.work import ModelWork, cpu_multiplies
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from tests.trainer.models.styles import STYLES
@@ -66,6 +69,19 @@ def test_layers_of_one_kind_cost_the_same_and_others_not() -> None:
         figures["mixture"].forward_seconds,
     ] * 2
     assert table.source == "here"
+
+
+def test_nothing_is_kept_of_what_was_measured() -> None:
+    """Activations would stay for the whole run."""
+
+    def kept() -> int:
+        with TensorMemory() as memory:
+            measure(work(), CPU, compiled=False, budget_seconds=0)
+            gc.collect()
+            return memory.bytes
+
+    kept()
+    assert kept() == 0
 
 
 def test_it_leaves_the_generator_and_gradients_alone() -> None:
