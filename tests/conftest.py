@@ -1,7 +1,6 @@
 """Skips what this machine cannot run, and only that: gpu without a GPU, slurm without SLURM. Temporary files lie in memory, and a
 test that writes into the folder that it was started in is an error. What must not run beside each other under `-n` is said here."""
 
-import gc
 import os
 import shutil
 import tempfile
@@ -73,24 +72,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def pytest_collection_finish() -> None:
-    _leave_out_what_lasts()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    yield
-    if nextitem is None or nextitem.path != item.path:
-        _leave_out_what_lasts()
-
-
-def _leave_out_what_lasts() -> None:
-    """Python searches old objects for cycles of garbage once there are a quarter more of them. Modules and tests are a million
-    objects: the models of hundreds of tests, few objects but many bytes, would wait for a search that walks all of them."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ must be picklable. The pool imports torch once (forkserver with preload), so a r
 
 import atexit
 import functools
-import gc
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.util
@@ -132,7 +131,6 @@ def prepare() -> None:
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # what is imported would hide how much there is to collect (tests/conftest.py)
     while True:
         try:
             backend, world, function, args = pipe.recv()
