@@ -1,6 +1,6 @@
-"""Four ranks on two machines (network namespaces), three here and rank 3 there; then the link between them is cut. Run as a script.
+"""Four ranks on two machines (network namespaces), three here and rank 3 there; then the link between them is cut.
 
-    unshare -rn python -m tests.fault_tolerance.watchdog.cut_link FOLDER both|one_way
+    run_as_root("tests.fault_tolerance.watchdog.cut_link", [FOLDER, both|one_way], "network", ...)
 
 Not collected by pytest. Prints the failure that the watchdog found, as JSON. Everything is gone with its processes.
 """
@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import subprocess
-import sys
 import time
 from dataclasses import asdict
 from multiprocessing.context import ForkProcess
@@ -31,7 +30,8 @@ from tests.namespaces import join_network
 _RANKS, _PORT = 4, 29511
 
 
-def main(folder: Path, how: str) -> None:
+def script(place: str, how: str) -> None:
+    folder = Path(place)
     there = subprocess.Popen(["unshare", "-n", "sleep", "1000"])
     workers: list[ForkProcess] = []
     try:
@@ -129,7 +129,3 @@ def _steps(folder: Path) -> list[int]:
 
 def _do(command: str) -> None:
     subprocess.run(command.split(), check=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
