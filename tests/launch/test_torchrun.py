@@ -12,6 +12,7 @@ import pytest
 
 from tests.launch.conftest import PATHS
 from tests.launch.survival import SMALL, finish, small
+from tests.launch.warm import Forked
 from tests.listening import listening, outside_interface
 from tests.standing import assert_stood
 
@@ -22,6 +23,7 @@ import sys
 from bagualu.trainer.__main__ import main
 sys.exit(main(sys.argv[1:], entrypoint="faulty:train"))
 """
+TORCHRUN = "import sys; from tests.launch.warm_torchrun import main; main(sys.argv[1:])"
 
 
 def test_no_worker_outlives_a_killed_torchrun_by_2_seconds(tmp_path, gone, leftovers, undisturbed):
@@ -75,13 +77,15 @@ def test_after_a_death_while_connecting_and_another_in_a_step_the_run_goes_on_by
     script.write_text(DIES_WHILE_IT_CONNECTS + WORKER)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=static", f"--master-port={port}", "--nproc-per-node=2",
-         "--max-restarts=2", script, *SMALL, *WORDS, "checkpoint.resume=true", "run.name=kill-1-5-forward", f"run.dir={folder}"],
-        capture_output=True, text=True, start_new_session=True, env={**leftovers.environment, "PYTHONPATH": PATHS}, timeout=200,
-    )  # fmt: skip
-    assert (folder / "died-while-connecting").exists()
+    options = ["--rdzv-backend=static", f"--master-port={port}", "--nproc-per-node=2", "--max-restarts=2", str(script)]
+    words = [*SMALL, *WORDS, "checkpoint.resume=true", "run.name=kill-1-5-forward", f"run.dir={folder}"]
+    with Forked(TORCHRUN, [*options, *words], cwd=tmp_path, env={**leftovers.environment, "PYTHONPATH": PATHS}) as done:
+        try:
+            _, err = done.communicate(timeout=200)
+        finally:
+            done.kill()
+    assert (folder / "died-while-connecting").exists(), err
     assert (folder / "kill-5-forward").exists()
-    assert done.returncode == 0, done.stderr
-    assert " (native, ZeRO-1) as 2 processes with comm.backend=" in done.stderr
+    assert done.returncode == 0, err
+    assert " (native, ZeRO-1) as 2 processes with comm.backend=" in err
     assert_stood(folder, undisturbed(small(folder, *WORDS), "gloo"), 4)
