@@ -1,13 +1,16 @@
 """A run on DeepSpeed as people start it: nothing is compiled or printed, no other library is asked where the ranks are."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.launch.warm import ROOT, Launcher
+from tests.leftovers import Leftovers
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks launchers with what only Linux has")
 WORDS = (
     *("recipe=tiny_dense", "model.layers=2", "model.hidden=32", "model.heads=2", "model.ffn=64", "data=random", "model.vocab=256"),
     *("data.sequence_length=32", "data.global_batch=4", "train.micro_batch=2", "parallel.data=2", "parallel.pipeline=1"),
@@ -18,20 +21,22 @@ WORDS = (
 ABOUT_FILE = "parallel.deepspeed.config="
 
 
-def bagualu(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def bagualu(folder: Path, leftovers: Leftovers, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs `bagualu train` where neither a compiler nor ninja can be found."""
     tools = folder / "no tools"
     if not tools.exists():
         tools.mkdir()
         (tools / "sh").symlink_to("/bin/sh")
     own = {"PATH": str(tools), "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
-    kept = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "DS_ACCELERATOR")}
-    done = subprocess.run(
-        [sys.executable, "-m", "bagualu.launch.cli", "train", *WORDS, f"run.dir={folder / 'run'}", *words],
-        capture_output=True, text=True, env={**kept, **own}, cwd=folder, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done
+    kept = {key: value for key, value in leftovers.environment.items() if key not in ("LOCAL_RANK", "RANK", "DS_ACCELERATOR")}
+    words = ("train", *WORDS, f"run.dir={folder / 'run'}", *words)
+    with Launcher(words, None, cwd=folder, env={**kept, **own, "PYTHONPATH": str(ROOT)}) as launcher:
+        try:
+            out, err = launcher.communicate(timeout=240)
+        finally:
+            launcher.kill()
+    assert launcher.returncode == 0, err
+    return subprocess.CompletedProcess(words, 0, out, err)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -49,12 +54,12 @@ def assert_quiet(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
     assert not (folder / "compiled").exists()
 
 
-def test_a_run_compiles_nothing_and_prints_only_its_own(tmp_path: Path) -> None:
+def test_a_run_compiles_nothing_and_prints_only_its_own(tmp_path: Path, leftovers: Leftovers) -> None:
     """Also with a file that wants DeepSpeed to print, and whose defaults the recipe replaces."""
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"steps_per_print": 1, "wall_clock_breakdown": False}))
     words = ("parallel.zero=1", "train.dtype=bfloat16", "train.steps=3", "optim.clip_norm=0.5", f"parallel.deepspeed.config={file}")
-    done = bagualu(tmp_path, "parallel.engine=deepspeed", *words)
+    done = bagualu(tmp_path, leftovers, "parallel.engine=deepspeed", *words)
     assert_quiet(tmp_path, done)
     assert [line for line in done.stderr.splitlines() if line.startswith(ABOUT_FILE)] == [
         f"{ABOUT_FILE}{file} leaves out keys that the recipe decides: "
@@ -64,14 +69,14 @@ def test_a_run_compiles_nothing_and_prints_only_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_changes_its_engine_when_it_resumes(tmp_path: Path) -> None:
+def test_a_run_changes_its_engine_when_it_resumes(tmp_path: Path, leftovers: Leftovers) -> None:
     """It trains the losses of the run that stays on the native engine."""
     (tmp_path / "native").mkdir()
-    bagualu(tmp_path / "native", "train.steps=9")
+    bagualu(tmp_path / "native", leftovers, "train.steps=9")
     for engine, zero, steps in (("deepspeed", 3, 3), ("native", 2, 6), ("deepspeed", 2, 9)):
         resume = "true" if steps > 3 else "false"
         words = (f"parallel.engine={engine}", f"parallel.zero={zero}", f"train.steps={steps}", f"checkpoint.resume={resume}")
-        assert_quiet(tmp_path, bagualu(tmp_path, *words))
+        assert_quiet(tmp_path, bagualu(tmp_path, leftovers, *words))
     expected = losses(tmp_path / "native")
     assert losses(tmp_path) == pytest.approx(expected, rel=2e-5)
     assert len(expected) == 9

@@ -1,13 +1,16 @@
 """A chip vendor's backend: one small package, found by its entry point alone, trains any recipe."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-from tests.launch.survival import SMALL
+import pytest
 
+from tests.launch.survival import SMALL
+from tests.launch.warm import ROOT, Launcher
+from tests.leftovers import Leftovers
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks launchers with what only Linux has")
 MODULE = """
 from pathlib import Path
 from bagualu.comm.gloo import GlooBackend
@@ -19,7 +22,8 @@ class PulsarBackend(GlooBackend):
 """
 
 
-def train(folder: Path, packages: Path, backend: str) -> "subprocess.CompletedProcess[str]":
+def train(folder: Path, packages: Path, leftovers: Leftovers, backend: str) -> tuple[int, str]:
+    """The exit code, and what was said."""
     words = [
         *SMALL,
         "launch.workers=2",
@@ -29,21 +33,22 @@ def train(folder: Path, packages: Path, backend: str) -> "subprocess.CompletedPr
         f"comm.backend={backend}",
         f"run.dir={folder}",
     ]
-    command = "import sys; from bagualu.launch.cli import main; sys.exit(main())"
-    environment = {**os.environ, "PYTHONPATH": f"{packages}:{Path(__file__).parents[2]}"}
-    return subprocess.run([sys.executable, "-c", command, "train", *words], text=True, capture_output=True, env=environment)
+    environment = {**leftovers.environment, "PYTHONPATH": f"{packages}:{ROOT}"}
+    with Launcher(["train", *words], None, cwd=packages, env=environment) as launcher:
+        _, err = launcher.communicate()
+    return launcher.returncode, err
 
 
-def test_a_backend_of_another_package_trains_and_its_name_is_offered(tmp_path):
+def test_a_backend_of_another_package_trains_and_its_name_is_offered(tmp_path, leftovers):
     packages = tmp_path / "packages"
     about = packages / "pulsar-1.0.dist-info"
     about.mkdir(parents=True)
     (packages / "pulsar.py").write_text(MODULE)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: pulsar\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text("[bagualu.backends]\npulsar = pulsar:PulsarBackend\n")
-    done = train(tmp_path / "run", packages, "pulsar")
-    assert done.returncode == 0, done.stderr
+    code, err = train(tmp_path / "run", packages, leftovers, "pulsar")
+    assert code == 0, err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 2
     assert sorted(path.name for path in packages.glob("joined-*")) == ["joined-0", "joined-1"]
-    wrong = train(tmp_path / "other", packages, "pulsr")
-    assert (wrong.returncode, "pulsar" in wrong.stderr.splitlines()[-1]) == (2, True)
+    code, err = train(tmp_path / "other", packages, leftovers, "pulsr")
+    assert (code, "pulsar" in err.splitlines()[-1]) == (2, True)
