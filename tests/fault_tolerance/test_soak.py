@@ -25,6 +25,8 @@ RECIPE = [
     "train.dtype=float64", "train.validate_every=10", "train.validation_sequences=3", "log.progress=off",
     f"checkpoint.every={EVERY}", "parallel.data=2", "parallel.pipeline=2",
 ]  # fmt: skip
+TWO_RANKS = ["parallel.pipeline=1"]
+"""A start of four takes twice as long, and each of these runs has six."""
 ON_DEEPSPEED = ["parallel.pipeline=1", "parallel.data=4", "train.dtype=float32"]
 ENTRYPOINT = "tests.standing:train_noting_samples"
 
@@ -109,7 +111,8 @@ def soak_as_processes(folder: Path, leftovers: Leftovers, count: int, *more: str
 @pytest.mark.parametrize(
     "more",
     [
-        [],
+        TWO_RANKS,
+        pytest.param([], marks=pytest.mark.slow),
         pytest.param(["parallel.engine=fsdp"], marks=pytest.mark.slow),
         pytest.param(["parallel.engine=fsdp", "checkpoint.replica_every=1"], marks=pytest.mark.slow),
         pytest.param(["parallel.zero=3"], marks=pytest.mark.slow),
@@ -125,9 +128,11 @@ def soak_as_processes(folder: Path, leftovers: Leftovers, count: int, *more: str
     ids=lambda more: " ".join([*more[:2], *more[-1:]] if "replica" in " ".join(more) else more[:2]),
 )
 def test_faults_on_ranks_that_are_processes(tmp_path: Path, leftovers: Leftovers, more: list[str]) -> None:
+    third, last = (1, 1) if more == TWO_RANKS else (2, 3)
     planned = (
-        "faults=[kill@step=3:rank=2:at=reduce, slow@step=5:rank=0:steps=2, corrupt@step=6, exception@step=7:rank=0:at=optimizer, "
-        "stop@step=10:rank=3:seconds=0.5, nan@step=11:rank=1, full_disk@step=12:rank=2, kill@step=14:rank=0:at=backward]"
+        f"faults=[kill@step=3:rank={third}:at=reduce, slow@step=5:rank=0:steps=2, corrupt@step=6, "
+        f"exception@step=7:rank=0:at=optimizer, stop@step=10:rank={last}:seconds=0.5, nan@step=11:rank=1, "
+        f"full_disk@step=12:rank={third}, kill@step=14:rank=0:at=backward]"
     )
     soak_as_processes(tmp_path, leftovers, 8, "checkpoint.every=2", "checkpoint.async=false", "train.steps=16", planned, *more)
 
