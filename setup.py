@@ -31,6 +31,8 @@ setup(
         "hydra-core>=1.3",
         "omegaconf>=2.3",
         "datasets>=3.0",
+        "pyarrow>=15.0",
+        "huggingface_hub>=0.24",
         "tokenizers>=0.20",
         "xxhash>=3.0",
         "filelock>=3.12",

@@ -78,6 +78,7 @@ class Loop:
             validation = None if stopped and step < steps else self._validation(step)
             if validation:
                 record |= {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
+                record |= {"validation_losses": validation.losses} if validation.losses else {}
                 if loads := validation.expert_loads:
                     record |= {"expert_loads": {str(layer): counts for layer, counts in loads.items()},
                                "expert_imbalance": validation.expert_imbalance}  # fmt: skip

@@ -240,8 +240,9 @@ def _keep_tokenizer(corpus: Corpus, path: Path) -> None:
 def _tokens(corpus: Corpus) -> dict[str, int | bool | None]:
     """Returns, for the summary, the numbers of training and validation tokens, None for random tokens, which never run out; and
     whether tokens stand for `text`."""
-    train, validation = (None if corpus.endless else len(tokens) for tokens in (corpus.train, corpus.validation))
-    return {"train_tokens": train, "validation_tokens": validation, "text": corpus.tokenizer_path is not None}
+    counts = {"train_tokens": corpus.train_tokens, "validation_tokens": corpus.validation_tokens}
+    known: dict[str, int | bool | None] = dict.fromkeys(counts) if corpus.endless else {**counts}
+    return {**known, "text": corpus.tokenizer_path is not None}
 
 
 def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:

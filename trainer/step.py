@@ -148,8 +148,8 @@ def local_micro_batches(state: TrainerState, step: int) -> list[MicroBatch]:
     """Returns the micro-batches of the global batch of `step` (from 0) that this data rank computes."""
     size, data_rank = state.recipe.train.micro_batch, state.mesh.at("data")
     first, share = sum(state.shares[:data_rank]) * size, state.shares[data_rank] * size
-    pairs = (state.batches.batch(step, start, size) for start in range(first, first + share, size))
-    return [MicroBatch(inputs.to(state.device), labels.to(state.device)) for inputs, labels in pairs]
+    rows = (state.batches.batch(step, start, size) for start in range(first, first + share, size))
+    return [MicroBatch(*(tensor.to(state.device) for tensor in tensors)) for tensors in rows]
 
 
 def _count_tokens(state: TrainerState, micro_batches: list[MicroBatch]) -> float:

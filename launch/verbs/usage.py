@@ -50,7 +50,7 @@ recipes:
 keys (all of them: --cfg job):
   run.dir                 the run's directory, default runs/NAME
   train.steps train.micro_batch train.dtype   checkpoint.every checkpoint.keep checkpoint.async
-  data.source             stdlib, random, a text file or a folder of them
+  data.source             stdlib, random, a file or folder of text, of records or of token ids
   data.global_batch       sequences of one optimizer step, over all ranks
   model.layers model.hidden model.heads model.moe.experts ...   parallel.data parallel.tensor parallel.pipeline ...
   model.from              begin with the weights in a directory of Hugging Face, a run or a checkpoint

@@ -23,10 +23,13 @@ from bagualu.parallel.precision import chip_of
 class Slices(Protocol):
     """The part of the model that this rank holds, as a callable that runs one of its stages."""
 
-    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor | None, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, inputs: torch.Tensor, labels: torch.Tensor | None, chunk: int, documents: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the rank's stage number `chunk` and returns (output, auxiliary).
 
         inputs are token ids [B, S] for the model's first stage, else activations. labels [B, S] are given to its last stage only.
+        documents as in MicroBatch.
         The output is the activations for the next stage, or on the last stage the sum of the tokens' losses, a scalar. auxiliary is
         a scalar, the sum of this stage's own losses (0 if it has none).
         """
@@ -46,6 +49,8 @@ class MicroBatch:
     """Token ids [B, S]; used by the first stage."""
     labels: torch.Tensor
     """Label ids [B, S]; used by the last stage."""
+    documents: torch.Tensor | None = None
+    """The position [B, S] at which the document of each token begins in its row; used by all stages. None: a row is a document."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,8 @@ class PipelineRunner:
         inputs = batch.inputs if action.stage == 0 else self._activations.pop(key).requires_grad_(differentiate)
         with torch.set_grad_enabled(differentiate):
             labels = batch.labels if last else None
-            output, auxiliary = self.model(inputs, labels, self.mesh.stages.index(action.stage))
+            documents = () if batch.documents is None else (batch.documents,)
+            output, auxiliary = self.model(inputs, labels, self.mesh.stages.index(action.stage), *documents)
         run.totals.auxiliary += auxiliary.detach()
         if last:
             run.totals.loss += output.detach()

@@ -58,7 +58,7 @@ def build(folder: Path, scratch: Path, request: CorpusRequest, files: Sequence[T
         raise RecipeError(_vocabulary_advice(scratch, request, files, error.size)) from error
     (folder / "corpus.json").write_text(json.dumps({"fingerprint": fingerprint(folder), "split": kind}))
     for path in [*folder.iterdir(), folder]:
-        _make_durable(path)
+        make_durable(path)
 
 
 def documents(files: Sequence[TextFile], split: TextSplit, source: str) -> list[Document]:
@@ -132,11 +132,11 @@ def _sample(parts: Sequence[Part], most_characters: int) -> Iterator[str]:
         for piece in part.pieces():
             if most_characters <= 0:
                 return
-            yield from _without_long_words(piece[:most_characters])
+            yield from without_long_words(piece[:most_characters])
             most_characters -= len(piece)
 
 
-def _without_long_words(text: str) -> Iterator[str]:
+def without_long_words(text: str) -> Iterator[str]:
     """Yields `text` in parts, cut inside extremely long words: the time to train the tokenizer is quadratic in their length."""
     start = 0
     for match in _LONG_WORD.finditer(text):
@@ -181,7 +181,8 @@ def token_counts(folder: Path, vocab: int) -> tuple[int, int]:
     return train, validation
 
 
-def _make_durable(path: Path) -> None:
+def make_durable(path: Path) -> None:
+    """Returns when what `path`, a file or folder, holds is on disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

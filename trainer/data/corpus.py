@@ -18,31 +18,40 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from filelock import FileLock
 from numpy.typing import NDArray
 
 from bagualu.comm.errors import RecipeError
+from bagualu.trainer.data.blend import Period
 from bagualu.trainer.data.build import build
-from bagualu.trainer.data.config import RANDOM, STDLIB, DataConfig, require_vocab
+from bagualu.trainer.data.build_records import RecordCorpus, build_records
+from bagualu.trainer.data.config import DOCUMENTS, RANDOM, STDLIB, DataConfig, require_vocab
+from bagualu.trainer.data.documents import Documents, EndToken
 from bagualu.trainer.data.formats import OF_TOKENS, format_of
 from bagualu.trainer.data.listing import SourceError, TextFile
 from bagualu.trainer.data.mapped import AnyTokens
 from bagualu.trainer.data.prepared import open_splits
+from bagualu.trainer.data.records import HUB, OF_RECORDS, made_from, open_records, require_hub
 from bagualu.trainer.data.request import CorpusRequest
 from bagualu.trainer.data.sources import find_files, require_files
 from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.data.token_corpus import open_tokens
-from bagualu.trainer.data.tokenizer import load_tokenizer, token_bytes
+from bagualu.trainer.data.token_files import has_index
+from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer, token_bytes
+from bagualu.trainer.data.tokenizer_files import bytes_of_tokens, open_tokenizer
 
 FORMAT = 3
 """A number in the KEY of a corpus. Raise it when what is stored changes."""
 
 log = logging.getLogger(__name__)
+Write = Callable[[Path, Path], None]
+"""Writes a corpus into the first folder; files that are not needed afterwards go into the second."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Corpus:
 
     Files are joined, each ended by the end-of-file token. That token stands for 0 bytes: predicting it
     adds to the loss and not to the bytes, so bits per byte is never too low. For `data.source=random` the arrays are
-    empty; then, and for files of token ids, there is no tokenizer and no token stands for any bytes.
+    empty; then, and for files of token ids without data.tokenizer, there is no tokenizer and no token stands for any bytes.
     """
 
     vocab: int
@@ -64,15 +73,44 @@ class Corpus:
     fingerprint: str
     """Hash of the tokenizer and of every token: equal on two machines when they train on the same data."""
     tokenizer_path: Path | None
-    """The file for `tokenizer.load_tokenizer`; None for random tokens and files of token ids."""
+    """The file for `tokenizer.load_tokenizer`; None for random tokens, and for files of token ids without data.tokenizer."""
     split: str = "files"
-    """How the text was split: `TextSplit.kind`, which is "none" if nothing is kept for validation; "tail" if the last tokens of
-    files of token ids are, "apart" if other files are."""
+    """How the text was split: `TextSplit.kind`, which is "none" if nothing is kept for validation; "records" if some documents of
+    records are; "tail" if the last tokens of files of token ids are, "apart" if other files are."""
+    documents: tuple[Documents, Documents] | None = None
+    """Where documents begin in the training tokens and in those for validation; None if that is not known."""
+
+    blend: tuple["Blended", ...] = ()
+    """The sources of a blend; then `train` and `validation` are empty."""
 
     @property
     def endless(self) -> bool:
         """Whether tokens are random, so that they never run out."""
-        return not len(self.train)
+        return not self.train_tokens
+
+    @property
+    def train_tokens(self) -> int:
+        """The number of tokens for training, of all sources."""
+        return sum(len(part.corpus.train) for part in self.blend) or len(self.train)
+
+    @property
+    def validation_tokens(self) -> int:
+        return sum(len(part.corpus.validation) for part in self.blend) or len(self.validation)
+
+    @property
+    def period(self) -> Period:
+        """The blend as the first period of a run."""
+        sources, weights = [part.source for part in self.blend], [part.weight for part in self.blend]
+        return Period(0, sources, [part.corpus.fingerprint for part in self.blend], weights)
+
+
+@dataclass(frozen=True)
+class Blended:
+    """A source of a blend."""
+
+    source: str
+    weight: float
+    corpus: Corpus
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float | None:
@@ -84,8 +122,9 @@ def show_data(corpus: Corpus, source: str) -> str:
     """Returns a line for people: how many tokens there are for training and for validation, or that random tokens never run out."""
     if corpus.endless:
         return f"data: {source} tokens without end"
-    train, validation = len(corpus.train), len(corpus.validation)
+    train, validation = corpus.train_tokens, corpus.validation_tokens
     kept = f"{validation:,} ({validation / (train + validation):.1%})" if validation else "none"
+    source = f"blend of {len(corpus.blend)} sources" if corpus.blend else source
     return f"data: {source}, {train:,} tokens to train on, {kept} to validate with"
 
 
@@ -115,6 +154,8 @@ def prepare(
     the source is not of its format, or too small for one sequence or for the vocabulary; SourceError if the source is missing or
     empty, or if the cache cannot be used.
     """
+    if config.blend:
+        return _blend(config, vocab, validation, run_dir, length_multiple)
     if config.source == RANDOM:
         nothing = np.zeros(0, np.uint32)
         return Corpus(vocab, nothing, nothing, np.zeros(vocab, np.int64), f"random-{vocab}", None, NOTHING.kind)
@@ -122,17 +163,16 @@ def prepare(
     apart = [str(cache), *([run_dir] if run_dir else [])]
     if (kind := format_of(config.source, config.format, apart)) in OF_TOKENS:
         return _of_tokens(config, kind, vocab, validation, apart, length_multiple)
-    require_vocab(vocab)
-    _require_text_keys(config)
     request = CorpusRequest(config, vocab, validation, length_multiple)
-    files = find_files(config.source, apart)
-    folder = cache / _key(request, files)
+    as_records = kind in OF_RECORDS or config.tokenizer is not None
+    key, write = _of_records(request, kind, apart) if as_records else _of_text(request, apart)
+    folder = cache / key
     try:
         corpus = _load(folder, vocab)
         if corpus is None:
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{folder}.lock"):
-                corpus = _load(folder, vocab) or _build(folder, request, files)
+                corpus = _load(folder, vocab) or _build(folder, vocab, write)
     except OSError as error:
         problem = f"cannot prepare the corpus in {cache} ({error}); give data.cache=FOLDER that answers, with room to write"
         raise SourceError(problem) from error
@@ -145,12 +185,21 @@ def check_source(
 ) -> None:
     """Checks, before a run starts, that `prepare` will find what it needs, as far as is known without preparing text: files of
     token ids are checked completely, text only for whether it can be read. Raises as `prepare` does."""
+    for entry in config.blend_entries:
+        own = config.of_entry(entry)
+        _require_shared_tokenizer(own, run_dir)
+        check_source(own, vocab, validation=validation, run_dir=run_dir, length_multiple=length_multiple)
+    if config.blend:
+        return
     if config.source == RANDOM:
         return
     apart = [config.cache] if config.cache else []
     apart += [run_dir] if run_dir else []
-    if format_of(config.source, config.format, apart) in OF_TOKENS:
+    if (kind := format_of(config.source, config.format, apart)) in OF_TOKENS:
         prepare(config, vocab, validation=validation, run_dir=run_dir, length_multiple=length_multiple)
+        return
+    if kind in OF_RECORDS or config.tokenizer is not None:
+        _check_records(CorpusRequest(config, vocab, validation, length_multiple), kind, apart)
         return
     require_vocab(vocab)
     _require_text_keys(config)
@@ -158,9 +207,104 @@ def check_source(
         require_files(config.source, apart)
 
 
+def _check_records(request: CorpusRequest, kind: str, apart: Sequence[str]) -> None:
+    """Checks that the corpus is cached, or that its first document can be read. Raises SourceError, RecipeError."""
+    data = request.data
+    key, _ = _of_records(request, kind, apart)
+    if (cache_folder(data) / key).exists():
+        return
+    if kind == HUB:
+        require_hub(data.source)
+        return
+    if data.source != STDLIB:
+        require_files(data.source, apart)
+    first = next(open_records(data.source, kind, data.field, apart).records(), None)
+    if first is None:
+        raise RecipeError(f"data.source={data.source} holds no documents; give another")
+    first.text(data.field)
+
+
+def _blend(config: DataConfig, vocab: int, validation: bool, run_dir: str | None, length_multiple: int) -> Corpus:
+    """Returns the sources of data.blend, each prepared by itself."""
+    parts: list[Blended] = []
+    for entry in config.blend_entries:
+        own = config.of_entry(entry)
+        _require_shared_tokenizer(own, run_dir)
+        corpus = prepare(own, vocab, validation=validation, run_dir=run_dir, length_multiple=length_multiple)
+        if same := next((part.source for part in parts if part.corpus.fingerprint == corpus.fingerprint), None):
+            raise RecipeError(f"{same} and {own.source} of data.blend hold the same tokens; give one of them, with both weights")
+        parts.append(Blended(own.source, entry.weight, corpus))
+    nothing = np.zeros(0, np.uint32)
+    known = " ".join(part.corpus.fingerprint for part in parts)
+    fingerprint = xxhash.xxh3_128_hexdigest(known.encode())
+    first = parts[0].corpus
+    known_bytes = all(part.corpus.tokenizer_path for part in parts)  # then all have the same tokenizer
+    sizes = first.token_bytes if known_bytes else np.zeros(vocab, np.int64)
+    return Corpus(vocab, nothing, nothing, sizes, fingerprint, first.tokenizer_path, first.split, None, tuple(parts))
+
+
+def _require_shared_tokenizer(config: DataConfig, run_dir: str | None) -> None:
+    """Raises RecipeError for a source of a blend whose tokens would be its own."""
+    apart = [str(cache_folder(config)), *([run_dir] if run_dir else [])]
+    if config.format != HUB and not (os.path.exists(config.source) or has_index(config.source)):
+        find_files(config.source)  # raises what is wrong
+    if config.tokenizer is None and format_of(config.source, config.format, apart) not in OF_TOKENS:
+        raise RecipeError(f"data.blend has {config.source}, which is text and would get a tokenizer of its own; give "
+                          "data.tokenizer for all sources")  # fmt: skip
+
+
+def _of_text(request: CorpusRequest, apart: Sequence[str]) -> tuple[str, Write]:
+    """Returns the KEY of the corpus of text whose tokenizer is trained on it, and the function that writes it."""
+    require_vocab(request.vocab)
+    _require_text_keys(request.data)
+    files = find_files(request.data.source, apart)
+
+    def write(folder: Path, scratch: Path) -> None:
+        build(folder, scratch, request, files)
+
+    return _key(request, files), write
+
+
+def _of_records(request: CorpusRequest, kind: str, apart: Sequence[str]) -> tuple[str, Write]:
+    """Returns the KEY of the corpus of a source of records, or of text with data.tokenizer, and the function that writes it."""
+    data, keep = request.data, request.keeps_validation
+    _require_keys_of_records(data)
+    given = None if data.tokenizer is None else open_tokenizer(data.tokenizer, data.end_token, request.vocab)
+    if given is None:
+        require_vocab(request.vocab)
+    sources = [(data.source, kind)]
+    if data.validation is not None and keep:
+        sources.append((data.validation, _kind_of_records(data.validation, data.format, apart)))
+    tokens = None if given is None else [hashlib.blake2b(given.path.read_bytes()).hexdigest(), given.end]
+    listings = [made_from(source, of, apart) for source, of in sources]
+    made = json.dumps([FORMAT, "records", listings, data.field, tokens, request.vocab, keep and data.validation_fraction])
+
+    def write(folder: Path, scratch: Path) -> None:
+        source, *others = (open_records(source, of, data.field, apart) for source, of in sources)
+        build_records(folder, RecordCorpus(source, others[0] if others else None, request, given))
+
+    return hashlib.blake2b(made.encode(), digest_size=16).hexdigest(), write
+
+
+def _kind_of_records(source: str, given: str | None, apart: Sequence[str]) -> str:
+    """Returns the format of data.validation. Raises RecipeError if it holds token ids."""
+    kind = format_of(source, given, apart)
+    if kind in OF_TOKENS:
+        raise RecipeError(f"data.validation={source} holds token ids, and data.source text; give text, or leave it out")
+    return kind
+
+
+def _require_keys_of_records(config: DataConfig) -> None:
+    if config.token_dtype is not None:
+        raise RecipeError(f"data.token_dtype={config.token_dtype} is for files of token ids, and data.source={config.source} is "
+                          "text; leave it out")  # fmt: skip
+    if config.end_token is not None and config.tokenizer is None:
+        raise RecipeError(f"data.end_token={config.end_token} is for text with data.tokenizer; leave it out, or give one")
+
+
 def _require_text_keys(config: DataConfig) -> None:
-    for key, value in (("token_dtype", config.token_dtype), ("validation", config.validation)):
-        if value is not None:
+    for key in ("token_dtype", "validation", "end_token"):
+        if (value := getattr(config, key)) is not None:
             raise RecipeError(f"data.{key}={value} is for files of token ids, and data.source={config.source} is text; leave it "
                               "out, or give data.format=megatron, llmc or olmo")  # fmt: skip
 
@@ -173,8 +317,15 @@ def _of_tokens(config: DataConfig, kind: str, vocab: int, validation: bool, apar
         raise SourceError(f"data.source={config.source} cannot be opened with data.cache={cache} ({error}); see whether both "
                           "answer, and give data.cache=FOLDER that can be written") from error  # fmt: skip
     split = NOTHING.kind if not keep else "tail" if config.validation is None else "apart"
-    nothing = np.zeros(vocab, np.int64)
-    corpus = Corpus(vocab, opened.train, opened.validation, nothing, opened.fingerprint, None, split)
+    sizes, tokenizer_path = np.zeros(vocab, np.int64), None
+    if config.tokenizer is not None:  # which tells how much text the ids stand for
+        given = open_tokenizer(config.tokenizer, config.end_token or 0, vocab)
+        sizes, tokenizer_path = bytes_of_tokens(given.tokenizer, vocab), given.path
+    train, held_out = opened.train, opened.validation
+    corpus = Corpus(vocab, train, held_out, sizes, opened.fingerprint, tokenizer_path, split, opened.documents)
+    if config.packing == DOCUMENTS and corpus.documents is None:
+        raise RecipeError(f"data.packing=documents needs to know where documents end in data.source={config.source}, a file of "
+                          "token ids; give data.end_token=ID, the id that ends each, or data.packing=stream")  # fmt: skip
     require_sequence(corpus, config, length_multiple)
     return corpus
 
@@ -201,17 +352,17 @@ def _key(request: CorpusRequest, files: Sequence[TextFile]) -> str:
     return hashlib.blake2b(made_from.encode(), digest_size=16).hexdigest()
 
 
-def _build(folder: Path, request: CorpusRequest, files: Sequence[TextFile]) -> Corpus:
-    """Prepares the corpus in a folder beside `folder` and renames that to `folder`. The caller holds the lock, so folders that
-    exist already were left by a builder that was killed."""
+def _build(folder: Path, vocab: int, write: Write) -> Corpus:
+    """Prepares the corpus with `write` in a folder beside `folder` and renames that to `folder`. The caller holds the lock, so
+    folders that exist already were left by a builder that was killed."""
     for leftover in [folder, *folder.parent.glob(f"{folder.name}.tmp-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.tmp-") as temporary:
         whole = Path(temporary, "corpus")
         whole.mkdir()
-        build(whole, Path(temporary), request, files)
+        write(whole, Path(temporary))
         whole.rename(folder)
-    corpus = _load(folder, request.vocab)
+    corpus = _load(folder, vocab)
     if corpus is None:
         raise OSError(f"{folder} cannot be read back")
     return corpus
@@ -230,8 +381,9 @@ def _load(folder: Path, vocab: int) -> Corpus | None:
         if fingerprint != about["fingerprint"]:
             raise ValueError("its contents do not match its fingerprint")
         tokenizer_path = folder / "tokenizer.json"
-        sizes = token_bytes(load_tokenizer(tokenizer_path))
-        return Corpus(vocab, train, validation, sizes, fingerprint, tokenizer_path, str(about["split"]))
+        tokenizer, end = load_tokenizer(tokenizer_path), EndToken(int(about.get("end", END_OF_FILE_TOKEN)))
+        sizes = bytes_of_tokens(tokenizer, vocab) if about.get("given") else token_bytes(tokenizer)
+        return Corpus(vocab, train, validation, sizes, fingerprint, tokenizer_path, str(about["split"]), (end, end))
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         log.warning("the cached corpus %s is damaged (%s) and is prepared again", folder, error)
         return None

@@ -6,13 +6,13 @@ from collections.abc import Collection, Sequence
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.config import STDLIB, DataConfig
 from bagualu.trainer.data.listing import SourceError, TextFile
+from bagualu.trainer.data.records import JSONL, PARQUET, SAVED, TEXT, is_saved
 from bagualu.trainer.data.sources import find_files
 from bagualu.trainer.data.token_files import LLMC, MEGATRON, OLMO, TokenFile, describe, has_index, is_llmc, prefix_of, read_head
 
-TEXT = "text"
 OF_TOKENS = (MEGATRON, LLMC, OLMO)
 """Formats of files that hold token ids."""
-_BY_ENDING = {".bin": LLMC, ".npy": OLMO}
+_BY_ENDING = {".bin": LLMC, ".npy": OLMO, ".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET}
 
 
 def format_of(source: str, given: str | None, apart: Collection[str] = ()) -> str:
@@ -24,6 +24,8 @@ def format_of(source: str, given: str | None, apart: Collection[str] = ()) -> st
         return given or TEXT
     if has_index(source):
         return MEGATRON
+    if is_saved(source):
+        return SAVED
     if os.path.isfile(source):
         return _of_file(source)
     if not os.path.isdir(source):
@@ -58,7 +60,11 @@ def token_files(
 def _of_file(path: str) -> str:
     if is_llmc(read_head(path)):
         return LLMC
-    return _BY_ENDING.get(os.path.splitext(path)[1], TEXT)
+    return _by_ending(path)
+
+
+def _by_ending(name: str) -> str:
+    return _BY_ENDING.get(os.path.splitext(name.removesuffix(".gz"))[1], TEXT)
 
 
 def _of_folder(files: Sequence[TextFile]) -> str:
@@ -66,5 +72,5 @@ def _of_folder(files: Sequence[TextFile]) -> str:
     indices = {prefix_of(file.path) for file in files if file.name.endswith(".idx")}
     if indices and indices == {prefix_of(file.path) for file in files if file.name.endswith(".bin")} and has_index(min(indices)):
         return MEGATRON
-    formats = {_BY_ENDING.get(os.path.splitext(file.name)[1], TEXT) for file in files}
+    formats = {_by_ending(file.name) for file in files}
     return formats.pop() if len(formats) == 1 else TEXT

@@ -46,6 +46,8 @@ class MappedTokens:
     def __init__(self, parts: Sequence[MappedFile], start: int = 0, stop: int | None = None) -> None:
         self.parts = list(parts)
         self._begins: NDArray[np.int64] = np.cumsum([0, *(len(part.tokens) for part in parts)], dtype=np.int64)
+        self.begins: list[int] = self._begins[:-1].tolist()
+        """The number of the first id of each file."""
         self.start, self.stop = start, int(self._begins[-1]) if stop is None else stop
         self._whole = self.parts[0].tokens[self.start : self.stop] if len(self.parts) == 1 else None
 
@@ -65,7 +67,7 @@ class MappedTokens:
         start, stop = start + self.start, max(start, stop) + self.start
         first = int(np.searchsorted(self._begins, start, "right")) - 1
         pieces = []
-        for part, begin in zip(self.parts[first:], self._begins[first:-1].tolist(), strict=True):
+        for part, begin in zip(self.parts[first:], self.begins[first:], strict=True):
             if begin >= stop:
                 break
             pieces.append(part.tokens[max(0, start - begin) : stop - begin])

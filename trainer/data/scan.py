@@ -49,7 +49,7 @@ def scan(file: TokenFile, cache: Path) -> Scanned:
     record = folder / f"{key.hexdigest()}.json"
     if known := _known(record, signature(file)):
         return known
-    with FileLock(f"{record}.lock"):
+    with FileLock(f"{record}.reading"):
         if known := _known(record, signature(file)):
             return known
         before = signature(file)

@@ -1,17 +1,18 @@
 """Opens files of token ids as the training and validation tokens of a run."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
 
 from bagualu.comm.errors import RecipeError
-from bagualu.trainer.data.config import DataConfig
+from bagualu.trainer.data.config import DOCUMENTS, DataConfig
+from bagualu.trainer.data.documents import Documents, EndToken, IndexedDocuments
 from bagualu.trainer.data.formats import OF_TOKENS, format_of, token_files
 from bagualu.trainer.data.mapped import MappedFile, MappedTokens
 from bagualu.trainer.data.scan import Scanned, scan
-from bagualu.trainer.data.token_files import TokenFile
+from bagualu.trainer.data.token_files import TokenFile, document_offsets
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class OpenedTokens:
     train: MappedTokens
     validation: MappedTokens
     fingerprint: str
+    documents: tuple[Documents, Documents] | None
+    """Where documents begin in the training tokens and in those for validation; None if the files do not say."""
 
 
 def open_tokens(config: DataConfig, kind: str, vocab: int, cache: Path, keep: bool, apart: Collection[str] = ()) -> OpenedTokens:
@@ -35,15 +38,37 @@ def open_tokens(config: DataConfig, kind: str, vocab: int, cache: Path, keep: bo
     everything = MappedTokens(_mapped(files, scanned))
     count, digests = len(everything), [result.digest for result in scanned]
     if not keep:
-        return OpenedTokens(everything, MappedTokens(everything.parts, 0, 0), _combined(digests, count))
+        nothing = MappedTokens(everything.parts, 0, 0)
+        return OpenedTokens(everything, nothing, _combined(digests, count), _documents(config, everything, nothing))
     if config.validation is None:
         cut = count - max(1, round(count * config.validation_fraction))
         tail = MappedTokens(everything.parts, cut, count)
-        return OpenedTokens(MappedTokens(everything.parts, 0, cut), tail, _combined(digests, cut))
+        head = MappedTokens(everything.parts, 0, cut)
+        return OpenedTokens(head, tail, _combined(digests, cut), _documents(config, head, tail))
     others = _held_out(config, vocab, apart)
     scanned = _scanned(others, vocab, cache)
     fingerprint = _combined([*digests, "validation", *(result.digest for result in scanned)], count)
-    return OpenedTokens(everything, MappedTokens(_mapped(others, scanned)), fingerprint)
+    held_out = MappedTokens(_mapped(others, scanned))
+    return OpenedTokens(everything, held_out, fingerprint, _documents(config, everything, held_out))
+
+
+def _documents(config: DataConfig, train: MappedTokens, validation: MappedTokens) -> tuple[Documents, Documents] | None:
+    """Returns where documents begin in both splits: by the index of Megatron, else after data.end_token."""
+    if config.end_token is not None:
+        return EndToken(config.end_token), EndToken(config.end_token)
+    if config.packing != DOCUMENTS:
+        return None
+    indexed = [_indexed(tokens) for tokens in (train, validation)]
+    return None if indexed[0] is None or indexed[1] is None else (indexed[0], indexed[1])
+
+
+def _indexed(tokens: MappedTokens) -> IndexedDocuments | None:
+    indices = []
+    for part in tokens.parts:
+        if (index := part.file.index) is None:
+            return None
+        indices.append((document_offsets(index), part.tokens.itemsize))
+    return IndexedDocuments(tokens.begins, indices, tokens.start)
 
 
 def _held_out(config: DataConfig, vocab: int, apart: Collection[str]) -> list[TokenFile]:
@@ -82,6 +107,8 @@ def _mapped(files: Sequence[TokenFile], scanned: Sequence[Scanned]) -> list[Mapp
     """Maps the files. Raises RecipeError for a file that has changed since it was scanned."""
     parts = []
     for file, result in zip(files, scanned, strict=True):
+        if file.index is not None:
+            file = replace(file, index=replace(file.index, aligned=result.documents_are_sequences))
         part = MappedFile(file)
         if list(part.opened) != result.signature[:2]:
             raise RecipeError(f"{file.name} changed while it was read; start again when it no longer changes")

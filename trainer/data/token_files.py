@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.listing import SourceError, printable
@@ -54,6 +55,8 @@ class MegatronIndex:
     path: str
     sequences: int
     documents: int
+    aligned: bool = False
+    """Whether it is known that each document is one sequence."""
 
     @property
     def lengths_at(self) -> int:
@@ -175,6 +178,17 @@ def _bare(path: str, size: int, dtype: str) -> TokenFile:
         raise RecipeError(f"{printable(path)} has {size} bytes, no multiple of those of a token of {dtype}; give the right "
                           "data.token_dtype, or copy it again if it is cut short")  # fmt: skip
     return TokenFile(path, dtype, count, headed=False)
+
+
+def document_offsets(index: MegatronIndex) -> NDArray[np.int64]:
+    """Returns the offsets in bytes [documents] at which the documents begin in PREFIX.bin: a memory map if each is one sequence.
+    Raises OSError."""
+    data = np.memmap(index.path, np.uint8, "r")
+    pointers = data[index.pointers_at : index.documents_at].view(np.int64).view(np.ndarray)
+    firsts = data[index.documents_at : index.documents_at + 8 * index.documents].view(np.int64).view(np.ndarray)
+    if index.aligned:
+        return pointers
+    return pointers[firsts[firsts < index.sequences]]
 
 
 def prefix_of(path: str) -> str:

@@ -96,12 +96,14 @@ class DeepSpeedEngine(ShardedEngine):
         # In ZeRO-1 DeepSpeed reduces after the last pass, and need not know of the passes of a pipeline.
         return self.model if self._stage == 1 else self._run
 
-    def _run(self, inputs: torch.Tensor, labels: torch.Tensor | None, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(
+        self, inputs: torch.Tensor, labels: torch.Tensor | None, chunk: int, documents: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if torch.is_grad_enabled():
             self._passes -= 1
             for zero in self._zeros:
                 zero.engine.set_gradient_accumulation_boundary(self._passes == 0)
-        outputs: tuple[torch.Tensor, torch.Tensor] = self._call(inputs, labels, chunk)
+        outputs: tuple[torch.Tensor, torch.Tensor] = self._call(inputs, labels, chunk, documents)
         return outputs
 
     def begin(self, micro_batches: int) -> None:

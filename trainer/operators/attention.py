@@ -22,26 +22,34 @@ _BLOCK_ELEMENTS = 2**20
 
 
 def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None = None, window: int | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slopes: torch.Tensor | None = None,
+    window: int | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns attention's output [B, A, S, D] for query [B, A, S, D], key and value [B, A / g, S, D], each shared by g query
     heads. With `slopes` [A], each score is changed by the slope of its head times the position of the key minus that of the query
-    (ALiBi). With a `window`, each token attends to its latest `window` tokens only, its own included.
+    (ALiBi). With a `window`, each token attends to its latest `window` tokens only, its own included. With a `mask` [B, 1, S, S],
+    which is added to the scores, that decides which keys each token attends to, within its window.
 
     torch's kernels know no window and compute what a mask then removes; in blocks, most of that is left out."""
     dtype, length = multiply_dtype(query), query.shape[2]
     shared = query.shape[1] // key.shape[1]
     window = None if window is None or window >= length else window
-    if dtype in HALF and on_nvidia(query) and window is None:  # this kernel reads shared heads without expanding them
+    if mask is not None and window is not None:
+        mask, window = mask.masked_fill(~_in_window(length, length, window, mask.device), -torch.inf), None
+    if dtype in HALF and on_nvidia(query) and window is None and mask is None:  # reads shared heads without expanding them
         return _by_kernel(query, key, value, slopes)
     in_blocks = window is not None or (dtype == torch.bfloat16 and length <= _LONGEST)
-    in_blocks = in_blocks and chip_of(query.device) == "cpu" and not torch.compiler.is_compiling()
+    in_blocks = in_blocks and mask is None and chip_of(query.device) == "cpu" and not torch.compiler.is_compiling()
     if in_blocks and dtype == torch.float16:
         dtype = torch.float32  # products of gradients would leave the range of float16
     key, value = (t.to(dtype).repeat_interleave(shared, dim=1) if shared > 1 else t.to(dtype) for t in (key, value))
     if in_blocks:
         return attention_in_blocks(query.to(dtype), key, value, slopes, window).to(query.dtype)
-    return _by_kernel(query.to(dtype), key, value, slopes, window).to(query.dtype)
+    return _by_kernel(query.to(dtype), key, value, slopes, window, mask).to(query.dtype)
 
 
 def attention_to_seen(
@@ -68,7 +76,12 @@ def attention_to_seen(
 
 
 def _by_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor | None, window: int | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slopes: torch.Tensor | None,
+    window: int | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     width, scale = query.shape[-1], None
     if slopes is not None:
@@ -76,8 +89,9 @@ def _by_kernel(
         query, key, value = extended(query, key, value, slopes)
     if query.is_meta:
         output = fused.attention(query, key, value, scale)
-    elif window is not None:
-        mask = _in_window(query.shape[2], key.shape[2], window, query.device)
+    elif window is not None or mask is not None:
+        seen = _in_window(query.shape[2], key.shape[2], window, query.device) if window is not None else None
+        mask = seen if mask is None else mask.to(query.dtype)
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     else:
         grouped = query.shape[1] > key.shape[1]

@@ -21,7 +21,7 @@ from bagualu.trainer.recipe.deepspeed import require_deepspeed
 from bagualu.trainer.recipe.override_text import typed
 from bagualu.trainer.recipe.wandb_login import require_login
 
-_KEPT = (("run", "seed"), ("data", "validation_fraction"), ("data", "sequence_length"), ("data", "global_batch"))
+_KEPT = (("run", "seed"), *(("data", key) for key in ("validation_fraction", "sequence_length", "global_batch", "packing")))
 """Keys besides the model that a resumed run may not change. data.source may change, since the tokens show if the text is the
 same."""
 _COMPILES = (2, 13)

@@ -23,7 +23,8 @@ from bagualu.fault_tolerance.guard.history import Memory
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.parallel.boxes import TensorPiece
 from bagualu.trainer.assemble import TrainerState
-from bagualu.trainer.data.config import RANDOM
+from bagualu.trainer.data.blend import Period, changed_source, read_periods
+from bagualu.trainer.data.config import RANDOM, STREAM
 from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.plan import decoder_plan
@@ -32,6 +33,8 @@ from bagualu.trainer.recipe.config import DTYPES
 from bagualu.trainer.recipe.override_text import typed
 
 FINGERPRINT = "data fingerprint"
+_BLEND = "blend"
+"""The fingerprint of a blend: its sources may change, and `_check_blend` checks each."""
 _RENORMALISE = "model.moe.renormalise"
 _WEIGHTS = "weight/"
 """How the names of weights in a checkpoint begin."""
@@ -60,6 +63,7 @@ def metadata_of(state: TrainerState, step: int) -> dict[str, Any]:
         "zero": recipe.parallel.zero_stage,
         "dtype": recipe.train.dtype,
         "identity": identity(state),
+        **({"blend": state.batches.blend()} if state.recipe.data.blend else {}),
     }
 
 
@@ -76,6 +80,8 @@ class Saved:
     guard: dict[str, Any]
     imported: bool
     """Whether the weights come from elsewhere: the checkpoint has no moments, and no data have been trained on."""
+    blend: list[Period] | None = None
+    """The periods of data.blend; None without one."""
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> "Saved":
@@ -96,6 +102,10 @@ class Saved:
             wrong["guard"] = fields["guard"]
         if fields["step"] != checkpoint.step:
             wrong["step"] = fields["step"]
+        if "blend" in metadata:
+            fields["blend"] = read_periods(metadata["blend"])
+            if fields["blend"] is None:
+                wrong["blend"] = metadata["blend"]
         if wrong:
             name, value = next(iter(wrong.items()))
             raise CheckpointError(f"{checkpoint.path}: metadata says {name}={str(value)[:40]}, which no run saves; {REMEDY}")
@@ -130,6 +140,8 @@ def take_state(state: TrainerState, open_checkpoint: Callable[[], Checkpoint]) -
     if state.scaler.enabled and saved.dtype == state.recipe.train.dtype:
         state.scaler.scale, state.scaler.good_steps = saved.scale, saved.good_steps
     state.guard.load(saved.guard, saved.step)
+    if saved.blend is not None:
+        state.batches.resume(saved.blend, saved.step)
     return saved.step
 
 
@@ -137,9 +149,23 @@ def _check(state: TrainerState, checkpoint: Checkpoint) -> Saved:
     saved = Saved.of(checkpoint)
     _check_identity(saved.identity, identity(state), checkpoint.path, saved.imported)
     if not saved.imported:
+        _check_blend(state, saved, checkpoint.path)
         _check_moments(state, checkpoint)
     _check_dtype(saved.dtype, state.recipe.train.dtype, checkpoint.path)
     return saved
+
+
+def _check_blend(state: TrainerState, saved: Saved, path: Path) -> None:
+    """Raises RecipeError if only one of the checkpoint and the recipe blends sources, or if a source of the blend has changed."""
+    parts = state.corpus.blend
+    if bool(parts) != (saved.blend is not None):
+        blended, fix = ("was", "give its data.blend") if saved.blend else ("was not", "leave data.blend out")
+        raise RecipeError(f"{path} {blended} saved with data.blend; {fix} to go on with it, or another run.dir to start anew")
+    if saved.blend is None:
+        return
+    if source := changed_source(saved.blend, {part.source: part.corpus.fingerprint for part in parts}):
+        raise RecipeError(f"{path} was saved with other tokens of {source} in data.blend; put them back as they were, or leave it "
+                          "out, to go on with it, or give another run.dir to start anew")  # fmt: skip
 
 
 def _padded_before(state: TrainerState, saved: Saved) -> Callable[[str, tuple[int, ...]], tuple[int, ...]]:
@@ -201,21 +227,22 @@ def identity(state: TrainerState) -> dict[str, Any]:
     """Returns, mostly by recipe key, the values that a checkpoint records to recognise its run (model, data, seed);
     `_check_identity` says which may differ."""
     recipe = state.recipe
-    data = {"data.sequence_length": recipe.data.sequence_length, "data.global_batch": recipe.data.global_batch}
+    kept = "sequence_length", "global_batch", "packing", "end_token"
+    data = {f"data.{key}": getattr(recipe.data, key) for key in kept}
     text = {"data.source": recipe.data.source, "data.validation": recipe.data.validation,
             "data.validation_fraction": recipe.data.validation_fraction,
             _SPLIT: recipe.data.split if state.corpus.split != NOTHING.kind else NOTHING.kind, _KIND: state.corpus.split,
-            FINGERPRINT: state.corpus.fingerprint}  # fmt: skip
+            FINGERPRINT: _BLEND if state.corpus.blend else state.corpus.fingerprint}  # fmt: skip
     return recipe.model.identity() | data | {"run.seed": recipe.run.seed} | text
 
 
 def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path, imported: bool = False) -> None:
     """Raises RecipeError if the checkpoint belongs to another run, or if it is `imported`, to another model. A key of the model
-    that the checkpoint lacks is newer; before it existed, models were as its default says. Padding of the vocabulary and the rate
-    of biases may differ, and keys of the text if the tokens are the same."""
+    that the checkpoint lacks is newer; before it existed, models were as its default says, and so was the packing of documents.
+    Padding of the vocabulary and the rate of biases may differ, and keys of the text if the tokens are the same."""
     if imported:
         here = {key: value for key, value in here.items() if key.startswith("model.")}
-    saved = ModelConfig().identity() | saved
+    saved = ModelConfig().identity() | ({} if imported else {"data.packing": STREAM}) | saved
     saved.pop("model.vocab_multiple", None)
     # The text comes last: if the vocabulary differs, so do the tokens, and the message should name the vocabulary.
     for key in sorted((saved.keys() | here.keys()) - _OF_TEXT):
@@ -226,7 +253,7 @@ def _check_identity(saved: dict[str, Any], here: dict[str, Any], path: Path, imp
                     "model.moe.top_k=1 its router learnt nothing from the loss: give another run.dir to start anew"
                 )
             raise _other(path, key, saved.get(key), here.get(key), f"give {key}={typed(saved.get(key))}")
-    if saved.get(FINGERPRINT) != here.get(FINGERPRINT):
+    if saved.get(FINGERPRINT) != here.get(FINGERPRINT) and _BLEND not in (saved.get(FINGERPRINT), here.get(FINGERPRINT)):
         raise _other_text(saved, here, path)
 
 

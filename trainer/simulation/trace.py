@@ -259,7 +259,7 @@ def traceable(recipe: Recipe) -> Recipe:
         parallel = replace(parallel, engine="native", zero=3, shard=None)
     guard = replace(recipe.guard, check_every=0, audit_every=0, leave_out=[])
     train = replace(recipe.train, dtype="bfloat16") if recipe.train.dtype == PREDICTED_DTYPE else recipe.train
-    return replace(recipe, parallel=parallel, guard=guard, train=train, data=replace(recipe.data, source=RANDOM))
+    return replace(recipe, parallel=parallel, guard=guard, train=train, data=recipe.data.without_text())
 
 
 def in_float8(recipe: Recipe, how: Traced) -> Traced:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_every_sequence_may_come_at_every_place():
 
 def test_a_corpus_of_any_size_is_shuffled_without_listing_it():
     data = batches(1, 64, seed=1)
-    data._train = range(10**15)
+    data._sources[0] = replace(data._sources[0], train=range(10**15))
     ids = data.sample_ids(10**9)
     assert len(set(ids)) == 64
     assert 0 <= ids.min() < ids.max() < 10**15

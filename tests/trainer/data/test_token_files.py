@@ -18,6 +18,7 @@ from bagualu.trainer.data.corpus import Corpus, check_source, prepare
 from bagualu.trainer.data.listing import SourceError
 from bagualu.trainer.data.mapped import MappedTokens
 from bagualu.trainer.data.prepared import DataError
+from tests.trainer.data.test_records import make_tokenizer
 from tests.trainer.data.token_files import write_llmc, write_megatron
 
 IDS = np.random.default_rng(0).integers(1, 300, 1000).tolist()
@@ -73,7 +74,7 @@ def test_a_run_reads_the_ids_of_the_file(tmp_path: Path, kind: str) -> None:
 def test_no_copy_is_made_and_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = config(write(tmp_path, "nanoGPT"))
     first = prepare(data, 300)
-    assert sorted(path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()) == [".json", ".lock"]
+    assert sorted(path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()) == [".json", ".reading"]
     monkeypatch.setattr(scan, "_scan", None)  # a second reading would call it
     assert prepare(data, 300).fingerprint == first.fingerprint
 
@@ -168,6 +169,13 @@ def test_a_bad_file_is_refused_in_one_line_before_a_run(
     with pytest.raises(RecipeError, match=message) as error:
         check_source(config(source, format=given), 300)
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_tells_how_much_text_ids_stand_for(tmp_path: Path) -> None:
+    made = make_tokenizer(tmp_path)
+    corpus = prepare(config(write(tmp_path, "nanoGPT"), tokenizer=str(made)), 320)
+    assert corpus.tokenizer_path == made / "tokenizer.json"
+    assert (corpus.token_bytes[:2].tolist(), corpus.token_bytes[2:258].tolist()) == ([0, 0], [1] * 256)
 
 
 def test_keys_that_do_not_fit_a_file_are_refused(tmp_path: Path) -> None:

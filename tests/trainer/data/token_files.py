@@ -1,10 +1,14 @@
 """Writes token files as the programs do that they come from."""
 
+import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from bagualu.trainer.data.tokenizer import train_tokenizer
+from tests.trainer.data.conftest import words
 
 CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}
 
@@ -28,7 +32,8 @@ def write_llmc(path: Path, tokens: Sequence[int], magic: int = 20240520, version
 
 
 def write_examples(folder: Path) -> None:
-    """Writes the token files that docs/guides/data.md names, a few thousand ids below 64 each."""
+    """Writes the files that docs/guides/data.md names: token files with a few thousand ids below 64 each, records and a
+    tokenizer."""
     draw = np.random.default_rng(0)
     for name in ("tokens", "megatron", "olmo"):
         (folder / name).mkdir()
@@ -37,3 +42,8 @@ def write_examples(folder: Path) -> None:
     write_megatron(folder / "megatron/corpus_text_document", draw.integers(1, 64, (100, 90)).tolist())
     for number in range(2):
         draw.integers(0, 64, 8000).astype(np.uint16).tofile(folder / f"olmo/part-{number}.npy")
+    (folder / "records").mkdir()
+    texts = [words(200, seed) for seed in range(40)]
+    (folder / "records/documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "tokenizer").mkdir()
+    train_tokenizer(texts, 300).save(str(folder / "tokenizer/tokenizer.json"))

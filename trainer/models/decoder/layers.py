@@ -94,8 +94,9 @@ class Attention(nn.Module):
         self.slopes = Slopes(config.heads) if config.positions == "alibi" else None
         self.attend: Attend = causal_attention if window is None else partial(causal_attention, window=window)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, S, H] -> [B, S, H], without the output's bias"""
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """x [B, S, H] -> [B, S, H], without the output's bias. `mask` [B, 1, S, S] as in `operators.documents`; `attend` gets it by
+        that name if it is not None."""
         projected = project(x, self.query, self.key, self.value, wide=True)
         query, key, value = projected
         norms = self.query_norm, self.key_norm
@@ -108,7 +109,8 @@ class Attention(nn.Module):
             cos, sin = self.positions(x.shape[1], x.dtype, x.device)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         slopes = () if self.slopes is None else (self.slopes(query.shape[2], x.dtype, x.device),)
-        mixed = self.attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *slopes)
+        attend = self.attend if mask is None else partial(self.attend, mask=mask)
+        mixed = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *slopes)
         return linears(mixed.transpose(1, 2).flatten(2), self.output.weight)[0]
 
     def prepare(self, length: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -6,19 +6,21 @@ Shapes: B micro-batch, S sequence, H hidden, V vocabulary, P positions.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from bagualu.comm.agree import summed
 from bagualu.comm.group import Group
-from bagualu.parallel.precision import accurate_dtype
+from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 from bagualu.parallel.vocabulary import embedding, linear_cross_entropy
 from bagualu.trainer.models.activations import HostMemory, run
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.layers import Attention, FeedForward, Linear, norm_of
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts, update_biases
 from bagualu.trainer.models.model import Model
+from bagualu.trainer.operators.documents import document_mask, positions_in
 from bagualu.trainer.operators.linear import linears, plus_bias
 
 
@@ -31,15 +33,15 @@ class LearnedPositions(Linear):
         self.slice = 0
         self.given: Callable[[], torch.Tensor] | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, S, H] -> x plus the vectors of its positions"""
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """x [B, S, H], the positions of all tokens of the sequence [B, ...], by default counted from 0 -> x plus the vectors of its
+        positions"""
         length = x.shape[1]
         own = slice(self.slice * length, (self.slice + 1) * length)
-        if self.given is None:
-            positions = torch.arange(own.start, own.stop, device=x.device).expand(x.shape[:2])
-        else:
-            positions = self.given()[:, own]
-        return x + embedding(positions, self.weight)
+        if positions is None and self.given is not None:
+            positions = self.given()
+        here = torch.arange(own.start, own.stop, device=x.device).expand(x.shape[:2]) if positions is None else positions[:, own]
+        return x + embedding(here, self.weight)
 
 
 class Embedding(Linear):
@@ -51,10 +53,10 @@ class Embedding(Linear):
         self.positions = LearnedPositions(config.max_positions, config.hidden) if config.max_positions else None
         self.lookup = embedding
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens [B, S] -> [B, S, H]"""
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """tokens [B, S], their positions [B, S] if these do not count from 0 -> [B, S, H]"""
         rows: torch.Tensor = self.lookup(tokens, self.weight)
-        return rows if self.positions is None else self.positions(rows)
+        return rows if self.positions is None else self.positions(rows, positions)
 
 
 class Head(Linear):
@@ -90,10 +92,12 @@ class Layer(nn.Module):
         mixture = config.is_moe_layer(index)
         self.feed_forward = MixtureOfExperts(config) if mixture else FeedForward(config, config.ffn, bias=config.bias == "all")
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """x [B, S, H] -> output [B, S, H] and, for a mixture, the balance loss and the load of its experts [E], else None and
-        None"""
-        x = x + run(self.attend, x, again=self.recompute == "attention")
+        None. `mask` as in `Attention.forward`."""
+        x = x + run(partial(self.attend, mask=mask), x, again=self.recompute == "attention")
         output = run(self.feed, x, again=self.recompute == "experts")
         if isinstance(output, tuple):
             return x + output[0], output[1], output[2]
@@ -105,9 +109,9 @@ class Layer(nn.Module):
         self.attention.prepare(length, self.attention_norm.weight.dtype, self.attention_norm.weight.device)
         self.compile()
 
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, S, H] -> [B, S, H], what attention adds to it"""
-        added = _with_bias(self.attention(x if self.norms_after else self.attention_norm(x)), self.attention.output)
+        added = _with_bias(self.attention(x if self.norms_after else self.attention_norm(x), mask), self.attention.output)
         return self.attention_norm(added) if self.norms_after else added
 
     def feed(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -196,20 +200,30 @@ class Decoder(Model):
             )
 
     def forward(
-        self, inputs: torch.Tensor, labels: torch.Tensor | None = None, chunk: int = 0
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        chunk: int = 0,
+        documents: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the slice at index `chunk` on tokens [B, S] or hidden states [B, S, H]. Returns the hidden states, or after the head
-        the loss summed over tokens (the logits if there are no labels), and the sum of the slice's balance losses."""
+        the loss summed over tokens (the logits if there are no labels), and the sum of the slice's balance losses.
+
+        `documents` [B, S]: the position at which the document of each token begins in its row; tokens attend to their document
+        only, whose positions count from 0. None: a row is one document."""
         x = inputs
-        for unit in (self.embedding, self.embedding_norm):
-            if unit is not None and chunk == 0:
-                x = self.call(unit, x)
+        if chunk == 0 and self.embedding is not None:
+            positions = () if documents is None else (positions_in(documents),)
+            x = self.call(self.embedding, x, *positions)
+            if self.embedding_norm is not None:
+                x = self.call(self.embedding_norm, x)
+        mask = () if documents is None else (document_mask(documents, multiply_dtype(x)),)
         balance = x.new_zeros((), dtype=accurate_dtype(x.dtype))
         saving = self.host_memory.begin_pass()
         for index in self.slices[chunk]:
             layer = self.layers[str(index)]
             with saving():
-                x, loss, load = run(partial(self.call, layer), x, again=self.recompute[index] == "full")
+                x, loss, load = run(partial(_first, self.call, layer, mask), x, again=self.recompute[index] == "full")
             if loss is not None:
                 balance = balance + loss
             loads = self._counted if not torch.is_grad_enabled() else self._loads if self._bias_rate else None
@@ -218,6 +232,11 @@ class Decoder(Model):
         if self.head is not None and self.norm is not None and chunk == len(self.slices) - 1:
             x = self.call(self.head, self.call(self.norm, x), labels)
         return x, balance
+
+
+def _first(call: Callable[..., Any], unit: nn.Module, others: tuple[torch.Tensor, ...], x: torch.Tensor) -> Any:
+    """Calls `unit` with x and then `others`."""
+    return call(unit, x, *others)
 
 
 def _router(layer: int) -> str:

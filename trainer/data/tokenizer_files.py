@@ -1,0 +1,77 @@
+"""Tokenizer files of the Hugging Face library tokenizers, made elsewhere, and what tokens of theirs mean."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from bagualu.comm.errors import RecipeError
+
+_CONFIG = "tokenizer_config.json"
+_USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|endoffile|>")
+
+
+@dataclass(frozen=True)
+class GivenTokenizer:
+    """A tokenizer, its file, and the id that ends each document."""
+
+    tokenizer: Tokenizer
+    path: Path
+    end: int
+
+
+def open_tokenizer(given: str, end: int | None, vocab: int) -> GivenTokenizer:
+    """Returns the tokenizer that data.tokenizer names, a tokenizer.json or the folder of one. `end`: data.end_token; by default the
+    eos_token of the file tokenizer_config.json beside it. Raises RecipeError if it cannot be read, has ids beyond a vocabulary of
+    `vocab` entries, or ends documents by no id."""
+    path = Path(given, "tokenizer.json") if Path(given).is_dir() else Path(given)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        why = (str(error).splitlines() or [""])[0]
+        raise RecipeError(f"data.tokenizer={given} cannot be read ({why}); give a tokenizer.json of Hugging Face's tokenizers, or "
+                          "its folder") from error  # fmt: skip
+    entries = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if entries > vocab:
+        raise RecipeError(
+            f"data.tokenizer={given} has {entries} tokens, but model.vocab={vocab}; give model.vocab={entries} or more"
+        )
+    if end is not None and end >= vocab:
+        raise RecipeError(f"data.end_token={end} is not in model.vocab={vocab}; give an id below")
+    tokenizer.encode_special_tokens = True  # text that spells a special token stays text
+    found = _end(tokenizer, path) if end is None else end
+    if found is None:
+        raise RecipeError(f"data.tokenizer={given} does not say which token ends a document; give data.end_token=ID")
+    return GivenTokenizer(tokenizer, path, found)
+
+
+def _end(tokenizer: Tokenizer, path: Path) -> int | None:
+    names: list[Any] = []
+    try:
+        eos = json.loads((path.parent / _CONFIG).read_text(encoding="utf-8")).get("eos_token")
+        names.append(eos.get("content") if isinstance(eos, dict) else eos)
+    except (OSError, ValueError, AttributeError):
+        pass
+    ids = [tokenizer.token_to_id(name) for name in [*names, *_USUAL_ENDS] if isinstance(name, str)]
+    return next((index for index in ids if index is not None), None)
+
+
+def bytes_of_tokens(tokenizer: Tokenizer, vocab: int) -> NDArray[np.int64]:
+    """Returns the number of bytes of text that each token stands for [vocab]; 0 for special tokens and for ids without a token."""
+    content = json.loads(tokenizer.to_str())
+    byte_level = '"ByteLevel"' in json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
+    sizes = np.zeros(vocab, np.int64)
+    for token, index in tokenizer.get_vocab(with_added_tokens=False).items():
+        if byte_level:  # one letter of its alphabet stands for one byte
+            sizes[index] = len(token)
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            sizes[index] = 1
+        else:
+            sizes[index] = len(token.replace("▁", " ").encode())
+    for index, added in tokenizer.get_added_tokens_decoder().items():
+        sizes[index] = 0 if added.special else len(added.content.encode())
+    return sizes
