@@ -18,6 +18,7 @@ from bagualu.parallel.pipeline.runtime import PipelineRunner
 from bagualu.parallel.pipeline.schedules.schedule import Schedule, with_messages
 from bagualu.parallel.precision import chip_of
 from bagualu.trainer.costs.choose_split import agree_on_shares, agree_on_split
+from bagualu.trainer.data.ahead import ReadAhead
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.corpus import Corpus
 from bagualu.trainer.engine.build import hold
@@ -54,6 +55,8 @@ class TrainerState:
     scaler: LossScaler
     guard: Guard
     device: torch.device
+    ahead: ReadAhead[list[tuple[torch.Tensor, ...]]] | None = None
+    """Reads the samples of the next steps ahead, in a run; None: they are read when they are needed."""
     updates: int = 0
     """The number of optimizer updates applied so far; steps that were left out or discarded have none."""
 

@@ -13,6 +13,7 @@ from bagualu.fault_tolerance.checkpoint.layout.format import step_of
 from bagualu.fault_tolerance.guard.verdict import GuardAction
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import TrainerState
+from bagualu.trainer.data.ahead import waiting
 from bagualu.trainer.evaluate import Validation, validate
 from bagualu.trainer.output.metric_writers import Sink
 from bagualu.trainer.output.pipeline_timeline import PipelineRecorder
@@ -50,6 +51,10 @@ class Loop:
     _damaged: list[dict[str, Any]] = field(default_factory=list)
     """Checkpoints that rollbacks could not use, as in `Resumed.damaged`."""
     _busy_seconds: float = 0.0
+    _waited: float | None = None
+    """The seconds of the latest step in which this rank waited for samples; None if that is not known."""
+    _data_seconds: float = 0.0
+    """The part of `_busy_seconds` in which rank 0 waited for samples."""
     _steps_done: int = 0
 
     def run(self, first_step: int) -> dict[str, Any]:
@@ -97,6 +102,8 @@ class Loop:
             self.checkpoints.save_last(step)
         if stopped and self.sinks:
             print(f"saved step {step}", file=sys.stderr, flush=True)
+        if self.state.mesh.at("world") == 0 and (remark := waiting(self._data_seconds, self._busy_seconds, self.state.recipe.data)):
+            print(remark, file=sys.stderr, flush=True)
         ended = {"ended": "done" if step >= steps else "stopped", "step": step}
         memory = self.state.guard.memory
         watched = {"guard": memory.summary(), "left_out_steps": memory.left_out_steps(step), "stragglers": self.stragglers.ever()}
@@ -122,8 +129,10 @@ class Loop:
         if result.verdict.action is GuardAction.STOP:
             self.checkpoints.finish()
             raise GuardError(result.verdict.text)
+        self._waited = None if self.state.ahead is None else self.state.ahead.waited()
         if step > 0:  # the run's first step includes warm-up
             self._busy_seconds += seconds
+            self._data_seconds += self._waited or 0.0
             self._steps_done += 1
 
     def _record(self, step: int, result: StepResult, seconds: float) -> dict[str, Any]:
@@ -139,6 +148,8 @@ class Loop:
             "mfu": tokens * self.seconds_per_token_at_ceiling / seconds,
             **self.checkpoints.record(),
         }
+        if self._waited is not None:
+            record["data_seconds"] = self._waited
         if self.clock is not None:
             record["virtual_step_seconds"] = self.clock.step_seconds
         if self.state.recipe.model.moe.experts:
@@ -206,6 +217,7 @@ class Loop:
             return {}
         seconds = self._busy_seconds / self._steps_done
         return {
+            "data_seconds": self._data_seconds / self._steps_done,
             "tokens_per_second": self._tokens_per_step / seconds,
             "mfu": self._tokens_per_step * self.seconds_per_token_at_ceiling / seconds,
         }

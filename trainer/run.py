@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from bagualu.parallel.parallelize import Fill
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.conversion.origin import keep_origin, values_of
 from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_token
+from bagualu.trainer.data.ahead import ReadAhead
 from bagualu.trainer.data.corpus import Corpus, prepare, show_data
 from bagualu.trainer.engine.local_model import no_values
 from bagualu.trainer.loop import Loop
@@ -44,6 +46,7 @@ from bagualu.trainer.recovery.replication import Replication, open_replication
 from bagualu.trainer.recovery.resume import Resumed, resume
 from bagualu.trainer.recovery.saving import Checkpoints, take_checkpoints
 from bagualu.trainer.simulation.step_clock import open_step_clock
+from bagualu.trainer.step import read_samples
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +90,7 @@ def train(
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
     checkpoints = Checkpoints(state, fence, resumed.checkpoint, ledger)
     try:
+        state.ahead = ReadAhead(partial(read_samples, state), recipe.train.steps, recipe.data.workers)
         ending = _loop(state, communicator, stop, sinks, figures, checkpoints, replication).run(resumed.step)
         checkpoints.close()
         if replication:
@@ -100,6 +104,8 @@ def train(
         if communicator.rank == 0:
             write_summary(Path(recipe.run.dir), summary)
     finally:  # after the summary: waiting for sinks is not part of the run's time
+        if state.ahead is not None:
+            state.ahead.close()
         checkpoints.close(wait=False)
         for sink in sinks:
             sink.close()

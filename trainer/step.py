@@ -146,10 +146,15 @@ def _update(state: TrainerState, lr: float, norm: float, most: float = math.inf)
 
 def local_micro_batches(state: TrainerState, step: int) -> list[MicroBatch]:
     """Returns the micro-batches of the global batch of `step` (from 0) that this data rank computes."""
+    rows = read_samples(state, step) if state.ahead is None else state.ahead.take(step)
+    return [MicroBatch(*(tensor.to(state.device) for tensor in tensors)) for tensors in rows]
+
+
+def read_samples(state: TrainerState, step: int) -> list[tuple[torch.Tensor, ...]]:
+    """Returns the tensors of the same micro-batches in host memory."""
     size, data_rank = state.recipe.train.micro_batch, state.mesh.at("data")
     first, share = sum(state.shares[:data_rank]) * size, state.shares[data_rank] * size
-    rows = (state.batches.batch(step, start, size) for start in range(first, first + share, size))
-    return [MicroBatch(*(tensor.to(state.device) for tensor in tensors)) for tensors in rows]
+    return [state.batches.batch(step, start, size) for start in range(first, first + share, size)]
 
 
 def _count_tokens(state: TrainerState, micro_batches: list[MicroBatch]) -> float:

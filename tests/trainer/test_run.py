@@ -33,7 +33,7 @@ from tests.standing import assert_stood, figures, go_on, train_noting_samples
 from tests.trainer.faults import Records
 
 STEPS = 6
-TIMINGS = {"step_seconds", "tokens_per_second", "mfu", "checkpoint_seconds"}
+TIMINGS = {"step_seconds", "data_seconds", "tokens_per_second", "mfu", "checkpoint_seconds"}
 MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "model__layers": 4, "parallel__expert": 2}
 
 

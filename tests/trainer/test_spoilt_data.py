@@ -46,7 +46,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_on(folder: Path, text: Path, **changes: object) -> Recipe:
     defaults: dict[str, object] = {
         "data__source": str(text), "data__cache": str(text.parent / "cache"), "model__vocab": 400, "data__sequence_length": 16,
-        "checkpoint__every": 2, "checkpoint__asynchronous": False,
+        "checkpoint__every": 2, "checkpoint__asynchronous": False, "data__workers": 0,
     }  # fmt: skip
     return recipe_in(folder, **{**defaults, **changes})
 

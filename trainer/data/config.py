@@ -68,6 +68,9 @@ class DataConfig:
     """Sources to mix, each with a weight, in place of data.source, e.g. [{source: a.bin, weight: 0.7}, {source: b.bin, weight:
     0.3}]: files of token ids and, with data.tokenizer, text; format and validation may be given for each. A run that resumes may
     change the weights, add sources and drop some."""
+    workers: int = 1
+    """Threads of each rank that read the samples of the next steps, one step each, while a step is computed; 0: samples are read
+    when the step begins."""
     cache: str | None = option(default=None, metadata={"path": True})
     """Folder of prepared corpora and measured costs; by default $XDG_CACHE_HOME/bagualu or ~/.cache/bagualu."""
 
@@ -78,6 +81,8 @@ class DataConfig:
             if not _is_utf8(getattr(self, name) or ""):
                 raise RecipeError(f"data.{name}={getattr(self, name)!a} has a name that is not UTF-8; rename it")
         require_at_least(1, "data", self, "sequence_length", "global_batch")
+        require_at_least(0, "data", self, "workers")
+        require_at_most(64, "data", self, "workers")
         require_at_most(LARGEST, "data", self, "sequence_length", "global_batch")
         if not 0 < self.validation_fraction < 1:
             raise RecipeError(f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, e.g. 0.05")

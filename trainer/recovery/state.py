@@ -142,6 +142,8 @@ def take_state(state: TrainerState, open_checkpoint: Callable[[], Checkpoint]) -
     state.guard.load(saved.guard, saved.step)
     if saved.blend is not None:
         state.batches.resume(saved.blend, saved.step)
+        if state.ahead is not None:
+            state.ahead.forget()
     return saved.step
 
 
