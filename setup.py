@@ -34,6 +34,7 @@ setup(
         "pyarrow>=15.0",
         "huggingface_hub>=0.24",
         "tokenizers>=0.20",
+        "jinja2>=3.1",
         "xxhash>=3.0",
         "filelock>=3.12",
         "psutil>=5.9",

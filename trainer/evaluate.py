@@ -11,7 +11,7 @@ from bagualu.parallel.pipeline.runtime import MicroBatch
 from bagualu.parallel.pipeline.schedules.schedule import forward_only, with_messages
 from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.assemble import TrainerState
-from bagualu.trainer.data.config import DOCUMENTS
+from bagualu.trainer.data.config import STREAM
 from bagualu.trainer.data.corpus import bits_per_byte
 
 
@@ -96,6 +96,6 @@ def _share(state: TrainerState, chosen: list[int]) -> list[MicroBatch]:
         for row, tensors in enumerate(sequences):
             for whole, tensor in zip((inputs, labels, documents), tensors, strict=False):
                 whole[row] = tensor[0]
-        parts = (inputs, labels, documents) if state.recipe.data.packing == DOCUMENTS else (inputs, labels)
+        parts = (inputs, labels, documents) if state.recipe.data.packing != STREAM else (inputs, labels)
         shares.append(MicroBatch(*(part.to(state.device) for part in parts)))
     return shares

@@ -19,11 +19,12 @@ from torch import Tensor
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.data.blend import BlendHistory, Period
-from bagualu.trainer.data.config import DOCUMENTS, RANDOM, DataConfig
+from bagualu.trainer.data.config import DOCUMENTS, RANDOM, STREAM, WHOLE, DataConfig
 from bagualu.trainer.data.corpus import Corpus, require_sequence
 from bagualu.trainer.data.documents import Documents
 from bagualu.trainer.data.mapped import AnyTokens, MappedTokens
 from bagualu.trainer.data.prepared import DataError
+from bagualu.trainer.data.whole import WholeSequences
 
 SOURCE_IDS = 2**44
 """More than the sequences of any source."""
@@ -91,8 +92,8 @@ class _Source:
     """A source of a run, open for reading."""
 
     name: str
-    train: Sequences
-    validation: Sequences
+    train: Sequences | WholeSequences
+    validation: Sequences | WholeSequences
     documents: tuple[Documents, Documents] | None
     """Where documents begin in both splits, if rows are to tell."""
 
@@ -105,14 +106,14 @@ class Batches:
     has epochs of its own (blend.py).
 
     Inputs and labels are int64. A label of -100 means that the position is not predicted: a loss must skip it and average over the
-    other positions only. With data.packing=documents these are the last positions of documents, and a third tensor tells for each
+    other positions only. Unless data.packing=stream these are the last positions of documents, and a third tensor tells for each
     position at which position of the row its document begins.
     """
 
     def __init__(self, corpus: Corpus, config: DataConfig, seed: int) -> None:
         """Raises RecipeError when a split of the corpus, or of a source of a blend, is shorter than one sequence."""
         self._seed, self._global_batch, self._length = seed, config.global_batch, config.sequence_length
-        self._vocab = corpus.vocab
+        self._vocab, self._tells = corpus.vocab, config.packing != STREAM
         self._shuffled = config.source != RANDOM
         named = [(part.source, part.corpus) for part in corpus.blend] or [(config.source, corpus)]
         self._sources = [self._open(name, part, config) for name, part in named]
@@ -126,6 +127,10 @@ class Batches:
         if not self._shuffled:
             streams = _TRAINING_TOKENS, _VALIDATION_TOKENS
             return _Source(name, *(RandomSequences(corpus.vocab, self._length, self._seed, stream) for stream in streams), None)
+        if config.packing == WHOLE:
+            assert corpus.whole is not None
+            splits = zip(corpus.whole, (corpus.train, corpus.validation), strict=True)
+            return _Source(name, *(own.sequences(tokens, self._length) for own, tokens in splits), None)
         require_sequence(corpus, replace(config, source=name))
         train, validation = (StoredSequences(tokens, self._length) for tokens in (corpus.train, corpus.validation))
         return _Source(name, train, validation, documents)
@@ -182,7 +187,7 @@ class Batches:
         return owners, indices
 
     def batch(self, step: int, start: int, count: int) -> tuple[Tensor, ...]:
-        """Returns inputs, labels and, with data.packing=documents, where documents begin, each [count, S], of samples start ..
+        """Returns inputs, labels and, unless data.packing=stream, where documents begin, each [count, S], of samples start ..
         start + count - 1 of the global batch of step `step`. Raises ValueError outside the batch, DataError if tokens have changed,
         StorageError if they cannot be read, RecipeError for a token >= vocab."""
         if not 0 <= start <= start + count <= self._global_batch:
@@ -219,6 +224,9 @@ class Batches:
                 if source.name not in checked:
                     sequences.check()
                     checked.add(source.name)
+                if isinstance(sequences, WholeSequences):
+                    sequences.fill(index, inputs[row], labels[row], begins[row], IGNORED)
+                    continue
                 tokens = sequences.read(index)
             except DataError as error:
                 raise DataError(f"sequence {index} of data.source={source.name} is lost: {error}") from error
@@ -226,7 +234,7 @@ class Batches:
             if source.documents is not None:
                 self._separate(source.documents[split].starts(index * self._length, tokens), labels[row], begins[row])
         self._require_vocabulary(rows, inputs, labels)
-        tensors = (inputs, labels) if self._sources[0].documents is None else (inputs, labels, begins)
+        tensors = (inputs, labels, begins) if self._tells else (inputs, labels)
         return tuple(map(torch.from_numpy, tensors))
 
     def _separate(self, starts: NDArray[np.int64], labels: NDArray[np.int64], begins: NDArray[np.int64]) -> None:

@@ -3,15 +3,17 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.build import SAMPLE_CHARACTERS_PER_ENTRY, make_durable, without_long_words
-from bagualu.trainer.data.prepared import SPLITS, fingerprint, token_dtype
+from bagualu.trainer.data.chat import BESIDE_TOKENIZERS, ChatTemplate
+from bagualu.trainer.data.prepared import ANSWERS, SPLITS, STARTS, fingerprint, token_dtype
 from bagualu.trainer.data.records import RecordSource, SourceRecord
 from bagualu.trainer.data.request import CorpusRequest
 from bagualu.trainer.data.split import NOTHING, hash_fraction
@@ -35,17 +37,23 @@ class RecordCorpus:
     given: GivenTokenizer | None
     """None: a tokenizer is trained."""
 
-    def documents(self) -> Iterator[tuple[str, bool]]:
-        """Yields the text of each document that has any, and whether it is for validation. Raises RecipeError."""
-        keep, fraction, field = self.request.keeps_validation, self.request.data.validation_fraction, self.request.data.field
+    template: ChatTemplate | None = None
+    """Given for conversations, whose answers alone are trained on."""
+
+    def documents(self) -> Iterator[tuple[SourceRecord, bool]]:
+        """Yields each document, and whether it is for validation. Raises RecipeError."""
+        keep, fraction = self.request.keeps_validation, self.request.data.validation_fraction
         apart = None if not keep else self.held_out.records if self.held_out else self.source.held_out
         for record in self.source.records():
-            if text := record.text(field):
-                yield text, keep and apart is None and _is_kept(record, fraction)
+            yield record, keep and apart is None and _is_kept(record, fraction)
         if apart is not None:
-            for record in apart():
-                if text := record.text(field):
-                    yield text, True
+            yield from ((record, True) for record in apart())
+
+    def texts(self) -> Iterator[tuple[str, bool]]:
+        """Yields the text of each document that has any, and whether it is for validation. Raises RecipeError."""
+        for record, held in self.documents():
+            if text := record.text(self.request.data.text_field):
+                yield text, held
 
 
 def _is_kept(record: SourceRecord, fraction: float) -> bool:
@@ -64,14 +72,16 @@ def build_records(folder: Path, corpus: RecordCorpus) -> None:
                               "or less, a data.tokenizer, or more text")  # fmt: skip
         tokenizer.save(str(folder / "tokenizer.json"))
         encode, end = Encoder(tokenizer, dtype).encode, END_OF_FILE_TOKEN
-        counts = _write(folder, ((encode(text), held) for text, held in corpus.documents()), end, dtype)
+        after = np.array(end, dtype).tobytes()
+        encoded: Iterator[Encoded] = (Encoded(encode(text) + after, None, held) for text, held in corpus.texts())
     else:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
+        for name in ("tokenizer.json", *BESIDE_TOKENIZERS):
             path = given.path if name == "tokenizer.json" else given.path.parent / name
             if path.is_file():
                 shutil.copyfile(path, folder / name)
         end = given.end
-        counts = _write(folder, _encoded(corpus.documents(), given, dtype), end, dtype)
+        encoded = _conversations(corpus, given, corpus.template, dtype) if corpus.template else _texts(corpus, given, dtype)
+    counts = _write(folder, encoded, np.dtype(dtype).itemsize, corpus.template is not None)
     _require_documents(corpus, counts)
     about = {"fingerprint": fingerprint(folder), "split": KIND if request.keeps_validation else NOTHING.kind,
              "end": end, "given": given is not None}  # fmt: skip
@@ -87,7 +97,7 @@ def _sample(corpus: RecordCorpus) -> Iterator[str]:
     size = corpus.source.size_bytes
     share = 1.0 if not size else min(1.0, _SAMPLED * left / size)
     for record in corpus.source.records():
-        text = record.text(corpus.request.data.field)
+        text = record.text(corpus.request.data.text_field)
         if hash_fraction("sample:" + record.name) >= share:
             continue
         if corpus.request.keeps_validation and _is_kept(record, corpus.request.data.validation_fraction):
@@ -98,42 +108,74 @@ def _sample(corpus: RecordCorpus) -> Iterator[str]:
             return
 
 
-def _encoded(documents: Iterator[tuple[str, bool]], given: GivenTokenizer, dtype: str) -> Iterator[tuple[bytes, bool]]:
-    """Yields the tokens of each document as bytes. Documents are encoded several at once, by several threads."""
-    waiting: list[tuple[str, bool]] = []
+@dataclass(frozen=True)
+class Encoded:
+    """A document as the bytes of its tokens and, of a conversation, of whether each is to be predicted (1 or 0, uint16)."""
+
+    tokens: bytes
+    answers: bytes | None
+    held: bool
+    """Whether it is for validation."""
+
+
+def _texts(corpus: RecordCorpus, given: GivenTokenizer, dtype: str) -> Iterator[Encoded]:
+    """Yields the documents, each with the id that ends it. They are encoded several at once, by several threads."""
+    after = np.array(given.end, dtype).tobytes()
+    for portion in _portions(corpus.texts()):
+        encodings = given.tokenizer.encode_batch_fast([text for text, _ in portion], add_special_tokens=False)
+        for encoding, (_, held) in zip(encodings, portion, strict=True):
+            yield Encoded(np.array(encoding.ids, dtype).tobytes() + after, None, held)
+
+
+def _portions(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Yields the texts in lists of about _AT_ONCE_CHARACTERS."""
+    portion: list[tuple[str, bool]] = []
     characters = 0
-
-    def encoded() -> Iterator[tuple[bytes, bool]]:
-        encodings = given.tokenizer.encode_batch_fast([text for text, _ in waiting], add_special_tokens=False)
-        for encoding, (_, held) in zip(encodings, waiting, strict=True):
-            yield np.array(encoding.ids, dtype).tobytes(), held
-
-    for text, held in documents:
-        waiting.append((text, held))
+    for text, held in texts:
+        portion.append((text, held))
         characters += len(text)
         if characters >= _AT_ONCE_CHARACTERS:
-            yield from encoded()
-            waiting.clear()
-            characters = 0
-    yield from encoded()
+            yield portion
+            portion, characters = [], 0
+    if portion:
+        yield portion
 
 
-def _write(folder: Path, documents: Iterator[tuple[bytes, bool]], end: int, dtype: str) -> list[int]:
-    """Writes the documents, each with the id `end` after it; returns the numbers of those for training and for validation."""
-    after, counts = np.array(end, dtype).tobytes(), [0, 0]
-    with open(folder / SPLITS[0], "wb") as train, open(folder / SPLITS[1], "wb") as validation:
-        streams: tuple[BinaryIO, BinaryIO] = train, validation
-        for tokens, held in documents:
-            streams[held].write(tokens)
-            streams[held].write(after)
-            counts[held] += 1
-    return counts
+def _conversations(corpus: RecordCorpus, given: GivenTokenizer, template: ChatTemplate, dtype: str) -> Iterator[Encoded]:
+    """Yields the conversations, as the template writes them."""
+    tokenizer = Tokenizer.from_file(str(given.path))  # in which the template's special tokens are tokens
+    for record, held in corpus.documents():
+        messages = record.fields.get(corpus.request.data.text_field)
+        text, spans = template.conversation(messages, record.where)
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        begins = np.array([begin for begin, _ in encoding.offsets], np.int64)
+        answers = np.zeros(len(begins), np.uint16)
+        for first, after in spans:
+            answers[(begins >= first) & (begins < after)] = 1
+        yield Encoded(np.array(encoding.ids, dtype).tobytes(), answers.tobytes(), held)
+
+
+def _write(folder: Path, documents: Iterator[Encoded], item_bytes: int, answers: bool) -> list[int]:
+    """Writes the documents; returns the numbers of those for training and for validation."""
+    starts: tuple[list[int], list[int]] = [0], [0]
+    with ExitStack() as stack:
+        tokens = [stack.enter_context(open(folder / name, "wb")) for name in SPLITS]
+        wanted = [stack.enter_context(open(folder / name, "wb")) for name in ANSWERS] if answers else []
+        for document in documents:
+            tokens[document.held].write(document.tokens)
+            if document.answers is not None:
+                wanted[document.held].write(document.answers)
+            own = starts[document.held]
+            own.append(own[-1] + len(document.tokens) // item_bytes)
+    for name, own in zip(STARTS, starts, strict=True):
+        np.array(own, np.int64).tofile(folder / name)
+    return [len(own) - 1 for own in starts]
 
 
 def _require_documents(corpus: RecordCorpus, counts: list[int]) -> None:
     data = corpus.request.data
     if not sum(counts):
-        raise RecipeError(f"data.source={data.source} holds no document with text in data.field={data.field}; give another")
+        raise RecipeError(f"data.source={data.source} holds no document with text in data.field={data.text_field}; give another")
     if 0 in counts[: 1 + corpus.request.keeps_validation]:
         empty, documents = ("validation", counts[0]) if counts[0] else ("training", counts[1])
         raise RecipeError(f"none of the {documents} documents of data.source={data.source} is for {empty}; give more documents, "

@@ -15,10 +15,11 @@ SMALLEST_VOCAB = 256 + 1
 RANDOM = "random"
 STDLIB = "stdlib"
 SPLITS = ("share", "files")
-FORMATS = ("text", "jsonl", "parquet", "saved", "hub", "megatron", "llmc", "olmo")
+CHAT = "chat"
+FORMATS = ("text", "jsonl", "parquet", "saved", "hub", CHAT, "megatron", "llmc", "olmo")
 TOKEN_DTYPES = ("uint16", "uint32")
-STREAM, DOCUMENTS = "stream", "documents"
-PACKINGS = (STREAM, DOCUMENTS)
+STREAM, DOCUMENTS, WHOLE = "stream", "documents", "whole"
+PACKINGS = (STREAM, DOCUMENTS, WHOLE)
 
 
 @dataclass
@@ -32,21 +33,23 @@ class DataConfig:
     skipped."""
     format: str | None = option(default=None, metadata={"example": "megatron"})
     """The format of the source. text: UTF-8 files. jsonl: an object on each line. parquet. saved: a folder that save_to_disk of
-    Hugging Face's datasets wrote. hub: owner/name or owner/name:subset of a dataset there. Files of token ids: megatron, PREFIX.bin
+    Hugging Face's datasets wrote. hub: owner/name or owner/name:subset of a dataset there. chat: conversations, one on
+    each line of JSON, of which only the answers are trained on. Files of token ids: megatron, PREFIX.bin
     with PREFIX.idx, of which the source is PREFIX; llmc, the .bin files of llm.c and nanoGPT; olmo, .npy files. Default: by the
     beginning and ending of the files."""
     token_dtype: str | None = option(default=None, metadata={"example": "uint32"})
     """The dtype of the ids in files of tokens that do not say it (nanoGPT, OLMo): uint16 | uint32. Default: uint16 if all ids of
     model.vocab fit."""
     field: str = "text"
-    """The field of records (jsonl, parquet, saved, hub) that holds the text."""
+    """The field of records that holds the text, or with data.format=chat the messages (then `messages` unless another is given)."""
     tokenizer: str | None = option(default=None, metadata={"path": True, "example": "llama/tokenizer.json"})
     """A tokenizer.json of Hugging Face's tokenizers, or its folder, with which text becomes tokens, or became the ids of the
     source. Default: a tokenizer with exactly model.vocab tokens is trained on text."""
     packing: str = STREAM
     """How documents fill sequences, which are consecutive tokens of all documents, one after the other. stream: tokens attend to
     all tokens before them in their sequence. documents: only to those of their own document, whose positions count from 0, and no
-    token is predicted from another document."""
+    token is predicted from another document. whole: as documents, but sequences hold whole documents of records, put together so
+    that little room is left; what is longer than a sequence is cut off."""
     end_token: int | None = option(default=None, metadata={"example": "50256"})
     """The id that ends each document: in files of token ids, for data.packing=documents (Megatron's index says it without); with
     data.tokenizer, the id that is put after each document. Default: none; the eos_token of the tokenizer."""
@@ -107,8 +110,10 @@ class DataConfig:
     def _validate_packing(self) -> None:
         if self.packing not in PACKINGS:
             raise RecipeError(f"data.packing={self.packing} is unknown; give one of {', '.join(PACKINGS)}")
-        if self.packing == DOCUMENTS and self.source == RANDOM:
-            raise RecipeError("data.packing=documents needs documents, which random tokens are not; give data.packing=stream")
+        if self.packing != STREAM and self.source == RANDOM:
+            raise RecipeError(f"data.packing={self.packing} needs documents, which random tokens are not; give data.packing=stream")
+        if self.format == CHAT:
+            self.require_chat()
         made = self.source in (STDLIB, RANDOM) and not self.blend
         if self.end_token is not None and self.tokenizer is None and (self.packing != DOCUMENTS or made):
             raise RecipeError(f"data.end_token={self.end_token} is for files of token ids with data.packing=documents, and for "
@@ -116,6 +121,17 @@ class DataConfig:
         if self.tokenizer is not None and self.source == RANDOM:
             raise RecipeError(f"data.tokenizer={self.tokenizer} is for text, and data.source=random has none; leave it out")
         require_at_least(0, "data", self, "end_token")
+
+    def require_chat(self) -> None:
+        """Raises RecipeError unless conversations can be read with these keys."""
+        if self.packing != WHOLE or self.tokenizer is None:
+            raise RecipeError("data.format=chat needs data.packing=whole, so that no conversation is cut in two, and a "
+                              "data.tokenizer with a chat template; give both")  # fmt: skip
+
+    @property
+    def text_field(self) -> str:
+        """The field of records to read."""
+        return "messages" if self.format == CHAT and self.field == "text" else self.field
 
     @property
     def blend_entries(self) -> list[BlendEntry]:

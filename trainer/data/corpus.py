@@ -31,12 +31,13 @@ from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.blend import Period
 from bagualu.trainer.data.build import build
 from bagualu.trainer.data.build_records import RecordCorpus, build_records
-from bagualu.trainer.data.config import DOCUMENTS, RANDOM, STDLIB, DataConfig, require_vocab
+from bagualu.trainer.data.chat import BESIDE_TOKENIZERS, ChatTemplate
+from bagualu.trainer.data.config import CHAT, DOCUMENTS, RANDOM, STDLIB, WHOLE, DataConfig, require_vocab
 from bagualu.trainer.data.documents import Documents, EndToken
 from bagualu.trainer.data.formats import OF_TOKENS, format_of
 from bagualu.trainer.data.listing import SourceError, TextFile
 from bagualu.trainer.data.mapped import AnyTokens
-from bagualu.trainer.data.prepared import open_splits
+from bagualu.trainer.data.prepared import ANSWERS, SPLITS, STARTS, Tokens, open_splits
 from bagualu.trainer.data.records import HUB, OF_RECORDS, made_from, open_records, require_hub
 from bagualu.trainer.data.request import CorpusRequest
 from bagualu.trainer.data.sources import find_files, require_files
@@ -45,6 +46,7 @@ from bagualu.trainer.data.token_corpus import open_tokens
 from bagualu.trainer.data.token_files import has_index
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer, token_bytes
 from bagualu.trainer.data.tokenizer_files import bytes_of_tokens, open_tokenizer
+from bagualu.trainer.data.whole import Documented
 
 FORMAT = 3
 """A number in the KEY of a corpus. Raise it when what is stored changes."""
@@ -79,6 +81,8 @@ class Corpus:
     records are; "tail" if the last tokens of files of token ids are, "apart" if other files are."""
     documents: tuple[Documents, Documents] | None = None
     """Where documents begin in the training tokens and in those for validation; None if that is not known."""
+    whole: tuple[Documented, Documented] | None = None
+    """What makes sequences of whole documents of both splits; None if documents are not listed."""
 
     blend: tuple["Blended", ...] = ()
     """The sources of a blend; then `train` and `validation` are empty."""
@@ -164,7 +168,7 @@ def prepare(
     if (kind := format_of(config.source, config.format, apart)) in OF_TOKENS:
         return _of_tokens(config, kind, vocab, validation, apart, length_multiple)
     request = CorpusRequest(config, vocab, validation, length_multiple)
-    as_records = kind in OF_RECORDS or config.tokenizer is not None
+    as_records = kind in (*OF_RECORDS, CHAT) or config.tokenizer is not None
     key, write = _of_records(request, kind, apart) if as_records else _of_text(request, apart)
     folder = cache / key
     try:
@@ -176,8 +180,22 @@ def prepare(
     except OSError as error:
         problem = f"cannot prepare the corpus in {cache} ({error}); give data.cache=FOLDER that answers, with room to write"
         raise SourceError(problem) from error
-    require_sequence(corpus, config, length_multiple)
+    if config.packing == WHOLE:
+        _require_documented(corpus, config)
+    else:
+        require_sequence(corpus, config, length_multiple)
     return corpus
+
+
+def _require_documented(corpus: Corpus, config: DataConfig) -> None:
+    """Raises RecipeError unless documents are listed, as data.packing=whole needs; says how many are longer than a sequence."""
+    if corpus.whole is None:
+        raise RecipeError("data.packing=whole is for records, for conversations, and for text with data.tokenizer, and "
+                          f"data.source={config.source} is none of them; give data.packing=documents")  # fmt: skip
+    sizes = np.diff(corpus.whole[0].starts) - 1
+    if cut := int((sizes > config.sequence_length).sum()):
+        log.warning("%d of %d documents are longer than data.sequence_length=%d and lose their ends", cut, len(sizes),
+                    config.sequence_length)  # fmt: skip
 
 
 def check_source(
@@ -198,7 +216,7 @@ def check_source(
     if (kind := format_of(config.source, config.format, apart)) in OF_TOKENS:
         prepare(config, vocab, validation=validation, run_dir=run_dir, length_multiple=length_multiple)
         return
-    if kind in OF_RECORDS or config.tokenizer is not None:
+    if kind in (*OF_RECORDS, CHAT) or config.tokenizer is not None:
         _check_records(CorpusRequest(config, vocab, validation, length_multiple), kind, apart)
         return
     require_vocab(vocab)
@@ -211,6 +229,7 @@ def _check_records(request: CorpusRequest, kind: str, apart: Sequence[str]) -> N
     """Checks that the corpus is cached, or that its first document can be read. Raises SourceError, RecipeError."""
     data = request.data
     key, _ = _of_records(request, kind, apart)
+    reader = _reader(data.source, kind, apart)
     if (cache_folder(data) / key).exists():
         return
     if kind == HUB:
@@ -218,10 +237,14 @@ def _check_records(request: CorpusRequest, kind: str, apart: Sequence[str]) -> N
         return
     if data.source != STDLIB:
         require_files(data.source, apart)
-    first = next(open_records(data.source, kind, data.field, apart).records(), None)
+    first = next(open_records(data.source, reader, data.text_field, apart).records(), None)
     if first is None:
         raise RecipeError(f"data.source={data.source} holds no documents; give another")
-    first.text(data.field)
+    if kind == CHAT and data.tokenizer is not None:
+        template = ChatTemplate(open_tokenizer(data.tokenizer, data.end_token or 0, request.vocab).path)
+        template.conversation(first.fields.get(data.text_field), first.where)
+    else:
+        first.text(data.text_field)
 
 
 def _blend(config: DataConfig, vocab: int, validation: bool, run_dir: str | None, length_multiple: int) -> Corpus:
@@ -269,21 +292,48 @@ def _of_records(request: CorpusRequest, kind: str, apart: Sequence[str]) -> tupl
     """Returns the KEY of the corpus of a source of records, or of text with data.tokenizer, and the function that writes it."""
     data, keep = request.data, request.keeps_validation
     _require_keys_of_records(data)
-    given = None if data.tokenizer is None else open_tokenizer(data.tokenizer, data.end_token, request.vocab)
+    chat = kind == CHAT
+    if chat:
+        data.require_chat()
+    end = data.end_token if data.end_token is not None or not chat else 0  # the template ends conversations
+    given = None if data.tokenizer is None else open_tokenizer(data.tokenizer, end, request.vocab)
     if given is None:
         require_vocab(request.vocab)
-    sources = [(data.source, kind)]
+    template = ChatTemplate(given.path) if chat and given is not None else None
+    sources = [(data.source, _reader(data.source, kind, apart))]
     if data.validation is not None and keep:
-        sources.append((data.validation, _kind_of_records(data.validation, data.format, apart)))
-    tokens = None if given is None else [hashlib.blake2b(given.path.read_bytes()).hexdigest(), given.end]
+        held_out = _kind_of_records(data.validation, data.format, apart)
+        sources.append((data.validation, _reader(data.validation, held_out, apart)))
+    tokens = None if given is None else [*map(_digest, [given.path, *_beside(given.path, chat)]), given.end]
     listings = [made_from(source, of, apart) for source, of in sources]
-    made = json.dumps([FORMAT, "records", listings, data.field, tokens, request.vocab, keep and data.validation_fraction])
+    made = json.dumps([FORMAT, kind, listings, data.text_field, tokens, request.vocab, keep and data.validation_fraction])
 
     def write(folder: Path, scratch: Path) -> None:
-        source, *others = (open_records(source, of, data.field, apart) for source, of in sources)
-        build_records(folder, RecordCorpus(source, others[0] if others else None, request, given))
+        source, *others = (open_records(source, of, data.text_field, apart) for source, of in sources)
+        build_records(folder, RecordCorpus(source, others[0] if others else None, request, given, template))
 
     return hashlib.blake2b(made.encode(), digest_size=16).hexdigest(), write
+
+
+def _reader(source: str, kind: str, apart: Sequence[str]) -> str:
+    """Returns the format of the files of a source: `kind`, or that of the records in which conversations lie. Raises
+    RecipeError."""
+    if kind != CHAT:
+        return kind
+    found = format_of(source, None, apart)
+    if found not in OF_RECORDS:
+        raise RecipeError(f"data.source={source} is no file of records, in which data.format=chat finds conversations; give JSON "
+                          "lines (.jsonl), Parquet or a saved dataset")  # fmt: skip
+    return found
+
+
+def _beside(tokenizer: Path, chat: bool) -> list[Path]:
+    """Returns the files beside a tokenizer that conversations depend on."""
+    return [path for name in BESIDE_TOKENIZERS if chat and (path := tokenizer.parent / name).is_file()]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes()).hexdigest()
 
 
 def _kind_of_records(source: str, given: str | None, apart: Sequence[str]) -> str:
@@ -323,6 +373,8 @@ def _of_tokens(config: DataConfig, kind: str, vocab: int, validation: bool, apar
         sizes, tokenizer_path = bytes_of_tokens(given.tokenizer, vocab), given.path
     train, held_out = opened.train, opened.validation
     corpus = Corpus(vocab, train, held_out, sizes, opened.fingerprint, tokenizer_path, split, opened.documents)
+    if config.packing == WHOLE:
+        _require_documented(corpus, config)
     if config.packing == DOCUMENTS and corpus.documents is None:
         raise RecipeError(f"data.packing=documents needs to know where documents end in data.source={config.source}, a file of "
                           "token ids; give data.end_token=ID, the id that ends each, or data.packing=stream")  # fmt: skip
@@ -368,6 +420,18 @@ def _build(folder: Path, vocab: int, write: Write) -> Corpus:
     return corpus
 
 
+def _documented(folder: Path) -> tuple[Documented, Documented] | None:
+    """Returns what the corpus in `folder` says of its documents, if it is one of records. Raises OSError, ValueError."""
+    if not all((folder / name).exists() for name in STARTS):
+        return None
+    splits = []
+    for starts, answers, tokens in zip(STARTS, ANSWERS, SPLITS, strict=True):
+        path = folder / answers
+        wanted = Tokens(path, 2) if path.exists() else None
+        splits.append(Documented(np.fromfile(folder / starts, np.int64), wanted, folder / f"packed-{tokens}"))
+    return splits[0], splits[1]
+
+
 def _load(folder: Path, vocab: int) -> Corpus | None:
     """Returns the corpus in `folder`; None if it does not exist, or if any byte differs from what was prepared, which is logged.
 
@@ -383,7 +447,8 @@ def _load(folder: Path, vocab: int) -> Corpus | None:
         tokenizer_path = folder / "tokenizer.json"
         tokenizer, end = load_tokenizer(tokenizer_path), EndToken(int(about.get("end", END_OF_FILE_TOKEN)))
         sizes = bytes_of_tokens(tokenizer, vocab) if about.get("given") else token_bytes(tokenizer)
-        return Corpus(vocab, train, validation, sizes, fingerprint, tokenizer_path, str(about["split"]), (end, end))
+        whole = _documented(folder)
+        return Corpus(vocab, train, validation, sizes, fingerprint, tokenizer_path, str(about["split"]), (end, end), whole)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         log.warning("the cached corpus %s is damaged (%s) and is prepared again", folder, error)
         return None

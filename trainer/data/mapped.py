@@ -74,5 +74,5 @@ class MappedTokens:
         return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, self.parts[0].tokens[:0]])
 
 
-AnyTokens: TypeAlias = "NDArray[Any] | Tokens | MappedTokens"
+AnyTokens: TypeAlias = NDArray[Any] | Tokens | MappedTokens
 """A flat array of tokens, in memory or on storage."""

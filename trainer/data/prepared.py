@@ -14,6 +14,9 @@ from bagualu.comm.errors import StorageError
 
 _TOKENIZER, SPLITS = "tokenizer.json", ("train.bin", "validation.bin")
 """The file of the tokenizer; SPLITS: the files of the training tokens and of the validation tokens."""
+STARTS, ANSWERS = ("train.starts", "validation.starts"), ("train.answers", "validation.answers")
+"""Files that corpora of records have besides: where documents begin, and the end, as int64; and for each token of conversations
+whether it is to be predicted, 1 or 0, as uint16."""
 _BLOCK_BYTES = 2**16
 """The number of bytes in which tokens are read and verified; a memory map would read as much ahead. The hashes take 128 MB per
 terabyte of tokens."""
@@ -91,12 +94,18 @@ def open_splits(folder: Path, vocab: int) -> tuple[Tokens, Tokens, str]:
     """Returns the training and the validation tokens in `folder`, and their fingerprint (as `fingerprint` computes it). Raises
     OSError, and ValueError for a token that is not in the vocabulary."""
     train, validation = (Tokens(folder / name, vocab) for name in SPLITS)
-    return train, validation, _combined([_digest(folder / _TOKENIZER), train.digest, validation.digest])
+    others = [_digest(path) for path in _besides(folder)]
+    return train, validation, _combined([_digest(folder / _TOKENIZER), train.digest, validation.digest, *others])
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns a hash of everything in `folder` that a model gets to see: the tokenizer and all tokens. Raises OSError."""
-    return _combined(_digest(folder / name) for name in (_TOKENIZER, *SPLITS))
+    """Returns a hash of everything in `folder` that a model gets to see: the tokenizer, all tokens, and what is known of
+    documents. Raises OSError."""
+    return _combined(_digest(path) for path in (*(folder / name for name in (_TOKENIZER, *SPLITS)), *_besides(folder)))
+
+
+def _besides(folder: Path) -> list[Path]:
+    return [path for name in (*STARTS, *ANSWERS) if (path := folder / name).exists()]
 
 
 def _combined(digests: Iterable[bytes]) -> str:

@@ -47,3 +47,10 @@ def write_examples(folder: Path) -> None:
     (folder / "records/documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "tokenizer").mkdir()
     train_tokenizer(texts, 300).save(str(folder / "tokenizer/tokenizer.json"))
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    (folder / "chats").mkdir()
+    chats = [[{"role": "user", "content": "why?"}, {"role": "assistant", "content": text[:20]}] for text in texts]
+    (folder / "chats/chats.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))

@@ -1,0 +1,195 @@
+"""Conversations: the template writes them, only answers are trained on, and none is cut in two while it fits into a sequence."""
+
+import json
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from bagualu.comm.errors import RecipeError
+from bagualu.trainer.data.batches import Batches
+from bagualu.trainer.data.chat import ChatTemplate
+from bagualu.trainer.data.config import DataConfig
+from bagualu.trainer.data.corpus import check_source, prepare
+from bagualu.trainer.data.whole import pack
+from tests.trainer.data.conftest import words
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+S = 64
+
+
+def make(folder: Path, template: str = TEMPLATE, in_a_file: bool = False) -> Path:
+    """A tokenizer with a chat template; every other token is a byte or a merge of bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([words(300, 1)], trainer)
+    made = folder / "made"
+    made.mkdir(exist_ok=True)
+    tokenizer.save(str(made / "tokenizer.json"))
+    (made / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|end|>", **({} if in_a_file else {"chat_template": template})})
+    )
+    if in_a_file:
+        (made / "chat_template.jinja").write_text(template)
+    return made
+
+
+def conversation(number: int, turns: int = 1) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": f"rules {number}"}] if number % 3 == 0 else []
+    for turn in range(turns):
+        messages += [{"role": "user", "content": words(2, 10 * number + turn)},
+                     {"role": "assistant", "content": words(1 + number % 3, 7 * number + turn)}]  # fmt: skip
+    return messages
+
+
+def write(folder: Path, conversations: list[Any], field: str = "messages") -> Path:
+    path = folder / "chats.jsonl"
+    path.write_text("".join(json.dumps({field: messages}) + "\n" for messages in conversations))
+    return path
+
+
+def config(source: Path, made: Path, **changes: Any) -> DataConfig:
+    fixed = {"source": str(source), "cache": str(source.parent / "cache"), "tokenizer": str(made), "format": "chat"}
+    fixed |= {"packing": "whole", "sequence_length": S, "global_batch": 4, "validation_fraction": 0.2}
+    return DataConfig(**{**fixed, **changes})
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_answers_are_what_the_model_says_and_the_end_of_it(tmp_path: Path, in_a_file: bool) -> None:
+    template = ChatTemplate(make(tmp_path, in_a_file=in_a_file) / "tokenizer.json")
+    messages = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "c?"}, {"role": "assistant", "content": "d"}]  # fmt: skip
+    text, spans = template.conversation(messages, "here")
+    assert text == "<|user|>a?<|end|>\n<|assistant|>b<|end|>\n<|user|>c?<|end|>\n<|assistant|>d<|end|>\n"
+    assert [text[first:after] for first, after in spans] == ["b<|end|>\n", "d<|end|>\n"]
+
+
+@given(st.lists(st.integers(0, 20), max_size=40), st.integers(20, 30))
+@settings(deadline=None)
+def test_every_document_lies_in_one_sequence_that_has_room_for_it(sizes: list[int], room: int) -> None:
+    array = np.array(sizes, np.int64)
+    order, begins = pack(array, room)
+    assert sorted(order.tolist()) == list(range(len(sizes)))
+    assert (begins[0], begins[-1]) == (0, len(sizes))
+    used = [sum(max(1, sizes[document]) for document in order[a:b]) for a, b in pairwise(begins)]
+    assert all(0 < total <= room for total in used)
+    assert sum(total <= room / 2 for total in used) <= 1  # else two of them would be one
+
+
+def rows_of(batches: Batches, steps: int) -> list[tuple[Any, Any, Any]]:
+    return [row for step in range(steps) for row in zip(*(t.tolist() for t in batches.batch(step, 0, 4)), strict=True)]
+
+
+def test_each_conversation_comes_once_an_epoch_whole_with_its_answers_alone_as_labels(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    conversations = [conversation(number, turns=1 + number % 2) for number in range(60)]
+    data = config(write(tmp_path, conversations), made)
+    corpus = prepare(data, 300)
+    batches = Batches(corpus, data, seed=1)
+    tokenizer, template = Tokenizer.from_file(str(made / "tokenizer.json")), ChatTemplate(made / "tokenizer.json")
+    expected: Counter[tuple[str, str]] = Counter()
+    for messages in conversations:
+        text, spans = template.conversation(messages, "")
+        expected[text, "".join(text[first:after] for first, after in spans)] += 1
+    found: Counter[tuple[str, str]] = Counter()
+    rows = [*rows_of(batches, batches.train_count)]  # four epochs
+    validation = [tuple(t[0].tolist() for t in batches.validation(number, 1)) for number in range(batches.validation_count)]
+    for inputs, labels, begins in [*rows, *validation * 4]:
+        for begin in sorted(set(begins)):
+            at = [place for place in range(S) if begins[place] == begin]
+            assert at == list(range(begin, begin + len(at)))
+            answer = [labels[place] for place in at if labels[place] != -100]
+            if not answer:
+                assert len(at) == 1  # left over
+                continue
+            whole = [inputs[place] for place in at] + [answer[-1]]
+            assert all(labels[place] in (-100, whole[place - begin + 1]) for place in at)
+            text = tokenizer.decode(whole, skip_special_tokens=False)
+            found[text, tokenizer.decode(answer, skip_special_tokens=False)] += 1
+    assert {key: count / 4 for key, count in found.items()} == dict(expected)
+
+
+def test_how_documents_are_put_together_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = config(write(tmp_path, [conversation(number) for number in range(40)]), make(tmp_path))
+    first = Batches(prepare(data, 300), data, seed=1).batch(3, 0, 4)
+    monkeypatch.setattr("bagualu.trainer.data.whole.pack", None)
+    for before, again in zip(first, Batches(prepare(data, 300), data, seed=1).batch(3, 0, 4), strict=True):
+        assert np.array_equal(before, again)
+
+
+def test_what_is_longer_than_a_sequence_is_cut_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    long = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": words(200, 3)}]
+    data = config(write(tmp_path, [long] * 3), make(tmp_path), sequence_length=40)
+    corpus = prepare(data, 300, validation=False)
+    assert "3 of 3 documents are longer than data.sequence_length=40 and lose their ends" in caplog.text
+    inputs, labels, begins = Batches(corpus, data, seed=1).batch(0, 0, 4)
+    assert (np.asarray(begins) == 0).all()
+    assert np.array_equal(np.asarray(inputs)[:, -9:], np.asarray(labels)[:, -10:-1])
+
+
+def test_records_of_text_may_be_kept_whole_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    texts = [words(1 + number % 5, number) for number in range(30)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = config(path, make(tmp_path), format=None)
+    batches = Batches(prepare(data, 300, validation=False), data, seed=2)
+    inputs, labels, begins = (np.concatenate(column) for column in zip(*(batches.batch(s, 0, 4) for s in range(20)), strict=True))
+    ends = labels == 3  # <|end|>, the eos_token, after each document
+    assert ends.sum() > 30
+    starts = np.flatnonzero((begins == np.arange(S)).ravel())
+    assert set(np.flatnonzero(ends.ravel()) + 1) <= {*starts, ends.size}
+    assert inputs.shape == (80, S)
+
+
+HELLO = {"role": "user", "content": "hello"}
+ANSWER = {"role": "assistant", "content": "hi"}
+BAD: list[tuple[Any, str, str]] = [
+    ("text", TEMPLATE, r"chats\.jsonl, line 2 is no conversation; give a list like \[\{role: user, content: \.\.\.\}, \{role:"),
+    ([{"role": "user"}, ANSWER], TEMPLATE, "line 2 is no conversation"),
+    ([HELLO], TEMPLATE, "line 2 has no message of the role assistant"),
+    ([HELLO, ANSWER, HELLO, ANSWER], TEMPLATE.replace(".content", ".content if loop.last or message.role == 'user'"),
+     "line 2: the chat template changes what comes before message 2"),
+    ([HELLO, {"role": "tool", "content": ""}, ANSWER],
+     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}" + TEMPLATE,
+     r"line 2: the chat template refuses the conversation \(no tools\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("messages", "template", "message"), BAD)
+def test_what_is_no_conversation_is_refused_with_its_line(tmp_path: Path, messages: Any, template: str, message: str) -> None:
+    data = config(write(tmp_path, [[HELLO, ANSWER], messages]), make(tmp_path, template))
+    with pytest.raises(RecipeError, match=message) as error:
+        prepare(data, 300, validation=False)
+    assert "\n" not in str(error.value)
+
+
+def test_keys_that_chat_needs_are_asked_for_before_a_run(tmp_path: Path) -> None:
+    source, made = write(tmp_path, [[HELLO, ANSWER]] * 9), make(tmp_path)
+    check_source(config(source, made), 300)
+    for changes in ({"packing": "documents"}, {"tokenizer": None}):
+        with pytest.raises(RecipeError, match=r"data\.format=chat needs data\.packing=whole, .* and a data\.tokenizer"):
+            config(source, made, **changes).validate()
+    with pytest.raises(RecipeError, match=r"line 1 is no conversation"):
+        check_source(config(source, made, field="chat"), 300)
+    (tmp_path / "text").write_text("words")
+    with pytest.raises(RecipeError, match=r"text is no file of records"):
+        check_source(config(tmp_path / "text", made), 300)
+    np.arange(300, dtype=np.uint16).tofile(tmp_path / "ids.bin")
+    with pytest.raises(RecipeError, match=r"data\.packing=whole is for records"):
+        prepare(config(tmp_path / "ids.bin", made, format=None), 300)
+    (made / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"data\.format=chat needs a chat template, and .*made has none in chat_template\.jinja"):
+        check_source(config(source, made), 300)
