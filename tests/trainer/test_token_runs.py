@@ -16,6 +16,8 @@ from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.evaluate import validate
+from bagualu.trainer.generation.score import text_loss
+from bagualu.trainer.generation.stages import Stages
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.preflight import check_run_directory
 from bagualu.trainer.simulation.trace import traceable
@@ -193,6 +195,25 @@ def test_documents_train_the_same_in_every_layout(tmp_path: Path, positions: str
         ranks = run("simulated", recipe.world_size(), curve, recipe)
         assert_same([found for found, _ in ranks], [serial[0][0]])
         assert [loss for _, loss in ranks] == pytest.approx([serial[0][1]] * len(ranks), rel=1e-9)
+
+
+def scored(communicator: Communicator, recipe: Recipe) -> tuple[float, float]:
+    """The loss of all validation sequences as training validates and as `bagualu evaluate` computes it."""
+    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    stages = Stages(state.recipe, state.mesh, state.engine.model, state.engine.slices)
+    numbers = list(range(state.batches.validation_count))
+    loss = text_loss(stages, lambda number: state.batches.validation(number, 1), numbers, state.corpus.token_bytes)
+    validation = validate(state)
+    assert validation is not None
+    return validation.loss, float(loss.as_dict()["loss"] or 0)
+
+
+def test_documents_are_evaluated_as_they_are_validated(tmp_path: Path) -> None:
+    for layout in ({"data": 1}, {"tensor": 2, "pipeline": 2}):
+        keys = {f"parallel__{key}": value for key, value in layout.items()}
+        recipe = packed(tmp_path, "learned", train__validation_sequences=10**6, **keys)
+        for validated, evaluated in run("simulated", recipe.world_size(), scored, recipe):
+            assert evaluated == pytest.approx(validated, rel=1e-9)
 
 
 def figures(communicator: Communicator, recipe: Recipe) -> tuple[list[float], list[float]]:

@@ -143,6 +143,11 @@ class DataConfig:
         format, validation = entry.format or self.format, entry.validation
         return replace(self, source=entry.source, format=format, validation=validation, blend=[])
 
+    def of_other_source(self) -> "DataConfig":
+        """Returns the section for its source, without what the keys say of another: as the source shows itself, as one stream."""
+        nothing = dict.fromkeys(("format", "token_dtype", "tokenizer", "end_token", "validation"))
+        return replace(self, **nothing, field="text", packing=STREAM, blend=[])
+
     def without_text(self) -> "DataConfig":
         """Returns a section for random tokens, in sequences and batches of the same size."""
         sizes = {key: getattr(self, key) for key in ("sequence_length", "global_batch", "validation_fraction", "split", "cache")}

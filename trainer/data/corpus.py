@@ -102,6 +102,12 @@ class Corpus:
         return sum(len(part.corpus.validation) for part in self.blend) or len(self.validation)
 
     @property
+    def end_token(self) -> int:
+        """The token that ends each document of text."""
+        documents = self.blend[0].corpus.documents if self.blend else self.documents
+        return documents[0].end if documents and isinstance(documents[0], EndToken) else END_OF_FILE_TOKEN
+
+    @property
     def period(self) -> Period:
         """The blend as the first period of a run."""
         sources, weights = [part.source for part in self.blend], [part.weight for part in self.blend]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.build import documents
 from bagualu.trainer.data.config import RANDOM
 from bagualu.trainer.data.corpus import Corpus, prepare
+from bagualu.trainer.data.formats import OF_TOKENS, format_of
 from bagualu.trainer.data.prepared import token_dtype
+from bagualu.trainer.data.records import OF_RECORDS
 from bagualu.trainer.data.sources import find_files
 from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, Encoder, load_tokenizer, token_bytes
@@ -55,7 +58,7 @@ def _own(recipe: Recipe, request: EvaluateRequest) -> Corpus:
         raise RecipeError("the run keeps no text for validation (train.validation_sequences=0); give other text as data.source")
     corpus = prepare(recipe.data, recipe.model.vocab, validation=True, run_dir=request.run_dir)
     trained = Checkpoint(Path(request.checkpoint)).metadata.get("identity", {}).get(FINGERPRINT, corpus.fingerprint)
-    if trained != corpus.fingerprint:
+    if trained != corpus.fingerprint and not corpus.blend:
         raise RecipeError(f"the text of data.source={recipe.data.source} is not the one that the run was trained on ({FINGERPRINT} "
                           f"{corpus.fingerprint} and {trained}), so it has read some of it; put it back, or give other text, "
                           "data.source=FOLDER")  # fmt: skip
@@ -67,9 +70,15 @@ def _other(recipe: Recipe, request: EvaluateRequest) -> Corpus:
     vocab, source = recipe.model.vocab, recipe.data.source
     if source == RANDOM:
         return prepare(recipe.data, vocab)
+    kind = format_of(source, None, [request.run_dir])
+    if kind in OF_TOKENS:
+        return _all_of(prepare(recipe.data, vocab, validation=False, run_dir=request.run_dir))
     if request.tokenizer is None:
         raise RecipeError(f"data.source={source} is text, and the run of {request.checkpoint} keeps no tokenizer.json to read it "
                           "with; leave data.source out")  # fmt: skip
+    if kind in OF_RECORDS:
+        data = replace(recipe.data, tokenizer=request.tokenizer)
+        return _all_of(prepare(data, vocab, validation=False, run_dir=request.run_dir))
     tokenizer = load_tokenizer(Path(request.tokenizer))
     encoder, dtype = Encoder(tokenizer, token_dtype(vocab)), np.dtype(token_dtype(vocab))
     end = np.array([END_OF_FILE_TOKEN], dtype).tobytes()
@@ -77,3 +86,8 @@ def _other(recipe: Recipe, request: EvaluateRequest) -> Corpus:
     data = b"".join(b"".join(map(encoder.encode, text.part.pieces())) + end for text in texts)
     tokens = np.frombuffer(data, dtype)
     return Corpus(vocab, tokens, tokens, token_bytes(tokenizer), "", Path(request.tokenizer), NOTHING.kind)
+
+
+def _all_of(corpus: Corpus) -> Corpus:
+    """Returns the corpus with all tokens for validation."""
+    return replace(corpus, validation=corpus.train)

@@ -71,5 +71,6 @@ def compose_layout(
             fixed = "is that of the run" if override.key_or_group.startswith("model") else "changes nothing here"
             raise RecipeError(f"{override.key_or_group} {fixed}; `bagualu {verb}` takes {', '.join(known)}")
     recipe.parallel.validate()
-    data = replace(recipe.data, global_batch=recipe.world_size() * recipe.train.micro_batch)  # which data ranks divide
+    own = recipe.data if recipe.data.source == then.data.source else recipe.data.of_other_source()
+    data = replace(own, global_batch=recipe.world_size() * recipe.train.micro_batch)  # which data ranks divide
     return replace(recipe, data=data, restart=replace(recipe.restart, limit=0))

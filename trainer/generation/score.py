@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from bagualu.parallel.vocabulary import IGNORED
+from bagualu.trainer.data.config import STREAM
 from bagualu.trainer.data.corpus import bits_per_byte
 from bagualu.trainer.generation.stages import Stages
 
-Sequences = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
-"""Returns the inputs and labels [1, S] of the sequence with a number."""
+Sequences = Callable[[int], tuple[torch.Tensor, ...]]
+"""Returns the tensors [1, S] of the sequence with a number, as `Batches.validation` does."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ def text_loss(stages: Stages, sequences: Sequences, numbers: list[int], token_by
     device = stages.mesh.group("world").device
     sizes = torch.as_tensor(token_bytes, device=device)
     sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(3)]
-    for inputs, labels in _share(stages, sequences, numbers):
-        loss = stages.loss(inputs.to(device), labels.to(device))
+    for tensors in _share(stages, sequences, numbers):
+        labels = tensors[1]
+        loss = stages.loss(*(tensor.to(device) for tensor in tensors))
         counted = labels[labels != IGNORED].to(device)
         values = (0 if loss is None else loss, counted.numel(), sizes[counted].sum())
         if stages.mesh.last_stage and stages.mesh.reports:  # every stage and tensor rank has the labels, but only one counts
@@ -55,14 +57,17 @@ def text_loss(stages: Stages, sequences: Sequences, numbers: list[int], token_by
     return TextLoss(nats, round(tokens), round(text_bytes))
 
 
-def _share(stages: Stages, sequences: Sequences, numbers: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields inputs and labels [B, S] of this data rank's share of the sequences, as often on every rank. Rows that fill up the
+def _share(stages: Stages, sequences: Sequences, numbers: list[int]) -> Iterator[list[torch.Tensor]]:
+    """Yields the tensors [B, S] of this data rank's share of the sequences, as often on every rank. Rows that fill up the
     last batches have labels that the loss ignores."""
     size, ranks, own = stages.recipe.train.micro_batch, stages.mesh.layout.data, stages.mesh.at("data")
     for start in range(0, len(numbers), size * ranks):
         rows = [sequences(number) for number in numbers[start + own * size : start + (own + 1) * size]]
         shape = (size, stages.recipe.data.sequence_length)
-        inputs, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
-        for row, (tokens, targets) in enumerate(rows):
-            inputs[row], labels[row] = tokens[0], targets[0]
-        yield inputs, labels
+        whole = [torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)]
+        if stages.recipe.data.packing != STREAM:
+            whole.append(torch.zeros(shape, dtype=torch.int64))
+        for row, tensors in enumerate(rows):
+            for together, tensor in zip(whole, tensors, strict=True):
+                together[row] = tensor[0]
+        yield whole

@@ -3,7 +3,6 @@
 Shapes: B sequences, S tokens of a pass, V vocabulary, H hidden.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.pipeline.relay import relay
+from bagualu.parallel.pipeline.runtime import Slices
 from bagualu.parallel.pipeline.split import split_layers
 from bagualu.trainer.conversion.origin import StoredWeights
 from bagualu.trainer.engine.local_model import local_model
@@ -34,7 +34,7 @@ class Stages:
     recipe: Recipe
     mesh: Mesh
     model: nn.Module
-    run: Callable[[torch.Tensor, torch.Tensor | None, int], tuple[torch.Tensor, torch.Tensor]]
+    run: Slices
 
     def logits(self, tokens: torch.Tensor, columns: Columns) -> torch.Tensor | None:
         """Continues each sequence by tokens [B, S]. Returns the logits after the last of them [B, L, V], of as many as `cached` was
@@ -50,15 +50,15 @@ class Stages:
             logits = relay(self.mesh, self._stage, tokens, shape, getattr(torch, self.recipe.train.dtype))
         return None if logits is None else gather_from(logits, tensor, 2)[..., : model.vocab]
 
-    def loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
+    def loss(self, tokens: torch.Tensor, labels: torch.Tensor, *documents: torch.Tensor) -> torch.Tensor | None:
         """Returns the loss, summed over the labels [B, S] of tokens [B, S], on the ranks of the last stage, None on the others.
-        Collective over tensor, pipeline and expert ranks."""
+        `documents` as in MicroBatch, if rows hold several. Collective over tensor, pipeline and expert ranks."""
         last = len(self.mesh.stages) - 1 if self.mesh.last_stage else None
         ranks = self.mesh.group("tensor").size if self.recipe.parallel.sequence else 1
         shape = (len(tokens), tokens.shape[1] // ranks, self.recipe.model.hidden)
 
         def run(x: torch.Tensor, chunk: int) -> torch.Tensor:
-            return self.run(x, labels if chunk == last else None, chunk)[0]
+            return self.run(x, labels if chunk == last else None, chunk, *documents)[0]
 
         return relay(self.mesh, run, tokens, shape, getattr(torch, self.recipe.train.dtype))
 

@@ -94,7 +94,7 @@ def test_documents_that_nobody_marks_are_refused(tmp_path: Path) -> None:
         check_source(config(write(tmp_path, "nanoGPT"), packing="documents"), 300)
     for wrong, message in (
         ({"source": "random", "packing": "documents"}, "needs documents, which random tokens are not"),
-        ({"packing": "whole"}, "data.packing=whole is unknown; give one of stream, documents"),
+        ({"packing": "mixed"}, "data.packing=mixed is unknown; give one of stream, documents, whole"),
         ({"source": "a.bin", "end_token": 3}, "end_token=3 is for files of token ids with data.packing=documents"),
         ({"source": "a.bin", "end_token": -1, "packing": "documents"}, "end_token=-1 must be at least 0"),
     ):
