@@ -126,11 +126,13 @@ class Batches:
         documents = corpus.documents if config.packing == DOCUMENTS else None
         if not self._shuffled:
             streams = _TRAINING_TOKENS, _VALIDATION_TOKENS
-            return _Source(name, *(RandomSequences(corpus.vocab, self._length, self._seed, stream) for stream in streams), None)
+            drawn, held_out = (RandomSequences(corpus.vocab, self._length, self._seed, stream) for stream in streams)
+            return _Source(name, drawn, held_out, None)
         if config.packing == WHOLE:
             assert corpus.whole is not None
-            splits = zip(corpus.whole, (corpus.train, corpus.validation), strict=True)
-            return _Source(name, *(own.sequences(tokens, self._length) for own, tokens in splits), None)
+            first, second = corpus.whole
+            packed = first.sequences(corpus.train, self._length), second.sequences(corpus.validation, self._length)
+            return _Source(name, *packed, None)
         require_sequence(corpus, replace(config, source=name))
         train, validation = (StoredSequences(tokens, self._length) for tokens in (corpus.train, corpus.validation))
         return _Source(name, train, validation, documents)

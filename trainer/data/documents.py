@@ -24,7 +24,7 @@ class EndToken:
     end: int
 
     def starts(self, first: int, tokens: NDArray[Any]) -> NDArray[np.int64]:
-        return np.flatnonzero(tokens[:-1] == self.end) + 1
+        return np.flatnonzero(tokens[:-1] == self.end).astype(np.int64) + 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,6 @@ class IndexedDocuments:
             (offsets, item), begin = self.indices[file], self.begins[file]
             after, stop = (first - begin) * item + 1, (first - begin + len(tokens)) * item
             low, high = np.searchsorted(offsets, [after, stop])
-            found.append(np.asarray(offsets[low:high]) // item + (begin - first))
+            found.append(np.asarray(offsets[low:high], np.int64) // item + (begin - first))
             file += 1
         return np.unique(np.concatenate(found))  # an empty document begins where the next one does

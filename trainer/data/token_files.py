@@ -188,7 +188,8 @@ def document_offsets(index: MegatronIndex) -> NDArray[np.int64]:
     firsts = data[index.documents_at : index.documents_at + 8 * index.documents].view(np.int64).view(np.ndarray)
     if index.aligned:
         return pointers
-    return pointers[firsts[firsts < index.sequences]]
+    offsets: NDArray[np.int64] = pointers[firsts[firsts < index.sequences]]
+    return offsets
 
 
 def prefix_of(path: str) -> str:

@@ -52,7 +52,8 @@ def pack(sizes: NDArray[np.int64], room: int) -> tuple[NDArray[np.int64], NDArra
 def trained_sizes(starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
     """Returns how many positions each document takes [D], given the first token of each and the end [D + 1]: one less than it has
     tokens, as its last token is only predicted; at most `length`, the rest is cut off."""
-    return np.clip(np.diff(starts) - 1, 0, length)
+    sizes: NDArray[np.int64] = np.clip(np.diff(starts) - 1, 0, length)
+    return sizes
 
 
 @dataclass(frozen=True)
