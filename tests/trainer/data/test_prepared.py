@@ -62,7 +62,9 @@ def test_a_changed_byte_is_found_by_whoever_reads_its_block_and_by_nobody_else(p
     assert np.array_equal(stored[:BLOCK], tokens[:BLOCK])
     assert np.array_equal(stored[2 * BLOCK :], tokens[2 * BLOCK :])
     for part in (slice(BLOCK, BLOCK + 1), slice(2 * BLOCK - 1, 2 * BLOCK), slice(0, len(tokens))):
-        with pytest.raises(DataError, match=rf"{path} was changed while it was in use, in the block at byte {2 * BLOCK}; start again"):
+        with pytest.raises(
+            DataError, match=rf"{path} was changed while it was in use, in the block at byte {2 * BLOCK}; start again"
+        ):
             stored[part]
 
 
