@@ -23,12 +23,13 @@ from bagualu.trainer.models.hugging_face.directory import HuggingFaceModel, open
 from bagualu.trainer.models.hugging_face.read import Reader
 from bagualu.trainer.recipe.compose import save_recipe
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.origin import tokenizer_in
 
 
 def import_model(source: Path, to: Path) -> dict[str, Any]:
-    """Imports the model in the directory `source` as the run `to`, which must not exist: checkpoint 0 with the weights in at least
-    float32 and no moments, config.yaml with the keys of the model, and copies of its configuration and tokenizer. Returns the path,
-    the number of parameters and the bytes of the weights.
+    """Imports the model in the directory `source` as the run `to`, which must be empty or missing: checkpoint 0 with the weights in
+    at least float32 and no moments, config.yaml with the keys of the model and its tokenizer, and copies of its configuration and
+    tokenizer. Returns the path, the number of parameters and the bytes of the weights.
 
     Raises RecipeError for a model that the decoder cannot be, and CheckpointError if the run cannot be written.
     """
@@ -40,8 +41,9 @@ def import_model(source: Path, to: Path) -> dict[str, Any]:
     recipe.model, recipe.train.dtype = model.description.model, model.dtype
     recipe.run.dir, recipe.run.name = str(to), to.name
     try:
-        save_recipe(recipe)
         keep_besides(model, run)
+        recipe.data.tokenizer = tokenizer_in(run.hugging_face)
+        save_recipe(recipe)
         path = save_alone(run.checkpoints, 0, _pieces(model), metadata_of(recipe, source))
     except BaseException:
         shutil.rmtree(to, ignore_errors=True)  # it was empty before

@@ -269,7 +269,7 @@ def _blend(config: DataConfig, vocab: int, validation: bool, run_dir: str | None
     first = parts[0].corpus
     known_bytes = all(part.corpus.tokenizer_path for part in parts)  # then all have the same tokenizer
     sizes = first.token_bytes if known_bytes else np.zeros(vocab, np.int64)
-    return Corpus(vocab, nothing, nothing, sizes, fingerprint, first.tokenizer_path, first.split, None, tuple(parts))
+    return Corpus(vocab, nothing, nothing, sizes, fingerprint, first.tokenizer_path, first.split, blend=tuple(parts))
 
 
 def _require_shared_tokenizer(config: DataConfig, run_dir: str | None) -> None:

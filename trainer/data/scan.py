@@ -91,7 +91,7 @@ def _check_index(file: TokenFile, index: MegatronIndex, whole: "xxhash.xxh3_128"
     """Adds the index to the hash and checks that its sequences follow each other and fill the file. Returns whether each document
     is one sequence. Raises RecipeError."""
     data = np.memmap(index.path, np.uint8, "r")
-    whole.update(memoryview(data))
+    whole.update(data.data)
     lengths = data[index.lengths_at : index.pointers_at].view(np.int32)
     pointers = data[index.pointers_at : index.documents_at].view(np.int64)
     firsts = data[index.documents_at : index.documents_at + 8 * (index.documents + 1)].view(np.int64)

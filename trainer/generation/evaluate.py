@@ -20,7 +20,7 @@ from bagualu.trainer.data.prepared import token_dtype
 from bagualu.trainer.data.records import OF_RECORDS
 from bagualu.trainer.data.sources import find_files
 from bagualu.trainer.data.split import NOTHING
-from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, Encoder, load_tokenizer, token_bytes
+from bagualu.trainer.data.tokenizer import END_OF_FILE, END_OF_FILE_TOKEN, Encoder, load_tokenizer, token_bytes
 from bagualu.trainer.generation.evaluate_request import EvaluateRequest
 from bagualu.trainer.generation.score import text_loss
 from bagualu.trainer.generation.stages import load_stages
@@ -76,15 +76,15 @@ def _other(recipe: Recipe, request: EvaluateRequest) -> Corpus:
     if request.tokenizer is None:
         raise RecipeError(f"data.source={source} is text, and the run of {request.checkpoint} keeps no tokenizer.json to read it "
                           "with; leave data.source out")  # fmt: skip
-    if kind in OF_RECORDS:
-        data = replace(recipe.data, tokenizer=request.tokenizer)
-        return _all_of(prepare(data, vocab, validation=False, run_dir=request.run_dir))
     tokenizer = load_tokenizer(Path(request.tokenizer))
+    if kind in OF_RECORDS or tokenizer.token_to_id(END_OF_FILE) != END_OF_FILE_TOKEN:  # not one that was trained here
+        own = replace(recipe.data, tokenizer=request.tokenizer, format=kind)
+        return _all_of(prepare(own, vocab, validation=False, run_dir=request.run_dir))
     encoder, dtype = Encoder(tokenizer, token_dtype(vocab)), np.dtype(token_dtype(vocab))
     end = np.array([END_OF_FILE_TOKEN], dtype).tobytes()
     texts = documents(find_files(source, [request.run_dir]), NOTHING, source)
-    data = b"".join(b"".join(map(encoder.encode, text.part.pieces())) + end for text in texts)
-    tokens = np.frombuffer(data, dtype)
+    joined = b"".join(b"".join(map(encoder.encode, text.part.pieces())) + end for text in texts)
+    tokens = np.frombuffer(joined, dtype)
     return Corpus(vocab, tokens, tokens, token_bytes(tokenizer), "", Path(request.tokenizer), NOTHING.kind)
 
 

@@ -85,7 +85,9 @@ def load_stages(recipe: Recipe, communicator: Communicator, path: Path) -> Stage
 def _require_model(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Raises RecipeError unless the recipe's model is the one that the checkpoint was saved with."""
     saved = checkpoint.metadata.get("identity")
-    for key, here in recipe.model.identity().items() if isinstance(saved, dict) else ():
+    if not isinstance(saved, dict):
+        return
+    for key, here in recipe.model.identity().items():
         if key in saved and not recipe.model.fits(key, saved[key], here):
             raise RecipeError(f"{checkpoint.path} was saved with {key}={typed(saved[key])} but config.yaml of its run has "
                               f"{typed(here)}; put that file back as it was")  # fmt: skip

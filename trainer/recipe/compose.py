@@ -24,9 +24,10 @@ from bagualu.comm.config import AUTO
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.files import write_atomic
 from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.trainer.data.config import RANDOM
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.keys import CLUSTER, GROUPS, SEARCHPATH, check_key, check_override, kind_of
-from bagualu.trainer.recipe.origin import with_origin
+from bagualu.trainer.recipe.origin import tokenizer_of, with_origin
 from bagualu.trainer.recipe.override_text import ValueKind, escaped, quoted, spelled
 from bagualu.trainer.recipe.plain import plain
 from bagualu.trainer.recipe.schema import schema, to_recipe
@@ -73,6 +74,8 @@ def compose(overrides: Sequence[str], several: str = ONE_VALUE, base: Recipe | N
     given = {override.key_or_group for override in parsed}
     if recipe.model.origin is not None and (base is None or "model.from" in given):  # a resumed run has the keys, perhaps no origin
         recipe.model = with_origin(recipe.model, given)
+        if "data.tokenizer" not in given and recipe.data.source != RANDOM:  # text in other tokens would mean nothing to the model
+            recipe.data.tokenizer = tokenizer_of(Path(recipe.model.origin))
     return recipe
 
 

@@ -9,6 +9,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.layout.directory import checkpoint_at
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
 from bagualu.fault_tolerance.checkpoint.layout.manifest import read_manifest
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.identity import model_of
 from bagualu.trainer.models.hugging_face.directory import is_hugging_face, open_model
@@ -30,6 +31,19 @@ def model_at(path: Path) -> ModelConfig:
         return model_of(read_manifest(checkpoint).metadata.get("identity") or {})
     except CheckpointError as error:
         raise RecipeError(str(error)) from error
+
+
+def tokenizer_of(origin: Path) -> str | None:
+    """Returns the tokenizer of the model at `origin`, for data.tokenizer; None if it has none. Raises RecipeError."""
+    if is_hugging_face(origin):
+        return tokenizer_in(origin)
+    run = RunDirectory(checkpoint_at(origin).resolve().parent.parent)
+    return tokenizer_in(run.tokenizer.parent) or tokenizer_in(run.hugging_face)
+
+
+def tokenizer_in(folder: Path) -> str | None:
+    """Returns `folder` if it holds a tokenizer.json."""
+    return str(folder) if (folder / "tokenizer.json").is_file() else None
 
 
 def with_origin(model: ModelConfig, given: Collection[str]) -> ModelConfig:

@@ -126,3 +126,18 @@ def test_a_run_resumes_without_its_origin(tmp_path: Path) -> None:
     assert compose(goes_on).model == begins.model
     with pytest.raises(RecipeError, match="is no directory"):
         compose([*goes_on, f"model.from={tmp_path}/published"])
+
+
+def test_text_is_read_with_the_tokenizer_of_the_model(tmp_path: Path) -> None:
+    """Other tokens would mean nothing to it."""
+    publish("qwen2", tmp_path / "published")
+    words = ["recipe=tiny_dense", f"model.from={tmp_path}/published"]
+    assert compose(words).data.tokenizer is None  # the model has none
+    tokenizer = tmp_path / "published/tokenizer.json"
+    tokenizer.write_text('{"model": {"vocab": {"a": 0}}, "added_tokens": []}')
+    assert compose(words).data.tokenizer == str(tokenizer.parent)
+    assert compose([*words, "data.tokenizer=other.json"]).data.tokenizer == "other.json"
+    assert compose([*words, "data.source=random"]).data.tokenizer is None
+    import_model(tmp_path / "published", tmp_path / "imported")
+    resumed = compose([f"run.dir={tmp_path}/imported", "checkpoint.resume=true"])
+    assert resumed.data.tokenizer == f"{tmp_path}/imported/hugging_face"
