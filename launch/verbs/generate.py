@@ -113,13 +113,21 @@ def _read(option: str, value: str) -> Sequence[str | tuple[int, ...]]:
 
 
 def _encoded(prompts: Sequence[str | tuple[int, ...]], tokenizer: Path | None) -> list[tuple[int, ...]]:
-    """Returns the tokens of each prompt; an empty text is the token after which a document begins."""
+    """Returns the tokens of each prompt; an empty text is the token after which a document begins. Raises RecipeError if the
+    tokenizer has none."""
     if tokenizer is None:
         return [prompt for prompt in prompts if not isinstance(prompt, str)]
-    from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer
+    from bagualu.trainer.data.tokenizer import load_tokenizer
+    from bagualu.trainer.data.tokenizer_files import end_token_of
 
-    encode = load_tokenizer(tokenizer).encode
-    return [tuple(encode(prompt).ids) or (END_OF_FILE_TOKEN,) if isinstance(prompt, str) else prompt for prompt in prompts]
+    loaded = load_tokenizer(tokenizer)
+    end = end_token_of(loaded, tokenizer)
+    if end is None and "" in prompts:
+        raise RecipeError(
+            f"{tokenizer} does not say which token ends a document, after which an empty prompt begins; give a prompt"
+        )
+    encoded = [loaded.encode(prompt).ids or [end] if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [tuple(tokens) for tokens in encoded]
 
 
 def _result(ended: Ended, wanted: GenerateRequest, recipe: Recipe, quiet_stdout: bool) -> tuple[int, Any]:

@@ -43,13 +43,15 @@ def open_tokenizer(given: str, end: int | None, vocab: int) -> GivenTokenizer:
     if end is not None and end >= vocab:
         raise RecipeError(f"data.end_token={end} is not in model.vocab={vocab}; give an id below")
     tokenizer.encode_special_tokens = True  # text that spells a special token stays text
-    found = _end(tokenizer, path) if end is None else end
+    found = end_token_of(tokenizer, path) if end is None else end
     if found is None:
         raise RecipeError(f"data.tokenizer={given} does not say which token ends a document; give data.end_token=ID")
     return GivenTokenizer(tokenizer, path, found)
 
 
-def _end(tokenizer: Tokenizer, path: Path) -> int | None:
+def end_token_of(tokenizer: Tokenizer, path: Path) -> int | None:
+    """Returns the token that ends a text: the eos_token of tokenizer_config.json beside `path`, the tokenizer's file, or one with a
+    usual name; None if it has neither."""
     names: list[Any] = []
     try:
         eos = json.loads((path.parent / _CONFIG).read_text(encoding="utf-8")).get("eos_token")

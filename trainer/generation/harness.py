@@ -16,7 +16,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from bagualu.comm import simulated
 from bagualu.comm.errors import RecipeError
-from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer
+from bagualu.trainer.data.tokenizer import load_tokenizer
+from bagualu.trainer.data.tokenizer_files import end_token_of
 from bagualu.trainer.generation.find import compose_layout, find_model
 from bagualu.trainer.generation.generate import generate
 from bagualu.trainer.generation.request import Sampling, require_tokens
@@ -44,10 +45,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
             1, lambda rank: load_stages(self._recipe, rank, trained.checkpoint), threads=torch.get_num_threads(), device=device
         )
         self._text, self._batch = load_tokenizer(trained.tokenizer), batch
+        end = end_token_of(self._text, trained.tokenizer)
+        if end is None:
+            raise RecipeError(f"{trained.tokenizer} does not say which token ends a document, which the harness needs")
+        self._end = end
 
     @property
     def eot_token_id(self) -> int:
-        return END_OF_FILE_TOKEN
+        return self._end
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         tokens: list[int] = self._text.encode(string, add_special_tokens=add_special_tokens is not False).ids

@@ -24,7 +24,7 @@ _SCALING = {
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"), "attention_dropout": (0, None), "pretraining_tp": (1, None), "router_jitter_noise": (0, None),
     "mlp_only_layers": ([], None), "partial_rotary_factor": (1, None), "quantization_config": (None,), "auto_map": (None,),
-    "is_encoder_decoder": (False,), "chunk_size_feed_forward": (0,),
+    "is_encoder_decoder": (False,), "chunk_size_feed_forward": (0,), "use_mrope": (False, None),
 }  # fmt: skip
 """Fields whose other values would make another model, or train it otherwise, with the values that are the decoder's."""
 _OF_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
