@@ -225,11 +225,13 @@ class _Sample:
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             tensors.append(tensor)
-            return tensor.detach()  # a node that keeps its own result through a hook is a cycle in C++: no collection frees it
+            return tensor.detach()  # a node that keeps its own result through a hook is such a cycle too
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             outputs = run(inputs)
-        return _Saved(inputs, outputs, _storages(tensors))
+        storages = _storages(tensors)
+        tensors.clear()  # the graph holds `keep`, and so this list: with results of the graph in it, a cycle that nothing frees
+        return _Saved(inputs, outputs, storages)
 
     def _backward(self, outputs: tuple[torch.Tensor, ...]) -> None:
         gradients = [torch.ones_like(output) for output in outputs]
