@@ -1,6 +1,6 @@
-"""A run on two machines whose link is lost in the middle of a commit: who commits from then on?
+"""A run on two machines whose link is lost in the middle of a commit: who commits from then on? Run as a script.
 
-    run_as_root("tests.launch.cut_off", [FOLDER, both|from_0|from_1, WORD, ...], "network", ...)
+    unshare -rn python -m tests.launch.cut_off FOLDER both|from_0|from_1 WORD...
 
 Machine 0 has the rank that commits, machine 1 the store where the agents meet: either could believe to be the run. Both see the
 same storage. The third commit of machine 0 is held up after the vote of all ranks; then the link is cut. As soon as machine 1 has
@@ -13,6 +13,7 @@ took machine 0 back before its end. Prints one JSON object.
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.saving import save
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.trainer.recipe.config import Recipe
-from tests.launch import faulty, together
+from tests.launch import faulty
 from tests.launch.survival import SMALL
-from tests.launch.together import MACHINE, have_come, start_agent, tell_them_to_meet
-from tests.launch.warm import fork_from_here
+from tests.launch.together import FOLDER, MACHINE, have_come, tell_them_to_meet
 from tests.namespaces import own_network
 from tests.wire import Weather, Wire, address
 
 CUTS = {"both": {(0, 1), (1, 0)}, "from_0": {(0, 1)}, "from_1": {(1, 0)}}
+_AGENT = "import sys; from tests.launch.together import agent; sys.exit(agent(sys.argv[1:], 'tests.launch.cut_off:train'))"
 _NOTES = "commits.jsonl"
 
 
@@ -71,27 +72,18 @@ def _tries(folder: Path) -> int:
     return sum(note["machine"] == 0 for note in _notes(folder))
 
 
-def agent(arguments: list[str]) -> int:
-    """What runs on a machine."""
-    return together.agent(arguments, "tests.launch.cut_off:train")
-
-
-def script(place: str, how: str, *given: str) -> None:
-    fork_from_here()
-    folder, run = Path(place), Path(place) / "run"
+def main(folder: Path, how: str, words: list[str]) -> None:
+    run = folder / "run"
     run.mkdir()
     (run / "slow").touch()
     epoch = run / "checkpoints" / EPOCH
-    words = ["--meet", f"{address(1)}:29500", "--id", "test", *SMALL, "launch.nodes=2", "launch.workers=2"]
-    words += ["checkpoint.resume=true", "run.name=slow", f"run.dir={run}", *given]
-    holders = [subprocess.Popen(["cat"], stdin=subprocess.PIPE, preexec_fn=own_network) for _ in (0, 1)]
-    agents = [start_agent("tests.launch.cut_off", machine, holder.pid, folder, words) for machine, holder in enumerate(holders)]
+    agents = [_agent(machine, folder, words) for machine in (0, 1)]
 
     def ended() -> bool:
         return all(agent.poll() is not None for agent in agents)
 
     try:
-        with Wire([holder.pid for holder in holders]) as wire:
+        with Wire([agent.pid for agent in agents]) as wire:
             wire.carry(lambda: ended() or have_come(folder, 2))
             tell_them_to_meet(folder)
             wire.carry(lambda: ended() or (run / "holding").exists())
@@ -105,6 +97,20 @@ def script(place: str, how: str, *given: str) -> None:
             (run / "slow").unlink()
             wire.carry(ended)
     finally:
-        for process in (*agents, *holders):
-            process.kill()
+        for agent in agents:
+            agent.kill()
     print(json.dumps({"codes": [agent.wait() for agent in agents], "commits": _notes(run)}))
+
+
+def _agent(machine: int, folder: Path, words: list[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", _AGENT, "--meet", f"{address(1)}:29500", "--id", "test", *SMALL, "launch.nodes=2"]
+    command += ["launch.workers=2", "checkpoint.resume=true", "run.name=slow", f"run.dir={folder}/run"]
+    return subprocess.Popen(
+        [*command, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, preexec_fn=own_network,
+        stderr=(folder / f"agent-{machine}").open("w"),
+        env={**os.environ, MACHINE: str(machine), FOLDER: str(folder), "GLOO_SOCKET_IFNAME": "eth0"},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -1,6 +1,6 @@
-"""A run on three machines, one of which dies. Not collected by pytest.
+"""A run on three machines, one of which dies. Run as a script; not collected by pytest.
 
-    run_as_root("tests.launch.hosts", [FOLDER, CASE, WORD, ...], "network", ...)
+    unshare -rn python -m tests.launch.hosts FOLDER CASE WORD...
 
 Each machine is a network namespace with an agent and one worker; machine 0 has the store where the agents meet. A case is
 MACHINE-WHEN-HOW:
@@ -25,6 +25,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,17 +37,17 @@ from bagualu.comm.group import Communicator
 from bagualu.launch.workers.rendezvous import SILENT_SECONDS
 from bagualu.trainer.process import worker
 from bagualu.trainer.recipe.config import Recipe
-from tests.launch import faulty, together
+from tests.launch import faulty
 from tests.launch.survival import SMALL
-from tests.launch.together import FOLDER, MACHINE, have_come, start_agent, tell_them_to_meet
-from tests.launch.warm import fork_from_here
-from tests.namespaces import own_network
+from tests.launch.together import FOLDER, MACHINE, have_come, tell_them_to_meet
+from tests.namespaces import join_network, own_network
 from tests.wire import Weather, Wire, address
 
 MACHINES = 3
 GO_ON = ("back", "worker", "late")
 """After these the run needs no help."""
 _PORT = 29500
+_AGENT = "import sys; from tests.launch import hosts, together; sys.exit(together.agent(sys.argv[1:], 'tests.launch.hosts:train'))"
 _ESTABLISHED = "01"
 
 
@@ -69,11 +70,9 @@ def _held(when: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return held
 
 
-def agent(arguments: list[str]) -> int:
-    """What runs on a machine, and what its workers are forked from."""
+if MACHINE in os.environ:  # an agent, or the server that workers are forked from
     worker.connect = _held("connecting", worker.connect)
     SimpleElasticAgent._assign_worker_ranks = _held("meeting", SimpleElasticAgent._assign_worker_ranks)  # type: ignore[method-assign]
-    return together.agent(arguments, "tests.launch.hosts:train")
 
 
 class Machine:
@@ -82,27 +81,32 @@ class Machine:
     def __init__(self, number: int, folder: Path, words: list[str]) -> None:
         self.number, self.folder, self.words = number, folder, words
         self.holder = subprocess.Popen(["cat"], stdin=subprocess.PIPE, preexec_fn=own_network)
-        self.agents: list[subprocess.Popen[str]] = []
+        self.agents: list[subprocess.Popen[bytes]] = []
         self.ended: float | None = None
 
     def start(self, nodes: int = MACHINES, store: int = 0) -> None:
-        words = ["--meet", f"{address(store)}:{_PORT}", "--id", "test", *SMALL, *self.words, f"launch.nodes={nodes}",
-                 f"launch.workers={MACHINES // nodes}"]  # fmt: skip
-        self.agents.append(start_agent("tests.launch.hosts", self.number, self.holder.pid, self.folder, words))
+        command = [sys.executable, "-c", _AGENT, "--meet", f"{address(store)}:{_PORT}", "--id", "test", *SMALL, *self.words,
+                   f"launch.nodes={nodes}", f"launch.workers={MACHINES // nodes}"]  # fmt: skip
+        environment = {**os.environ, MACHINE: str(self.number), FOLDER: str(self.folder), "GLOO_SOCKET_IFNAME": "eth0"}
+        self.agents.append(subprocess.Popen(
+            command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=(self.folder / f"agent-{self.number}").open("a"), env=environment,
+            preexec_fn=lambda: join_network(self.holder.pid),
+        ))  # fmt: skip
         self.ended = None
 
     def processes(self) -> list[int]:
         """All that an agent has started here, itself too."""
-        found, here = [], os.readlink(f"/proc/{self.holder.pid}/ns/net")
+        mark, found = f"{MACHINE}={self.number}".encode(), []
         for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # gone meanwhile, or not ours
-                if os.readlink(path / "ns/net") == here and int(path.name) != self.holder.pid:
+            with contextlib.suppress(OSError):
+                if mark in (path / "environ").read_bytes().split(b"\0"):
                     found.append(int(path.name))
         return found
 
     def workers(self) -> list[int]:
-        """Processes that the agent's fork server has forked."""
-        return [pid for pid in self.processes() if _parent(_parent(pid)) == self.agents[-1].pid]
+        """Processes that the fork server has forked."""
+        return [pid for pid in self.processes() if pid != self.agents[-1].pid and b"forkserver" in _command(_parent(pid))]
 
     def kill(self, how: str) -> None:
         whom = {"agent": lambda: [self.agents[-1].pid], "worker": self.workers}.get(how, self.processes)
@@ -122,6 +126,13 @@ class Machine:
         return any(line[2].endswith(f":{_PORT:04X}") and line[3] == _ESTABLISHED for line in lines)
 
 
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def _parent(pid: int) -> int:
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
@@ -129,13 +140,12 @@ def _parent(pid: int) -> int:
         return 0
 
 
-def script(place: str, case: str, *given: str) -> None:
-    fork_from_here()
-    folder, (number, when, how) = Path(place), case.split("-")
+def main(folder: Path, case: str, words: list[str]) -> None:
+    number, when, how = case.split("-")
     run = folder / "run"
     run.mkdir()
     (run / "slow").touch()
-    words = ["checkpoint.resume=true", "run.name=slow", f"run.dir={run}", *given]
+    words = ["checkpoint.resume=true", "run.name=slow", f"run.dir={run}", *words]
     machines = [Machine(each, folder, words) for each in range(MACHINES)]
     try:
         with Wire([machine.holder.pid for machine in machines]) as wire:
@@ -197,3 +207,7 @@ def _die(wire: Wire, machines: list[Machine], victim: Machine, when: str, how: s
 def _steps(run: Path) -> int:
     metrics = run / "metrics.jsonl"
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

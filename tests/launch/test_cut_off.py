@@ -1,6 +1,8 @@
 """The link between two nodes is lost, both of which see the storage: one side goes on, and it alone commits."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,6 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
 from tests.conftest import Undisturbed
 from tests.launch.survival import small
-from tests.launch.warm import run_as_root
 from tests.leftovers import Leftovers
 from tests.standing import assert_names_rank_phase_and_cause, assert_stood
 from tests.wire import why_not
@@ -19,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(bool(NONE), reason=f"needs network namespaces, as root or unprivileged: {NONE}"),
     pytest.mark.timeout(300),
 ]
+ROOT = Path(__file__).parents[2]
 LAYOUT = ["parallel.data=4", "train.steps=18", "checkpoint.every=3", "checkpoint.keep=10"]
 PATIENCE = ["restart.elastic=true", "restart.wait_seconds=2", "restart.backoff_seconds=0.1", "restart.hang_seconds=0",
             "comm.timeout_seconds=6"]  # fmt: skip
@@ -29,8 +31,8 @@ PATIENCE = ["restart.elastic=true", "restart.wait_seconds=2", "restart.backoff_s
 )
 def test_one_side_at_most_commits(tmp_path: Path, undisturbed: Undisturbed, leftovers: Leftovers, how: str) -> None:
     reference = undisturbed(small(tmp_path / "unused", *LAYOUT), "simulated")
-    words = [str(tmp_path), how, *LAYOUT, *PATIENCE]
-    done = run_as_root("tests.launch.cut_off", words, "network", leftovers.environment)
+    command = ["unshare", "-rn", sys.executable, "-m", "tests.launch.cut_off", str(tmp_path), how, *LAYOUT, *PATIENCE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=leftovers.environment)
     said = [(tmp_path / f"agent-{machine}").read_text() for machine in (0, 1)]
     assert done.returncode == 0, (done.stderr, said)
     told = json.loads(done.stdout.splitlines()[-1])

@@ -5,6 +5,8 @@ Soon is long before a communication gives up (comm.timeout_seconds) or a hang is
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,6 @@ import pytest
 
 from tests.conftest import Undisturbed
 from tests.launch.survival import MOST_LOST, small
-from tests.launch.warm import run_as_root
 from tests.leftovers import Leftovers
 from tests.standing import assert_names_rank_phase_and_cause, assert_stood
 from tests.wire import why_not
@@ -22,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(bool(NONE), reason=f"needs network namespaces, as root or unprivileged: {NONE}"),
     pytest.mark.timeout(400),
 ]
+ROOT = Path(__file__).parents[2]
 WORDS = ["parallel.data=3", "data.global_batch=6", "train.steps=12", "checkpoint.every=2", "restart.backoff_seconds=0.1"]
 SHORT, LONG = "restart.wait_seconds=10", "restart.wait_seconds=60"
 STORE = "the node that holds the rendezvous store, 10.77.0.1 at port 29500, cannot be reached"
@@ -36,8 +38,8 @@ def reference(undisturbed: Undisturbed, tmp_path: Path) -> Path:
 
 def die(case: str, folder: Path, leftovers: Leftovers, patience: str) -> tuple[dict[str, Any], list[list[str]]]:
     """What became of the machines, and what the agents of each said."""
-    words = [str(folder), case, *WORDS, patience]
-    done = run_as_root("tests.launch.hosts", words, "network", leftovers.environment, timeout=390)
+    command = ["unshare", "-rn", sys.executable, "-m", "tests.launch.hosts", str(folder), case, *WORDS, patience]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=leftovers.environment)
     said = [path.read_text().splitlines() if (path := folder / f"agent-{machine}").exists() else [] for machine in range(3)]
     assert done.returncode == 0, (done.stderr, said)
     return json.loads(done.stdout.splitlines()[-1]), said

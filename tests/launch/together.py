@@ -1,15 +1,10 @@
-"""Agents of several machines that begin to meet at the same time: one that has waited too long for the others begins alone.
-
-A machine is a network namespace (tests/namespaces.py).
-"""
+"""Agents of several machines that begin to meet at the same time: one that has waited too long for the others begins alone."""
 
 import os
-import subprocess
 import time
 from pathlib import Path
 
 from bagualu.launch import node
-from tests.launch.warm import Forked
 
 FOLDER, MACHINE = "MACHINES_FOLDER", "MACHINES_NUMBER"
 """Variables of an agent's environment."""
@@ -22,15 +17,6 @@ def agent(arguments: list[str], entrypoint: str) -> int:
     while not (folder / "go").exists():
         time.sleep(0.05)
     return node.main(arguments, entrypoint)
-
-
-def start_agent(module: str, machine: int, network: int, folder: Path, words: list[str]) -> Forked:
-    """`agent(words)` of `module` on the machine that process `network` is on; what it says goes to FOLDER/agent-MACHINE."""
-    program = f"import sys; from tests.namespaces import join_network; join_network({network}); "
-    program += f"from {module} import agent; sys.exit(agent(sys.argv[1:]))"
-    environment = {**os.environ, MACHINE: str(machine), FOLDER: str(folder), "GLOO_SOCKET_IFNAME": "eth0"}
-    with (folder / f"agent-{machine}").open("a") as said:
-        return Forked(program, words, cwd=Path.cwd(), env=environment, stdout=subprocess.DEVNULL, stderr=said)
 
 
 def have_come(folder: Path, machines: int) -> bool:

@@ -1,6 +1,6 @@
-"""Four ranks on two machines (network namespaces), three here and rank 3 there; then the link between them is cut.
+"""Four ranks on two machines (network namespaces), three here and rank 3 there; then the link between them is cut. Run as a script.
 
-    run_as_root("tests.fault_tolerance.watchdog.cut_link", [FOLDER, both|one_way], "network", ...)
+    unshare -rn python -m tests.fault_tolerance.watchdog.cut_link FOLDER both|one_way
 
 Not collected by pytest. Prints the failure that the watchdog found, as JSON. Everything is gone with its processes.
 """
@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import subprocess
+import sys
 import time
 from dataclasses import asdict
 from multiprocessing.context import ForkProcess
@@ -30,8 +31,7 @@ from tests.namespaces import join_network
 _RANKS, _PORT = 4, 29511
 
 
-def script(place: str, how: str) -> None:
-    folder = Path(place)
+def main(folder: Path, how: str) -> None:
     there = subprocess.Popen(["unshare", "-n", "sleep", "1000"])
     workers: list[ForkProcess] = []
     try:
@@ -129,3 +129,7 @@ def _steps(folder: Path) -> list[int]:
 
 def _do(command: str) -> None:
     subprocess.run(command.split(), check=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
