@@ -4,7 +4,7 @@ Torch, which the traces need, is imported only once the recipe and the cluster a
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
@@ -66,7 +66,8 @@ def plan(request: CommandLine) -> tuple[int, Any]:
     machines = machine_keys(recipe, question.given, question.cluster.for_world(world), world)
     nodes = machines.get("launch.nodes", recipe.launch.nodes)
     step_tokens = recipe.data.global_batch * recipe.data.sequence_length
-    length = _length(found.ranked[0], question.failures) if question.failures.asked else None
+    asked = replace(question.failures, own_interval="checkpoint.every" in question.given)
+    length = _length(found.ranked[0], asked) if asked.asked else None
     plans: list[dict[str, Any]] = []
     for one in found.ranked[: question.top]:
         layout = layout_keys(recipe, one.layout.values())

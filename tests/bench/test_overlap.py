@@ -33,17 +33,11 @@ def listed(role: Role) -> list[list[Event]]:
 
 
 def test_a_blocking_rank_waits_at_once_and_reduces_gradients_after_its_passes(role: Role) -> None:
-    (made,) = blocking([role], zero=1)
+    (made,) = blocking([role])
     passed = [SUM, Waited("reduce_scatter", "tensor"), GEMM, SENT, GEMM]
     reduced = [GRADIENTS, Waited("reduce_scatter", "fold")]
     assert listed(made) == [passed, passed, reduced * 2, [Waited("send", "pipeline", 1), GEMM]]
     assert listed(made)[0] is listed(made)[1]
-
-
-def test_with_divided_weights_gradients_are_reduced_where_they_arise(role: Role) -> None:
-    (made,) = blocking([role], zero=3)
-    passed = [SUM, Waited("reduce_scatter", "tensor"), GEMM, SENT, GRADIENTS, Waited("reduce_scatter", "fold"), GEMM]
-    assert listed(made) == [passed, passed, [Waited("send", "pipeline", 1), GEMM]]
 
 
 def test_of_chunks_only_one_has_nothing_beside_it(role: Role) -> None:

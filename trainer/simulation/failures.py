@@ -25,6 +25,8 @@ class FailureQuestion:
     spares: int | None = None
     """Nodes that stand by; None: always enough."""
     assumptions: Assumptions = field(default_factory=Assumptions)
+    own_interval: bool = False
+    """Whether the user gave checkpoint.every, which then stays."""
     asked: bool = False
     """Whether the user asked for a forecast. Then a cluster whose file has not the figures for it is refused."""
 
@@ -57,7 +59,8 @@ class RunLength:
     steps: int
     """Those that 95% of the simulated runs reach."""
     checkpoint_steps: int
-    """The longest interval between checkpoints that costs at most 0.1% of the time more than the best."""
+    """The user's interval between checkpoints or, if there is none, the longest that costs at most 0.1% of the time more than the
+    best."""
     restart_limit: int
     """How often the launch may restart: the recipe's restart.limit or, if that is too low, one that suffices."""
     effective: Estimate
@@ -69,7 +72,7 @@ def run_length(recipe: Recipe, cluster: Cluster, layout: Layout, step_seconds: f
     the devices of `layout`. Raises RecipeError as `run_model` does, or if the time is shorter than a step."""
     work, seconds = workload(recipe, layout, step_seconds), question.days * 86400
     model = run_model(cluster, work, settings_of(recipe), question.assumptions, question.spares)
-    if best := best_interval(model, seconds, _RUNS, seed=0):
+    if not question.own_interval and (best := best_interval(model, seconds, _RUNS, seed=0)):
         model = replace(model, checkpoint_steps=best.longest)
     time = forecast(model, seconds, _RUNS)
     steps = int(time.progress.low * seconds / step_seconds)

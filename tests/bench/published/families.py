@@ -69,7 +69,7 @@ class Framework:
     overlap: str = ""
     """What it computes beside collectives (overlap.py): "" what the trainer does. "blocking": nothing, as Megatron-LM before
     --async-tensor-model-parallel-allreduce (end of 2021) and --overlap-grad-reduce (2023), and DeepSpeed, whose overlap_comm is by
-    default false. "chunked": products in chunks, as with tp_comm_overlap, which NVIDIA's performance recipes set."""
+    default false but at stage 3. "chunked": products in chunks, as with tp_comm_overlap, which NVIDIA's performance recipes set."""
     sequence: bool = False
     """Whether activations between the tensor-parallel parts are split over the sequence where a row does not say so."""
     pads_vocabulary: int = 1

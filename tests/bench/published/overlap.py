@@ -1,7 +1,6 @@
 """What frameworks compute beside their collectives, where that differs from the trainer's own steps.
 
-Some wait for each collective where they begin it. Gradients of data ranks are then reduced when the last backward pass has ended,
-unless weights and gradients are divided among them.
+Some wait for each collective where they begin it. Gradients of data ranks are then reduced when the last backward pass has ended.
 
 Others cut the products beside tensor-parallel collectives into as many chunks as there are ranks, and send one while they compute
 the next: only one chunk's transfer has nothing beside it (userbuffers of NVIDIA's Transformer Engine)."""
@@ -30,24 +29,22 @@ def chunked(roles: Sequence[Role]) -> list[Role]:
     return [_with(role, [replace(section, events=known[id(section.events)]) for section in role.trace.sections]) for role in roles]
 
 
-def blocking(roles: Sequence[Role], zero: int) -> list[Role]:
-    """Returns `roles` of which each waits for a collective at once. Messages between pipeline ranks stay as they are. `zero`: the
-    stage of ZeRO."""
-    late = DATA if zero < 3 else ()
+def blocking(roles: Sequence[Role]) -> list[Role]:
+    """Returns `roles` of which each waits for a collective at once. Messages between pipeline ranks stay as they are."""
     known: dict[int, list[Event]] = {}
-    return [_with(role, _sections(role.trace.sections, late, known)) for role in roles]
+    return [_with(role, _sections(role.trace.sections, known)) for role in roles]
 
 
 def _with(role: Role, sections: list[Section]) -> Role:
     return replace(role, trace=replace(role.trace, sections=sections))
 
 
-def _sections(sections: Sequence[Section], late: Sequence[str], known: dict[int, list[Event]]) -> list[Section]:
-    """Returns the sections of a rank; what is to come late stands after the last of the pipeline's program."""
+def _sections(sections: Sequence[Section], known: dict[int, list[Event]]) -> list[Section]:
+    """Returns the sections of a rank; the reductions of data ranks stand after the last of the pipeline's program."""
     found, postponed = [], []
     last = max((index for index, section in enumerate(sections) if section.action is not None), default=-1)
     for index, section in enumerate(sections):
-        moved = late if section.action is not None else ()
+        moved = DATA if section.action is not None else ()
         postponed += [event for event in section.events if isinstance(event, Communication) and event.group in moved]
         found.append(replace(section, events=_blocking(section.events, moved, known)))
         if index == last and postponed:

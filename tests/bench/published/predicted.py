@@ -59,8 +59,8 @@ class Traces:
     def of(self, run: Run) -> Sequence[Role]:
         """Returns the roles of a run. Raises RecipeError if it cannot be traced."""
         roles = self._traced(run)
-        if run.overlap == "blocking":
-            return blocking(roles, run.recipe.parallel.zero)
+        if run.overlap == "blocking" and run.recipe.parallel.zero < 3:  # DeepSpeed's overlap_comm is true at stage 3
+            return blocking(roles)
         return chunked(roles) if run.overlap == "chunked" else roles
 
     def _traced(self, run: Run) -> Sequence[Role]:

@@ -79,7 +79,10 @@ def _fits(rows: Sequence[Predicted]) -> str:
     right = [row for row in ran_out if row.figures and not row.figures.fits]
     wrong = [row for row in found if row.published.fits and row.figures and not row.figures.fits]
     named = f" ({', '.join(row.row.text('run_id') for row in wrong[:20])})" if wrong else ""
+    unknown = [row for row in rows if row.figures and row.figures.fits is None]
+    over = sum(row.figures.memory_bytes > row.run.cluster.parts[0].chip.memory_bytes for row in unknown if row.figures and row.run)
     return (
+        f"rows that do not say what is computed again: {len(unknown)}, of which {over} would not fit if nothing is\n"
         f"ran out of memory: {len(ran_out)} rows, predicted so: {len(right)}\n"
         f"ran: {len(found) - len(ran_out)} rows, predicted to run out of memory: {len(wrong)}{named}"
     )

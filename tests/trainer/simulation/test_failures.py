@@ -95,6 +95,13 @@ def test_as_many_steps_are_advised_as_fit_into_the_time_with_failures():
     assert report.at_best.ratio.mean - 0.003 < long.effective.mean < report.at_best.ratio.mean
 
 
+def test_an_interval_that_the_user_gave_stays_and_costs_steps():
+    rare = big("checkpoint.every=2000")
+    own, best = length(rare, days=14, own_interval=True), length(rare, days=14)
+    assert (own.checkpoint_steps, best.checkpoint_steps < 2000) == (2000, True)
+    assert own.steps < best.steps
+
+
 def test_the_launch_may_restart_as_often_as_is_needed():
     often, rarely = (length(big("restart.limit=3"), days=days) for days in (60, 0.01))
     assert often.restart_limit > asked(big(), 512, days=60).time.failures.high
