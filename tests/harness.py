@@ -66,7 +66,7 @@ class WorkerFailed(AssertionError):
 class _Pool:
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bagualu.trainer.run", "bagualu.trainer.process.worker", "bagualu.trainer.engine.fsdp"])
+        context.set_forkserver_preload(["bagualu.trainer.run", "bagualu.trainer.process.worker"])
         self.context = context
         self.pipes: list[multiprocessing.connection.Connection] = []
         self.processes: list[Any] = []

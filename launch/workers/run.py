@@ -25,9 +25,6 @@ from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe.config import Recipe
 
 _ELASTIC = "torch.distributed.elastic.multiprocessing"
-_ENGINE = "bagualu.trainer.engine."
-"""The beginning of the name of an engine's module. FSDP2's imports parts of torch that take each worker a second or more, at every
-start, unless the fork server has them."""
 _COMPILER = "torch._dynamo"
 """Module that torch.compile and recomputation import. Importing it once in the fork server saves each worker a second."""
 
@@ -61,7 +58,7 @@ def run(
         if meeting is None:  # with several nodes, the one that holds the lock calls it
             summary.begins()
         if not threaded:
-            needed = ["bagualu.launch.workers.worker_process", _ELASTIC, entrypoint.split(":")[0], _ENGINE + recipe.parallel.engine]
+            needed = ["bagualu.launch.workers.worker_process", _ELASTIC, entrypoint.split(":")[0]]
             compiler = recipe.train.compile or recipe.train.recompute != "none"
             fork_server.start([*needed, _COMPILER] if compiler else needed, folder)
         with uncollected():

@@ -126,4 +126,4 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
 
 def heavy() -> list[str]:
     """What is loaded of the modules that take long."""
-    return sorted({"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy", "torch.distributed.fsdp"} & set(sys.modules))
+    return sorted({"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy"} & set(sys.modules))
