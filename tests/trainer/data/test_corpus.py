@@ -107,7 +107,7 @@ import sys, time
 import bagualu.trainer.data.build as build
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.data.config import DataConfig
-build._make_durable = lambda path: (print("all files written", flush=True), time.sleep(600))
+build.make_durable = lambda path: (print("all files written", flush=True), time.sleep(600))
 prepare({config!r}, {vocab})
 """
 
