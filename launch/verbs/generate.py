@@ -126,8 +126,8 @@ def _encoded(prompts: Sequence[str | tuple[int, ...]], tokenizer: Path | None) -
         raise RecipeError(
             f"{tokenizer} does not say which token ends a document, after which an empty prompt begins; give a prompt"
         )
-    encoded = [loaded.encode(prompt).ids or [end] if isinstance(prompt, str) else prompt for prompt in prompts]
-    return [tuple(tokens) for tokens in encoded]
+    first = () if end is None else (end,)
+    return [tuple(loaded.encode(prompt).ids) or first if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def _result(ended: Ended, wanted: GenerateRequest, recipe: Recipe, quiet_stdout: bool) -> tuple[int, Any]:

@@ -76,9 +76,9 @@ def open_records(source: str, kind: str, field: str, apart: Collection[str] = ()
     size = sum(file.size_bytes for file in files)
     if kind == SAVED:
         return _saved(source, size)
-    read: Callable[[TextFile], Iterator[SourceRecord]] = {JSONL: _json_lines, PARQUET: _parquet, TEXT: partial(_text_file, field)}[
-        kind
-    ]
+    readers: dict[str, Callable[[TextFile], Iterator[SourceRecord]]] = {JSONL: _json_lines, PARQUET: _parquet}
+    readers[TEXT] = partial(_text_file, field)
+    read = readers[kind]
 
     def records() -> Iterator[SourceRecord]:
         for file in files:

@@ -72,10 +72,11 @@ def compose(overrides: Sequence[str], several: str = ONE_VALUE, base: Recipe | N
             recipe.cluster = None if override.value() is None else os.path.expanduser(str(override.value()))
     recipe.faults = recipe.expanded_faults()
     given = {override.key_or_group for override in parsed}
-    if recipe.model.origin is not None and (base is None or "model.from" in given):  # a resumed run has the keys, perhaps no origin
+    origin = recipe.model.origin
+    if origin is not None and (base is None or "model.from" in given):  # a resumed run has the keys, perhaps no origin
         recipe.model = with_origin(recipe.model, given)
         if "data.tokenizer" not in given and recipe.data.source != RANDOM:  # text in other tokens would mean nothing to the model
-            recipe.data.tokenizer = tokenizer_of(Path(recipe.model.origin))
+            recipe.data.tokenizer = tokenizer_of(Path(origin))
     return recipe
 
 
