@@ -38,9 +38,13 @@ def trained(communicator: Communicator, recipe: Recipe) -> float:
 
 
 def samples(err: str) -> list[str]:
-    """The lines from the first sample on, without those of anything else."""
-    lines = err.splitlines()
-    return [line for line in lines if line.startswith(("    ", "step ")) and "loss" not in line]
+    """The first line of each sample, and the indented lines below it."""
+    found: list[str] = []
+    inside = False
+    for line in err.splitlines():
+        inside = line.endswith(": a sample") or (inside and line.startswith("    "))
+        found += [line] if inside else []
+    return found
 
 
 def test_samples_come_every_so_often_and_at_the_end_alike_on_every_layout(
