@@ -88,7 +88,10 @@ DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from
         "bagualu.trainer.process.failure",
     },
     "launch/verbs/checkpoint.py": {"bagualu.trainer.conversion.export_model", "bagualu.trainer.conversion.import_model"},  # torch
-    "launch/verbs/generate.py": {"bagualu.trainer.data.tokenizer"},  # a library, before the prompts are known to be needed
+    "launch/verbs/generate.py": {
+        "bagualu.trainer.data.tokenizer",
+        "bagualu.trainer.data.tokenizer_files",
+    },  # a library, before the prompts are known to be needed
     "launch/verbs/rehearse.py": {"bagualu.fault_tolerance.checkpoint.reading.compare"},
     "launch/verbs/plan.py": {  # torch
         "bagualu.launch.verbs.plan_text",

@@ -21,10 +21,12 @@ from bagualu.trainer.conversion.portions import portions
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.models.hugging_face.directory import HuggingFaceModel, open_model
 from bagualu.trainer.models.hugging_face.read import Reader
-from bagualu.trainer.optim.scaler import LossScaler
 from bagualu.trainer.recipe.compose import save_recipe
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.origin import tokenizer_in
+
+_FIRST_SCALE = {"float16": 2.0**16}
+"""The loss scale of a run that begins (trainer/optim/scaler.py)."""
 
 
 def import_model(source: Path, to: Path) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def metadata_of(recipe: Recipe, source: Path) -> dict[str, Any]:
     return {
         "step": 0,
         "updates": 0,
-        "scaler": {"scale": LossScaler.for_dtype(recipe.train.dtype).scale, "good_steps": 0},
+        "scaler": {"scale": _FIRST_SCALE.get(recipe.train.dtype, 1.0), "good_steps": 0},
         "guard": Memory.empty(recipe.guard).as_json(),
         "layout": dict.fromkeys(("data", "tensor", "pipeline", "expert", "context"), 1),
         "engine": recipe.parallel.engine,
