@@ -274,7 +274,8 @@ def _used_alike(part: ClusterPart, world: int) -> ClusterPart:
     domain = inner.devices or 1
     used = max(count for count in range(1, domain + 1) if world % count == 0)
     whole = all(tier.devices is None or tier.devices % used == 0 for tier in outer)
-    if used < LEAST_USED * domain or not whole:
+    enough = part.devices is None or world // used * domain <= part.devices
+    if used < LEAST_USED * domain or not whole or not enough:
         return part
     return replace(part, tiers=(replace(inner, devices=used), *outer))
 

@@ -60,7 +60,7 @@ def test_what_no_gpu_measures_is_refused(words: list[str], fix: str, capsys: pyt
 
 @pytest.mark.parametrize("case", GPU, ids=lambda case: case.recipe)
 def test_a_gpu_that_doctor_measured_predicts_its_cases(case: Case) -> None:
-    """As doctor describes it: products of two shapes, copies, multiprocessors, no operators."""
+    """Times of products and copies and the number of multiprocessors suffice, which is all that doctor measures of a GPU."""
     products = [ProductTime(dtype, m, m, m, 2.0 * m**3 / rate) for dtype in ("bfloat16", "float32") for m, rate in (
         (512, 1e14), (8192, 7e14))]  # fmt: skip
     gpu = RankFigures(1, "cuda", "NVIDIA H200", 8, 140 * 10**9, 10**9, products=products, copy_bytes_per_second=4e12,

@@ -91,6 +91,12 @@ def test_of_large_domains_a_job_takes_as_many_devices_of_each(world: int, used: 
     assert single(rack, NETWORK).for_world(world).parts[0].tiers[0].devices == used
 
 
+def test_a_cluster_with_too_few_domains_for_that_is_filled() -> None:
+    rack = replace(NODE, devices=72)
+    assert single(rack, NETWORK, devices=288).for_world(256).parts[0].tiers[0].devices == 64
+    assert single(rack, NETWORK, devices=260).for_world(256).parts[0].tiers[0].devices == 72
+
+
 def test_nodes_of_a_few_devices_are_filled() -> None:
     assert single(NODE, NETWORK).for_world(14).parts[0].tiers[0].devices == NODE.devices == 8
 

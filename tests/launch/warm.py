@@ -245,7 +245,7 @@ def _begin(
 
 
 def _spawn(spawn: Any, mark: int, path: str, arguments: list[str], files: Sequence[int]) -> int:
-    """As multiprocessing.util.spawnv_passfds; a fork server is a fork of its launcher."""
+    """Takes the place of multiprocessing.util.spawnv_passfds: forks the launcher, where that would start a new Python."""
     program = arguments[-1]
     if "multiprocessing.forkserver" not in program:
         return int(spawn(path, arguments, files))

@@ -136,7 +136,7 @@ class DeepSpeedEngine(ShardedEngine):
         return (gradient for zero in self._zeros for place in range(len(zero.parts)) for gradient in zero.gradients(place))
 
     def step(self, lr: float, gradient_factor: float) -> None:
-        """As in the protocol, but the other ranks' working weights change too: DeepSpeed's step gathers them. Collective."""
+        """Applies the optimizer, as every engine does. DeepSpeed also gathers the other ranks' new weights. Collective."""
         self._mesh.monitor.at(Phase.OPTIMIZER)
         self.optimizer.begin_step()
         for zero in self._zeros:

@@ -12,7 +12,7 @@ from bagualu.fault_tolerance.checkpoint.layout.manifest import read_manifest
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.identity import model_of
-from bagualu.trainer.models.hugging_face.directory import is_hugging_face, open_model
+from bagualu.trainer.models.hugging_face.directory import TOKENIZER, is_hugging_face, open_model
 from bagualu.trainer.recipe.override_text import typed
 
 _OF_TRAINING = ("vocab_multiple", "initial_std", "moe.balance_loss")
@@ -43,7 +43,7 @@ def tokenizer_of(origin: Path) -> str | None:
 
 def tokenizer_in(folder: Path) -> str | None:
     """Returns `folder` if it holds a tokenizer.json."""
-    return str(folder) if (folder / "tokenizer.json").is_file() else None
+    return str(folder) if (folder / TOKENIZER).is_file() else None
 
 
 def with_origin(model: ModelConfig, given: Collection[str]) -> ModelConfig:

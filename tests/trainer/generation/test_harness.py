@@ -47,7 +47,8 @@ def model(folder: Path) -> HarnessModel:
 
 
 def by_hand(model: HarnessModel, tokens: list[int], scored: int) -> tuple[float, bool]:
-    """Of the last `scored` tokens, without a cache and without other sequences."""
+    """Returns the log-likelihood of the last `scored` tokens and whether each is the most probable, computed without a cache and
+    without other sequences."""
     with torch.no_grad():
         logits = model._stages.model(torch.tensor([tokens[:-1]]))[0][0, -scored:]
     wanted = torch.tensor(tokens[-scored:])

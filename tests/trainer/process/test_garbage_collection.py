@@ -1,4 +1,4 @@
-"""Torch is imported without the garbage collector, once; whoever comes later keeps theirs as it was."""
+"""Python's garbage collector is off while torch is imported for the first time, and afterwards as it was before."""
 
 import gc
 import subprocess

@@ -90,7 +90,7 @@ def test_recomputation_adds_what_is_computed_again():
     ],
 )
 def test_an_estimate_has_the_parts_of_a_prediction(words, one):
-    """By the same names, so that both can be shown in one table."""
+    """Their parts have the same names, so that a table can show both."""
     costs = costs_of(tuple(words), 16)
     parts = costs.exact(one)[0].parts()
     estimated = {part for part, seconds in costs.estimate(one).seconds.items() if seconds > 0}

@@ -69,7 +69,7 @@ def test_logits_are_those_without_a_cache(name):
 
 
 def test_columns_before_the_tokens_of_a_pass_change_nothing():
-    """As with sequence parallelism, which needs a number of columns that its ranks divide."""
+    """Sequence parallelism needs such columns, because its ranks have to divide their number."""
     model = a_model(MODELS["mixture"])
     whole = [torch.randint(50, (length,)) for length in LENGTHS]
     parts = [8, 1, 2]
