@@ -75,7 +75,15 @@ def test_a_row_becomes_a_recipe_on_a_cluster() -> None:
 
 @pytest.mark.parametrize(
     ("hardware", "cluster"),
-    [("A100-40GB", "a100_40gb"), ("A100 SXM 40 GB", "a100_40gb"), ("A100-SXM-80GB", "a100"), ("GB200 (NVL72)", "gb200")],
+    [
+        ("A100-40GB", "a100_40gb"),
+        ("A100 SXM 40 GB", "a100_40gb"),
+        ("40GB A100", "a100_40gb"),
+        ("A100-SXM-80GB", "a100"),
+        ("8xA100", "a100"),
+        ("8 x A100_80GB", "a100"),
+        ("GB200 (NVL72)", "gb200"),
+    ],
 )
 def test_a_chip_is_found_by_its_name_and_memory(hardware: str, cluster: str) -> None:
     assert describe(row(hardware=hardware, precision="bf16")).cluster.name == cluster

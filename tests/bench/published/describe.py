@@ -20,13 +20,13 @@ from .families import KERNELS, Framework, Unknown, family_of, framework_of
 from .rows import Row
 
 CHIPS = (
-    (r"\bpcie|\bnvl\b|h100.*\b(94|96|64)\s?gb", None),
-    (r"\ba100\b.*\b40\s?gb", "a100_40gb"),
+    (r"\bpcie|\bnvl\b|\bh100\b.*\b(94|96|64)gb|\b(94|96|64)gb\b.*\bh100\b", None),
+    (r"\ba100\b.*\b40gb\b|\b40gb\b.*\ba100\b", "a100_40gb"),
     (r"\ba100\b", "a100"),
     (r"\b(h100|h800|h200|gb200|gb300|b200|b300|mi300x)\b", ""),
 )
-"""Patterns of the column `hardware` and the cluster with this chip: "", that of the name that was found; None: there is no file of
-it, only one of a chip of the same name with another memory or other links."""
+"""Patterns of the words of the column `hardware` (`_words`) and the cluster with this chip: "", that of the name that was found;
+None: there is no file of it, only one of a chip of the same name with another memory or other links."""
 DTYPES = ((r"fp16|amp_fp16|float16", "float16"), (r"bf16|amp_bf16|bfloat16", "bfloat16"), (r"fp32|float32", "float32"),
           (r"(mx|amp_)?fp8|float8", "float8"))  # fmt: skip
 """Patterns that begin the column `precision`, and the dtype of matrix products."""
@@ -121,7 +121,7 @@ def _as_trained(recipe: Recipe) -> Recipe:
 def cluster_of(row: Row) -> Cluster:
     """Returns the cluster with the chip of a row and, if the row says so, its bandwidth between nodes. Links within a node belong
     to the chip. Raises Unknown if there is no file of the chip."""
-    hardware = row.text("hardware").lower()
+    hardware = _words(row.text("hardware"))
     for pattern, name in CHIPS:
         if found := re.search(pattern, hardware):
             if name is None:
@@ -130,6 +130,12 @@ def cluster_of(row: Row) -> Cluster:
             gigabits = row.number("inter_node_gbits_s_per_dev")
             return _with_network(cluster, gigabits * 1e9 / 8) if gigabits and not row.single_node else cluster
     raise Unknown(f"there is no cluster file of {row.text('hardware') or 'hardware that is not named'}")
+
+
+def _words(hardware: str) -> str:
+    """Returns the words of a text such as "8x A100_SXM4-80 GB" without the number of devices: "a100 sxm4 80gb"."""
+    words = " ".join(re.findall(r"[a-z0-9]+", hardware.lower()))
+    return re.sub(r"(\d) gb\b", r"\1gb", re.sub(r"\b\d+ ?x ?(?=[a-z])", "", words))
 
 
 def _with_network(cluster: Cluster, bytes_per_second: float) -> Cluster:
