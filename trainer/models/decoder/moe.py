@@ -17,6 +17,7 @@ from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.layers import FeedForward, gelu
 from bagualu.trainer.operators.linear import grouped_linears, linears
+from bagualu.trainer.operators.ragged import pad, unpad
 
 
 class Experts(nn.Module):
@@ -34,13 +35,14 @@ class Experts(nn.Module):
         """rows [N, H] sorted by expert, counts [E] the number of rows of each expert of the layer -> results [N, H] in the same
         order"""
         routed = self.exchange.dispatch(rows, counts)
+        padded, rows_of = pad(routed.rows, routed.counts)
         if self.gate is None:
-            (up,) = grouped_linears(routed.rows, routed.counts, self.up)
-            (results,) = grouped_linears(gelu(up), routed.counts, self.down)
+            (up,) = grouped_linears(padded, rows_of, self.up)
+            (results,) = grouped_linears(gelu(up), rows_of, self.down)
         else:
-            gate, up = grouped_linears(routed.rows, routed.counts, self.gate, self.up)
-            (results,) = grouped_linears(F.silu(gate), routed.counts, self.down, factor=up)
-        return self.exchange.combine(results, routed)
+            gate, up = grouped_linears(padded, rows_of, self.gate, self.up)
+            (results,) = grouped_linears(F.silu(gate), rows_of, self.down, factor=up)
+        return self.exchange.combine(unpad(results, routed.counts, rows_of), routed)
 
 
 class Router(nn.Module):
