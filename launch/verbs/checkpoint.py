@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
-from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, CheckpointError, step_of
+from bagualu.fault_tolerance.checkpoint.layout.directory import is_checkpoint, list_checkpoints
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
 from bagualu.fault_tolerance.checkpoint.layout.quarantine import list_set_aside
 from bagualu.fault_tolerance.checkpoint.reading.inspect import describe, verify
 from bagualu.fault_tolerance.run_directory import RunDirectory
@@ -80,7 +80,7 @@ def _convert(request: CommandLine) -> tuple[int, Any]:
 def _find(given: Path) -> tuple[list[Path], list[Path]]:
     """Returns two lists of paths: the checkpoints at `given`, a run directory or a checkpoint, and, for a run directory, those that
     were set aside as damaged. Raises RecipeError if there is no such directory."""
-    if step_of(given) is not None or (given / MANIFEST).exists():
+    if is_checkpoint(given):
         if not given.is_dir():
             raise RecipeError(f"{given} does not exist; `bagualu checkpoint list RUN_DIR` lists those that exist")
         return [given], []

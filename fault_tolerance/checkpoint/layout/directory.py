@@ -34,10 +34,15 @@ def latest(root: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Returns whether `path` is named as a checkpoint, or holds the manifest of one."""
+    return step_of(path) is not None or (path / MANIFEST).exists()
+
+
 def checkpoint_at(path: Path) -> Path:
     """Returns `path` if it is a checkpoint, or the newest checkpoint of the run whose directory it is. Raises RecipeError if it is
     neither."""
-    if path.is_dir() and (step_of(path) is not None or (path / MANIFEST).exists()):
+    if path.is_dir() and is_checkpoint(path):
         return path
     newest = latest(RunDirectory(path).checkpoints)
     if newest is None:
