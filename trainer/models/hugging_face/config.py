@@ -1,7 +1,7 @@
 """Translates config.json of Hugging Face to keys of `model.*` and back. It does not import torch."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
@@ -27,8 +27,11 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,), "chunk_size_feed_forward": (0,), "use_mrope": (False, None),
 }  # fmt: skip
 """Fields whose other values would make another model, or train it otherwise, with the values that are the decoder's."""
-_OF_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
-_WITHOUT_EFFECT = _OF_TOKENS | {
+OF_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields with the ids of special tokens."""
+POSITIONS = "max_position_embeddings"
+"""The field with the number of positions that the model knows."""
+_WITHOUT_EFFECT = {*OF_TOKENS, POSITIONS} | {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "output_router_logits",
     "router_aux_loss_coef", "_name_or_path", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id",
     "problem_type", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "experts_implementation",
@@ -45,8 +48,8 @@ class Description:
 
     family: ModelFamily
     model: ModelConfig
-    kept: dict[str, Any] = field(default_factory=dict)
-    """Fields of tokens and positions, which an export repeats."""
+    positions: int | None
+    """The number of positions that the model knows, if config.json says it."""
 
 
 def read_config(config: Mapping[str, Any], where: str) -> Description:
@@ -74,7 +77,12 @@ def read_config(config: Mapping[str, Any], where: str) -> Description:
         raise RecipeError(f"{where} has a value of a wrong kind ({error}); give the file as it was published") from error
     except RecipeError as error:
         raise RecipeError(f"{where} describes no model that can be trained: {error}") from error
-    return Description(family, model, {name: config[name] for name in sorted(_OF_TOKENS & config.keys())})
+    positions = config.get(POSITIONS)
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise RecipeError(
+            f"{where} has {POSITIONS}={positions}, which is no number of positions; give the file as it was published"
+        )
+    return Description(family, model, positions)
 
 
 def _refuse_unknown(config: Mapping[str, Any], family: ModelFamily, where: str) -> None:
@@ -182,10 +190,10 @@ def _window(fields: Mapping[str, Any], given: Mapping[str, Any], family: ModelFa
     return size, every
 
 
-def write_config(model: ModelConfig, dtype: str, kept: Mapping[str, Any], longest: int) -> dict[str, Any]:
+def write_config(model: ModelConfig, dtype: str, ids: Mapping[str, Any], positions: int) -> dict[str, Any]:
     """Returns the fields of config.json for `model`, with weights of `dtype`, by the names that transformers 5 reads and by those
-    of 4.57. `kept`: fields of tokens and positions of the model's origin. `longest`: the number of positions unless `kept` has it.
-    Raises RecipeError for a model that no family of transformers describes."""
+    of 4.57. `ids`: those of OF_TOKENS that are known. `positions`: the number of positions that the model knows. Raises RecipeError
+    for a model that no family of transformers describes."""
     family = family_of(model)
     if family is None:
         raise RecipeError(f"no architecture of transformers that is known here ({', '.join(FAMILIES)}) describes this model: "
@@ -194,7 +202,7 @@ def write_config(model: ModelConfig, dtype: str, kept: Mapping[str, Any], longes
     fields |= {name: getattr(model, key) for name, key in _NAMES.items()}
     fields |= {"num_key_value_heads": model.key_value_heads, "hidden_act": "silu", "use_cache": True, "attention_dropout": 0.0}
     fields |= {"intermediate_size": model.ffn, "dtype": dtype, "torch_dtype": dtype}
-    fields |= {"max_position_embeddings": longest, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **kept}
+    fields |= {POSITIONS: positions, **dict.fromkeys(OF_TOKENS), **ids}
     if family.head_dim:
         fields["head_dim"] = model.head_width
     if family.model_type == "llama":

@@ -12,8 +12,8 @@ from bagualu.trainer.models.hugging_face.names import FilePart, parts_of, shapes
 from bagualu.trainer.models.hugging_face.safetensors_file import DTYPES, FileTensor, read_header
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"
-BESIDES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION)
+GENERATION, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
+BESIDES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", GENERATION)
 """The files beside configuration and weights that belong to a model."""
 
 
@@ -34,7 +34,7 @@ class HuggingFaceModel:
     @property
     def bytes(self) -> int:
         """The bytes of the weights in the files."""
-        return sum(_size(tensor) for tensor in self.tensors.values())
+        return sum(tensor.bytes for tensor in self.tensors.values())
 
 
 def is_hugging_face(path: Path) -> bool:
@@ -74,7 +74,7 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path} cannot be read ({error.strerror}); give the directory of a model of Hugging Face") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not JSON ({error}); give the file as it was published") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{path} holds no JSON object; give the file as it was published")
@@ -84,7 +84,10 @@ def _json(path: Path) -> dict[str, Any]:
 def _files(path: Path) -> list[Path]:
     """Returns the safetensors files of the model. Raises RecipeError if there are none, or one that the index names is missing."""
     if (path / INDEX).is_file():
-        names = sorted(set(_json(path / INDEX).get("weight_map", {}).values()))
+        places = _json(path / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise RecipeError(f"{path / INDEX} has no weight_map with the names of files; download it again")
+        names = sorted(set(places.values()))
         if missing := [name for name in names if not (path / name).is_file()]:
             raise RecipeError(f"{path} lacks {', '.join(missing)}, which {INDEX} names; download them too")
         if names:
@@ -112,9 +115,12 @@ def _check_tokenizer(path: Path, vocab: int) -> None:
     if not (path / TOKENIZER).is_file():
         return
     tokenizer = _json(path / TOKENIZER)
-    known = (tokenizer.get("model") or {}).get("vocab") or {}
-    ids = list(known.values()) if isinstance(known, dict) else list(range(len(known)))
-    ids += [token.get("id", 0) for token in tokenizer.get("added_tokens") or []]
+    try:
+        known = (tokenizer.get("model") or {}).get("vocab") or {}
+        ids = list(known.values()) if isinstance(known, dict) else list(range(len(known)))
+        ids = list(map(int, [*ids, *(token.get("id", 0) for token in tokenizer.get("added_tokens") or [])]))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RecipeError(f"{path / TOKENIZER} is no tokenizer ({error}); give the file as it was published") from error
     if ids and max(ids) >= vocab:
         raise RecipeError(f"{path / TOKENIZER} has ids up to {max(ids)}, but the model has vocab_size={vocab}; give the tokenizer "
                           "of this model, or add rows to its embedding and raise vocab_size")  # fmt: skip
@@ -122,10 +128,3 @@ def _check_tokenizer(path: Path, vocab: int) -> None:
 
 def _width(dtype: str) -> tuple[int, bool]:
     return dict(DTYPES.values())[dtype], dtype == "bfloat16"
-
-
-def _size(tensor: FileTensor) -> int:
-    count = tensor.item_bytes
-    for size in tensor.shape:
-        count *= size
-    return count

@@ -6,16 +6,17 @@ import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from bagualu.comm.errors import RecipeError
-from bagualu.parallel.boxes import Box
 
 DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}
 """Maps the dtypes of weights in safetensors files to (name in torch, bytes per element)."""
 _LONGEST_HEADER = 10**8
 """The longest header that the format allows, in bytes."""
 _FIX = "download or copy it again"
+_SHOWN = 80
+"""The most characters of a wrong value that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class FileTensor:
     def item_bytes(self) -> int:
         return DTYPES[self.kind][1]
 
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.item_bytes
+
 
 def read_header(path: Path) -> dict[str, FileTensor]:
     """Returns the tensors of the file, by name. Raises RecipeError if the file cannot be read, is cut off, or is not as the format
@@ -45,38 +50,52 @@ def read_header(path: Path) -> dict[str, FileTensor]:
         with path.open("rb") as file:
             size, first = os.fstat(file.fileno()).st_size, file.read(8)
             length = int.from_bytes(first, "little")
-            if len(first) < 8 or length > min(size - 8, _LONGEST_HEADER):
-                raise RecipeError(f"{path} is cut off within its header, at {size} bytes; {_FIX}")
-            header = json.loads(file.read(length))
+            whole = len(first) == 8 and length <= min(size - 8, _LONGEST_HEADER)
+            header = json.loads(file.read(length)) if whole else None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read ({error.strerror}); {_FIX}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} has no header of a safetensors file ({error}); {_FIX}") from error
+    if not whole:
+        raise RecipeError(f"{path} is cut off within its header, at {size} bytes; {_FIX}")
+    if not isinstance(header, dict):
+        raise RecipeError(f"{path} has no header of a safetensors file, but {_short(header)}; {_FIX}")
     entries = {name: about for name, about in header.items() if name != "__metadata__"}
     return {name: _tensor(path, name, about, 8 + length, size) for name, about in entries.items()}
 
 
 def _tensor(path: Path, name: str, about: Any, data: int, size: int) -> FileTensor:
-    try:
-        kind, shape, (begin, end) = about["dtype"], tuple(map(int, about["shape"])), about["data_offsets"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise RecipeError(f"{path}: tensor {name} has no dtype, shape and place ({error}); {_FIX}") from error
+    """Returns the tensor that an entry of the header describes. `data`: the byte at which the tensors begin; `size`: that of the
+    file. Raises RecipeError."""
+    fields = about if isinstance(about, dict) else {}
+    kind, shape, place = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(kind, str) or not _are_counts(shape) or not _are_counts(place) or len(place) != 2:
+        raise RecipeError(f"{path}: tensor {name} has no dtype, shape and place, but {_short(about)}; {_FIX}")
+    begin, end = place
     if data + end > size:
         raise RecipeError(f"{path} is cut off: it has {size} bytes, but tensor {name} ends at byte {data + end}; {_FIX}")
-    if kind in DTYPES and end - begin != prod(shape) * DTYPES[kind][1]:
-        raise RecipeError(f"{path}: tensor {name} of {kind} {list(shape)} has {end - begin} bytes; {_FIX}")
-    return FileTensor(path, kind, shape, data + begin)
+    if begin > end or (kind in DTYPES and end - begin != prod(shape) * DTYPES[kind][1]):
+        raise RecipeError(f"{path}: tensor {name} of {kind} {shape} lies at bytes {begin} to {end} of the data; {_FIX}")
+    return FileTensor(path, kind, tuple(shape), data + begin)
 
 
-def read_rows(descriptor: int, tensor: FileTensor, box: Box, into: memoryview) -> None:
-    """Fills `into` with the bytes of whole rows: `box` has the full extent of every dim but the first. Raises RecipeError."""
-    row = prod(tensor.shape[1:]) * tensor.item_bytes
-    at, filled = tensor.start + (box.offset[0] * row if box.offset else 0), 0
+def _are_counts(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def read_bytes(descriptor: int, path: Path, at: int, into: memoryview) -> None:
+    """Fills `into` with the bytes of the file from byte `at` on. `path`: the file's, for messages. Raises RecipeError."""
+    filled = 0
     while filled < len(into):
         try:
             count = os.preadv(descriptor, [into[filled:]], at + filled)
         except OSError as error:
-            raise RecipeError(f"{tensor.path} cannot be read ({error.strerror}); {_FIX}") from error
+            raise RecipeError(f"{path} cannot be read ({error.strerror}); {_FIX}") from error
         if not count:
-            raise RecipeError(f"{tensor.path} ends at byte {at + filled}, within a tensor; {_FIX}")
+            raise RecipeError(f"{path} ends at byte {at + filled}, within a tensor; {_FIX}")
         filled += count

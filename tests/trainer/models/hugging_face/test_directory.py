@@ -45,6 +45,27 @@ def tokenizer(path: Path) -> None:
     (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 96}}, "added_tokens": []}))
 
 
+def headed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Changes the header of the file; what `change` returns, if anything, takes the header's place."""
+
+    def rewrite(path: Path) -> None:
+        data = (path / "model.safetensors").read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        text = json.dumps(change(header) or header).encode()
+        (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+    return rewrite
+
+
+def about(**fields: Any) -> Callable[[Path], None]:
+    return headed(lambda header: header[NORM].update(fields))
+
+
+def as_header(text: bytes) -> Callable[[Path], None]:
+    return lambda path: (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+
+
 NORM, OUTPUT = "model.norm.weight", "model.layers.1.self_attn.o_proj.weight"
 CASES = {
     "architecture": (changed(model_type="gemma3"), "model_type=gemma3, which the decoder is not; there are llama, mistral"),
@@ -65,6 +86,24 @@ CASES = {
     "integers": (with_tensors(lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int8)})), "has weights of I8"),
     "cut off": (cut(10), "model.safetensors is cut off: it has"),
     "cut off in the header": (cut(0), "is cut off within its header"),
+    "header of text": (as_header(b"not JSON"), "model.safetensors has no header of a safetensors file (Expecting value"),
+    "header of bytes": (as_header(bytes([255] * 50)), "model.safetensors has no header of a safetensors file ('utf-8' codec"),
+    "header of brackets": (as_header(b"[" * 100_000), "model.safetensors has no header of a safetensors file ("),
+    "header of a list": (headed(lambda header: [header]), "model.safetensors has no header of a safetensors file, but [{"),
+    "empty file": (lambda path: (path / "model.safetensors").write_bytes(b""), "is cut off within its header, at 0 bytes"),
+    "tensor of text": (headed(lambda header: header.update({NORM: "F32"})),
+                       f'tensor {NORM} has no dtype, shape and place, but "F32"'),
+    "dtype of numbers": (about(dtype=[1]), f"tensor {NORM} has no dtype, shape and place, but {{"),
+    "negative shape": (about(shape=[-32]), f"tensor {NORM} has no dtype, shape and place, but {{"),
+    "places of text": (about(data_offsets=["0", "128"]), f"tensor {NORM} has no dtype, shape and place, but {{"),
+    "one place": (about(data_offsets=[0]), f"tensor {NORM} has no dtype, shape and place, but {{"),
+    "places beyond the file": (about(data_offsets=[10**9, 10**9 + 128]), "is cut off: it has"),
+    "places backwards": (about(data_offsets=[128, 0]), f"tensor {NORM} of F32 [32] lies at bytes 128 to 0 of the data"),
+    "places of another size": (about(data_offsets=[0, 64]), f"tensor {NORM} of F32 [32] lies at bytes 0 to 64 of the data"),
+    "index of a list": (lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'),
+                        "model.safetensors.index.json has no weight_map with the names of files"),
+    "positions": (changed(max_position_embeddings="many"), "max_position_embeddings=many, no number of positions"),
+    "odd tokenizer": (lambda path: (path / "tokenizer.json").write_text('{"model": [1]}'), "tokenizer.json is no tokenizer ("),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "has neither model.safetensors nor"),
     "no configuration": (lambda path: (path / "config.json").unlink(), "config.json cannot be read (No such file"),
     "no JSON": (lambda path: (path / "config.json").write_text("{"), "config.json is not JSON"),

@@ -1,12 +1,15 @@
 """The decoder computes what transformers computes, for every family, from files in every form that there is."""
 
 import json
+import os
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bagualu.comm.errors import RecipeError
 from bagualu.parallel.boxes import Box
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
@@ -99,10 +102,38 @@ def test_every_box_is_read_from_its_place(name: str, tmp_path: Path) -> None:
             assert torch.equal(wide, expected.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_only_the_bytes_of_a_box_are_read(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the columns of a matrix, which tensor ranks hold of the output of attention and of a feed-forward."""
+    publish("qwen3_moe", tmp_path, torch.bfloat16)
+    reader, count = Reader(open_model(tmp_path)), 0
+    plain = os.preadv
+
+    def counting(descriptor: int, buffers: list[memoryview], at: int) -> int:
+        nonlocal count
+        count += (size := plain(descriptor, buffers, at))
+        return size
+
+    monkeypatch.setattr(os, "preadv", counting)
+    for parameter, shape in parameter_shapes(open_model(tmp_path).description.model).items():
+        for dim, size in enumerate(shape):
+            offset, extent = [0] * len(shape), list(shape)
+            offset[dim], extent[dim] = size // 4, size // 2
+            count = 0
+            reader.read(parameter, Box(tuple(offset), tuple(extent)), torch.empty(extent, dtype=dtype))
+            assert count == 2 * prod(extent), (parameter, dim)
+
+
+def test_what_the_model_does_not_have_is_not_made_up(tmp_path: Path) -> None:
+    publish("qwen2", tmp_path)
+    with pytest.raises(RecipeError, match=r"holds nothing for layers\.0\.feed_forward\.router\.bias"):
+        Reader(open_model(tmp_path)).fill("layers.0.feed_forward.router.bias", (4,), Box((0,), (4,)))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_written_configuration_is_that_of_the_same_model(name: str) -> None:
     description = read_config(saved(name), "config.json")
-    written = write_config(description.model, "bfloat16", description.kept, 64)
+    written = write_config(description.model, "bfloat16", {}, 64)
     again = read_config(written, "config.json")
     assert again.model == description.model
     assert again.family == description.family
