@@ -120,7 +120,7 @@ def _encoded(prompts: Sequence[str | tuple[int, ...]], tokenizer: Path | None) -
     from bagualu.trainer.data.tokenizer import load_tokenizer
     from bagualu.trainer.data.tokenizer_files import end_token_of
 
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(tokenizer, special_tokens=True)
     end = end_token_of(loaded, tokenizer)
     if end is None and "" in prompts:
         raise RecipeError(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.build import SAMPLE_CHARACTERS_PER_ENTRY, make_durable, without_long_words
@@ -17,7 +16,7 @@ from bagualu.trainer.data.prepared import ANSWERS, SPLITS, STARTS, fingerprint, 
 from bagualu.trainer.data.records import RecordSource, SourceRecord
 from bagualu.trainer.data.request import CorpusRequest
 from bagualu.trainer.data.split import NOTHING, hash_fraction
-from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, Encoder, train_tokenizer
+from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, Encoder, load_tokenizer, train_tokenizer
 from bagualu.trainer.data.tokenizer_files import GivenTokenizer
 
 KIND = "records"
@@ -143,7 +142,7 @@ def _portions(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
 
 def _conversations(corpus: RecordCorpus, given: GivenTokenizer, template: ChatTemplate, dtype: str) -> Iterator[Encoded]:
     """Yields the conversations, as the template writes them."""
-    tokenizer = Tokenizer.from_file(str(given.path))  # in which the template's special tokens are tokens
+    tokenizer = load_tokenizer(given.path, special_tokens=True)
     for record, held in corpus.documents():
         messages = record.fields.get(corpus.request.data.text_field)
         text, spans = template.conversation(messages, record.where)

@@ -48,7 +48,7 @@ from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer, to
 from bagualu.trainer.data.tokenizer_files import bytes_of_tokens, open_tokenizer
 from bagualu.trainer.data.whole import Documented
 
-FORMAT = 3
+FORMAT = 4
 """A number in the KEY of a corpus. Raise it when what is stored changes."""
 
 log = logging.getLogger(__name__)
@@ -194,14 +194,28 @@ def prepare(
 
 
 def _require_documented(corpus: Corpus, config: DataConfig) -> None:
-    """Raises RecipeError unless documents are listed, as data.packing=whole needs; says how many are longer than a sequence."""
+    """Raises RecipeError unless documents are listed, as data.packing=whole needs, and for conversations that all lose their
+    answers."""
     if corpus.whole is None:
         raise RecipeError("data.packing=whole is for records, for conversations, and for text with data.tokenizer, and "
                           f"data.source={config.source} is none of them; give data.packing=documents")  # fmt: skip
-    sizes = np.diff(corpus.whole[0].starts) - 1
-    if cut := int((sizes > config.sequence_length).sum()):
-        log.warning("%d of %d documents are longer than data.sequence_length=%d and lose their ends", cut, len(sizes),
-                    config.sequence_length)  # fmt: skip
+    for part, documents in zip(("training", "validation"), corpus.whole, strict=True):
+        _require_labels(documents, part, config)
+
+
+def _require_labels(documents: Documented, part: str, config: DataConfig) -> None:
+    """Raises RecipeError for conversations that all lose their answers; says how many documents are cut off."""
+    length, sizes = config.sequence_length, np.diff(documents.starts) - 1
+    count, cut, lost = len(sizes), int((sizes > length).sum()), documents.without_labels(length)
+    if lost and lost == count:
+        longer = f"data.sequence_length={sizes.max()}, which cuts nothing off, or shorter questions"
+        raise RecipeError(f"none of the {count} conversations of data.source={config.source} for {part} has an answer within "
+                          f"data.sequence_length={length} ({cut} are cut off there), so there is nothing to learn; give "
+                          f"{longer if cut else 'answers that are not empty'}")  # fmt: skip
+    if cut:
+        answers = f", {lost} of them all their answers, so that nothing is learned from these" if lost else ""
+        log.warning("%d of %d documents for %s are longer than data.sequence_length=%d and lose their ends%s",
+                    cut, count, part, length, answers)  # fmt: skip
 
 
 def check_source(

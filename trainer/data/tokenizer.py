@@ -40,10 +40,16 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Returns the tokenizer stored at `path`. It encodes text that spells the end-of-file token as ordinary text."""
+def load_tokenizer(path: Path, special_tokens: bool = False) -> Tokenizer:
+    """Returns the tokenizer stored at `path`. It encodes whole texts, without padding, also if the file says otherwise.
+
+    `special_tokens`: whether text that spells a special token becomes that token, as in prompts and conversations; else it stays
+    ordinary text, so that a corpus cannot bring in tokens that control the model. The library raises Exception itself for a file
+    that it cannot read."""
     tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = not special_tokens  # the library means: encode what they spell
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from bagualu.comm.errors import RecipeError
+from bagualu.trainer.data.tokenizer import load_tokenizer
 
 _CONFIG = "tokenizer_config.json"
 _USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|endoffile|>")
@@ -30,7 +31,7 @@ def open_tokenizer(given: str, end: int | None, vocab: int) -> GivenTokenizer:
     `vocab` entries, or ends documents by no id."""
     path = Path(given, "tokenizer.json") if Path(given).is_dir() else Path(given)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = load_tokenizer(path)
     except Exception as error:  # the library raises Exception itself
         why = (str(error).splitlines() or [""])[0]
         raise RecipeError(f"data.tokenizer={given} cannot be read ({why}); give a tokenizer.json of Hugging Face's tokenizers, or "
@@ -42,7 +43,6 @@ def open_tokenizer(given: str, end: int | None, vocab: int) -> GivenTokenizer:
         )
     if end is not None and end >= vocab:
         raise RecipeError(f"data.end_token={end} is not in model.vocab={vocab}; give an id below")
-    tokenizer.encode_special_tokens = True  # text that spells a special token stays text
     found = end_token_of(tokenizer, path) if end is None else end
     if found is None:
         raise RecipeError(f"data.tokenizer={given} does not say which token ends a document; give data.end_token=ID")

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from bagualu.fault_tolerance.files import write_atomic
 from bagualu.trainer.data.mapped import AnyTokens
 
+_AT_ONCE = 2**12
+"""The number of documents whose answers are counted together."""
+
 
 def pack(sizes: NDArray[np.int64], room: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Puts documents of `sizes` [D], each at most `room`, into sequences of `room` positions. Returns the numbers of the documents
@@ -64,6 +67,21 @@ class Documented:
     answers: AnyTokens | None
     packed: Path
     """Prefix of the files that hold how documents are put together."""
+
+    def without_labels(self, length: int) -> int:
+        """Returns how many documents have no answer within the positions that they take in sequences of `length`, so that they
+        train nothing. Raises DataError, StorageError."""
+        if self.answers is None:
+            return 0
+        lost = 0
+        for first in range(0, len(self.starts) - 1, _AT_ONCE):
+            starts = self.starts[first : first + _AT_ONCE + 1]
+            wanted = self.answers[int(starts[0]) : int(starts[-1])] != 0
+            before = np.concatenate(([0], np.cumsum(wanted)))
+            begins, ends = starts[:-1] - starts[0], starts[1:] - starts[0]
+            predicted = np.minimum(begins + 1, ends), np.minimum(begins + 1 + length, ends)  # from the second token on
+            lost += int((before[predicted[0]] == before[predicted[1]]).sum())
+        return lost
 
     def sequences(self, tokens: AnyTokens, length: int) -> "WholeSequences":
         """Returns sequences of `length` positions; puts the documents together if no process has done it before. Raises OSError."""

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from bagualu.launch.cli import main
-from bagualu.launch.verbs import usage
-from bagualu.trainer.data.tokenizer import load_tokenizer
+from bagualu.launch.verbs import generate, usage
+from bagualu.trainer.data.tokenizer import END_OF_FILE, END_OF_FILE_TOKEN, load_tokenizer
 from bagualu.trainer.generation.request import Sampling
 
 ROOT = Path(__file__).parents[3]
@@ -64,6 +64,13 @@ def test_texts_are_written_behind_their_prompts(here, capsys):
     out, err = capsys.readouterr()
     assert out == f"── 1 of 2\nbagualu {first['text']}\n\n── 2 of 2\n{second['text']}\n"
     assert re.search(r"bagualu: \d+ tokens in .* tokens/s, one rank$", err.strip().splitlines()[-1])
+
+
+def test_special_tokens_of_a_prompt_are_tokens(here):
+    tokenizer = here / "runs/tiny/tokenizer.json"
+    plain = load_tokenizer(tokenizer).encode("bagualu ").ids
+    prompts = generate._encoded([f"{END_OF_FILE}bagualu ", "", (5, 6)], tokenizer)
+    assert prompts == [(END_OF_FILE_TOKEN, *plain), (END_OF_FILE_TOKEN,), (5, 6)]
 
 
 def test_a_checkpoint_gives_what_the_model_was_then_and_the_run_what_it_is_now(here, capsys):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.chat import ChatTemplate
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import check_source, prepare
-from bagualu.trainer.data.whole import pack
+from bagualu.trainer.data.whole import Documented, pack
 from tests.trainer.data.conftest import words
 
 TEMPLATE = (
@@ -134,10 +135,65 @@ def test_what_is_longer_than_a_sequence_is_cut_and_told(tmp_path: Path, caplog: 
     long = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": words(200, 3)}]
     data = config(write(tmp_path, [long] * 3), make(tmp_path), sequence_length=40)
     corpus = prepare(data, 300, validation=False)
-    assert "3 of 3 documents are longer than data.sequence_length=40 and lose their ends" in caplog.text
+    assert "3 of 3 documents for training are longer than data.sequence_length=40 and lose their ends" in caplog.text
     inputs, labels, begins = Batches(corpus, data, seed=1).batch(0, 0, 4)
     assert (np.asarray(begins) == 0).all()
     assert np.array_equal(np.asarray(inputs)[:, -9:], np.asarray(labels)[:, -10:-1])
+
+
+def test_conversations_that_all_lose_their_answers_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They would train on nothing, with a loss of 0."""
+    question = {"role": "user", "content": words(50, 3)}
+    long, short = [question, {"role": "assistant", "content": "yes"}], conversation(1)
+    data = config(write(tmp_path, [long] * 3), make(tmp_path), sequence_length=10)
+    expected = (r"none of the 3 conversations of .*chats\.jsonl for training has an answer within "
+                r"data\.sequence_length=10 \(3 are cut off there\), .* give data\.sequence_length=(\d+), which")  # fmt: skip
+    with pytest.raises(RecipeError, match=expected) as error:
+        prepare(data, 300, validation=False)
+    assert "\n" not in str(error.value)
+    enough = int(str(error.value).split("give data.sequence_length=")[1].split(",")[0])
+    prepare(replace(data, sequence_length=enough), 300, validation=False)
+    assert not caplog.text
+    data = config(write(tmp_path, [long, short, long, short]), make(tmp_path), sequence_length=40)
+    prepare(data, 300, validation=False)
+    assert "2 of 4 documents for training are longer than data.sequence_length=40 and lose their ends, 2 of them all" in caplog.text
+    (tmp_path / "held").mkdir()
+    held = write(tmp_path / "held", [long])
+    with pytest.raises(RecipeError, match=r"none of the 1 conversations of .* for validation has an answer within"):
+        prepare(replace(data, validation=str(held)), 300)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_documents_without_an_answer_that_is_reached_are_counted(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bagualu.trainer.data.whole._AT_ONCE", at_once)
+    starts = np.array([0, 4, 9, 10, 13], np.int64)
+    answers = np.array([0, 0, 0, 1, 1, 0, 0, 1, 0, 1, 0, 1, 1], np.uint16)
+    documents = Documented(starts, answers, Path("unused"))
+    # The first token of a document is predicted from nothing: the answers of the third never count.
+    assert [documents.without_labels(length) for length in (1, 2, 3, 9)] == [3, 3, 1, 1]
+    assert Documented(starts, None, Path("unused")).without_labels(1) == 0
+
+
+def test_special_tokens_are_tokens_in_conversations_and_letters_in_text(tmp_path: Path) -> None:
+    """So that a corpus cannot bring in tokens that control the model. What the tokenizer's file says of truncation
+    has no effect."""
+    made = make(tmp_path)
+    tokenizer = Tokenizer.from_file(str(made / "tokenizer.json"))
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(made / "tokenizer.json"))
+    messages = [{"role": "user", "content": words(8, 1)}, {"role": "assistant", "content": words(9, 2)}]
+    text, _ = ChatTemplate(made / "tokenizer.json").conversation(messages, "")
+    corpus = prepare(config(write(tmp_path, [messages]), made), 300, validation=False)
+    tokens = corpus.train[:].tolist()
+    assert tokenizer.decode(tokens, skip_special_tokens=False) == text
+    assert [token for token in tokens if token < len(SPECIAL)] == [0, 3, 1, 3]
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": text}) + "\n")
+    corpus = prepare(config(path, made, format=None), 300, validation=False)
+    tokens = corpus.train[:].tolist()
+    assert [token for token in tokens if token < len(SPECIAL)] == [3], "the end of the document"
+    assert tokenizer.decode(tokens[:-1]) == text
 
 
 def test_records_of_text_may_be_kept_whole_too(tmp_path: Path) -> None:

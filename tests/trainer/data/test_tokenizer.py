@@ -56,6 +56,20 @@ def test_training_again_gives_the_same_tokenizer(tokenizer):
     assert train_tokenizer([CODE * 20, "naïve 八卦炉 " * 20], 320).to_str() == tokenizer.to_str()
 
 
+def test_a_stored_tokenizer_reads_special_tokens_of_prompts_and_whole_texts(tokenizer, tmp_path):
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=40)
+    tokenizer.save(str(tmp_path / "t.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    expected = tokenizer.encode("return self.x").ids
+    for special in (False, True):
+        stored = load_tokenizer(tmp_path / "t.json", special_tokens=special)
+        assert stored.encode("return self.x").ids == expected
+        assert next(iter(stored.encode_batch_fast(["return self.x", "a"]))).ids == expected
+        assert (stored.encode(f"{END_OF_FILE}return self.x").ids == [END_OF_FILE_TOKEN, *expected]) == special
+
+
 def test_a_stored_tokenizer_reads_the_end_token_as_text_too(tokenizer, tmp_path):
     tokenizer.save(str(tmp_path / "t.json"))
     stored = load_tokenizer(tmp_path / "t.json")
