@@ -24,7 +24,8 @@ class RunDirectory:
 
     @property
     def tokenizer(self) -> Path:
-        """File with the tokenizer of the run's text; none if its tokens stand for no text."""
+        """File with the tokenizer of the run's text; none if its tokens stand for no text. Beside it lie tokenizer_config.json and
+        chat_template.jinja, if the tokenizer was given and has them."""
         return self.path / "tokenizer.json"
 
     @property

@@ -63,7 +63,7 @@ ROOMS = {
     "parallel/pipeline/schedules": (),
     "parallel/planner": ("pipeline",),
     "parallel/simulation": ("pipeline", "pipeline/schedules"),
-    "trainer/conversion": ("models/decoder", "models/hugging_face", "recipe"),
+    "trainer/conversion": ("data", "models/decoder", "models/hugging_face", "optim", "recipe"),
     "trainer/costs": ("data", "models/decoder", "optim", "recipe"),
     "trainer/data": (),
     "trainer/engine": ("models", "models/decoder", "optim", "recipe"),

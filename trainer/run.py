@@ -28,6 +28,7 @@ from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.conversion.origin import keep_origin, values_of
 from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.data.ahead import ReadAhead
+from bagualu.trainer.data.chat import BESIDE_TOKENIZERS
 from bagualu.trainer.data.corpus import Corpus, prepare, show_data
 from bagualu.trainer.engine.local_model import no_values
 from bagualu.trainer.loop import Loop
@@ -72,13 +73,13 @@ def train(
     require_same_recipe(recipe, communicator)
     ledger = open_ledger(recipe, communicator)
     comes = _state_will_be_read(recipe, communicator)
-    state = assemble(recipe, communicator, _corpus(recipe), no_values if comes else values_of(recipe))
+    state = assemble(recipe, communicator, _corpus(recipe), no_values if comes else values_of(recipe, communicator))
     if recipe.model.origin and not comes and communicator.rank == 0:
         keep_origin(recipe)
     _announce(state, communicator, scratch)
     fence = take_checkpoints(state, scratch)
     if communicator.rank == 0:
-        _keep_tokenizer(state.corpus, RunDirectory(recipe.run.dir).tokenizer)
+        _keep_tokenizer(state.corpus, RunDirectory(recipe.run.dir))
     replication = open_replication(state, scratch, fence)
     resumed = _resumed(state, replication, comes, stop)
     if finished := _finished(recipe, resumed.step):
@@ -233,14 +234,18 @@ def _corpus(recipe: Recipe) -> Corpus:
         raise
 
 
-def _keep_tokenizer(corpus: Corpus, path: Path) -> None:
-    """Copies the corpus's tokenizer, if it has one, to `path`, so that texts can be generated wherever the run is. If that fails,
-    it logs a warning."""
+def _keep_tokenizer(corpus: Corpus, run: RunDirectory) -> None:
+    """Copies the corpus's tokenizer, if it has one, and the files that belong to it to the run's directory, so that texts can be
+    generated wherever the run is. If that fails, it logs a warning."""
+    if corpus.tokenizer_path is None:
+        return
+    besides = [(corpus.tokenizer_path.with_name(name), run.tokenizer.with_name(name)) for name in BESIDE_TOKENIZERS]
     try:
-        if corpus.tokenizer_path is not None:
-            write_atomic(path, corpus.tokenizer_path.read_bytes())
+        for there, here in [(corpus.tokenizer_path, run.tokenizer), *besides]:
+            if there == corpus.tokenizer_path or there.is_file():
+                write_atomic(here, there.read_bytes())
     except OSError as error:
-        log.warning("%s cannot be written (%s); `bagualu generate` will only take tokens", path, error.strerror)
+        log.warning("%s cannot be written (%s); `bagualu generate` will only take tokens", run.tokenizer, error.strerror)
 
 
 def _tokens(corpus: Corpus) -> dict[str, int | bool | None]:

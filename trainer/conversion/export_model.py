@@ -19,17 +19,18 @@ from bagualu.fault_tolerance.checkpoint.layout.format import DTYPES
 from bagualu.fault_tolerance.checkpoint.layout.shard import bytes_of, encode_header
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.trainer.conversion.besides import context_length
+from bagualu.trainer.conversion.exported_tokenizer import ExportedTokenizer, find_tokenizer
 from bagualu.trainer.conversion.portions import portions
 from bagualu.trainer.models.decoder.identity import model_of
-from bagualu.trainer.models.hugging_face.config import write_config
-from bagualu.trainer.models.hugging_face.directory import BESIDES, CONFIG, GENERATION, INDEX, SINGLE
+from bagualu.trainer.models.hugging_face.config import OF_TOKENS, POSITIONS, write_config
+from bagualu.trainer.models.hugging_face.directory import BESIDES, CONFIG, GENERATION, INDEX, SINGLE, TOKENIZER, TOKENIZER_CONFIG
 from bagualu.trainer.models.hugging_face.families import family_of
 from bagualu.trainer.models.hugging_face.names import FilePart, parts_of
 
 SHARD_BYTES = 5 * 10**9
 """The most bytes of weights in a file, unless a single tensor has more."""
 EXPORTED = ("float64", "float32", "bfloat16", "float16")
-_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 
 
 def export_model(given: Path, to: Path, dtype: str | None = None) -> dict[str, Any]:
@@ -40,16 +41,17 @@ def export_model(given: Path, to: Path, dtype: str | None = None) -> dict[str, A
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RecipeError(f"{to} exists and is not empty; give another directory, or remove it first")
+    if to.resolve() == Path.cwd():
+        raise RecipeError(f"to={to} is the directory from which this was started, and is replaced; give a new directory")
     checkpoint = Checkpoint(checkpoint_at(given))
     identity = checkpoint.metadata.get("identity") or {}
     model, dtype = model_of(identity), dtype or str(checkpoint.metadata.get("dtype"))
     if dtype not in EXPORTED:
         raise RecipeError(f"dtype={dtype} is unknown; give one of {', '.join(EXPORTED)}")
-    beside = RunDirectory(checkpoint.path.resolve().parent.parent).hugging_face
-    before = json.loads((beside / CONFIG).read_text(encoding="utf-8")) if (beside / CONFIG).is_file() else {}
-    kept = {name: before[name] for name in _KEPT if name in before}
-    length = max(int(identity.get("data.sequence_length", 0)), int(kept.get("max_position_embeddings") or 0)) or 2048
-    config = write_config(model, dtype, {**kept, "max_position_embeddings": length}, length)
+    run = RunDirectory(checkpoint.path.resolve().parent.parent)
+    tokenizer = find_tokenizer(run)
+    positions = context_length(run, int(identity.get("data.sequence_length", 0))) or 2048
+    config = write_config(model, dtype, tokenizer.ids, positions)
     family = family_of(model)
     assert family is not None  # or write_config had raised
     parts = parts_of(model, family)
@@ -58,7 +60,7 @@ def export_model(given: Path, to: Path, dtype: str | None = None) -> dict[str, A
         writing.mkdir(parents=True)
         size = _write_weights(writing, checkpoint, parts, dtype)
         _write_json(writing / CONFIG, config)
-        _write_besides(writing, beside, config)
+        _write_besides(writing, tokenizer, config)
         fsync_directory(writing)
         if to.exists():
             to.rmdir()
@@ -129,13 +131,17 @@ def _values(checkpoint: Checkpoint, part: FilePart) -> Iterator[torch.Tensor]:
         yield values
 
 
-def _write_besides(folder: Path, beside: Path, config: Mapping[str, Any]) -> None:
-    """Copies the files that belong to the model that the run began with; without a file on generation, writes one."""
+def _write_besides(folder: Path, tokenizer: ExportedTokenizer, config: Mapping[str, Any]) -> None:
+    """Copies the tokenizer and the files beside it; writes its configuration and that of generation where there is none."""
     for name in BESIDES:
-        if (beside / name).is_file():
-            shutil.copyfile(beside / name, folder / name)
+        if (tokenizer.folder / name).is_file():
+            shutil.copyfile(tokenizer.folder / name, folder / name)
+    if (folder / TOKENIZER).exists() and not (folder / TOKENIZER_CONFIG).exists():
+        ends = {} if tokenizer.end is None else {"eos_token": tokenizer.end}
+        fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        _write_json(folder / TOKENIZER_CONFIG, {**fixed, **ends, "model_max_length": config[POSITIONS]})
     if not (folder / GENERATION).exists():
-        ids = {name: config[name] for name in _KEPT[:3] if config[name] is not None}
+        ids = {name: config[name] for name in OF_TOKENS if config[name] is not None}
         _write_json(folder / GENERATION, {"_from_model_config": True, **ids})
 
 

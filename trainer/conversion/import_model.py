@@ -21,31 +21,32 @@ from bagualu.trainer.conversion.portions import portions
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.models.hugging_face.directory import HuggingFaceModel, open_model
 from bagualu.trainer.models.hugging_face.read import Reader
+from bagualu.trainer.optim.scaler import LossScaler
 from bagualu.trainer.recipe.compose import save_recipe
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.origin import tokenizer_in
 
-_FIRST_SCALE = {"float16": 2.0**16}
-"""The loss scale of a run that begins (trainer/optim/scaler.py)."""
-
 
 def import_model(source: Path, to: Path) -> dict[str, Any]:
     """Imports the model in the directory `source` as the run `to`, which must be empty or missing: checkpoint 0 with the weights in
-    at least float32 and no moments, config.yaml with the keys of the model and its tokenizer, and copies of its configuration and
-    tokenizer. Returns the path, the number of parameters and the bytes of the weights.
+    at least float32 and no moments, config.yaml with the keys of the model, its tokenizer and sequences as long as its positions,
+    and copies of its configuration and tokenizer. Returns the path, the number of parameters and the bytes of the weights.
 
     Raises RecipeError for a model that the decoder cannot be, and CheckpointError if the run cannot be written.
     """
     run = RunDirectory(to)
+    if to.exists() and not to.is_dir():
+        raise RecipeError(f"{to} is no directory; give one that is empty or missing")
     if to.exists() and any(to.iterdir()):
         raise RecipeError(f"{to} is not empty; give another directory, or remove it first")
     model = open_model(source)
     recipe = Recipe()
     recipe.model, recipe.train.dtype = model.description.model, model.dtype
-    recipe.run.dir, recipe.run.name = str(to), to.name
+    recipe.run.dir, recipe.run.name = str(to), to.resolve().name
     try:
         keep_besides(model, run)
         recipe.data.tokenizer = tokenizer_in(run.hugging_face)
+        recipe.data.sequence_length = model.description.positions or recipe.data.sequence_length
         save_recipe(recipe)
         path = save_alone(run.checkpoints, 0, _pieces(model), metadata_of(recipe, source))
     except BaseException:
@@ -61,7 +62,7 @@ def metadata_of(recipe: Recipe, source: Path) -> dict[str, Any]:
     return {
         "step": 0,
         "updates": 0,
-        "scaler": {"scale": _FIRST_SCALE.get(recipe.train.dtype, 1.0), "good_steps": 0},
+        "scaler": {"scale": LossScaler.for_dtype(recipe.train.dtype).scale, "good_steps": 0},
         "guard": Memory.empty(recipe.guard).as_json(),
         "layout": dict.fromkeys(("data", "tensor", "pipeline", "expert", "context"), 1),
         "engine": recipe.parallel.engine,

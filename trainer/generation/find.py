@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance.checkpoint.layout.directory import latest
-from bagualu.fault_tolerance.checkpoint.layout.format import MANIFEST, step_of
+from bagualu.fault_tolerance.checkpoint.layout.directory import is_checkpoint, latest
 from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.trainer.conversion.besides import context_length
 from bagualu.trainer.data.config import RANDOM, DataConfig
 from bagualu.trainer.recipe.compose import compose, load_recipe, parse
 from bagualu.trainer.recipe.config import Recipe, RunConfig, TrainConfig
@@ -31,6 +31,8 @@ class TrainedModel:
     checkpoint: Path
     tokenizer: Path | None
     """The file of the tokenizer; None if the run keeps none."""
+    context: int
+    """The number of positions that the model knows."""
 
 
 def find_model(given: Path) -> TrainedModel:
@@ -38,9 +40,8 @@ def find_model(given: Path) -> TrainedModel:
     there is none."""
     if not given.exists():
         raise RecipeError(f"{given} does not exist; give the directory of a run, or one of its checkpoints")
-    is_checkpoint = step_of(given) is not None or (given / MANIFEST).exists()
-    run = RunDirectory(given.resolve().parents[1] if is_checkpoint else given)
-    checkpoint = given if is_checkpoint else latest(run.checkpoints)
+    run = RunDirectory(given.resolve().parents[1] if is_checkpoint(given) else given)
+    checkpoint = given if is_checkpoint(given) else latest(run.checkpoints)
     if checkpoint is None and not run.config.exists():
         raise RecipeError(f"{given} is neither a run nor a checkpoint; give the directory of a run, e.g. runs/tiny")
     if checkpoint is None:
@@ -50,7 +51,8 @@ def find_model(given: Path) -> TrainedModel:
         raise RecipeError(f"{checkpoint} is not in a run: {run.config} is missing, which describes its model; put it back")
     files = (run.tokenizer, run.hugging_face / run.tokenizer.name)
     tokenizer = next((file for file in files if file.exists()), None)
-    return TrainedModel(load_recipe(run.config), run.path.resolve(), checkpoint, tokenizer)
+    recipe = load_recipe(run.config)
+    return TrainedModel(recipe, run.path.resolve(), checkpoint, tokenizer, context_length(run, recipe.data.sequence_length))
 
 
 def compose_layout(

@@ -62,6 +62,9 @@ def with_origin(model: ModelConfig, given: Collection[str]) -> ModelConfig:
     moe = found.moe
     if moe.experts:
         moe = replace(moe, balance_loss=model.moe.balance_loss)
+    elif "model.moe.balance_loss" in given:
+        raise RecipeError(f"model.moe.balance_loss={typed(model.moe.balance_loss)} has no effect on the model of model.from="
+                          f"{model.origin}, which has no experts; leave it out")  # fmt: skip
     if "model.moe.bias_rate" in given:
         moe = replace(moe, bias_rate=model.moe.bias_rate)
     return replace(found, origin=model.origin, vocab_multiple=model.vocab_multiple, initial_std=model.initial_std, moe=moe)

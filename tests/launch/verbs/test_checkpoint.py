@@ -14,6 +14,7 @@ from bagualu.fault_tolerance.checkpoint.layout.quarantine import set_aside
 from bagualu.fault_tolerance.checkpoint.saving.save import save
 from bagualu.launch import cli
 from bagualu.parallel.boxes import TensorPiece
+from bagualu.trainer.recipe.compose import load_recipe
 from tests.trainer.models.hugging_face.published import publish
 
 
@@ -107,6 +108,22 @@ def test_a_model_of_hugging_face_comes_in_and_goes_out(tmp_path: Path, capsys: p
     assert 2 * brought["bytes"] == sum(tensor.nbytes for tensor in load_file(tmp_path / "exported/model.safetensors").values())
 
 
+def test_the_directory_where_a_person_is_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish("llama", tmp_path / "published")
+    assert cli.main(["checkpoint", "import", str(tmp_path / "published"), f"to={tmp_path}/run"]) == 0
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    capsys.readouterr()
+    assert cli.main(["checkpoint", "export", str(tmp_path / "run"), "to=."]) == 2
+    assert capsys.readouterr().err == (
+        "bagualu: error: to=. is the directory from which this was started, and is replaced; give a new directory\n"
+    )
+    assert cli.main(["checkpoint", "import", str(tmp_path / "published"), "to=."]) == 0
+    assert load_recipe(tmp_path / "empty/config.yaml").run.name == "empty"
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -115,6 +132,9 @@ def test_a_model_of_hugging_face_comes_in_and_goes_out(tmp_path: Path, capsys: p
         (["import", "PUBLISHED", "to=RUN", "dtype=float32"], "give bagualu checkpoint import HF_DIR to=RUN"),
         (["import", "NONE", "to=RUN"], "NONE is no directory; give that of a model"),
         (["import", "PUBLISHED", "to=PUBLISHED"], "PUBLISHED is not empty; give another directory"),
+        (["import", "PUBLISHED", "to=PUBLISHED/config.json"], "config.json is no directory; give one that is empty or missing"),
+        (["export", "run", "to=PUBLISHED/config.json"], "config.json exists and is not empty; give another directory"),
+        (["export", "run", "to=."], ". exists and is not empty; give another directory"),
         (["export", "PUBLISHED", "to=OTHER"], "PUBLISHED holds no checkpoint; give a run that has saved"),
         (["export", "run", "to=PUBLISHED"], "PUBLISHED exists and is not empty"),
         (["export", "run", "to=OTHER", "dtype=int8"], "dtype=int8 is unknown; give one of float64, float32"),

@@ -1,18 +1,21 @@
 """A run begins with the weights that model.from names, on any layout; the keys of the model come from there."""
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.conversion.export_model import export_model
 from bagualu.trainer.conversion.import_model import import_model
-from bagualu.trainer.conversion.origin import values_of
+from bagualu.trainer.conversion.origin import keep_origin, values_of
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.hugging_face.directory import open_model
 from bagualu.trainer.models.hugging_face.read import Reader
@@ -36,7 +39,7 @@ LAYOUTS = [
 
 
 def begun(communicator: Communicator, recipe: Recipe) -> Any:
-    return pieces_of(assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab), values_of(recipe)))
+    return pieces_of(assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab), values_of(recipe, communicator)))
 
 
 def trained(communicator: Communicator, recipe: Recipe) -> dict[str, Any]:
@@ -141,3 +144,57 @@ def test_text_is_read_with_the_tokenizer_of_the_model(tmp_path: Path) -> None:
     import_model(tmp_path / "published", tmp_path / "imported")
     resumed = compose([f"run.dir={tmp_path}/imported", "checkpoint.resume=true"])
     assert resumed.data.tokenizer == f"{tmp_path}/imported/hugging_face"
+
+
+def opened(communicator: Communicator, recipes: list[Recipe]) -> str:
+    """Returns how a rank is refused."""
+    try:
+        values_of(recipes[communicator.rank], communicator)
+    except (RecipeError, CheckpointError) as error:
+        return str(error)
+    return ""
+
+
+def test_nodes_with_different_files_are_refused_on_every_rank(tmp_path: Path) -> None:
+    """The recipes stand for nodes, which have other files at the same place."""
+    publish("llama", tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    shutil.copytree(tmp_path / "one", tmp_path / "tuned")
+    tensors = load_file(tmp_path / "tuned/model.safetensors")
+    save_file(
+        {name: tensor + (name.endswith("q_proj.weight")) for name, tensor in tensors.items()}, tmp_path / "tuned/model.safetensors"
+    )
+    one, copy, tuned = (compose([*SMALL, f"model.from={tmp_path}/{name}"]) for name in ("one", "copy", "tuned"))
+    assert run("simulated", 2, opened, [one, copy]) == ["", ""]
+    refusals = run("simulated", 3, opened, [one, one, tuned])
+    assert all(
+        "holds another model on the node of rank 2 than on that of rank 0; give every node the same" in text for text in refusals
+    )
+    (tmp_path / "copy/model.safetensors").unlink()
+    (refused,) = set(run("simulated", 2, opened, [one, copy]))
+    assert "copy has neither model.safetensors nor" in refused
+    for number in (1, 2):
+        run("simulated", 1, trained, compose([*SMALL, f"run.seed={number}", f"run.dir={tmp_path}/run{number}"]))
+    runs = [compose([*SMALL, f"model.from={tmp_path}/run{number}"]) for number in (1, 2)]
+    assert run("simulated", 2, opened, [runs[0], runs[0]]) == ["", ""]
+    assert all("holds another model on the node of rank 1" in text for text in run("simulated", 2, opened, runs))
+
+
+def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "published")
+    recipe = compose([*SMALL, f"model.from={tmp_path}/published", f"run.dir={tmp_path}/run"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/hugging_face").write_text("in the way")
+    with pytest.raises(
+        RecipeError, match=r"cannot be copied to .*/run/hugging_face \(File exists\); make room there, or give"
+    ) as error:
+        keep_origin(recipe)
+    assert "\n" not in str(error.value)
+
+
+def test_a_weight_of_balance_is_refused_for_a_model_without_experts(tmp_path: Path) -> None:
+    publish("llama", tmp_path)
+    with pytest.raises(
+        RecipeError, match=r"model\.moe\.balance_loss=0\.5 has no effect on the model of model\.from=.*; leave it out"
+    ):
+        compose([*SMALL, f"model.from={tmp_path}", "model.moe.balance_loss=0.5"])
