@@ -14,7 +14,7 @@ from bagualu.trainer.costs.fits import check_memory, device_of
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.choose_backend import Choice
-from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.recipe.compose import compose, require_resumed_run
 from bagualu.trainer.recipe.config import Recipe
 
 
@@ -30,6 +30,7 @@ def train(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
             return run(recipe, workers, entrypoint, request.json, stop)
 
     if not request.multirun:
+        require_resumed_run(request.overrides)
         recipe = compose(request.overrides, SEVERAL[request.verb])
         _check(recipe)
         storage_probe.check(recipe)

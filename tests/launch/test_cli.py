@@ -11,7 +11,7 @@ from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.launch import cli
 from bagualu.launch.verbs.usage import VERBS
 from bagualu.trainer.recipe import preflight
-from bagualu.trainer.recipe.compose import compose, save_recipe
+from bagualu.trainer.recipe.compose import compose, require_resumed_run, save_recipe
 
 
 def refused(capsys, *words):
@@ -163,6 +163,20 @@ def test_a_run_is_not_overwritten(capsys, tmp_path):
     line = refused(capsys, "train", a_run(tmp_path / "run"))
     assert "checkpoint.resume=true" in line
     assert f"run.dir={tmp_path}/run-2" in line
+
+
+def test_a_run_that_is_not_there_is_not_gone_on_with(capsys, tmp_path, monkeypatch):
+    """A name typed wrongly would else begin a run with the recipe that is the default."""
+    monkeypatch.chdir(tmp_path)
+    assert refused(capsys, "train", "run.dir=runs/typo", "checkpoint.resume=true", "train.steps=9") == (
+        "bagualu: error: run.dir=runs/typo holds no run to go on with (config.yaml is missing); give the directory of a run, or "
+        "recipe=NAME to begin one there\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+    require_resumed_run(["run.dir=runs/typo", "checkpoint.resume=true", "recipe=tiny"])
+    require_resumed_run(["run.dir=runs/typo", "checkpoint.resume=false"])
+    require_resumed_run(["checkpoint.resume=true"])
+    require_resumed_run([a_run(tmp_path / "run"), "checkpoint.resume=true"])
 
 
 def test_a_run_does_not_go_on_with_another_model(capsys, tmp_path):

@@ -80,15 +80,30 @@ def compose(overrides: Sequence[str], several: str = ONE_VALUE, base: Recipe | N
     return recipe
 
 
-def _recipe_of_resumed_run(parsed: Sequence[Override]) -> Recipe | None:
-    """Returns the recipe in config.yaml of the run that the overrides resume: they give its run.dir and checkpoint.resume=true, and
-    choose no recipe, model or data by name. None otherwise, or if there is no such file. Raises RecipeError."""
+def require_resumed_run(overrides: Sequence[str]) -> None:
+    """Raises RecipeError if `overrides` take their recipe from a run that is not there: nobody means to begin one with the recipe
+    that is the default then."""
+    config = _config_of_resumed_run(parse(overrides))
+    if config is not None and not config.is_file():
+        raise RecipeError(f"run.dir={config.parent} holds no run to go on with ({config.name} is missing); give the directory of a "
+                          "run, or recipe=NAME to begin one there")  # fmt: skip
+
+
+def _config_of_resumed_run(parsed: Sequence[Override]) -> Path | None:
+    """Returns config.yaml of the run that the overrides resume, whether or not it exists: they give its run.dir and
+    checkpoint.resume=true, and choose no recipe, model or data by name. None otherwise."""
     values = {override.key_or_group: override.value() for override in parsed}
     run_dir = values.get("run.dir")
     if values.get("checkpoint.resume") is not True or not isinstance(run_dir, str) or values.keys() & {*GROUPS}:
         return None
-    config = RunDirectory(os.path.expanduser(run_dir)).config
-    if not config.is_file():
+    return RunDirectory(os.path.expanduser(run_dir)).config
+
+
+def _recipe_of_resumed_run(parsed: Sequence[Override]) -> Recipe | None:
+    """Returns the recipe of the run that the overrides resume (`_config_of_resumed_run`); None if there is no such run. Raises
+    RecipeError."""
+    config = _config_of_resumed_run(parsed)
+    if config is None or not config.is_file():
         return None
     recipe = load_recipe(config)
     if recipe.comm.backend in ("gloo", "nccl"):  # perhaps what took the place of auto, which keeps it where this machine can
