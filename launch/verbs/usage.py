@@ -164,10 +164,11 @@ Prints the loss (nats per token), perplexity and bits per byte of the model of a
 one that is given. Without data.source on the text that the run kept for validation, with it on all of that text.
 
 keys:
-  data.source            a text file or a folder of text files
+  data.source            a text file or a folder of text files, records with text, or files of token ids
   sequences              the most sequences to evaluate, spread evenly; default: all (of random tokens, 64)
-  data.sequence_length   default: as the run was trained
-  data.cache train.micro_batch                                       as in the run
+  data.sequence_length   default: as the run was trained; for other text the model's context, at most all of the text
+  data.cache             where other text is prepared; default: as in the run
+  train.micro_batch      default: as in the run
   parallel.tensor parallel.pipeline parallel.expert parallel.data    a layout, by default one process
   train.dtype                                                        default: that of the run
   comm.backend comm.device comm.timeout_seconds                      as in a run

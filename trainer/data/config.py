@@ -146,7 +146,7 @@ class DataConfig:
     def of_other_source(self) -> "DataConfig":
         """Returns the section for its source, without what the keys say of another: as the source shows itself, as one stream."""
         nothing: dict[str, Any] = dict.fromkeys(("format", "token_dtype", "tokenizer", "end_token", "validation"))
-        return replace(self, **nothing, field="text", packing=STREAM, blend=[])
+        return replace(self, **nothing, field="text", packing=STREAM, blend=[], split=SPLITS[0])
 
     def without_text(self) -> "DataConfig":
         """Returns a section for random tokens, in sequences and batches of the same size."""

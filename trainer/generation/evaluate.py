@@ -6,21 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.trainer.data.batches import Batches
-from bagualu.trainer.data.build import documents
-from bagualu.trainer.data.config import RANDOM
-from bagualu.trainer.data.corpus import Corpus, prepare
+from bagualu.trainer.data.config import RANDOM, DataConfig
+from bagualu.trainer.data.corpus import Corpus, cache_folder, prepare
 from bagualu.trainer.data.formats import OF_TOKENS, format_of
-from bagualu.trainer.data.prepared import token_dtype
-from bagualu.trainer.data.records import OF_RECORDS
-from bagualu.trainer.data.sources import find_files
-from bagualu.trainer.data.split import NOTHING
-from bagualu.trainer.data.tokenizer import END_OF_FILE, END_OF_FILE_TOKEN, Encoder, load_tokenizer, token_bytes
 from bagualu.trainer.generation.evaluate_request import EvaluateRequest
 from bagualu.trainer.generation.score import text_loss
 from bagualu.trainer.generation.stages import load_stages
@@ -34,10 +26,11 @@ RANDOM_SEQUENCES = 64
 def evaluate_on_ranks(
     recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], scratch: Path | None = None
 ) -> dict[str, Any]:
-    """Returns what `TextLoss.as_dict` does for the text that the request in run.dir asks for, the number of `sequences` and the
-    `seconds` that they took. Raises RecipeError if there is not one sequence."""
+    """Returns what `TextLoss.as_dict` does for the text that the request in run.dir asks for, the number of `sequences`, their
+    `sequence_length` and the `seconds` that they took. Raises RecipeError if there is not one sequence."""
     request = EvaluateRequest.load(Path(recipe.run.dir))
     corpus = _own(recipe, request) if request.own_data else _other(recipe, request)
+    recipe = replace(recipe, data=_fitting(recipe.data, corpus, request))
     batches = Batches(corpus, recipe.data, recipe.run.seed)
     have = batches.validation_count
     count = min(have, request.sequences or (RANDOM_SEQUENCES if recipe.data.source == RANDOM else have))
@@ -48,7 +41,17 @@ def evaluate_on_ranks(
     numbers = [index * have // count for index in range(count)]
     started = time.perf_counter()
     loss = text_loss(stages, lambda number: batches.validation(number, 1), numbers, corpus.token_bytes)
-    return {**loss.as_dict(), "sequences": count, "seconds": time.perf_counter() - started}
+    about = {"sequences": count, "sequence_length": recipe.data.sequence_length}
+    return {**loss.as_dict(), **about, "seconds": time.perf_counter() - started}
+
+
+def _fitting(data: DataConfig, corpus: Corpus, request: EvaluateRequest) -> DataConfig:
+    """Returns the section with sequences as long as the model's context, or as other text if that is shorter; with their length as
+    it is if it was given, and for the text of the run."""
+    if request.context is None:
+        return data
+    longest = request.context if data.source == RANDOM else min(request.context, len(corpus.validation) - 1)
+    return replace(data, sequence_length=max(1, longest))
 
 
 def _own(recipe: Recipe, request: EvaluateRequest) -> Corpus:
@@ -66,28 +69,16 @@ def _own(recipe: Recipe, request: EvaluateRequest) -> Corpus:
 
 
 def _other(recipe: Recipe, request: EvaluateRequest) -> Corpus:
-    """Returns all text of data.source, in the tokens of the run's tokenizer. Raises RecipeError without one."""
-    vocab, source = recipe.model.vocab, recipe.data.source
-    if source == RANDOM:
-        return prepare(recipe.data, vocab)
-    kind = format_of(source, None, [request.run_dir])
-    if kind in OF_TOKENS:
-        return _all_of(prepare(recipe.data, vocab, validation=False, run_dir=request.run_dir))
-    if request.tokenizer is None:
-        raise RecipeError(f"data.source={source} is text, and the run of {request.checkpoint} keeps no tokenizer.json to read it "
-                          "with; leave data.source out")  # fmt: skip
-    tokenizer = load_tokenizer(Path(request.tokenizer))
-    if kind in OF_RECORDS or tokenizer.token_to_id(END_OF_FILE) != END_OF_FILE_TOKEN:  # not one that was trained here
-        own = replace(recipe.data, tokenizer=request.tokenizer, format=kind)
-        return _all_of(prepare(own, vocab, validation=False, run_dir=request.run_dir))
-    encoder, dtype = Encoder(tokenizer, token_dtype(vocab)), np.dtype(token_dtype(vocab))
-    end = np.array([END_OF_FILE_TOKEN], dtype).tobytes()
-    texts = documents(find_files(source, [request.run_dir]), NOTHING, source)
-    joined = b"".join(b"".join(map(encoder.encode, text.part.pieces())) + end for text in texts)
-    tokens = np.frombuffer(joined, dtype)
-    return Corpus(vocab, tokens, tokens, token_bytes(tokenizer), "", Path(request.tokenizer), NOTHING.kind)
-
-
-def _all_of(corpus: Corpus) -> Corpus:
-    """Returns the corpus with all tokens for validation."""
+    """Returns all text of data.source, in the tokens of the run's tokenizer, with all tokens for validation. Raises RecipeError
+    without a tokenizer."""
+    data, vocab = recipe.data, recipe.model.vocab
+    if data.source == RANDOM:
+        return prepare(data, vocab)
+    kind = format_of(data.source, None, [str(cache_folder(data)), request.run_dir])
+    if kind not in OF_TOKENS:
+        if request.tokenizer is None:
+            raise RecipeError(f"data.source={data.source} is text, and the run of {request.checkpoint} keeps no tokenizer.json to "
+                              "read it with; leave data.source out")  # fmt: skip
+        data = replace(data, tokenizer=request.tokenizer)
+    corpus = prepare(replace(data, format=kind), vocab, validation=False, run_dir=request.run_dir)
     return replace(corpus, validation=corpus.train)

@@ -19,6 +19,8 @@ class EvaluateRequest:
     """Whether the text is that of the run: of this, what the run kept for validation is evaluated, of other text all."""
     kept: bool
     """Whether the run keeps text for validation."""
+    context: int | None
+    """The most tokens of a sequence, for text whose length decides how long sequences are; None: data.sequence_length is."""
     sequences: int | None
     """The most sequences to evaluate, spread evenly over all; None: all."""
 

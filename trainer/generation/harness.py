@@ -7,6 +7,7 @@ print(lm_eval.simple_evaluate(HarnessModel("runs/tiny"), tasks=["hellaswag"])["r
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ _MAX_NEW_TOKENS = 256
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no types
     """The model of a run or a checkpoint, computed in this process."""
 
-    def __init__(self, given: str, batch: int = 8, dtype: str | None = None) -> None:
-        """`batch`: the most sequences that are computed together. `dtype`: as train.dtype; left out, that of the run. Raises
-        RecipeError."""
+    def __init__(self, given: str, batch: int = 8, dtype: str | None = None, max_length: int | None = None) -> None:
+        """`batch`: the most sequences that are computed together. `dtype`: as train.dtype; left out, that of the run. `max_length`:
+        the most tokens of a window of a long text; left out, all positions that the model knows. Raises RecipeError."""
         super().__init__()
+        for name, value in (("batch", batch), ("max_length", max_length)):
+            if value is not None and value < 1:
+                raise RecipeError(f"{name}={value} must be at least 1; give e.g. {name}=8, or leave it out")
         trained = find_model(Path(given).expanduser())
         if trained.tokenizer is None:
             raise RecipeError(f"{given} keeps no tokenizer.json, and the harness gives text; train on text")
@@ -44,7 +48,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
         (self._stages,) = simulated.run(
             1, lambda rank: load_stages(self._recipe, rank, trained.checkpoint), threads=torch.get_num_threads(), device=device
         )
-        self._text, self._batch = load_tokenizer(trained.tokenizer), batch
+        self._text, self._batch = load_tokenizer(trained.tokenizer, special_tokens=True), batch
+        self._length = trained.context if max_length is None else max_length
         end = end_token_of(self._text, trained.tokenizer)
         if end is None:
             raise RecipeError(f"{trained.tokenizer} does not say which token ends a document, which the harness needs")
@@ -59,11 +64,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
         return tokens
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-likelihood of each text, in windows as long as the sequences that the model was trained on."""
+        """Returns the log-likelihood of each text, in windows as long as the model's context, or `max_length`."""
         totals = []
         for request in requests:
-            tokens, length = self.tok_encode(request.args[0]), self._recipe.data.sequence_length
-            windows = map(make_disjoint_window, get_rolling_token_windows(tokens, self.eot_token_id, length, 1))
+            tokens = self.tok_encode(request.args[0])
+            windows = map(make_disjoint_window, get_rolling_token_windows(tokens, self.eot_token_id, self._length, 1))
             totals.append(sum(value for value, _ in self._score(list(windows))))
         return totals
 
@@ -99,9 +104,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
         return results
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        return [self._continue(*request.args) for request in requests]
+        """Returns what follows each context. Requests in a row with the same options are computed in batches."""
+        texts: list[str] = []
+        for options, alike in groupby(requests, lambda request: request.args[1]):
+            contexts = [request.args[0] for request in alike]
+            for start in range(0, len(contexts), self._batch):
+                texts += self._continue(contexts[start : start + self._batch], options, len(texts))
+        return texts
 
-    def _continue(self, context: str, options: dict[str, Any]) -> str:
+    def _continue(self, contexts: Sequence[str], options: dict[str, Any], first: int) -> list[str]:
+        """Returns what follows each of `contexts`; `first` is the number of the first of them among all requests."""
         until = options.get("until") or []
         sampling = Sampling(
             max_new_tokens=options.get("max_gen_toks", _MAX_NEW_TOKENS),
@@ -110,10 +122,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
             stop=(until,) if isinstance(until, str) else tuple(filter(None, until)),
         )
         sampling.validate()
-        prompt = self.tok_encode(context) or [self.eot_token_id]
+        prompts = [self.tok_encode(context) or [self.eot_token_id] for context in contexts]
         if most := self._recipe.model.max_positions:
-            prompt = prompt[-max(1, most - sampling.max_new_tokens) :]
-        require_tokens([prompt], sampling, self._recipe.model)
-        text = GrowingText(self._text, prompt, sampling.max_new_tokens, sampling.stop, self.eot_token_id)
-        generate(self._stages, [prompt], [text], sampling)
-        return text.text or ""
+            prompts = [prompt[-max(1, most - sampling.max_new_tokens) :] for prompt in prompts]
+        require_tokens(prompts, sampling, self._recipe.model)
+        texts = [GrowingText(self._text, prompt, sampling.max_new_tokens, sampling.stop, self.eot_token_id) for prompt in prompts]
+        generate(self._stages, prompts, texts, sampling, first)
+        return [text.text or "" for text in texts]

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from bagualu.comm import simulated
 from bagualu.launch.cli import main
 from bagualu.launch.verbs.usage import _OPTIONS, page
+from bagualu.trainer.data import corpus
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer
 from bagualu.trainer.generation.find import compose_layout, find_model
 from bagualu.trainer.generation.stages import load_stages
@@ -101,6 +103,33 @@ def test_on_other_text_all_of_it_is_read_with_the_tokenizer_of_the_run(here, cap
     assert (found["loss"], found["bits_per_byte"]) == (pytest.approx(loss, rel=1e-9), pytest.approx(bits, rel=0.01))
     assert found["source"] == "my_texts"
     assert document(capsys, "runs/unkept", "data.source=my_texts")["loss"] != found["loss"]
+
+
+def test_other_text_is_prepared_once_for_all_ranks_and_kept(here, capsys, tmp_path, monkeypatch):
+    built, plain = [], corpus.build_records
+    monkeypatch.setattr(corpus, "build_records", lambda *args: built.append(args) or plain(*args))
+    words = ["runs/tiny", "data.source=my_texts", f"data.cache={tmp_path}/cache"]
+    first = document(capsys, *words, "parallel.data=3", "comm.backend=simulated")
+    assert len(built) == 1
+    assert len(list((tmp_path / "cache").glob("*/train.bin"))) == 1
+    assert document(capsys, *words)["loss"] == pytest.approx(first["loss"], rel=1e-9)
+    assert len(built) == 1
+
+
+def test_sequences_are_as_long_as_the_context_or_the_text(here, capsys, tmp_path):
+    """The context is that of the model of Hugging Face with which a run began, if that is longer than the run's sequences."""
+    shutil.copytree(here / "runs/tiny", tmp_path / "run")
+    (tmp_path / "run/hugging_face").mkdir()
+    (tmp_path / "run/hugging_face/config.json").write_text('{"max_position_embeddings": 50}')
+    assert document(capsys, f"{tmp_path}/run", "data.source=my_texts")["sequence_length"] == 50
+    assert document(capsys, f"{tmp_path}/run", "data.source=my_texts", "data.sequence_length=7")["sequence_length"] == 7
+    assert document(capsys, f"{tmp_path}/run")["sequence_length"] == LENGTH, "as it was trained"
+    (tmp_path / "short.txt").write_text("a short text")
+    short = document(capsys, f"{tmp_path}/run", f"data.source={tmp_path}/short.txt")
+    tokens = load_tokenizer(here / "runs/tiny/tokenizer.json").encode("a short text").ids
+    assert (short["sequences"], short["sequence_length"], short["tokens"]) == (1, len(tokens), len(tokens))
+    np.arange(30, dtype=np.uint16).tofile(tmp_path / "ids.bin")
+    assert document(capsys, f"{tmp_path}/run", f"data.source={tmp_path}/ids.bin")["sequence_length"] == 29
 
 
 def test_random_tokens_have_a_loss_and_no_bytes(here, capsys):

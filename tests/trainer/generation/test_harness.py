@@ -20,6 +20,7 @@ from tests.parity import small_recipe
 
 pytest.importorskip("lm_eval")
 
+from bagualu.trainer.generation import harness
 from bagualu.trainer.generation.harness import HarnessModel
 
 SEQUENCE = 8
@@ -78,6 +79,51 @@ def test_a_text_is_scored_in_windows_of_the_length_that_was_trained(model: Harne
         first = max(0, start + len(scored) - SEQUENCE)
         total += by_hand(model, tokens[first : start + 1 + len(scored)], len(scored))[0]
     assert model.loglikelihood_rolling([asked(text)]) == [pytest.approx(total, rel=1e-9)]
+
+
+def test_windows_are_as_long_as_the_context_or_shorter_if_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    """The context is that of the model of Hugging Face with which a run began, however short its own sequences are."""
+    shutil.copytree(folder / "run", tmp_path / "run")
+    (tmp_path / "run/hugging_face").mkdir()
+    (tmp_path / "run/hugging_face/config.json").write_text(json.dumps({"max_position_embeddings": 20}))
+    text = "Bagualu trains dense and mixture-of-experts decoders over many ranks."
+    for options, length in (({}, 20), ({"max_length": 5}, 5)):
+        model = HarnessModel(str(tmp_path / "run"), **options)
+        tokens, total = [0, *model.tok_encode(text)], 0.0
+        assert len(tokens) > 2 * length
+        for start in range(0, len(tokens) - 1, length):
+            scored = tokens[start + 1 : start + 1 + length]
+            first = max(0, start + len(scored) - length)
+            total += by_hand(model, tokens[first : start + 1 + len(scored)], len(scored))[0]
+        assert model.loglikelihood_rolling([asked(text)]) == [pytest.approx(total, rel=1e-9)]
+
+
+def test_special_tokens_of_a_prompt_are_tokens(model: HarnessModel) -> None:
+    assert model.tok_encode("a<|endoffile|>b") == [*model.tok_encode("a"), 0, *model.tok_encode("b")]
+
+
+@pytest.mark.parametrize("words", [{"batch": 0}, {"max_length": -1}])
+def test_sizes_that_mean_nothing_are_refused(folder: Path, words: dict[str, int]) -> None:
+    with pytest.raises(RecipeError, match=r"must be at least 1; give e\.g\."):
+        HarnessModel(str(folder / "run"), **words)  # type: ignore[arg-type]
+
+
+def test_contexts_are_continued_in_batches_as_they_are_alone(model: HarnessModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy, drawn = {"until": [], "max_gen_toks": 6}, {"until": [], "max_gen_toks": 6, "do_sample": True}
+    contexts = ["the ", "a run of many ranks ", "x", "bagualu train "]
+    requests = [asked(context, options) for options in (greedy, drawn) for context in contexts[: 3 if options is greedy else 4]]
+    sizes, plain = [], harness.generate
+
+    def noted(stages: Any, prompts: Any, *others: Any) -> bool:
+        sizes.append(len(prompts))
+        return plain(stages, prompts, *others)
+
+    monkeypatch.setattr(harness, "generate", noted)
+    together = model.generate_until(requests)
+    assert sizes == [2, 1, 2, 2]
+    monkeypatch.setattr(model, "_batch", 1)
+    assert model.generate_until(requests) == together
+    assert len(set(together)) > 3
 
 
 def test_generation_is_greedy_and_ends_at_a_text(model: HarnessModel) -> None:
