@@ -17,10 +17,12 @@ from torch import nn
 from bagualu.parallel.precision import multiply_dtype
 from bagualu.trainer.models.decoder.layers import Attention, Positions
 from bagualu.trainer.models.decoder.model import Head, LearnedPositions
-from bagualu.trainer.operators.attention import attention_to_seen
+from bagualu.trainer.operators.attention import attention_to_seen, causal_attention
 
 GROWTH = 64
 """Caches grow by this many columns at a time: processors that generate code for each shape of a product then see few shapes."""
+_MASK_ELEMENTS = 2**24
+"""The most elements of a mask: longer prompts are attended to in blocks of their tokens."""
 
 
 class Columns:
@@ -35,33 +37,55 @@ class Columns:
         """The number of columns that the current pass adds: the last of its S."""
         self.positions = padding.new_zeros(0)
         """The position of each token of the current pass in its sequence [B, S], 0 for padding."""
-        self.seen = padding.new_zeros(0, dtype=torch.bool)
-        """Whether each token of the current pass sees each column [B, 1, S, C]."""
-        self.distances = padding.new_zeros(0)
-        """The number of each column minus that of the token's own column [S, C]."""
+        self._own = padding.new_zeros(0)
+        """The column of each token of the current pass [S]; negative for tokens that are not kept."""
+        self._padded = bool(padding.any())
+        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        """What `_seen` returns for all tokens of the current pass, if they are few."""
 
     @property
     def capacity(self) -> int:
         """The number of columns C that caches have in the current pass."""
         return -(-(self.filled + self.added) // GROWTH) * GROWTH
 
+    @property
+    def begins(self) -> bool:
+        """Whether the current pass begins all sequences, in the same column, so that its tokens see each other as in training."""
+        return not self.filled and not self._padded and len(self._own) == self.added
+
     @contextmanager
     def adding(self, added: int, width: int) -> Iterator[None]:
         """Makes the context of a pass over `width` columns of tokens, of which the last `added` continue the sequences. Those
         before them are not kept; their results mean nothing."""
-        self.added = added
-        device, end = self.padding.device, self.filled + added
-        own = torch.arange(end - width, end, device=device)
-        columns = torch.arange(self.capacity, device=device)
-        self.positions = (own - self.padding.unsqueeze(1)).clamp(min=0)
-        self.distances = columns - own.unsqueeze(1)
-        self.seen = ((self.distances <= 0) & (columns >= self.padding.view(-1, 1, 1))).unsqueeze(1)
-        # Padding sees itself, and tokens before the first column see that: the softmax of nothing is not a number, and no weight
-        # of 0 takes such a value out of a sum.
-        self.seen |= self.distances == 0
-        self.seen[..., 0] |= own < 0
+        self.added, self._kept = added, None
+        end = self.filled + added
+        self._own = torch.arange(end - width, end, device=self.padding.device)
+        self.positions = (self._own - self.padding.unsqueeze(1)).clamp(min=0)
         yield
         self.filled = end
+
+    def blocks(self, heads: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Yields ranges of the tokens of the current pass, each with which columns its tokens see [B, 1, R, C] and the number of
+        each column minus that of the token's own [R, C]. A mask of so many tokens for `heads` heads has at most _MASK_ELEMENTS
+        elements, unless R is 1."""
+        count = len(self._own)
+        rows = max(1, _MASK_ELEMENTS // (len(self.padding) * heads * self.capacity))
+        if rows >= count:
+            self._kept = self._kept or self._seen(self._own)
+            yield slice(0, count), *self._kept
+            return
+        for first in range(0, count, rows):
+            yield slice(first, first + rows), *self._seen(self._own[first : first + rows])
+
+    def _seen(self, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        columns = torch.arange(self.capacity, device=own.device)
+        distances = columns - own.unsqueeze(1)
+        seen = ((distances <= 0) & (columns >= self.padding.view(-1, 1, 1))).unsqueeze(1)
+        # Padding sees itself, and tokens before the first column see that: the softmax of nothing is not a number, and no weight
+        # of 0 takes such a value out of a sum.
+        seen |= distances == 0
+        seen[..., 0] |= own < 0
+        return seen, distances
 
 
 class _LayerCache:
@@ -80,9 +104,13 @@ class _LayerCache:
         keys, values = self._kept = self._room(key, dtype)
         new = slice(columns.filled, columns.filled + columns.added)
         keys[:, :, new], values[:, :, new] = key[:, :, -columns.added :], value[:, :, -columns.added :]
-        seen = columns.seen if self._window is None else columns.seen & (columns.distances > -self._window)
-        mixed = attention_to_seen(query.to(dtype), keys, values, seen, columns.distances, slopes)
-        return mixed.to(query.dtype)
+        if columns.begins and (self._window is None or self._window >= columns.added):
+            return causal_attention(query, key, value, slopes, self._window)
+        parts, heads = [], query.shape[1] if slopes is not None else query.shape[1] // key.shape[1]
+        for rows, seen, distances in columns.blocks(heads):
+            visible = seen if self._window is None else seen & (distances > -self._window)
+            parts.append(attention_to_seen(query[:, :, rows].to(dtype), keys, values, visible, distances, slopes))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).to(query.dtype)
 
     def _room(self, like: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys and values with as many columns as the current pass needs; those not filled are zero."""

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bagualu.trainer.models.decoder import cache
 from bagualu.trainer.models.decoder.cache import cached
@@ -54,7 +55,10 @@ def of_cache(model, sequences, parts, width=1):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_without_a_cache(name):
+@pytest.mark.parametrize("elements", [2**24, 1000])
+def test_logits_are_those_without_a_cache(name, elements, monkeypatch):
+    """Also where masks are made for a few tokens at a time."""
+    monkeypatch.setattr(cache, "_MASK_ELEMENTS", elements)
     model = a_model(MODELS[name])
     whole = [torch.randint(50, (length + STEPS,)) for length in LENGTHS]
     with torch.no_grad():
@@ -77,6 +81,31 @@ def test_columns_before_the_tokens_of_a_pass_change_nothing():
         torch.testing.assert_close(wide, narrow, rtol=1e-12, atol=1e-12)
 
 
+class Largest(TorchDispatchMode):
+    """Notes the most elements that a result of an operator has."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return result
+
+
+@pytest.mark.parametrize("name", ["rotary", "window", "window and alibi"])
+@pytest.mark.parametrize("lengths", [(2000,), (2000, 1900)])
+def test_no_mask_is_as_large_as_the_square_of_a_prompt(name, lengths, monkeypatch):
+    monkeypatch.setattr(cache, "_MASK_ELEMENTS", 2**18)
+    model = a_model(replace(MODELS[name], window=MODELS[name].window and 100))
+    with Largest() as largest:
+        of_cache(model, [torch.randint(50, (length,)) for length in lengths], [max(lengths)])
+    assert largest.elements < max(lengths) ** 2 / 4
+
+
 def test_a_cache_grows_while_it_is_in_use_and_its_padding_is_never_seen(monkeypatch):
     model = a_model(MODELS["rotary"])
     whole = [torch.randint(50, (length,)) for length in (9, 5)]
@@ -94,7 +123,8 @@ def test_caches_have_a_multiple_of_64_columns():
     columns = cache.Columns(torch.tensor([0]))
     for added, capacity in ((1, 64), (63, 64), (1, 128), (200, 320)):
         with columns.adding(added, added):
-            assert (columns.capacity, columns.seen.shape[-1]) == (capacity, capacity)
+            (block,) = columns.blocks(1)
+            assert (columns.capacity, block[1].shape[-1]) == (capacity, capacity)
 
 
 def test_half_precision_is_close():
