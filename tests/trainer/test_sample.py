@@ -1,11 +1,15 @@
 """Samples during training: the same text on every layout and engine, and a state that does not feel them."""
 
 import shutil
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from bagualu.comm.group import Communicator
+from bagualu.parallel.config import ParallelConfig
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.data.tokenizer import load_tokenizer
 from bagualu.trainer.recipe.config import Recipe
@@ -37,6 +41,13 @@ def trained(communicator: Communicator, recipe: Recipe) -> float:
     return float(whole_run.train(recipe, communicator)["loss"])
 
 
+def sampled(communicator: Communicator, recipe: Recipe) -> tuple[float, list[str]]:
+    """The loss and what was printed, in a process of its own."""
+    with redirect_stderr(StringIO()) as err, patch.object(whole_run, "matmul_ceiling", lambda *_: 1e9):
+        loss = trained(communicator, recipe)
+    return loss, samples(err.getvalue())
+
+
 def samples(err: str) -> list[str]:
     """The first line of each sample, and the indented lines below it."""
     found: list[str] = []
@@ -64,6 +75,26 @@ def test_samples_come_every_so_often_and_at_the_end_alike_on_every_layout(
     quiet = recipe_in(tmp_path / "quiet", text, train__sample_every=0)
     assert run("simulated", 1, trained, quiet) == [loss], "bit for bit"
     assert samples(capfd.readouterr().err) == []
+
+
+ENGINES: list[dict[str, object]] = [
+    {"parallel__engine": "fsdp", "parallel__data": 2},
+    {"parallel__engine": "fsdp", "parallel__data": 2, "parallel__pipeline": 2, "parallel__schedule": "gpipe"},
+    {"parallel__engine": "deepspeed", "parallel__data": 2, "parallel__zero": 1},
+    {"parallel__engine": "deepspeed", "parallel__data": 2, "parallel__zero": 3},
+]
+
+
+@pytest.mark.parametrize("layout", ENGINES, ids=str)
+def test_other_engines_make_up_the_same_samples_and_train_on(tmp_path: Path, text: Path, layout: dict[str, object]) -> None:
+    dtype = "float32" if layout["parallel__engine"] == "deepspeed" else "float64"
+    fixed = {"train__dtype": dtype, "parallel__bucket_bytes": ParallelConfig.bucket_bytes}
+    ((loss, wanted),) = run("gloo", 1, sampled, recipe_in(tmp_path / "alone", text, **fixed))
+    assert len(wanted) >= 4
+    recipe = recipe_in(tmp_path / "run", text, **fixed, **layout)
+    found = run("gloo", recipe.world_size(), sampled, recipe)
+    assert [lines for _, lines in found] == [wanted] + [[]] * (recipe.world_size() - 1)
+    assert [loss for loss, _ in found] == pytest.approx([loss] * len(found), rel=1e-9 if dtype == "float64" else 2e-5)
 
 
 def test_random_tokens_are_not_shown(tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]) -> None:

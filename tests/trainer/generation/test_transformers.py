@@ -1,5 +1,7 @@
 """Greedy tokens are those that transformers generates with the same weights, for prompts of unequal length in one batch."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,14 +13,19 @@ from bagualu.trainer.generation.request import Sampling
 from bagualu.trainer.generation.stages import Stages
 from bagualu.trainer.generation.text import GrowingText
 from bagualu.trainer.models.decoder.model import Decoder
+from bagualu.trainer.models.hugging_face.directory import open_model
 from tests.harness import run
 from tests.parity import small_recipe
+from tests.trainer.models.hugging_face.published import NAMES, InFloat64, publish
+from tests.trainer.models.hugging_face.test_parity import decoder
 
 transformers = pytest.importorskip("transformers")
 
 PROMPTS = [[5, 17, 40, 3, 3, 9, 60, 2, 2], [1], [33, 34, 35]]
 COUNT = 70
 """Longer than a cache before it grows."""
+FEWER = 24
+"""More than the windows of the families' small models."""
 ATTENTION = {"query": "q", "key": "k", "value": "v", "output": "o"}
 OF_A_LAYER = {
     "attention_norm": "input_layernorm",
@@ -39,11 +46,11 @@ def a_llama() -> torch.nn.Module:
     return model
 
 
-def theirs(model: torch.nn.Module, **options: float) -> list[list[int]]:
+def theirs(model: torch.nn.Module, count: int = COUNT, **options: float) -> list[list[int]]:
     longest = max(map(len, PROMPTS))
     rows = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
-    tokens = model.generate(rows, attention_mask=mask, max_new_tokens=COUNT, do_sample=False, **options)  # type: ignore[operator]
+    tokens = model.generate(rows, attention_mask=mask, max_new_tokens=count, do_sample=False, **options)  # type: ignore[operator]
     return [row.tolist() for row in tokens[:, longest:]]
 
 
@@ -70,3 +77,30 @@ def test_greedy_tokens_are_those_of_transformers(penalty: float) -> None:
     wanted = theirs(model, repetition_penalty=penalty)
     rows = len(PROMPTS) if penalty == 1 else 1  # transformers penalises padding too, which the longest prompt has none of
     assert found[:rows] == wanted[:rows]
+
+
+def theirs_from(path: Path) -> list[list[int]]:
+    with InFloat64():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        )
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+        return theirs(model, FEWER)
+
+
+def ours_from(communicator: Communicator, path: Path) -> list[list[int]]:
+    model = decoder(path, torch.float64)
+    recipe = small_recipe()
+    recipe.model = open_model(path).description.model
+    texts = [GrowingText(None, prompt, FEWER) for prompt in PROMPTS]
+    stages = Stages(recipe, Mesh.build(Layout(), communicator), model, model)
+    generate(stages, PROMPTS, texts, Sampling(max_new_tokens=FEWER))
+    return [text.tokens for text in texts]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_of_every_family_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    publish(name, tmp_path)
+    (found,) = run("simulated", 1, ours_from, tmp_path)
+    assert found == theirs_from(tmp_path)
+    assert len({token for tokens in found for token in tokens}) > 5, "the tokens vary"
