@@ -83,12 +83,12 @@ def draw(samples: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xticks(worlds[::2], [f"{world:,}" for world in worlds[::2]], fontsize=8)
     axes.set_xlabel("ranks")
     axes.set_ylabel("seconds")
-    axes.set_ylim(bottom=0)
     memory = axes.twinx()
     memory.plot(worlds, [sample["peak_memory_bytes"] / 1e6 for sample in samples], "s--", color="#e08a2c", label="MB of memory")
     memory.set_ylabel("MB")
-    memory.set_ylim(bottom=0)
-    figure.legend(loc="upper left", bbox_to_anchor=(0.12, 0.5), fontsize=8)
+    for scale in (axes, memory):
+        scale.set_ylim(0, 1.15 * scale.get_ylim()[1])
+    figure.legend(loc="upper left", bbox_to_anchor=(0.12, 0.45), fontsize=8)
     figure.tight_layout()
     with rc_context({"svg.hashsalt": "bagualu"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {})
