@@ -55,15 +55,14 @@ def attention(config: ModelConfig, own: Weights, x: torch.Tensor, layer: int) ->
     for head in range(config.heads):
         own_rows = slice(head * width, (head + 1) * width)
         key_rows = slice(head // shared * width, (head // shared + 1) * width)
-        query = turned(config, of_head(config, own, "query", x, own_rows))
-        key = turned(config, of_head(config, own, "key", x, key_rows))
+        query = turned(config, of_head(config, own, "query", x, own_rows), layer)
+        key = turned(config, of_head(config, own, "key", x, key_rows), layer)
         value = linear(own, "attention.value", x, key_rows)
         scores = query @ key.T / math.sqrt(width)
         if config.positions == "alibi":
             scores = scores + slope(config.heads, head) * torch.tensor([[k - q for k in range(len(x))] for q in range(len(x))])
         scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
-        everywhere = config.full_attention_every and (layer + 1) % config.full_attention_every == 0
-        if config.window and not everywhere:
+        if not sees_all(config, layer):
             far = [[q - k >= config.window for k in range(len(x))] for q in range(len(x))]
             scores = scores.masked_fill(torch.tensor(far), -torch.inf)
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
@@ -108,23 +107,47 @@ def slope(heads: int, head: int) -> float:
     return [2 ** (-8 / (2 * below) * (other + 1)) for other in range(0, 2 * below, 2)][head - below]
 
 
-def turned(config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
-    """x [S, D]; with rotary positions, the pair (i, i + D / 2) as one complex number, turned by position * theta^(-2i / D)."""
+def turned(config: ModelConfig, x: torch.Tensor, layer: int) -> torch.Tensor:
+    """x [S, D]; with rotary positions, the pair (i, i + D / 2) as one complex number, turned by position * theta^(-2i / D).
+    Yarn also makes it longer."""
     if config.positions != "rotary":
         return x
     half = config.head_width // 2
     pairs = torch.complex(x[:, :half].contiguous(), x[:, half:].contiguous())
-    speeds = torch.tensor([speed(config, i) for i in range(half)], dtype=torch.float64)
+    speeds = torch.tensor([speed(config, i, layer) for i in range(half)], dtype=torch.float64)
     angles = torch.stack([position * speeds for position in range(len(x))])
-    pairs = pairs * torch.polar(torch.ones_like(angles), angles)
+    stretched = config.rope_scaling == "yarn" and scales(config, layer)
+    length = (config.rope_attention_factor or 0.1 * math.log(config.rope_factor) + 1) if stretched else 1.0
+    pairs = pairs * torch.polar(torch.full_like(angles, length), angles)
     return torch.cat([pairs.real, pairs.imag], -1)
 
 
-def speed(config: ModelConfig, pair: int) -> float:
-    """Returns the angle by which pair `pair` is turned from one position to the next. Scaled as published by Meta."""
+def sees_all(config: ModelConfig, layer: int) -> bool:
+    """Whether tokens of a layer attend to all tokens before them."""
+    everywhere = config.full_attention_every and (layer + 1) % config.full_attention_every == 0
+    return not config.window or bool(everywhere)
+
+
+def scales(config: ModelConfig, layer: int) -> bool:
+    """Whether the speeds of a layer are scaled."""
+    return config.rope_scaling != "none" and (config.rope_scaled_layers == "all" or sees_all(config, layer))
+
+
+def speed(config: ModelConfig, pair: int, layer: int) -> float:
+    """Returns the angle by which pair `pair` is turned from one position to the next. llama3 as published by Meta; yarn by equation
+    (13) of arXiv 2309.00071, with a ramp between the pairs that turn beta_fast and beta_slow times, whose numbers are rounded away
+    from each other."""
     plain = config.rope_theta ** (-2 * pair / config.head_width)
-    if config.rope_scaling == "none":
+    if not scales(config, layer):
         return plain
+    if config.rope_scaling == "linear":
+        return plain / config.rope_factor
+    if config.rope_scaling == "yarn":
+        turning = [math.log(config.rope_original_positions / (2 * math.pi * turns), config.rope_theta) * config.head_width / 2
+                   for turns in (config.rope_beta_fast, config.rope_beta_slow)]  # fmt: skip
+        first, last = max(0, math.floor(turning[0])), math.ceil(turning[1])
+        share = min(1, max(0, (pair - first) / (last - first)))
+        return (1 - share) * plain + share * plain / config.rope_factor
     original, low, high = config.rope_original_positions, config.rope_low_frequency_factor, config.rope_high_frequency_factor
     wavelength = 2 * math.pi / plain
     if wavelength < original / high:

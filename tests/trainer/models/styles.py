@@ -25,5 +25,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 12, "qk_norm": True},
     "no_positions": {"positions": "none"},
     "mistral": {"window": 3, "rope_scaling": "llama3", "rope_original_positions": 20},
-    "olmo3": {"norm_position": "after", "qk_norm": True, "qk_norm_over": "all", "window": 4, "full_attention_every": 2},
-}
+    "olmo3": {"norm_position": "after", "qk_norm": True, "qk_norm_over": "all", "window": 4, "full_attention_every": 2,
+              "rope_scaling": "yarn", "rope_scaled_layers": "full", "rope_original_positions": 20},
+}  # fmt: skip

@@ -12,6 +12,7 @@ from tests.parity import small_recipe
 MOE: dict[str, Any] = {"model__moe__experts": 4, "model__moe__ffn": 8}
 FSDP: dict[str, Any] = {"parallel__engine": "fsdp", "parallel__bucket_bytes": 25 * 2**20}
 LEARNED = {"model__positions": "learned", "model__max_positions": 8}
+YARN: dict[str, Any] = {"model__rope_scaling": "yarn"}
 MUON: dict[str, Any] = {"optim__name": "muon"}
 VECTOR, MATRICES = ({"pattern": pattern, "optimizer": "muon"} for pattern in ("*norm.weight", "*.query.weight"))
 
@@ -144,6 +145,21 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"model__rope_scaling": "llama3", "model__rope_low_frequency_factor": 4.0},
         "give e.g. model.rope_low_frequency_factor=1.0",
         {"model__rope_low_frequency_factor": 1.0},
+    ),
+    (
+        {**YARN, "model__rope_high_frequency_factor": 8.0},
+        "no effect with model.rope_scaling=yarn; change model.rope_scaling or give model.rope_high_frequency_factor=4.0",
+        {"model__rope_scaling": "llama3"},
+    ),
+    ({"model__rope_scaling": "linear", "model__rope_beta_fast": 8.0}, "no effect with model.rope_scaling=linear", YARN),
+    ({**YARN, "model__rope_beta_fast": 1.0}, "give e.g. model.rope_beta_slow=0.25", {"model__rope_beta_slow": 0.25}),
+    ({**YARN, "model__rope_attention_factor": 0.0}, "must be positive, or leave it out", {"model__rope_attention_factor": 1.0}),
+    ({**YARN, "model__rope_theta": 1.0}, "must be above 1 for model.rope_scaling=yarn", {"model__rope_theta": 10.0}),
+    ({**YARN, "model__rope_scaled_layers": "full"}, "no effect with model.window=null", {"model__rope_scaled_layers": "all"}),
+    (
+        {**YARN, "model__rope_scaled_layers": "full", "model__window": 4},
+        "model.rope_scaled_layers=full scales no layer",
+        {"model__full_attention_every": 2},
     ),
     (
         {"model__positions": "none", "model__rope_scaling": "llama3"},

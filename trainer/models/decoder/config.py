@@ -1,7 +1,7 @@
 """The model as a recipe describes it."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from math import lcm
+from math import lcm, log
 from typing import Any
 
 from bagualu.comm.checks import RANGES, refuse_unused, require_at_least, require_at_most, require_representable
@@ -15,10 +15,16 @@ LONGEST_ALIBI = 2**16
 """The most positions that `operators.alibi` tells apart."""
 CHOICES = {"norm": ("rms", "layer"), "activation": ("swiglu", "gelu"),
            "positions": ("rotary", "learned", "alibi", "none"), "bias": ("none", "attention", "all"),
-          "norm_position": ("before", "after"), "qk_norm_over": ("head", "all"), "rope_scaling": ("none", "llama3")}  # fmt: skip
+          "norm_position": ("before", "after"), "qk_norm_over": ("head", "all"),
+           "rope_scaling": ("none", "linear", "llama3", "yarn"), "rope_scaled_layers": ("all", "full")}  # fmt: skip
 """The values of the keys of `model.*` that are names."""
-_SCALING = ("rope_factor", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_positions")
-"""The keys that take effect with model.rope_scaling only."""
+_SCALING = {
+    "linear": ("rope_factor",),
+    "llama3": ("rope_factor", "rope_original_positions", "rope_low_frequency_factor", "rope_high_frequency_factor"),
+    "yarn": ("rope_factor", "rope_original_positions", "rope_beta_slow", "rope_beta_fast", "rope_attention_factor"),
+}
+"""The keys that take effect with each model.rope_scaling, besides rope_scaled_layers."""
+_ROPE = tuple(dict.fromkeys(key for keys in _SCALING.values() for key in keys))
 _RAREST = 10.0
 """No initial weight is further from 0 than this many standard deviations."""
 
@@ -90,17 +96,28 @@ class ModelConfig:
     """learned only: the number of vectors, at least data.sequence_length."""
     rope_theta: float = 10000.0
     rope_scaling: str = "none"
-    """How the angles of rotary positions are changed for sequences longer than those of an earlier training: none | llama3 (slow
-    rotations become slower still by rope_factor, as in Llama 3.1, arXiv 2407.21783)."""
+    """How the angles of rotary positions are changed for sequences longer than those of an earlier training: none | linear (all
+    rotations become slower by rope_factor, arXiv 2306.15595) | llama3 (slow rotations do, as in Llama 3.1, arXiv 2407.21783) | yarn
+    (slow rotations do, and attention becomes sharper, arXiv 2309.00071)."""
+    rope_scaled_layers: str = "all"
+    """With model.rope_scaling and model.window, the layers whose rotations are changed: all | full (those without a window, as in
+    OLMo 3)."""
     rope_factor: float = 8.0
-    """llama3 only: the factor by which slow rotations are slowed down."""
+    """With model.rope_scaling: the factor by which rotations are slowed down."""
     rope_low_frequency_factor: float = 1.0
     """llama3 only: rotations that turn less often than this within rope_original_positions are slowed down by the whole factor."""
     rope_high_frequency_factor: float = 4.0
     """llama3 only: rotations that turn more often than this within rope_original_positions stay as they are; those between the two
     are slowed down in part."""
     rope_original_positions: int = 8192
-    """llama3 only: the length of the sequences of the earlier training."""
+    """llama3 and yarn only: the length of the sequences of the earlier training."""
+    rope_beta_slow: float = 1.0
+    """yarn only: rotations that turn less often than this within rope_original_positions are slowed down by the whole factor."""
+    rope_beta_fast: float = 32.0
+    """yarn only: rotations that turn more often than this within rope_original_positions stay as they are; those between the two
+    are slowed down in part."""
+    rope_attention_factor: float | None = field(default=None, metadata={"example": "1.2"})
+    """yarn only: the factor by which rotated queries and keys are multiplied; left out, 0.1 ln(rope_factor) + 1."""
     window: int | None = field(default=None, metadata={"example": "4096"})
     """The number of latest tokens, its own included, that each token attends to (arXiv 2310.06825, section 2); left out, all."""
     full_attention_every: int | None = field(default=None, metadata={"example": "4"})
@@ -134,6 +151,13 @@ class ModelConfig:
         return self.hidden // self.heads if self.head_dim is None else self.head_dim
 
     @property
+    def rope_amplitude(self) -> float:
+        """The factor by which rotated queries and keys are multiplied."""
+        if self.rope_attention_factor is not None:
+            return self.rope_attention_factor
+        return 0.1 * log(self.rope_factor) + 1 if self.rope_scaling == "yarn" else 1.0  # arXiv 2309.00071, section 3.4
+
+    @property
     def gated(self) -> bool:
         """Whether a feed-forward has a gate, a third matrix."""
         return self.activation == "swiglu"
@@ -148,10 +172,12 @@ class ModelConfig:
 
     def identity(self) -> dict[str, Any]:
         """Returns the values of `model.*`, by recipe key, that must be equal for a checkpoint to fit the model: all keys except
-        model.vocab_multiple and model.from. Those of `renormalise` and `head_dim` are the same whether they were given or left
-        out."""
+        model.vocab_multiple and model.from. Those of `renormalise`, `head_dim` and `rope_attention_factor` are the same whether
+        they were given or left out."""
         own = {f"model.{key}": value for key, value in asdict(self).items() if key not in ("moe", "vocab_multiple", "origin")}
         own["model.head_dim"] = None if self.heads * self.head_width == self.hidden else self.head_width
+        if self.rope_amplitude == replace(self, rope_attention_factor=None).rope_amplitude:
+            own["model.rope_attention_factor"] = None
         moe = asdict(self.moe) | {"renormalise": self.moe.renormalises}
         return own | {f"model.moe.{key}": value for key, value in moe.items()}
 
@@ -165,6 +191,10 @@ class ModelConfig:
         """Returns how many tokens, its own included, a token attends to in `layer` (from 0); None for all."""
         every = self.full_attention_every
         return None if every and (layer + 1) % every == 0 else self.window
+
+    def scales_rotations(self, layer: int) -> bool:
+        """Returns whether the rotations of `layer` (from 0) are changed as `rope_scaling` says."""
+        return self.rope_scaling != "none" and (self.rope_scaled_layers == "all" or self.window_of(layer) is None)
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe.experts > 0 and (layer + 1) % self.moe.every == 0
@@ -226,20 +256,32 @@ class ModelConfig:
                               "out or give model.full_attention_every=2 or more")  # fmt: skip
 
     def _validate_scaling(self) -> None:
-        if self.rope_scaling == "none":
-            return refuse_unused("model", self, list(_SCALING), "model.rope_scaling=none")
+        taking_effect = _SCALING.get(self.rope_scaling, ())
+        refuse_unused("model", self, [key for key in _ROPE if key not in taking_effect], f"model.rope_scaling={self.rope_scaling}")
         require_at_least(1, "model", self, "rope_factor", "rope_original_positions")
-        low, high = self.rope_low_frequency_factor, self.rope_high_frequency_factor
-        if not 0 < low < high:
-            raise RecipeError(f"model.rope_low_frequency_factor={low} must be above 0 and below model.rope_high_frequency_factor="
-                              f"{high}; give e.g. model.rope_low_frequency_factor={abs(high) / 4}")  # fmt: skip
-        return None
+        for slow, fast in (("rope_low_frequency_factor", "rope_high_frequency_factor"), ("rope_beta_slow", "rope_beta_fast")):
+            low, high = getattr(self, slow), getattr(self, fast)
+            if not 0 < low < high:
+                raise RecipeError(f"model.{slow}={low} must be above 0 and below model.{fast}={high}; give e.g. "
+                                  f"model.{slow}={abs(high) / 4}")  # fmt: skip
+        if self.rope_scaling == "yarn" and self.rope_theta <= 1:
+            raise RecipeError(f"model.rope_theta={self.rope_theta} must be above 1 for model.rope_scaling=yarn; give e.g. "
+                              f"model.rope_theta={ModelConfig.rope_theta}")  # fmt: skip
+        if self.rope_attention_factor is not None and self.rope_attention_factor <= 0:
+            raise RecipeError(f"model.rope_attention_factor={self.rope_attention_factor} must be positive, or leave it out")
+        if self.rope_scaling == "none" or self.window is None:
+            without = "rope_scaling=none" if self.rope_scaling == "none" else "window=null"
+            refuse_unused("model", self, ["rope_scaled_layers"], f"model.{without}")
+        elif self.rope_scaled_layers == "full" and self.full_attention_every is None:
+            raise RecipeError("model.rope_scaled_layers=full scales no layer, because all layers have the window; give "
+                              "model.rope_scaled_layers=all, or model.full_attention_every")  # fmt: skip
 
     def _validate_positions(self) -> None:
         if self.positions == "rotary":
             self._validate_scaling()
         else:
-            refuse_unused("model", self, ["rope_theta", "rope_scaling", *_SCALING], f"model.positions={self.positions}")
+            ineffective = ["rope_theta", "rope_scaling", "rope_scaled_layers", *_ROPE]
+            refuse_unused("model", self, ineffective, f"model.positions={self.positions}")
         if self.positions != "learned":
             refuse_unused("model", self, ["max_positions"], f"model.positions={self.positions}")
         elif self.max_positions is None:

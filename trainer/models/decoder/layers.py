@@ -17,7 +17,7 @@ from bagualu.trainer.operators.alibi import Slopes
 from bagualu.trainer.operators.attention import causal_attention
 from bagualu.trainer.operators.linear import linears
 from bagualu.trainer.operators.norm import layer_norm, rms_norm
-from bagualu.trainer.operators.rotary import RotaryPositions, Scaling, rotate
+from bagualu.trainer.operators.rotary import RotaryPositions, Scaling, SlowRotations, Yarn, rotate
 
 gelu = partial(F.gelu, approximate="tanh")
 Attend = Callable[..., torch.Tensor]
@@ -79,7 +79,8 @@ class Attention(nn.Module):
     only, unless `window` is None.
     """
 
-    def __init__(self, config: ModelConfig, window: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, window: int | None = None, scaled: bool = False) -> None:
+        """`window` and `scaled` are `ModelConfig.window_of` and `ModelConfig.scales_rotations` of the layer."""
         super().__init__()
         self.head_dim, self.window, self.norms_all_heads = config.head_width, window, config.qk_norm_over == "all"
         wide, narrow = (heads * config.head_width for heads in (config.heads, config.key_value_heads))
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         self.output = Linear(wide, config.hidden, config.bias == "all")
         normed = (wide, narrow) if self.norms_all_heads else (self.head_dim, self.head_dim)
         self.query_norm, self.key_norm = (RMSNorm(n, config.norm_epsilon) if config.qk_norm else None for n in normed)
-        self.positions: Positions | None = _rotations(config) if config.positions == "rotary" else None
+        self.positions: Positions | None = _rotations(config, scaled) if config.positions == "rotary" else None
         self.slopes = Slopes(config.heads) if config.positions == "alibi" else None
         self.attend: Attend = causal_attention if window is None else partial(causal_attention, window=window)
 
@@ -121,11 +122,17 @@ class Attention(nn.Module):
             self.slopes(self.query.weight.shape[0] // self.head_dim, dtype, device)
 
 
-def _rotations(config: ModelConfig) -> RotaryPositions:
-    scaling = Scaling(
-        config.rope_factor, config.rope_low_frequency_factor, config.rope_high_frequency_factor, config.rope_original_positions
-    )
-    return RotaryPositions(config.head_width, config.rope_theta, None if config.rope_scaling == "none" else scaling)
+def _rotations(config: ModelConfig, scaled: bool) -> RotaryPositions:
+    """`scaled`: whether the layer is one of those whose rotations model.rope_scaling changes."""
+    if not scaled:
+        return RotaryPositions(config.head_width, config.rope_theta)
+    factor, positions = config.rope_factor, config.rope_original_positions
+    scalings = {
+        "linear": Scaling(factor),
+        "llama3": SlowRotations(factor, config.rope_low_frequency_factor, config.rope_high_frequency_factor, positions),
+        "yarn": Yarn(factor, config.rope_beta_slow, config.rope_beta_fast, positions, config.rope_theta),
+    }
+    return RotaryPositions(config.head_width, config.rope_theta, scalings[config.rope_scaling], config.rope_amplitude)
 
 
 def _normed(norms: Sequence[RMSNorm | None], *x: torch.Tensor) -> list[torch.Tensor]:

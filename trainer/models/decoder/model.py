@@ -87,7 +87,7 @@ class Layer(nn.Module):
         super().__init__()
         self.recompute, self.norms_after = recompute, config.norm_position == "after"
         self.attention_norm = norm_of(config)
-        self.attention = Attention(config, config.window_of(index))
+        self.attention = Attention(config, config.window_of(index), config.scales_rotations(index))
         self.feed_forward_norm = norm_of(config)
         mixture = config.is_moe_layer(index)
         self.feed_forward = MixtureOfExperts(config) if mixture else FeedForward(config, config.ffn, bias=config.bias == "all")

@@ -1,12 +1,13 @@
 """Translates config.json of Hugging Face to keys of `model.*` and back. It does not import torch."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
-from bagualu.trainer.models.hugging_face.families import DEFAULTS, FAMILIES, ModelFamily, family_of
+from bagualu.trainer.models.hugging_face.families import DEFAULTS, FAMILIES, FULL, SLIDING, ModelFamily, family_of
+from bagualu.trainer.models.hugging_face.rope import read_rope, write_rope
 
 _NAMES = {
     "num_hidden_layers": "layers", "hidden_size": "hidden", "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
@@ -15,12 +16,6 @@ _NAMES = {
 }  # fmt: skip
 """Maps fields of config.json to keys of `model.*` with the same values."""
 _REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")
-_SCALING = {
-    "factor": "rope_factor",
-    "low_freq_factor": "rope_low_frequency_factor",
-    "high_freq_factor": "rope_high_frequency_factor",
-    "original_max_position_embeddings": "rope_original_positions",
-}
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"), "attention_dropout": (0, None), "pretraining_tp": (1, None), "router_jitter_noise": (0, None),
     "mlp_only_layers": ([], None), "partial_rotary_factor": (1, None), "quantization_config": (None,), "auto_map": (None,),
@@ -39,7 +34,6 @@ _WITHOUT_EFFECT = {*OF_TOKENS, POSITIONS} | {
 """Fields on which the logits of a model do not depend."""
 _READ = {"head_dim", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "sliding_window",
          "use_sliding_window", "max_window_layers", "layer_types", "intermediate_size"}  # fmt: skip
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ def read_config(config: Mapping[str, Any], where: str) -> Description:
     try:
         model = ModelConfig(**_keys(fields, config, family, where))
         model.validate()
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise RecipeError(f"{where} has a value of a wrong kind ({error}); give the file as it was published") from error
     except RecipeError as error:
         raise RecipeError(f"{where} describes no model that can be trained: {error}") from error
@@ -101,7 +95,7 @@ def _keys(fields: Mapping[str, Any], given: Mapping[str, Any], family: ModelFami
     keys: dict[str, Any] = {key: fields[name] for name, key in _NAMES.items() if name in fields}
     window, every = _window(fields, given, family, where)
     keys |= {**family.fixed, "bias": _bias(fields, family, where), "window": window, "full_attention_every": every}
-    keys |= _rope(fields, given, where)
+    keys |= read_rope(given, fields, keys, family, where)
     width = fields.get("head_dim")
     if width is not None and family.head_dim and width * fields["num_attention_heads"] != fields["hidden_size"]:
         keys["head_dim"] = width
@@ -130,42 +124,6 @@ def _bias(fields: Mapping[str, Any], family: ModelFamily, where: str) -> str:
                       "the decoder has only those of Llama with both")  # fmt: skip
 
 
-def _rope(fields: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the keys of rotary positions from the old fields (rope_theta and rope_scaling), the new one (rope_parameters), or
-    both if they agree."""
-    found = list(_ropes(given))
-    old = {"rope_theta": given.get("rope_theta"), **(given.get("rope_scaling") or {})}
-    if not found or any(value is not None for value in old.values()):
-        found.append(old)
-    read = [_rope_keys({**fields, **{key: value for key, value in one.items() if value is not None}}, one, where) for one in found]
-    if any(one != read[0] for one in read):
-        raise RecipeError(f"{where} gives the angles of positions more than once, and not the same (rope_theta, rope_scaling, "
-                          "rope_parameters); the decoder has the same angles in all layers")  # fmt: skip
-    return read[0]
-
-
-def _ropes(given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields what rope_parameters holds: the angles of all layers or, nested, those of each kind of attention."""
-    parameters = given.get("rope_parameters") or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    yield from nested or ([parameters] if parameters else [])
-
-
-def _rope_keys(fields: Mapping[str, Any], own: Mapping[str, Any], where: str) -> dict[str, Any]:
-    kind = own.get("rope_type") or own.get("type") or "default"
-    if kind not in ("default", "llama3") or own.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise RecipeError(f"{where} has rope_type={kind}, partial_rotary_factor={own.get('partial_rotary_factor', 1)}; the decoder "
-                          "has rope_type=default and llama3, over whole heads")  # fmt: skip
-    keys: dict[str, Any] = {"rope_theta": float(fields["rope_theta"])}
-    if kind == "default":
-        return keys
-    values = {"original_max_position_embeddings": fields.get("max_position_embeddings"), **own}
-    if missing := [name for name in _SCALING if values.get(name) is None]:
-        raise RecipeError(f"{where} has rope_type=llama3 without {', '.join(missing)}")
-    scaled = {key: type(getattr(ModelConfig, key))(values[name]) for name, key in _SCALING.items()}
-    return keys | {"rope_scaling": "llama3"} | scaled
-
-
 def _window(fields: Mapping[str, Any], given: Mapping[str, Any], family: ModelFamily, where: str) -> tuple[int | None, int | None]:
     """Returns model.window and model.full_attention_every."""
     size, layers = fields.get("sliding_window"), fields["num_hidden_layers"]
@@ -173,19 +131,19 @@ def _window(fields: Mapping[str, Any], given: Mapping[str, Any], family: ModelFa
         size = None
     kinds = fields.get("layer_types")
     if kinds is None and family.window == "late":
-        kinds = [_SLIDING if layer >= fields.get("max_window_layers", 28) else _FULL for layer in range(layers)]
+        kinds = [SLIDING if layer >= fields.get("max_window_layers", 28) else FULL for layer in range(layers)]
     elif kinds is None and family.window == "layer_types":
-        kinds = [_FULL if (layer + 1) % 4 == 0 else _SLIDING for layer in range(layers)]
+        kinds = [FULL if (layer + 1) % 4 == 0 else SLIDING for layer in range(layers)]
     if size is None:
-        if _SLIDING in (given.get("layer_types") or ()):
+        if SLIDING in (given.get("layer_types") or ()):
             raise RecipeError(f"{where} has layer_types={given['layer_types']} without a sliding_window in use")
         return None, None
-    if kinds is None or set(kinds) == {_SLIDING}:
+    if kinds is None or set(kinds) == {SLIDING}:
         return size, None
-    if set(kinds) == {_FULL}:
+    if set(kinds) == {FULL}:
         return None, None
-    every = kinds.index(_FULL) + 1 if _FULL in kinds else 0
-    if kinds != [_FULL if every and (layer + 1) % every == 0 else _SLIDING for layer in range(layers)]:
+    every = kinds.index(FULL) + 1 if FULL in kinds else 0
+    if kinds != [FULL if every and (layer + 1) % every == 0 else SLIDING for layer in range(layers)]:
         raise RecipeError(f"{where} has a window in layers that model.full_attention_every does not describe: {kinds}")
     return size, every
 
@@ -210,17 +168,7 @@ def write_config(model: ModelConfig, dtype: str, ids: Mapping[str, Any], positio
     fields |= {name: getattr(model.moe, key) for name, key in family.mixture.items()}
     if "norm_topk_prob" in family.mixture:
         fields |= {"norm_topk_prob": model.moe.renormalises, "mlp_only_layers": [], "num_local_experts": model.moe.experts}
-    return fields | _window_fields(model, family) | _rope_fields(model, family)
-
-
-def _rope_fields(model: ModelConfig, family: ModelFamily) -> dict[str, Any]:
-    angles: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_type": "default"}
-    scaling = None
-    if model.rope_scaling != "none":
-        scaling = {"rope_type": model.rope_scaling, **{name: getattr(model, key) for name, key in _SCALING.items()}}
-        angles |= scaling
-    both = {_SLIDING: dict(angles), _FULL: dict(angles)} if family.window == "layer_types" else angles
-    return {"rope_theta": model.rope_theta, "rope_scaling": scaling, "rope_parameters": both}
+    return fields | _window_fields(model, family) | write_rope(model, family)
 
 
 def _window_fields(model: ModelConfig, family: ModelFamily) -> dict[str, Any]:
@@ -231,7 +179,7 @@ def _window_fields(model: ModelConfig, family: ModelFamily) -> dict[str, Any]:
     if family.model_type.startswith("qwen"):
         fields["use_sliding_window"] = model.window is not None
     if family.window in ("late", "layer_types"):
-        fields["layer_types"] = [_FULL if window is None else _SLIDING for window in windows]
+        fields["layer_types"] = [FULL if window is None else SLIDING for window in windows]
     if family.window == "late":
         fields["max_window_layers"] = model.layers if model.window is None else 0
     return fields
@@ -240,7 +188,7 @@ def _window_fields(model: ModelConfig, family: ModelFamily) -> dict[str, Any]:
 def _unusual(model: ModelConfig) -> str:
     plain = ModelConfig()
     names = ("norm", "norm_position", "activation", "positions", "bias", "embedding_norm", "qk_norm", "qk_norm_over", "window",
-             "full_attention_every", "head_dim")  # fmt: skip
+             "full_attention_every", "head_dim", "rope_scaling", "rope_scaled_layers")  # fmt: skip
     values = [f"model.{name}={getattr(model, name)}" for name in names if getattr(model, name) != getattr(plain, name)]
     if model.moe.experts:
         values += [f"model.moe.{name}={getattr(model.moe, name)}"

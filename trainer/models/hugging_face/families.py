@@ -29,6 +29,8 @@ class ModelFamily:
 DEFAULTS: dict[str, Any] = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "initializer_range": 0.02}
 """The values that transformers takes for fields that config.json leaves out."""
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""The kinds of layers that the field layer_types lists."""
 _OLMO = {"norm_position": "after", "qk_norm": True, "qk_norm_over": "all"}
 _FAMILIES = (
     ModelFamily("llama", "LlamaForCausalLM"),
@@ -68,6 +70,9 @@ def _describes(family: ModelFamily, model: ModelConfig) -> bool:
     if model.window is not None and family.window == "none":
         return False
     if model.full_attention_every is not None and family.window not in ("layer_types", "late"):
+        return False
+    scaled = model.rope_scaling != "none" and model.window is not None
+    if scaled and (family.window == "layer_types") != (model.rope_scaled_layers == "full"):
         return False
     if bool(model.moe.experts) != bool(family.mixture):
         return False

@@ -38,6 +38,12 @@ VARIANTS = {
     "window_in_some_layers": {"window": 2, "full_attention_every": 2},
     "window_in_some_layers_with_slopes": {"window": 3, "full_attention_every": 3, "positions": "alibi"},
     "scaled_rotations": {"rope_scaling": "llama3", "rope_original_positions": 16, "head_dim": 16},
+    "rotations_all_slower": {"rope_scaling": "linear", "rope_factor": 4.0},
+    "yarn": {"rope_scaling": "yarn", "rope_original_positions": 40, "rope_beta_fast": 4.0, "rope_theta": 100.0, "head_dim": 16},
+    "yarn_in_some_layers": {"rope_scaling": "yarn", "rope_original_positions": 16, "rope_theta": 100.0, "window": 2,
+                            "rope_attention_factor": 1.4, "full_attention_every": 2, "rope_scaled_layers": "full"},
+    "rotations_slower_in_some_layers": {"rope_scaling": "linear", "window": 3, "full_attention_every": 3,
+                                        "rope_scaled_layers": "full"},
     "bias_of_attention": {"bias": "attention", "qk_norm": True},
     "bias_of_all": {"bias": "all"},
     "bias_of_all_but_experts": {"bias": "all", "moe": MoEConfig(experts=4, top_k=2, ffn=6, every=2, shared_experts=1)},
@@ -47,7 +53,7 @@ VARIANTS = {
     "moe_top_1_tied": {"moe": MoEConfig(experts=3, top_k=1, ffn=6), "tie_embeddings": True},
     "moe_all": {"moe": MoEConfig(experts=3, top_k=3, ffn=6)},
     **STYLES,
-}
+}  # fmt: skip
 BATCH, LENGTH = 2, 5
 
 
@@ -232,3 +238,10 @@ def test_attention_and_positions_can_be_replaced(recompute: str) -> None:
         results.append([loss, *(parameter.grad for parameter in model.parameters())])
     for plain, other in zip(*results, strict=True):
         torch.testing.assert_close(other, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_a_default_that_is_given_makes_no_other_model() -> None:
+    yarn = ModelConfig(rope_scaling="yarn", rope_factor=4.0)
+    assert replace(yarn, rope_attention_factor=yarn.rope_amplitude).identity() == yarn.identity()
+    assert replace(yarn, rope_attention_factor=1.0).identity() != yarn.identity()
+    assert replace(yarn, head_dim=64).identity() == yarn.identity()

@@ -22,6 +22,7 @@ SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidd
          "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}  # fmt: skip
 LLAMA31 = {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 16}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
 
@@ -29,21 +30,28 @@ def configs() -> dict[str, PreTrainedConfig]:
     mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
     return {
         "llama": LlamaConfig(**SIZES, **TOKENS, rope_parameters=dict(LLAMA31)),
+        "llama_linear": LlamaConfig(**SIZES, **TOKENS, rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}),
         "llama_with_biases": LlamaConfig(**SIZES, **TOKENS, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
         "mistral": MistralConfig(**SIZES, **TOKENS, sliding_window=5, head_dim=12),
         "qwen2": Qwen2Config(**SIZES, **TOKENS, tie_word_embeddings=True),
+        "qwen2_yarn": Qwen2Config(**SIZES | {"max_position_embeddings": 16}, **TOKENS, rope_parameters={"rope_theta": 1e6, **YARN}),
         "qwen2_with_a_window": Qwen2Config(**SIZES, **TOKENS, use_sliding_window=True, sliding_window=5, max_window_layers=0),
         "qwen3": Qwen3Config(**SIZES, **TOKENS, head_dim=16, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}),
+        "qwen3_yarn": Qwen3Config(**SIZES, **TOKENS, head_dim=16, rope_parameters={"rope_theta": 100.0, **YARN, "beta_fast": 2.0,
+                                  "beta_slow": 0.5, "attention_factor": 1.3}),
         "olmo2": Olmo2Config(**SIZES, **TOKENS),
         "olmo3": Olmo3Config(**SIZES, **TOKENS, sliding_window=5),
+        "olmo3_yarn": Olmo3Config(**SIZES, **TOKENS, sliding_window=5, rope_parameters={
+                                  "full_attention": {"rope_theta": 5e5, **YARN},
+                                  "sliding_attention": {"rope_theta": 5e5, "rope_type": "default"}}),
         "mixtral": MixtralConfig(**SIZES, **TOKENS, num_local_experts=4, num_experts_per_tok=2),
         "qwen3_moe": Qwen3MoeConfig(**SIZES, **TOKENS, **mixture, norm_topk_prob=True),
         "qwen3_moe_in_some_layers": Qwen3MoeConfig(**SIZES, **TOKENS, **mixture, decoder_sparse_step=2),
-    }
+    }  # fmt: skip
 
 
-NAMES = ("llama", "llama_with_biases", "mistral", "qwen2", "qwen2_with_a_window", "qwen3", "olmo2", "olmo3", "mixtral", "qwen3_moe",
-         "qwen3_moe_in_some_layers")  # fmt: skip
+NAMES = ("llama", "llama_linear", "llama_with_biases", "mistral", "qwen2", "qwen2_yarn", "qwen2_with_a_window", "qwen3",
+         "qwen3_yarn", "olmo2", "olmo3", "olmo3_yarn", "mixtral", "qwen3_moe", "qwen3_moe_in_some_layers")  # fmt: skip
 
 
 def publish(name: str, path: Path, dtype: torch.dtype = torch.float32, **how: Any) -> PreTrainedConfig:

@@ -1,7 +1,9 @@
 """A directory that does not hold a model as the decoder knows it is refused with what is wrong in it, all of it by name."""
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,12 @@ CASES = {
     "field": (changed(logit_scale=2.0, other=1), "has logit_scale=2.0, other=1, which the decoder does not know"),
     "value": (changed(hidden_act="gelu"), "has hidden_act=gelu, but the decoder has only hidden_act=silu"),
     "quantised": (changed(quantization_config={"bits": 4}), "quantization_config="),
-    "scaling": (changed(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "has rope_type=yarn"),
+    "scaling": (changed(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "has rope_type=dynamic"),
+    "field of a scaling": (changed(rope_parameters={"rope_type": "yarn", "factor": 2.0, "mscale": 0.7, "truncate": False}),
+                           "has mscale=0.7, truncate=False for rope_type=yarn, which the decoder does not know"),
+    "scaling without its factor": (changed(rope_parameters={"rope_type": "linear"}), "has rope_type=linear without factor"),
+    "scaling of a wrong kind": (changed(rope_scaling="yarn"), "has a value of a wrong kind"),
+    "partly rotated": (changed(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "over whole heads"),
     "contradiction": (changed(rope_theta=7.0), "more than once, and not the same"),
     "biases": (changed(attention_bias=True), "attention_bias=True and mlp_bias=False"),
     "lacking field": (changed(hidden_size="left out"), "lacks hidden_size"),
@@ -154,6 +161,20 @@ def test_a_model_of_no_family_is_not_exported(changes: dict[str, Any]) -> None:
         write_config(ModelConfig(**changes), "float32", {}, 64)
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(("sliding", "full"), [(YARN, PLAIN), (PLAIN | {"rope_theta": 1e6}, YARN), (YARN, YARN | {"factor": 8.0})])
+def test_angles_that_differ_in_other_ways_than_olmo3s_are_refused(sliding: Any, full: Any, tmp_path: Path) -> None:
+    publish("olmo3", tmp_path)
+    changed(rope_parameters={"sliding_attention": PLAIN, "full_attention": YARN})(tmp_path)
+    assert open_model(tmp_path).description.model.rope_scaled_layers == "full"
+    changed(rope_parameters={"sliding_attention": sliding, "full_attention": full})(tmp_path)
+    with pytest.raises(RecipeError, match="gives layers with a window other angles of positions than layers without"):
+        open_model(tmp_path)
+
+
 def test_angles_are_written_by_their_old_names_too() -> None:
     config = write_config(ModelConfig(rope_theta=5e5, rope_scaling="llama3"), "bfloat16", {}, 64)
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -161,3 +182,20 @@ def test_angles_are_written_by_their_old_names_too() -> None:
     assert (config["rope_theta"], config["rope_scaling"]) == (5e5, scaling)
     assert config["rope_parameters"] == {"rope_theta": 5e5, **scaling}
     assert (config["torch_dtype"], config["dtype"]) == ("bfloat16", "bfloat16")
+
+
+def test_yarn_is_written_so_that_every_reader_computes_the_same() -> None:
+    """transformers 4.57 takes the factor from the number of positions, and scales OLMo 3 only in layers without a window."""
+    yarn = ModelConfig(rope_scaling="yarn", rope_factor=4.0, rope_original_positions=1000)
+    config = write_config(yarn, "bfloat16", {"max_position_embeddings": 1500}, 64)
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000, "beta_fast": 32.0, "beta_slow": 1.0,
+               "attention_factor": 0.1 * math.log(4.0) + 1}  # fmt: skip
+    assert (config["max_position_embeddings"], config["rope_scaling"]) == (4000, scaling)
+    with pytest.raises(RecipeError, match=r"only models with e\.g\. model\.rope_factor=1\.333 can"):
+        write_config(replace(yarn, rope_factor=4 / 3), "bfloat16", {}, 64)
+    olmo = {"norm_position": "after", "qk_norm": True, "qk_norm_over": "all", "window": 8, "full_attention_every": 2}
+    assert write_config(replace(yarn, **olmo, rope_scaled_layers="full"), "bfloat16", {}, 64)["rope_parameters"] == {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": {"rope_theta": 1e4, **scaling}
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match=r"model\.rope_scaling=yarn"):
+        write_config(replace(yarn, **olmo), "bfloat16", {}, 64)

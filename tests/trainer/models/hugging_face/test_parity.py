@@ -48,12 +48,13 @@ def as_old(path: Path) -> None:
     rope = config.pop("rope_parameters")
     rope = rope.get("full_attention", rope)
     config["rope_theta"] = rope["rope_theta"]
-    config["rope_scaling"] = None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
+    scaling = {("type" if key == "rope_type" else key): value for key, value in rope.items() if key != "rope_theta"}
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
     config["torch_dtype"] = config.pop("dtype", "float32")
     (path / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "olmo3"])
+@pytest.mark.parametrize("name", ["llama", "llama_linear", "qwen2_yarn", "qwen3", "qwen3_yarn", "olmo3", "olmo3_yarn"])
 def test_old_names_of_angles_are_read(name: str, tmp_path: Path) -> None:
     publish(name, tmp_path)
     new = open_model(tmp_path).description.model
