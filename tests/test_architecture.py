@@ -201,6 +201,7 @@ PRIVATE_NAMES_OF_TORCH = {
     "comm/store.py": {"_C", "_distributed_c10d"},  # stores, which torch.distributed re-exports without types
     "launch/workers/elastic_private.py": {"_NodeDesc"},
     "parallel/precision.py": {"_python_dispatch", "_get_current_dispatch_mode"},
+    "trainer/conversion/torch_checkpoint.py": {"_StorageInfo"},
     "trainer/costs/tensor_memory.py": {"_python_dispatch"},
     "trainer/operators/attention.py": {"_softmax_backward_data"},
     "trainer/optim/rules.py": {"_fused_adamw_"},

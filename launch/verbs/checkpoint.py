@@ -53,9 +53,10 @@ def checkpoint(request: CommandLine) -> tuple[int, Any]:
 def _convert(request: CommandLine) -> tuple[int, Any]:
     """Imports or exports a model. Raises RecipeError."""
     what, *rest = request.overrides
-    words = dict(word.split("=", 1) for word in rest if "=" in word and word.split("=", 1)[0] in ("to", "dtype"))
+    known = ("to",) if what == "import" else ("to", "dtype", "format")
+    words = dict(word.split("=", 1) for word in rest if "=" in word and word.split("=", 1)[0] in known)
     paths = [word for word in rest if word.split("=", 1)[0] not in words]
-    if len(paths) != 1 or not words.get("to") or (what == "import" and "dtype" in words) or len(words) + 1 != len(rest):
+    if len(paths) != 1 or not words.get("to") or len(words) + 1 != len(rest):
         example = {"import": "checkpoint import HF_DIR to=RUN", "export": "checkpoint export RUN_OR_CHECKPOINT to=HF_DIR"}[what]
         raise RecipeError(f"checkpoint {what} cannot take {' '.join(rest) or 'nothing'}; give bagualu {example}")
     source, to = (Path(text).expanduser() for text in (paths[0], words["to"]))
@@ -69,7 +70,7 @@ def _convert(request: CommandLine) -> tuple[int, Any]:
         else:
             from bagualu.trainer.conversion.export_model import export_model
 
-            result = export_model(source, to, words.get("dtype"))
+            result = export_model(source, to, words.get("dtype"), words.get("format", "safetensors"))
     except CheckpointError as error:
         raise RecipeError(str(error)) from error
     if not request.json:

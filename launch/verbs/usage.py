@@ -118,13 +118,14 @@ options:
 _CHECKPOINT = """\
 usage: bagualu checkpoint list|verify RUN_DIR|CHECKPOINT [--json]
        bagualu checkpoint import HF_DIR to=RUN_DIR [--json]
-       bagualu checkpoint export RUN_DIR|CHECKPOINT to=HF_DIR [dtype=DTYPE] [--json]
+       bagualu checkpoint export RUN_DIR|CHECKPOINT to=HF_DIR [dtype=DTYPE] [format=FORMAT] [--json]
 
 list    steps, sizes, the layout that wrote them, and problems that a quick look at every file shows
 verify  the same after checking every byte on all cores; names every damaged block, exit code 1 if there is any
 import  a model in the files of Hugging Face becomes a run that has done no step, from which any layout can go on
 export  the weights of a checkpoint, by default the newest of a run, become a model that transformers loads; dtype is
-        float64, float32, bfloat16 or float16, by default that of the training
+        float64, float32, bfloat16 or float16, by default that of the training; format is safetensors, the default, or
+        dcp, a checkpoint that torch.distributed.checkpoint loads into the state of such a model
 
 Give a run directory, or one checkpoint in it (runs/tiny/checkpoints/step-00000010)."""
 

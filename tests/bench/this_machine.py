@@ -73,7 +73,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--entries", nargs="+", metavar="NAME", help="as in throughput.py (default: each axis, each schedule)")
     parser.add_argument("--rounds", type=int, default=3, help="times every case gets its turn (default 3)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps per turn (default 4)")
-    parser.add_argument("--warmup", type=int, default=6, help="untimed steps of each turn (default 6: until freed memory is reused)")
+    parser.add_argument(
+        "--warmup", type=int, default=6, help="untimed steps of each turn (default 6: until freed memory is reused)"
+    )
     parser.add_argument("--quick", action="store_true", help=f"one round of {', '.join(QUICK)}, with bagualu doctor --quick")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="predict with this file in place of running bagualu doctor")
     parser.add_argument("--predict-only", action="store_true", help="measure no steps")

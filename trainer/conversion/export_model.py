@@ -6,6 +6,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,28 @@ from bagualu.fault_tolerance.checkpoint.layout.format import DTYPES
 from bagualu.fault_tolerance.checkpoint.layout.shard import bytes_of, encode_header
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.parallel.boxes import Box
 from bagualu.trainer.conversion.besides import context_length
 from bagualu.trainer.conversion.exported_tokenizer import ExportedTokenizer, find_tokenizer
 from bagualu.trainer.conversion.portions import portions
+from bagualu.trainer.conversion.torch_checkpoint import TorchCheckpoint
 from bagualu.trainer.models.decoder.identity import model_of
 from bagualu.trainer.models.hugging_face.config import OF_TOKENS, POSITIONS, write_config
 from bagualu.trainer.models.hugging_face.directory import BESIDES, CONFIG, GENERATION, INDEX, SINGLE, TOKENIZER, TOKENIZER_CONFIG
 from bagualu.trainer.models.hugging_face.families import family_of
-from bagualu.trainer.models.hugging_face.names import FilePart, parts_of
+from bagualu.trainer.models.hugging_face.names import EMBEDDING, HEAD, FilePart, parts_of, shapes_of
 
 SHARD_BYTES = 5 * 10**9
 """The most bytes of weights in a file, unless a single tensor has more."""
 EXPORTED = ("float64", "float32", "bfloat16", "float16")
+FORMATS = ("safetensors", "dcp")
+"""What an export can be: files as Hugging Face publishes them, or a checkpoint of torch.distributed.checkpoint."""
 
 
-def export_model(given: Path, to: Path, dtype: str | None = None) -> dict[str, Any]:
+def export_model(given: Path, to: Path, dtype: str | None = None, form: str = "safetensors") -> dict[str, Any]:
     """Exports the checkpoint `given`, or the newest of the run `given`, to the new directory `to`, with weights of `dtype`, by
-    default that of the run's training. Returns the path, the number of parameters and the bytes of the weights.
+    default that of the run's training, in the format `form`, one of `FORMATS`. Returns the path, the number of parameters and the
+    bytes of the weights.
 
     Raises RecipeError for a model that no family of transformers describes, and CheckpointError if the checkpoint cannot be read.
     """
@@ -48,17 +54,21 @@ def export_model(given: Path, to: Path, dtype: str | None = None) -> dict[str, A
     model, dtype = model_of(identity), dtype or str(checkpoint.metadata.get("dtype"))
     if dtype not in EXPORTED:
         raise RecipeError(f"dtype={dtype} is unknown; give one of {', '.join(EXPORTED)}")
+    if form not in FORMATS:
+        raise RecipeError(f"format={form} is unknown; give one of {', '.join(FORMATS)}")
     run = RunDirectory(checkpoint.path.resolve().parent.parent)
     tokenizer = find_tokenizer(run)
     positions = context_length(run, int(identity.get("data.sequence_length", 0))) or 2048
     config = write_config(model, dtype, tokenizer.ids, positions)
     family = family_of(model)
     assert family is not None  # or write_config had raised
-    parts = parts_of(model, family)
+    fused = form == "dcp"  # where each tensor has the name and the shape that it has in a model of transformers 5
+    parts = parts_of(model, family, fused)
     writing = to.with_name(f".{to.name}-{secrets.token_hex(4)}")
     try:
         writing.mkdir(parents=True)
-        size = _write_weights(writing, checkpoint, parts, dtype)
+        write = _write_torch_checkpoint if form == "dcp" else _write_weights
+        size = write(writing, checkpoint, parts, dtype)
         _write_json(writing / CONFIG, config)
         _write_besides(writing, tokenizer, config)
         fsync_directory(writing)
@@ -70,7 +80,7 @@ def export_model(given: Path, to: Path, dtype: str | None = None) -> dict[str, A
         raise RecipeError(f"{to} cannot be written ({error.strerror}); make room there or give another directory") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
-    return {"path": str(to), "parameters": sum(prod(part.shape) for part in parts), "bytes": size}
+    return {"path": str(to), "parameters": sum(prod(part.box.shape) for part in parts), "bytes": size}
 
 
 def _write_weights(folder: Path, checkpoint: Checkpoint, parts: list[FilePart], dtype: str) -> int:
@@ -94,7 +104,7 @@ def _shards(parts: list[FilePart], item_bytes: int) -> Iterator[list[FilePart]]:
     shard: list[FilePart] = []
     held = 0
     for part in parts:
-        size = prod(part.shape) * item_bytes
+        size = prod(part.box.shape) * item_bytes
         if shard and held + size > SHARD_BYTES:
             yield shard
             shard, held = [], 0
@@ -114,21 +124,35 @@ def _write_shard(path: Path, checkpoint: Checkpoint, parts: list[FilePart], dtyp
     with durable_file(path) as file:
         write_all(file, encode_header(entries))
         for part in parts:
-            for values in _values(checkpoint, part):
+            for _, values in _values(checkpoint, part):
                 write_all(file, bytes_of(values.to(getattr(torch, dtype))))
 
 
-def _values(checkpoint: Checkpoint, part: FilePart) -> Iterator[torch.Tensor]:
-    """Yields the values of a tensor of the files, a portion at a time, as the checkpoint holds them."""
+def _write_torch_checkpoint(folder: Path, checkpoint: Checkpoint, parts: list[FilePart], dtype: str) -> int:
+    """Writes all tensors as torch.distributed.checkpoint loads them; returns their bytes. A tied head has its own name too, as in
+    the state of a model of transformers."""
+    item_bytes = DTYPES[dtype][1]
+    writer = TorchCheckpoint(folder, shapes_of(parts), getattr(torch, dtype))
+    for shard in _shards(parts, item_bytes):
+        writer.write(shard, partial(_values, checkpoint))
+    if HEAD not in shapes_of(parts):
+        writer.add_name(HEAD, EMBEDDING)
+    writer.finish()
+    return sum(prod(part.box.shape) for part in parts) * item_bytes
+
+
+def _values(checkpoint: Checkpoint, part: FilePart) -> Iterator[tuple[Box, torch.Tensor]]:
+    """Yields boxes of a tensor of the files that make up `part`, one after the other, with their values as the checkpoint holds
+    them."""
     stored = f"weight/{part.parameter}"
     if stored not in checkpoint.tensors:
         raise RecipeError(f"{checkpoint.path} has no tensor {stored}, which its model needs; export a checkpoint that is whole")
     dtype, leading = checkpoint.tensors[stored][1], len(part.box.shape) - len(part.shape)
-    for box in portions(part.shape):
+    for box in portions(part.box.shape[leading:]):
         values = torch.empty(part.box.shape[:leading] + box.shape, dtype=dtype)
         inner = replace(box, offset=(0,) * leading + box.offset, shape=part.box.shape[:leading] + box.shape)
         checkpoint.read(stored, inner.shift(part.box.offset).offset, values)
-        yield values
+        yield box.shift(part.offset), values.view(box.shape)
 
 
 def _write_besides(folder: Path, tokenizer: ExportedTokenizer, config: Mapping[str, Any]) -> None:

@@ -106,6 +106,10 @@ def test_a_model_of_hugging_face_comes_in_and_goes_out(tmp_path: Path, capsys: p
     assert taken.startswith(f"{brought['parameters']:,} parameters, ")
     assert taken.endswith(f": {tmp_path}/exported\n")
     assert 2 * brought["bytes"] == sum(tensor.nbytes for tensor in load_file(tmp_path / "exported/model.safetensors").values())
+    assert cli.main(["checkpoint", "export", str(tmp_path / "run"), f"to={tmp_path}/dcp", "format=dcp", "--json"]) == 0
+    taken = json.loads(capsys.readouterr().out)
+    assert (taken["parameters"], taken["bytes"]) == (brought["parameters"], brought["bytes"])
+    assert {".metadata", "__0_0.distcp", "config.json"} <= {file.name for file in (tmp_path / "dcp").iterdir()}
 
 
 def test_the_directory_where_a_person_is_is_not_replaced(
@@ -138,6 +142,8 @@ def test_the_directory_where_a_person_is_is_not_replaced(
         (["export", "PUBLISHED", "to=OTHER"], "PUBLISHED holds no checkpoint; give a run that has saved"),
         (["export", "run", "to=PUBLISHED"], "PUBLISHED exists and is not empty"),
         (["export", "run", "to=OTHER", "dtype=int8"], "dtype=int8 is unknown; give one of float64, float32"),
+        (["export", "run", "to=OTHER", "format=pickle"], "format=pickle is unknown; give one of safetensors, dcp"),
+        (["import", "PUBLISHED", "to=RUN", "format=dcp"], "give bagualu checkpoint import HF_DIR to=RUN"),
         (["export", "run", "other", "to=OTHER"], "give bagualu checkpoint export RUN_OR_CHECKPOINT to=HF_DIR"),
     ],
 )

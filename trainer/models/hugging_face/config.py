@@ -1,7 +1,7 @@
 """Translates config.json of Hugging Face to keys of `model.*` and back. It does not import torch."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from bagualu.comm.errors import RecipeError

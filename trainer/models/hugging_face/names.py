@@ -37,7 +37,8 @@ class FilePart:
         return common, inner.shift(self.offset)
 
 
-_OUTSIDE = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_OUTSIDE = {"embedding.weight": EMBEDDING, "norm.weight": "model.norm.weight", "head.weight": HEAD}
 _BEFORE = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
 _AFTER = {"attention_norm": "post_attention_layernorm", "feed_forward_norm": "post_feedforward_layernorm"}
 _INSIDE = {
