@@ -45,9 +45,9 @@ def _run_guarded(arguments: list[str], entrypoint: str | None) -> tuple[int, Any
 
 def _run(arguments: list[str], entrypoint: str | None) -> tuple[int, Any]:
     """Run a command line. Returns the exit code and the object that --json prints."""
-    from bagualu.launch.verbs import usage
+    from bagualu.launch.verbs import command_line, usage
 
-    request = usage.read(arguments)
+    request = command_line.read(arguments)
     if request.help:
         from bagualu.trainer.process.failure import DONE
 

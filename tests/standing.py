@@ -28,7 +28,7 @@ from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute, current
 from bagualu.parallel.parallelize import Fill
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import TrainerState, assemble
-from bagualu.trainer.data.corpus import Corpus
+from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.run import train
 

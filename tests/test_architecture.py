@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bagualu.fault_tolerance.run_directory import RunDirectory
-from bagualu.launch.verbs import usage
+from bagualu.launch.verbs import command_line
 from bagualu.launch.verbs.generate import read_sampling
 from bagualu.launch.verbs.plan import read_plan
 from bagualu.launch.verbs.question import read_question
@@ -32,7 +32,7 @@ READS_ENVIRONMENT = {
     "comm/world.py",  # who this rank is
     "trainer/process/environment.py",  # allocator settings a person has made
     "trainer/__main__.py",  # starts itself again with its environment as it should be
-    "trainer/data/corpus.py",  # where caches lie
+    "trainer/data/corpus_cache.py",  # where caches lie
     "trainer/engine/deepspeed_library.py",  # which chip DeepSpeed is to use, and the rank on it
     "launch/workers/run.py",  # the environment that workers are started in
     "launch/workers/fork_server.py",  # tells the fork server whose it is
@@ -84,6 +84,7 @@ DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from
     "launch/cli.py": {  # errors, outcome and usage too: a Ctrl-C while they are imported is answered
         *(f"bagualu.launch.verbs.{verb}" for verb in ("checkpoint", "doctor", "rehearse", "schedule", "show_recipe")),
         *(f"bagualu.launch.verbs.{verb}" for verb in ("evaluate", "generate", "plan", "simulate", "slurm", "train", "usage")),
+        "bagualu.launch.verbs.command_line",
         "bagualu.comm.errors",
         "bagualu.trainer.process.failure",
     },
@@ -105,7 +106,7 @@ DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from
         "bagualu.trainer.simulation.predict",
     },
     "launch/verbs/schedule.py": {"bagualu.parallel.pipeline.draw_svg", "bagualu.trainer.recipe.compose"},  # matplotlib; Hydra
-    "launch/verbs/usage.py": {"bagualu.trainer.recipe.keys"},  # Hydra
+    "launch/verbs/command_line.py": {"bagualu.trainer.recipe.keys"},  # Hydra
     "launch/workers/run.py": {"bagualu.launch.workers", "bagualu.trainer.output.progress"},
     "trainer/__main__.py": {"torch", "bagualu.trainer.process.worker"},
 }
@@ -449,11 +450,11 @@ def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, 
     if words[0] == "python":
         recipe = compose(words[words.index("--id") + 2 :])
         return check(recipe, recipe.world_size())
-    request = usage.read(words[1:])
+    request = command_line.read(words[1:])
     if request.help:
         return None
     if request.verb == "doctor":
-        assert {word.partition("=")[0] for word in request.overrides} <= set(usage.DOCTOR_KEYS)
+        assert {word.partition("=")[0] for word in request.overrides} <= set(command_line.DOCTOR_KEYS)
         return None
     if request.verb == "checkpoint":
         assert request.overrides[0] in ("list", "verify", "import", "export")

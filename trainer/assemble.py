@@ -20,7 +20,7 @@ from bagualu.parallel.precision import chip_of
 from bagualu.trainer.costs.choose_split import agree_on_shares, agree_on_split
 from bagualu.trainer.data.ahead import ReadAhead
 from bagualu.trainer.data.batches import Batches
-from bagualu.trainer.data.corpus import Corpus
+from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.engine.build import hold
 from bagualu.trainer.engine.local_model import seeded_values
 from bagualu.trainer.engine.protocol import Engine

@@ -12,7 +12,7 @@ from bagualu.parallel.pipeline.schedules.schedule import forward_only, with_mess
 from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.data.config import STREAM
-from bagualu.trainer.data.corpus import bits_per_byte
+from bagualu.trainer.data.tokenised import bits_per_byte
 
 
 @dataclass(frozen=True)

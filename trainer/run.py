@@ -29,7 +29,8 @@ from bagualu.trainer.conversion.origin import keep_origin, values_of
 from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_token
 from bagualu.trainer.data.ahead import ReadAhead
 from bagualu.trainer.data.chat import BESIDE_TOKENIZERS
-from bagualu.trainer.data.corpus import Corpus, prepare, show_data
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.data.tokenised import Corpus, show_data
 from bagualu.trainer.engine.local_model import no_values
 from bagualu.trainer.loop import Loop
 from bagualu.trainer.memory import PeakMemory

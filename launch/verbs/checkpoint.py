@@ -15,7 +15,7 @@ from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
 from bagualu.fault_tolerance.checkpoint.layout.quarantine import list_set_aside
 from bagualu.fault_tolerance.checkpoint.reading.inspect import describe, verify
 from bagualu.fault_tolerance.run_directory import RunDirectory
-from bagualu.launch.verbs.usage import CommandLine
+from bagualu.launch.verbs.command_line import CommandLine
 from bagualu.trainer.process.environment import cores
 from bagualu.trainer.process.failure import DONE, FAILED
 

@@ -20,10 +20,10 @@ from bagualu.launch.machine.figures import RankFigures, rank_figures
 from bagualu.launch.machine.fit_links import fit
 from bagualu.launch.machine.plan import FULL, QUICK
 from bagualu.launch.machine.problems import MachineProblem, problems
-from bagualu.launch.verbs.usage import DOCTOR_KEYS, SEVERAL, CommandLine
+from bagualu.launch.verbs.command_line import DOCTOR_KEYS, SEVERAL, CommandLine
 from bagualu.launch.workers.run import call_on_workers
 from bagualu.trainer.data.config import RANDOM, DataConfig
-from bagualu.trainer.data.corpus import cache_folder
+from bagualu.trainer.data.corpus_cache import cache_folder
 from bagualu.trainer.process.failure import DONE, FAILED, INTERRUPTED, os_error
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe.choose_backend import choose_backend, registered

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
+from bagualu.launch.verbs.command_line import SEVERAL, CommandLine
 from bagualu.launch.verbs.model_ranks import call, on_this_machine, report_failure
 from bagualu.launch.verbs.own_words import split_words
 from bagualu.launch.verbs.question import whole
-from bagualu.launch.verbs.usage import SEVERAL, CommandLine
 from bagualu.trainer.generation.evaluate_request import EvaluateRequest
 from bagualu.trainer.generation.find import compose_layout, find_model
 from bagualu.trainer.process.failure import DONE

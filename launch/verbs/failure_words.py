@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.forecast.assumptions import Assumptions
+from bagualu.launch.verbs.command_line import FAILURE_KEYS
 from bagualu.launch.verbs.own_words import split_words
-from bagualu.launch.verbs.usage import FAILURE_KEYS
 from bagualu.trainer.simulation.failures import FailureQuestion
 
 _ASSUME = "assume."

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bagualu.comm.errors import RecipeError
+from bagualu.launch.verbs.command_line import SEVERAL, CommandLine
 from bagualu.launch.verbs.model_ranks import call, on_this_machine, report_failure
-from bagualu.launch.verbs.usage import SEVERAL, CommandLine
 from bagualu.launch.workers.ended import Ended
 from bagualu.trainer.generation.find import TrainedModel, compose_layout, find_model
 from bagualu.trainer.generation.request import GenerateRequest, Sampling, require_tokens

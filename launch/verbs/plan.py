@@ -9,11 +9,11 @@ from typing import Any
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Cluster
+from bagualu.launch.verbs.command_line import PLAN_KEYS, SEVERAL, CommandLine
 from bagualu.launch.verbs.failure_words import split_failure_words
 from bagualu.launch.verbs.own_words import split_words
 from bagualu.launch.verbs.plan_command import command, key_of, layout_keys, length_keys, machine_keys
 from bagualu.launch.verbs.question import check_loads, read_cluster_of, require_devices, whole
-from bagualu.launch.verbs.usage import PLAN_KEYS, SEVERAL, CommandLine
 from bagualu.parallel.planner.search import Effort, RankedLayout
 from bagualu.trainer.process.failure import DONE
 from bagualu.trainer.recipe.compose import compose

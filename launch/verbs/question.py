@@ -9,11 +9,11 @@ from pathlib import Path
 from bagualu.comm.cluster_file import cluster_names, load_cluster
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Cluster
+from bagualu.launch.verbs.command_line import SEVERAL, SIMULATE_KEYS, CommandLine
 from bagualu.launch.verbs.failure_words import split_failure_words
 from bagualu.launch.verbs.own_words import split_words
-from bagualu.launch.verbs.usage import SEVERAL, SIMULATE_KEYS, CommandLine
 from bagualu.trainer.costs.fits import check_memory
-from bagualu.trainer.data.corpus import cache_folder
+from bagualu.trainer.data.corpus_cache import cache_folder
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.failures import FailureQuestion

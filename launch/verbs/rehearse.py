@@ -20,7 +20,7 @@ from bagualu.fault_tolerance.injection.report import NO_EFFECT, SURVIVED, UNNOTI
 from bagualu.fault_tolerance.ledger.events import read
 from bagualu.fault_tolerance.ledger.totals import CATEGORIES, attribute, current
 from bagualu.fault_tolerance.run_directory import RunDirectory
-from bagualu.launch.verbs.usage import SEVERAL, CommandLine
+from bagualu.launch.verbs.command_line import SEVERAL, CommandLine
 from bagualu.launch.workers import storage_probe
 from bagualu.launch.workers.run import run
 from bagualu.trainer.costs.fits import check_memory, device_of

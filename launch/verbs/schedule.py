@@ -14,7 +14,7 @@ from typing import Any
 
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.run_directory import RunDirectory
-from bagualu.launch.verbs.usage import SCHEDULE_KEYS, SEVERAL, CommandLine
+from bagualu.launch.verbs.command_line import SCHEDULE_KEYS, SEVERAL, CommandLine
 from bagualu.parallel.pipeline.check import check
 from bagualu.parallel.pipeline.draw_text import draw
 from bagualu.parallel.pipeline.recorded_timeline import Measured, check_against, mean_costs, read_measured

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from bagualu.launch.verbs.command_line import SEVERAL, CommandLine
 from bagualu.launch.verbs.sweep import jobs
-from bagualu.launch.verbs.usage import SEVERAL, CommandLine
 from bagualu.trainer.process.failure import DONE
 from bagualu.trainer.recipe.compose import as_dict, compose, resolved_yaml
 

@@ -6,8 +6,8 @@ Torch and matplotlib are imported only once the recipe and the cluster are known
 import sys
 from typing import Any, Literal
 
+from bagualu.launch.verbs.command_line import CommandLine
 from bagualu.launch.verbs.question import read_question
-from bagualu.launch.verbs.usage import CommandLine
 from bagualu.parallel.simulation.trace_events import write_trace
 from bagualu.trainer.process.failure import DONE, REFUSED
 from bagualu.trainer.simulation.failures import failure_report

@@ -12,7 +12,7 @@ from typing import Any
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.run_directory import JOB_SCRIPT_BEGINS, RunDirectory
 from bagualu.launch.batch import setup_lines
-from bagualu.launch.verbs.usage import SEVERAL, CommandLine
+from bagualu.launch.verbs.command_line import SEVERAL, CommandLine
 from bagualu.trainer.process.failure import DONE, FAILED
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.compose import as_dict, compose

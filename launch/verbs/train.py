@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.fault_tolerance import run_lock
+from bagualu.launch.verbs.command_line import SEVERAL, CommandLine
 from bagualu.launch.verbs.series import Series
 from bagualu.launch.verbs.sweep import jobs
-from bagualu.launch.verbs.usage import SEVERAL, CommandLine
 from bagualu.launch.workers import storage_probe
 from bagualu.launch.workers.run import run
 from bagualu.trainer.costs.fits import check_memory, device_of

@@ -26,7 +26,7 @@ from bagualu.trainer.costs.measured import measured_table
 from bagualu.trainer.costs.plan_split import measures, needs_costs, plan_split, split_by
 from bagualu.trainer.costs.throughput import matmul_ceiling
 from bagualu.trainer.costs.work import ModelWork, work_of
-from bagualu.trainer.data.corpus import default_cache
+from bagualu.trainer.data.corpus_cache import default_cache
 from bagualu.trainer.recipe.config import Recipe
 
 ALIKE = 0.05

@@ -20,10 +20,11 @@ from bagualu.comm.errors import RecipeError
 from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.data.blend import BlendHistory, Period
 from bagualu.trainer.data.config import DOCUMENTS, RANDOM, STREAM, WHOLE, DataConfig
-from bagualu.trainer.data.corpus import Corpus, require_sequence
 from bagualu.trainer.data.documents import Documents
 from bagualu.trainer.data.mapped import AnyTokens, MappedTokens
 from bagualu.trainer.data.prepared import DataError
+from bagualu.trainer.data.requirements import require_sequence
+from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.data.whole import WholeSequences
 
 SOURCE_IDS = 2**44

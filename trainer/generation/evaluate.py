@@ -11,8 +11,10 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.config import RANDOM, DataConfig
-from bagualu.trainer.data.corpus import Corpus, cache_folder, prepare
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.data.corpus_cache import cache_folder
 from bagualu.trainer.data.formats import OF_TOKENS, format_of
+from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.generation.evaluate_request import EvaluateRequest
 from bagualu.trainer.generation.score import text_loss
 from bagualu.trainer.generation.stages import load_stages

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.data.config import STREAM
-from bagualu.trainer.data.corpus import bits_per_byte
+from bagualu.trainer.data.tokenised import bits_per_byte
 from bagualu.trainer.generation.stages import Stages
 
 Sequences = Callable[[int], tuple[torch.Tensor, ...]]

@@ -35,8 +35,8 @@ from bagualu.parallel.simulation.events import Allocation, Event, Free, RankTrac
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.plan_split import plan_split
 from bagualu.trainer.data.config import RANDOM
-from bagualu.trainer.data.corpus import Corpus
 from bagualu.trainer.data.split import NOTHING
+from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.recipe.config import PREDICTED_DTYPE, Recipe
 from bagualu.trainer.simulation.flops import factors_of
 from bagualu.trainer.simulation.loads import Shares, by_layer, give

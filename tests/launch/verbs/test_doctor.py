@@ -15,7 +15,7 @@ from bagualu.comm.cost import collective_seconds
 from bagualu.launch import cli
 from bagualu.launch.machine import worker_names
 from bagualu.launch.verbs import doctor
-from bagualu.launch.verbs.usage import DOCTOR_KEYS
+from bagualu.launch.verbs.command_line import DOCTOR_KEYS
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe.config import Recipe
 from tests.launch.machine.test_cluster_text import LINKS

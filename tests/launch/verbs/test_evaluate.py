@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from bagualu.comm import simulated
 from bagualu.launch.cli import main
-from bagualu.launch.verbs.usage import _OPTIONS, page
-from bagualu.trainer.data import corpus
+from bagualu.launch.verbs.command_line import _OPTIONS
+from bagualu.launch.verbs.usage import page
+from bagualu.trainer.data import text_corpus
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer
 from bagualu.trainer.generation.find import compose_layout, find_model
 from bagualu.trainer.generation.stages import load_stages
@@ -106,8 +107,8 @@ def test_on_other_text_all_of_it_is_read_with_the_tokenizer_of_the_run(here, cap
 
 
 def test_other_text_is_prepared_once_for_all_ranks_and_kept(here, capsys, tmp_path, monkeypatch):
-    built, plain = [], corpus.build_records
-    monkeypatch.setattr(corpus, "build_records", lambda *args: built.append(args) or plain(*args))
+    built, plain = [], text_corpus.build_records
+    monkeypatch.setattr(text_corpus, "build_records", lambda *args: built.append(args) or plain(*args))
     words = ["runs/tiny", "data.source=my_texts", f"data.cache={tmp_path}/cache"]
     first = document(capsys, *words, "parallel.data=3", "comm.backend=simulated")
     assert len(built) == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bagualu.launch.cli import main
-from bagualu.launch.verbs import generate, usage
+from bagualu.launch.verbs import command_line, generate, usage
 from bagualu.trainer.data.tokenizer import END_OF_FILE, END_OF_FILE_TOKEN, load_tokenizer
 from bagualu.trainer.generation.request import Sampling
 
@@ -197,7 +197,7 @@ def test_wrong_input_is_one_line_with_the_fix(here, capsys, words, fix):
 
 def test_help_says_what_the_defaults_are():
     assert f"default {Sampling().max_new_tokens}\n" in usage.page("generate")
-    for option, verbs in usage._OPTIONS.items():
+    for option, verbs in command_line._OPTIONS.items():
         assert (f"  {option}" in usage.page("generate") or f", {option}" in usage.page("generate")) == ("generate" in verbs)
 
 

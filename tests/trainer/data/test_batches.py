@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.config import DataConfig
-from bagualu.trainer.data.corpus import Corpus
+from bagualu.trainer.data.tokenised import Corpus
 
 S = 4
 seeds = st.integers(-(2**40), 2**64 - 1)

@@ -17,11 +17,13 @@ from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data import build, reading
 from bagualu.trainer.data.build import documents
 from bagualu.trainer.data.config import DataConfig
-from bagualu.trainer.data.corpus import bits_per_byte, default_cache, prepare
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.data.corpus_cache import default_cache
 from bagualu.trainer.data.listing import TextFile
 from bagualu.trainer.data.prepared import fingerprint
 from bagualu.trainer.data.sources import find_files
 from bagualu.trainer.data.split import by_files
+from bagualu.trainer.data.tokenised import bits_per_byte
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer
 
 VOCAB = 300

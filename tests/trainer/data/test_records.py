@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.config import DataConfig
-from bagualu.trainer.data.corpus import Corpus, check_source, prepare
+from bagualu.trainer.data.corpus import check_source, prepare
 from bagualu.trainer.data.listing import SourceError
+from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.data.tokenizer import load_tokenizer
 from tests.trainer.data.conftest import words
 
@@ -104,7 +105,7 @@ def test_every_kind_gives_the_same_documents_with_a_tokenizer_of_either_sort(tmp
 def test_records_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = config(write(tmp_path, "jsonl"), tmp_path)
     first = prepare(data, VOCAB)
-    monkeypatch.setattr("bagualu.trainer.data.corpus.build_records", None)
+    monkeypatch.setattr("bagualu.trainer.data.text_corpus.build_records", None)
     assert prepare(data, VOCAB).fingerprint == first.fingerprint
     (tmp_path / "a.jsonl").write_text('{"text": "more"}\n' * 9)
     with pytest.raises(TypeError):

@@ -11,7 +11,8 @@ from bagualu.comm.errors import RecipeError
 from bagualu.launch import cli
 from bagualu.trainer.data import build
 from bagualu.trainer.data.config import DataConfig
-from bagualu.trainer.data.corpus import Corpus, prepare, show_data
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.data.tokenised import Corpus, show_data
 from bagualu.trainer.recipe.compose import compose, save_recipe
 from tests.trainer.data.conftest import words
 

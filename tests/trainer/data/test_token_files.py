@@ -14,10 +14,11 @@ from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data import scan
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.config import DataConfig
-from bagualu.trainer.data.corpus import Corpus, check_source, prepare
+from bagualu.trainer.data.corpus import check_source, prepare
 from bagualu.trainer.data.listing import SourceError
 from bagualu.trainer.data.mapped import MappedTokens
 from bagualu.trainer.data.prepared import DataError
+from bagualu.trainer.data.tokenised import Corpus
 from tests.trainer.data.test_records import make_tokenizer
 from tests.trainer.data.token_files import write_llmc, write_megatron
 

@@ -13,7 +13,8 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.trainer.assemble import TrainerState, assemble
-from bagualu.trainer.data.corpus import Corpus, prepare
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import StepResult, train_step
 from tests.harness import ON_GPU, run
