@@ -109,7 +109,7 @@ CASES = {
     "places of another size": (about(data_offsets=[0, 64]), f"tensor {NORM} of F32 [32] lies at bytes 0 to 64 of the data"),
     "index of a list": (lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'),
                         "model.safetensors.index.json has no weight_map with the names of files"),
-    "positions": (changed(max_position_embeddings="many"), "max_position_embeddings=many, no number of positions"),
+    "positions": (changed(max_position_embeddings="many"), "max_position_embeddings=many, which is no number of positions"),
     "odd tokenizer": (lambda path: (path / "tokenizer.json").write_text('{"model": [1]}'), "tokenizer.json is no tokenizer ("),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "has neither model.safetensors nor"),
     "no configuration": (lambda path: (path / "config.json").unlink(), "config.json cannot be read (No such file"),
