@@ -1,7 +1,8 @@
 """Pads the rows of experts, of which there is another number in every step, so that matrix products meet few shapes.
 
 On a CPU the library of 16-bit products generates code for each number of rows that it has not met before. For the products of
-bench_moe that takes 2 to 7 ms, ten times as long as the product, and what it keeps of each breaks up the free memory.
+bench_moe that takes 0.5 ms with AVX-512 and 2.5 to 7 ms with AMX, as long as the product itself or longer, and what the library
+keeps of each breaks up the free memory.
 
 Shapes: N rows, P rows with padding, I width.
 """
