@@ -13,9 +13,9 @@ from bagualu.parallel.boxes import Box
 from bagualu.parallel.layout import Layout
 
 BoundaryKind = Literal["block", "embedding", "positions", "heads", "norm", "head", "experts"]
-InitialValues = Literal["normal", "residual", "ones", "zeros"]
+InitialValues = Literal["normal", "residual", "fan_in", "ones", "zeros"]
 """The kind of values with which a parameter or buffer begins a run; residual: normal with a smaller deviation, for matrices that
-write into the residual stream."""
+write into the residual stream; fan_in: normal with a variance of 1 / (3 x number of inputs), that of torch's linear layers."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from bagualu.trainer.data.ahead import ReadAhead
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.engine.build import hold
-from bagualu.trainer.engine.local_model import seeded_values
 from bagualu.trainer.engine.protocol import Engine
+from bagualu.trainer.models.decoder.initialise import seeded_values
 from bagualu.trainer.optim.scaler import LossScaler
 from bagualu.trainer.recipe.config import Recipe
 
@@ -98,7 +98,7 @@ def assemble(
     check(schedule)
     mesh = Mesh.build(layout, communicator, schedule.placement)
     layers, costs = split or agree_on_split(recipe, layout, heaviest, communicator)
-    engine = hold(recipe, mesh, layers, fill or seeded_values(recipe))
+    engine = hold(recipe, mesh, layers, fill or seeded_values(recipe.model, recipe.run.seed))
     engine.open()
     length = recipe.data.sequence_length // (layout.tensor if parallel.sequence else 1)
     runner = PipelineRunner(

@@ -51,6 +51,7 @@ keys (all of them: --cfg job):
   data.global_batch       sequences of one optimizer step, over all ranks
   model.layers model.hidden model.heads model.moe.experts ...   parallel.data parallel.tensor parallel.pipeline ...
   model.from              begin with the weights in a directory of Hugging Face, a run or a checkpoint
+  model.lora.rank         with model.from: train low-rank factors (LoRA) beside its weights, which stay as they are
   comm.backend            auto (nccl where the workers have GPUs, else gloo), gloo, nccl, or simulated: all ranks as
                           threads of one process
   comm.device=cuda        for simulated: on one GPU, which all ranks share

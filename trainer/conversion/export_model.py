@@ -24,8 +24,10 @@ from bagualu.parallel.boxes import Box
 from bagualu.trainer.conversion.besides import context_length
 from bagualu.trainer.conversion.exported_tokenizer import ExportedTokenizer, find_tokenizer
 from bagualu.trainer.conversion.portions import portions
+from bagualu.trainer.conversion.stored_weights import StoredWeights
 from bagualu.trainer.conversion.torch_checkpoint import TorchCheckpoint
 from bagualu.trainer.models.decoder.identity import model_of
+from bagualu.trainer.models.decoder.lora import LoraConfig
 from bagualu.trainer.models.hugging_face.config import OF_TOKENS, POSITIONS, write_config
 from bagualu.trainer.models.hugging_face.directory import BESIDES, CONFIG, GENERATION, INDEX, SINGLE, TOKENIZER, TOKENIZER_CONFIG
 from bagualu.trainer.models.hugging_face.families import family_of
@@ -51,7 +53,8 @@ def export_model(given: Path, to: Path, dtype: str | None = None, form: str = "s
         raise RecipeError(f"to={to} is the directory from which this was started, and is replaced; give a new directory")
     checkpoint = Checkpoint(checkpoint_at(given))
     identity = checkpoint.metadata.get("identity") or {}
-    model, dtype = model_of(identity), dtype or str(checkpoint.metadata.get("dtype"))
+    model = replace(model_of(identity), lora=LoraConfig())  # factors are merged into the weights
+    dtype = dtype or str(checkpoint.metadata.get("dtype"))
     if dtype not in EXPORTED:
         raise RecipeError(f"dtype={dtype} is unknown; give one of {', '.join(EXPORTED)}")
     if form not in FORMATS:
@@ -68,7 +71,7 @@ def export_model(given: Path, to: Path, dtype: str | None = None, form: str = "s
     try:
         writing.mkdir(parents=True)
         write = _write_torch_checkpoint if form == "dcp" else _write_weights
-        size = write(writing, checkpoint, parts, dtype)
+        size = write(writing, StoredWeights(checkpoint), parts, dtype)
         _write_json(writing / CONFIG, config)
         _write_besides(writing, tokenizer, config)
         fsync_directory(writing)
@@ -83,7 +86,7 @@ def export_model(given: Path, to: Path, dtype: str | None = None, form: str = "s
     return {"path": str(to), "parameters": sum(prod(part.box.shape) for part in parts), "bytes": size}
 
 
-def _write_weights(folder: Path, checkpoint: Checkpoint, parts: list[FilePart], dtype: str) -> int:
+def _write_weights(folder: Path, weights: StoredWeights, parts: list[FilePart], dtype: str) -> int:
     """Writes all tensors, in one file or in several with an index; returns their bytes."""
     item_bytes = DTYPES[dtype][1]
     shards = list(_shards(parts, item_bytes))
@@ -91,7 +94,7 @@ def _write_weights(folder: Path, checkpoint: Checkpoint, parts: list[FilePart], 
     places: dict[str, str] = {}
     for number, shard in enumerate(shards):
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if several else SINGLE
-        _write_shard(folder / name, checkpoint, shard, dtype)
+        _write_shard(folder / name, weights, shard, dtype)
         places |= {part.tensor: name for part in shard}
     total = sum(prod(part.shape) for part in parts) * item_bytes
     if several:
@@ -113,7 +116,7 @@ def _shards(parts: list[FilePart], item_bytes: int) -> Iterator[list[FilePart]]:
     yield shard
 
 
-def _write_shard(path: Path, checkpoint: Checkpoint, parts: list[FilePart], dtype: str) -> None:
+def _write_shard(path: Path, weights: StoredWeights, parts: list[FilePart], dtype: str) -> None:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     name, item_bytes = DTYPES[dtype]
     at = 0
@@ -124,34 +127,30 @@ def _write_shard(path: Path, checkpoint: Checkpoint, parts: list[FilePart], dtyp
     with durable_file(path) as file:
         write_all(file, encode_header(entries))
         for part in parts:
-            for _, values in _values(checkpoint, part):
+            for _, values in _values(weights, part):
                 write_all(file, bytes_of(values.to(getattr(torch, dtype))))
 
 
-def _write_torch_checkpoint(folder: Path, checkpoint: Checkpoint, parts: list[FilePart], dtype: str) -> int:
+def _write_torch_checkpoint(folder: Path, weights: StoredWeights, parts: list[FilePart], dtype: str) -> int:
     """Writes all tensors as torch.distributed.checkpoint loads them; returns their bytes. A tied head has its own name too, as in
     the state of a model of transformers."""
     item_bytes = DTYPES[dtype][1]
     writer = TorchCheckpoint(folder, shapes_of(parts), getattr(torch, dtype))
     for shard in _shards(parts, item_bytes):
-        writer.write(shard, partial(_values, checkpoint))
+        writer.write(shard, partial(_values, weights))
     if HEAD not in shapes_of(parts):
         writer.add_name(HEAD, EMBEDDING)
     writer.finish()
     return sum(prod(part.box.shape) for part in parts) * item_bytes
 
 
-def _values(checkpoint: Checkpoint, part: FilePart) -> Iterator[tuple[Box, torch.Tensor]]:
+def _values(weights: StoredWeights, part: FilePart) -> Iterator[tuple[Box, torch.Tensor]]:
     """Yields boxes of a tensor of the files that make up `part`, one after the other, with their values as the checkpoint holds
-    them."""
-    stored = f"weight/{part.parameter}"
-    if stored not in checkpoint.tensors:
-        raise RecipeError(f"{checkpoint.path} has no tensor {stored}, which its model needs; export a checkpoint that is whole")
-    dtype, leading = checkpoint.tensors[stored][1], len(part.box.shape) - len(part.shape)
+    them, factors merged."""
+    leading = len(part.box.shape) - len(part.shape)
     for box in portions(part.box.shape[leading:]):
-        values = torch.empty(part.box.shape[:leading] + box.shape, dtype=dtype)
-        inner = replace(box, offset=(0,) * leading + box.offset, shape=part.box.shape[:leading] + box.shape)
-        checkpoint.read(stored, inner.shift(part.box.offset).offset, values)
+        inner = Box((0,) * leading + box.offset, part.box.shape[:leading] + box.shape)
+        values = weights.fill(part.parameter, part.box.shape, inner.shift(part.box.offset))
         yield box.shift(part.offset), values.view(box.shape)
 
 

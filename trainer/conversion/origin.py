@@ -16,6 +16,8 @@ from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.parallel.boxes import Box
 from bagualu.parallel.parallelize import Fill
 from bagualu.trainer.conversion.besides import keep_besides
+from bagualu.trainer.conversion.stored_weights import StoredWeights
+from bagualu.trainer.models.decoder.initialise import seeded_values
 from bagualu.trainer.models.hugging_face.directory import is_hugging_face, open_model
 from bagualu.trainer.models.hugging_face.fingerprint import fingerprint
 from bagualu.trainer.models.hugging_face.read import Reader
@@ -23,15 +25,23 @@ from bagualu.trainer.recipe.config import Recipe
 
 
 def values_of(recipe: Recipe, communicator: Communicator) -> Fill | None:
-    """Returns the function that reads the weights and buffers with which the run begins, one box after the other; None if the
-    recipe names no origin, so that they are drawn. Collective. Raises RecipeError on every rank also if model.from names other
-    weights on another node; and RecipeError and CheckpointError here and when a box is read."""
-    if recipe.model.origin is None:
+    """Returns the function that reads the weights and buffers with which the run begins, one box after the other, and draws the
+    factors of model.lora; None if the recipe names no origin, so that all are drawn. Collective. Raises RecipeError on every rank
+    also if model.from names other weights on another node; and RecipeError and CheckpointError here and when a box is read."""
+    model = recipe.model
+    if model.origin is None:
         return None
-    fill, known = on_all(partial(_open, Path(recipe.model.origin)), communicator.world)
+    stored, known = on_all(partial(_open, Path(model.origin)), communicator.world)
     if difference := first_different(known, communicator.world):
-        raise RecipeError(f"model.from={recipe.model.origin} holds another model on the node of rank {difference[0]} than on that "
+        raise RecipeError(f"model.from={model.origin} holds another model on the node of rank {difference[0]} than on that "
                           "of rank 0; give every node the same files")  # fmt: skip
+    if model.lora.rank is None:
+        return stored
+    drawn = seeded_values(model, recipe.run.seed)
+
+    def fill(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
+        return (drawn if model.lora.trains(name) else stored)(name, shape, box)
+
     return fill
 
 
@@ -60,19 +70,3 @@ def keep_origin(recipe: Recipe) -> None:
         why = error.strerror or str(error)
         raise RecipeError(f"configuration and tokenizer of model.from={path} cannot be copied to {run.hugging_face} ({why}); make "
                           "room there, or give another run.dir") from error  # fmt: skip
-
-
-class StoredWeights:
-    """The weights and buffers in a checkpoint."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-
-    def fill(self, name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
-        """Returns the elements `box` of the parameter or buffer `name` of `shape`, as they are stored."""
-        for stored in (f"weight/{name}", f"buffer/{name}"):
-            if stored in self._checkpoint.tensors:
-                values = torch.empty(box.shape, dtype=self._checkpoint.tensors[stored][1])
-                self._checkpoint.read(stored, box.offset, values)
-                return values
-        raise RecipeError(f"{self._checkpoint.path} has no tensor {name}, which its model needs; give a checkpoint that is whole")

@@ -10,10 +10,12 @@ Shapes: T tokens of a micro-batch, H hidden, A width of all heads, C width of ke
 per token, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bagualu.parallel.config import HEAD_CHUNK_TOKENS
 from bagualu.trainer.costs.work import ModelWork
+from bagualu.trainer.models.decoder.lora import FIRST
+from bagualu.trainer.models.decoder.shapes import layer_shapes
 
 _BLOCK_ROWS, _BLOCK_ELEMENTS = 2**6, 2**20
 """The most rows, and elements, of the attention weights in a block (operators/attention.py)."""
@@ -44,6 +46,10 @@ class _Block:
     work: int
     """Beyond `kept`, at the most, during the backward pass."""
 
+    def plus(self, factors: tuple[int, int]) -> "_Block":
+        """Returns the same with what low-rank factors keep, and the operands of their products."""
+        return replace(self, kept=self.kept + factors[0], operands=self.operands + factors[1])
+
 
 def embedding_held(work: ModelWork) -> Held:
     """Returns the bytes that the embedding holds: as activations the token ids, the positions of a sequence and what a norm after
@@ -54,6 +60,8 @@ def embedding_held(work: ModelWork) -> Held:
     positions = _INDEX_BYTES * work.tokens_between * learned
     gradient = work.tokens_between * work.model.hidden * work.item_bytes
     widened = rows * work.accurate_bytes * (work.item_bytes < work.accurate_bytes)
+    if not work.passes_gradients(-1):
+        return Held(ids, ids, 0, gradient * learned)
     norm = gradient + _norm_statistics(work) if work.model.embedding_norm else 0
     most = max(gradient + widened + positions, 2 * gradient * learned)
     return Held(
@@ -137,8 +145,18 @@ def _norm_results(work: ModelWork) -> int:
 def _products(work: ModelWork, elements: int) -> tuple[int, int]:
     """Returns the bytes of (a weight's gradient before it is added to the bucket, the weight in the dtype of products), 0 where a
     kernel needs no such copy. `elements`: of the weight."""
-    added = elements * work.product_bytes if work.on_cpu and work.product_bytes < work.accurate_bytes else 0
+    trained = work.model.lora.rank is None
+    added = elements * work.product_bytes if trained and work.on_cpu and work.product_bytes < work.accurate_bytes else 0
     return added, elements * work.product_bytes if work.widens else 0
+
+
+def _factors(work: ModelWork, index: int, block: str, rows: int, item_bytes: int) -> tuple[int, int]:
+    """Returns the bytes that the low-rank factors of a block of layer `index` keep for the backward pass, and those of the operands
+    of their weight gradients, besides the operands that the weights beside them would have. Each pair keeps the input of its second
+    factor, of `item_bytes` per element; that and its gradient are the operands."""
+    pairs = sum(name.startswith(block) and name.endswith(FIRST) for name in layer_shapes(work.model, index))
+    low = rows * pairs * (work.model.lora.rank or 0)
+    return low * item_bytes, 2 * low * work.product_bytes
 
 
 def _attention(work: ModelWork, index: int) -> _Block:
@@ -154,7 +172,9 @@ def _attention(work: ModelWork, index: int) -> _Block:
     kept = inside_bytes(work) + tokens * (2 * wide + 2 * wide_own + heads * (added > 0)) * product + statistics
     normed = model.qk_norm * tokens * (heads + narrow)  # elements
     kept += normed * product + (2 * tokens if model.qk_norm_over == "all" else normed // model.head_width) * accurate
-    operands = tokens * (2 * model.hidden + 2 * heads + 2 * narrow) * product
+    low, operands_of_factors = _factors(work, index, "attention.", tokens, product)
+    kept += low
+    operands = tokens * (2 * model.hidden + 2 * heads + 2 * narrow) * product + operands_of_factors
     width = tokens * heads
     # Of the result, also with what slopes add to it; of query, key and value.
     gradients = (width + tokens * wide * (added > 0)) * product + tokens * (wide + 2 * wide_own) * product
@@ -183,8 +203,9 @@ def _attention(work: ModelWork, index: int) -> _Block:
 
 def _second_block(work: ModelWork, index: int) -> _Block:
     if work.model.is_moe_layer(index):
-        return _mixture(work)
-    return _feed_forward(work, work.tokens, work.model.ffn // work.layout.tensor)
+        return _mixture(work, index)
+    dense = _feed_forward(work, work.tokens, work.model.ffn // work.layout.tensor)
+    return dense.plus(_factors(work, index, "feed_forward.", work.tokens, work.item_bytes))
 
 
 def _feed_forward(work: ModelWork, rows: int, ffn: int) -> _Block:
@@ -208,20 +229,23 @@ def _feed_forward(work: ModelWork, rows: int, ffn: int) -> _Block:
     )
 
 
-def _mixture(work: ModelWork) -> _Block:
+def _mixture(work: ModelWork, index: int) -> _Block:
     """Under an even load, the experts of a rank get K rows per token. Kept are the input, the router's probabilities, the order of
     the rows, the experts' activations, and their results, by expert and by token."""
     moe, tensor, accurate = work.model.moe, work.layout.tensor, work.accurate_bytes
     rows, own = work.tokens * moe.top_k, inside_bytes(work)
-    results, experts = own * moe.top_k, _feed_forward(work, work.tokens * moe.top_k, moe.ffn // tensor)
+    results, experts = own * moe.top_k, _feed_forward(work, rows, moe.ffn // tensor)
+    experts = experts.plus(_factors(work, index, "feed_forward.experts.", rows, work.item_bytes))
     router = work.tokens * moe.experts * accurate + rows * (3 * _INDEX_BYTES + 2 * accurate)
     kept = own + router + experts.kept + 2 * results
     wide_input = work.tokens * work.model.hidden * accurate
-    operands = experts.operands + work.tokens * moe.experts * accurate + wide_input
+    router_trained = f"layers.{index}.feed_forward.router.weight" not in work.frozen
+    operands = experts.operands + (work.tokens * moe.experts * accurate + wide_input) * router_trained
     highest = max(2 * results, experts.work - results)  # in the weighted sum; in the experts, when the results are gone
     if moe.shared_experts:
         shared = _feed_forward(work, work.tokens, moe.shared_experts * moe.ffn // tensor)
+        shared = shared.plus(_factors(work, index, "feed_forward.shared.", work.tokens, work.item_bytes))
         kept += shared.kept - own
-        operands += shared.operands - (0 if work.item_bytes < accurate else wide_input)
+        operands += shared.operands - wide_input * (router_trained and work.item_bytes == accurate)  # which both read
         highest = max(highest + 2 * own - shared.kept, shared.work)
     return _Block(kept, operands, highest)

@@ -28,8 +28,9 @@ def analytic_table(work: ModelWork) -> CostTable:
     alike: dict[object, LayerCost] = {}
     for index in range(model.layers):
         shapes = layer_shapes(model, index)
-        moments = tuple(work.moments.get(f"layers.{index}.{name}") for name in shapes)
-        kind = tuple(shapes.items()), moments, index if work.frozen else None
+        own = [f"layers.{index}.{name}" for name in shapes]
+        trained = tuple(None if name in work.frozen else work.moments.get(name, 2) for name in own)
+        kind = tuple(shapes.items()), trained, work.passes_gradients(index)
         if kind not in alike:
             alike[kind] = _layer(work, index)
         layers.append(replace(alike[kind], name=f"layer {index}"))

@@ -105,9 +105,12 @@ def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: list[int], 
     # Those whose weights the backward pass reads too.
     again = [i for i in [*normed, *layers] if work.passes_gradients(max(i, 0))] + [last] * ends[1]
     reducing = _Reducing(work, [one for one in buckets if one.trained and one.partitioned and not one.over_two_axes])
+    head_trained = work.plan.global_name("head.weight") not in work.frozen
+    in_flight = 0
     for _ in range(passes) if work.zero >= 2 else ():
-        if ends[1]:  # the head waits for all reductions before its forward pass
+        if ends[1] and head_trained:  # then it waits for all reductions before its forward pass
             reducing.settle()
+        in_flight = reducing.in_flight_bytes
         for unit in reversed(units):
             reducing.backward(unit)
     kept, freed = _gathered(work, buckets, keep_bytes) if work.zero == 3 else (0, {})
@@ -116,7 +119,7 @@ def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: list[int], 
         return kept + sum({index: size for unit in used for index, size in freed.get(unit, {}).items()}.values())
 
     after, below = zip(units, [*units[1:], (again or units)[-1]], strict=True), zip(again, [units[0], *again], strict=False)
-    forward = Counter({unit: gathered(unit, following) for unit, following in after})
+    forward = Counter({unit: in_flight + gathered(unit, following) for unit, following in after})
     backward = Counter(dict.fromkeys(units, gathered()) | {unit: gathered(unit, following) for unit, following in below})
     return Transfers(forward, reducing.most + backward)
 

@@ -56,7 +56,8 @@ def device_name(device: torch.device) -> str:
 def _depends_on(work: ModelWork, device: torch.device, compiled: bool) -> dict[str, Any]:
     """Returns everything that the costs depend on. ZeRO and the numbers of replicas and stages do not matter."""
     return {
-        "format": FORMAT, "model": asdict(work.model), "tensor": work.layout.tensor, "expert": work.layout.expert,
+        "format": FORMAT, "model": asdict(work.model), "frozen": sorted(work.frozen),
+        "tensor": work.layout.tensor, "expert": work.layout.expert,
         "sequence_length": work.sequence_length, "micro_batch": work.micro_batch, "dtype": work.dtype, "compiled": compiled,
         "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "deterministic": torch.are_deterministic_algorithms_enabled(),

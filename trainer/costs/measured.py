@@ -30,8 +30,10 @@ from bagualu.trainer.costs.throughput import synchronize
 from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.layers import norm_of
+from bagualu.trainer.models.decoder.lora import FIRST
 from bagualu.trainer.models.decoder.model import Embedding, Head, Layer
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts
+from bagualu.trainer.models.decoder.shapes import layer_shapes
 
 BUDGET_SECONDS = 1.0
 _LEAST_ROUNDS = 3
@@ -95,7 +97,10 @@ def measured_table(work: ModelWork, figures: dict[str, MeasuredCosts], source: s
 def _kind_of(model: ModelConfig, layer: int) -> str:
     """Returns the name of the kind of `layer`; layers of a kind cost the same."""
     block, window = "mixture" if model.is_moe_layer(layer) else "dense", model.window_of(layer)
-    return block if window is None else f"{block} with a window of {window}"
+    adapted = [name.removesuffix(FIRST) for name in layer_shapes(model, layer) if name.endswith(FIRST)]
+    parts = [] if window is None else [f"a window of {window}"]
+    parts += [f"factors of {', '.join(adapted)}"] if adapted else []
+    return f"{block} with {' and '.join(parts)}" if parts else block
 
 
 def _cost(name: str, found: MeasuredCosts, state_bytes: int) -> LayerCost:
@@ -234,8 +239,9 @@ class _Sample:
         return _Saved(inputs, outputs, storages)
 
     def _backward(self, outputs: tuple[torch.Tensor, ...]) -> None:
-        gradients = [torch.ones_like(output) for output in outputs]
-        backward(outputs, gradients)
+        outputs = tuple(output for output in outputs if output.requires_grad)  # not that of a frozen embedding
+        if outputs:
+            backward(outputs, [torch.ones_like(output) for output in outputs])
 
     def _now(self) -> float:
         synchronize(self.device)
@@ -326,13 +332,16 @@ def _localise(module: nn.Module, prefix: str, work: ModelWork, device: torch.dev
         for key, meta in list(part.named_parameters(recurse=False)):
             name = prefix + (f"{module_name}.{key}" if module_name else key)
             shape = plan.placement(name).box(name, tuple(meta.shape), work.layout, work.layout.coordinates(0)).shape
-            parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device).uniform_(-0.02, 0.02, generator=draw))
+            values = torch.empty(shape, dtype=dtype, device=device).uniform_(-0.02, 0.02, generator=draw)
+            parameter = nn.Parameter(values, requires_grad=plan.global_name(name) not in work.frozen)
+            setattr(part, key, parameter)
+            if not parameter.requires_grad:
+                continue
             parameter.grad_dtype = accurate_dtype(dtype)
             sink = _Sink(cast(Any, shelf), cast(Any, None), torch.zeros_like(parameter, dtype=accurate_dtype(dtype)).detach())
             parameter.register_post_accumulate_grad_hook(sink.take)
             if fused:
                 parameter.gradient_sink = sink  # type: ignore[attr-defined]
-            setattr(part, key, parameter)
         for key, meta in list(part.named_buffers(recurse=False)):
             setattr(part, key, torch.zeros(meta.shape, dtype=accurate_dtype(dtype), device=device))
     return shelf

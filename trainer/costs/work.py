@@ -91,13 +91,16 @@ class ModelWork:
         return self.accurate_bytes if self.widens else self.item_bytes
 
     def passes_gradients(self, layer: int) -> bool:
-        """Returns whether gradients go back into decoder layer `layer`. They do not if the layer, all layers before it and the
-        embedding are frozen, unless it is in a later stage, whose inputs always get a gradient. (Of layers that are split
-        unevenly, this holds for those that an even split puts into the first stage.)"""
-        if "embedding.weight" not in self.frozen:
-            return True
-        first = {name for name in parameter_shapes(self.model) if name.startswith("embedding") or _layer_of(name) <= layer}
-        return not first <= self.frozen or layer >= self.model.layers // self.stages
+        """Returns whether gradients go back into decoder layer `layer`, -1 for the embedding. They do not if the layer, all layers
+        before it and the embedding are frozen, unless it is in a later stage, whose inputs always get a gradient. (Of layers that
+        are split unevenly, this holds for those that an even split puts into the first stage.)"""
+        return layer >= min(self._first_trained, self.model.layers // self.stages)
+
+    @cached_property
+    def _first_trained(self) -> float:
+        """The number of the first layer with a trained parameter; -1 if the embedding has one."""
+        trained = (name for name in parameter_shapes(self.model) if name not in self.frozen)
+        return min((-1 if name.startswith("embedding") else _layer_of(name) for name in trained), default=inf)
 
     def attends_in_blocks(self, layer: int) -> bool:
         """Returns whether the attention of `layer` is computed in blocks rather than by torch's kernel (operators/attention.py)."""
@@ -131,7 +134,7 @@ def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
         sequence=parallel.sequence,
         moments={name: len(optim.moments(optim.treatment(name, len(shape)).optimizer)) for name, shape in shapes.items()},
         half_moments=optim.moments_dtype == "bfloat16",
-        frozen=frozenset(filter(optim.freezes, shapes)) if optim.groups else frozenset(),
+        frozen=frozenset(filter(recipe.freezes, shapes)) if optim.groups or recipe.model.lora.rank else frozenset(),
         engine=parallel.engine,
         offload=parallel.deepspeed.offload,
         stages=placement.stages,

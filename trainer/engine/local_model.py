@@ -1,7 +1,6 @@
 """Builds this rank's part of the model, before an engine takes hold of its parameters."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
@@ -11,19 +10,12 @@ from bagualu.parallel.boxes import Box
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill, parallelize
 from bagualu.parallel.sharding import ShardingPlan
-from bagualu.trainer.models.decoder.initialise import initial_values
 from bagualu.trainer.models.decoder.model import Decoder, Layer
 from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.recipe.config import Recipe
 
 Take = Callable[[Decoder, ShardingPlan, list[tuple[str, nn.Parameter]]], None]
 """Called with the model, its plan, and some of its parameters with their names on this rank."""
-
-
-def seeded_values(recipe: Recipe) -> Fill:
-    """Returns the function that makes a new run's weights and buffers, with weights drawn from run.seed."""
-    plan = decoder_plan(recipe.model, recipe.parallel.sequence)
-    return partial(initial_values, plan, recipe.run.seed, recipe.model.initial_std, recipe.model.layers)
 
 
 def no_values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
@@ -51,7 +43,7 @@ def local_model(
         own = {id(parameter) for parameter in unit.parameters()} - taken
         parameters = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in own]
         for name, parameter in parameters:
-            parameter.requires_grad_(not recipe.optim.freezes(plan.global_name(name)))
+            parameter.requires_grad_(not recipe.freezes(plan.global_name(name)))
         taken.update(own)
         take(model, plan, parameters)
 

@@ -9,6 +9,7 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import is_checkpoint, l
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.conversion.besides import context_length
 from bagualu.trainer.data.config import RANDOM, DataConfig
+from bagualu.trainer.models.decoder.lora import LoraConfig
 from bagualu.trainer.recipe.compose import compose, load_recipe, parse
 from bagualu.trainer.recipe.config import Recipe, RunConfig, TrainConfig
 
@@ -58,13 +59,14 @@ def find_model(given: Path) -> TrainedModel:
 def compose_layout(
     verb: str, trained: TrainedModel, overrides: Sequence[str], folder: str, several: str, data_keys: Sequence[str] = ()
 ) -> Recipe:
-    """Returns a recipe with the run's model and dtype and the layout that `overrides` give, by default one process. `folder` takes
-    the place of the run's directory. With `data_keys`, keys of its data that may be given too, it also has the run's data. Raises
-    RecipeError, also for a key that changes nothing here."""
+    """Returns a recipe with the run's model, factors merged into its weights, the run's dtype and the layout that `overrides` give,
+    by default one process. `folder` takes the place of the run's directory. With `data_keys`, keys of its data that may be given
+    too, it also has the run's data. Raises RecipeError, also for a key that changes nothing here."""
     then, known = trained.recipe, (*data_keys, *LAYOUT_KEYS)
     data = then.data if data_keys else DataConfig(source=RANDOM, sequence_length=then.data.sequence_length)
+    model = replace(then.model, origin=None, lora=LoraConfig())
     base = Recipe(
-        run=RunConfig(name=then.run.name, dir=folder, seed=then.run.seed), model=replace(then.model, origin=None), data=data,
+        run=RunConfig(name=then.run.name, dir=folder, seed=then.run.seed), model=model, data=data,
         train=TrainConfig(dtype=then.train.dtype, micro_batch=then.train.micro_batch),
     )  # fmt: skip
     recipe = compose(overrides, several, base)

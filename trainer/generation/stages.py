@@ -20,7 +20,7 @@ from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.pipeline.relay import relay
 from bagualu.parallel.pipeline.runtime import Slices
 from bagualu.parallel.pipeline.split import split_layers
-from bagualu.trainer.conversion.origin import StoredWeights
+from bagualu.trainer.conversion.stored_weights import StoredWeights
 from bagualu.trainer.engine.local_model import local_model
 from bagualu.trainer.models.decoder.cache import Columns
 from bagualu.trainer.recipe.config import Recipe
@@ -88,6 +88,7 @@ def _require_model(recipe: Recipe, checkpoint: Checkpoint) -> None:
     if not isinstance(saved, dict):
         return
     for key, here in recipe.model.identity().items():
-        if key in saved and not recipe.model.fits(key, saved[key], here):
+        merged = key.startswith("model.lora.")  # `StoredWeights` takes factors from the checkpoint alone
+        if key in saved and not merged and not recipe.model.fits(key, saved[key], here):
             raise RecipeError(f"{checkpoint.path} was saved with {key}={typed(saved[key])} but config.yaml of its run has "
                               f"{typed(here)}; put that file back as it was")  # fmt: skip

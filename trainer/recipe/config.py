@@ -210,7 +210,8 @@ class Recipe:
         self.model.validate(self.train.dtype)
         self.optim.validate("float64" if self.train.dtype == "float64" else "float32")
         self.optim.validate_steps(self.train.steps)
-        self.optim.check_patterns(parameter_shapes(self.model))
+        self.model.lora.check_targets(parameter_shapes(self.model))
+        self.optim.check_patterns(self.trainable_shapes())
         if self.comm.on_cpu and not self.train.deterministic:
             raise RecipeError("train.deterministic=false is for GPUs: a CPU computes the same bits anyway; leave it out, or "
                               "give comm.backend=nccl")  # fmt: skip
@@ -240,6 +241,15 @@ class Recipe:
             self.deepspeed_terms(layout).validate()
         self._validate_faults(faults)
         return layout
+
+    def freezes(self, name: str) -> bool:
+        """Returns whether the parameter `name` is not trained, because optim.groups says so or model.lora trains factors only."""
+        return not self.model.lora.trains(name) or self.optim.freezes(name)
+
+    def trainable_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the global shapes of the parameters that optim.groups can choose from, by name: with model.lora the factors,
+        else all."""
+        return {name: shape for name, shape in parameter_shapes(self.model).items() if self.model.lora.trains(name)}
 
     def tensor_widths(self) -> dict[str, int]:
         """Returns, by key, the numbers of the model that parallel.tensor must divide."""

@@ -15,7 +15,7 @@ from bagualu.trainer.models.decoder.identity import model_of
 from bagualu.trainer.models.hugging_face.directory import TOKENIZER, is_hugging_face, open_model
 from bagualu.trainer.recipe.override_text import typed
 
-_OF_TRAINING = ("vocab_multiple", "initial_std", "moe.balance_loss")
+_OF_TRAINING = ("vocab_multiple", "initial_std", "moe.balance_loss", "lora.rank", "lora.alpha", "lora.targets")
 """Keys of `model.*` that do not belong to the weights, so that a recipe may give others."""
 
 
@@ -47,9 +47,13 @@ def tokenizer_in(folder: Path) -> str | None:
 
 
 def with_origin(model: ModelConfig, given: Collection[str]) -> ModelConfig:
-    """Returns `model` with the keys of the model whose weights model.from names. Raises RecipeError if one of the keys `given`,
-    those that the user typed, contradicts them."""
+    """Returns `model` with the keys of the model whose weights model.from names. Factors of that model are part of its weights;
+    those that `model` asks for are new. Raises RecipeError if one of the keys `given`, those that the user typed, contradicts
+    them."""
     assert model.origin is not None
+    if not model.origin.strip():
+        raise RecipeError("model.from is missing; give the model to begin with, a directory of Hugging Face, a run or a "
+                          "checkpoint, e.g. model.from=runs/tiny")  # fmt: skip
     found = model_at(Path(model.origin))
     for key in sorted(given):
         name = key.removeprefix("model.")
@@ -67,7 +71,8 @@ def with_origin(model: ModelConfig, given: Collection[str]) -> ModelConfig:
                           f"{model.origin}, which has no experts; leave it out")  # fmt: skip
     if "model.moe.bias_rate" in given:
         moe = replace(moe, bias_rate=model.moe.bias_rate)
-    return replace(found, origin=model.origin, vocab_multiple=model.vocab_multiple, initial_std=model.initial_std, moe=moe)
+    kept = {name: getattr(model, name) for name in ("origin", "vocab_multiple", "initial_std", "lora")}
+    return replace(found, moe=moe, **kept)
 
 
 def _value(model: ModelConfig, name: str) -> Any:

@@ -43,6 +43,9 @@ def check(recipe: Recipe, world: int) -> None:
     """Checks the recipe for `world` ranks, the backend and the versions of torch and DeepSpeed that it needs, and the text that it
     names. Raises RecipeError."""
     recipe.validate(world)
+    if recipe.model.lora.rank and recipe.model.origin is None:
+        raise RecipeError(f"model.lora.rank={recipe.model.lora.rank} trains factors beside weights that do not change; give "
+                          "model.from, the model that has them, or leave model.lora.rank out")  # fmt: skip
     if recipe.parallel.engine == "deepspeed":
         require_deepspeed()
     known = [AUTO, *registered()]

@@ -28,7 +28,6 @@ from bagualu.trainer.data.config import RANDOM, STREAM
 from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.plan import decoder_plan
-from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.recipe.config import DTYPES
 from bagualu.trainer.recipe.override_text import typed
 
@@ -301,7 +300,7 @@ def _other(path: Path, key: str, saved: object, here: object, fix: str, remark: 
 
 def _check_moments(state: TrainerState, checkpoint: Checkpoint) -> None:
     """Raises RecipeError if the checkpoint holds the moments of another optimizer, or of other parameters."""
-    optim, shapes = state.recipe.optim, parameter_shapes(state.recipe.model)
+    optim, shapes = state.recipe.optim, state.recipe.trainable_shapes()
     saved = {tensor.partition("/")[0] for tensor in checkpoint.tensors} - {"weight", "buffer"}
     optimizers = {name: optim.treatment(name, len(shape)).optimizer for name, shape in shapes.items()}
     wanted = optim.all_moments(shapes)

@@ -8,7 +8,7 @@ has: how axes share links, and how ranks of different speed come to wait. It onl
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, lru_cache
 from math import ceil
 from typing import Any
@@ -84,10 +84,13 @@ class RankPasses:
 
 @dataclass(frozen=True)
 class Holding:
-    """The elements of weights that a rank holds, by the axis over which their gradients are reduced."""
+    """The elements of weights that a rank holds, by the axis over which their gradients are reduced; those beside low-rank factors,
+    which are not trained, apart."""
 
     fold: int = 0
     replica: int = 0
+    frozen_fold: int = 0
+    frozen_replica: int = 0
 
 
 class StepEstimator:
@@ -274,7 +277,7 @@ class StepEstimator:
             for (unit, _), layers in counts[stage].items():
                 units[unit] += layers
         held = {unit: self._holdings(unit, layout.degrees.tensor, layout.degrees.expert) for unit in units}
-        return Holding(*(sum(n * getattr(held[unit], axis) for unit, n in units.items()) for axis in ("fold", "replica")))
+        return Holding(*(sum(n * getattr(held[unit], field.name) for unit, n in units.items()) for field in fields(Holding)))
 
     def _holding(self, unit: LayerKind, tensor: int, expert: int) -> Holding:
         """Returns the elements that a rank holds of a layer of this kind, the embedding or the head."""
@@ -290,16 +293,19 @@ class StepEstimator:
                 or (unit is LayerKind.FIRST and name.startswith("embedding."))
                 or (unit is LayerKind.LAST and name.startswith("head."))
             ):
-                elements[work.plan.placement(name).reduction_axis] += part_of(work, name, shape).elements
-        return Holding(elements["fold"], elements["replica"])
+                apart = "" if model.lora.trains(name) else "frozen_"
+                elements[apart + work.plan.placement(name).reduction_axis] += part_of(work, name, shape).elements
+        return Holding(**elements)
 
     def _moved(self, of: Degrees, start: int, held: Holding, own: RankPasses, zero: int, split: bool) -> tuple[float, float]:
         """Returns the seconds in which a rank waits for the gathering of weights and the reduction of gradients: in a step or,
         where a ZeRO stage does it for each micro-batch, in a micro-batch. `start`: the first rank at its pipeline coordinate.
         `split`: whether backward passes are split."""
-        axes = ((held.fold, of.tensor, of.data), (held.replica, of.tensor * of.expert, of.data // of.expert))
-        reduced = sum(self._buckets("reduce_scatter", n * self._wide_bytes, start, *axis) for n, *axis in axes)
-        gathered = sum(self._buckets("all_gather", n * self._item_bytes, start, *axis) for n, *axis in axes)
+        fold, replica = (of.tensor, of.data), (of.tensor * of.expert, of.data // of.expert)
+        trained = ((held.fold, *fold), (held.replica, *replica))
+        frozen = ((held.frozen_fold, *fold), (held.frozen_replica, *replica)) if zero == 3 else ()
+        reduced = sum(self._buckets("reduce_scatter", n * self._wide_bytes, start, *axis) for n, *axis in trained)
+        gathered = sum(self._buckets("all_gather", n * self._item_bytes, start, *axis) for n, *axis in (*trained, *frozen))
         layers = max(1, self.recipe.model.layers // of.pipeline)
         backward = own.weight_gradient + own.input_gradient * (_BESIDE if split else 1)
         if zero == 3:  # beside the passes, but for the first layer that gathers and the last that reduces
@@ -322,7 +328,7 @@ class StepEstimator:
         division = Division(of.tensor, 1, of.sequence, of.micro_batch)
         traced, layer = self._traces.of(division, unit), self._holdings(unit, of.tensor, 1)
         own = held.fold / (of.data if zero else 1) + held.replica / (of.data // of.expert if zero else 1)
-        return own * traced.update_bytes / (layer.fold + layer.replica) / self._chip(block.part).memory_bytes_per_second
+        return own * traced.update_bytes / max(1, layer.fold + layer.replica) / self._chip(block.part).memory_bytes_per_second
 
 
 @lru_cache(maxsize=2**14)

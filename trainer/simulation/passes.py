@@ -14,10 +14,14 @@ from enum import Enum
 from functools import cached_property
 
 from bagualu.comm.calls import Communication, Pending, Waited
+from bagualu.comm.errors import RecipeError
 from bagualu.parallel.pipeline.schedules.schedule import Kind
 from bagualu.parallel.planner.layouts import Degrees
 from bagualu.parallel.simulation.events import Event, Operator
 from bagualu.parallel.simulation.timed import kind_of
+from bagualu.trainer.models.decoder.config import ModelConfig
+from bagualu.trainer.models.decoder.lora import LoraConfig
+from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.trace import Traced, trace
 
@@ -161,7 +165,7 @@ class LayerTraces:
         )  # fmt: skip
         return replace(
             recipe,
-            model=replace(recipe.model, layers=sum(counts)),
+            model=_with_layers(recipe.model, sum(counts)),
             parallel=parallel,
             train=replace(recipe.train, micro_batch=division.micro_batch, recompute=division.recompute),
             data=replace(recipe.data, global_batch=division.expert * _MICRO_BATCHES * division.micro_batch),
@@ -169,6 +173,17 @@ class LayerTraces:
             launch=replace(recipe.launch, workers=None, nodes=1),
             faults=[],
         )
+
+
+def _with_layers(model: ModelConfig, layers: int) -> ModelConfig:
+    """Returns the model with this number of layers. If it does not have all layers that model.lora.targets names, all layers have
+    factors."""
+    small = replace(model, layers=layers)
+    try:
+        small.lora.check_targets(parameter_shapes(small))
+    except RecipeError:
+        return replace(small, lora=replace(small.lora, targets=LoraConfig().targets))
+    return small
 
 
 def pass_cost(

@@ -16,6 +16,7 @@ from bagualu.trainer.costs.work import ModelWork, work_of
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.activations import run as run_layer
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+from bagualu.trainer.models.decoder.lora import LoraConfig
 from bagualu.trainer.models.decoder.model import Decoder, Layer
 from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes, parameter_shapes
 from bagualu.trainer.recipe.compose import compose
@@ -47,6 +48,16 @@ def test_the_shapes_are_those_of_the_model(layer: int, style: str) -> None:
     assert list(layer_shapes(model, layer).items()) == [(name, tuple(p.shape)) for name, p in module.named_parameters()]
     assert layer_buffers(model, layer) == {name: tuple(b.shape) for name, b in module.named_buffers()}
     assert not layer_buffers(moe_model(), layer)
+
+
+@pytest.mark.parametrize("targets", [["*"], ["query", "layers.1.*"]], ids=str)
+@pytest.mark.parametrize("style", ["llama", "gpt"])
+def test_the_shapes_of_factors_are_those_of_the_model(style: str, targets: list[str]) -> None:
+    model = moe_model(3, style)
+    model.lora = LoraConfig(rank=3, targets=targets)
+    with torch.device("meta"):
+        module = Decoder(model, [range(3)])
+    assert list(parameter_shapes(model).items()) == [(name, tuple(p.shape)) for name, p in module.named_parameters()]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -90,10 +101,12 @@ def storages(tensors: list[torch.Tensor]) -> dict[int, int]:
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
+@pytest.mark.parametrize("rank", [None, 5])
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize(("layer", "parts"), [(0, ("none", "attention", "full")), (1, ("none", "attention", "experts", "full"))])
-def test_recomputation_leaves_what_the_model_keeps(layer: int, parts: tuple[str, ...], style: str) -> None:
+def test_recomputation_leaves_what_the_model_keeps(layer: int, parts: tuple[str, ...], style: str, rank: int | None) -> None:
     model = moe_model(style=style)
+    model.lora.rank = rank
     cost = analytic_table(ModelWork(model, Layout(), sequence_length=32, micro_batch=4, dtype="float64")).layers[layer]
     for part in parts:
         module = Layer(model, layer, part).double()
@@ -131,6 +144,7 @@ def state_held(communicator: Communicator, recipe: Recipe) -> tuple[int, int, in
 
 TIED = {"model__tie_embeddings": True, "data__global_batch": 8}
 ZERO_2 = {"parallel__zero": 2, "train__dtype": "bfloat16", "optim__moments_dtype": "bfloat16"}
+LORA = {"model__lora__rank": 3}
 FROZEN = {"optim__groups": [{"pattern": name, "frozen": True} for name in ("embedding.weight", "layers.0.*", "*.router.weight")]}
 
 
@@ -147,6 +161,7 @@ FROZEN = {"optim__groups": [{"pattern": name, "frozen": True} for name in ("embe
         (8, {"parallel__data": 4, "parallel__pipeline": 2, **TIED, **ZERO_2, **MIXTURE, "optim__name": "muon"}),
         (4, {"parallel__data": 2, "parallel__pipeline": 2, **TIED, **FROZEN, **MIXTURE}),
         (4, {"parallel__data": 2, "parallel__pipeline": 2, **FROZEN, "model__moe__bias_rate": 0.1, **MIXTURE}),
+        (8, {"parallel__data": 4, "parallel__tensor": 2, "parallel__expert": 2, **LORA, **ZERO_2, **MIXTURE}),
     ],
     ids=[
         "one rank",
@@ -159,6 +174,7 @@ FROZEN = {"optim__groups": [{"pattern": name, "frozen": True} for name in ("embe
         "muon",
         "frozen and tied",
         "frozen and biases",
+        "factors",
     ],
 )
 def test_state_is_what_ranks_hold(ranks: int, changes: dict[str, object]) -> None:

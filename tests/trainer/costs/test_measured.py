@@ -1,6 +1,7 @@
 """The warm-up: every kind of layer, nothing of the run disturbed, bytes that agree with the shapes."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from bagualu.trainer.costs.measured import measure, measured_table
 from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.costs.work import ModelWork, cpu_multiplies
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+from bagualu.trainer.models.decoder.lora import LoraConfig
+from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from tests.trainer.models.styles import STYLES
 
 CPU = torch.device("cpu")
@@ -44,6 +47,25 @@ def test_bytes_held_are_those_that_shapes_give(dtype: str, layout: Layout, micro
         assert one.attention_bytes == pytest.approx(other.attention_bytes, rel=0.01)
         both = one.activation_bytes + one.work_bytes, other.activation_bytes + other.work_bytes
         assert both[0] == pytest.approx(both[1], rel=0.06)  # the sample keeps the gradient of its output to the end
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(data=2, tensor=2, expert=2)], ids=str)
+@pytest.mark.parametrize("targets", [["*"], ["query", "layers.1.*"]], ids=str)
+def test_bytes_held_with_factors_are_those_that_shapes_give(dtype: str, layout: Layout, targets: list[str]) -> None:
+    here = work(dtype, layout)
+    model = replace(here.model, lora=LoraConfig(8, targets=targets))
+    frozen = frozenset(name for name in parameter_shapes(model) if not model.lora.trains(name))
+    here = replace(here, model=model, frozen=frozen)
+    measured, analytic = measured_table(here, measure(here, CPU, compiled=False, budget_seconds=0), ""), analytic_table(here)
+    for one, other in zip([*measured.layers, measured.head], [*analytic.layers, analytic.head], strict=True):
+        assert one.state_bytes == other.state_bytes
+        assert one.activation_bytes == pytest.approx(other.activation_bytes, rel=0.01)
+        assert one.attention_bytes == pytest.approx(other.attention_bytes, rel=0.01)
+        both = one.activation_bytes + one.work_bytes, other.activation_bytes + other.work_bytes
+        assert both[0] == pytest.approx(both[1], rel=0.06)
+        if targets == ["*"]:
+            assert one.operand_bytes == pytest.approx(other.operand_bytes, rel=0.01)
 
 
 def test_every_kind_is_timed_and_the_head_goes_back_in_its_forward_pass() -> None:

@@ -23,6 +23,7 @@ TIED = {"model__tie_embeddings": True}
 HALF = {"train__dtype": "bfloat16", "optim__moments_dtype": "bfloat16"}
 FROZEN = {"optim__groups": [{"pattern": name, "frozen": True} for name in ("embedding.weight", "layers.0.*", "*.router.weight")]}
 STYLED = {style: {f"model__{key}": value for key, value in changes.items()} for style, changes in STYLES.items()}
+LORA = {"model__lora__rank": 4}
 STATE = (PARAMETERS, GRADIENTS, MASTERS, MOMENTS)
 
 
@@ -61,6 +62,9 @@ def kinds(communicator: Communicator, recipe: Recipe) -> tuple[dict[str, int], M
         (4, {"parallel__pipeline": 2, **FROZEN, "model__moe__bias_rate": 0.1, **MIXTURE, "parallel__zero": 3}),
         (4, {"parallel__data": 2, "parallel__tensor": 2, **MIXTURE, **HALF, "optim__name": "muon"}),
         (2, {**FROZEN, **TIED, **MIXTURE, "train__dtype": "bfloat16", "parallel__zero": 3, "optim__name": "muon"}),
+        (8, {"parallel__expert": 2, "parallel__tensor": 2, **MIXTURE, **LORA, **HALF}),
+        (4, {"parallel__pipeline": 2, **TIED, **LORA, "parallel__zero": 3}),
+        (4, {"parallel__pipeline": 2, **LORA, "model__lora__targets": ["layers.3.*"], "parallel__zero": 2}),
         *((4, {"parallel__data": 2, "parallel__tensor": 2, **changes, **HALF}) for changes in STYLED.values()),
         *((4, {"parallel__pipeline": 2, **TIED, **changes, "parallel__zero": 3}) for changes in STYLED.values()),
     ],
@@ -81,6 +85,8 @@ LIBRARY = [
     {"parallel__engine": "deepspeed", "parallel__zero": 1, "parallel__pipeline": 2, **HALF, **TIED},
     {"parallel__engine": "deepspeed", "parallel__zero": 2, "train__dtype": "float32", **FROZEN, **MIXTURE},
     {"parallel__engine": "deepspeed", "parallel__zero": 3, "train__dtype": "bfloat16", **FROZEN, **MIXTURE},
+    {**WHOLE, "parallel__engine": "fsdp", "parallel__tensor": 2, **LORA, **HALF, **MIXTURE},
+    {"parallel__engine": "deepspeed", "parallel__zero": 3, "train__dtype": "float32", **LORA},
 ]
 
 
@@ -123,6 +129,11 @@ TWO_BATCHES = {"parallel__data": 2, "parallel__pipeline": 2, "data__global_batch
         (2, {"parallel__tensor": 2, "parallel__sequence": True, **MIXTURE}),
         (2, {"parallel__pipeline": 2, "parallel__schedule": "zb_v", "train__recompute": "full"}),
         (1, {**FROZEN, **TIED, **MIXTURE}),
+        (1, {**LORA, "train__dtype": "float32"}),
+        (1, {**LORA, **MIXTURE, "train__dtype": "bfloat16", "train__micro_batch": 2}),
+        (2, {**LORA, "parallel__tensor": 2, "parallel__sequence": True, **MIXTURE}),
+        (2, {**LORA, "parallel__data": 2, "parallel__zero": 2, "train__dtype": "bfloat16"}),
+        (2, {**LORA, "parallel__pipeline": 2, "parallel__schedule": "zb_v"}),
         (2, {"parallel__data": 2, "parallel__zero": 0}),
         (2, {"parallel__data": 2, "parallel__zero": 2, "train__dtype": "bfloat16"}),
         (2, {"parallel__data": 2, "parallel__zero": 3, "train__dtype": "bfloat16"}),

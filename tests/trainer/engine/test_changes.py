@@ -39,11 +39,11 @@ Figures = list[tuple[float, float]]
 """The loss and the gradient norm of each step."""
 
 
-def on(kind: Kind, dtype: str, ranks: int, folder: Path | str = "unused") -> Recipe:
+def on(kind: Kind, dtype: str, ranks: int, folder: Path | str = "unused", rank: int | None = None) -> Recipe:
+    """`rank`: of low-rank factors; None: there are none."""
     engine, stage = kind
-    return small_recipe(
-        **MODEL, train__dtype=dtype, parallel__engine=engine, parallel__zero=stage, parallel__data=ranks, run__dir=str(folder)
-    )
+    layout = {"parallel__engine": engine, "parallel__zero": stage, "parallel__data": ranks}
+    return small_recipe(**MODEL, **layout, train__dtype=dtype, run__dir=str(folder), model__lora__rank=rank)
 
 
 def go_on(communicator: Communicator, recipe: Recipe, first: int, last: int) -> tuple[Pieces, Figures, Pieces]:
@@ -68,8 +68,8 @@ def straight(communicator: Communicator, recipe: Recipe) -> tuple[Figures, Piece
 
 
 @functools.cache
-def alone(dtype: str) -> tuple[Figures, dict[str, np.ndarray]]:
-    ((figures, pieces),) = run("simulated", 1, straight, on(("native", 1), dtype, 1))
+def alone(dtype: str, rank: int | None) -> tuple[Figures, dict[str, np.ndarray]]:
+    ((figures, pieces),) = run("simulated", 1, straight, on(("native", 1), dtype, 1, rank=rank))
     return figures, gather([pieces])
 
 
@@ -79,19 +79,33 @@ def alone(dtype: str) -> tuple[Figures, dict[str, np.ndarray]]:
     ids=["-".join(f"{engine}{stage}" for engine, stage in pair) for pair in PAIRS],
 )
 def test_a_run_goes_from_one_engine_to_another_and_back(tmp_path: Path, first: Kind, second: Kind) -> None:
+    assert_changes(tmp_path, first, second, None)
+
+
+WITH_FACTORS: list[tuple[Kind, Kind]] = [
+    (("native", 3), ("fsdp", 3)), (("fsdp", 3), ("native", 0)), (("deepspeed", 1), ("native", 2)), (("deepspeed", 3), ("fsdp", 3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "second"), WITH_FACTORS, ids=str)
+def test_a_run_that_trains_factors_goes_from_one_engine_to_another_and_back(tmp_path: Path, first: Kind, second: Kind) -> None:
+    assert_changes(tmp_path, first, second, 3)
+
+
+def assert_changes(folder: Path, first: Kind, second: Kind, rank: int | None) -> None:
     """Weights and moments are the same to the bit after each change, and the curve is that of one process."""
     dtype = "float32" if "deepspeed" in (first[0], second[0]) else "float64"
     figures: Figures = []
     saved: dict[str, np.ndarray] = {}
     for (begin, end), (kind, ranks) in zip([(0, 2), (2, 4), (4, STEPS)], [(first, 2), (second, 4), (first, 1)], strict=True):
-        results = run("gloo", ranks, go_on, on(kind, dtype, ranks, tmp_path), begin, end)
+        results = run("gloo", ranks, go_on, on(kind, dtype, ranks, folder, rank), begin, end)
         if begin:
             loaded = gather([pieces for pieces, *_ in results])
             assert loaded.keys() == saved.keys()
             assert [name for name, values in saved.items() if values.tobytes() != loaded[name].tobytes()] == []
         figures += results[0][1]
         saved = gather([pieces for *_, pieces in results])
-    expected, weights = alone(dtype)
+    expected, weights = alone(dtype, rank)
     np.testing.assert_allclose(figures, expected, rtol=RELATIVE[dtype])
     assert saved.keys() == weights.keys()
     for name, values in weights.items():

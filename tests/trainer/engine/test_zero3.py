@@ -12,9 +12,9 @@ from bagualu.comm.group import Communicator, Group
 from bagualu.parallel.boxes import Box
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.engine.local_model import seeded_values
 from bagualu.trainer.engine.native import NativeEngine
 from bagualu.trainer.evaluate import validate
+from bagualu.trainer.models.decoder.initialise import seeded_values
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
 from tests.harness import BACKENDS, run
@@ -184,7 +184,7 @@ def parameters_alive() -> list[torch.nn.Parameter]:
 
 def most_at_the_start(communicator: Communicator, recipe: Recipe) -> tuple[int, int]:
     """The most bytes of parameters alive when the first matrix of a layer is filled, and those of the whole model."""
-    fill, most = seeded_values(recipe), 0
+    fill, most = seeded_values(recipe.model, recipe.run.seed), 0
     before = {id(held) for held in parameters_alive()}
 
     def watched(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:

@@ -7,6 +7,7 @@ import pytest
 from bagualu.comm.cluster_file import load_cluster
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Chip, Cluster, ClusterPart, LinkTier
+from bagualu.parallel.memory_kinds import GRADIENTS, MASTERS, MOMENTS, PARAMETERS
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.predict import Prediction, predict
@@ -107,3 +108,13 @@ def test_a_dtype_that_the_chip_does_not_multiply_is_refused() -> None:
     chip = replace(cluster.parts[0].chip, matmul_flops_per_second={"float16": 3.12e14})
     with pytest.raises(RecipeError, match="no matmul peak is known for A100"):
         predict(recipe_of(), replace(cluster, parts=(replace(cluster.parts[0], chip=chip),)), 16)
+
+
+def test_frozen_weights_beside_factors_take_no_gradients_states_and_less_time(usual: Prediction) -> None:
+    factors = predict(recipe_of(*LAYOUT, "model.lora.rank=4"), load_cluster("h100"), 16)
+    before, after = usual.fullest.peak.by_kind, factors.fullest.peak.by_kind
+    assert after[PARAMETERS] > 0.9 * before[PARAMETERS]
+    for kind in (GRADIENTS, MASTERS, MOMENTS):
+        assert 0 < after[kind] < 0.2 * before[kind], kind
+    assert factors.model_flops < 0.75 * usual.model_flops
+    assert factors.executed_flops < 0.75 * usual.executed_flops

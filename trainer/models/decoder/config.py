@@ -6,6 +6,7 @@ from typing import Any
 
 from bagualu.comm.checks import RANGES, refuse_unused, require_at_least, require_at_most, require_representable
 from bagualu.comm.errors import RecipeError
+from bagualu.trainer.models.decoder.lora import LoraConfig
 
 LARGEST = 2**24
 """The largest width, vocabulary or number of experts that is accepted. A larger value is a typing error that would otherwise show
@@ -138,6 +139,7 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     initial_std: float = 0.02
     moe: MoEConfig = field(default_factory=MoEConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     origin: str | None = field(default=None, metadata={"key": "from", "path": True})
     """`model.from`: where the weights come from with which the run begins: a directory of Hugging Face, a run or a checkpoint. The
     other keys of the model then come from there too. Left out: weights are drawn from run.seed."""
@@ -174,11 +176,13 @@ class ModelConfig:
         """Returns the values of `model.*`, by recipe key, that must be equal for a checkpoint to fit the model: all keys except
         model.vocab_multiple and model.from. Those of `renormalise`, `head_dim` and `rope_attention_factor` are the same whether
         they were given or left out."""
-        own = {f"model.{key}": value for key, value in asdict(self).items() if key not in ("moe", "vocab_multiple", "origin")}
+        others = "moe", "lora", "vocab_multiple", "origin"
+        own = {f"model.{key}": value for key, value in asdict(self).items() if key not in others}
         own["model.head_dim"] = None if self.heads * self.head_width == self.hidden else self.head_width
         if self.rope_amplitude == replace(self, rope_attention_factor=None).rope_amplitude:
             own["model.rope_attention_factor"] = None
         moe = asdict(self.moe) | {"renormalise": self.moe.renormalises}
+        own |= {f"model.lora.{key}": value for key, value in self.lora.identity().items()}
         return own | {f"model.moe.{key}": value for key, value in moe.items()}
 
     @staticmethod
@@ -222,6 +226,7 @@ class ModelConfig:
                               f"give model.initial_std={ModelConfig.initial_std}")  # fmt: skip
         self._validate_heads()
         self._validate_positions()
+        self.lora.validate()
         if self.moe.experts:
             self._validate_moe(dtype)
         else:

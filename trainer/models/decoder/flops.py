@@ -4,14 +4,18 @@ Convention: that of PaLM (Chowdhery et al. 2022, appendix B: 2 FLOPs for each we
 and where PaLM leaves it open or counts too much:
 - the embedding lookup multiplies nothing and is left out; the head counts, with the vocabulary without padding;
 - causal attention counts what is needed, without a window (S + 1) / 2 keys for the average token, where PaLM counts all S;
-- of the experts only those a token passes count (top k and shared), and the router.
+- of the experts only those a token passes count (top k and shared), and the router;
+- with low-rank factors (model.lora), the weights beside them have no gradient, and the factors count.
 Norms, activations, rotary positions and softmax are left out. A product's backward pass costs it twice: once for the gradient of
 its input, once for that of its weight; attention's own products have two inputs and no weight.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from bagualu.trainer.models.decoder.config import ModelConfig
+from bagualu.trainer.models.decoder.lora import FIRST, SECOND
+from bagualu.trainer.models.decoder.shapes import layer_shapes
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Flops:
     """FLOPs of products with weights in the forward pass."""
     attention: float = 0.0
     """FLOPs of attention scores and of their product with the values in the forward pass."""
+    trained: float | None = None
+    """FLOPs of those products with weights that are trained, in the forward pass; None: of all."""
 
     @property
     def forward(self) -> float:
@@ -33,7 +39,7 @@ class Flops:
 
     @property
     def weight_gradient(self) -> float:
-        return self.weights
+        return self.weights if self.trained is None else self.trained
 
     @property
     def total(self) -> float:
@@ -47,7 +53,8 @@ def attention_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flo
     projections = 2 * model.hidden * (2 * head_width + 2 * key_value_width)
     window = min(model.window_of(layer) or sequence_length, sequence_length)
     keys = window - window * (window - 1) / (2 * sequence_length)  # the first tokens of a sequence have fewer before them
-    return Flops(float(projections), 2 * (2 * head_width * keys))
+    factors = _factor_flops(model, layer, "attention.")
+    return Flops(projections + (factors or 0.0), 2 * (2 * head_width * keys), factors)
 
 
 def layer_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flops:
@@ -59,9 +66,21 @@ def layer_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flops:
     else:
         feed_forward = unit * model.ffn
     attention = attention_flops(model, layer, sequence_length)
-    return Flops(attention.weights + feed_forward, attention.attention)
+    factors = _factor_flops(model, layer, "feed_forward.")
+    trained = None if factors is None else factors + (attention.trained or 0.0)
+    return Flops(attention.weights + feed_forward + (factors or 0.0), attention.attention, trained)
+
+
+def _factor_flops(model: ModelConfig, layer: int, block: str) -> float | None:
+    """Returns the FLOPs of products with the low-rank factors of a block of `layer` for a token; None if the model has none, so
+    that its weights are trained."""
+    if model.lora.rank is None:
+        return None
+    shapes = layer_shapes(model, layer).items()
+    factors = [shape for name, shape in shapes if name.startswith(block) and name.endswith((FIRST, SECOND))]
+    return float(sum(2 * prod(shape[-2:]) * (model.moe.top_k if len(shape) == 3 else 1) for shape in factors))
 
 
 def head_flops(model: ModelConfig) -> Flops:
     """Returns the FLOPs of the head, the projection to the vocabulary without padding, for one token."""
-    return Flops(float(2 * model.hidden * model.vocab))
+    return Flops(float(2 * model.hidden * model.vocab), trained=None if model.lora.rank is None else 0.0)

@@ -5,14 +5,24 @@ numbers, drawn on the CPU in float32. A rank draws only the blocks that its box 
 """
 
 import hashlib
+from functools import partial
 from itertools import product
 
 import torch
 
 from bagualu.parallel.boxes import Box
+from bagualu.parallel.parallelize import Fill
 from bagualu.parallel.sharding import ShardingPlan
+from bagualu.trainer.models.decoder.config import ModelConfig
+from bagualu.trainer.models.decoder.plan import decoder_plan
 
 BLOCK = 1024
+
+
+def seeded_values(model: ModelConfig, seed: int) -> Fill:
+    """Returns the function that makes the first weights and buffers of `model`, with weights drawn from `seed`."""
+    plan = decoder_plan(model, sequence=False)  # which changes no value
+    return partial(initial_values, plan, seed, model.initial_std, model.layers)
 
 
 def normal_values(seed: int, name: str, shape: tuple[int, ...], box: Box, std: float) -> torch.Tensor:
@@ -45,4 +55,6 @@ def initial_values(
         return torch.ones(box.shape)
     if initial == "zeros":
         return torch.zeros(box.shape)
+    if initial == "fan_in":
+        return normal_values(seed, name, shape, box, (3 * shape[-1]) ** -0.5)
     return normal_values(seed, name, shape, box, std / (2 * layers) ** 0.5 if initial == "residual" else std)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bagualu.comm.group import Group
+from bagualu.trainer.models.decoder.adapted import AdaptedModule, first_factors, plus_products
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.operators.alibi import Slopes
 from bagualu.trainer.operators.attention import causal_attention
@@ -25,7 +26,7 @@ Positions = Callable[[int, torch.dtype, torch.device], tuple[torch.Tensor, torch
 """(S, dtype of the activations, device) -> cos and sin [S, D]; see `operators.rotary`."""
 
 
-class Linear(nn.Module):
+class Linear(AdaptedModule):
     """Holds a weight [O, I] and, if there is one, a bias [O]. The parent module applies them, so that several weights with the same
     input go through `linears` together."""
 
@@ -35,9 +36,15 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
 
-def project(x: torch.Tensor, *layers: Linear, wide: bool = False) -> tuple[torch.Tensor, ...]:
-    """x [..., I] -> an output [..., O] of each linear layer"""
-    return linears(x, *(layer.weight for layer in layers), biases=[layer.bias for layer in layers], wide=wide)
+def project(
+    x: torch.Tensor, *layers: Linear, wide: bool = False, biased: bool = True, factor: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """x [..., I] -> an output [..., O] of each linear layer, without its bias if `biased` is False. `factor` as in `linears`."""
+    factors = [layer.factors("weight") for layer in layers]
+    weights = [*(layer.weight for layer in layers), *first_factors(factors)]
+    biases = [layer.bias if biased else None for layer in layers] + [None] * (len(weights) - len(layers))
+    results = linears(x, *weights, biases=biases, factor=factor, wide=wide)
+    return plus_products(results, factors, lambda rows, weight: linears(rows, weight, wide=wide)[0])
 
 
 class RMSNorm(nn.Module):
@@ -112,7 +119,7 @@ class Attention(nn.Module):
         slopes = () if self.slopes is None else (self.slopes(query.shape[2], x.dtype, x.device),)
         attend = self.attend if mask is None else partial(self.attend, mask=mask)
         mixed = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *slopes)
-        return linears(mixed.transpose(1, 2).flatten(2), self.output.weight)[0]
+        return project(mixed.transpose(1, 2).flatten(2), self.output, biased=False)[0]
 
     def prepare(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
         """Computes what passes over sequences of `length` tokens of `dtype` find instead of computing it themselves."""
@@ -153,6 +160,6 @@ class FeedForward(nn.Module):
         """x [..., H] -> [..., H], without the bias of `down`"""
         if self.gate is None:
             (up,) = project(x, self.up)
-            return linears(gelu(up), self.down.weight)[0]
+            return project(gelu(up), self.down, biased=False)[0]
         gate, up = project(x, self.gate, self.up)
-        return linears(F.silu(gate), self.down.weight, factor=up)[0]
+        return project(F.silu(gate), self.down, biased=False, factor=up)[0]

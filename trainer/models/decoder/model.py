@@ -16,6 +16,7 @@ from bagualu.comm.group import Group
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 from bagualu.parallel.vocabulary import embedding, linear_cross_entropy
 from bagualu.trainer.models.activations import HostMemory, run
+from bagualu.trainer.models.decoder.adapted import add_factors
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.layers import Attention, FeedForward, Linear, norm_of
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts, update_biases
@@ -91,6 +92,7 @@ class Layer(nn.Module):
         self.feed_forward_norm = norm_of(config)
         mixture = config.is_moe_layer(index)
         self.feed_forward = MixtureOfExperts(config) if mixture else FeedForward(config, config.ffn, bias=config.bias == "all")
+        add_factors(self, f"layers.{index}.", config.lora)
 
     def forward(
         self, x: torch.Tensor, mask: torch.Tensor | None = None

@@ -14,13 +14,14 @@ from torch import nn
 
 from bagualu.parallel.expert import LocalExperts
 from bagualu.parallel.precision import accurate_dtype
+from bagualu.trainer.models.decoder.adapted import AdaptedModule, first_factors, plus_products
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.layers import FeedForward, gelu
 from bagualu.trainer.operators.linear import grouped_linears, linears
 from bagualu.trainer.operators.ragged import pad, unpad
 
 
-class Experts(nn.Module):
+class Experts(AdaptedModule):
     """The experts on this rank, each a feed-forward: gate, if there is one, and up [E, F, H], down [E, H, F]."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -37,12 +38,21 @@ class Experts(nn.Module):
         routed = self.exchange.dispatch(rows, counts)
         padded, rows_of = pad(routed.rows, routed.counts)
         if self.gate is None:
-            (up,) = grouped_linears(padded, rows_of, self.up)
-            (results,) = grouped_linears(gelu(up), rows_of, self.down)
+            (up,) = self._multiply(padded, rows_of, "up")
+            (results,) = self._multiply(gelu(up), rows_of, "down")
         else:
-            gate, up = grouped_linears(padded, rows_of, self.gate, self.up)
-            (results,) = grouped_linears(F.silu(gate), rows_of, self.down, factor=up)
+            gate, up = self._multiply(padded, rows_of, "gate", "up")
+            (results,) = self._multiply(F.silu(gate), rows_of, "down", factor=up)
         return self.exchange.combine(unpad(results, routed.counts, rows_of), routed)
+
+    def _multiply(
+        self, rows: torch.Tensor, counts: list[int], *keys: str, factor: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """rows [n, ...] sorted by expert, counts [e] -> an output for each weight of `keys`. `factor` as in `linears`."""
+        factors = [self.factors(key) for key in keys]
+        weights = [*(getattr(self, key) for key in keys), *first_factors(factors)]
+        results = grouped_linears(rows, counts, *weights, factor=factor)
+        return plus_products(results, factors, lambda low, weight: grouped_linears(low, counts, weight)[0])
 
 
 class Router(nn.Module):

@@ -1,5 +1,7 @@
 """The global shapes of the decoder's tensors, known without building it."""
 
+from functools import partial
+
 from bagualu.trainer.models.decoder.config import ModelConfig
 
 
@@ -26,6 +28,7 @@ def norm_shapes(model: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
 
 def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
     """Returns the global shapes of a decoder layer's parameters, by name."""
+    with_factors = partial(model.lora.with_factors, f"layers.{index}.")
     hidden, heads, narrow = model.hidden, model.heads * model.head_width, model.key_value_heads * model.head_width
     shapes: dict[str, tuple[int, ...]] = {
         **norm_shapes(model, "attention_norm"),
@@ -37,12 +40,13 @@ def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
         **norm_shapes(model, "feed_forward_norm"),
     }
     if not model.is_moe_layer(index):
-        return shapes | _feed_forward(model, "feed_forward", model.ffn, model.bias == "all")
+        return with_factors(shapes | _feed_forward(model, "feed_forward", model.ffn, model.bias == "all"))
     moe = model.moe
     shapes["feed_forward.router.weight"] = (moe.experts, hidden)
     shapes |= {f"feed_forward.experts.{name}": (moe.experts, moe.ffn, hidden) for name in _inputs(model)}
     shapes["feed_forward.experts.down"] = (moe.experts, hidden, moe.ffn)
-    return shapes | (_feed_forward(model, "feed_forward.shared", moe.shared_experts * moe.ffn, False) if moe.shared_experts else {})
+    shared = _feed_forward(model, "feed_forward.shared", moe.shared_experts * moe.ffn, False) if moe.shared_experts else {}
+    return with_factors(shapes | shared)
 
 
 def layer_buffers(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
