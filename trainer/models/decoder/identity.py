@@ -18,7 +18,7 @@ def model_of(identity: Mapping[str, Any]) -> ModelConfig:
     moe, lora = _inside(values, _MOE), _inside(values, _LORA)
     own = {key: value for key, value in values.items() if not key.startswith((_MOE, _LORA))}
     own.pop("vocab_multiple", None)  # in checkpoints of earlier versions, which padded the vocabulary
-    sections: list[tuple[dict[str, Any], type]] = [(own, ModelConfig), (moe, MoEConfig), (lora, LoraConfig)]
+    sections: list[tuple[dict[str, Any], type[Any]]] = [(own, ModelConfig), (moe, MoEConfig), (lora, LoraConfig)]
     unknown = {key for given, section in sections for key in given.keys() - {field.name for field in fields(section)}}
     if not own or unknown:
         raise RecipeError("the checkpoint is of a model that this version does not know "
