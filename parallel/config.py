@@ -9,6 +9,9 @@ from bagualu.parallel.balance.stages.keys import COMPUTED, memory_caps, validate
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.registry import placement_of, splits_backward
 
+EXPERT_ROWS_MULTIPLE = 64
+"""On a CPU, rows of experts in 16 bits are padded to a multiple of this (trainer/operators/ragged.py): on average by half of it for
+each expert."""
 HEAD_CHUNK_TOKENS = 2**10
 """Tokens per chunk in the fused head and loss (vocabulary.py). Every chunk reads the whole weight and its gradient, so small chunks
 are slow; the products of larger chunks could overflow float16 before any loss scale can prevent it."""

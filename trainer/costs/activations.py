@@ -12,7 +12,7 @@ per token, V vocabulary.
 
 from dataclasses import dataclass, replace
 
-from bagualu.parallel.config import HEAD_CHUNK_TOKENS
+from bagualu.parallel.config import EXPERT_ROWS_MULTIPLE, HEAD_CHUNK_TOKENS
 from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.models.decoder.lora import FIRST
 from bagualu.trainer.models.decoder.shapes import layer_shapes
@@ -234,14 +234,17 @@ def _mixture(work: ModelWork, index: int) -> _Block:
     the rows, the experts' activations, and their results, by expert and by token."""
     moe, tensor, accurate = work.model.moe, work.layout.tensor, work.accurate_bytes
     rows, own = work.tokens * moe.top_k, inside_bytes(work)
-    results, experts = own * moe.top_k, _feed_forward(work, rows, moe.ffn // tensor)
-    experts = experts.plus(_factors(work, index, "feed_forward.experts.", rows, work.item_bytes))
+    results, padded = own * moe.top_k, _padded(work, rows)
+    experts = _feed_forward(work, padded, moe.ffn // tensor)
+    experts = experts.plus(_factors(work, index, "feed_forward.experts.", padded, work.item_bytes))
     router = work.tokens * moe.experts * accurate + rows * (3 * _INDEX_BYTES + 2 * accurate)
     kept = own + router + experts.kept + 2 * results
     wide_input = work.tokens * work.model.hidden * accurate
     router_trained = f"layers.{index}.feed_forward.router.weight" not in work.frozen
     operands = experts.operands + (work.tokens * moe.experts * accurate + wide_input) * router_trained
-    highest = max(2 * results, experts.work - results)  # in the weighted sum; in the experts, when the results are gone
+    added = (padded - rows) * work.model.hidden * work.item_bytes  # to the gradient of the results
+    # In the weighted sum; in the experts, when the results are gone.
+    highest = max(2 * results, experts.work + added - results)
     if moe.shared_experts:
         shared = _feed_forward(work, work.tokens, moe.shared_experts * moe.ffn // tensor)
         shared = shared.plus(_factors(work, index, "feed_forward.shared.", work.tokens, work.item_bytes))
@@ -249,3 +252,11 @@ def _mixture(work: ModelWork, index: int) -> _Block:
         operands += shared.operands - wide_input * (router_trained and work.item_bytes == accurate)  # which both read
         highest = max(highest + 2 * own - shared.kept, shared.work)
     return _Block(kept, operands, highest)
+
+
+def _padded(work: ModelWork, rows: int) -> int:
+    """Returns how many of `rows`, which are divided evenly over the rank's experts, there are with padding."""
+    if not work.on_cpu or work.widens or work.item_bytes == work.accurate_bytes:
+        return rows
+    experts = work.model.moe.experts // work.layout.expert
+    return experts * -(-rows // (experts * EXPERT_ROWS_MULTIPLE)) * EXPERT_ROWS_MULTIPLE

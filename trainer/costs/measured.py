@@ -160,13 +160,15 @@ class _Sink(GradientSink):
 
 class _Folded(LocalExperts):
     """An exchange without communication: this rank's experts process all of its own rows, which are as many as a rank receives
-    under an even load."""
+    under an even load, and divide them evenly."""
 
     def __init__(self, degree: int) -> None:
         self.degree = degree
 
     def dispatch(self, rows: torch.Tensor, counts: torch.Tensor) -> Routed:
-        return Routed(rows, counts.view(self.degree, -1).sum(0).tolist())
+        own = counts.shape[0] // self.degree
+        each, more = divmod(rows.shape[0], own)
+        return Routed(rows, [each + (expert < more) for expert in range(own)])
 
 
 @dataclass

@@ -9,10 +9,8 @@ Shapes: N rows, P rows with padding, I width.
 
 import torch
 
+from bagualu.parallel.config import EXPERT_ROWS_MULTIPLE
 from bagualu.parallel.precision import HALF, chip_of, multiply_dtype
-
-_MULTIPLE = 64
-"""Rows are padded to a multiple of this: on average by half of it for each expert."""
 
 
 def pad(rows: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list[int]]:
@@ -20,10 +18,10 @@ def pad(rows: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list[int]]
     are followed by zeros. Where the chip does not care, returns what was given."""
     if not _generates_code(rows):
         return rows, counts
-    padded = [-(-count // _MULTIPLE) * _MULTIPLE for count in counts]
+    padded = [-(-count // EXPERT_ROWS_MULTIPLE) * EXPERT_ROWS_MULTIPLE for count in counts]
     if padded == counts:
         return rows, counts
-    zeros = rows.new_zeros(_MULTIPLE, rows.shape[1])
+    zeros = rows.new_zeros(EXPERT_ROWS_MULTIPLE, rows.shape[1])
     pieces = [(part, zeros[: after - before]) for part, before, after in zip(rows.split(counts), counts, padded, strict=True)]
     return torch.cat([piece for pair in pieces for piece in pair]), padded
 
