@@ -50,8 +50,7 @@ keys (all of them: --cfg job):
   data.source             stdlib, random, a file or folder of text, of records or of token ids
   data.global_batch       sequences of one optimizer step, over all ranks
   model.layers model.hidden model.heads model.moe.experts ...   parallel.data parallel.tensor parallel.pipeline ...
-  model.from              begin with the weights in a directory of Hugging Face, a run or a checkpoint
-  model.lora.rank         with model.from: train low-rank factors (LoRA) beside its weights, which stay as they are
+  model.from              begin with the weights of a Hugging Face directory, a run or a checkpoint (recipe=finetune)
   comm.backend            auto (nccl where the workers have GPUs, else gloo), gloo, nccl, or simulated: all ranks as
                           threads of one process
   comm.device=cuda        for simulated: on one GPU, which all ranks share
