@@ -55,8 +55,7 @@ keys (all of them: --cfg job):
                           threads of one process
   comm.device=cuda        for simulated: on one GPU, which all ranks share
   checkpoint.resume=true  continue from the newest checkpoint of run.dir
-  restart.limit           how often failed workers are restarted
-  restart.elastic=true    continue with a smaller layout when workers are lost for good
+  restart.limit           how often failed workers are restarted; with restart.elastic=true in a smaller layout if need be
 
 options:
   --cfg job   print the resolved recipe and do nothing
