@@ -55,7 +55,7 @@ keys (all of them: --cfg job):
                           threads of one process
   comm.device=cuda        for simulated: on one GPU, which all ranks share
   checkpoint.resume=true  continue from the newest checkpoint of run.dir
-  restart.limit           how often failed workers are restarted; with restart.elastic=true in a smaller layout if need be
+  restart.limit           how often failed workers are restarted; restart.elastic=true: with fewer if some are lost
 
 options:
   --cfg job   print the resolved recipe and do nothing
