@@ -42,33 +42,18 @@ def read_rope(
 
 
 def write_rope(model: ModelConfig, family: ModelFamily) -> dict[str, Any]:
-    """Returns the fields of config.json for the angles of `model`, by both names.
-
-    Raises RecipeError for a yarn factor that transformers 4 cannot be given."""
+    """Returns the fields of config.json for the angles of `model`, by both names."""
     plain: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_type": "default"}
-    if model.rope_scaling == "none":
-        by_kind = {SLIDING: dict(plain), FULL: dict(plain)}
-        return {"rope_theta": model.rope_theta, "rope_scaling": None,
-                "rope_parameters": by_kind if family.window == "layer_types" else plain}  # fmt: skip
-    values = {name: getattr(model, key) for name, key in _OF_TYPES[model.rope_scaling].items()}
-    if model.rope_scaling == "yarn":
-        values["attention_factor"] = model.rope_amplitude
-    scaling = {"rope_type": model.rope_scaling, **values}
-    scaled = plain | scaling
-    fields = {"rope_theta": model.rope_theta, "rope_scaling": scaling,
-              "rope_parameters": {SLIDING: plain, FULL: scaled} if family.window == "layer_types" else scaled}  # fmt: skip
-    return fields | (_longest(model) if model.rope_scaling == "yarn" else {})
-
-
-def _longest(model: ModelConfig) -> dict[str, int]:
-    """Returns the number of positions, of which transformers 4 makes the factor of yarn, whatever the field of that says."""
-    longest = round(model.rope_factor * model.rope_original_positions)
-    if longest / model.rope_original_positions != model.rope_factor:
-        raise RecipeError(f"model.rope_factor={model.rope_factor} of model.rope_original_positions={model.rope_original_positions} "
-                          "is no whole number of positions, of which transformers 4 makes the factor; "
-                          f"only models with e.g. model.rope_factor={longest / model.rope_original_positions} "
-                          "can be exported")  # fmt: skip
-    return {"max_position_embeddings": longest}
+    scaling = None
+    if model.rope_scaling != "none":
+        values = {name: getattr(model, key) for name, key in _OF_TYPES[model.rope_scaling].items()}
+        if model.rope_scaling == "yarn":
+            values["attention_factor"] = model.rope_amplitude
+        scaling = {"rope_type": model.rope_scaling, **values}
+    scaled = plain | (scaling or {})
+    by_kind = {SLIDING: dict(plain), FULL: scaled}
+    return {"rope_theta": model.rope_theta, "rope_scaling": scaling,
+            "rope_parameters": by_kind if family.window == "layer_types" else scaled}  # fmt: skip
 
 
 def _new(given: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

@@ -185,14 +185,12 @@ def test_angles_are_written_by_their_old_names_too() -> None:
 
 
 def test_yarn_is_written_so_that_every_reader_computes_the_same() -> None:
-    """transformers 4.57 takes the factor from the number of positions, and scales OLMo 3 only in layers without a window."""
+    """transformers 4.57 scales an OLMo 3 in layers without a window only, so a model that is scaled in all layers is not one."""
     yarn = ModelConfig(rope_scaling="yarn", rope_factor=4.0, rope_original_positions=1000)
-    config = write_config(yarn, "bfloat16", {"max_position_embeddings": 1500}, 64)
+    config = write_config(yarn, "bfloat16", {}, 64)
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000, "beta_fast": 32.0, "beta_slow": 1.0,
                "attention_factor": 0.1 * math.log(4.0) + 1}  # fmt: skip
-    assert (config["max_position_embeddings"], config["rope_scaling"]) == (4000, scaling)
-    with pytest.raises(RecipeError, match=r"only models with e\.g\. model\.rope_factor=1\.333 can"):
-        write_config(replace(yarn, rope_factor=4 / 3), "bfloat16", {}, 64)
+    assert (config["rope_scaling"], config["rope_parameters"]) == (scaling, {"rope_theta": 1e4, **scaling})
     olmo = {"norm_position": "after", "qk_norm": True, "qk_norm_over": "all", "window": 8, "full_attention_every": 2}
     assert write_config(replace(yarn, **olmo, rope_scaled_layers="full"), "bfloat16", {}, 64)["rope_parameters"] == {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": {"rope_theta": 1e4, **scaling}
