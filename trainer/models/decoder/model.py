@@ -76,8 +76,9 @@ class Head(Linear):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, S, H] -> logits [B, S, V] in at least float32, without the vocabulary's padding; only those of this rank's part of
-        the vocabulary where it is split over ranks"""
-        return linears(x, self.weight[: self.real], wide=True, dtype=accurate_dtype(x.dtype))[0]
+        the vocabulary where it is split over ranks. They are multiplied in the dtype in which the loss multiplies them: a wider
+        copy of the weight would take longer for each token than all else."""
+        return linears(x, self.weight[: self.real], wide=True)[0].to(accurate_dtype(x.dtype))
 
 
 class Layer(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
-from bagualu.trainer.models.decoder.model import Decoder
+from bagualu.trainer.models.decoder.model import Decoder, Head
 from tests.trainer.models import reference
 from tests.trainer.models.styles import STYLES
 
@@ -245,3 +245,15 @@ def test_a_default_that_is_given_makes_no_other_model() -> None:
     assert replace(yarn, rope_attention_factor=yarn.rope_amplitude).identity() == yarn.identity()
     assert replace(yarn, rope_attention_factor=1.0).identity() != yarn.identity()
     assert replace(yarn, head_dim=64).identity() == yarn.identity()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_logits_are_those_of_the_loss(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    head = Head(24, 16, 20).to(dtype)
+    torch.nn.init.normal_(head.weight, generator=draw)
+    x, labels = torch.randn(2, 5, 16, generator=draw).to(dtype), torch.randint(20, (2, 5), generator=draw)
+    logits = head(x)
+    assert (logits.shape, logits.dtype) == ((2, 5, 20), torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(head(x, labels).to(expected.dtype), expected, rtol=1e-6, atol=0)
