@@ -6,6 +6,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 DEEPSPEED = ["deepspeed==0.19.8"]  # the version that trainer/recipe/deepspeed.py asks for
+HARNESS = ["lm_eval==0.4.13"]  # whose model interface trainer/generation/harness.py implements
 FOLDERS = ("comm", "parallel", "fault_tolerance", "trainer", "launch", "recipes")
 
 
@@ -44,7 +45,7 @@ setup(
     ],
     extras_require={
         "deepspeed": DEEPSPEED,
-        "harness": ["lm_eval==0.4.13"],
+        "harness": HARNESS,
         "test": [
             "pytest>=8.0",
             "safetensors>=0.4",
@@ -53,6 +54,7 @@ setup(
             "hypothesis>=6.100",
             "transformers>=5.0",
             *DEEPSPEED,
+            *HARNESS,
         ],
         "lint": ["ruff>=0.5", "mypy>=1.10", "types-psutil", "types-PyYAML"],
         "bench": DEEPSPEED,
