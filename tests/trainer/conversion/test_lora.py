@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from transformers import AutoModelForCausalLM
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
@@ -134,6 +136,12 @@ def test_an_export_holds_the_merged_weights(name: str, tmp_path: Path, monkeypat
     assert exported.tensors.keys() == open_model(tmp_path / "published").tensors.keys()
     torch.testing.assert_close(own_logits(tmp_path / "exported", torch.float64), expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(logits(tmp_path / "exported", torch.float64), expected, rtol=1e-9, atol=1e-9)
+    export_model(tmp_path / "run", tmp_path / "exported-dcp", form="dcp")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float64).state_dict()
+    state = {key: torch.zeros_like(tensor) for key, tensor in merged.items()}
+    dcp.load(state, checkpoint_id=tmp_path / "exported-dcp")
+    for key, tensor in merged.items():
+        assert torch.equal(state[key], tensor), key
 
     model = find_model(tmp_path / "run")
     layout = compose_layout("generate", model, ["parallel.tensor=2"], str(tmp_path), "give one")
