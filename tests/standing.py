@@ -106,14 +106,14 @@ def assert_same_curve(run_dir: Path, reference: Path) -> None:
     for key in ("loss", "grad_norm", "lr", "tokens"):
         np.testing.assert_allclose([line[key] for line in ours], [line[key] for line in theirs], rtol=1e-9, err_msg=key)
     assert_same_validations(run_dir, reference, 1e-9)
-    ends = [_whole(folder) for folder in (run_dir, reference)]
+    ends = [newest_tensors(folder) for folder in (run_dir, reference)]
     assert ends[0].keys() == ends[1].keys()
     for name, tensor in ends[0].items():
         torch.testing.assert_close(tensor, ends[1][name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-def _whole(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Weights and moments of the newest checkpoint."""
+def newest_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Returns all tensors of the newest checkpoint of a run, weights and moments, by name."""
     newest = latest(run_dir / "checkpoints")
     assert newest is not None
     checkpoint, whole = Checkpoint(newest), {}

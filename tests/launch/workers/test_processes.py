@@ -155,7 +155,8 @@ def test_a_request_to_stop_that_comes_while_it_starts_ends_it_with_code_75(start
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_is_sent_to_the_whole_process_group_stops_workers_at_a_step_and_spares_their_children(start, number):
-    """As Ctrl-C and `timeout` do. A compiler must not die under a worker that is to finish its step."""
+    """Ctrl-C in a terminal and the program `timeout` signal the whole process group. What a worker has started, such as a compiler,
+    must survive that, because the worker still needs it to finish its step."""
     run = start("run.name=child")
     run.started()
     os.killpg(run.process.pid, number)

@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
-from bagualu.fault_tolerance.checkpoint.layout.directory import latest
-from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.conversion import export_model as exporting
 from bagualu.trainer.conversion.export_model import export_model
@@ -36,6 +34,7 @@ from bagualu.trainer.recipe.preflight import check, check_run_directory
 from bagualu.trainer.run import train
 from tests.harness import run
 from tests.parity import gather, pieces_of
+from tests.standing import newest_tensors
 from tests.trainer.models.hugging_face.published import logits, publish, tokens
 from tests.trainer.models.hugging_face.test_parity import own_logits
 
@@ -70,21 +69,10 @@ def tuned(folder: Path, *words: str) -> Recipe:
     return recipe
 
 
-def stored(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint of a run."""
-    newest = latest(path / "checkpoints")
-    assert newest is not None
-    checkpoint, tensors = Checkpoint(newest), {}
-    for name, (shape, dtype) in checkpoint.tensors.items():
-        tensors[name] = torch.empty(shape, dtype=dtype)
-        checkpoint.read(name, (0,) * len(shape), tensors[name])
-    return tensors
-
-
 def adapted_logits(recipe: Recipe, path: Path) -> torch.Tensor:
     """The logits [B, S, V] of the decoder with the factors of the newest checkpoint of a run beside its weights."""
     model = Decoder(recipe.model, [range(recipe.model.layers)]).double()
-    values = {name.removeprefix("weight/"): tensor for name, tensor in stored(path).items() if name.startswith("weight/")}
+    values = {name.removeprefix("weight/"): tensor for name, tensor in newest_tensors(path).items() if name.startswith("weight/")}
     assert not model.load_state_dict(values, strict=False).unexpected_keys
     with torch.no_grad():
         return model(tokens())[0]
@@ -211,7 +199,7 @@ def test_a_run_goes_on_in_another_layout(tmp_path: Path) -> None:
     check_run_directory(recipe)
     run("simulated", 4, trained, recipe)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "straight"), rtol=1e-9)
-    straight, changed = stored(tmp_path / "straight"), stored(tmp_path / "run")
+    straight, changed = newest_tensors(tmp_path / "straight"), newest_tensors(tmp_path / "run")
     assert straight.keys() == changed.keys()
     for name, values in straight.items():
         torch.testing.assert_close(changed[name], values, rtol=1e-9, atol=1e-9 * float(values.abs().max()))

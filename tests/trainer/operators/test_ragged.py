@@ -17,7 +17,7 @@ COUNTS = [[5, 0, 64, 3], [0, 0, 0, 0], [64, 128, 64, 0], [1, 200, 63, 65]]
 
 @pytest.fixture
 def _padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU that generates code for each number of rows, in any dtype."""
+    """Makes `pad` add rows in every dtype, which it does by itself only in 16 bits and only on some CPUs."""
     monkeypatch.setattr(ragged, "_generates_code", lambda rows: True)
 
 
