@@ -1,10 +1,12 @@
 """Gets the stacks of workers that make no progress, from another process.
 
 A C signal handler writes a worker's stack; it needs neither Python's lock nor a thread that listens. A stopped process runs no
-handler. So it is continued once all other processes are dead, writes its stack, and is killed.
+handler. So it is continued once all other processes are dead, writes its stack, and is killed. The signal goes to its main thread,
+which trains: any other thread could run the handler after the main one has already left the place where it stood.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
@@ -59,7 +61,7 @@ def _ask(folder: Path, processes: Mapping[int, int], continue_first: bool = Fals
     asked = {rank: pid for rank, pid in processes.items() if _file(folder, rank).exists()}  # SIGNAL would kill the others
     begin = {rank: _file(folder, rank).stat().st_size for rank in asked}  # earlier stacks come before this
     for pid in asked.values():
-        _send(pid, SIGNAL)
+        _send_to_main_thread(pid, SIGNAL)
         if continue_first:
             _send(pid, signal.SIGCONT)
     deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -95,6 +97,14 @@ def _state(pid: int) -> str:
 def _send(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def _send_to_main_thread(pid: int, number: signal.Signals) -> None:
+    to_thread = getattr(ctypes.CDLL(None), "tgkill", None)  # in glibc since 2.30; the main thread's id is the process's
+    if to_thread is None:
+        _send(pid, number)
+    else:
+        to_thread(pid, pid, number)  # a process that is gone is no error here either
 
 
 def _file(folder: Path, rank: int) -> Path:

@@ -14,7 +14,7 @@ from bagualu.fault_tolerance.watchdog.stacks import end_all
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs processes with signals and /proc")
 _WORKER = """
-import ctypes, sys, threading, time
+import ctypes, hashlib, os, signal, sys, threading, time
 from pathlib import Path
 from bagualu.fault_tolerance.watchdog.stacks import show_on_signal
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
@@ -30,6 +30,14 @@ def waits_in_native_code():
 def works():
     (folder / f"ready-{rank}").touch()
     while True: time.sleep(0.01)
+def stands_among_threads():
+    for _ in range(32):
+        threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 10**9), daemon=True).start()
+    stops()
+    while True: pass
+def stops():
+    (folder / f"ready-{rank}").touch()
+    os.kill(os.getpid(), signal.SIGSTOP)
 def in_a_thread():
     threading.Thread(target=keeps_the_lock).start()
     time.sleep(1000)
@@ -55,6 +63,22 @@ def test_every_way_to_stand_still_leaves_a_stack_and_no_process(tmp_path: Path) 
             assert workers[rank].wait(10) == -signal.SIGKILL
     finally:
         for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+@pytest.mark.timeout(120)
+def test_a_stopped_process_tells_where_it_stood_and_not_where_it_went_when_continued(tmp_path: Path) -> None:
+    """Whichever of its threads the kernel wakes first."""
+    for rank in range(5):
+        worker = subprocess.Popen([sys.executable, "-c", _WORKER, str(tmp_path), str(rank), "stands_among_threads"])
+        try:
+            while psutil.Process(worker.pid).status() != "stopped":
+                assert worker.poll() is None
+                time.sleep(0.02)
+            assert "in stops\n" in end_all(tmp_path, {rank: worker.pid})[rank]
+            assert worker.wait(10) == -signal.SIGKILL
+        finally:
             worker.kill()
             worker.wait()
 
