@@ -31,7 +31,7 @@ from bagualu.comm.topology import Chip, ShapeEfficiency
 from bagualu.parallel.simulation.events import Role
 from bagualu.parallel.simulation.operator_cost import terms_of
 
-SOURCE = "python tests/bench/calibrate.py RUNS.csv --write, from step times of single nodes"
+SOURCE = "python tests/bench/calibrate.py RUNS.csv --write, from step times of single nodes (die: {die}{nearest})"
 DIES = {"a100_40gb": "A100", "a100": "A100", "h100": "H100", "b200": "B200", "b300": "B200"}
 """The clusters whose chips have the same matrix units."""
 NEAREST = {"A100": (), "H100": ("h200", "h800"), "B200": ("gb200", "gb300")}
@@ -138,10 +138,12 @@ def show(name: str, found: Sequence[Sample], values: Values, rows: bool) -> None
 
 def write(die: str, values: Values) -> None:
     """Writes the tables of a die into the cluster files that have it."""
-    for name in (*(name for name, own in DIES.items() if own == die), *NEAREST[die]):
+    own = [name for name, its in DIES.items() if its == die]
+    for name in (*own, *NEAREST[die]):
         path = Path(str(files("bagualu.recipes") / "cluster" / f"{name}.yaml"))
         chip = load_cluster(name).parts[0].chip
-        path.write_text(with_tables(path.read_text(encoding="utf-8"), tables(chip, values), SOURCE), encoding="utf-8")
+        source = SOURCE.format(die=die, nearest="" if name in own else ", the nearest with any")
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), tables(chip, values), source), encoding="utf-8")
 
 
 def main() -> None:
