@@ -15,6 +15,7 @@ from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.data.ahead import waiting
 from bagualu.trainer.evaluate import Validation, validate
+from bagualu.trainer.operators import shapes
 from bagualu.trainer.output.metric_writers import Sink
 from bagualu.trainer.output.pipeline_timeline import PipelineRecorder
 from bagualu.trainer.process.failure import GuardError
@@ -55,6 +56,10 @@ class Loop:
     """The seconds of the latest step in which this rank waited for samples; None if that is not known."""
     _data_seconds: float = 0.0
     """The part of `_busy_seconds` in which rank 0 waited for samples."""
+    _shapes: int = field(default_factory=shapes.met)
+    """The number of shapes of products that this process has met (operators/shapes.py)."""
+    _new_shapes: int = 0
+    """How many of them the latest step met for the first time."""
     _steps_done: int = 0
 
     def run(self, first_step: int) -> dict[str, Any]:
@@ -130,6 +135,7 @@ class Loop:
             self.checkpoints.finish()
             raise GuardError(result.verdict.text)
         self._waited = None if self.state.ahead is None else self.state.ahead.waited()
+        self._new_shapes, self._shapes = shapes.met() - self._shapes, shapes.met()
         if step > 0:  # the run's first step includes warm-up
             self._busy_seconds += seconds
             self._data_seconds += self._waited or 0.0
@@ -146,6 +152,7 @@ class Loop:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "mfu": tokens * self.seconds_per_token_at_ceiling / seconds,
+            "new_shapes": self._new_shapes,
             **self.checkpoints.record(),
         }
         if self._waited is not None:

@@ -120,7 +120,7 @@ class Records:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, record: Any) -> None:
-        timings = ("step_seconds", "data_seconds", "tokens_per_second", "mfu", "checkpoint_seconds")
+        timings = ("step_seconds", "data_seconds", "tokens_per_second", "mfu", "checkpoint_seconds", "new_shapes")
         self.lines.append({key: value for key, value in record.items() if key not in timings})
 
     def rewind(self, step: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
@@ -17,11 +18,13 @@ from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointStorageEr
 from bagualu.fault_tolerance.checkpoint.reading.inspect import describe, verify
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH, Fence
 from bagualu.fault_tolerance.ledger.events import read
+from bagualu.parallel import precision
 from bagualu.parallel.config import ParallelConfig
 from bagualu.trainer import loop
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.models.decoder import initialise
+from bagualu.trainer.operators import shapes
 from bagualu.trainer.process.failure import GuardError
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recovery.saving import take_checkpoints
@@ -33,7 +36,7 @@ from tests.standing import assert_stood, figures, go_on, train_noting_samples
 from tests.trainer.faults import Records
 
 STEPS = 6
-TIMINGS = {"step_seconds", "data_seconds", "tokens_per_second", "mfu", "checkpoint_seconds"}
+TIMINGS = {"step_seconds", "data_seconds", "tokens_per_second", "mfu", "checkpoint_seconds", "new_shapes"}
 MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "model__layers": 4, "parallel__expert": 2}
 
 
@@ -113,6 +116,15 @@ def test_a_stop_on_one_rank_stops_all_and_going_on_completes_the_same_run(
     assert_stood(tmp_path / "stopped", straight, 0)
     same = ("loss", "grad_norm", "lr", "tokens", "validation_loss", "parameters", "layout")
     assert {key: summaries[0][key] for key in same} == {key: expected[key] for key in same}
+
+
+def test_a_mixture_stops_meeting_new_shapes_of_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_CPU_MULTIPLIES", {torch.bfloat16: True})
+    monkeypatch.setattr(shapes, "_met", set())
+    run("simulated", 2, until, recipe_in(tmp_path, **MOE, train__dtype="bfloat16"), -1, 0)
+    new = [line["new_shapes"] for line in metrics(tmp_path)]
+    assert new[0] > 0
+    assert not any(new[2:])
 
 
 def test_the_numbers_are_there_and_right(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from bagualu.parallel.data.reducer import GradientSink, gradient_sink
 from bagualu.parallel.precision import accurate_dtype, linear_products, multiply_dtype, on_nvidia
+from bagualu.trainer.operators.shapes import meet
 
 _GROUPED_MULTIPLE = 8
 """The kernel for several experts needs rows of a multiple of this many elements: 16 bytes of bfloat16."""
@@ -52,6 +53,7 @@ class _Linears(torch.autograd.Function):
         rows, outputs = _times(x, factor).to(dtype), []
         with linear_products(x):
             for weight, bias in zip(weights, biases, strict=True):
+                meet(rows.numel() // rows.shape[-1], weight)
                 output = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
                 outputs.append(output.to(dtype if wide else weight.dtype))
         return tuple(outputs)
@@ -139,6 +141,7 @@ class _GroupedLinears(torch.autograd.Function):
         with linear_products(x):
             for output, weight in zip(outputs, weights, strict=True):
                 for part, out, expert in zip(parts, output.split(counts), weight, strict=True):
+                    meet(part.shape[0], expert)
                     torch.mm(part, expert.T.to(dtype), out=out)
         return tuple(output.to(x.dtype) for output in outputs)
 

@@ -10,13 +10,13 @@ Shapes: N rows, P rows with padding, I width.
 import torch
 
 from bagualu.parallel.config import EXPERT_ROWS_MULTIPLE
-from bagualu.parallel.precision import HALF, chip_of, multiply_dtype
+from bagualu.trainer.operators.shapes import generates_code
 
 
 def pad(rows: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list[int]]:
     """Returns rows [P, I] and their counts, given rows [N, I] of which consecutive counts[e] belong to expert e: each expert's rows
     are followed by zeros. Where the chip does not care, returns what was given."""
-    if not _generates_code(rows):
+    if not generates_code(rows):
         return rows, counts
     padded = [-(-count // EXPERT_ROWS_MULTIPLE) * EXPERT_ROWS_MULTIPLE for count in counts]
     if padded == counts:
@@ -32,7 +32,3 @@ def unpad(rows: torch.Tensor, counts: list[int], padded: list[int]) -> torch.Ten
         return rows
     sizes = [size for before, after in zip(counts, padded, strict=True) for size in (before, after - before)]
     return torch.cat(rows.split(sizes)[::2])
-
-
-def _generates_code(rows: torch.Tensor) -> bool:
-    return chip_of(rows.device) == "cpu" and rows.dtype in HALF and multiply_dtype(rows) == rows.dtype

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bagualu.parallel import precision
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.moe import Experts
-from bagualu.trainer.operators import ragged
+from bagualu.trainer.operators import ragged, shapes
 from bagualu.trainer.operators.ragged import pad, unpad
 
 COUNTS = [[5, 0, 64, 3], [0, 0, 0, 0], [64, 128, 64, 0], [1, 200, 63, 65]]
@@ -18,7 +18,7 @@ COUNTS = [[5, 0, 64, 3], [0, 0, 0, 0], [64, 128, 64, 0], [1, 200, 63, 65]]
 @pytest.fixture
 def _padded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes `pad` add rows in every dtype, which it does by itself only in 16 bits and only on some CPUs."""
-    monkeypatch.setattr(ragged, "_generates_code", lambda rows: True)
+    monkeypatch.setattr(ragged, "generates_code", lambda rows: True)
 
 
 class _Products(TorchDispatchMode):
@@ -64,7 +64,7 @@ def test_every_expert_gets_rows_of_a_multiple_and_gives_back_its_own(counts: lis
 def test_padding_changes_no_value_and_no_gradient(counts: list[int], gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     for generates in (False, True):
-        monkeypatch.setattr(ragged, "_generates_code", lambda rows, generates=generates: generates)
+        monkeypatch.setattr(ragged, "generates_code", lambda rows, generates=generates: generates)
         layer = experts(gated)
         rows = torch.randn(sum(counts), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(9)).requires_grad_()
         results = layer(rows, torch.tensor(counts))
@@ -82,6 +82,19 @@ def test_loads_that_differ_need_products_of_the_same_shapes() -> None:
             counts = torch.randint(65, 129, (4,), generator=draw)
             layer(torch.randn(int(counts.sum()), 6, dtype=torch.float64).requires_grad_(), counts).sum().backward()
     assert products.seen == {6, 10, 128}
+
+
+def test_shapes_of_products_are_counted_once_and_stop_being_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_CPU_MULTIPLIES", {torch.bfloat16: True})
+    layer, draw, new = experts(gated=True).bfloat16(), torch.Generator().manual_seed(0), []
+    monkeypatch.setattr(shapes, "_met", set())
+    for _ in range(20):
+        before, counts = shapes.met(), torch.randint(65, 129, (4,), generator=draw)
+        layer(torch.randn(int(counts.sum()), 6, dtype=torch.bfloat16).requires_grad_(), counts).sum().backward()
+        new.append(shapes.met() - before)
+    assert new == [2] + [0] * 19  # of gate and up alike, and of down
+    layer.double()(torch.randn(4, 6, dtype=torch.float64), torch.tensor([1, 1, 1, 1]))
+    assert shapes.met() == 2, "in float64 no code is generated"
 
 
 @pytest.mark.parametrize(
