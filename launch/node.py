@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
         return _refused(error)
     key = functools.cache(lambda: secret.of_the_job(Path(recipe.run.dir)))  # it takes the secret out of the environment
     try:
-        recipe, backend = storage_probe.choose_backend(recipe, workers)
+        recipe, chosen = storage_probe.settle(recipe, workers)
         preflight.check(recipe, recipe.world_size())
         check_memory(recipe, recipe.world_size(), device_of(recipe, workers))
         preflight.check_login(recipe)
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None, entrypoint: str | None = None) -> i
         return code
     layout, nodes = recipe.validate(recipe.world_size()), recipe.launch.nodes
     print(f"{recipe.run.name}: {layout} ({recipe.parallel.engine_text}) as {workers} processes on each of {nodes} nodes "
-          f"with {backend}, in {recipe.run.dir}", file=sys.stderr, flush=True)  # fmt: skip
+          f"with {chosen}, in {recipe.run.dir}", file=sys.stderr, flush=True)  # fmt: skip
     code, _ = run(recipe, workers, entrypoint, False, stop, meeting)
     return code
 

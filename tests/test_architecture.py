@@ -19,6 +19,7 @@ from bagualu.launch.verbs.question import read_question
 from bagualu.launch.verbs.schedule import schedule
 from bagualu.launch.verbs.sweep import jobs
 from bagualu.trainer.costs.fits import Device, check_memory
+from bagualu.trainer.costs.micro_batch import choose_micro_batch
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.simulation.setting import in_trained_dtype
@@ -478,5 +479,6 @@ def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, 
         return check_memory(in_trained_dtype(question.recipe), question.world, device)
     recipes = [job.recipe for job in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
     for recipe in recipes:
-        check(recipe, recipe.world_size())
+        world = recipe.world_size()
+        check(choose_micro_batch(recipe, world, None), world)
     return None

@@ -18,6 +18,7 @@ from bagualu.comm.world import Tasks, World
 from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.costs.fits import check_memory, device_of
+from bagualu.trainer.costs.settle import settle
 from bagualu.trainer.output import streams
 from bagualu.trainer.output.log_file import copy_to_log
 from bagualu.trainer.output.progress import summary_text
@@ -28,7 +29,6 @@ from bagualu.trainer.process.garbage_collection import uncollected
 from bagualu.trainer.process.parent_death import die_with
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
-from bagualu.trainer.recipe.choose_backend import choose_backend
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 
@@ -60,7 +60,7 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
     try:
         if options := [text for text in overrides if text.startswith("-")]:
             raise RecipeError(f"unknown option {options[0]}: a worker takes key=value only; see bagualu train --help")
-        recipe, backend = choose_backend(compose(overrides), local_workers)
+        recipe, chosen = settle(compose(overrides), local_workers, world.size)
         preflight.check(recipe, world.size)
         if recipe.comm.backend == "simulated":
             raise RecipeError("comm.backend=simulated is for `bagualu train`; give comm.backend=gloo or nccl here")
@@ -78,7 +78,7 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
         with run_lock.hold(Path(recipe.run.dir)) if world.rank == 0 else nullcontext():
             if world.rank == 0:
                 layout = f"{recipe.validate(world.size)} ({recipe.parallel.engine_text})"
-                print(f"{recipe.run.name}: {layout} as {world.size} processes with {backend}, in {recipe.run.dir}",
+                print(f"{recipe.run.name}: {layout} as {world.size} processes with {chosen}, in {recipe.run.dir}",
                       file=sys.stderr, flush=True)  # fmt: skip
             return _train(recipe, world, local_workers, entrypoint)
     except RecipeError as error:  # another job has taken the run directory meanwhile

@@ -6,10 +6,11 @@ from typing import Any
 from bagualu.comm.config import AUTO
 from bagualu.launch.workers.ended import Ended
 from bagualu.launch.workers.run import call_on_threads, call_on_workers
+from bagualu.trainer.costs.settle import settle
 from bagualu.trainer.process.failure import Failure, last_line
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
-from bagualu.trainer.recipe.choose_backend import choose_backend, gpu_count, torch_has_cuda
+from bagualu.trainer.recipe.choose_backend import gpu_count, torch_has_cuda
 from bagualu.trainer.recipe.config import Recipe
 
 
@@ -20,7 +21,7 @@ def on_this_machine(recipe: Recipe) -> Recipe:
     if recipe.comm.backend == AUTO and workers == 1:
         recipe.comm.backend = "simulated"
         recipe.comm.device = "cuda" if gpu_count() and torch_has_cuda() else recipe.comm.device
-    recipe, _ = choose_backend(recipe, workers)
+    recipe, _ = settle(recipe, workers, workers)
     preflight.check(recipe, workers)
     preflight.check_machine(recipe)
     return recipe

@@ -17,7 +17,7 @@ from bagualu.launch.verbs.question import check_loads, read_cluster_of, require_
 from bagualu.parallel.planner.search import Effort, RankedLayout
 from bagualu.trainer.process.failure import DONE
 from bagualu.trainer.recipe.compose import compose
-from bagualu.trainer.recipe.config import PREDICTED_DTYPE, Recipe
+from bagualu.trainer.recipe.config import CHOSEN, PREDICTED_DTYPE, Recipe
 from bagualu.trainer.simulation.failures import FailureQuestion, RunLength, require_forecast, run_length
 from bagualu.trainer.simulation.search_space import plannable, search_space
 from bagualu.trainer.simulation.setting import in_trained_dtype
@@ -109,6 +109,7 @@ def read_plan(request: CommandLine) -> PlanQuestion:
     if seconds < _LEAST_SECONDS:
         raise RecipeError(f"seconds={seconds} is less than a search takes; give seconds={_LEAST_SECONDS} or more")
     recipe = compose(words, SEVERAL["plan"])
+    words = [word for word in words if word != f"train.micro_batch={CHOSEN}"]  # the plan chooses it, and the command has its choice
     if loads := own.get("loads"):
         check_loads(loads, recipe.model.moe.experts)
     cluster = read_cluster_of(own, recipe)

@@ -12,8 +12,10 @@ from bagualu.comm.topology import Cluster
 from bagualu.launch.verbs.command_line import SEVERAL, SIMULATE_KEYS, CommandLine
 from bagualu.launch.verbs.failure_words import split_failure_words
 from bagualu.launch.verbs.own_words import split_words
-from bagualu.trainer.costs.fits import check_memory
+from bagualu.trainer.costs.fits import Device, check_memory
+from bagualu.trainer.costs.micro_batch import choose_micro_batch
 from bagualu.trainer.data.corpus_cache import cache_folder
+from bagualu.trainer.recipe.changed import changed
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.failures import FailureQuestion
@@ -48,9 +50,16 @@ def read_question(request: CommandLine) -> Question:
     if loads := own.get("loads"):
         check_loads(loads, recipe.model.moe.experts)
     cluster = read_cluster_of(own, recipe).for_world(world)
-    recipe = on_cluster(recipe, cluster)
+    recipe = _with_micro_batch(on_cluster(recipe, cluster), cluster, world)
     check_memory(in_trained_dtype(recipe), world, None)  # without a device: only whether a split fits parallel.memory_bytes
     return Question(recipe, cluster, world, own.get("loads", "balanced"), out, trace, failures, _fraction(own, "stragglers"))
+
+
+def _with_micro_batch(recipe: Recipe, cluster: Cluster, world: int) -> Recipe:
+    """Returns the recipe with train.micro_batch=auto replaced by what a run on these devices would take."""
+    free = min(part.chip.memory_bytes - part.chip.context_bytes for part in cluster.parts)
+    sized = choose_micro_batch(in_trained_dtype(recipe), world, Device(free, f"a device of {cluster.name}"))
+    return changed(recipe, {"train.micro_batch": sized.train.micro_batch})
 
 
 def require_devices(verb: str, own: Mapping[str, str]) -> None:

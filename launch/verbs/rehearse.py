@@ -27,7 +27,6 @@ from bagualu.trainer.costs.fits import check_memory, device_of
 from bagualu.trainer.process.failure import DONE, FAILED, STOPPED
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
-from bagualu.trainer.recipe.choose_backend import Choice
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 
@@ -47,7 +46,7 @@ def rehearse(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
     if recipe.launch.nodes > 1:
         raise RecipeError(f"launch.nodes={recipe.launch.nodes}: a rehearsal runs on this machine only; give launch.nodes=1")
     workers = preflight.workers_per_node(recipe)
-    recipe, backend = storage_probe.choose_backend(recipe, workers)
+    recipe, chosen = storage_probe.settle(recipe, workers)
     faults = [str(fault) for fault in recipe.planned_faults(workers)]
     if not faults:
         raise RecipeError(f"bagualu rehearse needs faults; give e.g. {EXAMPLE}, or faults=random:5")
@@ -58,13 +57,13 @@ def rehearse(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
     preflight.check_machine(rehearsed)
     check_memory(rehearsed, rehearsed.world_size(), device_of(rehearsed, workers))
     stop = StopRequest()
-    code, summary = _run(rehearsed, backend, workers, entrypoint, stop)
+    code, summary = _run(rehearsed, chosen, workers, entrypoint, stop)
     reference, left_out = None, []
     if request.compare and code == DONE:
         left_out = sorted(set(summary["guard"]["skipped_steps"]) - set(recipe.guard.leave_out))
         guard = replace(recipe.guard, leave_out=[*recipe.guard.leave_out, *left_out])
         reference = _in(folder / "uninterrupted", replace(recipe, faults=[], guard=guard))
-        code, ended = _run(reference, backend, workers, entrypoint, stop)
+        code, ended = _run(reference, chosen, workers, entrypoint, stop)
         if code != DONE:
             return code, ended
     document = _document(rehearsed, summary, reference) | {"left_out": left_out}
@@ -75,8 +74,8 @@ def rehearse(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
     return DONE if document["as_promised"] else FAILED, document
 
 
-def _run(recipe: Recipe, backend: Choice, workers: int, entrypoint: str | None, stop: StopRequest) -> tuple[int, Any]:
-    print(f"bagualu: {recipe.run.dir}, {len(recipe.faults)} faults planned ({recipe.parallel.engine_text}), with {backend}",
+def _run(recipe: Recipe, chosen: str, workers: int, entrypoint: str | None, stop: StopRequest) -> tuple[int, Any]:
+    print(f"bagualu: {recipe.run.dir}, {len(recipe.faults)} faults planned ({recipe.parallel.engine_text}), with {chosen}",
           file=sys.stderr, flush=True)  # fmt: skip
     return run(recipe, workers, entrypoint, quiet_stdout=True, stop=stop)
 

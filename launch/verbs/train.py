@@ -13,7 +13,6 @@ from bagualu.launch.workers.run import run
 from bagualu.trainer.costs.fits import check_memory, device_of
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
-from bagualu.trainer.recipe.choose_backend import Choice
 from bagualu.trainer.recipe.compose import compose, require_resumed_run
 from bagualu.trainer.recipe.config import Recipe
 
@@ -24,9 +23,9 @@ def train(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
 
     def train_once(recipe: Recipe) -> tuple[int, dict[str, Any]]:
         workers = preflight.workers_per_node(recipe)
-        recipe, backend = storage_probe.choose_backend(recipe, workers)
+        recipe, chosen = storage_probe.settle(recipe, workers)
         with run_lock.hold(Path(recipe.run.dir)):
-            print(_beginning(recipe, workers, backend), file=sys.stderr, flush=True)
+            print(_beginning(recipe, workers, chosen), file=sys.stderr, flush=True)
             return run(recipe, workers, entrypoint, request.json, stop)
 
     if not request.multirun:
@@ -43,15 +42,15 @@ def train(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
 
 def _check(recipe: Recipe) -> None:
     workers = preflight.workers_per_node(recipe)
-    recipe, _ = storage_probe.choose_backend(recipe, workers)
+    recipe, _ = storage_probe.settle(recipe, workers)
     preflight.check(recipe, recipe.world_size())
     preflight.check_machine(recipe)
     check_memory(recipe, recipe.world_size(), device_of(recipe, workers))
 
 
-def _beginning(recipe: Recipe, workers: int, backend: Choice) -> str:
-    """Returns the first line that a run prints: its layout, engine, workers, backend and directory, and for a run that resumes the
-    checkpoint that it resumes from."""
+def _beginning(recipe: Recipe, workers: int, chosen: str) -> str:
+    """Returns the first line that a run prints: its layout, engine, workers, what was `chosen` for this machine, its directory, and
+    for a run that resumes the checkpoint that it resumes from."""
     kinds = ("thread", "threads of this process") if recipe.comm.backend == "simulated" else ("process", "processes")
     kind = kinds[workers > 1]
     start = ""
@@ -59,4 +58,4 @@ def _beginning(recipe: Recipe, workers: int, backend: Choice) -> str:
         checkpoint = storage_probe.newest(recipe)
         start = f", from {checkpoint}" if checkpoint else ", from the start: there is no checkpoint to resume from"
     layout = f"{recipe.validate(workers)} ({recipe.parallel.engine_text})"
-    return f"{recipe.run.name}: {layout} as {workers} {kind} with {backend}, in {recipe.run.dir}{start}"
+    return f"{recipe.run.name}: {layout} as {workers} {kind} with {chosen}, in {recipe.run.dir}{start}"

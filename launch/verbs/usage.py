@@ -46,7 +46,7 @@ recipes:
 
 keys (all of them: --cfg job):
   run.dir                 the run's directory, default runs/NAME
-  train.steps train.micro_batch train.dtype   checkpoint.every checkpoint.keep checkpoint.async
+  train.steps train.micro_batch (auto: what fits) train.dtype   checkpoint.every checkpoint.keep checkpoint.async
   data.source             stdlib, random, a file or folder of text, of records or of token ids
   data.global_batch       sequences of one optimizer step, over all ranks
   model.layers model.hidden model.heads model.moe.experts ...   parallel.data parallel.tensor parallel.pipeline ...

@@ -8,9 +8,8 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.fault_tolerance.run_directory import BEGUN, RunDirectory
 from bagualu.fault_tolerance.within import within
-from bagualu.trainer.recipe import choose_backend as chooser
+from bagualu.trainer.costs import settle as settler
 from bagualu.trainer.recipe import preflight
-from bagualu.trainer.recipe.choose_backend import Choice
 from bagualu.trainer.recipe.config import Recipe
 
 _CHECK_SECONDS = 30.0
@@ -36,14 +35,15 @@ def check(recipe: Recipe, job: str = "") -> None:
         raise RecipeError(f"run.dir={directory} cannot be read ({what}); see whether its storage answers") from error
 
 
-def choose_backend(recipe: Recipe, workers: int) -> tuple[Recipe, Choice]:
-    """Returns the recipe with comm.backend=auto replaced by a real backend, and that choice with its reason
-    (trainer/recipe/choose_backend.py).
+def settle(recipe: Recipe, workers: int) -> tuple[Recipe, str]:
+    """Returns the recipe with comm.backend=auto and train.micro_batch=auto replaced by what is chosen for `workers` workers on this
+    machine, and the choices as text for the first line of a run (trainer/costs/settle.py).
 
-    Reads the run directory, because a resumed run keeps its backend. Raises RecipeError when the storage does not answer.
+    Reads the run directory, because a resumed run keeps both. Raises RecipeError when the storage does not answer, and for some
+    mistakes in the recipe.
     """
     try:
-        return within(_CHECK_SECONDS, lambda: chooser.choose_backend(recipe, workers))
+        return within(_CHECK_SECONDS, lambda: settler.settle(recipe, workers, recipe.world_size()))
     except StorageError as error:
         raise RecipeError(f"run.dir={recipe.run.dir} {error}; see whether its storage hangs, or give another") from error
 

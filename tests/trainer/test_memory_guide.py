@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bagualu.comm.group import Communicator
+from bagualu.trainer.costs.settle import settle
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.run import train
@@ -29,7 +30,8 @@ def trained(communicator: Communicator, recipe: Recipe) -> dict[str, Any]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_of_the_guide_train(command: str, tmp_path: Path) -> None:
-    recipe = compose([*shlex.split(command)[2:], *SMALL, f"run.dir={tmp_path}/run"])
+    recipe = compose([*SMALL, *shlex.split(command)[2:], f"run.dir={tmp_path}/run"])
+    recipe, _ = settle(recipe, recipe.world_size(), recipe.world_size())
     for summary in run("gloo", recipe.world_size(), trained, recipe):
         assert (summary["ended"], summary["step"]) == ("done", 2)
         assert summary["memory"]["measured"] > 0

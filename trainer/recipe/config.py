@@ -4,7 +4,7 @@ Each component owns its section and validates it; this file adds the sections of
 involve several sections.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd, prod
 from typing import Any
 
@@ -26,12 +26,15 @@ from bagualu.trainer.models.decoder.config import LONGEST_ALIBI, ModelConfig
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.recipe.deepspeed import DeepSpeedTerms
+from bagualu.trainer.recipe.override_text import typed
 
 MOST_MICRO_BATCHES = 2**16
 """The most micro-batches of a data rank in a step: all their passes are planned before the first pass runs."""
 SEEDS = range(-(2**63), 2**64)
 """The seeds that torch accepts."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+CHOSEN = "auto"
+"""The value of train.micro_batch for which a number is chosen before the workers start (costs/micro_batch.py)."""
 PREDICTED_DTYPE = "float8"
 """A dtype whose runs can be predicted but not trained."""
 
@@ -57,8 +60,9 @@ class TrainConfig:
     """`train.*`: the training loop."""
 
     steps: int = 100
-    micro_batch: int = 1
-    """The number of sequences that a data rank passes through the model together."""
+    micro_batch: Any = 1
+    """The number of sequences that a data rank passes through the model together; auto: of the numbers that divide the batch and
+    are predicted to fit 0.8 of the memory, the one with the shortest predicted step."""
     dtype: str = "float32"
     """The dtype of weights and activations: float64 | float32 | bfloat16 | float16. With the 16-bit dtypes, the optimizer keeps
     float32 master weights. float8 can only be predicted: as bfloat16, with the matrix products of linear layers in float8."""
@@ -88,7 +92,10 @@ class TrainConfig:
             raise RecipeError("train.dtype=float8 can be predicted but not trained; give train.dtype=bfloat16")
         if self.dtype not in DTYPES:
             raise RecipeError(f"train.dtype={self.dtype} is unknown; give one of {', '.join(DTYPES)}")
-        require_at_least(1, "train", self, "steps", "micro_batch")
+        require_at_least(1, "train", self, "steps")
+        size = self.micro_batch
+        if size != CHOSEN and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise RecipeError(f"train.micro_batch={typed(size)} must be at least 1, a whole number, or auto")
         require_at_least(0, "train", self, "validate_every", "validation_sequences", "sample_every")
 
 
@@ -204,6 +211,8 @@ class Recipe:
     def validate(self, world: int) -> Layout:
         """Validates every section, and the combination, for `world` ranks; returns the layout. Raises RecipeError with the fix."""
         require_finite(self)
+        if self.train.micro_batch == CHOSEN:  # some size is right if the smallest is
+            return replace(self, train=replace(self.train, micro_batch=self.smallest_micro_batch())).validate(world)
         for part in (self.run, self.data, self.train, self.parallel, self.comm, self.checkpoint, self.restart, self.straggler,
                      self.launch, self.log):  # fmt: skip
             part.validate()
@@ -265,6 +274,12 @@ class Recipe:
         """Returns what train.recompute and train.offload_bytes mean for this model. Raises RecipeError."""
         mixtures = [self.model.is_moe_layer(layer) for layer in range(self.model.layers)]
         return read_activations(self.train.recompute, self.train.offload_bytes, mixtures)
+
+    def smallest_micro_batch(self) -> int:
+        """Returns the smallest train.micro_batch that can be right: 1, or the one that parallel.shares implies."""
+        shares = self.parallel.shares
+        count = sum(shares) if isinstance(shares, list) and all(isinstance(share, int) for share in shares) else 0
+        return self.data.global_batch // count if count > 0 and self.data.global_batch % count == 0 else 1
 
     def micro_batches(self) -> int:
         """Returns the number of micro-batches in a step, summed over all data ranks."""

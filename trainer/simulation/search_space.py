@@ -9,7 +9,7 @@ from bagualu.comm.topology import Cluster
 from bagualu.parallel.config import ENGINES
 from bagualu.parallel.planner.layouts import KEYS, SearchSpace, degrees, layouts
 from bagualu.trainer.recipe.changed import changed, value_of
-from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.config import CHOSEN, Recipe
 from bagualu.trainer.simulation.setting import in_trained_dtype, on_cluster
 
 _NO_CHOICE = {"parallel.data": None, "parallel.virtual_stages": None, "parallel.zero": None, "parallel.shares": None}
@@ -46,7 +46,8 @@ def plannable(recipe: Recipe, cluster: Cluster, given: Sequence[str]) -> Recipe:
     parallel = recipe.parallel
     if "parallel.balance" not in given and "parallel.speeds" not in given:
         parallel = replace(parallel, balance="uniform", speeds=None)
-    return on_cluster(replace(recipe, parallel=parallel), cluster)
+    train = replace(recipe.train, micro_batch=1) if recipe.train.micro_batch == CHOSEN else recipe.train  # the plan chooses it
+    return on_cluster(replace(recipe, parallel=parallel, train=train), cluster)
 
 
 def choosable(recipe: Recipe, given: Iterable[str]) -> list[str]:
