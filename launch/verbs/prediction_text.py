@@ -6,6 +6,7 @@ from itertools import groupby
 from math import prod
 from typing import Any
 
+from bagualu.comm.topology import Cluster
 from bagualu.parallel.memory_kinds import KINDS
 from bagualu.parallel.simulation.error_band import PART, ErrorBand, error_band
 from bagualu.parallel.simulation.seconds_text import seconds_text, span_text
@@ -79,6 +80,11 @@ def title(prediction: Prediction) -> str:
     return f"{recipe.run.name} on {chips} (cluster={cluster.name}): {how}"
 
 
+def quick_text(cluster: Cluster) -> str:
+    """Says that the figures of a cluster were measured quickly."""
+    return f"of {cluster.name}.yaml come from a quick measurement, which makes this less accurate: run bagualu doctor"
+
+
 def caption(prediction: Prediction) -> Iterator[str]:
     """Yields the main figures, a line each."""
     seconds, tokens, recipe, fullest = prediction.step_seconds, prediction.tokens, prediction.recipe, prediction.fullest
@@ -87,8 +93,7 @@ def caption(prediction: Prediction) -> Iterator[str]:
     if band := _band(prediction):
         yield from _band_text(band)
     if prediction.cluster.quick:
-        name = prediction.cluster.name
-        yield f"figures  of {name}.yaml come from a quick measurement, which makes this less accurate: run bagualu doctor"
+        yield f"figures  {quick_text(prediction.cluster)}"
     if prediction.stragglers:
         longer = f"computes {prediction.slowest_pace - 1:.1%} longer than the mean rank"
         yield f"slowest  {longer}, if the times of ranks have a standard deviation of {prediction.stragglers:.3g}"

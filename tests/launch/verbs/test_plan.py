@@ -163,9 +163,13 @@ def test_the_plans_come_best_first_with_the_command_of_each(capsys):
     assert all(other["slower_because"] for other in slower)
 
 
-def test_the_table_names_the_winner_and_why_others_lose(capsys):
-    code, printed = run(capsys, *WORDS, *KEPT, "parallel.tensor=1", "cluster=h100", "world=8", "top=2")
+def test_the_table_names_the_winner_and_why_others_lose(capsys, tmp_path):
+    """Also on a cluster that was measured quickly, which is said."""
+    shipped = (Path(__file__).parents[3] / "recipes/cluster/h100.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(f"quick: true\n{shipped}")
+    code, printed = run(capsys, *WORDS, *KEPT, "parallel.tensor=1", f"cluster={tmp_path}/mine.yaml", "world=8", "top=2")
     assert code == 0
+    assert "figures: of mine.yaml come from a quick measurement" in printed.out
     lines = printed.out.splitlines()
     (line,) = [line.strip() for line in lines if line.startswith("  bagualu ")]
     composed(line)[1].validate(8)
@@ -181,6 +185,7 @@ def test_every_word_of_the_text_is_explained(capsys):
     assert {part for part in parts if not any(line.startswith(f"  {part} ") for line in lines)} == set()
     for word in ("MFU: ", "memory: ", "zero: ", "because of: "):
         assert word in printed.out
+    assert "figures: " not in printed.out
     assert ("about: " in printed.out) == any(re.search(r"  about \+", line) for line in lines)
     assert max(map(len, lines[-len(parts) - 4 :])) <= 132
 

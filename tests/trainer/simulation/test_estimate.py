@@ -41,15 +41,18 @@ def layout(data, tensor=1, pipeline=1, expert=1, micro_batch=1, schedule="1f1b",
         (DENSE, layout(4, pipeline=4, schedule="zb_v", recompute="full")),
         (DENSE, layout(16, zero=3)),
         (DENSE, layout(8, pipeline=2, schedule="interleaved_1f1b", stages=2, zero=2)),
+        (DENSE, layout(2, 8, recompute="every:2", micro_batch=4)),
+        (DENSE, layout(2, 2, 4, schedule="gpipe", zero=0)),
         (MIXTURE, layout(8, 2, expert=4, recompute="experts")),
         (MIXTURE, layout(8, pipeline=2, expert=2, schedule="zb_h1")),
+        (MIXTURE, layout(16, expert=8, zero=2)),
     ],
 )
 def test_an_estimate_is_near_the_prediction(words, one):
     costs = costs_of(tuple(words), 16)
     exact, need = costs.exact(one)
-    assert costs.estimate(one).total == pytest.approx(exact.step_seconds, rel=0.12)
-    assert costs.need(one).bytes == pytest.approx(need.bytes, rel=0.12)
+    assert costs.estimate(one).total == pytest.approx(exact.step_seconds, rel=0.1)
+    assert costs.need(one).bytes == pytest.approx(need.bytes, rel=0.1)
 
 
 def test_no_layout_is_estimated_to_take_less_than_the_bound_of_its_degrees():
