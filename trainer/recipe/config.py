@@ -283,7 +283,8 @@ class Recipe:
 
     def micro_batches(self) -> int:
         """Returns the number of micro-batches in a step, summed over all data ranks."""
-        return self.data.global_batch // self.train.micro_batch
+        count: int = self.data.global_batch // self.train.micro_batch
+        return count
 
     def declared_shares(self, layout: Layout) -> list[int] | None:
         """Returns the number of micro-batches in a step for each data rank; None if parallel.shares=measured."""
