@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from contest.bagualu import Bagualu
-from contest.entry import Entry, parse
+from contest.entry import PLAIN, Entry, parse
 from contest.environment import ALLOCATORS, cores_of, environment, machine, versions
 from contest.report import add_ratios, result, table
 from contest.shapes import SHAPES
@@ -47,7 +47,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     try:
         options.entries = [parse(name, cores()) for name in options.contestants]
         for entry in options.entries:
-            if options.device == "cuda" and (entry.program not in ("plain", "bagualu") or entry.processes > 1):
+            if options.device == "cuda" and (entry.program not in (*PLAIN, "bagualu") or entry.processes > 1):
                 raise ValueError(f"{entry.name} is not measured on a GPU; give plain and bagualu in one process")
             cores_of(0, entry.processes, entry.threads)
         if options.baseline:

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from bagualu.parallel.config import ENGINES
 from bagualu.parallel.pipeline.registry import SCHEDULES
 
-BASELINES = ("plain", "ddp", "fsdp", "deepspeed", "deepspeed2", "deepspeed3", "torchtp", "torchpp")
+PLAIN = ("plain", "plainpad")
+"""Loops in one process; plainpad pads the rows of experts to a multiple of 64."""
+BASELINES = (*PLAIN, "ddp", "fsdp", "deepspeed", "deepspeed2", "deepspeed3", "torchtp", "torchpp")
 """fsdp is ZeRO-3; deepspeed is ZeRO-1, or the stage that follows its name."""
+COMPILED = (*PLAIN, "ddp", "fsdp", "bagualu")
+"""Programs that are measured compiled too."""
 AXES = ("data", "tensor", "pipeline", "expert")
 """pipeline: with the recipe's own schedule."""
 ENGINE_STAGES = {f"{engine}{stage}": (engine, stage) for engine, stages in ENGINES.items() for stage in stages}
@@ -68,9 +72,9 @@ def parse(text: str, cores: int) -> Entry:
         raise ValueError(f"contestant {text!r}: no such program; give one of {', '.join((*BASELINES, 'bagualu'))}")
     if variant not in allowed:
         raise ValueError(f"contestant {text!r}: no variant {variant!r}; give one of {', '.join(filter(None, allowed))}")
-    if compiled and program not in ("plain", "bagualu"):
-        raise ValueError(f"contestant {text!r}: only plain and bagualu are measured compiled; drop -compiled")
-    alone = program == "plain" or (program == "bagualu" and not variant)
+    if compiled and program not in COMPILED:
+        raise ValueError(f"contestant {text!r}: only {', '.join(COMPILED)} are measured compiled; drop -compiled")
+    alone = program in PLAIN or (program == "bagualu" and not variant)
     processes = int(match["processes"] or (1 if alone else 2))
     if alone and processes != 1:
         raise ValueError(f"contestant {text!r}: several processes must share the work, e.g. ddp or bagualu-data")

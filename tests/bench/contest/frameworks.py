@@ -1,5 +1,6 @@
 """The plain model under torch's and DeepSpeed's own parallelism, used directly. Each builder makes one Step."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,19 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from contest.loop import CLIP_NORM, Step, adamw, build_model, optimizer_for, plain, stepper
+from contest.entry import COMPILED, PLAIN
+from contest.loop import CLIP_NORM, PADDED_ROWS, Step, adamw, build_model, optimizer_for, plain, stepper
 from contest.model import Attention, Linear
 from contest.model_parallel import pipeline_parallel, tensor_parallel
 from contest.shapes import Shape
 
 
-def ddp(shape: Shape, precision: str) -> Step:
+def ddp(shape: Shape, precision: str, compiled: bool) -> Step:
     """torch DistributedDataParallel; gradients are reduced in the weights' dtype or in float32, in views of its buckets."""
     model = build_model(shape, precision)
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     if precision.endswith("sum32"):
         wrapped.register_comm_hook(None, _mean_in_float32)
-    return stepper(wrapped, optimizer_for(model, precision), precision)
+    return stepper(torch.compile(wrapped) if compiled else wrapped, optimizer_for(model, precision), precision)
 
 
 def _mean_in_float32(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -29,8 +31,8 @@ def _mean_in_float32(state: None, bucket: dist.GradBucket) -> torch.futures.Futu
     return reduced.then(lambda done: gradients.copy_(done.value()[0]))
 
 
-def fsdp(shape: Shape, precision: str) -> Step:
-    """torch FSDP2: float32 shards are the master weights, gathered as bfloat16 layer by layer."""
+def fsdp(shape: Shape, precision: str, compiled: bool) -> Step:
+    """torch FSDP2: float32 shards are the master weights, gathered as bfloat16 layer by layer, and compiled likewise, if at all."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -44,6 +46,8 @@ def fsdp(shape: Shape, precision: str) -> Step:
         policy = MixedPrecisionPolicy()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.layers:
+        if compiled:
+            layer.compile()
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     optimizer = adamw(model.parameters())
@@ -86,7 +90,7 @@ def deepspeed_zero(stage: int, shape: Shape, precision: str) -> Step:
     return step
 
 
-BUILDERS = {
+BUILDERS: dict[str, Callable[..., Step]] = {
     "ddp": ddp, "fsdp": fsdp, "deepspeed": partial(deepspeed_zero, 1), "deepspeed2": partial(deepspeed_zero, 2),
     "deepspeed3": partial(deepspeed_zero, 3), "torchtp": tensor_parallel, "torchpp": pipeline_parallel,
 }  # fmt: skip
@@ -96,6 +100,7 @@ SHARE_THE_MODEL = ("torchtp", "torchpp")
 
 def build(framework: str, shape: Shape, precision: str, compiled: bool, device: str) -> Step:
     """The Step of a contestant in this process; torch.distributed is set up already where the framework needs it."""
-    if framework == "plain":
-        return plain(shape, precision, compiled, device)
-    return BUILDERS[framework](shape, precision)
+    if framework in PLAIN:
+        return plain(shape, precision, compiled, device, PADDED_ROWS if framework == "plainpad" else 1)
+    builder = BUILDERS[framework]
+    return builder(shape, precision, compiled) if framework in COMPILED else builder(shape, precision)

@@ -15,13 +15,17 @@ Step = Callable[[Tensor, Tensor], float]
 CLIP_NORM = 1.0
 
 
-def build_model(shape: Shape, precision: str, seed: int = 0, device: str = "cpu") -> Decoder:
-    """The plain decoder with the weights of `seed`, stored as `precision` (one of PRECISIONS) says."""
+PADDED_ROWS = 64
+"""What plainpad pads the rows of an expert to a multiple of."""
+
+
+def build_model(shape: Shape, precision: str, seed: int = 0, device: str = "cpu", rows: int = 1) -> Decoder:
+    """The plain decoder with the weights of `seed`, stored as `precision` (one of PRECISIONS) says; `rows` as for Mixture."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision} is unknown; give one of {', '.join(PRECISIONS)}")
     torch.manual_seed(seed)
     with torch.device(device):
-        model = Decoder(shape, wide=precision.startswith("bf16wide"))
+        model = Decoder(shape, wide=precision.startswith("bf16wide"), rows=rows)
     return cast_weights(model, torch.bfloat16) if precision.startswith("bf16") else model
 
 
@@ -97,8 +101,8 @@ def stepper(model: Callable[[Tensor, Tensor], Tensor], optimizer: MasterAdamW | 
     return step
 
 
-def plain(shape: Shape, precision: str, compiled: bool, device: str = "cpu") -> Step:
-    """The plain loop in one process, eager or with the whole model compiled."""
-    model = build_model(shape, precision, device=device)
+def plain(shape: Shape, precision: str, compiled: bool, device: str = "cpu", rows: int = 1) -> Step:
+    """The plain loop in one process, eager or with the whole model compiled; `rows` as for Mixture."""
+    model = build_model(shape, precision, device=device, rows=rows)
     optimizer = optimizer_for(model, precision)
     return stepper(torch.compile(model) if compiled else model, optimizer, precision)

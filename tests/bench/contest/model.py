@@ -100,13 +100,14 @@ class FeedForward(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Dropless top-K mixture: tokens sorted by expert, each expert runs once on its own slice."""
+    """Dropless top-K mixture: tokens sorted by expert, each expert runs once on its own slice, with zeros behind it to a multiple
+    of `rows`, so that matrix products meet few shapes."""
 
-    def __init__(self, shape: Shape, wide: bool) -> None:
+    def __init__(self, shape: Shape, wide: bool, rows: int = 1) -> None:
         super().__init__()
         self.router = nn.Parameter(torch.randn(shape.experts, shape.hidden) * 0.02)
         self.experts = nn.ModuleList(FeedForward(shape, wide) for _ in range(shape.experts))
-        self.top_k = shape.top_k
+        self.top_k, self.rows = shape.top_k, rows
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, S, H] -> output [B, S, H], balance loss: mean over B of E * sum over E of share * probability."""
@@ -118,7 +119,7 @@ class Mixture(nn.Module):
         order = chosen.flatten().argsort(stable=True)  # [T * K], by expert
         sizes = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         parts = x.flatten(0, 1).index_select(0, order // self.top_k).split(sizes)  # type: ignore[no-untyped-call]
-        result = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        result = torch.cat([self._padded(expert, part) for expert, part in zip(self.experts, parts, strict=True)])
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         picked = result.index_select(0, back).view(-1, self.top_k, x.shape[-1])  # [T, K, H]
         output = (picked * weight.flatten(0, 1).unsqueeze(-1).to(picked.dtype)).sum(1).view_as(x)
@@ -126,15 +127,19 @@ class Mixture(nn.Module):
         share = F.one_hot(chosen, len(self.experts)).sum(2).float().mean(1) / self.top_k  # [B, E]
         return output, len(self.experts) * (share * probability.mean(1)).sum(-1).mean()
 
+    def _padded(self, expert: nn.Module, part: Tensor) -> Tensor:
+        missing = -len(part) % self.rows
+        return expert(F.pad(part, (0, 0, 0, missing)))[: len(part)] if missing else expert(part)  # type: ignore[no-any-return]
+
 
 class Layer(nn.Module):
     """Attention and feed-forward (or mixture), each after a norm and around a residual."""
 
-    def __init__(self, shape: Shape, wide: bool) -> None:
+    def __init__(self, shape: Shape, wide: bool, rows: int) -> None:
         super().__init__()
         self.attention_norm, self.attention = Norm(shape), Attention(shape, wide)
         self.feed_norm = Norm(shape)
-        self.feed = Mixture(shape, wide) if shape.experts else FeedForward(shape, wide)
+        self.feed = Mixture(shape, wide, rows) if shape.experts else FeedForward(shape, wide)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
         x = x + self.attention(self.attention_norm(x), cos, sin)
@@ -151,11 +156,11 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 class Decoder(nn.Module):
     """The whole model, returning its own loss."""
 
-    def __init__(self, shape: Shape, wide: bool = False) -> None:
+    def __init__(self, shape: Shape, wide: bool = False, rows: int = 1) -> None:
         super().__init__()
         self.embedding = nn.Embedding(shape.vocab, shape.hidden)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.layers = nn.ModuleList(Layer(shape, wide) for _ in range(shape.layers))
+        self.layers = nn.ModuleList(Layer(shape, wide, rows) for _ in range(shape.layers))
         self.norm = Norm(shape)
         self.head = Linear(shape.hidden, shape.vocab, wide)
         self.balance_loss = shape.balance_loss

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from contest.entry import Entry
+from contest.entry import PLAIN, Entry
 from contest.shapes import Shape
 from contest.team import Sample
 
@@ -35,17 +35,13 @@ def result(entry: Entry, shape: Shape, samples: list[Sample], ceiling: float) ->
 
 
 def add_ratios(results: list[dict[str, Any]], baseline: str | None) -> None:
-    """Compare with `baseline`, else the fastest plain loop: eager with eager, compiled with compiled if there."""
-    for compiled in (False, True):
-        plain = [r for r in results if r["program"] == "plain" and r["compiled"] is compiled]
-        plain = plain or [r for r in results if r["program"] == "plain"]
-        named = [r for r in results if r["contestant"] == baseline]
-        best = max(named or plain, key=lambda r: r["tokens_per_second"], default=None)
-        for row in results:
-            if best is not None and row["compiled"] is compiled:
-                row["baseline"] = best["contestant"]
-                row["ratio"] = row["tokens_per_second"] / best["tokens_per_second"]
-                row["memory_ratio"] = row["peak_memory_bytes"] / best["peak_memory_bytes"]
+    """Compare with `baseline`, else the fastest plain loop, eager or compiled."""
+    plain = [r for r in results if r["contestant"] == baseline] or [r for r in results if r["program"] in PLAIN]
+    best = max(plain, key=lambda r: r["tokens_per_second"], default=None)
+    for row in results if best is not None else []:
+        row["baseline"] = best["contestant"]
+        row["ratio"] = row["tokens_per_second"] / best["tokens_per_second"]
+        row["memory_ratio"] = row["peak_memory_bytes"] / best["peak_memory_bytes"]
 
 
 def table(recipe: str, shape: Shape, results: list[dict[str, Any]]) -> str:

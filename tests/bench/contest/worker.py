@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
+from contest.entry import PLAIN
 from contest.environment import cores_of
 from contest.shapes import SHAPES
 
@@ -71,7 +72,7 @@ def serve(options: argparse.Namespace, answers: IO[str]) -> None:
     from contest.frameworks import SHARE_THE_MODEL, build
 
     torch.set_num_threads(options.threads)
-    distributed = options.framework != "plain"
+    distributed = options.framework not in PLAIN
     if distributed:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(options.port), "RANK": str(options.rank),
                        "WORLD_SIZE": str(options.processes), "LOCAL_RANK": str(options.rank)}  # fmt: skip
