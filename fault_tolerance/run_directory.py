@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+MODEL, GENERATION = "config.json", "generation_config.json"
+TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+"""Names that Hugging Face gives to the files of a model: its configuration; how texts are generated; its tokenizer; special tokens,
+and perhaps a chat template; a chat template in a file of its own."""
+
 BEGUN = "begun"
 """Name of a file in a launch's scratch folder. The file exists once workers of this launch have taken over the run's folder of
 checkpoints."""
@@ -24,9 +29,9 @@ class RunDirectory:
 
     @property
     def tokenizer(self) -> Path:
-        """File with the tokenizer of the run's text; none if its tokens stand for no text. Beside it lie tokenizer_config.json and
-        chat_template.jinja, if the tokenizer was given and has them."""
-        return self.path / "tokenizer.json"
+        """File with the tokenizer of the run's text; none if its tokens stand for no text. Beside it lie the files that belong to
+        it, by the names above, if the tokenizer was given and has them."""
+        return self.path / TOKENIZER
 
     @property
     def metrics(self) -> Path:

@@ -19,7 +19,7 @@ from bagualu.fault_tolerance.checkpoint.layout.durable import durable_file, fsyn
 from bagualu.fault_tolerance.checkpoint.layout.format import DTYPES
 from bagualu.fault_tolerance.checkpoint.layout.shard import bytes_of, encode_header
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
-from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.fault_tolerance.run_directory import GENERATION, TOKENIZER, TOKENIZER_CONFIG, RunDirectory
 from bagualu.parallel.boxes import Box
 from bagualu.trainer.conversion.besides import context_length
 from bagualu.trainer.conversion.exported_tokenizer import ExportedTokenizer, find_tokenizer
@@ -29,7 +29,7 @@ from bagualu.trainer.conversion.torch_checkpoint import TorchCheckpoint
 from bagualu.trainer.models.decoder.identity import model_of
 from bagualu.trainer.models.decoder.lora import LoraConfig
 from bagualu.trainer.models.hugging_face.config import OF_TOKENS, POSITIONS, write_config
-from bagualu.trainer.models.hugging_face.directory import BESIDES, CONFIG, GENERATION, INDEX, SINGLE, TOKENIZER, TOKENIZER_CONFIG
+from bagualu.trainer.models.hugging_face.directory import BESIDES, CONFIG, INDEX, SINGLE
 from bagualu.trainer.models.hugging_face.families import family_of
 from bagualu.trainer.models.hugging_face.names import EMBEDDING, HEAD, FilePart, parts_of, shapes_of
 

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.fault_tolerance.run_directory import TOKENIZER, RunDirectory
 from bagualu.trainer.conversion.besides import kept_config
 from bagualu.trainer.data.tokenizer import load_tokenizer
 from bagualu.trainer.data.tokenizer_files import end_token_of
 from bagualu.trainer.models.hugging_face.config import OF_TOKENS
-from bagualu.trainer.models.hugging_face.directory import TOKENIZER
 
 
 @dataclass(frozen=True)

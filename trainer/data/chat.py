@@ -1,23 +1,59 @@
 """Conversations as text, by the chat template of a tokenizer, and which of its characters are answers.
 
-Templates are those of Hugging Face (Jinja), in the file chat_template.jinja or in tokenizer_config.json beside tokenizer.json.
+Templates are those of Hugging Face (Jinja), in the file chat_template.jinja or in tokenizer_config.json beside tokenizer.json. They
+see what transformers shows them: the messages, no tools and no documents, the special tokens, today's date, and the statement
+`{% generation %}`, which marks the answers.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.sandbox
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.run_directory import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG
+from bagualu.trainer.data.tokenizer_files import fields_of, special_token
 
-BESIDE_TOKENIZERS = _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
-"""Files beside a tokenizer.json: a chat template; special tokens, and a chat template if that is not in a file of its own."""
+BESIDE_TOKENIZERS = CHAT_TEMPLATE, TOKENIZER_CONFIG, GENERATION
+"""Files beside a tokenizer.json: a chat template; special tokens, and a chat template if that is not in a file of its own; tokens
+that end a text."""
 _ANSWERS = "assistant"
 """The role whose messages are trained on."""
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+Spans = list[tuple[int, int]]
+"""The first character of each part of a text, and the character after it."""
+
+
+class _Generation(Extension):
+    """The statement `{% generation %}...{% endgeneration %}`, with which a template marks what the model says."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.used = False
+        """Whether the template has the statement."""
+        self.written: list[str] = []
+        """The parts of the text that have been rendered so far."""
+        self.spans: Spans = []
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        self.used = True
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        text, first = caller(), sum(map(len, self.written))
+        self.spans.append((first, first + len(text)))
+        return text
 
 
 class ChatTemplate:
@@ -26,41 +62,65 @@ class ChatTemplate:
     def __init__(self, path: Path) -> None:
         """Raises RecipeError if there is none, or it is no template."""
         self.path = path
-        config = _config(path.parent / _CONFIG)
-        self._special = {name: _content(config.get(name)) for name in _SPECIAL}
+        special = {name: token for name in _SPECIAL if (token := special_token(path, name))}
+        self._always = {"tools": None, "documents": None, **special}
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = datetime.now().strftime  # one date for all conversations
+        marks = environment.extensions[_Generation.identifier]
+        assert isinstance(marks, _Generation)
+        self._marks = marks
         try:
-            self._template = environment.from_string(_source(path.parent, config))
+            self._template = environment.from_string(_source(path.parent))
         except jinja2.TemplateError as error:
             raise RecipeError(f"the chat template of data.tokenizer={path} cannot be read ({error}); correct it") from error
 
     def render(self, messages: Sequence[dict[str, Any]], asks: bool = False) -> str:
         """Returns the text of a conversation; with `asks`, up to where the next answer begins. Raises jinja2.TemplateError."""
-        return self._template.render(messages=list(messages), add_generation_prompt=asks, **self._special)
+        written: list[str] = []
+        self._marks.written, self._marks.spans = written, []
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        for part in self._template.generate(messages=given, add_generation_prompt=asks, **self._always):
+            written.append(part)
+        return "".join(written)
 
-    def conversation(self, messages: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
-        """Returns the text of a conversation, and for each answer its first character and the character after it: what the model
-        says, with the mark of its end. `where` says to people where it comes from. Raises RecipeError for what is no
-        conversation."""
+    def conversation(self, messages: Any, where: str) -> tuple[str, Spans]:
+        """Returns the text of a conversation, and for each answer its first character and the character after it: what the template
+        marks by `{% generation %}`, else what the model says, with the mark of its end. `where` says to people where it comes
+        from. Raises RecipeError for what is no conversation."""
         _require_messages(messages, where)
         try:
             text = self.render(messages)
-            spans = []
-            for number, message in enumerate(messages):
-                if message["role"] == _ANSWERS:
-                    before, after = self.render(messages[:number], asks=True), self.render(messages[: number + 1])
-                    if not (after.startswith(before) and text.startswith(after)):
-                        raise RecipeError(f"{where}: the chat template changes what comes before message {number + 1} when more "
-                                          "follows, so its answers cannot be told apart; give a template that does not, or one "
-                                          "answer per conversation")  # fmt: skip
-                    spans.append((len(before), len(after)))
+            return text, self._marked(where) if self._marks.used else self._found(messages, text, where)
         except jinja2.TemplateError as error:
             raise RecipeError(f"{where}: the chat template refuses the conversation ({error}); correct or remove it") from error
-        return text, spans
+
+    def _marked(self, where: str) -> Spans:
+        """Returns what the template has marked in the text that it rendered last. Raises RecipeError for nothing."""
+        spans = [(first, after) for first, after in self._marks.spans if first < after]
+        if not spans:
+            raise RecipeError(f"{where}: the chat template has {{% generation %}} and marks no answer of the conversation by it; "
+                              "mark what the model says")  # fmt: skip
+        return spans
+
+    def _found(self, messages: Sequence[dict[str, Any]], text: str, where: str) -> Spans:
+        """Returns the answers in the `text` of a conversation: what the template adds for each to the conversation before it.
+        Raises RecipeError for a template that writes an answer differently when more follows: then a model that answers sees
+        another conversation than it is trained on."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] == _ANSWERS:
+                before, after = self.render(messages[:number], asks=True), self.render(messages[: number + 1])
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise RecipeError(f"{where}: the chat template changes what comes before message {number + 1}, or that "
+                                      "message, when more follows, as those do that drop earlier thinking, so its answers cannot "
+                                      "be told apart; give one answer per conversation, or a template that does not or that marks "
+                                      "answers by {% generation %}")  # fmt: skip
+                spans.append((len(before), len(after)))
+        return spans
 
 
 def _require_messages(messages: Any, where: str) -> None:
@@ -72,29 +132,16 @@ def _require_messages(messages: Any, where: str) -> None:
         raise RecipeError(f"{where} has no message of the role {_ANSWERS}, so there is nothing to learn from it; remove it")
 
 
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _content(token: Any) -> str:
-    """Returns the text of a special token, which is text or an object."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else ""
-
-
-def _source(folder: Path, config: dict[str, Any]) -> str:
-    if (folder / _FILE).is_file():
-        return (folder / _FILE).read_text(encoding="utf-8")
-    template = config.get("chat_template")
+def _source(folder: Path) -> str:
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    template = fields_of(folder / TOKENIZER_CONFIG).get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     if not isinstance(template, str):
-        raise RecipeError(f"data.format=chat needs a chat template, and {folder} has none in {_FILE} or {_CONFIG}; put one there")
+        raise RecipeError(f"data.format=chat needs a chat template, and {folder} has none in {CHAT_TEMPLATE} or "
+                          f"{TOKENIZER_CONFIG}; put one there")  # fmt: skip
     return template
 
 
@@ -102,5 +149,7 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

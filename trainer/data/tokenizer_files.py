@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.run_directory import GENERATION, MODEL, TOKENIZER, TOKENIZER_CONFIG, RunDirectory
 from bagualu.trainer.data.tokenizer import load_tokenizer
 
-_CONFIG = "tokenizer_config.json"
 _USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|endoffile|>")
 
 
@@ -29,7 +29,7 @@ def open_tokenizer(given: str, end: int | None, vocab: int) -> GivenTokenizer:
     """Returns the tokenizer that data.tokenizer names, a tokenizer.json or the folder of one. `end`: data.end_token; by default the
     eos_token of the file tokenizer_config.json beside it. Raises RecipeError if it cannot be read, has ids beyond a vocabulary of
     `vocab` entries, or ends documents by no id."""
-    path = Path(given, "tokenizer.json") if Path(given).is_dir() else Path(given)
+    path = Path(given, TOKENIZER) if Path(given).is_dir() else Path(given)
     try:
         tokenizer = load_tokenizer(path)
     except Exception as error:  # the library raises Exception itself
@@ -52,14 +52,44 @@ def open_tokenizer(given: str, end: int | None, vocab: int) -> GivenTokenizer:
 def end_token_of(tokenizer: Tokenizer, path: Path) -> int | None:
     """Returns the token that ends a text: the eos_token of tokenizer_config.json beside `path`, the tokenizer's file, or one with a
     usual name; None if it has neither."""
-    names: list[Any] = []
-    try:
-        eos = json.loads((path.parent / _CONFIG).read_text(encoding="utf-8")).get("eos_token")
-        names.append(eos.get("content") if isinstance(eos, dict) else eos)
-    except (OSError, ValueError, AttributeError):
-        pass
-    ids = [tokenizer.token_to_id(name) for name in [*names, *_USUAL_ENDS] if isinstance(name, str)]
+    ids = [tokenizer.token_to_id(name) for name in (special_token(path, "eos_token"), *_USUAL_ENDS) if name]
     return next((index for index in ids if index is not None), None)
+
+
+def end_tokens_of(tokenizer: Tokenizer, path: Path) -> list[int]:
+    """Returns all tokens that end a text: that of `end_token_of` first, then those that generation_config.json lists, beside `path`
+    or beside the same tokenizer in the folder of the model of Hugging Face with which a run began; without a
+    generation_config.json, those of config.json."""
+    ends = [end_token_of(tokenizer, path)]
+    before = RunDirectory(path.parent).hugging_face
+    same = (before / path.name).is_file() and (before / path.name).read_bytes() == path.read_bytes()
+    for folder in (path.parent, *([before] if same else [])):
+        name = GENERATION if (folder / GENERATION).is_file() else MODEL
+        listed = fields_of(folder / name).get("eos_token_id")
+        ends += [end for end in (listed if isinstance(listed, list) else [listed]) if type(end) is int]
+    return list(dict.fromkeys(end for end in ends if end is not None))
+
+
+def begin_token_of(tokenizer: Tokenizer, path: Path) -> int | None:
+    """Returns the token that begins a text: the bos_token of tokenizer_config.json beside `path`; None if it has none."""
+    name = special_token(path, "bos_token")
+    return tokenizer.token_to_id(name) if name else None
+
+
+def special_token(path: Path, key: str) -> str | None:
+    """Returns the text of the special token `key` of tokenizer_config.json beside the tokenizer `path`; None if it has none."""
+    token = fields_of(path.parent / TOKENIZER_CONFIG).get(key)
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def fields_of(path: Path) -> dict[str, Any]:
+    """Returns the object in a file of JSON; {} if there is none."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def bytes_of_tokens(tokenizer: Tokenizer, vocab: int) -> NDArray[np.int64]:

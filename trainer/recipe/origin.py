@@ -9,10 +9,10 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.layout.directory import checkpoint_at
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
 from bagualu.fault_tolerance.checkpoint.layout.manifest import read_manifest
-from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.fault_tolerance.run_directory import TOKENIZER, RunDirectory
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.identity import model_of
-from bagualu.trainer.models.hugging_face.directory import TOKENIZER, is_hugging_face, open_model
+from bagualu.trainer.models.hugging_face.directory import is_hugging_face, open_model
 from bagualu.trainer.recipe.override_text import typed
 
 _OF_TRAINING = ("vocab_multiple", "initial_std", "moe.balance_loss", "lora.rank", "lora.alpha", "lora.targets")

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.batches import Batches
@@ -27,6 +29,26 @@ TEMPLATE = (
 )
 SPECIAL = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 S = 64
+MARKED = (
+    "{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }}<|end|>{% endgeneration %}{% else %}{{ message.content }}<|end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""Writes what TEMPLATE writes, and marks answers."""
+QWEN3 = (
+    "{%- set last = namespace(question=-1) %}"
+    "{%- for message in messages %}{%- if message.role == 'user' %}{%- set last.question = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for message in messages %}{%- set content = message.content %}"
+    "{%- if message.role == 'assistant' %}{%- set thought = message.reasoning_content or '' %}"
+    "{%- if '</think>' in content %}{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
+    "{%- if loop.index0 > last.question and (loop.last or thought) %}"
+    "{{- '<|assistant|>\\n<think>\\n' + thought + '\\n</think>\\n\\n' + content + '<|end|>\\n' }}"
+    "{%- else %}{{- '<|assistant|>\\n' + content + '<|end|>\\n' }}{%- endif %}"
+    "{%- else %}{{- '<|' + message.role + '|>\\n' + content + '<|end|>\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"
+)
+"""Drops the thinking before the latest question, and gives an answer without thinking an empty thought, as that of Qwen3 does."""
 
 
 def make(folder: Path, template: str = TEMPLATE, in_a_file: bool = False) -> Path:
@@ -76,6 +98,60 @@ def test_answers_are_what_the_model_says_and_the_end_of_it(tmp_path: Path, in_a_
     text, spans = template.conversation(messages, "here")
     assert text == "<|user|>a?<|end|>\n<|assistant|>b<|end|>\n<|user|>c?<|end|>\n<|assistant|>d<|end|>\n"
     assert [text[first:after] for first, after in spans] == ["b<|end|>\n", "d<|end|>\n"]
+
+
+def test_answers_are_what_the_template_marks(tmp_path: Path) -> None:
+    """As transformers finds them, whatever else the template writes."""
+    path = make(tmp_path, MARKED)
+    template, tokenizer = ChatTemplate(path / "tokenizer.json"), AutoTokenizer.from_pretrained(path)
+    for messages in (conversation(3, turns=3), conversation(1)):
+        text, spans = template.conversation(messages, "here")
+        assert [text[first:after] for first, after in spans] == [
+            f"{message['content']}<|end|>" for message in messages if message["role"] == "assistant"
+        ]
+        theirs = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+        encoding = Tokenizer.from_file(str(path / "tokenizer.json")).encode(text)
+        assert theirs["input_ids"] == encoding.ids
+        inside = [int(any(first < after and begin < end and first < end and begin < after for begin, end in spans))
+                  for first, after in encoding.offsets]  # fmt: skip
+        assert theirs["assistant_masks"] == inside
+
+
+def test_a_template_that_marks_answers_may_write_earlier_ones_otherwise(tmp_path: Path) -> None:
+    """Then there is no doubt which tokens are to be learned."""
+    changing = MARKED.replace("message.content }}<|end|>{% endgen", "message.content if loop.last else '...' }}<|end|>{% endgen")
+    text, spans = ChatTemplate(make(tmp_path, changing) / "tokenizer.json").conversation(conversation(1, turns=2), "here")
+    assert [text[first:after] for first, after in spans[:1]] == ["...<|end|>"]
+    assert len(spans) == 2
+
+
+def test_a_template_that_drops_earlier_thinking_is_for_one_answer(tmp_path: Path) -> None:
+    template = ChatTemplate(make(tmp_path, QWEN3) / "tokenizer.json")
+    question, answer = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"}
+    for one, wanted in (
+        ({**answer, "content": "b"}, "<think>\n\n</think>\n\nb<|end|>\n"),
+        (answer, "<think>\nhm\n</think>\n\nb<|end|>\n"),
+    ):
+        text, spans = template.conversation([question, one], "here")
+        assert [text[first:after] for first, after in spans] == [wanted]
+        with pytest.raises(
+            RecipeError, match=r"here: the chat template changes .* as those do that drop earlier thinking, .* give one ans"
+        ) as error:
+            template.conversation([question, one, question, answer], "here")
+        assert "\n" not in str(error.value)
+
+
+def test_templates_see_what_transformers_shows_them(tmp_path: Path) -> None:
+    template = (
+        "{% if tools is none and documents is none %}{{ strftime_now('%Y') }}{% endif %}"
+        "{% if bos_token is defined %}begins{% endif %}{{ {'b': 'ü', 'a': 1} | tojson(sort_keys=True, separators=(',', ':')) }}"
+        "{% for message in messages %}{{ 'calls' if message.tool_calls is defined }}{% endfor %}" + TEMPLATE
+    )
+    path = make(tmp_path, template)
+    messages = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b", "tool_calls": None}]
+    text, _ = ChatTemplate(path / "tokenizer.json").conversation(messages, "here")
+    assert text == AutoTokenizer.from_pretrained(path).apply_chat_template(messages, tokenize=False)
+    assert text.startswith(f"{datetime.now():%Y}" + '{"a":1,"b":"ü"}<|user|>')
 
 
 @given(st.lists(st.integers(0, 20), max_size=40), st.integers(20, 30))
@@ -213,6 +289,7 @@ def test_records_of_text_may_be_kept_whole_too(tmp_path: Path) -> None:
 HELLO = {"role": "user", "content": "hello"}
 ANSWER = {"role": "assistant", "content": "hi"}
 BAD: list[tuple[Any, str, str]] = [
+    ([HELLO, ANSWER], "{% generation %}{% endgeneration %}" + TEMPLATE, "the chat template has .* and marks no answer"),
     ("text", TEMPLATE, r"chats\.jsonl, line 2 is no conversation; give a list like \[\{role: user, content: \.\.\.\}, \{role:"),
     ([{"role": "user"}, ANSWER], TEMPLATE, "line 2 is no conversation"),
     ([HELLO], TEMPLATE, "line 2 has no message of the role assistant"),

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.run_directory import CHAT_TEMPLATE, GENERATION, MODEL, TOKENIZER, TOKENIZER_CONFIG
 from bagualu.trainer.models.hugging_face.config import Description, read_config
 from bagualu.trainer.models.hugging_face.names import FilePart, parts_of, shapes_of
 from bagualu.trainer.models.hugging_face.safetensors_file import DTYPES, FileTensor, read_header
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-GENERATION, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
-BESIDES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", GENERATION)
+CONFIG, INDEX, SINGLE = MODEL, "model.safetensors.index.json", "model.safetensors"
+BESIDES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", CHAT_TEMPLATE, GENERATION)
 """The files beside configuration and weights that belong to a model."""
 
 
