@@ -9,7 +9,7 @@ resumes at step k by asking for step k, and each rank asks only for its part of 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,71 +21,15 @@ from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.data.blend import BlendHistory, Period
 from bagualu.trainer.data.config import DOCUMENTS, RANDOM, STREAM, WHOLE, DataConfig
 from bagualu.trainer.data.documents import Documents
-from bagualu.trainer.data.mapped import AnyTokens, MappedTokens
+from bagualu.trainer.data.order import Order
 from bagualu.trainer.data.prepared import DataError
 from bagualu.trainer.data.requirements import require_sequence
+from bagualu.trainer.data.sequences import TRAINING_TOKENS, VALIDATION_TOKENS, RandomSequences, Sequences, StoredSequences, lost
 from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.data.whole import WholeSequences
 
 SOURCE_IDS = 2**44
 """More than the sequences of any source."""
-RANDOM_SEQUENCES = 2**31
-"""The number of sequences that a set of random sequences reports, although it never runs out; validation sequences are spread
-over that many."""
-
-# Separate streams of random numbers: the top word of the generator's 256-bit counter.
-_ORDER, _TRAINING_TOKENS, _VALIDATION_TOKENS = 0, 1, 2
-
-_ROUNDS = 8
-"""Rounds of the permutation: four make a Feistel network as good as random on large domains, small domains need more."""
-
-
-class Sequences(Protocol):
-    """An indexed set of token sequences."""
-
-    def __len__(self) -> int: ...
-
-    def check(self) -> None:
-        """Raises DataError if the tokens have changed since they were opened. Call before `read`."""
-        ...
-
-    def read(self, index: int) -> NDArray[Any]:
-        """Returns the tokens of sequence `index`, [S + 1]: the inputs and, shifted by one, the labels."""
-        ...
-
-
-class StoredSequences:
-    """Consecutive windows of a token array: each token but the first is predicted once, and fewer than S at the end are unused."""
-
-    def __init__(self, tokens: AnyTokens, sequence_length: int) -> None:
-        self._tokens, self._length = tokens, sequence_length
-
-    def __len__(self) -> int:
-        return max(len(self._tokens) - 1, 0) // self._length
-
-    def check(self) -> None:
-        if isinstance(self._tokens, MappedTokens):
-            self._tokens.require_unchanged()
-
-    def read(self, index: int) -> NDArray[Any]:
-        start = index * self._length
-        return self._tokens[start : start + self._length + 1]
-
-
-class RandomSequences:
-    """Sequences of uniform random tokens, a function of (seed, stream, sequence index)."""
-
-    def __init__(self, vocab: int, sequence_length: int, seed: int, stream: int) -> None:
-        self._vocab, self._length, self._seed, self._stream = vocab, sequence_length, seed, stream
-
-    def __len__(self) -> int:
-        return RANDOM_SEQUENCES
-
-    def check(self) -> None:
-        """Random tokens cannot change."""
-
-    def read(self, index: int) -> NDArray[Any]:
-        return _random_words(self._seed, index, self._stream, self._length + 1) % np.uint64(self._vocab)
 
 
 @dataclass(frozen=True)
@@ -95,7 +39,9 @@ class _Source:
     name: str
     train: Sequences | WholeSequences
     validation: Sequences | WholeSequences
-    documents: tuple[Documents, Documents] | None
+    order: Order | None = None
+    """The order of its training sequences; None for random tokens, which are taken as they come."""
+    documents: tuple[Documents, Documents] | None = None
     """Where documents begin in both splits, if rows are to tell."""
 
 
@@ -126,17 +72,17 @@ class Batches:
     def _open(self, name: str, corpus: Corpus, config: DataConfig) -> _Source:
         documents = corpus.documents if config.packing == DOCUMENTS else None
         if not self._shuffled:
-            streams = _TRAINING_TOKENS, _VALIDATION_TOKENS
+            streams = TRAINING_TOKENS, VALIDATION_TOKENS
             drawn, held_out = (RandomSequences(corpus.vocab, self._length, self._seed, stream) for stream in streams)
-            return _Source(name, drawn, held_out, None)
+            return _Source(name, drawn, held_out)
         if config.packing == WHOLE:
             assert corpus.whole is not None
             first, second = corpus.whole
             packed = first.sequences(corpus.train, self._length), second.sequences(corpus.validation, self._length)
-            return _Source(name, *packed, None)
+            return _Source(name, *packed, Order(len(packed[0]), self._seed))
         require_sequence(corpus, replace(config, source=name))
-        train, validation = (StoredSequences(tokens, self._length) for tokens in (corpus.train, corpus.validation))
-        return _Source(name, train, validation, documents)
+        train, validation = (StoredSequences(tokens, self._length, name) for tokens in (corpus.train, corpus.validation))
+        return _Source(name, train, validation, Order(len(train), self._seed), documents)
 
     @property
     def train_count(self) -> int:
@@ -181,13 +127,19 @@ class Batches:
         if not self._shuffled:
             return owners, positions
         indices = np.empty_like(positions)
-        for number in np.unique(owners).tolist():
-            count = len(self._sources[number].train)
-            epochs, offsets = np.divmod(positions, count)
-            for epoch in np.unique(epochs[owners == number]).tolist():
-                chosen = (owners == number) & (epochs == epoch)
-                indices[chosen] = _shuffle(offsets[chosen], count, self._seed, epoch)
+        for number in self._present(owners):
+            order, own = self._sources[number].order, owners == number
+            assert order is not None
+            epochs, places = np.divmod(positions[own], order.count)
+            found = np.empty_like(places)
+            for epoch in range(int(epochs.min()), int(epochs.max()) + 1):  # a step uses consecutive samples of each source
+                found[epochs == epoch] = order.at(epoch, places[epochs == epoch])
+            indices[own] = found
         return owners, indices
+
+    def _present(self, owners: NDArray[np.int64]) -> list[int]:
+        """Returns the numbers of the sources that `owners` names."""
+        return np.unique(owners).tolist() if len(self._sources) > 1 else [0] if len(owners) else []
 
     def batch(self, step: int, start: int, count: int) -> tuple[Tensor, ...]:
         """Returns inputs, labels and, unless data.packing=stream, where documents begin, each [count, S], of samples start ..
@@ -197,8 +149,7 @@ class Batches:
             raise ValueError(f"samples {start}..{start + count} lie outside the global batch of {self._global_batch}")
         owners, indices = self._latest(step)
         chosen = slice(start, start + count)
-        sources = (self._sources[number] for number in owners[chosen].tolist())
-        return self._read([(source, index) for source, index in zip(sources, indices[chosen].tolist(), strict=True)], 0)
+        return self._read(owners[chosen], indices[chosen], 0)
 
     def _latest(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns `_samples(step)`, computed once for the micro-batches of a step."""
@@ -212,33 +163,42 @@ class Batches:
         as `batch` does."""
         if not 0 <= start <= start + count <= self.validation_count:
             raise ValueError(f"sequences {start}..{start + count} lie outside the {self.validation_count} there are")
-        sets = list(zip(self._sources, self.validation_sets.values(), strict=True))
-        wanted = range(start, start + count)
-        return self._read([(source, n - own.start) for n in wanted for source, own in sets if n in own], 1)
+        wanted = np.arange(start, start + count, dtype=np.int64)
+        begins = np.array([own.start for own in self.validation_sets.values()], np.int64)
+        owners = np.searchsorted(begins, wanted, "right") - 1
+        return self._read(owners, wanted - begins[owners], 1)
 
-    def _read(self, rows: Sequence[tuple[_Source, int]], split: int) -> tuple[Tensor, ...]:
-        """Returns inputs, labels and, if rows tell, where documents begin, of the sequences with these indices in split 0
-        (training) or 1 (validation) of their sources."""
-        inputs, labels, begins = (np.zeros((len(rows), self._length), np.int64) for _ in range(3))
-        checked: set[str] = set()
-        for row, (source, index) in enumerate(rows):
+    def _read(self, owners: NDArray[np.int64], indices: NDArray[np.int64], split: int) -> tuple[Tensor, ...]:
+        """Returns inputs, labels and, if rows tell, where documents begin, of the sequences `indices` in split 0 (training) or 1
+        (validation) of the sources with the numbers `owners`."""
+        inputs, labels = np.empty((2, len(indices), self._length), np.int64)
+        begins = np.zeros((len(indices), self._length if self._tells else 0), np.int64)
+        for number in self._present(owners):
+            source, rows = self._sources[number], np.flatnonzero(owners == number)
             sequences = source.validation if split else source.train
-            try:
-                if source.name not in checked:
-                    sequences.check()
-                    checked.add(source.name)
-                if isinstance(sequences, WholeSequences):
-                    sequences.fill(index, inputs[row], labels[row], begins[row], IGNORED)
-                    continue
-                tokens = sequences.read(index)
-            except DataError as error:
-                raise DataError(f"sequence {index} of data.source={source.name} is lost: {error}") from error
-            inputs[row], labels[row] = tokens[:-1], tokens[1:]
+            if isinstance(sequences, WholeSequences):
+                for row in rows.tolist():
+                    self._fill(source, sequences, int(indices[row]), (inputs[row], labels[row], begins[row]))
+                continue
+            tokens = sequences.read(indices[rows])
+            self._require_vocabulary(source, indices[rows], tokens)  # before they are widened, which takes fewer bytes
+            every = slice(None) if len(rows) == len(indices) else rows
+            inputs[every], labels[every] = tokens[:, :-1], tokens[:, 1:]
             if source.documents is not None:
-                self._separate(source.documents[split].starts(index * self._length, tokens), labels[row], begins[row])
-        self._require_vocabulary(rows, inputs, labels)
+                for row, own in zip(rows.tolist(), tokens, strict=True):
+                    starts = source.documents[split].starts(int(indices[row]) * self._length, own)
+                    self._separate(starts, labels[row], begins[row])
         tensors = (inputs, labels, begins) if self._tells else (inputs, labels)
         return tuple(map(torch.from_numpy, tensors))
+
+    def _fill(self, source: _Source, sequences: WholeSequences, index: int, row: tuple[NDArray[np.int64], ...]) -> None:
+        """Sets the inputs, labels and begins in `row`, each [S], of a sequence of whole documents."""
+        inputs, labels, begins = row
+        try:
+            sequences.fill(index, inputs, labels, begins, IGNORED)
+        except DataError as error:
+            raise lost(index, source.name, error) from error
+        self._require_vocabulary(source, np.array([index]), np.maximum(inputs, labels)[None])
 
     def _separate(self, starts: NDArray[np.int64], labels: NDArray[np.int64], begins: NDArray[np.int64]) -> None:
         """Given the places `starts` of a row at which documents begin, sets `begins` [S], the place at which the document of each
@@ -247,49 +207,12 @@ class Batches:
         labels[starts - 1], begins[inside] = IGNORED, inside
         np.maximum.accumulate(begins, out=begins)
 
-    def _require_vocabulary(
-        self, rows: Sequence[tuple[_Source, int]], inputs: NDArray[np.int64], labels: NDArray[np.int64]
-    ) -> None:
-        """Raises RecipeError for a token that is not in the vocabulary: the loss would be silently wrong, since no rank holds such
-        a row of the head."""
-        if not rows or max(inputs.max(), labels.max()) < self._vocab:
+    def _require_vocabulary(self, source: _Source, indices: NDArray[np.int64], tokens: NDArray[Any]) -> None:
+        """Raises RecipeError for a token in the rows of `tokens`, those of the sequences `indices`, that is not in the vocabulary:
+        the loss would be silently wrong, since no rank holds such a row of the head."""
+        if tokens.max() < self._vocab:
             return
-        largest = np.maximum(inputs.max(axis=1), labels.max(axis=1))
-        source, index = rows[int(largest.argmax())]
-        raise RecipeError(f"sequence {index} of data.source={source.name} has token {largest.max()}, but model.vocab="
+        largest = tokens.max(axis=1)
+        row = int(largest.argmax())
+        raise RecipeError(f"sequence {indices[row]} of data.source={source.name} has token {largest[row]}, but model.vocab="
                           f"{self._vocab}; give an empty data.cache, in which it is prepared anew")  # fmt: skip
-
-
-def _shuffle(positions: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Returns the index of the sequence at each of the `positions`, all below `count`, of an epoch: a permutation, computed for
-    each position separately.
-
-    A Feistel network permutes the numbers below the smallest 4 ** n >= count; a result outside `count` goes through it again until
-    it is inside (cycle walking; Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). So no array as long as the corpus
-    is stored.
-    """
-    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    keys = _random_words(seed, epoch, _ORDER, _ROUNDS)
-    shuffled = positions.astype(np.uint64)
-    outside = np.ones(len(shuffled), bool)
-    while outside.any():
-        left, right = shuffled[outside] >> half, shuffled[outside] & low
-        for key in keys:
-            left, right = right, left ^ (_mixed(right ^ key) & low)
-        shuffled[outside] = left << half | right
-        outside = shuffled >= count
-    return shuffled.astype(np.int64)
-
-
-def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mixes the bits of each word: every bit of a result depends on every bit of its word (the finaliser of SplitMix64)."""
-    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return words ^ words >> np.uint64(31)
-
-
-def _random_words(seed: int, index: int, stream: int, count: int) -> NDArray[np.uint64]:
-    """Returns `count` random 64-bit words, a function of the other three arguments."""
-    key = np.array([seed % 2**64, index], np.uint64)
-    return np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], np.uint64)).random_raw(count)

@@ -1,4 +1,7 @@
-"""Token files as one flat array of ids that stays on storage: memory maps, none copied."""
+"""Token files as one flat array of ids that stays on storage: memory maps, none copied.
+
+Shapes: R windows.
+"""
 
 import mmap
 import os
@@ -40,6 +43,13 @@ class MappedFile:
         return status.st_size, status.st_mtime_ns
 
 
+def windows(tokens: NDArray[Any], starts: NDArray[np.int64], length: int) -> NDArray[Any]:
+    """Returns the `length` tokens from each of `starts` on, [R, length], copied once. Raises IndexError beyond the end."""
+    item = tokens.itemsize
+    every = np.ndarray((len(tokens) - length + 1, length), tokens.dtype, tokens, 0, (item, item))
+    return every[starts]
+
+
 class MappedTokens:
     """The ids `start` .. `stop` - 1 of the files `parts`, which follow each other."""
 
@@ -50,6 +60,7 @@ class MappedTokens:
         """The number of the first id of each file."""
         self.start, self.stop = start, int(self._begins[-1]) if stop is None else stop
         self._whole = self.parts[0].tokens[self.start : self.stop] if len(self.parts) == 1 else None
+        self._dtype = np.result_type(*{part.tokens.dtype for part in parts})
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -72,6 +83,23 @@ class MappedTokens:
                 break
             pieces.append(part.tokens[max(0, start - begin) : stop - begin])
         return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, self.parts[0].tokens[:0]])
+
+    def windows(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
+        """Returns the `length` ids from each of `starts` on, [R, length], copied. Raises DataError if a file has changed since it
+        was opened, IndexError beyond the end."""
+        self.require_unchanged()
+        if self._whole is not None:
+            return windows(self._whole, starts, length)
+        starts = starts + self.start
+        first, last = (np.searchsorted(self._begins, at, "right") - 1 for at in (starts, starts + length - 1))
+        found = np.empty((len(starts), length), self._dtype)
+        for number in set(first[first == last].tolist()):
+            inside = (first == number) & (last == number)
+            found[inside] = windows(self.parts[number].tokens, starts[inside] - self.begins[number], length)
+        for row in np.flatnonzero(first != last).tolist():
+            start = int(starts[row]) - self.start
+            found[row] = self[start : start + length]
+        return found
 
 
 AnyTokens: TypeAlias = NDArray[Any] | Tokens | MappedTokens

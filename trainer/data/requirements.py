@@ -40,7 +40,7 @@ def require_documented(corpus: Corpus, config: DataConfig) -> None:
 
 def _require_labels(documents: Documented, part: str, config: DataConfig) -> None:
     """Raises RecipeError for conversations that all lose their answers; says how many documents are cut off."""
-    length, sizes = config.sequence_length, np.diff(documents.starts) - 1
+    length, sizes = config.sequence_length, np.diff(documents.starts[:]) - 1
     count, cut, lost = len(sizes), int((sizes > length).sum()), documents.without_labels(length)
     if lost and lost == count:
         longer = f"data.sequence_length={sizes.max()}, which cuts nothing off, or shorter questions"

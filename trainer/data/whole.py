@@ -63,7 +63,7 @@ def trained_sizes(starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
 class Documented:
     """What a prepared corpus says of the documents in a split. `starts` and `answers` as in `WholeSequences`."""
 
-    starts: NDArray[np.int64]
+    starts: AnyTokens
     answers: AnyTokens | None
     packed: Path
     """Prefix of the files that hold how documents are put together."""
@@ -87,7 +87,7 @@ class Documented:
         """Returns sequences of `length` positions; puts the documents together if no process has done it before. Raises OSError."""
         paths = [self.packed.with_name(f"{self.packed.name}-{length}-{name}.npy") for name in ("order", "begins")]
         if not all(path.exists() for path in paths):
-            for path, array in zip(paths, pack(trained_sizes(self.starts, length), length), strict=True):
+            for path, array in zip(paths, pack(trained_sizes(self.starts[:], length), length), strict=True):
                 stream = io.BytesIO()
                 np.save(stream, array)
                 write_atomic(path, stream.getvalue())
@@ -102,7 +102,7 @@ class WholeSequences:
     def __init__(
         self,
         tokens: AnyTokens,
-        starts: NDArray[np.int64],
+        starts: AnyTokens,
         answers: AnyTokens | None,
         packed: tuple[NDArray[np.int64], NDArray[np.int64]],
         length: int,
@@ -113,22 +113,23 @@ class WholeSequences:
     def __len__(self) -> int:
         return len(self._begins) - 1
 
-    def check(self) -> None:
-        """The tokens are checked when they are read."""
-
     def fill(
         self, index: int, inputs: NDArray[np.int64], labels: NDArray[np.int64], begins: NDArray[np.int64], ignored: int
     ) -> None:
         """Sets inputs, labels and where the document of each position begins, each [S], of sequence `index`. The label `ignored`
         stands where nothing is predicted: in front of what is no answer, and in what is left over at the end, where each position
         is a document of its own. Raises DataError, StorageError."""
-        inputs[:], labels[:], begins[:] = 0, ignored, np.arange(self._length)
         at = 0
         for document in self._order[self._begins[index] : self._begins[index + 1]].tolist():
-            first = int(self._starts[document])
-            size = min(int(self._starts[document + 1]) - first - 1, self._length)
-            tokens = self._tokens[first : first + size + 1]
-            inputs[at : at + size], begins[at : at + size] = tokens[:-1], at
-            wanted = True if self._answers is None else self._answers[first + 1 : first + size + 1] != 0
-            labels[at : at + size] = np.where(wanted, tokens[1:].astype(np.int64), ignored)
-            at += max(size, 1)
+            first, end = self._starts[document : document + 2].tolist()
+            size = min(end - first - 1, self._length)
+            after = at + max(size, 1)
+            if size < 1:  # it predicts nothing
+                inputs[at], labels[at], begins[at] = 0, ignored, at
+            else:
+                tokens = self._tokens[first : first + size + 1]
+                inputs[at:after], labels[at:after], begins[at:after] = tokens[:-1], tokens[1:], at
+                if self._answers is not None:
+                    labels[at:after][self._answers[first + 1 : first + size + 1] == 0] = ignored
+            at = after
+        inputs[at:], labels[at:], begins[at:] = 0, ignored, np.arange(at, self._length)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.config import DataConfig
+from bagualu.trainer.data.order import Order
 from bagualu.trainer.data.tokenised import Corpus
 
 S = 4
@@ -56,7 +57,7 @@ def test_every_sequence_may_come_at_every_place():
 
 def test_a_corpus_of_any_size_is_shuffled_without_listing_it():
     data = batches(1, 64, seed=1)
-    data._sources[0] = replace(data._sources[0], train=range(10**15))
+    data._sources[0] = replace(data._sources[0], order=Order(10**15, seed=1))
     ids = data.sample_ids(10**9)
     assert len(set(ids)) == 64
     assert 0 <= ids.min() < ids.max() < 10**15

@@ -12,12 +12,13 @@ import torch
 
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data import scan
-from bagualu.trainer.data.batches import Batches
+from bagualu.trainer.data.batches import SOURCE_IDS, Batches
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import check_source, prepare
 from bagualu.trainer.data.listing import SourceError
-from bagualu.trainer.data.mapped import MappedTokens
+from bagualu.trainer.data.mapped import MappedFile, MappedTokens
 from bagualu.trainer.data.prepared import DataError
+from bagualu.trainer.data.token_files import TokenFile
 from bagualu.trainer.data.tokenised import Corpus
 from tests.trainer.data.test_records import make_tokenizer
 from tests.trainer.data.token_files import write_llmc, write_megatron
@@ -206,3 +207,45 @@ def test_every_rank_may_take_any_part_of_a_step_far_away(tmp_path: Path) -> None
     assert batches.train_count == 111
     assert sum(used.values()) == 4 * len(steps)
     assert set(used.values()) <= {3, 4}
+
+
+def test_windows_reach_over_the_ends_of_files(tmp_path: Path) -> None:
+    """Of files with ids of different sizes, from some token of the first file to some token of the last."""
+    everything, files = [], []
+    for number, (count, dtype) in enumerate([(5, "uint16"), (1, "uint32"), (12, "uint16"), (3, "uint16"), (20, "uint32")]):
+        ids = np.random.default_rng(number).integers(0, 60_000, count)
+        ids.astype(dtype).tofile(tmp_path / str(number))
+        files.append(MappedFile(TokenFile(str(tmp_path / str(number)), dtype, count)))
+        everything += ids.tolist()
+    for parts, ids in ((files, everything), (files[-1:], everything[-20:])):
+        for start, stop in ((0, len(ids)), (2, len(ids) - 3)):
+            tokens = MappedTokens(parts, start, stop)
+            for length in (1, 2, 9):
+                starts = np.random.default_rng(length).permutation(stop - start - length + 1)
+                found = tokens.windows(starts, length)
+                assert found.flags.c_contiguous
+                assert found.tolist() == [ids[start + at : start + at + length] for at in starts.tolist()]
+            if len(parts) == 1:
+                with pytest.raises(IndexError):
+                    tokens.windows(np.array([stop - start - 8]), 9)
+
+
+def test_a_blend_reads_each_sample_from_its_source(tmp_path: Path) -> None:
+    sources = {}
+    for name, count in (("a", 300), ("b", 500)):
+        sources[name] = np.random.default_rng(count).integers(0, 300, count)
+        sources[name].astype(np.uint16).tofile(tmp_path / f"{name}.bin")
+    entries = [{"source": str(tmp_path / "a.bin"), "weight": 1}, {"source": str(tmp_path / "b.bin"), "weight": 3}]
+    data = config(tmp_path / "a.bin", blend=entries)
+    batches = Batches(prepare(data, 300), data, seed=4)
+    ids = list(sources.values())
+    for step in range(20):
+        inputs, labels = batches.batch(step, 0, 4)
+        for row, sample in enumerate(batches.sample_ids(step).tolist()):
+            source, index = divmod(sample, SOURCE_IDS)
+            assert inputs[row].tolist() == ids[source][8 * index : 8 * index + 8].tolist()
+            assert labels[row].tolist() == ids[source][8 * index + 1 : 8 * index + 9].tolist()
+    inputs, _ = batches.validation(0, batches.validation_count)
+    kept = [source[round(len(source) * 0.9) :] for source in ids]
+    assert inputs.flatten().tolist() == [*kept[0][:24], *kept[1][:48]]
+    assert batches.validation(2, 3)[0].tolist() == inputs[2:5].tolist()
