@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from dataclasses import field as option
 from typing import Any
 
-from bagualu.comm.checks import require_at_least, require_at_most, require_known_home, require_text
+from bagualu.comm.checks import require_at_least, require_at_most, require_known_home
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.data.blend import EXAMPLE, BlendEntry
 
@@ -78,7 +78,6 @@ class DataConfig:
     """Folder of prepared corpora and measured costs; by default $XDG_CACHE_HOME/bagualu or ~/.cache/bagualu."""
 
     def validate(self) -> None:
-        require_text("data", self, source=STDLIB)
         require_known_home("data", self, "source", "cache", "validation", "tokenizer")
         for name in ("source", "cache", "validation", "tokenizer"):
             if not _is_utf8(getattr(self, name) or ""):
@@ -122,6 +121,12 @@ class DataConfig:
             raise RecipeError(f"data.tokenizer={self.tokenizer} is for text, and data.source=random has none; leave it out")
         require_at_least(0, "data", self, "end_token")
 
+    def require_source(self) -> None:
+        """Raises RecipeError unless the recipe says what to train on, which predictions of its time and memory do not need."""
+        if not self.source.strip() and not self.blend:
+            raise RecipeError("data.source is missing; give the data to train on, a file or a folder of text, of records or "
+                              "of token ids, e.g. data.source=my_texts")  # fmt: skip
+
     def require_chat(self) -> None:
         """Raises RecipeError unless conversations can be read with these keys."""
         if self.packing != WHOLE or self.tokenizer is None:
@@ -155,7 +160,7 @@ class DataConfig:
 
     def _validate_blend(self) -> None:
         sources = [entry.source for entry in self.blend_entries]
-        if sources and self.source != STDLIB:
+        if sources and self.source not in (STDLIB, ""):
             raise RecipeError(f"data.source={self.source} and data.blend exclude each other; leave one of them out")
         if sources and self.validation is not None:
             raise RecipeError(f"data.validation={self.validation} is for one source; give validation in the entries of data.blend")

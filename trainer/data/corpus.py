@@ -39,6 +39,7 @@ def prepare(
     the source is not of its format, or too small for one sequence or for the vocabulary; SourceError if the source is missing or
     empty, or if the cache cannot be used.
     """
+    config.require_source()
     if config.blend:
         return _blend(config, vocab, validation, run_dir, length_multiple)
     if config.source == RANDOM:
@@ -106,6 +107,7 @@ def check_source(
 ) -> None:
     """Checks, before a run starts, that `prepare` will find what it needs, as far as is known without preparing text: files of
     token ids are checked completely, text only for whether it can be read. Raises as `prepare` does."""
+    config.require_source()
     for entry in config.blend_entries:
         own = config.of_entry(entry)
         _require_shared_tokenizer(own, run_dir)

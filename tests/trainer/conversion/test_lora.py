@@ -260,3 +260,19 @@ def test_the_recipe_bears_its_name_and_is_valid(tmp_path: Path) -> None:
     recipe = compose(["recipe=finetune", f"model.from={tmp_path}"])
     recipe.validate(recipe.world_size())
     assert (recipe.run.name, recipe.run.dir, recipe.world_size(), recipe.model.hidden) == ("finetune", "runs/finetune", 1, 32)
+
+
+def test_the_recipe_asks_for_data(tmp_path: Path) -> None:
+    """It has no default for them: nobody wants to go on with the standard library's text by mistake."""
+    publish("llama", tmp_path)
+    words = ["recipe=finetune", f"model.from={tmp_path}", "train.dtype=float32"]
+    for empty in ([], ["data.source=' '"]):
+        with pytest.raises(
+            RecipeError, match=r"data\.source is missing; give the data to train on, .* e\.g\. data\.source=my_texts"
+        ):
+            check(compose([*words, *empty]), 1)
+    assert compose([*words, "data=stdlib"]).data.source == "stdlib"
+    check(compose([*words, "data=random"]), 1)
+    np.arange(90, dtype=np.uint16).tofile(tmp_path / "ids.bin")
+    entry = f"data.blend=[{{source: {tmp_path}/ids.bin, weight: 1}}]"
+    check(compose([*words, entry, "data.sequence_length=4", "train.validation_sequences=0", f"data.cache={tmp_path}/cache"]), 1)

@@ -238,7 +238,6 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     # nothing given
     ({"run__dir": " "}, "e.g. run.dir=runs/tiny", {"run__dir": "runs/tiny"}),
     ({"run__name": ""}, "e.g. run.name=tiny", {"run__name": "tiny"}),
-    ({"data__source": ""}, "e.g. data.source=stdlib", {"data__source": "stdlib"}),
     # far too large
     ({"run__seed": 99999999999999999999999}, "e.g. run.seed=4135583743", {"run__seed": 4135583743}),
     ({"run__seed": 2**64}, "must lie between -2**63 and 2**64 - 1", {"run__seed": 2**64 - 1}),
