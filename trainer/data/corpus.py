@@ -130,6 +130,13 @@ def check_source(
         require_files(config.source, apart)
 
 
+def trains_tokenizer(config: DataConfig, run_dir: str) -> bool:
+    """Returns whether the text of `config` gets a tokenizer of its own. Raises as `check_source` does."""
+    if config.tokenizer is not None or config.blend or config.source == RANDOM:
+        return False
+    return format_of(config.source, config.format, [str(cache_folder(config)), run_dir]) not in OF_TOKENS
+
+
 def _check_records(request: CorpusRequest, kind: str, apart: Sequence[str]) -> None:
     """Checks that the corpus is cached, or that its first document can be read. Raises SourceError, RecipeError."""
     data = request.data

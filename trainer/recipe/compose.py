@@ -27,7 +27,7 @@ from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.data.config import RANDOM
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.keys import CLUSTER, GROUPS, SEARCHPATH, check_key, check_override, kind_of
-from bagualu.trainer.recipe.origin import tokenizer_of, with_origin
+from bagualu.trainer.recipe.origin import kept_tokenizer, tokenizer_of, with_origin
 from bagualu.trainer.recipe.override_text import ValueKind, escaped, quoted, spelled
 from bagualu.trainer.recipe.plain import plain
 from bagualu.trainer.recipe.schema import schema, to_recipe
@@ -75,7 +75,8 @@ def compose(overrides: Sequence[str], several: str = ONE_VALUE, base: Recipe | N
     origin = recipe.model.origin
     if origin is not None and (base is None or "model.from" in given):  # a resumed run has the keys, perhaps no origin
         recipe.model = with_origin(recipe.model, given)
-        if "data.tokenizer" not in given and recipe.data.source != RANDOM:  # text in other tokens would mean nothing to the model
+        # Text in other tokens would mean nothing to the model; that they are its tokens, somebody who names a file knows best.
+        if "data.tokenizer" not in given and recipe.data.tokenizer is None and recipe.data.source != RANDOM:
             recipe.data.tokenizer = tokenizer_of(Path(origin))
     return recipe
 
@@ -106,6 +107,7 @@ def _recipe_of_resumed_run(parsed: Sequence[Override]) -> Recipe | None:
     if config is None or not config.is_file():
         return None
     recipe = load_recipe(config)
+    recipe.data.tokenizer = kept_tokenizer(RunDirectory(config.parent), recipe.data.tokenizer)
     if recipe.comm.backend in ("gloo", "nccl"):  # perhaps what took the place of auto, which keeps it where this machine can
         recipe.comm.backend = AUTO
     return recipe

@@ -41,6 +41,24 @@ def tokenizer_of(origin: Path) -> str | None:
     return tokenizer_in(run.tokenizer.parent) or tokenizer_in(run.hugging_face)
 
 
+def kept_tokenizer(run: RunDirectory, given: str | None) -> str | None:
+    """Returns data.tokenizer for a run that goes on, whose recipe has `given`: its own copy if it has trained with it, or if there
+    is nothing at `given` any more. So a run needs no file of the model that it began with."""
+    if given is None:
+        return None
+    own = tokenizer_in(run.tokenizer.parent)
+    if own is not None and _has_begun(run):
+        return own
+    return given if Path(given).exists() else own or tokenizer_in(run.hugging_face) or given
+
+
+def _has_begun(run: RunDirectory) -> bool:
+    try:
+        return run.has_begun()
+    except OSError:
+        return False
+
+
 def tokenizer_in(folder: Path) -> str | None:
     """Returns `folder` if it holds a tokenizer.json."""
     return str(folder) if (folder / TOKENIZER).is_file() else None

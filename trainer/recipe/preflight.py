@@ -13,7 +13,7 @@ from bagualu.fault_tolerance.checkpoint.layout.format import step_of
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.data.config import RANDOM
-from bagualu.trainer.data.corpus import check_source
+from bagualu.trainer.data.corpus import check_source, trains_tokenizer
 from bagualu.trainer.recipe.choose_backend import gpu_count, registered
 from bagualu.trainer.recipe.compose import load_recipe
 from bagualu.trainer.recipe.config import Recipe
@@ -114,8 +114,10 @@ def check_run_directory(recipe: Recipe) -> None:
         raise RecipeError(f"run.dir={directory} is a file; give a folder")
     _check_storage(run)
     before, newest = run.config, latest(run.checkpoints)
-    if not run.has_begun() and newest is None:
-        return  # no run has done anything in it yet
+    if not run.has_begun() and newest is None:  # no run has done anything in it yet
+        if recipe.model.origin is not None:
+            _require_tokenizer(recipe, f"model.from={recipe.model.origin}")
+        return
     if not recipe.checkpoint.resume:
         raise RecipeError(f"{directory} already holds a run; go on with checkpoint.resume=true, or start anew with another "
                           f"folder, e.g. run.dir={typed(str(free(directory)))}")  # fmt: skip
@@ -125,6 +127,8 @@ def check_run_directory(recipe: Recipe) -> None:
         key: (model[key], now) for key, now in recipe.model.identity().items() if not then.model.fits(key, model[key], now)
     }
     imported = not run.has_begun() and newest is not None and step_of(newest) == 0  # no data have been trained on
+    if imported:
+        _require_tokenizer(recipe, f"the model imported to {directory}")
     for section, key in () if imported else _KEPT:
         was, now = getattr(getattr(then, section), key), getattr(getattr(recipe, section), key)
         if was != now:
@@ -143,6 +147,13 @@ def check_run_directory(recipe: Recipe) -> None:
     if not (run.checkpoints / EPOCH).exists():
         raise RecipeError(f"{directory} holds a run, but its checkpoints are not there; see whether the storage of "
                           f"{run.checkpoints} is mounted, or start anew with another run.dir")  # fmt: skip
+
+
+def _require_tokenizer(recipe: Recipe, model: str) -> None:
+    """Raises RecipeError if a tokenizer of its own would be trained on the text that `model`, trained before, goes on with."""
+    if trains_tokenizer(recipe.data, recipe.run.dir):
+        raise RecipeError(f"{model} has no tokenizer.json, and the tokens of a new tokenizer for the text of data.source="
+                          f"{recipe.data.source} mean nothing to it; give data.tokenizer=PATH, that of the model")  # fmt: skip
 
 
 def _check_storage(run: RunDirectory) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.conversion.export_model import export_model
 from bagualu.trainer.conversion.import_model import import_model
@@ -21,9 +23,13 @@ from bagualu.trainer.models.hugging_face.directory import open_model
 from bagualu.trainer.models.hugging_face.read import Reader
 from bagualu.trainer.recipe.compose import compose, save_recipe
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.recipe.origin import kept_tokenizer
+from bagualu.trainer.recipe.preflight import check, check_run_directory
 from bagualu.trainer.run import train
 from tests.harness import run
 from tests.parity import gather, pieces_of
+from tests.trainer.data.test_records import TEXTS, make_tokenizer
+from tests.trainer.models.hugging_face import published
 from tests.trainer.models.hugging_face.published import publish
 
 SMALL = shlex.split(
@@ -198,3 +204,72 @@ def test_a_weight_of_balance_is_refused_for_a_model_without_experts(tmp_path: Pa
         RecipeError, match=r"model\.moe\.balance_loss=0\.5 has no effect on the model of model\.from=.*; leave it out"
     ):
         compose([*SMALL, f"model.from={tmp_path}", "model.moe.balance_loss=0.5"])
+
+
+def test_a_tokenizer_that_a_recipe_file_names_is_kept(tmp_path: Path) -> None:
+    publish("qwen2", tmp_path / "published")
+    (tmp_path / "published/tokenizer.json").write_text("{}")
+    (tmp_path / "recipe").mkdir()
+    text = "# @package _global_\ndefaults:\n  - /data: stdlib\n  - _self_\ndata:\n  tokenizer: mine.json\n"
+    (tmp_path / "recipe/mine.yaml").write_text(text)
+    words = [f"hydra.searchpath=[{tmp_path}]", "recipe=mine", f"model.from={tmp_path}/published"]
+    assert compose(words).data.tokenizer == "mine.json"
+    assert compose([*words, "data.tokenizer=other.json"]).data.tokenizer == "other.json"
+
+
+def test_text_for_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """A new tokenizer would give the model ids that mean nothing to it."""
+    publish("qwen2", tmp_path / "published")
+    import_model(tmp_path / "published", tmp_path / "imported")
+    (tmp_path / "text").write_text("some words")
+    np.arange(90, dtype=np.uint16).tofile(tmp_path / "ids.bin")
+    starts = {
+        rf"model\.from={tmp_path}/published": ["recipe=tiny_dense", f"model.from={tmp_path}/published", f"run.dir={tmp_path}/run"],
+        rf"the model imported to {tmp_path}/imported": [f"run.dir={tmp_path}/imported", "checkpoint.resume=true"],
+    }
+    for model, words in starts.items():
+        expected = rf"{model} has no tokenizer\.json, .* data\.source={tmp_path}/text .*; give data\.tokenizer=PATH"
+        with pytest.raises(RecipeError, match=expected) as refused:
+            check_run_directory(compose([*words, f"data.source={tmp_path}/text"]))
+        assert "\n" not in str(refused.value)
+        for fine in (f"data.tokenizer={tmp_path}", "data.source=random", f"data.source={tmp_path}/ids.bin"):
+            check_run_directory(compose([*words, *([f"data.source={tmp_path}/text"] if "tokenizer" in fine else []), fine]))
+
+
+def test_a_run_goes_on_without_the_files_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run was moved besides, and so was an imported one."""
+    monkeypatch.setitem(published.SIZES, "vocab_size", 300)
+    publish("llama", tmp_path / "published")
+    shutil.copytree(make_tokenizer(tmp_path), tmp_path / "published", dirs_exist_ok=True)
+    import_model(tmp_path / "published", tmp_path / "imported")
+    (tmp_path / "text").write_text("".join(TEXTS))
+    words = [*SMALL, f"data.source={tmp_path}/text", f"data.cache={tmp_path}/cache", "data.validation_fraction=0.2"]
+    begins = compose([*words, f"model.from={tmp_path}/published", f"run.dir={tmp_path}/run"])
+    save_recipe(begins)
+    run("simulated", 1, trained, begins)
+    for gone in ("published", "made", "cache"):
+        shutil.rmtree(tmp_path / gone)
+    for name in ("run", "imported"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+        resumed = compose([*words[1:], f"run.dir={tmp_path}/moved-{name}", "checkpoint.resume=true", "train.steps=2"])
+        own = tmp_path / f"moved-{name}"
+        assert resumed.data.tokenizer == str(own if name == "run" else own / "hugging_face")
+        check(resumed, 1)
+        check_run_directory(resumed)
+        assert run("simulated", 1, trained, resumed)[0]["step"] == 2
+
+
+def test_a_run_that_has_not_trained_yet_takes_the_tokenizer_that_it_was_given(tmp_path: Path) -> None:
+    """Its directory may hold that of a start before, which was given another."""
+    folder = RunDirectory(tmp_path / "run")
+    given = make_tokenizer(tmp_path)
+    assert kept_tokenizer(folder, None) is None
+    assert kept_tokenizer(folder, str(given)) == str(given)
+    shutil.copytree(given, folder.path)
+    assert kept_tokenizer(folder, str(given)) == str(given)
+    folder.metrics.write_text("{}\n")
+    assert kept_tokenizer(folder, str(given)) == str(folder.path)
+    assert kept_tokenizer(folder, None) is None
+    folder.tokenizer.unlink()
+    assert kept_tokenizer(folder, str(given)) == str(given)
+    assert kept_tokenizer(folder, "gone") == "gone"
