@@ -7,14 +7,20 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from tokenizers import Tokenizer
 
 from bagualu.comm.group import Communicator
 from bagualu.parallel.config import ParallelConfig
 from bagualu.trainer import run as whole_run
+from bagualu.trainer.data.batches import Batches
+from bagualu.trainer.data.chat import ChatTemplate
+from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.data.tokenizer import load_tokenizer
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.sample import beginning
 from tests.harness import run
 from tests.parity import small_recipe
+from tests.trainer.data.test_chat import conversation, make, write
 
 MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2}
 LAYOUTS: list[dict[str, object]] = [
@@ -102,3 +108,58 @@ def test_random_tokens_are_not_shown(tmp_path: Path, text: Path, capfd: pytest.C
     run("simulated", 1, trained, recipe)
     assert samples(capfd.readouterr().err) == []
     assert not (tmp_path / "tokenizer.json").exists()
+
+
+def conversations_in(folder: Path, **changes: object) -> Recipe:
+    chats = write(folder, [conversation(number, turns=1 + number % 2) for number in range(30)])
+    fixed = {"data__format": "chat", "data__packing": "whole", "data__sequence_length": 64, "data__tokenizer": str(make(folder))}
+    return recipe_in(folder / "run", chats, **{**fixed, **changes})
+
+
+def test_a_sample_of_conversations_answers_one_and_ends_with_the_mark_of_the_template(tmp_path: Path) -> None:
+    """Token 0, <|user|>, neither begins them nor ends an answer."""
+    for kept in (True, False):
+        data = conversations_in(tmp_path).data
+        corpus = prepare(data, 300, validation=kept)
+        prompt, end = beginning(corpus, Batches(corpus, data, seed=0), data.packing)
+        assert corpus.tokenizer_path is not None
+        tokenizer, template = Tokenizer.from_file(str(corpus.tokenizer_path)), ChatTemplate(corpus.tokenizer_path)
+        questions = []
+        for number in range(30):
+            messages = conversation(number)
+            questions.append(template.render(messages[:-1], asks=True))
+        assert tokenizer.decode(prompt, skip_special_tokens=False) in questions
+        assert end == tokenizer.token_to_id("<|end|>")
+
+
+def test_an_answer_whose_end_the_template_does_not_mark_ends_with_the_tokenizers_end(tmp_path: Path) -> None:
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    (tmp_path / "plain").mkdir()
+    recipe = conversations_in(tmp_path, data__tokenizer=str(make(tmp_path / "plain", plain)))
+    corpus = prepare(recipe.data, 300)
+    prompt, end = beginning(corpus, Batches(corpus, recipe.data, seed=0), recipe.data.packing)
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_path))
+    assert tokenizer.decode(prompt).endswith("\nassistant: ")
+    assert end == tokenizer.token_to_id("<|end|>"), "the eos_token"
+
+
+def test_a_sample_of_documents_kept_apart_begins_as_one_of_them(tmp_path: Path, text: Path) -> None:
+    """What follows the end of another is never predicted there."""
+    for packing in ("documents", "stream"):
+        data = recipe_in(tmp_path, text, data__packing=packing, data__validation_fraction=0.1).data
+        corpus = prepare(data, 300)
+        prompt, end = beginning(corpus, Batches(corpus, data, seed=0), packing)
+        assert end == 0
+        assert prompt == ([0] if packing == "stream" else [int(corpus.validation[:1][0])])
+
+
+def test_a_run_on_conversations_shows_question_and_answer(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
+    recipe = conversations_in(tmp_path, train__steps=1, train__sample_every=1)
+    run("simulated", 1, trained, recipe)
+    shown = samples(capfd.readouterr().err)
+    assert shown[0] == "step 1: a sample"
+    assert shown[1].startswith(("    <|system|>rules", "    <|user|>"))
+    assert any("<|assistant|>" in line for line in shown)

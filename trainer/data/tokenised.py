@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from bagualu.trainer.data.blend import Period
 from bagualu.trainer.data.documents import Documents, EndToken
 from bagualu.trainer.data.mapped import AnyTokens
-from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN
 from bagualu.trainer.data.whole import Documented
 
 
@@ -60,10 +59,17 @@ class Corpus:
         return sum(len(part.corpus.validation) for part in self.blend) or len(self.validation)
 
     @property
-    def end_token(self) -> int:
-        """The token that ends each document of text."""
+    def end_token(self) -> int | None:
+        """The token that ends each document; None if documents, those of the first source of a blend, do not end by one."""
         documents = self.blend[0].corpus.documents if self.blend else self.documents
-        return documents[0].end if documents and isinstance(documents[0], EndToken) else END_OF_FILE_TOKEN
+        return documents[0].end if documents and isinstance(documents[0], EndToken) else None
+
+    @property
+    def conversations(self) -> bool:
+        """Whether its documents, or those of the first source of a blend, are conversations, of which answers alone are
+        predicted."""
+        whole = self.blend[0].corpus.whole if self.blend else self.whole
+        return whole is not None and whole[0].answers is not None
 
     @property
     def period(self) -> Period:

@@ -84,8 +84,8 @@ class TrainConfig:
     validation_sequences: int = 64
     """Sequences of the validation split that each validation uses, always the same; 0 turns validation off."""
     sample_every: int = field(default=0, metadata={"example": "100"})
-    """Steps between samples: the beginning of a text that the model makes up is printed then and after the last step; 0: never.
-    Random tokens are not shown."""
+    """Steps between samples: the beginning of a text that the model makes up, or its answer in a conversation of the data, is
+    printed then and after the last step; 0: never. Random tokens are not shown."""
 
     def validate(self) -> None:
         if self.dtype == PREDICTED_DTYPE:
