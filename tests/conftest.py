@@ -1,6 +1,7 @@
 """Skips what this machine cannot run, and only that: gpu without a GPU, slurm without SLURM. Temporary files lie in memory, and a
 test that writes into the folder that it was started in is an error. What must not run beside each other under `-n` is said here."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -115,6 +116,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
         return folders[known]
 
     return of
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> None:
+    """A garbage collection need not walk through all that is imported and collected by then. That takes a second, and each of
+    four ranks that are threads asks for one when layers move."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

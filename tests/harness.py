@@ -23,6 +23,7 @@ import torch
 from bagualu.comm import simulated
 from bagualu.comm.group import Communicator, connect
 from bagualu.comm.world import World
+from bagualu.trainer.process.garbage_collection import leave_out_what_is_there
 
 BACKENDS = ("gloo", "simulated")
 ON_GPU = pytest.param("simulated-cuda", marks=pytest.mark.gpu)
@@ -131,6 +132,7 @@ def prepare() -> None:
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:
     torch.set_num_threads(1)
+    leave_out_what_is_there()  # as a worker of the launcher does
     while True:
         try:
             backend, world, function, args = pipe.recv()
