@@ -5,6 +5,7 @@ Written for and tested with torch 2.11 to 2.13. Other modules use only the publi
 
 import contextlib
 import signal
+import sys
 from base64 import b64decode, b64encode
 from datetime import UTC, datetime
 from typing import Any
@@ -12,13 +13,25 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, MultiprocessContext
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousError, dynamic_rendezvous
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, Token, _NodeDesc
 
 from bagualu.comm.store import Store, TCPStore
 from bagualu.launch.workers.secret import Seal
+
+
+def name_of_caller(depth: int = 2) -> str:
+    """Returns the name of the function `depth` calls up, like elastic's `get_method_name`.
+
+    Elastic names each of its events so, a dozen in every rendezvous and more while a run goes on, although it hands them to nobody.
+    Its own function looks up the source of every frame on the stack, twice: a second of processor time at each start of a run.
+    """
+    return sys._getframe(depth).f_code.co_name
+
+
+dynamic_rendezvous.get_method_name = name_of_caller
 
 
 class NodeRendezvous(DynamicRendezvousHandler):

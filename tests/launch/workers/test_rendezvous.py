@@ -6,11 +6,12 @@ import sys
 import threading
 
 import pytest
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousError, dynamic_rendezvous
 
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.config import RestartConfig
 from bagualu.launch.workers import rendezvous
+from bagualu.launch.workers.elastic_private import name_of_caller
 from bagualu.launch.workers.rendezvous_config import Meeting
 from tests.listening import listening
 
@@ -82,3 +83,13 @@ def test_a_port_that_may_not_be_listened_on_is_refused_with_the_fix(meeting, mon
     monkeypatch.setattr(rendezvous, "serve", forbidden)
     with pytest.raises(RecipeError, match=r"cannot listen at 127\.0\.0\.1 port .*Permission denied.* give --meet another port"):
         rendezvous.among(meeting(), CONFIG, never)
+
+
+def test_events_of_a_rendezvous_are_named_as_elastic_names_them():
+    """Without the source of every frame, which takes its own function most of the time of a start."""
+
+    def record():
+        return dynamic_rendezvous.get_method_name()
+
+    assert dynamic_rendezvous.get_method_name is name_of_caller
+    assert record() == "test_events_of_a_rendezvous_are_named_as_elastic_names_them"
