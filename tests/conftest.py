@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -16,6 +17,7 @@ import torch
 from xdist.scheduler import LoadScopeScheduling
 
 from bagualu.fault_tolerance.config import CheckpointConfig, RestartConfig
+from bagualu.launch.workers import threads
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.process import environment
 from bagualu.trainer.recipe.config import Recipe
@@ -109,9 +111,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
         if known not in folders:
             folder = tmp_path_factory.mktemp("undisturbed")
             alone.run.dir = str(folder)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
-                harness.run(backend, alone.world_size(), go_on, alone)
+            harness.run(backend, alone.world_size(), go_on, alone)
             folders[known] = folder
         return folders[known]
 
@@ -124,6 +124,17 @@ def _quick_collections() -> None:
     four ranks that are threads asks for one when layers move."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_work_for_nothing() -> Iterator[None]:
+    """Ranks that no launcher has started do not measure what their matrix products reach, which takes each of them 0.4 s a run. A
+    single rank that is a thread computes with one thread. Two of them, where another test runs on the other core, wait for each
+    other at every operation, which takes several times as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole_run, "matmul_ceiling", harness.known_ceiling)
+        patch.setattr(threads, "environment", SimpleNamespace(threads=lambda launch, ranks: launch.threads or 1))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ import pytest
 
 from bagualu.fault_tolerance.injection.plan import DRAWN
 from bagualu.launch.cli import main
-from bagualu.trainer import run as whole_run
 from bagualu.trainer.recipe.compose import load_recipe
 from tests.launch.warm import Launcher
 from tests.leftovers import Leftovers
@@ -56,18 +55,11 @@ def soak_as_threads(folder: Path, steps: int, seed: int, capsys: pytest.CaptureF
     return {row["fault"].split("@")[0] for row in document["faults"]}
 
 
-@pytest.fixture
-def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring takes 0.2 s a start."""
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
-
-
-@pytest.mark.usefixtures("_known_ceiling")
 def test_20_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str], leftovers: Leftovers) -> None:
     assert soak_as_threads(tmp_path, 44, 11, capsys) == set(DRAWN)
 
 
-@pytest.mark.usefixtures("_known_ceiling", "leftovers")
+@pytest.mark.usefixtures("leftovers")
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_samples_that_the_guard_leaves_out_are_told_and_the_rest_is_equal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str
@@ -84,7 +76,6 @@ def test_samples_that_the_guard_leaves_out_are_told_and_the_rest_is_equal(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_known_ceiling")
 @pytest.mark.timeout(1800)
 def test_200_faults_on_ranks_that_are_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str], leftovers: Leftovers) -> None:
     for seed in range(10):

@@ -22,7 +22,6 @@ from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.fault_tolerance.checkpoint.saving.save import save
 from bagualu.parallel.boxes import TensorPiece
-from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.process.failure import FinalError
@@ -37,11 +36,6 @@ from tests.trainer.test_run import recipe_in, steps_saved, until
 
 LAYOUT = {"parallel__data": 2, "parallel__pipeline": 2}
 OLD, NEW = 2, 4
-
-
-@pytest.fixture(autouse=True)
-def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
 
 
 def fresh(communicator: Communicator, recipe: Recipe) -> TrainerState:

@@ -12,7 +12,6 @@ from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.run import train
 from tests.harness import run
-from tests.standing import known_ceiling
 
 GUIDE = Path(__file__).parents[2] / "docs/guides/memory.md"
 COMMANDS = [line.strip() for line in GUIDE.read_text().splitlines() if line.startswith("    bagualu train ")]
@@ -24,8 +23,7 @@ SMALL = shlex.split(
 
 
 def trained(communicator: Communicator, recipe: Recipe) -> dict[str, Any]:
-    with known_ceiling():
-        return train(recipe, communicator)
+    return train(recipe, communicator)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

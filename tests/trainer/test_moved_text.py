@@ -18,11 +18,6 @@ from tests.trainer.data.conftest import words
 from tests.trainer.test_run import recipe_in
 
 
-@pytest.fixture(autouse=True)
-def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
-
-
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder `text` below the current one, with a file that is many times as large as the other."""

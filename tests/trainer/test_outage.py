@@ -37,11 +37,6 @@ STEPS, STOPPED = 6, 5
 TRIES = 5
 
 
-@pytest.fixture(autouse=True)
-def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
-
-
 def recipe_on(folder: Path, **changes: object) -> Recipe:
     return recipe_in(folder, **{"checkpoint__keep": 9, "train__validate_every": 0, "restart__backoff_seconds": 0.0, **changes})
 

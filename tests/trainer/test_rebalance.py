@@ -83,12 +83,6 @@ CASES: list[Any] = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring takes 0.2 s at each start of a run, and at its end."""
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
-
-
 @pytest.fixture(scope="module")
 def alone() -> list[Curve]:
     return run("simulated", 1, train, recipe_for(), 3)

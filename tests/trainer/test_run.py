@@ -40,12 +40,6 @@ TIMINGS = {"step_seconds", "data_seconds", "tokens_per_second", "mfu", "checkpoi
 MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2, "model__layers": 4, "parallel__expert": 2}
 
 
-@pytest.fixture(autouse=True)
-def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only threads of this process see it; measuring takes 0.2 s a run and says nothing here."""
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
-
-
 def recipe_in(folder: Path, **changes: object) -> Recipe:
     defaults: dict[str, object] = {
         "run__dir": str(folder), "train__steps": STEPS, "train__validate_every": 4, "train__validation_sequences": 3,

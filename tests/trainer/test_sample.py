@@ -4,7 +4,6 @@ import shutil
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 from tokenizers import Tokenizer
@@ -49,7 +48,7 @@ def trained(communicator: Communicator, recipe: Recipe) -> float:
 
 def sampled(communicator: Communicator, recipe: Recipe) -> tuple[float, list[str]]:
     """The loss and what was printed, in a process of its own."""
-    with redirect_stderr(StringIO()) as err, patch.object(whole_run, "matmul_ceiling", lambda *_: 1e9):
+    with redirect_stderr(StringIO()) as err:
         loss = trained(communicator, recipe)
     return loss, samples(err.getvalue())
 
@@ -67,7 +66,6 @@ def samples(err: str) -> list[str]:
 def test_samples_come_every_so_often_and_at_the_end_alike_on_every_layout(
     tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
     (loss,) = run("simulated", 1, trained, recipe_in(tmp_path / "alone", text))
     wanted = samples(capfd.readouterr().err)
     assert [line for line in wanted if line.startswith("step ")] == ["step 2: a sample", "step 3: a sample"]

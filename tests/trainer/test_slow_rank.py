@@ -32,7 +32,6 @@ def train(communicator: Communicator, recipe: Recipe, slow: int) -> dict[str, An
 
 
 def test_it_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
     recipe = small_recipe(run__dir=str(tmp_path), train__steps=27, parallel__data=2, train__micro_batch=4, log__progress="off",
                           train__validation_sequences=0, straggler__window_seconds=0.1)  # fmt: skip
     summaries = run("simulated", 2, train, recipe, 1)

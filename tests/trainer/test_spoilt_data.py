@@ -13,7 +13,6 @@ from bagualu.comm.errors import RecipeError, StorageError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.layout.directory import list_checkpoints
 from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
-from bagualu.trainer import run as whole_run
 from bagualu.trainer.data import prepared
 from bagualu.trainer.data.prepared import DataError
 from bagualu.trainer.process.failure import failure
@@ -26,15 +25,11 @@ from tests.trainer.test_run import STEPS, recipe_in
 STEP = 4
 
 
-@pytest.fixture(autouse=True)
-def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 70,000 tokens: the file that they make has several blocks."""
-    folder = tmp_path_factory.mktemp("text")
+    folder = tmp_path_factory.mktemp("spoilt") / "text"  # its cache, beside it, is that of no other module
+    folder.mkdir()
     generator = np.random.default_rng(0)
     for number in range(4):
         letters = generator.integers(97, 123, 50_000)
@@ -175,7 +170,6 @@ def test_data_that_is_away_is_waited_for_by_a_run_that_goes_on_and_refused_at_it
     assert failure(0, "start", refused.value, 0.0).kind == "recipe"
     assert files(cache) == before
     monkeypatch.undo()
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
     if lost == "source":
         (tmp_path / "away").rename(source)
     run("simulated", 2, train, recipe_on(tmp_path / "run", text, checkpoint__resume=True, **words))

@@ -12,7 +12,6 @@ import pytest
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.parallel.config import ParallelConfig
-from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.evaluate import validate
@@ -29,11 +28,6 @@ from tests.trainer.data.token_files import write_megatron
 from tests.trainer.test_run import recipe_in
 
 S = 8
-
-
-@pytest.fixture(autouse=True)
-def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
 
 
 def write(folder: Path, name: str, sequences: int, seed: int) -> str:

@@ -22,18 +22,12 @@ from bagualu.fault_tolerance.injection.observer import PlannedFaults
 from bagualu.fault_tolerance.injection.plan import parse
 from bagualu.fault_tolerance.injection.record import Record
 from bagualu.fault_tolerance.injection.slowness import Slowness
-from bagualu.trainer import run as whole_run
 from bagualu.trainer.recipe.config import Recipe
 from tests.harness import run
 from tests.parity import small_recipe
 from tests.standing import assert_same_run, assert_stood, go_on
 
 STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
 
 
 def recipe_in(folder: Path, *faults: str, **changes: object) -> Recipe:

@@ -21,11 +21,6 @@ from tests.standing import assert_stood, figures, train_noting_samples
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
-
-
 def recipe_in(folder: Path, **changes: object) -> Recipe:
     """Two data ranks of two stages, on two nodes; a replica after every step, a checkpoint only at the end."""
     defaults: dict[str, object] = {

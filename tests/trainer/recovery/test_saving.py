@@ -18,7 +18,6 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import latest, list_che
 from bagualu.fault_tolerance.checkpoint.layout.format import CheckpointError
 from bagualu.fault_tolerance.checkpoint.reading.inspect import verify
 from bagualu.fault_tolerance.ledger.events import read
-from bagualu.trainer import run as whole_run
 from bagualu.trainer.process.failure import failure
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recovery import saving
@@ -29,11 +28,6 @@ from tests.standing import assert_same_samples, assert_same_state, assert_stood,
 
 STEPS = 8
 SAME = ("step", "loss", "grad_norm", "lr", "tokens")
-
-
-@pytest.fixture(autouse=True)
-def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
 
 
 def recipe_in(folder: Path, **changes: object) -> Recipe:
