@@ -23,7 +23,7 @@ from tests.launch.verbs.test_generate import ROOT, SMALL
 
 GUIDE = (ROOT / "docs/guides/generate.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip() for line in GUIDE.splitlines() if line.startswith("    bagualu evaluate ")]
-LENGTH = 16
+LENGTH, LETTERS = 16, 2000
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     for name, words in (("text", "README.md"), ("my_texts", "CONTRIBUTING.md")):
         (folder / name).mkdir()
-        shutil.copy(ROOT / words, folder / name)
+        (folder / name / words).write_text((ROOT / words).read_text(encoding="utf-8")[:LETTERS], encoding="utf-8")
     words = [*SMALL, "train.dtype=float64", "train.micro_batch=2", f"data.cache={folder}/cache"]
     kept = ["train.validation_sequences=1000", "data.validation_fraction=0.2", f"data.source={folder}/text"]
     assert main(["train", *words, *kept, f"run.dir={folder}/runs/tiny"]) == 0

@@ -3,21 +3,25 @@
 import json
 import re
 import shlex
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bagualu.comm.cluster_file import load_cluster
 from bagualu.launch.cli import main
+from bagualu.launch.verbs import plan as verb
 from bagualu.launch.verbs.plan_command import command, layout_keys, machine_keys
 from bagualu.trainer.recipe.changed import changed, value_of
 from bagualu.trainer.recipe.compose import compose
+from bagualu.trainer.simulation import planning
 from bagualu.trainer.simulation.failures import FailureQuestion, run_length
 
 GUIDE = (Path(__file__).parents[3] / "docs/guides/planning.md").read_text()
 COMMANDS = [line.strip() for line in GUIDE.splitlines() if line.startswith("    bagualu plan ")]
-SMALL = ["model.hidden=64", "model.heads=8", "model.kv_heads=8", "model.ffn=64", "model.vocab=512", "data.sequence_length=32",
-         "train.micro_batch=1", "parallel.tensor=8", "parallel.zero=1", "seconds=5"]  # fmt: skip
+SMALL = ["model.layers=40", "model.hidden=64", "model.heads=8", "model.kv_heads=8", "model.ffn=64", "model.vocab=512",
+         "data.sequence_length=32", "train.micro_batch=1", "parallel.tensor=8", "parallel.zero=1", "seconds=5"]  # fmt: skip
 """Makes the commands of the guide take little time; tests/test_architecture.py checks them as they are."""
 WORDS = [
     *("recipe=tiny_dense", "model.layers=8", "model.hidden=1024", "model.heads=8", "model.kv_heads=8", "model.ffn=4096"),
@@ -29,6 +33,28 @@ VALUES = {
     "parallel.sequence": True, "parallel.schedule": "zb_v", "parallel.virtual_stages": None, "train.recompute": "every:2",
     "parallel.zero": 2, "parallel.balance": [1, 2, 2, 3], "parallel.shares": None,
 }  # fmt: skip
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """The clock by which a search ends runs five times as fast: its shortest time, seconds=5, is over in one."""
+    monkeypatch.setattr(verb, "time", SimpleNamespace(perf_counter=lambda: 5 * time.perf_counter()))
+
+
+@pytest.fixture(scope="module")
+def searched():
+    """A search that has been made in this module already is not made again: the same layouts are printed in several ways."""
+    known, search = {}, planning.find_layouts
+
+    def once(recipe, cluster, world, given, effort, now, shares):
+        asked = repr((recipe, cluster, world, given, effort, shares))
+        if asked not in known:
+            known[asked] = search(recipe, cluster, world, given, effort, now, shares)
+        return known[asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "find_layouts", once)
+        yield
 
 
 def composed(line):
@@ -83,6 +109,7 @@ def test_ranks_start_on_the_machines_of_the_cluster(words, cluster, world, verb,
     assert planned.launch.slurm.gpus_per_node in (None, workers)
 
 
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("line", COMMANDS[1:])
 def test_the_commands_of_the_guide_plan(capsys, line):
     words = shlex.split(line)[2:]
@@ -92,6 +119,7 @@ def test_the_commands_of_the_guide_plan(capsys, line):
     assert len([line for line in printed.out.splitlines() if line.startswith("  bagualu ")]) == 1
 
 
+@pytest.mark.usefixtures("hurried")
 def test_the_guide_leads_from_two_weeks_to_a_command_that_ends_in_time(capsys, tmp_path, monkeypatch):
     """The command that the first plan of the guide prints is one that slurm takes and simulate predicts to end in time."""
     monkeypatch.chdir(tmp_path)
@@ -135,6 +163,7 @@ def run(capsys, *words):
     return code, capsys.readouterr()
 
 
+@pytest.mark.usefixtures("searched")
 def test_the_plans_come_best_first_with_the_command_of_each(capsys):
     code, printed = run(capsys, *WORDS, *KEPT, "cluster=h100", "world=8", "top=3", "--json")
     assert code == 0
@@ -163,6 +192,7 @@ def test_the_plans_come_best_first_with_the_command_of_each(capsys):
     assert all(other["slower_because"] for other in slower)
 
 
+@pytest.mark.usefixtures("searched")
 def test_the_table_names_the_winner_and_why_others_lose(capsys, tmp_path):
     """Also on a cluster that was measured quickly, which is said."""
     shipped = (Path(__file__).parents[3] / "recipes/cluster/h100.yaml").read_text()
@@ -176,6 +206,7 @@ def test_the_table_names_the_winner_and_why_others_lose(capsys, tmp_path):
     assert any("train.recompute=full" in line and "matrix products +" in line for line in lines)
 
 
+@pytest.mark.usefixtures("searched")
 def test_every_word_of_the_text_is_explained(capsys):
     code, printed = run(capsys, *WORDS, *KEPT, "cluster=h100", "world=8", "top=3")
     assert code == 0
