@@ -34,7 +34,7 @@ def show_sample(state: TrainerState, step: int) -> None:
     prompt = prompt[-max(1, most - _TOKENS) :]
     count = max(1, min(_TOKENS, most - len(prompt)))
     sampling = Sampling(max_new_tokens=count, temperature=0.8, top_p=0.95, seed=state.recipe.run.seed)
-    text = GrowingText(None, prompt, sampling.max_new_tokens, end_token=end)
+    text = GrowingText(None, prompt, sampling.max_new_tokens, end_tokens=() if end is None else (end,))
     stages = Stages(state.recipe, state.mesh, state.engine.model, state.engine.slices)
     # Compiling for every length of the cache would take far longer than the sample.
     with torch.compiler.set_stance("force_eager") if state.recipe.train.compile else nullcontext():

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
+from bagualu.fault_tolerance.run_directory import GENERATION
 from bagualu.trainer.data.build import build
 from bagualu.trainer.data.build_records import RecordCorpus, build_records
 from bagualu.trainer.data.chat import BESIDE_TOKENIZERS, ChatTemplate
@@ -79,8 +80,10 @@ def reader_of(source: str, kind: str, apart: Sequence[str]) -> str:
 
 
 def _beside(tokenizer: Path, chat: bool) -> list[Path]:
-    """Returns the files beside a tokenizer that conversations depend on."""
-    return [path for name in BESIDE_TOKENIZERS if chat and (path := tokenizer.parent / name).is_file()]
+    """Returns the files beside a tokenizer that are stored with a corpus: those on which conversations depend, and the tokens that
+    end a text."""
+    names = BESIDE_TOKENIZERS if chat else (GENERATION,)
+    return [path for name in names if (path := tokenizer.parent / name).is_file()]
 
 
 def _digest(path: Path) -> str:

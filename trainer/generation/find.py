@@ -6,12 +6,13 @@ from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.checkpoint.layout.directory import is_checkpoint, latest
-from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.fault_tolerance.run_directory import MODEL, RunDirectory
 from bagualu.trainer.conversion.besides import context_length
 from bagualu.trainer.data.config import RANDOM, DataConfig
 from bagualu.trainer.models.decoder.lora import LoraConfig
 from bagualu.trainer.recipe.compose import compose, load_recipe, parse
 from bagualu.trainer.recipe.config import Recipe, RunConfig, TrainConfig
+from bagualu.trainer.recipe.override_text import typed
 
 LAYOUT_KEYS = (
     *(f"parallel.{axis}" for axis in ("tensor", "pipeline", "expert", "data")),
@@ -43,6 +44,10 @@ def find_model(given: Path) -> TrainedModel:
         raise RecipeError(f"{given} does not exist; give the directory of a run, or one of its checkpoints")
     run = RunDirectory(given.resolve().parents[1] if is_checkpoint(given) else given)
     checkpoint = given if is_checkpoint(given) else latest(run.checkpoints)
+    if checkpoint is None and not run.config.exists() and (given / MODEL).is_file():
+        to = f"runs/{given.resolve().name}"
+        raise RecipeError(f"{given} is a model of Hugging Face; give a run that begins with it, which `bagualu checkpoint import "
+                          f"{typed(str(given))} to={typed(to)}` makes")  # fmt: skip
     if checkpoint is None and not run.config.exists():
         raise RecipeError(f"{given} is neither a run nor a checkpoint; give the directory of a run, e.g. runs/tiny")
     if checkpoint is None:

@@ -1,6 +1,6 @@
 """Turns the tokens of a text into characters while the text grows, and finds where it ends."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 
@@ -9,34 +9,49 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class GrowingText:
-    """The text after a prompt. `ended` says why no more tokens are wanted: end (the token that ends a document) | stop (a stop
-    text) | length; None as long as they are."""
+    """The text after a prompt, without special tokens. `ended` says why no more tokens are wanted: end (a token that ends a
+    document) | stop (a stop text) | length; None as long as they are."""
 
     def __init__(
-        self, tokenizer: Tokenizer | None, prompt: Sequence[int], most: int, stop: Sequence[str] = (), end_token: int | None = None
+        self,
+        tokenizer: Tokenizer | None,
+        prompt: Sequence[int],
+        most: int,
+        stop: Sequence[str] = (),
+        end_tokens: Collection[int] = (),
     ) -> None:
-        """`most`: the number of tokens after which it ends. `end_token`: the token that ends it; None: no token does. Without a
-        tokenizer there are only tokens."""
+        """`most`: the number of tokens after which it ends. `stop`: texts that end it, which may spell special tokens.
+        `end_tokens`: tokens that end it. Without a tokenizer there are only tokens."""
         self.tokens: list[int] = []
         """All tokens after the prompt, with the one that ended the text."""
         self.ended: str | None = None
-        self._tokenizer, self._prompt, self._most, self._stop, self._end = tokenizer, list(prompt), most, stop, end_token
-        self._before = self._decode([])
-        self._text = ""
+        self._tokenizer, self._prompt, self._most, self._ends = tokenizer, list(prompt), most, frozenset(end_tokens)
+        special = _special_tokens(tokenizer) if tokenizer is not None and stop else ()
+        self._special = [token for token in special if any(token in text for text in stop)]
+        """The special tokens that stop texts spell."""
+        self._stop = [text for text in stop if not any(token in text for token in self._special)]
+        self._spelt = [text for text in stop if text not in self._stop]
+        """The stop texts without and with special tokens."""
+        self._before, self._before_spelt = self._decode([]), self._decode([], True)
+        self._text, self._raw = "", ""
+        """The text, and if a stop text spells special tokens, the same with special tokens as they are spelt."""
 
     def add(self, token: int) -> None:
         self.tokens.append(token)
-        if token == self._end:
+        if token in self._ends:
             self.ended = "end"
         elif len(self.tokens) == self._most:
             self.ended = "length"
         if self._tokenizer is None:
             return
-        whole = self._decode(self.tokens)
-        self._text = whole[_common(whole, self._before) :]
+        self._text = _after(self._before, self._decode(self.tokens))
+        self._raw = _after(self._before_spelt, self._decode(self.tokens, True)) if self._spelt else ""
         found = [at for at in map(self._text.find, self._stop) if at >= 0]
         if found:
             self._text, self.ended = self._text[: min(found)], "stop"
+        elif spelt := [at for at in map(self._raw.find, self._spelt) if at >= 0]:
+            rest = self._without_special(self._raw[min(spelt) :])
+            self._text, self.ended = self._text[: len(self._text) - len(rest)], "stop"
 
     @property
     def text(self) -> str | None:
@@ -52,18 +67,36 @@ class GrowingText:
         if self.ended:
             return self._text
         text = self._text.rstrip(_INCOMPLETE)
-        longest = max((size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
-        return text[: len(text) - longest]
+        held = max((_beginning(text, stop) for stop in self._stop), key=len, default="")
+        spelt = max((_beginning(self._raw, stop) for stop in self._spelt), key=len, default="")
+        return text[: len(text) - max(len(held), len(self._without_special(spelt)))]
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of the prompt and `tokens`: a tokenizer may decode tokens in another way without those before them."""
+    def _without_special(self, spelt: str) -> str:
+        """Returns a part of a stop text without the special tokens that it spells."""
+        for token in self._special:
+            spelt = spelt.replace(token, "")
+        return spelt
+
+    def _decode(self, tokens: Sequence[int], special: bool = False) -> str:
+        """Returns the text of the prompt and `tokens`, with `special` tokens as they are spelt: a tokenizer may decode tokens in
+        another way without those before them."""
         if self._tokenizer is None:
             return ""
-        return str(self._tokenizer.decode([*self._prompt, *tokens], skip_special_tokens=True))
+        return str(self._tokenizer.decode([*self._prompt, *tokens], skip_special_tokens=not special))
 
 
-def _common(first: str, second: str) -> int:
-    """Returns the length of the longest common beginning."""
-    if first.startswith(second):
-        return len(second)
-    return next((at for at, letters in enumerate(zip(first, second, strict=False)) if letters[0] != letters[1]), len(first))
+def _beginning(text: str, stop: str) -> str:
+    """Returns the longest beginning of `stop` with which `text` ends."""
+    return next((stop[:size] for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size])), "")
+
+
+def _special_tokens(tokenizer: Tokenizer) -> list[str]:
+    return [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+
+
+def _after(before: str, whole: str) -> str:
+    """Returns what follows `before` in `whole`, or from where the two differ."""
+    if whole.startswith(before):
+        return whole[len(before) :]
+    common = next((at for at, letters in enumerate(zip(whole, before, strict=False)) if letters[0] != letters[1]), len(whole))
+    return whole[common:]

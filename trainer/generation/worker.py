@@ -9,7 +9,7 @@ from typing import Any
 from bagualu.comm.group import Communicator
 from bagualu.comm.objects import gather_json
 from bagualu.trainer.data.tokenizer import load_tokenizer
-from bagualu.trainer.data.tokenizer_files import end_token_of
+from bagualu.trainer.data.tokenizer_files import end_tokens_of
 from bagualu.trainer.generation.generate import generate
 from bagualu.trainer.generation.request import GenerateRequest
 from bagualu.trainer.generation.stages import load_stages
@@ -30,8 +30,8 @@ def generate_on_ranks(
     share = -(-count // ranks)
     first = stages.mesh.at("data") * share
     prompts = [request.tokens[min(number, count - 1)] for number in range(first, first + share)]
-    end = end_token_of(tokenizer, Path(request.tokenizer or "")) if tokenizer and not sampling.ignore_eos else None
-    texts = [GrowingText(tokenizer, prompt, sampling.max_new_tokens, sampling.stop, end) for prompt in prompts]
+    ends = end_tokens_of(tokenizer, Path(request.tokenizer or "")) if tokenizer and not sampling.ignore_eos else ()
+    texts = [GrowingText(tokenizer, prompt, sampling.max_new_tokens, sampling.stop, ends) for prompt in prompts]
     shows = request.stream and ranks == 1 and communicator.rank == 0
     terminal = Terminal(request.shown_prompts, sys.stdout) if shows else None
 

@@ -137,6 +137,11 @@ def test_a_run_on_random_tokens_takes_and_gives_tokens(here, capsys):
         (["recipe=tiny", "--prompt", "a"], "e.g. bagualu generate runs/tiny --prompt 'def '"),
         (["runs/tny", "--prompt", "a"], "runs/tny does not exist; give the directory of a run"),
         (["text", "--prompt", "a"], "text is neither a run nor a checkpoint"),
+        (
+            ["published", "--prompt", "a"],
+            "published is a model of Hugging Face; give a run that begins with it, which `bagualu checkpoint "
+            "import published to=runs/published` makes",
+        ),
         (["runs/begun", "--prompt", "a"], "runs/begun has no checkpoint yet; one is saved every checkpoint.every steps"),
         (["runs/tiny"], "there is no prompt; give --prompt TEXT"),
         (["runs/tiny", "--prompt"], "--prompt takes a value, e.g. --prompt 'def '"),
@@ -187,6 +192,9 @@ def test_wrong_input_is_one_line_with_the_fix(here, capsys, words, fix):
     if "runs/begun" in words:
         (here / "runs/begun").mkdir()
         shutil.copy(here / "runs/tiny/config.yaml", here / "runs/begun/config.yaml")
+    if "published" in words:
+        (here / "published").mkdir()
+        (here / "published/config.json").write_text("{}")
     capsys.readouterr()
     assert main(["generate", *words]) == 2
     out, err = capsys.readouterr()

@@ -57,11 +57,15 @@ def test_a_tokenizer_that_was_trained_here_goes_with_the_model(tmp_path: Path) -
 
 
 def test_a_tokenizer_that_was_given_goes_with_its_chat_template(tmp_path: Path) -> None:
-    run("simulated", 1, trained, recipe_in(tmp_path, data__tokenizer=str(make(tmp_path, in_a_file=True))))
+    made = make(tmp_path, in_a_file=True)
+    (made / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 2]}))
+    run("simulated", 1, trained, recipe_in(tmp_path, data__tokenizer=str(made)))
     export_model(tmp_path / "run", tmp_path / "exported")
     assert_same_ids(tmp_path / "run", tmp_path / "exported")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert (theirs.eos_token, theirs.eos_token_id, theirs.chat_template) == ("<|end|>", 3, TEMPLATE)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert model.generation_config.eos_token_id == [3, 2], "all tokens that end a text"
     assert json.loads((tmp_path / "exported/config.json").read_text())["eos_token_id"] == 3
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> HarnessModel:
-    return HarnessModel(str(folder / "run"), batch=2)
+    return HarnessModel(str(folder / "run"), batch=2, max_length=64)
 
 
 def by_hand(model: HarnessModel, tokens: list[int], scored: int) -> tuple[float, bool]:
@@ -71,7 +72,8 @@ def test_log_likelihoods_are_those_by_hand(model: HarnessModel) -> None:
         assert (pytest.approx(value, rel=1e-9), greedy) == by_hand(model, tokens, scored)
 
 
-def test_a_text_is_scored_in_windows_of_the_length_that_was_trained(model: HarnessModel) -> None:
+def test_a_text_is_scored_in_windows_of_the_length_that_was_trained(folder: Path) -> None:
+    model = HarnessModel(str(folder / "run"))
     text = "Bagualu trains dense and mixture-of-experts decoders over many ranks."
     tokens, total = [0, *model.tok_encode(text)], 0.0
     for start in range(0, len(tokens) - 1, SEQUENCE):
@@ -96,6 +98,49 @@ def test_windows_are_as_long_as_the_context_or_shorter_if_that_is_asked_for(fold
             first = max(0, start + len(scored) - length)
             total += by_hand(model, tokens[first : start + 1 + len(scored)], len(scored))[0]
         assert model.loglikelihood_rolling([asked(text)]) == [pytest.approx(total, rel=1e-9)]
+
+
+def test_a_long_context_loses_its_beginning(folder: Path) -> None:
+    model = HarnessModel(str(folder / "run"))
+    context, continuation = "many ranks of a run of many ranks", " and more"
+    found = model.loglikelihood([asked(context, continuation), asked("a", "b")], disable_tqdm=True)
+    tokens = model.tok_encode(context + continuation)
+    scored = len(tokens) - len(model.tok_encode(context))
+    assert 0 < scored < SEQUENCE < len(tokens) - 1
+    assert (pytest.approx(found[0][0], rel=1e-9), found[0][1]) == by_hand(model, tokens[-(SEQUENCE + 1) :], scored)
+    assert found[0][0] != pytest.approx(by_hand(model, tokens, scored)[0], rel=1e-3)
+    (text,) = model.generate_until([asked(context, {"until": [], "max_gen_toks": 3})])
+    (short,) = model.generate_until([asked(model._text.decode(model.tok_encode(context)[-5:]), {"until": [], "max_gen_toks": 3})])
+    assert text == short
+
+
+def test_what_cannot_be_read_at_once_is_refused(folder: Path) -> None:
+    model = HarnessModel(str(folder / "run"))
+    with pytest.raises(
+        RecipeError, match=r"a continuation has \d+ tokens, and the model reads max_length=8 at once; give shorter ones"
+    ):
+        model.loglikelihood([asked("a", " continuation that has far too many tokens")], disable_tqdm=True)
+    with pytest.raises(RecipeError, match=r"max_gen_toks=8 of the task leaves no room .* give max_gen_toks=7 or less"):
+        model.generate_until([asked("a", {"until": [], "max_gen_toks": 8})])
+    assert len(model.tok_encode(model.generate_until([asked("the", {"until": []})])[0])) <= SEQUENCE
+
+
+def test_the_token_that_begins_texts_comes_before_a_text_without_context(folder: Path, tmp_path: Path) -> None:
+    """Where the tokenizer has one, as in the model of Hugging Face of the harness; and only once."""
+    shutil.copytree(folder / "run", tmp_path / "run")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "run/tokenizer.json"))
+    begin, name = 65, tokenizer.id_to_token(65)
+    tokenizer.add_special_tokens([name])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{name} $A", special_tokens=[(name, begin)])
+    tokenizer.save(str(tmp_path / "run/tokenizer.json"))
+    (tmp_path / "run/tokenizer_config.json").write_text(json.dumps({"bos_token": name}))
+    model = HarnessModel(str(tmp_path / "run"), max_length=64)
+    assert (model.prefix_token_id, model.eot_token_id) == (begin, 0)
+    tokens = model.tok_encode("run", add_special_tokens=False)
+    assert model.tok_encode("run") == model.tok_encode(f"{name}run") == [begin, *tokens]
+    value, _ = by_hand(model, [begin, *tokens], len(tokens))
+    assert model.loglikelihood([asked("", "run")], disable_tqdm=True)[0][0] == pytest.approx(value, rel=1e-9)
+    assert model.loglikelihood_rolling([asked("run")]) == [pytest.approx(value, rel=1e-9)]
 
 
 def test_special_tokens_of_a_prompt_are_tokens(model: HarnessModel) -> None:
