@@ -12,15 +12,20 @@ from bagualu.launch.verbs.command_line import SEVERAL, CommandLine
 from bagualu.launch.verbs.model_ranks import call, on_this_machine, report_failure
 from bagualu.launch.verbs.own_words import split_words
 from bagualu.launch.verbs.question import whole
+from bagualu.trainer.data.config import CHAT, RANDOM, WHOLE
+from bagualu.trainer.data.corpus_cache import cache_folder
+from bagualu.trainer.data.formats import OF_TOKENS, format_of
 from bagualu.trainer.generation.evaluate_request import EvaluateRequest
-from bagualu.trainer.generation.find import compose_layout, find_model
+from bagualu.trainer.generation.find import TrainedModel, compose_layout, find_model
 from bagualu.trainer.process.failure import DONE
 from bagualu.trainer.recipe.compose import parse
 from bagualu.trainer.recipe.config import Recipe
 
 _ENTRYPOINT = "bagualu.trainer.generation.evaluate:evaluate_on_ranks"
 _LENGTH = "data.sequence_length"
-_DATA_KEYS = ("data.source", _LENGTH, "data.cache", "train.micro_batch")
+_READING = tuple(f"data.{name}" for name in ("format", "field", "token_dtype"))
+"""Keys that say how a source is read, which a run has said of its own."""
+_DATA_KEYS = ("data.source", *_READING, "data.end_token", "data.packing", _LENGTH, "data.cache", "train.micro_batch")
 _SEQUENCES = "sequences"
 
 
@@ -35,15 +40,17 @@ def evaluate(request: CommandLine) -> tuple[int, Any]:
     trained = find_model(Path(given).expanduser())
     with tempfile.TemporaryDirectory(prefix="bagualu-evaluate-") as folder:
         recipe = compose_layout("evaluate", trained, overrides, folder, SEVERAL["evaluate"], _DATA_KEYS)
-        own_data = recipe.data.source == trained.recipe.data.source
-        context = None if own_data or _gives(overrides, _LENGTH) else trained.context
-        if not own_data:
-            recipe = _for_other_text(recipe, context)
+        then = trained.recipe.data
+        own_data = (recipe.data.source, recipe.data.blend) == (then.source, then.blend)
+        context = None
+        if own_data:
+            _refuse_reading(overrides)
+        else:
+            recipe, context = _for_other_data(recipe, trained, overrides)
         recipe = on_this_machine(recipe)
         EvaluateRequest(
             checkpoint=str(trained.checkpoint.resolve()),
             run_dir=str(trained.run_dir),
-            tokenizer=None if trained.tokenizer is None else str(trained.tokenizer.resolve()),
             own_data=own_data,
             kept=trained.recipe.train.validation_sequences > 0 or trained.recipe.data.split == "files",
             context=context,
@@ -55,7 +62,7 @@ def evaluate(request: CommandLine) -> tuple[int, Any]:
     assert ended.summary is not None
     document = {
         **ended.summary,
-        "source": recipe.data.source,
+        "source": ", ".join(entry.source for entry in recipe.data.blend_entries) or recipe.data.source,
         "checkpoint": str(trained.checkpoint),
         "layout": str(recipe.validate(recipe.world_size())),
     }
@@ -67,11 +74,31 @@ def evaluate(request: CommandLine) -> tuple[int, Any]:
     return DONE, document
 
 
-def _for_other_text(recipe: Recipe, context: int | None) -> Recipe:
-    """Returns the recipe for checks before the ranks know how long the text is: all of it is evaluated, and with a `context` any
-    text is long enough."""
-    length = recipe.data.sequence_length if context is None else 1
-    return replace(recipe, data=replace(recipe.data, sequence_length=length), train=replace(recipe.train, validation_sequences=0))
+def _refuse_reading(overrides: Sequence[str]) -> None:
+    """Raises RecipeError for a key that says how the data of the run are to be read."""
+    if key := next((key for key in _READING if _gives(overrides, key)), None):
+        raise RecipeError(
+            f"{key} says how other data are read, and those of the run are read as it has read them; give data.source too"
+        )
+
+
+def _for_other_data(recipe: Recipe, trained: TrainedModel, overrides: Sequence[str]) -> tuple[Recipe, int | None]:
+    """Returns the recipe for data of which all are evaluated, read with the tokenizer of the run if they are text; and how long
+    sequences may be, if the length of the data decides, which the ranks will know: until then they are taken to be short. Raises
+    RecipeError without a tokenizer."""
+    data = recipe.data
+    if data.format == CHAT and not _gives(overrides, "data.packing"):
+        data = replace(data, packing=WHOLE)
+    kind = RANDOM if data.source == RANDOM else format_of(data.source, data.format, [str(cache_folder(data)), str(trained.run_dir)])
+    if kind not in (RANDOM, *OF_TOKENS):
+        if trained.tokenizer is None:
+            raise RecipeError(f"data.source={data.source} is text, and the run of {trained.checkpoint} keeps no tokenizer.json to "
+                              "read it with; leave data.source out")  # fmt: skip
+        data = replace(data, tokenizer=str(trained.tokenizer.resolve()))
+    context = None if _gives(overrides, _LENGTH) or data.packing == WHOLE else trained.context
+    if not _gives(overrides, _LENGTH):
+        data = replace(data, sequence_length=1 if context else trained.context)
+    return replace(recipe, data=data, train=replace(recipe.train, validation_sequences=0)), context
 
 
 def _gives(overrides: Sequence[str], key: str) -> bool:

@@ -1,5 +1,6 @@
 """The `data` section of a recipe."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from dataclasses import field as option
 from typing import Any
@@ -20,6 +21,8 @@ FORMATS = ("text", "jsonl", "parquet", "saved", "hub", CHAT, "megatron", "llmc",
 TOKEN_DTYPES = ("uint16", "uint32")
 STREAM, DOCUMENTS, WHOLE = "stream", "documents", "whole"
 PACKINGS = (STREAM, DOCUMENTS, WHOLE)
+_OF_A_SOURCE = ("format", "field", "token_dtype", "tokenizer", "end_token", "validation", "packing", "blend", "split")
+"""Fields that say how a certain source is read."""
 
 
 @dataclass
@@ -148,10 +151,11 @@ class DataConfig:
         format, validation = entry.format or self.format, entry.validation
         return replace(self, source=entry.source, format=format, validation=validation, blend=[])
 
-    def of_other_source(self) -> "DataConfig":
-        """Returns the section for its source, without what the keys say of another: as the source shows itself, as one stream."""
-        nothing: dict[str, Any] = dict.fromkeys(("format", "token_dtype", "tokenizer", "end_token", "validation"))
-        return replace(self, **nothing, field="text", packing=STREAM, blend=[], split=SPLITS[0])
+    def of_other_source(self, given: Collection[str] = ()) -> "DataConfig":
+        """Returns the section for its source, without what its fields, but for those `given` with that, say of another: as the
+        source shows itself, as one stream."""
+        default = DataConfig()
+        return replace(self, **{name: getattr(default, name) for name in _OF_A_SOURCE if name not in given})
 
     def without_text(self) -> "DataConfig":
         """Returns a section for random tokens, in sequences and batches of the same size."""

@@ -10,10 +10,9 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.trainer.data.batches import Batches
+from bagualu.trainer.data.blend import changed_source, read_periods
 from bagualu.trainer.data.config import RANDOM, DataConfig
 from bagualu.trainer.data.corpus import prepare
-from bagualu.trainer.data.corpus_cache import cache_folder
-from bagualu.trainer.data.formats import OF_TOKENS, format_of
 from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.generation.evaluate_request import EvaluateRequest
 from bagualu.trainer.generation.score import text_loss
@@ -63,24 +62,33 @@ def _own(recipe: Recipe, request: EvaluateRequest) -> Corpus:
         raise RecipeError("the run keeps no text for validation (train.validation_sequences=0); give other text as data.source")
     corpus = prepare(recipe.data, recipe.model.vocab, validation=True, run_dir=request.run_dir)
     trained = Checkpoint(Path(request.checkpoint)).metadata.get("identity", {}).get(FINGERPRINT, corpus.fingerprint)
-    if trained != corpus.fingerprint and not corpus.blend:
+    if corpus.blend:
+        _require_unchanged(corpus, request)
+    elif trained != corpus.fingerprint:
         raise RecipeError(f"the text of data.source={recipe.data.source} is not the one that the run was trained on ({FINGERPRINT} "
                           f"{corpus.fingerprint} and {trained}), so it has read some of it; put it back, or give other text, "
                           "data.source=FOLDER")  # fmt: skip
     return corpus
 
 
+def _require_unchanged(corpus: Corpus, request: EvaluateRequest) -> None:
+    """Raises RecipeError if a source of the run's blend has changed."""
+    saved = read_periods(Checkpoint(Path(request.checkpoint)).metadata.get("blend"))
+    now = {part.source: part.corpus.fingerprint for part in corpus.blend}
+    if saved and (source := changed_source(saved, now)):
+        raise RecipeError(f"the tokens of {source} in data.blend are not those that the run was trained on, so it has read some of "
+                          "them; put them back, or give other data, data.source=PATH")  # fmt: skip
+
+
 def _other(recipe: Recipe, request: EvaluateRequest) -> Corpus:
-    """Returns all text of data.source, in the tokens of the run's tokenizer, with all tokens for validation. Raises RecipeError
-    without a tokenizer."""
-    data, vocab = recipe.data, recipe.model.vocab
-    if data.source == RANDOM:
-        return prepare(data, vocab)
-    kind = format_of(data.source, None, [str(cache_folder(data)), request.run_dir])
-    if kind not in OF_TOKENS:
-        if request.tokenizer is None:
-            raise RecipeError(f"data.source={data.source} is text, and the run of {request.checkpoint} keeps no tokenizer.json to "
-                              "read it with; leave data.source out")  # fmt: skip
-        data = replace(data, tokenizer=request.tokenizer)
-    corpus = prepare(replace(data, format=kind), vocab, validation=False, run_dir=request.run_dir)
-    return replace(corpus, validation=corpus.train)
+    """Returns all of data.source, with all of it for validation."""
+    if recipe.data.source == RANDOM:
+        return prepare(recipe.data, recipe.model.vocab)
+    corpus = prepare(recipe.data, recipe.model.vocab, validation=False, run_dir=request.run_dir)
+    documents, whole = corpus.documents, corpus.whole
+    return replace(
+        corpus,
+        validation=corpus.train,
+        documents=None if documents is None else (documents[0], documents[0]),
+        whole=None if whole is None else (whole[0], whole[0]),
+    )

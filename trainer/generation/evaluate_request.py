@@ -13,8 +13,6 @@ class EvaluateRequest:
 
     checkpoint: str
     run_dir: str
-    tokenizer: str | None
-    """The file of the run's tokenizer, if it keeps one."""
     own_data: bool
     """Whether the text is that of the run: of this, what the run kept for validation is evaluated, of other text all."""
     kept: bool

@@ -80,6 +80,9 @@ def compose_layout(
             fixed = "is that of the run" if override.key_or_group.startswith("model") else "changes nothing here"
             raise RecipeError(f"{override.key_or_group} {fixed}; `bagualu {verb}` takes {', '.join(known)}")
     recipe.parallel.validate()
-    own = recipe.data if recipe.data.source == then.data.source else recipe.data.of_other_source()
+    given = {override.key_or_group.removeprefix("data.") for override in parse(overrides)}
+    blends = bool(then.data.blend) and "source" not in given
+    same = blends or (recipe.data.source == then.data.source and not then.data.blend)
+    own = recipe.data if same else recipe.data.of_other_source(given)
     data = replace(own, global_batch=recipe.world_size() * recipe.train.micro_batch)  # which data ranks divide
     return replace(recipe, data=data, restart=replace(recipe.restart, limit=0))

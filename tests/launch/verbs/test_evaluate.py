@@ -76,15 +76,17 @@ def test_layouts_give_the_same_loss(here, capsys, layout):
     assert found["tokens"] == alone["tokens"]
 
 
-def by_hand(folder: Path, text: str) -> tuple[float, float]:
-    """Nats per token and bits per byte of all whole sequences of the text."""
+def decoder_of(folder: Path) -> torch.nn.Module:
+    """The model of runs/tiny in this process."""
     trained = find_model(folder / "runs/tiny")
     recipe = compose_layout("evaluate", trained, [], str(folder), "")
+    (decoder,) = simulated.run(1, lambda communicator: load_stages(recipe, communicator, trained.checkpoint).model)
+    return decoder
 
-    def model(communicator):
-        return load_stages(recipe, communicator, trained.checkpoint).model
 
-    (decoder,) = simulated.run(1, model)
+def by_hand(folder: Path, text: str) -> tuple[float, float]:
+    """Nats per token and bits per byte of all whole sequences of the text."""
+    decoder = decoder_of(folder)
     tokenizer = load_tokenizer(folder / "runs/tiny/tokenizer.json")
     tokens = [*tokenizer.encode(text).ids, END_OF_FILE_TOKEN]
     nats, count, size = 0.0, 0, 0
@@ -139,6 +141,83 @@ def test_random_tokens_have_a_loss_and_no_bytes(here, capsys):
     assert found["loss"] == pytest.approx(math.log(300), rel=0.05)
 
 
+def test_other_data_are_read_as_the_keys_say(here, capsys, tmp_path):
+    text = (here / "my_texts/CONTRIBUTING.md").read_text()
+    loss = document(capsys, "runs/tiny", "data.source=my_texts")["loss"]
+    for name, words in (("a.jsonl", []), ("a.dat", ["data.format=jsonl"])):
+        (tmp_path / name).write_text(json.dumps({"words": text}) + "\n")
+        found = document(capsys, "runs/tiny", f"data.source={tmp_path}/{name}", "data.field=words", *words)
+        assert found["loss"] == pytest.approx(loss, rel=1e-12)
+    ids = np.arange(100) % 9 * 30
+    ids.astype(np.uint16).tofile(tmp_path / "narrow.bin")
+    ids.astype(np.uint32).tofile(tmp_path / "wide.dat")
+    narrow = document(capsys, "runs/tiny", f"data.source={tmp_path}/narrow.bin")
+    wide = document(capsys, "runs/tiny", f"data.source={tmp_path}/wide.dat", "data.format=llmc", "data.token_dtype=uint32")
+    assert (wide["loss"], wide["tokens"]) == (narrow["loss"], narrow["tokens"])
+
+
+def test_documents_are_evaluated_each_by_itself_if_that_is_asked_for(here, capsys, tmp_path):
+    first, second = [5, 60, 9, 9, 17, 7], [33, 1, 44, 2, 7]
+    for name, ids in (("first", first), ("second", second), ("both", first + second)):
+        np.array(ids, np.uint16).tofile(tmp_path / f"{name}.bin")
+    losses = [document(capsys, "runs/tiny", f"data.source={tmp_path}/{name}.bin") for name in ("first", "second")]
+    words = ["data.packing=documents", "data.end_token=7"]
+    both = document(capsys, "runs/tiny", f"data.source={tmp_path}/both.bin", *words)
+    assert both["tokens"] == sum(found["tokens"] for found in losses) == 9
+    assert both["loss"] == pytest.approx(sum(found["loss"] * found["tokens"] for found in losses) / 9, rel=1e-9)
+    assert document(capsys, "runs/tiny", f"data.source={tmp_path}/both.bin")["loss"] != pytest.approx(both["loss"], rel=1e-3)
+
+
+def test_of_conversations_the_answers_are_evaluated(here, capsys, tmp_path):
+    shutil.copytree(here / "runs/tiny", tmp_path / "run")
+    template = "{% for message in messages %}({{ message.role }}){{ message.content }};{% endfor %}"
+    (tmp_path / "run/chat_template.jinja").write_text(template + "{% if add_generation_prompt %}(assistant){% endif %}")
+    texts = "(user)a run?;(assistant)many ranks;(user)b;(assistant)c;"
+    messages = [{"role": role, "content": words} for role, words in
+                (("user", "a run?"), ("assistant", "many ranks"), ("user", "b"), ("assistant", "c"))]  # fmt: skip
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    words = [f"data.source={tmp_path}/chats.jsonl", "data.format=chat", "data.sequence_length=100"]
+    found = document(capsys, f"{tmp_path}/run", *words)
+    encoding = load_tokenizer(here / "runs/tiny/tokenizer.json").encode(texts)
+    spans = [(texts.index(answer), texts.index(answer) + len(answer)) for answer in ("many ranks;", "c;")]
+    wanted = [number for number, (first, after) in enumerate(encoding.offsets) if any(first < b and a < after for a, b in spans)]
+    with torch.no_grad():
+        logits = decoder_of(here)(torch.tensor([encoding.ids[:-1]]))[0][0].log_softmax(-1)
+    nats = -sum(float(logits[number - 1, encoding.ids[number]]) for number in wanted)
+    assert (found["tokens"], found["loss"]) == (len(wanted), pytest.approx(nats / len(wanted), rel=1e-9))
+
+
+def test_a_blend_of_the_run_is_evaluated_as_it_was_in_training(here, capsys, tmp_path):
+    generator = np.random.default_rng(0)
+    sources = [f"{tmp_path}/{name}.bin" for name in ("a", "b")]
+    for number, source in enumerate(sources):
+        generator.integers(100 * number, 100 * number + 50, 2000).astype(np.uint16).tofile(source)
+    blend = (
+        "data.blend=["
+        + ",".join(f"{{source: {source}, weight: {weight}}}" for source, weight in zip(sources, (3, 1), strict=True))
+        + "]"
+    )
+    words = [
+        *SMALL,
+        "train.dtype=float64",
+        f"data.cache={here}/cache",
+        "train.validation_sequences=1000",
+        f"run.dir={tmp_path}/run",
+    ]
+    assert main(["train", *words, blend]) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    found = document(capsys, f"{tmp_path}/run")
+    assert found["loss"] == pytest.approx(summary["validation_loss"], rel=1e-12)
+    assert found["source"] == ", ".join(sources)
+    alone = document(capsys, f"{tmp_path}/run", f"data.source={sources[1]}", "data.sequence_length=16")
+    assert (alone["source"], alone["tokens"]) == (sources[1], 1999 // 16 * 16)
+    assert main(["evaluate", f"{tmp_path}/run", "data.source=stdlib"]) == 2
+    assert "data.source=stdlib is text, and the run of" in capsys.readouterr().err
+    generator.integers(0, 50, 2000).astype(np.uint16).tofile(sources[0])
+    assert main(["evaluate", f"{tmp_path}/run"]) == 2
+    assert f"the tokens of {sources[0]} in data.blend are not those that the run was trained on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "fix"),
     [
@@ -152,6 +231,17 @@ def test_random_tokens_have_a_loss_and_no_bytes(here, capsys):
         (["runs/tiny", "model.layers=3"], "model.layers is that of the run; `bagualu evaluate` takes data.source"),
         (["runs/tiny", "data.global_batch=3"], "data.global_batch changes nothing here"),
         (["runs/unkept"], "the run keeps no text for validation (train.validation_sequences=0); give other text as data.source"),
+        (
+            ["runs/tiny", "data.format=jsonl"],
+            "data.format says how other data are read, and those of the run are read as it has read them",
+        ),
+        (["runs/tiny", "data.source=my_texts", "data.packing=some"], "data.packing=some is unknown; give one of"),
+        (
+            ["runs/tiny", "data.source=my_texts", "data.format=chat"],
+            "is no file of records, in which data.format=chat finds conversations",
+        ),
+        (["runs/tiny", "data.source=my_texts", "data.token_dtype=uint32"], "data.token_dtype=uint32 is for files of token ids"),
+        (["runs/tiny", "data.source=my_texts", "data.tokenizer=tokenizer.json"], "data.tokenizer changes nothing here"),
         (["runs/random", "data.source=my_texts"], "keeps no tokenizer.json to read it with; leave data.source out"),
     ],
 )
