@@ -28,6 +28,8 @@ def embedding(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     The gradient of a frequent token is a sum of thousands of rows, so it is accumulated in at least float32; torch's own
     implementation accumulates in 16 bits, where the sum stops growing.
     """
+    if not torch.is_grad_enabled():
+        return F.embedding(tokens, weight)
     rows: torch.Tensor = _Embedding.apply(tokens, weight)
     return rows
 

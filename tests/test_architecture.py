@@ -206,6 +206,7 @@ PRIVATE_NAMES_OF_TORCH = {
     "trainer/conversion/torch_checkpoint.py": {"_StorageInfo"},
     "trainer/costs/tensor_memory.py": {"_python_dispatch"},
     "trainer/operators/attention.py": {"_softmax_backward_data"},
+    "trainer/operators/packed.py": {"_reorder_linear_weight", "_linear_pointwise"},
     "trainer/optim/rules.py": {"_fused_adamw_"},
     "trainer/simulation/operators.py": {"_python_dispatch"},
     "trainer/simulation/trace.py": {"_python_dispatch"},

@@ -83,6 +83,7 @@ def measure(communicator: Communicator, given: argparse.Namespace, threads: int)
     llama = a_llama(recipe, dtype)
     decoder = copied(recipe, llama, dtype)
     stages = Stages(recipe, Mesh.build(Layout(), communicator), decoder, decoder)
+    stages.freeze()
     rows = []
     for number in given.prompts:
         prompts = torch.randint(

@@ -49,6 +49,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the library has no type
         (self._stages,) = simulated.run(
             1, lambda rank: load_stages(self._recipe, rank, trained.checkpoint), threads=torch.get_num_threads(), device=device
         )
+        self._stages.freeze()
         if (most := self._recipe.model.max_positions) and (max_length or 0) > most:
             raise RecipeError(f"max_length={max_length} is more than model.max_positions={most}; give that or less")
         self._text, self._batch = load_tokenizer(trained.tokenizer, special_tokens=True), batch

@@ -23,6 +23,7 @@ from bagualu.parallel.pipeline.split import split_layers
 from bagualu.trainer.conversion.stored_weights import StoredWeights
 from bagualu.trainer.engine.local_model import local_model
 from bagualu.trainer.models.decoder.cache import Columns
+from bagualu.trainer.models.decoder.frozen import freeze
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.override_text import typed
 
@@ -35,6 +36,10 @@ class Stages:
     mesh: Mesh
     model: nn.Module
     run: Slices
+
+    def freeze(self) -> None:
+        """Makes `logits` quick; then the model gives nothing else."""
+        freeze(self.model)
 
     def logits(self, tokens: torch.Tensor, columns: Columns) -> torch.Tensor | None:
         """Continues each sequence by tokens [B, S]. Returns the logits after the last of them [B, L, V], of as many as `cached` was

@@ -25,6 +25,7 @@ def generate_on_ranks(
     the prompt and why it `ended`; the `seconds` and `new_tokens` of all; and whether they are `finished`, not interrupted."""
     request = GenerateRequest.load(Path(recipe.run.dir))
     stages = load_stages(recipe, communicator, Path(request.checkpoint))
+    stages.freeze()
     tokenizer = load_tokenizer(Path(request.tokenizer)) if request.tokenizer else None
     sampling, count, ranks = request.sampling, len(request.tokens), stages.mesh.layout.data
     share = -(-count // ranks)

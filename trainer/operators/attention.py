@@ -16,6 +16,8 @@ from bagualu.trainer.operators.alibi import distances, extended
 
 _LONGEST = 2**9
 """The longest sequence, in tokens, for which `attention_in_blocks` is used; for longer ones torch's kernel is as fast."""
+_FEW_ROWS = 16
+"""The most queries for each key that `attention_to_seen` multiplies on a CPU without torch's kernel."""
 _BLOCK_ROWS = 64
 _BLOCK_ELEMENTS = 2**20
 """The number of attention weights computed in one block: few enough for the caches, many enough for several threads."""
@@ -52,27 +54,42 @@ def causal_attention(
     return _by_kernel(query.to(dtype), key, value, slopes, window, mask).to(query.dtype)
 
 
-def attention_to_seen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    seen: torch.Tensor,
-    distances: torch.Tensor,
-    slopes: torch.Tensor | None = None,
+def mask_of_seen(
+    seen: torch.Tensor, distances: torch.Tensor, shared: int, dtype: torch.dtype, slopes: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Returns attention's output [B, A, S, D] for query [B, A, S, D], key and value [B, G, C, D], each shared by A / G query heads,
-    in which each query sees only the keys for which `seen` [B, 1, S, C] is true, at least one of them. `slopes` [A] as in
+    """Returns what `attention_to_seen` adds to scores, in at least float32, so that each query sees only the keys for which `seen`
+    [B, 1, S, C] is true, at least one of them. `shared`: the number of query heads for each key. `slopes` [A] as in
     `causal_attention`; `distances` [S, C] is the position of each key minus that of each query."""
-    batch, heads, length, width = query.shape
-    groups, keys = key.shape[1], key.shape[2]
-    rows = heads // groups * length  # heads that share a key are more rows for it, so that keys need not be repeated
+    batch, _, length, keys = seen.shape
     if slopes is None:
-        mask = seen.unsqueeze(2).expand(-1, 1, heads // groups, -1, -1).reshape(-1, 1, rows, keys)
+        mask = seen.new_zeros(seen.shape, dtype=accurate_dtype(dtype)).masked_fill_(~seen, -torch.inf)
+        return mask.unsqueeze(2).expand(-1, 1, shared, -1, -1).reshape(batch, 1, shared * length, keys)
+    biases = slopes.view(-1, 1, 1) * distances.to(slopes.dtype)
+    return torch.where(seen, biases, -torch.inf).to(accurate_dtype(dtype)).view(batch, -1, shared * length, keys)
+
+
+def attention_to_seen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns attention's output [B, A, S, D] for query [B, A, S, D], key and value [B, G, C, D], each shared by A / G query heads.
+    `mask`: of `mask_of_seen`."""
+    batch, heads, length, width = query.shape
+    groups = key.shape[1]
+    rows = heads // groups * length  # heads that share a key are more rows for it, so that keys need not be repeated
+    by_key = query.reshape(batch, groups, rows, width)
+    if rows <= _FEW_ROWS and chip_of(query.device) == "cpu":
+        mixed = _of_few_rows(by_key, key, value, mask)
     else:
-        biases = slopes.view(-1, 1, 1) * distances.to(slopes.dtype)
-        mask = torch.where(seen, biases, -torch.inf).to(query.dtype).view(batch, groups, rows, keys)
-    mixed = F.scaled_dot_product_attention(query.reshape(batch, groups, rows, width), key, value, attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(by_key, key, value, attn_mask=mask.to(query.dtype))
     return mixed.reshape(batch, heads, length, width)
+
+
+def _of_few_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns what torch's kernel does, in two products for all heads together. The kernel of a CPU computes them one after the
+    other, in bfloat16 several times as slowly. Scores are in at least float32."""
+    batch, groups, rows, width = query.shape
+    wide = accurate_dtype(query.dtype)
+    scores = torch.bmm(query.flatten(0, 1).to(wide) * (1 / math.sqrt(width)), key.flatten(0, 1).to(wide).mT)
+    weights = scores.view(batch, groups, rows, -1).add_(mask).softmax(-1).to(value.dtype)
+    return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).view(batch, groups, rows, width)
 
 
 def _by_kernel(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from bagualu.parallel.data.reducer import GradientSink, gradient_sink
 from bagualu.parallel.precision import accurate_dtype, linear_products, multiply_dtype, on_nvidia
+from bagualu.trainer.operators.packed import multiply_packed
 from bagualu.trainer.operators.shapes import meet
 
 _GROUPED_MULTIPLE = 8
@@ -35,11 +36,35 @@ def linears(
 
     With `factor`, of x's shape, the input is x * factor, a product that is computed again in the backward pass instead of saved.
     `dtype` is that of the multiplication, by default `multiply_dtype`. With `wide`, outputs stay in that dtype, for callers that
-    continue to compute in it.
+    continue to compute in it. Without gradients, weights may be packed (packed.py).
     """
-    kind = wide, dtype or multiply_dtype(weights[0]), len(weights)
-    outputs: tuple[torch.Tensor, ...] = _Linears.apply(*kind, x, factor, *weights, *biases)
+    dtype = dtype or multiply_dtype(weights[0])
+    if not torch.is_grad_enabled():  # a function of autograd takes as long as a small product
+        return _outputs(wide, dtype, x, factor, weights, biases)
+    outputs: tuple[torch.Tensor, ...] = _Linears.apply(wide, dtype, len(weights), x, factor, *weights, *biases)
     return outputs
+
+
+def _outputs(
+    wide: bool,
+    dtype: torch.dtype,
+    x: torch.Tensor,
+    factor: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+) -> tuple[torch.Tensor, ...]:
+    """Returns what `linears` does, without a record for a backward pass."""
+    rows, outputs = _times(x, factor).to(dtype), []
+    with linear_products(x):
+        for weight, bias in zip(weights, biases or (None,) * len(weights), strict=True):
+            added = None if bias is None else bias.to(dtype)
+            if weight.is_mkldnn:
+                output = multiply_packed(rows, weight, added)
+            else:
+                meet(rows.numel() // rows.shape[-1], weight)
+                output = F.linear(rows, weight.to(dtype), added)
+            outputs.append(output.to(dtype if wide else weight.dtype))
+    return tuple(outputs)
 
 
 class _Linears(torch.autograd.Function):
@@ -47,16 +72,10 @@ class _Linears(torch.autograd.Function):
     def forward(
         ctx: Any, wide: bool, dtype: torch.dtype, count: int, x: torch.Tensor, factor: torch.Tensor | None, *given: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        weights, biases = given[:count], given[count:] or (None,) * count
+        weights, biases = given[:count], given[count:]
         ctx.save_for_backward(x, factor, *weights)
         ctx.dtype, ctx.sinks = dtype, [gradient_sink(weight) for weight in weights]
-        rows, outputs = _times(x, factor).to(dtype), []
-        with linear_products(x):
-            for weight, bias in zip(weights, biases, strict=True):
-                meet(rows.numel() // rows.shape[-1], weight)
-                output = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-                outputs.append(output.to(dtype if wide else weight.dtype))
-        return tuple(outputs)
+        return _outputs(wide, dtype, x, factor, weights, biases)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -82,6 +101,8 @@ class _Linears(torch.autograd.Function):
 
 def plus_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Returns x [..., O] + bias [O]."""
+    if not torch.is_grad_enabled():
+        return x + bias
     added: torch.Tensor = _PlusBias.apply(x, bias)
     return added
 
@@ -118,8 +139,30 @@ def grouped_linears(
 ) -> tuple[torch.Tensor, ...]:
     """Multiplies rows x [N, I], of which consecutive counts[e] belong to expert e, by each weight [E, O, I]; returns an output [N,
     O] for each weight, in x's dtype. `factor` as in `linears`."""
+    if not torch.is_grad_enabled():
+        return _grouped_outputs(x, factor, counts, weights)[0]
     outputs: tuple[torch.Tensor, ...] = _GroupedLinears.apply(x, factor, counts, *weights)
     return outputs
+
+
+def _grouped_outputs(
+    x: torch.Tensor, factor: torch.Tensor | None, counts: list[int], weights: Sequence[torch.Tensor]
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """Returns the result of `grouped_linears`, and the number of the row after those of each expert [E], if one kernel multiplies
+    all."""
+    if _in_one_kernel(x, *weights):
+        rows = _times(x, factor)
+        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x.device)
+        with linear_products(x):
+            return tuple(F.grouped_mm(rows, weight.mT, offs=ends) for weight in weights), ends
+    dtype = multiply_dtype(x)
+    parts = _times(x, factor).to(dtype).split(counts)
+    outputs = [x.new_empty(x.shape[0], weight.shape[1], dtype=dtype) for weight in weights]
+    with linear_products(x):
+        for output, weight in zip(outputs, weights, strict=True):
+            for part, out, expert in zip(parts, output.split(counts), weight, strict=True):
+                torch.mm(part, expert.T.to(dtype), out=out)
+    return tuple(output.to(x.dtype) for output in outputs), None
 
 
 class _GroupedLinears(torch.autograd.Function):
@@ -129,21 +172,8 @@ class _GroupedLinears(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(x, factor, *weights)
         ctx.counts, ctx.sinks = counts, [gradient_sink(weight) for weight in weights]
-        ctx.ends = None
-        if _in_one_kernel(x, *weights):
-            rows = _times(x, factor)
-            ctx.ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x.device)
-            with linear_products(x):
-                return tuple(F.grouped_mm(rows, weight.mT, offs=ctx.ends) for weight in weights)
-        dtype = multiply_dtype(x)
-        parts = _times(x, factor).to(dtype).split(counts)
-        outputs = [x.new_empty(x.shape[0], weight.shape[1], dtype=dtype) for weight in weights]
-        with linear_products(x):
-            for output, weight in zip(outputs, weights, strict=True):
-                for part, out, expert in zip(parts, output.split(counts), weight, strict=True):
-                    meet(part.shape[0], expert)
-                    torch.mm(part, expert.T.to(dtype), out=out)
-        return tuple(output.to(x.dtype) for output in outputs)
+        outputs, ctx.ends = _grouped_outputs(x, factor, counts, weights)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

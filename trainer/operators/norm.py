@@ -18,8 +18,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, group: Group
         if x.is_meta:
             return fused.rms_norm(x, weight)
         return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+    if not torch.is_grad_enabled():
+        return _scaled(x, weight, epsilon, group)[0]
     normed: torch.Tensor = _RMSNorm.apply(x, weight, epsilon, group)
     return normed
+
+
+def _scaled(x: torch.Tensor, weight: torch.Tensor, epsilon: float, group: Group | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the result of `rms_norm`, and 1 / sqrt(mean(x^2) + epsilon) [..., 1]."""
+    dtype = accurate_dtype(x.dtype)
+    wide = x.to(dtype)
+    length: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    width = x.shape[-1] * (group.size if group else 1)
+    scale = _total(length.square_(), group).div_(width).add_(epsilon).rsqrt_()
+    return (wide * scale).mul_(weight.to(dtype)).to(x.dtype), scale
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -37,13 +49,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, group: Group | None) -> torch.Tensor:
-        dtype = accurate_dtype(x.dtype)
-        wide = x.to(dtype)
-        length: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         ctx.group, ctx.width = group, x.shape[-1] * (group.size if group else 1)
-        scale = _total(length.square_(), group).div_(ctx.width).add_(epsilon).rsqrt_()
+        normed, scale = _scaled(x, weight, epsilon, group)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight.to(dtype)).to(x.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

@@ -70,6 +70,17 @@ class RotaryPositions:
         self.amplitude = amplitude
         self._kept: dict[tuple[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def __eq__(self, other: object) -> bool:
+        """Whether `other` gives the same angles."""
+        return isinstance(other, RotaryPositions) and self._values == other._values
+
+    def __hash__(self) -> int:
+        return hash(self._values)
+
+    @property
+    def _values(self) -> tuple[object, ...]:
+        return self.head_dim, self.theta, self.scaling, self.amplitude
+
     def __call__(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         key = (length, dtype, device)
         if key not in self._kept:
@@ -88,6 +99,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Returns x [B, S, A, D] with each pair of elements (i, i + D / 2) rotated by its angle (arXiv 2104.09864, section 3.2.2, in
     the half-split order of Llama weights published in Hugging Face form). cos and sin [S, D], or [B, S, D] for sequences with
     positions of their own, hold each angle twice; the first sine is negated. A factor of both is one of the result."""
+    if not torch.is_grad_enabled():
+        return _rotated(x, cos, sin, 1)
     rotated: torch.Tensor = _Rotate.apply(x, cos, sin)
     return rotated
 

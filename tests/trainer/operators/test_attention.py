@@ -8,7 +8,7 @@ from bagualu.parallel import precision
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.operators import attention
 from bagualu.trainer.operators.alibi import Slopes
-from bagualu.trainer.operators.attention import attention_in_blocks, causal_attention
+from bagualu.trainer.operators.attention import attention_in_blocks, attention_to_seen, causal_attention, mask_of_seen
 from tests.trainer.models.reference import slope
 
 
@@ -141,3 +141,23 @@ def test_every_rank_has_the_slopes_of_its_heads(heads: int) -> None:
     second = Slopes(heads)
     second.first = heads // 2
     assert torch.equal(second(heads - heads // 2, *given), whole[heads // 2 :])
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("slopes", [None, torch.tensor([0.7, 0.2, 0.3, 0.003])], ids=["", "slopes"])
+@pytest.mark.parametrize("queries", [1, 8, 9])
+def test_queries_see_what_they_are_to_see(dtype: torch.dtype, error: float, slopes: torch.Tensor | None, queries: int) -> None:
+    """Two heads share a key, so 8 queries are the most that are multiplied without torch's kernel."""
+    query, key, value = (draw(2, length, heads, 8, seed, dtype).detach() for seed, (length, heads) in
+                         enumerate(((queries, 4), (70, 2), (70, 2))))  # fmt: skip
+    own = torch.arange(60 - queries, 60)
+    columns = torch.arange(70)
+    distances = columns - own.unsqueeze(1)
+    seen = ((distances <= 0) & (columns >= torch.tensor([0, 5]).view(-1, 1, 1))).unsqueeze(1)
+    slopes = None if slopes is None else slopes.to(accurate_dtype(dtype))
+    found = attention_to_seen(query, key, value, mask_of_seen(seen, distances, 2, dtype, slopes))
+    exact, keys, values = query.double(), *(x.double().repeat_interleave(2, 1) for x in (key, value))
+    scores = exact @ keys.mT / 8**0.5 + (0 if slopes is None else slopes.double().view(-1, 1, 1) * distances)
+    expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+    assert (found.shape, found.dtype) == (query.shape, dtype)
+    assert (found.double() - expected).norm() <= error * expected.norm()

@@ -17,7 +17,7 @@ from torch import nn
 from bagualu.parallel.precision import multiply_dtype
 from bagualu.trainer.models.decoder.layers import Attention, Positions
 from bagualu.trainer.models.decoder.model import Head, LearnedPositions
-from bagualu.trainer.operators.attention import attention_to_seen, causal_attention
+from bagualu.trainer.operators.attention import attention_to_seen, causal_attention, mask_of_seen
 
 GROWTH = 64
 """Caches grow by this many columns at a time: processors that generate code for each shape of a product then see few shapes."""
@@ -40,8 +40,10 @@ class Columns:
         self._own = padding.new_zeros(0)
         """The column of each token of the current pass [S]; negative for tokens that are not kept."""
         self._padded = bool(padding.any())
-        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
-        """What `_seen` returns for all tokens of the current pass, if they are few."""
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        """The masks of all tokens of the current pass, if they are few, by what else they depend on."""
+        self.angles: dict[Positions, tuple[torch.Tensor, torch.Tensor]] = {}
+        """What the attentions of the current pass that have these positions rotate by."""
 
     @property
     def capacity(self) -> int:
@@ -57,25 +59,32 @@ class Columns:
     def adding(self, added: int, width: int) -> Iterator[None]:
         """Makes the context of a pass over `width` columns of tokens, of which the last `added` continue the sequences. Those
         before them are not kept; their results mean nothing."""
-        self.added, self._kept = added, None
+        self.added = added
+        self._masks.clear()
+        self.angles.clear()
         end = self.filled + added
         self._own = torch.arange(end - width, end, device=self.padding.device)
         self.positions = (self._own - self.padding.unsqueeze(1)).clamp(min=0)
         yield
         self.filled = end
 
-    def blocks(self, heads: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Yields ranges of the tokens of the current pass, each with which columns its tokens see [B, 1, R, C] and the number of
-        each column minus that of the token's own [R, C]. A mask of so many tokens for `heads` heads has at most _MASK_ELEMENTS
-        elements, unless R is 1."""
+    def masks(
+        self, shared: int, window: int | None, dtype: torch.dtype, slopes: torch.Tensor | None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yields ranges of the tokens of the current pass, each with its mask for `attention_to_seen`, which has at most
+        _MASK_ELEMENTS elements, unless the range is one token. Each of `shared` heads has a key; within a `window`, a token sees
+        only the latest tokens, as many as this with itself."""
         count = len(self._own)
+        heads = shared if slopes is None else len(slopes)
         rows = max(1, _MASK_ELEMENTS // (len(self.padding) * heads * self.capacity))
-        if rows >= count:
-            self._kept = self._kept or self._seen(self._own)
-            yield slice(0, count), *self._kept
-            return
         for first in range(0, count, rows):
-            yield slice(first, first + rows), *self._seen(self._own[first : first + rows])
+            part = slice(first, first + rows)
+            mask = self._masks.get((shared, window)) if slopes is None and rows >= count else None
+            if mask is None:
+                seen, distances = self._seen(self._own[part])
+                seen = seen if window is None else seen & (distances > -window)
+                mask = self._masks[shared, window] = mask_of_seen(seen, distances, shared, dtype, slopes)
+            yield part, mask
 
     def _seen(self, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         columns = torch.arange(self.capacity, device=own.device)
@@ -106,10 +115,8 @@ class _LayerCache:
         keys[:, :, new], values[:, :, new] = key[:, :, -columns.added :], value[:, :, -columns.added :]
         if columns.begins and (self._window is None or self._window >= columns.added):
             return causal_attention(query, key, value, slopes, self._window)
-        parts, heads = [], query.shape[1] if slopes is not None else query.shape[1] // key.shape[1]
-        for rows, seen, distances in columns.blocks(heads):
-            visible = seen if self._window is None else seen & (distances > -self._window)
-            parts.append(attention_to_seen(query[:, :, rows].to(dtype), keys, values, visible, distances, slopes))
+        masks = columns.masks(query.shape[1] // key.shape[1], self._window, dtype, slopes)
+        parts = [attention_to_seen(query[:, :, rows].to(dtype), keys, values, mask) for rows, mask in masks]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).to(query.dtype)
 
     def _room(self, like: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,8 +135,10 @@ def _angles(columns: Columns, positions: Positions) -> Positions:
     """Returns the function that takes the place of `positions`, an attention's rotary positions, in a pass."""
 
     def angles(length: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = positions(columns.capacity, dtype, device)
-        return cos[columns.positions], sin[columns.positions]
+        if positions not in columns.angles:
+            cos, sin = positions(columns.capacity, dtype, device)
+            columns.angles[positions] = cos[columns.positions], sin[columns.positions]
+        return columns.angles[positions]
 
     return angles
 

@@ -5,6 +5,7 @@ the number of its heads or columns from its weights, so it works on a whole matr
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -34,12 +35,33 @@ class Linear(AdaptedModule):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.frozen: FrozenLayers | None = None
+        """Takes the place of the weights of this and other layers once they are not trained any more (frozen.py)."""
+
+
+@dataclass(frozen=True)
+class FrozenLayers:
+    """The weights [O, I] and biases [O] of linear layers with the same input, one below the other. `widths`: the number of outputs
+    of each."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    widths: tuple[int, ...]
+
+    def outputs(
+        self, x: torch.Tensor, factor: torch.Tensor | None = None, wide: bool = False, biased: bool = True
+    ) -> tuple[torch.Tensor, ...]:
+        """As `project` for these layers."""
+        (output,) = linears(x, self.weight, biases=(self.bias if biased else None,), factor=factor, wide=wide)
+        return output.split(self.widths, -1) if len(self.widths) > 1 else (output,)
 
 
 def project(
     x: torch.Tensor, *layers: Linear, wide: bool = False, biased: bool = True, factor: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
     """x [..., I] -> an output [..., O] of each linear layer, without its bias if `biased` is False. `factor` as in `linears`."""
+    if (frozen := layers[0].frozen) is not None:
+        return frozen.outputs(x, factor, wide, biased)
     factors = [layer.factors("weight") for layer in layers]
     weights = [*(layer.weight for layer in layers), *first_factors(factors)]
     biases = [layer.bias if biased else None for layer in layers] + [None] * (len(weights) - len(layers))
@@ -115,7 +137,11 @@ class Attention(nn.Module):
             query, key = _normed(norms, query, key)
         if self.positions is not None:
             cos, sin = self.positions(x.shape[1], x.dtype, x.device)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            if x.shape[1] == 1:  # for one token, an operator takes longer than what it computes
+                both = rotate(torch.cat((query, key), 2), cos, sin)
+                query, key = both.split((query.shape[2], key.shape[2]), 2)
+            else:
+                query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         slopes = () if self.slopes is None else (self.slopes(query.shape[2], x.dtype, x.device),)
         attend = self.attend if mask is None else partial(self.attend, mask=mask)
         mixed = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *slopes)

@@ -78,7 +78,9 @@ class Head(Linear):
         """x [B, S, H] -> logits [B, S, V] in at least float32, without the vocabulary's padding; only those of this rank's part of
         the vocabulary where it is split over ranks. They are multiplied in the dtype in which the loss multiplies them: a wider
         copy of the weight would take longer for each token than all else."""
-        return linears(x, self.weight[: self.real], wide=True)[0].to(accurate_dtype(x.dtype))
+        frozen = self.frozen
+        (logits,) = linears(x, self.weight[: self.real], wide=True) if frozen is None else frozen.outputs(x, wide=True)
+        return logits.to(accurate_dtype(x.dtype))
 
 
 class Layer(nn.Module):

@@ -10,6 +10,7 @@ from bagualu.trainer.models.decoder import cache
 from bagualu.trainer.models.decoder.cache import cached
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.model import Decoder
+from bagualu.trainer.operators.rotary import RotaryPositions, Scaling
 
 SMALL = ModelConfig(layers=2, hidden=24, heads=4, kv_heads=2, ffn=32, vocab=50)
 MODELS = {
@@ -123,8 +124,26 @@ def test_caches_have_a_multiple_of_64_columns():
     columns = cache.Columns(torch.tensor([0]))
     for added, capacity in ((1, 64), (63, 64), (1, 128), (200, 320)):
         with columns.adding(added, added):
-            (block,) = columns.blocks(1)
-            assert (columns.capacity, block[1].shape[-1]) == (capacity, capacity)
+            ((_, mask),) = columns.masks(1, None, torch.float32, None)
+            assert (columns.capacity, mask.shape[-1]) == (capacity, capacity)
+
+
+def test_what_all_layers_share_is_computed_once_in_a_pass():
+    """Masks by window, angles by what they depend on; and none of it is that of the pass before."""
+    columns = cache.Columns(torch.tensor([0]))
+    layers = [RotaryPositions(8, 1e4), RotaryPositions(8, 1e4), RotaryPositions(8, 1e4, Scaling(2.0))]
+    angles = [cache._angles(columns, positions) for positions in layers]
+    before = None
+    for added in (3, 1, 1):
+        with columns.adding(added, added):
+            masks = [next(columns.masks(1, window, torch.float32, None))[1] for window in (None, None, 2)]
+            assert masks[0] is masks[1]
+            assert not torch.equal(masks[0], masks[2])
+            same, again, other = (of_layer(added, torch.float32, torch.device("cpu"))[0] for of_layer in angles)
+            assert same is again
+            assert not torch.equal(same, other)
+            assert before is None or not torch.equal(same, before)
+            before = same
 
 
 def test_half_precision_is_close():
