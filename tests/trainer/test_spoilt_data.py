@@ -156,8 +156,8 @@ def test_data_that_is_away_is_waited_for_by_a_run_that_goes_on_and_refused_at_it
     else:
         original = prepared.Tokens.__init__
 
-        def fail(self: Any, path: Path, vocab: int) -> None:
-            original(self, path, vocab)
+        def fail(self: Any, path: Path, *others: Any) -> None:
+            original(self, path, *others)
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
         monkeypatch.setattr(prepared.Tokens, "__init__", fail)

@@ -4,11 +4,12 @@ A cached corpus is a folder that appears by a rename once all of it is on disk; 
 process would load:
 
     CACHE/KEY/corpus.json tokenizer.json train.bin validation.bin
+    CACHE/KEY/checked.npz        what the first process that read all of it found
     CACHE/KEY.lock              held while building; the other processes wait, then load
 
-KEY is a hash of what the corpus is made from (text_corpus.py). Every process that loads a corpus reads all of it once and compares
-it with its fingerprint; a damaged corpus is prepared again. Later changes are detected by the process that reads the changed tokens
-(prepared.py).
+KEY is a hash of what the corpus is made from (text_corpus.py). The first process that loads a corpus reads all of it and compares
+it with its fingerprint; a damaged corpus is prepared again. Later processes do so only if a file has changed since (checked.py).
+Every read of tokens is verified, so a change that nothing else shows is detected by the process that reads them (prepared.py).
 """
 
 import json
@@ -19,13 +20,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock
 
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.documents import EndToken
 from bagualu.trainer.data.listing import SourceError
-from bagualu.trainer.data.prepared import ANSWERS, SPLITS, STARTS, Tokens, open_splits
+from bagualu.trainer.data.prepared import SPLITS, Prepared, open_prepared
 from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer, token_bytes
 from bagualu.trainer.data.tokenizer_files import bytes_of_tokens
@@ -79,16 +79,16 @@ def _build(folder: Path, vocab: int, write: Write) -> Corpus:
     return corpus
 
 
-def _documented(folder: Path) -> tuple[Documented, Documented] | None:
-    """Returns what the corpus in `folder` says of its documents, if it is one of records. Raises OSError, ValueError."""
-    if not all((folder / name).exists() for name in STARTS):
+def _documented(folder: Path, prepared: Prepared) -> tuple[Documented, Documented] | None:
+    """Returns what the corpus in `folder` says of its documents, if it is one of records."""
+    if prepared.starts is None:
         return None
-    splits = []
-    for starts, answers, tokens in zip(STARTS, ANSWERS, SPLITS, strict=True):
-        path = folder / answers
-        wanted = Tokens(path, 2) if path.exists() else None
-        splits.append(Documented(np.fromfile(folder / starts, np.int64), wanted, folder / f"packed-{tokens}"))
-    return splits[0], splits[1]
+    answers = prepared.answers or (None, None)
+    first, second = (
+        Documented(starts, wanted, folder / f"packed-{tokens}")
+        for starts, wanted, tokens in zip(prepared.starts, answers, SPLITS, strict=True)
+    )
+    return first, second
 
 
 def _load(folder: Path, vocab: int) -> Corpus | None:
@@ -100,14 +100,22 @@ def _load(folder: Path, vocab: int) -> Corpus | None:
         return None
     try:
         about = json.loads((folder / "corpus.json").read_text())
-        train, validation, fingerprint = open_splits(folder, vocab)
-        if fingerprint != about["fingerprint"]:
+        prepared = open_prepared(folder, vocab)
+        if prepared.fingerprint != about["fingerprint"]:
             raise ValueError("its contents do not match its fingerprint")
         tokenizer_path = folder / "tokenizer.json"
         tokenizer, end = load_tokenizer(tokenizer_path), EndToken(int(about.get("end", END_OF_FILE_TOKEN)))
         sizes = bytes_of_tokens(tokenizer, vocab) if about.get("given") else token_bytes(tokenizer)
-        whole = _documented(folder)
-        return Corpus(vocab, train, validation, sizes, fingerprint, tokenizer_path, str(about["split"]), (end, end), whole)
+        return Corpus(
+            vocab,
+            *prepared.tokens,
+            sizes,
+            prepared.fingerprint,
+            tokenizer_path,
+            str(about["split"]),
+            (end, end),
+            _documented(folder, prepared),
+        )
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         log.warning("the cached corpus %s is damaged (%s) and is prepared again", folder, error)
         return None

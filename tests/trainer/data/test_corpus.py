@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from bagualu.comm.errors import RecipeError
-from bagualu.trainer.data import build, reading
+from bagualu.trainer.data import build, checked, prepared, reading
 from bagualu.trainer.data.build import documents
+from bagualu.trainer.data.checked import signatures
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.data.corpus_cache import default_cache
 from bagualu.trainer.data.listing import TextFile
-from bagualu.trainer.data.prepared import fingerprint
+from bagualu.trainer.data.prepared import DataError, Tokens, fingerprint
 from bagualu.trainer.data.sources import find_files
 from bagualu.trainer.data.split import by_files
 from bagualu.trainer.data.tokenised import bits_per_byte
@@ -235,3 +236,78 @@ def test_the_tokenizer_is_trained_on_no_more_text_than_it_is_said_to_be(folder, 
     parts = [reading.whole(file) for file in find_files(str(folder))]
     assert sum(part.size_bytes for part in parts) > 10_000
     assert [sum(map(len, build._sample(parts, most))) for most in (1, 99, 2_345)] == [1, 99, 2_345]
+
+
+def test_a_prepared_corpus_is_read_whole_once(folder, tmp_path, monkeypatch):
+    """Also by a process that only reads: the first start reads it, whoever made it."""
+    first = prepare(config(folder, tmp_path / "cache"), VOCAB)
+    tokens = first.train[:], first.validation[:]
+
+    def refuse(*_):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(Tokens, "_read_whole", refuse)
+    again = prepare(config(folder, tmp_path / "cache"), VOCAB)
+    assert again.fingerprint == first.fingerprint
+    assert all(np.array_equal(*pair) for pair in zip(tokens, (again.train[:], again.validation[:]), strict=True))
+    os.utime(first.tokenizer_path, ns=(1, 1))
+    with pytest.raises(AssertionError, match="read again"):
+        prepare(config(folder, tmp_path / "cache"), VOCAB)
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "of other files", "of another vocabulary"])
+def test_a_record_of_what_was_read_that_does_not_fit_is_no_obstacle(folder, tmp_path, caplog, damage):
+    first = prepare(config(folder, tmp_path / "cache"), VOCAB)
+    record = first.tokenizer_path.with_name("checked.npz")
+    good = record.read_bytes()
+    if damage == "cut":
+        os.truncate(record, len(good) // 2)
+    elif damage == "garbage":
+        damaged_at(record, good.index(first.fingerprint.encode()))
+    elif damage == "of other files":
+        shutil.copy(prepare(config(folder, tmp_path / "other"), VOCAB).tokenizer_path.with_name("checked.npz"), record)
+    else:
+        shutil.copy(prepare(config(folder, tmp_path / "cache"), VOCAB + 1).tokenizer_path.with_name("checked.npz"), record)
+    again = prepare(config(folder, tmp_path / "cache"), VOCAB)
+    assert (again.fingerprint, caplog.text) == (first.fingerprint, "")
+    assert np.array_equal(again.train[:], first.train[:])
+
+
+def test_damage_that_keeps_size_and_time_is_found(folder, tmp_path):
+    """By the next start, since the status of the file has changed too."""
+    first = prepare(config(folder, tmp_path / "cache"), VOCAB)
+    path = first.tokenizer_path.with_name("train.bin")
+    good, status = path.read_bytes(), path.stat()
+    damaged_at(path, 10)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    prepare(config(folder, tmp_path / "cache"), VOCAB)
+    assert path.read_bytes() == good
+
+
+def test_damage_that_nothing_shows_is_found_where_it_is_read_and_prepared_again(folder, tmp_path, monkeypatch):
+    first = prepare(config(folder, tmp_path / "cache"), VOCAB)
+    path = first.tokenizer_path.with_name("train.bin")
+    good = path.read_bytes()
+    now = signatures([path.with_name(name) for name in ("tokenizer.json", "train.bin", "validation.bin")])
+    damaged_at(path, len(good) - 1)
+    with monkeypatch.context() as unnoticed:
+        unnoticed.setattr(prepared, "signatures", lambda _: now)
+        blind = prepare(config(folder, tmp_path / "cache"), VOCAB)
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"train\.bin was changed while it was in use, .*; start again, which prepares"):
+                blind.train[len(blind.train) - 1 :]
+        assert path.read_bytes() != good
+        prepare(config(folder, tmp_path / "cache"), VOCAB)
+    assert path.read_bytes() == good
+
+
+def test_a_cache_that_cannot_be_written_is_read(folder, tmp_path, monkeypatch):
+    first = prepare(config(folder, tmp_path / "cache"), VOCAB)
+    first.tokenizer_path.with_name("checked.npz").unlink()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checked, "write_atomic", full)
+    assert prepare(config(folder, tmp_path / "cache"), VOCAB).fingerprint == first.fingerprint
+    assert not first.tokenizer_path.with_name("checked.npz").exists()
