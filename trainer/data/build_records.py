@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from bagualu.trainer.data.tokenizer_files import GivenTokenizer
 
 KIND = "records"
 """`Corpus.split` of a corpus of which some documents are kept for validation."""
+_START = struct.Struct("<q")
 _AT_ONCE_CHARACTERS = 2**22
 _SAMPLED = 1.3
 """How many times as much text is looked at for the tokenizer's sample as it takes, since documents differ in length."""
@@ -41,22 +43,29 @@ class RecordCorpus:
 
     def documents(self) -> Iterator[tuple[SourceRecord, bool]]:
         """Yields each document, and whether it is for validation. Raises RecipeError."""
-        keep, fraction = self.request.keeps_validation, self.request.data.validation_fraction
-        apart = None if not keep else self.held_out.records if self.held_out else self.source.held_out
         for record in self.source.records():
-            yield record, keep and apart is None and _is_kept(record, fraction)
-        if apart is not None:
+            yield record, self.keeps(record)
+        if (apart := self._apart) is not None:
             yield from ((record, True) for record in apart())
+
+    @property
+    def _apart(self) -> Callable[[], Iterator[SourceRecord]] | None:
+        """Yields the documents of another source or split that are for validation; None if there is none, or none is kept."""
+        if not self.request.keeps_validation:
+            return None
+        return self.held_out.records if self.held_out else self.source.held_out
+
+    def keeps(self, record: SourceRecord) -> bool:
+        """Returns whether this document of the source is for validation."""
+        if not self.request.keeps_validation or self._apart is not None:
+            return False
+        return hash_fraction(record.name) < self.request.data.validation_fraction
 
     def texts(self) -> Iterator[tuple[str, bool]]:
         """Yields the text of each document that has any, and whether it is for validation. Raises RecipeError."""
         for record, held in self.documents():
             if text := record.text(self.request.data.text_field):
                 yield text, held
-
-
-def _is_kept(record: SourceRecord, fraction: float) -> bool:
-    return hash_fraction(record.name) < fraction
 
 
 def build_records(folder: Path, corpus: RecordCorpus) -> None:
@@ -99,7 +108,7 @@ def _sample(corpus: RecordCorpus) -> Iterator[str]:
         text = record.text(corpus.request.data.text_field)
         if hash_fraction("sample:" + record.name) >= share:
             continue
-        if corpus.request.keeps_validation and _is_kept(record, corpus.request.data.validation_fraction):
+        if corpus.keeps(record):
             continue
         yield from without_long_words(text[:left])
         left -= len(text)
@@ -155,20 +164,21 @@ def _conversations(corpus: RecordCorpus, given: GivenTokenizer, template: ChatTe
 
 
 def _write(folder: Path, documents: Iterator[Encoded], item_bytes: int, answers: bool) -> list[int]:
-    """Writes the documents; returns the numbers of those for training and for validation."""
-    starts: tuple[list[int], list[int]] = [0], [0]
+    """Writes the documents; returns the numbers of those for training and for validation. Memory does not grow with them."""
+    counts, ends = [0, 0], [0, 0]
     with ExitStack() as stack:
-        tokens = [stack.enter_context(open(folder / name, "wb")) for name in SPLITS]
+        tokens, starts = ([stack.enter_context(open(folder / name, "wb")) for name in names] for names in (SPLITS, STARTS))
         wanted = [stack.enter_context(open(folder / name, "wb")) for name in ANSWERS] if answers else []
+        for stream in starts:
+            stream.write(_START.pack(0))
         for document in documents:
             tokens[document.held].write(document.tokens)
             if document.answers is not None:
                 wanted[document.held].write(document.answers)
-            own = starts[document.held]
-            own.append(own[-1] + len(document.tokens) // item_bytes)
-    for name, own in zip(STARTS, starts, strict=True):
-        np.array(own, np.int64).tofile(folder / name)
-    return [len(own) - 1 for own in starts]
+            counts[document.held] += 1
+            ends[document.held] += len(document.tokens) // item_bytes
+            starts[document.held].write(_START.pack(ends[document.held]))
+    return counts
 
 
 def _require_documents(corpus: RecordCorpus, counts: list[int]) -> None:

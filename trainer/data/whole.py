@@ -4,6 +4,7 @@ Shapes: S positions of a sequence, D documents, R sequences.
 """
 
 import io
+from array import array
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from bagualu.trainer.data.mapped import AnyTokens
 
 _AT_ONCE = 2**12
 """The number of documents whose answers are counted together."""
+_PACKED_AT_ONCE = 2**16
 
 
 def pack(sizes: NDArray[np.int64], room: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -23,32 +25,37 @@ def pack(sizes: NDArray[np.int64], room: int) -> tuple[NDArray[np.int64], NDArra
     [D], one sequence after the other, and where each sequence begins in them [R + 1].
 
     Best fit decreasing: each document, the longest first, goes where it leaves the least room (Johnson, Near-optimal bin packing
-    algorithms, 1973; used for training by arXiv 2404.10830). It takes memory and time in proportion to D.
+    algorithms, 1973; used for training by arXiv 2404.10830). It takes time in proportion to D, and memory of a few numbers
+    for each document.
     """
     sizes = np.maximum(sizes, 1)  # a document of one token predicts nothing, but lies somewhere
-    bins: list[list[int]] = []
-    open_bins: dict[int, list[int]] = {}
+    longest_first = np.argsort(-sizes, kind="stable")
+    bins = np.empty(len(sizes), np.int64)  # of the documents in `longest_first`
+    count = 0
+    open_bins: dict[int, array[int]] = {}  # by what is left in them
     rooms: list[int] = []  # the keys of open_bins, ascending
-    for document in np.argsort(-sizes, kind="stable").tolist():
-        size = int(sizes[document])
-        at = bisect_left(rooms, size)
-        if at == len(rooms):
-            number, left = len(bins), room
-            bins.append([])
-        else:
-            left = rooms[at]
-            number = open_bins[left].pop()
-            if not open_bins[left]:
-                del open_bins[left], rooms[at]
-        bins[number].append(document)
-        left -= size
-        if left:
-            if left not in open_bins:
-                open_bins[left] = []
-                insort(rooms, left)
-            open_bins[left].append(number)
-    order = np.fromiter((document for members in bins for document in members), np.int64, len(sizes))
-    begins = np.cumsum([0, *(len(members) for members in bins)], dtype=np.int64)
+    for first in range(0, len(sizes), _PACKED_AT_ONCE):
+        portion = longest_first[first : first + _PACKED_AT_ONCE]
+        for place, size in enumerate(sizes[portion].tolist(), first):
+            at = bisect_left(rooms, size)
+            if at == len(rooms):
+                number, left = count, room
+                count += 1
+            else:
+                left = rooms[at]
+                number = open_bins[left].pop()
+                if not open_bins[left]:
+                    del open_bins[left], rooms[at]
+            bins[place] = number
+            left -= size
+            if left:
+                if left not in open_bins:
+                    open_bins[left] = array("q")
+                    insort(rooms, left)
+                open_bins[left].append(number)
+    order = longest_first[np.argsort(bins, kind="stable")]
+    begins = np.zeros(count + 1, np.int64)
+    np.cumsum(np.bincount(bins, minlength=count), out=begins[1:])
     return order, begins
 
 

@@ -166,6 +166,16 @@ def test_every_document_lies_in_one_sequence_that_has_room_for_it(sizes: list[in
     assert sum(total <= room / 2 for total in used) <= 1  # else two of them would be one
 
 
+def test_how_documents_are_put_together_is_fixed_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change here breaks the resume of every run on whole documents."""
+    sizes = [5, 1, 10, 2, 7, 1, 1, 4, 2, 0, 3, 4, 1, 5, 10, 6, 4, 10, 6, 2, 11, 0, 5, 0, 0]
+    expected = [[20, 1], [2, 5, 6], [14, 19], [17, 8], [4, 0], [15, 18], [13, 22, 3], [7, 11, 16], [10, 9, 12, 21, 23, 24]]
+    for at_once in (1, 7, 100):
+        monkeypatch.setattr("bagualu.trainer.data.whole._PACKED_AT_ONCE", at_once)
+        order, begins = pack(np.array(sizes, np.int64), 12)
+        assert [order[first:after].tolist() for first, after in pairwise(begins)] == expected
+
+
 def rows_of(batches: Batches, steps: int) -> list[tuple[Any, Any, Any]]:
     return [row for step in range(steps) for row in zip(*(t.tolist() for t in batches.batch(step, 0, 4)), strict=True)]
 

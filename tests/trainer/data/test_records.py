@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bagualu.comm.errors import RecipeError
+from bagualu.trainer.data import build_records
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import check_source, prepare
 from bagualu.trainer.data.listing import SourceError
@@ -227,3 +229,17 @@ def test_a_dataset_of_the_hub_is_streamed_once(tmp_path: Path, monkeypatch: pyte
     check_source(data, VOCAB)
     prepare(data, VOCAB)
     assert asked == [("owner/name", "part", True)]
+
+
+def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> None:
+    one = build_records.Encoded(b"\1\0\2\0", None, False)
+    peaks = []
+    for count in (1_000, 50_000):
+        tracemalloc.start()
+        counts = build_records._write(tmp_path, (one for _ in range(count)), 2, answers=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert counts == [count, 0]
+        assert np.fromfile(tmp_path / "train.starts", np.int64).tolist() == list(range(0, 2 * count + 1, 2))
+        assert np.fromfile(tmp_path / "validation.starts", np.int64).tolist() == [0]
+    assert peaks[1] < peaks[0] + 2**16
