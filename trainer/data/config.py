@@ -64,8 +64,8 @@ class DataConfig:
     """Share of the tokens kept for validation, to within a factor of 2 (data.split=share); nothing is kept with
     train.validation_sequences=0, unless data.split=files. Of files of token ids, the last ones are kept."""
     validation: str | None = option(default=None, metadata={"path": True, "example": "tokens/validation.bin"})
-    """A source to validate with, in place of a share of data.source: of token ids if that is, else of records. Default: the split
-    validation or test of a saved dataset or of the hub, else a share of the source."""
+    """A source to validate with, in place of a share of data.source: of token ids if that is, else of text or records. Default: the
+    split validation or test of a saved dataset or of the hub, else a share of the source."""
     split: str = "share"
     """share: keeps files chosen by a hash of their path, and cuts one of them if whole files would miss the share by more than a
     factor of 2. files: keeps whole files whatever share they are (a single file is cut), even with train.validation_sequences=0,

@@ -50,7 +50,7 @@ def prepare(
     if (kind := format_of(config.source, config.format, apart)) in OF_TOKENS:
         return _of_tokens(config, kind, vocab, validation, apart, length_multiple)
     request = CorpusRequest(config, vocab, validation, length_multiple)
-    as_records = kind in (*OF_RECORDS, CHAT) or config.tokenizer is not None
+    as_records = _are_records(config, kind)
     key, write = of_records(request, kind, apart) if as_records else of_text(request, apart)
     corpus = cached(cache / key, vocab, write)
     if config.packing == WHOLE:
@@ -58,6 +58,11 @@ def prepare(
     else:
         require_sequence(corpus, config, length_multiple)
     return corpus
+
+
+def _are_records(config: DataConfig, kind: str) -> bool:
+    """Returns whether the documents of data.source, of format `kind`, are tokenised one by one."""
+    return kind in (*OF_RECORDS, CHAT) or config.tokenizer is not None or config.validation is not None
 
 
 def _blend(config: DataConfig, vocab: int, validation: bool, run_dir: str | None, length_multiple: int) -> Corpus:
@@ -121,7 +126,7 @@ def check_source(
     if (kind := format_of(config.source, config.format, apart)) in OF_TOKENS:
         prepare(config, vocab, validation=validation, run_dir=run_dir, length_multiple=length_multiple)
         return
-    if kind in (*OF_RECORDS, CHAT) or config.tokenizer is not None:
+    if _are_records(config, kind):
         _check_records(CorpusRequest(config, vocab, validation, length_multiple), kind, apart)
         return
     require_vocab(vocab)

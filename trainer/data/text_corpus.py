@@ -107,7 +107,7 @@ def _require_keys_of_records(config: DataConfig) -> None:
 
 
 def require_text_keys(config: DataConfig) -> None:
-    for key in ("token_dtype", "validation", "end_token"):
+    for key in ("token_dtype", "end_token"):
         if (value := getattr(config, key)) is not None:
             raise RecipeError(f"data.{key}={value} is for files of token ids, and data.source={config.source} is text; leave it "
                               "out, or give data.format=megatron, llmc or olmo")  # fmt: skip

@@ -18,7 +18,7 @@ from bagualu.trainer.data import build, checked, prepared, reading
 from bagualu.trainer.data.build import documents
 from bagualu.trainer.data.checked import signatures
 from bagualu.trainer.data.config import DataConfig
-from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.data.corpus import check_source, prepare
 from bagualu.trainer.data.corpus_cache import default_cache
 from bagualu.trainer.data.listing import TextFile
 from bagualu.trainer.data.prepared import DataError, Tokens, fingerprint
@@ -311,3 +311,27 @@ def test_a_cache_that_cannot_be_written_is_read(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(checked, "write_atomic", full)
     assert prepare(config(folder, tmp_path / "cache"), VOCAB).fingerprint == first.fingerprint
     assert not first.tokenizer_path.with_name("checked.npz").exists()
+
+
+@pytest.mark.parametrize("files", [1, 40])
+def test_other_text_is_kept_for_validation(folder, tmp_path, files):
+    """Then all text of the source is for training, and its tokenizer is trained on that, also on a single file."""
+    source = folder if files > 1 else folder / "part0" / "0.txt"
+    held = tmp_path / "held"
+    held.mkdir()
+    for name in ("a", "b"):
+        (held / name).write_text(f"{name} word or two")
+    data = config(source, tmp_path / "cache", validation=str(held), validation_fraction=0.99, sequence_length=8)
+    check_source(data, VOCAB)
+    corpus = prepare(data, VOCAB)
+    tokenizer = load_tokenizer(corpus.tokenizer_path)
+    for tokens, below in ((corpus.train[:], source), (corpus.validation[:], held)):
+        ended = np.split(tokens, np.flatnonzero(tokens == END_OF_FILE_TOKEN) + 1)[:-1]
+        texts = [path.read_text() for path in (below.rglob("*") if below.is_dir() else [below]) if path.is_file()]
+        assert sorted(tokenizer.decode(document[:-1].tolist()) for document in ended) == sorted(texts)
+    (held / "a").write_text("other words or two")
+    assert prepare(data, VOCAB).fingerprint != corpus.fingerprint
+    assert len(prepare(data, VOCAB, validation=False).validation) == 0
+    np.arange(300, dtype=np.uint16).tofile(tmp_path / "ids.bin")
+    with pytest.raises(RecipeError, match=r"data\.validation=.*ids\.bin holds token ids, and data\.source text; give text"):
+        check_source(config(source, tmp_path / "cache", validation=str(tmp_path / "ids.bin")), VOCAB)
