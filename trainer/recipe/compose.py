@@ -4,6 +4,7 @@ The schema is made from the dataclass `Recipe`, so unknown keys and values of th
 one after the other before Hydra composes, because only then is it known which of them is wrong.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -56,10 +57,9 @@ def compose(overrides: Sequence[str], several: str = ONE_VALUE, base: Recipe | N
             raise RecipeError(f"{override.input_line} gives several values; {several}{comma}")
         check_override(override, own_recipes)
     base = base or _recipe_of_resumed_run(parsed)
-    store = ConfigStore.instance()
-    store.store(name="schema", node=schema())
+    _know_schema()
     if base is not None:
-        store.store(name=_BASE, node=OmegaConf.merge(schema(), OmegaConf.create(_escaped(plain(base)))))
+        ConfigStore.instance().store(name=_BASE, node=OmegaConf.merge(schema(), OmegaConf.create(_escaped(plain(base)))))
     keep_text_in_recipe_files()
     try:
         with initialize_config_module(RECIPES, version_base="1.3"):
@@ -79,6 +79,12 @@ def compose(overrides: Sequence[str], several: str = ONE_VALUE, base: Recipe | N
         if "data.tokenizer" not in given and recipe.data.tokenizer is None and recipe.data.source != RANDOM:
             recipe.data.tokenizer = tokenizer_of(Path(origin))
     return recipe
+
+
+@functools.cache
+def _know_schema() -> None:
+    """Lets recipe files name the schema, which Hydra then copies for each recipe."""
+    ConfigStore.instance().store(name="schema", node=schema())
 
 
 def require_resumed_run(overrides: Sequence[str]) -> None:

@@ -153,12 +153,7 @@ def _check_values(override: Override, value: Any) -> None:
 
 def _copy(section: str) -> DictConfig:
     """Returns a copy of the schema of a section, on which to try a value without affecting the next try."""
-    return OmegaConf.masked_copy(_schema(), section)
-
-
-@functools.cache
-def _schema() -> DictConfig:
-    return schema()
+    return OmegaConf.masked_copy(schema(), section)
 
 
 def _expected(hint: Any) -> str:

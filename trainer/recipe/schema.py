@@ -5,6 +5,7 @@ field that holds a path is marked in its metadata too; only this module expands 
 default is no example of its values (0 for none) has one in its metadata, as typed, which keys.py shows.
 """
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -16,8 +17,12 @@ from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.plain import key_of
 
 
+@functools.cache
 def schema() -> DictConfig:
-    """Returns the defaults of all keys as an OmegaConf tree that refuses other keys and values of other types."""
+    """Returns the defaults of all keys as an OmegaConf tree that refuses other keys and values of other types.
+
+    It is always the same tree, so only a copy of it may be changed.
+    """
     return _spelled(OmegaConf.structured(Recipe), Recipe)
 
 

@@ -4,9 +4,10 @@ Which scalars are text depends on their keys, so the reader must know which sect
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import yaml
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
@@ -69,19 +70,30 @@ class _Folder(FileConfigSource):  # type: ignore[misc]
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path) / self._normalize_file_name(config_path)
-        return _loaded(super().load_config, config_path, str(path), lambda: path.open(encoding="utf-8"))
+        return _result(*_read(super().load_config, config_path, str(path), lambda: path.open(encoding="utf-8")))
 
 
 class _Package(ImportlibResourcesConfigSource):  # type: ignore[misc]
-    """Recipe files in a Python package."""
+    """Recipe files in a Python package. Each is read once: it stays as it is while a process lives."""
+
+    _known: ClassVar[dict[str, tuple[ConfigResult, Any]]] = {}
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = files(self.path).joinpath(self._normalize_file_name(config_path))
-        return _loaded(super().load_config, config_path, str(path), lambda: path.open(encoding="utf-8"))
+        if str(path) not in self._known:
+            self._known[str(path)] = _read(super().load_config, config_path, str(path), lambda: path.open(encoding="utf-8"))
+        return _result(*self._known[str(path)])
 
 
-def _loaded(load: Callable[[str], ConfigResult], config_path: str, name: str, open_file: Callable[[], Any]) -> ConfigResult:
-    """Returns the result of `load`, but with the file's text as written. Raises RecipeError, YAMLError."""
+def _result(result: ConfigResult, content: Any) -> ConfigResult:
+    """Returns a copy of `result` that holds `content`."""
+    return replace(result, header=dict(result.header), config=OmegaConf.create({} if content is None else content))
+
+
+def _read(
+    load: Callable[[str], ConfigResult], config_path: str, name: str, open_file: Callable[[], Any]
+) -> tuple[ConfigResult, Any]:
+    """Returns the result of `load`, and what the file holds, with text as written. Raises RecipeError, YAMLError."""
     try:
         result = load(config_path)
         with open_file() as stream:
@@ -93,8 +105,7 @@ def _loaded(load: Callable[[str], ConfigResult], config_path: str, name: str, op
         raise RecipeError(f"{name} is not UTF-8 text (byte {error.start}); convert it") from error
     except RecursionError as error:
         raise RecipeError(f"{name} has an alias that stands for itself; write the value out") from error
-    result.config = OmegaConf.create({} if content is None else content)
-    return result
+    return result, content
 
 
 def _section(result: ConfigResult, config_path: str) -> str:
