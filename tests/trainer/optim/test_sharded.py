@@ -226,20 +226,38 @@ FROZEN: dict[str, list[dict[str, object]]] = {
     "all but experts": [{"pattern": "*.experts.*", "lr": 1e-2}, {"pattern": "*", "frozen": True}],
     "all but a norm": [{"pattern": "layers.0.attention_norm.weight", "lr": 1e-2}, {"pattern": "*", "frozen": True}],
 }
-SPREAD: list[dict[str, object]] = [
-    {}, {"data": 2, "expert": 2}, {"data": 2, "zero": 0}, {"tensor": 2, "sequence": True}, {"pipeline": 2},
-    {"data": 2, "expert": 2, "zero": 3}, {"pipeline": 2, "schedule": "zb_v"},
-    {"pipeline": 2, "data": 2, "schedule": "zb_h1", "zero": 3},
-    {"tensor": 2, "pipeline": 2, "schedule": "interleaved_1f1b"},
+EVERY_AXIS: list[dict[str, object]] = [
+    {"data": 2, "expert": 2, "zero": 3}, {"tensor": 2, "pipeline": 2, "schedule": "interleaved_1f1b"},
 ]  # fmt: skip
+IN_TURNS: list[dict[str, object]] = [
+    {}, {"data": 2, "expert": 2}, {"data": 2, "zero": 0}, {"tensor": 2, "sequence": True}, {"pipeline": 2},
+    {"pipeline": 2, "schedule": "zb_v"}, {"pipeline": 2, "data": 2, "schedule": "zb_h1", "zero": 3},
+]  # fmt: skip
+"""Layouts of which each choice of frozen parameters takes two, and all where slow tests run."""
+BY_HALVES: list[dict[str, object]] = [*IN_TURNS[-2:], EVERY_AXIS[-1]]
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN.keys())
-def test_frozen_parameters_stay_and_the_rest_trains_as_if_they_were_constants(frozen: list[dict[str, object]], dtype: str) -> None:
-    changes: dict[str, object] = {**MOE, "optim__groups": frozen, "model__layers": 4}
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_parameters_stay_and_the_rest_trains_as_if_they_were_constants(name: str) -> None:
+    place = 2 * list(FROZEN).index(name)
+    assert_frozen_are_constants(name, "float64", [*EVERY_AXIS, *(IN_TURNS[(place + more) % len(IN_TURNS)] for more in (0, 1))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_parameters_are_constants_on_every_layout(name: str) -> None:
+    assert_frozen_are_constants(name, "float64", [*EVERY_AXIS, *IN_TURNS])
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_parameters_stay_with_masters_of_more_digits(name: str) -> None:
+    assert_frozen_are_constants(name, "bfloat16", BY_HALVES)
+
+
+def assert_frozen_are_constants(name: str, dtype: str, layouts: list[dict[str, object]]) -> None:
+    changes: dict[str, object] = {**MOE, "optim__groups": FROZEN[name], "model__layers": 4}
     losses, norms, state = plain(alone(dtype, changes)) if dtype == "float64" else ([], [], {})
-    for layout in SPREAD if dtype == "float64" else SPREAD[-3:]:
+    for layout in layouts:
         stages = {"train__micro_batch": 1} if "schedule" in layout else {}
         recipe = alone(dtype, {**changes, **{f"parallel__{key}": value for key, value in layout.items()}, **stages})
         recipe.validate(recipe.world_size())
@@ -271,15 +289,30 @@ def trained_from(communicator: Communicator, recipe: Recipe) -> tuple[Any, Any, 
     return before, after, ([r.loss for r in results], [r.grad_norm for r in results])
 
 
-@pytest.mark.parametrize("groups", [[], GROUPS], ids=["alike", "groups"])
-@pytest.mark.parametrize("optim", OPTIMIZERS, ids=OPTIMIZERS.keys())
-def test_every_optimizer_is_its_oracle_on_every_axis(optim: str, groups: list[object]) -> None:
+AXES: list[dict[str, object]] = [
+    {}, {"data": 2, "expert": 2}, {"data": 2, "zero": 0}, {"tensor": 2, "pipeline": 2}, {"data": 2, "expert": 2, "zero": 2},
+    {"data": 2, "tensor": 2, "zero": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_every_optimizer_is_its_oracle_on_every_axis(optim: str) -> None:
+    """Every pair of an optimizer, a layout and whether parameters are in groups."""
+    turn = list(OPTIMIZERS).index(optim) % 2
+    assert_is_its_oracle(optim, [], AXES[turn::2])
+    assert_is_its_oracle(optim, GROUPS, AXES[1 - turn :: 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_every_optimizer_is_its_oracle_on_every_axis_with_groups_and_without(optim: str) -> None:
+    for groups in ([], GROUPS):
+        assert_is_its_oracle(optim, groups, AXES)
+
+
+def assert_is_its_oracle(optim: str, groups: list[dict[str, object]], layouts: list[dict[str, object]]) -> None:
     changes = {**MOE, **{f"optim__{key}": value for key, value in OPTIMIZERS[optim].items()}, "optim__groups": groups}
     losses, norms, state = plain(alone("float64", changes))
-    layouts: list[dict[str, object]] = [
-        {}, {"data": 2, "expert": 2}, {"data": 2, "zero": 0}, {"tensor": 2, "pipeline": 2}, {"data": 2, "expert": 2, "zero": 2},
-        {"data": 2, "tensor": 2, "zero": 3},
-    ]  # fmt: skip
     for layout in layouts:
         recipe = alone("float64", {**changes, **{f"parallel__{key}": value for key, value in layout.items()}})
         recipe.validate(recipe.world_size())
