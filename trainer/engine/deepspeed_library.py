@@ -12,6 +12,9 @@ from typing import Any
 import torch
 
 log = logging.getLogger(__name__)
+_MUON = "deepspeed.runtime.zero.muon.original_muon"
+"""DeepSpeed imports it whatever the optimizer is. Its decorators, on functions that no engine here calls, would make torch load its
+compiler, which takes two seconds on every rank."""
 
 
 def load(device: torch.device) -> Any:
@@ -22,6 +25,8 @@ def load(device: torch.device) -> Any:
         library = import_module("deepspeed")
         for name in ("comm", "ops", "utils.groups", "runtime.zero.parameter_offload"):
             import_module(f"deepspeed.{name}")
+        with _compiling_nothing():
+            import_module(_MUON)
     # This operation would be compiled, for a minute, when DeepSpeed meets torch.distributed; training does not use it.
     library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger = logging.getLogger("DeepSpeed")
@@ -30,6 +35,16 @@ def load(device: torch.device) -> Any:
     logger.setLevel(level)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     return library
+
+
+@contextlib.contextmanager
+def _compiling_nothing() -> Iterator[None]:
+    """Within this context, `torch.compile` leaves functions as they are."""
+    before, torch.compile = torch.compile, lambda function, *_, **__: function
+    try:
+        yield
+    finally:
+        torch.compile = before
 
 
 @contextlib.contextmanager

@@ -518,6 +518,16 @@ def test_engines_follow_one_another_in_a_process(settings: Callable[..., DeepSpe
     assert run("gloo", 2, in_one_process, recipe_for(3, **keys), keys) == [(0, False)] * 2
 
 
+def decorated(communicator: Communicator) -> bool:
+    """Whether DeepSpeed has asked torch to compile its own optimizers."""
+    load(torch.device("cpu"))
+    return hasattr(deepspeed_module("runtime.zero.muon.original_muon").muon_update, "_torchdynamo_orig_callable")
+
+
+def test_torchs_compiler_is_not_loaded_for_optimizers_that_nobody_uses() -> None:
+    assert run("gloo", 1, decorated) == [False]
+
+
 def reported(communicator: Communicator) -> list[str]:
     """What of DeepSpeed's log reaches the log of this process."""
     load(communicator.device)
