@@ -43,8 +43,12 @@ def predicted(state: TrainerState) -> Memory:
 
 def kinds(communicator: Communicator, recipe: Recipe) -> tuple[dict[str, int], Memory]:
     state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    return held_by_kind(state), predicted(state)
+
+
+def held_by_kind(state: TrainerState) -> dict[str, int]:
     held = list(state.engine.held())
-    return {kind: bytes_of(tensor for own, tensor in held if own == kind) for kind in KINDS}, predicted(state)
+    return {kind: bytes_of(tensor for own, tensor in held if own == kind) for kind in KINDS}
 
 
 @pytest.mark.parametrize(
@@ -91,31 +95,28 @@ LIBRARY = [
 
 
 @pytest.mark.parametrize("changes", LIBRARY, ids=named)
-def test_state_of_other_engines_is_predicted_but_for_padding(changes: dict[str, object]) -> None:
+def test_other_engines_take_what_is_predicted_but_for_padding_and_buffers_of_their_own(changes: dict[str, object]) -> None:
     """Their gradients do not exist before the first step."""
-    for held, said in run("gloo", 4, kinds, small_recipe(**changes)):
+    sizes = {"model__hidden": 64, "model__ffn": 160, "model__vocab": 512, "data__sequence_length": 128}
+    for held, peak, said in run("gloo", 4, counted, small_recipe(**sizes, **changes)):
         for kind in (PARAMETERS, MASTERS, MOMENTS):
             assert said[kind] == pytest.approx(held[kind], rel=0.02), kind
-
-
-@pytest.mark.parametrize("changes", LIBRARY, ids=named)
-def test_other_engines_take_what_is_predicted_and_buffers_of_their_own(changes: dict[str, object]) -> None:
-    sizes = {"model__hidden": 64, "model__ffn": 160, "model__vocab": 512, "data__sequence_length": 128}
-    for peak, said in run("gloo", 4, counted, small_recipe(**sizes, **changes)):
         least = 0.9 if "deepspeed" in changes.values() else 0.8
         assert least * peak < sum(said.values()) < 1.05 * peak
 
 
-def counted(communicator: Communicator, recipe: Recipe) -> tuple[int, Memory]:
-    """The peak of this rank in two steps, and what is predicted."""
+def counted(communicator: Communicator, recipe: Recipe) -> tuple[dict[str, int], int, Memory]:
+    """What this rank holds of each kind before its first step, its peak in two steps, and what is predicted."""
     state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+    held = held_by_kind(state)
     with TensorMemory() as memory:
         memory.hold(tensor for _, tensor in state.engine.held())
         for step in range(2):
             train_step(state, step)
-    return memory.peak, predicted(state)
+    return held, memory.peak, predicted(state)
 
 
+SEQUENCE = {"parallel__tensor": 2, "parallel__sequence": True}
 TWO_BATCHES = {"parallel__data": 2, "parallel__pipeline": 2, "data__global_batch": 4}
 """Both micro-batches are in flight only before the first backward pass, when no gradients are in reduction."""
 
@@ -143,8 +144,11 @@ TWO_BATCHES = {"parallel__data": 2, "parallel__pipeline": 2, "data__global_batch
         (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 2}),
         (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 3}),
         *((1, {**changes, "train__dtype": "float32"}) for changes in STYLED.values()),
-        *((2, {**changes, "parallel__zero": 3, "train__dtype": "bfloat16"}) for changes in STYLED.values()),
-        *((2, {**changes, "parallel__tensor": 2, "parallel__sequence": True}) for changes in STYLED.values()),
+        *(  # each on one of two layouts, and on the other where slow tests run
+            pytest.param(2, {**changes, **layout}, marks=[pytest.mark.slow] * (number % 2 != turn))
+            for turn, layout in enumerate(({"parallel__zero": 3, "train__dtype": "bfloat16"}, SEQUENCE))
+            for number, changes in enumerate(STYLED.values())
+        ),
     ],
     ids=named,
 )
@@ -152,9 +156,9 @@ def test_the_peak_is_predicted(ranks: int, changes: dict[str, object]) -> None:
     sizes = {"model__hidden": 64, "model__ffn": 160, "model__vocab": 512, "data__sequence_length": 128}
     recipe = small_recipe(**{"parallel__bucket_bytes": 2**17, **sizes, **changes})
     results = run("gloo", ranks, counted, recipe)
-    for peak, said in results:
+    for _, peak, said in results:
         assert sum(said.values()) == pytest.approx(peak, rel=0.05)
-    most = fullest([said for _, said in results])
+    most = fullest([said for *_, said in results])
     assert most[ACTIVATIONS] > 0
     assert most[BUFFERS] > 0
     assert (most[COMMUNICATION] > 0) == (recipe.parallel.pipeline > 1 or recipe.parallel.zero_stage >= 2)
