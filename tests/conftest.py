@@ -36,7 +36,7 @@ _START_LAUNCHERS = (
 # Of these folders, but nothing of theirs starts a launcher.
 _START_NONE = (
     "tests/launch/test_cli.py",
-    *(f"tests/launch/verbs/test_{name}.py" for name in ("checkpoint", "schedule")),
+    *(f"tests/launch/verbs/test_{name}.py" for name in ("checkpoint", "plan", "schedule", "simulate")),
     *(f"tests/launch/workers/test_{name}.py" for name in ("worker_failures", "elastic_layout", "restart_policy")),
 )
 

@@ -227,9 +227,21 @@ def assert_same_as_alone(curves: list[Curve], model: str, recipe: Recipe) -> Non
     assert_same(curves, [alone(model, recipe.optim.name)], unfelt=".key.bias" if unfelt(recipe.model) else None)
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize(("kind", "layout"), OF_STYLES, ids=[f"{kind}-{name_of(x)}" for kind, x in OF_STYLES])
-def test_models_as_published_train_the_same_curve(kind: str, layout: dict[str, Any], style: str) -> None:
+def in_turns(first: Sequence[Any], second: Sequence[Any], name: Callable[[Any], str]) -> list[Any]:
+    """Returns all pairs. Each of `first` takes its turn with one of `second`; its other pairs are slow."""
+    return [
+        pytest.param(one, other, id=f"{name(one)}-{name(other)}", marks=[SLOW] * (place % len(second) != turn))
+        for turn, other in enumerate(second)
+        for place, one in enumerate(first)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("style", "kind_and_layout"),
+    in_turns(list(STYLES), OF_STYLES, lambda x: x if isinstance(x, str) else f"{x[0]}-{name_of(x[1])}"),
+)
+def test_models_as_published_train_the_same_curve(style: str, kind_and_layout: tuple[str, dict[str, Any]]) -> None:
+    kind, layout = kind_and_layout
     assert_style_trains_the_same_curve("simulated", style + kind, layout)
 
 
@@ -242,8 +254,7 @@ def test_models_as_published_train_the_same_curve_on_more_layouts(kind: str, lay
     assert_style_trains_the_same_curve("gloo", style + kind, layout)
 
 
-@pytest.mark.parametrize("recompute", ["full", "attention", "every:2"])
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("style", "recompute"), in_turns(list(STYLES), ["full", "attention", "every:2"], str))
 def test_recompute_and_host_memory_do_not_matter_to_models_as_published(style: str, recompute: str) -> None:
     layout = {"data": 2, "pipeline": 2, "zero": 2}
     assert_style_trains_the_same_curve("simulated", style, layout, train__recompute=recompute, train__offload_bytes=4000)
