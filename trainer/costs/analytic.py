@@ -30,7 +30,7 @@ def analytic_table(work: ModelWork) -> CostTable:
         shapes = layer_shapes(model, index)
         own = [f"layers.{index}.{name}" for name in shapes]
         trained = tuple(None if name in work.frozen else work.moments.get(name, 2) for name in own)
-        kind = tuple(shapes.items()), trained, work.passes_gradients(index)
+        kind = tuple(shapes.items()), trained, work.passes_gradients(index), work.keys(index)
         if kind not in alike:
             alike[kind] = _layer(work, index)
         layers.append(replace(alike[kind], name=f"layer {index}"))

@@ -84,6 +84,19 @@ def test_seconds_add_up_to_the_models_flops_and_the_head_is_all_forward() -> Non
     assert table.head.input_gradient_seconds == table.head.weight_gradient_seconds == 0
 
 
+def test_layers_that_differ_in_their_windows_alone_have_costs_of_their_own() -> None:
+    model = moe_model(4)
+    model.moe, model.window, model.full_attention_every = MoEConfig(), 4, 2
+    work = ModelWork(model, Layout(), sequence_length=64, micro_batch=1, dtype="float32")
+    windowed, full = analytic_table(work).layers[:2]
+    assert windowed.forward_seconds < full.forward_seconds
+    assert [layer.forward_seconds for layer in analytic_table(work).layers[2:]] == [windowed.forward_seconds, full.forward_seconds]
+    total = sum(layer.forward_seconds + layer.input_gradient_seconds + layer.weight_gradient_seconds
+                for layer in analytic_table(work).layers)  # fmt: skip
+    head = analytic_table(work).head.forward_seconds
+    assert total + head == pytest.approx(64 * model_flops_per_token(model, 64) / FLOPS_PER_SECOND)
+
+
 def kept(layer: Layer, x: torch.Tensor, again: bool) -> list[torch.Tensor]:
     """The tensors that a forward pass keeps for its backward pass; `again`: all of it is computed again."""
     saved: list[torch.Tensor] = []
