@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.launch.cli import main
-from tests.launch.survival import SMALL
+from tests.launch.survival import FOUR, SMALL
 
-WORDS = [
-    *SMALL, "parallel.data=2", "parallel.tensor=2", "train.steps=9", "checkpoint.every=2", "checkpoint.keep=9", "log.progress=off",
-    "checkpoint.async=false", "restart.backoff_seconds=0",
-]  # fmt: skip
+WORDS = [*SMALL, *FOUR, "checkpoint.keep=9", "log.progress=off", "checkpoint.async=false", "restart.backoff_seconds=0"]
 
 
 def train(folder: Path, *words: str) -> int:

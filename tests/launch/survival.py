@@ -13,8 +13,9 @@ SMALL = [
     "train.dtype=float64", "train.validate_every=4", "train.validation_sequences=4", "parallel.pipeline=1", "parallel.expert=1",
     "launch.threads=1", "launch.affinity=false", "log.every=1000",
 ]  # fmt: skip
-FOUR = ["parallel.data=2", "parallel.tensor=2", "train.steps=9", "checkpoint.every=2"]
-"""Four ranks; a run that is stopped by a fault has lost at most two saves, the newest one still on its way to the disk."""
+FOUR = ["parallel.data=2", "parallel.tensor=2", "data.global_batch=4", "train.steps=9", "checkpoint.every=2"]
+"""Four ranks with two micro-batches each; a run that is stopped by a fault has lost at most two saves, the newest one still on its
+way to the disk."""
 MOST_LOST = 4
 
 

@@ -23,7 +23,7 @@ from bagualu.launch.workers import run as launch_run
 from bagualu.launch.workers import storage_probe
 from bagualu.launch.workers.restart_policy import Restarts, announcement
 from bagualu.trainer.process.failure import Failure
-from tests.launch.survival import MOST_LOST, SMALL, finish, small
+from tests.launch.survival import FOUR, MOST_LOST, SMALL, finish, small
 from tests.launch.warm import run_as_root
 from tests.leftovers import Leftovers
 from tests.mounts import can_mount
@@ -31,7 +31,7 @@ from tests.standing import assert_names_rank_phase_and_cause, assert_stood
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 pytestmark = [LINUX, pytest.mark.timeout(300)]
-WORDS = ["parallel.data=2", "parallel.tensor=2", "train.steps=9", "checkpoint.every=2", "checkpoint.keep=9", "log.progress=off"]
+WORDS = [*FOUR, "checkpoint.keep=9", "log.progress=off"]
 SILENT = "the storage has not answered for checkpoint.timeout_seconds"
 STALLS = [*WORDS, "checkpoint.timeout_seconds=1", "restart.backoff_seconds=0"]
 SYNC = "checkpoint.async=false"
