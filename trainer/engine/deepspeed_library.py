@@ -40,7 +40,8 @@ def load(device: torch.device) -> Any:
 @contextlib.contextmanager
 def _compiling_nothing() -> Iterator[None]:
     """Within this context, `torch.compile` leaves functions as they are."""
-    before, torch.compile = torch.compile, lambda function, *_, **__: function
+    before = torch.compile
+    torch.compile = lambda function, *_, **__: function  # type: ignore[assignment]
     try:
         yield
     finally:
