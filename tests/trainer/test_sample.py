@@ -151,10 +151,7 @@ def test_a_sample_of_documents_kept_apart_begins_as_one_of_them(tmp_path: Path, 
         assert prompt == ([0] if packing == "stream" else [int(corpus.validation[:1][0])])
 
 
-def test_a_run_on_conversations_shows_question_and_answer(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
+def test_a_run_on_conversations_shows_question_and_answer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = conversations_in(tmp_path, train__steps=1, train__sample_every=1)
     run("simulated", 1, trained, recipe)
     shown = samples(capfd.readouterr().err)

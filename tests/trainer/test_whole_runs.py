@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 from tokenizers import Tokenizer
 
 from bagualu.comm.group import Communicator
@@ -23,11 +22,6 @@ TEXTS = [f"document {number}: {words(number % 7, number)}" for number in range(4
 GLOBAL_BATCH = 4
 Read = dict[tuple[int, int], list[str]]
 """By step (from 0) and position in the global batch, the documents of the sequence that a rank was given."""
-
-
-@pytest.fixture(autouse=True)
-def _known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_run, "matmul_ceiling", lambda *_: 1e9)
 
 
 class Noting:
