@@ -161,6 +161,7 @@ def _grouped_outputs(
     with linear_products(x):
         for output, weight in zip(outputs, weights, strict=True):
             for part, out, expert in zip(parts, output.split(counts), weight, strict=True):
+                meet(part.shape[0], expert)
                 torch.mm(part, expert.T.to(dtype), out=out)
     return tuple(output.to(x.dtype) for output in outputs), None
 

@@ -238,7 +238,7 @@ def test_a_blend_of_the_run_is_evaluated_as_it_was_in_training(here, capsys, tmp
         (["runs/tiny", "data.source=my_texts", "data.packing=some"], "data.packing=some is unknown; give one of"),
         (
             ["runs/tiny", "data.source=my_texts", "data.format=chat"],
-            "is no file of records, in which data.format=chat finds conversations",
+            "data.format=chat needs a chat template, and",
         ),
         (["runs/tiny", "data.source=my_texts", "data.token_dtype=uint32"], "data.token_dtype=uint32 is for files of token ids"),
         (["runs/tiny", "data.source=my_texts", "data.tokenizer=tokenizer.json"], "data.tokenizer changes nothing here"),

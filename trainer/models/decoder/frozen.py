@@ -4,6 +4,8 @@ A token reads every weight once, and that is most of the time that it takes. So 
 product, and on CPUs their weights are packed (operators/packed.py).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -45,9 +47,9 @@ def _freeze(*layers: Linear) -> None:
         layer.weight.data = _without_rows(part) if packs else part
 
 
-def _joined(weights: list[torch.Tensor], biases: list[torch.Tensor]) -> FrozenLayers:
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    bias = torch.cat(biases) if biases else None
+def _joined(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> FrozenLayers:
+    weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+    bias = torch.cat(list(biases)) if biases else None
     return FrozenLayers(pack(weight) if can_pack(weight) else weight, bias, tuple(map(len, weights)))
 
 
