@@ -56,7 +56,6 @@ def plan(request: CommandLine) -> tuple[int, Any]:
     question = read_plan(request)
     recipe, world = question.recipe, question.world
     from bagualu.launch.verbs.plan_text import as_choice, as_plan, choice_lines, length_text, notes, other_choices, table
-    from bagualu.launch.verbs.prediction_text import quick_text
     from bagualu.trainer.simulation.loads import read_shares
     from bagualu.trainer.simulation.planning import find_layouts
 
@@ -87,8 +86,7 @@ def plan(request: CommandLine) -> tuple[int, Any]:
         if recipe.train.dtype == PREDICTED_DTYPE:
             print(f"  (train.dtype={PREDICTED_DTYPE} can be predicted but not trained yet)")
         print("\n".join(["", "other choices, each in the best layout found that has it:", *choice_lines(found)]))
-        quick = [f"figures: {quick_text(question.cluster)}"] if question.cluster.quick else []
-        print("\n".join(["", *notes(found, question.top), *quick]))
+        print("\n".join(["", *notes(found, question.top)]))
     others = [as_choice(keys, one, layout_keys(recipe, one.layout.values()), found.ranked[0]) for keys, one in other_choices(found)]
     run = None if length is None else asdict(length) | {"tokens": length.steps * step_tokens}
     return DONE, {"plans": plans, "others": others, "estimated": found.estimated, "complete": found.complete, "run": run}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bagualu.launch.verbs.prediction_text import quick_text
 from bagualu.parallel.balance.stages.show import aligned
 from bagualu.parallel.planner.layouts import KEYS
 from bagualu.parallel.planner.search import Plan, RankedLayout, StepParts, slower_by
@@ -113,7 +114,9 @@ def notes(plan: Plan[Prediction], top: int) -> list[str]:
     named = [part for own, other in compared for part, _ in reasons(own, other)]
     about = ["about: not predicted, but estimated from single layers."] if any(
         one.exact is None and one.fits for _, one in other_choices(plan)) else []  # fmt: skip
-    return [*_NOTES, *about, *legend(named)]
+    assert best.exact is not None
+    quick = [f"figures: {quick_text(best.exact.cluster)}"] if best.exact.cluster.quick else []
+    return [*_NOTES, *about, *legend(named), *quick]
 
 
 def _compared(one: Ranked, best: Ranked) -> tuple[StepParts, StepParts]:
