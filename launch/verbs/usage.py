@@ -162,7 +162,7 @@ one that is given. Without data.source on the text that the run kept for validat
 
 keys:
   data.source            a text file or a folder of text files, records with text, or files of token ids
-  data.format data.field data.token_dtype data.end_token    how to read it, as in training; chat: loss of answers alone
+  data.format data.field data.token_dtype data.end_token    how to read it, as in training; chat: loss of answers
   data.packing           stream, documents or whole, as in training; default: stream, for chat whole
   sequences              the most sequences to evaluate, spread evenly; default: all (of random tokens, 64)
   data.sequence_length   default: as the run was trained; for other text the model's context, at most all of the text

@@ -109,7 +109,7 @@ def test_help_lists_every_verb_and_every_recipe(capsys):
         (["train", "cluster=mixed_h100_a100", "comm.backend=simulated"], "world=4: cluster=mixed_h100_a100 is mixed"),
         (["train", "data.source=/no/such/corpus"], "data.source=/no/such/corpus is not there"),
         (["train", "data.source=~/no/such/corpus"], "/no/such/corpus is not there"),
-        (["train", "data.source="], "e.g. data.source=stdlib"),
+        (["train", "data.source="], "e.g. data.source=my_texts"),
         (["train", "run.dir="], "e.g. run.dir=runs/tiny"),
         (["rehearse", "run.dir=", "faults=[kill@step=5]"], "e.g. run.dir=runs/tiny"),
         (["train", "run.seed=99999999999999999999999"], "run.seed=99999999999999999999999 must lie between"),
