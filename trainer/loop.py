@@ -57,9 +57,9 @@ class Loop:
     _data_seconds: float = 0.0
     """The part of `_busy_seconds` in which rank 0 waited for samples."""
     _shapes: int = field(default_factory=shapes.met)
-    """The number of shapes of products that this process has met (operators/shapes.py)."""
+    """The number of shapes of products that this process had met before the latest step (operators/shapes.py)."""
     _new_shapes: int = 0
-    """How many of them the latest step met for the first time."""
+    """How many the latest step met for the first time."""
     _steps_done: int = 0
 
     def run(self, first_step: int) -> dict[str, Any]:
@@ -71,6 +71,7 @@ class Loop:
         timeline = PipelineRecorder(self.state, first_step)
         while step < steps and not stopped:
             timeline.before_step(step)
+            self._shapes = shapes.met()  # samples and validations have met some
             started = time.perf_counter()
             with self.counting(), self.clock.timing() if self.clock else nullcontext():
                 result = train_step(self.state, step, self.stop, self.checkpoints.status)
@@ -135,7 +136,7 @@ class Loop:
             self.checkpoints.finish()
             raise GuardError(result.verdict.text)
         self._waited = None if self.state.ahead is None else self.state.ahead.waited()
-        self._new_shapes, self._shapes = shapes.met() - self._shapes, shapes.met()
+        self._new_shapes = shapes.met() - self._shapes
         if step > 0:  # the run's first step includes warm-up
             self._busy_seconds += seconds
             self._data_seconds += self._waited or 0.0

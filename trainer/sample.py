@@ -30,7 +30,7 @@ def show_sample(state: TrainerState, step: int) -> None:
         return
     state.mesh.monitor.at(Phase.VALIDATE)
     most = model.max_positions or sys.maxsize
-    prompt, end = beginning(state.corpus, state.batches, state.recipe.data.packing)
+    prompt, end = beginning(state.corpus, state.batches, state.recipe.data.packing, step)
     prompt = prompt[-max(1, most - _TOKENS) :]
     count = max(1, min(_TOKENS, most - len(prompt)))
     sampling = Sampling(max_new_tokens=count, temperature=0.8, top_p=0.95, seed=state.recipe.run.seed)
@@ -44,8 +44,9 @@ def show_sample(state: TrainerState, step: int) -> None:
         print(f"step {step}: a sample", textwrap.indent(words, "    ", lambda line: True), sep="\n", file=sys.stderr, flush=True)
 
 
-def beginning(corpus: Corpus, batches: Batches, packing: str) -> tuple[list[int], int | None]:
-    """Returns the tokens that a sample goes on from, and the token that ends it; None: none does. `corpus` has a tokenizer.
+def beginning(corpus: Corpus, batches: Batches, packing: str, step: int) -> tuple[list[int], int | None]:
+    """Returns the tokens that a sample after `step` steps goes on from, and the token that ends it; None: none does. `corpus` has a
+    tokenizer.
 
     In a stream, a document begins after the token that ends the one before. Where each is trained on by itself, its first token is
     never predicted, so that of a document of the data is taken: of a conversation, all tokens up to its first answer, which ends
@@ -57,7 +58,7 @@ def beginning(corpus: Corpus, batches: Batches, packing: str) -> tuple[list[int]
         end = end_token_of(tokenizer, corpus.tokenizer_path)
     if packing == STREAM:
         return [end or 0], end
-    rows = batches.validation(0, 1) if batches.validation_count else batches.batch(0, 0, 1)
+    rows = batches.validation(0, 1) if batches.validation_count else batches.batch(step, 0, 1)
     inputs, labels, begins = (tensor[0].tolist() for tensor in rows)
     predicted = [place for place, label in enumerate(labels) if label != IGNORED] or [0]
     if corpus.conversations:

@@ -109,7 +109,9 @@ def read_plan(request: CommandLine) -> PlanQuestion:
     if seconds < _LEAST_SECONDS:
         raise RecipeError(f"seconds={seconds} is less than a search takes; give seconds={_LEAST_SECONDS} or more")
     recipe = compose(words, SEVERAL["plan"])
-    words = [word for word in words if word != f"train.micro_batch={CHOSEN}"]  # the plan chooses it, and the command has its choice
+    in_trained_dtype(recipe).train.validate()
+    if recipe.train.micro_batch == CHOSEN:  # the plan chooses it, and the command has its choice
+        words = [word for word in words if key_of(word) != "train.micro_batch"]
     if loads := own.get("loads"):
         check_loads(loads, recipe.model.moe.experts)
     cluster = read_cluster_of(own, recipe)

@@ -119,7 +119,7 @@ def test_a_sample_of_conversations_answers_one_and_ends_with_the_mark_of_the_tem
     for kept in (True, False):
         data = conversations_in(tmp_path).data
         corpus = prepare(data, 300, validation=kept)
-        prompt, end = beginning(corpus, Batches(corpus, data, seed=0), data.packing)
+        prompt, end = beginning(corpus, Batches(corpus, data, seed=0), data.packing, 0)
         assert corpus.tokenizer_path is not None
         tokenizer, template = Tokenizer.from_file(str(corpus.tokenizer_path)), ChatTemplate(corpus.tokenizer_path)
         questions = []
@@ -135,7 +135,7 @@ def test_an_answer_whose_end_the_template_does_not_mark_ends_with_the_tokenizers
     (tmp_path / "plain").mkdir()
     recipe = conversations_in(tmp_path, data__tokenizer=str(make(tmp_path / "plain", plain)))
     corpus = prepare(recipe.data, 300)
-    prompt, end = beginning(corpus, Batches(corpus, recipe.data, seed=0), recipe.data.packing)
+    prompt, end = beginning(corpus, Batches(corpus, recipe.data, seed=0), recipe.data.packing, 0)
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_path))
     assert tokenizer.decode(prompt).endswith("\nassistant: ")
     assert end == tokenizer.token_to_id("<|end|>"), "the eos_token"
@@ -146,7 +146,7 @@ def test_a_sample_of_documents_kept_apart_begins_as_one_of_them(tmp_path: Path, 
     for packing in ("documents", "stream"):
         data = recipe_in(tmp_path, text, data__packing=packing, data__validation_fraction=0.1).data
         corpus = prepare(data, 300)
-        prompt, end = beginning(corpus, Batches(corpus, data, seed=0), packing)
+        prompt, end = beginning(corpus, Batches(corpus, data, seed=0), packing, 0)
         assert end == 0
         assert prompt == ([0] if packing == "stream" else [int(corpus.validation[:1][0])])
 

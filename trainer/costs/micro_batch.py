@@ -31,9 +31,9 @@ with 256 tokens in a pass at 0.89 of the speed that it has with 2,048 on two cor
 a Xeon with AMX: 40 and 160 tokens."""
 
 
-def choose_micro_batch(recipe: Recipe, world: int, device: Device | None) -> Recipe:
+def choose_micro_batch(recipe: Recipe, world: int, device: Device | None, before: int | None = None) -> Recipe:
     """Returns a recipe for `world` ranks with train.micro_batch=auto replaced by a number of sequences; any other as it is. A run
-    that resumes keeps the number with which it began, if that still divides its batch.
+    that resumes keeps the number with which it began, `before`, if that still divides its batch and fits.
 
     If the memory of `device` is not known, or no size fits, it is the smallest. Raises RecipeError if the rest of the recipe is
     wrong.
@@ -41,8 +41,9 @@ def choose_micro_batch(recipe: Recipe, world: int, device: Device | None) -> Rec
     if recipe.train.micro_batch != CHOSEN:
         return recipe
     recipe.validate(world)  # as if the size were the smallest
-    before = _as_begun(recipe)
-    if before is not None and _valid(_with(recipe, before), world):
+    if recipe.parallel.shares == "measured":
+        raise RecipeError("train.micro_batch=auto takes few micro-batches, and parallel.shares=measured needs many; give a number")
+    if before is not None and _valid(_with(recipe, before), world) and fits(_with(recipe, before), world, device):
         return _with(recipe, before)
     if device is None:
         return _with(recipe, recipe.smallest_micro_batch())
@@ -60,12 +61,12 @@ def choose_micro_batch(recipe: Recipe, world: int, device: Device | None) -> Rec
     return _with(recipe, best)
 
 
-def _as_begun(recipe: Recipe) -> int | None:
-    """Returns the size with which the run began, if it resumes; else None. What keeps that from being read is reported later, by
-    the check of the run directory."""
+def size_as_begun(recipe: Recipe) -> int | None:
+    """Returns the size with which the run began, if it resumes and the size is to be chosen; else None. What keeps that from being
+    read is reported later, by the check of the run directory."""
     directory = RunDirectory(Path(recipe.run.dir))
     with suppress(OSError, RecipeError):
-        if recipe.checkpoint.resume and directory.has_begun():
+        if recipe.train.micro_batch == CHOSEN and recipe.checkpoint.resume and directory.has_begun():
             before = load_recipe(directory.config).train.micro_batch
             return before if isinstance(before, int) else None
     return None

@@ -1,13 +1,13 @@
 """Conversations as text, by the chat template of a tokenizer, and which of its characters are answers.
 
 Templates are those of Hugging Face (Jinja), in the file chat_template.jinja or in tokenizer_config.json beside tokenizer.json. They
-see what transformers shows them: the messages, no tools and no documents, the special tokens, today's date, and the statement
-`{% generation %}`, which marks the answers.
+see what transformers shows them: the messages, no tools and no documents, the special tokens, and the statement
+`{% generation %}`, which marks the answers. They do not see the date (`strftime_now`), by which a corpus would be another one
+tomorrow; templates that write it have one of their own in its place.
 """
 
 import json
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,6 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = datetime.now().strftime  # one date for all conversations
         marks = environment.extensions[_Generation.identifier]
         assert isinstance(marks, _Generation)
         self._marks = marks

@@ -92,7 +92,8 @@ def _documented(folder: Path, prepared: Prepared) -> tuple[Documented, Documente
 
 
 def _load(folder: Path, vocab: int) -> Corpus | None:
-    """Returns the corpus in `folder`; None if it does not exist, or if any byte differs from what was prepared, which is logged.
+    """Returns the corpus in `folder`; None if it does not exist, or if it is read whole and differs from what was prepared, which
+    is logged.
 
     Raises OSError if the corpus cannot be read now: then it is not prepared again.
     """

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
-from bagualu.fault_tolerance.run_directory import GENERATION
 from bagualu.trainer.data.build import build
 from bagualu.trainer.data.build_records import RecordCorpus, build_records
 from bagualu.trainer.data.chat import BESIDE_TOKENIZERS, ChatTemplate
@@ -24,7 +23,7 @@ from bagualu.trainer.data.request import CorpusRequest
 from bagualu.trainer.data.sources import find_files
 from bagualu.trainer.data.tokenizer_files import open_tokenizer
 
-FORMAT = 4
+FORMAT = 5
 """A number in the KEY of a corpus. Raise it when what is stored changes."""
 
 
@@ -56,7 +55,7 @@ def of_records(request: CorpusRequest, kind: str, apart: Sequence[str]) -> tuple
     if data.validation is not None and keep:
         held_out = _kind_of_records(data.validation, data.format, apart)
         sources.append((data.validation, reader_of(data.validation, held_out, apart)))
-    tokens = None if given is None else [*map(_digest, [given.path, *_beside(given.path, chat)]), given.end]
+    tokens = None if given is None else [*map(_digest, [given.path, *_beside(given.path)]), given.end]
     listings = [made_from(source, of, apart) for source, of in sources]
     made = json.dumps([FORMAT, kind, listings, data.text_field, tokens, request.vocab, keep and data.validation_fraction])
 
@@ -79,11 +78,9 @@ def reader_of(source: str, kind: str, apart: Sequence[str]) -> str:
     return found
 
 
-def _beside(tokenizer: Path, chat: bool) -> list[Path]:
-    """Returns the files beside a tokenizer that are stored with a corpus: those on which conversations depend, and the tokens that
-    end a text."""
-    names = BESIDE_TOKENIZERS if chat else (GENERATION,)
-    return [path for name in names if (path := tokenizer.parent / name).is_file()]
+def _beside(tokenizer: Path) -> list[Path]:
+    """Returns the files beside a tokenizer that are stored with a corpus."""
+    return [path for name in BESIDE_TOKENIZERS if (path := tokenizer.parent / name).is_file()]
 
 
 def _digest(path: Path) -> str:

@@ -11,7 +11,8 @@ from bagualu.trainer.conversion.besides import context_length
 from bagualu.trainer.data.config import RANDOM, DataConfig
 from bagualu.trainer.models.decoder.lora import LoraConfig
 from bagualu.trainer.recipe.compose import compose, load_recipe, parse
-from bagualu.trainer.recipe.config import Recipe, RunConfig, TrainConfig
+from bagualu.trainer.recipe.config import CHOSEN, Recipe, RunConfig, TrainConfig
+from bagualu.trainer.recipe.origin import kept_tokenizer
 from bagualu.trainer.recipe.override_text import typed
 
 LAYOUT_KEYS = (
@@ -58,6 +59,7 @@ def find_model(given: Path) -> TrainedModel:
     files = (run.tokenizer, run.hugging_face / run.tokenizer.name)
     tokenizer = next((file for file in files if file.exists()), None)
     recipe = load_recipe(run.config)
+    recipe.data.tokenizer = kept_tokenizer(run, recipe.data.tokenizer)
     return TrainedModel(recipe, run.path.resolve(), checkpoint, tokenizer, context_length(run, recipe.data.sequence_length))
 
 
@@ -80,6 +82,9 @@ def compose_layout(
             fixed = "is that of the run" if override.key_or_group.startswith("model") else "changes nothing here"
             raise RecipeError(f"{override.key_or_group} {fixed}; `bagualu {verb}` takes {', '.join(known)}")
     recipe.parallel.validate()
+    recipe.train.validate()
+    if recipe.train.micro_batch == CHOSEN:
+        raise RecipeError(f"train.micro_batch={CHOSEN} is for training; give a number of sequences, or leave it out")
     given = {override.key_or_group.removeprefix("data.") for override in parse(overrides)}
     blends = bool(then.data.blend) and "source" not in given
     same = blends or (recipe.data.source == then.data.source and not then.data.blend)

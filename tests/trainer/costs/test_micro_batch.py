@@ -12,7 +12,7 @@ from bagualu.launch.verbs.command_line import CommandLine
 from bagualu.launch.verbs.plan import read_plan
 from bagualu.launch.verbs.question import read_question
 from bagualu.trainer.costs.fits import Device, memories
-from bagualu.trainer.costs.micro_batch import choose_micro_batch
+from bagualu.trainer.costs.micro_batch import choose_micro_batch, size_as_begun
 from bagualu.trainer.costs.prediction import fullest
 from bagualu.trainer.recipe.compose import compose, load_recipe, save_recipe
 from bagualu.trainer.recipe.config import Recipe
@@ -26,7 +26,7 @@ def auto(**changes: object) -> Recipe:
 
 
 def chosen(recipe: Recipe, world: int = 1, device: Device | None = LARGE) -> int:
-    size = choose_micro_batch(recipe, world, device).train.micro_batch
+    size = choose_micro_batch(recipe, world, device, size_as_begun(recipe)).train.micro_batch
     assert isinstance(size, int)
     return size
 
@@ -79,6 +79,7 @@ def test_a_run_that_resumes_keeps_its_size_unless_that_does_not_divide_any_more(
     assert chosen(again) == 4
     wider = auto(run__dir=str(tmp_path), checkpoint__resume=True, parallel__data=4)
     assert chosen(wider, 4) == 2
+    assert chosen(again, device=Device(int(needed(1) / 0.8) + 1, "this machine")) == 1, "4 does not fit any more"
     assert chosen(auto(run__dir=str(tmp_path))) == 8  # a new run
 
 
@@ -86,6 +87,18 @@ def test_a_run_that_resumes_keeps_its_size_unless_that_does_not_divide_any_more(
 def test_other_values_are_refused(value: str) -> None:
     with pytest.raises(RecipeError, match=re.escape("must be at least 1, a whole number, or auto")):
         compose(["recipe=tiny", f"train.micro_batch={value}"]).validate(1)
+
+
+def test_shares_that_are_measured_need_a_number() -> None:
+    with pytest.raises(RecipeError, match=r"parallel\.shares=measured needs many; give a number"):
+        chosen(auto(parallel__data=2, parallel__shares="measured"), 2)
+
+
+def test_other_verbs_refuse_what_they_cannot_take() -> None:
+    with pytest.raises(RecipeError, match=r"train.micro_batch=some must be at least 1"):
+        read_plan(CommandLine("plan", ["recipe=llama3_8b", "cluster=h100", "world=8", "train.micro_batch=some"]))
+    quoted = ["recipe=llama3_8b", "cluster=h100", "world=8", "train.micro_batch='auto'"]
+    assert "train.micro_batch" not in read_plan(CommandLine("plan", quoted)).given
 
 
 def test_a_prediction_takes_what_fits_a_device_and_a_plan_searches() -> None:

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from dataclasses import replace
-from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -143,7 +142,7 @@ def test_a_template_that_drops_earlier_thinking_is_for_one_answer(tmp_path: Path
 
 def test_templates_see_what_transformers_shows_them(tmp_path: Path) -> None:
     template = (
-        "{% if tools is none and documents is none %}{{ strftime_now('%Y') }}{% endif %}"
+        "{% if tools is none and documents is none %}none{% endif %}"
         "{% if bos_token is defined %}begins{% endif %}{{ {'b': 'ü', 'a': 1} | tojson(sort_keys=True, separators=(',', ':')) }}"
         "{% for message in messages %}{{ 'calls' if message.tool_calls is defined }}{% endfor %}" + TEMPLATE
     )
@@ -151,7 +150,14 @@ def test_templates_see_what_transformers_shows_them(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b", "tool_calls": None}]
     text, _ = ChatTemplate(path / "tokenizer.json").conversation(messages, "here")
     assert text == AutoTokenizer.from_pretrained(path).apply_chat_template(messages, tokenize=False)
-    assert text.startswith(f"{datetime.now():%Y}" + '{"a":1,"b":"ü"}<|user|>')
+    assert text.startswith('none{"a":1,"b":"ü"}<|user|>')
+
+
+def test_a_conversation_is_the_same_tomorrow(tmp_path: Path) -> None:
+    template = "{{ strftime_now('%Y-%m-%d') if strftime_now is defined else 'some day' }}" + TEMPLATE
+    messages = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    text, _ = ChatTemplate(make(tmp_path, template) / "tokenizer.json").conversation(messages, "here")
+    assert text.startswith("some day<|user|>")
 
 
 @given(st.lists(st.integers(0, 20), max_size=40), st.integers(20, 30))
