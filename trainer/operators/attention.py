@@ -68,9 +68,15 @@ def mask_of_seen(
     return torch.where(seen, biases, -torch.inf).to(accurate_dtype(dtype)).view(batch, -1, shared * length, keys)
 
 
+def kept_dtype(key: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which a cache best keeps keys that are multiplied in `dtype`: on a CPU that of scores, since each token
+    would have to widen all of them."""
+    return accurate_dtype(dtype) if chip_of(key.device) == "cpu" else dtype
+
+
 def attention_to_seen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Returns attention's output [B, A, S, D] for query [B, A, S, D], key and value [B, G, C, D], each shared by A / G query heads.
-    `mask`: of `mask_of_seen`."""
+    Keys may have the dtype of `kept_dtype`. `mask`: of `mask_of_seen`."""
     batch, heads, length, width = query.shape
     groups = key.shape[1]
     rows = heads // groups * length  # heads that share a key are more rows for it, so that keys need not be repeated
@@ -78,7 +84,7 @@ def attention_to_seen(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     if rows <= _FEW_ROWS and chip_of(query.device) == "cpu":
         mixed = _of_few_rows(by_key, key, value, mask)
     else:
-        mixed = F.scaled_dot_product_attention(by_key, key, value, attn_mask=mask.to(query.dtype))
+        mixed = F.scaled_dot_product_attention(by_key, key.to(query.dtype), value, attn_mask=mask.to(query.dtype))
     return mixed.reshape(batch, heads, length, width)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from bagualu.parallel.precision import multiply_dtype
 from bagualu.trainer.models.decoder.layers import Attention, Positions
 from bagualu.trainer.models.decoder.model import Head, LearnedPositions
-from bagualu.trainer.operators.attention import attention_to_seen, causal_attention, mask_of_seen
+from bagualu.trainer.operators.attention import attention_to_seen, causal_attention, kept_dtype, mask_of_seen
 
 GROWTH = 64
 """Caches grow by this many columns at a time: processors that generate code for each shape of a product then see few shapes."""
@@ -125,7 +125,7 @@ class _LayerCache:
         if self._kept is not None and self._kept[0].shape[2] == capacity:
             return self._kept
         batch, heads, _, width = like.shape
-        keys, values = (like.new_zeros((batch, heads, capacity, width), dtype=dtype) for _ in range(2))
+        keys, values = (like.new_zeros((batch, heads, capacity, width), dtype=one) for one in (kept_dtype(like, dtype), dtype))
         for before, larger in zip(self._kept or (), (keys, values), strict=False):
             larger[:, :, : before.shape[2]] = before
         return keys, values
