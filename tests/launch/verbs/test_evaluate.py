@@ -241,6 +241,8 @@ def test_a_blend_of_the_run_is_evaluated_as_it_was_in_training(here, capsys, tmp
             "data.format=chat needs a chat template, and",
         ),
         (["runs/tiny", "data.source=my_texts", "data.token_dtype=uint32"], "data.token_dtype=uint32 is for files of token ids"),
+        (["runs/tiny", "train.micro_batch=auto"], "train.micro_batch=auto is for training; give a number"),
+        (["runs/tiny", "train.micro_batch=some"], "train.micro_batch=some must be at least 1, a whole number"),
         (["runs/tiny", "data.source=my_texts", "data.tokenizer=tokenizer.json"], "data.tokenizer changes nothing here"),
         (["runs/random", "data.source=my_texts"], "keeps no tokenizer.json to read it with; leave data.source out"),
     ],
