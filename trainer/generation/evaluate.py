@@ -11,7 +11,7 @@ from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
 from bagualu.trainer.data.batches import Batches
 from bagualu.trainer.data.blend import changed_source, read_periods
-from bagualu.trainer.data.config import RANDOM, DataConfig
+from bagualu.trainer.data.config import RANDOM, WHOLE, DataConfig
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.generation.evaluate_request import EvaluateRequest
@@ -48,9 +48,11 @@ def evaluate_on_ranks(
 
 def _fitting(data: DataConfig, corpus: Corpus, request: EvaluateRequest) -> DataConfig:
     """Returns the section with sequences as long as the model's context, or as other text if that is shorter; with their length as
-    it is if it was given, and for the text of the run."""
+    it is if it was given, and for the text of the run. Sequences of whole documents are no longer than all of them together: the
+    rest would be padding, in masks too."""
     if request.context is None:
-        return data
+        shorter = data.packing == WHOLE and not request.own_data
+        return replace(data, sequence_length=max(1, min(data.sequence_length, len(corpus.validation)))) if shorter else data
     longest = request.context if data.source == RANDOM else min(request.context, len(corpus.validation) - 1)
     return replace(data, sequence_length=max(1, longest))
 

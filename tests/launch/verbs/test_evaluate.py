@@ -185,6 +185,7 @@ def test_of_conversations_the_answers_are_evaluated(here, capsys, tmp_path):
         logits = decoder_of(here)(torch.tensor([encoding.ids[:-1]]))[0][0].log_softmax(-1)
     nats = -sum(float(logits[number - 1, encoding.ids[number]]) for number in wanted)
     assert (found["tokens"], found["loss"]) == (len(wanted), pytest.approx(nats / len(wanted), rel=1e-9))
+    assert found["sequence_length"] <= len(encoding.ids), "padding would only take memory"
 
 
 def test_a_blend_of_the_run_is_evaluated_as_it_was_in_training(here, capsys, tmp_path):
