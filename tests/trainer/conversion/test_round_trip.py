@@ -80,7 +80,11 @@ def trained(communicator: Communicator, recipe: Recipe) -> dict[str, Any]:
     return train(recipe, communicator)
 
 
-@pytest.mark.parametrize("name", ["llama", "olmo3", "qwen3_moe"])
+FEW = ("llama", "olmo3", "qwen3_moe")
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in FEW]
+
+
+@pytest.mark.parametrize("name", [*FEW, *OTHERS])
 def test_a_step_on_any_layout_gives_the_same_model(name: str, tmp_path: Path) -> None:
     """And transformers computes with it what the decoder does."""
     publish(name, tmp_path / "published", torch.float64)
