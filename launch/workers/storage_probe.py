@@ -10,10 +10,8 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.fault_tolerance.run_directory import BEGUN, RunDirectory
 from bagualu.fault_tolerance.within import within
-from bagualu.trainer.costs.micro_batch import size_as_begun
-from bagualu.trainer.costs.settle import take_size
+from bagualu.trainer.costs import settle as costs
 from bagualu.trainer.recipe import preflight
-from bagualu.trainer.recipe.choose_backend import choose_backend
 from bagualu.trainer.recipe.config import Recipe
 
 T = TypeVar("T")
@@ -47,17 +45,14 @@ def settle(recipe: Recipe, workers: int) -> tuple[Recipe, str]:
     Reads the run directory, because a resumed run keeps both. Raises RecipeError when the storage does not answer, and for some
     mistakes in the recipe.
     """
-    recipe, backend = _asked(recipe, lambda: choose_backend(recipe, workers))
-    before = _asked(recipe, lambda: size_as_begun(recipe))
-    return take_size(recipe, backend, workers, recipe.world_size(), before)
 
+    def read(look: Callable[[], T]) -> T:
+        try:
+            return within(_CHECK_SECONDS, look)
+        except StorageError as error:
+            raise RecipeError(f"run.dir={recipe.run.dir} {error}; see whether its storage hangs, or give another") from error
 
-def _asked(recipe: Recipe, look: Callable[[], T]) -> T:
-    """Returns what `look` reads in the run directory. Raises RecipeError when its storage does not answer."""
-    try:
-        return within(_CHECK_SECONDS, look)
-    except StorageError as error:
-        raise RecipeError(f"run.dir={recipe.run.dir} {error}; see whether its storage hangs, or give another") from error
+    return costs.settle(recipe, workers, recipe.world_size(), read)
 
 
 def begun(scratch: Path) -> bool:

@@ -257,7 +257,8 @@ def test_a_run_directory_that_gives_errors_is_an_outage_on_every_rank(stopped: P
 def test_only_rank_0_decides_what_there_is_and_the_others_wait_to_see_it(
     stopped: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on another node whose file system still believes what it saw before: no `.epoch`, and the newest one not yet."""
+    """Rank 1 is given an outdated view of the storage, as a network file system may show it: first without the file `.epoch`, and
+    later without the newest one."""
     stat, looks = Path.stat, Counter[str]()
 
     def stale(path: Path, **options: Any) -> Any:

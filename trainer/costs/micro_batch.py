@@ -53,11 +53,11 @@ def choose_micro_batch(recipe: Recipe, world: int, device: Device | None, before
         sized = _with(recipe, size)
         if not (_valid(sized, world) and fits(sized, world, usable)):
             continue
+        if recipe.parallel.pipeline == 1:
+            return sized  # smaller ones are slower
         seconds = _step_seconds(sized, world)
         if least is None or seconds < least:
             best, least = size, seconds
-        if recipe.parallel.pipeline == 1:
-            break  # smaller ones are slower
     return _with(recipe, best)
 
 
@@ -86,8 +86,8 @@ def _step_seconds(recipe: Recipe, world: int) -> float:
 
 def _divisors(number: int) -> list[int]:
     """Returns the divisors of `number`, the largest first."""
-    small = [one for one in range(1, int(number**0.5) + 1) if number % one == 0]
-    return sorted({*small, *(number // one for one in small)}, reverse=True)
+    small = [divisor for divisor in range(1, int(number**0.5) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)}, reverse=True)
 
 
 def _with(recipe: Recipe, size: int) -> Recipe:

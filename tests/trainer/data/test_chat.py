@@ -100,7 +100,7 @@ def test_answers_are_what_the_model_says_and_the_end_of_it(tmp_path: Path, in_a_
 
 
 def test_answers_are_what_the_template_marks(tmp_path: Path) -> None:
-    """As transformers finds them, whatever else the template writes."""
+    """They are the same characters that transformers finds, also if the template writes other text around them."""
     path = make(tmp_path, MARKED)
     template, tokenizer = ChatTemplate(path / "tokenizer.json"), AutoTokenizer.from_pretrained(path)
     for messages in (conversation(3, turns=3), conversation(1)):

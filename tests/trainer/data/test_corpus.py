@@ -239,7 +239,7 @@ def test_the_tokenizer_is_trained_on_no_more_text_than_it_is_said_to_be(folder, 
 
 
 def test_a_prepared_corpus_is_read_whole_once(folder, tmp_path, monkeypatch):
-    """Also by a process that only reads: the first start reads it, whoever made it."""
+    """The first process that loads the corpus reads every byte, even if another process prepared it; later ones do not."""
     first = prepare(config(folder, tmp_path / "cache"), VOCAB)
     tokens = first.train[:], first.validation[:]
 
@@ -274,7 +274,7 @@ def test_a_record_of_what_was_read_that_does_not_fit_is_no_obstacle(folder, tmp_
 
 
 def test_damage_that_keeps_size_and_time_is_found(folder, tmp_path):
-    """By the next start, since the status of the file has changed too."""
+    """The next process that loads the corpus finds it, because the file's ctime has changed."""
     first = prepare(config(folder, tmp_path / "cache"), VOCAB)
     path = first.tokenizer_path.with_name("train.bin")
     good, status = path.read_bytes(), path.stat()

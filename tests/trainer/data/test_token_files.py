@@ -210,7 +210,7 @@ def test_every_rank_may_take_any_part_of_a_step_far_away(tmp_path: Path) -> None
 
 
 def test_windows_reach_over_the_ends_of_files(tmp_path: Path) -> None:
-    """Of files with ids of different sizes, from some token of the first file to some token of the last."""
+    """Windows begin in any file and end in any later one; the files hold ids of 2 and of 4 bytes."""
     everything, files = [], []
     for number, (count, dtype) in enumerate([(5, "uint16"), (1, "uint32"), (12, "uint16"), (3, "uint16"), (20, "uint32")]):
         ids = np.random.default_rng(number).integers(0, 60_000, count)

@@ -51,7 +51,7 @@ class FrozenLayers:
     def outputs(
         self, x: torch.Tensor, factor: torch.Tensor | None = None, wide: bool = False, biased: bool = True
     ) -> tuple[torch.Tensor, ...]:
-        """As `project` for these layers."""
+        """Returns what `project` would return for these layers, given x [..., I]: an output [..., O] of each."""
         (output,) = linears(x, self.weight, biases=(self.bias if biased else None,), factor=factor, wide=wide)
         return output.split(self.widths, -1) if len(self.widths) > 1 else (output,)
 
