@@ -257,7 +257,7 @@ def test_a_run_directory_that_gives_errors_is_an_outage_on_every_rank(stopped: P
 def test_only_rank_0_decides_what_there_is_and_the_others_wait_to_see_it(
     stopped: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At first rank 1 sees neither the file `.epoch` nor the newest checkpoint, as on a node whose network file system is behind."""
+    """At first rank 1 sees neither `.epoch` nor the newest checkpoint, as on a node whose network file system is behind."""
     stat, looks = Path.stat, Counter[str]()
 
     def stale(path: Path, **options: Any) -> Any:
