@@ -66,5 +66,13 @@ setup(
             "nccl = bagualu.comm.nccl:NcclBackend",
             "simulated = bagualu.comm.simulated:SimulatedBackend",
         ],
+        "bagualu.operators": [  # see trainer/operators/registry.py
+            "attention.blocks.cpu = bagualu.trainer.operators.attention:attention_blocks",
+            "attention.kernel = bagualu.trainer.operators.attention:attention_kernel",
+            "gate.eager = bagualu.trainer.operators.gate:silu_gate",
+            "loss.eager = bagualu.parallel.vocabulary:loss_and_gradient",
+            "norm.eager = bagualu.trainer.operators.norm:normalise",
+            "rotary.eager = bagualu.trainer.operators.rotary:rotate",
+        ],
     },
 )

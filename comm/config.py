@@ -26,7 +26,12 @@ class CommConfig:
     def on_cpu(self) -> bool:
         """Whether the ranks certainly use no accelerator. False for `auto`, which may become nccl, and for a backend of another
         package, which may use an accelerator."""
-        return self.backend == "gloo" or (self.backend == "simulated" and self.device == "cpu")
+        return self.chip == "cpu"
+
+    @property
+    def chip(self) -> str | None:
+        """The type of the ranks' device, cpu or cuda; None for `auto` and for a backend of another package."""
+        return self.device if self.backend == "simulated" else {"gloo": "cpu", "nccl": "cuda"}.get(self.backend)
 
     def validate(self) -> None:
         if self.device not in ("cpu", "cuda"):

@@ -7,6 +7,7 @@ of a chunk's logits right after the logits, so a [N, V] tensor never exists. The
 all-reduces over the ranks (Megatron-LM, arXiv 1909.08053, section 3, for the split softmax).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from bagualu.parallel.config import HEAD_CHUNK_TOKENS
 from bagualu.parallel.data.reducer import gradient_sink
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
+ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Group | None], torch.Tensor]
+"""Has the arguments and results of `loss_and_gradient`."""
 IGNORED = -100
 """The label of a token that adds nothing to the loss."""
 
@@ -64,16 +67,22 @@ def sharded_embedding(tokens: torch.Tensor, weight: torch.Tensor, group: Group, 
 
 
 def linear_cross_entropy(
-    x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocabulary: int, group: Group | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    vocabulary: int,
+    group: Group | None = None,
+    chunk_loss: ChunkLoss | None = None,
 ) -> torch.Tensor:
     """Returns the sum over tokens of -log softmax(x @ weight.T)[label], a scalar in at least float32.
 
     x [N, H] is the same on every rank of `group`. weight [V, H] is this rank's rows. labels [N] are IGNORED for tokens that add
     nothing to the loss. `vocabulary` is the number of real rows over all ranks; the rows after them are padding and not part of the
     softmax. The gradient of the loss with respect to x is only this rank's part; the whole gradient is the sum over the group (see
-    `enter` in tensor.py).
+    `enter` in tensor.py). `chunk_loss` takes the place of `loss_and_gradient`.
     """
-    loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group, torch.is_grad_enabled())
+    chunk_loss = chunk_loss or loss_and_gradient
+    loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group, chunk_loss, torch.is_grad_enabled())
     return loss
 
 
@@ -86,6 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: torch.Tensor,
         vocabulary: int,
         group: Group | None,
+        chunk_loss: ChunkLoss,
         differentiate: bool,
     ) -> torch.Tensor:
         start = group.rank * weight.shape[0] if group else 0
@@ -102,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             tokens = slice(begin, begin + HEAD_CHUNK_TOKENS)
             chunk = x[tokens].to(rows.dtype)
             logits = (chunk @ rows.T).to(total.dtype)
-            total += _loss_and_gradient(logits, labels[tokens] - start, labels[tokens] != IGNORED, group)
+            total += chunk_loss(logits, labels[tokens] - start, labels[tokens] != IGNORED, group)
             if grad_x is not None:
                 grad_logits = logits.to(rows.dtype)
                 torch.mm(grad_logits, rows, out=grad_x[tokens])
@@ -119,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0]  # kept as a scalar, which does not widen the products; rounding it to 16 bits would bias all of them
-        rest: tuple[torch.Tensor | None, ...] = (None,) * 4
+        rest: tuple[torch.Tensor | None, ...] = (None,) * 5
         if grad_weight is None:
             return grad_x * scale, None, *rest
         if ctx.sink is not None:
@@ -137,7 +147,7 @@ def _plus_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.T
     return total.addmm_(left, right) if total.dtype == left.dtype else total.add_(left @ right)
 
 
-def _loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None) -> torch.Tensor:
+def loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None) -> torch.Tensor:
     """Returns a chunk's summed loss and overwrites `logits` [n, V] with the gradient of that loss with respect to them. `counts`
     [n]: whether the token adds to the loss. `target` [n] is relative to this rank's first row."""
     owned = counts & (target >= 0) & (target < logits.shape[1])

@@ -59,6 +59,7 @@ def _depends_on(work: ModelWork, device: torch.device, compiled: bool) -> dict[s
         "format": FORMAT, "model": asdict(work.model), "frozen": sorted(work.frozen),
         "tensor": work.layout.tensor, "expert": work.layout.expert,
         "sequence_length": work.sequence_length, "micro_batch": work.micro_batch, "dtype": work.dtype, "compiled": compiled,
+        "operators": work.operators.as_dict(),
         "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }  # fmt: skip

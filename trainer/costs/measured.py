@@ -23,7 +23,7 @@ from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.parallel.data.reducer import GradientSink
 from bagualu.parallel.expert import LocalExperts, Routed
 from bagualu.parallel.pipeline.backward import backward
-from bagualu.parallel.precision import accurate_dtype
+from bagualu.parallel.precision import accurate_dtype, chip_of
 from bagualu.trainer.costs.analytic import end_bytes, layer_bytes, output_bytes
 from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.costs.throughput import synchronize
@@ -34,6 +34,7 @@ from bagualu.trainer.models.decoder.lora import FIRST
 from bagualu.trainer.models.decoder.model import Embedding, Head, Layer
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts
 from bagualu.trainer.models.decoder.shapes import layer_shapes
+from bagualu.trainer.operators.operator_set import OperatorSet, operator_set
 
 BUDGET_SECONDS = 1.0
 _LEAST_ROUNDS = 3
@@ -281,10 +282,11 @@ def _samples(work: ModelWork, device: torch.device, compiled: bool) -> dict[str,
         attend = (lambda x: (module.attend(x),)) if isinstance(module, Layer) else None
         return _Sample(module, new_input, run, attend, device, shelf)
 
+    operators = operator_set(work.operators, chip_of(device))
     with torch.device("meta"):
-        embedding, head = _EmbeddingAndNorm(work), _NormAndHead(work)
+        embedding, head = _EmbeddingAndNorm(work, operators), _NormAndHead(work, operators)
         firsts = {_kind_of(model, index): index for index in reversed(range(model.layers))}
-        layers = {index: Layer(model, index) for index in firsts.values()}
+        layers = {index: Layer(model, index, operators=operators) for index in firsts.values()}
     rows = model.padded_vocab // work.layout.tensor
     found = {"embedding": sample(embedding, "", lambda: tokens(rows), lambda x: (embedding(x),))}
     for kind, index in firsts.items():
@@ -302,10 +304,10 @@ def _outputs_of(layer: Layer) -> Callable[[torch.Tensor], tuple[torch.Tensor, ..
 
 
 class _EmbeddingAndNorm(nn.Module):
-    def __init__(self, work: ModelWork) -> None:
+    def __init__(self, work: ModelWork, operators: OperatorSet) -> None:
         super().__init__()
         self.embedding = Embedding(work.model)
-        self.embedding_norm = norm_of(work.model) if work.model.embedding_norm else None
+        self.embedding_norm = norm_of(work.model, operators) if work.model.embedding_norm else None
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x: torch.Tensor = self.embedding(tokens)
@@ -313,10 +315,10 @@ class _EmbeddingAndNorm(nn.Module):
 
 
 class _NormAndHead(nn.Module):
-    def __init__(self, work: ModelWork) -> None:
+    def __init__(self, work: ModelWork, operators: OperatorSet) -> None:
         super().__init__()
-        self.norm = norm_of(work.model)
-        self.head = Head(work.model.padded_vocab, work.model.hidden, work.model.vocab)
+        self.norm = norm_of(work.model, operators)
+        self.head = Head(work.model.padded_vocab, work.model.hidden, work.model.vocab, operators)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = self.head(self.norm(x), labels)

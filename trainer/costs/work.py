@@ -14,6 +14,9 @@ from bagualu.parallel.sharding import ShardingPlan
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
+from bagualu.trainer.operators import registry
+from bagualu.trainer.operators.config import OperatorsConfig
+from bagualu.trainer.operators.usual import usual_variant
 from bagualu.trainer.recipe.config import Recipe
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -53,6 +56,8 @@ class ModelWork:
     """Whether the ranks compute on CPUs, by operations that take more memory for intermediate results than an accelerator's."""
     widens: bool = False
     """Whether matrices of a 16-bit dtype are multiplied in float32 (parallel/precision.py)."""
+    operators: OperatorsConfig = field(default_factory=OperatorsConfig)
+    """The variants by which operators are computed."""
 
     @cached_property
     def known(self) -> dict[object, Any]:
@@ -104,8 +109,11 @@ class ModelWork:
 
     def attends_in_blocks(self, layer: int) -> bool:
         """Returns whether the attention of `layer` is computed in blocks rather than by torch's kernel (operators/attention.py)."""
-        short = self.dtype == "bfloat16" and not self.widens and self.sequence_length <= 2**9
-        return self.on_cpu and (short or self.keys(layer) < self.sequence_length)
+        variant = self.operators.attention
+        if variant == registry.AUTO:
+            chip, in_bfloat16 = "cpu" if self.on_cpu else "cuda", self.dtype == "bfloat16" and not self.widens
+            variant = usual_variant(chip, in_bfloat16, self.sequence_length, self.keys(layer))
+        return variant == "blocks"
 
     def keys(self, layer: int) -> int:
         """Returns the most tokens that a token attends to in `layer`."""
@@ -141,6 +149,7 @@ def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
         ends_apart=placement.rank_of(0) != placement.rank_of(placement.stages - 1),
         on_cpu=on_cpu,
         widens=on_cpu and not cpu_multiplies(dtype),
+        operators=recipe.operators,
     )
 
 

@@ -9,9 +9,11 @@ from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.boxes import Box
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill, parallelize
+from bagualu.parallel.precision import chip_of
 from bagualu.parallel.sharding import ShardingPlan
 from bagualu.trainer.models.decoder.model import Decoder, Layer
 from bagualu.trainer.models.decoder.plan import decoder_plan
+from bagualu.trainer.operators.operator_set import operator_set
 from bagualu.trainer.recipe.config import Recipe
 
 Take = Callable[[Decoder, ShardingPlan, list[tuple[str, nn.Parameter]]], None]
@@ -27,7 +29,7 @@ def local_model(
     recipe: Recipe, mesh: Mesh, split: Split, fill: Fill, dtype: torch.dtype, take: Take = lambda model, plan, parameters: None
 ) -> tuple[Decoder, ShardingPlan]:
     """Returns this rank's stages of `split`, with weights of `dtype` and buffers from `fill`, and the plan by which they are
-    sharded. Frozen parameters have requires_grad=False.
+    sharded. Frozen parameters have requires_grad=False. Raises RecipeError if `operators` names a variant that the chip has not.
 
     `take` is called for each of the model's `units` as soon as its parameters exist, with those that no unit before it has; it may
     free what this rank need not hold.
@@ -35,8 +37,9 @@ def local_model(
     config, parallel = recipe.model.padded_over(mesh.layout.tensor), recipe.parallel
     slices = [split.slices[stage] for stage in mesh.stages]
     plan = decoder_plan(config, parallel.sequence)
+    operators = operator_set(recipe.operators, chip_of(mesh.group("world").device))
     with torch.device("meta"):
-        model = Decoder(config, slices, mesh.first_stage, mesh.last_stage, split.recompute, recipe.train.offload_bytes)
+        model = Decoder(config, slices, mesh.first_stage, mesh.last_stage, split.recompute, recipe.train.offload_bytes, operators)
     taken: set[int] = set()
 
     def filled(unit: nn.Module) -> None:

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from bagualu.parallel.precision import HALF, accurate_dtype, chip_of, multiply_dtype, on_nvidia
 from bagualu.trainer.operators import fused
 from bagualu.trainer.operators.alibi import distances, extended
+from bagualu.trainer.operators.usual import usual_variant
 
-_LONGEST = 2**9
-"""The longest sequence, in tokens, for which `attention_in_blocks` is used; for longer ones torch's kernel is as fast."""
 _FEW_ROWS = 16
 """The most queries for each key that `attention_to_seen` multiplies on a CPU without torch's kernel."""
 _BLOCK_ROWS = 64
@@ -36,22 +35,73 @@ def causal_attention(
     (ALiBi). With a `window`, each token attends to its latest `window` tokens only, its own included. With a `mask` [B, 1, S, S],
     which is added to the scores, that decides which keys each token attends to, within its window.
 
-    torch's kernels know no window and compute what a mask then removes; in blocks, most of that is left out."""
+    Computes it in blocks where `usual_variant` says so, else by torch's kernel."""
+    if attention_blocks.takes(query, key, value, slopes, window, mask):
+        in_bfloat16 = multiply_dtype(query) == torch.bfloat16
+        if usual_variant(chip_of(query.device), in_bfloat16, query.shape[2], window) == "blocks":
+            return attention_blocks(query, key, value, slopes, window, mask)
+    return attention_kernel(query, key, value, slopes, window, mask)
+
+
+def attention_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slopes: torch.Tensor | None = None,
+    window: int | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns the output of torch's kernel for the arguments of `causal_attention`. The kernel knows no window: it computes what a
+    mask then removes."""
     dtype, length = multiply_dtype(query), query.shape[2]
-    shared = query.shape[1] // key.shape[1]
     window = None if window is None or window >= length else window
     if mask is not None and window is not None:
         mask, window = mask.masked_fill(~_in_window(length, length, window, mask.device), -torch.inf), None
     if dtype in HALF and on_nvidia(query) and window is None and mask is None:  # reads shared heads without expanding them
         return _by_kernel(query, key, value, slopes)
-    in_blocks = window is not None or (dtype == torch.bfloat16 and length <= _LONGEST)
-    in_blocks = in_blocks and mask is None and chip_of(query.device) == "cpu" and not torch.compiler.is_compiling()
-    if in_blocks and dtype == torch.float16:
-        dtype = torch.float32  # products of gradients would leave the range of float16
+    return _by_kernel(*_expanded(query, key, value, dtype), slopes, window, mask).to(query.dtype)
+
+
+class _Blocks:
+    """`attention_in_blocks` as a variant: for the arguments of `causal_attention` without a mask, on a CPU."""
+
+    def takes(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slopes: torch.Tensor | None = None,
+        window: int | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> bool:
+        return mask is None and chip_of(query.device) == "cpu" and not torch.compiler.is_compiling()
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slopes: torch.Tensor | None = None,
+        window: int | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        dtype = multiply_dtype(query)
+        if dtype == torch.float16:
+            dtype = torch.float32  # products of gradients would leave the range of float16
+        window = None if window is None or window >= query.shape[2] else window
+        return attention_in_blocks(*_expanded(query, key, value, dtype), slopes, window).to(query.dtype)
+
+
+attention_blocks = _Blocks()
+
+
+def _expanded(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns query, key and value [B, A, S, D] in `dtype`, each query head with a key and a value of its own."""
+    shared = query.shape[1] // key.shape[1]
     key, value = (t.to(dtype).repeat_interleave(shared, dim=1) if shared > 1 else t.to(dtype) for t in (key, value))
-    if in_blocks:
-        return attention_in_blocks(query.to(dtype), key, value, slopes, window).to(query.dtype)
-    return _by_kernel(query.to(dtype), key, value, slopes, window, mask).to(query.dtype)
+    return query.to(dtype), key, value
 
 
 def mask_of_seen(

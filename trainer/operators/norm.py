@@ -11,6 +11,14 @@ from bagualu.parallel.precision import accurate_dtype, chip_of
 from bagualu.trainer.operators import fused
 
 
+def normalise(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, bias: torch.Tensor | None = None, group: Group | None = None
+) -> torch.Tensor:
+    """Returns the result of `rms_norm` for x [..., H] and weight [H] or, with a bias [H], that of `layer_norm`, for which there is
+    no group."""
+    return rms_norm(x, weight, epsilon, group) if bias is None else layer_norm(x, weight, bias, epsilon)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, group: Group | None = None) -> torch.Tensor:
     """Returns x / sqrt(mean(x^2) + epsilon) * weight over the last dim, computed in at least float32 (arXiv 1910.07467, equation
     4). `group`: the ranks whose x are equal parts of that dim; None if this rank has the whole. Collective over it."""

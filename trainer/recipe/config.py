@@ -24,6 +24,7 @@ from bagualu.parallel.pipeline.registry import placement_of, splits_backward
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.models.decoder.config import LONGEST_ALIBI, ModelConfig
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
+from bagualu.trainer.operators.config import OperatorsConfig
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.recipe.deepspeed import DeepSpeedTerms
 from bagualu.trainer.recipe.override_text import typed
@@ -184,6 +185,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    operators: OperatorsConfig = field(default_factory=OperatorsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     comm: CommConfig = field(default_factory=CommConfig)
@@ -219,6 +221,7 @@ class Recipe:
         self.model.validate(self.train.dtype)
         self.optim.validate("float64" if self.train.dtype == "float64" else "float32")
         self.optim.validate_steps(self.train.steps)
+        self.operators.validate(self.comm.chip)
         self.model.lora.check_targets(parameter_shapes(self.model))
         self.optim.check_patterns(self.trainable_shapes())
         if self.comm.on_cpu and not self.train.deterministic:

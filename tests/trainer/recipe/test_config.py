@@ -288,6 +288,14 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "give restart.long_hang_seconds=1800",
         {"restart__long_hang_seconds": 1800},
     ),
+    # operators
+    ({"operators__attention": "flash"}, "give one of auto, blocks, kernel", {"operators__attention": "kernel"}),
+    ({"operators__loss": "exact"}, "give one of auto, eager", {"operators__loss": "auto"}),
+    (
+        {"operators__attention": "blocks", "comm__backend": "nccl"},
+        "is for cpu only, and the ranks compute on cuda; give one of auto, kernel",
+        {"operators__attention": "kernel"},
+    ),
     ({"straggler__ratio": 0.5}, "or 0 to turn it off, e.g. straggler.ratio=1.5", {"straggler__ratio": 0}),
     ({"straggler__window_seconds": 0}, "e.g. straggler.window_seconds=10", {"straggler__window_seconds": 10}),
     (

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from bagualu.parallel.precision import multiply_dtype
-from bagualu.trainer.models.decoder.layers import Attention, Positions
+from bagualu.trainer.models.decoder.layers import Attend, Attention, Positions
 from bagualu.trainer.models.decoder.model import Head, LearnedPositions
-from bagualu.trainer.operators.attention import attention_to_seen, causal_attention, kept_dtype, mask_of_seen
+from bagualu.trainer.operators.attention import attention_to_seen, kept_dtype, mask_of_seen
 
 GROWTH = 64
 """Caches grow by this many columns at a time: processors that generate code for each shape of a product then see few shapes."""
@@ -100,9 +100,10 @@ class Columns:
 class _LayerCache:
     """Takes the place of an attention's `attend`: adds the new keys and values to those before, and attends to all of them."""
 
-    def __init__(self, columns: Columns, window: int | None = None) -> None:
-        """`window`: each token sees only the latest tokens, as many as this with itself; None: all."""
-        self._columns, self._window = columns, window
+    def __init__(self, columns: Columns, attend: Attend, window: int | None = None) -> None:
+        """`attend`: the function whose place it takes. `window`: each token sees only the latest tokens, as many as this with
+        itself; None: all."""
+        self._columns, self._attend, self._window = columns, attend, window
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
         """Keys and values [B, G, C, D]."""
 
@@ -114,7 +115,7 @@ class _LayerCache:
         new = slice(columns.filled, columns.filled + columns.added)
         keys[:, :, new], values[:, :, new] = key[:, :, -columns.added :], value[:, :, -columns.added :]
         if columns.begins and (self._window is None or self._window >= columns.added):
-            return causal_attention(query, key, value, slopes, self._window)
+            return self._attend(query, key, value, slopes)
         masks = columns.masks(query.shape[1] // key.shape[1], self._window, dtype, slopes)
         parts = [attention_to_seen(query[:, :, rows].to(dtype), keys, values, mask) for rows, mask in masks]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).to(query.dtype)
@@ -158,7 +159,7 @@ def cached(model: nn.Module, padding: torch.Tensor, last: int = 1) -> Iterator[C
 
     for module in model.modules():
         if isinstance(module, Attention):
-            replace(module, "attend", _LayerCache(columns, module.window))
+            replace(module, "attend", _LayerCache(columns, module.attend, module.window))
             if module.positions is not None:
                 replace(module, "positions", _angles(columns, module.positions))
         elif isinstance(module, LearnedPositions):

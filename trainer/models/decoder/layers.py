@@ -16,10 +16,9 @@ from bagualu.comm.group import Group
 from bagualu.trainer.models.decoder.adapted import AdaptedModule, first_factors, plus_products
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.operators.alibi import Slopes
-from bagualu.trainer.operators.attention import causal_attention
 from bagualu.trainer.operators.linear import linears
-from bagualu.trainer.operators.norm import layer_norm, rms_norm
-from bagualu.trainer.operators.rotary import RotaryPositions, Scaling, SlowRotations, Yarn, rotate
+from bagualu.trainer.operators.operator_set import BY_RULE, OperatorSet
+from bagualu.trainer.operators.rotary import RotaryPositions, Scaling, SlowRotations, Yarn
 
 gelu = partial(F.gelu, approximate="tanh")
 Attend = Callable[..., torch.Tensor]
@@ -72,30 +71,30 @@ def project(
 class RMSNorm(nn.Module):
     """`group` is set where the width is split over ranks: those that hold its parts."""
 
-    def __init__(self, width: int, epsilon: float) -> None:
+    def __init__(self, width: int, epsilon: float, operators: OperatorSet = BY_RULE) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.epsilon = epsilon
+        self.epsilon, self.operators = epsilon, operators
         self.group: Group | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.epsilon, self.group)
+        return self.operators.norm(x, self.weight, self.epsilon, group=self.group)
 
 
 class LayerNorm(nn.Module):
-    def __init__(self, width: int, epsilon: float) -> None:
+    def __init__(self, width: int, epsilon: float, operators: OperatorSet = BY_RULE) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width))
-        self.epsilon = epsilon
+        self.epsilon, self.operators = epsilon, operators
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return layer_norm(x, self.weight, self.bias, self.epsilon)
+        return self.operators.norm(x, self.weight, self.epsilon, self.bias)
 
 
-def norm_of(config: ModelConfig) -> RMSNorm | LayerNorm:
+def norm_of(config: ModelConfig, operators: OperatorSet = BY_RULE) -> RMSNorm | LayerNorm:
     """Returns a norm of the hidden states [..., H]."""
-    return (RMSNorm if config.norm == "rms" else LayerNorm)(config.hidden, config.norm_epsilon)
+    return (RMSNorm if config.norm == "rms" else LayerNorm)(config.hidden, config.norm_epsilon, operators)
 
 
 class Attention(nn.Module):
@@ -108,9 +107,12 @@ class Attention(nn.Module):
     only, unless `window` is None.
     """
 
-    def __init__(self, config: ModelConfig, window: int | None = None, scaled: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, window: int | None = None, scaled: bool = False, operators: OperatorSet = BY_RULE
+    ) -> None:
         """`window` and `scaled` are `ModelConfig.window_of` and `ModelConfig.scales_rotations` of the layer."""
         super().__init__()
+        self.operators = operators
         self.head_dim, self.window, self.norms_all_heads = config.head_width, window, config.qk_norm_over == "all"
         wide, narrow = (heads * config.head_width for heads in (config.heads, config.key_value_heads))
         biased = config.bias != "none"
@@ -119,10 +121,11 @@ class Attention(nn.Module):
         self.value = Linear(config.hidden, narrow, biased)
         self.output = Linear(wide, config.hidden, config.bias == "all")
         normed = (wide, narrow) if self.norms_all_heads else (self.head_dim, self.head_dim)
-        self.query_norm, self.key_norm = (RMSNorm(n, config.norm_epsilon) if config.qk_norm else None for n in normed)
+        self.query_norm, self.key_norm = (RMSNorm(n, config.norm_epsilon, operators) if config.qk_norm else None for n in normed)
         self.positions: Positions | None = _rotations(config, scaled) if config.positions == "rotary" else None
         self.slopes = Slopes(config.heads) if config.positions == "alibi" else None
-        self.attend: Attend = causal_attention if window is None else partial(causal_attention, window=window)
+        attend = operators.attention
+        self.attend: Attend = attend if window is None else partial(attend, window=window)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, S, H] -> [B, S, H], without the output's bias. `mask` [B, 1, S, S] as in `operators.documents`; `attend` gets it by
@@ -137,6 +140,7 @@ class Attention(nn.Module):
             query, key = _normed(norms, query, key)
         if self.positions is not None:
             cos, sin = self.positions(x.shape[1], x.dtype, x.device)
+            rotate = self.operators.rotary
             if x.shape[1] == 1:  # for one token, an operator takes longer than what it computes
                 both = rotate(torch.cat((query, key), 2), cos, sin)
                 query, key = both.split((query.shape[2], key.shape[2]), 2)
@@ -176,8 +180,9 @@ class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202). Without a gate: down(gelu(up(x))), with the tanh form of GELU (arXiv
     1606.08415, section 2)."""
 
-    def __init__(self, config: ModelConfig, ffn: int, bias: bool) -> None:
+    def __init__(self, config: ModelConfig, ffn: int, bias: bool, operators: OperatorSet = BY_RULE) -> None:
         super().__init__()
+        self.operators = operators
         self.gate = Linear(config.hidden, ffn, bias) if config.gated else None
         self.up = Linear(config.hidden, ffn, bias)
         self.down = Linear(ffn, config.hidden, bias)
@@ -188,4 +193,5 @@ class FeedForward(nn.Module):
             (up,) = project(x, self.up)
             return project(gelu(up), self.down, biased=False)[0]
         gate, up = project(x, self.gate, self.up)
-        return project(F.silu(gate), self.down, biased=False, factor=up)[0]
+        gated, factor = self.operators.gate(gate, up)
+        return project(gated, self.down, biased=False, factor=factor)[0]

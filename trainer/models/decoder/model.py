@@ -23,6 +23,7 @@ from bagualu.trainer.models.decoder.moe import MixtureOfExperts, update_biases
 from bagualu.trainer.models.model import Model
 from bagualu.trainer.operators.documents import document_mask, positions_in
 from bagualu.trainer.operators.linear import linears, plus_bias
+from bagualu.trainer.operators.operator_set import BY_RULE, OperatorSet
 
 
 class LearnedPositions(Linear):
@@ -64,10 +65,10 @@ class Head(Linear):
     """Weight [V, H]: the projection to the vocabulary, computed together with the loss. `loss` is replaced where the vocabulary is
     split over ranks, `columns` where only the logits of some tokens of each sequence are needed."""
 
-    def __init__(self, vocabulary: int, hidden: int, real: int) -> None:
+    def __init__(self, vocabulary: int, hidden: int, real: int, operators: OperatorSet = BY_RULE) -> None:
         super().__init__(hidden, vocabulary)
         self.real = real
-        self.loss = partial(linear_cross_entropy, vocabulary=real)
+        self.loss = partial(linear_cross_entropy, vocabulary=real, chunk_loss=operators.loss)
         self.columns = slice(None)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -87,14 +88,17 @@ class Layer(nn.Module):
     """Attention and feed-forward, each added to the residual stream, with a norm before or after it. With `recompute` attention or
     experts, the backward pass computes this part again from its input."""
 
-    def __init__(self, config: ModelConfig, index: int, recompute: str = "none") -> None:
+    def __init__(self, config: ModelConfig, index: int, recompute: str = "none", operators: OperatorSet = BY_RULE) -> None:
         super().__init__()
         self.recompute, self.norms_after = recompute, config.norm_position == "after"
-        self.attention_norm = norm_of(config)
-        self.attention = Attention(config, config.window_of(index), config.scales_rotations(index))
-        self.feed_forward_norm = norm_of(config)
-        mixture = config.is_moe_layer(index)
-        self.feed_forward = MixtureOfExperts(config) if mixture else FeedForward(config, config.ffn, bias=config.bias == "all")
+        self.attention_norm = norm_of(config, operators)
+        self.attention = Attention(config, config.window_of(index), config.scales_rotations(index), operators)
+        self.feed_forward_norm = norm_of(config, operators)
+        self.feed_forward = (
+            MixtureOfExperts(config, operators)
+            if config.is_moe_layer(index)
+            else FeedForward(config, config.ffn, config.bias == "all", operators)
+        )
         add_factors(self, f"layers.{index}.", config.lora)
 
     def forward(
@@ -150,6 +154,7 @@ class Decoder(Model):
         last: bool = True,
         recompute: Sequence[str] = (),
         offload_bytes: int = 0,
+        operators: OperatorSet = BY_RULE,
     ) -> None:
         """`recompute`: for each layer of the whole model, the part that its backward pass computes again: none, attention, experts
         or full; empty: none. `offload_bytes`: the most bytes of the layers' activations that may be in host memory."""
@@ -158,10 +163,10 @@ class Decoder(Model):
         self.recompute = list(recompute) or ["none"] * config.layers
         self.host_memory = HostMemory(offload_bytes)
         self.embedding = Embedding(config) if first else None
-        self.embedding_norm = norm_of(config) if first and config.embedding_norm else None
-        self.layers = nn.ModuleDict({str(i): Layer(config, i, self.recompute[i]) for layers in slices for i in layers})
-        self.norm = norm_of(config) if last else None
-        self.head = Head(config.padded_vocab, config.hidden, config.vocab) if last else None
+        self.embedding_norm = norm_of(config, operators) if first and config.embedding_norm else None
+        self.layers = nn.ModuleDict({str(i): Layer(config, i, self.recompute[i], operators) for layers in slices for i in layers})
+        self.norm = norm_of(config, operators) if last else None
+        self.head = Head(config.padded_vocab, config.hidden, config.vocab, operators) if last else None
         self._tied = config.tie_embeddings and first and last
         if self.head is not None and self.embedding is not None and self._tied:
             self.head.weight = self.embedding.weight

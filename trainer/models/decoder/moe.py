@@ -9,7 +9,6 @@ sends rows, sorted by expert, to the ranks of their experts and returns the resu
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from bagualu.parallel.expert import LocalExperts
@@ -18,14 +17,16 @@ from bagualu.trainer.models.decoder.adapted import AdaptedModule, first_factors,
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.layers import FeedForward, gelu
 from bagualu.trainer.operators.linear import grouped_linears, linears
+from bagualu.trainer.operators.operator_set import BY_RULE, OperatorSet
 from bagualu.trainer.operators.ragged import pad, unpad
 
 
 class Experts(AdaptedModule):
     """The experts on this rank, each a feed-forward: gate, if there is one, and up [E, F, H], down [E, H, F]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, operators: OperatorSet = BY_RULE) -> None:
         super().__init__()
+        self.operators = operators
         shape = config.moe.experts, config.moe.ffn, config.hidden
         self.gate = nn.Parameter(torch.empty(shape)) if config.gated else None
         self.up = nn.Parameter(torch.empty(shape))
@@ -42,7 +43,8 @@ class Experts(AdaptedModule):
             (results,) = self._multiply(gelu(up), rows_of, "down")
         else:
             gate, up = self._multiply(padded, rows_of, "gate", "up")
-            (results,) = self._multiply(F.silu(gate), rows_of, "down", factor=up)
+            gated, factor = self.operators.gate(gate, up)
+            (results,) = self._multiply(gated, rows_of, "down", factor=factor)
         return self.exchange.combine(unpad(results, routed.counts, rows_of), routed)
 
     def _multiply(
@@ -85,12 +87,12 @@ class MixtureOfExperts(nn.Module):
     """Takes the place of a feed-forward. `forward` also returns the balance loss, summed over the micro-batch's sequences, and the
     load: how many tokens of the micro-batch each expert got."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, operators: OperatorSet = BY_RULE) -> None:
         super().__init__()
         self.router = Router(config.hidden, config.moe)
-        self.experts = Experts(config)
+        self.experts = Experts(config, operators)
         shared = config.moe.shared_experts
-        self.shared = FeedForward(config, shared * config.moe.ffn, bias=False) if shared else None
+        self.shared = FeedForward(config, shared * config.moe.ffn, bias=False, operators=operators) if shared else None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [B, S, H] -> [B, S, H], loss, load [E]"""

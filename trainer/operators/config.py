@@ -1,0 +1,32 @@
+"""The operators section of a recipe. Does not import torch."""
+
+from dataclasses import dataclass, fields
+
+from bagualu.trainer.operators.registry import AUTO, require_variant
+
+
+@dataclass
+class OperatorsConfig:
+    """`operators.*`: by which of its registered variants each operator of the model is computed; auto: the one that suits the chip
+    and the shapes. A value that is unknown is refused with the variants that there are. A variant does not compute every shape;
+    eager, or attention's kernel, takes its place where it does not."""
+
+    norm: str = AUTO
+    """RMS and layer normalisation: auto | eager | any name registered under the entry point group `bagualu.operators`."""
+    rotary: str = AUTO
+    """The rotation of queries and keys by their positions: auto | eager | any registered name."""
+    gate: str = AUTO
+    """The gated unit of feed-forwards and experts, silu(gate) * up: auto | eager | any registered name."""
+    attention: str = AUTO
+    """auto | kernel: torch's | blocks: on a CPU, plain matrix products for many heads together | any registered name."""
+    loss: str = AUTO
+    """The cross-entropy of a chunk of tokens and its gradient, given their logits: auto | eager | any registered name."""
+
+    def as_dict(self) -> dict[str, str]:
+        """Returns the variants by operator."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def validate(self, chip: str | None) -> None:
+        """Raises RecipeError for a variant that is not registered, or that `chip` has not; None: the chip is not known yet."""
+        for operator, variant in self.as_dict().items():
+            require_variant(operator, variant, chip)
