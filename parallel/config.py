@@ -26,7 +26,7 @@ class RebalanceConfig:
 
     every: int | None = None
     """Steps between comparisons of the ranks' pass times; 0: layers never move. Default: 10 with balance=measured or analytic and
-    several pipeline ranks (but 0 with train.compile, where every move would compile again), otherwise 0."""
+    several pipeline ranks, otherwise 0."""
     threshold: float = 0.05
     """The least predicted gain for which layers move, as a fraction of the step time."""
     windows: int = 3
@@ -167,8 +167,7 @@ class ParallelConfig:
 
     @property
     def rebalance_every(self) -> int:
-        """Steps between comparisons that may move layers, with the default resolved except for train.compile; 0: layers never
-        move."""
+        """Steps between comparisons that may move layers, with the default resolved; 0: layers never move."""
         if self.pipeline == 1:
             return 0
         if self.rebalance.every is None:

@@ -30,6 +30,11 @@ def chip_of(device: torch.device) -> str:
     return str(getattr(_get_current_dispatch_mode(), "chip", "meta"))
 
 
+def dispatch_mode() -> Any:
+    """Returns the innermost dispatch mode around the computation, which sees each of its operations; None if there is none."""
+    return _get_current_dispatch_mode()
+
+
 def linear_products(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Returns a context for the matrix products of a linear layer, those of its forward and its backward pass. It says so to the
     dispatch mode around a computation without values, in which such products may stand for products in another dtype.

@@ -19,7 +19,7 @@ from bagualu.parallel.config import HEAD_CHUNK_TOKENS
 from bagualu.parallel.data.reducer import gradient_sink
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 
-ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Group | None], torch.Tensor]
+ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Group | None], tuple[torch.Tensor, torch.Tensor]]
 """Has the arguments and results of `loss_and_gradient`."""
 IGNORED = -100
 """The label of a token that adds nothing to the loss."""
@@ -111,13 +111,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, max(1, x.shape[0]), HEAD_CHUNK_TOKENS):
             tokens = slice(begin, begin + HEAD_CHUNK_TOKENS)
             chunk = x[tokens].to(rows.dtype)
-            logits = (chunk @ rows.T).to(total.dtype)
-            total += chunk_loss(logits, labels[tokens] - start, labels[tokens] != IGNORED, group)
+            loss, grad_logits = chunk_loss(chunk @ rows.T, labels[tokens] - start, labels[tokens] != IGNORED, group)
+            total += loss
             if grad_x is not None:
-                grad_logits = logits.to(rows.dtype)
                 torch.mm(grad_logits, rows, out=grad_x[tokens])
                 if ctx.needs_input_grad[1]:
                     grad_rows = _plus_product(grad_rows, grad_logits.T, chunk)
+            del grad_logits  # those of the next chunk need the memory
         if grad_x is not None:
             padding = weight.shape[0] - valid
             grad_weight = F.pad(grad_rows, (0, 0, 0, padding)) if padding and grad_rows is not None else grad_rows
@@ -147,24 +147,28 @@ def _plus_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.T
     return total.addmm_(left, right) if total.dtype == left.dtype else total.add_(left @ right)
 
 
-def loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None) -> torch.Tensor:
-    """Returns a chunk's summed loss and overwrites `logits` [n, V] with the gradient of that loss with respect to them. `counts`
-    [n]: whether the token adds to the loss. `target` [n] is relative to this rank's first row."""
+def loss_and_gradient(
+    logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a chunk's summed loss, in at least float32, and its gradient with respect to `logits` [n, V], in their dtype, for
+    which it may overwrite them. `counts` [n]: whether the token adds to the loss. `target` [n] is relative to this rank's first
+    row. Collective over `group`."""
     owned = counts & (target >= 0) & (target < logits.shape[1])
     row = torch.where(owned, target, 0).unsqueeze(1)
-    high = logits.amax(1, keepdim=True) if logits.shape[1] else logits.new_full((logits.shape[0], 1), -torch.inf)
+    wide = logits.to(accurate_dtype(logits.dtype))
+    high = wide.amax(1, keepdim=True) if wide.shape[1] else wide.new_full((wide.shape[0], 1), -torch.inf)
     if group and group.size > 1:
         group.all_reduce(high, "max")
-    logits -= high
-    sums = logits.new_zeros((2, logits.shape[0]))
-    if logits.shape[1]:
-        sums[0] = torch.where(owned, logits.gather(1, row).squeeze(1), 0)
-        logits.exp_()
-        sums[1] = logits.sum(1)
+    wide -= high
+    sums = wide.new_zeros((2, wide.shape[0]))
+    if wide.shape[1]:
+        sums[0] = torch.where(owned, wide.gather(1, row).squeeze(1), 0)
+        wide.exp_()
+        sums[1] = wide.sum(1)
     if group and group.size > 1:
         group.all_reduce(sums)
     loss = torch.where(counts, sums[1].log() - sums[0], 0).sum()
-    logits *= torch.where(counts, sums[1].reciprocal(), 0).unsqueeze(1)
-    if logits.shape[1]:
-        logits.scatter_add_(1, row, -owned.to(logits.dtype).unsqueeze(1))
-    return loss
+    wide *= torch.where(counts, sums[1].reciprocal(), 0).unsqueeze(1)
+    if wide.shape[1]:
+        wide.scatter_add_(1, row, -owned.to(wide.dtype).unsqueeze(1))
+    return loss, wide if wide is logits else logits.copy_(wide)

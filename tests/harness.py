@@ -30,8 +30,6 @@ BACKENDS = ("gloo", "simulated")
 ON_GPU = pytest.param("simulated-cuda", marks=pytest.mark.gpu)
 """The ranks as threads that share one GPU, for `run`."""
 TIMEOUT_SECONDS = 120.0
-COMPILES = pytest.mark.skipif(torch.__version__ < "2.13", reason="torch before 2.13 loses gradients of compiled layers")
-"""Where train.compile=true is not refused."""
 
 
 def run(backend: str, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

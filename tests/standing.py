@@ -99,17 +99,18 @@ def assert_same_state(run_dir: Path, reference: Path) -> None:
     assert differing == [], differing
 
 
-def assert_same_curve(run_dir: Path, reference: Path) -> None:
-    """Every step once, with the figures, final weights and moments that differ at most by the order of sums."""
+def assert_same_curve(run_dir: Path, reference: Path, relative: float = 1e-9) -> None:
+    """Every step once, with the figures, final weights and moments that differ at most by the order of sums, in float64 by the
+    fraction `relative`."""
     ours, theirs = figures(run_dir), figures(reference)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for key in ("loss", "grad_norm", "lr", "tokens"):
-        np.testing.assert_allclose([line[key] for line in ours], [line[key] for line in theirs], rtol=1e-9, err_msg=key)
-    assert_same_validations(run_dir, reference, 1e-9)
+        np.testing.assert_allclose([line[key] for line in ours], [line[key] for line in theirs], rtol=relative, err_msg=key)
+    assert_same_validations(run_dir, reference, relative)
     ends = [newest_tensors(folder) for folder in (run_dir, reference)]
     assert ends[0].keys() == ends[1].keys()
     for name, tensor in ends[0].items():
-        torch.testing.assert_close(tensor, ends[1][name], rtol=1e-9, atol=1e-12, msg=name)
+        torch.testing.assert_close(tensor, ends[1][name], rtol=relative, atol=relative / 1000, msg=name)
 
 
 def newest_tensors(run_dir: Path) -> dict[str, torch.Tensor]:

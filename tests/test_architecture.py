@@ -65,7 +65,7 @@ ROOMS = {
     "parallel/planner": ("pipeline",),
     "parallel/simulation": ("pipeline", "pipeline/schedules"),
     "trainer/conversion": ("data", "models/decoder", "models/hugging_face", "optim", "recipe"),
-    "trainer/costs": ("data", "models/decoder", "operators", "optim", "recipe"),
+    "trainer/costs": ("data", "models/decoder", "operators", "optim", "process", "recipe"),
     "trainer/data": (),
     "trainer/engine": ("models", "models/decoder", "operators", "optim", "recipe"),
     "trainer/generation": ("conversion", "data", "engine", "models/decoder", "recipe", "recovery"),
@@ -73,12 +73,13 @@ ROOMS = {
     "trainer/models/decoder": ("models", "operators"),
     "trainer/models/hugging_face": ("models/decoder",),
     "trainer/operators": (),
+    "trainer/operators/generated": ("operators",),
     "trainer/optim": (),
     "trainer/output": ("optim", "process", "recipe"),
     "trainer/process": ("recipe",),
     "trainer/recipe": ("data", "models/decoder", "models/hugging_face", "operators", "optim"),
     "trainer/recovery": ("data", "models/decoder", "process", "recipe"),
-    "trainer/simulation": ("costs", "data", "models/decoder", "recipe"),
+    "trainer/simulation": ("costs", "data", "models/decoder", "operators", "recipe"),
 }
 """By room, which others of the same top folder it may import, besides the files of the top folder itself."""
 DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from a path that must be quick without it
@@ -204,8 +205,9 @@ PRIVATE_NAMES_OF_TORCH = {
     "launch/workers/elastic_private.py": {"_NodeDesc"},
     "parallel/precision.py": {"_python_dispatch", "_get_current_dispatch_mode"},
     "trainer/conversion/torch_checkpoint.py": {"_StorageInfo"},
-    "trainer/costs/tensor_memory.py": {"_python_dispatch"},
+    "trainer/costs/tensor_memory.py": {"_python_dispatch", "_disable_current_modes"},
     "trainer/operators/attention.py": {"_softmax_backward_data"},
+    "trainer/operators/kernel.py": {"_dynamo"},  # its limit of recompilations
     "trainer/operators/packed.py": {"_reorder_linear_weight", "_linear_pointwise"},
     "trainer/optim/rules.py": {"_fused_adamw_"},
     "trainer/simulation/operators.py": {"_python_dispatch"},

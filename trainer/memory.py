@@ -30,10 +30,9 @@ class PeakMemory:
         self._gpu = state.device if on_gpu else None
         self._allocator = None if threads else self._gpu
         """The device whose allocator counts what this rank takes; None if there is no such device."""
-        counts = not on_gpu and not threads and not state.recipe.train.compile
+        counts = not on_gpu and not threads
         self._counter = TensorMemory() if counts else None
-        """None if the tensors of this rank cannot be counted: those of compiled layers are not seen, and ranks that are threads
-        make tensors for each other."""
+        """None if the tensors of this rank cannot be counted: ranks that are threads make tensors for each other."""
         self._left = _COUNTED_STEPS
         self._measured = 0
         self._before_steps = 0

@@ -69,7 +69,7 @@ class Move:
 def open_rebalancer(state: TrainerState) -> "Rebalancer | None":
     """Returns the rebalancer of this rank; None if layers never move in this run."""
     parallel = state.recipe.parallel
-    if not parallel.rebalance_every or (state.recipe.train.compile and parallel.rebalance.every is None):
+    if not parallel.rebalance_every:
         return None
     watch = None
     if state.mesh.at("world") == 0:

@@ -26,14 +26,16 @@ from bagualu.parallel.balance.stages.show import show_split
 from bagualu.parallel.parallelize import Fill
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.conversion.origin import keep_origin, values_of
-from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_token
+from bagualu.trainer.costs.throughput import matmul_ceiling
 from bagualu.trainer.data.ahead import ReadAhead
 from bagualu.trainer.data.chat import BESIDE_TOKENIZERS
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.data.corpus_cache import cache_folder
 from bagualu.trainer.data.tokenised import Corpus, show_data
 from bagualu.trainer.engine.local_model import no_values
 from bagualu.trainer.loop import Loop
 from bagualu.trainer.memory import PeakMemory
+from bagualu.trainer.models.decoder.flops import model_flops_per_token
 from bagualu.trainer.observers import close_ledger, open_ledger, plan_faults
 from bagualu.trainer.output.metric_writers import JsonlSink, Sink
 from bagualu.trainer.output.progress import Progress
@@ -41,6 +43,7 @@ from bagualu.trainer.output.rate import remarks
 from bagualu.trainer.output.summary import final as final_summary
 from bagualu.trainer.output.summary import write as write_summary
 from bagualu.trainer.output.wandb_sink import WandbSink
+from bagualu.trainer.process.environment import keep_kernels_in
 from bagualu.trainer.rebalance import open_rebalancer
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.same_recipe import require_same_recipe
@@ -72,6 +75,8 @@ def train(
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing uses this generator; if code ever does, ranks will not differ by accident
     require_same_recipe(recipe, communicator)
+    if recipe.train.compile is True:
+        keep_kernels_in(cache_folder(recipe.data) / "kernels")
     ledger = open_ledger(recipe, communicator)
     comes = _state_will_be_read(recipe, communicator)
     state = assemble(recipe, communicator, _corpus(recipe), no_values if comes else values_of(recipe, communicator))
@@ -198,6 +203,7 @@ def _facts(state: TrainerState, memory: PeakMemory) -> dict[str, Any]:
         "layout": str(state.mesh.layout),
         "engine": state.recipe.parallel.engine,
         "zero": state.recipe.parallel.zero_stage,
+        "compile": state.recipe.train.compile is True,
         "micro_batches_of_data_ranks": state.shares,
         "layers_of_stages": [len(layers) for layers in state.split.slices],
         **_tokens(state.corpus),

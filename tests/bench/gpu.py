@@ -24,8 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 from bagualu.comm.group import connect
 from bagualu.comm.world import World
 from bagualu.trainer.assemble import TrainerState, assemble
-from bagualu.trainer.costs.throughput import model_flops_per_token, synchronize
+from bagualu.trainer.costs.throughput import synchronize
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.models.decoder.flops import model_flops_per_token
 from bagualu.trainer.process import environment
 from bagualu.trainer.recipe.choose_backend import choose_backend
 from bagualu.trainer.recipe.compose import compose

@@ -114,7 +114,7 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
     (folder / f"rank-{communicator.rank}.json").write_text(json.dumps({"pid": os.getpid()}))
     fault, monitor = Fault(recipe, communicator.rank, stop), communicator.monitor
     monitor.observers.append(fault)
-    if recipe.train.compile:
+    if recipe.train.compile is True:
         from torch._dynamo.callback import callback_handler  # a second of every worker's
 
         callback_handler.register_start_callback(lambda _: fault.at("compile", monitor.step))

@@ -146,13 +146,6 @@ def test_threads_on_a_gpu_that_is_not_there(capsys, tmp_path, monkeypatch):
     assert "comm.device=cuda needs an NVIDIA GPU, and finds none here; give comm.device=cpu" in line
 
 
-def test_a_compiler_that_loses_gradients(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "version", lambda package: "2.12.1+cpu")
-    line = refused(capsys, "train", "train.compile=true", f"run.dir={tmp_path}/run")
-    assert "train.compile=true needs torch 2.13 or newer: torch 2.12.1+cpu loses gradients" in line
-    assert "give train.compile=false" in line
-
-
 def a_run(folder, *overrides):
     save_recipe(compose([f"run.dir={folder}", *overrides]))
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')

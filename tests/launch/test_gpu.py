@@ -11,7 +11,6 @@ import pytest
 
 from bagualu.comm.cluster_file import load_cluster
 from bagualu.trainer.process import environment
-from tests.harness import COMPILES
 from tests.launch.survival import SMALL
 from tests.standing import assert_same_curve
 
@@ -45,7 +44,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [],
         ["train.recompute=full"],
         ["train.recompute=attention", "train.offload_bytes=100000000"],
-        pytest.param(["train.compile=true"], marks=COMPILES),
+        ["train.compile=true"],
     ],
     ids=str,
 )

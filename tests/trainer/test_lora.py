@@ -18,7 +18,7 @@ from bagualu.trainer.models.decoder.initialise import normal_values, seeded_valu
 from bagualu.trainer.models.decoder.lora import FIRST, SECOND
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
-from tests.harness import COMPILES, run
+from tests.harness import run
 from tests.parity import gather, pieces_of, small_recipe
 from tests.trainer.models.styles import STYLES
 
@@ -178,7 +178,6 @@ def test_every_engine_trains_the_same_curve(model: str, layout: dict[str, Any]) 
     assert_same(model, layout, "gloo", train__dtype=dtype)
 
 
-@COMPILES
 @SLOW
-def test_compiled_layers_train_the_same_curve() -> None:
+def test_generated_kernels_train_the_same_curve() -> None:
     assert_same("dense", {"data": 2}, "gloo", train__compile=True)

@@ -75,22 +75,34 @@ def embedding_held(work: ModelWork) -> Held:
 def head_held(work: ModelWork) -> Held:
     """Returns the bytes that the final norm and the head hold: the norm's input and scale, and the gradients of the loss with
     respect to the head's input and weight, which the forward pass computes. In it the logits of a chunk exist in the dtype of
-    products and in at least float32; and, while those of the next chunk are computed, those of the chunk before."""
+    products and in at least float32."""
     hidden, item, product, accurate = work.model.hidden, work.item_bytes, work.product_bytes, work.accurate_bytes
     columns = work.model.padded_vocab // work.layout.tensor
     inputs, scales = work.tokens_between * hidden * item, _norm_statistics(work)
     trained = columns * hidden * (("embedding.weight" if work.model.tie_embeddings else "head.weight") not in work.frozen)
     several = work.tokens > HEAD_CHUNK_TOKENS  # then the weight's gradient is a sum, which is in at least float32
-    gradients = inside_bytes(work) + trained * (accurate if several else product)
-    chunk = min(work.tokens, HEAD_CHUNK_TOKENS)
-    second = min(work.tokens - chunk, HEAD_CHUNK_TOKENS)
-    logits = columns * (accurate + product * (product < accurate))
-    last, added = second or chunk, trained * product * (several and product < accurate)
-    widened = (columns + work.tokens + last) * hidden * product * work.widens  # weight, input's gradient, chunk
-    without_result = inside_bytes(work) * work.widens  # the input's gradient is rounded at the end
-    highest = max((chunk + second) * logits - without_result, last * logits + added)
+    weight = trained * (accurate if several else product)
+    widened = (columns + work.tokens) * hidden * product * work.widens  # weight, input's gradient
+    result = inside_bytes(work)  # the input's gradient; if widened, it is rounded at the end
+    highest = _most_of_chunks(work, columns, trained) - weight - result * work.widens
     normed = inside_bytes(work) + (inputs if work.sequence else 0)
-    return Held(inputs + scales + gradients, inputs, 0, highest + normed + widened)
+    return Held(inputs + scales + result + weight, inputs, 0, highest + normed + widened)
+
+
+def _most_of_chunks(work: ModelWork, columns: int, trained: int) -> int:
+    """Returns the most bytes of the weight's gradient, of `trained` elements, and of what the head makes for a chunk of tokens: its
+    logits in the dtype of products and in at least float32, then their gradient and what the chunk adds to that of the weight."""
+    hidden, product, accurate = work.model.hidden, work.product_bytes, work.accurate_bytes
+    narrow = product < accurate
+    sums = (0, trained * product, trained * accurate, trained * accurate)  # after no chunk, one, two and more
+    added = (0, 2 * trained * product * narrow, trained * product * narrow)  # the second also finds the first as it was
+    highest = 0
+    for number, begin in enumerate(range(0, work.tokens, HEAD_CHUNK_TOKENS)[:3]):  # all later chunks are like the third
+        tokens = min(work.tokens - begin, HEAD_CHUNK_TOKENS)
+        logits = tokens * columns * (accurate + product * narrow) + sums[number]
+        gradient = tokens * columns * product + sums[number + 1] + added[number]
+        highest = max(highest, max(logits, gradient) + tokens * hidden * product * work.widens)
+    return highest
 
 
 def layer_held(work: ModelWork, index: int) -> Held:

@@ -19,21 +19,21 @@ from bagualu.fault_tolerance.files import write_atomic
 from bagualu.trainer.costs.measured import MeasuredCosts, measure
 from bagualu.trainer.costs.work import ModelWork
 
-FORMAT = 3
+FORMAT = 4
 """A number in the KEY of a cache file. Raise it when what is measured, or how it is measured, changes."""
 
 log = logging.getLogger(__name__)
 
 
-def figures(cache: Path, work: ModelWork, device: torch.device, compiled: bool) -> dict[str, MeasuredCosts]:
+def figures(cache: Path, work: ModelWork, device: torch.device) -> dict[str, MeasuredCosts]:
     """Returns the costs by kind of layer, either from the cache or measured and then stored there. A failure to write the cache is
     only logged."""
-    depends_on = _depends_on(work, device, compiled)
+    depends_on = _depends_on(work, device)
     key = hashlib.blake2b(json.dumps(depends_on).encode(), digest_size=16).hexdigest()
     path = cache / "costs" / f"{key}.json"
     found = _load(path, depends_on)
     if found is None:
-        found = measure(work, device, compiled)
+        found = measure(work, device)
         try:
             _store(path, {"depends_on": depends_on, "figures": {kind: asdict(one) for kind, one in found.items()}})
         except OSError as error:
@@ -53,12 +53,12 @@ def device_name(device: torch.device) -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def _depends_on(work: ModelWork, device: torch.device, compiled: bool) -> dict[str, Any]:
+def _depends_on(work: ModelWork, device: torch.device) -> dict[str, Any]:
     """Returns everything that the costs depend on. ZeRO and the numbers of replicas and stages do not matter."""
     return {
         "format": FORMAT, "model": asdict(work.model), "frozen": sorted(work.frozen),
         "tensor": work.layout.tensor, "expert": work.layout.expert,
-        "sequence_length": work.sequence_length, "micro_batch": work.micro_batch, "dtype": work.dtype, "compiled": compiled,
+        "sequence_length": work.sequence_length, "micro_batch": work.micro_batch, "dtype": work.dtype,
         "operators": work.operators.as_dict(),
         "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "deterministic": torch.are_deterministic_algorithms_enabled(),

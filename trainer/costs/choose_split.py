@@ -62,7 +62,7 @@ def _table(recipe: Recipe, work: ModelWork, device: torch.device) -> CostTable:
     if not measures(recipe):
         return analytic_table(work)
     cache = Path(recipe.data.cache) if recipe.data.cache else default_cache()
-    found = figures(cache, work, device, recipe.train.compile)
+    found = figures(cache, work, device)
     return measured_table(work, found, f"measured on {device_name(device)}")
 
 

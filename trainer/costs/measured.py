@@ -2,8 +2,8 @@
 head) with the recipe's micro-batch and dtype.
 
 The weight gradients, which a split backward pass computes in its second part, are timed separately: parameters have gradient sinks
-as in a run (parallel/data), which defer them. Gradients that are never deferred (norms, the head, all weights of a compiled
-layer) count as part of the input gradient, as in a run.
+as in a run (parallel/data), which defer them. Gradients that are never deferred (norms, the head) count as part of the input
+gradient, as in a run.
 
 Under tensor or expert parallelism, a rank's slices run without the communication around them, and norms run on the whole sequence
 even under sequence parallelism. The table contains neither the influence of neighbouring layers nor the cost of the network.
@@ -60,14 +60,12 @@ Times = tuple[float, float, float, float]
 """Seconds of the forward pass, the input gradient, the weight gradient, and attention's part of the forward pass."""
 
 
-def measure(
-    work: ModelWork, device: torch.device, compiled: bool, budget_seconds: float = BUDGET_SECONDS
-) -> dict[str, MeasuredCosts]:
+def measure(work: ModelWork, device: torch.device, budget_seconds: float = BUDGET_SECONDS) -> dict[str, MeasuredCosts]:
     """Returns the costs by kind of layer of `work`: embedding, dense, mixture, head.
 
     The kinds take turns, so that a temporary disturbance of the machine affects all of them alike. Times are medians over 3 to 30
     rounds, as many as fit into about `budget_seconds`."""
-    samples = _samples(work, device, compiled)
+    samples = _samples(work, device)
     bytes_of = {name: sample.bytes_held() for name, sample in samples.items()}  # also the warm-up
     times: dict[str, list[Times]] = {name: [] for name in samples}
     started = time.perf_counter()
@@ -264,7 +262,7 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
-def _samples(work: ModelWork, device: torch.device, compiled: bool) -> dict[str, _Sample]:
+def _samples(work: ModelWork, device: torch.device) -> dict[str, _Sample]:
     model, dtype = work.model, getattr(torch, work.dtype)
     draw = torch.Generator(device).manual_seed(0)  # the run's random state stays as it is
     shape = (work.micro_batch, work.sequence_length)
@@ -275,10 +273,8 @@ def _samples(work: ModelWork, device: torch.device, compiled: bool) -> dict[str,
     def hidden() -> torch.Tensor:
         return torch.randn(*shape, model.hidden, generator=draw, device=device, dtype=dtype).requires_grad_()
 
-    def sample(module: nn.Module, prefix: str, new_input: Callable[[], torch.Tensor], run: Any, compiled: bool = False) -> _Sample:
-        shelf = _localise(module, prefix, work, device, draw, fused=not compiled)
-        if compiled:
-            module.compile()
+    def sample(module: nn.Module, prefix: str, new_input: Callable[[], torch.Tensor], run: Any) -> _Sample:
+        shelf = _localise(module, prefix, work, device, draw)
         attend = (lambda x: (module.attend(x),)) if isinstance(module, Layer) else None
         return _Sample(module, new_input, run, attend, device, shelf)
 
@@ -293,7 +289,7 @@ def _samples(work: ModelWork, device: torch.device, compiled: bool) -> dict[str,
         layer = layers[index]
         if isinstance(layer.feed_forward, MixtureOfExperts):
             layer.feed_forward.experts.exchange = _Folded(work.layout.expert)
-        found[kind] = sample(layer, f"layers.{index}.", hidden, _outputs_of(layer), compiled)
+        found[kind] = sample(layer, f"layers.{index}.", hidden, _outputs_of(layer))
     labels = tokens(min(model.vocab, rows))
     found["head"] = sample(head, "", hidden, lambda x: (head(x, labels),))
     return found
@@ -325,11 +321,10 @@ class _NormAndHead(nn.Module):
         return loss
 
 
-def _localise(module: nn.Module, prefix: str, work: ModelWork, device: torch.device, draw: torch.Generator, fused: bool) -> _Shelf:
+def _localise(module: nn.Module, prefix: str, work: ModelWork, device: torch.device, draw: torch.Generator) -> _Shelf:
     """Replaces each parameter of `module`, which is on the meta device, by rank 0's slice of it on `device`, with random values,
     and each buffer by zeros.
-    Returns the shelf that collects the deferred gradients. With `fused`, kernels write gradients straight to the parameters'
-    sinks."""
+    Returns the shelf that collects the deferred gradients, which kernels write straight to the parameters' sinks."""
     plan, dtype = work.plan, getattr(torch, work.dtype)
     shelf = _Shelf()
     for module_name, part in module.named_modules():
@@ -344,8 +339,7 @@ def _localise(module: nn.Module, prefix: str, work: ModelWork, device: torch.dev
             parameter.grad_dtype = accurate_dtype(dtype)
             sink = _Sink(cast(Any, shelf), cast(Any, None), torch.zeros_like(parameter, dtype=accurate_dtype(dtype)).detach())
             parameter.register_post_accumulate_grad_hook(sink.take)
-            if fused:
-                parameter.gradient_sink = sink  # type: ignore[attr-defined]
+            parameter.gradient_sink = sink  # type: ignore[attr-defined]
         for key, meta in list(part.named_buffers(recurse=False)):
             setattr(part, key, torch.zeros(meta.shape, dtype=accurate_dtype(dtype), device=device))
     return shelf

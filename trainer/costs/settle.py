@@ -4,6 +4,7 @@ the workers."""
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from bagualu.trainer.costs.compilation import choose_compile, compile_as_begun
 from bagualu.trainer.costs.fits import device_of
 from bagualu.trainer.costs.micro_batch import choose_micro_batch, size_as_begun
 from bagualu.trainer.recipe.choose_backend import choose_backend
@@ -23,11 +24,12 @@ def _read(look: Callable[[], T]) -> T:
 
 
 def settle(recipe: Recipe, workers: int, world: int, read: Read = _read) -> tuple[Recipe, str]:
-    """Returns the recipe, for `world` ranks of which `workers` are on this machine, with comm.backend=auto and
-    train.micro_batch=auto replaced by what is chosen, and the choices as text for the first line of a run. Raises RecipeError if
+    """Returns the recipe, for `world` ranks of which `workers` are on this machine, with comm.backend=auto, train.micro_batch=auto
+    and train.compile=auto replaced by what is chosen, and the choices as text for the first line of a run. Raises RecipeError if
     the recipe is wrong, as far as the choices depend on it, and what `read` raises."""
     recipe, backend = read(lambda: choose_backend(recipe, workers))
     before = read(lambda: size_as_begun(recipe))
     settled = choose_micro_batch(recipe, world, device_of(recipe, workers), before)
-    chosen = f" and train.micro_batch={settled.train.micro_batch} (auto)" if settled != recipe else ""
-    return settled, f"{backend}{chosen}"
+    size = f"train.micro_batch={settled.train.micro_batch} (auto)" if settled != recipe else ""
+    settled, compiles = choose_compile(settled, workers, world, read(lambda: compile_as_begun(recipe)))
+    return settled, " and ".join(filter(None, (str(backend), size, compiles)))

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from bagualu.trainer.operators.kernel import Kernel
 
 
 class TensorMemory(TorchDispatchMode):
@@ -62,6 +64,14 @@ class TensorMemory(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if id(storage) in self._held or not (_among(storage, args) or _among(storage, named.values())):
                     self._count(storage)
+        return result
+
+    def as_one_kernel(self, kernel: Kernel, given: Sequence[Any]) -> Any:
+        """Returns what a generated kernel does, and counts its results. It must run as it does outside of this context."""
+        with _disable_current_modes():
+            result = kernel(*given)
+        for tensor in result if isinstance(result, tuple) else (result,):
+            self._count(tensor.untyped_storage())
         return result
 
     @classmethod

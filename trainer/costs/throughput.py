@@ -10,17 +10,8 @@ import time
 import torch
 from torch import Tensor
 
-from bagualu.trainer.models.decoder.config import ModelConfig
-from bagualu.trainer.models.decoder.flops import head_flops, layer_flops
-
 _SMALLEST, _LARGEST = 256, 8192
 _LONG_ENOUGH_SECONDS = 0.01
-
-
-def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Returns the FLOPs of the whole model's forward and backward pass for one token of a sequence of `sequence_length` tokens."""
-    layers = sum(layer_flops(model, layer, sequence_length).total for layer in range(model.layers))
-    return layers + head_flops(model).total
 
 
 def matmul_ceiling(dtype: torch.dtype, device: torch.device, threads: int, budget_seconds: float = 0.2) -> float:

@@ -149,7 +149,7 @@ def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
         ends_apart=placement.rank_of(0) != placement.rank_of(placement.stages - 1),
         on_cpu=on_cpu,
         widens=on_cpu and not cpu_multiplies(dtype),
-        operators=recipe.operators,
+        operators=recipe.variants,
     )
 
 

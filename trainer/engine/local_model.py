@@ -11,7 +11,7 @@ from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill, parallelize
 from bagualu.parallel.precision import chip_of
 from bagualu.parallel.sharding import ShardingPlan
-from bagualu.trainer.models.decoder.model import Decoder, Layer
+from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.operators.operator_set import operator_set
 from bagualu.trainer.recipe.config import Recipe
@@ -37,7 +37,7 @@ def local_model(
     config, parallel = recipe.model.padded_over(mesh.layout.tensor), recipe.parallel
     slices = [split.slices[stage] for stage in mesh.stages]
     plan = decoder_plan(config, parallel.sequence)
-    operators = operator_set(recipe.operators, chip_of(mesh.group("world").device))
+    operators = operator_set(recipe.variants, chip_of(mesh.group("world").device))
     with torch.device("meta"):
         model = Decoder(config, slices, mesh.first_stage, mesh.last_stage, split.recompute, recipe.train.offload_bytes, operators)
     taken: set[int] = set()
@@ -51,8 +51,4 @@ def local_model(
         take(model, plan, parameters)
 
     parallelize(model, plan, mesh, parallel.sequence, dtype, fill, model.units, filled)
-    if recipe.train.compile:
-        for layer in model.modules():
-            if isinstance(layer, Layer):
-                layer.compile_for(recipe.data.sequence_length)
     return model, plan

@@ -135,7 +135,7 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
         take(model, plan, list(model.named_parameters()))
         gatherer = None
     trained, frozen = ([bucket for bucket in buckets if bucket.kind.trained is wanted] for wanted in (True, False))
-    reducer = GradientReducer(trained, mesh, fused=_sinks(recipe))
+    reducer = GradientReducer(trained, mesh, fused=lambda _: True)
     optimizer = ShardedOptimizer(trained, recipe.optim, world.device, recipe.run.seed)
     untrained = list(untrained_of(model, plan, mesh, frozen=zero < 3))
     return NativeEngine(model, trained, frozen, untrained, reducer, optimizer, gatherer, world)
@@ -146,9 +146,3 @@ def _spare(mesh: Mesh, split: Split) -> int:
     limit."""
     spare = split.forecast.spare_bytes if split.forecast else []
     return spare[mesh.at("pipeline")] if spare else 0
-
-
-def _sinks(recipe: Recipe) -> Callable[[str], bool]:
-    """Returns a function that tells, for a parameter's name, whether kernels add its gradient straight to its bucket. Gradients of
-    compiled layers must go through autograd instead."""
-    return lambda name: not (recipe.train.compile and name.startswith("layers."))

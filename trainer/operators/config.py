@@ -1,8 +1,11 @@
 """The operators section of a recipe. Does not import torch."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from bagualu.trainer.operators.registry import AUTO, require_variant
+
+_GENERATED = ("norm", "rotary", "gate", "loss")
+"""The operators that have a variant "generated" (trainer/operators/generated)."""
 
 
 @dataclass
@@ -12,19 +15,24 @@ class OperatorsConfig:
     eager, or attention's kernel, takes its place where it does not."""
 
     norm: str = AUTO
-    """RMS and layer normalisation: auto | eager | any name registered under the entry point group `bagualu.operators`."""
+    """RMS and layer normalisation: auto | eager | generated: by a kernel that torch's compiler generates | any name registered
+    under the entry point group `bagualu.operators`."""
     rotary: str = AUTO
-    """The rotation of queries and keys by their positions: auto | eager | any registered name."""
+    """The rotation of queries and keys by their positions: auto | eager | generated | any registered name."""
     gate: str = AUTO
-    """The gated unit of feed-forwards and experts, silu(gate) * up: auto | eager | any registered name."""
+    """The gated unit of feed-forwards and experts, silu(gate) * up: auto | eager | generated | any registered name."""
     attention: str = AUTO
     """auto | kernel: torch's | blocks: on a CPU, plain matrix products for many heads together | any registered name."""
     loss: str = AUTO
-    """The cross-entropy of a chunk of tokens and its gradient, given their logits: auto | eager | any registered name."""
+    """The cross-entropy of a chunk of tokens and its gradient, given logits: auto | eager | generated | any registered name."""
 
     def as_dict(self) -> dict[str, str]:
         """Returns the variants by operator."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def generated(self) -> "OperatorsConfig":
+        """Returns the same with generated kernels in place of auto, where there are any."""
+        return replace(self, **{name: "generated" for name in _GENERATED if getattr(self, name) == AUTO})
 
     def validate(self, chip: str | None) -> None:
         """Raises RecipeError for a variant that is not registered, or that `chip` has not; None: the chip is not known yet."""

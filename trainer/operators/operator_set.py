@@ -23,7 +23,7 @@ class OperatorSet:
     rotary: Callable[..., torch.Tensor] = rotate
     gate: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = silu_gate
     attention: Callable[..., torch.Tensor] = causal_attention
-    loss: Callable[..., torch.Tensor] = loss_and_gradient
+    loss: Callable[..., tuple[torch.Tensor, torch.Tensor]] = loss_and_gradient
 
 
 BY_RULE = OperatorSet()

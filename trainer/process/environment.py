@@ -6,6 +6,7 @@ docs/design/launch.md has the measurements behind the allocator's numbers.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ KEEP_FREED = (
 CUBLAS, REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 """An environment variable, and those of its values (workspace sizes) with which cuBLAS returns the same bits every time (its
 documentation, "Results Reproducibility")."""
+KERNELS = "TORCHINDUCTOR_CACHE_DIR"
+"""The environment variable with the folder in which torch keeps the kernels that it generates."""
 LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 """The environment variable with the lowest severity that torch's C++ code logs. Workers get ERROR, because torch warns of every
 lost connection with a stack trace, and a line of ours reports the loss."""
@@ -69,6 +72,17 @@ def variables(config: LaunchConfig, workers: int) -> dict[str, str]:
         added = [entry for entry in (HUGE_PAGES, *KEEP_FREED) if entry.split("=")[0] not in named]
         wanted["GLIBC_TUNABLES"] = ":".join([*filter(None, [given]), *added])
     return wanted
+
+
+def cpp_compiler() -> str | None:
+    """Returns the path of the C++ compiler with which torch generates kernels for a CPU; None if there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def keep_kernels_in(folder: Path) -> None:
+    """Makes torch keep generated kernels in `folder`, unless the user has named another. Its own default is a folder in /tmp, which
+    no run on another day or node finds."""
+    os.environ.setdefault(KERNELS, str(folder))
 
 
 def pin(config: LaunchConfig, local_rank: int, workers: int) -> None:

@@ -20,7 +20,7 @@ from bagualu.parallel.balance.stages.activations import Activations, read_activa
 from bagualu.parallel.balance.stages.keys import validate_shares, validate_split
 from bagualu.parallel.config import ParallelConfig
 from bagualu.parallel.layout import Layout
-from bagualu.parallel.pipeline.registry import placement_of, splits_backward
+from bagualu.parallel.pipeline.registry import placement_of
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.models.decoder.config import LONGEST_ALIBI, ModelConfig
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
@@ -75,8 +75,10 @@ class TrainConfig:
     offload_bytes: int = field(default=0, metadata={"example": "1073741824"})
     """The most bytes of activations that each rank keeps in host memory, instead of device memory, until its backward pass needs
     them; 0: none."""
-    compile: bool = False
-    """Whether to compile each decoder layer with torch.compile."""
+    compile: Any = CHOSEN
+    """Whether operators for which `operators` says auto are computed by kernels that torch's compiler generates for this chip
+    (norms, rotary positions, gates, the loss): true | false | auto. auto: on CPUs with a C++ compiler, if the run is so long that
+    it is expected to save at least twice the time of generating them."""
     deterministic: bool = True
     """Whether to use only kernels that return the same bits every time, as those of a CPU do. false lets a GPU use faster kernels
     for attention; then a resumed run is the same only up to rounding, and hardware faults cannot be detected by computing again."""
@@ -97,6 +99,8 @@ class TrainConfig:
         size = self.micro_batch
         if size != CHOSEN and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise RecipeError(f"train.micro_batch={typed(size)} must be at least 1, a whole number, or auto")
+        if not isinstance(self.compile, bool) and self.compile != CHOSEN:
+            raise RecipeError(f"train.compile={typed(self.compile)} must be true, false or auto")
         require_at_least(0, "train", self, "validate_every", "validation_sequences", "sample_every")
 
 
@@ -229,7 +233,7 @@ class Recipe:
                               "give comm.backend=nccl")  # fmt: skip
         self.guard.validate(saves=self.checkpoint.every > 0, repeatable=self.train.deterministic)
         layout = self.parallel.layout(world)
-        if self.train.compile and self.comm.backend == "simulated":
+        if self.train.compile is True and self.comm.backend == "simulated":
             raise RecipeError(
                 "train.compile=true cannot run on comm.backend=simulated, whose ranks are threads of one process; "
                 "give train.compile=false or comm.backend=gloo"
@@ -303,13 +307,17 @@ class Recipe:
             optim=self.optim,
             layout=layout,
             dtype=self.train.dtype,
-            compiles=self.train.compile,
             simulated=self.comm.backend == "simulated",
             global_batch=self.data.global_batch,
             micro_batch=self.train.micro_batch,
             accumulation=shares.pop() if len(shares) == 1 and not self.restart.elastic else None,
             elements=sum(map(prod, parameter_shapes(self.model).values())),
         )
+
+    @property
+    def variants(self) -> OperatorsConfig:
+        """The variants of operators: those that `operators` names and, with train.compile=true, generated ones of the others."""
+        return self.operators.generated() if self.train.compile is True else self.operators
 
     def planned_faults(self, world: int) -> list[Fault]:
         """Returns the faults that `faults` describes, on `world` ranks. Raises RecipeError."""
@@ -403,6 +411,3 @@ class Recipe:
         placement = placement_of(parallel.schedule, layout.pipeline, parallel.virtual_stages)
         self.activations()
         validate_split(parallel.balance, self.model.layers, placement, parallel.memory_bytes, self.train.recompute)
-        if self.train.compile and splits_backward(parallel.schedule):
-            raise RecipeError(f"parallel.schedule={parallel.schedule} takes the backward pass in two parts, which compiled layers "
-                              "cannot; give train.compile=false or parallel.schedule=1f1b")  # fmt: skip

@@ -42,7 +42,6 @@ class DeepSpeedTerms:
     optim: OptimConfig
     layout: Layout
     dtype: str
-    compiles: bool
     simulated: bool
     """Whether the ranks are threads of one process."""
     global_batch: int
@@ -89,9 +88,6 @@ class DeepSpeedTerms:
         if self.dtype == "float16":
             raise RecipeError(f"train.dtype=float16 does not go with {engine}, whose loss scale is not the one that the guard and "
                               f"checkpoints know; give train.dtype=bfloat16 or {instead}")  # fmt: skip
-        if self.compiles:
-            raise RecipeError(f"train.compile=true does not go with {engine}, which changes parameters that compiled layers hold; "
-                              f"give train.compile=false or {instead}")  # fmt: skip
         if self.optim.name == "muon":
             raise RecipeError(f"optim.name=muon does not go with {engine}, which updates parts of matrices one after the other; "
                               f"give optim.name=adamw or {instead}")  # fmt: skip

@@ -2,7 +2,6 @@
 
 import os
 import socket
-from importlib.metadata import version
 from pathlib import Path
 
 from bagualu.comm.config import AUTO
@@ -24,8 +23,6 @@ from bagualu.trainer.recipe.wandb_login import require_login
 _KEPT = (("run", "seed"), *(("data", key) for key in ("validation_fraction", "sequence_length", "global_batch", "packing")))
 """Keys besides the model that a resumed run may not change. data.source may change, since the tokens show if the text is the
 same."""
-_COMPILES = (2, 13)
-"""The first version of torch whose compiler computes gradients of parameters that are views of a single tensor, as in buckets."""
 
 
 def workers_per_node(recipe: Recipe) -> int:
@@ -51,10 +48,6 @@ def check(recipe: Recipe, world: int) -> None:
     known = [AUTO, *registered()]
     if recipe.comm.backend not in known:
         raise RecipeError(f"comm.backend={recipe.comm.backend} is unknown; give one of {', '.join(known)}")
-    if recipe.train.compile and _torch() < _COMPILES:
-        least, installed = ".".join(map(str, _COMPILES)), version("torch")
-        raise RecipeError(f"train.compile=true needs torch {least} or newer: torch {installed} loses gradients of compiled layers; "
-                          f"give train.compile=false")  # fmt: skip
     check_source(
         recipe.data,
         recipe.model.vocab,
@@ -62,12 +55,6 @@ def check(recipe: Recipe, world: int) -> None:
         run_dir=recipe.run.dir,
         length_multiple=recipe.parallel.tensor if recipe.parallel.sequence else 1,
     )
-
-
-def _torch() -> tuple[int, int]:
-    """Returns the major and minor version of the installed torch."""
-    major, minor = version("torch").split(".")[:2]
-    return int(major), int(minor)
 
 
 def check_machine(recipe: Recipe) -> None:

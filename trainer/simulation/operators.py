@@ -124,3 +124,15 @@ def converted(tensor: Tensor) -> Operator:
     """Returns the kernel that makes a copy of `tensor` [...], which is in bfloat16, in float8."""
     shape, size = tuple(tensor.shape), tensor.numel()
     return Operator("bagualu.to_float8", (_type_of(tensor),), (TensorType(FLOAT8, shape),), 2 * size, size, 0)
+
+
+def generated(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> Operator:
+    """Returns the kernel that is generated from the function `name` (trainer/operators/generated), given its inputs and results."""
+    return Operator(
+        f"bagualu.{name}",
+        tuple(map(_type_of, given)),
+        tuple(map(_type_of, made)),
+        sum(map(_bytes_of, given)),
+        sum(map(_bytes_of, made)),
+        0,
+    )

@@ -13,7 +13,7 @@ from bagualu.parallel.simulation.events import Operator
 from bagualu.parallel.simulation.operator_cost import operator_seconds
 from bagualu.parallel.simulation.replay import MemoryMoment, Replayed, ReplayedRole, replay
 from bagualu.parallel.simulation.step_parts import FOR_OTHERS, FOR_STRAGGLERS, IN_PIPELINE, communication
-from bagualu.trainer.costs.throughput import model_flops_per_token
+from bagualu.trainer.models.decoder.flops import model_flops_per_token
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.loads import Shares
 from bagualu.trainer.simulation.results import Results

@@ -66,7 +66,7 @@ def _space(recipe: Recipe, cluster: Cluster, world: int, given: Iterable[str]) -
         sequence_length=recipe.data.sequence_length,
         most_tensor=min((tier.devices or world for tier in tiers), default=world),
         zero_stages=sorted(ENGINES[recipe.parallel.engine]),
-        whole_backward=recipe.parallel.engine != "native" or recipe.train.compile,
+        whole_backward=recipe.parallel.engine != "native",
         unequal=len(cluster.parts) > 1,
         fixed=_fixed(recipe, given),
     )

@@ -37,10 +37,11 @@ from bagualu.trainer.costs.plan_split import plan_split
 from bagualu.trainer.data.config import RANDOM
 from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.data.tokenised import Corpus
+from bagualu.trainer.operators.kernel import Kernel
 from bagualu.trainer.recipe.config import PREDICTED_DTYPE, Recipe
 from bagualu.trainer.simulation.flops import factors_of
 from bagualu.trainer.simulation.loads import Shares, by_layer, give
-from bagualu.trainer.simulation.operators import Operators, computes, converted, tensors_in
+from bagualu.trainer.simulation.operators import Operators, computes, converted, generated, tensors_in
 from bagualu.trainer.simulation.results import Results
 from bagualu.trainer.step import train_step
 
@@ -67,6 +68,7 @@ class Tracer(TorchDispatchMode):
         self._converted: dict[tuple[int, int, int], int] | None = None
         """Within the products of a linear layer, the blocks of memory of factors in float8, by the block of the factor in bfloat16,
         its offset and size."""
+        self._in_one_kernel = False
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -75,12 +77,29 @@ class Tracer(TorchDispatchMode):
         given = [*tensors_in(args), *tensors_in(named.values())]
         result = self._results.of(func, args, named, given)
         made = list(tensors_in((result,)))
+        if self._in_one_kernel:
+            return result
         self._measure(self._resized)
         for tensor in made:
             if tensor.is_meta:
                 self._count(tensor)
         if computes(func) and any(tensor.is_meta for tensor in (made or given)):
             self._write(self._operators.of(func, args, named, result, given, made, self._convert(func, args)))
+        return result
+
+    def as_one_kernel(self, kernel: Kernel, given: Sequence[Any]) -> Any:
+        """Returns what `kernel` does, and writes it down as one operator that reads the tensors among `given` and makes the
+        results. Whatever else its function makes never exists."""
+        self._in_one_kernel = True
+        try:
+            result = kernel.function(*given)
+        finally:
+            self._in_one_kernel = False
+        made = list(tensors_in((result,)))
+        self._measure(self._resized)
+        for tensor in made:
+            self._count(tensor)
+        self._write(generated(kernel.name, list(tensors_in(given)), made))
         return result
 
     @contextmanager
@@ -249,7 +268,6 @@ def traceable(recipe: Recipe) -> Recipe:
         raise RecipeError("parallel.shares=measured needs ranks that measure; give the number of micro-batches of each data rank, "
                           "or leave it out")  # fmt: skip
     for key, given, works in (
-        ("train.compile", recipe.train.compile, "train.compile=false"),
         ("train.offload_bytes", recipe.train.offload_bytes, "train.offload_bytes=0"),
         ("optim.name", recipe.optim.name == "muon" and "muon", "optim.name=adamw"),
     ):

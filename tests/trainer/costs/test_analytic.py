@@ -11,11 +11,11 @@ from bagualu.parallel.layout import Layout
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.costs.analytic import FLOPS_PER_SECOND, analytic_table
 from bagualu.trainer.costs.state import rank_parameters
-from bagualu.trainer.costs.throughput import model_flops_per_token
 from bagualu.trainer.costs.work import ModelWork, work_of
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.activations import run as run_layer
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+from bagualu.trainer.models.decoder.flops import model_flops_per_token
 from bagualu.trainer.models.decoder.lora import LoraConfig
 from bagualu.trainer.models.decoder.model import Decoder, Layer
 from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes, parameter_shapes

@@ -22,8 +22,8 @@ def stored(cache: Path) -> list[Path]:
 
 
 def test_what_was_measured_is_read_back(tmp_path: Path) -> None:
-    first = figures(tmp_path, WORK, CPU, compiled=False)
-    assert figures(tmp_path, WORK, CPU, compiled=False) == first  # times never repeat to the last digit
+    first = figures(tmp_path, WORK, CPU)
+    assert figures(tmp_path, WORK, CPU) == first  # times never repeat to the last digit
     assert len(stored(tmp_path)) == 1
 
 
@@ -35,23 +35,23 @@ def test_what_was_measured_is_read_back(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_other_work_is_measured_anew(tmp_path: Path, other: ModelWork) -> None:
-    figures(tmp_path, WORK, CPU, compiled=False)
-    figures(tmp_path, other, CPU, compiled=False)
+    figures(tmp_path, WORK, CPU)
+    figures(tmp_path, other, CPU)
     assert len(stored(tmp_path)) == 2
 
 
 def test_more_replicas_or_stages_are_not_other_work(tmp_path: Path) -> None:
-    first = figures(tmp_path, WORK, CPU, compiled=False)
-    assert figures(tmp_path, replace(WORK, layout=Layout(pipeline=2, data=4), zero=0), CPU, compiled=False) == first
+    first = figures(tmp_path, WORK, CPU)
+    assert figures(tmp_path, replace(WORK, layout=Layout(pipeline=2, data=4), zero=0), CPU) == first
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"depends_on": {}, "figures": {}}'])
 def test_a_damaged_file_is_measured_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
-    figures(tmp_path, WORK, CPU, compiled=False)
+    figures(tmp_path, WORK, CPU)
     (path,) = stored(tmp_path)
     path.write_text(damage)
     with caplog.at_level(logging.WARNING):
-        again = figures(tmp_path, WORK, CPU, compiled=False)
+        again = figures(tmp_path, WORK, CPU)
     assert "damaged" in caplog.text
     assert json.loads(path.read_text())["figures"]["dense"]["forward_seconds"] == again["dense"].forward_seconds
 
@@ -59,5 +59,5 @@ def test_a_damaged_file_is_measured_again(tmp_path: Path, damage: str, caplog: p
 def test_a_folder_that_cannot_be_written_does_not_stop_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "costs").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
-        assert set(figures(tmp_path, WORK, CPU, compiled=False)) == {"embedding", "dense", "head"}
+        assert set(figures(tmp_path, WORK, CPU)) == {"embedding", "dense", "head"}
     assert "data.cache=FOLDER" in caplog.text

@@ -33,7 +33,7 @@ def work(dtype: str = "float32", layout: Layout | None = None, micro_batch: int 
 @pytest.mark.parametrize("style", STYLES)
 def test_bytes_held_are_those_that_shapes_give(dtype: str, layout: Layout, micro_batch: int, style: str) -> None:
     here = work(dtype, layout, micro_batch, style)
-    measured, analytic = measured_table(here, measure(here, CPU, compiled=False, budget_seconds=0), ""), analytic_table(here)
+    measured, analytic = measured_table(here, measure(here, CPU, budget_seconds=0), ""), analytic_table(here)
     pairs = [
         (measured.embedding, analytic.embedding),
         (measured.head, analytic.head),
@@ -57,7 +57,7 @@ def test_bytes_held_with_factors_are_those_that_shapes_give(dtype: str, layout: 
     model = replace(here.model, lora=LoraConfig(8, targets=targets))
     frozen = frozenset(name for name in parameter_shapes(model) if not model.lora.trains(name))
     here = replace(here, model=model, frozen=frozen)
-    measured, analytic = measured_table(here, measure(here, CPU, compiled=False, budget_seconds=0), ""), analytic_table(here)
+    measured, analytic = measured_table(here, measure(here, CPU, budget_seconds=0), ""), analytic_table(here)
     for one, other in zip([*measured.layers, measured.head], [*analytic.layers, analytic.head], strict=True):
         assert one.state_bytes == other.state_bytes
         assert one.activation_bytes == pytest.approx(other.activation_bytes, rel=0.01)
@@ -70,9 +70,9 @@ def test_bytes_held_with_factors_are_those_that_shapes_give(dtype: str, layout: 
 
 def test_every_kind_is_timed_and_the_head_goes_back_in_its_forward_pass() -> None:
     wide = ModelWork(ModelConfig(2, 128, 4, 4, 256, 4096), Layout(), sequence_length=64, micro_batch=2, dtype="float32")
-    found = measure(wide, CPU, compiled=False, budget_seconds=0.1)
+    found = measure(wide, CPU, budget_seconds=0.1)
     assert set(found) == {"embedding", "dense", "head"}
-    assert set(measure(work(), CPU, compiled=False, budget_seconds=0)) == {"embedding", "dense", "mixture", "head"}
+    assert set(measure(work(), CPU, budget_seconds=0)) == {"embedding", "dense", "mixture", "head"}
     for kind in ("dense", "head"):
         assert found[kind].forward_seconds > 0
         assert found[kind].input_gradient_seconds > 0
@@ -84,7 +84,7 @@ def test_every_kind_is_timed_and_the_head_goes_back_in_its_forward_pass() -> Non
 
 
 def test_layers_of_one_kind_cost_the_same_and_others_not() -> None:
-    figures = measure(work(), CPU, compiled=False, budget_seconds=0)
+    figures = measure(work(), CPU, budget_seconds=0)
     table = measured_table(work(), figures, "here")
     assert [layer.forward_seconds for layer in table.layers] == [
         figures["dense"].forward_seconds,
@@ -98,7 +98,7 @@ def test_nothing_is_kept_of_what_was_measured() -> None:
 
     def kept() -> int:
         with TensorMemory() as memory:
-            measure(work(), CPU, compiled=False, budget_seconds=0)
+            measure(work(), CPU, budget_seconds=0)
             gc.collect()
             return memory.bytes
 
@@ -108,5 +108,5 @@ def test_nothing_is_kept_of_what_was_measured() -> None:
 
 def test_it_leaves_the_generator_and_gradients_alone() -> None:
     before = torch.get_rng_state()
-    measure(work(), CPU, compiled=False, budget_seconds=0)
+    measure(work(), CPU, budget_seconds=0)
     assert torch.equal(torch.get_rng_state(), before)

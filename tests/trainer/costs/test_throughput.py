@@ -3,8 +3,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bagualu.trainer.costs.throughput import matmul_ceiling, model_flops_per_token
+from bagualu.trainer.costs.throughput import matmul_ceiling
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+from bagualu.trainer.models.decoder.flops import model_flops_per_token
 from tests.trainer.models.styles import STYLES
 
 SHAPE = {"layers": 3, "hidden": 24, "heads": 6, "kv_heads": 2, "ffn": 40, "vocab": 50, "vocab_multiple": 32}

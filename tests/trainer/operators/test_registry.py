@@ -62,8 +62,8 @@ def test_auto_is_the_rule() -> None:
 def test_variants_are_those_of_the_chip() -> None:
     assert list(variants("attention")) == ["blocks", "flash", "kernel"]
     assert list(variants("attention", "cuda")) == ["flash", "kernel"]
-    assert list(variants("gate", "cpu")) == ["eager", "wide"]
-    assert list(variants("gate", "npu")) == ["eager", "narrow"]
+    assert list(variants("gate", "cpu")) == ["eager", "generated", "wide"]
+    assert list(variants("gate", "npu")) == ["eager", "generated", "narrow"]
     assert variants("norm", "npu")["eager"].value == "pulsar:norm"
     assert variants("norm", "cpu")["eager"].value != "pulsar:norm"
     assert load_variant("norm", "eager", "npu")() == "norm"
@@ -104,7 +104,7 @@ def test_a_mask_or_a_gpu_is_the_kernels() -> None:
         (
             OperatorsConfig(gate="narrow"),
             "cpu",
-            "is for npu only, and the ranks compute on cpu; give one of auto, eager, wide",
+            "is for npu only, and the ranks compute on cpu; give one of auto, eager, generated, wide",
         ),
     ],
     ids=str,

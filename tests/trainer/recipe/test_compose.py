@@ -81,7 +81,7 @@ WRONG = [
     ("train.steps=abc", "train.steps takes an integer, not 'abc', e.g. train.steps=100"),
     ("train.steps=10.7", "an integer, not 10.7"),
     ("train.steps=null", "an integer, not null"),
-    ("train.compile=null", "true or false, not null"),
+    ("checkpoint.resume=null", "true or false, not null"),
     ("train.steps={a: 1}", "train.steps takes an integer, not {a: 1}, e.g. train.steps=100"),
     ("faults={a: b}", "faults takes text or a list, not {a: b}"),
     ("optim={nme: sgd}", "give the keys one by one"),

@@ -191,6 +191,8 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"train__offload_bytes": -1}, "e.g. train.offload_bytes=1073741824", {"train__offload_bytes": 1073741824}),
     ({"train__offload_bytes": -1}, "or leave it out", {"train__offload_bytes": 0}),
     ({"train__steps": 0}, "must be at least 1", {"train__steps": 1}),
+    ({"train__compile": 1}, "train.compile=1 must be true, false or auto", {"train__compile": False}),
+    ({"train__compile": "yes"}, "train.compile=yes must be true, false or auto", {"train__compile": "auto"}),
     ({"train__micro_batch": 0}, "must be at least 1", {"train__micro_batch": 1}),
     ({"train__validate_every": -1}, "must be at least 0", {"train__validate_every": 0}),
     ({"train__sample_every": -1}, "must be at least 0", {"train__sample_every": 0}),

@@ -31,7 +31,6 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"comm__backend": "simulated"}, "give comm.backend=gloo or parallel.engine=native", {"comm__backend": "gloo"}),
     ({"train__dtype": "float64"}, "or train.dtype=float32", {"train__dtype": "float32"}),
     ({"train__dtype": "float16"}, "give train.dtype=bfloat16 or parallel.engine=native", {"train__dtype": "bfloat16"}),
-    ({"train__compile": True}, "give train.compile=false or parallel.engine=native", {"train__compile": False}),
     (
         {"parallel__pipeline": 2, "parallel__schedule": "zb_h1"},
         "give parallel.schedule=1f1b or parallel.engine=native",

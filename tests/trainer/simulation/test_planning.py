@@ -148,7 +148,6 @@ def test_keys_that_keep_a_model_from_fitting_are_named():
         (["parallel.tensor=3"], 16, "16 ranks do not divide into tensor 3"),
         (["parallel.pipeline=16"], 16, "model.layers=8"),
         (["parallel.engine=deepspeed"], 16, "parallel.engine=native"),
-        (["train.compile=true"], 16, "train.compile"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(words, world, says):

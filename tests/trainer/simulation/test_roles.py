@@ -145,7 +145,6 @@ def test_a_large_world_takes_no_more_than_its_roles() -> None:
 @pytest.mark.parametrize(
     ("words", "fix"),
     [
-        (["train.compile=true", "comm.backend=gloo"], "train.compile=false"),
         (["train.offload_bytes=1000000"], "train.offload_bytes=0"),
         (["optim.name=muon"], "optim.name=adamw"),
         (["parallel.shares=measured"], "number of micro-batches"),

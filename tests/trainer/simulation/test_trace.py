@@ -18,10 +18,9 @@ from bagualu.parallel.memory_kinds import KINDS
 from bagualu.parallel.simulation.events import RankTrace
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.tensor_memory import TensorMemory
-from bagualu.trainer.costs.throughput import model_flops_per_token
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.decoder.config import ModelConfig
-from bagualu.trainer.models.decoder.flops import attention_flops, layer_flops
+from bagualu.trainer.models.decoder.flops import attention_flops, layer_flops, model_flops_per_token
 from bagualu.trainer.models.decoder.layers import FeedForward
 from bagualu.trainer.models.decoder.shapes import layer_shapes
 from bagualu.trainer.recipe.compose import compose

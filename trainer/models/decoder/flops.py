@@ -46,6 +46,12 @@ class Flops:
         return self.forward + self.input_gradient + self.weight_gradient
 
 
+def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Returns the FLOPs of the whole model's forward and backward pass for one token of a sequence of `sequence_length` tokens."""
+    layers = sum(layer_flops(model, layer, sequence_length).total for layer in range(model.layers))
+    return layers + head_flops(model).total
+
+
 def attention_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flops:
     """Returns the FLOPs of the attention of `layer` (from 0), with its projections, for a token of a sequence of `sequence_length`
     tokens."""

@@ -151,13 +151,6 @@ class Attention(nn.Module):
         mixed = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *slopes)
         return project(mixed.transpose(1, 2).flatten(2), self.output, biased=False)[0]
 
-    def prepare(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Computes what passes over sequences of `length` tokens of `dtype` find instead of computing it themselves."""
-        if self.positions is not None:
-            self.positions(length, dtype, device)
-        if self.slopes is not None:
-            self.slopes(self.query.weight.shape[0] // self.head_dim, dtype, device)
-
 
 def _rotations(config: ModelConfig, scaled: bool) -> RotaryPositions:
     """`scaled`: whether the layer is one of those whose rotations model.rope_scaling changes."""

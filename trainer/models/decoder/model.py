@@ -112,12 +112,6 @@ class Layer(nn.Module):
             return x + output[0], output[1], output[2]
         return x + output, None, None
 
-    def compile_for(self, length: int) -> None:
-        """Compiles the layer; it will run on sequences of `length` tokens."""
-        # A pass that finds its angles has another graph than a pass that computes them, and recomputation must repeat the graph.
-        self.attention.prepare(length, self.attention_norm.weight.dtype, self.attention_norm.weight.device)
-        self.compile()
-
     def attend(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, S, H] -> [B, S, H], what attention adds to it"""
         added = _with_bias(self.attention(x if self.norms_after else self.attention_norm(x), mask), self.attention.output)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from bagualu.trainer.models.decoder.model import Decoder
-from tests.harness import COMPILES
 from tests.trainer.models.decoder.test_model import VARIANTS, config_of, filled
 
 BORDERS = [[0, 3, 4, 11, 16], [0, 6, 12, 14, 16]]
@@ -71,14 +70,3 @@ def test_so_it_is_in_every_dtype(variant: str, dtype: torch.dtype, tolerance: fl
     tokens, labels, begins = packed(24)
     together, apart = losses(model, tokens, labels, 0, begins), alone(model, tokens, labels)
     torch.testing.assert_close(together, apart, rtol=tolerance, atol=0)
-
-
-@COMPILES
-@pytest.mark.slow
-def test_so_it_is_compiled() -> None:
-    model = filled(config_of("dense"), torch.float64)
-    tokens, labels, begins = packed(24)
-    expected = losses(model, tokens, labels, 0, begins)
-    for layer in model.layers.values():
-        layer.compile_for(16)
-    torch.testing.assert_close(losses(model, tokens, labels, 0, begins), expected, rtol=1e-10, atol=0)

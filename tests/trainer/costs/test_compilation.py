@@ -1,0 +1,76 @@
+"""train.compile=auto generates kernels for runs that are long enough for it, and a resumed run does as it began."""
+
+from bisect import bisect_left
+from pathlib import Path
+
+import pytest
+
+from bagualu.trainer.costs.compilation import COMPILE_SECONDS, GAIN, choose_compile, compile_as_begun
+from bagualu.trainer.recipe.compose import save_recipe
+from bagualu.trainer.recipe.config import Recipe
+from tests.parity import small_recipe
+
+LONG = 10**9
+
+
+@pytest.fixture(autouse=True)
+def _compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.touch(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
+def auto(steps: int = LONG, **changes: object) -> Recipe:
+    return small_recipe(**{"train__compile": "auto", "train__steps": steps, "comm__backend": "gloo", **changes})
+
+
+def chosen(recipe: Recipe, world: int = 1, before: bool | None = None) -> object:
+    return choose_compile(recipe, world, world, before)[0].train.compile
+
+
+def test_a_run_must_be_long_enough() -> None:
+    assert chosen(auto(2)) is False
+    assert choose_compile(auto(), 1, 1) == (auto(train__compile=True), "train.compile=true (auto)")
+
+
+def shortest(threads: int) -> int:
+    """The fewest steps of a run for which kernels are generated."""
+    return bisect_left(range(LONG), True, key=lambda steps: chosen(auto(steps + 1, launch__threads=threads))) + 1
+
+
+def test_it_pays_on_quicker_machines_for_longer_runs() -> None:
+    assert abs(shortest(2) - 2 * shortest(1)) <= 1
+    assert pytest.approx(750) == 2 * COMPILE_SECONDS / GAIN  # seconds of the shortest run
+
+
+@pytest.mark.parametrize(("backend", "compiles"), [("gloo", True), ("simulated", False), ("nccl", False)])
+def test_threads_of_one_process_and_gpus_do_not(backend: str, compiles: bool) -> None:
+    assert chosen(auto(comm__backend=backend)) is compiles
+
+
+def test_what_the_recipe_says_stays() -> None:
+    for given in (True, False):
+        recipe = auto(1 if given else LONG, train__compile=given)
+        assert choose_compile(recipe, 1, 1) == (recipe, "")
+
+
+def test_a_resumed_run_does_as_it_began(tmp_path: Path) -> None:
+    for compiles in (True, False):
+        folder = tmp_path / str(compiles)
+        recipe = auto(LONG, run__dir=str(folder), checkpoint__resume=True)
+        assert compile_as_begun(recipe) is None
+        (folder / "checkpoints").mkdir(parents=True)
+        save_recipe(auto(train__compile=compiles, run__dir=str(folder)))
+        (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+        assert compile_as_begun(recipe) is compiles
+        assert chosen(recipe, before=compiles) is compiles
+        assert chosen(auto(1), before=compiles) is compiles
+
+
+def test_without_a_compiler_nothing_is_generated_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    assert choose_compile(auto(), 1, 1) == (auto(train__compile=False), "")
+    settled, said = choose_compile(auto(train__compile=True), 1, 1)
+    assert settled.train.compile is False
+    assert "there is no C++ compiler (install g++" in said
+    assert "there is no C++ compiler" in choose_compile(auto(), 1, 1, before=True)[1]

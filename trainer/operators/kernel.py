@@ -1,0 +1,73 @@
+"""Kernels that torch's compiler generates from plain functions: each reads its inputs and writes its results once, whatever the
+number of operations between them.
+
+    @kernel
+    def product(gate, up):
+        return silu(gate) * up
+
+The forward and the backward pass of an operator are functions of their own, and matrix products stay outside. So weight gradients
+still go straight to their buckets, and a schedule may take the backward pass in two parts.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from bagualu.parallel.precision import dispatch_mode
+
+log = logging.getLogger(__name__)
+
+_MOST_SHAPES = 64
+"""How many kernels are generated of one function at most, for different dtypes, strides or constants. A size that changes costs one
+more kernel, which takes all sizes."""
+
+
+class Kernel:
+    """Calls a function of tensors and numbers, without effects, by way of the kernel that is generated from it.
+
+    Once the compiler has failed, and within a dispatch mode, which must see each operation, it calls the function itself. A mode
+    with a method `as_one_kernel` gets the kernel and its arguments instead."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__.removeprefix('_')}"
+        self._failed = False
+
+    def __call__(self, *given: Any) -> Any:
+        if (mode := dispatch_mode()) is not None:
+            as_one = getattr(mode, "as_one_kernel", None)
+            return self.function(*given) if as_one is None else as_one(self, given)
+        if self._failed:
+            return self.function(*given)
+        with torch.no_grad():
+            try:
+                return self._compiled(*given)
+            except Exception as error:
+                if not _of_compiler(error):
+                    raise
+                self._failed = True
+                log.warning("torch's compiler fails for %s (%s); it is not compiled from now on", self.name, _first_line(error))
+                return self.function(*given)
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        torch._dynamo.config.recompile_limit = _MOST_SHAPES  # torch loads the compiler here: two seconds
+        return torch.compile(self.function, fullgraph=True)
+
+
+def kernel(function: Callable[..., Any]) -> Kernel:
+    """Returns the kernel of a function; a decorator."""
+    return Kernel(function)
+
+
+def _first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _of_compiler(error: Exception) -> bool:
+    """Returns whether an error comes from torch's compiler, rather than from the kernel that it has generated."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
