@@ -49,6 +49,11 @@ class RunDirectory:
         return self.path / "ledger.jsonl"
 
     @property
+    def operators(self) -> Path:
+        """File with the variants by which the run computes its operators (trainer/operators/choice.py)."""
+        return self.path / "operators.json"
+
+    @property
     def pipeline(self) -> Path:
         """File with the times of the forward and backward passes of one step (trainer/output/pipeline_timeline.py)."""
         return self.path / "pipeline.jsonl"

@@ -68,7 +68,7 @@ ROOMS = {
     "trainer/costs": ("data", "models/decoder", "operators", "optim", "process", "recipe"),
     "trainer/data": (),
     "trainer/engine": ("models", "models/decoder", "operators", "optim", "recipe"),
-    "trainer/generation": ("conversion", "data", "engine", "models/decoder", "recipe", "recovery"),
+    "trainer/generation": ("conversion", "data", "engine", "models/decoder", "operators", "recipe", "recovery"),
     "trainer/models": (),
     "trainer/models/decoder": ("models", "operators"),
     "trainer/models/hugging_face": ("models/decoder",),

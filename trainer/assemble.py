@@ -84,8 +84,7 @@ def assemble(
     invalid recipe, also if only the data or the device show that it is (model.vocab, parallel.memory_bytes, guard.audit_every).
     """
     layout = recipe.validate(communicator.size)
-    if communicator.device.type not in ("cpu", "meta"):
-        _choose_kernels(recipe.train.deterministic)
+    choose_kernels(recipe, communicator.device)
     if corpus.vocab != recipe.model.vocab:
         raise RecipeError(f"the data have {corpus.vocab} tokens, not {recipe.model.vocab}; give model.vocab={corpus.vocab}")
     parallel = recipe.parallel
@@ -128,10 +127,13 @@ def assemble(
     )
 
 
-def _choose_kernels(deterministic: bool) -> None:
-    """Makes an accelerator use kernels that add up in at least float32 and, if `deterministic`, repeat their results bit by bit."""
+def choose_kernels(recipe: Recipe, device: torch.device) -> None:
+    """Makes an accelerator use kernels that add up in at least float32 and, with train.deterministic, repeat their results bit by
+    bit."""
+    if device.type in ("cpu", "meta"):
+        return
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # none is read here
-    torch.use_deterministic_algorithms(deterministic)
+    torch.use_deterministic_algorithms(recipe.train.deterministic)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 

@@ -1,12 +1,13 @@
 """A whole run on a rank: assemble, resume, train, summarise. Every rank calls `train` with the same recipe."""
 
 import contextlib
+import json
 import logging
 import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.fault_tolerance.straggler import Stragglers
 from bagualu.parallel.balance.stages.show import show_split
 from bagualu.parallel.parallelize import Fill
-from bagualu.trainer.assemble import TrainerState, assemble
+from bagualu.trainer.assemble import TrainerState, assemble, choose_kernels
 from bagualu.trainer.conversion.origin import keep_origin, values_of
+from bagualu.trainer.costs.choose_operators import choose_operators
 from bagualu.trainer.costs.throughput import matmul_ceiling
 from bagualu.trainer.data.ahead import ReadAhead
 from bagualu.trainer.data.chat import BESIDE_TOKENIZERS
@@ -37,6 +39,7 @@ from bagualu.trainer.loop import Loop
 from bagualu.trainer.memory import PeakMemory
 from bagualu.trainer.models.decoder.flops import model_flops_per_token
 from bagualu.trainer.observers import close_ledger, open_ledger, plan_faults
+from bagualu.trainer.operators.choice import ChosenOperators
 from bagualu.trainer.output.metric_writers import JsonlSink, Sink
 from bagualu.trainer.output.progress import Progress
 from bagualu.trainer.output.rate import remarks
@@ -78,11 +81,14 @@ def train(
     if recipe.train.compile is True:
         keep_kernels_in(cache_folder(recipe.data) / "kernels")
     ledger = open_ledger(recipe, communicator)
+    choose_kernels(recipe, communicator.device)
+    operators, said = choose_operators(recipe, communicator)
+    recipe = replace(recipe, operators=operators.as_config())
     comes = _state_will_be_read(recipe, communicator)
     state = assemble(recipe, communicator, _corpus(recipe), no_values if comes else values_of(recipe, communicator))
     if recipe.model.origin and not comes and communicator.rank == 0:
         keep_origin(recipe)
-    _announce(state, communicator, scratch)
+    _announce(state, communicator, scratch, said)
     fence = take_checkpoints(state, scratch)
     if communicator.rank == 0:
         _keep_tokenizer(state.corpus, RunDirectory(recipe.run.dir))
@@ -93,6 +99,8 @@ def train(
         if communicator.rank == 0:
             write_summary(Path(recipe.run.dir), finished)
         return finished
+    if communicator.rank == 0:
+        _keep_operators(operators, RunDirectory(recipe.run.dir))
     figures = _Figures.of(state, communicator, resumed.step)
     sinks = _sinks(recipe, resumed.step) if communicator.rank == 0 else []
     checkpoints = Checkpoints(state, fence, resumed.checkpoint, ledger)
@@ -150,10 +158,11 @@ class _Figures:
         return {**ending, **mfu, **_facts(self.state, self.memory), **figures}
 
 
-def _announce(state: TrainerState, communicator: Communicator, scratch: Path | None) -> None:
-    """Plans the faults of this rank; rank 0 prints what is trained on, and how the layers are divided if that was computed."""
+def _announce(state: TrainerState, communicator: Communicator, scratch: Path | None, said: list[str]) -> None:
+    """Plans the faults of this rank; rank 0 prints what is trained on, what `choose_operators` says, and how the layers are divided
+    if that was computed."""
     if communicator.rank == 0:
-        print(show_data(state.corpus, state.recipe.data.source), file=sys.stderr, flush=True)
+        print(show_data(state.corpus, state.recipe.data.source), *said, sep="\n", file=sys.stderr, flush=True)
     plan_faults(state, communicator, scratch)
     if state.costs and communicator.rank == 0:
         print(show_split(state.split, state.mesh.placement), file=sys.stderr, flush=True)
@@ -204,6 +213,7 @@ def _facts(state: TrainerState, memory: PeakMemory) -> dict[str, Any]:
         "engine": state.recipe.parallel.engine,
         "zero": state.recipe.parallel.zero_stage,
         "compile": state.recipe.train.compile is True,
+        "operators": state.recipe.operators.as_dict(),
         "micro_batches_of_data_ranks": state.shares,
         "layers_of_stages": [len(layers) for layers in state.split.slices],
         **_tokens(state.corpus),
@@ -239,6 +249,14 @@ def _corpus(recipe: Recipe) -> Corpus:
         if recipe.checkpoint.resume:
             raise StorageError(str(error)) from error
         raise
+
+
+def _keep_operators(operators: ChosenOperators, run: RunDirectory) -> None:
+    """Records the variants of the operators in the run's directory. If that fails, it logs a warning."""
+    try:
+        write_atomic(run.operators, (json.dumps(operators.to_json(), indent=2) + "\n").encode())
+    except OSError as error:
+        log.warning("%s cannot be written (%s); when the run resumes, it may choose others", run.operators, error.strerror)
 
 
 def _keep_tokenizer(corpus: Corpus, run: RunDirectory) -> None:

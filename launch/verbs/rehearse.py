@@ -1,6 +1,7 @@
 """`bagualu rehearse`: runs a recipe under planned faults and reports which faults it survived and what they cost."""
 
 import sys
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from bagualu.launch.verbs.command_line import SEVERAL, CommandLine
 from bagualu.launch.workers import storage_probe
 from bagualu.launch.workers.run import run
 from bagualu.trainer.costs.fits import check_memory, device_of
+from bagualu.trainer.operators.choice import ChosenOperators
+from bagualu.trainer.operators.config import OperatorsConfig
 from bagualu.trainer.process.failure import DONE, FAILED, STOPPED
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
@@ -62,6 +65,7 @@ def rehearse(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
     if request.compare and code == DONE:
         left_out = sorted(set(summary["guard"]["skipped_steps"]) - set(recipe.guard.leave_out))
         guard = replace(recipe.guard, leave_out=[*recipe.guard.leave_out, *left_out])
+        recipe = replace(recipe, operators=_operators_of(rehearsed))
         reference = _in(folder / "uninterrupted", replace(recipe, faults=[], guard=guard))
         code, ended = _run(reference, chosen, workers, entrypoint, stop)
         if code != DONE:
@@ -85,6 +89,14 @@ def _in(folder: Path, recipe: Recipe) -> Recipe:
     return replace(
         recipe, run=replace(recipe.run, dir=str(folder)), checkpoint=replace(recipe.checkpoint, resume=False)
     )  # fmt: skip
+
+
+def _operators_of(recipe: Recipe) -> OperatorsConfig:
+    """Returns the variants of operators with which the run of `recipe` has computed."""
+    with suppress(OSError, ValueError):
+        if recorded := ChosenOperators.read(RunDirectory(recipe.run.dir).operators):
+            return recorded.as_config()
+    return recipe.operators
 
 
 def _budget(restart: RestartConfig, faults: list[str], overrides: list[str]) -> RestartConfig:

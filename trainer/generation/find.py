@@ -10,6 +10,7 @@ from bagualu.fault_tolerance.run_directory import MODEL, RunDirectory
 from bagualu.trainer.conversion.besides import context_length
 from bagualu.trainer.data.config import RANDOM, DataConfig
 from bagualu.trainer.models.decoder.lora import LoraConfig
+from bagualu.trainer.operators.registry import DEFAULT_VARIANTS
 from bagualu.trainer.recipe.compose import compose, load_recipe, parse
 from bagualu.trainer.recipe.config import CHOSEN, Recipe, RunConfig, TrainConfig
 from bagualu.trainer.recipe.origin import kept_tokenizer
@@ -19,6 +20,7 @@ LAYOUT_KEYS = (
     *(f"parallel.{axis}" for axis in ("tensor", "pipeline", "expert", "data")),
     "train.dtype",
     *(f"comm.{key}" for key in ("backend", "device", "timeout_seconds")),
+    *(f"operators.{name}" for name in DEFAULT_VARIANTS),
     *(f"launch.{key}" for key in ("threads", "affinity", "allocator", "port")),
 )
 """The keys of a recipe that change how a trained model is computed, and not which model it is."""

@@ -3,7 +3,8 @@
 Shapes: B sequences, S tokens of a pass, V vocabulary, H hidden.
 """
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,18 +15,24 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.fault_tolerance.checkpoint.agree import on_all
 from bagualu.fault_tolerance.checkpoint.reading.load import Checkpoint
+from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.layout import StagePlacement
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.pipeline.relay import relay
 from bagualu.parallel.pipeline.runtime import Slices
 from bagualu.parallel.pipeline.split import split_layers
+from bagualu.parallel.precision import chip_of
 from bagualu.trainer.conversion.stored_weights import StoredWeights
 from bagualu.trainer.engine.local_model import local_model
 from bagualu.trainer.models.decoder.cache import Columns
 from bagualu.trainer.models.decoder.frozen import freeze
+from bagualu.trainer.operators.choice import as_recorded
+from bagualu.trainer.operators.config import OperatorsConfig
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.override_text import typed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,19 +79,31 @@ class Stages:
 
 
 def load_stages(recipe: Recipe, communicator: Communicator, path: Path) -> Stages:
-    """Returns this rank's stages with the weights of the checkpoint at `path`, of which it reads no others. Collective. Raises
-    RecipeError if the checkpoint is of another model, CheckpointError if it is damaged."""
+    """Returns this rank's stages with the weights of the checkpoint at `path`, of which it reads no others. Where operators.NAME is
+    auto, they compute as the run did. Collective. Raises RecipeError if the checkpoint is of another model, CheckpointError if it
+    is damaged."""
     layout = recipe.validate(communicator.size)
     mesh = Mesh.build(layout, communicator, StagePlacement(layout.pipeline))
     split = Split(split_layers(recipe.model.layers, mesh.placement), ["none"] * recipe.model.layers)
 
     def load() -> nn.Module:
         checkpoint = Checkpoint(path)
+        as_trained = replace(recipe, operators=_as_trained(recipe.operators, path, chip_of(communicator.device)))
         _require_model(recipe, checkpoint)
-        return local_model(recipe, mesh, split, StoredWeights(checkpoint).fill, getattr(torch, recipe.train.dtype))[0]
+        return local_model(as_trained, mesh, split, StoredWeights(checkpoint).fill, getattr(torch, recipe.train.dtype))[0]
 
     model = on_all(load, communicator.world)
     return Stages(recipe, mesh, model, model)
+
+
+def _as_trained(config: OperatorsConfig, path: Path, chip: str) -> OperatorsConfig:
+    """Returns `config` with the variants of the run whose checkpoint `path` is in place of auto, as far as `chip` has them."""
+    record = RunDirectory(path.resolve().parents[1]).operators
+    try:
+        return as_recorded(record, config, chip)
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s); operators are computed by the usual variants", record, error)
+        return config
 
 
 def _require_model(recipe: Recipe, checkpoint: Checkpoint) -> None:

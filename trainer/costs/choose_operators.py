@@ -1,0 +1,95 @@
+"""Chooses the variants of a run's operators, the same on every rank.
+
+Times differ between ranks and between measurements. So rank 0 takes those of its device and broadcasts the choice. What a run has
+recorded is kept when it resumes, so that it goes on bit by bit.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bagualu.comm.agree import on_all
+from bagualu.comm.group import Communicator
+from bagualu.comm.objects import broadcast_json
+from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.parallel.precision import chip_of
+from bagualu.trainer.costs.cache import device_name
+from bagualu.trainer.costs.operator_cases import AttentionShape, OperatorCalls, cases_of
+from bagualu.trainer.costs.operator_times import times_of
+from bagualu.trainer.costs.work import work_of
+from bagualu.trainer.data.corpus_cache import cache_folder
+from bagualu.trainer.operators.choice import MEASURED, Chosen, ChosenOperators, by_rule, kept, quickest
+from bagualu.trainer.operators.registry import DEFAULT_VARIANTS, variants
+from bagualu.trainer.operators.usual import usual_variant
+from bagualu.trainer.recipe.config import Recipe
+
+LEAST_SECONDS = 0.03
+"""An operator is measured only if its calls are estimated to take a rank this long in a step. Measuring takes up to a second, which
+a gain of a tenth wins back in some hundred steps. The number of steps does not count: the choice would depend on it, and so would
+the bits of a run that is continued beyond its first end."""
+log = logging.getLogger(__name__)
+
+
+def choose_operators(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators, list[str]]:
+    """Returns the variants of all operators, and on rank 0 what is to be said about them. Collective. Raises RecipeError on every
+    rank if a variant cannot be had."""
+    found = on_all(lambda: _choose(recipe, communicator) if communicator.rank == 0 else None, communicator.world)
+    values = broadcast_json(None if found is None else found[0].to_json(), communicator.world)
+    return ChosenOperators.from_json(values), [] if found is None else found[1]
+
+
+def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators, list[str]]:
+    chip, product = chip_of(communicator.device), device_name(communicator.device)
+    recorded, begun = _recorded(recipe)
+    chosen, remarks = kept(recorded, recipe.operators, chip, product)
+    micro_batches = recipe.micro_batches() / recipe.validate(communicator.size).data
+    cases = list(cases_of(work_of(recipe, recipe.validate(communicator.size))))
+    for operator in DEFAULT_VARIANTS:
+        if operator in chosen:
+            continue
+        calls = [case for case in cases if case.operator == operator]
+        usual = [_usual(case, chip) for case in calls] or [DEFAULT_VARIANTS[operator]]
+        seconds = sum(case.calls * case.call_seconds for case in calls) * micro_batches / recipe.parallel.pipeline
+        measures = not begun and recipe.comm.backend != "simulated" and seconds >= LEAST_SECONDS
+        if measures and len(variants(operator, chip)) > 1:
+            times = _times(calls, communicator.device, cache_folder(recipe.data))
+            chosen[operator] = quickest(usual, times)
+            remarks += _remark(operator, chosen[operator])
+        else:
+            chosen[operator] = by_rule(usual)
+    kept_on = recorded.chip if recorded is not None else product
+    return ChosenOperators(kept_on, {operator: chosen[operator] for operator in DEFAULT_VARIANTS}), remarks
+
+
+def _usual(case: OperatorCalls, chip: str) -> str:
+    if case.operator != "attention" or not isinstance(case.shape, AttentionShape):
+        return DEFAULT_VARIANTS[case.operator]
+    return usual_variant(chip, case.dtype == "bfloat16", case.shape.length, case.shape.window)
+
+
+def _times(cases: Sequence[OperatorCalls], device: torch.device, cache: Path) -> list[dict[str, float]]:
+    """Returns, for each case, the seconds of all its calls in a micro-batch, by variant."""
+    return [{name: seconds * case.calls for name, seconds in times_of(case, device, cache).items()} for case in cases]
+
+
+def _remark(operator: str, chosen: Chosen) -> list[str]:
+    if chosen.why != MEASURED:
+        return []
+    times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in chosen.seconds.items())
+    return [f"operators.{operator}={chosen.variant}, as measured: {times} for a micro-batch"]
+
+
+def _recorded(recipe: Recipe) -> tuple[ChosenOperators | None, bool]:
+    """Returns what the run that is resumed has recorded, None if nothing, and whether there is such a run: one that began without a
+    record, with an earlier version, had the usual variants."""
+    run = RunDirectory(recipe.run.dir)
+    if not recipe.checkpoint.resume:
+        return None, False
+    try:
+        recorded = ChosenOperators.read(run.operators)
+        return recorded, recorded is not None or run.has_begun()
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s); operators are computed by the usual variants", run.operators, error)
+        return None, True
