@@ -1,4 +1,5 @@
-"""Attention in blocks is torch's attention, whatever the blocks, and is taken where it is quicker. See test_kernels.py as well."""
+"""Attention in blocks is torch's attention, whatever the blocks, and is taken where it is quicker. See test_conformance.py as
+well."""
 
 import pytest
 import torch
@@ -114,23 +115,6 @@ def test_slopes_and_positions_are_not_rounded(dtype: torch.dtype, length: int, e
     found = [result, *torch.autograd.grad(result, narrow[:3], narrow[3])]
     for own, reference in zip(found, [expected, *torch.autograd.grad(expected, exact[:3], exact[3])], strict=True):
         assert (own.double() - reference).norm() <= error * reference.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("compiling", [False, True])
-@pytest.mark.parametrize("slopes", [None, torch.tensor([0.7, 0.2, 0.3, 0.003])], ids=["", "slopes"])
-def test_a_window_hides_older_keys(
-    dtype: torch.dtype, compiling: bool, slopes: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With heads that share keys, in blocks and, where the layer is compiled, by torch's kernel."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    query, key, value = (draw(1, 150, heads, 8, seed, dtype).detach() for seed, heads in enumerate((4, 2, 2)))
-    exact = query.double(), *(x.double().repeat_interleave(2, 1) for x in (key, value))
-    slopes = None if slopes is None else slopes.to(accurate_dtype(dtype))
-    found, expected = causal_attention(query, key, value, slopes, 70), masked_attention(*exact, slopes, 70)
-    assert found.dtype == dtype
-    error = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-    assert (found.double() - expected).norm() <= error * expected.norm()
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8, 12, 112])
