@@ -33,6 +33,19 @@ class OperatorSample:
 
 
 @dataclass(frozen=True)
+class VariantTime:
+    """The time of a call of one of the model's operators, with its backward pass, in one of its variants (trainer/operators)."""
+
+    name: str
+    """The operator."""
+    variant: str
+    dtype: str
+    shape: dict[str, Any]
+    """As in trainer/costs/operator_cases.py."""
+    seconds: float
+
+
+@dataclass(frozen=True)
 class LinkTime:
     """The time of a communication between all ranks or, for p2p, of a message between the first two."""
 
@@ -59,6 +72,8 @@ class RankFigures:
     copy_bytes_per_second: float = 0.0
     launch_seconds: float = 0.0
     operators: list[OperatorSample] = field(default_factory=list)
+    variants: list[VariantTime] = field(default_factory=list)
+    """Of the first rank, alone."""
     links: list[LinkTime] = field(default_factory=list)
     cores: int | None = None
     """Units of an accelerator that compute tiles of a product side by side; None for a CPU, or if they are not known."""
@@ -87,6 +102,7 @@ def rank_figures(values: dict[str, Any]) -> RankFigures:
     lists = {
         "products": [ProductTime(**one) for one in values["products"]],
         "operators": [OperatorSample(**one) for one in values["operators"]],
+        "variants": [VariantTime(**one) for one in values["variants"]],
         "links": [LinkTime(**one) for one in values["links"]],
     }
     return RankFigures(**{**values, **lists})
@@ -110,6 +126,7 @@ def of_all(ranks: Sequence[RankFigures]) -> RankFigures:
         copy_bytes_per_second=median(rank.copy_bytes_per_second for rank in ranks),
         launch_seconds=median(rank.launch_seconds for rank in ranks),
         operators=by_octave([sample for rank in ranks for sample in rank.operators]),
+        variants=first.variants,
         links=first.links,
         cores=first.cores,
         spread=max(rank.spread for rank in ranks),

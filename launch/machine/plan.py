@@ -53,6 +53,11 @@ _SAMPLES = (
     Sample(384, 1024, 6144, 4, "float32"),
     Sample(640, 576, 5120, 4, "float32", experts=8, layers=1),
 )
+_OF_VARIANTS = (
+    Sample(512, 1408, 8192, 8, "bfloat16"),
+    Sample(2048, 5632, 32768, 1, "bfloat16", sequence_length=2048),
+    Sample(512, 1408, 8192, 8, "float32"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class MeasuringPlan:
     samples: tuple[Sample, ...] = _SAMPLES
     between: Sample = _SMALL
     """The model whose step shows what passes between operators."""
+    variants: tuple[Sample, ...] = _OF_VARIANTS
+    """Models whose operators are timed in each variant that is registered for the chip."""
     message_bytes: tuple[int, ...] = (2**10, 2**14, 2**17, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
     message_seconds: float = 0.05
     """The least time for which a communication is repeated."""
@@ -89,6 +96,7 @@ QUICK = MeasuringPlan(
     copied_bytes=32 * MIB,
     samples=(_TINY,),
     between=_TINY,
+    variants=(Sample(256, 704, 4096, 1, "bfloat16"),),
     message_bytes=(2**10, MIB, 8 * MIB),
     message_seconds=0.01,
     disk_bytes=16 * MIB,

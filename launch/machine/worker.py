@@ -1,7 +1,8 @@
 """What a rank does for `bagualu doctor`: the functions that the launcher starts on each worker in place of the trainer."""
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,19 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.comm.objects import broadcast_json, gather_json
 from bagualu.launch.machine import links, plan, products
-from bagualu.launch.machine.figures import OperatorSample, RankFigures, by_octave, of_all, rank_figures, usual
+from bagualu.launch.machine.figures import OperatorSample, RankFigures, VariantTime, by_octave, of_all, rank_figures, usual
 from bagualu.launch.machine.plan import MeasuringPlan, Sample
+from bagualu.parallel.precision import chip_of
 from bagualu.parallel.simulation.events import Operator
 from bagualu.parallel.simulation.measured_times import dtype_of, work_of
 from bagualu.trainer.costs.cache import device_name
+from bagualu.trainer.costs.operator_cases import cases_of
+from bagualu.trainer.costs.operator_times import times_of
+from bagualu.trainer.costs.work import work_of as work_of_model
 from bagualu.trainer.data.config import RANDOM, DataConfig
+from bagualu.trainer.data.corpus_cache import cache_folder
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
+from bagualu.trainer.operators.registry import variants
 from bagualu.trainer.recipe.config import Recipe, TrainConfig
 from bagualu.trainer.recipe.device_memory import cpu_bytes
 from bagualu.trainer.simulation.timed import Timed, operator_times, step_seconds
@@ -33,14 +40,14 @@ class Stopped(Exception):
 
 def measure(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], scratch: Path | None = None) -> dict[str, Any]:
     """Returns the figures of the mean rank, as `RankFigures.as_dict` does; an empty dictionary if the user has asked to stop."""
-    return _measure(communicator, stop, plan.FULL)
+    return _measure(recipe, communicator, stop, plan.FULL)
 
 
 def measure_quickly(
     recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], scratch: Path | None = None
 ) -> dict[str, Any]:
     """Does the same as `measure` with few shapes and sizes, in seconds."""
-    return _measure(communicator, stop, plan.QUICK)
+    return _measure(recipe, communicator, stop, plan.QUICK)
 
 
 def check(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], scratch: Path | None = None) -> dict[str, Any]:
@@ -50,21 +57,21 @@ def check(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], 
     return {"works": ones.tolist() == [float(communicator.size)] * ones.numel()}
 
 
-def _measure(communicator: Communicator, stop: Callable[[], bool], how: MeasuringPlan) -> dict[str, Any]:
+def _measure(recipe: Recipe, communicator: Communicator, stop: Callable[[], bool], how: MeasuringPlan) -> dict[str, Any]:
     def meet() -> None:
         """Waits for the other ranks. Raises Stopped on all of them if the first was asked to stop."""
         if broadcast_json(stop(), communicator.world) if communicator.size > 1 else stop():
             raise Stopped
 
     try:
-        own = figures_of_rank(communicator, how, meet)
+        own = figures_of_rank(communicator, how, meet, cache_folder(recipe.data))
     except Stopped:
         return {}
     return of_all([rank_figures(each) for each in gather_json(own.as_dict(), communicator.world)]).as_dict()
 
 
-def figures_of_rank(communicator: Communicator, how: MeasuringPlan, meet: Callable[[], None]) -> RankFigures:
-    """Returns what this rank measures; `meet` waits for the others."""
+def figures_of_rank(communicator: Communicator, how: MeasuringPlan, meet: Callable[[], None], cache: Path) -> RankFigures:
+    """Returns what this rank measures; `meet` waits for the others. The first rank keeps times of variants in `cache`."""
     device = communicator.device
     on_cpu = device.type == "cpu"
     before = _used_bytes(device)
@@ -81,6 +88,7 @@ def figures_of_rank(communicator: Communicator, how: MeasuringPlan, meet: Callab
         copy_bytes_per_second=copies,
         launch_seconds=_between_operators(how, meet) if on_cpu else products.launch_seconds(device, how.rounds),
         operators=_operators(how, meet) if on_cpu else [],
+        variants=list(_variants(how, device, cache)) if communicator.rank == 0 else [],
         links=links.link_times(communicator.world, how) if communicator.size > 1 else [],
         cores=_multiprocessors(device),
         spread=spread,
@@ -115,6 +123,15 @@ def _operators(how: MeasuringPlan, meet: Callable[[], None]) -> list[OperatorSam
             if not _is_product(operator)
         ]
     )
+
+
+def _variants(how: MeasuringPlan, device: torch.device, cache: Path) -> Iterator[VariantTime]:
+    """Yields the times of operators with several variants, as a run takes them: kept ones, or new ones that are kept."""
+    for recipe in map(recipe_of, how.variants):
+        for case in cases_of(work_of_model(recipe, recipe.validate(1))):
+            if len(variants(case.operator, chip_of(device))) > 1:
+                for name, seconds in times_of(case, device, cache).items():
+                    yield VariantTime(case.operator, name, case.dtype, asdict(case.shape), seconds)
 
 
 def _one_step(recipe: Recipe, meet: Callable[[], None]) -> list[Timed]:

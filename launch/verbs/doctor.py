@@ -5,6 +5,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from bagualu.launch.machine import worker_names
 from bagualu.launch.machine.cluster_text import cluster_text
 from bagualu.launch.machine.disk import DiskFigures, disk_figures
 from bagualu.launch.machine.facts import Facts, facts
-from bagualu.launch.machine.figures import RankFigures, rank_figures
+from bagualu.launch.machine.figures import RankFigures, VariantTime, rank_figures
 from bagualu.launch.machine.fit_links import fit
 from bagualu.launch.machine.plan import FULL, QUICK
 from bagualu.launch.machine.problems import MachineProblem, problems
@@ -137,7 +139,7 @@ def _call(recipe: Recipe, backend: str, ranks: int, entrypoint: str, stop: StopR
     with tempfile.TemporaryDirectory(prefix="bagualu-doctor-") as folder:
         any_recipe = Recipe(
             run=replace(recipe.run, dir=folder),
-            data=DataConfig(source=RANDOM, global_batch=ranks),
+            data=DataConfig(source=RANDOM, global_batch=ranks, cache=recipe.data.cache),
             comm=replace(recipe.comm, backend=backend),
             launch=replace(recipe.launch, workers=ranks),
             restart=replace(recipe.restart, limit=0),
@@ -206,9 +208,19 @@ def _of_ranks(one: RankFigures) -> Iterator[str]:
     peaks = ", ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in one.peaks().items())
     yield f"  products {peaks} TFLOP/s"
     yield f"  memory   {_rate(one.copy_bytes_per_second)} read and written, {one.launch_seconds * 1e6:.1f} us for each operator"
+    yield from _of_variants(one.variants)
     if one.links:
         links = fit(one.links)
         yield f"  links    {_rate(links.bytes_per_second)}, {(links.latency_seconds + links.start_seconds) * 1e6:.0f} us"
+
+
+def _of_variants(times: Sequence[VariantTime]) -> Iterator[str]:
+    """Yields a line for each operator and shape, with the times of its variants, the least first."""
+    key = attrgetter("name", "dtype", "shape")
+    for (name, dtype, shape), group in groupby(times, key):
+        each = ", ".join(f"{one.variant} {one.seconds * 1e3:.3g} ms" for one in sorted(group, key=attrgetter("seconds")))
+        sizes = ", ".join(f"{what.replace('_', ' ')} {size}" for what, size in shape.items() if size)
+        yield f"  {name} {each} ({sizes}, {dtype})"
 
 
 def _rate(bytes_per_second: float) -> str:
@@ -231,7 +243,7 @@ def _document(found: _Diagnosis) -> dict[str, Any]:
         "launch_seconds": first.launch_seconds if first else None,
         "links": [asdict(link) for one in found.measured for link in one.links],
         "disk": asdict(found.disk) if found.disk is not None else None,
-        "operators": [{"ranks": one.ranks, **asdict(sample)} for one in found.measured for sample in one.operators],
+        "operators": [{"ranks": one.ranks, **asdict(time)} for one in found.measured for time in (*one.variants, *one.operators)],
         "ranks": [_summary(one) for one in found.measured],
         "versions": {"python": found.facts.python, "system": found.facts.system, **found.facts.versions},
         "problems": [asdict(problem) for problem in found.problems],

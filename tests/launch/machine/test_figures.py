@@ -10,6 +10,7 @@ from bagualu.launch.machine.figures import (
     OperatorSample,
     ProductTime,
     RankFigures,
+    VariantTime,
     by_octave,
     of_all,
     rank_figures,
@@ -21,6 +22,8 @@ ONE = RankFigures(
     products=[ProductTime("bfloat16", 64, 64, 64, 1e-5), ProductTime("bfloat16", 512, 64, 64, 2e-5)],
     copy_bytes_per_second=1e10, launch_seconds=5e-6,
     operators=[OperatorSample("aten.silu.default", "bfloat16", 1000.0, 1e-4)],
+    variants=[VariantTime("attention", name, "bfloat16", {"length": 64, "window": None}, seconds)
+              for name, seconds in (("blocks", 2e-3), ("kernel", 1e-3))],
     links=[LinkTime("p2p", 1024, 2, 1e-4)], spread=0.1,
 )  # fmt: skip
 

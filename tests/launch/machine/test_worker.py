@@ -1,6 +1,8 @@
 """What ranks measure: each thing of the plan, on the sizes of the plan."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,16 +19,16 @@ PLAN = replace(
 )
 
 
-def figures(communicator: Communicator) -> RankFigures:
-    return figures_of_rank(communicator, PLAN, communicator.world.barrier)
+def figures(communicator: Communicator, cache: Path) -> RankFigures:
+    return figures_of_rank(communicator, PLAN, communicator.world.barrier, cache)
 
 
 def works(communicator: Communicator) -> bool:
     return bool(check(Recipe(), communicator, lambda: False)["works"])
 
 
-def test_a_rank_measures_each_thing_of_the_plan() -> None:
-    one, other = run("gloo", 2, figures)
+def test_a_rank_measures_each_thing_of_the_plan(tmp_path: Path) -> None:
+    one, other = run("gloo", 2, figures, tmp_path)
     shapes = [(product.dtype, product.m, product.n, product.k) for product in one.products]
     assert len({shape for shape in shapes if shape[0] == "bfloat16"}) == 4
     assert {dtype for dtype, *_ in shapes} >= {"float64", "float32", "bfloat16"}
@@ -37,9 +39,15 @@ def test_a_rank_measures_each_thing_of_the_plan() -> None:
     assert min(one.copy_bytes_per_second, one.launch_seconds, one.memory_bytes, one.context_bytes) > 0
     assert (one.device, one.ranks, other.ranks, one.cores) == ("cpu", 2, 2, None)
     assert all(sample.seconds > 0 for sample in one.operators)
+    times = {(time.name, time.variant): time.seconds for time in one.variants}
+    assert times.keys() >= {("attention", "blocks"), ("attention", "kernel")}
+    assert one.variants[0].shape["length"] == PLAN.variants[0].sequence_length
+    assert other.variants == []
+    (kept,) = (tmp_path / "operators").iterdir()
+    assert json.loads(kept.read_text())["figures"] == {variant: seconds for (_, variant), seconds in times.items()}
 
 
-@pytest.mark.parametrize("sample", [*FULL.samples, *QUICK.samples], ids=str)
+@pytest.mark.parametrize("sample", [*FULL.samples, *QUICK.samples, *FULL.variants, *QUICK.variants], ids=str)
 def test_a_sample_is_a_valid_recipe_of_one_rank(sample: Sample) -> None:
     recipe = recipe_of(sample)
     assert recipe.validate(1).world == 1

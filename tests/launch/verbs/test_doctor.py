@@ -40,6 +40,8 @@ def test_a_machine_is_measured_and_becomes_a_cluster(tmp_path: Path, leftovers: 
     assert found["matmul_flops_per_second"]["bfloat16"] > 1e9
     assert found["memory_bytes_per_second"] > 1e8
     assert {link["ranks"] for link in found["links"]} == {2}
+    assert {one["variant"] for one in found["operators"] if one["name"] == "attention"} == {"blocks", "kernel"}
+    assert any((tmp_path / "cache/operators").iterdir())
     assert found["disk"]["path"] == str(disk)
     assert list(disk.iterdir()) == []
     assert found["cluster_file"] == str(tmp_path / "cache/this.yaml")
@@ -103,6 +105,7 @@ def test_the_commands_of_the_guide_report_what_was_measured(
         assert [ranks for ranks, _ in without_measuring] == [2]
     for beginning in ("versions", "cpu", "backends", "disk", "cluster", "problems", "  products", "  memory"):
         assert f"\n{beginning} " in f"\n{report}"
+    assert "  attention kernel 1 ms, blocks 2 ms (length 64, bfloat16)\n" in report
     assert max(map(len, report.splitlines())) < 200
 
 
