@@ -66,17 +66,5 @@ setup(
             "nccl = bagualu.comm.nccl:NcclBackend",
             "simulated = bagualu.comm.simulated:SimulatedBackend",
         ],
-        "bagualu.operators": [  # see trainer/operators/registry.py
-            "attention.blocks.cpu = bagualu.trainer.operators.attention:attention_blocks",
-            "attention.kernel = bagualu.trainer.operators.attention:attention_kernel",
-            "gate.generated = bagualu.trainer.operators.generated.gate:silu_gate",
-            "loss.generated = bagualu.trainer.operators.generated.loss:loss_and_gradient",
-            "norm.generated = bagualu.trainer.operators.generated.norm:normalise",
-            "rotary.generated = bagualu.trainer.operators.generated.rotary:rotate",
-            "gate.eager = bagualu.trainer.operators.gate:silu_gate",
-            "loss.eager = bagualu.parallel.vocabulary:loss_and_gradient",
-            "norm.eager = bagualu.trainer.operators.norm:normalise",
-            "rotary.eager = bagualu.trainer.operators.rotary:rotate",
-        ],
     },
 )

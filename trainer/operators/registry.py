@@ -1,10 +1,12 @@
-"""The variants of the model's operators that installed packages have registered. Does not import torch.
+"""The variants of the model's operators: those of this package, and those that other installed packages have registered. Does not
+import torch.
 
-An operator is a function that the model computes, such as attention. A variant is one way to compute it. A package registers its
-variants under the entry point group `bagualu.operators`, each with the name OPERATOR.VARIANT, or OPERATOR.VARIANT.CHIP if only that
-chip has it (cpu, cuda, or the type that torch gives to the devices of another accelerator). The entry is a function; what it is
-given and returns is said by the operator's default in `OperatorSet` (operator_set.py). It may have an attribute `takes`, a function
-of the same arguments that returns whether the variant can compute them; the operator's default takes the place of one that cannot.
+An operator is a function that the model computes, such as attention. A variant is one way to compute it. Each has an entry named
+OPERATOR.VARIANT, or OPERATOR.VARIANT.CHIP if only that chip has it (cpu, cuda, or the type that torch gives to the devices of
+another accelerator): this package's in `_OWN`, others' under the entry point group `bagualu.operators`. The entry is a function;
+what it is given and returns is said by the operator's default in `OperatorSet` (operator_set.py). It may have an attribute `takes`,
+a function of the same arguments that returns whether the variant can compute them; the operator's default takes the place of one
+that cannot.
 """
 
 from importlib.metadata import EntryPoint, entry_points
@@ -17,38 +19,61 @@ AUTO = "auto"
 """The value of operators.NAME for which a variant is chosen."""
 DEFAULT_VARIANTS = {"norm": "eager", "rotary": "eager", "gate": "eager", "attention": "kernel", "loss": "eager"}
 """For each operator the variant that takes all arguments on every chip."""
+_OWN = [
+    EntryPoint("attention.blocks.cpu", "bagualu.trainer.operators.attention:attention_blocks", GROUP),
+    EntryPoint("attention.kernel", "bagualu.trainer.operators.attention:attention_kernel", GROUP),
+    EntryPoint("gate.eager", "bagualu.trainer.operators.gate:silu_gate", GROUP),
+    EntryPoint("gate.generated", "bagualu.trainer.operators.generated.gate:silu_gate", GROUP),
+    EntryPoint("loss.eager", "bagualu.parallel.vocabulary:loss_and_gradient", GROUP),
+    EntryPoint("loss.generated", "bagualu.trainer.operators.generated.loss:loss_and_gradient", GROUP),
+    EntryPoint("norm.eager", "bagualu.trainer.operators.norm:normalise", GROUP),
+    EntryPoint("norm.generated", "bagualu.trainer.operators.generated.norm:normalise", GROUP),
+    EntryPoint("rotary.eager", "bagualu.trainer.operators.rotary:rotate", GROUP),
+    EntryPoint("rotary.generated", "bagualu.trainer.operators.generated.rotary:rotate", GROUP),
+]
+"""The entries of this package; one of another package with the same name on the same chip is not taken."""
 
 
 def variants(operator: str, chip: str | None = None) -> dict[str, EntryPoint]:
-    """Returns the registered variants of `operator` by name: those that `chip` has, or without it those of all chips."""
-    found: dict[str, EntryPoint] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        named, _, rest = entry.name.partition(".")
-        name, _, only = rest.partition(".")
-        if named == operator and (not only or chip is None or only == chip):  # one for this chip alone comes last, and counts
-            found[name] = entry
-    return found
+    """Returns the variants of `operator` by name: those that `chip` has, or without it those of all chips."""
+    others = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    found = {_parts(entry)[1]: entry for entry in (*others, *_OWN) if _is_for(entry, operator, chip)}
+    return dict(sorted(found.items()))
 
 
 def require_variant(operator: str, variant: str, chip: str | None = None) -> None:
     """Raises RecipeError unless `variant` is registered for `operator` and, if the chip is known, for that chip, or is auto."""
-    if variant == AUTO:
+    if variant == AUTO or _own(operator, variant, chip) is not None:
         return
-    known = variants(operator)
+    here, known = variants(operator, chip), variants(operator)
     if variant not in known:
         raise RecipeError(f"operators.{operator}={variant} is unknown; give one of {', '.join([AUTO, *known])}")
-    here = variants(operator, chip)
     if variant not in here:
-        others = sorted({entry.name.split(".")[2] for entry in entry_points(group=GROUP)
-                         if entry.name.startswith(f"{operator}.{variant}.")})  # fmt: skip
-        raise RecipeError(f"operators.{operator}={variant} is for {' and '.join(others)} only, and the ranks compute on {chip}; "
+        only = _parts(known[variant])[2]
+        raise RecipeError(f"operators.{operator}={variant} is for {only} only, and the ranks compute on {chip}; "
                           f"give one of {', '.join([AUTO, *here])}")  # fmt: skip
+
+
+def _own(operator: str, variant: str, chip: str | None) -> EntryPoint | None:
+    """Returns this package's variant, if `chip` has it. No installed packages are searched, so that runs start quickly."""
+    return next((entry for entry in _OWN if _is_for(entry, operator, chip) and _parts(entry)[1] == variant), None)
+
+
+def _is_for(entry: EntryPoint, operator: str, chip: str | None) -> bool:
+    named, _, only = _parts(entry)
+    return named == operator and (not only or chip in (None, only))
+
+
+def _parts(entry: EntryPoint) -> tuple[str, str, str]:
+    """Returns operator, variant and chip; "" for every chip."""
+    operator, variant, chip = (*entry.name.split("."), "", "")[:3]
+    return operator, variant, chip
 
 
 def load_variant(operator: str, variant: str, chip: str) -> Any:
     """Returns the function that is registered. Raises RecipeError if there is none, or if the package cannot be imported."""
     require_variant(operator, variant, chip)
-    entry = variants(operator, chip)[variant]
+    entry = _own(operator, variant, chip) or variants(operator, chip)[variant]
     try:
         return entry.load()
     except (ImportError, AttributeError) as error:

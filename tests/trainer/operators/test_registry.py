@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bagualu.comm.errors import RecipeError
+from bagualu.trainer.operators import registry
 from bagualu.trainer.operators.attention import attention_blocks, attention_kernel
 from bagualu.trainer.operators.config import OperatorsConfig
 from bagualu.trainer.operators.gate import silu_gate
@@ -64,9 +65,15 @@ def test_variants_are_those_of_the_chip() -> None:
     assert list(variants("attention", "cuda")) == ["flash", "kernel"]
     assert list(variants("gate", "cpu")) == ["eager", "generated", "wide"]
     assert list(variants("gate", "npu")) == ["eager", "generated", "narrow"]
-    assert variants("norm", "npu")["eager"].value == "pulsar:norm"
-    assert variants("norm", "cpu")["eager"].value != "pulsar:norm"
-    assert load_variant("norm", "eager", "npu")() == "norm"
+    assert variants("norm", "npu")["eager"].value != "pulsar:norm"  # a name of this package
+    assert load_variant("gate", "narrow", "npu")(1, 2) == ("narrow", None)
+
+
+def test_what_this_package_has_is_found_without_searching_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To search them takes as long as much of a small run's start."""
+    monkeypatch.setattr(registry, "entry_points", lambda **_: pytest.fail("searched"))
+    OperatorsConfig("eager", "eager", "eager", "blocks", "eager").validate("cpu")
+    assert load_variant("attention", "blocks", "cpu") is attention_blocks
 
 
 @pytest.mark.usefixtures("_vendor")
