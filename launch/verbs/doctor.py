@@ -243,13 +243,18 @@ def _document(found: _Diagnosis) -> dict[str, Any]:
         "launch_seconds": first.launch_seconds if first else None,
         "links": [asdict(link) for one in found.measured for link in one.links],
         "disk": asdict(found.disk) if found.disk is not None else None,
-        "operators": [{"ranks": one.ranks, **asdict(time)} for one in found.measured for time in (*one.variants, *one.operators)],
+        "operators": [{"ranks": one.ranks, **values} for one in found.measured for values in _operators(one)],
         "ranks": [_summary(one) for one in found.measured],
         "versions": {"python": found.facts.python, "system": found.facts.system, **found.facts.versions},
         "problems": [asdict(problem) for problem in found.problems],
         "cluster_file": str(found.cluster_file) if found.cluster_file is not None else None,
         "cluster_written": found.cluster_written,
     }
+
+
+def _operators(one: RankFigures) -> list[dict[str, Any]]:
+    """Returns the times of the model's operators, in each variant, and those of torch's operators."""
+    return [*map(asdict, one.variants), *map(asdict, one.operators)]
 
 
 def _summary(one: RankFigures) -> dict[str, Any]:
