@@ -18,12 +18,11 @@ from bagualu.parallel.simulation.events import Operator
 from bagualu.parallel.simulation.measured_times import dtype_of, work_of
 from bagualu.trainer.costs.cache import device_name
 from bagualu.trainer.costs.operator_cases import cases_of
-from bagualu.trainer.costs.operator_times import times_of
+from bagualu.trainer.costs.operator_times import measurable, times_of
 from bagualu.trainer.costs.work import work_of as work_of_model
 from bagualu.trainer.data.config import RANDOM, DataConfig
 from bagualu.trainer.data.corpus_cache import cache_folder
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
-from bagualu.trainer.operators.registry import variants
 from bagualu.trainer.recipe.config import Recipe, TrainConfig
 from bagualu.trainer.recipe.device_memory import cpu_bytes
 from bagualu.trainer.simulation.timed import Timed, operator_times, step_seconds
@@ -129,7 +128,7 @@ def _variants(how: MeasuringPlan, device: torch.device, cache: Path) -> Iterator
     """Yields the times of operators with several variants, as a run takes them: kept ones, or new ones that are kept."""
     for recipe in map(recipe_of, how.variants):
         for case in cases_of(work_of_model(recipe, recipe.validate(1))):
-            if len(variants(case.operator, chip_of(device))) > 1:
+            if len(measurable(case.operator, chip_of(device))) > 1:
                 for name, seconds in times_of(case, device, cache).items():
                     yield VariantTime(case.operator, name, case.dtype, asdict(case.shape), seconds)
 

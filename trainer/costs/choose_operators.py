@@ -17,11 +17,11 @@ from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.parallel.precision import chip_of
 from bagualu.trainer.costs.cache import device_name
 from bagualu.trainer.costs.operator_cases import AttentionShape, OperatorCalls, cases_of
-from bagualu.trainer.costs.operator_times import times_of
+from bagualu.trainer.costs.operator_times import measurable, times_of
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.data.corpus_cache import cache_folder
 from bagualu.trainer.operators.choice import MEASURED, Chosen, ChosenOperators, by_rule, kept, quickest
-from bagualu.trainer.operators.registry import DEFAULT_VARIANTS, variants
+from bagualu.trainer.operators.registry import DEFAULT_VARIANTS
 from bagualu.trainer.operators.usual import usual_variant
 from bagualu.trainer.recipe.config import Recipe
 
@@ -43,7 +43,9 @@ def choose_operators(recipe: Recipe, communicator: Communicator) -> tuple[Chosen
 def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators, list[str]]:
     chip, product = chip_of(communicator.device), device_name(communicator.device)
     recorded, begun = _recorded(recipe)
-    chosen, remarks = kept(recorded, recipe.operators, chip, product)
+    if recorded is not None and recipe.train.compile is False:
+        recorded = recorded.not_generated()
+    chosen, remarks = kept(recorded, recipe.variants, chip, product)
     micro_batches = recipe.micro_batches() / recipe.validate(communicator.size).data
     cases = list(cases_of(work_of(recipe, recipe.validate(communicator.size))))
     for operator in DEFAULT_VARIANTS:
@@ -53,7 +55,7 @@ def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators
         usual = [_usual(case, chip) for case in calls] or [DEFAULT_VARIANTS[operator]]
         seconds = sum(case.calls * case.call_seconds for case in calls) * micro_batches / recipe.parallel.pipeline
         measures = not begun and recipe.comm.backend != "simulated" and seconds >= LEAST_SECONDS
-        if measures and len(variants(operator, chip)) > 1:
+        if measures and len(measurable(operator, chip)) > 1:
             times = _times(calls, communicator.device, cache_folder(recipe.data))
             chosen[operator] = quickest(usual, times)
             remarks += _remark(operator, chosen[operator])

@@ -5,7 +5,7 @@ rank.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def cases_of(work: ModelWork) -> Iterator[OperatorCalls]:
     if model.gated and mixtures:
         yield rows("gate", tokens * model.moe.top_k, model.moe.ffn // tensor, mixtures)
     chunk = min(tokens, HEAD_CHUNK_TOKENS)
-    yield rows("loss", chunk, model.padded_vocab // tensor, -(-tokens // chunk))
+    yield replace(rows("loss", chunk, model.padded_vocab // tensor, -(-tokens // chunk)), dtype=multiplied)
 
 
 def _attention(shape: AttentionShape, dtype: torch.dtype, device: torch.device, draw: torch.Generator) -> PreparedCall:
@@ -151,10 +151,10 @@ def _gate(shape: RowsShape, dtype: torch.dtype, device: torch.device, draw: torc
 
 
 def _loss(shape: RowsShape, dtype: torch.dtype, device: torch.device, draw: torch.Generator) -> PreparedCall:
-    logits = torch.randn(shape.rows, shape.width, dtype=accurate_dtype(dtype), device=device, generator=draw)
+    logits = torch.randn(shape.rows, shape.width, dtype=dtype, device=device, generator=draw)
     target = torch.randint(shape.width, (shape.rows,), device=device, generator=draw)
     counts = torch.ones(shape.rows, dtype=torch.bool, device=device)
-    return PreparedCall(lambda variant: variant(logits, target, counts, None), [])
+    return PreparedCall(lambda variant: variant(logits, target, counts, None)[0], [])
 
 
 _PREPARE: dict[str, Callable[..., PreparedCall]] = {

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from bagualu.trainer.costs.cache import kept, on_device
 from bagualu.trainer.costs.operator_cases import OperatorCalls, PreparedCall
 from bagualu.trainer.costs.throughput import synchronize
 from bagualu.trainer.operators.operator_set import variant_of
-from bagualu.trainer.operators.registry import DEFAULT_VARIANTS, variants
+from bagualu.trainer.operators.registry import DEFAULT_VARIANTS, GENERATED, variants
 
-FORMAT = 1
+FORMAT = 2
 """A number in the KEY of a cache file. Raise it when what is measured, or how it is measured, changes."""
 BUDGET_SECONDS = 0.3
 """About the time that the rounds of a case take together, after the first calls."""
@@ -24,11 +25,16 @@ _MOST_ROUNDS = 30
 log = logging.getLogger(__name__)
 
 
+def measurable(operator: str, chip: str) -> dict[str, EntryPoint]:
+    """Returns the variants of `operator` that `chip` has and that are measured: not those that have to be generated first."""
+    return {name: entry for name, entry in variants(operator, chip).items() if name != GENERATED}
+
+
 def times_of(case: OperatorCalls, device: torch.device, cache: Path) -> dict[str, float]:
-    """Returns the seconds of a call with its backward pass, by variant: of all that are registered for the device's chip and work.
-    They come from the cache or are measured and then stored there. Raises RecipeError for a variant that cannot be imported."""
+    """Returns the seconds of a call with its backward pass, by variant: of all that are `measurable` and work. They come from the
+    cache or are measured and then stored there. Raises RecipeError for a variant that cannot be imported."""
     chip = chip_of(device)
-    registered = variants(case.operator, chip)
+    registered = measurable(case.operator, chip)
     packages = {name: f"{entry.value} {entry.dist.version if entry.dist else ''}" for name, entry in registered.items()}
     return kept(
         cache / "operators",

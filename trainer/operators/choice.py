@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.trainer.operators.config import OperatorsConfig
-from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, variants
+from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, GENERATED, variants
 
 ALIKE = 0.05
 """The usual variant is kept unless another takes less time than it by more than this fraction."""
@@ -39,6 +39,10 @@ class ChosenOperators:
 
     def as_config(self) -> OperatorsConfig:
         return OperatorsConfig(**self.variants)
+
+    def not_generated(self) -> "ChosenOperators":
+        """Returns the same without the choices of generated kernels."""
+        return replace(self, operators={name: one for name, one in self.operators.items() if one.variant != GENERATED})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,8 +107,9 @@ def kept(recorded: ChosenOperators | None, config: OperatorsConfig, chip: str, p
 
 
 def as_recorded(path: Path, config: OperatorsConfig, chip: str) -> OperatorsConfig:
-    """Returns `config` with the variants that a run has recorded in `path` in place of auto, as far as `chip` has them. Raises
-    OSError, and ValueError if the file is damaged."""
+    """Returns `config` with the variants that a run has recorded in `path` in place of auto, as far as `chip` has them and they
+    need not be generated, which takes longer than most texts. Raises OSError, and ValueError if the file is damaged."""
     recorded = ChosenOperators.read(path)
+    recorded = None if recorded is None else recorded.not_generated()
     settled, _ = kept(recorded, config, chip, recorded.chip if recorded is not None else "")
     return replace(config, **{operator: chosen.variant for operator, chosen in settled.items()})

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from bagualu.trainer.operators.registry import AUTO, require_variant
+from bagualu.trainer.operators.registry import AUTO, GENERATED, require_variant
 
 _GENERATED = ("norm", "rotary", "gate", "loss")
 """The operators that have a variant "generated" (trainer/operators/generated)."""
@@ -32,7 +32,11 @@ class OperatorsConfig:
 
     def generated(self) -> "OperatorsConfig":
         """Returns the same with generated kernels in place of auto, where there are any."""
-        return replace(self, **{name: "generated" for name in _GENERATED if getattr(self, name) == AUTO})
+        return replace(self, **{name: GENERATED for name in _GENERATED if getattr(self, name) == AUTO})
+
+    def not_generated(self) -> "OperatorsConfig":
+        """Returns the same with auto in place of generated kernels."""
+        return replace(self, **{name: AUTO for name, variant in self.as_dict().items() if variant == GENERATED})
 
     def validate(self, chip: str | None) -> None:
         """Raises RecipeError for a variant that is not registered, or that `chip` has not; None: the chip is not known yet."""

@@ -17,6 +17,8 @@ from bagualu.comm.errors import RecipeError
 GROUP = "bagualu.operators"
 AUTO = "auto"
 """The value of operators.NAME for which a variant is chosen."""
+GENERATED = "generated"
+"""The name of variants whose kernels torch's compiler generates, which takes time when a run begins: train.compile chooses them."""
 DEFAULT_VARIANTS = {"norm": "eager", "rotary": "eager", "gate": "eager", "attention": "kernel", "loss": "eager"}
 """For each operator the variant that takes all arguments on every chip."""
 _OWN = [

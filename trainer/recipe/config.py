@@ -25,6 +25,7 @@ from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.models.decoder.config import LONGEST_ALIBI, ModelConfig
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.operators.config import OperatorsConfig
+from bagualu.trainer.operators.registry import GENERATED
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.recipe.deepspeed import DeepSpeedTerms
 from bagualu.trainer.recipe.override_text import typed
@@ -238,6 +239,11 @@ class Recipe:
                 "train.compile=true cannot run on comm.backend=simulated, whose ranks are threads of one process; "
                 "give train.compile=false or comm.backend=gloo"
             )
+        generated = [name for name, variant in self.operators.as_dict().items() if variant == GENERATED]
+        if generated and world > 1 and self.comm.backend == "simulated":
+            key = f"operators.{generated[0]}"
+            raise RecipeError(f"{key}={GENERATED} cannot run on comm.backend=simulated, whose ranks are threads of one process; "
+                              f"give {key}=auto or comm.backend=gloo")  # fmt: skip
         if self.cluster is not None:
             self._validate_cluster(self.cluster, world)
         if self.parallel.engine == "fsdp" and self.comm.backend == "simulated":

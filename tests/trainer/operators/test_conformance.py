@@ -2,6 +2,7 @@
 and whole steps of a model that computes with it. Variants that are wrong in one point are found out."""
 
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,29 +16,36 @@ from bagualu.trainer.operators.attention import attention_blocks, attention_kern
 from bagualu.trainer.operators.gate import silu_gate
 from bagualu.trainer.operators.norm import normalise
 from bagualu.trainer.operators.operator_set import variant_of
-from bagualu.trainer.operators.registry import DEFAULT_VARIANTS, variants
+from bagualu.trainer.operators.registry import DEFAULT_VARIANTS, GENERATED, variants
 from bagualu.trainer.operators.rotary import rotate
 from tests.harness import run
 from tests.parity import Curve, assert_same, small_recipe, train
 from tests.trainer.operators.conformance import check
 
 DEVICES = [torch.device("cpu"), *([torch.accelerator.current_accelerator()] if torch.accelerator.is_available() else [])]
+NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="generating kernels needs a C++ compiler (g++ on PATH)")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 REGISTERED = [
-    pytest.param(operator, variant, device, id=f"{operator}.{variant}.{device.type}")
+    (operator, variant, device)
     for device in DEVICES
     for operator in DEFAULT_VARIANTS
     for variant in variants(operator, device.type)
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("operator", "variant", "device"), REGISTERED)
+def _case(operator: str, variant: str, device: torch.device, other: Any, quick: bool) -> Any:
+    """A case of a test; kernels that are generated, which takes seconds for each dtype, are slow unless it is `quick`."""
+    marks = [NEEDS_COMPILER, *([] if quick else [pytest.mark.slow])] if variant == GENERATED else []
+    return pytest.param(operator, variant, device, other, id=f"{operator}.{variant}.{device.type}-{other}", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("operator", "variant", "device", "dtype"),
+    [_case(*case, dtype, quick=dtype == torch.bfloat16) for case in REGISTERED for dtype in DTYPES],
+)
 def test_results_and_gradients_are_those_of_the_formula(
     operator: str, variant: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    if operator == "loss" and dtype in (torch.bfloat16, torch.float16):
-        return  # logits are at least float32
     check(operator, variant_of(operator, variant, device.type), dtype, device)
 
 
@@ -64,8 +72,9 @@ def expected(model: str) -> list[Curve]:
     return run("simulated", 1, train, small_recipe(**LAYOUTS[model][1]), 2)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("operator", "variant", "device"), REGISTERED)
+@pytest.mark.parametrize(
+    ("operator", "variant", "device", "layout"), [_case(*case, layout, quick=False) for case in REGISTERED for layout in LAYOUTS]
+)
 def test_a_model_that_computes_with_it_has_the_same_curve_on_any_layout(
     operator: str, variant: str, device: torch.device, layout: str
 ) -> None:
@@ -76,9 +85,10 @@ def test_a_model_that_computes_with_it_has_the_same_curve_on_any_layout(
 
 def assert_layout(operator: str, variant: str, chip: str, layout: str) -> None:
     ranks, model, changes = LAYOUTS[layout]
-    chosen = {f"operators__{operator}": variant, "comm__backend": "simulated", "comm__device": chip}
+    backend = "gloo" if variant == GENERATED and chip == "cpu" else "simulated"  # threads cannot share the compiler
+    chosen = {f"operators__{operator}": variant, "comm__backend": backend, "comm__device": chip}
     recipe = small_recipe(**model, **changes, **chosen)
-    assert_same(run("simulated" if chip == "cpu" else "simulated-cuda", ranks, train, recipe, 2), expected(layout), unfelt=UNFELT)
+    assert_same(run(backend if chip == "cpu" else "simulated-cuda", ranks, train, recipe, 2), expected(layout), unfelt=UNFELT)
 
 
 class _Scaled(torch.autograd.Function):
@@ -185,18 +195,18 @@ def rounds_the_gate(gate: Any, up: Any) -> tuple[torch.Tensor, torch.Tensor | No
     return silu_gate(gate.bfloat16().to(gate.dtype), up)
 
 
-def counts_all(logits: Any, target: Any, counts: Any, group: Any) -> torch.Tensor:
+def counts_all(logits: Any, target: Any, counts: Any, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return loss_and_gradient(logits, target, torch.ones_like(counts), group)
 
 
-def overflows(logits: Any, target: Any, counts: Any, group: Any) -> torch.Tensor:
+def overflows(logits: Any, target: Any, counts: Any, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
     powers = logits.exp()
-    loss = loss_and_gradient(logits, target, counts, group)
-    return loss + 0 * powers.sum()
+    loss, gradient = loss_and_gradient(logits, target, counts, group)
+    return loss + 0 * powers.sum(), gradient
 
 
-def leaves_the_logits(logits: Any, target: Any, counts: Any, group: Any) -> torch.Tensor:
-    return loss_and_gradient(logits.clone(), target, counts, group)
+def returns_the_logits(logits: Any, target: Any, counts: Any, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return loss_and_gradient(logits.clone(), target, counts, group)[0], logits
 
 
 WRONG: list[tuple[str, Callable[..., Any], torch.dtype, str]] = [
@@ -218,7 +228,7 @@ WRONG: list[tuple[str, Callable[..., Any], torch.dtype, str]] = [
     ("gate", rounds_the_gate, torch.float32, "is wrong by"),
     ("loss", counts_all, torch.float32, "loss is wrong"),
     ("loss", overflows, torch.float32, "overflow"),
-    ("loss", leaves_the_logits, torch.float32, "gradient is wrong"),
+    ("loss", returns_the_logits, torch.float32, "gradient is wrong"),
 ]
 
 

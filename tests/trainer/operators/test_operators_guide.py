@@ -1,6 +1,7 @@
 """The variant of docs/guides/operators.md is registered, passes the conformance suite, and trains."""
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def install(folder: Path) -> None:
 
 def test_the_variant_of_the_guide_conforms_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path)
+    monkeypatch.delitem(sys.modules, "pulsar", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     assert list(variants("attention", "cpu")) == ["blocks", "kernel", "products"]
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
