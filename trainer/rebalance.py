@@ -20,6 +20,7 @@ from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.keys import memory_caps
 from bagualu.parallel.balance.stages.rebalance_policy import Proposal, Watch
 from bagualu.parallel.move_state import Relocation, table
+from bagualu.parallel.pipeline.layer_slice import IN_ORDER
 from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.costs.analytic import analytic_table
 from bagualu.trainer.costs.predicted_split import keeps_to_caps, with_prediction
@@ -42,9 +43,9 @@ class MoveError(RuntimeError):
 class Move:
     """A move of layers between ranks of the pipeline, successful or not."""
 
-    before: list[int]
+    before: list[int | float]
     """The number of layers of each stage before the move."""
-    after: list[int]
+    after: list[int | float]
     """The number of layers of each stage after the move, or as intended if the move failed."""
     speeds: list[float]
     """The speed of each pipeline rank, relative to the device of the cost table."""
@@ -136,11 +137,12 @@ class Rebalancer:
     def _bytes_to_move(self, split: Split) -> int:
         """Returns the bytes of master weights, moments and buffers of the layers that would change ranks."""
         placement, work = self.state.mesh.placement, work_of(self.state.recipe, self.state.mesh.layout)
-        before, after = (_rank_of_layers(either, placement.rank_of) for either in (self.state.split, split))
-        return sum(saved_bytes(work, i) for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new)
+        before, after = (_rank_of_halves(either, placement.rank_of) for either in (self.state.split, split))
+        halves = ((layer, part) for layer in range(self.state.recipe.model.layers) for part in IN_ORDER)
+        return sum(saved_bytes(work, *half) for half, old, new in zip(halves, before, after, strict=True) if old != new)
 
     def _move(self, proposal: Proposal, step: int) -> Move:
-        before, started = [len(piece) for piece in self.state.split.slices], time.perf_counter()
+        before, started = self.state.split.counts, time.perf_counter()
         failed, bytes_to_move = None, self._bytes_to_move(proposal.split)
         try:
             move(self.state, proposal.split, step)
@@ -153,7 +155,7 @@ class Rebalancer:
             self.watch.failed()
         elif self.watch:
             self.watch.moved(proposal.split)
-        after = [len(piece) for piece in proposal.split.slices]
+        after = proposal.split.counts
         self.moves.append(Move(before, after, proposal.speeds, proposal.now_seconds, proposal.then_seconds, seconds, failed))
         return self.moves[-1]
 
@@ -193,6 +195,6 @@ def move(state: TrainerState, split: Split, step: int) -> None:
     gc.collect()  # DeepSpeed's engine refers to itself, and would keep its memory until Python looks for such objects
 
 
-def _rank_of_layers(split: Split, rank_of: Callable[[int], int]) -> list[int]:
-    """Returns, for each layer of the model, the pipeline rank that holds it."""
-    return [rank_of(stage) for stage, piece in enumerate(split.slices) for _ in piece]
+def _rank_of_halves(split: Split, rank_of: Callable[[int], int]) -> list[int]:
+    """Returns, for each half of each layer of the model, the pipeline rank that holds it."""
+    return [rank_of(stage) for stage, one in enumerate(split.slices) for _ in range(one.start, one.stop)]

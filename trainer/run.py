@@ -215,7 +215,7 @@ def _facts(state: TrainerState, memory: PeakMemory) -> dict[str, Any]:
         "compile": state.recipe.train.compile is True,
         "operators": state.recipe.operators.as_dict(),
         "micro_batches_of_data_ranks": state.shares,
-        "layers_of_stages": [len(layers) for layers in state.split.slices],
+        "layers_of_stages": state.split.counts,
         **_tokens(state.corpus),
         "parameters": _parameters(state),
         "run_dir": state.recipe.run.dir,

@@ -1,10 +1,12 @@
-"""Splits layers over the pipeline stages. Every layer is in exactly one stage, in order."""
+"""Splits layers over the pipeline stages, in order. Every half of a layer is in exactly one stage."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.layout import StagePlacement
+from bagualu.parallel.pipeline.layer_slice import HALVES, LayerSlice
 
 
 def require_layers(layers: int, placement: StagePlacement) -> None:
@@ -16,19 +18,18 @@ def require_layers(layers: int, placement: StagePlacement) -> None:
         raise RecipeError(f"parallel.pipeline={ranks}{each} are more than model.layers={layers}; give {fits}")
 
 
-def split_layers(layers: int, placement: StagePlacement, balance: Any = "uniform") -> list[range]:
+def split_layers(layers: int, placement: StagePlacement, balance: Any = "uniform") -> list[LayerSlice]:
     """Returns contiguous slices of `layers` layers, one per stage, in the order of the model.
 
-    `balance` is uniform or a list with the number of layers of each stage. uniform gives every stage the same number of layers, and
-    each remaining layer to a stage in the middle, because the first and last stages also hold the embedding, the head and the loss.
-    In a V it gives every rank the same number, and the remaining layers to the last ranks, since the first rank has both ends.
-    Raises RecipeError if `balance` is invalid or a stage would be empty.
+    `balance` is uniform or a list with the number of layers of each stage, such as [4.5,3.5]. uniform gives every stage the same
+    number of whole layers, and each remaining layer to a stage in the middle, because the first and last stages also hold the
+    embedding, the head and the loss. In a V it gives every rank the same number, and the remaining layers to the last ranks, since
+    the first rank has both ends. Raises RecipeError if `balance` is invalid or a stage would be empty.
     """
     require_layers(layers, placement)
-    stages = placement.stages
     counts = _uniform(layers, placement) if balance == "uniform" else _listed(layers, placement, balance)
-    starts = [sum(counts[:stage]) for stage in range(stages)]
-    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+    borders = accumulate((int(HALVES * count) for count in counts), initial=0)
+    return [LayerSlice(start, stop) for start, stop in pairwise(borders)]
 
 
 def _uniform(layers: int, placement: StagePlacement) -> list[int]:
@@ -48,16 +49,17 @@ def _evenly(layers: int, parts: int) -> list[int]:
     return [base + (first <= part < first + rest) for part in range(parts)]
 
 
-def _listed(layers: int, placement: StagePlacement, balance: Any) -> list[int]:
+def _listed(layers: int, placement: StagePlacement, balance: Any) -> list[float]:
     stages = placement.stages
     is_list = isinstance(balance, Sequence) and not isinstance(balance, str)
-    if not is_list or not all(type(count) is int for count in balance):
+    if not is_list or not all(type(count) in (int, float) for count in balance):
         raise RecipeError(
             f"parallel.balance={balance} is unknown; give uniform, analytic, measured or a list of {stages} layer counts"
         )
     counts = list(balance)
-    if len(counts) != stages or sum(counts) != layers or min(counts) < 1:
+    whole_halves = all((HALVES * count) % 1 == 0 for count in counts)
+    if len(counts) != stages or sum(counts) != layers or min(counts) <= 0 or not whole_halves:
         near = "[" + ",".join(map(str, _uniform(layers, placement))) + "]"
-        raise RecipeError(f"parallel.balance={counts} must hold {stages} counts of at least 1 that add up to "
-                          f"model.layers={layers}; e.g. parallel.balance={near}")  # fmt: skip
+        raise RecipeError(f"parallel.balance={counts} must hold {stages} positive counts of layers, whole or halves such as 1.5, "
+                          f"that add up to model.layers={layers}; e.g. parallel.balance={near}")  # fmt: skip
     return counts

@@ -23,6 +23,7 @@ from bagualu.comm import simulated
 from bagualu.comm.group import Communicator
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.mesh import Mesh
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.trainer.generation.generate import generate
 from bagualu.trainer.generation.request import Sampling
 from bagualu.trainer.generation.stages import Stages
@@ -49,7 +50,7 @@ def a_llama(recipe: Recipe, dtype: torch.dtype) -> Any:
 
 def copied(recipe: Recipe, llama: Any, dtype: torch.dtype) -> Decoder:
     """The recipe's model with the weights of `llama`."""
-    decoder = Decoder(recipe.model, [range(recipe.model.layers)]).to(dtype)
+    decoder = Decoder(recipe.model, [LayerSlice.of_layers(range(recipe.model.layers))]).to(dtype)
     theirs = dict(llama.named_parameters())
     names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
     for index in range(recipe.model.layers):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.boxes import cover_problem
 from bagualu.parallel.layout import Layout
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.parallel.sharding import Placement, ShardingPlan
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.model import Decoder
@@ -48,7 +49,7 @@ WIDE = {  # with heads of 12 elements instead of 4
 
 def model_of(config: ModelConfig) -> Decoder:
     with torch.device("meta"):
-        return Decoder(config, [range(config.layers)])
+        return Decoder(config, [LayerSlice.of_layers(range(config.layers))])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

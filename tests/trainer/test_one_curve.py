@@ -149,6 +149,34 @@ SCHEDULED: list[tuple[str, dict[str, object]]] = [
 ]
 
 
+# Stages that begin inside layers: together every schedule, ZeRO stage, axis, mixtures and tied embeddings. Ranks of a V, and a
+# single rank, may hold both halves of a layer in two of their stages.
+CUT_INSIDE: list[tuple[str, dict[str, object]]] = [
+    ("dense_8_layers", {"pipeline": 2, "balance": [4.5, 3.5]}),
+    ("moe_tied_5_layers", {"data": 2, "expert": 2, "tensor": 2, "sequence": True, "pipeline": 2, "balance": [2.5, 2.5]}),
+    ("dense_5_layers_gqa", {"pipeline": 4, "schedule": "gpipe", "data": 2, "zero": 0, "balance": [0.5, 2, 0.5, 2]}),
+    ("moe_everywhere_5_layers", {"pipeline": 2, "schedule": "zb_h1", "data": 2, "zero": 3, "balance": [1.5, 3.5]}),
+    (
+        "moe_tied_9_layers",
+        {"pipeline": 2, "schedule": "zb_v", "data": 2, "zero": 2, "bucket_bytes": 512, "balance": [2, 2.5, 2.5, 2]},
+    ),
+    ("moe_tied_5_layers", {"pipeline": 2, "schedule": "zb_v", "tensor": 2, "zero": 3, "data": 2, "balance": [1, 1.5, 1, 1.5]}),
+    ("moe_tied_5_layers", {"pipeline": 2, "schedule": "v_half", "data": 2, "expert": 2, "balance": [1.5, 1, 1.5, 1]}),
+    ("dense_tied_padded", {"pipeline": 1, "schedule": "v_half", "tensor": 4, "balance": [1.5, 1.5]}),
+    ("moe_everywhere_5_layers", {"pipeline": 2, "schedule": "dualpipe_v", "expert": 2, "data": 2, "balance": [1.5, 0.5, 1, 2]}),
+    (
+        "moe_tied_9_layers",
+        {"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 4, "balance": [0.5, 1.5, 1, 1, 1.5, 1.5, 1.5, 0.5]},
+    ),
+    (
+        "dense_tied",
+        {"data": 2, "pipeline": 1, "schedule": "interleaved_1f1b", "zero": 3, "virtual_stages": 2, "balance": [1.5, 2.5]},
+    ),
+    ("dense_5_layers_gqa", {"data": 2, "pipeline": 2, "shares": [5, 3], "balance": [2.5, 2.5]}),
+    *((f"{style}_moe", {"pipeline": 2, "tensor": 2, "balance": [1.5, 2.5]}) for style in STYLES),
+]
+
+
 def recipe_for(model: str, layout: dict[str, object], **changes: object) -> Recipe:
     return small_recipe(
         **{f"model__{key}": value for key, value in MODELS[model].items()},
@@ -278,6 +306,12 @@ def test_schedule_trains_the_same_curve(backend: str, model: str, layout: dict[s
     assert_same(run(backend, recipe.world_size(), train, recipe, STEPS), [alone(model)])
 
 
+@on_both(CUT_INSIDE, lambda model, layout: layout.get("balance") == [4.5, 3.5])
+def test_stages_that_begin_inside_layers_train_the_same_curve(backend: str, model: str, layout: dict[str, Any]) -> None:
+    recipe = recipe_for(model, layout)
+    assert_same_as_alone(run(backend, recipe.world_size(), train, recipe, STEPS), model, recipe)
+
+
 def test_thirty_layers_on_four_stages_are_thirty() -> None:
     weights = {name for name, *_ in alone("dense_30_layers").pieces}
     assert {f"weight/layers.{i}.attention.query.weight" for i in range(30)} <= weights
@@ -307,7 +341,7 @@ def recomputing(layout: dict[str, object], recompute: object, offload_bytes: int
         schedule = compute_schedule(recipe.parallel.schedule, degrees.pipeline, BATCH // degrees.data)
         problem = Problem(analytic_table(work_of(recipe, degrees)), schedule, [1.0, 1.0], None, recipe.activations())
         slices = split_layers(recipe.model.layers, schedule.placement, "uniform")
-        pieces = by_rank(problem, [(piece.start, piece.stop) for piece in slices])
+        pieces = by_rank(problem, problem.pieces(slices))
         most = max(problem.activation_bytes(rank, mine) for rank, mine in enumerate(pieces))
         least = max(problem.least_bytes(rank, mine)[1] for rank, mine in enumerate(pieces))
         recipe.train.recompute, recipe.parallel.memory_bytes = f"bytes:{(most + least) // 2}", None
@@ -337,6 +371,13 @@ def test_recompute_and_host_memory_do_not_matter_to_any_schedule(recompute: obje
     """All pairs of a way and a schedule, and all pairs of either and axes."""
     way, number = WAYS.index((recompute, offload_bytes)), SCHEDULES.index(schedule)
     assert_recomputing_does_not_matter({**AXES[(way + number) % len(AXES)], "schedule": schedule}, recompute, offload_bytes)
+
+
+@pytest.mark.parametrize(("recompute", "offload_bytes"), WAYS, ids=str)
+def test_recompute_and_host_memory_do_not_matter_to_stages_that_begin_inside_layers(recompute: object, offload_bytes: int) -> None:
+    cuts = [{"balance": [2.5, 2.5]}, {"schedule": "zb_v", "balance": [1, 1.5, 1, 1.5]}]
+    number = WAYS.index((recompute, offload_bytes))
+    assert_recomputing_does_not_matter({**AXES[number % len(AXES)], **cuts[number % 2]}, recompute, offload_bytes)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])

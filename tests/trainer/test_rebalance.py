@@ -17,6 +17,7 @@ from bagualu.comm.group import Communicator
 from bagualu.parallel import move_state
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.rebalance_policy import Proposal
+from bagualu.parallel.pipeline.layer_slice import LayerSlice, parts_of
 from bagualu.parallel.pipeline.recorded_timeline import read_measured
 from bagualu.parallel.pipeline.stopwatch import Stopwatch
 from bagualu.trainer import rebalance
@@ -50,9 +51,9 @@ def recipe_for(**layout: object) -> Recipe:
     )
 
 
-def split_of(*counts: int) -> Split:
-    borders = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
-    return Split([range(*pair) for pair in pairwise(borders)], ["none"] * sum(counts))
+def split_of(*counts: float) -> Split:
+    borders = [int(2 * sum(counts[:stage])) for stage in range(len(counts) + 1)]
+    return Split([LayerSlice(*pair) for pair in pairwise(borders)], ["none"] * int(sum(counts)))
 
 
 def train_moving(communicator: Communicator, recipe: Recipe, splits: list[Split]) -> Curve:
@@ -62,7 +63,7 @@ def train_moving(communicator: Communicator, recipe: Recipe, splits: list[Split]
     for step, split in enumerate(splits):
         if step:
             move(state, split, step)
-            assert list(state.engine.model.layers) == [str(i) for stage in state.mesh.stages for i in split.slices[stage]]
+            assert list(state.engine.model.layers) == [str(i) for i in parts_of(split.slices[s] for s in state.mesh.stages)]
         results.append(train_step(state, step))
     assert all(result.committed for result in results)
     figures = [[r.loss for r in results], [r.balance_loss for r in results], [r.grad_norm for r in results]]
@@ -79,6 +80,8 @@ CASES: list[Any] = [
     ({"pipeline": 2, "data": 2, "zero": 0}, [(3, 4), (5, 2), (4, 3)]),
     ({"pipeline": 2, "data": 2, "expert": 2, "tensor": 2, "sequence": True}, [(3, 4), (5, 2), (2, 5)]),
     ({"pipeline": 2, "data": 2, "schedule": "zb_v"}, [(2, 2, 2, 1), (1, 3, 1, 2), (1, 1, 1, 4)]),
+    ({"pipeline": 2, "data": 2, "expert": 2, "zero": 3}, [(3.5, 3.5), (5, 2), (2.5, 4.5)]),
+    ({"pipeline": 2, "data": 2, "schedule": "zb_v"}, [(2, 1.5, 2, 1.5), (1, 3, 1.5, 1.5), (2, 2, 2, 1)]),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
 ]
 
@@ -100,7 +103,7 @@ def test_muon_brings_together_the_matrices_of_moved_layers(backend: str) -> None
     recipe = recipe_for(pipeline=2, data=2, expert=2, balance=[3, 4])
     recipe.optim.name = "muon"
     alone = replace(recipe, parallel=recipe_for().parallel)
-    moving = [split_of(3, 4), split_of(6, 1), split_of(1, 6)]
+    moving = [split_of(3, 4), split_of(5.5, 1.5), split_of(1, 6)]
     assert_same(run(backend, 4, train_moving, recipe, moving), run("simulated", 1, train, alone, 3))
 
 
@@ -119,7 +122,7 @@ def test_state_and_weights_are_the_same_bits_after_moving_there_and_back() -> No
         train_step(state, 0)
         weights = {name: parameter.detach().clone() for name, parameter in state.engine.model.named_parameters()}
         before, home = bits(state), state.split
-        move(state, split_of(5, 2), 1)
+        move(state, split_of(4.5, 2.5), 1)
         move(state, home, 1)
         assert bits(state) == before
         for name, parameter in state.engine.model.named_parameters():
@@ -225,19 +228,20 @@ def test_nothing_is_kept_of_what_was_there_before() -> None:
     assert run("gloo", 2, leaking, recipe_for(pipeline=2, balance=[3, 4])) == [0, 0]
 
 
-def priced(communicator: Communicator, recipe: Recipe) -> tuple[float, float]:
+def priced(communicator: Communicator, recipe: Recipe, counts: tuple[float, float]) -> tuple[float, float]:
     """What rank 0, which gets nothing of it, takes a move between the other ranks to have moved, in bytes; and its price again."""
     state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     rebalancer = rebalance.Rebalancer(state, None, 1)
-    there, back = split_of(3, 3, 1), split_of(3, 2, 2)
+    there, back = split_of(3, *counts), split_of(3, 2, 2)
     moved = rebalancer._move(Proposal(there, [1.0] * 3, 2.0, 1.0), 1)
     return rebalancer._bytes_per_second * moved.seconds, rebalancer._move_seconds(back) / moved.seconds
 
 
-def test_a_move_is_priced_by_what_has_moved_wherever_that_was() -> None:
+@pytest.mark.parametrize(("counts", "part"), [((3, 1), ".5."), ((2.5, 1.5), ".5.attention")])
+def test_a_move_is_priced_by_what_has_moved_wherever_that_was(counts: tuple[float, float], part: str) -> None:
     recipe = recipe_for(pipeline=3, balance=[3, 2, 2])
-    elements = sum(values.size for name, _, _, values in run("simulated", 1, train, recipe_for(), 1)[0].pieces if ".5." in name)
-    for moved_bytes, again in run("simulated", 3, priced, recipe):
+    elements = sum(values.size for name, _, _, values in run("simulated", 1, train, recipe_for(), 1)[0].pieces if part in name)
+    for moved_bytes, again in run("simulated", 3, priced, recipe, counts):
         assert moved_bytes == pytest.approx(8 * elements)
         assert again == pytest.approx(1.0)
 
@@ -369,7 +373,7 @@ def test_what_was_saved_after_a_move_is_taken_by_any_other_split(tmp_path: Path)
     def save(communicator: Communicator) -> dict[str, bytes]:
         state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
         train_step(state, 0)
-        move(state, split_of(6, 1), 1)
+        move(state, split_of(5.5, 1.5), 1)
         save_state(state, 1)
         return bits(state)
 
@@ -380,7 +384,8 @@ def test_what_was_saved_after_a_move_is_taken_by_any_other_split(tmp_path: Path)
 
     run("simulated", 4, save)
     whole = None
-    for layout in ({"pipeline": 1}, {"pipeline": 2, "schedule": "zb_v", "balance": [1, 4, 1, 1]}, {"pipeline": 3, "data": 2}):
+    v = {"pipeline": 2, "schedule": "zb_v", "balance": [0.5, 4, 1, 1.5]}
+    for layout in ({"pipeline": 1}, v, {"pipeline": 3, "data": 2}, {"pipeline": 2, "balance": [2.5, 4.5], "zero": 3}):
         other = recipe_for(**layout)
         other.run.dir = str(tmp_path)
         found = gather(run("simulated", other.world_size(), load, other))

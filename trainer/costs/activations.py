@@ -26,13 +26,12 @@ _ADDED_WIDTH = 8
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that a rank holds in a layer for one micro-batch; the fields are those of LayerCost."""
+    """Bytes that a rank holds in a layer, or in half of one, for one micro-batch; the fields are those of LayerCost."""
 
     activation_bytes: int
     input_bytes: int
     operand_bytes: int
     work_bytes: int
-    attention_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,10 @@ class _Block:
     """For the backward pass."""
     operands: int
     """Of the products that compute weight gradients."""
-    work: int
-    """Beyond `kept`, at the most, during the backward pass."""
+    last: int
+    """Beyond `kept`, at the most, in the backward pass of the last products, while the gradient of the block's output exists."""
+    work: int = 0
+    """Beyond `kept`, at the most, during the backward pass of what comes before them."""
 
     def plus(self, factors: tuple[int, int]) -> "_Block":
         """Returns the same with what low-rank factors keep, and the operands of their products."""
@@ -105,28 +106,25 @@ def _most_of_chunks(work: ModelWork, columns: int, trained: int) -> int:
     return highest
 
 
-def layer_held(work: ModelWork, index: int) -> Held:
-    """Returns the bytes that a rank holds of one micro-batch in a decoder layer."""
+def layer_held(work: ModelWork, index: int) -> tuple[Held, Held]:
+    """Returns the bytes that a rank holds of one micro-batch in the attention and in the feed-forward of a decoder layer, each with
+    its norm."""
     if not work.passes_gradients(index):
-        return Held(0, 0, 0, 0)
+        return Held(0, 0, 0, 0), Held(0, 0, 0, 0)
+    return _half_held(work, _attention(work, index)), _half_held(work, _second_block(work, index))
+
+
+def _half_held(work: ModelWork, block: "_Block") -> Held:
+    """Returns the bytes that a rank holds in half a layer: a block and its norm."""
     stream = work.tokens_between * work.model.hidden * work.item_bytes
     norm = stream + _norm_statistics(work)
-    attention, second = _attention(work, index), _second_block(work, index)
     gathered = inside_bytes(work) if work.sequence else 0  # the gradient of a block's output, for the whole sequence
     if work.model.norm_position == "after":  # the gradient that a norm returns exists besides that of the residual stream
-        highest = max(
-            _norm_results(work) + stream,
-            gathered + second.work + stream - norm,
-            gathered + attention.work + stream - 2 * norm - second.kept,
-        )
+        rounded = stream * (work.item_bytes < work.accurate_bytes)  # the norm's result in the narrower dtype
+        highest = max(_norm_results(work) + rounded, gathered + block.last + stream - norm, block.work - norm)
     else:
-        highest = max(
-            gathered + second.work,
-            _norm_work(work) - second.kept,
-            gathered + attention.work - norm - second.kept,
-        )
-    kept = 2 * norm + attention.kept + second.kept
-    return Held(kept, stream, attention.operands + second.operands, stream + max(0, highest), norm + attention.kept)
+        highest = max(gathered + block.last, block.work, _norm_work(work) - block.kept)
+    return Held(norm + block.kept, stream, block.operands, stream + max(0, highest))
 
 
 def inside_bytes(work: ModelWork) -> int:
@@ -188,8 +186,8 @@ def _attention(work: ModelWork, index: int) -> _Block:
     kept += low
     operands = tokens * (2 * model.hidden + 2 * heads + 2 * narrow) * product + operands_of_factors
     width = tokens * heads
-    # Of the result, also with what slopes add to it; of query, key and value.
-    gradients = (width + tokens * wide * (added > 0)) * product + tokens * (wide + 2 * wide_own) * product
+    # Of the result, with what slopes add to it, when the result without that is freed; of query, key and value.
+    gradients = (tokens * wide - width * (added > 0)) * product + tokens * (wide + 2 * wide_own) * product
     if in_blocks:  # copies by head of what is not expanded, two also wide; the gradients wide too; no result is kept
         sequences, rows = work.micro_batch * model.heads // work.layout.tensor, min(work.sequence_length, _BLOCK_ROWS)
         keys = min(work.sequence_length, work.keys(index) + _BLOCK_ROWS - 1)
@@ -198,19 +196,18 @@ def _attention(work: ModelWork, index: int) -> _Block:
         # The block before, with fewer keys unless a window limits them; its three tensors exist until the next ones do.
         before = block if keys < work.sequence_length else block - at_once * rows * rows
         narrowed = product if product < accurate else 0  # a copy in the dtype of products
-        # One more is the gradient of the result, unless it takes the place of the result, which is freed by then.
-        copies = (4 if narrow == heads else 2) + (product == work.item_bytes == accurate)
+        copies = 4 if narrow == heads else 2  # the gradient of the result takes the place of the result
         blocks = max(2 * accurate * block + (2 * accurate + product) * before,
                      (3 * accurate + narrowed) * block + product * before,
                      (2 * accurate + product) * block + 3 * width * narrowed)  # fmt: skip
-        kernel = width * (copies * product + 5 * accurate - work.item_bytes * work.widens) + blocks
+        kernel = width * (copies * product + 5 * accurate) + blocks
     else:
         kernel = gradients
     rotated = width * product * 3 + width * (3 * accurate if product < accurate else 2 * product) - width * 4 * product
     summed, widened = _products(work, model.hidden * heads)
     columns = tokens * model.hidden * product * work.widens  # the gradient of the block's output
     rotates = work.on_cpu and model.positions == "rotary"
-    return _Block(kept, operands, columns + max(kernel, rotated * rotates, summed + widened))
+    return _Block(kept, operands, columns + summed + widened, max(kernel, rotated * rotates))
 
 
 def _second_block(work: ModelWork, index: int) -> _Block:
@@ -237,7 +234,8 @@ def _feed_forward(work: ModelWork, rows: int, ffn: int) -> _Block:
     return _Block(
         kept=rows * (hidden + matrices * ffn) * item,
         operands=rows * (2 * hidden + matrices * ffn) * product,
-        work=max(columns + max(operand + added, factors) + widened, first),
+        last=columns + max(operand + added, factors) + widened,
+        work=first,
     )
 
 
@@ -256,13 +254,13 @@ def _mixture(work: ModelWork, index: int) -> _Block:
     operands = experts.operands + (work.tokens * moe.experts * accurate + wide_input) * router_trained
     added = (padded - rows) * work.model.hidden * work.item_bytes  # to the gradient of the results
     # In the weighted sum; in the experts, when the results are gone.
-    highest = max(2 * results, experts.work + added - results)
+    highest = max(2 * results, max(experts.last, experts.work) + added - results)
     if moe.shared_experts:
         shared = _feed_forward(work, work.tokens, moe.shared_experts * moe.ffn // tensor)
         shared = shared.plus(_factors(work, index, "feed_forward.shared.", work.tokens, work.item_bytes))
         kept += shared.kept - own
         operands += shared.operands - wide_input * (router_trained and work.item_bytes == accurate)  # which both read
-        highest = max(highest + 2 * own - shared.kept, shared.work)
+        highest = max(highest + 2 * own - shared.kept, shared.last, shared.work)
     return _Block(kept, operands, highest)
 
 

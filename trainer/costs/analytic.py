@@ -8,11 +8,12 @@ The head computes its gradients in its forward pass (parallel/vocabulary.py). So
 
 from dataclasses import asdict, replace
 
-from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
-from bagualu.trainer.costs.activations import embedding_held, head_held, layer_held
+from bagualu.parallel.balance.stages.cost import CostTable, LayerCost, joined
+from bagualu.parallel.pipeline.layer_slice import LayerPart
+from bagualu.trainer.costs.activations import Held, embedding_held, head_held, layer_held
 from bagualu.trainer.costs.state import end_state, layer_state, parameter_state
 from bagualu.trainer.costs.work import ModelWork
-from bagualu.trainer.models.decoder.flops import attention_flops, head_flops, layer_flops
+from bagualu.trainer.models.decoder.flops import Flops, attention_flops, feed_forward_flops, head_flops
 from bagualu.trainer.models.decoder.shapes import layer_shapes
 
 FLOPS_PER_SECOND = 1e12
@@ -38,15 +39,22 @@ def analytic_table(work: ModelWork) -> CostTable:
 
 
 def _layer(work: ModelWork, index: int) -> LayerCost:
-    flops, attention = (count(work.model, index, work.sequence_length) for count in (layer_flops, attention_flops))
-    return LayerCost(
+    attention, feed_forward = layer_held(work, index)
+    return joined(
         f"layer {index}",
+        _half(work, index, LayerPart.ATTENTION, attention_flops(work.model, index, work.sequence_length), attention),
+        _half(work, index, LayerPart.FEED_FORWARD, feed_forward_flops(work.model, index), feed_forward),
+    )
+
+
+def _half(work: ModelWork, index: int, part: LayerPart, flops: Flops, held: Held) -> LayerCost:
+    return LayerCost(
+        part.value,
         _seconds(work, flops.forward) / work.layout.tensor,
         _seconds(work, flops.input_gradient) / work.layout.tensor,
         _seconds(work, flops.weight_gradient) / work.layout.tensor,
-        layer_bytes(work, index),
-        **asdict(layer_held(work, index)),
-        attention_seconds=_seconds(work, attention.forward) / work.layout.tensor,
+        layer_bytes(work, index, part),
+        **asdict(held),
     )
 
 
@@ -54,9 +62,9 @@ def _seconds(work: ModelWork, flops_per_token: float) -> float:
     return flops_per_token * work.tokens / FLOPS_PER_SECOND
 
 
-def layer_bytes(work: ModelWork, index: int) -> int:
-    """Returns the bytes of a decoder layer's weights, gradients, optimizer state and buffers on a rank."""
-    return layer_state(work, index).total()
+def layer_bytes(work: ModelWork, index: int, part: LayerPart = LayerPart.WHOLE) -> int:
+    """Returns the bytes of weights, gradients, optimizer state and buffers of a decoder layer, or of a half of it, on a rank."""
+    return layer_state(work, index, part).total()
 
 
 def end_bytes(work: ModelWork) -> tuple[int, int, int]:

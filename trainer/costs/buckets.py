@@ -12,8 +12,10 @@ from statistics import median_high
 from bagualu.trainer.costs.state import (
     EMBEDDING,
     EMBEDDING_NORM,
+    Layers,
     StatePart,
     divided_state,
+    ends_with,
     is_partial,
     part_of,
     placement_of,
@@ -55,8 +57,8 @@ class PlannedBucket:
         return self.ranks > 1
 
 
-def plan_buckets(work: ModelWork, optim: OptimConfig, bucket_bytes: int, layers: list[int]) -> list[PlannedBucket]:
-    """Returns the buckets of a rank that holds these layers, the embedding with layer 0 and the head with the last layer."""
+def plan_buckets(work: ModelWork, optim: OptimConfig, bucket_bytes: int, layers: Layers) -> list[PlannedBucket]:
+    """Returns the buckets of a rank that holds these layers, and the embedding and the head as in `rank_parameters`."""
     plan = work.plan
     building: dict[object, PlannedBucket] = {}
     buckets: list[PlannedBucket] = []
@@ -95,13 +97,13 @@ class Transfers:
     backward: Counter[int]
 
 
-def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: list[int], passes: int, keep_bytes: int = 0) -> Transfers:
+def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: Layers, passes: int, keep_bytes: int = 0) -> Transfers:
     """Returns what a rank that holds these layers holds for transfers during the last of `passes` backward passes of a step. Up to
     `keep_bytes` of gathered weights stay through the step."""
     last = work.model.layers
-    ends = (0 in layers, last - 1 in layers)
+    ends = ends_with(work, layers)
     normed = [EMBEDDING_NORM] * (ends[0] and work.model.embedding_norm)
-    units = [EMBEDDING] * ends[0] + normed + layers + [last, last + 1] * ends[1]
+    units = [*[EMBEDDING] * ends[0], *normed, *layers, *[last, last + 1] * ends[1]]
     # Those whose weights the backward pass reads too.
     again = [i for i in [*normed, *layers] if work.passes_gradients(max(i, 0))] + [last] * ends[1]
     reducing = _Reducing(work, [one for one in buckets if one.trained and one.partitioned and not one.over_two_axes])
@@ -124,7 +126,7 @@ def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: list[int], 
     return Transfers(forward, reducing.most + backward)
 
 
-def unit_transfers(work: ModelWork, layers: list[int]) -> Transfers:
+def unit_transfers(work: ModelWork, layers: Layers) -> Transfers:
     """Returns what a rank holds at least for transfers under FSDP2, which has no buckets: the gathered weights of a unit, on an
     accelerator in the backward pass also those of the unit that comes next, and the gradients of the unit. A rank with several
     stages keeps gathered weights, which are part of its state. The copies that FSDP2 makes for its collectives are not counted."""

@@ -22,7 +22,7 @@ from bagualu.fault_tolerance.files import write_atomic
 from bagualu.trainer.costs.measured import MeasuredCosts, measure
 from bagualu.trainer.costs.work import ModelWork
 
-FORMAT = 4
+FORMAT = 5
 """A number in the KEY of the files of layers. Raise it when what is measured, or how it is measured, changes."""
 
 T = TypeVar("T")

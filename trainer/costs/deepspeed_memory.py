@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bagualu.trainer.costs.buckets import Transfers
-from bagualu.trainer.costs.state import EMBEDDING, part_of, rank_parameters
+from bagualu.trainer.costs.state import EMBEDDING, Layers, part_of, rank_parameters
 from bagualu.trainer.costs.work import ModelWork
 
 _REDUCED_BYTES = 4
@@ -28,7 +28,7 @@ def deepspeed_buffers(work: ModelWork, zero: Mapping[str, Any]) -> int:
     return int(zero["reduce_bucket_size"]) * _REDUCED_BYTES * count
 
 
-def deepspeed_transfers(work: ModelWork, zero: Mapping[str, Any], layers: list[int]) -> Transfers:
+def deepspeed_transfers(work: ModelWork, zero: Mapping[str, Any], layers: Layers) -> Transfers:
     """Returns what a rank that holds all layers holds for transfers besides `deepspeed_buffers`. `zero` as there."""
     forward, backward, last = Counter[int](), Counter[int](), work.model.layers
     if work.zero < 2:

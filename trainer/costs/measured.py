@@ -1,5 +1,6 @@
-"""Measures a model's cost table in a short warm-up on this device: it runs one layer of each kind (embedding, dense layer, mixture,
-head) with the recipe's micro-batch and dtype.
+"""Measures a model's cost table in a short warm-up on this device: it runs one module of each kind (embedding, attention,
+feed-forward, mixture, head) with the recipe's micro-batch and dtype. Attention and what follows it are measured apart, because
+different stages may hold them; a layer's costs are the sum.
 
 The weight gradients, which a split backward pass computes in its second part, are timed separately: parameters have gradient sinks
 as in a run (parallel/data), which defer them. Gradients that are never deferred (norms, the head) count as part of the input
@@ -19,10 +20,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
+from bagualu.parallel.balance.stages.cost import CostTable, LayerCost, joined
 from bagualu.parallel.data.reducer import GradientSink
 from bagualu.parallel.expert import LocalExperts, Routed
 from bagualu.parallel.pipeline.backward import backward
+from bagualu.parallel.pipeline.layer_slice import IN_ORDER, LayerPart
 from bagualu.parallel.precision import accurate_dtype, chip_of
 from bagualu.trainer.costs.analytic import end_bytes, layer_bytes, output_bytes
 from bagualu.trainer.costs.tensor_memory import TensorMemory
@@ -43,25 +45,24 @@ _MOST_ROUNDS = 30
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Costs of one kind of layer for one micro-batch on this device; the fields are those of LayerCost."""
+    """Costs of one kind of half layer, of the embedding or of the head, for one micro-batch on this device; the fields are those of
+    LayerCost."""
 
     forward_seconds: float
     input_gradient_seconds: float
     weight_gradient_seconds: float
-    attention_seconds: float
     activation_bytes: int
     input_bytes: int
     operand_bytes: int
-    attention_bytes: int
     work_bytes: int
 
 
-Times = tuple[float, float, float, float]
-"""Seconds of the forward pass, the input gradient, the weight gradient, and attention's part of the forward pass."""
+Times = tuple[float, float, float]
+"""Seconds of the forward pass, the input gradient and the weight gradient."""
 
 
 def measure(work: ModelWork, device: torch.device, budget_seconds: float = BUDGET_SECONDS) -> dict[str, MeasuredCosts]:
-    """Returns the costs by kind of layer of `work`: embedding, dense, mixture, head.
+    """Returns the costs by kind of `work`: embedding, attention, feed-forward, mixture, head.
 
     The kinds take turns, so that a temporary disturbance of the machine affects all of them alike. Times are medians over 3 to 30
     rounds, as many as fit into about `budget_seconds`."""
@@ -78,35 +79,36 @@ def measure(work: ModelWork, device: torch.device, budget_seconds: float = BUDGE
 
 
 def _medians(rows: list[Times]) -> Times:
-    first, second, third, fourth = (statistics.median(column) for column in zip(*rows, strict=True))
-    return first, second, third, fourth
+    first, second, third = (statistics.median(column) for column in zip(*rows, strict=True))
+    return first, second, third
 
 
 def measured_table(work: ModelWork, figures: dict[str, MeasuredCosts], source: str) -> CostTable:
-    """Returns the costs of the whole model, given those of its kinds of layers; state bytes are computed from shapes."""
+    """Returns the costs of the whole model, given those of its kinds; state bytes are computed from shapes."""
     embedding_bytes, head_bytes, tied_bytes = end_bytes(work)
-    layers = [
-        _cost(f"layer {index}", figures[_kind_of(work.model, index)], layer_bytes(work, index))
-        for index in range(work.model.layers)
-    ]
+
+    def half(layer: int, part: LayerPart) -> LayerCost:
+        return _cost(part.value, figures[_kind_of(work.model, layer, part)], layer_bytes(work, layer, part))
+
+    layers = [joined(f"layer {layer}", *(half(layer, part) for part in IN_ORDER)) for layer in range(work.model.layers)]
     embedding, head = (_cost(name, figures[name], size) for name, size in (("embedding", embedding_bytes), ("head", head_bytes)))
     return CostTable(embedding, layers, head, source, tied_bytes, output_bytes(work))
 
 
-def _kind_of(model: ModelConfig, layer: int) -> str:
-    """Returns the name of the kind of `layer`; layers of a kind cost the same."""
-    block, window = "mixture" if model.is_moe_layer(layer) else "dense", model.window_of(layer)
-    adapted = [name.removesuffix(FIRST) for name in layer_shapes(model, layer) if name.endswith(FIRST)]
-    parts = [] if window is None else [f"a window of {window}"]
-    parts += [f"factors of {', '.join(adapted)}"] if adapted else []
-    return f"{block} with {' and '.join(parts)}" if parts else block
+def _kind_of(model: ModelConfig, layer: int, part: LayerPart) -> str:
+    """Returns the name of the kind of this half of `layer`; halves of a kind cost the same."""
+    block = "mixture" if part is LayerPart.FEED_FORWARD and model.is_moe_layer(layer) else part.value
+    window = model.window_of(layer) if part is LayerPart.ATTENTION else None
+    adapted = [name.removesuffix(FIRST) for name in layer_shapes(model, layer, part) if name.endswith(FIRST)]
+    details = [] if window is None else [f"a window of {window}"]
+    details += [f"factors of {', '.join(adapted)}"] if adapted else []
+    return f"{block} with {' and '.join(details)}" if details else block
 
 
 def _cost(name: str, found: MeasuredCosts, state_bytes: int) -> LayerCost:
     return LayerCost(
         name, found.forward_seconds, found.input_gradient_seconds, found.weight_gradient_seconds,
-        state_bytes, found.activation_bytes, found.input_bytes, found.operand_bytes,
-        found.attention_seconds, found.attention_bytes, found.work_bytes,
+        state_bytes, found.activation_bytes, found.input_bytes, found.operand_bytes, found.work_bytes,
     )  # fmt: skip
 
 
@@ -172,18 +174,16 @@ class _Folded(LocalExperts):
 
 @dataclass
 class _Sample:
-    """A layer with a rank's slices of its weights. `run` takes an input and returns the outputs where the backward pass begins;
-    `attend`, the layer's attention with its norm, does the same. None for embedding and head."""
+    """A module with a rank's slices of its weights. `run` takes an input and returns the outputs where the backward pass begins."""
 
     module: nn.Module
     new_input: Callable[[], torch.Tensor]
     run: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-    attend: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None
     device: torch.device
     shelf: _Shelf
 
     def times(self) -> Times:
-        """Runs the layer once, and its attention once more, and returns how long that took."""
+        """Runs the module once, and returns how long that took."""
         inputs = self.new_input()
         moments = [self._now()]
         outputs = self.run(inputs)
@@ -192,25 +192,21 @@ class _Sample:
         moments.append(self._now())
         self.shelf.compute()
         moments.append(self._now())
-        if self.attend is not None:
-            self.attend(inputs)
-        moments.append(self._now())
-        first, second, third, fourth = (later - earlier for earlier, later in pairwise(moments))
-        return first, second, third, fourth
+        first, second, third = (later - earlier for earlier, later in pairwise(moments))
+        return first, second, third
 
-    def bytes_held(self) -> tuple[int, int, int, int, int]:
-        """Returns the bytes that the layer keeps for its backward pass (activations), of its input, of the weight gradients'
-        operands, attention's part of the activations, and the most that its passes take besides the activations."""
-        activations, saved = self._activations(self.run)
+    def bytes_held(self) -> tuple[int, int, int, int]:
+        """Returns the bytes that the module keeps for its backward pass (activations), of its input, of the weight gradients'
+        operands, and the most that its passes take besides the activations."""
+        activations, saved = self._activations()
         self._backward(saved.outputs)
         operands = _storages(self.shelf.operands)
         self.shelf.clear()
-        attention = self._activations(self.attend)[0] if self.attend is not None else 0
-        return activations, saved.inputs.nbytes, sum(operands.values()), attention, self._most() - activations
+        return activations, saved.inputs.nbytes, sum(operands.values()), self._most() - activations
 
     def _most(self) -> int:
         """Returns the most bytes that exist during a forward and a backward pass, without deferring weight gradients: activations,
-        gradients and intermediate results, but not the layer's output, which belongs to the next layer."""
+        gradients and intermediate results, but not the module's output, which belongs to the next one."""
         self.shelf.put_off = None
         with TensorMemory() as memory:
             inputs = self.new_input()
@@ -220,13 +216,13 @@ class _Sample:
         self.shelf.clear()
         return memory.peak - own
 
-    def _activations(self, run: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> tuple[int, "_Saved"]:
+    def _activations(self) -> tuple[int, "_Saved"]:
         """Returns the bytes that `run` keeps for the backward pass, and what was saved. Storage that two forward passes share
         (weights, positions) does not count."""
-        first, second = self._saved(run), self._saved(run)
+        first, second = self._saved(), self._saved()
         return sum(size for place, size in second.storages.items() if place not in first.storages), second
 
-    def _saved(self, run: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> "_Saved":
+    def _saved(self) -> "_Saved":
         inputs, tensors = self.new_input(), list[torch.Tensor]()
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -234,7 +230,7 @@ class _Sample:
             return tensor.detach()  # a node that keeps its own result through a hook is such a cycle too
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = run(inputs)
+            outputs = self.run(inputs)
         storages = _storages(tensors)
         tensors.clear()  # the graph holds `keep`, and so this list: with results of the graph in it, a cycle that nothing frees
         return _Saved(inputs, outputs, storages)
@@ -274,20 +270,19 @@ def _samples(work: ModelWork, device: torch.device) -> dict[str, _Sample]:
         return torch.randn(*shape, model.hidden, generator=draw, device=device, dtype=dtype).requires_grad_()
 
     def sample(module: nn.Module, prefix: str, new_input: Callable[[], torch.Tensor], run: Any) -> _Sample:
-        shelf = _localise(module, prefix, work, device, draw)
-        attend = (lambda x: (module.attend(x),)) if isinstance(module, Layer) else None
-        return _Sample(module, new_input, run, attend, device, shelf)
+        return _Sample(module, new_input, run, device, _localise(module, prefix, work, device, draw))
 
     operators = operator_set(work.operators, chip_of(device))
     with torch.device("meta"):
         embedding, head = _EmbeddingAndNorm(work, operators), _NormAndHead(work, operators)
-        firsts = {_kind_of(model, index): index for index in reversed(range(model.layers))}
-        layers = {index: Layer(model, index, operators=operators) for index in firsts.values()}
+        halves = [(index, part) for index in reversed(range(model.layers)) for part in IN_ORDER]
+        firsts = {_kind_of(model, *half): half for half in halves}
+        layers = {kind: Layer(model, index, operators=operators, part=part) for kind, (index, part) in firsts.items()}
     rows = model.padded_vocab // work.layout.tensor
     found = {"embedding": sample(embedding, "", lambda: tokens(rows), lambda x: (embedding(x),))}
-    for kind, index in firsts.items():
-        layer = layers[index]
-        if isinstance(layer.feed_forward, MixtureOfExperts):
+    for kind, (index, part) in firsts.items():
+        layer = layers[kind]
+        if part is LayerPart.FEED_FORWARD and isinstance(layer.feed_forward, MixtureOfExperts):
             layer.feed_forward.experts.exchange = _Folded(work.layout.expert)
         found[kind] = sample(layer, f"layers.{index}.", hidden, _outputs_of(layer))
     labels = tokens(min(model.vocab, rows))

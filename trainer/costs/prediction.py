@@ -7,17 +7,18 @@ buffers it has only those of `unit_transfers`, so a run with this engine may tak
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from bagualu.parallel.balance.stages.activations import Activations
-from bagualu.parallel.balance.stages.cost import CostTable
+from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.memory import worst_passes
-from bagualu.parallel.balance.stages.problem import Problem
+from bagualu.parallel.balance.stages.problem import Piece, Problem
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.memory_kinds import ACTIVATIONS, BUFFERS, COMMUNICATION, KINDS
+from bagualu.parallel.pipeline.layer_slice import cut_inside, parts_of
 from bagualu.parallel.pipeline.schedules.schedule import Schedule
 from bagualu.trainer.costs.activations import inside_bytes
 from bagualu.trainer.costs.analytic import analytic_table
@@ -31,7 +32,7 @@ from bagualu.trainer.costs.buckets import (
     unit_transfers,
 )
 from bagualu.trainer.costs.deepspeed_memory import deepspeed_buffers, deepspeed_transfers
-from bagualu.trainer.costs.state import EMBEDDING, EMBEDDING_NORM, buffer_bytes, parameter_state, rank_parameters
+from bagualu.trainer.costs.state import EMBEDDING, EMBEDDING_NORM, Layers, buffer_bytes, parameter_state, rank_parameters
 from bagualu.trainer.costs.work import ModelWork, work_of
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.recipe.config import Recipe
@@ -70,19 +71,20 @@ def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule, mi
     table = analytic_table(work)
     activations = Activations(tuple(split.recompute), offload_bytes=0 if work.on_cpu else recipe.train.offload_bytes)
     spare = split.forecast.spare_bytes if split.forecast and split.forecast.spare_bytes else [0] * layout.pipeline
-    problem = Problem(table, schedule, [1.0] * layout.pipeline, None, activations)
+    problem = Problem(table, schedule, [1.0] * layout.pipeline, None, activations, cut_inside(split.slices))
     passes = {first: worst_passes(schedule, first) for first in (True, False)}
     memories = []
     for rank in range(layout.pipeline):
         stages = schedule.placement.stages_of(rank)
-        layers = [layer for stage in stages for layer in split.slices[stage]]
+        slices = [split.slices[stage] for stage in stages]
+        layers = parts_of(slices)
         native = work.engine == "native"
         buckets = plan_buckets(work, recipe.optim, recipe.parallel.bucket_bytes, layers) if native else []
         state = buckets_state(work, buckets) + _outside_buckets(work, layers)
         state[BUFFERS] += _TOKEN_BYTES * work.tokens * (micro_batches or schedule.micro_batches)
         if work.engine == "deepspeed":
             state[COMMUNICATION] += deepspeed_buffers(work, _zero_optimization(recipe, layout))
-        pieces = tuple((split.slices[stage].start, split.slices[stage].stop) for stage in stages)
+        pieces = tuple(problem.pieces(slices))
         alone = problem.transient_bytes(rank, pieces)
         together = 0
         for first, of in passes.items():  # in the first backward pass of a step, no reductions of another are in progress
@@ -92,17 +94,17 @@ def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule, mi
         messages = 2 * table.output_bytes if layout.pipeline > 1 else 0  # one that is sent and one that is received
         state[ACTIVATIONS] += max(alone, _update_bytes(work, recipe.optim, buckets))
         if work.on_cpu:
-            state[ACTIVATIONS] += _copied(problem, rank, [split.slices[stage] for stage in stages], recipe.train.offload_bytes)
+            state[ACTIVATIONS] += _copied(problem, rank, pieces, recipe.train.offload_bytes)
         last = reductions_at_the_end(work, buckets, one_machine=recipe.launch.nodes == 1)
         state[COMMUNICATION] += max(together + messages, last) - alone
         memories.append({kind: state[kind] for kind in KINDS})
     return memories
 
 
-def _copied(problem: Problem, rank: int, stages: list[range], offload_bytes: int) -> int:
+def _copied(problem: Problem, rank: int, pieces: Sequence[Piece], offload_bytes: int) -> int:
     """Returns the bytes of a CPU's memory that hold activations a second time: those of the layer on its way to "host memory",
     which is the same memory, unless only layers before it have room there."""
-    kept = [[problem.table.layers[i].kept_bytes(problem.activations.of_layer(i)) for i in stage] for stage in stages]
+    kept = [problem.kept_bytes(piece) for piece in pieces]
     moments = (zip(moment, kept, strict=True) for moment in problem.moments[rank])
     movable = max(sum(held * sum(layers) for (held, _), layers in moment) for moment in moments)
     largest = max((layer for layers in kept for layer in layers), default=0)
@@ -110,7 +112,7 @@ def _copied(problem: Problem, rank: int, stages: list[range], offload_bytes: int
 
 
 def _moved(
-    recipe: Recipe, work: ModelWork, buckets: list[PlannedBucket], layers: list[int], passes: int, keep_bytes: int
+    recipe: Recipe, work: ModelWork, buckets: list[PlannedBucket], layers: Layers, passes: int, keep_bytes: int
 ) -> Transfers:
     """Returns what a rank that holds these layers holds for transfers in the last of `passes` backward passes, if it may keep
     `keep_bytes` of gathered weights."""
@@ -127,10 +129,10 @@ def _zero_optimization(recipe: Recipe, layout: Layout) -> Mapping[str, Any]:
     return section
 
 
-def _outside_buckets(work: ModelWork, layers: list[int]) -> Counter[str]:
+def _outside_buckets(work: ModelWork, layers: Layers) -> Counter[str]:
     """Returns the bytes, by kind, of buffers and of parameters that are in no bucket: frozen ones below ZeRO-3, and all those of
     libraries."""
-    state = Counter({BUFFERS: sum(buffer_bytes(work, layer) for layer in layers)})
+    state = Counter({BUFFERS: sum(buffer_bytes(work, *one) for one in layers.items())})
     for name, shape, _ in rank_parameters(work, layers):
         frozen = work.plan.global_name(name) in work.frozen
         if work.engine != "native" or (frozen and work.zero < 3):
@@ -148,12 +150,14 @@ def _with_transfers(work: ModelWork, table: CostTable, moved: Transfers) -> Cost
     return replace(
         table,
         embedding=replace(table.embedding, work_bytes=table.embedding.work_bytes + embedding),
-        layers=[
-            replace(one, work_bytes=one.work_bytes + moved.backward[i]) if moved.backward[i] else one
-            for i, one in enumerate(table.layers)
-        ],
+        layers=[_with_work(one, moved.backward[i]) if moved.backward[i] else one for i, one in enumerate(table.layers)],
         head=replace(table.head, work_bytes=max(before_loss, after_loss, last_layer)),
     )
+
+
+def _with_work(layer: LayerCost, more: int) -> LayerCost:
+    halves = tuple(replace(half, work_bytes=half.work_bytes + more) for half in layer.halves)
+    return replace(layer, work_bytes=layer.work_bytes + more, halves=halves)
 
 
 def _update_bytes(work: ModelWork, optim: OptimConfig, buckets: list[PlannedBucket]) -> int:

@@ -1,11 +1,13 @@
 """The bytes of the state that a rank keeps between steps, by kind, computed from shapes without padding."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
 from bagualu.parallel.layout import SHARD
 from bagualu.parallel.memory_kinds import BUFFERS, COMMUNICATION, GRADIENTS, MASTERS, MOMENTS, PARAMETERS
+from bagualu.parallel.pipeline.layer_slice import LayerPart
 from bagualu.parallel.sharding import Placement
 from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.models.decoder.shapes import embedding_shapes, layer_buffers, layer_shapes, norm_shapes, parameter_shapes
@@ -16,20 +18,22 @@ EMBEDDING_NORM = -2
 """The unit of the embedding's norm."""
 
 
-def layer_state(work: ModelWork, index: int) -> Counter[str]:
-    """Returns the bytes, by kind, that a rank holds of a decoder layer; `buffers` include the angles of its positions, or its
-    slopes."""
-    state = Counter({BUFFERS: buffer_bytes(work, index)})
-    for name, shape in layer_shapes(work.model, index).items():
+def layer_state(work: ModelWork, index: int, part: LayerPart = LayerPart.WHOLE) -> Counter[str]:
+    """Returns the bytes, by kind, that a rank holds of a decoder layer, or of a half of it; `buffers` include the angles of its
+    positions, or its slopes."""
+    state = Counter({BUFFERS: buffer_bytes(work, index, part)})
+    for name, shape in layer_shapes(work.model, index, part).items():
         state += parameter_state(work, f"layers.{index}.{name}", shape)
     return state
 
 
-def buffer_bytes(work: ModelWork, index: int) -> int:
-    """Returns the bytes of a decoder layer's buffers on a rank, with the angles of its positions, or its slopes."""
-    elements = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
+def buffer_bytes(work: ModelWork, index: int, part: LayerPart = LayerPart.WHOLE) -> int:
+    """Returns the bytes of the buffers of a decoder layer, or of a half of it, on a rank; attention has the angles of its
+    positions, or its slopes."""
+    elements = sum(prod(shape) for shape in layer_buffers(work.model, index, part).values())
     angles, slopes = 2 * work.sequence_length * work.model.head_width, work.model.heads // work.layout.tensor
-    return (elements + {"rotary": angles, "alibi": slopes}.get(work.model.positions, 0)) * work.accurate_bytes
+    positions = {"rotary": angles, "alibi": slopes}.get(work.model.positions, 0) if part is not LayerPart.FEED_FORWARD else 0
+    return (elements + positions) * work.accurate_bytes
 
 
 def end_state(work: ModelWork) -> tuple[Counter[str], Counter[str]]:
@@ -44,11 +48,12 @@ def end_state(work: ModelWork) -> tuple[Counter[str], Counter[str]]:
     return embedding, head
 
 
-def saved_bytes(work: ModelWork, index: int) -> int:
-    """Returns the bytes of a whole decoder layer, over all ranks, in a checkpoint: its master weights, moments and buffers."""
-    shapes = {f"layers.{index}.{name}": shape for name, shape in layer_shapes(work.model, index).items()}
+def saved_bytes(work: ModelWork, index: int, part: LayerPart = LayerPart.WHOLE) -> int:
+    """Returns the bytes of a decoder layer, or of a half of it, over all ranks, in a checkpoint: its master weights, moments and
+    buffers."""
+    shapes = {f"layers.{index}.{name}": shape for name, shape in layer_shapes(work.model, index, part).items()}
     moments = sum(prod(shape) * work.moment_bytes(name) for name, shape in shapes.items())
-    buffers = sum(prod(shape) for shape in layer_buffers(work.model, index).values())
+    buffers = sum(prod(shape) for shape in layer_buffers(work.model, index, part).values())
     weights = sum(map(prod, shapes.values()))
     return (weights + buffers) * work.accurate_bytes + moments
 
@@ -60,18 +65,29 @@ def checkpoint_bytes(work: ModelWork) -> int:
     return outside + sum(saved_bytes(work, index) for index in range(work.model.layers))
 
 
-def rank_parameters(work: ModelWork, layers: list[int]) -> list[tuple[str, tuple[int, ...], list[int]]]:
+Layers = Mapping[int, LayerPart]
+"""What a rank holds of each of its layers, in order."""
+
+
+def ends_with(work: ModelWork, layers: Layers) -> tuple[bool, bool]:
+    """Returns whether a rank that holds these layers also holds the embedding, and whether it holds the head."""
+    first, last = layers.get(0), layers.get(work.model.layers - 1)
+    return first not in (None, LayerPart.FEED_FORWARD), last not in (None, LayerPart.ATTENTION)
+
+
+def rank_parameters(work: ModelWork, layers: Layers) -> list[tuple[str, tuple[int, ...], list[int]]]:
     """Returns (local name, global shape, units that read it) of the parameters of a rank that holds these layers, the embedding
-    with layer 0 and the head with the last layer, in the order of the model."""
+    with the attention of layer 0 and the head with the feed-forward of the last layer, in the order of the model."""
     model, last = work.model, work.model.layers
-    vocabulary, ends = (model.padded_vocab, model.hidden), (0 in layers, last - 1 in layers)
+    vocabulary, ends = (model.padded_vocab, model.hidden), ends_with(work, layers)
     one = model.tie_embeddings and all(ends)
     found: list[tuple[str, tuple[int, ...], list[int]]] = []
     if ends[0]:
         for name, shape in embedding_shapes(model, model.padded_vocab).items():
             found.append((name, shape, [EMBEDDING_NORM if name.startswith("embedding_norm") else EMBEDDING]))
         found[0][2].extend([last + 1] * one)
-    found += [(f"layers.{i}.{name}", shape, [i]) for i in layers for name, shape in layer_shapes(model, i).items()]
+    held = ((i, layer_shapes(model, i, part)) for i, part in layers.items())
+    found += [(f"layers.{i}.{name}", shape, [i]) for i, shapes in held for name, shape in shapes.items()]
     if ends[1]:
         found += [(name, shape, [last]) for name, shape in norm_shapes(model, "norm").items()]
     return found + ([("head.weight", vocabulary, [last + 1])] if ends[1] and not one else [])

@@ -18,6 +18,7 @@ from bagualu.comm.cost import CollectiveCost, collective_cost
 from bagualu.comm.topology import Chip, Cluster
 from bagualu.parallel.balance.stages.activations import read_activations
 from bagualu.parallel.layout import Layout, StagePlacement
+from bagualu.parallel.pipeline.layer_slice import LayerPart
 from bagualu.parallel.pipeline.registry import FAMILIES, compute_schedule, placement_of, splits_backward
 from bagualu.parallel.pipeline.schedules.formula import Size
 from bagualu.parallel.pipeline.split import split_layers
@@ -29,7 +30,7 @@ from bagualu.parallel.simulation.step_parts import IN_PIPELINE, OTHER_KERNELS, c
 from bagualu.trainer.costs.state import part_of, rank_parameters
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.passes import Division, LayerKind, LayerPasses, LayerTraces, pass_cost
+from bagualu.trainer.simulation.passes import Division, LayerKind, LayerPasses, LayerTraces, kind_of_layer, pass_cost
 from bagualu.trainer.simulation.setting import in_trained_dtype
 
 OperatorSeconds = Callable[[Chip, Operator], float]
@@ -189,7 +190,8 @@ class StepEstimator:
         balance = list(balance) if isinstance(balance, tuple) else "uniform"
         counts = []
         for stage, layers in enumerate(split_layers(model.layers, placement, balance)):
-            units = Counter((LayerKind.MIXTURE if model.is_moe_layer(layer) else LayerKind.DENSE, parts[layer]) for layer in layers)
+            held = layers.parts().items()
+            units = Counter((kind_of_layer(model, layer, part), part.again(parts[layer])) for layer, part in held)
             if stage == 0:
                 units[LayerKind.FIRST, "none"] += 1
             if stage == placement.stages - 1:
@@ -283,16 +285,12 @@ class StepEstimator:
         """Returns the elements that a rank holds of a layer of this kind, the embedding or the head."""
         model = self.recipe.model
         work = work_of(self._trained, Layout(data=expert, tensor=tensor, expert=expert))
-        kinds = {LayerKind.MIXTURE: True, LayerKind.DENSE: False}
-        layer = next((i for i in range(model.layers) if model.is_moe_layer(i) == kinds.get(unit)), None)
+        every = ((layer, part) for layer in range(model.layers) for part in LayerPart)
+        found = next((one for one in every if kind_of_layer(model, *one) is unit), None)
         elements = Counter[str]()
-        for name, shape, _ in rank_parameters(work, list(range(model.layers))):
-            inside = name.startswith(f"layers.{layer}.")
-            if (
-                inside
-                or (unit is LayerKind.FIRST and name.startswith("embedding."))
-                or (unit is LayerKind.LAST and name.startswith("head."))
-            ):
+        for name, shape, _ in rank_parameters(work, dict.fromkeys(range(model.layers), LayerPart.WHOLE)):
+            prefix = f"layers.{found[0]}." if found else {LayerKind.FIRST: "embedding.", LayerKind.LAST: "head."}[unit]
+            if name.startswith(prefix) and (found is None or found[1].holds(name.removeprefix(prefix))):
                 apart = "" if model.lora.trains(name) else "frozen_"
                 elements[apart + work.plan.placement(name).reduction_axis] += part_of(work, name, shape).elements
         return Holding(**elements)

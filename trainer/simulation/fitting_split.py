@@ -25,6 +25,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 _SEARCHES = 3
 """The number of splits that are searched for, each with the memory reserved that the one before was found to take."""
+_SECONDS = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds")
 _WORK = 20_000
 """The choices that each search may examine (partition.py), a tenth of those at the start of a run."""
 
@@ -60,17 +61,15 @@ def fitting_split(
 
 
 def _with_times(table: CostTable, times: CostTable) -> CostTable:
-    """Returns `table` with the seconds of `times`. What attention takes of a layer stays in proportion."""
+    """Returns `table` with the seconds of `times`. What the halves of a layer take of it stays in proportion."""
 
     def timed(one: LayerCost, other: LayerCost) -> LayerCost:
-        attention = one.attention_seconds / one.forward_seconds * other.forward_seconds if one.forward_seconds else 0.0
-        return replace(
-            one,
-            forward_seconds=other.forward_seconds,
-            input_gradient_seconds=other.input_gradient_seconds,
-            weight_gradient_seconds=other.weight_gradient_seconds,
-            attention_seconds=attention,
-        )
+        seconds = {name: getattr(other, name) for name in _SECONDS}
+        halves = []
+        for half in one.halves:
+            shares = {name: getattr(half, name) / (getattr(one, name) or 1.0) for name in _SECONDS}
+            halves.append(replace(half, **{name: shares[name] * seconds[name] for name in _SECONDS}))
+        return replace(one, **seconds, halves=tuple(halves))
 
     layers = [timed(*pair) for pair in zip(table.layers, times.layers, strict=True)]
     return replace(table, embedding=timed(table.embedding, times.embedding), layers=layers, head=timed(table.head, times.head))

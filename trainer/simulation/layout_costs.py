@@ -20,7 +20,7 @@ from bagualu.trainer.recipe.changed import changed
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.estimate import Block, StepEstimator
 from bagualu.trainer.simulation.fitting_split import fitting_split
-from bagualu.trainer.simulation.passes import Division, LayerKind, LayerPasses
+from bagualu.trainer.simulation.passes import Division, LayerKind, LayerPasses, kind_of_layer
 from bagualu.trainer.simulation.predict import Prediction
 from bagualu.trainer.simulation.setting import in_trained_dtype
 
@@ -116,7 +116,7 @@ class LayoutCosts:
         if solution is None:
             return None
         found = tuple(stop - start for start, stop in solution.pieces)
-        even, uniform = evened(found, placement), tuple(map(len, split_layers(self.recipe.model.layers, placement, "uniform")))
+        even, uniform = evened(found, placement), tuple(one.count for one in split_layers(self.recipe.model.layers, placement))
         slowest = {
             counts: max(rank.total for rank in self._estimator.rank_passes(replace(layout, balance=counts), placement, blocks))
             for counts in (found, even)
@@ -134,9 +134,7 @@ class LayoutCosts:
         return sum(self._layers(layout, block)[layer].total for layer in range(self.recipe.model.layers))
 
     def _layers(self, layout: PlannedLayout, block: Block) -> list[LayerPasses]:
-        kinds = [
-            LayerKind.MIXTURE if self.recipe.model.is_moe_layer(i) else LayerKind.DENSE for i in range(self.recipe.model.layers)
-        ]
+        kinds = [kind_of_layer(self.recipe.model, layer) for layer in range(self.recipe.model.layers)]
         parts = self._estimator.recomputed(layout.recompute)
         divisions = [Division.of(layout.degrees, part) for part in parts]
         return [self._estimator.passes(block, *both) for both in zip(divisions, kinds, strict=True)]

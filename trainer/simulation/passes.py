@@ -15,6 +15,7 @@ from functools import cached_property
 
 from bagualu.comm.calls import Communication, Pending, Waited
 from bagualu.comm.errors import RecipeError
+from bagualu.parallel.pipeline.layer_slice import LayerPart
 from bagualu.parallel.pipeline.schedules.schedule import Kind
 from bagualu.parallel.planner.layouts import Degrees
 from bagualu.parallel.simulation.events import Event, Operator
@@ -98,8 +99,22 @@ class LayerKind(Enum):
 
     DENSE = "a dense layer"
     MIXTURE = "a layer with a mixture of experts"
+    ATTENTION = "the attention of a layer"
+    FEED_FORWARD = "the feed-forward of a dense layer"
+    EXPERTS = "the mixture of experts of a layer"
     FIRST = "the embedding"
     LAST = "the last norm and the head, with the loss"
+
+
+def kind_of_layer(model: ModelConfig, layer: int, part: LayerPart = LayerPart.WHOLE) -> LayerKind:
+    """Returns what `layer`, or a half of it, is to a stage."""
+    if part is LayerPart.ATTENTION:
+        return LayerKind.ATTENTION
+    kinds = {
+        LayerPart.WHOLE: (LayerKind.DENSE, LayerKind.MIXTURE),
+        LayerPart.FEED_FORWARD: (LayerKind.FEED_FORWARD, LayerKind.EXPERTS),
+    }
+    return kinds[part][model.is_moe_layer(layer)]
 
 
 @dataclass(frozen=True)
@@ -142,20 +157,27 @@ class LayerTraces:
                 passes[section.action.kind] += section.events
         after = [event for section in traced.sections[last + 1 :] for event in section.events if isinstance(event, Operator)]
         update_bytes = sum(operator.read_bytes + operator.written_bytes for operator in after)
-        layer = {LayerKind.FIRST: 0, LayerKind.LAST: sum(counts) - 1}.get(unit)
+        layer = {LayerKind.FIRST: 0, LayerKind.LAST: small.model.layers - 1}.get(unit)
         mixture = layer is not None and small.model.is_moe_layer(layer)
         return KindTrace(passes, update_bytes, None if layer is None else LayerKind.MIXTURE if mixture else LayerKind.DENSE)
 
-    def _stages(self, unit: LayerKind) -> tuple[list[int], int]:
+    def _stages(self, unit: LayerKind) -> tuple[list[float], int]:
         """Returns the numbers of layers of the stages of a small model, and the stage that holds `unit` and a layer, or that is
         `unit`."""
         moe = self._recipe.model.moe
         if unit in (LayerKind.FIRST, LayerKind.LAST):
             return [1, max(1, moe.every - 2), 1], 0 if unit is LayerKind.FIRST else _STAGES - 1
-        layer = next(i for i in range(1, moe.every + 2) if self._recipe.model.is_moe_layer(i) == (unit is LayerKind.MIXTURE))
-        return [layer, 1, max(1, moe.every - layer - 1)], 1
+        model, layers = self._recipe.model, range(1, moe.every + 2)
+        layer, part = next((i, part) for i in layers for part in LayerPart if kind_of_layer(model, i, part) is unit)
+        after = max(1, moe.every - layer - 1)
+        counts: dict[LayerPart, list[float]] = {
+            LayerPart.WHOLE: [layer, 1, after],
+            LayerPart.ATTENTION: [layer, 0.5, after + 0.5],
+            LayerPart.FEED_FORWARD: [layer + 0.5, 0.5, after],
+        }
+        return counts[part], 1
 
-    def _small(self, division: Division, counts: list[int]) -> Recipe:
+    def _small(self, division: Division, counts: list[float]) -> Recipe:
         """Returns the recipe of a model whose stages have `counts` layers."""
         recipe = self._recipe
         parallel = replace(
@@ -165,7 +187,7 @@ class LayerTraces:
         )  # fmt: skip
         return replace(
             recipe,
-            model=_with_layers(recipe.model, sum(counts)),
+            model=_with_layers(recipe.model, int(sum(counts))),
             parallel=parallel,
             train=replace(recipe.train, micro_batch=division.micro_batch, recompute=division.recompute),
             data=replace(recipe.data, global_batch=division.expert * _MICRO_BATCHES * division.micro_batch),

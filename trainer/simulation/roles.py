@@ -13,6 +13,7 @@ from typing import TypeAlias
 from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.layout import Layout, StagePlacement
+from bagualu.parallel.pipeline.layer_slice import LayerPart
 from bagualu.parallel.pipeline.program import Program, programs
 from bagualu.parallel.pipeline.schedules.schedule import Action
 from bagualu.parallel.simulation.compose import Carried, cases, compose, shorten
@@ -137,12 +138,17 @@ def parts(recipe: Recipe, placement: StagePlacement, split: Split, how: Traced) 
     shares = {layer: id(of_layer) for layer, of_layer in by_layer(how.shares, model).items()}
     for rank in range(placement.ranks):
         stages = placement.stages_of(rank)
+        held = [(layer, part) for stage in stages for layer, part in split.slices[stage].parts().items()]
         layers = tuple(
-            (*layer_shapes(model, layer).items(), *layer_buffers(model, layer).items(), shares.get(layer), split.recompute[layer])
-            for stage in stages
-            for layer in split.slices[stage]
+            (
+                *layer_shapes(model, layer, part).items(),
+                *layer_buffers(model, layer, part).items(),
+                None if part is LayerPart.ATTENTION else shares.get(layer),
+                part.again(split.recompute[layer]),
+            )
+            for layer, part in held
         )
-        ends = tuple((len(split.slices[stage]), stage == 0, stage == placement.stages - 1) for stage in stages)
+        ends = tuple((split.slices[stage].count, stage == 0, stage == placement.stages - 1) for stage in stages)
         directions = tuple(_direction(placement, stage, step) for stage in stages for step in (1, -1))
         yield layers, ends, directions, tuple(spare[rank : rank + 1])
 

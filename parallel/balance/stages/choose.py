@@ -7,13 +7,17 @@ from itertools import pairwise
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.balance.stages.activations import ALL_KEPT, Activations
 from bagualu.parallel.balance.stages.cost import CostTable
-from bagualu.parallel.balance.stages.forecast import Split, by_rank, forecast_split
+from bagualu.parallel.balance.stages.forecast import Forecast, Split, by_rank, forecast_split
 from bagualu.parallel.balance.stages.partition import GaveUp, Solution, solve
 from bagualu.parallel.balance.stages.problem import Piece, Problem
 from bagualu.parallel.balance.stages.refine import refine
+from bagualu.parallel.pipeline.layer_slice import LayerSlice, cut_inside
 from bagualu.parallel.pipeline.schedules.schedule import Schedule
 from bagualu.parallel.pipeline.split import require_layers
 
+CUT_GAIN = 0.02
+"""Stages begin inside layers only if a step is predicted to be shorter by at least this fraction. Measured costs of layers differ
+by as much from one measurement to the next."""
 _DIAGNOSIS_WORK = 50_000
 _DIAGNOSIS_STEPS = 8
 
@@ -26,30 +30,58 @@ def choose_split(
     activations: Activations = ALL_KEPT,
 ) -> Split:
     """Returns the best split of the table's layers over the stages of `schedule`: among the splits whose bottleneck (the time of
-    the slowest rank) is near the least possible, the one with the least predicted step time (refine.py). Equal arguments give equal
-    results.
+    the slowest rank) is near the least possible, the one with the least predicted step time (refine.py). Stages begin inside layers
+    only if that makes a step shorter by at least the fraction `CUT_GAIN`, or if no split into whole layers was found. Equal
+    arguments give equal results.
 
     `speeds`, relative to the device of the table (None: all 1.0), and `caps`, the most bytes of memory (None: no limit), are by
     pipeline rank. Raises RecipeError if there are fewer layers than stages, if no split fits `caps` and `activations`, or if the
     search ended before it found one that fits.
     """
-    ranks, layers, stages = schedule.placement.ranks, len(table.layers), schedule.placement.stages
-    require_layers(layers, schedule.placement)
-    problem = Problem(table, schedule, speeds or [1.0] * ranks, caps, activations)
+    require_layers(len(table.layers), schedule.placement)
+    problem = Problem(table, schedule, speeds or [1.0] * schedule.placement.ranks, caps, activations)
     try:
-        solution = solve(problem)
+        whole, undecided = _best(problem), False
     except GaveUp:
-        raise _undecided(problem) from None
+        whole, undecided = None, True
+    if split := _cut_inside(problem, whole) or whole:
+        return split
+    raise _undecided(problem) if undecided else _no_split_fits(problem)
+
+
+def _best(problem: Problem) -> Split | None:
+    """Returns the best split of the problem's units; None if none fits. Raises GaveUp."""
+    solution = solve(problem)
     if solution is None:
-        raise _no_split_fits(problem)
-    assert len(solution.pieces) == stages
+        return None
     split = forecast_split(problem, refine(problem, solution.pieces))
     assert split.forecast is not None
     return replace(split, forecast=replace(split.forecast, least_seconds=solution.least_possible_seconds))
 
 
+def _cut_inside(problem: Problem, whole: Split | None) -> Split | None:
+    """Returns the best split whose stages may begin inside layers, if it is worth it compared with `whole`, the best into whole
+    layers; else None."""
+    if problem.placement.ranks == 1 or not all(layer.halves for layer in problem.table.layers):
+        return None
+    if whole and _forecast(whole).bottleneck_seconds * (1 - CUT_GAIN) <= problem.even_seconds():
+        return None
+    try:
+        split = _best(problem.with_halves())
+    except GaveUp:
+        return None
+    if whole and split and _forecast(split).step_seconds > _forecast(whole).step_seconds * (1 - CUT_GAIN):
+        return None
+    return split
+
+
+def _forecast(split: Split) -> Forecast:
+    assert split.forecast is not None
+    return split.forecast
+
+
 def take_split(
-    slices: list[range],
+    slices: list[LayerSlice],
     table: CostTable,
     schedule: Schedule,
     caps: Sequence[int] | None = None,
@@ -57,10 +89,11 @@ def take_split(
 ) -> Split:
     """Returns the split into the given `slices`, the layers of each stage, with its forecast at equal speeds. Raises RecipeError if
     it does not fit the memory `caps` and `activations`."""
-    problem = Problem(table, schedule, [1.0] * schedule.placement.ranks, caps, activations)
-    pieces = [(piece.start, piece.stop) for piece in slices]
+    halves = cut_inside(slices)
+    problem = Problem(table, schedule, [1.0] * schedule.placement.ranks, caps, activations, halves)
+    pieces = problem.pieces(slices)
     if not _fits(problem, pieces):
-        several, counts = len(slices) > 1, ",".join(str(len(piece)) for piece in slices)
+        several, counts = len(slices) > 1, ",".join(str(one.count) for one in slices)
         others = ["parallel.balance=analytic"] if several and _solution(problem) is not None else []
         if activations.recompute is not None and _fits(_with_recompute(problem), pieces):
             others.insert(0, "train.recompute=auto")
@@ -70,7 +103,7 @@ def take_split(
 
 def _with_recompute(problem: Problem) -> Problem:
     activations = replace(problem.activations, recompute=None)
-    return Problem(problem.table, problem.schedule, problem.speeds, problem.caps, activations)
+    return Problem(problem.table, problem.schedule, problem.speeds, problem.caps, activations, problem.halves)
 
 
 def _fits(problem: Problem, pieces: list[Piece]) -> bool:
@@ -87,7 +120,7 @@ def _solution(problem: Problem) -> Solution | None:
 def _undecided(problem: Problem) -> RecipeError:
     """Returns the error for a search that ended before it could decide whether a split fits."""
     pieces = _least_demanding(problem)
-    counts = ",".join(str(stop - start) for start, stop in pieces)
+    counts = ",".join(str(problem.slice_of(piece).count) for piece in pieces)
     limits = " and ".join(_limits(problem))
     works = " ".join(_limits(problem, _needs(problem, pieces)))
     return RecipeError(f"found no split that fits {limits}, but the search was cut short; "
@@ -147,8 +180,8 @@ def _limits(problem: Problem, needs: list[Needs] | None = None) -> list[str]:
 
 def _least_demanding(problem: Problem) -> list[Piece]:
     """Returns a split whose largest ratio of what a rank needs to what a limit allows is near the least possible."""
-    layers, stages = problem.layers, problem.placement.stages
-    borders = [layers * stage // stages for stage in range(stages + 1)]
+    units, stages = problem.units, problem.placement.stages
+    borders = [units * stage // stages for stage in range(stages + 1)]
     best = list(pairwise(borders))
 
     def factor(pieces: list[Piece]) -> float:
@@ -170,4 +203,4 @@ def _scaled(problem: Problem, factor: float) -> Problem:
     caps = None if problem.caps is None else [int(max(1, cap) * factor) for cap in problem.caps]
     most = problem.activations.most_bytes
     activations = replace(problem.activations, most_bytes=None if most is None else int(most * factor))
-    return Problem(problem.table, problem.schedule, problem.speeds, caps, activations)
+    return Problem(problem.table, problem.schedule, problem.speeds, caps, activations, problem.halves)

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from bagualu.parallel.balance.stages.problem import Piece, Problem, StageTimes
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.parallel.pipeline.schedules.schedule import Action, Kind
 from bagualu.parallel.pipeline.timeline import simulate
 
@@ -34,14 +35,14 @@ class Forecast:
 class Split:
     """The layers of each stage, and what the backward pass computes again."""
 
-    slices: list[range]
+    slices: list[LayerSlice]
     recompute: list[str]
     """For each layer of the model, the part that its backward pass computes again: none, attention, experts or full."""
     forecast: Forecast | None = field(default=None, compare=False)
     """The predicted cost; None if no costs were computed."""
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "slices": [[piece.start, piece.stop] for piece in self.slices]})
+        return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> "Split":
@@ -49,7 +50,12 @@ class Split:
         forecast = raw["forecast"]
         if forecast is not None:
             forecast = Forecast(**{**forecast, "times": [StageTimes(**times) for times in forecast["times"]]})
-        return Split([range(*piece) for piece in raw["slices"]], raw["recompute"], forecast)
+        return Split([LayerSlice(**one) for one in raw["slices"]], raw["recompute"], forecast)
+
+    @property
+    def counts(self) -> list[int | float]:
+        """The number of layers of each stage."""
+        return [one.count for one in self.slices]
 
 
 def by_rank(problem: Problem, pieces: list[Piece]) -> list[tuple[Piece, ...]]:
@@ -71,8 +77,7 @@ def forecast_split(problem: Problem, pieces: list[Piece]) -> Split:
     times = [problem.stage_times(stage, piece, chosen) for stage, piece in enumerate(pieces)]
     step = step_seconds(problem, times)
     forecast = Forecast(times, problem.speeds, memory, max(seconds), step, problem.table.source)
-    recompute = [problem.activations.of_layer(layer, chosen) for layer in range(problem.layers)]
-    return Split([range(*piece) for piece in pieces], recompute, forecast)
+    return Split([problem.slice_of(piece) for piece in pieces], problem.recompute(chosen), forecast)
 
 
 def step_seconds(problem: Problem, times: list[StageTimes]) -> float:

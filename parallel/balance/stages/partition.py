@@ -1,7 +1,7 @@
 """Finds the split with the least bottleneck, the time of its slowest rank. It is exact and works for any placement of stages.
 
-The search goes through the ranks in order; each rank takes a piece, a range of layers, for every one of its stages. The remaining
-layers form a gap for each chunk or, in a V, for every two chunks, which take from both ends of it:
+The search goes through the ranks in order; each rank takes a piece, a range of units (layers, or half layers), for every one of its
+stages. The remaining units form a gap for each chunk or, in a V, for every two chunks, which take from both ends of it:
 
     one chunk        rank 0 takes [0, a), rank 1 [a, b), ...                     left: one gap
     V                rank 0 takes [0, a) and [z, L), rank 1 [a, b) and [y, z)    left: one gap between
@@ -9,9 +9,9 @@ layers form a gap for each chunk or, in a V, for every two chunks, which take fr
                                                                                  is tried near the middle first
 
 The best split of the remaining gaps over ranks r, r + 1, ... does not depend on how the gaps came about, so it is computed once
-(dynamic programming). With one chunk, this takes O(ranks x layers^2) steps (Bellman's min-max partition). With more chunks there
+(dynamic programming). With one chunk, this takes O(ranks x units^2) steps (Bellman's min-max partition). With more chunks there
 are more states, and bounds keep them few: a rank never takes more than the bottleneck `bound` allows, nor so little that the later
-ranks, all filled up to the bound (`_Room`), could not hold the rest. The search begins with the lowest bound under which all layers
+ranks, all filled up to the bound (`_Room`), could not hold the rest. The search begins with the lowest bound under which all units
 have room, which usually has a split, and raises it until a split exists. A second search, below that split's bottleneck, then finds
 the optimum or proves that there is nothing better.
 
@@ -36,13 +36,13 @@ _ROUNDING = 1e-9
 _SUMS = 200_000
 
 Gaps = tuple[Piece, ...]
-"""The ranges of layers that no rank has taken yet."""
+"""The ranges of units that no rank has taken yet."""
 
 
 @dataclass(frozen=True)
 class Solution:
     pieces: list[Piece]
-    """The layers of each stage, in the order of the model."""
+    """The units of each stage, in the order of the model."""
     bottleneck_seconds: float
     least_possible_seconds: float
     """A proven lower bound of the bottleneck of any split. It equals the bottleneck if this split is proven to be optimal."""
@@ -100,15 +100,15 @@ class _TooMuchWork(Exception):
 
 
 class _Room:
-    """The most seconds of layers, at speed 1.0, that each rank can take under a given bottleneck."""
+    """The most seconds of units, at speed 1.0, that each rank can take under a given bottleneck."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         seconds = problem.least_seconds()
         self.total = sum(seconds)
-        self.most_layers = [_most_layers(problem, rank) for rank in range(problem.placement.ranks)]
+        self.most_units = [_most_units(problem, rank) for rank in range(problem.placement.ranks)]
         longest = list(accumulate(sorted(seconds, reverse=True), initial=0.0))
-        self._most_seconds = [longest[most] for most in self.most_layers]
+        self._most_seconds = [longest[most] for most in self.most_units]
         self.edges = [problem.edge_seconds(rank) for rank in range(problem.placement.ranks)]
         self._sums = _sums_of_runs(seconds, problem.placement.chunks)
 
@@ -116,8 +116,8 @@ class _Room:
         return bound * (1 + _ROUNDING) * self.problem.speeds[rank] - self.edges[rank]
 
     def at_most(self, rank: int, bound: float) -> float:
-        """Returns the most seconds of layers, at speed 1.0, within `bound`; negative if the rank exceeds `bound` even without
-        layers."""
+        """Returns the most seconds of units, at speed 1.0, within `bound`; negative if the rank exceeds `bound` even without
+        units."""
         limit = self.limit(rank, bound)
         if self._sums is not None and limit >= 0:
             limit = self._sums[bisect_right(self._sums, limit) - 1]
@@ -128,19 +128,19 @@ class _Room:
         return min(rooms) >= 0 and sum(rooms) >= self.total * (1 - _ROUNDING)
 
 
-def _most_layers(problem: Problem, rank: int) -> int:
-    """Returns how many layers fit into a rank's memory if they are the smallest layers."""
+def _most_units(problem: Problem, rank: int) -> int:
+    """Returns how many units fit into a rank's memory if they are the smallest units."""
     if problem.caps is None:
-        return problem.layers
+        return problem.units
     sizes = accumulate(sorted(problem.least_memory(rank)))
     return sum(size <= problem.caps[rank] + problem.activations.offload_bytes for size in sizes)
 
 
 def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:
-    """Returns every total of seconds that `runs` runs of consecutive layers can have, sorted; None if computing them would take too
+    """Returns every total of seconds that `runs` runs of consecutive units can have, sorted; None if computing them would take too
     long.
 
-    Layers of equal seconds are counted instead of added, so that the order of the layers does not change a total.
+    Layers of equal seconds are counted instead of added, so that the order of the units does not change a total.
     """
     kinds = sorted(set(seconds))
     one_run = {(0,) * len(kinds)}
@@ -159,10 +159,10 @@ def _sums_of_runs(seconds: list[float], runs: int) -> list[float] | None:
 
 
 def _least_bound(room: _Room) -> float | None:
-    """Returns the lowest bottleneck at which the ranks have room for all layers, ignoring the layers' order; None if the memory
+    """Returns the lowest bottleneck at which the ranks have room for all units, ignoring the units' order; None if the memory
     caps leave too little room at any bottleneck."""
     low, high = 0.0, (room.total + sum(room.edges)) / min(room.problem.speeds)
-    if sum(room.most_layers) < room.problem.layers or not room.suffices(high):
+    if sum(room.most_units) < room.problem.units or not room.suffices(high):
         return None
     while high - low > high * _ROUNDING / 4:
         middle = (low + high) / 2
@@ -201,22 +201,22 @@ class _Search:
         ranks = range(self.placement.ranks)
         self.bound, self.possible = bound, self.room.suffices(bound)
         self.limits = [self.room.limit(rank, bound) for rank in ranks]
-        self.most_layers = self.room.most_layers
-        room, layers = ([0.0] * len(ranks), [0] * len(ranks))
+        self.most_units = self.room.most_units
+        room, units = ([0.0] * len(ranks), [0] * len(ranks))
         for rank in reversed(ranks[:-1]):
             room[rank] = room[rank + 1] + self.room.at_most(rank + 1, bound)
-            layers[rank] = layers[rank + 1] + self.most_layers[rank + 1]
-        self.later, self.later_layers = room, layers
+            units[rank] = units[rank + 1] + self.most_units[rank + 1]
+        self.later, self.later_units = room, units
 
     def _starts(self) -> Iterator[Gaps]:
         """Yields the possible gaps before rank 0 takes its pieces, those of most equal size first."""
-        ranks, layers = self.placement.ranks, self.problem.layers
+        ranks, units = self.placement.ranks, self.problem.units
         needs = [eaters * ranks for eaters in self.eaters]
-        even = [layers * need // sum(needs) for need in accumulate(needs)][:-1]
-        for distance in range(layers):
+        even = [units * need // sum(needs) for need in accumulate(needs)][:-1]
+        for distance in range(units):
             around = range(-distance, distance + 1)
             for moves in product(around, repeat=len(even)):
-                borders = [0, *(e + m for e, m in zip(even, moves, strict=True)), layers]
+                borders = [0, *(e + m for e, m in zip(even, moves, strict=True)), units]
                 self._work()
                 if max(map(abs, moves), default=0) == distance and all(
                     b - a >= need for a, b, need in zip(borders, borders[1:], needs, strict=False)
@@ -249,7 +249,7 @@ class _Search:
         """Returns the (pieces, remaining gaps) that `rank` may choose: first those that leave the later ranks nearest to their fair
         share, and among them those with the most even stages."""
         left = sum(self.left_seconds[b] - self.left_seconds[a] for a, b in gaps)
-        if sum(b - a for a, b in gaps) > self.most_layers[rank] + self.later_layers[rank]:
+        if sum(b - a for a, b in gaps) > self.most_units[rank] + self.later_units[rank]:
             return []
         speeds = self.problem.speeds[rank:]
         aim = left * speeds[0] / sum(speeds)

@@ -6,15 +6,17 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import attrgetter
+from typing import NamedTuple
 
 from bagualu.parallel.balance.stages.activations import ALL_KEPT, Activations
-from bagualu.parallel.balance.stages.cost import CostTable
+from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.parallel.balance.stages.memory import Moment, worst_moments, worst_passes
+from bagualu.parallel.pipeline.layer_slice import HALVES, IN_ORDER, LayerPart, LayerSlice
 from bagualu.parallel.pipeline.schedules.schedule import Kind, Schedule
 
 _NOTHING: frozenset[int] = frozenset()
 Piece = tuple[int, int]
-"""The layers of a stage: piece[0] to piece[1] - 1."""
+"""The units of a stage: piece[0] to piece[1] - 1. Units are layers or, where stages may begin inside a layer, half layers."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class RankCost:
     stage_seconds: tuple[float, ...]
     """The time of each stage, at the rank's own speed."""
     chosen: frozenset[int]
-    """The layers that were chosen to recompute all their activations."""
+    """The units that were chosen to recompute all their activations."""
 
     @property
     def seconds(self) -> float:
@@ -61,9 +63,18 @@ class _Held:
     """The most of `activations` that belongs to one layer."""
 
 
+class _Part(NamedTuple):
+    """A layer of a stage, or the half of it that the stage holds."""
+
+    cost: LayerCost
+    recompute: str
+    """What of it is computed again."""
+    units: tuple[int, ...]
+
+
 class Problem:
     """Computes the costs of splits. `speeds` are by rank, relative to the device of the cost table; `caps` are bytes of memory by
-    rank, or None for no limit.
+    rank, or None for no limit. `halves`: the units of pieces are half layers, not layers.
 
     If `activations` leaves the layers that recompute to choice, a rank recomputes no more than its limits require.
     """
@@ -75,8 +86,9 @@ class Problem:
         speeds: Sequence[float],
         caps: Sequence[int] | None,
         activations: Activations = ALL_KEPT,
+        halves: bool = False,
     ) -> None:
-        self.schedule, self.placement = schedule, schedule.placement
+        self.schedule, self.placement, self.halves = schedule, schedule.placement, halves
         self.speeds, self.caps, self.activations = list(speeds), None if caps is None else list(caps), activations
         self.moments, self.passes = worst_moments(schedule), worst_passes(schedule)
         self._splits = any(action.kind == Kind.INPUT_GRADIENT for actions in schedule.actions for action in actions)
@@ -89,20 +101,81 @@ class Problem:
         other._take(table)
         return other
 
+    def with_halves(self) -> "Problem":
+        """Returns the same problem in half layers."""
+        return Problem(self.table, self.schedule, self.speeds, self.caps, self.activations, halves=True)
+
     def _take(self, table: CostTable) -> None:
-        self.table, self.layers = table, len(table.layers)
+        self.table = table
+        self._costs = [half for layer in table.layers for half in layer.halves] if self.halves else table.layers
+        self.units = len(self._costs)
         self._sums = {
-            name: list(accumulate(map(attrgetter(name), table.layers), initial=0))
+            name: list(accumulate(map(attrgetter(name), self._costs), initial=0))
             for name in ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds", "state_bytes", "operand_bytes")
         }
-        self._again = [layer.again_seconds(self.activations.of_layer(i)) for i, layer in enumerate(table.layers)]
+        self._again = [cost.again_seconds(self._alone(i, _NOTHING)) for i, cost in enumerate(self._costs)]
         self._sums["again"] = list(accumulate(self._again, initial=0))
         self._known: dict[tuple[int, tuple[Piece, ...]], RankCost | None] = {}
 
+    def pieces(self, slices: Sequence[LayerSlice]) -> list[Piece]:
+        """Returns the pieces that are these slices, which must be of whole layers if the units are."""
+        assert self.halves or all(one.whole for one in slices)
+        per_unit = 1 if self.halves else HALVES
+        return [(one.start // per_unit, one.stop // per_unit) for one in slices]
+
+    def slice_of(self, piece: Piece) -> LayerSlice:
+        """Returns the slice of the model that is `piece`."""
+        return LayerSlice(*piece) if self.halves else LayerSlice.of_layers(range(*piece))
+
+    def recompute(self, chosen: frozenset[int]) -> list[str]:
+        """Returns what each layer computes again, given the units that are `chosen` to."""
+        return [self._recompute(layer, chosen) for layer in range(len(self.table.layers))]
+
+    def recomputing(self, recompute: Sequence[str]) -> frozenset[int]:
+        """Returns the units that are chosen if the layers compute `recompute` again."""
+        return frozenset(unit for unit in range(self.units) if self._part_of(unit).again(recompute[self._layer_of(unit)]) == "full")
+
+    def _layer_of(self, unit: int) -> int:
+        return unit // HALVES if self.halves else unit
+
+    def _part_of(self, unit: int) -> LayerPart:
+        return IN_ORDER[unit % HALVES] if self.halves else LayerPart.WHOLE
+
+    def _recompute(self, layer: int, chosen: frozenset[int]) -> str:
+        """Returns what `layer` computes again, given the units that are `chosen` to."""
+        if self.activations.recompute is not None or not self.halves:
+            return self.activations.of_layer(layer, chosen)
+        attention, feed_forward = (unit in chosen for unit in (HALVES * layer, HALVES * layer + 1))
+        return "full" if attention and feed_forward else "attention" if attention else "experts" if feed_forward else "none"
+
+    def _alone(self, unit: int, chosen: frozenset[int]) -> str:
+        """Returns what `unit` computes again if the rest of its layer is elsewhere."""
+        return self._part_of(unit).again(self._recompute(self._layer_of(unit), chosen))
+
+    def _parts(self, piece: Piece, chosen: frozenset[int]) -> list[_Part]:
+        """Returns the layers of `piece`, and the half layers at its ends."""
+        if not self.halves:
+            return [_Part(self.table.layers[i], self.activations.of_layer(i, chosen), (i,)) for i in range(*piece)]
+        found = []
+        for layer, part in LayerSlice(*piece).parts().items() if piece[0] < piece[1] else ():
+            first = HALVES * layer + (part is LayerPart.FEED_FORWARD)
+            units = (first, first + 1) if part is LayerPart.WHOLE else (first,)
+            found.append(_Part(self.table.layers[layer].part(part), part.again(self._recompute(layer, chosen)), units))
+        return found
+
+    def kept_bytes(self, piece: Piece) -> list[int]:
+        """Returns the bytes of activations that each layer, or half layer at an end, of `piece` keeps of a micro-batch."""
+        return [part.cost.kept_bytes(part.recompute) for part in self._parts(piece, _NOTHING)]
+
     def least_seconds(self) -> list[float]:
-        """Returns the least possible time of all passes of each layer for a micro-batch, in seconds at speed 1.0."""
-        return [again + layer.forward_seconds + layer.input_gradient_seconds + layer.weight_gradient_seconds
-                for again, layer in zip(self._again, self.table.layers, strict=True)]  # fmt: skip
+        """Returns the least possible time of all passes of each unit for a micro-batch, in seconds at speed 1.0."""
+        return [again + cost.forward_seconds + cost.input_gradient_seconds + cost.weight_gradient_seconds
+                for again, cost in zip(self._again, self._costs, strict=True)]  # fmt: skip
+
+    def even_seconds(self) -> float:
+        """Returns a lower bound of the bottleneck of any split: the time per micro-batch that ranks take which are equally busy."""
+        edges = sum(self.edge_seconds(rank) for rank in range(self.placement.ranks))
+        return (sum(self.least_seconds()) + edges) / sum(self.speeds)
 
     def edge_seconds(self, rank: int) -> float:
         """Returns the seconds per micro-batch, at speed 1.0, of all passes of the embedding and the head if `rank` holds them."""
@@ -111,16 +184,16 @@ class Problem:
         return sum(edge.forward_seconds + edge.input_gradient_seconds + edge.weight_gradient_seconds for edge in edges)
 
     def stage_times(self, stage: int, piece: Piece, chosen: frozenset[int] = _NOTHING) -> StageTimes:
-        """Returns the times of `stage` if it holds the layers `piece`, of which those `chosen` recompute all their activations."""
-        again = self._layers("again", piece)
-        again += sum(self.table.layers[i].forward_seconds - self._again[i] for i in chosen if piece[0] <= i < piece[1])
+        """Returns the times of `stage` if it holds the units `piece`, of which those `chosen` recompute all their activations."""
+        again = self._units("again", piece)
+        again += sum(self._costs[i].forward_seconds - self._again[i] for i in chosen if piece[0] <= i < piece[1])
         forward, gradient = self._sum("forward_seconds", stage, piece), self._sum("input_gradient_seconds", stage, piece) + again
         speed = self.speeds[self.placement.rank_of(stage)]
         return StageTimes(forward / speed, gradient / speed, self._sum("weight_gradient_seconds", stage, piece) / speed)
 
     def cost(self, rank: int, pieces: tuple[Piece, ...]) -> RankCost | None:
-        """Returns the cost of `rank` for `pieces`, the layers of its stages in order; None if they do not fit its limits, whatever
-        is recomputed."""
+        """Returns the cost of `rank` for `pieces`, those of its stages in order; None if they do not fit its limits, whatever is
+        recomputed."""
         key = (rank, pieces)
         if key not in self._known:
             chosen = self._choose(rank, pieces)
@@ -167,20 +240,25 @@ class Problem:
         return max([*map(at, self.moments[rank]), *(at(moment) + held[chunk].more for chunk, moment in passes)])
 
     def least_bytes(self, rank: int, pieces: tuple[Piece, ...]) -> tuple[int, int]:
-        """Returns `memory` and `activation_bytes` if all layers recompute that may be chosen to."""
+        """Returns `memory` and `activation_bytes` if all units recompute that may be chosen to."""
         chosen = _NOTHING if self.activations.recompute is not None else frozenset(i for piece in pieces for i in range(*piece))
         return self.memory(rank, pieces, chosen), self.activation_bytes(rank, pieces, chosen)
 
     def least_memory(self, rank: int) -> list[float]:
-        """Returns, for each layer, the least memory, in bytes, that it adds to `rank`, whichever of the rank's stages holds it and
+        """Returns, for each unit, the least memory, in bytes, that it adds to `rank`, whichever of the rank's stages holds it and
         without what is in host memory."""
         fullest = max(self.moments[rank], key=lambda moment: sum(activations for activations, _ in moment))
-        held, everything = min(activations for activations, _ in fullest), frozenset(range(self.layers))
-        return [layer.state_bytes + held * min(layer.kept_bytes(self.activations.of_layer(i, everything)), layer.activation_bytes)
-                for i, layer in enumerate(self.table.layers)]  # fmt: skip
+        held, everything = min(activations for activations, _ in fullest), frozenset(range(self.units))
+        return [cost.state_bytes + held * self._least_kept(i, everything) for i, cost in enumerate(self._costs)]
+
+    def _least_kept(self, unit: int, chosen: frozenset[int]) -> int:
+        again, cost, part = self._recompute(self._layer_of(unit), chosen), self._costs[unit], self._part_of(unit)
+        if part is LayerPart.FEED_FORWARD and again == "full":
+            return 0  # of a whole layer only its input is kept, which its attention has
+        return min(cost.kept_bytes(part.again(again)), cost.activation_bytes)
 
     def _choose(self, rank: int, pieces: tuple[Piece, ...]) -> frozenset[int] | None:
-        """Returns the layers of `pieces` that must be chosen to recompute so that `rank` keeps to its limits; None if it cannot.
+        """Returns the units of `pieces` that must be chosen to recompute so that `rank` keeps to its limits; None if it cannot.
 
         Layers come in the order of the bytes that they free per second of recomputation, and among equal layers the first come
         first: what they compute again needs memory only when the activations of later layers are gone. So the recomputation takes
@@ -193,12 +271,15 @@ class Problem:
         fullest = max(self.moments[rank], key=lambda moment: sum(activations for activations, _ in moment))
         worth = {}
         for (held, _), piece in zip(fullest, pieces, strict=True):
-            for i in range(*piece):
-                layer = self.table.layers[i]
-                worth[i] = held * (layer.activation_bytes - layer.input_bytes) / max(layer.forward_seconds, 1e-300)
-        order = sorted(worth, key=lambda i: (-worth[i], i))
-        count = bisect_left(range(1, len(order) + 1), True, key=lambda count: self._fits(rank, pieces, frozenset(order[:count])))
-        return frozenset(order[: count + 1]) if count < len(order) else None
+            for cost, _, units in self._parts(piece, _NOTHING):
+                worth[units] = held * (cost.activation_bytes - cost.input_bytes) / max(cost.forward_seconds, 1e-300)
+        order = sorted(worth, key=lambda units: (-worth[units], units))
+
+        def first(count: int) -> frozenset[int]:
+            return frozenset(unit for units in order[:count] for unit in units)
+
+        count = bisect_left(range(1, len(order) + 1), True, key=lambda count: self._fits(rank, pieces, first(count)))
+        return first(count + 1) if count < len(order) else None
 
     def _in_host_memory(self, held: list[tuple[int, _Held]]) -> int:
         """Returns the bytes of activations that are in host memory when `held` micro-batches are in flight at the rank's stages.
@@ -226,7 +307,7 @@ class Problem:
         """`alone`: only activations and operands, without what is taken besides them."""
         first, last = stage == 0, stage == self.placement.stages - 1
         embedding, head, besides = self.table.embedding, self.table.head, not alone
-        layers = [(self.table.layers[i], self.activations.of_layer(i, chosen)) for i in range(*piece)]
+        layers = [(cost, recompute) for cost, recompute, _ in self._parts(piece, chosen)]
         sizes = [layer.kept_bytes(recompute) for layer, recompute in layers]
         below = first * embedding.activation_bytes + sum(sizes)
         kept = below + last * head.activation_bytes
@@ -242,12 +323,12 @@ class Problem:
         operands = int(self._sum("operand_bytes", stage, piece))
         return _Held(kept + output, operands, max(0, highest - kept), movable, max(sizes, default=0))
 
-    def _layers(self, name: str, piece: Piece) -> float:
+    def _units(self, name: str, piece: Piece) -> float:
         sums: list[float] = self._sums[name]
         return sums[piece[1]] - sums[piece[0]]
 
     def _sum(self, name: str, stage: int, piece: Piece) -> float:
-        total = self._layers(name, piece)
+        total = self._units(name, piece)
         if stage == 0:
             total += getattr(self.table.embedding, name)
         if stage == self.placement.stages - 1:

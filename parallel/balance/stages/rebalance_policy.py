@@ -18,6 +18,7 @@ from bagualu.parallel.balance.stages.choose import choose_split
 from bagualu.parallel.balance.stages.cost import CostTable
 from bagualu.parallel.balance.stages.forecast import Split, by_rank, step_seconds
 from bagualu.parallel.balance.stages.problem import Problem, StageTimes
+from bagualu.parallel.pipeline.layer_slice import cut_inside
 from bagualu.parallel.pipeline.schedules.schedule import Schedule
 
 _FORGETS_AFTER = 8
@@ -109,21 +110,20 @@ class Watch:
             self._caution, self._quiet = self._caution - 1, 0
 
     def _speeds(self, busy_seconds: Sequence[float]) -> list[float]:
-        even = self._problem([1.0] * len(busy_seconds))
+        even = self._problem([1.0] * len(busy_seconds), self._split)
         times = self._times(self._split, even)
         expected = [sum(times[stage].total for stage in stages) for stages in even.stages_of]
         return [seconds / busy for seconds, busy in zip(expected, busy_seconds, strict=True)]
 
     def _best(self, speeds: list[float]) -> Proposal | None:
         """Returns a proposal of the best split for these speeds; None if it does not shorten a step by the threshold."""
-        problem = self._problem(speeds)
-        pieces = [(piece.start, piece.stop) for piece in self._split.slices]
-        costs = [problem.cost(rank, mine) for rank, mine in enumerate(by_rank(problem, pieces))]
+        problem = self._problem(speeds, self._split)
+        costs = [problem.cost(rank, mine) for rank, mine in enumerate(by_rank(problem, problem.pieces(self._split.slices)))]
         seconds = [cost.seconds for cost in costs if cost is not None]
         if len(seconds) == len(costs) and max(seconds) * (1 - self._threshold) * len(seconds) < sum(seconds):
             return None  # even perfectly equal ranks would not gain enough
         split = self._choice(speeds)
-        now, then = self._step_seconds(self._split, problem), self._step_seconds(split, problem)
+        now, then = self._step_seconds(self._split, speeds), self._step_seconds(split, speeds)
         return Proposal(split, speeds, now, then) if then <= now * (1 - self._threshold) else None
 
     def _choice(self, speeds: list[float]) -> Split:
@@ -137,15 +137,16 @@ class Watch:
 
     def _gains(self, split: Split, speeds: list[float]) -> bool:
         """Returns whether, at these speeds, `split` shortens a step of the present split by the threshold."""
-        problem = self._problem(speeds)
-        return self._step_seconds(split, problem) <= self._step_seconds(self._split, problem) * (1 - self._threshold)
+        return self._step_seconds(split, speeds) <= self._step_seconds(self._split, speeds) * (1 - self._threshold)
 
-    def _step_seconds(self, split: Split, problem: Problem) -> float:
+    def _step_seconds(self, split: Split, speeds: list[float]) -> float:
+        problem = self._problem(speeds, split)
         return step_seconds(problem, self._times(split, problem))
 
     def _times(self, split: Split, problem: Problem) -> list[StageTimes]:
-        full = frozenset(layer for layer, part in enumerate(split.recompute) if part == "full")
-        return [problem.stage_times(stage, (piece.start, piece.stop), full) for stage, piece in enumerate(split.slices)]
+        chosen = problem.recomputing(split.recompute)
+        return [problem.stage_times(stage, piece, chosen) for stage, piece in enumerate(problem.pieces(split.slices))]
 
-    def _problem(self, speeds: list[float]) -> Problem:
-        return Problem(self._table, self._schedule, speeds, self._caps, self._activations)
+    def _problem(self, speeds: list[float], split: Split) -> Problem:
+        """Returns the problem whose pieces can be those of `split`."""
+        return Problem(self._table, self._schedule, speeds, self._caps, self._activations, cut_inside(split.slices))

@@ -5,7 +5,7 @@ splits share it. So splits near the optimum are timed on the schedule itself. Of
 by at most the fraction `TOLERANCE`, the result is the split with the least predicted step time, or the most even if several have
 it.
 
-Candidates come from moving a layer from any stage to any other, or moving two borders by a layer each, first to make ranks and
+Candidates come from moving a unit from any stage to any other, or moving two borders by a unit each, first to make ranks and
 stages even, then to lower the time. If there are few splits, all of them are candidates.
 """
 
@@ -52,9 +52,9 @@ def refine(problem: Problem, pieces: list[Piece]) -> list[Piece]:
 
 def _near(problem: Problem, pieces: list[Piece], bottleneck: float) -> Iterator[tuple[float, list[Piece]]]:
     """Yields (spread, pieces) of splits whose bottleneck is at most `bottleneck`: those one move away or, if there are few, all."""
-    layers, stages = problem.layers, len(pieces)
-    few = comb(layers - 1, stages - 1) <= _FEW
-    for other in _every(layers, stages) if few else _neighbours(pieces):
+    units, stages = problem.units, len(pieces)
+    few = comb(units - 1, stages - 1) <= _FEW
+    for other in _every(units, stages) if few else _neighbours(pieces):
         loads = _loads(problem, other)
         if loads and _bottleneck(loads) <= bottleneck:
             yield _spread(loads), other
@@ -97,9 +97,9 @@ def _spread(loads: list[RankCost]) -> float:
     return sum(cost.seconds**2 + sum(seconds**2 for seconds in cost.stage_seconds) for cost in loads)
 
 
-def _every(layers: int, stages: int) -> Iterator[list[Piece]]:
-    for cuts in combinations(range(1, layers), stages - 1):
-        yield list(pairwise((0, *cuts, layers)))
+def _every(units: int, stages: int) -> Iterator[list[Piece]]:
+    for cuts in combinations(range(1, units), stages - 1):
+        yield list(pairwise((0, *cuts, units)))
 
 
 def _neighbours(pieces: list[Piece]) -> Iterator[list[Piece]]:

@@ -25,9 +25,9 @@ def show_split(split: Split, placement: StagePlacement, measured: Sequence[tuple
     rows = [head]
     for stage, layers in enumerate(split.slices):
         rank = placement.rank_of(stage)
-        row = [str(stage), str(rank), f"{layers.start}-{layers.stop - 1}", str(len(layers))]
+        row = [str(stage), str(rank), str(layers), str(layers.count)]
         if recomputes:
-            row.append(_recomputed([split.recompute[layer] for layer in layers]))
+            row.append(_recomputed([part.again(split.recompute[layer]) for layer, part in layers.parts().items()]))
         if forecast is not None:
             times = forecast.times[stage]
             first = placement.stages_of(rank)[0] == stage

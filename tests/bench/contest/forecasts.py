@@ -1,13 +1,15 @@
 """What the cost table that a run measured says of the splits it could have had."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from bagualu.parallel.balance.stages.choose import choose_split
 from bagualu.parallel.balance.stages.cost import CostTable
-from bagualu.parallel.balance.stages.forecast import Split, forecast_split
+from bagualu.parallel.balance.stages.forecast import forecast_split
 from bagualu.parallel.balance.stages.problem import Problem
+from bagualu.parallel.pipeline.layer_slice import cut_inside
 from bagualu.parallel.pipeline.registry import compute_schedule
 from bagualu.parallel.pipeline.schedules.schedule import Schedule
 from bagualu.parallel.pipeline.split import split_layers
@@ -23,18 +25,18 @@ class Forecasts:
     def __init__(self, table: CostTable, schedule: Schedule) -> None:
         self.table, self.schedule = table, schedule
 
-    def of(self, counts: list[int], speeds: list[float] | None = None) -> float:
+    def of(self, counts: Sequence[float], speeds: list[float] | None = None) -> float:
         """Seconds of the passes of a step with `counts` layers on the stages, on ranks of these speeds."""
         placement = self.schedule.placement
-        problem = Problem(self.table, self.schedule, speeds or [1.0] * placement.ranks, None)
-        slices = split_layers(len(self.table.layers), placement, counts)
-        forecast = forecast_split(problem, [(piece.start, piece.stop) for piece in slices]).forecast
+        slices = split_layers(len(self.table.layers), placement, list(counts))
+        problem = Problem(self.table, self.schedule, speeds or [1.0] * placement.ranks, None, halves=cut_inside(slices))
+        forecast = forecast_split(problem, problem.pieces(slices)).forecast
         assert forecast is not None
         return forecast.step_seconds
 
-    def best(self, speeds: list[float]) -> list[int]:
+    def best(self, speeds: list[float]) -> list[int | float]:
         """Layers of the stages in the best split for ranks of these speeds."""
-        return counts_of(choose_split(self.table, self.schedule, speeds))
+        return choose_split(self.table, self.schedule, speeds).counts
 
 
 def forecasts(recipe: Recipe, cache: Path, threads: int = 1) -> Forecasts:
@@ -60,10 +62,6 @@ def kept_table(recipe: Recipe, cache: Path) -> CostTable:
     return measured_table(work, found, f"measured on {device_name(device)}")
 
 
-def uniform(recipe: Recipe) -> list[int]:
+def uniform(recipe: Recipe) -> list[int | float]:
     """Layers of the stages by count."""
-    return [len(piece) for piece in split_layers(recipe.model.layers, schedule_of(recipe).placement)]
-
-
-def counts_of(split: Split) -> list[int]:
-    return [len(piece) for piece in split.slices]
+    return [one.count for one in split_layers(recipe.model.layers, schedule_of(recipe).placement)]

@@ -15,6 +15,7 @@ import torch
 
 from bagualu.comm.monitor import Monitor
 from bagualu.parallel.data.reducer import gradient_sink
+from bagualu.parallel.pipeline.layer_slice import LayerPart
 from bagualu.trainer.models.decoder.model import Head, Layer
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts
 
@@ -60,10 +61,16 @@ class Sleepers:
         time.sleep(seconds)
 
     def _layer(self) -> Any:
-        def forward(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-            mixture = isinstance(layer.feed_forward, MixtureOfExperts)
-            seconds = self.mixture_seconds if mixture else self.dense_seconds
-            return _Sleep.apply(x, layer.attention.query.weight, partial(self.sleep, seconds)), None, None
+        def forward(
+            layer: Layer, x: torch.Tensor, mask: torch.Tensor | None = None, part: LayerPart | None = None
+        ) -> tuple[torch.Tensor, None, None]:
+            part, attention = part or layer.part, self.dense_seconds / 2
+            if part is LayerPart.ATTENTION:
+                return _Sleep.apply(x, layer.attention.query.weight, partial(self.sleep, attention)), None, None
+            seconds = self.mixture_seconds if isinstance(layer.feed_forward, MixtureOfExperts) else self.dense_seconds
+            seconds -= attention if part is LayerPart.FEED_FORWARD else 0.0
+            weight = next(layer.feed_forward.parameters())
+            return _Sleep.apply(x, weight, partial(self.sleep, seconds)), None, None
 
         return forward
 

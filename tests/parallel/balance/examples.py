@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import combinations, pairwise
 
 from bagualu.parallel.balance.stages.activations import Activations
-from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
+from bagualu.parallel.balance.stages.cost import CostTable, LayerCost, joined
 from bagualu.parallel.balance.stages.forecast import by_rank
 from bagualu.parallel.balance.stages.problem import Piece, Problem
 from bagualu.parallel.layout import StagePlacement
@@ -27,13 +27,15 @@ def random_layer(rng: random.Random, name: str, kinds: int | None = None) -> Lay
     """`kinds`: draw from so few different layers, so that many splits are equal."""
     if kinds is not None:
         rng = random.Random(rng.randrange(kinds))
-    forward, gradient, weight = (rng.uniform(0.1, 2.0) for _ in range(3))
-    sizes = [rng.randint(1, 9) for _ in range(4)]
-    activations, attention = sizes[1] + sizes[2], rng.random()
-    attention_bytes = sizes[2] + int(attention * sizes[1])
-    return LayerCost(
-        name, forward, gradient, weight, sizes[0], activations, sizes[2], sizes[3], attention * forward, attention_bytes
-    )
+    input_bytes = rng.randint(1, 4)
+    attention, feed_forward = (_random_half(rng, half, input_bytes) for half in ("attention", "feed-forward"))
+    return joined(name, attention, feed_forward)
+
+
+def _random_half(rng: random.Random, name: str, input_bytes: int) -> LayerCost:
+    forward, gradient, weight = (rng.uniform(0.05, 1.0) for _ in range(3))
+    state, kept, operands = (rng.randint(1, 4) for _ in range(3))
+    return LayerCost(name, forward, gradient, weight, state, input_bytes + kept, input_bytes, operands)
 
 
 def random_table(rng: random.Random, layers: int, kinds: int | None = None) -> CostTable:
@@ -50,8 +52,8 @@ def random_activations(rng: random.Random, layers: int) -> Activations:
 
 
 def every_split(problem: Problem) -> Iterator[list[Piece]]:
-    for cuts in combinations(range(1, problem.layers), problem.placement.stages - 1):
-        borders = [0, *cuts, problem.layers]
+    for cuts in combinations(range(1, problem.units), problem.placement.stages - 1):
+        borders = [0, *cuts, problem.units]
         yield list(pairwise(borders))
 
 

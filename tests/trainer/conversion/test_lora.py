@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.conversion import export_model as exporting
 from bagualu.trainer.conversion.export_model import export_model
@@ -71,7 +72,7 @@ def tuned(folder: Path, *words: str) -> Recipe:
 
 def adapted_logits(recipe: Recipe, path: Path) -> torch.Tensor:
     """The logits [B, S, V] of the decoder with the factors of the newest checkpoint of a run beside its weights."""
-    model = Decoder(recipe.model, [range(recipe.model.layers)]).double()
+    model = Decoder(recipe.model, [LayerSlice.of_layers(range(recipe.model.layers))]).double()
     values = {name.removeprefix("weight/"): tensor for name, tensor in newest_tensors(path).items() if name.startswith("weight/")}
     assert not model.load_state_dict(values, strict=False).unexpected_keys
     with torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 
 from bagualu.comm.group import Communicator
 from bagualu.parallel.layout import Layout
+from bagualu.parallel.pipeline.layer_slice import LayerSlice, parts_of
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.costs.analytic import FLOPS_PER_SECOND, analytic_table
 from bagualu.trainer.costs.state import rank_parameters
@@ -56,7 +57,7 @@ def test_the_shapes_of_factors_are_those_of_the_model(style: str, targets: list[
     model = moe_model(3, style)
     model.lora = LoraConfig(rank=3, targets=targets)
     with torch.device("meta"):
-        module = Decoder(model, [range(3)])
+        module = Decoder(model, [LayerSlice.of_layers(range(3))])
     assert list(parameter_shapes(model).items()) == [(name, tuple(p.shape)) for name, p in module.named_parameters()]
 
 
@@ -67,11 +68,11 @@ def test_the_shapes_of_all_parameters_are_those_of_the_model(tied: bool, style: 
     model = moe_model(3, style)
     model.tie_embeddings = tied
     with torch.device("meta"):
-        module = Decoder(model, [range(3)])
+        module = Decoder(model, [LayerSlice.of_layers(range(3))])
     shapes = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
     assert list(parameter_shapes(model).items()) == shapes
     work = ModelWork(model, Layout(), sequence_length=8, micro_batch=1, dtype="float32")
-    assert [(name, shape) for name, shape, _ in rank_parameters(work, [0, 1, 2])] == shapes
+    assert [(name, shape) for name, shape, _ in rank_parameters(work, parts_of([LayerSlice(0, 6)]))] == shapes
 
 
 def test_seconds_add_up_to_the_models_flops_and_the_head_is_all_forward() -> None:
@@ -133,7 +134,7 @@ def test_recomputation_leaves_what_the_model_keeps(layer: int, parts: tuple[str,
 
 def test_the_parts_of_a_layer_add_up() -> None:
     for cost in analytic_table(ModelWork(moe_model(), Layout(), sequence_length=8, micro_batch=3, dtype="float32")).layers:
-        assert 0 < cost.attention_seconds < cost.forward_seconds
+        assert 0 < cost.halves[0].forward_seconds < cost.forward_seconds
         assert cost.again_seconds("attention") + cost.again_seconds("experts") == pytest.approx(cost.again_seconds("full"))
         assert cost.again_seconds("none") == 0
         freed = [cost.activation_bytes - cost.kept_bytes(part) for part in ("none", "attention", "experts", "full")]

@@ -53,11 +53,11 @@ def test_a_damaged_file_is_measured_again(tmp_path: Path, damage: str, caplog: p
     with caplog.at_level(logging.WARNING):
         again = figures(tmp_path, WORK, CPU)
     assert "damaged" in caplog.text
-    assert json.loads(path.read_text())["figures"]["dense"]["forward_seconds"] == again["dense"].forward_seconds
+    assert json.loads(path.read_text())["figures"]["attention"]["forward_seconds"] == again["attention"].forward_seconds
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "costs").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
-        assert set(figures(tmp_path, WORK, CPU)) == {"embedding", "dense", "head"}
+        assert set(figures(tmp_path, WORK, CPU)) == {"embedding", "attention", "feed-forward", "head"}
     assert "data.cache=FOLDER" in caplog.text

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.parallel.layout import Layout
+from bagualu.trainer.costs.activations import inside_bytes
 from bagualu.trainer.costs.analytic import analytic_table
 from bagualu.trainer.costs.measured import measure, measured_table
 from bagualu.trainer.costs.tensor_memory import TensorMemory
@@ -27,6 +29,11 @@ def work(dtype: str = "float32", layout: Layout | None = None, micro_batch: int 
     )
 
 
+def with_halves(table: CostTable) -> list[LayerCost]:
+    """All rows of the table, and the halves of layers."""
+    return [table.embedding, table.head, *table.layers, *(half for layer in table.layers for half in layer.halves)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(data=2, tensor=2, expert=2)], ids=str)
 @pytest.mark.parametrize("micro_batch", [2, 40])  # one chunk of the head's, or more
@@ -34,19 +41,15 @@ def work(dtype: str = "float32", layout: Layout | None = None, micro_batch: int 
 def test_bytes_held_are_those_that_shapes_give(dtype: str, layout: Layout, micro_batch: int, style: str) -> None:
     here = work(dtype, layout, micro_batch, style)
     measured, analytic = measured_table(here, measure(here, CPU, budget_seconds=0), ""), analytic_table(here)
-    pairs = [
-        (measured.embedding, analytic.embedding),
-        (measured.head, analytic.head),
-        *zip(measured.layers, analytic.layers, strict=True),
-    ]
-    for one, other in pairs:
+    for one, other in zip(with_halves(measured), with_halves(analytic), strict=True):
         assert one.state_bytes == other.state_bytes
         assert one.input_bytes == other.input_bytes
         assert one.activation_bytes == pytest.approx(other.activation_bytes, rel=0.01)
         assert one.operand_bytes == pytest.approx(other.operand_bytes, rel=0.01)
-        assert one.attention_bytes == pytest.approx(other.attention_bytes, rel=0.01)
-        both = one.activation_bytes + one.work_bytes, other.activation_bytes + other.work_bytes
-        assert both[0] == pytest.approx(both[1], rel=0.06)  # the sample keeps the gradient of its output to the end
+        most, other_most = one.activation_bytes + one.work_bytes, other.activation_bytes + other.work_bytes
+        # A sample does not sum over tensor ranks. In the feed-forward alone, the memory for that may be the most.
+        unsummed = inside_bytes(here) if here.layout.tensor > 1 and one.name == "feed-forward" else 0
+        assert other_most * 0.94 - unsummed <= most <= other_most * 1.06
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -58,10 +61,9 @@ def test_bytes_held_with_factors_are_those_that_shapes_give(dtype: str, layout: 
     frozen = frozenset(name for name in parameter_shapes(model) if not model.lora.trains(name))
     here = replace(here, model=model, frozen=frozen)
     measured, analytic = measured_table(here, measure(here, CPU, budget_seconds=0), ""), analytic_table(here)
-    for one, other in zip([*measured.layers, measured.head], [*analytic.layers, analytic.head], strict=True):
+    for one, other in zip(with_halves(measured)[1:], with_halves(analytic)[1:], strict=True):
         assert one.state_bytes == other.state_bytes
         assert one.activation_bytes == pytest.approx(other.activation_bytes, rel=0.01)
-        assert one.attention_bytes == pytest.approx(other.attention_bytes, rel=0.01)
         both = one.activation_bytes + one.work_bytes, other.activation_bytes + other.work_bytes
         assert both[0] == pytest.approx(both[1], rel=0.06)
         if targets == ["*"]:
@@ -71,14 +73,12 @@ def test_bytes_held_with_factors_are_those_that_shapes_give(dtype: str, layout: 
 def test_every_kind_is_timed_and_the_head_goes_back_in_its_forward_pass() -> None:
     wide = ModelWork(ModelConfig(2, 128, 4, 4, 256, 4096), Layout(), sequence_length=64, micro_batch=2, dtype="float32")
     found = measure(wide, CPU, budget_seconds=0.1)
-    assert set(found) == {"embedding", "dense", "head"}
-    assert set(measure(work(), CPU, budget_seconds=0)) == {"embedding", "dense", "mixture", "head"}
-    for kind in ("dense", "head"):
+    assert set(found) == {"embedding", "attention", "feed-forward", "head"}
+    assert set(measure(work(), CPU, budget_seconds=0)) == {"embedding", "attention", "feed-forward", "mixture", "head"}
+    for kind in ("attention", "feed-forward", "head"):
         assert found[kind].forward_seconds > 0
         assert found[kind].input_gradient_seconds > 0
-    assert found["dense"].weight_gradient_seconds > 0
-    assert found["dense"].attention_seconds > 0
-    assert found["head"].attention_bytes == found["embedding"].attention_bytes == 0
+    assert all(found[kind].weight_gradient_seconds > 0 for kind in ("attention", "feed-forward"))
     assert found["embedding"].operand_bytes > 0
     assert found["head"].operand_bytes == 0
 
@@ -86,10 +86,10 @@ def test_every_kind_is_timed_and_the_head_goes_back_in_its_forward_pass() -> Non
 def test_layers_of_one_kind_cost_the_same_and_others_not() -> None:
     figures = measure(work(), CPU, budget_seconds=0)
     table = measured_table(work(), figures, "here")
-    assert [layer.forward_seconds for layer in table.layers] == [
-        figures["dense"].forward_seconds,
-        figures["mixture"].forward_seconds,
-    ] * 2
+    kinds = [["attention", "feed-forward"], ["attention", "mixture"]] * 2
+    found = [[half.forward_seconds for half in layer.halves] for layer in table.layers]
+    assert found == [[figures[kind].forward_seconds for kind in halves] for halves in kinds]
+    assert [layer.forward_seconds for layer in table.layers] == list(map(sum, found))
     assert table.source == "here"
 
 

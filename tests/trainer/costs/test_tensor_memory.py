@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bagualu.comm.group import Communicator
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.data.corpus import prepare
@@ -130,7 +131,7 @@ def test_another_thread_may_free_what_this_one_made() -> None:
 
 
 def test_it_counts_what_torchs_profiler_counts() -> None:
-    model = Decoder(ModelConfig(2, 64, 4, 4, 160, 512), [range(2)])
+    model = Decoder(ModelConfig(2, 64, 4, 4, 160, 512), [LayerSlice.of_layers(range(2))])
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     tokens = torch.randint(0, 512, (2, 128))

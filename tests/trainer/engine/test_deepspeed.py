@@ -133,6 +133,7 @@ MORE_CURVES: list[tuple[int, int, dict[str, Any]]] = [
     (1, 4, {"parallel__expert": 2, "parallel__tensor": 2, **BIASED}),
     (1, 2, {"parallel__shares": [3, 1]}),
     (1, 2, {"parallel__pipeline": 2}),
+    (1, 4, {"parallel__pipeline": 2, "parallel__balance": [2.5, 1.5], **TIED}),
     (1, 4, {"parallel__pipeline": 2, **TIED, "parallel__schedule": "interleaved_1f1b"}),
     (1, 4, {"parallel__pipeline": 2, "parallel__tensor": 2, **TIED}),
     (1, 8, {"parallel__pipeline": 2, "parallel__tensor": 2, "parallel__expert": 2, **BIASED, "parallel__schedule": "gpipe"}),

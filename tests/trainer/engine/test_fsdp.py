@@ -50,6 +50,7 @@ LAYOUTS: list[Case] = [
     ("dense_5_layers_gqa", {"data": 2, "pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2},
      {"optim__name": "sgd"}),
     ("moe_tied", {"data": 4, "expert": 2}, {}),
+    ("moe_tied_5_layers", {"data": 2, "expert": 2, "pipeline": 2, "balance": [2.5, 2.5]}, {}),
     ("moe", {"data": 2, "expert": 2}, {"optim__name": "lion"}),  # each expert on a single rank
     ("moe", {"data": 3}, {"data__global_batch": 6}),  # nothing divides over three ranks, the third has no experts
     ("moe", {"data": 4}, {"model__moe__experts": 2}),  # fewer experts than ranks: their columns are divided
@@ -64,6 +65,8 @@ MANY: list[Case] = [
     ("moe_tied", {"data": 4, "expert": 2}, {"optim__name": "muon"}),
     ("moe", {"data": 4}, {"optim__name": "muon", "model__moe__experts": 2}),
     ("dense_tied", {"data": 2, "pipeline": 2}, {"optim__name": "muon"}),
+    ("moe_tied_5_layers", {"data": 2, "pipeline": 2, "schedule": "interleaved_1f1b", "balance": [1.5, 1, 1, 1.5]},
+     {"train__recompute": "full"}),
     ("moe_tied", {"data": 4, "expert": 2, "shard": 2}, {"optim__name": "muon", "optim__groups": FROZEN}),
     ("dense", {"data": 1}, {}),
     ("dense", {"data": 8}, {}),

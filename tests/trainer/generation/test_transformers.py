@@ -8,6 +8,7 @@ import torch
 from bagualu.comm.group import Communicator
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.mesh import Mesh
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.trainer.generation.generate import generate
 from bagualu.trainer.generation.request import Sampling
 from bagualu.trainer.generation.stages import Stages
@@ -56,7 +57,7 @@ def theirs(model: torch.nn.Module, count: int = COUNT, **options: float) -> list
 
 def ours(communicator: Communicator, model: torch.nn.Module, sampling: Sampling) -> list[list[int]]:
     recipe = small_recipe(model__layers=3, model__hidden=32, model__heads=4, model__kv_heads=2, model__ffn=48, model__vocab=64)
-    decoder = Decoder(recipe.model, [range(3)]).double()
+    decoder = Decoder(recipe.model, [LayerSlice.of_layers(range(3))]).double()
     weights = dict(model.named_parameters())
     for name, parameter in decoder.named_parameters():
         module, _, kind = name.rpartition(".")

@@ -12,6 +12,7 @@ from bagualu.comm.monitor import Phase
 from bagualu.parallel.balance.stages.activations import Activations
 from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.layout import Layout
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.analytic import analytic_table
 from bagualu.trainer.costs.tensor_memory import TensorMemory
@@ -75,7 +76,7 @@ def forecast_on_a_device(state: TrainerState) -> int:
     activations = Activations(tuple(state.split.recompute), offload_bytes=state.recipe.train.offload_bytes)
     table = analytic_table(work_of(state.recipe, layout))
     problem = Problem(table, state.schedule, [1.0] * layout.pipeline, None, activations)
-    return problem.transient_bytes(state.mesh.at("pipeline"), tuple((piece.start, piece.stop) for piece in slices))
+    return problem.transient_bytes(state.mesh.at("pipeline"), tuple(problem.pieces(slices)))
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -116,7 +117,7 @@ def test_host_memory_takes_its_bytes_off_the_device(schedule: str, recompute: st
 
 def decoder(offload_bytes: int, layers: int = 3) -> tuple[Decoder, torch.Tensor, ModelConfig]:
     config = ModelConfig(layers=layers, hidden=HIDDEN, heads=4, kv_heads=4, ffn=64, vocab=64)
-    model = Decoder(config, [range(layers)], offload_bytes=offload_bytes).double()
+    model = Decoder(config, [LayerSlice.of_layers(range(layers))], offload_bytes=offload_bytes).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
     return model, torch.arange(2 * SEQUENCE).view(2, SEQUENCE) % config.vocab, config
@@ -174,7 +175,7 @@ def test_the_allocators_peak_falls_on_a_gpu() -> None:
     results, peaks = [], []
     for offload_bytes in (0, 2**30):
         config = ModelConfig(layers=8, hidden=512, heads=8, kv_heads=8, ffn=1024, vocab=512)
-        model = Decoder(config, [range(8)], offload_bytes=offload_bytes).to("cuda", torch.bfloat16)
+        model = Decoder(config, [LayerSlice.of_layers(range(8))], offload_bytes=offload_bytes).to("cuda", torch.bfloat16)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator("cuda").manual_seed(1))
         tokens = torch.arange(4096, device="cuda").view(8, 512) % config.vocab

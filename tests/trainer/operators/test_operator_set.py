@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.models.decoder.cache import cached
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
@@ -36,20 +37,20 @@ def counting(calls: Counter[str]) -> OperatorSet:
 def test_a_model_computes_with_the_operators_that_it_is_given(norm: str, moe: MoEConfig) -> None:
     calls = Counter[str]()
     config = replace(DENSE, norm=norm, moe=moe, embedding_norm=True)
-    model = Decoder(config, [range(2)], operators=counting(calls))
+    model = Decoder(config, [LayerSlice(0, 4)], operators=counting(calls))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     tokens = torch.arange(6).view(1, 6)
     loss, _ = model(tokens, tokens)
     assert calls == {"norm": NORMS, "rotary": 4, "gate": 4 if moe.experts else 2, "attention": 2, "loss": 1}
-    plain = Decoder(config, [range(2)])
+    plain = Decoder(config, [LayerSlice(0, 4)])
     plain.load_state_dict(model.state_dict())
     assert torch.equal(plain(tokens, tokens)[0], loss)
 
 
 def test_so_does_a_model_that_begins_to_generate() -> None:
     calls = Counter[str]()
-    model = Decoder(DENSE, [range(2)], operators=counting(calls))
+    model = Decoder(DENSE, [LayerSlice(0, 4)], operators=counting(calls))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     with torch.no_grad(), cached(model, torch.zeros(1, dtype=torch.int64)) as columns, columns.adding(6, 6):

@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from bagualu.comm.group import Communicator
 from bagualu.parallel import precision
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.models.decoder.model import Decoder
@@ -45,7 +46,7 @@ def plain(recipe: Recipe, follow: list[Weights] | None = None) -> tuple[list[flo
     the other by its last digits, and all gradients after that depend on it.
     """
     parts: TrainerState = run("simulated", 1, lambda c: assemble(recipe, c, prepare(recipe.data, recipe.model.vocab)))[0]
-    working = Decoder(recipe.model, [range(recipe.model.layers)]).to(getattr(torch, recipe.train.dtype))
+    working = Decoder(recipe.model, [LayerSlice.of_layers(range(recipe.model.layers))]).to(getattr(torch, recipe.train.dtype))
     working.load_state_dict(parts.engine.model.state_dict())
     wide = torch.float64 if recipe.train.dtype == "float64" else torch.float32
     masters = {name: p.detach().to(wide).requires_grad_() for name, p in working.named_parameters()}

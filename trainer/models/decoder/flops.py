@@ -45,6 +45,11 @@ class Flops:
     def total(self) -> float:
         return self.forward + self.input_gradient + self.weight_gradient
 
+    def plus(self, other: "Flops") -> "Flops":
+        none = self.trained is None and other.trained is None
+        trained = None if none else self.weight_gradient + other.weight_gradient
+        return Flops(self.weights + other.weights, self.attention + other.attention, trained)
+
 
 def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Returns the FLOPs of the whole model's forward and backward pass for one token of a sequence of `sequence_length` tokens."""
@@ -65,16 +70,19 @@ def attention_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flo
 
 def layer_flops(model: ModelConfig, layer: int, sequence_length: int) -> Flops:
     """Returns the FLOPs of decoder layer `layer` (from 0) for a token of a sequence of `sequence_length` tokens."""
+    return attention_flops(model, layer, sequence_length).plus(feed_forward_flops(model, layer))
+
+
+def feed_forward_flops(model: ModelConfig, layer: int) -> Flops:
+    """Returns the FLOPs of the feed-forward, or mixture of experts, of `layer` (from 0) for a token."""
     unit = (3 if model.gated else 2) * 2 * model.hidden  # for each unit of a feed-forward's width
     if model.is_moe_layer(layer):
         moe = model.moe
         feed_forward = unit * moe.ffn * (moe.top_k + moe.shared_experts) + 2 * model.hidden * moe.experts
     else:
         feed_forward = unit * model.ffn
-    attention = attention_flops(model, layer, sequence_length)
     factors = _factor_flops(model, layer, "feed_forward.")
-    trained = None if factors is None else factors + (attention.trained or 0.0)
-    return Flops(attention.weights + feed_forward + (factors or 0.0), attention.attention, trained)
+    return Flops(feed_forward + (factors or 0.0), trained=factors)
 
 
 def _factor_flops(model: ModelConfig, layer: int, block: str) -> float | None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from bagualu.comm.agree import summed
 from bagualu.comm.group import Group
+from bagualu.parallel.pipeline.layer_slice import LayerPart, LayerSlice, parts_of
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 from bagualu.parallel.vocabulary import embedding, linear_cross_entropy
 from bagualu.trainer.models.activations import HostMemory, run
@@ -85,28 +86,41 @@ class Head(Linear):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each added to the residual stream, with a norm before or after it. With `recompute` attention or
-    experts, the backward pass computes this part again from its input."""
+    """Attention and feed-forward, each added to the residual stream, with a norm before or after it; or only that half of a layer
+    that `part` names. With `recompute` attention or experts, the backward pass computes this part again from its input."""
 
-    def __init__(self, config: ModelConfig, index: int, recompute: str = "none", operators: OperatorSet = BY_RULE) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        recompute: str = "none",
+        operators: OperatorSet = BY_RULE,
+        part: LayerPart = LayerPart.WHOLE,
+    ) -> None:
         super().__init__()
-        self.recompute, self.norms_after = recompute, config.norm_position == "after"
-        self.attention_norm = norm_of(config, operators)
-        self.attention = Attention(config, config.window_of(index), config.scales_rotations(index), operators)
-        self.feed_forward_norm = norm_of(config, operators)
-        self.feed_forward = (
-            MixtureOfExperts(config, operators)
-            if config.is_moe_layer(index)
-            else FeedForward(config, config.ffn, config.bias == "all", operators)
-        )
+        self.recompute, self.part, self.norms_after = recompute, part, config.norm_position == "after"
+        if part is not LayerPart.FEED_FORWARD:
+            self.attention_norm = norm_of(config, operators)
+            self.attention = Attention(config, config.window_of(index), config.scales_rotations(index), operators)
+        if part is not LayerPart.ATTENTION:
+            self.feed_forward_norm = norm_of(config, operators)
+            self.feed_forward = (
+                MixtureOfExperts(config, operators)
+                if config.is_moe_layer(index)
+                else FeedForward(config, config.ffn, config.bias == "all", operators)
+            )
         add_factors(self, f"layers.{index}.", config.lora)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None = None
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, part: LayerPart | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """x [B, S, H] -> output [B, S, H] and, for a mixture, the balance loss and the load of its experts [E], else None and
-        None. `mask` as in `Attention.forward`."""
-        x = x + run(partial(self.attend, mask=mask), x, again=self.recompute == "attention")
+        None. `mask` as in `Attention.forward`. `part`: what is computed, by default all that the layer holds."""
+        part = part or self.part
+        if part is not LayerPart.FEED_FORWARD:
+            x = x + run(partial(self.attend, mask=mask), x, again=self.recompute == "attention")
+        if part is LayerPart.ATTENTION:
+            return x, None, None
         output = run(self.feed, x, again=self.recompute == "experts")
         if isinstance(output, tuple):
             return x + output[0], output[1], output[2]
@@ -135,7 +149,7 @@ def _with_bias(added: torch.Tensor, last: Linear) -> torch.Tensor:
 
 class Decoder(Model):
     """Slices of the model's layers, in order; with `first` the embedding, and its norm if it has one, before the first slice, with
-    `last` the final norm and the head after the last one.
+    `last` the final norm and the head after the last one. Of a layer in which a slice begins or ends, only a half may be here.
 
     Layers keep the number they have in the whole model, so a parameter's name is the same wherever it lies.
     """
@@ -143,7 +157,7 @@ class Decoder(Model):
     def __init__(
         self,
         config: ModelConfig,
-        slices: Sequence[range],
+        slices: Sequence[LayerSlice],
         first: bool = True,
         last: bool = True,
         recompute: Sequence[str] = (),
@@ -153,12 +167,16 @@ class Decoder(Model):
         """`recompute`: for each layer of the whole model, the part that its backward pass computes again: none, attention, experts
         or full; empty: none. `offload_bytes`: the most bytes of the layers' activations that may be in host memory."""
         super().__init__()
-        self.slices = list(slices)
+        self.slices = [one.parts() for one in slices]
+        """For each slice, what it computes of each of its layers."""
+        self._held = parts_of(slices)
         self.recompute = list(recompute) or ["none"] * config.layers
         self.host_memory = HostMemory(offload_bytes)
         self.embedding = Embedding(config) if first else None
         self.embedding_norm = norm_of(config, operators) if first and config.embedding_norm else None
-        self.layers = nn.ModuleDict({str(i): Layer(config, i, self.recompute[i], operators) for layers in slices for i in layers})
+        self.layers = nn.ModuleDict(
+            {str(i): Layer(config, i, self.recompute[i], operators, part) for i, part in self._held.items()}
+        )
         self.norm = norm_of(config, operators) if last else None
         self.head = Head(config.padded_vocab, config.hidden, config.vocab, operators) if last else None
         self._tied = config.tie_embeddings and first and last
@@ -224,10 +242,11 @@ class Decoder(Model):
         mask = () if documents is None else (document_mask(documents, multiply_dtype(x)),)
         balance = x.new_zeros((), dtype=accurate_dtype(x.dtype))
         saving = self.host_memory.begin_pass()
-        for index in self.slices[chunk]:
+        for index, part in self.slices[chunk].items():
             layer = self.layers[str(index)]
+            others = mask if part is self._held[index] else (*(mask or (None,)), part)
             with saving():
-                x, loss, load = run(partial(_first, self.call, layer, mask), x, again=self.recompute[index] == "full")
+                x, loss, load = run(partial(_first, self.call, layer, others), x, again=self.recompute[index] == "full")
             if loss is not None:
                 balance = balance + loss
             loads = self._counted if not torch.is_grad_enabled() else self._loads if self._bias_rate else None
@@ -238,7 +257,7 @@ class Decoder(Model):
         return x, balance
 
 
-def _first(call: Callable[..., Any], unit: nn.Module, others: tuple[torch.Tensor, ...], x: torch.Tensor) -> Any:
+def _first(call: Callable[..., Any], unit: nn.Module, others: tuple[Any, ...], x: torch.Tensor) -> Any:
     """Calls `unit` with x and then `others`."""
     return call(unit, x, *others)
 

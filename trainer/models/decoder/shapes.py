@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from bagualu.parallel.pipeline.layer_slice import LayerPart
 from bagualu.trainer.models.decoder.config import ModelConfig
 
 
@@ -26,8 +27,12 @@ def norm_shapes(model: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
     return {f"{name}.{part}": (model.hidden,) for part in parts}
 
 
-def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
-    """Returns the global shapes of a decoder layer's parameters, by name."""
+def layer_shapes(model: ModelConfig, index: int, part: LayerPart = LayerPart.WHOLE) -> dict[str, tuple[int, ...]]:
+    """Returns the global shapes of the parameters of a decoder layer, or of a half of it, by name."""
+    return {name: shape for name, shape in _layer_shapes(model, index).items() if part.holds(name)}
+
+
+def _layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
     with_factors = partial(model.lora.with_factors, f"layers.{index}.")
     hidden, heads, narrow = model.hidden, model.heads * model.head_width, model.key_value_heads * model.head_width
     shapes: dict[str, tuple[int, ...]] = {
@@ -49,9 +54,10 @@ def layer_shapes(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
     return with_factors(shapes | shared)
 
 
-def layer_buffers(model: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
-    """Returns the global shapes of a decoder layer's buffers, by name; {} if it has none."""
-    return {"feed_forward.router.bias": (model.moe.experts,)} if model.is_moe_layer(index) and model.moe.has_bias else {}
+def layer_buffers(model: ModelConfig, index: int, part: LayerPart = LayerPart.WHOLE) -> dict[str, tuple[int, ...]]:
+    """Returns the global shapes of the buffers of a decoder layer, or of a half of it, by name; {} if it has none."""
+    has_bias = model.is_moe_layer(index) and model.moe.has_bias and part is not LayerPart.ATTENTION
+    return {"feed_forward.router.bias": (model.moe.experts,)} if has_bias else {}
 
 
 def _query_and_key_norms(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from bagualu.parallel.balance.stages.partition import solve
 from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.balance.stages.refine import TOLERANCE
 from bagualu.parallel.layout import StagePlacement
+from bagualu.parallel.pipeline.layer_slice import LayerSlice, cut_inside
 from bagualu.parallel.pipeline.registry import compute_schedule
 from bagualu.parallel.pipeline.schedules.schedule import Schedule
 from tests.parallel.balance.examples import all_forward_then_backward, bottleneck, every_split, random_table
@@ -29,8 +30,8 @@ def uniform_table(layers: int, head: float = 0.0, state: int = 0, activation: in
     return CostTable(LayerCost("embedding", 0, 0, 0), [layer] * layers, LayerCost("head", head, 0, 0), "drawn")
 
 
-def counts(split: Split) -> list[int]:
-    return [len(piece) for piece in split.slices]
+def counts(split: Split) -> list[int | float]:
+    return split.counts
 
 
 def test_a_heavy_head_takes_layers_off_the_last_stage() -> None:
@@ -150,9 +151,9 @@ def test_the_number_of_bytes_is_kept_to_or_refused_with_one_that_works() -> None
                 assert found, message
                 assert int(found[1]) - int(found[2]) == int(found[3]) == activations.most_bytes
             split, activations = choose_split(table, schedule, caps=caps, activations=enough), enough
-        problem = Problem(table, schedule, [1.0] * placement.ranks, caps, activations)
-        chosen = frozenset(i for i, part in enumerate(split.recompute) if part == "full")
-        for rank, mine in enumerate(by_rank(problem, [(piece.start, piece.stop) for piece in split.slices])):
+        problem = Problem(table, schedule, [1.0] * placement.ranks, caps, activations, cut_inside(split.slices))
+        chosen = problem.recomputing(split.recompute)
+        for rank, mine in enumerate(by_rank(problem, problem.pieces(split.slices))):
             assert problem.transient_bytes(rank, mine, chosen) <= (activations.most_bytes or 0)
         recomputed += bool(chosen)
     assert 15 < refused < 50
@@ -161,7 +162,7 @@ def test_the_number_of_bytes_is_kept_to_or_refused_with_one_that_works() -> None
 
 def test_a_list_of_layers_that_keeps_too_many_bytes_is_refused_by_how_much() -> None:
     table, schedule = uniform_table(6, activation=10, kept=2), compute_schedule("1f1b", 2, 4)
-    slices = [range(4), range(4, 6)]
+    slices = [LayerSlice(0, 8), LayerSlice(8, 12)]
     for most, expected in ((80, 0), (79, 1), (24, 4)):  # rank 0 has 2 micro-batches in flight, and recomputes a layer of 10
         split = take_split(slices, table, schedule, activations=Activations(None, most))
         assert split.recompute.count("full") == expected, most
@@ -176,7 +177,7 @@ def test_host_memory_takes_all_activations_but_those_of_two_layers() -> None:
     one, three = compute_schedule("1f1b", 1, 3), compute_schedule("gpipe", 1, 3)
     for offload, expected in ((0, (66, 186)), (15, (51, 186)), (40, (26, 166)), (1000, (26, 26))):
         for schedule, memory in zip((one, three), expected, strict=True):
-            split = take_split([range(6)], table, schedule, activations=Activations(offload_bytes=offload))
+            split = take_split([LayerSlice(0, 12)], table, schedule, activations=Activations(offload_bytes=offload))
             assert split.forecast is not None
             assert split.forecast.memory_bytes == [memory]
     assert refusal(table, one, [50])
@@ -222,7 +223,7 @@ def test_caps_that_nothing_fits_are_refused_with_ones_that_work() -> None:
 
 def test_a_list_that_does_not_fit_is_refused_and_one_that_does_is_taken() -> None:
     table, schedule = uniform_table(6, state=10, activation=10, kept=1), compute_schedule("1f1b", 2, 4)
-    slices = [range(4), range(4, 6)]
+    slices = [LayerSlice(0, 8), LayerSlice(8, 12)]
     taken = take_split(slices, table, schedule, caps=[120, 120])
     assert taken.slices == slices
     lacking = r"parallel.balance=\[4,2\]: pipeline rank 0 needs 120 bytes .* allows 100; "
@@ -278,5 +279,5 @@ def test_a_search_that_was_given_up_is_no_proof_that_nothing_fits(monkeypatch: p
     assert listed
     wanted, caps = [int(one) for one in listed[1].split(",")], [int(listed[2])] * 4
     edges = [sum(wanted[:stage]) for stage in range(5)]
-    slices = [range(start, stop) for start, stop in pairwise(edges)]
+    slices = [LayerSlice.of_layers(range(start, stop)) for start, stop in pairwise(edges)]
     assert take_split(slices, table, schedule, caps=caps).slices == slices

@@ -48,7 +48,7 @@ def test_one_cap_is_everybodys() -> None:
     ("balance", "layers", "memory", "recompute", "message"),
     [
         ("measured", 3, None, "none", "parallel.pipeline=4 stages are more than model.layers=3; give parallel.pipeline=3 or less"),
-        ([1, 2, 1], 4, None, "none", r"must hold 4 counts of at least 1 .*; e.g. parallel.balance=\[1,1,1,1\]"),
+        ([1, 2, 1], 4, None, "none", r"must hold 4 positive counts .*; e.g. parallel.balance=\[1,1,1,1\]"),
         ("best", 4, None, "none", "parallel.balance=best is unknown; give uniform, analytic, measured or a list of 4 layer counts"),
         ("analytic", 4, None, "auto", "give parallel.memory_bytes=BYTES, or train.recompute=none or full"),
     ],

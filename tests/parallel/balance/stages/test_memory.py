@@ -32,7 +32,7 @@ def test_two_stages_and_a_split_backward_have_several_worst_moments() -> None:
 def counted(problem: Problem, chosen: frozenset[int]) -> int:
     """The most bytes that a rank with one stage holds, counted from layer to layer through its passes."""
     table, actions = problem.table, problem.schedule.actions[0]
-    parts = [problem.activations.of_layer(i, chosen) for i in range(problem.layers)]
+    parts = [problem.activations.of_layer(i, chosen) for i in range(problem.units)]
     held = most = 0
     for action in actions:
         if action.kind == Kind.FORWARD:

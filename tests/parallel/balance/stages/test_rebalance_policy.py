@@ -37,7 +37,8 @@ class Cluster:
 
     def window(self, speeds: list[float], steps_left: int = 1000, move_seconds: float = 1.0) -> Split | None:
         problem = Problem(TABLE, self.schedule, speeds, None)
-        times = [problem.stage_times(stage, (piece.start, piece.stop)).total for stage, piece in enumerate(self.split.slices)]
+        pieces = problem.pieces(self.split.slices)
+        times = [problem.stage_times(stage, piece).total for stage, piece in enumerate(pieces)]
         busy = [
             sum(times[stage] for stage in stages) * (1 + self.random.uniform(-self.noise, self.noise))
             for stages in problem.stages_of
@@ -88,8 +89,8 @@ def test_two_slow_windows_move_nothing() -> None:
 def test_a_gain_smaller_than_the_move_costs_is_not_worth_it() -> None:
     cluster = Cluster(4)
     slow = [1.0, 1.0, 0.5, 1.0]
-    pieces = [(piece.start, piece.stop) for piece in cluster.split.slices]
-    now = forecast_split(Problem(TABLE, cluster.schedule, slow, None), pieces).forecast
+    problem = Problem(TABLE, cluster.schedule, slow, None)
+    now = forecast_split(problem, problem.pieces(cluster.split.slices)).forecast
     then = choose_split(TABLE, cluster.schedule, slow).forecast
     gain = now.step_seconds - then.step_seconds
     for _ in range(5):
@@ -136,8 +137,8 @@ def test_a_move_that_failed_is_not_tried_again_at_once() -> None:
     slow = [1.0, 1.0, 0.5, 1.0]
     tries = 0
     for _ in range(60):
-        pieces = [(piece.start, piece.stop) for piece in cluster.split.slices]
         problem = Problem(TABLE, cluster.schedule, slow, None)
+        pieces = problem.pieces(cluster.split.slices)
         busy = [sum(problem.stage_times(stage, pieces[stage]).total for stage in mine) for mine in problem.stages_of]
         if cluster.watch.after_window(busy, 1000, lambda _: 1.0):
             tries += 1

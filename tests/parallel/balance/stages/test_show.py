@@ -5,6 +5,7 @@ from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.show import show_split
 from bagualu.parallel.layout import StagePlacement
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.parallel.pipeline.registry import compute_schedule
 
 LAYER = LayerCost("layer", 0.001, 0.001, 0.0005, state_bytes=2**20)
@@ -22,7 +23,10 @@ def test_with_costs_and_measured_times() -> None:
 
 
 def test_without_costs_there_are_the_layers() -> None:
-    split = Split([range(2), range(2, 3), range(3, 5), range(5, 6)], ["attention", "attention", "full", "none", "full", "none"])
+    split = Split(
+        [LayerSlice(0, 4), LayerSlice(4, 6), LayerSlice(6, 10), LayerSlice(10, 12)],
+        ["attention", "attention", "full", "none", "full", "none"],
+    )
     assert show_split(split, StagePlacement(2, 2, True)).splitlines() == [
         "stage  rank  layers  count  recompute",
         "    0     0     0-1      2  attention",

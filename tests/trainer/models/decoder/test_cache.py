@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.trainer.models.decoder import cache
 from bagualu.trainer.models.decoder.cache import cached
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
@@ -33,7 +34,7 @@ STEPS = 6
 
 def a_model(config, dtype=torch.float64):
     torch.manual_seed(0)
-    model = Decoder(config, [range(config.layers)]).to(dtype)
+    model = Decoder(config, [LayerSlice.of_layers(range(config.layers))]).to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.trainer.models.decoder.cache import cached
 from bagualu.trainer.models.decoder.frozen import freeze
 from bagualu.trainer.models.decoder.model import Decoder
@@ -26,7 +27,7 @@ def decoder(name: str, dtype: torch.dtype) -> tuple[Decoder, int]:
     """The model, and the size of its vocabulary."""
     config = small_recipe(**MODELS[name]).model
     torch.manual_seed(1)
-    model = Decoder(config, [range(config.layers)])
+    model = Decoder(config, [LayerSlice.of_layers(range(config.layers))])
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0.0, 0.2)
     return model.to(dtype), config.vocab

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.model import Decoder, Head
 from tests.trainer.models import reference
@@ -63,7 +64,9 @@ def config_of(variant: str) -> ModelConfig:
 
 def filled(config: ModelConfig, dtype: torch.dtype, recompute: Sequence[str] = (), offload_bytes: int = 0) -> Decoder:
     """Weights large enough that every nonlinearity is felt; norms off 1."""
-    model = Decoder(config, [range(config.layers)], recompute=recompute, offload_bytes=offload_bytes).to(dtype)
+    model = Decoder(config, [LayerSlice.of_layers(range(config.layers))], recompute=recompute, offload_bytes=offload_bytes).to(
+        dtype
+    )
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4
@@ -111,7 +114,10 @@ def test_padding_rows_of_the_vocabulary_get_no_gradient() -> None:
 def test_stages_one_after_the_other_are_the_whole() -> None:
     config = config_of("moe_every_2_shared")
     whole = filled(config, torch.float64)
-    stages = [Decoder(config, [range(1)], True, False), Decoder(config, [range(1, 3)], False, True)]
+    stages = [
+        Decoder(config, [LayerSlice.of_layers(range(1))], True, False),
+        Decoder(config, [LayerSlice.of_layers(range(1, 3))], False, True),
+    ]
     inputs, labels = tokens(config)
     x, total = inputs, torch.zeros((), dtype=torch.float64)
     names = set()
@@ -123,6 +129,34 @@ def test_stages_one_after_the_other_are_the_whole() -> None:
         total = total + balance
     assert names == whole.state_dict().keys()
     torch.testing.assert_close((x, total), whole(inputs, labels), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("cut", range(1, 6))
+@pytest.mark.parametrize("variant", ["moe_every_2_shared", "olmo3"])
+@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
+def test_two_slices_are_the_whole_wherever_they_meet(variant: str, cut: int, recompute: str) -> None:
+    """On two ranks, each with its own halves, and on one rank, which holds the layer between them whole; in a row of two
+    documents. All parameters get the gradients that they get in the whole model, under the same names."""
+    config = config_of(variant)
+    again = [recompute] * config.layers
+    whole = filled(config, torch.float64, again)
+    slices = [LayerSlice(0, cut), LayerSlice(cut, 6)]
+    inputs, labels = tokens(config)
+    documents = torch.tensor([[0, 0, 2, 2, 2], [0, 0, 0, 3, 3]])
+    expected, balance = whole(inputs, labels, 0, documents)
+    (expected + 0.3 * balance).backward()
+    apart = [Decoder(config, slices[:1], True, False, again), Decoder(config, slices[1:], False, True, again)]
+    for stages in (apart, [Decoder(config, slices, recompute=again)] * 2):
+        for stage in stages:
+            stage.double().load_state_dict({name: whole.state_dict()[name] for name in stage.state_dict()})
+        x, first = stages[0](inputs, None, 0, documents)
+        x, second = stages[1](x, labels, 1 if stages[0] is stages[1] else 0, documents)
+        torch.testing.assert_close((x, first + second), (expected, balance), rtol=1e-12, atol=0)
+        (x + 0.3 * (first + second)).backward()
+        found = {name: parameter.grad for stage in stages for name, parameter in stage.named_parameters()}
+        assert found.keys() == dict(whole.named_parameters()).keys()
+        for name, parameter in whole.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def counted(modules: dict[str, nn.Module]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.boxes import Box
+from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.models.hugging_face.config import read_config, write_config
@@ -21,7 +22,7 @@ from tests.trainer.models.hugging_face.published import NAMES, configs, logits, 
 
 def decoder(path: Path, dtype: torch.dtype) -> Decoder:
     found = open_model(path)
-    model = Decoder(found.description.model, [range(found.description.model.layers)]).to(dtype)
+    model = Decoder(found.description.model, [LayerSlice.of_layers(range(found.description.model.layers))]).to(dtype)
     reader, filled = Reader(found), {}
     for name, parameter in model.named_parameters():
         whole = Box((0,) * parameter.dim(), tuple(parameter.shape))
