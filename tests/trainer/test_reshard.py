@@ -22,14 +22,16 @@ DENSE = {"heads": 12, "kv_heads": 12, "hidden": 24, "ffn": 24, "vocab": 71, "lay
 MIXTURE = {**DENSE, "moe__experts": 12, "moe__ffn": 12, "moe__every": 2, "moe__shared_experts": 1}
 Layout = dict[str, object]
 BEFORE: list[tuple[str, dict[str, object], Layout]] = [
-    ("dense", DENSE, {"data": 2, "tensor": 2, "pipeline": 2}),
+    ("dense", DENSE, {"data": 2, "tensor": 2, "pipeline": 2, "balance": [2.5, 3.5]}),
     ("mixture", MIXTURE, {"data": 4, "expert": 4, "tensor": 2}),
 ]
 AFTER: dict[str, list[Layout]] = {
-    "dense": [{}, {"data": 2}, {"tensor": 3}, {"pipeline": 3}, {"data": 3, "zero": 0}, {"data": 2, "pipeline": 2}, {"tensor": 4},
-              {"data": 2, "tensor": 3}, {"data": 3, "pipeline": 2}, {"tensor": 2, "pipeline": 3}],
+    "dense": [{}, {"data": 2}, {"tensor": 3}, {"pipeline": 3, "balance": [1.5, 2, 2.5]}, {"data": 3, "zero": 0},
+              {"data": 2, "pipeline": 2}, {"tensor": 4}, {"data": 2, "tensor": 3}, {"data": 3, "pipeline": 2},
+              {"tensor": 2, "pipeline": 3}],
     "mixture": [{}, {"data": 2, "expert": 2}, {"data": 3, "expert": 3}, {"pipeline": 3}, {"data": 2, "expert": 2, "tensor": 2},
-                {"data": 6, "expert": 3}, {"data": 2, "expert": 2, "pipeline": 3}, {"tensor": 3, "data": 2}],
+                {"data": 6, "expert": 3}, {"data": 2, "expert": 2, "pipeline": 3, "balance": [0.5, 3, 2.5]},
+                {"tensor": 3, "data": 2}],
 }  # fmt: skip
 
 

@@ -192,6 +192,20 @@ def test_another_layout_goes_on_with_the_same_run(tmp_path: Path, undisturbed: U
             assert found[key] == pytest.approx(expected[key], rel=1e-9)
 
 
+def test_stages_that_begin_inside_layers_resume_to_the_bit_and_as_any_others(tmp_path: Path, undisturbed: Undisturbed) -> None:
+    def cut(folder: Path, *counts: float, **changes: object) -> Recipe:
+        stages = {"model__layers": 4, "parallel__data": 1, "parallel__pipeline": 2, "parallel__balance": list(counts)}
+        return recipe_in(folder, train__micro_batch=1, **{**stages, **changes})
+
+    straight = undisturbed(cut(tmp_path, 1.5, 2.5), "simulated")
+    for name, counts in (("same", (1.5, 2.5)), ("other", (2.5, 1.5)), ("whole", (2, 2))):
+        folder = tmp_path / name
+        assert run("simulated", 2, until, cut(folder, 1.5, 2.5), 1, 3)[0]["layers_of_stages"] == [1.5, 2.5]
+        summary = run("simulated", 2, until, cut(folder, *counts, checkpoint__resume=True), -1, 0)[0]
+        assert summary["layers_of_stages"] == list(counts)
+        assert_stood(folder, straight, 0, exact=name == "same")
+
+
 def test_resuming_where_nothing_is_begins_at_the_beginning(tmp_path: Path) -> None:
     summary = run("simulated", 2, until, recipe_in(tmp_path, checkpoint__resume=True), -1, 0)[0]
     assert (summary["ended"], summary["step"]) == ("done", STEPS)

@@ -29,8 +29,11 @@ def costs_of(words: tuple[str, ...], world: int, cluster: str = "h100") -> Layou
     return LayoutCosts(recipe, estimator, lambda other: predict(other, sized, world))
 
 
-def layout(data, tensor=1, pipeline=1, expert=1, micro_batch=1, schedule="1f1b", stages=None, recompute="none", zero=1):
-    return PlannedLayout(Degrees(data, tensor, pipeline, expert, micro_batch, tensor > 1), schedule, stages, recompute, zero)
+def layout(
+    data, tensor=1, pipeline=1, expert=1, micro_batch=1, schedule="1f1b", stages=None, recompute="none", zero=1, balance="uniform"
+):
+    degrees = Degrees(data, tensor, pipeline, expert, micro_batch, tensor > 1)
+    return PlannedLayout(degrees, schedule, stages, recompute, zero, balance)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,8 @@ def layout(data, tensor=1, pipeline=1, expert=1, micro_batch=1, schedule="1f1b",
         (DENSE, layout(2, 2, 4, schedule="gpipe", zero=0)),
         (MIXTURE, layout(8, 2, expert=4, recompute="experts")),
         (MIXTURE, layout(8, pipeline=2, expert=2, schedule="zb_h1")),
+        (DENSE, layout(4, 2, 2, micro_batch=2, recompute="attention", balance=(4.5, 3.5))),
+        (MIXTURE, layout(8, pipeline=2, expert=2, balance=(3.5, 4.5))),
         (MIXTURE, layout(16, expert=8, zero=2)),
     ],
 )

@@ -87,11 +87,12 @@ def events_of(traced: RankTrace) -> list[Any]:
         ["recipe=moe_tiny", *CUBE, "parallel.expert=2", "optim.moments_dtype=bfloat16", "model.moe.bias_rate=0.001"],
         ["recipe=tiny_dense", *CUBE, "parallel.sequence=true", "parallel.zero=3", "train.recompute=full"],
         ["recipe=tiny_dense", *CUBE, "parallel.schedule=zb_v", "parallel.zero=2"],
+        ["recipe=moe_tiny", *CUBE, "parallel.balance=[1.5,2.5]", "parallel.zero=3", "train.recompute=full"],
         ["recipe=tiny_dense", *CUBE, *STYLED["bloom"], "parallel.sequence=true", "parallel.zero=3"],
         ["recipe=moe_tiny", *CUBE, *STYLED["qwen3"], "parallel.zero=2"],
         ["recipe=moe_tiny", *CUBE, "model.lora.rank=4", "parallel.expert=2", "parallel.zero=3"],
     ],
-    ids=["dense", "mixture", "experts", "zero-3", "zb-v", "bloom", "qwen3", "factors"],
+    ids=["dense", "mixture", "experts", "zero-3", "zb-v", "halves", "bloom", "qwen3", "factors"],
 )
 def test_every_rank_communicates_as_in_its_trace(words: list[str]) -> None:
     recipe = recipe_of(*words)
